@@ -1,0 +1,162 @@
+"""One chunk's arithmetic: predictions in, what it stores and what it leaves for others out.
+
+Pure: arrays in, arrays out. Sums are taken in the order of `Plan.patches` and of
+`Plan.awaits`, so the same job gives the same bytes whoever computes it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.box import Box
+from chunkq.combine import Array, add_weighted, decide, on_host
+from chunkq.plan import Chunk, Patch, Piece, Plan
+from chunkq.weights import Surroundings, Weights, surroundings
+
+WEIGHT_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a chunk keeps for the finalizing of its own block.
+
+    `band` holds float32 sums (C, *box) for `Chunk.band_boxes`, `rest` values in the output's
+    dtype, ([C,] *box), for `Chunk.rest_boxes`.
+    """
+
+    band: tuple[npt.NDArray[np.float32], ...]
+    rest: tuple[npt.NDArray[Any], ...]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """All that comes out of one chunk.
+
+    `core` is final, in the output's dtype, ([C,] *chunk.core.shape); `own` is None where no
+    band touches the block; `pieces` holds float32 sums (C, *piece.box.shape) for the
+    neighbours above.
+    """
+
+    core: npt.NDArray[Any]
+    own: Own | None
+    pieces: tuple[tuple[Piece, npt.NDArray[np.float32]], ...]
+
+
+class WeightCache:
+    """Normalised patch weights, kept while they fit; most patches of a grid share theirs.
+
+    Not thread-safe: it belongs to whoever holds the device.
+    """
+
+    def __init__(self, plan: Plan, weights: Weights, place: Callable[[Any], Array]) -> None:
+        self._plan, self._weights, self._place = plan, weights, place
+        self._kept: OrderedDict[tuple[int, tuple[Surroundings, ...]], Array] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, patch: Patch) -> Array:
+        """Return w / Σw over the patch's target: shape `patch.target.shape`, float32."""
+        around = tuple(
+            surroundings(axis, patch.grid, number)
+            for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
+        )
+        key = (patch.grid, around)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        weights = self._place(self._weights.normalised(patch.grid, around))
+        self._kept[key] = weights
+        self._bytes += patch.target.size * 4
+        while self._bytes > WEIGHT_CACHE_BYTES and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= int(np.prod(dropped.shape)) * 4
+        return weights
+
+
+class Accumulator:
+    """Weighted sums over one chunk's region, float32 (C, *region)."""
+
+    def __init__(self, plan: Plan, chunk: Chunk, weights: WeightCache, zeros: Array) -> None:
+        """Start from `zeros`, an array of zeros of shape (C, *chunk.region.shape)."""
+        self._plan, self._chunk, self._weights, self._sums = plan, chunk, weights, zeros
+
+    def add(self, patch: Patch, prediction: Array) -> None:
+        """Add one prediction (C, *output patch), activated and voted, float32."""
+        offset = [
+            (p - q) // 2
+            for p, q in zip(self._plan.input_patch, self._plan.output_patch, strict=True)
+        ]
+        origin = [s + o for s, o in zip(patch.source.start, offset, strict=True)]
+        used = prediction[(slice(None), *patch.target.slices(origin))]
+        add_weighted(self._view(patch.target), self._weights.of(patch), used)
+
+    def contribution(self) -> Contribution:
+        """Return what the sums mean for this chunk and its neighbours; on the host."""
+        plan, chunk = self._plan, self._chunk
+        interior = _final(plan, self._view(chunk.interior))
+        own = None
+        if chunk.has_band:
+            own = Own(
+                tuple(self._sums_in(box) for box in chunk.band_boxes),
+                tuple(_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes),
+            )
+        return Contribution(
+            core=_cut(plan, interior, chunk.interior, chunk.core),
+            own=own,
+            pieces=tuple((piece, self._sums_in(piece.box)) for piece in plan.leaves(chunk)),
+        )
+
+    def _view(self, box: Box) -> Array:
+        return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
+
+    def _sums_in(self, box: Box) -> npt.NDArray[np.float32]:
+        return np.ascontiguousarray(on_host(self._view(box)))
+
+
+def complete(
+    plan: Plan,
+    chunk: Chunk,
+    own: Own | None,
+    pieces: Mapping[Piece, npt.NDArray[np.float32]],
+) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
+    """Yield the final voxels of every storage chunk that the block's band touches.
+
+    `own` is None for a chunk that owns no patch; `pieces` are those of `Plan.awaits`. Each box
+    is one of `chunk.touched_boxes`, its array ([C,] *box.shape) in the output's dtype.
+    """
+    channels = (plan.channels,) if plan.channel_axis else ()
+    block = np.zeros((*channels, *chunk.block.shape), plan.output_dtype)
+    if own is not None:
+        for box, values in zip(chunk.rest_boxes, own.rest, strict=True):
+            _cut(plan, block, chunk.block, box)[...] = values
+    for number, box in enumerate(chunk.band_boxes):
+        total = np.zeros((plan.channels, *box.shape), np.float32)
+        if own is not None:
+            total += own.band[number]
+        for piece in plan.awaits(chunk):
+            shared = box & piece.box
+            if shared.size:
+                here = (slice(None), *shared.slices(box.start))
+                there = (slice(None), *shared.slices(piece.box.start))
+                total[here] += pieces[piece][there]
+        _cut(plan, block, chunk.block, box)[...] = _final(plan, total)
+    for box in chunk.touched_boxes:
+        yield box, _cut(plan, block, chunk.block, box)
+
+
+def _final(plan: Plan, average: Array) -> npt.NDArray[Any]:
+    """Return the stored form ([C,] *S) of an average (C, *S)."""
+    final = decide(average, plan.job.combine, plan.output_dtype)
+    drop_channel = plan.job.combine == "weighted_avg" and not plan.channel_axis
+    return final[0] if drop_channel else final
+
+
+def _cut(plan: Plan, values: npt.NDArray[Any], around: Box, box: Box) -> npt.NDArray[Any]:
+    """Return the view of `box` in stored values ([C,] *around.shape)."""
+    spatial = box.slices(around.start)
+    return values[(slice(None), *spatial) if plan.channel_axis else spatial]

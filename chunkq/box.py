@@ -1,0 +1,92 @@
+"""Boxes of voxels: half-open, integer, any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The voxels x with `start[a] <= x[a] < stop[a]` on every axis a.
+
+    A box is never inverted: an axis without voxels has `stop == start`.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop):
+            raise ValueError(f"start {self.start} and stop {self.stop} differ in rank")
+        if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
+            raise ValueError(f"stop {self.stop} lies before start {self.start}")
+
+    @classmethod
+    def of_shape(cls, shape: Sequence[int]) -> Box:
+        """Return the box from the origin with this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along each axis."""
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+        return prod(self.shape)
+
+    def __and__(self, other: Box) -> Box:
+        """Return the voxels in both; where there are none, an empty box inside `self`."""
+        start = tuple(
+            min(max(a, c), b)
+            for a, b, c in zip(self.start, self.stop, other.start, strict=True)
+        )
+        stop = tuple(
+            max(lo, min(b, d)) for lo, b, d in zip(start, self.stop, other.stop, strict=True)
+        )
+        return Box(start, stop)
+
+    def __contains__(self, other: object) -> bool:
+        """Tell whether every voxel of the other box lies in this one."""
+        if not isinstance(other, Box):
+            return False
+        return all(
+            a <= c and d <= b
+            for a, b, c, d in zip(self.start, self.stop, other.start, other.stop, strict=True)
+        )
+
+    def slices(self, origin: Sequence[int]) -> tuple[slice, ...]:
+        """Return the slices that select this box in an array whose first voxel is `origin`."""
+        return tuple(
+            slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True)
+        )
+
+    def without_corner(self, corner: Sequence[int]) -> Iterator[Box]:
+        """Yield disjoint boxes covering exactly the voxels of `self` outside `[corner, stop)`.
+
+        `start <= corner <= stop`. At most one box per axis; empty ones are left out.
+        """
+        for axis, edge in enumerate(corner):
+            start = (*corner[:axis], *self.start[axis:])
+            stop = (*self.stop[:axis], edge, *self.stop[axis + 1 :])
+            slab = Box(start, stop)
+            if slab.size:
+                yield slab
+
+    def minus(self, other: Box) -> Iterator[Box]:
+        """Yield disjoint boxes covering exactly the voxels of `self` that are not in `other`."""
+        inner = self & other
+        if not inner.size:
+            if self.size:
+                yield self
+            return
+        yield from Box(self.start, inner.stop).without_corner(inner.start)
+        start, stop = list(self.start), list(self.stop)
+        for axis, edge in enumerate(inner.stop):
+            high = Box(tuple(start[:axis] + [edge] + start[axis + 1 :]), tuple(stop))
+            if high.size:
+                yield high
+            stop[axis] = edge

@@ -1,0 +1,97 @@
+"""How overlapping predictions become one: activation, votes, weighted sums, the decision.
+
+The same functions serve NumPy arrays and torch tensors (through the array API), on the host
+and on a device. Predictions are channels first.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from array_api_compat import array_namespace
+
+Combine = Literal["weighted_avg", "soft", "hard"]
+Activation = Literal["none", "softmax", "sigmoid"]
+Array = Any
+"""A NumPy array or a torch tensor."""
+
+
+def activate(raw: Array, activation: Activation) -> Array:
+    """Apply the activation to raw outputs of shape (N, C, *Q); softmax runs over C."""
+    if activation == "none":
+        return raw
+    xp = array_namespace(raw)
+    if activation == "sigmoid":
+        # tanh does not overflow where exp(-x) would.
+        return (xp.tanh(raw / 2) + 1) / 2
+    powers = xp.exp(raw - xp.max(raw, axis=1, keepdims=True))
+    return powers / xp.sum(powers, axis=1, keepdims=True)
+
+
+def as_votes(predictions: Array) -> Array:
+    """Turn predictions (N, C, *Q) into votes of the same shape and dtype, each 0 or 1.
+
+    Each voxel votes for its largest channel, the lowest of several; a single channel votes
+    whether it is at least 0.5.
+    """
+    xp = array_namespace(predictions)
+    if predictions.shape[1] == 1:
+        return xp.astype(predictions >= 0.5, predictions.dtype)
+    winners = _largest(predictions, axis=1)
+    votes = [
+        xp.astype(winners == channel, predictions.dtype)
+        for channel in range(predictions.shape[1])
+    ]
+    return xp.stack(votes, axis=1)
+
+
+def add_weighted(total: Array, weights: Array, values: Array) -> None:
+    """Add `weights * values` to `total` in place; shapes (C, *S), (*S), (C, *S)."""
+    if isinstance(total, np.ndarray):
+        for channel, value in zip(total, values, strict=True):
+            channel += weights * value
+    else:
+        total.addcmul_(weights, values)
+
+
+def decide(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Turn the average or vote share (C, *S) into what is stored, on the host.
+
+    `weighted_avg` keeps (C, *S) and casts; `soft` and `hard` give labels (*S): the largest
+    channel, the lowest of several, or for one channel whether it reaches 0.5.
+    """
+    if combine == "weighted_avg":
+        return on_host(average).astype(dtype, copy=False)
+    labels = average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
+    return on_host(labels).astype(dtype, copy=False)
+
+
+def on_host(array: Array) -> npt.NDArray[Any]:
+    """Return the array as NumPy; without a copy where it already lies in host memory."""
+    if isinstance(array, np.ndarray):
+        return array
+    return cast("npt.NDArray[Any]", array.detach().cpu().numpy())
+
+
+def label_dtype(classes: int) -> np.dtype[Any]:
+    """Return the smallest unsigned dtype for labels: uint8, or uint16 past 256 classes."""
+    return np.dtype(np.uint8 if classes <= 256 else np.uint16)
+
+
+def _largest(values: Array, axis: int) -> Array:
+    """Return the index of the largest entry along `axis`, the lowest of several; int32.
+
+    Channel by channel: torch's argmax over a strided axis is an order of magnitude slower.
+    """
+    xp = array_namespace(values)
+    channels = xp.moveaxis(values, axis, 0)
+    best = channels[0, ...]
+    winner = xp.zeros_like(best, dtype=xp.int32)
+    for number in range(1, channels.shape[0]):
+        larger = channels[number, ...] > best
+        winner = xp.where(larger, xp.asarray(number, dtype=xp.int32), winner)
+        best = xp.where(larger, channels[number, ...], best)
+    return winner

@@ -1,0 +1,67 @@
+"""One tree of errors; every leaf says whose move it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class ChunkqError(Exception):
+    """Anything chunkq reports in one line; `exit_code` is what the command ends with."""
+
+    exit_code = 1
+
+
+class JobError(ChunkqError):
+    """The job cannot be done as written; nothing was started.
+
+    `problems` holds one line per mistake: where, what, and what to do.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class StoreError(ChunkqError):
+    """A path cannot be read or written as asked, found before work starts."""
+
+    exit_code = 2
+
+
+class QueueError(ChunkqError):
+    """The queue cannot be reached or used."""
+
+
+class ModelError(ChunkqError):
+    """The network cannot be loaded or breaks its declaration: every chunk would fail alike."""
+
+
+class PredictionError(ChunkqError):
+    """One chunk's predictions cannot be used, for example because they are not finite."""
+
+
+class ChunkReadError(ChunkqError):
+    """The input of one chunk cannot be read."""
+
+
+class PieceError(ChunkqError):
+    """A piece that a block needs is gone or damaged."""
+
+
+class IncompleteError(ChunkqError):
+    """The job is not finished; `missing` lists the chunks that stand out."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, missing: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+def nearest(word: str, legal: Sequence[str]) -> str:
+    """Return a hint `; did you mean 'x'?` for the legal name most like `word`, or ''."""
+    close = get_close_matches(word, legal, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,356 @@
+"""The job file: strict, frozen, checked as far as it can be without touching the volume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from chunkq.combine import Activation, Combine
+from chunkq.errors import JobError, nearest
+from chunkq.grids import Edge
+from chunkq.padding import PadMode
+from chunkq.paths import absolute
+
+InferenceType = Literal["patch", "sliding_window", "crop_margin"]
+Dtype = Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_nested_tuple(value: object) -> object:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def _one_or_more(value: object) -> object:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Offsets = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_nested_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the job file: no unknown keys, no silent conversions, never changed."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class DaskConfig(Section):
+    """How to reach or make a Dask cluster."""
+
+    address: str | None = None
+    protocol: Literal["tcp", "ucx"] = "tcp"
+    interface: str | None = None
+    scheduler_port: Positive = 8786
+    n_workers: Positive | None = None
+    threads_per_worker: Positive | None = None
+
+
+class RayConfig(Section):
+    """How to reach or make a Ray cluster."""
+
+    address: str | None = None
+    port: Positive = 6379
+
+
+class ModelConfig(Section):
+    """The network: where it is, what it takes and what it gives."""
+
+    runtime: Literal["torch", "tensorflow", "onnx"]
+    type: Literal["class", "file", "torchscript", "exported", "json"]
+    model_input_shape: Shape
+    model_output_shape: Shape | None = None
+    dtype: Dtype = "float32"
+    max_batch_size: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    processing_steps: str | None = None
+    lost_dim: NonNegative | None = None
+    join_dim: NonNegative | None = None
+    class_file: str | None = None
+    class_name: str | None = None
+    kwargs_file: str | None = None
+    checkpoint: str | None = None
+    model_file: str | None = None
+    ts_file: str | None = None
+    json_file: str | None = None
+    trusted: bool = False
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files the network is made of, by key."""
+        keys = ("class_file", "kwargs_file", "checkpoint", "ts_file", "model_file", "json_file",
+                "processing_steps")
+        return {key: path for key in keys if (path := getattr(self, key)) is not None}
+
+
+class Job(Section):
+    """One job: a network, a volume, and how overlapping predictions combine.
+
+    Lists speak of the volume's axes in storage order and in voxels.
+    """
+
+    input: Names
+    output: str
+    queue: str | None = None
+    cluster: Literal["local", "slurm", "running"] = "local"
+    hardware: Literal["gpu", "cpu_only"] = "gpu"
+    combine: Combine = "weighted_avg"
+    inference_type: InferenceType = "patch"
+    chunksize: Shape | None = None
+    pad_mode: PadMode = "constant"
+    pad_value: float | int = 0
+    pad_width: Widths | None = None
+    offsets: Offsets = ()
+    strides: Shape | None = None
+    margin: Widths | None = None
+    edge: Edge | None = None
+    weight_function: Names = ("weight_uniform",)
+    activation: Activation = "none"
+    nan: Literal["fail", "zero"] = "fail"
+    output_dtype: Literal["float32", "float16"] | None = None
+    zarr_format: Literal[2, 3] = 3
+    storage_chunks: Shape | None = None
+    roi: Any = None
+    threads: Positive | None = None
+    dask_config: DaskConfig = DaskConfig()
+    ray_config: RayConfig = RayConfig()
+    model: ModelConfig = Field(alias="model_config")
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Job:
+        problems = [*_geometry_keys(self), *_weight_keys(self), *_model_keys(self.model)]
+        problems += _not_yet(self)
+        if problems:
+            raise JobError(problems)
+        return self
+
+    @property
+    def step_edge(self) -> Edge:
+        """Where the last patch goes: as asked, or the default of the inference type."""
+        return self.edge or ("shift" if self.inference_type == "sliding_window" else "pad")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Every file besides the volumes that decides the result, by key path."""
+        files = {f"model_config.{key}": path for key, path in self.model.files.items()}
+        if len(self.weight_function) == 2:
+            files["weight_function"] = self.weight_function[0]
+        return files
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the job as plain JSON values, with the job file's own key names."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def load_job(
+    source: str | Path | Mapping[str, Any],
+    *,
+    input: str | None = None,
+    output: str | None = None,
+) -> Job:
+    """Read a job from a YAML or JSON file or a mapping; every path in it becomes absolute.
+
+    Paths inside a file are relative to that file, those of a mapping and `input`/`output`
+    (which replace the job's own) to the working directory. Raises JobError with one line per
+    mistake.
+    """
+    if isinstance(source, Mapping):
+        values, base = dict(source), Path.cwd()
+    else:
+        path = Path(source)
+        values, base = _read_file(path), path.absolute().parent
+    _make_absolute(values, base)
+    if input is not None:
+        values["input"] = absolute(input, Path.cwd())
+    if output is not None:
+        values["output"] = absolute(output, Path.cwd())
+    return parse_job(values)
+
+
+def parse_job(values: Mapping[str, Any]) -> Job:
+    """Check a mapping with absolute paths; raises JobError with one line per mistake."""
+    try:
+        return Job.model_validate(dict(values))
+    except ValidationError as error:
+        found = error.errors()
+    lines = [_one_line(item) for item in found]
+    raise JobError([*lines, *_further_problems(values, [item["loc"] for item in found])])
+
+
+def _further_problems(values: Mapping[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
+    """Check how the remaining keys fit together once the wrong ones are taken out."""
+    rest = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    keys = set()
+    for location in wrong:
+        section = rest.get(str(location[0]))
+        if len(location) > 1 and isinstance(section, dict):
+            section.pop(location[1], None)
+            keys.add(f"{location[0]}.{location[1]}")
+        else:
+            rest.pop(str(location[0]), None)
+            keys.add(str(location[0]))
+    try:
+        Job.model_validate(rest)
+    except JobError as error:
+        return [line for line in error.problems if line.partition(":")[0] not in keys]
+    except ValidationError:
+        pass
+    return []
+
+
+def job_schema() -> dict[str, Any]:
+    """Return the JSON schema of the job file."""
+    return Job.model_json_schema(by_alias=True)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file; `chunkq init` writes one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read as a job file: {error}") from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise JobError(f"{path}: not JSON: {error.msg} at {where}") from None
+    except yaml.YAMLError as error:
+        raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise JobError(f"{path}: a job file is a mapping of keys to values; see `chunkq init`")
+    return values
+
+
+def _make_absolute(values: dict[str, Any], base: Path) -> None:
+    """Resolve every path in place of a relative one; values of a wrong type are left to checks."""
+    for key in ("input", "output"):
+        value = values.get(key)
+        if isinstance(value, str):
+            values[key] = absolute(value, base)
+        elif isinstance(value, list):
+            values[key] = [absolute(v, base) if isinstance(v, str) else v for v in value]
+    weights = values.get("weight_function")
+    if isinstance(weights, list) and len(weights) == 2 and isinstance(weights[0], str):
+        values["weight_function"] = [absolute(weights[0], base), weights[1]]
+    model = values.get("model_config")
+    if isinstance(model, dict):
+        paths = {"processing_steps"} | {k for k in ModelConfig.model_fields if k.endswith("_file")}
+        values["model_config"] = {
+            key: absolute(value, base)
+            if key in paths | {"checkpoint"} and isinstance(value, str)
+            else value
+            for key, value in model.items()
+        }
+
+
+def _legal_names(location: Iterable[int | str]) -> list[str]:
+    section: type[BaseModel] = {
+        "model_config": ModelConfig, "dask_config": DaskConfig, "ray_config": RayConfig
+    }.get(str(next(iter(location), "")), Job)
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _one_line(item: Any) -> str:
+    """Turn one of pydantic's findings into `key.path: what is wrong; what to do`."""
+    location = item["loc"]
+    path = ".".join(str(part) for part in location if part not in ("int", "float"))
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        hint = nearest(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
+        return f"{path}: unknown key{hint or '; `chunkq schema` lists the legal ones'}"
+    if kind == "missing":
+        return f"{path}: missing; `chunkq init` shows a complete job file"
+    if kind == "literal_error":
+        hint = nearest(str(item["input"]), str(context["expected"]).replace("'", "").split(" or "))
+        return f"{path}: {item['input']!r} is none of {context['expected']}{hint}"
+    message = item["msg"]
+    return f"{path}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+
+
+def _geometry_keys(job: Job) -> list[str]:
+    kind = job.inference_type
+    problems = []
+    if kind == "sliding_window" and job.strides is None:
+        problems.append("strides: missing; sliding_window needs the step along each axis")
+    if kind != "sliding_window" and job.strides is not None:
+        problems.append(f"strides: only for inference_type sliding_window, this job is {kind}")
+    if kind != "patch" and job.offsets:
+        problems.append(f"offsets: only for inference_type patch, this job is {kind}")
+    if kind == "crop_margin" and job.margin is None:
+        problems.append("margin: missing; crop_margin needs the rim to cut along each axis")
+    if kind != "crop_margin" and job.margin is not None:
+        problems.append(f"margin: only for inference_type crop_margin, this job is {kind}")
+    if job.combine != "weighted_avg" and job.output_dtype is not None:
+        problems.append(f"output_dtype: only for combine weighted_avg; {job.combine} gives labels")
+    return problems
+
+
+def _weight_keys(job: Job) -> list[str]:
+    from chunkq.weights import LOG_PROFILES
+
+    names = job.weight_function
+    if len(names) > 2:
+        return ["weight_function: give [name] of a built-in or [file.py, function]"]
+    if len(names) == 1 and names[0] not in LOG_PROFILES:
+        hint = nearest(names[0], list(LOG_PROFILES)) or f"; built in are {', '.join(LOG_PROFILES)}"
+        return [f"weight_function: unknown name {names[0]!r}{hint}"]
+    return []
+
+
+_NEEDED = {
+    "class": ("class_file", "class_name"),
+    "torchscript": ("ts_file",),
+    "file": ("model_file",),
+    "exported": ("model_file",),
+    "json": ("json_file",),
+}
+
+
+def _model_keys(model: ModelConfig) -> list[str]:
+    return [
+        f"model_config.{key}: missing; type {model.type} needs it"
+        for key in _NEEDED[model.type]
+        if getattr(model, key) is None
+    ]
+
+
+def _not_yet(job: Job) -> list[str]:
+    """Refuse, by name, what the design foresees and this version cannot do."""
+    model, problems = job.model, []
+    if model.runtime != "torch":
+        problems.append(f"model_config.runtime: {model.runtime} is not in this version; torch is")
+    elif model.type not in ("class", "torchscript"):
+        problems.append(
+            f"model_config.type: {model.type} is not in this version; class and torchscript are"
+        )
+    for key in ("processing_steps", "lost_dim", "join_dim"):
+        if getattr(model, key) is not None:
+            problems.append(f"model_config.{key}: not in this version; leave it out")
+    if job.roi is not None:
+        problems.append("roi: not in this version; leave it out")
+    if len(job.input) > 1:
+        problems.append("input: several volumes are not in this version; give one")
+    if job.cluster != "local":
+        problems.append(f"cluster: {job.cluster} is not in this version; use local")
+    return problems

@@ -1,0 +1,93 @@
+"""Paths and URLs: local files and fsspec URLs side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from chunkq.errors import StoreError
+
+HASH_BLOCK = 1 << 20
+
+
+def is_url(path: str) -> bool:
+    """Tell a URL such as `s3://bucket/key` from a local path."""
+    return "://" in path
+
+
+def absolute(path: str, base: Path) -> str:
+    """Return a URL as it is, a local path made absolute against `base`, without `..`."""
+    if path.startswith("file://"):
+        path = path.removeprefix("file://")
+    if is_url(path):
+        return path.rstrip("/")
+    return str(Path(*_resolved_parts((base / Path(path).expanduser()).absolute())))
+
+
+def _resolved_parts(path: Path) -> list[str]:
+    parts: list[str] = []
+    for part in path.parts:
+        if part == ".." and len(parts) > 1:
+            parts.pop()
+        elif part != "..":
+            parts.append(part)
+    return parts
+
+
+def join(base: str, *parts: str) -> str:
+    """Join with single slashes."""
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def open_filesystem(path: str) -> tuple[Any, str]:
+    """Return the fsspec file system for a path and the path inside it.
+
+    Raises StoreError where no file system is known, naming the extra to install.
+    """
+    import fsspec
+
+    if not is_url(path):
+        return fsspec.filesystem("file"), path
+    scheme = path.partition("://")[0]
+    try:
+        filesystem, inner = fsspec.core.url_to_fs(path)
+    except ImportError:
+        extra = "chunkq[s3]" if scheme == "s3" else f"the fsspec package for {scheme}://"
+        raise StoreError(f"{without_secret(path)}: needs a package; pip install {extra}") from None
+    except ValueError as error:
+        raise StoreError(f"{without_secret(path)}: {error}") from None
+    return filesystem, inner
+
+
+def read_bytes(path: str) -> bytes:
+    """Return a whole file's content. Raises OSError as the file system does."""
+    if not is_url(path):
+        return Path(path).read_bytes()
+    filesystem, inner = open_filesystem(path)
+    content: bytes = filesystem.cat_file(inner)
+    return content
+
+
+def file_hash(path: str) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal digits."""
+    digest = hashlib.sha256()
+    if is_url(path):
+        digest.update(read_bytes(path))
+    else:
+        with open(path, "rb") as file:
+            while block := file.read(HASH_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def without_secret(url: str) -> str:
+    """Return a URL fit for logs: the password, if any, as three stars."""
+    if not is_url(url):
+        return url
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))

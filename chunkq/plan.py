@@ -1,0 +1,373 @@
+"""Job and volume -> Plan: chunks, pieces and costs, all lazy, no input or output.
+
+A chunk owns the patches whose kept voxels, clipped to the volume, start in its block; each patch
+is therefore computed once, and along each axis a chunk reaches at most into the next block. The
+low side of a block that others reach into is its band. See docs/design.md, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from chunkq.box import Box
+from chunkq.combine import label_dtype
+from chunkq.grids import Axis
+from chunkq.job import Job
+from chunkq.padding import Ints
+
+Index = tuple[int, ...]
+SLAB = 1 << 16
+"""Blocks of one axis looked at together; bounds the planner's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What is known of the input: shape in voxels and dtype name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One patch: its grid, its number along each axis, where it reads, what it speaks for.
+
+    `source` is the input window, `target` the kept voxels inside the volume.
+    """
+
+    grid: int
+    numbers: tuple[int, ...]
+    source: Box
+    target: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Partial sums that chunk `source` leaves for finalizing block `target`.
+
+    `box` lies in the target's block; `name` tells the pieces of one target apart.
+    """
+
+    source: Index
+    target: Index
+    box: Box
+
+    @property
+    def name(self) -> str:
+        """The axes along which the target lies one block up, as 0 and 1."""
+        return "".join(str(t - s) for s, t in zip(self.source, self.target, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One unit of work.
+
+    block      the output it owns; `interior` (no other chunk contributes) and `core` (the
+               storage chunks that no band touches) are its upper corners
+    region     where its patches write: the block and what spills into the next ones
+    halo       the input its patches read; may lie outside the volume
+    owned      per grid and axis, the range of patch numbers
+    """
+
+    index: Index
+    block: Box
+    interior: Box
+    core: Box
+    region: Box
+    halo: Box
+    owned: tuple[tuple[range, ...], ...]
+
+    @property
+    def active(self) -> bool:
+        """Tell whether the chunk has anything to compute; else its block is all band."""
+        return self.halo.size > 0
+
+    @property
+    def patches(self) -> int:
+        """How many patches the chunk owns."""
+        return sum(prod(len(numbers) for numbers in grid) for grid in self.owned)
+
+    @property
+    def has_band(self) -> bool:
+        """Tell whether other chunks contribute to the block, so that it needs finalizing."""
+        return self.interior != self.block
+
+    @property
+    def band_boxes(self) -> tuple[Box, ...]:
+        """The band cut into disjoint boxes: the block without its interior."""
+        return tuple(self.block.without_corner(self.interior.start))
+
+    @property
+    def rest_boxes(self) -> tuple[Box, ...]:
+        """The interior's voxels whose storage chunks the band touches."""
+        return tuple(self.interior.without_corner(self.core.start))
+
+    @property
+    def touched_boxes(self) -> tuple[Box, ...]:
+        """The whole storage chunks that the band touches: the block without its core."""
+        return tuple(self.block.without_corner(self.core.start))
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a job costs; bytes are those of uncompressed voxels."""
+
+    chunks: int
+    finalized_blocks: int
+    patches: int
+    input_bytes: int
+    output_bytes: int
+    piece_bytes: int
+    worker_bytes: int
+    finalizer_bytes: int
+
+    @property
+    def store_bytes(self) -> int:
+        """All bytes moved: input with halos, output, every piece written and read once."""
+        return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The geometry of one job; a pure function of the job and the volume's shape and dtype.
+
+    `channels` is the number of channels the network gives, `channel_axis` tells whether the
+    output keeps them as its first axis.
+    """
+
+    job: Job
+    volume: Volume
+    axes: tuple[Axis, ...]
+    input_patch: tuple[int, ...]
+    output_patch: tuple[int, ...]
+    margin: tuple[int, ...]
+    channels: int
+    channel_axis: bool
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.axes)
+
+    @property
+    def chunksize(self) -> tuple[int, ...]:
+        """Block shape in voxels; blocks at the volume's end are smaller."""
+        return tuple(axis.chunk for axis in self.axes)
+
+    @property
+    def storage_chunks(self) -> tuple[int, ...]:
+        """Shape of an output storage chunk along the spatial axes."""
+        return tuple(axis.storage for axis in self.axes)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Number of blocks along each axis."""
+        return tuple(axis.blocks for axis in self.axes)
+
+    @property
+    def output_dtype(self) -> np.dtype[Any]:
+        """Dtype of the output volume."""
+        if self.job.combine == "weighted_avg":
+            return np.dtype(self.job.output_dtype or "float32")
+        return label_dtype(max(2, self.channels))
+
+    @property
+    def stored_channels(self) -> int:
+        """Values stored per voxel of the output."""
+        return self.channels if self.job.combine == "weighted_avg" else 1
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the output volume, channels first where they are kept."""
+        return (self.channels, *self.volume.shape) if self.channel_axis else self.volume.shape
+
+    @cached_property
+    def patch_bytes(self) -> int:
+        """Bytes of one input patch as read."""
+        return prod(self.input_patch) * np.dtype(self.volume.dtype).itemsize
+
+    def indices(self) -> Iterator[Index]:
+        """Yield the index of every chunk, the last axis fastest."""
+        return product(*(range(n) for n in self.blocks))
+
+    def chunk(self, index: Index) -> Chunk:
+        """Return chunk `index`."""
+        at = [np.asarray(i, dtype=np.int64) for i in index]
+        pairs = list(zip(self.axes, at, strict=True))
+        start = tuple(int(axis.start(b)) for axis, b in pairs)
+        stop = tuple(int(axis.stop(b)) for axis, b in pairs)
+        band = [int(axis.band(b)) for axis, b in pairs]
+        aligned = [int(axis.aligned_band(b)) for axis, b in pairs]
+        spill = [int(axis.spill(b)) for axis, b in pairs]
+        halos = [axis.halo(b) for axis, b in pairs]
+        owned = tuple(
+            tuple(
+                range(*(int(n) for n in axis.grids[g].owned(b, axis.chunk)))
+                for axis, b in pairs
+            )
+            for g in range(len(self.axes[0].grids))
+        )
+        return Chunk(
+            index=index,
+            block=Box(start, stop),
+            interior=Box(tuple(a + w for a, w in zip(start, band, strict=True)), stop),
+            core=Box(tuple(a + w for a, w in zip(start, aligned, strict=True)), stop),
+            region=Box(start, tuple(b + w for b, w in zip(stop, spill, strict=True))),
+            halo=Box(tuple(int(h[0]) for h in halos), tuple(int(h[1]) for h in halos)),
+            owned=owned,
+        )
+
+    def patches(self, chunk: Chunk) -> Iterator[Patch]:
+        """Yield the patches a chunk owns: grid by grid, the last axis fastest."""
+        for g, ranges in enumerate(chunk.owned):
+            grids = [axis.grids[g] for axis in self.axes]
+            for numbers in product(*ranges):
+                pairs = list(zip(grids, numbers, strict=True))
+                begin = tuple(grid.start(k) for grid, k in pairs)
+                kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
+                yield Patch(
+                    g,
+                    numbers,
+                    Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
+                    Box(
+                        tuple(max(0, k) for k in kept),
+                        tuple(
+                            min(k + grid.kept, grid.volume)
+                            for k, (grid, _) in zip(kept, pairs, strict=True)
+                        ),
+                    ),
+                )
+
+    def leaves(self, chunk: Chunk) -> list[Piece]:
+        """Return the pieces a chunk leaves for its upper neighbours, in a fixed order."""
+        if not chunk.active:
+            return []
+        spill = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
+        return [
+            Piece(chunk.index, target, box)
+            for up in _subsets(self.rank)
+            if all(spill[a] for a in range(self.rank) if up[a])
+            for target, box in [self._one_up(chunk, up)]
+        ]
+
+    def awaits(self, chunk: Chunk) -> list[Piece]:
+        """Return the pieces that lower neighbours leave for a chunk's block, in a fixed order."""
+        pieces = []
+        for up in _subsets(self.rank):
+            source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
+            if min(source) >= 0:
+                pieces += [p for p in self.leaves(self.chunk(source)) if p.target == chunk.index]
+        return pieces
+
+    def contributors(self, index: Index) -> list[Index]:
+        """Return the chunks whose commit a block needs before it can be finalized."""
+        return [index, *(piece.source for piece in self.awaits(self.chunk(index)))]
+
+    def to_finalize(self) -> Iterator[Index]:
+        """Yield the blocks that have a band, the last axis fastest."""
+        banded = []
+        for axis in self.axes:
+            numbers = np.arange(axis.blocks, dtype=np.int64)
+            banded.append((axis.band(numbers) > 0).tolist())
+        for index in self.indices():
+            if any(flags[i] for flags, i in zip(banded, index, strict=True)):
+                yield index
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Exact totals, summed axis by axis: every term is a product over the axes."""
+        return _costs(self)
+
+    def _one_up(self, chunk: Chunk, up: Index) -> tuple[Index, Box]:
+        target = tuple(i + u for i, u in zip(chunk.index, up, strict=True))
+        block, region = chunk.block, chunk.region
+        start = tuple(
+            high if u else low for u, low, high in zip(up, block.start, block.stop, strict=True)
+        )
+        stop = tuple(
+            high if u else low for u, low, high in zip(up, block.stop, region.stop, strict=True)
+        )
+        return target, Box(start, stop)
+
+
+def _subsets(rank: int) -> list[Index]:
+    """Return every non-empty set of axes as 0 and 1 per axis, in counting order."""
+    return list(product((0, 1), repeat=rank))[1:]
+
+
+class _AxisTotals:
+    """Sums and maxima over the blocks of one axis of what `_costs` multiplies."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.sums = dict.fromkeys(
+            ("length", "interior", "core", "plain", "active", "spill", "read"), 0
+        )
+        self.most = dict.fromkeys(("length", "region", "halo"), 0)
+        self.patches = [0] * len(axis.grids)
+        for low in range(0, axis.blocks, SLAB):
+            self._add(axis, np.arange(low, min(low + SLAB, axis.blocks), dtype=np.int64))
+
+    def _add(self, axis: Axis, blocks: Ints) -> None:
+        length = axis.stop(blocks) - axis.start(blocks)
+        band, spill = axis.band(blocks), axis.spill(blocks)
+        halo_low, halo_high = axis.halo(blocks)
+        read_low, read_high = axis.read(blocks)
+        active = halo_high > halo_low
+        sums = {
+            "length": length,
+            "interior": length - band,
+            "core": length - axis.aligned_band(blocks),
+            "plain": band == 0,
+            "active": np.where(active, length, 0),
+            "spill": spill,
+            "read": read_high - read_low,
+        }
+        for key, values in sums.items():
+            self.sums[key] += int(values.sum())
+        most = {"length": length, "region": length + spill, "halo": halo_high - halo_low}
+        for key, values in most.items():
+            self.most[key] = max(self.most[key], int(values.max()))
+        for g, grid in enumerate(axis.grids):
+            low, high = grid.owned(blocks, axis.chunk)
+            self.patches[g] += int((high - low).sum())
+
+
+def _costs(plan: Plan) -> Costs:
+    totals = [_AxisTotals(axis) for axis in plan.axes]
+
+    def over_axes(key: str) -> int:
+        return prod(t.sums[key] for t in totals)
+
+    def largest(key: str) -> int:
+        return prod(t.most[key] for t in totals)
+
+    sums_bytes = 4 * plan.channels
+    stored_bytes = plan.stored_channels * plan.output_dtype.itemsize
+    chunks = prod(plan.blocks)
+    sent = sum(
+        prod(t.sums["spill" if u else "active"] for t, u in zip(totals, up, strict=True))
+        for up in _subsets(plan.rank)
+    )
+    own_sums = over_axes("active") - over_axes("interior")
+    own_rest = over_axes("interior") - over_axes("core")
+    itemsize = np.dtype(plan.volume.dtype).itemsize
+    return Costs(
+        chunks=chunks,
+        finalized_blocks=chunks - over_axes("plain"),
+        patches=sum(prod(t.patches[g] for t in totals) for g in range(len(totals[0].patches))),
+        input_bytes=over_axes("read") * itemsize,
+        output_bytes=prod(plan.volume.shape) * stored_bytes,
+        piece_bytes=(sent + own_sums) * sums_bytes + own_rest * stored_bytes,
+        worker_bytes=largest("halo") * itemsize
+        + largest("region") * sums_bytes
+        + largest("length") * stored_bytes,
+        finalizer_bytes=largest("length") * (sums_bytes + stored_bytes),
+    )
+

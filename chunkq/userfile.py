@@ -1,0 +1,78 @@
+"""Functions and classes that a job takes from the user's own Python files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chunkq.errors import JobError
+from chunkq.paths import read_bytes
+from chunkq.plan import Plan
+from chunkq.weights import ArrayWeights, Weights, built_in
+
+
+def load_names(path: str, key: str) -> dict[str, Any]:
+    """Run a Python file and return its names. `key` is the job key that named it.
+
+    Raises JobError in one line if the file is missing or raises.
+    """
+    try:
+        code = compile(read_bytes(path), path, "exec")
+    except OSError:
+        raise JobError(f"{key}: no file {path}") from None
+    except (SyntaxError, ValueError) as error:
+        raise JobError(f"{key}: {path} is not Python: {error}") from None
+    names: dict[str, Any] = {"__name__": "chunkq_user_file", "__file__": path}
+    try:
+        exec(code, names)
+    except Exception as error:
+        raise JobError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
+    return names
+
+
+def pick(names: dict[str, Any], name: str, path: str, key: str) -> Any:
+    """Return one of a file's names, or raise JobError with those it has."""
+    if name not in names:
+        public = ", ".join(sorted(n for n in names if not n.startswith("_"))) or "nothing"
+        raise JobError(f"{key}: {path} has no {name!r}; it defines {public}")
+    return names[name]
+
+
+def load_weights(plan: Plan) -> Weights:
+    """Return the weights of the plan's patches, running the user's file if there is one.
+
+    Raises JobError if the user's function does not give finite positive numbers, one for each
+    voxel of the output patch.
+    """
+    names = plan.job.weight_function
+    if len(names) == 1:
+        return built_in(names[0], plan.output_patch, plan.margin)
+    path, name = names
+    function = pick(load_names(path, "weight_function"), name, path, "weight_function")
+    where = f"weight_function: {name} of {path}"
+    try:
+        weights = np.asarray(function(plan.output_patch), dtype=np.float64)
+    except Exception as error:
+        raise JobError(f"{where} raised {type(error).__name__}: {error}") from error
+    return ArrayWeights(_checked(weights, where, plan.output_patch, plan.margin))
+
+
+def _checked(
+    weights: np.ndarray[Any, np.dtype[np.float64]],
+    where: str,
+    shape: Sequence[int],
+    margin: Sequence[int],
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    if weights.shape != tuple(shape):
+        raise JobError(
+            f"{where} gave shape {list(weights.shape)}; the output patch is {list(shape)}"
+        )
+    bad = np.argwhere(~(np.isfinite(weights) & (weights > 0)))
+    if len(bad):
+        first = tuple(int(i) for i in bad[0])
+        raise JobError(
+            f"{where} gave {weights[first]} at {list(first)}; weights must be finite and positive"
+        )
+    return weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]
