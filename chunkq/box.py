@@ -41,8 +41,7 @@ class Box:
     def __and__(self, other: Box) -> Box:
         """Return the voxels in both; where there are none, an empty box inside `self`."""
         start = tuple(
-            min(max(a, c), b)
-            for a, b, c in zip(self.start, self.stop, other.start, strict=True)
+            min(max(a, c), b) for a, b, c in zip(self.start, self.stop, other.start, strict=True)
         )
         stop = tuple(
             max(lo, min(b, d)) for lo, b, d in zip(start, self.stop, other.stop, strict=True)
@@ -84,9 +83,9 @@ class Box:
                 yield self
             return
         yield from Box(self.start, inner.stop).without_corner(inner.start)
-        start, stop = list(self.start), list(self.stop)
+        start, stop = self.start, list(self.stop)
         for axis, edge in enumerate(inner.stop):
-            high = Box(tuple(start[:axis] + [edge] + start[axis + 1 :]), tuple(stop))
+            high = Box((*start[:axis], edge, *start[axis + 1 :]), tuple(stop))
             if high.size:
                 yield high
             stop[axis] = edge

@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-
 from array_api_compat import array_namespace
 
 Combine = Literal["weighted_avg", "soft", "hard"]
@@ -42,8 +41,7 @@ def as_votes(predictions: Array) -> Array:
         return xp.astype(predictions >= 0.5, predictions.dtype)
     winners = _largest(predictions, axis=1)
     votes = [
-        xp.astype(winners == channel, predictions.dtype)
-        for channel in range(predictions.shape[1])
+        xp.astype(winners == channel, predictions.dtype) for channel in range(predictions.shape[1])
     ]
     return xp.stack(votes, axis=1)
 
@@ -52,7 +50,7 @@ def add_weighted(total: Array, weights: Array, values: Array) -> None:
     """Add `weights * values` to `total` in place; shapes (C, *S), (*S), (C, *S)."""
     if isinstance(total, np.ndarray):
         for channel, value in zip(total, values, strict=True):
-            channel += weights * value
+            np.add(channel, weights * value, out=channel)
     else:
         total.addcmul_(weights, values)
 

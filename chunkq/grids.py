@@ -67,7 +67,8 @@ class AxisGrid:
         """Return where input patch `number` starts; may lie outside the volume."""
         if isinstance(number, int):
             return self.last if number == self.count - 1 else self.first + number * self.stride
-        return np.where(number == self.count - 1, self.last, self.first + number * self.stride)
+        regular = self.first + number * self.stride
+        return np.where(number == self.count - 1, self.last, regular).astype(np.int64)
 
     def below(self, position: Ints) -> Ints:
         """Return how many patches have kept voxels that start before `position`."""

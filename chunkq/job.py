@@ -98,8 +98,15 @@ class ModelConfig(Section):
     @property
     def files(self) -> dict[str, str]:
         """Files the network is made of, by key."""
-        keys = ("class_file", "kwargs_file", "checkpoint", "ts_file", "model_file", "json_file",
-                "processing_steps")
+        keys = (
+            "class_file",
+            "kwargs_file",
+            "checkpoint",
+            "ts_file",
+            "model_file",
+            "json_file",
+            "processing_steps",
+        )
         return {key: path for key in keys if (path := getattr(self, key)) is not None}
 
 
@@ -227,7 +234,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise JobError(f"{path}: no such job file; `chunkq init` writes one to start from") from None
+        raise JobError(
+            f"{path}: no such job file; `chunkq init` writes one to start from"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: cannot be read as a job file: {error}") from None
     try:
@@ -265,9 +274,12 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
 
 
 def _legal_names(location: Iterable[int | str]) -> list[str]:
-    section: type[BaseModel] = {
-        "model_config": ModelConfig, "dask_config": DaskConfig, "ray_config": RayConfig
-    }.get(str(next(iter(location), "")), Job)
+    sections: dict[str, type[Section]] = {
+        "model_config": ModelConfig,
+        "dask_config": DaskConfig,
+        "ray_config": RayConfig,
+    }
+    section = sections.get(str(next(iter(location), "")), Job)
     return [field.alias or name for name, field in section.model_fields.items()]
 
 

@@ -208,10 +208,7 @@ class Plan:
         spill = [int(axis.spill(b)) for axis, b in pairs]
         halos = [axis.halo(b) for axis, b in pairs]
         owned = tuple(
-            tuple(
-                range(*(int(n) for n in axis.grids[g].owned(b, axis.chunk)))
-                for axis, b in pairs
-            )
+            tuple(range(*(int(n) for n in axis.grids[g].owned(b, axis.chunk))) for axis, b in pairs)
             for g in range(len(self.axes[0].grids))
         )
         return Chunk(
@@ -370,4 +367,3 @@ def _costs(plan: Plan) -> Costs:
         + largest("length") * stored_bytes,
         finalizer_bytes=largest("length") * (sums_bytes + stored_bytes),
     )
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log, prod
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def _volume_problems(job: Job, volume: Volume) -> list[str]:
     return _pad_value_problems(job, dtype)
 
 
-def _pad_value_problems(job: Job, dtype: np.dtype[np.generic]) -> list[str]:
+def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
     value = job.pad_value
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
@@ -103,8 +104,7 @@ class _Shapes:
         self.margin = job.margin or (0,) * rank
         self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
         self.lead = tuple(
-            (p - q) // 2 + m
-            for p, q, m in zip(self.patch, self.output, self.margin, strict=True)
+            (p - q) // 2 + m for p, q, m in zip(self.patch, self.output, self.margin, strict=True)
         )
 
     def problems(self) -> list[str]:

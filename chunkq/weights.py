@@ -28,7 +28,8 @@ def _uniform(n: int) -> Float64:
 
 def _gaussian(n: int) -> Float64:
     sigma = n / 8
-    return -((np.arange(n) - (n - 1) / 2) ** 2) / (2 * sigma**2)
+    distance = np.arange(n, dtype=np.float64) - (n - 1) / 2
+    return -np.square(distance) / (2 * sigma**2)
 
 
 def _linear(n: int) -> Float64:
@@ -76,8 +77,7 @@ def surroundings(axis: Axis, grid: int, number: int) -> Surroundings:
     low, high = max(0, -start), min(own.kept, axis.volume - start)
     starts = tuple(
         tuple(
-            other.start(k) + other.lead - start
-            for k in other.touching(start + low, start + high)
+            other.start(k) + other.lead - start for k in other.touching(start + low, start + high)
         )
         for other in axis.grids
     )
@@ -96,9 +96,7 @@ class ProductWeights:
     def normalised(self, grid: int, around: Sequence[Surroundings]) -> Float32:
         """Return w / Σw for one patch: shape of the patch's part inside the volume, float32."""
         own = [p[s.low : s.high] for p, s in zip(self.profiles, around, strict=True)]
-        sums = [
-            _log_sums(p, s) for p, s in zip(self.profiles, around, strict=True)
-        ]
+        sums = [_log_sums(p, s) for p, s in zip(self.profiles, around, strict=True)]
         ratio = _outer_sum([p - s[grid] for p, s in zip(own, sums, strict=True)])
         grids = len(around[0].starts)
         if grids > 1:

@@ -1,0 +1,1 @@
+"""The side that cuts jobs, fills queues, watches and finalizes."""

@@ -1,0 +1,139 @@
+"""What every queue backend offers: the contract, and the vocabulary it speaks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from chunkq.tasks import Task
+
+MAX_ATTEMPTS = 3
+"""A task that was begun this often without success is failed, until `retry`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a task: its number from 1 and the worker's name."""
+
+    number: int
+    worker: str
+
+    @property
+    def is_last(self) -> bool:
+        """Tell whether no further try will follow by itself."""
+        return self.number >= MAX_ATTEMPTS
+
+
+Handler = Callable[[Task, Attempt], None]
+"""Runs one task to its end, or raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tasks of one job on the queue. What is done is not: the ledger knows."""
+
+    queued: int = 0
+    running: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A task being worked on: by whom, and since when (s, Unix)."""
+
+    task: Task
+    worker: str
+    since: float
+
+
+@dataclass
+class Shift:
+    """How long one worker process goes on, and how it is told to stop.
+
+    `depth` tasks are in flight at once. With `burst` it ends when its job or the whole queue
+    has neither queued nor running tasks; `deadline` (s, Unix) is when its time is up: nothing
+    is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
+    flight finish.
+    """
+
+    worker: str
+    depth: int = 1
+    burst: bool = False
+    job: str | None = None
+    deadline: float | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+    longest: float = 0.0
+
+    def may_start(self) -> bool:
+        """Tell whether another task may be begun."""
+        if self.stopping.is_set():
+            return False
+        return self.deadline is None or time.time() + self.longest < self.deadline
+
+
+class Executor(ABC):
+    """A queue of tasks, shared by producers and workers.
+
+    - A task is on the queue at most once; submitting one that is queued or running changes
+      nothing, submitting one that failed or was cancelled queues it afresh.
+    - Every task is begun at most MAX_ATTEMPTS times; a worker that vanishes has begun it.
+      The last attempt's failure leaves the task failed.
+    - A vanished worker's tasks are begun again by others after a time limit, or at once by
+      `release`.
+    - Losing the queue loses no work: the ledger says what is left.
+
+    Methods raise QueueError in one line when the backend is away or refuses.
+    """
+
+    url: str
+
+    @abstractmethod
+    def submit(self, tasks: Iterable[Task]) -> int:
+        """Queue tasks, streaming; returns how many are newly queued."""
+
+    @abstractmethod
+    def counts(self, job: str) -> Counts:
+        """Count a job's tasks by state."""
+
+    @abstractmethod
+    def jobs(self) -> dict[str, Counts]:
+        """Count the tasks of every job on the queue."""
+
+    @abstractmethod
+    def running(self, job: str) -> list[Running]:
+        """List a job's tasks being worked on."""
+
+    @abstractmethod
+    def failed(self, job: str) -> list[Task]:
+        """List a job's failed tasks."""
+
+    @abstractmethod
+    def retry(self, job: str) -> int:
+        """Queue a job's failed tasks afresh; returns how many."""
+
+    @abstractmethod
+    def cancel(self, job: str) -> int:
+        """Take a job off the queue; what is running may finish. Returns how many were taken."""
+
+    @abstractmethod
+    def release(self, worker: str, *, counted: bool = True) -> int:
+        """Hand back what a worker held, to be begun again at once; returns how many.
+
+        `counted` tells whether the tries it had begun count: they do for a dead worker, which
+        the task may have killed, and not for one that was told to stop.
+        """
+
+    @abstractmethod
+    def work(self, handler: Handler, shift: Shift) -> None:
+        """Take tasks and run them until the shift ends.
+
+        A handler's error costs the task an attempt, save a JobError or ModelError: that one
+        would strike every chunk, so the task goes back uncounted and the error is raised here.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections."""

@@ -1,0 +1,333 @@
+"""The embedded queue: one SQLite table in WAL mode, leases with a heartbeat, no server."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from chunkq.errors import JobError, ModelError, QueueError
+from chunkq.executors.base import (
+    MAX_ATTEMPTS,
+    Attempt,
+    Counts,
+    Executor,
+    Handler,
+    Running,
+    Shift,
+)
+from chunkq.tasks import Task
+
+LEASE_SECONDS = 20.0
+POLL_SECONDS = 0.1
+BATCH = 1000
+NETWORK_FILESYSTEMS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "ceph",
+        "glusterfs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "9p",
+        "fuse.ceph",
+        "orangefs",
+        "afs",
+    ]
+)
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS tasks (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    job TEXT NOT NULL,
+    message TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'queued',
+    attempts INTEGER NOT NULL DEFAULT 0,
+    worker TEXT,
+    since REAL,
+    lease_until REAL
+);
+CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state, job);
+"""
+
+# A lease that ran out counts as an attempt; past the last one the task is failed, not begun.
+TAKE = """
+UPDATE tasks SET state = 'running', attempts = attempts + 1, worker = :worker, since = :now,
+                 lease_until = :now + :lease
+WHERE number = (
+    SELECT number FROM (
+        SELECT number FROM tasks WHERE state = 'running' AND lease_until < :now
+               AND attempts < :most AND (:job IS NULL OR job = :job)
+        ORDER BY number LIMIT 1
+    )
+    UNION ALL
+    SELECT number FROM (
+        SELECT number FROM tasks WHERE state = 'queued' AND (:job IS NULL OR job = :job)
+        ORDER BY number LIMIT 1
+    )
+    LIMIT 1
+)
+RETURNING id, message, attempts
+"""
+GIVE_UP = """
+UPDATE tasks SET state = 'failed', lease_until = NULL
+WHERE state = 'running' AND lease_until < :now AND attempts >= :most
+"""
+SUBMIT = """
+INSERT INTO tasks (id, job, message) VALUES (?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET state = 'queued', attempts = 0, worker = NULL, lease_until = NULL
+WHERE state = 'failed'
+"""
+
+
+class SqliteExecutor(Executor):
+    """Many processes on one machine, through one file. `sqlite:///absolute/path/queue.db`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._path = Path(url.removeprefix("sqlite://"))
+        self._threads = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        _refuse_network(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QueueError(f"queue: {self._path.parent} cannot be made: {error}") from None
+        with self._database() as database:
+            # WAL is a property of the file; set once, it stays.
+            database.execute("PRAGMA journal_mode = WAL")
+            database.executescript(SCHEMA)
+
+    def submit(self, tasks: Iterable[Task]) -> int:
+        """Queue tasks in transactions of a thousand, so that workers start at once."""
+        queued, stream = 0, iter(tasks)
+        while batch := list(islice(stream, BATCH)):
+            rows = [(task.id, task.job, task.to_json()) for task in batch]
+            with self._database() as database:
+                database.execute("BEGIN IMMEDIATE")
+                before = database.total_changes
+                database.executemany(SUBMIT, rows)
+                queued += database.total_changes - before
+                database.execute("COMMIT")
+        return queued
+
+    def counts(self, job: str) -> Counts:
+        """Count a job's tasks by state."""
+        return self.jobs().get(job, Counts())
+
+    def jobs(self) -> dict[str, Counts]:
+        """Count the tasks of every job on the queue."""
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT job, state, count(*) FROM tasks GROUP BY job, state"
+            ).fetchall()
+        states: dict[str, dict[str, int]] = {}
+        for job, state, count in rows:
+            states.setdefault(job, {})[state] = count
+        return {job: Counts(**found) for job, found in states.items()}
+
+    def running(self, job: str) -> list[Running]:
+        """List a job's tasks whose lease holds."""
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT message, worker, since FROM tasks WHERE state = 'running' AND job = ? "
+                "AND lease_until >= ? ORDER BY number",
+                (job, time.time()),
+            ).fetchall()
+        return [Running(Task.from_json(message), worker, since) for message, worker, since in rows]
+
+    def failed(self, job: str) -> list[Task]:
+        """List a job's failed tasks."""
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT message FROM tasks WHERE state = 'failed' AND job = ? ORDER BY number",
+                (job,),
+            ).fetchall()
+        return [Task.from_json(message) for (message,) in rows]
+
+    def retry(self, job: str) -> int:
+        """Queue a job's failed tasks afresh."""
+        return self._change(
+            "UPDATE tasks SET state = 'queued', attempts = 0 WHERE state = 'failed' AND job = ?",
+            (job,),
+        )
+
+    def cancel(self, job: str) -> int:
+        """Take a job off the queue."""
+        return self._change("DELETE FROM tasks WHERE job = ?", (job,))
+
+    def release(self, worker: str, *, counted: bool = True) -> int:
+        """Let a worker's leases run out now."""
+        return self._change(
+            "UPDATE tasks SET lease_until = 0, attempts = attempts - ? "
+            "WHERE state = 'running' AND worker = ?",
+            (0 if counted else 1, worker),
+        )
+
+    def work(self, handler: Handler, shift: Shift) -> None:
+        """Run `shift.depth` loops side by side, and a heartbeat that renews their leases."""
+        loop = _Loop(self, handler, shift)
+        threads = [threading.Thread(target=loop.run, name=f"chunk-{n}") for n in range(shift.depth)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            self._renew(shift.worker)
+            for thread in threads:
+                thread.join(LEASE_SECONDS / 3 / len(threads))
+        if loop.error is not None:
+            raise loop.error
+
+    def close(self) -> None:
+        """Close every thread's connection."""
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        self._threads = threading.local()
+
+    def take(self, shift: Shift) -> tuple[Task, Attempt] | None:
+        """Begin one task, or return None if there is none to begin now."""
+        values = {
+            "worker": shift.worker,
+            "now": time.time(),
+            "lease": LEASE_SECONDS,
+            "most": MAX_ATTEMPTS,
+            "job": shift.job,
+        }
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(GIVE_UP, values)
+            row = database.execute(TAKE, values).fetchone()
+            database.execute("COMMIT")
+        if row is None:
+            return None
+        return Task.from_json(row[1]), Attempt(row[2], shift.worker)
+
+    def finish(self, task: Task, worker: str) -> None:
+        """Take a finished task off the queue, unless its lease went to another."""
+        self._change("DELETE FROM tasks WHERE id = ? AND worker = ?", (task.id, worker))
+
+    def fail(self, task: Task, attempt: Attempt) -> None:
+        """End an attempt without success."""
+        state = "failed" if attempt.is_last else "queued"
+        self._change(
+            "UPDATE tasks SET state = ?, lease_until = NULL WHERE id = ? AND worker = ? "
+            "AND state = 'running'",
+            (state, task.id, attempt.worker),
+        )
+
+    def hand_back(self, task: Task, worker: str) -> None:
+        """Put a task back as if it had not been begun."""
+        self._change(
+            "UPDATE tasks SET state = 'queued', attempts = attempts - 1, lease_until = NULL "
+            "WHERE id = ? AND worker = ? AND state = 'running'",
+            (task.id, worker),
+        )
+
+    def is_drained(self, job: str | None) -> bool:
+        """Tell whether a job, or the whole queue, has neither queued nor running tasks."""
+        with self._database() as database:
+            row = database.execute(
+                "SELECT 1 FROM tasks WHERE state IN ('queued', 'running') "
+                "AND (:job IS NULL OR job = :job) LIMIT 1",
+                {"job": job},
+            ).fetchone()
+        return row is None
+
+    def _renew(self, worker: str) -> None:
+        self._change(
+            "UPDATE tasks SET lease_until = ? WHERE state = 'running' AND worker = ?",
+            (time.time() + LEASE_SECONDS, worker),
+        )
+
+    def _change(self, statement: str, values: tuple[object, ...]) -> int:
+        with self._database() as database:
+            return database.execute(statement, values).rowcount
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = getattr(self._threads, "connection", None)
+            if connection is None:
+                connection = sqlite3.connect(
+                    self._path, timeout=60, isolation_level=None, check_same_thread=False
+                )
+                connection.execute("PRAGMA synchronous = NORMAL")
+                self._threads.connection = connection
+                self._connections.append(connection)
+            yield connection
+        except sqlite3.Error as error:
+            connection = getattr(self._threads, "connection", None)
+            if connection is not None and connection.in_transaction:
+                connection.rollback()
+            raise QueueError(f"queue: {self._path}: {error}") from error
+
+
+class _Loop:
+    """Takes tasks one after another; several threads run the same loop."""
+
+    def __init__(self, queue: SqliteExecutor, handler: Handler, shift: Shift) -> None:
+        self._queue, self._handler, self._shift = queue, handler, shift
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while self._shift.may_start():
+                begun = self._queue.take(self._shift)
+                if begun is None:
+                    if self._shift.burst and self._queue.is_drained(self._shift.job):
+                        return
+                    self._shift.stopping.wait(POLL_SECONDS)
+                    continue
+                self._run_one(*begun)
+        except Exception as error:
+            self.error = error
+            self._shift.stopping.set()
+
+    def _run_one(self, task: Task, attempt: Attempt) -> None:
+        started = time.time()
+        try:
+            self._handler(task, attempt)
+        except (JobError, ModelError):
+            self._queue.hand_back(task, attempt.worker)
+            raise
+        except Exception:
+            # The handler has recorded it in the ledger; the queue only counts.
+            self._queue.fail(task, attempt)
+        else:
+            self._queue.finish(task, attempt.worker)
+        self._shift.longest = max(self._shift.longest, time.time() - started)
+
+
+def _refuse_network(
+    path: Path, partitions: Callable[[], list[tuple[str, str]]] | None = None
+) -> None:
+    """Raise QueueError if the file would lie on a network file system: WAL is for one host."""
+    mounts = partitions() if partitions else _mounts()
+    target = path.absolute()
+    best = max(
+        ((Path(point), kind) for point, kind in mounts if target.is_relative_to(point)),
+        key=lambda mount: len(mount[0].parts),
+        default=None,
+    )
+    if best and best[1] in NETWORK_FILESYSTEMS:
+        raise QueueError(
+            f"queue: {path} lies on {best[1]}, and the embedded queue is for one host's own "
+            "disk; name a file on a local disk with --queue sqlite:///…, or use a server queue"
+        )
+
+
+def _mounts() -> list[tuple[str, str]]:
+    import psutil
+
+    return [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]

@@ -1,0 +1,272 @@
+"""The job folder beside the output: what is done, what failed, and the pieces in between.
+
+The folder is the truth about a job. A commit record is written after everything it vouches
+for, so a chunk without one is simply to be done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq import __version__
+from chunkq.errors import JobError, PieceError
+from chunkq.job import Job, parse_job
+from chunkq.objects import ObjectFolder
+from chunkq.paths import file_hash, without_secret
+from chunkq.plan import Index, Plan, Volume
+from chunkq.resolve import resolve
+from chunkq.stores import Source
+from chunkq.tasks import chunk_name, parse_chunk
+
+SUFFIX = ".chunkq"
+NOT_THE_RESULT = (
+    "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
+)  # fmt: skip
+"""Keys of a job that say where it runs, not what it gives."""
+
+
+def folder_of(output: str) -> str:
+    """Return the job folder's path for an output path; a job folder's path stays as it is."""
+    output = output.rstrip("/")
+    return output if output.endswith(SUFFIX) else output + SUFFIX
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What `job.json` holds: the checked job and all that decides its result."""
+
+    job: Job
+    source: Source
+    file_hashes: dict[str, str]
+    version: str = __version__
+
+    @classmethod
+    def of(cls, job: Job, source: Source) -> JobRecord:
+        """Take a job's record, reading the files it names once to hash them.
+
+        Raises JobError naming every file that cannot be read.
+        """
+        hashes, problems = {}, []
+        for key, path in job.files.items():
+            try:
+                hashes[key] = file_hash(path)
+            except OSError as error:
+                reason = "no file" if isinstance(error, FileNotFoundError) else "cannot read"
+                problems.append(f"{key}: {reason} {without_secret(path)}")
+        if problems:
+            raise JobError(problems)
+        return cls(job, source, hashes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
+        values = {k: v for k, v in self.job.as_dict().items() if k not in NOT_THE_RESULT}
+        what = [values, asdict(self.source), self.file_hashes]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def plan(self) -> Plan:
+        """Return the job's plan; the volume is not looked at again."""
+        return resolve(self.job, self.source.volume)
+
+    def to_json(self) -> bytes:
+        """Encode; the queue's address stays out, it may hold a password."""
+        job = self.job.as_dict()
+        job.pop("queue", None)
+        values = {
+            "chunkq_version": self.version,
+            "digest": self.digest,
+            "job": job,
+            "source": asdict(self.source),
+            "file_hashes": self.file_hashes,
+        }
+        return json.dumps(values, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> JobRecord:
+        """Decode."""
+        values = json.loads(content)
+        source = values["source"]
+        volume = Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"])
+        scale, units = source["scale"], source["units"]
+        return cls(
+            parse_job(values["job"]),
+            Source(
+                source["array_path"],
+                volume,
+                tuple(scale) if scale else None,
+                tuple(units) if units else None,
+            ),
+            values["file_hashes"],
+            values["chunkq_version"],
+        )
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One finished task: who did it, how long each stage took (s), what was moved (bytes)."""
+
+    kind: str
+    chunk: Index
+    attempt: int
+    worker: str
+    started: float
+    finished: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+    patches: int = 0
+    peak_rss: int = 0
+
+    def to_json(self) -> bytes:
+        """Encode."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Commit:
+        """Decode."""
+        values = json.loads(content)
+        return cls(**{**values, "chunk": tuple(values["chunk"])})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last error of one task."""
+
+    kind: str
+    chunk: Index
+    attempt: int
+    worker: str
+    error: str
+    message: str
+    traceback: str
+    when: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A stored piece: its size in bytes and CRC-32."""
+
+    size: int
+    crc32: int
+
+
+class JobFolder:
+    """Reads and writes one job folder. Every method raises OSError as the storage does."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.objects = ObjectFolder(path)
+
+    @property
+    def output(self) -> str:
+        """Path of the output the folder belongs to."""
+        return self.path.removesuffix(SUFFIX)
+
+    def read_record(self) -> JobRecord | None:
+        """Return what `job.json` holds, or None where there is no job."""
+        content = self.objects.get("job.json")
+        return None if content is None else JobRecord.from_json(content)
+
+    def require_record(self) -> JobRecord:
+        """Return what `job.json` holds; raises JobError where there is no job."""
+        record = self.read_record()
+        if record is None:
+            raise JobError(
+                f"{without_secret(self.output)}: no job was produced here "
+                f"(no {without_secret(self.path)}/job.json); `chunkq produce` makes one"
+            )
+        return record
+
+    def write_record(self, record: JobRecord) -> None:
+        """Write `job.json`."""
+        self.objects.put("job.json", record.to_json())
+
+    def commit(self, record: Commit) -> None:
+        """Vouch for a finished task; an earlier failure of it is forgotten."""
+        name = chunk_name(record.chunk)
+        self.objects.put(f"done/{record.kind}/{name}", record.to_json())
+        self.objects.delete(f"failed/{_failure_name(record.kind, record.chunk)}")
+
+    def is_committed(self, kind: str, chunk: Index) -> bool:
+        """Tell whether a task is done."""
+        return self.objects.exists(f"done/{kind}/{chunk_name(chunk)}")
+
+    def committed(self, kind: str) -> dict[Index, float]:
+        """Return the finished chunks of a kind and when each was committed (s, Unix)."""
+        found = self.objects.list(f"done/{kind}")
+        return {parse_chunk(entry.name): entry.modified for entry in found}
+
+    def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
+        """Return the commit records of those chunks that have one."""
+        names = [f"done/{kind}/{chunk_name(chunk)}" for chunk in chunks]
+        return [Commit.from_json(content) for content in self.objects.get_many(names).values()]
+
+    def record_failure(self, failure: Failure) -> None:
+        """Keep a task's last error."""
+        name = _failure_name(failure.kind, failure.chunk)
+        self.objects.put(f"failed/{name}", json.dumps(asdict(failure)).encode())
+
+    def failures(self) -> list[Failure]:
+        """Return the last error of every task that failed and has not succeeded since."""
+        names = [f"failed/{entry.name}" for entry in self.objects.list("failed")]
+        values = [json.loads(content) for content in self.objects.get_many(names).values()]
+        return [Failure(**{**v, "chunk": tuple(v["chunk"])}) for v in values]
+
+    def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> Written:
+        """Store arrays under `pieces/<target>/<name>`, a CRC-32 in front of them."""
+        buffer = io.BytesIO(b"\0\0\0\0")
+        buffer.seek(4)
+        for array in arrays:
+            np.lib.format.write_array(buffer, array, allow_pickle=False)
+        content = buffer.getbuffer()
+        checksum = zlib.crc32(content[4:])
+        content[:4] = checksum.to_bytes(4, "little")
+        self.objects.put(f"pieces/{chunk_name(target)}/{name}", content)
+        return Written(len(content), checksum)
+
+    def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
+        """Return a piece's arrays and its size in bytes; raises PieceError if gone or damaged."""
+        path = f"pieces/{chunk_name(target)}/{name}"
+        content = self.objects.get(path)
+        if content is None:
+            raise PieceError(f"{without_secret(self.path)}/{path} is gone")
+        if zlib.crc32(memoryview(content)[4:]) != int.from_bytes(content[:4], "little"):
+            raise PieceError(f"{without_secret(self.path)}/{path} is damaged")
+        buffer = io.BytesIO(content)
+        buffer.seek(4)
+        arrays = []
+        while buffer.tell() < len(content):
+            arrays.append(np.lib.format.read_array(buffer, allow_pickle=False))
+        return arrays, len(content)
+
+    def delete_pieces(self, target: Index | None = None) -> None:
+        """Remove the pieces of one block, or of all."""
+        self.objects.delete_folder("pieces" if target is None else f"pieces/{chunk_name(target)}")
+
+    def delete(self) -> None:
+        """Remove the whole job folder."""
+        self.objects.delete_folder()
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write `report.json`."""
+        self.objects.put("report.json", json.dumps(report, indent=1).encode())
+
+    def read_report(self) -> dict[str, Any] | None:
+        """Return `report.json`, or None before the job is sealed."""
+        content = self.objects.get("report.json")
+        return None if content is None else json.loads(content)
+
+
+def _failure_name(kind: str, chunk: Index) -> str:
+    prefix = "" if kind == "infer" else f"{kind}-"
+    return f"{prefix}{chunk_name(chunk)}.json"

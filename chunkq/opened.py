@@ -1,0 +1,74 @@
+"""A job as a process holds it: folder, plan and arrays, each opened once."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy.typing as npt
+
+from chunkq.box import Box
+from chunkq.ledger import JobFolder, JobRecord
+from chunkq.paths import join
+from chunkq.plan import Chunk, Plan
+from chunkq.stores import Array, open_array, read_padded
+
+JOBS_HELD = 8
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """One job's folder and plan, with its input and output opened when first needed."""
+
+    folder: JobFolder
+    record: JobRecord
+    plan: Plan
+
+    @cached_property
+    def source(self) -> Array:
+        """The input volume."""
+        return open_array(self.record.source.array_path)
+
+    @cached_property
+    def target(self) -> Array:
+        """The output volume."""
+        return open_array(join(self.folder.output, "0"), write=True)
+
+    def read_halo(self, chunk: Chunk) -> npt.NDArray[Any]:
+        """Return the input a chunk's patches read, padded; shape `chunk.halo.shape`."""
+        job = self.plan.job
+        return read_padded(self.source, chunk.halo, job.pad_mode, job.pad_value)
+
+    def write(self, box: Box, values: npt.NDArray[Any]) -> int:
+        """Write final voxels ([C,] *box.shape) of whole storage chunks; returns the bytes."""
+        if not box.size:
+            return 0
+        if self.plan.channel_axis:
+            box = Box((0, *box.start), (self.plan.channels, *box.stop))
+        self.target.write(box, values)
+        return values.nbytes
+
+
+_held: OrderedDict[str, OpenJob] = OrderedDict()
+_lock = threading.Lock()
+
+
+def open_job(path: str) -> OpenJob:
+    """Return the job of a job folder; opened once per process while its record stays the same.
+
+    Raises JobError where there is no job.
+    """
+    folder = JobFolder(path)
+    record = folder.require_record()
+    with _lock:
+        held = _held.get(path)
+        if held is None or held.record != record:
+            held = OpenJob(folder, record, record.plan())
+            _held[path] = held
+        _held.move_to_end(path)
+        while len(_held) > JOBS_HELD:
+            _held.popitem(last=False)
+        return held

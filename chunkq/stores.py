@@ -1,0 +1,374 @@
+"""Volumes on disk and in buckets: open, create, read a box with padding, write a box.
+
+tensorstore carries the voxels wherever it has a driver, zarr-python the metadata and the rest.
+Boxes cover all axes of the stored array, channels included.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from chunkq.box import Box
+from chunkq.errors import ChunkReadError, StoreError
+from chunkq.padding import PadMode, source_indices, source_range
+from chunkq.paths import is_url, join, open_filesystem, without_secret
+from chunkq.plan import Volume
+
+Voxels = npt.NDArray[Any]
+
+
+class Array(ABC):
+    """One stored array. Reading and writing are thread-safe."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def read(self, box: Box) -> Voxels:
+        """Return the voxels of a box inside the array; raises ChunkReadError."""
+
+    def write(self, box: Box, values: Voxels) -> None:
+        """Write whole storage chunks; each appears at once or not at all."""
+        raise StoreError(f"{self.path}: this kind of array can only be read")
+
+
+class TensorStoreArray(Array):
+    """A Zarr array through tensorstore: local files, S3, GCS."""
+
+    def __init__(self, path: str, zarr_format: int, *, write: bool = False) -> None:
+        import tensorstore as ts
+
+        self.path = path
+        self._store = ts.open(
+            {
+                "driver": "zarr3" if zarr_format == 3 else "zarr",
+                "kvstore": _kvstore(path),
+            },
+            open=True,
+            read=True,
+            write=write,
+        ).result()
+        self.shape = tuple(self._store.shape)
+        self.dtype = self._store.dtype.numpy_dtype
+
+    @override
+    def read(self, box: Box) -> Voxels:
+        try:
+            values: Voxels = self._store[box.slices((0,) * len(self.shape))].read().result()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ChunkReadError(_read_failure(self.path, box, error)) from error
+        return values
+
+    @override
+    def write(self, box: Box, values: Voxels) -> None:
+        self._store[box.slices((0,) * len(self.shape))].write(values).result()
+
+
+class ZarrPythonArray(Array):
+    """A Zarr array through zarr-python, where tensorstore has no driver or codec."""
+
+    def __init__(self, path: str, array: Any) -> None:
+        self.path, self._array = path, array
+        self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
+
+    @override
+    def read(self, box: Box) -> Voxels:
+        try:
+            return np.asarray(self._array[box.slices((0,) * len(self.shape))])
+        except Exception as error:
+            raise ChunkReadError(_read_failure(self.path, box, error)) from error
+
+    @override
+    def write(self, box: Box, values: Voxels) -> None:
+        self._array[box.slices((0,) * len(self.shape))] = values
+
+
+class NpyArray(Array):
+    """A `.npy` file in C order: mapped into memory, or read in byte ranges from a URL."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._filesystem, self._inner = open_filesystem(path)
+        try:
+            with self._filesystem.open(self._inner, "rb") as file:
+                version = np.lib.format.read_magic(file)
+                header = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    header = np.lib.format.read_array_header_2_0
+                self.shape, fortran, self.dtype = header(file)
+                self._origin = file.tell()
+        except (ValueError, EOFError) as error:
+            raise StoreError(f"{path}: not a .npy file: {error}") from None
+        if fortran or self.dtype.hasobject:
+            raise StoreError(f"{path}: only .npy files in C order with plain numbers can be read")
+
+    @override
+    def read(self, box: Box) -> Voxels:
+        rows, inner = slice(box.start[0], box.stop[0]), box.slices((0,) * len(self.shape))[1:]
+        row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        try:
+            if not is_url(self.path):
+                mapped = np.memmap(self._inner, self.dtype, "r", self._origin, self.shape)
+                return np.array(mapped[(rows, *inner)])
+            content = self._filesystem.cat_file(
+                self._inner,
+                start=self._origin + rows.start * row_bytes,
+                end=self._origin + rows.stop * row_bytes,
+            )
+            values = np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
+        except (OSError, ValueError) as error:
+            raise ChunkReadError(_read_failure(self.path, box, error)) from error
+        return values[(slice(None), *inner)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input volume as found: where its array is and what is known of its space.
+
+    `scale` and `units` are per axis, physical size of a voxel; None where the input says nothing.
+    """
+
+    array_path: str
+    volume: Volume
+    scale: tuple[float, ...] | None = None
+    units: tuple[str | None, ...] | None = None
+
+
+def find_source(path: str) -> Source:
+    """Look at an input path: a Zarr array, an OME-Zarr image (its level 0), or a `.npy` file.
+
+    Raises StoreError in one line if there is nothing, or nothing that is an array.
+    """
+    if path.endswith(".npy"):
+        return Source(path, _volume_of(_open_npy(path)))
+    node = _open_node(path)
+    if hasattr(node, "shape"):
+        return Source(path, Volume(tuple(node.shape), str(np.dtype(node.dtype))))
+    image = _ome_image(dict(node.attrs))
+    if image is None:
+        members = ", ".join(sorted(node.keys())[:8])
+        raise StoreError(
+            f"input: {without_secret(path)} is a Zarr group, not an array; "
+            + (f"name one of its members: {members}" if members else "and it is empty")
+        )
+    dataset = image["datasets"][0]
+    found = find_source(join(path, dataset["path"]))
+    return Source(found.array_path, found.volume, *_ome_space(image, dataset))
+
+
+def open_array(path: str, *, write: bool = False) -> Array:
+    """Open an array that exists; raises StoreError if it does not."""
+    if path.endswith(".npy"):
+        return _open_npy(path)
+    node = _open_node(path, mode="r+" if write else "r")
+    if not hasattr(node, "shape"):
+        raise StoreError(f"{without_secret(path)}: is no array")
+    if _kvstore(path) is not None:
+        try:
+            return TensorStoreArray(path, node.metadata.zarr_format, write=write)
+        except ValueError:
+            pass  # a codec or dtype that only zarr-python knows
+    return ZarrPythonArray(path, node)
+
+
+def create_output(
+    path: str,
+    *,
+    shape: Sequence[int],
+    chunks: Sequence[int],
+    dtype: npt.DTypeLike,
+    zarr_format: Literal[2, 3],
+    source: Source,
+    attributes: dict[str, Any],
+) -> None:
+    """Write the metadata of an OME-Zarr image with array `0`; `shape` may lead with channels."""
+    import zarr
+    from zarr.codecs import BloscCodec
+
+    names = _axis_names(len(shape), len(shape) - len(source.volume.shape))
+    ome = _ome_metadata(names, source, zarr_format)
+    attributes = dict(attributes)
+    if ome is not None:
+        attributes |= {"ome": ome} if zarr_format == 3 else ome
+    compressor: Any
+    if zarr_format == 3:
+        compressor = BloscCodec(cname="lz4", clevel=5)
+        extra: dict[str, Any] = {"dimension_names": names}
+    else:
+        import numcodecs
+
+        compressor = numcodecs.Blosc(cname="lz4", clevel=5)
+        extra = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    try:
+        group = zarr.create_group(
+            path,
+            zarr_format=zarr_format,
+            overwrite=True,
+            attributes=attributes,
+        )
+        group.create_array(
+            "0",
+            shape=tuple(shape),
+            chunks=tuple(chunks),
+            dtype=np.dtype(dtype).name,
+            compressors=compressor,
+            fill_value=0,
+            **extra,
+        )
+    except Exception as error:
+        raise StoreError(f"output: {without_secret(path)} cannot be written: {error}") from error
+
+
+def set_attributes(path: str, attributes: dict[str, Any]) -> None:
+    """Merge attributes into those of the group at `path`."""
+    import zarr
+
+    zarr.open_group(path, mode="r+").attrs.update(attributes)
+
+
+def read_padded(array: Array, window: Box, mode: PadMode, value: float) -> Voxels:
+    """Return a window of the endlessly padded array; shape `window.shape`.
+
+    Outside the array the voxels are those `np.pad` would put there. The window meets the array.
+    """
+    axes = list(zip(window.start, window.stop, array.shape, strict=True))
+    bounds = [
+        source_range(np.asarray(low), np.asarray(high), size, mode) for low, high, size in axes
+    ]
+    real = Box(tuple(int(b[0]) for b in bounds), tuple(int(b[1]) for b in bounds))
+    values = array.read(real)
+    for number, (low, high, size) in enumerate(axes):
+        if low >= 0 and high <= size:
+            continue
+        indices = source_indices(low, high, size, mode)
+        taken = np.take(values, np.maximum(indices - real.start[number], 0), axis=number)
+        if mode == "constant":
+            taken[(slice(None),) * number + (indices < 0,)] = value
+        values = taken
+    return values
+
+
+def _open_npy(path: str) -> NpyArray:
+    try:
+        return NpyArray(path)
+    except FileNotFoundError:
+        raise StoreError(f"input: no file {without_secret(path)}") from None
+    except OSError as error:
+        raise StoreError(f"input: {without_secret(path)} cannot be read: {error}") from None
+
+
+def _volume_of(array: Array) -> Volume:
+    return Volume(array.shape, str(array.dtype))
+
+
+def _open_node(path: str, mode: Any = "r") -> Any:
+    """Open a Zarr array or group with zarr-python; StoreError says what is there instead."""
+    import zarr
+
+    shown = without_secret(path)
+    filesystem, inner = open_filesystem(path)
+    try:
+        if not is_url(path) and not os.path.isdir(inner):
+            there = "a file, not a Zarr store or .npy" if os.path.exists(inner) else "not there"
+            raise StoreError(f"input: {shown} is {there}")
+        return zarr.open(path, mode=mode)
+    except StoreError:
+        raise
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        exists = filesystem.exists(inner)
+        reason = "holds no Zarr array" if exists else "is not there"
+        raise StoreError(f"input: {shown} {reason}") from error
+    except Exception as error:
+        raise StoreError(f"input: {shown} cannot be opened: {error}") from error
+
+
+def _kvstore(path: str) -> Any:
+    """Return tensorstore's key-value spec for a path, or None where it has no driver."""
+    if not is_url(path):
+        return {"driver": "file", "path": path + "/"}
+    scheme, _, rest = path.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme == "gs":
+        return {"driver": "gcs", "bucket": bucket, "path": key + "/"}
+    if scheme != "s3":
+        return None
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key + "/"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    elif region:
+        spec["aws_region"] = region
+    return spec
+
+
+def _read_failure(path: str, box: Box, error: Exception) -> str:
+    first = str(error).partition("\n")[0][:300]
+    where = f"voxels {list(box.start)} to {list(box.stop)}"
+    return f"{without_secret(path)}: {where} cannot be read: {first}"
+
+
+def _ome_image(attributes: dict[str, Any]) -> dict[str, Any] | None:
+    images = (attributes.get("ome") or attributes).get("multiscales")
+    if not images or not images[0].get("datasets"):
+        return None
+    image: dict[str, Any] = images[0]
+    return image
+
+
+def _ome_space(
+    image: dict[str, Any], dataset: dict[str, Any]
+) -> tuple[tuple[float, ...] | None, tuple[str | None, ...] | None]:
+    scales = [
+        tuple(float(x) for x in t["scale"])
+        for t in dataset.get("coordinateTransformations", [])
+        if t.get("type") == "scale"
+    ]
+    axes = image.get("axes", [])
+    units = tuple(axis.get("unit") if isinstance(axis, dict) else None for axis in axes)
+    return (scales[0] if scales else None), units or None
+
+
+def _axis_names(rank: int, channel_axes: int) -> list[str] | None:
+    spatial = rank - channel_axes
+    if spatial not in (2, 3):
+        return None
+    return ["c"] * channel_axes + ["z", "y", "x"][3 - spatial :]
+
+
+def _ome_metadata(
+    names: list[str] | None, source: Source, zarr_format: int
+) -> dict[str, Any] | None:
+    """Return OME-Zarr metadata (0.5 for Zarr v3, 0.4 for v2), or None where rank forbids."""
+    if names is None:
+        return None
+    spatial = len(source.volume.shape)
+    channels = len(names) - spatial
+    scale = source.scale if source.scale and len(source.scale) == spatial else (1.0,) * spatial
+    units = source.units if source.units and len(source.units) == spatial else (None,) * spatial
+    axes: list[dict[str, str]] = [{"name": "c", "type": "channel"}] * channels
+    for name, unit in zip(names[channels:], units, strict=True):
+        axes.append({"name": name, "type": "space"} | ({"unit": unit} if unit else {}))
+    image: dict[str, Any] = {
+        "axes": axes,
+        "datasets": [
+            {
+                "path": "0",
+                "coordinateTransformations": [
+                    {"type": "scale", "scale": [1.0] * channels + list(scale)}
+                ],
+            }
+        ],
+    }
+    if zarr_format == 3:
+        return {"version": "0.5", "multiscales": [image]}
+    return {"multiscales": [{"version": "0.4", **image}]}

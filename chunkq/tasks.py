@@ -1,0 +1,75 @@
+"""The message a queue carries, and the only code it can lead to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from chunkq.errors import QueueError
+
+ENTRY_POINTS: MappingProxyType[str, str] = MappingProxyType(
+    {"infer": "chunkq_worker.infer:infer_chunk", "finalize": "chunkq.finalize:finalize_block"}
+)
+"""Every kind of task and what runs it. Nothing on a queue can name anything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit of queued work: a kind, a job folder's URI and a chunk index."""
+
+    kind: str
+    job: str
+    chunk: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        """The same for the same task, always; letters, digits, `-` and `_` only."""
+        return f"{job_key(self.job)}-{self.kind}-{'_'.join(map(str, self.chunk))}"
+
+    def to_json(self) -> str:
+        """Encode as a message."""
+        return json.dumps({"kind": self.kind, "job": self.job, "chunk": list(self.chunk)})
+
+    @classmethod
+    def from_json(cls, message: str) -> Task:
+        """Decode a message; raises QueueError if it is none of ours."""
+        try:
+            values: Any = json.loads(message)
+            kind, job, chunk = values["kind"], values["job"], values["chunk"]
+            if not (
+                kind in ENTRY_POINTS
+                and isinstance(job, str)
+                and isinstance(chunk, list)
+                and all(isinstance(i, int) and i >= 0 for i in chunk)
+            ):
+                raise ValueError(message)
+        except (ValueError, KeyError, TypeError):
+            raise QueueError(f"not a chunkq task: {message[:200]!r}") from None
+        return cls(kind, job, tuple(chunk))
+
+
+def job_key(job: str) -> str:
+    """Return a short stable name for a job folder's URI."""
+    return hashlib.blake2b(job.encode(), digest_size=8).hexdigest()
+
+
+def entry_point(kind: str) -> Callable[..., Any]:
+    """Import and return what runs tasks of this kind."""
+    module, _, name = ENTRY_POINTS[kind].partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def chunk_name(index: tuple[int, ...]) -> str:
+    """Return the name of a chunk in file names and messages."""
+    return ".".join(map(str, index))
+
+
+def parse_chunk(name: str) -> tuple[int, ...]:
+    """Invert `chunk_name`."""
+    return tuple(int(part) for part in name.split("."))

@@ -1,0 +1,1 @@
+"""One module per command: options to values, then a plain function."""

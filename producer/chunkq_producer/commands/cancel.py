@@ -1,0 +1,19 @@
+"""`chunkq cancel`."""
+
+from __future__ import annotations
+
+import click
+
+from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
+
+
+@click.command()
+@output_argument
+@queue_option
+def cancel(output: str, queue: str | None) -> None:
+    """Take the job of OUTPUT off the queue; what is done stays, what is running may finish."""
+    folder = folder_at(output)
+    executor = queue_of(queue)
+    count = executor.cancel(folder.path)
+    executor.close()
+    click.echo(f"{count} chunks taken off the queue; `chunkq produce --resume` puts them back")

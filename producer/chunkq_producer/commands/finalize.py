@@ -1,0 +1,62 @@
+"""`chunkq finalize`."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import click
+
+from chunkq.errors import IncompleteError
+from chunkq.finalize import finalize_job
+from chunkq.opened import OpenJob
+from chunkq.paths import without_secret
+from chunkq.progress import Meter
+from chunkq.tasks import chunk_name
+from chunkq_producer.commands.options import job_at, json_option, output_argument
+from chunkq_producer.watch import duration
+
+
+@click.command()
+@output_argument
+@click.option("--allow-missing", is_flag=True, help="Seal although chunks are missing.")
+@json_option
+def finalize(output: str, allow_missing: bool, as_json: bool) -> None:
+    """Complete the blocks that several chunks share and seal OUTPUT.
+
+    Exits with 3 and the list of chunks if some are not computed yet. With --allow-missing the
+    blocks they touch stay empty and the output's attributes say that it is incomplete.
+    """
+    job = job_at(output)
+    try:
+        report = complete(job, allow_missing=allow_missing)
+    except IncompleteError as error:
+        if as_json:
+            missing = [chunk_name(index) for index in error.missing]
+            click.echo(json.dumps({"missing": missing}))
+        raise
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+    else:
+        tell(job, report)
+
+
+def complete(job: OpenJob, *, allow_missing: bool = False) -> dict[str, Any]:
+    """Finalize and seal with progress; returns the report."""
+    with Meter("finalizing blocks") as meter:
+        return finalize_job(
+            job, worker=socket.gethostname(), allow_missing=allow_missing, progress=meter
+        )
+
+
+def tell(job: OpenJob, report: dict[str, Any]) -> None:
+    """Say what became of the job."""
+    shown = without_secret(job.folder.output)
+    if report["missing"]:
+        click.echo(f"sealed WITHOUT {len(report['missing'])} chunks: {shown}")
+        return
+    click.echo(
+        f"complete: {shown} ({report['chunks']} chunks, {report['patches']} patches, "
+        f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
+    )

@@ -1,0 +1,41 @@
+"""`chunkq jobs`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from chunkq.ledger import JobFolder
+from chunkq.paths import without_secret
+from chunkq_producer.commands.options import json_option, queue_of, queue_option
+
+
+@click.command()
+@queue_option
+@json_option
+def jobs(queue: str | None, as_json: bool) -> None:
+    """List the jobs that have chunks on the queue."""
+    list_jobs(queue, as_json=as_json)
+
+
+def list_jobs(queue: str | None, *, as_json: bool) -> None:
+    """Print each job on the queue with its counts."""
+    executor = queue_of(queue)
+    found = executor.jobs()
+    executor.close()
+    if as_json:
+        rows = [
+            {"output": without_secret(JobFolder(job).output), **asdict(counts)}
+            for job, counts in found.items()
+        ]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not found:
+        click.echo("no job has chunks on this queue")
+    for job, counts in sorted(found.items()):
+        click.echo(
+            f"{without_secret(JobFolder(job).output)}: {counts.queued} queued, "
+            f"{counts.running} running, {counts.failed} failed"
+        )

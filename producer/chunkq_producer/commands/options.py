@@ -1,0 +1,45 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from chunkq.executors import default_url, open_executor
+from chunkq.executors.base import Executor
+from chunkq.ledger import JobFolder, folder_of
+from chunkq.opened import OpenJob, open_job
+from chunkq.paths import absolute
+
+QUEUE_VARIABLE = "CHUNKQ_QUEUE"
+
+job_argument = click.argument("job", type=click.Path(path_type=Path))
+input_option = click.option("-i", "--input", "input_", help="Volume to read, instead of the job's.")
+output_option = click.option("-o", "--output", help="Output to write, instead of the job's.")
+queue_option = click.option(
+    "--queue", help=f"Queue URL; else ${QUEUE_VARIABLE}, else the embedded queue."
+)
+output_argument = click.argument("output")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def queue_url(given: str | None, of_job: str | None = None) -> str:
+    """Return the queue's URL: the option, the environment, the job's, or the embedded one."""
+    return given or os.environ.get(QUEUE_VARIABLE) or of_job or default_url()
+
+
+def queue_of(given: str | None, of_job: str | None = None) -> Executor:
+    """Connect to the queue."""
+    return open_executor(queue_url(given, of_job))
+
+
+def folder_at(output: str) -> JobFolder:
+    """Return the job folder of an output path as the user wrote it."""
+    return JobFolder(folder_of(absolute(output, Path.cwd())))
+
+
+def job_at(output: str) -> OpenJob:
+    """Open the job of an output path; raises JobError where there is none."""
+    return open_job(folder_at(output).path)

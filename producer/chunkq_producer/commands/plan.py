@@ -1,0 +1,121 @@
+"""`chunkq plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chunkq.errors import ModelError
+from chunkq.job import load_job
+from chunkq.plan import Plan
+from chunkq_producer import submit
+from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
+from chunkq_producer.probe import Probe, probe
+from chunkq_producer.watch import duration
+
+MUCH_THROUGH_PIECES = 1.0
+"""Piece bytes per output byte from which the plan warns."""
+
+
+@click.command()
+@job_argument
+@input_option
+@output_option
+@click.option("--probe", "with_probe", is_flag=True, help="Load the network and run one batch.")
+@json_option
+def plan(
+    job: Path, input_: str | None, output: str | None, with_probe: bool, as_json: bool
+) -> None:
+    """Check JOB and say what it will cost; nothing is written."""
+    prepared = submit.prepare(load_job(job, input=input_, output=output))
+    tried = None
+    if with_probe:
+        tried = probe(prepared.record)
+        if tried.error is not None:
+            raise ModelError(tried.error)
+    if as_json:
+        click.echo(json.dumps(_values(prepared.plan, tried), indent=1))
+    else:
+        for label, value in _rows(prepared.plan, tried):
+            click.echo(f"{label:<20}{value}")
+
+
+def _values(plan: Plan, tried: Probe | None) -> dict[str, Any]:
+    costs = plan.costs
+    values: dict[str, Any] = {
+        "volume": list(plan.volume.shape),
+        "dtype": plan.volume.dtype,
+        "output_shape": list(plan.output_shape),
+        "output_dtype": str(plan.output_dtype),
+        "chunksize": list(plan.chunksize),
+        "storage_chunks": list(plan.storage_chunks),
+        "blocks": list(plan.blocks),
+        "chunks": costs.chunks,
+        "blocks_to_finalize": costs.finalized_blocks,
+        "patches": costs.patches,
+        "recompute_factor": 1.0,
+        "input_bytes": costs.input_bytes,
+        "output_bytes": costs.output_bytes,
+        "piece_bytes": costs.piece_bytes,
+        "store_bytes": costs.store_bytes,
+        "bytes_per_chunk_in_flight": costs.worker_bytes,
+    }
+    if tried is not None:
+        values |= {"batch_seconds": tried.seconds, "batch_size": tried.batch}
+    return values
+
+
+def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
+    costs = plan.costs
+    per_voxel = costs.patches * _volume(plan.output_patch) / _volume(plan.volume.shape)
+    rows = [
+        ("input", f"{_shape(plan.volume.shape)} {plan.volume.dtype}"),
+        (
+            "output",
+            f"{_shape(plan.output_shape)} {plan.output_dtype}, "
+            f"storage chunks {_shape(plan.storage_chunks)}",
+        ),
+        ("chunks", f"{costs.chunks} ({_shape(plan.blocks)}) of {_shape(plan.chunksize)}"),
+        ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
+        ("to finalize", f"{costs.finalized_blocks} blocks"),
+        ("read", f"{size(costs.input_bytes)} of input"),
+        ("write", f"{size(costs.output_bytes)} of output"),
+        ("pieces", f"{size(costs.piece_bytes)} written, read once and deleted"),
+        ("memory", f"{size(costs.worker_bytes)} for each chunk in flight, besides the network"),
+    ]
+    if tried is not None and tried.seconds is not None and tried.batch is not None:
+        whole = costs.patches / tried.batch * tried.seconds
+        rows.append(("one batch", f"{tried.seconds:.3g} s for {tried.batch} patches"))
+        rows.append(("network alone", f"{duration(whole)} on one device like this"))
+    if costs.piece_bytes > MUCH_THROUGH_PIECES * costs.output_bytes:
+        rows.append(
+            (
+                "note",
+                "more bytes go through pieces than into the output; larger chunks or "
+                "smaller storage_chunks would lower that",
+            )
+        )
+    return rows
+
+
+def _volume(shape: tuple[int, ...]) -> float:
+    voxels = 1.0
+    for length in shape:
+        voxels *= length
+    return voxels
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def size(number: float) -> str:
+    """Return bytes as `3.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} PB"

@@ -1,0 +1,50 @@
+"""`chunkq produce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from chunkq.job import load_job
+from chunkq.paths import without_secret
+from chunkq.progress import Meter
+from chunkq_producer import submit
+from chunkq_producer.commands.options import (
+    input_option,
+    job_argument,
+    output_option,
+    queue_of,
+    queue_option,
+)
+
+
+@click.command()
+@job_argument
+@input_option
+@output_option
+@queue_option
+@click.option("--resume", is_flag=True, help="Only go on with a job that was produced before.")
+@click.option("--overwrite", is_flag=True, help="Delete the output and start again.")
+def produce(
+    job: Path,
+    input_: str | None,
+    output: str | None,
+    queue: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Check JOB, write its job folder and queue every chunk that is not done yet."""
+    checked = load_job(job, input=input_, output=output)
+    prepared = submit.prepare(checked)
+    submit.check_place(prepared, resume=resume, overwrite=overwrite)
+    executor = queue_of(queue, checked.queue)
+    with Meter("queueing chunks") as meter:
+        made = submit.produce(
+            prepared, executor, resume=resume, overwrite=overwrite, progress=meter
+        )
+    executor.close()
+    shown = without_secret(checked.output)
+    click.echo(f"{made.chunks} chunks, {made.done} done, {made.queued} newly queued -> {shown}")
+    following = "work" if made.done < made.chunks else f"finalize {shown}"
+    click.echo(f"next: chunkq {following}")

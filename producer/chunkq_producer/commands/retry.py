@@ -1,0 +1,23 @@
+"""`chunkq retry`."""
+
+from __future__ import annotations
+
+import click
+
+from chunkq.tasks import Task
+from chunkq_producer.commands.options import job_at, output_argument, queue_of, queue_option
+
+
+@click.command()
+@output_argument
+@queue_option
+def retry(output: str, queue: str | None) -> None:
+    """Queue the failed chunks of OUTPUT's job afresh, each with all its attempts."""
+    job = job_at(output)
+    executor = queue_of(queue)
+    count = executor.retry(job.folder.path)
+    # A queue that was lost knows of no failure, the ledger does.
+    known = [f for f in job.folder.failures() if f.kind == "infer"]
+    count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in known)
+    executor.close()
+    click.echo(f"{count} chunks queued again" if count else "no failed chunk")

@@ -1,0 +1,104 @@
+"""`chunkq status`."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from chunkq.errors import QueueError
+from chunkq.executors.base import Executor
+from chunkq.ledger import JobFolder
+from chunkq.plan import Plan
+from chunkq_producer.commands.jobs import list_jobs
+from chunkq_producer.commands.options import folder_at, json_option, queue_of, queue_option
+from chunkq_producer.watch import Status, job_status, one_line, screen
+
+REFRESH_SECONDS = 1.0
+LINE_SECONDS = 10.0
+PATIENCE = 10
+"""A look at a job may take one part in this many of the time between looks."""
+
+
+@click.command()
+@click.argument("output", required=False)
+@queue_option
+@click.option("--watch", is_flag=True, help="Keep showing it until the job is sealed.")
+@json_option
+def status(output: str | None, queue: str | None, watch: bool, as_json: bool) -> None:
+    """Show how far the job of OUTPUT is; without OUTPUT, all jobs on the queue."""
+    if output is None:
+        list_jobs(queue, as_json=as_json)
+        return
+    folder = folder_at(output)
+    record = folder.require_record()
+    plan = record.plan()
+    executor, problem = _queue(queue, record.job.queue)
+    look = Look(folder, plan, executor, problem)
+    if as_json:
+        show_json(look, watch)
+    elif watch:
+        show_watching(look, Console())
+    else:
+        console = Console()
+        console.print(screen(look(), console.width))
+
+
+class Look:
+    """Looks at one job whenever it is called."""
+
+    def __init__(
+        self, folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
+    ) -> None:
+        self._folder, self._plan = folder, plan
+        self._executor, self._problem = executor, problem
+        self.seconds = 0.0
+
+    def __call__(self) -> Status:
+        """Return the job's status now."""
+        before = time.monotonic()
+        found = job_status(self._folder, self._plan, self._executor, self._problem)
+        self.seconds = time.monotonic() - before
+        return found
+
+    def rest(self, least: float) -> float:
+        """Return how long to wait before the next look, so that looking stays cheap (s)."""
+        return max(least, self.seconds * PATIENCE)
+
+
+def show_json(look: Look, watch: bool) -> None:
+    """Print the status as JSON; watching, one object a line."""
+    while True:
+        found = look()
+        click.echo(json.dumps(found.as_dict(), indent=None if watch else 1))
+        if not watch or found.sealed:
+            return
+        time.sleep(look.rest(REFRESH_SECONDS))
+
+
+def show_watching(look: Look, console: Console) -> None:
+    """Keep the status on the screen until the job is sealed; in a log, a line now and then."""
+    found = look()
+    if not console.is_terminal:
+        while True:
+            click.echo(f"{time.strftime('%H:%M:%S')} {one_line(found)}")
+            if found.sealed:
+                return
+            time.sleep(look.rest(LINE_SECONDS))
+            found = look()
+    with Live(screen(found, console.width), console=console, auto_refresh=False) as live:
+        while not found.sealed:
+            time.sleep(look.rest(REFRESH_SECONDS))
+            found = look()
+            live.update(screen(found, console.width), refresh=True)
+
+
+def _queue(given: str | None, of_job: str | None) -> tuple[Executor | None, str | None]:
+    """Connect to the queue, or say why not: the ledger alone still tells most."""
+    try:
+        return queue_of(given, of_job), None
+    except QueueError as error:
+        return None, str(error)

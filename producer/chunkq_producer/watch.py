@@ -1,0 +1,247 @@
+"""What a job is doing: gathered in a few listings, shown on a screen or in a log."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from chunkq.errors import QueueError
+from chunkq.executors.base import Counts, Executor
+from chunkq.ledger import Commit, Failure, JobFolder
+from chunkq.paths import without_secret
+from chunkq.plan import Plan
+from chunkq.tasks import chunk_name
+
+RATE_WINDOW = 120.0
+"""Seconds back from the newest commit over which speed is measured, at least."""
+RATE_COMMITS = 16
+"""Commits that the measured speed rests on, at least, where there are as many."""
+RECENT_COMMITS = 64
+"""Newest commit records looked into for what each worker's time went to."""
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """One worker: what it runs and, of its recent chunks, the share of time per stage."""
+
+    name: str
+    running: tuple[str, ...]
+    recent_chunks: int
+    stage_shares: dict[str, float]
+    device_wait_share: float | None
+    last_seen: float | None
+
+
+@dataclass(frozen=True)
+class FailureGroup:
+    """Chunks that failed with the same message, ignoring digits."""
+
+    error: str
+    message: str
+    chunks: tuple[str, ...]
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """A job at one moment. Queue figures are None when the queue cannot be asked."""
+
+    output: str
+    chunks: int
+    done: int
+    running: int | None
+    queued: int | None
+    failed: int | None
+    blocks_to_finalize: int
+    blocks_finalized: int
+    sealed: bool
+    voxels_per_second: float | None
+    seconds_left: float | None
+    workers: tuple[WorkerState, ...]
+    failures: tuple[FailureGroup, ...]
+    queue_problem: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def job_status(
+    folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
+) -> Status:
+    """Look at ledger and queue once. Raises OSError as the storage does."""
+    done = folder.committed("infer")
+    finalized = folder.committed("finalize")
+    counts, running, lost = Counts(), [], []
+    if executor is not None:
+        try:
+            counts = executor.counts(folder.path)
+            running = executor.running(folder.path)
+            lost = executor.failed(folder.path) if counts.failed else []
+        except QueueError as error:
+            executor, problem = None, str(error)
+    rate = _chunks_per_second(done.values())
+    left = plan.costs.chunks - len(done)
+    newest = sorted(done, key=lambda index: done[index])[-RECENT_COMMITS:]
+    voxels = plan.costs.output_bytes // (plan.stored_channels * plan.output_dtype.itemsize)
+    failures = folder.failures()
+    known = {failure.chunk for failure in failures}
+    vanished = [task.chunk for task in lost if task.chunk not in known]
+    asked = executor is not None
+    return Status(
+        output=without_secret(folder.output),
+        chunks=plan.costs.chunks,
+        done=len(done),
+        running=counts.running if asked else None,
+        queued=counts.queued if asked else None,
+        failed=counts.failed if asked else None,
+        blocks_to_finalize=plan.costs.finalized_blocks,
+        blocks_finalized=len(finalized),
+        sealed=folder.objects.exists("report.json"),
+        voxels_per_second=rate and rate * voxels / plan.costs.chunks,
+        seconds_left=left / rate if rate and left else None,
+        workers=_workers(running, folder.commits("infer", newest)),
+        failures=_grouped(failures, vanished),
+        queue_problem=problem,
+    )
+
+
+def _chunks_per_second(moments: Iterable[float]) -> float | None:
+    """Return the speed over the newest commits, or None before there are two."""
+    ordered = sorted(moments)
+    if len(ordered) < 2:
+        return None
+    window = [m for m in ordered if m >= ordered[-1] - RATE_WINDOW]
+    if len(window) < RATE_COMMITS:
+        window = ordered[-RATE_COMMITS:]
+    span = window[-1] - window[0]
+    return (len(window) - 1) / span if span > 0 else None
+
+
+def _workers(running: list[Any], commits: list[Commit]) -> tuple[WorkerState, ...]:
+    now_running: dict[str, list[str]] = {}
+    for item in running:
+        now_running.setdefault(item.worker, []).append(chunk_name(item.task.chunk))
+    names = sorted({c.worker for c in commits} | now_running.keys())
+    return tuple(_worker(name, now_running.get(name, []), commits) for name in names)
+
+
+def _worker(name: str, running: list[str], commits: list[Commit]) -> WorkerState:
+    mine = [c for c in commits if c.worker == name]
+    totals: Counter[str] = Counter()
+    for commit in mine:
+        totals.update(commit.seconds)
+    whole = sum(totals.values())
+    span = max(c.finished for c in mine) - min(c.started for c in mine) if mine else 0.0
+    return WorkerState(
+        name=name,
+        running=tuple(running),
+        recent_chunks=len(mine),
+        stage_shares={stage: seconds / whole for stage, seconds in totals.items()} if whole else {},
+        device_wait_share=max(0.0, 1 - totals["compute"] / span) if span else None,
+        last_seen=max((c.finished for c in mine), default=None),
+    )
+
+
+def _grouped(failures: list[Failure], vanished: list[tuple[int, ...]]) -> tuple[FailureGroup, ...]:
+    groups: dict[tuple[str, str], list[Failure]] = {}
+    for failure in failures:
+        # Coordinates differ from chunk to chunk; the cause is what stands before the digits.
+        cause = "".join("#" if c.isdigit() else c for c in failure.message)
+        groups.setdefault((failure.error, cause), []).append(failure)
+    found = [
+        FailureGroup(
+            error=error,
+            message=members[0].message,
+            chunks=tuple(chunk_name(f.chunk) for f in sorted(members, key=lambda f: f.chunk)),
+            traceback=members[-1].traceback,
+        )
+        for (error, _), members in groups.items()
+    ]
+    if vanished:
+        found.append(
+            FailureGroup(
+                error="WorkerVanished",
+                message="the worker was killed or ran out of memory each time",
+                chunks=tuple(chunk_name(chunk) for chunk in sorted(vanished)),
+                traceback="",
+            )
+        )
+    return tuple(sorted(found, key=lambda group: -len(group.chunks)))
+
+
+def one_line(status: Status) -> str:
+    """Return the status as one line for a log."""
+    parts = [f"{status.done}/{status.chunks} chunks done"]
+    for label in ("running", "queued", "failed"):
+        count = getattr(status, label)
+        if count:
+            parts.append(f"{count} {label}")
+    if status.blocks_finalized:
+        parts.append(f"{status.blocks_finalized}/{status.blocks_to_finalize} blocks finalized")
+    if status.voxels_per_second and status.done < status.chunks:
+        parts.append(f"{_si(status.voxels_per_second)}voxels/s")
+    if status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
+    if status.sealed:
+        parts.append("sealed")
+    return ", ".join(parts)
+
+
+def screen(status: Status, width: int) -> RenderableType:
+    """Return the status for a terminal of `width` columns."""
+    lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
+    lines.append(ProgressBar(total=status.chunks, completed=status.done, width=min(60, width - 2)))
+    lines.append(Text(one_line(status)))
+    if status.queue_problem:
+        lines.append(Text(status.queue_problem, style="yellow"))
+    if status.workers:
+        lines.append(_worker_table(status.workers))
+    for group in status.failures:
+        shown = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
+        lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
+        lines.append(Text(f"  chunks {shown}", style="red"))
+    if status.done == status.chunks and not status.sealed:
+        lines.append(Text(f"next: chunkq finalize {status.output}"))
+    return Group(*lines)
+
+
+def _worker_table(workers: tuple[WorkerState, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("worker", "running", "recent", "device waits", "stages"):
+        table.add_column(heading, overflow="fold", no_wrap=False)
+    for worker in workers:
+        waits = worker.device_wait_share
+        stages = " ".join(f"{stage} {share:.0%}" for stage, share in worker.stage_shares.items())
+        running = ", ".join(worker.running[:4]) or _ago(worker.last_seen)
+        share = "" if waits is None else f"{waits:.0%}"
+        table.add_row(worker.name, running, str(worker.recent_chunks), share, stages)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `1 h 02 min`, `3 min 05 s` or `12 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def _ago(moment: float | None) -> str:
+    return "" if moment is None else f"idle {duration(max(0.0, time.time() - moment))}"
+
+
+def _si(value: float) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} T"

@@ -1,0 +1,135 @@
+"""Patches through the network in batches of one size, whatever their number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from array_api_compat import array_namespace
+
+from chunkq.box import Box
+from chunkq.combine import Array, activate, as_votes
+from chunkq.errors import ModelError, PredictionError
+from chunkq.plan import Patch, Plan
+from chunkq_worker.runtimes.base import Runtime
+
+log = logging.getLogger("chunkq.worker")
+
+
+class Batcher:
+    """Runs patches of one chunk at a time; the last batch is filled up with zeros.
+
+    A batch always has the same number of items and never mixes chunks, so a patch's prediction
+    does not depend on which other chunks a worker happens to run. Running out of memory halves
+    the size for good. `patches_run` counts the patches that went through the network.
+    """
+
+    def __init__(self, plan: Plan, runtime: Runtime) -> None:
+        model = plan.job.model
+        self._plan, self._runtime = plan, runtime
+        self._item = model.model_input_shape
+        self._declared = model.model_output_shape or model.model_input_shape
+        self._buffer = self._new_buffer(model.max_batch_size)
+        self.patches_run = 0
+
+    @property
+    def size(self) -> int:
+        """Items in a batch."""
+        return len(self._buffer)
+
+    def warm_up(self) -> None:
+        """Run one batch of zeros; raises ModelError if the network breaks its declaration."""
+        while self._attempt(0) is None:
+            pass
+
+    def predictions(
+        self, patches: Sequence[Patch], region: npt.NDArray[Any], origin: Sequence[int]
+    ) -> Iterator[tuple[Patch, Array]]:
+        """Yield each patch with its prediction (C, *output patch), activated and voted.
+
+        `region` holds the input from `origin` on. Predictions are float32 on the device.
+        """
+        done = 0
+        while done < len(patches):
+            batch = patches[done : done + self.size]
+            outputs = self._run(batch, region, origin)
+            if outputs is None:
+                continue
+            self.patches_run += len(batch)
+            yield from zip(batch, outputs, strict=True)
+            done += len(batch)
+
+    def _run(
+        self, batch: Sequence[Patch], region: npt.NDArray[Any], origin: Sequence[int]
+    ) -> Array | None:
+        for row, patch in zip(self._buffer, batch, strict=False):
+            row[...] = region[patch.source.slices(origin)].reshape(self._item)
+        self._buffer[len(batch) :] = 0
+        outputs = self._attempt(len(batch))
+        return None if outputs is None else self._usable(outputs, batch)
+
+    def _attempt(self, used: int) -> Array | None:
+        """Run the buffer and return its first items (used, C, *Q), or None for a smaller one."""
+        try:
+            outputs = self._runtime(self._buffer)
+        except ModelError:
+            raise
+        except Exception as error:
+            if not self._runtime.is_out_of_memory(error):
+                raise
+            self._halve(error)
+            return None
+        expected = (self.size, *self._declared)
+        if tuple(outputs.shape) != expected:
+            raise ModelError(
+                f"the network returned shape {list(outputs.shape)} for a batch of "
+                f"{[self.size, *self._item]}, but model_config.model_output_shape declares "
+                f"{list(expected)}; correct model_output_shape or the network"
+            )
+        shape = (self.size, self._plan.channels, *self._plan.output_patch)
+        return outputs.reshape(shape)[:used]
+
+    def _halve(self, error: Exception) -> None:
+        if self.size == 1:
+            raise ModelError(
+                "the network runs out of memory with a batch of one patch; use smaller patches "
+                f"or a larger device: {str(error).partition(chr(10))[0][:200]}"
+            ) from error
+        self._buffer = self._new_buffer(self.size // 2)
+        log.warning("out of memory: batches have %d patches from here on", self.size)
+
+    def _usable(self, outputs: Array, batch: Sequence[Patch]) -> Array:
+        """Return predictions as they are combined; the network's own are finite or zeroed."""
+        job, xp = self._plan.job, array_namespace(outputs)
+        finite = None
+        # A finite sum has only finite terms, and is a single pass.
+        if not bool(xp.isfinite(xp.sum(outputs))):
+            finite = xp.isfinite(outputs)
+            if job.nan == "fail":
+                self._refuse(finite, batch)
+            outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
+        predictions = activate(outputs, job.activation)
+        if finite is not None:
+            predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
+        if job.combine == "hard":
+            predictions = as_votes(predictions)
+        return xp.astype(predictions, xp.float32, copy=False)
+
+    def _refuse(self, finite: Array, batch: Sequence[Patch]) -> None:
+        for patch, good in zip(batch, finite, strict=True):
+            if not bool(good.all()):
+                raise PredictionError(
+                    f"the network gave NaN or infinity for the patch that reads "
+                    f"{_show(patch.source)}; mend the network or the input there, or set nan: zero"
+                )
+
+    def _new_buffer(self, size: int) -> npt.NDArray[Any]:
+        dtype = np.dtype(self._plan.volume.dtype)
+        return np.zeros((size, *self._item), dtype.newbyteorder("="))
+
+
+def _show(box: Box) -> str:
+    return f"voxels {list(box.start)} to {list(box.stop)}"

@@ -1,0 +1,23 @@
+"""Environment that a worker process must be born with."""
+
+from __future__ import annotations
+
+import os
+
+THREADS_VARIABLE = "CHUNKQ_THREADS"
+"""Threads per worker process where the job does not fix them."""
+
+
+def child_settings(threads: int) -> dict[str, str]:
+    """Return what to add to a child's environment; what the user has set stays.
+
+    glibc gives large freed blocks back to the kernel at once, and every batch faults them in
+    again; keeping them halves the time of a small 3-D U-Net on a CPU.
+    """
+    settings = {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
+        THREADS_VARIABLE: os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+    return {name: os.environ.get(name, value) for name, value in settings.items()}

@@ -1,0 +1,99 @@
+"""One worker process: takes tasks from the queue until its shift ends.
+
+Started as `python -m chunkq_worker.child` by the supervisor, which writes one line of JSON to
+its standard input and keeps that pipe open: when the supervisor dies, however, the pipe closes
+and so does this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+from chunkq.errors import ChunkqError
+from chunkq.executors import open_executor
+from chunkq.executors.base import Executor, Shift
+
+EXIT_REFUSED = 4
+"""Every chunk would fail alike, so that starting this process again is of no use."""
+EXIT_HANDED_BACK = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the supervisor tells a child."""
+
+    queue: str
+    worker: str
+    depth: int
+    burst: bool
+    job: str | None
+    deadline: float | None
+    quiet: bool
+
+    def to_json(self) -> str:
+        """Encode on one line."""
+        return json.dumps(asdict(self))
+
+
+def main() -> int:
+    """Run one shift; returns the exit code."""
+    orders = Orders(**json.loads(sys.stdin.readline()))
+    logging.basicConfig(
+        level=logging.WARNING if orders.quiet else logging.INFO,
+        format=f"%(asctime)s {orders.worker} %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    threading.Thread(target=_die_with_supervisor, daemon=True).start()
+    shift = Shift(
+        worker=orders.worker,
+        depth=orders.depth,
+        burst=orders.burst,
+        job=orders.job,
+        deadline=orders.deadline,
+    )
+    try:
+        executor = open_executor(orders.queue)
+        _obey_signals(shift, executor)
+        # Imported here so that signals already work while the network's libraries load.
+        from chunkq_worker.run import run_task
+
+        executor.work(run_task, shift)
+        executor.close()
+    except ChunkqError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"chunkq: {line}\n")
+        return EXIT_REFUSED
+    return 0
+
+
+def _die_with_supervisor() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _obey_signals(shift: Shift, executor: Executor) -> None:
+    """First signal: finish what is in flight. Second: hand it back and go at once."""
+
+    def leave() -> None:
+        executor.release(shift.worker, counted=False)
+        os._exit(EXIT_HANDED_BACK)
+
+    def obey(number: int, frame: FrameType | None) -> None:
+        if shift.stopping.is_set():
+            threading.Thread(target=leave).start()
+        shift.stopping.set()
+
+    signal.signal(signal.SIGTERM, obey)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""`chunkq work`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+
+from chunkq.errors import JobError
+from chunkq.executors import default_url, open_executor
+from chunkq.ledger import folder_of
+from chunkq.paths import absolute
+from chunkq_worker.devices import Slot, slots
+from chunkq_worker.run import ALLOW_VARIABLE
+from chunkq_worker.supervisor import Supervisor
+
+DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
+
+
+@click.command()
+@click.option(
+    "--queue", envvar="CHUNKQ_QUEUE", help="Queue URL; else $CHUNKQ_QUEUE, else the embedded queue."
+)
+@click.option("--gpus", default="all", show_default=True, help="all, none, or e.g. 0,1.")
+@click.option(
+    "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
+    help="Processes per GPU; without a GPU, processes in all.",
+)  # fmt: skip
+@click.option(
+    "--depth", type=click.IntRange(1),
+    help=f"Chunks in flight per process; default {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}.",
+)  # fmt: skip
+@click.option("--burst", is_flag=True, help="End when nothing is left to do.")
+@click.option("--max-time", help="Begin nothing that will not fit: seconds, or 90m, 2h, 1h30m.")
+@click.option("--job", help="Only work on the job of this output.")
+@click.option("--allow", multiple=True, help="Only accept jobs below this path; may be repeated.")
+@click.option("-q", "--quiet", is_flag=True, help="Only say what goes wrong.")
+@click.option("--lifeline", is_flag=True, hidden=True, help="End when standard input does.")
+def work(
+    queue: str | None,
+    gpus: str,
+    workers: int,
+    depth: int | None,
+    burst: bool,
+    max_time: str | None,
+    job: str | None,
+    allow: tuple[str, ...],
+    quiet: bool,
+    lifeline: bool,
+) -> None:
+    """Take chunks from the queue and compute them: one process per GPU, or on the CPU.
+
+    Ctrl-C or SIGTERM finishes what is in flight and takes no more; the same again hands it back
+    at once.
+    """
+    if allow:
+        places = [absolute(place, Path.cwd()) for place in allow]
+        os.environ[ALLOW_VARIABLE] = os.pathsep.join(places)
+    url = queue or default_url()
+    taken = slots(gpus, workers)
+    deadline = None if max_time is None else time.time() + seconds_in(max_time)
+    executor = open_executor(url)
+    if lifeline:
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
+    code = Supervisor(
+        queue=url,
+        executor=executor,
+        slots=taken,
+        depth=depth or (DEPTH_ON_CPU if taken[0] == Slot(None) else DEPTH_ON_GPU),
+        burst=burst,
+        job=None if job is None else folder_of(absolute(job, Path.cwd())),
+        deadline=deadline,
+        quiet=quiet,
+    ).run()
+    executor.close()
+    sys.exit(code)
+
+
+def seconds_in(text: str) -> float:
+    """Read `90`, `90s`, `15m`, `2h` or `1h30m` as seconds; raises JobError otherwise."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if not found or not text.strip():
+        raise JobError(f"--max-time: {text!r} is no time; write 90, 15m, 2h or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
+def _stop_with_parent() -> None:
+    sys.stdin.read()
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)

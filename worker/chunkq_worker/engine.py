@@ -1,0 +1,110 @@
+"""One job's network on one device, driven by one thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy.typing as npt
+
+from chunkq.blend import Accumulator, Contribution, WeightCache
+from chunkq.opened import OpenJob
+from chunkq.plan import Chunk, Plan
+from chunkq.userfile import load_weights
+from chunkq_worker.batching import Batcher
+from chunkq_worker.birth import THREADS_VARIABLE
+from chunkq_worker.runtimes.base import Runtime, load_runtime
+
+ENGINES_HELD = 2
+
+
+class Engine:
+    """A loaded network with the weights and buffers of one plan.
+
+    Only the device thread calls it: math libraries keep a thread pool per calling thread.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        threads = plan.job.threads or int(os.environ.get(THREADS_VARIABLE, "0")) or None
+        self._runtime: Runtime = load_runtime(plan.job.model, threads)
+        self._weights = WeightCache(plan, load_weights(plan), self._runtime.place)
+        self.batcher = Batcher(plan, self._runtime)
+        self.batcher.warm_up()
+
+    def compute(self, chunk: Chunk, region: npt.NDArray[Any]) -> Contribution:
+        """Run all patches a chunk owns over its input, `region` (*chunk.halo.shape)."""
+        plan = self.plan
+        zeros = self._runtime.zeros((plan.channels, *chunk.region.shape))
+        sums = Accumulator(plan, chunk, self._weights, zeros)
+        patches = list(plan.patches(chunk))
+        for patch, prediction in self.batcher.predictions(patches, region, chunk.halo.start):
+            sums.add(patch, prediction)
+        return sums.contribution()
+
+    def close(self) -> None:
+        """Let go of the network."""
+        self._runtime.close()
+
+
+class Device:
+    """The one thread of this process that touches the device, and the networks it holds."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._engines: OrderedDict[str, Engine] = OrderedDict()
+
+    def compute(self, job: OpenJob, chunk: Chunk, region: npt.NDArray[Any]) -> Computed:
+        """Wait for the device and compute one chunk; raises what the engine raises."""
+        asked = time.time()
+        future: Future[Computed] = self._thread.submit(self._compute, job, chunk, region, asked)
+        return future.result()
+
+    def _compute(
+        self, job: OpenJob, chunk: Chunk, region: npt.NDArray[Any], asked: float
+    ) -> Computed:
+        engine = self._engine(job)
+        began, before = time.time(), engine.batcher.patches_run
+        contribution = engine.compute(chunk, region)
+        return Computed(
+            contribution, engine.batcher.patches_run - before, began - asked, time.time() - began
+        )
+
+    def _engine(self, job: OpenJob) -> Engine:
+        key = f"{job.folder.path} {job.record.digest}"
+        if key not in self._engines:
+            while len(self._engines) >= ENGINES_HELD:
+                self._engines.popitem(last=False)[1].close()
+            self._engines[key] = Engine(job.plan)
+        self._engines.move_to_end(key)
+        return self._engines[key]
+
+
+class Computed:
+    """A chunk's contribution, the patches run for it, and seconds of waiting and computing."""
+
+    __slots__ = ("compute", "contribution", "patches", "wait")
+
+    def __init__(
+        self, contribution: Contribution, patches: int, wait: float, compute: float
+    ) -> None:
+        self.contribution, self.patches = contribution, patches
+        self.wait, self.compute = wait, compute
+
+
+_device: Device | None = None
+_lock = threading.Lock()
+
+
+def this_device(make: Callable[[], Device] = Device) -> Device:
+    """Return the process's device, made at first use."""
+    global _device  # noqa: PLW0603 - one device per process is the point
+    with _lock:
+        if _device is None:
+            _device = make()
+        return _device

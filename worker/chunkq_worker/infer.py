@@ -1,0 +1,106 @@
+"""The infer task: read, compute on the device, write, commit."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import numpy as np
+
+from chunkq.executors.base import Attempt
+from chunkq.finalize import OWN
+from chunkq.ledger import Commit
+from chunkq.opened import OpenJob, open_job
+from chunkq.plan import Chunk
+from chunkq.tasks import Task
+from chunkq_worker.engine import Computed, this_device
+
+
+def infer_chunk(task: Task, attempt: Attempt) -> None:
+    """Compute one chunk unless it is committed; the commit record comes last.
+
+    Several run at once in threads: while one computes, others read and write.
+    """
+    job = open_job(task.job)
+    if job.folder.is_committed("infer", task.chunk):
+        return
+    chunk = job.plan.chunk(task.chunk)
+    started = time.time()
+    seconds: dict[str, float] = {}
+    moved: dict[str, int] = {}
+    checksums: dict[str, int] = {}
+    patches = 0
+    if chunk.active:
+        region = job.read_halo(chunk)
+        seconds["read"] = time.time() - started
+        moved["input"] = _bytes_read(job, chunk)
+        computed = this_device().compute(job, chunk, region)
+        del region
+        seconds |= {"wait": computed.wait, "compute": computed.compute}
+        patches = computed.patches
+        before = time.time()
+        _write(job, chunk, computed, moved, checksums)
+        seconds["write"] = time.time() - before
+    if job.folder.is_committed("infer", task.chunk):
+        # Another worker was given this chunk and was faster; its blocks may be sealed by now.
+        _tidy_after_other(job, chunk)
+        return
+    job.folder.commit(
+        Commit(
+            kind="infer",
+            chunk=task.chunk,
+            attempt=attempt.number,
+            worker=attempt.worker,
+            started=started,
+            finished=time.time(),
+            seconds=seconds,
+            moved=moved,
+            checksums=checksums,
+            patches=patches,
+            peak_rss=peak_rss(),
+        )
+    )
+
+
+def _write(
+    job: OpenJob,
+    chunk: Chunk,
+    computed: Computed,
+    moved: dict[str, int],
+    checksums: dict[str, int],
+) -> None:
+    result, pieces = computed.contribution, 0
+    moved["output"] = job.write(chunk.core, result.core)
+    if result.own is not None:
+        arrays = (*result.own.band, *result.own.rest)
+        written = job.folder.put_piece(chunk.index, OWN, arrays)
+        pieces += written.size
+        checksums[OWN] = written.crc32
+    for piece, sums in result.pieces:
+        written = job.folder.put_piece(piece.target, piece.name, [sums])
+        pieces += written.size
+        checksums[piece.name] = written.crc32
+    moved["pieces"] = pieces
+
+
+def _tidy_after_other(job: OpenJob, chunk: Chunk) -> None:
+    targets = [chunk.index, *(piece.target for piece in job.plan.leaves(chunk))]
+    for target in targets:
+        if job.folder.is_committed("finalize", target):
+            job.folder.delete_pieces(target)
+
+
+def _bytes_read(job: OpenJob, chunk: Chunk) -> int:
+    """Return the bytes of the real voxels behind the halo."""
+    voxels = 1
+    for axis, number in zip(job.plan.axes, chunk.index, strict=True):
+        low, high = axis.read(np.asarray(number, dtype=np.int64))
+        voxels *= int(high - low)
+    return voxels * job.source.dtype.itemsize
+
+
+def peak_rss() -> int:
+    """Return this process's largest resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

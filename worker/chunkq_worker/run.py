@@ -1,0 +1,70 @@
+"""The one entry that every executor calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+
+from chunkq.errors import ChunkqError, JobError, ModelError
+from chunkq.executors.base import Attempt
+from chunkq.ledger import Failure, JobFolder
+from chunkq.paths import without_secret
+from chunkq.tasks import Task, chunk_name, entry_point
+
+ALLOW_VARIABLE = "CHUNKQ_ALLOW"
+"""Job folders a worker accepts, as path prefixes separated by the system's path separator."""
+
+log = logging.getLogger("chunkq.worker")
+
+
+def run_task(task: Task, attempt: Attempt) -> None:
+    """Run one task to its end; thread-safe, and nothing happens if it is committed.
+
+    An error is recorded in the ledger and raised again.
+    """
+    _refuse_strangers(task.job)
+    started = time.time()
+    try:
+        entry_point(task.kind)(task, attempt)
+    except Exception as error:
+        _record(task, attempt, error)
+        raise
+    name = chunk_name(task.chunk)
+    log.info("%s chunk %s done in %.1f s", task.kind, name, time.time() - started)
+
+
+def _refuse_strangers(job: str) -> None:
+    allowed = [p for p in os.environ.get(ALLOW_VARIABLE, "").split(os.pathsep) if p]
+    if allowed and not any(job == p or job.startswith(p.rstrip("/") + "/") for p in allowed):
+        raise JobError(
+            f"{without_secret(job)}: this worker only accepts jobs below "
+            f"{', '.join(allowed)}; widen --allow or {ALLOW_VARIABLE}"
+        )
+
+
+def _record(task: Task, attempt: Attempt, error: Exception) -> None:
+    """Keep the error; a ledger that cannot be written must not hide it."""
+    shown = str(error) or type(error).__name__
+    if not isinstance(error, ChunkqError):
+        shown = f"{type(error).__name__}: {shown}"
+    log.error(
+        "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, shown
+    )
+    if isinstance(error, (JobError, ModelError)):
+        return
+    try:
+        JobFolder(task.job).record_failure(
+            Failure(
+                kind=task.kind,
+                chunk=task.chunk,
+                attempt=attempt.number,
+                worker=attempt.worker,
+                error=type(error).__name__,
+                message=shown,
+                traceback="".join(traceback.format_exception(error)),
+            )
+        )
+    except OSError as second:
+        log.error("the failure of chunk %s cannot be recorded: %s", chunk_name(task.chunk), second)

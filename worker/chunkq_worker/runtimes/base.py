@@ -1,0 +1,68 @@
+"""What every runtime offers: a loaded network on one device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+import numpy.typing as npt
+
+from chunkq.combine import Array
+from chunkq.errors import ModelError
+from chunkq.job import ModelConfig
+
+
+class Runtime(ABC):
+    """One network, loaded and ready, on one device. Used by one thread at a time.
+
+    Arrays it gives and takes besides batches are its own kind (NumPy arrays or tensors) and
+    stay on its device; `chunkq.combine` works on either.
+    """
+
+    device: str
+
+    @abstractmethod
+    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+        """Run the network on (N, *model_input_shape) of the volume's dtype.
+
+        The batch is cast to the model's dtype on the device. Returns whatever shape the network
+        gives, float32 or better.
+        """
+
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """Return float32 zeros on the device."""
+
+    @abstractmethod
+    def place(self, array: npt.NDArray[Any]) -> Array:
+        """Return a host array on the device; shared, not copied, where that is the host."""
+
+    @abstractmethod
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Tell whether an error of `__call__` means that the batch did not fit."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the device's memory."""
+
+
+RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
+    {"torch": "chunkq_worker.runtimes.torch:load"}
+)
+"""Name -> loader, `(ModelConfig, threads or None) -> Runtime`."""
+
+
+def load_runtime(model: ModelConfig, threads: int | None) -> Runtime:
+    """Load a network; raises ModelError in one line, also where the extra is not installed."""
+    module, _, name = RUNTIMES[model.runtime].partition(":")
+    try:
+        loader: Callable[[ModelConfig, int | None], Runtime] = getattr(import_module(module), name)
+    except ImportError as error:
+        raise ModelError(
+            f"model_config.runtime: {model.runtime} is not installed here ({error}); "
+            f"pip install 'chunkq[{model.runtime}]'"
+        ) from None
+    return loader(model, threads)

@@ -1,0 +1,161 @@
+"""Keeps one child process per device alive, and hands back what a dead one held."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+from chunkq.executors.base import Executor
+from chunkq_worker.birth import child_settings
+from chunkq_worker.child import EXIT_REFUSED, Orders
+from chunkq_worker.devices import VISIBLE, Slot, cores
+
+POLL_SECONDS = 0.1
+INSTANT_DEATH_SECONDS = 10.0
+INSTANT_DEATHS_ALLOWED = 5
+BACKOFF_SECONDS = 0.5
+LONGEST_BACKOFF_SECONDS = 30.0
+
+
+@dataclass
+class _Place:
+    """One slot and the process in it. `deaths` counts instant ones in a row."""
+
+    slot: Slot
+    process: subprocess.Popen[str] | None = None
+    worker: str = ""
+    started: float = 0.0
+    not_before: float = 0.0
+    deaths: int = 0
+    done: bool = False
+
+
+@dataclass
+class Supervisor:
+    """Runs children until each has ended its shift; none outlives it."""
+
+    queue: str
+    executor: Executor
+    slots: Sequence[Slot]
+    depth: int
+    burst: bool = False
+    job: str | None = None
+    deadline: float | None = None
+    quiet: bool = False
+    _signals: int = field(default=0, init=False)
+    _passed_on: int = field(default=0, init=False)
+
+    def run(self) -> int:
+        """Return 0 when all children ended well, 1 when they cannot go on."""
+        signal.signal(signal.SIGTERM, self._count_signal)
+        signal.signal(signal.SIGINT, self._count_signal)
+        places = [_Place(slot) for slot in self.slots]
+        try:
+            while not all(place.done for place in places):
+                for place in places:
+                    if not self._tend(place):
+                        return 1
+                self._pass_on_signals(places)
+                time.sleep(POLL_SECONDS)
+            return 0
+        finally:
+            self._end_all(places)
+
+    def _count_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+
+    def _tend(self, place: _Place) -> bool:
+        """Start, restart or write off a place's child; False if there is no use in going on."""
+        if place.done:
+            return True
+        if place.process is None:
+            if self._signals:
+                place.done = True
+            elif time.time() >= place.not_before:
+                self._start(place)
+            return True
+        code = place.process.poll()
+        if code is None:
+            return True
+        place.process = None
+        if code == 0 or self._signals:
+            self.executor.release(place.worker, counted=False)
+            place.done = True
+            return True
+        if code == EXIT_REFUSED:
+            return False
+        return self._after_death(place, code)
+
+    def _after_death(self, place: _Place, code: int) -> bool:
+        returned = self.executor.release(place.worker)
+        instant = time.time() - place.started < INSTANT_DEATH_SECONDS
+        place.deaths = place.deaths + 1 if instant else 1
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self._say(f"worker {place.worker} {how}; {returned} chunks handed back")
+        if place.deaths >= INSTANT_DEATHS_ALLOWED:
+            self._say(f"gave up after {place.deaths} deaths within seconds of starting")
+            return False
+        wait = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (place.deaths - 1))
+        place.not_before = time.time() + wait
+        return True
+
+    def _start(self, place: _Place) -> None:
+        place.worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        place.started = time.time()
+        orders = Orders(
+            queue=self.queue,
+            worker=place.worker,
+            depth=self.depth,
+            burst=self.burst,
+            job=self.job,
+            deadline=self.deadline,
+            quiet=self.quiet,
+        )
+        environment = {**os.environ, **child_settings(max(1, cores() // len(self.slots)))}
+        if place.slot.gpu is not None:
+            environment[VISIBLE] = place.slot.gpu
+        # A session of its own: Ctrl-C reaches only the supervisor, which passes it on.
+        place.process = subprocess.Popen(
+            [sys.executable, "-m", "chunkq_worker.child"],
+            stdin=subprocess.PIPE,
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        pipe = place.process.stdin
+        if pipe is not None:
+            try:
+                pipe.write(orders.to_json() + "\n")
+                pipe.flush()
+            except BrokenPipeError:
+                pass  # it is dead already; the next look at it says so
+
+    def _pass_on_signals(self, places: Sequence[_Place]) -> None:
+        while self._passed_on < self._signals:
+            self._passed_on += 1
+            self._say(
+                "stopping: chunks in flight are finished first; once more hands them back at once"
+                if self._passed_on == 1
+                else "handing back what is in flight"
+            )
+            for place in places:
+                if place.process is not None:
+                    place.process.terminate()
+
+    def _end_all(self, places: Sequence[_Place]) -> None:
+        for place in places:
+            if place.process is not None:
+                place.process.kill()
+                place.process.wait()
+                self.executor.release(place.worker, counted=False)
+
+    def _say(self, line: str) -> None:
+        sys.stderr.write(f"chunkq: {line}\n")
