@@ -183,7 +183,9 @@ def job_report(job: OpenJob, missing: Iterable[Index] = ()) -> dict[str, Any]:
         "patches": sum(c.patches for c in infer),
         "planned_patches": costs.patches,
         "wall_seconds": wall,
-        "seconds": {s: _total(infer, "seconds", s) for s in ("read", "wait", "compute", "write")}
+        "seconds": {
+            s: _total(infer, "seconds", s) for s in ("read", "wait", "load", "compute", "write")
+        }
         | {"finalize": sum(c.finished - c.started for c in blocks)},
         "chunk_seconds_median": median(c.finished - c.started for c in infer) if infer else 0.0,
         "bytes": moved,

@@ -8,6 +8,7 @@ scalars or int64 arrays alike.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, overload
 
 import numpy as np
@@ -16,6 +17,8 @@ from chunkq.padding import Ints, PadMode, source_range
 
 Edge = Literal["pad", "shift"]
 NOWHERE = 1 << 61
+BLOCKS_REMEMBERED = 1 << 14
+"""Neighbouring chunks share all but one of their axis blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,22 @@ class AxisGrid:
 
 
 @dataclass(frozen=True, slots=True)
+class AxisBlock:
+    """One block along one axis, in voxels: its range, its bands, its halo, the patches it owns.
+
+    `halo` is empty where no patch is owned; `owned[g]` numbers the patches of grid g.
+    """
+
+    start: int
+    stop: int
+    band: int
+    aligned_band: int
+    spill: int
+    halo: tuple[int, int]
+    owned: tuple[range, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """One axis of the volume cut into blocks, with the patches of every grid along it.
 
@@ -140,6 +159,10 @@ class Axis:
         """Number of blocks; they cover `[0, volume)` exactly once."""
         return -(-self.volume // self.chunk)
 
+    def block(self, number: int) -> AxisBlock:
+        """Return one block."""
+        return _axis_block(self, number)
+
     def start(self, block: Ints) -> Ints:
         """Return where each block starts."""
         return block * self.chunk
@@ -155,16 +178,19 @@ class Axis:
             low, high = grid.owned(block, self.chunk)
             end = np.minimum(grid.start(high - 1) + grid.lead + grid.kept, self.volume)
             reach = np.maximum(reach, np.where(high > low, end, 0))
-        return np.where(self.stop(block) < self.volume, reach - self.stop(block), 0)
+        stop = self.stop(block)
+        return np.where(stop < self.volume, reach - stop, 0)
 
     def band(self, block: Ints) -> Ints:
         """Return how many voxels at a block's low side the block below reaches into."""
-        return np.where(block > 0, self.spill(np.maximum(block - 1, 0)), 0)
+        below: Ints = np.maximum(block - 1, 0)
+        return np.where(block > 0, self.spill(below), 0)
 
     def aligned_band(self, block: Ints) -> Ints:
         """Return the band rounded up to whole storage chunks, within the block."""
-        rounded = -(-self.band(block) // self.storage) * self.storage
-        return np.minimum(rounded, self.stop(block) - self.start(block))
+        rounded: Ints = -(-self.band(block) // self.storage) * self.storage
+        length = self.stop(block) - self.start(block)
+        return np.where(rounded < length, rounded, length)
 
     def halo(self, block: Ints) -> tuple[Ints, Ints]:
         """Return the window of input the owned patches read; empty where none is owned."""
@@ -181,3 +207,20 @@ class Axis:
     def read(self, block: Ints) -> tuple[Ints, Ints]:
         """Return the range of real voxels behind the halo."""
         return source_range(*self.halo(block), self.volume, self.pad_mode)
+
+
+@lru_cache(maxsize=BLOCKS_REMEMBERED)
+def _axis_block(axis: Axis, number: int) -> AxisBlock:
+    block = np.asarray(number, dtype=np.int64)
+    low, high = axis.halo(block)
+    return AxisBlock(
+        start=int(axis.start(block)),
+        stop=int(axis.stop(block)),
+        band=int(axis.band(block)),
+        aligned_band=int(axis.aligned_band(block)),
+        spill=int(axis.spill(block)),
+        halo=(int(low), int(high)),
+        owned=tuple(
+            range(*(int(end) for end in grid.owned(block, axis.chunk))) for grid in axis.grids
+        ),
+    )

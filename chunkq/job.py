@@ -294,7 +294,8 @@ def _one_line(item: Any) -> str:
     if kind == "missing":
         return f"{path}: missing; `chunkq init` shows a complete job file"
     if kind == "literal_error":
-        hint = nearest(str(item["input"]), str(context["expected"]).replace("'", "").split(" or "))
+        legal = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        hint = nearest(str(item["input"]), legal)
         return f"{path}: {item['input']!r} is none of {context['expected']}{hint}"
     message = item["msg"]
     return f"{path}: {message[0].lower()}{message[1:]}, not {item['input']!r}"

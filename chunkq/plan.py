@@ -199,26 +199,16 @@ class Plan:
 
     def chunk(self, index: Index) -> Chunk:
         """Return chunk `index`."""
-        at = [np.asarray(i, dtype=np.int64) for i in index]
-        pairs = list(zip(self.axes, at, strict=True))
-        start = tuple(int(axis.start(b)) for axis, b in pairs)
-        stop = tuple(int(axis.stop(b)) for axis, b in pairs)
-        band = [int(axis.band(b)) for axis, b in pairs]
-        aligned = [int(axis.aligned_band(b)) for axis, b in pairs]
-        spill = [int(axis.spill(b)) for axis, b in pairs]
-        halos = [axis.halo(b) for axis, b in pairs]
-        owned = tuple(
-            tuple(range(*(int(n) for n in axis.grids[g].owned(b, axis.chunk))) for axis, b in pairs)
-            for g in range(len(self.axes[0].grids))
-        )
+        parts = [axis.block(i) for axis, i in zip(self.axes, index, strict=True)]
+        start, stop = tuple(p.start for p in parts), tuple(p.stop for p in parts)
         return Chunk(
             index=index,
             block=Box(start, stop),
-            interior=Box(tuple(a + w for a, w in zip(start, band, strict=True)), stop),
-            core=Box(tuple(a + w for a, w in zip(start, aligned, strict=True)), stop),
-            region=Box(start, tuple(b + w for b, w in zip(stop, spill, strict=True))),
-            halo=Box(tuple(int(h[0]) for h in halos), tuple(int(h[1]) for h in halos)),
-            owned=owned,
+            interior=Box(tuple(p.start + p.band for p in parts), stop),
+            core=Box(tuple(p.start + p.aligned_band for p in parts), stop),
+            region=Box(start, tuple(p.stop + p.spill for p in parts)),
+            halo=Box(tuple(p.halo[0] for p in parts), tuple(p.halo[1] for p in parts)),
+            owned=tuple(tuple(p.owned[g] for p in parts) for g in range(len(self.axes[0].grids))),
         )
 
     def patches(self, chunk: Chunk) -> Iterator[Patch]:
@@ -256,11 +246,18 @@ class Plan:
 
     def awaits(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that lower neighbours leave for a chunk's block, in a fixed order."""
+        block, inner, halo = chunk.block, chunk.interior.start, chunk.halo.shape
         pieces = []
         for up in _subsets(self.rank):
-            source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
-            if min(source) >= 0:
-                pieces += [p for p in self.leaves(self.chunk(source)) if p.target == chunk.index]
+            reached = all(
+                inner[a] > block.start[a] if up[a] else halo[a] > 0 for a in range(self.rank)
+            )
+            if reached:
+                source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
+                stop = tuple(
+                    low if u else high for u, low, high in zip(up, inner, block.stop, strict=True)
+                )
+                pieces.append(Piece(source, chunk.index, Box(block.start, stop)))
         return pieces
 
     def contributors(self, index: Index) -> list[Index]:

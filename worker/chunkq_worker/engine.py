@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -68,12 +69,12 @@ class Device:
     def _compute(
         self, job: OpenJob, chunk: Chunk, region: npt.NDArray[Any], asked: float
     ) -> Computed:
+        free = time.time()
         engine = self._engine(job)
         began, before = time.time(), engine.batcher.patches_run
         contribution = engine.compute(chunk, region)
-        return Computed(
-            contribution, engine.batcher.patches_run - before, began - asked, time.time() - began
-        )
+        seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
+        return Computed(contribution, engine.batcher.patches_run - before, seconds)
 
     def _engine(self, job: OpenJob) -> Engine:
         key = f"{job.folder.path} {job.record.digest}"
@@ -85,16 +86,16 @@ class Device:
         return self._engines[key]
 
 
+@dataclass(frozen=True, slots=True)
 class Computed:
-    """A chunk's contribution, the patches run for it, and seconds of waiting and computing."""
+    """A chunk's contribution, the patches run for it and the seconds that went by.
 
-    __slots__ = ("compute", "contribution", "patches", "wait")
+    `wait` is for the device, `load` for the network (in a job's first chunk), `compute` the rest.
+    """
 
-    def __init__(
-        self, contribution: Contribution, patches: int, wait: float, compute: float
-    ) -> None:
-        self.contribution, self.patches = contribution, patches
-        self.wait, self.compute = wait, compute
+    contribution: Contribution
+    patches: int
+    seconds: dict[str, float]
 
 
 _device: Device | None = None

@@ -37,7 +37,7 @@ def infer_chunk(task: Task, attempt: Attempt) -> None:
         moved["input"] = _bytes_read(job, chunk)
         computed = this_device().compute(job, chunk, region)
         del region
-        seconds |= {"wait": computed.wait, "compute": computed.compute}
+        seconds |= computed.seconds
         patches = computed.patches
         before = time.time()
         _write(job, chunk, computed, moved, checksums)
