@@ -121,6 +121,7 @@ class Costs:
 
     chunks: int
     finalized_blocks: int
+    finalized_voxels: int
     patches: int
     input_bytes: int
     output_bytes: int
@@ -355,6 +356,7 @@ def _costs(plan: Plan) -> Costs:
     return Costs(
         chunks=chunks,
         finalized_blocks=chunks - over_axes("plain"),
+        finalized_voxels=over_axes("length") - over_axes("core"),
         patches=sum(prod(t.patches[g] for t in totals) for g in range(len(totals[0].patches))),
         input_bytes=over_axes("read") * itemsize,
         output_bytes=prod(plan.volume.shape) * stored_bytes,

@@ -16,6 +16,7 @@ from chunkq.plan import Plan, Volume
 
 STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
 """Edge of an output storage chunk by rank where the job file names none, in voxels."""
+LEAST_STORAGE_EDGE = 16
 CHUNK_BYTES = 512 << 20
 """Memory of one chunk in flight that a chunk size chosen here stays below."""
 CHUNKS_WANTED = 32
@@ -174,7 +175,7 @@ class _Shapes:
         storage = self.job.storage_chunks
         if self.job.chunksize is not None:
             chunks = self.job.chunksize
-            return chunks, storage or tuple(_divisor_near(c, edge) for c in chunks)
+            return chunks, storage or tuple(_storage_edge(c, edge) for c in chunks)
         storage = storage or tuple(min(edge, v) for v in self.volume.shape)
         return self._chosen_chunks(storage), storage
 
@@ -194,6 +195,11 @@ class _Shapes:
             if bytes_needed > CHUNK_BYTES or count < CHUNKS_WANTED:
                 return tuple(chunks)
             chunks = larger
+
+
+def _storage_edge(chunk: int, most: int) -> int:
+    """Return an edge that divides the chunk and is small beside it, or bands would touch all."""
+    return _divisor_near(chunk, min(most, max(LEAST_STORAGE_EDGE, chunk // 4)))
 
 
 def _divisor_near(number: int, target: int) -> int:

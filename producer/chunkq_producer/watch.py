@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from heapq import nlargest
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,12 +20,8 @@ from chunkq.paths import without_secret
 from chunkq.plan import Plan
 from chunkq.tasks import chunk_name
 
-RATE_WINDOW = 120.0
-"""Seconds back from the newest commit over which speed is measured, at least."""
-RATE_COMMITS = 16
-"""Commits that the measured speed rests on, at least, where there are as many."""
 RECENT_COMMITS = 64
-"""Newest commit records looked into for what each worker's time went to."""
+"""Newest commit records looked into for speed and for what each worker's time went to."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,9 @@ def job_status(
             lost = executor.failed(folder.path) if counts.failed else []
         except QueueError as error:
             executor, problem = None, str(error)
-    rate = _chunks_per_second(done.values())
+    recent = folder.commits("infer", nlargest(RECENT_COMMITS, done, key=done.__getitem__))
+    rate = _chunks_per_second(recent)
     left = plan.costs.chunks - len(done)
-    newest = sorted(done, key=lambda index: done[index])[-RECENT_COMMITS:]
     voxels = plan.costs.output_bytes // (plan.stored_channels * plan.output_dtype.itemsize)
     failures = folder.failures()
     known = {failure.chunk for failure in failures}
@@ -108,22 +104,18 @@ def job_status(
         sealed=folder.objects.exists("report.json"),
         voxels_per_second=rate and rate * voxels / plan.costs.chunks,
         seconds_left=left / rate if rate and left else None,
-        workers=_workers(running, folder.commits("infer", newest)),
+        workers=_workers(running, recent),
         failures=_grouped(failures, vanished),
         queue_problem=problem,
     )
 
 
-def _chunks_per_second(moments: Iterable[float]) -> float | None:
-    """Return the speed over the newest commits, or None before there are two."""
-    ordered = sorted(moments)
-    if len(ordered) < 2:
+def _chunks_per_second(newest: list[Commit]) -> float | None:
+    """Return the speed over the newest commits, from the start of the first of them."""
+    if not newest:
         return None
-    window = [m for m in ordered if m >= ordered[-1] - RATE_WINDOW]
-    if len(window) < RATE_COMMITS:
-        window = ordered[-RATE_COMMITS:]
-    span = window[-1] - window[0]
-    return (len(window) - 1) / span if span > 0 else None
+    span = max(c.finished for c in newest) - min(c.started for c in newest)
+    return len(newest) / span if span > 0 else None
 
 
 def _workers(running: list[Any], commits: list[Commit]) -> tuple[WorkerState, ...]:
@@ -139,6 +131,7 @@ def _worker(name: str, running: list[str], commits: list[Commit]) -> WorkerState
     totals: Counter[str] = Counter()
     for commit in mine:
         totals.update(commit.seconds)
+    totals.pop("wait", None)  # for the device to finish another chunk: nothing is lost by it
     whole = sum(totals.values())
     span = max(c.finished for c in mine) - min(c.started for c in mine) if mine else 0.0
     return WorkerState(
@@ -199,7 +192,9 @@ def one_line(status: Status) -> str:
 def screen(status: Status, width: int) -> RenderableType:
     """Return the status for a terminal of `width` columns."""
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
-    lines.append(ProgressBar(total=status.chunks, completed=status.done, width=min(60, width - 2)))
+    bar = Table.grid()  # a bar alone does not end its line
+    bar.add_row(ProgressBar(total=status.chunks, completed=status.done, width=min(60, width - 2)))
+    lines.append(bar)
     lines.append(Text(one_line(status)))
     if status.queue_problem:
         lines.append(Text(status.queue_problem, style="yellow"))

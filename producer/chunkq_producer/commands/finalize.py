@@ -60,3 +60,19 @@ def tell(job: OpenJob, report: dict[str, Any]) -> None:
         f"complete: {shown} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
+    click.echo(where_time_went(report))
+
+
+def where_time_went(report: dict[str, Any]) -> str:
+    """Return one line: the workers' time by stage, how busy devices were, the largest memory."""
+    seconds = report["seconds"]
+    finalizing = seconds["finalize"]
+    stages = {s: t for s, t in seconds.items() if s not in ("wait", "finalize")}
+    whole = sum(stages.values()) or 1.0
+    shares = ", ".join(f"{stage} {time / whole:.0%}" for stage, time in stages.items())
+    busy = [worker["device_busy_share"] for worker in report["workers"].values()]
+    average = sum(busy) / len(busy) if busy else 0.0
+    return (
+        f"time: {shares}; devices busy {average:.0%}; finalizing {finalizing:.1f} s; "
+        f"at most {report['peak_rss_bytes'] / 1e6:.0f} MB per worker"
+    )

@@ -16,8 +16,8 @@ from chunkq_producer.commands.options import input_option, job_argument, json_op
 from chunkq_producer.probe import Probe, probe
 from chunkq_producer.watch import duration
 
-MUCH_THROUGH_PIECES = 1.0
-"""Piece bytes per output byte from which the plan warns."""
+MUCH_TO_FINALIZE = 0.9
+"""Share of the output written by finalizing from which the plan warns."""
 
 
 @click.command()
@@ -71,6 +71,7 @@ def _values(plan: Plan, tried: Probe | None) -> dict[str, Any]:
 def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
     costs = plan.costs
     per_voxel = costs.patches * _volume(plan.output_patch) / _volume(plan.volume.shape)
+    share = costs.finalized_voxels / _volume(plan.volume.shape)
     rows = [
         ("input", f"{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         (
@@ -80,7 +81,7 @@ def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
         ),
         ("chunks", f"{costs.chunks} ({_shape(plan.blocks)}) of {_shape(plan.chunksize)}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
-        ("to finalize", f"{costs.finalized_blocks} blocks"),
+        ("to finalize", f"{costs.finalized_blocks} blocks, {share:.0%} of the voxels"),
         ("read", f"{size(costs.input_bytes)} of input"),
         ("write", f"{size(costs.output_bytes)} of output"),
         ("pieces", f"{size(costs.piece_bytes)} written, read once and deleted"),
@@ -90,12 +91,12 @@ def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
         whole = costs.patches / tried.batch * tried.seconds
         rows.append(("one batch", f"{tried.seconds:.3g} s for {tried.batch} patches"))
         rows.append(("network alone", f"{duration(whole)} on one device like this"))
-    if costs.piece_bytes > MUCH_THROUGH_PIECES * costs.output_bytes:
+    if share > MUCH_TO_FINALIZE:
         rows.append(
             (
                 "note",
-                "more bytes go through pieces than into the output; larger chunks or "
-                "smaller storage_chunks would lower that",
+                "nearly all of it goes through pieces; larger chunks or smaller storage_chunks "
+                "lower that",
             )
         )
     return rows

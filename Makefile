@@ -1,0 +1,67 @@
+# Two commands do everything: `make demo` and `make test`. Each makes its own environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+DEMO := demo
+
+.PHONY: help demo test lint bench picture clean
+
+help:
+	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
+	@echo "make test    install all that the tests need, check and test everything"
+	@echo "make bench   measure planning, enqueueing and status at scale"
+	@echo "make clean   remove the environment and the demo's files"
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "chunkq needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/demo-installed: $(VENV)/made pyproject.toml constraints.txt
+	@echo "installing chunkq, torch and what the demo draws with (about 250 MB, some minutes)"
+	@$(INSTALL) --editable '.[demo]'
+	@echo "installing the brain template (nilearn's data files, 12 MB)"
+	@$(INSTALL) --no-deps nilearn
+	@touch $@
+
+$(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
+	@echo "installing chunkq, torch and what the tests need (about 400 MB, some minutes)"
+	@$(INSTALL) --editable '.[test]'
+	@echo "installing the brain template (nilearn's data files, 12 MB)"
+	@$(INSTALL) --no-deps nilearn
+	@touch $@
+
+demo: $(VENV)/demo-installed
+	@echo "1. the volume: the MNI152 head template as OME-Zarr"
+	@$(BIN)/python examples/brain/prepare.py $(DEMO)/brain.zarr
+	@echo "2. what the job will cost"
+	@$(BIN)/chunkq plan examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr
+	@echo "3. the job: 8 chunks, 2 workers, the embedded queue"
+	@$(BIN)/chunkq run examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr \
+	  -w 2 --queue sqlite://$(CURDIR)/$(DEMO)/queue.db
+	@echo "4. how good it is"
+	@$(BIN)/python examples/brain/score.py $(DEMO)/tissues.zarr $(DEMO)/brain.zarr \
+	  $(DEMO)/brain_truth.zarr $(DEMO)/tissues.png
+	@echo "picture: $(DEMO)/tissues.png"
+
+lint: $(VENV)/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/test-installed
+	$(BIN)/python benchmarks/planning.py --json benchmarks/planning.json
+
+picture: demo
+	cp $(DEMO)/tissues.png docs/images/brain.png
+
+clean:
+	rm -rf $(VENV) $(DEMO)

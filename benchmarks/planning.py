@@ -1,0 +1,179 @@
+"""Planning, enqueueing and status at scale, each beside the bare minimum it cannot beat.
+
+Run: python benchmarks/planning.py [--json FILE]. Every figure is the median of interleaved
+rounds; the ratio is taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from chunkq.executors.sqlite import SqliteExecutor
+from chunkq.job import parse_job
+from chunkq.ledger import Commit, JobFolder, JobRecord
+from chunkq.plan import Plan, Volume
+from chunkq.resolve import resolve
+from chunkq.stores import Source
+from chunkq.tasks import Task, chunk_name
+from chunkq_producer.watch import job_status
+
+ROUNDS = 5
+
+
+def job_over(edge: int, inputs: str = "/nowhere/in.zarr") -> Plan:
+    """A half-overlapping job of edge³ chunks of 128³ voxels."""
+    job = parse_job(
+        {
+            "input": inputs,
+            "output": "/nowhere/out.zarr",
+            "inference_type": "sliding_window",
+            "strides": [32, 32, 32],
+            "weight_function": ["weight_gaussian"],
+            "combine": "soft",
+            "chunksize": [128, 128, 128],
+            "model_config": {
+                "runtime": "torch",
+                "type": "torchscript",
+                "ts_file": "/nowhere/model.ts",
+                "model_input_shape": [1, 64, 64, 64],
+                "model_output_shape": [3, 64, 64, 64],
+            },
+        }
+    )
+    return resolve(job, Volume((edge * 128,) * 3, "uint8"))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    before = time.perf_counter()
+    work()
+    return time.perf_counter() - before
+
+
+def paired(ours: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, float]:
+    """Median seconds of both, and the median of the ratios of interleaved rounds."""
+    rounds = [(seconds(ours), seconds(bare)) for _ in range(ROUNDS)]
+    return {
+        "seconds": statistics.median(a for a, _ in rounds),
+        "bare_seconds": statistics.median(b for _, b in rounds),
+        "ratio": statistics.median(a / b for a, b in rounds),
+    }
+
+
+def walk(plan: Plan) -> int:
+    """Cost a job and visit every chunk's index, as `produce` does."""
+    assert plan.costs.patches > 0
+    return sum(1 for _ in plan.indices())
+
+
+def planning() -> dict[str, float]:
+    """10.08 million chunks, beside a bare triple loop over as many indices."""
+    edge = 216
+    found = paired(
+        lambda: walk(job_over(edge)),
+        lambda: sum(1 for _ in product(range(edge), repeat=3)),
+    )
+    return {"chunks": float(edge**3), **found}
+
+
+def planning_memory() -> dict[str, float]:
+    """Peak resident memory (bytes) of planning 10⁴ and 10⁷ chunks, in fresh processes."""
+    peaks = {}
+    for name, edge in (("peak_at_10648_chunks", 22), ("peak_at_10077696_chunks", 216)):
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak", str(edge)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks[name] = float(done.stdout)
+    return {**peaks, "ratio": peaks["peak_at_10077696_chunks"] / peaks["peak_at_10648_chunks"]}
+
+
+def enqueueing(folder: Path) -> dict[str, float]:
+    """100 000 tasks into the embedded queue, beside one bare transaction of the same rows."""
+    tasks = [Task("infer", "/nowhere/out.zarr.chunkq", (i,)) for i in range(100_000)]
+    number = iter(range(1000))
+
+    def ours() -> None:
+        queue = SqliteExecutor(f"sqlite://{folder}/queue-{next(number)}.db")
+        assert queue.submit(tasks) == len(tasks)
+        queue.close()
+
+    def bare() -> None:
+        database = sqlite3.connect(folder / f"bare-{next(number)}.db")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("CREATE TABLE tasks (id TEXT UNIQUE, job TEXT, message TEXT)")
+        rows = ((task.id, task.job, task.to_json()) for task in tasks)
+        database.executemany("INSERT INTO tasks VALUES (?, ?, ?)", rows)
+        database.commit()
+        database.close()
+
+    return {"tasks": 100_000.0, **paired(ours, bare)}
+
+
+def status(folder: Path) -> dict[str, float]:
+    """Status of 100 000 chunks, all but 1000 done, beside a bare listing of the same files."""
+    edge = 47
+    plan = job_over(edge)
+    ledger = JobFolder(str(folder / "out.zarr.chunkq"))
+    ledger.write_record(JobRecord(plan.job, Source("/nowhere/in.zarr", plan.volume), {}))
+    done = folder / "out.zarr.chunkq" / "done" / "infer"
+    done.mkdir(parents=True)
+    indices = list(plan.indices())
+    for number, index in enumerate(indices[1000:]):
+        commit = Commit(
+            "infer", index, 1, f"host-{number % 8}", number, number + 1.0,
+            {"read": 0.1, "wait": 0.1, "compute": 0.7, "write": 0.1},
+        )  # fmt: skip
+        # Straight to the file system: a hundred thousand flushes to disk are not the point.
+        (done / chunk_name(index)).write_bytes(commit.to_json())
+    queue = SqliteExecutor(f"sqlite://{folder}/status.db")
+    queue.submit(Task("infer", ledger.path, index) for index in indices[:1000])
+    found = paired(
+        lambda: job_status(ledger, plan, queue),
+        lambda: sum(entry.stat().st_mtime for entry in os.scandir(done)),
+    )
+    queue.close()
+    return {"chunks": float(len(indices)), **found}
+
+
+def main() -> None:
+    """Measure, print a table, and write JSON where asked."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--json", type=Path)
+    options.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.peak:
+        walk(job_over(given.peak))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results = {
+            "plan 10 million chunks": planning(),
+            "memory of planning": planning_memory(),
+            "enqueue 100 000 tasks": enqueueing(folder),
+            "status of 100 000 chunks": status(folder),
+        }
+    for label, figures in results.items():
+        row = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
+        print(f"{label}: {row}")
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Train the example's network on the back half of the template and export it as TorchScript.
+
+    python train.py [--out unet.ts] [--check]
+
+The front half (y >= SPLIT) plays no part in it; --check scores both halves afterwards.
+"""
+
+import argparse
+import io
+import itertools
+import math
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import template
+import torch
+from network import CLASSES, UNet3d
+from template import dice
+from torch import Tensor, nn
+
+STEPS = 360
+SETTLED = 0.6  # of the steps, after which batch norm no longer changes
+BATCH = 4
+PATCH = 40
+LEARNING_RATE = 1e-2
+SEED = 7
+THREADS = 2
+WINDOW = 64
+
+
+def random_patches(t1: Tensor, truth: Tensor, rng: np.random.Generator) -> Iterator[list[Tensor]]:
+    """Endless batches of raw patches and their tissue maps, each centred on brain."""
+    corners = np.maximum(np.argwhere(t1[0].numpy() > 0) - PATCH // 2, 0)
+    corners = np.minimum(corners, np.array(t1.shape[1:]) - PATCH)
+    while True:
+        pairs = []
+        for corner in corners[rng.integers(len(corners), size=BATCH)]:
+            box = (slice(None), *(slice(int(c), int(c) + PATCH) for c in corner))
+            pairs.append(augment(t1[box], truth[box], rng))
+        yield [torch.stack(column) for column in zip(*pairs, strict=True)]
+
+
+def augment(raw: Tensor, truth: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Mirror freely and vary the gain a little (scanners would vary more)."""
+    flips = tuple(axis for axis in (1, 2, 3) if rng.random() < 0.5)
+    gain = rng.uniform(0.98, 1.02)
+    return (raw.flip(flips) * gain).clamp(0, 255), truth.flip(flips)
+
+
+def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
+    """Cross entropy with the tissue maps themselves: a voxel that is 60 % grey should say so."""
+    return nn.functional.cross_entropy(logits, truth)
+
+
+def training_data() -> tuple[Tensor, Tensor]:
+    """T1 and the three tissue maps of the back half, channels first."""
+    grey, white = (template.training_half(template.read_map(name)) for name in ("gm", "wm"))
+    maps = np.stack([255 - grey - white, grey, white]).astype(np.float32) / 255
+    t1 = template.training_half(template.load_t1()).astype(np.float32)
+    return torch.from_numpy(t1[None]), torch.from_numpy(maps)
+
+
+def train(steps: int) -> UNet3d:
+    torch.manual_seed(SEED)
+    rng = np.random.default_rng(SEED)
+    t1, truth = training_data()
+
+    # The layout makes convolutions of few channels about twice as fast; the weights keep it.
+    net: UNet3d = UNet3d().train()
+    net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    adam = torch.optim.AdamW(net.parameters(), LEARNING_RATE)
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, LEARNING_RATE, steps, pct_start=0.15)
+    started, recent = time.perf_counter(), math.nan
+    for step, (raw, target) in enumerate(
+        itertools.islice(random_patches(t1, truth, rng), steps), 1
+    ):
+        if step == int(SETTLED * steps):
+            # From here on the network trains as what it is exported as: with constant norms.
+            net.settle()
+        loss = loss_of(net.logits(raw), target)
+        adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        rate.step()
+        recent = loss.item() if math.isnan(recent) else 0.95 * recent + 0.05 * loss.item()
+        if step % 20 == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {recent:.4f}  {time.perf_counter() - started:.0f} s")
+    net.eval()
+    return net
+
+
+def export(net: UNet3d, path: Path) -> None:
+    """Write TorchScript, whole or not at all, and the same bytes for the same weights."""
+    whole = io.BytesIO()
+    # Traced, not scripted: a script lists its constants in the random order of a set.
+    sample = torch.zeros(1, 1, WINDOW, WINDOW, WINDOW)
+    with torch.no_grad():
+        traced = torch.jit.trace(net.fold(), sample)  # type: ignore[no-untyped-call]
+    torch.jit.save(traced, whole)
+    partial = path.with_name(path.name + ".partial")
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(partial, "w") as target:
+        for entry in source.infolist():
+            # Debug entries hold the paths of the machine that trained, the id a hash over them;
+            # loading needs neither.
+            if not entry.filename.endswith((".debug_pkl", "/serialization_id")):
+                target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
+    os.replace(partial, path)
+
+
+def window_starts(size: int) -> list[int]:
+    """Half overlapping windows, the last one moved back to end with the volume."""
+    return [*range(0, size - WINDOW, WINDOW // 2), size - WINDOW]
+
+
+def predict(path: Path, t1: template.Volume) -> template.Volume:
+    """The job of job.yaml in a few lines and one process: the result chunkq has to reproduce."""
+    net = torch.jit.load(str(path)).eval()  # type: ignore[no-untyped-call]
+    profile = torch.exp(-((torch.arange(WINDOW) - (WINDOW - 1) / 2) ** 2) / (2 * (WINDOW / 8) ** 2))
+    weight = profile[:, None, None] * profile[:, None] * profile
+    total = torch.zeros(len(CLASSES), *t1.shape)
+    for corner in itertools.product(*map(window_starts, t1.shape)):
+        z, y, x = (slice(c, c + WINDOW) for c in corner)
+        raw = torch.from_numpy(t1[z, y, x].astype(np.float32))
+        with torch.inference_mode():
+            total[:, z, y, x] += weight * net(raw[None, None])[0]
+    # No division by the summed weights: it is the same for all classes of a voxel.
+    labels: template.Volume = total.numpy().argmax(0).astype(np.uint8)
+    return labels
+
+
+def check(path: Path) -> None:
+    started = time.perf_counter()
+    result, truth = predict(path, template.load_t1()), template.load_labels()
+    print(f"whole volume predicted in {time.perf_counter() - started:.0f} s")
+    halves = {"training": template.training_half, "held-out": template.held_out_half}
+    for name, half in halves.items():
+        grey, white = (dice(half(result), half(truth), label) for label in (1, 2))
+        print(f"{name} half: Dice {grey:.4f} grey, {white:.4f} white matter")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train the example's network.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("unet.ts"))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--check", action="store_true", help="predict everything, print Dice")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        net = train(options.steps)
+    except template.TemplateMissingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    export(net, options.out)
+    print(f"{options.out}: {options.out.stat().st_size // 1000} kB")
+    if options.check:
+        check(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
