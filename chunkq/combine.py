@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace
 
+from chunkq.errors import PredictionError
+
 Combine = Literal["weighted_avg", "soft", "hard"]
 Activation = Literal["none", "softmax", "sigmoid"]
 Array = Any
@@ -59,10 +61,17 @@ def decide(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArra
     """Turn the average or vote share (C, *S) into what is stored, on the host.
 
     `weighted_avg` keeps (C, *S) and casts; `soft` and `hard` give labels (*S): the largest
-    channel, the lowest of several, or for one channel whether it reaches 0.5.
+    channel, the lowest of several, or for one channel whether it reaches 0.5. Raises
+    PredictionError where float16 cannot hold an average.
     """
     if combine == "weighted_avg":
-        return on_host(average).astype(dtype, copy=False)
+        with np.errstate(over="ignore"):
+            stored = on_host(average).astype(dtype, copy=False)
+        if stored.dtype == np.float16 and not np.isfinite(stored).all():
+            raise PredictionError(
+                "an average lies beyond the range of float16; use output_dtype: float32"
+            )
+        return stored
     labels = average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
     return on_host(labels).astype(dtype, copy=False)
 
@@ -80,16 +89,17 @@ def label_dtype(classes: int) -> np.dtype[Any]:
 
 
 def _largest(values: Array, axis: int) -> Array:
-    """Return the index of the largest entry along `axis`, the lowest of several; int32.
+    """Return the index of the largest entry along `axis`, the lowest of several; uint8 if it fits.
 
     Channel by channel: torch's argmax over a strided axis is an order of magnitude slower.
     """
     xp = array_namespace(values)
     channels = xp.moveaxis(values, axis, 0)
     best = channels[0, ...]
-    winner = xp.zeros_like(best, dtype=xp.int32)
+    dtype = xp.uint8 if channels.shape[0] <= 256 else xp.int32
+    winner = xp.zeros_like(best, dtype=dtype)
     for number in range(1, channels.shape[0]):
         larger = channels[number, ...] > best
-        winner = xp.where(larger, xp.asarray(number, dtype=xp.int32), winner)
+        winner = xp.where(larger, xp.asarray(number, dtype=dtype), winner)
         best = xp.where(larger, channels[number, ...], best)
     return winner

@@ -25,6 +25,12 @@ class JobError(ChunkqError):
         super().__init__("\n".join(self.problems))
 
 
+class MissingJobError(ChunkqError):
+    """There is no job folder where one is looked for."""
+
+    exit_code = 2
+
+
 class StoreError(ChunkqError):
     """A path cannot be read or written as asked, found before work starts."""
 

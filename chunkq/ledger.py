@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq import __version__
-from chunkq.errors import JobError, PieceError
+from chunkq.errors import JobError, MissingJobError, PieceError
 from chunkq.job import Job, parse_job
 from chunkq.objects import ObjectFolder
 from chunkq.paths import file_hash, without_secret
@@ -178,10 +178,10 @@ class JobFolder:
         return None if content is None else JobRecord.from_json(content)
 
     def require_record(self) -> JobRecord:
-        """Return what `job.json` holds; raises JobError where there is no job."""
+        """Return what `job.json` holds; raises MissingJobError where there is no job."""
         record = self.read_record()
         if record is None:
-            raise JobError(
+            raise MissingJobError(
                 f"{without_secret(self.output)}: no job was produced here "
                 f"(no {without_secret(self.path)}/job.json); `chunkq produce` makes one"
             )

@@ -82,8 +82,6 @@ class ObjectFolder:
             yield from _scan(path)
             return
         try:
-            # A listing kept from before would hide what other machines wrote since.
-            self._filesystem.invalidate_cache()
             entries = self._filesystem.ls(path, detail=True)
         except FileNotFoundError:
             return
@@ -104,7 +102,6 @@ class ObjectFolder:
         if self._local:
             shutil.rmtree(path, ignore_errors=True)
             return
-        self._filesystem.invalidate_cache()
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
 

@@ -59,7 +59,7 @@ _lock = threading.Lock()
 def open_job(path: str) -> OpenJob:
     """Return the job of a job folder; opened once per process while its record stays the same.
 
-    Raises JobError where there is no job.
+    Raises MissingJobError where there is no job.
     """
     folder = JobFolder(path)
     record = folder.require_record()

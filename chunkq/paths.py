@@ -52,7 +52,8 @@ def open_filesystem(path: str) -> tuple[Any, str]:
         return fsspec.filesystem("file"), path
     scheme = path.partition("://")[0]
     try:
-        filesystem, inner = fsspec.core.url_to_fs(path)
+        # A listing kept from before would hide what other machines wrote since.
+        filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except ImportError:
         extra = "chunkq[s3]" if scheme == "s3" else f"the fsspec package for {scheme}://"
         raise StoreError(f"{without_secret(path)}: needs a package; pip install {extra}") from None

@@ -280,6 +280,9 @@ def _open_node(path: str, mode: Any = "r") -> Any:
         if not is_url(path) and not os.path.isdir(inner):
             there = "a file, not a Zarr store or .npy" if os.path.exists(inner) else "not there"
             raise StoreError(f"input: {shown} is {there}")
+        if is_url(path):
+            # A server that is away shows here; zarr's many requests at once would each complain.
+            filesystem.exists(join(inner, "zarr.json"))
         return zarr.open(path, mode=mode)
     except StoreError:
         raise
@@ -308,6 +311,9 @@ def _kvstore(path: str) -> Any:
         spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
     elif region:
         spec["aws_region"] = region
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        # Else the AWS library first looks for files and complains when there are none.
+        spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 

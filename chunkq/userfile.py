@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from chunkq.errors import JobError
-from chunkq.paths import read_bytes
+from chunkq.paths import is_url, read_bytes
 from chunkq.plan import Plan
 from chunkq.weights import ArrayWeights, Weights, built_in
 
@@ -16,7 +20,8 @@ from chunkq.weights import ArrayWeights, Weights, built_in
 def load_names(path: str, key: str) -> dict[str, Any]:
     """Run a Python file and return its names. `key` is the job key that named it.
 
-    Raises JobError in one line if the file is missing or raises.
+    A local file may import its neighbours, as it could when it was written. Raises JobError in
+    one line if the file is missing or raises.
     """
     try:
         code = compile(read_bytes(path), path, "exec")
@@ -24,12 +29,18 @@ def load_names(path: str, key: str) -> dict[str, Any]:
         raise JobError(f"{key}: no file {path}") from None
     except (SyntaxError, ValueError) as error:
         raise JobError(f"{key}: {path} is not Python: {error}") from None
-    names: dict[str, Any] = {"__name__": "chunkq_user_file", "__file__": path}
+    folder = os.path.dirname(path)
+    if not is_url(path) and folder not in sys.path:
+        sys.path.append(folder)
+    # Registered, because dataclasses, torch.jit and inspect look a class's module up.
+    module = ModuleType(f"chunkq_user_{hashlib.sha256(path.encode()).hexdigest()[:12]}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
     try:
-        exec(code, names)
+        exec(code, module.__dict__)
     except Exception as error:
         raise JobError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
-    return names
+    return dict(module.__dict__)
 
 
 def pick(names: dict[str, Any], name: str, path: str, key: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
 
@@ -18,6 +19,8 @@ import numpy.typing as npt
 
 from chunkq.grids import Axis
 
+SURROUNDINGS_REMEMBERED = 1 << 14
+"""The patches of a chunk share their surroundings row by row."""
 Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
 
@@ -70,6 +73,7 @@ class Surroundings:
     starts: tuple[tuple[int, ...], ...]
 
 
+@lru_cache(maxsize=SURROUNDINGS_REMEMBERED)
 def surroundings(axis: Axis, grid: int, number: int) -> Surroundings:
     """Return what surrounds patch `number` of grid `grid` along this axis."""
     own = axis.grids[grid]

@@ -45,8 +45,10 @@ class Orders:
 def main() -> int:
     """Run one shift; returns the exit code."""
     orders = Orders(**json.loads(sys.stdin.readline()))
+    # Only chunkq's own news: clients of buckets tell where they found their credentials.
+    logging.getLogger("chunkq").setLevel(logging.WARNING if orders.quiet else logging.INFO)
     logging.basicConfig(
-        level=logging.WARNING if orders.quiet else logging.INFO,
+        level=logging.WARNING,
         format=f"%(asctime)s {orders.worker} %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,

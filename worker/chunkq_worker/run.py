@@ -7,7 +7,7 @@ import os
 import time
 import traceback
 
-from chunkq.errors import ChunkqError, JobError, ModelError
+from chunkq.errors import ChunkqError, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt
 from chunkq.ledger import Failure, JobFolder
 from chunkq.paths import without_secret
@@ -28,6 +28,10 @@ def run_task(task: Task, attempt: Attempt) -> None:
     started = time.time()
     try:
         entry_point(task.kind)(task, attempt)
+    except (JobError, ModelError) as error:
+        # Every chunk of the job would end like this; the worker stops and says so.
+        shown = without_secret(JobFolder(task.job).output)
+        raise type(error)(f"{shown}: {error}") from error
     except Exception as error:
         _record(task, attempt, error)
         raise
@@ -52,8 +56,8 @@ def _record(task: Task, attempt: Attempt, error: Exception) -> None:
     log.error(
         "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, shown
     )
-    if isinstance(error, (JobError, ModelError)):
-        return
+    if isinstance(error, MissingJobError):
+        return  # a record would bring back the folder that someone removed
     try:
         JobFolder(task.job).record_failure(
             Failure(

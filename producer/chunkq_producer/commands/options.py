@@ -41,5 +41,5 @@ def folder_at(output: str) -> JobFolder:
 
 
 def job_at(output: str) -> OpenJob:
-    """Open the job of an output path; raises JobError where there is none."""
+    """Open the job of an output path; raises MissingJobError where there is none."""
     return open_job(folder_at(output).path)

@@ -83,7 +83,9 @@ def run(
     opened = open_job(made.folder.path)
     if made.done < made.chunks:
         command = [sys.executable, "-m", "chunkq", "work", "--queue", url, "--burst", "--quiet"]
-        command += ["--job", opened.folder.output, "--gpus", gpus, "--lifeline"]
+        on_cpu = checked.model.device == "cpu" or checked.hardware == "cpu_only"
+        command += ["--gpus", "none" if on_cpu else gpus, "--lifeline"]
+        command += ["--job", opened.folder.output]
         command += ["-w", str(workers)] if workers else []
         command += ["--depth", str(depth)] if depth else []
         look = Look(opened.folder, opened.plan, executor)
