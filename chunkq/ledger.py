@@ -204,7 +204,8 @@ class JobFolder:
     def committed(self, kind: str) -> dict[Index, float]:
         """Return the finished chunks of a kind and when each was committed (s, Unix)."""
         found = self.objects.list(f"done/{kind}")
-        return {parse_chunk(entry.name): entry.modified for entry in found}
+        chunks = ((parse_chunk(entry.name), entry.modified) for entry in found)
+        return {chunk: modified for chunk, modified in chunks if chunk is not None}
 
     def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
         """Return the commit records of those chunks that have one."""
@@ -240,7 +241,8 @@ class JobFolder:
         content = self.objects.get(path)
         if content is None:
             raise PieceError(f"{without_secret(self.path)}/{path} is gone")
-        if zlib.crc32(memoryview(content)[4:]) != int.from_bytes(content[:4], "little"):
+        body = memoryview(content)[4:]  # the checksum of nothing is 0, so nothing is refused first
+        if not body or zlib.crc32(body) != int.from_bytes(content[:4], "little"):
             raise PieceError(f"{without_secret(self.path)}/{path} is damaged")
         buffer = io.BytesIO(content)
         buffer.seek(4)

@@ -48,9 +48,12 @@ def _volume_problems(job: Job, volume: Volume) -> list[str]:
         return [f"input: {job.input[0]} has {rank} axes; 1 to 4 spatial axes can be processed"]
     if min(volume.shape) == 0:
         return [f"input: {job.input[0]} has shape {list(volume.shape)}, so no voxel"]
-    dtype = np.dtype(volume.dtype)
+    try:
+        dtype = np.dtype(volume.dtype)
+    except TypeError:  # the name of a structured or string dtype
+        dtype = np.dtype(object)
     if dtype.kind not in "biuf":
-        return [f"input: {job.input[0]} holds {dtype}; real numbers are needed"]
+        return [f"input: {job.input[0]} holds {volume.dtype}; real numbers are needed"]
     return _pad_value_problems(job, dtype)
 
 
@@ -58,7 +61,7 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
     value = job.pad_value
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        fits = value == int(value) and limits.min <= value <= limits.max
+        fits = limits.min <= value <= limits.max and value == int(value)
     else:
         fits = dtype.kind == "f" or value in (0, 1)
     return [] if fits else [f"pad_value: {value} cannot be held by the input's dtype {dtype}"]

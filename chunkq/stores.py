@@ -65,12 +65,15 @@ class TensorStoreArray(Array):
         try:
             values: Voxels = self._store[box.slices((0,) * len(self.shape))].read().result()
         except (ValueError, OSError, RuntimeError) as error:
-            raise ChunkReadError(_read_failure(self.path, box, error)) from error
+            raise ChunkReadError(_failure(self.path, box, "read", error)) from error
         return values
 
     @override
     def write(self, box: Box, values: Voxels) -> None:
-        self._store[box.slices((0,) * len(self.shape))].write(values).result()
+        try:
+            self._store[box.slices((0,) * len(self.shape))].write(values).result()
+        except (ValueError, RuntimeError) as error:
+            raise OSError(_failure(self.path, box, "written", error)) from error
 
 
 class ZarrPythonArray(Array):
@@ -85,7 +88,7 @@ class ZarrPythonArray(Array):
         try:
             return np.asarray(self._array[box.slices((0,) * len(self.shape))])
         except Exception as error:
-            raise ChunkReadError(_read_failure(self.path, box, error)) from error
+            raise ChunkReadError(_failure(self.path, box, "read", error)) from error
 
     @override
     def write(self, box: Box, values: Voxels) -> None:
@@ -126,7 +129,7 @@ class NpyArray(Array):
             )
             values = np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
         except (OSError, ValueError) as error:
-            raise ChunkReadError(_read_failure(self.path, box, error)) from error
+            raise ChunkReadError(_failure(self.path, box, "read", error)) from error
         return values[(slice(None), *inner)]
 
 
@@ -317,10 +320,10 @@ def _kvstore(path: str) -> Any:
     return spec
 
 
-def _read_failure(path: str, box: Box, error: Exception) -> str:
+def _failure(path: str, box: Box, verb: str, error: Exception) -> str:
     first = str(error).partition("\n")[0][:300]
     where = f"voxels {list(box.start)} to {list(box.stop)}"
-    return f"{without_secret(path)}: {where} cannot be read: {first}"
+    return f"{without_secret(path)}: {where} cannot be {verb}: {first}"
 
 
 def _ome_image(attributes: dict[str, Any]) -> dict[str, Any] | None:

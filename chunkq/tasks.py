@@ -48,7 +48,7 @@ class Task:
                 and all(isinstance(i, int) and i >= 0 for i in chunk)
             ):
                 raise ValueError(message)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise QueueError(f"not a chunkq task: {message[:200]!r}") from None
         return cls(kind, job, tuple(chunk))
 
@@ -70,6 +70,7 @@ def chunk_name(index: tuple[int, ...]) -> str:
     return ".".join(map(str, index))
 
 
-def parse_chunk(name: str) -> tuple[int, ...]:
-    """Invert `chunk_name`."""
-    return tuple(int(part) for part in name.split("."))
+def parse_chunk(name: str) -> tuple[int, ...] | None:
+    """Invert `chunk_name`; None for a name that is no chunk's."""
+    parts = name.split(".")
+    return tuple(map(int, parts)) if all(map(str.isdecimal, parts)) else None

@@ -168,9 +168,9 @@ class SqliteExecutor(Executor):
         return self._change("DELETE FROM tasks WHERE job = ?", (job,))
 
     def release(self, worker: str, *, counted: bool = True) -> int:
-        """Let a worker's leases run out now."""
+        """Let a worker's leases run out now; they are nobody's, so saying it twice counts once."""
         return self._change(
-            "UPDATE tasks SET lease_until = 0, attempts = attempts - ? "
+            "UPDATE tasks SET lease_until = 0, worker = NULL, attempts = attempts - ? "
             "WHERE state = 'running' AND worker = ?",
             (0 if counted else 1, worker),
         )
@@ -181,10 +181,13 @@ class SqliteExecutor(Executor):
         threads = [threading.Thread(target=loop.run, name=f"chunk-{n}") for n in range(shift.depth)]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
-            self._renew(shift.worker)
-            for thread in threads:
-                thread.join(LEASE_SECONDS / 3 / len(threads))
+        try:
+            while any(thread.is_alive() for thread in threads):
+                self._renew(shift.worker)
+                for thread in threads:
+                    thread.join(LEASE_SECONDS / 3 / len(threads))
+        finally:
+            shift.stopping.set()
         if loop.error is not None:
             raise loop.error
 
@@ -314,9 +317,10 @@ def _refuse_network(
 ) -> None:
     """Raise QueueError if the file would lie on a network file system: WAL is for one host."""
     mounts = partitions() if partitions else _mounts()
-    target = path.absolute()
+    target = path.resolve()
     best = max(
-        ((Path(point), kind) for point, kind in mounts if target.is_relative_to(point)),
+        # Of several mounts on one point, the last is the one that shows.
+        ((Path(point), kind) for point, kind in reversed(mounts) if target.is_relative_to(point)),
         key=lambda mount: len(mount[0].parts),
         default=None,
     )

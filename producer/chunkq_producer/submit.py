@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from chunkq.executors.base import Executor
 from chunkq.job import Job
 from chunkq.ledger import NOT_THE_RESULT, JobFolder, JobRecord, folder_of
 from chunkq.objects import ObjectFolder
-from chunkq.paths import open_filesystem, without_secret
+from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.plan import Plan
 from chunkq.stores import create_output, find_source
 from chunkq.tasks import Task
@@ -51,6 +52,11 @@ def prepare(job: Job) -> Prepared:
     load_weights(plan)
     if folder_of(job.output) == job.output:
         raise JobError(f"output: {without_secret(job.output)} ends in .chunkq, as job folders do")
+    if _overlap(job.output, source.array_path):
+        raise JobError(
+            f"output: {without_secret(job.output)} would overwrite the input "
+            f"{without_secret(source.array_path)}; choose another output"
+        )
     return Prepared(record, plan)
 
 
@@ -117,6 +123,13 @@ def produce(
                 progress(count, left)
 
     return Produced(folder, plan.costs.chunks, len(done), executor.submit(tasks()))
+
+
+def _overlap(output: str, array: str) -> bool:
+    """Tell whether one path lies in the other, or both are the same."""
+    places = [path if is_url(path) else os.path.realpath(path) for path in (output, array)]
+    one, other = (place.rstrip("/") + "/" for place in places)
+    return one.startswith(other) or other.startswith(one)
 
 
 def _write_record(folder: JobFolder, record: JobRecord) -> None:

@@ -16,13 +16,14 @@ import threading
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from chunkq.errors import ChunkqError
+from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, Shift
 
 EXIT_REFUSED = 4
 """Every chunk would fail alike, so that starting this process again is of no use."""
 EXIT_HANDED_BACK = 5
+EXIT_QUEUE_AWAY = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ def main() -> int:
     except ChunkqError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"chunkq: {line}\n")
-        return EXIT_REFUSED
+        # A queue that is away may come back; a job that cannot be done stays so.
+        return EXIT_QUEUE_AWAY if isinstance(error, QueueError) else EXIT_REFUSED
     return 0
 
 

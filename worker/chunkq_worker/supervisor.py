@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from chunkq.executors.base import Executor
+from chunkq.paths import without_secret
 from chunkq_worker.birth import child_settings
 from chunkq_worker.child import EXIT_REFUSED, Orders
 from chunkq_worker.devices import VISIBLE, Slot, cores
@@ -58,6 +59,8 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._count_signal)
         signal.signal(signal.SIGINT, self._count_signal)
         places = [_Place(slot) for slot in self.slots]
+        if not self.quiet:
+            self._say(self._greeting())
         try:
             while not all(place.done for place in places):
                 for place in places:
@@ -68,6 +71,15 @@ class Supervisor:
             return 0
         finally:
             self._end_all(places)
+
+    def _greeting(self) -> str:
+        gpus = [slot.gpu for slot in self.slots if slot.gpu is not None]
+        where = f"GPUs {', '.join(gpus)}" if gpus else "the CPU"
+        until = "until nothing is left" if self.burst else "waiting for more when all is done"
+        return (
+            f"{len(self.slots)} worker processes on {where}, {self.depth} chunks in flight each, "
+            f"queue {without_secret(self.queue)}, {until}; Ctrl-C to stop"
+        )
 
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
