@@ -21,14 +21,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from chunkq_producer.watch import job_status
+
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import parse_job
 from chunkq.ledger import Commit, JobFolder, JobRecord
+from chunkq.ome import Space
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name
-from chunkq_producer.watch import job_status
 
 ROUNDS = 5
 
@@ -129,7 +131,9 @@ def status(folder: Path) -> dict[str, float]:
     edge = 47
     plan = job_over(edge)
     ledger = JobFolder(str(folder / "out.zarr.chunkq"))
-    ledger.write_record(JobRecord(plan.job, Source("/nowhere/in.zarr", plan.volume), {}))
+    ledger.write_record(
+        JobRecord(plan.job, Source("/nowhere/in.zarr", plan.volume, Space.plain(3)), {})
+    )
     done = folder / "out.zarr.chunkq" / "done" / "infer"
     done.mkdir(parents=True)
     indices = list(plan.indices())

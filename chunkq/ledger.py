@@ -22,6 +22,7 @@ from chunkq import __version__
 from chunkq.errors import JobError, MissingJobError, PieceError
 from chunkq.job import Job, parse_job
 from chunkq.objects import ObjectFolder
+from chunkq.ome import Space
 from chunkq.paths import file_hash, without_secret
 from chunkq.plan import Index, Plan, Volume
 from chunkq.resolve import resolve
@@ -97,15 +98,9 @@ class JobRecord:
         values = json.loads(content)
         source = values["source"]
         volume = Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"])
-        scale, units = source["scale"], source["units"]
         return cls(
             parse_job(values["job"]),
-            Source(
-                source["array_path"],
-                volume,
-                tuple(scale) if scale else None,
-                tuple(units) if units else None,
-            ),
+            Source(source["array_path"], volume, Space.from_dict(source["space"])),
             values["file_hashes"],
             values["chunkq_version"],
         )

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from chunkq.box import Box
 from chunkq.errors import ChunkReadError, StoreError
+from chunkq.ome import Space, axis_names, first_image, image_metadata, space_of
 from chunkq.padding import PadMode, source_indices, source_range
 from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan import Volume
@@ -135,15 +136,11 @@ class NpyArray(Array):
 
 @dataclass(frozen=True)
 class Source:
-    """An input volume as found: where its array is and what is known of its space.
-
-    `scale` and `units` are per axis, physical size of a voxel; None where the input says nothing.
-    """
+    """An input volume as found: where its array is and what is known of its space."""
 
     array_path: str
     volume: Volume
-    scale: tuple[float, ...] | None = None
-    units: tuple[str | None, ...] | None = None
+    space: Space
 
 
 def find_source(path: str) -> Source:
@@ -152,20 +149,21 @@ def find_source(path: str) -> Source:
     Raises StoreError in one line if there is nothing, or nothing that is an array.
     """
     if path.endswith(".npy"):
-        return Source(path, _volume_of(_open_npy(path)))
+        array = _open_npy(path)
+        return _plain_source(path, array.shape, array.dtype)
     node = _open_node(path)
     if hasattr(node, "shape"):
-        return Source(path, Volume(tuple(node.shape), str(np.dtype(node.dtype))))
-    image = _ome_image(dict(node.attrs))
+        return _plain_source(path, tuple(node.shape), np.dtype(node.dtype))
+    image = first_image(dict(node.attrs))
     if image is None:
         members = ", ".join(sorted(node.keys())[:8])
         raise StoreError(
             f"input: {without_secret(path)} is a Zarr group, not an array; "
             + (f"name one of its members: {members}" if members else "and it is empty")
         )
-    dataset = image["datasets"][0]
-    found = find_source(join(path, dataset["path"]))
-    return Source(found.array_path, found.volume, *_ome_space(image, dataset))
+    found = find_source(join(path, image["datasets"][0]["path"]))
+    space = space_of(image, len(found.volume.shape))
+    return Source(found.array_path, found.volume, space)
 
 
 def open_array(path: str, *, write: bool = False) -> Array:
@@ -197,11 +195,10 @@ def create_output(
     import zarr
     from zarr.codecs import BloscCodec
 
-    names = _axis_names(len(shape), len(shape) - len(source.volume.shape))
-    ome = _ome_metadata(names, source, zarr_format)
+    names = axis_names(len(shape), len(shape) - len(source.volume.shape))
     attributes = dict(attributes)
-    if ome is not None:
-        attributes |= {"ome": ome} if zarr_format == 3 else ome
+    if names is not None:
+        attributes |= image_metadata(names, source.space, zarr_format)
     compressor: Any
     if zarr_format == 3:
         compressor = BloscCodec(cname="lz4", clevel=5)
@@ -269,8 +266,8 @@ def _open_npy(path: str) -> NpyArray:
         raise StoreError(f"input: {without_secret(path)} cannot be read: {error}") from None
 
 
-def _volume_of(array: Array) -> Volume:
-    return Volume(array.shape, str(array.dtype))
+def _plain_source(path: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Source:
+    return Source(path, Volume(shape, str(dtype)), Space.plain(len(shape)))
 
 
 def _open_node(path: str, mode: Any = "r") -> Any:
@@ -324,60 +321,3 @@ def _failure(path: str, box: Box, verb: str, error: Exception) -> str:
     first = str(error).partition("\n")[0][:300]
     where = f"voxels {list(box.start)} to {list(box.stop)}"
     return f"{without_secret(path)}: {where} cannot be {verb}: {first}"
-
-
-def _ome_image(attributes: dict[str, Any]) -> dict[str, Any] | None:
-    images = (attributes.get("ome") or attributes).get("multiscales")
-    if not images or not images[0].get("datasets"):
-        return None
-    image: dict[str, Any] = images[0]
-    return image
-
-
-def _ome_space(
-    image: dict[str, Any], dataset: dict[str, Any]
-) -> tuple[tuple[float, ...] | None, tuple[str | None, ...] | None]:
-    scales = [
-        tuple(float(x) for x in t["scale"])
-        for t in dataset.get("coordinateTransformations", [])
-        if t.get("type") == "scale"
-    ]
-    axes = image.get("axes", [])
-    units = tuple(axis.get("unit") if isinstance(axis, dict) else None for axis in axes)
-    return (scales[0] if scales else None), units or None
-
-
-def _axis_names(rank: int, channel_axes: int) -> list[str] | None:
-    spatial = rank - channel_axes
-    if spatial not in (2, 3):
-        return None
-    return ["c"] * channel_axes + ["z", "y", "x"][3 - spatial :]
-
-
-def _ome_metadata(
-    names: list[str] | None, source: Source, zarr_format: int
-) -> dict[str, Any] | None:
-    """Return OME-Zarr metadata (0.5 for Zarr v3, 0.4 for v2), or None where rank forbids."""
-    if names is None:
-        return None
-    spatial = len(source.volume.shape)
-    channels = len(names) - spatial
-    scale = source.scale if source.scale and len(source.scale) == spatial else (1.0,) * spatial
-    units = source.units if source.units and len(source.units) == spatial else (None,) * spatial
-    axes: list[dict[str, str]] = [{"name": "c", "type": "channel"}] * channels
-    for name, unit in zip(names[channels:], units, strict=True):
-        axes.append({"name": name, "type": "space"} | ({"unit": unit} if unit else {}))
-    image: dict[str, Any] = {
-        "axes": axes,
-        "datasets": [
-            {
-                "path": "0",
-                "coordinateTransformations": [
-                    {"type": "scale", "scale": [1.0] * channels + list(scale)}
-                ],
-            }
-        ],
-    }
-    if zarr_format == 3:
-        return {"version": "0.5", "multiscales": [image]}
-    return {"multiscales": [{"version": "0.4", **image}]}

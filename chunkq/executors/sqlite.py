@@ -127,10 +127,12 @@ class SqliteExecutor(Executor):
         return self.jobs().get(job, Counts())
 
     def jobs(self) -> dict[str, Counts]:
-        """Count the tasks of every job on the queue."""
+        """Count the tasks of every job on the queue; one whose lease ran out waits again."""
         with self._database() as database:
             rows = database.execute(
-                "SELECT job, state, count(*) FROM tasks GROUP BY job, state"
+                "SELECT job, iif(state = 'running' AND lease_until < ?, 'queued', state) AS shown, "
+                "count(*) FROM tasks GROUP BY job, shown",
+                (time.time(),),
             ).fetchall()
         states: dict[str, dict[str, int]] = {}
         for job, state, count in rows:
@@ -168,11 +170,12 @@ class SqliteExecutor(Executor):
         return self._change("DELETE FROM tasks WHERE job = ?", (job,))
 
     def release(self, worker: str, *, counted: bool = True) -> int:
-        """Let a worker's leases run out now; they are nobody's, so saying it twice counts once."""
+        """End a worker's leases; its tasks are nobody's then, so saying it twice counts once."""
         return self._change(
-            "UPDATE tasks SET lease_until = 0, worker = NULL, attempts = attempts - ? "
+            "UPDATE tasks SET state = iif(attempts >= ? AND ?, 'failed', 'queued'), "
+            "attempts = attempts - ?, worker = NULL, lease_until = NULL "
             "WHERE state = 'running' AND worker = ?",
-            (0 if counted else 1, worker),
+            (MAX_ATTEMPTS, counted, 0 if counted else 1, worker),
         )
 
     def work(self, handler: Handler, shift: Shift) -> None:
