@@ -71,7 +71,7 @@ def cli() -> None:
 def main() -> int:
     """Run the command; returns its exit code. A user's mistake is one line, no traceback."""
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code

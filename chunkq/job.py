@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -44,15 +45,17 @@ NonNegative = Annotated[int, Field(ge=0)]
 Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Offsets = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_nested_tuple)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)]
+Names = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    BeforeValidator(_one_or_more, json_schema_input_type=str | tuple[str, ...]),
+]
 
 
 class Section(BaseModel):
     """A part of the job file: no unknown keys, no silent conversions, never changed."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class DaskConfig(Section):
@@ -125,7 +128,7 @@ class Job(Section):
     inference_type: InferenceType = "patch"
     chunksize: Shape | None = None
     pad_mode: PadMode = "constant"
-    pad_value: float | int = 0
+    pad_value: float = 0
     pad_width: Widths | None = None
     offsets: Offsets = ()
     strides: Shape | None = None
@@ -204,20 +207,27 @@ def parse_job(values: Mapping[str, Any]) -> Job:
     raise JobError([*lines, *_further_problems(values, [item["loc"] for item in found])])
 
 
+STAND_INS: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "input": "/",
+        "output": "/",
+        "model_config": {
+            "runtime": "torch",
+            "type": "torchscript",
+            "ts_file": "/",
+            "model_input_shape": [1],
+        },
+    }
+)
+"""Legal values for what a job file must have and lacks, to check the rest of it."""
+
+
 def _further_problems(values: Mapping[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
-    """Check how the remaining keys fit together once the wrong ones are taken out."""
-    rest = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    keys = set()
-    for location in wrong:
-        section = rest.get(str(location[0]))
-        if len(location) > 1 and isinstance(section, dict):
-            section.pop(location[1], None)
-            keys.add(f"{location[0]}.{location[1]}")
-        else:
-            rest.pop(str(location[0]), None)
-            keys.add(str(location[0]))
+    """Check how the remaining keys fit together once the wrong ones are out of the way."""
+    keys = {str(location[0]) for location in wrong}
+    rest = {key: value for key, value in values.items() if key not in keys}
     try:
-        Job.model_validate(rest)
+        Job.model_validate({**STAND_INS, **rest})
     except JobError as error:
         return [line for line in error.problems if line.partition(":")[0] not in keys]
     except ValidationError:
@@ -257,10 +267,10 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
         value = values.get(key)
         if isinstance(value, str):
             values[key] = absolute(value, base)
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             values[key] = [absolute(v, base) if isinstance(v, str) else v for v in value]
     weights = values.get("weight_function")
-    if isinstance(weights, list) and len(weights) == 2 and isinstance(weights[0], str):
+    if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
         values["weight_function"] = [absolute(weights[0], base), weights[1]]
     model = values.get("model_config")
     if isinstance(model, dict):
@@ -297,7 +307,7 @@ def _one_line(item: Any) -> str:
         legal = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         hint = nearest(str(item["input"]), legal)
         return f"{path}: {item['input']!r} is none of {context['expected']}{hint}"
-    message = item["msg"]
+    message = str(item["msg"]).replace("valid tuple", "list")
     return f"{path}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
 
 

@@ -55,7 +55,7 @@ class ObjectFolder:
         """Return an object's content, or None where there is none."""
         try:
             content: bytes = self._filesystem.cat_file(join(self._root, name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         return content
 

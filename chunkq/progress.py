@@ -49,4 +49,4 @@ class Meter:
             self._bar.update(self._row, completed=done, total=total)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(f"{self._label}: {done}/{total}", highlight=False)
+            self._console.print(f"{self._label}: {done}/{total}", highlight=False, soft_wrap=True)

@@ -63,7 +63,8 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
         limits = np.iinfo(dtype)
         fits = limits.min <= value <= limits.max and value == int(value)
     else:
-        fits = dtype.kind == "f" or value in (0, 1)
+        fits = dtype.kind == "f" and (not np.isfinite(value) or abs(value) <= np.finfo(dtype).max)
+        fits = fits or (dtype.kind == "b" and value in (0, 1))
     return [] if fits else [f"pad_value: {value} cannot be held by the input's dtype {dtype}"]
 
 
@@ -232,9 +233,11 @@ def _uncovered(axes: tuple[Axis, ...], lead: tuple[int, ...]) -> list[str]:
     """Name each axis along which some voxel lies in no patch."""
     found = []
     for number, axis in enumerate(axes):
-        gap = axis.grids[0].gap() if len(axis.grids) == 1 else None
-        if gap is not None:
-            grid = axis.grids[0]
+        grid = axis.grids[0]
+        gap = grid.gap()
+        if gap is None and grid.stride > grid.kept and grid.span()[1] < axis.volume:
+            gap = grid.span()[1]  # the next patch would have been beyond the volume
+        if gap is not None and len(axis.grids) == 1:
             found.append(
                 f"strides: {grid.stride} along axis {number} is wider than the {grid.kept} voxels "
                 f"an output patch speaks for, so voxel {gap} is never predicted; "
@@ -253,7 +256,7 @@ def _uncovered(axes: tuple[Axis, ...], lead: tuple[int, ...]) -> list[str]:
     for number, axis in enumerate(axes):
         low, high = axis.grids[0].span()
         if (low, high) != (0, axis.volume):
-            voxel = 0 if low > 0 else high
+            voxel = left[0].start[number]
             found.append(
                 f"pad_width: along axis {number} voxel {voxel} lies in no output patch; "
                 f"{lead[number]} there would cover it"

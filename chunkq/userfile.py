@@ -38,8 +38,8 @@ def load_names(path: str, key: str) -> dict[str, Any]:
     sys.modules[module.__name__] = module
     try:
         exec(code, module.__dict__)
-    except Exception as error:
-        raise JobError(f"{key}: {path} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise JobError(f"{key}: {path} raised {_in_one_line(error)}") from error
     return dict(module.__dict__)
 
 
@@ -65,9 +65,13 @@ def load_weights(plan: Plan) -> Weights:
     where = f"weight_function: {name} of {path}"
     try:
         weights = np.asarray(function(plan.output_patch), dtype=np.float64)
-    except Exception as error:
-        raise JobError(f"{where} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise JobError(f"{where} raised {_in_one_line(error)}") from error
     return ArrayWeights(_checked(weights, where, plan.output_patch, plan.margin))
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _checked(
@@ -86,4 +90,5 @@ def _checked(
         raise JobError(
             f"{where} gave {weights[first]} at {list(first)}; weights must be finite and positive"
         )
-    return weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]
+    cropped = weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]
+    return cropped / cropped.max()  # only ratios matter, and sums of huge ones would overflow

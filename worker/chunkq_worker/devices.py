@@ -37,7 +37,8 @@ def visible_gpus() -> list[str]:
     """Return the GPUs granted: `CUDA_VISIBLE_DEVICES` as it is, else what the driver lists."""
     granted = os.environ.get(VISIBLE)
     if granted is not None:
-        return [name for name in granted.split(",") if name.strip() and name.strip() != "-1"]
+        names = [name.strip() for name in granted.split(",")]
+        return [name for name in names if name and name != "-1"]
     if shutil.which("nvidia-smi") is None:
         return []
     listing = subprocess.run(

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -97,7 +98,7 @@ class Supervisor:
         code = place.process.poll()
         if code is None:
             return True
-        place.process = None
+        _let_go(place)
         if code == 0 or self._signals:
             self.executor.release(place.worker, counted=False)
             place.done = True
@@ -167,7 +168,16 @@ class Supervisor:
             if place.process is not None:
                 place.process.kill()
                 place.process.wait()
+                _let_go(place)
                 self.executor.release(place.worker, counted=False)
 
     def _say(self, line: str) -> None:
         sys.stderr.write(f"chunkq: {line}\n")
+
+
+def _let_go(place: _Place) -> None:
+    """Forget a process that has ended; what it did not read of its orders is lost."""
+    if place.process is not None and place.process.stdin is not None:
+        with suppress(BrokenPipeError):
+            place.process.stdin.close()
+    place.process = None

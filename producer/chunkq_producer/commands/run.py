@@ -99,7 +99,12 @@ def _explain_failures(look: Look, console: Console) -> None:
     """Say what went wrong with chunks that did not get done; finalizing then lists them."""
     for group in look().failures:
         chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
-        console.print(f"failed: chunk {chunks}: {group.message}", highlight=False, markup=False)
+        console.print(
+            f"failed: chunk {chunks}: {group.message}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _work(command: list[str], look: Look, console: Console) -> None:
@@ -144,7 +149,7 @@ def _wait(worker: subprocess.Popen[str], seconds: float) -> None:
 def _repeat(worker: subprocess.Popen[str], console: Console) -> None:
     """Print what the worker says above the progress."""
     for line in worker.stderr or ():
-        console.print(line.rstrip("\n"), highlight=False, markup=False)
+        console.print(line.rstrip("\n"), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -160,6 +165,6 @@ def _view(console: Console) -> Iterator[Callable[[Look], None]]:
         nonlocal last
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            console.print(one_line(look()), highlight=False)
+            console.print(one_line(look()), highlight=False, soft_wrap=True)
 
     yield line

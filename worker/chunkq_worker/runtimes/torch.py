@@ -139,14 +139,18 @@ def _load_state(module: torch.nn.Module, path: str) -> None:
     key = "model_config.checkpoint"
     content = _content(path, "checkpoint")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on files that torch did not write
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{key}: {path} holds more than weights ({_first_line(error)}); save it again with "
             "torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{key}: {path} is no checkpoint: {_first_line(error)}") from error
+    except Exception as error:  # of any kind, where the file is something else
+        raise ModelError(
+            f"{key}: {path} is no checkpoint ({type(error).__name__}: {_first_line(error)})"
+        ) from error
     for nested in STATE_KEYS:
         if isinstance(state, dict) and isinstance(state.get(nested), dict):
             state = state[nested]
