@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
+from itertools import islice
+from math import inf
 from typing import Any
 
 from chunkq import __version__
@@ -21,6 +23,8 @@ from chunkq.tasks import Task, chunk_name
 
 OWN = "own"
 """Name of the piece a chunk leaves for its own block."""
+BATCH = 1000
+"""Blocks given to the pool, and commit records read, at a time; bounds memory."""
 FINALIZER_BYTES = 2 << 30
 """Memory that blocks being finalized at once stay below, as far as one of them does."""
 
@@ -28,22 +32,32 @@ FINALIZER_BYTES = 2 << 30
 def finalize_block(task: Task, attempt: Attempt) -> None:
     """Complete the block of one chunk, unless that is done already.
 
-    Raises IncompleteError while a contributor is not committed, PieceError if a piece is gone
-    or damaged: then its contributor is taken back and must be computed again.
+    Raises IncompleteError while a contributor is not committed, and what `complete_block` raises.
     """
     job = open_job(task.job)
     if job.folder.is_committed("finalize", task.chunk):
         return
-    missing = [c for c in job.plan.contributors(task.chunk) if not _is_inferred(job, c)]
-    if missing:
-        raise IncompleteError(f"block {chunk_name(task.chunk)} waits for others", missing)
+    waits = [
+        c for c in job.plan.contributors(task.chunk) if not job.folder.is_committed("infer", c)
+    ]
+    if waits:
+        raise IncompleteError(f"block {chunk_name(task.chunk)} waits for others", waits)
+    complete_block(job, task.chunk, attempt)
+
+
+def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
+    """Add up a block whose contributors are all committed, write, commit, delete its pieces.
+
+    Raises PieceError if a piece is gone or damaged: then its contributor is taken back and must
+    be computed again.
+    """
     started = time.time()
-    chunk = job.plan.chunk(task.chunk)
+    chunk = job.plan.chunk(index)
     try:
         own, pieces, read_bytes = _gather(job, chunk)
     except PieceError:
         # Another finalizer may have completed the block, and tidied up, in between.
-        if job.folder.is_committed("finalize", task.chunk):
+        if job.folder.is_committed("finalize", index):
             return
         raise
     read = time.time()
@@ -54,7 +68,7 @@ def finalize_block(task: Task, attempt: Attempt) -> None:
     job.folder.commit(
         Commit(
             kind="finalize",
-            chunk=task.chunk,
+            chunk=index,
             attempt=attempt.number,
             worker=attempt.worker,
             started=started,
@@ -63,7 +77,7 @@ def finalize_block(task: Task, attempt: Attempt) -> None:
             moved={"pieces_read": read_bytes, "output": written},
         )
     )
-    job.folder.delete_pieces(task.chunk)
+    job.folder.delete_pieces(index)
 
 
 @dataclass(frozen=True)
@@ -103,25 +117,22 @@ def finalize_job(
     missing = set(before.unfinished)
     ready = [i for i in before.to_finalize if not missing.intersection(job.plan.contributors(i))]
     fitting = max(1, FINALIZER_BYTES // max(1, job.plan.costs.finalizer_bytes))
-    progress(0, len(ready))
+    attempt, done = Attempt(1, worker), 0
+    progress(done, len(ready))
     with ThreadPoolExecutor(min(threads, fitting)) as pool:
-        waiting = [
-            pool.submit(finalize_block, Task("finalize", job.folder.path, i), Attempt(1, worker))
-            for i in ready
-        ]
-        try:
-            for done, future in enumerate(as_completed(waiting), start=1):
-                future.result()
-                progress(done, len(ready))
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            raise
+        for first in range(0, len(ready), BATCH):
+            batch = ready[first : first + BATCH]
+            waiting = [pool.submit(complete_block, job, index, attempt) for index in batch]
+            try:
+                for future in as_completed(waiting):
+                    future.result()
+                    done += 1
+                    progress(done, len(ready))
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
     return _seal(job, before.unfinished)
-
-
-def _is_inferred(job: OpenJob, index: Index) -> bool:
-    return job.folder.is_committed("infer", index)
 
 
 def _gather(job: OpenJob, chunk: Chunk) -> tuple[Own | None, dict[Piece, Any], int]:
@@ -163,53 +174,79 @@ def _seal(job: OpenJob, missing: tuple[Index, ...]) -> dict[str, Any]:
 
 def job_report(job: OpenJob, missing: Iterable[Index] = ()) -> dict[str, Any]:
     """Sum up all commit records: chunks, patches, bytes moved, seconds per stage and worker."""
-    folder, costs = job.folder, job.plan.costs
-    infer = folder.commits("infer", folder.committed("infer"))
-    blocks = folder.commits("finalize", folder.committed("finalize"))
-    every = [*infer, *blocks]
-    moved = {
-        "input": _total(infer, "moved", "input"),
-        "output": _total(every, "moved", "output"),
-        "pieces_written": _total(infer, "moved", "pieces"),
-        "pieces_read": _total(blocks, "moved", "pieces_read"),
-    }
-    wall = max(c.finished for c in every) - min(c.started for c in every) if every else 0.0
+    costs = job.plan.costs
+    infer = _Sums.of(job, "infer")
+    blocks = _Sums.of(job, "finalize")
+    wall = max(infer.last, blocks.last) - min(infer.first, blocks.first)
     return {
         "chunkq_version": __version__,
         "digest": job.record.digest,
-        "chunks": len(infer),
+        "chunks": infer.count,
         "missing": [chunk_name(index) for index in missing],
-        "finalized_blocks": len(blocks),
-        "patches": sum(c.patches for c in infer),
+        "finalized_blocks": blocks.count,
+        "patches": infer.patches,
         "planned_patches": costs.patches,
-        "wall_seconds": wall,
-        "seconds": {
-            s: _total(infer, "seconds", s) for s in ("read", "wait", "load", "compute", "write")
-        }
-        | {"finalize": sum(c.finished - c.started for c in blocks)},
-        "chunk_seconds_median": median(c.finished - c.started for c in infer) if infer else 0.0,
-        "bytes": moved,
+        "wall_seconds": max(0.0, wall),
+        "seconds": {s: infer.seconds[s] for s in ("read", "wait", "load", "compute", "write")}
+        | {"finalize": blocks.busy},
+        "chunk_seconds_mean": infer.busy / infer.count if infer.count else 0.0,
+        "bytes": {
+            "input": infer.moved["input"],
+            "output": infer.moved["output"] + blocks.moved["output"],
+            "pieces_written": infer.moved["pieces"],
+            "pieces_read": blocks.moved["pieces_read"],
+        },
         "planned_bytes": {
             "input": costs.input_bytes,
             "output": costs.output_bytes,
             "pieces_written": costs.piece_bytes,
             "pieces_read": costs.piece_bytes,
         },
-        "peak_rss_bytes": max((c.peak_rss for c in infer), default=0),
-        "retried": sum(c.attempt > 1 for c in infer),
-        "workers": {name: _worker_share(infer, name) for name in sorted({c.worker for c in infer})},
+        "peak_rss_bytes": infer.peak_rss,
+        "retried": infer.retried,
+        "workers": {name: sums.as_worker() for name, sums in sorted(infer.by_worker.items())},
     }
 
 
-def _worker_share(commits: list[Commit], worker: str) -> dict[str, float]:
-    mine = [c for c in commits if c.worker == worker]
-    span = max(c.finished for c in mine) - min(c.started for c in mine)
-    busy = sum(c.seconds.get("compute", 0.0) for c in mine)
-    return {"chunks": len(mine), "seconds": span, "device_busy_share": min(1.0, busy / (span or 1))}
+@dataclass
+class _Sums:
+    """Running sums over commit records, read a batch at a time."""
 
+    count: int = 0
+    patches: int = 0
+    retried: int = 0
+    peak_rss: int = 0
+    busy: float = 0.0
+    first: float = inf
+    last: float = -inf
+    seconds: Counter[str] = field(default_factory=Counter)
+    moved: Counter[str] = field(default_factory=Counter)
+    by_worker: dict[str, _Sums] = field(default_factory=dict)
 
-def _total(commits: list[Commit], part: str, key: str) -> Any:
-    return sum(getattr(c, part).get(key, 0) for c in commits)
+    @classmethod
+    def of(cls, job: OpenJob, kind: str) -> _Sums:
+        sums, names = cls(), iter(job.folder.committed(kind))
+        while batch := list(islice(names, BATCH)):
+            for commit in job.folder.commits(kind, batch):
+                sums.add(commit)
+                sums.by_worker.setdefault(commit.worker, cls()).add(commit)
+        return sums
+
+    def add(self, commit: Commit) -> None:
+        self.count += 1
+        self.patches += commit.patches
+        self.retried += commit.attempt > 1
+        self.peak_rss = max(self.peak_rss, commit.peak_rss)
+        self.busy += commit.finished - commit.started
+        self.first = min(self.first, commit.started)
+        self.last = max(self.last, commit.finished)
+        self.seconds.update(commit.seconds)
+        self.moved.update(commit.moved)
+
+    def as_worker(self) -> dict[str, float]:
+        span = self.last - self.first
+        share = min(1.0, self.seconds["compute"] / (span or 1))
+        return {"chunks": self.count, "seconds": span, "device_busy_share": share}
 
 
 def _how_many(missing: tuple[Index, ...]) -> str:

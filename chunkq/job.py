@@ -22,7 +22,7 @@ from chunkq.combine import Activation, Combine
 from chunkq.errors import JobError, nearest
 from chunkq.grids import Edge
 from chunkq.padding import PadMode
-from chunkq.paths import absolute
+from chunkq.paths import absolute, without_secret
 
 InferenceType = Literal["patch", "sliding_window", "crop_margin"]
 Dtype = Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"]
@@ -149,7 +149,7 @@ class Job(Section):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Job:
         problems = [*_geometry_keys(self), *_weight_keys(self), *_model_keys(self.model)]
-        problems += _not_yet(self)
+        problems += [*_not_yet(self), *_secrets(self)]
         if problems:
             raise JobError(problems)
         return self
@@ -355,6 +355,16 @@ def _model_keys(model: ModelConfig) -> list[str]:
         f"model_config.{key}: missing; type {model.type} needs it"
         for key in _NEEDED[model.type]
         if getattr(model, key) is None
+    ]
+
+
+def _secrets(job: Job) -> list[str]:
+    """Refuse credentials in paths: these are stored beside the output and shown in messages."""
+    paths = {"input": job.input[0], "output": job.output} | job.files
+    return [
+        f"{key}: {without_secret(path)} carries credentials; give them in the environment"
+        for key, path in paths.items()
+        if without_secret(path) != path
     ]
 
 

@@ -12,7 +12,7 @@ import json
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,23 @@ class JobRecord:
             raise JobError(problems)
         return cls(job, source, hashes)
 
+    def on_queue(self, url: str) -> JobRecord:
+        """Return the record with the queue it was put on, unless its address holds a password."""
+        kept = url if without_secret(url) == url else None
+        return replace(self, job=self.job.model_copy(update={"queue": kept}))
+
+    def changed_files(self) -> list[str]:
+        """Return the keys of those files whose content is no longer what was hashed."""
+        changed = []
+        for key, path in self.job.files.items():
+            try:
+                same = file_hash(path) == self.file_hashes[key]
+            except OSError:
+                same = False
+            if not same:
+                changed.append(key)
+        return changed
+
     @property
     def digest(self) -> str:
         """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
@@ -80,13 +97,11 @@ class JobRecord:
         return resolve(self.job, self.source.volume)
 
     def to_json(self) -> bytes:
-        """Encode; the queue's address stays out, it may hold a password."""
-        job = self.job.as_dict()
-        job.pop("queue", None)
+        """Encode."""
         values = {
             "chunkq_version": self.version,
             "digest": self.digest,
-            "job": job,
+            "job": self.job.as_dict(),
             "source": asdict(self.source),
             "file_hashes": self.file_hashes,
         }
@@ -250,9 +265,20 @@ class JobFolder:
         """Remove the pieces of one block, or of all."""
         self.objects.delete_folder("pieces" if target is None else f"pieces/{chunk_name(target)}")
 
+    def forget_commits(self) -> None:
+        """Take back every commit: nothing is vouched for any more."""
+        self.objects.delete_folder("done")
+        self.objects.delete("report.json")
+
     def delete(self) -> None:
-        """Remove the whole job folder."""
+        """Remove the whole job folder, `job.json` last."""
+        for folder in ("done", "failed", "pieces"):
+            self.objects.delete_folder(folder)
         self.objects.delete_folder()
+
+    def unseal(self) -> None:
+        """Remove the report of an earlier, incomplete sealing."""
+        self.objects.delete("report.json")
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""

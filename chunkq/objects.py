@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,17 +101,26 @@ class ObjectFolder:
         """Remove a folder and all it holds; nothing happens if there is none."""
         path = join(self._root, folder) if folder else self._root
         if self._local:
-            shutil.rmtree(path, ignore_errors=True)
+            if os.path.exists(path):
+                shutil.rmtree(path, onerror=_unless_gone)
             return
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
+
+
+def _unless_gone(call: object, path: str, info: tuple[type, BaseException, object]) -> None:
+    """Let a deletion go on where another was faster; any other failure is raised."""
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]
 
 
 def _scan(path: str) -> Iterator[Found]:
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if not entry.name.startswith(PARTIAL) and entry.is_file():
+                if entry.name.startswith(PARTIAL) or not entry.is_file():
+                    continue
+                with suppress(FileNotFoundError):  # removed since it was listed
                     yield Found(entry.name, entry.stat().st_mtime)
     except FileNotFoundError:
         return

@@ -11,8 +11,9 @@ from typing import Any
 import numpy.typing as npt
 
 from chunkq.box import Box
+from chunkq.errors import MissingJobError
 from chunkq.ledger import JobFolder, JobRecord
-from chunkq.paths import join
+from chunkq.paths import join, without_secret
 from chunkq.plan import Chunk, Plan
 from chunkq.stores import Array, open_array, read_padded
 
@@ -36,6 +37,15 @@ class OpenJob:
     def target(self) -> Array:
         """The output volume."""
         return open_array(join(self.folder.output, "0"), write=True)
+
+    def check_unchanged(self) -> None:
+        """Raise MissingJobError if the job folder was removed or now belongs to another job."""
+        now = self.folder.read_record()
+        if now is None or now.digest != self.record.digest:
+            raise MissingJobError(
+                f"{without_secret(self.folder.output)}: the job was replaced meanwhile; what was "
+                "computed for the old one is dropped"
+            )
 
     def read_halo(self, chunk: Chunk) -> npt.NDArray[Any]:
         """Return the input a chunk's patches read, padded; shape `chunk.halo.shape`."""
@@ -65,7 +75,7 @@ def open_job(path: str) -> OpenJob:
     record = folder.require_record()
     with _lock:
         held = _held.get(path)
-        if held is None or held.record != record:
+        if held is None or held.record.digest != record.digest:
             held = OpenJob(folder, record, record.plan())
             _held[path] = held
         _held.move_to_end(path)

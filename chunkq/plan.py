@@ -189,11 +189,6 @@ class Plan:
         """Shape of the output volume, channels first where they are kept."""
         return (self.channels, *self.volume.shape) if self.channel_axis else self.volume.shape
 
-    @cached_property
-    def patch_bytes(self) -> int:
-        """Bytes of one input patch as read."""
-        return prod(self.input_patch) * np.dtype(self.volume.dtype).itemsize
-
     def indices(self) -> Iterator[Index]:
         """Yield the index of every chunk, the last axis fastest."""
         return product(*(range(n) for n in self.blocks))

@@ -52,6 +52,8 @@ def _volume_problems(job: Job, volume: Volume) -> list[str]:
         dtype = np.dtype(volume.dtype)
     except TypeError:  # the name of a structured or string dtype
         dtype = np.dtype(object)
+    if dtype == np.uint64:
+        return [f"input: {job.input[0]} holds uint64, which networks cannot take; convert it"]
     if dtype.kind not in "biuf":
         return [f"input: {job.input[0]} holds {volume.dtype}; real numbers are needed"]
     return _pad_value_problems(job, dtype)

@@ -6,6 +6,7 @@ Boxes cover all axes of the stored array, channels included.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from chunkq.padding import PadMode, source_indices, source_range
 from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan import Volume
 
+log = logging.getLogger("chunkq.stores")
 Voxels = npt.NDArray[Any]
 
 
@@ -176,8 +178,11 @@ def open_array(path: str, *, write: bool = False) -> Array:
     if _kvstore(path) is not None:
         try:
             return TensorStoreArray(path, node.metadata.zarr_format, write=write)
-        except ValueError:
-            pass  # a codec or dtype that only zarr-python knows
+        except ValueError as error:
+            if write:
+                raise StoreError(f"output: {without_secret(path)}: {error}") from error
+            # A codec or dtype that only zarr-python knows: the same voxels, more slowly.
+            log.warning("%s is read through zarr-python: %s", without_secret(path), error)
     return ZarrPythonArray(path, node)
 
 

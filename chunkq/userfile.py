@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +17,13 @@ from chunkq.paths import is_url, read_bytes
 from chunkq.plan import Plan
 from chunkq.weights import ArrayWeights, Weights, built_in
 
+MODULE_PREFIX = "chunkq_user_"
+
 
 def load_names(path: str, key: str) -> dict[str, Any]:
     """Run a Python file and return its names. `key` is the job key that named it.
 
-    A local file may import its neighbours, as it could when it was written. Raises JobError in
+    A local file may import its neighbours while it is run. Raises JobError in
     one line if the file is missing or raises.
     """
     try:
@@ -29,18 +32,45 @@ def load_names(path: str, key: str) -> dict[str, Any]:
         raise JobError(f"{key}: no file {path}") from None
     except (SyntaxError, ValueError) as error:
         raise JobError(f"{key}: {path} is not Python: {error}") from None
-    folder = os.path.dirname(path)
-    if not is_url(path) and folder not in sys.path:
-        sys.path.append(folder)
     # Registered, because dataclasses, torch.jit and inspect look a class's module up.
-    module = ModuleType(f"chunkq_user_{hashlib.sha256(path.encode()).hexdigest()[:12]}")
+    module = ModuleType(f"{MODULE_PREFIX}{hashlib.sha256(path.encode()).hexdigest()[:12]}")
     module.__file__ = path
     sys.modules[module.__name__] = module
     try:
-        exec(code, module.__dict__)
+        with neighbours(path):
+            exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
         raise JobError(f"{key}: {path} raised {_in_one_line(error)}") from error
     return dict(module.__dict__)
+
+
+@contextmanager
+def neighbours(path: str) -> Iterator[None]:
+    """Let what is run inside import modules beside a local file, before any of their name.
+
+    Those are forgotten afterwards: another job's neighbours may have the same names.
+    """
+    folder = os.path.dirname(path)
+    if is_url(path):
+        yield
+        return
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            origin = getattr(sys.modules[name], "__file__", None)
+            if origin and _is_neighbour(name, origin, folder):
+                del sys.modules[name]
+
+
+def _is_neighbour(name: str, origin: str, folder: str) -> bool:
+    if name.startswith(MODULE_PREFIX) or not origin.startswith(folder + os.sep):
+        return False
+    # An environment inside the project's folder holds what is installed, not neighbours.
+    return not {"site-packages", "dist-packages"}.intersection(origin.split(os.sep))
 
 
 def pick(names: dict[str, Any], name: str, path: str, key: str) -> Any:
@@ -90,5 +120,7 @@ def _checked(
         raise JobError(
             f"{where} gave {weights[first]} at {list(first)}; weights must be finite and positive"
         )
+    # Only ratios matter, and sums of huge weights would overflow.
     cropped = weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]
-    return cropped / cropped.max()  # only ratios matter, and sums of huge ones would overflow
+    shares: np.ndarray[Any, np.dtype[np.float64]] = cropped / cropped.max()
+    return shares

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from types import MappingProxyType
 
-from chunkq.errors import QueueError, nearest
+from chunkq.errors import JobError, nearest
 from chunkq.executors.base import Executor
 from chunkq.paths import without_secret
 
@@ -13,6 +14,7 @@ BACKENDS: MappingProxyType[str, str] = MappingProxyType(
     {"sqlite": "chunkq.executors.sqlite:SqliteExecutor"}
 )
 """URL scheme -> class."""
+QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 
 
 def default_url() -> str:
@@ -22,12 +24,20 @@ def default_url() -> str:
     return f"sqlite:///{platformdirs.user_state_path('chunkq') / 'queue.db'}"
 
 
+def queue_url(given: str | None, of_job: str | None = None) -> str:
+    """Return the queue's URL: as given, the environment's, the job's, or the embedded queue's."""
+    return given or os.environ.get(QUEUE_VARIABLE) or of_job or default_url()
+
+
 def open_executor(url: str) -> Executor:
-    """Connect to a queue; raises QueueError in one line if it cannot be reached or used."""
+    """Connect to a queue.
+
+    Raises JobError for a URL of no known kind, QueueError if the queue cannot be reached or used.
+    """
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in BACKENDS:
         hint = nearest(scheme, list(BACKENDS))
-        raise QueueError(
+        raise JobError(
             f"queue: {without_secret(url)} is no queue this version knows{hint}; "
             f"it takes {', '.join(name + '://' for name in BACKENDS)}"
         )

@@ -56,7 +56,7 @@ class Shift:
     `depth` tasks are in flight at once. With `burst` it ends when its job or the whole queue
     has neither queued nor running tasks; `deadline` (s, Unix) is when its time is up: nothing
     is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
-    flight finish.
+    flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on.
     """
 
     worker: str
@@ -66,6 +66,7 @@ class Shift:
     deadline: float | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     longest: float = 0.0
+    set_aside: set[str] = field(default_factory=set)
 
     def may_start(self) -> bool:
         """Tell whether another task may be begun."""
@@ -131,7 +132,8 @@ class Executor(ABC):
         """Take tasks and run them until the shift ends.
 
         A handler's error costs the task an attempt, save a JobError or ModelError: that one
-        would strike every chunk, so the task goes back uncounted and the error is raised here.
+        would strike every chunk, so the task goes back uncounted and its job is set aside; the
+        error is raised here once nothing else is left to do.
         """
 
     @abstractmethod

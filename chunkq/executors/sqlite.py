@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -21,6 +22,8 @@ from chunkq.executors.base import (
     Shift,
 )
 from chunkq.tasks import Task
+
+log = logging.getLogger("chunkq.queue")
 
 LEASE_SECONDS = 20.0
 POLL_SECONDS = 0.1
@@ -58,22 +61,26 @@ CREATE TABLE IF NOT EXISTS tasks (
     since REAL,
     lease_until REAL
 );
-CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state, job);
+CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state);
+CREATE INDEX IF NOT EXISTS tasks_by_job ON tasks (job, state);
 """
 
+SHOWN = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
+
 # A lease that ran out counts as an attempt; past the last one the task is failed, not begun.
+# {filter} keeps each inner query on an index that gives rows in order, however long the queue.
 TAKE = """
 UPDATE tasks SET state = 'running', attempts = attempts + 1, worker = :worker, since = :now,
                  lease_until = :now + :lease
 WHERE number = (
     SELECT number FROM (
         SELECT number FROM tasks WHERE state = 'running' AND lease_until < :now
-               AND attempts < :most AND (:job IS NULL OR job = :job)
+               AND attempts < :most {filter}
         ORDER BY number LIMIT 1
     )
     UNION ALL
     SELECT number FROM (
-        SELECT number FROM tasks WHERE state = 'queued' AND (:job IS NULL OR job = :job)
+        SELECT number FROM tasks WHERE state = 'queued' {filter}
         ORDER BY number LIMIT 1
     )
     LIMIT 1
@@ -83,6 +90,12 @@ RETURNING id, message, attempts
 GIVE_UP = """
 UPDATE tasks SET state = 'failed', lease_until = NULL
 WHERE state = 'running' AND lease_until < :now AND attempts >= :most
+"""
+# Tried again after all others: what was amiss may have passed by then.
+FAIL = """
+UPDATE tasks SET state = CASE WHEN attempts >= :most THEN 'failed' ELSE 'queued' END,
+                 number = (SELECT max(number) + 1 FROM tasks), lease_until = NULL
+WHERE id = :id AND worker = :worker AND state = 'running'
 """
 SUBMIT = """
 INSERT INTO tasks (id, job, message) VALUES (?, ?, ?)
@@ -123,15 +136,19 @@ class SqliteExecutor(Executor):
         return queued
 
     def counts(self, job: str) -> Counts:
-        """Count a job's tasks by state."""
-        return self.jobs().get(job, Counts())
+        """Count a job's tasks by state; one whose lease ran out waits again."""
+        with self._database() as database:
+            rows = database.execute(
+                f"SELECT {SHOWN} AS shown, count(*) FROM tasks WHERE job = ? GROUP BY shown",
+                (time.time(), job),
+            ).fetchall()
+        return Counts(**dict(rows))
 
     def jobs(self) -> dict[str, Counts]:
         """Count the tasks of every job on the queue; one whose lease ran out waits again."""
         with self._database() as database:
             rows = database.execute(
-                "SELECT job, iif(state = 'running' AND lease_until < ?, 'queued', state) AS shown, "
-                "count(*) FROM tasks GROUP BY job, shown",
+                f"SELECT job, {SHOWN} AS shown, count(*) FROM tasks GROUP BY job, shown",
                 (time.time(),),
             ).fetchall()
         states: dict[str, dict[str, int]] = {}
@@ -203,17 +220,18 @@ class SqliteExecutor(Executor):
 
     def take(self, shift: Shift) -> tuple[Task, Attempt] | None:
         """Begin one task, or return None if there is none to begin now."""
+        condition, chosen = _choice(shift)
         values = {
             "worker": shift.worker,
             "now": time.time(),
             "lease": LEASE_SECONDS,
             "most": MAX_ATTEMPTS,
-            "job": shift.job,
+            **chosen,
         }
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute(GIVE_UP, values)
-            row = database.execute(TAKE, values).fetchone()
+            row = database.execute(TAKE.format(filter=condition), values).fetchone()
             database.execute("COMMIT")
         if row is None:
             return None
@@ -225,12 +243,9 @@ class SqliteExecutor(Executor):
 
     def fail(self, task: Task, attempt: Attempt) -> None:
         """End an attempt without success."""
-        state = "failed" if attempt.is_last else "queued"
-        self._change(
-            "UPDATE tasks SET state = ?, lease_until = NULL WHERE id = ? AND worker = ? "
-            "AND state = 'running'",
-            (state, task.id, attempt.worker),
-        )
+        values = {"most": MAX_ATTEMPTS, "id": task.id, "worker": attempt.worker}
+        with self._database() as database:
+            database.execute(FAIL, values)
 
     def hand_back(self, task: Task, worker: str) -> None:
         """Put a task back as if it had not been begun."""
@@ -240,13 +255,13 @@ class SqliteExecutor(Executor):
             (task.id, worker),
         )
 
-    def is_drained(self, job: str | None) -> bool:
-        """Tell whether a job, or the whole queue, has neither queued nor running tasks."""
+    def is_drained(self, shift: Shift) -> bool:
+        """Tell whether what a shift works on has neither queued nor running tasks."""
+        condition, chosen = _choice(shift)
         with self._database() as database:
             row = database.execute(
-                "SELECT 1 FROM tasks WHERE state IN ('queued', 'running') "
-                "AND (:job IS NULL OR job = :job) LIMIT 1",
-                {"job": job},
+                f"SELECT 1 FROM tasks WHERE state IN ('queued', 'running') {condition} LIMIT 1",
+                chosen,
             ).fetchone()
         return row is None
 
@@ -291,7 +306,7 @@ class _Loop:
             while self._shift.may_start():
                 begun = self._queue.take(self._shift)
                 if begun is None:
-                    if self._shift.burst and self._queue.is_drained(self._shift.job):
+                    if self._shift.burst and self._queue.is_drained(self._shift):
                         return
                     self._shift.stopping.wait(POLL_SECONDS)
                     continue
@@ -300,19 +315,38 @@ class _Loop:
             self.error = error
             self._shift.stopping.set()
 
+    def _set_aside(self, job: str, error: Exception) -> None:
+        """Leave a job that cannot be done; stop if there is no other."""
+        if job not in self._shift.set_aside:
+            self._shift.set_aside.add(job)
+            log.error("%s", error)
+        self.error = error
+        if self._shift.job is not None or self._queue.is_drained(self._shift):
+            self._shift.stopping.set()
+
     def _run_one(self, task: Task, attempt: Attempt) -> None:
         started = time.time()
         try:
             self._handler(task, attempt)
-        except (JobError, ModelError):
+        except (JobError, ModelError) as error:
             self._queue.hand_back(task, attempt.worker)
-            raise
-        except Exception:
+            self._set_aside(task.job, error)
+        except (Exception, SystemExit):
             # The handler has recorded it in the ledger; the queue only counts.
             self._queue.fail(task, attempt)
         else:
             self._queue.finish(task, attempt.worker)
         self._shift.longest = max(self._shift.longest, time.time() - started)
+
+
+def _choice(shift: Shift) -> tuple[str, dict[str, str]]:
+    """Return the SQL condition, and its values, for the tasks that a shift may begin."""
+    if shift.job is not None:
+        return "AND job = :job", {"job": shift.job}
+    aside = {f"aside{n}": job for n, job in enumerate(sorted(shift.set_aside))}
+    if not aside:
+        return "", {}
+    return f"AND job NOT IN ({', '.join(':' + name for name in aside)})", aside
 
 
 def _refuse_network(

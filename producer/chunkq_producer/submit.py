@@ -66,6 +66,8 @@ def check_place(prepared: Prepared, *, resume: bool = False, overwrite: bool = F
     Raises JobError or StoreError; writes nothing.
     """
     output = prepared.record.job.output
+    if resume and overwrite:
+        raise JobError("--resume goes on and --overwrite starts again: give one of them")
     folder = JobFolder(folder_of(output))
     before = folder.read_record()
     if overwrite:
@@ -109,11 +111,14 @@ def produce(
     folder = JobFolder(folder_of(job.output))
     if overwrite:
         _remove_old(folder, executor)
-    if not known:
-        _write_record(folder, prepared.record)
+    here = prepared.record.on_queue(executor.url)
+    if not known or folder.require_record().job.queue != here.job.queue:
+        _write_record(folder, here)
     done = folder.committed("infer")
     _ensure_output(prepared, anything_done=bool(done))
     left = plan.costs.chunks - len(done)
+    if left:
+        folder.unseal()
     progress(0, left)
 
     def tasks() -> Iterator[Task]:
@@ -184,6 +189,8 @@ def _remove_old(folder: JobFolder, executor: Executor) -> None:
             "stop the workers before --overwrite"
         )
     executor.cancel(folder.path)
+    # Commits go first: cut off here, nothing may vouch for an output that is half gone.
+    folder.forget_commits()
     ObjectFolder(folder.output).delete_folder()
     folder.delete()
 

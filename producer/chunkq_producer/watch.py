@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from heapq import nlargest
+from math import prod
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -87,7 +88,8 @@ def job_status(
     recent = folder.commits("infer", nlargest(RECENT_COMMITS, done, key=done.__getitem__))
     rate = _chunks_per_second(recent)
     left = plan.costs.chunks - len(done)
-    voxels = plan.costs.output_bytes // (plan.stored_channels * plan.output_dtype.itemsize)
+    voxels = prod(plan.volume.shape)
+    report = folder.read_report()
     failures = folder.failures()
     known = {failure.chunk for failure in failures}
     vanished = [task.chunk for task in lost if task.chunk not in known]
@@ -101,7 +103,7 @@ def job_status(
         failed=counts.failed if asked else None,
         blocks_to_finalize=plan.costs.finalized_blocks,
         blocks_finalized=len(finalized),
-        sealed=folder.objects.exists("report.json"),
+        sealed=report is not None and not report["missing"],
         voxels_per_second=rate and rate * voxels / plan.costs.chunks,
         seconds_left=left / rate if rate and left else None,
         workers=_workers(running, recent),

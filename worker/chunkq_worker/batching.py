@@ -46,16 +46,16 @@ class Batcher:
             pass
 
     def predictions(
-        self, patches: Sequence[Patch], region: npt.NDArray[Any], origin: Sequence[int]
+        self, patches: Sequence[Patch], halo: npt.NDArray[Any], origin: Sequence[int]
     ) -> Iterator[tuple[Patch, Array]]:
         """Yield each patch with its prediction (C, *output patch), activated and voted.
 
-        `region` holds the input from `origin` on. Predictions are float32 on the device.
+        `halo` holds the input from `origin` on. Predictions are float32 on the device.
         """
         done = 0
         while done < len(patches):
             batch = patches[done : done + self.size]
-            outputs = self._run(batch, region, origin)
+            outputs = self._run(batch, halo, origin)
             if outputs is None:
                 continue
             self.patches_run += len(batch)
@@ -63,10 +63,10 @@ class Batcher:
             done += len(batch)
 
     def _run(
-        self, batch: Sequence[Patch], region: npt.NDArray[Any], origin: Sequence[int]
+        self, batch: Sequence[Patch], halo: npt.NDArray[Any], origin: Sequence[int]
     ) -> Array | None:
         for row, patch in zip(self._buffer, batch, strict=False):
-            row[...] = region[patch.source.slices(origin)].reshape(self._item)
+            row[...] = halo[patch.source.slices(origin)].reshape(self._item)
         self._buffer[len(batch) :] = 0
         outputs = self._attempt(len(batch))
         return None if outputs is None else self._usable(outputs, batch)
@@ -104,6 +104,7 @@ class Batcher:
     def _usable(self, outputs: Array, batch: Sequence[Patch]) -> Array:
         """Return predictions as they are combined; the network's own are finite or zeroed."""
         job, xp = self._plan.job, array_namespace(outputs)
+        outputs = xp.astype(outputs, xp.float32, copy=False)
         finite = None
         # A finite sum has only finite terms, and is a single pass.
         if not bool(xp.isfinite(xp.sum(outputs))):
@@ -116,7 +117,7 @@ class Batcher:
             predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
         if job.combine == "hard":
             predictions = as_votes(predictions)
-        return xp.astype(predictions, xp.float32, copy=False)
+        return predictions
 
     def _refuse(self, finite: Array, batch: Sequence[Patch]) -> None:
         for patch, good in zip(batch, finite, strict=True):

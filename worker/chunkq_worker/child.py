@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass
 from types import FrameType
 
@@ -24,6 +25,8 @@ EXIT_REFUSED = 4
 """Every chunk would fail alike, so that starting this process again is of no use."""
 EXIT_HANDED_BACK = 5
 EXIT_QUEUE_AWAY = 6
+SAME_SIGNAL_SECONDS = 0.5
+"""A signal sent to a whole process group arrives twice: directly and passed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +93,16 @@ def _obey_signals(shift: Shift, executor: Executor) -> None:
         executor.release(shift.worker, counted=False)
         os._exit(EXIT_HANDED_BACK)
 
+    told = 0.0
+
     def obey(number: int, frame: FrameType | None) -> None:
-        if shift.stopping.is_set():
+        nonlocal told
+        now = time.monotonic()
+        if not told:
+            told = now
+            shift.stopping.set()
+        elif now - told > SAME_SIGNAL_SECONDS:
             threading.Thread(target=leave).start()
-        shift.stopping.set()
 
     signal.signal(signal.SIGTERM, obey)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import click
 
-from chunkq.errors import JobError
-from chunkq.executors import default_url, open_executor
+from chunkq.errors import IncompleteError, JobError
+from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
+from chunkq.executors.base import Executor
 from chunkq.ledger import folder_of
 from chunkq.paths import absolute
 from chunkq_worker.devices import Slot, slots
@@ -24,9 +25,7 @@ DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
 
 
 @click.command()
-@click.option(
-    "--queue", envvar="CHUNKQ_QUEUE", help="Queue URL; else $CHUNKQ_QUEUE, else the embedded queue."
-)
+@click.option("--queue", help=f"Queue URL; else ${QUEUE_VARIABLE}, else the embedded queue.")
 @click.option("--gpus", default="all", show_default=True, help="all, none, or e.g. 0,1.")
 @click.option(
     "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
@@ -60,26 +59,42 @@ def work(
     at once.
     """
     if allow:
-        places = [absolute(place, Path.cwd()) for place in allow]
-        os.environ[ALLOW_VARIABLE] = os.pathsep.join(places)
-    url = queue or default_url()
+        os.environ[ALLOW_VARIABLE] = "\n".join(absolute(place, Path.cwd()) for place in allow)
+    url = queue_url(queue)
     taken = slots(gpus, workers)
     deadline = None if max_time is None else time.time() + seconds_in(max_time)
     executor = open_executor(url)
     if lifeline:
         threading.Thread(target=_stop_with_parent, daemon=True).start()
+    folder = None if job is None else folder_of(absolute(job, Path.cwd()))
+    failed_before = _failed(executor, folder)
     code = Supervisor(
         queue=url,
         executor=executor,
         slots=taken,
         depth=depth or (DEPTH_ON_CPU if taken[0] == Slot(None) else DEPTH_ON_GPU),
         burst=burst,
-        job=None if job is None else folder_of(absolute(job, Path.cwd())),
+        job=folder,
         deadline=deadline,
         quiet=quiet,
+        hide_gpus=gpus == "none",
     ).run()
+    failed = _failed(executor, folder) - failed_before
     executor.close()
+    if failed > 0 and code == 0:
+        raise IncompleteError(
+            f"{failed} chunks failed; `chunkq status OUT` says why, `chunkq retry OUT` queues them "
+            "again",
+            [],
+        )
     sys.exit(code)
+
+
+def _failed(executor: Executor, job: str | None) -> int:
+    """Count failed tasks, of one job or of all."""
+    if job is not None:
+        return executor.counts(job).failed
+    return sum(counts.failed for counts in executor.jobs().values())
 
 
 def seconds_in(text: str) -> float:

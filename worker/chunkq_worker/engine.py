@@ -14,6 +14,8 @@ from typing import Any
 import numpy.typing as npt
 
 from chunkq.blend import Accumulator, Contribution, WeightCache
+from chunkq.errors import ModelError
+from chunkq.ledger import JobRecord
 from chunkq.opened import OpenJob
 from chunkq.plan import Chunk, Plan
 from chunkq.userfile import load_weights
@@ -30,21 +32,36 @@ class Engine:
     Only the device thread calls it: math libraries keep a thread pool per calling thread.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, record: JobRecord, plan: Plan) -> None:
+        """Load the network; raises ModelError or JobError if the job cannot be done with it."""
         self.plan = plan
-        threads = plan.job.threads or int(os.environ.get(THREADS_VARIABLE, "0")) or None
+        if changed := record.changed_files():
+            raise ModelError(
+                f"{', '.join(changed)}: not the file that the job was produced with; put that back "
+                "or produce the job again with --overwrite"
+            )
+        share = os.environ.get(THREADS_VARIABLE, "")
+        threads = plan.job.threads or (int(share) if share.isdecimal() else None)
         self._runtime: Runtime = load_runtime(plan.job.model, threads)
         self._weights = WeightCache(plan, load_weights(plan), self._runtime.place)
         self.batcher = Batcher(plan, self._runtime)
-        self.batcher.warm_up()
+        try:
+            self.batcher.warm_up()
+        except ModelError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[-300:]
+            raise ModelError(
+                f"the network raised {type(error).__name__} on a batch of zeros: {reason}"
+            ) from error
 
-    def compute(self, chunk: Chunk, region: npt.NDArray[Any]) -> Contribution:
-        """Run all patches a chunk owns over its input, `region` (*chunk.halo.shape)."""
+    def compute(self, chunk: Chunk, halo: npt.NDArray[Any]) -> Contribution:
+        """Run all patches a chunk owns over its input, `halo` (*chunk.halo.shape)."""
         plan = self.plan
         zeros = self._runtime.zeros((plan.channels, *chunk.region.shape))
         sums = Accumulator(plan, chunk, self._weights, zeros)
         patches = list(plan.patches(chunk))
-        for patch, prediction in self.batcher.predictions(patches, region, chunk.halo.start):
+        for patch, prediction in self.batcher.predictions(patches, halo, chunk.halo.start):
             sums.add(patch, prediction)
         return sums.contribution()
 
@@ -60,19 +77,19 @@ class Device:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._engines: OrderedDict[str, Engine] = OrderedDict()
 
-    def compute(self, job: OpenJob, chunk: Chunk, region: npt.NDArray[Any]) -> Computed:
+    def compute(self, job: OpenJob, chunk: Chunk, halo: npt.NDArray[Any]) -> Computed:
         """Wait for the device and compute one chunk; raises what the engine raises."""
         asked = time.time()
-        future: Future[Computed] = self._thread.submit(self._compute, job, chunk, region, asked)
+        future: Future[Computed] = self._thread.submit(self._compute, job, chunk, halo, asked)
         return future.result()
 
     def _compute(
-        self, job: OpenJob, chunk: Chunk, region: npt.NDArray[Any], asked: float
+        self, job: OpenJob, chunk: Chunk, halo: npt.NDArray[Any], asked: float
     ) -> Computed:
         free = time.time()
         engine = self._engine(job)
         began, before = time.time(), engine.batcher.patches_run
-        contribution = engine.compute(chunk, region)
+        contribution = engine.compute(chunk, halo)
         seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
         return Computed(contribution, engine.batcher.patches_run - before, seconds)
 
@@ -81,7 +98,7 @@ class Device:
         if key not in self._engines:
             while len(self._engines) >= ENGINES_HELD:
                 self._engines.popitem(last=False)[1].close()
-            self._engines[key] = Engine(job.plan)
+            self._engines[key] = Engine(job.record, job.plan)
         self._engines.move_to_end(key)
         return self._engines[key]
 

@@ -32,20 +32,22 @@ def infer_chunk(task: Task, attempt: Attempt) -> None:
     checksums: dict[str, int] = {}
     patches = 0
     if chunk.active:
-        region = job.read_halo(chunk)
+        halo = job.read_halo(chunk)
         seconds["read"] = time.time() - started
         moved["input"] = _bytes_read(job, chunk)
-        computed = this_device().compute(job, chunk, region)
-        del region
+        computed = this_device().compute(job, chunk, halo)
+        del halo
         seconds |= computed.seconds
         patches = computed.patches
         before = time.time()
+        job.check_unchanged()
         _write(job, chunk, computed, moved, checksums)
         seconds["write"] = time.time() - before
     if job.folder.is_committed("infer", task.chunk):
         # Another worker was given this chunk and was faster; its blocks may be sealed by now.
         _tidy_after_other(job, chunk)
         return
+    job.check_unchanged()
     job.folder.commit(
         Commit(
             kind="infer",

@@ -10,11 +10,11 @@ import traceback
 from chunkq.errors import ChunkqError, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt
 from chunkq.ledger import Failure, JobFolder
-from chunkq.paths import without_secret
+from chunkq.paths import is_url, without_secret
 from chunkq.tasks import Task, chunk_name, entry_point
 
 ALLOW_VARIABLE = "CHUNKQ_ALLOW"
-"""Job folders a worker accepts, as path prefixes separated by the system's path separator."""
+"""Path prefixes of the job folders that a worker accepts, one a line."""
 
 log = logging.getLogger("chunkq.worker")
 
@@ -32,7 +32,7 @@ def run_task(task: Task, attempt: Attempt) -> None:
         # Every chunk of the job would end like this; the worker stops and says so.
         shown = without_secret(JobFolder(task.job).output)
         raise type(error)(f"{shown}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _record(task, attempt, error)
         raise
     name = chunk_name(task.chunk)
@@ -40,15 +40,21 @@ def run_task(task: Task, attempt: Attempt) -> None:
 
 
 def _refuse_strangers(job: str) -> None:
-    allowed = [p for p in os.environ.get(ALLOW_VARIABLE, "").split(os.pathsep) if p]
-    if allowed and not any(job == p or job.startswith(p.rstrip("/") + "/") for p in allowed):
+    allowed = [p for p in os.environ.get(ALLOW_VARIABLE, "").splitlines() if p]
+    place = _real(job) + "/"
+    if allowed and not any(place.startswith(_real(p).rstrip("/") + "/") for p in allowed):
         raise JobError(
             f"{without_secret(job)}: this worker only accepts jobs below "
             f"{', '.join(allowed)}; widen --allow or {ALLOW_VARIABLE}"
         )
 
 
-def _record(task: Task, attempt: Attempt, error: Exception) -> None:
+def _real(path: str) -> str:
+    """Return the path without links and `..`, which could lead out of what is allowed."""
+    return path if is_url(path) and "/../" not in path else os.path.realpath(path)
+
+
+def _record(task: Task, attempt: Attempt, error: BaseException) -> None:
     """Keep the error; a ledger that cannot be written must not hide it."""
     shown = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):

@@ -38,6 +38,7 @@ class _Place:
     not_before: float = 0.0
     deaths: int = 0
     done: bool = False
+    gave_up: bool = False
 
 
 @dataclass
@@ -52,11 +53,12 @@ class Supervisor:
     job: str | None = None
     deadline: float | None = None
     quiet: bool = False
+    hide_gpus: bool = False
     _signals: int = field(default=0, init=False)
     _passed_on: int = field(default=0, init=False)
 
     def run(self) -> int:
-        """Return 0 when all children ended well, 1 when they cannot go on."""
+        """Return 0 when all children ended well, 1 when some could not go on."""
         signal.signal(signal.SIGTERM, self._count_signal)
         signal.signal(signal.SIGINT, self._count_signal)
         places = [_Place(slot) for slot in self.slots]
@@ -65,11 +67,10 @@ class Supervisor:
         try:
             while not all(place.done for place in places):
                 for place in places:
-                    if not self._tend(place):
-                        return 1
+                    self._tend(place)
                 self._pass_on_signals(places)
                 time.sleep(POLL_SECONDS)
-            return 0
+            return 1 if any(place.gave_up for place in places) else 0
         finally:
             self._end_all(places)
 
@@ -85,29 +86,30 @@ class Supervisor:
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
 
-    def _tend(self, place: _Place) -> bool:
-        """Start, restart or write off a place's child; False if there is no use in going on."""
+    def _tend(self, place: _Place) -> None:
+        """Start or restart a place's child, or write the place off; the others go on."""
         if place.done:
-            return True
+            return
         if place.process is None:
             if self._signals:
                 place.done = True
             elif time.time() >= place.not_before:
                 self._start(place)
-            return True
+            return
         code = place.process.poll()
         if code is None:
-            return True
+            return
         _let_go(place)
         if code == 0 or self._signals:
             self.executor.release(place.worker, counted=False)
             place.done = True
-            return True
-        if code == EXIT_REFUSED:
-            return False
-        return self._after_death(place, code)
+        elif code == EXIT_REFUSED:
+            self.executor.release(place.worker, counted=False)
+            place.done = place.gave_up = True
+        else:
+            self._after_death(place, code)
 
-    def _after_death(self, place: _Place, code: int) -> bool:
+    def _after_death(self, place: _Place, code: int) -> None:
         returned = self.executor.release(place.worker)
         instant = time.time() - place.started < INSTANT_DEATH_SECONDS
         place.deaths = place.deaths + 1 if instant else 1
@@ -115,10 +117,10 @@ class Supervisor:
         self._say(f"worker {place.worker} {how}; {returned} chunks handed back")
         if place.deaths >= INSTANT_DEATHS_ALLOWED:
             self._say(f"gave up after {place.deaths} deaths within seconds of starting")
-            return False
+            place.done = place.gave_up = True
+            return
         wait = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (place.deaths - 1))
         place.not_before = time.time() + wait
-        return True
 
     def _start(self, place: _Place) -> None:
         place.worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
@@ -133,8 +135,8 @@ class Supervisor:
             quiet=self.quiet,
         )
         environment = {**os.environ, **child_settings(max(1, cores() // len(self.slots)))}
-        if place.slot.gpu is not None:
-            environment[VISIBLE] = place.slot.gpu
+        if place.slot.gpu is not None or self.hide_gpus:
+            environment[VISIBLE] = place.slot.gpu or ""
         # A session of its own: Ctrl-C reaches only the supervisor, which passes it on.
         place.process = subprocess.Popen(
             [sys.executable, "-m", "chunkq_worker.child"],

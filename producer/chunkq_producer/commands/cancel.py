@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from chunkq.paths import without_secret
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
 
 
@@ -13,7 +14,11 @@ from chunkq_producer.commands.options import folder_at, output_argument, queue_o
 def cancel(output: str, queue: str | None) -> None:
     """Take the job of OUTPUT off the queue; what is done stays, what is running may finish."""
     folder = folder_at(output)
-    executor = queue_of(queue)
+    record = folder.read_record()
+    executor = queue_of(queue, None if record is None else record.job.queue)
     count = executor.cancel(folder.path)
     executor.close()
-    click.echo(f"{count} chunks taken off the queue; `chunkq produce --resume` puts them back")
+    if count:
+        click.echo(f"{count} chunks taken off the queue; `chunkq produce --resume` puts them back")
+    else:
+        click.echo(f"no chunk of this job is on the queue {without_secret(executor.url)}")

@@ -52,4 +52,6 @@ def init(path: Path) -> None:
             file.write(TEMPLATE)
     except FileExistsError:
         raise JobError(f"{path}: is there already; name another file") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be written: {error.strerror}") from None
     click.echo(f"wrote {path}; edit it, then: chunkq plan {path}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from chunkq.executors import default_url, open_executor
+from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
 from chunkq.executors.base import Executor
 from chunkq.ledger import JobFolder, folder_of
 from chunkq.opened import OpenJob, open_job
 from chunkq.paths import absolute
-
-QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option("-i", "--input", "input_", help="Volume to read, instead of the job's.")
@@ -23,11 +20,6 @@ queue_option = click.option(
 )
 output_argument = click.argument("output")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def queue_url(given: str | None, of_job: str | None = None) -> str:
-    """Return the queue's URL: the option, the environment, the job's, or the embedded one."""
-    return given or os.environ.get(QUEUE_VARIABLE) or of_job or default_url()
 
 
 def queue_of(given: str | None, of_job: str | None = None) -> Executor:

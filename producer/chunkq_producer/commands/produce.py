@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from chunkq.executors import open_executor, queue_url
 from chunkq.job import load_job
 from chunkq.paths import without_secret
 from chunkq.progress import Meter
@@ -14,7 +15,6 @@ from chunkq_producer.commands.options import (
     input_option,
     job_argument,
     output_option,
-    queue_of,
     queue_option,
 )
 
@@ -38,7 +38,8 @@ def produce(
     checked = load_job(job, input=input_, output=output)
     prepared = submit.prepare(checked)
     submit.check_place(prepared, resume=resume, overwrite=overwrite)
-    executor = queue_of(queue, checked.queue)
+    url = queue_url(queue, checked.queue)
+    executor = open_executor(url)
     with Meter("queueing chunks") as meter:
         made = submit.produce(
             prepared, executor, resume=resume, overwrite=overwrite, progress=meter
@@ -46,5 +47,6 @@ def produce(
     executor.close()
     shown = without_secret(checked.output)
     click.echo(f"{made.chunks} chunks, {made.done} done, {made.queued} newly queued -> {shown}")
-    following = "work" if made.done < made.chunks else f"finalize {shown}"
+    work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
+    following = work if made.done < made.chunks else f"finalize {shown}"
     click.echo(f"next: chunkq {following}")

@@ -14,7 +14,7 @@ from chunkq_producer.commands.options import job_at, output_argument, queue_of, 
 def retry(output: str, queue: str | None) -> None:
     """Queue the failed chunks of OUTPUT's job afresh, each with all its attempts."""
     job = job_at(output)
-    executor = queue_of(queue)
+    executor = queue_of(queue, job.record.job.queue)
     count = executor.retry(job.folder.path)
     # A queue that was lost knows of no failure, the ledger does.
     known = [f for f in job.folder.failures() if f.kind == "infer"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from chunkq.errors import ChunkqError, JobError, ModelError
-from chunkq.executors import open_executor
+from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
+from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
 from chunkq.job import load_job
 from chunkq.opened import open_job
 from chunkq.progress import Meter
@@ -28,7 +29,6 @@ from chunkq_producer.commands.options import (
     job_argument,
     output_option,
     queue_option,
-    queue_url,
 )
 from chunkq_producer.commands.status import LINE_SECONDS, Look
 from chunkq_producer.probe import probe
@@ -82,14 +82,19 @@ def run(
         made = submit.produce(prepared, executor, overwrite=overwrite, progress=meter)
     opened = open_job(made.folder.path)
     if made.done < made.chunks:
-        command = [sys.executable, "-m", "chunkq", "work", "--queue", url, "--burst", "--quiet"]
+        command = [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet"]
         on_cpu = checked.model.device == "cpu" or checked.hardware == "cpu_only"
         command += ["--gpus", "none" if on_cpu else gpus, "--lifeline"]
         command += ["--job", opened.folder.output]
         command += ["-w", str(workers)] if workers else []
         command += ["--depth", str(depth)] if depth else []
         look = Look(opened.folder, opened.plan, executor)
-        _work(command, look, console)
+        again = "the same command" + (" without --overwrite" if overwrite else "")
+        code = _work(command, {**os.environ, QUEUE_VARIABLE: url}, look, console)
+        if code is None:
+            raise InterruptedRunError(f"stopped; {again} continues where it was")
+        if code not in (0, IncompleteError.exit_code):
+            raise ChunkqError(f"the worker gave up, for the reason above; {again} continues")
         _explain_failures(look, console)
     executor.close()
     tell(opened, complete(opened))
@@ -107,10 +112,21 @@ def _explain_failures(look: Look, console: Console) -> None:
         )
 
 
-def _work(command: list[str], look: Look, console: Console) -> None:
-    """Run a worker to its end and show how far the job is; signals are passed on to it."""
+def _work(
+    command: list[str], environment: dict[str, str], look: Look, console: Console
+) -> int | None:
+    """Run a worker to its end and show how far the job is; signals are passed on to it.
+
+    Returns its exit code, or None if it was told to stop. The queue's address, which may hold a
+    password, travels in the environment: a command line can be seen by everyone.
+    """
     worker = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     interrupted = threading.Event()
 
@@ -124,19 +140,25 @@ def _work(command: list[str], look: Look, console: Console) -> None:
             reader = threading.Thread(target=_repeat, args=(worker, console), daemon=True)
             reader.start()
             while worker.poll() is None:
-                show(look)
+                _try_to_show(show, look, console)
                 _wait(worker, look.rest(REFRESH_SECONDS))
             reader.join()
-            show(look)
+            _try_to_show(show, look, console)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         worker.kill()
         worker.wait()
-    if interrupted.is_set():
-        raise InterruptedRunError("stopped; the same command continues where it was")
-    if worker.returncode:
-        raise ChunkqError("the worker gave up, for the reason above; the same command continues")
+    return None if interrupted.is_set() else worker.returncode
+
+
+def _try_to_show(show: Callable[[Look], None], look: Look, console: Console) -> None:
+    """Show how far the job is; if it cannot be seen just now, the work goes on all the same."""
+    try:
+        show(look)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        console.print(f"progress cannot be seen: {reason}", highlight=False, markup=False)
 
 
 def _wait(worker: subprocess.Popen[str], seconds: float) -> None:

@@ -19,7 +19,7 @@ from chunkq.combine import Array
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
-from chunkq.userfile import load_names, pick
+from chunkq.userfile import load_names, neighbours, pick
 from chunkq_worker.runtimes.base import Runtime
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
@@ -29,13 +29,15 @@ STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 class TorchRuntime(Runtime):
     """A torch module in inference mode."""
 
-    def __init__(self, module: Any, model: ModelConfig) -> None:
-        self.device = model.device
+    def __init__(self, module: Any, model: ModelConfig, threads: int | None) -> None:
+        self.device, self._threads = model.device, threads
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._module = module
 
     @override
     def __call__(self, batch: npt.NDArray[Any]) -> Array:
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)  # another job of this process has its own
         with torch.inference_mode():
             given = self.place(batch).to(self._dtype)
             outputs = self._module(given)
@@ -54,8 +56,8 @@ class TorchRuntime(Runtime):
     def place(self, array: npt.NDArray[Any]) -> Array:
         if array.dtype.kind == "u" and array.dtype.itemsize > 1:
             # torch knows few operations on wide unsigned integers; the next wider signed one
-            # holds the same values.
-            array = array.astype(np.dtype(f"i{min(8, array.dtype.itemsize * 2)}"))
+            # holds the same values. (uint64, which has none, is refused with the job.)
+            array = array.astype(np.dtype(f"i{array.dtype.itemsize * 2}"))
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         tensor = torch.from_numpy(array)
@@ -79,15 +81,13 @@ class TorchRuntime(Runtime):
 
 def load(model: ModelConfig, threads: int | None) -> Runtime:
     """Load the network a job names; raises ModelError in one line."""
-    if threads is not None:
-        torch.set_num_threads(threads)
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "model_config.device: cuda, but this worker sees no CUDA device; start it on a GPU "
             "node or set device: cpu"
         )
     module = LOADERS[model.type](model)
-    return TorchRuntime(module.eval().to(model.device), model)
+    return TorchRuntime(module.eval().to(model.device), model, threads)
 
 
 def _load_torchscript(model: ModelConfig) -> Any:
@@ -112,8 +112,9 @@ def _load_class(model: ModelConfig) -> Any:
     except JobError as error:
         raise ModelError(str(error)) from error
     try:
-        module = made(**kwargs)
-    except Exception as error:
+        with neighbours(path):
+            module = made(**kwargs)
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"model_config.class_name: {name}(**kwargs) raised {type(error).__name__}: "
             f"{_first_line(error)}; kwargs were {sorted(kwargs)}"
