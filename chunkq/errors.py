@@ -69,5 +69,6 @@ class IncompleteError(ChunkqError):
 
 def nearest(word: str, legal: Sequence[str]) -> str:
     """Return a hint `; did you mean 'x'?` for the legal name most like `word`, or ''."""
-    close = get_close_matches(word, legal, n=1, cutoff=0.6)
+    longer = [name for name in legal if len(word) > 2 and name.startswith(word)]
+    close = longer or get_close_matches(word, legal, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

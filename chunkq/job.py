@@ -207,29 +207,30 @@ def parse_job(values: Mapping[str, Any]) -> Job:
     raise JobError([*lines, *_further_problems(values, [item["loc"] for item in found])])
 
 
-STAND_INS: MappingProxyType[str, Any] = MappingProxyType(
-    {
-        "input": "/",
-        "output": "/",
-        "model_config": {
-            "runtime": "torch",
-            "type": "torchscript",
-            "ts_file": "/",
-            "model_input_shape": [1],
-        },
-    }
+MODEL_STAND_IN = MappingProxyType(
+    {"runtime": "torch", "type": "torchscript", "model_input_shape": [1]}
 )
-"""Legal values for what a job file must have and lacks, to check the rest of it."""
 
 
 def _further_problems(values: Mapping[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
-    """Check how the remaining keys fit together once the wrong ones are out of the way."""
-    keys = {str(location[0]) for location in wrong}
-    rest = {key: value for key, value in values.items() if key not in keys}
+    """Check how the other keys fit together, with stand-ins for what is wrong and needed."""
+    model = values.get("model_config")
+    model = dict(model) if isinstance(model, dict) else {"ts_file": "/"}
+    rest = dict(values)
+    for section, *inner in wrong:
+        if section == "model_config" and inner:
+            model.pop(str(inner[0]), None)
+        else:
+            rest.pop(str(section), None)
+    if "type" not in model:
+        model["ts_file"] = "/"
+    rest = {"input": "/", "output": "/", **rest, "model_config": {**MODEL_STAND_IN, **model}}
+    known = {".".join(map(str, location[:2])) for location in wrong}
+    known |= {str(location[0]) for location in wrong if location[0] != "model_config"}
     try:
-        Job.model_validate({**STAND_INS, **rest})
+        Job.model_validate(rest)
     except JobError as error:
-        return [line for line in error.problems if line.partition(":")[0] not in keys]
+        return [line for line in error.problems if line.partition(":")[0] not in known]
     except ValidationError:
         pass
     return []

@@ -60,14 +60,17 @@ def _volume_problems(job: Job, volume: Volume) -> list[str]:
 
 
 def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
-    value = job.pad_value
+    value = float(job.pad_value)
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         fits = limits.min <= value <= limits.max and value == int(value)
     else:
-        fits = dtype.kind == "f" and (not np.isfinite(value) or abs(value) <= np.finfo(dtype).max)
+        fits = dtype.kind == "f" and (
+            not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+        )
         fits = fits or (dtype.kind == "b" and value in (0, 1))
-    return [] if fits else [f"pad_value: {value} cannot be held by the input's dtype {dtype}"]
+    shown = int(value) if value.is_integer() else value
+    return [] if fits else [f"pad_value: {shown} cannot be held by the input's dtype {dtype}"]
 
 
 def _length_problems(job: Job, volume: Volume) -> list[str]:

@@ -120,7 +120,4 @@ def _checked(
         raise JobError(
             f"{where} gave {weights[first]} at {list(first)}; weights must be finite and positive"
         )
-    # Only ratios matter, and sums of huge weights would overflow.
-    cropped = weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]
-    shares: np.ndarray[Any, np.dtype[np.float64]] = cropped / cropped.max()
-    return shares
+    return weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from types import MappingProxyType
 
@@ -115,18 +115,24 @@ class ArrayWeights:
 
     array: Float64
 
+    @cached_property
+    def shares(self) -> Float64:
+        """The weights over the largest of them: only ratios matter, and huge sums overflow."""
+        shares: Float64 = self.array / self.array.max()
+        return shares
+
     def normalised(self, grid: int, around: Sequence[Surroundings]) -> Float32:
         """Return w / Σw for one patch: shape of the patch's part inside the volume, float32."""
         total = np.zeros([s.high - s.low for s in around])
         for g in range(len(around[0].starts)):
             for offsets in product(*(s.starts[g] for s in around)):
                 here, there = [], []
-                for s, offset, kept in zip(around, offsets, self.array.shape, strict=True):
+                for s, offset, kept in zip(around, offsets, self.shares.shape, strict=True):
                     low, high = max(s.low, offset), min(s.high, offset + kept)
                     here.append(slice(low - s.low, high - s.low))
                     there.append(slice(low - offset, high - offset))
-                total[tuple(here)] += self.array[tuple(there)]
-        own = self.array[tuple(slice(s.low, s.high) for s in around)]
+                total[tuple(here)] += self.shares[tuple(there)]
+        own = self.shares[tuple(slice(s.low, s.high) for s in around)]
         return (own / total).astype(np.float32)
 
 

@@ -23,7 +23,7 @@ Network = Callable[[F64, Shape], F64]  # (input patch (*P), output shape Q) -> (
 WeightFunction = Callable[[Shape], NDArray[Any]]  # Q -> (*Q)
 
 
-def axis_starts(  # noqa: PLR0917
+def axis_starts(
     volume: int, patch: int, stride: int, pad: int, offset: int, edge: str
 ) -> list[int]:
     """Starts of the input patches along one axis, ascending; none is dropped here."""

@@ -1,0 +1,475 @@
+"""Chunks, pieces and finalizing together, in memory, against the whole-volume reference."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkq import blend
+from chunkq.blend import Accumulator, Contribution, WeightCache, complete
+from chunkq.box import Box
+from chunkq.combine import activate, as_votes
+from chunkq.padding import source_indices
+from chunkq.plan import Index, Patch, Plan
+from chunkq.userfile import load_weights
+from chunkq.weights import ArrayWeights, Surroundings, Weights
+from tests import reference as ref
+from tests.strategies import (
+    BUILT_INS,
+    PAD_MODES,
+    Case,
+    cases,
+    plan_for,
+    user_weights,
+    without_margin,
+)
+
+Array = npt.NDArray[Any]
+Place = Callable[[Any], Any]
+
+
+def in_numpy(array: Array) -> Any:
+    return array
+
+
+def in_torch(array: Array) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def window(plan: Plan, volume: Array, source: Box) -> Array:
+    """The input patch, padded one axis at a time."""
+    for axis, size in enumerate(plan.volume.shape):
+        indices = source_indices(source.start[axis], source.stop[axis], size, plan.job.pad_mode)
+        volume = np.take(volume, np.maximum(indices, 0), axis=axis)
+        outside: list[Any] = [slice(None)] * plan.rank
+        outside[axis] = indices < 0
+        volume[tuple(outside)] = plan.job.pad_value
+    return volume
+
+
+def infer(
+    plan: Plan, index: Index, cache: WeightCache, volume: Array, predict: ref.Predict, place: Place
+) -> Contribution:
+    """What a worker does with one chunk."""
+    chunk = plan.chunk(index)
+    zeros = place(np.zeros((plan.channels, *chunk.region.shape), np.float32))
+    sums = Accumulator(plan, chunk, cache, zeros)
+    for patch in plan.patches(chunk):
+        x = window(plan, volume, patch.source).astype(np.float64)
+        y = place(predict(x, patch.source.start)[np.newaxis].astype(np.float32))
+        y = activate(y, plan.job.activation)
+        if plan.job.combine == "hard":
+            y = as_votes(y)
+        sums.add(patch, y[0])
+    return sums.contribution()
+
+
+def run(
+    plan: Plan,
+    volume: Array,
+    predict: ref.Predict,
+    weights: Weights | None = None,
+    place: Place = in_numpy,
+) -> Array:
+    """The whole job; fails unless every voxel is written exactly once."""
+    cache = WeightCache(plan, weights or load_weights(plan), place)
+    out = np.zeros(plan.output_shape, plan.output_dtype)
+    writes = np.zeros(plan.volume.shape, dtype=int)
+
+    def write(box: Box, values: Array) -> None:
+        here: tuple[Any, ...] = box.slices((0,) * plan.rank)
+        writes[here] += 1
+        out[(..., *here)] = values
+        assert values.dtype == plan.output_dtype
+
+    done = {
+        index: infer(plan, index, cache, volume, predict, place)
+        for index in plan.indices()
+        if plan.chunk(index).active
+    }
+    pieces = {piece: sums for c in done.values() for piece, sums in c.pieces}
+    for index, contribution in done.items():
+        write(plan.chunk(index).core, contribution.core)
+    for index in plan.to_finalize():
+        chunk = plan.chunk(index)
+        own = done[index].own if index in done else None
+        awaited = {piece: pieces.pop(piece) for piece in plan.awaits(chunk)}
+        for box, values in complete(plan, chunk, own, awaited):
+            write(box, values)
+    assert pieces == {}
+    assert (writes == 1).all()
+    return out
+
+
+def assert_as_reference(
+    plan: Plan, out: Array, expected: ref.Reference, tolerance: float = 1e-5
+) -> None:
+    if plan.job.combine == "weighted_avg":
+        scale = max(1.0, float(np.abs(expected.average).max()))
+        assert np.abs(out.reshape(expected.average.shape) - expected.average).max() < (
+            tolerance * scale
+        )
+    else:
+        clear = expected.margin_of_decision > tolerance
+        assert np.array_equal(out[clear], expected.labels[clear])
+
+
+def check_case(case: Case, name: str, weight: str, seed: int, place: Place = in_numpy) -> None:
+    plan = case.plan if weight == "user" else with_weights(case, weight).plan
+    volume = np.random.default_rng(seed).integers(0, 6, case.volume).astype(np.uint8)
+    predict = ref.predictor(name, case.channels, case.output)
+    expected = ref.reference(
+        case.setup,
+        volume,
+        predict,
+        case.keys["combine"],
+        user_weights if weight == "user" else weight,
+        activation=case.keys["activation"],
+    )
+    weights = ArrayWeights(without_margin(user_weights(case.output), plan.margin))
+    out = run(plan, volume, predict, weights if weight == "user" else None, place)
+    assert_as_reference(plan, out, expected)
+
+
+def with_weights(case: Case, weight: str) -> Case:
+    keys = case.keys | {"weight_function": [weight]}
+    return Case(case.volume, case.patch, case.output, keys)
+
+
+NETWORKS = st.sampled_from(sorted(ref.volume_wide_predictors))
+SEEDS = st.integers(0, 99)
+
+
+@settings(max_examples=300)
+@given(cases(), NETWORKS, st.sampled_from((*BUILT_INS, "user")), SEEDS)
+def test_same_volume_any_cut(case: Case, network: str, weight: str, seed: int) -> None:
+    check_case(case, network, weight, seed)
+
+
+@settings(max_examples=60)
+@given(cases(max_rank=3), NETWORKS, st.sampled_from(BUILT_INS), SEEDS)
+def test_same_volume_any_cut_in_torch(case: Case, network: str, weight: str, seed: int) -> None:
+    check_case(case, network, weight, seed, in_torch)
+
+
+@pytest.mark.parametrize("weight", [*BUILT_INS, "user"])
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
+@pytest.mark.parametrize("chunk", [(8, 8), (9, 16), (16, 11), (40, 40)])
+def test_every_weight_and_combination_at_several_chunk_sizes(
+    weight: str, combine: str, chunk: tuple[int, int]
+) -> None:
+    model = {"model_input_shape": [10, 8], "model_output_shape": [3, 8, 8]}
+    keys = {
+        "inference_type": "sliding_window",
+        "strides": [3, 5],
+        "pad_width": [1, 0],
+        "pad_mode": "reflect",
+        "chunksize": list(chunk),
+        "storage_chunks": [1, 1],
+        "combine": combine,
+        "activation": "softmax",
+        "model": model,
+    }
+    check_case(Case((23, 31), (10, 8), (8, 8), keys), "position_dependent", weight, 1)
+
+
+def constant(value: float, shape: tuple[int, ...]) -> ref.Predict:
+    return lambda _x, _start: np.full((1, *shape), value)
+
+
+def by_start(values: dict[int, float], length: int) -> ref.Predict:
+    """1-D: each patch predicts one number, by where it starts."""
+    return lambda _x, start: np.full((1, length), values[start[0]])
+
+
+def sliding(
+    volume: tuple[int, ...], patch: tuple[int, ...], strides: list[int], **more: Any
+) -> Plan:
+    return plan_for(volume, patch, inference_type="sliding_window", strides=strides, **more)
+
+
+# The known failures of others, one by one.
+
+
+@pytest.mark.parametrize("weight", BUILT_INS)
+def test_large_predictions_do_not_overflow_as_float16_sums_would(weight: str) -> None:
+    # Eight patches over a voxel: their sum is far past 65504, their average is not.
+    plan = sliding((20,), (8,), [1], output_dtype="float16", weight_function=[weight])
+    out = run(plan, np.zeros(20, np.uint8), constant(60000.0, (8,)))
+    assert (out == np.float16(60000)).all()
+
+
+def test_predictions_near_the_largest_float32_stay_finite() -> None:
+    plan = sliding((20,), (8,), [1], chunksize=[8], weight_function=["weight_gaussian"])
+    out = run(plan, np.zeros(20, np.uint8), constant(3e38, (8,)))
+    assert out == pytest.approx(np.full(20, 3e38), rel=1e-6)
+
+
+@pytest.mark.parametrize("weight", BUILT_INS)
+@pytest.mark.parametrize(("size", "stride"), [(16, 16), (24, 8), (27, 8)])
+def test_no_epsilon_shrinks_the_corners(weight: str, size: int, stride: int) -> None:
+    # A gaussian's corner weighs exp(-21) = 8e-10 here: 1e-8 beside it would leave 7 %.
+    plan = sliding((size,) * 3, (16,) * 3, [stride] * 3, weight_function=[weight])
+    out = run(plan, np.zeros((size,) * 3, np.uint8), constant(1.0, (16,) * 3))
+    assert np.abs(out - 1).max() < 1e-6
+
+
+def test_a_bump_stays_a_product_of_its_axes() -> None:
+    # A floor on the 3-D product would even out the corners, where it is about exp(-54).
+    plan = sliding((48, 36, 36), (36, 36, 36), [12, 36, 36], weight_function=["weight_bump"])
+    setup = ref.sliding_window((48, 36, 36), (36, 36, 36), (12, 36, 36))
+
+    def predict(_x: ref.F64, start: ref.Shape) -> ref.F64:
+        return np.full((1, 36, 36, 36), float(start[0]))
+
+    volume = np.zeros((48, 36, 36), np.uint8)
+    out = run(plan, volume, predict)
+    expected = ref.reference(setup, volume, predict, weight="weight_bump")
+    assert_as_reference(plan, out, expected)
+    along = out[:, 18, 18]
+    assert np.abs(out - along[:, np.newaxis, np.newaxis]).max() < 1e-4
+
+
+@pytest.mark.parametrize("place", [in_numpy, in_torch])
+@pytest.mark.parametrize("chunk", [300, 420, 599])
+def test_votes_are_counted_past_255(place: Place, chunk: int) -> None:
+    # 300 patches lie over voxel 299: 256 of them for class 0, which is no vote in eight bits.
+    plan = sliding(
+        (599,),
+        (300,),
+        [1],
+        combine="hard",
+        chunksize=[chunk],
+        model={"model_output_shape": [2, 300]},
+    )
+
+    def predict(_x: ref.F64, start: ref.Shape) -> ref.F64:
+        first = start[0] < 256
+        return np.repeat([[float(first)], [float(not first)]], 300, axis=1)
+
+    out = run(plan, np.zeros(599, np.uint8), predict, place=place)
+    # Voxel v lies under patches v - 299 to v: half and half for v = 511.
+    assert out[299] == 0
+    assert np.array_equal(out[:511], np.zeros(511))
+    assert np.array_equal(out[512:], np.ones(87))
+
+
+def test_labels_past_255_are_kept() -> None:
+    plan = plan_for((4,), (2,), combine="soft", model={"model_output_shape": [300, 2]})
+
+    def predict(_x: ref.F64, start: ref.Shape) -> ref.F64:
+        return np.repeat((np.arange(300) == (299 if start[0] else 256))[:, np.newaxis], 2, axis=1)
+
+    out = run(plan, np.zeros(4, np.uint8), predict)
+    assert (out.tolist(), out.dtype) == ([256, 256, 299, 299], np.dtype(np.uint16))
+
+
+@pytest.mark.parametrize("weight", BUILT_INS)
+@pytest.mark.parametrize("length", [9, 20])
+def test_windows_with_low_rims_lose_no_border(weight: str, length: int) -> None:
+    # The volume's first and last voxel lie under the rim of one patch only.
+    plan = sliding((length,), (9,), [4], weight_function=[weight])
+    volume = np.arange(length, dtype=np.uint8) + 1
+    out = run(plan, volume, lambda x, _start: x[np.newaxis])
+    assert out == pytest.approx(volume, rel=1e-6)
+    assert (out[0], out[-1]) == (1.0, float(length))
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 8, 11])
+@pytest.mark.parametrize(
+    ("weight", "shares"),
+    [
+        ("weight_uniform", [1 / 2, 1 / 2]),
+        # Voxel 7 is index 3 of the patch at 4 and index 1 of the patch at 6: weights 1 and 2.
+        ("weight_linear", [2 / 3, 1 / 3]),
+    ],
+)
+def test_a_shifted_last_window_is_weighted_where_it_lies(
+    weight: str, shares: list[float], chunk: int
+) -> None:
+    # Starts 0, 4, then 6 = 10 - 4 instead of 8: voxels 6 and 7 are shared, index 2, 3 and 0, 1.
+    plan = sliding((10,), (4,), [4], weight_function=[weight], chunksize=[chunk])
+    out = run(plan, np.zeros(10, np.uint8), by_start({0: 0.0, 4: 0.0, 6: 1.0}, 4))
+    assert out == pytest.approx([0] * 6 + [1 - shares[0], 1 - shares[1], 1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", PAD_MODES)
+@pytest.mark.parametrize("edge", ["pad", "shift"])
+@pytest.mark.parametrize(
+    ("volume", "patch", "strides", "pad"),
+    [
+        ((3,), (4,), (2,), (9,)),
+        ((1,), (4,), (3,), (7,)),
+        ((2, 5), (4, 3), (3, 2), (7, 1)),
+        ((4, 1, 2), (3, 3, 3), (2, 1, 3), (0, 8, 5)),
+    ],
+)
+def test_pads_wider_than_the_axis_neither_crash_nor_mis_weight(
+    volume: ref.Shape,
+    patch: ref.Shape,
+    strides: ref.Shape,
+    pad: ref.Shape,
+    mode: Literal["constant", "reflect", "symmetric", "edge"],
+    edge: Literal["pad", "shift"],
+) -> None:
+    voxels = np.random.default_rng(3).integers(1, 6, volume).astype(np.uint8)
+    shared: dict[str, Any] = {"pad_mode": mode, "pad_value": 2, "edge": edge}
+    plan = sliding(
+        volume,
+        patch,
+        list(strides),
+        pad_width=list(pad),
+        weight_function=["weight_linear"],
+        **shared,
+    )
+    predict = ref.predictor("box_blur", 1, patch)
+    setup = ref.sliding_window(volume, patch, strides, pad_width=pad, **shared)
+    expected = ref.reference(setup, voxels, predict, weight="weight_linear")
+    assert_as_reference(plan, run(plan, voxels, predict), expected)
+
+
+@pytest.mark.parametrize("weight", ["weight_linear", "weight_gaussian", "user"])
+def test_a_margin_is_cut_from_the_weights_of_the_whole_patch(weight: str) -> None:
+    # Cropped patches overlap where the last one is moved back only.
+    keys = {
+        "inference_type": "crop_margin",
+        "margin": [2, 1],
+        "edge": "shift",
+        "chunksize": [5, 6],
+        "storage_chunks": [5, 2],
+        "model": {"model_input_shape": [9, 6], "model_output_shape": [9, 6]},
+        "combine": "weighted_avg",
+        "activation": "none",
+    }
+    check_case(Case((17, 14), (9, 6), (9, 6), keys), "position_dependent", weight, 2)
+
+
+# What else a block must survive.
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 4, 6])
+def test_a_grid_with_a_negative_offset_by_hand(chunk: int) -> None:
+    # Patches of 2: grid 0 at 0, 2, 4; grid 1 at -1, 1, 3, 5. Each voxel is the mean of two.
+    plan = plan_for((6,), (2,), offsets=[[-1]], chunksize=[chunk])
+    values = {0: 0.0, 2: 2.0, 4: 4.0, -1: 10.0, 1: 20.0, 3: 30.0, 5: 40.0}
+    out = run(plan, np.zeros(6, np.uint8), by_start(values, 2))
+    assert out == pytest.approx([5, 10, 11, 16, 17, 22], rel=1e-6)
+
+
+def test_a_block_that_owns_no_patch_is_completed_from_its_neighbours() -> None:
+    plan = sliding((9,), (4,), [4], chunksize=[8], storage_chunks=[1])
+    assert not plan.chunk((1,)).active
+    out = run(plan, np.zeros(9, np.uint8), by_start({0: 1.0, 4: 2.0, 5: 4.0}, 4))
+    assert out == pytest.approx([1, 1, 1, 1, 2, 3, 3, 3, 4], rel=1e-6)
+
+
+@pytest.mark.parametrize("combine", ["soft", "hard"])
+def test_equal_classes_give_the_lowest_across_a_seam(combine: str) -> None:
+    plan = sliding(
+        (12,), (6,), [3], combine=combine, chunksize=[6], model={"model_output_shape": [3, 6]}
+    )
+
+    def undecided(_x: ref.F64, _start: ref.Shape) -> ref.F64:
+        return np.repeat([[-1.0], [0.7], [0.7]], 6, axis=1)
+
+    assert run(plan, np.zeros(12, np.uint8), undecided).tolist() == [1] * 12
+
+
+@pytest.mark.parametrize("combine", ["soft", "hard"])
+def test_one_channel_is_foreground_from_exactly_a_half_on(combine: str) -> None:
+    # Blocks [0, 4) and [4, 6); both patches lie over voxels 2 and 3.
+    plan = sliding((6,), (4,), [2], combine=combine, chunksize=[4])
+    below = float(np.nextafter(np.float32(0.5), np.float32(0)))
+    out = run(plan, np.zeros(6, np.uint8), by_start({0: 0.5, 2: below}, 4))
+    assert out[[0, 1, 4, 5]].tolist() == [1, 1, 0, 0]
+    if combine == "hard":
+        # One of two votes is a half.
+        assert out[[2, 3]].tolist() == [1, 1]
+
+
+def test_what_is_completed_twice_is_the_same_bytes_in_any_order_of_arrival() -> None:
+    plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
+    volume = np.random.default_rng(0).integers(0, 6, (12, 12)).astype(np.uint8)
+    predict = ref.predictor("position_dependent", 1, (6, 6))
+    cache = WeightCache(plan, load_weights(plan), in_numpy)
+    done = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
+    chunk = plan.chunk((1, 1))
+    arrived = [(p, a) for c in done.values() for p, a in c.pieces if p.target == (1, 1)]
+    assert len(arrived) == 3
+    finished = [
+        [(box, values.tobytes()) for box, values in complete(plan, chunk, done[1, 1].own, pieces)]
+        for pieces in (dict(arrived), dict(reversed(arrived)), dict(arrived))
+    ]
+    assert finished[0] == finished[1] == finished[2]
+
+
+def test_what_a_chunk_leaves_has_the_promised_shapes_and_dtypes() -> None:
+    plan = sliding(
+        (14, 14),
+        (6, 6),
+        [4, 4],
+        combine="soft",
+        chunksize=[8, 8],
+        storage_chunks=[4, 4],
+        model={"model_output_shape": [3, 6, 6]},
+    )
+    volume = np.zeros((14, 14), np.uint8)
+    cache = WeightCache(plan, load_weights(plan), in_numpy)
+    for index in plan.indices():
+        chunk = plan.chunk(index)
+        left = infer(plan, index, cache, volume, ref.predictor("pointwise", 3, (6, 6)), in_numpy)
+        assert (left.core.shape, left.core.dtype) == (chunk.core.shape, np.dtype(np.uint8))
+        assert [p for p, _ in left.pieces] == plan.leaves(chunk)
+        for piece, sums in left.pieces:
+            assert (sums.shape, sums.dtype) == ((3, *piece.box.shape), np.dtype(np.float32))
+        if index == (0, 0):
+            assert left.own is None
+            continue
+        assert left.own is not None
+        assert [a.shape for a in left.own.band] == [(3, *b.shape) for b in chunk.band_boxes]
+        assert [a.shape for a in left.own.rest] == [b.shape for b in chunk.rest_boxes]
+        assert {a.dtype for a in left.own.rest} <= {np.dtype(np.uint8)}
+
+
+class CountedWeights:
+    """Weights that note what they were asked for."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.asked: list[tuple[int, tuple[Surroundings, ...]]] = []
+        self._weights = weights
+
+    def normalised(self, grid: int, around: tuple[Surroundings, ...]) -> npt.NDArray[np.float32]:
+        self.asked.append((grid, around))
+        return self._weights.normalised(grid, around)
+
+
+def of_all(plan: Plan, cache: WeightCache) -> list[tuple[Patch, Array]]:
+    listed = [p for i in plan.indices() for p in plan.patches(plan.chunk(i))]
+    return [(patch, cache.of(patch)) for patch in listed]
+
+
+def test_patches_in_equal_surroundings_share_their_weights() -> None:
+    plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
+    counted = CountedWeights(load_weights(plan))
+    served = of_all(plan, WeightCache(plan, counted, in_numpy))  # type: ignore[arg-type]
+    assert len(set(counted.asked)) == len(counted.asked) < len(served) / 2
+    assert all(weights.shape == patch.target.shape for patch, weights in served)
+
+
+def test_a_full_cache_forgets_and_serves_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
+    roomy = of_all(plan, WeightCache(plan, load_weights(plan), in_numpy))
+    # Room for two patches.
+    monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
+    counted = CountedWeights(load_weights(plan))
+    tight = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
+    for _ in range(2):
+        for (_, expected), (_, weights) in zip(roomy, of_all(plan, tight), strict=True):
+            assert np.array_equal(weights, expected)
+    # The second round starts where the first has been forgotten.
+    assert len(counted.asked) == 2 * len(set(counted.asked))

@@ -1,0 +1,124 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkq.box import Box
+
+Voxels = set[tuple[int, ...]]
+
+
+def voxels(box: Box) -> Voxels:
+    return set(product(*(range(a, b) for a, b in zip(box.start, box.stop, strict=True))))
+
+
+@st.composite
+def boxes(draw: st.DrawFn, rank: int | None = None) -> Box:
+    rank = rank or draw(st.integers(1, 4))
+    start = [draw(st.integers(-3, 3)) for _ in range(rank)]
+    return Box(tuple(start), tuple(a + draw(st.integers(0, 4)) for a in start))
+
+
+@st.composite
+def two_boxes(draw: st.DrawFn) -> tuple[Box, Box]:
+    """A box, and one that more often than not lies inside, across or beside it."""
+    rank = draw(st.integers(1, 3))
+    a = draw(boxes(rank))
+    pairs = [
+        sorted(draw(st.lists(st.integers(low - 1, high + 1), min_size=2, max_size=2)))
+        for low, high in zip(a.start, a.stop, strict=True)
+    ]
+    return a, Box(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
+
+
+def assert_cut_exactly(parts: list[Box], whole: Voxels) -> None:
+    assert all(part.size for part in parts)
+    assert sum(part.size for part in parts) == len(whole)
+    assert set().union(*map(voxels, parts)) == whole
+
+
+@given(boxes())
+def test_size_counts_the_voxels_and_shape_multiplies_to_it(box: Box) -> None:
+    assert box.size == len(voxels(box))
+    assert box.shape == tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
+
+
+def test_a_box_of_a_shape_starts_at_the_origin() -> None:
+    assert Box.of_shape([2, 0, 3]) == Box((0, 0, 0), (2, 0, 3))
+
+
+def test_corners_of_different_rank_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"start \(0, 0\) and stop \(1,\) differ in rank"):
+        Box((0, 0), (1,))
+
+
+def test_an_inverted_box_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stop \(3, 1\) lies before start \(0, 2\)"):
+        Box((0, 2), (3, 1))
+
+
+@given(two_boxes())
+def test_the_intersection_has_exactly_the_voxels_in_both(pair: tuple[Box, Box]) -> None:
+    a, b = pair
+    assert voxels(a & b) == voxels(a) & voxels(b)
+    assert voxels(b & a) == voxels(a & b)
+
+
+@given(two_boxes())
+def test_an_intersection_lies_in_its_left_side_even_when_empty(pair: tuple[Box, Box]) -> None:
+    a, b = pair
+    assert a & b in a
+
+
+@given(two_boxes())
+def test_a_box_contains_another_whose_voxels_it_has(pair: tuple[Box, Box]) -> None:
+    a, b = pair
+    if b.size:
+        assert (b in a) == (voxels(b) <= voxels(a))
+
+
+def test_a_frame_around_a_hole_is_cut_into_two_boxes_per_axis() -> None:
+    parts = list(Box((0, 0), (9, 9)).minus(Box((3, 3), (6, 6))))
+    assert len(parts) == 4
+    assert_cut_exactly(parts, voxels(Box((0, 0), (9, 9))) - voxels(Box((3, 3), (6, 6))))
+
+
+def test_a_box_contains_boxes_only() -> None:
+    assert 3 not in Box((0,), (9,))
+    assert (3,) not in Box((0,), (9,))
+
+
+@given(two_boxes())
+def test_slices_select_the_box_in_an_array_that_starts_at_an_origin(
+    pair: tuple[Box, Box],
+) -> None:
+    around, box = pair
+    box = box & around
+    found = np.argwhere(_marked(around, box)) + around.start
+    assert {tuple(int(i) for i in at) for at in found} == voxels(box)
+
+
+def _marked(around: Box, box: Box) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    array = np.zeros(around.shape, dtype=np.bool_)
+    array[box.slices(around.start)] = True
+    return array
+
+
+@given(st.data())
+def test_a_box_without_its_upper_corner_is_cut_into_at_most_one_box_per_axis(
+    data: st.DataObject,
+) -> None:
+    box = data.draw(boxes())
+    corner = tuple(data.draw(st.integers(a, b)) for a, b in zip(box.start, box.stop, strict=True))
+    parts = list(box.without_corner(corner))
+    assert_cut_exactly(parts, voxels(box) - voxels(Box(corner, box.stop)))
+    assert len(parts) <= len(corner)
+
+
+@settings(max_examples=300)
+@given(two_boxes())
+def test_a_difference_is_cut_into_disjoint_boxes(pair: tuple[Box, Box]) -> None:
+    a, b = pair
+    assert_cut_exactly(list(a.minus(b)), voxels(a) - voxels(b))

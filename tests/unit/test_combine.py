@@ -1,0 +1,222 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from chunkq.combine import activate, add_weighted, as_votes, decide, label_dtype, on_host
+from chunkq.errors import PredictionError
+
+Library = Callable[[Any], Any]
+
+# float32 numbers with few distinct values, so that ties are common.
+COARSE = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 3.0])
+FINE = st.floats(-1e4, 1e4, width=32)
+
+
+def in_numpy(values: Any) -> Any:
+    return np.asarray(values, dtype=np.float32)
+
+
+def in_torch(values: Any) -> Any:
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+BOTH = pytest.mark.parametrize("library", [in_numpy, in_torch])
+
+
+@st.composite
+def predictions(draw: st.DrawFn, elements: st.SearchStrategy[float] = COARSE) -> Any:
+    """(N, C, *Q), 1 to 3 spatial axes."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=3, max_size=5))
+    return draw(npst.arrays(np.float32, tuple(shape), elements=elements))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("scores", "winner"),
+    [
+        ([0.1, 0.7, 0.2], 1),
+        ([0.3, 0.3, 0.4], 2),
+        ([0.4, 0.2, 0.4], 0),  # a tie: the lowest
+        ([0.2, 0.4, 0.4], 1),
+        ([0.0, 0.0, 0.0], 0),
+        ([-3.0, -1.0, -2.0], 1),
+    ],
+)
+def test_a_voxel_votes_for_its_largest_channel_the_lowest_of_several(
+    library: Library, scores: list[float], winner: int
+) -> None:
+    votes = on_host(as_votes(library([[[score] for score in scores]])))
+    assert votes[0, :, 0].tolist() == [float(c == winner) for c in range(3)]
+
+
+@BOTH
+def test_one_channel_votes_from_exactly_a_half_on(library: Library) -> None:
+    below = float(np.nextafter(np.float32(0.5), np.float32(0)))
+    votes = on_host(as_votes(library([[[0.0, below, 0.5, 1.0, -7.0]]])))
+    assert votes.tolist() == [[[0, 0, 1, 1, 0]]]
+
+
+@BOTH
+@given(scores=predictions())
+def test_votes_are_one_hot_and_keep_shape_and_dtype(library: Library, scores: Any) -> None:
+    votes = on_host(as_votes(library(scores)))
+    assert votes.shape == scores.shape
+    assert votes.dtype == np.float32
+    if scores.shape[1] == 1:
+        assert np.array_equal(votes, scores >= 0.5)
+    else:
+        classes = np.arange(scores.shape[1]).reshape(-1, *[1] * (scores.ndim - 2))
+        assert np.array_equal(votes, np.argmax(scores, axis=1)[:, np.newaxis] == classes)
+
+
+@BOTH
+@pytest.mark.parametrize("combine", ["soft", "hard"])
+@given(average=predictions())
+def test_labels_are_the_largest_channel_the_lowest_of_several(
+    library: Library, combine: Any, average: Any
+) -> None:
+    labels = decide(library(average[0]), combine, np.uint8)
+    one = average.shape[1] == 1
+    assert np.array_equal(labels, average[0, 0] >= 0.5 if one else np.argmax(average[0], axis=0))
+    assert labels.dtype == np.uint8
+
+
+@BOTH
+@pytest.mark.parametrize("combine", ["soft", "hard"])
+def test_one_channel_is_labelled_from_exactly_a_half_on(library: Library, combine: Any) -> None:
+    below = float(np.nextafter(np.float32(0.5), np.float32(0)))
+    assert decide(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [0, 0, 1, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_weighted_average_keeps_its_channels_and_is_cast(library: Library, dtype: str) -> None:
+    values = [[0.125, 60000.0], [-1.5, 3.0]]
+    stored = decide(library(values), "weighted_avg", dtype)
+    assert (stored.tolist(), stored.dtype) == (values, np.dtype(dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("value", [65520.0, -1e30, float("inf")])
+def test_an_average_that_float16_cannot_hold_is_refused(library: Library, value: float) -> None:
+    with pytest.raises(PredictionError, match=r"beyond the range of float16; use output_dtype"):
+        decide(library([[0.0, value]]), "weighted_avg", "float16")
+    assert decide(library([[0.0, value]]), "weighted_avg", "float32")[0, 1] == np.float32(value)
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (9000, "u2")])
+def test_labels_take_uint16_past_256_classes(classes: int, dtype: str) -> None:
+    assert label_dtype(classes) == np.dtype(dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("classes", [256, 257, 300])
+def test_the_highest_class_survives_its_dtype(library: Library, classes: int) -> None:
+    scores = np.zeros((1, classes, 2), np.float32)
+    scores[0, [classes - 1, 3], [0, 1]] = 1
+    votes = as_votes(library(scores))
+    labels = decide(votes[0], "hard", label_dtype(classes))
+    assert labels.tolist() == [classes - 1, 3]
+
+
+@BOTH
+def test_votes_are_counted_past_255(library: Library) -> None:
+    # 256 would be 0 and 300 would be 44 in eight bits.
+    total, weight = library([[0.0], [0.0]]), library([1.0])
+    for number in range(300 + 290):
+        scores = [[[1.0], [0.0]]] if number < 300 else [[[0.0], [1.0]]]
+        add_weighted(total, weight, as_votes(library(scores))[0])
+    assert on_host(total).tolist() == [[300.0], [290.0]]
+    assert decide(total, "hard", np.uint8).tolist() == [0]
+
+
+@BOTH
+def test_weights_apply_to_every_channel_and_sums_grow_in_place(library: Library) -> None:
+    total = library([[1.0, 2.0], [3.0, 4.0]])
+    add_weighted(total, library([0.5, 0.25]), library([[2.0, 4.0], [6.0, 8.0]]))
+    assert on_host(total).tolist() == [[2.0, 3.0], [6.0, 6.0]]
+
+
+@BOTH
+def test_sums_can_grow_through_a_view(library: Library) -> None:
+    whole = library(np.zeros((1, 4, 4)))
+    add_weighted(whole[:, 1:3, 2:4], library(np.full((2, 2), 0.5)), library(np.ones((1, 2, 2))))
+    expected = np.zeros((1, 4, 4))
+    expected[:, 1:3, 2:4] = 0.5
+    assert np.array_equal(on_host(whole), expected)
+
+
+@BOTH
+def test_no_activation_changes_nothing(library: Library) -> None:
+    raw = library([[[-3.0, 1e9]]])
+    assert activate(raw, "none") is raw
+
+
+@BOTH
+def test_softmax_runs_over_the_channels_and_does_not_overflow(library: Library) -> None:
+    raw = [[[1e4, 0.0, -1e4], [0.0, 0.0, -1e4], [-1e4, 0.0, 3e4]]]
+    shares = on_host(activate(library(raw), "softmax"))
+    third = 1 / 3
+    expected = [[[1, third, 0], [0, third, 0], [0, third, 1]]]
+    assert shares == pytest.approx(np.array(expected), abs=1e-6)
+
+
+@BOTH
+def test_softmax_by_hand(library: Library) -> None:
+    raw = library([[[0.0], [np.log(3.0)]]])
+    assert on_host(activate(raw, "softmax"))[0, :, 0] == pytest.approx([0.25, 0.75], abs=1e-6)
+
+
+@BOTH
+def test_sigmoid_does_not_overflow_and_is_a_half_at_zero(library: Library) -> None:
+    raw = library([[[-3e38, -1e4, 0.0, np.log(3.0), 1e4, 3e38]]])
+    shares = on_host(activate(raw, "sigmoid"))
+    assert shares[0, 0] == pytest.approx([0, 0, 0.5, 0.75, 1, 1], abs=1e-6)
+    assert shares[0, 0, 2] == 0.5
+
+
+@given(predictions(FINE))
+def test_numpy_and_torch_agree_on_every_decision(raw: Any) -> None:
+    assert np.array_equal(as_votes(raw), as_votes(in_torch(raw)).numpy())
+    for combine, dtype in (("soft", "u1"), ("hard", "u2"), ("weighted_avg", "f4")):
+        here = decide(raw[0], combine, dtype)  # type: ignore[arg-type]
+        there = decide(in_torch(raw[0]), combine, dtype)  # type: ignore[arg-type]
+        assert np.array_equal(here, there)
+        assert here.dtype == there.dtype
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@given(raw=predictions(FINE))
+def test_numpy_and_torch_agree_on_activations_with_float64(activation: Any, raw: Any) -> None:
+    wide = raw.astype(np.float64)
+    if activation == "sigmoid":
+        exact = np.exp(-np.logaddexp(0, -wide))
+    else:
+        exact = np.exp(wide - np.logaddexp.reduce(wide, axis=1, keepdims=True))
+    assert np.abs(activate(raw, activation) - exact).max() < 1e-6
+    assert np.abs(activate(in_torch(raw), activation).numpy() - exact).max() < 1e-6
+
+
+@given(predictions(st.floats(-100, 100, width=32)), st.integers(0, 99))
+def test_numpy_and_torch_agree_on_sums(values: Any, seed: int) -> None:
+    weights = np.random.default_rng(seed).random(values.shape[2:], dtype=np.float32)
+    here, there = np.zeros_like(values[0]), in_torch(np.zeros_like(values[0]))
+    for value in values:
+        add_weighted(here, weights, value)
+        add_weighted(there, in_torch(weights), in_torch(value))
+    # torch may fuse the product with the sum, NumPy rounds in between.
+    assert np.abs(here - there.numpy()).max() < 1e-4
+    assert np.abs(here - np.sum(weights * values, axis=0, dtype=np.float64)).max() < 1e-4
+
+
+def test_a_host_array_is_not_copied() -> None:
+    array = np.zeros(3)
+    tensor = torch.zeros(3, requires_grad=True)
+    assert on_host(array) is array
+    assert on_host(tensor).ctypes.data == tensor.data_ptr()

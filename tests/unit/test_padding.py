@@ -1,0 +1,79 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkq.padding import PadMode, source_indices, source_range
+from tests.strategies import PAD_MODES
+
+MODES = st.sampled_from(PAD_MODES)
+
+
+def shown_by_numpy(start: int, stop: int, size: int, mode: PadMode) -> list[int]:
+    before, after = max(0, -start), max(0, stop - size)
+    pad: Any = np.pad
+    value = {"constant_values": -1} if mode == "constant" else {}
+    wide = pad(np.arange(size), (before, after), mode=mode, **value)
+    return [int(i) for i in wide[start + before : stop + before]]
+
+
+@settings(max_examples=500)
+@given(st.integers(1, 6), st.integers(-25, 25), st.integers(0, 25), MODES)
+def test_every_window_shows_what_numpy_pads_however_wide_the_pad(
+    size: int, start: int, length: int, mode: PadMode
+) -> None:
+    indices = source_indices(start, start + length, size, mode)
+    assert indices.tolist() == shown_by_numpy(start, start + length, size, mode)
+    assert indices.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("mode", "shown"),
+    [  # window [-4, 7) of an axis of 3 voxels
+        ("constant", [-1, -1, -1, -1, 0, 1, 2, -1, -1, -1, -1]),
+        ("edge", [0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2]),
+        ("reflect", [0, 1, 2, 1, 0, 1, 2, 1, 0, 1, 2]),  # period 4: 0 1 2 1
+        ("symmetric", [2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0]),  # period 6: 0 1 2 2 1 0
+    ],
+)
+def test_each_mode_by_hand(mode: PadMode, shown: list[int]) -> None:
+    assert source_indices(-4, 7, 3, mode).tolist() == shown
+
+
+@pytest.mark.parametrize("mode", ["reflect", "symmetric", "edge"])
+def test_an_axis_of_one_voxel_shows_it_everywhere(mode: PadMode) -> None:
+    assert source_indices(-3, 4, 1, mode).tolist() == [0] * 7
+
+
+@given(st.integers(1, 9), st.sampled_from(("reflect", "symmetric")), st.integers(-(10**12), 10**12))
+def test_mirrors_repeat_without_end(size: int, mode: PadMode, far: int) -> None:
+    period = 2 * size - (2 if mode == "reflect" and size > 1 else 0)
+    near = source_indices(0, period, size, mode)
+    assert source_indices(far * period, (far + 1) * period, size, mode).tolist() == near.tolist()
+
+
+@settings(max_examples=500)
+@given(
+    st.integers(1, 6),
+    MODES,
+    st.lists(st.tuples(st.integers(-20, 5), st.integers(0, 30)), min_size=1, max_size=5),
+)
+def test_the_source_range_is_the_tightest_around_the_voxels_shown(
+    size: int, mode: PadMode, windows: list[tuple[int, int]]
+) -> None:
+    # Windows meet the axis, as every patch's does, or are empty.
+    starts = [min(start, size - 1) for start, _ in windows]
+    stops = [
+        max(1, start + length) if length else start
+        for start, (_, length) in zip(starts, windows, strict=True)
+    ]
+    low, high = source_range(np.array(starts), np.array(stops), size, mode)
+    for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if start == stop:
+            assert low[number] == high[number]
+            continue
+        shown = source_indices(start, stop, size, mode)
+        shown = shown[shown >= 0]
+        assert (low[number], high[number]) == (shown.min(), shown.max() + 1)

@@ -1,0 +1,201 @@
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkq.blend import WeightCache
+from chunkq.plan import Patch, Plan
+from chunkq.weights import ArrayWeights, Float64, Surroundings, Weights, built_in, surroundings
+from tests import reference as ref
+from tests.strategies import BUILT_INS, Case, cases, plan_for, user_weights, without_margin
+
+
+def profile(name: str, n: int) -> Float64:
+    return np.exp(built_in(name, (n,), (0,)).profiles[0])
+
+
+def all_patches(plan: Plan) -> Iterator[Patch]:
+    for index in plan.indices():
+        yield from plan.patches(plan.chunk(index))
+
+
+def weights_of(plan: Plan, name: str) -> tuple[Weights, Float64]:
+    """Weights under test, and the logarithm of the kept voxels' weights by the reference."""
+    if name == "user":
+        array = without_margin(user_weights(plan.output_patch), plan.margin)
+        return ArrayWeights(array), np.log(array)
+    logs = without_margin(ref.log_weights(name, plan.output_patch), plan.margin)
+    return built_in(name, plan.output_patch, plan.margin), logs
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("weight_uniform", [1, 1, 1]),
+        (
+            "weight_gaussian",
+            [math.exp(-4.5), math.exp(-0.5), math.exp(-0.5), math.exp(-4.5)],
+        ),  # σ = ½
+        ("weight_linear", [1, 2, 3, 2, 1]),
+        ("weight_linear", [1, 2, 2, 1]),
+        ("weight_linear", [1]),
+        ("weight_hann", [0.5, 1, 0.5]),  # sin² of 45°, 90°, 135°
+        ("weight_hann", [1]),
+        ("weight_hann", [0.25, 0.75, 1, 0.75, 0.25]),  # sin² of 30°, 60°, 90°, …
+        ("weight_bump", [math.exp(-1)]),  # t = 0
+        ("weight_bump", [math.exp(-4 / 3), math.exp(-4 / 3)]),  # t = ∓1/2
+        ("weight_bump", [math.exp(-9 / 5), math.exp(-1), math.exp(-9 / 5)]),  # t = ∓2/3, 0
+    ],
+)
+def test_profiles_by_hand(name: str, values: list[float]) -> None:
+    assert profile(name, len(values)) == pytest.approx(values, rel=1e-12)
+
+
+def test_the_gaussian_is_an_eighth_of_the_patch_wide() -> None:
+    # n = 16: σ = 2, the middle at 7.5
+    expected = [math.exp(-((i - 7.5) ** 2) / 8) for i in range(16)]
+    assert profile("weight_gaussian", 16) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", BUILT_INS)
+@pytest.mark.parametrize("n", [1, 2, 7, 128, 1000])
+def test_built_in_weights_are_symmetric_and_have_no_zero(name: str, n: int) -> None:
+    logs = built_in(name, (n,), (0,)).profiles[0]
+    assert np.isfinite(logs).all()
+    assert logs == pytest.approx(logs[::-1], abs=1e-9 * np.abs(logs).max())
+
+
+def test_a_margin_is_cut_from_the_whole_patchs_weights() -> None:
+    weights = built_in("weight_linear", (6, 5), (2, 1))
+    assert np.exp(weights.profiles[0]) == pytest.approx([3, 3])
+    assert np.exp(weights.profiles[1]) == pytest.approx([2, 3, 2])
+
+
+@pytest.mark.parametrize("name", [*BUILT_INS, "user"])
+@settings(max_examples=60)
+@given(case=cases(max_rank=3))
+def test_the_weights_of_all_patches_over_a_voxel_sum_to_one(name: str, case: Case) -> None:
+    plan = case.plan
+    weights, _ = weights_of(plan, name)
+    cache = WeightCache(plan, weights, lambda array: array)
+    total = np.zeros(case.volume)
+    for patch in all_patches(plan):
+        part = cache.of(patch)
+        assert part.dtype == np.float32
+        total[patch.target.slices((0,) * plan.rank)] += part
+    assert np.abs(total - 1).max() < 1e-6
+
+
+@settings(max_examples=60)
+@given(case=cases(max_rank=3), name=st.sampled_from((*BUILT_INS, "user")))
+def test_normalised_weights_are_shares_of_the_sum_over_all_grids(case: Case, name: str) -> None:
+    plan = case.plan
+    weights, logs = weights_of(plan, name)
+    cache = WeightCache(plan, weights, lambda array: array)
+    kept = [axis.grids[0] for axis in plan.axes]
+
+    def own_logs(patch: Patch) -> Float64:
+        first = [s + g.lead for s, g in zip(patch.source.start, kept, strict=True)]
+        return logs[patch.target.slices(first)]
+
+    total = np.full(case.volume, -np.inf)
+    for patch in all_patches(plan):
+        here = patch.target.slices((0,) * plan.rank)
+        total[here] = np.logaddexp(total[here], own_logs(patch))
+    for patch in all_patches(plan):
+        share = np.exp(own_logs(patch) - total[patch.target.slices((0,) * plan.rank)])
+        assert np.abs(cache.of(patch) - share).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", [*BUILT_INS, "user"])
+@settings(max_examples=40)
+@given(case=cases(max_rank=3))
+def test_a_voxel_under_one_patch_has_a_weight_of_exactly_one(name: str, case: Case) -> None:
+    plan = case.plan
+    weights, _ = weights_of(plan, name)
+    cache = WeightCache(plan, weights, lambda array: array)
+    count = np.zeros(case.volume, dtype=int)
+    for patch in all_patches(plan):
+        count[patch.target.slices((0,) * plan.rank)] += 1
+    for patch in all_patches(plan):
+        alone = count[patch.target.slices((0,) * plan.rank)] == 1
+        assert (cache.of(patch)[alone] == 1.0).all()
+
+
+@pytest.mark.parametrize("name", BUILT_INS)
+def test_corners_of_a_single_patch_do_not_shrink(name: str) -> None:
+    plan = plan_for((32, 32, 32), (32, 32, 32))
+    weights, _ = weights_of(plan, name)
+    (patch,) = all_patches(plan)
+    assert (WeightCache(plan, weights, lambda array: array).of(patch) == 1.0).all()
+
+
+def test_the_bump_is_exact_in_the_corner_of_a_128_cube() -> None:
+    """The raw product there is about exp(-193), which no float32 holds."""
+    plan = plan_for(
+        (192, 128, 128), (128, 128, 128), inference_type="sliding_window", strides=[64, 64, 64]
+    )
+    weights, _ = weights_of(plan, "weight_bump")
+    cache = WeightCache(plan, weights, lambda array: array)
+    low, high = (cache.of(patch) for patch in all_patches(plan))
+    assert np.isfinite(low).all()
+    assert np.isfinite(high).all()
+    assert low[0, 0, 0] == low[63, 127, 0] == high[64, 0, 0] == high[127, 127, 127] == 1.0
+
+    def log_bump(i: int) -> float:
+        t = (2 * i + 1) / 128 - 1
+        return -1 / (1 - t * t)
+
+    # Voxel 96 + x of the first patch is voxel 32 + x of the second, whatever the other axes.
+    for x in (-16, 0, 16):
+        share = 1 / (1 + math.exp(log_bump(32 + x) - log_bump(96 + x)))
+        assert low[96 + x, 0, 0] == pytest.approx(share, rel=1e-6)
+        assert high[32 + x, 127, 0] == pytest.approx(1 - share, rel=1e-6)
+
+
+def test_four_axes_of_bump_do_not_underflow_where_grids_overlap() -> None:
+    # Each grid's sum in the corner is about exp(-4·n/4): below float64 from n = 750 on.
+    shape = (800, 1, 1, 1)
+    wide = built_in("weight_bump", (800, 800, 800, 800), (0,) * 4)
+    corner = [Surroundings(0, n, ((0,), (0,))) for n in shape]
+    assert sum(p[0] for p in wide.profiles) < math.log(5e-324)
+    assert wide.normalised(0, corner) == pytest.approx(np.full(shape, 0.5))
+
+
+def test_surroundings_are_seen_from_the_patchs_own_start() -> None:
+    # Starts 0, 3, 6; volume 10, patch 4: patch 1 is overlapped by one voxel on each side.
+    plan = plan_for((10,), (4,), inference_type="sliding_window", strides=[3])
+    assert surroundings(plan.axes[0], 0, 1) == Surroundings(0, 4, ((-3, 0, 3),))
+    assert surroundings(plan.axes[0], 0, 0) == Surroundings(0, 4, ((0, 3),))
+
+
+def test_surroundings_are_clipped_to_the_volume_and_name_every_grid() -> None:
+    # Grid 0 starts at -1, 3, 7; grid 1 at -3, 1, 5, 9: patch 0 of grid 0 shows [0, 3).
+    plan = plan_for((9,), (4,), pad_width=[1], offsets=[[-2]])
+    assert surroundings(plan.axes[0], 0, 0) == Surroundings(1, 4, ((0,), (-2, 2)))
+    # Patch 2 of grid 0 shows [7, 9).
+    assert surroundings(plan.axes[0], 0, 2) == Surroundings(0, 2, ((0,), (-2,)))
+
+
+def test_patches_far_from_the_ends_share_their_surroundings() -> None:
+    plan = plan_for((100,), (8,), inference_type="sliding_window", strides=[3])
+    inner = {surroundings(plan.axes[0], 0, k) for k in range(3, 28)}
+    assert len(inner) == 1
+
+
+def test_a_users_weights_share_a_voxel_in_proportion() -> None:
+    # Two patches of 3, stride 2: only voxel 2 is shared, as index 2 and as index 0.
+    weights = ArrayWeights(np.array([1.0, 5.0, 3.0]))
+    first = weights.normalised(0, [Surroundings(0, 3, ((0, 2),))])
+    second = weights.normalised(0, [Surroundings(0, 3, ((-2, 0),))])
+    assert first.tolist() == [1.0, 1.0, 0.75]
+    assert second.tolist() == [0.25, 1.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_users_weights_may_be_as_large_as_float64_goes() -> None:
+    weights = ArrayWeights(np.full(2, 1e308))
+    assert weights.normalised(0, [Surroundings(0, 2, ((0,), (0,)))]).tolist() == [0.5, 0.5]
