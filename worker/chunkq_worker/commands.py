@@ -99,8 +99,11 @@ def _failed(executor: Executor, job: str | None) -> int:
 
 def seconds_in(text: str) -> float:
     """Read `90`, `90s`, `15m`, `2h` or `1h30m` as seconds; raises JobError otherwise."""
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
-    if not found or not text.strip():
+    text = text.strip()
+    if text.isdecimal():
+        text += "s"
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not found or not text:
         raise JobError(f"--max-time: {text!r} is no time; write 90, 15m, 2h or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(hours * 3600 + minutes * 60 + seconds)

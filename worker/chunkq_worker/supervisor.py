@@ -162,8 +162,11 @@ class Supervisor:
                 else "handing back what is in flight"
             )
             for place in places:
-                if place.process is not None:
+                if place.process is not None and self._passed_on == 1:
                     place.process.terminate()
+                elif place.process is not None:
+                    # A child takes two signals in short order for one; its leases end in `_tend`.
+                    place.process.kill()
 
     def _end_all(self, places: Sequence[_Place]) -> None:
         for place in places:

@@ -123,7 +123,8 @@ def _load_class(model: ModelConfig) -> Any:
         raise ModelError(f"model_config.class_name: {name} of {path} is no torch.nn.Module")
     if model.checkpoint is not None:
         _load_state(module, model.checkpoint)
-    return module
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    return module.to(dtype) if dtype.is_floating_point else module
 
 
 def _kwargs(path: str | None) -> dict[str, Any]:
