@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -14,6 +15,9 @@ from chunkq.paths import is_url, join, open_filesystem
 
 PARTIAL = ".partial-"
 """Prefix of names that a writer killed in the middle may leave behind; never listed."""
+
+REMOVALS = 20
+"""How often a folder is emptied again while others fill it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +105,22 @@ class ObjectFolder:
         """Remove a folder and all it holds; nothing happens if there is none."""
         path = join(self._root, folder) if folder else self._root
         if self._local:
-            if os.path.exists(path):
-                shutil.rmtree(path, onerror=_unless_gone)
+            _remove_tree(path)
             return
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
+
+
+def _remove_tree(path: str) -> None:
+    """Remove a folder, also one that others are still writing to."""
+    for left in reversed(range(REMOVALS)):
+        try:
+            if os.path.exists(path):
+                shutil.rmtree(path, onerror=_unless_gone)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not left:
+                raise
 
 
 def _unless_gone(call: object, path: str, info: tuple[type, BaseException, object]) -> None:

@@ -1,0 +1,721 @@
+"""What the integration tests share: a small job, a network that tells and waits, real processes."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import yaml
+from chunkq_producer import submit
+from chunkq_worker.run import run_task
+
+from chunkq.cli import main
+from chunkq.executors import open_executor
+from chunkq.executors.base import Attempt, Counts, Executor, Running
+from chunkq.finalize import finalize_job
+from chunkq.job import load_job
+from chunkq.ledger import Commit, JobFolder
+from chunkq.opened import OpenJob, open_job
+from chunkq.tasks import Task
+
+T = TypeVar("T")
+PATIENCE = 60.0
+"""Seconds until a test that waits for something gives up."""
+SHAPE = (24, 36, 40)
+POISONOUS = (20, 30, 35)
+"""The one voxel of the input that is 255."""
+
+NETWORK = '''
+"""A network that writes down what it is given, and waits, sleeps or fails where it is told."""
+import os
+import threading
+import time
+import zlib
+
+import torch
+
+go_on = threading.Event()
+go_on.set()
+
+
+def tell(lines):
+    if "NET_TRACE" in os.environ:
+        file = os.open(os.environ["NET_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(file, "".join(f"{os.getpid()} {line}\\n" for line in lines).encode())
+        os.close(file)
+
+
+def commits():
+    folder = os.environ["NET_DONE"]
+    return len(os.listdir(folder)) if os.path.isdir(folder) else 0
+
+
+def reach(place):
+    """Stop the first process that comes here once enough chunks are committed; all its threads."""
+    go_on.wait(60)
+    if os.environ.get("NET_HOLD") != place or commits() < int(os.environ.get("NET_AFTER", 0)):
+        return
+    gate = os.environ["NET_GATE"]
+    try:
+        os.mkdir(gate)
+    except FileExistsError:
+        return
+    go_on.clear()
+    with open(gate + "/partial", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(gate + "/partial", gate + "/held")
+    while not os.path.exists(gate + "/open"):
+        time.sleep(0.005)
+    go_on.set()
+
+
+def wrap_folder():
+    from chunkq.ledger import JobFolder
+
+    put_piece, commit = JobFolder.put_piece, JobFolder.commit
+
+    def told_put_piece(self, *args):
+        written = put_piece(self, *args)
+        reach("piece")
+        return written
+
+    def told_commit(self, *args):
+        reach("commit")
+        return commit(self, *args)
+
+    JobFolder.put_piece, JobFolder.commit = told_put_piece, told_commit
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        reach("load")
+        self.conv = torch.nn.Conv3d(1, 2, 3, padding=1)
+        with torch.no_grad():
+            for number, values in enumerate(self.conv.parameters()):
+                steps = torch.arange(values.numel(), dtype=torch.float32)
+                values.copy_(torch.sin(steps + number).reshape(values.shape))
+        if "NET_HOLD" in os.environ:
+            wrap_folder()
+
+    def forward(self, x):
+        real = [item for item in x if bool(item.any())]
+        if real:
+            reach("forward")
+            time.sleep(float(os.environ.get("NET_SLEEP", 0)))
+            if os.path.exists(os.environ.get("NET_POISON", "")) and bool((x == 255).any()):
+                raise ArithmeticError("a poisonous voxel")
+            tell(str(zlib.crc32(item.to(torch.uint8).numpy().tobytes())) for item in real)
+        return self.conv(x / 255)
+'''
+
+LEASE_HOOK = """
+import os
+
+if "TEST_LEASE" in os.environ:
+    import chunkq.executors.sqlite
+
+    chunkq.executors.sqlite.LEASE_SECONDS = float(os.environ["TEST_LEASE"])
+"""
+
+JOB: dict[str, Any] = {
+    "inference_type": "sliding_window",
+    "strides": [4, 4, 4],
+    "combine": "weighted_avg",
+    "weight_function": ["weight_gaussian"],
+    "activation": "softmax",
+    "chunksize": [12, 12, 12],
+    "storage_chunks": [6, 6, 6],
+    "threads": 1,
+    "model_config": {
+        "runtime": "torch",
+        "type": "class",
+        "class_name": "Net",
+        "model_input_shape": [1, 8, 8, 8],
+        "model_output_shape": [2, 8, 8, 8],
+        "max_batch_size": 8,
+    },
+}
+
+
+def wait_until(find: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
+    """Return the first true value of `find`; fails after a while."""
+    limit = time.monotonic() + patience
+    while not (found := find()):
+        assert time.monotonic() < limit, f"waited in vain until {what}"
+        time.sleep(0.01)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative path."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What every place shares: the input volume, the network and the job file without output."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Self:
+        import zarr
+
+        made = cls(folder)
+        array = zarr.create_array(folder / "in.zarr", shape=SHAPE, chunks=(8, 8, 8), dtype="uint8")
+        array[:] = made.volume
+        (folder / "net.py").write_text(NETWORK)
+        (folder / "hooks").mkdir()
+        (folder / "hooks" / "sitecustomize.py").write_text(LEASE_HOOK)
+        return made
+
+    @cached_property
+    def volume(self) -> npt.NDArray[np.uint8]:
+        volume = np.random.default_rng(0).integers(1, 200, SHAPE, dtype=np.uint8)
+        volume[POISONOUS] = 255
+        return volume
+
+    def job(self, **more: Any) -> dict[str, Any]:
+        """A job file's values; `model` among `more` is merged into `model_config`."""
+        model = JOB["model_config"] | {"class_file": str(self.folder / "net.py")}
+        model |= more.pop("model", {})
+        return JOB | {"input": str(self.folder / "in.zarr"), "model_config": model} | more
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaints(self) -> list[str]:
+        """The lines on stderr that the command itself says."""
+        return [line for line in self.err.splitlines() if line.startswith("chunkq: ")]
+
+
+@dataclass
+class Crew:
+    """A real command in a process of its own, with all processes it started."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    known: set[int] = field(default_factory=set)
+
+    def children(self) -> list[int]:
+        """The processes below the command that live now."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            found = []
+        self.known |= {child.pid for child in found}
+        return [child.pid for child in found]
+
+    def says(self) -> str:
+        return self.log.read_text()
+
+    def ended(self, patience: float = PATIENCE) -> Ended:
+        """Wait for its end."""
+        code = self.process.wait(patience)
+        return Ended(code, "", self.says())
+
+    def leaves_nothing_behind(self) -> None:
+        """Wait until none of the processes ever seen below it lives."""
+        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone", 20)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One job in a folder of its own, with its own queue and output."""
+
+    materials: Materials
+    folder: Path
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out.zarr"
+
+    @property
+    def job_folder(self) -> Path:
+        return self.folder / "out.zarr.chunkq"
+
+    @property
+    def queue_url(self) -> str:
+        return f"sqlite://{self.folder / 'queue.db'}"
+
+    @property
+    def job_file(self) -> Path:
+        path = self.folder / "job.yaml"
+        if not path.exists():
+            path.write_text(yaml.safe_dump(self.materials.job(**self.keys, output="out.zarr")))
+        return path
+
+    @property
+    def job(self) -> OpenJob:
+        return open_job(str(self.job_folder))
+
+    @contextmanager
+    def queue(self) -> Iterator[Executor]:
+        executor = open_executor(self.queue_url)
+        yield executor
+        executor.close()
+
+    def counts(self) -> Counts:
+        with self.queue() as queue:
+            return queue.counts(str(self.job_folder))
+
+    def running(self) -> list[Running]:
+        with self.queue() as queue:
+            return queue.running(str(self.job_folder))
+
+    def attempts(self) -> list[int]:
+        """How often each task still on the queue was begun."""
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.folder / "queue.db")) as database:
+            return [n for (n,) in database.execute("SELECT attempts FROM tasks")]
+
+    def command(self, *arguments: str) -> Ended:
+        """Run a light command of chunkq's in this process."""
+        out, err = io.StringIO(), io.StringIO()
+        environment = {"CHUNKQ_QUEUE": self.queue_url}
+        with (
+            mock.patch.object(sys, "argv", ["chunkq", *arguments]),
+            mock.patch.dict(os.environ, environment),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            code = main()
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    def produce(self, *arguments: str) -> Ended:
+        ended = self.command("produce", str(self.job_file), *arguments)
+        assert ended.code == 0, ended.err
+        return ended
+
+    def finalize(self) -> Ended:
+        return self.command("finalize", str(self.output))
+
+    def finish(self) -> None:
+        """Finalize a job whose chunks are all done."""
+        ended = self.finalize()
+        assert ended.code == 0, ended.err
+
+    def status(self) -> dict[str, Any]:
+        ended = self.command("status", str(self.output), "--json")
+        assert ended.code == 0, ended.err
+        found: dict[str, Any] = json.loads(ended.out)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.job_folder / "report.json").read_text())
+        return found
+
+    @contextmanager
+    def start(self, *arguments: str, **environment: str) -> Iterator[Crew]:
+        """Start a command for real; whatever of it still lives at the end is killed."""
+        log = self.folder / f"log-{len(list(self.folder.glob('log-*')))}"
+        every = {k: v for k, v in os.environ.items() if not k.startswith(("CHUNKQ_", "NET_"))}
+        every |= {
+            "CHUNKQ_QUEUE": self.queue_url,
+            "PYTHONPATH": os.pathsep.join(
+                [
+                    str(self.materials.folder / "hooks"),
+                    *filter(None, [os.environ.get("PYTHONPATH")]),
+                ]
+            ),
+            "NET_TRACE": str(self.folder / "trace"),
+            "NET_DONE": str(self.job_folder / "done" / "infer"),
+            "NET_GATE": str(self.folder / "gate"),
+        }
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "chunkq", *arguments],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=every | environment,
+                text=True,
+            )
+        crew = Crew(process, log)
+        try:
+            yield crew
+        finally:
+            crew.children()
+            for pid in [process.pid, *filter(is_alive, crew.known)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(pid).kill()
+            process.wait()
+
+    def work(self, *arguments: str, **environment: str) -> Ended:
+        """Work until nothing is left to do."""
+        with self.start("work", "--burst", "--gpus", "none", *arguments, **environment) as crew:
+            return crew.ended()
+
+    def wait_for_full_hands(self, depth: int) -> None:
+        """Wait until every worker that has tasks has `depth` of them in flight."""
+
+        def full() -> bool:
+            hands = Counter(item.worker for item in self.running())
+            return bool(hands) and set(hands.values()) == {depth}
+
+        wait_until(full, f"{depth} chunks are in flight")
+
+    def held(self) -> int:
+        """Wait until a process stands at the gate; returns its id."""
+        gate = self.folder / "gate" / "held"
+        wait_until(gate.exists, "a process holds")
+        return int(gate.read_text())
+
+    def open_gate(self) -> None:
+        (self.folder / "gate" / "open").touch()
+
+    def stored(self) -> dict[str, bytes]:
+        """Every file of the output store."""
+        return files_below(self.output)
+
+    def done(self, kind: str = "infer") -> dict[str, tuple[bytes, int]]:
+        """Content and time of every commit record, by chunk name."""
+        folder = self.job_folder / "done" / kind
+        found = folder.glob("[!.]*") if folder.is_dir() else iter(())
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The commit record of a chunk."""
+        found: dict[str, Any] = json.loads(self.done()[name][0])
+        return found
+
+    def pieces(self) -> list[Path]:
+        return [path for path in (self.job_folder / "pieces").rglob("*") if path.is_file()]
+
+    def computed(self) -> Counter[int]:
+        """How often the network was given each patch, by the CRC-32 of the patch's voxels."""
+        trace = self.folder / "trace"
+        lines = trace.read_text().splitlines() if trace.exists() else []
+        return Counter(int(line.split()[1]) for line in lines)
+
+    def patches(self) -> dict[str, set[int]]:
+        """The CRC-32 of every patch that each chunk owns, by chunk name; cut here, from NumPy."""
+        plan, volume = self.job.plan, self.materials.volume
+        return {
+            ".".join(map(str, index)): {
+                zlib.crc32(volume[patch.source.slices((0, 0, 0))].tobytes())
+                for patch in plan.patches(plan.chunk(index))
+            }
+            for index in plan.indices()
+        }
+
+
+@cache
+def materials(make_folder: Callable[[str], Path]) -> Materials:
+    """The shared materials, made once per test session."""
+    return Materials.make(make_folder("materials"))
+
+
+@cache
+def calm_place(make_folder: Callable[[str], Path]) -> Place:
+    """The job done by one worker to which nothing happened; made once per test session."""
+    place = Place(materials(make_folder), make_folder("calm"))
+    place.produce()
+    ended = place.work()
+    assert ended.code == 0, ended.err
+    place.finish()
+    return place
+
+
+# The bench: a toy network of any rank that tests/reference.py knows, and any job over it.
+
+TOY = '''\
+"""Toy networks, the same as those of tests/reference.py, for any rank."""
+import itertools, math, os, time
+import torch
+
+
+def crop(y, output):
+    for axis, q in enumerate(output, start=2):
+        y = y.narrow(axis, (y.shape[axis] - q) // 2, q)
+    return y
+
+
+class Toy(torch.nn.Module):
+    """`kind` is pointwise, position_dependent or box_blur; inputs are divided by `scale`.
+
+    TOY_DELAY in the environment makes every batch take that many seconds.
+    A voxel above `poison` turns the patch's first voxel into NaN.
+    """
+
+    def __init__(self, kind, channels, patch, output, scale=1.0, poison=None):
+        super().__init__()
+        self.kind, self.patch, self.output = kind, tuple(patch), tuple(output)
+        self.scale, self.poison = scale, poison
+        one = (1,) * len(self.patch)
+        self.t = ((torch.arange(channels, dtype=torch.float64) + 0.5) / channels).reshape(-1, *one)
+        self.gain = torch.ones(one, dtype=torch.float64)
+        if kind == "position_dependent":
+            axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in self.patch]
+            u = sum(torch.meshgrid(*axes, indexing="ij")) / len(axes)
+            phases = torch.arange(channels, dtype=torch.float64).reshape(-1, *one)
+            self.gain = 1 + torch.cos(2 * math.pi * u + phases) / 2
+
+    def forward(self, batch):
+        time.sleep(float(os.environ.get("TOY_DELAY", "0")))
+        given = batch.reshape(len(batch), 1, *self.patch)
+        x = given / self.scale
+        if self.kind == "box_blur":
+            wide = torch.nn.functional.pad(x, (1, 1) * len(self.patch))
+            x = torch.zeros_like(x)
+            for shift in itertools.product(range(3), repeat=len(self.patch)):
+                part = wide
+                for axis, (s, n) in enumerate(zip(shift, self.patch), start=2):
+                    part = part.narrow(axis, s, n)
+                x = x + part
+            x = x / 3 ** len(self.patch)
+        y = x * (2 * self.t * self.gain).to(x.dtype) - (self.t * self.t).to(x.dtype)
+        y = crop(y, self.output).contiguous()
+        if self.poison is not None:
+            bad = given.flatten(1).amax(1) > self.poison
+            y.flatten(1)[bad, 0] = math.nan
+        return y
+'''
+
+
+def random_volume(shape: tuple[int, ...], dtype: npt.DTypeLike = "uint8") -> npt.NDArray[Any]:
+    """A fixed random volume: integers fill 0 to 100, floats 0 to 1."""
+    values = np.random.default_rng(7).random(shape)
+    return (values * (1 if np.dtype(dtype).kind == "f" else 100)).astype(dtype)
+
+
+def write_zarr(
+    path: Path, values: npt.NDArray[Any], chunks: tuple[int, ...] | None = None, **more: Any
+) -> Path:
+    """Store an array as Zarr, v3 unless `zarr_format` says otherwise."""
+    import zarr
+
+    chunks = chunks or values.shape
+    array = zarr.create_array(path, shape=values.shape, chunks=chunks, dtype=values.dtype, **more)
+    array[...] = values
+    return path
+
+
+def toy_model(
+    folder: Path,
+    patch: tuple[int, ...],
+    *,
+    channels: int = 3,
+    kind: str = "box_blur",
+    output: tuple[int, ...] | None = None,
+    scale: float = 1.0,
+    poison: float | None = None,
+) -> dict[str, Any]:
+    """Write the toy network's files; returns the `model_config` that names them."""
+    output = output or patch
+    (folder / "network.py").write_text(TOY)
+    kwargs = {
+        "kind": kind,
+        "channels": channels,
+        "patch": patch,
+        "output": output,
+        "scale": scale,
+        "poison": poison,
+    }
+    (folder / "kwargs.py").write_text(f"kwargs = {kwargs!r}\n")
+    return {
+        "runtime": "torch",
+        "type": "class",
+        "class_file": str(folder / "network.py"),
+        "class_name": "Toy",
+        "kwargs_file": str(folder / "kwargs.py"),
+        "model_input_shape": [1, *patch],
+        "model_output_shape": [channels, *output],
+        "max_batch_size": 4,
+    }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, code: int, *fragments: str) -> None:
+        """Assert one clear complaint: its exit code, its form, and words that must be in it."""
+        assert self.code == code, (self.code, self.out, self.err)
+        lines = self.err.splitlines()
+        assert lines, "nothing on stderr"
+        assert all(line.startswith("chunkq: ") for line in lines), self.err
+        assert "Traceback" not in self.err
+        for fragment in fragments:
+            assert fragment in self.err, (fragment, self.err)
+
+    def ok(self) -> Self:
+        """Assert success."""
+        assert self.code == 0, (self.code, self.out, self.err)
+        assert "Traceback" not in self.err, self.err
+        return self
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with a job in it and a queue of its own; `values` are the job file's."""
+
+    folder: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def queue(self) -> Path:
+        return self.folder / "queue.db"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out.zarr"
+
+    @property
+    def job_folder(self) -> Path:
+        return self.folder / "out.zarr.chunkq"
+
+    @property
+    def ledger(self) -> JobFolder:
+        return JobFolder(str(self.job_folder))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment that commands get: this queue, and nothing of the developer's own."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CHUNKQ", "AWS"))}
+        return {**kept, "CHUNKQ_QUEUE": f"sqlite://{self.queue}", **self.environment}
+
+    def write_job(self, name: str = "job.json", **changes: Any) -> Path:
+        """Write the job file, some keys changed; None takes a key out.
+
+        `model` among the changes is merged into `model_config`.
+        """
+        model = {**self.values.get("model_config", {}), **changes.pop("model", {})}
+        values = {**self.values, "model_config": _given(model), **changes}
+        path = self.folder / name
+        path.write_text(json.dumps(_given(values)))
+        return path
+
+    def run(self, *args: str | Path, timeout: float = PATIENCE, **environment: str) -> Answer:
+        """Run a command as its own process in the folder."""
+        done = subprocess.run(
+            [sys.executable, "-m", "chunkq", *map(str, args)],
+            cwd=self.folder,
+            env=self.env | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    def here(self, *args: str | Path) -> Answer:
+        """Run a light command in this process; a traceback is an error of the test."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "argv", ["chunkq", *map(str, args)]),
+            mock.patch.dict(os.environ, self.env, clear=True),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            code = main()
+        return Answer(code, out.getvalue(), err.getvalue())
+
+    def start(self, *args: str | Path, **environment: str) -> subprocess.Popen[str]:
+        """Start a command as a process of its own; end it with `kill`."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "chunkq", *map(str, args)],
+            cwd=self.folder,
+            env=self.env | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def work_here(
+        self,
+        only: Callable[[tuple[int, ...]], bool] = lambda index: True,
+        output: str | None = None,
+    ) -> None:
+        """Compute uncommitted chunks in this process, past the queue; failures stay recorded."""
+        with mock.patch.dict(os.environ, self.env, clear=True):
+            job = open_job(f"{output or self.output}.chunkq")
+            for index in filter(only, job.plan.indices()):
+                with contextlib.suppress(Exception):
+                    run_task(Task("infer", job.folder.path, index), Attempt(1, "here"))
+
+    def commits(self, kind: str = "infer") -> list[Commit]:
+        """The commit records of all finished chunks."""
+        return self.ledger.commits(kind, self.ledger.committed(kind))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def kill(process: subprocess.Popen[str]) -> str:
+    """Kill a process and all it started, by pid; returns what it had said."""
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(family, timeout=PATIENCE)
+    said, _ = process.communicate(timeout=PATIENCE)
+    return said
+
+
+def run_whole(values: dict[str, Any]) -> tuple[OpenJob, dict[str, Any]]:
+    """Produce, compute every chunk and finalize in this process; returns the job and report."""
+    queue = mock.create_autospec(Executor, instance=True, url="sqlite:///nowhere/queue.db")
+    made = submit.produce(submit.prepare(load_job(values)), queue)
+    job = open_job(made.folder.path)
+    for index in job.plan.indices():
+        run_task(Task("infer", job.folder.path, index), Attempt(1, "here"))
+    return job, finalize_job(job, worker="here")
+
+
+def read_output(path: str | Path) -> npt.NDArray[Any]:
+    """The whole output volume, through plain zarr-python."""
+    import zarr
+
+    return np.asarray(zarr.open_array(f"{path}/0", mode="r")[...])
+
+
+def everything_below(folder: Path) -> list[str]:
+    """Every file and folder below a folder, by relative path."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

@@ -1,0 +1,49 @@
+"""A worker's memory is bounded by its chunks in flight, not by the volume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.support import Bench, toy_model, write_zarr
+
+BLOCK, PATCH = 36, 18
+
+
+def peak(folder: Path, blocks: int) -> int:
+    """Peak memory of a real worker over a cube of so many blocks along each axis, in bytes."""
+    folder.mkdir()
+    edge = BLOCK * blocks
+    plane = np.random.default_rng(0).random((edge, edge), dtype=np.float32)
+    volume = np.broadcast_to(plane, (edge, edge, edge))
+    write_zarr(folder / "in.zarr", volume, (BLOCK, BLOCK, BLOCK), compressors=None)
+    model = toy_model(folder, (PATCH,) * 3, kind="pointwise", channels=2)
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [16, 16, 16],
+        "chunksize": [BLOCK] * 3,
+        "storage_chunks": [BLOCK // 2] * 3,
+        "combine": "soft",
+        "threads": 2,
+        "model_config": model,
+    }
+    bench = Bench(folder, values)
+    bench.write_job()
+    bench.here("produce", "job.json").ok()
+    bench.run("work", "--burst", "--gpus", "none", "--quiet").ok()
+    commits = bench.commits()
+    assert len(commits) == blocks**3
+    status = json.loads(bench.here("status", "out.zarr", "--json").ok().out)
+    assert len(status["workers"]) == 1
+    return max(commit.peak_rss for commit in commits)
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
+    small, large = peak(tmp_path / "small", 4), peak(tmp_path / "large", 8)
+    # The larger volume alone has 96 MB, its sums over two classes twice that.
+    assert large < 1.1 * small
+    assert small > 100e6

@@ -1,0 +1,298 @@
+"""A job over S3: input, output and job folder on a loopback server, through the real clients."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import s3fs
+
+from tests.integration.support import (
+    Answer,
+    Bench,
+    files_below,
+    kill,
+    random_volume,
+    toy_model,
+    wait_until,
+    write_zarr,
+)
+
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
+PASSWORD = "hunter2hunter2"
+SHAPE = (20, 18, 12)
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """A server of its own process on a free port; ended by closing its input, else by pid."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@pytest.fixture(scope="module")
+def bucket(endpoint: str) -> s3fs.S3FileSystem:
+    filesystem = s3fs.S3FileSystem(
+        endpoint_url=endpoint,
+        key="AKIAIOSFODNN7EXAMPLE",
+        secret=SECRET,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+    filesystem.mkdir("lab")
+    return filesystem
+
+
+def make_bench(folder: Path, endpoint: str) -> Bench:
+    """The job of this module: four chunks with bands, labels, paths left to the command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8, 8))
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4, 4],
+        "weight_function": ["weight_gaussian"],
+        "combine": "soft",
+        "chunksize": [12, 12, 12],
+        "storage_chunks": [6, 6, 6],
+        "threads": 1,
+        "model_config": toy_model(folder, (8, 8, 8), scale=100.0, kind="pointwise"),
+    }
+    bench = Bench(folder, values, environment(endpoint))
+    bench.write_job()
+    return bench
+
+
+def objects(bucket: s3fs.S3FileSystem, path: str) -> dict[str, bytes]:
+    """Every object below a path, by its name inside it."""
+    bucket.invalidate_cache()
+    found = bucket.find(path)
+    contents: dict[str, bytes] = bucket.cat(found) if found else {}
+    return {name.removeprefix(f"{path}/"): content for name, content in contents.items()}
+
+
+def without_digest(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The digest covers the input's path, so it is the one thing that may differ."""
+    pattern = re.compile(rb'"digest": "[0-9a-f]{64}"')
+    return {name: pattern.sub(b'"digest": ""', content) for name, content in files.items()}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Bench:
+    return make_bench(tmp_path_factory.mktemp("s3"), endpoint)
+
+
+@pytest.fixture(scope="module")
+def local(bench: Bench) -> dict[str, bytes]:
+    """What the same job gives on local disk, with a worker process of the same kind."""
+    bench.here("produce", "job.json").ok()
+    bench.run("work", "--burst", "--gpus", "none", "--quiet").ok()
+    bench.here("finalize", "out.zarr").ok()
+    return files_below(bench.output)
+
+
+@pytest.fixture(scope="module")
+def done(bench: Bench, bucket: s3fs.S3FileSystem, local: dict[str, bytes]) -> list[Answer]:
+    """The job done on S3 with real commands; returns what each said."""
+    bucket.put(f"{bench.folder}/in.zarr", "lab/in.zarr", recursive=True)
+    paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/out.zarr")
+    queue = f"sqlite://{bench.folder}/of-s3.db"
+    return [
+        bench.run("produce", "job.json", *paths, "--queue", queue).ok(),
+        bench.here("status", "s3://lab/out.zarr", "--queue", queue).ok(),
+        bench.run("work", "--burst", "--gpus", "none", "--queue", queue).ok(),
+        bench.run("finalize", "s3://lab/out.zarr").ok(),
+        bench.here("status", "s3://lab/out.zarr", "--json", "--queue", queue).ok(),
+    ]
+
+
+def test_a_job_on_s3_gives_every_object_that_the_local_one_gives(
+    bucket: s3fs.S3FileSystem, done: list[Answer], local: dict[str, bytes]
+) -> None:
+    assert done[0].out.startswith("4 chunks, 0 done, 4 newly queued -> s3://lab/out.zarr")
+    assert "0/4 chunks done, 4 queued" in done[1].out
+    assert done[3].out.startswith("complete: s3://lab/out.zarr (4 chunks")
+    found = objects(bucket, "lab/out.zarr")
+    assert set(found) == set(local)
+    assert len(found) == 4 * 3 * 2 + 2
+    assert without_digest(found) == without_digest(local)
+
+
+def test_status_on_s3_knows_what_is_done_and_that_it_is_sealed(
+    bucket: s3fs.S3FileSystem, done: list[Answer]
+) -> None:
+    status = json.loads(done[-1].out)
+    assert (status["done"], status["chunks"], status["sealed"]) == (4, 4, True)
+    assert status["blocks_finalized"] == status["blocks_to_finalize"]
+    assert status["failures"] == []
+    left = objects(bucket, "lab/out.zarr.chunkq")
+    assert not [name for name in left if name.startswith(("pieces", "failed"))]
+    assert json.loads(left["report.json"])["missing"] == []
+
+
+def test_the_workers_log_holds_its_own_news_alone(done: list[Answer]) -> None:
+    """Neither the clients' chatter about credentials nor the AWS library's missing files."""
+    lines = done[2].err.splitlines()
+    assert sum(" done in " in line for line in lines) == 4
+    assert not [line for line in lines if re.search(r"credential|\.aws|endpoint", line)]
+    for answer in (done[0], done[1], done[3], done[4]):
+        assert answer.err == ""
+
+
+def test_no_secret_shows_in_outputs_logs_or_objects(
+    bench: Bench, bucket: s3fs.S3FileSystem, done: list[Answer]
+) -> None:
+    queue = f"redis://:{PASSWORD}@host/0"
+    job = bench.write_job("secret.json", queue=queue)
+    paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/secret.zarr")
+    said = bench.here("produce", job, *paths, "--queue", queue)
+    if said.code:  # a version without this kind of queue
+        said.refused(2, "redis://:***@host/0")
+    usual = f"sqlite://{bench.folder}/queue.db"
+    answers = [*done, said, bench.here("produce", job, *paths, "--queue", usual).ok()]
+    answers.append(bench.here("status", "s3://lab/secret.zarr", "--json").ok())
+    answers.append(bench.here("jobs").ok())
+    record = objects(bucket, "lab/secret.zarr.chunkq")["job.json"].decode()
+    assert '"input"' in record
+    shown = [record, *(answer.out + answer.err for answer in answers)]
+    shown += [c.decode(errors="replace") for c in objects(bucket, "lab").values()]
+    for text in shown:
+        assert SECRET not in text
+        assert PASSWORD not in text
+
+
+def test_a_worker_killed_on_s3_is_gone_on_from_with_the_same_bytes(
+    bench: Bench, bucket: s3fs.S3FileSystem, done: list[Answer], local: dict[str, bytes]
+) -> None:
+    output, first = "s3://lab/killed.zarr", f"sqlite://{bench.folder}/first.db"
+    paths = ("-i", "s3://lab/in.zarr", "-o", output)
+    bench.here("produce", "job.json", *paths, "--queue", first).ok()
+    worker = bench.start("work", "--burst", "--gpus", "none", "--queue", first, TOY_DELAY="0.15")
+
+    def commits() -> int:
+        bucket.invalidate_cache()
+        folder = "lab/killed.zarr.chunkq/done/infer"
+        return len(bucket.ls(folder)) if bucket.exists(folder) else 0
+
+    try:
+        wait_until(lambda: commits() >= 1, "a chunk is committed")
+    finally:
+        kill(worker)
+    left = 4 - commits()
+    assert 0 < left < 4
+    bench.here("finalize", output).refused(3, f"{left} chunks are not computed yet")
+    second = f"sqlite://{bench.folder}/second.db"
+    said = bench.here("produce", "job.json", *paths, "--resume", "--queue", second).ok().out
+    assert said.startswith(f"4 chunks, {4 - left} done, {left} newly queued")
+    bench.work_here(output=output)
+    bench.here("finalize", output).ok()
+    assert without_digest(objects(bucket, "lab/killed.zarr")) == without_digest(local)
+
+
+def test_npy_input_on_s3_gives_the_same_voxels(
+    bench: Bench, bucket: s3fs.S3FileSystem, local: dict[str, bytes]
+) -> None:
+    np.save(bench.folder / "in.npy", random_volume(SHAPE))
+    bucket.put_file(f"{bench.folder}/in.npy", "lab/in.npy")
+    bench.here("produce", "job.json", "-i", "s3://lab/in.npy", "-o", "npy.zarr").ok()
+    bench.work_here(output=f"{bench.folder}/npy.zarr")
+    bench.here("finalize", "npy.zarr").ok()
+    found = files_below(bench.folder / "npy.zarr")
+    assert without_digest(found) == without_digest(local)
+
+
+def test_overwrite_on_s3_really_deletes_what_was_there(
+    bench: Bench, bucket: s3fs.S3FileSystem, done: list[Answer]
+) -> None:
+    options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/again.zarr")
+    bench.here("produce", "job.json", *options).ok()
+    bucket.pipe_file("lab/again.zarr/0/c/0/0/0", b"old")
+    bucket.pipe_file("lab/again.zarr.chunkq/done/infer/0.0.0", b"{}")
+    job = bench.write_job("other.json", combine="hard")
+    bench.here("produce", job, *options).refused(2, "different: combine")
+    assert (
+        "4 chunks, 0 done, 4 newly" in bench.here("produce", job, *options, "--overwrite").ok().out
+    )
+    assert set(objects(bucket, "lab/again.zarr")) == {"zarr.json", "0/zarr.json"}
+    assert set(objects(bucket, "lab/again.zarr.chunkq")) == {"job.json"}
+    bucket.pipe_file("lab/precious/thesis.txt", b"years of work")
+    options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/precious")
+    bench.here("produce", job, *options, "--overwrite").refused(2, "is no Zarr store")
+    assert set(objects(bucket, "lab/precious")) == {"thesis.txt"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (("plan", "job.json", "-i", "s3://none/in.zarr"), 2, "s3://none/in.zarr is not there"),
+        (("plan", "job.json", "-i", "s3://lab/none.zarr"), 2, "s3://lab/none.zarr is not there"),
+        (("plan", "job.json", "-i", "s3://lab/none.npy"), 2, "no file s3://lab/none.npy"),
+        (("produce", "job.json", "-o", "s3://none/out.zarr"), 2, "s3://none/out.zarr"),
+        (("status", "s3://none/out.zarr"), 2, "no job was produced here"),
+        (("finalize", "s3://lab/none.zarr"), 2, "no job was produced here"),
+    ],
+)
+def test_a_missing_bucket_or_key_is_one_clear_line(
+    bench: Bench, bucket: s3fs.S3FileSystem, command: tuple[str, ...], code: int, words: str
+) -> None:
+    bench.here(*command).refused(code, words)
+
+
+def test_a_server_that_is_away_is_one_clear_line_from_every_command(bench: Bench) -> None:
+    """Side by side, as each of the clients tries again for some seconds."""
+    away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    commands: dict[int, list[tuple[str, ...]]] = {
+        2: [("plan", "job.json", "-i", "s3://lab/in.zarr")],
+        1: [
+            ("status", "s3://lab/out.zarr"),
+            ("finalize", "s3://lab/out.zarr"),
+            ("produce", "job.json", "-o", "s3://lab/fresh.zarr"),
+        ],
+    }
+    started: list[tuple[int, Any]] = [
+        (code, bench.start(*command, **away))
+        for code, several in commands.items()
+        for command in several
+    ]
+    for code, process in started:
+        said, _ = process.communicate(timeout=60)
+        answer = Answer(process.returncode, "", said)
+        answer.refused(code, "Could not connect to the endpoint URL")
+        assert len(said.splitlines()) == 1
+        assert SECRET not in said
