@@ -17,7 +17,7 @@ from chunkq_producer import submit
 from chunkq_worker import probe
 
 from chunkq.job import load_job
-from tests.integration.support import (
+from tests.integration.bench import (
     Bench,
     everything_below,
     random_volume,

@@ -15,7 +15,7 @@ from chunkq.cli import COMMANDS
 from chunkq.executors.base import Shift
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import load_job
-from tests.integration.support import (
+from tests.integration.bench import (
     Bench,
     everything_below,
     random_volume,

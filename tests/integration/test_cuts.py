@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from tests import reference as ref
-from tests.integration.support import random_volume, read_output, run_whole, toy_model, write_zarr
+from tests.integration.bench import random_volume, read_output, run_whole, toy_model, write_zarr
 
 SHAPE = (37, 23, 30)
 PATCH = (8, 8, 8)

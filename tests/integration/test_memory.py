@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.support import Bench, toy_model, write_zarr
+from tests.integration.bench import Bench, toy_model, write_zarr
 
 BLOCK, PATCH = 36, 18
 

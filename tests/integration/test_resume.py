@@ -18,15 +18,15 @@ from chunkq.executors.base import Attempt, Shift
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.opened import open_job
 from chunkq.tasks import Task
-from tests.integration.support import (
+from tests.integration.bench import (
     Bench,
     everything_below,
-    files_below,
     random_volume,
     read_output,
     toy_model,
     write_zarr,
 )
+from tests.integration.support import files_below
 
 SHAPE = (30, 22)
 CHUNKS = {(i, j) for i in range(3) for j in range(2)}

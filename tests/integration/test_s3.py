@@ -12,16 +12,8 @@ import numpy as np
 import pytest
 import s3fs
 
-from tests.integration.support import (
-    Answer,
-    Bench,
-    files_below,
-    kill,
-    random_volume,
-    toy_model,
-    wait_until,
-    write_zarr,
-)
+from tests.integration.bench import Answer, Bench, kill, random_volume, toy_model, write_zarr
+from tests.integration.support import files_below, wait_until
 
 SERVER = """
 import sys

@@ -22,16 +22,15 @@ from chunkq.objects import PARTIAL, ObjectFolder
 from chunkq.opened import open_job
 from chunkq.stores import TensorStoreArray, ZarrPythonArray, find_source, open_array
 from tests import reference as ref
-from tests.integration.support import (
+from tests.integration.bench import (
     Bench,
-    files_below,
     random_volume,
     read_output,
     run_whole,
     toy_model,
-    wait_until,
     write_zarr,
 )
+from tests.integration.support import files_below, wait_until
 
 SHAPE = (13, 10, 11)
 SPACE: dict[str, list[Any]] = {
