@@ -27,7 +27,6 @@ from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
 from tests.integration.support import PATIENCE
 
-
 TOY = '''\
 """Toy networks, the same as those of tests/reference.py, for any rank."""
 import itertools, math, os, time
