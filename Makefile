@@ -24,20 +24,22 @@ $(VENV)/made:
 $(VENV)/demo-installed: $(VENV)/made pyproject.toml constraints.txt
 	@echo "installing chunkq, torch and what the demo draws with (about 250 MB, some minutes)"
 	@$(INSTALL) --editable '.[demo]'
-	@echo "installing the brain template (nilearn's data files, 12 MB)"
-	@$(INSTALL) --no-deps nilearn
+	@touch $@
+
+# Beside the environment, not in it: only nilearn's data files are wanted, and none of its needs.
+$(VENV)/template/made: $(VENV)/made constraints.txt
+	@echo "fetching the brain template (nilearn's data files, 12 MB)"
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/template nilearn
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
 	@echo "installing chunkq, torch and what the tests need (about 400 MB, some minutes)"
 	@$(INSTALL) --editable '.[test]'
-	@echo "installing the brain template (nilearn's data files, 12 MB)"
-	@$(INSTALL) --no-deps nilearn
 	@touch $@
 
-demo: $(VENV)/demo-installed
+demo: $(VENV)/demo-installed $(VENV)/template/made
 	@echo "1. the volume: the MNI152 head template as OME-Zarr"
-	@$(BIN)/python examples/brain/prepare.py $(DEMO)/brain.zarr
+	@PYTHONPATH=$(VENV)/template $(BIN)/python examples/brain/prepare.py $(DEMO)/brain.zarr
 	@echo "2. what the job will cost"
 	@$(BIN)/chunkq plan examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr
 	@echo "3. the job: 8 chunks, 2 workers, the embedded queue"

@@ -13,6 +13,8 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from heapq import nlargest
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -216,6 +218,17 @@ class JobFolder:
         found = self.objects.list(f"done/{kind}")
         chunks = ((parse_chunk(entry.name), entry.modified) for entry in found)
         return {chunk: modified for chunk, modified in chunks if chunk is not None}
+
+    def newest(self, kind: str, count: int) -> tuple[int, list[Commit]]:
+        """Return how many tasks of a kind are finished, and the newest `count` records.
+
+        Much cheaper than `committed`: names are not taken apart.
+        """
+        entries = [entry for entry in self.objects.list(f"done/{kind}") if entry.name[0].isdigit()]
+        latest = nlargest(count, entries, key=attrgetter("modified"))
+        names = [f"done/{kind}/{entry.name}" for entry in latest]
+        records = [Commit.from_json(content) for content in self.objects.get_many(names).values()]
+        return len(entries), records
 
     def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
         """Return the commit records of those chunks that have one."""

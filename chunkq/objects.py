@@ -7,9 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from chunkq.paths import is_url, join, open_filesystem
 
@@ -20,8 +18,7 @@ REMOVALS = 20
 """How often a folder is emptied again while others fill it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """One listed object: its name inside the folder and when it was last written (s, Unix)."""
 
     name: str
@@ -135,8 +132,10 @@ def _scan(path: str) -> Iterator[Found]:
             for entry in entries:
                 if entry.name.startswith(PARTIAL) or not entry.is_file():
                     continue
-                with suppress(FileNotFoundError):  # removed since it was listed
+                try:
                     yield Found(entry.name, entry.stat().st_mtime)
+                except FileNotFoundError:
+                    continue  # removed since it was listed
     except FileNotFoundError:
         return
 

@@ -72,5 +72,7 @@ def chunk_name(index: tuple[int, ...]) -> str:
 
 def parse_chunk(name: str) -> tuple[int, ...] | None:
     """Invert `chunk_name`; None for a name that is no chunk's."""
-    parts = name.split(".")
-    return tuple(map(int, parts)) if all(map(str.isdecimal, parts)) else None
+    try:
+        return tuple(map(int, name.split(".")))
+    except ValueError:
+        return None

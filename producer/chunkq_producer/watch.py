@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from heapq import nlargest
 from math import prod
 from typing import Any
 
@@ -75,8 +74,8 @@ def job_status(
     folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
 ) -> Status:
     """Look at ledger and queue once. Raises OSError as the storage does."""
-    done = folder.committed("infer")
-    finalized = folder.committed("finalize")
+    done, recent = folder.newest("infer", RECENT_COMMITS)
+    finalized, _ = folder.newest("finalize", 0)
     counts, running, lost = Counts(), [], []
     if executor is not None:
         try:
@@ -85,9 +84,8 @@ def job_status(
             lost = executor.failed(folder.path) if counts.failed else []
         except QueueError as error:
             executor, problem = None, str(error)
-    recent = folder.commits("infer", nlargest(RECENT_COMMITS, done, key=done.__getitem__))
     rate = _chunks_per_second(recent)
-    left = plan.costs.chunks - len(done)
+    left = plan.costs.chunks - done
     voxels = prod(plan.volume.shape)
     report = folder.read_report()
     failures = folder.failures()
@@ -97,12 +95,12 @@ def job_status(
     return Status(
         output=without_secret(folder.output),
         chunks=plan.costs.chunks,
-        done=len(done),
+        done=done,
         running=counts.running if asked else None,
         queued=counts.queued if asked else None,
         failed=counts.failed if asked else None,
         blocks_to_finalize=plan.costs.finalized_blocks,
-        blocks_finalized=len(finalized),
+        blocks_finalized=finalized,
         sealed=report is not None and not report["missing"],
         voxels_per_second=rate and rate * voxels / plan.costs.chunks,
         seconds_left=left / rate if rate and left else None,
