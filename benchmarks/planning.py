@@ -127,7 +127,10 @@ def enqueueing(folder: Path) -> dict[str, float]:
 
 
 def status(folder: Path) -> dict[str, float]:
-    """Status of 100 000 chunks, all but 1000 done, beside a bare listing of the same files."""
+    """Status of 100 000 chunks, all but 1000 done, beside a bare listing of the same files.
+
+    `command_…` is the whole `chunkq status`, beside the same of a job of one chunk.
+    """
     edge = 47
     plan = job_over(edge)
     ledger = JobFolder(str(folder / "out.zarr.chunkq"))
@@ -151,7 +154,22 @@ def status(folder: Path) -> dict[str, float]:
         lambda: sum(entry.stat().st_mtime for entry in os.scandir(done)),
     )
     queue.close()
-    return {"chunks": float(len(indices)), **found}
+    small = folder / "small.zarr"
+    one = job_over(1)
+    source = Source("/nowhere/in.zarr", one.volume, Space.plain(3))
+    JobFolder(f"{small}.chunkq").write_record(JobRecord(one.job, source, {}))
+    command = paired(lambda: show(folder / "out.zarr", queue.url), lambda: show(small, queue.url))
+    return {
+        "chunks": float(len(indices)),
+        **found,
+        **{f"command_{key}": value for key, value in command.items()},
+    }
+
+
+def show(output: Path, queue: str) -> None:
+    """Run the command as a user would."""
+    command = [sys.executable, "-m", "chunkq", "status", str(output), "--queue", queue]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:

@@ -6,10 +6,11 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from chunkq.paths import is_url, join, open_filesystem
+from chunkq.paths import is_url, join, open_filesystem, read_bytes
 
 PARTIAL = ".partial-"
 """Prefix of names that a writer killed in the middle may leave behind; never listed."""
@@ -31,7 +32,11 @@ class ObjectFolder:
     def __init__(self, path: str) -> None:
         self.path = path
         self._local = not is_url(path)
-        self._filesystem, self._root = open_filesystem(path)
+        # Local objects need no fsspec, whose import would be most of a short command's time.
+        self._filesystem: Any = None
+        self._root = path
+        if not self._local:
+            self._filesystem, self._root = open_filesystem(path)
 
     def put(self, name: str, content: bytes | memoryview) -> None:
         """Write an object: another reader sees all of it or nothing, also after a crash."""
@@ -55,11 +60,11 @@ class ObjectFolder:
 
     def get(self, name: str) -> bytes | None:
         """Return an object's content, or None where there is none."""
+        path = join(self._root, name)
         try:
-            content: bytes = self._filesystem.cat_file(join(self._root, name))
+            return read_bytes(path) if self._local else bytes(self._filesystem.cat_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return content
 
     def get_many(self, names: list[str]) -> dict[str, bytes]:
         """Return the content of those objects that exist."""
@@ -75,13 +80,16 @@ class ObjectFolder:
 
     def exists(self, name: str) -> bool:
         """Tell whether there is such an object."""
-        return bool(self._filesystem.exists(join(self._root, name)))
+        path = join(self._root, name)
+        return os.path.exists(path) if self._local else bool(self._filesystem.exists(path))
 
     def list(self, folder: str) -> Iterator[Found]:
         """Yield the objects directly inside a folder, in no order; none if it is not there."""
         path = join(self._root, folder)
         if self._local:
-            yield from _scan(path)
+            for entry in _scan(path):
+                if (moment := _moment(entry)) is not None:
+                    yield Found(entry.name, moment)
             return
         try:
             entries = self._filesystem.ls(path, detail=True)
@@ -91,12 +99,29 @@ class ObjectFolder:
             if entry["type"] == "file":
                 yield Found(entry["name"].rpartition("/")[2], _modified(entry))
 
+    def sample(self, folder: str, most: int) -> tuple[int, int, Sequence[Found]]:
+        """Count a folder's objects; return that, a step, and every step-th of them, `most` at most.
+
+        Asking a local file for its date costs more than listing it; only the sample is asked.
+        """
+        if not self._local:
+            listed = [*self.list(folder)]
+            step = 1 + len(listed) // most
+            return len(listed), step, listed[::step]
+        entries = [*_scan(join(self._root, folder))]
+        step = 1 + len(entries) // most
+        looked = ((entry.name, _moment(entry)) for entry in entries[::step])
+        found = [Found(name, moment) for name, moment in looked if moment is not None]
+        return len(entries), step, found
+
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens if there is none."""
-        try:
-            self._filesystem.rm_file(join(self._root, name))
-        except FileNotFoundError:
-            return
+        path = join(self._root, name)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if self._local:
+                os.unlink(path)
+            else:
+                self._filesystem.rm_file(path)
 
     def delete_folder(self, folder: str = "") -> None:
         """Remove a folder and all it holds; nothing happens if there is none."""
@@ -126,18 +151,23 @@ def _unless_gone(call: object, path: str, info: tuple[type, BaseException, objec
         raise info[1]
 
 
-def _scan(path: str) -> Iterator[Found]:
+def _scan(path: str) -> Iterator[os.DirEntry[str]]:
+    """Yield the files directly inside a local folder; none if it is not there."""
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.startswith(PARTIAL) or not entry.is_file():
-                    continue
-                try:
-                    yield Found(entry.name, entry.stat().st_mtime)
-                except FileNotFoundError:
-                    continue  # removed since it was listed
+                if not entry.name.startswith(PARTIAL) and entry.is_file():
+                    yield entry
     except FileNotFoundError:
         return
+
+
+def _moment(entry: os.DirEntry[str]) -> float | None:
+    """Return when a file was last written (s, Unix); None if it was removed since."""
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _modified(entry: dict[str, Any]) -> float:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from chunkq.errors import QueueError
 from chunkq.executors.base import Counts, Executor
-from chunkq.ledger import Commit, Failure, JobFolder
+from chunkq.ledger import Failure, JobFolder, Newest
 from chunkq.paths import without_secret
 from chunkq.plan import Plan
 from chunkq.tasks import chunk_name
@@ -74,8 +74,8 @@ def job_status(
     folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
 ) -> Status:
     """Look at ledger and queue once. Raises OSError as the storage does."""
-    done, recent = folder.newest("infer", RECENT_COMMITS)
-    finalized, _ = folder.newest("finalize", 0)
+    recent = folder.newest("infer", RECENT_COMMITS)
+    done, finalized = recent.total, folder.newest("finalize", 0).total
     counts, running, lost = Counts(), [], []
     if executor is not None:
         try:
@@ -110,24 +110,24 @@ def job_status(
     )
 
 
-def _chunks_per_second(newest: list[Commit]) -> float | None:
+def _chunks_per_second(newest: Newest) -> float | None:
     """Return the speed over the newest commits, from the start of the first of them."""
-    if not newest:
+    if not newest.records:
         return None
-    span = max(c.finished for c in newest) - min(c.started for c in newest)
-    return len(newest) / span if span > 0 else None
+    span = max(c.finished for c in newest.records) - min(c.started for c in newest.records)
+    return len(newest.records) * newest.step / span if span > 0 else None
 
 
-def _workers(running: list[Any], commits: list[Commit]) -> tuple[WorkerState, ...]:
+def _workers(running: list[Any], newest: Newest) -> tuple[WorkerState, ...]:
     now_running: dict[str, list[str]] = {}
     for item in running:
         now_running.setdefault(item.worker, []).append(chunk_name(item.task.chunk))
-    names = sorted({c.worker for c in commits} | now_running.keys())
-    return tuple(_worker(name, now_running.get(name, []), commits) for name in names)
+    names = sorted({c.worker for c in newest.records} | now_running.keys())
+    return tuple(_worker(name, now_running.get(name, []), newest) for name in names)
 
 
-def _worker(name: str, running: list[str], commits: list[Commit]) -> WorkerState:
-    mine = [c for c in commits if c.worker == name]
+def _worker(name: str, running: list[str], newest: Newest) -> WorkerState:
+    mine = [c for c in newest.records if c.worker == name]
     totals: Counter[str] = Counter()
     for commit in mine:
         totals.update(commit.seconds)
@@ -139,7 +139,7 @@ def _worker(name: str, running: list[str], commits: list[Commit]) -> WorkerState
         running=tuple(running),
         recent_chunks=len(mine),
         stage_shares={stage: seconds / whole for stage, seconds in totals.items()} if whole else {},
-        device_wait_share=max(0.0, 1 - totals["compute"] / span) if span else None,
+        device_wait_share=max(0.0, 1 - newest.step * totals["compute"] / span) if span else None,
         last_seen=max((c.finished for c in mine), default=None),
     )
 
