@@ -24,6 +24,7 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks afresh."),
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Take a job off the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
+        "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
         "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
     }
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 class ChunkqError(Exception):
@@ -43,6 +44,18 @@ class QueueError(ChunkqError):
 
 class ModelError(ChunkqError):
     """The network cannot be loaded or breaks its declaration: every chunk would fail alike."""
+
+
+class SameFailureError(ChunkqError):
+    """One chunk after another failed with the same cause; the worker leaves the job alone."""
+
+
+class OverrunError(ChunkqError):
+    """Tasks hang; only the end of the process frees what they hold. `leases` lists them."""
+
+    def __init__(self, message: str, leases: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.leases = tuple(leases)
 
 
 class PredictionError(ChunkqError):

@@ -98,6 +98,25 @@ def standing(job: OpenJob) -> Standing:
     )
 
 
+def checked_standing(job: OpenJob, *, allow_missing: bool = False) -> Standing:
+    """Compare the plan with the ledger before blocks are completed.
+
+    Raises IncompleteError with the list of chunks if some are not computed, unless `allow_missing`.
+    """
+    now = standing(job)
+    if now.unfinished and not allow_missing:
+        raise IncompleteError(_how_many(now.unfinished), now.unfinished)
+    return now
+
+
+def ready_blocks(job: OpenJob, now: Standing) -> list[Index]:
+    """Return the blocks that can be completed: all but those that a missing chunk touches."""
+    missing = set(now.unfinished)
+    if not missing:
+        return list(now.to_finalize)
+    return [i for i in now.to_finalize if not missing.intersection(job.plan.contributors(i))]
+
+
 def finalize_job(
     job: OpenJob,
     *,
@@ -111,11 +130,8 @@ def finalize_job(
     Raises IncompleteError with the list of chunks if some are not computed, unless
     `allow_missing`: then the blocks they touch stay empty, and the output says so.
     """
-    before = standing(job)
-    if before.unfinished and not allow_missing:
-        raise IncompleteError(_how_many(before.unfinished), before.unfinished)
-    missing = set(before.unfinished)
-    ready = [i for i in before.to_finalize if not missing.intersection(job.plan.contributors(i))]
+    before = checked_standing(job, allow_missing=allow_missing)
+    ready = ready_blocks(job, before)
     fitting = max(1, FINALIZER_BYTES // max(1, job.plan.costs.finalizer_bytes))
     attempt, done = Attempt(1, worker), 0
     progress(done, len(ready))

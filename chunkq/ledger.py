@@ -230,6 +230,10 @@ class JobFolder:
         chunks = ((parse_chunk(entry.name), entry.modified) for entry in found)
         return {chunk: modified for chunk, modified in chunks if chunk is not None}
 
+    def count(self, kind: str) -> int:
+        """Count the finished tasks of a kind."""
+        return self.newest(kind, 0).total
+
     def newest(self, kind: str, count: int) -> Newest:
         """Count the finished tasks of a kind and return the newest `count` records of a sample.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -10,6 +11,8 @@ from urllib.parse import urlsplit, urlunsplit
 from chunkq.errors import StoreError
 
 HASH_BLOCK = 1 << 20
+SERVERS = frozenset({"redis", "rediss", "unix"})
+"""Schemes of queues, in whose URLs `@` only ever ends a password."""
 
 
 def is_url(path: str) -> bool:
@@ -87,8 +90,12 @@ def without_secret(url: str) -> str:
     """Return a URL fit for logs: the password, if any, as three stars."""
     if not is_url(url):
         return url
+    if url.partition("://")[0] in SERVERS:
+        # Special characters that were not encoded must not make a part of a password show.
+        url = re.sub(r"^(\w+://)([^:@/]*):.*@", r"\1\2:***@", url)
+    url = re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
     parts = urlsplit(url)
-    if parts.password is None:
+    if parts.password is None or parts.password == "***":
         return url
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))

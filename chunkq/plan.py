@@ -260,6 +260,11 @@ class Plan:
         """Return the chunks whose commit a block needs before it can be finalized."""
         return [index, *(piece.source for piece in self.awaits(self.chunk(index)))]
 
+    def has_band(self, index: Index) -> bool:
+        """Tell whether a block is completed by finalizing it."""
+        at: list[Ints] = [np.asarray(i, dtype=np.int64) for i in index]
+        return any(bool(axis.band(i) > 0) for axis, i in zip(self.axes, at, strict=True))
+
     def to_finalize(self) -> Iterator[Index]:
         """Yield the blocks that have a band, the last axis fastest."""
         banded = []

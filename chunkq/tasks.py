@@ -31,26 +31,38 @@ class Task:
         """The same for the same task, always; letters, digits, `-` and `_` only."""
         return f"{job_key(self.job)}-{self.kind}-{'_'.join(map(str, self.chunk))}"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the message's values."""
+        return {"kind": self.kind, "job": self.job, "chunk": list(self.chunk)}
+
     def to_json(self) -> str:
         """Encode as a message."""
-        return json.dumps({"kind": self.kind, "job": self.job, "chunk": list(self.chunk)})
+        return json.dumps(self.as_dict())
 
     @classmethod
     def from_json(cls, message: str) -> Task:
         """Decode a message; raises QueueError if it is none of ours."""
         try:
-            values: Any = json.loads(message)
+            values = json.loads(message)
+        except (ValueError, TypeError, RecursionError):
+            raise QueueError(f"not a chunkq task: {message[:200]!r}") from None
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Task:
+        """Return the task of a decoded message; raises QueueError if it is none of ours."""
+        try:
             kind, job, chunk = values["kind"], values["job"], values["chunk"]
-            if not (
+            if (
                 kind in ENTRY_POINTS
                 and isinstance(job, str)
                 and isinstance(chunk, list)
                 and all(isinstance(i, int) and i >= 0 for i in chunk)
             ):
-                raise ValueError(message)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise QueueError(f"not a chunkq task: {message[:200]!r}") from None
-        return cls(kind, job, tuple(chunk))
+                return cls(kind, job, tuple(chunk))
+        except (KeyError, TypeError):
+            pass
+        raise QueueError(f"not a chunkq task: {str(values)[:200]!r}")
 
 
 def job_key(job: str) -> str:

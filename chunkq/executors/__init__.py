@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from types import MappingProxyType
 
-from chunkq.errors import JobError, nearest
+from chunkq.errors import JobError, QueueError, nearest
 from chunkq.executors.base import Executor
 from chunkq.paths import without_secret
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
-    {"sqlite": "chunkq.executors.sqlite:SqliteExecutor"}
+    {
+        "sqlite": "chunkq.executors.sqlite:SqliteExecutor",
+        "redis": "chunkq.executors.rq:RqExecutor",
+        "rediss": "chunkq.executors.rq:RqExecutor",
+        "unix": "chunkq.executors.rq:RqExecutor",
+    }
 )
 """URL scheme -> class."""
+EXTRAS: MappingProxyType[str, str] = MappingProxyType({"rq": "redis", "redis": "redis"})
+"""Package -> the extra of chunkq that brings it."""
 QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 
 
@@ -42,5 +50,14 @@ def open_executor(url: str) -> Executor:
             f"it takes {', '.join(name + '://' for name in BACKENDS)}"
         )
     module, _, name = BACKENDS[scheme].partition(":")
-    executor: Executor = getattr(import_module(module), name)(url)
-    return executor
+    try:
+        backend: Callable[[str], Executor] = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise QueueError(
+            f"queue: {scheme}:// needs a package that is not installed; "
+            f"pip install 'chunkq[{extra}]'"
+        ) from None
+    return backend(url)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from chunkq.tasks import Task
 
@@ -27,8 +30,41 @@ class Attempt:
         return self.number >= MAX_ATTEMPTS
 
 
-Handler = Callable[[Task, Attempt], None]
-"""Runs one task to its end, or raises."""
+class Contribution(NamedTuple):
+    """One committed chunk as a contributor of a block: number `member` of `of` in all."""
+
+    block: tuple[int, ...]
+    member: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerName:
+    """A worker process by its host, its device (`cpu`, or a GPU's name) and a part of its own."""
+
+    host: str
+    device: str
+    own: str
+
+    @classmethod
+    def new(cls, device: str) -> WorkerName:
+        """Name a process of this host."""
+        return cls(socket.gethostname(), device, uuid.uuid4().hex[:8])
+
+    @classmethod
+    def parse(cls, text: str) -> WorkerName:
+        """Invert `text`; a name of another form counts as a host's."""
+        host, device, own = (*text.rsplit(":", 2), "", "")[:3]
+        return cls(host, device, own)
+
+    @property
+    def text(self) -> str:
+        """The name as one word."""
+        return f"{self.host}:{self.device}:{self.own}"
+
+
+Handler = Callable[[Task, Attempt], Sequence[Contribution] | None]
+"""Runs one task to its end, or raises; tells which blocks the task contributed to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +92,8 @@ class Shift:
     `depth` tasks are in flight at once. With `burst` it ends when its job or the whole queue
     has neither queued nor running tasks; `deadline` (s, Unix) is when its time is up: nothing
     is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
-    flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on.
+    flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on. A task
+    may take `time_limit` (s); None lets the limit follow the tasks seen so far.
     """
 
     worker: str
@@ -64,6 +101,7 @@ class Shift:
     burst: bool = False
     job: str | None = None
     deadline: float | None = None
+    time_limit: float | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     longest: float = 0.0
     set_aside: set[str] = field(default_factory=set)
@@ -82,8 +120,9 @@ class Executor(ABC):
       nothing, submitting one that failed or was cancelled queues it afresh.
     - Every task is begun at most MAX_ATTEMPTS times; a worker that vanishes has begun it.
       The last attempt's failure leaves the task failed.
-    - A vanished worker's tasks are begun again by others after a time limit, or at once by
+    - A vanished worker's tasks are begun again by others when its lease runs out, or at once by
       `release`.
+    - A message that is no task of ours is never run; it is dropped, and the log says so.
     - Losing the queue loses no work: the ledger says what is left.
 
     Methods raise QueueError in one line when the backend is away or refuses.
@@ -132,9 +171,22 @@ class Executor(ABC):
         """Take tasks and run them until the shift ends.
 
         A handler's error costs the task an attempt, save a JobError or ModelError: that one
-        would strike every chunk, so the task goes back uncounted and its job is set aside; the
-        error is raised here once nothing else is left to do.
+        would strike every chunk, so the task goes back uncounted and its job is set aside. So is
+        a job whose chunks fail alike one after another. The error is raised here once nothing
+        else is left to do.
+
+        A task over its time limit cannot be stopped from inside the process: it costs an
+        attempt, all else in flight is handed back, and OverrunError is raised for the process
+        to end.
         """
+
+    def note(self, job: str, contributions: Sequence[Contribution]) -> list[Task]:
+        """Remember a committed chunk's contributions; return the finalize tasks they complete.
+
+        Each is returned to one caller only, and may be lost: what is not completed so is left
+        to the finalizer, as are all blocks of a queue that remembers none.
+        """
+        return []
 
     @abstractmethod
     def close(self) -> None:

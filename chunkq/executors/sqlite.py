@@ -6,27 +6,19 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from chunkq.errors import JobError, ModelError, QueueError
-from chunkq.executors.base import (
-    MAX_ATTEMPTS,
-    Attempt,
-    Counts,
-    Executor,
-    Handler,
-    Running,
-    Shift,
-)
+from chunkq.errors import QueueError
+from chunkq.executors import leases
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Running, Shift
+from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task
 
 log = logging.getLogger("chunkq.queue")
 
-LEASE_SECONDS = 20.0
-POLL_SECONDS = 0.1
 BATCH = 1000
 NETWORK_FILESYSTEMS = frozenset(
     [
@@ -104,7 +96,7 @@ WHERE state = 'failed'
 """
 
 
-class SqliteExecutor(Executor):
+class SqliteExecutor(LeaseQueue):
     """Many processes on one machine, through one file. `sqlite:///absolute/path/queue.db`."""
 
     def __init__(self, url: str) -> None:
@@ -195,22 +187,6 @@ class SqliteExecutor(Executor):
             (MAX_ATTEMPTS, counted, 0 if counted else 1, worker),
         )
 
-    def work(self, handler: Handler, shift: Shift) -> None:
-        """Run `shift.depth` loops side by side, and a heartbeat that renews their leases."""
-        loop = _Loop(self, handler, shift)
-        threads = [threading.Thread(target=loop.run, name=f"chunk-{n}") for n in range(shift.depth)]
-        for thread in threads:
-            thread.start()
-        try:
-            while any(thread.is_alive() for thread in threads):
-                self._renew(shift.worker)
-                for thread in threads:
-                    thread.join(LEASE_SECONDS / 3 / len(threads))
-        finally:
-            shift.stopping.set()
-        if loop.error is not None:
-            raise loop.error
-
     def close(self) -> None:
         """Close every thread's connection."""
         for connection in self._connections:
@@ -218,41 +194,49 @@ class SqliteExecutor(Executor):
         self._connections.clear()
         self._threads = threading.local()
 
-    def take(self, shift: Shift) -> tuple[Task, Attempt] | None:
+    def take(self, shift: Shift) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
         condition, chosen = _choice(shift)
-        values = {
-            "worker": shift.worker,
-            "now": time.time(),
-            "lease": LEASE_SECONDS,
-            "most": MAX_ATTEMPTS,
-            **chosen,
-        }
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.execute(GIVE_UP, values)
-            row = database.execute(TAKE.format(filter=condition), values).fetchone()
-            database.execute("COMMIT")
-        if row is None:
-            return None
-        return Task.from_json(row[1]), Attempt(row[2], shift.worker)
+        while True:
+            values = {
+                "worker": shift.worker,
+                "now": time.time(),
+                "lease": leases.LEASE_SECONDS,
+                "most": MAX_ATTEMPTS,
+                **chosen,
+            }
+            with self._database() as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute(GIVE_UP, values)
+                row = database.execute(TAKE.format(filter=condition), values).fetchone()
+                database.execute("COMMIT")
+            if row is None:
+                return None
+            name, message, attempts = row
+            try:
+                return Lease(Task.from_json(message), Attempt(attempts, shift.worker))
+            except QueueError as error:
+                log.error("dropped from the queue: %s", error)
+                self._change("DELETE FROM tasks WHERE id = ?", (name,))
 
-    def finish(self, task: Task, worker: str) -> None:
+    def finish(self, lease: Lease) -> None:
         """Take a finished task off the queue, unless its lease went to another."""
-        self._change("DELETE FROM tasks WHERE id = ? AND worker = ?", (task.id, worker))
+        self._change(
+            "DELETE FROM tasks WHERE id = ? AND worker = ?", (lease.task.id, lease.attempt.worker)
+        )
 
-    def fail(self, task: Task, attempt: Attempt) -> None:
+    def fail(self, lease: Lease, error: BaseException) -> None:
         """End an attempt without success."""
-        values = {"most": MAX_ATTEMPTS, "id": task.id, "worker": attempt.worker}
+        values = {"most": MAX_ATTEMPTS, "id": lease.task.id, "worker": lease.attempt.worker}
         with self._database() as database:
             database.execute(FAIL, values)
 
-    def hand_back(self, task: Task, worker: str) -> None:
+    def hand_back(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
         self._change(
             "UPDATE tasks SET state = 'queued', attempts = attempts - 1, lease_until = NULL "
             "WHERE id = ? AND worker = ? AND state = 'running'",
-            (task.id, worker),
+            (lease.task.id, lease.attempt.worker),
         )
 
     def is_drained(self, shift: Shift) -> bool:
@@ -265,10 +249,11 @@ class SqliteExecutor(Executor):
             ).fetchone()
         return row is None
 
-    def _renew(self, worker: str) -> None:
+    def renew(self, worker: str, held: Sequence[Lease]) -> None:
+        """Put off the end of a worker's leases."""
         self._change(
             "UPDATE tasks SET lease_until = ? WHERE state = 'running' AND worker = ?",
-            (time.time() + LEASE_SECONDS, worker),
+            (time.time() + leases.LEASE_SECONDS, worker),
         )
 
     def _change(self, statement: str, values: tuple[object, ...]) -> int:
@@ -292,51 +277,6 @@ class SqliteExecutor(Executor):
             if connection is not None and connection.in_transaction:
                 connection.rollback()
             raise QueueError(f"queue: {self._path}: {error}") from error
-
-
-class _Loop:
-    """Takes tasks one after another; several threads run the same loop."""
-
-    def __init__(self, queue: SqliteExecutor, handler: Handler, shift: Shift) -> None:
-        self._queue, self._handler, self._shift = queue, handler, shift
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            while self._shift.may_start():
-                begun = self._queue.take(self._shift)
-                if begun is None:
-                    if self._shift.burst and self._queue.is_drained(self._shift):
-                        return
-                    self._shift.stopping.wait(POLL_SECONDS)
-                    continue
-                self._run_one(*begun)
-        except Exception as error:
-            self.error = error
-            self._shift.stopping.set()
-
-    def _set_aside(self, job: str, error: Exception) -> None:
-        """Leave a job that cannot be done; stop if there is no other."""
-        if job not in self._shift.set_aside:
-            self._shift.set_aside.add(job)
-            log.error("%s", error)
-        self.error = error
-        if self._shift.job is not None or self._queue.is_drained(self._shift):
-            self._shift.stopping.set()
-
-    def _run_one(self, task: Task, attempt: Attempt) -> None:
-        started = time.time()
-        try:
-            self._handler(task, attempt)
-        except (JobError, ModelError) as error:
-            self._queue.hand_back(task, attempt.worker)
-            self._set_aside(task.job, error)
-        except (Exception, SystemExit):
-            # The handler has recorded it in the ledger; the queue only counts.
-            self._queue.fail(task, attempt)
-        else:
-            self._queue.finish(task, attempt.worker)
-        self._shift.longest = max(self._shift.longest, time.time() - started)
 
 
 def _choice(shift: Shift) -> tuple[str, dict[str, str]]:

@@ -75,7 +75,7 @@ def job_status(
 ) -> Status:
     """Look at ledger and queue once. Raises OSError as the storage does."""
     recent = folder.newest("infer", RECENT_COMMITS)
-    done, finalized = recent.total, folder.newest("finalize", 0).total
+    done, finalized = recent.total, folder.count("finalize")
     counts, running, lost = Counts(), [], []
     if executor is not None:
         try:

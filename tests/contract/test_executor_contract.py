@@ -14,14 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 import pytest
+import redis
 
 from chunkq.errors import JobError, ModelError, QueueError
-from chunkq.executors import open_executor
+from chunkq.executors import leases, open_executor
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Executor, Handler, Shift
+from chunkq.executors.rq.executor import queue_name
 from chunkq.tasks import ENTRY_POINTS, Task
 
 PATIENCE = 30.0
@@ -35,13 +36,11 @@ JOB, OTHER_JOB = "/data/brain.zarr.chunkq", "s3://bucket/rock.zarr.chunkq"
 class Backend:
     """How to make a fresh queue of one kind, and to reach behind its back.
 
-    `lease` is the module and name of the constant that says how long (s) a silent worker keeps
-    its tasks; `smuggle(url, message)` puts a raw message on the queue.
+    `smuggle(url, message)` puts a raw message on the queue.
     """
 
     name: str
-    make_url: Callable[[Path], str]
-    lease: tuple[str, str]
+    make_url: Callable[[Path, pytest.FixtureRequest], str]
     smuggle: Callable[[str, str | bytes], None]
 
 
@@ -52,13 +51,22 @@ def smuggle_into_sqlite(url: str, message: str | bytes) -> None:
     database.close()
 
 
+def smuggle_into_redis(url: str, message: str | bytes) -> None:
+    with redis.Redis.from_url(url) as client:
+        name, task_id = queue_name(JOB), os.urandom(4).hex()
+        client.hset(f"rq:job:{task_id}", mapping={"status": "queued", "data": message})
+        client.rpush(f"rq:queue:{name}", task_id)
+        client.zadd("chunkq:queues", {name: 1})
+        client.hset("chunkq:jobs", name, JOB)
+
+
 BACKENDS = (
     Backend(
         "sqlite",
-        lambda folder: f"sqlite://{folder / 'queue.db'}",
-        ("chunkq.executors.sqlite", "LEASE_SECONDS"),
+        lambda folder, request: f"sqlite://{folder / 'queue.db'}",
         smuggle_into_sqlite,
     ),
+    Backend("rq", lambda folder, request: request.getfixturevalue("redis").url, smuggle_into_redis),
 )
 
 
@@ -69,8 +77,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 @pytest.fixture
-def url(backend: Backend, tmp_path: Path) -> str:
-    return backend.make_url(tmp_path)
+def url(backend: Backend, tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    return backend.make_url(tmp_path, request)
 
 
 @pytest.fixture
@@ -167,7 +175,7 @@ def hand(url: str, shift: Shift, then: Handler = lambda task, attempt: None) -> 
         helper.end()
 
 
-def vanish_holding(url: str, worker: str, lease: tuple[str, str] | None = None) -> None:
+def vanish_holding(url: str, worker: str, lease: float | None = None) -> None:
     """Begin one task in another process and die with it, as if killed."""
     process = SPAWN.Process(target=begin_and_die, args=(url, worker, lease))
     process.start()
@@ -175,9 +183,9 @@ def vanish_holding(url: str, worker: str, lease: tuple[str, str] | None = None) 
     assert process.exitcode == 9
 
 
-def begin_and_die(url: str, worker: str, lease: tuple[str, str] | None) -> None:
+def begin_and_die(url: str, worker: str, lease: float | None) -> None:
     if lease is not None:
-        setattr(import_module(lease[0]), lease[1], SHORT_LEASE)
+        leases.LEASE_SECONDS = lease
     open_executor(url).work(lambda task, attempt: os._exit(9), Shift(worker))
 
 
@@ -453,11 +461,11 @@ def test_a_worker_told_to_stop_hands_back_without_counting_however_often_it_is_s
 
 
 def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
-    queue: Executor, url: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    queue: Executor, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module(backend.lease[0]), backend.lease[1], SHORT_LEASE)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
     queue.submit(tasks(1))
-    vanish_holding(url, "dead", backend.lease)
+    vanish_holding(url, "dead", SHORT_LEASE)
     wait_until(lambda: queue.counts(JOB) == Counts(queued=1), "the lease has run out")
     assert queue.running(JOB) == []
     diary = Diary()
@@ -467,9 +475,9 @@ def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
 
 
 def test_a_long_task_keeps_its_lease_as_long_as_its_worker_lives(
-    queue: Executor, url: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    queue: Executor, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module(backend.lease[0]), backend.lease[1], SHORT_LEASE)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
     queue.submit(tasks(1))
     with hand(url, burst("slow"), lambda task, attempt: time.sleep(3 * SHORT_LEASE)) as slow:
         wait_until(lambda: slow.diary.begun, "the task is begun")
@@ -620,14 +628,18 @@ def test_a_message_that_is_no_task_of_ours_is_refused(message: str | bytes) -> N
 
 
 @pytest.mark.parametrize("name", ["a pickle", "a dotted path", "an entry point", "far too deep"])
-def test_a_foreign_message_on_the_queue_is_never_run(
-    queue: Executor, url: str, backend: Backend, name: str
+def test_a_foreign_message_on_the_queue_is_never_run_and_hinders_nothing(
+    queue: Executor, url: str, backend: Backend, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.smuggle(url, FOREIGN[name])
+    queue.submit(tasks(1))
     diary = Diary()
-    with pytest.raises(QueueError, match="not a chunkq task"):
-        queue.work(diary, burst())
-    assert diary.begun == []
+    queue.work(diary, burst())
+    assert diary.tasks == tasks(1)
+    assert queue.jobs() == {}
+    [record] = [r for r in caplog.records if "not a chunkq task" in r.getMessage()]
+    assert record.levelname == "ERROR"
+    assert len(record.getMessage()) < 1000
 
 
 def test_only_two_kinds_of_task_exist_and_both_lead_into_this_project() -> None:

@@ -122,9 +122,9 @@ LEASE_HOOK = """
 import os
 
 if "TEST_LEASE" in os.environ:
-    import chunkq.executors.sqlite
+    import chunkq.executors.leases
 
-    chunkq.executors.sqlite.LEASE_SECONDS = float(os.environ["TEST_LEASE"])
+    chunkq.executors.leases.LEASE_SECONDS = float(os.environ["TEST_LEASE"])
 """
 
 JOB: dict[str, Any] = {

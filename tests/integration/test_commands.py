@@ -238,7 +238,7 @@ def test_retry_queues_what_failed_and_nothing_else(bench: Bench) -> None:
     for _ in range(3):
         begun = queue.take(Shift("unlucky"))
         assert begun is not None
-        queue.fail(*begun)
+        queue.fail(begun, ValueError("unlucky"))
     found = json.loads(bench.here("status", "out.zarr", "--json").ok().out)
     assert found["failed"] + found["queued"] == 6
     queue.close()

@@ -93,7 +93,7 @@ def queued(bench: Bench) -> set[tuple[int, ...]]:
     """What is on the queue, taken off it."""
     queue, shift, found = SqliteExecutor(f"sqlite://{bench.queue}"), Shift("test"), set()
     while begun := queue.take(shift):
-        found.add(begun[0].chunk)
+        found.add(begun.task.chunk)
     queue.cancel(str(bench.job_folder))
     queue.close()
     return found

@@ -47,7 +47,7 @@ try:
         from chunkq.executors.base import Shift
         queue = open_executor(orders["queue"])
         while taken := queue.take(Shift(orders["worker"])):
-            born["tasks"].append([taken[0].id, taken[1].number])
+            born["tasks"].append([taken.task.id, taken.attempt.number])
         queue.close()
     time.sleep(float(os.environ.get("FAKE_LIVES", "0")))
     while number == 0 and len(glob.glob(home + "/child-*/born")) < int(

@@ -14,10 +14,11 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from chunkq.errors import ChunkqError, QueueError
+from chunkq.errors import ChunkqError, OverrunError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, Shift
 
@@ -25,6 +26,9 @@ EXIT_REFUSED = 4
 """Every chunk would fail alike, so that starting this process again is of no use."""
 EXIT_HANDED_BACK = 5
 EXIT_QUEUE_AWAY = 6
+EXIT_OVERRUN = 7
+"""A chunk hangs, and only the end of its process frees what it holds."""
+LEDGER_SECONDS = 5.0
 SAME_SIGNAL_SECONDS = 0.5
 """A signal sent to a whole process group arrives twice: directly and passed on."""
 
@@ -39,6 +43,7 @@ class Orders:
     burst: bool
     job: str | None
     deadline: float | None
+    time_limit: float | None
     quiet: bool
 
     def to_json(self) -> str:
@@ -64,6 +69,7 @@ def main() -> int:
         burst=orders.burst,
         job=orders.job,
         deadline=orders.deadline,
+        time_limit=orders.time_limit,
     )
     try:
         executor = open_executor(orders.queue)
@@ -73,6 +79,9 @@ def main() -> int:
 
         executor.work(run_task, shift)
         executor.close()
+    except OverrunError as error:
+        sys.stderr.write(f"chunkq: {error}\n")
+        _leave_hanging(error)
     except ChunkqError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"chunkq: {line}\n")
@@ -86,11 +95,26 @@ def _die_with_supervisor() -> None:
     os._exit(1)
 
 
+def _leave_hanging(error: OverrunError) -> None:
+    """End this process although threads of it hang; the ledger is told, if it does not hang too."""
+    from chunkq_worker.run import record_failure
+
+    def tell() -> None:
+        for lease in error.leases:
+            record_failure(lease.task, lease.attempt, error)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    teller.join(LEDGER_SECONDS)
+    os._exit(EXIT_OVERRUN)
+
+
 def _obey_signals(shift: Shift, executor: Executor) -> None:
     """First signal: finish what is in flight. Second: hand it back and go at once."""
 
     def leave() -> None:
-        executor.release(shift.worker, counted=False)
+        with suppress(QueueError):  # the supervisor hands back what is left
+            executor.release(shift.worker, counted=False)
         os._exit(EXIT_HANDED_BACK)
 
     told = 0.0

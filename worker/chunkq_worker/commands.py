@@ -37,6 +37,11 @@ DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
 )  # fmt: skip
 @click.option("--burst", is_flag=True, help="End when nothing is left to do.")
 @click.option("--max-time", help="Begin nothing that will not fit: seconds, or 90m, 2h, 1h30m.")
+@click.option(
+    "--time-limit",
+    help="End a process in which a chunk takes longer: seconds, or 90m, 2h; by default ten times "
+    "the longest chunk seen, at least 10 minutes.",
+)
 @click.option("--job", help="Only work on the job of this output.")
 @click.option("--allow", multiple=True, help="Only accept jobs below this path; may be repeated.")
 @click.option("-q", "--quiet", is_flag=True, help="Only say what goes wrong.")
@@ -48,6 +53,7 @@ def work(
     depth: int | None,
     burst: bool,
     max_time: str | None,
+    time_limit: str | None,
     job: str | None,
     allow: tuple[str, ...],
     quiet: bool,
@@ -62,7 +68,8 @@ def work(
         os.environ[ALLOW_VARIABLE] = "\n".join(absolute(place, Path.cwd()) for place in allow)
     url = queue_url(queue)
     taken = slots(gpus, workers)
-    deadline = None if max_time is None else time.time() + seconds_in(max_time)
+    deadline = None if max_time is None else time.time() + seconds_in("--max-time", max_time)
+    limit = None if time_limit is None else seconds_in("--time-limit", time_limit)
     executor = open_executor(url)
     if lifeline:
         threading.Thread(target=_stop_with_parent, daemon=True).start()
@@ -76,6 +83,7 @@ def work(
         burst=burst,
         job=folder,
         deadline=deadline,
+        time_limit=limit,
         quiet=quiet,
         hide_gpus=gpus == "none",
     ).run()
@@ -97,14 +105,14 @@ def _failed(executor: Executor, job: str | None) -> int:
     return sum(counts.failed for counts in executor.jobs().values())
 
 
-def seconds_in(text: str) -> float:
+def seconds_in(option: str, text: str) -> float:
     """Read `90`, `90s`, `15m`, `2h` or `1h30m` as seconds; raises JobError otherwise."""
     text = text.strip()
     if text.isdecimal():
         text += "s"
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not found or not text:
-        raise JobError(f"--max-time: {text!r} is no time; write 90, 15m, 2h or 1h30m")
+        raise JobError(f"{option}: {text!r} is no time; write 90, 15m, 2h or 1h30m")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(hours * 3600 + minutes * 60 + seconds)
 

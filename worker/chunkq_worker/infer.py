@@ -8,23 +8,39 @@ import time
 
 import numpy as np
 
-from chunkq.executors.base import Attempt
+from chunkq.executors.base import Attempt, Contribution
 from chunkq.finalize import OWN
 from chunkq.ledger import Commit
 from chunkq.opened import OpenJob, open_job
-from chunkq.plan import Chunk
+from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
 from chunkq_worker.engine import Computed, this_device
 
 
-def infer_chunk(task: Task, attempt: Attempt) -> None:
+def infer_chunk(task: Task, attempt: Attempt) -> list[Contribution]:
     """Compute one chunk unless it is committed; the commit record comes last.
 
-    Several run at once in threads: while one computes, others read and write.
+    Several run at once in threads: while one computes, others read and write. Returns the blocks
+    that the chunk is a contributor of, also if it was committed before.
     """
     job = open_job(task.job)
-    if job.folder.is_committed("infer", task.chunk):
-        return
+    if not job.folder.is_committed("infer", task.chunk):
+        _compute(job, task, attempt)
+    return _contributions(job, task.chunk)
+
+
+def _contributions(job: OpenJob, index: Index) -> list[Contribution]:
+    chunk = job.plan.chunk(index)
+    found = []
+    for block in [index, *(piece.target for piece in job.plan.leaves(chunk))]:
+        if not job.plan.has_band(block):
+            continue
+        members = job.plan.contributors(block)
+        found.append(Contribution(block, members.index(index), len(members)))
+    return found
+
+
+def _compute(job: OpenJob, task: Task, attempt: Attempt) -> None:
     chunk = job.plan.chunk(task.chunk)
     started = time.time()
     seconds: dict[str, float] = {}

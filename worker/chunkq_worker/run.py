@@ -6,9 +6,10 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import Sequence
 
 from chunkq.errors import ChunkqError, JobError, MissingJobError, ModelError
-from chunkq.executors.base import Attempt
+from chunkq.executors.base import Attempt, Contribution
 from chunkq.ledger import Failure, JobFolder
 from chunkq.paths import is_url, without_secret
 from chunkq.tasks import Task, chunk_name, entry_point
@@ -19,24 +20,26 @@ ALLOW_VARIABLE = "CHUNKQ_ALLOW"
 log = logging.getLogger("chunkq.worker")
 
 
-def run_task(task: Task, attempt: Attempt) -> None:
+def run_task(task: Task, attempt: Attempt) -> Sequence[Contribution]:
     """Run one task to its end; thread-safe, and nothing happens if it is committed.
 
-    An error is recorded in the ledger and raised again.
+    Returns the blocks that the task contributed to. An error is recorded in the ledger and raised
+    again.
     """
     _refuse_strangers(task.job)
     started = time.time()
     try:
-        entry_point(task.kind)(task, attempt)
+        contributions: Sequence[Contribution] = entry_point(task.kind)(task, attempt) or ()
     except (JobError, ModelError) as error:
         # Every chunk of the job would end like this; the worker stops and says so.
         shown = without_secret(JobFolder(task.job).output)
         raise type(error)(f"{shown}: {error}") from error
     except (Exception, SystemExit) as error:
-        _record(task, attempt, error)
+        record_failure(task, attempt, error)
         raise
     name = chunk_name(task.chunk)
     log.info("%s chunk %s done in %.1f s", task.kind, name, time.time() - started)
+    return contributions
 
 
 def _refuse_strangers(job: str) -> None:
@@ -54,7 +57,7 @@ def _real(path: str) -> str:
     return path if is_url(path) and "/../" not in path else os.path.realpath(path)
 
 
-def _record(task: Task, attempt: Attempt, error: BaseException) -> None:
+def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
     """Keep the error; a ledger that cannot be written must not hide it."""
     shown = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
-from chunkq.executors.base import Executor
+from chunkq.errors import QueueError
+from chunkq.executors.base import Executor, WorkerName
 from chunkq.paths import without_secret
 from chunkq_worker.birth import child_settings
-from chunkq_worker.child import EXIT_REFUSED, Orders
+from chunkq_worker.child import EXIT_OVERRUN, EXIT_QUEUE_AWAY, EXIT_REFUSED, Orders
 from chunkq_worker.devices import VISIBLE, Slot, cores
 
 POLL_SECONDS = 0.1
@@ -25,6 +24,10 @@ INSTANT_DEATH_SECONDS = 10.0
 INSTANT_DEATHS_ALLOWED = 5
 BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
+QUEUE_PATIENCE_SECONDS = 600.0
+"""How long children are started again while the queue is away."""
+HAND_BACK_SECONDS = 1.0
+"""Between tries to tell an absent queue what a child has let go."""
 
 
 @dataclass
@@ -37,6 +40,8 @@ class _Place:
     started: float = 0.0
     not_before: float = 0.0
     deaths: int = 0
+    away_since: float | None = None
+    absences: int = 0
     done: bool = False
     gave_up: bool = False
 
@@ -52,10 +57,13 @@ class Supervisor:
     burst: bool = False
     job: str | None = None
     deadline: float | None = None
+    time_limit: float | None = None
     quiet: bool = False
     hide_gpus: bool = False
     _signals: int = field(default=0, init=False)
     _passed_on: int = field(default=0, init=False)
+    _owed: dict[str, bool] = field(default_factory=dict, init=False)
+    _owed_next: float = field(default=0.0, init=False)
 
     def run(self) -> int:
         """Return 0 when all children ended well, 1 when some could not go on."""
@@ -69,6 +77,8 @@ class Supervisor:
                 for place in places:
                     self._tend(place)
                 self._pass_on_signals(places)
+                if self._owed and time.time() >= self._owed_next:
+                    self._pay()
                 time.sleep(POLL_SECONDS)
             return 1 if any(place.gave_up for place in places) else 0
         finally:
@@ -101,29 +111,66 @@ class Supervisor:
             return
         _let_go(place)
         if code == 0 or self._signals:
-            self.executor.release(place.worker, counted=False)
+            self._hand_back(place.worker, counted=False)
             place.done = True
         elif code == EXIT_REFUSED:
-            self.executor.release(place.worker, counted=False)
+            self._hand_back(place.worker, counted=False)
             place.done = place.gave_up = True
+        elif code == EXIT_QUEUE_AWAY:
+            self._after_absence(place)
         else:
             self._after_death(place, code)
 
     def _after_death(self, place: _Place, code: int) -> None:
-        returned = self.executor.release(place.worker)
+        returned = self._hand_back(place.worker, counted=True)
         instant = time.time() - place.started < INSTANT_DEATH_SECONDS
         place.deaths = place.deaths + 1 if instant else 1
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        if code == EXIT_OVERRUN:
+            how = "was ended because it hung"
         self._say(f"worker {place.worker} {how}; {returned} chunks handed back")
         if place.deaths >= INSTANT_DEATHS_ALLOWED:
             self._say(f"gave up after {place.deaths} deaths within seconds of starting")
             place.done = place.gave_up = True
             return
-        wait = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** (place.deaths - 1))
-        place.not_before = time.time() + wait
+        self._wait(place, place.deaths)
+
+    def _after_absence(self, place: _Place) -> None:
+        """Start a child again that lost the queue: a queue comes back, and nobody is to watch."""
+        self._hand_back(place.worker, counted=False)
+        now = time.time()
+        if place.away_since is None or now - place.started > INSTANT_DEATH_SECONDS:
+            place.away_since, place.absences = now, 0
+        elif now - place.away_since > QUEUE_PATIENCE_SECONDS:
+            self._say("gave up: the queue stays away")
+            place.done = place.gave_up = True
+            return
+        place.absences += 1
+        self._wait(place, place.absences)
+
+    def _wait(self, place: _Place, times: int) -> None:
+        pause = BACKOFF_SECONDS * 2 ** min(times - 1, 10)
+        place.not_before = time.time() + min(LONGEST_BACKOFF_SECONDS, pause)
+
+    def _hand_back(self, worker: str, *, counted: bool) -> int:
+        """Return a child's chunks to the queue, later if that is away now; returns how many."""
+        try:
+            return self.executor.release(worker, counted=counted)
+        except QueueError:
+            self._owed[worker] = counted
+            self._owed_next = time.time() + HAND_BACK_SECONDS
+            return 0
+
+    def _pay(self) -> None:
+        """Hand back what an absent queue could not be told; if it never is, leases run out."""
+        owed, self._owed = self._owed, {}
+        for worker, counted in owed.items():
+            returned = self._hand_back(worker, counted=counted)
+            if returned:
+                self._say(f"worker {worker}: {returned} chunks handed back")
 
     def _start(self, place: _Place) -> None:
-        place.worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        place.worker = WorkerName.new(place.slot.gpu or "cpu").text
         place.started = time.time()
         orders = Orders(
             queue=self.queue,
@@ -132,6 +179,7 @@ class Supervisor:
             burst=self.burst,
             job=self.job,
             deadline=self.deadline,
+            time_limit=self.time_limit,
             quiet=self.quiet,
         )
         environment = {**os.environ, **child_settings(max(1, cores() // len(self.slots)))}
@@ -174,7 +222,9 @@ class Supervisor:
                 place.process.kill()
                 place.process.wait()
                 _let_go(place)
-                self.executor.release(place.worker, counted=False)
+                self._hand_back(place.worker, counted=False)
+        if self._owed:
+            self._pay()
 
     def _say(self, line: str) -> None:
         sys.stderr.write(f"chunkq: {line}\n")

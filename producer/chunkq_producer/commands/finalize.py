@@ -14,15 +14,26 @@ from chunkq.opened import OpenJob
 from chunkq.paths import without_secret
 from chunkq.progress import Meter
 from chunkq.tasks import chunk_name
-from chunkq_producer.commands.options import job_at, json_option, output_argument
+from chunkq_producer import distribute as distribution
+from chunkq_producer.commands.options import (
+    job_at,
+    json_option,
+    output_argument,
+    queue_of,
+    queue_option,
+)
 from chunkq_producer.watch import duration
 
 
 @click.command()
 @output_argument
 @click.option("--allow-missing", is_flag=True, help="Seal although chunks are missing.")
+@click.option("--distribute", is_flag=True, help="Have the workers on the queue do it.")
+@queue_option
 @json_option
-def finalize(output: str, allow_missing: bool, as_json: bool) -> None:
+def finalize(
+    output: str, allow_missing: bool, distribute: bool, queue: str | None, as_json: bool
+) -> None:
     """Complete the blocks that several chunks share and seal OUTPUT.
 
     Exits with 3 and the list of chunks if some are not computed yet. With --allow-missing the
@@ -30,6 +41,8 @@ def finalize(output: str, allow_missing: bool, as_json: bool) -> None:
     """
     job = job_at(output)
     try:
+        if distribute:
+            with_workers(job, queue, allow_missing=allow_missing)
         report = complete(job, allow_missing=allow_missing)
     except IncompleteError as error:
         if as_json:
@@ -40,6 +53,14 @@ def finalize(output: str, allow_missing: bool, as_json: bool) -> None:
         click.echo(json.dumps(report, indent=1))
     else:
         tell(job, report)
+
+
+def with_workers(job: OpenJob, queue: str | None, *, allow_missing: bool) -> None:
+    """Put the blocks on the job's queue and wait until workers have completed them."""
+    executor = queue_of(queue, job.record.job.queue)
+    with Meter("workers complete blocks") as meter:
+        distribution.distribute(job, executor, allow_missing=allow_missing, progress=meter)
+    executor.close()
 
 
 def complete(job: OpenJob, *, allow_missing: bool = False) -> dict[str, Any]:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 import click
 from rich.console import Console
 from rich.live import Live
 
 from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
-from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
+from chunkq.executors import BACKENDS, QUEUE_VARIABLE, open_executor, queue_url
 from chunkq.job import load_job
 from chunkq.opened import open_job
 from chunkq.progress import Meter
@@ -35,7 +35,8 @@ from chunkq_producer.probe import probe
 from chunkq_producer.watch import one_line, screen
 
 REFRESH_SECONDS = 0.5
-ENGINES = ("sqlite",)
+ENGINES = MappingProxyType({"sqlite": "sqlite://", "rq": "redis://127.0.0.1:6379/0"})
+"""Name for --executor -> the queue to use where none is named."""
 
 
 class InterruptedRunError(ChunkqError):
@@ -46,7 +47,7 @@ class InterruptedRunError(ChunkqError):
 
 @click.command()
 @job_argument
-@click.option("-e", "--executor", "engine", type=click.Choice(ENGINES), help="Kind of queue.")
+@click.option("-e", "--executor", "engine", type=click.Choice(list(ENGINES)), help="Kind of queue.")
 @queue_option
 @input_option
 @output_option
@@ -69,9 +70,7 @@ def run(
     checked = load_job(job, input=input_, output=output)
     prepared = submit.prepare(checked)
     submit.check_place(prepared, overwrite=overwrite)
-    url = queue_url(queue, checked.queue)
-    if engine is not None and not url.startswith(f"{engine}:"):
-        raise JobError(f"--executor: {engine} does not fit the queue {url.partition(':')[0]}://")
+    url = _queue(engine, queue, checked.queue)
     console = Console(stderr=True)
     with console.status("trying the network on one batch"):
         tried = probe(prepared.record)
@@ -98,6 +97,19 @@ def run(
         _explain_failures(look, console)
     executor.close()
     tell(opened, complete(opened))
+
+
+def _queue(engine: str | None, given: str | None, of_job: str | None) -> str:
+    """Return the queue's URL; raises JobError if it is not of the kind asked for."""
+    if engine is None:
+        return queue_url(given, of_job)
+    named = given or os.environ.get(QUEUE_VARIABLE) or of_job
+    if named is None:
+        return queue_url(None if engine == "sqlite" else ENGINES[engine])
+    scheme = named.partition("://")[0]
+    if BACKENDS.get(scheme) != BACKENDS[ENGINES[engine].partition("://")[0]]:
+        raise JobError(f"--executor: {engine} does not fit the queue {scheme}://")
+    return named
 
 
 def _explain_failures(look: Look, console: Console) -> None:

@@ -1,0 +1,259 @@
+"""How a worker works off a queue that leases tasks: the rules, whatever the queue is kept in."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from chunkq.errors import JobError, ModelError, OverrunError, SameFailureError
+from chunkq.executors.base import Attempt, Executor, Handler, Shift
+from chunkq.paths import without_secret
+from chunkq.tasks import Task, chunk_name
+
+log = logging.getLogger("chunkq.queue")
+
+LEASE_SECONDS = 20.0
+"""A worker that is silent for this long has lost what it held."""
+SHORTEST_POLL, LONGEST_POLL = 0.1, 1.0
+"""Seconds between looks at an empty queue: the longer it is empty, the fewer."""
+
+FIRST_TIME_LIMIT = 3600.0
+"""What a job's first task in a process may take (s): it loads the network too."""
+LEAST_TIME_LIMIT = 600.0
+TIME_LIMIT_FACTOR = 10.0
+"""A task may take this many times as long as the longest one seen."""
+
+ALIKE_AT_FIRST, ALIKE_LATER = 5, 25
+"""So many chunks failing alike in a row end a job for a worker: before its first success, after.
+
+After a success the cause may well lie in a region of the volume; the other chunks are worth it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A task begun: by whom, since when (s, Unix), and the queue's name for this one attempt."""
+
+    task: Task
+    attempt: Attempt
+    token: str = ""
+    since: float = field(default_factory=time.time)
+
+
+class LeaseQueue(Executor):
+    """A queue of which a worker leases tasks, and that it must tell again and again it lives.
+
+    Ending a lease that is another's by now changes nothing.
+    """
+
+    @abstractmethod
+    def take(self, shift: Shift) -> Lease | None:
+        """Begin one task, or return None if there is none to begin now."""
+
+    @abstractmethod
+    def finish(self, lease: Lease) -> None:
+        """Take a finished task off the queue."""
+
+    @abstractmethod
+    def fail(self, lease: Lease, error: BaseException) -> None:
+        """End an attempt without success: the task waits behind all others, or is failed."""
+
+    @abstractmethod
+    def hand_back(self, lease: Lease) -> None:
+        """Put a task back as if it had not been begun."""
+
+    @abstractmethod
+    def is_drained(self, shift: Shift) -> bool:
+        """Tell whether what a shift works on has neither queued nor running tasks."""
+
+    @abstractmethod
+    def renew(self, worker: str, held: Sequence[Lease]) -> None:
+        """Say that a worker lives and still works on what it holds."""
+
+    @contextmanager
+    def on_duty(self, shift: Shift) -> Iterator[None]:
+        """Announce a worker to whoever watches the queue, and its leaving."""
+        yield
+
+    def work(self, handler: Handler, shift: Shift) -> None:
+        """Run `shift.depth` loops side by side, and a heartbeat that renews their leases."""
+        crew = _Crew(self, handler, shift)
+        threads = [
+            threading.Thread(target=crew.loop, name=f"chunk-{n}", daemon=True)
+            for n in range(shift.depth)
+        ]
+        with self.on_duty(shift):
+            for thread in threads:
+                thread.start()
+            try:
+                while any(thread.is_alive() for thread in threads):
+                    self.renew(shift.worker, crew.held())
+                    crew.look_for_overrun()
+                    _join(threads, crew.rest())
+            finally:
+                shift.stopping.set()
+        if crew.error is not None:
+            raise crew.error
+
+
+@dataclass
+class _Record:
+    """What a worker has learned about one job."""
+
+    longest: float | None = None
+    cause: tuple[str, str] | None = None
+    alike: set[tuple[int, ...]] = field(default_factory=set)
+
+    def succeeded(self, seconds: float) -> None:
+        self.longest = max(self.longest or 0.0, seconds)
+        self.cause = None
+        self.alike.clear()
+
+    def is_hopeless_after(self, task: Task, error: BaseException) -> bool:
+        """Note a failure; tell whether so many chunks failed alike that the job is given up."""
+        # Coordinates differ from chunk to chunk; the cause is what stands before the digits.
+        cause = type(error).__name__, "".join("#" if c.isdigit() else c for c in str(error))
+        if cause != self.cause:
+            self.cause = cause
+            self.alike.clear()
+        self.alike.add(task.chunk)
+        return len(self.alike) >= (ALIKE_AT_FIRST if self.longest is None else ALIKE_LATER)
+
+    @property
+    def time_limit(self) -> float:
+        if self.longest is None:
+            return FIRST_TIME_LIMIT
+        return max(LEAST_TIME_LIMIT, TIME_LIMIT_FACTOR * self.longest)
+
+
+class _Crew:
+    """The loops of one worker: what they hold, and what they have learned about the jobs."""
+
+    def __init__(self, queue: LeaseQueue, handler: Handler, shift: Shift) -> None:
+        self._queue, self._handler, self._shift = queue, handler, shift
+        self._held: dict[int, Lease] = {}
+        self._jobs: defaultdict[str, _Record] = defaultdict(_Record)
+        self._lock = threading.Lock()
+        self.error: Exception | None = None
+
+    def held(self) -> list[Lease]:
+        with self._lock:
+            return list(self._held.values())
+
+    def rest(self) -> float:
+        """Return how long (s) the heartbeat may wait."""
+        limit = self._shift.time_limit
+        return LEASE_SECONDS / 3 if limit is None else min(LEASE_SECONDS, limit) / 3
+
+    def loop(self) -> None:
+        """Take tasks one after another; several threads run this."""
+        pause = SHORTEST_POLL
+        try:
+            while self._shift.may_start():
+                lease = self._queue.take(self._shift)
+                if lease is not None:
+                    self._run(lease)
+                    pause = SHORTEST_POLL
+                    continue
+                if self._shift.burst and self._queue.is_drained(self._shift):
+                    return
+                self._shift.stopping.wait(pause)
+                pause = min(LONGEST_POLL, 1.5 * pause)
+        except Exception as error:
+            self.error = error
+            self._shift.stopping.set()
+
+    def look_for_overrun(self) -> None:
+        """Raise OverrunError if a task is over its limit, and let go of all that is held."""
+        now, held = time.time(), self.held()
+        over = [lease for lease in held if now - lease.since > self._limit(lease.task.job)]
+        if not over:
+            return
+        self._shift.stopping.set()
+        named = ", ".join(chunk_name(lease.task.chunk) for lease in over)
+        error = OverrunError(
+            f"{over[0].task.kind} chunk {named} ran for more than its time limit of "
+            f"{self._limit(over[0].task.job):.0f} s; this process ends, the chunk is tried again",
+            over,
+        )
+        for lease in held:
+            if lease in over:
+                self._queue.fail(lease, error)
+            else:
+                self._queue.hand_back(lease)
+        raise error
+
+    def _limit(self, job: str) -> float:
+        fixed = self._shift.time_limit
+        return self._jobs[job].time_limit if fixed is None else fixed
+
+    def _run(self, lease: Lease) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            self._held[me] = lease
+        try:
+            self._run_one(lease)
+        finally:
+            with self._lock:
+                del self._held[me]
+            took = time.time() - lease.since
+            self._shift.longest = max(self._shift.longest, took)
+
+    def _run_one(self, lease: Lease) -> None:
+        record = self._jobs[lease.task.job]
+        try:
+            contributions = self._handler(lease.task, lease.attempt)
+        except (JobError, ModelError) as error:
+            self._queue.hand_back(lease)
+            self._set_aside(lease.task.job, error)
+        except (Exception, SystemExit) as error:
+            # The handler has recorded it in the ledger; the queue only counts.
+            self._queue.fail(lease, error)
+            if record.is_hopeless_after(lease.task, error):
+                self._set_aside(lease.task.job, _same_failure(lease.task, record, error))
+        else:
+            if contributions:
+                self._complete(lease, self._queue.note(lease.task.job, contributions))
+            record.succeeded(time.time() - lease.since)
+            self._queue.finish(lease)
+
+    def _complete(self, lease: Lease, blocks: Sequence[Task]) -> None:
+        """Complete the blocks that a chunk was the last to contribute to."""
+        for block in blocks:
+            try:
+                self._handler(block, lease.attempt)
+            except Exception:
+                # It is in the ledger, and the finalizer comes by in any case.
+                log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
+
+    def _set_aside(self, job: str, error: Exception) -> None:
+        """Leave a job that cannot be done; stop if there is no other."""
+        if job not in self._shift.set_aside:
+            self._shift.set_aside.add(job)
+            log.error("%s", error)
+        self.error = error
+        if self._shift.job is not None or self._queue.is_drained(self._shift):
+            self._shift.stopping.set()
+
+
+def _same_failure(task: Task, record: _Record, error: BaseException) -> SameFailureError:
+    shown = str(error) or type(error).__name__
+    output = without_secret(task.job).removesuffix(".chunkq")
+    return SameFailureError(
+        f"{output}: {len(record.alike)} chunks in a row failed alike "
+        f"({type(error).__name__}: {shown.splitlines()[0][:300]}), so the worker leaves this job; "
+        "`chunkq status` has the traceback; mend the cause, then work again"
+    )
+
+
+def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
+    """Wait for threads to end, for so many seconds at most."""
+    until = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))

@@ -1,0 +1,289 @@
+"""Tasks as RQ jobs: one RQ queue per chunkq job, all of them in one Redis database.
+
+Reading goes through plain commands, every change through one Lua script. RQ's own worker moves
+a job in several steps and deletes it by name; killed between two steps, or woken after its
+lease, it would hold up or end what is another's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from rq import Queue, SimpleWorker
+from rq.job import Job
+from rq.results import Result
+from rq.serializers import JSONSerializer
+from rq.utils import now, utcformat, utcparse
+from rq.worker_registration import clean_worker_registry, register
+
+from chunkq.errors import QueueError
+from chunkq.executors import leases
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Contribution, Counts, Running, Shift
+from chunkq.executors.leases import Lease, LeaseQueue
+from chunkq.executors.rq.connect import asking, connect
+from chunkq.executors.rq.scripts import Scripts
+from chunkq.tasks import Task, job_key
+
+log = logging.getLogger("chunkq.queue")
+
+BATCH = 1000
+"""Tasks that one script queues, and so the longest that others wait for it: some 10 ms."""
+MOST_QUEUED = 1_000_000
+"""Queued tasks of one job beyond which its producer waits for workers; about 500 MB."""
+WORKER_TTL = 60
+ORDER, JOBS = "chunkq:queues", "chunkq:jobs"
+
+
+class RqExecutor(LeaseQueue):
+    """`redis://`, `rediss://` for TLS, or `unix://`; any number of hosts."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._quick = connect(url)
+        self._ask = Scripts(self._quick)
+        self._card: SimpleWorker | None = None
+        with asking(url):
+            self._quick.ping()
+
+    @cached_property
+    def _steady(self) -> Scripts:
+        """For workers and long filling: waits while the server is away."""
+        return Scripts(connect(self.url, patient=True))
+
+    def submit(self, tasks: Iterable[Task]) -> int:
+        """Queue tasks a thousand at a time; waits for workers while very many are queued."""
+        queued, stream = 0, iter(tasks)
+        while batch := list(islice(stream, BATCH)):
+            by_job: dict[str, list[Task]] = {}
+            for task in batch:
+                by_job.setdefault(task.job, []).append(task)
+            for job, some in by_job.items():
+                pairs = [part for task in some for part in (task.id, _message(task))]
+                arguments = (queue_name(job), job, utcformat(now()), MAX_ATTEMPTS, *pairs)
+                with asking(self.url):
+                    fresh, waiting = self._ask("submit", *arguments)
+                queued += fresh
+                if waiting >= MOST_QUEUED:
+                    self._wait_for_workers(job)
+        return queued
+
+    def counts(self, job: str) -> Counts:
+        """Count a job's tasks by state; one whose lease ran out waits again."""
+        with asking(self.url):
+            return Counts(*self._ask("counts", queue_name(job)))
+
+    def jobs(self) -> dict[str, Counts]:
+        """Count the tasks of every job on the queue."""
+        with asking(self.url):
+            found = _texts(self._quick.hvals(JOBS))
+        counted = {job: self.counts(job) for job in sorted(found)}
+        return {job: counts for job, counts in counted.items() if counts != Counts()}
+
+    def running(self, job: str) -> list[Running]:
+        """List a job's tasks whose lease holds."""
+        name = queue_name(job)
+        with asking(self.url):
+            seconds, micros = self._quick.time()
+            held = self._quick.zrangebyscore(f"rq:wip:{name}", seconds + micros / 1e6, "+inf")
+            ids = [entry.rpartition(":")[0] for entry in _texts(held)]
+            rows = self._fields(ids, "data", "worker_name", "started_at")
+        return [
+            Running(task, (worker or b"").decode(), utcparse(since.decode()).timestamp())
+            for message, worker, since in rows
+            if since and (task := _task(message)) is not None
+        ]
+
+    def failed(self, job: str) -> list[Task]:
+        """List a job's failed tasks."""
+        with asking(self.url):
+            ids = _texts(self._quick.zrange(f"rq:failed:{queue_name(job)}", 0, -1))
+            rows = self._fields(ids, "data")
+        return [task for (message,) in rows if (task := _task(message)) is not None]
+
+    def retry(self, job: str) -> int:
+        """Queue a job's failed tasks afresh."""
+        return self._in_parts("retry", queue_name(job), MAX_ATTEMPTS, BATCH)
+
+    def cancel(self, job: str) -> int:
+        """Take a job off the queue."""
+        return self._in_parts("cancel", queue_name(job), BATCH)
+
+    def release(self, worker: str, *, counted: bool = True) -> int:
+        """End a worker's leases; its tasks are nobody's then, so saying it twice counts once."""
+        with asking(self.url):
+            held = self._ask("held", worker)
+            if not held:
+                return 0
+            stamp = utcformat(now())
+            return int(self._ask("give_back", int(counted), stamp, worker, *held))
+
+    def note(self, job: str, contributions: Sequence[Contribution]) -> list[Task]:
+        """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
+        marks = [
+            part for c in contributions for part in ("_".join(map(str, c.block)), c.member, c.of)
+        ]
+        with asking(self.url):
+            complete = self._steady("note", queue_name(job), *marks)
+        return [Task("finalize", job, tuple(map(int, b.split(b"_")))) for b in complete]
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._quick.close()
+        if "_steady" in self.__dict__:
+            self._steady.close()
+
+    def take(self, shift: Shift) -> Lease | None:
+        """Begin one task, or return None if there is none to begin now."""
+        while True:
+            attempt, stamp = uuid.uuid4().hex, utcformat(now())
+            with asking(self.url):
+                begun = self._steady(
+                    "take", shift.worker, stamp, attempt, leases.LEASE_SECONDS, *_choice(shift)
+                )
+            if begun is None:
+                return None
+            name, task_id, message, left = begun
+            task = _task(message)
+            if task is not None and task.id.encode() == task_id:
+                number = max(1, MAX_ATTEMPTS - int(left))
+                return Lease(task, Attempt(number, shift.worker), attempt)
+            log.error("dropped from the queue: not a chunkq task: %r", message[:200])
+            with asking(self.url):
+                self._steady("finish", name, task_id, attempt, shift.worker, 0)
+
+    def finish(self, lease: Lease) -> None:
+        """Take a finished task off the queue."""
+        took = time.time() - lease.since
+        with asking(self.url):
+            self._steady("finish", *_names(lease), lease.attempt.worker, took)
+
+    def fail(self, lease: Lease, error: BaseException) -> None:
+        """End an attempt; after the last one RQ's tools show the traceback."""
+        stamp, worker = utcformat(now()), lease.attempt.worker
+        with asking(self.url):
+            ended = self._steady("give_back", 1, stamp, worker, *_names(lease))
+            if ended and lease.attempt.is_last:
+                job = Job(lease.task.id, self._quick, JSONSerializer)
+                told = "".join(traceback.format_exception(error))
+                Result.create_failure(job, -1, told, worker_name=worker)
+
+    def hand_back(self, lease: Lease) -> None:
+        """Put a task back as if it had not been begun."""
+        with asking(self.url):
+            self._steady("give_back", 0, utcformat(now()), lease.attempt.worker, *_names(lease))
+
+    def is_drained(self, shift: Shift) -> bool:
+        """Tell whether what a shift works on has neither queued nor running tasks."""
+        with asking(self.url):
+            return bool(self._steady("drained", *_choice(shift)))
+
+    def renew(self, worker: str, held: Sequence[Lease]) -> None:
+        """Put off the end of leases, and let RQ's tools see that the worker lives."""
+        with asking(self.url):
+            names = [part for lease in held for part in _names(lease)]
+            self._steady("renew", leases.LEASE_SECONDS, *names)
+            if self._card is not None:
+                self._show(self._card, idle=not held)
+
+    @contextmanager
+    def on_duty(self, shift: Shift) -> Iterator[None]:
+        """Be listed among RQ's workers."""
+        with asking(self.url):
+            card = self._card = SimpleWorker(
+                [],
+                name=shift.worker,
+                connection=connect(self.url, patient=True),
+                serializer=JSONSerializer,
+                worker_ttl=WORKER_TTL,
+            )
+            card.register_birth()
+        try:
+            yield
+        finally:
+            self._card = None
+            with suppress(QueueError), asking(self.url):
+                card.register_death()
+            card.connection.close()
+
+    def _show(self, card: SimpleWorker, *, idle: bool) -> None:
+        """Refresh a worker's entry; written anew each time, as Redis may have been emptied."""
+        names = _texts(card.connection.zrange(ORDER, 0, -1))
+        card.queues = [Queue(n, connection=card.connection) for n in names]
+        for queue in card.queues:
+            clean_worker_registry(queue)
+        with card.connection.pipeline() as pipeline:
+            card.heartbeat(pipeline=pipeline)
+            pipeline.hset(card.key, mapping=card.serialize())
+            pipeline.expire(card.key, WORKER_TTL + 60)
+            register(card, pipeline)
+            if idle:
+                card.set_state("idle", pipeline=pipeline)
+                card.set_current_job_id(None, pipeline=pipeline)
+            pipeline.execute()
+
+    def _wait_for_workers(self, job: str) -> None:
+        log.warning(
+            "%d chunks are queued, which is plenty; the rest follows as workers take them "
+            "(stopped here, `chunkq produce --resume` queues it)",
+            MOST_QUEUED,
+        )
+        while self.counts(job).queued >= MOST_QUEUED:
+            time.sleep(1)
+
+    def _fields(self, ids: Sequence[str], *fields: str) -> list[Any]:
+        with self._quick.pipeline(transaction=False) as pipeline:
+            for task_id in ids:
+                pipeline.hmget(f"rq:job:{task_id}", fields)
+            return pipeline.execute()
+
+    def _in_parts(self, script: str, *arguments: str | int) -> int:
+        total = 0
+        with asking(self.url):
+            while changed := self._ask(script, *arguments):
+                total += changed
+        return total
+
+
+def queue_name(job: str) -> str:
+    """Return the RQ queue of a job folder's URI: the output's name, and a key to tell it apart."""
+    output = job.rstrip("/").rpartition("/")[2].removesuffix(".chunkq")
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', output)[:40]}-{job_key(job)}"
+
+
+def _message(task: Task) -> bytes:
+    """Encode as RQ encodes a call of a function; the name is shown and never looked up."""
+    return json.dumps([f"chunkq.{task.kind}", None, [task.as_dict()], {}]).encode()
+
+
+def _task(message: bytes | None) -> Task | None:
+    """Decode a message; None if it is none of ours."""
+    try:
+        _, _, (values,), _ = json.loads(message or b"")
+        return Task.from_dict(values)
+    except (ValueError, TypeError, RecursionError, QueueError):
+        return None
+
+
+def _texts(values: Any) -> list[str]:
+    return [value.decode() for value in values]
+
+
+def _names(lease: Lease) -> tuple[str, str, str]:
+    return queue_name(lease.task.job), lease.task.id, lease.token
+
+
+def _choice(shift: Shift) -> tuple[str, ...]:
+    """Return what of the queue a shift may begin, as the scripts take it."""
+    if shift.job is not None:
+        return ("only", queue_name(shift.job))
+    return ("except", *(queue_name(job) for job in sorted(shift.set_aside)))

@@ -1,0 +1,13 @@
+-- Put off the end of leases that still hold. ARGV: lease (s), then queue, id and attempt of each.
+local lease, now = tonumber(ARGV[1]), clock()
+redis.call('SET', 'chunkq:seen', now)
+for n = 2, #ARGV, 3 do
+  local name, id, attempt = ARGV[n], ARGV[n + 1], ARGV[n + 2]
+  local entry = id .. ':' .. attempt
+  if redis.call('ZSCORE', started(name), entry) then
+    redis.call('ZADD', started(name), now + lease, entry)
+    redis.call('HSET', 'rq:execution:' .. entry, 'last_heartbeat', now)
+    redis.call('EXPIRE', 'rq:execution:' .. entry, math.ceil(lease) + 60)
+    redis.call('ZADD', 'rq:executions:' .. id, now + lease + 60, attempt)
+  end
+end

@@ -1,0 +1,37 @@
+"""The Lua scripts that change the queue, each atomic."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from redis import Redis
+from redis.commands.core import Script
+
+PRELUDE = "prelude"
+
+
+class Scripts:
+    """Calls the scripts of `lua/` by name on one connection."""
+
+    def __init__(self, connection: Redis) -> None:
+        self._connection = connection
+        self._known: dict[str, Script] = {}
+
+    def __call__(self, name: str, *arguments: str | bytes | float) -> Any:
+        """Run a script and return what it returns."""
+        script = self._known.get(name)
+        if script is None:
+            script = self._known[name] = self._connection.register_script(_source(name))
+        return script(args=list(arguments))
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._connection.close()
+
+
+@cache
+def _source(name: str) -> str:
+    folder = files(__package__) / "lua"
+    return (folder / f"{PRELUDE}.lua").read_text() + (folder / f"{name}.lua").read_text()

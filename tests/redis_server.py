@@ -1,0 +1,97 @@
+"""A real Redis for tests, on a free loopback port, stopped by its pid."""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from chunkq.errors import QueueError
+from chunkq.executors.rq.server import Server, find_server
+
+PATIENCE = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def program() -> str:
+    """The server's program; without one a laptop skips, CI fails."""
+    try:
+        return find_server()
+    except QueueError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+class RedisServer:
+    """One server with the shipped settings, which can be killed and started again."""
+
+    def __init__(self, folder: Path, password: str | None = None, extra: str = "") -> None:
+        self.settings = Server(folder, free_port(), password=password)
+        self._extra = extra
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return self.settings.url("127.0.0.1")
+
+    @property
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.settings.port, password=self.settings.password)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, on the same port and data as before, and wait until it answers."""
+        log = os.open(self.settings.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._process = subprocess.Popen(
+            [program(), "-"], stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+        os.close(log)
+        assert self._process.stdin is not None
+        self._process.stdin.write((self.settings.configuration() + self._extra).encode())
+        self._process.stdin.close()
+        limit = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with self.client as client:
+                    client.ping()
+                return
+            except redis.RedisError:
+                assert time.monotonic() < limit, (self.settings.folder / "log").read_text()
+                time.sleep(0.02)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the server by a signal, and wait for its end."""
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(PATIENCE)
+            self._process = None
+
+
+@contextmanager
+def redis_server(password: str | None = None, extra: str = "") -> Iterator[RedisServer]:
+    """A running server with a folder of its own, gone at the end; `extra` is configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer(Path(folder), password, extra)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
