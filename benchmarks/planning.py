@@ -135,7 +135,7 @@ def status(folder: Path) -> dict[str, float]:
     plan = job_over(edge)
     ledger = JobFolder(str(folder / "out.zarr.chunkq"))
     ledger.write_record(
-        JobRecord(plan.job, Source("/nowhere/in.zarr", plan.volume, Space.plain(3)), {})
+        JobRecord(plan.job, (Source("/nowhere/in.zarr", plan.volume, Space.plain(3)),), {})
     )
     done = folder / "out.zarr.chunkq" / "done" / "infer"
     done.mkdir(parents=True)
@@ -157,7 +157,7 @@ def status(folder: Path) -> dict[str, float]:
     small = folder / "small.zarr"
     one = job_over(1)
     source = Source("/nowhere/in.zarr", one.volume, Space.plain(3))
-    JobFolder(f"{small}.chunkq").write_record(JobRecord(one.job, source, {}))
+    JobFolder(f"{small}.chunkq").write_record(JobRecord(one.job, (source,), {}))
     command = paired(lambda: show(folder / "out.zarr", queue.url), lambda: show(small, queue.url))
     return {
         "chunks": float(len(indices)),

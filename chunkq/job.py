@@ -96,6 +96,9 @@ class ModelConfig(Section):
     ts_file: str | None = None
     json_file: str | None = None
     trusted: bool = False
+    autocast: Literal["float16", "bfloat16"] | None = None
+    compile: bool = False
+    channels_last: bool = False
 
     @property
     def files(self) -> dict[str, str]:
@@ -148,7 +151,7 @@ class Job(Section):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Job:
         problems = [*_geometry_keys(self), *_weight_keys(self), *_model_keys(self.model)]
-        problems += [*_not_yet(self), *_secrets(self)]
+        problems += [*_input_keys(self), *_not_yet(self), *_secrets(self)]
         if problems:
             raise JobError(problems)
         return self
@@ -350,19 +353,66 @@ _NEEDED = {
     "exported": ("model_file",),
     "json": ("json_file",),
 }
+_TYPES = {
+    "torch": ("class", "file", "torchscript", "exported"),
+    "tensorflow": ("class", "file", "json"),
+    "onnx": ("file",),
+}
+_TORCH_ONLY = ("autocast", "compile", "channels_last")
 
 
 def _model_keys(model: ModelConfig) -> list[str]:
-    return [
+    runtime, legal = model.runtime, _TYPES[model.runtime]
+    problems = [
         f"model_config.{key}: missing; type {model.type} needs it"
         for key in _NEEDED[model.type]
         if getattr(model, key) is None
     ]
+    if model.type not in legal:
+        problems = [
+            f"model_config.type: {runtime} has no {model.type}; its types are {', '.join(legal)}"
+        ]
+    if runtime != "torch":
+        problems += [
+            f"model_config.{key}: only for runtime torch, this job's is {runtime}"
+            for key in _TORCH_ONLY
+            if getattr(model, key)
+        ]
+        if model.dtype == "bfloat16":
+            problems.append(f"model_config.dtype: {runtime} takes no bfloat16 here; use float32")
+    if model.autocast is not None and not model.dtype.startswith(("float", "bfloat")):
+        problems.append(f"model_config.autocast: dtype {model.dtype} is no floating point")
+    return problems
+
+
+def _input_keys(job: Job) -> list[str]:
+    model, join = job.model, job.model.join_dim
+    if join is None:
+        several = len(job.input) > 1
+        return (
+            ["input: several volumes need model_config.join_dim, the axis to stack them along"]
+            if several
+            else []
+        )
+    shape = model.model_input_shape
+    if not 1 <= join <= len(shape):
+        return [
+            f"model_config.join_dim: {join} names no axis of a batch (N, {str(shape)[1:-1]}); "
+            f"give 1 to {len(shape)}"
+        ]
+    if shape[join - 1] != 1:
+        return [
+            f"model_config.join_dim: model_input_shape has {shape[join - 1]} there, not 1; the "
+            f"network sees the {len(job.input)} inputs stacked there"
+        ]
+    return []
 
 
 def _secrets(job: Job) -> list[str]:
     """Refuse credentials in paths: these are stored beside the output and shown in messages."""
-    paths = {"input": job.input[0], "output": job.output} | job.files
+    several = len(job.input) > 1
+    paths = {f"input.{n}" if several else "input": path for n, path in enumerate(job.input)}
+    paths |= {"output": job.output} | job.files
     return [
         f"{key}: {without_secret(path)} carries credentials; give them in the environment"
         for key, path in paths.items()
@@ -372,20 +422,4 @@ def _secrets(job: Job) -> list[str]:
 
 def _not_yet(job: Job) -> list[str]:
     """Refuse, by name, what the design foresees and this version cannot do."""
-    model, problems = job.model, []
-    if model.runtime != "torch":
-        problems.append(f"model_config.runtime: {model.runtime} is not in this version; torch is")
-    elif model.type not in ("class", "torchscript"):
-        problems.append(
-            f"model_config.type: {model.type} is not in this version; class and torchscript are"
-        )
-    for key in ("processing_steps", "lost_dim", "join_dim"):
-        if getattr(model, key) is not None:
-            problems.append(f"model_config.{key}: not in this version; leave it out")
-    if job.roi is not None:
-        problems.append("roi: not in this version; leave it out")
-    if len(job.input) > 1:
-        problems.append("input: several volumes are not in this version; give one")
-    if job.cluster != "local":
-        problems.append(f"cluster: {job.cluster} is not in this version; use local")
-    return problems
+    return [] if job.roi is None else ["roi: not in this version; leave it out"]

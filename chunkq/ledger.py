@@ -51,12 +51,17 @@ class JobRecord:
     """What `job.json` holds: the checked job and all that decides its result."""
 
     job: Job
-    source: Source
+    sources: tuple[Source, ...]
     file_hashes: dict[str, str]
     version: str = __version__
 
+    @property
+    def source(self) -> Source:
+        """The first input; all have its shape."""
+        return self.sources[0]
+
     @classmethod
-    def of(cls, job: Job, source: Source) -> JobRecord:
+    def of(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
         """Take a job's record, reading the files it names once to hash them.
 
         Raises JobError naming every file that cannot be read.
@@ -70,7 +75,7 @@ class JobRecord:
                 problems.append(f"{key}: {reason} {without_secret(path)}")
         if problems:
             raise JobError(problems)
-        return cls(job, source, hashes)
+        return cls(job, tuple(sources), hashes)
 
     def on_queue(self, url: str) -> JobRecord:
         """Return the record with the queue it was put on, unless its address holds a password."""
@@ -93,12 +98,12 @@ class JobRecord:
     def digest(self) -> str:
         """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in NOT_THE_RESULT}
-        what = [values, asdict(self.source), self.file_hashes]
+        what = [values, [asdict(source) for source in self.sources], self.file_hashes]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def plan(self) -> Plan:
         """Return the job's plan; the volume is not looked at again."""
-        return resolve(self.job, self.source.volume)
+        return resolve(self.job, Volume.joined([source.volume for source in self.sources]))
 
     def to_json(self) -> bytes:
         """Encode."""
@@ -106,7 +111,7 @@ class JobRecord:
             "chunkq_version": self.version,
             "digest": self.digest,
             "job": self.job.as_dict(),
-            "source": asdict(self.source),
+            "sources": [asdict(source) for source in self.sources],
             "file_hashes": self.file_hashes,
         }
         return json.dumps(values, indent=1).encode()
@@ -115,11 +120,16 @@ class JobRecord:
     def from_json(cls, content: bytes) -> JobRecord:
         """Decode."""
         values = json.loads(content)
-        source = values["source"]
-        volume = Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"])
         return cls(
             parse_job(values["job"]),
-            Source(source["array_path"], volume, Space.from_dict(source["space"])),
+            tuple(
+                Source(
+                    source["array_path"],
+                    Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"]),
+                    Space.from_dict(source["space"]),
+                )
+                for source in values["sources"]
+            ),
             values["file_hashes"],
             values["chunkq_version"],
         )

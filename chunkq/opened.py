@@ -22,16 +22,16 @@ JOBS_HELD = 8
 
 @dataclass(frozen=True)
 class OpenJob:
-    """One job's folder and plan, with its input and output opened when first needed."""
+    """One job's folder and plan, with its inputs and output opened when first needed."""
 
     folder: JobFolder
     record: JobRecord
     plan: Plan
 
     @cached_property
-    def source(self) -> Array:
-        """The input volume."""
-        return open_array(self.record.source.array_path)
+    def sources(self) -> tuple[Array, ...]:
+        """The input volumes, in the job's order."""
+        return tuple(open_array(source.array_path) for source in self.record.sources)
 
     @cached_property
     def target(self) -> Array:
@@ -47,10 +47,12 @@ class OpenJob:
                 "computed for the old one is dropped"
             )
 
-    def read_halo(self, chunk: Chunk) -> npt.NDArray[Any]:
-        """Return the input a chunk's patches read, padded; shape `chunk.halo.shape`."""
+    def read_halos(self, chunk: Chunk) -> tuple[npt.NDArray[Any], ...]:
+        """Return what a chunk's patches read of each input, padded; shapes `chunk.halo.shape`."""
         job = self.plan.job
-        return read_padded(self.source, chunk.halo, job.pad_mode, job.pad_value)
+        return tuple(
+            read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
+        )
 
     def write(self, box: Box, values: npt.NDArray[Any]) -> int:
         """Write final voxels ([C,] *box.shape) of whole storage chunks; returns the bytes."""

@@ -7,7 +7,7 @@ low side of a block that others reach into is its band. See docs/design.md, sect
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -29,10 +29,27 @@ SLAB = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """What is known of the input: shape in voxels and dtype name."""
+    """What is known of the input: shape in voxels and dtype name.
+
+    Of several inputs, `dtype` is the one that holds the values of all, `dtypes` each one's own.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    dtypes: tuple[str, ...] = ()
+
+    @classmethod
+    def joined(cls, volumes: Sequence[Volume]) -> Volume:
+        """Return several inputs of one shape as one."""
+        dtypes = tuple(volume.dtype for volume in volumes)
+        if len(dtypes) == 1:
+            return volumes[0]
+        return cls(volumes[0].shape, np.result_type(*dtypes).name, dtypes)
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of one voxel of all inputs."""
+        return sum(np.dtype(dtype).itemsize for dtype in self.dtypes or (self.dtype,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +369,7 @@ def _costs(plan: Plan) -> Costs:
     )
     own_sums = over_axes("active") - over_axes("interior")
     own_rest = over_axes("interior") - over_axes("core")
-    itemsize = np.dtype(plan.volume.dtype).itemsize
+    itemsize = plan.volume.voxel_bytes
     return Costs(
         chunks=chunks,
         finalized_blocks=chunks - over_axes("plain"),

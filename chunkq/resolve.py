@@ -48,15 +48,18 @@ def _volume_problems(job: Job, volume: Volume) -> list[str]:
         return [f"input: {job.input[0]} has {rank} axes; 1 to 4 spatial axes can be processed"]
     if min(volume.shape) == 0:
         return [f"input: {job.input[0]} has shape {list(volume.shape)}, so no voxel"]
-    try:
-        dtype = np.dtype(volume.dtype)
-    except TypeError:  # the name of a structured or string dtype
-        dtype = np.dtype(object)
-    if dtype == np.uint64:
-        return [f"input: {job.input[0]} holds uint64, which networks cannot take; convert it"]
-    if dtype.kind not in "biuf":
-        return [f"input: {job.input[0]} holds {volume.dtype}; real numbers are needed"]
-    return _pad_value_problems(job, dtype)
+    for path, name in zip(job.input, volume.dtypes or (volume.dtype,), strict=True):
+        try:
+            dtype = np.dtype(name)
+        except TypeError:  # the name of a structured or string dtype
+            dtype = np.dtype(object)
+        if dtype == np.uint64:
+            return [f"input: {path} holds uint64, which networks cannot take; convert it"]
+        if dtype.kind not in "biuf":
+            return [f"input: {path} holds {name}; real numbers are needed"]
+        if problems := _pad_value_problems(job, dtype):
+            return problems
+    return []
 
 
 def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
@@ -109,6 +112,10 @@ class _Shapes:
         self.input_channels = model_input[0] if len(model_input) > rank else 1
         self.patch = model_input[-rank:]
         self.output = model_output[-rank:]
+        lost = job.model.lost_dim
+        self.lost_axis = None if lost is None else lost - (len(model_input) - rank)
+        if self.lost_axis is not None and job.model.model_output_shape is None:
+            self.output = tuple(1 if a == self.lost_axis else q for a, q in enumerate(self.output))
         self.channels = model_output[0] if len(model_output) > rank else 1
         self.channel_axis = len(model_output) > rank and job.combine == "weighted_avg"
         self.margin = job.margin or (0,) * rank
@@ -118,13 +125,15 @@ class _Shapes:
         )
 
     def problems(self) -> list[str]:
-        found = []
+        found = self._lost_problems()
         if self.input_channels != 1:
             found.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are not in "
                 "this version; the first of the extra entries must be 1"
             )
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
+            if axis == self.lost_axis:
+                continue
             if q > p or (p - q) % 2:
                 found.append(
                     f"model_config.model_output_shape: {q} along axis {axis} cannot be centred in "
@@ -138,12 +147,34 @@ class _Shapes:
                 )
         return found
 
+    def _lost_problems(self) -> list[str]:
+        axis, lost = self.lost_axis, self.job.model.lost_dim
+        if axis is None:
+            return []
+        if not 0 <= axis < len(self.patch):
+            return [f"model_config.lost_dim: {lost} names no spatial axis of model_input_shape"]
+        found = []
+        if self.patch[axis] % 2 == 0:
+            found.append(
+                f"model_config.lost_dim: model_input_shape has {self.patch[axis]} there; a slice "
+                "with its neighbours on both sides is an odd number"
+            )
+        if self.output[axis] != 1:
+            found.append(
+                f"model_config.lost_dim: model_output_shape has {self.output[axis]} there, not 1"
+            )
+        return found
+
     def lay(self) -> tuple[Axis, ...]:
         job, rank = self.job, len(self.volume.shape)
         strides = job.strides or self.kept
         pads = job.pad_width
         if pads is None:
             pads = self.lead if job.inference_type == "crop_margin" else (0,) * rank
+            if self.lost_axis is not None:
+                pads = tuple(
+                    self.lead[a] if a == self.lost_axis else pad for a, pad in enumerate(pads)
+                )
         offsets = ((0,) * rank, *job.offsets)
         grids = [
             tuple(
@@ -191,7 +222,7 @@ class _Shapes:
     def _chosen_chunks(self, storage: tuple[int, ...]) -> tuple[int, ...]:
         """Double axes, the one with the fewest patches first, while memory and sharing allow."""
         volume = self.volume.shape
-        voxel = 4 * self.channels + 8 + np.dtype(self.volume.dtype).itemsize
+        voxel = 4 * self.channels + 8 + self.volume.voxel_bytes
         chunks = [-(-k // s) * s for k, s in zip(self.kept, storage, strict=True)]
         while True:
             growing = [a for a, v in enumerate(volume) if chunks[a] < v]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from chunkq.ledger import NOT_THE_RESULT, JobFolder, JobRecord, folder_of
 from chunkq.objects import ObjectFolder
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.plan import Plan
-from chunkq.stores import create_output, find_source
+from chunkq.stores import Source, create_output, find_source
 from chunkq.tasks import Task
 from chunkq.userfile import load_weights
 
@@ -46,17 +46,19 @@ def prepare(job: Job) -> Prepared:
 
     Raises JobError or StoreError with one line per problem.
     """
-    source = find_source(job.input[0])
-    record = JobRecord.of(job, source)
+    sources = [find_source(path) for path in job.input]
+    _check_alike(job, sources)
+    record = JobRecord.of(job, sources)
     plan = record.plan()
     load_weights(plan)
     if folder_of(job.output) == job.output:
         raise JobError(f"output: {without_secret(job.output)} ends in .chunkq, as job folders do")
-    if _overlap(job.output, source.array_path):
-        raise JobError(
-            f"output: {without_secret(job.output)} would overwrite the input "
-            f"{without_secret(source.array_path)}; choose another output"
-        )
+    for source in sources:
+        if _overlap(job.output, source.array_path):
+            raise JobError(
+                f"output: {without_secret(job.output)} would overwrite the input "
+                f"{without_secret(source.array_path)}; choose another output"
+            )
     return Prepared(record, plan)
 
 
@@ -128,6 +130,19 @@ def produce(
                 progress(count, left)
 
     return Produced(folder, plan.costs.chunks, len(done), executor.submit(tasks()))
+
+
+def _check_alike(job: Job, sources: Sequence[Source]) -> None:
+    """Refuse several inputs that do not lie voxel on voxel."""
+    first = sources[0].volume.shape
+    problems = [
+        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.volume.shape)}, the "
+        f"first input {list(first)}; several inputs must have one shape"
+        for n, source in enumerate(sources)
+        if source.volume.shape != first
+    ]
+    if problems:
+        raise JobError(problems)
 
 
 def _overlap(output: str, array: str) -> bool:
@@ -208,4 +223,4 @@ def _flat(record: JobRecord) -> dict[str, Any]:
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}
     flat |= {f"content of {key}": digest for key, digest in record.file_hashes.items()}
-    return flat | {"the input volume": record.source}
+    return flat | {f"input volume {n}": source for n, source in enumerate(record.sources)}

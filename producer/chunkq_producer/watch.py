@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import Counts, Executor
+from chunkq.executors.base import Counts, Executor, WorkerName
 from chunkq.ledger import Failure, JobFolder, Newest
 from chunkq.paths import without_secret
 from chunkq.plan import Plan
@@ -26,9 +26,11 @@ RECENT_COMMITS = 64
 
 @dataclass(frozen=True)
 class WorkerState:
-    """One worker: what it runs and, of its recent chunks, the share of time per stage."""
+    """One worker: where it is, what it runs and, of its recent chunks, where the time went."""
 
     name: str
+    host: str
+    device: str
     running: tuple[str, ...]
     recent_chunks: int
     stage_shares: dict[str, float]
@@ -134,8 +136,11 @@ def _worker(name: str, running: list[str], newest: Newest) -> WorkerState:
     totals.pop("wait", None)  # for the device to finish another chunk: nothing is lost by it
     whole = sum(totals.values())
     span = max(c.finished for c in mine) - min(c.started for c in mine) if mine else 0.0
+    where = WorkerName.parse(name)
     return WorkerState(
         name=name,
+        host=where.host,
+        device=where.device,
         running=tuple(running),
         recent_chunks=len(mine),
         stage_shares={stage: seconds / whole for stage, seconds in totals.items()} if whole else {},
@@ -211,14 +216,15 @@ def screen(status: Status, width: int) -> RenderableType:
 
 def _worker_table(workers: tuple[WorkerState, ...]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("worker", "running", "recent", "device waits", "stages"):
+    for heading in ("host", "device", "running", "recent", "device waits", "stages"):
         table.add_column(heading, overflow="fold", no_wrap=False)
     for worker in workers:
         waits = worker.device_wait_share
         stages = " ".join(f"{stage} {share:.0%}" for stage, share in worker.stage_shares.items())
         running = ", ".join(worker.running[:4]) or _ago(worker.last_seen)
         share = "" if waits is None else f"{waits:.0%}"
-        table.add_row(worker.name, running, str(worker.recent_chunks), share, stages)
+        device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
+        table.add_row(worker.host, device, running, str(worker.recent_chunks), share, stages)
     return table
 
 

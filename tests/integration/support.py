@@ -56,7 +56,8 @@ def tell(lines):
 
 def commits():
     folder = os.environ["NET_DONE"]
-    return len(os.listdir(folder)) if os.path.isdir(folder) else 0
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return len([name for name in names if not name.startswith(".")])
 
 
 def reach(place):

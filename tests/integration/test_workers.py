@@ -127,7 +127,7 @@ def test_children_get_their_orders_and_names_of_their_own(nursery: Nursery) -> N
     orders = [child["orders"] for child in nursery.born]
     assert len({order.pop("worker") for order in orders}) == 2
     expected = {"queue": nursery.queue_url, "depth": 2, "burst": True, "job": JOB}
-    assert orders == [{**expected, "deadline": None, "quiet": False}] * 2
+    assert orders == [{**expected, "deadline": None, "time_limit": None, "quiet": False}] * 2
 
 
 def test_a_dead_child_is_replaced_and_its_chunks_are_handed_back_at_once(

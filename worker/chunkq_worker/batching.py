@@ -11,11 +11,14 @@ import numpy.typing as npt
 from array_api_compat import array_namespace
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, as_votes
+from chunkq.combine import Array, activate, as_votes, on_host
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.steps import Steps
 
+Halos = Sequence[npt.NDArray[Any]]
+"""What a chunk's patches read, of each input: arrays of one shape."""
 log = logging.getLogger("chunkq.worker")
 
 
@@ -27,11 +30,15 @@ class Batcher:
     the size for good. `patches_run` counts the patches that went through the network.
     """
 
-    def __init__(self, plan: Plan, runtime: Runtime) -> None:
+    def __init__(self, plan: Plan, runtime: Runtime, steps: Steps) -> None:
         model = plan.job.model
-        self._plan, self._runtime = plan, runtime
-        self._item = model.model_input_shape
-        self._declared = model.model_output_shape or model.model_input_shape
+        self._plan, self._runtime, self._steps = plan, runtime, steps
+        self._slot = model.model_input_shape
+        self._item, self._join = list(self._slot), None
+        if model.join_dim is not None:
+            self._join = model.join_dim - 1
+            self._item[self._join] = len(plan.job.input)
+        self._declared = _declared(plan)
         self._buffer = self._new_buffer(model.max_batch_size)
         self.patches_run = 0
 
@@ -46,27 +53,29 @@ class Batcher:
             pass
 
     def predictions(
-        self, patches: Sequence[Patch], halo: npt.NDArray[Any], origin: Sequence[int]
+        self, patches: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Iterator[tuple[Patch, Array]]:
         """Yield each patch with its prediction (C, *output patch), activated and voted.
 
-        `halo` holds the input from `origin` on. Predictions are float32 on the device.
+        `halos` hold the inputs from `origin` on. Predictions are float32 on the device.
         """
         done = 0
         while done < len(patches):
             batch = patches[done : done + self.size]
-            outputs = self._run(batch, halo, origin)
+            outputs = self._run(batch, halos, origin)
             if outputs is None:
                 continue
             self.patches_run += len(batch)
             yield from zip(batch, outputs, strict=True)
             done += len(batch)
 
-    def _run(
-        self, batch: Sequence[Patch], halo: npt.NDArray[Any], origin: Sequence[int]
-    ) -> Array | None:
+    def _run(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Array | None:
         for row, patch in zip(self._buffer, batch, strict=False):
-            row[...] = halo[patch.source.slices(origin)].reshape(self._item)
+            for number, halo in enumerate(halos):
+                place: Any = ...
+                if self._join is not None:
+                    place = (*(slice(None),) * self._join, slice(number, number + 1))
+                row[place] = halo[patch.source.slices(origin)].reshape(self._slot)
         self._buffer[len(batch) :] = 0
         outputs = self._attempt(len(batch))
         return None if outputs is None else self._usable(outputs, batch)
@@ -74,7 +83,7 @@ class Batcher:
     def _attempt(self, used: int) -> Array | None:
         """Run the buffer and return its first items (used, C, *Q), or None for a smaller one."""
         try:
-            outputs = self._runtime(self._buffer)
+            outputs = self._with_steps()
         except ModelError:
             raise
         except Exception as error:
@@ -82,15 +91,24 @@ class Batcher:
                 raise
             self._halve(error)
             return None
-        expected = (self.size, *self._declared)
-        if tuple(outputs.shape) != expected:
+        given = tuple(outputs.shape)
+        if given not in {(self.size, *declared) for declared in self._declared}:
             raise ModelError(
-                f"the network returned shape {list(outputs.shape)} for a batch of "
+                f"the network returned shape {list(given)} for a batch of "
                 f"{[self.size, *self._item]}, but model_config.model_output_shape declares "
-                f"{list(expected)}; correct model_output_shape or the network"
+                f"{[self.size, *self._declared[0]]}; correct model_output_shape or the network"
             )
         shape = (self.size, self._plan.channels, *self._plan.output_patch)
         return outputs.reshape(shape)[:used]
+
+    def _with_steps(self) -> Array:
+        steps = self._steps
+        batch = self._buffer if steps.preprocessing is None else steps.preprocessing(self._buffer)
+        outputs = self._runtime(np.asarray(batch))
+        if steps.postprocessing is None:
+            return outputs
+        changed = np.asarray(steps.postprocessing(on_host(outputs)))
+        return self._runtime.place(np.ascontiguousarray(changed, dtype=np.float32))
 
     def _halve(self, error: Exception) -> None:
         if self.size == 1:
@@ -130,6 +148,18 @@ class Batcher:
     def _new_buffer(self, size: int) -> npt.NDArray[Any]:
         dtype = np.dtype(self._plan.volume.dtype)
         return np.zeros((size, *self._item), dtype.newbyteorder("="))
+
+
+def _declared(plan: Plan) -> list[tuple[int, ...]]:
+    """Return the shapes that an item of the output may have: as declared, or without lost_dim."""
+    model = plan.job.model
+    declared = model.model_output_shape or model.model_input_shape
+    if model.lost_dim is None:
+        return [declared]
+    channels = declared[: -plan.rank]
+    whole = (*channels, *plan.output_patch)
+    axis = model.lost_dim - len(model.model_input_shape) + plan.rank + len(channels)
+    return [whole, whole[:axis] + whole[axis + 1 :]]
 
 
 def _show(box: Box) -> str:

@@ -9,9 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import numpy.typing as npt
 
 from chunkq.blend import Accumulator, Contribution, WeightCache
 from chunkq.errors import ModelError
@@ -19,9 +16,10 @@ from chunkq.ledger import JobRecord
 from chunkq.opened import OpenJob
 from chunkq.plan import Chunk, Plan
 from chunkq.userfile import load_weights
-from chunkq_worker.batching import Batcher
+from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.birth import THREADS_VARIABLE
 from chunkq_worker.runtimes.base import Runtime, load_runtime
+from chunkq_worker.steps import Steps
 
 ENGINES_HELD = 2
 
@@ -42,9 +40,10 @@ class Engine:
             )
         share = os.environ.get(THREADS_VARIABLE, "")
         threads = plan.job.threads or (int(share) if share.isdecimal() else None)
-        self._runtime: Runtime = load_runtime(plan.job.model, threads)
+        steps = Steps.load(plan.job.model.processing_steps)
+        self._runtime: Runtime = load_runtime(plan.job.model, steps, threads)
         self._weights = WeightCache(plan, load_weights(plan), self._runtime.place)
-        self.batcher = Batcher(plan, self._runtime)
+        self.batcher = Batcher(plan, self._runtime, steps)
         try:
             self.batcher.warm_up()
         except ModelError:
@@ -55,13 +54,13 @@ class Engine:
                 f"the network raised {type(error).__name__} on a batch of zeros: {reason}"
             ) from error
 
-    def compute(self, chunk: Chunk, halo: npt.NDArray[Any]) -> Contribution:
-        """Run all patches a chunk owns over its input, `halo` (*chunk.halo.shape)."""
+    def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
+        """Run all patches a chunk owns over its inputs, each of `halos` (*chunk.halo.shape)."""
         plan = self.plan
         zeros = self._runtime.zeros((plan.channels, *chunk.region.shape))
         sums = Accumulator(plan, chunk, self._weights, zeros)
         patches = list(plan.patches(chunk))
-        for patch, prediction in self.batcher.predictions(patches, halo, chunk.halo.start):
+        for patch, prediction in self.batcher.predictions(patches, halos, chunk.halo.start):
             sums.add(patch, prediction)
         return sums.contribution()
 
@@ -77,19 +76,17 @@ class Device:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._engines: OrderedDict[str, Engine] = OrderedDict()
 
-    def compute(self, job: OpenJob, chunk: Chunk, halo: npt.NDArray[Any]) -> Computed:
+    def compute(self, job: OpenJob, chunk: Chunk, halos: Halos) -> Computed:
         """Wait for the device and compute one chunk; raises what the engine raises."""
         asked = time.time()
-        future: Future[Computed] = self._thread.submit(self._compute, job, chunk, halo, asked)
+        future: Future[Computed] = self._thread.submit(self._compute, job, chunk, halos, asked)
         return future.result()
 
-    def _compute(
-        self, job: OpenJob, chunk: Chunk, halo: npt.NDArray[Any], asked: float
-    ) -> Computed:
+    def _compute(self, job: OpenJob, chunk: Chunk, halos: Halos, asked: float) -> Computed:
         free = time.time()
         engine = self._engine(job)
         began, before = time.time(), engine.batcher.patches_run
-        contribution = engine.compute(chunk, halo)
+        contribution = engine.compute(chunk, halos)
         seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
         return Computed(contribution, engine.batcher.patches_run - before, seconds)
 

@@ -48,11 +48,11 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> None:
     checksums: dict[str, int] = {}
     patches = 0
     if chunk.active:
-        halo = job.read_halo(chunk)
+        halos = job.read_halos(chunk)
         seconds["read"] = time.time() - started
         moved["input"] = _bytes_read(job, chunk)
-        computed = this_device().compute(job, chunk, halo)
-        del halo
+        computed = this_device().compute(job, chunk, halos)
+        del halos
         seconds |= computed.seconds
         patches = computed.patches
         before = time.time()
@@ -115,7 +115,7 @@ def _bytes_read(job: OpenJob, chunk: Chunk) -> int:
     for axis, number in zip(job.plan.axes, chunk.index, strict=True):
         low, high = axis.read(np.asarray(number, dtype=np.int64))
         voxels *= int(high - low)
-    return voxels * job.source.dtype.itemsize
+    return voxels * job.plan.volume.voxel_bytes
 
 
 def peak_rss() -> int:

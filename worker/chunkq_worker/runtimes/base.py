@@ -13,23 +13,24 @@ import numpy.typing as npt
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
+from chunkq_worker.steps import Steps
 
 
 class Runtime(ABC):
     """One network, loaded and ready, on one device. Used by one thread at a time.
 
-    Arrays it gives and takes besides batches are its own kind (NumPy arrays or tensors) and
-    stay on its device; `chunkq.combine` works on either.
+    Arrays it gives and takes besides batches are NumPy arrays or torch tensors and stay on its
+    device; `chunkq.combine` works on either.
     """
 
     device: str
 
     @abstractmethod
     def __call__(self, batch: npt.NDArray[Any]) -> Array:
-        """Run the network on (N, *model_input_shape) of the volume's dtype.
+        """Run the network, between its protected steps, on (N, *model_input_shape) of any dtype.
 
-        The batch is cast to the model's dtype on the device. Returns whatever shape the network
-        gives, float32 or better.
+        The batch is cast to the model's dtype on the device. Returns whatever shape comes out,
+        float32 or better.
         """
 
     @abstractmethod
@@ -50,19 +51,24 @@ class Runtime(ABC):
 
 
 RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
-    {"torch": "chunkq_worker.runtimes.torch:load"}
+    {
+        "torch": "chunkq_worker.runtimes.torch:load",
+        "tensorflow": "chunkq_worker.runtimes.tensorflow:load",
+        "onnx": "chunkq_worker.runtimes.onnx:load",
+    }
 )
-"""Name -> loader, `(ModelConfig, threads or None) -> Runtime`."""
+"""Name -> loader, `(ModelConfig, Steps, threads or None) -> Runtime`."""
+Loader = Callable[[ModelConfig, Steps, int | None], Runtime]
 
 
-def load_runtime(model: ModelConfig, threads: int | None) -> Runtime:
+def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     """Load a network; raises ModelError in one line, also where the extra is not installed."""
     module, _, name = RUNTIMES[model.runtime].partition(":")
     try:
-        loader: Callable[[ModelConfig, int | None], Runtime] = getattr(import_module(module), name)
+        loader: Loader = getattr(import_module(module), name)
     except ImportError as error:
         raise ModelError(
             f"model_config.runtime: {model.runtime} is not installed here ({error}); "
             f"pip install 'chunkq[{model.runtime}]'"
         ) from None
-    return loader(model, threads)
+    return loader(model, steps, threads)

@@ -21,6 +21,7 @@ from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
 from chunkq.userfile import load_names, neighbours, pick
 from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.steps import Steps
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 """Where training scripts usually put the weights inside a checkpoint."""
@@ -29,8 +30,8 @@ STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 class TorchRuntime(Runtime):
     """A torch module in inference mode."""
 
-    def __init__(self, module: Any, model: ModelConfig, threads: int | None) -> None:
-        self.device, self._threads = model.device, threads
+    def __init__(self, module: Any, model: ModelConfig, steps: Steps, threads: int | None) -> None:
+        self.device, self._steps, self._threads = model.device, steps, threads
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._module = module
 
@@ -40,12 +41,16 @@ class TorchRuntime(Runtime):
             torch.set_num_threads(self._threads)  # another job of this process has its own
         with torch.inference_mode():
             given = self.place(batch).to(self._dtype)
+            if self._steps.preprocessing_protected is not None:
+                given = self._steps.preprocessing_protected(given)
             outputs = self._module(given)
             if not isinstance(outputs, torch.Tensor):
                 raise ModelError(
                     f"the network returned {type(outputs).__name__}, not one tensor; "
                     "wrap it so that it returns the prediction alone"
                 )
+            if self._steps.postprocessing_protected is not None:
+                outputs = self._steps.postprocessing_protected(outputs)
             return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     @override
@@ -79,7 +84,7 @@ class TorchRuntime(Runtime):
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     """Load the network a job names; raises ModelError in one line."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -87,7 +92,7 @@ def load(model: ModelConfig, threads: int | None) -> Runtime:
             "node or set device: cpu"
         )
     module = LOADERS[model.type](model)
-    return TorchRuntime(module.eval().to(model.device), model, threads)
+    return TorchRuntime(module.eval().to(model.device), model, steps, threads)
 
 
 def _load_torchscript(model: ModelConfig) -> Any:
