@@ -89,9 +89,12 @@ def wrap_folder():
         reach("piece")
         return written
 
-    def told_commit(self, *args):
-        reach("commit")
-        return commit(self, *args)
+    def told_commit(self, record):
+        if record.kind == "infer":
+            reach("commit")
+        elif os.environ["NET_HOLD"] == "block":
+            reach("block")
+        return commit(self, record)
 
     JobFolder.put_piece, JobFolder.commit = told_put_piece, told_commit
 
@@ -113,6 +116,8 @@ class Net(torch.nn.Module):
         if real:
             reach("forward")
             time.sleep(float(os.environ.get("NET_SLEEP", 0)))
+            if os.path.exists(os.environ.get("NET_BROKEN", "")):
+                raise ArithmeticError("broken for every chunk")
             if os.path.exists(os.environ.get("NET_POISON", "")) and bool((x == 255).any()):
                 raise ArithmeticError("a poisonous voxel")
             tell(str(zlib.crc32(item.to(torch.uint8).numpy().tobytes())) for item in real)
@@ -126,6 +131,10 @@ if "TEST_LEASE" in os.environ:
     import chunkq.executors.leases
 
     chunkq.executors.leases.LEASE_SECONDS = float(os.environ["TEST_LEASE"])
+if "TEST_ANSWER" in os.environ:
+    import chunkq.executors.rq.connect
+
+    chunkq.executors.rq.connect.STEADY_ANSWER_SECONDS = float(os.environ["TEST_ANSWER"])
 """
 
 JOB: dict[str, Any] = {
@@ -247,11 +256,12 @@ class Crew:
 
 @dataclass(frozen=True)
 class Place:
-    """One job in a folder of its own, with its own queue and output."""
+    """One job in a folder of its own, with its own output; its own queue too, unless at `url`."""
 
     materials: Materials
     folder: Path
     keys: Mapping[str, Any] = field(default_factory=dict)
+    url: str | None = None
 
     @property
     def output(self) -> Path:
@@ -263,7 +273,7 @@ class Place:
 
     @property
     def queue_url(self) -> str:
-        return f"sqlite://{self.folder / 'queue.db'}"
+        return self.url or f"sqlite://{self.folder / 'queue.db'}"
 
     @property
     def job_file(self) -> Path:
@@ -291,7 +301,7 @@ class Place:
             return queue.running(str(self.job_folder))
 
     def attempts(self) -> list[int]:
-        """How often each task still on the queue was begun."""
+        """How often each task still on the queue was begun; of the embedded queue only."""
         import sqlite3
 
         with contextlib.closing(sqlite3.connect(self.folder / "queue.db")) as database:

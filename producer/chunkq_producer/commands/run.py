@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 
 import click
 from rich.console import Console
 from rich.live import Live
 
-from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
-from chunkq.executors import BACKENDS, QUEUE_VARIABLE, open_executor, queue_url
+from chunkq.errors import ChunkqError, IncompleteError, ModelError
+from chunkq.executors import QUEUE_VARIABLE, open_executor
 from chunkq.job import load_job
 from chunkq.opened import open_job
 from chunkq.progress import Meter
@@ -31,12 +31,11 @@ from chunkq_producer.commands.options import (
     queue_option,
 )
 from chunkq_producer.commands.status import LINE_SECONDS, Look
+from chunkq_producer.machine import ENGINES, check_machine, queue_for, unused
 from chunkq_producer.probe import probe
 from chunkq_producer.watch import one_line, screen
 
 REFRESH_SECONDS = 0.5
-ENGINES = MappingProxyType({"sqlite": "sqlite://", "rq": "redis://127.0.0.1:6379/0"})
-"""Name for --executor -> the queue to use where none is named."""
 
 
 class InterruptedRunError(ChunkqError):
@@ -68,9 +67,12 @@ def run(
 ) -> None:
     """Produce, work and finalize JOB on this machine. The same command again continues."""
     checked = load_job(job, input=input_, output=output)
+    url = queue_for(engine, queue, checked.queue)
+    check_machine(checked)
     prepared = submit.prepare(checked)
     submit.check_place(prepared, overwrite=overwrite)
-    url = _queue(engine, queue, checked.queue)
+    for line in unused(checked):
+        click.echo(f"chunkq: {line}", err=True)
     console = Console(stderr=True)
     with console.status("trying the network on one batch"):
         tried = probe(prepared.record)
@@ -97,19 +99,6 @@ def run(
         _explain_failures(look, console)
     executor.close()
     tell(opened, complete(opened))
-
-
-def _queue(engine: str | None, given: str | None, of_job: str | None) -> str:
-    """Return the queue's URL; raises JobError if it is not of the kind asked for."""
-    if engine is None:
-        return queue_url(given, of_job)
-    named = given or os.environ.get(QUEUE_VARIABLE) or of_job
-    if named is None:
-        return queue_url(None if engine == "sqlite" else ENGINES[engine])
-    scheme = named.partition("://")[0]
-    if BACKENDS.get(scheme) != BACKENDS[ENGINES[engine].partition("://")[0]]:
-        raise JobError(f"--executor: {engine} does not fit the queue {scheme}://")
-    return named
 
 
 def _explain_failures(look: Look, console: Console) -> None:
