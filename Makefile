@@ -11,7 +11,7 @@ DEMO := demo
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
 	@echo "make test    install all that the tests need, check and test everything"
-	@echo "make bench   measure planning, enqueueing and status at scale"
+	@echo "make bench   measure planning, enqueueing and status at scale, and the queues"
 	@echo "make clean   remove the environment and the demo's files"
 
 $(VENV)/made:
@@ -61,6 +61,7 @@ test: lint
 
 bench: $(VENV)/test-installed
 	$(BIN)/python benchmarks/planning.py --json benchmarks/planning.json
+	$(BIN)/python benchmarks/queues.py --json benchmarks/queues.json
 
 picture: demo
 	cp $(DEMO)/tissues.png docs/images/brain.png

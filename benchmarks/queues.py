@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ from rq.serializers import JSONSerializer
 
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Shift
+from chunkq.executors.leases import LEASE_SECONDS
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.ledger import Commit, JobFolder, JobRecord
 from chunkq.ome import Space
@@ -44,11 +46,12 @@ from chunkq.tasks import Task, chunk_name
 
 JOB = "s3://lab-volumes/2024/mouse-07/stack-03/nuclei.zarr.chunkq"
 FILLED, ROUNDS = 100_000, 3
-BARE_FILLED, BARE_BATCH = 10_000, 1000
-DRAINED, BARE_DRAINED, PROCESSES, DEPTH = 20_000, 2000, 2, 4
-COMMITTED_EDGE = 17
+BARE_FILLED, BARE_BATCH = 5000, 1000
+DRAINED, BARE_DRAINED, PROCESSES, DEPTH = 20_000, 1000, 2, 4
+COMMITTED_EDGE = 12
 STAGE_SECONDS, STAGED = 0.1, 48
-SETTLING_SECONDS, IDLE_SECONDS = 5.0, 20.0
+SETTLING_SECONDS = 4.0
+IDLE_SECONDS = 2 * LEASE_SECONDS / 3  # two heartbeats, wherever the first one falls
 PATIENCE = 120.0
 
 
@@ -113,6 +116,8 @@ def places() -> Iterator[Places]:
         try:
             found = Places(folder, port)
             _wait_for(found.redis, data / "log")
+            # It is emptied again and again: never somebody else's.
+            assert found.redis.info("server")["process_id"] == server.pid, "port already taken"
             yield found
         finally:
             server.terminate()
@@ -190,7 +195,7 @@ def enqueueing(queue: str, at: Places) -> list[Figure]:
         pairs.append((ours, bare))
     return [
         Figure(
-            "enqueue", queue, f"submit {FILLED} tasks", statistics.median(a for a, _ in pairs),
+            "enqueue", queue, f"submit {FILLED:,} tasks", statistics.median(a for a, _ in pairs),
             "tasks/s", least=7000 if queue == "rq" else None,
             bare=statistics.median(b for _, b in pairs),
             ratio=statistics.median(a / b for a, b in pairs),
@@ -256,7 +261,7 @@ def together(count: int, work: Callable[..., None], *arguments: Any) -> list[Any
         return [answers.get(timeout=PATIENCE) for _ in crew]
     finally:
         for process in crew:
-            process.join(PATIENCE)
+            process.join(10)
             process.kill()
 
 
@@ -293,7 +298,7 @@ def draining(queue: str, at: Places) -> list[Figure]:
         at.fresh(queue)
     fill(url, DRAINED)
     ours = rate(DRAINED, drain)
-    what = f"{DRAINED} tasks that do nothing, {PROCESSES} processes, depth {DEPTH}"
+    what = f"{DRAINED:,} tasks that do nothing, {PROCESSES} processes, depth {DEPTH}"
     return [
         Figure("drain", queue, what, ours, "tasks/s", least=300, bare=bare,
                ratio=None if bare is None else ours / bare)
@@ -308,7 +313,7 @@ def working(queue: str, at: Places) -> list[Figure]:
     plan, url = job_over(COMMITTED_EDGE), at.fresh(queue)
     ledger = JobFolder(str(at.folder / f"{queue}.zarr.chunkq"))
     source = Source("/nowhere/in.zarr", plan.volume, Space.plain(3))
-    ledger.write_record(JobRecord(plan.job, source, {}))
+    ledger.write_record(JobRecord(plan.job, (source,), {}))
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):
         folder = Path(ledger.path) / "done" / kind
@@ -331,7 +336,7 @@ def working(queue: str, at: Places) -> list[Figure]:
         assert executor.jobs() == {}
     shutil.rmtree(ledger.path)
     rate = len(indices) / (whole - start)
-    what = f"`chunkq work -w {PROCESSES}`, {len(indices)} chunks committed before"
+    what = f"`chunkq work -w {PROCESSES}`, {len(indices):,} chunks committed before"
     return [Figure("work", queue, what, rate, "tasks/s")]
 
 
@@ -408,11 +413,12 @@ def _spent(url: str) -> dict[str, float]:
     spent = {"processor": (used.ru_utime + used.ru_stime) * 1000}
     if url.startswith("redis"):
         with closing(redis.Redis.from_url(url)) as client:
-            ran = client.info("commandstats")
+            ran, persistence = client.info("commandstats"), client.info("persistence")
         calls = {name.removeprefix("cmdstat_"): row["calls"] for name, row in ran.items()}
         asking = ("info", "client|setinfo", "client", "hello")
         spent["commands"] = sum(count for name, count in calls.items() if name not in asking)
         spent["scripts"] = calls.get("evalsha", 0)
+        spent["log"] = persistence["aof_current_size"]
     return spent
 
 
@@ -423,6 +429,7 @@ def idle(queue: str, at: Places) -> list[Figure]:
         "processor": ("processor of an idle worker, depth {}", "ms/s"),
         "commands": ("Redis commands of an idle worker, depth {}, those of scripts too", "1/s"),
         "scripts": ("scripts among them", "1/s"),
+        "log": ("growth of Redis's log meanwhile", "B/s"),
     }
     return [
         Figure("idle", queue, names[what][0].format(DEPTH), value, names[what][1])
@@ -447,11 +454,15 @@ def table(figures: Sequence[Figure]) -> Table:
     for name in ("value", "unit", "asked for", "", "bare", "ratio"):
         shown.add_column(name, justify="right" if name in ("value", "bare", "ratio") else "left")
     for f in figures:
-        bare = "" if f.bare is None else f"{f.bare:,.4g}"
+        bare = "" if f.bare is None else _number(f.bare)
         ratio = "" if f.ratio is None else f"{f.ratio:.2f}"
-        row = (f.part, f.queue, f.what, f"{f.value:,.4g}", f.unit, f.target, f.verdict, bare, ratio)
+        row = (f.part, f.queue, f.what, _number(f.value), f.unit, f.target, f.verdict, bare, ratio)
         shown.add_row(*row)
     return shown
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
@@ -461,6 +472,7 @@ def main() -> None:
     options.add_argument("--queue", choices=QUEUES)
     options.add_argument("--json", type=Path)
     given = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if unknown := set(given.parts) - set(PARTS):
         options.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     figures: list[Figure] = []

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from heapq import nlargest
 from operator import attrgetter
 from typing import Any
@@ -94,7 +95,7 @@ class JobRecord:
                 changed.append(key)
         return changed
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in NOT_THE_RESULT}

@@ -279,8 +279,7 @@ class Plan:
 
     def has_band(self, index: Index) -> bool:
         """Tell whether a block is completed by finalizing it."""
-        at: list[Ints] = [np.asarray(i, dtype=np.int64) for i in index]
-        return any(bool(axis.band(i) > 0) for axis, i in zip(self.axes, at, strict=True))
+        return any(axis.block(i).band > 0 for axis, i in zip(self.axes, index, strict=True))
 
     def to_finalize(self) -> Iterator[Index]:
         """Yield the blocks that have a band, the last axis fastest."""

@@ -20,7 +20,7 @@ log = logging.getLogger("chunkq.queue")
 
 LEASE_SECONDS = 20.0
 """A worker that is silent for this long has lost what it held."""
-SHORTEST_POLL, LONGEST_POLL = 0.1, 1.0
+SHORTEST_POLL, LONGEST_POLL = 0.1, 0.5
 """Seconds between looks at an empty queue: the longer it is empty, the fewer."""
 
 FIRST_TIME_LIMIT = 3600.0
@@ -139,7 +139,8 @@ class _Crew:
         self._queue, self._handler, self._shift = queue, handler, shift
         self._held: dict[int, Lease] = {}
         self._jobs: defaultdict[str, _Record] = defaultdict(_Record)
-        self._lock = threading.Lock()
+        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._pause = SHORTEST_POLL
         self.error: Exception | None = None
 
     def held(self) -> list[Lease]:
@@ -153,21 +154,31 @@ class _Crew:
 
     def loop(self) -> None:
         """Take tasks one after another; several threads run this."""
-        pause = SHORTEST_POLL
         try:
-            while self._shift.may_start():
-                lease = self._queue.take(self._shift)
-                if lease is not None:
-                    self._run(lease)
-                    pause = SHORTEST_POLL
-                    continue
-                if self._shift.burst and self._queue.is_drained(self._shift):
-                    return
-                self._shift.stopping.wait(pause)
-                pause = min(LONGEST_POLL, 1.5 * pause)
+            while (lease := self._next()) is not None:
+                self._run(lease)
         except Exception as error:
             self.error = error
             self._shift.stopping.set()
+
+    def _next(self) -> Lease | None:
+        """Wait for a task to begin, one thread for all: an idle worker asks the queue little."""
+        with self._looking:
+            while self._shift.may_start():
+                lease = self._queue.take(self._shift)
+                if lease is not None:
+                    self._pause = SHORTEST_POLL
+                    self._hold(lease)
+                    return lease
+                if self._shift.burst and self._queue.is_drained(self._shift):
+                    return None
+                self._shift.stopping.wait(self._pause)
+                self._pause = min(LONGEST_POLL, 1.5 * self._pause)
+        return None
+
+    def _hold(self, lease: Lease) -> None:
+        with self._lock:
+            self._held[threading.get_ident()] = lease
 
     def look_for_overrun(self) -> None:
         """Raise OverrunError if a task is over its limit, and let go of all that is held."""
@@ -194,14 +205,11 @@ class _Crew:
         return self._jobs[job].time_limit if fixed is None else fixed
 
     def _run(self, lease: Lease) -> None:
-        me = threading.get_ident()
-        with self._lock:
-            self._held[me] = lease
         try:
             self._run_one(lease)
         finally:
             with self._lock:
-                del self._held[me]
+                del self._held[threading.get_ident()]
             took = time.time() - lease.since
             self._shift.longest = max(self._shift.longest, took)
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from chunkq.ledger import JobRecord
 
 PROBE_MODULE = "chunkq_worker.probe"
+ODD = 1e-5
+"""A patch's result may change by this much of the output's range with its place in a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one batch of zeros showed: an error in one line, or seconds and patches per batch."""
-
-    error: str | None
-    seconds: float | None = None
-    batch: int | None = None
+class Probe(SimpleNamespace):
+    """What trying a network showed: the fields of `chunkq_worker.probe.Finding`."""
 
 
-def probe(record: JobRecord) -> Probe:
-    """Load a job's network here and run one batch of zeros."""
+def probe(record: JobRecord, *, whole: bool = False) -> Probe:
+    """Load a job's network here and run a batch of zeros; `whole`, also patches of the volume."""
     done = subprocess.run(
-        [sys.executable, "-m", PROBE_MODULE],
+        [sys.executable, "-m", PROBE_MODULE, *(["--whole"] if whole else [])],
         input=record.to_json(),
         capture_output=True,
         check=False,
@@ -32,5 +29,33 @@ def probe(record: JobRecord) -> Probe:
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     if done.returncode or not lines:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return Probe(f"the network cannot be tried here: {' '.join(last) or 'no answer'}")
+        return Probe(error=f"the network cannot be tried here: {' '.join(last) or 'no answer'}")
     return Probe(**json.loads(lines[-1]))
+
+
+def warnings(found: Probe) -> list[str]:
+    """Return what a user should know before starting a job with this network, a line each."""
+    lines = []
+    spread = max(abs(found.highest), abs(found.lowest), 1e-30)
+    if not found.finite:
+        lines.append(
+            "the network gives NaN or infinity for real patches; mend it, or set nan: zero"
+        )
+    if found.by_position is not None and found.by_position > ODD * spread:
+        lines.append(
+            f"a patch's result depends on its place in the batch (by {found.by_position:.3g}): "
+            "something mixes the items of a batch, a batch norm in training mode for example"
+        )
+    if found.by_batch_size is not None and found.by_batch_size > ODD * spread:
+        lines.append(
+            f"results depend on the size of a batch (by {found.by_batch_size:.3g}): keep "
+            "max_batch_size fixed, or find what mixes the items"
+        )
+    if found.tile_norms:
+        names = ", ".join(found.tile_norms[:4]) + (" …" if len(found.tile_norms) > 4 else "")
+        lines.append(
+            f"{len(found.tile_norms)} layers normalise by the patch's own statistics ({names}): "
+            "results depend on the patch's size and place, so expect differences between tiles; "
+            "large patches and much overlap soften them"
+        )
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,12 @@ class Batcher:
         """Items in a batch."""
         return len(self._buffer)
 
+    def of_size(self, size: int) -> Batcher:
+        """Return one for the same network with batches of another size."""
+        other = copy(self)
+        other._buffer = self._new_buffer(size)
+        return other
+
     def warm_up(self) -> None:
         """Run one batch of zeros; raises ModelError if the network breaks its declaration."""
         while self._attempt(0) is None:
@@ -69,7 +76,15 @@ class Batcher:
             yield from zip(batch, outputs, strict=True)
             done += len(batch)
 
-    def _run(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Array | None:
+    def raw(
+        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
+    ) -> npt.NDArray[Any] | None:
+        """Return what the network gives for one batch, on the host, as it is: (n, C, *Q)."""
+        self._fill(batch, halos, origin)
+        outputs = self._attempt(len(batch))
+        return None if outputs is None else np.array(on_host(outputs))
+
+    def _fill(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> None:
         for row, patch in zip(self._buffer, batch, strict=False):
             for number, halo in enumerate(halos):
                 place: Any = ...
@@ -77,6 +92,9 @@ class Batcher:
                     place = (*(slice(None),) * self._join, slice(number, number + 1))
                 row[place] = halo[patch.source.slices(origin)].reshape(self._slot)
         self._buffer[len(batch) :] = 0
+
+    def _run(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Array | None:
+        self._fill(batch, halos, origin)
         outputs = self._attempt(len(batch))
         return None if outputs is None else self._usable(outputs, batch)
 

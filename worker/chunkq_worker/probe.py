@@ -1,32 +1,167 @@
-"""Tries a job's network on one batch, in a process of its own.
+"""Tries a job's network, in a process of its own.
 
-`python -m chunkq_worker.probe` reads a job record on standard input and writes one line of
-JSON: `{"error": null or one line, "seconds": of one batch, "batch": patches in it}`.
+`python -m chunkq_worker.probe [--whole]` reads a job record on standard input and writes the
+fields of a `Finding` as one line of JSON. Without --whole it only loads the network and runs a
+batch of zeros; with it, patches from the middle of the volume, in several ways.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.box import Box
 from chunkq.errors import ChunkqError
 from chunkq.ledger import JobRecord
+from chunkq.plan import Patch, Plan
+from chunkq.stores import open_array, read_padded
+from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.engine import Engine
+from chunkq_worker.infer import peak_rss
+
+FEW_CHUNKS = 1000
+ROUNDS = 3
+"""Timed batches; the median counts."""
+
+
+@dataclass
+class Finding:
+    """What trying a network showed; None where it was not looked at.
+
+    `load_seconds` ends with the first batch. Of real patches: `batch_seconds`, the output's
+    `lowest` and `highest` before any activation, whether all of it is `finite`, the largest
+    difference of a patch's result when it lies elsewhere in the batch (`by_position`) and in a
+    batch of another size (`by_batch_size`; `other_size`, None if the network takes one size only).
+    `tile_norms` are layers that normalise by statistics of the tile. Bytes are the largest
+    resident memory of the process and what was allocated on the device.
+    """
+
+    error: str | None = None
+    batch: int | None = None
+    load_seconds: float | None = None
+    batch_seconds: float | None = None
+    patches: int | None = None
+    finite: bool | None = None
+    lowest: float | None = None
+    highest: float | None = None
+    by_position: float | None = None
+    by_batch_size: float | None = None
+    other_size: int | None = None
+    tile_norms: tuple[str, ...] = ()
+    peak_bytes: int | None = None
+    device_bytes: int | None = None
+    device: str | None = None
 
 
 def main() -> None:
-    """Load the network, check what it returns, time a second batch."""
-    answer: dict[str, object] = {"error": None}
+    """Answer on standard output."""
+    logging.getLogger("chunkq").setLevel(logging.ERROR)
+    finding = Finding()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
-        engine = Engine(record, record.plan())
-        before = time.perf_counter()
-        engine.batcher.warm_up()
-        answer |= {"seconds": time.perf_counter() - before, "batch": engine.batcher.size}
+        look(finding, record, whole="--whole" in sys.argv[1:])
     except ChunkqError as error:
-        answer["error"] = str(error)
-    sys.stdout.write(json.dumps(answer) + "\n")
+        finding.error = str(error)
+    sys.stdout.write(json.dumps(asdict(finding)) + "\n")
+
+
+def look(finding: Finding, record: JobRecord, *, whole: bool) -> None:
+    """Load the network and fill in a finding; raises ChunkqError."""
+    before = time.perf_counter()
+    engine = Engine(record, record.plan())
+    finding.load_seconds = time.perf_counter() - before
+    finding.batch, finding.device = engine.batcher.size, engine.runtime.device
+    if whole:
+        patches = middle_patches(engine.plan, engine.batcher.size)
+        window = _around(patches)
+        job = record.job
+        halos = [
+            read_padded(open_array(source.array_path), window, job.pad_mode, job.pad_value)
+            for source in record.sources
+        ]
+        _measure(finding, engine, patches, halos, window.start)
+    finding.tile_norms = engine.runtime.tile_norms()
+    finding.peak_bytes, finding.device_bytes = peak_rss(), engine.runtime.device_bytes()
+
+
+def middle_patches(plan: Plan, most: int) -> list[Patch]:
+    """Return patches of one chunk, `most` at the most: of the middle one, if it has so many."""
+    middle = tuple(blocks // 2 for blocks in plan.blocks)
+    few = plan.costs.chunks <= FEW_CHUNKS
+    near = map(plan.chunk, plan.indices() if few else [middle, (0,) * plan.rank])
+    chunk = min(
+        near,
+        key=lambda chunk: (
+            -min(most, chunk.patches),
+            sum(abs(i - m) for i, m in zip(chunk.index, middle, strict=True)),
+        ),
+    )
+    found = []
+    for patch in plan.patches(chunk):
+        found.append(patch)
+        if len(found) == most:
+            break
+    return found
+
+
+def _around(patches: Sequence[Patch]) -> Box:
+    starts = [patch.source.start for patch in patches]
+    stops = [patch.source.stop for patch in patches]
+    return Box(
+        tuple(map(min, zip(*starts, strict=True))), tuple(map(max, zip(*stops, strict=True)))
+    )
+
+
+def _measure(
+    finding: Finding,
+    engine: Engine,
+    patches: list[Patch],
+    halos: Halos,
+    origin: tuple[int, ...],
+) -> None:
+    seconds, first = [], _run(engine.batcher, patches, halos, origin)
+    for _ in range(ROUNDS):
+        before = time.perf_counter()
+        _run(engine.batcher, patches, halos, origin)
+        seconds.append(time.perf_counter() - before)
+    finding.batch_seconds, finding.patches = median(seconds), len(patches)
+    finding.finite = bool(np.isfinite(first).all())
+    finding.lowest, finding.highest = float(np.nanmin(first)), float(np.nanmax(first))
+    if len(patches) > 1:
+        turned = _run(engine.batcher, [*patches[1:], patches[0]], halos, origin)
+        finding.by_position = _difference(np.roll(turned, 1, axis=0), first)
+    size = engine.batcher.size
+    if size > 1:
+        other = engine.batcher.of_size(max(1, size // 2))
+        try:
+            smaller = _run(other, patches[: other.size], halos, origin)
+        except Exception:
+            return  # a network with its batch size built in; that is no fault
+        finding.other_size = other.size
+        finding.by_batch_size = _difference(smaller, first[: len(smaller)])
+
+
+def _run(
+    batcher: Batcher, patches: Sequence[Patch], halos: Halos, origin: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    while True:
+        outputs = batcher.raw(patches[: batcher.size], halos, origin)
+        if outputs is not None:
+            return outputs
+
+
+def _difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
+    count = min(len(one), len(other))
+    return float(np.nanmax(np.abs(one[:count] - other[:count]), initial=0.0))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from chunkq.job import load_job
 from chunkq.plan import Plan
 from chunkq_producer import submit
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
-from chunkq_producer.probe import Probe, probe
+from chunkq_producer.probe import Probe, probe, warnings
 from chunkq_producer.watch import duration
 
 MUCH_TO_FINALIZE = 0.9
@@ -24,7 +24,12 @@ MUCH_TO_FINALIZE = 0.9
 @job_argument
 @input_option
 @output_option
-@click.option("--probe", "with_probe", is_flag=True, help="Load the network and run one batch.")
+@click.option(
+    "--probe",
+    "with_probe",
+    is_flag=True,
+    help="Try the network on real patches.",
+)
 @json_option
 def plan(
     job: Path, input_: str | None, output: str | None, with_probe: bool, as_json: bool
@@ -33,7 +38,7 @@ def plan(
     prepared = submit.prepare(load_job(job, input=input_, output=output))
     tried = None
     if with_probe:
-        tried = probe(prepared.record)
+        tried = probe(prepared.record, whole=True)
         if tried.error is not None:
             raise ModelError(tried.error)
     if as_json:
@@ -64,7 +69,7 @@ def _values(plan: Plan, tried: Probe | None) -> dict[str, Any]:
         "bytes_per_chunk_in_flight": costs.worker_bytes,
     }
     if tried is not None:
-        values |= {"batch_seconds": tried.seconds, "batch_size": tried.batch}
+        values["probe"] = {**vars(tried), "warnings": warnings(tried)}
     return values
 
 
@@ -87,10 +92,8 @@ def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
         ("pieces", f"{size(costs.piece_bytes)} written, read once and deleted"),
         ("memory", f"{size(costs.worker_bytes)} for each chunk in flight, besides the network"),
     ]
-    if tried is not None and tried.seconds is not None and tried.batch is not None:
-        whole = costs.patches / tried.batch * tried.seconds
-        rows.append(("one batch", f"{tried.seconds:.3g} s for {tried.batch} patches"))
-        rows.append(("network alone", f"{duration(whole)} on one device like this"))
+    if tried is not None:
+        rows += _tried_rows(costs.patches, tried)
     if share > MUCH_TO_FINALIZE:
         rows.append(
             (
@@ -100,6 +103,21 @@ def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _tried_rows(patches: int, tried: Probe) -> list[tuple[str, str]]:
+    each = tried.batch_seconds / tried.batch
+    memory = f"{size(tried.peak_bytes)} of the process"
+    if tried.device_bytes is not None:
+        memory += f", {size(tried.device_bytes)} on the device"
+    rows = [
+        ("network", f"on {tried.device}, loaded in {tried.load_seconds:.3g} s; its shapes fit"),
+        ("one patch", f"{each:.3g} s, in batches of {tried.batch}"),
+        ("network alone", f"{duration(max(1, patches * each))} for all patches on one such device"),
+        ("peak memory", memory),
+        ("output range", f"{tried.lowest:.4g} to {tried.highest:.4g}, before any activation"),
+    ]
+    return rows + [("warning", line) for line in warnings(tried)]
 
 
 def _volume(shape: tuple[int, ...]) -> float:

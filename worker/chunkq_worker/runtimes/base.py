@@ -45,6 +45,17 @@ class Runtime(ABC):
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Tell whether an error of `__call__` means that the batch did not fit."""
 
+    def device_bytes(self) -> int | None:
+        """Return the most memory so far allocated on a device of its own; None on the host."""
+        return None
+
+    def tile_norms(self) -> tuple[str, ...]:
+        """Return the names of layers that normalise by statistics of the tile itself.
+
+        With them a voxel's result depends on all of the patch, wherever it lies.
+        """
+        return ()
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the device's memory."""

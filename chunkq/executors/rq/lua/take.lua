@@ -6,7 +6,7 @@ local now = clock()
 -- Nobody can have renewed a lease while the server was away; then all get one more lease's time.
 local seen = tonumber(redis.call('GET', 'chunkq:seen') or now)
 local grace = tonumber(redis.call('GET', 'chunkq:grace') or 0)
-redis.call('SET', 'chunkq:seen', now)
+if seen == now or math.abs(now - seen) > 1 then redis.call('SET', 'chunkq:seen', now) end
 if now - seen > lease / 2 then
   grace = now + lease
   redis.call('SET', 'chunkq:grace', grace)
