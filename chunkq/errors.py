@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -78,6 +79,14 @@ class IncompleteError(ChunkqError):
     def __init__(self, message: str, missing: Sequence[tuple[int, ...]]) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+def cause(error: str, message: str) -> tuple[str, str]:
+    """Return what an error of this class has in common with others of the same cause.
+
+    Coordinates differ from chunk to chunk; the cause is what stands around the numbers.
+    """
+    return error, re.sub(r"\d+", "#", message)
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from chunkq.errors import JobError, ModelError, OverrunError, SameFailureError
+from chunkq.errors import JobError, ModelError, OverrunError, SameFailureError, cause
 from chunkq.executors.base import Attempt, Executor, Handler, Shift
 from chunkq.paths import without_secret
 from chunkq.tasks import Task, chunk_name
@@ -117,10 +117,9 @@ class _Record:
 
     def is_hopeless_after(self, task: Task, error: BaseException) -> bool:
         """Note a failure; tell whether so many chunks failed alike that the job is given up."""
-        # Coordinates differ from chunk to chunk; the cause is what stands before the digits.
-        cause = type(error).__name__, "".join("#" if c.isdigit() else c for c in str(error))
-        if cause != self.cause:
-            self.cause = cause
+        found = cause(type(error).__name__, str(error))
+        if found != self.cause:
+            self.cause = found
             self.alike.clear()
         self.alike.add(task.chunk)
         return len(self.alike) >= (ALIKE_AT_FIRST if self.longest is None else ALIKE_LATER)
@@ -170,7 +169,8 @@ class _Crew:
                     self._pause = SHORTEST_POLL
                     self._hold(lease)
                     return lease
-                if self._shift.burst and self._queue.is_drained(self._shift):
+                over = self._shift.burst or self.error is not None
+                if over and self._queue.is_drained(self._shift):
                     return None
                 self._shift.stopping.wait(self._pause)
                 self._pause = min(LONGEST_POLL, 1.5 * self._pause)
@@ -241,12 +241,12 @@ class _Crew:
                 log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
 
     def _set_aside(self, job: str, error: Exception) -> None:
-        """Leave a job that cannot be done; stop if there is no other."""
+        """Leave a job that cannot be done; the loops end once there is no other."""
         if job not in self._shift.set_aside:
             self._shift.set_aside.add(job)
             log.error("%s", error)
         self.error = error
-        if self._shift.job is not None or self._queue.is_drained(self._shift):
+        if self._shift.job is not None:
             self._shift.stopping.set()
 
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from chunkq.errors import QueueError
+from chunkq.errors import QueueError, cause
 from chunkq.executors.base import Counts, Executor, WorkerName
 from chunkq.ledger import Failure, JobFolder, Newest
 from chunkq.paths import without_secret
@@ -22,6 +22,8 @@ from chunkq.tasks import chunk_name
 
 RECENT_COMMITS = 64
 """Newest commit records looked into for speed and for what each worker's time went to."""
+PATIENCE = 10
+"""A look at a job may take one part in this many of the time between looks."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,28 @@ def job_status(
     )
 
 
+class Look:
+    """Looks at one job whenever it is called."""
+
+    def __init__(
+        self, folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
+    ) -> None:
+        self._folder, self._plan = folder, plan
+        self._executor, self._problem = executor, problem
+        self.seconds = 0.0
+
+    def __call__(self) -> Status:
+        """Return the job's status now."""
+        before = time.monotonic()
+        found = job_status(self._folder, self._plan, self._executor, self._problem)
+        self.seconds = time.monotonic() - before
+        return found
+
+    def rest(self, least: float) -> float:
+        """Return how long to wait before the next look, so that looking stays cheap (s)."""
+        return max(least, self.seconds * PATIENCE)
+
+
 def _chunks_per_second(newest: Newest) -> float | None:
     """Return the speed over the newest commits, from the start of the first of them."""
     if not newest.records:
@@ -152,9 +176,7 @@ def _worker(name: str, running: list[str], newest: Newest) -> WorkerState:
 def _grouped(failures: list[Failure], vanished: list[tuple[int, ...]]) -> tuple[FailureGroup, ...]:
     groups: dict[tuple[str, str], list[Failure]] = {}
     for failure in failures:
-        # Coordinates differ from chunk to chunk; the cause is what stands before the digits.
-        cause = "".join("#" if c.isdigit() else c for c in failure.message)
-        groups.setdefault((failure.error, cause), []).append(failure)
+        groups.setdefault(cause(failure.error, failure.message), []).append(failure)
     found = [
         FailureGroup(
             error=error,

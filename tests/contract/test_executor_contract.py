@@ -6,12 +6,13 @@ A new backend adds one entry to BACKENDS and gets the whole suite. Tests speak t
 
 import multiprocessing
 import os
+import random
 import re
 import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,25 @@ from pathlib import Path
 import pytest
 import redis
 
-from chunkq.errors import JobError, ModelError, QueueError
+from chunkq.errors import (
+    JobError,
+    ModelError,
+    OverrunError,
+    PredictionError,
+    QueueError,
+    SameFailureError,
+)
 from chunkq.executors import leases, open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Executor, Handler, Shift
+from chunkq.executors.base import (
+    MAX_ATTEMPTS,
+    Attempt,
+    Contribution,
+    Counts,
+    Executor,
+    Handler,
+    Shift,
+)
+from chunkq.executors.rq import executor as rq_executor
 from chunkq.executors.rq.executor import queue_name
 from chunkq.tasks import ENTRY_POINTS, Task
 
@@ -36,12 +53,14 @@ JOB, OTHER_JOB = "/data/brain.zarr.chunkq", "s3://bucket/rock.zarr.chunkq"
 class Backend:
     """How to make a fresh queue of one kind, and to reach behind its back.
 
-    `smuggle(url, message)` puts a raw message on the queue.
+    `smuggle(url, message)` puts a raw message on the queue. `completes_blocks` tells whether it
+    remembers contributions to blocks; the others leave all blocks to the finalizer.
     """
 
     name: str
     make_url: Callable[[Path, pytest.FixtureRequest], str]
     smuggle: Callable[[str, str | bytes], None]
+    completes_blocks: bool = False
 
 
 def smuggle_into_sqlite(url: str, message: str | bytes) -> None:
@@ -66,7 +85,12 @@ BACKENDS = (
         lambda folder, request: f"sqlite://{folder / 'queue.db'}",
         smuggle_into_sqlite,
     ),
-    Backend("rq", lambda folder, request: request.getfixturevalue("redis").url, smuggle_into_redis),
+    Backend(
+        "rq",
+        lambda folder, request: request.getfixturevalue("redis").url,
+        smuggle_into_redis,
+        completes_blocks=True,
+    ),
 )
 
 
@@ -597,6 +621,498 @@ def test_a_worker_whose_time_is_already_up_begins_nothing(queue: Executor) -> No
     diary = Diary()
     queue.work(diary, Shift("worker-a", deadline=time.time() - 1))
     assert diary.begun == []
+
+
+# -------------------------------------------------------------- failing alike, all too long
+
+
+def fails_in(job: str, error: Callable[[Task], Exception]) -> Handler:
+    def handler(task: Task, attempt: Attempt) -> None:
+        if task.job == job:
+            raise error(task)
+
+    return handler
+
+
+def unreadable(task: Task) -> Exception:
+    return OSError("volume.zarr: input/output error\nsecond line")
+
+
+def test_chunks_failing_alike_set_their_job_aside_and_the_others_are_done_first(
+    queue: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue.submit([*tasks(10), *tasks(3, OTHER_JOB)])
+    diary = Diary(fails_in(JOB, unreadable))
+    with pytest.raises(SameFailureError) as failure:
+        queue.work(diary, burst())
+    first, line = leases.ALIKE_AT_FIRST, str(failure.value)
+    assert line.startswith(f"/data/brain.zarr: {first} chunks in a row failed alike")
+    assert "(OSError: volume.zarr: input/output error)" in line
+    assert len(line.splitlines()) == 1
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
+    assert [task.chunk[0] for task in diary.tasks if task.job == JOB] == [*range(first)]
+    assert diary.ended == tasks(3, OTHER_JOB)
+    assert queue.jobs() == {JOB: Counts(queued=10)}
+    again = Diary()
+    queue.work(again, burst())
+    assert sorted(again.numbers) == [1] * (10 - first) + [2] * first
+
+
+def test_after_a_success_it_takes_many_more_chunks_failing_alike(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "ALIKE_AT_FIRST", 2)
+    monkeypatch.setattr(leases, "ALIKE_LATER", 6)
+    queue.submit(tasks(20))
+
+    def succeed_first(task: Task, attempt: Attempt) -> None:
+        if task.chunk[0] > 0:
+            raise unreadable(task)
+
+    diary = Diary(succeed_first)
+    with pytest.raises(SameFailureError, match="6 chunks in a row"):
+        queue.work(diary, burst())
+    assert len(diary.begun) == 1 + 6
+
+
+def test_a_success_in_between_begins_the_count_anew(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "ALIKE_LATER", 3)
+    queue.submit(tasks(12))
+
+    def succeed_every_third(task: Task, attempt: Attempt) -> None:
+        if task.chunk[0] % 3 > 0 and attempt.number == 1:
+            raise unreadable(task)
+
+    diary = Diary(succeed_every_third)
+    queue.work(diary, burst())
+    assert len(diary.begun) == 12 + 8
+    assert queue.jobs() == {}
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [(OSError("no disk"), OSError("no network")), (ValueError("no"), KeyError("no"))],
+    ids=["told apart by what they say", "told apart by their kind"],
+)
+def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception, ...]) -> None:
+    count = 4 * leases.ALIKE_AT_FIRST
+    queue.submit(tasks(count))
+    diary = Diary(fails_in(JOB, lambda task: errors[task.chunk[0] % 2]))
+    queue.work(diary, burst())
+    assert len(diary.begun) == MAX_ATTEMPTS * count
+    assert queue.counts(JOB) == Counts(failed=count)
+
+
+def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
+    count = leases.ALIKE_AT_FIRST - 1
+    queue.submit([*tasks(count), *tasks(count, OTHER_JOB)])
+    diary = Diary(raises(unreadable(tasks(1)[0])))
+    queue.work(diary, burst())
+    assert queue.jobs() == {JOB: Counts(failed=count), OTHER_JOB: Counts(failed=count)}
+
+
+def test_one_poisonous_chunk_never_sets_its_job_aside(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "ALIKE_AT_FIRST", 2)
+    queue.submit(tasks(1))
+    retries = 4
+
+    def fail(task: Task, attempt: Attempt) -> None:
+        raise unreadable(task)
+
+    diary = Diary(fail)
+
+    class Insistent(Shift):
+        """Before it ends, somebody queues the failed chunk again, a few times."""
+
+        def may_start(self) -> bool:
+            nonlocal retries
+            if retries and queue.counts(JOB).failed:
+                retries -= queue.retry(JOB)
+            return super().may_start()
+
+    queue.work(diary, Insistent("worker-a", burst=True))
+    assert retries == 0
+    assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)] * 5
+    assert queue.counts(JOB) == Counts(failed=1)
+
+
+def test_failures_that_differ_only_in_where_they_happened_are_alike(queue: Executor) -> None:
+    chunks = [(i, j) for i in range(4) for j in range(4)]
+    queue.submit(Task("infer", JOB, chunk) for chunk in chunks)
+
+    def not_finite(task: Task) -> Exception:
+        low = [64 * i for i in task.chunk]
+        return PredictionError(f"the network gave NaN for the patch that reads {low}")
+
+    diary = Diary(fails_in(JOB, not_finite))
+    with pytest.raises(SameFailureError):
+        queue.work(diary, burst())
+    assert len(diary.begun) == leases.ALIKE_AT_FIRST
+
+
+def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
+    queue: Executor, url: str
+) -> None:
+    queue.submit([*tasks(2), *tasks(2, OTHER_JOB)])
+
+    def refuse(task: Task, attempt: Attempt) -> None:
+        if task.job == JOB:
+            raise ModelError("no such network")
+        time.sleep(0.05)
+
+    shift, errors = Shift("patient"), []
+
+    def work() -> None:
+        executor = open_executor(url)
+        try:
+            executor.work(refuse, shift)
+        except ModelError as error:
+            errors.append(error)
+        executor.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(3)
+    ended = not thread.is_alive()
+    shift.stopping.set()
+    thread.join(PATIENCE)
+    assert queue.jobs() == {JOB: Counts(queued=2)}
+    assert len(errors) == 1
+    assert ended
+
+
+@contextmanager
+def hanging() -> Iterator[threading.Event]:
+    """What tasks may hang on; at the end they are let go, and their threads waited for."""
+    go = threading.Event()
+    try:
+        yield go
+    finally:
+        go.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("chunk-"):
+                thread.join(PATIENCE)
+
+
+def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_back(
+    queue: Executor,
+) -> None:
+    limit = 1.5
+    hangs, short, late, *never = tasks(5)
+    queue.submit(tasks(5))
+    begun = []
+    with hanging() as go:
+
+        def handler(task: Task, attempt: Attempt) -> None:
+            begun.append(task)
+            if task == short:
+                time.sleep(limit * 2 / 3)
+            else:
+                go.wait(PATIENCE)
+
+        shift = Shift("slow", depth=2, time_limit=limit)
+        with pytest.raises(OverrunError, match=r"infer chunk 0\.0 ran for more than") as overrun:
+            queue.work(handler, shift)
+        assert len(str(overrun.value).splitlines()) == 1
+        assert [lease.task for lease in overrun.value.leases] == [hangs]
+        assert [lease.attempt for lease in overrun.value.leases] == [Attempt(1, "slow")]
+        assert queue.counts(JOB) == Counts(queued=4)
+        time.sleep(MOMENT)
+        assert set(begun) == {hangs, short, late}
+        diary = Diary()
+        queue.work(diary, burst("heir"))
+        assert {task: attempt.number for task, attempt in diary.begun} == {
+            hangs: 2,
+            late: 1,
+            **dict.fromkeys(never, 1),
+        }
+
+
+def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None:
+    queue.submit(tasks(1))
+    with hanging() as go:
+        for number in range(MAX_ATTEMPTS):
+            with pytest.raises(OverrunError):
+                queue.work(lambda task, attempt: wait_for(go), Shift(f"w{number}", time_limit=0.1))
+        assert queue.counts(JOB) == Counts(failed=1)
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait(PATIENCE)
+
+
+def test_the_time_limit_follows_the_longest_task_seen(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
+    monkeypatch.setattr(leases, "LEAST_TIME_LIMIT", 0.1)
+    monkeypatch.setattr(leases, "TIME_LIMIT_FACTOR", 3.0)
+    queue.submit(tasks(3))
+    seconds, begun = {0: 0.3, 1: 0.5}, {}
+    with hanging() as go:
+
+        def handler(task: Task, attempt: Attempt) -> None:
+            begun[task.chunk[0]] = time.monotonic()
+            if task.chunk[0] in seconds:
+                time.sleep(seconds[task.chunk[0]])
+            else:
+                go.wait(PATIENCE)
+
+        with pytest.raises(OverrunError) as overrun:
+            queue.work(handler, Shift("slow"))
+        assert [lease.task.chunk[0] for lease in overrun.value.leases] == [2]
+        assert time.monotonic() - begun[2] >= 3.0 * seconds[1]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "hung"), [((JOB,), 0), ((JOB, OTHER_JOB), 1)], ids=["the first", "another job's first"]
+)
+def test_a_jobs_first_task_has_a_time_limit_of_its_own(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch, jobs: tuple[str, ...], hung: int
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
+    monkeypatch.setattr(leases, "FIRST_TIME_LIMIT", 0.5)
+    queue.submit(Task("infer", job, (number,)) for number, job in enumerate(jobs))
+    with hanging() as go:
+
+        def handler(task: Task, attempt: Attempt) -> None:
+            if task.chunk == (hung,):
+                go.wait(PATIENCE)
+
+        before = time.monotonic()
+        with pytest.raises(OverrunError) as overrun:
+            queue.work(handler, Shift("slow"))
+        assert [lease.task.job for lease in overrun.value.leases] == [jobs[hung]]
+        assert time.monotonic() - before < 10
+
+
+# --------------------------------------------------------------- blocks that become complete
+
+
+def finalizing(*blocks: tuple[int, ...], job: str = JOB) -> list[Task]:
+    return [Task("finalize", job, block) for block in blocks]
+
+
+def of_eight(block: tuple[int, ...], *members: int) -> list[Contribution]:
+    return [Contribution(block, member, 8) for member in members]
+
+
+def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
+    queue: Executor, url: str, backend: Backend
+) -> None:
+    blocks, crew = [(n, 0, n) for n in range(25)], 4
+    marks = [Contribution(block, member, 8) for block in blocks for member in range(8)]
+    # Some commit again and again: workers that lost their lease, chunks begun twice.
+    marks += [mark for mark in marks if mark.member == 3] * 2
+    random.Random(1).shuffle(marks)
+    together, given, owners = threading.Barrier(crew), [], [queue, open_executor(url)]
+
+    def commit(number: int) -> None:
+        together.wait(PATIENCE)
+        mine = marks[number::crew]
+        for first in range(0, len(mine), 3):
+            given.extend(owners[number % 2].note(JOB, mine[first : first + 3]))
+
+    queue.submit(tasks(1))
+    threads = [threading.Thread(target=commit, args=(n,)) for n in range(crew)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    owners[1].close()
+    expected = Counter(finalizing(*blocks)) if backend.completes_blocks else Counter()
+    assert Counter(given) == expected
+
+
+def test_a_block_is_not_complete_however_often_the_same_chunks_commit(
+    queue: Executor, backend: Backend
+) -> None:
+    block = (1, 2, 3)
+    queue.submit(tasks(1))
+    for member in (0, 5, 5, 7, 0, 1, 2, 3, 4, 4, 3, 2, 1):
+        assert queue.note(JOB, of_eight(block, member)) == []
+    assert queue.note(OTHER_JOB, of_eight(block, 6)) == []
+    assert queue.note(JOB, of_eight((1, 2, 4), 6)) == []
+    complete = finalizing(block) if backend.completes_blocks else []
+    assert queue.note(JOB, of_eight(block, 6)) == complete
+    assert queue.note(JOB, of_eight(block, 6)) == []
+
+
+def test_a_complete_block_is_never_given_again(
+    queue: Executor, backend: Backend, request: pytest.FixtureRequest
+) -> None:
+    queue.submit(tasks(1))
+    given = [queue.note(JOB, of_eight((0, 0), *range(8))) for _ in range(2)]
+    given += [queue.note(JOB, [Contribution((1, 1), 0, 1)]) for _ in range(2)]
+    assert sum(map(len, given)) == (2 if backend.completes_blocks else 0)
+
+
+def test_a_jobs_blocks_are_forgotten_when_it_is_cancelled(
+    queue: Executor, backend: Backend
+) -> None:
+    for job in (JOB, OTHER_JOB):
+        queue.submit(tasks(1, job))
+        assert queue.note(job, of_eight((0,), *range(7))) == []
+    queue.cancel(JOB)
+    queue.submit(tasks(1))
+    assert queue.note(JOB, of_eight((0,), 7)) == []
+    assert queue.note(OTHER_JOB, of_eight((0,), 7)) == (
+        finalizing((0,), job=OTHER_JOB) if backend.completes_blocks else []
+    )
+    assert queue.note(JOB, of_eight((0,), *range(7))) == (
+        finalizing((0,)) if backend.completes_blocks else []
+    )
+
+
+@dataclass
+class Completing:
+    """A handler: chunks contribute to the blocks `to` names; `block` is what a block comes to."""
+
+    queue: Executor
+    to: Sequence[tuple[int, ...]]
+    block: Handler = lambda task, attempt: None
+    blocks: list[tuple[Task, Attempt]] = field(default_factory=list)
+    running: list[Counts] = field(default_factory=list)
+
+    def __call__(self, task: Task, attempt: Attempt) -> Sequence[Contribution] | None:
+        if task.kind == "infer":
+            return [Contribution(block, task.chunk[0], 3) for block in self.to]
+        self.blocks.append((task, attempt))
+        self.running.append(self.queue.counts(task.job))
+        return self.block(task, attempt)
+
+
+def test_a_worker_completes_the_blocks_that_its_chunk_was_the_last_to_contribute_to(
+    queue: Executor, backend: Backend
+) -> None:
+    queue.submit(tasks(3))
+    handler = Completing(queue, to=[(7, 7), (8, 8)])
+    queue.work(handler, burst("worker-a"))
+    if backend.completes_blocks:
+        assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalizing((7, 7), (8, 8))]
+        # Until its blocks are through the chunk is not: who dies now has it begun again.
+        assert handler.running == [Counts(running=1)] * 2
+    else:
+        assert handler.blocks == []
+    assert queue.jobs() == {}
+
+
+def test_an_error_in_completing_a_block_costs_nothing_and_the_other_blocks_are_completed(
+    queue: Executor, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue.submit(tasks(3))
+    handler = Completing(queue, [(7, 7), (8, 8)], block=raises(OSError("no space left")))
+    queue.work(handler, burst("worker-a"))
+    expected = finalizing((7, 7), (8, 8)) if backend.completes_blocks else []
+    assert [task for task, _ in handler.blocks] == expected
+    left = [r for r in caplog.records if "left to the finalizer" in r.getMessage()]
+    assert len(left) == len(expected)
+    assert queue.jobs() == {}
+
+
+# ------------------------------------------------------------------- more than a queue holds
+
+
+@dataclass
+class Producer:
+    """Submits tasks in a thread, to a queue that takes no more than three and a bit."""
+
+    thread: threading.Thread
+    told: list[int]
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.thread.is_alive()
+
+
+@contextmanager
+def producer(url: str, count: int) -> Iterator[Producer]:
+    told: list[int] = []
+
+    def produce() -> None:
+        executor = open_executor(url)
+        told.append(executor.submit(tasks(count)))
+        executor.close()
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    try:
+        yield Producer(thread, told)
+    finally:
+        limit = time.monotonic() + PATIENCE
+        with open_queue(url) as executor:
+            while thread.is_alive():
+                assert time.monotonic() < limit
+                executor.work(Diary(), burst("last"))
+                thread.join(0.1)
+
+
+@contextmanager
+def open_queue(url: str) -> Iterator[Executor]:
+    executor = open_executor(url)
+    yield executor
+    executor.close()
+
+
+def take_and_finish(queue: Executor, count: int) -> None:
+    assert isinstance(queue, leases.LeaseQueue)
+    for _ in range(count):
+        lease = queue.take(Shift("worker-a"))
+        assert lease is not None
+        queue.finish(lease)
+
+
+@pytest.fixture
+def small_queue(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A queue that is full with three tasks, filled two at a time."""
+    monkeypatch.setattr(rq_executor, "MOST_QUEUED", 3)
+    monkeypatch.setattr(rq_executor, "BATCH", 2)
+    url: str = request.getfixturevalue("redis").url
+    return url
+
+
+def test_a_producer_waits_while_a_server_holds_plenty_until_workers_took_some(
+    small_queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with producer(small_queue, 6) as filler, open_queue(small_queue) as queue:
+        wait_until(lambda: queue.counts(JOB).queued == 4, "the queue is full")
+        time.sleep(MOMENT)
+        assert filler.is_waiting
+        assert queue.counts(JOB) == Counts(queued=4)
+        [record] = [r for r in caplog.records if "plenty" in r.getMessage()]
+        assert record.levelname == "WARNING"
+        take_and_finish(queue, 1)
+        time.sleep(3 * MOMENT)
+        assert filler.is_waiting
+        assert queue.counts(JOB) == Counts(queued=3)
+        take_and_finish(queue, 1)
+        wait_until(lambda: queue.counts(JOB).queued == 4, "the rest is queued")
+        take_and_finish(queue, 2)
+        wait_until(lambda: not filler.is_waiting, "the producer is through")
+    assert filler.told == [6]
+
+
+def test_a_producer_that_has_to_wait_says_so_once(
+    small_queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with producer(small_queue, 8) as filler, open_queue(small_queue) as queue:
+        for _ in range(2):
+            wait_until(lambda: queue.counts(JOB).queued == 4, "the queue is full")
+            take_and_finish(queue, 2)
+        wait_until(lambda: queue.counts(JOB).queued == 4, "all is queued")
+    assert filler.told == [8]
+    assert len([r for r in caplog.records if "plenty" in r.getMessage()]) == 1
+
+
+def test_a_producer_does_not_wait_once_all_is_queued(small_queue: str) -> None:
+    with producer(small_queue, 4) as filler, open_queue(small_queue) as queue:
+        wait_until(lambda: queue.counts(JOB).queued == 4, "all is queued")
+        filler.thread.join(3 * MOMENT)
+        assert not filler.is_waiting
 
 
 # ----------------------------------------------------------------------------------- trust

@@ -62,8 +62,11 @@ class RqExecutor(LeaseQueue):
 
     def submit(self, tasks: Iterable[Task]) -> int:
         """Queue tasks a thousand at a time; waits for workers while very many are queued."""
-        queued, stream = 0, iter(tasks)
+        queued, stream, full, told = 0, iter(tasks), "", False
         while batch := list(islice(stream, BATCH)):
+            if full:
+                self._wait_for_workers(full, quietly=told)
+                full, told = "", True
             by_job: dict[str, list[Task]] = {}
             for task in batch:
                 by_job.setdefault(task.job, []).append(task)
@@ -74,7 +77,7 @@ class RqExecutor(LeaseQueue):
                     fresh, waiting = self._ask("submit", *arguments)
                 queued += fresh
                 if waiting >= MOST_QUEUED:
-                    self._wait_for_workers(job)
+                    full = job
         return queued
 
     def counts(self, job: str) -> Counts:
@@ -231,12 +234,13 @@ class RqExecutor(LeaseQueue):
                 card.set_current_job_id(None, pipeline=pipeline)
             pipeline.execute()
 
-    def _wait_for_workers(self, job: str) -> None:
-        log.warning(
-            "%d chunks are queued, which is plenty; the rest follows as workers take them "
-            "(stopped here, `chunkq produce --resume` queues it)",
-            MOST_QUEUED,
-        )
+    def _wait_for_workers(self, job: str, *, quietly: bool) -> None:
+        if not quietly:
+            log.warning(
+                "%d chunks are queued, which is plenty; the rest follows as workers take them "
+                "(stopped here, `chunkq produce --resume` queues it)",
+                MOST_QUEUED,
+            )
         while self.counts(job).queued >= MOST_QUEUED:
             time.sleep(1)
 

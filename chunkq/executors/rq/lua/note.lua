@@ -4,12 +4,12 @@ local complete = {}
 for n = 2, #ARGV, 3 do
   local block, member, of = ARGV[n], tonumber(ARGV[n + 1]), tonumber(ARGV[n + 2])
   local marks = redis.call('HGET', blocks(ARGV[1]), block) or string.rep('0', of)
-  if marks:sub(member + 1, member + 1) == '0' then
+  if marks ~= 'complete' and marks:sub(member + 1, member + 1) == '0' then
     marks = marks:sub(1, member) .. '1' .. marks:sub(member + 2)
     if marks:find('0') then
       redis.call('HSET', blocks(ARGV[1]), block, marks)
     else
-      redis.call('HDEL', blocks(ARGV[1]), block)
+      redis.call('HSET', blocks(ARGV[1]), block, 'complete')
       complete[#complete + 1] = block
     end
   end

@@ -1,0 +1,17 @@
+# What `import chunkq` offers, for type checkers; `API` in __init__.py says the same at run time.
+from collections.abc import Mapping
+
+from chunkq_producer.api import finalize as finalize
+from chunkq_producer.api import produce as produce
+from chunkq_producer.api import run as run
+from chunkq_producer.api import status as status
+from chunkq_worker.predictor import Predictor as Predictor
+
+from chunkq.errors import ChunkqError as ChunkqError
+from chunkq.errors import IncompleteError as IncompleteError
+from chunkq.errors import JobError as JobError
+from chunkq.errors import ModelError as ModelError
+from chunkq.prediction import Prediction as Prediction
+
+__version__: str
+API: Mapping[str, str]

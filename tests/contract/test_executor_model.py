@@ -1,0 +1,367 @@
+"""Leasing against a model of it: any order of calls, by any worker, with leases old and new.
+
+The model knows nothing of the order in which tasks come, which is each queue's own affair, nor
+whether a queue takes a lease back as it runs out or only when it looks; both are left open.
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+
+from chunkq.executors import leases, open_executor
+from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
+from chunkq.executors.leases import Lease, LeaseQueue
+from chunkq.executors.rq.executor import queue_name
+from chunkq.tasks import Task
+from tests.contract.test_executor_contract import BACKENDS, JOB, OTHER_JOB
+
+JOBS = (JOB, OTHER_JOB)
+WORKERS = ("worker-a", "worker-b", "worker-c")
+TASKS = [Task("infer", job, (number,)) for job in JOBS for number in range(4)]
+TASKS += [Task("finalize", JOB, (0,))]
+NEVER = 1000.0
+"""A lease so long that none runs out but by `let_run_out`, however slow the machine."""
+THOROUGH = settings(
+    max_examples=80,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    derandomize=os.environ.get("HYPOTHESIS_PROFILE") != "explore",
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+# ------------------------------------------------------------------ behind the queues' backs
+
+
+def let_run_out_in_sqlite(url: str, lease: Lease) -> None:
+    with closing(sqlite3.connect(url.removeprefix("sqlite://"), timeout=60)) as database:
+        database.execute(
+            "UPDATE tasks SET lease_until = 0 WHERE id = ? AND state = 'running'", (lease.task.id,)
+        )
+        database.commit()
+
+
+def let_run_out_in_redis(url: str, lease: Lease) -> None:
+    entry = f"{lease.task.id}:{lease.token}"
+    with redis.Redis.from_url(url) as client:
+        client.zadd(f"rq:wip:{queue_name(lease.task.job)}", {entry: 1}, xx=True)
+
+
+def left_in_sqlite(url: str) -> set[str]:
+    with closing(sqlite3.connect(url.removeprefix("sqlite://"), timeout=60)) as database:
+        return {name for (name,) in database.execute("SELECT id FROM tasks")}
+
+
+def left_in_redis(url: str) -> set[str]:
+    with redis.Redis.from_url(url) as client:
+        return {key.decode() for key in client.scan_iter()} - {"chunkq:seen", "chunkq:grace"}
+
+
+@dataclass(frozen=True)
+class Leasing:
+    """How to let a lease run out, and to see what is left of tasks that are gone.
+
+    `by_worker`: a late end of an attempt counts for a newer one of the same worker.
+    """
+
+    let_run_out: Callable[[str, Lease], None]
+    left: Callable[[str], set[str]]
+    by_worker: bool = False
+
+
+LEASING = {
+    "sqlite": Leasing(let_run_out_in_sqlite, left_in_sqlite, by_worker=True),
+    "rq": Leasing(let_run_out_in_redis, left_in_redis),
+}
+
+
+# ----------------------------------------------------------------------------------- a model
+
+
+@dataclass
+class Known:
+    """What must be true of one task.
+
+    `begun` are the numbers of attempts that it may have used up. A lease that ran out is `lost`;
+    once somebody has looked for work since, the queue `may` have taken it `back`.
+    """
+
+    state: str = "queued"
+    begun: set[int] = field(default_factory=lambda: {0})
+    lease: Lease | None = None
+    lost: bool = False
+    maybe_back: bool = False
+    last_worker: str | None = None
+
+    def put_back(self, begun: set[int]) -> None:
+        self.state, self.begun = "queued", begun
+        self.lease, self.lost, self.maybe_back = None, False, False
+
+    def give_up(self) -> None:
+        self.put_back(self.begun)
+        self.state = "failed"
+
+    def end_counted(self) -> None:
+        if max(self.begun) >= MAX_ATTEMPTS:
+            self.give_up()
+        else:
+            self.put_back(self.begun)
+
+    def end_uncounted(self) -> None:
+        less = {number - 1 for number in self.begun}
+        # If the queue had taken it back before, the attempt had been counted then.
+        self.put_back(less | self.begun if self.maybe_back else less)
+
+    @property
+    def may_begin(self) -> bool:
+        # The last attempt has been used up by a lease that ran out.
+        return self.state == "queued" or (self.lost and max(self.begun) < MAX_ATTEMPTS)
+
+
+class Model(RuleBasedStateMachine):
+    """Two connections to one queue, used in turn, and what the queue must hold."""
+
+    url: str
+    queues: tuple[LeaseQueue, LeaseQueue]
+    leasing: Leasing
+    leases = Bundle("leases")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = cycle(self.queues)
+        self.known: dict[Task, Known] = {}
+        self.unended: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
+
+    @property
+    def queue(self) -> LeaseQueue:
+        return next(self._turns)
+
+    def of(self, job: str) -> dict[Task, Known]:
+        return {task: known for task, known in self.known.items() if task.job == job}
+
+    def held(self, lease: Lease) -> Known | None:
+        """Return what is known of a lease's task if it is still this lease's."""
+        known = self.known.get(lease.task)
+        return known if known is not None and known.lease is lease else None
+
+    def confuses(self, lease: Lease) -> bool:
+        """Tell whether the queue cannot know that a lease is not its worker's newest."""
+        known = self.known.get(lease.task)
+        if known is None or known.lease is lease or not self.leasing.by_worker:
+            return False
+        return known.last_worker == lease.attempt.worker
+
+    def look(self) -> None:
+        """Learn which last attempts the queue has given up: failed tasks are listed."""
+        for task, known in self.known.items():
+            if known.maybe_back and max(known.begun) >= MAX_ATTEMPTS:
+                if task in self.queue.failed(task.job):
+                    known.give_up()
+                else:
+                    known.maybe_back = False
+
+    # ------------------------------------------------------------------------------- rules
+
+    @rule(chosen=st.lists(st.sampled_from(TASKS), max_size=6))
+    def submit(self, chosen: list[Task]) -> None:
+        fresh = 0
+        for task in chosen:
+            known = self.known.get(task)
+            if known is None or known.state == "failed":
+                self.known[task] = Known()
+                fresh += 1
+        assert self.queue.submit(iter(chosen)) == fresh
+
+    @rule(
+        target=leases,
+        worker=st.sampled_from(WORKERS),
+        only=st.sampled_from([None, None, *JOBS]),
+        aside=st.sampled_from([(), (), *((job,) for job in JOBS), JOBS]),
+    )
+    def take(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
+        shift = Shift(worker, job=only, set_aside=set(aside))
+        able = {t for t, known in self.chosen(shift).items() if known.may_begin}
+        lease = self.queue.take(shift)
+        for known in self.known.values():
+            known.maybe_back = known.lost
+        if lease is None:
+            assert not able
+        else:
+            assert lease.task in able
+            known = self.known[lease.task]
+            assert lease.attempt.worker == worker
+            assert lease.attempt.number - 1 in known.begun
+            known.put_back({lease.attempt.number})
+            known.state, known.lease, known.last_worker = "running", lease, worker
+            self.unended[worker].append(lease)
+        self.look()
+        return multiple() if lease is None else lease
+
+    def chosen(self, shift: Shift) -> dict[Task, Known]:
+        if shift.job is not None:
+            return self.of(shift.job)
+        return {t: k for t, k in self.known.items() if t.job not in shift.set_aside}
+
+    @rule(lease=leases)
+    def finish(self, lease: Lease) -> None:
+        if self.confuses(lease):
+            return
+        known, before = self.held(lease), self.total(lease.task.job)
+        self.queue.finish(lease)
+        self.forget(lease)
+        if known is None:
+            return
+        if known.maybe_back and self.total(lease.task.job) == before:
+            known.put_back(known.begun)
+        else:
+            del self.known[lease.task]
+
+    @rule(lease=leases)
+    def fail(self, lease: Lease) -> None:
+        if self.confuses(lease):
+            return
+        known = self.held(lease)
+        self.queue.fail(lease, ValueError("no"))
+        self.forget(lease)
+        if known is not None:
+            known.end_counted()
+
+    @rule(lease=leases)
+    def hand_back(self, lease: Lease) -> None:
+        if self.confuses(lease):
+            return
+        known = self.held(lease)
+        self.queue.hand_back(lease)
+        self.forget(lease)
+        if known is not None:
+            known.end_uncounted()
+
+    @rule(worker=st.sampled_from(WORKERS), counted=st.booleans())
+    def release(self, worker: str, counted: bool) -> None:
+        mine = [k for k in self.known.values() if k.lease and k.lease.attempt.worker == worker]
+        unsure = sum(known.maybe_back for known in mine)
+        released = self.queue.release(worker, counted=counted)
+        assert len(mine) - unsure <= released <= len(mine)
+        for known in mine:
+            known.end_counted() if counted else known.end_uncounted()
+            known.last_worker = None
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def renew(self, worker: str) -> None:
+        believed = self.unended[worker]
+        self.queue.renew(worker, believed)
+        for lease in believed:
+            known = self.held(lease)
+            if known is not None and known.lost:
+                if not known.maybe_back or self.is_running(lease):
+                    known.lost = known.maybe_back = False
+                else:
+                    known.put_back(known.begun)
+
+    @rule(lease=leases)
+    def let_run_out(self, lease: Lease) -> None:
+        known = self.held(lease)
+        if known is not None:
+            self.leasing.let_run_out(self.url, lease)
+            known.lost = True
+
+    @rule(job=st.sampled_from(JOBS))
+    def retry(self, job: str) -> None:
+        failed = [known for known in self.of(job).values() if known.state == "failed"]
+        assert self.queue.retry(job) == len(failed)
+        for known in failed:
+            known.put_back({0})
+
+    @rule(job=st.sampled_from(JOBS))
+    def cancel(self, job: str) -> None:
+        assert self.queue.cancel(job) == len(self.of(job))
+        for task in self.of(job):
+            del self.known[task]
+
+    # ------------------------------------------------------------------------- what is seen
+
+    def forget(self, lease: Lease) -> None:
+        worker = lease.attempt.worker
+        self.unended[worker] = [other for other in self.unended[worker] if other is not lease]
+
+    def total(self, job: str) -> int:
+        counts = self.queue.counts(job)
+        return counts.queued + counts.running + counts.failed
+
+    def is_running(self, lease: Lease) -> bool:
+        return lease.task in {item.task for item in self.queue.running(lease.task.job)}
+
+    def expected(self, job: str) -> Counts:
+        states = [("queued" if k.lost else k.state) for k in self.of(job).values()]
+        return Counts(*(states.count(state) for state in ("queued", "running", "failed")))
+
+    @invariant()
+    def every_task_is_counted_once(self) -> None:
+        expected = {job: self.expected(job) for job in JOBS}
+        assert {job: self.queue.counts(job) for job in JOBS} == expected
+        assert self.queue.jobs() == {job: c for job, c in expected.items() if c != Counts()}
+
+    @invariant()
+    def what_runs_and_what_failed_is_listed(self) -> None:
+        for job in JOBS:
+            running = {(item.task, item.worker) for item in self.queue.running(job)}
+            assert running == {
+                (task, known.lease.attempt.worker)
+                for task, known in self.of(job).items()
+                if known.lease is not None and not known.lost
+            }
+            failed = self.queue.failed(job)
+            assert len(failed) == len(set(failed))
+            assert set(failed) == {t for t, k in self.of(job).items() if k.state == "failed"}
+
+    @invariant()
+    def a_queue_is_drained_when_nothing_waits_or_runs(self) -> None:
+        for shift in (Shift("w"), Shift("w", job=JOB), Shift("w", set_aside={JOB})):
+            left = {known.state for known in self.chosen(shift).values()} - {"failed"}
+            assert self.queue.is_drained(shift) == (not left)
+
+    def teardown(self) -> None:
+        for job in JOBS:
+            self.queue.cancel(job)
+        assert self.leasing.left(self.url) == set()
+
+
+# ------------------------------------------------------------------------------------- tests
+
+
+@pytest.fixture(params=[each for each in BACKENDS if each.name in LEASING], ids=lambda b: b.name)
+def model(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[Model]]:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", NEVER)
+    url = request.param.make_url(tmp_path, request)
+    pair = open_executor(url), open_executor(url)
+    assert all(isinstance(queue, LeaseQueue) for queue in pair)
+    values = {"url": url, "queues": pair, "leasing": LEASING[request.param.name]}
+    yield type("Model", (Model,), values)
+    for queue in pair:
+        queue.close()
+
+
+def test_leasing_agrees_with_its_model_whatever_is_called_in_whatever_order(
+    model: type[Model],
+) -> None:
+    run_state_machine_as_test(model, settings=THOROUGH)
