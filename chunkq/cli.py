@@ -25,6 +25,7 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Take a job off the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
         "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
+        "export": ("chunkq_worker.export_command:export", "Write a network as ONNX or .pt2."),
         "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
     }
 )

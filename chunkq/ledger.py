@@ -226,9 +226,9 @@ class JobFolder:
         self.objects.put("job.json", record.to_json())
 
     def commit(self, record: Commit) -> None:
-        """Vouch for a finished task; an earlier failure of it is forgotten."""
+        """Vouch for a finished task, once; an earlier failure of it is forgotten."""
         name = chunk_name(record.chunk)
-        self.objects.put(f"done/{record.kind}/{name}", record.to_json())
+        self.objects.put_new(f"done/{record.kind}/{name}", record.to_json())
         self.objects.delete(f"failed/{_failure_name(record.kind, record.chunk)}")
 
     def is_committed(self, kind: str, chunk: Index) -> bool:
@@ -300,8 +300,10 @@ class JobFolder:
         return arrays, len(content)
 
     def delete_pieces(self, target: Index | None = None) -> None:
-        """Remove the pieces of one block, or of all."""
+        """Remove the pieces of one block, or of all, and what killed workers left of writing."""
         self.objects.delete_folder("pieces" if target is None else f"pieces/{chunk_name(target)}")
+        if target is None:
+            self.objects.sweep()
 
     def forget_commits(self) -> None:
         """Take back every commit: nothing is vouched for any more."""

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,8 +15,10 @@ from chunkq.paths import is_url, join, open_filesystem, read_bytes
 PARTIAL = ".partial-"
 """Prefix of names that a writer killed in the middle may leave behind; never listed."""
 
+NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
+"""What file systems without hard links say."""
 REMOVALS = 20
-"""How often a folder is emptied again while others fill it."""
+"""How often a folder is emptied again while others fill it, or filled while others empty it."""
 
 
 class Found(NamedTuple):
@@ -41,22 +43,45 @@ class ObjectFolder:
     def put(self, name: str, content: bytes | memoryview) -> None:
         """Write an object: another reader sees all of it or nothing, also after a crash."""
         target = join(self._root, name)
-        if not self._local:
+        if self._local:
+            self._write(target, content, os.replace)
+        else:
             self._filesystem.pipe_file(target, bytes(content))
-            return
-        folder, base = os.path.split(target)
-        temporary = os.path.join(folder, f"{PARTIAL}{uuid.uuid4().hex}-{base}")
-        os.makedirs(folder, exist_ok=True)
+
+    def put_new(self, name: str, content: bytes) -> None:
+        """Write an object unless there is one; of several writers the first one's stays.
+
+        Behind a URL two writers within the same moment may both write: the last one's stays.
+        """
+        target = join(self._root, name)
+        if self._local:
+            with suppress(FileExistsError):
+                self._write(target, content, _link)
+        elif not self.exists(name):
+            self._filesystem.pipe_file(target, content)
+
+    def _write(
+        self, target: str, content: bytes | memoryview, settle: Callable[[str, str], None]
+    ) -> None:
+        """Write a file at the top, then `settle` it in its folder, which may vanish meanwhile."""
+        temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
+        os.makedirs(self._root, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            if os.path.exists(temporary):
+            for left in reversed(range(REMOVALS)):
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                try:
+                    settle(temporary, target)
+                    return
+                except FileNotFoundError:
+                    if not left or not os.path.exists(temporary):
+                        raise
+        finally:
+            with suppress(FileNotFoundError):
                 os.unlink(temporary)
-            raise
 
     def get(self, name: str) -> bytes | None:
         """Return an object's content, or None where there is none."""
@@ -123,6 +148,13 @@ class ObjectFolder:
             else:
                 self._filesystem.rm_file(path)
 
+    def sweep(self) -> None:
+        """Remove what killed writers left behind; a writer of this moment fails."""
+        if self._local and os.path.isdir(self._root):
+            for name in os.listdir(self._root):
+                if name.startswith(PARTIAL):
+                    self.delete(name)
+
     def delete_folder(self, folder: str = "") -> None:
         """Remove a folder and all it holds; nothing happens if there is none."""
         path = join(self._root, folder) if folder else self._root
@@ -131,6 +163,18 @@ class ObjectFolder:
             return
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
+
+
+def _link(temporary: str, target: str) -> None:
+    """Put a file in its place if that is free; raises FileExistsError if not."""
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.exists(target):
+            raise FileExistsError(target) from None
+        os.replace(temporary, target)
 
 
 def _remove_tree(path: str) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Iterable
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from chunkq.errors import StoreError
 
-HASH_BLOCK = 1 << 20
 SERVERS = frozenset({"redis", "rediss", "unix"})
 """Schemes of queues, in whose URLs `@` only ever ends a password."""
 
@@ -75,15 +77,53 @@ def read_bytes(path: str) -> bytes:
 
 
 def file_hash(path: str) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits."""
-    digest = hashlib.sha256()
+    """Return a SHA-256 of what a path names, as hexadecimal digits: of a file, its content.
+
+    Of a directory, the names and contents of all files below it. Of the start that the names of a
+    TensorFlow checkpoint's files share, the same of those files. Raises OSError.
+    """
     if is_url(path):
-        digest.update(read_bytes(path))
-    else:
-        with open(path, "rb") as file:
-            while block := file.read(HASH_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+        return _url_hash(path)
+    parts = _parts(path)
+    if parts is None:
+        return _content_hash(path)
+    return _joint_hash((name, _content_hash(part)) for name, part in parts)
+
+
+def _parts(path: str) -> list[tuple[str, str]] | None:
+    """Return the files a local path stands for, as (relative name, path); None for a file."""
+    if os.path.isdir(path):
+        found = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+        return [(os.path.relpath(part, path), part) for part in found]
+    if not os.path.exists(path) and os.path.exists(f"{path}.index"):
+        found = [f"{path}.index", *glob(f"{escape(path)}.data-*")]
+        return [(os.path.basename(part), part) for part in found]
+    return None
+
+
+def _url_hash(path: str) -> str:
+    try:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except OSError:
+        filesystem, inner = open_filesystem(path)
+        if not filesystem.isdir(inner):
+            raise
+    parts = filesystem.find(inner)
+    start = len(str(filesystem._strip_protocol(path)).rstrip("/")) + 1
+    return _joint_hash(
+        (part[start:], hashlib.sha256(filesystem.cat_file(part)).hexdigest()) for part in parts
+    )
+
+
+def _content_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _joint_hash(parts: Iterable[tuple[str, str]]) -> str:
+    """Return one hash of files, given as name and hash, whatever order they come in."""
+    lines = (f"{name}\0{digest}\n" for name, digest in sorted(parts))
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def without_secret(url: str) -> str:

@@ -30,8 +30,8 @@ class Attempt:
         return self.number >= MAX_ATTEMPTS
 
 
-class Contribution(NamedTuple):
-    """One committed chunk as a contributor of a block: number `member` of `of` in all."""
+class Mark(NamedTuple):
+    """Says that a chunk is committed, as contributor number `member` of the `of` of a block."""
 
     block: tuple[int, ...]
     member: int
@@ -63,8 +63,18 @@ class WorkerName:
         return f"{self.host}:{self.device}:{self.own}"
 
 
-Handler = Callable[[Task, Attempt], Sequence[Contribution] | None]
-"""Runs one task to its end, or raises; tells which blocks the task contributed to."""
+class Outcome(NamedTuple):
+    """What came of a task: its marks, one for each block it contributed to.
+
+    One that never `ran` the network says nothing about those still to come.
+    """
+
+    marks: Sequence[Mark] = ()
+    ran: bool = True
+
+
+Handler = Callable[[Task, Attempt], Outcome | None]
+"""Runs one task to its end, or raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +103,8 @@ class Shift:
     has neither queued nor running tasks; `deadline` (s, Unix) is when its time is up: nothing
     is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
     flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on. A task
-    may take `time_limit` (s); None lets the limit follow the tasks seen so far.
+    may take `time_limit` (s); None lets the limit follow the tasks seen so far. One that `waits`
+    for another of this process, because there is one device, is not held to it.
     """
 
     worker: str
@@ -102,6 +113,7 @@ class Shift:
     job: str | None = None
     deadline: float | None = None
     time_limit: float | None = None
+    waits: Callable[[Task], bool] = lambda task: False
     stopping: threading.Event = field(default_factory=threading.Event)
     longest: float = 0.0
     set_aside: set[str] = field(default_factory=set)
@@ -180,8 +192,8 @@ class Executor(ABC):
         to end.
         """
 
-    def note(self, job: str, contributions: Sequence[Contribution]) -> list[Task]:
-        """Remember a committed chunk's contributions; return the finalize tasks they complete.
+    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+        """Remember a committed chunk's marks; return the finalize tasks of blocks they complete.
 
         Each is returned to one caller only, and may be lost: what is not completed so is left
         to the finalizer, as are all blocks of a queue that remembers none.

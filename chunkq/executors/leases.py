@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from chunkq.errors import JobError, ModelError, OverrunError, SameFailureError, cause
-from chunkq.executors.base import Attempt, Executor, Handler, Shift
+from chunkq.executors.base import Attempt, Executor, Handler, Outcome, Shift
 from chunkq.paths import without_secret
 from chunkq.tasks import Task, chunk_name
 
@@ -173,7 +173,8 @@ class _Crew:
                 if over and self._queue.is_drained(self._shift):
                     return None
                 self._shift.stopping.wait(self._pause)
-                self._pause = min(LONGEST_POLL, 1.5 * self._pause)
+                # Well below half a lease: a queue may take longer silence for its own absence.
+                self._pause = min(LONGEST_POLL, LEASE_SECONDS / 8, 1.5 * self._pause)
         return None
 
     def _hold(self, lease: Lease) -> None:
@@ -183,7 +184,11 @@ class _Crew:
     def look_for_overrun(self) -> None:
         """Raise OverrunError if a task is over its limit, and let go of all that is held."""
         now, held = time.time(), self.held()
-        over = [lease for lease in held if now - lease.since > self._limit(lease.task.job)]
+        over = [
+            lease
+            for lease in held
+            if now - lease.since > self._limit(lease.task.job) and not self._shift.waits(lease.task)
+        ]
         if not over:
             return
         self._shift.stopping.set()
@@ -216,7 +221,7 @@ class _Crew:
     def _run_one(self, lease: Lease) -> None:
         record = self._jobs[lease.task.job]
         try:
-            contributions = self._handler(lease.task, lease.attempt)
+            outcome = self._handler(lease.task, lease.attempt) or Outcome()
         except (JobError, ModelError) as error:
             self._queue.hand_back(lease)
             self._set_aside(lease.task.job, error)
@@ -226,9 +231,10 @@ class _Crew:
             if record.is_hopeless_after(lease.task, error):
                 self._set_aside(lease.task.job, _same_failure(lease.task, record, error))
         else:
-            if contributions:
-                self._complete(lease, self._queue.note(lease.task.job, contributions))
-            record.succeeded(time.time() - lease.since)
+            if outcome.marks:
+                self._complete(lease, self._queue.note(lease.task.job, outcome.marks))
+            if outcome.ran:
+                record.succeeded(time.time() - lease.since)
             self._queue.finish(lease)
 
     def _complete(self, lease: Lease, blocks: Sequence[Task]) -> None:

@@ -32,10 +32,11 @@ from chunkq.executors import leases, open_executor
 from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
-    Contribution,
     Counts,
     Executor,
     Handler,
+    Mark,
+    Outcome,
     Shift,
 )
 from chunkq.executors.rq import executor as rq_executor
@@ -897,15 +898,15 @@ def finalizing(*blocks: tuple[int, ...], job: str = JOB) -> list[Task]:
     return [Task("finalize", job, block) for block in blocks]
 
 
-def of_eight(block: tuple[int, ...], *members: int) -> list[Contribution]:
-    return [Contribution(block, member, 8) for member in members]
+def of_eight(block: tuple[int, ...], *members: int) -> list[Mark]:
+    return [Mark(block, member, 8) for member in members]
 
 
 def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     queue: Executor, url: str, backend: Backend
 ) -> None:
     blocks, crew = [(n, 0, n) for n in range(25)], 4
-    marks = [Contribution(block, member, 8) for block in blocks for member in range(8)]
+    marks = [Mark(block, member, 8) for block in blocks for member in range(8)]
     # Some commit again and again: workers that lost their lease, chunks begun twice.
     marks += [mark for mark in marks if mark.member == 3] * 2
     random.Random(1).shuffle(marks)
@@ -947,7 +948,7 @@ def test_a_complete_block_is_never_given_again(
 ) -> None:
     queue.submit(tasks(1))
     given = [queue.note(JOB, of_eight((0, 0), *range(8))) for _ in range(2)]
-    given += [queue.note(JOB, [Contribution((1, 1), 0, 1)]) for _ in range(2)]
+    given += [queue.note(JOB, [Mark((1, 1), 0, 1)]) for _ in range(2)]
     assert sum(map(len, given)) == (2 if backend.completes_blocks else 0)
 
 
@@ -978,9 +979,9 @@ class Completing:
     blocks: list[tuple[Task, Attempt]] = field(default_factory=list)
     running: list[Counts] = field(default_factory=list)
 
-    def __call__(self, task: Task, attempt: Attempt) -> Sequence[Contribution] | None:
+    def __call__(self, task: Task, attempt: Attempt) -> Outcome | None:
         if task.kind == "infer":
-            return [Contribution(block, task.chunk[0], 3) for block in self.to]
+            return Outcome([Mark(block, task.chunk[0], 3) for block in self.to])
         self.blocks.append((task, attempt))
         self.running.append(self.queue.counts(task.job))
         return self.block(task, attempt)

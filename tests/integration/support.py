@@ -124,8 +124,9 @@ class Net(torch.nn.Module):
         return self.conv(x / 255)
 '''
 
-LEASE_HOOK = """
+HOOKS = """
 import os
+import sys
 
 if "TEST_LEASE" in os.environ:
     import chunkq.executors.leases
@@ -135,6 +136,8 @@ if "TEST_ANSWER" in os.environ:
     import chunkq.executors.rq.connect
 
     chunkq.executors.rq.connect.STEADY_ANSWER_SECONDS = float(os.environ["TEST_ANSWER"])
+if "TEST_PRELOAD" in os.environ and "chunkq_worker.child" in sys.orig_argv:
+    import torch
 """
 
 JOB: dict[str, Any] = {
@@ -194,7 +197,7 @@ class Materials:
         array[:] = made.volume
         (folder / "net.py").write_text(NETWORK)
         (folder / "hooks").mkdir()
-        (folder / "hooks" / "sitecustomize.py").write_text(LEASE_HOOK)
+        (folder / "hooks" / "sitecustomize.py").write_text(HOOKS)
         return made
 
     @cached_property

@@ -75,8 +75,10 @@ def main() -> int:
         executor = open_executor(orders.queue)
         _obey_signals(shift, executor)
         # Imported here so that signals already work while the network's libraries load.
+        from chunkq_worker.engine import waits_for_device
         from chunkq_worker.run import run_task
 
+        shift.waits = waits_for_device
         executor.work(run_task, shift)
         executor.close()
     except OverrunError as error:

@@ -6,15 +6,19 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 from chunkq.blend import Accumulator, Contribution, WeightCache
 from chunkq.errors import ModelError
 from chunkq.ledger import JobRecord
 from chunkq.opened import OpenJob
-from chunkq.plan import Chunk, Plan
+from chunkq.plan import Chunk, Index, Plan
+from chunkq.tasks import Task
 from chunkq.userfile import load_weights
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.birth import THREADS_VARIABLE
@@ -22,6 +26,7 @@ from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
 ENGINES_HELD = 2
+T = TypeVar("T")
 
 
 class Engine:
@@ -32,7 +37,6 @@ class Engine:
 
     def __init__(self, record: JobRecord, plan: Plan) -> None:
         """Load the network; raises ModelError or JobError if the job cannot be done with it."""
-        self.plan = plan
         if changed := record.changed_files():
             raise ModelError(
                 f"{', '.join(changed)}: not the file that the job was produced with; put that back "
@@ -40,10 +44,21 @@ class Engine:
             )
         share = os.environ.get(THREADS_VARIABLE, "")
         threads = plan.job.threads or (int(share) if share.isdecimal() else None)
-        steps = Steps.load(plan.job.model.processing_steps)
-        self._runtime: Runtime = load_runtime(plan.job.model, steps, threads)
-        self._weights = WeightCache(plan, load_weights(plan), self._runtime.place)
-        self.batcher = Batcher(plan, self._runtime, steps)
+        self._network = _network(record)
+        self._steps = Steps.load(plan.job.model.processing_steps)
+        self.runtime: Runtime = load_runtime(plan.job.model, self._steps, threads)
+        self._fit(plan)
+
+    def over(self, plan: Plan) -> Engine:
+        """Return an engine for the same job over another volume; both share the network."""
+        other = copy(self)
+        other._fit(plan)
+        return other
+
+    def _fit(self, plan: Plan) -> None:
+        self.plan = plan
+        self._weights = WeightCache(plan, load_weights(plan), self.runtime.place)
+        self.batcher = Batcher(plan, self.runtime, self._steps, self._network)
         try:
             self.batcher.warm_up()
         except ModelError:
@@ -57,7 +72,7 @@ class Engine:
     def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
         """Run all patches a chunk owns over its inputs, each of `halos` (*chunk.halo.shape)."""
         plan = self.plan
-        zeros = self._runtime.zeros((plan.channels, *chunk.region.shape))
+        zeros = self.runtime.zeros((plan.channels, *chunk.region.shape))
         sums = Accumulator(plan, chunk, self._weights, zeros)
         patches = list(plan.patches(chunk))
         for patch, prediction in self.batcher.predictions(patches, halos, chunk.halo.start):
@@ -66,7 +81,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the network."""
-        self._runtime.close()
+        self.runtime.close()
 
 
 class Device:
@@ -75,15 +90,36 @@ class Device:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._engines: OrderedDict[str, Engine] = OrderedDict()
+        self._lent: dict[str, Engine] = {}
+        self._waiting: set[tuple[str, Index]] = set()
+
+    def is_awaited_by(self, task: Task) -> bool:
+        """Tell whether a task waits until the device is free."""
+        return (task.job, task.chunk) in self._waiting
+
+    def do(self, work: Callable[[], T]) -> Future[T]:
+        """Have anything done on the device's thread."""
+        return self._thread.submit(work)
+
+    @contextmanager
+    def lent(self, job: OpenJob, engine: Engine) -> Iterator[None]:
+        """Compute a job with a network that someone else has loaded, and goes on to hold."""
+        self._lent[_key(job)] = engine
+        try:
+            yield
+        finally:
+            self._lent.pop(_key(job), None)
 
     def compute(self, job: OpenJob, chunk: Chunk, halos: Halos) -> Computed:
         """Wait for the device and compute one chunk; raises what the engine raises."""
         asked = time.time()
+        self._waiting.add((job.folder.path, chunk.index))
         future: Future[Computed] = self._thread.submit(self._compute, job, chunk, halos, asked)
         return future.result()
 
     def _compute(self, job: OpenJob, chunk: Chunk, halos: Halos, asked: float) -> Computed:
         free = time.time()
+        self._waiting.discard((job.folder.path, chunk.index))
         engine = self._engine(job)
         began, before = time.time(), engine.batcher.patches_run
         contribution = engine.compute(chunk, halos)
@@ -91,13 +127,25 @@ class Device:
         return Computed(contribution, engine.batcher.patches_run - before, seconds)
 
     def _engine(self, job: OpenJob) -> Engine:
-        key = f"{job.folder.path} {job.record.digest}"
+        key = _key(job)
+        if key in self._lent:
+            return self._lent[key]
         if key not in self._engines:
             while len(self._engines) >= ENGINES_HELD:
                 self._engines.popitem(last=False)[1].close()
             self._engines[key] = Engine(job.record, job.plan)
         self._engines.move_to_end(key)
         return self._engines[key]
+
+
+def _network(record: JobRecord) -> Hashable:
+    """Return what stands for a network and the memory that a batch of it needs."""
+    model = record.job.model.model_copy(update={"max_batch_size": 1})
+    return model, len(record.job.input), tuple(sorted(record.file_hashes.items()))
+
+
+def _key(job: OpenJob) -> str:
+    return f"{job.folder.path} {job.record.digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +162,11 @@ class Computed:
 
 _device: Device | None = None
 _lock = threading.Lock()
+
+
+def waits_for_device(task: Task) -> bool:
+    """Tell whether a task of this process merely waits for another to be computed."""
+    return _device is not None and _device.is_awaited_by(task)
 
 
 def this_device(make: Callable[[], Device] = Device) -> Device:

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from chunkq.executors.base import Attempt, Contribution
+from chunkq.executors.base import Attempt, Mark, Outcome
 from chunkq.finalize import OWN
 from chunkq.ledger import Commit
 from chunkq.opened import OpenJob, open_job
@@ -17,30 +17,32 @@ from chunkq.tasks import Task
 from chunkq_worker.engine import Computed, this_device
 
 
-def infer_chunk(task: Task, attempt: Attempt) -> list[Contribution]:
+def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
     """Compute one chunk unless it is committed; the commit record comes last.
 
-    Several run at once in threads: while one computes, others read and write. Returns the blocks
-    that the chunk is a contributor of, also if it was committed before.
+    Several run at once in threads: while one computes, others read and write. It contributes to
+    the same blocks also if it was committed before.
     """
     job = open_job(task.job)
+    patches = 0
     if not job.folder.is_committed("infer", task.chunk):
-        _compute(job, task, attempt)
-    return _contributions(job, task.chunk)
+        patches = _compute(job, task, attempt)
+    return Outcome(_marks(job, task.chunk), ran=patches > 0)
 
 
-def _contributions(job: OpenJob, index: Index) -> list[Contribution]:
+def _marks(job: OpenJob, index: Index) -> list[Mark]:
     chunk = job.plan.chunk(index)
     found = []
     for block in [index, *(piece.target for piece in job.plan.leaves(chunk))]:
         if not job.plan.has_band(block):
             continue
         members = job.plan.contributors(block)
-        found.append(Contribution(block, members.index(index), len(members)))
+        found.append(Mark(block, members.index(index), len(members)))
     return found
 
 
-def _compute(job: OpenJob, task: Task, attempt: Attempt) -> None:
+def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
+    """Compute and commit one chunk; returns the patches run."""
     chunk = job.plan.chunk(task.chunk)
     started = time.time()
     seconds: dict[str, float] = {}
@@ -62,7 +64,7 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> None:
     if job.folder.is_committed("infer", task.chunk):
         # Another worker was given this chunk and was faster; its blocks may be sealed by now.
         _tidy_after_other(job, chunk)
-        return
+        return patches
     job.check_unchanged()
     job.folder.commit(
         Commit(
@@ -79,6 +81,7 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> None:
             peak_rss=peak_rss(),
         )
     )
+    return patches
 
 
 def _write(

@@ -6,10 +6,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Sequence
 
 from chunkq.errors import ChunkqError, JobError, MissingJobError, ModelError
-from chunkq.executors.base import Attempt, Contribution
+from chunkq.executors.base import Attempt, Outcome
 from chunkq.ledger import Failure, JobFolder
 from chunkq.paths import is_url, without_secret
 from chunkq.tasks import Task, chunk_name, entry_point
@@ -20,16 +19,15 @@ ALLOW_VARIABLE = "CHUNKQ_ALLOW"
 log = logging.getLogger("chunkq.worker")
 
 
-def run_task(task: Task, attempt: Attempt) -> Sequence[Contribution]:
+def run_task(task: Task, attempt: Attempt) -> Outcome:
     """Run one task to its end; thread-safe, and nothing happens if it is committed.
 
-    Returns the blocks that the task contributed to. An error is recorded in the ledger and raised
-    again.
+    An error is recorded in the ledger and raised again.
     """
     _refuse_strangers(task.job)
     started = time.time()
     try:
-        contributions: Sequence[Contribution] = entry_point(task.kind)(task, attempt) or ()
+        outcome: Outcome = entry_point(task.kind)(task, attempt) or Outcome()
     except (JobError, ModelError) as error:
         # Every chunk of the job would end like this; the worker stops and says so.
         shown = without_secret(JobFolder(task.job).output)
@@ -39,7 +37,7 @@ def run_task(task: Task, attempt: Attempt) -> Sequence[Contribution]:
         raise
     name = chunk_name(task.chunk)
     log.info("%s chunk %s done in %.1f s", task.kind, name, time.time() - started)
-    return contributions
+    return outcome
 
 
 def _refuse_strangers(job: str) -> None:

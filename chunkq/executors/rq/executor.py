@@ -28,7 +28,7 @@ from rq.worker_registration import clean_worker_registry, register
 
 from chunkq.errors import QueueError
 from chunkq.executors import leases
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Contribution, Counts, Running, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.connect import asking, connect
 from chunkq.executors.rq.scripts import Scripts
@@ -130,13 +130,11 @@ class RqExecutor(LeaseQueue):
             stamp = utcformat(now())
             return int(self._ask("give_back", int(counted), stamp, worker, *held))
 
-    def note(self, job: str, contributions: Sequence[Contribution]) -> list[Task]:
+    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
         """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
-        marks = [
-            part for c in contributions for part in ("_".join(map(str, c.block)), c.member, c.of)
-        ]
+        parts = [part for m in marks for part in ("_".join(map(str, m.block)), m.member, m.of)]
         with asking(self.url):
-            complete = self._steady("note", queue_name(job), *marks)
+            complete = self._steady("note", queue_name(job), *parts)
         return [Task("finalize", job, tuple(map(int, b.split(b"_")))) for b in complete]
 
     def close(self) -> None:

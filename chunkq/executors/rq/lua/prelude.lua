@@ -13,6 +13,15 @@ local function clock()
   return tonumber(time[1]) + tonumber(time[2]) / 1000000
 end
 
+-- Note that a worker is here; returns until when no lease ends. Nobody can have renewed one while
+-- the server was away: after that all get one more lease's time.
+local function grace_until(now, lease)
+  local seen = tonumber(redis.call('GET', 'chunkq:seen') or now)
+  if seen == now or math.abs(now - seen) > lease / 20 then redis.call('SET', 'chunkq:seen', now) end
+  if now - seen > lease / 2 then redis.call('SET', 'chunkq:grace', now + lease) end
+  return tonumber(redis.call('GET', 'chunkq:grace') or 0)
+end
+
 -- The queues a shift works on, the oldest job's first: `only` these, or all `except` these.
 local function chosen(mode, first)
   local names = {}

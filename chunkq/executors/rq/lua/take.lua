@@ -2,15 +2,7 @@
 -- ARGV: worker, stamp, attempt id, lease (s), mode and names as `chosen` takes them.
 local worker, stamp, attempt, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local now = clock()
-
--- Nobody can have renewed a lease while the server was away; then all get one more lease's time.
-local seen = tonumber(redis.call('GET', 'chunkq:seen') or now)
-local grace = tonumber(redis.call('GET', 'chunkq:grace') or 0)
-if seen == now or math.abs(now - seen) > 1 then redis.call('SET', 'chunkq:seen', now) end
-if now - seen > lease / 2 then
-  grace = now + lease
-  redis.call('SET', 'chunkq:grace', grace)
-end
+local grace = grace_until(now, lease)
 
 for _, name in ipairs(chosen(ARGV[5], 6)) do
   if now > grace then

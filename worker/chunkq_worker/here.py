@@ -1,0 +1,117 @@
+"""A job's chunks computed in this process, without a queue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from typing_extensions import override
+
+from chunkq.executors.base import (
+    Attempt,
+    Counts,
+    Executor,
+    Handler,
+    Outcome,
+    Running,
+    Shift,
+    WorkerName,
+)
+from chunkq.finalize import standing
+from chunkq.opened import OpenJob
+from chunkq.plan import Index
+from chunkq.tasks import Task
+from chunkq_worker.run import run_task
+
+A = TypeVar("A")
+B = TypeVar("B")
+DEPTH = 2
+"""Chunks in flight: one is read or written while another is computed."""
+
+
+class NoQueue(Executor):
+    """A queue that takes nothing and holds nothing: the ledger alone says what is left.
+
+    `url` is what the job's record will name, where the rest of an unfinished job may be queued.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @override
+    def submit(self, tasks: Iterable[Task]) -> int:
+        return 0
+
+    @override
+    def counts(self, job: str) -> Counts:
+        return Counts()
+
+    @override
+    def jobs(self) -> dict[str, Counts]:
+        return {}
+
+    @override
+    def running(self, job: str) -> list[Running]:
+        return []
+
+    @override
+    def failed(self, job: str) -> list[Task]:
+        return []
+
+    @override
+    def retry(self, job: str) -> int:
+        return 0
+
+    @override
+    def cancel(self, job: str) -> int:
+        return 0
+
+    @override
+    def release(self, worker: str, *, counted: bool = True) -> int:
+        return 0
+
+    @override
+    def work(self, handler: Handler, shift: Shift) -> None:
+        return
+
+    @override
+    def close(self) -> None:
+        return
+
+
+def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
+    """Compute every chunk without a commit record, in order; returns this worker's name.
+
+    The first chunk that fails ends it with its error, which the ledger keeps as well; what is
+    committed stays.
+    """
+    worker = WorkerName.new(job.plan.job.model.device).text
+    left, total = standing(job).unfinished, job.plan.costs.chunks
+    before = total - len(left)
+    progress(before, total)
+    with ThreadPoolExecutor(DEPTH) as pool:
+
+        def start(index: Index) -> Future[Outcome]:
+            task = Task("infer", job.folder.path, index)
+            return pool.submit(run_task, task, Attempt(1, worker))
+
+        for done, _ in enumerate(ahead(start, left), start=before + 1):
+            progress(done, total)
+    return worker
+
+
+def ahead(start: Callable[[A], Future[B]], items: Iterable[A]) -> Iterator[B]:
+    """Yield what each item comes to, in order, while DEPTH items are in flight."""
+    flying: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            flying.append(start(item))
+            if len(flying) == DEPTH:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    finally:
+        for future in flying:
+            future.cancel()
