@@ -63,21 +63,18 @@ class ObjectFolder:
     def _write(
         self, target: str, content: bytes | memoryview, settle: Callable[[str, str], None]
     ) -> None:
-        """Write a file at the top, then `settle` it in its folder, which may vanish meanwhile."""
+        """Write a file at the top, then `settle` it in its folder; either may vanish meanwhile."""
         temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
-        os.makedirs(self._root, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
             for left in reversed(range(REMOVALS)):
-                os.makedirs(os.path.dirname(target), exist_ok=True)
                 try:
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    if not os.path.exists(temporary):
+                        _write_out(temporary, content)
                     settle(temporary, target)
                     return
                 except FileNotFoundError:
-                    if not left or not os.path.exists(temporary):
+                    if not left:
                         raise
         finally:
             with suppress(FileNotFoundError):
@@ -149,7 +146,7 @@ class ObjectFolder:
                 self._filesystem.rm_file(path)
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind; a writer of this moment fails."""
+        """Remove what killed writers left behind; a writer of this moment writes again."""
         if self._local and os.path.isdir(self._root):
             for name in os.listdir(self._root):
                 if name.startswith(PARTIAL):
@@ -163,6 +160,14 @@ class ObjectFolder:
             return
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
+
+
+def _write_out(path: str, content: bytes | memoryview) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _link(temporary: str, target: str) -> None:

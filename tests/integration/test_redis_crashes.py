@@ -342,7 +342,7 @@ def test_pieces_can_be_written_while_another_tidies_up_after_their_block(tmp_pat
     folder, over = JobFolder(str(tmp_path / "out.zarr.chunkq")), threading.Event()
 
     def tidy_up() -> None:
-        while not over.is_set():
+        while not over.wait(0.001):
             folder.delete_pieces((0, 0))
 
     with ThreadPoolExecutor(1) as other:

@@ -12,10 +12,10 @@ import pytest
 import zarr
 from chunkq_worker.run import run_task
 
-from chunkq import finalize as finalizing
 from chunkq.errors import PieceError
 from chunkq.executors.base import Attempt, Shift
 from chunkq.executors.sqlite import SqliteExecutor
+from chunkq.finalize import finalize_job
 from chunkq.opened import open_job
 from chunkq.tasks import Task
 from tests.integration.bench import (
@@ -383,7 +383,7 @@ def test_a_finalizer_killed_at_any_point_is_continued(
     with monkeypatch.context() as patch:
         patch.setattr(type(job.folder), name, lambda self, *args: dying(*args))
         with pytest.raises(Killed):
-            finalizing.finalize_job(job, worker="killed")
+            finalize_job(job, worker="killed")
     assert state(bench) == "incomplete"
     assert not (bench.job_folder / "report.json").exists()
     is_complete(bench, whole)
@@ -397,7 +397,7 @@ def test_a_finalizer_that_finds_a_piece_gone_leaves_the_other_blocks_right(
     (bench.job_folder / "pieces" / "2.1" / "10").unlink()
     job = open_job(str(bench.job_folder))
     with pytest.raises(PieceError, match=r"chunk 1\.1 must be computed again"):
-        finalizing.finalize_job(job, worker="one")
+        finalize_job(job, worker="one")
     for file in bench.folder.glob("queue.db*"):
         file.unlink()
     produce(bench, "--resume")

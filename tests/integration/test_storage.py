@@ -339,19 +339,19 @@ def test_a_writer_killed_in_the_middle_leaves_no_torn_object_and_nothing_listed(
     tmp_path: Path,
 ) -> None:
     content = bytes(range(256)) * (1 << 16)
-    folder, pieces = ObjectFolder(str(tmp_path)), tmp_path / "pieces"
+    folder = ObjectFolder(str(tmp_path))
     left: list[Path] = []
     for _ in range(20):
         writer = subprocess.Popen([sys.executable, "-c", PUT_FOREVER, str(tmp_path)])
         try:
             # Killed while a partial file is there to be seen, so in the middle of writing.
-            wait_until(lambda: list(pieces.glob(f"{PARTIAL}*")), "it writes")
+            wait_until(lambda: list(tmp_path.glob(f"{PARTIAL}*")), "it writes")
         finally:
             writer.kill()
             writer.wait()
         assert folder.get("pieces/thing") in (None, content)
         assert [found.name for found in folder.list("pieces")] in ([], ["thing"])
-        left = list(pieces.glob(f"{PARTIAL}*"))
+        left = list(tmp_path.glob(f"{PARTIAL}*"))
         if left:
             break
     assert left, "no writer was ever caught in the middle"
@@ -408,8 +408,8 @@ def test_ledger_input_and_output_may_lie_behind_a_url_that_only_fsspec_knows(
         job_over(tmp_path, f"{root}/in.zarr", 2, output=f"{root}/out.zarr", **more)
     )
     here, _ = run_whole(job_over(tmp_path, local, 2, **more))
-    assert isinstance(there.source, ZarrPythonArray)
-    assert isinstance(here.source, TensorStoreArray)
+    assert isinstance(there.sources[0], ZarrPythonArray)
+    assert isinstance(here.sources[0], TensorStoreArray)
     assert report["missing"] == []
     np.testing.assert_array_equal(read_output(there.folder.output), read_output(here.folder.output))
     filesystem = fsspec.filesystem("memory")

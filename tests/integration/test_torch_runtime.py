@@ -1,8 +1,9 @@
-"""The torch runtime: how networks are loaded, batched, and held to what the job declares."""
+"""The torch runtime and its batches; what all runtimes share stands in tests/contract."""
 
+import functools
 import logging
 import warnings
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,154 +11,31 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from chunkq_producer import submit
+from chunkq_worker import engine
 from chunkq_worker.batching import Batcher
-from chunkq_worker.runtimes.base import Runtime, load_runtime
+from chunkq_worker.engine import Engine
+from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError, PredictionError
-from chunkq.job import parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
-
-CLASS = """\
-import torch
-
-
-class Net(torch.nn.Module):
-    def __init__(self, width=3):
-        super().__init__()
-        self.layer = torch.nn.Conv2d(1, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-class Other(torch.nn.Module):
-    def forward(self, x):
-        return [x]
-"""
-PATCH = (8, 8)
-
-
-def namespace() -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": "user"}
-    exec(CLASS, names)
-    return names
-
-
-def trained() -> torch.nn.Module:
-    torch.manual_seed(3)
-    module: torch.nn.Module = namespace()["Net"](width=3)
-    return module
-
-
-def scripted(module: torch.nn.Module, path: Path) -> Path:
-    """Script and save; by tracing, as the class has no source file to script from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.trace(module, torch.zeros(2, 1, *PATCH)).save(str(path))
-    return path
-
-
-def plan_of(
-    folder: Path, shape: tuple[int, int] = (32, 16), dtype: str = "float32", **more: Any
-) -> Plan:
-    (folder / "net.py").write_text(CLASS)
-    (folder / "kwargs.py").write_text("kwargs = {'width': 3}\n")
-    model = {
-        "runtime": "torch",
-        "type": "class",
-        "class_file": str(folder / "net.py"),
-        "class_name": "Net",
-        "kwargs_file": str(folder / "kwargs.py"),
-        "model_input_shape": [1, *PATCH],
-        "model_output_shape": [3, *PATCH],
-        "max_batch_size": 4,
-    } | more.pop("model", {})
-    values = {"input": "/in.zarr", "output": "/out.zarr", "chunksize": [16, 16]} | more
-    return resolve(parse_job({**values, "model_config": model}), Volume(shape, dtype))
-
-
-def predictions(plan: Plan, runtime: Any = None) -> npt.NDArray[Any]:
-    """The predictions of chunk 0.0's patches over a fixed input: (patches, C, *Q)."""
-    chunk = plan.chunk((0, 0))
-    values = np.random.default_rng(1).random(chunk.halo.shape)
-    region = (values if plan.volume.dtype.startswith("float") else values * 100).astype(
-        plan.volume.dtype
-    )
-    batcher = Batcher(plan, runtime or load_runtime(plan.job.model, 1))
-    found = batcher.predictions(list(plan.patches(chunk)), region, chunk.halo.start)
-    return np.stack([np.asarray(prediction).copy() for _, prediction in found])
-
-
-class Fake(Runtime):
-    """A network that notes its batches; runs out of memory above `fits` items."""
-
-    device = "cpu"
-
-    def __init__(self, fits: int = 1000, error: Exception | None = None) -> None:
-        self.batches: list[npt.NDArray[Any]] = []
-        self._fits, self._error = fits, error or RuntimeError("can't allocate memory")
-
-    def __call__(self, batch: npt.NDArray[Any]) -> Any:
-        if len(batch) > self._fits:
-            raise self._error
-        self.batches.append(batch.copy())
-        return torch.from_numpy(batch.astype(np.float32)).repeat(1, 3, 1, 1) / 7
-
-    def zeros(self, shape: tuple[int, ...]) -> Any:
-        return torch.zeros(shape)
-
-    def place(self, array: npt.NDArray[Any]) -> Any:
-        return torch.from_numpy(array)
-
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        return "can't allocate memory" in str(error)
-
-    def close(self) -> None:
-        pass
-
-
-def test_a_class_with_its_checkpoint_and_its_torchscript_predict_the_same(tmp_path: Path) -> None:
-    module = trained()
-    torch.save(module.state_dict(), tmp_path / "weights.pt")
-    path = scripted(module, tmp_path / "net.ts")
-    by_class = predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")}))
-    script = {"type": "torchscript", "ts_file": str(path)}
-    by_script = predictions(plan_of(tmp_path, model=script))
-    assert by_class.shape == (4, 3, *PATCH)
-    np.testing.assert_allclose(by_class, by_script, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "network"])
-def test_weights_are_found_where_training_scripts_put_them(tmp_path: Path, key: str) -> None:
-    module = trained()
-    bare, nested = tmp_path / "bare.pt", tmp_path / "nested.pt"
-    torch.save(module.state_dict(), bare)
-    torch.save({"epoch": 3, key: module.state_dict(), "optimizer": {"lr": 0.1}}, nested)
-    first = predictions(plan_of(tmp_path, model={"checkpoint": str(bare)}))
-    second = predictions(plan_of(tmp_path, model={"checkpoint": str(nested)}))
-    np.testing.assert_array_equal(first, second)
-
-
-def test_the_prefix_that_data_parallel_training_leaves_is_taken_off(tmp_path: Path) -> None:
-    module = trained()
-    state = OrderedDict((f"module.{k}", v) for k, v in module.state_dict().items())
-    torch.save(module.state_dict(), tmp_path / "bare.pt")
-    torch.save({"state_dict": state}, tmp_path / "wrapped.pt")
-    first = predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "bare.pt")}))
-    second = predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "wrapped.pt")}))
-    np.testing.assert_array_equal(first, second)
-
-
-def test_a_network_in_training_mode_is_put_into_inference_mode(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
-    dropping = CLASS.replace(
-        "return self.layer(x)", "return torch.dropout(self.layer(x), 0.5, self.training)"
-    )
-    (tmp_path / "net.py").write_text(
-        dropping.replace("super().__init__()", "super().__init__(); torch.manual_seed(0)")
-    )
-    np.testing.assert_array_equal(predictions(plan), predictions(plan))
+from chunkq.job import load_job
+from tests.integration.bench import random_volume, write_zarr
+from tests.integration.torch_bench import (
+    PATCH,
+    Fake,
+    TrainedNet,
+    as_file,
+    as_program,
+    as_script,
+    load,
+    of_cpu,
+    plan_of,
+    predictions,
+    program,
+    refused,
+    scripted,
+    trained,
+)
 
 
 def test_batches_are_filled_up_with_zeros_to_their_full_size(tmp_path: Path) -> None:
@@ -171,11 +49,11 @@ def test_batches_are_filled_up_with_zeros_to_their_full_size(tmp_path: Path) -> 
 
 def test_a_batch_never_holds_patches_of_two_chunks(tmp_path: Path) -> None:
     plan, fake = plan_of(tmp_path, shape=(24, 16), chunksize=[16, 16]), Fake()
-    batcher = Batcher(plan, fake)
+    batcher = Batcher(plan, fake, Steps())
     for number, index in enumerate(plan.indices(), start=1):
         chunk = plan.chunk(index)
         region = np.full(chunk.halo.shape, number, np.float32)
-        list(batcher.predictions(list(plan.patches(chunk)), region, chunk.halo.start))
+        list(batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start))
     assert [set(np.unique(batch)) - {0} for batch in fake.batches] == [{1}, {2}]
     assert batcher.patches_run == plan.costs.patches == 6
 
@@ -186,10 +64,10 @@ def test_a_patch_predicts_the_same_whatever_else_is_in_its_batch(tmp_path: Path)
     chunk = plan.chunk((0, 0))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     patches = list(plan.patches(chunk))
-    batcher = Batcher(plan, load_runtime(plan.job.model, 1))
-    together = [np.asarray(p).copy() for _, p in batcher.predictions(patches, region, (0, 0))]
+    batcher = Batcher(plan, load(plan), Steps())
+    together = [np.asarray(p).copy() for _, p in batcher.predictions(patches, [region], (0, 0))]
     for patch, expected in zip(patches, together, strict=True):
-        [(_, alone)] = batcher.predictions([patch], region, (0, 0))
+        [(_, alone)] = batcher.predictions([patch], [region], (0, 0))
         np.testing.assert_array_equal(np.asarray(alone), expected)
 
 
@@ -199,11 +77,11 @@ def test_running_out_of_memory_halves_the_batch_once_and_for_good(
     plan = plan_of(tmp_path, shape=(64, 16), chunksize=[64, 16], model={"max_batch_size": 8})
     whole = predictions(plan, Fake())
     small, chunk = Fake(fits=4), plan.chunk((0, 0))
-    batcher = Batcher(plan, small)
+    batcher = Batcher(plan, small, Steps())
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
         for _ in range(2):
-            found = [p for _, p in batcher.predictions(list(plan.patches(chunk)), region, (0, 0))]
+            found = [p for _, p in batcher.predictions(list(plan.patches(chunk)), [region], (0, 0))]
     np.testing.assert_allclose(np.stack([np.asarray(p) for p in found]), whole, rtol=0, atol=1e-6)
     assert batcher.size == 4
     assert {len(batch) for batch in small.batches} == {4}
@@ -213,13 +91,13 @@ def test_running_out_of_memory_halves_the_batch_once_and_for_good(
 
 
 def test_memory_too_small_for_a_single_patch_is_one_clear_error(tmp_path: Path) -> None:
-    batcher = Batcher(plan_of(tmp_path), Fake(fits=0))
+    batcher = Batcher(plan_of(tmp_path), Fake(fits=0), Steps())
     with pytest.raises(ModelError, match="batch of one patch; use smaller patches"):
         batcher.warm_up()
 
 
 def test_an_error_that_is_not_about_memory_is_raised_as_it_is(tmp_path: Path) -> None:
-    batcher = Batcher(plan_of(tmp_path), Fake(fits=0, error=ZeroDivisionError("ours")))
+    batcher = Batcher(plan_of(tmp_path), Fake(fits=0, error=ZeroDivisionError("ours")), Steps())
     with pytest.raises(ZeroDivisionError, match="ours"):
         batcher.warm_up()
     assert batcher.size == 4
@@ -274,7 +152,7 @@ def test_a_network_that_returns_another_shape_than_declared_is_refused(
     tmp_path: Path, declared: list[int]
 ) -> None:
     plan = plan_of(tmp_path, model={"model_output_shape": declared}, pad_width=[0, 1])
-    batcher = Batcher(plan, load_runtime(plan.job.model, 1))
+    batcher = Batcher(plan, load(plan), Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
     assert "returned shape [4, 3, 8, 8]" in str(caught.value)
@@ -283,7 +161,7 @@ def test_a_network_that_returns_another_shape_than_declared_is_refused(
 
 def test_a_network_that_returns_no_tensor_is_refused(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, model={"class_name": "Other", "kwargs_file": None})
-    runtime = load_runtime(plan.job.model, 1)
+    runtime = load(plan)
     with pytest.raises(ModelError, match="returned list, not one tensor"):
         runtime(np.zeros((4, 1, *PATCH), np.float32))
 
@@ -300,8 +178,8 @@ def test_every_input_dtype_reaches_the_network_with_its_values(tmp_path: Path, d
     values = values if np.dtype(dtype).kind == "f" else values * np.iinfo(np.int8).max
     typed = values.astype(dtype)
     chunk = plan.chunk((0, 0))
-    batcher = Batcher(plan, load_runtime(plan.job.model, 1))
-    found = list(batcher.predictions(list(plan.patches(chunk)), typed[:16], (0, 0)))
+    batcher = Batcher(plan, load(plan), Steps())
+    found = list(batcher.predictions(list(plan.patches(chunk)), [typed[:16]], (0, 0)))
     assert len(found) == 4
     with torch.inference_mode():
         for patch, prediction in found:
@@ -329,6 +207,385 @@ def test_batches_are_cast_to_the_dtype_that_the_network_takes(tmp_path: Path, na
 
 def test_wide_unsigned_values_do_not_wrap_round(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, dtype="uint16", model={"dtype": "float64"})
-    runtime = load_runtime(plan.job.model, 1)
+    runtime = load(plan)
     assert runtime.place(np.array([65535], np.uint16)).tolist() == [65535]
     assert runtime.place(np.array([4294967295], np.uint32)).tolist() == [4294967295]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.broadcast_to(np.float32(3), (2, 3)),
+        np.arange(6, dtype=np.float32).reshape(2, 3)[::-1, ::-1],
+        np.arange(6, dtype=">f4").reshape(2, 3),
+        np.arange(6, dtype=np.uint64).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+    ],
+    ids=["read-only", "turned", "of another byte order", "uint64", "column by column"],
+)
+def test_arrays_that_steps_may_give_are_placed_with_their_values(
+    tmp_path: Path, given: npt.NDArray[Any]
+) -> None:
+    placed = load(plan_of(tmp_path)).place(given)
+    np.testing.assert_array_equal(placed.to(torch.float32).numpy(), given.astype(np.float32))
+
+
+def test_a_network_that_works_in_place_does_not_change_the_batch(tmp_path: Path) -> None:
+    (tmp_path / "inplace.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.add_(1).repeat(1, 3, 1, 1)\n"
+    )
+    model = {"class_file": str(tmp_path / "inplace.py"), "kwargs_file": None}
+    given = np.zeros((4, 1, *PATCH), np.float32)
+    assert bool((load(plan_of(tmp_path, model=model))(given) == 1).all())
+    assert not given.any()
+
+
+# -------------------------------------------------------------- memory, and who is to blame
+
+
+def of_torchscript() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(lambda x: x.expand(1 << 55) + 1, torch.zeros(1), check_trace=False)
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def give_up() -> None:
+        raise error
+
+    return give_up
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        of_cpu,
+        of_torchscript,
+        raising(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        raising(
+            RuntimeError("The following operation failed ...\nRuntimeError: CUDA out of memory.")
+        ),
+        raising(RuntimeError("CUDA error: out of memory")),
+        raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
+        raising(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+        raising(MemoryError("Unable to allocate 2.00 TiB for an array")),
+    ],
+    ids=["cpu", "torchscript on cpu", "cuda", "torchscript", "driver", "cublas", "cudnn", "numpy"],
+)
+def test_every_lack_of_memory_is_recognised(tmp_path: Path, fail: Callable[[], None]) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of several types
+        fail()
+    assert load(plan_of(tmp_path)).is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904]"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        ValueError("CUDA out of memory"),
+        OSError("Cannot allocate memory"),
+    ],
+    ids=str,
+)
+def test_another_error_is_no_lack_of_memory(tmp_path: Path, error: Exception) -> None:
+    assert not load(plan_of(tmp_path)).is_out_of_memory(error)
+
+
+def test_a_later_job_with_the_same_network_starts_with_the_batch_that_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Fake] = []
+
+    def tight(*_: object) -> Fake:
+        made.append(Fake(fits=3))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "load_runtime", tight)
+    write_zarr(tmp_path / "in.zarr", random_volume((32, 16)), (8, 8))
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+
+    def batch_of(output: str, most: int) -> int:
+        checkpoint = {"checkpoint": str(tmp_path / "weights.pt"), "max_batch_size": most}
+        job = plan_of(tmp_path, model=checkpoint).job.as_dict()
+        paths = {"input": str(tmp_path / "in.zarr"), "output": str(tmp_path / output)}
+        record = submit.prepare(load_job(job | paths)).record
+        return Engine(record, record.plan()).batcher.size
+
+    def said() -> list[str]:
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    with caplog.at_level(logging.INFO, logger="chunkq.worker"):
+        assert batch_of("a.zarr", 4) == 2
+        assert said() == ["out of memory: batches have 2 patches from here on"]
+        assert (batch_of("b.zarr", 4), batch_of("c.zarr", 16), batch_of("d.zarr", 1)) == (2, 2, 1)
+        assert said() == []
+        torch.save({k: v * 2 for k, v in trained().state_dict().items()}, tmp_path / "weights.pt")
+        assert batch_of("e.zarr", 4) == 2  # another network, which has to find out
+        assert said() == ["out of memory: batches have 2 patches from here on"]
+    assert [len(b) for b in made[0].batches + made[1].batches] == [2, 2]
+
+
+def nan_above(limit: float, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """In place, as steps may work."""
+    batch -= 0.5
+    batch[batch > limit - 0.5] = np.nan
+    return batch
+
+
+GUILTY: dict[str, tuple[Steps, float, str]] = {
+    "the input": (Steps(), np.nan, "the input has NaN or infinity for"),
+    "the input through a step": (
+        Steps(preprocessing=lambda batch: batch * 2),
+        np.inf,
+        "the input has NaN or infinity for",
+    ),
+    "preprocessing": (
+        Steps(preprocessing=functools.partial(nan_above, 2)),
+        3.0,
+        "model_config.processing_steps: preprocessing gave NaN or infinity for",
+    ),
+    "postprocessing": (
+        Steps(
+            preprocessing=lambda batch: batch * 2,
+            postprocessing=lambda batch: np.where(batch > 5, np.inf, batch),
+        ),
+        3.0,
+        "model_config.processing_steps: postprocessing gave NaN or infinity for",
+    ),
+    "the network": (
+        Steps(preprocessing=lambda batch: batch * 2, postprocessing=lambda batch: batch + 1),
+        30.0,
+        "the network gave NaN or infinity for",
+    ),
+    "the network among its steps": (
+        Steps(postprocessing_protected=lambda batch: batch),
+        30.0,
+        "the network with its protected steps gave NaN or infinity for",
+    ),
+}
+
+
+class NanAbove(Fake):
+    """Gives NaN for items that reach 20."""
+
+    def __call__(self, batch: npt.NDArray[Any]) -> Any:
+        outputs = super().__call__(batch) * 7
+        outputs[outputs > 20] = np.nan
+        return outputs
+
+
+@pytest.mark.parametrize("who", GUILTY)
+def test_the_first_to_have_nan_is_blamed_for_it(tmp_path: Path, who: str) -> None:
+    steps, value, line = GUILTY[who]
+    plan = plan_of(tmp_path)
+    chunk = plan.chunk((0, 0))
+    region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
+    region[9, 2] = value
+    batcher = Batcher(plan, NanAbove(), steps)
+    with pytest.raises(PredictionError) as caught:
+        list(batcher.predictions(list(plan.patches(chunk)), [region], (0, 0)))
+    assert str(caught.value).startswith(line)
+    assert "the patch that reads voxels [8, 0] to [16, 8]; mend it" in str(caught.value)
+
+
+def test_nan_zero_also_counts_what_steps_gave(tmp_path: Path) -> None:
+    steps = Steps(postprocessing=lambda batch: np.where(batch > 0.1, np.nan, batch))
+    found = predictions(plan_of(tmp_path, nan="zero"), Fake(), steps)
+    assert np.isfinite(found).all()
+    assert (found == 0).any()
+    assert (found > 0).any()
+
+
+# ----------------------------------------------------------------------- dtypes and options
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [("float16", as_script), ("float64", as_script), ("int8", as_script), ("int8", None)],
+    ids=str,
+)
+def test_a_dtype_other_than_the_networks_is_one_line_with_the_one_to_set(
+    tmp_path: Path, dtype: str, how: Any
+) -> None:
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    model = how(scripted(trained(), tmp_path / "net.ts")) if how else {}
+    line = refused(tmp_path, dtype=dtype, **model)
+    assert line.startswith("model_config.dtype: the network's parameters are float32 and it was ")
+    assert f"given {dtype} (" in line
+    assert "set dtype: float32" in line
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_the_weights_of_a_class_take_the_jobs_dtype(tmp_path: Path, dtype: str) -> None:
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    model = {"checkpoint": str(tmp_path / "weights.pt"), "dtype": dtype}
+    exact = predictions(plan_of(tmp_path), TrainedNet())
+    found = predictions(plan_of(tmp_path, model=model))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 if dtype == "float64" else 2e-2)
+
+
+def test_a_network_in_half_precision_takes_that(tmp_path: Path) -> None:
+    path = scripted(trained().bfloat16(), tmp_path / "half.ts", torch.bfloat16)
+    found = predictions(plan_of(tmp_path, model=as_script(path, dtype="bfloat16")))
+    exact = predictions(plan_of(tmp_path), TrainedNet())
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-2)
+    assert "set dtype: bfloat16" in refused(tmp_path, **as_script(path))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("form", ["class", "torchscript", "exported"])
+def test_autocast_computes_in_half_precision(tmp_path: Path, dtype: str, form: str) -> None:
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    model: dict[str, Any] = {"checkpoint": str(tmp_path / "weights.pt")}
+    if form == "torchscript":
+        model = as_script(scripted(trained(), tmp_path / "net.ts"))
+    elif form == "exported":
+        model = as_program(program(tmp_path / "net.pt2"))
+    exact = predictions(plan_of(tmp_path, model=model))
+    found = predictions(plan_of(tmp_path, model=model | {"autocast": dtype}))
+    assert np.abs(found - exact).max() > 1e-5
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_autocast_of_what_is_not_float32_is_refused(tmp_path: Path, dtype: str) -> None:
+    line = refused(tmp_path, autocast="bfloat16", dtype=dtype)
+    assert line.startswith("model_config.autocast: bfloat16 is for networks in float32")
+
+
+LAYOUT = """\
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.layer = getattr(torch.nn, f"Conv{rank}d")(2, 3, 3, padding=1)
+        self.layout = {2: torch.channels_last, 3: torch.channels_last_3d}[rank]
+
+    def forward(self, x):
+        for given in (x, self.layer.weight):
+            assert given.is_contiguous(memory_format=self.layout), given.stride()
+            assert not given.is_contiguous()
+        return self.layer(x)
+"""
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_channels_last_lays_batches_and_weights_out_that_way(tmp_path: Path, rank: int) -> None:
+    (tmp_path / "layout.py").write_text(LAYOUT)
+    (tmp_path / "rank.py").write_text(f"kwargs = {{'rank': {rank}}}\n")
+    model = {"class_file": str(tmp_path / "layout.py"), "kwargs_file": str(tmp_path / "rank.py")}
+    runtime = load(plan_of(tmp_path, model=model | {"channels_last": True}))
+    given = np.random.default_rng(0).random((4, 2, *[8] * rank), np.float32)
+    assert tuple(runtime(given).shape) == (4, 3, *[8] * rank)
+
+
+def test_channels_last_changes_no_result(tmp_path: Path) -> None:
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    model = {"checkpoint": str(tmp_path / "weights.pt")}
+    exact = predictions(plan_of(tmp_path, model=model))
+    found = predictions(plan_of(tmp_path, model=model | {"channels_last": True}))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6)
+
+
+def test_channels_last_without_channels_is_refused(tmp_path: Path) -> None:
+    line = refused(tmp_path, model_input_shape=[8, 8], channels_last=True)
+    assert line.startswith("model_config.channels_last: the network is given [4, 8, 8]; ")
+
+
+def test_compiled_networks_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by torch.compile, but not handed to the C++ compiler, which takes half a minute."""
+    asked: list[dict[str, Any]] = []
+
+    def compile_quickly(module: Any, **options: Any) -> Any:
+        asked.append(options)
+        return real(module, backend="eager", fullgraph=True, **options)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    torch.save(trained().state_dict(), tmp_path / "weights.pt")
+    for model in (
+        {"checkpoint": str(tmp_path / "weights.pt")},
+        as_program(program(tmp_path / "net.pt2")),
+    ):
+        exact = predictions(plan_of(tmp_path, model=model))
+        found = predictions(plan_of(tmp_path, model=model | {"compile": True}))
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6)
+    assert len(asked) == 2
+
+
+def test_a_compiler_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._inductor.config as compiler
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler.cpp, "cxx", (None, "/nowhere/g++"))
+    (tmp_path / "add.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.cat([x, x + 1, x * 2], 1)\n"
+    )
+    model = {"class_file": str(tmp_path / "add.py"), "kwargs_file": None}
+    line = refused(tmp_path, compile=True, **model)
+    assert line.startswith("model_config.compile: torch.compile cannot compile this network here (")
+    assert line.endswith("leave compile out")
+
+
+def test_torchscript_is_not_compiled_again(tmp_path: Path) -> None:
+    path = scripted(trained(), tmp_path / "net.ts")
+    line = refused(tmp_path, **as_script(path, compile=True))
+    assert line.startswith("model_config.compile: TorchScript is compiled already")
+
+
+# ------------------------------------------------------------------------ norms of the tile
+
+
+class Norms(torch.nn.Module):
+    """Layers that normalise by the tile, and layers that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = torch.nn.GroupNorm(1, 3)
+        self.instance = torch.nn.InstanceNorm2d(3)
+        self.batch = torch.nn.BatchNorm2d(3, track_running_stats=False)
+        self.layer = torch.nn.LayerNorm([8, 8])
+        self.calm = torch.nn.Sequential(
+            torch.nn.BatchNorm2d(3),
+            torch.nn.InstanceNorm2d(3, track_running_stats=True),
+            torch.nn.LayerNorm(8),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.instance(self.group(x.repeat(1, 3, 1, 1)))
+        found: torch.Tensor = self.calm(self.layer(self.batch(x)))
+        return found
+
+
+def test_layers_that_normalise_by_the_tile_are_named(tmp_path: Path) -> None:
+    torch.save(Norms(), tmp_path / "whole.pt")
+    whole = load(plan_of(tmp_path, model=as_file(tmp_path / "whole.pt")))
+    kinds = ["GroupNorm", "InstanceNorm2d", "BatchNorm2d", "LayerNorm"]
+    names = ["group", "instance", "batch", "layer"]
+    assert list(whole.tile_norms()) == [f"{n} ({k})" for n, k in zip(names, kinds, strict=True)]
+    exported = load(plan_of(tmp_path, model=as_program(program(tmp_path / "n.pt2", Norms()))))
+    operators = [name.rpartition("(aten.")[2].partition(".")[0] for name in exported.tile_norms()]
+    assert operators == ["group_norm", "instance_norm", "batch_norm", "layer_norm"]
+    script = tmp_path / "norms.ts"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Norms()).save(str(script))
+    found = load(plan_of(tmp_path, model=as_script(script))).tile_norms()
+    assert [name.partition(" ")[0] for name in found] == ["group", "instance", "batch", "layer"]
+    assert load(plan_of(tmp_path)).tile_norms() == ()
+    assert whole.device_bytes() is None

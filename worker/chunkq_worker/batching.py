@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -16,11 +16,13 @@ from chunkq.combine import Array, activate, as_votes, on_host
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import Runtime
-from chunkq_worker.steps import Steps
+from chunkq_worker.steps import KEY, Steps
 
 Halos = Sequence[npt.NDArray[Any]]
 """What a chunk's patches read, of each input: arrays of one shape."""
 log = logging.getLogger("chunkq.worker")
+_ceilings: dict[Hashable, int] = {}
+"""The largest batch of those networks that ran out of memory in this process with a larger one."""
 
 
 class Batcher:
@@ -28,10 +30,13 @@ class Batcher:
 
     A batch always has the same number of items and never mixes chunks, so a patch's prediction
     does not depend on which other chunks a worker happens to run. Running out of memory halves
-    the size for good. `patches_run` counts the patches that went through the network.
+    the size for good, also for later ones of the same `network`, whatever stands for that; None
+    for one that is not remembered. `patches_run` counts the patches that went through it.
     """
 
-    def __init__(self, plan: Plan, runtime: Runtime, steps: Steps) -> None:
+    def __init__(
+        self, plan: Plan, runtime: Runtime, steps: Steps, network: Hashable = None
+    ) -> None:
         model = plan.job.model
         self._plan, self._runtime, self._steps = plan, runtime, steps
         self._slot = model.model_input_shape
@@ -40,7 +45,9 @@ class Batcher:
             self._join = model.join_dim - 1
             self._item[self._join] = len(plan.job.input)
         self._declared = _declared(plan)
-        self._buffer = self._new_buffer(model.max_batch_size)
+        self._network = network
+        most = _ceilings.get(network, model.max_batch_size)
+        self._buffer = self._new_buffer(min(most, model.max_batch_size))
         self.patches_run = 0
 
     @property
@@ -96,7 +103,17 @@ class Batcher:
     def _run(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Array | None:
         self._fill(batch, halos, origin)
         outputs = self._attempt(len(batch))
-        return None if outputs is None else self._usable(outputs, batch)
+        if outputs is None:
+            return None
+        xp = array_namespace(outputs)
+        outputs = xp.astype(outputs, xp.float32, copy=False)
+        finite = None
+        # A finite sum has only finite terms, and is a single pass.
+        if not bool(xp.isfinite(xp.sum(outputs))):
+            finite = xp.isfinite(outputs)
+            if self._plan.job.nan == "fail" and not bool(xp.all(finite)):
+                self._refuse(finite, batch, halos, origin)
+        return self._usable(outputs, finite)
 
     def _attempt(self, used: int) -> Array | None:
         """Run the buffer and return its first items (used, C, *Q), or None for a smaller one."""
@@ -111,8 +128,9 @@ class Batcher:
             return None
         given = tuple(outputs.shape)
         if given not in {(self.size, *declared) for declared in self._declared}:
+            steps = "" if self._steps == Steps() else " with its processing_steps"
             raise ModelError(
-                f"the network returned shape {list(given)} for a batch of "
+                f"the network{steps} returned shape {list(given)} for a batch of "
                 f"{[self.size, *self._item]}, but model_config.model_output_shape declares "
                 f"{[self.size, *self._declared[0]]}; correct model_output_shape or the network"
             )
@@ -135,18 +153,14 @@ class Batcher:
                 f"or a larger device: {str(error).partition(chr(10))[0][:200]}"
             ) from error
         self._buffer = self._new_buffer(self.size // 2)
+        if self._network is not None:
+            _ceilings[self._network] = self.size
         log.warning("out of memory: batches have %d patches from here on", self.size)
 
-    def _usable(self, outputs: Array, batch: Sequence[Patch]) -> Array:
-        """Return predictions as they are combined; the network's own are finite or zeroed."""
+    def _usable(self, outputs: Array, finite: Array | None) -> Array:
+        """Return predictions as they are combined; zeros for what is not `finite`, if given."""
         job, xp = self._plan.job, array_namespace(outputs)
-        outputs = xp.astype(outputs, xp.float32, copy=False)
-        finite = None
-        # A finite sum has only finite terms, and is a single pass.
-        if not bool(xp.isfinite(xp.sum(outputs))):
-            finite = xp.isfinite(outputs)
-            if job.nan == "fail":
-                self._refuse(finite, batch)
+        if finite is not None:
             outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
         predictions = activate(outputs, job.activation)
         if finite is not None:
@@ -155,13 +169,31 @@ class Batcher:
             predictions = as_votes(predictions)
         return predictions
 
-    def _refuse(self, finite: Array, batch: Sequence[Patch]) -> None:
-        for patch, good in zip(batch, finite, strict=True):
-            if not bool(good.all()):
-                raise PredictionError(
-                    f"the network gave NaN or infinity for the patch that reads "
-                    f"{_show(patch.source)}; mend the network or the input there, or set nan: zero"
-                )
+    def _refuse(
+        self, finite: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
+    ) -> None:
+        """Raise PredictionError for the first patch that is not finite."""
+        row = next(row for row, good in enumerate(finite) if not bool(good.all()))
+        self._fill(batch, halos, origin)  # a step may have worked in place
+        raise PredictionError(
+            f"{self._culprit(row)} NaN or infinity for the patch that reads "
+            f"{_show(batch[row].source)}; mend it, or set nan: zero"
+        )
+
+    def _culprit(self, row: int) -> str:
+        """Return who was the first to have NaN or infinity in an item of the buffer."""
+        steps, given = self._steps, self._buffer
+        read = bool(np.isfinite(given[row]).all())
+        if steps.preprocessing is not None:
+            given = np.asarray(steps.preprocessing(given))
+        if not np.isfinite(given[row]).all():
+            return f"{KEY}: preprocessing gave" if read else "the input has"
+        if steps.postprocessing is not None:
+            raw = on_host(self._runtime(given))
+            if np.isfinite(raw[row]).all():
+                return f"{KEY}: postprocessing gave"
+        inside = (steps.preprocessing_protected, steps.postprocessing_protected)
+        return f"the network{'' if inside == (None, None) else ' with its protected steps'} gave"
 
     def _new_buffer(self, size: int) -> npt.NDArray[Any]:
         dtype = np.dtype(self._plan.volume.dtype)

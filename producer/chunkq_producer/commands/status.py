@@ -11,16 +11,12 @@ from rich.live import Live
 
 from chunkq.errors import QueueError
 from chunkq.executors.base import Executor
-from chunkq.ledger import JobFolder
-from chunkq.plan import Plan
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import folder_at, json_option, queue_of, queue_option
-from chunkq_producer.watch import Status, job_status, one_line, screen
+from chunkq_producer.watch import Look, one_line, screen
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
-PATIENCE = 10
-"""A look at a job may take one part in this many of the time between looks."""
 
 
 @click.command()
@@ -45,28 +41,6 @@ def status(output: str | None, queue: str | None, watch: bool, as_json: bool) ->
     else:
         console = Console()
         console.print(screen(look(), console.width))
-
-
-class Look:
-    """Looks at one job whenever it is called."""
-
-    def __init__(
-        self, folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
-    ) -> None:
-        self._folder, self._plan = folder, plan
-        self._executor, self._problem = executor, problem
-        self.seconds = 0.0
-
-    def __call__(self) -> Status:
-        """Return the job's status now."""
-        before = time.monotonic()
-        found = job_status(self._folder, self._plan, self._executor, self._problem)
-        self.seconds = time.monotonic() - before
-        return found
-
-    def rest(self, least: float) -> float:
-        """Return how long to wait before the next look, so that looking stays cheap (s)."""
-        return max(least, self.seconds * PATIENCE)
 
 
 def show_json(look: Look, watch: bool) -> None:

@@ -1,13 +1,11 @@
-"""Networks of PyTorch: a class with a checkpoint, or TorchScript."""
+"""Networks of PyTorch: batches cast and moved to the device, results left there."""
 
 from __future__ import annotations
 
-import io
-import pickle
+import contextlib
+import re
 import warnings
-import zipfile
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,34 +14,54 @@ import torch
 from typing_extensions import override
 
 from chunkq.combine import Array
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq.paths import read_bytes
-from chunkq.userfile import load_names, neighbours, pick
 from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.torch_files import LOADERS, Loaded, reason
 from chunkq_worker.steps import Steps
 
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
-"""Where training scripts usually put the weights inside a checkpoint."""
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",  # TorchScript raises it as any other error
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What torch's errors say that a lack of memory causes, besides those of a type for it."""
+OF_DTYPES = re.compile(r"type|not implemented for|Half|Float|scalar")
+TILE_NORMS = ("InstanceNorm", "GroupNorm", "LayerNorm", "BatchNorm")
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class TorchRuntime(Runtime):
-    """A torch module in inference mode."""
+    """A torch module in inference mode. Protected steps are given torch tensors."""
 
-    def __init__(self, module: Any, model: ModelConfig, steps: Steps, threads: int | None) -> None:
+    def __init__(
+        self, loaded: Loaded, model: ModelConfig, steps: Steps, threads: int | None
+    ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
+        self._model, self._limits, self._module = model, loaded.limits, loaded.module
         self._dtype: torch.dtype = getattr(torch, model.dtype)
-        self._module = module
+        if model.channels_last:
+            for value in self._module.parameters():
+                if value.dim() in CHANNELS_LAST:
+                    value.data = value.data.contiguous(memory_format=CHANNELS_LAST[value.dim()])
+        self._run = self._module
+        if model.compile:
+            with _as_compilers_are():
+                # The batch size never changes but when memory is short.
+                self._run = torch.compile(self._module, dynamic=False)
 
     @override
     def __call__(self, batch: npt.NDArray[Any]) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process has its own
         with torch.inference_mode():
-            given = self.place(batch).to(self._dtype)
+            # A copy, as networks and steps may work in place.
+            given = self.place(batch).to(self._dtype, copy=self.device == "cpu")
             if self._steps.preprocessing_protected is not None:
                 given = self._steps.preprocessing_protected(given)
-            outputs = self._module(given)
+            outputs = self._forward(given)
             if not isinstance(outputs, torch.Tensor):
                 raise ModelError(
                     f"the network returned {type(outputs).__name__}, not one tensor; "
@@ -53,18 +71,60 @@ class TorchRuntime(Runtime):
                 outputs = self._steps.postprocessing_protected(outputs)
             return outputs if outputs.dtype == torch.float64 else outputs.float()
 
+    def _forward(self, given: torch.Tensor) -> Any:
+        """Run the network; raises ModelError where the job, not the batch, is the cause."""
+        if self._limits is not None:
+            self._limits.accept(given.shape, given.dtype, self._model.max_batch_size)
+        if self._model.channels_last:
+            given = _channels_last(given)
+        try:
+            with self._around():
+                return self._run(given)
+        except RuntimeError as error:
+            if not self.is_out_of_memory(error) and (line := self._explained(error, given)):
+                raise ModelError(line) from error
+            raise
+
+    @contextlib.contextmanager
+    def _around(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._model.autocast is not None:
+                dtype = getattr(torch, self._model.autocast)
+                stack.enter_context(torch.autocast(self.device, dtype=dtype))
+            if self._model.compile:
+                stack.enter_context(_as_compilers_are())
+            yield
+
+    def _explained(self, error: RuntimeError, given: torch.Tensor) -> str | None:
+        """Return the line for an error that follows from what the job file says."""
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return (
+                f"model_config.compile: torch.compile cannot compile this network here "
+                f"({reason(error)}); leave compile out"
+            )
+        own = sorted({_name(p) for p in self._module.parameters() if p.is_floating_point()})
+        if own and _name(given) not in own and OF_DTYPES.search(reason(error)):
+            return (
+                f"model_config.dtype: the network's parameters are {' and '.join(own)} and it was "
+                f"given {_name(given)} ({reason(error)}); set dtype: {own[-1]}, or let the "
+                "network convert what it is given"
+            )
+        return None
+
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     @override
     def place(self, array: npt.NDArray[Any]) -> Array:
-        if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        if array.dtype.kind == "u" and array.dtype.itemsize in (2, 4):
             # torch knows few operations on wide unsigned integers; the next wider signed one
-            # holds the same values. (uint64, which has none, is refused with the job.)
+            # holds the same values. (uint64 has none; as an input it is refused with the job.)
             array = array.astype(np.dtype(f"i{array.dtype.itemsize * 2}"))
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
+        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+            array = array.copy()  # steps give views that torch cannot share
         tensor = torch.from_numpy(array)
         if self.device == "cpu":
             return tensor
@@ -72,14 +132,29 @@ class TorchRuntime(Runtime):
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        known = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+            isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+        )
+        if known and self.device == "cuda":
             torch.cuda.empty_cache()
-            return True
-        return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        return known
+
+    @override
+    def device_bytes(self) -> int | None:
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+
+    @override
+    def tile_norms(self) -> tuple[str, ...]:
+        modules = self._module.named_modules()
+        found = [f"{name} ({_kind(part)})" for name, part in modules if _is_tile_norm(part)]
+        graph = getattr(self._module, "graph", None)
+        nodes = graph.nodes if isinstance(graph, torch.fx.Graph) else ()  # an exported program
+        found += [f"{node.name} ({node.target})" for node in nodes if _is_tile_norm_node(node)]
+        return tuple(found)
 
     @override
     def close(self) -> None:
-        self._module = None
+        self._module = self._run = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -91,112 +166,55 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
             "model_config.device: cuda, but this worker sees no CUDA device; start it on a GPU "
             "node or set device: cpu"
         )
-    module = LOADERS[model.type](model)
-    return TorchRuntime(module.eval().to(model.device), model, steps, threads)
-
-
-def _load_torchscript(model: ModelConfig) -> Any:
-    path = model.ts_file or ""
-    content = _content(path, "ts_file")
-    _expect_torchscript(content, path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.load(  # type: ignore[no-untyped-call]
-                io.BytesIO(content), map_location=model.device
-            )
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"model_config.ts_file: {path}: {_first_line(error)}") from error
-
-
-def _load_class(model: ModelConfig) -> Any:
-    path, name = model.class_file or "", model.class_name or ""
-    try:
-        made = pick(load_names(path, "model_config.class_file"), name, path, "class_name")
-        kwargs = _kwargs(model.kwargs_file)
-    except JobError as error:
-        raise ModelError(str(error)) from error
-    try:
-        with neighbours(path):
-            module = made(**kwargs)
-    except (Exception, SystemExit) as error:
+    if model.compile and model.type == "torchscript":
         raise ModelError(
-            f"model_config.class_name: {name}(**kwargs) raised {type(error).__name__}: "
-            f"{_first_line(error)}; kwargs were {sorted(kwargs)}"
-        ) from error
-    if not isinstance(module, torch.nn.Module):
-        raise ModelError(f"model_config.class_name: {name} of {path} is no torch.nn.Module")
-    if model.checkpoint is not None:
-        _load_state(module, model.checkpoint)
-    dtype: torch.dtype = getattr(torch, model.dtype)
-    return module.to(dtype) if dtype.is_floating_point else module
-
-
-def _kwargs(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    key = "model_config.kwargs_file"
-    kwargs = pick(load_names(path, key), "kwargs", path, key)
-    if not isinstance(kwargs, dict):
-        raise ModelError(f"{key}: `kwargs` in {path} is no dict")
-    return kwargs
-
-
-def _load_state(module: torch.nn.Module, path: str) -> None:
-    key = "model_config.checkpoint"
-    content = _content(path, "checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on files that torch did not write
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{key}: {path} holds more than weights ({_first_line(error)}); save it again with "
-            "torch.save(model.state_dict(), path)"
-        ) from error
-    except Exception as error:  # of any kind, where the file is something else
-        raise ModelError(
-            f"{key}: {path} is no checkpoint ({type(error).__name__}: {_first_line(error)})"
-        ) from error
-    for nested in STATE_KEYS:
-        if isinstance(state, dict) and isinstance(state.get(nested), dict):
-            state = state[nested]
-    if not isinstance(state, dict):
-        raise ModelError(f"{key}: {path} holds {type(state).__name__}, not a state_dict")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{key}: {path} does not fit the class: {reason[:400]}") from error
-
-
-def _content(path: str, key: str) -> bytes:
-    try:
-        return read_bytes(path)
-    except OSError as error:
-        raise ModelError(f"model_config.{key}: {path} cannot be read: {error}") from error
-
-
-def _expect_torchscript(content: bytes, path: str) -> None:
-    """Tell torch's formats apart by what their zip holds, and name the right type."""
-    key = f"model_config.ts_file: {path}"
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        raise ModelError(f"{key} is no TorchScript file; write one with torch.jit.script or trace")
-    names = zipfile.ZipFile(io.BytesIO(content)).namelist()
-    if any("/data/weights/" in name for name in names):
-        raise ModelError(f"{key} is a torch.export file, which is type: exported")
-    if not any("/code/" in name for name in names):
-        raise ModelError(
-            f"{key} was written by torch.save, not torch.jit.save; use type: class with it as "
-            "checkpoint, or script the module and save that"
+            "model_config.compile: TorchScript is compiled already; leave compile out, or use "
+            "type: class"
         )
+    if model.autocast is not None and model.dtype not in ("float32", model.autocast):
+        raise ModelError(
+            f"model_config.autocast: {model.autocast} is for networks in float32, this one's dtype "
+            f"is {model.dtype}; set dtype: float32 or leave autocast out"
+        )
+    return TorchRuntime(LOADERS[model.type](model), model, steps, threads)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def _channels_last(given: torch.Tensor) -> torch.Tensor:
+    if given.dim() not in CHANNELS_LAST:
+        raise ModelError(
+            f"model_config.channels_last: the network is given {list(given.shape)}; only batches "
+            "of 4 or 5 axes, (N, C, *P), have channels; leave channels_last out"
+        )
+    return given.contiguous(memory_format=CHANNELS_LAST[given.dim()])
 
 
-LOADERS: MappingProxyType[str, Callable[[ModelConfig], Any]] = MappingProxyType(
-    {"class": _load_class, "torchscript": _load_torchscript}
-)
+@contextlib.contextmanager
+def _as_compilers_are() -> Iterator[None]:
+    """Let the compiler's own modules use what torch calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _is_tile_norm(module: Any) -> bool:
+    """Tell whether a layer takes its statistics from the tile that is in front of it."""
+    kind = _kind(module)
+    if kind.startswith("LayerNorm"):
+        return len(getattr(module, "normalized_shape", ())) > 1  # else over the channels alone
+    # With running statistics, a layer in inference mode uses those.
+    return kind.startswith(TILE_NORMS) and getattr(module, "running_mean", None) is None
+
+
+def _is_tile_norm_node(node: Any) -> bool:
+    kind = str(node.target).removeprefix("aten.").removeprefix("native_").partition(".")[0]
+    if kind in ("instance_norm", "batch_norm"):
+        return len(node.args) > 5 and node.args[5] is True  # by what it is given
+    return kind == "group_norm" or (kind == "layer_norm" and len(node.args[1]) > 1)
+
+
+def _kind(module: Any) -> str:
+    return getattr(module, "original_name", type(module).__name__)  # TorchScript's name for it
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,130 @@
+"""Networks as ONNX graphs, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from typing_extensions import override
+
+from chunkq.combine import Array
+from chunkq.job import ModelConfig
+from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.onnx_file import open_session
+from chunkq_worker.runtimes.onnx_graph import Graph
+from chunkq_worker.steps import Steps
+
+TILE_NORMS = frozenset({"InstanceNormalization", "GroupNormalization"})
+"""Operators that normalise by the mean and spread of the tile in front of them."""
+OUT_OF_MEMORY = (
+    "Failed to allocate memory",
+    "is smaller than requested bytes",  # Available memory of ... : the arena's own limit
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA failure 2: out of memory",
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+)
+"""What ONNX Runtime's errors say when there is no memory, on the host or on the device."""
+log = logging.getLogger("chunkq.worker")
+
+
+class OnnxRuntime(Runtime):
+    """A graph whose batches and results lie on the host, as NumPy arrays.
+
+    So do the protected steps' arrays. The graph itself may run on a GPU: what it takes and gives
+    is then copied there and back.
+    """
+
+    def __init__(self, session: Any, graph: Graph, model: ModelConfig, steps: Steps) -> None:
+        self.device, self._steps = model.device, steps
+        self._session, self._graph = session, graph
+        self._dtype = np.dtype(model.dtype)
+
+    @override
+    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+        given = self._given(batch)
+        if self._steps.preprocessing_protected is not None:
+            given = self._steps.preprocessing_protected(given)
+        self._graph.accept(tuple(given.shape), str(given.dtype).removeprefix("torch."))
+        outputs = self._run(given)
+        if self._steps.postprocessing_protected is not None:
+            outputs = self._steps.postprocessing_protected(outputs)
+        return self._as_float(outputs)
+
+    def _given(self, batch: npt.NDArray[Any]) -> Array:
+        """Return a batch in the network's dtype where the protected steps want it."""
+        # Steps may work in place; the graph does not.
+        as_given = np.asarray if self._steps.preprocessing_protected is None else np.array
+        # What the dtype cannot hold is the network's affair, as with torch.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return as_given(batch, self._dtype, order="C")
+
+    def _run(self, given: Array) -> Array:
+        """Return the network's output for a batch that it accepts."""
+        feed = {self._graph.input: np.ascontiguousarray(given)}
+        return self._session.run([self._graph.output], feed)[0]
+
+    def _as_float(self, outputs: Array) -> Array:
+        outputs = np.asarray(outputs)
+        return outputs if outputs.dtype == np.float64 else outputs.astype(np.float32, copy=False)
+
+    @override
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape, np.float32)
+
+    @override
+    def place(self, array: npt.NDArray[Any]) -> Array:
+        return array
+
+    @override
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        # Bindings raise plain RuntimeErrors, everything else types of ONNX Runtime's own.
+        of_theirs = type(error).__module__.startswith("onnxruntime")
+        known = of_theirs or type(error) is RuntimeError
+        return isinstance(error, MemoryError) or (
+            known and any(words in str(error) for words in OUT_OF_MEMORY)
+        )
+
+    @override
+    def tile_norms(self) -> tuple[str, ...]:
+        tell = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if tell is None:  # an older ONNX Runtime
+            return ()
+        nodes = (node for part in tell() for node in part.get_nodes())
+        return tuple(f"{n.name} ({n.op_type})" for n in nodes if n.op_type in TILE_NORMS)
+
+    @override
+    def close(self) -> None:
+        self._session = None
+
+
+def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+    """Load the graph a job names; raises ModelError in one line.
+
+    On device cuda, batches and results stay on the GPU as torch tensors, if torch with CUDA is
+    installed.
+    """
+    if model.device == "cuda":
+        from chunkq_worker.runtimes import onnx_cuda
+
+        return onnx_cuda.load(model, steps, threads)
+    session, graph = opened(model, steps, threads)
+    return OnnxRuntime(session, graph, model, steps)
+
+
+def opened(
+    model: ModelConfig, steps: Steps, threads: int | None, providers: Sequence[Any] = ()
+) -> tuple[Any, Graph]:
+    """Return the session of a job's graph, and the graph held against what the job declares."""
+    path = model.model_file or ""
+    session = open_session(path, threads, providers)
+    graph = Graph.of(session, path)
+    graph.check(model, steps)
+    running = ", ".join(session.get_providers())
+    log.info("onnxruntime %s runs %s with %s", onnxruntime.__version__, path, running)
+    return session, graph
