@@ -223,4 +223,4 @@ def _flat(record: JobRecord) -> dict[str, Any]:
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}
     flat |= {f"content of {key}": digest for key, digest in record.file_hashes.items()}
-    return flat | {f"input volume {n}": source for n, source in enumerate(record.sources)}
+    return flat | {"the input volume": record.sources}

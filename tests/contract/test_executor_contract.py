@@ -224,6 +224,7 @@ def note_every_task(url: str, number: int, notes: str, start: str) -> None:
 
     def note(task: Task, attempt: Attempt) -> None:
         os.write(file, f"{number} {task.id} {attempt.number}\n".encode())
+        time.sleep(0.02)  # or one process may be through before another has its turn
 
     executor.work(note, burst(f"process-{number}", depth=2))
     executor.close()
@@ -472,6 +473,35 @@ def test_a_task_that_kills_every_worker_ends_failed(queue: Executor, url: str) -
     assert queue.failed(JOB) == tasks(1)
 
 
+def die_of(chunk: tuple[int, ...], url: str, worker: str) -> None:
+    """Work four tasks at once, and be killed by one of them while the others are in flight."""
+    together, executor = threading.Barrier(4), open_executor(url)
+
+    def handler(task: Task, attempt: Attempt) -> None:
+        if not attempt.is_last:
+            together.wait(PATIENCE)
+        if task.chunk == chunk:
+            time.sleep(0.1)
+            os._exit(9)
+        time.sleep(0.3 if attempt.is_last else PATIENCE)
+
+    executor.work(handler, burst(worker, depth=4))
+    executor.close()
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="all in flight are given up with it")
+def test_a_chunk_that_kills_its_workers_is_given_up_alone(queue: Executor, url: str) -> None:
+    queue.submit(tasks(4))
+    for number in range(MAX_ATTEMPTS + 1):
+        process = SPAWN.Process(target=die_of, args=((2, 0), url, f"worker-{number}"))
+        process.start()
+        process.join(PATIENCE)
+        assert process.exitcode is not None
+        queue.release(f"worker-{number}")
+    assert queue.counts(JOB) == Counts(failed=1)
+    assert queue.failed(JOB) == [Task("infer", JOB, (2, 0))]
+
+
 def test_a_worker_told_to_stop_hands_back_without_counting_however_often_it_is_said(
     queue: Executor, url: str
 ) -> None:
@@ -676,6 +706,22 @@ def test_after_a_success_it_takes_many_more_chunks_failing_alike(
     assert len(diary.begun) == 1 + 6
 
 
+def test_chunks_that_never_ran_the_network_are_no_success(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "ALIKE_AT_FIRST", 3)
+    queue.submit(tasks(10))
+
+    def run_every_second(task: Task, attempt: Attempt) -> Outcome:
+        if task.chunk[0] % 2:
+            raise unreadable(task)
+        return Outcome(ran=False)
+
+    with pytest.raises(SameFailureError, match="3 chunks in a row"):
+        queue.work(run_every_second, burst())
+    assert queue.counts(JOB) == Counts(queued=7)
+
+
 def test_a_success_in_between_begins_the_count_anew(
     queue: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -831,6 +877,21 @@ def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_bac
             late: 1,
             **dict.fromkeys(never, 1),
         }
+
+
+def test_a_task_that_waits_for_another_of_its_process_is_not_held_to_the_limit(
+    queue: Executor,
+) -> None:
+    hangs, waits = tasks(2)
+    queue.submit(tasks(2))
+    with hanging() as go:
+        shift = Shift("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
+        with pytest.raises(OverrunError) as overrun:
+            queue.work(lambda task, attempt: wait_for(go), shift)
+        assert [lease.task for lease in overrun.value.leases] == [hangs]
+        diary = Diary()
+        queue.work(diary, burst("heir"))
+        assert {task: attempt.number for task, attempt in diary.begun} == {hangs: 2, waits: 1}
 
 
 def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None:

@@ -34,8 +34,8 @@ from tests.contract.test_executor_contract import BACKENDS, JOB, OTHER_JOB
 
 JOBS = (JOB, OTHER_JOB)
 WORKERS = ("worker-a", "worker-b", "worker-c")
-TASKS = [Task("infer", job, (number,)) for job in JOBS for number in range(4)]
-TASKS += [Task("finalize", JOB, (0,))]
+TASKS = [Task("infer", JOB, (number,)) for number in range(3)]
+TASKS += [Task("finalize", JOB, (0,)), Task("infer", OTHER_JOB, (0,))]
 NEVER = 1000.0
 """A lease so long that none runs out but by `let_run_out`, however slow the machine."""
 THOROUGH = settings(
@@ -147,6 +147,8 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._turns = cycle(self.queues)
+        self._looked_at = cycle(JOBS)
+        self._shifts = cycle([Shift("w"), Shift("w", job=JOB), Shift("w", set_aside={JOB})])
         self.known: dict[Task, Known] = {}
         self.unended: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
 
@@ -193,11 +195,17 @@ class Model(RuleBasedStateMachine):
     @rule(
         target=leases,
         worker=st.sampled_from(WORKERS),
-        only=st.sampled_from([None, None, *JOBS]),
-        aside=st.sampled_from([(), (), *((job,) for job in JOBS), JOBS]),
+        only=st.sampled_from([None, *JOBS]),
+        aside=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
     )
-    def take(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
-        shift = Shift(worker, job=only, set_aside=set(aside))
+    def take_chosen(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
+        return self.take(Shift(worker, job=only, set_aside=set(aside)))
+
+    @rule(target=leases, worker=st.sampled_from(WORKERS))
+    def take_any(self, worker: str) -> object:
+        return self.take(Shift(worker))
+
+    def take(self, shift: Shift) -> object:
         able = {t for t, known in self.chosen(shift).items() if known.may_begin}
         lease = self.queue.take(shift)
         for known in self.known.values():
@@ -207,11 +215,11 @@ class Model(RuleBasedStateMachine):
         else:
             assert lease.task in able
             known = self.known[lease.task]
-            assert lease.attempt.worker == worker
+            assert lease.attempt.worker == shift.worker
             assert lease.attempt.number - 1 in known.begun
             known.put_back({lease.attempt.number})
-            known.state, known.lease, known.last_worker = "running", lease, worker
-            self.unended[worker].append(lease)
+            known.state, known.lease, known.last_worker = "running", lease, shift.worker
+            self.unended[shift.worker].append(lease)
         self.look()
         return multiple() if lease is None else lease
 
@@ -316,8 +324,9 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def every_task_is_counted_once(self) -> None:
         expected = {job: self.expected(job) for job in JOBS}
-        assert {job: self.queue.counts(job) for job in JOBS} == expected
         assert self.queue.jobs() == {job: c for job, c in expected.items() if c != Counts()}
+        job = next(self._looked_at)
+        assert self.queue.counts(job) == expected[job]
 
     @invariant()
     def what_runs_and_what_failed_is_listed(self) -> None:
@@ -334,9 +343,9 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def a_queue_is_drained_when_nothing_waits_or_runs(self) -> None:
-        for shift in (Shift("w"), Shift("w", job=JOB), Shift("w", set_aside={JOB})):
-            left = {known.state for known in self.chosen(shift).values()} - {"failed"}
-            assert self.queue.is_drained(shift) == (not left)
+        shift = next(self._shifts)
+        left = {known.state for known in self.chosen(shift).values()} - {"failed"}
+        assert self.queue.is_drained(shift) == (not left)
 
     def teardown(self) -> None:
         for job in JOBS:

@@ -279,25 +279,28 @@ def test_every_missing_model_file_is_named(bench: Bench) -> None:
     ("changes", "line"),
     [
         (
-            {"model": {"runtime": "onnx", "type": "file", "model_file": "m.onnx"}},
-            "model_config.runtime: onnx is not in this version; torch is",
+            {"model": {"runtime": "onnx", "type": "torchscript", "ts_file": "m.pt"}},
+            "model_config.type: onnx has no torchscript; its types are file",
         ),
         (
-            {"model": {"runtime": "tensorflow", "type": "json", "json_file": "m.json"}},
-            "model_config.runtime: tensorflow is not in this version",
+            {"model": {"runtime": "tensorflow", "type": "exported", "model_file": "m.pt2"}},
+            "model_config.type: tensorflow has no exported; its types are class, file, json",
         ),
         (
-            {"model": {"type": "exported", "model_file": "m.pt2"}},
-            "model_config.type: exported is not in this version",
+            {"model": {"type": "json", "json_file": "m.json"}},
+            "model_config.type: torch has no json; its types are class, file",
         ),
         ({"model": {"runtime": "jax"}}, "model_config.runtime: 'jax' is none of"),
         (
             {"model": {"processing_steps": "steps.py"}},
-            "model_config.processing_steps: not in this version",
+            "model_config.processing_steps: no file",
         ),
-        ({"input": ["in.zarr", "in.zarr"]}, "input: several volumes are not in this version"),
+        ({"input": ["in.zarr", "in.zarr"]}, "input: several volumes need model_config.join_dim"),
         ({"roi": [[0, 4], [0, 4]]}, "roi: not in this version"),
-        ({"cluster": "slurm"}, "cluster: slurm is not in this version"),
+        (
+            {"model": {"runtime": "onnx", "type": "file", "model_file": "m.onnx", "compile": True}},
+            "model_config.compile: only for runtime torch",
+        ),
     ],
 )
 def test_what_this_version_cannot_do_is_refused_by_name(

@@ -113,8 +113,8 @@ def test_what_was_planned_is_what_was_moved(sealed: Bench) -> None:
 
 def test_plan_with_probe_times_a_batch(bench: Bench) -> None:
     plan = json.loads(bench.run("plan", "job.json", "--probe", "--json").ok().out)
-    assert plan["batch_size"] == 4
-    assert 0 < plan["batch_seconds"] < 60
+    assert plan["probe"]["batch"] == 4
+    assert 0 < plan["probe"]["batch_seconds"] < 60
 
 
 def test_input_and_output_may_be_replaced_on_the_command_line(bench: Bench) -> None:

@@ -647,7 +647,6 @@ def test_other_threads_than_the_process_began_with_are_told_of(
 
 ALONE = """\
 import sys
-from chunkq_worker.runtimes import tensorflow_import
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 from chunkq.job import ModelConfig
@@ -857,17 +856,17 @@ def test_a_whole_job_with_workers_equals_the_same_network_in_torch(tmp_path: Pat
     run_whole(job_values(tmp_path, "torch.zarr", in_torch))
     bench = Bench(tmp_path, job_values(tmp_path, "out.zarr", in_keras))
     bench.write_job()
+    bench.here("produce", "job.json").ok()
     witness = tmp_path / "witness"
-    done = bench.run("run", "job.json", "--gpus", "none", "-w", "2", WITNESS=str(witness)).ok()
+    crew = ("work", "--burst", "--gpus", "none", "-w", "2")
+    done = bench.run(*crew, WITNESS=str(witness)).ok()
+    bench.here("finalize", "out.zarr").ok()
     assert all(noise not in done.err for noise in ("oneDNN", "absl", "I0000")), done.err
     found, expected = read_output(bench.output), read_output(tmp_path / "torch.zarr")
     assert expected.std() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     seen = set(witness.read_text().splitlines())
-    assert {line.partition(" -m ")[2].split()[0] for line in seen} == {
-        "chunkq_worker.child",
-        "chunkq_worker.probe",
-    }
+    assert {line.partition(" -m ")[2].split()[0] for line in seen} == {"chunkq_worker.child"}
 
 
 def test_a_class_with_outer_steps_goes_through_the_whole_pipeline(tmp_path: Path) -> None:
