@@ -130,11 +130,16 @@ def without_secret(url: str) -> str:
     """Return a URL fit for logs: the password, if any, as three stars."""
     if not is_url(url):
         return url
-    if url.partition("://")[0] in SERVERS:
+    if url.partition("://")[0].lower() in SERVERS:
         # Special characters that were not encoded must not make a part of a password show.
-        url = re.sub(r"^(\w+://)([^:@/]*):.*@", r"\1\2:***@", url)
-    url = re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
-    parts = urlsplit(url)
+        url = re.sub(r"(?s)^(\w+://)([^:]*):.*@", r"\1\2:***@", url)
+        if "@" not in url:  # what should be a port may be a password whose host is missing
+            url = re.sub(r"^(\w+://[^:/?#\[]*:)(?!\d*(?:[/?#]|$))[^/?#]*", r"\1***", url)
+    url = re.sub(r"([?&](?:\w+_)?password=)[^&]*", r"\1***", url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return f"{url.partition('://')[0]}://***"  # whatever it is, nobody can read it
     if parts.password is None or parts.password == "***":
         return url
     host = parts.netloc.rpartition("@")[2]

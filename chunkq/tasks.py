@@ -57,10 +57,11 @@ class Task:
                 kind in ENTRY_POINTS
                 and isinstance(job, str)
                 and isinstance(chunk, list)
-                and all(isinstance(i, int) and i >= 0 for i in chunk)
+                and all(type(i) is int and i >= 0 for i in chunk)  # a bool is an int, too
+                and job.encode()
             ):
                 return cls(kind, job, tuple(chunk))
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, UnicodeEncodeError):
             pass
         raise QueueError(f"not a chunkq task: {str(values)[:200]!r}")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from importlib import import_module
 from types import MappingProxyType
 
 from chunkq.errors import JobError, QueueError, nearest
 from chunkq.executors.base import Executor
-from chunkq.paths import without_secret
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
     {
@@ -45,8 +45,9 @@ def open_executor(url: str) -> Executor:
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in BACKENDS:
         hint = nearest(scheme, list(BACKENDS))
+        shown = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
-            f"queue: {without_secret(url)} is no queue this version knows{hint}; "
+            f"queue: {shown} is no queue this version knows{hint}; "
             f"it takes {', '.join(name + '://' for name in BACKENDS)}"
         )
     module, _, name = BACKENDS[scheme].partition(":")

@@ -142,6 +142,10 @@ class Executor(ABC):
 
     url: str
 
+    def ready(self) -> None:
+        """Check that tasks can be queued and taken here; raises QueueError if not."""
+        self.jobs()
+
     @abstractmethod
     def submit(self, tasks: Iterable[Task]) -> int:
         """Queue tasks, streaming; returns how many are newly queued."""

@@ -248,12 +248,13 @@ class _Crew:
 
     def _set_aside(self, job: str, error: Exception) -> None:
         """Leave a job that cannot be done; the loops end once there is no other."""
-        if job not in self._shift.set_aside:
-            self._shift.set_aside.add(job)
-            log.error("%s", error)
-        self.error = error
+        known = job in self._shift.set_aside
+        self._shift.set_aside.add(job)
+        self.error = error  # raised, and said, at the end
         if self._shift.job is not None:
             self._shift.stopping.set()
+        elif not known and not self._queue.is_drained(self._shift):
+            log.error("%s", error)
 
 
 def _same_failure(task: Task, record: _Record, error: BaseException) -> SameFailureError:

@@ -21,6 +21,7 @@ from chunkq.finalize import finalize_job
 from chunkq.job import Job
 from chunkq.ledger import JobRecord
 from chunkq.opened import OpenJob, open_job
+from chunkq.paths import SERVERS
 from chunkq_producer import submit
 from chunkq_producer.machine import check_machine, unused
 from chunkq_producer.probe import Probe, probe
@@ -86,6 +87,9 @@ def run_job(
     submit.check_place(prepared, overwrite=overwrite)
     for line in unused(job):
         teller.say(f"chunkq: {line}")
+    if url.partition("://")[0] in SERVERS:
+        with closing(open_executor(url)) as executor:
+            executor.ready()  # away or refusing, it is said before the network is loaded
     tried = teller.try_network(prepared.record)
     if tried.error is not None:
         raise ModelError(tried.error)

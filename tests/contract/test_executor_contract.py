@@ -473,35 +473,6 @@ def test_a_task_that_kills_every_worker_ends_failed(queue: Executor, url: str) -
     assert queue.failed(JOB) == tasks(1)
 
 
-def die_of(chunk: tuple[int, ...], url: str, worker: str) -> None:
-    """Work four tasks at once, and be killed by one of them while the others are in flight."""
-    together, executor = threading.Barrier(4), open_executor(url)
-
-    def handler(task: Task, attempt: Attempt) -> None:
-        if not attempt.is_last:
-            together.wait(PATIENCE)
-        if task.chunk == chunk:
-            time.sleep(0.1)
-            os._exit(9)
-        time.sleep(0.3 if attempt.is_last else PATIENCE)
-
-    executor.work(handler, burst(worker, depth=4))
-    executor.close()
-
-
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="all in flight are given up with it")
-def test_a_chunk_that_kills_its_workers_is_given_up_alone(queue: Executor, url: str) -> None:
-    queue.submit(tasks(4))
-    for number in range(MAX_ATTEMPTS + 1):
-        process = SPAWN.Process(target=die_of, args=((2, 0), url, f"worker-{number}"))
-        process.start()
-        process.join(PATIENCE)
-        assert process.exitcode is not None
-        queue.release(f"worker-{number}")
-    assert queue.counts(JOB) == Counts(failed=1)
-    assert queue.failed(JOB) == [Task("infer", JOB, (2, 0))]
-
-
 def test_a_worker_told_to_stop_hands_back_without_counting_however_often_it_is_said(
     queue: Executor, url: str
 ) -> None:
@@ -754,7 +725,8 @@ def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception
 
 def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
     count = leases.ALIKE_AT_FIRST - 1
-    queue.submit([*tasks(count), *tasks(count, OTHER_JOB)])
+    queue.submit(tasks(count))
+    queue.submit(Task("infer", OTHER_JOB, (number, 1)) for number in range(count))
     diary = Diary(raises(unreadable(tasks(1)[0])))
     queue.work(diary, burst())
     assert queue.jobs() == {JOB: Counts(failed=count), OTHER_JOB: Counts(failed=count)}

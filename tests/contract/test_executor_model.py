@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
+    initialize,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -34,8 +36,8 @@ from tests.contract.test_executor_contract import BACKENDS, JOB, OTHER_JOB
 
 JOBS = (JOB, OTHER_JOB)
 WORKERS = ("worker-a", "worker-b", "worker-c")
-TASKS = [Task("infer", JOB, (number,)) for number in range(3)]
-TASKS += [Task("finalize", JOB, (0,)), Task("infer", OTHER_JOB, (0,))]
+TASKS = [Task("infer", JOB, (0,)), Task("finalize", JOB, (0,)), Task("infer", OTHER_JOB, (0,))]
+"""So few that attempts are used up, and that leases of one task meet."""
 NEVER = 1000.0
 """A lease so long that none runs out but by `let_run_out`, however slow the machine."""
 THOROUGH = settings(
@@ -182,7 +184,14 @@ class Model(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------- rules
 
-    @rule(chosen=st.lists(st.sampled_from(TASKS), max_size=6))
+    @initialize()
+    def submit_all(self) -> None:
+        self.submit(TASKS)
+
+    @rule(chosen=st.lists(st.sampled_from(TASKS), min_size=1, max_size=5))
+    def submit_some(self, chosen: list[Task]) -> None:
+        self.submit(chosen)
+
     def submit(self, chosen: list[Task]) -> None:
         fresh = 0
         for task in chosen:
@@ -199,13 +208,30 @@ class Model(RuleBasedStateMachine):
         aside=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
     )
     def take_chosen(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
-        return self.take(Shift(worker, job=only, set_aside=set(aside)))
+        return self.take(Shift(worker, job=only, set_aside=set(aside))) or multiple()
 
     @rule(target=leases, worker=st.sampled_from(WORKERS))
     def take_any(self, worker: str) -> object:
-        return self.take(Shift(worker))
+        return self.take(Shift(worker)) or multiple()
 
-    def take(self, shift: Shift) -> object:
+    @rule(
+        target=leases,
+        worker=st.sampled_from(WORKERS),
+        job=st.sampled_from(JOBS),
+        times=st.integers(2, MAX_ATTEMPTS + 1),
+    )
+    def take_and_fail(self, worker: str, job: str, times: int) -> object:
+        """Use up attempts: what comes after the last one is far away otherwise."""
+        taken = []
+        for _ in range(times):
+            lease = self.take(Shift(worker, job=job))
+            if lease is None:
+                break
+            self.end_lease(lease, "fail")
+            taken.append(lease)
+        return multiple(*taken[-1:])
+
+    def take(self, shift: Shift) -> Lease | None:
         able = {t for t, known in self.chosen(shift).items() if known.may_begin}
         lease = self.queue.take(shift)
         for known in self.known.values():
@@ -221,46 +247,48 @@ class Model(RuleBasedStateMachine):
             known.state, known.lease, known.last_worker = "running", lease, shift.worker
             self.unended[shift.worker].append(lease)
         self.look()
-        return multiple() if lease is None else lease
+        return lease
 
     def chosen(self, shift: Shift) -> dict[Task, Known]:
         if shift.job is not None:
             return self.of(shift.job)
         return {t: k for t, k in self.known.items() if t.job not in shift.set_aside}
 
-    @rule(lease=leases)
-    def finish(self, lease: Lease) -> None:
-        if self.confuses(lease):
-            return
+    @precondition(lambda self: self.running())
+    @rule(which=st.integers(0, 5), how=st.sampled_from(["fail", "fail", "hand_back", "finish"]))
+    def end(self, which: int, how: str) -> None:
+        running = self.running()
+        self.end_lease(running[which % len(running)], how)
+
+    @rule(lease=leases, how=st.sampled_from(["fail", "hand_back", "finish"]))
+    def end_perhaps_again(self, lease: Lease, how: str) -> None:
+        if not self.confuses(lease):
+            self.end_lease(lease, how)
+
+    def end_lease(self, lease: Lease, how: str) -> None:
         known, before = self.held(lease), self.total(lease.task.job)
-        self.queue.finish(lease)
-        self.forget(lease)
+        if how == "fail":
+            self.queue.fail(lease, ValueError("no"))
+        elif how == "hand_back":
+            self.queue.hand_back(lease)
+        else:
+            self.queue.finish(lease)
+        worker = lease.attempt.worker
+        self.unended[worker] = [other for other in self.unended[worker] if other is not lease]
         if known is None:
             return
-        if known.maybe_back and self.total(lease.task.job) == before:
+        if how == "fail":
+            known.end_counted()
+        elif how == "hand_back":
+            known.end_uncounted()
+        elif known.maybe_back and self.total(lease.task.job) == before:
             known.put_back(known.begun)
         else:
             del self.known[lease.task]
 
-    @rule(lease=leases)
-    def fail(self, lease: Lease) -> None:
-        if self.confuses(lease):
-            return
-        known = self.held(lease)
-        self.queue.fail(lease, ValueError("no"))
-        self.forget(lease)
-        if known is not None:
-            known.end_counted()
-
-    @rule(lease=leases)
-    def hand_back(self, lease: Lease) -> None:
-        if self.confuses(lease):
-            return
-        known = self.held(lease)
-        self.queue.hand_back(lease)
-        self.forget(lease)
-        if known is not None:
-            known.end_uncounted()
+    def running(self) -> list[Lease]:
+        """Return the leases that their tasks are held by, also those that ran out."""
+        return [known.lease for known in self.known.values() if known.lease is not None]
 
     @rule(worker=st.sampled_from(WORKERS), counted=st.booleans())
     def release(self, worker: str, counted: bool) -> None:
@@ -284,31 +312,32 @@ class Model(RuleBasedStateMachine):
                 else:
                     known.put_back(known.begun)
 
-    @rule(lease=leases)
-    def let_run_out(self, lease: Lease) -> None:
-        known = self.held(lease)
-        if known is not None:
-            self.leasing.let_run_out(self.url, lease)
-            known.lost = True
+    @precondition(lambda self: self.running())
+    @rule(which=st.integers(0, 5))
+    def let_run_out(self, which: int) -> None:
+        lease = self.running()[which % len(self.running())]
+        self.leasing.let_run_out(self.url, lease)
+        self.known[lease.task].lost = True
 
-    @rule(job=st.sampled_from(JOBS))
+    @rule(job=st.sampled_from(JOBS), cancel=st.sampled_from([False, False, True]))
+    def manage(self, job: str, cancel: bool) -> None:
+        if cancel:
+            self.cancel(job)
+        else:
+            self.retry(job)
+
     def retry(self, job: str) -> None:
         failed = [known for known in self.of(job).values() if known.state == "failed"]
         assert self.queue.retry(job) == len(failed)
         for known in failed:
             known.put_back({0})
 
-    @rule(job=st.sampled_from(JOBS))
     def cancel(self, job: str) -> None:
         assert self.queue.cancel(job) == len(self.of(job))
         for task in self.of(job):
             del self.known[task]
 
     # ------------------------------------------------------------------------- what is seen
-
-    def forget(self, lease: Lease) -> None:
-        worker = lease.attempt.worker
-        self.unended[worker] = [other for other in self.unended[worker] if other is not lease]
 
     def total(self, job: str) -> int:
         counts = self.queue.counts(job)

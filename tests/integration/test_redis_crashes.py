@@ -260,9 +260,9 @@ def test_a_worker_killed_with_four_chunks_in_flight_is_replaced_and_they_are_han
         victim = hold_with_full_hands(place)
         killed = Disturbance.now(place)
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: "chunks handed back" in crew.says(), "they are handed back", 5)
-        # Well before the lease ends: nobody else is there to take them.
-        assert time.time() - killed.when < 5
+        wait_until(lambda: "chunks handed back" in crew.says(), "they are handed back")
+        # Well before the lease ends.
+        assert time.time() - killed.when < 10
         assert crew.ended().code == 0
     assert f"was killed by signal 9; {DEPTH} chunks handed back" in crew.says()
     assert len(killed.in_flight) == DEPTH
@@ -313,6 +313,45 @@ def stop(place: Place, after: int, signals: int) -> Disturbance:
     return stopped
 
 
+# ----------------------- how the long stories end, long before workers give Redis up
+
+
+def test_chunks_of_a_killed_supervisor_are_taken_over_within_half_a_minute(
+    orphaned: Orphaned, calm: Place
+) -> None:
+    assert orphaned.heirs.ended().code == 0
+    place, disturbance = orphaned.place, orphaned.disturbance
+    assert disturbance.seconds_to_recover() < RECOVERED_WITHIN
+    disturbance.cost_only_what_was_in_flight()
+    assert {n for n, number in attempts(place).items() if number == 2} == disturbance.in_flight
+    assert set(attempts(place).values()) == {1, 2}
+    assert_ends_like(place, calm)
+
+
+def test_after_redis_was_away_for_twenty_seconds_the_same_processes_go_on(
+    stranded: Stranded, calm: Place
+) -> None:
+    place, crew = stranded.place, stranded.crew
+    wait_until(lambda: time.time() - stranded.disturbance.when > ABSENCE, "that time is over")
+    assert len(place.done()) < CHUNKS - 2
+    stranded.server.start()
+    back = time.time()
+    wait_until(lambda: len(place.done()) >= CHUNKS - 2, "the other worker has done all it can")
+    assert time.time() - back < RECOVERED_WITHIN
+    wait_until(lambda: place.counts().queued == 0, "nothing waits")
+    assert sorted(crew.children()) == sorted(stranded.processes)
+    place.open_gate()
+    assert crew.ended().code == 0
+    assert crew.known == set(stranded.processes)
+    # Leases ran out meanwhile, and nobody used that: who held them could not renew them.
+    assert set(place.computed().values()) == {1}
+    assert set(attempts(place).values()) == {1}
+    assert_ends_like(place, calm)
+
+
+# ------------------------------------------------------------- zombies and bad chunks
+
+
 def test_a_worker_that_wakes_up_after_others_finished_everything_changes_no_byte(
     place: Place, calm: Place
 ) -> None:
@@ -353,9 +392,6 @@ def test_pieces_can_be_written_while_another_tidies_up_after_their_block(tmp_pat
         finally:
             over.set()
         tidying.result()
-
-
-# ------------------------------------------------------------------------------- bad chunks
 
 
 def test_a_hung_chunk_ends_its_process_and_only_it_has_used_up_an_attempt(
@@ -628,39 +664,3 @@ def test_two_jobs_on_one_redis_leave_each_other_alone(
 
 def voxels(place: Place) -> npt.NDArray[Any]:
     return np.asarray(zarr.open_array(place.output / "0", mode="r")[:])
-
-
-# ------------------------------------------------------------ the ends of the long stories
-
-
-def test_chunks_of_a_killed_supervisor_are_taken_over_within_half_a_minute(
-    orphaned: Orphaned, calm: Place
-) -> None:
-    assert orphaned.heirs.ended().code == 0
-    place, disturbance = orphaned.place, orphaned.disturbance
-    assert disturbance.seconds_to_recover() < RECOVERED_WITHIN
-    disturbance.cost_only_what_was_in_flight()
-    assert {n for n, number in attempts(place).items() if number == 2} == disturbance.in_flight
-    assert set(attempts(place).values()) == {1, 2}
-    assert_ends_like(place, calm)
-
-
-def test_after_redis_was_away_for_twenty_seconds_the_same_processes_go_on(
-    stranded: Stranded, calm: Place
-) -> None:
-    place, crew = stranded.place, stranded.crew
-    wait_until(lambda: time.time() - stranded.disturbance.when > ABSENCE, "that time is over")
-    assert len(place.done()) < CHUNKS - 2
-    stranded.server.start()
-    back = time.time()
-    wait_until(lambda: len(place.done()) >= CHUNKS - 2, "the other worker has done all it can")
-    assert time.time() - back < RECOVERED_WITHIN
-    wait_until(lambda: place.counts().queued == 0, "nothing waits")
-    assert sorted(crew.children()) == sorted(stranded.processes)
-    place.open_gate()
-    assert crew.ended().code == 0
-    assert crew.known == set(stranded.processes)
-    # Leases ran out meanwhile, and nobody used that: who held them could not renew them.
-    assert set(place.computed().values()) == {1}
-    assert set(attempts(place).values()) == {1}
-    assert_ends_like(place, calm)

@@ -103,7 +103,6 @@ class Watched:
     jobs: dict[str, dict[str, Any]]
     workers: dict[str, list[dict[str, Any]]]
     counts: dict[str, dict[str, int]]
-    waiting: int
     running: list[str]
     deleted: dict[str, str]
     stored: dict[str, list[bytes]]
@@ -168,10 +167,13 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         counts = {"before": look_at_queues(client)}
         jobs, workers = {}, {}
         work = ("work", "--gpus", "none", "--depth", "2")
-        with place.start(*work, NET_HOLD="forward", NET_AFTER="3", TEST_LEASE="6") as crew:
+        with place.start(*work, NET_HOLD="forward", TEST_LEASE="9") as crew:
             place.held()
             place.wait_for_full_hands(2)
             (queue,) = Queue.all(client, serializer=JSONSerializer)
+            # Its first heartbeat may not have known yet what it holds; the next one does.
+            with suppress(AssertionError):
+                wait_until(lambda: look_at_workers(client)[0]["state"] == "busy", "it is busy", 6)
             running = queue.started_job_registry.get_job_ids()
             last = queue.job_ids[-1]
             info["while"] = rq(server.url, "info", "--raw")
@@ -204,7 +206,6 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             jobs=jobs,
             workers=workers,
             counts=counts,
-            waiting=counts["while"]["queued"],
             running=running,
             deleted=deleted,
             stored=stored,
@@ -220,10 +221,8 @@ def test_each_job_is_a_queue_named_after_its_output_with_the_right_counts(
     none = {"finished": 0, "deferred": 0, "scheduled": 0, "failed": 0}
     some = {"queued": CHUNKS, "listed": CHUNKS, "fetched": CHUNKS, "started": 0}
     assert watched.counts["before"] == some | none
-    fewer = dict.fromkeys(("queued", "listed", "fetched"), watched.waiting)
+    fewer = dict.fromkeys(("queued", "listed", "fetched"), CHUNKS - 2)
     assert watched.counts["while"] == fewer | {"started": 2} | none
-    (worker,) = watched.workers["while"]
-    assert watched.waiting + 2 + worker["done"] == CHUNKS
     assert watched.name.startswith("out.zarr-")
 
 
@@ -231,11 +230,11 @@ def test_rq_info_shows_the_queue_and_its_worker(watched: Watched) -> None:
     queue = f"queue {watched.name} {CHUNKS}, 0 executing, 0 finished, 0 failed"
     assert watched.info["before"].split("\n") == [queue, ""]
     first, second, *rest = watched.info["while"].split("\n")
-    assert first == f"queue {watched.name} {watched.waiting}, 2 executing, 0 finished, 0 failed"
+    assert first == f"queue {watched.name} {CHUNKS - 2}, 2 executing, 0 finished, 0 failed"
     (worker,) = watched.workers["while"]
     assert second.startswith(f"worker {worker['name']} (")
     assert f"{worker['pid']}) busy {watched.name}." in second
-    assert second.endswith(f"jobs: {worker['done']} finished, 0 failed")
+    assert second.endswith("jobs: 0 finished, 0 failed")
     assert rest == [""]
     assert f"{watched.name}: {worker['name']} (busy)" in watched.info["of workers"]
     assert watched.info["after"] == ""
@@ -245,8 +244,7 @@ def test_a_busy_worker_is_listed_with_its_current_job(watched: Watched) -> None:
     (worker,) = watched.workers["while"]
     assert (worker["state"], worker["queues"]) == ("busy", [watched.name])
     assert worker["job"] in watched.running
-    assert worker["done"] >= 2
-    assert worker["failed"] == 0
+    assert (worker["done"], worker["failed"]) == (0, 0)
     assert worker["host"] == os.uname().nodename
     assert worker["name"].startswith(f"{worker['host']}:cpu:")
 
@@ -256,7 +254,9 @@ def test_a_worker_at_rest_is_listed_as_idle(watched: Watched) -> None:
     assert (worker["state"], worker["job"]) == ("idle", None)
     assert (worker["name"], worker["pid"]) == (before["name"], before["pid"])
     assert worker["seen"] > before["seen"]
-    assert worker["done"] + worker["failed"] >= CHUNKS - 2
+    # All but the one deleted before it was begun; what was deleted meanwhile may not be counted.
+    assert CHUNKS - 2 <= worker["done"] <= CHUNKS - 1
+    assert worker["failed"] == 0
 
 
 def test_a_worker_that_has_left_is_not_listed(watched: Watched) -> None:
@@ -280,7 +280,7 @@ def test_jobs_can_be_fetched_and_read(watched: Watched) -> None:
             assert job["position"] is None
         else:
             assert (job["status"], job["worker"]) == (JobStatus.QUEUED, None)
-            assert job["position"] == watched.waiting - 1
+            assert job["position"] == CHUNKS - 3
 
 
 def test_what_is_deleted_while_it_runs_is_done_and_what_is_deleted_before_can_be_resumed(
@@ -548,6 +548,53 @@ def test_a_job_taken_away_while_it_waits_is_not_begun(
     assert work_off(executor) == [tasks(3)[0], tasks(3)[2]]
     assert executor.submit(tasks(3)) == 3
     assert work_off(executor) == tasks(3)
+
+
+def listed(client: redis_client.Redis) -> tuple[str, str | None]:
+    """State and current job of the only worker; reading them must not fail."""
+    (worker,) = Worker.all(client, serializer=JSONSerializer)
+    job = worker.get_current_job()
+    return worker.get_state(), None if job is None else job.id
+
+
+def test_a_worker_is_listed_as_busy_as_long_as_it_holds_a_chunk(
+    executor: RqExecutor, client: redis_client.Redis
+) -> None:
+    executor.submit(tasks(1))
+    shift = Shift("host:cpu:worker")
+    with executor.on_duty(shift):
+        executor.renew(shift.worker, [])
+        assert listed(client) == ("idle", None)
+        lease = executor.take(shift)
+        assert lease is not None
+        assert listed(client) == ("busy", lease.task.id)
+        executor.renew(shift.worker, [])  # from just before it was begun
+        executor.renew(shift.worker, [lease])
+        assert listed(client) == ("busy", lease.task.id)
+        client.delete("rq:worker:host:cpu:worker")
+        executor.renew(shift.worker, [lease])
+        assert listed(client) == ("busy", lease.task.id)
+        executor.finish(lease)
+        executor.renew(shift.worker, [])
+        assert listed(client) == ("idle", None)
+    assert Worker.all(client) == []
+
+
+def test_a_workers_current_job_is_never_one_that_is_gone(
+    executor: RqExecutor, client: redis_client.Redis
+) -> None:
+    executor.submit(tasks(2))
+    shift = Shift("host:cpu:worker", depth=2)
+    with executor.on_duty(shift):
+        first, second = executor.take(shift), executor.take(shift)
+        assert first is not None
+        assert second is not None
+        executor.finish(second)
+        assert listed(client) in [("busy", None), ("busy", first.task.id)]
+        executor.renew(shift.worker, [first])
+        assert listed(client) == ("busy", first.task.id)
+        executor.finish(first)
+        assert listed(client)[1] is None
 
 
 def test_an_id_that_is_listed_twice_is_begun_once(executor: RqExecutor, queue: Queue) -> None:

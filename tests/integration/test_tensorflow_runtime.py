@@ -132,6 +132,13 @@ class Seen(keras.Model):
         return keras.ops.concatenate([keras.ops.cast(x, "float32") / 2] * 3, axis=-1)
 
 
+class Counts(keras.Model):
+    """Adds how many items its graph is for."""
+
+    def call(self, x):
+        return x + x.shape[0]
+
+
 class Greedy(keras.Model):
     """Wants more memory than there is for more than two items."""
 
@@ -471,10 +478,10 @@ def test_steps_may_give_numpy_arrays(shelf: Path, expected: npt.NDArray[Any]) ->
     close_to(load(shelf, steps=steps, **file_of("net.keras"))(batch()), expected + 1)
 
 
-def test_another_batch_size_is_another_graph(shelf: Path, expected: npt.NDArray[Any]) -> None:
-    runtime = load(shelf, **class_of("Net", checkpoint="bare"))
+def test_another_batch_size_is_another_graph(shelf: Path) -> None:
+    runtime = load(shelf, **class_of("Counts"))
     for count in (4, 2, 1, 4):
-        close_to(runtime(batch()[:count]), expected[:count])
+        close_to(runtime(batch()[:count]), batch()[:count] + np.float32(count))
 
 
 def test_an_output_that_stands_alone_in_a_list_is_taken(shelf: Path) -> None:
@@ -491,18 +498,36 @@ def test_layers_that_normalise_by_the_tile_are_named(shelf: Path) -> None:
     assert load(shelf, **file_of("net.keras")).tile_norms() == ()
 
 
+def batcher_of(shelf: Path, steps: Steps, keys: dict[str, Any]) -> Batcher:
+    """For patches of one channel, given without it, and three channels of predictions."""
+    model = config(shelf, PATCH, **keys, model_output_shape=[3, *PATCH])
+    values = {"input": "/in.zarr", "output": "/out.zarr", "model_config": model.model_dump()}
+    plan = resolve(parse_job(values), Volume((16, 16), "float32"))
+    return Batcher(plan, load_runtime(model, steps, 1), steps)
+
+
+channels_first = Steps(
+    preprocessing_protected=lambda x: x[..., None],
+    postprocessing_protected=lambda y: tf.transpose(y, [0, 3, 1, 2]),
+)
+
+
+def test_channels_that_come_last_are_refused_with_the_step_that_moves_them(shelf: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        batcher_of(shelf, Steps(), file_of("net.keras")).warm_up()
+    assert str(caught.value) == (
+        "the network returned shape [4, 8, 8, 3] for a batch of [4, 8, 8], but "
+        "model_config.model_output_shape declares [4, 3, 8, 8]; move its last axis first in "
+        "postprocessing_protected of model_config.processing_steps"
+    )
+    batcher_of(shelf, channels_first, class_of("Net")).warm_up()
+
+
 def test_running_out_of_memory_halves_the_batch(
     shelf: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A real error of TensorFlow's; it asks for ten seconds before it gives up."""
-    model = config(shelf, PATCH, **class_of("Greedy"), model_output_shape=[3, *PATCH])
-    steps = Steps(
-        preprocessing_protected=lambda x: x[..., None],
-        postprocessing_protected=lambda y: tf.transpose(y, [0, 3, 1, 2]),
-    )
-    values = {"input": "/in.zarr", "output": "/out.zarr", "model_config": model.model_dump()}
-    plan = resolve(parse_job(values), Volume((16, 16), "float32"))
-    batcher = Batcher(plan, load_runtime(model, steps, 1), steps)
+    batcher = batcher_of(shelf, channels_first, class_of("Greedy"))
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
         batcher.warm_up()
     assert batcher.size == 2
@@ -645,6 +670,56 @@ def test_other_threads_than_the_process_began_with_are_told_of(
     )
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Pretends that there is a visible GPU; lists what TensorFlow is told, which never starts."""
+    told: list[tuple[Any, ...]] = []
+    visible = ["gpu 0"]
+
+    def set_visible(devices: list[str], kind: str) -> None:
+        told.append(("visible", *devices))
+        visible[:] = devices
+
+    fakes = {
+        "list_physical_devices": lambda kind: ["gpu 0"],
+        "get_visible_devices": lambda kind: list(visible),
+        "set_visible_devices": set_visible,
+        "experimental.set_memory_growth": lambda device, on: told.append(("growth", device, on)),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"tensorflow.config.{name}", fake)
+    return told
+
+
+def test_a_network_on_the_cpu_hides_gpus_and_one_on_a_gpu_takes_memory_as_it_needs_it(
+    gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = sys.modules["chunkq_worker.runtimes.tensorflow"]._start
+    start("cuda", None)
+    assert gpu == [("growth", "gpu 0", True)]
+    start("cpu", None)
+    assert gpu[1:] == [("visible",)]
+    start("cuda", None)
+    assert gpu[2:] == [("visible", "gpu 0"), ("growth", "gpu 0", True)]
+
+
+def test_a_network_on_a_gpu_after_one_on_the_cpu_is_refused_in_one_line(
+    gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = sys.modules["chunkq_worker.runtimes.tensorflow"]._start
+    start("cpu", None)
+
+    def started(devices: list[str], kind: str) -> None:
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+
+    monkeypatch.setattr("tensorflow.config.set_visible_devices", started)
+    with pytest.raises(
+        ModelError, match=r"^model_config.device: cuda, but this process began"
+    ):
+        start("cuda", None)
+    start("cpu", None)
+
+
 ALONE = """\
 import sys
 from chunkq_worker.runtimes.base import load_runtime
@@ -733,7 +808,7 @@ def test_a_directory_is_hashed_by_the_names_and_contents_of_its_files(tmp_path: 
     second = file_hash(str(folder))
     (folder / "variables" / "data").write_bytes(b"weights")
     assert file_hash(str(folder)) == first
-    (folder / "variables" / "data").rename(folder / "data")
+    (folder / "variables" / "data").rename(folder / "variables" / "date")
     third = file_hash(str(folder))
     assert len({first, second, third}) == 3
     with pytest.raises(FileNotFoundError):

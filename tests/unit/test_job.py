@@ -123,23 +123,22 @@ IMPOSSIBLE = [
 ]
 
 NOT_YET = [
-    ({"cluster": "slurm"}, "cluster: slurm is not in this version; use local"),
-    ({"cluster": "running"}, "cluster: running is not in this version; use local"),
-    ({"input": ["/a", "/b"]}, "input: several volumes are not in this version; give one"),
     ({"roi": [[0, 1], [0, 1]]}, "roi: not in this version; leave it out"),
-    ({"model": {"lost_dim": 1}}, "model_config.lost_dim: not in this version; leave it out"),
-    ({"model": {"join_dim": 0}}, "model_config.join_dim: not in this version; leave it out"),
     (
-        {"model": {"processing_steps": "/p.py"}},
-        "model_config.processing_steps: not in this version; leave it out",
+        {"input": ["/a", "/b"]},
+        "input: several volumes need model_config.join_dim, the axis to stack them along",
     ),
     (
-        {"model": {"type": "file", "model_file": "/m.pt"}},
-        "model_config.type: file is not in this version; class and torchscript are",
+        {"model": {"runtime": "onnx", "type": "torchscript"}},
+        "model_config.type: onnx has no torchscript; its types are file",
     ),
     (
-        {"model": {"runtime": "onnx", "type": "file", "model_file": "/m.onnx"}},
-        "model_config.runtime: onnx is not in this version; torch is",
+        {"model": {"type": "json", "json_file": "/m.json"}},
+        "model_config.type: torch has no json; its types are class, file, torchscript, exported",
+    ),
+    (
+        {"model": {"autocast": "float16", "dtype": "int8"}},
+        "model_config.autocast: dtype int8 is no floating point",
     ),
 ]
 
@@ -176,22 +175,22 @@ def test_all_mistakes_come_at_once() -> None:
             pad_with=[1, 1],
             combine="sof",
             strides=[1, 1],
-            cluster="slurm",
+            roi=[[0, 1]],
             weight_function="weight_hanm",
             chunksize=["a", 0],
-            model={"device": "gpu", "trustd": True, "lost_dim": 1, "ts_file": None},
+            model={"device": "gpu", "trustd": True, "join_dim": 9, "ts_file": None},
         )
     )
     assert sorted(line.partition(":")[0] for line in found) == [
         "chunksize.0",
         "chunksize.1",
-        "cluster",
         "combine",
         "model_config.device",
-        "model_config.lost_dim",
+        "model_config.join_dim",
         "model_config.trustd",
         "model_config.ts_file",
         "pad_with",
+        "roi",
         "strides",
         "weight_function",
     ]

@@ -127,12 +127,16 @@ class Batcher:
             self._halve(error)
             return None
         given = tuple(outputs.shape)
-        if given not in {(self.size, *declared) for declared in self._declared}:
+        allowed = {(self.size, *declared) for declared in self._declared}
+        if given not in allowed:
             steps = "" if self._steps == Steps() else " with its processing_steps"
+            remedy = "correct model_output_shape or the network"
+            if given[:1] + given[-1:] + given[1:-1] in allowed:
+                remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
                 f"the network{steps} returned shape {list(given)} for a batch of "
                 f"{[self.size, *self._item]}, but model_config.model_output_shape declares "
-                f"{[self.size, *self._declared[0]]}; correct model_output_shape or the network"
+                f"{[self.size, *self._declared[0]]}; {remedy}"
             )
         shape = (self.size, self._plan.channels, *self._plan.output_patch)
         return outputs.reshape(shape)[:used]

@@ -71,6 +71,7 @@ def work(
     deadline = None if max_time is None else time.time() + seconds_in("--max-time", max_time)
     limit = None if time_limit is None else seconds_in("--time-limit", time_limit)
     executor = open_executor(url)
+    executor.ready()
     if lifeline:
         threading.Thread(target=_stop_with_parent, daemon=True).start()
     folder = None if job is None else folder_of(absolute(job, Path.cwd()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from redis import Redis
 from redis import exceptions as redis_errors
@@ -15,9 +18,10 @@ from redis.retry import Retry
 from chunkq.errors import QueueError
 from chunkq.paths import without_secret
 
-ANSWER_SECONDS = 4.0
+ANSWER_SECONDS = 3.0
 """How long an impatient connection waits for an answer."""
 STEADY_ANSWER_SECONDS = 30.0
+FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 STEADY_TRIES = 60
 """Tries of a patient connection, up to 5 s apart: it rides out five minutes of absence."""
 
@@ -38,7 +42,9 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     if not url.startswith("unix:"):
         settings["socket_keepalive"] = True
     try:
-        return Redis.from_url(url, **settings)
+        _check(url)
+        client = Redis.from_url(url, **settings)
+        client.connection_pool.make_connection()  # options that it does not know
     except (ValueError, TypeError):
         # The original message may hold a part of the password.
         raise QueueError(
@@ -46,6 +52,26 @@ def connect(url: str, *, patient: bool = False) -> Redis:
             "redis://[user:password@]host[:port][/number], rediss://… for TLS or unix:///path, "
             "with %-codes for special characters in the password"
         ) from None
+    for name, file in parse_qsl(urlsplit(url).query):
+        if name in FILES and not Path(file).is_file():
+            raise QueueError(f"queue: {without_secret(url)}: {name}: no file {file}")
+    return client
+
+
+def _check(url: str) -> None:
+    """Raise ValueError for an address of which redis-py would leave out a part.
+
+    A password with `/`, `?` or `#` as they are would end the host's name there.
+    """
+    parts = urlsplit(url)
+    options = [option for option in parts.query.split("&") if option]
+    number = parts.path.removeprefix("/")
+    if (
+        parts.fragment
+        or any("=" not in option for option in options)
+        or (parts.scheme != "unix" and number and not number.isdecimal())
+    ):
+        raise ValueError
 
 
 @contextmanager
@@ -58,10 +84,19 @@ def asking(url: str) -> Iterator[None]:
 
 
 def _reason(error: Exception, url: str) -> str:
-    said = " ".join(str(error).split())
+    said = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
+    if isinstance(error, redis_errors.AuthenticationError) and _WANTED.search(said):
+        return "wants a password; write it into the address: redis://:password@host, with %-codes"
+    if "can't access at least one of the keys" in said:
+        error = redis_errors.NoPermissionError(said)
     for kind, told in _TOLD.items():
         if isinstance(error, kind):
-            return told.format(said=said)
+            hint = ""
+            if isinstance(error, redis_errors.TimeoutError) and url.startswith("rediss:"):
+                hint = "; does that port speak TLS? one that does not wants redis://"
+            return told.format(said=said) + hint
+    if isinstance(error, redis_errors.InvalidResponse):
+        return f"does not speak Redis ({said}); are host and port right?"
     if _is_about_tls(error):
         return (
             f"TLS fails ({said}); is it a TLS port, and is its certificate known here? "
@@ -70,18 +105,24 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, (redis_errors.ConnectionError, OSError)):
         closed = "closed" in said or "reset" in said or isinstance(error, ConnectionResetError)
         hint = "; a TLS port wants rediss://" if closed and url.startswith("redis:") else ""
-        return f"cannot be reached ({said}){hint}; is it running, and are host and port right?"
+        where = "is the path right" if url.startswith("unix:") else "are host and port right"
+        return f"cannot be reached ({said}){hint}; is it running, and {where}?"
     return said
 
 
+_NOISE = re.compile(
+    r"Error \d+ |Command # \d+ \(.*?\) of pipeline caused error: | script: [0-9a-f]{40}, on @\S+"
+)
+"""What redis-py and Redis add, and no user wants to read."""
+_WANTED = re.compile("HELLO must be called|[Aa]uthentication required|NOAUTH")
 _TOLD: dict[type[Exception], str] = {
     redis_errors.BusyLoadingError: "is still loading its data ({said}); try again in a moment",
     redis_errors.AuthenticationError: "refuses user or password ({said}); "
-    "write them into the address: redis://user:password@host",
+    "write them into the address: redis://user:password@host, with %-codes",
     redis_errors.NoPermissionError: "this user may not do that ({said}); "
     "chunkq needs the keys rq:* and chunkq:*, scripts and the usual data commands",
     redis_errors.OutOfMemoryError: "has no memory left ({said}); raise its maxmemory or let "
-    "workers take some chunks, then `chunkq produce --resume`",
+    "workers take some chunks, then go on with `chunkq produce --resume`",
     redis_errors.ReadOnlyError: "is a replica that only reads ({said}); name the primary",
     redis_errors.TimeoutError: "does not answer ({said}); is it running, and is the host right?",
 }

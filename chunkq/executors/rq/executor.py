@@ -13,12 +13,14 @@ import re
 import time
 import traceback
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
+from redis.exceptions import OutOfMemoryError
 from rq import Queue, SimpleWorker
 from rq.job import Job
 from rq.results import Result
@@ -41,6 +43,7 @@ BATCH = 1000
 MOST_QUEUED = 1_000_000
 """Queued tasks of one job beyond which its producer waits for workers; about 500 MB."""
 WORKER_TTL = 60
+LONGEST_MESSAGE = 1 << 16
 ORDER, JOBS = "chunkq:queues", "chunkq:jobs"
 
 
@@ -59,6 +62,11 @@ class RqExecutor(LeaseQueue):
     def _steady(self) -> Scripts:
         """For workers and long filling: waits while the server is away."""
         return Scripts(connect(self.url, patient=True))
+
+    def ready(self) -> None:
+        """Check that this user may run scripts that write, and that this is no replica."""
+        with asking(self.url):
+            self._ask("ready")
 
     def submit(self, tasks: Iterable[Task]) -> int:
         """Queue tasks a thousand at a time; waits for workers while very many are queued."""
@@ -176,7 +184,8 @@ class RqExecutor(LeaseQueue):
             if ended and lease.attempt.is_last:
                 job = Job(lease.task.id, self._quick, JSONSerializer)
                 told = "".join(traceback.format_exception(error))
-                Result.create_failure(job, -1, told, worker_name=worker)
+                with suppress(OutOfMemoryError):  # the ledger has it
+                    Result.create_failure(job, -1, told, worker_name=worker)
 
     def hand_back(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
@@ -194,7 +203,8 @@ class RqExecutor(LeaseQueue):
             names = [part for lease in held for part in _names(lease)]
             self._steady("renew", leases.LEASE_SECONDS, *names)
             if self._card is not None:
-                self._show(self._card, idle=not held)
+                with suppress(OutOfMemoryError):
+                    self._show(self._card, held)
 
     @contextmanager
     def on_duty(self, shift: Shift) -> Iterator[None]:
@@ -207,7 +217,8 @@ class RqExecutor(LeaseQueue):
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL,
             )
-            card.register_birth()
+            with suppress(OutOfMemoryError):  # listed or not, a worker empties a full Redis
+                card.register_birth()
         try:
             yield
         finally:
@@ -216,7 +227,7 @@ class RqExecutor(LeaseQueue):
                 card.register_death()
             card.connection.close()
 
-    def _show(self, card: SimpleWorker, *, idle: bool) -> None:
+    def _show(self, card: SimpleWorker, held: Sequence[Lease]) -> None:
         """Refresh a worker's entry; written anew each time, as Redis may have been emptied."""
         names = _texts(card.connection.zrange(ORDER, 0, -1))
         card.queues = [Queue(n, connection=card.connection) for n in names]
@@ -227,9 +238,8 @@ class RqExecutor(LeaseQueue):
             pipeline.hset(card.key, mapping=card.serialize())
             pipeline.expire(card.key, WORKER_TTL + 60)
             register(card, pipeline)
-            if idle:
-                card.set_state("idle", pipeline=pipeline)
-                card.set_current_job_id(None, pipeline=pipeline)
+            card.set_state("busy" if held else "idle", pipeline=pipeline)
+            card.set_current_job_id(held[-1].task.id if held else None, pipeline=pipeline)
             pipeline.execute()
 
     def _wait_for_workers(self, job: str, *, quietly: bool) -> None:
@@ -268,8 +278,10 @@ def _message(task: Task) -> bytes:
 
 
 def _task(message: bytes | None) -> Task | None:
-    """Decode a message; None if it is none of ours."""
+    """Decode a message; None if it is none of ours. RQ's own tools pack what they requeue."""
     try:
+        with suppress(zlib.error):
+            message = zlib.decompressobj().decompress(message or b"", LONGEST_MESSAGE)
         _, _, (values,), _ = json.loads(message or b"")
         return Task.from_dict(values)
     except (ValueError, TypeError, RecursionError, QueueError):

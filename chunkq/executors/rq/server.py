@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -31,24 +32,32 @@ class Server:
     def url(self, host: str) -> str:
         """Return the queue's address as seen with this host name."""
         secret = f":{self.password}@" if self.password else ""
-        return f"redis://{secret}{host}:{self.port}/0"
+        shown = f"[{host}]" if ":" in host else host
+        return f"redis://{secret}{shown}:{self.port}/0"
 
     def configuration(self) -> str:
         """Return the whole configuration, the shipped settings first."""
         shipped = (files(__package__) / "redis.conf").read_text()
-        mine = [f"port {self.port}", f"bind {self.bind}", f'dir "{self.folder}"', "daemonize no"]
+        place = str(self.folder).replace("\\", "\\\\").replace('"', '\\"')
+        mine = [f"port {self.port}", f"bind {self.bind}", f'dir "{place}"', "daemonize no"]
         if self.password:
             mine.append(f'requirepass "{self.password}"')
         return shipped + "\n".join(mine) + "\n"
 
-    def start(self, program: str, log: int | None = None) -> subprocess.Popen[bytes]:
-        """Start the server in a session of its own; its output goes to the descriptor `log`."""
+    def start(
+        self, program: str, log: int | None = None, keep: Sequence[int] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start the server in a session of its own; its output goes to the descriptor `log`.
+
+        It inherits the descriptors `keep`: a lock held by one of them lives as long as the server.
+        """
         process = subprocess.Popen(
             [program, "-"],  # settings through a pipe: a command line can be seen by everyone
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=keep,
         )
         if process.stdin is not None:
             process.stdin.write(self.configuration().encode())

@@ -40,6 +40,7 @@ def produce(
     submit.check_place(prepared, resume=resume, overwrite=overwrite)
     url = queue_url(queue, checked.queue)
     executor = open_executor(url)
+    executor.ready()
     with Meter("queueing chunks") as meter:
         made = submit.produce(
             prepared, executor, resume=resume, overwrite=overwrite, progress=meter

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
+import shlex
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -47,25 +52,65 @@ def redis(port: int, bind: str, folder: Path | None) -> None:
     server = Server(place, port, bind)
     if not server.is_local:
         server = Server(place, port, bind, _password(place))
-    address = server.url("127.0.0.1" if server.is_local else socket.getfqdn())
-    file = _write_secret(place / "url", address)
-    log = place / "redis.log"
-    with log.open("ab") as output:
-        process = server.start(program, output.fileno())
+    with _locked(place) as lock:
+        address = server.url(_host(bind))
+        file = _write_secret(place / "url", address)
+        log = place / "redis.log"
+        stopped = threading.Event()
+        processes: list[subprocess.Popen[bytes]] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        process.terminate()
+        def stop(number: int, frame: FrameType | None) -> None:
+            stopped.set()
+            for process in processes:
+                process.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    _wait_for_answer(server, process.poll, log)
-    shown = f"$(cat {file})" if server.password else address
-    click.echo(f"Redis on {bind}, port {port}, kept in {place}; Ctrl-C stops it, the queue stays")
-    click.echo(f"next: export {QUEUE_VARIABLE}={shown}")
-    code = process.wait()
-    if code not in (0, -signal.SIGTERM, -signal.SIGINT):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop)
+        with log.open("ab") as output:
+            process = server.start(program, output.fileno(), keep=[lock])
+        processes.append(process)
+        try:
+            if stopped.is_set():
+                process.terminate()
+            _wait_for_answer(server, process.poll, log, stopped)
+            if not stopped.is_set():
+                shown = f"$(cat {shlex.quote(str(file))})" if server.password else address
+                click.echo(
+                    f"Redis on {bind}, port {port}, kept in {place}; Ctrl-C stops it, the queue "
+                    "stays"
+                )
+                click.echo(f"next: export {QUEUE_VARIABLE}={shown}")
+            code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    if code and not stopped.is_set():
         raise QueueError(f"the Redis server ended with code {code}; {log} says why")
     sys.exit(0)
+
+
+def _host(bind: str) -> str:
+    """Return the name under which others reach a server that listens on `bind`."""
+    if bind not in ("0.0.0.0", "::", "*"):
+        return bind
+    name = socket.getfqdn()
+    return socket.gethostname() if name.partition(".")[0] == "localhost" else name
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[int]:
+    """Hold the folder: two servers writing one file would spoil it. Yields the descriptor."""
+    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        raise QueueError(
+            f"--folder: another Redis keeps its queue in {place}; use that one "
+            f"(its address is in {place / 'url'}), or choose another --folder"
+        ) from None
+    finally:
+        os.close(lock)
 
 
 def _refuse_taken(bind: str, port: int) -> None:
@@ -97,14 +142,18 @@ def _write_secret(file: Path, text: str) -> Path:
     return file
 
 
-def _wait_for_answer(server: Server, ended: Callable[[], int | None], log: Path) -> None:
+def _wait_for_answer(
+    server: Server, ended: Callable[[], int | None], log: Path, stopped: threading.Event
+) -> None:
     limit = time.monotonic() + START_SECONDS
-    host = "127.0.0.1" if server.is_local or server.bind == "0.0.0.0" else server.bind
-    while True:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.bind, server.bind)
+    while not stopped.is_set():
         try:
             open_executor(server.url(host)).close()
             return
         except QueueError:
+            if stopped.is_set():
+                return
             if ended() is not None:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
                 raise QueueError(f"the Redis server does not start: {''.join(last)}") from None

@@ -109,7 +109,8 @@ class TensorFlowRuntime(Runtime):
     def _as_array(self, outputs: Any) -> Array:
         if self._torch is not None:
             tf.test.experimental.sync_devices()  # torch has streams of its own
-            return self._torch.from_dlpack(tf.experimental.dlpack.to_dlpack(outputs))
+            taken = self._torch.from_dlpack(tf.experimental.dlpack.to_dlpack(outputs))
+            return taken.to("cuda")  # a last operation may have run on the host
         array = np.asarray(outputs)
         # What TensorFlow shares cannot be written to, and a step may want to.
         return array if self._steps.postprocessing is None else array.copy()
@@ -180,13 +181,13 @@ def _start(device: str, threads: int | None) -> None:
                 f"model_config.device: cuda, but TensorFlow sees no GPU here{built}; start the "
                 "worker on a GPU node with a TensorFlow for GPUs, or set device: cpu"
             )
-        for gpu in visible:
-            _before_start(tf.config.experimental.set_memory_growth, gpu, True)
         if not visible and not _before_start(tf.config.set_visible_devices, gpus, "GPU"):
             raise ModelError(
                 "model_config.device: cuda, but this process began with a network on device: cpu, "
                 "which hid the GPUs from TensorFlow; work on this job alone, with --job"
             )
+        for gpu in visible or gpus:
+            _before_start(tf.config.experimental.set_memory_growth, gpu, True)
     elif visible:
         _before_start(tf.config.set_visible_devices, [], "GPU")
     if threads is None or tf.config.threading.get_intra_op_parallelism_threads() == threads:

@@ -3,6 +3,7 @@
 local complete = {}
 -- A worker that wakes up after its job is done must leave nothing behind.
 if redis.call('HEXISTS', JOBS, ARGV[1]) == 0 then return complete end
+begin()
 for n = 2, #ARGV, 3 do
   local block, member, of = ARGV[n], tonumber(ARGV[n + 1]), tonumber(ARGV[n + 2])
   local marks = redis.call('HGET', blocks(ARGV[1]), block) or string.rep('0', of)

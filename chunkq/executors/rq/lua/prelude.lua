@@ -13,6 +13,10 @@ local function clock()
   return tonumber(time[1]) + tonumber(time[2]) / 1000000
 end
 
+-- A full Redis refuses what stores, unless the script has changed something before. Working off
+-- what is queued makes room, so workers' scripts begin with this.
+local function begin() redis.call('DEL', 'chunkq:nothing') end
+
 -- Note that a worker is here; returns until when no lease ends. Nobody can have renewed one while
 -- the server was away: after that all get one more lease's time.
 local function grace_until(now, lease)

@@ -2,6 +2,7 @@
 -- ARGV: worker, stamp, attempt id, lease (s), mode and names as `chosen` takes them.
 local worker, stamp, attempt, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local now = clock()
+begin()
 local grace = grace_until(now, lease)
 
 for _, name in ipairs(chosen(ARGV[5], 6)) do
