@@ -218,16 +218,19 @@ class Model(RuleBasedStateMachine):
         target=leases,
         worker=st.sampled_from(WORKERS),
         job=st.sampled_from(JOBS),
-        times=st.integers(2, MAX_ATTEMPTS + 1),
+        ends=st.lists(st.sampled_from(["fail", "lose"]), min_size=2, max_size=MAX_ATTEMPTS + 1),
     )
-    def take_and_fail(self, worker: str, job: str, times: int) -> object:
-        """Use up attempts: what comes after the last one is far away otherwise."""
+    def use_up_attempts(self, worker: str, job: str, ends: list[str]) -> object:
+        """Go where single steps seldom lead: to the last attempt and beyond."""
         taken = []
-        for _ in range(times):
+        for how in ends:
             lease = self.take(Shift(worker, job=job))
             if lease is None:
                 break
-            self.end_lease(lease, "fail")
+            if how == "fail":
+                self.end_lease(lease, how)
+            else:
+                self.lose(lease)
             taken.append(lease)
         return multiple(*taken[-1:])
 
@@ -238,6 +241,9 @@ class Model(RuleBasedStateMachine):
             known.maybe_back = known.lost
         if lease is None:
             assert not able
+            # Who finds nothing has seen what ran out on its last attempt.
+            for task, known in self.chosen(shift).items():
+                assert not known.lost or task in self.queue.failed(task.job)
         else:
             assert lease.task in able
             known = self.known[lease.task]
@@ -315,7 +321,9 @@ class Model(RuleBasedStateMachine):
     @precondition(lambda self: self.running())
     @rule(which=st.integers(0, 5))
     def let_run_out(self, which: int) -> None:
-        lease = self.running()[which % len(self.running())]
+        self.lose(self.running()[which % len(self.running())])
+
+    def lose(self, lease: Lease) -> None:
         self.leasing.let_run_out(self.url, lease)
         self.known[lease.task].lost = True
 
@@ -375,6 +383,11 @@ class Model(RuleBasedStateMachine):
         shift = next(self._shifts)
         left = {known.state for known in self.chosen(shift).values()} - {"failed"}
         assert self.queue.is_drained(shift) == (not left)
+
+    @invariant()
+    def nothing_is_left_of_tasks_that_are_gone(self) -> None:
+        if not self.known:
+            assert self.leasing.left(self.url) == set()
 
     def teardown(self) -> None:
         for job in JOBS:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from chunkq_worker.batching import Batcher
+from chunkq_worker.runtimes import tensorflow as tensorflow_runtime
 from chunkq_worker.runtimes import tensorflow_import
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.tensorflow_import import hushed, keras, tf
@@ -692,9 +693,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_network_on_the_cpu_hides_gpus_and_one_on_a_gpu_takes_memory_as_it_needs_it(
-    gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+    gpu: list[tuple[Any, ...]],
 ) -> None:
-    start = sys.modules["chunkq_worker.runtimes.tensorflow"]._start
+    start = tensorflow_runtime._start
     start("cuda", None)
     assert gpu == [("growth", "gpu 0", True)]
     start("cpu", None)
@@ -706,16 +707,14 @@ def test_a_network_on_the_cpu_hides_gpus_and_one_on_a_gpu_takes_memory_as_it_nee
 def test_a_network_on_a_gpu_after_one_on_the_cpu_is_refused_in_one_line(
     gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = sys.modules["chunkq_worker.runtimes.tensorflow"]._start
+    start = tensorflow_runtime._start
     start("cpu", None)
 
     def started(devices: list[str], kind: str) -> None:
         raise RuntimeError("Visible devices cannot be modified after being initialized")
 
     monkeypatch.setattr("tensorflow.config.set_visible_devices", started)
-    with pytest.raises(
-        ModelError, match=r"^model_config.device: cuda, but this process began"
-    ):
+    with pytest.raises(ModelError, match=r"^model_config.device: cuda, but this process began"):
         start("cuda", None)
     start("cpu", None)
 
