@@ -53,7 +53,7 @@ def _checked(name: str, step: Step) -> Step:
 
     def run(batch: Any) -> Any:
         result = step(batch)
-        shape = getattr(result, "shape", None)
+        shape = tuple(getattr(result, "shape", ()))  # a scalar tensor's is true, and empty
         if not shape:
             raise ModelError(f"{KEY}: {name} gave {type(result).__name__}, not a batch")
         if shape[0] != batch.shape[0]:
