@@ -64,7 +64,6 @@ class Finding:
 
 def main() -> None:
     """Answer on standard output."""
-    logging.getLogger("chunkq").setLevel(logging.ERROR)
     finding = Finding()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
@@ -165,4 +164,5 @@ def _difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
 
 
 if __name__ == "__main__":
+    logging.getLogger("chunkq").setLevel(logging.ERROR)
     main()
