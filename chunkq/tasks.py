@@ -16,6 +16,8 @@ ENTRY_POINTS: MappingProxyType[str, str] = MappingProxyType(
     {"infer": "chunkq_worker.infer:infer_chunk", "finalize": "chunkq.finalize:finalize_block"}
 )
 """Every kind of task and what runs it. Nothing on a queue can name anything else."""
+SERVE = "chunkq_worker.serving:serve"
+"""What a process that another engine started runs to become a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,16 @@ def job_key(job: str) -> str:
 
 def entry_point(kind: str) -> Callable[..., Any]:
     """Import and return what runs tasks of this kind."""
-    module, _, name = ENTRY_POINTS[kind].partition(":")
+    return _imported(ENTRY_POINTS[kind])
+
+
+def serve(queue: Any, shift: Any) -> Any:
+    """Work off a queue in this process; see the worker's side."""
+    return _imported(SERVE)(queue, shift)
+
+
+def _imported(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
     function: Callable[..., Any] = getattr(import_module(module), name)
     return function
 

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from chunkq.executors import open_executor
+from chunkq.executors.dask_scheduler import start as start_scheduler
+from tests.own_network import OwnNetwork
+from tests.ray_server import ray_cluster
 from tests.redis_server import RedisServer, redis_server
 
 
@@ -19,3 +23,43 @@ def redis(redis_of_session: RedisServer) -> RedisServer:
     with redis_of_session.client as client:
         client.flushall()
     return redis_of_session
+
+
+@pytest.fixture(scope="session")
+def dask_of_session() -> Iterator[str]:
+    process, url = start_scheduler("127.0.0.1")
+    yield url
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def dask(dask_of_session: str) -> str:
+    """The queue of a Dask scheduler, with nothing in it."""
+    empty(dask_of_session)
+    return dask_of_session
+
+
+@pytest.fixture(scope="session")
+def ray_of_session() -> Iterator[tuple[OwnNetwork, str]]:
+    network = OwnNetwork()
+    with ray_cluster(network) as url:
+        yield network, url
+    network.close()
+
+
+@pytest.fixture
+def ray(ray_of_session: tuple[OwnNetwork, str]) -> Iterator[str]:
+    """The queue of a Ray cluster, with nothing in it; the test is inside the cluster's network."""
+    network, url = ray_of_session
+    with network.inside():
+        empty(url)
+        yield url
+
+
+def empty(url: str) -> None:
+    """Take every job off a queue."""
+    executor = open_executor(url)
+    for job in executor.jobs():
+        executor.cancel(job)
+    executor.close()

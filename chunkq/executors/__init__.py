@@ -17,6 +17,8 @@ BACKENDS: MappingProxyType[str, str] = MappingProxyType(
         "redis": "chunkq.executors.rq:RqExecutor",
         "rediss": "chunkq.executors.rq:RqExecutor",
         "unix": "chunkq.executors.rq:RqExecutor",
+        "dask": "chunkq.executors.dask:DaskExecutor",
+        "ray": "chunkq.executors.ray:RayExecutor",
     }
 )
 """URL scheme -> class."""

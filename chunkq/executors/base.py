@@ -11,10 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chunkq.tasks import Task
+from chunkq.errors import ChunkqError, QueueError
+from chunkq.tasks import Task, serve
 
 MAX_ATTEMPTS = 3
 """A task that was begun this often without success is failed, until `retry`."""
+
+EXIT_DIED = 1
+EXIT_REFUSED = 4
+"""Every chunk would fail alike, so that starting a worker again is of no use."""
+EXIT_QUEUE_AWAY = 6
+EXIT_OVERRUN = 7
+"""A chunk hangs, and only the end of its process frees what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,19 @@ class Shift:
         return self.deadline is None or time.time() + self.longest < self.deadline
 
 
+class Ended(NamedTuple):
+    """How a worker's shift ended: the process's exit code, and why in lines."""
+
+    code: int = 0
+    lines: Sequence[str] = ()
+
+    @classmethod
+    def by(cls, error: ChunkqError) -> Ended:
+        """Return the end that an error makes: an absent queue may come back, a bad job may not."""
+        code = EXIT_QUEUE_AWAY if isinstance(error, QueueError) else EXIT_REFUSED
+        return cls(code, str(error).splitlines())
+
+
 class Executor(ABC):
     """A queue of tasks, shared by producers and workers.
 
@@ -195,6 +216,14 @@ class Executor(ABC):
         attempt, all else in flight is handed back, and OverrunError is raised for the process
         to end.
         """
+
+    def serve(self, shift: Shift) -> Ended:
+        """Run chunkq's own tasks until the shift ends, in a process that the engine has its eye on.
+
+        Unless an engine has such processes of its own, that is this one.
+        """
+        ended: Ended = serve(self, shift)
+        return ended
 
     def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
         """Remember a committed chunk's marks; return the finalize tasks of blocks they complete.

@@ -39,6 +39,7 @@ from chunkq.executors.base import (
     Outcome,
     Shift,
 )
+from chunkq.executors.hosted import HostedQueue
 from chunkq.executors.rq import executor as rq_executor
 from chunkq.executors.rq.executor import queue_name
 from chunkq.tasks import ENTRY_POINTS, Task
@@ -80,6 +81,14 @@ def smuggle_into_redis(url: str, message: str | bytes) -> None:
         client.hset("chunkq:jobs", name, JOB)
 
 
+def smuggle_into_host(url: str, message: str | bytes) -> None:
+    executor = open_executor(url)
+    assert isinstance(executor, HostedQueue)
+    text = message.decode("latin-1") if isinstance(message, bytes) else message
+    executor.table.submit([(os.urandom(4).hex(), JOB, text)])
+    executor.close()
+
+
 BACKENDS = (
     Backend(
         "sqlite",
@@ -91,6 +100,16 @@ BACKENDS = (
         lambda folder, request: request.getfixturevalue("redis").url,
         smuggle_into_redis,
         completes_blocks=True,
+    ),
+    Backend(
+        "dask",
+        lambda folder, request: request.getfixturevalue("dask"),
+        smuggle_into_host,
+    ),
+    Backend(
+        "ray",
+        lambda folder, request: request.getfixturevalue("ray"),
+        smuggle_into_host,
     ),
 )
 

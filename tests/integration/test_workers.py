@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from chunkq_worker import supervisor
-from chunkq_worker.child import EXIT_REFUSED
+from chunkq.executors.base import EXIT_REFUSED
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
 

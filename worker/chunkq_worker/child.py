@@ -18,17 +18,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from chunkq.errors import ChunkqError, OverrunError, QueueError
+from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
-from chunkq.executors.base import Executor, Shift
+from chunkq.executors.base import Ended, Executor, Shift
 
-EXIT_REFUSED = 4
-"""Every chunk would fail alike, so that starting this process again is of no use."""
 EXIT_HANDED_BACK = 5
-EXIT_QUEUE_AWAY = 6
-EXIT_OVERRUN = 7
-"""A chunk hangs, and only the end of its process frees what it holds."""
-LEDGER_SECONDS = 5.0
 SAME_SIGNAL_SECONDS = 0.5
 """A signal sent to a whole process group arrives twice: directly and passed on."""
 
@@ -73,42 +67,20 @@ def main() -> int:
     )
     try:
         executor = open_executor(orders.queue)
-        _obey_signals(shift, executor)
-        # Imported here so that signals already work while the network's libraries load.
-        from chunkq_worker.engine import waits_for_device
-        from chunkq_worker.run import run_task
-
-        shift.waits = waits_for_device
-        executor.work(run_task, shift)
-        executor.close()
-    except OverrunError as error:
-        sys.stderr.write(f"chunkq: {error}\n")
-        _leave_hanging(error)
     except ChunkqError as error:
-        for line in str(error).splitlines():
-            sys.stderr.write(f"chunkq: {line}\n")
-        # A queue that is away may come back; a job that cannot be done stays so.
-        return EXIT_QUEUE_AWAY if isinstance(error, QueueError) else EXIT_REFUSED
-    return 0
+        ended = Ended.by(error)
+    else:
+        _obey_signals(shift, executor)
+        ended = executor.serve(shift)
+        executor.close()
+    for line in ended.lines:
+        sys.stderr.write(f"chunkq: {line}\n")
+    return ended.code
 
 
 def _die_with_supervisor() -> None:
     sys.stdin.read()
     os._exit(1)
-
-
-def _leave_hanging(error: OverrunError) -> None:
-    """End this process although threads of it hang; the ledger is told, if it does not hang too."""
-    from chunkq_worker.run import record_failure
-
-    def tell() -> None:
-        for lease in error.leases:
-            record_failure(lease.task, lease.attempt, error)
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    teller.join(LEDGER_SECONDS)
-    os._exit(EXIT_OVERRUN)
 
 
 def _obey_signals(shift: Shift, executor: Executor) -> None:

@@ -13,10 +13,16 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import Executor, WorkerName
+from chunkq.executors.base import (
+    EXIT_OVERRUN,
+    EXIT_QUEUE_AWAY,
+    EXIT_REFUSED,
+    Executor,
+    WorkerName,
+)
 from chunkq.paths import without_secret
 from chunkq_worker.birth import child_settings
-from chunkq_worker.child import EXIT_OVERRUN, EXIT_QUEUE_AWAY, EXIT_REFUSED, Orders
+from chunkq_worker.child import Orders
 from chunkq_worker.devices import VISIBLE, Slot, cores
 
 POLL_SECONDS = 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from chunkq.paths import without_secret
 ANSWER_SECONDS = 3.0
 """How long an impatient connection waits for an answer."""
 STEADY_ANSWER_SECONDS = 30.0
+LONGEST_PASSWORD = 4096
+"""Characters; what is longer is another file."""
+PASSWORD_VARIABLE = "CHUNKQ_QUEUE_PASSWORD_FILE"
+"""Names a file that holds the password of an address without one, as container secrets do."""
 FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 STEADY_TRIES = 60
 """Tries of a patient connection, up to 5 s apart: it rides out five minutes of absence."""
@@ -30,7 +35,8 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     """Return a client; nothing is sent yet.
 
     A patient one, for workers, tries again and again while the server is away; the other, for
-    commands, says at once that it is. Raises QueueError for a URL that is none.
+    commands, says at once that it is. An address without a password takes it from the file that
+    the environment names. Raises QueueError for a URL that is none, or a file that holds none.
     """
     answer = STEADY_ANSWER_SECONDS if patient else ANSWER_SECONDS
     backoff = ExponentialBackoff(cap=5, base=0.2) if patient else NoBackoff()
@@ -43,6 +49,8 @@ def connect(url: str, *, patient: bool = False) -> Redis:
         settings["socket_keepalive"] = True
     try:
         _check(url)
+        if file := _password_file(url):
+            settings["password"] = _password_in(file)
         client = Redis.from_url(url, **settings)
         client.connection_pool.make_connection()  # options that it does not know
     except (ValueError, TypeError):
@@ -74,6 +82,33 @@ def _check(url: str) -> None:
         raise ValueError
 
 
+def _password_file(url: str) -> str | None:
+    """Return the file that holds this address's password; None where it is not in a file."""
+    parts = urlsplit(url)
+    given = parts.password is not None or "password" in dict(parse_qsl(parts.query, True))
+    if given or parts.scheme not in ("redis", "rediss"):
+        return None
+    return os.environ.get(PASSWORD_VARIABLE) or None
+
+
+def _password_in(file: str) -> str:
+    """Return a file's one line. Raises QueueError where there is none, without what is there."""
+    try:
+        with open(file, encoding="utf-8", newline="") as opened:
+            password = opened.read(LONGEST_PASSWORD + 1).rstrip("\r\n")
+    except FileNotFoundError:
+        problem = f"no file {file}"
+    except UnicodeDecodeError:
+        problem = f"{file} is no text file"
+    except OSError as error:
+        problem = f"{file} cannot be read: {error.strerror or error}"
+    else:
+        if password and len(password) <= LONGEST_PASSWORD and not set("\r\n") & set(password):
+            return password
+        problem = f"{file} must hold one line, the password" if password else f"{file} is empty"
+    raise QueueError(f"queue: {PASSWORD_VARIABLE}: {problem}")
+
+
 @contextmanager
 def asking(url: str) -> Iterator[None]:
     """Turn Redis's errors into QueueErrors of one line, without the password."""
@@ -85,8 +120,8 @@ def asking(url: str) -> Iterator[None]:
 
 def _reason(error: Exception, url: str) -> str:
     said = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
-    if isinstance(error, redis_errors.AuthenticationError) and _WANTED.search(said):
-        return "wants a password; write it into the address: redis://:password@host, with %-codes"
+    if isinstance(error, redis_errors.AuthenticationError):
+        return _about_password(said, url)
     if "can't access at least one of the keys" in said:
         error = redis_errors.NoPermissionError(said)
     for kind, told in _TOLD.items():
@@ -110,6 +145,18 @@ def _reason(error: Exception, url: str) -> str:
     return said
 
 
+def _about_password(said: str, url: str) -> str:
+    if file := _password_file(url):
+        return f"refuses user or password ({said}); {PASSWORD_VARIABLE} names {file}"
+    user = "" if _WANTED.search(said) else "user"
+    hint = f"into the address: redis://{user}:password@host, with %-codes"
+    if not url.startswith("unix:"):
+        hint += f", or the password into a file that {PASSWORD_VARIABLE} names"
+    if not user:
+        return f"wants a password; write it {hint}"
+    return f"refuses user or password ({said}); write them {hint}"
+
+
 _NOISE = re.compile(
     r"Error \d+ |Command # \d+ \(.*?\) of pipeline caused error: | script: [0-9a-f]{40}, on @\S+"
 )
@@ -117,8 +164,6 @@ _NOISE = re.compile(
 _WANTED = re.compile("HELLO must be called|[Aa]uthentication required|NOAUTH")
 _TOLD: dict[type[Exception], str] = {
     redis_errors.BusyLoadingError: "is still loading its data ({said}); try again in a moment",
-    redis_errors.AuthenticationError: "refuses user or password ({said}); "
-    "write them into the address: redis://user:password@host, with %-codes",
     redis_errors.NoPermissionError: "this user may not do that ({said}); "
     "chunkq needs the keys rq:* and chunkq:*, scripts and the usual data commands",
     redis_errors.OutOfMemoryError: "has no memory left ({said}); raise its maxmemory or let "

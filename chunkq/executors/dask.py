@@ -1,0 +1,284 @@
+"""Dask as a queue: kept by the scheduler, worked off by processes that have joined it.
+
+The chunks themselves are no tasks of Dask's: the scheduler would forget who began one how often,
+hand a chunk to a worker that is busy, and hold a million of them as so many Python objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import distributed
+from distributed.comm.addressing import get_address_host
+from distributed.comm.core import CommClosedError
+from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.utils import get_ip
+
+from chunkq.errors import JobError, QueueError
+from chunkq.executors.base import Shift, WorkerName
+from chunkq.executors.hosted import (
+    Hired,
+    Host,
+    HostedQueue,
+    device,
+    new_gang,
+    serve_hired,
+)
+
+OPERATION = "chunkq"
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 30.0
+DEFAULT_PORT = 8786
+AWAY = (OSError, asyncio.TimeoutError, CommClosedError)
+
+
+class QueuePlugin(SchedulerPlugin):
+    """What makes a scheduler the host of a queue."""
+
+    name = OPERATION
+    idempotent = True
+
+    async def start(self, scheduler: distributed.Scheduler) -> None:
+        """Answer requests from now on."""
+        self._host = Host()
+        scheduler.handlers[OPERATION] = self._host.answer
+
+    def remove_worker(self, scheduler: object, worker: str, **more: object) -> None:
+        """Release at once what a worker held that the scheduler no longer sees."""
+        self._host.gone(worker)
+
+
+class _StopWithWorker(WorkerPlugin):
+    """Ends a shift when its Dask worker is closed, by the scheduler or for want of one."""
+
+    def __init__(self, shift: Shift) -> None:
+        self._shift = shift
+        self.is_closed = False
+
+    def teardown(self, worker: distributed.Worker) -> None:
+        self.is_closed = True
+        self._shift.stopping.set()
+
+
+@dataclass(frozen=True)
+class Address:
+    """`dask://HOST:PORT`, with `?protocol=` (tcp, ucx) and `&interface=` (such as ib0)."""
+
+    host: str
+    port: int
+    protocol: str = "tcp"
+    interface: str | None = None
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Read a queue's URL; raises JobError."""
+        wrong = f"queue: {url} is no address of a Dask scheduler; write dask://HOST:{DEFAULT_PORT}"
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port or DEFAULT_PORT
+        except ValueError:
+            raise JobError(wrong) from None
+        if not host:
+            raise JobError(
+                "queue: dask:// alone is a cluster that `chunkq run` makes for itself; for a "
+                f"cluster that stays write dask://HOST:{DEFAULT_PORT}"
+            )
+        asked = dict(parse_qsl(parts.query))
+        if parts.path.strip("/") or asked.keys() - {"protocol", "interface"}:
+            raise JobError(wrong)
+        return cls(host, port, **asked)
+
+    @classmethod
+    def of(cls, address: str, interface: str | None = None) -> Self:
+        """Read an address as Dask writes it."""
+        parts = urlsplit(address)
+        return cls(parts.hostname or "", parts.port or DEFAULT_PORT, parts.scheme, interface)
+
+    @property
+    def url(self) -> str:
+        """The queue's URL."""
+        asked = {"protocol": self.protocol} if self.protocol != "tcp" else {}
+        asked |= {"interface": self.interface} if self.interface else {}
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"dask://{host}:{self.port}" + (f"?{urlencode(asked)}" if asked else "")
+
+    @property
+    def text(self) -> str:
+        """The address as Dask writes it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.protocol}://{host}:{self.port}"
+
+
+class DaskExecutor(HostedQueue):
+    """`dask://HOST:PORT`, a scheduler that has chunkq installed."""
+
+    def __init__(self, url: str, client: distributed.Client | None = None) -> None:
+        super().__init__(url)
+        self._owned = client is None
+        self._client: Any = client or self._connect(url)
+
+    def _connect(self, url: str) -> Any:
+        self._address = Address.parse(url)
+        # Its news of lost connections are told here, in one line.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        try:
+            client = distributed.Client(
+                self._address.text, timeout=CONNECT_SECONDS, set_as_default=False, name=OPERATION
+            )
+        except AWAY as error:
+            raise self._away(error) from None
+        try:
+            self._check_versions(client)
+            client.register_plugin(QueuePlugin())
+        except ModuleNotFoundError:
+            client.close()
+            raise QueueError(
+                f"queue: the Dask scheduler at {url} has no chunkq, which keeps the queue there; "
+                "pip install 'chunkq[dask]' where it runs, and start it again"
+            ) from None
+        except AWAY as error:
+            client.close()
+            raise self._away(error) from None
+        except Exception:
+            client.close()
+            raise
+        return client
+
+    def _check_versions(self, client: Any) -> None:
+        """Refuse a scheduler of another version: Dask only warns, and fails later."""
+        theirs = client.sync(client.scheduler.versions)["packages"]
+        mine = distributed.versions.get_versions()["packages"]
+        for name in ("python", "dask", "distributed"):
+            if theirs[name] != mine[name]:
+                raise QueueError(
+                    f"queue: the Dask scheduler at {self.url} runs {name} {theirs[name]}, and "
+                    f"here is {mine[name]}; install one version everywhere"
+                )
+
+    def ask(self, request: str) -> str:
+        """Ask the scheduler."""
+        try:
+            answer: str | None = self._client.sync(
+                self._client.scheduler.chunkq, request=request, callback_timeout=ANSWER_SECONDS
+            )
+        except AWAY as error:
+            raise self._away(error) from None
+        if answer is None:  # what Dask says to an operation it does not know
+            raise QueueError(
+                f"queue: the Dask scheduler at {self.url} was started again and has lost the "
+                "queue; `chunkq produce --resume` fills it again"
+            )
+        return answer
+
+    def _away(self, error: BaseException) -> QueueError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return QueueError(
+            f"queue: no Dask scheduler answers at {self.url} ({reason[:200]}); start one with "
+            "`dask scheduler`, or check host and port"
+        )
+
+    @contextmanager
+    def on_duty(self, shift: Shift) -> Iterator[None]:
+        """Join the cluster as a worker that takes nothing but chunks."""
+        stop = _StopWithWorker(shift)
+        with tempfile.TemporaryDirectory(prefix="chunkq-dask-") as folder:
+            try:
+                worker = self._client.sync(self._join, shift, stop, folder)
+            except AWAY as error:
+                raise self._away(error) from None
+            self.host.enlist(shift.worker, worker.address)
+            try:
+                yield
+            finally:
+                closed = stop.is_closed
+                with suppress(*AWAY):
+                    self._client.sync(worker.close, executor_wait=False)
+            if closed:
+                raise QueueError(
+                    f"queue: the Dask scheduler at {self.url} closed this worker, or is gone"
+                )
+
+    async def _join(self, shift: Shift, stop: _StopWithWorker, folder: str) -> distributed.Worker:
+        address = self._address
+        worker = distributed.Worker(
+            address.text,
+            name=shift.worker,
+            nthreads=shift.depth,
+            interface=address.interface,
+            host=None if address.interface else get_ip(get_address_host(address.text)),
+            protocol=address.protocol,
+            memory_limit=0,
+            dashboard=False,
+            local_directory=folder,
+            plugins=(stop,),
+        )
+        await worker
+        # Other people's tasks would share the device with the chunks.
+        worker.status = distributed.Status.paused
+        return worker
+
+    def hire(self, job: str, *, gpu: bool, depth: int) -> Hired:
+        """Occupy the threads of the cluster's workers, each with one chunk in flight."""
+        there = self._client.sync(self._client.scheduler.identity)["workers"].values()
+        count = sum(worker["nthreads"] for worker in there if worker["status"] == "running")
+        if not count:
+            raise QueueError(
+                f"queue: the Dask cluster at {self.url} has no free workers; start some with "
+                "`dask worker`, or use `chunkq work`"
+            )
+        gang = new_gang()
+        lanes = [
+            self._client.submit(lane, self.url, job, gang, key=f"chunkq-{gang}-{n}", pure=False)
+            for n in range(count)
+        ]
+        distributed.fire_and_forget(lanes)
+        return _HiredOfDask(self, gang, lanes)
+
+    def close(self) -> None:
+        """Let go of the scheduler."""
+        if self._owned:
+            self._client.close()
+
+
+class _HiredOfDask(Hired):
+    """Threads hired; those whose worker died too often are gone, too."""
+
+    def __init__(self, queue: HostedQueue, name: str, lanes: list[Any]) -> None:
+        super().__init__(queue, name, len(lanes))
+        self._lanes = lanes
+
+    def is_gone(self) -> bool:
+        return all(lane.done() for lane in self._lanes)
+
+    def said(self) -> list[str]:
+        errors = {str(lane.exception()) for lane in self._lanes if lane.status == "error"}
+        return [*super().said(), *(" ".join(error.split())[:300] for error in sorted(errors))]
+
+
+class _QueueOfWorker(DaskExecutor):
+    """The queue as seen from a thread of a Dask worker."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, distributed.get_client())
+        self.place = distributed.get_worker().address
+
+    @contextmanager
+    def on_duty(self, shift: Shift) -> Iterator[None]:
+        self.host.enlist(shift.worker, self.place)
+        yield
+
+
+def lane(url: str, job: str, gang: str) -> None:
+    """Work in one thread of a Dask worker, until the job is done."""
+    queue = _QueueOfWorker(url)
+    own = f"{os.getpid():x}"
+    name = WorkerName.new(device())
+    serve_hired(queue, gang, WorkerName(name.host, name.device, own).text, job, depth=1)

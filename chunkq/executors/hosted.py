@@ -1,0 +1,192 @@
+"""A queue kept by the head of a cluster, in its memory: by Dask's scheduler, by an actor of Ray's.
+
+Requests and answers are JSON, whatever the cluster itself sends them in. A head that is lost has
+lost the queue; the ledger says what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any, ClassVar, cast
+
+from chunkq.errors import QueueError
+from chunkq.executors.base import Shift
+from chunkq.executors.tables import TableQueue, TaskTable
+from chunkq.tasks import serve
+
+VERSION = version("chunkq")
+GONE_SECONDS = 2.0
+"""How long the tasks of a worker that the cluster has lost are still its own."""
+OF_TABLE = frozenset(
+    name for name, kind in vars(TaskTable).items() if callable(kind) and name[0] != "_"
+) - {"close"}
+
+
+@dataclass
+class _Gang:
+    """Workers hired for a job: how many have left, what they said on leaving."""
+
+    dismissed: bool = False
+    left: int = 0
+    lines: list[str] = field(default_factory=list)
+
+
+class Host:
+    """The head's side: the table, who works where, and the workers hired."""
+
+    _OWN: ClassVar[frozenset[str]] = frozenset({"release", "enlist", "gang", "dismiss", "leave"})
+
+    def __init__(self) -> None:
+        self._table = TaskTable(":memory:")
+        self._homes: defaultdict[str, set[str]] = defaultdict(set)
+        self._gangs: defaultdict[str, _Gang] = defaultdict(_Gang)
+
+    def answer(self, request: str) -> str:
+        """Do what is asked: {"do": NAME, "with": [...], "version": ...} -> {"is": ...}.
+
+        What goes wrong is said in the answer, as {"error": LINE}.
+        """
+        asked = json.loads(request)
+        if asked["version"] != VERSION:
+            return json.dumps(
+                {
+                    "error": f"is kept by chunkq {VERSION}, and here is chunkq "
+                    f"{asked['version']}; install one version everywhere"
+                }
+            )
+        name = asked["do"]
+        owner = self if name in self._OWN else self._table if name in OF_TABLE else None
+        if owner is None:
+            return json.dumps({"error": f"knows no {name!r}"})
+        try:
+            done = {"is": getattr(owner, name)(*asked["with"])}
+        except QueueError as error:
+            done = {"error": str(error)}
+        return json.dumps(done)
+
+    def release(self, worker: str, counted: bool) -> int:
+        """Hand back what a worker held, or those whose home it is; returns how many tasks."""
+        return sum(
+            self._table.release(name, counted) for name in {worker, *self._homes.pop(worker, ())}
+        )
+
+    def enlist(self, worker: str, home: str) -> None:
+        """Remember that a worker lives and dies with its home."""
+        self._homes[home].add(worker)
+
+    def gone(self, home: str) -> None:
+        """Give up soon on what a vanished home's workers held.
+
+        Not at once: their supervisor, if there is one, knows whether their tries count.
+        """
+        for worker in self._homes.pop(home, ()):
+            self._table.shorten(worker, GONE_SECONDS)
+
+    def gang(self, name: str) -> dict[str, Any]:
+        """Tell how hired workers stand."""
+        return vars(self._gangs[name])
+
+    def dismiss(self, name: str) -> None:
+        """Have hired workers finish what is in flight and leave."""
+        self._gangs[name].dismissed = True
+
+    def leave(self, name: str, lines: list[str]) -> None:
+        """Note that a hired worker has left, and why if not for want of work."""
+        gang = self._gangs[name]
+        gang.left += 1
+        gang.lines += [line for line in lines if line not in gang.lines]
+
+
+class _Remote:
+    """A host's operations as methods."""
+
+    def __init__(self, ask: Callable[[str], str], where: str) -> None:
+        self._ask, self._where = ask, where
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._do, name)
+
+    def _do(self, name: str, *values: Any) -> Any:
+        request = {"do": name, "with": values, "version": VERSION}
+        answer = json.loads(self._ask(json.dumps(request)))
+        if "error" in answer:
+            raise QueueError(f"queue: {self._where} {answer['error']}")
+        return answer["is"]
+
+
+class HostedQueue(TableQueue):
+    """The workers' and producers' side."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.host: Any = _Remote(self.ask, url)
+        self.table = cast(TaskTable, self.host)
+
+    @abstractmethod
+    def ask(self, request: str) -> str:
+        """Send a request to the host and return its answer; raises QueueError if it is away."""
+
+    @abstractmethod
+    def hire(self, job: str, *, gpu: bool, depth: int) -> Hired:
+        """Have processes of the cluster's own do a job; they go on without this one.
+
+        Raises QueueError if the cluster has none.
+        """
+
+
+class HiredShift(Shift):
+    """The shift of a hired worker: until its job is done, or it is dismissed."""
+
+    def __init__(self, queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
+        super().__init__(worker=worker, job=job, depth=depth, burst=True)
+        self._queue, self._gang = queue, gang
+
+    def may_start(self) -> bool:
+        """Tell whether another task may be begun."""
+        if self._queue.host.gang(self._gang)["dismissed"]:
+            self.stopping.set()
+        return super().may_start()
+
+
+class Hired:
+    """Workers hired through a host: `count` of them."""
+
+    def __init__(self, queue: HostedQueue, name: str, count: int) -> None:
+        self._queue, self.name, self.count = queue, name, count
+
+    def is_gone(self) -> bool:
+        """Tell whether all of them have left."""
+        return bool(self._queue.host.gang(self.name)["left"] >= self.count)
+
+    def said(self) -> list[str]:
+        """Return why workers left, if not for want of work."""
+        lines: list[str] = self._queue.host.gang(self.name)["lines"]
+        return lines
+
+    def dismiss(self) -> None:
+        """Have them finish what is in flight and leave."""
+        self._queue.host.dismiss(self.name)
+
+
+def serve_hired(queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
+    """Work as one of a gang, in a process of the cluster's."""
+    ended = serve(queue, HiredShift(queue, gang, worker, job, depth))
+    queue.host.leave(gang, ended.lines)
+
+
+def device() -> str:
+    """Return what a worker process of the cluster's is pinned to, for its name."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").strip(" ,") or "cpu"
+
+
+def new_gang() -> str:
+    """Return a name for workers hired together."""
+    return uuid.uuid4().hex[:8]

@@ -1,0 +1,47 @@
+"""A real Ray cluster for tests, of one machine, in a network of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.own_network import OwnNetwork
+
+PATIENCE = 120.0
+
+
+@contextmanager
+def ray_cluster(network: OwnNetwork, cpus: int = 8) -> Iterator[str]:
+    """A head with nothing else; gives the queue's URL, and ends every process of it."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        ray = Path(sys.executable).parent / "ray"
+        command = [str(ray), "start", "--head", "--block", "--port", "6379"]
+        command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(cpus), "--num-gpus", "0"]
+        command += ["--include-dashboard", "false", "--temp-dir", folder]
+        command += ["--object-store-memory", str(200 << 20), "--disable-usage-stats"]
+        with network.inside(), (Path(folder) / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            limit = time.monotonic() + PATIENCE
+            while "Ray runtime started" not in (Path(folder) / "log").read_text():
+                assert process.poll() is None, (Path(folder) / "log").read_text()
+                assert time.monotonic() < limit
+                time.sleep(0.1)
+            yield "ray://auto?address=127.0.0.1:6379"
+        finally:
+            below = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            psutil.wait_procs([process_of for process_of in below], timeout=10)
+            for left in below:
+                if left.is_running():
+                    left.kill()
+            process.kill()
+            process.wait()

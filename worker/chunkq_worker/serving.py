@@ -1,0 +1,43 @@
+"""What a worker process does, whoever started it: work off a queue until its shift ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from chunkq.errors import ChunkqError, OverrunError
+from chunkq.executors.base import EXIT_OVERRUN, Ended, Executor, Shift
+
+LEDGER_SECONDS = 5.0
+
+
+def serve(executor: Executor, shift: Shift) -> Ended:
+    """Work off a queue; a chunk that hangs ends the process."""
+    # Imported here so that signals already work while the network's libraries load.
+    from chunkq_worker.engine import waits_for_device
+    from chunkq_worker.run import run_task
+
+    shift.waits = waits_for_device
+    try:
+        executor.work(run_task, shift)
+    except OverrunError as error:
+        sys.stderr.write(f"chunkq: {error}\n")
+        _leave_hanging(error)
+    except ChunkqError as error:
+        return Ended.by(error)
+    return Ended()
+
+
+def _leave_hanging(error: OverrunError) -> None:
+    """End this process although threads of it hang; the ledger is told, if it does not hang too."""
+    from chunkq_worker.run import record_failure
+
+    def tell() -> None:
+        for lease in error.leases:
+            record_failure(lease.task, lease.attempt, error)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    teller.join(LEDGER_SECONDS)
+    os._exit(EXIT_OVERRUN)
