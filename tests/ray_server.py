@@ -1,7 +1,5 @@
 """A real Ray cluster for tests, of one machine, in a network of its own."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -39,9 +37,9 @@ def ray_cluster(network: OwnNetwork, cpus: int = 8) -> Iterator[str]:
         finally:
             below = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
-            psutil.wait_procs([process_of for process_of in below], timeout=10)
-            for left in below:
-                if left.is_running():
-                    left.kill()
+            _, left = psutil.wait_procs(below, timeout=3)
+            for other in left:
+                other.kill()
+            psutil.wait_procs(left, timeout=PATIENCE)
             process.kill()
             process.wait()

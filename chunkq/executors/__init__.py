@@ -52,6 +52,11 @@ def open_executor(url: str) -> Executor:
             f"queue: {shown} is no queue this version knows{hint}; "
             f"it takes {', '.join(name + '://' for name in BACKENDS)}"
         )
+    return load_backend(scheme)(url)
+
+
+def load_backend(scheme: str) -> Callable[[str], Executor]:
+    """Import what a scheme's URLs are opened with; raises QueueError if its package is missing."""
     module, _, name = BACKENDS[scheme].partition(":")
     try:
         backend: Callable[[str], Executor] = getattr(import_module(module), name)
@@ -63,4 +68,4 @@ def open_executor(url: str) -> Executor:
             f"queue: {scheme}:// needs a package that is not installed; "
             f"pip install 'chunkq[{extra}]'"
         ) from None
-    return backend(url)
+    return backend

@@ -17,6 +17,9 @@ from chunkq.tasks import Task, serve
 MAX_ATTEMPTS = 3
 """A task that was begun this often without success is failed, until `retry`."""
 
+DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
+"""Chunks in flight in each process, where nobody says how many."""
+
 EXIT_DIED = 1
 EXIT_REFUSED = 4
 """Every chunk would fail alike, so that starting a worker again is of no use."""

@@ -225,7 +225,7 @@ class DaskExecutor(HostedQueue):
         worker.status = distributed.Status.paused
         return worker
 
-    def hire(self, job: str, *, gpu: bool, depth: int) -> Hired:
+    def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
         """Occupy the threads of the cluster's workers, each with one chunk in flight."""
         there = self._client.sync(self._client.scheduler.identity)["workers"].values()
         count = sum(worker["nthreads"] for worker in there if worker["status"] == "running")

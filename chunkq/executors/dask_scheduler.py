@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 import distributed
-from distributed.utils import get_ip_interface
+from distributed.utils import get_ip, get_ip_interface
 
 from chunkq.errors import QueueError
 from chunkq.executors.dask import Address, QueuePlugin
@@ -26,7 +26,7 @@ def start(
     Returns the process, which ends when its standard input is closed, and the queue's URL.
     Raises QueueError if it does not come up.
     """
-    host = get_ip_interface(interface) if interface else host
+    host = address_here(interface) if interface else host
     # Its web server too listens there only: left alone, it takes all interfaces.
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
     process = subprocess.Popen(
@@ -42,6 +42,18 @@ def start(
         process.wait()
         raise QueueError(f"queue: no Dask scheduler could be started here: {answer['error']}")
     return process, Address.of(answer["address"], interface).url
+
+
+def address_here(interface: str | None = None) -> str:
+    """Return the address by which other nodes reach this one, through an interface if named.
+
+    Raises QueueError if there is no such interface.
+    """
+    try:
+        address: str = get_ip_interface(interface) if interface else get_ip()
+    except ValueError as error:
+        raise QueueError(f"dask_config.interface: {error}") from None
+    return address
 
 
 async def _serve(settings: dict[str, Any]) -> None:

@@ -135,10 +135,10 @@ class HostedQueue(TableQueue):
         """Send a request to the host and return its answer; raises QueueError if it is away."""
 
     @abstractmethod
-    def hire(self, job: str, *, gpu: bool, depth: int) -> Hired:
+    def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
         """Have processes of the cluster's own do a job; they go on without this one.
 
-        Raises QueueError if the cluster has none.
+        `nodes` of the cluster are waited for, for a while. Raises QueueError if it has none.
         """
 
 

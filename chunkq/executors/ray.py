@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -25,14 +27,19 @@ from chunkq.executors.hosted import (
 )
 from chunkq.tasks import serve
 
+log = logging.getLogger("chunkq.queue")
+
 NAMESPACE = "chunkq"
 KEEPER = "queue"
 ANSWER_SECONDS = 30.0
 LOOK_SECONDS = 0.2
+JOIN_SECONDS = 120.0
 GRANT_SECONDS = 15.0
 """How long Ray may take to grant a worker its device before the user hears of it."""
-PASSED_ON = ("CHUNKQ_", "MALLOC_")
-"""What of the environment, by the names' beginning, an actor is born with."""
+AT_BIRTH = "MALLOC_"
+"""What of the environment, by the names' beginning, an actor must be born with."""
+OF_RAY = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
+"""What of the environment is not passed on to an actor."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ class RayExecutor(HostedQueue):
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=self.url != "ray://auto"
         )
-        actor = _actor(name.device != "cpu", scheduling_strategy=here, max_concurrency=2).remote()
+        actor = _actor(name.device != "cpu", scheduling_strategy=here, max_concurrency=3).remote()
         orders = {
             "depth": shift.depth,
             "burst": shift.burst,
@@ -171,12 +178,18 @@ class RayExecutor(HostedQueue):
             "deadline": shift.deadline,
             "time_limit": shift.time_limit,
         }
-        ending = actor.serve.remote(self.url, shift.worker, orders)
-        stopped = False
+        # As an argument, not as Ray's own environment of an actor: that one everyone can look up.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_RAY)}
+        ending = actor.serve.remote(self.url, shift.worker, orders, environment)
+        started, begun, stopped = actor.is_there.remote(), time.monotonic(), False
         while not ray.wait([ending], timeout=LOOK_SECONDS)[0]:
             if shift.stopping.is_set() and not stopped:
                 stopped = True
                 actor.stop.remote()
+            if started is not None and time.monotonic() - begun > GRANT_SECONDS:
+                if not ray.wait([started], timeout=0)[0]:
+                    log.warning("Ray has not granted this worker its device and core yet; waiting")
+                started = None
         try:
             code, lines = ray.get(ending)
         except ray.exceptions.RayActorError as error:
@@ -186,9 +199,18 @@ class RayExecutor(HostedQueue):
                 ray.kill(actor)
         return Ended(code, lines)
 
-    def hire(self, job: str, *, gpu: bool, depth: int) -> Hired:
+    def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
         """Start actors all over the cluster: one for each GPU, or one on each machine."""
-        alive = [node for node in ray.nodes() if node["Alive"]]
+        until = time.monotonic() + JOIN_SECONDS
+        while len(alive := [node for node in ray.nodes() if node["Alive"]]) < nodes:
+            if time.monotonic() > until:
+                log.warning(
+                    "only %d of %d nodes have joined the Ray cluster; it goes without the others",
+                    len(alive),
+                    nodes,
+                )
+                break
+            time.sleep(LOOK_SECONDS)
         count = sum(int(node["Resources"].get("GPU", 0)) for node in alive) if gpu else len(alive)
         if not count:
             raise QueueError(f"queue: the Ray cluster at {self.url} has no GPU for this job")
@@ -221,14 +243,22 @@ class Crew:
             me = ray.get_runtime_context().current_actor
             threading.Thread(target=self._be_hired, args=(gang, job, depth, me)).start()
 
-    def serve(self, url: str, home: str, orders: dict[str, Any]) -> tuple[int, list[str]]:
+    def serve(
+        self, url: str, home: str, orders: dict[str, Any], environment: dict[str, str]
+    ) -> tuple[int, list[str]]:
         """Work until the shift ends; returns the exit code, and why in lines."""
+        os.environ.update(environment)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
         self._shift = Shift(worker=WorkerName.new(device()).text, **orders)
         queue.host.enlist(self._shift.worker, home)
         code, lines = serve(queue, self._shift)
         queue.close()
         return code, list(lines)
+
+    def is_there(self) -> bool:
+        """Answer as soon as Ray has made room."""
+        return True
 
     def stop(self) -> None:
         """Finish what is in flight and take no more."""
@@ -242,12 +272,9 @@ class Crew:
 
 
 def _actor(gpu: bool, **options: Any) -> Any:
-    names = [name for name in os.environ if name.startswith(PASSED_ON) and name != "CHUNKQ_QUEUE"]
+    born = {name: value for name, value in os.environ.items() if name.startswith(AT_BIRTH)}
     return ray.remote(Crew).options(
-        num_gpus=1 if gpu else 0,
-        num_cpus=1,
-        runtime_env={"env_vars": {name: os.environ[name] for name in names}},
-        **options,
+        num_gpus=1 if gpu else 0, num_cpus=1, runtime_env={"env_vars": born}, **options
     )
 
 

@@ -20,8 +20,7 @@ from chunkq.opened import open_job
 from chunkq.paths import absolute
 from chunkq_producer import submit
 from chunkq_producer.distribute import distribute as have_workers_complete
-from chunkq_producer.machine import queue_for
-from chunkq_producer.running import Teller, run_job
+from chunkq_producer.running import Teller, Wishes, run_job
 from chunkq_producer.submit import Produced
 from chunkq_producer.watch import Look, Status, job_status
 
@@ -62,10 +61,9 @@ def run(
     checked = _loaded(job, input, output)
     return run_job(
         checked,
-        url=queue_for(executor, queue, checked.queue),
-        workers=workers,
-        gpus=gpus,
-        depth=depth,
+        engine=executor,
+        queue=queue,
+        wishes=Wishes(workers, gpus, depth),
         overwrite=overwrite,
         teller=_Watched(progress),
     ).report

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from chunkq.errors import ChunkqError, IncompleteError, ModelError
 from chunkq.executors import QUEUE_VARIABLE, open_executor
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Executor
+from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
-from chunkq.ledger import JobRecord
+from chunkq.ledger import JobRecord, folder_of
 from chunkq.opened import OpenJob, open_job
-from chunkq.paths import SERVERS
 from chunkq_producer import submit
-from chunkq_producer.machine import check_machine, unused
+from chunkq_producer.cluster import Cluster, cluster_for, engine_of, on_cpu, part_of, unused
+from chunkq_producer.crew import Command, Crew, Hands, see_through
+from chunkq_producer.machine import check_machine
 from chunkq_producer.probe import Probe, probe
+from chunkq_producer.slurm import LOOK_SECONDS, Step, has_ended, wait_for_leader
 from chunkq_producer.watch import Look
 
 log = logging.getLogger("chunkq.run")
@@ -60,70 +59,138 @@ class Teller:
 
 @dataclass(frozen=True)
 class Ran:
-    """A job that is complete, and its report."""
+    """A job that is complete, and its report; `led` unless another node's process did that."""
 
     job: OpenJob
     report: dict[str, Any]
+    led: bool = True
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How the user wants the workers of a run: None where the job or the default decides."""
+
+    workers: int | None = None
+    gpus: str = "all"
+    depth: int | None = None
 
 
 def run_job(
     job: Job,
     *,
-    url: str,
-    workers: int | None = None,
-    gpus: str = "all",
-    depth: int | None = None,
+    engine: str | None = None,
+    queue: str | None = None,
+    wishes: Wishes,
     overwrite: bool = False,
     teller: Teller,
 ) -> Ran:
-    """Do all of a job on the queue at `url`; the same call again continues.
+    """Do all of a job on an engine's queue; the same call again continues.
 
     Raises what checking, producing and finalizing raise, ModelError if the network fails its
     trial, ChunkqError if the workers give up, InterruptedRunError if it was told to stop. An
     error that the workers explained carries their words as notes.
     """
-    check_machine(job)
+    chosen, url = engine_of(engine, job, queue)
+    check_machine(job, chosen)
+    step = Step.here() if job.cluster == "slurm" else None
+    if step is not None and step.rank > 0:
+        return _follow(job, chosen, step, wishes, teller)
     prepared = submit.prepare(job)
     submit.check_place(prepared, overwrite=overwrite)
-    for line in unused(job):
+    for line in unused(job, chosen):
         teller.say(f"chunkq: {line}")
-    if url.partition("://")[0] in SERVERS:
-        with closing(open_executor(url)) as executor:
+    with cluster_for(job, chosen, url, step, wishes.workers) as cluster:
+        with closing(open_executor(cluster.url)) as executor:
             executor.ready()  # away or refusing, it is said before the network is loaded
-    tried = teller.try_network(prepared.record)
-    if tried.error is not None:
-        raise ModelError(tried.error)
-    with closing(open_executor(url)) as executor:
+        if not cluster.hires or step is not None:
+            tried = teller.try_network(prepared.record)
+            if tried.error is not None:
+                raise ModelError(tried.error)
+        opened, causes = _compute(prepared, cluster, wishes, overwrite, teller)
+        for line in causes:
+            teller.say(line)
+        try:
+            with teller.meter("finalizing blocks") as meter:
+                report = finalize_job(opened, worker=socket.gethostname(), progress=meter)
+        except IncompleteError as error:
+            raise _explained(error, causes) from None
+        return Ran(opened, report)
+
+
+def _compute(
+    prepared: submit.Prepared, cluster: Cluster, wishes: Wishes, overwrite: bool, teller: Teller
+) -> tuple[OpenJob, list[str]]:
+    """Queue what is left and see it through; returns the job, and what went wrong in lines."""
+    with closing(open_executor(cluster.url)) as executor:
         with teller.meter("queueing chunks") as meter:
-            made = submit.produce(prepared, executor, overwrite=overwrite, progress=meter)
+            made = submit.produce(
+                prepared, executor, overwrite=overwrite, remember=not cluster.ends, progress=meter
+            )
         opened = open_job(made.folder.path)
-        causes: list[str] = []
-        if made.done < made.chunks:
-            command = [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet"]
-            on_cpu = job.model.device == "cpu" or job.hardware == "cpu_only"
-            command += ["--gpus", "none" if on_cpu else gpus, "--lifeline"]
-            command += ["--job", opened.folder.output]
-            command += ["-w", str(workers)] if workers else []
-            command += ["--depth", str(depth)] if depth else []
-            look = Look(opened.folder, opened.plan, executor)
-            again = "the same command" + (" without --overwrite" if overwrite else "")
-            ended = _work(command, {**os.environ, QUEUE_VARIABLE: url}, look, teller)
-            if ended.code is None:
+        if made.done == made.chunks:
+            return opened, []
+        cluster.announce()
+        look = Look(opened.folder, opened.plan, executor)
+        again = "the same command" + (" without --overwrite" if overwrite else "")
+        with teller.looking() as show:
+
+            def look_and_show() -> float:
+                _try_to_show(show, look, teller)
+                return look.rest(REFRESH_SECONDS)
+
+            crew = crew_of(executor, opened, cluster, wishes, teller.say)
+            if see_through(crew, look_and_show):
                 raise InterruptedRunError(f"stopped; {again} continues where it was")
-            if ended.code not in (0, IncompleteError.exit_code):
-                raise _explained(
-                    ChunkqError(f"the worker gave up, and said why; {again} continues"),
-                    ended.said,
-                )
-            causes = _failures(look)
-    for line in causes:
-        teller.say(line)
-    try:
-        with teller.meter("finalizing blocks") as meter:
-            report = finalize_job(opened, worker=socket.gethostname(), progress=meter)
-    except IncompleteError as error:
-        raise _explained(error, causes) from None
-    return Ran(opened, report)
+        if crew.code not in (0, IncompleteError.exit_code):
+            raise _explained(
+                ChunkqError(f"the worker gave up, and said why; {again} continues"), crew.said
+            )
+        return opened, _failures(look)
+
+
+def crew_of(
+    executor: Executor,
+    opened: OpenJob,
+    cluster: Cluster,
+    wishes: Wishes,
+    say: Callable[[str], None],
+) -> Crew:
+    """Start or hire those who work on a job: of the user's wishes and the job's, the user's."""
+    job = opened.record.job
+    depth = wishes.depth or cluster.depth
+    if cluster.hires and isinstance(executor, HostedQueue):
+        gpu = not on_cpu(job)
+        depth = depth or (DEPTH_ON_GPU if gpu else DEPTH_ON_CPU)
+        return Hands(executor.hire(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes))
+    options = ["--gpus", "none" if on_cpu(job) else wishes.gpus, "--job", opened.folder.output]
+    if wishes.workers:
+        options += ["-w", str(wishes.workers)]
+    elif cluster.per_node:
+        options += ["--per-node", str(cluster.per_node)]
+    options += ["--depth", str(depth)] if depth else []
+    return Command(options, {QUEUE_VARIABLE: cluster.url}, say)
+
+
+def _follow(job: Job, engine: str, step: Step, wishes: Wishes, teller: Teller) -> Ran:
+    """Work for the process that leads, until it says that all is done."""
+    address = wait_for_leader(job.output, step)
+    opened = open_job(folder_of(job.output))
+
+    def is_over() -> bool:
+        return has_ended(job.output, step)
+
+    with part_of(engine, address, job) as cluster:
+        if cluster is None:
+            while not is_over():
+                time.sleep(LOOK_SECONDS)
+        else:
+            with closing(open_executor(cluster.url)) as executor:
+                crew = crew_of(executor, opened, cluster, wishes, teller.say)
+            if see_through(crew, lambda: LOOK_SECONDS, is_over):
+                raise InterruptedRunError("stopped")
+            if crew.code not in (0, IncompleteError.exit_code) and not is_over():
+                raise ChunkqError(f"the worker on node {step.node} gave up, and said why")
+    return Ran(opened, opened.folder.read_report() or {}, led=False)
 
 
 def _failures(look: Look) -> list[str]:
@@ -135,70 +202,10 @@ def _failures(look: Look) -> list[str]:
     return lines
 
 
-def _explained(error: ChunkqError, lines: list[str]) -> ChunkqError:
+def _explained(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
     for line in lines:
         error.add_note(line)
     return error
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """How the worker ended: its exit code, None if it was told to stop; what it said."""
-
-    code: int | None
-    said: list[str]
-
-
-def _work(command: list[str], environment: dict[str, str], look: Look, teller: Teller) -> _Ended:
-    """Run a worker to its end and show how far the job is; signals are passed on to it.
-
-    The queue's address, which may hold a password, travels in the environment: a command line
-    can be seen by everyone.
-    """
-    worker = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    interrupted = threading.Event()
-    said: list[str] = []
-    try:
-        with _passing_on(worker, interrupted), teller.looking() as show:
-            reader = threading.Thread(target=_repeat, args=(worker, teller, said), daemon=True)
-            reader.start()
-            while worker.poll() is None:
-                _try_to_show(show, look, teller)
-                _wait(worker, look.rest(REFRESH_SECONDS))
-            reader.join()
-            _try_to_show(show, look, teller)
-    finally:
-        worker.kill()
-        worker.wait()
-        if worker.stdin is not None:
-            worker.stdin.close()
-    return _Ended(None if interrupted.is_set() else worker.returncode, said)
-
-
-@contextmanager
-def _passing_on(worker: subprocess.Popen[str], interrupted: threading.Event) -> Iterator[None]:
-    """Have signals to stop reach the worker; only the main thread is ever sent any."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
-        worker.terminate()
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _try_to_show(show: Callable[[Look], None], look: Look, teller: Teller) -> None:
@@ -208,20 +215,3 @@ def _try_to_show(show: Callable[[Look], None], look: Look, teller: Teller) -> No
     except Exception as error:
         reason = " ".join(str(error).split())
         teller.say(f"progress cannot be seen: {reason}")
-
-
-def _wait(worker: subprocess.Popen[str], seconds: float) -> None:
-    try:
-        worker.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
-
-
-def _repeat(worker: subprocess.Popen[str], teller: Teller, said: list[str]) -> None:
-    """Pass on what the worker says."""
-    if worker.stderr is None:
-        return
-    with worker.stderr as lines:
-        for line in lines:
-            said.append(line.rstrip("\n"))
-            teller.say(said[-1])

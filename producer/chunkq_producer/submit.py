@@ -102,18 +102,20 @@ def produce(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    remember: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> Produced:
     """Write the job folder and the output's metadata, then queue every uncommitted chunk.
 
     The same job again, also after the queue was lost, queues exactly what has no commit record.
+    The job is to `remember` its queue, unless that ends with this process.
     """
     known = check_place(prepared, resume=resume, overwrite=overwrite)
     job, plan = prepared.record.job, prepared.plan
     folder = JobFolder(folder_of(job.output))
     if overwrite:
         _remove_old(folder, executor)
-    here = prepared.record.on_queue(executor.url)
+    here = prepared.record.on_queue(executor.url) if remember else prepared.record
     if not known or folder.require_record().job.queue != here.job.queue:
         _write_record(folder, here)
     done = folder.committed("infer")

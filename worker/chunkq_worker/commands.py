@@ -14,14 +14,12 @@ import click
 
 from chunkq.errors import IncompleteError, JobError
 from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
-from chunkq.executors.base import Executor
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Executor
 from chunkq.ledger import folder_of
 from chunkq.paths import absolute
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.run import ALLOW_VARIABLE
 from chunkq_worker.supervisor import Supervisor
-
-DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
 
 
 @click.command()
@@ -30,6 +28,9 @@ DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
 @click.option(
     "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
     help="Processes per GPU; without a GPU, processes in all.",
+)  # fmt: skip
+@click.option(
+    "--per-node", type=click.IntRange(1), help="Processes in all, spread over the devices.",
 )  # fmt: skip
 @click.option(
     "--depth", type=click.IntRange(1),
@@ -50,6 +51,7 @@ def work(
     queue: str | None,
     gpus: str,
     workers: int,
+    per_node: int | None,
     depth: int | None,
     burst: bool,
     max_time: str | None,
@@ -67,7 +69,7 @@ def work(
     if allow:
         os.environ[ALLOW_VARIABLE] = "\n".join(absolute(place, Path.cwd()) for place in allow)
     url = queue_url(queue)
-    taken = slots(gpus, workers)
+    taken = slots(gpus, workers, per_node)
     deadline = None if max_time is None else time.time() + seconds_in("--max-time", max_time)
     limit = None if time_limit is None else seconds_in("--time-limit", time_limit)
     executor = open_executor(url)

@@ -19,15 +19,18 @@ class Slot:
     gpu: str | None
 
 
-def slots(gpus: str, per_device: int) -> list[Slot]:
+def slots(gpus: str, per_device: int, per_node: int | None = None) -> list[Slot]:
     """Return one slot per child process.
 
     `gpus` is `all`, `none` or a comma-separated choice among the visible ones, by position or
-    name. Without a GPU there are `per_device` CPU slots.
+    name. Without a GPU there are `per_device` CPU slots. `per_node`, if given, is how many there
+    are in all, spread over the devices.
     """
     visible = [] if gpus == "none" else visible_gpus()
     if gpus not in ("all", "none"):
         visible = [_chosen(name.strip(), visible) for name in gpus.split(",")]
+    if per_node is not None:
+        return [Slot(visible[n % len(visible)] if visible else None) for n in range(per_node)]
     if not visible:
         return [Slot(None)] * per_device
     return [Slot(gpu) for gpu in visible for _ in range(per_device)]

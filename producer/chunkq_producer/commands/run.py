@@ -15,6 +15,7 @@ from typing_extensions import override
 from chunkq.job import load_job
 from chunkq.ledger import JobRecord
 from chunkq.progress import Meter
+from chunkq_producer.cluster import ENGINES
 from chunkq_producer.commands.finalize import tell
 from chunkq_producer.commands.options import (
     input_option,
@@ -23,9 +24,8 @@ from chunkq_producer.commands.options import (
     queue_option,
 )
 from chunkq_producer.commands.status import LINE_SECONDS
-from chunkq_producer.machine import ENGINES, queue_for
 from chunkq_producer.probe import Probe, probe
-from chunkq_producer.running import Teller, run_job
+from chunkq_producer.running import Teller, Wishes, run_job
 from chunkq_producer.watch import Look, one_line, screen
 
 
@@ -54,14 +54,14 @@ def run(
     checked = load_job(job, input=input_, output=output)
     done = run_job(
         checked,
-        url=queue_for(engine, queue, checked.queue),
-        workers=workers,
-        gpus=gpus,
-        depth=depth,
+        engine=engine,
+        queue=queue,
+        wishes=Wishes(workers, gpus, depth),
         overwrite=overwrite,
         teller=_Screen(),
     )
-    tell(done.job, done.report)
+    if done.led:
+        tell(done.job, done.report)
 
 
 class _Screen(Teller):

@@ -1,0 +1,119 @@
+"""A Ray cluster of one's own, whose processes end with the one that started it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from chunkq.errors import QueueError
+
+STARTED = re.compile(r"ray start --address='([^']+)'")
+
+
+@contextmanager
+def head(
+    *, alone: bool, cpus: int | None = None, gpus: bool = True, port: int = 0
+) -> Iterator[str]:
+    """Start a head on this machine; yields the address HOST:PORT that others join.
+
+    One that is `alone` is this machine's; as Ray listens everywhere nevertheless, only processes
+    born of this one know its token (a process that has loaded Ray before is too late for one, and
+    has a cluster as open as Ray's own are). Raises QueueError if it does not come up.
+    """
+    if find_spec("ray") is None:
+        raise QueueError(
+            "queue: ray:// needs a package that is not installed; pip install 'chunkq[ray]'"
+        )
+    here = ["--node-ip-address", "127.0.0.1"] if alone else []
+    secret = {}
+    if alone and "ray" not in sys.modules:
+        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = dict(os.environ)
+    os.environ.update(secret)
+    try:
+        with _node(["--head", "--port", str(port), *here], cpus, gpus) as said:
+            found = STARTED.search(said)
+            yield found.group(1) if found else ""
+    finally:
+        for name in secret:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+
+@contextmanager
+def joined(address: str, *, gpus: bool = True) -> Iterator[None]:
+    """Have this machine be part of the cluster whose head is at `address`."""
+    with _node(["--address", address], None, gpus):
+        yield
+
+
+@contextmanager
+def _node(options: Sequence[str], cpus: int | None, gpus: bool) -> Iterator[str]:
+    """Run `ray start --block`; yields what it said."""
+    command = [sys.executable, "-m", __name__, "start", "--block", *options]
+    command += ["--disable-usage-stats"]
+    command += ["--num-cpus", str(cpus or _cores())]
+    granted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not gpus:
+        command += ["--num-gpus", "0"]
+    elif granted is not None:
+        count = len([name for name in granted.split(",") if name.strip() not in ("", "-1")])
+        command += ["--num-gpus", str(count)]
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        if "--head" in options:  # else `ray://auto` elsewhere on this machine would find this one
+            command += ["--temp-dir", folder]
+        yield from _run(command)
+
+
+def _run(command: Sequence[str]) -> Iterator[str]:
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        yield _wait_until_up(process)
+    finally:
+        process.kill()  # what Ray has started dies with it; a SIGTERM would take half a minute
+        process.wait()
+
+
+def _wait_until_up(process: subprocess.Popen[str]) -> str:
+    lines: list[str] = []
+    for line in process.stdout or ():
+        lines.append(line)
+        if "will now block" in line:
+            # What it says later is nobody's concern, but a full pipe would stop it.
+            threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
+            return "".join(lines)
+    said = " ".join("".join(lines).split())
+    raise QueueError(f"queue: Ray could not be started here: {said[-400:]}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    from ray.scripts.scripts import main
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    main()

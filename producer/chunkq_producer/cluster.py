@@ -1,0 +1,182 @@
+"""Where a run's queue is and who works on it: the engine, and how its cluster comes about."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from chunkq.errors import JobError
+from chunkq.executors import BACKENDS, QUEUE_VARIABLE, load_backend, queue_url
+from chunkq.job import DaskConfig, Job, RayConfig
+from chunkq_producer.slurm import Step, announcing
+
+ENGINES: MappingProxyType[str, str] = MappingProxyType(
+    {"sqlite": "sqlite", "rq": "redis", "dask": "dask", "ray": "ray"}
+)
+"""Name for --executor -> the scheme of its URLs."""
+USUAL_REDIS = "redis://127.0.0.1:6379/0"
+CLUSTERS = ("dask", "ray")
+"""Engines that can be a cluster: they form one, or use the workers of one that runs."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A queue's URL and the workers for it.
+
+    With `hires`, the engine's own processes work; else `chunkq work` does on each node, `per_node`
+    processes with `depth` chunks in flight. Its queue `ends` with this process.
+    `announce` tells the other nodes that there is something to do; `nodes` is how many there are.
+    """
+
+    url: str
+    hires: bool = False
+    per_node: int | None = None
+    depth: int | None = None
+    ends: bool = False
+    nodes: int = 1
+    announce: Callable[[], None] = field(default=lambda: None)
+
+
+def engine_of(name: str | None, job: Job, given: str | None) -> tuple[str, str | None]:
+    """Return the engine of a run and the queue's URL, None where the engine makes one for itself.
+
+    Raises JobError if the queue is not of the kind asked for.
+    """
+    named = given or os.environ.get(QUEUE_VARIABLE) or job.queue
+    if name is None:
+        named = queue_url(given, job.queue)
+        scheme = named.partition("://")[0]
+        found = [n for n, s in ENGINES.items() if BACKENDS.get(s) == BACKENDS.get(scheme)]
+        engine = found[0] if found else "sqlite"
+    else:
+        engine = name
+        scheme = (named or ENGINES[engine] + "://").partition("://")[0]
+        if BACKENDS.get(scheme) != BACKENDS[ENGINES[engine]]:
+            raise JobError(f"--executor: {engine} does not fit the queue {scheme}://")
+    if engine in CLUSTERS and (named is None or named.partition("://")[2] == ""):
+        return engine, _configured(engine, job)
+    if engine in CLUSTERS and job.cluster == "slurm":
+        raise JobError(
+            f"cluster: slurm forms a {engine} cluster of its own; leave the queue out, or set "
+            "cluster: running to use the one named"
+        )
+    if named is None:
+        named = USUAL_REDIS if engine == "rq" else queue_url(None)
+    return engine, named
+
+
+def _configured(engine: str, job: Job) -> str | None:
+    """Return the URL of the running cluster that a job names, if it does."""
+    if job.cluster != "running":
+        return None
+    address = job.dask_config.address if engine == "dask" else job.ray_config.address
+    if address is None:
+        raise JobError(
+            f"cluster: running, but where? Give {engine}_config.address or --queue {engine}://…"
+        )
+    scheme, _, rest = address.rpartition("://")
+    if scheme == "ray":
+        return address
+    host = rest.partition(":")[0]
+    port = rest.partition(":")[2]
+    if engine == "dask":
+        protocol = job.dask_config.protocol
+        asked = f"?protocol={protocol}" if protocol != "tcp" else ""
+        return f"dask://{host}:{port or job.dask_config.scheduler_port}{asked}"
+    return f"ray://auto?address={host}:{port or job.ray_config.port}"
+
+
+@contextmanager
+def cluster_for(
+    job: Job, engine: str, url: str | None, step: Step | None, workers: int | None = None
+) -> Iterator[Cluster]:
+    """Make or find the cluster of a run; what was made here ends with it."""
+    config = job.dask_config if engine == "dask" else DaskConfig()
+    per_node, depth = config.n_workers, config.threads_per_worker
+    if engine not in CLUSTERS or url is not None:
+        hires = engine in CLUSTERS and job.cluster == "running"
+        yield Cluster(url or queue_url(None), hires, per_node, depth)
+        return
+    alone = step is None
+    with (
+        _dask(config, alone) if engine == "dask" else _ray(job, alone, workers) as made,
+        announcing(job.output, step) as tell,
+    ):
+        yield Cluster(
+            made.url,
+            # Ray spreads its actors by itself; Dask's workers are started on each node.
+            hires=engine == "ray" and not alone,
+            per_node=per_node,
+            depth=depth,
+            ends=True,
+            nodes=1 if step is None else step.size,
+            announce=lambda: tell(made.address),
+        )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A cluster of one's own: the queue's URL here, the address for the other nodes."""
+
+    url: str
+    address: str
+
+
+@contextmanager
+def _dask(config: DaskConfig, alone: bool) -> Iterator[_Made]:
+    load_backend("dask")  # if its package is missing, that is said in one line
+    from chunkq.executors.dask_scheduler import address_here, start
+
+    port = config.scheduler_port if "scheduler_port" in config.model_fields_set else 0
+    host = "127.0.0.1" if alone else address_here(config.interface)
+    process, url = start(host, port, config.protocol, config.interface)
+    try:
+        yield _Made(url, url)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def _ray(job: Job, alone: bool, workers: int | None) -> Iterator[_Made]:
+    from chunkq.executors.ray_head import head
+
+    port = job.ray_config.port if "port" in job.ray_config.model_fields_set else 0
+    # In a cluster of its own a job has nobody to share cores with, and may crowd them.
+    cpus = max(workers or 1, os.cpu_count() or 1) if alone else None
+    with head(alone=alone, cpus=cpus, gpus=not on_cpu(job), port=port) as address:
+        yield _Made(f"ray://auto?address={address}", address)
+
+
+@contextmanager
+def part_of(engine: str, address: str, job: Job) -> Iterator[Cluster | None]:
+    """Have this node be part of a cluster that another one leads; None if it needs no more."""
+    if engine == "ray":
+        from chunkq.executors.ray_head import joined
+
+        with joined(address, gpus=not on_cpu(job)):
+            yield None
+    else:
+        config = job.dask_config
+        yield Cluster(address, per_node=config.n_workers, depth=config.threads_per_worker)
+
+
+def on_cpu(job: Job) -> bool:
+    """Tell whether a job wants no GPU."""
+    return job.model.device == "cpu" or job.hardware == "cpu_only"
+
+
+def unused(job: Job, engine: str) -> list[str]:
+    """Return one line for each section of the job that speaks of another engine."""
+    sections = {
+        "dask": job.dask_config != DaskConfig(),
+        "ray": job.ray_config != RayConfig(),
+    }
+    return [
+        f"{name}_config is for --executor {name}; it is not used here"
+        for name, given in sections.items()
+        if given and name != engine
+    ]

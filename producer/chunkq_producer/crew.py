@@ -1,0 +1,175 @@
+"""Those who work on a run, as the run sees them: a worker command of its own, or hired ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from chunkq.errors import QueueError
+from chunkq.executors.hosted import Hired
+
+Say = Callable[[str], None]
+
+
+class Crew(ABC):
+    """Workers that end by themselves when nothing is left to do."""
+
+    said: Sequence[str] = ()
+    """Why they left, if not for want of work, in lines."""
+
+    @abstractmethod
+    def is_gone(self) -> bool:
+        """Tell whether all have left."""
+
+    @abstractmethod
+    def wait(self, seconds: float) -> None:
+        """Wait for them to leave, for so long at most."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Have them finish what is in flight; said again, hand it back."""
+
+    @property
+    @abstractmethod
+    def code(self) -> int:
+        """What the exit code of `chunkq work` is, or would be, once they are gone."""
+
+    def dismiss(self) -> None:  # noqa: B027 -- nothing to do for those who go on by themselves
+        """Leave none behind that is of no use without this process."""
+
+
+class Command(Crew):
+    """`chunkq work` on this machine.
+
+    The queue's address, which may hold a password, travels in the environment: a command line
+    can be seen by everyone.
+    """
+
+    def __init__(self, options: Sequence[str], environment: Mapping[str, str], say: Say) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", "--lifeline", *options],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._say = say
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._repeat, daemon=True)
+        self._reader.start()
+
+    def is_gone(self) -> bool:
+        """Tell whether the command has ended."""
+        return self._process.poll() is not None
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def stop(self) -> None:
+        """Pass on a signal."""
+        self._process.terminate()
+
+    @property
+    def code(self) -> int:
+        """Its exit code."""
+        self._reader.join()
+        self.said = self._lines
+        return self._process.wait()
+
+    def dismiss(self) -> None:
+        """Kill it, if it still lives."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _repeat(self) -> None:
+        """Pass on what it says."""
+        if self._process.stderr is None:
+            return
+        with self._process.stderr as lines:
+            for line in lines:
+                self._lines.append(line.rstrip("\n"))
+                self._say(self._lines[-1])
+
+
+class Hands(Crew):
+    """Processes of the engine's own."""
+
+    def __init__(self, hired: Hired) -> None:
+        self._hired = hired
+
+    def is_gone(self) -> bool:
+        """Tell whether all have left; while the queue is away nobody knows."""
+        try:
+            return self._hired.is_gone()
+        except QueueError:
+            return False
+
+    def wait(self, seconds: float) -> None:
+        """Wait a while."""
+        time.sleep(seconds)
+
+    def stop(self) -> None:
+        """Have them leave."""
+        self._hired.dismiss()
+
+    @property
+    def code(self) -> int:
+        """One if any left for another reason than want of work."""
+        self.said = self._hired.said()
+        return 1 if self.said else 0
+
+
+def see_through(
+    crew: Crew, look: Callable[[], float], is_over: Callable[[], bool] = lambda: False
+) -> bool:
+    """Wait until a crew is gone; returns whether it was told to stop by a signal.
+
+    `look` is called now and then and returns the seconds until the next time; when `is_over` the
+    crew is told to stop, too.
+    """
+    interrupted = threading.Event()
+    told = False
+    try:
+        with _passing_on(crew, interrupted):
+            while not crew.is_gone():
+                crew.wait(look())
+                if not told and is_over():
+                    told = True
+                    crew.stop()
+            look()
+    finally:
+        crew.dismiss()
+    return interrupted.is_set()
+
+
+@contextmanager
+def _passing_on(crew: Crew, interrupted: threading.Event) -> Iterator[None]:
+    """Have signals to stop reach the crew; only the main thread is ever sent any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        # Another thread: what a signal interrupts may be talking to the queue itself.
+        threading.Thread(target=crew.stop).start()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,103 @@
+"""The tasks of one `srun`: each runs the same command, the first leads, the others follow it.
+
+They find each other through the job folder, which all nodes see in any case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from chunkq.errors import ChunkqError, JobError
+from chunkq.ledger import folder_of
+from chunkq.objects import ObjectFolder
+
+LOOK_SECONDS = 1.0
+PATIENCE_SECONDS = 900.0
+"""How long the others wait for the first to produce and to start the cluster."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """This process's place among the tasks of a job step, one on each node."""
+
+    rank: int
+    size: int
+    node: str
+    name: str
+
+    @classmethod
+    def here(cls) -> Self:
+        """Read it from what srun has set; raises JobError outside of srun."""
+        of = os.environ.get
+        if "SLURM_JOB_ID" not in os.environ:
+            raise JobError(
+                "cluster: slurm, but this is no SLURM allocation; set cluster: local, or start it "
+                "with srun"
+            )
+        if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
+            raise JobError(
+                "cluster: slurm, but this is the batch script itself; start it on every node with "
+                "`srun --ntasks-per-node=1 chunkq run …`"
+            )
+        names = (of("SLURM_JOB_ID"), of("SLURM_STEP_ID"), of("SLURM_RESTART_COUNT", "0"))
+        step = cls(
+            rank=int(of("SLURM_PROCID", "0")),
+            size=int(of("SLURM_STEP_NUM_TASKS") or of("SLURM_NTASKS") or 1),
+            node=of("SLURMD_NODENAME", ""),
+            name="cluster-" + "-".join(str(name) for name in names) + ".json",
+        )
+        if int(of("SLURM_LOCALID", "0")) > 0:
+            raise JobError(
+                f"cluster: slurm, but node {step.node} runs several tasks of this step; give "
+                "--ntasks-per-node=1: each process leads all devices of its node"
+            )
+        return step
+
+
+@contextmanager
+def announcing(output: str, step: Step | None) -> Iterator[Callable[[str], None]]:
+    """Yield what tells the others the cluster's address; at the end they are told to leave.
+
+    Outside of a step there are no others.
+    """
+    if step is None:
+        yield lambda address: None
+        return
+    folder = ObjectFolder(folder_of(output))
+    told = False
+
+    def tell(address: str) -> None:
+        nonlocal told
+        folder.put(step.name, json.dumps({"address": address}).encode())
+        told = True
+
+    try:
+        yield tell
+    finally:
+        if told:
+            folder.delete(step.name)
+
+
+def wait_for_leader(output: str, step: Step) -> str:
+    """Return the cluster's address as soon as the first task has said it."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while (found := ObjectFolder(folder_of(output)).get(step.name)) is None:
+        if time.monotonic() > until:
+            raise ChunkqError(
+                f"the first task of this step has not started the cluster within "
+                f"{PATIENCE_SECONDS:.0f} s; its own messages say why (srun --label)"
+            )
+        time.sleep(LOOK_SECONDS)
+    address: str = json.loads(found)["address"]
+    return address
+
+
+def has_ended(output: str, step: Step) -> bool:
+    """Tell whether the first task has told the others to leave."""
+    return not ObjectFolder(folder_of(output)).exists(step.name)
