@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 DEMO := demo
 
-.PHONY: help demo test lint bench picture clean
+.PHONY: help demo test lint containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
 	@echo "make test    install all that the tests need, check and test everything"
 	@echo "make bench   measure planning, enqueueing and status at scale, and the queues"
+	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
 	@echo "make clean   remove the environment and the demo's files"
 
 $(VENV)/made:
@@ -58,6 +59,9 @@ lint: $(VENV)/test-installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+containers: $(VENV)/test-installed
+	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
 bench: $(VENV)/test-installed
 	$(BIN)/python benchmarks/planning.py --json benchmarks/planning.json

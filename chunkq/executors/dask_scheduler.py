@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from typing import Any
 
 import distributed
@@ -50,7 +51,8 @@ def address_here(interface: str | None = None) -> str:
     Raises QueueError if there is no such interface.
     """
     try:
-        address: str = get_ip_interface(interface) if interface else get_ip()
+        with warnings.catch_warnings(action="ignore"):  # that the Internet is out of reach
+            address: str = get_ip_interface(interface) if interface else get_ip()
     except ValueError as error:
         raise QueueError(f"dask_config.interface: {error}") from None
     return address

@@ -19,8 +19,9 @@ from chunkq.ledger import JobFolder, folder_of
 from chunkq.opened import open_job
 from chunkq.paths import absolute
 from chunkq_producer import submit
+from chunkq_producer.cluster import queue_of
 from chunkq_producer.distribute import distribute as have_workers_complete
-from chunkq_producer.running import Teller, Wishes, run_job
+from chunkq_producer.running import Teller, Wishes, run_job, set_going
 from chunkq_producer.submit import Produced
 from chunkq_producer.watch import Look, Status, job_status
 
@@ -89,10 +90,13 @@ def produce(
     checked = _loaded(job, input, output)
     prepared = submit.prepare(checked)
     submit.check_place(prepared, resume=resume, overwrite=overwrite)
-    with _queue(queue, checked.queue) as executor:
-        return submit.produce(
+    url = queue if isinstance(queue, Executor) else queue_of(checked, queue)
+    with _queue(url, None) as executor:
+        made = submit.produce(
             prepared, executor, resume=resume, overwrite=overwrite, progress=progress
         )
+        set_going(executor, made)
+    return made
 
 
 def status(output: Place, *, queue: str | None = None) -> Status:

@@ -55,7 +55,17 @@ def engine_of(name: str | None, job: Job, given: str | None) -> tuple[str, str |
         engine = name
         scheme = (named or ENGINES[engine] + "://").partition("://")[0]
         if BACKENDS.get(scheme) != BACKENDS[ENGINES[engine]]:
-            raise JobError(f"--executor: {engine} does not fit the queue {scheme}://")
+            source = (
+                "--queue"
+                if given
+                else QUEUE_VARIABLE
+                if QUEUE_VARIABLE in os.environ
+                else "the job"
+            )
+            raise JobError(
+                f"--executor: {engine} does not fit the queue {scheme}:// of {source}; "
+                f"give --queue {ENGINES[engine]}://…, or leave --executor out"
+            )
     if engine in CLUSTERS and (named is None or named.partition("://")[2] == ""):
         return engine, _configured(engine, job)
     if engine in CLUSTERS and job.cluster == "slurm":
@@ -66,6 +76,23 @@ def engine_of(name: str | None, job: Job, given: str | None) -> tuple[str, str |
     if named is None:
         named = USUAL_REDIS if engine == "rq" else queue_url(None)
     return engine, named
+
+
+def queue_of(job: Job, given: str | None) -> str:
+    """Return the URL of the queue that a job is to be put on.
+
+    Raises JobError if it lies on a running cluster and the job does not say on which.
+    """
+    if job.cluster != "running" or given or os.environ.get(QUEUE_VARIABLE) or job.queue:
+        return queue_url(given, job.queue)
+    addresses = {"dask": job.dask_config.address, "ray": job.ray_config.address}
+    named = [engine for engine, address in addresses.items() if address is not None]
+    if len(named) != 1:
+        raise JobError(
+            "cluster: running, but where? Give one of dask_config.address and ray_config.address, "
+            "or --queue"
+        )
+    return _configured(named[0], job) or queue_url(None)
 
 
 def _configured(engine: str, job: Job) -> str | None:

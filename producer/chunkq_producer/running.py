@@ -148,6 +148,22 @@ def _compute(
         return opened, _failures(look)
 
 
+def set_going(executor: Executor, produced: submit.Produced) -> bool:
+    """Have a running cluster's own workers begin with a job, if it asks for them; tells whether.
+
+    Other queues have no workers of their own: `chunkq work` will take the job from them. Raises
+    QueueError if the cluster has no workers either.
+    """
+    opened = open_job(produced.folder.path)
+    asked = opened.record.job.cluster == "running" and isinstance(executor, HostedQueue)
+    if not asked or produced.done == produced.chunks:
+        return False
+    config = opened.record.job.dask_config
+    cluster = Cluster(executor.url, hires=True, depth=config.threads_per_worker)
+    crew_of(executor, opened, cluster, Wishes(), log.warning)
+    return True
+
+
 def crew_of(
     executor: Executor,
     opened: OpenJob,

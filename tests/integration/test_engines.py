@@ -1,15 +1,13 @@
 """The same job on every engine: the same commands, the same bytes, the same story in `status`."""
 
+import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.integration.support import (
-    Crew,
     Materials,
     Place,
     calm_place,
@@ -35,9 +33,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
 
 
 @pytest.fixture(params=ENGINES)
-def place(
-    request: pytest.FixtureRequest, shared: Materials, tmp_path: Path, calm: Place
-) -> Place:
+def place(request: pytest.FixtureRequest, shared: Materials, tmp_path: Path, calm: Place) -> Place:
     """The job in a folder of its own, on an engine's queue."""
     url = None
     if request.param in FIXTURES:
@@ -84,8 +80,17 @@ def test_failures_and_retries_look_the_same_in_status(place: Place, calm: Place)
     ended = place.work(NET_POISON=str(poison))
     assert ended.code == 3, ended.err
     status = place.status()
-    print(status)
-    assert 0
+    assert {key: status[key] for key in ("chunks", "done", "running", "queued", "failed")} == {
+        "chunks": CHUNKS, "done": CHUNKS - 1, "running": 0, "queued": 0, "failed": 1
+    }  # fmt: skip
+    [failure] = status["failures"]
+    assert (failure["error"], failure["chunks"]) == ("ArithmeticError", ["1.2.2"])
+    assert failure["message"] == "ArithmeticError: a poisonous voxel"
+    assert failure["traceback"].endswith("ArithmeticError: a poisonous voxel\n")
+    [worker] = status["workers"]
+    assert (worker["device"], worker["recent_chunks"]) == ("cpu", CHUNKS - 1)
+    record = json.loads((place.job_folder / "failed" / "1.2.2.json").read_text())
+    assert record["attempt"] == 3
     unfinished = place.finalize()
     assert unfinished.code == 3
     poison.unlink()

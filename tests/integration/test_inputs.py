@@ -322,7 +322,8 @@ def test_where_spinns_config_asks_for_what_is_not_here_each_thing_is_one_line(sp
     assert len(answer.err.splitlines()) == 2
     assert not spinn.output.exists()
     for engine in ("dask", "ray"):
-        spinn.run("run", "-e", engine, *RUN).refused(2, f"--executor: {engine} is not in this")
+        answer = spinn.run("run", "-e", engine, "--queue", f"{engine}://", *RUN)
+        answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
 
 
 def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Bench) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 import psutil
 import pytest
 from chunkq_worker import supervisor
-from chunkq.executors.base import EXIT_REFUSED
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
 
 from chunkq.errors import JobError
 from chunkq.executors import open_executor
-from chunkq.executors.base import Counts, Executor
+from chunkq.executors.base import EXIT_REFUSED, Counts, Executor
 from chunkq.tasks import Task
 
 JOB = "/data/out.zarr.chunkq"

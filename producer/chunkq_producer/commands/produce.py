@@ -11,12 +11,14 @@ from chunkq.job import load_job
 from chunkq.paths import without_secret
 from chunkq.progress import Meter
 from chunkq_producer import submit
+from chunkq_producer.cluster import queue_of
 from chunkq_producer.commands.options import (
     input_option,
     job_argument,
     output_option,
     queue_option,
 )
+from chunkq_producer.running import set_going
 
 
 @click.command()
@@ -38,16 +40,21 @@ def produce(
     checked = load_job(job, input=input_, output=output)
     prepared = submit.prepare(checked)
     submit.check_place(prepared, resume=resume, overwrite=overwrite)
-    url = queue_url(queue, checked.queue)
+    url = queue_of(checked, queue)
     executor = open_executor(url)
     executor.ready()
     with Meter("queueing chunks") as meter:
         made = submit.produce(
             prepared, executor, resume=resume, overwrite=overwrite, progress=meter
         )
+    going = set_going(executor, made)
     executor.close()
     shown = without_secret(checked.output)
     click.echo(f"{made.chunks} chunks, {made.done} done, {made.queued} newly queued -> {shown}")
+    if going:
+        click.echo("the cluster's own workers have begun; they go on without this machine")
+        click.echo(f"next: chunkq status {shown} --watch, then chunkq finalize {shown}")
+        return
     work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
     following = work if made.done < made.chunks else f"finalize {shown}"
     click.echo(f"next: chunkq {following}")

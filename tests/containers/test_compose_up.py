@@ -1,0 +1,83 @@
+"""deploy/compose as it runs, where an engine has its images: `make containers`."""
+
+import http.client
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.compose_tool import make_stack
+from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
+from tests.integration.support import files_below
+from tests.redis_server import free_port
+
+
+@contextmanager
+def asked_for_health() -> Iterator[None]:
+    """Have podman ask containers for their health, which it leaves to systemd elsewhere."""
+    place, over = os.environ.get("DOCKER_HOST", ""), threading.Event()
+
+    def ask() -> None:
+        while place.startswith("unix://") and not over.wait(1):
+            line = http.client.HTTPConnection("engine", timeout=5)
+            line.sock = socket.socket(socket.AF_UNIX)
+            with suppress(OSError, http.client.HTTPException):
+                line.sock.connect(place.removeprefix("unix://"))
+                name = f"chunkq-test-{os.getpid()}-redis-1"
+                line.request("GET", f"/v4.0.0/libpod/containers/{name}/healthcheck")
+                line.getresponse().read()
+            line.close()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        asking.join()
+
+
+def test_a_job_in_containers_gives_the_bytes_of_one_without(tmp_path: Path) -> None:
+    stack = make_stack(tmp_path)
+    data = Path(stack.settings["CHUNKQ_DATA"])
+    stack.settings.update(
+        CHUNKQ_UID=str(os.getuid() or 1234),
+        CHUNKQ_GID=str(os.getgid() or 1234),
+        CHUNKQ_PORT=str(free_port()),
+        CHUNKQ_WORKERS="2",
+    )
+    write_zarr(data / "in.zarr", random_volume((48, 40, 36)), (16, 16, 16))
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4, 4],
+        "chunksize": [16, 16, 16],
+        "storage_chunks": [8, 8, 8],
+        "threads": 1,
+        "model_config": toy_model(data, (8, 8, 8), scale=100.0),
+    }
+    bench = Bench(data, values)
+    bench.write_job()
+    bench.run("run", "job.json", "--gpus", "none").ok()
+    expected = files_below(bench.output)
+    for path in (bench.output, bench.job_folder):
+        path.rename(stack.folder / path.name)
+    # Containers that are not root's must get through the test's folders.
+    for path in [data, *data.rglob("*")]:
+        os.chown(path, int(stack.settings["CHUNKQ_UID"]), int(stack.settings["CHUNKQ_GID"]))
+    try:
+        with asked_for_health():
+            done = stack.call("cpu", "run", "--rm", "finalizer")
+        said = done.stdout + done.stderr + stack.call("cpu", "logs").stdout
+        assert done.returncode == 0, said
+        assert "complete: " in said
+        assert "s3cr3t" not in said
+    finally:
+        stack.call("cpu", "down", "--volumes")
+    assert files_below(bench.output) == expected
+    assert {path.stat().st_uid for path in bench.output.rglob("*")} == {
+        int(stack.settings["CHUNKQ_UID"])
+    }

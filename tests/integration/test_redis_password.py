@@ -1,0 +1,211 @@
+"""A queue's password from a file: `CHUNKQ_QUEUE_PASSWORD_FILE`, as container secrets give it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+from urllib.parse import quote
+
+import pytest
+
+from chunkq.errors import QueueError
+from chunkq.executors import open_executor
+from chunkq.executors.rq.connect import PASSWORD_VARIABLE
+from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
+from tests.integration.support import files_below
+from tests.integration.test_redis_command import command_lines
+from tests.redis_server import RedisServer, redis_server
+
+SECRET = "s3cr3t"
+PASSWORD = f"{SECRET} p%40@{SECRET}/{SECRET}#{SECRET}?{SECRET}:ü"
+"""Nothing in it is %-coded, and every part that an address could be cut at is recognised."""
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[RedisServer]:
+    with redis_server(PASSWORD) as server:
+        server.client.execute_command(
+            "ACL", "SETUSER", "scientist", "on", f">{PASSWORD}", "~*", "&*", "+@all"
+        )
+        yield server
+
+
+def address(server: RedisServer, user: str = "") -> str:
+    """The server's address, which holds no password."""
+    return f"redis://{user}127.0.0.1:{server.settings.port}/0"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    (tmp_path / "secrets").mkdir()
+    path = tmp_path / "secrets" / "redis_password"
+    path.write_text(PASSWORD + "\n")
+    return path
+
+
+@pytest.fixture
+def bench(tmp_path: Path, guarded: RedisServer, secret: Path) -> Bench:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4],
+        "chunksize": [16, 12],
+        "storage_chunks": [4, 4],
+        "threads": 1,
+        "model_config": toy_model(folder, (8, 8), scale=100.0),
+    }
+    environment = {"CHUNKQ_QUEUE": address(guarded), PASSWORD_VARIABLE: str(secret)}
+    bench = Bench(folder, values, environment)
+    bench.write_job()
+    with guarded.client as client:
+        client.flushall()
+    return bench
+
+
+def test_a_whole_job_runs_with_the_password_in_a_file_and_it_shows_nowhere(
+    bench: Bench, guarded: RedisServer
+) -> None:
+    said = ""
+    for command in (
+        ("produce", "job.json"),
+        ("status", "out.zarr"),
+        ("status", "out.zarr", "--json"),
+        ("jobs",),
+    ):
+        answer = bench.here(*command).ok()
+        said += answer.out + answer.err
+    working = bench.start("work", "--burst", "--gpus", "none", "-w", "2")
+    seen = ""
+    while working.poll() is None:
+        seen += command_lines()
+    heard, _ = working.communicate()
+    assert working.returncode == 0, heard
+    assert "python" in seen
+    answer = bench.here("finalize", "out.zarr").ok()
+    said += heard + answer.out + answer.err
+    assert "complete: " in answer.out
+    assert SECRET not in said + seen
+    holding = [n for n, content in files_below(bench.folder).items() if SECRET.encode() in content]
+    assert holding == []
+    # The address itself is no secret, so that `status` finds the queue by itself next time.
+    assert address(guarded) in (bench.job_folder / "job.json").read_text()
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\n\n"])
+def test_line_ends_after_the_password_do_not_count(
+    ending: str, guarded: RedisServer, secret: Path
+) -> None:
+    secret.write_bytes((PASSWORD + ending).encode())
+    with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: str(secret)}):
+        executor = open_executor(address(guarded))
+    executor.ready()
+    assert SECRET not in executor.url + repr(executor) + repr(vars(executor))
+    executor.close()
+
+
+def test_a_user_in_the_address_goes_with_the_password_in_the_file(
+    guarded: RedisServer, secret: Path
+) -> None:
+    with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: str(secret)}):
+        open_executor(address(guarded, "scientist@")).close()
+        with pytest.raises(QueueError, match="refuses user or password"):
+            open_executor(address(guarded, "stranger@"))
+
+
+@pytest.mark.parametrize("option", [False, True], ids=["before the host", "as an option"])
+def test_a_password_in_the_address_comes_first(
+    option: bool, guarded: RedisServer, secret: Path
+) -> None:
+    secret.write_text("another\n")
+    coded = quote(PASSWORD, safe="")
+    url = f"{address(guarded)}?password={coded}" if option else address(guarded, f":{coded}@")
+    with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: str(secret)}):
+        open_executor(url).close()
+        with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: "/nowhere"}):
+            open_executor(url).close()
+
+
+def test_an_empty_password_in_the_address_means_none(redis: RedisServer) -> None:
+    with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: "/nowhere"}):
+        open_executor(address(redis, ":@")).close()
+
+
+def test_an_empty_variable_names_no_file(redis: RedisServer) -> None:
+    with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: ""}):
+        open_executor(address(redis)).close()
+
+
+def test_a_socket_or_another_queue_does_not_read_the_file(tmp_path: Path) -> None:
+    place = tmp_path / "redis.sock"
+    with (
+        redis_server(extra=f"unixsocket {place}\n"),
+        mock.patch.dict(os.environ, {PASSWORD_VARIABLE: "/nowhere"}),
+    ):
+        open_executor(f"unix://{place}").close()
+        open_executor(f"sqlite://{tmp_path}/queue.db").close()
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_text("\n")
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def several_lines(path: Path) -> None:
+    path.write_text(f"user\n{SECRET}\n")
+
+
+def no_text(path: Path) -> None:
+    path.write_bytes(SECRET.encode() + b"\xff\xfe")
+
+
+def endless(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def wrong(path: Path) -> None:
+    path.write_text(f"{SECRET}-of-another")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (missing, "no file"),
+        (empty, "is empty"),
+        (folder, "Is a directory"),
+        (several_lines, "must hold one line"),
+        (no_text, "is no text file"),
+        (endless, "must hold one line"),
+        (wrong, "refuses user or password"),
+    ],
+)
+@pytest.mark.parametrize("command", ["produce", "work"])
+def test_a_file_that_does_not_hold_the_password_is_one_clear_line(
+    command: str, spoil: object, words: str, bench: Bench, secret: Path
+) -> None:
+    assert callable(spoil)
+    spoil(secret)
+    arguments = {"produce": ("produce", "job.json"), "work": ("work", "--gpus", "none")}[command]
+    answer = bench.here(*arguments)
+    answer.refused(1, "chunkq: queue: ", PASSWORD_VARIABLE, str(secret), words)
+    assert len(answer.err.splitlines()) == 1, answer.err
+    assert SECRET not in answer.err + answer.out
+    assert not bench.output.exists()
+
+
+def test_without_any_password_the_line_names_both_ways_to_give_it(guarded: RedisServer) -> None:
+    with pytest.raises(QueueError, match="wants a password; write it into the") as refused:
+        open_executor(address(guarded))
+    assert PASSWORD_VARIABLE in str(refused.value)
