@@ -100,8 +100,9 @@ def run_job(
     for line in unused(job, chosen):
         teller.say(f"chunkq: {line}")
     with cluster_for(job, chosen, url, step, wishes.workers) as cluster:
-        with closing(open_executor(cluster.url)) as executor:
-            executor.ready()  # away or refusing, it is said before the network is loaded
+        if chosen != "sqlite":  # away or refusing, it is said before the network is loaded
+            with closing(open_executor(cluster.url)) as executor:
+                executor.ready()
         if not cluster.hires or step is not None:
             tried = teller.try_network(prepared.record)
             if tried.error is not None:
