@@ -38,7 +38,28 @@ from tests.integration.torch_bench import (
 )
 
 
-def test_batches_are_filled_up_with_zeros_to_their_full_size(tmp_path: Path) -> None:
+def test_a_chunks_last_batch_has_what_is_left(tmp_path: Path) -> None:
+    plan, fake = plan_of(tmp_path, shape=(24, 16), chunksize=[24, 16]), Fake()
+    fake.any_batch = True
+    padded = predictions(plan, Fake())
+    np.testing.assert_array_equal(predictions(plan, fake), padded)
+    assert [len(batch) for batch in fake.batches] == [4, 2]
+    assert all(batch.all() for batch in fake.batches)
+
+
+def test_only_networks_prepared_for_one_size_have_their_last_batch_filled_up(
+    tmp_path: Path,
+) -> None:
+    assert load(plan_of(tmp_path)).any_batch
+    script = as_script(scripted(trained(), tmp_path / "net.ts"))
+    assert load(plan_of(tmp_path, model=script)).any_batch
+    exported = as_program(program(tmp_path / "net.pt2"))
+    assert not load(plan_of(tmp_path, model=exported)).any_batch
+
+
+def test_for_a_network_prepared_for_one_size_batches_are_filled_up_with_zeros(
+    tmp_path: Path,
+) -> None:
     plan, fake = plan_of(tmp_path, shape=(24, 16), chunksize=[24, 16]), Fake()
     found = predictions(plan, fake)
     assert len(found) == 6

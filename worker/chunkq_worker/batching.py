@@ -1,4 +1,4 @@
-"""Patches through the network in batches of one size, whatever their number."""
+"""Patches through the network in batches, the same ones whoever runs them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ _ceilings: dict[Hashable, int] = {}
 
 
 class Batcher:
-    """Runs patches of one chunk at a time; the last batch is filled up with zeros.
+    """Runs patches of one chunk at a time; the last batch has what is left.
 
-    A batch always has the same number of items and never mixes chunks, so a patch's prediction
-    does not depend on which other chunks a worker happens to run. Running out of memory halves
+    Where the runtime is prepared for one size, that one is filled up with zeros. A batch never
+    mixes chunks, so a patch's prediction does not depend on which other chunks a worker happens
+    to run. Running out of memory halves
     the size for good, also for later ones of the same `network`, whatever stands for that; None
     for one that is not remembered. `patches_run` counts the patches that went through it.
     """
@@ -52,7 +53,7 @@ class Batcher:
 
     @property
     def size(self) -> int:
-        """Items in a batch."""
+        """Items in a batch, at most."""
         return len(self._buffer)
 
     def of_size(self, size: int) -> Batcher:
@@ -116,9 +117,13 @@ class Batcher:
         return self._usable(outputs, finite)
 
     def _attempt(self, used: int) -> Array | None:
-        """Run the buffer and return its first items (used, C, *Q), or None for a smaller one."""
+        """Run the first items and return what they give (used, C, *Q); with none, all of zeros.
+
+        Returns None if the buffer has to be a smaller one.
+        """
+        count = used if used and self._runtime.any_batch else self.size
         try:
-            outputs = self._with_steps()
+            outputs = self._with_steps(self._buffer[:count])
         except ModelError:
             raise
         except Exception as error:
@@ -127,7 +132,7 @@ class Batcher:
             self._halve(error)
             return None
         given = tuple(outputs.shape)
-        allowed = {(self.size, *declared) for declared in self._declared}
+        allowed = {(count, *declared) for declared in self._declared}
         if given not in allowed:
             steps = "" if self._steps == Steps() else " with its processing_steps"
             remedy = "correct model_output_shape or the network"
@@ -135,15 +140,15 @@ class Batcher:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
                 f"the network{steps} returned shape {list(given)} for a batch of "
-                f"{[self.size, *self._item]}, but model_config.model_output_shape declares "
-                f"{[self.size, *self._declared[0]]}; {remedy}"
+                f"{[count, *self._item]}, but model_config.model_output_shape declares "
+                f"{[count, *self._declared[0]]}; {remedy}"
             )
-        shape = (self.size, self._plan.channels, *self._plan.output_patch)
+        shape = (count, self._plan.channels, *self._plan.output_patch)
         return outputs.reshape(shape)[:used]
 
-    def _with_steps(self) -> Array:
+    def _with_steps(self, items: npt.NDArray[Any]) -> Array:
         steps = self._steps
-        batch = self._buffer if steps.preprocessing is None else steps.preprocessing(self._buffer)
+        batch = items if steps.preprocessing is None else steps.preprocessing(items)
         outputs = self._runtime(np.asarray(batch))
         if steps.postprocessing is None:
             return outputs

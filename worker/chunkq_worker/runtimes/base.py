@@ -24,6 +24,8 @@ class Runtime(ABC):
     """
 
     device: str
+    any_batch: bool = False
+    """Whether fewer items than in the first batch cost less: nothing is prepared for one size."""
 
     @abstractmethod
     def __call__(self, batch: npt.NDArray[Any]) -> Array:

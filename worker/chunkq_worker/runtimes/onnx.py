@@ -44,6 +44,7 @@ class OnnxRuntime(Runtime):
         self.device, self._steps = model.device, steps
         self._session, self._graph = session, graph
         self._dtype = np.dtype(model.dtype)
+        self.any_batch = bool(graph.axes) and graph.axes[0] is None
 
     @override
     def __call__(self, batch: npt.NDArray[Any]) -> Array:

@@ -42,6 +42,8 @@ class TorchRuntime(Runtime):
         self.device, self._steps, self._threads = model.device, steps, threads
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
         self._dtype: torch.dtype = getattr(torch, model.dtype)
+        # An exported program may have been traced for one size, a compiled one is compiled for it.
+        self.any_batch = not model.compile and model.type != "exported"
         if model.channels_last:
             for value in self._module.parameters():
                 if value.dim() in CHANNELS_LAST:

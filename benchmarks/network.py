@@ -1,0 +1,167 @@
+"""chunkq beside a bare forward loop, MONAI's sliding window and a plain copy, store to store.
+
+Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants take turns in
+processes of their own, with two threads each; a figure is the median of the ratios taken round by
+round. MONAI comes from the package index into a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+import zarr
+
+ROUNDS = 5
+UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
+MONAI = "monai==1.6.1"
+PEERS = Path(tempfile.gettempdir()) / "chunkq-peers"
+PARTS = ("bare", "monai", "memory", "copy")
+
+Figures = dict[str, Any]
+
+
+def make_job(folder: Path, shape: tuple[int, ...], **keys: Any) -> Path:
+    """A job over a volume of noise: the brain demo's U-Net, windows of 64³ that overlap by half."""
+    values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    zarr.create_array(folder / "in.zarr", shape=shape, chunks=(32,) * 3, dtype="uint8")[:] = values
+    job: dict[str, Any] = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [32, 32, 32],
+        "weight_function": ["weight_gaussian"],
+        "combine": "soft",
+        "chunksize": [96, 96, 96],
+        "storage_chunks": [32, 32, 32],
+        "threads": 2,
+        "model_config": {
+            "runtime": "torch",
+            "type": "torchscript",
+            "ts_file": str(UNET),
+            "model_input_shape": [1, 64, 64, 64],
+            "model_output_shape": [3, 64, 64, 64],
+            "max_batch_size": 4,
+        },
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job | keys))
+    return path
+
+
+def identity(folder: Path) -> Path:
+    """A network that costs nothing: it returns what it is given."""
+    import torch
+
+    path = folder / "identity.ts"
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), path)
+    return path
+
+
+def ask(name: str, job: Path) -> Figures:
+    """Run one contestant."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            *("-W", "ignore"),
+            str(Path(__file__).with_name("contestant.py")),
+            *(name, str(job), str(job.parent / f"{name}.zarr")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(PEERS), "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr}")
+    found: Figures = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def pair(job: Path, other: str, rounds: int) -> Figures:
+    """Have chunkq and another take turns; the ratio is chunkq's seconds by the other's."""
+    ask("chunkq", job)  # whatever the system keeps of the files is kept for both
+    turns = [{name: ask(name, job) for name in ("chunkq", other)} for _ in range(rounds)]
+    ratios = [turn["chunkq"]["seconds"] / turn[other]["seconds"] for turn in turns]
+    medians = {
+        name: statistics.median(turn[name]["seconds"] for turn in turns)
+        for name in ("chunkq", other)
+    }
+    return {
+        "seconds": medians,
+        "patches": {name: turns[0][name]["patches"] for name in medians},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+    }
+
+
+def peaks(rounds: int) -> Figures:
+    """The most memory taken (MB) over a volume and one four times as large."""
+    found: Figures = {}
+    for name, shape in (("small", (160, 160, 160)), ("large", (640, 160, 160))):
+        with tempfile.TemporaryDirectory() as folder:
+            job = make_job(Path(folder), shape)
+            found[name] = {who: ask(who, job)["peak"] / 1024 for who in ("chunkq", "monai")}
+    growth = {who: found["large"][who] - found["small"][who] for who in ("chunkq", "monai")}
+    return found | {"growth": growth}
+
+
+def copying(rounds: int) -> Figures:
+    """A network that costs nothing, without overlap, beside a plain copy of the arrays."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        job = make_job(
+            place,
+            (384, 384, 384),
+            inference_type="patch",
+            strides=None,
+            chunksize=[128, 128, 128],
+            weight_function=["weight_uniform"],
+            combine="weighted_avg",
+            model_config={
+                "runtime": "torch",
+                "type": "torchscript",
+                "ts_file": str(identity(place)),
+                "model_input_shape": [1, 64, 64, 64],
+                "max_batch_size": 8,
+            },
+        )
+        return pair(job, "copy", rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    parts = asked.parts or list(PARTS)
+    if {"monai", "memory"} & set(parts) and not (PEERS / "monai").exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", str(PEERS), MONAI], check=True)
+    figures: Figures = {}
+    for part in parts:
+        if part == "memory":
+            figures[part] = peaks(asked.rounds)
+        elif part == "copy":
+            figures[part] = copying(asked.rounds)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                job = make_job(Path(folder), (224, 160, 160))
+                figures[part] = pair(job, part, asked.rounds)
+        print(part, json.dumps(figures[part]), flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
