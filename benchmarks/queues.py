@@ -21,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import redis
 from planning import job_over
 from rich.console import Console
@@ -44,6 +45,7 @@ from chunkq.ome import Space
 from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name
 
+CLUSTERS = ("dask", "ray")
 JOB = "s3://lab-volumes/2024/mouse-07/stack-03/nuclei.zarr.chunkq"
 FILLED, ROUNDS = 100_000, 3
 BARE_FILLED, BARE_BATCH = 5000, 1000
@@ -84,10 +86,14 @@ class Figure:
 
 
 class Places:
-    """Where the queues are: fresh SQLite files in a folder, and one Redis emptied each time."""
+    """Where the queues are: fresh SQLite files in a folder, the others emptied each time.
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder = folder
+    The Dask scheduler and the Ray head are started when first asked for, and end with `stack`.
+    """
+
+    def __init__(self, folder: Path, port: int, stack: ExitStack) -> None:
+        self.folder, self._stack = folder, stack
+        self._clusters: dict[str, str] = {}
         self.redis = redis.Redis(port=port)
         self._redis_url = f"redis://127.0.0.1:{port}/0"
         self._files = iter(range(10**6))
@@ -97,13 +103,51 @@ class Places:
         if queue == "rq":
             self.redis.flushall()
             return self._redis_url
+        if queue in CLUSTERS:
+            url = self._clusters.get(queue) or self._start(queue)
+            with closing(open_executor(url)) as executor:
+                for job in executor.jobs():
+                    executor.cancel(job)
+            return url
         return f"sqlite://{self.folder}/queue-{next(self._files)}.db"
+
+    def _start(self, queue: str) -> str:
+        if queue == "dask":
+            from chunkq.executors.dask_scheduler import start
+
+            process, url = start("127.0.0.1")
+            self._stack.callback(process.communicate)
+            self._stack.callback(process.kill)
+        else:
+            from chunkq.executors.ray_head import head
+
+            address = self._stack.enter_context(head(alone=True, cpus=PROCESSES, gpus=False))
+            url = f"ray://auto?address={address}"
+        self._clusters[queue] = url
+        return url
+
+    def keeper(self, queue: str) -> psutil.Process:
+        """Return the process that keeps a cluster's queue."""
+        mark = "chunkq.executors.dask_scheduler" if queue == "dask" else "ray::Host"
+        [found] = [p for p in psutil.process_iter() if any(mark in word for word in _words(p))]
+        return found
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 @contextmanager
 def places() -> Iterator[Places]:
     """A folder and a Redis server with the shipped settings; both are gone at the end."""
-    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        socket.socket() as probe,
+        ExitStack() as stack,
+    ):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
@@ -114,7 +158,7 @@ def places() -> Iterator[Places]:
         server = Server(data, port).start(find_server(), log)
         os.close(log)
         try:
-            found = Places(folder, port)
+            found = Places(folder, port, stack)
             _wait_for(found.redis, data / "log")
             # It is emptied again and again: never somebody else's.
             assert found.redis.info("server")["process_id"] == server.pid, "port already taken"
@@ -190,8 +234,8 @@ def enqueueing(queue: str, at: Places) -> list[Figure]:
         ours = fill(at.fresh(queue), FILLED)
         if queue == "rq":
             bare = fill_bare_rq(at.fresh(queue), BARE_FILLED)
-        else:
-            bare = fill_bare_sqlite(at.fresh(queue), FILLED)
+        else:  # the table of the others lies in memory, so that this is a bound, no equal
+            bare = fill_bare_sqlite(at.fresh("sqlite"), FILLED)
         pairs.append((ours, bare))
     return [
         Figure(
@@ -211,6 +255,17 @@ def memory(queue: str, at: Places) -> list[Figure]:
             database = executor.url.removeprefix("sqlite://")
             written = _bytes_below(Path(database).parent, Path(database).name)
         return [_per_task("disk of queued tasks, the log included", queue, written, FILLED)]
+    if queue in CLUSTERS:
+        url = at.fresh(queue)
+        keeper = at.keeper(queue)
+        before = keeper.memory_info().rss
+        fill(url, FILLED)
+        taken = keeper.memory_info().rss - before
+        return [
+            _per_task(
+                "memory of queued tasks, in the process that keeps them", queue, taken, FILLED
+            )
+        ]
 
     def used() -> int:
         return int(at.redis.info("memory")["used_memory"])
@@ -438,14 +493,14 @@ def idle(queue: str, at: Places) -> list[Figure]:
 
 
 PARTS: dict[str, Callable[[str, Places], list[Figure]]] = {
-    "enqueue": enqueueing,
     "memory": memory,
+    "enqueue": enqueueing,
     "drain": draining,
     "work": working,
     "device": device,
     "idle": idle,
 }
-QUEUES = ("sqlite", "rq")
+QUEUES = ("sqlite", "rq", *CLUSTERS)
 
 
 def table(figures: Sequence[Figure]) -> Table:

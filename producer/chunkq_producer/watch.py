@@ -20,6 +20,8 @@ from chunkq.paths import without_secret
 from chunkq.plan import Plan
 from chunkq.tasks import chunk_name
 
+FRESH_SECONDS = 60.0
+"""So long after the last commit somebody may still be at work, on a queue not known here."""
 RECENT_COMMITS = 64
 """Newest commit records looked into for speed and for what each worker's time went to."""
 PATIENCE = 10
@@ -68,6 +70,8 @@ class Status:
     workers: tuple[WorkerState, ...]
     failures: tuple[FailureGroup, ...]
     queue_problem: str | None = None
+    forgotten: bool = False
+    """Whether chunks are neither done nor failed nor on this queue, and nobody commits any."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -96,6 +100,9 @@ def job_status(
     known = {failure.chunk for failure in failures}
     vanished = [task.chunk for task in lost if task.chunk not in known]
     asked = executor is not None
+    # A run on a cluster of its own works off a queue that is not this one.
+    fresh = max((c.finished for c in recent.records), default=0.0) > time.time() - FRESH_SECONDS
+    forgotten = asked and left > counts.queued + counts.running + counts.failed and not fresh
     return Status(
         output=without_secret(folder.output),
         chunks=plan.costs.chunks,
@@ -107,10 +114,11 @@ def job_status(
         blocks_finalized=finalized,
         sealed=report is not None and not report["missing"],
         voxels_per_second=rate and rate * voxels / plan.costs.chunks,
-        seconds_left=left / rate if rate and left else None,
+        seconds_left=left / rate if rate and left and not forgotten else None,
         workers=_workers(running, recent),
         failures=_grouped(failures, vanished),
         queue_problem=problem,
+        forgotten=forgotten,
     )
 
 
@@ -231,6 +239,14 @@ def screen(status: Status, width: int) -> RenderableType:
         shown = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
         lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
         lines.append(Text(f"  chunks {shown}", style="red"))
+    if status.forgotten:
+        lines.append(
+            Text(
+                "some chunks are neither done nor on this queue; next: the `chunkq run` or "
+                "`chunkq produce` that began the job, again",
+                style="yellow",
+            )
+        )
     if status.done == status.chunks and not status.sealed:
         lines.append(Text(f"next: chunkq finalize {status.output}"))
     return Group(*lines)

@@ -231,6 +231,17 @@ def test_jobs_lists_every_job_on_the_queue_and_cancel_takes_one_off(bench: Bench
     assert "6 newly queued" in bench.here("produce", "job.json", "--resume").ok().out
 
 
+def test_status_says_what_to_do_about_chunks_that_are_on_no_queue(bench: Bench) -> None:
+    bench.here("produce", "job.json").ok()
+    shown = bench.here("status", "out.zarr").ok().out
+    assert "next:" not in shown
+    bench.here("cancel", "out.zarr").ok()
+    shown = " ".join(bench.here("status", "out.zarr").ok().out.split())
+    assert "neither done nor on this queue; next: the `chunkq run` or `chunkq produce`" in shown
+    found = json.loads(bench.here("status", "out.zarr", "--json").ok().out)
+    assert (found["forgotten"], found["seconds_left"]) == (True, None)
+
+
 def test_retry_queues_what_failed_and_nothing_else(bench: Bench) -> None:
     bench.here("produce", "job.json").ok()
     assert bench.here("retry", "out.zarr").ok().out == "no failed chunk\n"
