@@ -20,6 +20,7 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "work": ("chunkq_worker.commands:work", "Take chunks from the queue and compute them."),
         "status": ("chunkq_producer.commands.status:status", "Show how far jobs are."),
         "finalize": ("chunkq_producer.commands.finalize:finalize", "Complete and seal an output."),
+        "report": ("chunkq_producer.commands.report:report", "Say where the time went."),
         "run": ("chunkq_producer.commands.run:run", "All of it on this machine."),
         "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks afresh."),
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Take a job off the queue."),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from math import inf
 from typing import Any
 
 from chunkq import __version__
@@ -19,7 +17,9 @@ from chunkq.ledger import Commit
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index, Piece
 from chunkq.stores import set_attributes
+from chunkq.tally import times_of
 from chunkq.tasks import Task, chunk_name
+from chunkq.verdict import advice, conclusion
 
 OWN = "own"
 """Name of the piece a chunk leaves for its own block."""
@@ -189,80 +189,23 @@ def _seal(job: OpenJob, missing: tuple[Index, ...]) -> dict[str, Any]:
 
 
 def job_report(job: OpenJob, missing: Iterable[Index] = ()) -> dict[str, Any]:
-    """Sum up all commit records: chunks, patches, bytes moved, seconds per stage and worker."""
-    costs = job.plan.costs
-    infer = _Sums.of(job, "infer")
-    blocks = _Sums.of(job, "finalize")
-    wall = max(infer.last, blocks.last) - min(infer.first, blocks.first)
+    """Sum up all commit records: what was done, what was moved, and where the time went."""
+    times = times_of(job.plan, _records(job, "infer"), _records(job, "finalize"))
     return {
         "chunkq_version": __version__,
         "digest": job.record.digest,
-        "chunks": infer.count,
         "missing": [chunk_name(index) for index in missing],
-        "finalized_blocks": blocks.count,
-        "patches": infer.patches,
-        "planned_patches": costs.patches,
-        "wall_seconds": max(0.0, wall),
-        "seconds": {s: infer.seconds[s] for s in ("read", "wait", "load", "compute", "write")}
-        | {"finalize": blocks.busy},
-        "chunk_seconds_mean": infer.busy / infer.count if infer.count else 0.0,
-        "bytes": {
-            "input": infer.moved["input"],
-            "output": infer.moved["output"] + blocks.moved["output"],
-            "pieces_written": infer.moved["pieces"],
-            "pieces_read": blocks.moved["pieces_read"],
-        },
-        "planned_bytes": {
-            "input": costs.input_bytes,
-            "output": costs.output_bytes,
-            "pieces_written": costs.piece_bytes,
-            "pieces_read": costs.piece_bytes,
-        },
-        "peak_rss_bytes": infer.peak_rss,
-        "retried": infer.retried,
-        "workers": {name: sums.as_worker() for name, sums in sorted(infer.by_worker.items())},
+        "conclusion": conclusion(times),
+        "advice": advice(times),
+        **times.as_dict(),
     }
 
 
-@dataclass
-class _Sums:
-    """Running sums over commit records, read a batch at a time."""
-
-    count: int = 0
-    patches: int = 0
-    retried: int = 0
-    peak_rss: int = 0
-    busy: float = 0.0
-    first: float = inf
-    last: float = -inf
-    seconds: Counter[str] = field(default_factory=Counter)
-    moved: Counter[str] = field(default_factory=Counter)
-    by_worker: dict[str, _Sums] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, job: OpenJob, kind: str) -> _Sums:
-        sums, names = cls(), iter(job.folder.committed(kind))
-        while batch := list(islice(names, BATCH)):
-            for commit in job.folder.commits(kind, batch):
-                sums.add(commit)
-                sums.by_worker.setdefault(commit.worker, cls()).add(commit)
-        return sums
-
-    def add(self, commit: Commit) -> None:
-        self.count += 1
-        self.patches += commit.patches
-        self.retried += commit.attempt > 1
-        self.peak_rss = max(self.peak_rss, commit.peak_rss)
-        self.busy += commit.finished - commit.started
-        self.first = min(self.first, commit.started)
-        self.last = max(self.last, commit.finished)
-        self.seconds.update(commit.seconds)
-        self.moved.update(commit.moved)
-
-    def as_worker(self) -> dict[str, float]:
-        span = self.last - self.first
-        share = min(1.0, self.seconds["compute"] / (span or 1))
-        return {"chunks": self.count, "seconds": span, "device_busy_share": share}
+def _records(job: OpenJob, kind: str) -> Iterator[Commit]:
+    """Yield the commit records of a kind, read a batch at a time."""
+    names = iter(job.folder.committed(kind))
+    while batch := list(islice(names, BATCH)):
+        yield from job.folder.commits(kind, batch)
 
 
 def _how_many(missing: tuple[Index, ...]) -> str:

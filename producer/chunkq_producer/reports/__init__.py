@@ -1,0 +1,1 @@
+"""A job's report for a reader: as text, and as one page with plots."""

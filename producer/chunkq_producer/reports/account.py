@@ -1,0 +1,81 @@
+"""A job's report as it stands: what `report.json` holds, or the same figures so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chunkq.finalize import job_report, standing
+from chunkq.opened import OpenJob
+from chunkq.paths import without_secret
+from chunkq.times import Times, Worker
+
+
+@dataclass(frozen=True)
+class Account:
+    """A job's figures and what they come to. `sealed` jobs are over, complete or not."""
+
+    output: str
+    sealed: bool
+    values: dict[str, Any]
+    times: Times
+
+    @property
+    def conclusion(self) -> str:
+        """What the devices did, in one sentence."""
+        return str(self.values["conclusion"])
+
+    @property
+    def advice(self) -> str | None:
+        """What would make such a job faster, if the figures say so."""
+        found: str | None = self.values["advice"]
+        return found
+
+    @property
+    def missing(self) -> int:
+        """How many chunks are not computed."""
+        return len(self.values["missing"])
+
+    @property
+    def state(self) -> str:
+        """How far the job is."""
+        times = self.times
+        if self.sealed:
+            return "complete" if not self.missing else f"sealed WITHOUT {self.missing} chunks"
+        blocks = f"{times.finalized_blocks} of {times.planned_blocks} blocks finalized"
+        return f"so far: {times.chunks} of {times.planned_chunks} chunks done, {blocks}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"output": self.output, "sealed": self.sealed, **self.values}
+
+    def labels(self) -> dict[str, str]:
+        """Return a short label for every worker: host and device, its own part where needed."""
+        short = {name: _place(worker) for name, worker in self.times.workers.items()}
+        counts: dict[str, int] = {}
+        for label in short.values():
+            counts[label] = counts.get(label, 0) + 1
+        return {
+            name: label if counts[label] == 1 else f"{label} {name.rpartition(':')[2][:4]}"
+            for name, label in short.items()
+        }
+
+
+def account_of(job: OpenJob) -> Account:
+    """Take a job's figures from its report, or from its commit records where that has none."""
+    output = without_secret(job.folder.output)
+    report = job.folder.read_report()
+    if report is not None:
+        try:
+            return Account(output, True, report, Times.from_dict(report))
+        except (KeyError, TypeError):  # written by an older chunkq
+            missing = report["missing"]
+            values = job_report(job) | {"missing": missing}
+            return Account(output, True, values, Times.from_dict(values))
+    values = job_report(job, standing(job).unfinished)
+    return Account(output, False, values, Times.from_dict(values))
+
+
+def _place(worker: Worker) -> str:
+    device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
+    return f"{worker.host} {device}".strip()
