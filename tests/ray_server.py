@@ -17,12 +17,13 @@ PATIENCE = 120.0
 
 
 @contextmanager
-def ray_cluster(network: OwnNetwork, cpus: int = 8) -> Iterator[str]:
+def ray_cluster(network: OwnNetwork, cpus: int = 8, gpus: int = 0) -> Iterator[str]:
     """A head with nothing else; gives the queue's URL, and ends every process of it."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray = Path(sys.executable).parent / "ray"
         command = [str(ray), "start", "--head", "--block", "--port", "6379"]
-        command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(cpus), "--num-gpus", "0"]
+        command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(cpus)]
+        command += ["--num-gpus", str(gpus)]
         command += ["--include-dashboard", "false", "--temp-dir", folder]
         command += ["--object-store-memory", str(200 << 20), "--disable-usage-stats"]
         with network.inside(), (Path(folder) / "log").open("wb") as log:

@@ -22,7 +22,9 @@ BACKENDS: MappingProxyType[str, str] = MappingProxyType(
     }
 )
 """URL scheme -> class."""
-EXTRAS: MappingProxyType[str, str] = MappingProxyType({"rq": "redis", "redis": "redis"})
+EXTRAS: MappingProxyType[str, str] = MappingProxyType(
+    {"rq": "redis", "redis": "redis", "distributed": "dask", "dask": "dask", "ray": "ray"}
+)
 """Package -> the extra of chunkq that brings it."""
 QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 

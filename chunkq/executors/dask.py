@@ -6,10 +6,12 @@ hand a chunk to a worker that is busy, and hold a million of them as so many Pyt
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
+import re
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import distributed
 from distributed.comm.addressing import get_address_host
-from distributed.comm.core import CommClosedError
+from distributed.comm.registry import get_backend
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from distributed.utils import get_ip
+from distributed.versions import VersionMismatchWarning
 
 from chunkq.errors import JobError, QueueError
 from chunkq.executors.base import Shift, WorkerName
@@ -35,9 +38,13 @@ from chunkq.executors.hosted import (
 
 OPERATION = "chunkq"
 CONNECT_SECONDS = 10.0
+RETURN_SECONDS = 2.0
+"""The same for a scheduler that answered before."""
 ANSWER_SECONDS = 30.0
 DEFAULT_PORT = 8786
-AWAY = (OSError, asyncio.TimeoutError, CommClosedError)
+PROTOCOLS = ("tcp", "ucx")
+AWAY = (OSError, RuntimeError)
+"""Dask's errors for a scheduler that does not answer, and for a connection it has given up."""
 
 
 class QueuePlugin(SchedulerPlugin):
@@ -80,7 +87,10 @@ class Address:
     @classmethod
     def parse(cls, url: str) -> Self:
         """Read a queue's URL; raises JobError."""
-        wrong = f"queue: {url} is no address of a Dask scheduler; write dask://HOST:{DEFAULT_PORT}"
+        shown = re.sub(r"(?s)//.*@", "//***@", url)
+        wrong = (
+            f"queue: {shown} is no address of a Dask scheduler; write dask://HOST:{DEFAULT_PORT}"
+        )
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port or DEFAULT_PORT
@@ -92,8 +102,10 @@ class Address:
                 f"cluster that stays write dask://HOST:{DEFAULT_PORT}"
             )
         asked = dict(parse_qsl(parts.query))
-        if parts.path.strip("/") or asked.keys() - {"protocol", "interface"}:
+        if parts.path.strip("/") or "@" in url or asked.keys() - {"protocol", "interface"}:
             raise JobError(wrong)
+        if asked.get("protocol", "tcp") not in PROTOCOLS:
+            raise JobError(f"{wrong}, with ?protocol= one of {', '.join(PROTOCOLS)}")
         return cls(host, port, **asked)
 
     @classmethod
@@ -117,21 +129,40 @@ class Address:
         return f"{self.protocol}://{host}:{self.port}"
 
 
+def be_quiet() -> None:
+    """Silence Dask in this process: lost connections and other versions are told in one line."""
+    for name in ("distributed", *logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "distributed":  # some have a level of their own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=VersionMismatchWarning)
+
+
+def check_protocol(name: str) -> None:
+    """Raise QueueError if Dask cannot speak a protocol here; it would find out late."""
+    try:
+        get_backend(name).get_connector()
+    except (ImportError, ValueError, TypeError, RuntimeError):
+        raise QueueError(
+            f"queue: Dask cannot speak {name} here; pip install distributed-ucxx, or use tcp"
+        ) from None
+
+
 class DaskExecutor(HostedQueue):
     """`dask://HOST:PORT`, a scheduler that has chunkq installed."""
 
     def __init__(self, url: str, client: distributed.Client | None = None) -> None:
         super().__init__(url)
         self._owned = client is None
-        self._client: Any = client or self._connect(url)
+        self._returning = threading.Lock()
+        self._client: Any = client or self._connect(url, CONNECT_SECONDS)
 
-    def _connect(self, url: str) -> Any:
+    def _connect(self, url: str, seconds: float) -> Any:
         self._address = Address.parse(url)
-        # Its news of lost connections are told here, in one line.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        check_protocol(self._address.protocol)
+        be_quiet()
         try:
             client = distributed.Client(
-                self._address.text, timeout=CONNECT_SECONDS, set_as_default=False, name=OPERATION
+                self._address.text, timeout=seconds, set_as_default=False, name=OPERATION
             )
         except AWAY as error:
             raise self._away(error) from None
@@ -152,6 +183,15 @@ class DaskExecutor(HostedQueue):
             raise
         return client
 
+    def _connected(self) -> Any:
+        """Return the client; a scheduler that was away for long is looked for again."""
+        with self._returning:
+            if self._owned and self._client.status == "closed":
+                self._client = self._connect(self.url, RETURN_SECONDS)
+        if self._client.status in ("connecting", "closing", "closed"):
+            raise self._away(ConnectionError("the connection is lost"))
+        return self._client
+
     def _check_versions(self, client: Any) -> None:
         """Refuse a scheduler of another version: Dask only warns, and fails later."""
         theirs = client.sync(client.scheduler.versions)["packages"]
@@ -166,8 +206,9 @@ class DaskExecutor(HostedQueue):
     def ask(self, request: str) -> str:
         """Ask the scheduler."""
         try:
-            answer: str | None = self._client.sync(
-                self._client.scheduler.chunkq, request=request, callback_timeout=ANSWER_SECONDS
+            client = self._connected()
+            answer: str | None = client.sync(
+                client.scheduler.chunkq, request=request, callback_timeout=ANSWER_SECONDS
             )
         except AWAY as error:
             raise self._away(error) from None
@@ -191,7 +232,8 @@ class DaskExecutor(HostedQueue):
         stop = _StopWithWorker(shift)
         with tempfile.TemporaryDirectory(prefix="chunkq-dask-") as folder:
             try:
-                worker = self._client.sync(self._join, shift, stop, folder)
+                client = self._connected()  # a worker lives in the loop of one client
+                worker = client.sync(self._join, shift, stop, folder)
             except AWAY as error:
                 raise self._away(error) from None
             self.host.enlist(shift.worker, worker.address)
@@ -200,7 +242,7 @@ class DaskExecutor(HostedQueue):
             finally:
                 closed = stop.is_closed
                 with suppress(*AWAY):
-                    self._client.sync(worker.close, executor_wait=False)
+                    client.sync(worker.close, executor_wait=False, callback_timeout=CONNECT_SECONDS)
             if closed:
                 raise QueueError(
                     f"queue: the Dask scheduler at {self.url} closed this worker, or is gone"
@@ -219,6 +261,7 @@ class DaskExecutor(HostedQueue):
             dashboard=False,
             local_directory=folder,
             plugins=(stop,),
+            death_timeout=CONNECT_SECONDS,
         )
         await worker
         # Other people's tasks would share the device with the chunks.
@@ -227,7 +270,11 @@ class DaskExecutor(HostedQueue):
 
     def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
         """Occupy the threads of the cluster's workers, each with one chunk in flight."""
-        there = self._client.sync(self._client.scheduler.identity)["workers"].values()
+        try:
+            client = self._connected()
+            there = client.sync(client.scheduler.identity)["workers"].values()
+        except AWAY as error:
+            raise self._away(error) from None
         count = sum(worker["nthreads"] for worker in there if worker["status"] == "running")
         if not count:
             raise QueueError(
@@ -236,7 +283,7 @@ class DaskExecutor(HostedQueue):
             )
         gang = new_gang()
         lanes = [
-            self._client.submit(lane, self.url, job, gang, key=f"chunkq-{gang}-{n}", pure=False)
+            client.submit(lane, self.url, job, gang, key=f"chunkq-{gang}-{n}", pure=False)
             for n in range(count)
         ]
         distributed.fire_and_forget(lanes)
@@ -259,8 +306,15 @@ class _HiredOfDask(Hired):
         return all(lane.done() for lane in self._lanes)
 
     def said(self) -> list[str]:
+        lines = super().said()
         errors = {str(lane.exception()) for lane in self._lanes if lane.status == "error"}
-        return [*super().said(), *(" ".join(error.split())[:300] for error in sorted(errors))]
+        lines += [" ".join(error.split())[:300] for error in sorted(errors)]
+        if any(lane.cancelled() for lane in self._lanes):
+            lines.append(
+                "the connection to the Dask scheduler broke; its workers may go on, "
+                "`chunkq status` tells"
+            )
+        return lines
 
 
 class _QueueOfWorker(DaskExecutor):

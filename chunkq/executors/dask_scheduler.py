@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import distributed
 from distributed.utils import get_ip, get_ip_interface
 
 from chunkq.errors import QueueError
-from chunkq.executors.dask import Address, QueuePlugin
+from chunkq.executors.dask import Address, QueuePlugin, be_quiet, check_protocol
 
 
 def start(
@@ -27,6 +26,7 @@ def start(
     Returns the process, which ends when its standard input is closed, and the queue's URL.
     Raises QueueError if it does not come up.
     """
+    check_protocol(protocol)
     host = address_here(interface) if interface else host
     # Its web server too listens there only: left alone, it takes all interfaces.
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
@@ -40,7 +40,7 @@ def start(
     said = process.stdout.readline() if process.stdout is not None else ""
     answer = json.loads(said) if said else {"error": f"ended with code {process.wait()}"}
     if "error" in answer:
-        process.wait()
+        process.communicate()
         raise QueueError(f"queue: no Dask scheduler could be started here: {answer['error']}")
     return process, Address.of(answer["address"], interface).url
 
@@ -64,7 +64,8 @@ async def _serve(settings: dict[str, Any]) -> None:
         await scheduler
         await scheduler.register_scheduler_plugin(QueuePlugin(), idempotent=True)
     except (OSError, ValueError, RuntimeError) as error:
-        _tell({"error": " ".join(str(error).split())})
+        # Dask says that it failed, and keeps why for the cause.
+        _tell({"error": " ".join(str(error.__cause__ or error).split())})
         os._exit(1)
     _tell({"address": scheduler.address})
     await scheduler.finished()
@@ -81,6 +82,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    be_quiet()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     asyncio.run(_serve(json.loads(sys.argv[1])))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 from urllib.parse import parse_qs, urlsplit
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chunkq.errors import JobError, QueueError
-from chunkq.executors.base import EXIT_DIED, Ended, Shift, WorkerName
+from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, Ended, Shift, WorkerName
 from chunkq.executors.hosted import (
     Hired,
     Host,
@@ -32,10 +35,14 @@ log = logging.getLogger("chunkq.queue")
 NAMESPACE = "chunkq"
 KEEPER = "queue"
 ANSWER_SECONDS = 30.0
+CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 0.2
 JOIN_SECONDS = 120.0
 GRANT_SECONDS = 15.0
 """How long Ray may take to grant a worker its device before the user hears of it."""
+BIRTH_SECONDS = 5.0
+"""How long an actor that lives may take to say so."""
+REMEDY = "pip install 'chunkq[ray]' on its machines"
 AT_BIRTH = "MALLOC_"
 """What of the environment, by the names' beginning, an actor must be born with."""
 OF_RAY = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
@@ -84,9 +91,10 @@ class _Connection:
 
     @classmethod
     def open(cls, address: str) -> None:
-        """Connect, unless that is done; raises ConnectionError, RuntimeError and ValueError."""
+        """Connect, unless that is done; raises OSError, RuntimeError and ValueError."""
         with cls._lock:
             if not ray.is_initialized():
+                _knock(address)
                 ray.init(
                     address,
                     namespace=NAMESPACE,
@@ -142,7 +150,7 @@ class RayExecutor(HostedQueue):
             if "No module named 'chunkq" in str(error):
                 raise QueueError(
                     f"queue: the Ray cluster at {self.url} has no chunkq, which keeps the queue "
-                    "there; pip install 'chunkq[ray]' on its machines"
+                    f"there; {REMEDY}"
                 ) from None
             raise QueueError(
                 f"queue: the Ray cluster at {self.url} has lost the queue; "
@@ -161,16 +169,40 @@ class RayExecutor(HostedQueue):
             )
         return QueueError(
             f"queue: no Ray cluster answers at {self.url} ({reason[:200]}); start one with "
-            "`ray start --head`, or check the address"
+            "`ray start --head`, or check the address, and the token if it asks for one"
         )
 
     def serve(self, shift: Shift) -> Ended:
         """Work in an actor on this machine, which Ray grants its GPU."""
         name = WorkerName.parse(shift.worker)
         here = NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=self.url != "ray://auto"
+            ray.get_runtime_context().get_node_id(), soft=not self.url.startswith("ray://auto")
         )
         actor = _actor(name.device != "cpu", scheduling_strategy=here, max_concurrency=3).remote()
+        try:
+            if not self._is_granted(actor, shift):
+                return Ended()
+            return self._see_through(actor, shift)
+        except ray.exceptions.RayActorError as error:
+            if "creation task" in str(error):
+                return Ended(EXIT_REFUSED, [_unborn(error)])
+            return Ended(EXIT_DIED, ["the worker's actor died: " + _first_line(error)])
+        finally:
+            with suppress(Exception):
+                ray.kill(actor)
+
+    def _is_granted(self, actor: Any, shift: Shift) -> bool:
+        """Wait until Ray has made room for a worker; False if by then it is of no use any more."""
+        there, begun, late = actor.is_there.remote(), time.monotonic(), False
+        while not ray.wait([there], timeout=LOOK_SECONDS)[0]:
+            if not shift.may_start() or (late and shift.burst and self.is_drained(shift)):
+                return False
+            if not late and time.monotonic() - begun > GRANT_SECONDS:
+                late = True
+                log.warning("Ray has not granted this worker its device and core yet; waiting")
+        return True
+
+    def _see_through(self, actor: Any, shift: Shift) -> Ended:
         orders = {
             "depth": shift.depth,
             "burst": shift.burst,
@@ -181,22 +213,12 @@ class RayExecutor(HostedQueue):
         # As an argument, not as Ray's own environment of an actor: that one everyone can look up.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_RAY)}
         ending = actor.serve.remote(self.url, shift.worker, orders, environment)
-        started, begun, stopped = actor.is_there.remote(), time.monotonic(), False
+        stopped = False
         while not ray.wait([ending], timeout=LOOK_SECONDS)[0]:
             if shift.stopping.is_set() and not stopped:
                 stopped = True
                 actor.stop.remote()
-            if started is not None and time.monotonic() - begun > GRANT_SECONDS:
-                if not ray.wait([started], timeout=0)[0]:
-                    log.warning("Ray has not granted this worker its device and core yet; waiting")
-                started = None
-        try:
-            code, lines = ray.get(ending)
-        except ray.exceptions.RayActorError as error:
-            code, lines = EXIT_DIED, ["the worker's actor died: " + _first_line(error)]
-        finally:
-            with suppress(Exception):
-                ray.kill(actor)
+        code, lines = ray.get(ending)
         return Ended(code, lines)
 
     def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
@@ -215,7 +237,7 @@ class RayExecutor(HostedQueue):
         if not count:
             raise QueueError(f"queue: the Ray cluster at {self.url} has no GPU for this job")
         gang = new_gang()
-        for number in range(count):
+        actors = [
             _actor(
                 gpu,
                 name=f"worker-{gang}-{number}",
@@ -224,11 +246,55 @@ class RayExecutor(HostedQueue):
                 max_restarts=-1,
                 scheduling_strategy="SPREAD",
             ).remote(gang, job, depth)
-        return Hired(self, gang, count)
+            for number in range(count)
+        ]
+        return _Actors(self, gang, actors)
 
     def close(self) -> None:
         """Let go of the cluster."""
         _Connection.close()
+
+
+class _Actors(Hired):
+    """Hired actors, of which some may never come to life."""
+
+    def __init__(self, queue: HostedQueue, gang: str, actors: Sequence[Any]) -> None:
+        super().__init__(queue, gang, len(actors))
+        self._actors = actors
+        self._asked = {actor.is_there.remote(): actor for actor in actors}
+        self._lines: list[str] = []
+
+    def is_gone(self) -> bool:
+        """Tell whether all of them have left, or could not come."""
+        self._hear(0)
+        return super().is_gone()
+
+    def said(self) -> list[str]:
+        """Return why workers left, if not for want of work, or could not come."""
+        return super().said() + self._lines
+
+    def dismiss(self) -> None:
+        """Have them finish what is in flight and leave; those still waiting need not come."""
+        super().dismiss()
+        self._asked = {actor.is_there.remote(): actor for actor in self._actors}
+        self._hear(BIRTH_SECONDS)
+        while self._asked:
+            ray.kill(self._asked.popitem()[1])
+            self.count -= 1
+
+    def _hear(self, seconds: float) -> None:
+        """Wait for answers, for so long at most, and note who could not be born."""
+        asked = list(self._asked)
+        if not asked:
+            return
+        for answer in ray.wait(asked, num_returns=len(asked), timeout=seconds)[0]:
+            try:
+                ray.get(answer)
+            except ray.exceptions.RayActorError as error:
+                if answer in self._asked and "creation task" in str(error):
+                    self.count -= 1
+                    self._lines = [_unborn(error)]
+            self._asked.pop(answer, None)
 
 
 class Crew:
@@ -248,6 +314,7 @@ class Crew:
     ) -> tuple[int, list[str]]:
         """Work until the shift ends; returns the exit code, and why in lines."""
         os.environ.update(environment)
+        _hide_what_is_not_granted()
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
         self._shift = Shift(worker=WorkerName.new(device()).text, **orders)
@@ -266,9 +333,16 @@ class Crew:
             self._shift.stopping.set()
 
     def _be_hired(self, gang: str, job: str, depth: int, me: Any) -> None:
-        queue = RayExecutor("ray://auto")
-        serve_hired(queue, gang, WorkerName.new(device()).text, job, depth)
-        ray.kill(me, no_restart=True)
+        _hide_what_is_not_granted()
+        try:
+            queue = RayExecutor("ray://auto")
+            try:
+                serve_hired(queue, gang, WorkerName.new(device()).text, job, depth)
+            except Exception as error:
+                queue.host.leave(gang, [f"{type(error).__name__}: {_first_line(error)}"])
+                raise
+        finally:  # whatever happened: an actor that only sits there would keep its device
+            ray.kill(me, no_restart=True)
 
 
 def _actor(gpu: bool, **options: Any) -> Any:
@@ -296,6 +370,28 @@ def _keeper() -> Any:
         )
         .remote()
     )
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at an address; Ray itself would try for minutes."""
+    found = get_ray_address_from_environment(address, None) if address == "auto" else address
+    host, _, port = (found or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+
+
+def _hide_what_is_not_granted() -> None:
+    """Have an actor without a GPU see none: Ray itself would let it see all of its node's."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _unborn(error: BaseException) -> str:
+    """Say why an actor could not be made on a machine."""
+    if "No module named 'chunkq" in str(error):
+        return f"queue: a machine of the Ray cluster has no chunkq; {REMEDY}"
+    last = str(error).strip().splitlines()[-1:]
+    return f"queue: a machine of the Ray cluster cannot make a worker: {' '.join(last)[:300]}"
 
 
 def _first_line(error: BaseException) -> str:

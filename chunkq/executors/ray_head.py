@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
 from chunkq.errors import QueueError
 
+LONGEST_FOLDER = 24
 STARTED = re.compile(r"ray start --address='([^']+)'")
 
 
@@ -32,7 +36,7 @@ def head(
         raise QueueError(
             "queue: ray:// needs a package that is not installed; pip install 'chunkq[ray]'"
         )
-    here = ["--node-ip-address", "127.0.0.1"] if alone else []
+    here = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false"] if alone else []
     secret = {}
     if alone and "ray" not in sys.modules:
         secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -69,9 +73,14 @@ def _node(options: Sequence[str], cpus: int | None, gpus: bool) -> Iterator[str]
     elif granted is not None:
         count = len([name for name in granted.split(",") if name.strip() not in ("", "-1")])
         command += ["--num-gpus", str(count)]
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        if "--head" in options:  # else `ray://auto` elsewhere on this machine would find this one
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
+    ) as folder:
+        if "--head" in options:
+            # Else `ray://auto` elsewhere on this machine would find this one.
             command += ["--temp-dir", folder]
+            # Else Ray takes the port 10001, and goes down if another cluster has it.
+            command += ["--ray-client-server-port", str(_free_port())]
         yield from _run(command)
 
 
@@ -87,7 +96,9 @@ def _run(command: Sequence[str]) -> Iterator[str]:
     try:
         yield _wait_until_up(process)
     finally:
-        process.kill()  # what Ray has started dies with it; a SIGTERM would take half a minute
+        # A SIGTERM would take half a minute; its workers, in groups of their own, die with Ray.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -103,13 +114,28 @@ def _wait_until_up(process: subprocess.Popen[str]) -> str:
     raise QueueError(f"queue: Ray could not be started here: {said[-400:]}")
 
 
+def _short_folder() -> str:
+    """Return where temporary files go: the paths of Ray's sockets may have 107 bytes at most."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= LONGEST_FOLDER else "/tmp"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port: int = found.getsockname()[1]
+    return port
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_with_parent() -> None:
     sys.stdin.read()
-    os._exit(1)
+    if "--temp-dir" in sys.argv:  # the parent cannot remove it any more
+        shutil.rmtree(sys.argv[sys.argv.index("--temp-dir") + 1], ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from urllib.parse import urlencode, urlsplit
 
 from chunkq.errors import JobError
 from chunkq.executors import BACKENDS, QUEUE_VARIABLE, load_backend, queue_url
@@ -29,6 +30,7 @@ class Cluster:
     With `hires`, the engine's own processes work; else `chunkq work` does on each node, `per_node`
     processes with `depth` chunks in flight. Its queue `ends` with this process.
     `announce` tells the other nodes that there is something to do; `nodes` is how many there are.
+    `has_died` tells whether what was made for this run is gone, and will not come back.
     """
 
     url: str
@@ -38,6 +40,7 @@ class Cluster:
     ends: bool = False
     nodes: int = 1
     announce: Callable[[], None] = field(default=lambda: None)
+    has_died: Callable[[], bool] = field(default=lambda: False)
 
 
 def engine_of(name: str | None, job: Job, given: str | None) -> tuple[str, str | None]:
@@ -83,16 +86,18 @@ def queue_of(job: Job, given: str | None) -> str:
 
     Raises JobError if it lies on a running cluster and the job does not say on which.
     """
-    if job.cluster != "running" or given or os.environ.get(QUEUE_VARIABLE) or job.queue:
+    named = given or os.environ.get(QUEUE_VARIABLE) or job.queue
+    if job.cluster != "running" or (named and named.partition("://")[2]):
         return queue_url(given, job.queue)
     addresses = {"dask": job.dask_config.address, "ray": job.ray_config.address}
-    named = [engine for engine, address in addresses.items() if address is not None]
-    if len(named) != 1:
+    asked = named.partition("://")[0] if named else None
+    engines = [name for name, where in addresses.items() if where and asked in (None, name)]
+    if len(engines) != 1:
         raise JobError(
             "cluster: running, but where? Give one of dask_config.address and ray_config.address, "
             "or --queue"
         )
-    return _configured(named[0], job) or queue_url(None)
+    return _configured(engines[0], job) or queue_url(None)
 
 
 def _configured(engine: str, job: Job) -> str | None:
@@ -104,16 +109,26 @@ def _configured(engine: str, job: Job) -> str | None:
         raise JobError(
             f"cluster: running, but where? Give {engine}_config.address or --queue {engine}://…"
         )
-    scheme, _, rest = address.rpartition("://")
-    if scheme == "ray":
-        return address
-    host = rest.partition(":")[0]
-    port = rest.partition(":")[2]
-    if engine == "dask":
-        protocol = job.dask_config.protocol
-        asked = f"?protocol={protocol}" if protocol != "tcp" else ""
-        return f"dask://{host}:{port or job.dask_config.scheduler_port}{asked}"
-    return f"ray://auto?address={host}:{port or job.ray_config.port}"
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise JobError(f"{engine}_config.address: {address!r} is no HOST:PORT") from None
+    host = f"[{host}]" if ":" in host else host
+    if engine == "ray":
+        return (
+            address if parts.scheme == "ray" else _ray_url(f"{host}:{port or job.ray_config.port}")
+        )
+    config = job.dask_config
+    protocol: str = "ucx" if parts.scheme == "ucx" else config.protocol
+    asked = {"protocol": protocol} if protocol != "tcp" else {}
+    asked |= {"interface": config.interface} if config.interface else {}
+    query = f"?{urlencode(asked)}" if asked else ""
+    return f"dask://{host}:{port or config.scheduler_port}{query}"
+
+
+def _ray_url(address: str) -> str:
+    return f"ray://auto?address={address}"
 
 
 @contextmanager
@@ -141,6 +156,7 @@ def cluster_for(
             ends=True,
             nodes=1 if step is None else step.size,
             announce=lambda: tell(made.address),
+            has_died=made.has_died,
         )
 
 
@@ -150,6 +166,7 @@ class _Made:
 
     url: str
     address: str
+    has_died: Callable[[], bool] = field(default=lambda: False)
 
 
 @contextmanager
@@ -161,7 +178,7 @@ def _dask(config: DaskConfig, alone: bool) -> Iterator[_Made]:
     host = "127.0.0.1" if alone else address_here(config.interface)
     process, url = start(host, port, config.protocol, config.interface)
     try:
-        yield _Made(url, url)
+        yield _Made(url, url, lambda: process.poll() is not None)
     finally:
         process.kill()
         process.communicate()
@@ -175,7 +192,7 @@ def _ray(job: Job, alone: bool, workers: int | None) -> Iterator[_Made]:
     # In a cluster of its own a job has nobody to share cores with, and may crowd them.
     cpus = max(workers or 1, os.cpu_count() or 1) if alone else None
     with head(alone=alone, cpus=cpus, gpus=not on_cpu(job), port=port) as address:
-        yield _Made(f"ray://auto?address={address}", address)
+        yield _Made(_ray_url(address), address)
 
 
 @contextmanager

@@ -107,8 +107,8 @@ class Command(Crew):
 class Hands(Crew):
     """Processes of the engine's own."""
 
-    def __init__(self, hired: Hired) -> None:
-        self._hired = hired
+    def __init__(self, hired: Hired, say: Say) -> None:
+        self._hired, self._say = hired, say
 
     def is_gone(self) -> bool:
         """Tell whether all have left; while the queue is away nobody knows."""
@@ -123,12 +123,15 @@ class Hands(Crew):
 
     def stop(self) -> None:
         """Have them leave."""
-        self._hired.dismiss()
+        with suppress(QueueError):  # those who cannot reach the queue leave by themselves
+            self._hired.dismiss()
 
     @property
     def code(self) -> int:
         """One if any left for another reason than want of work."""
-        self.said = self._hired.said()
+        self.said = [f"chunkq: {line}" for line in self._hired.said()]
+        for line in self.said:
+            self._say(line)
         return 1 if self.said else 0
 
 

@@ -140,8 +140,10 @@ def _compute(
                 return look.rest(REFRESH_SECONDS)
 
             crew = crew_of(executor, opened, cluster, wishes, teller.say)
-            if see_through(crew, look_and_show):
+            if see_through(crew, look_and_show, cluster.has_died):
                 raise InterruptedRunError(f"stopped; {again} continues where it was")
+        if cluster.has_died():
+            raise ChunkqError(f"the cluster that this run made has died; {again} continues")
         if crew.code not in (0, IncompleteError.exit_code):
             raise _explained(
                 ChunkqError(f"the worker gave up, and said why; {again} continues"), crew.said
@@ -178,7 +180,8 @@ def crew_of(
     if cluster.hires and isinstance(executor, HostedQueue):
         gpu = not on_cpu(job)
         depth = depth or (DEPTH_ON_GPU if gpu else DEPTH_ON_CPU)
-        return Hands(executor.hire(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes))
+        hired = executor.hire(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes)
+        return Hands(hired, say)
     options = ["--gpus", "none" if on_cpu(job) else wishes.gpus, "--job", opened.folder.output]
     if wishes.workers:
         options += ["-w", str(wishes.workers)]

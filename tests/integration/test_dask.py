@@ -1,0 +1,600 @@
+"""Dask as a queue: real schedulers and workers, away, wrong, restarted and killed."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.support import (
+    Crew,
+    Ended,
+    Materials,
+    Place,
+    calm_place,
+    materials,
+    wait_until,
+)
+from tests.redis_server import free_port
+
+CHUNKS = 24
+HOST = "127.0.0.1"
+SCHEDULER = "distributed.cli.dask_scheduler"
+WORKER = "distributed.cli.dask_worker"
+ON_CPU = ("--gpus", "none")
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+OTHER_VERSION = """
+import importlib.metadata
+
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "1.2.3" if name == "{name}" else real(name)
+"""
+OTHER_PYTHON = """
+import distributed.versions
+
+real = distributed.versions.get_package_info
+distributed.versions.get_package_info = lambda names: real(names) | {"python": "3.99.0.final.0"}
+"""
+IMPATIENT = """
+import chunkq.executors.dask
+
+chunkq.executors.dask.CONNECT_SECONDS = 1.0
+"""
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The job done by one worker to which nothing happened, on the embedded queue."""
+    return calm_place(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    return materials(tmp_path_factory.mktemp)
+
+
+@dataclass
+class Process:
+    """A real process of Dask's, and what it says."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def family(self) -> list[psutil.Process]:
+        """It and all processes below it."""
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """Kill it with all its processes, from the top, so that none is started again."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+
+def hooked(folder: Path, code: str) -> str:
+    """Write a start-up hook for Python processes; returns their PYTHONPATH."""
+    hooks = folder / f"hooks-{len(list(folder.glob('hooks-*')))}"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(code)
+    return os.pathsep.join(filter(None, [str(hooks), os.environ.get("PYTHONPATH")]))
+
+
+class Cluster:
+    """Dask's own commands on this machine's loopback, in a folder for their files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.processes: list[Process] = []
+
+    @property
+    def url(self) -> str:
+        return f"dask://{HOST}:{self.port}"
+
+    def scheduler(self, **environment: str) -> Process:
+        """Start the scheduler, always on the same port, and wait until it listens."""
+        options = ["--host", HOST, "--port", str(self.port), "--no-dashboard"]
+        options += ["--dashboard-address", f"{HOST}:0"]
+        started = self._start(SCHEDULER, *options, **environment)
+        wait_until(lambda: self._listens(started), "the scheduler listens")
+        return started
+
+    def worker(self, place: Place, threads: int = 1, **environment: str) -> Process:
+        """Start a worker under its nanny; the network's instructions are in its environment."""
+        options = [f"tcp://{HOST}:{self.port}", "--host", HOST, "--no-dashboard"]
+        options += ["--nthreads", str(threads), "--memory-limit", "0"]
+        options += ["--local-directory", str(self.folder)]
+        told = {
+            "NET_TRACE": str(place.folder / "trace"),
+            "NET_DONE": str(place.job_folder / "done" / "infer"),
+            "NET_GATE": str(place.folder / "gate"),
+        }
+        return self._start(WORKER, *options, **(told | environment))
+
+    def has_workers(self, count: int) -> None:
+        """Wait until so many workers have joined."""
+        import distributed
+
+        with distributed.Client(f"tcp://{HOST}:{self.port}", set_as_default=False) as client:
+            client.wait_for_workers(count, 30)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def _start(self, module: str, *options: str, **environment: str) -> Process:
+        log = self.folder / f"dask-{len(self.processes)}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *options],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        self.processes.append(Process(process, log))
+        return self.processes[-1]
+
+    def _listens(self, started: Process) -> bool:
+        assert started.process.poll() is None, started.log.read_text()
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    folder = tmp_path / "dask"
+    folder.mkdir()
+    made = Cluster(folder)
+    yield made
+    made.kill()
+
+
+@contextmanager
+def running_cluster(cluster: Cluster, place: Place, **environment: str) -> Iterator[list[Process]]:
+    """A scheduler with two workers, one of them with two threads."""
+    cluster.scheduler()
+    yield [cluster.worker(place, 1, **environment), cluster.worker(place, 2, **environment)]
+
+
+def only_line(ended: Ended) -> str:
+    """The one line that a command says, and nothing besides."""
+    [line] = ended.err.splitlines()
+    assert line.startswith("chunkq: ")
+    return line.removeprefix("chunkq: ")
+
+
+def said_by(place: Place, *commands: Sequence[str], **environment: str) -> list[Ended]:
+    """Run commands for real, side by side."""
+    with ExitStack() as stack:
+        crews = [stack.enter_context(place.start(*each, **environment)) for each in commands]
+        return [crew.ended() for crew in crews]
+
+
+def of_its_own(place: Place) -> dict[str, str]:
+    """The environment in which `run` makes a cluster for itself."""
+    return {"CHUNKQ_QUEUE": "dask://"}
+
+
+# Refusals: one line each.
+
+
+def test_a_scheduler_that_is_away_is_said_in_one_line(shared: Materials, tmp_path: Path) -> None:
+    url = f"dask://{HOST}:{free_port()}"
+    place = Place(shared, tmp_path, url=url)
+    produce, run, work = said_by(
+        place,
+        ("produce", "job.yaml"),
+        ("run", str(place.job_file)),
+        ("work", *ON_CPU, "--burst"),
+        PYTHONPATH=hooked(tmp_path, IMPATIENT),
+    )
+    for ended in (produce, run, work):
+        assert ended.code == 1
+        assert re.fullmatch(
+            rf"queue: no Dask scheduler answers at {url} \(.+\); start one with `dask scheduler`, "
+            r"or check host and port",
+            only_line(ended),
+        )
+    assert not place.job_folder.exists()
+    Place(shared, tmp_path).produce()
+    status, blocks, seal = said_by(
+        place,
+        ("status", str(place.output), "--json"),
+        ("finalize", str(place.output), "--distribute"),
+        ("finalize", str(place.output)),
+        PYTHONPATH=hooked(tmp_path, IMPATIENT),
+    )
+    assert status.code == 0
+    assert f"no Dask scheduler answers at {url}" in json.loads(status.err)["queue_problem"]
+    assert (blocks.code, seal.code) == (1, 3)
+    assert "no Dask scheduler answers" in only_line(blocks)
+    assert "no Dask scheduler" not in seal.err
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        (
+            "dask://",
+            r"dask:// alone is a cluster that `chunkq run` makes .* write dask://HOST:8786",
+        ),
+        ("dask://host:port", "dask://host:port is no address of a Dask scheduler; write .*"),
+        ("dask://host:8786/0", "dask://host:8786/0 is no address of a Dask scheduler; write .*"),
+        ("dask://host?a=b", r"dask://host\?a=b is no address of a Dask scheduler; write .*"),
+        ("dask://host?protocol=ws", ".* with .protocol= one of tcp, ucx"),
+        ("dask://u:geheim@host", r"dask://\*\*\*@host is no address of a Dask scheduler; .*"),
+    ],
+)
+def test_a_wrong_address_is_refused_in_one_line(
+    shared: Materials, tmp_path: Path, url: str, line: str
+) -> None:
+    place = Place(shared, tmp_path)
+    for command in (("produce", str(place.job_file)), ("work",)):
+        ended = place.command(*command, "--queue", url)
+        assert ended.code == 2
+        assert re.fullmatch(f"queue: {line}", only_line(ended))
+    assert not place.job_folder.exists()
+
+
+def test_a_protocol_that_is_not_there_is_said_in_one_line(
+    shared: Materials, tmp_path: Path
+) -> None:
+    place = Place(shared, tmp_path, {"dask_config": {"protocol": "ucx"}})
+    job = str(place.job_file)
+    for command in (
+        ("work", "--queue", "dask://host?protocol=ucx"),
+        ("run", job, "--queue", "dask://"),
+    ):
+        ended = place.command(*command)
+        assert ended.code == 1
+        assert only_line(ended).startswith("queue: Dask cannot speak ucx here; pip install ")
+
+
+def test_a_running_cluster_needs_an_address(shared: Materials, tmp_path: Path) -> None:
+    place = Place(shared, tmp_path, {"cluster": "running"}, url="dask://")
+    ended = place.command("run", str(place.job_file), "-e", "dask")
+    assert ended.code == 2
+    assert only_line(ended) == (
+        "cluster: running, but where? Give dask_config.address or --queue dask://…"
+    )
+
+
+def test_a_running_cluster_without_workers_is_said_in_one_line(
+    shared: Materials, tmp_path: Path, dask: str
+) -> None:
+    keys = {"cluster": "running", "dask_config": {"address": dask.removeprefix("dask://")}}
+    for command, url in (("run", "dask://"), ("produce", dask)):
+        place = Place(shared, tmp_path, keys, url=url)
+        ended = place.command(command, str(place.job_file))
+        assert ended.code == 1
+        [line] = ended.complaints
+        assert line == (
+            f"chunkq: queue: the Dask cluster at {dask} has no free workers; start some with "
+            "`dask worker`, or use `chunkq work`"
+        )
+
+
+@pytest.mark.parametrize(
+    ("hook", "line"),
+    [
+        (WITHOUT.format(names={"chunkq"}), "the Dask scheduler at {url} has no chunkq, which .*"),
+        (
+            OTHER_VERSION.format(name="chunkq"),
+            r"{url} is kept by chunkq 1\.2\.3, and here is chunkq .+; install one version .*",
+        ),
+        (
+            OTHER_VERSION.format(name="distributed"),
+            r"the Dask scheduler at {url} runs distributed 1\.2\.3, and here is .+; install .*",
+        ),
+        (OTHER_PYTHON, r"the Dask scheduler at {url} runs python 3\.99\.0.*, and here is 3.*"),
+    ],
+    ids=["no chunkq", "another chunkq", "another distributed", "another Python"],
+)
+def test_a_scheduler_of_another_environment_is_refused(
+    shared: Materials, tmp_path: Path, cluster: Cluster, hook: str, line: str
+) -> None:
+    cluster.scheduler(PYTHONPATH=hooked(tmp_path, hook))
+    place = Place(shared, tmp_path, url=cluster.url)
+    produce, work = said_by(place, ("produce", str(place.job_file)), ("work", *ON_CPU, "--burst"))
+    for ended in (produce, work):
+        assert ended.code == 1
+        assert re.fullmatch(f"queue: {line.format(url=cluster.url)}", only_line(ended))
+    assert not place.job_folder.exists()
+
+
+def test_the_missing_extra_is_named(shared: Materials, tmp_path: Path) -> None:
+    place = Place(shared, tmp_path, url="dask://")
+    job = str(place.job_file)
+    for ended in said_by(
+        place,
+        ("produce", job, "--queue", f"dask://{HOST}"),
+        ("work", "--queue", f"dask://{HOST}"),
+        ("run", job, "-e", "dask"),
+        PYTHONPATH=hooked(tmp_path, WITHOUT.format(names={"distributed", "dask"})),
+    ):
+        assert ended.code == 1
+        assert only_line(ended) == (
+            "queue: dask:// needs a package that is not installed; pip install 'chunkq[dask]'"
+        )
+
+
+# A scheduler that stays, with `chunkq work`.
+
+
+def test_a_scheduler_started_again_in_the_middle_loses_no_work(
+    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+) -> None:
+    place = Place(shared, tmp_path, url=cluster.url)
+    first = cluster.scheduler()
+    place.produce()
+    hook = hooked(tmp_path, IMPATIENT)
+    with place.start("work", *ON_CPU, NET_SLEEP="0.1", PYTHONPATH=hook) as crew:
+        wait_until(lambda: len(place.done()) >= 4, "some chunks are done")
+        first.kill()
+        time.sleep(2)  # Dask's client has given up by then
+        committed = set(place.done())
+        cluster.scheduler()
+        resumed = place.produce("--resume")
+        queued = int(re.search(r"(\d+) newly queued", resumed.out)[1])  # type: ignore[index]
+        assert queued == CHUNKS - len(place.done())
+        wait_until(lambda: len(place.done()) == CHUNKS, "all chunks are done")
+        crew.children()
+        crew.process.send_signal(signal.SIGINT)
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert not [line for line in ended.err.splitlines() if "distributed" in line]
+    place.finish()
+    assert place.stored() == calm.stored()
+    again = {patch for patch, times in place.computed().items() if times > 1}
+    ours = place.patches()
+    assert not any(again & ours[name] for name in committed)
+    crew.leaves_nothing_behind()
+
+
+# A cluster that `run` makes for itself.
+
+
+def test_a_run_makes_a_cluster_on_loopback_and_leaves_nothing_behind(
+    shared: Materials, tmp_path: Path, calm: Place
+) -> None:
+    place = Place(shared, tmp_path, url="dask://")
+    run = ("run", str(place.job_file), "-e", "dask", "-w", "2")
+    with place.start(*run, NET_HOLD="piece", NET_AFTER="4") as crew:
+        place.held()
+        assert listening(crew) == {HOST}
+        place.open_gate()
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    crew.leaves_nothing_behind()
+    assert place.stored() == calm.stored()
+    assert set(place.computed().values()) == {1}
+
+
+def listening(crew: Crew) -> set[str]:
+    """The addresses on which a command's processes take connections."""
+    processes = [psutil.Process(pid) for pid in [crew.process.pid, *crew.children()]]
+    return {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def test_after_ctrl_c_the_same_run_again_continues(
+    shared: Materials, tmp_path: Path, calm: Place
+) -> None:
+    place = Place(shared, tmp_path, url="dask://")
+    run = ("run", str(place.job_file), "-e", "dask")
+    with place.start(*run, NET_HOLD="piece", NET_AFTER="4") as crew:
+        place.held()
+        crew.children()
+        crew.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping" in crew.says(), "it has heard")
+        place.open_gate()
+        ended = crew.ended()
+    assert ended.code == 130, ended.err
+    assert ended.complaints[-1] == "chunkq: stopped; the same command continues where it was"
+    crew.leaves_nothing_behind()
+    assert 4 <= len(place.done()) < CHUNKS
+    with place.start(*run) as crew:
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert place.stored() == calm.stored()
+    assert set(place.computed().values()) == {1}
+
+
+def test_a_run_that_is_killed_takes_its_cluster_along(shared: Materials, tmp_path: Path) -> None:
+    place = Place(shared, tmp_path, url="dask://")
+    with place.start(
+        "run", str(place.job_file), "-e", "dask", NET_HOLD="piece", NET_AFTER="2"
+    ) as crew:
+        place.held()
+        assert len(crew.children()) >= 3  # scheduler, supervisor, worker
+        crew.process.kill()
+        crew.ended()
+        crew.leaves_nothing_behind()
+
+
+def test_the_job_says_how_many_processes_and_chunks_in_flight_and_which_port(
+    shared: Materials, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = {"n_workers": 2, "threads_per_worker": 3, "scheduler_port": port, "protocol": "tcp"}
+    place = Place(shared, tmp_path, {"dask_config": config}, url="dask://")
+    seen = Place(shared, tmp_path, url=f"dask://{HOST}:{port}")
+    run = ("run", str(place.job_file), "-e", "dask")
+    with place.start(*run, NET_SLEEP="1") as crew:
+        wait_until(lambda: len(place.done()) >= 1, "it has begun")
+        seen.wait_for_full_hands(3)
+        wait_until(lambda: len({item.worker for item in seen.running()}) == 2, "both work")
+        crew.children()
+    crew.leaves_nothing_behind()
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(shared: Materials, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        config = {"scheduler_port": other.getsockname()[1]}
+        place = Place(shared, tmp_path, {"dask_config": config}, url="dask://")
+        ended = place.command("run", str(place.job_file))
+    assert ended.code == 1
+    assert re.fullmatch(
+        "queue: no Dask scheduler could be started here: .*[Aa]ddress already in use.*",
+        only_line(ended),
+    )
+
+
+# A cluster that runs, and works with its own workers.
+
+
+def of_cluster(cluster: Cluster, shared: Materials, folder: Path) -> Place:
+    """A job for the workers of a running cluster, which its file names."""
+    config = {"address": f"tcp://{HOST}:{cluster.port}"}
+    place = Place(shared, folder, {"cluster": "running", "dask_config": config}, url=cluster.url)
+    assert place.job_file.exists()
+    return place
+
+
+def test_a_running_cluster_does_the_job_with_its_own_workers(
+    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+) -> None:
+    place = of_cluster(cluster, shared, tmp_path)
+    with running_cluster(cluster, place, NET_SLEEP="0.1") as workers:
+        cluster.has_workers(2)
+        with place.start("run", "job.yaml", "-e", "dask", CHUNKQ_QUEUE="dask://") as crew:
+            wait_until(lambda: len(place.running()) == 3, "each thread has a chunk")
+            ended = crew.ended()
+        assert ended.code == 0, ended.err
+        assert "Traceback" not in ended.err
+        assert all(worker.process.poll() is None for worker in workers)
+    assert place.stored() == calm.stored()
+    assert set(place.computed().values()) == {1}
+    lines = (place.folder / "trace").read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) == 2
+
+
+def test_a_cluster_goes_on_when_the_producer_has_gone(
+    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+) -> None:
+    place = of_cluster(cluster, shared, tmp_path)
+    with running_cluster(cluster, place, NET_HOLD="piece", NET_AFTER="2"):
+        cluster.has_workers(2)
+        [produced] = said_by(place, ("produce", "job.yaml"))
+        assert produced.code == 0, produced.err
+        assert "the cluster's own workers have begun" in produced.err
+        place.held()
+        status = place.status()
+        assert status["queue_problem"] is None
+        assert status["running"] >= 1
+        place.open_gate()
+        wait_until(lambda: len(place.done()) == CHUNKS, "the cluster has done it")
+        place.finish()
+    assert place.stored() == calm.stored()
+    assert set(place.computed().values()) == {1}
+
+
+def test_a_dask_worker_killed_in_the_middle_loses_nothing(
+    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+) -> None:
+    place = of_cluster(cluster, shared, tmp_path)
+    with running_cluster(cluster, place, NET_HOLD="piece", NET_AFTER="4", NET_SLEEP="0.1"):
+        cluster.has_workers(2)
+        with place.start("run", "job.yaml") as crew:
+            held = place.held()
+            committed = set(place.done())
+            os.kill(held, signal.SIGKILL)
+            place.open_gate()
+            ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert place.stored() == calm.stored()
+    again = {patch for patch, times in place.computed().items() if times > 1}
+    ours = place.patches()
+    assert not any(again & ours[name] for name in committed)
+
+
+def test_what_goes_wrong_on_the_clusters_workers_is_told_by_the_run(
+    shared: Materials, tmp_path: Path, cluster: Cluster
+) -> None:
+    place = of_cluster(cluster, shared, tmp_path)
+    (tmp_path / "broken").touch()
+    with running_cluster(cluster, place, NET_BROKEN=str(tmp_path / "broken")):
+        cluster.has_workers(2)
+        [ended] = said_by(place, ("run", "job.yaml"))
+    assert ended.code == 1
+    assert "ArithmeticError: broken for every chunk" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.complaints
+
+
+def test_a_run_says_that_the_scheduler_of_its_cluster_has_died(
+    shared: Materials, tmp_path: Path, cluster: Cluster
+) -> None:
+    place = of_cluster(cluster, shared, tmp_path)
+    hook = hooked(tmp_path, IMPATIENT)
+    with running_cluster(cluster, place, NET_SLEEP="0.2"):
+        cluster.has_workers(2)
+        with place.start("run", "job.yaml", PYTHONPATH=hook) as crew:
+            wait_until(lambda: len(place.done()) >= 2, "some chunks are done")
+            cluster.processes[0].kill()
+            ended = crew.ended(30)
+    assert ended.code == 1
+    assert "no Dask scheduler answers" in ended.complaints[-1]
+    assert "Traceback" not in ended.err
+
+
+def test_ctrl_c_frees_the_clusters_workers_and_the_same_run_continues(
+    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+) -> None:
+    place = of_cluster(cluster, shared, tmp_path)
+    with running_cluster(cluster, place, NET_SLEEP="0.2"):
+        cluster.has_workers(2)
+        with place.start("run", "job.yaml") as crew:
+            wait_until(lambda: len(place.done()) >= 3, "some chunks are done")
+            crew.process.send_signal(signal.SIGINT)
+            ended = crew.ended()
+        assert ended.code == 130, ended.err
+        done = len(place.done())
+        assert 3 <= done < CHUNKS
+        counts = place.counts()
+        assert (counts.running, counts.queued) == (0, CHUNKS - done)
+        [again] = said_by(place, ("run", "job.yaml"))
+        assert again.code == 0, again.err
+    assert place.stored() == calm.stored()
+    assert set(place.computed().values()) == {1}

@@ -1,0 +1,568 @@
+"""Ray: a real cluster, in a network of its own; what it does when something is amiss or dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import pytest
+
+from tests.integration.support import (
+    NETWORK,
+    Crew,
+    Ended,
+    Materials,
+    Place,
+    calm_place,
+    is_alive,
+    materials,
+    wait_until,
+)
+from tests.own_network import OwnNetwork
+from tests.ray_server import ray_cluster
+
+CHUNKS = 24
+ON_CPU = ("work", "--gpus", "none", "--burst")
+NOBODY = ("ray://auto?address=127.0.0.1:6399", "ray://127.0.0.1:10009")
+CLIENT = "ray://127.0.0.1:10001"
+RUNNING = {
+    "cluster": "running",
+    "hardware": "cpu_only",
+    "ray_config": {"address": "127.0.0.1"},
+}
+
+NOT_INSTALLED = """
+from importlib.machinery import PathFinder
+
+found = PathFinder.find_spec
+
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] == "ray" else found(name, path, target)
+
+
+PathFinder.find_spec = staticmethod(find_spec)
+"""
+NO_CHUNKQ = """
+import os
+import sys
+
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0].startswith("chunkq") and os.path.exists({marker!r}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+if "chunkq" not in " ".join(sys.orig_argv):
+    sys.meta_path.insert(0, Finder)
+"""
+OTHER_CHUNKQ = """
+import importlib.metadata
+
+true = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.0.1" if name == "chunkq" else true(name)
+"""
+OTHER_RAY = """
+import ray
+
+ray.__version__ = "2.40.0"
+"""
+DEVICES = """
+
+class Telling(Net):
+    def forward(self, x):
+        with open(os.environ["NET_DEVICES"], "a") as file:
+            file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')!r}\\n")
+        return super().forward(x)
+"""
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The job done by one worker to which nothing happened, on the embedded queue."""
+    return calm_place(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    return materials(tmp_path_factory.mktemp)
+
+
+@pytest.fixture
+def place(shared: Materials, tmp_path: Path, ray: str) -> Place:
+    """The job in a folder of its own, on the cluster that the tests share."""
+    return Place(shared, tmp_path, url=ray)
+
+
+@pytest.fixture
+def alone(shared: Materials, tmp_path: Path) -> Iterator[Place]:
+    """The job in a folder of its own, in an empty network."""
+    network = OwnNetwork()
+    with network.inside():
+        yield Place(shared, tmp_path, url="ray://")
+    network.close()
+
+
+@pytest.fixture(scope="module")
+def peculiar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OwnNetwork, str, Path]]:
+    """A cluster of two emulated GPUs, whose Python finds no chunkq while a file is there."""
+    folder = tmp_path_factory.mktemp("peculiar")
+    marker = folder / "marker"
+    paths = hook(folder, NO_CHUNKQ.format(marker=str(marker)))
+    network = OwnNetwork()
+    with mock.patch.dict(os.environ, paths), ray_cluster(network, gpus=2) as url:
+        yield network, url, marker
+    network.close()
+
+
+def hook(folder: Path, code: str) -> dict[str, str]:
+    """Have real processes start with some code; returns what to add to their environment."""
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder / "hook")}
+
+
+def only_line(ended: Ended) -> str:
+    """The one line that a refused command says, besides what Ray says of a missing Internet."""
+    assert "Traceback" not in ended.err
+    lines = [line for line in ended.err.splitlines() if "local IP via external" not in line]
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("chunkq: ")
+    return lines[0]
+
+
+def refused(place: Place, *arguments: str, code: int = 1, **environment: str) -> str:
+    with place.start(*arguments, **environment) as crew:
+        ended = crew.ended(30)
+    assert ended.code == code, ended.err
+    return only_line(ended)
+
+
+def done(place: Place, *arguments: str) -> Ended:
+    """Run a command for real. One process is never at home in two networks, because of Ray."""
+    with place.start(*arguments) as crew:
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    return ended
+
+
+def mates(title: str = "") -> list[psutil.Process]:
+    """The living processes of this network, whose command line begins so; without this one."""
+    here = os.stat("/proc/thread-self/ns/net").st_ino
+    found = []
+    for process in psutil.process_iter():
+        try:
+            inside = os.stat(f"/proc/{process.pid}/ns/net").st_ino == here
+            line = " ".join(process.cmdline())
+        except (OSError, psutil.Error):
+            continue
+        ours = inside and process.pid != os.getpid() and line.startswith(title)
+        if ours and is_alive(process.pid):
+            found.append(process)
+    return found
+
+
+def kill_the_keeper() -> None:
+    """Kill the actor that keeps the queue."""
+    [keeper] = mates("ray::Host")
+    keeper.kill()
+    keeper.wait(10)
+
+
+def left_to_do(place: Place) -> int:
+    return CHUNKS - len(place.done())
+
+
+def not_computed_again(place: Place, committed: set[str]) -> None:
+    ours = place.patches()
+    again = {patch for patch, times in place.computed().items() if times > 1}
+    assert not any(again & ours[name] for name in committed)
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("url", NOBODY)
+def test_a_cluster_that_is_away_is_one_line_within_seconds(alone: Place, url: str) -> None:
+    begun = time.monotonic()
+    for command in (("produce", str(alone.job_file)), ("work",)):
+        line = refused(alone, *command, "--queue", url)
+        assert line.startswith(f"chunkq: queue: no Ray cluster answers at {url} (")
+    assert time.monotonic() - begun < 20
+
+
+def test_status_tells_what_the_ledger_knows_while_the_cluster_is_away(
+    shared: Materials, tmp_path: Path
+) -> None:
+    Place(shared, tmp_path).produce()
+    status = Place(shared, tmp_path, url=NOBODY[0]).status()
+    assert (status["chunks"], status["done"]) == (CHUNKS, 0)
+    assert "no Ray cluster answers" in json.dumps(status)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("ray://host", "ray://host is no address of a Ray cluster; write ray://auto"),
+        ("ray://host:port", "ray://host:port is no address of a Ray cluster"),
+        ("ray://auto?adress=h:1", "is no address of a Ray cluster"),
+        ("ray://", "ray:// alone is a cluster that `chunkq run` makes for itself"),
+    ],
+)
+def test_an_address_that_is_none_is_one_line(
+    shared: Materials, tmp_path: Path, url: str, says: str
+) -> None:
+    place = Place(shared, tmp_path, url=url)
+    for command in (("produce", str(place.job_file)), ("work",)):
+        ended = place.command(*command)
+        assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+        assert says in ended.err
+
+
+def test_a_running_cluster_without_an_address_is_asked_for(
+    shared: Materials, tmp_path: Path
+) -> None:
+    place = Place(shared, tmp_path, {"cluster": "running"}, url="ray://")
+    ended = place.command("run", "-e", "ray", str(place.job_file))
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+    assert "Give ray_config.address or --queue ray://…" in ended.err
+
+
+@pytest.mark.parametrize("command", [("produce",), ("run", "-e", "ray")], ids=["produce", "run"])
+def test_without_the_package_the_extra_is_named(
+    shared: Materials, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    url = "ray://auto" if command == ("produce",) else "ray://"
+    place = Place(shared, tmp_path, url=url)
+    line = refused(place, *command, str(place.job_file), **hook(tmp_path, NOT_INSTALLED))
+    assert line.endswith("ray:// needs a package that is not installed; pip install 'chunkq[ray]'")
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (OTHER_CHUNKQ, "and here is chunkq 0.0.1; install one version everywhere"),
+        (OTHER_RAY, "runs other versions than this process"),
+    ],
+    ids=["chunkq", "ray"],
+)
+def test_another_version_is_one_line(place: Place, code: str, says: str) -> None:
+    place.produce()
+    environment = hook(place.folder, code)
+    assert says in refused(place, "produce", str(place.job_file), **environment)
+    assert says in refused(place, "work", **environment)
+
+
+def test_machines_without_chunkq_are_one_line(
+    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+) -> None:
+    network, url, marker = peculiar
+    place = Place(shared, tmp_path, url=url)
+    with network.inside():
+        marker.touch()
+        says = f"chunkq: queue: the Ray cluster at {url} has no chunkq, which keeps the queue there"
+        assert refused(place, "produce", str(place.job_file)).startswith(says)
+        marker.unlink()
+        done(place, "produce", str(place.job_file))
+        marker.touch()
+        line = refused(place, *ON_CPU, "--quiet")
+        assert line.startswith("chunkq: queue: a machine of the Ray cluster has no chunkq; pip")
+        marker.unlink()
+        assert f"{CHUNKS} queued" in done(place, "status", str(place.output)).err
+
+
+# --------------------------------------------------------------------------- the queue is lost
+
+
+def test_a_killed_keeper_costs_nothing_that_is_committed(place: Place, calm: Place) -> None:
+    place.produce()
+    with place.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="4") as crew:
+        place.held()
+        kill_the_keeper()
+        place.open_gate()
+        ended = crew.ended()
+    assert "Traceback" not in ended.err
+    committed, left = set(place.done()), left_to_do(place)
+    assert 0 < left < CHUNKS
+    again = place.produce("--resume")
+    assert f"{left} newly queued" in again.out
+    assert place.counts().queued == left
+    assert place.work().code == 0
+    place.finish()
+    assert place.stored() == calm.stored()
+    not_computed_again(place, committed)
+
+
+# --------------------------------------------------------------------------- devices
+
+
+def granted(devices: Path) -> dict[str, str]:
+    """What each process saw of the devices when it ran the network, by process id."""
+    lines = devices.read_text().splitlines() if devices.exists() else []
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+def test_each_worker_is_an_actor_with_the_device_that_ray_granted_it(
+    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+) -> None:
+    network, url, _ = peculiar
+    (tmp_path / "told.py").write_text(NETWORK + DEVICES)
+    model = {"class_file": str(tmp_path / "told.py"), "class_name": "Telling", "device": "cpu"}
+    place = Place(shared, tmp_path, {"model": model}, url=url)
+    devices = tmp_path / "devices"
+    told = {
+        "CUDA_VISIBLE_DEVICES": "0,1,2",
+        "NET_DEVICES": str(devices),
+        "NET_HOLD": "piece",
+        "NET_AFTER": "4",
+    }
+    with network.inside():
+        done(place, "produce", str(place.job_file))
+        with place.start("work", "--burst", "--gpus", "0,1,2", **told) as crew:
+            place.held()
+            assert len(mates("ray::Crew")) == 2
+            wait_until(lambda: "has not granted" in crew.says(), "it says that one waits")
+            wait_until(lambda: len(granted(devices)) == 2, "both have computed")
+            place.open_gate()
+            ended = crew.ended()
+        assert ended.code == 0, ended.err
+        assert ended.err.count("has not granted this worker its device") == 1
+        done(place, "finalize", str(place.output))
+    assert set(granted(devices).values()) == {"'0'", "'1'"}
+
+
+def test_an_actor_without_a_gpu_sees_none(
+    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+) -> None:
+    network, url, _ = peculiar
+    (tmp_path / "told.py").write_text(NETWORK + DEVICES)
+    model = {"class_file": str(tmp_path / "told.py"), "class_name": "Telling"}
+    place = Place(shared, tmp_path, {"model": model}, url=url)
+    devices = tmp_path / "devices"
+    with network.inside():
+        done(place, "produce", str(place.job_file))
+        ended = place.work(NET_DEVICES=str(devices), CUDA_VISIBLE_DEVICES="0,1")
+    assert ended.code == 0, ended.err
+    assert set(granted(devices).values()) == {"''"}
+
+
+def test_a_worker_that_waits_for_its_device_can_be_stopped(
+    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+) -> None:
+    network, url, _ = peculiar
+    place = Place(shared, tmp_path, url=url)
+    with network.inside():
+        done(place, "produce", str(place.job_file))
+        three = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+        with place.start("work", "--gpus", "0,1,2", "--max-time", "1h", **three) as crew:
+            wait_until(lambda: len(place.done()) == CHUNKS, "all is done")
+            crew.process.send_signal(signal.SIGINT)
+            ended = crew.ended()
+        assert ended.code == 0, ended.err
+        crew.leaves_nothing_behind()
+        wait_until(lambda: not mates("ray::Crew"), "its actors are gone")
+
+
+# --------------------------------------------------------------------------- run, by itself
+
+
+def own_run(place: Place) -> tuple[str, ...]:
+    return ("run", "-e", "ray", "--gpus", "none", "-w", "2", str(place.job_file))
+
+
+def nothing_is_left() -> None:
+    wait_until(lambda: not mates(), "every process of it is gone", 30)
+
+
+def test_run_has_a_cluster_of_its_own_that_ends_with_it(alone: Place, calm: Place) -> None:
+    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as crew:
+        alone.held()
+        [worker] = [p for p in mates(sys.executable) if "chunkq_worker.child" in p.cmdline()][:1]
+        stranger = worker.environ()["CHUNKQ_QUEUE"]
+        with alone.start("work", "--queue", stranger) as other:
+            turned_away = other.ended()
+        assert turned_away.code == 1
+        assert "Traceback" not in turned_away.err
+        # Before it, Ray's core says once a second that a token is missing.
+        [line] = turned_away.complaints
+        assert line.endswith("and the token if it asks for one")
+        alone.open_gate()
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err
+    assert alone.stored() == calm.stored()
+    nothing_is_left()
+
+
+def test_ctrl_c_of_run_and_the_same_again_continues(alone: Place, calm: Place) -> None:
+    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as crew:
+        alone.held()
+        crew.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        alone.open_gate()
+        ended = crew.ended()
+    assert ended.code == 130, ended.err
+    assert ended.complaints[-1].startswith("chunkq: stopped; the same command continues")
+    nothing_is_left()
+    committed = set(alone.done())
+    assert 4 <= len(committed) < CHUNKS
+    with alone.start(*own_run(alone)) as crew:
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert alone.stored() == calm.stored()
+    not_computed_again(alone, committed)
+
+
+def test_a_run_killed_with_9_leaves_no_process_of_rays(alone: Place) -> None:
+    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as crew:
+        alone.held()
+        assert mates("ray::")
+        crew.process.kill()
+        crew.process.wait()
+        alone.open_gate()
+        nothing_is_left()
+
+
+# --------------------------------------------------------------------------- a running cluster
+
+
+def hired_place(shared: Materials, folder: Path, url: str, **told: str) -> Place:
+    """The job for a running cluster's own workers, which are told through the network's file."""
+    told |= {
+        "NET_TRACE": str(folder / "trace"),
+        "NET_DONE": str(folder / "out.zarr.chunkq" / "done" / "infer"),
+        "NET_GATE": str(folder / "gate"),
+    }
+    (folder / "told.py").write_text(f"import os\nos.environ.update({told!r})\n" + NETWORK)
+    model = {"class_file": str(folder / "told.py")}
+    return Place(shared, folder, RUNNING | {"model": model}, url=url)
+
+
+def voxels(place: Place) -> dict[str, bytes]:
+    """What is stored, save the metadata: they name the network's file by its hash."""
+    return {name: data for name, data in place.stored().items() if not name.endswith(".json")}
+
+
+@contextmanager
+def run_there(place: Place) -> Iterator[Crew]:
+    with place.start("run", "-e", "ray", str(place.job_file), CHUNKQ_QUEUE="") as crew:
+        yield crew
+
+
+def no_hired_actor_remains() -> None:
+    wait_until(lambda: not mates("ray::Crew"), "the hired actors are gone", 20)
+
+
+def test_run_on_a_running_cluster_gives_the_same_bytes(
+    shared: Materials, tmp_path: Path, ray: str, calm: Place
+) -> None:
+    place = hired_place(shared, tmp_path, ray)
+    with run_there(place) as crew:
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert voxels(place) == voxels(calm)
+    assert set(place.computed().values()) == {1}
+    no_hired_actor_remains()
+
+
+def test_hired_actors_outlive_the_client_and_their_own_death(
+    shared: Materials, tmp_path: Path, ray: str, calm: Place
+) -> None:
+    place = hired_place(shared, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
+    with place.start("produce", str(place.job_file), CHUNKQ_QUEUE="") as crew:
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert "the cluster's own workers have begun" in ended.err
+    held = place.held()
+    committed = set(place.done())
+    os.kill(held, signal.SIGKILL)
+    place.open_gate()
+    wait_until(lambda: place.status()["done"] == CHUNKS, "Ray's own actors have done it")
+    place.finish()
+    assert voxels(place) == voxels(calm)
+    not_computed_again(place, committed)
+    no_hired_actor_remains()
+
+
+def test_a_network_that_always_fails_is_told_and_nobody_remains(
+    shared: Materials, tmp_path: Path, ray: str
+) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    place = hired_place(shared, tmp_path, ray, NET_BROKEN=str(broken))
+    with run_there(place) as crew:
+        ended = crew.ended()
+    assert ended.code == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert any("failed alike (ArithmeticError: broken for" in line for line in ended.complaints)
+    no_hired_actor_remains()
+
+
+def test_ctrl_c_of_a_run_there_has_the_hired_leave(
+    shared: Materials, tmp_path: Path, ray: str, calm: Place
+) -> None:
+    place = hired_place(shared, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
+    with run_there(place) as crew:
+        place.held()
+        crew.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        place.open_gate()
+        ended = crew.ended()
+    assert ended.code == 130, ended.err
+    no_hired_actor_remains()
+    assert 4 <= len(place.done()) < CHUNKS
+    with run_there(place) as crew:
+        ended = crew.ended()
+    assert ended.code == 0, ended.err
+    assert voxels(place) == voxels(calm)
+    assert set(place.computed().values()) == {1}
+
+
+def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
+    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+) -> None:
+    network, url, _ = peculiar
+    place = hired_place(shared, tmp_path, url)
+    hog = "import ray, sys, time; ray.init(sys.argv[1]); " + (
+        "f = ray.remote(num_cpus=8)(lambda: time.sleep(99)); f.remote(); print(flush=True); "
+        "time.sleep(99)"
+    )
+    command = [sys.executable, "-c", hog, url.partition("=")[2]]
+    with (
+        network.inside(),
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as other,
+    ):
+        assert other.stdout is not None
+        other.stdout.readline()
+        with run_there(place) as crew:
+            wait_until((place.job_folder / "job.json").exists, "it is produced")
+            time.sleep(3)
+            crew.process.send_signal(signal.SIGINT)
+            ended = crew.ended()
+        other.kill()
+    assert ended.code == 130, ended.err
+    assert not place.done()
+
+
+# --------------------------------------------------------------------------- Ray Client
+
+
+def test_all_commands_work_from_outside_the_cluster(
+    shared: Materials, tmp_path: Path, ray: str, calm: Place
+) -> None:
+    place = Place(shared, tmp_path, url=CLIENT)
+    done(place, "produce", str(place.job_file))
+    done(place, *ON_CPU)
+    told = done(place, "status", str(place.output)).err
+    assert f"{CHUNKS}/{CHUNKS} chunks done" in told
+    done(place, "finalize", str(place.output))
+    assert place.stored() == calm.stored()
