@@ -557,12 +557,14 @@ def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
 
 
 def test_all_commands_work_from_outside_the_cluster(
-    shared: Materials, tmp_path: Path, ray: str, calm: Place
+    shared: Materials, tmp_path: Path, calm: Place
 ) -> None:
-    place = Place(shared, tmp_path, url=CLIENT)
-    done(place, "produce", str(place.job_file))
-    done(place, *ON_CPU)
-    told = done(place, "status", str(place.output)).err
+    place, network = Place(shared, tmp_path, url=CLIENT), OwnNetwork()
+    with ray_cluster(network), network.inside():
+        done(place, "produce", str(place.job_file))
+        done(place, *ON_CPU)
+        told = done(place, "status", str(place.output)).err
+        done(place, "finalize", str(place.output))
+    network.close()
     assert f"{CHUNKS}/{CHUNKS} chunks done" in told
-    done(place, "finalize", str(place.output))
     assert place.stored() == calm.stored()
