@@ -61,7 +61,7 @@ class Finder:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 
-if "chunkq" not in " ".join(sys.orig_argv):
+if "chunkq" not in sys.orig_argv:  # but the commands themselves, `-m chunkq`
     sys.meta_path.insert(0, Finder)
 """
 OTHER_CHUNKQ = """
