@@ -31,7 +31,6 @@ from tests.ray_server import ray_cluster
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
 NOBODY = ("ray://auto?address=127.0.0.1:6399", "ray://127.0.0.1:10009")
-CLIENT = "ray://127.0.0.1:10001"
 RUNNING = {
     "cluster": "running",
     "hardware": "cpu_only",
@@ -551,20 +550,3 @@ def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
         other.kill()
     assert ended.code == 130, ended.err
     assert not place.done()
-
-
-# --------------------------------------------------------------------------- Ray Client
-
-
-def test_all_commands_work_from_outside_the_cluster(
-    shared: Materials, tmp_path: Path, calm: Place
-) -> None:
-    place, network = Place(shared, tmp_path, url=CLIENT), OwnNetwork()
-    with ray_cluster(network), network.inside():
-        done(place, "produce", str(place.job_file))
-        done(place, *ON_CPU)
-        told = done(place, "status", str(place.output)).err
-        done(place, "finalize", str(place.output))
-    network.close()
-    assert f"{CHUNKS}/{CHUNKS} chunks done" in told
-    assert place.stored() == calm.stored()
