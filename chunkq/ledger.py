@@ -7,8 +7,8 @@ for, so a chunk without one is simply to be done again.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import math
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -33,6 +33,7 @@ from chunkq.stores import Source
 from chunkq.tasks import chunk_name, parse_chunk
 
 SUFFIX = ".chunkq"
+CRC_BYTES, ALIGNMENT = 4, 16
 SAMPLE = 8192
 """Commit records whose dates `newest` asks for, of a job with more."""
 NOT_THE_RESULT = (
@@ -272,15 +273,18 @@ class JobFolder:
         return [Failure(**{**v, "chunk": tuple(v["chunk"])}) for v in values]
 
     def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> Written:
-        """Store arrays under `pieces/<target>/<name>`, a CRC-32 in front of them."""
-        buffer = io.BytesIO(b"\0\0\0\0")
-        buffer.seek(4)
-        for array in arrays:
-            np.lib.format.write_array(buffer, array, allow_pickle=False)
-        content = buffer.getbuffer()
-        checksum = zlib.crc32(content[4:])
-        content[:4] = checksum.to_bytes(4, "little")
-        self.objects.put(f"pieces/{chunk_name(target)}/{name}", content)
+        """Store arrays under `pieces/<target>/<name>`: CRC-32, a line of JSON, the arrays' bytes.
+
+        The line has [dtype, shape] of each array. The form is not `.npy`, whose header is read as
+        Python code: in CPython before 3.13, threads that do so at once disturb each other.
+        """
+        line = json.dumps([(array.dtype.str, array.shape) for array in arrays]).encode()
+        line += b" " * (-(CRC_BYTES + len(line) + 1) % ALIGNMENT) + b"\n"
+        bodies = [np.ascontiguousarray(array).data for array in arrays]
+        content = bytearray().join([bytes(CRC_BYTES), line, *bodies])
+        checksum = zlib.crc32(memoryview(content)[CRC_BYTES:])
+        content[:CRC_BYTES] = checksum.to_bytes(CRC_BYTES, "little")
+        self.objects.put(f"pieces/{chunk_name(target)}/{name}", memoryview(content))
         return Written(len(content), checksum)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
@@ -289,14 +293,15 @@ class JobFolder:
         content = self.objects.get(path)
         if content is None:
             raise PieceError(f"{without_secret(self.path)}/{path} is gone")
-        body = memoryview(content)[4:]  # the checksum of nothing is 0, so nothing is refused first
-        if not body or zlib.crc32(body) != int.from_bytes(content[:4], "little"):
+        body = memoryview(content)[CRC_BYTES:]  # the CRC of nothing is 0: not to be taken for good
+        if not body or zlib.crc32(body) != int.from_bytes(content[:CRC_BYTES], "little"):
             raise PieceError(f"{without_secret(self.path)}/{path} is damaged")
-        buffer = io.BytesIO(content)
-        buffer.seek(4)
+        offset = content.index(b"\n", CRC_BYTES) + 1
         arrays = []
-        while buffer.tell() < len(content):
-            arrays.append(np.lib.format.read_array(buffer, allow_pickle=False))
+        for dtype, shape in json.loads(content[CRC_BYTES:offset]):
+            array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
+            arrays.append(array)
+            offset += array.nbytes
         return arrays, len(content)
 
     def delete_pieces(self, target: Index | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from chunkq.ome import Space, axis_names, first_image, image_metadata, space_of
 from chunkq.padding import PadMode, source_indices, source_range
 from chunkq.paths import is_url, join, open_filesystem, without_secret
 from chunkq.plan import Volume
+
+HEADERS = threading.Lock()
+"""Held while a `.npy` header is read: as Python code, which CPython before 3.13 can do only once
+at a time."""
 
 log = logging.getLogger("chunkq.stores")
 Voxels = npt.NDArray[Any]
@@ -105,7 +110,7 @@ class NpyArray(Array):
         self.path = path
         self._filesystem, self._inner = open_filesystem(path)
         try:
-            with self._filesystem.open(self._inner, "rb") as file:
+            with HEADERS, self._filesystem.open(self._inner, "rb") as file:
                 version = np.lib.format.read_magic(file)
                 header = np.lib.format.read_array_header_1_0
                 if version != (1, 0):
