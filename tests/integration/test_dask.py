@@ -385,6 +385,32 @@ def test_a_scheduler_started_again_in_the_middle_loses_no_work(
     crew.leaves_nothing_behind()
 
 
+def test_a_burst_that_meets_a_new_empty_queue_says_what_is_lost_and_resuming_completes_it(
+    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+) -> None:
+    place = Place(shared, tmp_path, url=cluster.url)
+    first = cluster.scheduler()
+    place.produce()
+    hook = hooked(tmp_path, IMPATIENT)
+    burst = ("work", *ON_CPU, "--burst")
+    with place.start(*burst, NET_SLEEP="0.1", PYTHONPATH=hook) as crew:
+        wait_until(lambda: len(place.done()) >= 4, "some chunks are done")
+        first.kill()
+        time.sleep(2)  # Dask's client has given up by then
+        cluster.scheduler()
+        ended = crew.ended()
+    assert ended.code == 3, ended.err
+    assert ended.err.splitlines()[-1] == (
+        f"chunkq: the queue was lost meanwhile, and with it chunks of {place.output}; "
+        "`chunkq produce --resume` of the job queues them again"
+    )
+    assert len(place.done()) < CHUNKS
+    place.produce("--resume")
+    assert place.work().code == 0
+    place.finish()
+    assert place.stored() == calm.stored()
+
+
 # A cluster that `run` makes for itself.
 
 

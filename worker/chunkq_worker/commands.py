@@ -8,15 +8,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from chunkq.errors import IncompleteError, JobError
+from chunkq.errors import IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Executor
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor
+from chunkq.finalize import standing
 from chunkq.ledger import folder_of
-from chunkq.paths import absolute
+from chunkq.opened import open_job
+from chunkq.paths import absolute, without_secret
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.run import ALLOW_VARIABLE
 from chunkq_worker.supervisor import Supervisor
@@ -77,8 +81,8 @@ def work(
     if lifeline:
         threading.Thread(target=_stop_with_parent, daemon=True).start()
     folder = None if job is None else folder_of(absolute(job, Path.cwd()))
-    failed_before = _failed(executor, folder)
-    code = Supervisor(
+    before = _jobs(executor, folder)
+    supervisor = Supervisor(
         queue=url,
         executor=executor,
         slots=taken,
@@ -89,9 +93,19 @@ def work(
         time_limit=limit,
         quiet=quiet,
         hide_gpus=gpus == "none",
-    ).run()
-    failed = _failed(executor, folder) - failed_before
+    )
+    code = supervisor.run()
+    after = _jobs(executor, folder)
     executor.close()
+    failed = _failed(after) - _failed(before)
+    lost = _lost(before, after) if burst and supervisor.queue_was_away else []
+    if lost and code == 0:
+        raise IncompleteError(
+            "the queue was lost meanwhile, and with it chunks of "
+            f"{', '.join(without_secret(output) for output in lost)}; `chunkq produce --resume` "
+            "of the job queues them again",
+            [],
+        )
     if failed > 0 and code == 0:
         raise IncompleteError(
             f"{failed} chunks failed; `chunkq status OUT` says why, `chunkq retry OUT` queues them "
@@ -101,11 +115,27 @@ def work(
     sys.exit(code)
 
 
-def _failed(executor: Executor, job: str | None) -> int:
-    """Count failed tasks, of one job or of all."""
-    if job is not None:
-        return executor.counts(job).failed
-    return sum(counts.failed for counts in executor.jobs().values())
+def _jobs(executor: Executor, job: str | None) -> dict[str, Counts]:
+    """Count the tasks of one job or of all on the queue, by job folder."""
+    return executor.jobs() if job is None else {job: executor.counts(job)}
+
+
+def _failed(jobs: Mapping[str, Counts]) -> int:
+    return sum(counts.failed for counts in jobs.values())
+
+
+def _lost(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> list[str]:
+    """Return the outputs of those jobs whose chunks are neither done nor on the queue any more."""
+    lost = []
+    for path, counts in before.items():
+        now = after.get(path, Counts())
+        if not counts.queued + counts.running or now.queued + now.running:
+            continue
+        with suppress(MissingJobError):  # a job taken away, with its folder, is nobody's loss
+            job = open_job(path)
+            if len(standing(job).unfinished) > now.failed:
+                lost.append(job.folder.output)
+    return lost
 
 
 def seconds_in(option: str, text: str) -> float:

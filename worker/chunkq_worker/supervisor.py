@@ -66,6 +66,7 @@ class Supervisor:
     time_limit: float | None = None
     quiet: bool = False
     hide_gpus: bool = False
+    queue_was_away: bool = field(default=False, init=False)
     _signals: int = field(default=0, init=False)
     _passed_on: int = field(default=0, init=False)
     _owed: dict[str, bool] = field(default_factory=dict, init=False)
@@ -143,6 +144,7 @@ class Supervisor:
 
     def _after_absence(self, place: _Place) -> None:
         """Start a child again that lost the queue: a queue comes back, and nobody is to watch."""
+        self.queue_was_away = True
         self._hand_back(place.worker, counted=False)
         now = time.time()
         if place.away_since is None or now - place.started > INSTANT_DEATH_SECONDS:
