@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from heapq import nlargest
 from operator import attrgetter
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -189,10 +189,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A stored piece: its size in bytes and CRC-32."""
+    """A stored piece: its size in bytes and CRC-32C."""
 
     size: int
-    crc32: int
+    crc32c: int
 
 
 class JobFolder:
@@ -273,19 +273,19 @@ class JobFolder:
         return [Failure(**{**v, "chunk": tuple(v["chunk"])}) for v in values]
 
     def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> Written:
-        """Store arrays under `pieces/<target>/<name>`: CRC-32, a line of JSON, the arrays' bytes.
+        """Store arrays under `pieces/<target>/<name>`: a line of JSON, their bytes, a CRC-32C.
 
         The line has [dtype, shape] of each array. The form is not `.npy`, whose header is read as
         Python code: in CPython before 3.13, threads that do so at once disturb each other.
         """
         line = json.dumps([(array.dtype.str, array.shape) for array in arrays]).encode()
-        line += b" " * (-(CRC_BYTES + len(line) + 1) % ALIGNMENT) + b"\n"
-        bodies = [np.ascontiguousarray(array).data for array in arrays]
-        content = bytearray().join([bytes(CRC_BYTES), line, *bodies])
-        checksum = zlib.crc32(memoryview(content)[CRC_BYTES:])
-        content[:CRC_BYTES] = checksum.to_bytes(CRC_BYTES, "little")
-        self.objects.put(f"pieces/{chunk_name(target)}/{name}", memoryview(content))
-        return Written(len(content), checksum)
+        line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
+        parts = [np.frombuffer(line, np.uint8), *(_bytes_of(array) for array in arrays)]
+        checksum = reduce(google_crc32c.extend, parts, 0)
+        end = checksum.to_bytes(CRC_BYTES, "little")
+        path = f"pieces/{chunk_name(target)}/{name}"
+        self.objects.put(path, *(part.data for part in parts), end)
+        return Written(sum(map(len, parts)) + CRC_BYTES, checksum)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
         """Return a piece's arrays and its size in bytes; raises PieceError if gone or damaged."""
@@ -293,12 +293,11 @@ class JobFolder:
         content = self.objects.get(path)
         if content is None:
             raise PieceError(f"{without_secret(self.path)}/{path} is gone")
-        body = memoryview(content)[CRC_BYTES:]  # the CRC of nothing is 0: not to be taken for good
-        if not body or zlib.crc32(body) != int.from_bytes(content[:CRC_BYTES], "little"):
+        if not _is_whole(content):
             raise PieceError(f"{without_secret(self.path)}/{path} is damaged")
-        offset = content.index(b"\n", CRC_BYTES) + 1
+        offset = content.index(b"\n") + 1
         arrays = []
-        for dtype, shape in json.loads(content[CRC_BYTES:offset]):
+        for dtype, shape in json.loads(content[:offset]):
             array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
             arrays.append(array)
             offset += array.nbytes
@@ -338,3 +337,15 @@ class JobFolder:
 def _failure_name(kind: str, chunk: Index) -> str:
     prefix = "" if kind == "infer" else f"{kind}-"
     return f"{prefix}{chunk_name(chunk)}.json"
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _is_whole(content: bytes) -> bool:
+    """Tell whether the last bytes are the CRC-32C of those before; of nothing, that would be 0."""
+    if len(content) <= CRC_BYTES:
+        return False
+    body = np.frombuffer(content, np.uint8, len(content) - CRC_BYTES)
+    return bool(google_crc32c.value(body) == int.from_bytes(content[-CRC_BYTES:], "little"))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from typing_extensions import Buffer
+
 from chunkq.paths import is_url, join, open_filesystem, read_bytes
 
 PARTIAL = ".partial-"
@@ -40,13 +42,13 @@ class ObjectFolder:
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
 
-    def put(self, name: str, content: bytes | memoryview) -> None:
+    def put(self, name: str, *parts: Buffer) -> None:
         """Write an object: another reader sees all of it or nothing, also after a crash."""
         target = join(self._root, name)
         if self._local:
-            self._write(target, content, os.replace)
+            self._write(target, parts, os.replace)
         else:
-            self._filesystem.pipe_file(target, bytes(content))
+            self._filesystem.pipe_file(target, b"".join(parts))
 
     def put_new(self, name: str, content: bytes) -> None:
         """Write an object unless there is one; of several writers the first one's stays.
@@ -56,12 +58,12 @@ class ObjectFolder:
         target = join(self._root, name)
         if self._local:
             with suppress(FileExistsError):
-                self._write(target, content, _link)
+                self._write(target, (content,), _link)
         elif not self.exists(name):
             self._filesystem.pipe_file(target, content)
 
     def _write(
-        self, target: str, content: bytes | memoryview, settle: Callable[[str, str], None]
+        self, target: str, parts: Sequence[Buffer], settle: Callable[[str, str], None]
     ) -> None:
         """Write a file at the top, then `settle` it in its folder; either may vanish meanwhile."""
         temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
@@ -70,7 +72,7 @@ class ObjectFolder:
                 try:
                     os.makedirs(os.path.dirname(target), exist_ok=True)
                     if not os.path.exists(temporary):
-                        _write_out(temporary, content)
+                        _write_out(temporary, parts)
                     settle(temporary, target)
                     return
                 except FileNotFoundError:
@@ -162,10 +164,10 @@ class ObjectFolder:
             self._filesystem.rm(path, recursive=True)
 
 
-def _write_out(path: str, content: bytes | memoryview) -> None:
+def _write_out(path: str, parts: Sequence[Buffer]) -> None:
     """Write a file and wait until it is on the disk."""
     with open(path, "wb") as file:
-        file.write(content)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 

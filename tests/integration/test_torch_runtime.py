@@ -117,11 +117,30 @@ def test_memory_too_small_for_a_single_patch_is_one_clear_error(tmp_path: Path) 
         batcher.warm_up()
 
 
-def test_an_error_that_is_not_about_memory_is_raised_as_it_is(tmp_path: Path) -> None:
-    batcher = Batcher(plan_of(tmp_path), Fake(fits=0, error=ZeroDivisionError("ours")), Steps())
-    with pytest.raises(ZeroDivisionError, match="ours"):
+def test_a_network_that_can_do_nothing_is_found_out_with_a_batch_of_zeros(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    broken = Fake(fits=0, error=ZeroDivisionError("ours"))
+    batcher = Batcher(plan, broken, Steps())
+    with pytest.raises(ModelError, match="raised ZeroDivisionError on a batch of zeros: ours"):
         batcher.warm_up()
     assert batcher.size == 4
+    with pytest.raises(ModelError, match="raised ZeroDivisionError on a batch of zeros: ours"):
+        predictions(plan, broken)
+
+
+class Picky(Fake):
+    """Takes nothing but zeros."""
+
+    def __call__(self, batch: npt.NDArray[Any]) -> Any:
+        outputs = super().__call__(batch)
+        if batch.any():
+            raise ZeroDivisionError("these patches")
+        return outputs
+
+
+def test_an_error_over_some_patches_is_raised_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError, match="these patches"):
+        predictions(plan_of(tmp_path), Picky())
 
 
 class Poisoned(Fake):

@@ -49,6 +49,16 @@ def test_one_changed_byte_is_found(tmp_path: Path, byte: int) -> None:
         folder.get_piece((0,), "own")
 
 
+@pytest.mark.parametrize("length", [0, 3, 4, 40])
+def test_a_piece_cut_short_is_found(tmp_path: Path, length: int) -> None:
+    folder = JobFolder(str(tmp_path))
+    folder.put_piece((0,), "own", [np.zeros(8, "<f4")])
+    path = tmp_path / "pieces" / "0" / "own"
+    path.write_bytes(path.read_bytes()[:length] if length != 4 else bytes(4))
+    with pytest.raises(PieceError, match="pieces/0/own is damaged"):
+        folder.get_piece((0,), "own")
+
+
 def test_pieces_are_read_without_python_s_parser_which_threads_disturb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ class Batcher:
         most = _ceilings.get(network, model.max_batch_size)
         self._buffer = self._new_buffer(min(most, model.max_batch_size))
         self.patches_run = 0
+        self._has_run = False
 
     @property
     def size(self) -> int:
@@ -63,9 +64,19 @@ class Batcher:
         return other
 
     def warm_up(self) -> None:
-        """Run one batch of zeros; raises ModelError if the network breaks its declaration."""
-        while self._attempt(0) is None:
-            pass
+        """Run one batch of zeros; raises ModelError if the network cannot do it as declared."""
+        self._buffer[...] = 0
+        try:
+            while self._attempt(0) is None:
+                pass
+        except ModelError:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())[-300:]
+            raise ModelError(
+                f"the network raised {type(error).__name__} on a batch of zeros: {text}"
+            ) from error
+        self._has_run = True
 
     def predictions(
         self, patches: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -103,9 +114,15 @@ class Batcher:
 
     def _run(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Array | None:
         self._fill(batch, halos, origin)
-        outputs = self._attempt(len(batch))
+        try:
+            outputs = self._attempt(len(batch))
+        except Exception:
+            if not self._has_run:
+                self.warm_up()  # a network that can do nothing at all is not the patches' fault
+            raise
         if outputs is None:
             return None
+        self._has_run = True
         xp = array_namespace(outputs)
         outputs = xp.astype(outputs, xp.float32, copy=False)
         finite = None

@@ -59,15 +59,8 @@ class Engine:
         self.plan = plan
         self._weights = WeightCache(plan, load_weights(plan), self.runtime.place)
         self.batcher = Batcher(plan, self.runtime, self._steps, self._network)
-        try:
+        if not self.runtime.any_batch:  # what is prepared for one size counts as loading
             self.batcher.warm_up()
-        except ModelError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[-300:]
-            raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: {reason}"
-            ) from error
 
     def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
         """Run all patches a chunk owns over its inputs, each of `halos` (*chunk.halo.shape)."""

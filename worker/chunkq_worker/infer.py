@@ -97,11 +97,11 @@ def _write(
         arrays = (*result.own.band, *result.own.rest)
         written = job.folder.put_piece(chunk.index, OWN, arrays)
         pieces += written.size
-        checksums[OWN] = written.crc32
+        checksums[OWN] = written.crc32c
     for piece, sums in result.pieces:
         written = job.folder.put_piece(piece.target, piece.name, [sums])
         pieces += written.size
-        checksums[piece.name] = written.crc32
+        checksums[piece.name] = written.crc32c
     moved["pieces"] = pieces
 
 

@@ -77,6 +77,7 @@ def look(finding: Finding, record: JobRecord, *, whole: bool) -> None:
     """Load the network and fill in a finding; raises ChunkqError."""
     before = time.perf_counter()
     engine = Engine(record, record.plan())
+    engine.batcher.warm_up()
     finding.load_seconds = time.perf_counter() - before
     finding.batch, finding.device = engine.batcher.size, engine.runtime.device
     if whole:
