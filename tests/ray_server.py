@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -40,7 +40,8 @@ def ray_cluster(network: OwnNetwork, cpus: int = 8, gpus: int = 0) -> Iterator[s
             process.send_signal(signal.SIGTERM)
             _, left = psutil.wait_procs(below, timeout=3)
             for other in left:
-                other.kill()
+                with suppress(psutil.NoSuchProcess):
+                    other.kill()
             psutil.wait_procs(left, timeout=PATIENCE)
             process.kill()
             process.wait()

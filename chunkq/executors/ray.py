@@ -42,6 +42,10 @@ GRANT_SECONDS = 15.0
 """How long Ray may take to grant a worker its device before the user hears of it."""
 BIRTH_SECONDS = 5.0
 """How long an actor that lives may take to say so."""
+CLIENT_TRIES = 3
+"""How often Ray's head is asked for a server for this process, with `ray://HOST:PORT`."""
+UNSERVED = "client/server/proxier.py"
+"""What Ray says, among others, when the server it began for a client died, or did not answer."""
 REMEDY = "pip install 'chunkq[ray]' on its machines"
 AT_BIRTH = "MALLOC_"
 """What of the environment, by the names' beginning, an actor must be born with."""
@@ -95,12 +99,7 @@ class _Connection:
         with cls._lock:
             if not ray.is_initialized():
                 _knock(address)
-                ray.init(
-                    address,
-                    namespace=NAMESPACE,
-                    log_to_driver=False,
-                    logging_level=logging.CRITICAL,
-                )
+                _connect(address)
                 cls._address = address
             elif cls._address not in (None, address):
                 raise ValueError(f"this process is connected to {cls._address} already")
@@ -161,6 +160,12 @@ class RayExecutor(HostedQueue):
         return answer
 
     def _away(self, error: BaseException) -> QueueError:
+        if isinstance(error, ConnectionAbortedError) and UNSERVED in str(error):
+            return QueueError(
+                f"queue: the Ray cluster at {self.url} failed {CLIENT_TRIES} times to start its "
+                f"server for this process ({_last_line(error)}); start its head with "
+                "GRPC_ENABLE_FORK_SUPPORT=0 in the environment, or see its ray_client_server*.err"
+            )
         reason = " ".join(str(error).split()) or type(error).__name__
         if "ersion mismatch" in reason:
             return QueueError(
@@ -380,6 +385,27 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
+def _connect(address: str) -> None:
+    """Connect this process, also where a head's server for it dies at birth now and then.
+
+    Ray forks that server off a process whose gRPC is at work, and the copy may crash.
+    """
+    for left in reversed(range(CLIENT_TRIES)):
+        try:
+            ray.init(
+                address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+            )
+        except ConnectionAbortedError as error:
+            if not left or UNSERVED not in str(error):
+                raise
+            log.warning("Ray could not start its server for this process; trying again")
+        else:
+            return
+
+
 def _hide_what_is_not_granted() -> None:
     """Have an actor without a GPU see none: Ray itself would let it see all of its node's."""
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
@@ -390,9 +416,12 @@ def _unborn(error: BaseException) -> str:
     """Say why an actor could not be made on a machine."""
     if "No module named 'chunkq" in str(error):
         return f"queue: a machine of the Ray cluster has no chunkq; {REMEDY}"
-    last = str(error).strip().splitlines()[-1:]
-    return f"queue: a machine of the Ray cluster cannot make a worker: {' '.join(last)[:300]}"
+    return f"queue: a machine of the Ray cluster cannot make a worker: {_last_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

@@ -16,6 +16,7 @@ import pytest
 
 from tests.integration.support import (
     NETWORK,
+    PATIENCE,
     Crew,
     Ended,
     Materials,
@@ -30,6 +31,7 @@ from tests.ray_server import ray_cluster
 
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
+CLIENT = "ray://127.0.0.1:10001"
 NOBODY = ("ray://auto?address=127.0.0.1:6399", "ray://127.0.0.1:10009")
 RUNNING = {
     "cluster": "running",
@@ -73,6 +75,27 @@ OTHER_RAY = """
 import ray
 
 ray.__version__ = "2.40.0"
+"""
+MORTAL = """
+import os
+import signal
+import sys
+
+
+def hurry():  # else Ray's proxy listens to a dead server for up to a minute
+    proxier = sys.modules["ray.util.client.server.proxier"]
+    patience = (1, 1) if os.listdir({deaths!r}) else (30, 5)
+    proxier.CHECK_CHANNEL_TIMEOUT_S, proxier.LOGSTREAM_RETRIES = patience
+
+
+def die():
+    for name in os.listdir({deaths!r}):
+        os.unlink(os.path.join({deaths!r}, name))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "--mode=proxy" in sys.orig_argv:
+    os.register_at_fork(before=hurry, after_in_child=die)
 """
 DEVICES = """
 
@@ -119,6 +142,19 @@ def peculiar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OwnNetw
     network = OwnNetwork()
     with mock.patch.dict(os.environ, paths), ray_cluster(network, gpus=2) as url:
         yield network, url, marker
+    network.close()
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OwnNetwork, Path]]:
+    """A cluster whose servers for clients die at birth, as often as there are files in a folder."""
+    folder = tmp_path_factory.mktemp("outside")
+    deaths = folder / "deaths"
+    deaths.mkdir()
+    told = hook(folder, MORTAL.format(deaths=str(deaths))) | {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+    network = OwnNetwork()
+    with mock.patch.dict(os.environ, told), ray_cluster(network):
+        yield network, deaths
     network.close()
 
 
@@ -550,3 +586,63 @@ def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
         other.kill()
     assert ended.code == 130, ended.err
     assert not place.done()
+
+
+# --------------------------------------------------------------------------- Ray Client
+
+
+def let_die(deaths: Path, count: int) -> None:
+    """Have so many of the servers that are born next die at once."""
+    for number in range(1, count + 1):
+        (deaths / str(number)).touch()
+
+
+def test_all_commands_work_from_outside_the_cluster(
+    shared: Materials, tmp_path: Path, outside: tuple[OwnNetwork, Path], calm: Place
+) -> None:
+    place = Place(shared, tmp_path, url=CLIENT)
+    with outside[0].inside():
+        said = done(place, "produce", str(place.job_file)).err
+        said += done(place, *ON_CPU).err
+        told = done(place, "status", str(place.output)).err
+        said += done(place, "finalize", str(place.output)).err
+    assert f"{CHUNKS}/{CHUNKS} chunks done" in told
+    assert "trying again" not in said + told
+    assert place.stored() == calm.stored()
+
+
+def test_a_server_for_a_client_that_dies_at_birth_is_asked_for_again(
+    shared: Materials, tmp_path: Path, outside: tuple[OwnNetwork, Path]
+) -> None:
+    network, deaths = outside
+    place = Place(shared, tmp_path, url=CLIENT)
+    let_die(deaths, 2)
+    with (
+        network.inside(),
+        place.start("produce", str(place.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2") as crew,
+    ):
+        ended = crew.ended(2 * PATIENCE)
+    assert ended.code == 0, ended.err
+    assert ended.err.count("could not start its server for this process; trying again") == 2
+    assert not list(deaths.iterdir())
+
+
+def test_a_cluster_that_cannot_serve_a_client_is_one_line(
+    shared: Materials, tmp_path: Path, outside: tuple[OwnNetwork, Path]
+) -> None:
+    network, deaths = outside
+    place = Place(shared, tmp_path, url=CLIENT)
+    let_die(deaths, 3)
+    with (
+        network.inside(),
+        place.start("produce", str(place.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2") as crew,
+    ):
+        ended = crew.ended(2 * PATIENCE)
+    assert ended.code == 1, ended.err
+    assert "Traceback" not in ended.err
+    [line] = ended.complaints
+    says = f"chunkq: queue: the Ray cluster at {CLIENT} failed 3 times to start its server for this"
+    assert line.startswith(says)
+    assert "start its head with GRPC_ENABLE_FORK_SUPPORT=0 in the environment" in line
+    assert not list(deaths.iterdir())
+    assert not place.job_folder.exists()
