@@ -66,6 +66,7 @@ containers: $(VENV)/test-installed
 bench: $(VENV)/test-installed
 	$(BIN)/python benchmarks/planning.py --json benchmarks/planning.json
 	$(BIN)/python benchmarks/queues.py --json benchmarks/queues.json
+	$(BIN)/python benchmarks/scale.py --json benchmarks/scale.json --plot benchmarks/scale.png
 
 picture: demo
 	cp $(DEMO)/tissues.png docs/images/brain.png

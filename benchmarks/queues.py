@@ -30,12 +30,12 @@ from typing import Any
 
 import psutil
 import redis
-from planning import job_over
 from rich.console import Console
 from rich.table import Table
 from rq import Queue, Retry, SimpleWorker
 from rq.serializers import JSONSerializer
 
+from benchmarks.planning import job_over
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Shift
 from chunkq.executors.leases import LEASE_SECONDS

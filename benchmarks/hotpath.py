@@ -1,0 +1,156 @@
+"""Where the seconds of a run go, by function; gather and blend beside the memory's bandwidth.
+
+Run: python benchmarks/hotpath.py [--json FILE]. One process, the job of network.py, two threads.
+Functions are timed by the clock; those of one thread do not overlap each other, those of the
+device's thread go on beside those of the others. Run it with chunkq's own malloc settings (see
+chunkq_worker.birth): it starts itself again with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from chunkq_worker.birth import child_settings
+
+from benchmarks.contestant import chunkq
+from benchmarks.network import make_job
+from benchmarks.turns import THREADS
+from chunkq.combine import add_weighted
+from chunkq.job import load_job
+
+SHAPE = (224, 160, 160)
+WATCHED = (
+    ("device", "network: load", "chunkq_worker.engine", "Engine.__init__"),
+    ("device", "network: forward", "chunkq_worker.runtimes.torch", "TorchRuntime.__call__"),
+    ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
+    ("device", "activation, votes", "chunkq_worker.batching", "Batcher._usable"),
+    ("device", "blend", "chunkq.blend", "Accumulator.add"),
+    ("device", "cut into core, band, pieces", "chunkq.blend", "Accumulator.contribution"),
+    ("device", "all of a chunk on the device", "chunkq_worker.engine", "Engine.compute"),
+    ("others", "read the input", "chunkq.opened", "OpenJob.read_halos"),
+    ("others", "write the output", "chunkq.opened", "OpenJob.write"),
+    ("others", "write pieces", "chunkq.ledger", "JobFolder.put_piece"),
+    ("others", "commit", "chunkq.ledger", "JobFolder.commit"),
+    ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
+)
+"""Thread, label, module and name of what is timed."""
+
+
+def watch(seconds: dict[str, float]) -> None:
+    """Have every watched function add its seconds."""
+
+    def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[label] += time.perf_counter() - before
+
+        return run
+
+    for _, label, module, name in WATCHED:
+        *classes, last = name.split(".")
+        owner: Any = importlib.import_module(module)
+        for part in classes:
+            owner = getattr(owner, part)
+        setattr(owner, last, timed(getattr(owner, last), label))
+
+
+def profile() -> dict[str, float]:
+    """Seconds by label of one run, after one that warms the file cache; `all` is the whole."""
+    seconds: dict[str, float] = defaultdict(float)
+    with tempfile.TemporaryDirectory() as name:
+        job = load_job(str(make_job(Path(name), SHAPE)))
+        run = chunkq(job, f"{name}/out.zarr")
+        run()
+        watch(seconds)
+        before = time.perf_counter()
+        run()
+        seconds["all"] = time.perf_counter() - before
+    return dict(seconds)
+
+
+def rate(work: Callable[[], object], amount: float, rounds: int = 15) -> float:
+    """Median GB/s of moving `amount` bytes."""
+    times = []
+    for _ in range(rounds):
+        before = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - before)
+    return amount / statistics.median(times) / 1e9
+
+
+def bandwidth(channels: int) -> dict[str, float]:
+    """GB/s of a plain copy, of gathering a batch and of blending patches, bytes in and out.
+
+    Patches of 64³ lie in a region of 128³ that no cache holds. A copy reads and writes each byte;
+    gathering reads and writes integers; blending reads prediction, weights and sums and writes the
+    sums.
+    """
+    edge, region = 64, 128
+    values = np.random.default_rng(0).integers(0, 255, (region,) * 3, dtype=np.uint8)
+    batch = np.zeros((8, 1, edge, edge, edge), np.uint8)
+    corners = [(a, b, c) for a in (0, 60) for b in (0, 60) for c in (0, 60)]
+    places = [tuple(slice(low, low + edge) for low in corner) for corner in corners]
+
+    def gather() -> None:
+        for row, place in zip(batch, places, strict=True):
+            row[...] = values[place].reshape(1, edge, edge, edge)
+
+    sums = torch.zeros((channels, region, region, region))
+    predictions = torch.rand((8, channels, edge, edge, edge))
+    weights = torch.rand((edge,) * 3)
+
+    def blend() -> None:
+        for prediction, place in zip(predictions, places, strict=True):
+            add_weighted(sums[(slice(None), *place)], weights, prediction)
+
+    source, target = torch.rand(1 << 25), torch.empty(1 << 25)
+    voxels = 8 * edge**3
+    return {
+        "copy": rate(lambda: target.copy_(source), 2 * source.nbytes),
+        "gather": rate(gather, 2 * voxels),
+        "blend": rate(blend, voxels * (12 * channels + 4)),
+    }
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--json", type=Path)
+    given = options.parse_args()
+    settings = child_settings(THREADS)
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+    torch.set_num_threads(THREADS)
+    figures: dict[str, Any] = {
+        "bandwidth": {str(channels): bandwidth(channels) for channels in (1, 3, 21)}
+    }
+    found = profile()
+    figures["profile"] = {"all": found.pop("all"), "rows": []}
+    for thread, label, *_ in WATCHED:
+        row = {"thread": thread, "what": label, "seconds": found.get(label, 0.0)}
+        figures["profile"]["rows"].append(row)
+        print(f"{thread:8}{label:32}{row['seconds']:8.3f} s")
+    print(f"all {figures['profile']['all']:.3f} s")
+    print(json.dumps(figures["bandwidth"]))
+    if given.json:
+        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""A picture of how busy devices are: over workers, by chunk size and executor, limits marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+INK, GRID = "#222222", "#dddddd"
+STYLES = {
+    "rq": ("#d1495b", "-", 13),
+    "dask": ("#00798c", "--", 9),
+    "ray": ("#e09f1f", ":", 5.5),
+}
+"""Colour, line and size of marks; sizes differ, so that marks on one spot are all seen."""
+MARKS = {
+    "device": "o",
+    "queue": "s",
+    "enqueueing": "p",
+    "store bandwidth": "v",
+    "store reads": "<",
+    "store writes": ">",
+    "commits": "D",
+    "worker's link": "P",
+    "worker's codec": "X",
+    "depth": "^",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """How busy devices are with so many workers, and what keeps them from more."""
+
+    executor: str
+    chunk: int
+    workers: int
+    busy: float
+    limit: str
+
+
+def picture(points: Sequence[Point], path: Path) -> None:
+    """Draw a panel for each chunk size, and write them as one PNG."""
+    chunks = sorted({point.chunk for point in points})
+    figure = Figure(figsize=(2 + 4 * len(chunks), 5), layout="constrained")
+    panels = figure.subplots(1, len(chunks), sharey=True, squeeze=False)[0]
+    for axes, chunk in zip(panels, chunks, strict=True):
+        _panel(axes, [point for point in points if point.chunk == chunk])
+        axes.set_title(f"chunksize {chunk}³")
+    panels[0].set_ylabel("share of the time a device computes")
+    executors = [name for name in STYLES if any(p.executor == name for p in points)]
+    limits = [name for name in MARKS if any(p.limit == name for p in points)]
+    handles = [Line2D([], [], color=STYLES[n][0], ls=STYLES[n][1], lw=2.2) for n in executors]
+    handles += [Line2D([], [], marker=MARKS[n], markersize=8, color=INK, ls="") for n in limits]
+    labels = [*executors, *(f"limit: {name}" for name in limits)]
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
+    figure.suptitle(
+        "How busy devices are, simulated; marks say what the limit is\n"
+        "(on rq workers complete the blocks meanwhile, on the others that follows)"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axes: Axes, points: Sequence[Point]) -> None:
+    for executor, (colour, line, size) in STYLES.items():
+        own = sorted((p for p in points if p.executor == executor), key=lambda p: p.workers)
+        axes.plot([p.workers for p in own], [p.busy for p in own], line, color=colour, lw=2.2)
+        for point in own:
+            axes.plot(
+                point.workers, point.busy, MARKS[point.limit],
+                color=colour, markersize=size, markeredgecolor="white", clip_on=False, zorder=3,
+            )  # fmt: skip
+    workers = sorted({point.workers for point in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(workers, [str(n) for n in workers])
+    axes.minorticks_off()
+    axes.set_xlabel("workers, one device each")
+    axes.set_ylim(0, 1.05)
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
