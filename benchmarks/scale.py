@@ -31,7 +31,6 @@ from scale_model import (
     Simulation,
     Work,
     distributed,
-    finalizer_threads,
     finalizing,
     plan_of,
     setup_for,
@@ -40,6 +39,7 @@ from scale_plot import Point, picture
 
 from chunkq.executors.base import DEPTH_ON_GPU
 from chunkq.executors.rq.executor import MOST_QUEUED
+from chunkq.finalize import blocks_at_once
 from chunkq.plan import Plan
 
 HERE = Path(__file__).parent
@@ -185,7 +185,7 @@ def _finalizers(
         bound = setup.bound
         return case.work.blocks / bound / 3600 if bound else math.inf
 
-    alone = took(finalizing(inputs, case.work, finalizer_threads(case.plan)))
+    alone = took(finalizing(inputs, case.work, blocks_at_once(case.plan)))
     by = {
         count: took(distributed(inputs, case.work, executor, count, depth))
         for count in (2**n for n in range(workers.bit_length()))

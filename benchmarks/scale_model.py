@@ -22,14 +22,12 @@ import random
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from inspect import signature
 from typing import Any
 
 import simpy
 
 from chunkq.executors.base import DEPTH_ON_GPU
 from chunkq.executors.leases import LEASE_SECONDS
-from chunkq.finalize import FINALIZER_BYTES, finalize_job
 from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
@@ -536,12 +534,6 @@ def _share(value: Load | float, share: float) -> Any:
     if isinstance(value, Load):
         return Load(value.bytes * share, value.objects * share, value.coded * share)
     return value * share
-
-
-def finalizer_threads(plan: Plan) -> int:
-    """Return the blocks that `chunkq finalize` completes at once in its own process."""
-    threads = int(signature(finalize_job).parameters["threads"].default)
-    return min(threads, max(1, FINALIZER_BYTES // max(1, plan.costs.finalizer_bytes)))
 
 
 def finalizing(inputs: Inputs, work: Work, threads: int) -> Setup:

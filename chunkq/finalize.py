@@ -15,7 +15,7 @@ from chunkq.errors import IncompleteError, PieceError
 from chunkq.executors.base import Attempt
 from chunkq.ledger import Commit
 from chunkq.opened import OpenJob, open_job
-from chunkq.plan import Chunk, Index, Piece
+from chunkq.plan import Chunk, Index, Piece, Plan
 from chunkq.stores import set_attributes
 from chunkq.tally import times_of
 from chunkq.tasks import Task, chunk_name
@@ -26,6 +26,7 @@ OWN = "own"
 BATCH = 1000
 """Blocks given to the pool, and commit records read, at a time; bounds memory."""
 FINALIZER_BYTES = 2 << 30
+FINALIZER_THREADS = 2
 """Memory that blocks being finalized at once stay below, as far as one of them does."""
 
 
@@ -122,20 +123,20 @@ def finalize_job(
     *,
     worker: str,
     allow_missing: bool = False,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Complete every block that can be, then seal the output; returns the report.
 
     Raises IncompleteError with the list of chunks if some are not computed, unless
-    `allow_missing`: then the blocks they touch stay empty, and the output says so.
+    `allow_missing`: then the blocks they touch stay empty, and the output says so. `threads`
+    blocks are completed at once, by default as many as `blocks_at_once` says.
     """
     before = checked_standing(job, allow_missing=allow_missing)
     ready = ready_blocks(job, before)
-    fitting = max(1, FINALIZER_BYTES // max(1, job.plan.costs.finalizer_bytes))
     attempt, done = Attempt(1, worker), 0
     progress(done, len(ready))
-    with ThreadPoolExecutor(min(threads, fitting)) as pool:
+    with ThreadPoolExecutor(threads or blocks_at_once(job.plan)) as pool:
         for first in range(0, len(ready), BATCH):
             batch = ready[first : first + BATCH]
             waiting = [pool.submit(complete_block, job, index, attempt) for index in batch]
@@ -149,6 +150,12 @@ def finalize_job(
                     future.cancel()
                 raise
     return _seal(job, before.unfinished)
+
+
+def blocks_at_once(plan: Plan) -> int:
+    """Return how many blocks a finalizer completes at once, so that 2 GiB hold them."""
+    fitting = FINALIZER_BYTES // max(1, plan.costs.finalizer_bytes)
+    return max(1, min(FINALIZER_THREADS, fitting))
 
 
 def _gather(job: OpenJob, chunk: Chunk) -> tuple[Own | None, dict[Piece, Any], int]:

@@ -7,7 +7,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from typing import Any, NamedTuple
 
 from typing_extensions import Buffer
@@ -19,6 +21,8 @@ PARTIAL = ".partial-"
 
 NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 """What file systems without hard links say."""
+READERS = 16
+"""Files read at once: what a parallel file system is good at."""
 REMOVALS = 20
 """How often a folder is emptied again while others fill it, or filled while others empty it."""
 
@@ -93,14 +97,25 @@ class ObjectFolder:
     def get_many(self, names: list[str]) -> dict[str, bytes]:
         """Return the content of those objects that exist."""
         if self._local or not names:
-            found = {name: self.get(name) for name in names}
-            return {name: content for name, content in found.items() if content is not None}
+            found = self._get_local(names)
+            return {name: content for name in names if (content := found[name]) is not None}
         paths = {join(self._root, name): name for name in names}
         contents = self._filesystem.cat(list(paths), on_error="omit")
         if isinstance(contents, bytes):
             return {names[0]: contents}
         stripped = {path.lstrip("/"): name for path, name in paths.items()}
         return {stripped[path.lstrip("/")]: content for path, content in contents.items()}
+
+    def _get_local(self, names: Sequence[str]) -> dict[str, bytes | None]:
+        if len(names) <= READERS:
+            return {name: self.get(name) for name in names}
+        shares = [names[start::READERS] for start in range(READERS)]
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(
+                chain.from_iterable(
+                    pool.map(lambda share: [(name, self.get(name)) for name in share], shares)
+                )
+            )
 
     def exists(self, name: str) -> bool:
         """Tell whether there is such an object."""

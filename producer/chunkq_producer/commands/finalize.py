@@ -29,10 +29,19 @@ from chunkq_producer.watch import duration
 @output_argument
 @click.option("--allow-missing", is_flag=True, help="Seal although chunks are missing.")
 @click.option("--distribute", is_flag=True, help="Have the workers on the queue do it.")
+@click.option(
+    "--threads", type=click.IntRange(1),
+    help="Blocks completed here at once; default 2, if 2 GiB hold them.",
+)  # fmt: skip
 @queue_option
 @json_option
 def finalize(
-    output: str, allow_missing: bool, distribute: bool, queue: str | None, as_json: bool
+    output: str,
+    allow_missing: bool,
+    distribute: bool,
+    threads: int | None,
+    queue: str | None,
+    as_json: bool,
 ) -> None:
     """Complete the blocks that several chunks share and seal OUTPUT.
 
@@ -43,7 +52,7 @@ def finalize(
     try:
         if distribute:
             with_workers(job, queue, allow_missing=allow_missing)
-        report = complete(job, allow_missing=allow_missing)
+        report = complete(job, allow_missing=allow_missing, threads=threads)
     except IncompleteError as error:
         if as_json:
             missing = [chunk_name(index) for index in error.missing]
@@ -63,11 +72,17 @@ def with_workers(job: OpenJob, queue: str | None, *, allow_missing: bool) -> Non
     executor.close()
 
 
-def complete(job: OpenJob, *, allow_missing: bool = False) -> dict[str, Any]:
+def complete(
+    job: OpenJob, *, allow_missing: bool = False, threads: int | None = None
+) -> dict[str, Any]:
     """Finalize and seal with progress; returns the report."""
     with Meter("finalizing blocks") as meter:
         return finalize_job(
-            job, worker=socket.gethostname(), allow_missing=allow_missing, progress=meter
+            job,
+            worker=socket.gethostname(),
+            allow_missing=allow_missing,
+            threads=threads,
+            progress=meter,
         )
 
 
