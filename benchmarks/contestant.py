@@ -1,115 +1,152 @@
 """One way to run a network over a stored volume, in a process of its own; prints its figures.
 
 Run by network.py: python contestant.py NAME JOB OUTPUT. Seconds count from the moment when
-libraries are imported, and include loading the network.
+libraries are imported, and include loading the network. borders.py has contestants of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 import torch
 
+from benchmarks.turns import THREADS, Figures
 from chunkq.job import Job, load_job
 from chunkq.plan import Patch, Plan
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
 
-THREADS = 2
+Contestant = Callable[[Job, str], Callable[[], Figures]]
+"""Takes a job and where to write; returns what to time, which gives at least the patches run."""
 
 
-def read(job: Job) -> np.ndarray[Any, Any]:
-    """The whole input, in memory."""
-    source = find_source(job.input[0])
-    return np.asarray(_open(source.array_path).read().result())
+def read(path: str) -> np.ndarray[Any, Any]:
+    """A whole volume, in memory."""
+    return np.asarray(stored(path).read().result())
 
 
-def _open(path: str) -> Any:
-    return ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}).result()
+def stored(path: str) -> Any:
+    """A volume's array, through tensorstore."""
+    place = {"driver": "file", "path": find_source(path).array_path}
+    return ts.open({"driver": "zarr3", "kvstore": place}).result()
 
 
-def write(values: np.ndarray[Any, Any], path: str, chunk: int = 32) -> None:
+def create(
+    path: str,
+    shape: Sequence[int],
+    dtype: str,
+    chunks: Sequence[int],
+    *,
+    context: Any = None,
+    **more: Any,
+) -> Any:
+    """An array of zeros in place of what was there; `more` is metadata, such as codecs."""
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": path},
         "metadata": {
-            "shape": values.shape,
-            "data_type": str(values.dtype),
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [chunk] * values.ndim},
-            },
+            "shape": list(shape),
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+            **more,
         },
     }
-    store = ts.open(spec, create=True, delete_existing=True).result()
+    return ts.open(spec, create=True, delete_existing=True, context=context).result()
+
+
+def write(values: np.ndarray[Any, Any], path: str, chunk: int = 32) -> None:
+    store = create(path, values.shape, str(values.dtype), [chunk] * values.ndim)
     store.write(values).result()
 
 
-def batches(plan: Plan) -> Iterator[list[Patch]]:
+def batched(patches: Sequence[Patch], size: int) -> Iterator[Sequence[Patch]]:
+    """Runs of `size` patches; the last has what is left."""
+    for first in range(0, len(patches), size):
+        yield patches[first : first + size]
+
+
+def batches(plan: Plan) -> Iterator[Sequence[Patch]]:
     """The batches that chunkq runs: of one chunk each."""
-    size = plan.job.model.max_batch_size
     for index in plan.indices():
-        patches = list(plan.patches(plan.chunk(index)))
-        for first in range(0, len(patches), size):
-            yield patches[first : first + size]
+        yield from batched([*plan.patches(plan.chunk(index))], plan.job.model.max_batch_size)
 
 
-def network(job: Job) -> torch.jit.ScriptModule:
-    loaded = torch.jit.load(job.model.ts_file)
-    loaded.eval()
-    return loaded
+def predictions(
+    job: Job,
+    net: Any,
+    patches: Sequence[Patch],
+    values: np.ndarray[Any, Any],
+    origin: Sequence[int] = (0, 0, 0),
+) -> Iterator[tuple[Patch, torch.Tensor]]:
+    """Each patch with what the network gives for it, in the batches that chunkq runs for a chunk.
+
+    `values` are the input from `origin` on.
+    """
+    size, slot = job.model.max_batch_size, job.model.model_input_shape
+    batch = np.zeros((size, *slot), np.float32)
+    for some in batched(patches, size):
+        for row, patch in zip(batch, some, strict=False):
+            row[...] = values[patch.source.slices(origin)].reshape(slot)
+        yield from zip(some, net(torch.from_numpy(batch[: len(some)])), strict=True)
 
 
-def bare(job: Job, output: str) -> Callable[[], int]:
+def network(job: Job) -> Any:
+    jit: Any = torch.jit
+    return jit.load(job.model.ts_file).eval()
+
+
+def bare(job: Job, output: str) -> Callable[[], Figures]:
     """The forward loop alone, over the same patches in the same batches; nothing is kept."""
     source = find_source(job.input[0])
-    plan, volume = resolve(job, source.volume), read(job)
-    slot = job.model.model_input_shape
+    plan, volume = resolve(job, source.volume), read(job.input[0])
 
-    def run() -> int:
+    def run() -> Figures:
         net, done = network(job), 0
-        batch = np.zeros((job.model.max_batch_size, *slot), np.float32)
         with torch.inference_mode():
-            for patches in batches(plan):
-                for row, patch in zip(batch, patches, strict=False):
-                    row[...] = volume[patch.source.slices((0, 0, 0))].reshape(slot)
-                net(torch.from_numpy(batch[: len(patches)]))
-                done += len(patches)
-        return done
+            for index in plan.indices():
+                patches = list(plan.patches(plan.chunk(index)))
+                done += sum(1 for _ in predictions(job, net, patches, volume))
+        return {"patches": done}
 
     return run
 
 
-def chunkq(job: Job, output: str) -> Callable[[], int]:
-    """Store to store, in this process."""
+def chunkq(job: Job, output: str) -> Callable[[], Figures]:
+    """Store to store, in this process; `read` and `written` are bytes, as its report says."""
     from chunkq import Predictor
 
     values = job.as_dict()
     source = values.pop("input")[0]
     del values["output"]
 
-    def run() -> int:
+    def run() -> Figures:
         with Predictor.from_config(values) as predictor:
             report = predictor.predict_to_store(source, output, overwrite=True)
-        return int(report["patches"])
+        moved = report["bytes"]
+        return {
+            "patches": report["patches"],
+            "read": moved["input"] + moved["pieces_read"],
+            "written": moved["output"] + moved["pieces_written"],
+        }
 
     return run
 
 
-def monai(job: Job, output: str) -> Callable[[], int]:
+def monai(job: Job, output: str) -> Callable[[], Figures]:
     """MONAI's sliding window: read the store, infer in memory, write the store."""
-    from monai.inferers import sliding_window_inference
+    from monai.inferers import sliding_window_inference  # type: ignore[import-not-found]
 
     patch = job.model.model_input_shape[-3:]
 
-    def run() -> int:
+    def run() -> Figures:
         net, done = network(job), 0
 
         def forward(batch: torch.Tensor) -> torch.Tensor:
@@ -119,7 +156,7 @@ def monai(job: Job, output: str) -> Callable[[], int]:
             return result
 
         with torch.inference_mode():
-            volume = torch.from_numpy(read(job)).float()[None, None]
+            volume = torch.from_numpy(read(job.input[0])).float()[None, None]
             result = sliding_window_inference(
                 volume,
                 patch,
@@ -129,18 +166,18 @@ def monai(job: Job, output: str) -> Callable[[], int]:
                 mode="gaussian",
             )
             write(result[0].argmax(0).to(torch.uint8).numpy(), output)
-        return done
+        return {"patches": done}
 
     return run
 
 
-def copy(job: Job, output: str) -> Callable[[], int]:
+def copy(job: Job, output: str) -> Callable[[], Figures]:
     """A plain copy of the arrays by tensorstore, chunk by chunk: the physical limit."""
-    source = _open(find_source(job.input[0]).array_path)
+    source = stored(job.input[0])
     metadata = source.spec().to_json()["metadata"]
     edge = job.chunksize or source.shape
 
-    def run() -> int:
+    def run() -> Figures:
         kvstore = {"driver": "file", "path": output}
         spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
         target = ts.open(spec, create=True, delete_existing=True).result()
@@ -150,25 +187,43 @@ def copy(job: Job, output: str) -> Callable[[], int]:
                 for i, c, n in zip(low, edge, source.shape, strict=True)
             )
             target[box].write(source[box].read().result()).result()
-        return 0
+        return {"patches": 0}
 
     return run
 
 
-CONTESTANTS = {"bare": bare, "chunkq": chunkq, "monai": monai, "copy": copy}
+CONTESTANTS: dict[str, Contestant] = {
+    "bare": bare,
+    "chunkq": chunkq,
+    "monai": monai,
+    "copy": copy,
+}
 
 
-def main() -> None:
+def peak_memory() -> int:
+    """This process's largest resident memory so far (KB).
+
+    On Linux, getrusage's would be at least that of the process that started this one.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def compete(contestants: Mapping[str, Contestant]) -> None:
+    """Run the contestant of the command line and print its figures: seconds, memory (KB), more."""
     name, job_file, output = sys.argv[1:]
     torch.set_num_threads(THREADS)
-    run = CONTESTANTS[name](load_job(job_file), output)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = contestants[name](load_job(job_file), output)
+    before = peak_memory()
     begun = time.perf_counter()
-    patches = run()
+    figures = run()
     seconds = time.perf_counter() - begun
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "patches": patches, "peak": peak, "before": before}))
+    peak = peak_memory()
+    print(json.dumps({"seconds": seconds, "peak": peak, "before": before, **figures}))
 
 
 if __name__ == "__main__":
-    main()
+    compete(CONTESTANTS)

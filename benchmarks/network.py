@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,13 @@ import numpy as np
 import yaml
 import zarr
 
+from benchmarks import turns
+from benchmarks.turns import Figures
+
 ROUNDS = 5
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
-PEERS = Path(tempfile.gettempdir()) / "chunkq-peers"
 PARTS = ("bare", "monai", "memory", "copy")
-
-Figures = dict[str, Any]
 
 
 def make_job(folder: Path, shape: tuple[int, ...], **keys: Any) -> Path:
@@ -69,36 +66,19 @@ def identity(folder: Path) -> Path:
 
 def ask(name: str, job: Path) -> Figures:
     """Run one contestant."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            *("-W", "ignore"),
-            str(Path(__file__).with_name("contestant.py")),
-            *(name, str(job), str(job.parent / f"{name}.zarr")),
-        ],
-        env={**os.environ, "PYTHONPATH": str(PEERS), "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr}")
-    found: Figures = json.loads(done.stdout.splitlines()[-1])
-    return found
+    script = Path(__file__).with_name("contestant.py")
+    return turns.ask(script, name, job, job.parent / f"{name}.zarr")
 
 
 def pair(job: Path, other: str, rounds: int) -> Figures:
     """Have chunkq and another take turns; the ratio is chunkq's seconds by the other's."""
     ask("chunkq", job)  # whatever the system keeps of the files is kept for both
-    turns = [{name: ask(name, job) for name in ("chunkq", other)} for _ in range(rounds)]
-    ratios = [turn["chunkq"]["seconds"] / turn[other]["seconds"] for turn in turns]
-    medians = {
-        name: statistics.median(turn[name]["seconds"] for turn in turns)
-        for name in ("chunkq", other)
-    }
+    names = ("chunkq", other)
+    taken = turns.take_turns(names, rounds, lambda name: ask(name, job))
+    ratios = turns.ratios(taken, "chunkq", other)
     return {
-        "seconds": medians,
-        "patches": {name: turns[0][name]["patches"] for name in medians},
+        "seconds": {name: turns.median_seconds(taken, name) for name in names},
+        "patches": {name: taken[0][name]["patches"] for name in names},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
     }
@@ -145,9 +125,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     parts = asked.parts or list(PARTS)
-    if {"monai", "memory"} & set(parts) and not (PEERS / "monai").exists():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*install, "--target", str(PEERS), MONAI], check=True)
+    if {"monai", "memory"} & set(parts):
+        turns.fetch("monai", MONAI)
     figures: Figures = {}
     for part in parts:
         if part == "memory":

@@ -7,7 +7,7 @@ Pure: arrays in, arrays out. Sums are taken in the order of `Plan.patches` and o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.combine import Array, add_weighted, decide, on_host
+from chunkq.combine import Array, add_weighted, as_stored, decided, on_host
 from chunkq.plan import Chunk, Patch, Piece, Plan
 from chunkq.weights import Surroundings, Weights, surroundings
 
@@ -95,27 +95,39 @@ class Accumulator:
         used = prediction[(slice(None), *patch.target.slices(origin))]
         add_weighted(self._view(patch.target), self._weights.of(patch), used)
 
+    def results(self) -> list[Array]:
+        """Return what `contribution` is made of, where the sums lie; views of them among it."""
+        plan, chunk = self._plan, self._chunk
+        interior = decided(self._view(chunk.interior), plan.job.combine)
+        return [interior, *map(self._view, _shared_boxes(plan, chunk))]
+
     def contribution(self) -> Contribution:
         """Return what the sums mean for this chunk and its neighbours; on the host."""
-        plan, chunk = self._plan, self._chunk
-        interior = _final(plan, self._view(chunk.interior))
-        own = None
-        if chunk.has_band:
-            own = Own(
-                tuple(self._sums_in(box) for box in chunk.band_boxes),
-                tuple(_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes),
-            )
-        return Contribution(
-            core=_cut(plan, interior, chunk.interior, chunk.core),
-            own=own,
-            pieces=tuple((piece, self._sums_in(piece.box)) for piece in plan.leaves(chunk)),
-        )
+        return contribution(self._plan, self._chunk, [on_host(part) for part in self.results()])
 
     def _view(self, box: Box) -> Array:
         return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
 
-    def _sums_in(self, box: Box) -> npt.NDArray[np.float32]:
-        return np.ascontiguousarray(on_host(self._view(box)))
+
+def contribution(plan: Plan, chunk: Chunk, results: Sequence[npt.NDArray[Any]]) -> Contribution:
+    """Return what a chunk's `Accumulator.results` come to, once they are on the host."""
+    interior = _stored(plan, results[0])
+    sums = [np.ascontiguousarray(part) for part in results[1:]]
+    own, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
+    if chunk.has_band:
+        rest = (_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes)
+        own = Own(tuple(sums[:bands]), tuple(rest))
+    return Contribution(
+        core=_cut(plan, interior, chunk.interior, chunk.core),
+        own=own,
+        pieces=tuple(zip(plan.leaves(chunk), sums[bands:], strict=True)),
+    )
+
+
+def _shared_boxes(plan: Plan, chunk: Chunk) -> list[Box]:
+    """Return the boxes whose sums a chunk leaves to others: its bands, then its pieces."""
+    bands = chunk.band_boxes if chunk.has_band else ()
+    return [*bands, *(piece.box for piece in plan.leaves(chunk))]
 
 
 def complete(
@@ -151,7 +163,11 @@ def complete(
 
 def _final(plan: Plan, average: Array) -> npt.NDArray[Any]:
     """Return the stored form ([C,] *S) of an average (C, *S)."""
-    final = decide(average, plan.job.combine, plan.output_dtype)
+    return _stored(plan, on_host(decided(average, plan.job.combine)))
+
+
+def _stored(plan: Plan, result: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    final = as_stored(result, plan.job.combine, plan.output_dtype)
     drop_channel = plan.job.combine == "weighted_avg" and not plan.channel_axis
     return final[0] if drop_channel else final
 

@@ -64,16 +64,25 @@ def decide(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArra
     channel, the lowest of several, or for one channel whether it reaches 0.5. Raises
     PredictionError where float16 cannot hold an average.
     """
+    return as_stored(on_host(decided(average, combine)), combine, dtype)
+
+
+def decided(average: Array, combine: Combine) -> Array:
+    """Do the part of `decide` that reduces, where the average lies."""
     if combine == "weighted_avg":
-        with np.errstate(over="ignore"):
-            stored = on_host(average).astype(dtype, copy=False)
-        if stored.dtype == np.float16 and not np.isfinite(stored).all():
-            raise PredictionError(
-                "an average lies beyond the range of float16; use output_dtype: float32"
-            )
-        return stored
-    labels = average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
-    return on_host(labels).astype(dtype, copy=False)
+        return average
+    return average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
+
+
+def as_stored(result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Do the rest of `decide`, on the host; raises PredictionError as that does."""
+    with np.errstate(over="ignore"):
+        stored = result.astype(dtype, copy=False)
+    if combine == "weighted_avg" and stored.dtype == np.float16 and not np.isfinite(stored).all():
+        raise PredictionError(
+            "an average lies beyond the range of float16; use output_dtype: float32"
+        )
+    return stored
 
 
 def on_host(array: Array) -> npt.NDArray[Any]:

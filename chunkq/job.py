@@ -99,6 +99,7 @@ class ModelConfig(Section):
     autocast: Literal["float16", "bfloat16"] | None = None
     compile: bool = False
     channels_last: bool = False
+    cuda_graph: bool = False
 
     @property
     def files(self) -> dict[str, str]:
@@ -358,7 +359,7 @@ _TYPES = {
     "tensorflow": ("class", "file", "json"),
     "onnx": ("file",),
 }
-_TORCH_ONLY = ("autocast", "compile", "channels_last")
+_TORCH_ONLY = ("autocast", "compile", "channels_last", "cuda_graph")
 
 
 def _model_keys(model: ModelConfig) -> list[str]:
@@ -380,6 +381,10 @@ def _model_keys(model: ModelConfig) -> list[str]:
         ]
         if model.dtype == "bfloat16":
             problems.append(f"model_config.dtype: {runtime} takes no bfloat16 here; use float32")
+    elif model.cuda_graph and model.device != "cuda":
+        problems.append(
+            f"model_config.cuda_graph: only for device cuda, this job's is {model.device}"
+        )
     if model.autocast is not None and not model.dtype.startswith(("float", "bfloat")):
         problems.append(f"model_config.autocast: dtype {model.dtype} is no floating point")
     return problems

@@ -18,10 +18,13 @@ class Probe(SimpleNamespace):
     """What trying a network showed: the fields of `chunkq_worker.probe.Finding`."""
 
 
-def probe(record: JobRecord, *, whole: bool = False) -> Probe:
-    """Load a job's network here and run a batch of zeros; `whole`, also patches of the volume."""
+def probe(record: JobRecord, *, depth: int | None = None) -> Probe:
+    """Load a job's network here and run a batch of zeros.
+
+    With `depth`, also patches of the volume, and chunks, so many at once.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", PROBE_MODULE, *(["--whole"] if whole else [])],
+        [sys.executable, "-m", PROBE_MODULE, *(["--whole", str(depth)] if depth else [])],
         input=record.to_json(),
         capture_output=True,
         check=False,

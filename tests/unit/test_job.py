@@ -140,6 +140,14 @@ NOT_YET = [
         {"model": {"autocast": "float16", "dtype": "int8"}},
         "model_config.autocast: dtype int8 is no floating point",
     ),
+    (
+        {"model": {"cuda_graph": True}},
+        "model_config.cuda_graph: only for device cuda, this job's is cpu",
+    ),
+    (
+        {"model": {"runtime": "onnx", "type": "file", "model_file": "/m", "cuda_graph": True}},
+        "model_config.cuda_graph: only for runtime torch, this job's is onnx",
+    ),
 ]
 
 

@@ -30,7 +30,8 @@ class Batcher:
 
     Where the runtime is prepared for one size, that one is filled up with zeros. A batch never
     mixes chunks, so a patch's prediction does not depend on which other chunks a worker happens
-    to run. Running out of memory halves
+    to run. Where the runtime's feed allows it, a batch is written and sent while the one before
+    it is computed. Running out of memory halves
     the size for good, also for later ones of the same `network`, whatever stands for that; None
     for one that is not remembered. `patches_run` counts the patches that went through it.
     """
@@ -48,26 +49,25 @@ class Batcher:
         self._declared = _declared(plan)
         self._network = network
         most = _ceilings.get(network, model.max_batch_size)
-        self._buffer = self._new_buffer(min(most, model.max_batch_size))
+        self._resize(min(most, model.max_batch_size))
         self.patches_run = 0
         self._has_run = False
 
     @property
     def size(self) -> int:
         """Items in a batch, at most."""
-        return len(self._buffer)
+        return self._size
 
     def of_size(self, size: int) -> Batcher:
         """Return one for the same network with batches of another size."""
         other = copy(self)
-        other._buffer = self._new_buffer(size)
+        other._resize(size)
         return other
 
     def warm_up(self) -> None:
         """Run one batch of zeros; raises ModelError if the network cannot do it as declared."""
-        self._buffer[...] = 0
         try:
-            while self._attempt(0) is None:
+            while self._attempt((), (), ()) is None:
                 pass
         except ModelError:
             raise
@@ -85,44 +85,73 @@ class Batcher:
 
         `halos` hold the inputs from `origin` on. Predictions are float32 on the device.
         """
-        done = 0
+        done, sent = 0, None
         while done < len(patches):
             batch = patches[done : done + self.size]
-            outputs = self._run(batch, halos, origin)
+            outputs = self._outputs(batch, halos, origin, sent)
+            sent = None
             if outputs is None:
                 continue
+            done += len(batch)
+            # What comes now waits for the device; the next batch is better on its way by then.
+            sent = self._send_ahead(patches[done : done + self.size], halos, origin)
+            outputs = self._checked(outputs, batch, halos, origin)
             self.patches_run += len(batch)
             yield from zip(batch, outputs, strict=True)
-            done += len(batch)
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> npt.NDArray[Any] | None:
         """Return what the network gives for one batch, on the host, as it is: (n, C, *Q)."""
-        self._fill(batch, halos, origin)
-        outputs = self._attempt(len(batch))
+        outputs = self._attempt(batch, halos, origin)
         return None if outputs is None else np.array(on_host(outputs))
 
-    def _fill(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> None:
-        for row, patch in zip(self._buffer, batch, strict=False):
+    def _fill(
+        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
+    ) -> npt.NDArray[Any]:
+        """Return the items that the runtime is to run for these patches, as they were read."""
+        items = self._feed.blank()[: self._count(len(batch))]
+        for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
                 place: Any = ...
                 if self._join is not None:
                     place = (*(slice(None),) * self._join, slice(number, number + 1))
                 row[place] = halo[patch.source.slices(origin)].reshape(self._slot)
-        self._buffer[len(batch) :] = 0
+        items[len(batch) :] = 0
+        return items
 
-    def _run(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Array | None:
-        self._fill(batch, halos, origin)
+    def _count(self, used: int) -> int:
+        return used if used and self._runtime.any_batch else self.size
+
+    def _outputs(
+        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int], sent: Any
+    ) -> Array | None:
         try:
-            outputs = self._attempt(len(batch))
+            outputs = self._attempt(batch, halos, origin, sent)
         except Exception:
             if not self._has_run:
                 self.warm_up()  # a network that can do nothing at all is not the patches' fault
             raise
-        if outputs is None:
+        self._has_run |= outputs is not None
+        return outputs
+
+    def _send(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
+        items, step = self._fill(batch, halos, origin), self._steps.preprocessing
+        return self._feed.send(items if step is None else np.asarray(step(items)))
+
+    def _send_ahead(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
+        """Send the batch after the one that is computed; None if it has to be sent in its turn."""
+        if not batch or not self._feed.ahead:
             return None
-        self._has_run = True
+        try:
+            return self._send(batch, halos, origin)
+        except Exception:
+            return None  # which fails again, after whatever is wrong with the batch before it
+
+    def _checked(
+        self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
+    ) -> Array:
+        """Return predictions as they are combined; raises PredictionError if not all are finite."""
         xp = array_namespace(outputs)
         outputs = xp.astype(outputs, xp.float32, copy=False)
         finite = None
@@ -133,14 +162,16 @@ class Batcher:
                 self._refuse(finite, batch, halos, origin)
         return self._usable(outputs, finite)
 
-    def _attempt(self, used: int) -> Array | None:
-        """Run the first items and return what they give (used, C, *Q); with none, all of zeros.
+    def _attempt(
+        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int], sent: Any = None
+    ) -> Array | None:
+        """Run a batch, if it is not `sent` yet, and return what it gives (n, C, *Q).
 
-        Returns None if the buffer has to be a smaller one.
+        Without patches it is one of zeros. Returns None if batches have to be smaller.
         """
-        count = used if used and self._runtime.any_batch else self.size
+        used, count = len(batch), self._count(len(batch))
         try:
-            outputs = self._with_steps(self._buffer[:count])
+            outputs = self._run(self._send(batch, halos, origin) if sent is None else sent)
         except ModelError:
             raise
         except Exception as error:
@@ -163,13 +194,11 @@ class Batcher:
         shape = (count, self._plan.channels, *self._plan.output_patch)
         return outputs.reshape(shape)[:used]
 
-    def _with_steps(self, items: npt.NDArray[Any]) -> Array:
-        steps = self._steps
-        batch = items if steps.preprocessing is None else steps.preprocessing(items)
-        outputs = self._runtime(np.asarray(batch))
-        if steps.postprocessing is None:
+    def _run(self, sent: Any) -> Array:
+        outputs, step = self._runtime(sent), self._steps.postprocessing
+        if step is None:
             return outputs
-        changed = np.asarray(steps.postprocessing(on_host(outputs)))
+        changed = np.asarray(step(on_host(outputs)))
         return self._runtime.place(np.ascontiguousarray(changed, dtype=np.float32))
 
     def _halve(self, error: Exception) -> None:
@@ -178,7 +207,7 @@ class Batcher:
                 "the network runs out of memory with a batch of one patch; use smaller patches "
                 f"or a larger device: {str(error).partition(chr(10))[0][:200]}"
             ) from error
-        self._buffer = self._new_buffer(self.size // 2)
+        self._resize(self.size // 2)
         if self._network is not None:
             _ceilings[self._network] = self.size
         log.warning("out of memory: batches have %d patches from here on", self.size)
@@ -200,15 +229,15 @@ class Batcher:
     ) -> None:
         """Raise PredictionError for the first patch that is not finite."""
         row = next(row for row, good in enumerate(finite) if not bool(good.all()))
-        self._fill(batch, halos, origin)  # a step may have worked in place
+        given = self._fill(batch, halos, origin)  # a step may have worked in place
         raise PredictionError(
-            f"{self._culprit(row)} NaN or infinity for the patch that reads "
+            f"{self._culprit(row, given)} NaN or infinity for the patch that reads "
             f"{_show(batch[row].source)}; mend it, or set nan: zero"
         )
 
-    def _culprit(self, row: int) -> str:
-        """Return who was the first to have NaN or infinity in an item of the buffer."""
-        steps, given = self._steps, self._buffer
+    def _culprit(self, row: int, given: npt.NDArray[Any]) -> str:
+        """Return who was the first to have NaN or infinity in an item of a batch as read."""
+        steps = self._steps
         read = bool(np.isfinite(given[row]).all())
         if steps.preprocessing is not None:
             given = np.asarray(steps.preprocessing(given))
@@ -221,9 +250,9 @@ class Batcher:
         inside = (steps.preprocessing_protected, steps.postprocessing_protected)
         return f"the network{'' if inside == (None, None) else ' with its protected steps'} gave"
 
-    def _new_buffer(self, size: int) -> npt.NDArray[Any]:
-        dtype = np.dtype(self._plan.volume.dtype)
-        return np.zeros((size, *self._item), dtype.newbyteorder("="))
+    def _resize(self, size: int) -> None:
+        dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
+        self._size, self._feed = size, self._runtime.feed((size, *self._item), dtype)
 
 
 def _declared(plan: Plan) -> list[tuple[int, ...]]:

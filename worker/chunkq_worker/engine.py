@@ -13,7 +13,8 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
-from chunkq.blend import Accumulator, Contribution, WeightCache
+from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
+from chunkq.combine import on_host
 from chunkq.errors import ModelError
 from chunkq.ledger import JobRecord
 from chunkq.opened import OpenJob
@@ -64,13 +65,25 @@ class Engine:
 
     def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
         """Run all patches a chunk owns over its inputs, each of `halos` (*chunk.halo.shape)."""
+        return self.start(chunk, halos)()
+
+    def start(self, chunk: Chunk, halos: Halos) -> Callable[[], Contribution]:
+        """Compute a chunk; returns what waits for the results to arrive on the host.
+
+        That may be called by any thread, while this one goes on to the next chunk.
+        """
         plan = self.plan
         zeros = self.runtime.zeros((plan.channels, *chunk.region.shape))
         sums = Accumulator(plan, chunk, self._weights, zeros)
         patches = list(plan.patches(chunk))
         for patch, prediction in self.batcher.predictions(patches, halos, chunk.halo.start):
             sums.add(patch, prediction)
-        return sums.contribution()
+        results = sums.results()
+        fetched = self.runtime.fetch(results)
+        if fetched is not None:
+            return lambda: contribution(plan, chunk, fetched())
+        made = contribution(plan, chunk, [on_host(part) for part in results])
+        return lambda: made
 
     def close(self) -> None:
         """Let go of the network."""
@@ -107,17 +120,21 @@ class Device:
         """Wait for the device and compute one chunk; raises what the engine raises."""
         asked = time.time()
         self._waiting.add((job.folder.path, chunk.index))
-        future: Future[Computed] = self._thread.submit(self._compute, job, chunk, halos, asked)
-        return future.result()
+        arrived, patches, seconds = self._thread.submit(
+            self._compute, job, chunk, halos, asked
+        ).result()
+        return Computed(arrived(), patches, seconds)
 
-    def _compute(self, job: OpenJob, chunk: Chunk, halos: Halos, asked: float) -> Computed:
+    def _compute(
+        self, job: OpenJob, chunk: Chunk, halos: Halos, asked: float
+    ) -> tuple[Callable[[], Contribution], int, dict[str, float]]:
         free = time.time()
         self._waiting.discard((job.folder.path, chunk.index))
         engine = self._engine(job)
         began, before = time.time(), engine.batcher.patches_run
-        contribution = engine.compute(chunk, halos)
+        arrived = engine.start(chunk, halos)
         seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
-        return Computed(contribution, engine.batcher.patches_run - before, seconds)
+        return arrived, engine.batcher.patches_run - before, seconds
 
     def _engine(self, job: OpenJob) -> Engine:
         key = _key(job)

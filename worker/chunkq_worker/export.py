@@ -28,7 +28,7 @@ RUNTIMES = {".onnx": ("onnx", "file"), ".pt2": ("torch", "exported")}
 """Ending -> runtime and type of the job that uses the file."""
 LARGEST_TRIED = 8
 """Items in the largest batch that a file for any size is tried with."""
-LEFT_OUT = ("autocast", "compile", "channels_last")
+LEFT_OUT = ("autocast", "compile", "channels_last", "cuda_graph")
 OLD_FILES = frozenset(ModelConfig.model_fields) & {
     *("class_file", "class_name", "kwargs_file", "checkpoint"),
     *("ts_file", "json_file", "model_file", "trusted"),

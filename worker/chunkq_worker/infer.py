@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from chunkq.executors.base import Attempt, Mark, Outcome
 from chunkq.finalize import OWN
 from chunkq.ledger import Commit
+from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
@@ -78,7 +77,7 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
             moved=moved,
             checksums=checksums,
             patches=patches,
-            peak_rss=peak_rss(),
+            peak_rss=peak_bytes(),
         )
     )
     return patches
@@ -119,9 +118,3 @@ def _bytes_read(job: OpenJob, chunk: Chunk) -> int:
         low, high = axis.read(np.asarray(number, dtype=np.int64))
         voxels *= int(high - low)
     return voxels * job.plan.volume.voxel_bytes
-
-
-def peak_rss() -> int:
-    """Return this process's largest resident memory so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

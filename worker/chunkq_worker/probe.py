@@ -1,14 +1,17 @@
 """Tries a job's network, in a process of its own.
 
-`python -m chunkq_worker.probe [--whole]` reads a job record on standard input and writes the
-fields of a `Finding` as one line of JSON. Without --whole it only loads the network and runs a
-batch of zeros; with it, patches from the middle of the volume, in several ways.
+`python -m chunkq_worker.probe [--whole DEPTH]` reads a job record on standard input and writes
+the fields of a `Finding` as one line of JSON. Without --whole it only loads the network and runs a
+batch of zeros; with it, patches from the middle of the volume, in several ways, and then whole
+chunks, DEPTH at once, for the memory that a worker will need.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,11 +25,14 @@ import numpy.typing as npt
 from chunkq.box import Box
 from chunkq.errors import ChunkqError
 from chunkq.ledger import JobRecord
+from chunkq.memory import peak_bytes
 from chunkq.plan import Patch, Plan
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
-from chunkq_worker.engine import Engine
-from chunkq_worker.infer import peak_rss
+from chunkq_worker.birth import child_settings
+from chunkq_worker.devices import cores
+from chunkq_worker.engine import Engine, this_device
+from chunkq_worker.rehearsal import rehearse
 
 FEW_CHUNKS = 1000
 ROUNDS = 3
@@ -42,7 +48,10 @@ class Finding:
     difference of a patch's result when it lies elsewhere in the batch (`by_position`) and in a
     batch of another size (`by_batch_size`; `other_size`, None if the network takes one size only).
     `tile_norms` are layers that normalise by statistics of the tile. Bytes are the largest
-    resident memory of the process and what was allocated on the device.
+    resident memory of the process and what was allocated on the device, at the end. The former
+    with the network loaded is `loaded_bytes`, and `worker_bytes` after `chunks` whole chunks,
+    `depth` at once: libraries, network and arrays of a worker process; `memory_error` says why
+    that could not be found out.
     """
 
     error: str | None = None
@@ -60,37 +69,75 @@ class Finding:
     peak_bytes: int | None = None
     device_bytes: int | None = None
     device: str | None = None
+    depth: int | None = None
+    chunks: int | None = None
+    loaded_bytes: int | None = None
+    worker_bytes: int | None = None
+    memory_error: str | None = None
 
 
 def main() -> None:
     """Answer on standard output."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--whole", type=int, metavar="DEPTH")
+    depth = parser.parse_args().whole
+    _be_born_as_worker()
     finding = Finding()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
-        look(finding, record, whole="--whole" in sys.argv[1:])
+        # Where a worker has its network: libraries keep threads and memory per calling thread.
+        look(finding, record, depth)
     except ChunkqError as error:
         finding.error = str(error)
     sys.stdout.write(json.dumps(asdict(finding)) + "\n")
 
 
-def look(finding: Finding, record: JobRecord, *, whole: bool) -> None:
-    """Load the network and fill in a finding; raises ChunkqError."""
+def look(finding: Finding, record: JobRecord, depth: int | None) -> None:
+    """Load the network and fill in a finding, with `depth` all of it; raises ChunkqError."""
+    # Where a worker has its network: libraries keep threads and memory per calling thread.
+    on_device = this_device().do
     before = time.perf_counter()
-    engine = Engine(record, record.plan())
-    engine.batcher.warm_up()
+    engine = on_device(lambda: Engine(record, record.plan())).result()
     finding.load_seconds = time.perf_counter() - before
+    finding.loaded_bytes = peak_bytes()
+    if depth is not None:
+        _rehearse(finding, engine, record, depth)
+    before = time.perf_counter()
+    on_device(engine.batcher.warm_up).result()
+    finding.load_seconds += time.perf_counter() - before
     finding.batch, finding.device = engine.batcher.size, engine.runtime.device
-    if whole:
-        patches = middle_patches(engine.plan, engine.batcher.size)
-        window = _around(patches)
-        job = record.job
-        halos = [
-            read_padded(open_array(source.array_path), window, job.pad_mode, job.pad_value)
-            for source in record.sources
-        ]
-        _measure(finding, engine, patches, halos, window.start)
+    if depth is not None:
+        on_device(lambda: _try_patches(finding, engine, record)).result()
     finding.tile_norms = engine.runtime.tile_norms()
-    finding.peak_bytes, finding.device_bytes = peak_rss(), engine.runtime.device_bytes()
+    finding.peak_bytes, finding.device_bytes = peak_bytes(), engine.runtime.device_bytes()
+
+
+def _be_born_as_worker() -> None:
+    """Start again with the environment of a worker process, unless this is it."""
+    born = {**os.environ, **child_settings(cores())}
+    if born != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], born)
+
+
+def _rehearse(finding: Finding, engine: Engine, record: JobRecord, depth: int) -> None:
+    finding.depth = depth
+    try:
+        done = rehearse(engine, record, depth)
+    except Exception as error:  # what is wrong with the network itself shows right after this
+        finding.memory_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    else:
+        finding.chunks, finding.worker_bytes = done.chunks, done.worker_bytes
+
+
+def _try_patches(finding: Finding, engine: Engine, record: JobRecord) -> None:
+    patches = middle_patches(engine.plan, engine.batcher.size)
+    window = _around(patches)
+    job = record.job
+    halos = [
+        read_padded(open_array(source.array_path), window, job.pad_mode, job.pad_value)
+        for source in record.sources
+    ]
+    _measure(finding, engine, patches, halos, window.start)
 
 
 def middle_patches(plan: Plan, most: int) -> list[Patch]:

@@ -9,11 +9,15 @@ from typing import Any
 import click
 
 from chunkq.errors import ModelError
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU
+from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Plan
 from chunkq_producer import submit
+from chunkq_producer.cluster import on_cpu
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
 from chunkq_producer.probe import Probe, probe, warnings
+from chunkq_producer.rehearsal import finalizer_bytes
 from chunkq_producer.watch import duration
 
 MUCH_TO_FINALIZE = 0.9
@@ -28,27 +32,42 @@ MUCH_TO_FINALIZE = 0.9
     "--probe",
     "with_probe",
     is_flag=True,
-    help="Try the network on real patches.",
+    help="Try the network on real patches, and the memory with real chunks.",
 )
+@click.option(
+    "--depth", type=click.IntRange(1),
+    help=f"Chunks in flight per process; default {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}.",
+)  # fmt: skip
 @json_option
 def plan(
-    job: Path, input_: str | None, output: str | None, with_probe: bool, as_json: bool
+    job: Path,
+    input_: str | None,
+    output: str | None,
+    with_probe: bool,
+    depth: int | None,
+    as_json: bool,
 ) -> None:
     """Check JOB and say what it will cost; nothing is written."""
     prepared = submit.prepare(load_job(job, input=input_, output=output))
     tried = None
+    if depth is None:
+        on_gpu = not on_cpu(prepared.record.job)
+        depth = DEPTH_ON_GPU if on_gpu else DEPTH_ON_CPU
     if with_probe:
-        tried = probe(prepared.record, whole=True)
+        tried = probe(prepared.record, depth=depth)
         if tried.error is not None:
             raise ModelError(tried.error)
+        tried.finalizer_bytes = None
+        if prepared.plan.costs.finalized_blocks:
+            tried.finalizer_bytes = finalizer_bytes(prepared.record)
     if as_json:
-        click.echo(json.dumps(_values(prepared.plan, tried), indent=1))
+        click.echo(json.dumps(_values(prepared.plan, depth, tried), indent=1))
     else:
-        for label, value in _rows(prepared.plan, tried):
+        for label, value in _rows(prepared.plan, depth, tried):
             click.echo(f"{label:<20}{value}")
 
 
-def _values(plan: Plan, tried: Probe | None) -> dict[str, Any]:
+def _values(plan: Plan, depth: int, tried: Probe | None) -> dict[str, Any]:
     costs = plan.costs
     values: dict[str, Any] = {
         "volume": list(plan.volume.shape),
@@ -67,13 +86,15 @@ def _values(plan: Plan, tried: Probe | None) -> dict[str, Any]:
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
         "bytes_per_chunk_in_flight": costs.worker_bytes,
+        "depth": depth,
+        "array_bytes": footprint(plan).in_flight(depth),
     }
     if tried is not None:
         values["probe"] = {**vars(tried), "warnings": warnings(tried)}
     return values
 
 
-def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
+def _rows(plan: Plan, depth: int, tried: Probe | None) -> list[tuple[str, str]]:
     costs = plan.costs
     per_voxel = costs.patches * _volume(plan.output_patch) / _volume(plan.volume.shape)
     share = costs.finalized_voxels / _volume(plan.volume.shape)
@@ -90,7 +111,12 @@ def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
         ("read", f"{size(costs.input_bytes)} of input"),
         ("write", f"{size(costs.output_bytes)} of output"),
         ("pieces", f"{size(costs.piece_bytes)} written, read once and deleted"),
-        ("memory", f"{size(costs.worker_bytes)} for each chunk in flight, besides the network"),
+        (
+            "memory",
+            f"arrays alone: at most {size(footprint(plan).in_flight(depth))} in a worker process "
+            f"with {depth} chunks in flight; libraries and network come on top"
+            + ("" if tried else " (--probe measures all)"),
+        ),
     ]
     if tried is not None:
         rows += _tried_rows(costs.patches, tried)
@@ -107,17 +133,31 @@ def _rows(plan: Plan, tried: Probe | None) -> list[tuple[str, str]]:
 
 def _tried_rows(patches: int, tried: Probe) -> list[tuple[str, str]]:
     each = tried.batch_seconds / tried.batch
-    memory = f"{size(tried.peak_bytes)} of the process"
-    if tried.device_bytes is not None:
-        memory += f", {size(tried.device_bytes)} on the device"
     rows = [
         ("network", f"on {tried.device}, loaded in {tried.load_seconds:.3g} s; its shapes fit"),
         ("one patch", f"{each:.3g} s, in batches of {tried.batch}"),
         ("network alone", f"{duration(max(1, patches * each))} for all patches on one such device"),
-        ("peak memory", memory),
+        ("peak memory", peak_memory(tried)),
         ("output range", f"{tried.lowest:.4g} to {tried.highest:.4g}, before any activation"),
     ]
     return rows + [("warning", line) for line in warnings(tried)]
+
+
+def peak_memory(tried: Probe) -> str:
+    """Return what a worker and the finalizer need, each with all that is in the process."""
+    if tried.worker_bytes is None:
+        found = [f"of a worker: unknown, chunks could not be tried ({tried.memory_error})"]
+    else:
+        found = [
+            f"{size(tried.worker_bytes)} in all of a worker process with {tried.depth} chunks in "
+            f"flight ({size(tried.loaded_bytes)} of it libraries and network), "
+            f"tried on {tried.chunks} chunks"
+        ]
+    if tried.finalizer_bytes is not None:
+        found.append(f"{size(tried.finalizer_bytes)} in all of the finalizing one")
+    if tried.device_bytes is not None:
+        found.append(f"{size(tried.device_bytes)} on the device")
+    return "; ".join(found)
 
 
 def _volume(shape: tuple[int, ...]) -> float:

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.steps import Steps
+
+Fetched = Callable[[], list[npt.NDArray[Any]]]
+"""Waits for results that are on their way to the host, and returns them. Any thread may call it."""
+
+
+class Feed:
+    """Where batches are written, and from where they set out for the device.
+
+    This one is for runtimes that read the host's memory: one array, sent as it is.
+    """
+
+    ahead: bool = False
+    """Whether one batch may be written and sent while the one before it is computed."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self._array = np.zeros(shape, dtype)
+
+    def blank(self) -> npt.NDArray[Any]:
+        """Return the array to write the next batch into, of the feed's shape and dtype.
+
+        What it held before was sent and computed, or is not wanted any more.
+        """
+        return self._array
+
+    def send(self, batch: npt.NDArray[Any]) -> Any:
+        """Return what a runtime takes for the batch: the first items of `blank`, or another."""
+        return batch
 
 
 class Runtime(ABC):
@@ -28,11 +56,11 @@ class Runtime(ABC):
     """Whether fewer items than in the first batch cost less: nothing is prepared for one size."""
 
     @abstractmethod
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: Any) -> Array:
         """Run the network, between its protected steps, on (N, *model_input_shape) of any dtype.
 
-        The batch is cast to the model's dtype on the device. Returns whatever shape comes out,
-        float32 or better.
+        The batch is an array on the host, or what this runtime's feed sent. It is cast to the
+        model's dtype on the device. Returns whatever shape comes out, float32 or better.
         """
 
     @abstractmethod
@@ -42,6 +70,14 @@ class Runtime(ABC):
     @abstractmethod
     def place(self, array: npt.NDArray[Any]) -> Array:
         """Return a host array on the device; shared, not copied, where that is the host."""
+
+    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Feed:
+        """Return where to write batches of at most this shape, all zeros at first."""
+        return Feed(shape, dtype)
+
+    def fetch(self, arrays: Sequence[Array]) -> Fetched | None:
+        """Start results on their way to the host; None where nothing is gained by that."""
+        return None
 
     @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:

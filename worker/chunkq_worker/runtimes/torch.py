@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,15 @@ from typing_extensions import override
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.base import Feed, Fetched, Runtime
+from chunkq_worker.runtimes.staging import (
+    Accelerator,
+    Cuda,
+    Replayed,
+    Sent,
+    StagedFeed,
+    fetch,
+)
 from chunkq_worker.runtimes.torch_files import LOADERS, Loaded, reason
 from chunkq_worker.steps import Steps
 
@@ -28,22 +36,33 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 """What torch's errors say that a lack of memory causes, besides those of a type for it."""
+OF_CAPTURES = re.compile(r"captur|CUDA ?[gG]raph")
 OF_DTYPES = re.compile(r"type|not implemented for|Half|Float|scalar")
 TILE_NORMS = ("InstanceNorm", "GroupNorm", "LayerNorm", "BatchNorm")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class TorchRuntime(Runtime):
-    """A torch module in inference mode. Protected steps are given torch tensors."""
+    """A torch module in inference mode. Protected steps are given torch tensors.
+
+    The module lies on the `accelerator`, or, if that is None, in the host's memory.
+    """
 
     def __init__(
-        self, loaded: Loaded, model: ModelConfig, steps: Steps, threads: int | None
+        self,
+        loaded: Loaded,
+        model: ModelConfig,
+        steps: Steps,
+        threads: int | None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
         self._dtype: torch.dtype = getattr(torch, model.dtype)
-        # An exported program may have been traced for one size, a compiled one is compiled for it.
-        self.any_batch = not model.compile and model.type != "exported"
+        # An exported program may have been traced for one size, a compiled or captured one is
+        # made for it.
+        one_size = model.compile or model.cuda_graph or model.type == "exported"
+        self.any_batch = not one_size
         if model.channels_last:
             for value in self._module.parameters():
                 if value.dim() in CHANNELS_LAST:
@@ -53,14 +72,22 @@ class TorchRuntime(Runtime):
             with _as_compilers_are():
                 # The batch size never changes but when memory is short.
                 self._run = torch.compile(self._module, dynamic=False)
+        self._accelerator, self._replayed = accelerator, None
+        if accelerator is not None:
+            self._way_in, self._way_out = accelerator.stream(), accelerator.stream()
+            if model.cuda_graph:
+                self._replayed = Replayed(accelerator, self._straight)
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: npt.NDArray[Any] | Sent) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process has its own
         with torch.inference_mode():
             # A copy, as networks and steps may work in place.
-            given = self.place(batch).to(self._dtype, copy=self.device == "cpu")
+            if isinstance(batch, Sent):
+                given = batch.take(self._dtype)
+            else:
+                given = self.place(batch).to(self._dtype, copy=self._accelerator is None)
             if self._steps.preprocessing_protected is not None:
                 given = self._steps.preprocessing_protected(given)
             outputs = self._forward(given)
@@ -80,12 +107,15 @@ class TorchRuntime(Runtime):
         if self._model.channels_last:
             given = _channels_last(given)
         try:
-            with self._around():
-                return self._run(given)
+            return (self._replayed or self._straight)(given)
         except RuntimeError as error:
             if not self.is_out_of_memory(error) and (line := self._explained(error, given)):
                 raise ModelError(line) from error
             raise
+
+    def _straight(self, given: torch.Tensor) -> Any:
+        with self._around():
+            return self._run(given)
 
     @contextlib.contextmanager
     def _around(self) -> Iterator[None]:
@@ -104,6 +134,11 @@ class TorchRuntime(Runtime):
                 f"model_config.compile: torch.compile cannot compile this network here "
                 f"({reason(error)}); leave compile out"
             )
+        if self._replayed is not None and OF_CAPTURES.search(reason(error)):
+            return (
+                "model_config.cuda_graph: this network cannot be captured: it waits for the "
+                f"device or changes between batches ({reason(error)}); leave cuda_graph out"
+            )
         own = sorted({_name(p) for p in self._module.parameters() if p.is_floating_point()})
         if own and _name(given) not in own and OF_DTYPES.search(reason(error)):
             return (
@@ -115,7 +150,21 @@ class TorchRuntime(Runtime):
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+        if self._accelerator is None:
+            return torch.zeros(shape, dtype=torch.float32)
+        return self._accelerator.empty(shape, torch.float32).zero_()
+
+    @override
+    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Feed:
+        if self._accelerator is None:
+            return Feed(shape, dtype)
+        return StagedFeed(self._accelerator, self._way_in, shape, dtype)
+
+    @override
+    def fetch(self, arrays: Sequence[Array]) -> Fetched | None:
+        if self._accelerator is None:
+            return None
+        return fetch(self._accelerator, self._way_out, arrays)
 
     @override
     def place(self, array: npt.NDArray[Any]) -> Array:
@@ -128,9 +177,7 @@ class TorchRuntime(Runtime):
         if not array.flags.writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()  # steps give views that torch cannot share
         tensor = torch.from_numpy(array)
-        if self.device == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor if self._accelerator is None else self._accelerator.place(tensor)
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -138,6 +185,8 @@ class TorchRuntime(Runtime):
             isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
         )
         if known and self.device == "cuda":
+            if self._replayed is not None:
+                self._replayed.clear()
             torch.cuda.empty_cache()
         return known
 
@@ -156,7 +205,7 @@ class TorchRuntime(Runtime):
 
     @override
     def close(self) -> None:
-        self._module = self._run = None
+        self._module = self._run = self._replayed = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -178,7 +227,8 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
             f"model_config.autocast: {model.autocast} is for networks in float32, this one's dtype "
             f"is {model.dtype}; set dtype: float32 or leave autocast out"
         )
-    return TorchRuntime(LOADERS[model.type](model), model, steps, threads)
+    accelerator = Cuda() if model.device == "cuda" else None
+    return TorchRuntime(LOADERS[model.type](model), model, steps, threads, accelerator)
 
 
 def _channels_last(given: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""What `chunkq plan --probe` foretells is what a real worker and a real finalizer then take."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chunkq_producer.commands.plan import peak_memory
+from chunkq_producer.probe import Probe
+
+from chunkq.ledger import ALIGNMENT, CRC_BYTES
+from chunkq.opened import open_job
+from chunkq.plan import Plan
+from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
+
+PATCH = (32, 32, 32)
+LAUNCHER = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(child.pid, 0)
+assert status == 0
+print(used.ru_maxrss * 1024)
+"""
+"""Small itself: a process's largest memory counts what its parent had when it was started."""
+
+
+def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Bench:
+    write_zarr(folder / "in.zarr", random_volume((160, 128, 128), dtype), (32, 32, 32))
+    model = toy_model(folder, PATCH, kind="pointwise", channels=channels)
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [28, 28, 28],
+        "chunksize": [96, 64, 64],
+        "threads": 2,
+        "model_config": model,
+        **keys,
+    }
+    bench = Bench(folder, values)
+    bench.write_job()
+    return bench
+
+
+def headers(plan: Plan) -> int:
+    """Bytes of all pieces that are not voxels."""
+    channels = (plan.channels,) if plan.channel_axis else ()
+    total = 0
+    for chunk in map(plan.chunk, plan.indices()):
+        pieces = [[("<f4", (plan.channels, *p.box.shape))] for p in plan.leaves(chunk)]
+        if chunk.active and chunk.has_band:
+            own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
+            rest = [(plan.output_dtype.str, (*channels, *b.shape)) for b in chunk.rest_boxes]
+            pieces.append([*own, *rest])
+        for arrays in pieces:
+            line = len(json.dumps(arrays)) + 1
+            total += line + -line % ALIGNMENT + CRC_BYTES
+    return total
+
+
+def finalizer_peak(bench: Bench) -> int:
+    """Finalize; returns the largest resident memory of the command."""
+    command = [sys.executable, "-m", "chunkq", "finalize", "out.zarr"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
+        cwd=bench.folder,
+        env={**os.environ, **bench.env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "depth", "keys"),
+    [
+        ("float32", 1, 1, {"combine": "weighted_avg"}),
+        ("uint8", 3, 2, {"combine": "soft"}),
+    ],
+    ids=["average-depth-1", "labels-depth-2"],
+)
+def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
+    tmp_path: Path, dtype: str, channels: int, depth: int, keys: dict[str, Any]
+) -> None:
+    bench = bench_of(tmp_path, dtype, channels, **keys)
+    asked = bench.run("plan", "job.json", "--probe", "--depth", str(depth), "--json").ok()
+    foretold = json.loads(asked.out)
+    probe = foretold["probe"]
+    assert probe["memory_error"] is None
+    assert probe["depth"] == foretold["depth"] == depth
+    assert not bench.output.exists()
+    told = peak_memory(Probe(**probe))
+    assert f"in all of a worker process with {depth} chunks in flight" in told
+    assert "of it libraries and network)" in told
+    assert "in all of the finalizing one" in told
+
+    bench.here("produce", "job.json").ok()
+    bench.run("work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet").ok()
+    measured = finalizer_peak(bench)
+    report = json.loads(bench.here("report", "out.zarr", "--json").ok().out)
+    moved, around = report["bytes"], headers(open_job(str(bench.job_folder)).plan)
+    assert report["patches"] == foretold["patches"]
+    assert moved["input"] == foretold["input_bytes"]
+    assert moved["output"] == foretold["output_bytes"]
+    assert moved["pieces_written"] == moved["pieces_read"] == foretold["piece_bytes"] + around
+
+    assert probe["worker_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.1)
+    assert probe["finalizer_bytes"] == pytest.approx(measured, rel=0.1)
+    # Not because the process dwarfs all: the arrays show.
+    assert probe["worker_bytes"] > probe["loaded_bytes"] + foretold["array_bytes"]
+
+
+def test_the_plan_says_what_its_memory_is_of(tmp_path: Path) -> None:
+    bench = bench_of(tmp_path, "uint8", 1)
+    alone = bench.here("plan", "job.json").ok().out
+    (line,) = [line for line in alone.splitlines() if line.startswith("memory")]
+    assert "arrays alone" in line
+    assert "2 chunks in flight" in line
+    assert "libraries and network come on top (--probe measures all)" in line
+    assert "peak memory" not in alone
+    deeper = json.loads(bench.here("plan", "job.json", "--depth", "4", "--json").ok().out)
+    flat = json.loads(bench.here("plan", "job.json", "--depth", "1", "--json").ok().out)
+    assert deeper["array_bytes"] > flat["array_bytes"]

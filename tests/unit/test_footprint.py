@@ -1,0 +1,62 @@
+"""The arrays of a chunk, counted beside those that computing it really leaves."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from chunkq.blend import Accumulator, WeightCache
+from chunkq.footprint import chunk_footprint, footprint
+from chunkq.plan import Plan
+from chunkq.userfile import load_weights
+from tests.strategies import plan_for
+
+
+def plan_of(combine: str, channels: int, dtype: str = "uint8") -> Plan:
+    return plan_for(
+        (64, 64),
+        (8, 8),
+        dtype,
+        inference_type="sliding_window",
+        strides=[6, 6],
+        chunksize=[16, 16],
+        storage_chunks=[4, 4],
+        combine=combine,
+        model={"model_output_shape": [channels, 8, 8]},
+    )
+
+
+def whole(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array whose memory a view keeps."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+@pytest.mark.parametrize(
+    ("combine", "channels"),
+    [("weighted_avg", 1), ("weighted_avg", 3), ("soft", 3), ("hard", 8), ("soft", 1)],
+)
+def test_what_a_chunk_holds_while_it_is_written_is_counted(combine: str, channels: int) -> None:
+    plan = plan_of(combine, channels)
+    chunk = plan.chunk((1, 1))
+    zeros = np.zeros((channels, *chunk.region.shape), np.float32)
+    weights = WeightCache(plan, load_weights(plan), np.asarray)
+    left = Accumulator(plan, chunk, weights, zeros).contribution()
+    assert left.own is not None
+    arrays = [left.core, *left.own.band, *left.own.rest, *(sums for _, sums in left.pieces)]
+    held = {id(whole(array)): whole(array).nbytes for array in arrays}
+    copied = max(left.core.nbytes, sum(values.nbytes for values in left.own.rest))
+    counted = chunk_footprint(plan, chunk)
+    assert counted.writing == sum(held.values()) + copied
+    assert counted.computing > counted.waiting + zeros.nbytes
+    assert counted.waiting == chunk.halo.size
+
+
+def test_each_chunk_more_in_flight_adds_the_same() -> None:
+    found = footprint(plan_of("weighted_avg", 3, "float32"))
+    assert found.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
+    steps = np.diff([found.in_flight(depth) for depth in (1, 2, 3, 4)])
+    assert set(steps) == {max(found.waiting, found.writing)}
+    assert found.in_flight(1) == found.computing

@@ -1,0 +1,187 @@
+"""A worker's chunks in small: real stages, arrays and files, with hardly any network.
+
+Memory follows from what the allocator makes of all that coexists, so it is tried, not guessed:
+chunks of the job go through `infer_chunk` into a folder that is thrown away, as many at once as
+in a real process. The network runs once a chunk, beside that chunk's arrays; all other batches
+get its answer again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from chunkq.combine import Array, on_host
+from chunkq.executors.base import Attempt
+from chunkq.ledger import JobRecord
+from chunkq.memory import peak_bytes
+from chunkq.opened import OpenJob
+from chunkq.plan import Index, Plan
+from chunkq.rehearsal import made_anew
+from chunkq.tasks import Task
+from chunkq_worker.engine import Engine, this_device
+from chunkq_worker.infer import infer_chunk
+from chunkq_worker.runtimes.base import Runtime
+
+MOST_CHUNKS = 27
+"""Chunks of a rehearsal, at most: in a volume, one for each way to lie at its ends or amid it."""
+SECONDS = 20.0
+"""No chunk is begun after so long, but the few that it takes to fill the pipeline."""
+LOOK_SECONDS = 0.002
+
+
+class Replay(Runtime):
+    """A network that is run for every `each`-th batch; the others get a copy of its last answer.
+
+    Where others still read or write, an answer takes as long as the network took, so that as
+    many chunks wait for the device as do behind the real one.
+    """
+
+    def __init__(self, network: Runtime, each: int, flights: Flights) -> None:
+        self.device, self.any_batch = network.device, network.any_batch
+        self._network, self._each, self._flights = network, each, flights
+        self._calls = 0
+        self._answer: Array = None
+        self._seconds = 0.0
+        self.kept_bytes = 0
+
+    @override
+    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+        fits = self._answer is not None and len(self._answer) >= len(batch)
+        self._calls += 1
+        if not fits or (self._calls - 1) % self._each == 0:
+            before = time.perf_counter()
+            answer = self._network(batch)
+            self._seconds = time.perf_counter() - before
+            if not fits:
+                self._keep(answer)
+            return answer
+        due = time.perf_counter() + self._seconds
+        while time.perf_counter() < due and self._flights.are_moving():
+            time.sleep(LOOK_SECONDS)
+        return self._network.place(np.array(self._answer[: len(batch)]))
+
+    def _keep(self, answer: Array) -> None:
+        """Keep an answer outside the allocator's heap, which is to look as without it."""
+        values = on_host(answer)
+        room = mmap.mmap(-1, max(1, values.nbytes))
+        self._answer = np.frombuffer(room, values.dtype, values.size).reshape(values.shape)
+        self._answer[...] = values
+        self.kept_bytes += values.nbytes
+
+    @override
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return self._network.zeros(shape)
+
+    @override
+    def place(self, array: npt.NDArray[Any]) -> Array:
+        return self._network.place(array)
+
+    @override
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        return self._network.is_out_of_memory(error)
+
+    @override
+    def close(self) -> None:
+        self._network.close()
+
+
+class Flights:
+    """The chunks in flight, at most `depth` at once."""
+
+    def __init__(self, job: OpenJob, depth: int) -> None:
+        self._job, self._depth = job, depth
+        self._flying: set[Task] = set()
+        self._lock = threading.Lock()
+        self.landed = 0
+
+    def are_moving(self) -> bool:
+        """Tell whether any chunk besides the computed one is read or written."""
+        device = this_device()
+        with self._lock:
+            return sum(not device.is_awaited_by(task) for task in self._flying) > 1
+
+    def fly(self, chunks: Sequence[Index]) -> None:
+        """Compute chunks until the time is up; raises what computing them raises."""
+        until = time.perf_counter() + SECONDS
+        few = self._depth + 2
+
+        def one(number: int) -> None:
+            if number >= few and time.perf_counter() > until:
+                return
+            task = Task("infer", self._job.folder.path, chunks[number])
+            with self._lock:
+                self._flying.add(task)
+            try:
+                infer_chunk(task, Attempt(1, "rehearsal"))
+            finally:
+                with self._lock:
+                    self._flying.discard(task)
+                    self.landed += 1
+
+        with ThreadPoolExecutor(self._depth) as pool:
+            for _ in pool.map(one, range(len(chunks))):
+                pass
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """How many chunks were computed, and a worker's largest resident memory meanwhile."""
+
+    chunks: int
+    worker_bytes: int
+
+
+def rehearse(engine: Engine, record: JobRecord, depth: int) -> Rehearsed:
+    """Compute some chunks, `depth` at once, as the first thing done with a network.
+
+    Raises what computing them raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="chunkq-rehearsal-") as folder:
+        job = made_anew(record, folder)
+        chunks = some_chunks(job.plan)
+        flights = Flights(job, depth)
+        network = engine.runtime
+        batches = -(-max(job.plan.chunk(i).patches for i in chunks) // engine.batcher.size)
+        device = this_device()
+        # `over` makes a batcher for what the engine holds as its network just then.
+        engine.runtime = replay = Replay(network, max(1, batches), flights)
+        try:
+            playing = device.do(lambda: engine.over(job.plan)).result()
+        finally:
+            engine.runtime = network
+        with device.lent(job, playing):
+            flights.fly(chunks)
+        return Rehearsed(flights.landed, peak_bytes() - replay.kept_bytes)
+
+
+def some_chunks(plan: Plan) -> list[Index]:
+    """Return chunks from everywhere, up to MOST_CHUNKS, the middle one first.
+
+    All, if they are so few; else those at the ends and in the middle along each axis.
+    """
+    middle = tuple(blocks // 2 for blocks in plan.blocks)
+    if plan.costs.chunks <= MOST_CHUNKS:
+        found = list(plan.indices())
+    else:
+        places = [
+            sorted({0, centre, blocks - 1})
+            for centre, blocks in zip(middle, plan.blocks, strict=True)
+        ]
+        found = [index for index in product(*places) if index != middle]
+        found = found[:: -(-len(found) // (MOST_CHUNKS - 1))]
+        found.append(middle)
+    found = [index for index in found if plan.chunk(index).active]
+    # Neighbours of the middle have the largest arrays; they fill the pipeline first.
+    return sorted(found, key=lambda i: sum(abs(a - b) for a, b in zip(i, middle, strict=True)))
