@@ -1,8 +1,9 @@
 """chunkq beside a bare forward loop, MONAI's sliding window and a plain copy, store to store.
 
 Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants take turns in
-processes of their own, with two threads each; a figure is the median of the ratios taken round by
-round. MONAI comes from the package index into a folder of its own.
+processes of their own, with two threads each and the malloc settings that chunkq gives its workers;
+a figure is the median of the ratios taken round by round. MONAI comes from the package index into a
+folder of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import yaml
 import zarr
+from chunkq_worker.birth import child_settings
 
 from benchmarks import turns
-from benchmarks.turns import Figures
+from benchmarks.turns import THREADS, Figures
 
 ROUNDS = 5
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
@@ -27,10 +29,12 @@ MONAI = "monai==1.6.1"
 PARTS = ("bare", "monai", "memory", "copy")
 
 
-def make_job(folder: Path, shape: tuple[int, ...], **keys: Any) -> Path:
+def make_job(
+    folder: Path, shape: tuple[int, ...], dtype: str = "uint8", edge: int = 32, **keys: Any
+) -> Path:
     """A job over a volume of noise: the brain demo's U-Net, windows of 64³ that overlap by half."""
-    values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    zarr.create_array(folder / "in.zarr", shape=shape, chunks=(32,) * 3, dtype="uint8")[:] = values
+    values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8).astype(dtype)
+    zarr.create_array(folder / "in.zarr", shape=shape, chunks=(edge,) * 3, dtype=dtype)[:] = values
     job: dict[str, Any] = {
         "input": "in.zarr",
         "output": "out.zarr",
@@ -67,7 +71,8 @@ def identity(folder: Path) -> Path:
 def ask(name: str, job: Path) -> Figures:
     """Run one contestant."""
     script = Path(__file__).with_name("contestant.py")
-    return turns.ask(script, name, job, job.parent / f"{name}.zarr")
+    output = job.parent / f"{name}.zarr"
+    return turns.ask(script, name, job, output, child_settings(THREADS))
 
 
 def pair(job: Path, other: str, rounds: int) -> Figures:
@@ -102,9 +107,12 @@ def copying(rounds: int) -> Figures:
         job = make_job(
             place,
             (384, 384, 384),
+            "float32",
+            64,
             inference_type="patch",
             strides=None,
             chunksize=[128, 128, 128],
+            storage_chunks=[64, 64, 64],
             weight_function=["weight_uniform"],
             combine="weighted_avg",
             model_config={

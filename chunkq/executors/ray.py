@@ -47,7 +47,7 @@ CLIENT_TRIES = 3
 UNSERVED = "client/server/proxier.py"
 """What Ray says, among others, when the server it began for a client died, or did not answer."""
 REMEDY = "pip install 'chunkq[ray]' on its machines"
-AT_BIRTH = "MALLOC_"
+AT_BIRTH = ("MALLOC_", "GLIBC_TUNABLES")
 """What of the environment, by the names' beginning, an actor must be born with."""
 OF_RAY = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
 """What of the environment is not passed on to an actor."""
