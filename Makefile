@@ -11,7 +11,7 @@ DEMO := demo
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
 	@echo "make test    install all that the tests need, check and test everything"
-	@echo "make bench   measure planning, enqueueing and status at scale, and the queues"
+	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (half an hour)"
 	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
 	@echo "make clean   remove the environment and the demo's files"
 
@@ -63,10 +63,19 @@ test: lint
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
+# One part alone: make bench PARTS=network
+RESULTS := benchmarks/results
+PARTS := network hotpath borders workers predictions planning queues queue_scale gpu
+
 bench: $(VENV)/test-installed
-	$(BIN)/python benchmarks/planning.py --json benchmarks/planning.json
-	$(BIN)/python benchmarks/queues.py --json benchmarks/queues.json
-	$(BIN)/python benchmarks/scale.py --json benchmarks/scale.json --plot benchmarks/scale.png
+	@mkdir -p $(RESULTS)
+	@for part in $(PARTS); do \
+	  echo "$$part"; \
+	  $(BIN)/python -W ignore benchmarks/$$part.py --json $(RESULTS)/$$part.json || exit 1; \
+	done
+	@$(BIN)/python benchmarks/scale.py --measured $(RESULTS) --json $(RESULTS)/scale.json \
+	  --plot $(RESULTS)/scale.png
+	@$(BIN)/python benchmarks/results.py $(RESULTS)
 
 picture: demo
 	cp $(DEMO)/tissues.png docs/images/brain.png

@@ -10,7 +10,7 @@ from typing import Any
 
 from scale_model import BUCKET, Inputs
 
-MEASURED_PATCH, COPIED_VOXEL_BYTES = 64, 1 + 4
+MEASURED_PATCH, COPIED_VOXEL_BYTES = 64, 4 + 4
 """network.py's patches, and the bytes of a voxel of its copy: of the input and of the output."""
 
 

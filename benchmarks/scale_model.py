@@ -85,7 +85,9 @@ class Inputs:
     store_writes_per_s: float = _assumed(30_000, "1/s", "objects the store makes or removes")
     folder_writes_per_s: float = _assumed(5000, "1/s", "objects made in one folder or prefix")
     requests_in_flight: float = _assumed(32, "", "requests of one chunk at a time")
-    seal_records_per_s: float = _assumed(500, "1/s", "commit records that sealing reads")
+    seal_records_per_s: float = _assumed(
+        8000, "1/s", "commit records that sealing reads, sixteen at once"
+    )
 
     def queue(self, executor: str, what: str) -> float:
         """Return a queue's `tasks_per_s`, `enqueue_per_s` or `task_bytes`."""
@@ -105,7 +107,7 @@ BUCKET = {
     "store_writes_per_s": 16 * 3500.0,
     "folder_writes_per_s": 3500.0,
     "requests_in_flight": 64.0,
-    "seal_records_per_s": 2000.0,
+    "seal_records_per_s": 5000.0,
 }
 """What of the assumptions differs for an object store: 5500 reads and 3500 writes a second of a
 prefix, and voxels under 16 prefixes once it has split them; all records are in one."""

@@ -16,7 +16,7 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
         "plan": ("chunkq_producer.commands.plan:plan", "Say what a job will cost."),
-        "tune": ("chunkq_worker.tune_command:tune", "Find a job's fastest settings."),
+        "tune": ("chunkq_worker.tune.command:tune", "Find a job's fastest settings."),
         "produce": ("chunkq_producer.commands.produce:produce", "Cut a job, fill the queue."),
         "work": ("chunkq_worker.commands:work", "Take chunks from the queue and compute them."),
         "status": ("chunkq_producer.commands.status:status", "Show how far jobs are."),

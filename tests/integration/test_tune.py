@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from chunkq_worker.tune_space import Space
-from chunkq_worker.tuning import Setting
+from chunkq_worker.tune.search import Setting
+from chunkq_worker.tune.space import Space
 
 from chunkq.job import load_job
 from chunkq.ledger import JobRecord

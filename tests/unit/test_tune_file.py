@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from chunkq_worker.tune_file import BEGIN, END, JobFile
-from chunkq_worker.tune_space import Changes
+from chunkq_worker.tune.file import BEGIN, END, JobFile
+from chunkq_worker.tune.space import Changes
 from hypothesis import given
 from hypothesis import strategies as st
 

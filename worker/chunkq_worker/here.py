@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -19,7 +19,7 @@ from chunkq.executors.base import (
     Shift,
     WorkerName,
 )
-from chunkq.finalize import standing
+from chunkq.finalize import complete_block, standing
 from chunkq.opened import OpenJob
 from chunkq.plan import Index
 from chunkq.tasks import Task
@@ -84,21 +84,31 @@ class NoQueue(Executor):
 def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
     """Compute every chunk without a commit record, in order; returns this worker's name.
 
-    The first chunk that fails ends it with its error, which the ledger keeps as well; what is
-    committed stays.
+    A block is completed as soon as all its contributors are committed; of a job that was begun
+    before, some are left to the finalizer. The first chunk that fails ends it with its error,
+    which the ledger keeps as well; what is committed stays.
     """
     worker = WorkerName.new(job.plan.job.model.device).text
     left, total = standing(job).unfinished, job.plan.costs.chunks
     before = total - len(left)
     progress(before, total)
-    with ThreadPoolExecutor(DEPTH) as pool:
+    marks: Counter[Index] = Counter()
+    blocks: list[Future[None]] = []
+    with ThreadPoolExecutor(DEPTH) as pool, ThreadPoolExecutor(1) as finalizer:
 
         def start(index: Index) -> Future[Outcome]:
             task = Task("infer", job.folder.path, index)
             return pool.submit(run_task, task, Attempt(1, worker))
 
-        for done, _ in enumerate(ahead(start, left), start=before + 1):
+        for done, outcome in enumerate(ahead(start, left), start=before + 1):
+            for mark in outcome.marks:
+                marks[mark.block] += 1
+                if marks[mark.block] == mark.of:
+                    made = finalizer.submit(complete_block, job, mark.block, Attempt(1, worker))
+                    blocks.append(made)
             progress(done, total)
+        for made in blocks:
+            made.result()
     return worker
 
 

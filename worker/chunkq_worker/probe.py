@@ -76,16 +76,14 @@ class Finding:
     memory_error: str | None = None
 
 
-def main() -> None:
+def main(*arguments: str) -> None:
     """Answer on standard output."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--whole", type=int, metavar="DEPTH")
-    depth = parser.parse_args().whole
-    _be_born_as_worker()
+    depth = parser.parse_args(arguments).whole
     finding = Finding()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
-        # Where a worker has its network: libraries keep threads and memory per calling thread.
         look(finding, record, depth)
     except ChunkqError as error:
         finding.error = str(error)
@@ -213,4 +211,5 @@ def _difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
 
 if __name__ == "__main__":
     logging.getLogger("chunkq").setLevel(logging.ERROR)
-    main()
+    _be_born_as_worker()
+    main(*sys.argv[1:])

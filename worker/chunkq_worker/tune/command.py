@@ -32,12 +32,21 @@ from chunkq_worker.commands import seconds_in
 from chunkq_worker.devices import VISIBLE, cores, slots
 from chunkq_worker.given import arrays_of
 from chunkq_worker.run import ALLOW_VARIABLE
-from chunkq_worker.tune_file import JobFile
-from chunkq_worker.tune_memory import offered
-from chunkq_worker.tune_process import Trials
-from chunkq_worker.tune_space import Space
-from chunkq_worker.tune_table import comment, duration, label, legend, table, values
-from chunkq_worker.tuning import Limits, Measured, Options, Outcome, Row, Search, Setting, Stage
+from chunkq_worker.tune.file import JobFile
+from chunkq_worker.tune.memory import offered
+from chunkq_worker.tune.process import Trials
+from chunkq_worker.tune.search import (
+    Limits,
+    Measured,
+    Options,
+    Outcome,
+    Row,
+    Search,
+    Setting,
+    Stage,
+)
+from chunkq_worker.tune.space import Space
+from chunkq_worker.tune.table import comment, duration, label, legend, table, values
 
 LOG_WIDTH = 120
 KEEPABLE = ("batch", "compile", "depth", "chunksize")

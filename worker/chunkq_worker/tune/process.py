@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from chunkq_worker.tune_space import Space
-from chunkq_worker.tune_trial import Orders
-from chunkq_worker.tuning import Measured, Setting, Stage
+from chunkq_worker.tune.search import Measured, Setting, Stage
+from chunkq_worker.tune.space import Space
+from chunkq_worker.tune.trial import Orders
 
-MODULE = "chunkq_worker.tune_trial"
+MODULE = "chunkq_worker.tune.trial"
 LOOK_SECONDS = 0.05
 
 

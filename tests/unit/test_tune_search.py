@@ -6,8 +6,8 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from chunkq_worker.tune_memory import offered
-from chunkq_worker.tuning import (
+from chunkq_worker.tune.memory import offered
+from chunkq_worker.tune.search import (
     TIE,
     Cost,
     Limits,

@@ -1,6 +1,6 @@
 """Runs one setting of a job and says how fast it was, in a process of its own.
 
-`python -m chunkq_worker.tune_trial` reads its `Orders` as one line of JSON and writes the fields
+`python -m chunkq_worker.tune.trial` reads its `Orders` as one line of JSON and writes the fields
 of a `Measured` as another. Its standard input is its lifeline: when that closes, it ends.
 """
 
@@ -38,8 +38,8 @@ from chunkq_worker.batching import Halos
 from chunkq_worker.engine import Engine, this_device
 from chunkq_worker.here import NoQueue
 from chunkq_worker.run import run_task
-from chunkq_worker.tune_space import fullest, near_middle
-from chunkq_worker.tuning import Measured, Stage
+from chunkq_worker.tune.search import Measured, Stage
+from chunkq_worker.tune.space import fullest, near_middle
 
 ROUNDS = 3
 """Timed rounds of the network alone; the median counts."""

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from chunkq.errors import ChunkqError, JobError
-from chunkq_worker.tune_space import Changes
+from chunkq_worker.tune.space import Changes
 
 BEGIN, END = "# chunkq tune: ", "# end of chunkq tune"
 BACKUP_SUFFIX = ".before-tune"

@@ -14,7 +14,7 @@ from chunkq.job import Job, parse_job
 from chunkq.ledger import JobRecord
 from chunkq.plan import Chunk, Plan
 from chunkq.resolve import CHUNKS_WANTED
-from chunkq_worker.tuning import Cost, Setting, Shape
+from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]
 """Keys of the job file, as paths, and what they become."""

@@ -1,0 +1,1 @@
+"""Finding the settings with which a job is fastest here."""
