@@ -93,7 +93,10 @@ def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
     assert probe["memory_error"] is None
     assert probe["depth"] == foretold["depth"] == depth
     assert not bench.output.exists()
-    told = peak_memory(Probe(**probe))
+    told = peak_memory(Probe(**probe), finalizes=True)
+    untried = Probe(**probe | {"finalizer_bytes": None})
+    assert "finalizing: unknown" in peak_memory(untried, finalizes=True)
+    assert "finalizing" not in peak_memory(untried, finalizes=False)
     assert f"in all of a worker process with {depth} chunks in flight" in told
     assert "of it libraries and network)" in told
     assert "in all of the finalizing one" in told

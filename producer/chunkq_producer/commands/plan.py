@@ -12,7 +12,7 @@ from chunkq.errors import ModelError
 from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU
 from chunkq.footprint import footprint
 from chunkq.job import load_job
-from chunkq.plan import Plan
+from chunkq.plan import Costs, Plan
 from chunkq_producer import submit
 from chunkq_producer.cluster import on_cpu
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
@@ -119,7 +119,7 @@ def _rows(plan: Plan, depth: int, tried: Probe | None) -> list[tuple[str, str]]:
         ),
     ]
     if tried is not None:
-        rows += _tried_rows(costs.patches, tried)
+        rows += _tried_rows(costs, tried)
     if share > MUCH_TO_FINALIZE:
         rows.append(
             (
@@ -131,19 +131,22 @@ def _rows(plan: Plan, depth: int, tried: Probe | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _tried_rows(patches: int, tried: Probe) -> list[tuple[str, str]]:
+def _tried_rows(costs: Costs, tried: Probe) -> list[tuple[str, str]]:
     each = tried.batch_seconds / tried.batch
     rows = [
         ("network", f"on {tried.device}, loaded in {tried.load_seconds:.3g} s; its shapes fit"),
         ("one patch", f"{each:.3g} s, in batches of {tried.batch}"),
-        ("network alone", f"{duration(max(1, patches * each))} for all patches on one such device"),
-        ("peak memory", peak_memory(tried)),
+        (
+            "network alone",
+            f"{duration(max(1, costs.patches * each))} for all patches on one such device",
+        ),
+        ("peak memory", peak_memory(tried, finalizes=costs.finalized_blocks > 0)),
         ("output range", f"{tried.lowest:.4g} to {tried.highest:.4g}, before any activation"),
     ]
     return rows + [("warning", line) for line in warnings(tried)]
 
 
-def peak_memory(tried: Probe) -> str:
+def peak_memory(tried: Probe, *, finalizes: bool) -> str:
     """Return what a worker and the finalizer need, each with all that is in the process."""
     if tried.worker_bytes is None:
         found = [f"of a worker: unknown, chunks could not be tried ({tried.memory_error})"]
@@ -155,6 +158,8 @@ def peak_memory(tried: Probe) -> str:
         ]
     if tried.finalizer_bytes is not None:
         found.append(f"{size(tried.finalizer_bytes)} in all of the finalizing one")
+    elif finalizes:
+        found.append("of finalizing: unknown, blocks could not be tried")
     if tried.device_bytes is not None:
         found.append(f"{size(tried.device_bytes)} on the device")
     return "; ".join(found)
