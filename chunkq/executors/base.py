@@ -228,13 +228,13 @@ class Executor(ABC):
         ended: Ended = serve(self, shift)
         return ended
 
+    @abstractmethod
     def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
         """Remember a committed chunk's marks; return the finalize tasks of blocks they complete.
 
         Each is returned to one caller only, and may be lost: what is not completed so is left
-        to the finalizer, as are all blocks of a queue that remembers none.
+        to the finalizer. Of a job without tasks on the queue nothing is remembered.
         """
-        return []
 
     @abstractmethod
     def close(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import dask
 import distributed
 from distributed.comm.addressing import get_address_host
 from distributed.comm.registry import get_backend
@@ -250,19 +251,21 @@ class DaskExecutor(HostedQueue):
 
     async def _join(self, shift: Shift, stop: _StopWithWorker, folder: str) -> distributed.Worker:
         address = self._address
-        worker = distributed.Worker(
-            address.text,
-            name=shift.worker,
-            nthreads=shift.depth,
-            interface=address.interface,
-            host=None if address.interface else get_ip(get_address_host(address.text)),
-            protocol=address.protocol,
-            memory_limit=0,
-            dashboard=False,
-            local_directory=folder,
-            plugins=(stop,),
-            death_timeout=CONNECT_SECONDS,
-        )
+        # Its profiler would look at nothing but idle threads, a hundred times a second.
+        with dask.config.set({"distributed.worker.profile.enabled": False}):
+            worker = distributed.Worker(
+                address.text,
+                name=shift.worker,
+                nthreads=shift.depth,
+                interface=address.interface,
+                host=None if address.interface else get_ip(get_address_host(address.text)),
+                protocol=address.protocol,
+                memory_limit=0,
+                dashboard=False,
+                local_directory=folder,
+                plugins=(stop,),
+                death_timeout=CONNECT_SECONDS,
+            )
         await worker
         # Other people's tasks would share the device with the chunks.
         worker.status = distributed.Status.paused

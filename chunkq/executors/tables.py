@@ -17,9 +17,9 @@ from itertools import islice
 
 from chunkq.errors import QueueError
 from chunkq.executors import leases
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Running, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
 from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.tasks import Task
+from chunkq.tasks import Task, chunk_name, parse_chunk
 
 log = logging.getLogger("chunkq.queue")
 
@@ -39,8 +39,15 @@ CREATE TABLE IF NOT EXISTS tasks (
 );
 CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state);
 CREATE INDEX IF NOT EXISTS tasks_by_job ON tasks (job, state);
+CREATE TABLE IF NOT EXISTS blocks (
+    job TEXT NOT NULL,
+    block TEXT NOT NULL,
+    marks TEXT NOT NULL,
+    PRIMARY KEY (job, block)
+) WITHOUT ROWID;
 """
 
+COMPLETE = "complete"
 SHOWN = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
 
 # A lease that ran out counts as an attempt; past the last one the task is failed, not begun.
@@ -78,10 +85,21 @@ INSERT INTO tasks (id, job, message) VALUES (?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = 'queued', attempts = 0, worker = NULL, lease_until = NULL
 WHERE state = 'failed'
 """
+MARK = """
+INSERT INTO blocks (job, block, marks) VALUES (?, ?, ?)
+ON CONFLICT (job, block) DO UPDATE SET marks = excluded.marks
+"""
+FORGET_BLOCKS = """
+DELETE FROM blocks WHERE job = :job AND NOT EXISTS (SELECT 1 FROM tasks WHERE job = :job)
+"""
 
 
 class TaskTable:
     """Tasks with their states and leases, in a SQLite database; one connection a thread.
+
+    Of each block with a committed contributor it keeps one digit a contributor, 1 for the
+    committed ones, and nothing but that it is complete once all are; as long as its job has
+    tasks here.
 
     A task's `id`, its `job` and its `message` are text; times are Unix times (s). What ends a
     lease that is another's by now changes nothing.
@@ -154,7 +172,7 @@ class TaskTable:
 
     def cancel(self, job: str) -> int:
         """Delete a job's tasks."""
-        return self._change("DELETE FROM tasks WHERE job = ?", (job,))
+        return self._delete("job = ?", (job,))
 
     def release(self, worker: str, counted: bool) -> int:
         """End a worker's leases; its tasks are nobody's then, so saying it twice counts once."""
@@ -191,11 +209,37 @@ class TaskTable:
 
     def drop(self, id: str) -> None:
         """Delete what is no task."""
-        self._change("DELETE FROM tasks WHERE id = ?", (id,))
+        self._delete("id = ?", (id,))
 
     def finish(self, id: str, worker: str) -> None:
         """Delete a finished task."""
-        self._change("DELETE FROM tasks WHERE id = ? AND worker = ?", (id, worker))
+        self._delete("id = ? AND worker = ?", (id, worker))
+
+    def note(self, job: str, marks: Sequence[tuple[str, int, int]]) -> list[str]:
+        """Mark contributors, each a (block, number, how many the block has), as committed.
+
+        Returns the blocks that are complete by that, each to one caller only.
+        """
+        complete = []
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
+            # A worker that wakes up after its job is done must leave nothing behind.
+            known = database.execute("SELECT 1 FROM tasks WHERE job = ? LIMIT 1", (job,)).fetchone()
+            for block, member, of in marks if known else ():
+                row = database.execute(
+                    "SELECT marks FROM blocks WHERE job = ? AND block = ?", (job, block)
+                ).fetchone()
+                before = row[0] if row else "0" * of
+                if before == COMPLETE:
+                    continue
+                after = f"{before[:member]}1{before[member + 1 :]}"
+                if "0" not in after:
+                    after = COMPLETE
+                    complete.append(block)
+                if after != before:
+                    database.execute(MARK, (job, block, after))
+            database.execute("COMMIT")
+        return complete
 
     def fail(self, id: str, worker: str) -> None:
         """End an attempt without success."""
@@ -244,6 +288,17 @@ class TaskTable:
             connection.close()
         self._connections.clear()
         self._threads = threading.local()
+
+    def _delete(self, condition: str, values: Sequence[object]) -> int:
+        """Delete tasks, and what is remembered of the blocks of jobs that have no more of them."""
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
+            jobs = database.execute(
+                f"DELETE FROM tasks WHERE {condition} RETURNING job", values
+            ).fetchall()
+            database.executemany(FORGET_BLOCKS, [{"job": job} for (job,) in set(jobs)])
+            database.execute("COMMIT")
+        return len(jobs)
 
     def _change(self, statement: str, values: Sequence[object] | dict[str, object]) -> int:
         with self._database() as database:
@@ -333,6 +388,12 @@ class TableQueue(LeaseQueue):
     def hand_back(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
         self.table.hand_back(lease.task.id, lease.attempt.worker)
+
+    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+        """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
+        rows = [(chunk_name(mark.block), mark.member, mark.of) for mark in marks]
+        found = map(parse_chunk, self.table.note(job, rows))
+        return [Task("finalize", job, block) for block in found if block is not None]
 
     def is_drained(self, shift: Shift) -> bool:
         """Tell whether what a shift works on has neither queued nor running tasks."""

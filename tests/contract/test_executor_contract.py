@@ -55,14 +55,12 @@ JOB, OTHER_JOB = "/data/brain.zarr.chunkq", "s3://bucket/rock.zarr.chunkq"
 class Backend:
     """How to make a fresh queue of one kind, and to reach behind its back.
 
-    `smuggle(url, message)` puts a raw message on the queue. `completes_blocks` tells whether it
-    remembers contributions to blocks; the others leave all blocks to the finalizer.
+    `smuggle(url, message)` puts a raw message on the queue.
     """
 
     name: str
     make_url: Callable[[Path, pytest.FixtureRequest], str]
     smuggle: Callable[[str, str | bytes], None]
-    completes_blocks: bool = False
 
 
 def smuggle_into_sqlite(url: str, message: str | bytes) -> None:
@@ -99,7 +97,6 @@ BACKENDS = (
         "rq",
         lambda folder, request: request.getfixturevalue("redis").url,
         smuggle_into_redis,
-        completes_blocks=True,
     ),
     Backend(
         "dask",
@@ -955,7 +952,7 @@ def of_eight(block: tuple[int, ...], *members: int) -> list[Mark]:
 
 
 def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
-    queue: Executor, url: str, backend: Backend
+    queue: Executor, url: str
 ) -> None:
     blocks, crew = [(n, 0, n) for n in range(25)], 4
     marks = [Mark(block, member, 8) for block in blocks for member in range(8)]
@@ -977,48 +974,47 @@ def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     for thread in threads:
         thread.join(PATIENCE)
     owners[1].close()
-    expected = Counter(finalizing(*blocks)) if backend.completes_blocks else Counter()
-    assert Counter(given) == expected
+    assert Counter(given) == Counter(finalizing(*blocks))
 
 
-def test_a_block_is_not_complete_however_often_the_same_chunks_commit(
-    queue: Executor, backend: Backend
-) -> None:
+def test_a_block_is_not_complete_however_often_the_same_chunks_commit(queue: Executor) -> None:
     block = (1, 2, 3)
     queue.submit(tasks(1))
     for member in (0, 5, 5, 7, 0, 1, 2, 3, 4, 4, 3, 2, 1):
         assert queue.note(JOB, of_eight(block, member)) == []
     assert queue.note(OTHER_JOB, of_eight(block, 6)) == []
     assert queue.note(JOB, of_eight((1, 2, 4), 6)) == []
-    complete = finalizing(block) if backend.completes_blocks else []
-    assert queue.note(JOB, of_eight(block, 6)) == complete
+    assert queue.note(JOB, of_eight(block, 6)) == finalizing(block)
     assert queue.note(JOB, of_eight(block, 6)) == []
 
 
-def test_a_complete_block_is_never_given_again(
-    queue: Executor, backend: Backend, request: pytest.FixtureRequest
-) -> None:
+def test_a_complete_block_is_never_given_again(queue: Executor) -> None:
     queue.submit(tasks(1))
     given = [queue.note(JOB, of_eight((0, 0), *range(8))) for _ in range(2)]
     given += [queue.note(JOB, [Mark((1, 1), 0, 1)]) for _ in range(2)]
-    assert sum(map(len, given)) == (2 if backend.completes_blocks else 0)
+    assert sum(map(len, given)) == 2
 
 
-def test_a_jobs_blocks_are_forgotten_when_it_is_cancelled(
-    queue: Executor, backend: Backend
-) -> None:
+def test_a_jobs_blocks_are_forgotten_when_it_is_cancelled(queue: Executor) -> None:
     for job in (JOB, OTHER_JOB):
         queue.submit(tasks(1, job))
         assert queue.note(job, of_eight((0,), *range(7))) == []
     queue.cancel(JOB)
     queue.submit(tasks(1))
     assert queue.note(JOB, of_eight((0,), 7)) == []
-    assert queue.note(OTHER_JOB, of_eight((0,), 7)) == (
-        finalizing((0,), job=OTHER_JOB) if backend.completes_blocks else []
-    )
-    assert queue.note(JOB, of_eight((0,), *range(7))) == (
-        finalizing((0,)) if backend.completes_blocks else []
-    )
+    assert queue.note(OTHER_JOB, of_eight((0,), 7)) == finalizing((0,), job=OTHER_JOB)
+    assert queue.note(JOB, of_eight((0,), *range(7))) == finalizing((0,))
+
+
+def test_nothing_is_remembered_of_a_job_that_has_no_task_left(queue: Executor) -> None:
+    last = of_eight((0,), 7)
+    queue.submit(tasks(1))
+    assert queue.note(JOB, of_eight((0,), *range(7))) == []
+    queue.work(lambda task, attempt: None, burst("worker-a"))
+    assert queue.note(JOB, last) == []
+    queue.submit(tasks(1))
+    assert queue.note(JOB, last) == []
+    assert queue.note(JOB, of_eight((0,), *range(7))) == finalizing((0,))
 
 
 @dataclass
@@ -1040,27 +1036,24 @@ class Completing:
 
 
 def test_a_worker_completes_the_blocks_that_its_chunk_was_the_last_to_contribute_to(
-    queue: Executor, backend: Backend
+    queue: Executor,
 ) -> None:
     queue.submit(tasks(3))
     handler = Completing(queue, to=[(7, 7), (8, 8)])
     queue.work(handler, burst("worker-a"))
-    if backend.completes_blocks:
-        assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalizing((7, 7), (8, 8))]
-        # Until its blocks are through the chunk is not: who dies now has it begun again.
-        assert handler.running == [Counts(running=1)] * 2
-    else:
-        assert handler.blocks == []
+    assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalizing((7, 7), (8, 8))]
+    # Until its blocks are through the chunk is not: who dies now has it begun again.
+    assert handler.running == [Counts(running=1)] * 2
     assert queue.jobs() == {}
 
 
 def test_an_error_in_completing_a_block_costs_nothing_and_the_other_blocks_are_completed(
-    queue: Executor, backend: Backend, caplog: pytest.LogCaptureFixture
+    queue: Executor, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue.submit(tasks(3))
     handler = Completing(queue, [(7, 7), (8, 8)], block=raises(OSError("no space left")))
     queue.work(handler, burst("worker-a"))
-    expected = finalizing((7, 7), (8, 8)) if backend.completes_blocks else []
+    expected = finalizing((7, 7), (8, 8))
     assert [task for task, _ in handler.blocks] == expected
     left = [r for r in caplog.records if "left to the finalizer" in r.getMessage()]
     assert len(left) == len(expected)

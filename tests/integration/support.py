@@ -26,6 +26,7 @@ from chunkq.cli import main
 from chunkq.executors import open_executor
 from chunkq.executors.base import Counts, Executor, Running
 from chunkq.opened import OpenJob, open_job
+from chunkq.tasks import chunk_name
 
 T = TypeVar("T")
 PATIENCE = 60.0
@@ -389,10 +390,11 @@ class Place:
             return crew.ended()
 
     def wait_for_full_hands(self, depth: int) -> None:
-        """Wait until every worker that has tasks has `depth` of them in flight."""
+        """Wait until every worker that has tasks has `depth` of them to commit."""
 
         def full() -> bool:
-            hands = Counter(item.worker for item in self.running())
+            running, done = self.running(), self.done()
+            hands = Counter(r.worker for r in running if chunk_name(r.task.chunk) not in done)
             return bool(hands) and set(hands.values()) == {depth}
 
         wait_until(full, f"{depth} chunks are in flight")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -615,20 +616,45 @@ def test_a_block_whose_last_contributor_died_before_it_was_complete_is_left_to_f
     assert {name: place.done("finalize")[name] for name in blocks} == blocks
 
 
-def test_workers_complete_the_blocks_of_a_job_on_the_embedded_queue_when_asked(
+def test_on_the_embedded_queue_too_all_blocks_are_complete_after_the_last_chunk(
     shared: Materials, tmp_path: Path, calm: Place
 ) -> None:
     place = Place(shared, tmp_path)
     place.produce()
-    with place.start(*ON_CPU) as crew:
+    assert place.work("-w", "2").code == 0
+    assert place.done("finalize").keys() == calm.done("finalize").keys()
+    assert place.pieces() == []
+    place.finish()
+    assert_same_bytes(place, calm)
+    with sqlite3.connect(tmp_path / "queue.db") as database:
+        assert database.execute("SELECT count(*) FROM blocks").fetchone() == (0,)
+    database.close()
+
+
+def test_workers_complete_the_blocks_that_the_embedded_queue_knew_nothing_of_when_asked(
+    shared: Materials, tmp_path: Path, calm: Place
+) -> None:
+    place = Place(shared, tmp_path)
+    place.produce()
+    blocks = calm.done("finalize").keys()
+    with place.start(*ON_CPU, NET_HOLD="forward", NET_AFTER="8") as crew:
+        place.held()
+        with sqlite3.connect(tmp_path / "queue.db") as database:
+            database.execute("DELETE FROM blocks")
+        database.close()
+        place.open_gate()
         wait_for_all(place)
-        assert place.done("finalize") == {}
+        wait_until(lambda: place.counts() == Counts(), "the queue is empty")
+        before = place.done("finalize")
+        assert before.keys() < blocks
         ended = place.command("finalize", str(place.output), "--distribute")
         assert ended.code == 0, ended.err
         assert told_to_stop(crew).code == 0
     [worker] = {record["worker"] for record in records(place).values()}
     assert {record["worker"] for record in records(place, "finalize").values()} == {worker}
-    assert place.done("finalize").keys() == calm.done("finalize").keys()
+    after = place.done("finalize")
+    assert after.keys() == blocks
+    assert {name: after[name] for name in before} == before
     assert place.pieces() == []
     assert_same_bytes(place, calm)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from chunkq.executors.base import (
     Counts,
     Executor,
     Handler,
+    Mark,
     Outcome,
     Running,
     Shift,
@@ -77,8 +79,26 @@ class NoQueue(Executor):
         return
 
     @override
+    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+        return []
+
+    @override
     def close(self) -> None:
         return
+
+
+class Contributions:
+    """Which blocks' contributors have committed, counted in this process; each commits once."""
+
+    def __init__(self) -> None:
+        self._marks: Counter[Index] = Counter()
+        self._lock = threading.Lock()
+
+    def note(self, marks: Sequence[Mark]) -> list[Index]:
+        """Count a committed chunk's marks; return the blocks that they complete."""
+        with self._lock:
+            self._marks.update(mark.block for mark in marks)
+            return [mark.block for mark in marks if self._marks[mark.block] == mark.of]
 
 
 def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
@@ -92,7 +112,7 @@ def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
     left, total = standing(job).unfinished, job.plan.costs.chunks
     before = total - len(left)
     progress(before, total)
-    marks: Counter[Index] = Counter()
+    contributions = Contributions()
     blocks: list[Future[None]] = []
     with ThreadPoolExecutor(DEPTH) as pool, ThreadPoolExecutor(1) as finalizer:
 
@@ -101,11 +121,8 @@ def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
             return pool.submit(run_task, task, Attempt(1, worker))
 
         for done, outcome in enumerate(ahead(start, left), start=before + 1):
-            for mark in outcome.marks:
-                marks[mark.block] += 1
-                if marks[mark.block] == mark.of:
-                    made = finalizer.submit(complete_block, job, mark.block, Attempt(1, worker))
-                    blocks.append(made)
+            for block in contributions.note(outcome.marks):
+                blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
             progress(done, total)
         for made in blocks:
             made.result()

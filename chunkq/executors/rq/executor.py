@@ -34,7 +34,7 @@ from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, 
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.connect import asking, connect
 from chunkq.executors.rq.scripts import Scripts
-from chunkq.tasks import Task, job_key
+from chunkq.tasks import Task, chunk_name, job_key, parse_chunk
 
 log = logging.getLogger("chunkq.queue")
 
@@ -140,10 +140,10 @@ class RqExecutor(LeaseQueue):
 
     def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
         """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
-        parts = [part for m in marks for part in ("_".join(map(str, m.block)), m.member, m.of)]
+        parts = [part for m in marks for part in (chunk_name(m.block), m.member, m.of)]
         with asking(self.url):
-            complete = self._steady("note", queue_name(job), *parts)
-        return [Task("finalize", job, tuple(map(int, b.split(b"_")))) for b in complete]
+            found = map(parse_chunk, _texts(self._steady("note", queue_name(job), *parts)))
+        return [Task("finalize", job, block) for block in found if block is not None]
 
     def close(self) -> None:
         """Let go of the connections."""
