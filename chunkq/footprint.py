@@ -11,6 +11,8 @@ from chunkq.plan import Chunk, Plan
 class Footprint:
     """Bytes of one chunk's arrays: while it waits for the device, is computed, is written.
 
+    `completing` is for its block, which a worker completes once all contributors are committed.
+
     What storage decodes and compresses at a time, a few storage chunks, is not counted, nor are
     the network and its batches.
     """
@@ -18,10 +20,12 @@ class Footprint:
     waiting: int
     computing: int
     writing: int
+    completing: int
 
     def in_flight(self, depth: int) -> int:
         """Return the most that `depth` chunks hold: one on the device, the others at worst."""
-        return self.computing + (depth - 1) * max(self.waiting, self.writing)
+        others = max(self.waiting, self.writing, self.completing)
+        return max(self.computing + (depth - 1) * others, depth * self.completing)
 
 
 def footprint(plan: Plan) -> Footprint:
@@ -31,6 +35,7 @@ def footprint(plan: Plan) -> Footprint:
         max(one.waiting for one in found),
         max(one.computing for one in found),
         max(one.writing for one in found),
+        max(one.completing for one in found),
     )
 
 
@@ -58,4 +63,7 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     computing = waiting + sums + max(deciding, leaving)
     rest = sum(box.size for box in chunk.rest_boxes) * stored
     writing = (sums if is_view else 0) + leaving + max(chunk.core.size * stored, rest)
-    return Footprint(waiting, computing, writing)
+    awaited = sum(piece.box.size for piece in plan.awaits(chunk)) * 4 * plan.channels
+    adding = max((box.size for box in chunk.band_boxes), default=0) * (4 * plan.channels + stored)
+    completing = own + rest + awaited + adding + chunk.block.size * stored
+    return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 from chunkq.ledger import JobRecord
@@ -23,12 +24,15 @@ def probe(record: JobRecord, *, depth: int | None = None) -> Probe:
 
     With `depth`, also patches of the volume, and chunks, so many at once.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", PROBE_MODULE, *(["--whole", str(depth)] if depth else [])],
-        input=record.to_json(),
-        capture_output=True,
-        check=False,
-    )
+    # Here, as the system may kill a process that tries how much memory it needs.
+    with tempfile.TemporaryDirectory(prefix="chunkq-rehearsal-") as folder:
+        whole = ["--depth", str(depth), "--folder", folder] if depth else []
+        done = subprocess.run(
+            [sys.executable, "-m", PROBE_MODULE, *whole],
+            input=record.to_json(),
+            capture_output=True,
+            check=False,
+        )
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     if done.returncode or not lines:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]

@@ -1,29 +1,30 @@
 """The arrays of a chunk, counted beside those that computing it really leaves."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from chunkq.blend import Accumulator, WeightCache
+from chunkq.blend import Accumulator, Own, WeightCache, complete
 from chunkq.footprint import chunk_footprint, footprint
 from chunkq.plan import Plan
 from chunkq.userfile import load_weights
 from tests.strategies import plan_for
 
 
-def plan_of(combine: str, channels: int, dtype: str = "uint8") -> Plan:
+def plan_of(combine: str, channels: int, dtype: str = "uint8", scale: int = 1) -> Plan:
     return plan_for(
-        (64, 64),
-        (8, 8),
+        (64 * scale,) * 2,
+        (8 * scale,) * 2,
         dtype,
         inference_type="sliding_window",
-        strides=[6, 6],
-        chunksize=[16, 16],
-        storage_chunks=[4, 4],
+        strides=[6 * scale] * 2,
+        chunksize=[16 * scale] * 2,
+        storage_chunks=[4 * scale] * 2,
         combine=combine,
-        model={"model_output_shape": [channels, 8, 8]},
+        model={"model_output_shape": [channels, 8 * scale, 8 * scale]},
     )
 
 
@@ -54,9 +55,27 @@ def test_what_a_chunk_holds_while_it_is_written_is_counted(combine: str, channel
     assert counted.waiting == chunk.halo.size
 
 
+def test_what_completing_a_block_holds_is_counted() -> None:
+    plan = plan_of("weighted_avg", 3, scale=32)
+    chunk = plan.chunk((1, 1))
+    own = Own(
+        tuple(np.ones((3, *box.shape), np.float32) for box in chunk.band_boxes),
+        tuple(np.ones((3, *box.shape), np.uint8) for box in chunk.rest_boxes),
+    )
+    pieces = {p: np.ones((3, *p.box.shape), np.float32) for p in plan.awaits(chunk)}
+    arrays = [*own.band, *own.rest, *pieces.values()]
+    tracemalloc.start()
+    for _ in complete(plan, chunk, own, pieces):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    counted = chunk_footprint(plan, chunk).completing
+    assert counted == pytest.approx(sum(array.nbytes for array in arrays) + peak, rel=0.15)
+
+
 def test_each_chunk_more_in_flight_adds_the_same() -> None:
     found = footprint(plan_of("weighted_avg", 3, "float32"))
     assert found.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
     steps = np.diff([found.in_flight(depth) for depth in (1, 2, 3, 4)])
-    assert set(steps) == {max(found.waiting, found.writing)}
+    assert set(steps) == {max(found.waiting, found.writing, found.completing)}
     assert found.in_flight(1) == found.computing

@@ -26,7 +26,9 @@ from chunkq.box import Box
 from chunkq.errors import ChunkqError
 from chunkq.ledger import JobRecord
 from chunkq.memory import peak_bytes
+from chunkq.opened import OpenJob
 from chunkq.plan import Patch, Plan
+from chunkq.rehearsal import made_anew
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.birth import child_settings
@@ -79,27 +81,34 @@ class Finding:
 def main(*arguments: str) -> None:
     """Answer on standard output."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--whole", type=int, metavar="DEPTH")
-    depth = parser.parse_args(arguments).whole
+    parser.add_argument("--depth", type=int, help="chunks at once; none are tried without it")
+    parser.add_argument("--folder", help="where to, empty; whoever asks removes it")
+    asked = parser.parse_args(arguments)
     finding = Finding()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
-        look(finding, record, depth)
+        look(finding, record, asked.depth, asked.folder)
     except ChunkqError as error:
         finding.error = str(error)
     sys.stdout.write(json.dumps(asdict(finding)) + "\n")
 
 
-def look(finding: Finding, record: JobRecord, depth: int | None) -> None:
-    """Load the network and fill in a finding, with `depth` all of it; raises ChunkqError."""
+def look(
+    finding: Finding, record: JobRecord, depth: int | None = None, folder: str | None = None
+) -> None:
+    """Load the network and fill in a finding; raises ChunkqError.
+
+    All of it with `depth`, the chunks to compute at once, and an empty `folder` for them.
+    """
     # Where a worker has its network: libraries keep threads and memory per calling thread.
     on_device = this_device().do
     before = time.perf_counter()
     engine = on_device(lambda: Engine(record, record.plan())).result()
     finding.load_seconds = time.perf_counter() - before
     finding.loaded_bytes = peak_bytes()
-    if depth is not None:
-        _rehearse(finding, engine, record, depth)
+    if depth is not None and folder is not None:
+        finding.depth = depth
+        _rehearse(finding, engine, made_anew(record, folder))
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
     finding.load_seconds += time.perf_counter() - before
@@ -117,10 +126,9 @@ def _be_born_as_worker() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], born)
 
 
-def _rehearse(finding: Finding, engine: Engine, record: JobRecord, depth: int) -> None:
-    finding.depth = depth
+def _rehearse(finding: Finding, engine: Engine, job: OpenJob) -> None:
     try:
-        done = rehearse(engine, record, depth)
+        done = rehearse(engine, job, finding.depth or 1)
     except Exception as error:  # what is wrong with the network itself shows right after this
         finding.memory_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     else:

@@ -1,15 +1,14 @@
 """A worker's chunks in small: real stages, arrays and files, with hardly any network.
 
 Memory follows from what the allocator makes of all that coexists, so it is tried, not guessed:
-chunks of the job go through `infer_chunk` into a folder that is thrown away, as many at once as
-in a real process. The network runs once a chunk, beside that chunk's arrays; all other batches
-get its answer again.
+chunks go through `infer_chunk` of a job that is thrown away, as many at once as in a real process,
+and blocks are completed. The network runs once a chunk, beside that chunk's arrays; all other
+batches get its answer again.
 """
 
 from __future__ import annotations
 
 import mmap
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -24,18 +23,18 @@ from typing_extensions import override
 
 from chunkq.combine import Array, on_host
 from chunkq.executors.base import Attempt
-from chunkq.ledger import JobRecord
+from chunkq.finalize import complete_block
 from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob
 from chunkq.plan import Index, Plan
-from chunkq.rehearsal import made_anew
 from chunkq.tasks import Task
 from chunkq_worker.engine import Engine, this_device
+from chunkq_worker.here import Contributions
 from chunkq_worker.infer import infer_chunk
 from chunkq_worker.runtimes.base import Runtime
 
 MOST_CHUNKS = 27
-"""Chunks of a rehearsal, at most: in a volume, one for each way to lie at its ends or amid it."""
+"""Chunks of a rehearsal, at most: in a volume, one and all around it."""
 SECONDS = 20.0
 """No chunk is begun after so long, but the few that it takes to fill the pipeline."""
 LOOK_SECONDS = 0.002
@@ -104,6 +103,7 @@ class Flights:
         self._job, self._depth = job, depth
         self._flying: set[Task] = set()
         self._lock = threading.Lock()
+        self._contributions = Contributions()
         self.landed = 0
 
     def are_moving(self) -> bool:
@@ -113,9 +113,10 @@ class Flights:
             return sum(not device.is_awaited_by(task) for task in self._flying) > 1
 
     def fly(self, chunks: Sequence[Index]) -> None:
-        """Compute chunks until the time is up; raises what computing them raises."""
+        """Compute chunks until the time is up, and complete blocks; raises what either raises."""
         until = time.perf_counter() + SECONDS
-        few = self._depth + 2
+        # So many that the pipeline is full, and one block complete.
+        few = max(self._depth + 2, len(self._job.plan.contributors(chunks[0])))
 
         def one(number: int) -> None:
             if number >= few and time.perf_counter() > until:
@@ -123,8 +124,11 @@ class Flights:
             task = Task("infer", self._job.folder.path, chunks[number])
             with self._lock:
                 self._flying.add(task)
+            attempt = Attempt(1, "rehearsal")
             try:
-                infer_chunk(task, Attempt(1, "rehearsal"))
+                outcome = infer_chunk(task, attempt)
+                for block in self._contributions.note(outcome.marks):
+                    complete_block(self._job, block, attempt)
             finally:
                 with self._lock:
                     self._flying.discard(task)
@@ -143,45 +147,39 @@ class Rehearsed:
     worker_bytes: int
 
 
-def rehearse(engine: Engine, record: JobRecord, depth: int) -> Rehearsed:
-    """Compute some chunks, `depth` at once, as the first thing done with a network.
+def rehearse(engine: Engine, job: OpenJob, depth: int) -> Rehearsed:
+    """Compute some chunks of a job, `depth` at once, as the first thing done with a network.
 
     Raises what computing them raises.
     """
-    with tempfile.TemporaryDirectory(prefix="chunkq-rehearsal-") as folder:
-        job = made_anew(record, folder)
-        chunks = some_chunks(job.plan)
-        flights = Flights(job, depth)
-        network = engine.runtime
-        batches = -(-max(job.plan.chunk(i).patches for i in chunks) // engine.batcher.size)
-        device = this_device()
-        # `over` makes a batcher for what the engine holds as its network just then.
-        engine.runtime = replay = Replay(network, max(1, batches), flights)
-        try:
-            playing = device.do(lambda: engine.over(job.plan)).result()
-        finally:
-            engine.runtime = network
-        with device.lent(job, playing):
-            flights.fly(chunks)
-        return Rehearsed(flights.landed, peak_bytes() - replay.kept_bytes)
+    chunks = some_chunks(job.plan)
+    flights = Flights(job, depth)
+    network = engine.runtime
+    batches = -(-max(job.plan.chunk(i).patches for i in chunks) // engine.batcher.size)
+    device = this_device()
+    # `over` makes a batcher for what the engine holds as its network just then.
+    engine.runtime = replay = Replay(network, max(1, batches), flights)
+    try:
+        playing = device.do(lambda: engine.over(job.plan)).result()
+    finally:
+        engine.runtime = network
+    with device.lent(job, playing):
+        flights.fly(chunks)
+    return Rehearsed(flights.landed, peak_bytes() - replay.kept_bytes)
 
 
 def some_chunks(plan: Plan) -> list[Index]:
-    """Return chunks from everywhere, up to MOST_CHUNKS, the middle one first.
+    """Return up to MOST_CHUNKS chunks: all, or those around the middle one and it.
 
-    All, if they are so few; else those at the ends and in the middle along each axis.
+    First those that contribute to the middle one's block, itself the very first.
     """
     middle = tuple(blocks // 2 for blocks in plan.blocks)
-    if plan.costs.chunks <= MOST_CHUNKS:
-        found = list(plan.indices())
-    else:
-        places = [
-            sorted({0, centre, blocks - 1})
-            for centre, blocks in zip(middle, plan.blocks, strict=True)
-        ]
-        found = [index for index in product(*places) if index != middle]
-        found = found[:: -(-len(found) // (MOST_CHUNKS - 1))]
-        found.append(middle)
-    found = [index for index in found if plan.chunk(index).active]
-    # Neighbours of the middle have the largest arrays; they fill the pipeline first.
-    return sorted(found, key=lambda i: sum(abs(a - b) for a, b in zip(i, middle, strict=True)))
+    near = [
+        range(max(0, centre - 1), min(blocks, centre + 2))
+        for centre, blocks in zip(middle, plan.blocks, strict=True)
+    ]
+    few = plan.costs.chunks <= MOST_CHUNKS
+    found = [i for i in (plan.indices() if few else product(*near)) if plan.chunk(i).active]
+    first = set(plan.contributors(middle))
+    found.sort(key=lambda i: (i != middle, i not in first, i))
+    return found[:MOST_CHUNKS]

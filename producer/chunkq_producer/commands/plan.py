@@ -157,7 +157,7 @@ def peak_memory(tried: Probe, *, finalizes: bool) -> str:
             f"tried on {tried.chunks} chunks"
         ]
     if tried.finalizer_bytes is not None:
-        found.append(f"{size(tried.finalizer_bytes)} in all of the finalizing one")
+        found.append(f"{size(tried.finalizer_bytes)} in all of one that finalizes blocks")
     elif finalizes:
         found.append("of finalizing: unknown, blocks could not be tried")
     if tried.device_bytes is not None:
