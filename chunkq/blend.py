@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,7 @@ class WeightCache:
 
     def of(self, patch: Patch) -> Array:
         """Return w / Σw over the patch's target: shape `patch.target.shape`, float32."""
-        around = tuple(
-            surroundings(axis, patch.grid, number)
-            for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
-        )
+        around = self._around(patch)
         key = (patch.grid, around)
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -76,6 +74,17 @@ class WeightCache:
             _, dropped = self._kept.popitem(last=False)
             self._bytes -= int(np.prod(dropped.shape)) * 4
         return weights
+
+    def is_alone(self, patch: Patch) -> bool:
+        """Tell whether no other patch has a say over the patch's target: its weights are all 1."""
+        starts = zip(*(near.starts for near in self._around(patch)), strict=True)
+        return sum(prod(map(len, of_grid)) for of_grid in starts) == 1
+
+    def _around(self, patch: Patch) -> tuple[Surroundings, ...]:
+        return tuple(
+            surroundings(axis, patch.grid, number)
+            for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
+        )
 
 
 class Accumulator:
@@ -93,7 +102,11 @@ class Accumulator:
         ]
         origin = [s + o for s, o in zip(patch.source.start, offset, strict=True)]
         used = prediction[(slice(None), *patch.target.slices(origin))]
-        add_weighted(self._view(patch.target), self._weights.of(patch), used)
+        sums = self._view(patch.target)
+        if self._weights.is_alone(patch):
+            sums[...] = used
+        else:
+            add_weighted(sums, self._weights.of(patch), used)
 
     def results(self) -> list[Array]:
         """Return what `contribution` is made of, where the sums lie; views of them among it."""

@@ -123,6 +123,7 @@ def test_a_voxel_under_one_patch_has_a_weight_of_exactly_one(name: str, case: Ca
     for patch in all_patches(plan):
         alone = count[patch.target.slices((0,) * plan.rank)] == 1
         assert (cache.of(patch)[alone] == 1.0).all()
+        assert cache.is_alone(patch) == alone.all()
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
