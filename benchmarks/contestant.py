@@ -64,9 +64,16 @@ def create(
     return ts.open(spec, create=True, delete_existing=True, context=context).result()
 
 
-def write(values: np.ndarray[Any, Any], path: str, chunk: int = 32) -> None:
-    store = create(path, values.shape, str(values.dtype), [chunk] * values.ndim)
-    store.write(values).result()
+def beside(path: str) -> Any:
+    """An array of the same kind as what chunkq wrote into the same folder."""
+    written = stored(str(Path(path).with_name("chunkq.zarr") / "0"))
+    place = {"driver": "file", "path": path}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": place,
+        "metadata": written.spec().to_json()["metadata"],
+    }
+    return ts.open(spec, create=True).result()
 
 
 def batched(patches: Sequence[Patch], size: int) -> Iterator[Sequence[Patch]]:
@@ -143,7 +150,7 @@ def chunkq(job: Job, output: str) -> Callable[[], Figures]:
 
 
 def monai(job: Job, output: str) -> Callable[[], Figures]:
-    """MONAI's sliding window: read the store, infer in memory, write the store."""
+    """MONAI's sliding window: read the store, infer in memory, write the store as chunkq does."""
     from monai.inferers import sliding_window_inference  # type: ignore[import-not-found]
 
     patch = job.model.model_input_shape[-3:]
@@ -167,7 +174,7 @@ def monai(job: Job, output: str) -> Callable[[], Figures]:
                 overlap=0.5,
                 mode="gaussian",
             )
-            write(result[0].argmax(0).to(torch.uint8).numpy(), output)
+            beside(output).write(result[0].argmax(0).to(torch.uint8).numpy()).result()
         return {"patches": done}
 
     return run
@@ -176,13 +183,10 @@ def monai(job: Job, output: str) -> Callable[[], Figures]:
 def copy(job: Job, output: str) -> Callable[[], Figures]:
     """A plain copy by tensorstore, chunk by chunk, into what chunkq wrote beside: the limit."""
     source = stored(job.input[0])
-    wanted = stored(str(Path(output).with_name("chunkq.zarr") / "0")).spec().to_json()["metadata"]
     edge = job.chunksize or source.shape
 
     def run() -> Figures:
-        kvstore = {"driver": "file", "path": output}
-        spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": wanted}
-        target = ts.open(spec, create=True).result()
+        target = beside(output)
         target = target[0] if target.rank > source.rank else target  # an axis for one channel
         for low in np.ndindex(*(-(-n // c) for n, c in zip(source.shape, edge, strict=True))):
             box = tuple(
@@ -216,18 +220,22 @@ def peak_memory() -> int:
 
 
 def compete(contestants: Mapping[str, Contestant]) -> None:
-    """Run the contestant of the command line and print its figures: seconds, memory (KB), more."""
+    """Run the contestant of the command line and print its figures.
+
+    Seconds that went by and of processor time, memory (KB), and what it says itself.
+    """
     name, job_file, output = sys.argv[1:]
     torch.set_num_threads(THREADS)
     for old in (output, f"{output}.chunkq"):
         shutil.rmtree(old, ignore_errors=True)  # deleting is not part of it
     run = contestants[name](load_job(job_file), output)
     before = peak_memory()
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     figures = run()
-    seconds = time.perf_counter() - begun
+    seconds, used = time.perf_counter() - begun, time.process_time() - used
     peak = peak_memory()
-    print(json.dumps({"seconds": seconds, "peak": peak, "before": before, **figures}))
+    taken = {"seconds": seconds, "cpu": used, "peak": peak, "before": before}
+    print(json.dumps(taken | figures))
 
 
 if __name__ == "__main__":

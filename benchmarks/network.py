@@ -2,16 +2,17 @@
 
 Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants take turns in
 processes of their own, with two threads each and the malloc settings that chunkq gives its workers;
-a figure is the median of the ratios taken round by round. MONAI comes from the package index into a
-folder of its own.
+a figure is the median of the ratios taken round by round. `small` has 96 patches in 12 chunks of
+96³, `large` 605 patches in 4 chunks of 192³, nearer to what a real job has. MONAI comes from the
+package index into a folder of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from benchmarks.turns import THREADS, Figures
 ROUNDS = 5
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
-PARTS = ("bare", "monai", "memory", "copy")
+SIZES = {"small": ((224, 160, 160), 96), "large": ((384, 384, 192), 192)}
+"""Volume, and edge of chunks."""
+PARTS = (*SIZES, "memory", "copy")
 
 
 def make_job(
@@ -75,21 +78,28 @@ def ask(name: str, job: Path) -> Figures:
     return turns.ask(script, name, job, output, child_settings(THREADS))
 
 
-def pair(job: Path, other: str, rounds: int) -> Figures:
-    """Have chunkq and another take turns; the ratio is chunkq's seconds by the other's."""
-    ask("chunkq", job)  # whatever the system keeps of the files is kept for both
-    names = ("chunkq", other)
+def contest(job: Path, others: Sequence[str], rounds: int) -> Figures:
+    """Have chunkq and others take turns; ratios are of chunkq's seconds by the others'."""
+    ask("chunkq", job)  # whatever the system keeps of the files is kept for all
+    names = ("chunkq", *others)
     taken = turns.take_turns(names, rounds, lambda name: ask(name, job))
-    ratios = turns.ratios(taken, "chunkq", other)
     return {
+        "patches": taken[0]["chunkq"]["patches"],
         "seconds": {name: turns.median_seconds(taken, name) for name in names},
-        "patches": {name: taken[0][name]["patches"] for name in names},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        "ratios": {other: turns.ratios(taken, "chunkq", other) for other in others},
+        "cpu_ratios": {other: turns.ratios(taken, "chunkq", other, of="cpu") for other in others},
     }
 
 
-def peaks(rounds: int) -> Figures:
+def beside_networks(size: str, rounds: int) -> Figures:
+    """The same patches by the bare network and by MONAI."""
+    shape, chunk = SIZES[size]
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder), shape, chunksize=[chunk] * 3)
+        return {"volume": shape, "chunk": chunk} | contest(job, ("bare", "monai"), rounds)
+
+
+def peaks() -> Figures:
     """The most memory taken (MB) over a volume and one four times as large."""
     found: Figures = {}
     for name, shape in (("small", (160, 160, 160)), ("large", (640, 160, 160))):
@@ -123,7 +133,7 @@ def copying(rounds: int) -> Figures:
                 "max_batch_size": 8,
             },
         )
-        return pair(job, "copy", rounds)
+        return contest(job, ("copy",), rounds)
 
 
 def main() -> None:
@@ -133,18 +143,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     parts = asked.parts or list(PARTS)
-    if {"monai", "memory"} & set(parts):
+    if set(parts) != {"copy"}:
         turns.fetch("monai", MONAI)
     figures: Figures = {}
     for part in parts:
         if part == "memory":
-            figures[part] = peaks(asked.rounds)
+            figures[part] = peaks()
         elif part == "copy":
             figures[part] = copying(asked.rounds)
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                job = make_job(Path(folder), (224, 160, 160))
-                figures[part] = pair(job, part, asked.rounds)
+            figures[part] = beside_networks(part, asked.rounds)
         print(part, json.dumps(figures[part]), flush=True)
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=1) + "\n")

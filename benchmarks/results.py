@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot
+from matplotlib.patches import Patch
 
 from chunkq import __version__
 
 PAGE = Path(__file__).with_name("RESULTS.md")
-PROTOCOLS = ("chunkq", "recompute", "chunkflow", "checkerboard", "every_patch")
 LONG = {
     "chunkq": "chunkq's bands",
     "recompute": "recompute and crop",
@@ -45,30 +46,18 @@ def verdict(good: bool) -> str:
 
 def network(found: Values, folder: Path) -> list[str]:
     """Beside the bare network, MONAI and a copy."""
-    targets = {"bare": ("the bare forward loop", 1.03), "monai": ("MONAI, in memory", 0.95)}
     rows = []
-    for part, (label, most) in targets.items():
-        if part in found:
-            own = found[part]
-            seconds = own["seconds"]
-            spread = f"{min(own['ratios']):.2f} to {max(own['ratios']):.2f}"
-            rows.append(
-                (
-                    label, f"{seconds['chunkq']:.2f} s", f"{seconds[part]:.2f} s",
-                    f"{own['ratio']:.3f}", spread, f"at most {most}", verdict(own["ratio"] <= most),
-                )
-            )  # fmt: skip
+    for size in ("small", "large"):
+        if size in found:
+            own = found[size]
+            job = f"{own['patches']} patches, chunks of {own['chunk']}³"
+            rows.append(_beside(own, "bare", f"the bare forward loop, {job}", 1.03))
+            rows.append(_beside(own, "monai", f"MONAI, in memory, {job}", 0.95))
     if copied := found.get("copy"):
-        speed = 1 / copied["ratio"]
-        rows.append(
-            (
-                "a plain tensorstore copy, as a speed", f"{copied['seconds']['chunkq']:.2f} s",
-                f"{copied['seconds']['copy']:.2f} s", f"{speed:.2f}",
-                f"{1 / max(copied['ratios']):.2f} to {1 / min(copied['ratios']):.2f}",
-                "at least 0.6", verdict(speed >= 0.6),
-            )
-        )  # fmt: skip
-    heads = ("beside", "chunkq", "the other", "ratio", "rounds", "asked for", "")
+        rows.append(_beside(copied, "copy", "a plain tensorstore copy", 1 / 0.6))
+    heads = (
+        "beside", "chunkq", "the other", "ratio", "rounds", "of processor time", "at most", "",
+    )  # fmt: skip
     lines = table(heads, rows)
     if memory := found.get("memory"):
         lines += ["", "Peak memory of the process (MB), over a volume and one four times as large:"]
@@ -83,6 +72,21 @@ def network(found: Values, folder: Path) -> list[str]:
             ),
         ]
     return lines
+
+
+def _beside(found: Values, other: str, label: str, most: float) -> tuple[str, ...]:
+    """A row of chunkq's seconds beside another's, with the ratio that is asked for."""
+    seconds, ratios = found["seconds"], found["ratios"][other]
+    ratio = statistics.median(ratios)
+    return (
+        label,
+        *(f"{seconds[who]:.2f} s" for who in ("chunkq", other)),
+        f"{ratio:.3f}",
+        f"{len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}",
+        f"{statistics.median(found['cpu_ratios'][other]):.3f}",
+        f"{most:.2f}",
+        verdict(ratio <= most),
+    )
 
 
 def hotpath(found: Values, folder: Path) -> list[str]:
@@ -105,52 +109,65 @@ def hotpath(found: Values, folder: Path) -> list[str]:
 
 
 def borders(found: Values, folder: Path) -> list[str]:
-    """The border protocols side by side."""
-
-    def of(name: str, key: str) -> float:
-        return float(found[f"{name}_{key}"])
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    wanted = (
-        ("patches_computed", 1.0, "patches computed"),
-        ("bytes_written", 1e-6, "MB written"),
-        ("seconds_by_chunkqs_median", 1.0, "wall, by chunkq's"),
-    )
-    for panel, (key, unit, title) in zip(panels, wanted, strict=True):
-        values = [of(name, key) * unit for name in PROTOCOLS]
-        colours = [BLUE if name == "chunkq" else GREY for name in PROTOCOLS]
-        bars = panel.barh([LONG[name] for name in PROTOCOLS], values, color=colours)
-        panel.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
-        panel.set_title(title, fontsize=10)
-        panel.margins(x=0.18)
-        panel.invert_yaxis()
-        panel.spines[["top", "right"]].set_visible(False)
-        if panel is not panels[0]:
-            panel.set_yticklabels([])
-    figure.savefig(folder / "borders.png", dpi=110)
-    pyplot.close(figure)
+    """The border protocols side by side, for chunks of each size."""
+    sizes = [(" × ".join(map(str, of["chunk_voxels"])), of["protocols"]) for of in found["chunks"]]
+    borders_plot(sizes, folder / "borders.png")
     rows = [
         (
-            LONG[name], int(of(name, "patches_computed")), f"{of(name, 'bytes_read') / 1e6:.0f}",
-            f"{of(name, 'bytes_written') / 1e6:.0f}", f"{of(name, 'seconds_median'):.1f}",
-            f"{of(name, 'seconds_by_chunkqs_median'):.2f}", f"{of(name, 'peak_memory_mb'):.0f}",
-            f"{of(name, 'largest_difference'):.1e}",
+            size, LONG[name], own["patches_computed"], f"{own['bytes_read'] / 1e6:.0f}",
+            f"{own['bytes_written'] / 1e6:.0f}", f"{own['seconds_median']:.1f}",
+            f"{own['seconds_by_chunkqs_median']:.2f}", f"{own['peak_memory_mb']:.0f}",
+            f"{own['largest_difference']:.1e}",
         )
-        for name in PROTOCOLS
+        for size, protocols in sizes
+        for name, own in protocols.items()
     ]  # fmt: skip
     heads = (
-        "protocol", "patches", "read MB", "written MB", "s", "by chunkq's", "peak MB",
+        "chunks", "protocol", "patches", "read MB", "written MB", "s", "by chunkq's", "peak MB",
         "largest difference",
     )  # fmt: skip
-    size = " × ".join(map(str, found["volume_voxels"]))
-    chunk = " × ".join(map(str, found["chunk_voxels"]))
+    volume, patch, stride = (
+        " × ".join(map(str, found[f"{name}_voxels"])) for name in ("volume", "patch", "strides")
+    )
     return [
-        f"Volume {size}, chunks {chunk}, rounds: {found['rounds']}. Bytes: {found['bytes_are']}.",
+        f"Volume {volume}, patches {patch} every {stride}, rounds: {found['rounds']}. MB are "
+        f"{found['bytes_are']}. Ratios are to chunkq with the same chunks.",
         "",
         *table(heads, rows),
         "",
         f"![border protocols]({folder.name}/borders.png)",
     ]
+
+
+def borders_plot(sizes: Sequence[tuple[str, Values]], path: Path) -> None:
+    """Bars for each protocol, one for each chunk size, the larger the darker."""
+    wanted = (
+        ("patches_computed", 1.0, "patches computed"),
+        ("bytes_read", 1e-6, "MB read"),
+        ("bytes_written", 1e-6, "MB written"),
+        ("seconds_median", 1.0, "wall (s)"),
+    )
+    figure, panels = pyplot.subplots(1, len(wanted), figsize=(13, 4), layout="constrained")
+    names, high = list(sizes[0][1]), 0.8 / len(sizes)
+    places = range(len(names))
+    for panel, (key, unit, title) in zip(panels, wanted, strict=True):
+        for n, (_, protocols) in enumerate(sizes):
+            at = [place + (n - (len(sizes) - 1) / 2) * high for place in places]
+            colours = [BLUE if name == "chunkq" else GREY for name in names]
+            values = [protocols[name][key] * unit for name in names]
+            alpha = (n + 1) / len(sizes)
+            bars = panel.barh(at, values, high, color=colours, alpha=alpha)
+            panel.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        panel.set_title(title, fontsize=10)
+        panel.set_yticks(places, [LONG[name] for name in names] if panel is panels[0] else [])
+        panel.margins(x=0.18)
+        panel.invert_yaxis()
+        panel.spines[["top", "right"]].set_visible(False)
+    shades = [Patch(color=GREY, alpha=(n + 1) / len(sizes)) for n in range(len(sizes))]
+    labels = [f"chunks {size}" for size, _ in sizes]
+    figure.legend(shades, labels, loc="outside lower center", ncols=len(sizes), frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def workers(found: Values, folder: Path) -> list[str]:
@@ -217,34 +234,80 @@ def predictions(found: Values, folder: Path) -> list[str]:
 
 
 def scale(found: Values, folder: Path) -> list[str]:
-    """The simulation's table and plot."""
-    shown = [row for row in found["rows"] if row["executor"] != "sqlite"]
+    """Where the simulation's limit changes, from how many workers each could be one, its plot."""
+
+    def between(pair: Sequence[float], form: str) -> str:
+        return " to ".join(dict.fromkeys(format(value, form) for value in pair))
+
     rows = [
         (
-            row["executor"], row["chunk"], row["workers"], number(row["chunks_per_s"]),
-            f"{row['device_busy']:.0%}", f"{row['queue_use']:.1%}", f"{row['store_use']:.0%}",
-            f"{row['hours']:,.1f}", f"{row['finalizer_hours']:,.1f}", row["limit"], row["advice"],
+            of["chunk"], between(of["workers"], "d"), of["limit"], ", ".join(of["executors"]),
+            between(of["device_busy"], ".0%"), between(of["queue_use"], ".0%"),
+            between(of["store_use"], ".0%"), between(of["hours"], ",.0f"),
+            f"{of['seal_hours']:.2g}", of["what_to_set"],
         )
-        for row in shown
+        for of in found["limits"]
     ]  # fmt: skip
     heads = (
-        "executor", "chunk", "workers", "chunks/s", "device", "queue", "store", "hours",
-        "finalizing h", "limit", "what to set",
+        "chunk", "workers", "limit", "queues", "device busy", "queue used", "store used", "hours",
+        "sealing h", "what to set, with the most workers",
     )  # fmt: skip
     assumed = [
-        f"{name} {number(figure['value'])} {figure['unit']}"
-        for name, figure in found["inputs"].items()
-        if figure["from"] == "ASSUMED"
+        (f["what"], quantity(f["value"], f["unit"]), f"`--{name.replace('_', '-')}`")
+        for name, f in found["inputs"].items()
+        if f["from"] == "ASSUMED"
     ]
+    files = sorted({f["from"] for f in found["inputs"].values()} - {"ASSUMED", "option"})
     return [
-        "Assumed, not measured: " + "; ".join(assumed) + ".",
-        "",
-        f"![how busy devices are]({folder.name}/scale.png)",
+        "Where the limit changes: from the smallest crew that meets it to the largest of those "
+        "tried. Workers complete blocks meanwhile; sealing comes after the last chunk.",
         "",
         *table(heads, rows),
         "",
+        *chunk_sizes(found["chunk_sizes"], found["job"]["depth"]),
+        "",
+        f"![how busy devices are]({folder.name}/scale.png)",
+        "",
         *(f"- {note}" for note in found["notes"]),
+        "",
+        f"Figures come from {', '.join(files)}; all crews tried are in {folder.name}/scale.json. "
+        "Assumed, not measured:",
+        "",
+        *table(("what", "value", "option"), assumed),
     ]
+
+
+def chunk_sizes(found: Values, depth: int) -> list[str]:
+    """What a chunk size means, and from how many workers on what all share is the limit."""
+    queues = list(found[0]["queue_bytes"])
+
+    def each(name: str, unit: float = 1.0) -> list[str]:
+        return [" / ".join(number(of[name][q] * unit) for q in queues) for of in found]
+
+    def until(start: str) -> list[str]:
+        return [
+            number(min(v for k, v in of["workers_until_limit"].items() if k.startswith(start)))
+            for of in found
+        ]
+
+    named = " / ".join(queues)
+    return table(
+        ("whatever the number of workers", *(f"chunk {of['chunk']}" for of in found)),
+        [
+            ("chunks (millions)", *(number(of["chunks"] / 1e6) for of in found)),
+            (
+                f"memory of a worker, depth {depth} (GB)",
+                *(number(of["worker_bytes"] / 1e9) for of in found),
+            ),
+            (f"queueing all (h): {named}", *each("enqueue_hours")),
+            (f"the queue, at most (GB): {named}", *each("queue_bytes", 1e-9)),
+            *(
+                (f"workers from which {what} would be the limit, were it alone", *until(what))
+                for what in (*(f"queue {q}" for q in queues), "enqueueing", "store", "commits")
+            ),
+            ("workers from which sealing takes longer than the chunks", *until("sealing")),
+        ],
+    )
 
 
 def gpu(found: Values, folder: Path) -> list[str]:
@@ -258,6 +321,15 @@ def gpu(found: Values, folder: Path) -> list[str]:
 def number(value: float) -> str:
     """A number in few digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit, bytes in GB, MB or kB."""
+    if unit.startswith("B"):
+        for name, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+            if value >= size:
+                return f"{number(value / size)} {name}{unit}"
+    return f"{number(value)}/s" if unit == "1/s" else f"{number(value)} {unit}".rstrip()
 
 
 Section = Callable[[Values, Path], list[str]]

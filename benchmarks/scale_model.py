@@ -1,17 +1,16 @@
 """A job on thousands of workers as a discrete-event simulation, and the bounds it cannot exceed.
 
-What a task needs of the queue, the store and the device comes from the job's `Plan`: bytes and
-patches are the plan's totals divided by its chunks, numbers of objects those of a chunk in the
-middle of the volume. A 1 PB volume has millions of chunks, so only a window is simulated (and of a
-very large crew a slice of it, with its share of queue and store): every
-worker begins its loops spread over one chunk's time, so many rounds pass unmeasured, and the rate
-of the next ones is taken for the rate of the whole job. The first and the last minutes, failures
-and stragglers are left out.
+What a task needs of the store and the device is said by scale_work.py. A 1 PB volume has millions
+of chunks, so only a window is simulated (and of a very large crew a slice of it, with its share of
+queue and store): every worker begins its loops spread over one chunk's time, so many rounds pass
+unmeasured, and the rate of the next ones is taken for the rate of the whole job. The first and the
+last minutes, failures and stragglers are left out.
 
 Each of a worker's `depth` loops takes a task (a request to the queue), reads (requests to the
 store, bytes through its own link and the store's shared bandwidth, decoding), computes (one chunk
-at a time on the device), writes, commits, and finishes (another request). Where the queue counts a
-block's contributors, the loop then completes one block, as `leases.py` does.
+at a time on the device), writes and commits. It then notes at the queue to which blocks it has
+contributed and completes one of them, since each has one last contributor, and finishes (another
+request), as `leases.py` does.
 """
 
 from __future__ import annotations
@@ -20,221 +19,34 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import simpy
 
+from benchmarks.scale_inputs import Inputs
+from benchmarks.scale_work import Load, Task, Work
 from chunkq.executors.base import DEPTH_ON_GPU
 from chunkq.executors.leases import LEASE_SECONDS
-from chunkq.job import parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
 
 TAKE = FINISH = RENEW = NOTE = 0.5
 """Requests in units of a drained task, which is one take and one finish."""
 HEARTBEATS_PER_S = 3 / LEASE_SECONDS
-ASKED, SETTLED = 4, 2
-"""Small requests of `infer_chunk`, one after another: is it committed and has the job changed,
-before and after; the commit, and the removal of an earlier failure."""
 WARM_ROUNDS, MEASURED_ROUNDS = 1.5, 1.5
 """Rounds of `depth` chunks a worker: passed first, then measured."""
 LEAST_TASKS = 600
 """Tasks measured at least."""
-NOTES_BLOCKS = frozenset({"rq"})
-"""Queues that know when a block is complete; the blocks of others wait for the finalizer."""
 
 Happening = Generator[simpy.Event, Any, None]
-
-
-def _measured(default: float, unit: str, what: str) -> Any:
-    """A figure that a benchmark gives; the default is that of README.md."""
-    return field(default=default, metadata={"unit": unit, "what": what, "source": "README.md"})
-
-
-def _assumed(default: float, unit: str, what: str) -> Any:
-    return field(default=default, metadata={"unit": unit, "what": what, "source": "ASSUMED"})
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All figures a simulation is fed with; units stand beside each. `math.inf` is no limit."""
-
-    rq_tasks_per_s: float = _measured(1600, "1/s", "tasks that Redis leases and ends")
-    dask_tasks_per_s: float = _assumed(700, "1/s", "the same, of a Dask scheduler")
-    ray_tasks_per_s: float = _assumed(400, "1/s", "the same, of Ray's actor")
-    sqlite_tasks_per_s: float = _measured(4200, "1/s", "the same, of a file on one machine")
-    rq_enqueue_per_s: float = _measured(23_000, "1/s", "tasks queued by one producer")
-    dask_enqueue_per_s: float = _assumed(30_000, "1/s", "the same, of a Dask scheduler")
-    ray_enqueue_per_s: float = _assumed(30_000, "1/s", "the same, of Ray's actor")
-    sqlite_enqueue_per_s: float = _measured(52_000, "1/s", "the same, of a file")
-    rq_task_bytes: float = _measured(523, "B", "memory of a queued task")
-    dask_task_bytes: float = _assumed(300, "B", "the same, in Dask's scheduler")
-    ray_task_bytes: float = _assumed(300, "B", "the same, in Ray's actor")
-    sqlite_task_bytes: float = _measured(389, "B", "the same, on disk")
-    queue_latency_s: float = _assumed(0.0005, "s", "way to the queue and back")
-    plan_chunks_per_s: float = _measured(14.6e6, "1/s", "chunks that `produce` visits")
-    list_records_per_s: float = _measured(600_000, "1/s", "commit records listed")
-    patches_per_s: float = _assumed(100, "1/s", "patches through one device")
-    codec_bytes_per_s: float = _assumed(1e9, "B/s", "voxels a worker decodes and encodes")
-    worker_bytes_per_s: float = _assumed(2.5e9, "B/s", "a worker's own link to the store")
-    store_bytes_per_s: float = _assumed(100e9, "B/s", "the store's bandwidth, for all together")
-    store_latency_s: float = _assumed(0.002, "s", "one small request to the store")
-    store_reads_per_s: float = _assumed(100_000, "1/s", "objects the store opens and reads")
-    store_writes_per_s: float = _assumed(30_000, "1/s", "objects the store makes or removes")
-    folder_writes_per_s: float = _assumed(5000, "1/s", "objects made in one folder or prefix")
-    requests_in_flight: float = _assumed(32, "", "requests of one chunk at a time")
-    seal_records_per_s: float = _assumed(
-        8000, "1/s", "commit records that sealing reads, sixteen at once"
-    )
-
-    def queue(self, executor: str, what: str) -> float:
-        """Return a queue's `tasks_per_s`, `enqueue_per_s` or `task_bytes`."""
-        return float(getattr(self, f"{executor}_{what}"))
-
-    @classmethod
-    def unlimited(cls) -> Inputs:
-        """Neither queue nor store cost anything; the device takes a second for a patch."""
-        values: dict[str, float] = {f.name: math.inf for f in fields(cls)}
-        free = {"queue_latency_s": 0.0, "store_latency_s": 0.0, "patches_per_s": 1.0}
-        return cls(**(values | free))
-
-
-BUCKET = {
-    "store_latency_s": 0.03,
-    "store_reads_per_s": 16 * 5500.0,
-    "store_writes_per_s": 16 * 3500.0,
-    "folder_writes_per_s": 3500.0,
-    "requests_in_flight": 64.0,
-    "seal_records_per_s": 5000.0,
-}
-"""What of the assumptions differs for an object store: 5500 reads and 3500 writes a second of a
-prefix, and voxels under 16 prefixes once it has split them; all records are in one."""
-
-
-def plan_of(edge: int, chunk: int, *, patch: int, stride: int, storage: int) -> Plan:
-    """A job of three classes over edge³ voxels of one byte each, with cubes all through."""
-    cube = [patch] * 3
-    job = parse_job(
-        {
-            "input": "/nowhere/in.zarr",
-            "output": "/nowhere/out.zarr",
-            "inference_type": "sliding_window",
-            "strides": [stride] * 3,
-            "weight_function": ["weight_gaussian"],
-            "combine": "soft",
-            "chunksize": [chunk] * 3,
-            "storage_chunks": [storage] * 3,
-            "model_config": {
-                "runtime": "torch",
-                "type": "torchscript",
-                "ts_file": "/nowhere/model.ts",
-                "model_input_shape": [1, *cube],
-                "model_output_shape": [3, *cube],
-            },
-        }
-    )
-    return resolve(job, Volume((edge,) * 3, "uint8"))
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is read or written at once: bytes, the objects they lie in, bytes to (de)code."""
-
-    bytes: float = 0.0
-    objects: float = 0.0
-    coded: float = 0.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one task needs, on average. `small` requests to the store come one after another."""
-
-    read: Load = Load()
-    patches: float = 0.0
-    write: Load = Load()
-    small_reads: float = 0.0
-    small_writes: float = 0.0
-    commits: float = 0.0
-
-    @property
-    def bytes(self) -> float:
-        """Bytes moved between worker and store."""
-        return self.read.bytes + self.write.bytes
-
-    @property
-    def coded(self) -> float:
-        """Bytes of voxels decoded and encoded."""
-        return self.read.coded + self.write.coded
-
-    @property
-    def reads(self) -> float:
-        """Requests that read."""
-        return self.read.objects + self.small_reads
-
-    @property
-    def writes(self) -> float:
-        """Requests that make or remove an object."""
-        return self.write.objects + self.small_writes
-
-
-@dataclass(frozen=True)
-class Work:
-    """A job's two kinds of tasks: how many of each, and what one of them needs."""
-
-    chunks: int
-    infer: Task
-    blocks: int
-    block: Task
-
-    @classmethod
-    def of(cls, plan: Plan, input_storage: int) -> Work:
-        """Take a plan's totals; the input lies in cubes of `input_storage`, read as a whole.
-
-        Bytes are those of uncompressed voxels.
-        """
-        costs, chunk = plan.costs, plan.chunk(tuple(n // 2 for n in plan.blocks))
-        sent, awaited = len(plan.leaves(chunk)), len(plan.awaits(chunk))
-        own = int(chunk.has_band)
-        pieces = costs.piece_bytes / costs.chunks
-        final = costs.finalized_voxels / math.prod(plan.volume.shape)
-        output = costs.output_bytes / costs.chunks
-        objects = [
-            (stop - 1) // input_storage - start // input_storage + 1
-            for start, stop in zip(chunk.halo.start, chunk.halo.stop, strict=True)
-        ]
-        read = math.prod(objects) * input_storage**plan.rank * float(plan.volume.voxel_bytes)
-        stored = _objects(chunk.block.shape, plan.storage_chunks)
-        core = _objects(chunk.core.shape, plan.storage_chunks)
-        infer = Task(
-            read=Load(read, math.prod(objects), read),
-            patches=costs.patches / costs.chunks,
-            write=Load(output * (1 - final) + pieces, core + sent + own, output * (1 - final)),
-            small_reads=ASKED,
-            small_writes=SETTLED,
-            commits=1,
-        )
-        block = Task(
-            read=Load(pieces, awaited + own),
-            write=Load(output * final, stored - core, output * final),
-            small_reads=1,
-            small_writes=SETTLED + awaited + own,
-            commits=1,
-        )
-        return cls(costs.chunks, infer, costs.finalized_blocks, block)
-
-
-def _objects(shape: Sequence[int], storage: Sequence[int]) -> int:
-    return math.prod(-(-n // s) for n, s in zip(shape, storage, strict=True))
 
 
 @dataclass(frozen=True)
 class Setup:
     """Who works on what: so many workers, each with `depth` tasks in flight.
 
-    `then` is a block that a loop completes after its task. `queued` says whether tasks come
-    off a queue that leases `tasks_per_s`; `heartbeats` whether leases are renewed there.
+    `then` is the block that a loop completes after its task, on average. Tasks come off a queue
+    that leases `tasks_per_s`, renewals of leases included.
     """
 
     inputs: Inputs
@@ -243,7 +55,6 @@ class Setup:
     depth: int = DEPTH_ON_GPU
     then: Task | None = None
     tasks_per_s: float = math.inf
-    heartbeats: bool = True
 
     @property
     def all_in(self) -> tuple[Task, ...]:
@@ -258,8 +69,7 @@ class Setup:
     @property
     def queue_per_s(self) -> float:
         """What the heartbeats leave of the queue's rate; 0 if nothing."""
-        taken = RENEW * HEARTBEATS_PER_S * self.workers if self.heartbeats else 0.0
-        return max(0.0, self.tasks_per_s - taken)
+        return max(0.0, self.tasks_per_s - RENEW * HEARTBEATS_PER_S * self.workers)
 
     def slice(self, most: int) -> tuple[Setup, float]:
         """Return a crew of `most` workers with their share of all that is shared, and that share.
@@ -518,10 +328,8 @@ class _Worker:
 def setup_for(
     inputs: Inputs, work: Work, executor: str, workers: int, depth: int = DEPTH_ON_GPU
 ) -> Setup:
-    """Return workers on a job's chunks; where the queue counts, they complete blocks too."""
-    then = work.block if executor in NOTES_BLOCKS and work.blocks else None
-    if then is not None:
-        then = _scaled(then, work.blocks / work.chunks)
+    """Return workers on a job's chunks, and on its blocks if it has any to complete."""
+    then = _scaled(work.block, work.blocks / work.chunks) if work.blocks else None
     rate = inputs.queue(executor, "tasks_per_s")
     return Setup(inputs, work.infer, workers, depth, then, rate)
 
@@ -536,17 +344,3 @@ def _share(value: Load | float, share: float) -> Any:
     if isinstance(value, Load):
         return Load(value.bytes * share, value.objects * share, value.coded * share)
     return value * share
-
-
-def finalizing(inputs: Inputs, work: Work, threads: int) -> Setup:
-    """Return `chunkq finalize` by itself, on one machine and without the queue."""
-    return Setup(inputs, work.block, 1, threads, heartbeats=False)
-
-
-def distributed(
-    inputs: Inputs, work: Work, executor: str, workers: int, depth: int = DEPTH_ON_GPU
-) -> Setup:
-    """Return `chunkq finalize --distribute`; workers look for each contributor's commit first."""
-    block, rate = work.block, inputs.queue(executor, "tasks_per_s")
-    asked = replace(block, small_reads=block.small_reads + block.read.objects)
-    return Setup(inputs, asked, workers, depth, tasks_per_s=rate)

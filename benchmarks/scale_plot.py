@@ -28,6 +28,7 @@ MARKS = {
     "worker's link": "P",
     "worker's codec": "X",
     "depth": "^",
+    "sealing": "*",
 }
 
 
@@ -57,10 +58,7 @@ def picture(points: Sequence[Point], path: Path) -> None:
     handles += [Line2D([], [], marker=MARKS[n], markersize=8, color=INK, ls="") for n in limits]
     labels = [*executors, *(f"limit: {name}" for name in limits)]
     figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
-    figure.suptitle(
-        "How busy devices are, simulated; marks say what the limit is\n"
-        "(on rq workers complete the blocks meanwhile, on the others that follows)"
-    )
+    figure.suptitle("How busy devices are, simulated; marks say what the limit is")
     figure.savefig(path, dpi=110)
 
 

@@ -65,6 +65,6 @@ def median_seconds(turns: Sequence[Turn], name: str) -> float:
     return float(statistics.median(turn[name]["seconds"] for turn in turns))
 
 
-def ratios(turns: Sequence[Turn], name: str, other: str) -> list[float]:
-    """The first's seconds by the other's, round by round; take their median."""
-    return [turn[name]["seconds"] / turn[other]["seconds"] for turn in turns]
+def ratios(turns: Sequence[Turn], name: str, other: str, of: str = "seconds") -> list[float]:
+    """The first's figure by the other's, round by round; take their median."""
+    return [turn[name][of] / turn[other][of] for turn in turns]

@@ -1,26 +1,14 @@
 from dataclasses import replace
 from itertools import pairwise
-from math import inf, prod
+from math import prod
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.scale_model import (
-    HEARTBEATS_PER_S,
-    NOTE,
-    RENEW,
-    Inputs,
-    Load,
-    Setup,
-    Simulation,
-    Task,
-    Work,
-    distributed,
-    finalizing,
-    plan_of,
-    setup_for,
-)
+from benchmarks.scale_inputs import Inputs
+from benchmarks.scale_model import HEARTBEATS_PER_S, NOTE, RENEW, Setup, Simulation, setup_for
+from benchmarks.scale_work import Load, Task, Work, plan_of
 
 NARROW = replace(
     Inputs.unlimited(),
@@ -54,7 +42,6 @@ setups = st.builds(
     depth=st.integers(1, 4),
     then=st.none() | tasks.map(lambda task: replace(task, commits=1.0, patches=0.0)),
     tasks_per_s=st.floats(5.0, 500.0),
-    heartbeats=st.booleans(),
 )
 
 
@@ -82,14 +69,13 @@ def test_without_overlap_there_is_no_block_to_complete() -> None:
     assert setup_for(Inputs(), work, "rq", 4).then is None
 
 
-def test_only_redis_has_workers_complete_blocks() -> None:
+@pytest.mark.parametrize("executor", ["sqlite", "rq", "dask", "ray"])
+def test_workers_complete_all_blocks_on_every_queue(executor: str) -> None:
     work = Work.of(plan_of(4096, 256, patch=128, stride=64, storage=64), 64)
-    then = setup_for(Inputs(), work, "rq", 4).then
-    assert then is not None
-    assert then.bytes * work.chunks == pytest.approx(work.block.bytes * work.blocks)
-    assert all(setup_for(Inputs(), work, name, 4).then is None for name in ("dask", "ray"))
-    assert finalizing(Inputs(), work, 2).tasks_per_s == inf
-    assert distributed(Inputs(), work, "ray", 4).tasks_per_s == Inputs().ray_tasks_per_s
+    setup = setup_for(Inputs(), work, executor, 4)
+    assert setup.then is not None
+    assert setup.then.bytes * work.chunks == pytest.approx(work.block.bytes * work.blocks)
+    assert setup.tasks_per_s == Inputs().queue(executor, "tasks_per_s")
 
 
 @settings(max_examples=40)
@@ -124,7 +110,7 @@ def test_with_nothing_in_the_way_a_worker_takes_what_its_device_takes(
 def test_one_chunk_at_a_time_takes_the_sum_of_its_stages() -> None:
     task = Task(Load(100, 10, 70), 6, Load(25, 5, 35), 4, 2, 1)
     inputs = replace(NARROW, queue_latency_s=0.25)
-    setup = Setup(inputs, task, 1, 1, tasks_per_s=2.0, heartbeats=False)
+    setup = Setup(inputs, task, 1, 1, tasks_per_s=2.0 + RENEW * HEARTBEATS_PER_S)
     queue = 2 * 0.25 + 1 / 2.0
     read = 14 / 40 + 3 * 0.01 + 100 / 50 + 70 / 70
     compute = 6 / 3
@@ -159,9 +145,9 @@ def test_the_steady_rate_is_that_of_the_narrowest_resource(limit: str) -> None:
         "store writes": {"store_writes_per_s": 1.0},
         "commits": {"folder_writes_per_s": 0.5},
     }.get(limit, {})
-    queue = 0.5 if limit == "queue" else 1e4
+    queue = 0.5 + 8 * RENEW * HEARTBEATS_PER_S if limit == "queue" else 1e4
     wide = replace(Inputs.unlimited(), store_latency_s=0.001, patches_per_s=100.0)
-    setup = Setup(replace(wide, **one), task, 8, 4, tasks_per_s=queue, heartbeats=False)
+    setup = Setup(replace(wide, **one), task, 8, 4, tasks_per_s=queue)
     bounds = setup.bounds()
     assert min(bounds, key=bounds.__getitem__) == limit
     assert Simulation(setup, 1).steady() == pytest.approx(bounds[limit], rel=0.02)
@@ -169,8 +155,12 @@ def test_the_steady_rate_is_that_of_the_narrowest_resource(limit: str) -> None:
 
 @settings(max_examples=15)
 @given(setups)
-def test_more_workers_are_never_slower(setup: Setup) -> None:
-    crews = [replace(setup, workers=n, heartbeats=False) for n in (1, 2, 4, 8, 16)]
+def test_more_workers_are_never_slower_but_by_their_heartbeats(setup: Setup) -> None:
+    def crew_of(workers: int) -> Setup:
+        beating = workers * RENEW * HEARTBEATS_PER_S
+        return replace(setup, workers=workers, tasks_per_s=setup.tasks_per_s + beating)
+
+    crews = [crew_of(n) for n in (1, 2, 4, 8, 16)]
     found = [Simulation(crew).steady() for crew in crews]
     for crew, rate in zip(crews, found, strict=True):
         assert rate <= 1.03 * crew.bound
