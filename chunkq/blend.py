@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.combine import Array, add_weighted, as_stored, decided, on_host
+from chunkq.combine import Array, add_weighted, as_stored, decided, on_host, put
 from chunkq.plan import Chunk, Patch, Piece, Plan
 from chunkq.weights import Surroundings, Weights, surroundings
 
@@ -104,7 +104,7 @@ class Accumulator:
         used = prediction[(slice(None), *patch.target.slices(origin))]
         sums = self._view(patch.target)
         if self._weights.is_alone(patch):
-            sums[...] = used
+            put(sums, used)
         else:
             add_weighted(sums, self._weights.of(patch), used)
 

@@ -57,6 +57,26 @@ def add_weighted(total: Array, weights: Array, values: Array) -> None:
         total.addcmul_(weights, values)
 
 
+def put(total: Array, values: Array) -> None:
+    """Copy `values` to `total`, which is alike.
+
+    On the host NumPy does it: torch's threads would wait for each other where others compute.
+    """
+    if _is_on_host(total) and _is_on_host(values):
+        np.copyto(on_host(total), on_host(values))
+    else:
+        total[...] = values
+
+
+def is_finite(values: Array) -> bool:
+    """Tell whether no value is NaN or infinite; False also where their sum overflows."""
+    if _is_on_host(values):
+        values = on_host(values)
+    xp = array_namespace(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(xp.isfinite(xp.sum(values)))  # a single pass
+
+
 def decide(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Turn the average or vote share (C, *S) into what is stored, on the host.
 
@@ -90,6 +110,10 @@ def on_host(array: Array) -> npt.NDArray[Any]:
     if isinstance(array, np.ndarray):
         return array
     return cast("npt.NDArray[Any]", array.detach().cpu().numpy())
+
+
+def _is_on_host(array: Array) -> bool:
+    return isinstance(array, np.ndarray) or array.device.type == "cpu"
 
 
 def label_dtype(classes: int) -> np.dtype[Any]:

@@ -270,17 +270,33 @@ def test_arrays_that_steps_may_give_are_placed_with_their_values(
     np.testing.assert_array_equal(placed.to(torch.float32).numpy(), given.astype(np.float32))
 
 
-def test_a_network_that_works_in_place_does_not_change_the_batch(tmp_path: Path) -> None:
+def test_a_network_that_works_in_place_and_gives_back_its_batch_spoils_no_patch(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "inplace.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
         "    def forward(self, x):\n"
-        "        return x.add_(1).repeat(1, 3, 1, 1)\n"
+        "        return x.add_(1)\n"
     )
-    model = {"class_file": str(tmp_path / "inplace.py"), "kwargs_file": None}
-    given = np.zeros((4, 1, *PATCH), np.float32)
-    assert bool((load(plan_of(tmp_path, model=model))(given) == 1).all())
-    assert not given.any()
+    model = {
+        "class_file": str(tmp_path / "inplace.py"),
+        "kwargs_file": None,
+        "model_output_shape": [1, *PATCH],
+        "max_batch_size": 2,
+    }
+    plan = plan_of(tmp_path, dtype="float32", combine="weighted_avg", model=model)
+    batcher = Batcher(plan, load(plan), Steps())
+    chunk = plan.chunk((0,) * plan.rank)
+    patches = list(plan.patches(chunk))
+    assert len(patches) == 2 * batcher.size
+    halo = np.random.default_rng(0).random(chunk.halo.shape, np.float32)
+    before = halo.copy()
+    for _ in range(2):
+        for patch, prediction in batcher.predictions(patches, [halo], chunk.halo.start):
+            there = halo[patch.source.slices(chunk.halo.start)]
+            np.testing.assert_array_equal(prediction[0].numpy(), there + 1)
+    np.testing.assert_array_equal(halo, before)
 
 
 # -------------------------------------------------------------- memory, and who is to blame

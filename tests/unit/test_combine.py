@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from chunkq.combine import activate, add_weighted, as_votes, decide, label_dtype, on_host
+from chunkq.combine import (
+    activate,
+    add_weighted,
+    as_votes,
+    decide,
+    is_finite,
+    label_dtype,
+    on_host,
+    put,
+)
 from chunkq.errors import PredictionError
 
 Library = Callable[[Any], Any]
@@ -150,6 +159,32 @@ def test_sums_can_grow_through_a_view(library: Library) -> None:
     expected = np.zeros((1, 4, 4))
     expected[:, 1:3, 2:4] = 0.5
     assert np.array_equal(on_host(whole), expected)
+
+
+@BOTH
+def test_values_are_put_into_a_view_and_nowhere_else(library: Library) -> None:
+    whole = library(np.ones((2, 4, 4)))
+    put(whole[:, 1:3, 2:4], library(np.arange(8).reshape(2, 2, 2)))
+    expected = np.ones((2, 4, 4))
+    expected[:, 1:3, 2:4] = np.arange(8).reshape(2, 2, 2)
+    assert np.array_equal(on_host(whole), expected)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([0.0, -1e30], True),
+        ([1.0, np.nan], False),
+        ([np.inf, 1.0], False),
+        ([np.inf, -np.inf], False),
+        ([3e38, 3e38], False),  # the sum is not; who asks looks again
+    ],
+)
+def test_one_sum_tells_that_all_values_are_finite(
+    library: Library, values: list[float], finite: bool
+) -> None:
+    assert is_finite(library(values)) == finite
 
 
 @BOTH

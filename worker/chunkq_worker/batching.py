@@ -12,7 +12,7 @@ import numpy.typing as npt
 from array_api_compat import array_namespace
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, as_votes, on_host
+from chunkq.combine import Array, activate, as_votes, is_finite, on_host
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import Runtime
@@ -83,7 +83,8 @@ class Batcher:
     ) -> Iterator[tuple[Patch, Array]]:
         """Yield each patch with its prediction (C, *output patch), activated and voted.
 
-        `halos` hold the inputs from `origin` on. Predictions are float32 on the device.
+        `halos` hold the inputs from `origin` on. Predictions are float32 on the device, and good
+        until the next one is asked for.
         """
         done, sent = 0, None
         while done < len(patches):
@@ -155,8 +156,7 @@ class Batcher:
         xp = array_namespace(outputs)
         outputs = xp.astype(outputs, xp.float32, copy=False)
         finite = None
-        # A finite sum has only finite terms, and is a single pass.
-        if not bool(xp.isfinite(xp.sum(outputs))):
+        if not is_finite(outputs):
             finite = xp.isfinite(outputs)
             if self._plan.job.nan == "fail" and not bool(xp.all(finite)):
                 self._refuse(finite, batch, halos, origin)

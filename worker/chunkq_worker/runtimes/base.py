@@ -60,7 +60,8 @@ class Runtime(ABC):
         """Run the network, between its protected steps, on (N, *model_input_shape) of any dtype.
 
         The batch is an array on the host, or what this runtime's feed sent. It is cast to the
-        model's dtype on the device. Returns whatever shape comes out, float32 or better.
+        model's dtype on the device, and may be changed: networks and steps may work in place.
+        Returns whatever shape comes out, float32 or better; it may lie in the batch's memory.
         """
 
     @abstractmethod

@@ -83,11 +83,10 @@ class TorchRuntime(Runtime):
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process has its own
         with torch.inference_mode():
-            # A copy, as networks and steps may work in place.
             if isinstance(batch, Sent):
                 given = batch.take(self._dtype)
             else:
-                given = self.place(batch).to(self._dtype, copy=self._accelerator is None)
+                given = self.place(batch).to(self._dtype)
             if self._steps.preprocessing_protected is not None:
                 given = self._steps.preprocessing_protected(given)
             outputs = self._forward(given)
@@ -151,7 +150,7 @@ class TorchRuntime(Runtime):
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
         if self._accelerator is None:
-            return torch.zeros(shape, dtype=torch.float32)
+            return torch.from_numpy(np.zeros(shape, np.float32))  # which the kernel may clear
         return self._accelerator.empty(shape, torch.float32).zero_()
 
     @override
