@@ -11,7 +11,7 @@ DEMO := demo
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
 	@echo "make test    install all that the tests need, check and test everything"
-	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (half an hour)"
+	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (an hour)"
 	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
 	@echo "make clean   remove the environment and the demo's files"
 

@@ -31,7 +31,7 @@ from benchmarks.turns import THREADS, Figures, Turn
 from chunkq.job import Job, load_job
 from tests.reference import reference, sliding_window
 
-ROUNDS = 3
+ROUNDS = 2
 CHUNKFLOW = Path(__file__).with_name("chunkflow.txt")
 BYTES = (
     "those of uncompressed voxels: of every box asked of a store and every box given to one, "

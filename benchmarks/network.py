@@ -24,7 +24,7 @@ from chunkq_worker.birth import child_settings
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures
 
-ROUNDS = 5
+ROUNDS = {"small": 5, "large": 3, "copy": 5}
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
 SIZES = {"small": ((224, 160, 160), 96), "large": ((384, 384, 192), 192)}
@@ -139,7 +139,7 @@ def copying(rounds: int) -> Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     parts = asked.parts or list(PARTS)
@@ -150,9 +150,9 @@ def main() -> None:
         if part == "memory":
             figures[part] = peaks()
         elif part == "copy":
-            figures[part] = copying(asked.rounds)
+            figures[part] = copying(asked.rounds or ROUNDS[part])
         else:
-            figures[part] = beside_networks(part, asked.rounds)
+            figures[part] = beside_networks(part, asked.rounds or ROUNDS[part])
         print(part, json.dumps(figures[part]), flush=True)
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -161,7 +161,7 @@ def test_status_on_s3_knows_what_is_done_and_that_it_is_sealed(
 def test_the_workers_log_holds_its_own_news_alone(done: list[Answer]) -> None:
     """Neither the clients' chatter about credentials nor the AWS library's missing files."""
     lines = done[2].err.splitlines()
-    assert sum(" done in " in line for line in lines) == 4
+    assert sum("infer chunk " in line and " done in " in line for line in lines) == 4
     assert not [line for line in lines if re.search(r"credential|\.aws|endpoint", line)]
     for answer in (done[0], done[1], done[3], done[4]):
         assert answer.err == ""
