@@ -2,8 +2,8 @@
 
 Memory follows from what the allocator makes of all that coexists, so it is tried, not guessed:
 chunks go through `infer_chunk` of a job that is thrown away, as many at once as in a real process,
-and blocks are completed. The network runs once a chunk, beside that chunk's arrays; all other
-batches get its answer again.
+and blocks are completed. The network runs for as many batches as there is time for, at least once a
+chunk, beside that chunk's arrays; all other batches get its answer again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -41,15 +42,18 @@ LOOK_SECONDS = 0.002
 
 
 class Replay(Runtime):
-    """A network that is run for every `each`-th batch; the others get a copy of its last answer.
+    """A network that is run for some batches; the others get a copy of its last answer.
 
-    Where others still read or write, an answer takes as long as the network took, so that as
-    many chunks wait for the device as do behind the real one.
+    Of `batches` in all it is run for as many as SECONDS are enough for, evenly spread, and for one
+    in `chunk` at least: how it breaks up the heap is part of the memory. Where others still read or
+    write, an answer takes as long as the network took, so that as many chunks wait for the device
+    as do behind the real one.
     """
 
-    def __init__(self, network: Runtime, each: int, flights: Flights) -> None:
+    def __init__(self, network: Runtime, chunk: int, batches: int, flights: Flights) -> None:
         self.device, self.any_batch = network.device, network.any_batch
-        self._network, self._each, self._flights = network, each, flights
+        self._network, self._chunk, self._batches = network, chunk, batches
+        self._each, self._flights = chunk, flights
         self._calls = 0
         self._answer: Array = None
         self._seconds = 0.0
@@ -65,6 +69,8 @@ class Replay(Runtime):
             self._seconds = time.perf_counter() - before
             if not fits:
                 self._keep(answer)
+                affordable = ceil(self._batches * self._seconds / SECONDS)
+                self._each = max(1, min(self._chunk, affordable))
             return answer
         due = time.perf_counter() + self._seconds
         while time.perf_counter() < due and self._flights.are_moving():
@@ -155,10 +161,10 @@ def rehearse(engine: Engine, job: OpenJob, depth: int) -> Rehearsed:
     chunks = some_chunks(job.plan)
     flights = Flights(job, depth)
     network = engine.runtime
-    batches = -(-max(job.plan.chunk(i).patches for i in chunks) // engine.batcher.size)
+    batches = [-(-job.plan.chunk(i).patches // engine.batcher.size) for i in chunks]
     device = this_device()
     # `over` makes a batcher for what the engine holds as its network just then.
-    engine.runtime = replay = Replay(network, max(1, batches), flights)
+    engine.runtime = replay = Replay(network, max(batches), sum(batches), flights)
     try:
         playing = device.do(lambda: engine.over(job.plan)).result()
     finally:
