@@ -4,7 +4,7 @@ Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contest
 processes of their own, with two threads each and the malloc settings that chunkq gives its workers;
 a figure is the median of the ratios taken round by round. `small` has 96 patches in 12 chunks of
 96³, `large` 605 patches in 4 chunks of 192³, nearer to what a real job has. MONAI comes from the
-package index into a folder of its own.
+package index into a folder of its own. In FILE, parts that are not asked for stay as they were.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def main() -> None:
             figures[part] = beside_networks(part, asked.rounds or ROUNDS[part])
         print(part, json.dumps(figures[part]), flush=True)
     if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=1) + "\n")
+        kept = json.loads(asked.json.read_text()) if asked.json.exists() else {}
+        asked.json.write_text(json.dumps(kept | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
