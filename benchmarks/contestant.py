@@ -7,6 +7,7 @@ libraries are imported, and include loading the network. borders.py has contesta
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import resource
 import shutil
@@ -130,6 +131,8 @@ def bare(job: Job, output: str) -> Callable[[], Figures]:
 
 def chunkq(job: Job, output: str) -> Callable[[], Figures]:
     """Store to store, in this process; `read` and `written` are bytes, as its report says."""
+    for late in ("chunkq_producer.running", "chunkq_worker.runtimes.torch", "zarr"):
+        importlib.import_module(late)  # as all libraries are before the clock starts
     from chunkq import Predictor
 
     values = job.as_dict()

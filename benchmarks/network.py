@@ -24,7 +24,7 @@ from chunkq_worker.birth import child_settings
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures
 
-ROUNDS = {"small": 5, "large": 3, "copy": 5}
+ROUNDS = {"small": 7, "large": 3, "copy": 7}
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
 SIZES = {"small": ((224, 160, 160), 96), "large": ((384, 384, 192), 192)}

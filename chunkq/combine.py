@@ -20,11 +20,19 @@ Array = Any
 """A NumPy array or a torch tensor."""
 
 
+def namespace(array: Array) -> Any:
+    """Return the module whose functions serve an array.
+
+    NumPy serves its own: array_api_compat's wrapping of it takes a tenth of a second to import.
+    """
+    return np if isinstance(array, np.ndarray) else array_namespace(array)
+
+
 def activate(raw: Array, activation: Activation) -> Array:
     """Apply the activation to raw outputs of shape (N, C, *Q); softmax runs over C."""
     if activation == "none":
         return raw
-    xp = array_namespace(raw)
+    xp = namespace(raw)
     if activation == "sigmoid":
         # tanh does not overflow where exp(-x) would.
         return (xp.tanh(raw / 2) + 1) / 2
@@ -38,7 +46,7 @@ def as_votes(predictions: Array) -> Array:
     Each voxel votes for its largest channel, the lowest of several; a single channel votes
     whether it is at least 0.5.
     """
-    xp = array_namespace(predictions)
+    xp = namespace(predictions)
     if predictions.shape[1] == 1:
         return xp.astype(predictions >= 0.5, predictions.dtype)
     winners = _largest(predictions, axis=1)
@@ -72,7 +80,7 @@ def is_finite(values: Array) -> bool:
     """Tell whether no value is NaN or infinite; False also where their sum overflows."""
     if _is_on_host(values):
         values = on_host(values)
-    xp = array_namespace(values)
+    xp = namespace(values)
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(xp.isfinite(xp.sum(values)))  # a single pass
 
@@ -91,6 +99,8 @@ def decided(average: Array, combine: Combine) -> Array:
     """Do the part of `decide` that reduces, where the average lies."""
     if combine == "weighted_avg":
         return average
+    if _is_on_host(average):
+        average = on_host(average)
     return average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
 
 
@@ -124,15 +134,18 @@ def label_dtype(classes: int) -> np.dtype[Any]:
 def _largest(values: Array, axis: int) -> Array:
     """Return the index of the largest entry along `axis`, the lowest of several; uint8 if it fits.
 
-    Channel by channel: torch's argmax over a strided axis is an order of magnitude slower.
+    Values are not NaN. Channel by channel and without `where`: an argmax over a strided axis, and
+    a choice voxel by voxel, are an order of magnitude slower.
     """
-    xp = array_namespace(values)
+    xp = namespace(values)
     channels = xp.moveaxis(values, axis, 0)
     best = channels[0, ...]
     dtype = xp.uint8 if channels.shape[0] <= 256 else xp.int32
     winner = xp.zeros_like(best, dtype=dtype)
     for number in range(1, channels.shape[0]):
-        larger = channels[number, ...] > best
-        winner = xp.where(larger, xp.asarray(number, dtype=dtype), winner)
-        best = xp.where(larger, channels[number, ...], best)
+        channel = channels[number, ...]
+        # Where it is larger than all before, its number is larger than any winner's.
+        wins = xp.astype(channel > best, dtype) * xp.asarray(number, dtype=dtype)
+        winner = xp.maximum(winner, wins)
+        best = xp.maximum(best, channel)
     return winner

@@ -46,11 +46,15 @@ class ObjectFolder:
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
 
-    def put(self, name: str, *parts: Buffer) -> None:
-        """Write an object: another reader sees all of it or nothing, also after a crash."""
+    def put(self, name: str, *parts: Buffer, durable: bool = True) -> None:
+        """Write an object: another reader sees all of it or nothing.
+
+        If it is `durable` that holds also after the machine went down, and it is on the disk at
+        the return; if not, a local file may then be gone, short or damaged.
+        """
         target = join(self._root, name)
         if self._local:
-            self._write(target, parts, os.replace)
+            self._write(target, parts, os.replace, durable)
         else:
             self._filesystem.pipe_file(target, b"".join(parts))
 
@@ -67,7 +71,11 @@ class ObjectFolder:
             self._filesystem.pipe_file(target, content)
 
     def _write(
-        self, target: str, parts: Sequence[Buffer], settle: Callable[[str, str], None]
+        self,
+        target: str,
+        parts: Sequence[Buffer],
+        settle: Callable[[str, str], None],
+        durable: bool = True,
     ) -> None:
         """Write a file at the top, then `settle` it in its folder; either may vanish meanwhile."""
         temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
@@ -76,7 +84,7 @@ class ObjectFolder:
                 try:
                     os.makedirs(os.path.dirname(target), exist_ok=True)
                     if not os.path.exists(temporary):
-                        _write_out(temporary, parts)
+                        _write_out(temporary, parts, durable)
                     settle(temporary, target)
                     return
                 except FileNotFoundError:
@@ -179,12 +187,13 @@ class ObjectFolder:
             self._filesystem.rm(path, recursive=True)
 
 
-def _write_out(path: str, parts: Sequence[Buffer]) -> None:
-    """Write a file and wait until it is on the disk."""
+def _write_out(path: str, parts: Sequence[Buffer], durable: bool) -> None:
+    """Write a file; if it is to be durable, wait until it is on the disk."""
     with open(path, "wb") as file:
         file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _link(temporary: str, target: str) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from array_api_compat import array_namespace
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, as_votes, is_finite, on_host
+from chunkq.combine import Array, activate, as_votes, is_finite, namespace, on_host
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import Runtime
@@ -153,7 +152,7 @@ class Batcher:
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Array:
         """Return predictions as they are combined; raises PredictionError if not all are finite."""
-        xp = array_namespace(outputs)
+        xp = namespace(outputs)
         outputs = xp.astype(outputs, xp.float32, copy=False)
         finite = None
         if not is_finite(outputs):
@@ -214,7 +213,7 @@ class Batcher:
 
     def _usable(self, outputs: Array, finite: Array | None) -> Array:
         """Return predictions as they are combined; zeros for what is not `finite`, if given."""
-        job, xp = self._plan.job, array_namespace(outputs)
+        job, xp = self._plan.job, namespace(outputs)
         if finite is not None:
             outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
         predictions = activate(outputs, job.activation)

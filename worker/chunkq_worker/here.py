@@ -21,7 +21,7 @@ from chunkq.executors.base import (
     Shift,
     WorkerName,
 )
-from chunkq.finalize import complete_block, standing
+from chunkq.finalize import blocks_at_once, complete_block, standing
 from chunkq.opened import OpenJob
 from chunkq.plan import Index
 from chunkq.tasks import Task
@@ -114,7 +114,8 @@ def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
     progress(before, total)
     contributions = Contributions()
     blocks: list[Future[None]] = []
-    with ThreadPoolExecutor(DEPTH) as pool, ThreadPoolExecutor(1) as finalizer:
+    most = blocks_at_once(job.plan)
+    with ThreadPoolExecutor(DEPTH) as pool, ThreadPoolExecutor(most) as finalizer:
 
         def start(index: Index) -> Future[Outcome]:
             task = Task("infer", job.folder.path, index)
