@@ -3,14 +3,19 @@
 Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants take turns in
 processes of their own, with two threads each and the malloc settings that chunkq gives its workers;
 a figure is the median of the ratios taken round by round. `small` has 96 patches in 12 chunks of
-96³, `large` 605 patches in 4 chunks of 192³, nearer to what a real job has. MONAI comes from the
-package index into a folder of its own. In FILE, parts that are not asked for stay as they were.
+96³, `large` 605 patches in 4 chunks of 192³, nearer to what a real job has; `basic` has 27 patches
+and MONAI's BasicUNet, which takes several times as long for a patch as the demo's U-Net. MONAI
+comes from the package index into a folder of its own. In FILE, parts that are not asked for stay as
+they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +29,33 @@ from chunkq_worker.birth import child_settings
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures
 
-ROUNDS = {"small": 7, "large": 3, "copy": 7}
+ROUNDS = {"small": 7, "large": 3, "basic": 3, "copy": 7}
 UNET = Path(__file__).parents[1] / "examples" / "brain" / "unet.ts"
 MONAI = "monai==1.6.1"
-SIZES = {"small": ((224, 160, 160), 96), "large": ((384, 384, 192), 192)}
+SIZES = {
+    "small": ((224, 160, 160), 96),
+    "large": ((384, 384, 192), 192),
+    "basic": ((128, 128, 128), 96),
+}
 """Volume, and edge of chunks."""
 PARTS = (*SIZES, "memory", "copy")
+BASIC = """
+import sys, torch
+from monai.networks.nets import BasicUNet
+torch.manual_seed(0)
+network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=3).eval()
+torch.jit.save(torch.jit.trace(network, torch.zeros(1, 1, 64, 64, 64)), sys.argv[1])
+"""
+"""Writes MONAI's BasicUNet, as it is by default, with random weights."""
 
 
 def make_job(
-    folder: Path, shape: tuple[int, ...], dtype: str = "uint8", edge: int = 32, **keys: Any
+    folder: Path,
+    shape: tuple[int, ...],
+    dtype: str = "uint8",
+    edge: int = 32,
+    network: Path = UNET,
+    **keys: Any,
 ) -> Path:
     """A job over a volume of noise: the brain demo's U-Net, windows of 64³ that overlap by half."""
     values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8).astype(dtype)
@@ -51,7 +73,7 @@ def make_job(
         "model_config": {
             "runtime": "torch",
             "type": "torchscript",
-            "ts_file": str(UNET),
+            "ts_file": str(network),
             "model_input_shape": [1, 64, 64, 64],
             "model_output_shape": [3, 64, 64, 64],
             "max_batch_size": 4,
@@ -68,6 +90,14 @@ def identity(folder: Path) -> Path:
 
     path = folder / "identity.ts"
     torch.jit.save(torch.jit.script(torch.nn.Identity()), path)
+    return path
+
+
+def basic_unet(folder: Path) -> Path:
+    path = folder / "basic.ts"
+    settings = os.environ | {"PYTHONPATH": str(turns.PEERS)}
+    command = [sys.executable, "-W", "ignore", "-c", BASIC, str(path)]
+    subprocess.run(command, env=settings, check=True)
     return path
 
 
@@ -95,7 +125,8 @@ def beside_networks(size: str, rounds: int) -> Figures:
     """The same patches by the bare network and by MONAI."""
     shape, chunk = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(Path(folder), shape, chunksize=[chunk] * 3)
+        network = basic_unet(Path(folder)) if size == "basic" else UNET
+        job = make_job(Path(folder), shape, network=network, chunksize=[chunk] * 3)
         return {"volume": shape, "chunk": chunk} | contest(job, ("bare", "monai"), rounds)
 
 

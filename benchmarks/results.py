@@ -47,10 +47,11 @@ def verdict(good: bool) -> str:
 def network(found: Values, folder: Path) -> list[str]:
     """Beside the bare network, MONAI and a copy."""
     rows = []
-    for size in ("small", "large"):
+    for size in ("small", "large", "basic"):
         if size in found:
             own = found[size]
-            job = f"{own['patches']} patches, chunks of {own['chunk']}³"
+            net = "MONAI's BasicUNet, " if size == "basic" else ""
+            job = f"{net}{own['patches']} patches, chunks of {own['chunk']}³"
             rows.append(_beside(own, "bare", f"the bare forward loop, {job}", 1.03))
             rows.append(_beside(own, "monai", f"MONAI, in memory, {job}", 0.95))
     if copied := found.get("copy"):

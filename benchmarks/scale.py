@@ -30,6 +30,7 @@ from benchmarks.scale_limits import SHARED, Regime, Row, advise, enough_for, hou
 from benchmarks.scale_plot import Point, picture
 from benchmarks.scale_work import Case, Work, plan_of
 from chunkq.executors.base import DEPTH_ON_GPU
+from chunkq.footprint import footprint
 
 MEASURED = Path(__file__).with_name("results")
 EDGE = 100_000
@@ -81,7 +82,7 @@ def case_table(cases: Sequence[Case], depth: int) -> Table:
             f"{(infer.bytes + block.bytes) / 1e6:,.0f}",
             f"{infer.write.objects + block.write.objects:,.0f}",
             f"{costs.finalized_blocks / costs.chunks:.1%}",
-            f"{depth * costs.worker_bytes / 1e9:.0f}",
+            f"{footprint(case.plan).in_flight(depth) / 1e9:.0f}",
         )
     return shown
 
@@ -116,7 +117,7 @@ def around(inputs: Inputs, case: Case, depth: int) -> dict[str, Any]:
     return {
         "chunk": case.chunk,
         "chunks": case.work.chunks,
-        "worker_bytes": depth * case.plan.costs.worker_bytes,
+        "worker_bytes": footprint(case.plan).in_flight(depth),
         "enqueue_hours": {name: case.enqueue_hours(inputs, name) for name in SHARED},
         "queue_bytes": {name: case.queue_bytes(inputs, name) for name in SHARED},
         "records": case.records,

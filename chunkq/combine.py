@@ -147,5 +147,6 @@ def _largest(values: Array, axis: int) -> Array:
         # Where it is larger than all before, its number is larger than any winner's.
         wins = xp.astype(channel > best, dtype) * xp.asarray(number, dtype=dtype)
         winner = xp.maximum(winner, wins)
-        best = xp.maximum(best, channel)
+        if number + 1 < channels.shape[0]:
+            best = xp.maximum(best, channel)
     return winner

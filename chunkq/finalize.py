@@ -13,6 +13,7 @@ from chunkq import __version__
 from chunkq.blend import Own, complete
 from chunkq.errors import IncompleteError, PieceError
 from chunkq.executors.base import Attempt
+from chunkq.footprint import footprint
 from chunkq.ledger import Commit
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index, Piece, Plan
@@ -154,7 +155,7 @@ def finalize_job(
 
 def blocks_at_once(plan: Plan) -> int:
     """Return how many blocks a finalizer completes at once, so that 2 GiB hold them."""
-    fitting = FINALIZER_BYTES // max(1, plan.costs.finalizer_bytes)
+    fitting = FINALIZER_BYTES // max(1, footprint(plan).completing)
     return max(1, min(FINALIZER_THREADS, fitting))
 
 

@@ -57,8 +57,8 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     own = sum(box.size for box in chunk.band_boxes) * 4 * plan.channels
     pieces = sum(piece.box.size for piece in plan.leaves(chunk)) * 4 * plan.channels
     waiting = chunk.halo.size * plan.volume.voxel_bytes
-    # Deciding holds the best channel and its number, each old and new, and where it is larger.
-    deciding = chunk.interior.size * (4 + 4 + 1 + 1 + 1) if labels and plan.channels > 1 else 0
+    # Deciding holds the largest values so far, before and after a channel, and two winners.
+    deciding = chunk.interior.size * (4 + 4 + 1 + 1) if labels and plan.channels > 1 else 0
     leaving = final + own + pieces
     computing = waiting + sums + max(deciding, leaving)
     rest = sum(box.size for box in chunk.rest_boxes) * stored

@@ -143,8 +143,6 @@ class Costs:
     input_bytes: int
     output_bytes: int
     piece_bytes: int
-    worker_bytes: int
-    finalizer_bytes: int
 
     @property
     def store_bytes(self) -> int:
@@ -314,13 +312,12 @@ def _subsets(rank: int) -> list[Index]:
 
 
 class _AxisTotals:
-    """Sums and maxima over the blocks of one axis of what `_costs` multiplies."""
+    """Sums over the blocks of one axis of what `_costs` multiplies."""
 
     def __init__(self, axis: Axis) -> None:
         self.sums = dict.fromkeys(
             ("length", "interior", "core", "plain", "active", "spill", "read"), 0
         )
-        self.most = dict.fromkeys(("length", "region", "halo"), 0)
         self.patches = [0] * len(axis.grids)
         for low in range(0, axis.blocks, SLAB):
             self._add(axis, np.arange(low, min(low + SLAB, axis.blocks), dtype=np.int64))
@@ -342,9 +339,6 @@ class _AxisTotals:
         }
         for key, values in sums.items():
             self.sums[key] += int(values.sum())
-        most = {"length": length, "region": length + spill, "halo": halo_high - halo_low}
-        for key, values in most.items():
-            self.most[key] = max(self.most[key], int(values.max()))
         for g, grid in enumerate(axis.grids):
             low, high = grid.owned(blocks, axis.chunk)
             self.patches[g] += int((high - low).sum())
@@ -355,9 +349,6 @@ def _costs(plan: Plan) -> Costs:
 
     def over_axes(key: str) -> int:
         return prod(t.sums[key] for t in totals)
-
-    def largest(key: str) -> int:
-        return prod(t.most[key] for t in totals)
 
     sums_bytes = 4 * plan.channels
     stored_bytes = plan.stored_channels * plan.output_dtype.itemsize
@@ -377,8 +368,4 @@ def _costs(plan: Plan) -> Costs:
         input_bytes=over_axes("read") * itemsize,
         output_bytes=prod(plan.volume.shape) * stored_bytes,
         piece_bytes=(sent + own_sums) * sums_bytes + own_rest * stored_bytes,
-        worker_bytes=largest("halo") * itemsize
-        + largest("region") * sums_bytes
-        + largest("length") * stored_bytes,
-        finalizer_bytes=largest("length") * (sums_bytes + stored_bytes),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from chunkq.executors.base import WorkerName
+from chunkq.footprint import footprint
 from chunkq.ledger import Commit
 from chunkq.plan import Plan
 from chunkq.spans import Numbers, Spans, covered, layered, most_at_once, spread
@@ -133,6 +134,8 @@ class _Figures:
         work = max(0.0, self.last - self.first)
         voxels = round(float(self.voxels.sum()))
         moved, gathered = total.moved, self.blocks.total.moved
+        flight = max((w.chunks_in_flight for w in workers.values()), default=0)
+        arrays = footprint(plan)
         return Times(
             chunks=total.count,
             planned_chunks=costs.chunks,
@@ -162,8 +165,9 @@ class _Figures:
                 "pieces_read": costs.piece_bytes,
             },
             peak_rss_bytes=total.peak_rss,
-            planned_bytes_per_chunk_in_flight=plan.costs.worker_bytes,
-            chunks_in_flight=max((w.chunks_in_flight for w in workers.values()), default=0),
+            planned_array_bytes=arrays.in_flight(max(1, flight)),
+            one_more_in_flight_bytes=arrays.in_flight(2) - arrays.in_flight(1),
+            chunks_in_flight=flight,
             retried=total.retried,
             crew_shares=_crew_shares(workers.values()),
             tail_seconds=max((w.tail_seconds for w in workers.values()), default=0.0),

@@ -117,6 +117,9 @@ class Times:
     work_seconds    from the first chunk's start to the last one's end
     crew_shares     of the workers' time taken together, and of their tails; they add up to 1
     seconds         by stage, over all chunks, and of finalizing
+
+    `planned_array_bytes` are what the arrays of `chunks_in_flight` chunks take at most, by the
+    plan; one chunk more takes `one_more_in_flight_bytes` more.
     """
 
     chunks: int
@@ -136,7 +139,8 @@ class Times:
     bytes: dict[str, int]
     planned_bytes: dict[str, int]
     peak_rss_bytes: int
-    planned_bytes_per_chunk_in_flight: int
+    planned_array_bytes: int
+    one_more_in_flight_bytes: int
     chunks_in_flight: int
     retried: int
     crew_shares: dict[str, float]

@@ -96,7 +96,7 @@ def _storage(times: Times, loss: str) -> str:
         return (
             f"At most {times.chunks_in_flight} chunks were in flight in a worker; with `--depth "
             f"{wanted}` reading and writing fit beside the network, if the memory does "
-            f"({times.planned_bytes_per_chunk_in_flight / 1e6:.0f} MB each)."
+            f"({times.one_more_in_flight_bytes / 1e6:.0f} MB for each more)."
         )
     moved = times.bytes["input"] if loss == "read" else _written(times)
     speed = moved / seconds[loss] / 1e6 if seconds[loss] else 0.0

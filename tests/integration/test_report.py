@@ -101,7 +101,8 @@ def test_the_plan_foresaw_what_was_measured(sealed: Bench) -> None:
     for key, foreseen in zip(found["bytes"], planned, strict=True):
         assert found["planned_bytes"][key] == foreseen
         assert found["bytes"][key] == pytest.approx(foreseen, rel=0.1), key
-    assert found["planned_bytes_per_chunk_in_flight"] == plan["bytes_per_chunk_in_flight"]
+    assert found["chunks_in_flight"] == plan["depth"]
+    assert found["planned_array_bytes"] == plan["array_bytes"]
 
 
 def test_json_is_the_report_that_was_sealed(sealed: Bench) -> None:

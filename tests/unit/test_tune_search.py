@@ -24,6 +24,8 @@ from chunkq_worker.tune.search import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkq.footprint import Footprint
+
 START = Setting(batch=4, depth=2)
 CHUNKS = ((8,), None, (32,))
 LENGTHS = {(8,): 8, None: 16, (32,): 32}
@@ -55,7 +57,8 @@ class Machine:
         if setting.chunk in self.forbidden:
             return None
         length = LENGTHS[setting.chunk]
-        return Cost(256 // length, 1000, 10 * length, length, self.patches, (length,))
+        arrays = Footprint(0, length, length, 0)
+        return Cost(256 // length, 1000, 10 * length, arrays, self.patches, (length,))
 
     def measure(self, setting: Setting, stage: Stage, seconds: float) -> Measured:
         wanted = self.takes[len(self.asked) % len(self.takes)]
@@ -188,7 +191,7 @@ def test_only_what_was_asked_for_may_change_results(
 
 
 def row(rate: float, memory: int, setting: Setting = START, patches: int = 100) -> Row:
-    cost = Cost(1, patches, 0, 1, 1, (1,))
+    cost = Cost(1, patches, 0, Footprint(0, 1, 1, 0), 1, (1,))
     return Row(setting, "network", cost, Measured("ok", rate, 0.0, memory))
 
 

@@ -85,7 +85,6 @@ def _values(plan: Plan, depth: int, tried: Probe | None) -> dict[str, Any]:
         "output_bytes": costs.output_bytes,
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
-        "bytes_per_chunk_in_flight": costs.worker_bytes,
         "depth": depth,
         "array_bytes": footprint(plan).in_flight(depth),
     }

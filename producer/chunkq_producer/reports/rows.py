@@ -77,10 +77,9 @@ def straggler_rows(account: Account, most: int) -> Rows:
 def memory(times: Times) -> str:
     """Return the largest memory of a worker beside what the plan knows of it."""
     flight = times.chunks_in_flight
-    planned = flight * times.planned_bytes_per_chunk_in_flight
     return (
         f"at most {si(times.peak_rss_bytes, 'B')} in a worker process; planned for its {flight} "
-        f"chunks in flight: {si(planned, 'B')}, besides libraries and network"
+        f"chunks in flight: {si(times.planned_array_bytes, 'B')}, besides libraries and network"
     )
 
 

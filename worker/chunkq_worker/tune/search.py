@@ -8,6 +8,8 @@ from functools import partial
 from math import inf
 from typing import Literal
 
+from chunkq.footprint import Footprint
+
 Shape = tuple[int, ...]
 Stage = Literal["network", "pipeline"]
 Verdict = Literal["ok", "too large", "failed", "no time", "changes results"]
@@ -50,14 +52,13 @@ class Setting:
 class Cost:
     """What a setting means for the whole job, known without running it.
 
-    `chunk_bytes` is the memory of one chunk in flight, `chunk_patches` what a chunk amid the
-    volume owns.
+    `footprint` is that of its largest chunks, `chunk_patches` what a chunk amid the volume owns.
     """
 
     chunks: int
     patches: int
     piece_bytes: int
-    chunk_bytes: int
+    footprint: Footprint
     chunk_patches: int
     chunksize: Shape
 
@@ -285,7 +286,7 @@ class Search:
         """Return the verdict where it is known without running; else None."""
         if stage == "network":
             return None
-        limit, needed = self._limits.memory, cost.chunk_bytes * setting.depth
+        limit, needed = self._limits.memory, cost.footprint.in_flight(setting.depth)
         if limit is not None and self._memory_is_the_hosts() and needed > limit:
             return Measured("too large", note="the chunks in flight alone")
         alone = self._known(replace(setting, depth=self._start.depth, chunk=None), "network")

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from chunkq.errors import JobError
+from chunkq.footprint import footprint
 from chunkq.job import Job, parse_job
 from chunkq.ledger import JobRecord
 from chunkq.plan import Chunk, Plan
@@ -192,7 +193,7 @@ def _cost(plan: Plan) -> Cost:
         chunks=costs.chunks,
         patches=costs.patches,
         piece_bytes=costs.piece_bytes,
-        chunk_bytes=costs.worker_bytes,
+        footprint=footprint(plan),
         chunk_patches=fullest(plan).patches,
         chunksize=plan.chunksize,
     )

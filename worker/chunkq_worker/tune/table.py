@@ -138,7 +138,7 @@ def values(row: Row) -> dict[str, Any]:
         "chunks": cost.chunks,
         "patches": cost.patches,
         "piece_bytes": cost.piece_bytes,
-        "bytes_per_chunk_in_flight": cost.chunk_bytes,
+        "array_bytes": cost.footprint.in_flight(setting.depth),
     }
 
 
