@@ -56,9 +56,15 @@ def ask(
 
 
 def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Figures]) -> list[Turn]:
-    """Have everybody run once in each round, one after the other, in the order of `names`."""
-    order = list(names)
-    return [{name: run(name) for name in order} for _ in range(rounds)]
+    """Have everybody run once in each round, one after the other; each round another begins.
+
+    Where the machine grows slower or faster meanwhile, nobody is always the first to see it.
+    """
+    order, taken = list(names), []
+    for _ in range(rounds):
+        taken.append({name: run(name) for name in order})
+        order.append(order.pop(0))
+    return taken
 
 
 def median_seconds(turns: Sequence[Turn], name: str) -> float:
