@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ READERS = 16
 """Files read at once: what a parallel file system is good at."""
 REMOVALS = 20
 """How often a folder is emptied again while others fill it, or filled while others empty it."""
+PAUSE, LONGEST_PAUSE = 0.001, 0.1
+"""Seconds before the second attempt at that; each later one waits twice as long, up to a most."""
 
 
 class Found(NamedTuple):
@@ -80,16 +83,17 @@ class ObjectFolder:
         """Write a file at the top, then `settle` it in its folder; either may vanish meanwhile."""
         temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
         try:
-            for left in reversed(range(REMOVALS)):
+            for attempt in range(REMOVALS):
                 try:
-                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    _make_folder(os.path.dirname(target))
                     if not os.path.exists(temporary):
                         _write_out(temporary, parts, durable)
                     settle(temporary, target)
                     return
                 except FileNotFoundError:
-                    if not left:
+                    if attempt + 1 == REMOVALS:
                         raise
+                    _give_way(attempt)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -210,14 +214,30 @@ def _link(temporary: str, target: str) -> None:
 
 def _remove_tree(path: str) -> None:
     """Remove a folder, also one that others are still writing to."""
-    for left in reversed(range(REMOVALS)):
+    for attempt in range(REMOVALS):
         try:
             if os.path.exists(path):
                 shutil.rmtree(path, onerror=_unless_gone)
             return
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY or not left:
+            if error.errno != errno.ENOTEMPTY or attempt + 1 == REMOVALS:
                 raise
+            _give_way(attempt)
+
+
+def _make_folder(path: str) -> None:
+    """Make a folder if there is none; raises FileNotFoundError if others removed it meanwhile."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except FileExistsError as error:  # said of one that is gone when makedirs looks again
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+
+
+def _give_way(attempt: int) -> None:
+    """Wait for those who are at work on the same folder."""
+    time.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
 
 
 def _unless_gone(call: object, path: str, info: tuple[type, BaseException, object]) -> None:
