@@ -279,7 +279,7 @@ class JobFolder:
         Python code: in CPython before 3.13, threads that do so at once disturb each other.
 
         Nobody waits for the disk: most pieces are deleted before they reach it, and one that a
-        machine took down with it is found by its CRC and computed again.
+        machine took down with it is found by its CRC, and its chunk loses its commit.
         """
         line = json.dumps([(array.dtype.str, array.shape) for array in arrays]).encode()
         line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
