@@ -7,7 +7,7 @@ Pure: arrays in, arrays out. Sums are taken in the order of `Plan.patches` and o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chunkq import pages
 from chunkq.box import Box
 from chunkq.combine import Array, add_weighted, as_stored, decided, on_host, put
 from chunkq.plan import Chunk, Patch, Piece, Plan
 from chunkq.weights import Surroundings, Weights, surroundings
 
 WEIGHT_CACHE_BYTES = 256 << 20
+Arounds = tuple[Surroundings, ...]
+"""Which patches meet one patch, an entry per axis."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +60,55 @@ class WeightCache:
 
     def __init__(self, plan: Plan, weights: Weights, place: Callable[[Any], Array]) -> None:
         self._plan, self._weights, self._place = plan, weights, place
-        self._kept: OrderedDict[tuple[int, tuple[Surroundings, ...]], Array] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, Arounds], Array] = OrderedDict()
         self._bytes = 0
+
+    def prepare(self, patches: Iterable[Patch]) -> None:
+        """Make the weights of patches that are to come, as many as are kept at once.
+
+        Small things that stay, made among a network's batches, would break up the heap.
+        """
+        wanted, room = set(), WEIGHT_CACHE_BYTES
+        for patch in patches:
+            key = patch.grid, self._around(patch)
+            if key in wanted or _is_alone(key[1]):
+                continue
+            wanted.add(key)
+            room -= patch.target.size * 4
+            if room < 0:
+                return
+            self._get(key)
 
     def of(self, patch: Patch) -> Array:
         """Return w / Σw over the patch's target: shape `patch.target.shape`, float32."""
-        around = self._around(patch)
-        key = (patch.grid, around)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        weights = self._place(self._weights.normalised(patch.grid, around))
-        self._kept[key] = weights
-        self._bytes += patch.target.size * 4
-        while self._bytes > WEIGHT_CACHE_BYTES and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
-            self._bytes -= int(np.prod(dropped.shape)) * 4
-        return weights
+        return self._get((patch.grid, self._around(patch)))
 
     def is_alone(self, patch: Patch) -> bool:
         """Tell whether no other patch has a say over the patch's target: its weights are all 1."""
-        starts = zip(*(near.starts for near in self._around(patch)), strict=True)
-        return sum(prod(map(len, of_grid)) for of_grid in starts) == 1
+        return _is_alone(self._around(patch))
 
-    def _around(self, patch: Patch) -> tuple[Surroundings, ...]:
+    def _get(self, key: tuple[int, Arounds]) -> Array:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        weights = self._place(self._weights.normalised(*key))
+        self._kept[key] = weights
+        self._bytes += prod(weights.shape) * 4
+        while self._bytes > WEIGHT_CACHE_BYTES and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= prod(dropped.shape) * 4
+        return weights
+
+    def _around(self, patch: Patch) -> Arounds:
         return tuple(
             surroundings(axis, patch.grid, number)
             for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
         )
+
+
+def _is_alone(around: Arounds) -> bool:
+    starts = zip(*(near.starts for near in around), strict=True)
+    return sum(prod(map(len, of_grid)) for of_grid in starts) == 1
 
 
 class Accumulator:
@@ -125,7 +149,7 @@ class Accumulator:
 def contribution(plan: Plan, chunk: Chunk, results: Sequence[npt.NDArray[Any]]) -> Contribution:
     """Return what a chunk's `Accumulator.results` come to, once they are on the host."""
     interior = _stored(plan, results[0])
-    sums = [np.ascontiguousarray(part) for part in results[1:]]
+    sums = [pages.contiguous(part) for part in results[1:]]
     own, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
     if chunk.has_band:
         rest = (_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes)
@@ -155,12 +179,12 @@ def complete(
     is one of `chunk.touched_boxes`, its array ([C,] *box.shape) in the output's dtype.
     """
     channels = (plan.channels,) if plan.channel_axis else ()
-    block = np.zeros((*channels, *chunk.block.shape), plan.output_dtype)
+    block = pages.zeros((*channels, *chunk.block.shape), plan.output_dtype)
     if own is not None:
         for box, values in zip(chunk.rest_boxes, own.rest, strict=True):
             _cut(plan, block, chunk.block, box)[...] = values
     for number, box in enumerate(chunk.band_boxes):
-        total = np.zeros((plan.channels, *box.shape), np.float32)
+        total = pages.zeros((plan.channels, *box.shape), np.float32)
         if own is not None:
             total += own.band[number]
         for piece in plan.awaits(chunk):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace
 
+from chunkq import pages
 from chunkq.errors import PredictionError
 
 Combine = Literal["weighted_avg", "soft", "hard"]
@@ -107,7 +108,7 @@ def decided(average: Array, combine: Combine) -> Array:
 def as_stored(result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Do the rest of `decide`, on the host; raises PredictionError as that does."""
     with np.errstate(over="ignore"):
-        stored = result.astype(dtype, copy=False)
+        stored = result if result.dtype == dtype else pages.cast(result, dtype)
     if combine == "weighted_avg" and stored.dtype == np.float16 and not np.isfinite(stored).all():
         raise PredictionError(
             "an average lies beyond the range of float16; use output_dtype: float32"

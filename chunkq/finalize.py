@@ -15,6 +15,7 @@ from chunkq.errors import IncompleteError, PieceError
 from chunkq.executors.base import Attempt
 from chunkq.footprint import footprint
 from chunkq.ledger import Commit
+from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index, Piece, Plan
 from chunkq.stores import set_attributes
@@ -77,6 +78,7 @@ def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
             finished=finished,
             seconds={"read": read - started, "write": finished - read},
             moved={"pieces_read": read_bytes, "output": written},
+            peak_rss=peak_bytes(),
         )
     )
     job.folder.delete_pieces(index)

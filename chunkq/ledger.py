@@ -293,14 +293,15 @@ class JobFolder:
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
         """Return a piece's arrays and its size in bytes; raises PieceError if gone or damaged."""
         path = f"pieces/{chunk_name(target)}/{name}"
-        content = self.objects.get(path)
+        content = self.objects.get_array(path)
         if content is None:
             raise PieceError(f"{without_secret(self.path)}/{path} is gone")
         if not _is_whole(content):
             raise PieceError(f"{without_secret(self.path)}/{path} is damaged")
-        offset = content.index(b"\n") + 1
+        ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
+        offset = next(end for end in ends if content[end - 1] == ord("\n"))
         arrays = []
-        for dtype, shape in json.loads(content[:offset]):
+        for dtype, shape in json.loads(content[:offset].tobytes()):
             array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
             arrays.append(array)
             offset += array.nbytes
@@ -346,9 +347,9 @@ def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _is_whole(content: bytes) -> bool:
+def _is_whole(content: npt.NDArray[np.uint8]) -> bool:
     """Tell whether the last bytes are the CRC-32C of those before; of nothing, that would be 0."""
     if len(content) <= CRC_BYTES:
         return False
-    body = np.frombuffer(content, np.uint8, len(content) - CRC_BYTES)
-    return bool(google_crc32c.value(body) == int.from_bytes(content[-CRC_BYTES:], "little"))
+    body, end = content[:-CRC_BYTES], content[-CRC_BYTES:].tobytes()
+    return bool(google_crc32c.value(body) == int.from_bytes(end, "little"))

@@ -13,8 +13,11 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import Buffer
 
+from chunkq import pages
 from chunkq.paths import is_url, join, open_filesystem, read_bytes
 
 PARTIAL = ".partial-"
@@ -103,6 +106,18 @@ class ObjectFolder:
         path = join(self._root, name)
         try:
             return read_bytes(path) if self._local else bytes(self._filesystem.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def get_array(self, name: str) -> npt.NDArray[np.uint8] | None:
+        """Return an object's bytes, read straight into `pages.zeros`; None where there is none."""
+        if not self._local:
+            content = self.get(name)
+            return None if content is None else np.frombuffer(content, np.uint8)
+        try:
+            with open(join(self._root, name), "rb") as file:
+                room = pages.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
+                return room[: file.readinto(room.data)]
         except (FileNotFoundError, NotADirectoryError):
             return None
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from chunkq import pages
 from chunkq.box import Box
 from chunkq.errors import ChunkReadError, StoreError
 from chunkq.ome import Space, axis_names, first_image, image_metadata, space_of
@@ -70,8 +71,12 @@ class TensorStoreArray(Array):
 
     @override
     def read(self, box: Box) -> Voxels:
+        import tensorstore as ts
+
         try:
-            values: Voxels = self._store[box.slices((0,) * len(self.shape))].read().result()
+            values: Voxels = pages.zeros(box.shape, self.dtype)
+            asked = self._store[box.slices((0,) * len(self.shape))]
+            ts.array(values, copy=False, write=True).write(asked).result()
         except (ValueError, OSError, RuntimeError) as error:
             raise ChunkReadError(_failure(self.path, box, "read", error)) from error
         return values
@@ -129,7 +134,7 @@ class NpyArray(Array):
         try:
             if not is_url(self.path):
                 mapped = np.memmap(self._inner, self.dtype, "r", self._origin, self.shape)
-                return np.array(mapped[(rows, *inner)])
+                return pages.cast(mapped[(rows, *inner)], self.dtype)
             content = self._filesystem.cat_file(
                 self._inner,
                 start=self._origin + rows.start * row_bytes,
@@ -260,7 +265,10 @@ def read_padded(array: Array, window: Box, mode: PadMode, value: float) -> Voxel
         if low >= 0 and high <= size:
             continue
         indices = source_indices(low, high, size, mode)
-        taken = np.take(values, np.maximum(indices - real.start[number], 0), axis=number)
+        shape = (*values.shape[:number], len(indices), *values.shape[number + 1 :])
+        taken = pages.zeros(shape, values.dtype)
+        there = np.maximum(indices - real.start[number], 0)
+        np.take(values, there, axis=number, out=taken, mode="clip")  # "raise" would buffer it
         if mode == "constant":
             taken[(slice(None),) * number + (indices < 0,)] = value
         values = taken

@@ -164,7 +164,7 @@ class _Figures:
                 "pieces_written": costs.piece_bytes,
                 "pieces_read": costs.piece_bytes,
             },
-            peak_rss_bytes=total.peak_rss,
+            peak_rss_bytes=max((w.peak_rss_bytes for w in workers.values()), default=0),
             planned_array_bytes=arrays.in_flight(max(1, flight)),
             one_more_in_flight_bytes=arrays.in_flight(2) - arrays.in_flight(1),
             chunks_in_flight=flight,
@@ -199,7 +199,11 @@ class _Figures:
         total, mine = self.columns.by_worker[number], self.of_worker[number]
         start, stop = self.start[mine], self.stop[mine]
         first, last = float(start.min()), float(stop.max())
-        completing = self.completed_by == self.blocks.names.get(name, -1)
+        as_finalizer = self.blocks.names.get(name, -1)
+        completing = self.completed_by == as_finalizer
+        peaks = [total.peak_rss]
+        if as_finalizer >= 0:
+            peaks.append(self.blocks.by_worker[as_finalizer].peak_rss)
         layers = [
             *(self._stage(stage, mine) for stage in HOLDERS[:4]),
             (self.block_start[completing], self.block_stop[completing]),
@@ -224,7 +228,7 @@ class _Figures:
             stage_seconds={stage: total.seconds[stage] for stage in STAGES},
             bytes=dict(total.moved),
             chunks_in_flight=most_at_once(start, stop),
-            peak_rss_bytes=total.peak_rss,
+            peak_rss_bytes=max(peaks),
             retried=total.retried,
             # Whoever left while chunks were still begun did not wait for the last ones.
             tail_seconds=self.last - last if last >= self.last_begun else 0.0,

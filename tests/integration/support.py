@@ -29,8 +29,8 @@ from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import chunk_name
 
 T = TypeVar("T")
-PATIENCE = 60.0
-"""Seconds until a test that waits for something gives up."""
+PATIENCE = 120.0
+"""Seconds until a test that waits for something gives up: longer than anything should take."""
 SHAPE = (24, 36, 40)
 POISONOUS = (20, 30, 35)
 """The one voxel of the input that is 255."""
@@ -377,6 +377,9 @@ class Place:
         crew = Crew(process, log)
         try:
             yield crew
+        except AssertionError as error:
+            error.add_note(f"`chunkq {' '.join(arguments)}` said: {crew.says()[-4000:]}")
+            raise
         finally:
             crew.children()
             for pid in [process.pid, *filter(is_alive, crew.known)]:

@@ -473,3 +473,31 @@ def test_a_full_cache_forgets_and_serves_the_same(monkeypatch: pytest.MonkeyPatc
             assert np.array_equal(weights, expected)
     # The second round starts where the first has been forgotten.
     assert len(counted.asked) == 2 * len(set(counted.asked))
+
+
+def test_weights_made_beforehand_are_not_made_again() -> None:
+    plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
+    counted = CountedWeights(load_weights(plan))
+    cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
+    cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
+    made = list(counted.asked)
+    of_all(plan, cache)
+    assert counted.asked == made
+    assert len(set(made)) == len(made) > 0
+
+
+def test_no_more_weights_are_made_beforehand_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
+    monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
+    counted = CountedWeights(load_weights(plan))
+    cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
+    cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
+    assert len(counted.asked) == 2
+
+
+def test_nothing_is_made_beforehand_for_patches_that_are_alone() -> None:
+    plan = sliding((24,), (8,), [8], weight_function=["weight_hann"])
+    counted = CountedWeights(load_weights(plan))
+    cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
+    cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
+    assert counted.asked == []

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from chunkq import pages
 from chunkq.blend import Accumulator, Own, WeightCache, complete
 from chunkq.footprint import chunk_footprint, footprint
 from chunkq.plan import Plan
@@ -55,7 +56,9 @@ def test_what_a_chunk_holds_while_it_is_written_is_counted(combine: str, channel
     assert counted.waiting == chunk.halo.size
 
 
-def test_what_completing_a_block_holds_is_counted() -> None:
+def test_what_completing_a_block_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # tracemalloc knows of what NumPy allocates.
+    monkeypatch.setattr(pages, "LARGE_BYTES", 1 << 40)
     plan = plan_of("weighted_avg", 3, scale=32)
     chunk = plan.chunk((1, 1))
     own = Own(

@@ -51,6 +51,14 @@ def records(draw: st.DrawFn) -> list[Commit]:
     ]
 
 
+def test_a_workers_peak_counts_the_blocks_it_completed() -> None:
+    chunk = commit(0, 0.0)
+    mine = replace(commit(1, 1.0), kind="finalize", peak_rss=7000)
+    elsewhere = replace(commit(2, 1.0, "host"), kind="finalize", peak_rss=9000)
+    times = times_of(PLAN, [chunk], [mine, elsewhere])
+    assert times.peak_rss_bytes == times.workers[chunk.worker].peak_rss_bytes == 7000
+
+
 def arrays(spans: list[tuple[float, float]]) -> tuple[Any, Any]:
     """Starts and stops of spans given by start and length."""
     starts = np.array([start for start, _ in spans], np.float64)

@@ -76,6 +76,7 @@ class Engine:
         zeros = self.runtime.zeros((plan.channels, *chunk.region.shape))
         sums = Accumulator(plan, chunk, self._weights, zeros)
         patches = list(plan.patches(chunk))
+        self._weights.prepare(patches)
         for patch, prediction in self.batcher.predictions(patches, halos, chunk.halo.start):
             sums.add(patch, prediction)
         results = sums.results()

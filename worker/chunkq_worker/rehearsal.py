@@ -8,7 +8,6 @@ chunk, beside that chunk's arrays; all other batches get its answer again.
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from chunkq import pages
 from chunkq.combine import Array, on_host
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block
@@ -80,9 +80,7 @@ class Replay(Runtime):
     def _keep(self, answer: Array) -> None:
         """Keep an answer outside the allocator's heap, which is to look as without it."""
         values = on_host(answer)
-        room = mmap.mmap(-1, max(1, values.nbytes))
-        self._answer = np.frombuffer(room, values.dtype, values.size).reshape(values.shape)
-        self._answer[...] = values
+        self._answer = pages.cast(values, values.dtype)
         self.kept_bytes += values.nbytes
 
     @override

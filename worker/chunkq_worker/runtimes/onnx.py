@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnxruntime
 from typing_extensions import override
 
+from chunkq import pages
 from chunkq.combine import Array
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.base import Runtime
@@ -76,7 +77,7 @@ class OnnxRuntime(Runtime):
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        return np.zeros(shape, np.float32)
+        return pages.zeros(shape, np.float32)
 
     @override
     def place(self, array: npt.NDArray[Any]) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from chunkq import pages
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
@@ -119,7 +120,7 @@ class TensorFlowRuntime(Runtime):
     def zeros(self, shape: tuple[int, ...]) -> Array:
         if self._torch is not None:
             return self._torch.zeros(shape, dtype=self._torch.float32, device="cuda")
-        return np.zeros(shape, np.float32)
+        return pages.zeros(shape, np.float32)
 
     @override
     def place(self, array: npt.NDArray[Any]) -> Array:
