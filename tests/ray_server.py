@@ -12,8 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.own_network import OwnNetwork
-
-PATIENCE = 120.0
+from tests.waiting import PATIENCE
 
 
 @contextmanager

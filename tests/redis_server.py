@@ -15,8 +15,7 @@ import redis
 
 from chunkq.errors import QueueError
 from chunkq.executors.rq.server import Server, find_server
-
-PATIENCE = 20.0
+from tests.waiting import PATIENCE
 
 
 def free_port() -> int:

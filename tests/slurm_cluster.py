@@ -18,9 +18,8 @@ import psutil
 import pytest
 
 from tests.redis_server import free_port
+from tests.waiting import PATIENCE, wait_until
 
-PATIENCE = 90.0
-"""Seconds until a wait for SLURM gives up."""
 NODES = ("n1", "n2")
 GPUS = 2
 """Emulated GPUs per node: device nodes that SLURM grants, and no CUDA behind them."""
@@ -176,10 +175,7 @@ class SlurmCluster:
     def empty(self) -> None:
         """Cancel every job and wait until none of their processes is left."""
         self.run("scancel", "--full", "--user", "root")
-        limit = time.monotonic() + PATIENCE
-        while self.ask("squeue", "--noheader"):
-            assert time.monotonic() < limit, self.ask("squeue")
-            time.sleep(0.1)
+        wait_until(lambda: not self.ask("squeue", "--noheader"), "SLURM has no job")
 
     def told(self, job: str) -> str:
         """All that is known of a job, for a failed test's message."""

@@ -43,9 +43,8 @@ from chunkq.executors.hosted import HostedQueue
 from chunkq.executors.rq import executor as rq_executor
 from chunkq.executors.rq.executor import queue_name
 from chunkq.tasks import ENTRY_POINTS, Task
+from tests.waiting import PATIENCE, wait_until
 
-PATIENCE = 30.0
-"""Seconds until a test that waits for something gives up."""
 MOMENT = 0.4
 """Seconds in which something that must not happen is given the chance to."""
 JOB, OTHER_JOB = "/data/brain.zarr.chunkq", "s3://bucket/rock.zarr.chunkq"
@@ -164,13 +163,6 @@ def raises(error: Exception) -> Handler:
         raise error
 
     return handler
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    limit = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < limit, f"waited in vain until {what}"
-        time.sleep(0.005)
 
 
 @dataclass

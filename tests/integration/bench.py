@@ -25,7 +25,7 @@ from chunkq.job import load_job
 from chunkq.ledger import Commit, JobFolder
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
-from tests.integration.support import PATIENCE
+from tests.waiting import PATIENCE
 
 TOY = '''\
 """Toy networks, the same as those of tests/reference.py, for any rank."""

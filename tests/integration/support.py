@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from unittest import mock
 
 import numpy as np
@@ -27,10 +26,8 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Counts, Executor, Running
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import chunk_name
+from tests.waiting import PATIENCE, wait_until
 
-T = TypeVar("T")
-PATIENCE = 120.0
-"""Seconds until a test that waits for something gives up: longer than anything should take."""
 SHAPE = (24, 36, 40)
 POISONOUS = (20, 30, 35)
 """The one voxel of the input that is 255."""
@@ -63,7 +60,7 @@ def commits():
 
 def reach(place):
     """Stop the first process that comes here once enough chunks are committed; all its threads."""
-    go_on.wait(60)
+    go_on.wait(300)
     if os.environ.get("NET_HOLD") != place or commits() < int(os.environ.get("NET_AFTER", 0)):
         return
     gate = os.environ["NET_GATE"]
@@ -161,15 +158,6 @@ JOB: dict[str, Any] = {
 }
 
 
-def wait_until(find: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
-    """Return the first true value of `find`; fails after a while."""
-    limit = time.monotonic() + patience
-    while not (found := find()):
-        assert time.monotonic() < limit, f"waited in vain until {what}"
-        time.sleep(0.01)
-    return found
-
-
 def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -255,7 +243,7 @@ class Crew:
 
     def leaves_nothing_behind(self) -> None:
         """Wait until none of the processes ever seen below it lives."""
-        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone", 20)
+        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone")
 
 
 @dataclass(frozen=True)

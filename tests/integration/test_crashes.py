@@ -13,15 +13,8 @@ import pytest
 
 from chunkq.executors.base import MAX_ATTEMPTS, Counts
 from chunkq.tasks import Task
-from tests.integration.support import (
-    POISONOUS,
-    Ended,
-    Materials,
-    Place,
-    calm_place,
-    materials,
-    wait_until,
-)
+from tests.integration.support import POISONOUS, Ended, Materials, Place, calm_place, materials
+from tests.waiting import wait_until
 
 CHUNKS = 24
 PATCHES = 5 * 8 * 9

@@ -17,16 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.support import (
-    Crew,
-    Ended,
-    Materials,
-    Place,
-    calm_place,
-    materials,
-    wait_until,
-)
+from tests.integration.support import Crew, Ended, Materials, Place, calm_place, materials
 from tests.redis_server import free_port
+from tests.waiting import wait_until
 
 CHUNKS = 24
 HOST = "127.0.0.1"

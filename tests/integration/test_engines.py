@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.support import (
-    Materials,
-    Place,
-    calm_place,
-    materials,
-    wait_until,
-)
+from tests.integration.support import Materials, Place, calm_place, materials
+from tests.waiting import wait_until
 
 ENGINES = ("sqlite", "rq", "dask", "ray")
 FIXTURES = {"rq": "redis", "dask": "dask", "ray": "ray"}

@@ -17,7 +17,8 @@ from chunkq.finalize import complete_block, finalize_job
 from chunkq.ledger import JobFolder
 from chunkq.plan import Costs, Index
 from chunkq.tasks import Task, chunk_name
-from tests.integration.support import PATIENCE, Place, files_below, materials
+from tests.integration.support import Place, files_below, materials
+from tests.waiting import PATIENCE
 
 SHAPE = (48, 44, 48)
 STEP = 4

@@ -16,7 +16,6 @@ import pytest
 
 from tests.integration.support import (
     NETWORK,
-    PATIENCE,
     Crew,
     Ended,
     Materials,
@@ -24,10 +23,10 @@ from tests.integration.support import (
     calm_place,
     is_alive,
     materials,
-    wait_until,
 )
 from tests.own_network import OwnNetwork
 from tests.ray_server import ray_cluster
+from tests.waiting import PATIENCE, wait_until
 
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
@@ -415,7 +414,7 @@ def own_run(place: Place) -> tuple[str, ...]:
 
 
 def nothing_is_left() -> None:
-    wait_until(lambda: not mates(), "every process of it is gone", 30)
+    wait_until(lambda: not mates(), "every process of it is gone")
 
 
 def test_run_has_a_cluster_of_its_own_that_ends_with_it(alone: Place, calm: Place) -> None:
@@ -494,7 +493,7 @@ def run_there(place: Place) -> Iterator[Crew]:
 
 
 def no_hired_actor_remains() -> None:
-    wait_until(lambda: not mates("ray::Crew"), "the hired actors are gone", 20)
+    wait_until(lambda: not mates("ray::Crew"), "the hired actors are gone")
 
 
 def test_run_on_a_running_cluster_gives_the_same_bytes(

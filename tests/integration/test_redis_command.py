@@ -20,8 +20,9 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
-from tests.integration.support import is_alive, wait_until
+from tests.integration.support import is_alive
 from tests.redis_server import free_port, program
+from tests.waiting import PATIENCE, wait_until
 
 SETTINGS = {
     "appendonly": "yes",
@@ -32,7 +33,6 @@ SETTINGS = {
     "hash-max-ziplist-value": "1024",
     "daemonize": "no",
 }
-PATIENCE = 15.0
 
 
 @dataclass
@@ -59,16 +59,17 @@ class Started:
 
     def is_ready(self) -> bool:
         """Tell whether it has said what to do next; fails if it has ended."""
-        self.children()
         assert self.process.poll() is None, self.says()
-        return "next: " in self.says() and self.says().endswith("\n")
+        ready = "next: " in self.says() and self.says().endswith("\n")
+        self.children()
+        return ready
 
     def ended(self) -> int:
         return self.process.wait(PATIENCE)
 
     def leaves_no_process(self) -> None:
         assert self.known
-        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone", 10)
+        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone")
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", self.port)) != 0
 
@@ -125,7 +126,7 @@ def refused(folder: Path, *arguments: str, port: int | None = None, **environmen
         assert made.ended() == 1
         (line,) = made.says().splitlines()
         assert line.startswith("chunkq: ")
-        wait_until(lambda: not any(map(is_alive, made.known)), "its processes are gone", 10)
+        wait_until(lambda: not any(map(is_alive, made.known)), "its processes are gone")
     return line
 
 

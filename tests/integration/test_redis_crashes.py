@@ -27,16 +27,9 @@ from chunkq.executors.leases import ALIKE_AT_FIRST, LeaseQueue
 from chunkq.executors.rq import RqExecutor
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task, chunk_name, job_key
-from tests.integration.support import (
-    Crew,
-    Ended,
-    Materials,
-    Place,
-    calm_place,
-    materials,
-    wait_until,
-)
+from tests.integration.support import Crew, Ended, Materials, Place, calm_place, materials
 from tests.redis_server import RedisServer, redis_server
+from tests.waiting import wait_until
 
 CHUNKS = 24
 DEPTH = 4

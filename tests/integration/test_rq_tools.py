@@ -30,8 +30,9 @@ from chunkq.executors.leases import Lease
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.rq.executor import queue_name
 from chunkq.tasks import Task
-from tests.integration.support import Place, materials, wait_until
+from tests.integration.support import Place, materials
 from tests.redis_server import RedisServer, redis_server
+from tests.waiting import wait_until
 
 RQ = Path(sys.executable).parent / "rq"
 JOB = "/data/brain.zarr.chunkq"

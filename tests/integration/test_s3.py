@@ -13,7 +13,8 @@ import pytest
 import s3fs
 
 from tests.integration.bench import Answer, Bench, kill, random_volume, toy_model, write_zarr
-from tests.integration.support import files_below, wait_until
+from tests.integration.support import files_below
+from tests.waiting import wait_until
 
 SERVER = """
 import sys

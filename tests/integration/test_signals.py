@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.support import Materials, Place, calm_place, materials, wait_until
+from tests.integration.support import Materials, Place, calm_place, materials
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,11 @@ def test_ctrl_c_ends_a_run_with_130_and_the_same_command_completes_it(
         crew.leaves_nothing_behind()
     assert ended.code == 130
     assert "Traceback" not in ended.err
-    assert ended.err.splitlines()[-1] == (
-        "chunkq: stopped; the same command continues where it was"
-    )
-    assert len(ended.err.splitlines()) == 2, ended.err
+    assert ended.complaints == [
+        "chunkq: stopping: chunks in flight are finished first; once more hands them back at once",
+        "chunkq: stopped; the same command continues where it was",
+    ]
+    assert ended.err.splitlines()[-1] == ended.complaints[-1]
     stopped_at = place.done()
     assert len(stopped_at) == len(before) + 2
     assert {name: stopped_at[name] for name in before} == before

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.slurm_site import Site
-from tests.integration.support import Place, calm_place, materials, wait_until
+from tests.integration.support import Place, calm_place, materials
 from tests.own_network import OwnNetwork
 from tests.slurm_cluster import GPUS, NODES, SlurmCluster, slurm_cluster
-
-PATIENCE = 90
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,13 @@ def test_one_allocation_is_a_cluster_of_its_own(engine: str, site: Site, calm: P
         options=f"--nodes={len(NODES)} --gres=gpu:{GPUS}",
         NET_SLEEP="0.2",
     )
-    (ended,) = site.slurm.succeeded(job, PATIENCE)
+    (ended,) = site.slurm.succeeded(job)
     assert ended.log.count("complete: ") == 1
     assert site.place.stored() == calm.stored()
     assert set(site.place.computed().values()) == {1}
     assert site.computing_nodes() == set(NODES)
     site.slurm.empty()
-    wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left", 30)
+    wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left")
 
 
 @pytest.mark.parametrize("engine", ["dask", "ray"])
@@ -69,15 +68,15 @@ def test_a_cancelled_allocation_is_continued_by_the_next_one(
     job = site.submit(*arguments, options=options, NET_HOLD="forward", NET_AFTER="5")
     place.held()
     site.slurm.ask("scancel", job)
-    (ended,) = site.slurm.wait(job, PATIENCE)
+    (ended,) = site.slurm.wait(job)
     assert ended.state == "CANCELLED"
     site.slurm.empty()
-    wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left", 30)
+    wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left")
     stopped_at = place.done()
     assert 5 <= len(stopped_at) < len(calm.done())
 
     again = site.submit(*arguments, options=options)
-    site.slurm.succeeded(again, PATIENCE)
+    site.slurm.succeeded(again)
     assert {name: place.done()[name] for name in stopped_at} == stopped_at
     assert place.stored() == calm.stored()
     computed, patches = place.computed(), place.patches()

@@ -30,7 +30,8 @@ from tests.integration.bench import (
     toy_model,
     write_zarr,
 )
-from tests.integration.support import files_below, wait_until
+from tests.integration.support import files_below
+from tests.waiting import wait_until
 
 SHAPE = (13, 10, 11)
 SPACE: dict[str, list[Any]] = {

@@ -28,7 +28,8 @@ from tests.integration.bench import (
     run_whole,
     write_zarr,
 )
-from tests.integration.support import is_alive, wait_until
+from tests.integration.support import is_alive
+from tests.waiting import wait_until
 
 NETWORK = '''\
 import os
