@@ -11,9 +11,8 @@ import pytest
 from chunkq_producer.commands.plan import peak_memory
 from chunkq_producer.probe import Probe
 
-from chunkq.ledger import ALIGNMENT, CRC_BYTES
+from benchmarks.predictions import headers
 from chunkq.opened import open_job
-from chunkq.plan import Plan
 from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
 
 PATCH = (32, 32, 32)
@@ -43,22 +42,6 @@ def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Bench:
     bench = Bench(folder, values)
     bench.write_job()
     return bench
-
-
-def headers(plan: Plan) -> int:
-    """Bytes of all pieces that are not voxels."""
-    channels = (plan.channels,) if plan.channel_axis else ()
-    total = 0
-    for chunk in map(plan.chunk, plan.indices()):
-        pieces = [[("<f4", (plan.channels, *p.box.shape))] for p in plan.leaves(chunk)]
-        if chunk.active and chunk.has_band:
-            own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
-            rest = [(plan.output_dtype.str, (*channels, *b.shape)) for b in chunk.rest_boxes]
-            pieces.append([*own, *rest])
-        for arrays in pieces:
-            line = len(json.dumps(arrays)) + 1
-            total += line + -line % ALIGNMENT + CRC_BYTES
-    return total
 
 
 def finalizer_peak(bench: Bench) -> int:
