@@ -123,7 +123,7 @@ class Work:
 
     def inputs(self, boxes: list[Box]) -> Iterator[Voxels]:
         """The input in each box, the next one being read meanwhile."""
-        return ahead(lambda box: self.stores.get(self.source, _at(box)), boxes)
+        return ahead(lambda box: self.stores.get(self.source, _at(box)), boxes, 2)
 
     def forward(
         self, patches: list[Patch], values: Voxels, origin: tuple[int, ...]

@@ -17,8 +17,8 @@ from chunkq.tasks import Task, serve
 MAX_ATTEMPTS = 3
 """A task that was begun this often without success is failed, until `retry`."""
 
-DEPTH_ON_CPU, DEPTH_ON_GPU = 2, 4
-"""Chunks in flight in each process, where nobody says how many."""
+DEPTH_ON_CPU, DEPTH_ON_GPU = 3, 4
+"""One chunk is read, one computed, one written; a GPU must not wait where one of them is late."""
 
 EXIT_DIED = 1
 EXIT_REFUSED = 4
@@ -104,6 +104,11 @@ class Running:
     task: Task
     worker: str
     since: float
+
+
+def usual_depth(*, gpu: bool) -> int:
+    """Return the chunks in flight in each process, where nobody says how many."""
+    return DEPTH_ON_GPU if gpu else DEPTH_ON_CPU
 
 
 @dataclass

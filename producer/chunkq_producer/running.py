@@ -12,7 +12,7 @@ from typing import Any
 
 from chunkq.errors import ChunkqError, IncompleteError, ModelError
 from chunkq.executors import QUEUE_VARIABLE, open_executor
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Executor
+from chunkq.executors.base import Executor, usual_depth
 from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
@@ -179,7 +179,7 @@ def crew_of(
     depth = wishes.depth or cluster.depth
     if cluster.hires and isinstance(executor, HostedQueue):
         gpu = not on_cpu(job)
-        depth = depth or (DEPTH_ON_GPU if gpu else DEPTH_ON_CPU)
+        depth = depth or usual_depth(gpu=gpu)
         hired = executor.hire(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes)
         return Hands(hired, say)
     options = ["--gpus", "none" if on_cpu(job) else wishes.gpus, "--job", opened.folder.output]

@@ -16,7 +16,7 @@ import click
 
 from chunkq.errors import IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, usual_depth
 from chunkq.finalize import standing
 from chunkq.ledger import folder_of
 from chunkq.opened import open_job
@@ -86,7 +86,7 @@ def work(
         queue=url,
         executor=executor,
         slots=taken,
-        depth=depth or (DEPTH_ON_CPU if taken[0] == Slot(None) else DEPTH_ON_GPU),
+        depth=depth or usual_depth(gpu=taken[0] != Slot(None)),
         burst=burst,
         job=folder,
         deadline=deadline,

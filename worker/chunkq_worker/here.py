@@ -20,6 +20,7 @@ from chunkq.executors.base import (
     Running,
     Shift,
     WorkerName,
+    usual_depth,
 )
 from chunkq.finalize import blocks_at_once, complete_block, standing
 from chunkq.opened import OpenJob
@@ -29,8 +30,6 @@ from chunkq_worker.run import run_task
 
 A = TypeVar("A")
 B = TypeVar("B")
-DEPTH = 2
-"""Chunks in flight: one is read or written while another is computed."""
 
 
 class NoQueue(Executor):
@@ -114,14 +113,14 @@ def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
     progress(before, total)
     contributions = Contributions()
     blocks: list[Future[None]] = []
-    most = blocks_at_once(job.plan)
-    with ThreadPoolExecutor(DEPTH) as pool, ThreadPoolExecutor(most) as finalizer:
+    most, depth = blocks_at_once(job.plan), usual_depth(gpu=job.plan.job.model.device == "cuda")
+    with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(most) as finalizer:
 
         def start(index: Index) -> Future[Outcome]:
             task = Task("infer", job.folder.path, index)
             return pool.submit(run_task, task, Attempt(1, worker))
 
-        for done, outcome in enumerate(ahead(start, left), start=before + 1):
+        for done, outcome in enumerate(ahead(start, left, depth), start=before + 1):
             for block in contributions.note(outcome.marks):
                 blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
             progress(done, total)
@@ -130,13 +129,13 @@ def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
     return worker
 
 
-def ahead(start: Callable[[A], Future[B]], items: Iterable[A]) -> Iterator[B]:
-    """Yield what each item comes to, in order, while DEPTH items are in flight."""
+def ahead(start: Callable[[A], Future[B]], items: Iterable[A], depth: int) -> Iterator[B]:
+    """Yield what each item comes to, in order, while `depth` items are in flight."""
     flying: deque[Future[B]] = deque()
     try:
         for item in items:
             flying.append(start(item))
-            if len(flying) == DEPTH:
+            if len(flying) == depth:
                 yield flying.popleft().result()
         while flying:
             yield flying.popleft().result()

@@ -37,6 +37,8 @@ Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]
 """Where, and the final values there."""
 NOWHERE = "memory"
 """Stands for the input and output of a job that has none."""
+IN_FLIGHT = 2
+"""Chunks in memory: one is read, or taken by the caller, while the other is computed."""
 
 
 def _quiet(done: int, total: int) -> None:
@@ -241,7 +243,7 @@ class Predictor:
             return device.do(lambda: (chunk, self._engine(plan).compute(chunk, halos)))
 
         progress(0, total)
-        for done, result in enumerate(ahead(start, plan.indices()), start=1):
+        for done, result in enumerate(ahead(start, plan.indices(), IN_FLIGHT), start=1):
             yield result
             progress(done, total)
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from chunkq.errors import ModelError
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, usual_depth
 from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Costs, Plan
@@ -51,8 +51,7 @@ def plan(
     prepared = submit.prepare(load_job(job, input=input_, output=output))
     tried = None
     if depth is None:
-        on_gpu = not on_cpu(prepared.record.job)
-        depth = DEPTH_ON_GPU if on_gpu else DEPTH_ON_CPU
+        depth = usual_depth(gpu=not on_cpu(prepared.record.job))
     if with_probe:
         tried = probe(prepared.record, depth=depth)
         if tried.error is not None:

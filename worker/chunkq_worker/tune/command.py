@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from chunkq import __version__
 from chunkq.errors import ChunkqError, JobError, ModelError, nearest
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU
+from chunkq.executors.base import usual_depth
 from chunkq.job import Job, load_job
 from chunkq.ledger import JobFolder, JobRecord, folder_of
 from chunkq.paths import is_url, without_secret
@@ -270,7 +270,7 @@ def _interruptible(job: Path) -> Iterator[None]:
 
 def _search(space: Space, job: Job, wishes: Wishes, limits: Limits, *, quiet: bool) -> Outcome:
     on_gpu, model = job.model.device == "cuda", job.model
-    start = space.start(DEPTH_ON_GPU if on_gpu else DEPTH_ON_CPU)
+    start = space.start(usual_depth(gpu=on_gpu))
     given = model.dtype, model.autocast
     options = Options(
         batches="batch" not in wishes.kept,
