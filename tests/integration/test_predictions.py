@@ -12,6 +12,7 @@ from chunkq_producer.commands.plan import peak_memory
 from chunkq_producer.probe import Probe
 
 from benchmarks.predictions import headers
+from chunkq.executors.base import DEPTH_ON_CPU
 from chunkq.opened import open_job
 from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
 
@@ -108,7 +109,7 @@ def test_the_plan_says_what_its_memory_is_of(tmp_path: Path) -> None:
     alone = bench.here("plan", "job.json").ok().out
     (line,) = [line for line in alone.splitlines() if line.startswith("memory")]
     assert "arrays alone" in line
-    assert "2 chunks in flight" in line
+    assert f"{DEPTH_ON_CPU} chunks in flight" in line
     assert "libraries and network come on top (--probe measures all)" in line
     assert "peak memory" not in alone
     deeper = json.loads(bench.here("plan", "job.json", "--depth", "4", "--json").ok().out)
