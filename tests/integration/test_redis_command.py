@@ -111,6 +111,9 @@ def started(
         if ready:
             wait_until(made.is_ready, "it is ready", PATIENCE)
         yield made
+    except AssertionError as error:
+        error.add_note(f"it said: {made.says()}")
+        raise
     finally:
         made.children()
         process.kill()
