@@ -328,7 +328,7 @@ def test_any_folder_name_will_do(name: str, tmp_path: Path) -> None:
         with redis.Redis(port=made.port, decode_responses=True) as client:
             assert client.config_get("dir")["dir"] == str(tmp_path / name)
         made.stop()
-    assert aof_bytes(tmp_path / name) > 0
+    assert any((tmp_path / name).rglob("*aof*"))  # Redis 6 leaves it empty
 
 
 def has_ipv6() -> bool:
