@@ -87,9 +87,13 @@ def test_a_patch_predicts_the_same_whatever_else_is_in_its_batch(tmp_path: Path)
     patches = list(plan.patches(chunk))
     batcher = Batcher(plan, load(plan), Steps())
     together = [np.asarray(p).copy() for _, p in batcher.predictions(patches, [region], (0, 0))]
-    for patch, expected in zip(patches, together, strict=True):
-        [(_, alone)] = batcher.predictions([patch], [region], (0, 0))
-        np.testing.assert_array_equal(np.asarray(alone), expected)
+    # In a batch of another size the last bits may differ: processors have kernels for sizes.
+    for place, patch in enumerate(patches):
+        others = [patches[place - 1]] * len(patches)
+        others[place] = patch
+        found = [np.asarray(p).copy() for _, p in batcher.predictions(others, [region], (0, 0))]
+        np.testing.assert_array_equal(found[place], together[place])
+        assert not np.array_equal(found[place - 1], found[place])
 
 
 def test_running_out_of_memory_halves_the_batch_once_and_for_good(
