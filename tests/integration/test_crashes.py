@@ -95,6 +95,19 @@ def test_two_workers_give_the_same_bytes_as_one(place: Place, calm: Place) -> No
     assert set(place.computed().values()) == {1}
 
 
+def test_a_chunk_is_read_one_computed_and_one_written_where_nobody_gives_a_depth(
+    place: Place, calm: Place
+) -> None:
+    place.produce()
+    with place.start("work", "--burst", "--gpus", "none", "-w", "1", NET_HOLD="forward") as crew:
+        place.held()
+        place.wait_for_full_hands(3)
+        place.open_gate()
+        assert crew.ended().code == 0
+    place.finish()
+    assert place.stored() == calm.stored()
+
+
 def test_the_order_of_the_chunks_does_not_show_in_the_bytes(place: Place, calm: Place) -> None:
     place.produce()
     order = list(place.job.plan.indices())
