@@ -109,7 +109,7 @@ def started(
     made = Started(process, port, folder, log)
     try:
         if ready:
-            wait_until(made.is_ready, "it is ready", PATIENCE)
+            wait_until(made.is_ready, "it is ready")
         yield made
     except AssertionError as error:
         error.add_note(f"it said: {made.says()}")
