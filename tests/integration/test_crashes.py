@@ -20,7 +20,7 @@ CHUNKS = 24
 PATCHES = 5 * 8 * 9
 DEPTH = 2
 ON_CPU = ("work", "--gpus", "none", "--depth", str(DEPTH))
-SHORT_LEASE = "1.0"
+SHORT_LEASE = '{"lease": 1}'
 """Seconds; the real one is longer than a test should be."""
 
 
@@ -203,7 +203,7 @@ def stopped(shared: Materials, tmp_path_factory: pytest.TempPathFactory) -> Stop
     politely = stop(place, 3, [signal.SIGTERM], lets_finish=True)
     at_once = stop(place, 8, [signal.SIGTERM, signal.SIGTERM])
     supervisor_killed = stop(place, 12, [signal.SIGKILL])
-    heirs = place.work("-w", "2", TEST_LEASE=SHORT_LEASE)
+    heirs = place.work("-w", "2", CHUNKQ_WORKER_SETTINGS=SHORT_LEASE)
     place.finish()
     return Stopped(place, politely, at_once, supervisor_killed, heirs)
 
@@ -213,7 +213,7 @@ def stop(
 ) -> Stop:
     """Start a worker, and stop it with its hands full after so many commits."""
     says = ["stopping: chunks in flight are finished first", "handing back what is in flight"]
-    hold = {"NET_HOLD": "forward", "NET_AFTER": str(after), "TEST_LEASE": SHORT_LEASE}
+    hold = {"NET_HOLD": "forward", "NET_AFTER": str(after), "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with place.start(*ON_CPU, **hold) as crew:
         place.held()
         place.wait_for_full_hands(DEPTH)
@@ -273,13 +273,13 @@ def test_a_worker_that_wakes_up_after_others_finished_everything_changes_no_byte
     place: Place, calm: Place
 ) -> None:
     place.produce()
-    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "TEST_LEASE": SHORT_LEASE}
+    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with place.start(*ON_CPU, "--burst", **hold) as crew:
         sleeper = place.held()
         place.wait_for_full_hands(DEPTH)
         os.kill(sleeper, signal.SIGSTOP)
         half_done = place.done()
-        assert place.work(TEST_LEASE=SHORT_LEASE).code == 0
+        assert place.work(CHUNKQ_WORKER_SETTINGS=SHORT_LEASE).code == 0
         assert_ends_like(place, calm)
         records, blocks = place.done(), place.done("finalize")
         place.open_gate()
