@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Nursery:
     queue_url: str
     queue: Executor
     patch: pytest.MonkeyPatch
-    settings: WorkerSettings = WorkerSettings(restart_delay=0.05)
+    settings: WorkerSettings = field(default_factory=lambda: WorkerSettings(restart_delay=0.05))
 
     def supervise(self, *ends: str, places: int = 1, gpus: list[str] | None = None) -> int:
         """Run a supervisor whose children end one after the other as told, the last for ever."""
