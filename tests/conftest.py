@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from chunkq.executors import open_executor
 from chunkq.executors.dask_scheduler import start as start_scheduler
+from tests.harness.groups import assign_groups
 from tests.harness.guardian import SessionGuardian
 from tests.own_network import OwnNetwork
 from tests.ray_server import ray_cluster
@@ -39,6 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # No test talks to anything but this machine.
     for name in [name for name in os.environ if name.lower() in PROXIES]:
         del os.environ[name]
+    processes = getattr(config.option, "numprocesses", None)
+    if processes:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Distribute the tests over the processes of `pytest -n`, in groups."""
+    if hasattr(config, "workerinput"):
+        assign_groups(items)
 
 
 @pytest.hookimpl(trylast=True)
