@@ -57,8 +57,9 @@ lint: $(VENV)/test-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Groups of tests, the longest first: tests/harness/groups.py.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

@@ -1,0 +1,30 @@
+"""Groups of tests that run in the same process of pytest-xdist, the longest group first."""
+
+from pathlib import Path
+
+import pytest
+
+SECONDS = {"ray": 300, "slurm": 250}
+"""Measured durations of the long groups. Only their order counts; a shorter group has none."""
+
+
+def group_of(item: pytest.Item) -> str:
+    """Return the group of a test: its server if that is expensive, otherwise its file.
+
+    A SLURM or Ray cluster starts once per session this way. Fixtures of a file are made once too.
+    """
+    fixtures: list[str] = getattr(item, "fixturenames", [])
+    params = getattr(getattr(item, "callspec", None), "params", {}).values()
+    if "slurm" in fixtures:
+        return "slurm"
+    if "ray" in fixtures or any("ray" in (value, getattr(value, "name", "")) for value in params):
+        return "ray"
+    return Path(item.path).stem.removeprefix("test_")
+
+
+def assign_groups(items: list[pytest.Item]) -> None:
+    """Mark every test with its group and sort the groups, the longest first."""
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: -SECONDS.get(groups[item], 0))

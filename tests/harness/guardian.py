@@ -1,0 +1,183 @@
+"""End every process and remove every file of a test session when its pytest process ends.
+
+`SessionGuardian` runs in pytest. It starts this file as a process of its own, which outlives
+pytest even when that is killed with SIGKILL. A process belongs to the session if the path of the
+session's folder occurs in its environment, command line, working directory or open files, or if
+its parent belongs to the session. Linux only: elsewhere the guardian only removes the folder.
+"""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.2
+SWEEP_SECONDS = 20.0
+"""How long the guardian tries to end the processes, and to remove the folder."""
+LONGEST_TEMPORARY = 12
+"""Characters of a temporary folder in which the paths of Ray's sockets still fit (107 bytes)."""
+TEST = b"PYTEST_CURRENT_TEST="
+RESOURCE_TRACKER = "multiprocessing.resource_tracker"
+"""Python's own helper process, which ends with pytest: not a leak."""
+
+
+class SessionGuardian:
+    """The temporary folder of a test session and the process that removes it."""
+
+    def __init__(self) -> None:
+        usual = tempfile.gettempdir()
+        base = usual if len(usual) <= LONGEST_TEMPORARY else "/tmp"
+        self.folder = Path(tempfile.mkdtemp(prefix="ct-", dir=base)).resolve()
+        # Without site-packages: it starts at once, and no hook of a test runs in it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            env={"FOLDER": str(self.folder), "PYTEST": str(os.getpid())},
+            start_new_session=True,
+            text=True,
+        )
+
+    def close(self) -> list[str]:
+        """Kill the processes that still run; return the command line and the test of each.
+
+        The folder is removed when pytest has ended, as exit handlers may still use it.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("bye\n")
+        self._process.stdin.flush()
+        leaked: list[str] = json.loads(self._process.stdout.readline())
+        return leaked
+
+
+def main() -> None:
+    """Wait until pytest says goodbye or ends; kill what is left, then remove the folder."""
+    folder, pytest, spared = os.environ["FOLDER"], int(os.environ["PYTEST"]), {os.getpid()}
+    if is_alive(pytest, until_readable=True) and sys.stdin.readline():
+        leaked = kill_members(folder, spared | _ancestors(pytest))
+        sys.stdout.write(json.dumps([line for line in leaked if RESOURCE_TRACKER not in line]))
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        is_alive(pytest, until_readable=False)
+    limit = time.monotonic() + SWEEP_SECONDS
+    while os.path.exists(folder) and time.monotonic() < limit:
+        kill_members(folder, spared)
+        shutil.rmtree(folder, onerror=_make_writable)
+
+
+def is_alive(parent: int, *, until_readable: bool) -> bool:
+    """Wait until the parent process ends, or until it writes; return whether it still lives."""
+    # End of file is not enough: a forked child can hold the pipe open.
+    while os.getppid() == parent:
+        readable = select.select([sys.stdin] if until_readable else [], [], [], POLL_SECONDS)[0]
+        if readable:
+            return True
+    return False
+
+
+def kill_members(folder: str, spared: set[int]) -> list[str]:
+    """Kill every process of the session; return the command line and the test of each."""
+    killed: dict[int, str] = {}
+    limit = time.monotonic() + SWEEP_SECONDS
+    while (found := members(folder, spared)) and time.monotonic() < limit:
+        for pid in found:
+            killed.setdefault(pid, _describe(pid))
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return list(killed.values())
+
+
+def members(folder: str, spared: set[int]) -> set[int]:
+    """Return the ids of the living processes that belong to the session."""
+    parents = {pid: _parent(pid) for pid in _pids()}
+    living = {pid: parent for pid, parent in parents.items() if parent is not None}
+    found = {pid for pid in living if pid not in spared and _is_marked(pid, folder.encode())}
+    size = -1
+    while size < len(found):
+        size = len(found)
+        found |= {pid for pid, parent in living.items() if parent in found and pid not in spared}
+    return found
+
+
+def _is_marked(pid: int, folder: bytes) -> bool:
+    process = Path(f"/proc/{pid}")
+    links: list[Callable[[], bytes]] = [
+        (process / "environ").read_bytes,
+        (process / "cmdline").read_bytes,
+        lambda: os.readlink(os.fsencode(process / "cwd")),
+    ]
+    with contextlib.suppress(OSError):
+        links += [
+            lambda number=number: os.readlink(os.fsencode(process / "fd" / number))
+            for number in os.listdir(process / "fd")
+        ]
+    for read in links:
+        with contextlib.suppress(OSError):
+            if folder in read():
+                return True
+    return False
+
+
+def _pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except FileNotFoundError:
+        return []
+
+
+def _parent(pid: int) -> int | None:
+    """Return the parent's id, or None if the process does not live any more."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name before the last bracket can contain anything.
+    state, parent = line.rpartition(")")[2].split()[:2]
+    return None if state in "ZX" else int(parent)
+
+
+def _ancestors(pid: int) -> set[int]:
+    """Return a process's id and those of its parents."""
+    found: set[int] = set()
+    parent: int | None = pid
+    while parent:
+        found.add(parent)
+        parent = _parent(parent)
+    return found
+
+
+def _describe(pid: int) -> str:
+    """Return a process's command line and the test that started it."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return f"process {pid}"
+    tests = [line[len(TEST) :] for line in environment if line.startswith(TEST)]
+    line = command.strip()[:300] + b", started by " + (tests or [b"an unknown test"])[0]
+    return line.decode(errors="replace")
+
+
+def _make_writable(_function: Any, path: str, _error: Any) -> None:
+    """Give a folder back its permissions, so that the next attempt can empty it."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            os.chmod(path, stat.S_IRWXU)
+        os.chmod(os.path.dirname(path), stat.S_IRWXU)
+
+
+if __name__ == "__main__":
+    main()

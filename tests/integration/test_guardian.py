@@ -1,0 +1,114 @@
+"""A test session leaves no process and no file, also when it is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.harness.guardian import members
+from tests.waiting import PATIENCE, wait_until
+
+SECONDS_TO_END = 30
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+DAEMON = """
+import os, sys, time
+if os.fork():
+    os._exit(0)
+os.setsid()
+if os.fork():
+    os._exit(0)
+time.sleep(600)
+"""
+TESTS = """
+import os, pathlib, subprocess, sys, time
+
+import pytest
+
+READY = pathlib.Path({ready!r})
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_that_starts_processes(redis, tmp_path, number):
+    assert not [name for name in os.environ if name.lower() == "http_proxy"]
+    (tmp_path / "file").touch()
+    pathlib.Path(tmp_path / "file").parent.chmod(0o500)
+    subprocess.Popen([sys.executable, "-S", "-c", {stubborn!r}], cwd="/")
+    with open(tmp_path.parent / f"log-{{number}}", "w") as log:
+        subprocess.run([sys.executable, "-S", "-c", {daemon!r}], cwd="/", env={{}}, stdout=log)
+    (READY / f"{{number}}.partial").write_text(os.environ["TEST_SESSION"] + " " + str(os.getpid()))
+    (READY / f"{{number}}.partial").rename(READY / f"{{number}}.ready")
+    time.sleep({sleep})
+"""
+
+
+def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str]:
+    """Start pytest on two tests that leave processes behind."""
+    test = folder / "test_inner.py"
+    values = {"ready": str(folder), "stubborn": STUBBORN, "daemon": DAEMON, "sleep": sleep}
+    test.write_text(TESTS.format(**values))
+    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", f"--rootdir={folder}"]
+    command += ["-p", "tests.conftest", "-p", "no:cacheprovider", *options, str(test)]
+    return subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+
+
+def session(folder: Path) -> tuple[Path, set[int]]:
+    """Wait until both tests have started their processes; return session folder and workers."""
+    wait_until(lambda: len(list(folder.glob("*.ready"))) == 2, "both tests run")
+    lines = [path.read_text().split() for path in folder.glob("*.ready")]
+    assert len({path for path, _ in lines}) == 1
+    return Path(lines[0][0]), {int(pid) for _, pid in lines}
+
+
+def kill(pids: set[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("killed", ["controller", "worker and controller", "all"])
+def test_a_killed_session_leaves_no_process_and_no_file(tmp_path: Path, killed: str) -> None:
+    pytest_process = start(tmp_path, "-n", "2")
+    temporary, workers = session(tmp_path)
+    assert len(workers) == 2
+    stubborn = [pid for pid in members(str(temporary), set()) if STUBBORN in command(pid)]
+    daemons = [pid for pid in members(str(temporary), set()) if "os.fork" in command(pid)]
+    assert len(stubborn) == len(daemons) == 2
+    chosen = {"controller": set(), "worker and controller": {min(workers)}, "all": workers}
+    kill(chosen[killed] | {pytest_process.pid})
+    pytest_process.communicate()
+    limit = time.monotonic() + SECONDS_TO_END
+    while temporary.exists() or members(str(temporary), set()):
+        assert time.monotonic() < limit, [command(pid) for pid in members(str(temporary), set())]
+        time.sleep(0.1)
+    assert not [pid for pid in {*stubborn, *daemons} if command(pid)]
+
+
+def test_a_session_that_ends_names_the_processes_that_it_leaves(tmp_path: Path) -> None:
+    pytest_process = start(tmp_path, sleep=0)
+    output, _ = pytest_process.communicate(timeout=PATIENCE)
+    temporary, _ = session(tmp_path)
+    assert pytest_process.returncode == 0, output
+    leaked = [line for line in output.splitlines() if line.startswith("leaked process: ")]
+    assert len(leaked) == 4, output
+    assert sum("test_that_starts_processes[0] (call)" in line for line in leaked) == 1
+    wait_until(lambda: not temporary.exists(), "the folder is gone", SECONDS_TO_END)
+
+
+def command(pid: int) -> str:
+    """Return the command line of a process; a process that has ended has none."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:
+        return ""
