@@ -3,13 +3,15 @@
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from chunkq.executors import open_executor
 from chunkq.executors.dask_scheduler import start as start_scheduler
-from tests.harness.groups import assign_groups
+from tests.harness.durations import DurationsReport
+from tests.harness.groups import assign_groups, mark_servers
 from tests.harness.guardian import SessionGuardian
 from tests.own_network import OwnNetwork
 from tests.ray_server import ray_cluster
@@ -23,11 +25,16 @@ GUARDIAN = pytest.StashKey[SessionGuardian]()
 PROXIES = ("all_proxy", "ftp_proxy", "http_proxy", "https_proxy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--durations-file", type=Path, help="write the durations as JSON")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Put all files of the session into one folder, which a guardian process removes."""
     if hasattr(config, "workerinput"):
         return  # a worker of pytest-xdist has the controller's environment
+    config.pluginmanager.register(DurationsReport(config.getoption("--durations-file")))
     guardian = SessionGuardian()
     config.stash[GUARDIAN] = guardian
     folder = guardian.folder
@@ -48,7 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Distribute the tests over the processes of `pytest -n`, in groups."""
+    """Mark tests that need a server; distribute tests over the processes of `pytest -n`."""
+    mark_servers(items)
     if hasattr(config, "workerinput"):
         assign_groups(items)
 

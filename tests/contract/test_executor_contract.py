@@ -144,7 +144,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = (*LOCAL, *CLUSTERS)
     if metafunc.definition.get_closest_marker("processes"):
         chosen = SHARED
-    metafunc.parametrize("backend", chosen, ids=lambda backend: backend.name)
+    metafunc.parametrize("backend", parameters(chosen))
+
+
+def parameters(backends: Sequence[Backend]) -> list[Any]:
+    """One parameter per backend, marked if it needs a server."""
+    return [
+        pytest.param(
+            backend,
+            id=backend.name,
+            marks=[] if backend.name in ("inprocess", "sqlite") else [pytest.mark.server],
+        )
+        for backend in backends
+    ]
 
 
 @pytest.fixture
