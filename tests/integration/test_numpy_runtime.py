@@ -119,6 +119,14 @@ def net(batch):
     np.testing.assert_array_equal(outputs, values.astype("int64") + 1)
 
 
+def test_a_batch_that_cannot_be_written_to_is_copied(tmp_path: Path) -> None:
+    values = batch()
+    values.flags.writeable = False  # C order and the job's dtype: nothing else needs a copy
+    outputs = load(tmp_path, "def net(batch):\n    batch += 1\n    return batch")(values)
+    np.testing.assert_array_equal(outputs, batch() + 1)
+    np.testing.assert_array_equal(values, batch())
+
+
 def test_it_is_in_c_order_also_behind_a_protected_step_that_returns_a_view(tmp_path: Path) -> None:
     code = "def net(batch): return batch + (0 if batch.flags.c_contiguous else 1000)"
     steps = Steps(preprocessing_protected=lambda values: values.swapaxes(1, 2))
