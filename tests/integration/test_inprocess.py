@@ -78,9 +78,7 @@ def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(bench: Bench)
     chunkq.produce(bench.write_job(), queue=url)
     job = str(bench.job_folder)
     shifts = [Shift(f"worker-{n}", burst=True) for n in range(2)]
-    threads = [
-        threading.Thread(target=open_executor(url).serve, args=(shift,)) for shift in shifts
-    ]
+    threads = [threading.Thread(target=open_executor(url).serve, args=(shift,)) for shift in shifts]
     for thread in threads:
         thread.start()
     for thread in threads:
