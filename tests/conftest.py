@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from chunkq.executors import open_executor
 from chunkq.executors.dask_scheduler import start as start_scheduler
@@ -16,10 +15,6 @@ from tests.harness.guardian import SessionGuardian
 from tests.own_network import OwnNetwork
 from tests.ray_server import ray_cluster
 from tests.redis_server import RedisServer, redis_server
-
-settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("explore", deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 GUARDIAN = pytest.StashKey[SessionGuardian]()
 PROXIES = ("all_proxy", "ftp_proxy", "http_proxy", "https_proxy")

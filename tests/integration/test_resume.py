@@ -12,11 +12,12 @@ import pytest
 import zarr
 from chunkq_worker.run import run_task
 
-from chunkq.errors import PieceError
-from chunkq.executors.base import Attempt, Shift
+from chunkq.errors import MissingJobError, PieceError
+from chunkq.executors.base import Attempt, Outcome, Shift
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
-from chunkq.opened import open_job
+from chunkq.ledger import JobFolder
+from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
 from tests.integration.bench import (
     Bench,
@@ -419,3 +420,74 @@ def test_partial_files_of_a_killed_writer_in_the_ledger_hurt_nothing(
     assert (status["done"], status["failures"]) == (1, [])
     bench.work_here()
     is_complete(bench, whole)
+
+
+# ------------------------------------------------------------------------ one chunk's task
+
+
+def run_chunk(bench: Bench, index: tuple[int, ...]) -> Outcome:
+    return run_task(Task("infer", str(bench.job_folder), index), Attempt(1, "worker"))
+
+
+@pytest.mark.parametrize(("owner", "name"), [(OpenJob, "write"), (JobFolder, "put_piece")])
+def test_a_worker_killed_while_it_writes_has_committed_nothing(
+    bench: Bench, whole: Bench, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    def dying(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    produce(bench)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            run_chunk(bench, (1, 1))
+    assert bench.commits() == []
+    bench.work_here()
+    is_complete(bench, whole)
+
+
+def test_a_chunk_that_failed_is_recorded_and_queued_again_after_the_queue_is_lost(
+    bench: Bench, whole: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    produce(bench)
+    bench.work_here(only={(0, 0)}.__contains__)
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "put_piece", full)
+        with pytest.raises(OSError, match="no space left"):
+            run_chunk(bench, (1, 1))
+    [failure] = bench.ledger.failures()
+    assert (failure.chunk, failure.error) == ((1, 1), "OSError")
+    assert "no space left" in failure.message
+    for file in bench.folder.glob("queue.db*"):
+        file.unlink()
+    assert produce(bench, "--resume").startswith("6 chunks, 1 done, 5 newly queued")
+    assert queued(bench) == CHUNKS - {(0, 0)}
+    bench.work_here()
+    assert bench.ledger.failures() == []
+    is_complete(bench, whole)
+
+
+def test_a_chunk_marks_itself_in_every_block_that_it_contributes_to(bench: Bench) -> None:
+    produce(bench)
+    marked: dict[tuple[int, ...], set[tuple[int, int]]] = {}
+    for index in CHUNKS:
+        for block, member, of in run_chunk(bench, index).marks:
+            marked.setdefault(block, set()).add((member, of))
+    plan = open_job(str(bench.job_folder)).plan
+    expected = {block: len(plan.contributors(block)) for block in plan.to_finalize()}
+    assert max(expected.values()) == 4
+    assert marked == {block: {(n, of) for n in range(of)} for block, of in expected.items()}
+
+
+def test_a_worker_of_a_replaced_job_writes_nothing_into_the_new_one(bench: Bench) -> None:
+    produce(bench)
+    old = open_job(str(bench.job_folder))
+    bench.values["strides"] = [6, 6]
+    bench.write_job()
+    produce(bench, "--overwrite")
+    with pytest.raises(MissingJobError, match="was replaced meanwhile"):
+        old.check_unchanged()
+    assert open_job(str(bench.job_folder)).plan.job.strides == (6, 6)

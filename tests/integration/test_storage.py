@@ -358,6 +358,14 @@ def test_a_writer_killed_in_the_middle_leaves_no_torn_object_and_nothing_listed(
     assert left, "no writer was ever caught in the middle"
 
 
+def test_of_several_writers_of_a_new_object_the_first_one_s_stays(tmp_path: Path) -> None:
+    folder = ObjectFolder(str(tmp_path))
+    for content in (b"first", b"second"):
+        folder.put_new("done/infer/0.0", content)
+    assert folder.get("done/infer/0.0") == b"first"
+    assert not list(tmp_path.glob(f"{PARTIAL}*"))
+
+
 def test_a_failed_write_takes_its_partial_file_away(tmp_path: Path) -> None:
     folder = ObjectFolder(str(tmp_path))
     (tmp_path / "done" / "name").mkdir(parents=True)

@@ -1,0 +1,165 @@
+"""Faults in the workers: a chunk's task, batches, and the supervisor of processes."""
+
+from tests.prove.fault import Fault, named
+
+INFER, RUN = "worker/chunkq_worker/infer.py", "worker/chunkq_worker/run.py"
+BATCHING, SUPERVISOR = "worker/chunkq_worker/batching.py", "worker/chunkq_worker/supervisor.py"
+ONCE, RESUME = "tests/integration/test_exactly_once.py", "tests/integration/test_resume.py"
+TORCH = "tests/integration/test_torch_runtime.py"
+NURSERY = "tests/integration/test_workers.py"
+
+FAULTS = (
+    Fault(
+        "committed-chunk-computed-again",
+        INFER,
+        '    if not job.folder.is_committed("infer", task.chunk):\n        patches =',
+        "    if task.chunk:\n        patches =",
+        "after a crash finished chunks are computed again",
+        named(ONCE, "committed_chunk_run_again"),
+    ),
+    Fault(
+        "commit-before-the-write",
+        INFER,
+        "        job.check_unchanged()\n        _write(",
+        '        job.folder.commit(Commit("infer", task.chunk, 1, "", started, started))\n'
+        "        _write(",
+        "a worker killed while it writes leaves a hole that nobody fills",
+        named(RESUME, "killed_while_it_writes"),
+    ),
+    Fault(
+        "zombie-leaves-its-pieces",
+        INFER,
+        "            job.folder.delete_pieces(target)\n",
+        "            pass\n",
+        "pieces of an overtaken worker stay in the job folder",
+        named(ONCE, "overtaken"),
+    ),
+    Fault(
+        "zombie-deletes-pieces-in-use",
+        INFER,
+        '        if job.folder.is_committed("finalize", target):\n',
+        "        if target:\n",
+        "an overtaken worker deletes pieces that a block still needs",
+        named(ONCE, "zombie"),
+    ),
+    Fault(
+        "marks-without-the-neighbours",
+        INFER,
+        "    for block in [index, *(piece.target for piece in job.plan.leaves(chunk))]:\n",
+        "    for block in [index]:\n",
+        "workers leave most blocks to the finalizer",
+        named(RESUME, "marks_itself"),
+    ),
+    Fault(
+        "bytes-of-the-padding-counted",
+        INFER,
+        "low, high = axis.read(np.asarray(number, dtype=np.int64))",
+        "low, high = axis.halo(np.asarray(number, dtype=np.int64))",
+        "the report shows more input bytes than were read",
+        named(ONCE, "bytes_in_the_records"),
+    ),
+    Fault(
+        "allowed-prefix-without-its-slash",
+        RUN,
+        'any(place.startswith(_real(p).rstrip("/") + "/") for p in allowed)',
+        'any(place.startswith(_real(p).rstrip("/")) for p in allowed)',
+        "a worker allowed below /data/a also runs jobs below /data/abc",
+        ("tests/unit/test_allowed_jobs.py",),
+    ),
+    Fault(
+        "error-not-recorded",
+        RUN,
+        "        record_failure(task, attempt, error)\n        raise\n",
+        "        raise\n",
+        "status and report do not say why a chunk failed",
+        named(RESUME, "chunk_that_failed"),
+    ),
+    Fault(
+        "filling-not-zeroed",
+        BATCHING,
+        "        items[len(batch) :] = 0\n",
+        "",
+        "the last batch is filled up with patches of the batch before it",
+        named(TORCH, "filled_up_with_zeros or filling"),
+    ),
+    Fault(
+        "patch-read-from-the-volumes-corner",
+        BATCHING,
+        "row[place] = halo[patch.source.slices(origin)].reshape(self._slot)",
+        "row[place] = halo[patch.source.slices([0] * len(origin))].reshape(self._slot)",
+        "every chunk but the first predicts the wrong voxels or fails",
+        (TORCH,),
+    ),
+    Fault(
+        "nan-zero-before-the-activation",
+        BATCHING,
+        "            predictions = xp.where(finite, predictions, xp.zeros_like(predictions))\n",
+        "            pass\n",
+        "with nan: zero and a sigmoid, NaN counts as 0.5",
+        named(TORCH, "nan_zero"),
+    ),
+    Fault(
+        "nan-in-the-filling-fails-a-chunk",
+        BATCHING,
+        "return outputs.reshape(shape)[:used]",
+        "return outputs.reshape(shape)",
+        "predictions of the filling are added, or fail the chunk",
+        named(TORCH, "filling"),
+    ),
+    Fault(
+        "smaller-batch-forgotten",
+        BATCHING,
+        "            _ceilings[self._network] = self.size\n",
+        "            pass\n",
+        "every job of a process runs out of memory once more",
+        named(TORCH, "later_job_with_the_same_network"),
+    ),
+    Fault(
+        "batch-sent-ahead-used-twice",
+        BATCHING,
+        "            sent = None\n            if outputs is None:\n",
+        "            if outputs is None:\n",
+        "after running out of memory the same large batch is tried again for ever",
+        named("tests/integration/test_staged_jobs.py", "too_large_is_sent_again"),
+    ),
+    Fault(
+        "death-costs-no-attempt",
+        SUPERVISOR,
+        "returned = self._hand_back(place.worker, counted=True)",
+        "returned = self._hand_back(place.worker, counted=False)",
+        "a chunk that kills its worker kills workers for ever",
+        named(NURSERY, "dead_child"),
+    ),
+    Fault(
+        "late-deaths-add-up",
+        SUPERVISOR,
+        "place.deaths = place.deaths + 1 if instant else 1",
+        "place.deaths = place.deaths + 1",
+        "a supervisor gives up after a few deaths over days",
+        named(NURSERY, "lived_long"),
+    ),
+    Fault(
+        "pause-does-not-grow",
+        SUPERVISOR,
+        "2 ** min(times - 1, 10)",
+        "2 ** min(times, 0)",
+        "a child that dies at once is restarted as fast as possible",
+        named(NURSERY, "pause"),
+    ),
+    Fault(
+        "given-up-place-ends-well",
+        SUPERVISOR,
+        "return 1 if any(place.gave_up for place in places) else 0",
+        "return 1 if all(place.gave_up for place in places) else 0",
+        "a script takes a crew with a broken GPU for a healthy one",
+        named(NURSERY, "given_up"),
+    ),
+    Fault(
+        "refusal-is-restarted",
+        SUPERVISOR,
+        "elif code == EXIT_REFUSED:",
+        "elif code == -EXIT_REFUSED:",
+        "a wrong checkpoint path is tried again and again",
+        named(NURSERY, "refuses"),
+    ),
+)
