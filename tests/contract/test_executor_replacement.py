@@ -20,17 +20,15 @@ def conflict_in_other_job(task: Task, attempt: Attempt) -> None:
         raise FrameworkConflictError("another framework")
 
 
-@pytest.mark.parametrize("shift", [Shift("worker-a", depth=2), burst(depth=2)])
+@pytest.mark.parametrize("ends_when_drained", [False, True])
 def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_first(
-    queue: Executor, shift: Shift
+    queue: Executor, ends_when_drained: bool
 ) -> None:
-    shift.stopping.clear()
-    shift.set_aside.clear()
     queue.submit(tasks(2, OTHER_JOB))
     queue.submit(tasks(6, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.work(diary, shift)
+        queue.work(diary, Shift("worker-a", depth=2, burst=ends_when_drained))
     assert sorted(diary.ended, key=lambda task: task.chunk) == tasks(6, JOB)
     assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
     fresh = Diary()
