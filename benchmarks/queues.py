@@ -38,8 +38,8 @@ from rq.serializers import JSONSerializer
 from benchmarks.planning import job_over
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Shift
-from chunkq.executors.settings import WorkerSettings
 from chunkq.executors.rq.server import Server, find_server
+from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import Commit, JobFolder, JobRecord
 from chunkq.ome import Space
 from chunkq.stores import Source
