@@ -11,9 +11,9 @@ from chunkq.executors import open_executor
 from chunkq.executors.dask_scheduler import start as start_scheduler
 from tests.harness.groups import assign_groups
 from tests.harness.guardian import SessionGuardian
-from tests.own_network import OwnNetwork
-from tests.ray_server import ray_cluster
-from tests.redis_server import RedisServer, redis_server
+from tests.harness.network_namespace import NetworkNamespace
+from tests.harness.servers.ray import ray_cluster
+from tests.harness.servers.redis import RedisServer, redis_server
 
 settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
@@ -92,15 +92,15 @@ def dask(dask_of_session: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_of_session() -> Iterator[tuple[OwnNetwork, str]]:
-    network = OwnNetwork()
+def ray_of_session() -> Iterator[tuple[NetworkNamespace, str]]:
+    network = NetworkNamespace()
     with ray_cluster(network) as url:
         yield network, url
     network.close()
 
 
 @pytest.fixture
-def ray(ray_of_session: tuple[OwnNetwork, str]) -> Iterator[str]:
+def ray(ray_of_session: tuple[NetworkNamespace, str]) -> Iterator[str]:
     """The queue of a Ray cluster, with nothing in it; the test is inside the cluster's network."""
     network, url = ray_of_session
     with network.inside():
