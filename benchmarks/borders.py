@@ -4,8 +4,8 @@ Run: python benchmarks/borders.py [--chunks 96 192] [--rounds N] [--size small] 
 network, one volume, one size of patch, chunks of several sizes; each protocol of protocols.py runs
 store to store in a process of its own, with the settings that chunkq gives its workers. Seconds are
 medians, ratios medians of those taken round by round beside chunkq with the same chunks. Every
-output is compared with the float64 combination of all patches over the whole volume,
-tests/reference.py. chunkflow comes from the package index into a folder of its own.
+output is compared with the weighted average of all patches over the whole volume, in float64.
+chunkflow comes from the package index into a folder of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ import yaml
 from chunkq_worker.birth import child_settings
 
 from benchmarks import turns
-from benchmarks.contestant import network, read, stored
+from benchmarks.contestant import network, predictions, read, stored
 from benchmarks.network import make_job
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.turns import THREADS, Figures, Turn
 from chunkq.job import Job, load_job
-from tests.reference import reference, sliding_window
+from chunkq.resolve import resolve
+from chunkq.stores import find_source
+from chunkq.weights import built_in
 
 ROUNDS = 2
 CHUNKFLOW = Path(__file__).with_name("chunkflow.txt")
@@ -89,18 +92,22 @@ def cut(job_file: Path, edge: int) -> Path:
 
 
 def whole_volume(job: Job) -> F64:
-    """What the job means: all patches of the whole volume combined in float64, (C, *V)."""
-    net, slot = network(job), job.model.model_input_shape
+    """Return the weighted average of all patches over the whole volume, float64 (C, *V).
 
-    def predict(patch: F64, start: tuple[int, ...]) -> F64:
-        with torch.inference_mode():
-            batch = torch.from_numpy(patch.astype(np.float32)).reshape(1, *slot)
-            values: npt.NDArray[np.float32] = net(batch)[0].numpy()
-        return values.astype(np.float64)
-
-    volume = read(job.input[0])
-    setup = sliding_window(volume.shape, slot[-volume.ndim :], job.strides or ())
-    return reference(setup, volume, predict, job.combine, job.weight_function[0]).average
+    The plan supplies the patches and chunkq the profiles of the weights. Everything between them
+    and the average is computed here: without chunks, pieces or normalised weights.
+    """
+    plan, volume = resolve(job, find_source(job.input[0]).volume), read(job.input[0])
+    profiles = built_in(job.weight_function[0], plan.output_patch, plan.margin).profiles
+    weights: F64 = np.exp(reduce(np.add.outer, profiles))
+    sums, total = np.zeros((plan.channels, *volume.shape)), np.zeros(volume.shape)
+    patches = [patch for index in plan.indices() for patch in plan.patches(plan.chunk(index))]
+    with torch.inference_mode():
+        for patch, values in predictions(job, network(job), patches, volume):
+            window = patch.source.slices((0,) * plan.rank)
+            sums[(slice(None), *window)] += weights * values.numpy().astype(np.float64)
+            total[window] += weights
+    return sums / total
 
 
 def compare(job_file: Path, edges: Sequence[int], rounds: int) -> Figures:

@@ -78,7 +78,7 @@ class RayConfig(Section):
 class ModelConfig(Section):
     """The network: where it is, what it takes and what it gives."""
 
-    runtime: Literal["torch", "tensorflow", "onnx"]
+    runtime: Literal["torch", "tensorflow", "onnx", "numpy"]
     type: Literal["class", "file", "torchscript", "exported", "json"]
     model_input_shape: Shape
     model_output_shape: Shape | None = None
@@ -358,6 +358,7 @@ _TYPES = {
     "torch": ("class", "file", "torchscript", "exported"),
     "tensorflow": ("class", "file", "json"),
     "onnx": ("file",),
+    "numpy": ("class",),
 }
 _TORCH_ONLY = ("autocast", "compile", "channels_last", "cuda_graph")
 
@@ -385,8 +386,22 @@ def _model_keys(model: ModelConfig) -> list[str]:
         problems.append(
             f"model_config.cuda_graph: only for device cuda, this job's is {model.device}"
         )
+    if runtime == "numpy":
+        problems += _numpy_keys(model)
     if model.autocast is not None and not model.dtype.startswith(("float", "bfloat")):
         problems.append(f"model_config.autocast: dtype {model.dtype} is no floating point")
+    return problems
+
+
+def _numpy_keys(model: ModelConfig) -> list[str]:
+    problems = []
+    if model.checkpoint is not None:
+        problems.append(
+            "model_config.checkpoint: runtime numpy reads no checkpoint; load the weights in "
+            "class_file and leave it out"
+        )
+    if model.device == "cuda":
+        problems.append("model_config.device: runtime numpy computes on the CPU; set device: cpu")
     return problems
 
 

@@ -80,8 +80,11 @@ class JobRecord:
         return cls(job, tuple(sources), hashes)
 
     def on_queue(self, url: str) -> JobRecord:
-        """Return the record with the queue it was put on, unless its address holds a password."""
-        kept = url if without_secret(url) == url else None
+        """Return the record with its queue's URL.
+
+        A URL with a password, or of a queue in this process, is left out.
+        """
+        kept = url if without_secret(url) == url and not url.startswith("inprocess:") else None
         return replace(self, job=self.job.model_copy(update={"queue": kept}))
 
     def changed_files(self) -> list[str]:

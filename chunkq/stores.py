@@ -6,11 +6,13 @@ Boxes cover all axes of the stored array, channels included.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -182,6 +184,10 @@ def open_array(path: str, *, write: bool = False) -> Array:
     """Open an array that exists; raises StoreError if it does not."""
     if path.endswith(".npy"):
         return _open_npy(path)
+    zarr_format = _local_format(path)
+    if zarr_format is not None:
+        with suppress(ValueError):  # raised again, with a message, on the way through zarr-python
+            return TensorStoreArray(path, zarr_format, write=write)
     node = _open_node(path, mode="r+" if write else "r")
     if not hasattr(node, "shape"):
         raise StoreError(f"{without_secret(path)}: is no array")
@@ -310,6 +316,23 @@ def _open_node(path: str, mode: Any = "r") -> Any:
         raise StoreError(f"input: {shown} {reason}") from error
     except Exception as error:
         raise StoreError(f"input: {shown} cannot be opened: {error}") from error
+
+
+def _local_format(path: str) -> Literal[2, 3] | None:
+    """Return the Zarr format of a local array, or None where zarr-python has to find out.
+
+    Importing zarr takes longer than all other steps of a worker's start.
+    """
+    if is_url(path):
+        return None
+    try:
+        with open(join(path, "zarr.json"), "rb") as file:
+            metadata = json.load(file)
+    except FileNotFoundError:
+        return 2 if os.path.isfile(join(path, ".zarray")) else None
+    except (OSError, ValueError):
+        return None
+    return 3 if isinstance(metadata, dict) and metadata.get("node_type") == "array" else None
 
 
 def _kvstore(path: str) -> Any:

@@ -182,6 +182,67 @@ def _importable(folder: Path) -> Iterator[Any]:
         sys.modules.pop(MODULE, None)
 
 
+NUMPY_SOURCE = '''\
+"""The small network for volumes in NumPy, as a class and as a function."""
+import pathlib
+
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def convolve(x, kernel, bias):
+    x = np.pad(x, [(0, 0), (0, 0), *[(1, 1)] * 3])
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3, 3), axis=(2, 3, 4))
+    y = np.tensordot(windows, kernel, axes=([1, 5, 6, 7], [1, 2, 3, 4]))
+    return np.moveaxis(y + bias, -1, 1)
+
+
+class SmallNet:
+    def __init__(self, weights):
+        self.weights = dict(np.load(FOLDER / weights))
+
+    def __call__(self, batch):
+        return predict(batch, self.weights)
+
+
+def predict(batch, weights):
+    shape = (1, -1, 1, 1, 1)
+    x = batch.astype(np.float32) / 100
+    x = convolve(x, weights["first.weight"], weights["first.bias"])
+    x = x - weights["norm.running_mean"].reshape(shape)
+    x = x / np.sqrt(weights["norm.running_var"] + 1e-5).reshape(shape)
+    x = x * weights["norm.weight"].reshape(shape) + weights["norm.bias"].reshape(shape)
+    return convolve(np.maximum(x, 0), weights["last.weight"], weights["last.bias"])
+'''
+
+
+def numpy_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """A class of plain Python that reads its weights from a file beside it."""
+    return _numpy(folder, "SmallNet", "kwargs = {'weights': 'weights.npz'}\n")
+
+
+def numpy_function(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """A function that takes the weights besides the batch."""
+    path = str(folder / "weights.npz")
+    return _numpy(
+        folder, "predict", f"import numpy\nkwargs = {{'weights': numpy.load({path!r})}}\n"
+    )
+
+
+def _numpy(folder: Path, name: str, kwargs: str) -> dict[str, Any]:
+    (folder / "numpy_net.py").write_text(NUMPY_SOURCE)
+    (folder / "numpy_kwargs.py").write_text(kwargs)
+    np.savez(folder / "weights.npz", **weights())
+    return {
+        "runtime": "numpy",
+        "type": "class",
+        "class_file": str(folder / "numpy_net.py"),
+        "class_name": name,
+        "kwargs_file": str(folder / "numpy_kwargs.py"),
+    }
+
+
 # The same network in Keras, in functions named keras_*, with the weights of `weights()`.
 
 
@@ -338,6 +399,8 @@ FORMS = (
     Form("keras_h5", "tensorflow", 1e-4, WITHOUT_BFLOAT16),
     Form("keras_saved_model", "tensorflow", 1e-4, WITHOUT_BFLOAT16, fixed=True),
     Form("keras_json", "tensorflow", 1e-4, WITHOUT_BFLOAT16),
+    Form("numpy_class", "numpy", 1e-5, WITHOUT_BFLOAT16),
+    Form("numpy_function", "numpy", 1e-5, WITHOUT_BFLOAT16),
 )
 
 

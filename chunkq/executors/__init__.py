@@ -13,6 +13,7 @@ from chunkq.executors.base import Executor
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
     {
+        "inprocess": "chunkq.executors.inprocess:InProcessExecutor",
         "sqlite": "chunkq.executors.sqlite:SqliteExecutor",
         "redis": "chunkq.executors.rq:RqExecutor",
         "rediss": "chunkq.executors.rq:RqExecutor",
@@ -55,6 +56,16 @@ def open_executor(url: str) -> Executor:
             f"it takes {', '.join(name + '://' for name in BACKENDS)}"
         )
     return load_backend(scheme)(url)
+
+
+def open_shared(url: str) -> Executor:
+    """Connect to a queue that other processes can reach too; raises JobError for `inprocess://`."""
+    if url.startswith("inprocess:"):
+        raise JobError(
+            "queue: inprocess:// ends with this command; use `chunkq run` for a whole job in one "
+            "process, or a queue such as sqlite:///path/queue.db"
+        )
+    return open_executor(url)
 
 
 def load_backend(scheme: str) -> Callable[[str], Executor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from chunkq.errors import ChunkqError, QueueError
+from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task, serve
 
 MAX_ATTEMPTS = 3
@@ -120,7 +121,8 @@ class Shift:
     is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
     flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on. A task
     may take `time_limit` (s); None lets the limit follow the tasks seen so far. One that `waits`
-    for another of this process, because there is one device, is not held to it.
+    for another of this process, because there is one device, is not held to it. `settings`
+    default to those of the environment.
     """
 
     worker: str
@@ -131,6 +133,7 @@ class Shift:
     time_limit: float | None = None
     waits: Callable[[Task], bool] = lambda task: False
     stopping: threading.Event = field(default_factory=threading.Event)
+    settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
     longest: float = 0.0
     set_aside: set[str] = field(default_factory=set)
 
@@ -170,6 +173,8 @@ class Executor(ABC):
     """
 
     url: str
+    owns_process: bool = True
+    """Whether a worker has a process of its own, which ends when a task hangs."""
 
     def ready(self) -> None:
         """Check that tasks can be queued and taken here; raises QueueError if not."""

@@ -132,13 +132,13 @@ class HostedQueue(TableQueue):
         self.host: Any = _Remote(self.ask, url)
         self.table = cast(TaskTable, self.host)
 
-    def renew(self, worker: str, held: Sequence[Lease]) -> None:
+    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
         """Put off the end of a worker's leases; while the head is away there is nothing to do.
 
         What is in flight is finished: its commit counts, whatever becomes of the queue.
         """
         with suppress(QueueError):
-            super().renew(worker, held)
+            super().renew(shift, held)
 
     @abstractmethod
     def ask(self, request: str) -> str:

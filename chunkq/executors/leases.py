@@ -13,27 +13,11 @@ from dataclasses import dataclass, field
 
 from chunkq.errors import JobError, ModelError, OverrunError, SameFailureError, cause
 from chunkq.executors.base import Attempt, Executor, Handler, Outcome, Shift
+from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 from chunkq.tasks import Task, chunk_name
 
 log = logging.getLogger("chunkq.queue")
-
-LEASE_SECONDS = 20.0
-"""A worker that is silent for this long has lost what it held."""
-SHORTEST_POLL, LONGEST_POLL = 0.1, 0.5
-"""Seconds between looks at an empty queue: the longer it is empty, the fewer."""
-
-FIRST_TIME_LIMIT = 3600.0
-"""What a job's first task in a process may take (s): it loads the network too."""
-LEAST_TIME_LIMIT = 600.0
-TIME_LIMIT_FACTOR = 10.0
-"""A task may take this many times as long as the longest one seen."""
-
-ALIKE_AT_FIRST, ALIKE_LATER = 5, 25
-"""So many chunks failing alike in a row end a job for a worker: before its first success, after.
-
-After a success the cause may well lie in a region of the volume; the other chunks are worth it.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +57,8 @@ class LeaseQueue(Executor):
         """Tell whether what a shift works on has neither queued nor running tasks."""
 
     @abstractmethod
-    def renew(self, worker: str, held: Sequence[Lease]) -> None:
-        """Say that a worker lives and still works on what it holds."""
+    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+        """Extend the leases that a worker holds, and show that it lives."""
 
     @contextmanager
     def on_duty(self, shift: Shift) -> Iterator[None]:
@@ -93,7 +77,7 @@ class LeaseQueue(Executor):
                 thread.start()
             try:
                 while any(thread.is_alive() for thread in threads):
-                    self.renew(shift.worker, crew.held())
+                    self.renew(shift, crew.held())
                     crew.look_for_overrun()
                     _join(threads, crew.rest())
             finally:
@@ -115,20 +99,20 @@ class _Record:
         self.cause = None
         self.alike.clear()
 
-    def is_hopeless_after(self, task: Task, error: BaseException) -> bool:
+    def is_hopeless_after(self, task: Task, error: BaseException, settings: WorkerSettings) -> bool:
         """Note a failure; tell whether so many chunks failed alike that the job is given up."""
         found = cause(type(error).__name__, str(error))
         if found != self.cause:
             self.cause = found
             self.alike.clear()
         self.alike.add(task.chunk)
-        return len(self.alike) >= (ALIKE_AT_FIRST if self.longest is None else ALIKE_LATER)
+        first, later = settings.same_failures_at_first, settings.same_failures_later
+        return len(self.alike) >= (first if self.longest is None else later)
 
-    @property
-    def time_limit(self) -> float:
+    def time_limit(self, settings: WorkerSettings) -> float:
         if self.longest is None:
-            return FIRST_TIME_LIMIT
-        return max(LEAST_TIME_LIMIT, TIME_LIMIT_FACTOR * self.longest)
+            return settings.first_time_limit
+        return max(settings.least_time_limit, settings.time_limit_factor * self.longest)
 
 
 class _Crew:
@@ -139,7 +123,8 @@ class _Crew:
         self._held: dict[int, Lease] = {}
         self._jobs: defaultdict[str, _Record] = defaultdict(_Record)
         self._lock, self._looking = threading.Lock(), threading.Lock()
-        self._pause = SHORTEST_POLL
+        self._settings = shift.settings
+        self._pause = self._settings.shortest_poll
         self.error: Exception | None = None
 
     def held(self) -> list[Lease]:
@@ -148,8 +133,8 @@ class _Crew:
 
     def rest(self) -> float:
         """Return how long (s) the heartbeat may wait."""
-        limit = self._shift.time_limit
-        return LEASE_SECONDS / 3 if limit is None else min(LEASE_SECONDS, limit) / 3
+        limit, lease = self._shift.time_limit, self._settings.lease
+        return lease / 3 if limit is None else min(lease, limit) / 3
 
     def loop(self) -> None:
         """Take tasks one after another; several threads run this."""
@@ -166,7 +151,7 @@ class _Crew:
             while self._shift.may_start():
                 lease = self._queue.take(self._shift)
                 if lease is not None:
-                    self._pause = SHORTEST_POLL
+                    self._pause = self._settings.shortest_poll
                     self._hold(lease)
                     return lease
                 over = self._shift.burst or self.error is not None
@@ -174,7 +159,8 @@ class _Crew:
                     return None
                 self._shift.stopping.wait(self._pause)
                 # Well below half a lease: a queue may take longer silence for its own absence.
-                self._pause = min(LONGEST_POLL, LEASE_SECONDS / 8, 1.5 * self._pause)
+                longest = min(self._settings.longest_poll, self._settings.lease / 8)
+                self._pause = min(longest, 1.5 * self._pause)
         return None
 
     def _hold(self, lease: Lease) -> None:
@@ -207,7 +193,7 @@ class _Crew:
 
     def _limit(self, job: str) -> float:
         fixed = self._shift.time_limit
-        return self._jobs[job].time_limit if fixed is None else fixed
+        return self._jobs[job].time_limit(self._settings) if fixed is None else fixed
 
     def _run(self, lease: Lease) -> None:
         try:
@@ -228,7 +214,7 @@ class _Crew:
         except (Exception, SystemExit) as error:
             # The handler has recorded it in the ledger; the queue only counts.
             self._queue.fail(lease, error)
-            if record.is_hopeless_after(lease.task, error):
+            if record.is_hopeless_after(lease.task, error, self._settings):
                 self._set_aside(lease.task.job, _same_failure(lease.task, record, error))
         else:
             if outcome.marks:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from itertools import islice
 
 from chunkq.errors import QueueError
-from chunkq.executors import leases
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task, chunk_name, parse_chunk
@@ -367,7 +366,7 @@ class TableQueue(LeaseQueue):
     def take(self, shift: Shift) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
         while row := self.table.take(
-            shift.worker, leases.LEASE_SECONDS, shift.job, sorted(shift.set_aside)
+            shift.worker, shift.settings.lease, shift.job, sorted(shift.set_aside)
         ):
             id, message, attempts = row
             try:
@@ -399,9 +398,10 @@ class TableQueue(LeaseQueue):
         """Tell whether what a shift works on has neither queued nor running tasks."""
         return self.table.is_drained(shift.job, sorted(shift.set_aside))
 
-    def renew(self, worker: str, held: Sequence[Lease]) -> None:
-        """Put off the end of a worker's leases."""
-        self.table.renew(worker, [lease.task.id for lease in held], leases.LEASE_SECONDS)
+    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+        """Extend the leases that a worker holds."""
+        ids = [lease.task.id for lease in held]
+        self.table.renew(shift.worker, ids, shift.settings.lease)
 
     def close(self) -> None:
         """Let go of connections."""

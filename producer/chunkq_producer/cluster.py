@@ -15,10 +15,10 @@ from chunkq.job import DaskConfig, Job, RayConfig
 from chunkq_producer.slurm import Step, announcing
 
 ENGINES: MappingProxyType[str, str] = MappingProxyType(
-    {"sqlite": "sqlite", "rq": "redis", "dask": "dask", "ray": "ray"}
+    {"sqlite": "sqlite", "inprocess": "inprocess", "rq": "redis", "dask": "dask", "ray": "ray"}
 )
 """Name for --executor -> the scheme of its URLs."""
-USUAL_REDIS = "redis://127.0.0.1:6379/0"
+USUAL_QUEUES = MappingProxyType({"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"})
 CLUSTERS = ("dask", "ray")
 """Engines that can be a cluster: they form one, or use the workers of one that runs."""
 
@@ -77,7 +77,7 @@ def engine_of(name: str | None, job: Job, given: str | None) -> tuple[str, str |
             "cluster: running to use the one named"
         )
     if named is None:
-        named = USUAL_REDIS if engine == "rq" else queue_url(None)
+        named = USUAL_QUEUES.get(engine) or queue_url(None)
     return engine, named
 
 
@@ -140,7 +140,7 @@ def cluster_for(
     per_node, depth = config.n_workers, config.threads_per_worker
     if engine not in CLUSTERS or url is not None:
         hires = engine in CLUSTERS and job.cluster == "running"
-        yield Cluster(url or queue_url(None), hires, per_node, depth)
+        yield Cluster(url or queue_url(None), hires, per_node, depth, ends=engine == "inprocess")
         return
     alone = step is None
     with (

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from chunkq.errors import QueueError
+from chunkq.executors.base import Executor, Shift
 from chunkq.executors.hosted import Hired
 
 Say = Callable[[str], None]
@@ -133,6 +134,44 @@ class Hands(Crew):
         for line in self.said:
             self._say(line)
         return 1 if self.said else 0
+
+
+class WorkerThread(Crew):
+    """One worker in a thread of this process."""
+
+    def __init__(self, executor: Executor, shift: Shift, say: Say) -> None:
+        self._executor, self._shift, self._say = executor, shift, say
+        self._code = 0
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+
+    def is_gone(self) -> bool:
+        """Tell whether the worker has ended."""
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end."""
+        self._thread.join(seconds)
+
+    def stop(self) -> None:
+        """Finish the chunks in flight."""
+        self._shift.stopping.set()
+
+    @property
+    def code(self) -> int:
+        """The exit code that a worker process would have."""
+        return self._code
+
+    def dismiss(self) -> None:
+        """Finish the chunks in flight: a thread cannot be killed."""
+        self.stop()
+        self._thread.join()
+
+    def _work(self) -> None:
+        ended = self._executor.serve(self._shift)
+        self._code, self.said = ended.code, [f"chunkq: {line}" for line in ended.lines]
+        for line in self.said:
+            self._say(line)
 
 
 def see_through(

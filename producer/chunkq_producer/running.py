@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from chunkq.errors import ChunkqError, IncompleteError, ModelError
+from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
 from chunkq.executors import QUEUE_VARIABLE, open_executor
-from chunkq.executors.base import Executor, usual_depth
+from chunkq.executors.base import Executor, Shift, WorkerName, usual_depth
 from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
@@ -20,7 +20,7 @@ from chunkq.ledger import JobRecord, folder_of
 from chunkq.opened import OpenJob, open_job
 from chunkq_producer import submit
 from chunkq_producer.cluster import Cluster, cluster_for, engine_of, on_cpu, part_of, unused
-from chunkq_producer.crew import Command, Crew, Hands, see_through
+from chunkq_producer.crew import Command, Crew, Hands, WorkerThread, see_through
 from chunkq_producer.machine import check_machine
 from chunkq_producer.probe import Probe, probe
 from chunkq_producer.slurm import LOOK_SECONDS, Step, has_ended, wait_for_leader
@@ -92,6 +92,11 @@ def run_job(
     """
     chosen, url = engine_of(engine, job, queue)
     check_machine(job, chosen)
+    if chosen == "inprocess" and (wishes.workers or 1) > 1:
+        raise JobError(
+            f"workers: inprocess:// runs one worker, {wishes.workers} were asked for; leave "
+            "workers out, or use another queue"
+        )
     step = Step.here() if job.cluster == "slurm" else None
     if step is not None and step.rank > 0:
         return _follow(job, chosen, step, wishes, teller)
@@ -182,6 +187,8 @@ def crew_of(
         depth = depth or usual_depth(gpu=gpu)
         hired = executor.hire(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes)
         return Hands(hired, say)
+    if not executor.owns_process:
+        return _worker_thread(executor, opened, depth, say)
     options = ["--gpus", "none" if on_cpu(job) else wishes.gpus, "--job", opened.folder.output]
     if wishes.workers:
         options += ["-w", str(wishes.workers)]
@@ -189,6 +196,20 @@ def crew_of(
         options += ["--per-node", str(cluster.per_node)]
     options += ["--depth", str(depth)] if depth else []
     return Command(options, {QUEUE_VARIABLE: cluster.url}, say)
+
+
+def _worker_thread(
+    executor: Executor,
+    opened: OpenJob,
+    depth: int | None,
+    say: Callable[[str], None],
+) -> Crew:
+    """Start the one worker that shares this process."""
+    device = opened.record.job.model.device
+    worker = WorkerName.new(device).text
+    depth = depth or usual_depth(gpu=device == "cuda")
+    shift = Shift(worker, depth=depth, burst=True, job=opened.folder.path)
+    return WorkerThread(executor, shift, say)
 
 
 def _follow(job: Job, engine: str, step: Step, wishes: Wishes, teller: Teller) -> Ran:

@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -28,7 +29,7 @@ from chunkq.errors import (
     QueueError,
     SameFailureError,
 )
-from chunkq.executors import leases, open_executor
+from chunkq.executors import open_executor
 from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
@@ -40,12 +41,15 @@ from chunkq.executors.base import (
     Shift,
 )
 from chunkq.executors.hosted import HostedQueue
+from chunkq.executors.inprocess import InProcessExecutor, _JobQueue
+from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import executor as rq_executor
 from chunkq.executors.rq.executor import queue_name
+from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import ENTRY_POINTS, Task
 from tests.harness.waiting import TIMEOUT, wait_until
 
-MOMENT = 0.4
+MOMENT = 0.2
 """Seconds in which something that must not happen is given the chance to."""
 JOB, OTHER_JOB = "/data/brain.zarr.chunkq", "s3://bucket/rock.zarr.chunkq"
 
@@ -86,7 +90,18 @@ def smuggle_into_host(url: str, message: str | bytes) -> None:
     executor.close()
 
 
-BACKENDS = (
+def smuggle_into_process(url: str, message: str | bytes) -> None:
+    executor = open_executor(url)
+    assert isinstance(executor, InProcessExecutor)
+    executor._memory.jobs.setdefault(JOB, _JobQueue()).queued[os.urandom(4).hex()] = message, 0
+
+
+LOCAL = (
+    Backend(
+        "inprocess",
+        lambda folder, request: f"inprocess://{folder}",
+        smuggle_into_process,
+    ),
     Backend(
         "sqlite",
         lambda folder, request: f"sqlite://{folder / 'queue.db'}",
@@ -97,6 +112,8 @@ BACKENDS = (
         lambda folder, request: request.getfixturevalue("redis").url,
         smuggle_into_redis,
     ),
+)
+CLUSTERS = (
     Backend(
         "dask",
         lambda folder, request: request.getfixturevalue("dask"),
@@ -110,10 +127,24 @@ BACKENDS = (
 )
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    chosen: Backend = request.param
-    return chosen
+SHARED = tuple(backend for backend in LOCAL if backend.name != "inprocess")
+"""Backends whose workers can be processes."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test on the local backends; those marked `transport` on clusters too.
+
+    A cluster's head keeps its queue in the table that sqlite keeps in a file, so that only the
+    way there and back is another. Tests marked `processes` need worker processes.
+    """
+    if "backend" not in metafunc.fixturenames:
+        return
+    chosen = LOCAL
+    if metafunc.definition.get_closest_marker("transport"):
+        chosen = (*LOCAL, *CLUSTERS)
+    if metafunc.definition.get_closest_marker("processes"):
+        chosen = SHARED
+    metafunc.parametrize("backend", chosen, ids=lambda backend: backend.name)
 
 
 @pytest.fixture
@@ -154,8 +185,16 @@ def tasks(count: int, job: str = JOB) -> list[Task]:
     return [Task("infer", job, (number, 0)) for number in range(count)]
 
 
-def burst(worker: str = "worker-a", depth: int = 1, **more: object) -> Shift:
-    return Shift(worker=worker, depth=depth, burst=True, **more)  # type: ignore[arg-type]
+QUICK = WorkerSettings(shortest_poll=0.005, longest_poll=0.02)
+SHORT_LEASE = replace(QUICK, lease=0.5)
+
+
+def shift(worker: str = "worker-a", depth: int = 1, **more: Any) -> Shift:
+    return Shift(worker=worker, depth=depth, **{"settings": QUICK, **more})
+
+
+def burst(worker: str = "worker-a", depth: int = 1, **more: Any) -> Shift:
+    return shift(worker, depth, burst=True, **more)
 
 
 def raises(error: Exception) -> Handler:
@@ -208,18 +247,16 @@ def hand(url: str, shift: Shift, then: Handler = lambda task, attempt: None) -> 
         helper.end()
 
 
-def vanish_holding(url: str, worker: str, lease: float | None = None) -> None:
-    """Begin one task in another process and die with it, as if killed."""
-    process = SPAWN.Process(target=begin_and_die, args=(url, worker, lease))
-    process.start()
-    process.join(TIMEOUT)
-    assert process.exitcode == 9
+def vanish_holding(url: str, worker: str, settings: WorkerSettings = QUICK) -> None:
+    """Lease one task as a worker that is not heard of again."""
+    executor = open_executor(url)
+    assert isinstance(executor, LeaseQueue)
+    assert executor.take(shift(worker, settings=settings)) is not None
+    executor.close()
 
 
-def begin_and_die(url: str, worker: str, lease: float | None) -> None:
-    if lease is not None:
-        leases.LEASE_SECONDS = lease
-    open_executor(url).work(lambda task, attempt: os._exit(9), Shift(worker))
+def begin_and_die(url: str, worker: str) -> None:
+    open_executor(url).work(lambda task, attempt: os._exit(9), shift(worker))
 
 
 def note_every_task(url: str, number: int, notes: str, start: str) -> None:
@@ -239,7 +276,6 @@ def note_every_task(url: str, number: int, notes: str, start: str) -> None:
 
 
 SPAWN = multiprocessing.get_context("spawn")
-SHORT_LEASE = 0.6
 
 
 # ------------------------------------------------------------------------------ submitting
@@ -254,6 +290,7 @@ def test_every_task_has_an_id_of_its_own_that_never_changes() -> None:
     assert all(re.fullmatch(r"[\w-]+", one.id) for one in [task, *others])
 
 
+@pytest.mark.transport
 def test_a_task_is_on_the_queue_once_however_often_it_is_submitted(
     queue: Executor, url: str
 ) -> None:
@@ -276,12 +313,13 @@ def test_submitting_streams_so_that_workers_can_start_before_the_last_task_is_kn
 
     def slowly_found() -> Iterator[Task]:
         looker = open_executor(url)
-        yield from tasks(3500)
+        yield from tasks(2500)
         seen.append(looker.counts(JOB).queued)
         looker.close()
+        yield from tasks(2600)
 
-    assert queue.submit(slowly_found()) == 3500
-    assert 0 < seen[0] < 3500
+    assert queue.submit(slowly_found()) == 2600
+    assert 0 < seen[0] <= 2500
 
 
 def test_submitting_a_running_task_again_changes_nothing(queue: Executor, url: str) -> None:
@@ -313,13 +351,14 @@ def test_a_failed_task_submitted_again_is_queued_afresh_with_all_its_attempts(
 # -------------------------------------------------------------------- what is on the queue
 
 
+@pytest.mark.transport
 def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, url: str) -> None:
     assert queue.jobs() == {}
     assert queue.counts(JOB) == Counts()
     queue.submit(tasks(3))
     queue.submit(tasks(2, OTHER_JOB))
     queue.work(Diary(raises(ValueError("no"))), burst(job=OTHER_JOB))
-    with hand(url, Shift("worker-b", job=JOB)) as helper:
+    with hand(url, shift("worker-b", job=JOB)) as helper:
         wait_until(lambda: helper.diary.begun, "a task is begun")
         expected = {JOB: Counts(queued=2, running=1), OTHER_JOB: Counts(failed=2)}
         assert queue.jobs() == expected
@@ -328,10 +367,11 @@ def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, ur
         assert set(queue.failed(OTHER_JOB)) == set(tasks(2, OTHER_JOB))
 
 
+@pytest.mark.transport
 def test_what_runs_is_listed_with_its_worker_and_since_when(queue: Executor, url: str) -> None:
     queue.submit(tasks(3))
     before = time.time()
-    with hand(url, Shift("worker-b", depth=2)) as helper:
+    with hand(url, shift("worker-b", depth=2)) as helper:
         wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
         running = queue.running(JOB)
         assert {item.task for item in running} == set(helper.diary.tasks)
@@ -350,6 +390,7 @@ def test_a_worker_of_one_job_leaves_the_others_alone(queue: Executor) -> None:
     assert queue.jobs() == {JOB: Counts(queued=2)}
 
 
+@pytest.mark.transport
 def test_retry_queues_the_failed_tasks_of_one_job_afresh(queue: Executor) -> None:
     queue.submit([*tasks(2), *tasks(1, OTHER_JOB)])
     queue.work(Diary(raises(ValueError("no"))), burst())
@@ -362,6 +403,7 @@ def test_retry_queues_the_failed_tasks_of_one_job_afresh(queue: Executor) -> Non
     assert diary.numbers == [1, 1, 1]
 
 
+@pytest.mark.transport
 def test_cancel_takes_one_job_off_the_queue_and_lets_what_runs_finish(
     queue: Executor, url: str
 ) -> None:
@@ -378,7 +420,7 @@ def test_a_cancelled_task_can_be_submitted_while_it_still_runs_and_is_begun_agai
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    with hand(url, Shift("worker-b")) as helper:
+    with hand(url, shift("worker-b")) as helper:
         wait_until(lambda: helper.diary.begun, "the task is begun")
         queue.cancel(JOB)
         assert queue.submit(tasks(1)) == 1
@@ -403,6 +445,7 @@ def test_an_error_costs_an_attempt_and_the_task_is_tried_again(queue: Executor) 
     assert queue.counts(JOB) == Counts()
 
 
+@pytest.mark.transport
 def test_a_task_that_fails_every_attempt_ends_failed_and_the_others_are_done(
     queue: Executor,
 ) -> None:
@@ -429,7 +472,7 @@ def test_an_error_that_would_strike_every_chunk_is_raised_and_costs_no_attempt(
     queue.submit(tasks(5))
     diary = Diary(raises(error))
     with pytest.raises(type(error), match="no such"):
-        queue.work(diary, Shift("worker-a", depth=2))
+        queue.work(diary, shift("worker-a", depth=2))
     assert 1 <= len(diary.begun) <= 2
     assert queue.counts(JOB) == Counts(queued=5)
     second = Diary()
@@ -454,6 +497,7 @@ def test_a_job_that_cannot_be_done_is_set_aside_and_the_others_are_done_first(
     assert queue.jobs() == {JOB: Counts(queued=5)}
 
 
+@pytest.mark.transport
 def test_a_dead_workers_tasks_are_begun_again_at_once_when_it_is_released(
     queue: Executor, url: str
 ) -> None:
@@ -494,10 +538,26 @@ def test_a_worker_told_to_stop_hands_back_without_counting_however_often_it_is_s
     assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)]
 
 
-def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
-    queue: Executor, url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.processes
+def test_a_killed_worker_process_has_begun_its_task_and_holds_it_until_released(
+    queue: Executor, url: str
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
+    queue.submit(tasks(1))
+    process = SPAWN.Process(target=begin_and_die, args=(url, "dead"))
+    process.start()
+    process.join(TIMEOUT)
+    assert process.exitcode == 9
+    assert queue.counts(JOB) == Counts(running=1)
+    assert queue.release("dead") == 1
+    diary = Diary()
+    queue.work(diary, burst("heir"))
+    assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
+
+
+@pytest.mark.transport
+def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
+    queue: Executor, url: str
+) -> None:
     queue.submit(tasks(1))
     vanish_holding(url, "dead", SHORT_LEASE)
     wait_until(lambda: queue.counts(JOB) == Counts(queued=1), "the lease has run out")
@@ -508,12 +568,11 @@ def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
     assert queue.counts(JOB) == Counts()
 
 
-def test_a_long_task_keeps_its_lease_as_long_as_its_worker_lives(
-    queue: Executor, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
+@pytest.mark.transport
+def test_a_long_task_keeps_its_lease_as_long_as_its_worker_lives(queue: Executor, url: str) -> None:
     queue.submit(tasks(1))
-    with hand(url, burst("slow"), lambda task, attempt: time.sleep(3 * SHORT_LEASE)) as slow:
+    slow_worker = burst("slow", settings=SHORT_LEASE)
+    with hand(url, slow_worker, lambda *given: time.sleep(3 * SHORT_LEASE.lease)) as slow:
         wait_until(lambda: slow.diary.begun, "the task is begun")
         slow.go.set()
         diary = Diary()
@@ -526,7 +585,7 @@ def test_a_worker_that_lost_its_task_to_another_cannot_end_it_for_them(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    with hand(url, Shift("slow")) as slow:
+    with hand(url, shift("slow")) as slow:
         wait_until(lambda: slow.diary.begun, "the task is begun")
         queue.release("slow")
         with hand(url, burst("heir")) as heir:
@@ -555,7 +614,7 @@ def test_a_burst_waits_for_what_others_run_since_it_may_come_back(
 ) -> None:
     queue.submit(tasks(1))
     error = raises(ValueError("no"))
-    with hand(url, Shift("first"), error) as first:
+    with hand(url, shift("first"), error) as first:
         wait_until(lambda: first.diary.begun, "the task is begun")
         with hand(url, burst("second")) as second:
             second.go.set()
@@ -572,14 +631,14 @@ def test_a_burst_waits_for_what_others_run_since_it_may_come_back(
 def test_without_burst_a_worker_waits_for_more_until_it_is_stopped(
     queue: Executor, url: str
 ) -> None:
-    shift = Shift("patient")
-    with hand(url, shift) as helper:
+    worker = shift("patient")
+    with hand(url, worker) as helper:
         helper.go.set()
         time.sleep(MOMENT)
         assert helper.is_working
         queue.submit(tasks(1))
         wait_until(lambda: helper.diary.ended, "the late task is done")
-        shift.stopping.set()
+        worker.stopping.set()
         wait_until(lambda: not helper.is_working, "the worker stops")
 
 
@@ -600,10 +659,10 @@ def test_as_many_tasks_are_in_flight_as_the_shift_is_deep(queue: Executor) -> No
 
 def test_stopping_finishes_what_is_in_flight_and_begins_no_more(queue: Executor, url: str) -> None:
     queue.submit(tasks(6))
-    shift = Shift("worker-b", depth=2)
-    with hand(url, shift) as helper:
+    worker = shift("worker-b", depth=2)
+    with hand(url, worker) as helper:
         wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
-        shift.stopping.set()
+        worker.stopping.set()
         helper.end()
     assert len(helper.diary.ended) == 2
     assert len(helper.diary.begun) == 2
@@ -619,7 +678,7 @@ def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Ex
         begun.append(time.time())
         time.sleep(seconds)
 
-    queue.work(take_a_while, Shift("worker-a", deadline=deadline))
+    queue.work(take_a_while, shift("worker-a", deadline=deadline))
     # Lateness of this machine makes tasks longer, never a late one begun.
     assert begun
     assert max(begun) + seconds < deadline + 0.05
@@ -629,7 +688,7 @@ def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Ex
 def test_a_worker_whose_time_is_already_up_begins_nothing(queue: Executor) -> None:
     queue.submit(tasks(1))
     diary = Diary()
-    queue.work(diary, Shift("worker-a", deadline=time.time() - 1))
+    queue.work(diary, shift("worker-a", deadline=time.time() - 1))
     assert diary.begun == []
 
 
@@ -655,7 +714,7 @@ def test_chunks_failing_alike_set_their_job_aside_and_the_others_are_done_first(
     diary = Diary(fails_in(JOB, unreadable))
     with pytest.raises(SameFailureError) as failure:
         queue.work(diary, burst())
-    first, line = leases.ALIKE_AT_FIRST, str(failure.value)
+    first, line = QUICK.same_failures_at_first, str(failure.value)
     assert line.startswith(f"/data/brain.zarr: {first} chunks in a row failed alike")
     assert "(OSError: volume.zarr: input/output error)" in line
     assert len(line.splitlines()) == 1
@@ -669,10 +728,9 @@ def test_chunks_failing_alike_set_their_job_aside_and_the_others_are_done_first(
 
 
 def test_after_a_success_it_takes_many_more_chunks_failing_alike(
-    queue: Executor, monkeypatch: pytest.MonkeyPatch
+    queue: Executor,
 ) -> None:
-    monkeypatch.setattr(leases, "ALIKE_AT_FIRST", 2)
-    monkeypatch.setattr(leases, "ALIKE_LATER", 6)
+    settings = replace(QUICK, same_failures_at_first=2, same_failures_later=6)
     queue.submit(tasks(20))
 
     def succeed_first(task: Task, attempt: Attempt) -> None:
@@ -681,14 +739,14 @@ def test_after_a_success_it_takes_many_more_chunks_failing_alike(
 
     diary = Diary(succeed_first)
     with pytest.raises(SameFailureError, match="6 chunks in a row"):
-        queue.work(diary, burst())
+        queue.work(diary, burst(settings=settings))
     assert len(diary.begun) == 1 + 6
 
 
 def test_chunks_that_never_ran_the_network_are_no_success(
-    queue: Executor, monkeypatch: pytest.MonkeyPatch
+    queue: Executor,
 ) -> None:
-    monkeypatch.setattr(leases, "ALIKE_AT_FIRST", 3)
+    settings = replace(QUICK, same_failures_at_first=3)
     queue.submit(tasks(10))
 
     def run_every_second(task: Task, attempt: Attempt) -> Outcome:
@@ -697,14 +755,14 @@ def test_chunks_that_never_ran_the_network_are_no_success(
         return Outcome(ran=False)
 
     with pytest.raises(SameFailureError, match="3 chunks in a row"):
-        queue.work(run_every_second, burst())
+        queue.work(run_every_second, burst(settings=settings))
     assert queue.counts(JOB) == Counts(queued=7)
 
 
 def test_a_success_in_between_begins_the_count_anew(
-    queue: Executor, monkeypatch: pytest.MonkeyPatch
+    queue: Executor,
 ) -> None:
-    monkeypatch.setattr(leases, "ALIKE_LATER", 3)
+    settings = replace(QUICK, same_failures_later=3)
     queue.submit(tasks(12))
 
     def succeed_every_third(task: Task, attempt: Attempt) -> None:
@@ -712,7 +770,7 @@ def test_a_success_in_between_begins_the_count_anew(
             raise unreadable(task)
 
     diary = Diary(succeed_every_third)
-    queue.work(diary, burst())
+    queue.work(diary, burst(settings=settings))
     assert len(diary.begun) == 12 + 8
     assert queue.jobs() == {}
 
@@ -723,7 +781,7 @@ def test_a_success_in_between_begins_the_count_anew(
     ids=["told apart by what they say", "told apart by their kind"],
 )
 def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception, ...]) -> None:
-    count = 4 * leases.ALIKE_AT_FIRST
+    count = 4 * QUICK.same_failures_at_first
     queue.submit(tasks(count))
     diary = Diary(fails_in(JOB, lambda task: errors[task.chunk[0] % 2]))
     queue.work(diary, burst())
@@ -732,7 +790,7 @@ def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception
 
 
 def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
-    count = leases.ALIKE_AT_FIRST - 1
+    count = QUICK.same_failures_at_first - 1
     queue.submit(tasks(count))
     queue.submit(Task("infer", OTHER_JOB, (number, 1)) for number in range(count))
     diary = Diary(raises(unreadable(tasks(1)[0])))
@@ -741,9 +799,9 @@ def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
 
 
 def test_one_poisonous_chunk_never_sets_its_job_aside(
-    queue: Executor, monkeypatch: pytest.MonkeyPatch
+    queue: Executor,
 ) -> None:
-    monkeypatch.setattr(leases, "ALIKE_AT_FIRST", 2)
+    settings = replace(QUICK, same_failures_at_first=2)
     queue.submit(tasks(1))
     retries = 4
 
@@ -761,7 +819,7 @@ def test_one_poisonous_chunk_never_sets_its_job_aside(
                 retries -= queue.retry(JOB)
             return super().may_start()
 
-    queue.work(diary, Insistent("worker-a", burst=True))
+    queue.work(diary, Insistent("worker-a", burst=True, settings=settings))
     assert retries == 0
     assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)] * 5
     assert queue.counts(JOB) == Counts(failed=1)
@@ -778,7 +836,7 @@ def test_failures_that_differ_only_in_where_they_happened_are_alike(queue: Execu
     diary = Diary(fails_in(JOB, not_finite))
     with pytest.raises(SameFailureError):
         queue.work(diary, burst())
-    assert len(diary.begun) == leases.ALIKE_AT_FIRST
+    assert len(diary.begun) == QUICK.same_failures_at_first
 
 
 def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
@@ -791,12 +849,12 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
             raise ModelError("no such network")
         time.sleep(0.05)
 
-    shift, errors = Shift("patient"), []
+    worker, errors = shift("patient"), []
 
     def work() -> None:
         executor = open_executor(url)
         try:
-            executor.work(refuse, shift)
+            executor.work(refuse, worker)
         except ModelError as error:
             errors.append(error)
         executor.close()
@@ -805,7 +863,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
     thread.start()
     thread.join(3)
     ended = not thread.is_alive()
-    shift.stopping.set()
+    worker.stopping.set()
     thread.join(TIMEOUT)
     assert queue.jobs() == {JOB: Counts(queued=2)}
     assert len(errors) == 1
@@ -841,9 +899,9 @@ def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_bac
             else:
                 go.wait(TIMEOUT)
 
-        shift = Shift("slow", depth=2, time_limit=limit)
+        worker = shift("slow", depth=2, time_limit=limit)
         with pytest.raises(OverrunError, match=r"infer chunk 0\.0 ran for more than") as overrun:
-            queue.work(handler, shift)
+            queue.work(handler, worker)
         assert len(str(overrun.value).splitlines()) == 1
         assert [lease.task for lease in overrun.value.leases] == [hangs]
         assert [lease.attempt for lease in overrun.value.leases] == [Attempt(1, "slow")]
@@ -865,9 +923,9 @@ def test_a_task_that_waits_for_another_of_its_process_is_not_held_to_the_limit(
     hangs, waits = tasks(2)
     queue.submit(tasks(2))
     with hanging() as go:
-        shift = Shift("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
+        worker = shift("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
         with pytest.raises(OverrunError) as overrun:
-            queue.work(lambda task, attempt: wait_for(go), shift)
+            queue.work(lambda task, attempt: wait_for(go), worker)
         assert [lease.task for lease in overrun.value.leases] == [hangs]
         diary = Diary()
         queue.work(diary, burst("heir"))
@@ -879,7 +937,7 @@ def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None
     with hanging() as go:
         for number in range(MAX_ATTEMPTS):
             with pytest.raises(OverrunError):
-                queue.work(lambda task, attempt: wait_for(go), Shift(f"w{number}", time_limit=0.1))
+                queue.work(lambda task, attempt: wait_for(go), shift(f"w{number}", time_limit=0.1))
         assert queue.counts(JOB) == Counts(failed=1)
 
 
@@ -888,11 +946,9 @@ def wait_for(event: threading.Event) -> None:
 
 
 def test_the_time_limit_follows_the_longest_task_seen(
-    queue: Executor, monkeypatch: pytest.MonkeyPatch
+    queue: Executor,
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
-    monkeypatch.setattr(leases, "LEAST_TIME_LIMIT", 0.1)
-    monkeypatch.setattr(leases, "TIME_LIMIT_FACTOR", 3.0)
+    settings = replace(SHORT_LEASE, least_time_limit=0.1, time_limit_factor=3.0)
     queue.submit(tasks(3))
     seconds, begun = {0: 0.3, 1: 0.5}, {}
     with hanging() as go:
@@ -905,7 +961,7 @@ def test_the_time_limit_follows_the_longest_task_seen(
                 go.wait(TIMEOUT)
 
         with pytest.raises(OverrunError) as overrun:
-            queue.work(handler, Shift("slow"))
+            queue.work(handler, shift("slow", settings=settings))
         assert [lease.task.chunk[0] for lease in overrun.value.leases] == [2]
         assert time.monotonic() - begun[2] >= 3.0 * seconds[1]
 
@@ -914,10 +970,9 @@ def test_the_time_limit_follows_the_longest_task_seen(
     ("jobs", "hung"), [((JOB,), 0), ((JOB, OTHER_JOB), 1)], ids=["the first", "another job's first"]
 )
 def test_a_jobs_first_task_has_a_time_limit_of_its_own(
-    queue: Executor, monkeypatch: pytest.MonkeyPatch, jobs: tuple[str, ...], hung: int
+    queue: Executor, jobs: tuple[str, ...], hung: int
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", SHORT_LEASE)
-    monkeypatch.setattr(leases, "FIRST_TIME_LIMIT", 0.5)
+    settings = replace(SHORT_LEASE, first_time_limit=0.5)
     queue.submit(Task("infer", job, (number,)) for number, job in enumerate(jobs))
     with hanging() as go:
 
@@ -927,7 +982,7 @@ def test_a_jobs_first_task_has_a_time_limit_of_its_own(
 
         before = time.monotonic()
         with pytest.raises(OverrunError) as overrun:
-            queue.work(handler, Shift("slow"))
+            queue.work(handler, shift("slow", settings=settings))
         assert [lease.task.job for lease in overrun.value.leases] == [jobs[hung]]
         assert time.monotonic() - before < 10
 
@@ -943,6 +998,7 @@ def of_eight(block: tuple[int, ...], *members: int) -> list[Mark]:
     return [Mark(block, member, 8) for member in members]
 
 
+@pytest.mark.transport
 def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     queue: Executor, url: str
 ) -> None:
@@ -1027,6 +1083,7 @@ class Completing:
         return self.block(task, attempt)
 
 
+@pytest.mark.transport
 def test_a_worker_completes_the_blocks_that_its_chunk_was_the_last_to_contribute_to(
     queue: Executor,
 ) -> None:
@@ -1097,9 +1154,9 @@ def open_queue(url: str) -> Iterator[Executor]:
 
 
 def take_and_finish(queue: Executor, count: int) -> None:
-    assert isinstance(queue, leases.LeaseQueue)
+    assert isinstance(queue, LeaseQueue)
     for _ in range(count):
-        lease = queue.take(Shift("worker-a"))
+        lease = queue.take(shift("worker-a"))
         assert lease is not None
         queue.finish(lease)
 
@@ -1182,6 +1239,7 @@ def test_a_message_that_is_no_task_of_ours_is_refused(message: str | bytes) -> N
 
 
 @pytest.mark.parametrize("name", ["a pickle", "a dotted path", "an entry point", "far too deep"])
+@pytest.mark.transport
 def test_a_foreign_message_on_the_queue_is_never_run_and_hinders_nothing(
     queue: Executor, url: str, backend: Backend, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1206,6 +1264,7 @@ def test_only_two_kinds_of_task_exist_and_both_lead_into_this_project() -> None:
 # -------------------------------------------------------------------------- many processes
 
 
+@pytest.mark.processes
 def test_many_processes_share_a_queue_and_no_task_is_given_twice(
     queue: Executor, url: str, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -27,13 +28,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chunkq.executors import leases, open_executor
+from chunkq.executors import open_executor
 from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
-from chunkq.executors.hosted import HostedQueue
+from chunkq.executors.inprocess import InProcessExecutor
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.executor import queue_name
+from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
-from tests.contract.test_executor_contract import BACKENDS, JOB, OTHER_JOB
+from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB
 
 JOBS = (JOB, OTHER_JOB)
 WORKERS = ("worker-a", "worker-b", "worker-c")
@@ -41,6 +43,7 @@ TASKS = [Task("infer", JOB, (0,)), Task("finalize", JOB, (0,)), Task("infer", OT
 """So few that attempts are used up, and that leases of one task meet."""
 NEVER = 1000.0
 """A lease so long that none runs out but by `let_run_out`, however slow the machine."""
+NEVER_EXPIRES = WorkerSettings(lease=NEVER)
 THOROUGH = settings(
     max_examples=80,
     stateful_step_count=40,
@@ -78,6 +81,10 @@ def left_in_redis(url: str) -> set[str]:
         return {key.decode() for key in client.scan_iter()} - {"chunkq:seen", "chunkq:grace"}
 
 
+def shift(worker: str, **more: Any) -> Shift:
+    return Shift(worker, settings=NEVER_EXPIRES, **more)
+
+
 @dataclass(frozen=True)
 class Leasing:
     """How to let a lease run out, and to see what is left of tasks that are gone.
@@ -90,22 +97,23 @@ class Leasing:
     by_worker: bool = False
 
 
+def let_run_out_in_process(url: str, lease: Lease) -> None:
+    queue = open_executor(url)
+    assert isinstance(queue, InProcessExecutor)
+    queue.renew(Shift(lease.attempt.worker, settings=WorkerSettings(lease=-1)), [lease])
+
+
+def left_in_process(url: str) -> set[str]:
+    queue = open_executor(url)
+    assert isinstance(queue, InProcessExecutor)
+    return set(queue._memory.jobs)
+
+
 LEASING = {
+    "inprocess": Leasing(let_run_out_in_process, left_in_process),
     "sqlite": Leasing(let_run_out_in_sqlite, left_in_sqlite, by_worker=True),
     "rq": Leasing(let_run_out_in_redis, left_in_redis),
 }
-
-
-def leasing_of(queue: LeaseQueue) -> Leasing:
-    """The same for a table in a cluster's head, which only the queue itself can reach."""
-    assert isinstance(queue, HostedQueue)
-
-    def let_run_out(url: str, lease: Lease) -> None:
-        for running in queue.running(lease.task.job):
-            if running.task == lease.task:
-                queue.table.renew(running.worker, [lease.task.id], -NEVER)
-
-    return Leasing(let_run_out, lambda url: set(queue.jobs()), by_worker=True)
 
 
 # ----------------------------------------------------------------------------------- a model
@@ -163,7 +171,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self._turns = cycle(self.queues)
         self._looked_at = cycle(JOBS)
-        self._shifts = cycle([Shift("w"), Shift("w", job=JOB), Shift("w", set_aside={JOB})])
+        self._shifts = cycle([shift("w"), shift("w", job=JOB), shift("w", set_aside={JOB})])
         self.known: dict[Task, Known] = {}
         self.unended: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
 
@@ -221,11 +229,11 @@ class Model(RuleBasedStateMachine):
         aside=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
     )
     def take_chosen(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
-        return self.take(Shift(worker, job=only, set_aside=set(aside))) or multiple()
+        return self.take(shift(worker, job=only, set_aside=set(aside))) or multiple()
 
     @rule(target=leases, worker=st.sampled_from(WORKERS))
     def take_any(self, worker: str) -> object:
-        return self.take(Shift(worker)) or multiple()
+        return self.take(shift(worker)) or multiple()
 
     @rule(
         target=leases,
@@ -237,7 +245,7 @@ class Model(RuleBasedStateMachine):
         """Go where single steps seldom lead: to the last attempt and beyond."""
         taken = []
         for how in ends:
-            lease = self.take(Shift(worker, job=job))
+            lease = self.take(shift(worker, job=job))
             if lease is None:
                 break
             if how == "fail":
@@ -322,7 +330,7 @@ class Model(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS))
     def renew(self, worker: str) -> None:
         believed = self.unended[worker]
-        self.queue.renew(worker, believed)
+        self.queue.renew(shift(worker), believed)
         for lease in believed:
             known = self.held(lease)
             if known is not None and known.lost:
@@ -393,9 +401,9 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def a_queue_is_drained_when_nothing_waits_or_runs(self) -> None:
-        shift = next(self._shifts)
-        left = {known.state for known in self.chosen(shift).values()} - {"failed"}
-        assert self.queue.is_drained(shift) == (not left)
+        chosen = next(self._shifts)
+        left = {known.state for known in self.chosen(chosen).values()} - {"failed"}
+        assert self.queue.is_drained(chosen) == (not left)
 
     @invariant()
     def nothing_is_left_of_tasks_that_are_gone(self) -> None:
@@ -411,16 +419,12 @@ class Model(RuleBasedStateMachine):
 # ------------------------------------------------------------------------------------- tests
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda b: b.name)
-def model(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[type[Model]]:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", NEVER)
+@pytest.fixture(params=LOCAL, ids=lambda backend: backend.name)
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Model]]:
     url = request.param.make_url(tmp_path, request)
     pair = open_executor(url), open_executor(url)
     assert all(isinstance(queue, LeaseQueue) for queue in pair)
-    leasing = LEASING.get(request.param.name) or leasing_of(pair[0])
-    values = {"url": url, "queues": pair, "leasing": leasing}
+    values = {"url": url, "queues": pair, "leasing": LEASING[request.param.name]}
     yield type("Model", (Model,), values)
     for queue in pair:
         queue.close()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-RUNTIME = "torch"
+RUNTIME = "numpy"
 """The runtime of `toy_model` and of the standard job's network."""
 
 TORCH_TOY = '''\

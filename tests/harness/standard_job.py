@@ -26,14 +26,6 @@ HOOKS = """
 import os
 import sys
 
-if "TEST_LEASE" in os.environ:
-    import chunkq.executors.leases
-
-    chunkq.executors.leases.LEASE_SECONDS = float(os.environ["TEST_LEASE"])
-if "TEST_ANSWER" in os.environ:
-    import chunkq.executors.rq.connect
-
-    chunkq.executors.rq.connect.STEADY_ANSWER_SECONDS = float(os.environ["TEST_ANSWER"])
 if "TEST_PRELOAD" in os.environ and "chunkq_worker.child" in sys.orig_argv:
     import torch
 """

@@ -21,7 +21,7 @@ CHUNKS = 24
 PATCHES = 5 * 8 * 9
 DEPTH = 2
 ON_CPU = ("work", "--gpus", "none", "--depth", str(DEPTH))
-SHORT_LEASE = "1.0"
+SHORT_LEASE = '{"lease": 1}'
 """Seconds; the real one is longer than a test should be."""
 
 
@@ -192,7 +192,7 @@ def stopped(standard_job: StandardJob, tmp_path_factory: pytest.TempPathFactory)
     politely = stop(workspace, 3, [signal.SIGTERM], lets_finish=True)
     at_once = stop(workspace, 8, [signal.SIGTERM, signal.SIGTERM])
     supervisor_killed = stop(workspace, 12, [signal.SIGKILL])
-    heirs = workspace.work("-w", "2", TEST_LEASE=SHORT_LEASE)
+    heirs = workspace.work("-w", "2", CHUNKQ_WORKER_SETTINGS=SHORT_LEASE)
     workspace.finalize().ok()
     return Stopped(workspace, politely, at_once, supervisor_killed, heirs)
 
@@ -206,7 +206,7 @@ def stop(
 ) -> Stop:
     """Start a worker, and stop it with its hands full after so many commits."""
     says = ["stopping: chunks in flight are finished first", "handing back what is in flight"]
-    hold = {"NET_HOLD": "forward", "NET_AFTER": str(after), "TEST_LEASE": SHORT_LEASE}
+    hold = {"NET_HOLD": "forward", "NET_AFTER": str(after), "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with workspace.start(*ON_CPU, **hold) as cli:
         workspace.wait_until_stopped()
         workspace.wait_for_chunks_in_flight(DEPTH)
@@ -266,13 +266,13 @@ def test_a_worker_that_wakes_up_after_others_finished_everything_changes_no_byte
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
-    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "TEST_LEASE": SHORT_LEASE}
+    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with workspace.start(*ON_CPU, "--burst", **hold) as cli:
         sleeper = workspace.wait_until_stopped()
         workspace.wait_for_chunks_in_flight(DEPTH)
         os.kill(sleeper, signal.SIGSTOP)
         half_done = workspace.done()
-        assert workspace.work(TEST_LEASE=SHORT_LEASE).code == 0
+        assert workspace.work(CHUNKQ_WORKER_SETTINGS=SHORT_LEASE).code == 0
         assert_ends_like(workspace, undisturbed)
         records, blocks = workspace.done(), workspace.done("finalize")
         workspace.open_gate()

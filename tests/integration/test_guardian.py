@@ -52,7 +52,16 @@ def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str
     values = {"ready": str(folder), "stubborn": STUBBORN, "daemon": DAEMON, "sleep": sleep}
     test.write_text(TESTS.format(**values))
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", f"--rootdir={folder}"]
-    command += ["-p", "tests.conftest", "-p", "no:cacheprovider", *options, str(test)]
+    command += [
+        "-p",
+        "conftest",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        str(test),
+    ]
     return subprocess.Popen(
         command,
         cwd=Path(__file__).parents[2],

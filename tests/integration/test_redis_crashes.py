@@ -21,10 +21,10 @@ import pytest
 import redis
 import zarr
 
-from chunkq.executors import leases
 from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
-from chunkq.executors.leases import ALIKE_AT_FIRST, LeaseQueue
+from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import RqExecutor
+from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task, chunk_name, job_key
 from tests.harness.processes import CommandResult, RunningCommand
@@ -35,7 +35,7 @@ from tests.harness.waiting import wait_until
 CHUNKS = 24
 DEPTH = 4
 ON_CPU = ("work", "--gpus", "none", "--depth", str(DEPTH))
-SHORT_LEASE = "1.0"
+SHORT_LEASE = '{"lease": 1}'
 """Seconds; the real one is longer than most tests should be."""
 RECOVERED_WITHIN = 30.0
 ABSENCE = 20.0
@@ -354,12 +354,12 @@ def test_a_worker_that_wakes_up_after_others_finished_everything_changes_no_byte
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
-    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "TEST_LEASE": SHORT_LEASE}
+    hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with workspace.start(*ON_CPU, "--burst", **hold) as cli:
         sleeper = hold_with_full_hands(workspace)
         os.kill(sleeper, signal.SIGSTOP)
         asleep = Disturbance.now(workspace)
-        assert workspace.work(TEST_LEASE=SHORT_LEASE).code == 0
+        assert workspace.work(CHUNKQ_WORKER_SETTINGS=SHORT_LEASE).code == 0
         assert asleep.seconds_to_recover() < RECOVERED_WITHIN
         assert_ends_like(workspace, undisturbed)
         done, blocks = workspace.done(), workspace.done("finalize")
@@ -472,7 +472,8 @@ def test_a_network_that_fails_on_every_chunk_stops_the_worker_after_a_few(
     assert workspace.counts() == Counts(queued=CHUNKS - len(workspace.done()))
     spent = Counter(begun(workspace).values())
     assert spent.keys() == {0, 1}
-    assert ALIKE_AT_FIRST <= spent[1] < ALIKE_AT_FIRST + DEPTH
+    enough = WorkerSettings().same_failures_at_first
+    assert enough <= spent[1] < enough + DEPTH
     [group] = workspace.status()["failures"]
     assert len(group["chunks"]) == spent[1]
 
@@ -503,7 +504,7 @@ def test_workers_ride_out_that_redis_is(
     disturb: Callable[[RedisServer], None],
 ) -> None:
     workspace.produce()
-    impatient = {"TEST_ANSWER": "1", "TEST_LEASE": "3"}
+    impatient = {"CHUNKQ_WORKER_SETTINGS": '{"server_answer": 1, "lease": 3}'}
     with workspace.start(*ON_CPU, "--burst", NET_HOLD="forward", NET_AFTER="6", **impatient) as cli:
         hold_with_full_hands(workspace)
         disturbed = Disturbance.now(workspace)
@@ -520,22 +521,24 @@ def test_workers_ride_out_that_redis_is(
 
 
 def test_a_worker_that_is_back_first_does_not_take_what_others_still_work_on(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer,
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
+    workers = {
+        name: Shift(name, settings=WorkerSettings(lease=0.5)) for name in ("first", "second")
+    }
     job = "/data/out.zarr.chunkq"
     with queue_on(server) as queue:
         queue.submit(Task("infer", job, (n,)) for n in range(2))
-        held = {name: queue.take(Shift(name)) for name in ("first", "second")}
+        held = {name: queue.take(worker) for name, worker in workers.items()}
         assert None not in held.values()
         server.kill()
         away = time.time()
         wait_until(lambda: time.time() - away > 1, "the leases ran out")
         server.start()
         # The first beat of a heart after the absence comes from one of them; the other is asleep.
-        queue.renew("first", [held["first"]])  # type: ignore[list-item]
-        assert queue.take(Shift("first")) is None
-        queue.renew("second", [held["second"]])  # type: ignore[list-item]
+        queue.renew(workers["first"], [held["first"]])  # type: ignore[list-item]
+        assert queue.take(workers["first"]) is None
+        queue.renew(workers["second"], [held["second"]])  # type: ignore[list-item]
         assert queue.counts(job) == Counts(running=2)
 
 

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import redis as redis_client
@@ -24,11 +23,12 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from chunkq.errors import ChunkqError
-from chunkq.executors import leases, open_executor
+from chunkq.executors import open_executor
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Handler, Shift
 from chunkq.executors.leases import Lease
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.rq.executor import queue_name
+from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
 from tests.harness.servers.redis import RedisServer, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
@@ -170,7 +170,9 @@ def watched(
         counts = {"before": look_at_queues(client)}
         jobs, workers = {}, {}
         work = ("work", "--gpus", "none", "--depth", "2")
-        with workspace.start(*work, NET_HOLD="forward", TEST_LEASE="9") as cli:
+        with workspace.start(
+            *work, NET_HOLD="forward", CHUNKQ_WORKER_SETTINGS='{"lease": 9}'
+        ) as cli:
             workspace.wait_until_stopped()
             workspace.wait_for_chunks_in_flight(2)
             (queue,) = Queue.all(client, serializer=JSONSerializer)
@@ -364,8 +366,7 @@ def take_and_vanish(executor: RqExecutor, seconds: float = 0.05) -> Lease:
 
     RQ's clock ticks in whole seconds.
     """
-    with mock.patch.object(leases, "LEASE_SECONDS", seconds):
-        lease = executor.take(Shift("host:cpu:gone"))
+    lease = executor.take(Shift("host:cpu:gone", settings=WorkerSettings(lease=seconds)))
     assert lease is not None
     wait_until(lambda: int(time.time()) > lease.since + seconds, "the lease has run out")
     return lease
@@ -503,7 +504,7 @@ def test_an_emptied_queue_leaves_what_runs_and_can_be_filled_again(
     else:
         queue.delete(delete_jobs=True)
     assert executor.counts(JOB) == Counts(running=1)
-    executor.renew("host:cpu:worker", [lease])
+    executor.renew(Shift("host:cpu:worker"), [lease])
     assert executor.counts(JOB) == Counts(running=1)
     executor.finish(lease)
     assert executor.counts(JOB) == Counts()
@@ -523,7 +524,7 @@ def test_a_job_taken_away_while_it_runs_ends_without_a_trace(
     assert lease is not None
     job = Job.fetch(lease.task.id, client, serializer=JSONSerializer)
     getattr(job, how)()
-    executor.renew("host:cpu:worker", [lease])
+    executor.renew(Shift("host:cpu:worker"), [lease])
     if ends == "fail":
         executor.fail(lease, ArithmeticError("too late"))
     elif ends == "release":
@@ -566,19 +567,19 @@ def test_a_worker_is_listed_as_busy_as_long_as_it_holds_a_chunk(
     executor.submit(tasks(1))
     shift = Shift("host:cpu:worker")
     with executor.on_duty(shift):
-        executor.renew(shift.worker, [])
+        executor.renew(shift, [])
         assert listed(client) == ("idle", None)
         lease = executor.take(shift)
         assert lease is not None
         assert listed(client) == ("busy", lease.task.id)
-        executor.renew(shift.worker, [])  # from just before it was begun
-        executor.renew(shift.worker, [lease])
+        executor.renew(shift, [])  # from just before it was begun
+        executor.renew(shift, [lease])
         assert listed(client) == ("busy", lease.task.id)
         client.delete("rq:worker:host:cpu:worker")
-        executor.renew(shift.worker, [lease])
+        executor.renew(shift, [lease])
         assert listed(client) == ("busy", lease.task.id)
         executor.finish(lease)
-        executor.renew(shift.worker, [])
+        executor.renew(shift, [])
         assert listed(client) == ("idle", None)
     assert Worker.all(client) == []
 
@@ -594,7 +595,7 @@ def test_a_workers_current_job_is_never_one_that_is_gone(
         assert second is not None
         executor.finish(second)
         assert listed(client) in [("busy", None), ("busy", first.task.id)]
-        executor.renew(shift.worker, [first])
+        executor.renew(shift, [first])
         assert listed(client) == ("busy", first.task.id)
         executor.finish(first)
         assert listed(client)[1] is None

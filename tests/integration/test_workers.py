@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from chunkq_worker.supervisor import Supervisor
 from chunkq.errors import JobError
 from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_REFUSED, Counts, Executor
+from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
 
 JOB = "/data/out.zarr.chunkq"
@@ -82,12 +83,22 @@ class Nursery:
     queue_url: str
     queue: Executor
     patch: pytest.MonkeyPatch
+    settings: WorkerSettings = field(default_factory=lambda: WorkerSettings(restart_delay=0.05))
 
     def supervise(self, *ends: str, places: int = 1, gpus: list[str] | None = None) -> int:
         """Run a supervisor whose children end one after the other as told, the last for ever."""
         (self.home / "ends").write_text("\n".join(ends))
         taken = [Slot(gpu) for gpu in gpus] if gpus else [Slot(None)] * places
-        return Supervisor(self.queue_url, self.queue, taken, depth=2, burst=True, job=JOB).run()
+        supervisor = Supervisor(
+            self.queue_url,
+            self.queue,
+            taken,
+            depth=2,
+            burst=True,
+            job=JOB,
+            settings=self.settings,
+        )
+        return supervisor.run()
 
     @property
     def born(self) -> list[dict[str, Any]]:
@@ -105,7 +116,6 @@ def nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nursery
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("FAKE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", 0.05)
     monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.01)
     queue_url = f"sqlite://{tmp_path / 'queue.db'}"
     queue = open_executor(queue_url)
@@ -151,7 +161,7 @@ def test_a_dead_child_is_replaced_and_its_chunks_are_handed_back_at_once(
 
 
 def test_the_pause_before_a_restart_doubles_from_death_to_death(nursery: Nursery) -> None:
-    nursery.patch.setattr(supervisor, "BACKOFF_SECONDS", 0.2)
+    nursery.settings = WorkerSettings(restart_delay=0.2)
     nursery.supervise("1", "1", "1", "0")
     born = nursery.born
     pauses = [b["from"] - a["to"] for a, b in pairwise(born)]
@@ -160,7 +170,7 @@ def test_the_pause_before_a_restart_doubles_from_death_to_death(nursery: Nursery
 
 
 def test_a_child_that_lived_long_does_not_count_towards_giving_up(nursery: Nursery) -> None:
-    nursery.patch.setattr(supervisor, "INSTANT_DEATH_SECONDS", 0.0)
+    nursery.settings = replace(nursery.settings, early_death=0)
     assert nursery.supervise(*["1"] * 7, "0") == 0
     assert len(nursery.born) == 8
 
@@ -169,16 +179,16 @@ def test_a_supervisor_whose_children_die_at_once_again_and_again_gives_up(
     nursery: Nursery, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert nursery.supervise("killed") == 1
-    assert len(nursery.born) == supervisor.INSTANT_DEATHS_ALLOWED
+    assert len(nursery.born) == nursery.settings.early_deaths
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == "chunkq: gave up after 5 deaths within seconds of starting"
 
 
 def test_a_place_given_up_does_not_stop_the_others_but_shows_in_the_end(nursery: Nursery) -> None:
     # The first child goes on until the other place has been given up.
-    nursery.patch.setenv("FAKE_WAITS_FOR", str(supervisor.INSTANT_DEATHS_ALLOWED))
+    nursery.patch.setenv("FAKE_WAITS_FOR", str(nursery.settings.early_deaths))
     assert nursery.supervise("0", "killed", places=2) == 1
-    assert len(nursery.born) == supervisor.INSTANT_DEATHS_ALLOWED + 1
+    assert len(nursery.born) == nursery.settings.early_deaths + 1
     assert nursery.born[0]["to"] > nursery.born[-1]["to"]
 
 

@@ -23,8 +23,6 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Ended, Executor, Shift
 
 EXIT_HANDED_BACK = 5
-SAME_SIGNAL_SECONDS = 0.5
-"""A signal sent to a whole process group arrives twice: directly and passed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def _obey_signals(shift: Shift, executor: Executor) -> None:
         if not told:
             told = now
             shift.stopping.set()
-        elif now - told > SAME_SIGNAL_SECONDS:
+        elif now - told > shift.settings.same_signal:
             threading.Thread(target=leave).start()
 
     signal.signal(signal.SIGTERM, obey)

@@ -15,8 +15,9 @@ from pathlib import Path
 import click
 
 from chunkq.errors import IncompleteError, JobError, MissingJobError
-from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
+from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, usual_depth
+from chunkq.executors.settings import override_settings
 from chunkq.finalize import standing
 from chunkq.ledger import folder_of
 from chunkq.opened import open_job
@@ -47,6 +48,10 @@ from chunkq_worker.supervisor import Supervisor
     help="End a process in which a chunk takes longer: seconds, or 90m, 2h; by default ten times "
     "the longest chunk seen, at least 10 minutes.",
 )
+@click.option(
+    "--lease", type=click.FloatRange(0.5),
+    help="Seconds after which a silent worker's chunks go to others; default 20.",
+)  # fmt: skip
 @click.option("--job", help="Only work on the job of this output.")
 @click.option("--allow", multiple=True, help="Only accept jobs below this path; may be repeated.")
 @click.option("-q", "--quiet", is_flag=True, help="Only say what goes wrong.")
@@ -60,6 +65,7 @@ def work(
     burst: bool,
     max_time: str | None,
     time_limit: str | None,
+    lease: float | None,
     job: str | None,
     allow: tuple[str, ...],
     quiet: bool,
@@ -72,11 +78,13 @@ def work(
     """
     if allow:
         os.environ[ALLOW_VARIABLE] = "\n".join(absolute(place, Path.cwd()) for place in allow)
+    if lease is not None:
+        override_settings(lease=lease)
     url = queue_url(queue)
     taken = slots(gpus, workers, per_node)
     deadline = None if max_time is None else time.time() + seconds_in("--max-time", max_time)
     limit = None if time_limit is None else seconds_in("--time-limit", time_limit)
-    executor = open_executor(url)
+    executor = open_shared(url)
     executor.ready()
     if lifeline:
         threading.Thread(target=_stop_with_parent, daemon=True).start()

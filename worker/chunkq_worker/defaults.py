@@ -114,6 +114,7 @@ def _recognise(path: str, kind: str | None) -> tuple[str, str]:
     if known is None:
         raise JobError(
             f"model: the kind of {shown} is not to be told; pass runtime= and type= (torch: "
-            "class, file, torchscript, exported; tensorflow: class, file, json; onnx: file)"
+            "class, file, torchscript, exported; tensorflow: class, file, json; onnx: file; "
+            "numpy: class)"
         )
     return known

@@ -12,6 +12,7 @@ import torch
 
 from chunkq.errors import ModelError
 from chunkq.job import Job
+from chunkq_worker.runtimes.base import not_one_array
 from chunkq_worker.runtimes.torch_files import LOADERS, reason
 from chunkq_worker.steps import Steps
 
@@ -64,10 +65,7 @@ class Network:
                 f"{reason(error)}"
             ) from error
         if not isinstance(outputs, torch.Tensor):
-            raise ModelError(
-                f"the network returned {type(outputs).__name__}, not one tensor; wrap it so that "
-                "it returns the prediction alone"
-            )
+            raise not_one_array(outputs, "tensor")
         values: npt.NDArray[np.float64] = outputs.double().numpy()
         return values
 

@@ -13,7 +13,7 @@ LEDGER_SECONDS = 5.0
 
 
 def serve(executor: Executor, shift: Shift) -> Ended:
-    """Work off a queue; a chunk that hangs ends the process."""
+    """Work off a queue; a chunk that hangs ends the process, if that is the worker's own."""
     # Imported here so that signals already work while the network's libraries load.
     from chunkq_worker.engine import waits_for_device
     from chunkq_worker.run import run_task
@@ -22,6 +22,8 @@ def serve(executor: Executor, shift: Shift) -> Ended:
     try:
         executor.work(run_task, shift)
     except OverrunError as error:
+        if not executor.owns_process:
+            return Ended(EXIT_OVERRUN, [str(error)])
         sys.stderr.write(f"chunkq: {error}\n")
         _leave_hanging(error)
     except ChunkqError as error:

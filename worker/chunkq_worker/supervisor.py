@@ -20,18 +20,13 @@ from chunkq.executors.base import (
     Executor,
     WorkerName,
 )
+from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 from chunkq_worker.birth import child_settings
 from chunkq_worker.child import Orders
 from chunkq_worker.devices import VISIBLE, Slot, cores
 
 POLL_SECONDS = 0.1
-INSTANT_DEATH_SECONDS = 10.0
-INSTANT_DEATHS_ALLOWED = 5
-BACKOFF_SECONDS = 0.5
-LONGEST_BACKOFF_SECONDS = 30.0
-QUEUE_PATIENCE_SECONDS = 600.0
-"""How long children are started again while the queue is away."""
 HAND_BACK_SECONDS = 1.0
 """Between tries to tell an absent queue what a child has let go."""
 
@@ -66,6 +61,7 @@ class Supervisor:
     time_limit: float | None = None
     quiet: bool = False
     hide_gpus: bool = False
+    settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
     queue_was_away: bool = field(default=False, init=False)
     _signals: int = field(default=0, init=False)
     _passed_on: int = field(default=0, init=False)
@@ -130,13 +126,13 @@ class Supervisor:
 
     def _after_death(self, place: _Place, code: int) -> None:
         returned = self._hand_back(place.worker, counted=True)
-        instant = time.time() - place.started < INSTANT_DEATH_SECONDS
+        instant = time.time() - place.started < self.settings.early_death
         place.deaths = place.deaths + 1 if instant else 1
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         if code == EXIT_OVERRUN:
             how = "was ended because it hung"
         self._say(f"worker {place.worker} {how}; {returned} chunks handed back")
-        if place.deaths >= INSTANT_DEATHS_ALLOWED:
+        if place.deaths >= self.settings.early_deaths:
             self._say(f"gave up after {place.deaths} deaths within seconds of starting")
             place.done = place.gave_up = True
             return
@@ -147,9 +143,9 @@ class Supervisor:
         self.queue_was_away = True
         self._hand_back(place.worker, counted=False)
         now = time.time()
-        if place.away_since is None or now - place.started > INSTANT_DEATH_SECONDS:
+        if place.away_since is None or now - place.started > self.settings.early_death:
             place.away_since, place.absences = now, 0
-        elif now - place.away_since > QUEUE_PATIENCE_SECONDS:
+        elif now - place.away_since > self.settings.queue_absence:
             self._say("gave up: the queue stays away")
             place.done = place.gave_up = True
             return
@@ -157,8 +153,8 @@ class Supervisor:
         self._wait(place, place.absences)
 
     def _wait(self, place: _Place, times: int) -> None:
-        pause = BACKOFF_SECONDS * 2 ** min(times - 1, 10)
-        place.not_before = time.time() + min(LONGEST_BACKOFF_SECONDS, pause)
+        pause = self.settings.restart_delay * 2 ** min(times - 1, 10)
+        place.not_before = time.time() + min(self.settings.longest_restart_delay, pause)
 
     def _hand_back(self, worker: str, *, counted: bool) -> int:
         """Return a child's chunks to the queue, later if that is away now; returns how many."""

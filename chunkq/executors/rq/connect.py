@@ -17,11 +17,11 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from chunkq.errors import QueueError
+from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 
 ANSWER_SECONDS = 3.0
 """How long an impatient connection waits for an answer."""
-STEADY_ANSWER_SECONDS = 30.0
 LONGEST_PASSWORD = 4096
 """Characters; what is longer is another file."""
 PASSWORD_VARIABLE = "CHUNKQ_QUEUE_PASSWORD_FILE"
@@ -38,7 +38,7 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     commands, says at once that it is. An address without a password takes it from the file that
     the environment names. Raises QueueError for a URL that is none, or a file that holds none.
     """
-    answer = STEADY_ANSWER_SECONDS if patient else ANSWER_SECONDS
+    answer = WorkerSettings.from_environment().server_answer if patient else ANSWER_SECONDS
     backoff = ExponentialBackoff(cap=5, base=0.2) if patient else NoBackoff()
     settings: dict[str, Any] = {
         "socket_connect_timeout": ANSWER_SECONDS,

@@ -29,7 +29,6 @@ from rq.utils import now, utcformat, utcparse
 from rq.worker_registration import clean_worker_registry, register
 
 from chunkq.errors import QueueError
-from chunkq.executors import leases
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.connect import asking, connect
@@ -157,7 +156,7 @@ class RqExecutor(LeaseQueue):
             attempt, stamp = uuid.uuid4().hex, utcformat(now())
             with asking(self.url):
                 begun = self._steady(
-                    "take", shift.worker, stamp, attempt, leases.LEASE_SECONDS, *_choice(shift)
+                    "take", shift.worker, stamp, attempt, shift.settings.lease, *_choice(shift)
                 )
             if begun is None:
                 return None
@@ -197,11 +196,11 @@ class RqExecutor(LeaseQueue):
         with asking(self.url):
             return bool(self._steady("drained", *_choice(shift)))
 
-    def renew(self, worker: str, held: Sequence[Lease]) -> None:
+    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
         """Put off the end of leases, and let RQ's tools see that the worker lives."""
         with asking(self.url):
             names = [part for lease in held for part in _names(lease)]
-            self._steady("renew", leases.LEASE_SECONDS, *names)
+            self._steady("renew", shift.settings.lease, *names)
             if self._card is not None:
                 with suppress(OutOfMemoryError):
                     self._show(self._card, held)

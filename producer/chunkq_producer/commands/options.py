@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chunkq.executors import QUEUE_VARIABLE, open_executor, queue_url
+from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
 from chunkq.ledger import JobFolder, folder_of
 from chunkq.opened import OpenJob, open_job
@@ -24,7 +24,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def queue_of(given: str | None, of_job: str | None = None) -> Executor:
     """Connect to the queue."""
-    return open_executor(queue_url(given, of_job))
+    return open_shared(queue_url(given, of_job))
 
 
 def folder_at(output: str) -> JobFolder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chunkq.executors import open_executor, queue_url
+from chunkq.executors import open_shared, queue_url
 from chunkq.job import load_job
 from chunkq.paths import without_secret
 from chunkq.progress import Meter
@@ -41,7 +41,7 @@ def produce(
     prepared = submit.prepare(checked)
     submit.check_place(prepared, resume=resume, overwrite=overwrite)
     url = queue_of(checked, queue)
-    executor = open_executor(url)
+    executor = open_shared(url)
     executor.ready()
     with Meter("queueing chunks") as meter:
         made = submit.produce(

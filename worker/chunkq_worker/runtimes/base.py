@@ -105,6 +105,7 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "torch": "chunkq_worker.runtimes.torch:load",
         "tensorflow": "chunkq_worker.runtimes.tensorflow:load",
         "onnx": "chunkq_worker.runtimes.onnx:load",
+        "numpy": "chunkq_worker.runtimes.numpy:load",
     }
 )
 """Name -> loader, `(ModelConfig, Steps, threads or None) -> Runtime`."""
@@ -117,8 +118,19 @@ def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runti
     try:
         loader: Loader = getattr(import_module(module), name)
     except ImportError as error:
+        # What runtime numpy needs is no extra.
+        package = "chunkq" if model.runtime == "numpy" else f"chunkq[{model.runtime}]"
         raise ModelError(
             f"model_config.runtime: {model.runtime} is not installed here ({error}); "
-            f"pip install 'chunkq[{model.runtime}]'"
+            f"pip install '{package}'"
         ) from None
     return loader(model, steps, threads)
+
+
+def not_one_array(outputs: Any, kind: str) -> ModelError:
+    """Return the error for a network that returned something else than one tensor or array."""
+    names = f" of {', '.join(sorted(map(str, outputs)))}" if isinstance(outputs, dict) else ""
+    return ModelError(
+        f"the network returned {type(outputs).__name__}{names}, not one {kind}; wrap it so that "
+        "it returns the prediction alone"
+    )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
+from chunkq.paths import read_bytes
 from chunkq.userfile import load_names, neighbours, pick
+from chunkq_worker.runtimes.formats import USES, format_of
+
+CLASS_FILE = "model_config.class_file"
 
 
 def make(model: ModelConfig) -> Any:
@@ -14,22 +19,50 @@ def make(model: ModelConfig) -> Any:
 
     Raises ModelError in one line.
     """
+    definition, kwargs = load_definition(model)
+    return instantiate(definition, kwargs, model)
+
+
+def load_definition(model: ModelConfig) -> tuple[Any, dict[str, Any]]:
+    """Return class_name of class_file and the kwargs of kwargs_file; raises ModelError."""
     path, name = model.class_file or "", model.class_name or ""
     try:
-        names = load_names(path, "model_config.class_file")
-        made = pick(names, name, path, "model_config.class_name")
-        kwargs = _kwargs(model.kwargs_file)
+        definition = pick(_names(path), name, path, "model_config.class_name")
+        return definition, _kwargs(model.kwargs_file)
     except JobError as error:
         raise ModelError(str(error)) from error
+
+
+def instantiate(
+    definition: Callable[..., Any], kwargs: Mapping[str, Any], model: ModelConfig
+) -> Any:
+    """Return an object of a job's class; raises ModelError if the class raises."""
     try:
-        with neighbours(path):
-            return made(**kwargs)
+        with neighbours(model.class_file or ""):
+            return definition(**kwargs)
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"model_config.class_name: {name}(**kwargs) raised {type(error).__name__}: {reason}; "
-            f"kwargs were {sorted(kwargs)}"
+            f"model_config.class_name: {model.class_name}(**kwargs) raised "
+            f"{type(error).__name__}: {reason}; kwargs were {sorted(kwargs)}"
         ) from error
+
+
+def _names(path: str) -> dict[str, Any]:
+    try:
+        return load_names(path, CLASS_FILE)
+    except JobError as error:
+        other = _other_format(path)
+        raise ModelError(f"{CLASS_FILE}: {path} is {other}" if other else str(error)) from error
+
+
+def _other_format(path: str) -> str | None:
+    """Return what a file is and how to use it, if it is a model file of a known format."""
+    try:
+        name = format_of(read_bytes(path))
+    except OSError:
+        return None
+    return None if name is None else USES[name]
 
 
 def _kwargs(path: str | None) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 from typing_extensions import override
 
-from chunkq import pages
 from chunkq.combine import Array
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.host import HostRuntime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.steps import Steps
@@ -34,61 +33,33 @@ OUT_OF_MEMORY = (
 log = logging.getLogger("chunkq.worker")
 
 
-class OnnxRuntime(Runtime):
-    """A graph whose batches and results lie on the host, as NumPy arrays.
+class OnnxRuntime(HostRuntime):
+    """A graph whose batches and results lie on the host.
 
-    So do the protected steps' arrays. The graph itself may run on a GPU: what it takes and gives
-    is then copied there and back.
+    The graph itself may run on a GPU: what it takes and gives is then copied there and back.
     """
 
     def __init__(self, session: Any, graph: Graph, model: ModelConfig, steps: Steps) -> None:
-        self.device, self._steps = model.device, steps
+        super().__init__(model, steps)
         self._session, self._graph = session, graph
-        self._dtype = np.dtype(model.dtype)
         self.any_batch = bool(graph.axes) and graph.axes[0] is None
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
-        given = self._given(batch)
-        if self._steps.preprocessing_protected is not None:
-            given = self._steps.preprocessing_protected(given)
-        self._graph.accept(tuple(given.shape), str(given.dtype).removeprefix("torch."))
-        outputs = self._run(given)
-        if self._steps.postprocessing_protected is not None:
-            outputs = self._steps.postprocessing_protected(outputs)
-        return self._as_float(outputs)
+    def _run(self, inputs: Array) -> Array:
+        self._graph.accept(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
+        return self._run_session(inputs)
 
-    def _given(self, batch: npt.NDArray[Any]) -> Array:
-        """Return a batch in the network's dtype where the protected steps want it."""
-        # Steps may work in place; the graph does not.
-        as_given = np.asarray if self._steps.preprocessing_protected is None else np.array
-        # What the dtype cannot hold is the network's affair, as with torch.
-        with np.errstate(over="ignore", invalid="ignore"):
-            return as_given(batch, self._dtype, order="C")
-
-    def _run(self, given: Array) -> Array:
-        """Return the network's output for a batch that it accepts."""
-        feed = {self._graph.input: np.ascontiguousarray(given)}
+    def _run_session(self, inputs: Array) -> Array:
+        """Return the graph's output for a batch that it accepts."""
+        feed = {self._graph.input: np.ascontiguousarray(inputs)}
         return self._session.run([self._graph.output], feed)[0]
-
-    def _as_float(self, outputs: Array) -> Array:
-        outputs = np.asarray(outputs)
-        return outputs if outputs.dtype == np.float64 else outputs.astype(np.float32, copy=False)
-
-    @override
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return pages.zeros(shape, np.float32)
-
-    @override
-    def place(self, array: npt.NDArray[Any]) -> Array:
-        return array
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
         # Bindings raise plain RuntimeErrors, everything else types of ONNX Runtime's own.
         of_theirs = type(error).__module__.startswith("onnxruntime")
         known = of_theirs or type(error) is RuntimeError
-        return isinstance(error, MemoryError) or (
+        return super().is_out_of_memory(error) or (
             known and any(words in str(error) for words in OUT_OF_MEMORY)
         )
 

@@ -101,12 +101,12 @@ class OnnxOnTorch(OnnxRuntime):
         self._free_at_first = free
 
     @override
-    def _given(self, batch: npt.NDArray[Any]) -> Array:
+    def _cast(self, batch: npt.NDArray[Any]) -> Array:
         tensor: torch.Tensor = self.place(batch)
         return tensor.to(getattr(self._torch, self._dtype.name))
 
     @override
-    def _run(self, given: Array) -> Array:
+    def _run_session(self, given: Array) -> Array:
         given = given.contiguous()
         shape = tuple(given.shape)
         if shape not in self._shapes:

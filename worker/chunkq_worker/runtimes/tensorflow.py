@@ -16,7 +16,7 @@ from chunkq import pages
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import hushed, tf
 from chunkq_worker.runtimes.tensorflow_reading import raised
@@ -221,11 +221,7 @@ def _alone(outputs: Any) -> Any:
     if isinstance(given, (list, tuple)) and len(given) == 1:
         given = given[0]
     if not tf.is_tensor(given) or not given.shape.rank:
-        names = f" of {', '.join(sorted(map(str, outputs)))}" if isinstance(outputs, dict) else ""
-        raise ModelError(
-            f"the network returned {type(outputs).__name__}{names}, not one tensor; wrap it so "
-            "that it returns the prediction alone"
-        )
+        raise not_one_array(outputs, "tensor")
     return given
 
 

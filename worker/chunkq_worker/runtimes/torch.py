@@ -17,7 +17,7 @@ from chunkq import pages
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.base import Feed, Fetched, Runtime
+from chunkq_worker.runtimes.base import Feed, Fetched, Runtime, not_one_array
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -92,10 +92,7 @@ class TorchRuntime(Runtime):
                 given = self._steps.preprocessing_protected(given)
             outputs = self._forward(given)
             if not isinstance(outputs, torch.Tensor):
-                raise ModelError(
-                    f"the network returned {type(outputs).__name__}, not one tensor; "
-                    "wrap it so that it returns the prediction alone"
-                )
+                raise not_one_array(outputs, "tensor")
             if self._steps.postprocessing_protected is not None:
                 outputs = self._steps.postprocessing_protected(outputs)
             return outputs if outputs.dtype == torch.float64 else outputs.float()

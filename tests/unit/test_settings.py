@@ -1,0 +1,44 @@
+"""Worker settings: defaults, overrides in the environment, mistakes."""
+
+import json
+import os
+
+import pytest
+
+from chunkq.errors import JobError
+from chunkq.executors.settings import SETTINGS_VARIABLE, WorkerSettings, override_settings
+
+
+def test_the_environment_overrides_settings_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SETTINGS_VARIABLE, raising=False)
+    assert WorkerSettings.from_environment() == WorkerSettings()
+    monkeypatch.setenv(SETTINGS_VARIABLE, '{"lease": 5, "early_deaths": 2}')
+    assert WorkerSettings.from_environment() == WorkerSettings(lease=5, early_deaths=2)
+
+
+def test_an_override_keeps_those_made_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SETTINGS_VARIABLE, '{"lease": 5, "server_answer": 1}')
+    override_settings(lease=7.5)
+    assert json.loads(os.environ[SETTINGS_VARIABLE]) == {"lease": 7.5, "server_answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("lease=5", SETTINGS_VARIABLE),
+        ("[5]", SETTINGS_VARIABLE),
+        ('{"leese": 5}', "'leese'"),
+        ('{"lease": "5"}', "lease: expected a number"),
+        ('{"lease": -1}', "lease: expected a number"),
+        ('{"lease": true}', "lease: expected a number"),
+        ('{"lease": NaN}', "lease: expected a number"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, text: str, named: str
+) -> None:
+    monkeypatch.setenv(SETTINGS_VARIABLE, text)
+    with pytest.raises(JobError) as error:
+        WorkerSettings.from_environment()
+    assert named in str(error.value)
+    assert len(str(error.value).splitlines()) == 1

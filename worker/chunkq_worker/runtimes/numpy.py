@@ -1,0 +1,99 @@
+"""Networks written in Python on NumPy arrays: a class or a plain function of the user's file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from chunkq.combine import Array
+from chunkq.errors import ModelError
+from chunkq.job import ModelConfig
+from chunkq_worker.runtimes.base import Runtime, not_one_array
+from chunkq_worker.runtimes.classes import instantiate, load_definition
+from chunkq_worker.runtimes.host import HostRuntime
+from chunkq_worker.runtimes.thread_limit import ThreadLimit
+from chunkq_worker.steps import Steps
+
+Network = Callable[[npt.NDArray[Any]], Any]
+
+
+class NumpyRuntime(HostRuntime):
+    """A callable that takes a batch (N, *model_input_shape) and returns (N, *model_output_shape).
+
+    The batch is a writable array in C order, in the job's dtype unless the protected step returns
+    another. The callable may change it. `limit` holds while the steps and the network compute.
+    """
+
+    any_batch = True
+
+    def __init__(
+        self, network: Network, model: ModelConfig, steps: Steps, limit: ThreadLimit
+    ) -> None:
+        super().__init__(model, steps)
+        self._network: Network | None = network
+        self._limit = limit
+
+    @override
+    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+        with self._limit.applied():
+            return super().__call__(batch)
+
+    @override
+    def _run(self, inputs: Array) -> Array:
+        if self._network is None:
+            raise ModelError("the network is closed")
+        outputs = self._network(np.require(inputs, requirements=["C", "W"]))
+        if not isinstance(outputs, np.ndarray):
+            raise not_one_array(outputs, "array")
+        return outputs
+
+    @override
+    def close(self) -> None:
+        self._network = None
+
+
+def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+    """Load the class or function a job names; raises ModelError in one line."""
+    limit = ThreadLimit(threads)
+    with limit.applied():
+        return NumpyRuntime(_network(model), model, steps, limit)
+
+
+def _network(model: ModelConfig) -> Network:
+    """Return an object of the class, or the function with the kwargs bound as keywords."""
+    definition, kwargs = load_definition(model)
+    key = f"model_config.class_name: {model.class_name} of {model.class_file}"
+    if not callable(definition):
+        raise ModelError(f"{key} is {type(definition).__name__}; expected a class or a function")
+    if not isinstance(definition, type):
+        _check_call(definition, kwargs, key)
+        return partial(definition, **kwargs)
+    network: Network = instantiate(definition, kwargs, model)
+    if not callable(network):
+        raise ModelError(
+            f"{key} is a class whose objects cannot be called; add __call__(self, batch)"
+        )
+    _check_call(network, {}, key)
+    return network
+
+
+def _check_call(network: Callable[..., Any], kwargs: Mapping[str, Any], key: str) -> None:
+    """Raise ModelError unless the network can be called with one batch and the kwargs."""
+    try:
+        signature = inspect.signature(network)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind(None, **kwargs)
+    except TypeError as error:
+        shown = f" and the kwargs {sorted(kwargs)}" if kwargs else ""
+        raise ModelError(
+            f"{key} cannot be called with one batch{shown}: {error}; change its parameters or "
+            "kwargs_file"
+        ) from error
