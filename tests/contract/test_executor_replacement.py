@@ -10,7 +10,7 @@ from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
 from tests.contract import test_executor_contract as contract
 from tests.contract.test_executor_contract import JOB, OTHER_JOB, Diary, burst, tasks
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.waiting import PATIENCE, wait_until
 
 pytest_generate_tests = contract.pytest_generate_tests
 url, queue = contract.url, contract.queue  # its fixtures

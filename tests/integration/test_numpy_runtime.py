@@ -19,7 +19,8 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig, job_schema, parse_job
-from tests.integration.bench import Bench, random_volume, read_output, write_zarr
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace
 
 PATCH = (4, 4)
 SHAPE = (10, 9)
@@ -368,7 +369,7 @@ def net(batch):
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (5, 5))
     job = {
         "input": str(tmp_path / "in.zarr"),
@@ -377,32 +378,32 @@ def bench(tmp_path: Path) -> Bench:
         "threads": 1,
         "model_config": keys(tmp_path, TELLING),
     }
-    made = Bench(tmp_path, job)
+    made = Workspace(tmp_path, job)
     made.write_job()
     return made
 
 
-def test_a_worker_process_imports_no_framework_for_it(bench: Bench) -> None:
-    bench.here("produce", "job.json").ok()
-    bench.run("work", "--burst").ok()
-    bench.here("finalize", "out.zarr").ok()
-    np.testing.assert_array_equal(read_output(bench.output), random_volume(SHAPE) * 2.0)
-    loaded = json.loads((bench.folder / "modules.json").read_text())
+def test_a_worker_process_imports_no_framework_for_it(workspace: Workspace) -> None:
+    workspace.call("produce", "job.json").ok()
+    workspace.run("work", "--burst").ok()
+    workspace.call("finalize", "out.zarr").ok()
+    np.testing.assert_array_equal(read_output(workspace.output), random_volume(SHAPE) * 2.0)
+    loaded = json.loads((workspace.folder / "modules.json").read_text())
     assert "chunkq_worker.runtimes.numpy" in loaded
     assert [name for name in HEAVY if name in loaded] == []
 
 
-def test_export_refuses_it_in_one_line(bench: Bench) -> None:
-    answer = bench.here("export", "job.json", "-o", "net.onnx")
+def test_export_refuses_it_in_one_line(workspace: Workspace) -> None:
+    answer = workspace.call("export", "job.json", "-o", "net.onnx")
     answer.refused(2, "model_config.runtime: numpy; only torch networks are exported")
 
 
-def test_tune_refuses_precisions_of_torch(bench: Bench) -> None:
-    answer = bench.here("tune", "job.json", "--precision", "bfloat16")
+def test_tune_refuses_precisions_of_torch(workspace: Workspace) -> None:
+    answer = workspace.call("tune", "job.json", "--precision", "bfloat16")
     answer.refused(2, "--precision: only for runtime torch, this job's is numpy")
 
 
-def test_plan_tries_it_on_patches_of_the_volume(bench: Bench) -> None:
-    answer = bench.run("plan", "job.json", "--probe", "--json").ok()
+def test_plan_tries_it_on_patches_of_the_volume(workspace: Workspace) -> None:
+    answer = workspace.run("plan", "job.json", "--probe", "--json").ok()
     tried = json.loads(answer.out)["probe"]
     assert (tried["device"], tried["finite"], tried["tile_norms"]) == ("cpu", True, [])
