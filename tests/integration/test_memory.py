@@ -43,7 +43,6 @@ def peak(folder: Path, blocks: int) -> int:
     return max(commit.peak_rss for commit in commits)
 
 
-@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
     small, large = peak(tmp_path / "small", 4), peak(tmp_path / "large", 8)
     # The larger volume alone has 96 MB, its sums over two classes twice that.

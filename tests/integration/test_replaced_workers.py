@@ -97,7 +97,6 @@ def write_job(folder: Path, name: str, framework: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", [("tensorflow", "torch", "tensorflow"), ("torch", "tensorflow", "torch")]
 )
