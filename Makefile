@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 DEMO := demo
+PROOFS := mutations leases crashes
 
-.PHONY: help demo test lint containers bench picture clean
+.PHONY: help demo check test prove lint containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
-	@echo "make test    install all that the tests need, check and test everything"
+	@echo "make check   lint, types and the tests without a server (2 minutes)"
+	@echo "make test    install all that the tests need, check and test everything (12 minutes)"
+	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
 	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (an hour)"
 	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
 	@echo "make clean   remove the environment and the demo's files"
@@ -34,7 +37,7 @@ $(VENV)/template/made: $(VENV)/made constraints.txt
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
-	@echo "installing chunkq, torch and what the tests need (about 400 MB, some minutes)"
+	@echo "installing chunkq, torch and what the tests need (about 600 MB, some minutes)"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
@@ -58,8 +61,18 @@ lint: $(VENV)/test-installed
 	$(BIN)/lint-imports
 
 # Groups of tests, the longest first: tests/harness/groups.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+check: lint
+	$(PYTEST) -m "not server" tests/unit benchmarks/tests tests/contract/test_executor_contract.py \
+	  tests/contract/test_executor_model.py tests/contract/test_executor_sqlite.py
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PYTEST) --durations-file $(VENV)/durations.json
+
+prove: $(VENV)/test-installed
+	@test -n "$(filter $(PART),$(PROOFS))" || { echo "make prove PART=NAME: $(PROOFS)"; exit 1; }
+	$(BIN)/python -m tests.prove.$(PART) --json benchmarks/results/$(PART).json
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

@@ -1,9 +1,65 @@
-"""Hypothesis: the same examples on every run; HYPOTHESIS_PROFILE=explore looks for new ones."""
+"""The temporary folder of a test session, its guardian, and how tests share processes."""
 
 import os
+import tempfile
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from tests.harness.durations import DurationsReport
+from tests.harness.groups import assign_groups, mark_servers
+from tests.harness.guardian import SessionGuardian
 
 settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+GUARDIAN = pytest.StashKey[SessionGuardian]()
+PROXIES = ("all_proxy", "ftp_proxy", "http_proxy", "https_proxy")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add options of our own."""
+    parser.addoption("--durations-file", type=Path, help="write the durations as JSON")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Put all files of the session into one folder, which a guardian process removes."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist has the controller's environment
+    config.pluginmanager.register(DurationsReport(config.getoption("--durations-file")))
+    guardian = SessionGuardian()
+    config.stash[GUARDIAN] = guardian
+    folder = guardian.folder
+    os.environ["TEST_SESSION"] = os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    config.option.basetemp = config.option.basetemp or folder / "tests"
+    # Folders that libraries otherwise use below the home folder.
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
+    os.environ["KERAS_HOME"] = str(folder / "keras")
+    # No test talks to anything but this machine.
+    for name in [name for name in os.environ if name.lower() in PROXIES]:
+        del os.environ[name]
+    processes = getattr(config.option, "numprocesses", None)
+    if processes:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests that need a server; distribute tests over the processes of `pytest -n`."""
+    mark_servers(items)
+    if hasattr(config, "workerinput"):
+        assign_groups(items)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Kill the processes that the tests have left, and name them."""
+    guardian = config.stash.get(GUARDIAN, None)
+    if guardian is not None:
+        for line in guardian.close():
+            config.get_terminal_writer().line(f"leaked process: {line}", yellow=True)

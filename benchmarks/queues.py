@@ -38,8 +38,8 @@ from rq.serializers import JSONSerializer
 from benchmarks.planning import job_over
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Shift
-from chunkq.executors.leases import LEASE_SECONDS
 from chunkq.executors.rq.server import Server, find_server
+from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import Commit, JobFolder, JobRecord
 from chunkq.ome import Space
 from chunkq.stores import Source
@@ -53,7 +53,7 @@ DRAINED, BARE_DRAINED, PROCESSES, DEPTH = 20_000, 1000, 2, 4
 COMMITTED_EDGE = 12
 STAGE_SECONDS, STAGED = 0.1, 48
 SETTLING_SECONDS = 4.0
-IDLE_SECONDS = 2 * LEASE_SECONDS / 3  # two heartbeats, wherever the first one falls
+IDLE_SECONDS = 2 * WorkerSettings().lease / 3  # two heartbeats, wherever the first one falls
 PATIENCE = 120.0
 
 

@@ -28,11 +28,11 @@ import simpy
 from benchmarks.scale_inputs import Inputs
 from benchmarks.scale_work import Load, Task, Work
 from chunkq.executors.base import DEPTH_ON_GPU
-from chunkq.executors.leases import LEASE_SECONDS
+from chunkq.executors.settings import WorkerSettings
 
 TAKE = FINISH = RENEW = NOTE = 0.5
 """Requests in units of a drained task, which is one take and one finish."""
-HEARTBEATS_PER_S = 3 / LEASE_SECONDS
+HEARTBEATS_PER_S = 3 / WorkerSettings().lease
 WARM_ROUNDS, MEASURED_ROUNDS = 1.5, 1.5
 """Rounds of `depth` chunks a worker: passed first, then measured."""
 LEAST_TASKS = 600

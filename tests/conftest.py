@@ -1,60 +1,14 @@
-"""The session's temporary folder and its guardian, and fixtures for all tests."""
+"""Fixtures for all tests."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from chunkq.executors import open_executor
 from chunkq.executors.dask_scheduler import start as start_scheduler
-from tests.harness.groups import assign_groups
-from tests.harness.guardian import SessionGuardian
-from tests.own_network import OwnNetwork
-from tests.ray_server import ray_cluster
-from tests.redis_server import RedisServer, redis_server
-
-GUARDIAN = pytest.StashKey[SessionGuardian]()
-PROXIES = ("all_proxy", "ftp_proxy", "http_proxy", "https_proxy")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    """Put all files of the session into one folder, which a guardian process removes."""
-    if hasattr(config, "workerinput"):
-        return  # a worker of pytest-xdist has the controller's environment
-    guardian = SessionGuardian()
-    config.stash[GUARDIAN] = guardian
-    folder = guardian.folder
-    os.environ["TEST_SESSION"] = os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    config.option.basetemp = config.option.basetemp or folder / "tests"
-    # Folders that libraries otherwise use below the home folder.
-    os.environ["XDG_STATE_HOME"] = str(folder / "state")
-    os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
-    os.environ["KERAS_HOME"] = str(folder / "keras")
-    # No test talks to anything but this machine.
-    for name in [name for name in os.environ if name.lower() in PROXIES]:
-        del os.environ[name]
-    processes = getattr(config.option, "numprocesses", None)
-    if processes:
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Distribute the tests over the processes of `pytest -n`, in groups."""
-    if hasattr(config, "workerinput"):
-        assign_groups(items)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Kill the processes that the tests have left, and name them."""
-    guardian = config.stash.get(GUARDIAN, None)
-    if guardian is not None:
-        for line in guardian.close():
-            config.get_terminal_writer().line(f"leaked process: {line}", yellow=True)
+from tests.harness.network_namespace import NetworkNamespace
+from tests.harness.servers.ray import ray_cluster
+from tests.harness.servers.redis import RedisServer, redis_server
 
 
 @pytest.fixture(scope="session")
@@ -87,15 +41,15 @@ def dask(dask_of_session: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_of_session() -> Iterator[tuple[OwnNetwork, str]]:
-    network = OwnNetwork()
+def ray_of_session() -> Iterator[tuple[NetworkNamespace, str]]:
+    network = NetworkNamespace()
     with ray_cluster(network) as url:
         yield network, url
     network.close()
 
 
 @pytest.fixture
-def ray(ray_of_session: tuple[OwnNetwork, str]) -> Iterator[str]:
+def ray(ray_of_session: tuple[NetworkNamespace, str]) -> Iterator[str]:
     """The queue of a Ray cluster, with nothing in it; the test is inside the cluster's network."""
     network, url = ray_of_session
     with network.inside():

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.compose_tool import make_stack
-from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
-from tests.integration.support import files_below
-from tests.redis_server import free_port
+from tests.harness.compose import make_stack
+from tests.harness.files import files_below
+from tests.harness.networks import toy_model
+from tests.harness.servers.redis import free_port
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace
 
 
 @contextmanager
@@ -59,11 +61,11 @@ def test_a_job_in_containers_gives_the_bytes_of_one_without(tmp_path: Path) -> N
         "threads": 1,
         "model_config": toy_model(data, (8, 8, 8), scale=100.0),
     }
-    bench = Bench(data, values)
-    bench.write_job()
-    bench.run("run", "job.json", "--gpus", "none").ok()
-    expected = files_below(bench.output)
-    for path in (bench.output, bench.job_folder):
+    workspace = Workspace(data, values)
+    workspace.write_job()
+    workspace.run("run", "job.json", "--gpus", "none").ok()
+    expected = files_below(workspace.output)
+    for path in (workspace.output, workspace.job_folder):
         path.rename(stack.folder / path.name)
     # Containers that are not root's must get through the test's folders.
     for path in [data, *data.rglob("*")]:
@@ -77,7 +79,7 @@ def test_a_job_in_containers_gives_the_bytes_of_one_without(tmp_path: Path) -> N
         assert "s3cr3t" not in said
     finally:
         stack.call("cpu", "down", "--volumes")
-    assert files_below(bench.output) == expected
-    assert {path.stat().st_uid for path in bench.output.rglob("*")} == {
+    assert files_below(workspace.output) == expected
+    assert {path.stat().st_uid for path in workspace.output.rglob("*")} == {
         int(stack.settings["CHUNKQ_UID"])
     }

@@ -47,7 +47,7 @@ from chunkq.executors.rq import executor as rq_executor
 from chunkq.executors.rq.executor import queue_name
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import ENTRY_POINTS, Task
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.waiting import TIMEOUT, wait_until
 
 MOMENT = 0.2
 """Seconds in which something that must not happen is given the chance to."""
@@ -144,7 +144,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = (*LOCAL, *CLUSTERS)
     if metafunc.definition.get_closest_marker("processes"):
         chosen = SHARED
-    metafunc.parametrize("backend", chosen, ids=lambda backend: backend.name)
+    metafunc.parametrize("backend", parameters(chosen))
+
+
+def parameters(backends: Sequence[Backend]) -> list[Any]:
+    """One parameter per backend, marked if it needs a server."""
+    return [
+        pytest.param(
+            backend,
+            id=backend.name,
+            marks=[] if backend.name in ("inprocess", "sqlite") else [pytest.mark.server],
+        )
+        for backend in backends
+    ]
 
 
 @pytest.fixture
@@ -218,7 +230,7 @@ class Hand:
 
     def end(self) -> None:
         self.go.set()
-        self.thread.join(PATIENCE)
+        self.thread.join(TIMEOUT)
         assert not self.thread.is_alive()
 
 
@@ -227,7 +239,7 @@ def hand(url: str, shift: Shift, then: Handler = lambda task, attempt: None) -> 
     go = threading.Event()
 
     def wait_and(task: Task, attempt: Attempt) -> None:
-        assert go.wait(PATIENCE)
+        assert go.wait(TIMEOUT)
         then(task, attempt)
 
     diary = Diary(wait_and)
@@ -545,7 +557,7 @@ def test_a_killed_worker_process_has_begun_its_task_and_holds_it_until_released(
     queue.submit(tasks(1))
     process = SPAWN.Process(target=begin_and_die, args=(url, "dead"))
     process.start()
-    process.join(PATIENCE)
+    process.join(TIMEOUT)
     assert process.exitcode == 9
     assert queue.counts(JOB) == Counts(running=1)
     assert queue.release("dead") == 1
@@ -649,7 +661,7 @@ def test_as_many_tasks_are_in_flight_as_the_shift_is_deep(queue: Executor) -> No
 
     def meet(task: Task, attempt: Attempt) -> None:
         # Passes only when `depth` tasks are here at the same time.
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
 
     diary = Diary(meet)
     queue.work(diary, burst(depth=depth))
@@ -864,7 +876,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
     thread.join(3)
     ended = not thread.is_alive()
     worker.stopping.set()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     assert queue.jobs() == {JOB: Counts(queued=2)}
     assert len(errors) == 1
     assert ended
@@ -880,7 +892,7 @@ def hanging() -> Iterator[threading.Event]:
         go.set()
         for thread in threading.enumerate():
             if thread.name.startswith("chunk-"):
-                thread.join(PATIENCE)
+                thread.join(TIMEOUT)
 
 
 def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_back(
@@ -897,7 +909,7 @@ def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_bac
             if task == short:
                 time.sleep(limit * 2 / 3)
             else:
-                go.wait(PATIENCE)
+                go.wait(TIMEOUT)
 
         worker = shift("slow", depth=2, time_limit=limit)
         with pytest.raises(OverrunError, match=r"infer chunk 0\.0 ran for more than") as overrun:
@@ -942,7 +954,7 @@ def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None
 
 
 def wait_for(event: threading.Event) -> None:
-    event.wait(PATIENCE)
+    event.wait(TIMEOUT)
 
 
 def test_the_time_limit_follows_the_longest_task_seen(
@@ -958,7 +970,7 @@ def test_the_time_limit_follows_the_longest_task_seen(
             if task.chunk[0] in seconds:
                 time.sleep(seconds[task.chunk[0]])
             else:
-                go.wait(PATIENCE)
+                go.wait(TIMEOUT)
 
         with pytest.raises(OverrunError) as overrun:
             queue.work(handler, shift("slow", settings=settings))
@@ -978,7 +990,7 @@ def test_a_jobs_first_task_has_a_time_limit_of_its_own(
 
         def handler(task: Task, attempt: Attempt) -> None:
             if task.chunk == (hung,):
-                go.wait(PATIENCE)
+                go.wait(TIMEOUT)
 
         before = time.monotonic()
         with pytest.raises(OverrunError) as overrun:
@@ -1010,7 +1022,7 @@ def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     together, given, owners = threading.Barrier(crew), [], [queue, open_executor(url)]
 
     def commit(number: int) -> None:
-        together.wait(PATIENCE)
+        together.wait(TIMEOUT)
         mine = marks[number::crew]
         for first in range(0, len(mine), 3):
             given.extend(owners[number % 2].note(JOB, mine[first : first + 3]))
@@ -1020,7 +1032,7 @@ def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
     owners[1].close()
     assert Counter(given) == Counter(finalizing(*blocks))
 
@@ -1138,7 +1150,7 @@ def producer(url: str, count: int) -> Iterator[Producer]:
     try:
         yield Producer(thread, told)
     finally:
-        limit = time.monotonic() + PATIENCE
+        limit = time.monotonic() + TIMEOUT
         with open_queue(url) as executor:
             while thread.is_alive():
                 assert time.monotonic() < limit
@@ -1277,7 +1289,7 @@ def test_many_processes_share_a_queue_and_no_task_is_given_twice(
     wait_until(lambda: len(list(tmp_path.glob("start.*"))) == crew, "all processes are ready")
     start.touch()
     for process in processes:
-        process.join(PATIENCE)
+        process.join(TIMEOUT)
     assert [process.exitcode for process in processes] == [0] * crew
     lines = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
     assert Counter(task for _, task, _ in lines) == Counter(task.id for task in tasks(count))

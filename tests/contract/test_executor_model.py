@@ -35,7 +35,7 @@ from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.executor import queue_name
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
-from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB
+from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB, parameters
 
 JOBS = (JOB, OTHER_JOB)
 WORKERS = ("worker-a", "worker-b", "worker-c")
@@ -419,7 +419,7 @@ class Model(RuleBasedStateMachine):
 # ------------------------------------------------------------------------------------- tests
 
 
-@pytest.fixture(params=LOCAL, ids=lambda backend: backend.name)
+@pytest.fixture(params=parameters(LOCAL))
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Model]]:
     url = request.param.make_url(tmp_path, request)
     pair = open_executor(url), open_executor(url)

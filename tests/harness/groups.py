@@ -8,6 +8,19 @@ SECONDS = {"ray": 300, "slurm": 250}
 """Measured durations of the long groups. Only their order counts; a shorter group has none."""
 
 
+SERVERS = frozenset(
+    {"redis", "redis_of_session", "server", "dask", "ray", "slurm", "moto", "s3", "small_queue"}
+)
+"""Fixtures that start a server."""
+
+
+def mark_servers(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a server's fixture; parameters that do are marked where they are."""
+    for item in items:
+        if SERVERS.intersection(getattr(item, "fixturenames", [])):
+            item.add_marker(pytest.mark.server)
+
+
 def group_of(item: pytest.Item) -> str:
     """Return the group of a test: its server if that is expensive, otherwise its file.
 

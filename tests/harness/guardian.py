@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +113,17 @@ def members(folder: str, spared: set[int]) -> set[int]:
 
 def _is_marked(pid: int, folder: bytes) -> bool:
     process = Path(f"/proc/{pid}")
-    links: list[Callable[[], bytes]] = [
-        (process / "environ").read_bytes,
-        (process / "cmdline").read_bytes,
-        lambda: os.readlink(os.fsencode(process / "cwd")),
-    ]
     with contextlib.suppress(OSError):
-        links += [
-            lambda number=number: os.readlink(os.fsencode(process / "fd" / number))
-            for number in os.listdir(process / "fd")
-        ]
-    for read in links:
-        with contextlib.suppress(OSError):
-            if folder in read():
-                return True
+        if any(folder in (process / name).read_bytes() for name in ("environ", "cmdline")):
+            return True
+    with contextlib.suppress(OSError):
+        if folder in os.fsencode(os.readlink(process / "cwd")):
+            return True
+    with contextlib.suppress(OSError):
+        for number in os.listdir(process / "fd"):
+            with contextlib.suppress(OSError):
+                if folder in os.fsencode(os.readlink(process / "fd" / number)):
+                    return True
     return False
 
 

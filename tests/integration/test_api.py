@@ -46,16 +46,10 @@ from chunkq.opened import open_job
 from chunkq.plan import Chunk
 from chunkq.wavefront import regions
 from tests import reference as ref
-from tests.integration.bench import (
-    Bench,
-    everything_below,
-    random_volume,
-    read_output,
-    run_whole,
-    toy_model,
-    write_zarr,
-)
-from tests.integration.support import files_below
+from tests.harness.files import everything_below, files_below
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace, run_inline
 from tests.integration.test_inputs import CASES, job_of
 
 README = Path(__file__).parents[2] / "README.md"
@@ -150,7 +144,7 @@ def same_as_stored(folder: Path, values: dict[str, Any], volumes: list[npt.NDArr
     """Compare every way out of a predictor with what produce, work and finalize store."""
     paths = [str(write_zarr(folder / f"input{n}.zarr", v)) for n, v in enumerate(volumes)]
     output = str(folder / "job.zarr")
-    job, report = run_whole(values | {"input": paths, "output": output})
+    job, report = run_inline(values | {"input": paths, "output": output})
     stored = read_output(output)
     given: Any = volumes if len(volumes) > 1 else volumes[0]
     bare = {k: v for k, v in values.items() if k not in ("input", "output")}
@@ -450,7 +444,7 @@ def test_a_job_file_serves_as_it_is_and_paths_are_relative_to_it(tmp_path: Path)
     model = keys(tmp_path)["model_config"]
     for key in ("class_file", "kwargs_file"):
         model[key] = Path(model[key]).name
-    job = Bench(tmp_path, {**SLIDING, "input": 5, "model_config": model}).write_job()
+    job = Workspace(tmp_path, {**SLIDING, "input": 5, "model_config": model}).write_job()
     with chunkq.Predictor.from_config(job) as predictor:
         assert predictor.predict(random_volume(SHAPE)).probabilities is not None
         assert predictor.job.combine == "weighted_avg"
@@ -668,7 +662,7 @@ def test_a_store_written_from_python_is_the_job_s(tmp_path: Path) -> None:
     volume = random_volume(SHAPE)
     path = write_zarr(tmp_path / "in.zarr", volume, (8, 8, 8))
     values = keys(tmp_path, combine="soft")
-    job, _ = run_whole(values | {"input": str(path), "output": str(tmp_path / "job.zarr")})
+    job, _ = run_inline(values | {"input": str(path), "output": str(tmp_path / "job.zarr")})
     steps: list[tuple[int, int]] = []
     with chunkq.Predictor.from_config(values) as predictor:
         report = predictor.predict_to_store(
@@ -760,64 +754,65 @@ def test_a_model_file_that_changed_meanwhile_is_not_vouched_for(tmp_path: Path) 
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (8, 8, 8))
     values = keys(tmp_path) | {"input": str(tmp_path / "in.zarr")}
-    made = Bench(tmp_path, values | {"output": str(tmp_path / "out.zarr")})
+    made = Workspace(tmp_path, values | {"output": str(tmp_path / "out.zarr")})
     for name in [name for name in os.environ if name.startswith("CHUNKQ")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("CHUNKQ_QUEUE", f"sqlite://{made.queue}")
+    monkeypatch.setenv("CHUNKQ_QUEUE", f"sqlite://{made.queue_file}")
     return made
 
 
 def test_produce_status_and_finalize_are_functions_that_print_nothing(
-    bench: Bench, capfd: pytest.CaptureFixture[str]
+    workspace: Workspace, capfd: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[tuple[int, int]] = []
-    made = chunkq.produce(bench.values, progress=lambda *step: steps.append(step))
+    made = chunkq.produce(workspace.values, progress=lambda *step: steps.append(step))
     assert (made.chunks, made.done, made.queued) == (18, 0, 18)
     assert steps == [(0, 18), (18, 18)]
-    status = chunkq.status(str(bench.output))
+    status = chunkq.status(str(workspace.output))
     assert (status.chunks, status.done, status.queued, status.sealed) == (18, 0, 18, False)
     with pytest.raises(IncompleteError, match="18 chunks are not computed yet") as caught:
-        chunkq.finalize(bench.output)
+        chunkq.finalize(workspace.output)
     assert len(caught.value.missing) == 18
-    bench.work_here()
-    report = chunkq.finalize(bench.output)
+    workspace.compute_inline()
+    report = chunkq.finalize(workspace.output)
     assert (report["chunks"], report["missing"]) == (18, [])
-    status = chunkq.status(bench.output)
+    status = chunkq.status(workspace.output)
     assert (status.done, status.sealed) == (18, True)
     assert status.blocks_finalized == status.blocks_to_finalize > 0
-    assert chunkq.produce(bench.write_job()).queued == 0
-    with chunkq.Predictor.from_config(bench.values) as predictor:
+    assert chunkq.produce(workspace.write_job()).queued == 0
+    with chunkq.Predictor.from_config(workspace.values) as predictor:
         np.testing.assert_array_equal(
-            predictor.predict(bench.folder / "in.zarr").probabilities, read_output(bench.output)
+            predictor.predict(workspace.folder / "in.zarr").probabilities,
+            read_output(workspace.output),
         )
     assert capfd.readouterr() == ("", "")
 
 
-def test_functions_raise_what_commands_say(bench: Bench) -> None:
+def test_functions_raise_what_commands_say(workspace: Workspace) -> None:
     with pytest.raises(MissingJobError, match="no job was produced here"):
-        chunkq.status(bench.output)
+        chunkq.status(workspace.output)
     with pytest.raises(MissingJobError, match="no job was produced here"):
-        chunkq.finalize(bench.output)
+        chunkq.finalize(workspace.output)
     for function in (chunkq.produce, chunkq.run):
         with pytest.raises(StoreError, match=r"gone\.zarr is not there"):
-            function(bench.values, input=bench.folder / "gone.zarr")
+            function(workspace.values, input=workspace.folder / "gone.zarr")
         with pytest.raises(JobError, match="no such job file"):
-            function(bench.folder / "gone.yaml")
+            function(workspace.folder / "gone.yaml")
     with pytest.raises(JobError, match="--resume goes on and --overwrite starts again"):
-        chunkq.produce(bench.values, resume=True, overwrite=True)
+        chunkq.produce(workspace.values, resume=True, overwrite=True)
     with pytest.raises(JobError, match="is no queue this version knows"):
-        chunkq.produce(bench.values, queue="amqp://x", output=bench.folder / "other.zarr")
-    chunkq.produce(bench.values)
-    status = chunkq.status(bench.output, queue=f"sqlite://{bench.folder}/in.zarr")
+        chunkq.produce(workspace.values, queue="amqp://x", output=workspace.folder / "other.zarr")
+    chunkq.produce(workspace.values)
+    status = chunkq.status(workspace.output, queue=f"sqlite://{workspace.folder}/in.zarr")
     assert (status.queued, status.chunks) == (None, 18)
     assert status.queue_problem is not None
 
 
 def test_run_is_stopped_by_ctrl_c_and_completed_by_the_same_call_from_any_thread(
-    bench: Bench, capfd: pytest.CaptureFixture[str]
+    workspace: Workspace, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
     interrupts: list[int] = []
@@ -828,7 +823,7 @@ def test_run_is_stopped_by_ctrl_c_and_completed_by_the_same_call_from_any_thread
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(ChunkqError, match="stopped; the same command continues") as caught:
-        chunkq.run(bench.values, progress=interrupt)
+        chunkq.run(workspace.values, progress=interrupt)
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -841,25 +836,28 @@ def test_run_is_stopped_by_ctrl_c_and_completed_by_the_same_call_from_any_thread
 
     # Not the main thread, so that signals cannot be passed on.
     with ThreadPoolExecutor(1, thread_name_prefix="own") as pool:
-        report = pool.submit(chunkq.run, bench.values, workers=2, progress=look).result()
+        report = pool.submit(chunkq.run, workspace.values, workers=2, progress=look).result()
     assert (report["chunks"], report["missing"]) == (18, [])
     assert report["patches"] == report["planned_patches"]
     assert looks[-1].done == 18
     assert threads == {"own_0"}
-    with chunkq.Predictor.from_config(bench.values) as predictor:
+    with chunkq.Predictor.from_config(workspace.values) as predictor:
         np.testing.assert_array_equal(
-            predictor.predict(bench.folder / "in.zarr").probabilities, read_output(bench.output)
+            predictor.predict(workspace.folder / "in.zarr").probabilities,
+            read_output(workspace.output),
         )
     assert capfd.readouterr() == ("", "")
 
 
-def test_run_says_why_chunks_failed_in_the_error_s_notes(bench: Bench) -> None:
+def test_run_says_why_chunks_failed_in_the_error_s_notes(workspace: Workspace) -> None:
     volume = random_volume(SHAPE)
     volume[16, 13, 18] = 255
-    write_zarr(bench.folder / "marked.zarr", volume, (8, 8, 8))
-    model = keys(bench.folder, POISONED)["model_config"]
+    write_zarr(workspace.folder / "marked.zarr", volume, (8, 8, 8))
+    model = keys(workspace.folder, POISONED)["model_config"]
     with pytest.raises(IncompleteError, match="chunks are not computed yet") as caught:
-        chunkq.run({**bench.values, "model_config": model}, input=bench.folder / "marked.zarr")
+        chunkq.run(
+            {**workspace.values, "model_config": model}, input=workspace.folder / "marked.zarr"
+        )
     assert caught.value.missing
     assert any("the network gave NaN or infinity" in note for note in caught.value.__notes__)
 
@@ -914,9 +912,9 @@ def code_block(after: str, language: str) -> str:
 
 
 def test_the_readme_s_example_runs_as_it_stands(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bench.folder / "readme"
+    folder = workspace.folder / "readme"
     folder.mkdir()
     volume = random_volume((70, 64, 64))
     write_zarr(folder / "volume.zarr", volume, (32, 32, 32))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compose_tool import DEPLOY, Stack, make_stack
+from tests.harness.compose import DEPLOY, Stack, make_stack
 
 PROFILES = {"cpu": "worker-cpu", "gpu": "worker"}
 OURS = ("producer", "worker", "worker-cpu", "finalizer")

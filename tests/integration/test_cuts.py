@@ -8,7 +8,9 @@ import numpy.typing as npt
 import pytest
 
 from tests import reference as ref
-from tests.integration.bench import random_volume, read_output, run_whole, toy_model, write_zarr
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import run_inline
 
 SHAPE = (37, 23, 30)
 PATCH = (8, 8, 8)
@@ -78,7 +80,7 @@ def results(tmp_path: Path, job: str, combine: str, activation: str) -> dict[int
             "model_config": toy_model(tmp_path, PATCH, scale=SCALE) | {"max_batch_size": 8},
             **JOBS[job][0],
         }
-        opened, report = run_whole(values)
+        opened, report = run_inline(values)
         assert report["chunks"] == count
         assert report["missing"] == []
         found[count] = read_output(opened.folder.output)

@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.support import Crew, Ended, Materials, Place, calm_place, materials
-from tests.redis_server import free_port
-from tests.waiting import wait_until
+from tests.harness.processes import CommandResult, RunningCommand
+from tests.harness.servers.redis import free_port
+from tests.harness.standard_job import StandardJob, StandardWorkspace
+from tests.harness.waiting import wait_until
 
 CHUNKS = 24
 HOST = "127.0.0.1"
@@ -54,17 +55,6 @@ import chunkq.executors.dask
 
 chunkq.executors.dask.CONNECT_SECONDS = 1.0
 """
-
-
-@pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The job done by one worker to which nothing happened, on the embedded queue."""
-    return calm_place(tmp_path_factory.mktemp)
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return materials(tmp_path_factory.mktemp)
 
 
 @dataclass
@@ -122,15 +112,15 @@ class Cluster:
         wait_until(lambda: self._listens(started), "the scheduler listens")
         return started
 
-    def worker(self, place: Place, threads: int = 1, **environment: str) -> Process:
+    def worker(self, workspace: StandardWorkspace, threads: int = 1, **environment: str) -> Process:
         """Start a worker under its nanny; the network's instructions are in its environment."""
         options = [f"tcp://{HOST}:{self.port}", "--host", HOST, "--no-dashboard"]
         options += ["--nthreads", str(threads), "--memory-limit", "0"]
         options += ["--local-directory", str(self.folder)]
         told = {
-            "NET_TRACE": str(place.folder / "trace"),
-            "NET_DONE": str(place.job_folder / "done" / "infer"),
-            "NET_GATE": str(place.folder / "gate"),
+            "NET_TRACE": str(workspace.folder / "trace"),
+            "NET_DONE": str(workspace.job_folder / "done" / "infer"),
+            "NET_GATE": str(workspace.folder / "gate"),
         }
         return self._start(WORKER, *options, **(told | environment))
 
@@ -176,27 +166,31 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def running_cluster(cluster: Cluster, place: Place, **environment: str) -> Iterator[list[Process]]:
+def running_cluster(
+    cluster: Cluster, workspace: StandardWorkspace, **environment: str
+) -> Iterator[list[Process]]:
     """A scheduler with two workers, one of them with two threads."""
     cluster.scheduler()
-    yield [cluster.worker(place, 1, **environment), cluster.worker(place, 2, **environment)]
+    yield [cluster.worker(workspace, 1, **environment), cluster.worker(workspace, 2, **environment)]
 
 
-def only_line(ended: Ended) -> str:
+def only_line(ended: CommandResult) -> str:
     """The one line that a command says, and nothing besides."""
     [line] = ended.err.splitlines()
     assert line.startswith("chunkq: ")
     return line.removeprefix("chunkq: ")
 
 
-def said_by(place: Place, *commands: Sequence[str], **environment: str) -> list[Ended]:
+def said_by(
+    workspace: StandardWorkspace, *commands: Sequence[str], **environment: str
+) -> list[CommandResult]:
     """Run commands for real, side by side."""
     with ExitStack() as stack:
-        crews = [stack.enter_context(place.start(*each, **environment)) for each in commands]
-        return [crew.ended() for crew in crews]
+        clis = [stack.enter_context(workspace.start(*each, **environment)) for each in commands]
+        return [cli.wait() for cli in clis]
 
 
-def of_its_own(place: Place) -> dict[str, str]:
+def of_its_own(workspace: StandardWorkspace) -> dict[str, str]:
     """The environment in which `run` makes a cluster for itself."""
     return {"CHUNKQ_QUEUE": "dask://"}
 
@@ -204,13 +198,15 @@ def of_its_own(place: Place) -> dict[str, str]:
 # Refusals: one line each.
 
 
-def test_a_scheduler_that_is_away_is_said_in_one_line(shared: Materials, tmp_path: Path) -> None:
+def test_a_scheduler_that_is_away_is_said_in_one_line(
+    standard_job: StandardJob, tmp_path: Path
+) -> None:
     url = f"dask://{HOST}:{free_port()}"
-    place = Place(shared, tmp_path, url=url)
+    workspace = standard_job.workspace(tmp_path, url=url)
     produce, run, work = said_by(
-        place,
+        workspace,
         ("produce", "job.yaml"),
-        ("run", str(place.job_file)),
+        ("run", str(workspace.job_file)),
         ("work", *ON_CPU, "--burst"),
         PYTHONPATH=hooked(tmp_path, IMPATIENT),
     )
@@ -221,13 +217,13 @@ def test_a_scheduler_that_is_away_is_said_in_one_line(shared: Materials, tmp_pat
             r"or check host and port",
             only_line(ended),
         )
-    assert not place.job_folder.exists()
-    Place(shared, tmp_path).produce()
+    assert not workspace.job_folder.exists()
+    standard_job.workspace(tmp_path).produce()
     status, blocks, seal = said_by(
-        place,
-        ("status", str(place.output), "--json"),
-        ("finalize", str(place.output), "--distribute"),
-        ("finalize", str(place.output)),
+        workspace,
+        ("status", str(workspace.output), "--json"),
+        ("finalize", str(workspace.output), "--distribute"),
+        ("finalize", str(workspace.output)),
         PYTHONPATH=hooked(tmp_path, IMPATIENT),
     )
     assert status.code == 0
@@ -252,33 +248,33 @@ def test_a_scheduler_that_is_away_is_said_in_one_line(shared: Materials, tmp_pat
     ],
 )
 def test_a_wrong_address_is_refused_in_one_line(
-    shared: Materials, tmp_path: Path, url: str, line: str
+    standard_job: StandardJob, tmp_path: Path, url: str, line: str
 ) -> None:
-    place = Place(shared, tmp_path)
-    for command in (("produce", str(place.job_file)), ("work",)):
-        ended = place.command(*command, "--queue", url)
+    workspace = standard_job.workspace(tmp_path)
+    for command in (("produce", str(workspace.job_file)), ("work",)):
+        ended = workspace.call(*command, "--queue", url)
         assert ended.code == 2
         assert re.fullmatch(f"queue: {line}", only_line(ended))
-    assert not place.job_folder.exists()
+    assert not workspace.job_folder.exists()
 
 
 def test_a_protocol_that_is_not_there_is_said_in_one_line(
-    shared: Materials, tmp_path: Path
+    standard_job: StandardJob, tmp_path: Path
 ) -> None:
-    place = Place(shared, tmp_path, {"dask_config": {"protocol": "ucx"}})
-    job = str(place.job_file)
+    workspace = standard_job.workspace(tmp_path, {"dask_config": {"protocol": "ucx"}})
+    job = str(workspace.job_file)
     for command in (
         ("work", "--queue", "dask://host?protocol=ucx"),
         ("run", job, "--queue", "dask://"),
     ):
-        ended = place.command(*command)
+        ended = workspace.call(*command)
         assert ended.code == 1
         assert only_line(ended).startswith("queue: Dask cannot speak ucx here; pip install ")
 
 
-def test_a_running_cluster_needs_an_address(shared: Materials, tmp_path: Path) -> None:
-    place = Place(shared, tmp_path, {"cluster": "running"}, url="dask://")
-    ended = place.command("run", str(place.job_file), "-e", "dask")
+def test_a_running_cluster_needs_an_address(standard_job: StandardJob, tmp_path: Path) -> None:
+    workspace = standard_job.workspace(tmp_path, {"cluster": "running"}, url="dask://")
+    ended = workspace.call("run", str(workspace.job_file), "-e", "dask")
     assert ended.code == 2
     assert only_line(ended) == (
         "cluster: running, but where? Give dask_config.address or --queue dask://…"
@@ -286,14 +282,14 @@ def test_a_running_cluster_needs_an_address(shared: Materials, tmp_path: Path) -
 
 
 def test_a_running_cluster_without_workers_is_said_in_one_line(
-    shared: Materials, tmp_path: Path, dask: str
+    standard_job: StandardJob, tmp_path: Path, dask: str
 ) -> None:
     keys = {"cluster": "running", "dask_config": {"address": dask.removeprefix("dask://")}}
     for command, url in (("run", "dask://"), ("produce", dask)):
-        place = Place(shared, tmp_path, keys, url=url)
-        ended = place.command(command, str(place.job_file))
+        workspace = standard_job.workspace(tmp_path, keys, url=url)
+        ended = workspace.call(command, str(workspace.job_file))
         assert ended.code == 1
-        [line] = ended.complaints
+        [line] = ended.messages
         assert line == (
             f"chunkq: queue: the Dask cluster at {dask} has no free workers; start some with "
             "`dask worker`, or use `chunkq work`"
@@ -317,22 +313,24 @@ def test_a_running_cluster_without_workers_is_said_in_one_line(
     ids=["no chunkq", "another chunkq", "another distributed", "another Python"],
 )
 def test_a_scheduler_of_another_environment_is_refused(
-    shared: Materials, tmp_path: Path, cluster: Cluster, hook: str, line: str
+    standard_job: StandardJob, tmp_path: Path, cluster: Cluster, hook: str, line: str
 ) -> None:
     cluster.scheduler(PYTHONPATH=hooked(tmp_path, hook))
-    place = Place(shared, tmp_path, url=cluster.url)
-    produce, work = said_by(place, ("produce", str(place.job_file)), ("work", *ON_CPU, "--burst"))
+    workspace = standard_job.workspace(tmp_path, url=cluster.url)
+    produce, work = said_by(
+        workspace, ("produce", str(workspace.job_file)), ("work", *ON_CPU, "--burst")
+    )
     for ended in (produce, work):
         assert ended.code == 1
         assert re.fullmatch(f"queue: {line.format(url=cluster.url)}", only_line(ended))
-    assert not place.job_folder.exists()
+    assert not workspace.job_folder.exists()
 
 
-def test_the_missing_extra_is_named(shared: Materials, tmp_path: Path) -> None:
-    place = Place(shared, tmp_path, url="dask://")
-    job = str(place.job_file)
+def test_the_missing_extra_is_named(standard_job: StandardJob, tmp_path: Path) -> None:
+    workspace = standard_job.workspace(tmp_path, url="dask://")
+    job = str(workspace.job_file)
     for ended in said_by(
-        place,
+        workspace,
         ("produce", job, "--queue", f"dask://{HOST}"),
         ("work", "--queue", f"dask://{HOST}"),
         ("run", job, "-e", "dask"),
@@ -348,85 +346,85 @@ def test_the_missing_extra_is_named(shared: Materials, tmp_path: Path) -> None:
 
 
 def test_a_scheduler_started_again_in_the_middle_loses_no_work(
-    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
 ) -> None:
-    place = Place(shared, tmp_path, url=cluster.url)
+    workspace = standard_job.workspace(tmp_path, url=cluster.url)
     first = cluster.scheduler()
-    place.produce()
+    workspace.produce()
     hook = hooked(tmp_path, IMPATIENT)
-    with place.start("work", *ON_CPU, NET_SLEEP="0.1", PYTHONPATH=hook) as crew:
-        wait_until(lambda: len(place.done()) >= 4, "some chunks are done")
+    with workspace.start("work", *ON_CPU, NET_SLEEP="0.1", PYTHONPATH=hook) as cli:
+        wait_until(lambda: len(workspace.done()) >= 4, "some chunks are done")
         first.kill()
         time.sleep(2)  # Dask's client has given up by then
-        committed = set(place.done())
+        committed = set(workspace.done())
         cluster.scheduler()
-        resumed = place.produce("--resume")
+        resumed = workspace.produce("--resume")
         queued = int(re.search(r"(\d+) newly queued", resumed.out)[1])  # type: ignore[index]
-        assert queued == CHUNKS - len(place.done())
-        wait_until(lambda: len(place.done()) == CHUNKS, "all chunks are done")
-        crew.children()
-        crew.process.send_signal(signal.SIGINT)
-        ended = crew.ended()
+        assert queued == CHUNKS - len(workspace.done())
+        wait_until(lambda: len(workspace.done()) == CHUNKS, "all chunks are done")
+        cli.children()
+        cli.process.send_signal(signal.SIGINT)
+        ended = cli.wait()
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
     assert not [line for line in ended.err.splitlines() if "distributed" in line]
-    place.finish()
-    assert place.stored() == calm.stored()
-    again = {patch for patch, times in place.computed().items() if times > 1}
-    ours = place.patches()
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    again = {patch for patch, times in workspace.computed().items() if times > 1}
+    ours = workspace.patches()
     assert not any(again & ours[name] for name in committed)
-    crew.leaves_nothing_behind()
+    cli.wait_for_children()
 
 
 def test_a_burst_that_meets_a_new_empty_queue_says_what_is_lost_and_resuming_completes_it(
-    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
 ) -> None:
-    place = Place(shared, tmp_path, url=cluster.url)
+    workspace = standard_job.workspace(tmp_path, url=cluster.url)
     first = cluster.scheduler()
-    place.produce()
+    workspace.produce()
     hook = hooked(tmp_path, IMPATIENT)
     burst = ("work", *ON_CPU, "--burst")
-    with place.start(*burst, NET_SLEEP="0.1", PYTHONPATH=hook) as crew:
-        wait_until(lambda: len(place.done()) >= 4, "some chunks are done")
+    with workspace.start(*burst, NET_SLEEP="0.1", PYTHONPATH=hook) as cli:
+        wait_until(lambda: len(workspace.done()) >= 4, "some chunks are done")
         first.kill()
         time.sleep(2)  # Dask's client has given up by then
         cluster.scheduler()
-        ended = crew.ended()
+        ended = cli.wait()
     assert ended.code == 3, ended.err
     assert ended.err.splitlines()[-1] == (
-        f"chunkq: the queue was lost meanwhile, and with it chunks of {place.output}; "
+        f"chunkq: the queue was lost meanwhile, and with it chunks of {workspace.output}; "
         "`chunkq produce --resume` of the job queues them again"
     )
-    assert len(place.done()) < CHUNKS
-    place.produce("--resume")
-    assert place.work().code == 0
-    place.finish()
-    assert place.stored() == calm.stored()
+    assert len(workspace.done()) < CHUNKS
+    workspace.produce("--resume")
+    assert workspace.work().code == 0
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
 
 
 # A cluster that `run` makes for itself.
 
 
 def test_a_run_makes_a_cluster_on_loopback_and_leaves_nothing_behind(
-    shared: Materials, tmp_path: Path, calm: Place
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace
 ) -> None:
-    place = Place(shared, tmp_path, url="dask://")
-    run = ("run", str(place.job_file), "-e", "dask", "-w", "2")
-    with place.start(*run, NET_HOLD="piece", NET_AFTER="4") as crew:
-        place.held()
-        assert listening(crew) == {HOST}
-        place.open_gate()
-        ended = crew.ended()
+    workspace = standard_job.workspace(tmp_path, url="dask://")
+    run = ("run", str(workspace.job_file), "-e", "dask", "-w", "2")
+    with workspace.start(*run, NET_HOLD="piece", NET_AFTER="4") as cli:
+        workspace.wait_until_stopped()
+        assert listening(cli) == {HOST}
+        workspace.open_gate()
+        ended = cli.wait()
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
-    crew.leaves_nothing_behind()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    cli.wait_for_children()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
 
 
-def listening(crew: Crew) -> set[str]:
+def listening(cli: RunningCommand) -> set[str]:
     """The addresses on which a command's processes take connections."""
-    processes = [psutil.Process(pid) for pid in [crew.process.pid, *crew.children()]]
+    processes = [psutil.Process(pid) for pid in [cli.process.pid, *cli.children()]]
     return {
         connection.laddr.ip
         for process in processes
@@ -436,63 +434,67 @@ def listening(crew: Crew) -> set[str]:
 
 
 def test_after_ctrl_c_the_same_run_again_continues(
-    shared: Materials, tmp_path: Path, calm: Place
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace
 ) -> None:
-    place = Place(shared, tmp_path, url="dask://")
-    run = ("run", str(place.job_file), "-e", "dask")
-    with place.start(*run, NET_HOLD="piece", NET_AFTER="4") as crew:
-        place.held()
-        crew.children()
-        crew.process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stopping" in crew.says(), "it has heard")
-        place.open_gate()
-        ended = crew.ended()
+    workspace = standard_job.workspace(tmp_path, url="dask://")
+    run = ("run", str(workspace.job_file), "-e", "dask")
+    with workspace.start(*run, NET_HOLD="piece", NET_AFTER="4") as cli:
+        workspace.wait_until_stopped()
+        cli.children()
+        cli.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping" in cli.output(), "it has heard")
+        workspace.open_gate()
+        ended = cli.wait()
     assert ended.code == 130, ended.err
-    assert ended.complaints[-1] == "chunkq: stopped; the same command continues where it was"
-    crew.leaves_nothing_behind()
-    assert 4 <= len(place.done()) < CHUNKS
-    with place.start(*run) as crew:
-        ended = crew.ended()
+    assert ended.messages[-1] == "chunkq: stopped; the same command continues where it was"
+    cli.wait_for_children()
+    assert 4 <= len(workspace.done()) < CHUNKS
+    with workspace.start(*run) as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
 
 
-def test_a_run_that_is_killed_takes_its_cluster_along(shared: Materials, tmp_path: Path) -> None:
-    place = Place(shared, tmp_path, url="dask://")
-    with place.start(
-        "run", str(place.job_file), "-e", "dask", NET_HOLD="piece", NET_AFTER="2"
-    ) as crew:
-        place.held()
-        assert len(crew.children()) >= 3  # scheduler, supervisor, worker
-        crew.process.kill()
-        crew.ended()
-        crew.leaves_nothing_behind()
+def test_a_run_that_is_killed_takes_its_cluster_along(
+    standard_job: StandardJob, tmp_path: Path
+) -> None:
+    workspace = standard_job.workspace(tmp_path, url="dask://")
+    with workspace.start(
+        "run", str(workspace.job_file), "-e", "dask", NET_HOLD="piece", NET_AFTER="2"
+    ) as cli:
+        workspace.wait_until_stopped()
+        assert len(cli.children()) >= 3  # scheduler, supervisor, worker
+        cli.process.kill()
+        cli.wait()
+        cli.wait_for_children()
 
 
 def test_the_job_says_how_many_processes_and_chunks_in_flight_and_which_port(
-    shared: Materials, tmp_path: Path
+    standard_job: StandardJob, tmp_path: Path
 ) -> None:
     port = free_port()
     config = {"n_workers": 2, "threads_per_worker": 3, "scheduler_port": port, "protocol": "tcp"}
-    place = Place(shared, tmp_path, {"dask_config": config}, url="dask://")
-    seen = Place(shared, tmp_path, url=f"dask://{HOST}:{port}")
-    run = ("run", str(place.job_file), "-e", "dask")
-    with place.start(*run, NET_SLEEP="1") as crew:
-        wait_until(lambda: len(place.done()) >= 1, "it has begun")
-        seen.wait_for_full_hands(3)
+    workspace = standard_job.workspace(tmp_path, {"dask_config": config}, url="dask://")
+    seen = standard_job.workspace(tmp_path, url=f"dask://{HOST}:{port}")
+    run = ("run", str(workspace.job_file), "-e", "dask")
+    with workspace.start(*run, NET_SLEEP="1") as cli:
+        wait_until(lambda: len(workspace.done()) >= 1, "it has begun")
+        seen.wait_for_chunks_in_flight(3)
         wait_until(lambda: len({item.worker for item in seen.running()}) == 2, "both work")
-        crew.children()
-    crew.leaves_nothing_behind()
+        cli.children()
+    cli.wait_for_children()
 
 
-def test_a_port_that_is_taken_is_said_in_one_line(shared: Materials, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said_in_one_line(
+    standard_job: StandardJob, tmp_path: Path
+) -> None:
     with socket.socket() as other:
         other.bind((HOST, 0))
         other.listen()
         config = {"scheduler_port": other.getsockname()[1]}
-        place = Place(shared, tmp_path, {"dask_config": config}, url="dask://")
-        ended = place.command("run", str(place.job_file))
+        workspace = standard_job.workspace(tmp_path, {"dask_config": config}, url="dask://")
+        ended = workspace.call("run", str(workspace.job_file))
     assert ended.code == 1
     assert re.fullmatch(
         "queue: no Dask scheduler could be started here: .*[Aa]ddress already in use.*",
@@ -503,117 +505,119 @@ def test_a_port_that_is_taken_is_said_in_one_line(shared: Materials, tmp_path: P
 # A cluster that runs, and works with its own workers.
 
 
-def of_cluster(cluster: Cluster, shared: Materials, folder: Path) -> Place:
+def of_cluster(cluster: Cluster, standard_job: StandardJob, folder: Path) -> StandardWorkspace:
     """A job for the workers of a running cluster, which its file names."""
     config = {"address": f"tcp://{HOST}:{cluster.port}"}
-    place = Place(shared, folder, {"cluster": "running", "dask_config": config}, url=cluster.url)
-    assert place.job_file.exists()
-    return place
+    workspace = standard_job.workspace(
+        folder, {"cluster": "running", "dask_config": config}, url=cluster.url
+    )
+    assert workspace.job_file.exists()
+    return workspace
 
 
 def test_a_running_cluster_does_the_job_with_its_own_workers(
-    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
 ) -> None:
-    place = of_cluster(cluster, shared, tmp_path)
-    with running_cluster(cluster, place, NET_SLEEP="0.1") as workers:
+    workspace = of_cluster(cluster, standard_job, tmp_path)
+    with running_cluster(cluster, workspace, NET_SLEEP="0.1") as workers:
         cluster.has_workers(2)
-        with place.start("run", "job.yaml", "-e", "dask", CHUNKQ_QUEUE="dask://") as crew:
-            wait_until(lambda: len(place.running()) == 3, "each thread has a chunk")
-            ended = crew.ended()
+        with workspace.start("run", "job.yaml", "-e", "dask", CHUNKQ_QUEUE="dask://") as cli:
+            wait_until(lambda: len(workspace.running()) == 3, "each thread has a chunk")
+            ended = cli.wait()
         assert ended.code == 0, ended.err
         assert "Traceback" not in ended.err
         assert all(worker.process.poll() is None for worker in workers)
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
-    lines = (place.folder / "trace").read_text().splitlines()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+    lines = (workspace.folder / "trace").read_text().splitlines()
     assert len({line.split()[0] for line in lines}) == 2
 
 
 def test_a_cluster_goes_on_when_the_producer_has_gone(
-    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
 ) -> None:
-    place = of_cluster(cluster, shared, tmp_path)
-    with running_cluster(cluster, place, NET_HOLD="piece", NET_AFTER="2"):
+    workspace = of_cluster(cluster, standard_job, tmp_path)
+    with running_cluster(cluster, workspace, NET_HOLD="piece", NET_AFTER="2"):
         cluster.has_workers(2)
-        [produced] = said_by(place, ("produce", "job.yaml"))
+        [produced] = said_by(workspace, ("produce", "job.yaml"))
         assert produced.code == 0, produced.err
         assert "the cluster's own workers have begun" in produced.err
-        place.held()
-        status = place.status()
+        workspace.wait_until_stopped()
+        status = workspace.status()
         assert status["queue_problem"] is None
         assert status["running"] >= 1
-        place.open_gate()
-        wait_until(lambda: len(place.done()) == CHUNKS, "the cluster has done it")
-        place.finish()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+        workspace.open_gate()
+        wait_until(lambda: len(workspace.done()) == CHUNKS, "the cluster has done it")
+        workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
 
 
 def test_a_dask_worker_killed_in_the_middle_loses_nothing(
-    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
 ) -> None:
-    place = of_cluster(cluster, shared, tmp_path)
-    with running_cluster(cluster, place, NET_HOLD="piece", NET_AFTER="4", NET_SLEEP="0.1"):
+    workspace = of_cluster(cluster, standard_job, tmp_path)
+    with running_cluster(cluster, workspace, NET_HOLD="piece", NET_AFTER="4", NET_SLEEP="0.1"):
         cluster.has_workers(2)
-        with place.start("run", "job.yaml") as crew:
-            held = place.held()
-            committed = set(place.done())
+        with workspace.start("run", "job.yaml") as cli:
+            held = workspace.wait_until_stopped()
+            committed = set(workspace.done())
             os.kill(held, signal.SIGKILL)
-            place.open_gate()
-            ended = crew.ended()
+            workspace.open_gate()
+            ended = cli.wait()
     assert ended.code == 0, ended.err
-    assert place.stored() == calm.stored()
-    again = {patch for patch, times in place.computed().items() if times > 1}
-    ours = place.patches()
+    assert workspace.stored() == undisturbed.stored()
+    again = {patch for patch, times in workspace.computed().items() if times > 1}
+    ours = workspace.patches()
     assert not any(again & ours[name] for name in committed)
 
 
 def test_what_goes_wrong_on_the_clusters_workers_is_told_by_the_run(
-    shared: Materials, tmp_path: Path, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, cluster: Cluster
 ) -> None:
-    place = of_cluster(cluster, shared, tmp_path)
+    workspace = of_cluster(cluster, standard_job, tmp_path)
     (tmp_path / "broken").touch()
-    with running_cluster(cluster, place, NET_BROKEN=str(tmp_path / "broken")):
+    with running_cluster(cluster, workspace, NET_BROKEN=str(tmp_path / "broken")):
         cluster.has_workers(2)
-        [ended] = said_by(place, ("run", "job.yaml"))
+        [ended] = said_by(workspace, ("run", "job.yaml"))
     assert ended.code == 1
     assert "ArithmeticError: broken for every chunk" in ended.err
     assert "Traceback" not in ended.err
-    assert ended.complaints
+    assert ended.messages
 
 
 def test_a_run_says_that_the_scheduler_of_its_cluster_has_died(
-    shared: Materials, tmp_path: Path, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, cluster: Cluster
 ) -> None:
-    place = of_cluster(cluster, shared, tmp_path)
+    workspace = of_cluster(cluster, standard_job, tmp_path)
     hook = hooked(tmp_path, IMPATIENT)
-    with running_cluster(cluster, place, NET_SLEEP="0.2"):
+    with running_cluster(cluster, workspace, NET_SLEEP="0.2"):
         cluster.has_workers(2)
-        with place.start("run", "job.yaml", PYTHONPATH=hook) as crew:
-            wait_until(lambda: len(place.done()) >= 2, "some chunks are done")
+        with workspace.start("run", "job.yaml", PYTHONPATH=hook) as cli:
+            wait_until(lambda: len(workspace.done()) >= 2, "some chunks are done")
             cluster.processes[0].kill()
-            ended = crew.ended(30)
+            ended = cli.wait(30)
     assert ended.code == 1
-    assert "no Dask scheduler answers" in ended.complaints[-1]
+    assert "no Dask scheduler answers" in ended.messages[-1]
     assert "Traceback" not in ended.err
 
 
 def test_ctrl_c_frees_the_clusters_workers_and_the_same_run_continues(
-    shared: Materials, tmp_path: Path, calm: Place, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
 ) -> None:
-    place = of_cluster(cluster, shared, tmp_path)
-    with running_cluster(cluster, place, NET_SLEEP="0.2"):
+    workspace = of_cluster(cluster, standard_job, tmp_path)
+    with running_cluster(cluster, workspace, NET_SLEEP="0.2"):
         cluster.has_workers(2)
-        with place.start("run", "job.yaml") as crew:
-            wait_until(lambda: len(place.done()) >= 3, "some chunks are done")
-            crew.process.send_signal(signal.SIGINT)
-            ended = crew.ended()
+        with workspace.start("run", "job.yaml") as cli:
+            wait_until(lambda: len(workspace.done()) >= 3, "some chunks are done")
+            cli.process.send_signal(signal.SIGINT)
+            ended = cli.wait()
         assert ended.code == 130, ended.err
-        done = len(place.done())
+        done = len(workspace.done())
         assert 3 <= done < CHUNKS
-        counts = place.counts()
+        counts = workspace.counts()
         assert (counts.running, counts.queued) == (0, CHUNKS - done)
-        [again] = said_by(place, ("run", "job.yaml"))
+        [again] = said_by(workspace, ("run", "job.yaml"))
         assert again.code == 0, again.err
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.support import Materials, Place, calm_place, materials
-from tests.waiting import wait_until
+from tests.harness.standard_job import StandardJob, StandardWorkspace
+from tests.harness.waiting import wait_until
 
 ENGINES = ("sqlite", "rq", "dask", "ray")
 FIXTURES = {"rq": "redis", "dask": "dask", "ray": "ray"}
@@ -16,65 +16,65 @@ CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
 
 
-@pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The job done by one worker to which nothing happened, on the embedded queue."""
-    return calm_place(tmp_path_factory.mktemp)
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return materials(tmp_path_factory.mktemp)
-
-
 @pytest.fixture(params=ENGINES)
-def place(request: pytest.FixtureRequest, shared: Materials, tmp_path: Path, calm: Place) -> Place:
+def workspace(
+    request: pytest.FixtureRequest,
+    standard_job: StandardJob,
+    tmp_path: Path,
+    undisturbed: StandardWorkspace,
+) -> StandardWorkspace:
     """The job in a folder of its own, on an engine's queue."""
     url = None
     if request.param in FIXTURES:
         found = request.getfixturevalue(FIXTURES[request.param])
         url = getattr(found, "url", found)
-    return Place(shared, tmp_path, url=url)
+    return standard_job.workspace(tmp_path, url=url)
 
 
-def test_the_job_gives_the_same_bytes(place: Place, calm: Place) -> None:
-    place.produce()
-    assert place.counts().queued == CHUNKS
-    with place.start(*ON_CPU, "-w", "2") as crew:
-        ended = crew.ended()
+def test_the_job_gives_the_same_bytes(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    workspace.produce()
+    assert workspace.counts().queued == CHUNKS
+    with workspace.start(*ON_CPU, "-w", "2") as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
-    place.finish()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
-    crew.leaves_nothing_behind()
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+    cli.wait_for_children()
 
 
-def test_a_worker_process_killed_in_the_middle_loses_nothing(place: Place, calm: Place) -> None:
-    place.produce()
-    with place.start(*ON_CPU, "--depth", "2", NET_HOLD="piece", NET_AFTER="4") as crew:
-        held = place.held()
-        committed = set(place.done())
-        assert len(place.running()) == 2
+def test_a_worker_process_killed_in_the_middle_loses_nothing(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    workspace.produce()
+    with workspace.start(*ON_CPU, "--depth", "2", NET_HOLD="piece", NET_AFTER="4") as cli:
+        held = workspace.wait_until_stopped()
+        committed = set(workspace.done())
+        assert len(workspace.running()) == 2
         os.kill(held, signal.SIGKILL)
-        place.open_gate()
-        ended = crew.ended()
+        workspace.open_gate()
+        ended = cli.wait()
     assert ended.code == 0, ended.err
     assert "handed back" in ended.err
-    place.finish()
-    assert place.stored() == calm.stored()
-    ours = place.patches()
-    again = {patch for patch, times in place.computed().items() if times > 1}
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    ours = workspace.patches()
+    again = {patch for patch, times in workspace.computed().items() if times > 1}
     assert not any(again & ours[name] for name in committed)
-    crew.leaves_nothing_behind()
+    cli.wait_for_children()
 
 
-def test_failures_and_retries_look_the_same_in_status(place: Place, calm: Place) -> None:
-    poison = place.folder / "poison"
+def test_failures_and_retries_look_the_same_in_status(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    poison = workspace.folder / "poison"
     poison.touch()
-    place.produce()
-    ended = place.work(NET_POISON=str(poison))
+    workspace.produce()
+    ended = workspace.work(NET_POISON=str(poison))
     assert ended.code == 3, ended.err
-    status = place.status()
+    status = workspace.status()
     assert {key: status[key] for key in ("chunks", "done", "running", "queued", "failed")} == {
         "chunks": CHUNKS, "done": CHUNKS - 1, "running": 0, "queued": 0, "failed": 1
     }  # fmt: skip
@@ -84,34 +84,34 @@ def test_failures_and_retries_look_the_same_in_status(place: Place, calm: Place)
     assert failure["traceback"].endswith("ArithmeticError: a poisonous voxel\n")
     [worker] = status["workers"]
     assert (worker["device"], worker["recent_chunks"]) == ("cpu", CHUNKS - 1)
-    record = json.loads((place.job_folder / "failed" / "1.2.2.json").read_text())
+    record = json.loads((workspace.job_folder / "failed" / "1.2.2.json").read_text())
     assert record["attempt"] == 3
-    unfinished = place.finalize()
+    unfinished = workspace.finalize()
     assert unfinished.code == 3
     poison.unlink()
-    assert place.command("retry", str(place.output)).code == 0
-    assert place.counts().queued == 1
-    assert place.work().code == 0
-    place.finish()
-    assert place.stored() == calm.stored()
+    assert workspace.call("retry", str(workspace.output)).code == 0
+    assert workspace.counts().queued == 1
+    assert workspace.work().code == 0
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
 
 
 def test_ctrl_c_finishes_what_is_in_flight_and_the_same_again_goes_on(
-    place: Place, calm: Place
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    place.produce()
-    with place.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="3") as crew:
-        place.held()
-        crew.process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stopping" in crew.says(), "it has heard")
-        place.open_gate()
-        ended = crew.ended()
+    workspace.produce()
+    with workspace.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="3") as cli:
+        workspace.wait_until_stopped()
+        cli.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping" in cli.output(), "it has heard")
+        workspace.open_gate()
+        ended = cli.wait()
     assert ended.code == 0, ended.err
-    done = len(place.done())
+    done = len(workspace.done())
     assert 3 < done < CHUNKS
-    counts = place.counts()
+    counts = workspace.counts()
     assert (counts.running, counts.failed, counts.queued) == (0, 0, CHUNKS - done)
-    assert place.work().code == 0
-    place.finish()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    assert workspace.work().code == 0
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from chunkq.finalize import complete_block, finalize_job
 from chunkq.ledger import JobFolder
 from chunkq.plan import Costs, Index
 from chunkq.tasks import Task, chunk_name
-from tests.integration.support import Place, files_below, materials
-from tests.waiting import PATIENCE
+from tests.harness.files import files_below
+from tests.harness.standard_job import StandardJob, StandardWorkspace
+from tests.harness.waiting import TIMEOUT
 
 SHAPE = (48, 44, 48)
 STEP = 4
@@ -54,7 +55,7 @@ class Traffic:
 class Measured:
     """A job done in this process, and what was seen from outside while it went on."""
 
-    place: Place
+    workspace: StandardWorkspace
     costs: Costs
     plan_command: dict[str, Any]
     inferring: Traffic
@@ -63,13 +64,13 @@ class Measured:
     output: dict[str, bytes]
 
 
-def infer_all(place: Place, attempt: int = 1) -> None:
-    for index in place.job.plan.indices():
-        run_task(Task("infer", place.job.folder.path, index), Attempt(attempt, "here"))
+def infer_all(workspace: StandardWorkspace, attempt: int = 1) -> None:
+    for index in workspace.job.plan.indices():
+        run_task(Task("infer", workspace.job.folder.path, index), Attempt(attempt, "here"))
 
 
-def pieces_of(place: Place) -> dict[str, bytes]:
-    return files_below(place.job_folder / "pieces")
+def pieces_of(workspace: StandardWorkspace) -> dict[str, bytes]:
+    return files_below(workspace.job_folder / "pieces")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,11 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, environment: pytest.MonkeyPatch) -> Measured:
+def measured(
+    standard_job: StandardJob,
+    tmp_path_factory: pytest.TempPathFactory,
+    environment: pytest.MonkeyPatch,
+) -> Measured:
     folder = tmp_path_factory.mktemp("measured")
     chunks = (STEP,) * 3
     array = zarr.create_array(
@@ -87,36 +92,38 @@ def measured(tmp_path_factory: pytest.TempPathFactory, environment: pytest.Monke
     )
     array[:] = np.random.default_rng(3).integers(1, 200, SHAPE, dtype=np.uint8)
     keys = {**KEYS, "input": str(folder / "raw.zarr")}
-    place = Place(materials(tmp_path_factory.mktemp), folder, keys)
+    workspace = standard_job.workspace(folder, keys)
     environment.setenv("NET_TRACE", str(folder / "trace"))
-    plan_command = json.loads(place.command("plan", str(place.job_file), "--json").out)
-    place.produce()
+    plan_command = json.loads(workspace.call("plan", str(workspace.job_file), "--json").out)
+    workspace.produce()
 
     before = Traffic.so_far()
-    infer_all(place)
+    infer_all(workspace)
     inferring = Traffic.so_far().since(before)
-    pieces = pieces_of(place)
+    pieces = pieces_of(workspace)
     before = Traffic.so_far()
-    place.finish()
+    workspace.finalize().ok()
     finalizing = Traffic.so_far().since(before)
-    costs = place.job.plan.costs
-    return Measured(place, costs, plan_command, inferring, finalizing, pieces, place.stored())
+    costs = workspace.job.plan.costs
+    return Measured(
+        workspace, costs, plan_command, inferring, finalizing, pieces, workspace.stored()
+    )
 
 
 def test_the_network_sees_every_patch_exactly_once(measured: Measured) -> None:
-    seen = measured.place.computed()
+    seen = measured.workspace.computed()
     per_axis = [(size - 8) // STEP + 1 for size in SHAPE]
     assert measured.costs.patches == np.prod(per_axis)
     assert len(seen) == seen.total() == measured.costs.patches
-    records = [measured.place.record(name) for name in measured.place.done()]
+    records = [measured.workspace.record(name) for name in measured.workspace.done()]
     assert sum(record["patches"] for record in records) == measured.costs.patches
-    assert measured.place.report()["patches"] == measured.costs.patches
+    assert measured.workspace.report()["patches"] == measured.costs.patches
     assert measured.plan_command["patches"] == measured.costs.patches
     assert measured.plan_command["recompute_factor"] == 1.0
 
 
 def test_the_bytes_in_the_records_are_those_that_the_plan_predicts(measured: Measured) -> None:
-    moved, planned = measured.place.report()["bytes"], measured.plan_command
+    moved, planned = measured.workspace.report()["bytes"], measured.plan_command
     expected = {
         "input": planned["input_bytes"],
         "output": planned["output_bytes"],
@@ -146,7 +153,7 @@ def test_no_more_bytes_move_than_input_with_halos_output_and_two_times_the_piece
 
 
 def test_every_piece_has_one_writer_and_one_reader(measured: Measured) -> None:
-    plan = measured.place.job.plan
+    plan = measured.workspace.job.plan
     chunks = [plan.chunk(index) for index in plan.indices()]
     left = [f"{chunk_name(p.target)}/{p.name}" for chunk in chunks for p in plan.leaves(chunk)]
     own = [f"{chunk_name(c.index)}/own" for c in chunks if c.active and c.has_band]
@@ -154,42 +161,42 @@ def test_every_piece_has_one_writer_and_one_reader(measured: Measured) -> None:
     assert len(set(left)) == len(left)
     assert sorted(left) == sorted(awaited)
     assert sorted(measured.pieces) == sorted(left + own)
-    assert pieces_of(measured.place) == {}
+    assert pieces_of(measured.workspace) == {}
 
 
 def test_a_committed_chunk_run_again_is_not_computed_read_or_written(measured: Measured) -> None:
-    place = measured.place
-    records, computed, before = place.done(), place.computed(), Traffic.so_far()
-    infer_all(place, attempt=2)
-    assert place.done() == records
-    assert place.computed() == computed
+    workspace = measured.workspace
+    records, computed, before = workspace.done(), workspace.computed(), Traffic.so_far()
+    infer_all(workspace, attempt=2)
+    assert workspace.done() == records
+    assert workspace.computed() == computed
     assert Traffic.so_far().since(before) == Traffic(0, 0)
-    assert pieces_of(place) == {}
+    assert pieces_of(workspace) == {}
 
 
 def test_a_zombie_that_recomputes_every_chunk_after_all_is_sealed_changes_no_byte(
     measured: Measured,
 ) -> None:
-    place = measured.place
-    for name in place.done():
-        (place.job_folder / "done" / "infer" / name).unlink()
-    computed = place.computed()
-    infer_all(place, attempt=2)
-    assert place.computed() == computed + computed
-    assert place.stored() == measured.output
+    workspace = measured.workspace
+    for name in workspace.done():
+        (workspace.job_folder / "done" / "infer" / name).unlink()
+    computed = workspace.computed()
+    infer_all(workspace, attempt=2)
+    assert workspace.computed() == computed + computed
+    assert workspace.stored() == measured.output
     # What it left for blocks that are long complete is what had been there before.
-    assert pieces_of(place).items() <= measured.pieces.items()
-    place.finish()
-    assert pieces_of(place) == {}
-    assert place.stored() == measured.output
+    assert pieces_of(workspace).items() <= measured.pieces.items()
+    workspace.finalize().ok()
+    assert pieces_of(workspace) == {}
+    assert workspace.stored() == measured.output
 
 
 @pytest.mark.parametrize("index", [(0, 0, 0), (0, 1, 0), (1, 1, 1)], ids=chunk_name)
 def test_a_zombie_overtaken_while_it_computes_tidies_up_after_itself(
     measured: Measured, monkeypatch: pytest.MonkeyPatch, index: Index
 ) -> None:
-    place, looks = measured.place, 0
-    records, computed = place.done(), place.computed()
+    workspace, looks = measured.workspace, 0
+    records, computed = workspace.done(), workspace.computed()
     is_committed = JobFolder.is_committed
 
     def not_at_first(folder: JobFolder, kind: str, chunk: Index) -> bool:
@@ -201,26 +208,26 @@ def test_a_zombie_overtaken_while_it_computes_tidies_up_after_itself(
         return is_committed(folder, kind, chunk)
 
     monkeypatch.setattr(JobFolder, "is_committed", not_at_first)
-    run_task(Task("infer", place.job.folder.path, index), Attempt(2, "zombie"))
+    run_task(Task("infer", workspace.job.folder.path, index), Attempt(2, "zombie"))
     assert looks > 1
-    assert place.computed().total() > computed.total()
-    assert place.done() == records
-    assert pieces_of(place) == {}
-    assert place.stored() == measured.output
+    assert workspace.computed().total() > computed.total()
+    assert workspace.done() == records
+    assert pieces_of(workspace) == {}
+    assert workspace.stored() == measured.output
 
 
 @pytest.fixture(scope="module")
-def inferred(measured: Measured, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def inferred(measured: Measured, tmp_path_factory: pytest.TempPathFactory) -> StandardWorkspace:
     """The same job, all computed and nothing finalized."""
     folder = tmp_path_factory.mktemp("inferred")
-    place = Place(measured.place.materials, folder, measured.place.keys)
-    place.produce()
-    infer_all(place)
-    return place
+    workspace = replace(measured.workspace, folder=folder)
+    workspace.produce()
+    infer_all(workspace)
+    return workspace
 
 
 def test_a_zombie_that_rewrites_pieces_before_finalizing_writes_the_same_bytes(
-    measured: Measured, inferred: Place
+    measured: Measured, inferred: StandardWorkspace
 ) -> None:
     assert pieces_of(inferred) == measured.pieces
     for name in inferred.done():
@@ -238,7 +245,7 @@ def killed(*_: object) -> None:
 
 
 def test_finalizers_that_die_or_work_at_the_same_time_end_with_the_same_bytes(
-    measured: Measured, inferred: Place
+    measured: Measured, inferred: StandardWorkspace
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobFolder, "delete_pieces", killed)
@@ -254,16 +261,16 @@ def test_finalizers_that_die_or_work_at_the_same_time_end_with_the_same_bytes(
     for twin in twins:
         twin.start()
     for twin in twins:
-        twin.join(PATIENCE)
+        twin.join(TIMEOUT)
     assert [report["missing"] for report in reports] == [[], []]
     assert pieces_of(inferred) == {}
     assert inferred.stored() == measured.output
 
 
 def test_a_finalizer_that_comes_late_takes_no_chunk_back(measured: Measured) -> None:
-    place = measured.place
-    records, blocks = place.done(), place.done("finalize")
-    for index in place.job.plan.to_finalize():
-        complete_block(place.job, index, Attempt(2, "late"))
-    assert (place.done(), place.done("finalize")) == (records, blocks)
-    assert place.stored() == measured.output
+    workspace = measured.workspace
+    records, blocks = workspace.done(), workspace.done("finalize")
+    for index in workspace.job.plan.to_finalize():
+        complete_block(workspace.job, index, Attempt(2, "late"))
+    assert (workspace.done(), workspace.done("finalize")) == (records, blocks)
+    assert workspace.stored() == measured.output

@@ -12,7 +12,8 @@ import pytest
 from chunkq.errors import ModelError, PredictionError
 from tests import models
 from tests import reference as ref
-from tests.integration.bench import random_volume, read_output, run_whole, write_zarr
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import run_inline
 from tests.models import CHANNELS, FORMS, PATCH, Form
 
 SHAPE, STRIDES = (20, 18, 14), (5, 6, 6)
@@ -42,7 +43,7 @@ def job_of(form: Form, folder: Path, make_folder: MakeFolder, **more: Any) -> di
 
 
 def run(form: Form, folder: Path, make_folder: MakeFolder, **more: Any) -> npt.NDArray[Any]:
-    job, report = run_whole(job_of(form, folder, make_folder, **more))
+    job, report = run_inline(job_of(form, folder, make_folder, **more))
     assert report["patches"] == report["planned_patches"] == 4 * 3 * 2
     assert report["bytes"]["pieces_read"] > 0
     return read_output(job.folder.output)
@@ -174,7 +175,7 @@ def test_a_step_that_breaks_the_batch_is_one_line_that_names_it(
     model = steps_file(tmp_path, {name: f"    {body}\n"})
     values = job_of(form, tmp_path, tmp_path_factory.mktemp, model=model)
     with pytest.raises(kind) as caught:
-        run_whole(values)
+        run_inline(values)
     line = str(caught.value)
     assert words in line
     assert "\n" not in line

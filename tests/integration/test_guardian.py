@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.harness.guardian import members
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.waiting import TIMEOUT, wait_until
 
 SECONDS_TO_END = 30
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -52,7 +52,16 @@ def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str
     values = {"ready": str(folder), "stubborn": STUBBORN, "daemon": DAEMON, "sleep": sleep}
     test.write_text(TESTS.format(**values))
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", f"--rootdir={folder}"]
-    command += ["-p", "tests.conftest", "-p", "no:cacheprovider", *options, str(test)]
+    command += [
+        "-p",
+        "conftest",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+        *options,
+        str(test),
+    ]
     return subprocess.Popen(
         command,
         cwd=Path(__file__).parents[2],
@@ -97,7 +106,7 @@ def test_a_killed_session_leaves_no_process_and_no_file(tmp_path: Path, killed: 
 
 def test_a_session_that_ends_names_the_processes_that_it_leaves(tmp_path: Path) -> None:
     pytest_process = start(tmp_path, sleep=0)
-    output, _ = pytest_process.communicate(timeout=PATIENCE)
+    output, _ = pytest_process.communicate(timeout=TIMEOUT)
     temporary, _ = session(tmp_path)
     assert pytest_process.returncode == 0, output
     leaked = [line for line in output.splitlines() if line.startswith("leaked process: ")]

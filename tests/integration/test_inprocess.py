@@ -11,11 +11,13 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_OVERRUN, Counts, Shift
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
-from tests.integration.bench import Bench, random_volume, read_output, toy_model, write_zarr
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     volume = write_zarr(tmp_path / "in.zarr", random_volume((16, 12)))
     values = {
         "input": str(volume),
@@ -27,56 +29,56 @@ def bench(tmp_path: Path) -> Bench:
         "threads": 1,
         "model_config": toy_model(tmp_path, (4, 4)),
     }
-    return Bench(tmp_path, values)
+    return Workspace(tmp_path, values)
 
 
 def test_a_job_run_in_this_process_has_the_bytes_that_worker_processes_write(
-    bench: Bench, tmp_path: Path
+    workspace: Workspace, tmp_path: Path
 ) -> None:
-    other = bench.write_job("other.json", output=str(tmp_path / "other.zarr"))
-    assert bench.run("run", other).code == 0
-    report = chunkq.run(bench.write_job(), queue="inprocess://")
+    other = workspace.write_job("other.json", output=str(tmp_path / "other.zarr"))
+    assert workspace.run("run", other).code == 0
+    report = chunkq.run(workspace.write_job(), queue="inprocess://")
     assert report["chunks"] == 4
     ours, theirs = read_output(tmp_path / "out.zarr"), read_output(tmp_path / "other.zarr")
     assert np.array_equal(ours, theirs)
 
 
-def test_the_run_command_works_in_its_own_process(bench: Bench) -> None:
-    answer = bench.here("run", bench.write_job(), "--queue", "inprocess://").ok()
+def test_the_run_command_works_in_its_own_process(workspace: Workspace) -> None:
+    answer = workspace.call("run", workspace.write_job(), "--queue", "inprocess://").ok()
     assert "Traceback" not in answer.err
-    assert bench.ledger.read_report() is not None
-    record = bench.ledger.require_record()
+    assert workspace.ledger.read_report() is not None
+    record = workspace.ledger.require_record()
     assert record.job.queue is None  # the queue ended with the command
 
 
-def test_chunks_that_fail_end_an_inprocess_run_with_their_list(bench: Bench) -> None:
-    bench.write_job(model=toy_model(bench.folder, (4, 4), poison=0.0))
-    answer = bench.here("run", bench.folder / "job.json", "--queue", "inprocess://")
+def test_chunks_that_fail_end_an_inprocess_run_with_their_list(workspace: Workspace) -> None:
+    workspace.write_job(model=toy_model(workspace.folder, (4, 4), poison=0.0))
+    answer = workspace.call("run", workspace.folder / "job.json", "--queue", "inprocess://")
     assert answer.code == 3
     assert "Traceback" not in answer.err
-    assert open_executor("inprocess://").counts(str(bench.job_folder)) == Counts(failed=4)
+    assert open_executor("inprocess://").counts(str(workspace.job_folder)) == Counts(failed=4)
 
 
 def test_more_than_one_worker_in_one_process_is_refused_before_anything_is_written(
-    bench: Bench,
+    workspace: Workspace,
 ) -> None:
-    answer = bench.here("run", bench.write_job(), "--queue", "inprocess://", "-w", "2")
+    answer = workspace.call("run", workspace.write_job(), "--queue", "inprocess://", "-w", "2")
     answer.refused(2, "workers", "inprocess://")
-    assert not bench.job_folder.exists()
+    assert not workspace.job_folder.exists()
 
 
 @pytest.mark.parametrize("command", [["produce", "job.json"], ["work", "--burst"], ["jobs"]])
 def test_a_command_that_leaves_its_queue_to_others_refuses_an_inprocess_one(
-    bench: Bench, command: list[str]
+    workspace: Workspace, command: list[str]
 ) -> None:
-    bench.write_job()
-    bench.here(*command, "--queue", "inprocess://").refused(2, "inprocess://", "sqlite://")
+    workspace.write_job()
+    workspace.call(*command, "--queue", "inprocess://").refused(2, "inprocess://", "sqlite://")
 
 
-def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(bench: Bench) -> None:
-    url = f"inprocess://{bench.folder}"
-    chunkq.produce(bench.write_job(), queue=url)
-    job = str(bench.job_folder)
+def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(workspace: Workspace) -> None:
+    url = f"inprocess://{workspace.folder}"
+    chunkq.produce(workspace.write_job(), queue=url)
+    job = str(workspace.job_folder)
     shifts = [Shift(f"worker-{n}", burst=True) for n in range(2)]
     threads = [threading.Thread(target=open_executor(url).serve, args=(shift,)) for shift in shifts]
     for thread in threads:
@@ -84,8 +86,8 @@ def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(bench: Bench)
     for thread in threads:
         thread.join()
     assert open_executor(url).counts(job) == Counts()
-    assert len(bench.commits()) == 4
-    assert chunkq.finalize(bench.output)["chunks"] == 4
+    assert len(workspace.commits()) == 4
+    assert chunkq.finalize(workspace.output)["chunks"] == 4
 
 
 def test_queues_of_two_names_are_two_queues(tmp_path: Path) -> None:
@@ -96,15 +98,15 @@ def test_queues_of_two_names_are_two_queues(tmp_path: Path) -> None:
 
 
 def test_a_chunk_that_hangs_ends_the_worker_and_not_the_process(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
     monkeypatch.setattr("chunkq_worker.run.run_task", lambda task, attempt: go.wait())
-    queue = open_executor(f"inprocess://{bench.folder}")
-    queue.submit([Task("infer", str(bench.job_folder), (0, 0))])
+    queue = open_executor(f"inprocess://{workspace.folder}")
+    queue.submit([Task("infer", str(workspace.job_folder), (0, 0))])
     settings = WorkerSettings(lease=0.3)
     ended = queue.serve(Shift("slow", burst=True, time_limit=0.1, settings=settings))
     go.set()
     assert ended.code == EXIT_OVERRUN
     assert len(ended.lines) == 1
-    assert queue.counts(str(bench.job_folder)) == Counts(queued=1)
+    assert queue.counts(str(workspace.job_folder)) == Counts(queued=1)

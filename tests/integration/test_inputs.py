@@ -14,7 +14,8 @@ import pytest
 from chunkq.errors import JobError
 from chunkq.job import load_job
 from tests import reference as ref
-from tests.integration.bench import Bench, random_volume, read_output, run_whole, write_zarr
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace, run_inline
 
 NETWORK = '''
 """Gives each channel another mixture of what lies along one axis of the batch."""
@@ -162,7 +163,7 @@ def test_slices_with_neighbours_and_several_inputs_equal_the_reference(
 ) -> None:
     dtypes = ["uint8", "int16", "float32"][: case.inputs]
     volumes = [np.roll(random_volume(SHAPE, dtype), n, axis=0) for n, dtype in enumerate(dtypes)]
-    job, report = run_whole(job_of(case, tmp_path, volumes))
+    job, report = run_inline(job_of(case, tmp_path, volumes))
     expected = truth(case, volumes).average
     found = read_output(job.folder.output)
     assert found.shape == (CHANNELS, *SHAPE)
@@ -182,7 +183,7 @@ def test_the_output_of_a_slice_may_be_left_out_of_the_job_file(tmp_path: Path) -
     (tmp_path / "net.py").write_text(
         NETWORK.replace("y = torch.stack(mixed, dim=1)", "y = mixed[0]")
     )
-    job, _ = run_whole(values)
+    job, _ = run_inline(values)
     expected = truth(case, [random_volume(SHAPE)]).average[0]
     np.testing.assert_allclose(read_output(job.folder.output), expected, rtol=0, atol=1e-3)
 
@@ -197,7 +198,7 @@ def refusal(tmp_path: Path, **model: Any) -> list[str]:
     values["model_config"] |= model
     values["model_config"] = {k: v for k, v in values["model_config"].items() if v is not None}
     with pytest.raises(JobError) as caught:
-        run_whole(values)
+        run_inline(values)
     return list(caught.value.problems)
 
 
@@ -230,7 +231,7 @@ def test_inputs_of_different_shapes_are_refused_and_named(tmp_path: Path) -> Non
     case = CASES["two inputs as channels of a 3-D network, overlapping"]
     volumes = [random_volume(SHAPE), random_volume((11, 13, 16))]
     with pytest.raises(JobError) as caught:
-        run_whole(job_of(case, tmp_path, volumes))
+        run_inline(job_of(case, tmp_path, volumes))
     [line] = caught.value.problems
     assert line.startswith("input.1: ")
     assert "[11, 13, 16]" in line
@@ -290,7 +291,7 @@ torch.jit.script(Net().eval()).save(sys.argv[1])
 
 
 @pytest.fixture
-def spinn(tmp_path: Path) -> Bench:
+def spinn(tmp_path: Path) -> Workspace:
     write_zarr(tmp_path / "in.zarr", random_volume((4, 200, 200)), (4, 64, 64))
     (tmp_path / "steps.py").write_text(STEPS)
     (tmp_path / "make.py").write_text(MAKE_MODEL)
@@ -299,24 +300,26 @@ def spinn(tmp_path: Path) -> Bench:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    bench = Bench(tmp_path, environment={"CUDA_VISIBLE_DEVICES": ""})
+    workspace = Workspace(tmp_path, environment={"CUDA_VISIBLE_DEVICES": ""})
     (tmp_path / "config.json").write_text(json.dumps(SPINN))
-    return bench
+    return workspace
 
 
 RUN = ("-i", "in.zarr", "-o", "out.zarr", "config.json")
 
 
-def test_spinns_config_is_a_job_file_as_it_is(spinn: Bench) -> None:
+def test_spinns_config_is_a_job_file_as_it_is(spinn: Workspace) -> None:
     job = load_job(spinn.folder / "config.json", input="in.zarr", output="out.zarr")
     assert job.inference_type == "patch"
     assert job.model.processing_steps == str(spinn.folder / "steps.py")
-    planned = spinn.here("plan", *RUN).ok()
+    planned = spinn.call("plan", *RUN).ok()
     assert "patches" in planned.out
     assert "chunks newly queued" not in planned.out
 
 
-def test_where_spinns_config_asks_for_what_is_not_here_each_thing_is_one_line(spinn: Bench) -> None:
+def test_where_spinns_config_asks_for_what_is_not_here_each_thing_is_one_line(
+    spinn: Workspace,
+) -> None:
     answer = spinn.run("run", "-e", "sqlite", *RUN)
     answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
     assert len(answer.err.splitlines()) == 2
@@ -326,7 +329,7 @@ def test_where_spinns_config_asks_for_what_is_not_here_each_thing_is_one_line(sp
         answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
 
 
-def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Bench) -> None:
+def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Workspace) -> None:
     model = {**SPINN["model_config"], "device": "cpu", "max_batch_size": 8}  # type: ignore[dict-item]
     values = {**SPINN, "cluster": "local", "hardware": "cpu_only", "model_config": model}
     (spinn.folder / "config.json").write_text(json.dumps(values))

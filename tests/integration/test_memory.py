@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.bench import Bench, toy_model, write_zarr
+from tests.harness.networks import toy_model
+from tests.harness.volumes import write_zarr
+from tests.harness.workspace import Workspace
 
 BLOCK, PATCH = 36, 18
 
@@ -30,18 +32,17 @@ def peak(folder: Path, blocks: int) -> int:
         "threads": 2,
         "model_config": model,
     }
-    bench = Bench(folder, values)
-    bench.write_job()
-    bench.here("produce", "job.json").ok()
-    bench.run("work", "--burst", "--gpus", "none", "--quiet").ok()
-    commits = bench.commits()
+    workspace = Workspace(folder, values)
+    workspace.write_job()
+    workspace.call("produce", "job.json").ok()
+    workspace.run("work", "--burst", "--gpus", "none", "--quiet").ok()
+    commits = workspace.commits()
     assert len(commits) == blocks**3
-    status = json.loads(bench.here("status", "out.zarr", "--json").ok().out)
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert len(status["workers"]) == 1
     return max(commit.peak_rss for commit in commits)
 
 
-@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
     small, large = peak(tmp_path / "small", 4), peak(tmp_path / "large", 8)
     # The larger volume alone has 96 MB, its sums over two classes twice that.

@@ -19,7 +19,8 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig, job_schema, parse_job
-from tests.integration.bench import Bench, random_volume, read_output, write_zarr
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace
 
 PATCH = (4, 4)
 SHAPE = (10, 9)
@@ -117,6 +118,14 @@ def net(batch):
     assert sys.seen_by_network == (np.ndarray, dtype, (3, *PATCH), True)  # type: ignore[attr-defined]
     assert outputs.dtype == ("float64" if dtype == "float64" else "float32")
     np.testing.assert_array_equal(outputs, values.astype("int64") + 1)
+
+
+def test_a_batch_that_cannot_be_written_to_is_copied(tmp_path: Path) -> None:
+    values = batch()
+    values.flags.writeable = False  # C order and the job's dtype: nothing else needs a copy
+    outputs = load(tmp_path, "def net(batch):\n    batch += 1\n    return batch")(values)
+    np.testing.assert_array_equal(outputs, batch() + 1)
+    np.testing.assert_array_equal(values, batch())
 
 
 def test_it_is_in_c_order_also_behind_a_protected_step_that_returns_a_view(tmp_path: Path) -> None:
@@ -360,7 +369,7 @@ def net(batch):
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (5, 5))
     job = {
         "input": str(tmp_path / "in.zarr"),
@@ -369,32 +378,32 @@ def bench(tmp_path: Path) -> Bench:
         "threads": 1,
         "model_config": keys(tmp_path, TELLING),
     }
-    made = Bench(tmp_path, job)
+    made = Workspace(tmp_path, job)
     made.write_job()
     return made
 
 
-def test_a_worker_process_imports_no_framework_for_it(bench: Bench) -> None:
-    bench.here("produce", "job.json").ok()
-    bench.run("work", "--burst").ok()
-    bench.here("finalize", "out.zarr").ok()
-    np.testing.assert_array_equal(read_output(bench.output), random_volume(SHAPE) * 2.0)
-    loaded = json.loads((bench.folder / "modules.json").read_text())
+def test_a_worker_process_imports_no_framework_for_it(workspace: Workspace) -> None:
+    workspace.call("produce", "job.json").ok()
+    workspace.run("work", "--burst").ok()
+    workspace.call("finalize", "out.zarr").ok()
+    np.testing.assert_array_equal(read_output(workspace.output), random_volume(SHAPE) * 2.0)
+    loaded = json.loads((workspace.folder / "modules.json").read_text())
     assert "chunkq_worker.runtimes.numpy" in loaded
     assert [name for name in HEAVY if name in loaded] == []
 
 
-def test_export_refuses_it_in_one_line(bench: Bench) -> None:
-    answer = bench.here("export", "job.json", "-o", "net.onnx")
+def test_export_refuses_it_in_one_line(workspace: Workspace) -> None:
+    answer = workspace.call("export", "job.json", "-o", "net.onnx")
     answer.refused(2, "model_config.runtime: numpy; only torch networks are exported")
 
 
-def test_tune_refuses_precisions_of_torch(bench: Bench) -> None:
-    answer = bench.here("tune", "job.json", "--precision", "bfloat16")
+def test_tune_refuses_precisions_of_torch(workspace: Workspace) -> None:
+    answer = workspace.call("tune", "job.json", "--precision", "bfloat16")
     answer.refused(2, "--precision: only for runtime torch, this job's is numpy")
 
 
-def test_plan_tries_it_on_patches_of_the_volume(bench: Bench) -> None:
-    answer = bench.run("plan", "job.json", "--probe", "--json").ok()
+def test_plan_tries_it_on_patches_of_the_volume(workspace: Workspace) -> None:
+    answer = workspace.run("plan", "job.json", "--probe", "--json").ok()
     tried = json.loads(answer.out)["probe"]
     assert (tried["device"], tried["finite"], tried["tile_norms"]) == ("cpu", True, [])

@@ -13,7 +13,9 @@ from chunkq_producer.probe import Probe
 
 from chunkq.executors.base import DEPTH_ON_CPU
 from chunkq.ledger import CRC_BYTES
-from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace
 
 PATCH = (32, 32, 32)
 LAUNCHER = """
@@ -26,7 +28,7 @@ print(used.ru_maxrss * 1024)
 """Small itself: a process's largest memory counts what its parent had when it was started."""
 
 
-def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Bench:
+def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Workspace:
     write_zarr(folder / "in.zarr", random_volume((160, 128, 128), dtype), (32, 32, 32))
     model = toy_model(folder, PATCH, kind="pointwise", channels=channels)
     values = {
@@ -39,18 +41,18 @@ def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Bench:
         "model_config": model,
         **keys,
     }
-    bench = Bench(folder, values)
-    bench.write_job()
-    return bench
+    workspace = Workspace(folder, values)
+    workspace.write_job()
+    return workspace
 
 
-def finalizer_peak(bench: Bench) -> int:
+def finalizer_peak(workspace: Workspace) -> int:
     """Finalize; returns the largest resident memory of the command."""
     command = [sys.executable, "-m", "chunkq", "finalize", "out.zarr"]
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
-        cwd=bench.folder,
-        env={**os.environ, **bench.env},
+        cwd=workspace.folder,
+        env={**os.environ, **workspace.env},
         capture_output=True,
         text=True,
         check=True,
@@ -58,9 +60,9 @@ def finalizer_peak(bench: Bench) -> int:
     return int(done.stdout)
 
 
-def bytes_around_voxels(bench: Bench) -> tuple[int, int]:
+def bytes_around_voxels(workspace: Workspace) -> tuple[int, int]:
     """Size of all stored pieces, and how much of it is their first lines and checksums."""
-    pieces = [path.read_bytes() for path in bench.job_folder.glob("pieces/*/*")]
+    pieces = [path.read_bytes() for path in workspace.job_folder.glob("pieces/*/*")]
     around = sum(content.index(b"\n") + 1 + CRC_BYTES for content in pieces)
     return sum(map(len, pieces)), around
 
@@ -76,13 +78,13 @@ def bytes_around_voxels(bench: Bench) -> tuple[int, int]:
 def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
     tmp_path: Path, dtype: str, channels: int, depth: int, keys: dict[str, Any]
 ) -> None:
-    bench = bench_of(tmp_path, dtype, channels, **keys)
-    asked = bench.run("plan", "job.json", "--probe", "--depth", str(depth), "--json").ok()
+    workspace = bench_of(tmp_path, dtype, channels, **keys)
+    asked = workspace.run("plan", "job.json", "--probe", "--depth", str(depth), "--json").ok()
     foretold = json.loads(asked.out)
     probe = foretold["probe"]
     assert probe["memory_error"] is None
     assert probe["depth"] == foretold["depth"] == depth
-    assert not bench.output.exists()
+    assert not workspace.output.exists()
     told = peak_memory(Probe(**probe), finalizes=True)
     untried = Probe(**probe | {"finalizer_bytes": None})
     assert "finalizing: unknown" in peak_memory(untried, finalizes=True)
@@ -91,10 +93,10 @@ def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
     assert "of it libraries and network)" in told
     assert "in all of one that finalizes blocks" in told
 
-    bench.here("produce", "job.json").ok()
-    bench.run("work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet").ok()
-    bench.here("finalize", "out.zarr").ok()
-    report = json.loads(bench.here("report", "out.zarr", "--json").ok().out)
+    workspace.call("produce", "job.json").ok()
+    workspace.run("work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet").ok()
+    workspace.call("finalize", "out.zarr").ok()
+    report = json.loads(workspace.call("report", "out.zarr", "--json").ok().out)
     moved = report["bytes"]
     assert report["patches"] == foretold["patches"]
     assert moved["input"] == foretold["input_bytes"]
@@ -102,24 +104,24 @@ def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
 
     assert probe["worker_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.1)
     # Chunks computed past the queue leave all blocks to the finalizer.
-    bench.here("produce", "job.json", "--overwrite").ok()
-    bench.work_here()
-    stored, around = bytes_around_voxels(bench)
+    workspace.call("produce", "job.json", "--overwrite").ok()
+    workspace.compute_inline()
+    stored, around = bytes_around_voxels(workspace)
     assert moved["pieces_written"] == moved["pieces_read"] == stored
     assert stored == foretold["piece_bytes"] + around
-    assert probe["finalizer_bytes"] == pytest.approx(finalizer_peak(bench), rel=0.1)
+    assert probe["finalizer_bytes"] == pytest.approx(finalizer_peak(workspace), rel=0.1)
     # Not because the process dwarfs all: the arrays show.
     assert probe["worker_bytes"] > probe["loaded_bytes"] + foretold["array_bytes"]
 
 
 def test_the_plan_says_what_its_memory_is_of(tmp_path: Path) -> None:
-    bench = bench_of(tmp_path, "uint8", 1)
-    alone = bench.here("plan", "job.json").ok().out
+    workspace = bench_of(tmp_path, "uint8", 1)
+    alone = workspace.call("plan", "job.json").ok().out
     (line,) = [line for line in alone.splitlines() if line.startswith("memory")]
     assert "arrays alone" in line
     assert f"{DEPTH_ON_CPU} chunks in flight" in line
     assert "libraries and network come on top (--probe measures all)" in line
     assert "peak memory" not in alone
-    deeper = json.loads(bench.here("plan", "job.json", "--depth", "4", "--json").ok().out)
-    flat = json.loads(bench.here("plan", "job.json", "--depth", "1", "--json").ok().out)
+    deeper = json.loads(workspace.call("plan", "job.json", "--depth", "4", "--json").ok().out)
+    flat = json.loads(workspace.call("plan", "job.json", "--depth", "1", "--json").ok().out)
     assert deeper["array_bytes"] > flat["array_bytes"]

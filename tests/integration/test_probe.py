@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.bench import Bench, random_volume, write_zarr
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace
 
 NETWORK = '''
 """Networks with one habit each."""
@@ -66,7 +67,7 @@ class Wide(Plain):
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     write_zarr(tmp_path / "in.zarr", random_volume((20, 22, 24)), (8, 8, 8))
     (tmp_path / "net.py").write_text(NETWORK)
     values: dict[str, Any] = {
@@ -83,19 +84,21 @@ def bench(tmp_path: Path) -> Bench:
             "max_batch_size": 4,
         },
     }
-    return Bench(tmp_path, values)
+    return Workspace(tmp_path, values)
 
 
-def probed(bench: Bench, name: str, **model: Any) -> dict[str, Any]:
-    bench.write_job(model={"class_name": name, **model})
-    found: dict[str, Any] = json.loads(bench.here("plan", "job.json", "--probe", "--json").ok().out)
-    assert not bench.output.exists()
+def probed(workspace: Workspace, name: str, **model: Any) -> dict[str, Any]:
+    workspace.write_job(model={"class_name": name, **model})
+    found: dict[str, Any] = json.loads(
+        workspace.call("plan", "job.json", "--probe", "--json").ok().out
+    )
+    assert not workspace.output.exists()
     probe: dict[str, Any] = found["probe"]
     return probe
 
 
-def test_an_honest_network_is_timed_and_nothing_is_held_against_it(bench: Bench) -> None:
-    found = probed(bench, "Plain")
+def test_an_honest_network_is_timed_and_nothing_is_held_against_it(workspace: Workspace) -> None:
+    found = probed(workspace, "Plain")
     assert found["error"] is None
     assert found["warnings"] == []
     assert found["batch"] == found["patches"] == 4
@@ -107,7 +110,7 @@ def test_an_honest_network_is_timed_and_nothing_is_held_against_it(bench: Bench)
     assert found["other_size"] == 2
     assert found["peak_bytes"] > 100e6
     assert found["device"] == "cpu"
-    shown = bench.here("plan", "job.json", "--probe").ok().out
+    shown = workspace.call("plan", "job.json", "--probe").ok().out
     for label in ("one patch", "network alone", "peak memory", "output range"):
         assert f"\n{label}" in shown
     assert "warning" not in shown
@@ -124,21 +127,21 @@ def test_an_honest_network_is_timed_and_nothing_is_held_against_it(bench: Bench)
     ],
 )
 def test_a_habit_that_shows_in_results_is_told_in_one_line(
-    bench: Bench, name: str, words: list[str]
+    workspace: Workspace, name: str, words: list[str]
 ) -> None:
-    lines = probed(bench, name)["warnings"]
+    lines = probed(workspace, name)["warnings"]
     assert any(all(word in line for word in words) for line in lines), lines
-    shown = bench.here("plan", "job.json", "--probe").ok().out
+    shown = workspace.call("plan", "job.json", "--probe").ok().out
     assert sum(line.startswith("warning") for line in shown.splitlines()) == len(lines)
 
 
-def test_a_shape_that_breaks_the_declaration_is_refused(bench: Bench) -> None:
-    bench.write_job(model={"class_name": "Wide"})
-    answer = bench.here("plan", "job.json", "--probe")
+def test_a_shape_that_breaks_the_declaration_is_refused(workspace: Workspace) -> None:
+    workspace.write_job(model={"class_name": "Wide"})
+    answer = workspace.call("plan", "job.json", "--probe")
     answer.refused(1, "returned shape [4, 2, 8, 8, 7]", "model_output_shape")
 
 
-def test_a_network_in_single_batches_is_probed_too(bench: Bench) -> None:
-    found = probed(bench, "Plain", max_batch_size=1)
+def test_a_network_in_single_batches_is_probed_too(workspace: Workspace) -> None:
+    found = probed(workspace, "Plain", max_batch_size=1)
     assert found["warnings"] == []
     assert (found["by_position"], found["by_batch_size"], found["other_size"]) == (None, None, None)

@@ -14,19 +14,12 @@ from unittest import mock
 import psutil
 import pytest
 
-from tests.integration.support import (
-    NETWORK,
-    Crew,
-    Ended,
-    Materials,
-    Place,
-    calm_place,
-    is_alive,
-    materials,
-)
-from tests.own_network import OwnNetwork
-from tests.ray_server import ray_cluster
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.network_namespace import NetworkNamespace
+from tests.harness.networks import NETWORK
+from tests.harness.processes import CommandResult, RunningCommand, is_alive
+from tests.harness.servers.ray import ray_cluster
+from tests.harness.standard_job import StandardJob, StandardWorkspace
+from tests.harness.waiting import TIMEOUT, wait_until
 
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
@@ -106,52 +99,43 @@ class Telling(Net):
 """
 
 
-@pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The job done by one worker to which nothing happened, on the embedded queue."""
-    return calm_place(tmp_path_factory.mktemp)
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return materials(tmp_path_factory.mktemp)
-
-
 @pytest.fixture
-def place(shared: Materials, tmp_path: Path, ray: str) -> Place:
+def workspace(standard_job: StandardJob, tmp_path: Path, ray: str) -> StandardWorkspace:
     """The job in a folder of its own, on the cluster that the tests share."""
-    return Place(shared, tmp_path, url=ray)
+    return standard_job.workspace(tmp_path, url=ray)
 
 
 @pytest.fixture
-def alone(shared: Materials, tmp_path: Path) -> Iterator[Place]:
+def alone(standard_job: StandardJob, tmp_path: Path) -> Iterator[StandardWorkspace]:
     """The job in a folder of its own, in an empty network."""
-    network = OwnNetwork()
+    network = NetworkNamespace()
     with network.inside():
-        yield Place(shared, tmp_path, url="ray://")
+        yield standard_job.workspace(tmp_path, url="ray://")
     network.close()
 
 
 @pytest.fixture(scope="module")
-def peculiar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OwnNetwork, str, Path]]:
+def peculiar(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[NetworkNamespace, str, Path]]:
     """A cluster of two emulated GPUs, whose Python finds no chunkq while a file is there."""
     folder = tmp_path_factory.mktemp("peculiar")
     marker = folder / "marker"
     paths = hook(folder, NO_CHUNKQ.format(marker=str(marker)))
-    network = OwnNetwork()
+    network = NetworkNamespace()
     with mock.patch.dict(os.environ, paths), ray_cluster(network, gpus=2) as url:
         yield network, url, marker
     network.close()
 
 
 @pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OwnNetwork, Path]]:
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[NetworkNamespace, Path]]:
     """A cluster whose servers for clients die at birth, as often as there are files in a folder."""
     folder = tmp_path_factory.mktemp("outside")
     deaths = folder / "deaths"
     deaths.mkdir()
     told = hook(folder, MORTAL.format(deaths=str(deaths))) | {"GRPC_ENABLE_FORK_SUPPORT": "0"}
-    network = OwnNetwork()
+    network = NetworkNamespace()
     with mock.patch.dict(os.environ, told), ray_cluster(network):
         yield network, deaths
     network.close()
@@ -164,7 +148,7 @@ def hook(folder: Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": str(folder / "hook")}
 
 
-def only_line(ended: Ended) -> str:
+def only_line(ended: CommandResult) -> str:
     """The one line that a refused command says, besides what Ray says of a missing Internet."""
     assert "Traceback" not in ended.err
     lines = [line for line in ended.err.splitlines() if "local IP via external" not in line]
@@ -173,17 +157,19 @@ def only_line(ended: Ended) -> str:
     return lines[0]
 
 
-def refused(place: Place, *arguments: str, code: int = 1, **environment: str) -> str:
-    with place.start(*arguments, **environment) as crew:
-        ended = crew.ended(30)
+def refused(
+    workspace: StandardWorkspace, *arguments: str, code: int = 1, **environment: str
+) -> str:
+    with workspace.start(*arguments, **environment) as cli:
+        ended = cli.wait(30)
     assert ended.code == code, ended.err
     return only_line(ended)
 
 
-def done(place: Place, *arguments: str) -> Ended:
+def done(workspace: StandardWorkspace, *arguments: str) -> CommandResult:
     """Run a command for real. One process is never at home in two networks, because of Ray."""
-    with place.start(*arguments) as crew:
-        ended = crew.ended()
+    with workspace.start(*arguments) as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
     return ended
@@ -212,13 +198,13 @@ def kill_the_keeper() -> None:
     keeper.wait(10)
 
 
-def left_to_do(place: Place) -> int:
-    return CHUNKS - len(place.done())
+def left_to_do(workspace: StandardWorkspace) -> int:
+    return CHUNKS - len(workspace.done())
 
 
-def not_computed_again(place: Place, committed: set[str]) -> None:
-    ours = place.patches()
-    again = {patch for patch, times in place.computed().items() if times > 1}
+def not_computed_again(workspace: StandardWorkspace, committed: set[str]) -> None:
+    ours = workspace.patches()
+    again = {patch for patch, times in workspace.computed().items() if times > 1}
     assert not any(again & ours[name] for name in committed)
 
 
@@ -226,7 +212,9 @@ def not_computed_again(place: Place, committed: set[str]) -> None:
 
 
 @pytest.mark.parametrize("url", NOBODY)
-def test_a_cluster_that_is_away_is_one_line_within_seconds(alone: Place, url: str) -> None:
+def test_a_cluster_that_is_away_is_one_line_within_seconds(
+    alone: StandardWorkspace, url: str
+) -> None:
     begun = time.monotonic()
     for command in (("produce", str(alone.job_file)), ("work",)):
         line = refused(alone, *command, "--queue", url)
@@ -235,10 +223,10 @@ def test_a_cluster_that_is_away_is_one_line_within_seconds(alone: Place, url: st
 
 
 def test_status_tells_what_the_ledger_knows_while_the_cluster_is_away(
-    shared: Materials, tmp_path: Path
+    standard_job: StandardJob, tmp_path: Path
 ) -> None:
-    Place(shared, tmp_path).produce()
-    status = Place(shared, tmp_path, url=NOBODY[0]).status()
+    standard_job.workspace(tmp_path).produce()
+    status = standard_job.workspace(tmp_path, url=NOBODY[0]).status()
     assert (status["chunks"], status["done"]) == (CHUNKS, 0)
     assert "no Ray cluster answers" in json.dumps(status)
 
@@ -253,31 +241,31 @@ def test_status_tells_what_the_ledger_knows_while_the_cluster_is_away(
     ],
 )
 def test_an_address_that_is_none_is_one_line(
-    shared: Materials, tmp_path: Path, url: str, says: str
+    standard_job: StandardJob, tmp_path: Path, url: str, says: str
 ) -> None:
-    place = Place(shared, tmp_path, url=url)
-    for command in (("produce", str(place.job_file)), ("work",)):
-        ended = place.command(*command)
+    workspace = standard_job.workspace(tmp_path, url=url)
+    for command in (("produce", str(workspace.job_file)), ("work",)):
+        ended = workspace.call(*command)
         assert (ended.code, len(ended.err.splitlines())) == (2, 1)
         assert says in ended.err
 
 
 def test_a_running_cluster_without_an_address_is_asked_for(
-    shared: Materials, tmp_path: Path
+    standard_job: StandardJob, tmp_path: Path
 ) -> None:
-    place = Place(shared, tmp_path, {"cluster": "running"}, url="ray://")
-    ended = place.command("run", "-e", "ray", str(place.job_file))
+    workspace = standard_job.workspace(tmp_path, {"cluster": "running"}, url="ray://")
+    ended = workspace.call("run", "-e", "ray", str(workspace.job_file))
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
     assert "Give ray_config.address or --queue ray://…" in ended.err
 
 
 @pytest.mark.parametrize("command", [("produce",), ("run", "-e", "ray")], ids=["produce", "run"])
 def test_without_the_package_the_extra_is_named(
-    shared: Materials, tmp_path: Path, command: tuple[str, ...]
+    standard_job: StandardJob, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     url = "ray://auto" if command == ("produce",) else "ray://"
-    place = Place(shared, tmp_path, url=url)
-    line = refused(place, *command, str(place.job_file), **hook(tmp_path, NOT_INSTALLED))
+    workspace = standard_job.workspace(tmp_path, url=url)
+    line = refused(workspace, *command, str(workspace.job_file), **hook(tmp_path, NOT_INSTALLED))
     assert line.endswith("ray:// needs a package that is not installed; pip install 'chunkq[ray]'")
 
 
@@ -289,51 +277,53 @@ def test_without_the_package_the_extra_is_named(
     ],
     ids=["chunkq", "ray"],
 )
-def test_another_version_is_one_line(place: Place, code: str, says: str) -> None:
-    place.produce()
-    environment = hook(place.folder, code)
-    assert says in refused(place, "produce", str(place.job_file), **environment)
-    assert says in refused(place, "work", **environment)
+def test_another_version_is_one_line(workspace: StandardWorkspace, code: str, says: str) -> None:
+    workspace.produce()
+    environment = hook(workspace.folder, code)
+    assert says in refused(workspace, "produce", str(workspace.job_file), **environment)
+    assert says in refused(workspace, "work", **environment)
 
 
 def test_machines_without_chunkq_are_one_line(
-    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
     network, url, marker = peculiar
-    place = Place(shared, tmp_path, url=url)
+    workspace = standard_job.workspace(tmp_path, url=url)
     with network.inside():
         marker.touch()
         says = f"chunkq: queue: the Ray cluster at {url} has no chunkq, which keeps the queue there"
-        assert refused(place, "produce", str(place.job_file)).startswith(says)
+        assert refused(workspace, "produce", str(workspace.job_file)).startswith(says)
         marker.unlink()
-        done(place, "produce", str(place.job_file))
+        done(workspace, "produce", str(workspace.job_file))
         marker.touch()
-        line = refused(place, *ON_CPU, "--quiet")
+        line = refused(workspace, *ON_CPU, "--quiet")
         assert line.startswith("chunkq: queue: a machine of the Ray cluster has no chunkq; pip")
         marker.unlink()
-        assert f"{CHUNKS} queued" in done(place, "status", str(place.output)).err
+        assert f"{CHUNKS} queued" in done(workspace, "status", str(workspace.output)).err
 
 
 # --------------------------------------------------------------------------- the queue is lost
 
 
-def test_a_killed_keeper_costs_nothing_that_is_committed(place: Place, calm: Place) -> None:
-    place.produce()
-    with place.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="4") as crew:
-        place.held()
+def test_a_killed_keeper_costs_nothing_that_is_committed(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    workspace.produce()
+    with workspace.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="4") as cli:
+        workspace.wait_until_stopped()
         kill_the_keeper()
-        place.open_gate()
-        ended = crew.ended()
+        workspace.open_gate()
+        ended = cli.wait()
     assert "Traceback" not in ended.err
-    committed, left = set(place.done()), left_to_do(place)
+    committed, left = set(workspace.done()), left_to_do(workspace)
     assert 0 < left < CHUNKS
-    again = place.produce("--resume")
+    again = workspace.produce("--resume")
     assert f"{left} newly queued" in again.out
-    assert place.counts().queued == left
-    assert place.work().code == 0
-    place.finish()
-    assert place.stored() == calm.stored()
-    not_computed_again(place, committed)
+    assert workspace.counts().queued == left
+    assert workspace.work().code == 0
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    not_computed_again(workspace, committed)
 
 
 # --------------------------------------------------------------------------- devices
@@ -346,12 +336,12 @@ def granted(devices: Path) -> dict[str, str]:
 
 
 def test_each_worker_is_an_actor_with_the_device_that_ray_granted_it(
-    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
     network, url, _ = peculiar
     (tmp_path / "told.py").write_text(NETWORK + DEVICES)
     model = {"class_file": str(tmp_path / "told.py"), "class_name": "Telling", "device": "cpu"}
-    place = Place(shared, tmp_path, {"model": model}, url=url)
+    workspace = standard_job.workspace(tmp_path, {"model": model}, url=url)
     devices = tmp_path / "devices"
     told = {
         "CUDA_VISIBLE_DEVICES": "0,1,2",
@@ -360,108 +350,112 @@ def test_each_worker_is_an_actor_with_the_device_that_ray_granted_it(
         "NET_AFTER": "4",
     }
     with network.inside():
-        done(place, "produce", str(place.job_file))
-        with place.start("work", "--burst", "--gpus", "0,1,2", **told) as crew:
-            place.held()
+        done(workspace, "produce", str(workspace.job_file))
+        with workspace.start("work", "--burst", "--gpus", "0,1,2", **told) as cli:
+            workspace.wait_until_stopped()
             assert len(mates("ray::Crew")) == 2
-            wait_until(lambda: "has not granted" in crew.says(), "it says that one waits")
+            wait_until(lambda: "has not granted" in cli.output(), "it says that one waits")
             wait_until(lambda: len(granted(devices)) == 2, "both have computed")
-            place.open_gate()
-            ended = crew.ended()
+            workspace.open_gate()
+            ended = cli.wait()
         assert ended.code == 0, ended.err
         assert ended.err.count("has not granted this worker its device") == 1
-        done(place, "finalize", str(place.output))
+        done(workspace, "finalize", str(workspace.output))
     assert set(granted(devices).values()) == {"'0'", "'1'"}
 
 
 def test_an_actor_without_a_gpu_sees_none(
-    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
     network, url, _ = peculiar
     (tmp_path / "told.py").write_text(NETWORK + DEVICES)
     model = {"class_file": str(tmp_path / "told.py"), "class_name": "Telling"}
-    place = Place(shared, tmp_path, {"model": model}, url=url)
+    workspace = standard_job.workspace(tmp_path, {"model": model}, url=url)
     devices = tmp_path / "devices"
     with network.inside():
-        done(place, "produce", str(place.job_file))
-        ended = place.work(NET_DEVICES=str(devices), CUDA_VISIBLE_DEVICES="0,1")
+        done(workspace, "produce", str(workspace.job_file))
+        ended = workspace.work(NET_DEVICES=str(devices), CUDA_VISIBLE_DEVICES="0,1")
     assert ended.code == 0, ended.err
     assert set(granted(devices).values()) == {"''"}
 
 
 def test_a_worker_that_waits_for_its_device_can_be_stopped(
-    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
     network, url, _ = peculiar
-    place = Place(shared, tmp_path, url=url)
+    workspace = standard_job.workspace(tmp_path, url=url)
     with network.inside():
-        done(place, "produce", str(place.job_file))
+        done(workspace, "produce", str(workspace.job_file))
         three = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
-        with place.start("work", "--gpus", "0,1,2", "--max-time", "1h", **three) as crew:
-            wait_until(lambda: len(place.done()) == CHUNKS, "all is done")
-            crew.process.send_signal(signal.SIGINT)
-            ended = crew.ended()
+        with workspace.start("work", "--gpus", "0,1,2", "--max-time", "1h", **three) as cli:
+            wait_until(lambda: len(workspace.done()) == CHUNKS, "all is done")
+            cli.process.send_signal(signal.SIGINT)
+            ended = cli.wait()
         assert ended.code == 0, ended.err
-        crew.leaves_nothing_behind()
+        cli.wait_for_children()
         wait_until(lambda: not mates("ray::Crew"), "its actors are gone")
 
 
 # --------------------------------------------------------------------------- run, by itself
 
 
-def own_run(place: Place) -> tuple[str, ...]:
-    return ("run", "-e", "ray", "--gpus", "none", "-w", "2", str(place.job_file))
+def own_run(workspace: StandardWorkspace) -> tuple[str, ...]:
+    return ("run", "-e", "ray", "--gpus", "none", "-w", "2", str(workspace.job_file))
 
 
 def nothing_is_left() -> None:
     wait_until(lambda: not mates(), "every process of it is gone")
 
 
-def test_run_has_a_cluster_of_its_own_that_ends_with_it(alone: Place, calm: Place) -> None:
-    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as crew:
-        alone.held()
+def test_run_has_a_cluster_of_its_own_that_ends_with_it(
+    alone: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
+        alone.wait_until_stopped()
         [worker] = [p for p in mates(sys.executable) if "chunkq_worker.child" in p.cmdline()][:1]
         stranger = worker.environ()["CHUNKQ_QUEUE"]
         with alone.start("work", "--queue", stranger) as other:
-            turned_away = other.ended()
+            turned_away = other.wait()
         assert turned_away.code == 1
         assert "Traceback" not in turned_away.err
         # Before it, Ray's core says once a second that a token is missing.
-        [line] = turned_away.complaints
+        [line] = turned_away.messages
         assert line.endswith("and the token if it asks for one")
         alone.open_gate()
-        ended = crew.ended()
+        ended = cli.wait()
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
-    assert alone.stored() == calm.stored()
+    assert alone.stored() == undisturbed.stored()
     nothing_is_left()
 
 
-def test_ctrl_c_of_run_and_the_same_again_continues(alone: Place, calm: Place) -> None:
-    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as crew:
-        alone.held()
-        crew.process.send_signal(signal.SIGINT)
+def test_ctrl_c_of_run_and_the_same_again_continues(
+    alone: StandardWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
+        alone.wait_until_stopped()
+        cli.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         alone.open_gate()
-        ended = crew.ended()
+        ended = cli.wait()
     assert ended.code == 130, ended.err
-    assert ended.complaints[-1].startswith("chunkq: stopped; the same command continues")
+    assert ended.messages[-1].startswith("chunkq: stopped; the same command continues")
     nothing_is_left()
     committed = set(alone.done())
     assert 4 <= len(committed) < CHUNKS
-    with alone.start(*own_run(alone)) as crew:
-        ended = crew.ended()
+    with alone.start(*own_run(alone)) as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
-    assert alone.stored() == calm.stored()
+    assert alone.stored() == undisturbed.stored()
     not_computed_again(alone, committed)
 
 
-def test_a_run_killed_with_9_leaves_no_process_of_rays(alone: Place) -> None:
-    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as crew:
-        alone.held()
+def test_a_run_killed_with_9_leaves_no_process_of_rays(alone: StandardWorkspace) -> None:
+    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
+        alone.wait_until_stopped()
         assert mates("ray::")
-        crew.process.kill()
-        crew.process.wait()
+        cli.process.kill()
+        cli.process.wait()
         alone.open_gate()
         nothing_is_left()
 
@@ -469,7 +463,9 @@ def test_a_run_killed_with_9_leaves_no_process_of_rays(alone: Place) -> None:
 # --------------------------------------------------------------------------- a running cluster
 
 
-def hired_place(shared: Materials, folder: Path, url: str, **told: str) -> Place:
+def hired_place(
+    standard_job: StandardJob, folder: Path, url: str, **told: str
+) -> StandardWorkspace:
     """The job for a running cluster's own workers, which are told through the network's file."""
     told |= {
         "NET_TRACE": str(folder / "trace"),
@@ -478,18 +474,18 @@ def hired_place(shared: Materials, folder: Path, url: str, **told: str) -> Place
     }
     (folder / "told.py").write_text(f"import os\nos.environ.update({told!r})\n" + NETWORK)
     model = {"class_file": str(folder / "told.py")}
-    return Place(shared, folder, RUNNING | {"model": model}, url=url)
+    return standard_job.workspace(folder, RUNNING | {"model": model}, url=url)
 
 
-def voxels(place: Place) -> dict[str, bytes]:
+def voxels(workspace: StandardWorkspace) -> dict[str, bytes]:
     """What is stored, save the metadata: they name the network's file by its hash."""
-    return {name: data for name, data in place.stored().items() if not name.endswith(".json")}
+    return {name: data for name, data in workspace.stored().items() if not name.endswith(".json")}
 
 
 @contextmanager
-def run_there(place: Place) -> Iterator[Crew]:
-    with place.start("run", "-e", "ray", str(place.job_file), CHUNKQ_QUEUE="") as crew:
-        yield crew
+def run_there(workspace: StandardWorkspace) -> Iterator[RunningCommand]:
+    with workspace.start("run", "-e", "ray", str(workspace.job_file), CHUNKQ_QUEUE="") as cli:
+        yield cli
 
 
 def no_hired_actor_remains() -> None:
@@ -497,75 +493,75 @@ def no_hired_actor_remains() -> None:
 
 
 def test_run_on_a_running_cluster_gives_the_same_bytes(
-    shared: Materials, tmp_path: Path, ray: str, calm: Place
+    standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
-    place = hired_place(shared, tmp_path, ray)
-    with run_there(place) as crew:
-        ended = crew.ended()
+    workspace = hired_place(standard_job, tmp_path, ray)
+    with run_there(workspace) as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
-    assert voxels(place) == voxels(calm)
-    assert set(place.computed().values()) == {1}
+    assert voxels(workspace) == voxels(undisturbed)
+    assert set(workspace.computed().values()) == {1}
     no_hired_actor_remains()
 
 
 def test_hired_actors_outlive_the_client_and_their_own_death(
-    shared: Materials, tmp_path: Path, ray: str, calm: Place
+    standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
-    place = hired_place(shared, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
-    with place.start("produce", str(place.job_file), CHUNKQ_QUEUE="") as crew:
-        ended = crew.ended()
+    workspace = hired_place(standard_job, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
+    with workspace.start("produce", str(workspace.job_file), CHUNKQ_QUEUE="") as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
     assert "the cluster's own workers have begun" in ended.err
-    held = place.held()
-    committed = set(place.done())
+    held = workspace.wait_until_stopped()
+    committed = set(workspace.done())
     os.kill(held, signal.SIGKILL)
-    place.open_gate()
-    wait_until(lambda: place.status()["done"] == CHUNKS, "Ray's own actors have done it")
-    place.finish()
-    assert voxels(place) == voxels(calm)
-    not_computed_again(place, committed)
+    workspace.open_gate()
+    wait_until(lambda: workspace.status()["done"] == CHUNKS, "Ray's own actors have done it")
+    workspace.finalize().ok()
+    assert voxels(workspace) == voxels(undisturbed)
+    not_computed_again(workspace, committed)
     no_hired_actor_remains()
 
 
 def test_a_network_that_always_fails_is_told_and_nobody_remains(
-    shared: Materials, tmp_path: Path, ray: str
+    standard_job: StandardJob, tmp_path: Path, ray: str
 ) -> None:
     broken = tmp_path / "broken"
     broken.touch()
-    place = hired_place(shared, tmp_path, ray, NET_BROKEN=str(broken))
-    with run_there(place) as crew:
-        ended = crew.ended()
+    workspace = hired_place(standard_job, tmp_path, ray, NET_BROKEN=str(broken))
+    with run_there(workspace) as cli:
+        ended = cli.wait()
     assert ended.code == 1, ended.err
     assert "Traceback" not in ended.err
-    assert any("failed alike (ArithmeticError: broken for" in line for line in ended.complaints)
+    assert any("failed alike (ArithmeticError: broken for" in line for line in ended.messages)
     no_hired_actor_remains()
 
 
 def test_ctrl_c_of_a_run_there_has_the_hired_leave(
-    shared: Materials, tmp_path: Path, ray: str, calm: Place
+    standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
-    place = hired_place(shared, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
-    with run_there(place) as crew:
-        place.held()
-        crew.process.send_signal(signal.SIGINT)
+    workspace = hired_place(standard_job, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
+    with run_there(workspace) as cli:
+        workspace.wait_until_stopped()
+        cli.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-        place.open_gate()
-        ended = crew.ended()
+        workspace.open_gate()
+        ended = cli.wait()
     assert ended.code == 130, ended.err
     no_hired_actor_remains()
-    assert 4 <= len(place.done()) < CHUNKS
-    with run_there(place) as crew:
-        ended = crew.ended()
+    assert 4 <= len(workspace.done()) < CHUNKS
+    with run_there(workspace) as cli:
+        ended = cli.wait()
     assert ended.code == 0, ended.err
-    assert voxels(place) == voxels(calm)
-    assert set(place.computed().values()) == {1}
+    assert voxels(workspace) == voxels(undisturbed)
+    assert set(workspace.computed().values()) == {1}
 
 
 def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
-    shared: Materials, tmp_path: Path, peculiar: tuple[OwnNetwork, str, Path]
+    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
     network, url, _ = peculiar
-    place = hired_place(shared, tmp_path, url)
+    workspace = hired_place(standard_job, tmp_path, url)
     hog = "import ray, sys, time; ray.init(sys.argv[1]); " + (
         "f = ray.remote(num_cpus=8)(lambda: time.sleep(99)); f.remote(); print(flush=True); "
         "time.sleep(99)"
@@ -577,14 +573,14 @@ def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
     ):
         assert other.stdout is not None
         other.stdout.readline()
-        with run_there(place) as crew:
-            wait_until((place.job_folder / "job.json").exists, "it is produced")
+        with run_there(workspace) as cli:
+            wait_until((workspace.job_folder / "job.json").exists, "it is produced")
             time.sleep(3)
-            crew.process.send_signal(signal.SIGINT)
-            ended = crew.ended()
+            cli.process.send_signal(signal.SIGINT)
+            ended = cli.wait()
         other.kill()
     assert ended.code == 130, ended.err
-    assert not place.done()
+    assert not workspace.done()
 
 
 # --------------------------------------------------------------------------- Ray Client
@@ -597,51 +593,58 @@ def let_die(deaths: Path, count: int) -> None:
 
 
 def test_all_commands_work_from_outside_the_cluster(
-    shared: Materials, tmp_path: Path, outside: tuple[OwnNetwork, Path], calm: Place
+    standard_job: StandardJob,
+    tmp_path: Path,
+    outside: tuple[NetworkNamespace, Path],
+    undisturbed: StandardWorkspace,
 ) -> None:
-    place = Place(shared, tmp_path, url=CLIENT)
+    workspace = standard_job.workspace(tmp_path, url=CLIENT)
     with outside[0].inside():
-        said = done(place, "produce", str(place.job_file)).err
-        said += done(place, *ON_CPU).err
-        told = done(place, "status", str(place.output)).err
-        said += done(place, "finalize", str(place.output)).err
+        said = done(workspace, "produce", str(workspace.job_file)).err
+        said += done(workspace, *ON_CPU).err
+        told = done(workspace, "status", str(workspace.output)).err
+        said += done(workspace, "finalize", str(workspace.output)).err
     assert f"{CHUNKS}/{CHUNKS} chunks done" in told
     assert "trying again" not in said + told
-    assert place.stored() == calm.stored()
+    assert workspace.stored() == undisturbed.stored()
 
 
 def test_a_server_for_a_client_that_dies_at_birth_is_asked_for_again(
-    shared: Materials, tmp_path: Path, outside: tuple[OwnNetwork, Path]
+    standard_job: StandardJob, tmp_path: Path, outside: tuple[NetworkNamespace, Path]
 ) -> None:
     network, deaths = outside
-    place = Place(shared, tmp_path, url=CLIENT)
+    workspace = standard_job.workspace(tmp_path, url=CLIENT)
     let_die(deaths, 2)
     with (
         network.inside(),
-        place.start("produce", str(place.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2") as crew,
+        workspace.start(
+            "produce", str(workspace.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2"
+        ) as cli,
     ):
-        ended = crew.ended(2 * PATIENCE)
+        ended = cli.wait(2 * TIMEOUT)
     assert ended.code == 0, ended.err
     assert ended.err.count("could not start its server for this process; trying again") == 2
     assert not list(deaths.iterdir())
 
 
 def test_a_cluster_that_cannot_serve_a_client_is_one_line(
-    shared: Materials, tmp_path: Path, outside: tuple[OwnNetwork, Path]
+    standard_job: StandardJob, tmp_path: Path, outside: tuple[NetworkNamespace, Path]
 ) -> None:
     network, deaths = outside
-    place = Place(shared, tmp_path, url=CLIENT)
+    workspace = standard_job.workspace(tmp_path, url=CLIENT)
     let_die(deaths, 3)
     with (
         network.inside(),
-        place.start("produce", str(place.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2") as crew,
+        workspace.start(
+            "produce", str(workspace.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2"
+        ) as cli,
     ):
-        ended = crew.ended(2 * PATIENCE)
+        ended = cli.wait(2 * TIMEOUT)
     assert ended.code == 1, ended.err
     assert "Traceback" not in ended.err
-    [line] = ended.complaints
+    [line] = ended.messages
     says = f"chunkq: queue: the Ray cluster at {CLIENT} failed 3 times to start its server for this"
     assert line.startswith(says)
     assert "start its head with GRPC_ENABLE_FORK_SUPPORT=0 in the environment" in line
     assert not list(deaths.iterdir())
-    assert not place.job_folder.exists()
+    assert not workspace.job_folder.exists()

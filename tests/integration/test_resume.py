@@ -19,21 +19,16 @@ from chunkq.finalize import finalize_job
 from chunkq.ledger import JobFolder
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
-from tests.integration.bench import (
-    Bench,
-    everything_below,
-    random_volume,
-    read_output,
-    toy_model,
-    write_zarr,
-)
-from tests.integration.support import files_below
+from tests.harness.files import everything_below, files_below
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace
 
 SHAPE = (30, 22)
 CHUNKS = {(i, j) for i in range(3) for j in range(2)}
 
 
-def make_bench(folder: Path) -> Bench:
+def make_bench(folder: Path) -> Workspace:
     """A job of six chunks with bands along both axes."""
     folder.mkdir(parents=True, exist_ok=True)
     write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
@@ -48,90 +43,90 @@ def make_bench(folder: Path) -> Bench:
         "threads": 1,
         "model_config": toy_model(folder, (8, 8), scale=100.0),
     }
-    bench = Bench(folder, values)
-    bench.write_job()
-    return bench
+    workspace = Workspace(folder, values)
+    workspace.write_job()
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The job done without a hitch."""
-    bench = make_bench(tmp_path_factory.mktemp("whole"))
-    bench.here("produce", "job.json").ok()
-    bench.work_here()
-    bench.here("finalize", "out.zarr").ok()
-    return bench
+    workspace = make_bench(tmp_path_factory.mktemp("whole"))
+    workspace.call("produce", "job.json").ok()
+    workspace.compute_inline()
+    workspace.call("finalize", "out.zarr").ok()
+    return workspace
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     return make_bench(tmp_path)
 
 
-def voxels(bench: Bench) -> dict[str, bytes]:
+def voxels(workspace: Workspace) -> dict[str, bytes]:
     """Every object of the output array; the group above it names the job's own paths."""
-    return files_below(bench.output / "0")
+    return files_below(workspace.output / "0")
 
 
-def state(bench: Bench) -> str:
-    return str(zarr.open_group(bench.output, mode="r").attrs["chunkq"]["state"])
+def state(workspace: Workspace) -> str:
+    return str(zarr.open_group(workspace.output, mode="r").attrs["chunkq"]["state"])
 
 
-def produce(bench: Bench, *options: str) -> str:
-    return bench.here("produce", "job.json", *options).ok().out
+def produce(workspace: Workspace, *options: str) -> str:
+    return workspace.call("produce", "job.json", *options).ok().out
 
 
-def is_complete(bench: Bench, whole: Bench) -> None:
+def is_complete(workspace: Workspace, whole: Workspace) -> None:
     """Finalize and compare with the job done without a hitch."""
-    bench.here("finalize", "out.zarr").ok()
-    assert voxels(bench) == voxels(whole)
-    assert state(bench) == "complete"
-    assert not (bench.job_folder / "pieces").exists()
-    assert json.loads((bench.job_folder / "report.json").read_text())["missing"] == []
+    workspace.call("finalize", "out.zarr").ok()
+    assert voxels(workspace) == voxels(whole)
+    assert state(workspace) == "complete"
+    assert not (workspace.job_folder / "pieces").exists()
+    assert json.loads((workspace.job_folder / "report.json").read_text())["missing"] == []
 
 
-def queued(bench: Bench) -> set[tuple[int, ...]]:
+def queued(workspace: Workspace) -> set[tuple[int, ...]]:
     """What is on the queue, taken off it."""
-    queue, shift, found = SqliteExecutor(f"sqlite://{bench.queue}"), Shift("test"), set()
+    queue, shift, found = SqliteExecutor(f"sqlite://{workspace.queue_file}"), Shift("test"), set()
     while begun := queue.take(shift):
         found.add(begun.task.chunk)
-    queue.cancel(str(bench.job_folder))
+    queue.cancel(str(workspace.job_folder))
     queue.close()
     return found
 
 
-def test_produce_again_queues_nothing_anew(bench: Bench) -> None:
-    assert produce(bench).startswith("6 chunks, 0 done, 6 newly queued")
-    assert produce(bench).startswith("6 chunks, 0 done, 0 newly queued")
-    assert produce(bench, "--resume").startswith("6 chunks, 0 done, 0 newly queued")
-    assert queued(bench) == CHUNKS
+def test_produce_again_queues_nothing_anew(workspace: Workspace) -> None:
+    assert produce(workspace).startswith("6 chunks, 0 done, 6 newly queued")
+    assert produce(workspace).startswith("6 chunks, 0 done, 0 newly queued")
+    assert produce(workspace, "--resume").startswith("6 chunks, 0 done, 0 newly queued")
+    assert queued(workspace) == CHUNKS
 
 
 @pytest.mark.parametrize("options", [(), ("--resume",)])
 def test_after_the_queue_is_lost_exactly_the_uncommitted_chunks_are_queued(
-    bench: Bench, whole: Bench, options: tuple[str, ...]
+    workspace: Workspace, whole: Workspace, options: tuple[str, ...]
 ) -> None:
-    produce(bench)
+    produce(workspace)
     done = {(0, 0), (2, 1), (1, 0)}
-    bench.work_here(only=done.__contains__)
-    for file in bench.folder.glob("queue.db*"):
+    workspace.compute_inline(only=done.__contains__)
+    for file in workspace.folder.glob("queue.db*"):
         file.unlink()
-    assert produce(bench, *options).startswith("6 chunks, 3 done, 3 newly queued")
-    assert queued(bench) == CHUNKS - done
-    before = {c.chunk: c for c in bench.commits()}
-    bench.work_here()
-    after = {c.chunk: c for c in bench.commits()}
+    assert produce(workspace, *options).startswith("6 chunks, 3 done, 3 newly queued")
+    assert queued(workspace) == CHUNKS - done
+    before = {c.chunk: c for c in workspace.commits()}
+    workspace.compute_inline()
+    after = {c.chunk: c for c in workspace.commits()}
     assert {index: after[index] for index in done} == before
-    is_complete(bench, whole)
+    is_complete(workspace, whole)
 
 
-def test_resume_where_there_is_no_job_is_refused(bench: Bench) -> None:
-    before = everything_below(bench.folder)
-    bench.here("produce", "job.json", "--resume").refused(2, "has no job to resume")
-    assert everything_below(bench.folder) == before
+def test_resume_where_there_is_no_job_is_refused(workspace: Workspace) -> None:
+    before = everything_below(workspace.folder)
+    workspace.call("produce", "job.json", "--resume").refused(2, "has no job to resume")
+    assert everything_below(workspace.folder) == before
 
 
-def test_produce_after_the_end_says_that_there_is_nothing_to_do(whole: Bench) -> None:
+def test_produce_after_the_end_says_that_there_is_nothing_to_do(whole: Workspace) -> None:
     before = files_below(whole.folder)
     said = produce(whole)
     assert said.startswith("6 chunks, 6 done, 0 newly queued")
@@ -141,94 +136,100 @@ def test_produce_after_the_end_says_that_there_is_nothing_to_do(whole: Bench) ->
     assert {name for name in changed if not name.startswith("queue.db")} == set()
 
 
-def test_finalize_before_the_end_lists_what_is_missing_and_changes_nothing(bench: Bench) -> None:
-    produce(bench)
-    bench.work_here(only={(0, 0), (1, 1)}.__contains__)
-    before = files_below(bench.folder)
-    answer = bench.here("finalize", "out.zarr", "--json")
+def test_finalize_before_the_end_lists_what_is_missing_and_changes_nothing(
+    workspace: Workspace,
+) -> None:
+    produce(workspace)
+    workspace.compute_inline(only={(0, 0), (1, 1)}.__contains__)
+    before = files_below(workspace.folder)
+    answer = workspace.call("finalize", "out.zarr", "--json")
     answer.refused(3, "4 chunks are not computed yet: 0.1, 1.0, 2.0, 2.1")
     assert json.loads(answer.out) == {"missing": ["0.1", "1.0", "2.0", "2.1"]}
-    bench.here("finalize", "out.zarr").refused(3, "4 chunks are not computed yet")
-    assert files_below(bench.folder) == before
-    assert state(bench) == "incomplete"
+    workspace.call("finalize", "out.zarr").refused(3, "4 chunks are not computed yet")
+    assert files_below(workspace.folder) == before
+    assert state(workspace) == "incomplete"
 
 
-def test_finalize_twice_changes_no_byte(bench: Bench, whole: Bench) -> None:
-    produce(bench)
-    bench.work_here()
-    is_complete(bench, whole)
-    before = files_below(bench.folder)
-    bench.here("finalize", "out.zarr").ok()
-    assert files_below(bench.folder) == before
+def test_finalize_twice_changes_no_byte(workspace: Workspace, whole: Workspace) -> None:
+    produce(workspace)
+    workspace.compute_inline()
+    is_complete(workspace, whole)
+    before = files_below(workspace.folder)
+    workspace.call("finalize", "out.zarr").ok()
+    assert files_below(workspace.folder) == before
 
 
-def test_a_chunk_computed_again_after_the_end_changes_no_byte(bench: Bench, whole: Bench) -> None:
+def test_a_chunk_computed_again_after_the_end_changes_no_byte(
+    workspace: Workspace, whole: Workspace
+) -> None:
     """As a worker does whose lease went to another while it slept."""
-    produce(bench)
-    bench.work_here()
-    is_complete(bench, whole)
-    before = files_below(bench.folder)
+    produce(workspace)
+    workspace.compute_inline()
+    is_complete(workspace, whole)
+    before = files_below(workspace.folder)
     for index in CHUNKS:
-        run_task(Task("infer", str(bench.job_folder), index), Attempt(2, "late"))
-    assert files_below(bench.folder) == before
+        run_task(Task("infer", str(workspace.job_folder), index), Attempt(2, "late"))
+    assert files_below(workspace.folder) == before
 
 
-def test_overwrite_replaces_the_output_and_its_ledger(bench: Bench) -> None:
-    produce(bench)
-    bench.work_here()
-    bench.here("finalize", "out.zarr").ok()
-    old = voxels(bench)
-    (bench.output / "0" / "stray").write_text("left over")
-    bench.write_job(combine="soft")
-    assert produce(bench, "--overwrite").startswith("6 chunks, 0 done, 6 newly queued")
-    assert bench.commits() == []
-    assert list(voxels(bench)) == ["zarr.json"]
-    assert not (bench.job_folder / "report.json").exists()
-    assert queued(bench) == CHUNKS
-    bench.work_here()
-    bench.here("finalize", "out.zarr").ok()
-    assert voxels(bench) != old
-    assert read_output(bench.output).dtype == np.uint8
+def test_overwrite_replaces_the_output_and_its_ledger(workspace: Workspace) -> None:
+    produce(workspace)
+    workspace.compute_inline()
+    workspace.call("finalize", "out.zarr").ok()
+    old = voxels(workspace)
+    (workspace.output / "0" / "stray").write_text("left over")
+    workspace.write_job(combine="soft")
+    assert produce(workspace, "--overwrite").startswith("6 chunks, 0 done, 6 newly queued")
+    assert workspace.commits() == []
+    assert list(voxels(workspace)) == ["zarr.json"]
+    assert not (workspace.job_folder / "report.json").exists()
+    assert queued(workspace) == CHUNKS
+    workspace.compute_inline()
+    workspace.call("finalize", "out.zarr").ok()
+    assert voxels(workspace) != old
+    assert read_output(workspace.output).dtype == np.uint8
 
 
-def test_overwrite_is_refused_while_chunks_are_running(bench: Bench) -> None:
-    produce(bench)
-    queue = SqliteExecutor(f"sqlite://{bench.queue}")
+def test_overwrite_is_refused_while_chunks_are_running(workspace: Workspace) -> None:
+    produce(workspace)
+    queue = SqliteExecutor(f"sqlite://{workspace.queue_file}")
     assert queue.take(Shift("busy-worker")) is not None
-    before = files_below(bench.output) | files_below(bench.job_folder)
-    bench.here("produce", "job.json", "--overwrite").refused(
+    before = files_below(workspace.output) | files_below(workspace.job_folder)
+    workspace.call("produce", "job.json", "--overwrite").refused(
         2, "is being worked on by busy-worker; stop the workers before --overwrite"
     )
-    assert files_below(bench.output) | files_below(bench.job_folder) == before
+    assert files_below(workspace.output) | files_below(workspace.job_folder) == before
     queue.release("busy-worker")
     queue.close()
-    produce(bench, "--overwrite")
+    produce(workspace, "--overwrite")
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "sub/zarr.json.bak"])
-def test_overwrite_never_deletes_a_folder_that_is_no_store(bench: Bench, name: str) -> None:
-    (bench.output / name).parent.mkdir(parents=True)
-    (bench.output / name).write_text("years of work")
-    before = files_below(bench.folder)
-    bench.here("produce", "job.json", "--overwrite").refused(
+def test_overwrite_never_deletes_a_folder_that_is_no_store(workspace: Workspace, name: str) -> None:
+    (workspace.output / name).parent.mkdir(parents=True)
+    (workspace.output / name).write_text("years of work")
+    before = files_below(workspace.folder)
+    workspace.call("produce", "job.json", "--overwrite").refused(
         2, "is no Zarr store, so --overwrite leaves it alone"
     )
-    bench.here("produce", "job.json").refused(2, "exists and is not of this job")
-    assert files_below(bench.folder) == before
+    workspace.call("produce", "job.json").refused(2, "exists and is not of this job")
+    assert files_below(workspace.folder) == before
 
 
-def test_an_output_of_something_else_is_refused_and_replaced_only_on_demand(bench: Bench) -> None:
-    write_zarr(bench.output, random_volume((4, 4)))
-    before = files_below(bench.folder)
-    bench.here("produce", "job.json").refused(2, "exists and is not of this job", "--overwrite")
-    assert files_below(bench.folder) == before
-    produce(bench, "--overwrite")
-    assert zarr.open(bench.output / "0", mode="r").shape == (3, *SHAPE)
+def test_an_output_of_something_else_is_refused_and_replaced_only_on_demand(
+    workspace: Workspace,
+) -> None:
+    write_zarr(workspace.output, random_volume((4, 4)))
+    before = files_below(workspace.folder)
+    workspace.call("produce", "job.json").refused(2, "exists and is not of this job", "--overwrite")
+    assert files_below(workspace.folder) == before
+    produce(workspace, "--overwrite")
+    assert zarr.open(workspace.output / "0", mode="r").shape == (3, *SHAPE)
 
 
-def set_network(bench: Bench) -> dict[str, Any]:
-    (bench.folder / "network.py").write_text(
-        (bench.folder / "network.py").read_text().replace("0.5) / channels", "0.4) / channels")
+def set_network(workspace: Workspace) -> dict[str, Any]:
+    (workspace.folder / "network.py").write_text(
+        (workspace.folder / "network.py").read_text().replace("0.5) / channels", "0.4) / channels")
     )
     return {}
 
@@ -245,51 +246,53 @@ def set_network(bench: Bench) -> dict[str, Any]:
     ],
 )
 def test_a_changed_job_onto_an_old_output_is_refused_with_what_differs(
-    bench: Bench, change: Any, named: str
+    workspace: Workspace, change: Any, named: str
 ) -> None:
-    write_zarr(bench.folder / "other.zarr", random_volume(SHAPE, "uint16"))
-    produce(bench)
-    bench.write_job(**(change(bench) if callable(change) else change))
-    before = files_below(bench.folder)
+    write_zarr(workspace.folder / "other.zarr", random_volume(SHAPE, "uint16"))
+    produce(workspace)
+    workspace.write_job(**(change(workspace) if callable(change) else change))
+    before = files_below(workspace.folder)
     for options in ((), ("--resume",)):
-        bench.here("produce", "job.json", *options).refused(2, "a different job", named)
-    assert files_below(bench.folder) == before
+        workspace.call("produce", "job.json", *options).refused(2, "a different job", named)
+    assert files_below(workspace.folder) == before
 
 
-def test_keys_that_only_say_where_a_job_runs_do_not_make_it_another(bench: Bench) -> None:
-    produce(bench)
-    bench.write_job(hardware="cpu_only", queue=f"sqlite://{bench.folder}/other.db")
-    assert produce(bench).startswith("6 chunks, 0 done, 0 newly queued")
+def test_keys_that_only_say_where_a_job_runs_do_not_make_it_another(workspace: Workspace) -> None:
+    produce(workspace)
+    workspace.write_job(hardware="cpu_only", queue=f"sqlite://{workspace.folder}/other.db")
+    assert produce(workspace).startswith("6 chunks, 0 done, 0 newly queued")
 
 
-def test_a_half_written_output_of_an_older_job_is_refused(bench: Bench) -> None:
+def test_a_half_written_output_of_an_older_job_is_refused(workspace: Workspace) -> None:
     """Metadata without a job folder: its remains say nothing of what is done."""
-    produce(bench)
-    bench.work_here(only={(0, 0)}.__contains__)
-    shutil.rmtree(bench.job_folder)
-    before = files_below(bench.output)
-    bench.here("produce", "job.json").refused(2, "exists and is not of this job")
-    bench.here("finalize", "out.zarr").refused(2, "no job was produced here")
-    assert files_below(bench.output) == before
-    produce(bench, "--overwrite")
-    assert bench.commits() == []
+    produce(workspace)
+    workspace.compute_inline(only={(0, 0)}.__contains__)
+    shutil.rmtree(workspace.job_folder)
+    before = files_below(workspace.output)
+    workspace.call("produce", "job.json").refused(2, "exists and is not of this job")
+    workspace.call("finalize", "out.zarr").refused(2, "no job was produced here")
+    assert files_below(workspace.output) == before
+    produce(workspace, "--overwrite")
+    assert workspace.commits() == []
 
 
 def test_a_producer_killed_between_ledger_and_output_is_simply_run_again(
-    bench: Bench, whole: Bench
+    workspace: Workspace, whole: Workspace
 ) -> None:
-    produce(bench)
-    shutil.rmtree(bench.output)
-    assert produce(bench).startswith("6 chunks, 0 done, 0 newly queued")
-    bench.work_here()
-    is_complete(bench, whole)
+    produce(workspace)
+    shutil.rmtree(workspace.output)
+    assert produce(workspace).startswith("6 chunks, 0 done, 0 newly queued")
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
-def test_an_output_that_vanished_under_committed_chunks_is_said_to_be_damaged(bench: Bench) -> None:
-    produce(bench)
-    bench.work_here(only={(0, 0)}.__contains__)
-    (bench.output / "0" / "zarr.json").unlink()
-    bench.here("produce", "job.json").refused(2, "is damaged: it has no 0/zarr.json")
+def test_an_output_that_vanished_under_committed_chunks_is_said_to_be_damaged(
+    workspace: Workspace,
+) -> None:
+    produce(workspace)
+    workspace.compute_inline(only={(0, 0)}.__contains__)
+    (workspace.output / "0" / "zarr.json").unlink()
+    workspace.call("produce", "job.json").refused(2, "is damaged: it has no 0/zarr.json")
 
 
 def flipped(path: Path) -> None:
@@ -311,52 +314,52 @@ DAMAGE = {
 @pytest.mark.parametrize(("piece", "chunk"), [("own", "1.1"), ("10", "0.1"), ("11", "0.0")])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_piece_that_is_unfit_names_the_chunk_to_compute_again_and_then_heals(
-    bench: Bench, whole: Bench, damage: str, piece: str, chunk: str
+    workspace: Workspace, whole: Workspace, damage: str, piece: str, chunk: str
 ) -> None:
-    produce(bench)
-    bench.work_here()
-    DAMAGE[damage](bench.job_folder / "pieces" / "1.1" / piece)
-    bench.here("finalize", "out.zarr").refused(
+    produce(workspace)
+    workspace.compute_inline()
+    DAMAGE[damage](workspace.job_folder / "pieces" / "1.1" / piece)
+    workspace.call("finalize", "out.zarr").refused(
         1, f"pieces/1.1/{piece}", f"chunk {chunk} must be computed again", "produce --resume"
     )
-    assert state(bench) == "incomplete"
-    for file in bench.folder.glob("queue.db*"):
+    assert state(workspace) == "incomplete"
+    for file in workspace.folder.glob("queue.db*"):
         file.unlink()
-    assert produce(bench, "--resume").startswith("6 chunks, 5 done, 1 newly queued")
-    bench.work_here()
-    is_complete(bench, whole)
+    assert produce(workspace, "--resume").startswith("6 chunks, 5 done, 1 newly queued")
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
 def test_with_missing_chunks_allowed_the_output_says_so_and_is_completed_later(
-    bench: Bench, whole: Bench
+    workspace: Workspace, whole: Workspace
 ) -> None:
-    produce(bench)
+    produce(workspace)
     missing = {(1, 0)}
-    bench.work_here(only=lambda index: index not in missing)
-    said = bench.here("finalize", "out.zarr", "--allow-missing").ok().out
+    workspace.compute_inline(only=lambda index: index not in missing)
+    said = workspace.call("finalize", "out.zarr", "--allow-missing").ok().out
     assert "sealed WITHOUT 1 chunks" in said
-    assert state(bench) == "incomplete"
-    report = json.loads((bench.job_folder / "report.json").read_text())
+    assert state(workspace) == "incomplete"
+    report = json.loads((workspace.job_folder / "report.json").read_text())
     assert report["missing"] == ["1.0"]
     assert report["chunks"] == 5
-    partial, full = read_output(bench.output), read_output(whole.output)
+    partial, full = read_output(workspace.output), read_output(whole.output)
     untouched = np.ones(SHAPE, bool)
     untouched[12:, :] = False  # the blocks that chunk 1.0 reaches lie here
     np.testing.assert_array_equal(partial[:, untouched], full[:, untouched])
     assert not partial[:, 12:24, :12].any()
-    status = json.loads(bench.here("status", "out.zarr", "--json").ok().out)
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert status["done"] == 5
-    bench.here("finalize", "out.zarr").refused(3, "1 chunks are not computed yet: 1.0")
-    bench.work_here()
-    is_complete(bench, whole)
+    workspace.call("finalize", "out.zarr").refused(3, "1 chunks are not computed yet: 1.0")
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
-def test_nothing_at_all_may_be_missing_too(bench: Bench, whole: Bench) -> None:
-    produce(bench)
-    assert "WITHOUT 6 chunks" in bench.here("finalize", "out.zarr", "--allow-missing").ok().out
-    assert not read_output(bench.output).any()
-    bench.work_here()
-    is_complete(bench, whole)
+def test_nothing_at_all_may_be_missing_too(workspace: Workspace, whole: Workspace) -> None:
+    produce(workspace)
+    assert "WITHOUT 6 chunks" in workspace.call("finalize", "out.zarr", "--allow-missing").ok().out
+    assert not read_output(workspace.output).any()
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
 class Killed(BaseException):
@@ -366,11 +369,15 @@ class Killed(BaseException):
 @pytest.mark.parametrize("blocks", [0, 1, 3])
 @pytest.mark.parametrize("moment", ["before the commit", "after the commit"])
 def test_a_finalizer_killed_at_any_point_is_continued(
-    bench: Bench, whole: Bench, monkeypatch: pytest.MonkeyPatch, blocks: int, moment: str
+    workspace: Workspace,
+    whole: Workspace,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: int,
+    moment: str,
 ) -> None:
-    produce(bench)
-    bench.work_here()
-    job, lock, count = open_job(str(bench.job_folder)), threading.Lock(), [0]
+    produce(workspace)
+    workspace.compute_inline()
+    job, lock, count = open_job(str(workspace.job_folder)), threading.Lock(), [0]
     name = "commit" if moment == "before the commit" else "delete_pieces"
     real = getattr(job.folder, name)
 
@@ -385,109 +392,109 @@ def test_a_finalizer_killed_at_any_point_is_continued(
         patch.setattr(type(job.folder), name, lambda self, *args: dying(*args))
         with pytest.raises(Killed):
             finalize_job(job, worker="killed")
-    assert state(bench) == "incomplete"
-    assert not (bench.job_folder / "report.json").exists()
-    is_complete(bench, whole)
+    assert state(workspace) == "incomplete"
+    assert not (workspace.job_folder / "report.json").exists()
+    is_complete(workspace, whole)
 
 
 def test_a_finalizer_that_finds_a_piece_gone_leaves_the_other_blocks_right(
-    bench: Bench, whole: Bench
+    workspace: Workspace, whole: Workspace
 ) -> None:
-    produce(bench)
-    bench.work_here()
-    (bench.job_folder / "pieces" / "2.1" / "10").unlink()
-    job = open_job(str(bench.job_folder))
+    produce(workspace)
+    workspace.compute_inline()
+    (workspace.job_folder / "pieces" / "2.1" / "10").unlink()
+    job = open_job(str(workspace.job_folder))
     with pytest.raises(PieceError, match=r"chunk 1\.1 must be computed again"):
         finalize_job(job, worker="one")
-    for file in bench.folder.glob("queue.db*"):
+    for file in workspace.folder.glob("queue.db*"):
         file.unlink()
-    produce(bench, "--resume")
-    bench.work_here()
-    is_complete(bench, whole)
+    produce(workspace, "--resume")
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
 def test_partial_files_of_a_killed_writer_in_the_ledger_hurt_nothing(
-    bench: Bench, whole: Bench
+    workspace: Workspace, whole: Workspace
 ) -> None:
-    produce(bench)
-    bench.work_here(only={(0, 0)}.__contains__)
-    done = bench.job_folder / "done" / "infer"
+    produce(workspace)
+    workspace.compute_inline(only={(0, 0)}.__contains__)
+    done = workspace.job_folder / "done" / "infer"
     (done / ".partial-1234-1.1").write_bytes(b'{"kind"')
-    os.makedirs(bench.job_folder / "failed", exist_ok=True)
-    (bench.job_folder / "failed" / ".partial-1234-1.1.json").write_bytes(b"{")
-    assert produce(bench).startswith("6 chunks, 1 done, 0 newly queued")
-    status = json.loads(bench.here("status", "out.zarr", "--json").ok().out)
+    os.makedirs(workspace.job_folder / "failed", exist_ok=True)
+    (workspace.job_folder / "failed" / ".partial-1234-1.1.json").write_bytes(b"{")
+    assert produce(workspace).startswith("6 chunks, 1 done, 0 newly queued")
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert (status["done"], status["failures"]) == (1, [])
-    bench.work_here()
-    is_complete(bench, whole)
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
 # ------------------------------------------------------------------------ one chunk's task
 
 
-def run_chunk(bench: Bench, index: tuple[int, ...]) -> Outcome:
-    return run_task(Task("infer", str(bench.job_folder), index), Attempt(1, "worker"))
+def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> Outcome:
+    return run_task(Task("infer", str(workspace.job_folder), index), Attempt(1, "worker"))
 
 
 @pytest.mark.parametrize(("owner", "name"), [(OpenJob, "write"), (JobFolder, "put_piece")])
 def test_a_worker_killed_while_it_writes_has_committed_nothing(
-    bench: Bench, whole: Bench, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+    workspace: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
     def dying(*_: Any, **__: Any) -> None:
         raise Killed
 
-    produce(bench)
+    produce(workspace)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dying)
         with pytest.raises(Killed):
-            run_chunk(bench, (1, 1))
-    assert bench.commits() == []
-    bench.work_here()
-    is_complete(bench, whole)
+            run_chunk(workspace, (1, 1))
+    assert workspace.commits() == []
+    workspace.compute_inline()
+    is_complete(workspace, whole)
 
 
 def test_a_chunk_that_failed_is_recorded_and_queued_again_after_the_queue_is_lost(
-    bench: Bench, whole: Bench, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    produce(bench)
-    bench.work_here(only={(0, 0)}.__contains__)
+    produce(workspace)
+    workspace.compute_inline(only={(0, 0)}.__contains__)
     with monkeypatch.context() as patch:
         patch.setattr(JobFolder, "put_piece", full)
         with pytest.raises(OSError, match="no space left"):
-            run_chunk(bench, (1, 1))
-    [failure] = bench.ledger.failures()
+            run_chunk(workspace, (1, 1))
+    [failure] = workspace.ledger.failures()
     assert (failure.chunk, failure.error) == ((1, 1), "OSError")
     assert "no space left" in failure.message
-    for file in bench.folder.glob("queue.db*"):
+    for file in workspace.folder.glob("queue.db*"):
         file.unlink()
-    assert produce(bench, "--resume").startswith("6 chunks, 1 done, 5 newly queued")
-    assert queued(bench) == CHUNKS - {(0, 0)}
-    bench.work_here()
-    assert bench.ledger.failures() == []
-    is_complete(bench, whole)
+    assert produce(workspace, "--resume").startswith("6 chunks, 1 done, 5 newly queued")
+    assert queued(workspace) == CHUNKS - {(0, 0)}
+    workspace.compute_inline()
+    assert workspace.ledger.failures() == []
+    is_complete(workspace, whole)
 
 
-def test_a_chunk_marks_itself_in_every_block_that_it_contributes_to(bench: Bench) -> None:
-    produce(bench)
+def test_a_chunk_marks_itself_in_every_block_that_it_contributes_to(workspace: Workspace) -> None:
+    produce(workspace)
     marked: dict[tuple[int, ...], set[tuple[int, int]]] = {}
     for index in CHUNKS:
-        for block, member, of in run_chunk(bench, index).marks:
+        for block, member, of in run_chunk(workspace, index).marks:
             marked.setdefault(block, set()).add((member, of))
-    plan = open_job(str(bench.job_folder)).plan
+    plan = open_job(str(workspace.job_folder)).plan
     expected = {block: len(plan.contributors(block)) for block in plan.to_finalize()}
     assert max(expected.values()) == 4
     assert marked == {block: {(n, of) for n in range(of)} for block, of in expected.items()}
 
 
-def test_a_worker_of_a_replaced_job_writes_nothing_into_the_new_one(bench: Bench) -> None:
-    produce(bench)
-    old = open_job(str(bench.job_folder))
-    bench.values["strides"] = [6, 6]
-    bench.write_job()
-    produce(bench, "--overwrite")
+def test_a_worker_of_a_replaced_job_writes_nothing_into_the_new_one(workspace: Workspace) -> None:
+    produce(workspace)
+    old = open_job(str(workspace.job_folder))
+    workspace.values["strides"] = [6, 6]
+    workspace.write_job()
+    produce(workspace, "--overwrite")
     with pytest.raises(MissingJobError, match="was replaced meanwhile"):
         old.check_unchanged()
-    assert open_job(str(bench.job_folder)).plan.job.strides == (6, 6)
+    assert open_job(str(workspace.job_folder)).plan.job.strides == (6, 6)

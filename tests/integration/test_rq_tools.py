@@ -30,9 +30,9 @@ from chunkq.executors.rq import RqExecutor
 from chunkq.executors.rq.executor import queue_name
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
-from tests.integration.support import Place, materials
-from tests.redis_server import RedisServer, redis_server
-from tests.waiting import wait_until
+from tests.harness.servers.redis import RedisServer, redis_server
+from tests.harness.standard_job import StandardJob, StandardWorkspace
+from tests.harness.waiting import wait_until
 
 RQ = Path(sys.executable).parent / "rq"
 JOB = "/data/brain.zarr.chunkq"
@@ -97,7 +97,7 @@ def holds_pickle(value: bytes) -> bool:
 class Watched:
     """What RQ's tools told about a real job, before, while, and after its chunks were done."""
 
-    place: Place
+    workspace: StandardWorkspace
     server: RedisServer
     name: str
     info: dict[str, str]
@@ -158,19 +158,23 @@ def look_at_job(client: redis_client.Redis, job_id: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(
+    standard_job: StandardJob, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
     """Hold a worker with two chunks in flight, look around, delete two tasks, let it go on."""
     folder = tmp_path_factory.mktemp("watched")
     with redis_server() as server, server.client as client:
-        place = Place(materials(tmp_path_factory.mktemp), folder, url=server.url)
-        place.produce()
+        workspace = standard_job.workspace(folder, url=server.url)
+        workspace.produce()
         info = {"before": rq(server.url, "info", "--raw")}
         counts = {"before": look_at_queues(client)}
         jobs, workers = {}, {}
         work = ("work", "--gpus", "none", "--depth", "2")
-        with place.start(*work, NET_HOLD="forward", CHUNKQ_WORKER_SETTINGS='{"lease": 9}') as crew:
-            place.held()
-            place.wait_for_full_hands(2)
+        with workspace.start(
+            *work, NET_HOLD="forward", CHUNKQ_WORKER_SETTINGS='{"lease": 9}'
+        ) as cli:
+            workspace.wait_until_stopped()
+            workspace.wait_for_chunks_in_flight(2)
             (queue,) = Queue.all(client, serializer=JSONSerializer)
             # Its first heartbeat may not have known yet what it holds; the next one does.
             with suppress(AssertionError):
@@ -186,21 +190,21 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             deleted = {"running": running[0], "queued": last}
             for job_id in deleted.values():
                 Job.fetch(job_id, client, serializer=JSONSerializer).delete()
-            place.open_gate()
-            wait_until(lambda: len(place.done()) == CHUNKS - 1, "all but the deleted are done")
+            workspace.open_gate()
+            wait_until(lambda: len(workspace.done()) == CHUNKS - 1, "all but the deleted are done")
             wait_until(
                 lambda: look_at_workers(client)[0]["state"] == "idle", "the worker is at rest"
             )
             workers["at rest"] = look_at_workers(client)
-            resumed = place.produce("--resume").out
-            wait_until(lambda: len(place.done()) == CHUNKS, "the deleted one is done too")
+            resumed = workspace.produce("--resume").out
+            wait_until(lambda: len(workspace.done()) == CHUNKS, "the deleted one is done too")
             wait_until(lambda: not client.exists("chunkq:queues"), "the queue is empty")
-            crew.process.send_signal(signal.SIGTERM)
-            code = crew.ended().code
+            cli.process.send_signal(signal.SIGTERM)
+            code = cli.wait().code
         workers["after"] = look_at_workers(client)
         info["after"] = rq(server.url, "info", "--raw")
         yield Watched(
-            place=place,
+            workspace=workspace,
             server=server,
             name=queue.name,
             info=info,
@@ -267,11 +271,11 @@ def test_a_worker_that_has_left_is_not_listed(watched: Watched) -> None:
 
 def test_jobs_can_be_fetched_and_read(watched: Watched) -> None:
     (worker,) = watched.workers["while"]
-    plan = watched.place.job.plan
+    plan = watched.workspace.job.plan
     for job_id, job in watched.jobs.items():
         assert job["function"] == "chunkq.infer"
         (task,) = job["arguments"]
-        assert (task["kind"], task["job"]) == ("infer", str(watched.place.job_folder))
+        assert (task["kind"], task["job"]) == ("infer", str(watched.workspace.job_folder))
         assert tuple(task["chunk"]) in set(plan.indices())
         assert job["origin"] == watched.name
         assert job["enqueued"] is not None
@@ -289,10 +293,10 @@ def test_what_is_deleted_while_it_runs_is_done_and_what_is_deleted_before_can_be
 ) -> None:
     assert f"{CHUNKS} chunks, {CHUNKS - 1} done, 1 newly queued" in watched.resumed
     assert set(watched.deleted) == {"running", "queued"}
-    assert len(watched.place.done()) == CHUNKS
-    assert set(watched.place.computed().values()) == {1}
-    assert watched.place.finalize().code == 0
-    assert watched.place.report()["missing"] == []
+    assert len(watched.workspace.done()) == CHUNKS
+    assert set(watched.workspace.computed().values()) == {1}
+    assert watched.workspace.finalize().code == 0
+    assert watched.workspace.report()["missing"] == []
 
 
 def test_after_a_job_redis_holds_nothing_of_it(watched: Watched) -> None:

@@ -1,20 +1,23 @@
 """A job over S3: input, output and job folder on a loopback server, through the real clients."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import s3fs
 
-from tests.integration.bench import Answer, Bench, kill, random_volume, toy_model, write_zarr
-from tests.integration.support import files_below
-from tests.waiting import wait_until
+from tests.harness.files import files_below
+from tests.harness.networks import toy_model
+from tests.harness.processes import CommandResult
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.waiting import wait_until
+from tests.harness.workspace import Workspace
 
 SERVER = """
 import sys
@@ -71,7 +74,7 @@ def bucket(endpoint: str) -> s3fs.S3FileSystem:
     return filesystem
 
 
-def make_bench(folder: Path, endpoint: str) -> Bench:
+def make_bench(folder: Path, endpoint: str) -> Workspace:
     """The job of this module: four chunks with bands, labels, paths left to the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8, 8))
@@ -87,9 +90,9 @@ def make_bench(folder: Path, endpoint: str) -> Bench:
         "threads": 1,
         "model_config": toy_model(folder, (8, 8, 8), scale=100.0, kind="pointwise"),
     }
-    bench = Bench(folder, values, environment(endpoint))
-    bench.write_job()
-    return bench
+    workspace = Workspace(folder, values, environment(endpoint))
+    workspace.write_job()
+    return workspace
 
 
 def objects(bucket: s3fs.S3FileSystem, path: str) -> dict[str, bytes]:
@@ -107,36 +110,38 @@ def without_digest(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Bench:
+def workspace(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Workspace:
     return make_bench(tmp_path_factory.mktemp("s3"), endpoint)
 
 
 @pytest.fixture(scope="module")
-def local(bench: Bench) -> dict[str, bytes]:
+def local(workspace: Workspace) -> dict[str, bytes]:
     """What the same job gives on local disk, with a worker process of the same kind."""
-    bench.here("produce", "job.json").ok()
-    bench.run("work", "--burst", "--gpus", "none", "--quiet").ok()
-    bench.here("finalize", "out.zarr").ok()
-    return files_below(bench.output)
+    workspace.call("produce", "job.json").ok()
+    workspace.run("work", "--burst", "--gpus", "none", "--quiet").ok()
+    workspace.call("finalize", "out.zarr").ok()
+    return files_below(workspace.output)
 
 
 @pytest.fixture(scope="module")
-def done(bench: Bench, bucket: s3fs.S3FileSystem, local: dict[str, bytes]) -> list[Answer]:
+def done(
+    workspace: Workspace, bucket: s3fs.S3FileSystem, local: dict[str, bytes]
+) -> list[CommandResult]:
     """The job done on S3 with real commands; returns what each said."""
-    bucket.put(f"{bench.folder}/in.zarr", "lab/in.zarr", recursive=True)
+    bucket.put(f"{workspace.folder}/in.zarr", "lab/in.zarr", recursive=True)
     paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/out.zarr")
-    queue = f"sqlite://{bench.folder}/of-s3.db"
+    queue = f"sqlite://{workspace.folder}/of-s3.db"
     return [
-        bench.run("produce", "job.json", *paths, "--queue", queue).ok(),
-        bench.here("status", "s3://lab/out.zarr", "--queue", queue).ok(),
-        bench.run("work", "--burst", "--gpus", "none", "--queue", queue).ok(),
-        bench.run("finalize", "s3://lab/out.zarr").ok(),
-        bench.here("status", "s3://lab/out.zarr", "--json", "--queue", queue).ok(),
+        workspace.run("produce", "job.json", *paths, "--queue", queue).ok(),
+        workspace.call("status", "s3://lab/out.zarr", "--queue", queue).ok(),
+        workspace.run("work", "--burst", "--gpus", "none", "--queue", queue).ok(),
+        workspace.run("finalize", "s3://lab/out.zarr").ok(),
+        workspace.call("status", "s3://lab/out.zarr", "--json", "--queue", queue).ok(),
     ]
 
 
 def test_a_job_on_s3_gives_every_object_that_the_local_one_gives(
-    bucket: s3fs.S3FileSystem, done: list[Answer], local: dict[str, bytes]
+    bucket: s3fs.S3FileSystem, done: list[CommandResult], local: dict[str, bytes]
 ) -> None:
     assert done[0].out.startswith("4 chunks, 0 done, 4 newly queued -> s3://lab/out.zarr")
     assert "0/4 chunks done, 4 queued" in done[1].out
@@ -148,7 +153,7 @@ def test_a_job_on_s3_gives_every_object_that_the_local_one_gives(
 
 
 def test_status_on_s3_knows_what_is_done_and_that_it_is_sealed(
-    bucket: s3fs.S3FileSystem, done: list[Answer]
+    bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:
     status = json.loads(done[-1].out)
     assert (status["done"], status["chunks"], status["sealed"]) == (4, 4, True)
@@ -159,7 +164,7 @@ def test_status_on_s3_knows_what_is_done_and_that_it_is_sealed(
     assert json.loads(left["report.json"])["missing"] == []
 
 
-def test_the_workers_log_holds_its_own_news_alone(done: list[Answer]) -> None:
+def test_the_workers_log_holds_its_own_news_alone(done: list[CommandResult]) -> None:
     """Neither the clients' chatter about credentials nor the AWS library's missing files."""
     lines = done[2].err.splitlines()
     assert sum("infer chunk " in line and " done in " in line for line in lines) == 4
@@ -169,17 +174,17 @@ def test_the_workers_log_holds_its_own_news_alone(done: list[Answer]) -> None:
 
 
 def test_no_secret_shows_in_outputs_logs_or_objects(
-    bench: Bench, bucket: s3fs.S3FileSystem, done: list[Answer]
+    workspace: Workspace, bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:
     queue = f"redis://:{PASSWORD}@127.0.0.1:1/0"
-    job = bench.write_job("secret.json", queue=queue)
+    job = workspace.write_job("secret.json", queue=queue)
     paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/secret.zarr")
-    said = bench.here("produce", job, *paths, "--queue", queue)
+    said = workspace.call("produce", job, *paths, "--queue", queue)
     said.refused(1, "redis://:***@127.0.0.1:1/0")
-    usual = f"sqlite://{bench.folder}/queue.db"
-    answers = [*done, said, bench.here("produce", job, *paths, "--queue", usual).ok()]
-    answers.append(bench.here("status", "s3://lab/secret.zarr", "--json").ok())
-    answers.append(bench.here("jobs").ok())
+    usual = f"sqlite://{workspace.folder}/queue.db"
+    answers = [*done, said, workspace.call("produce", job, *paths, "--queue", usual).ok()]
+    answers.append(workspace.call("status", "s3://lab/secret.zarr", "--json").ok())
+    answers.append(workspace.call("jobs").ok())
     record = objects(bucket, "lab/secret.zarr.chunkq")["job.json"].decode()
     assert '"input"' in record
     shown = [record, *(answer.out + answer.err for answer in answers)]
@@ -190,62 +195,64 @@ def test_no_secret_shows_in_outputs_logs_or_objects(
 
 
 def test_a_worker_killed_on_s3_is_gone_on_from_with_the_same_bytes(
-    bench: Bench, bucket: s3fs.S3FileSystem, done: list[Answer], local: dict[str, bytes]
+    workspace: Workspace,
+    bucket: s3fs.S3FileSystem,
+    done: list[CommandResult],
+    local: dict[str, bytes],
 ) -> None:
-    output, first = "s3://lab/killed.zarr", f"sqlite://{bench.folder}/first.db"
+    output, first = "s3://lab/killed.zarr", f"sqlite://{workspace.folder}/first.db"
     paths = ("-i", "s3://lab/in.zarr", "-o", output)
-    bench.here("produce", "job.json", *paths, "--queue", first).ok()
-    worker = bench.start("work", "--burst", "--gpus", "none", "--queue", first, TOY_DELAY="0.15")
+    workspace.call("produce", "job.json", *paths, "--queue", first).ok()
 
     def commits() -> int:
         bucket.invalidate_cache()
         folder = "lab/killed.zarr.chunkq/done/infer"
         return len(bucket.ls(folder)) if bucket.exists(folder) else 0
 
-    try:
+    work = ("work", "--burst", "--gpus", "none", "--queue", first)
+    with workspace.start(*work, TOY_DELAY="0.15"):
         wait_until(lambda: commits() >= 1, "a chunk is committed")
-    finally:
-        kill(worker)
     left = 4 - commits()
     assert 0 < left < 4
-    bench.here("finalize", output).refused(3, f"{left} chunks are not computed yet")
-    second = f"sqlite://{bench.folder}/second.db"
-    said = bench.here("produce", "job.json", *paths, "--resume", "--queue", second).ok().out
+    workspace.call("finalize", output).refused(3, f"{left} chunks are not computed yet")
+    second = f"sqlite://{workspace.folder}/second.db"
+    said = workspace.call("produce", "job.json", *paths, "--resume", "--queue", second).ok().out
     assert said.startswith(f"4 chunks, {4 - left} done, {left} newly queued")
-    bench.work_here(output=output)
-    bench.here("finalize", output).ok()
+    workspace.compute_inline(output=output)
+    workspace.call("finalize", output).ok()
     assert without_digest(objects(bucket, "lab/killed.zarr")) == without_digest(local)
 
 
 def test_npy_input_on_s3_gives_the_same_voxels(
-    bench: Bench, bucket: s3fs.S3FileSystem, local: dict[str, bytes]
+    workspace: Workspace, bucket: s3fs.S3FileSystem, local: dict[str, bytes]
 ) -> None:
-    np.save(bench.folder / "in.npy", random_volume(SHAPE))
-    bucket.put_file(f"{bench.folder}/in.npy", "lab/in.npy")
-    bench.here("produce", "job.json", "-i", "s3://lab/in.npy", "-o", "npy.zarr").ok()
-    bench.work_here(output=f"{bench.folder}/npy.zarr")
-    bench.here("finalize", "npy.zarr").ok()
-    found = files_below(bench.folder / "npy.zarr")
+    np.save(workspace.folder / "in.npy", random_volume(SHAPE))
+    bucket.put_file(f"{workspace.folder}/in.npy", "lab/in.npy")
+    workspace.call("produce", "job.json", "-i", "s3://lab/in.npy", "-o", "npy.zarr").ok()
+    workspace.compute_inline(output=f"{workspace.folder}/npy.zarr")
+    workspace.call("finalize", "npy.zarr").ok()
+    found = files_below(workspace.folder / "npy.zarr")
     assert without_digest(found) == without_digest(local)
 
 
 def test_overwrite_on_s3_really_deletes_what_was_there(
-    bench: Bench, bucket: s3fs.S3FileSystem, done: list[Answer]
+    workspace: Workspace, bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/again.zarr")
-    bench.here("produce", "job.json", *options).ok()
+    workspace.call("produce", "job.json", *options).ok()
     bucket.pipe_file("lab/again.zarr/0/c/0/0/0", b"old")
     bucket.pipe_file("lab/again.zarr.chunkq/done/infer/0.0.0", b"{}")
-    job = bench.write_job("other.json", combine="hard")
-    bench.here("produce", job, *options).refused(2, "different: combine")
+    job = workspace.write_job("other.json", combine="hard")
+    workspace.call("produce", job, *options).refused(2, "different: combine")
     assert (
-        "4 chunks, 0 done, 4 newly" in bench.here("produce", job, *options, "--overwrite").ok().out
+        "4 chunks, 0 done, 4 newly"
+        in workspace.call("produce", job, *options, "--overwrite").ok().out
     )
     assert set(objects(bucket, "lab/again.zarr")) == {"zarr.json", "0/zarr.json"}
     assert set(objects(bucket, "lab/again.zarr.chunkq")) == {"job.json"}
     bucket.pipe_file("lab/precious/thesis.txt", b"years of work")
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/precious")
-    bench.here("produce", job, *options, "--overwrite").refused(2, "is no Zarr store")
+    workspace.call("produce", job, *options, "--overwrite").refused(2, "is no Zarr store")
     assert set(objects(bucket, "lab/precious")) == {"thesis.txt"}
 
 
@@ -261,12 +268,12 @@ def test_overwrite_on_s3_really_deletes_what_was_there(
     ],
 )
 def test_a_missing_bucket_or_key_is_one_clear_line(
-    bench: Bench, bucket: s3fs.S3FileSystem, command: tuple[str, ...], code: int, words: str
+    workspace: Workspace, bucket: s3fs.S3FileSystem, command: tuple[str, ...], code: int, words: str
 ) -> None:
-    bench.here(*command).refused(code, words)
+    workspace.call(*command).refused(code, words)
 
 
-def test_a_server_that_is_away_is_one_clear_line_from_every_command(bench: Bench) -> None:
+def test_a_server_that_is_away_is_one_clear_line_from_every_command(workspace: Workspace) -> None:
     """Side by side, as each of the clients tries again for some seconds."""
     away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
     commands: dict[int, list[tuple[str, ...]]] = {
@@ -277,14 +284,14 @@ def test_a_server_that_is_away_is_one_clear_line_from_every_command(bench: Bench
             ("produce", "job.json", "-o", "s3://lab/fresh.zarr"),
         ],
     }
-    started: list[tuple[int, Any]] = [
-        (code, bench.start(*command, **away))
-        for code, several in commands.items()
-        for command in several
-    ]
-    for code, process in started:
-        said, _ = process.communicate(timeout=60)
-        answer = Answer(process.returncode, "", said)
-        answer.refused(code, "Could not connect to the endpoint URL")
-        assert len(said.splitlines()) == 1
-        assert SECRET not in said
+    with contextlib.ExitStack() as stack:
+        started = [
+            (code, stack.enter_context(workspace.start(*command, **away)))
+            for code, several in commands.items()
+            for command in several
+        ]
+        for code, cli in started:
+            answer = cli.wait(60)
+            answer.refused(code, "Could not connect to the endpoint URL")
+            assert len(answer.err.splitlines()) == 1
+            assert SECRET not in answer.err

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.slurm_site import SCRIPTS, Site
-from tests.integration.support import Materials, Place, calm_place, materials
-from tests.redis_server import RedisServer, free_port, redis_server
-from tests.slurm_cluster import GPUS, NODES, JobState, SlurmCluster, slurm_cluster
-from tests.waiting import wait_until
+from tests.harness.servers.redis import RedisServer, free_port, redis_server
+from tests.harness.servers.slurm import GPUS, NODES, JobState, SlurmCluster, slurm_cluster
+from tests.harness.slurm_workspace import SCRIPTS, SlurmWorkspace
+from tests.harness.standard_job import StandardJob, StandardWorkspace
+from tests.harness.waiting import wait_until
 
 EVERY_GPU = sorted((node, str(gpu)) for node in NODES for gpu in range(GPUS))
 
@@ -33,17 +33,6 @@ def slurm(slurm_of_module: SlurmCluster) -> Iterator[SlurmCluster]:
     slurm_of_module.empty()
 
 
-@pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The job done by one worker to which nothing happened, on the embedded queue."""
-    return calm_place(tmp_path_factory.mktemp)
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Materials:
-    return materials(tmp_path_factory.mktemp)
-
-
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[RedisServer]:
     """A Redis with a password, as on a login node."""
@@ -52,12 +41,14 @@ def guarded() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def site(slurm: SlurmCluster, guarded: RedisServer, shared: Materials, tmp_path: Path) -> Site:
+def site(
+    slurm: SlurmCluster, guarded: RedisServer, standard_job: StandardJob, tmp_path: Path
+) -> SlurmWorkspace:
     with guarded.client as client:
         client.flushall()
     # An emulated GPU is no CUDA device.
     keys = {"model": {"device": "cpu"}}
-    return Site(slurm, Place(shared, tmp_path, keys, url=guarded.url))
+    return SlurmWorkspace(slurm, standard_job.workspace(tmp_path, keys, url=guarded.url))
 
 
 def command_lines() -> str:
@@ -83,48 +74,48 @@ def test_shellcheck_finds_nothing_in(script: Path) -> None:
 
 
 def test_workers_run_on_the_gpus_that_slurm_grants_with_the_address_in_a_file_alone(
-    site: Site, calm: Place
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    place = site.place
-    place.produce()
+    workspace = site.workspace
+    workspace.produce()
     job = site.submit(
         "workers.sbatch",
         options=f"--gres=gpu:{GPUS}",
         CHUNKQ_QUEUE_FILE=str(site.address),
         NET_HOLD="forward",
     )
-    place.held()
+    workspace.wait_until_stopped()
     wait_until(lambda: len(site.pins()) == len(EVERY_GPU), "every worker process is there")
     assert sorted(site.pins().values()) == EVERY_GPU
     assert "chunkq work --burst" in command_lines()
     assert "wordless-secret" not in command_lines()
     assert "wordless-secret" not in site.slurm.ask("scontrol", "show", "job", job)
-    place.open_gate()
+    workspace.open_gate()
     (ended,) = site.slurm.succeeded(job)
     assert "2 worker processes on GPUs 0, 1" in ended.log
     assert "wordless-secret" not in ended.log
 
-    place.finish()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
     assert site.computing() <= site.pins().keys()
-    devices = {one.decode().rsplit(":", 2)[1] for one in _workers(place)}
+    devices = {one.decode().rsplit(":", 2)[1] for one in _workers(workspace)}
     assert devices <= {"0", "1"}
 
 
-def _workers(place: Place) -> set[bytes]:
-    return {place.record(name)["worker"].encode() for name in place.done()}
+def _workers(workspace: StandardWorkspace) -> set[bytes]:
+    return {workspace.record(name)["worker"].encode() for name in workspace.done()}
 
 
 def test_one_job_brings_its_own_redis_and_leaves_nothing_but_the_output(
-    site: Site, calm: Place
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     port, before = free_port(), set(site.temporary.glob("*"))
     # An address of this host that is not plain loopback to chunkq, so that there is a password.
     job = site.submit(
         "workers.sbatch",
-        str(site.place.job_file),
-        str(site.place.output),
+        str(site.workspace.job_file),
+        str(site.workspace.output),
         options="--gres=gpu:1",
         REDIS_BIND="127.0.0.2",
         REDIS_PORT=str(port),
@@ -133,19 +124,21 @@ def test_one_job_brings_its_own_redis_and_leaves_nothing_but_the_output(
     assert f"Redis on 127.0.0.2, port {port}" in ended.log
     assert "complete: " in ended.log
     assert "redis://:***@127.0.0.2" in ended.log
-    assert site.place.stored() == calm.stored()
-    assert set(site.place.computed().values()) == {1}
+    assert site.workspace.stored() == undisturbed.stored()
+    assert set(site.workspace.computed().values()) == {1}
     assert sorted(site.pins().values()) == [("n1", "0"), ("n2", "0")]
     assert set(site.temporary.iterdir()) == before
     assert f":{port}" not in command_lines()
 
 
-def test_each_job_of_an_array_gets_its_own_gpu(site: Site, calm: Place) -> None:
-    place = site.place
-    place.produce()
+def test_each_job_of_an_array_gets_its_own_gpu(
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    workspace = site.workspace
+    workspace.produce()
     job = site.submit(
         "array.sbatch",
-        str(place.output),
+        str(workspace.output),
         options="--array=0-3",
         CHUNKQ_QUEUE_FILE=str(site.address),
         NET_SLEEP="0.1",
@@ -153,51 +146,53 @@ def test_each_job_of_an_array_gets_its_own_gpu(site: Site, calm: Place) -> None:
     ended = site.slurm.succeeded(job)
     assert [one.restarts for one in ended] == [0, 0, 0, 0]
     assert sorted(site.pins().values()) == EVERY_GPU
-    place.finish()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
 
 
 def test_a_job_whose_walltime_ends_is_continued_by_itself_and_computes_nothing_twice(
-    site: Site, calm: Place
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    place = site.place
-    place.produce()
+    workspace = site.workspace
+    workspace.produce()
     # SLURM looks every 30 s, so the signal comes 25 to 55 s after the start of these two minutes;
     # a slow machine needs the rest of them to see it and to finish its chunk.
     job = site.submit(
         "array.sbatch",
-        str(place.output),
+        str(workspace.output),
         options="--array=7 --time=2 --signal=B:TERM@65",
         CHUNKQ_QUEUE_FILE=str(site.address),
         NET_HOLD="forward",
         NET_AFTER="5",
     )
-    place.held()
+    workspace.wait_until_stopped()
     (found,) = re.findall(r"--max-time (\d+)", command_lines())
     assert 80 < int(found) <= 100
     stopping = "stopping: chunks in flight are finished first"
     wait_until(lambda: stopping in site.slurm.states(job)[0].log, "the walltime is near")
     assert site.slurm.states(job)[0].state == "RUNNING"
-    before = place.done()
-    place.open_gate()
+    before = workspace.done()
+    workspace.open_gate()
     log = site.slurm.states(job)[0]
     wait_until(lambda: "this job comes back (restart 1)" in log.log, "it wants to come back")
-    stopped_at = place.done()
-    assert 5 <= len(before) < len(stopped_at) < len(place.patches())
+    stopped_at = workspace.done()
+    assert 5 <= len(before) < len(stopped_at) < len(workspace.patches())
 
     (ended,) = site.slurm.succeeded(job)
     assert ended.restarts >= 1
-    assert {name: place.done()[name] for name in stopped_at} == stopped_at
-    assert place.counts().failed == 0
-    place.finish()
-    assert place.stored() == calm.stored()
-    assert set(place.computed().values()) == {1}
+    assert {name: workspace.done()[name] for name in stopped_at} == stopped_at
+    assert workspace.counts().failed == 0
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
 
 
-def test_a_cancelled_job_is_continued_by_the_next_one(site: Site, calm: Place) -> None:
-    place = site.place
-    place.produce()
+def test_a_cancelled_job_is_continued_by_the_next_one(
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    workspace = site.workspace
+    workspace.produce()
     arguments = ("workers.sbatch",)
     options, address = "--gres=gpu:1", str(site.address)
     job = site.submit(
@@ -207,49 +202,49 @@ def test_a_cancelled_job_is_continued_by_the_next_one(site: Site, calm: Place) -
         NET_HOLD="forward",
         NET_AFTER="5",
     )
-    place.held()
+    workspace.wait_until_stopped()
     site.slurm.ask("scancel", job)
     (ended,) = site.slurm.wait(job)
     assert ended.state == "CANCELLED"
     wait_until(lambda: not site.alive(), "all its processes are gone")
-    stopped_at = place.done()
-    assert 5 <= len(stopped_at) < len(place.patches())
+    stopped_at = workspace.done()
+    assert 5 <= len(stopped_at) < len(workspace.patches())
 
     # What the held process had begun waits out its lease, 20 s.
     again = site.submit(*arguments, options=options, CHUNKQ_QUEUE_FILE=address)
     site.slurm.succeeded(again)
-    assert {name: place.done()[name] for name in stopped_at} == stopped_at
-    place.finish()
-    assert place.stored() == calm.stored()
-    computed, patches = place.computed(), place.patches()
+    assert {name: workspace.done()[name] for name in stopped_at} == stopped_at
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    computed, patches = workspace.computed(), workspace.patches()
     assert {computed[patch] for name in stopped_at for patch in patches[name]} == {1}
 
 
-def test_a_cancelled_array_does_not_come_back(site: Site) -> None:
-    place = site.place
-    place.produce()
+def test_a_cancelled_array_does_not_come_back(site: SlurmWorkspace) -> None:
+    workspace = site.workspace
+    workspace.produce()
     job = site.submit(
         "array.sbatch",
-        str(place.output),
+        str(workspace.output),
         options="--array=0",
         CHUNKQ_QUEUE_FILE=str(site.address),
         NET_HOLD="forward",
         NET_AFTER="5",
     )
-    place.held()
+    workspace.wait_until_stopped()
     site.slurm.ask("scancel", job)
-    place.open_gate()
+    workspace.open_gate()
     (ended,) = site.slurm.wait(job)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0)
     wait_until(lambda: not site.slurm.job_processes(), "all its processes are gone")
     assert site.slurm.states(job)[0].state == "CANCELLED"
-    assert place.counts().queued > 0
+    assert workspace.counts().queued > 0
 
 
 def test_a_chain_of_jobs_produces_works_and_finalizes_in_that_order(
-    site: Site, calm: Place
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    ended = _pipeline(site, str(site.place.job_file), str(site.place.output), "--array=0-1")
+    ended = _pipeline(site, str(site.workspace.job_file), str(site.workspace.output), "--array=0-1")
     assert ended.returncode == 0, ended.stderr
     produce, work, finalize = ended.stdout.split()
     (sealed,) = site.slurm.succeeded(finalize)
@@ -258,14 +253,14 @@ def test_a_chain_of_jobs_produces_works_and_finalizes_in_that_order(
     assert "complete: " in sealed.log
     assert all(time_of(one, "StartTime") >= time_of(produced, "EndTime") for one in worked)
     assert all(time_of(sealed, "StartTime") >= time_of(one, "EndTime") for one in worked)
-    assert site.place.stored() == calm.stored()
-    assert set(site.place.computed().values()) == {1}
+    assert site.workspace.stored() == undisturbed.stored()
+    assert set(site.workspace.computed().values()) == {1}
 
 
-def test_a_chain_whose_job_file_is_refused_ends_with_its_first_link(site: Site) -> None:
-    wrong = site.place.folder / "wrong.yaml"
+def test_a_chain_whose_job_file_is_refused_ends_with_its_first_link(site: SlurmWorkspace) -> None:
+    wrong = site.workspace.folder / "wrong.yaml"
     wrong.write_text("input: nothing.zarr\n")
-    ended = _pipeline(site, str(wrong), str(site.place.output))
+    ended = _pipeline(site, str(wrong), str(site.workspace.output))
     assert ended.returncode == 0, ended.stderr
     produce, work, finalize = ended.stdout.split()
     (refused,) = site.slurm.wait(produce)
@@ -275,11 +270,11 @@ def test_a_chain_whose_job_file_is_refused_ends_with_its_first_link(site: Site) 
         assert {one.state for one in site.slurm.wait(later)} == {"CANCELLED"}
 
 
-def _pipeline(site: Site, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _pipeline(site: SlurmWorkspace, *arguments: str) -> subprocess.CompletedProcess[str]:
     return site.slurm.run(
         str(SCRIPTS / "pipeline.sh"),
         *arguments,
-        cwd=site.place.folder,
+        cwd=site.workspace.folder,
         **site.environment | {"CHUNKQ_QUEUE_FILE": str(site.address)},
     )
 

@@ -20,8 +20,10 @@ from chunkq_worker.steps import Steps
 from chunkq.errors import ModelError, PredictionError
 from chunkq.job import ModelConfig
 from chunkq.plan import Plan
-from tests.integration.bench import random_volume, read_output, run_whole, toy_model, write_zarr
-from tests.integration.torch_bench import Fake, conv, plan_of
+from tests.harness.networks import toy_model
+from tests.harness.torch_networks import Fake, conv, plan_of
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import run_inline
 from tests.simulated_device import SimulatedDevice
 
 each_device = pytest.mark.parametrize("early", [False, True], ids=["copies late", "copies early"])
@@ -61,14 +63,14 @@ def result(
     """Run a job; returns every file of the output's array."""
     values = values | {"output": str(output)}
     if device is None:
-        run_whole(values)
+        run_inline(values)
     else:
         model = values["model_config"] | {"device": "cuda"}
         with (
             mock.patch.object(engine, "load_runtime", on(device)),
             mock.patch.object(engine, "_device", Device()),
         ):
-            run_whole(values | {"model_config": model})
+            run_inline(values | {"model_config": model})
     assert len(np.unique(read_output(output))) > 1
     files = [path for path in (output / "0").rglob("*") if path.is_file()]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}

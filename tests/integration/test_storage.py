@@ -22,16 +22,11 @@ from chunkq.objects import PARTIAL, ObjectFolder
 from chunkq.opened import open_job
 from chunkq.stores import TensorStoreArray, ZarrPythonArray, find_source, open_array
 from tests import reference as ref
-from tests.integration.bench import (
-    Bench,
-    random_volume,
-    read_output,
-    run_whole,
-    toy_model,
-    write_zarr,
-)
-from tests.integration.support import files_below
-from tests.waiting import wait_until
+from tests.harness.files import files_below
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.waiting import wait_until
+from tests.harness.workspace import Workspace, run_inline
 
 SHAPE = (13, 10, 11)
 SPACE: dict[str, list[Any]] = {
@@ -73,7 +68,7 @@ def expected(
 
 def check(folder: Path, source: str | Path, values: npt.NDArray[Any], pad: int = 0) -> None:
     """Run the job and compare with the reference over `values`."""
-    opened, _ = run_whole(job_over(folder, source, values.ndim, pad_width=[pad] * values.ndim))
+    opened, _ = run_inline(job_over(folder, source, values.ndim, pad_width=[pad] * values.ndim))
     found = read_output(opened.folder.output)
     np.testing.assert_allclose(found, expected(values, pad=pad).average, rtol=0, atol=1e-5)
 
@@ -204,7 +199,7 @@ def test_level_0_of_an_image_is_taken_with_its_scale_and_units(
 
 
 def output_of(folder: Path, source: str | Path, rank: int = 3, **more: Any) -> Path:
-    opened, _ = run_whole(job_over(folder, source, rank, **more))
+    opened, _ = run_inline(job_over(folder, source, rank, **more))
     return Path(opened.folder.output)
 
 
@@ -308,11 +303,11 @@ def test_the_output_has_the_shape_dtype_and_chunks_that_the_plan_foretells(
 ) -> None:
     source = write_zarr(tmp_path / "in.zarr", random_volume((20, 17)))
     values = job_over(tmp_path, source, 2, combine=combine, zarr_format=zarr_format)
-    bench = Bench(tmp_path, values)
-    job = bench.write_job()
-    plan = json.loads(bench.here("plan", job, "--json").ok().out)
-    bench.here("produce", job).ok()
-    array = zarr.open(f"{bench.output}/0", mode="r")
+    workspace = Workspace(tmp_path, values)
+    job = workspace.write_job()
+    plan = json.loads(workspace.call("plan", job, "--json").ok().out)
+    workspace.call("produce", job).ok()
+    array = zarr.open(f"{workspace.output}/0", mode="r")
     assert list(array.shape) == plan["output_shape"]
     assert str(array.dtype) == plan["output_dtype"]
     channels = [1] if combine == "weighted_avg" else []
@@ -413,10 +408,10 @@ def test_ledger_input_and_output_may_lie_behind_a_url_that_only_fsspec_knows(
     array[...] = values
     local = write_zarr(tmp_path / "in.zarr", values, (8, 8))
     more = {"zarr_format": zarr_format, "combine": "soft"}
-    there, report = run_whole(
+    there, report = run_inline(
         job_over(tmp_path, f"{root}/in.zarr", 2, output=f"{root}/out.zarr", **more)
     )
-    here, _ = run_whole(job_over(tmp_path, local, 2, **more))
+    here, _ = run_inline(job_over(tmp_path, local, 2, **more))
     assert isinstance(there.sources[0], ZarrPythonArray)
     assert isinstance(here.sources[0], TensorStoreArray)
     assert report["missing"] == []

@@ -29,7 +29,8 @@ from chunkq.paths import file_hash
 from chunkq.plan import Volume
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
-from tests.integration.bench import Bench, random_volume, read_output, run_whole, write_zarr
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import Workspace, run_inline
 
 # TensorFlow takes the number of its threads only before it starts.
 tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -927,16 +928,16 @@ def test_a_whole_job_with_workers_equals_the_same_network_in_torch(tmp_path: Pat
     """Two workers, for real: quiet, and born as programs of their own, not by forking."""
     write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (8, 8, 8))
     in_torch, in_keras = same_in_torch(tmp_path)
-    run_whole(job_values(tmp_path, "torch.zarr", in_torch))
-    bench = Bench(tmp_path, job_values(tmp_path, "out.zarr", in_keras))
-    bench.write_job()
-    bench.here("produce", "job.json").ok()
+    run_inline(job_values(tmp_path, "torch.zarr", in_torch))
+    workspace = Workspace(tmp_path, job_values(tmp_path, "out.zarr", in_keras))
+    workspace.write_job()
+    workspace.call("produce", "job.json").ok()
     witness = tmp_path / "witness"
     crew = ("work", "--burst", "--gpus", "none", "-w", "2")
-    done = bench.run(*crew, WITNESS=str(witness)).ok()
-    bench.here("finalize", "out.zarr").ok()
+    done = workspace.run(*crew, WITNESS=str(witness)).ok()
+    workspace.call("finalize", "out.zarr").ok()
     assert all(noise not in done.err for noise in ("oneDNN", "absl", "I0000")), done.err
-    found, expected = read_output(bench.output), read_output(tmp_path / "torch.zarr")
+    found, expected = read_output(workspace.output), read_output(tmp_path / "torch.zarr")
     assert expected.std() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     seen = set(witness.read_text().splitlines())
@@ -977,7 +978,7 @@ def test_a_class_with_outer_steps_goes_through_the_whole_pipeline(tmp_path: Path
         ("saved", file_of(f"{tmp_path}/saved")),
     ):
         job = {**values, "output": f"{tmp_path}/{name}.zarr", "model_config": model | keys}
-        run_whole(job)
+        run_inline(job)
         outputs.append(read_output(tmp_path / f"{name}.zarr"))
     patch = random_volume((24, 20))[:8, :8].astype(np.float32)
     given = ((patch[None, None] / 50)[:, :, ::-1]).transpose(0, 2, 3, 1) - 1

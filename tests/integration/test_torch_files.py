@@ -15,7 +15,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError
-from tests.integration.torch_bench import (
+from tests.harness.torch_networks import (
     CLASS,
     PATCH,
     TrainedNet,

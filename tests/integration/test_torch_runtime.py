@@ -19,8 +19,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError, PredictionError
 from chunkq.job import load_job
-from tests.integration.bench import random_volume, write_zarr
-from tests.integration.torch_bench import (
+from tests.harness.torch_networks import (
     PATCH,
     Fake,
     TrainedNet,
@@ -36,6 +35,7 @@ from tests.integration.torch_bench import (
     scripted,
     trained,
 )
+from tests.harness.volumes import random_volume, write_zarr
 
 
 def test_a_chunks_last_batch_has_what_is_left(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 from chunkq_worker.tune.search import Setting
@@ -19,17 +18,11 @@ from chunkq_worker.tune.space import Space
 from chunkq.job import load_job
 from chunkq.ledger import JobRecord
 from chunkq.stores import find_source
-from tests.integration.bench import (
-    Bench,
-    everything_below,
-    kill,
-    random_volume,
-    read_output,
-    run_whole,
-    write_zarr,
-)
-from tests.integration.support import is_alive
-from tests.waiting import wait_until
+from tests.harness.files import everything_below
+from tests.harness.processes import is_alive
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.waiting import wait_until
+from tests.harness.workspace import Workspace, run_inline
 
 NETWORK = '''\
 import os
@@ -97,42 +90,42 @@ ALL = "batch,compile,depth,chunksize"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def workspace(tmp_path: Path) -> Workspace:
     """A folder with a job of 9 chunks with 4 patches and fewer each."""
     write_zarr(tmp_path / "in.zarr", random_volume((24, 24)), (8, 8))
     (tmp_path / "net.py").write_text(NETWORK)
     (tmp_path / "job.yaml").write_text(JOB)
-    return Bench(tmp_path)
+    return Workspace(tmp_path)
 
 
-def job_text(bench: Bench) -> str:
-    return (bench.folder / "job.yaml").read_text()
+def job_text(workspace: Workspace) -> str:
+    return (workspace.folder / "job.yaml").read_text()
 
 
-def refused(bench: Bench, code: int, *words: str, more: tuple[str, ...] = ()) -> None:
+def refused(workspace: Workspace, code: int, *words: str, more: tuple[str, ...] = ()) -> None:
     """Run the command, which must say one line and change nothing."""
-    before, text = everything_below(bench.folder), job_text(bench)
-    answer = bench.here("tune", "job.yaml", *more)
+    before, text = everything_below(workspace.folder), job_text(workspace)
+    answer = workspace.call("tune", "job.yaml", *more)
     assert (answer.code, answer.out) == (code, ""), answer
     [line] = [line for line in answer.err.splitlines() if line.startswith("chunkq: ")]
     assert all(part in line for part in words), line
     assert "Traceback" not in answer.err
-    assert everything_below(bench.folder) == before
-    assert job_text(bench) == text
+    assert everything_below(workspace.folder) == before
+    assert job_text(workspace) == text
 
 
-def test_the_best_is_written_into_the_job_file_and_the_result_stays(bench: Bench) -> None:
+def test_the_best_is_written_into_the_job_file_and_the_result_stays(workspace: Workspace) -> None:
     """Comments stay, nothing is left behind, and the tuned job gives the same labels."""
-    before = everything_below(bench.folder)
-    old = load_job(bench.folder / "job.yaml")
-    answer = bench.run("tune", "job.yaml", "--keep", "compile", *PATIENTLY, timeout=200).ok()
-    assert sorted({*before, "job.yaml.before-tune"}) == everything_below(bench.folder)
-    assert (bench.folder / "job.yaml.before-tune").read_text() == JOB
+    before = everything_below(workspace.folder)
+    old = load_job(workspace.folder / "job.yaml")
+    answer = workspace.run("tune", "job.yaml", "--keep", "compile", *PATIENTLY, timeout=200).ok()
+    assert sorted({*before, "job.yaml.before-tune"}) == everything_below(workspace.folder)
+    assert (workspace.folder / "job.yaml.before-tune").read_text() == JOB
     assert "whole job" in answer.out
     assert "\x1b" not in answer.out
     assert "wrote job.yaml; as it was: job.yaml.before-tune" in answer.out
 
-    text = job_text(bench)
+    text = job_text(workspace)
     assert text.startswith("# chunkq tune: 20")
     head, end, rest = text.partition("# end of chunkq tune\n")
     assert end
@@ -144,34 +137,34 @@ def test_the_best_is_written_into_the_job_file_and_the_result_stays(bench: Bench
     assert "# as storage wants it" in rest
     assert "# guessed" in rest
 
-    new = load_job(bench.folder / "job.yaml")
+    new = load_job(workspace.folder / "job.yaml")
     changed = {"chunksize": new.chunksize, "model": new.model}
     assert old.model_copy(update=changed) == new
     assert new.model.model_copy(update={"max_batch_size": 4}) == old.model
     outputs = []
     for name, job in (("old", old), ("new", new)):
-        output = str(bench.folder / f"{name}.zarr")
-        run_whole(job.as_dict() | {"output": output})
+        output = str(workspace.folder / f"{name}.zarr")
+        run_inline(job.as_dict() | {"output": output})
         outputs.append(read_output(output))
     assert outputs[0].dtype == np.uint8
     assert len(np.unique(outputs[0])) == 3
     np.testing.assert_array_equal(*outputs)
 
 
-def test_a_dry_run_with_json_shows_the_table_and_writes_nothing(bench: Bench) -> None:
+def test_a_dry_run_with_json_shows_the_table_and_writes_nothing(workspace: Workspace) -> None:
     """With a patch size that the network does not take, and another precision."""
-    before = everything_below(bench.folder)
-    text = job_text(bench).replace("class_name: Net", "class_name: Strict")
+    before = everything_below(workspace.folder)
+    text = job_text(workspace).replace("class_name: Net", "class_name: Strict")
     text = text.replace("strides: [4, 4]", "strides: [8, 8]").replace("size: 4 ", "size: 1 ")
-    (bench.folder / "job.yaml").write_text(text)
+    (workspace.folder / "job.yaml").write_text(text)
     options = ("--keep", ALL, "--dry-run", "--json", "--patch-sizes", "6", *PATIENTLY)
     more = ("--precision", "bfloat16", "-o", "other.zarr")
-    answer = bench.run("tune", "job.yaml", *options, *more, timeout=200).ok()
+    answer = workspace.run("tune", "job.yaml", *options, *more, timeout=200).ok()
     assert answer.err == ""
     found = json.loads(answer.out)
     assert (found["written"], found["backup"]) == (None, None)
-    assert everything_below(bench.folder) == before
-    assert job_text(bench) == text
+    assert everything_below(workspace.folder) == before
+    assert job_text(workspace) == text
     first, *rest = found["table"]
     assert (first["batch"], first["stage"], first["verdict"]) == (1, "network", "ok")
     assert first["difference"] == 0
@@ -191,69 +184,67 @@ def test_a_dry_run_with_json_shows_the_table_and_writes_nothing(bench: Bench) ->
     assert set(found["changes"]) <= {"model_config.autocast", "model_config.dtype"}
 
 
-def test_what_takes_more_memory_than_allowed_is_listed_and_not_chosen(bench: Bench) -> None:
+def test_what_takes_more_memory_than_allowed_is_listed_and_not_chosen(workspace: Workspace) -> None:
     """Four items take 2 GiB beside the process itself."""
-    text = job_text(bench).replace("class_name: Net", "class_name: Hungry")
-    (bench.folder / "job.yaml").write_text(text)
+    text = job_text(workspace).replace("class_name: Net", "class_name: Hungry")
+    (workspace.folder / "job.yaml").write_text(text)
     options = ("--keep", "depth,chunksize,compile", "--memory", "1GiB", "--json", *PATIENTLY)
-    found = json.loads(bench.run("tune", "job.yaml", *options, timeout=200).ok().out)
+    found = json.loads(workspace.run("tune", "job.yaml", *options, timeout=200).ok().out)
     verdicts = {row["batch"]: row["verdict"] for row in found["table"]}
     assert verdicts[4] == "too large"
     assert found["choice"]["batch"] < 4
     assert found["choice"]["peak_bytes"] <= 1 << 30
     assert all(row["peak_bytes"] <= 1 << 30 for row in found["table"] if row["verdict"] == "ok")
-    assert load_job(bench.folder / "job.yaml").model.max_batch_size == found["choice"]["batch"]
+    assert load_job(workspace.folder / "job.yaml").model.max_batch_size == found["choice"]["batch"]
     assert found["written"] == "job.yaml"
 
 
-def test_where_not_even_one_patch_fits_nothing_is_written(bench: Bench) -> None:
-    (bench.folder / "job.yaml").write_text(JOB.replace("size: 4 ", "size: 1 "))
+def test_where_not_even_one_patch_fits_nothing_is_written(workspace: Workspace) -> None:
+    (workspace.folder / "job.yaml").write_text(JOB.replace("size: 4 ", "size: 1 "))
     words = "--memory: no batch size fits into 30.0 MB, not even one patch"
-    refused(bench, 1, words, more=("--memory", "30MB"))
+    refused(workspace, 1, words, more=("--memory", "30MB"))
 
 
-def test_a_budget_that_does_not_do_for_one_batch_is_said(bench: Bench) -> None:
-    bench.environment["NET_HOLDS"] = os.devnull
-    refused(bench, 1, "--max-time: 2 s is too short to load the network", more=("--seconds", "2"))
+def test_a_budget_that_does_not_do_for_one_batch_is_said(workspace: Workspace) -> None:
+    workspace.environment["NET_HOLDS"] = os.devnull
+    refused(
+        workspace, 1, "--max-time: 2 s is too short to load the network", more=("--seconds", "2")
+    )
 
 
-def test_a_network_that_cannot_be_loaded_is_said_in_its_own_line(bench: Bench) -> None:
-    (bench.folder / "job.yaml").write_text(JOB.replace("class_name: Net", "class_name: Ned"))
-    refused(bench, 1, "model_config.class_name: ")
+def test_a_network_that_cannot_be_loaded_is_said_in_its_own_line(workspace: Workspace) -> None:
+    (workspace.folder / "job.yaml").write_text(JOB.replace("class_name: Net", "class_name: Ned"))
+    refused(workspace, 1, "model_config.class_name: ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_ctrl_c_leaves_the_job_file_and_no_process_behind(
-    bench: Bench, number: signal.Signals
+    workspace: Workspace, number: signal.Signals
 ) -> None:
-    before = everything_below(bench.folder)
-    sign = bench.folder / "loading"
-    process = bench.start("tune", "job.yaml", NET_HOLDS=str(sign))
-    try:
+    before = everything_below(workspace.folder)
+    sign = workspace.folder / "loading"
+    with workspace.start("tune", "job.yaml", NET_HOLDS=str(sign)) as cli:
         wait_until(sign.exists, "the network is being loaded")
-        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        family = cli.children()
         assert family
-        os.kill(process.pid, number)
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert said == "chunkq: interrupted; job.yaml is as it was\n"
+        os.kill(cli.pid, number)
+        ended = cli.wait(60)
+        assert ended.code == 130
+        assert ended.err == "chunkq: interrupted; job.yaml is as it was\n"
         assert not any(map(is_alive, family))
-    finally:
-        if process.poll() is None:
-            kill(process)
     sign.unlink()
-    assert everything_below(bench.folder) == before
-    assert job_text(bench) == JOB
+    assert everything_below(workspace.folder) == before
+    assert job_text(workspace) == JOB
 
 
-def test_a_trial_ends_when_the_command_is_killed(bench: Bench) -> None:
-    sign = bench.folder / "loading"
-    process = bench.start("tune", "job.yaml", NET_HOLDS=str(sign))
-    wait_until(sign.exists, "the network is being loaded")
-    family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    wait_until(lambda: not any(map(is_alive, family)), "the trial is gone")
+def test_a_trial_ends_when_the_command_is_killed(workspace: Workspace) -> None:
+    sign = workspace.folder / "loading"
+    with workspace.start("tune", "job.yaml", NET_HOLDS=str(sign)) as cli:
+        wait_until(sign.exists, "the network is being loaded")
+        assert cli.children()
+        os.kill(cli.pid, signal.SIGKILL)
+        cli.wait(60)
+        cli.wait_for_children()
 
 
 # Refused before anything is measured.
@@ -269,11 +260,11 @@ def test_a_trial_ends_when_the_command_is_killed(bench: Bench) -> None:
     ],
 )
 def test_a_mistake_in_the_job_is_one_line(
-    bench: Bench, change: tuple[str, str], words: str
+    workspace: Workspace, change: tuple[str, str], words: str
 ) -> None:
     assert JOB.count(change[0]) == 1
-    (bench.folder / "job.yaml").write_text(JOB.replace(*change))
-    refused(bench, 2, words)
+    (workspace.folder / "job.yaml").write_text(JOB.replace(*change))
+    refused(workspace, 2, words)
 
 
 @pytest.mark.parametrize(
@@ -290,35 +281,37 @@ def test_a_mistake_in_the_job_is_one_line(
     ],
 )
 def test_options_that_make_no_sense_are_one_line(
-    bench: Bench, option: str, value: str, words: str
+    workspace: Workspace, option: str, value: str, words: str
 ) -> None:
-    refused(bench, 2, words, more=(option, value))
+    refused(workspace, 2, words, more=(option, value))
 
 
-def test_a_file_that_cannot_be_rewritten_is_refused_before_measuring(bench: Bench) -> None:
-    path = bench.folder / "job.yaml"
+def test_a_file_that_cannot_be_rewritten_is_refused_before_measuring(workspace: Workspace) -> None:
+    path = workspace.folder / "job.yaml"
     path.chmod(0o444)
-    refused(bench, 2, "job.yaml: is read-only; make it writable, or look with --dry-run")
+    refused(workspace, 2, "job.yaml: is read-only; make it writable, or look with --dry-run")
     path.chmod(0o644)
-    path.rename(bench.folder / "real.yaml")
-    path.symlink_to(bench.folder / "real.yaml")
-    refused(bench, 2, "job.yaml: is a link to ", "real.yaml; tune that file")
+    path.rename(workspace.folder / "real.yaml")
+    path.symlink_to(workspace.folder / "real.yaml")
+    refused(workspace, 2, "job.yaml: is a link to ", "real.yaml; tune that file")
     path.unlink()
     path.write_text(JOB.replace("threads: 1", "threads: &n 1").replace("size: 4 ", "size: *n "))
-    refused(bench, 2, "job.yaml: is written so that these values cannot be changed alone")
+    refused(workspace, 2, "job.yaml: is written so that these values cannot be changed alone")
 
 
-def test_a_job_that_is_begun_keeps_its_settings(bench: Bench) -> None:
-    bench.here("produce", "job.yaml").ok()
-    refused(bench, 2, "job.yaml: its output ", "out.zarr is begun", "-o, or look with --dry-run")
+def test_a_job_that_is_begun_keeps_its_settings(workspace: Workspace) -> None:
+    workspace.call("produce", "job.yaml").ok()
+    refused(
+        workspace, 2, "job.yaml: its output ", "out.zarr is begun", "-o, or look with --dry-run"
+    )
 
 
-def test_every_rung_of_the_ladder_is_a_job_that_can_be_done(bench: Bench) -> None:
+def test_every_rung_of_the_ladder_is_a_job_that_can_be_done(workspace: Workspace) -> None:
     """Storage chunks stay, and no cut leaves fewer chunks than the job had."""
     for keys in ({}, {"storage_chunks": None}, {"storage_chunks": None, "chunksize": None}):
-        values: dict[str, Any] = yaml.safe_load(JOB) | {"input": str(bench.folder / "in.zarr")}
-        values["output"] = str(bench.folder / "out.zarr")
-        values["model_config"]["class_file"] = str(bench.folder / "net.py")
+        values: dict[str, Any] = yaml.safe_load(JOB) | {"input": str(workspace.folder / "in.zarr")}
+        values["output"] = str(workspace.folder / "out.zarr")
+        values["model_config"]["class_file"] = str(workspace.folder / "net.py")
         values = {key: v for key, v in (values | keys).items() if v is not None}
         job = load_job(values)
         record = JobRecord.of(job, [find_source(job.input[0])])

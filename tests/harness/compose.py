@@ -13,7 +13,7 @@ from typing import Any
 import platformdirs
 import pytest
 
-DEPLOY = Path(__file__).parents[1] / "deploy" / "compose"
+DEPLOY = Path(__file__).parents[2] / "deploy" / "compose"
 PASSWORD = 's3cr3t"\\$x y'
 """Whatever a shell, a Redis configuration or an address could trip over."""
 RUN_SECONDS = 300

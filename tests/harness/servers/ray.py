@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from tests.own_network import OwnNetwork
-from tests.waiting import PATIENCE
+from tests.harness.network_namespace import NetworkNamespace
+from tests.harness.waiting import TIMEOUT
 
 
 @contextmanager
-def ray_cluster(network: OwnNetwork, cpus: int = 8, gpus: int = 0) -> Iterator[str]:
+def ray_cluster(network: NetworkNamespace, cpus: int = 8, gpus: int = 0) -> Iterator[str]:
     """A head with nothing else; gives the queue's URL, and ends every process of it."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray = Path(sys.executable).parent / "ray"
@@ -28,7 +28,7 @@ def ray_cluster(network: OwnNetwork, cpus: int = 8, gpus: int = 0) -> Iterator[s
         with network.inside(), (Path(folder) / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            limit = time.monotonic() + PATIENCE
+            limit = time.monotonic() + TIMEOUT
             while "Ray runtime started" not in (Path(folder) / "log").read_text():
                 assert process.poll() is None, (Path(folder) / "log").read_text()
                 assert time.monotonic() < limit
@@ -41,6 +41,6 @@ def ray_cluster(network: OwnNetwork, cpus: int = 8, gpus: int = 0) -> Iterator[s
             for other in left:
                 with suppress(psutil.NoSuchProcess):
                     other.kill()
-            psutil.wait_procs(left, timeout=PATIENCE)
+            psutil.wait_procs(left, timeout=TIMEOUT)
             process.kill()
             process.wait()

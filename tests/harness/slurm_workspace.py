@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.integration.support import Place, is_alive
-from tests.slurm_cluster import SlurmCluster
+from tests.harness.processes import is_alive
+from tests.harness.servers.slurm import SlurmCluster
+from tests.harness.standard_job import StandardWorkspace
 
 SCRIPTS = Path(__file__).parents[2] / "deploy" / "slurm"
 
@@ -25,15 +26,15 @@ if "SLURMD_NODENAME" in os.environ:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One job's place on the cluster, and the environment in which its scripts are submitted."""
+class SlurmWorkspace:
+    """A workspace on the cluster, and the environment in which its scripts are submitted."""
 
     slurm: SlurmCluster
-    place: Place
+    workspace: StandardWorkspace
 
     @property
     def environment(self) -> dict[str, str]:
-        folder = self.place.folder
+        folder = self.workspace.folder
         (folder / "hooks").mkdir(exist_ok=True)
         (folder / "hooks" / "sitecustomize.py").write_text(TELL_PINS)
         self.temporary.mkdir(exist_ok=True)
@@ -41,7 +42,7 @@ class Site:
         return {
             "CHUNKQ_ENV": sys.prefix,
             "HOME": str(folder),
-            "NET_DONE": str(self.place.job_folder / "done" / "infer"),
+            "NET_DONE": str(self.workspace.job_folder / "done" / "infer"),
             "NET_GATE": str(folder / "gate"),
             "NET_TRACE": str(folder / "trace"),
             "PINS": str(folder / "pins"),
@@ -57,10 +58,10 @@ class Site:
     @property
     def address(self) -> Path:
         """The file with the queue's address, which only its owner reads."""
-        file = self.place.folder / "address"
+        file = self.workspace.folder / "address"
         if not file.exists():
             file.touch(0o600)
-            file.write_text(self.place.queue_url + "\n")
+            file.write_text(self.workspace.queue_url + "\n")
         return file
 
     def submit(self, script: str, *arguments: str, options: str = "", **environment: str) -> str:
@@ -68,7 +69,7 @@ class Site:
             SCRIPTS / script,
             *arguments,
             options=options.split(),
-            cwd=self.place.folder,
+            cwd=self.workspace.folder,
             **self.environment | environment,
         )
 
@@ -82,12 +83,12 @@ class Site:
 
     def computing(self) -> set[int]:
         """The processes whose network was given a patch."""
-        lines = (self.place.folder / "trace").read_text().splitlines()
+        lines = (self.workspace.folder / "trace").read_text().splitlines()
         return {int(line.split()[0]) for line in lines}
 
     def computing_nodes(self) -> set[str]:
         return {one["node"] for one in self._told() if one["pid"] in self.computing()}
 
     def _told(self) -> list[dict[str, Any]]:
-        file = self.place.folder / "pins"
+        file = self.workspace.folder / "pins"
         return list(map(json.loads, file.read_text().splitlines() if file.exists() else ()))

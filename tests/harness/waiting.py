@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE = 120.0
+TIMEOUT = 120.0
 """Seconds until a test that waits for something gives up: longer than anything should take."""
 
 
-def wait_until(find: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
+def wait_until(find: Callable[[], T], what: str, patience: float = TIMEOUT) -> T:
     """Return the first true value of `find`; fails after a while."""
     limit = time.monotonic() + patience
     while not (found := find()):

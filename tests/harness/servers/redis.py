@@ -15,7 +15,7 @@ import redis
 
 from chunkq.errors import QueueError
 from chunkq.executors.rq.server import Server, find_server
-from tests.waiting import PATIENCE
+from tests.harness.waiting import TIMEOUT
 
 
 def free_port() -> int:
@@ -66,7 +66,7 @@ class RedisServer:
         assert self._process.stdin is not None
         self._process.stdin.write((self.settings.configuration() + self._extra).encode())
         self._process.stdin.close()
-        limit = time.monotonic() + PATIENCE
+        limit = time.monotonic() + TIMEOUT
         while True:
             try:
                 with self.client as client:
@@ -80,7 +80,7 @@ class RedisServer:
         """End the server by a signal, and wait for its end."""
         if self._process is not None:
             self._process.send_signal(number)
-            self._process.wait(PATIENCE)
+            self._process.wait(TIMEOUT)
             self._process = None
 
 

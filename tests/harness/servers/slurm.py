@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.redis_server import free_port
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.servers.redis import free_port
+from tests.harness.waiting import TIMEOUT, wait_until
 
 NODES = ("n1", "n2")
 GPUS = 2
@@ -121,7 +121,7 @@ class SlurmCluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
 
@@ -156,7 +156,7 @@ class SlurmCluster:
             for _, values in sorted(zip(order, found, strict=True), key=itemgetter(0))
         ]
 
-    def wait(self, job: str, patience: float = PATIENCE) -> list[JobState]:
+    def wait(self, job: str, patience: float = TIMEOUT) -> list[JobState]:
         """Wait until a job has ended, all tasks of it, requeued ones included."""
         limit = time.monotonic() + patience
         while any(one.state not in ENDED for one in self.states(job)):
@@ -165,7 +165,7 @@ class SlurmCluster:
             time.sleep(0.1)
         return self.states(job)
 
-    def succeeded(self, job: str, patience: float = PATIENCE) -> list[JobState]:
+    def succeeded(self, job: str, patience: float = TIMEOUT) -> list[JobState]:
         """Wait until a job has ended, and as it should."""
         states = self.wait(job, patience)
         if any(one.state != "COMPLETED" for one in states):
@@ -227,7 +227,7 @@ class SlurmCluster:
         self._daemons.append(process)
 
     def _until(self, is_true: Callable[[], bool], program: str) -> None:
-        limit = time.monotonic() + PATIENCE
+        limit = time.monotonic() + TIMEOUT
         while not is_true():
             said = "\n".join(path.read_text() for path in self.folder.glob("*.said"))
             assert all(daemon.poll() is None for daemon in self._daemons), said
@@ -315,12 +315,12 @@ def resolvable_loopback() -> Iterator[None]:
         also: list[str] = []
     except socket.gaierror:
         also = ["127.0.0.2/8", "dev", "lo"]
-        subprocess.run(["ip", "address", "add", *also], check=True, timeout=PATIENCE)
+        subprocess.run(["ip", "address", "add", *also], check=True, timeout=TIMEOUT)
     try:
         yield
     finally:
         if also:
-            subprocess.run(["ip", "address", "del", *also], check=True, timeout=PATIENCE)
+            subprocess.run(["ip", "address", "del", *also], check=True, timeout=TIMEOUT)
 
 
 @contextmanager

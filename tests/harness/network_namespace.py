@@ -24,7 +24,7 @@ def _enter(place: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-class OwnNetwork:
+class NetworkNamespace:
     """Made with the first use; threads and processes started inside stay inside."""
 
     def __init__(self) -> None:

@@ -1,0 +1,55 @@
+"""How long each part of the suite took, beside what it may take: tests/budget.toml."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+BUDGET = Path(__file__).parents[1] / "budget.toml"
+SLOWEST = 40
+
+
+class DurationsReport:
+    """Sums the seconds of setup, call and teardown of every test, and writes them to a file.
+
+    With several processes the sum is larger than the time that passed.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add one phase of one test."""
+        self._seconds[report.nodeid] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Name the parts that took longer than their budget; write the file."""
+        parts: defaultdict[str, float] = defaultdict(float)
+        budgets = tomllib.loads(BUDGET.read_text())["seconds"]
+        for name, seconds in self._seconds.items():
+            parts[_part(name, list(budgets))] += seconds
+        for part, seconds in sorted(parts.items()):
+            if seconds > budgets[part]:
+                terminalreporter.write_line(
+                    f"{part} took {seconds:.0f} s of its budget of {budgets[part]} s"
+                )
+        if self._file is not None:
+            slowest = sorted(self._seconds, key=lambda name: -self._seconds[name])[:SLOWEST]
+            summary = {
+                "tests": len(self._seconds),
+                "parts": {part: round(seconds, 1) for part, seconds in sorted(parts.items())},
+                "slowest": {name: round(self._seconds[name], 2) for name in slowest},
+            }
+            self._file.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _part(name: str, parts: list[str]) -> str:
+    """Return the longest budgeted path that a test lies below."""
+    path = name.partition("::")[0]
+    fitting = [part for part in parts if path == part or path.startswith(part.rstrip("/") + "/")]
+    return max(fitting, key=len)

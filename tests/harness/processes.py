@@ -1,0 +1,122 @@
+"""Commands in processes of their own, and how they end."""
+
+import contextlib
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from tests.harness.waiting import TIMEOUT, wait_until
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """Exit code and output of a command; `out` is empty where both streams went into one file."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def messages(self) -> list[str]:
+        """The lines on stderr that chunkq itself writes."""
+        return [line for line in self.err.splitlines() if line.startswith("chunkq: ")]
+
+    def ok(self) -> Self:
+        """Assert success."""
+        assert self.code == 0, (self.code, self.out, self.err)
+        assert "Traceback" not in self.err, self.err
+        return self
+
+    def refused(self, code: int, *fragments: str) -> None:
+        """Assert an error: its exit code, one line per message, and words that they contain."""
+        assert self.code == code, (self.code, self.out, self.err)
+        lines = self.err.splitlines()
+        assert lines, "nothing on stderr"
+        assert all(line.startswith("chunkq: ") for line in lines), self.err
+        assert "Traceback" not in self.err
+        for fragment in fragments:
+            assert fragment in self.err, (fragment, self.err)
+
+
+@dataclass
+class RunningCommand:
+    """A command in a process of its own, with all processes that it starts."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    known: set[int] = field(default_factory=set)
+    """Every process that `children` has ever returned."""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def children(self) -> list[int]:
+        """Return the living processes below the command."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            children = []
+        self.known |= {child.pid for child in children}
+        return [child.pid for child in children]
+
+    def output(self) -> str:
+        """Return what the command has written to stdout and stderr."""
+        return self.log.read_text()
+
+    def wait(self, timeout: float = TIMEOUT) -> CommandResult:
+        """Wait until the command ends; its processes may still run."""
+        code = self.process.wait(timeout)
+        return CommandResult(code, "", self.output())
+
+    def wait_for_children(self) -> None:
+        """Wait until all processes ever seen below the command have ended."""
+        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone")
+
+    def kill(self) -> None:
+        """Kill the command and every process below it."""
+        self.children()
+        for pid in [self.process.pid, *filter(is_alive, self.known)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+        self.process.wait()
+
+
+@contextmanager
+def running(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> Iterator[RunningCommand]:
+    """Run a command in a folder; kill what is left of it at the end."""
+    with tempfile.TemporaryDirectory(prefix="log-") as name:
+        log = Path(name) / "log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=environment,
+                text=True,
+            )
+        running_command = RunningCommand(process, log)
+        try:
+            yield running_command
+        except AssertionError as error:
+            error.add_note(f"output of {command}: {running_command.output()[-4000:]}")
+            raise
+        finally:
+            running_command.kill()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,147 @@
+"""The job of most tests on queues and crashes; its network records its patches and can stop."""
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.tasks import chunk_name
+from tests.harness.networks import NETWORK, RUNTIME
+from tests.harness.volumes import write_zarr
+from tests.harness.waiting import wait_until
+from tests.harness.workspace import Workspace
+
+SHAPE = (24, 36, 40)
+POISONOUS = (20, 30, 35)
+"""The one voxel of the input that is 255."""
+
+HOOKS = """
+import os
+import sys
+
+if "TEST_PRELOAD" in os.environ and "chunkq_worker.child" in sys.orig_argv:
+    import torch
+"""
+
+JOB: dict[str, Any] = {
+    "inference_type": "sliding_window",
+    "strides": [4, 4, 4],
+    "combine": "weighted_avg",
+    "weight_function": ["weight_gaussian"],
+    "activation": "softmax",
+    "chunksize": [12, 12, 12],
+    "storage_chunks": [6, 6, 6],
+    "threads": 1,
+    "model_config": {
+        "runtime": RUNTIME,
+        "type": "class",
+        "class_name": "Net",
+        "model_input_shape": [1, 8, 8, 8],
+        "model_output_shape": [2, 8, 8, 8],
+        "max_batch_size": 8,
+    },
+}
+
+
+@dataclass(frozen=True)
+class StandardJob:
+    """The files that all workspaces of a session share: input volume and network."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, folder: Path) -> Self:
+        job = cls(folder)
+        write_zarr(folder / "in.zarr", job.volume, (8, 8, 8))
+        (folder / "net.py").write_text(NETWORK)
+        (folder / "hooks").mkdir()
+        (folder / "hooks" / "sitecustomize.py").write_text(HOOKS)
+        return job
+
+    @cached_property
+    def volume(self) -> npt.NDArray[np.uint8]:
+        volume = np.random.default_rng(0).integers(1, 200, SHAPE, dtype=np.uint8)
+        volume[POISONOUS] = 255
+        return volume
+
+    def values(self, **changes: Any) -> dict[str, Any]:
+        """Return the keys of the job file; `model` is merged into `model_config`."""
+        model = JOB["model_config"] | {"class_file": str(self.folder / "net.py")}
+        model |= changes.pop("model", {})
+        files = {"input": str(self.folder / "in.zarr"), "output": "out.zarr"}
+        return JOB | files | {"model_config": model} | changes
+
+    def workspace(
+        self, folder: Path, changes: Mapping[str, Any] | None = None, url: str | None = None
+    ) -> "StandardWorkspace":
+        """Return a workspace for this job, some keys changed, in a folder."""
+        values = self.values(**(changes or {}))
+        return StandardWorkspace(folder, values, url=url, standard_job=self)
+
+    def run_undisturbed(self, folder: Path) -> "StandardWorkspace":
+        """Run the whole job with one worker on the embedded queue."""
+        workspace = self.workspace(folder)
+        workspace.produce()
+        workspace.work().ok()
+        workspace.finalize().ok()
+        return workspace
+
+
+@dataclass(frozen=True)
+class StandardWorkspace(Workspace):
+    """A workspace for the standard job, with what its network records and where it stops."""
+
+    standard_job: StandardJob = field(kw_only=True)
+
+    @property
+    def process_env(self) -> dict[str, str]:
+        paths = [str(self.standard_job.folder / "hooks"), os.environ.get("PYTHONPATH", "")]
+        return super().process_env | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "NET_TRACE": str(self.folder / "trace"),
+            "NET_DONE": str(self.job_folder / "done" / "infer"),
+            "NET_GATE": str(self.folder / "gate"),
+        }
+
+    def wait_until_stopped(self) -> int:
+        """Wait until a process stops at the gate; return its id."""
+        gate = self.folder / "gate" / "held"
+        wait_until(gate.exists, "a process holds")
+        return int(gate.read_text())
+
+    def open_gate(self) -> None:
+        (self.folder / "gate" / "open").touch()
+
+    def wait_for_chunks_in_flight(self, depth: int) -> None:
+        """Wait until every worker that has tasks has `depth` of them to commit."""
+
+        def is_full() -> bool:
+            running, done = self.running(), self.done()
+            tasks = Counter(r.worker for r in running if chunk_name(r.task.chunk) not in done)
+            return bool(tasks) and set(tasks.values()) == {depth}
+
+        wait_until(is_full, f"{depth} chunks are in flight")
+
+    def computed(self) -> Counter[int]:
+        """Return how often the network got each patch, by the CRC-32 of the patch's voxels."""
+        trace = self.folder / "trace"
+        lines = trace.read_text().splitlines() if trace.exists() else []
+        return Counter(int(line.split()[1]) for line in lines)
+
+    def patches(self) -> dict[str, set[int]]:
+        """Return the CRC-32 of every patch that each chunk owns, cut here with NumPy."""
+        plan, volume = self.job.plan, self.standard_job.volume
+        return {
+            ".".join(map(str, index)): {
+                zlib.crc32(volume[patch.source.slices((0, 0, 0))].tobytes())
+                for patch in plan.patches(plan.chunk(index))
+            }
+            for index in plan.indices()
+        }

@@ -1,0 +1,32 @@
+"""Input volumes, and how to read an output."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def random_volume(shape: tuple[int, ...], dtype: npt.DTypeLike = "uint8") -> npt.NDArray[Any]:
+    """Return a fixed random volume: integers fill 0 to 100, floats 0 to 1."""
+    values = np.random.default_rng(7).random(shape)
+    return (values * (1 if np.dtype(dtype).kind == "f" else 100)).astype(dtype)
+
+
+def write_zarr(
+    path: Path, values: npt.NDArray[Any], chunks: tuple[int, ...] | None = None, **more: Any
+) -> Path:
+    """Store an array as Zarr, v3 unless `zarr_format` says otherwise."""
+    import zarr
+
+    chunks = chunks or values.shape
+    array = zarr.create_array(path, shape=values.shape, chunks=chunks, dtype=values.dtype, **more)
+    array[...] = values
+    return path
+
+
+def read_output(path: str | Path) -> npt.NDArray[Any]:
+    """Read the whole output volume with zarr-python."""
+    import zarr
+
+    return np.asarray(zarr.open_array(f"{path}/0", mode="r")[...])
