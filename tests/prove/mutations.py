@@ -239,7 +239,7 @@ def row(result: Result) -> str:
     """One line of the table."""
     test = result.caught_by.rpartition("::")[2]
     return (
-        f"{result.outcome:<9}{result.seconds:>6.1f} s  {result.id:<28}{result.file:<36}"
+        f"{result.outcome:<9}{result.seconds:>6.1f} s  {result.id:<36}{result.file:<36}"
         f"{test}\n{'':19}{result.harm}"
     )
 

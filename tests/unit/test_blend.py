@@ -361,6 +361,17 @@ def test_a_grid_with_a_negative_offset_by_hand(chunk: int) -> None:
     assert out == pytest.approx([5, 10, 11, 16, 17, 22], rel=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [2, 3, 6])
+def test_an_offset_grid_alone_covers_the_rim_that_the_first_grid_leaves_by_hand(chunk: int) -> None:
+    # Of patches of 4 the inner 2 count: grid 0 covers 1 to 4, grid 1 at -1, 1, 3 covers 0 to 5.
+    plan = plan_for(
+        (6,), (4,), offsets=[[-1]], chunksize=[chunk], model={"model_output_shape": [2]}
+    )
+    values = {0: 0.0, 2: 2.0, -1: 10.0, 1: 20.0, 3: 30.0}
+    out = run(plan, np.zeros(6, np.uint8), by_start(values, 2))
+    assert out == pytest.approx([10, 5, 10, 11, 16, 30], rel=1e-6)
+
+
 def test_a_block_that_owns_no_patch_is_completed_from_its_neighbours() -> None:
     plan = sliding((9,), (4,), [4], chunksize=[8], storage_chunks=[1])
     assert not plan.chunk((1,)).active

@@ -182,6 +182,7 @@ def test_blocks_with_a_band_are_finalized_and_no_others(case: Case) -> None:
     plan = case.plan
     banded = [index for index, chunk in chunks(plan).items() if chunk.has_band]
     assert list(plan.to_finalize()) == banded
+    assert [index for index in plan.indices() if plan.has_band(index)] == banded
     assert [i for i in plan.indices() if plan.awaits(plan.chunk(i))] == banded
 
 

@@ -39,7 +39,7 @@ FAULTS = (
         "success-does-not-clear-failures",
         LEASES,
         "        self.cause = None\n        self.alike.clear()\n",
-        "        self.cause = None\n",
+        "",
         "a worker leaves a job though chunks succeed in between",
         contract("inprocess", "begins_the_count_anew"),
     ),

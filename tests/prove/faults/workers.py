@@ -12,8 +12,8 @@ FAULTS = (
     Fault(
         "committed-chunk-computed-again",
         INFER,
-        '    if not job.folder.is_committed("infer", task.chunk):\n        patches =',
-        "    if task.chunk:\n        patches =",
+        '    patches = 0\n    if not job.folder.is_committed("infer", task.chunk):\n',
+        "    patches = 0\n    if task.chunk:\n",
         "after a crash finished chunks are computed again",
         named(ONCE, "committed_chunk_run_again"),
     ),
