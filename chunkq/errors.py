@@ -47,6 +47,10 @@ class ModelError(ChunkqError):
     """The network cannot be loaded or breaks its declaration: every chunk would fail alike."""
 
 
+class FrameworkConflictError(ChunkqError):
+    """The job needs another deep-learning framework than this worker process uses."""
+
+
 class SameFailureError(ChunkqError):
     """One chunk after another failed with the same cause; the worker leaves the job alone."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chunkq.errors import ChunkqError, QueueError
+from chunkq.errors import ChunkqError, FrameworkConflictError, QueueError
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task, serve
 
@@ -27,6 +27,8 @@ EXIT_REFUSED = 4
 EXIT_QUEUE_AWAY = 6
 EXIT_OVERRUN = 7
 """A chunk hangs, and only the end of its process frees what it holds."""
+EXIT_REPLACE = 8
+"""The jobs left need another deep-learning framework, and so a new process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,9 @@ class Shift:
     is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
     flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on. A task
     may take `time_limit` (s); None lets the limit follow the tasks seen so far. One that `waits`
-    for another of this process, because there is one device, is not held to it. `settings`
-    default to those of the environment.
+    for another of this process, because there is one device, is not held to it. A process that
+    is `replaceable` is started again when it ends with EXIT_REPLACE. `settings` default to those
+    of the environment.
     """
 
     worker: str
@@ -132,6 +135,7 @@ class Shift:
     deadline: float | None = None
     time_limit: float | None = None
     waits: Callable[[Task], bool] = lambda task: False
+    replaceable: bool = False
     stopping: threading.Event = field(default_factory=threading.Event)
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
     longest: float = 0.0
@@ -153,6 +157,8 @@ class Ended(NamedTuple):
     @classmethod
     def by(cls, error: ChunkqError) -> Ended:
         """Return the end that an error makes: an absent queue may come back, a bad job may not."""
+        if isinstance(error, FrameworkConflictError):
+            return cls(EXIT_REPLACE)
         code = EXIT_QUEUE_AWAY if isinstance(error, QueueError) else EXIT_REFUSED
         return cls(code, str(error).splitlines())
 
@@ -224,6 +230,11 @@ class Executor(ABC):
         would strike every chunk, so the task goes back uncounted and its job is set aside. So is
         a job whose chunks fail alike one after another. The error is raised here once nothing
         else is left to do.
+
+        A FrameworkConflictError means that this process cannot run the task, but a new one can.
+        The task goes back uncounted, and the process goes on with the other jobs. It finishes
+        what is in flight and raises the error as soon as these have no task to begin, or after
+        `settings.longest_replacement_delay`.
 
         A task over its time limit cannot be stopped from inside the process: it costs an
         attempt, all else in flight is handed back, and OverrunError is raised for the process

@@ -11,7 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from chunkq.errors import JobError, ModelError, OverrunError, SameFailureError, cause
+from chunkq.errors import (
+    FrameworkConflictError,
+    JobError,
+    ModelError,
+    OverrunError,
+    SameFailureError,
+    cause,
+)
 from chunkq.executors.base import Attempt, Executor, Handler, Outcome, Shift
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
@@ -125,6 +132,8 @@ class _Crew:
         self._lock, self._looking = threading.Lock(), threading.Lock()
         self._settings = shift.settings
         self._pause = self._settings.shortest_poll
+        self._conflict: FrameworkConflictError | None = None
+        self._conflict_since = 0.0
         self.error: Exception | None = None
 
     def held(self) -> list[Lease]:
@@ -149,11 +158,15 @@ class _Crew:
         """Wait for a task to begin, one thread for all: an idle worker asks the queue little."""
         with self._looking:
             while self._shift.may_start():
-                lease = self._queue.take(self._shift)
+                lease = None if self._is_replacement_due() else self._queue.take(self._shift)
                 if lease is not None:
                     self._pause = self._settings.shortest_poll
                     self._hold(lease)
                     return lease
+                if self._conflict is not None:
+                    self.error = self._conflict
+                    self._shift.stopping.set()
+                    return None
                 over = self._shift.burst or self.error is not None
                 if over and self._queue.is_drained(self._shift):
                     return None
@@ -208,6 +221,9 @@ class _Crew:
         record = self._jobs[lease.task.job]
         try:
             outcome = self._handler(lease.task, lease.attempt) or Outcome()
+        except FrameworkConflictError as error:
+            self._leave_to_new_process(lease.task.job, error)
+            self._queue.hand_back(lease)
         except (JobError, ModelError) as error:
             self._queue.hand_back(lease)
             self._set_aside(lease.task.job, error)
@@ -231,6 +247,17 @@ class _Crew:
             except Exception:
                 # It is in the ledger, and the finalizer comes by in any case.
                 log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
+
+    def _leave_to_new_process(self, job: str, error: FrameworkConflictError) -> None:
+        """Take no more tasks of a job; `_next` ends the shift when there are no others."""
+        self._shift.set_aside.add(job)
+        if self._conflict is None:
+            log.info("%s", error)
+            self._conflict, self._conflict_since = error, time.time()
+
+    def _is_replacement_due(self) -> bool:
+        waited = time.time() - self._conflict_since
+        return self._conflict is not None and waited > self._settings.longest_replacement_delay
 
     def _set_aside(self, job: str, error: Exception) -> None:
         """Leave a job that cannot be done; the loops end once there is no other."""

@@ -322,7 +322,7 @@ class Crew:
         _hide_what_is_not_granted()
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
-        self._shift = Shift(worker=WorkerName.new(device()).text, **orders)
+        self._shift = Shift(WorkerName.new(device()).text, replaceable=True, **orders)
         queue.host.enlist(self._shift.worker, home)
         code, lines = serve(queue, self._shift)
         queue.close()

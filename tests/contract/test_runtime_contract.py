@@ -60,10 +60,10 @@ def onnx_is_out_of_memory() -> None:
 
 def tensorflow_is_out_of_memory() -> None:
     """Its own error in its own words; really asked, it tries for ten seconds."""
-    import tensorflow
+    from chunkq_worker.runtimes.tensorflow_import import tf
 
     words = "OOM when allocating tensor with shape[1073741824] and type float by allocator mklcpu"
-    raise tensorflow.errors.ResourceExhaustedError(None, None, words)
+    raise tf.errors.ResourceExhaustedError(None, None, words)
 
 
 def numpy_is_out_of_memory() -> None:

@@ -62,6 +62,7 @@ def main() -> int:
         job=orders.job,
         deadline=orders.deadline,
         time_limit=orders.time_limit,
+        replaceable=True,
     )
     try:
         executor = open_executor(orders.queue)

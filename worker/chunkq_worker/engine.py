@@ -23,6 +23,7 @@ from chunkq.tasks import Task
 from chunkq.userfile import load_weights
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.birth import THREADS_VARIABLE
+from chunkq_worker.frameworks import this_process
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
@@ -134,6 +135,7 @@ class Device:
         engine = self._engine(job)
         began, before = time.time(), engine.batcher.patches_run
         arrived = engine.start(chunk, halos)
+        this_process.record(job.plan.job.model)
         seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
         return arrived, engine.batcher.patches_run - before, seconds
 
@@ -142,6 +144,7 @@ class Device:
         if key in self._lent:
             return self._lent[key]
         if key not in self._engines:
+            this_process.check(job.plan.job.model)
             while len(self._engines) >= ENGINES_HELD:
                 self._engines.popitem(last=False)[1].close()
             self._engines[key] = Engine(job.record, job.plan)

@@ -15,6 +15,7 @@ import torch
 
 from chunkq.errors import ModelError
 from chunkq_worker.runtimes.torch_files import reason
+from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
 NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 """What writing and trying a file of each ending takes besides torch."""
@@ -38,6 +39,7 @@ def write(module: Any, example: torch.Tensor, file: Path, *, any_batch: bool) ->
     With `any_batch` the file takes batches of any size; give an example of two items or more.
     Raises ModelError in one line where the module does not allow that.
     """
+    hide_triton_after_tensorflow()  # torch.export imports it
     scripted = isinstance(module, torch.jit.ScriptModule)
     if file.suffix == ".onnx":
         _refuse_large(module)

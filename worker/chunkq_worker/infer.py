@@ -14,6 +14,7 @@ from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
 from chunkq_worker.engine import Computed, this_device
+from chunkq_worker.frameworks import this_process
 
 
 def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
@@ -25,6 +26,7 @@ def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
     job = open_job(task.job)
     patches = 0
     if not job.folder.is_committed("infer", task.chunk):
+        this_process.check(job.plan.job.model)  # the device checks again, when the job has its turn
         patches = _compute(job, task, attempt)
     return Outcome(_marks(job, task.chunk), ran=patches > 0)
 

@@ -7,7 +7,13 @@ import os
 import time
 import traceback
 
-from chunkq.errors import ChunkqError, JobError, MissingJobError, ModelError
+from chunkq.errors import (
+    ChunkqError,
+    FrameworkConflictError,
+    JobError,
+    MissingJobError,
+    ModelError,
+)
 from chunkq.executors.base import Attempt, Outcome
 from chunkq.ledger import Failure, JobFolder
 from chunkq.paths import is_url, without_secret
@@ -28,7 +34,7 @@ def run_task(task: Task, attempt: Attempt) -> Outcome:
     started = time.time()
     try:
         outcome: Outcome = entry_point(task.kind)(task, attempt) or Outcome()
-    except (JobError, ModelError) as error:
+    except (JobError, ModelError, FrameworkConflictError) as error:
         # Every chunk of the job would end like this; the worker stops and says so.
         shown = without_secret(JobFolder(task.job).output)
         raise type(error)(f"{shown}: {error}") from error

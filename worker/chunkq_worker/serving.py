@@ -16,8 +16,10 @@ def serve(executor: Executor, shift: Shift) -> Ended:
     """Work off a queue; a chunk that hangs ends the process, if that is the worker's own."""
     # Imported here so that signals already work while the network's libraries load.
     from chunkq_worker.engine import waits_for_device
+    from chunkq_worker.frameworks import this_process
     from chunkq_worker.run import run_task
 
+    this_process.enforced = shift.replaceable
     shift.waits = waits_for_device
     try:
         executor.work(run_task, shift)

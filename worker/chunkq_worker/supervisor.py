@@ -17,6 +17,7 @@ from chunkq.executors.base import (
     EXIT_OVERRUN,
     EXIT_QUEUE_AWAY,
     EXIT_REFUSED,
+    EXIT_REPLACE,
     Executor,
     WorkerName,
 )
@@ -121,6 +122,10 @@ class Supervisor:
             place.done = place.gave_up = True
         elif code == EXIT_QUEUE_AWAY:
             self._after_absence(place)
+        elif code == EXIT_REPLACE:
+            self._hand_back(place.worker, counted=False)
+            if not self.quiet:
+                self._say(f"worker {place.worker} is replaced: the next job needs a new process")
         else:
             self._after_death(place, code)
 

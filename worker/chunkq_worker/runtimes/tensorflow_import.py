@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from chunkq.errors import ModelError
+from chunkq_worker.runtimes.triton_import import import_triton_before_tensorflow
 
 LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 BACKEND = "KERAS_BACKEND"
@@ -57,6 +58,7 @@ def _import() -> tuple[Any, Any, Any]:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     _expect_backend(os.environ[BACKEND])
+    import_triton_before_tensorflow()
     with hushed():
         tensorflow, keras = import_module("tensorflow"), import_module("keras")
     _expect_backend(keras.backend.backend())

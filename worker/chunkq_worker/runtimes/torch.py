@@ -27,6 +27,7 @@ from chunkq_worker.runtimes.staging import (
     fetch,
 )
 from chunkq_worker.runtimes.torch_files import LOADERS, Loaded, reason
+from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
 
 OUT_OF_MEMORY = (
@@ -224,8 +225,16 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
             f"model_config.autocast: {model.autocast} is for networks in float32, this one's dtype "
             f"is {model.dtype}; set dtype: float32 or leave autocast out"
         )
+    loaded = LOADERS[model.type](model)
+    hide_triton_after_tensorflow()  # the network's own file may have imported TensorFlow
+    if model.compile and model.device == "cuda" and is_triton_hidden():
+        raise ModelError(
+            "model_config.compile: on a GPU, torch.compile needs triton, and this process imported "
+            "tensorflow before triton; import triton before tensorflow, use another process, or "
+            "leave compile out"
+        )
     accelerator = Cuda() if model.device == "cuda" else None
-    return TorchRuntime(LOADERS[model.type](model), model, steps, threads, accelerator)
+    return TorchRuntime(loaded, model, steps, threads, accelerator)
 
 
 def _channels_last(given: torch.Tensor) -> torch.Tensor:
@@ -240,6 +249,7 @@ def _channels_last(given: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _as_compilers_are() -> Iterator[None]:
     """Let the compiler's own modules use what torch calls deprecated."""
+    hide_triton_after_tensorflow()  # a step may have imported TensorFlow
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

@@ -22,6 +22,7 @@ from chunkq.userfile import neighbours
 from chunkq_worker.runtimes.classes import make
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.torch_exported import Limits, pickled_parts
+from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 """Where training scripts usually put the weights, or the network, inside a checkpoint."""
@@ -179,6 +180,7 @@ def load_exported(model: ModelConfig) -> Loaded:
                 f"model_config.trusted: missing; {path} carries {parts[0]}, which can run any code "
                 "when it is unpickled; set trusted: true if you know where it comes from"
             )
+        hide_triton_after_tensorflow()  # torch.export imports it
         with _quiet("torch.export"), _quiet("torch._export"):
             program = torch.export.load(io.BytesIO(content))
             if model.device != "cpu":

@@ -1,0 +1,96 @@
+"""The contract of every queue backend, of jobs that need a new worker process."""
+
+import threading
+
+import pytest
+
+from chunkq.errors import FrameworkConflictError
+from chunkq.executors import leases
+from chunkq.executors.base import Attempt, Counts, Executor, Shift
+from chunkq.tasks import Task
+from tests.contract import test_executor_contract as contract
+from tests.contract.test_executor_contract import JOB, OTHER_JOB, Diary, burst, tasks
+from tests.waiting import PATIENCE, wait_until
+
+backend, url, queue = contract.backend, contract.url, contract.queue  # its fixtures
+
+
+def conflict_in_other_job(task: Task, attempt: Attempt) -> None:
+    if task.job == OTHER_JOB:
+        raise FrameworkConflictError("another framework")
+
+
+@pytest.mark.parametrize("shift", [Shift("worker-a", depth=2), burst(depth=2)])
+def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_first(
+    queue: Executor, shift: Shift
+) -> None:
+    shift.stopping.clear()
+    shift.set_aside.clear()
+    queue.submit(tasks(2, OTHER_JOB))
+    queue.submit(tasks(6, JOB))
+    diary = Diary(conflict_in_other_job)
+    with pytest.raises(FrameworkConflictError):
+        queue.work(diary, shift)
+    assert sorted(diary.ended, key=lambda task: task.chunk) == tasks(6, JOB)
+    assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
+    fresh = Diary()
+    queue.work(fresh, burst("worker-b"))
+    assert sorted(fresh.tasks, key=lambda task: task.chunk) == tasks(2, OTHER_JOB)
+    assert fresh.numbers == [1, 1]
+
+
+def test_after_a_while_a_job_that_needs_a_new_process_waits_no_longer_for_others(
+    queue: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "PATIENCE_SECONDS", 0.0)
+    queue.submit(tasks(1, OTHER_JOB))
+    queue.submit(tasks(20, JOB))
+    diary = Diary(conflict_in_other_job)
+    with pytest.raises(FrameworkConflictError):
+        queue.work(diary, Shift("worker-a"))
+    assert diary.tasks[-1].job == OTHER_JOB
+    assert queue.counts(OTHER_JOB) == Counts(queued=1)
+    assert queue.counts(JOB) == Counts(queued=20 - len(diary.ended))
+
+
+def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) -> None:
+    go, shift = threading.Event(), Shift("worker-a", depth=2)
+    errors: list[BaseException] = []
+
+    def handle(task: Task, attempt: Attempt) -> None:
+        conflict_in_other_job(task, attempt)
+        assert go.wait(PATIENCE)
+
+    def work() -> None:
+        try:
+            queue.work(handle, shift)
+        except FrameworkConflictError as error:
+            errors.append(error)
+
+    queue.submit(tasks(1, JOB))
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        wait_until(lambda: queue.counts(JOB).running, "a task is in flight")
+        queue.submit(tasks(1, OTHER_JOB))
+        assert shift.stopping.wait(PATIENCE)
+        assert queue.jobs() == {JOB: Counts(running=1), OTHER_JOB: Counts(queued=1)}
+        assert worker.is_alive()
+    finally:
+        go.set()
+        shift.stopping.set()
+        worker.join(PATIENCE)
+    assert len(errors) == 1
+    assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
+
+
+def test_a_worker_that_is_told_to_stop_meanwhile_ends_well(queue: Executor) -> None:
+    shift = Shift("worker-a")
+
+    def handle(task: Task, attempt: Attempt) -> None:
+        shift.stopping.set()
+        conflict_in_other_job(task, attempt)
+
+    queue.submit(tasks(1, OTHER_JOB))
+    queue.work(handle, shift)
+    assert queue.counts(OTHER_JOB) == Counts(queued=1)

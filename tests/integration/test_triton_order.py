@@ -1,0 +1,107 @@
+"""Both frameworks in a user's own process, with triton installed: fresh processes, both orders."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PREPARE = """
+import sys
+import numpy as np
+import chunkq
+
+def predict(**keys):
+    with chunkq.Predictor.from_config({
+        "inference_type": "patch",
+        "chunksize": [8, 8],
+        "threads": 1,
+        "model_config": {"model_input_shape": [8, 8], **keys},
+    }) as predictor:
+        found = predictor.predict(np.full((8, 8), 3, np.float32)).probabilities
+    np.testing.assert_allclose(found, np.full((1, 8, 8), 7), atol=1e-5)
+
+def torch_class(file="torch_net.py", **keys):
+    predict(runtime="torch", type="class", class_file=file, class_name="Net", **keys)
+
+def keras_class():
+    predict(runtime="tensorflow", type="class", class_file="keras_net.py", class_name="Net")
+"""
+TORCH = """\
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return torch.relu(x) * 2 + 1
+"""
+KERAS = """\
+import keras
+
+class Net(keras.Model):
+    def call(self, x):
+        return keras.ops.relu(x) * 2 + 1
+"""
+JOB = """\
+model_config:
+  {runtime: torch, type: class, class_file: both_net.py, class_name: Net, model_input_shape: [8, 8]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "torch_net.py").write_text(TORCH)
+    (tmp_path / "both_net.py").write_text("import tensorflow\n" + TORCH)
+    (tmp_path / "keras_net.py").write_text(KERAS)
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run a fresh Python to its end; a crash fails."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_triton_is_installed_for_these_tests() -> None:
+    assert find_spec("triton") is not None or sys.platform != "linux"
+
+
+@pytest.mark.slow
+def test_a_predictor_of_tensorflow_and_then_one_that_torch_compiles(folder: Path) -> None:
+    run(folder, "-c", PREPARE + "keras_class()\ntorch_class(compile=True)\nimport triton\n")
+
+
+@pytest.mark.slow
+def test_a_predictor_that_torch_compiles_and_then_one_of_tensorflow(folder: Path) -> None:
+    run(folder, "-c", PREPARE + "torch_class(compile=True)\nkeras_class()\nimport triton\n")
+
+
+@pytest.mark.slow
+def test_where_the_user_imported_tensorflow_first_torch_compiles_and_loads_without_triton(
+    folder: Path,
+) -> None:
+    run(folder, "-m", "chunkq", "export", "job.yaml", "-o", "net.pt2", "--batch", "1")
+    body = (
+        "import tensorflow\n"
+        "predict(runtime='torch', type='exported', model_file='net.pt2')\n"
+        "torch_class(compile=True)\n"
+        "keras_class()\n"
+        "assert sys.modules['triton'] is None\n"
+    )
+    run(folder, "-c", PREPARE + body)
+
+
+@pytest.mark.slow
+def test_a_network_file_of_torch_that_imports_tensorflow_can_be_compiled(folder: Path) -> None:
+    run(folder, "-c", PREPARE + "torch_class('both_net.py', compile=True)\nkeras_class()\n")

@@ -1,0 +1,42 @@
+"""Import triton before TensorFlow, or not at all.
+
+triton comes with torch's CUDA builds; torch.compile and torch.export import it when they are first
+used. Importing it after TensorFlow is a segmentation fault (triton 3.7.1, TensorFlow 2.21.0: both
+carry LLVM); the other order works.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+
+log = logging.getLogger("chunkq.worker")
+
+
+def import_triton_before_tensorflow() -> None:
+    """Import triton if it is installed and TensorFlow is not imported yet."""
+    if "tensorflow" in sys.modules or "triton" in sys.modules or find_spec("triton") is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module("triton")
+    except Exception as error:  # of any kind; TensorFlow works without it
+        log.info("triton cannot be imported (%s: %s)", type(error).__name__, error)
+
+
+def hide_triton_after_tensorflow() -> None:
+    """Make later imports of triton an ImportError if they would crash the process.
+
+    torch then works as if triton were not installed.
+    """
+    if "tensorflow" in sys.modules and "triton" not in sys.modules:
+        sys.modules["triton"] = None  # type: ignore[assignment]
+
+
+def is_triton_hidden() -> bool:
+    """Return whether `hide_triton_after_tensorflow` has hidden triton."""
+    return sys.modules.get("triton", sys) is None
