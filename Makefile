@@ -37,7 +37,7 @@ $(VENV)/template/made: $(VENV)/made constraints.txt
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
-	@echo "installing chunkq, torch and what the tests need (about 400 MB, some minutes)"
+	@echo "installing chunkq, torch and what the tests need (about 600 MB, some minutes)"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
