@@ -1,7 +1,7 @@
 """Which deep-learning framework this process computes with; a worker process keeps to one.
 
-PyTorch and TensorFlow in one process need the memory of both, share threads and GPU memory badly,
-and can crash each other (see `runtimes/triton_import.py`).
+PyTorch and TensorFlow in one process take the memory of both, and can crash each other (see
+`runtimes/triton_import.py`).
 """
 
 from __future__ import annotations

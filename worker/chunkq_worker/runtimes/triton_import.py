@@ -1,8 +1,8 @@
 """Import triton before TensorFlow, or not at all.
 
 triton comes with torch's CUDA builds; torch.compile and torch.export import it when they are first
-used. Importing it after TensorFlow is a segmentation fault (triton 3.7.1, TensorFlow 2.21.0: both
-carry LLVM); the other order works.
+used. Importing it after TensorFlow is a segmentation fault (seen with triton 3.7.1 and TensorFlow
+2.21.0); the other order works.
 """
 
 from __future__ import annotations
