@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chunkq_worker import supervisor
 
 import chunkq
 from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_REPLACE, Counts
+from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task
 from tests.integration import test_workers
@@ -27,11 +27,11 @@ nursery = test_workers.nursery  # its fixture
 def test_a_child_to_be_replaced_is_started_again_at_once_and_does_not_count_as_dead(
     nursery: Nursery, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    nursery.patch.setattr(supervisor, "BACKOFF_SECONDS", 100.0)
+    nursery.settings = WorkerSettings(restart_delay=100.0)
     tasks = [Task("infer", JOB, (number,)) for number in range(2)]
     nursery.queue.submit(tasks)
     nursery.patch.setenv("FAKE_TAKES", "1")
-    again = 2 * supervisor.INSTANT_DEATHS_ALLOWED
+    again = 2 * nursery.settings.early_deaths
     assert nursery.supervise(*[str(EXIT_REPLACE)] * again, "0") == 0
     assert len(nursery.born) == again + 1
     # Whatever it still held goes back uncounted.
@@ -97,6 +97,7 @@ def write_job(folder: Path, name: str, framework: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", [("tensorflow", "torch", "tensorflow"), ("torch", "tensorflow", "torch")]
 )

@@ -77,14 +77,17 @@ def test_triton_is_installed_for_these_tests() -> None:
     assert find_spec("triton") is not None or sys.platform != "linux"
 
 
+@pytest.mark.slow
 def test_a_predictor_of_tensorflow_and_then_one_that_torch_compiles(folder: Path) -> None:
     run(folder, "-c", PREPARE + "keras_class()\ntorch_class(compile=True)\nimport triton\n")
 
 
+@pytest.mark.slow
 def test_a_predictor_that_torch_compiles_and_then_one_of_tensorflow(folder: Path) -> None:
     run(folder, "-c", PREPARE + "torch_class(compile=True)\nkeras_class()\nimport triton\n")
 
 
+@pytest.mark.slow
 def test_where_the_user_imported_tensorflow_first_torch_compiles_and_loads_without_triton(
     folder: Path,
 ) -> None:
@@ -99,5 +102,6 @@ def test_where_the_user_imported_tensorflow_first_torch_compiles_and_loads_witho
     run(folder, "-c", PREPARE + body)
 
 
+@pytest.mark.slow
 def test_a_network_file_of_torch_that_imports_tensorflow_can_be_compiled(folder: Path) -> None:
     run(folder, "-c", PREPARE + "torch_class('both_net.py', compile=True)\nkeras_class()\n")
