@@ -10,7 +10,7 @@ from chunkq.executors.base import Attempt, Counts, Executor
 from chunkq.tasks import Task
 from tests.contract import test_executor_contract as contract
 from tests.contract.test_executor_contract import JOB, OTHER_JOB, QUICK, Diary, burst, shift, tasks
-from tests.waiting import PATIENCE, wait_until
+from tests.harness.waiting import TIMEOUT, wait_until
 
 pytest_generate_tests = contract.pytest_generate_tests
 url, queue = contract.url, contract.queue  # its fixtures
@@ -58,7 +58,7 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
 
     def handle(task: Task, attempt: Attempt) -> None:
         conflict_in_other_job(task, attempt)
-        assert go.wait(PATIENCE)
+        assert go.wait(TIMEOUT)
 
     def work() -> None:
         try:
@@ -72,13 +72,13 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
     try:
         wait_until(lambda: queue.counts(JOB).running, "a task is in flight")
         queue.submit(tasks(1, OTHER_JOB))
-        assert orders.stopping.wait(PATIENCE)
+        assert orders.stopping.wait(TIMEOUT)
         assert queue.jobs() == {JOB: Counts(running=1), OTHER_JOB: Counts(queued=1)}
         assert worker.is_alive()
     finally:
         go.set()
         orders.stopping.set()
-        worker.join(PATIENCE)
+        worker.join(TIMEOUT)
     assert len(errors) == 1
     assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
 
