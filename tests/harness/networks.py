@@ -85,6 +85,9 @@ class Toy:
             self.gain = 1 + np.cos(2 * math.pi * u + phases) / 2
 
     def __call__(self, batch):
+        return self.forward(batch)
+
+    def forward(self, batch):
         time.sleep(float(os.environ.get("TOY_DELAY", "0")))
         values = batch.reshape(len(batch), 1, *self.patch)
         x = values if batch.dtype.kind == "f" else values.astype(np.float32)

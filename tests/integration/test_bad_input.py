@@ -37,7 +37,7 @@ def make_bench(folder: Path) -> Workspace:
         "chunksize": [16, 12],
         "storage_chunks": [4, 4],
         "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
+        "model_config": toy_model(folder, (8, 8), scale=100.0, runtime="torch"),
     }
     return Workspace(folder, values)
 

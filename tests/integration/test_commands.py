@@ -263,7 +263,7 @@ def test_retry_queues_what_failed_and_nothing_else(workspace: Workspace) -> None
 def test_a_changed_checkpoint_is_another_job(workspace: Workspace) -> None:
     weights = workspace.folder / "weights.pt"
     torch.save({}, weights)
-    workspace.write_job(model={"checkpoint": "weights.pt"})
+    workspace.write_job(model={"runtime": "torch", "checkpoint": "weights.pt"})
     workspace.call("produce", "job.json").ok()
     torch.save({"more": torch.zeros(1)}, weights)
     workspace.call("produce", "job.json").refused(

@@ -43,7 +43,7 @@ def job(folder: Path, **more: Any) -> dict[str, Any]:
     """Six chunks of overlapping patches; the last batch of each is a smaller one."""
     if not (folder / "in.zarr").exists():
         write_zarr(folder / "in.zarr", random_volume((24, 16, 20), "uint16"), (8, 8, 8))
-    model = toy_model(folder, (8, 8, 8), scale=100.0) | {"max_batch_size": 5}
+    model = toy_model(folder, (8, 8, 8), scale=100.0, runtime="torch") | {"max_batch_size": 5}
     values: dict[str, Any] = {
         "input": str(folder / "in.zarr"),
         "inference_type": "sliding_window",
