@@ -4,10 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
+NOT_INSTALLED := { echo "pip failed; behind a proxy, set HTTPS_PROXY=http://host:port"; exit 1; }
 DEMO := demo
 PROOFS := mutations leases crashes
 
-.PHONY: help demo check test prove lint containers bench picture clean
+# Whatever the user's pip.conf says: installs go into the virtual environment.
+export PIP_USER := 0
+# A proxy is for the network, not for the servers that run on this machine.
+comma := ,
+export no_proxy := $(addsuffix $(comma),$(or $(no_proxy),$(NO_PROXY)))localhost,127.0.0.1,::1
+export NO_PROXY := $(no_proxy)
+
+.PHONY: help demo check test prove lint dist containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
@@ -16,39 +24,52 @@ help:
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
 	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (an hour)"
 	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
-	@echo "make clean   remove the environment and the demo's files"
+	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
+	@echo "make clean   remove the environment, the demo's files and the packages"
 
 $(VENV)/made:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) is missing; install Python 3.11 or newer, or set make PYTHON=…"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "chunkq needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	  { echo "$(PYTHON) is too old; install Python 3.11 or newer and set make PYTHON=python3.11"; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv; on Debian and Ubuntu run apt-get install python3-venv"; exit 1; }
 	@echo "making a virtual environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV) || { echo "on Debian: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/demo-installed: $(VENV)/made pyproject.toml constraints.txt
-	@echo "installing chunkq, torch and what the demo draws with (about 250 MB, some minutes)"
-	@$(INSTALL) --editable '.[demo]'
+	@echo "installing chunkq, ONNX Runtime and matplotlib (downloads 107 MB, 420 MB on disk)"
+	@$(INSTALL) --editable '.[demo]' || $(NOT_INSTALLED)
 	@touch $@
 
 # Beside the environment, not in it: only nilearn's data files are wanted, and none of its needs.
 $(VENV)/template/made: $(VENV)/made constraints.txt
-	@echo "fetching the brain template (nilearn's data files, 12 MB)"
-	@$(INSTALL) --no-deps --upgrade --target $(VENV)/template nilearn
+	@echo "fetching the brain template (nilearn's data files, downloads 12 MB)"
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/template nilearn || $(NOT_INSTALLED)
+	@touch $@
+
+$(VENV)/dist-installed: $(VENV)/made constraints.txt
+	@echo "installing build, hatchling and twine (downloads 8 MB, 36 MB on disk)"
+	@$(INSTALL) build hatchling twine || $(NOT_INSTALLED)
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
-	@echo "installing chunkq, torch and what the tests need (about 600 MB, some minutes)"
+	@echo "installing chunkq and all that the tests need (downloads 3.3 GB, 7.2 GB on disk)"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
+# The queue lies in the temporary folder: a checkout may be on NFS, where SQLite cannot lock.
 demo: $(VENV)/demo-installed $(VENV)/template/made
 	@echo "1. the volume: the MNI152 head template as OME-Zarr"
 	@PYTHONPATH=$(VENV)/template $(BIN)/python examples/brain/prepare.py $(DEMO)/brain.zarr
 	@echo "2. what the job will cost"
 	@$(BIN)/chunkq plan examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr
 	@echo "3. the job: 8 chunks, 2 workers, the embedded queue"
-	@$(BIN)/chunkq run examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr \
-	  -w 2 --queue sqlite://$(CURDIR)/$(DEMO)/queue.db
+	@queue=$$(mktemp -d) && trap 'rm -rf "$$queue"' EXIT && \
+	  $(BIN)/chunkq run examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr \
+	  -w 2 --queue "sqlite://$$queue/queue.db"
 	@echo "4. how good it is"
 	@$(BIN)/python examples/brain/score.py $(DEMO)/tissues.zarr $(DEMO)/brain.zarr \
 	  $(DEMO)/brain_truth.zarr $(DEMO)/tissues.png
@@ -91,8 +112,15 @@ bench: $(VENV)/test-installed
 	  --plot $(RESULTS)/scale.png
 	@$(BIN)/python benchmarks/results.py $(RESULTS)
 
+dist: $(VENV)/dist-installed
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation
+	@$(BIN)/python -m twine check --strict dist/*
+	@echo "the demo with the wheel alone, in an environment of its own"
+	@.ci/try-wheel $(BIN)/python dist/*.whl
+
 picture: demo
 	cp $(DEMO)/tissues.png docs/images/brain.png
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO) dist

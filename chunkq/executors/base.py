@@ -234,7 +234,7 @@ class Executor(ABC):
         A FrameworkConflictError means that this process cannot run the task, but a new one can.
         The task goes back uncounted, and the process goes on with the other jobs. It finishes
         what is in flight and raises the error as soon as these have no task to begin, or after
-        ten minutes.
+        `settings.longest_replacement_delay`.
 
         A task over its time limit cannot be stopped from inside the process: it costs an
         attempt, all else in flight is handed back, and OverrunError is raised for the process

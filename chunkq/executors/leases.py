@@ -158,7 +158,7 @@ class _Crew:
         """Wait for a task to begin, one thread for all: an idle worker asks the queue little."""
         with self._looking:
             while self._shift.may_start():
-                lease = None if self._is_patience_over() else self._queue.take(self._shift)
+                lease = None if self._is_replacement_due() else self._queue.take(self._shift)
                 if lease is not None:
                     self._pause = self._settings.shortest_poll
                     self._hold(lease)
@@ -255,9 +255,9 @@ class _Crew:
             log.info("%s", error)
             self._conflict, self._conflict_since = error, time.time()
 
-    def _is_patience_over(self) -> bool:
+    def _is_replacement_due(self) -> bool:
         waited = time.time() - self._conflict_since
-        return self._conflict is not None and waited > self._settings.framework_patience
+        return self._conflict is not None and waited > self._settings.longest_replacement_delay
 
     def _set_aside(self, job: str, error: Exception) -> None:
         """Leave a job that cannot be done; the loops end once there is no other."""

@@ -25,8 +25,8 @@ class WorkerSettings:
     - A worker leaves a job after `same_failures_at_first` chunks in a row failed with one cause,
       after the job's first success only after `same_failures_later`: then the cause may lie in
       one region of the volume.
-    - A job that needs a new worker process waits `framework_patience` at most while this one has
-      other tasks.
+    - A job that needs a new worker process waits for at most `longest_replacement_delay` while
+      this process has other tasks.
     - A worker waits `server_answer` for each answer of a queue server.
     - A process that ends within `early_death` of its start counts as an early death. After
       `early_deaths` of them the supervisor gives up. It waits `restart_delay` before a restart,
@@ -43,7 +43,7 @@ class WorkerSettings:
     time_limit_factor: float = 10.0
     same_failures_at_first: int = 5
     same_failures_later: int = 25
-    framework_patience: float = 600.0
+    longest_replacement_delay: float = 600.0
     server_answer: float = 30.0
     early_death: float = 10.0
     early_deaths: int = 5

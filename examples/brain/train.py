@@ -1,8 +1,10 @@
-"""Train the example's network on the back half of the template and export it as TorchScript.
+"""Train the example's network on the back half of the template; export it for chunkq.
 
-    python train.py [--out unet.ts] [--check]
+    python train.py [--out FOLDER] [--check]    writes unet.ts and unet.onnx
+    python train.py --weights unet.ts           writes unet.onnx again, without training
 
 The front half (y >= SPLIT) plays no part in it; --check scores both halves afterwards.
+Needs `pip install "chunkq[demo,export]"`.
 """
 
 import argparse
@@ -31,6 +33,7 @@ LEARNING_RATE = 1e-2
 SEED = 7
 THREADS = 2
 WINDOW = 64
+SCRIPT, GRAPH = "unet.ts", "unet.onnx"
 
 
 def random_patches(t1: Tensor, truth: Tensor, rng: np.random.Generator) -> Iterator[list[Tensor]]:
@@ -94,21 +97,56 @@ def train(steps: int) -> UNet3d:
     return net
 
 
-def export(net: UNet3d, path: Path) -> None:
-    """Write TorchScript, whole or not at all, and the same bytes for the same weights."""
-    whole = io.BytesIO()
+def load_weights(path: Path) -> UNet3d:
+    """Return the network of a TorchScript file that `write_torchscript` wrote."""
+    net = UNet3d().eval().fold()
+    net.load_state_dict(torch.jit.load(str(path)).state_dict())  # type: ignore[no-untyped-call]
+    return net
+
+
+def write_torchscript(net: UNet3d, path: Path) -> None:
+    """Write a folded network as TorchScript; the same weights give the same bytes."""
+    whole, cleaned = io.BytesIO(), io.BytesIO()
     # Traced, not scripted: a script lists its constants in the random order of a set.
     sample = torch.zeros(1, 1, WINDOW, WINDOW, WINDOW)
     with torch.no_grad():
-        traced = torch.jit.trace(net.fold(), sample)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(net, sample)  # type: ignore[no-untyped-call]
     torch.jit.save(traced, whole)
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(partial, "w") as target:
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(cleaned, "w") as target:
         for entry in source.infolist():
             # Debug entries hold the paths of the machine that trained, the id a hash over them;
             # loading needs neither.
             if not entry.filename.endswith((".debug_pkl", "/serialization_id")):
                 target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
+    replace_file(path, cleaned.getvalue())
+
+
+def write_onnx(net: UNet3d, path: Path) -> None:
+    """Write a folded network as ONNX for batches of any size, weights included."""
+    sample = torch.zeros(2, 1, WINDOW, WINDOW, WINDOW)  # a batch of 1 would count as fixed
+    program = torch.onnx.export(
+        net,
+        (sample,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        input_names=["raw"],
+        output_names=["probabilities"],
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    # Each node's metadata holds the stack trace of the machine that exported.
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]
+    for tensor in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        del tensor.metadata_props[:]
+    replace_file(path, model.SerializeToString(deterministic=True))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
@@ -145,21 +183,28 @@ def check(path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the example's network.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("unet.ts"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--weights", type=Path, help="write a trained unet.ts as ONNX only")
     parser.add_argument("--check", action="store_true", help="predict everything, print Dice")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    files = {options.out / GRAPH: write_onnx}
     try:
-        net = train(options.steps)
+        if options.weights:
+            net = load_weights(options.weights)
+        else:
+            net = train(options.steps).fold()
+            files = {options.out / SCRIPT: write_torchscript, **files}
     except template.TemplateMissingError as error:
         print(error, file=sys.stderr)
         return 1
-    export(net, options.out)
-    print(f"{options.out}: {options.out.stat().st_size // 1000} kB")
+    for file, write in files.items():
+        write(net, file)
+        print(f"{file}: {file.stat().st_size // 1000} kB")
     if options.check:
-        check(options.out)
+        check(options.weights or options.out / SCRIPT)
     return 0
 
 

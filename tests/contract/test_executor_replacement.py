@@ -1,15 +1,15 @@
 """The contract of every queue backend, of jobs that need a new worker process."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from chunkq.errors import FrameworkConflictError
-from chunkq.executors.base import Attempt, Counts, Executor, Shift
-from chunkq.executors.settings import WorkerSettings
+from chunkq.executors.base import Attempt, Counts, Executor
 from chunkq.tasks import Task
 from tests.contract import test_executor_contract as contract
-from tests.contract.test_executor_contract import JOB, OTHER_JOB, Diary, burst, tasks
+from tests.contract.test_executor_contract import JOB, OTHER_JOB, QUICK, Diary, burst, shift, tasks
 from tests.harness.waiting import TIMEOUT, wait_until
 
 pytest_generate_tests = contract.pytest_generate_tests
@@ -29,7 +29,7 @@ def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_
     queue.submit(tasks(6, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.work(diary, Shift("worker-a", depth=2, burst=ends_when_drained))
+        queue.work(diary, shift("worker-a", depth=2, burst=ends_when_drained))
     assert sorted(diary.ended, key=lambda task: task.chunk) == tasks(6, JOB)
     assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
     fresh = Diary()
@@ -41,19 +41,19 @@ def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_
 def test_after_a_while_a_job_that_needs_a_new_process_waits_no_longer_for_others(
     queue: Executor,
 ) -> None:
-    impatient = WorkerSettings(framework_patience=0)
+    settings = replace(QUICK, longest_replacement_delay=0.0)
     queue.submit(tasks(1, OTHER_JOB))
     queue.submit(tasks(20, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.work(diary, Shift("worker-a", settings=impatient))
+        queue.work(diary, shift(settings=settings))
     assert diary.tasks[-1].job == OTHER_JOB
     assert queue.counts(OTHER_JOB) == Counts(queued=1)
     assert queue.counts(JOB) == Counts(queued=20 - len(diary.ended))
 
 
 def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) -> None:
-    go, shift = threading.Event(), Shift("worker-a", depth=2)
+    go, orders = threading.Event(), shift(depth=2)
     errors: list[BaseException] = []
 
     def handle(task: Task, attempt: Attempt) -> None:
@@ -62,7 +62,7 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
 
     def work() -> None:
         try:
-            queue.work(handle, shift)
+            queue.work(handle, orders)
         except FrameworkConflictError as error:
             errors.append(error)
 
@@ -72,24 +72,24 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
     try:
         wait_until(lambda: queue.counts(JOB).running, "a task is in flight")
         queue.submit(tasks(1, OTHER_JOB))
-        assert shift.stopping.wait(TIMEOUT)
+        assert orders.stopping.wait(TIMEOUT)
         assert queue.jobs() == {JOB: Counts(running=1), OTHER_JOB: Counts(queued=1)}
         assert worker.is_alive()
     finally:
         go.set()
-        shift.stopping.set()
+        orders.stopping.set()
         worker.join(TIMEOUT)
     assert len(errors) == 1
     assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
 
 
 def test_a_worker_that_is_told_to_stop_meanwhile_ends_well(queue: Executor) -> None:
-    shift = Shift("worker-a")
+    orders = shift()
 
     def handle(task: Task, attempt: Attempt) -> None:
-        shift.stopping.set()
+        orders.stopping.set()
         conflict_in_other_job(task, attempt)
 
     queue.submit(tasks(1, OTHER_JOB))
-    queue.work(handle, shift)
+    queue.work(handle, orders)
     assert queue.counts(OTHER_JOB) == Counts(queued=1)

@@ -30,9 +30,14 @@ def group_of(item: pytest.Item) -> str:
     params = getattr(getattr(item, "callspec", None), "params", {}).values()
     if "slurm" in fixtures:
         return "slurm"
-    if "ray" in fixtures or any("ray" in (value, getattr(value, "name", "")) for value in params):
+    if "ray" in fixtures or any(_name(value) == "ray" for value in params):
         return "ray"
     return Path(item.path).stem.removeprefix("test_")
+
+
+def _name(value: object) -> object:
+    """Return a parameter that is a text, or the name of one that has a name."""
+    return value if isinstance(value, str) else getattr(value, "name", None)
 
 
 def assign_groups(items: list[pytest.Item]) -> None:

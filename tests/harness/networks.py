@@ -139,6 +139,8 @@ def reach(step):
     try:
         os.mkdir(gate)
     except FileExistsError:
+        if "NET_OTHERS_WAIT" in os.environ:
+            wait_for_holder(gate)
         return
     go_on.clear()
     with open(gate + "/partial", "w") as file:
@@ -147,6 +149,20 @@ def reach(step):
     while not os.path.exists(gate + "/open"):
         time.sleep(0.005)
     go_on.set()
+
+
+def wait_for_holder(gate):
+    """Wait until the process at the gate goes on or ends."""
+    while not os.path.exists(gate + "/held"):
+        time.sleep(0.005)
+    with open(gate + "/held") as file:
+        holder = int(file.read())
+    while not os.path.exists(gate + "/open"):
+        try:
+            os.kill(holder, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.005)
 
 
 def wrap_folder():

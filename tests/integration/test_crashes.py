@@ -138,6 +138,8 @@ def test_a_worker_killed_at_any_moment_costs_only_what_it_had_in_flight(
 ) -> None:
     workspace.produce()
     hold = {"NET_HOLD": moment.reach, "NET_AFTER": str(moment.after)}
+    if moment.full_hands:
+        hold["NET_OTHERS_WAIT"] = "1"  # else another worker could take all that is left
     with workspace.start(*ON_CPU, "--burst", "-w", str(moment.workers), **hold) as cli:
         victim = workspace.wait_until_stopped()
         if moment.full_hands:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.harness.networks import toy_model
 from tests.harness.volumes import write_zarr
