@@ -457,6 +457,19 @@ def test_an_error_costs_an_attempt_and_the_task_is_tried_again(queue: Executor) 
     assert queue.counts(JOB) == Counts()
 
 
+def test_a_task_that_failed_is_tried_again_after_all_others(queue: Executor) -> None:
+    first, *others = tasks(3)
+    queue.submit([first, *others])
+
+    def fail_once(task: Task, attempt: Attempt) -> None:
+        if task == first and attempt.number == 1:
+            raise ValueError("this time not")
+
+    diary = Diary(fail_once)
+    queue.work(diary, burst())
+    assert diary.tasks == [first, *others, first]
+
+
 @pytest.mark.transport
 def test_a_task_that_fails_every_attempt_ends_failed_and_the_others_are_done(
     queue: Executor,
@@ -578,6 +591,23 @@ def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
     queue.work(diary, burst("heir"))
     assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
     assert queue.counts(JOB) == Counts()
+
+
+def test_a_lease_that_its_worker_never_received_runs_out(queue: Executor) -> None:
+    """The answer of a server may be lost on the way; the worker renews only what it holds."""
+    assert isinstance(queue, LeaseQueue)
+    queue.submit(tasks(2))
+    worker = shift(settings=SHORT_LEASE)
+    assert queue.take(worker) is not None  # lost
+    held = queue.take(worker)
+    assert held is not None
+
+    def only_the_other_is_running() -> bool:
+        queue.renew(worker, [held])
+        return [item.task for item in queue.running(JOB)] == [held.task]
+
+    wait_until(only_the_other_is_running, "the lost lease has run out")
+    assert queue.counts(JOB) == Counts(queued=1, running=1)
 
 
 @pytest.mark.transport

@@ -234,6 +234,12 @@ def set_network(workspace: Workspace) -> dict[str, Any]:
     return {}
 
 
+def replace_input(workspace: Workspace) -> dict[str, Any]:
+    shutil.rmtree(workspace.folder / "in.zarr")
+    write_zarr(workspace.folder / "in.zarr", random_volume(SHAPE, "uint16"))
+    return {}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -243,6 +249,7 @@ def set_network(workspace: Workspace) -> dict[str, Any]:
         ({"activation": "softmax"}, "different: activation)"),
         (set_network, "different: content of model_config.class_file)"),
         ({"input": "other.zarr"}, "different: input, the input volume)"),
+        (replace_input, "different: the input volume)"),
     ],
 )
 def test_a_changed_job_onto_an_old_output_is_refused_with_what_differs(

@@ -106,7 +106,7 @@ FAULTS = (
         "number = (SELECT max(number) + 1 FROM tasks), lease_until = NULL",
         "lease_until = NULL",
         "a failing chunk uses up its attempts at once, before a passing cause is over",
-        (MODEL, "-k", "sqlite"),
+        contract("sqlite", "after_all_others"),
     ),
     Fault(
         "stop-signal-costs-an-attempt",
@@ -146,7 +146,7 @@ FAULTS = (
         '"AND id IN (SELECT value FROM json_each(?))",',
         '"AND ? IS NOT NULL",',
         "a task whose answer was lost on the way is leased for ever, and the job never ends",
-        (MODEL, "-k", "sqlite"),
+        contract("sqlite", "never_received"),
     ),
     Fault(
         "drained-while-tasks-run",
