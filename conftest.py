@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
     os.environ["KERAS_HOME"] = str(folder / "keras")
+    # Hundreds of processes would each compile chunkq anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # No test talks to anything but this machine.
     for name in [name for name in os.environ if name.lower() in PROXIES]:
         del os.environ[name]

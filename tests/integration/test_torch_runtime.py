@@ -469,7 +469,6 @@ def test_nan_zero_also_counts_what_steps_gave(tmp_path: Path) -> None:
     ("dtype", "how"),
     [("float16", as_script), ("float64", as_script), ("int8", as_script), ("int8", None)],
     ids=["float16", "float64", "int8", "int8 by class"],
-    ids=str,
 )
 def test_a_dtype_other_than_the_networks_is_one_line_with_the_one_to_set(
     tmp_path: Path, dtype: str, how: Any
