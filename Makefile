@@ -8,6 +8,8 @@ NOT_INSTALLED := { echo "pip failed; behind a proxy, set HTTPS_PROXY=http://host
 DEMO := demo
 PROOFS := mutations leases crashes
 
+# Tests import ONNX Runtime themselves; chunkq sets this, too.
+export ORT_DISABLE_TELEMETRY := 1
 # Whatever the user's pip.conf says: installs go into the virtual environment.
 export PIP_USER := 0
 # A proxy is for the network, not for the servers that run on this machine.
