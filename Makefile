@@ -91,7 +91,7 @@ check: lint
 	  tests/contract/test_executor_model.py tests/contract/test_executor_sqlite.py
 
 test: lint
-	$(PYTEST) --durations-file $(VENV)/durations.json
+	$(PYTEST) --durations-file=$(VENV)/durations.json
 
 prove: $(VENV)/test-installed
 	@test -n "$(filter $(PART),$(PROOFS))" || { echo "make prove PART=NAME: $(PROOFS)"; exit 1; }

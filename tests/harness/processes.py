@@ -92,27 +92,29 @@ class RunningCommand:
 def running(
     command: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> Iterator[RunningCommand]:
-    """Run a command in a folder; kill what is left of it at the end."""
-    with tempfile.TemporaryDirectory(prefix="log-") as name:
-        log = Path(name) / "log"
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env=environment,
-                text=True,
-            )
-        running_command = RunningCommand(process, log)
-        try:
-            yield running_command
-        except AssertionError as error:
-            error.add_note(f"output of {command}: {running_command.output()[-4000:]}")
-            raise
-        finally:
-            running_command.kill()
+    """Run a command in a folder; kill what is left of it at the end.
+
+    The log is outside of the folder and stays until the test session ends.
+    """
+    number, name = tempfile.mkstemp(prefix="log-")
+    with open(number, "w") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            text=True,
+        )
+    running_command = RunningCommand(process, Path(name))
+    try:
+        yield running_command
+    except AssertionError as error:
+        error.add_note(f"output of {command}: {running_command.output()[-4000:]}")
+        raise
+    finally:
+        running_command.kill()
 
 
 def is_alive(pid: int) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,8 @@ def test_with_missing_chunks_allowed_the_output_says_so_and_is_completed_later(
     status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert status["done"] == 5
     workspace.call("finalize", "out.zarr").refused(3, "1 chunks are not computed yet: 1.0")
+    assert produce(workspace).startswith("6 chunks, 5 done")
+    assert not (workspace.job_folder / "report.json").exists()
     workspace.compute_inline()
     is_complete(workspace, whole)
 
@@ -505,3 +508,33 @@ def test_a_worker_of_a_replaced_job_writes_nothing_into_the_new_one(workspace: W
     with pytest.raises(MissingJobError, match="was replaced meanwhile"):
         old.check_unchanged()
     assert open_job(str(workspace.job_folder)).plan.job.strides == (6, 6)
+
+
+def test_a_worker_overtaken_before_its_blocks_are_complete_leaves_their_pieces(
+    workspace: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    produce(workspace)
+    workspace.compute_inline()
+    commits, pieces = workspace.commits(), workspace.pieces()
+    real, looks = JobFolder.is_committed, count()
+
+    def not_at_first(*args: Any) -> bool:
+        return next(looks) > 0 and real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobFolder, "is_committed", not_at_first)
+        run_chunk(workspace, (1, 1))
+    assert next(looks) > 1
+    assert workspace.commits() == commits
+    assert workspace.pieces() == pieces != []
+    is_complete(workspace, whole)
+
+
+def test_padding_does_not_count_as_input_that_was_read(workspace: Workspace) -> None:
+    workspace.write_job(pad_width=[3, 2])
+    produce(workspace)
+    workspace.compute_inline()
+    plan = workspace.job.plan
+    assert plan.chunk((0, 0)).halo.start == (-3, -2)
+    read = sum(commit.moved["input"] for commit in workspace.commits())
+    assert read == plan.costs.input_bytes

@@ -62,7 +62,7 @@ class Run:
     @property
     def first_failure(self) -> str:
         """Name of the first test that failed, or an empty string."""
-        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", self.output, re.MULTILINE)
+        found = re.search(r"^(?:FAILED|ERROR) (\S+\.py::.+?)(?: - |$)", self.output, re.MULTILINE)
         return found[1] if found else ""
 
     @property

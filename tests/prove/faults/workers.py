@@ -40,7 +40,7 @@ FAULTS = (
         '        if job.folder.is_committed("finalize", target):\n',
         "        if target:\n",
         "an overtaken worker deletes pieces that a block still needs",
-        named(ONCE, "zombie"),
+        named(RESUME, "overtaken"),
     ),
     Fault(
         "marks-without-the-neighbours",
@@ -56,7 +56,7 @@ FAULTS = (
         "low, high = axis.read(np.asarray(number, dtype=np.int64))",
         "low, high = axis.halo(np.asarray(number, dtype=np.int64))",
         "the report shows more input bytes than were read",
-        named(ONCE, "bytes_in_the_records"),
+        named(RESUME, "padding"),
     ),
     Fault(
         "allowed-prefix-without-its-slash",
