@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 NOT_INSTALLED := { echo "pip failed; behind a proxy, set HTTPS_PROXY=http://host:port"; exit 1; }
 DEMO := demo
-PROOFS := mutations leases crashes
+RESULTS := benchmarks/results
+PROOFS := mutations leases crashes redis dask ray slurm
 
 # Tests import ONNX Runtime themselves; chunkq sets this, too.
 export ORT_DISABLE_TELEMETRY := 1
@@ -95,13 +96,16 @@ test: lint
 
 prove: $(VENV)/test-installed
 	@test -n "$(filter $(PART),$(PROOFS))" || { echo "make prove PART=NAME: $(PROOFS)"; exit 1; }
-	$(BIN)/python -m tests.prove.$(PART) --json benchmarks/results/$(PART).json
+	@if [ "$(PART)" = mutations ]; then \
+	  $(BIN)/python -m tests.prove.mutations --json $(RESULTS)/mutations.json; \
+	else \
+	  $(PYTEST) --proof=$(PART) --durations-file=$(RESULTS)/proof_$(PART).json; \
+	fi
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
 # One part alone: make bench PARTS=network
-RESULTS := benchmarks/results
 PARTS := network hotpath borders workers predictions planning queues queue_scale gpu
 
 bench: $(VENV)/test-installed

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 from tests.harness.durations import DurationsReport
-from tests.harness.groups import assign_groups, mark_servers
+from tests.harness.groups import assign_groups, mark_servers, select_proof
 from tests.harness.guardian import SessionGuardian
 
 settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
@@ -21,6 +21,7 @@ PROXIES = ("all_proxy", "ftp_proxy", "http_proxy", "https_proxy")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add options of our own."""
+    parser.addoption("--proof", help="run the tests of this proof, and no others")
     parser.addoption("--durations-file", type=Path, help="write the durations as JSON")
 
 
@@ -52,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that need a server; distribute tests over the processes of `pytest -n`."""
+    """Select and mark tests; distribute them over the processes of `pytest -n`."""
+    select_proof(config, items)
     mark_servers(items)
     if hasattr(config, "workerinput"):
         assign_groups(items)

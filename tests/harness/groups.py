@@ -14,6 +14,18 @@ SERVERS = frozenset(
 """Fixtures that start a server."""
 
 
+def select_proof(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of the proof asked for by --proof; without it, those of no proof."""
+    chosen = config.getoption("--proof")
+    names = [
+        marker.args[0] if (marker := item.get_closest_marker("proof")) else None for item in items
+    ]
+    config.hook.pytest_deselected(
+        items=[item for item, name in zip(items, names, strict=True) if name != chosen]
+    )
+    items[:] = [item for item, name in zip(items, names, strict=True) if name == chosen]
+
+
 def mark_servers(items: list[pytest.Item]) -> None:
     """Mark the tests that use a server's fixture; parameters that do are marked where they are."""
     for item in items:

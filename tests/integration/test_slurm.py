@@ -151,6 +151,7 @@ def test_each_job_of_an_array_gets_its_own_gpu(
     assert set(workspace.computed().values()) == {1}
 
 
+@pytest.mark.proof("slurm")
 def test_a_job_whose_walltime_ends_is_continued_by_itself_and_computes_nothing_twice(
     site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
@@ -188,20 +189,53 @@ def test_a_job_whose_walltime_ends_is_continued_by_itself_and_computes_nothing_t
     assert set(workspace.computed().values()) == {1}
 
 
+def test_a_job_that_is_told_to_stop_comes_back_and_computes_nothing_twice(
+    site: SlurmWorkspace, undisturbed: StandardWorkspace
+) -> None:
+    workspace = site.workspace
+    workspace.produce()
+    job = site.submit(
+        "array.sbatch",
+        str(workspace.output),
+        options="--array=7",
+        CHUNKQ_QUEUE_FILE=str(site.address),
+        NET_HOLD="forward",
+        NET_AFTER="5",
+    )
+    workspace.wait_until_stopped()
+    site.slurm.ask("scancel", "--signal=TERM", "--batch", job)
+    stopping = "stopping: chunks in flight are finished first"
+    wait_until(lambda: stopping in site.slurm.states(job)[0].log, "the worker stops")
+    before = workspace.done()
+    workspace.open_gate()
+    comes_back = "this job comes back (restart 1)"
+    wait_until(lambda: comes_back in site.slurm.states(job)[0].log, "it is queued again")
+    wait_until(lambda: site.slurm.states(job)[0].state == "PENDING", "it waits for its turn")
+    stopped_at = workspace.done()
+    assert len(before) < len(stopped_at) < len(workspace.patches())
+
+    # A job that is queued again waits two minutes.
+    site.slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    (ended,) = site.slurm.succeeded(job)
+    assert ended.restarts == 1
+    assert {name: workspace.done()[name] for name in stopped_at} == stopped_at
+    workspace.finalize().ok()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+
+
 def test_a_cancelled_job_is_continued_by_the_next_one(
     site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace = site.workspace
     workspace.produce()
     arguments = ("workers.sbatch",)
-    options, address = "--gres=gpu:1", str(site.address)
-    job = site.submit(
-        *arguments,
-        options=options,
-        CHUNKQ_QUEUE_FILE=address,
-        NET_HOLD="forward",
-        NET_AFTER="5",
-    )
+    options = "--gres=gpu:1"
+    environment = {
+        "CHUNKQ_QUEUE_FILE": str(site.address),
+        "CHUNKQ_WORKER_SETTINGS": '{"lease": 3}',
+    }
+    job = site.submit(*arguments, options=options, **environment, NET_HOLD="forward", NET_AFTER="5")
     workspace.wait_until_stopped()
     site.slurm.ask("scancel", job)
     (ended,) = site.slurm.wait(job)
@@ -210,8 +244,8 @@ def test_a_cancelled_job_is_continued_by_the_next_one(
     stopped_at = workspace.done()
     assert 5 <= len(stopped_at) < len(workspace.patches())
 
-    # What the held process had begun waits out its lease, 20 s.
-    again = site.submit(*arguments, options=options, CHUNKQ_QUEUE_FILE=address)
+    # The chunks of the killed process wait until their lease has run out.
+    again = site.submit(*arguments, options=options, **environment)
     site.slurm.succeeded(again)
     assert {name: workspace.done()[name] for name in stopped_at} == stopped_at
     workspace.finalize().ok()
@@ -220,6 +254,7 @@ def test_a_cancelled_job_is_continued_by_the_next_one(
     assert {computed[patch] for name in stopped_at for patch in patches[name]} == {1}
 
 
+@pytest.mark.proof("slurm")
 def test_a_cancelled_array_does_not_come_back(site: SlurmWorkspace) -> None:
     workspace = site.workspace
     workspace.produce()

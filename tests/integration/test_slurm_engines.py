@@ -55,6 +55,7 @@ def test_one_allocation_is_a_cluster_of_its_own(
     wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left")
 
 
+@pytest.mark.proof("slurm")
 @pytest.mark.parametrize("engine", ["dask", "ray"])
 def test_a_cancelled_allocation_is_continued_by_the_next_one(
     engine: str, site: SlurmWorkspace, undisturbed: StandardWorkspace
