@@ -122,6 +122,9 @@ dist: $(VENV)/dist-installed
 	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation
 	@$(BIN)/python -m twine check --strict dist/*
+	@missing=$$(git ls-files 2>/dev/null | grep -vxF "$$(tar tzf dist/*.tar.gz | sed 's,^[^/]*/,,')"); \
+	  test -z "$$missing" || \
+	  { echo "missing in the sdist: $$missing; add it to its include in pyproject.toml"; exit 1; }
 	@echo "the demo with the wheel alone, in an environment of its own"
 	@.ci/try-wheel $(BIN)/python dist/*.whl
 
