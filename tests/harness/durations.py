@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -34,7 +35,7 @@ class DurationsReport:
         for name, seconds in self._seconds.items():
             parts[_part(name, list(budgets))] += seconds
         for part, seconds in sorted(parts.items()):
-            if seconds > budgets[part]:
+            if seconds > budgets.get(part, math.inf):
                 terminalreporter.write_line(
                     f"{part} took {seconds:.0f} s of its budget of {budgets[part]} s"
                 )
@@ -49,7 +50,7 @@ class DurationsReport:
 
 
 def _part(name: str, parts: list[str]) -> str:
-    """Return the longest budgeted path that a test lies below."""
+    """Return the longest budgeted path that a test lies below; `other` if there is none."""
     path = name.partition("::")[0]
     fitting = [part for part in parts if path == part or path.startswith(part.rstrip("/") + "/")]
-    return max(fitting, key=len)
+    return max(fitting, key=len, default="other")
