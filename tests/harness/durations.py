@@ -32,7 +32,9 @@ class DurationsReport:
         parts: defaultdict[str, float] = defaultdict(float)
         budgets = tomllib.loads(BUDGET.read_text())["seconds"]
         for name, seconds in self._seconds.items():
-            parts[_part(name, list(budgets))] += seconds
+            part = _part(name, list(budgets))
+            if part is not None:
+                parts[part] += seconds
         for part, seconds in sorted(parts.items()):
             if seconds > budgets[part]:
                 terminalreporter.write_line(
@@ -48,8 +50,8 @@ class DurationsReport:
             self._file.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _part(name: str, parts: list[str]) -> str:
-    """Return the longest budgeted path that a test lies below."""
+def _part(name: str, parts: list[str]) -> str | None:
+    """Return the longest budgeted path that a test lies below; None outside of the suite."""
     path = name.partition("::")[0]
     fitting = [part for part in parts if path == part or path.startswith(part.rstrip("/") + "/")]
-    return max(fitting, key=len)
+    return max(fitting, key=len, default=None)
