@@ -36,10 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = guardian.folder
     os.environ["TEST_SESSION"] = os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     config.option.basetemp = config.option.basetemp or folder / "tests"
-    # Folders that libraries otherwise use below the home folder.
+    # Folders that libraries otherwise use below the home folder and in the checkout.
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
     os.environ["KERAS_HOME"] = str(folder / "keras")
+    os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
+    if os.environ.get("HYPOTHESIS_PROFILE") != "explore":  # which keeps what it finds
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
     # Hundreds of processes would each compile chunkq anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # No test talks to anything but this machine.

@@ -27,7 +27,9 @@ LONGEST_TEMPORARY = 12
 """Characters of a temporary folder in which the paths of Ray's sockets still fit (107 bytes)."""
 TEST = b"PYTEST_CURRENT_TEST="
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
-"""Python's own helper process, which ends with pytest: not a leak."""
+"""Python's own helper, which ends after the processes that it watches: not a leak."""
+TRACKER_SECONDS = 3.0
+"""How long the guardian waits for resource trackers to end by themselves."""
 
 
 class SessionGuardian:
@@ -66,13 +68,13 @@ def main() -> None:
     folder, pytest, spared = os.environ["FOLDER"], int(os.environ["PYTEST"]), {os.getpid()}
     if is_alive(pytest, until_readable=True) and sys.stdin.readline():
         leaked = kill_members(folder, spared | _ancestors(pytest))
-        sys.stdout.write(json.dumps([line for line in leaked if RESOURCE_TRACKER not in line]))
-        sys.stdout.write("\n")
+        sys.stdout.write(json.dumps(leaked) + "\n")
         sys.stdout.flush()
         is_alive(pytest, until_readable=False)
     limit = time.monotonic() + SWEEP_SECONDS
     while os.path.exists(folder) and time.monotonic() < limit:
         kill_members(folder, spared)
+        end_trackers(folder, spared)
         shutil.rmtree(folder, onerror=_make_writable)
 
 
@@ -87,16 +89,28 @@ def is_alive(parent: int, *, until_readable: bool) -> bool:
 
 
 def kill_members(folder: str, spared: set[int]) -> list[str]:
-    """Kill every process of the session; return the command line and the test of each."""
+    """Kill every process of the session but resource trackers; return how each is described."""
     killed: dict[int, str] = {}
     limit = time.monotonic() + SWEEP_SECONDS
-    while (found := members(folder, spared)) and time.monotonic() < limit:
-        for pid in found:
-            killed.setdefault(pid, _describe(pid))
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+    while time.monotonic() < limit:
+        lines = {pid: _describe(pid) for pid in members(folder, spared)}
+        found = {pid: line for pid, line in lines.items() if RESOURCE_TRACKER not in line}
+        if not found:
+            break
+        for pid, line in found.items():
+            killed.setdefault(pid, line)
+            _kill(pid)
         time.sleep(0.02)
     return list(killed.values())
+
+
+def end_trackers(folder: str, spared: set[int]) -> None:
+    """Let resource trackers remove what the killed processes left in /dev/shm; kill them then."""
+    limit = time.monotonic() + TRACKER_SECONDS
+    while (found := members(folder, spared)) and time.monotonic() < limit:
+        time.sleep(0.02)
+    for pid in found:
+        _kill(pid)
 
 
 def members(folder: str, spared: set[int]) -> set[int]:
@@ -153,6 +167,11 @@ def _ancestors(pid: int) -> set[int]:
         found.add(parent)
         parent = _parent(parent)
     return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _describe(pid: int) -> str:

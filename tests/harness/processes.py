@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Self
 
 import psutil
 
+from tests.harness.guardian import RESOURCE_TRACKER
 from tests.harness.waiting import TIMEOUT, wait_until
 
 
@@ -80,11 +81,9 @@ class RunningCommand:
         wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone")
 
     def kill(self) -> None:
-        """Kill the command and every process below it."""
+        """Kill the command and every process below it, from the top."""
         self.children()
-        for pid in [self.process.pid, *filter(is_alive, self.known)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                psutil.Process(pid).kill()
+        kill_all([self.process.pid, *self.known])
         self.process.wait()
 
 
@@ -122,3 +121,15 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """Kill processes, but for Python's resource trackers.
+
+    A tracker ends by itself after the others and removes the semaphores that they leave.
+    """
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if not any(RESOURCE_TRACKER in part for part in process.cmdline()):
+                process.kill()

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ class SlurmWorkspace:
 
     @property
     def temporary(self) -> Path:
-        """The jobs' own temporary folder; not in pytest's, since Ray needs a short path."""
-        return self.slurm.folder / "tmp"
+        """The jobs' own temporary folder, with a path that is short enough for Ray's sockets."""
+        return Path(tempfile.gettempdir()) / "job"
 
     @property
     def address(self) -> Path:

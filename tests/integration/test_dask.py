@@ -1,31 +1,25 @@
 """Dask as a queue: real schedulers and workers, away, wrong, restarted and killed."""
 
-import contextlib
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.harness.processes import CommandResult, RunningCommand
+from tests.harness.servers.dask import HOST, DaskCluster
 from tests.harness.servers.redis import free_port
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
 CHUNKS = 24
-HOST = "127.0.0.1"
-SCHEDULER = "distributed.cli.dask_scheduler"
-WORKER = "distributed.cli.dask_worker"
 ON_CPU = ("--gpus", "none")
 
 WITHOUT = """
@@ -57,33 +51,6 @@ chunkq.executors.dask.CONNECT_SECONDS = 1.0
 """
 
 
-@dataclass
-class Process:
-    """A real process of Dask's, and what it says."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def family(self) -> list[psutil.Process]:
-        """It and all processes below it."""
-        try:
-            root = psutil.Process(self.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
-    def kill(self) -> None:
-        """Kill it with all its processes, from the top, so that none is started again."""
-        for process in self.family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-
-
 def hooked(folder: Path, code: str) -> str:
     """Write a start-up hook for Python processes; returns their PYTHONPATH."""
     hooks = folder / f"hooks-{len(list(folder.glob('hooks-*')))}"
@@ -92,83 +59,19 @@ def hooked(folder: Path, code: str) -> str:
     return os.pathsep.join(filter(None, [str(hooks), os.environ.get("PYTHONPATH")]))
 
 
-class Cluster:
-    """Dask's own commands on this machine's loopback, in a folder for their files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.processes: list[Process] = []
-
-    @property
-    def url(self) -> str:
-        return f"dask://{HOST}:{self.port}"
-
-    def scheduler(self, **environment: str) -> Process:
-        """Start the scheduler, always on the same port, and wait until it listens."""
-        options = ["--host", HOST, "--port", str(self.port), "--no-dashboard"]
-        options += ["--dashboard-address", f"{HOST}:0"]
-        started = self._start(SCHEDULER, *options, **environment)
-        wait_until(lambda: self._listens(started), "the scheduler listens")
-        return started
-
-    def worker(self, workspace: StandardWorkspace, threads: int = 1, **environment: str) -> Process:
-        """Start a worker under its nanny; the network's instructions are in its environment."""
-        options = [f"tcp://{HOST}:{self.port}", "--host", HOST, "--no-dashboard"]
-        options += ["--nthreads", str(threads), "--memory-limit", "0"]
-        options += ["--local-directory", str(self.folder)]
-        told = {
-            "NET_TRACE": str(workspace.folder / "trace"),
-            "NET_DONE": str(workspace.job_folder / "done" / "infer"),
-            "NET_GATE": str(workspace.folder / "gate"),
-        }
-        return self._start(WORKER, *options, **(told | environment))
-
-    def has_workers(self, count: int) -> None:
-        """Wait until so many workers have joined."""
-        import distributed
-
-        with distributed.Client(f"tcp://{HOST}:{self.port}", set_as_default=False) as client:
-            client.wait_for_workers(count, 30)
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-
-    def _start(self, module: str, *options: str, **environment: str) -> Process:
-        log = self.folder / f"dask-{len(self.processes)}.log"
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *options],
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
-        self.processes.append(Process(process, log))
-        return self.processes[-1]
-
-    def _listens(self, started: Process) -> bool:
-        assert started.process.poll() is None, started.log.read_text()
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, self.port)) == 0
-
-
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+def cluster(tmp_path: Path) -> Iterator[DaskCluster]:
     folder = tmp_path / "dask"
     folder.mkdir()
-    made = Cluster(folder)
-    yield made
-    made.kill()
+    cluster = DaskCluster(folder)
+    yield cluster
+    cluster.kill()
 
 
 @contextmanager
 def running_cluster(
-    cluster: Cluster, workspace: StandardWorkspace, **environment: str
-) -> Iterator[list[Process]]:
+    cluster: DaskCluster, workspace: StandardWorkspace, **environment: str
+) -> Iterator[list[RunningCommand]]:
     """A scheduler with two workers, one of them with two threads."""
     cluster.scheduler()
     yield [cluster.worker(workspace, 1, **environment), cluster.worker(workspace, 2, **environment)]
@@ -313,7 +216,7 @@ def test_a_running_cluster_without_workers_is_said_in_one_line(
     ids=["no chunkq", "another chunkq", "another distributed", "another Python"],
 )
 def test_a_scheduler_of_another_environment_is_refused(
-    standard_job: StandardJob, tmp_path: Path, cluster: Cluster, hook: str, line: str
+    standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster, hook: str, line: str
 ) -> None:
     cluster.scheduler(PYTHONPATH=hooked(tmp_path, hook))
     workspace = standard_job.workspace(tmp_path, url=cluster.url)
@@ -346,7 +249,7 @@ def test_the_missing_extra_is_named(standard_job: StandardJob, tmp_path: Path) -
 
 
 def test_a_scheduler_started_again_in_the_middle_loses_no_work(
-    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
     workspace = standard_job.workspace(tmp_path, url=cluster.url)
     first = cluster.scheduler()
@@ -377,7 +280,7 @@ def test_a_scheduler_started_again_in_the_middle_loses_no_work(
 
 
 def test_a_burst_that_meets_a_new_empty_queue_says_what_is_lost_and_resuming_completes_it(
-    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
     workspace = standard_job.workspace(tmp_path, url=cluster.url)
     first = cluster.scheduler()
@@ -505,7 +408,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(
 # A cluster that runs, and works with its own workers.
 
 
-def of_cluster(cluster: Cluster, standard_job: StandardJob, folder: Path) -> StandardWorkspace:
+def of_cluster(cluster: DaskCluster, standard_job: StandardJob, folder: Path) -> StandardWorkspace:
     """A job for the workers of a running cluster, which its file names."""
     config = {"address": f"tcp://{HOST}:{cluster.port}"}
     workspace = standard_job.workspace(
@@ -516,7 +419,7 @@ def of_cluster(cluster: Cluster, standard_job: StandardJob, folder: Path) -> Sta
 
 
 def test_a_running_cluster_does_the_job_with_its_own_workers(
-    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
     workspace = of_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_SLEEP="0.1") as workers:
@@ -534,7 +437,7 @@ def test_a_running_cluster_does_the_job_with_its_own_workers(
 
 
 def test_a_cluster_goes_on_when_the_producer_has_gone(
-    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
     workspace = of_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_HOLD="piece", NET_AFTER="2"):
@@ -554,7 +457,7 @@ def test_a_cluster_goes_on_when_the_producer_has_gone(
 
 
 def test_a_dask_worker_killed_in_the_middle_loses_nothing(
-    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
     workspace = of_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_HOLD="piece", NET_AFTER="4", NET_SLEEP="0.1"):
@@ -573,7 +476,7 @@ def test_a_dask_worker_killed_in_the_middle_loses_nothing(
 
 
 def test_what_goes_wrong_on_the_clusters_workers_is_told_by_the_run(
-    standard_job: StandardJob, tmp_path: Path, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster
 ) -> None:
     workspace = of_cluster(cluster, standard_job, tmp_path)
     (tmp_path / "broken").touch()
@@ -587,7 +490,7 @@ def test_what_goes_wrong_on_the_clusters_workers_is_told_by_the_run(
 
 
 def test_a_run_says_that_the_scheduler_of_its_cluster_has_died(
-    standard_job: StandardJob, tmp_path: Path, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster
 ) -> None:
     workspace = of_cluster(cluster, standard_job, tmp_path)
     hook = hooked(tmp_path, IMPATIENT)
@@ -603,7 +506,7 @@ def test_a_run_says_that_the_scheduler_of_its_cluster_has_died(
 
 
 def test_ctrl_c_frees_the_clusters_workers_and_the_same_run_continues(
-    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: Cluster
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
     workspace = of_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_SLEEP="0.2"):

@@ -25,7 +25,7 @@ if os.fork():
 time.sleep(600)
 """
 TESTS = """
-import os, pathlib, subprocess, sys, time
+import multiprocessing, os, pathlib, subprocess, sys, time
 
 import pytest
 
@@ -35,6 +35,8 @@ READY = pathlib.Path({ready!r})
 @pytest.mark.parametrize("number", range(2))
 def test_that_starts_processes(redis, tmp_path, number):
     assert not [name for name in os.environ if name.lower() == "http_proxy"]
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    (READY / f"{{number}}.name").write_text(semaphore._semlock.name)
     (tmp_path / "file").touch()
     pathlib.Path(tmp_path / "file").parent.chmod(0o500)
     subprocess.Popen([sys.executable, "-S", "-c", {stubborn!r}], cwd="/")
@@ -94,11 +96,19 @@ def test_a_killed_session_leaves_no_process_and_no_file(tmp_path: Path, killed: 
     stubborn = [pid for pid in members(str(temporary), set()) if STUBBORN in command(pid)]
     daemons = [pid for pid in members(str(temporary), set()) if "os.fork" in command(pid)]
     assert len(stubborn) == len(daemons) == 2
+    assert len(list(tmp_path.glob("*.name"))) == 2
     chosen = {"controller": set(), "worker and controller": {min(workers)}, "all": workers}
     kill(chosen[killed] | {pytest_process.pid})
     pytest_process.communicate()
+    semaphores = [
+        Path("/dev/shm") / f"sem.{path.read_text().strip('/')}" for path in tmp_path.glob("*.name")
+    ]
     limit = time.monotonic() + SECONDS_TO_END
-    while temporary.exists() or members(str(temporary), set()):
+    while (
+        temporary.exists()
+        or any(path.exists() for path in semaphores)
+        or members(str(temporary), set())
+    ):
         assert time.monotonic() < limit, [command(pid) for pid in members(str(temporary), set())]
         time.sleep(0.1)
     assert not [pid for pid in {*stubborn, *daemons} if command(pid)]

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +13,11 @@ import s3fs
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
+from tests.harness.servers.moto import moto_server
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace
 
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-sys.stdin.read()
-"""
 SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
 PASSWORD = "hunter2hunter2"
 SHAPE = (20, 18, 12)
@@ -45,20 +35,8 @@ def environment(endpoint: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """A server of its own process on a free port; ended by closing its input, else by pid."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert server.stdout is not None
-    try:
-        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-    finally:
-        server.kill()
-        server.communicate()
+    with moto_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

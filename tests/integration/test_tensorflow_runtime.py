@@ -743,7 +743,8 @@ print(threading.get_intra_op_parallelism_threads(), threading.get_inter_op_paral
 
 def alone(shelf: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Load and run a network in a process of its own, born with this environment."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "KERAS_"))}
+    set_here = ("TF_", "KERAS_BACKEND")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(set_here)}
     return subprocess.run(
         [sys.executable, "-c", ALONE, str(shelf / "net.keras")],
         env=kept | environment,

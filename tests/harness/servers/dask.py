@@ -1,0 +1,83 @@
+"""Dask's own scheduler and workers for tests, on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.harness.processes import RunningCommand
+from tests.harness.servers.redis import free_port
+from tests.harness.standard_job import StandardWorkspace
+from tests.harness.waiting import wait_until
+
+HOST = "127.0.0.1"
+SCHEDULER = "distributed.cli.dask_scheduler"
+WORKER = "distributed.cli.dask_worker"
+
+
+class DaskCluster:
+    """Dask's own commands on this machine's loopback, in a folder for their files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.processes: list[RunningCommand] = []
+
+    @property
+    def url(self) -> str:
+        return f"dask://{HOST}:{self.port}"
+
+    def scheduler(self, **environment: str) -> RunningCommand:
+        """Start the scheduler, always on the same port, and wait until it listens."""
+        options = ["--host", HOST, "--port", str(self.port), "--no-dashboard"]
+        options += ["--dashboard-address", f"{HOST}:0"]
+        started = self._start(SCHEDULER, *options, **environment)
+        wait_until(lambda: self._listens(started), "the scheduler listens")
+        return started
+
+    def worker(
+        self, workspace: StandardWorkspace, threads: int = 1, **environment: str
+    ) -> RunningCommand:
+        """Start a worker under its nanny; its environment instructs the network."""
+        options = [f"tcp://{HOST}:{self.port}", "--host", HOST, "--no-dashboard"]
+        options += ["--nthreads", str(threads), "--memory-limit", "0"]
+        options += ["--local-directory", str(self.folder)]
+        variables = {
+            "NET_TRACE": str(workspace.folder / "trace"),
+            "NET_DONE": str(workspace.job_folder / "done" / "infer"),
+            "NET_GATE": str(workspace.folder / "gate"),
+        }
+        return self._start(WORKER, *options, **(variables | environment))
+
+    def has_workers(self, count: int) -> None:
+        """Wait until so many workers have joined."""
+        import distributed
+
+        with distributed.Client(f"tcp://{HOST}:{self.port}", set_as_default=False) as client:
+            client.wait_for_workers(count, 30)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def _start(self, module: str, *options: str, **environment: str) -> RunningCommand:
+        log = self.folder / f"dask-{len(self.processes)}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *options],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, **environment},
+                start_new_session=True,
+                text=True,
+            )
+        self.processes.append(RunningCommand(process, log))
+        return self.processes[-1]
+
+    def _listens(self, started: RunningCommand) -> bool:
+        assert started.process.poll() is None, started.output()
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, self.port)) == 0
