@@ -9,6 +9,8 @@ DEMO := demo
 RESULTS := benchmarks/results
 PROOFS := mutations leases crashes redis dask ray slurm
 
+# Tests import ONNX Runtime themselves; chunkq sets this, too.
+export ORT_DISABLE_TELEMETRY := 1
 # Whatever the user's pip.conf says: installs go into the virtual environment.
 export PIP_USER := 0
 # A proxy is for the network, not for the servers that run on this machine.
@@ -120,6 +122,9 @@ dist: $(VENV)/dist-installed
 	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation
 	@$(BIN)/python -m twine check --strict dist/*
+	@missing=$$(git ls-files 2>/dev/null | grep -vxF "$$(tar tzf dist/*.tar.gz | sed 's,^[^/]*/,,')"); \
+	  test -z "$$missing" || \
+	  { echo "missing in the sdist: $$missing; add it to its include in pyproject.toml"; exit 1; }
 	@echo "the demo with the wheel alone, in an environment of its own"
 	@.ci/try-wheel $(BIN)/python dist/*.whl
 

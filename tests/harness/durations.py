@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -32,11 +33,9 @@ class DurationsReport:
         parts: defaultdict[str, float] = defaultdict(float)
         budgets = tomllib.loads(BUDGET.read_text())["seconds"]
         for name, seconds in self._seconds.items():
-            part = _part(name, list(budgets))
-            if part is not None:
-                parts[part] += seconds
+            parts[_part(name, list(budgets))] += seconds
         for part, seconds in sorted(parts.items()):
-            if seconds > budgets[part]:
+            if seconds > budgets.get(part, math.inf):
                 terminalreporter.write_line(
                     f"{part} took {seconds:.0f} s of its budget of {budgets[part]} s"
                 )
@@ -50,8 +49,8 @@ class DurationsReport:
             self._file.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def _part(name: str, parts: list[str]) -> str | None:
-    """Return the longest budgeted path that a test lies below; None outside of the suite."""
+def _part(name: str, parts: list[str]) -> str:
+    """Return the longest budgeted path that a test lies below; `other` if there is none."""
     path = name.partition("::")[0]
     fitting = [part for part in parts if path == part or path.startswith(part.rstrip("/") + "/")]
-    return max(fitting, key=len, default=None)
+    return max(fitting, key=len, default="other")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -307,6 +308,30 @@ print(len(list(batcher.predictions(list(plan.patches(chunk)), [halo], chunk.halo
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.stdout, done.stderr) == ("8\n", "")
+
+
+def test_onnx_runtime_sends_no_telemetry_and_stores_no_device_id(tmp_path: Path) -> None:
+    path, home = save(tmp_path / "net.onnx", identity()), tmp_path / "home"
+    home.mkdir()
+    code = f"""
+import os
+from chunkq_worker.runtimes.onnx_file import open_session
+
+open_session({str(path)!r}, None)
+print(os.environ["ORT_DISABLE_TELEMETRY"])
+"""
+    # ONNX Runtime sends none either where it sees variables of a CI or of pytest.
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=env,
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    assert not list(home.iterdir())
 
 
 # What does not fit the declaration.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from typing_extensions import override
 
 from chunkq.combine import Array
@@ -16,6 +15,7 @@ from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.runtimes.host import HostRuntime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
+from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.steps import Steps
 
 TILE_NORMS = frozenset({"InstanceNormalization", "GroupNormalization"})

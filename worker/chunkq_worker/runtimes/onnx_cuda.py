@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from typing_extensions import override
 
 from chunkq.combine import Array
@@ -16,6 +15,7 @@ from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.onnx import OnnxRuntime, opened
 from chunkq_worker.runtimes.onnx_graph import Graph
+from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.steps import Steps
 
 if TYPE_CHECKING:

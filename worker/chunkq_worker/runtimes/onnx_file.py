@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import onnxruntime
-
 from chunkq.errors import ModelError
 from chunkq.paths import is_url, read_bytes
 from chunkq_worker.runtimes.formats import USES, format_of
+from chunkq_worker.runtimes.onnx_import import onnxruntime
 
 ERROR, FATAL = 3, 4
 EXPORT = "; `chunkq export` makes ONNX of such a job's network"
