@@ -54,7 +54,7 @@ class SlurmWorkspace:
     @property
     def temporary(self) -> Path:
         """The jobs' own temporary folder, with a path that is short enough for Ray's sockets."""
-        return Path(tempfile.gettempdir()) / "job"
+        return Path(tempfile.gettempdir()) / f"j-{self.slurm.folder.name[-4:]}"
 
     @property
     def address(self) -> Path:
