@@ -6,6 +6,7 @@ import json
 import math
 import tomllib
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,18 @@ class DurationsReport:
             summary = {
                 "tests": len(self._seconds),
                 "parts": {part: round(seconds, 1) for part, seconds in sorted(parts.items())},
+                "files": _sums(self._seconds),
                 "slowest": {name: round(self._seconds[name], 2) for name in slowest},
             }
             self._file.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _sums(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of each test file, the largest first."""
+    files: defaultdict[str, float] = defaultdict(float)
+    for name, duration in seconds.items():
+        files[name.partition("::")[0]] += duration
+    return {file: round(files[file], 1) for file in sorted(files, key=lambda file: -files[file])}
 
 
 def _part(name: str, parts: list[str]) -> str:
