@@ -1,6 +1,7 @@
 """The temporary folder of a test session, its guardian, and how tests share processes."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
     if os.environ.get("HYPOTHESIS_PROFILE") != "explore":  # which keeps what it finds
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
+    # A shell's background jobs ignore Ctrl-C, and their children would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Hundreds of processes would each compile chunkq anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # No test talks to anything but this machine.
