@@ -7,7 +7,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 NOT_INSTALLED := { echo "pip failed; behind a proxy, set HTTPS_PROXY=http://host:port"; exit 1; }
 DEMO := demo
 RESULTS := benchmarks/results
-PROOFS := mutations leases crashes redis dask ray slurm
+PROOFS := mutations dask frameworks ray slurm tune
 
 # Tests import ONNX Runtime themselves; chunkq sets this, too.
 export ORT_DISABLE_TELEMETRY := 1

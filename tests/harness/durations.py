@@ -6,6 +6,7 @@ import json
 import math
 import tomllib
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ class DurationsReport:
                 "tests": len(self._seconds),
                 "parts": {part: round(seconds, 1) for part, seconds in sorted(parts.items())},
                 "groups": self._groups(),
+                "files": _sums(self._seconds),
                 "slowest": {name: round(self._seconds[name], 2) for name in slowest},
             }
             self._file.write_text(json.dumps(summary, indent=1) + "\n")
@@ -59,6 +61,14 @@ class DurationsReport:
             groups[group_of.get(name, "")] += seconds
         order = sorted(groups, key=lambda group: -groups[group])
         return {group: round(groups[group], 1) for group in order if group}
+
+
+def _sums(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of each test file, the largest first."""
+    files: defaultdict[str, float] = defaultdict(float)
+    for name, duration in seconds.items():
+        files[name.partition("::")[0]] += duration
+    return {file: round(files[file], 1) for file in sorted(files, key=lambda file: -files[file])}
 
 
 def _part(name: str, parts: list[str]) -> str:

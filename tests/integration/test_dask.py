@@ -279,6 +279,7 @@ def test_a_scheduler_started_again_in_the_middle_loses_no_work(
     cli.wait_for_children()
 
 
+@pytest.mark.proof("dask")
 def test_a_burst_that_meets_a_new_empty_queue_says_what_is_lost_and_resuming_completes_it(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
@@ -359,6 +360,7 @@ def test_after_ctrl_c_the_same_run_again_continues(
     assert set(workspace.computed().values()) == {1}
 
 
+@pytest.mark.proof("dask")
 def test_a_run_that_is_killed_takes_its_cluster_along(
     standard_job: StandardJob, tmp_path: Path
 ) -> None:
@@ -373,6 +375,7 @@ def test_a_run_that_is_killed_takes_its_cluster_along(
         cli.wait_for_children()
 
 
+@pytest.mark.proof("dask")
 def test_the_job_says_how_many_processes_and_chunks_in_flight_and_which_port(
     standard_job: StandardJob, tmp_path: Path
 ) -> None:
@@ -436,6 +439,7 @@ def test_a_running_cluster_does_the_job_with_its_own_workers(
     assert len({line.split()[0] for line in lines}) == 2
 
 
+@pytest.mark.proof("dask")
 def test_a_cluster_goes_on_when_the_producer_has_gone(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:
@@ -475,6 +479,7 @@ def test_a_dask_worker_killed_in_the_middle_loses_nothing(
     assert not any(again & ours[name] for name in committed)
 
 
+@pytest.mark.proof("dask")
 def test_what_goes_wrong_on_the_clusters_workers_is_told_by_the_run(
     standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster
 ) -> None:
@@ -505,6 +510,7 @@ def test_a_run_says_that_the_scheduler_of_its_cluster_has_died(
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.proof("dask")
 def test_ctrl_c_frees_the_clusters_workers_and_the_same_run_continues(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
 ) -> None:

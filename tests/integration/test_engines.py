@@ -11,6 +11,17 @@ from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
 ENGINES = ("sqlite", "rq", "dask", "ray")
+SERVERS_ONLY = pytest.mark.parametrize(
+    "workspace",
+    [
+        "sqlite",
+        "rq",
+        pytest.param("dask", marks=pytest.mark.proof("dask")),
+        pytest.param("ray", marks=pytest.mark.proof("ray")),
+    ],
+    indirect=True,
+)
+"""On clusters these tests are proofs: the contract suite holds their rules there too."""
 FIXTURES = {"rq": "redis", "dask": "dask", "ray": "ray"}
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
@@ -45,6 +56,7 @@ def test_the_job_gives_the_same_bytes(
     cli.wait_for_children()
 
 
+@SERVERS_ONLY
 def test_a_worker_process_killed_in_the_middle_loses_nothing(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
@@ -66,6 +78,7 @@ def test_a_worker_process_killed_in_the_middle_loses_nothing(
     cli.wait_for_children()
 
 
+@SERVERS_ONLY
 def test_failures_and_retries_look_the_same_in_status(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
@@ -96,6 +109,7 @@ def test_failures_and_retries_look_the_same_in_status(
     assert workspace.stored() == undisturbed.stored()
 
 
+@SERVERS_ONLY
 def test_ctrl_c_finishes_what_is_in_flight_and_the_same_again_goes_on(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:

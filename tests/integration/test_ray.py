@@ -284,6 +284,7 @@ def test_another_version_is_one_line(workspace: StandardWorkspace, code: str, sa
     assert says in refused(workspace, "work", **environment)
 
 
+@pytest.mark.proof("ray")
 def test_machines_without_chunkq_are_one_line(
     standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
@@ -364,6 +365,7 @@ def test_each_worker_is_an_actor_with_the_device_that_ray_granted_it(
     assert set(granted(devices).values()) == {"'0'", "'1'"}
 
 
+@pytest.mark.proof("ray")
 def test_an_actor_without_a_gpu_sees_none(
     standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
@@ -379,6 +381,7 @@ def test_an_actor_without_a_gpu_sees_none(
     assert set(granted(devices).values()) == {"''"}
 
 
+@pytest.mark.proof("ray")
 def test_a_worker_that_waits_for_its_device_can_be_stopped(
     standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
@@ -429,6 +432,7 @@ def test_run_has_a_cluster_of_its_own_that_ends_with_it(
     nothing_is_left()
 
 
+@pytest.mark.proof("ray")
 def test_ctrl_c_of_run_and_the_same_again_continues(
     alone: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
@@ -450,6 +454,7 @@ def test_ctrl_c_of_run_and_the_same_again_continues(
     not_computed_again(alone, committed)
 
 
+@pytest.mark.proof("ray")
 def test_a_run_killed_with_9_leaves_no_process_of_rays(alone: StandardWorkspace) -> None:
     with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
         alone.wait_until_stopped()
@@ -523,6 +528,7 @@ def test_hired_actors_outlive_the_client_and_their_own_death(
     no_hired_actor_remains()
 
 
+@pytest.mark.proof("ray")
 def test_a_network_that_always_fails_is_told_and_nobody_remains(
     standard_job: StandardJob, tmp_path: Path, ray: str
 ) -> None:
@@ -537,6 +543,7 @@ def test_a_network_that_always_fails_is_told_and_nobody_remains(
     no_hired_actor_remains()
 
 
+@pytest.mark.proof("ray")
 def test_ctrl_c_of_a_run_there_has_the_hired_leave(
     standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
@@ -557,6 +564,7 @@ def test_ctrl_c_of_a_run_there_has_the_hired_leave(
     assert set(workspace.computed().values()) == {1}
 
 
+@pytest.mark.proof("ray")
 def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
     standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
 ) -> None:
@@ -592,6 +600,7 @@ def let_die(deaths: Path, count: int) -> None:
         (deaths / str(number)).touch()
 
 
+@pytest.mark.proof("ray")
 def test_all_commands_work_from_outside_the_cluster(
     standard_job: StandardJob,
     tmp_path: Path,
@@ -609,6 +618,7 @@ def test_all_commands_work_from_outside_the_cluster(
     assert workspace.stored() == undisturbed.stored()
 
 
+@pytest.mark.proof("ray")
 def test_a_server_for_a_client_that_dies_at_birth_is_asked_for_again(
     standard_job: StandardJob, tmp_path: Path, outside: tuple[NetworkNamespace, Path]
 ) -> None:
@@ -627,6 +637,7 @@ def test_a_server_for_a_client_that_dies_at_birth_is_asked_for_again(
     assert not list(deaths.iterdir())
 
 
+@pytest.mark.proof("ray")
 def test_a_cluster_that_cannot_serve_a_client_is_one_line(
     standard_job: StandardJob, tmp_path: Path, outside: tuple[NetworkNamespace, Path]
 ) -> None:

@@ -36,7 +36,7 @@ def site(slurm: SlurmCluster, standard_job: StandardJob, tmp_path: Path) -> Slur
     return SlurmWorkspace(slurm, standard_job.workspace(tmp_path, keys))
 
 
-@pytest.mark.parametrize("engine", ["dask", "ray"])
+@pytest.mark.parametrize("engine", ["dask", pytest.param("ray", marks=pytest.mark.proof("slurm"))])
 def test_one_allocation_is_a_cluster_of_its_own(
     engine: str, site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:

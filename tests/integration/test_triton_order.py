@@ -83,6 +83,7 @@ def test_a_predictor_of_tensorflow_and_then_one_that_torch_compiles(folder: Path
     run(folder, "-c", PREPARE + "keras_class()\ntorch_class(compile=True)\nimport triton\n")
 
 
+@pytest.mark.proof("frameworks")
 def test_a_predictor_of_torch_and_then_one_of_tensorflow(folder: Path) -> None:
     run(folder, "-c", PREPARE + "torch_class()\nkeras_class()\nimport triton\n")
 
@@ -100,5 +101,6 @@ def test_where_the_user_imported_tensorflow_first_torch_exports_work_without_tri
     run(folder, "-c", PREPARE + body)
 
 
+@pytest.mark.proof("frameworks")
 def test_a_network_file_of_torch_that_imports_tensorflow_can_be_compiled(folder: Path) -> None:
     run(folder, "-c", PREPARE + "torch_class('both_net.py', compile=True)\nkeras_class()\n")

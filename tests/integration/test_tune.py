@@ -184,6 +184,7 @@ def test_a_dry_run_with_json_shows_the_table_and_writes_nothing(workspace: Works
     assert set(found["changes"]) <= {"model_config.autocast", "model_config.dtype"}
 
 
+@pytest.mark.proof("tune")
 def test_what_takes_more_memory_than_allowed_is_listed_and_not_chosen(workspace: Workspace) -> None:
     """Four items take 2 GiB beside the process itself."""
     text = job_text(workspace).replace("class_name: Net", "class_name: Hungry")
