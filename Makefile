@@ -85,7 +85,7 @@ lint: $(VENV)/test-installed
 	$(BIN)/lint-imports
 
 # Groups of tests, the longest first: tests/harness/groups.py.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2
 
 check: lint
 	$(PYTEST) -m "not server" tests/unit benchmarks/tests tests/contract/test_executor_contract.py \

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from tests.harness.durations import DurationsReport
-from tests.harness.groups import assign_groups, mark_servers, select_proof
+from tests.harness.groups import mark_servers, select_proof, sort_groups, write_groups
 from tests.harness.guardian import SessionGuardian
 
 settings.register_profile("steady", deadline=None, derandomize=True, print_blob=True)
@@ -63,7 +63,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     select_proof(config, items)
     mark_servers(items)
     if hasattr(config, "workerinput"):
-        assign_groups(items)
+        sort_groups(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the scheduler which tests belong together."""
+    if hasattr(session.config, "workerinput"):
+        write_groups(session.items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> object:
+    """Distribute whole groups over the processes."""
+    from tests.harness.scheduling import GroupScheduling
+
+    return GroupScheduling(config)
 
 
 @pytest.hookimpl(trylast=True)

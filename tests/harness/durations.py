@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.groups import read_groups
+
 BUDGET = Path(__file__).parents[1] / "budget.toml"
 SLOWEST = 40
 
@@ -45,10 +47,20 @@ class DurationsReport:
             summary = {
                 "tests": len(self._seconds),
                 "parts": {part: round(seconds, 1) for part, seconds in sorted(parts.items())},
+                "groups": self._groups(),
                 "files": _sums(self._seconds),
                 "slowest": {name: round(self._seconds[name], 2) for name in slowest},
             }
             self._file.write_text(json.dumps(summary, indent=1) + "\n")
+
+    def _groups(self) -> dict[str, float]:
+        """Return the seconds of each group of tests/harness/groups.py, the longest first."""
+        groups: defaultdict[str, float] = defaultdict(float)
+        group_of = read_groups()
+        for name, seconds in self._seconds.items():
+            groups[group_of.get(name, "")] += seconds
+        order = sorted(groups, key=lambda group: -groups[group])
+        return {group: round(groups[group], 1) for group in order if group}
 
 
 def _sums(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,12 +1,32 @@
-"""Groups of tests that run in the same process of pytest-xdist, the longest group first."""
+"""Groups of tests that run in the same process of pytest-xdist: tests/harness/scheduling.py."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
-SECONDS = {"ray": 300, "slurm": 250}
-"""Measured durations of the long groups. Only their order counts; a shorter group has none."""
+SECONDS = {
+    "ray": 700,
+    "slurm": 280,
+    "tune": 250,
+    "triton_order": 230,
+    "dask": 200,
+    "probe": 180,
+    "redis_crashes": 150,
+    "export": 100,
+    "s3": 100,
+    "replaced_workers": 90,
+    "runtime_contract": 80,
+    "crashes": 70,
+    "executor_contract": 70,
+    "engines": 60,
+    "commands": 50,
+}
+"""Durations of the long groups, from `groups` in the file of --durations-file on a busy machine.
 
+Only their order counts: the longest group starts first, groups without a number start last.
+"""
 
 SERVERS = frozenset(
     {"redis", "redis_of_session", "server", "dask", "ray", "slurm", "moto", "s3", "small_queue"}
@@ -52,9 +72,25 @@ def _name(value: object) -> object:
     return value if isinstance(value, str) else getattr(value, "name", None)
 
 
-def assign_groups(items: list[pytest.Item]) -> None:
-    """Mark every test with its group and sort the groups, the longest first."""
-    groups = {item: group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: -SECONDS.get(groups[item], 0))
+def sort_groups(items: list[pytest.Item]) -> None:
+    """Sort the tests by group, the longest group first; tests of a group keep their order."""
+    items.sort(key=lambda item: -SECONDS.get(group_of(item), 0))
+
+
+def write_groups(items: list[pytest.Item]) -> None:
+    """Write the group of every test; each process of a session writes the same."""
+    partial = _file().with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({item.nodeid: group_of(item) for item in items}))
+    partial.replace(_file())
+
+
+def read_groups() -> dict[str, str]:
+    """Return the group of every test by its node id; empty without pytest-xdist."""
+    if not _file().exists():
+        return {}
+    groups: dict[str, str] = json.loads(_file().read_text())
+    return groups
+
+
+def _file() -> Path:
+    return Path(os.environ["TEST_SESSION"]) / "groups.json"

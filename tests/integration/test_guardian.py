@@ -1,4 +1,4 @@
-"""A test session leaves no process and no file, also when it is killed."""
+"""A test session: it leaves no process and no file, and keeps a file's tests together."""
 
 import os
 import signal
@@ -50,22 +50,17 @@ def test_that_starts_processes(redis, tmp_path, number):
 
 def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str]:
     """Start pytest on two tests that leave processes behind."""
-    test = folder / "test_inner.py"
     values = {"ready": str(folder), "stubborn": STUBBORN, "daemon": DAEMON, "sleep": sleep}
-    test.write_text(TESTS.format(**values))
+    (folder / "test_inner.py").write_text(TESTS.format(**values))
+    return start_pytest(folder, *options)
+
+
+def start_pytest(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """Start pytest on the test files of a folder, with this repository's session and fixtures."""
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", f"--rootdir={folder}"]
-    command += [
-        "-p",
-        "conftest",
-        "-p",
-        "tests.conftest",
-        "-p",
-        "no:cacheprovider",
-        *options,
-        str(test),
-    ]
+    command += ["-p", "conftest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     return subprocess.Popen(
-        command,
+        [*command, *options, str(folder)],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"},
         stdout=subprocess.PIPE,
@@ -123,6 +118,24 @@ def test_a_session_that_ends_names_the_processes_that_it_leaves(tmp_path: Path) 
     assert len(leaked) == 4, output
     assert sum("test_that_starts_processes[0] (call)" in line for line in leaked) == 1
     wait_until(lambda: not temporary.exists(), "the folder is gone", SECONDS_TO_END)
+
+
+def test_the_tests_of_a_file_run_in_one_process(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"test_{name}.py").write_text(
+            "import os, pathlib, time, pytest\n\n"
+            "@pytest.mark.parametrize('number', range(6))\n"
+            "def test_process(number):\n"
+            "    time.sleep(0.1)\n"
+            f"    file = pathlib.Path({str(tmp_path)!r}) / f'{name}-{{number}}'\n"
+            "    file.write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+        )
+    pytest_process = start_pytest(tmp_path, "-n", "2")
+    output, _ = pytest_process.communicate(timeout=TIMEOUT)
+    assert pytest_process.returncode == 0, output
+    processes = [{path.read_text() for path in tmp_path.glob(f"{name}-*")} for name in "ab"]
+    assert sorted(map(len, processes)) == [1, 1]
+    assert processes[0] != processes[1]
 
 
 def command(pid: int) -> str:
