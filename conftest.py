@@ -74,11 +74,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Distribute whole groups over the processes."""
     from tests.harness.scheduling import GroupScheduling
 
-    return GroupScheduling(config)
+    return GroupScheduling(config, log)
 
 
 @pytest.hookimpl(trylast=True)
