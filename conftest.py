@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -71,11 +72,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Distribute whole groups over the processes."""
     from tests.harness.scheduling import GroupScheduling
 
-    return GroupScheduling(config)
+    return GroupScheduling(config, log)
 
 
 @pytest.hookimpl(trylast=True)

@@ -6,6 +6,7 @@ the group of every test that it has collected, and the scheduler reads that.
 """
 
 from functools import cached_property
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -16,9 +17,9 @@ from tests.harness.groups import read_groups
 class GroupScheduling(LoadScopeScheduling):
     """Give whole groups to the processes, in the order in which they are collected."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, log: Any) -> None:
         config.option.loadscopereorder = False  # by number of tests, which says nothing here
-        super().__init__(config)
+        super().__init__(config, log)
 
     @cached_property
     def _groups(self) -> dict[str, str]:
