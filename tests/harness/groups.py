@@ -7,23 +7,30 @@ from pathlib import Path
 import pytest
 
 SECONDS = {
-    "ray": 700,
-    "slurm": 280,
-    "tune": 250,
-    "triton_order": 230,
-    "dask": 200,
-    "probe": 180,
-    "redis_crashes": 150,
-    "export": 100,
-    "s3": 100,
-    "replaced_workers": 90,
-    "runtime_contract": 80,
-    "crashes": 70,
+    "ray": 190,
+    "dask": 140,
+    "redis_crashes": 106,
+    "tune": 50,
+    "engines": 80,
+    "slurm": 83,
     "executor_contract": 70,
-    "engines": 60,
-    "commands": 50,
+    "export": 79,
+    "probe": 77,
+    "crashes": 58,
+    "forms": 48,
+    "api": 42,
+    "replaced_workers": 37,
+    "runtime_contract": 33,
+    "triton_order": 32,
+    "s3": 30,
+    "cuts": 30,
+    "redis_refusals": 29,
+    "guardian": 28,
+    "tensorflow_runtime": 28,
+    "inputs": 26,
+    "predictions": 23,
 }
-"""Durations of the long groups, from `groups` in the file of --durations-file on a busy machine.
+"""Durations of the long groups, from `groups` in the file of --durations-file.
 
 Only their order counts: the longest group starts first, groups without a number start last.
 """

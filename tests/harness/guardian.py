@@ -116,13 +116,25 @@ def end_trackers(folder: str, spared: set[int]) -> None:
 def members(folder: str, spared: set[int]) -> set[int]:
     """Return the ids of the living processes that belong to the session."""
     parents = {pid: _parent(pid) for pid in _pids()}
-    living = {pid: parent for pid, parent in parents.items() if parent is not None}
+    living = {
+        pid: parent
+        for pid, parent in parents.items()
+        if parent is not None and not _is_guardian(pid)
+    }
     found = {pid for pid in living if pid not in spared and _is_marked(pid, folder.encode())}
     size = -1
     while size < len(found):
         size = len(found)
         found |= {pid for pid, parent in living.items() if parent in found and pid not in spared}
     return found
+
+
+def _is_guardian(pid: int) -> bool:
+    """Return whether a process is the guardian of a session inside of this one."""
+    try:
+        return os.fsencode(__file__) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _is_marked(pid: int, folder: bytes) -> bool:

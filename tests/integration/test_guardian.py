@@ -32,26 +32,26 @@ import pytest
 READY = pathlib.Path({ready!r})
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_that_starts_processes(redis, tmp_path, number):
+def test_that_starts_processes(redis, tmp_path):
     assert not [name for name in os.environ if name.lower() == "http_proxy"]
     semaphore = multiprocessing.get_context("spawn").Semaphore()
-    (READY / f"{{number}}.name").write_text(semaphore._semlock.name)
+    (READY / "{number}.name").write_text(semaphore._semlock.name)
     (tmp_path / "file").touch()
     pathlib.Path(tmp_path / "file").parent.chmod(0o500)
     subprocess.Popen([sys.executable, "-S", "-c", {stubborn!r}], cwd="/")
-    with open(tmp_path.parent / f"log-{{number}}", "w") as log:
+    with open(tmp_path.parent / "log-{number}", "w") as log:
         subprocess.run([sys.executable, "-S", "-c", {daemon!r}], cwd="/", env={{}}, stdout=log)
-    (READY / f"{{number}}.partial").write_text(os.environ["TEST_SESSION"] + " " + str(os.getpid()))
-    (READY / f"{{number}}.partial").rename(READY / f"{{number}}.ready")
+    (READY / "{number}.partial").write_text(os.environ["TEST_SESSION"] + " " + str(os.getpid()))
+    (READY / "{number}.partial").rename(READY / "{number}.ready")
     time.sleep({sleep})
 """
 
 
 def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str]:
-    """Start pytest on two tests that leave processes behind."""
+    """Start pytest on two tests, in a file each, that leave processes behind."""
     values = {"ready": str(folder), "stubborn": STUBBORN, "daemon": DAEMON, "sleep": sleep}
-    (folder / "test_inner.py").write_text(TESTS.format(**values))
+    for number in range(2):
+        (folder / f"test_{number}.py").write_text(TESTS.format(number=number, **values))
     return start_pytest(folder, *options)
 
 
@@ -116,7 +116,7 @@ def test_a_session_that_ends_names_the_processes_that_it_leaves(tmp_path: Path) 
     assert pytest_process.returncode == 0, output
     leaked = [line for line in output.splitlines() if line.startswith("leaked process: ")]
     assert len(leaked) == 4, output
-    assert sum("test_that_starts_processes[0] (call)" in line for line in leaked) == 1
+    assert sum("test_0.py::test_that_starts_processes (call)" in line for line in leaked) == 1
     wait_until(lambda: not temporary.exists(), "the folder is gone", SECONDS_TO_END)
 
 
