@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
     if os.environ.get("HYPOTHESIS_PROFILE") != "explore":  # which keeps what it finds
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
+    if " " in sys.prefix:  # torch's compiler and Ray split paths at spaces
+        (folder / "venv").symlink_to(sys.prefix)
+        sys.executable = str(folder / "venv" / "bin" / Path(sys.executable).name)
     # A shell's background jobs ignore Ctrl-C, and their children would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Hundreds of processes would each compile chunkq anew.

@@ -19,8 +19,16 @@ from tests.harness.waiting import TIMEOUT
 def ray_cluster(network: NetworkNamespace, cpus: int = 8, gpus: int = 0) -> Iterator[str]:
     """A head with nothing else; gives the queue's URL, and ends every process of it."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        ray = Path(sys.executable).parent / "ray"
-        command = [str(ray), "start", "--head", "--block", "--port", "6379"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--port",
+            "6379",
+        ]
         command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(cpus)]
         command += ["--num-gpus", str(gpus)]
         command += ["--include-dashboard", "false", "--temp-dir", folder]
