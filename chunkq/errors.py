@@ -5,13 +5,54 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from enum import StrEnum, auto
 from typing import Any
 
 
+class ErrorCode(StrEnum):
+    """Stable identifiers of errors. Texts may change; a code keeps its meaning once released."""
+
+    FAILED = auto()
+    """An error without a code of its own."""
+    JOB_INVALID = auto()
+    """The job file cannot be run as written."""
+    JOB_MISSING = auto()
+    """No job folder exists at the path."""
+    STORE_UNUSABLE = auto()
+    """A path cannot be read or written as the job requires."""
+    QUEUE_UNAVAILABLE = auto()
+    """The queue cannot be reached or refuses the request."""
+    MODEL_UNUSABLE = auto()
+    """The network cannot be loaded, or does not match its declaration."""
+    FRAMEWORK_CONFLICT = auto()
+    """The worker process already uses another deep-learning framework."""
+    REPEATED_FAILURE = auto()
+    """Consecutive chunks failed with the same cause."""
+    TASK_OVERRUN = auto()
+    """A task exceeded its time limit."""
+    PREDICTION_INVALID = auto()
+    """The predictions of a chunk cannot be used."""
+    INPUT_UNREADABLE = auto()
+    """The input of a chunk cannot be read."""
+    PIECE_DAMAGED = auto()
+    """A piece is missing or damaged."""
+    JOB_INCOMPLETE = auto()
+    """Some chunks are not computed."""
+
+
 class ChunkqError(Exception):
-    """Anything chunkq reports in one line; `exit_code` is what the command ends with."""
+    """Base class of the errors that chunkq reports in one line.
+
+    `code` identifies the error for programs, `exit_code` is the exit status of the command.
+    """
 
     exit_code = 1
+    code = ErrorCode.FAILED
+
+    def __init__(self, message: str = "", *, code: ErrorCode | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
 
 
 class JobError(ChunkqError):
@@ -21,42 +62,55 @@ class JobError(ChunkqError):
     """
 
     exit_code = 2
+    code = ErrorCode.JOB_INVALID
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
+    def __init__(self, problems: str | Sequence[str], *, code: ErrorCode | None = None) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(self.problems), code=code)
 
 
 class MissingJobError(ChunkqError):
     """There is no job folder where one is looked for."""
 
     exit_code = 2
+    code = ErrorCode.JOB_MISSING
 
 
 class StoreError(ChunkqError):
     """A path cannot be read or written as asked, found before work starts."""
 
     exit_code = 2
+    code = ErrorCode.STORE_UNUSABLE
 
 
 class QueueError(ChunkqError):
     """The queue cannot be reached or used."""
 
+    code = ErrorCode.QUEUE_UNAVAILABLE
+
 
 class ModelError(ChunkqError):
     """The network cannot be loaded or breaks its declaration: every chunk would fail alike."""
+
+    code = ErrorCode.MODEL_UNUSABLE
 
 
 class FrameworkConflictError(ChunkqError):
     """The job needs another deep-learning framework than this worker process uses."""
 
+    code = ErrorCode.FRAMEWORK_CONFLICT
+
 
 class SameFailureError(ChunkqError):
     """One chunk after another failed with the same cause; the worker leaves the job alone."""
 
+    code = ErrorCode.REPEATED_FAILURE
+
 
 class OverrunError(ChunkqError):
     """Tasks hang; only the end of the process frees what they hold. `leases` lists them."""
+
+    code = ErrorCode.TASK_OVERRUN
 
     def __init__(self, message: str, leases: Sequence[Any]) -> None:
         super().__init__(message)
@@ -66,19 +120,26 @@ class OverrunError(ChunkqError):
 class PredictionError(ChunkqError):
     """One chunk's predictions cannot be used, for example because they are not finite."""
 
+    code = ErrorCode.PREDICTION_INVALID
+
 
 class ChunkReadError(ChunkqError):
     """The input of one chunk cannot be read."""
 
+    code = ErrorCode.INPUT_UNREADABLE
+
 
 class PieceError(ChunkqError):
     """A piece that a block needs is gone or damaged."""
+
+    code = ErrorCode.PIECE_DAMAGED
 
 
 class IncompleteError(ChunkqError):
     """The job is not finished; `missing` lists the chunks that stand out."""
 
     exit_code = 3
+    code = ErrorCode.JOB_INCOMPLETE
 
     def __init__(self, message: str, missing: Sequence[tuple[int, ...]]) -> None:
         super().__init__(message)
