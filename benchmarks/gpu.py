@@ -26,8 +26,8 @@ from chunkq_worker.runtimes.base import Feed
 
 from chunkq.errors import ModelError
 from chunkq.job import parse_job
-from chunkq.ledger import JobRecord
 from chunkq.plan import Plan, Volume
+from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 
 ROUNDS = 5

@@ -25,9 +25,10 @@ from chunkq_producer.watch import job_status
 
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import parse_job
-from chunkq.ledger import Commit, JobFolder, JobRecord
+from chunkq.ledger import Commit, JobFolder
 from chunkq.ome import Space
 from chunkq.plan import Plan, Volume
+from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name

@@ -40,8 +40,9 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Shift
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
-from chunkq.ledger import Commit, JobFolder, JobRecord
+from chunkq.ledger import Commit, JobFolder
 from chunkq.ome import Space
+from chunkq.record import JobRecord
 from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name
 

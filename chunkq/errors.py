@@ -16,8 +16,18 @@ class ErrorCode(StrEnum):
     """An error without a code of its own."""
     JOB_INVALID = auto()
     """The job file cannot be run as written."""
+    JOB_RECORD_DAMAGED = auto()
+    """`job.json` does not match its checksum or digest."""
+    JOB_RECORD_UNSUPPORTED = auto()
+    """`job.json` was written by a version of chunkq with another layout."""
+    JOB_REPLACED = auto()
+    """Another job was created on the same output path meanwhile."""
     JOB_MISSING = auto()
     """No job folder exists at the path."""
+    OUTPUT_OF_OTHER_JOB = auto()
+    """The output path belongs to a different job."""
+    OUTPUT_CHANGED = auto()
+    """The metadata of the output array are missing or not those that the job created."""
     STORE_UNUSABLE = auto()
     """A path cannot be read or written as the job requires."""
     QUEUE_UNAVAILABLE = auto()
@@ -34,8 +44,14 @@ class ErrorCode(StrEnum):
     """The predictions of a chunk cannot be used."""
     INPUT_UNREADABLE = auto()
     """The input of a chunk cannot be read."""
+    INPUT_MISSING = auto()
+    """An input that existed when the job was produced is gone."""
+    INPUT_CHANGED = auto()
+    """An input was replaced since the job was produced."""
     PIECE_DAMAGED = auto()
     """A piece is missing or damaged."""
+    RESULTS_LOST = auto()
+    """Pieces or commit records are missing or damaged; their chunks must be computed again."""
     JOB_INCOMPLETE = auto()
     """Some chunks are not computed."""
 
@@ -130,9 +146,13 @@ class ChunkReadError(ChunkqError):
 
 
 class PieceError(ChunkqError):
-    """A piece that a block needs is gone or damaged."""
+    """Pieces that a block needs are gone or damaged; `sources` lists the chunks that left them."""
 
     code = ErrorCode.PIECE_DAMAGED
+
+    def __init__(self, message: str, sources: Sequence[tuple[int, ...]] = ()) -> None:
+        super().__init__(message)
+        self.sources = tuple(sources)
 
 
 class IncompleteError(ChunkqError):
@@ -141,8 +161,10 @@ class IncompleteError(ChunkqError):
     exit_code = 3
     code = ErrorCode.JOB_INCOMPLETE
 
-    def __init__(self, message: str, missing: Sequence[tuple[int, ...]]) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, missing: Sequence[tuple[int, ...]], *, code: ErrorCode | None = None
+    ) -> None:
+        super().__init__(message, code=code)
         self.missing = tuple(missing)
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from chunkq import __version__
 from chunkq.blend import Own, complete
-from chunkq.errors import IncompleteError, PieceError
+from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.executors.base import Attempt
 from chunkq.footprint import footprint
 from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index, Piece, Plan
-from chunkq.stores import set_attributes
 from chunkq.tally import times_of
 from chunkq.tasks import Task, chunk_name
 from chunkq.verdict import advice, conclusion
@@ -26,7 +24,7 @@ from chunkq.verdict import advice, conclusion
 OWN = "own"
 """Name of the piece a chunk leaves for its own block."""
 BATCH = 1000
-"""Blocks given to the pool, and commit records read, at a time; bounds memory."""
+"""Blocks given to the pool at a time; bounds memory."""
 FINALIZER_BYTES = 2 << 30
 FINALIZER_THREADS = 2
 """Memory that blocks being finalized at once stay below, as far as one of them does."""
@@ -38,11 +36,10 @@ def finalize_block(task: Task, attempt: Attempt) -> None:
     Raises IncompleteError while a contributor is not committed, and what `complete_block` raises.
     """
     job = open_job(task.job)
-    if job.folder.is_committed("finalize", task.chunk):
+    ledger = job.ledger
+    if ledger.is_committed("finalize", task.chunk):
         return
-    waits = [
-        c for c in job.plan.contributors(task.chunk) if not job.folder.is_committed("infer", c)
-    ]
+    waits = [c for c in job.plan.contributors(task.chunk) if not ledger.is_committed("infer", c)]
     if waits:
         raise IncompleteError(f"block {chunk_name(task.chunk)} waits for others", waits)
     complete_block(job, task.chunk, attempt)
@@ -51,24 +48,24 @@ def finalize_block(task: Task, attempt: Attempt) -> None:
 def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
     """Add up a block whose contributors are all committed, write, commit, delete its pieces.
 
-    Raises PieceError if a piece is gone or damaged: then its contributor is taken back and must
-    be computed again.
+    Raises PieceError if pieces are gone or damaged: then their contributors lose their commits
+    and must be computed again. Raises MissingJobError if the job was replaced.
     """
     started = time.time()
     chunk = job.plan.chunk(index)
     try:
         own, pieces, read_bytes = _gather(job, chunk)
-    except PieceError:
+        read = time.time()
+        job.check_unchanged()
+        written = sum(job.write(box, v) for box, v in complete(job.plan, chunk, own, pieces))
+        finished = time.time()
+        job.check_unchanged()
+    except (PieceError, OSError):
         # Another finalizer may have completed the block, and tidied up, in between.
-        if job.folder.is_committed("finalize", index):
+        if job.ledger.is_committed("finalize", index):
             return
         raise
-    read = time.time()
-    written = 0
-    for box, values in complete(job.plan, chunk, own, pieces):
-        written += job.write(box, values)
-    finished = time.time()
-    job.folder.commit(
+    job.ledger.commit(
         Commit(
             kind="finalize",
             chunk=index,
@@ -81,7 +78,7 @@ def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
             peak_rss=peak_bytes(),
         )
     )
-    job.folder.delete_pieces(index)
+    job.ledger.delete_pieces(index)
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ class Standing:
 
 def standing(job: OpenJob) -> Standing:
     """Compare the plan with the ledger: two listings, whatever the job's size."""
-    inferred = job.folder.committed("infer")
-    finalized = job.folder.committed("finalize")
+    inferred = job.ledger.committed("infer")
+    finalized = job.ledger.committed("finalize")
     return Standing(
         tuple(index for index in job.plan.indices() if index not in inferred),
         tuple(index for index in job.plan.to_finalize() if index not in finalized),
@@ -132,12 +129,18 @@ def finalize_job(
     """Complete every block that can be, then seal the output; returns the report.
 
     Raises IncompleteError with the list of chunks if some are not computed, unless
-    `allow_missing`: then the blocks they touch stay empty, and the output says so. `threads`
-    blocks are completed at once, by default as many as `blocks_at_once` says.
+    `allow_missing`: then the blocks they touch stay empty, and the output says so. Its code is
+    RESULTS_LOST if results were lost: then all the blocks that could be completed are, and the
+    chunks that must be computed again have no commit any more. Raises StoreError if an input or
+    the output's metadata were replaced, MissingJobError if the job was. `threads` blocks are
+    completed at once, by default as many as `blocks_at_once` says.
     """
     before = checked_standing(job, allow_missing=allow_missing)
+    warnings = _check_inputs(job)
+    job.output.check_array()
     ready = ready_blocks(job, before)
     attempt, done = Attempt(1, worker), 0
+    lost: dict[Index, str] = {}
     progress(done, len(ready))
     with ThreadPoolExecutor(threads or blocks_at_once(job.plan)) as pool:
         for first in range(0, len(ready), BATCH):
@@ -145,14 +148,43 @@ def finalize_job(
             waiting = [pool.submit(complete_block, job, index, attempt) for index in batch]
             try:
                 for future in as_completed(waiting):
-                    future.result()
+                    try:
+                        future.result()
+                    except PieceError as error:
+                        lost |= dict.fromkeys(error.sources, str(error))
                     done += 1
                     progress(done, len(ready))
             except BaseException:
                 for future in waiting:
                     future.cancel()
                 raise
-    return _seal(job, before.unfinished)
+    _raise_if_lost(lost)
+    return _seal(job, before.unfinished, warnings)
+
+
+def _check_inputs(job: OpenJob) -> list[str]:
+    """Return a warning for an input that is gone; raises StoreError for one that was replaced."""
+    try:
+        job.check_inputs()
+    except ChunkReadError as error:
+        if error.code != ErrorCode.INPUT_MISSING:
+            raise StoreError(str(error), code=error.code) from None
+        return [str(error)]
+    except OSError as error:
+        return [f"an input could not be compared with the one that was read: {error}"]
+    return []
+
+
+def _raise_if_lost(lost: Mapping[Index, str]) -> None:
+    """Raise IncompleteError if results of chunks were lost; `lost` has the reason for each."""
+    if lost:
+        chunks = sorted(lost)
+        raise IncompleteError(
+            f"results of {len(chunks)} chunks are lost: {_names(chunks)} ({lost[chunks[0]]}); next: "
+            "`chunkq run` again, or `chunkq produce --resume` and a worker",
+            chunks,
+            code=ErrorCode.RESULTS_LOST,
+        )
 
 
 def blocks_at_once(plan: Plan) -> int:
@@ -162,63 +194,108 @@ def blocks_at_once(plan: Plan) -> int:
 
 
 def _gather(job: OpenJob, chunk: Chunk) -> tuple[Own | None, dict[Piece, Any], int]:
-    """Read what the contributors left; a contributor whose piece is unfit loses its commit."""
-    folder, total, own = job.folder, 0, None
-    source = chunk.index
-    try:
-        if chunk.active:
-            arrays, size = folder.get_piece(chunk.index, OWN)
+    """Read what the contributors left; contributors of missing pieces lose their commits."""
+    ledger, total, own = job.ledger, 0, None
+    pieces: dict[Piece, Any] = {}
+    problems: dict[Index, PieceError] = {}
+    if chunk.active:
+        try:
+            arrays, total = ledger.get_piece(chunk.index, OWN)
             bands = len(chunk.band_boxes)
-            own, total = Own(tuple(arrays[:bands]), tuple(arrays[bands:])), size
-        pieces = {}
-        for piece in job.plan.awaits(chunk):
-            source = piece.source
-            arrays, size = folder.get_piece(chunk.index, piece.name)
+            own = Own(tuple(arrays[:bands]), tuple(arrays[bands:]))
+        except PieceError as error:
+            problems[chunk.index] = error
+    for piece in job.plan.awaits(chunk):
+        try:
+            arrays, size = ledger.get_piece(chunk.index, piece.name)
             pieces[piece], total = arrays[0], total + size
-    except PieceError as error:
-        if not folder.is_committed("finalize", chunk.index):
-            folder.objects.delete(f"done/infer/{chunk_name(source)}")
+        except PieceError as error:
+            problems[piece.source] = error
+    if problems:
+        if not ledger.is_committed("finalize", chunk.index):
+            ledger.withdraw("infer", problems)
+        names = ", ".join(map(chunk_name, problems))
         raise PieceError(
-            f"{error}; chunk {chunk_name(source)} must be computed again: "
-            "run `chunkq produce --resume` and a worker"
-        ) from None
+            f"{next(iter(problems.values()))}; chunk {names} must be computed again",
+            tuple(problems),
+        )
     return own, pieces, total
 
 
-def _seal(job: OpenJob, missing: tuple[Index, ...]) -> dict[str, Any]:
-    report = job_report(job, missing)
-    state = "incomplete" if missing else "complete"
-    set_attributes(
-        job.folder.output,
-        {"chunkq": {"state": state, "digest": job.record.digest, "version": __version__}},
-    )
-    if not missing:
-        job.folder.delete_pieces()
-    job.folder.write_report(report)
+def _seal(job: OpenJob, missing: tuple[Index, ...], warnings: Sequence[str]) -> dict[str, Any]:
+    """Write the report; of a complete job, verify that every task has a valid record, and seal."""
+    report, inferred, finalized = _report(job, missing, warnings)
+    _check_records(job, inferred, finalized, missing)
+    if missing:
+        job.output.describe_incomplete(allowed=job.check_unchanged)
+    else:
+        job.check_unchanged()
+        job.ledger.seal()
+        job.output.seal(allowed=job.check_unchanged)
+        job.ledger.delete_pieces()
+    job.ledger.write_report(report)
     return report
+
+
+def _check_records(
+    job: OpenJob, inferred: set[Index], finalized: set[Index], missing: Sequence[Index]
+) -> None:
+    """Withdraw the damaged commit records, and raise IncompleteError if there are any.
+
+    A block without a valid record is completed again, and needs the pieces of all contributors.
+    """
+    absent = set(missing)
+    blocks = {
+        block
+        for block in job.plan.to_finalize()
+        if block not in finalized and not absent.intersection(job.plan.contributors(block))
+    }
+    again = {index for index in job.plan.indices() if index not in inferred} - absent
+    again.update(*(job.plan.contributors(block) for block in blocks))
+    job.ledger.withdraw("finalize", blocks)
+    job.ledger.withdraw("infer", again)
+    _raise_if_lost(dict.fromkeys(again, "a commit record is damaged"))
 
 
 def job_report(job: OpenJob, missing: Iterable[Index] = ()) -> dict[str, Any]:
     """Sum up all commit records: what was done, what was moved, and where the time went."""
-    times = times_of(job.plan, _records(job, "infer"), _records(job, "finalize"))
-    return {
+    return _report(job, missing)[0]
+
+
+def _report(
+    job: OpenJob, missing: Iterable[Index], warnings: Sequence[str] = ()
+) -> tuple[dict[str, Any], set[Index], set[Index]]:
+    """Return the report, and the chunks and blocks that have a valid commit record."""
+    inferred: set[Index] = set()
+    finalized: set[Index] = set()
+    times = times_of(
+        job.plan,
+        _collect(job.ledger.read_commits("infer"), inferred),
+        _collect(job.ledger.read_commits("finalize"), finalized),
+    )
+    report = {
         "chunkq_version": __version__,
         "digest": job.record.digest,
         "missing": [chunk_name(index) for index in missing],
+        "warnings": list(warnings),
         "conclusion": conclusion(times),
         "advice": advice(times),
         **times.as_dict(),
     }
+    return report, inferred, finalized
 
 
-def _records(job: OpenJob, kind: str) -> Iterator[Commit]:
-    """Yield the commit records of a kind, read a batch at a time."""
-    names = iter(job.folder.committed(kind))
-    while batch := list(islice(names, BATCH)):
-        yield from job.folder.commits(kind, batch)
+def _collect(commits: Iterable[Commit], chunks: set[Index]) -> Iterator[Commit]:
+    """Yield commit records and add their chunks to a set."""
+    for commit in commits:
+        chunks.add(commit.chunk)
+        yield commit
 
 
-def _how_many(missing: tuple[Index, ...]) -> str:
-    names = ", ".join(chunk_name(index) for index in missing[:20])
-    more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
-    return f"{len(missing)} chunks are not computed yet: {names}{more}"
+def _how_many(missing: Sequence[Index]) -> str:
+    return f"{len(missing)} chunks are not computed yet: {_names(missing)}"
+
+
+def _names(chunks: Sequence[Index]) -> str:
+    names = ", ".join(chunk_name(index) for index in chunks[:20])
+    return names + (f" and {len(chunks) - 20} more" if len(chunks) > 20 else "")

@@ -1,19 +1,20 @@
-"""The job folder beside the output: what is done, what failed, and the pieces in between.
+"""The job folder beside the output: the job's record, what is done, what failed, the pieces.
 
-The folder is the truth about a job. A commit record is written after everything it vouches
-for, so a chunk without one is simply to be done again.
+The folder is the truth about a job. A commit record is written after everything that it stands
+for, so a chunk without a valid one is computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import re
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
 from heapq import nlargest
+from itertools import islice
 from operator import attrgetter
 from typing import Any
 
@@ -21,123 +22,30 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from chunkq import __version__
-from chunkq.errors import JobError, MissingJobError, PieceError
-from chunkq.job import Job, parse_job
+from chunkq import documents
+from chunkq.errors import ErrorCode, JobError, MissingJobError, PieceError
 from chunkq.objects import ObjectFolder
-from chunkq.ome import Space
-from chunkq.paths import file_hash, without_secret
-from chunkq.plan import Index, Plan, Volume
-from chunkq.resolve import resolve
-from chunkq.stores import Source
-from chunkq.tasks import chunk_name, parse_chunk
+from chunkq.paths import without_secret
+from chunkq.plan import Index
+from chunkq.record import EPOCH_DIGITS, JobRecord
+from chunkq.tasks import ENTRY_POINTS, chunk_name, parse_chunk
 
 SUFFIX = ".chunkq"
+RECORD = "job.json"
+EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
+ITEM = "0"
+"""The item of a job of one volume, in the names of stored objects."""
 CRC_BYTES, ALIGNMENT = 4, 16
 SAMPLE = 8192
 """Commit records whose dates `newest` asks for, of a job with more."""
-NOT_THE_RESULT = (
-    "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
-)  # fmt: skip
-"""Keys of a job that say where it runs, not what it gives."""
+BATCH = 1000
+"""Commit records that are read at once."""
 
 
 def folder_of(output: str) -> str:
     """Return the job folder's path for an output path; a job folder's path stays as it is."""
     output = output.rstrip("/")
     return output if output.endswith(SUFFIX) else output + SUFFIX
-
-
-@dataclass(frozen=True)
-class JobRecord:
-    """What `job.json` holds: the checked job and all that decides its result."""
-
-    job: Job
-    sources: tuple[Source, ...]
-    file_hashes: dict[str, str]
-    version: str = __version__
-
-    @property
-    def source(self) -> Source:
-        """The first input; all have its shape."""
-        return self.sources[0]
-
-    @classmethod
-    def of(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
-        """Take a job's record, reading the files it names once to hash them.
-
-        Raises JobError naming every file that cannot be read.
-        """
-        hashes, problems = {}, []
-        for key, path in job.files.items():
-            try:
-                hashes[key] = file_hash(path)
-            except OSError as error:
-                reason = "no file" if isinstance(error, FileNotFoundError) else "cannot read"
-                problems.append(f"{key}: {reason} {without_secret(path)}")
-        if problems:
-            raise JobError(problems)
-        return cls(job, tuple(sources), hashes)
-
-    def on_queue(self, url: str) -> JobRecord:
-        """Return the record with its queue's URL.
-
-        A URL with a password, or of a queue in this process, is left out.
-        """
-        kept = url if without_secret(url) == url and not url.startswith("inprocess:") else None
-        return replace(self, job=self.job.model_copy(update={"queue": kept}))
-
-    def changed_files(self) -> list[str]:
-        """Return the keys of those files whose content is no longer what was hashed."""
-        changed = []
-        for key, path in self.job.files.items():
-            try:
-                same = file_hash(path) == self.file_hashes[key]
-            except OSError:
-                same = False
-            if not same:
-                changed.append(key)
-        return changed
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
-        values = {k: v for k, v in self.job.as_dict().items() if k not in NOT_THE_RESULT}
-        what = [values, [asdict(source) for source in self.sources], self.file_hashes]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-    def plan(self) -> Plan:
-        """Return the job's plan; the volume is not looked at again."""
-        return resolve(self.job, Volume.joined([source.volume for source in self.sources]))
-
-    def to_json(self) -> bytes:
-        """Encode."""
-        values = {
-            "chunkq_version": self.version,
-            "digest": self.digest,
-            "job": self.job.as_dict(),
-            "sources": [asdict(source) for source in self.sources],
-            "file_hashes": self.file_hashes,
-        }
-        return json.dumps(values, indent=1).encode()
-
-    @classmethod
-    def from_json(cls, content: bytes) -> JobRecord:
-        """Decode."""
-        values = json.loads(content)
-        return cls(
-            parse_job(values["job"]),
-            tuple(
-                Source(
-                    source["array_path"],
-                    Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"]),
-                    Space.from_dict(source["space"]),
-                )
-                for source in values["sources"]
-            ),
-            values["file_hashes"],
-            values["chunkq_version"],
-        )
 
 
 @dataclass(frozen=True)
@@ -156,15 +64,20 @@ class Commit:
     patches: int = 0
     peak_rss: int = 0
 
-    def to_json(self) -> bytes:
-        """Encode."""
-        return json.dumps(asdict(self)).encode()
+    def to_json(self, epoch: str) -> bytes:
+        """Encode as the record of a job's epoch."""
+        return documents.encode({"epoch": epoch, "item": int(ITEM), **asdict(self)})
 
     @classmethod
-    def from_json(cls, content: bytes) -> Commit:
-        """Decode."""
-        values = json.loads(content)
-        return cls(**{**values, "chunk": tuple(values["chunk"])})
+    def from_json(cls, content: bytes, epoch: str) -> Commit | None:
+        """Decode; return None for a record that is damaged or of another epoch."""
+        values = documents.decode(content)
+        try:
+            if values is None or values.pop("epoch") != epoch or values.pop("item") != int(ITEM):
+                return None
+            return cls(**{**values, "chunk": tuple(values["chunk"])})
+        except (KeyError, TypeError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -189,6 +102,15 @@ class Failure:
     traceback: str
     when: float = field(default_factory=time.time)
 
+    @classmethod
+    def from_json(cls, content: bytes) -> Failure | None:
+        """Decode; return None for a damaged record."""
+        values = documents.decode(content)
+        try:
+            return None if values is None else cls(**{**values, "chunk": tuple(values["chunk"])})
+        except (KeyError, TypeError):
+            return None
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -199,7 +121,10 @@ class Written:
 
 
 class JobFolder:
-    """Reads and writes one job folder. Every method raises OSError as the storage does."""
+    """One job folder: the record of its job, and the ledgers of its epochs.
+
+    Every method raises OSError as the storage does.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -211,9 +136,12 @@ class JobFolder:
         return self.path.removesuffix(SUFFIX)
 
     def read_record(self) -> JobRecord | None:
-        """Return what `job.json` holds, or None where there is no job."""
-        content = self.objects.get("job.json")
-        return None if content is None else JobRecord.from_json(content)
+        """Return what `job.json` holds, or None where there is no job.
+
+        Raises JobError if it is damaged.
+        """
+        content = self.objects.get(RECORD)
+        return None if content is None else self._decoded(content)
 
     def require_record(self) -> JobRecord:
         """Return what `job.json` holds; raises MissingJobError where there is no job."""
@@ -225,25 +153,90 @@ class JobFolder:
             )
         return record
 
-    def write_record(self, record: JobRecord) -> None:
-        """Write `job.json`."""
-        self.objects.put("job.json", record.to_json())
+    def create_record(self, record: JobRecord) -> JobRecord:
+        """Write `job.json` unless there is one; return the record that is stored.
+
+        Of several processes that create a job at once, one succeeds.
+        """
+        content = record.to_json()
+        if not self.objects.put_new(RECORD, content):
+            return self.require_record()
+        # Where the storage has no conditional write, another process may have been later.
+        stored = self.objects.get(RECORD)
+        return self.require_record() if stored is None else self._decoded(stored)
+
+    def replace_record(
+        self,
+        before: bytes | None,
+        record: JobRecord,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Replace `job.json`, whose content was `before`; first calls `meanwhile`.
+
+        Raises JobError if another process replaces it.
+        """
+        if not self.objects.replace(RECORD, before, record.to_json(), meanwhile):
+            raise JobError(
+                f"output: {without_secret(self.output)}: another process creates a job here at "
+                "the same time; wait until it has ended, then run the command again",
+                code=ErrorCode.JOB_REPLACED,
+            )
+
+    def ledger(self, epoch: str) -> Ledger:
+        """Return the ledger of one epoch."""
+        return Ledger(self.path, epoch)
+
+    def delete_earlier_epochs(self, epoch: str) -> None:
+        """Remove the ledgers of earlier jobs, if the job here is of this epoch.
+
+        They are listed before `job.json` is read: a later job has no ledger before its record.
+        """
+        names = [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
+        record = self.read_record()
+        if record is not None and record.epoch == epoch:
+            for name in names:
+                if name != epoch:
+                    self.objects.delete_folder(name)
+            self.objects.sweep()
+
+    def _decoded(self, content: bytes) -> JobRecord:
+        return JobRecord.from_json(content, f"{self.path}/{RECORD}")
+
+
+class Ledger:
+    """What one epoch's job has done, and the pieces in between.
+
+    Objects of other names are ignored, and so are damaged ones: a damaged commit record means
+    that the task is not done. Every method raises OSError as the storage does.
+    """
+
+    def __init__(self, job_folder: str, epoch: str) -> None:
+        self.epoch = epoch
+        self.path = f"{job_folder}/{epoch}"
+        self.objects = ObjectFolder(self.path)
 
     def commit(self, record: Commit) -> None:
-        """Vouch for a finished task, once; an earlier failure of it is forgotten."""
-        name = chunk_name(record.chunk)
-        self.objects.put_new(f"done/{record.kind}/{name}", record.to_json())
-        self.objects.delete(f"failed/{_failure_name(record.kind, record.chunk)}")
+        """Record that a task is finished, once; deletes the record of an earlier failure."""
+        name = _done(record.kind, record.chunk)
+        content = record.to_json(self.epoch)
+        if not self.objects.put_new(name, content) and not self.is_committed(
+            record.kind, record.chunk
+        ):
+            self.objects.put(name, content)  # what lies there is damaged
+        self.objects.delete(_failed(record.kind, record.chunk))
 
     def is_committed(self, kind: str, chunk: Index) -> bool:
-        """Tell whether a task is done."""
-        return self.objects.exists(f"done/{kind}/{chunk_name(chunk)}")
+        """Return whether a task is done."""
+        content = self.objects.get(_done(kind, chunk))
+        return content is not None and self._commit(content, kind, chunk) is not None
 
     def committed(self, kind: str) -> dict[Index, float]:
-        """Return the finished chunks of a kind and when each was committed (s, Unix)."""
-        found = self.objects.list(f"done/{kind}")
-        chunks = ((parse_chunk(entry.name), entry.modified) for entry in found)
-        return {chunk: modified for chunk, modified in chunks if chunk is not None}
+        """Return the finished chunks of a kind and when each was committed (s, Unix).
+
+        Goes by the names of the records; `read_commits` finds those that are damaged.
+        """
+        chunks = ((parse_chunk(e.name), e) for e in self.objects.list(_done(kind)) if e.size)
+        return {chunk: entry.modified for chunk, entry in chunks if chunk is not None}
 
     def count(self, kind: str) -> int:
         """Count the finished tasks of a kind."""
@@ -254,57 +247,80 @@ class JobFolder:
 
         Much cheaper than `committed`: of a large job only a sample is looked at.
         """
-        total, step, sampled = self.objects.sample(f"done/{kind}", SAMPLE)
+        total, step, sampled = self.objects.sample(_done(kind), SAMPLE, _is_chunk)
         latest = nlargest(count, sampled, key=attrgetter("modified"))
-        found = self.objects.get_many([f"done/{kind}/{entry.name}" for entry in latest])
-        return Newest(total, step, tuple(Commit.from_json(content) for content in found.values()))
+        chunks = [chunk for e in latest if (chunk := parse_chunk(e.name)) is not None]
+        return Newest(total, step, tuple(self.commits(kind, chunks)))
 
     def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
-        """Return the commit records of those chunks that have one."""
-        names = [f"done/{kind}/{chunk_name(chunk)}" for chunk in chunks]
-        return [Commit.from_json(content) for content in self.objects.get_many(names).values()]
+        """Return the commit records of those chunks that have a valid one."""
+        names = {_done(kind, chunk): chunk for chunk in chunks}
+        contents = self.objects.get_many(list(names))
+        found = (self._commit(content, kind, names[name]) for name, content in contents.items())
+        return [commit for commit in found if commit is not None]
+
+    def read_commits(self, kind: str) -> Iterator[Commit]:
+        """Yield all valid commit records of a kind, read a batch at a time."""
+        chunks = iter(self.committed(kind))
+        while batch := list(islice(chunks, BATCH)):
+            yield from self.commits(kind, batch)
+
+    def withdraw(self, kind: str, chunks: Iterable[Index]) -> None:
+        """Delete commit records: these tasks are to be done again."""
+        for chunk in chunks:
+            self.objects.delete(_done(kind, chunk))
 
     def record_failure(self, failure: Failure) -> None:
         """Keep a task's last error."""
-        name = _failure_name(failure.kind, failure.chunk)
-        self.objects.put(f"failed/{name}", json.dumps(asdict(failure)).encode())
+        name = _failed(failure.kind, failure.chunk)
+        self.objects.put(name, documents.encode(asdict(failure)))
 
     def failures(self) -> list[Failure]:
         """Return the last error of every task that failed and has not succeeded since."""
-        names = [f"failed/{entry.name}" for entry in self.objects.list("failed")]
-        values = [json.loads(content) for content in self.objects.get_many(names).values()]
-        return [Failure(**{**v, "chunk": tuple(v["chunk"])}) for v in values]
+        names = [
+            f"failed/{kind}/{ITEM}/{entry.name}"
+            for kind in ENTRY_POINTS
+            for entry in self.objects.list(f"failed/{kind}/{ITEM}")
+        ]
+        found = map(Failure.from_json, self.objects.get_many(names).values())
+        return [failure for failure in found if failure is not None]
 
     def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> Written:
-        """Store arrays under `pieces/<target>/<name>`: a line of JSON, their bytes, a CRC-32C.
+        """Store arrays as a block's piece: a line of JSON, their bytes, a CRC-32C.
 
-        The line has [dtype, shape] of each array. The form is not `.npy`, whose header is read as
-        Python code: in CPython before 3.13, threads that do so at once disturb each other.
+        The line has the piece's epoch and name, and [dtype, shape] of each array. The form is not
+        `.npy`, whose header is read as Python code: in CPython before 3.13, threads that do so at
+        once disturb each other.
 
         Nobody waits for the disk: most pieces are deleted before they reach it, and one that a
         machine took down with it is found by its CRC, and its chunk loses its commit.
         """
-        line = json.dumps([(array.dtype.str, array.shape) for array in arrays]).encode()
+        path = _piece(target, name)
+        shapes = [(array.dtype.str, array.shape) for array in arrays]
+        line = json.dumps([self.epoch, path, shapes]).encode()
         line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
         parts = [np.frombuffer(line, np.uint8), *(_bytes_of(array) for array in arrays)]
         checksum = reduce(google_crc32c.extend, parts, 0)
         end = checksum.to_bytes(CRC_BYTES, "little")
-        path = f"pieces/{chunk_name(target)}/{name}"
         self.objects.put(path, *(part.data for part in parts), end, durable=False)
         return Written(sum(map(len, parts)) + CRC_BYTES, checksum)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
         """Return a piece's arrays and its size in bytes; raises PieceError if gone or damaged."""
-        path = f"pieces/{chunk_name(target)}/{name}"
+        path = _piece(target, name)
         content = self.objects.get_array(path)
         if content is None:
             raise PieceError(f"{without_secret(self.path)}/{path} is gone")
+        damaged = PieceError(f"{without_secret(self.path)}/{path} is damaged")
         if not _is_whole(content):
-            raise PieceError(f"{without_secret(self.path)}/{path} is damaged")
+            raise damaged
         ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
         offset = next(end for end in ends if content[end - 1] == ord("\n"))
+        epoch, stored_path, shapes = json.loads(content[:offset].tobytes())
+        if (epoch, stored_path) != (self.epoch, path):  # another piece in its place
+            raise damaged
         arrays = []
-        for dtype, shape in json.loads(content[:offset].tobytes()):
+        for dtype, shape in shapes:
             array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
             arrays.append(array)
             offset += array.nbytes
@@ -312,38 +328,58 @@ class JobFolder:
 
     def delete_pieces(self, target: Index | None = None) -> None:
         """Remove the pieces of one block, or of all, and what killed workers left of writing."""
-        self.objects.delete_folder("pieces" if target is None else f"pieces/{chunk_name(target)}")
+        folder = "pieces" if target is None else f"pieces/{ITEM}/{chunk_name(target)}"
+        self.objects.delete_folder(folder)
         if target is None:
             self.objects.sweep()
 
-    def forget_commits(self) -> None:
-        """Take back every commit: nothing is vouched for any more."""
-        self.objects.delete_folder("done")
-        self.objects.delete("report.json")
-
-    def delete(self) -> None:
-        """Remove the whole job folder, `job.json` last."""
-        for folder in ("done", "failed", "pieces"):
-            self.objects.delete_folder(folder)
-        self.objects.delete_folder()
-
-    def unseal(self) -> None:
-        """Remove the report of an earlier, incomplete sealing."""
-        self.objects.delete("report.json")
-
     def write_report(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""
-        self.objects.put("report.json", json.dumps(report, indent=1).encode())
+        self.objects.put("report.json", documents.encode(report, indent=1))
 
     def read_report(self) -> dict[str, Any] | None:
-        """Return `report.json`, or None before the job is sealed."""
-        content = self.objects.get("report.json")
-        return None if content is None else json.loads(content)
+        """Return `report.json`; None before the job is sealed, and if it is damaged."""
+        return self._document("report.json")
+
+    def seal(self) -> None:
+        """Write `sealed.json`: every block is complete."""
+        self.objects.put("sealed.json", documents.encode({"epoch": self.epoch}))
+
+    def is_sealed(self) -> bool:
+        """Return whether sealing has begun; the output's metadata say whether it has ended."""
+        return (self._document("sealed.json") or {}).get("epoch") == self.epoch
+
+    def unseal(self) -> None:
+        """Remove the seal and the report."""
+        self.objects.delete("sealed.json")
+        self.objects.delete("report.json")
+
+    def _document(self, name: str) -> dict[str, Any] | None:
+        content = self.objects.get(name)
+        return None if content is None else documents.decode(content)
+
+    def _commit(self, content: bytes, kind: str, chunk: Index) -> Commit | None:
+        """Return the record of exactly this task."""
+        commit = Commit.from_json(content, self.epoch)
+        fits = commit is not None and (commit.kind, commit.chunk) == (kind, chunk)
+        return commit if fits else None
 
 
-def _failure_name(kind: str, chunk: Index) -> str:
-    prefix = "" if kind == "infer" else f"{kind}-"
-    return f"{prefix}{chunk_name(chunk)}.json"
+def _done(kind: str, chunk: Index | None = None) -> str:
+    folder = f"done/{kind}/{ITEM}"
+    return folder if chunk is None else f"{folder}/{chunk_name(chunk)}"
+
+
+def _failed(kind: str, chunk: Index) -> str:
+    return f"failed/{kind}/{ITEM}/{chunk_name(chunk)}.json"
+
+
+def _piece(block: Index, name: str) -> str:
+    return f"pieces/{ITEM}/{chunk_name(block)}/{name}"
+
+
+def _is_chunk(entry_name: str) -> bool:
+    return parse_chunk(entry_name) is not None
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

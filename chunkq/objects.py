@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import time
@@ -25,6 +26,7 @@ PARTIAL = ".partial-"
 
 NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 """What file systems without hard links say."""
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 READERS = 16
 """Files read at once: what a parallel file system is good at."""
 REMOVALS = 20
@@ -33,11 +35,16 @@ PAUSE, LONGEST_PAUSE = 0.001, 0.1
 """Seconds before the second attempt at that; each later one waits twice as long, up to a most."""
 
 
+CLAIM_SECONDS = 60.0
+"""How long a process may take to replace an object before another one takes over."""
+
+
 class Found(NamedTuple):
-    """One listed object: its name inside the folder and when it was last written (s, Unix)."""
+    """One listed object: its name in the folder, when it was last written (s, Unix), its bytes."""
 
     name: str
     modified: float
+    size: int
 
 
 class ObjectFolder:
@@ -64,17 +71,70 @@ class ObjectFolder:
         else:
             self._filesystem.pipe_file(target, b"".join(parts))
 
-    def put_new(self, name: str, content: bytes) -> None:
-        """Write an object unless there is one; of several writers the first one's stays.
+    def put_new(self, name: str, content: bytes) -> bool:
+        """Write an object unless there is one; return whether it was written.
 
-        Behind a URL two writers within the same moment may both write: the last one's stays.
+        Of several writers at once the first one's stays. This holds on local disks and where the
+        storage has a conditional write (`is_exclusive`); elsewhere the last one's may stay.
         """
         target = join(self._root, name)
         if self._local:
-            with suppress(FileExistsError):
+            try:
                 self._write(target, (content,), _link)
-        elif not self.exists(name):
+            except FileExistsError:
+                return False
+            return True
+        if self.exists(name):
+            return False
+        try:
+            self._filesystem.pipe_file(target, content, mode="create")
+        except FileExistsError:
+            return False
+        except (OSError, NotImplementedError, TypeError) as error:
+            if _says_precondition_failed(error):
+                return False
+            if not _says_not_implemented(error):
+                raise
             self._filesystem.pipe_file(target, content)
+        return True
+
+    def replace(
+        self,
+        name: str,
+        before: bytes | None,
+        content: bytes,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Replace an object whose content is `before`; return False if it is not, or not any more.
+
+        Of several processes that replace the same content, one succeeds. It holds a claim, an
+        object of its own, and calls `meanwhile` before it replaces the object. The claim of a
+        process that died is broken after a minute.
+        """
+        claim = f"{name}.{hashlib.sha256(before or b'').hexdigest()[:16]}.claim"
+        if not self.put_new(claim, b"") and not self._broke_claim(claim):
+            return False
+        try:
+            if self.get(name) != before:
+                return False
+            meanwhile()
+            if self.get(name) != before:
+                return False
+            if before is None:
+                return self.put_new(name, content)
+            self.put(name, content)
+        finally:
+            self.delete(claim)
+        return True
+
+    def _broke_claim(self, claim: str) -> bool:
+        """Take over a claim whose owner died; return whether this process has it now."""
+        folder, _, last = claim.rpartition("/")
+        ages = [time.time() - e.modified for e in self.list(folder) if e.name == last]
+        if any(age < CLAIM_SECONDS for age in ages):
+            return False
+        self.delete(claim)
+        return self.put_new(claim, b"")
 
     def _write(
         self,
@@ -106,7 +166,7 @@ class ObjectFolder:
         path = join(self._root, name)
         try:
             return read_bytes(path) if self._local else bytes(self._filesystem.cat_file(path))
-        except (FileNotFoundError, NotADirectoryError):
+        except NO_FILE:
             return None
 
     def get_array(self, name: str) -> npt.NDArray[np.uint8] | None:
@@ -118,7 +178,7 @@ class ObjectFolder:
             with open(join(self._root, name), "rb") as file:
                 room = pages.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
                 return room[: file.readinto(room.data)]
-        except (FileNotFoundError, NotADirectoryError):
+        except NO_FILE:
             return None
 
     def get_many(self, names: list[str]) -> dict[str, bytes]:
@@ -154,8 +214,8 @@ class ObjectFolder:
         path = join(self._root, folder)
         if self._local:
             for entry in _scan(path):
-                if (moment := _moment(entry)) is not None:
-                    yield Found(entry.name, moment)
+                if (found := _found(entry)) is not None:
+                    yield found
             return
         try:
             entries = self._filesystem.ls(path, detail=True)
@@ -163,21 +223,39 @@ class ObjectFolder:
             return
         for entry in entries:
             if entry["type"] == "file":
-                yield Found(entry["name"].rpartition("/")[2], _modified(entry))
+                name = entry["name"].rpartition("/")[2]
+                yield Found(name, _modified(entry), entry.get("size") or 0)
 
-    def sample(self, folder: str, most: int) -> tuple[int, int, Sequence[Found]]:
-        """Count a folder's objects; return that, a step, and every step-th of them, `most` at most.
+    def folders(self) -> Sequence[str]:
+        """Return the names of the folders directly inside this one; none if it is not there."""
+        if self._local:
+            try:
+                with os.scandir(self._root) as entries:
+                    return [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+            except NO_FILE:
+                return []
+        try:
+            entries = self._filesystem.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return []
+        names = (e["name"].rstrip("/") for e in entries if e["type"] == "directory")
+        return [name.rpartition("/")[2] for name in names]
 
-        Asking a local file for its date costs more than listing it; only the sample is asked.
+    def sample(
+        self, folder: str, most: int, keep: Callable[[str], bool]
+    ) -> tuple[int, int, Sequence[Found]]:
+        """Count a folder's objects whose names to `keep`; return that, a step, and a sample.
+
+        The sample is every step-th object, `most` at most. Asking a local file for its date costs
+        more than listing it; only the sample is asked.
         """
         if not self._local:
-            listed = [*self.list(folder)]
+            listed = [entry for entry in self.list(folder) if keep(entry.name)]
             step = 1 + len(listed) // most
             return len(listed), step, listed[::step]
-        entries = [*_scan(join(self._root, folder))]
+        entries = [entry for entry in _scan(join(self._root, folder)) if keep(entry.name)]
         step = 1 + len(entries) // most
-        looked = ((entry.name, _moment(entry)) for entry in entries[::step])
-        found = [Found(name, moment) for name, moment in looked if moment is not None]
+        found = [entry for e in entries[::step] if (entry := _found(e)) is not None]
         return len(entries), step, found
 
     def delete(self, name: str) -> None:
@@ -194,7 +272,7 @@ class ObjectFolder:
         if self._local and os.path.isdir(self._root):
             for name in os.listdir(self._root):
                 if name.startswith(PARTIAL):
-                    self.delete(name)
+                    _remove(os.path.join(self._root, name))
 
     def delete_folder(self, folder: str = "") -> None:
         """Remove a folder and all it holds; nothing happens if there is none."""
@@ -204,6 +282,33 @@ class ObjectFolder:
             return
         if self._filesystem.exists(path):
             self._filesystem.rm(path, recursive=True)
+
+    def discard(self, *names: str) -> None:
+        """Remove members of this folder, files or folders, without a trace at once.
+
+        Local ones are moved aside before they are deleted, so that a process that was suspended
+        meanwhile cannot delete what others have created under the same names.
+        """
+        if not self._local:
+            for name in names:
+                self.delete_folder(name)
+            return
+        aside = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
+        os.mkdir(aside)
+        for name in names:
+            with suppress(FileNotFoundError):
+                os.rename(join(self._root, name), join(aside, name))
+        _remove_tree(aside)
+
+    def clear(self) -> None:
+        """Discard all members of this folder; nothing happens if there is none."""
+        if not self._local:
+            self.delete_folder()
+        elif os.path.isdir(self._root):
+            self.discard(*(n for n in os.listdir(self._root) if not n.startswith(PARTIAL)))
+            self.sweep()
+        else:
+            _remove(self._root)
 
 
 def _write_out(path: str, parts: Sequence[Buffer], durable: bool) -> None:
@@ -222,9 +327,18 @@ def _link(temporary: str, target: str) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        if os.path.exists(target):
-            raise FileExistsError(target) from None
+        # A reader that sees the empty file takes it for a damaged one until it is replaced.
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(temporary, target)
+
+
+def _remove(path: str) -> None:
+    """Remove a file or a folder; nothing happens if there is none."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        _remove_tree(path)
+    else:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _remove_tree(path: str) -> None:
@@ -268,16 +382,41 @@ def _scan(path: str) -> Iterator[os.DirEntry[str]]:
             for entry in entries:
                 if not entry.name.startswith(PARTIAL) and entry.is_file():
                     yield entry
-    except FileNotFoundError:
+    except NO_FILE:
         return
 
 
-def _moment(entry: os.DirEntry[str]) -> float | None:
-    """Return when a file was last written (s, Unix); None if it was removed since."""
+def _found(entry: os.DirEntry[str]) -> Found | None:
+    """Return a file's name, date and size; None if it was removed since."""
     try:
-        return entry.stat().st_mtime
+        status = entry.stat()
     except FileNotFoundError:
         return None
+    return Found(entry.name, status.st_mtime, status.st_size)
+
+
+def _says_precondition_failed(error: BaseException) -> bool:
+    """Return whether a conditional write found an object (s3fs raises a plain OSError)."""
+    codes = _response_codes(error)
+    return bool(codes & {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
+
+
+def _says_not_implemented(error: BaseException) -> bool:
+    """Return whether the storage has no conditional write."""
+    no_such_argument = isinstance(error, TypeError | NotImplementedError)
+    return no_such_argument or bool(_response_codes(error) & {"NotImplemented", "501"})
+
+
+def _response_codes(error: BaseException | None) -> set[str]:
+    """Return the S3 error codes and HTTP statuses along a chain of causes."""
+    codes: set[str] = set()
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            codes.add(str(response.get("Error", {}).get("Code")))
+            codes.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode")))
+        error = error.__cause__ or error.__context__
+    return codes
 
 
 def _modified(entry: dict[str, Any]) -> float:

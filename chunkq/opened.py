@@ -11,11 +11,13 @@ from typing import Any
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.errors import MissingJobError
-from chunkq.ledger import JobFolder, JobRecord
-from chunkq.paths import join, without_secret
+from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, StoreError
+from chunkq.ledger import JobFolder, Ledger
+from chunkq.output import Output
+from chunkq.paths import without_secret
 from chunkq.plan import Chunk, Plan
-from chunkq.stores import Array, open_array, read_padded
+from chunkq.record import JobRecord
+from chunkq.stores import Array, input_identity, open_array, read_padded
 
 JOBS_HELD = 8
 
@@ -29,23 +31,55 @@ class OpenJob:
     plan: Plan
 
     @cached_property
+    def ledger(self) -> Ledger:
+        """What the job has done."""
+        return self.folder.ledger(self.record.epoch)
+
+    @cached_property
+    def output(self) -> Output:
+        """The output store."""
+        return Output(self.folder.output, self.record)
+
+    @cached_property
     def sources(self) -> tuple[Array, ...]:
-        """The input volumes, in the job's order."""
-        return tuple(open_array(source.array_path) for source in self.record.sources)
+        """The input volumes, in the job's order; raises ChunkReadError if one was replaced."""
+        self.check_inputs()
+        try:
+            return tuple(open_array(source.array_path) for source in self.record.sources)
+        except StoreError as error:
+            raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
 
     @cached_property
     def target(self) -> Array:
-        """The output volume."""
-        return open_array(join(self.folder.output, "0"), write=True)
+        """The output volume, for writing."""
+        return self.output.open()
 
     def check_unchanged(self) -> None:
         """Raise MissingJobError if the job folder was removed or now belongs to another job."""
         now = self.folder.read_record()
-        if now is None or now.digest != self.record.digest:
+        if now is None or now.epoch != self.record.epoch:
             raise MissingJobError(
                 f"{without_secret(self.folder.output)}: the job was replaced meanwhile; what was "
-                "computed for the old one is dropped"
+                "computed for the old one is dropped",
+                code=ErrorCode.JOB_REPLACED,
             )
+
+    def check_inputs(self) -> None:
+        """Raise ChunkReadError if an input is gone or was replaced since the job was produced.
+
+        Goes by metadata (`stores.input_identity`): changed voxels alone are not noticed.
+        """
+        for source, identity in zip(self.record.sources, self.record.identities, strict=True):
+            shown = without_secret(source.array_path)
+            now = input_identity(source.array_path)
+            if now is None:
+                raise ChunkReadError(f"input: {shown} is gone", code=ErrorCode.INPUT_MISSING)
+            if now != identity:
+                raise ChunkReadError(
+                    f"input: {shown} was replaced since the job was produced; restore it, or start "
+                    "again with --overwrite",
+                    code=ErrorCode.INPUT_CHANGED,
+                )
 
     def read_halos(self, chunk: Chunk) -> tuple[npt.NDArray[Any], ...]:
         """Return what a chunk's patches read of each input, padded; shapes `chunk.halo.shape`."""
@@ -77,7 +111,7 @@ def open_job(path: str) -> OpenJob:
     record = folder.require_record()
     with _lock:
         held = _held.get(path)
-        if held is None or held.record.digest != record.digest:
+        if held is None or held.record.epoch != record.epoch:
             held = OpenJob(folder, record, record.plan())
             _held[path] = held
         _held.move_to_end(path)

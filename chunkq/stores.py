@@ -6,6 +6,7 @@ Boxes cover all axes of the stored array, channels included.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -23,14 +24,19 @@ from typing_extensions import override
 from chunkq import pages
 from chunkq.box import Box
 from chunkq.errors import ChunkReadError, StoreError
-from chunkq.ome import Space, axis_names, first_image, image_metadata, space_of
+from chunkq.ome import Space, first_image, space_of
 from chunkq.padding import PadMode, source_indices, source_range
-from chunkq.paths import is_url, join, open_filesystem, without_secret
+from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
 from chunkq.plan import Volume
 
 HEADERS = threading.Lock()
 """Held while a `.npy` header is read: as Python code, which CPython before 3.13 can do only once
 at a time."""
+
+HEADER_BYTES = 128
+"""Bytes at the beginning of a `.npy` file that hold dtype and shape."""
+NO_LOCKS = {"mode": "none"}
+"""Every object has one writer, and a suspended process that held a lock would block all others."""
 
 log = logging.getLogger("chunkq.stores")
 Voxels = npt.NDArray[Any]
@@ -202,58 +208,76 @@ def open_array(path: str, *, write: bool = False) -> Array:
     return ZarrPythonArray(path, node)
 
 
-def create_output(
-    path: str,
+def array_metadata(
+    name: str,
     *,
     shape: Sequence[int],
     chunks: Sequence[int],
     dtype: npt.DTypeLike,
     zarr_format: Literal[2, 3],
-    source: Source,
-    attributes: dict[str, Any],
-) -> None:
-    """Write the metadata of an OME-Zarr image with array `0`; `shape` may lead with channels."""
+    axes: Sequence[str] | None,
+) -> dict[str, str]:
+    """Return the metadata documents of a new Zarr array, by their names below its group."""
     import zarr
     from zarr.codecs import BloscCodec
+    from zarr.storage import MemoryStore
 
-    names = axis_names(len(shape), len(shape) - len(source.volume.shape))
-    attributes = dict(attributes)
-    if names is not None:
-        attributes |= image_metadata(names, source.space, zarr_format)
     compressor: Any
     if zarr_format == 3:
         compressor = BloscCodec(cname="lz4", clevel=5)
-        extra: dict[str, Any] = {"dimension_names": names}
+        extra: dict[str, Any] = {"dimension_names": axes}
     else:
         import numcodecs
 
         compressor = numcodecs.Blosc(cname="lz4", clevel=5)
         extra = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    documents: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(documents),
+        name=name,
+        zarr_format=zarr_format,
+        shape=tuple(shape),
+        chunks=tuple(chunks),
+        dtype=np.dtype(dtype).name,
+        compressors=compressor,
+        fill_value=0,
+        **extra,
+    )
+    own = {path: content for path, content in documents.items() if path.startswith(f"{name}/")}
+    return {path: content.to_bytes().decode() for path, content in own.items()}
+
+
+def input_identity(path: str) -> str | None:
+    """Return a text that changes when the array at `path` is replaced; None if it is gone.
+
+    Of a Zarr array it is the hash of its metadata document, so other chunks are not noticed. Of a
+    `.npy` file it is the file's size, time of change (behind a URL, what the storage says of it)
+    and header. Raises OSError as the storage does.
+    """
+    filesystem, inner = open_filesystem(path)
     try:
-        group = zarr.create_group(
-            path,
-            zarr_format=zarr_format,
-            overwrite=True,
-            attributes=attributes,
-        )
-        group.create_array(
-            "0",
-            shape=tuple(shape),
-            chunks=tuple(chunks),
-            dtype=np.dtype(dtype).name,
-            compressors=compressor,
-            fill_value=0,
-            **extra,
-        )
-    except Exception as error:
-        raise StoreError(f"output: {without_secret(path)} cannot be written: {error}") from error
+        if path.endswith(".npy"):
+            return f"{_file_state(path, inner, filesystem)} {_npy_header_hash(inner, filesystem)}"
+    except FileNotFoundError:
+        return None
+    for name in ("zarr.json", ".zarray"):
+        try:
+            content = read_bytes(join(path, name))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        return hashlib.sha256(content).hexdigest()
+    return None
 
 
-def set_attributes(path: str, attributes: dict[str, Any]) -> None:
-    """Merge attributes into those of the group at `path`."""
-    import zarr
+def _file_state(path: str, inner: str, filesystem: Any) -> str:
+    if is_url(path):
+        return str(filesystem.ukey(inner))
+    status = os.stat(inner)
+    return f"{status.st_size} {status.st_mtime_ns}"
 
-    zarr.open_group(path, mode="r+").attrs.update(attributes)
+
+def _npy_header_hash(inner: str, filesystem: Any) -> str:
+    return hashlib.sha256(filesystem.cat_file(inner, start=0, end=HEADER_BYTES)).hexdigest()
 
 
 def read_padded(array: Array, window: Box, mode: PadMode, value: float) -> Voxels:
@@ -338,7 +362,7 @@ def _local_format(path: str) -> Literal[2, 3] | None:
 def _kvstore(path: str) -> Any:
     """Return tensorstore's key-value spec for a path, or None where it has no driver."""
     if not is_url(path):
-        return {"driver": "file", "path": path + "/"}
+        return {"driver": "file", "path": path + "/", "file_io_locking": NO_LOCKS}
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme == "gs":

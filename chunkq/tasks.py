@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +17,7 @@ ENTRY_POINTS: MappingProxyType[str, str] = MappingProxyType(
     {"infer": "chunkq_worker.infer:infer_chunk", "finalize": "chunkq.finalize:finalize_block"}
 )
 """Every kind of task and what runs it. Nothing on a queue can name anything else."""
+CHUNK_NAME = re.compile(r"(0|[1-9][0-9]{0,17})(\.(0|[1-9][0-9]{0,17}))*")
 SERVE = "chunkq_worker.serving:serve"
 """What a process that another engine started runs to become a worker."""
 
@@ -95,8 +97,5 @@ def chunk_name(index: tuple[int, ...]) -> str:
 
 
 def parse_chunk(name: str) -> tuple[int, ...] | None:
-    """Invert `chunk_name`; None for a name that is no chunk's."""
-    try:
-        return tuple(map(int, name.split(".")))
-    except ValueError:
-        return None
+    """Return the index of which `name` is the `chunk_name`, or None if there is none."""
+    return tuple(map(int, name.split("."))) if CHUNK_NAME.fullmatch(name) else None

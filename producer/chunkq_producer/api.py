@@ -15,7 +15,7 @@ from chunkq.executors import open_executor, queue_url
 from chunkq.executors.base import Executor
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job
-from chunkq.ledger import JobFolder, folder_of
+from chunkq.ledger import folder_of
 from chunkq.opened import open_job
 from chunkq.paths import absolute
 from chunkq_producer import submit
@@ -104,13 +104,12 @@ def status(output: Place, *, queue: str | None = None) -> Status:
 
     A queue that cannot be reached is no error: its figures are None, `queue_problem` says why.
     """
-    folder = JobFolder(_folder(output))
-    record = folder.require_record()
+    job = open_job(_folder(output))
     try:
-        with _queue(queue, record.job.queue) as executor:
-            return job_status(folder, record.plan(), executor)
+        with _queue(queue, job.record.job.queue) as executor:
+            return job_status(job, executor)
     except QueueError as error:
-        return job_status(folder, record.plan(), None, str(error))
+        return job_status(job, None, str(error))
 
 
 def finalize(

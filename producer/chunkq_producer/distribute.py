@@ -33,11 +33,11 @@ def distribute(
     blocks = ready_blocks(job, checked_standing(job, allow_missing=allow_missing))
     path = job.folder.path
     executor.submit(Task("finalize", path, index) for index in blocks)
-    before, total = job.folder.count("finalize"), len(blocks)
+    before, total = job.ledger.count("finalize"), len(blocks)
     moved, told, last = time.monotonic(), False, None
     while True:
         counts = executor.counts(path)
-        done = min(total, job.folder.count("finalize") - before)
+        done = min(total, job.ledger.count("finalize") - before)
         progress(done, total)
         if not counts.queued and not counts.running:
             break

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
-from chunkq.ledger import JobRecord
+from chunkq.record import JobRecord
 
 PROBE_MODULE = "chunkq_worker.probe"
 ODD = 1e-5

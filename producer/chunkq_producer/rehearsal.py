@@ -19,10 +19,10 @@ import numpy.typing as npt
 from chunkq.box import Box
 from chunkq.executors.base import Attempt
 from chunkq.finalize import OWN, blocks_at_once, complete_block
-from chunkq.ledger import JobRecord
 from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index, Plan
+from chunkq.record import JobRecord
 from chunkq.rehearsal import made_anew
 from chunkq.tasks import chunk_name, parse_chunk
 
@@ -81,9 +81,9 @@ def _leave_noise(job: OpenJob, chunk: Chunk) -> None:
         own = [_sums(plan, box, drawn) for box in chunk.band_boxes]
         shapes = [(*stored, *box.shape) for box in chunk.rest_boxes]
         rest = [drawn.integers(0, 200, shape, np.uint8) for shape in shapes]
-        job.folder.put_piece(chunk.index, OWN, [*own, *(r.astype(plan.output_dtype) for r in rest)])
+        job.ledger.put_piece(chunk.index, OWN, [*own, *(r.astype(plan.output_dtype) for r in rest)])
     for piece in plan.awaits(chunk):
-        job.folder.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, drawn)])
+        job.ledger.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, drawn)])
 
 
 def _sums(plan: Plan, box: Box, drawn: np.random.Generator) -> npt.NDArray[np.float32]:

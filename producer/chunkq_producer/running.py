@@ -16,19 +16,23 @@ from chunkq.executors.base import Executor, Shift, WorkerName, usual_depth
 from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
-from chunkq.ledger import JobRecord, folder_of
+from chunkq.ledger import folder_of
 from chunkq.opened import OpenJob, open_job
+from chunkq.record import JobRecord
+from chunkq.tasks import chunk_name
 from chunkq_producer import submit
 from chunkq_producer.cluster import Cluster, cluster_for, engine_of, on_cpu, part_of, unused
 from chunkq_producer.crew import Command, Crew, Hands, WorkerThread, see_through
 from chunkq_producer.machine import check_machine
 from chunkq_producer.probe import Probe, probe
 from chunkq_producer.slurm import LOOK_SECONDS, Step, has_ended, wait_for_leader
-from chunkq_producer.watch import Look
+from chunkq_producer.watch import FailureGroup, Look
 
 log = logging.getLogger("chunkq.run")
 
 REFRESH_SECONDS = 0.5
+RECOVERIES = 2
+"""How often lost results are computed again in one run."""
 
 
 class InterruptedRunError(ChunkqError):
@@ -112,21 +116,30 @@ def run_job(
             tried = teller.try_network(prepared.record)
             if tried.error is not None:
                 raise ModelError(tried.error)
-        opened, causes = _compute(prepared, cluster, wishes, overwrite, teller)
-        for line in causes:
-            teller.say(line)
-        try:
-            with teller.meter("finalizing blocks") as meter:
-                report = finalize_job(opened, worker=socket.gethostname(), progress=meter)
-        except IncompleteError as error:
-            raise _explained(error, causes) from None
+        for last in (*[False] * RECOVERIES, True):
+            opened, failures = _compute(prepared, cluster, wishes, overwrite, teller)
+            causes = [_line(group) for group in failures]
+            for line in causes:
+                teller.say(line)
+            try:
+                with teller.meter("finalizing blocks") as meter:
+                    report = finalize_job(opened, worker=socket.gethostname(), progress=meter)
+            except IncompleteError as error:
+                failed = {chunk for group in failures for chunk in group.chunks}
+                lost = len({*map(chunk_name, error.missing)} - failed)
+                if last or not lost:
+                    raise _explained(error, causes) from None
+                teller.say(f"chunkq: results of {lost} chunks are lost; computing them again")
+                overwrite = False
+            else:
+                break
         return Ran(opened, report)
 
 
 def _compute(
     prepared: submit.Prepared, cluster: Cluster, wishes: Wishes, overwrite: bool, teller: Teller
-) -> tuple[OpenJob, list[str]]:
-    """Queue what is left and see it through; returns the job, and what went wrong in lines."""
+) -> tuple[OpenJob, Sequence[FailureGroup]]:
+    """Queue what is left and see it through; return the job and its chunks that failed."""
     with closing(open_executor(cluster.url)) as executor:
         with teller.meter("queueing chunks") as meter:
             made = submit.produce(
@@ -134,9 +147,9 @@ def _compute(
             )
         opened = open_job(made.folder.path)
         if made.done == made.chunks:
-            return opened, []
+            return opened, ()
         cluster.announce()
-        look = Look(opened.folder, opened.plan, executor)
+        look = Look(opened, executor)
         again = "the same command" + (" without --overwrite" if overwrite else "")
         with teller.looking() as show:
 
@@ -153,7 +166,7 @@ def _compute(
             raise _explained(
                 ChunkqError(f"the worker gave up, and said why; {again} continues"), crew.said
             )
-        return opened, _failures(look)
+        return opened, look().failures
 
 
 def set_going(executor: Executor, produced: submit.Produced) -> bool:
@@ -231,16 +244,13 @@ def _follow(job: Job, engine: str, step: Step, wishes: Wishes, teller: Teller) -
                 raise InterruptedRunError("stopped")
             if crew.code not in (0, IncompleteError.exit_code) and not is_over():
                 raise ChunkqError(f"the worker on node {step.node} gave up, and said why")
-    return Ran(opened, opened.folder.read_report() or {}, led=False)
+    return Ran(opened, opened.ledger.read_report() or {}, led=False)
 
 
-def _failures(look: Look) -> list[str]:
-    """Return what went wrong with chunks that did not get done; finalizing then lists them."""
-    lines = []
-    for group in look().failures:
-        chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
-        lines.append(f"failed: chunk {chunks}: {group.message}")
-    return lines
+def _line(group: FailureGroup) -> str:
+    """Return what went wrong with some chunks in one line; finalizing then lists them."""
+    chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
+    return f"failed: chunk {chunks}: {group.message}"
 
 
 def _explained(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from chunkq.errors import JobError, StoreError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.executors.base import Executor
 from chunkq.job import Job
-from chunkq.ledger import NOT_THE_RESULT, JobFolder, JobRecord, folder_of
+from chunkq.ledger import RECORD, JobFolder, folder_of
 from chunkq.objects import ObjectFolder
+from chunkq.opened import OpenJob, open_job
+from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
-from chunkq.plan import Plan
-from chunkq.stores import Source, create_output, find_source
+from chunkq.plan import Index, Plan
+from chunkq.record import NOT_THE_RESULT, JobRecord
+from chunkq.stores import Source, find_source
 from chunkq.tasks import Task
 from chunkq.userfile import load_weights
 
@@ -71,17 +75,13 @@ def check_place(prepared: Prepared, *, resume: bool = False, overwrite: bool = F
     if resume and overwrite:
         raise JobError("--resume goes on and --overwrite starts again: give one of them")
     folder = JobFolder(folder_of(output))
-    before = folder.read_record()
     if overwrite:
-        _check_overwritable(output, known=before is not None)
-        return False
+        known = folder.objects.exists(RECORD)  # it may be damaged
+        _check_overwritable(output, known=known)
+        return known
+    before = folder.read_record()
     if before is not None:
-        if before.digest != prepared.record.digest:
-            raise JobError(
-                f"output: {without_secret(output)} belongs to a different job "
-                f"({_differences(before, prepared.record)}); choose another output, or replace it "
-                "with --overwrite"
-            )
+        _check_same(before, prepared.record)
         return True
     if resume:
         raise JobError(
@@ -105,33 +105,106 @@ def produce(
     remember: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> Produced:
-    """Write the job folder and the output's metadata, then queue every uncommitted chunk.
+    """Create the job and its output, or continue it, then queue every uncommitted chunk.
 
     The same job again, also after the queue was lost, queues exactly what has no commit record.
-    The job is to `remember` its queue, unless that ends with this process.
+    Of several processes that create different jobs on one output at once, one succeeds and the
+    others raise JobError. The job is to `remember` its queue, unless that ends with this process.
     """
-    known = check_place(prepared, resume=resume, overwrite=overwrite)
-    job, plan = prepared.record.job, prepared.plan
-    folder = JobFolder(folder_of(job.output))
-    if overwrite:
-        _remove_old(folder, executor)
-    here = prepared.record.on_queue(executor.url) if remember else prepared.record
-    if not known or folder.require_record().job.queue != here.job.queue:
-        _write_record(folder, here)
-    done = folder.committed("infer")
-    _ensure_output(prepared, anything_done=bool(done))
-    left = plan.costs.chunks - len(done)
-    if left:
-        folder.unseal()
-    progress(0, left)
+    check_place(prepared, resume=resume, overwrite=overwrite)
+    folder = JobFolder(folder_of(prepared.record.job.output))
+    record = prepared.record.on_queue(executor.url) if remember else prepared.record
+    with _writing(folder.path):
+        if overwrite:
+            _replace(folder, record, prepared.plan, executor)
+        else:
+            _create(folder, record, prepared.plan)
+    job = open_job(folder.path)
+    _check_same(job.record, record)
+    left, done = _prepare_output(job)
+    progress(0, len(left))
 
     def tasks() -> Iterator[Task]:
-        for count, index in enumerate((i for i in plan.indices() if i not in done), start=1):
+        for count, index in enumerate(left, start=1):
             yield Task("infer", folder.path, index)
-            if count % 1000 == 0 or count == left:
-                progress(count, left)
+            if count % 1000 == 0 or count == len(left):
+                progress(count, len(left))
 
-    return Produced(folder, plan.costs.chunks, len(done), executor.submit(tasks()))
+    return Produced(folder, prepared.plan.costs.chunks, done, executor.submit(tasks()))
+
+
+def _check_same(before: JobRecord, record: JobRecord) -> None:
+    """Raise JobError if the job folder belongs to another job, or an input was replaced."""
+    output = without_secret(record.job.output)
+    if before.digest != record.digest:
+        raise JobError(
+            f"output: {output} belongs to a different job ({_differences(before, record)}); choose "
+            "another output, or replace it with --overwrite",
+            code=ErrorCode.OUTPUT_OF_OTHER_JOB,
+        )
+    pairs = zip(before.sources, before.identities, record.identities, strict=True)
+    problems = [
+        f"input: {without_secret(source.array_path)} was replaced since {output} was produced; "
+        "restore it, or start again with --overwrite"
+        for source, then, now in pairs
+        if then != now
+    ]
+    if problems:
+        raise JobError(problems, code=ErrorCode.INPUT_CHANGED)
+
+
+def _create(folder: JobFolder, record: JobRecord, plan: Plan) -> None:
+    """Create the job unless there is one, which stays but for the queue that it names."""
+    before = folder.objects.get(RECORD)
+    if before is None:
+        folder.create_record(new_record(record, plan, replaces=False))
+        return
+    stored = folder.require_record()
+    if stored.job.queue != record.job.queue:
+        moved = stored.job.model_copy(update={"queue": record.job.queue})
+        folder.replace_record(before, replace(stored, job=moved))
+
+
+def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executor) -> None:
+    """Replace the job, whose record may be damaged or missing, by a new one."""
+    running = executor.running(folder.path)
+    if running:
+        raise JobError(
+            f"output: {without_secret(folder.output)} is being worked on by {running[0].worker}; "
+            "stop the workers before --overwrite"
+        )
+    before = folder.objects.get(RECORD)
+    new = new_record(record, plan, replaces=True)
+    folder.replace_record(before, new, meanwhile=ObjectFolder(folder.output).clear)
+    executor.cancel(folder.path)
+
+
+def _prepare_output(job: OpenJob) -> tuple[list[Index], int]:
+    """Bring the output into its state; return the chunks that are left and the number done."""
+    committed = job.ledger.committed("infer")
+    left = [index for index in job.plan.indices() if index not in committed]
+    done = job.plan.costs.chunks - len(left)
+    with _writing(job.folder.output):
+        job.folder.delete_earlier_epochs(job.record.epoch)
+        if left:
+            job.ledger.unseal()
+            job.output.prepare(anything_done=bool(done), allowed=job.check_unchanged)
+        elif job.ledger.is_sealed():
+            job.output.seal(allowed=job.check_unchanged)
+        else:
+            job.output.check_array()
+    return left, done
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Turn errors of the storage into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"output: {without_secret(path)} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def _check_alike(job: Job, sources: Sequence[Source]) -> None:
@@ -154,38 +227,6 @@ def _overlap(output: str, array: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _write_record(folder: JobFolder, record: JobRecord) -> None:
-    try:
-        folder.write_record(record)
-    except OSError as error:
-        raise StoreError(
-            f"output: {without_secret(folder.path)} cannot be written: {error.strerror or error}"
-        ) from error
-
-
-def _ensure_output(prepared: Prepared, *, anything_done: bool) -> None:
-    job, plan = prepared.record.job, prepared.plan
-    group, array = METADATA[job.zarr_format]
-    objects = ObjectFolder(job.output)
-    if objects.exists(group) and objects.exists(array):
-        return
-    if anything_done:
-        raise StoreError(
-            f"output: {without_secret(job.output)} is damaged: it has no {array}, though chunks "
-            "are committed; start again with --overwrite"
-        )
-    create_output(
-        job.output,
-        shape=plan.output_shape,
-        chunks=((1,) if plan.channel_axis else ())
-        + tuple(min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True)),
-        dtype=plan.output_dtype,
-        zarr_format=job.zarr_format,
-        source=prepared.record.source,
-        attributes={"chunkq": {"state": "incomplete", "digest": prepared.record.digest}},
-    )
-
-
 def _check_overwritable(output: str, *, known: bool) -> None:
     """Refuse to delete anything that is neither a Zarr store nor ours."""
     filesystem, inner = open_filesystem(output)
@@ -196,20 +237,6 @@ def _check_overwritable(output: str, *, known: bool) -> None:
             f"output: {without_secret(output)} is no Zarr store, so --overwrite leaves it alone; "
             "choose another output"
         )
-
-
-def _remove_old(folder: JobFolder, executor: Executor) -> None:
-    running = executor.running(folder.path)
-    if running:
-        raise JobError(
-            f"output: {without_secret(folder.output)} is being worked on by {running[0].worker}; "
-            "stop the workers before --overwrite"
-        )
-    executor.cancel(folder.path)
-    # Commits go first: cut off here, nothing may vouch for an output that is half gone.
-    folder.forget_commits()
-    ObjectFolder(folder.output).delete_folder()
-    folder.delete()
 
 
 def _differences(before: JobRecord, now: JobRecord) -> str:

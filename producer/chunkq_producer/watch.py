@@ -15,9 +15,9 @@ from rich.text import Text
 
 from chunkq.errors import QueueError, cause
 from chunkq.executors.base import Counts, Executor, WorkerName
-from chunkq.ledger import Failure, JobFolder, Newest
+from chunkq.ledger import Failure, Newest
+from chunkq.opened import OpenJob
 from chunkq.paths import without_secret
-from chunkq.plan import Plan
 from chunkq.tasks import chunk_name
 
 FRESH_SECONDS = 60.0
@@ -78,12 +78,11 @@ class Status:
         return asdict(self)
 
 
-def job_status(
-    folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
-) -> Status:
+def job_status(job: OpenJob, executor: Executor | None, problem: str | None = None) -> Status:
     """Look at ledger and queue once. Raises OSError as the storage does."""
-    recent = folder.newest("infer", RECENT_COMMITS)
-    done, finalized = recent.total, folder.count("finalize")
+    folder, ledger, plan = job.folder, job.ledger, job.plan
+    recent = ledger.newest("infer", RECENT_COMMITS)
+    done, finalized = recent.total, ledger.count("finalize")
     counts, running, lost = Counts(), [], []
     if executor is not None:
         try:
@@ -95,8 +94,7 @@ def job_status(
     rate = _chunks_per_second(recent)
     left = plan.costs.chunks - done
     voxels = prod(plan.volume.shape)
-    report = folder.read_report()
-    failures = folder.failures()
+    failures = ledger.failures()
     known = {failure.chunk for failure in failures}
     vanished = [task.chunk for task in lost if task.chunk not in known]
     asked = executor is not None
@@ -112,7 +110,7 @@ def job_status(
         failed=counts.failed if asked else None,
         blocks_to_finalize=plan.costs.finalized_blocks,
         blocks_finalized=finalized,
-        sealed=report is not None and not report["missing"],
+        sealed=ledger.is_sealed() and job.output.is_sealed(),
         voxels_per_second=rate and rate * voxels / plan.costs.chunks,
         seconds_left=left / rate if rate and left and not forgotten else None,
         workers=_workers(running, recent),
@@ -125,17 +123,14 @@ def job_status(
 class Look:
     """Looks at one job whenever it is called."""
 
-    def __init__(
-        self, folder: JobFolder, plan: Plan, executor: Executor | None, problem: str | None = None
-    ) -> None:
-        self._folder, self._plan = folder, plan
-        self._executor, self._problem = executor, problem
+    def __init__(self, job: OpenJob, executor: Executor | None, problem: str | None = None) -> None:
+        self._job, self._executor, self._problem = job, executor, problem
         self.seconds = 0.0
 
     def __call__(self) -> Status:
         """Return the job's status now."""
         before = time.monotonic()
-        found = job_status(self._folder, self._plan, self._executor, self._problem)
+        found = job_status(self._job, self._executor, self._problem)
         self.seconds = time.monotonic() - before
         return found
 

@@ -169,9 +169,9 @@ def wait_for_holder(gate):
 
 
 def wrap_folder():
-    from chunkq.ledger import JobFolder
+    from chunkq.ledger import Ledger
 
-    put_piece, commit = JobFolder.put_piece, JobFolder.commit
+    put_piece, commit = Ledger.put_piece, Ledger.commit
 
     def put_piece_and_stop(self, *args):
         written = put_piece(self, *args)
@@ -185,7 +185,7 @@ def wrap_folder():
             reach("block")
         return commit(self, record)
 
-    JobFolder.put_piece, JobFolder.commit = put_piece_and_stop, stop_and_commit
+    Ledger.put_piece, Ledger.commit = put_piece_and_stop, stop_and_commit
 '''
 
 TORCH_NET = """

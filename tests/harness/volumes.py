@@ -29,4 +29,5 @@ def read_output(path: str | Path) -> npt.NDArray[Any]:
     """Read the whole output volume with zarr-python."""
     import zarr
 
-    return np.asarray(zarr.open_array(f"{path}/0", mode="r")[...])
+    group = zarr.open_group(str(path), mode="r")
+    return np.asarray(group[group.attrs["chunkq"]["array"]][...])

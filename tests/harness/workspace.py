@@ -22,13 +22,14 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Counts, Executor, Running
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
-from chunkq.ledger import Commit, JobFolder
+from chunkq.ledger import ITEM, Commit, JobFolder, Ledger
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
 from tests.harness.waiting import TIMEOUT
 
+GROUP_DOCUMENTS = ("zarr.json", ".zgroup", ".zattrs")
 FOREIGN = ("AWS", "CHUNKQ", "NET_")
 """Variables of whoever runs the tests that no command must see."""
 
@@ -187,8 +188,19 @@ class Workspace:
         return open_job(str(self.job_folder))
 
     @property
-    def ledger(self) -> JobFolder:
-        return JobFolder(str(self.job_folder))
+    def epoch_folder(self) -> Path:
+        """The part of the job folder that belongs to the job's epoch."""
+        return self.job_folder / JobFolder(str(self.job_folder)).require_record().epoch
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.job.ledger
+
+    @property
+    def array(self) -> Path:
+        """The output array, under the name that it has now."""
+        sealed = self.output / "0"
+        return sealed if sealed.exists() else self.output / self.job.record.array
 
     def commits(self, kind: str = "infer") -> list[Commit]:
         """Return the commit records of all finished chunks."""
@@ -196,9 +208,15 @@ class Workspace:
 
     def done(self, kind: str = "infer") -> dict[str, tuple[bytes, int]]:
         """Return content and time of every commit record, by chunk name."""
-        folder = self.job_folder / "done" / kind
+        folder = self.done_folder(kind)
         records = folder.glob("[!.]*") if folder.is_dir() else iter(())
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in records}
+
+    def done_folder(self, kind: str = "infer") -> Path:
+        return self.epoch_folder / "done" / kind / ITEM
+
+    def pieces_folder(self) -> Path:
+        return self.epoch_folder / "pieces" / ITEM
 
     def record(self, name: str) -> dict[str, Any]:
         """Return the commit record of a chunk."""
@@ -206,20 +224,16 @@ class Workspace:
         return record
 
     def pieces(self) -> list[Path]:
-        return [path for path in (self.job_folder / "pieces").rglob("*") if path.is_file()]
+        return [path for path in (self.epoch_folder / "pieces").rglob("*") if path.is_file()]
 
     def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.job_folder / "report.json").read_text())
+        report: dict[str, Any] = json.loads((self.epoch_folder / "report.json").read_text())
         return report
 
     def stored(self) -> dict[str, bytes]:
-        """Return every file of the output store.
-
-        Without the lock file that tensorstore leaves where a process is killed as it writes: a
-        known fault, in docs/roadmap.md.
-        """
+        """Return every file of the sealed output but the group's metadata, which name the epoch."""
         files = files_below(self.output)
-        return {name: data for name, data in files.items() if not name.endswith(".__lock")}
+        return {name: data for name, data in files.items() if name not in GROUP_DOCUMENTS}
 
 
 def run_inline(values: dict[str, Any]) -> tuple[OpenJob, dict[str, Any]]:

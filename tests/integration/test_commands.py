@@ -98,7 +98,7 @@ def test_plan_says_what_the_job_will_cost_and_writes_nothing(workspace: Workspac
 
 def test_what_was_planned_is_what_was_moved(sealed: Workspace) -> None:
     plan = json.loads(sealed.call("plan", "job.json", "--json").ok().out)
-    report = json.loads((sealed.job_folder / "report.json").read_text())
+    report = json.loads((sealed.epoch_folder / "report.json").read_text())
     assert report["patches"] == plan["patches"]
     assert report["bytes"]["input"] == plan["input_bytes"]
     assert report["bytes"]["output"] == plan["output_bytes"]

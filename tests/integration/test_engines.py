@@ -97,7 +97,7 @@ def test_failures_and_retries_look_the_same_in_status(
     assert failure["traceback"].endswith("ArithmeticError: a poisonous voxel\n")
     [worker] = status["workers"]
     assert (worker["device"], worker["recent_chunks"]) == ("cpu", CHUNKS - 1)
-    record = json.loads((workspace.job_folder / "failed" / "1.2.2.json").read_text())
+    record = json.loads((workspace.epoch_folder / "failed" / "1.2.2.json").read_text())
     assert record["attempt"] == 3
     unfinished = workspace.finalize()
     assert unfinished.code == 3

@@ -70,7 +70,7 @@ def infer_all(workspace: StandardWorkspace, attempt: int = 1) -> None:
 
 
 def pieces_of(workspace: StandardWorkspace) -> dict[str, bytes]:
-    return files_below(workspace.job_folder / "pieces")
+    return files_below(workspace.pieces_folder())
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_a_zombie_that_recomputes_every_chunk_after_all_is_sealed_changes_no_byt
 ) -> None:
     workspace = measured.workspace
     for name in workspace.done():
-        (workspace.job_folder / "done" / "infer" / name).unlink()
+        (workspace.done_folder() / name).unlink()
     computed = workspace.computed()
     infer_all(workspace, attempt=2)
     assert workspace.computed() == computed + computed

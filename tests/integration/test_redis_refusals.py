@@ -577,7 +577,7 @@ def test_a_job_over_tls_shows_its_password_nowhere(
         assert answer.code == 0, answer.err
         said.append(answer.out + answer.err)
     assert "queue" not in json.loads((workspace.job_folder / "job.json").read_text())["job"]
-    assert (workspace.job_folder / "report.json").exists()
+    assert (workspace.epoch_folder / "report.json").exists()
     assert SECRET not in "\n".join(said)
     assert not holds_secret(tmp_path)
 

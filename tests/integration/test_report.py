@@ -105,7 +105,7 @@ def test_the_plan_foresaw_what_was_measured(sealed: Workspace) -> None:
 
 def test_json_is_the_report_that_was_sealed(sealed: Workspace) -> None:
     found = values(sealed)
-    stored = json.loads((sealed.job_folder / "report.json").read_text())
+    stored = json.loads((sealed.epoch_folder / "report.json").read_text())
     assert found == {"output": str(sealed.output), "sealed": True, **stored}
     assert found["chunks"] == found["planned_chunks"] == 12
     assert found["voxels"] == 192 * 256
@@ -177,11 +177,11 @@ def test_an_unfinished_job_is_told_so_far(workspace: Workspace) -> None:
     report(workspace, "--html", "some.html").ok()
     page = Page((workspace.folder / "some.html").read_text(encoding="utf-8"))
     assert "so far: 3 of 12 chunks done" in " ".join(page.said)
-    assert not (workspace.job_folder / "report.json").exists()
+    assert not (workspace.epoch_folder / "report.json").exists()
 
 
 def test_a_report_of_an_older_version_is_taken_from_the_records(sealed: Workspace) -> None:
-    path = sealed.job_folder / "report.json"
+    path = sealed.epoch_folder / "report.json"
     stored = path.read_text()
     kept = ("chunkq_version", "digest", "chunks", "missing", "patches", "seconds", "workers")
     try:

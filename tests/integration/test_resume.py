@@ -13,11 +13,11 @@ import pytest
 import zarr
 from chunkq_worker.run import run_task
 
-from chunkq.errors import MissingJobError, PieceError
+from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
 from chunkq.executors.base import Attempt, Outcome, Shift
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
-from chunkq.ledger import JobFolder
+from chunkq.ledger import Ledger
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
 from tests.harness.files import everything_below, files_below
@@ -66,7 +66,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def voxels(workspace: Workspace) -> dict[str, bytes]:
     """Every object of the output array; the group above it names the job's own paths."""
-    return files_below(workspace.output / "0")
+    return files_below(workspace.array)
 
 
 def state(workspace: Workspace) -> str:
@@ -82,8 +82,8 @@ def is_complete(workspace: Workspace, whole: Workspace) -> None:
     workspace.call("finalize", "out.zarr").ok()
     assert voxels(workspace) == voxels(whole)
     assert state(workspace) == "complete"
-    assert not (workspace.job_folder / "pieces").exists()
-    assert json.loads((workspace.job_folder / "report.json").read_text())["missing"] == []
+    assert not (workspace.pieces_folder()).exists()
+    assert json.loads((workspace.epoch_folder / "report.json").read_text())["missing"] == []
 
 
 def queued(workspace: Workspace) -> set[tuple[int, ...]]:
@@ -183,7 +183,7 @@ def test_overwrite_replaces_the_output_and_its_ledger(workspace: Workspace) -> N
     assert produce(workspace, "--overwrite").startswith("6 chunks, 0 done, 6 newly queued")
     assert workspace.commits() == []
     assert list(voxels(workspace)) == ["zarr.json"]
-    assert not (workspace.job_folder / "report.json").exists()
+    assert not (workspace.epoch_folder / "report.json").exists()
     assert queued(workspace) == CHUNKS
     workspace.compute_inline()
     workspace.call("finalize", "out.zarr").ok()
@@ -225,7 +225,7 @@ def test_an_output_of_something_else_is_refused_and_replaced_only_on_demand(
     workspace.call("produce", "job.json").refused(2, "exists and is not of this job", "--overwrite")
     assert files_below(workspace.folder) == before
     produce(workspace, "--overwrite")
-    assert zarr.open(workspace.output / "0", mode="r").shape == (3, *SHAPE)
+    assert zarr.open(workspace.array, mode="r").shape == (3, *SHAPE)
 
 
 def set_network(workspace: Workspace) -> dict[str, Any]:
@@ -299,8 +299,9 @@ def test_an_output_that_vanished_under_committed_chunks_is_said_to_be_damaged(
 ) -> None:
     produce(workspace)
     workspace.compute_inline(only={(0, 0)}.__contains__)
-    (workspace.output / "0" / "zarr.json").unlink()
-    workspace.call("produce", "job.json").refused(2, "is damaged: it has no 0/zarr.json")
+    (workspace.array / "zarr.json").unlink()
+    name = workspace.array.name
+    workspace.call("produce", "job.json").refused(2, f"is damaged: it has no {name}/zarr.json")
 
 
 def flipped(path: Path) -> None:
@@ -326,9 +327,9 @@ def test_a_piece_that_is_unfit_names_the_chunk_to_compute_again_and_then_heals(
 ) -> None:
     produce(workspace)
     workspace.compute_inline()
-    DAMAGE[damage](workspace.job_folder / "pieces" / "1.1" / piece)
+    DAMAGE[damage](workspace.pieces_folder() / "1.1" / piece)
     workspace.call("finalize", "out.zarr").refused(
-        1, f"pieces/1.1/{piece}", f"chunk {chunk} must be computed again", "produce --resume"
+        3, f"pieces/0/1.1/{piece}", f"chunk {chunk} must be computed again", "produce --resume"
     )
     assert state(workspace) == "incomplete"
     for file in workspace.folder.glob("queue.db*"):
@@ -347,7 +348,7 @@ def test_with_missing_chunks_allowed_the_output_says_so_and_is_completed_later(
     said = workspace.call("finalize", "out.zarr", "--allow-missing").ok().out
     assert "sealed WITHOUT 1 chunks" in said
     assert state(workspace) == "incomplete"
-    report = json.loads((workspace.job_folder / "report.json").read_text())
+    report = json.loads((workspace.epoch_folder / "report.json").read_text())
     assert report["missing"] == ["1.0"]
     assert report["chunks"] == 5
     partial, full = read_output(workspace.output), read_output(whole.output)
@@ -359,7 +360,7 @@ def test_with_missing_chunks_allowed_the_output_says_so_and_is_completed_later(
     assert status["done"] == 5
     workspace.call("finalize", "out.zarr").refused(3, "1 chunks are not computed yet: 1.0")
     assert produce(workspace).startswith("6 chunks, 5 done")
-    assert not (workspace.job_folder / "report.json").exists()
+    assert not (workspace.epoch_folder / "report.json").exists()
     workspace.compute_inline()
     is_complete(workspace, whole)
 
@@ -389,7 +390,7 @@ def test_a_finalizer_killed_at_any_point_is_continued(
     workspace.compute_inline()
     job, lock, count = open_job(str(workspace.job_folder)), threading.Lock(), [0]
     name = "commit" if moment == "before the commit" else "delete_pieces"
-    real = getattr(job.folder, name)
+    real = getattr(job.ledger, name)
 
     def dying(*args: Any) -> None:
         with lock:
@@ -399,11 +400,11 @@ def test_a_finalizer_killed_at_any_point_is_continued(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(job.folder), name, lambda self, *args: dying(*args))
+        patch.setattr(Ledger, name, lambda self, *args: dying(*args))
         with pytest.raises(Killed):
             finalize_job(job, worker="killed")
     assert state(workspace) == "incomplete"
-    assert not (workspace.job_folder / "report.json").exists()
+    assert not (workspace.epoch_folder / "report.json").exists()
     is_complete(workspace, whole)
 
 
@@ -412,10 +413,11 @@ def test_a_finalizer_that_finds_a_piece_gone_leaves_the_other_blocks_right(
 ) -> None:
     produce(workspace)
     workspace.compute_inline()
-    (workspace.job_folder / "pieces" / "2.1" / "10").unlink()
+    (workspace.pieces_folder() / "2.1" / "10").unlink()
     job = open_job(str(workspace.job_folder))
-    with pytest.raises(PieceError, match=r"chunk 1\.1 must be computed again"):
+    with pytest.raises(IncompleteError) as caught:
         finalize_job(job, worker="one")
+    assert (caught.value.code, caught.value.missing) == (ErrorCode.RESULTS_LOST, ((1, 1),))
     for file in workspace.folder.glob("queue.db*"):
         file.unlink()
     produce(workspace, "--resume")
@@ -428,10 +430,10 @@ def test_partial_files_of_a_killed_writer_in_the_ledger_hurt_nothing(
 ) -> None:
     produce(workspace)
     workspace.compute_inline(only={(0, 0)}.__contains__)
-    done = workspace.job_folder / "done" / "infer"
+    done = workspace.done_folder()
     (done / ".partial-1234-1.1").write_bytes(b'{"kind"')
-    os.makedirs(workspace.job_folder / "failed", exist_ok=True)
-    (workspace.job_folder / "failed" / ".partial-1234-1.1.json").write_bytes(b"{")
+    os.makedirs(workspace.epoch_folder / "failed", exist_ok=True)
+    (workspace.epoch_folder / "failed" / ".partial-1234-1.1.json").write_bytes(b"{")
     assert produce(workspace).startswith("6 chunks, 1 done, 0 newly queued")
     status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert (status["done"], status["failures"]) == (1, [])
@@ -446,7 +448,7 @@ def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> Outcome:
     return run_task(Task("infer", str(workspace.job_folder), index), Attempt(1, "worker"))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(OpenJob, "write"), (JobFolder, "put_piece")])
+@pytest.mark.parametrize(("owner", "name"), [(OpenJob, "write"), (Ledger, "put_piece")])
 def test_a_worker_killed_while_it_writes_has_committed_nothing(
     workspace: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
@@ -472,7 +474,7 @@ def test_a_chunk_that_failed_is_recorded_and_queued_again_after_the_queue_is_los
     produce(workspace)
     workspace.compute_inline(only={(0, 0)}.__contains__)
     with monkeypatch.context() as patch:
-        patch.setattr(JobFolder, "put_piece", full)
+        patch.setattr(Ledger, "put_piece", full)
         with pytest.raises(OSError, match="no space left"):
             run_chunk(workspace, (1, 1))
     [failure] = workspace.ledger.failures()
@@ -516,13 +518,13 @@ def test_a_worker_overtaken_before_its_blocks_are_complete_leaves_their_pieces(
     produce(workspace)
     workspace.compute_inline()
     commits, pieces = workspace.commits(), workspace.pieces()
-    real, looks = JobFolder.is_committed, count()
+    real, looks = Ledger.is_committed, count()
 
     def not_at_first(*args: Any) -> bool:
         return next(looks) > 0 and real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobFolder, "is_committed", not_at_first)
+        patch.setattr(Ledger, "is_committed", not_at_first)
         run_chunk(workspace, (1, 1))
     assert next(looks) > 1
     assert workspace.commits() == commits

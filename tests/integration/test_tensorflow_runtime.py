@@ -24,9 +24,9 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig, load_job, parse_job
-from chunkq.ledger import JobRecord
 from chunkq.paths import file_hash
 from chunkq.plan import Volume
+from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
 from tests.harness.volumes import random_volume, read_output, write_zarr

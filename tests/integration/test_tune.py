@@ -16,7 +16,7 @@ from chunkq_worker.tune.search import Setting
 from chunkq_worker.tune.space import Space
 
 from chunkq.job import load_job
-from chunkq.ledger import JobRecord
+from chunkq.record import JobRecord
 from chunkq.stores import find_source
 from tests.harness.files import everything_below
 from tests.harness.processes import is_alive

@@ -16,9 +16,9 @@ from typing import TypeVar
 from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
 from chunkq.combine import on_host
 from chunkq.errors import ModelError
-from chunkq.ledger import JobRecord
 from chunkq.opened import OpenJob
 from chunkq.plan import Chunk, Index, Plan
+from chunkq.record import JobRecord
 from chunkq.tasks import Task
 from chunkq.userfile import load_weights
 from chunkq_worker.batching import Batcher, Halos

@@ -25,7 +25,7 @@ def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
     """
     job = open_job(task.job)
     patches = 0
-    if not job.folder.is_committed("infer", task.chunk):
+    if not job.ledger.is_committed("infer", task.chunk):
         this_process.check(job.plan.job.model)  # the device checks again, when the job has its turn
         patches = _compute(job, task, attempt)
     return Outcome(_marks(job, task.chunk), ran=patches > 0)
@@ -59,15 +59,16 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
         seconds |= computed.seconds
         patches = computed.patches
         before = time.time()
+        job.check_inputs()
         job.check_unchanged()
         _write(job, chunk, computed, moved, checksums)
         seconds["write"] = time.time() - before
-    if job.folder.is_committed("infer", task.chunk):
+    if job.ledger.is_committed("infer", task.chunk):
         # Another worker was given this chunk and was faster; its blocks may be sealed by now.
         _tidy_after_other(job, chunk)
         return patches
     job.check_unchanged()
-    job.folder.commit(
+    job.ledger.commit(
         Commit(
             kind="infer",
             chunk=task.chunk,
@@ -96,11 +97,11 @@ def _write(
     moved["output"] = job.write(chunk.core, result.core)
     if result.own is not None:
         arrays = (*result.own.band, *result.own.rest)
-        written = job.folder.put_piece(chunk.index, OWN, arrays)
+        written = job.ledger.put_piece(chunk.index, OWN, arrays)
         pieces += written.size
         checksums[OWN] = written.crc32c
     for piece, sums in result.pieces:
-        written = job.folder.put_piece(piece.target, piece.name, [sums])
+        written = job.ledger.put_piece(piece.target, piece.name, [sums])
         pieces += written.size
         checksums[piece.name] = written.crc32c
     moved["pieces"] = pieces
@@ -109,8 +110,8 @@ def _write(
 def _tidy_after_other(job: OpenJob, chunk: Chunk) -> None:
     targets = [chunk.index, *(piece.target for piece in job.plan.leaves(chunk))]
     for target in targets:
-        if job.folder.is_committed("finalize", target):
-            job.folder.delete_pieces(target)
+        if job.ledger.is_committed("finalize", target):
+            job.ledger.delete_pieces(target)
 
 
 def _bytes_read(job: OpenJob, chunk: Chunk) -> int:

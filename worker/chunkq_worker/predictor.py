@@ -19,11 +19,11 @@ from chunkq.errors import ChunkqError, ModelError
 from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job, parse_job
-from chunkq.ledger import JobRecord
 from chunkq.opened import open_job
 from chunkq.paths import absolute
 from chunkq.plan import Chunk, Index, Plan, Volume
 from chunkq.prediction import Prediction
+from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import Array, read_padded
 from chunkq.wavefront import place_of, regions

@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from chunkq.box import Box
 from chunkq.errors import ChunkqError
-from chunkq.ledger import JobRecord
 from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob
 from chunkq.plan import Patch, Plan
+from chunkq.record import JobRecord
 from chunkq.rehearsal import made_anew
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos

@@ -71,17 +71,19 @@ def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
     )
     if isinstance(error, MissingJobError):
         return  # a record would bring back the folder that someone removed
+    failure = Failure(
+        kind=task.kind,
+        chunk=task.chunk,
+        attempt=attempt.number,
+        worker=attempt.worker,
+        error=type(error).__name__,
+        message=shown,
+        traceback="".join(traceback.format_exception(error)),
+    )
     try:
-        JobFolder(task.job).record_failure(
-            Failure(
-                kind=task.kind,
-                chunk=task.chunk,
-                attempt=attempt.number,
-                worker=attempt.worker,
-                error=type(error).__name__,
-                message=shown,
-                traceback="".join(traceback.format_exception(error)),
-            )
-        )
-    except OSError as second:
+        folder = JobFolder(task.job)
+        record = folder.read_record()
+        if record is not None:
+            folder.ledger(record.epoch).record_failure(failure)
+    except (OSError, JobError) as second:
         log.error("the failure of chunk %s cannot be recorded: %s", chunk_name(task.chunk), second)

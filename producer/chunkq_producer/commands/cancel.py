@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import click
 
+from chunkq.errors import JobError
+from chunkq.ledger import JobFolder
 from chunkq.paths import without_secret
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
+
+
+def _queue_of_job(folder: JobFolder) -> str | None:
+    """Return the queue that the job remembers; None also where its record is damaged."""
+    try:
+        record = folder.read_record()
+    except JobError:
+        return None
+    return None if record is None else record.job.queue
 
 
 @click.command()
@@ -14,8 +25,7 @@ from chunkq_producer.commands.options import folder_at, output_argument, queue_o
 def cancel(output: str, queue: str | None) -> None:
     """Take the job of OUTPUT off the queue; what is done stays, what is running may finish."""
     folder = folder_at(output)
-    record = folder.read_record()
-    executor = queue_of(queue, None if record is None else record.job.queue)
+    executor = queue_of(queue, _queue_of_job(folder))
     count = executor.cancel(folder.path)
     executor.close()
     if count:

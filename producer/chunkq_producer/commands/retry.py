@@ -17,7 +17,7 @@ def retry(output: str, queue: str | None) -> None:
     executor = queue_of(queue, job.record.job.queue)
     count = executor.retry(job.folder.path)
     # A queue that was lost knows of no failure, the ledger does.
-    known = [f for f in job.folder.failures() if f.kind == "infer"]
+    known = [f for f in job.ledger.failures() if f.kind == "infer"]
     count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in known)
     executor.close()
     click.echo(f"{count} chunks queued again" if count else "no failed chunk")

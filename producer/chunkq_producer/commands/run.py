@@ -13,8 +13,8 @@ from rich.live import Live
 from typing_extensions import override
 
 from chunkq.job import load_job
-from chunkq.ledger import JobRecord
 from chunkq.progress import Meter
+from chunkq.record import JobRecord
 from chunkq_producer.cluster import ENGINES
 from chunkq_producer.commands.finalize import tell
 from chunkq_producer.commands.options import (

@@ -12,7 +12,7 @@ from rich.live import Live
 from chunkq.errors import QueueError
 from chunkq.executors.base import Executor
 from chunkq_producer.commands.jobs import list_jobs
-from chunkq_producer.commands.options import folder_at, json_option, queue_of, queue_option
+from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
 from chunkq_producer.watch import Look, one_line, screen
 
 REFRESH_SECONDS = 1.0
@@ -29,11 +29,9 @@ def status(output: str | None, queue: str | None, watch: bool, as_json: bool) ->
     if output is None:
         list_jobs(queue, as_json=as_json)
         return
-    folder = folder_at(output)
-    record = folder.require_record()
-    plan = record.plan()
-    executor, problem = _queue(queue, record.job.queue)
-    look = Look(folder, plan, executor, problem)
+    job = job_at(output)
+    executor, problem = _queue(queue, job.record.job.queue)
+    look = Look(job, executor, problem)
     if as_json:
         show_json(look, watch)
     elif watch:

@@ -64,7 +64,7 @@ class Account:
 def account_of(job: OpenJob) -> Account:
     """Take a job's figures from its report, or from its commit records where that has none."""
     output = without_secret(job.folder.output)
-    report = job.folder.read_report()
+    report = job.ledger.read_report()
     if report is not None:
         try:
             return Account(output, True, report, Times.from_dict(report))

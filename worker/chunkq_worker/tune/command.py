@@ -23,8 +23,9 @@ from chunkq import __version__
 from chunkq.errors import ChunkqError, JobError, ModelError, nearest
 from chunkq.executors.base import usual_depth
 from chunkq.job import Job, load_job
-from chunkq.ledger import JobFolder, JobRecord, folder_of
+from chunkq.ledger import JobFolder, folder_of
 from chunkq.paths import is_url, without_secret
+from chunkq.record import JobRecord
 from chunkq.stores import find_source
 from chunkq.userfile import load_weights
 from chunkq_worker.birth import child_settings
@@ -243,7 +244,8 @@ def _check_not_begun(path: Path, record: JobRecord) -> None:
     """Refuse a job of which some is done: with other settings its rest could not be continued."""
     folder = JobFolder(folder_of(record.job.output))
     before = folder.read_record()
-    if before is None or before.digest != record.digest or folder.read_report() is not None:
+    is_sealed = before is not None and folder.ledger(before.epoch).is_sealed()
+    if before is None or before.digest != record.digest or is_sealed:
         return
     raise JobError(
         f"{path}: its output {without_secret(record.job.output)} is begun, and could not be "

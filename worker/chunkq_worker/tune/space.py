@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -12,8 +13,8 @@ from typing import Any
 from chunkq.errors import JobError
 from chunkq.footprint import footprint
 from chunkq.job import Job, parse_job
-from chunkq.ledger import JobRecord
 from chunkq.plan import Chunk, Plan
+from chunkq.record import JobRecord
 from chunkq.resolve import CHUNKS_WANTED
 from chunkq_worker.tune.search import Cost, Setting, Shape
 
@@ -43,7 +44,7 @@ class Space:
         """Return the record of the job with a setting; raises JobError where there is none."""
         before = self._record
         changes = self.changes(setting)
-        return JobRecord(_changed(before.job, changes), before.sources, before.file_hashes)
+        return replace(before, job=_changed(before.job, changes))
 
     def cost(self, setting: Setting) -> Cost | None:
         """Return what a setting means for the whole job, None if the job cannot be done so."""

@@ -27,10 +27,10 @@ import chunkq
 from chunkq.blend import Accumulator, WeightCache
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
-from chunkq.ledger import JobRecord
 from chunkq.memory import peak_bytes
 from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Patch
+from chunkq.record import JobRecord
 from chunkq.stores import open_array, read_padded
 from chunkq.tasks import Task
 from chunkq.userfile import load_weights
