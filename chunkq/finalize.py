@@ -135,6 +135,7 @@ def finalize_job(
     the output's metadata were replaced, MissingJobError if the job was. `threads` blocks are
     completed at once, by default as many as `blocks_at_once` says.
     """
+    job.check_unchanged()
     before = checked_standing(job, allow_missing=allow_missing)
     warnings = _check_inputs(job)
     job.output.check_array()
@@ -180,8 +181,8 @@ def _raise_if_lost(lost: Mapping[Index, str]) -> None:
     if lost:
         chunks = sorted(lost)
         raise IncompleteError(
-            f"results of {len(chunks)} chunks are lost: {_names(chunks)} ({lost[chunks[0]]}); next: "
-            "`chunkq run` again, or `chunkq produce --resume` and a worker",
+            f"results of {len(chunks)} chunks are lost: {_names(chunks)} ({lost[chunks[0]]}); "
+            "next: `chunkq run` again, or `chunkq produce --resume` and a worker",
             chunks,
             code=ErrorCode.RESULTS_LOST,
         )

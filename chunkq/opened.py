@@ -51,7 +51,8 @@ class OpenJob:
 
     @cached_property
     def target(self) -> Array:
-        """The output volume, for writing."""
+        """The output volume, for writing; raises MissingJobError if the job was replaced."""
+        self.check_unchanged()
         return self.output.open()
 
     def check_unchanged(self) -> None:
