@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from heapq import nlargest
@@ -175,12 +176,28 @@ class JobFolder:
 
         Raises JobError if another process replaces it.
         """
-        if not self.objects.replace(RECORD, before, record.to_json(), meanwhile):
-            raise JobError(
-                f"output: {without_secret(self.output)}: another process creates a job here at "
-                "the same time; wait until it has ended, then run the command again",
-                code=ErrorCode.JOB_REPLACED,
-            )
+        with self.claim(before):
+            meanwhile()
+            if not self.objects.replace(RECORD, before, record.to_json()):
+                raise self._replaced()
+
+    @contextmanager
+    def claim(self, content: bytes | None) -> Iterator[None]:
+        """Hold the right to replace the job, whose record has this content.
+
+        Raises JobError if another process has it, or if the record has another content.
+        """
+        with self.objects.claim(RECORD, content) as claimed:
+            if not claimed:
+                raise self._replaced()
+            yield
+
+    def _replaced(self) -> JobError:
+        return JobError(
+            f"output: {without_secret(self.output)}: another process creates or changes a job here "
+            "at the same time; wait until it has ended, then run the command again",
+            code=ErrorCode.JOB_REPLACED,
+        )
 
     def ledger(self, epoch: str) -> Ledger:
         """Return the ledger of one epoch."""

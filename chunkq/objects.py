@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -98,33 +98,33 @@ class ObjectFolder:
             self._filesystem.pipe_file(target, content)
         return True
 
-    def replace(
-        self,
-        name: str,
-        before: bytes | None,
-        content: bytes,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> bool:
-        """Replace an object whose content is `before`; return False if it is not, or not any more.
+    @contextmanager
+    def claim(self, name: str, content: bytes | None) -> Iterator[bool]:
+        """Claim the right to replace an object as long as it has this content; None: is absent.
 
-        Of several processes that replace the same content, one succeeds. It holds a claim, an
-        object of its own, and calls `meanwhile` before it replaces the object. The claim of a
-        process that died is broken after a minute.
+        Yields whether this process has it. Of several processes that claim the same content at
+        once, one has it. The claim is an object of its own; the claim of a process that died is
+        broken after a minute.
         """
-        claim = f"{name}.{hashlib.sha256(before or b'').hexdigest()[:16]}.claim"
+        claim = f"{name}.{hashlib.sha256(content or b'').hexdigest()[:16]}.claim"
         if not self.put_new(claim, b"") and not self._broke_claim(claim):
-            return False
+            yield False
+            return
         try:
-            if self.get(name) != before:
-                return False
-            meanwhile()
-            if self.get(name) != before:
-                return False
-            if before is None:
-                return self.put_new(name, content)
-            self.put(name, content)
+            yield self.get(name) == content
         finally:
             self.delete(claim)
+
+    def replace(self, name: str, before: bytes | None, content: bytes) -> bool:
+        """Replace an object whose content is `before`; return False if it is not any more.
+
+        To be called by the process that holds the claim.
+        """
+        if before is None:
+            return self.put_new(name, content)
+        if self.get(name) != before:
+            return False
+        self.put(name, content)
         return True
 
     def _broke_claim(self, claim: str) -> bool:
@@ -294,10 +294,12 @@ class ObjectFolder:
                 self.delete_folder(name)
             return
         aside = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
-        os.mkdir(aside)
         for name in names:
-            with suppress(FileNotFoundError):
-                os.rename(join(self._root, name), join(aside, name))
+            source = join(self._root, name)
+            while os.path.lexists(source):
+                os.makedirs(aside, exist_ok=True)
+                with suppress(FileNotFoundError):  # another process swept what lies aside
+                    os.rename(source, join(aside, name))
         _remove_tree(aside)
 
     def clear(self) -> None:

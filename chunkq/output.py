@@ -76,14 +76,11 @@ class Output:
     def prepare(self, *, anything_done: bool, allowed: Callable[[], None]) -> None:
         """Bring the output into the state of a running job, whatever was cut off before.
 
-        Creates what is missing, renames a sealed array back, and removes what earlier jobs left.
-        `allowed` raises if the job was replaced; it is called before each change. Raises
-        StoreError if the array is missing or changed though chunks are done.
+        Creates what is missing and removes what earlier jobs left. `allowed` raises if the job
+        was replaced; it is called before each change. Raises StoreError if the array is missing
+        or changed though chunks are done.
         """
-        allowed()
         name = self._record.array
-        if not self._exists(name) and self._local and self._exists(SEALED_NAME):
-            os.rename(join(self.path, SEALED_NAME), join(self.path, name))
         if not self._exists(name):
             if anything_done:
                 raise StoreError(
@@ -92,6 +89,7 @@ class Output:
                     "--overwrite",
                     code=ErrorCode.OUTPUT_CHANGED,
                 )
+            allowed()
             for document in FOREIGN[self._format]:
                 self._objects.delete(document)
             self._put(self._record.metadata)
@@ -101,6 +99,20 @@ class Output:
             sweep_locks(self.path, time.time() - LOCK_AGE)
         allowed()
         self._write_group("incomplete", name)
+
+    @property
+    def has_final_name(self) -> bool:
+        """Whether the array is one that was renamed when it was sealed."""
+        return self._local and not self._exists(self._record.array) and self._exists(SEALED_NAME)
+
+    def unseal(self) -> None:
+        """Give a sealed array the name of a running job's again.
+
+        The name `0` says nothing of the epoch: to be called only by a process that holds the
+        claim on the job's record, so that the job cannot be replaced meanwhile.
+        """
+        if self.has_final_name:
+            os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
 
     def open(self) -> Array:
         """Open the array of a running job for writing; raises StoreError if it was changed."""
@@ -171,14 +183,12 @@ class Output:
 
     def _rename_to_final(self, name: str) -> None:
         final = join(self.path, SEALED_NAME)
-        if self._exists(SEALED_NAME) and self._exists(name):
+        if os.path.lexists(final) and self._exists(name):
             raise StoreError(
-                f"output: {final} is the array of another job or program; remove it, then run the "
+                f"output: {final} was made by another job or program; remove it, then run the "
                 "command again",
                 code=ErrorCode.OUTPUT_CHANGED,
             )
-        if os.path.lexists(final) and not self._exists(SEALED_NAME):
-            self._objects.discard(SEALED_NAME)
         try:
             os.rename(join(self.path, name), final)
         except FileNotFoundError:
@@ -190,19 +200,17 @@ class Output:
 
         They are listed before `allowed` looks at the job: later jobs' arrays are not among them.
         """
-        sealed = self._local and not self._exists(self._record.array)
-        own = SEALED_NAME if sealed else self._record.array
-        strays = [name for name in self._objects.folders() if self._is_stray(name, own)]
+        strays = [name for name in self._objects.folders() if self._is_stray(name)]
         allowed()
         if strays:
             self._objects.discard(*strays)
         self._objects.sweep()
 
-    def _is_stray(self, name: str, own: str) -> bool:
-        if name == own:
-            return False
-        if name == SEALED_NAME:
-            return not self._exists(name)
+    def _is_stray(self, name: str) -> bool:
+        if name == self._record.array:
+            return self._local and self.has_final_name
+        if name == SEALED_NAME:  # on a local disk it may be a later job's by now
+            return not self._local
         return EPOCH_NAME.fullmatch(name) is not None
 
     def _write_group(self, state: str, name: str) -> None:

@@ -188,6 +188,10 @@ def _prepare_output(job: OpenJob) -> tuple[list[Index], int]:
         job.folder.delete_earlier_epochs(job.record.epoch)
         if left:
             job.ledger.unseal()
+            if job.output.has_final_name:
+                with job.folder.claim(job.folder.objects.get(RECORD)):
+                    job.check_unchanged()
+                    job.output.unseal()
             job.output.prepare(anything_done=bool(done), allowed=job.check_unchanged)
         elif job.ledger.is_sealed():
             job.output.seal(allowed=job.check_unchanged)

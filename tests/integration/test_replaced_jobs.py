@@ -1,0 +1,303 @@
+"""A process of a replaced job may be suspended anywhere; the new job's output stays right.
+
+Actors are threads that run one command or task each and stop before every access to storage, until
+they are told to go on. So every order of two processes' accesses can occur.
+"""
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from chunkq_producer import submit
+from chunkq_worker.here import NoQueue
+from chunkq_worker.run import run_task
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from chunkq.errors import ChunkqError
+from chunkq.executors.base import Attempt
+from chunkq.finalize import finalize_job
+from chunkq.job import load_job
+from chunkq.objects import ObjectFolder
+from chunkq.opened import OpenJob, open_job
+from chunkq.record import JobRecord
+from chunkq.stores import TensorStoreArray
+from chunkq.tasks import Task
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.waiting import TIMEOUT
+from tests.harness.workspace import run_inline
+
+SHAPE = (12, 9)
+CHUNKS = [(0, 0), (0, 1), (1, 0), (1, 1)]
+JOBS = ({"strides": [2, 2]}, {"strides": [3, 3], "weight_function": ["weight_gaussian"]})
+ACCESSES = [
+    (ObjectFolder, "get"),
+    (ObjectFolder, "get_array"),
+    (ObjectFolder, "exists"),
+    (ObjectFolder, "list"),
+    (ObjectFolder, "folders"),
+    (ObjectFolder, "put"),
+    (ObjectFolder, "put_new"),
+    (ObjectFolder, "delete"),
+    (ObjectFolder, "delete_folder"),
+    (TensorStoreArray, "write"),
+    (os, "rename"),
+    (os, "replace"),
+    (os, "link"),
+]
+
+
+class Actor:
+    """A thread that stops before every access to storage."""
+
+    current: threading.local = threading.local()
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.error: BaseException | None = None
+        self.is_over = False
+        self._free = False
+        self._work = work
+        self._permits = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._wait()
+
+    def step(self, accesses: int) -> None:
+        """Let it do so many accesses."""
+        for _ in range(accesses):
+            if self.is_over:
+                return
+            self._permits.release()
+            self._wait()
+
+    def finish(self) -> None:
+        """Let it run to its end."""
+        self._free = True
+        self._permits.release()
+        self._thread.join(TIMEOUT)
+        assert not self._thread.is_alive()
+
+    def reach(self) -> None:
+        """Stop the calling thread, which works for this actor."""
+        if not self._free:
+            self._stopped.release()
+            self._permits.acquire()
+
+    def _wait(self) -> None:
+        assert self._stopped.acquire(timeout=TIMEOUT)
+
+    def _run(self) -> None:
+        Actor.current.actor = self
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+        self.is_over = True
+        self._stopped.release()
+
+
+class ActorPool(ThreadPoolExecutor):
+    """A pool whose threads work for the actor that submits."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        actor = getattr(Actor.current, "actor", None)
+
+        def call() -> Any:
+            Actor.current.actor = actor
+            return fn(*args, **kwargs)
+
+        return super().submit(call)
+
+
+def stopping(access: Callable[..., Any]) -> Callable[..., Any]:
+    def stop_and_access(*args: Any, **kwargs: Any) -> Any:
+        actor = getattr(Actor.current, "actor", None)
+        if actor is not None:
+            actor.reach()
+        return access(*args, **kwargs)
+
+    return stop_and_access
+
+
+@pytest.fixture
+def stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accesses to storage stop the actors."""
+    for owner, name in ACCESSES:
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+    monkeypatch.setattr(import_module("chunkq.finalize"), "ThreadPoolExecutor", ActorPool)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> "Jobs":
+    return Jobs(tmp_path_factory.mktemp("jobs"))
+
+
+class Jobs:
+    """Two jobs over one volume, and what each computes."""
+
+    def __init__(self, folder: Path) -> None:
+        write_zarr(folder / "in.zarr", random_volume(SHAPE), (4, 4))
+        self.values = {
+            "input": str(folder / "in.zarr"),
+            "inference_type": "sliding_window",
+            "chunksize": [6, 5],
+            "storage_chunks": [3, 5],
+            "threads": 1,
+            "model_config": toy_model(folder, (4, 4), scale=100.0),
+        }
+        self.results: list[npt.NDArray[Any]] = []
+        for number, output in enumerate(["one.zarr", "two.zarr"]):
+            run_inline(self.job(number, folder / output))
+            self.results.append(read_output(folder / output))
+
+    def job(self, number: int, output: Path) -> dict[str, Any]:
+        return self.values | JOBS[number] | {"output": str(output)}
+
+    def number(self, record: JobRecord) -> int:
+        return [job["strides"] for job in JOBS].index([*(record.job.strides or ())])
+
+
+class Suspensions(RuleBasedStateMachine):
+    """Two jobs that replace each other on one output, and actors that are suspended in between."""
+
+    jobs: Jobs
+    folders: Iterator[Path]
+
+    @initialize()
+    def produce_first(self) -> None:
+        self.output = next(self.folders) / "out.zarr"
+        self.path = f"{self.output}.chunkq"
+        self.actors: list[Actor] = []
+        self.produce(0)
+
+    def produce(self, number: int, *, overwrite: bool = False) -> None:
+        job = load_job(self.jobs.job(number, self.output))
+        queue = NoQueue("sqlite:///nowhere/queue.db")
+        submit.produce(submit.prepare(job), queue, overwrite=overwrite)
+
+    def open(self) -> OpenJob:
+        return open_job(self.path)
+
+    def infer(self, job: OpenJob, *chunks: tuple[int, ...]) -> None:
+        for chunk in chunks:
+            run_task(Task("infer", job.folder.path, chunk), Attempt(1, "worker"))
+
+    @precondition(lambda self: len(self.actors) < 4)
+    @rule(
+        what=st.sampled_from(["infer", "finalize", "produce", "overwrite"]),
+        chunk=st.sampled_from(CHUNKS),
+        accesses=st.integers(0, 60),
+    )
+    def start(self, what: str, chunk: tuple[int, int], accesses: int) -> None:
+        """Start an actor on the job as it is, and suspend it after some accesses."""
+        job = self.open()
+        number = self.jobs.number(job.record)
+        work = {
+            "infer": lambda: self.infer(job, chunk),
+            "finalize": lambda: finalize_job(job, worker="old", threads=1),
+            "produce": lambda: self.produce(number),
+            "overwrite": lambda: self.produce(1 - number, overwrite=True),
+        }[what]
+        actor = Actor(work)
+        self.actors.append(actor)
+        actor.step(accesses)
+
+    @precondition(lambda self: self.actors)
+    @rule(which=st.integers(0, 3), accesses=st.integers(1, 30))
+    def step(self, which: int, accesses: int) -> None:
+        self.actors[which % len(self.actors)].step(accesses)
+
+    @rule()
+    def compute(self) -> None:
+        with contextlib.suppress(ChunkqError):
+            self.infer(self.open(), *CHUNKS)
+
+    @rule()
+    def complete(self) -> None:
+        """Do all of the job that is there, as `chunkq run` does; it may be refused."""
+        with contextlib.suppress(ChunkqError):
+            self.complete_job()
+
+    @rule()
+    def replace(self) -> None:
+        """Replace the job by the other one, which may be refused, and do all of it."""
+        with contextlib.suppress(ChunkqError):
+            self.produce(1 - self.jobs.number(self.open().record), overwrite=True)
+            self.complete_job()
+
+    def complete_job(self) -> None:
+        self.produce(self.jobs.number(self.open().record))
+        job = self.open()
+        self.infer(job, *CHUNKS)
+        finalize_job(job, worker="new", threads=1)
+        assert job.output.is_sealed()
+
+    @invariant()
+    def what_is_sealed_is_right(self) -> None:
+        if not hasattr(self, "path"):
+            return
+        job = self.open()
+        if job.ledger.is_sealed() and job.output.is_sealed():
+            expected = self.jobs.results[self.jobs.number(job.record)]
+            np.testing.assert_array_equal(read_output(self.output), expected)
+
+    def teardown(self) -> None:
+        """Let all actors run to their ends; then one command makes everything right."""
+        for actor in getattr(self, "actors", ()):
+            actor.finish()
+            assert actor.error is None or isinstance(actor.error, (ChunkqError, OSError)), (
+                actor.error
+            )
+            self.what_is_sealed_is_right()
+        if hasattr(self, "path"):
+            number = self.jobs.number(self.open().record)
+            with contextlib.suppress(ChunkqError):
+                self.complete_job()
+            if not self.open().output.is_sealed():  # its output was deleted under it
+                self.produce(number, overwrite=True)
+                self.complete_job()
+            self.what_is_sealed_is_right()
+            assert {path.name for path in self.output.iterdir()} == {"zarr.json", "0"}
+            epoch = self.open().record.epoch
+            assert {path.name for path in Path(self.path).iterdir()} == {"job.json", epoch}
+
+
+@pytest.mark.usefixtures("stops")
+def test_a_suspended_process_of_a_replaced_job_changes_nothing_in_the_new_one(
+    tmp_path: Path, jobs: Jobs
+) -> None:
+    def folders() -> Iterator[Path]:
+        for number in itertools.count():
+            yield tmp_path / str(number)
+
+    Suspensions.jobs, Suspensions.folders = jobs, folders()
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        Suspensions,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=12,
+            deadline=None,
+            database=None,
+            derandomize=os.environ.get("HYPOTHESIS_PROFILE") != "explore",
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
