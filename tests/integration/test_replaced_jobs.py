@@ -45,7 +45,7 @@ from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.waiting import TIMEOUT
 from tests.harness.workspace import run_inline
 
-SHAPE = (12, 9)
+SHAPE = (16, 12)
 CHUNKS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 JOBS = ({"strides": [2, 2]}, {"strides": [3, 3], "weight_function": ["weight_gaussian"]})
 ACCESSES = [
@@ -63,6 +63,7 @@ ACCESSES = [
     (os, "replace"),
     (os, "link"),
 ]
+CHANGES = ["put", "put_new", "delete", "delete_folder", "write", "rename", "replace", "link"]
 
 
 class Actor:
@@ -73,6 +74,7 @@ class Actor:
     def __init__(self, work: Callable[[], object]) -> None:
         self.error: BaseException | None = None
         self.is_over = False
+        self.next_access = ""
         self._free = False
         self._work = work
         self._permits = threading.Semaphore(0)
@@ -89,6 +91,11 @@ class Actor:
             self._permits.release()
             self._wait()
 
+    def step_before(self, access: str, times: int) -> None:
+        """Let it go on until it stops before an access of this name, for the n-th time."""
+        while not self.is_over and (times := times - (self.next_access == access)):
+            self.step(1)
+
     def finish(self) -> None:
         """Let it run to its end."""
         self._free = True
@@ -96,9 +103,10 @@ class Actor:
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
-    def reach(self) -> None:
+    def reach(self, access: str) -> None:
         """Stop the calling thread, which works for this actor."""
         if not self._free:
+            self.next_access = access
             self._stopped.release()
             self._permits.acquire()
 
@@ -128,11 +136,11 @@ class ActorPool(ThreadPoolExecutor):
         return super().submit(call)
 
 
-def stopping(access: Callable[..., Any]) -> Callable[..., Any]:
+def stopping(name: str, access: Callable[..., Any]) -> Callable[..., Any]:
     def stop_and_access(*args: Any, **kwargs: Any) -> Any:
         actor = getattr(Actor.current, "actor", None)
         if actor is not None:
-            actor.reach()
+            actor.reach(name)
         return access(*args, **kwargs)
 
     return stop_and_access
@@ -142,7 +150,7 @@ def stopping(access: Callable[..., Any]) -> Callable[..., Any]:
 def stops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accesses to storage stop the actors."""
     for owner, name in ACCESSES:
-        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, stopping(name, getattr(owner, name)))
     monkeypatch.setattr(import_module("chunkq.finalize"), "ThreadPoolExecutor", ActorPool)
 
 
@@ -159,8 +167,8 @@ class Jobs:
         self.values = {
             "input": str(folder / "in.zarr"),
             "inference_type": "sliding_window",
-            "chunksize": [6, 5],
-            "storage_chunks": [3, 5],
+            "chunksize": [8, 6],
+            "storage_chunks": [2, 2],
             "threads": 1,
             "model_config": toy_model(folder, (4, 4), scale=100.0),
         }
@@ -205,10 +213,11 @@ class Suspensions(RuleBasedStateMachine):
     @rule(
         what=st.sampled_from(["infer", "finalize", "produce", "overwrite"]),
         chunk=st.sampled_from(CHUNKS),
-        accesses=st.integers(0, 60),
+        access=st.sampled_from(CHANGES),
+        times=st.integers(1, 3),
     )
-    def start(self, what: str, chunk: tuple[int, int], accesses: int) -> None:
-        """Start an actor on the job as it is, and suspend it after some accesses."""
+    def start(self, what: str, chunk: tuple[int, int], access: str, times: int) -> None:
+        """Start an actor on the job as it is, and suspend it before it changes something."""
         job = self.open()
         number = self.jobs.number(job.record)
         work = {
@@ -219,12 +228,20 @@ class Suspensions(RuleBasedStateMachine):
         }[what]
         actor = Actor(work)
         self.actors.append(actor)
-        actor.step(accesses)
+        actor.step_before(access, times)
 
     @precondition(lambda self: self.actors)
     @rule(which=st.integers(0, 3), accesses=st.integers(1, 30))
     def step(self, which: int, accesses: int) -> None:
         self.actors[which % len(self.actors)].step(accesses)
+
+    @precondition(lambda self: self.actors)
+    @rule(which=st.integers(0, 3))
+    def finish(self, which: int) -> None:
+        """Let an actor run to its end, which may be an error but none of Python's own."""
+        actor = self.actors.pop(which % len(self.actors))
+        actor.finish()
+        assert actor.error is None or isinstance(actor.error, (ChunkqError, OSError)), actor.error
 
     @rule()
     def compute(self) -> None:
@@ -239,10 +256,15 @@ class Suspensions(RuleBasedStateMachine):
 
     @rule()
     def replace(self) -> None:
-        """Replace the job by the other one, which may be refused, and do all of it."""
+        """Replace the job by the other one, which may be refused."""
         with contextlib.suppress(ChunkqError):
             self.produce(1 - self.jobs.number(self.open().record), overwrite=True)
-            self.complete_job()
+
+    @rule()
+    def replace_and_compute(self) -> None:
+        """Replace the job by the other one, which may be refused, and compute its chunks."""
+        self.replace()
+        self.compute()
 
     def complete_job(self) -> None:
         self.produce(self.jobs.number(self.open().record))
@@ -262,11 +284,8 @@ class Suspensions(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Let all actors run to their ends; then one command makes everything right."""
-        for actor in getattr(self, "actors", ()):
-            actor.finish()
-            assert actor.error is None or isinstance(actor.error, (ChunkqError, OSError)), (
-                actor.error
-            )
+        while getattr(self, "actors", None):
+            self.finish(0)
             self.what_is_sealed_is_right()
         if hasattr(self, "path"):
             number = self.jobs.number(self.open().record)
@@ -293,7 +312,7 @@ def test_a_suspended_process_of_a_replaced_job_changes_nothing_in_the_new_one(
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Suspensions,
         settings=settings(
-            max_examples=40,
+            max_examples=30,
             stateful_step_count=12,
             deadline=None,
             database=None,

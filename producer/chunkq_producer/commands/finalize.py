@@ -89,6 +89,8 @@ def complete(
 def tell(job: OpenJob, report: dict[str, Any]) -> None:
     """Say what became of the job."""
     shown = without_secret(job.folder.output)
+    for warning in report["warnings"]:
+        click.echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
         click.echo(f"sealed WITHOUT {len(report['missing'])} chunks: {shown}")
         return

@@ -1,0 +1,481 @@
+"""What a process trusts is verified when it is read; damage never becomes a result."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chunkq_producer import submit
+from chunkq_worker.here import NoQueue
+
+from chunkq import documents
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
+from chunkq.finalize import finalize_job
+from chunkq.job import load_job
+from chunkq.ledger import Failure, JobFolder
+from tests.harness.files import files_below
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.waiting import TIMEOUT
+from tests.harness.workspace import Workspace
+
+SHAPE = (24, 22)
+CHUNKS = {(i, j) for i in range(2) for j in range(2)}
+COMMANDS = [
+    ("status", "out.zarr"),
+    ("report", "out.zarr"),
+    ("finalize", "out.zarr"),
+    ("retry", "out.zarr"),
+    ("produce", "job.json"),
+    ("run", "job.json"),
+]
+
+
+def make_workspace(folder: Path) -> Workspace:
+    """Four chunks whose blocks all have bands."""
+    write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4],
+        "chunksize": [12, 12],
+        "storage_chunks": [4, 4],
+        "threads": 1,
+        "model_config": toy_model(folder, (8, 8), scale=100.0),
+    }
+    workspace = Workspace(folder, values)
+    workspace.write_job()
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = make_workspace(tmp_path_factory.mktemp("whole"))
+    workspace.call("produce", "job.json").ok()
+    workspace.compute_inline()
+    workspace.call("finalize", "out.zarr").ok()
+    return workspace
+
+
+@pytest.fixture
+def produced(tmp_path: Path) -> Workspace:
+    workspace = make_workspace(tmp_path)
+    workspace.call("produce", "job.json").ok()
+    return workspace
+
+
+@pytest.fixture
+def inferred(produced: Workspace) -> Workspace:
+    produced.compute_inline()
+    return produced
+
+
+@pytest.fixture
+def sealed(inferred: Workspace) -> Workspace:
+    inferred.call("finalize", "out.zarr").ok()
+    return inferred
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    path.write_bytes(content)
+
+
+def code_of(call: Callable[[], object]) -> ErrorCode:
+    with pytest.raises(ChunkqError) as caught:
+        call()
+    return caught.value.code
+
+
+# ------------------------------------------------------------------------ the job's record
+
+
+def with_other_strides(path: Path) -> None:
+    """Change a value so that the document's own checksum fits again, as a hand edit might."""
+    values = documents.decode(path.read_bytes())
+    assert values is not None
+    values["job"]["strides"] = [5, 5]
+    path.write_bytes(documents.encode(values, indent=1))
+
+
+RECORD_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "one bit flipped": flip,
+    "one digit changed": lambda p: p.write_text(p.read_text().replace("4,", "5,", 1)),
+    "a value and the checksum changed": with_other_strides,
+    "cut short": lambda p: p.write_bytes(p.read_bytes()[:-9]),
+    "emptied": lambda p: p.write_bytes(b""),
+    "not JSON": lambda p: p.write_bytes(b"\xff\xfe\x00"),
+    "another kind of JSON": lambda p: p.write_text("[1]"),
+    "nested deeply": lambda p: p.write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGES)
+def test_a_damaged_record_is_refused_by_name(inferred: Workspace, damage: str) -> None:
+    path = inferred.job_folder / "job.json"
+    RECORD_DAMAGES[damage](path)
+    before = files_below(inferred.output)
+    folder = JobFolder(str(inferred.job_folder))
+    assert code_of(folder.read_record) == ErrorCode.JOB_RECORD_DAMAGED
+    for command in COMMANDS:
+        inferred.call(*command).refused(2, f"{path}: damaged", "--overwrite")
+    assert files_below(inferred.output) == before
+
+
+def test_a_damaged_record_does_not_stop_cancel_and_overwrite(
+    produced: Workspace, whole: Workspace
+) -> None:
+    flip(produced.job_folder / "job.json")
+    produced.call("cancel", "out.zarr").ok()
+    assert produced.counts().queued == 0
+    produced.call("produce", "job.json", "--overwrite").ok()
+    produced.compute_inline()
+    produced.call("finalize", "out.zarr").ok()
+    np.testing.assert_array_equal(read_output(produced.output), read_output(whole.output))
+
+
+def test_a_worker_takes_no_chunk_of_a_job_whose_record_is_damaged(produced: Workspace) -> None:
+    with_other_strides(produced.job_folder / "job.json")
+    answer = produced.work()
+    assert answer.code != 0
+    assert "job.json: damaged" in answer.err
+    assert produced.counts().queued == len(CHUNKS)
+
+
+def test_a_job_folder_of_an_earlier_version_is_refused_by_name(produced: Workspace) -> None:
+    path = produced.job_folder / "job.json"
+    values = json.loads(path.read_bytes())
+    for key in ("checksum", "layout", "epoch"):
+        del values[key]
+    path.write_text(json.dumps(values))
+    folder = JobFolder(str(produced.job_folder))
+    assert code_of(folder.read_record) == ErrorCode.JOB_RECORD_UNSUPPORTED
+    produced.call("status", "out.zarr").refused(2, f"{path}: unsupported layout")
+    produced.call("produce", "job.json", "--overwrite").ok()
+
+
+# ------------------------------------------------------------------------ the output's metadata
+
+
+def edit_metadata(workspace: Workspace, **changes: object) -> None:
+    path = workspace.array / "zarr.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+OTHER_METADATA: list[dict[str, object]] = [
+    {"shape": [3, 24, 20]},
+    {"data_type": "float64"},
+    {"fill_value": 1.0},
+    {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 8, 8]}}},
+    {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}]},
+]
+
+
+@pytest.mark.parametrize("changes", OTHER_METADATA, ids=lambda changes: next(iter(changes)))
+def test_an_output_array_that_another_program_changed_is_not_written_and_not_sealed(
+    inferred: Workspace, changes: dict[str, object]
+) -> None:
+    edit_metadata(inferred, **changes)
+    voxels = {name: data for name, data in files_below(inferred.array).items() if "/" in name}
+    job = inferred.job
+    assert code_of(lambda: finalize_job(job, worker="here")) == ErrorCode.OUTPUT_CHANGED
+    assert code_of(job.output.open) == ErrorCode.OUTPUT_CHANGED
+    inferred.call("finalize", "out.zarr").refused(2, f"changed ({next(iter(changes))})")
+    assert not job.ledger.is_sealed()
+    after = {name: data for name, data in files_below(inferred.array).items() if "/" in name}
+    assert after == voxels
+
+
+@pytest.mark.parametrize("changes", OTHER_METADATA[:2], ids=lambda changes: next(iter(changes)))
+def test_a_sealed_output_that_was_changed_is_named(
+    sealed: Workspace, changes: dict[str, object]
+) -> None:
+    edit_metadata(sealed, **changes)
+    for command in [("finalize", "out.zarr"), ("produce", "job.json"), ("run", "job.json")]:
+        sealed.call(*command).refused(2, "0/zarr.json: changed")
+
+
+def test_attributes_that_a_user_adds_stay(sealed: Workspace) -> None:
+    edit_metadata(sealed, attributes={"stain": "DAPI"})
+    group = sealed.output / "zarr.json"
+    values = json.loads(group.read_text())
+    values["attributes"]["ome"]["omero"] = {"channels": []}
+    values["attributes"]["lab"] = 7
+    group.write_text(json.dumps(values))
+    before = files_below(sealed.output)
+    sealed.call("produce", "job.json").ok()
+    assert files_below(sealed.output) == before
+    attributes = json.loads(group.read_text())["attributes"]
+    values["attributes"]["chunkq"]["state"] = "incomplete"  # as a suspended process may leave it
+    group.write_text(json.dumps(values))
+    sealed.call("produce", "job.json").ok()
+    assert json.loads(group.read_text())["attributes"] == attributes
+
+
+@pytest.mark.parametrize("damage", ["emptied", "not JSON", "another kind of JSON", "gone"])
+def test_damaged_metadata_of_the_group_are_written_again(
+    sealed: Workspace, whole: Workspace, damage: str
+) -> None:
+    path = sealed.output / "zarr.json"
+    path.unlink() if damage == "gone" else RECORD_DAMAGES[damage](path)
+    sealed.call("status", "out.zarr").ok()
+    sealed.call("run", "job.json").ok()
+    np.testing.assert_array_equal(read_output(sealed.output), read_output(whole.output))
+
+
+def test_sealing_that_was_cut_off_is_finished_by_the_next_command(
+    inferred: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = inferred.job
+    for killed in ("_rename_to_final", "_write_group"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(job.output), killed, _killed)
+            with pytest.raises(KeyboardInterrupt):
+                finalize_job(job, worker="killed")
+        assert not inferred.status()["sealed"]
+    inferred.call("produce", "job.json").ok()
+    assert inferred.status()["sealed"]
+    np.testing.assert_array_equal(read_output(inferred.output), read_output(whole.output))
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------ small files
+
+SMALL_DAMAGES: dict[str, Callable[[Path], None]] = {
+    "one bit flipped": flip,
+    "cut short": lambda p: p.write_bytes(p.read_bytes()[:-9]),
+    "emptied": lambda p: p.write_bytes(b""),
+    "not JSON": lambda p: p.write_bytes(b"\xff\xfe\x00"),
+    "another kind of JSON": lambda p: p.write_text('"x"'),
+}
+
+
+@pytest.mark.parametrize("damage", SMALL_DAMAGES)
+@pytest.mark.parametrize("kind", ["infer", "finalize"])
+def test_a_damaged_commit_record_means_that_the_task_is_not_done(
+    inferred: Workspace, whole: Workspace, kind: str, damage: str
+) -> None:
+    if kind == "finalize":
+        inferred.call("finalize", "out.zarr").ok()
+        inferred.job.ledger.unseal()
+    SMALL_DAMAGES[damage](inferred.done_folder(kind) / "1.1")
+    assert not inferred.ledger.is_committed(kind, (1, 1))
+    inferred.call("status", "out.zarr", "--json").ok()
+    inferred.call("report", "out.zarr").ok()
+    answer = inferred.call("finalize", "out.zarr")
+    assert answer.code == IncompleteError.exit_code
+    assert "1.1" in answer.err
+    inferred.call("produce", "job.json").ok()
+    inferred.compute_inline()
+    inferred.call("finalize", "out.zarr").ok()
+    np.testing.assert_array_equal(read_output(inferred.output), read_output(whole.output))
+
+
+def test_commit_records_in_each_others_places_are_damaged(inferred: Workspace) -> None:
+    one, other = (inferred.done_folder() / name for name in ("0.0", "1.1"))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    committed = {index for index in CHUNKS if inferred.ledger.is_committed("infer", index)}
+    assert committed == CHUNKS - {(0, 0), (1, 1)}
+
+
+def test_a_commit_record_of_an_earlier_job_is_damaged(inferred: Workspace) -> None:
+    record = inferred.done_folder() / "0.0"
+    content = record.read_bytes()
+    inferred.call("produce", "job.json", "--overwrite").ok()
+    os.makedirs(inferred.done_folder())
+    (inferred.done_folder() / "0.0").write_bytes(content)
+    assert not inferred.ledger.is_committed("infer", (0, 0))
+
+
+@pytest.mark.parametrize("damage", SMALL_DAMAGES)
+def test_a_damaged_statistic_is_absent(sealed: Workspace, damage: str) -> None:
+    SMALL_DAMAGES[damage](sealed.epoch_folder / "report.json")
+    assert sealed.ledger.read_report() is None
+    assert sealed.status()["sealed"]
+    assert json.loads(sealed.call("report", "out.zarr", "--json").ok().out)["chunks"] == len(CHUNKS)
+
+
+@pytest.mark.parametrize("damage", SMALL_DAMAGES)
+def test_a_damaged_record_of_a_failure_is_skipped(produced: Workspace, damage: str) -> None:
+    for chunk in [(0, 0), (0, 1)]:
+        produced.ledger.record_failure(
+            Failure("infer", chunk, 1, "worker", "OSError", "no space left", "")
+        )
+    SMALL_DAMAGES[damage](produced.epoch_folder / "failed" / "infer" / "0" / "0.0.json")
+    [group] = produced.status()["failures"]
+    assert group["chunks"] == ["0.1"]
+    produced.call("retry", "out.zarr").ok()
+
+
+STRANGERS = [".DS_Store", ".nfs0000000000000001", "Thumbs.db", "9.9", "0", "1.1 ", "01.1", "x\ny"]
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_foreign_files_are_skipped(inferred: Workspace, whole: Workspace, name: str) -> None:
+    sealed_array = inferred.output / "0"
+    folders = [inferred.output, inferred.array, *_folders_below(inferred.job_folder)]
+    for folder in folders:
+        if not (folder / name).exists() and folder / name != sealed_array:
+            (folder / name).write_bytes(b"\0\1")
+    assert inferred.status()["failures"] == []
+    for command in COMMANDS[:-1]:
+        inferred.call(*command).ok()
+    assert inferred.status()["sealed"]
+    np.testing.assert_array_equal(read_output(inferred.output), read_output(whole.output))
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    return [Path(top) for top, _, _ in os.walk(folder)]
+
+
+def test_a_folder_in_the_place_of_a_commit_record_is_named(produced: Workspace) -> None:
+    folder = produced.done_folder() / "1.1"
+    folder.mkdir(parents=True)
+    produced.compute_inline()
+    assert {commit.chunk for commit in produced.commits()} == CHUNKS - {(1, 1)}
+    [failure] = produced.ledger.failures()
+    assert str(folder) in failure.message
+
+
+def test_with_all_pieces_gone_one_run_computes_them_again(
+    inferred: Workspace, whole: Workspace
+) -> None:
+    shutil.rmtree(inferred.pieces_folder())
+    with pytest.raises(IncompleteError) as caught:
+        finalize_job(inferred.job, worker="here")
+    assert caught.value.code == ErrorCode.RESULTS_LOST
+    assert set(caught.value.missing) == CHUNKS
+    assert inferred.commits() == []
+    inferred.call("produce", "job.json").ok()
+    inferred.compute_inline()
+    shutil.rmtree(inferred.pieces_folder())
+    inferred.run("run", "job.json").ok()
+    np.testing.assert_array_equal(read_output(inferred.output), read_output(whole.output))
+
+
+# ------------------------------------------------------------------------ the inputs
+
+
+def replace_input(workspace: Workspace, shape: tuple[int, ...], dtype: str = "uint8") -> None:
+    shutil.rmtree(workspace.folder / "in.zarr")
+    write_zarr(workspace.folder / "in.zarr", random_volume(shape).astype(dtype), (8, 8))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((30, 22), "uint8"), (SHAPE, "uint16")])
+def test_an_input_that_is_replaced_before_the_work_fails_every_chunk(
+    produced: Workspace, shape: tuple[int, ...], dtype: str
+) -> None:
+    replace_input(produced, shape, dtype)
+    assert code_of(produced.job.check_inputs) == ErrorCode.INPUT_CHANGED
+    produced.compute_inline()
+    assert produced.commits() == []
+    assert {failure.chunk for failure in produced.ledger.failures()} == CHUNKS
+
+
+def test_an_input_that_is_replaced_while_a_chunk_is_computed_fails_the_chunk(
+    produced: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = produced.job
+    read_halos = type(job).read_halos
+
+    def read_and_replace(self: object, chunk: object) -> object:
+        halos = read_halos(self, chunk)  # type: ignore[arg-type]
+        replace_input(produced, (30, 22))
+        return halos
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(job), "read_halos", read_and_replace)
+        produced.compute_inline(only={(0, 0)}.__contains__)
+    assert produced.commits() == []
+    assert produced.pieces() == []
+
+
+def test_an_input_that_is_replaced_before_the_end_is_an_error_of_finalize_and_produce(
+    inferred: Workspace,
+) -> None:
+    replace_input(inferred, (30, 22))
+    job = inferred.job
+    assert code_of(lambda: finalize_job(job, worker="here")) == ErrorCode.INPUT_CHANGED
+    assert not job.ledger.is_sealed()
+    inferred.call("finalize", "out.zarr").refused(2, "in.zarr was replaced")
+
+
+def test_an_input_of_the_same_shape_that_is_replaced_is_an_error_of_produce(
+    tmp_path: Path,
+) -> None:
+    workspace = make_workspace(tmp_path)
+    values = random_volume(SHAPE)
+    np.save(tmp_path / "in.npy", values)
+    workspace.write_job(input="in.npy")
+    workspace.call("produce", "job.json").ok()
+    np.save(tmp_path / "in.npy", values + 1)
+    os.utime(tmp_path / "in.npy", ns=(1, 1))
+    workspace.call("produce", "job.json").refused(2, "in.npy was replaced", "--overwrite")
+    assert code_of(workspace.job.check_inputs) == ErrorCode.INPUT_CHANGED
+
+
+def test_an_input_that_is_gone_by_the_end_is_a_line_in_the_report(inferred: Workspace) -> None:
+    shutil.rmtree(inferred.folder / "in.zarr")
+    said = inferred.call("finalize", "out.zarr").ok()
+    assert "in.zarr is gone" in said.err
+    [warning] = inferred.report()["warnings"]
+    assert "in.zarr is gone" in warning
+    assert code_of(inferred.job.check_inputs) == ErrorCode.INPUT_MISSING
+
+
+# ------------------------------------------------------------------------ two producers
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}])
+def test_of_two_different_jobs_produced_onto_one_output_at_once_one_is_refused(
+    tmp_path: Path, options: dict[str, bool]
+) -> None:
+    workspace = make_workspace(tmp_path)
+    queue = NoQueue("sqlite:///nowhere/queue.db")
+    for attempt in range(10):
+        output = str(tmp_path / f"race{attempt}.zarr")
+        files = [workspace.write_job(f"{n}.json", strides=[n, n]) for n in (4, 6)]
+        jobs = [submit.prepare(load_job(file, output=output)) for file in files]
+        if options:
+            submit.produce(jobs[0], queue)
+        produced, refused = _race(jobs, options)
+        stored = JobFolder(f"{output}.chunkq").require_record()
+        if options:  # the second may come after the first has ended, and replace it
+            assert produced
+            assert stored.digest in {jobs[number].record.digest for number in produced}
+        else:
+            [number] = produced
+            assert stored.digest == jobs[number].record.digest
+            assert refused in ([ErrorCode.OUTPUT_OF_OTHER_JOB], [ErrorCode.JOB_REPLACED])
+
+
+def _race(
+    jobs: list[submit.Prepared], options: dict[str, bool]
+) -> tuple[list[int], list[ErrorCode]]:
+    """Produce all jobs at once; return the numbers of those produced, and the others' errors."""
+    barrier = threading.Barrier(len(jobs), timeout=TIMEOUT)
+
+    def produce(number: int) -> int | ErrorCode:
+        barrier.wait()
+        try:
+            submit.produce(jobs[number], NoQueue("sqlite:///nowhere/queue.db"), **options)
+        except ChunkqError as error:
+            return error.code
+        return number
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        ends = [*pool.map(produce, range(len(jobs)))]
+    codes = [end for end in ends if isinstance(end, ErrorCode)]
+    return [end for end in ends if not isinstance(end, ErrorCode)], codes
