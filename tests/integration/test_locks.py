@@ -1,0 +1,73 @@
+"""Nobody waits for a suspended process, and none of its files stay in an output."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from chunkq.box import Box
+from chunkq.finalize import finalize_job
+from chunkq.output import LOCK_AGE, sweep_locks
+from chunkq.stores import open_array
+from tests.harness.files import files_below
+from tests.harness.volumes import write_zarr
+from tests.harness.waiting import TIMEOUT, wait_until
+from tests.integration.test_damage import make_workspace
+
+WRITE_FOREVER = """
+import sys
+import numpy as np
+from chunkq.box import Box
+from chunkq.stores import open_array
+
+array = open_array(sys.argv[1], write=True)
+values = np.ones(array.shape, array.dtype)
+for _ in iter(int, 1):
+    array.write(Box.of_shape(array.shape), values)
+"""
+STOPS = 25
+
+
+def test_a_writer_that_is_suspended_in_the_middle_blocks_no_other_writer(tmp_path: Path) -> None:
+    path = write_zarr(tmp_path / "out.zarr", np.zeros((64, 64, 64), np.uint8), (64, 64, 64))
+    array, box = open_array(str(path), write=True), Box.of_shape((64, 64, 64))
+    values = np.full((64, 64, 64), 2, np.uint8)
+    with ThreadPoolExecutor(1) as pool:
+        writer = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(path)])
+        try:
+            wait_until(lambda: array.read(box).any(), "it writes")
+            for _ in range(STOPS):
+                writer.send_signal(signal.SIGSTOP)
+                pool.submit(array.write, box, values).result(TIMEOUT)
+                np.testing.assert_array_equal(array.read(box), values)
+                writer.send_signal(signal.SIGCONT)
+                wait_until(lambda: (array.read(box) == 1).all(), "it writes again")
+        finally:
+            writer.kill()
+            writer.wait()
+    assert zarr.open_array(path, mode="r")[0, 0, 0] in (1, 2)
+
+
+def test_sealing_removes_what_killed_writers_left(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    workspace.call("produce", "job.json").ok()
+    workspace.compute_inline()
+    folder = workspace.array / "c" / "0" / "0"
+    for name in ("0.__lock", "0.__lock.1f2e"):
+        (folder / name).write_bytes(b"half")
+    finalize_job(workspace.job, worker="here")
+    assert not [name for name in files_below(workspace.output) if "__lock" in name]
+
+
+def test_only_old_temporary_files_of_a_running_job_are_removed(tmp_path: Path) -> None:
+    for name in ("old.__lock", "young.__lock", "0"):
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / "old.__lock", (1, 1))
+    sweep_locks(str(tmp_path), time.time() - LOCK_AGE)
+    assert {path.name for path in tmp_path.iterdir()} == {"young.__lock", "0"}
