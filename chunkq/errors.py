@@ -28,8 +28,14 @@ class ErrorCode(StrEnum):
     """The output path belongs to a different job."""
     OUTPUT_CHANGED = auto()
     """The metadata of the output array are missing or not those that the job created."""
+    PATH_INVALID = auto()
+    """A path has no canonical form, or is not written in it."""
+    PATH_NOT_ALLOWED = auto()
+    """A worker with `--allow` does not accept the job or a file that the job names."""
     STORE_UNUSABLE = auto()
     """A path cannot be read or written as the job requires."""
+    CODEC_UNSAFE = auto()
+    """An array is stored with a codec that can run code."""
     QUEUE_UNAVAILABLE = auto()
     """The queue cannot be reached or refuses the request."""
     MODEL_UNUSABLE = auto()

@@ -18,8 +18,9 @@ from pydantic import (
 )
 
 from chunkq.combine import Activation, Combine
-from chunkq.errors import JobError, nearest
+from chunkq.errors import ErrorCode, JobError, nearest
 from chunkq.grids import Edge
+from chunkq.job_path import canonical, path_problem, shown
 from chunkq.padding import PadMode
 from chunkq.paths import absolute, without_secret
 
@@ -170,6 +171,15 @@ class Job(Section):
             files["weight_function"] = self.weight_function[0]
         return files
 
+    def with_files(self, paths: Mapping[str, str]) -> Job:
+        """Return the job with other paths for some of `files`, by key path."""
+        section = "model_config."
+        model = {k.removeprefix(section): p for k, p in paths.items() if k.startswith(section)}
+        changed: dict[str, Any] = {"model": self.model.model_copy(update=model)}
+        if "weight_function" in paths:
+            changed["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
+        return self.model_copy(update=changed)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the job as plain JSON values, with the job file's own key names."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -196,8 +206,22 @@ def load_job(
     if input is not None:
         values["input"] = absolute(input, Path.cwd())
     if output is not None:
-        values["output"] = absolute(output, Path.cwd())
-    return parse_job(values)
+        values["output"] = canonical(output, Path.cwd())
+    return _with_usable_output(values)
+
+
+def _with_usable_output(values: Mapping[str, Any]) -> Job:
+    """Check a mapping and that its output's path has a canonical form; one line per mistake."""
+    output = values.get("output")
+    problem = path_problem(output) if isinstance(output, str) else None
+    lines = [] if problem is None else [f"output: {shown(str(output))} {problem}"]
+    try:
+        job = parse_job(values)
+    except JobError as error:
+        raise JobError([*error.problems, *lines], code=error.code) from None
+    if lines:
+        raise JobError(lines, code=ErrorCode.PATH_INVALID)
+    return job
 
 
 def parse_job(values: Mapping[str, Any]) -> Job:
@@ -269,12 +293,13 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _make_absolute(values: dict[str, Any], base: Path) -> None:
     """Resolve every path in place of a relative one; values of a wrong type are left to checks."""
-    for key in ("input", "output"):
-        value = values.get(key)
-        if isinstance(value, str):
-            values[key] = absolute(value, base)
-        elif isinstance(value, (list, tuple)):
-            values[key] = [absolute(v, base) if isinstance(v, str) else v for v in value]
+    if isinstance(output := values.get("output"), str):
+        values["output"] = canonical(output, base)
+    inputs = values.get("input")
+    if isinstance(inputs, str):
+        values["input"] = absolute(inputs, base)
+    elif isinstance(inputs, (list, tuple)):
+        values["input"] = [absolute(v, base) if isinstance(v, str) else v for v in inputs]
     weights = values.get("weight_function")
     if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
         values["weight_function"] = [absolute(weights[0], base), weights[1]]

@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from chunkq import documents
 from chunkq.errors import ErrorCode, JobError, MissingJobError, PieceError
+from chunkq.job_path import SUFFIX
 from chunkq.objects import ObjectFolder
 from chunkq.paths import without_secret
 from chunkq.plan import Index
 from chunkq.record import EPOCH_DIGITS, JobRecord
 from chunkq.tasks import ENTRY_POINTS, chunk_name, parse_chunk
 
-SUFFIX = ".chunkq"
 RECORD = "job.json"
 EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
 ITEM = "0"

@@ -16,6 +16,9 @@ from chunkq.errors import StoreError
 SERVERS = frozenset({"redis", "rediss", "unix"})
 """Schemes of queues, in whose URLs `@` only ever ends a password."""
 
+LOCAL_SCHEMES = frozenset({"file", "local"})
+"""Schemes of URLs that name local paths."""
+
 
 def is_url(path: str) -> bool:
     """Tell a URL such as `s3://bucket/key` from a local path."""
@@ -23,17 +26,23 @@ def is_url(path: str) -> bool:
 
 
 def absolute(path: str, base: Path) -> str:
-    """Return a URL as it is, a local path made absolute against `base`, without `..`."""
-    if path.startswith("file://"):
-        path = path.removeprefix("file://")
-    if is_url(path):
-        return path.rstrip("/")
-    return str(Path(*_resolved_parts((base / Path(path).expanduser()).absolute())))
+    """Return a local path made absolute against `base`, without `..`; a URL as it is.
+
+    `file://` and `local://` in upper or lower case name local paths. A URL's scheme is returned
+    in lower case, its trailing slashes are removed.
+    """
+    scheme, separator, rest = path.partition("://")
+    if scheme.lower() in LOCAL_SCHEMES:
+        path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+    elif separator:
+        scheme = scheme.lower() if scheme.isalnum() else scheme
+        return f"{scheme}://{rest.rstrip('/')}"
+    return str(Path(*_resolved_parts((base / os.path.expanduser(path)).absolute())))
 
 
 def _resolved_parts(path: Path) -> list[str]:
     parts: list[str] = []
-    for part in path.parts:
+    for part in ("/", *path.parts[1:]):  # POSIX lets `//` at the start mean something else
         if part == ".." and len(parts) > 1:
             parts.pop()
         elif part != "..":
@@ -84,13 +93,13 @@ def file_hash(path: str) -> str:
     """
     if is_url(path):
         return _url_hash(path)
-    parts = _parts(path)
+    parts = local_parts(path)
     if parts is None:
         return _content_hash(path)
     return _joint_hash((name, _content_hash(part)) for name, part in parts)
 
 
-def _parts(path: str) -> list[tuple[str, str]] | None:
+def local_parts(path: str) -> list[tuple[str, str]] | None:
     """Return the files a local path stands for, as (relative name, path); None for a file."""
     if os.path.isdir(path):
         found = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]

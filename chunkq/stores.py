@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from chunkq import pages
 from chunkq.box import Box
-from chunkq.errors import ChunkReadError, StoreError
+from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.ome import Space, first_image, space_of
 from chunkq.padding import PadMode, source_indices, source_range
 from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
@@ -38,6 +38,8 @@ HEADER_BYTES = 128
 NO_LOCKS = {"mode": "none"}
 """Every object has one writer, and a suspended process that held a lock would block all others."""
 
+CODE_CODECS = frozenset({"pickle"})
+"""Codecs of Zarr v2 that run code which the stored bytes name; older numcodecs do not ask."""
 log = logging.getLogger("chunkq.stores")
 Voxels = npt.NDArray[Any]
 
@@ -331,7 +333,9 @@ def _open_node(path: str, mode: Any = "r") -> Any:
         if is_url(path):
             # A server that is away shows here; zarr's many requests at once would each complain.
             filesystem.exists(join(inner, "zarr.json"))
-        return zarr.open(path, mode=mode)
+        node = zarr.open(path, mode=mode)
+        _check_codecs(node, path)
+        return node
     except StoreError:
         raise
     except (FileNotFoundError, ValueError, KeyError) as error:
@@ -340,6 +344,21 @@ def _open_node(path: str, mode: Any = "r") -> Any:
         raise StoreError(f"input: {shown} {reason}") from error
     except Exception as error:
         raise StoreError(f"input: {shown} cannot be opened: {error}") from error
+
+
+def _check_codecs(node: Any, path: str) -> None:
+    """Raise StoreError for an array whose voxels run code when they are read."""
+    if not hasattr(node, "shape"):
+        return
+    metadata = node.metadata.to_dict()
+    codecs = [*(metadata.get("filters") or ()), metadata.get("compressor") or {}]
+    names = {codec.get("id") for codec in codecs} & CODE_CODECS
+    if names:
+        raise StoreError(
+            f"input: {without_secret(path)} is stored with the codec {names.pop()!r}, which can "
+            "run code when it is read; store it as plain numbers",
+            code=ErrorCode.CODEC_UNSAFE,
+        )
 
 
 def _local_format(path: str) -> Literal[2, 3] | None:

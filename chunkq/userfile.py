@@ -7,12 +7,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from chunkq.errors import JobError
+from chunkq.allowed import AllowedPaths
+from chunkq.errors import ChunkqError, ErrorCode, JobError
+from chunkq.job_path import shown
 from chunkq.paths import is_url, read_bytes
 from chunkq.plan import Plan
 from chunkq.weights import ArrayWeights, Weights, built_in
@@ -40,7 +45,8 @@ def load_names(path: str, key: str) -> dict[str, Any]:
         with neighbours(path):
             exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
-        raise JobError(f"{key}: {path} raised {_in_one_line(error)}") from error
+        known = error.code if isinstance(error, ChunkqError) else None
+        raise JobError(f"{key}: {path} raised {_in_one_line(error)}", code=known) from error
     return dict(module.__dict__)
 
 
@@ -48,18 +54,23 @@ def load_names(path: str, key: str) -> dict[str, Any]:
 def neighbours(path: str) -> Iterator[None]:
     """Let what is run inside import modules beside a local file, before any of their name.
 
-    Those are forgotten afterwards: another job's neighbours may have the same names.
+    Those are forgotten afterwards: another job's neighbours may have the same names. A neighbour
+    that leads out of the allowed paths is refused with JobError.
     """
     folder = os.path.dirname(path)
     if is_url(path):
         yield
         return
     before = set(sys.modules)
+    guards = [_NeighbourGuard(folder, a) for a in [AllowedPaths.from_environment()] if a]
+    sys.meta_path[:0] = guards
     sys.path.insert(0, folder)
     try:
         yield
     finally:
         sys.path.remove(folder)
+        for guard in guards:
+            sys.meta_path.remove(guard)
         for name in set(sys.modules) - before:
             origin = getattr(sys.modules[name], "__file__", None)
             if origin and _is_neighbour(name, origin, folder):
@@ -71,6 +82,29 @@ def _is_neighbour(name: str, origin: str, folder: str) -> bool:
         return False
     # An environment inside the project's folder holds what is installed, not neighbours.
     return not {"site-packages", "dist-packages"}.intersection(origin.split(os.sep))
+
+
+class _NeighbourGuard(MetaPathFinder):
+    """Refuses modules beside a file that lie, after symbolic links, below no allowed path."""
+
+    def __init__(self, folder: str, allowed: AllowedPaths) -> None:
+        self._folder, self._allowed = folder, allowed
+
+    @override
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> None:
+        """Find no module: raise JobError for a refused one, leave the others to Python."""
+        spec = PathFinder.find_spec(fullname, path)
+        origin = None if spec is None else spec.origin
+        if origin is None or not _is_neighbour(fullname, origin, self._folder):
+            return
+        if self._allowed.locate(origin) is None:
+            raise JobError(
+                f"{shown(origin)} -> {shown(os.path.realpath(origin))} leads out of the paths that "
+                "this worker runs code from; copy the module or allow its folder",
+                code=ErrorCode.PATH_NOT_ALLOWED,
+            )
 
 
 def pick(names: dict[str, Any], name: str, path: str, key: str) -> Any:

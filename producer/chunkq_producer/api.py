@@ -15,9 +15,9 @@ from chunkq.executors import open_executor, queue_url
 from chunkq.executors.base import Executor
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job
+from chunkq.job_path import output_path
 from chunkq.ledger import folder_of
 from chunkq.opened import open_job
-from chunkq.paths import absolute
 from chunkq_producer import submit
 from chunkq_producer.cluster import queue_of
 from chunkq_producer.distribute import distribute as have_workers_complete
@@ -158,7 +158,7 @@ def _loaded(job: JobSource, input: Place | None, output: Place | None) -> Job:
 
 def _folder(output: Place) -> str:
     """Return the path of an output's job folder."""
-    return folder_of(absolute(str(output), Path.cwd()))
+    return folder_of(output_path(str(output), Path.cwd()))
 
 
 @contextmanager

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import click
 
+from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_job
 from chunkq.errors import IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, usual_depth
 from chunkq.executors.settings import override_settings
 from chunkq.finalize import standing
+from chunkq.job_path import output_path
 from chunkq.ledger import folder_of
 from chunkq.opened import open_job
-from chunkq.paths import absolute, without_secret
+from chunkq.paths import without_secret
 from chunkq_worker.devices import Slot, slots
-from chunkq_worker.run import ALLOW_VARIABLE
 from chunkq_worker.supervisor import Supervisor
 
 
@@ -53,7 +54,11 @@ from chunkq_worker.supervisor import Supervisor
     help="Seconds after which a silent worker's chunks go to others; default 20.",
 )  # fmt: skip
 @click.option("--job", help="Only work on the job of this output.")
-@click.option("--allow", multiple=True, help="Only accept jobs below this path; may be repeated.")
+@click.option(
+    "--allow", multiple=True,
+    help="Run jobs and code only from below this path; may be repeated. "
+    f"Default: the lines of ${ALLOW_VARIABLE}, else every path.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Only say what goes wrong.")
 @click.option("--lifeline", is_flag=True, hidden=True, help="End when standard input does.")
 def work(
@@ -76,8 +81,10 @@ def work(
     Ctrl-C or SIGTERM finishes what is in flight and takes no more; the same again hands it back
     at once.
     """
-    if allow:
-        os.environ[ALLOW_VARIABLE] = "\n".join(absolute(place, Path.cwd()) for place in allow)
+    base = Path.cwd()
+    allowed = AllowedPaths.of(allow, base) if allow else AllowedPaths.from_environment(base)
+    if allowed is not None:
+        allowed.to_environment()
     if lease is not None:
         override_settings(lease=lease)
     url = queue_url(queue)
@@ -88,7 +95,7 @@ def work(
     executor.ready()
     if lifeline:
         threading.Thread(target=_stop_with_parent, daemon=True).start()
-    folder = None if job is None else folder_of(absolute(job, Path.cwd()))
+    folder = None if job is None else folder_of(output_path(job, base))
     before = _jobs(executor, folder)
     supervisor = Supervisor(
         queue=url,
@@ -139,8 +146,9 @@ def _lost(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> list[str
         now = after.get(path, Counts())
         if not counts.queued + counts.running or now.queued + now.running:
             continue
-        with suppress(MissingJobError):  # a job taken away, with its folder, is nobody's loss
-            job = open_job(path)
+        # A removed job has lost nothing, and a refused one is not opened.
+        with suppress(MissingJobError, JobError):
+            job = open_job(accepted_job(path))
             if len(standing(job).unfinished) > now.failed:
                 lost.append(job.folder.output)
     return lost

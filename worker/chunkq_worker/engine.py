@@ -10,12 +10,13 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from chunkq.allowed import accepted_files, accepted_job
 from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
 from chunkq.combine import on_host
-from chunkq.errors import ModelError
+from chunkq.errors import JobError, ModelError
 from chunkq.opened import OpenJob
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
@@ -147,7 +148,8 @@ class Device:
             this_process.check(job.plan.job.model)
             while len(self._engines) >= ENGINES_HELD:
                 self._engines.popitem(last=False)[1].close()
-            self._engines[key] = Engine(job.record, job.plan)
+            accepted = accepted_files(job.record.job, job.folder.path)
+            self._engines[key] = Engine(job.record, replace(job.plan, job=accepted))
         self._engines.move_to_end(key)
         return self._engines[key]
 
@@ -180,7 +182,11 @@ _lock = threading.Lock()
 
 def waits_for_device(task: Task) -> bool:
     """Tell whether a task of this process merely waits for another to be computed."""
-    return _device is not None and _device.is_awaited_by(task)
+    try:
+        opened = replace(task, job=accepted_job(task.job))  # as `run_task` opens it
+    except JobError:
+        return False
+    return _device is not None and _device.is_awaited_by(opened)
 
 
 def this_device(make: Callable[[], Device] = Device) -> Device:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import traceback
+from dataclasses import replace
 
+from chunkq.allowed import accepted_files, accepted_job, is_restricted
 from chunkq.errors import (
     ChunkqError,
+    ErrorCode,
     FrameworkConflictError,
     JobError,
     MissingJobError,
     ModelError,
 )
 from chunkq.executors.base import Attempt, Outcome
+from chunkq.job_path import output_of, shown
 from chunkq.ledger import Failure, JobFolder
-from chunkq.paths import is_url, without_secret
+from chunkq.opened import open_job
 from chunkq.tasks import Task, chunk_name, entry_point
-
-ALLOW_VARIABLE = "CHUNKQ_ALLOW"
-"""Path prefixes of the job folders that a worker accepts, one a line."""
 
 log = logging.getLogger("chunkq.worker")
 
@@ -28,16 +28,22 @@ log = logging.getLogger("chunkq.worker")
 def run_task(task: Task, attempt: Attempt) -> Outcome:
     """Run one task to its end; thread-safe, and nothing happens if it is committed.
 
-    An error is recorded in the ledger and raised again.
+    An error is recorded in the ledger and raised again. Raises JobError, and opens nothing, if
+    the worker does not accept the job folder; see `chunkq.allowed`.
     """
-    _refuse_strangers(task.job)
+    # From here on the task has the path that was checked, and no other is opened.
+    task = replace(task, job=accepted_job(task.job))
     started = time.time()
     try:
+        if is_restricted():
+            accepted_files(open_job(task.job).record.job, task.job)
         outcome: Outcome = entry_point(task.kind)(task, attempt) or Outcome()
     except (JobError, ModelError, FrameworkConflictError) as error:
-        # Every chunk of the job would end like this; the worker stops and says so.
-        shown = without_secret(JobFolder(task.job).output)
-        raise type(error)(f"{shown}: {error}") from error
+        if error.code == ErrorCode.PATH_NOT_ALLOWED:
+            raise  # names the job already
+        # Every chunk of the job would end like this; the worker stops and logs it.
+        output = shown(output_of(task.job))
+        raise type(error)(f"{output}: {error}", code=error.code) from error
     except (Exception, SystemExit) as error:
         record_failure(task, attempt, error)
         raise
@@ -46,28 +52,13 @@ def run_task(task: Task, attempt: Attempt) -> Outcome:
     return outcome
 
 
-def _refuse_strangers(job: str) -> None:
-    allowed = [p for p in os.environ.get(ALLOW_VARIABLE, "").splitlines() if p]
-    place = _real(job) + "/"
-    if allowed and not any(place.startswith(_real(p).rstrip("/") + "/") for p in allowed):
-        raise JobError(
-            f"{without_secret(job)}: this worker only accepts jobs below "
-            f"{', '.join(allowed)}; widen --allow or {ALLOW_VARIABLE}"
-        )
-
-
-def _real(path: str) -> str:
-    """Return the path without links and `..`, which could lead out of what is allowed."""
-    return path if is_url(path) and "/../" not in path else os.path.realpath(path)
-
-
 def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
     """Keep the error; a ledger that cannot be written must not hide it."""
-    shown = str(error) or type(error).__name__
+    message = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):
-        shown = f"{type(error).__name__}: {shown}"
+        message = f"{type(error).__name__}: {message}"
     log.error(
-        "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, shown
+        "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, message
     )
     if isinstance(error, MissingJobError):
         return  # a record would bring back the folder that someone removed
@@ -77,11 +68,11 @@ def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
         attempt=attempt.number,
         worker=attempt.worker,
         error=type(error).__name__,
-        message=shown,
+        message=message,
         traceback="".join(traceback.format_exception(error)),
     )
     try:
-        folder = JobFolder(task.job)
+        folder = JobFolder(accepted_job(task.job))
         record = folder.read_record()
         if record is not None:
             folder.ledger(record.epoch).record_failure(failure)

@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from chunkq.ledger import JobFolder
-from chunkq.paths import without_secret
+from chunkq.job_path import output_of, shown
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
 
 
@@ -27,8 +26,7 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
     executor.close()
     if as_json:
         rows = [
-            {"output": without_secret(JobFolder(job).output), **asdict(counts)}
-            for job, counts in found.items()
+            {"output": shown(output_of(job)), **asdict(counts)} for job, counts in found.items()
         ]
         click.echo(json.dumps(rows, indent=1))
         return
@@ -36,6 +34,6 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
         click.echo("no job has chunks on this queue")
     for job, counts in sorted(found.items()):
         click.echo(
-            f"{without_secret(JobFolder(job).output)}: {counts.queued} queued, "
+            f"{shown(output_of(job))}: {counts.queued} queued, "
             f"{counts.running} running, {counts.failed} failed"
         )

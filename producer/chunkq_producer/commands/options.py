@@ -8,9 +8,9 @@ import click
 
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
+from chunkq.job_path import output_path
 from chunkq.ledger import JobFolder, folder_of
 from chunkq.opened import OpenJob, open_job
-from chunkq.paths import absolute
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option("-i", "--input", "input_", help="Volume to read, instead of the job's.")
@@ -29,7 +29,7 @@ def queue_of(given: str | None, of_job: str | None = None) -> Executor:
 
 def folder_at(output: str) -> JobFolder:
     """Return the job folder of an output path as the user wrote it."""
-    return JobFolder(folder_of(absolute(output, Path.cwd())))
+    return JobFolder(folder_of(output_path(output, Path.cwd())))
 
 
 def job_at(output: str) -> OpenJob:

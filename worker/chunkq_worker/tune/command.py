@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from chunkq import __version__
+from chunkq.allowed import ALLOW_VARIABLE
 from chunkq.errors import ChunkqError, JobError, ModelError, nearest
 from chunkq.executors.base import usual_depth
 from chunkq.job import Job, load_job
@@ -32,7 +33,6 @@ from chunkq_worker.birth import child_settings
 from chunkq_worker.commands import seconds_in
 from chunkq_worker.devices import VISIBLE, cores, slots
 from chunkq_worker.given import arrays_of
-from chunkq_worker.run import ALLOW_VARIABLE
 from chunkq_worker.tune.file import JobFile
 from chunkq_worker.tune.memory import offered
 from chunkq_worker.tune.process import Trials
