@@ -77,7 +77,7 @@ def _url_problem(url: str) -> str | None:
         ("?" in rest or "#" in rest, "has a query or a fragment; use a URL without `?` and `#`"),
         (ENCODED.search(rest), "contains an encoded dot, slash or NUL; use plain characters"),
         (climbs and canonical(url, Path("/")) == url, "leads out of its bucket or host; omit `..`"),
-        (scheme != "memory" and not rest.partition("/")[0], "names no bucket or host"),
+        (not rest.partition("/")[0], "names no bucket or host"),
     )
     if scheme.lower() in LOCAL_SCHEMES:
         return None  # a local path in another form

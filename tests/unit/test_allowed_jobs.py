@@ -1,30 +1,497 @@
-"""Which job folders a worker accepts."""
+"""What a worker with `--allow` accepts: `docs/security.md`, "Code that a worker runs"."""
 
+import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from chunkq_worker.run import ALLOW_VARIABLE, run_task
+from chunkq_producer import submit
+from chunkq_worker.engine import Device, waits_for_device
+from chunkq_worker.here import NoQueue
+from chunkq_worker.run import record_failure, run_task
 
-from chunkq.errors import JobError, MissingJobError
+from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_files, accepted_job
+from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt
+from chunkq.job import ModelConfig, load_job, parse_job
+from chunkq.ledger import JobFolder
 from chunkq.tasks import Task
+from chunkq.userfile import load_names
+
+NETWORK = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+{imports}
+class Net:
+    def __init__(self, gain=1):
+        self.gain = gain
+    def __call__(self, batch):
+        return batch * self.gain
+"""
+STEPS = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+def preprocessing(batch):
+    return batch
+"""
+WEIGHTS = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+def mine(shape):
+    return [1.0] * shape[0]
+"""
 
 
-def run(folder: Path) -> None:
-    run_task(Task("infer", f"{folder}/out.zarr.chunkq", (0,)), Attempt(1, "worker"))
+def allow(monkeypatch: pytest.MonkeyPatch, *prefixes: str | Path) -> None:
+    monkeypatch.setenv(ALLOW_VARIABLE, "\n".join(map(str, prefixes)))
 
 
-@pytest.mark.parametrize("allowed", ["team", "team/"])
+def run(job: str | Path, kind: str = "infer") -> None:
+    run_task(Task(kind, str(job), (0,)), Attempt(1, "worker"))
+
+
+def refused(job: str | Path, kind: str = "infer") -> JobError:
+    """Run a task of a job that must be refused, and return the error."""
+    with pytest.raises(JobError) as caught:
+        run(job, kind)
+    assert len(str(caught.value).splitlines()) == 1
+    return caught.value
+
+
+def is_accepted(job: str | Path) -> bool:
+    """Tell whether a worker opens this job folder, which does not exist."""
+    try:
+        run(job)
+    except MissingJobError:
+        return True
+    except JobError as error:
+        return error.code not in (ErrorCode.PATH_INVALID, ErrorCode.PATH_NOT_ALLOWED)
+    return False
+
+
+@pytest.fixture
+def modules() -> Iterator[None]:
+    before, path = set(sys.modules), list(sys.path)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+class Lab:
+    """A job over eight voxels whose files lie in folders of choice; `team` is the allowed one."""
+
+    def __init__(self, top: Path) -> None:
+        self.team, self.other = top / "team", top / "other"
+        for folder in (self.team, self.other):
+            folder.mkdir()
+        np.save(self.other / "in.npy", np.ones(8, np.float32))
+        (self.team / "net.py").write_text(NETWORK.format(imports=""))
+
+    def produce(self, folder: Path | None = None, **changes: Any) -> Path:
+        """Produce a job; return its job folder. Nothing of its code counts as run before that."""
+        model = {
+            "runtime": "numpy",
+            "type": "class",
+            "class_file": str(self.team / "net.py"),
+            "class_name": "Net",
+            "model_input_shape": [4],
+        }
+        output = (folder or self.team) / "out.zarr"
+        values = {"input": str(self.other / "in.npy"), "output": str(output), "chunksize": [8]}
+        values |= {"model_config": model | changes.pop("model", {})} | changes
+        submit.produce(submit.prepare(load_job(values)), NoQueue("sqlite:///unused"))
+        for marker in self.ran():
+            marker.unlink()
+        return Path(f"{output}.chunkq")
+
+    def ran(self) -> list[Path]:
+        """Return the marks that files which were run have left."""
+        return [*self.team.rglob("ran"), *self.other.rglob("ran")]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: None) -> Lab:
+    lab = Lab(tmp_path)
+    allow(monkeypatch, lab.team)
+    return lab
+
+
+# ----------------------------------------------------------------------------- the job folder
+
+
+@pytest.mark.parametrize("allowed", ["team", "team/", "other/../team", "link", "team//."])
 def test_only_jobs_below_the_allowed_folders_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str
 ) -> None:
-    monkeypatch.setenv(ALLOW_VARIABLE, f"{tmp_path}/scratch\n{tmp_path}/{allowed}")
-    for folder in ("team", "team/brain", "scratch"):
-        with pytest.raises(MissingJobError):  # accepted, but there is no job
-            run(tmp_path / folder)
-    (tmp_path / "team").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "team" / "link").symlink_to(tmp_path / "other")
-    for folder in ("team2", "other", "team/../other", "team/link"):
-        with pytest.raises(JobError, match="this worker only accepts jobs below"):
-            run(tmp_path / folder)
+    for folder in ("team/brain", "scratch", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("team")
+    (tmp_path / "team" / "outwards").symlink_to(tmp_path / "other")
+    allow(monkeypatch, tmp_path / "scratch", f"{tmp_path}/{allowed}")
+    for folder in ("team", "team/brain", "scratch", "link/brain", "team/not-there"):
+        assert is_accepted(tmp_path / folder / "out.zarr.chunkq"), folder
+    for folder in ("team2", "other", "", "team/outwards", "link/outwards", "team/outwards/x"):
+        assert not is_accepted(tmp_path / folder / "out.zarr.chunkq"), folder
+
+
+@pytest.mark.parametrize("kind", ["infer", "finalize"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{team}/../other/out.zarr.chunkq",
+        "file://{team}/../other/out.zarr.chunkq",
+        "FILE://{team}/../other/out.zarr.chunkq",
+        "local://{team}/../other/out.zarr.chunkq",
+        "file:{team}/../other/out.zarr.chunkq",
+        "file://{other}/out.zarr.chunkq",
+        "simplecache::file://{other}/out.zarr.chunkq",
+        "filecache::file://{team}/../other/out.zarr.chunkq",
+        "simplecache::local://{other}/out.zarr.chunkq",
+        "dir::file://{other}/out.zarr.chunkq",
+        "{team}/%2e%2e/other/out.zarr.chunkq",
+        "file://{team}/%2e%2e/other/out.zarr.chunkq",
+        "../other/out.zarr.chunkq",
+        "other/out.zarr.chunkq",
+        "{other}/out.zarr.chunkq",
+        "{other}//out.zarr.chunkq",
+        "/{other}/out.zarr.chunkq",
+        "{team}/x\0/../../other/out.zarr.chunkq",
+        "{other}/out.zarr.chunkq/",
+        "{other}/out.zarr.chunkq/.",
+    ],
+)
+def test_no_spelling_of_a_path_leads_out_of_the_allowed_folders(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, spelling: str, kind: str
+) -> None:
+    (lab.other / "net.py").write_text(NETWORK.format(imports=""))
+    lab.produce(lab.other, model={"class_file": str(lab.other / "net.py")})
+    monkeypatch.chdir(lab.team)
+    with pytest.raises((JobError, MissingJobError)):
+        run(spelling.format(team=lab.team, other=lab.other), kind)
+    assert lab.ran() == []
+
+
+@pytest.mark.parametrize(
+    ("prefix", "inside", "outside"),
+    [
+        ("s3://bucket/a", ["s3://bucket/a/o", "s3://bucket/a/b/o"], ["s3://bucket/ab/o"]),
+        ("s3://bucket/a/", ["s3://bucket/a/o"], ["s3://bucket/o", "s3://bucket-a/o"]),
+        ("s3://bucket", ["s3://bucket/o"], ["s3://bucket2/o", "s3://BUCKET/o", "gs://bucket/o"]),
+        ("S3://bucket//a/../b", ["s3://bucket/b/o"], ["s3://bucket/a/o", "s3://bucket/a/../b/o"]),
+        ("s3://b/a", [], ["s3://b/a/../c/o", "s3://b/../c/o", "s3://b/a//o", "s3://b/a/./o"]),
+        ("s3://b/a", [], ["S3://b/a/o", "s3://b/a/o?x=1", "s3://b/a/o#x", "s3://b/a\\..\\o"]),
+        ("s3://b/a", [], ["filecache::s3://b/a/o", "s3://b/a/%2e%2e/c/o", "/b/a/o", "b/a/o"]),
+        ("https://HOST/a", ["https://host/a/o"], ["http://host/a/o", "https://host:81/a/o"]),
+        ("https://host/a", [], ["https://host@evil/a/o", "https://me:pw@host/a/o"]),
+        ("memory://a", ["memory://a/o"], ["memory://ab/o", "memory:///a/o", "memory://o"]),
+        ("memory://", ["memory://a/o"], ["/a/o", "s3://a/o"]),
+        ("/", ["/data/o"], ["s3://data/o", "memory://data/o", "file:///data/o"]),
+        ("/data/\u00e9", ["/data/\u00e9/o"], ["/data/e\u0301/o", "/data/\u00c9/o"]),
+    ],
+)
+def test_whole_parts_of_a_path_are_compared(
+    monkeypatch: pytest.MonkeyPatch, prefix: str, inside: list[str], outside: list[str]
+) -> None:
+    allow(monkeypatch, prefix)
+    for path in inside:
+        assert accepted_job(f"{path}.chunkq") == f"{path}.chunkq"
+    for path in outside:
+        with pytest.raises(JobError) as refusal:
+            accepted_job(f"{path}.chunkq")
+        assert refusal.value.code in (ErrorCode.PATH_INVALID, ErrorCode.PATH_NOT_ALLOWED)
+
+
+def test_a_refusal_names_the_path_where_it_leads_and_what_to_allow(lab: Lab) -> None:
+    (lab.team / "out.zarr.chunkq").symlink_to(lab.other / "x.zarr.chunkq")
+    error = refused(lab.team / "out.zarr.chunkq")
+    assert error.code == ErrorCode.PATH_NOT_ALLOWED
+    assert f"{lab.team}/out.zarr.chunkq -> {lab.other}/x.zarr.chunkq" in str(error)
+    assert f"--allow {lab.other} " in str(error)
+
+
+def test_a_refusal_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    allow(monkeypatch, "ftp://me:hush@host/a")
+    assert "hush" not in str(refused("ftp://me:hush@host/b/out.zarr.chunkq"))
+
+
+def test_an_output_that_leads_out_of_the_allowed_folders_is_refused(lab: Lab) -> None:
+    job = lab.produce()
+    (lab.team / "out.zarr").rename(lab.other / "out.zarr")
+    (lab.team / "out.zarr").symlink_to(lab.other / "out.zarr")
+    assert "output" in str(refused(job))
+    assert lab.ran() == []
+
+
+def test_what_was_checked_is_opened_whatever_becomes_of_a_link_outside(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = lab.produce()
+    link = lab.other / "link"
+    link.symlink_to(lab.team)
+    alias = link / job.name
+    assert accepted_job(str(alias)) == str(job)
+    run(alias)
+    assert JobFolder(str(job)).is_committed("infer", (0,))
+    # The class file, too, is opened below the allowed folder and not through the link.
+    record = JobFolder(str(job)).require_record()
+    through_link = record.job.with_files({"model_config.class_file": f"{link}/net.py"})
+    assert accepted_files(through_link, str(job)).model.class_file == f"{lab.team}/net.py"
+
+
+def test_a_task_through_a_link_is_known_as_waiting_and_its_failure_as_the_jobs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = lab.produce()
+    (lab.other / "link").symlink_to(lab.team)
+    task = Task("infer", f"{lab.other}/link/{job.name}", (0,))
+    device = Device()
+    device._waiting.add((str(job), (0,)))
+    monkeypatch.setattr("chunkq_worker.engine._device", device)
+    assert waits_for_device(task)
+    record_failure(task, Attempt(1, "worker"), ValueError("broken"))
+    assert [failure.message for failure in JobFolder(str(job)).failures()] == ["ValueError: broken"]
+
+
+def test_the_failure_of_a_refused_job_is_written_nowhere(lab: Lab) -> None:
+    task = Task("infer", f"{lab.other}/out.zarr.chunkq", (0,))
+    record_failure(task, Attempt(1, "worker"), ValueError("broken"))
+    assert not waits_for_device(task)
+    assert not (lab.other / "out.zarr.chunkq").exists()
+
+
+# ----------------------------------------------------------------- the files that a job names
+
+
+def test_a_job_whose_files_are_allowed_runs_and_its_input_may_lie_anywhere(lab: Lab) -> None:
+    (lab.team / "kwargs.py").write_text("kwargs = {'gain': 2}")
+    (lab.team / "steps.py").write_text(STEPS)
+    job = lab.produce(model={"kwargs_file": str(lab.team / "kwargs.py")})
+    run(job)
+    assert JobFolder(str(job)).is_committed("infer", (0,))
+    assert lab.ran() == [lab.team / "ran"]
+
+
+KEYS = {
+    "class_file": {"type": "class", "class_name": "Net"},
+    "kwargs_file": {"type": "class", "class_file": "{team}/net.py", "class_name": "Net"},
+    "checkpoint": {"type": "class", "class_file": "{team}/net.py", "class_name": "Net"},
+    "processing_steps": {"type": "torchscript", "ts_file": "{team}/net.py"},
+    "ts_file": {"type": "torchscript"},
+    "model_file": {"type": "file"},
+    "json_file": {"type": "json", "runtime": "tensorflow"},
+}
+"""Every key of model_config that names a file, and the keys beside it."""
+
+
+def test_every_key_that_names_a_file_is_known() -> None:
+    named = {n for n in ModelConfig.model_fields if n.endswith("_file")}
+    assert named | {"checkpoint", "processing_steps"} == KEYS.keys()
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("how", ["outside", "link", "relative", "url", "dots", "chained"])
+def test_every_file_that_a_job_loads_must_be_allowed(lab: Lab, key: str, how: str) -> None:
+    (lab.other / "file").touch()
+    (lab.team / "link").symlink_to(lab.other / "file")
+    path = {
+        "outside": f"{lab.other}/file",
+        "link": f"{lab.team}/link",
+        "relative": "other/file",
+        "url": "s3://bucket/file",
+        "dots": f"{lab.team}/../other/file",
+        "chained": f"simplecache::file://{lab.team}/net.py",
+    }[how]
+    model = {k: v.format(team=lab.team) for k, v in KEYS[key].items()}
+    model = {"runtime": "torch", "model_input_shape": [8], **model, key: path}
+    job = parse_job({"input": "/in.npy", "output": "/out.zarr", "model_config": model})
+    with pytest.raises(JobError) as refusal:
+        accepted_files(job, f"{lab.team}/out.zarr.chunkq")
+    assert refusal.value.code == ErrorCode.PATH_NOT_ALLOWED
+    assert f"model_config.{key} {path}" in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+    inside = job.with_files({f"model_config.{key}": f"{lab.team}/net.py"})
+    assert accepted_files(inside, f"{lab.team}/out.zarr.chunkq") == inside
+
+
+CODE = {
+    "class_file": NETWORK.format(imports=""),
+    "kwargs_file": f"{WEIGHTS}\nkwargs = {{}}",
+    "processing_steps": STEPS,
+}
+
+
+@pytest.mark.parametrize("kind", ["infer", "finalize"])
+@pytest.mark.parametrize("key", CODE)
+def test_no_code_outside_runs_though_the_job_is_allowed(lab: Lab, key: str, kind: str) -> None:
+    (lab.other / "code.py").write_text(CODE[key])
+    job = lab.produce(model={key: str(lab.other / "code.py")})
+    error = refused(job, kind)
+    assert error.code == ErrorCode.PATH_NOT_ALLOWED
+    assert f"model_config.{key} {lab.other}/code.py" in str(error)
+    assert f"--allow {lab.other} " in str(error)
+    assert lab.ran() == []
+    assert JobFolder(str(job)).failures() == []  # the job is refused, no chunk has failed
+
+
+@pytest.mark.parametrize("kind", ["infer", "finalize"])
+def test_a_weight_function_outside_does_not_run(lab: Lab, kind: str) -> None:
+    (lab.other / "weights.py").write_text(WEIGHTS)
+    job = lab.produce(weight_function=[str(lab.other / "weights.py"), "mine"])
+    assert f"weight_function {lab.other}/weights.py" in str(refused(job, kind))
+    assert lab.ran() == []
+
+
+def test_a_second_allowed_folder_makes_a_file_there_usable(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lab.other / "net.py").write_text(NETWORK.format(imports=""))
+    job = lab.produce(model={"class_file": str(lab.other / "net.py")})
+    assert refused(job).code == ErrorCode.PATH_NOT_ALLOWED
+    allow(monkeypatch, lab.team, lab.other)
+    run(job)
+    assert lab.ran() == [lab.other / "ran"]
+
+
+def test_a_file_exchanged_for_a_link_after_the_first_chunk_is_refused(lab: Lab) -> None:
+    job = lab.produce()
+    run(job)
+    (lab.team / "net.py").rename(lab.other / "net.py")
+    (lab.team / "net.py").symlink_to(lab.other / "net.py")
+    assert refused(job).code == ErrorCode.PATH_NOT_ALLOWED
+
+
+@pytest.mark.parametrize("name", ["variables/weights", "assets"])
+def test_every_file_in_a_models_folder_must_be_allowed(lab: Lab, name: str) -> None:
+    (lab.team / "saved" / "variables").mkdir(parents=True)
+    (lab.team / "saved" / "saved_model.pb").touch()
+    model = {"runtime": "tensorflow", "type": "file", "model_file": f"{lab.team}/saved"}
+    values = {"input": "/in.npy", "output": "/out.zarr"}
+    job = parse_job({**values, "model_config": {**model, "model_input_shape": [8]}})
+    assert accepted_files(job, "/out.zarr.chunkq") == job
+    (lab.team / "saved" / name).symlink_to(lab.other)
+    with pytest.raises(JobError, match=name):
+        accepted_files(job, "/out.zarr.chunkq")
+
+
+def test_every_file_of_a_tensorflow_checkpoint_must_be_allowed(lab: Lab) -> None:
+    for suffix in ("index", "data-00000-of-00001"):
+        (lab.team / f"model.{suffix}").touch()
+    model = {"runtime": "tensorflow", "type": "class", "checkpoint": f"{lab.team}/model"}
+    model |= {"class_file": f"{lab.team}/net.py", "class_name": "Net"}
+    values = {"input": "/in.npy", "output": "/out.zarr"}
+    job = parse_job({**values, "model_config": {**model, "model_input_shape": [8]}})
+    assert accepted_files(job, "/out.zarr.chunkq") == job
+    (lab.team / "model.index").unlink()
+    (lab.team / "model.index").symlink_to(lab.other / "in.npy")
+    with pytest.raises(JobError, match=r"checkpoint .*model\.index"):
+        accepted_files(job, "/out.zarr.chunkq")
+
+
+def test_a_module_beside_a_class_file_may_be_imported_unless_it_leads_out(lab: Lab) -> None:
+    (lab.team / "net.py").write_text(NETWORK.format(imports="import beside_net, inside.more"))
+    (lab.team / "beside_net.py").touch()
+    (lab.team / "inside").mkdir()
+    (lab.team / "inside" / "more.py").touch()
+    key, path = "model_config.class_file", str(lab.team / "net.py")
+    finders = list(sys.meta_path)
+    assert "Net" in load_names(path, key)
+    for name in ("beside_net.py", "inside/more.py"):
+        kept = (lab.team / name).rename(lab.other / "kept.py")
+        kept.write_text("from pathlib import Path; Path(__file__).with_name('ran').touch()")
+        (lab.team / name).symlink_to(kept)
+        with pytest.raises(JobError) as refusal:
+            load_names(path, key)
+        assert refusal.value.code == ErrorCode.PATH_NOT_ALLOWED
+        assert str(refusal.value).startswith(f"{key}: {path} ")
+        (lab.team / name).unlink()
+        (lab.team / name).touch()
+    assert lab.ran() == [lab.team / "ran"]
+    assert sys.meta_path == finders
+
+
+def test_an_installed_package_inside_the_folder_is_not_beside_the_file(lab: Lab) -> None:
+    (lab.other / "linked_package.py").touch()
+    packages = lab.team / "env" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "linked_package.py").symlink_to(lab.other / "linked_package.py")
+    sys.path.append(str(packages))
+    (lab.team / "net.py").write_text("import linked_package")
+    assert "linked_package" in load_names(str(lab.team / "net.py"), "model_config.class_file")
+
+
+# ------------------------------------------------------------------------------ the prefixes
+
+
+def test_without_allow_a_worker_runs_any_job_in_canonical_form(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ALLOW_VARIABLE)
+    (lab.other / "net.py").write_text(NETWORK.format(imports=""))
+    job = lab.produce(lab.other, model={"class_file": str(lab.other / "net.py")})
+    assert refused(f"file://{job}").code == ErrorCode.PATH_INVALID
+    assert lab.ran() == []
+    run(job)
+    assert lab.ran() == [lab.other / "ran"]
+
+
+@pytest.mark.parametrize(
+    "text", ["\n", " ", "s3://", "s3:///a", "s3://b/../c", "team", ".", "a\n/b"]
+)
+def test_a_prefix_that_cannot_be_compared_refuses_every_job(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    job = lab.produce()
+    allow(monkeypatch, text)
+    monkeypatch.chdir(lab.team)
+    assert ALLOW_VARIABLE in str(refused(job))
+    assert lab.ran() == []
+
+
+def test_an_empty_variable_is_as_none_and_empty_lines_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allow(monkeypatch, "")
+    assert AllowedPaths.from_environment() is None
+    allow(monkeypatch, "/a", "", "s3://b/", "")
+    assert AllowedPaths.from_environment() == AllowedPaths(("/a", "s3://b"))
+
+
+def test_relative_prefixes_of_the_command_are_those_of_its_working_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ALLOW_VARIABLE, "")
+    home = os.path.expanduser("~")
+    AllowedPaths.of([".", "a/../b", "~/c", "file:///d"], Path("/base")).to_environment()
+    expected = AllowedPaths(("/base", "/base/b", f"{home}/c", "/d"))
+    assert AllowedPaths.from_environment() == expected
+    allow(monkeypatch, "jobs")
+    assert AllowedPaths.from_environment(Path("/base")) == AllowedPaths(("/base/jobs",))
+
+
+@pytest.mark.parametrize("prefix", ["", " ", "s3://", "/a\n/", "s3://b/../c", "dir::file:///a"])
+def test_an_option_that_cannot_be_compared_is_refused(prefix: str) -> None:
+    with pytest.raises(JobError, match=r"^--allow: "):
+        AllowedPaths.of([prefix], Path("/base"))
+
+
+def test_the_digest_of_a_job_does_not_depend_on_the_allowed_paths(lab: Lab) -> None:
+    job = lab.produce()
+    before = json.loads((job / "job.json").read_text())
+    run(job)
+    record = JobFolder(str(job)).require_record()
+    assert record.digest == before["digest"]
+
+
+def test_the_network_is_loaded_from_the_path_that_was_checked(lab: Lab) -> None:
+    (lab.team / "net.py").unlink()
+    job_file = lab.team / "net.py"
+    job_file.write_text("raise ValueError(__file__)")
+    (lab.other / "link").symlink_to(lab.team)
+    job = lab.produce(model={"class_file": f"{lab.other}/link/net.py"})
+    with pytest.raises(ModelError, match=f"ValueError: {job_file}$"):
+        run(job)
