@@ -657,10 +657,11 @@ def test_a_job_outside_allow_is_refused_and_stays_on_the_queue(
     with stage.workspace.start(*work, CHUNKQ_QUEUE=redis.url) as cli:
         ended = cli.wait(60)
     code, said = ended.code, ended.err
-    complaints = [line for line in said.splitlines() if "this worker only accepts" in line]
+    complaints = [line for line in said.splitlines() if "this worker only runs" in line]
     assert (code, len(complaints)) == (1, 1), said
     assert complaints[0].startswith("chunkq: "), said
-    assert f"{allowed}; widen --allow or CHUNKQ_ALLOW" in complaints[0]
+    assert f"from below {allowed}; found outside: job folder" in complaints[0]
+    assert f"--allow {stage.folder} too, or set CHUNKQ_ALLOW" in complaints[0]
     assert "Traceback" not in said
     with contextlib.closing(open_executor(redis.url)) as executor:
         counts = executor.counts(str(stage.folder / "new.zarr.chunkq"))

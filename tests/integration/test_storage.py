@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import tensorstore as ts
 import zarr
 
 from chunkq.box import Box
-from chunkq.errors import ChunkReadError
+from chunkq.errors import ChunkqError, ChunkReadError, ErrorCode
 from chunkq.finalize import finalize_job
 from chunkq.objects import PARTIAL, ObjectFolder
 from chunkq.opened import open_job
@@ -159,6 +160,44 @@ def test_big_endian_input_is_read_as_the_numbers_it_holds(
             tmp_path / "in.zarr", plain, (8, 8), serializer=BytesCodec(endian="big")
         )
     check(tmp_path, source, values.astype(values.dtype.newbyteorder("=")), pad=3)
+
+
+class Marker:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize("key", ["filters", "compressor"])
+@pytest.mark.parametrize("place", ["array", "image"])
+def test_an_input_whose_voxels_would_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, place: str
+) -> None:
+    # Older numcodecs always unpickle.
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    folder = tmp_path / "in.zarr"
+    folder.mkdir()
+    path = folder / "0" if place == "image" else folder
+    write_zarr(path, random_volume((8,), "float32"), zarr_format=2, compressors=None)
+    described = json.loads((path / ".zarray").read_text())
+    described |= {"dtype": "|O", "filters": [{"id": "vlen-utf8"}]}
+    if key == "compressor":
+        described["compressor"] = {"id": "pickle"}
+    else:
+        described["filters"].append({"id": "pickle"})
+    (path / ".zarray").write_text(json.dumps(described))
+    (path / "0").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
+    if place == "image":
+        (folder / ".zgroup").write_text('{"zarr_format": 2}')
+        (folder / ".zattrs").write_text('{"multiscales": [{"datasets": [{"path": "0"}]}]}')
+    with pytest.raises(ChunkqError) as refusal:
+        open_array(find_source(str(folder)).array_path).read(Box((0,), (8,)))
+    assert not (tmp_path / "ran").exists()
+    assert refusal.value.code == ErrorCode.CODEC_UNSAFE
 
 
 @pytest.mark.parametrize("shape", [(50,), (20, 17), (9, 10, 8, 9)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from chunkq.errors import JobError
-from chunkq.ledger import JobFolder
+from chunkq.errors import JobError, StoreError
+from chunkq.ledger import JobFolder, folder_of
 from chunkq.paths import without_secret
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
 
@@ -24,9 +24,16 @@ def _queue_of_job(folder: JobFolder) -> str | None:
 @queue_option
 def cancel(output: str, queue: str | None) -> None:
     """Take the job of OUTPUT off the queue; what is done stays, what is running may finish."""
-    folder = folder_at(output)
-    executor = queue_of(queue, _queue_of_job(folder))
-    count = executor.cancel(folder.path)
+    written = folder_of(output)
+    try:
+        folder = folder_at(output)
+    except (JobError, StoreError):  # no canonical form, or no such kind of file system
+        jobs, of_job = {written}, None
+    else:
+        # Workers refuse a task that names its job in another form; it is cancelled as well.
+        jobs, of_job = {folder.path, written}, _queue_of_job(folder)
+    executor = queue_of(queue, of_job)
+    count = sum(executor.cancel(job) for job in jobs)
     executor.close()
     if count:
         click.echo(f"{count} chunks taken off the queue; `chunkq produce --resume` puts them back")
