@@ -190,6 +190,7 @@ def test_no_spelling_of_a_path_leads_out_of_the_allowed_folders(
         ("https://host/a", [], ["https://host@evil/a/o", "https://me:pw@host/a/o"]),
         ("memory://a", ["memory://a/o"], ["memory://ab/o", "memory:///a/o", "memory://o"]),
         ("memory://", ["memory://a/o"], ["/a/o", "s3://a/o"]),
+        ("s3://bucket/a", [], [f"{os.getcwd()}/s3:/bucket/a/o"]),
         ("/", ["/data/o"], ["s3://data/o", "memory://data/o", "file:///data/o"]),
         ("/data/\u00e9", ["/data/\u00e9/o"], ["/data/e\u0301/o", "/data/\u00c9/o"]),
     ],
@@ -228,15 +229,20 @@ def test_an_output_that_leads_out_of_the_allowed_folders_is_refused(lab: Lab) ->
 
 
 def test_what_was_checked_is_opened_whatever_becomes_of_a_link_outside(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    lab: Lab,
 ) -> None:
-    job = lab.produce()
     link = lab.other / "link"
+    with (lab.team / "net.py").open("a") as file:  # runs after the check and before the commit
+        file.write(f"link = Path({str(link)!r}); link.unlink(); link.symlink_to('/nowhere')\n")
+    job = lab.produce()
     link.symlink_to(lab.team)
     alias = link / job.name
     assert accepted_job(str(alias)) == str(job)
     run(alias)
+    assert os.readlink(link) == "/nowhere"
     assert JobFolder(str(job)).is_committed("infer", (0,))
+    link.unlink()
+    link.symlink_to(lab.team)
     # The class file, too, is opened below the allowed folder and not through the link.
     record = JobFolder(str(job)).require_record()
     through_link = record.job.with_files({"model_config.class_file": f"{link}/net.py"})
@@ -294,15 +300,36 @@ def test_every_key_that_names_a_file_is_known() -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("how", ["outside", "link", "relative", "url", "dots", "chained"])
-def test_every_file_that_a_job_loads_must_be_allowed(lab: Lab, key: str, how: str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        "outside",
+        "link",
+        "link inwards",
+        "relative",
+        "url",
+        "dots",
+        "url dots",
+        "encoded",
+        "chained",
+    ],
+)
+def test_every_file_that_a_job_loads_must_be_allowed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, key: str, how: str
+) -> None:
+    allow(monkeypatch, lab.team, "s3://bucket/a", "https://host/a")
+    monkeypatch.chdir(lab.team)
     (lab.other / "file").touch()
     (lab.team / "link").symlink_to(lab.other / "file")
+    (lab.other / "link").symlink_to(lab.team / "net.py")  # whoever can write there could turn it
     path = {
         "outside": f"{lab.other}/file",
         "link": f"{lab.team}/link",
-        "relative": "other/file",
+        "link inwards": f"{lab.other}/link",
+        "relative": "net.py",
         "url": "s3://bucket/file",
+        "url dots": "s3://bucket/a/../file",
+        "encoded": "https://host/a/%2e%2e/file",
         "dots": f"{lab.team}/../other/file",
         "chained": f"simplecache::file://{lab.team}/net.py",
     }[how]
@@ -448,7 +475,7 @@ def test_a_prefix_that_cannot_be_compared_refuses_every_job(
     job = lab.produce()
     allow(monkeypatch, text)
     monkeypatch.chdir(lab.team)
-    assert ALLOW_VARIABLE in str(refused(job))
+    assert str(refused(job)).startswith(f"{ALLOW_VARIABLE}: ")
     assert lab.ran() == []
 
 

@@ -63,6 +63,7 @@ WITHOUT_FORM = [
     "simplecache::file:///data/out.zarr",
     "filecache::s3://bucket/out.zarr",
     "dir::file:///data/out.zarr",
+    "zip://out.zarr::/data/a.zip",
     "://data/out.zarr",
     "/data/a://out.zarr",
     "/data/out\0.zarr",
