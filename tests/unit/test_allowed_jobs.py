@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from chunkq_producer import submit
+from chunkq_worker.commands import _lost
 from chunkq_worker.engine import Device, waits_for_device
 from chunkq_worker.here import NoQueue
 from chunkq_worker.run import record_failure, run_task
 
 from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_files, accepted_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
-from chunkq.executors.base import Attempt
+from chunkq.executors.base import Attempt, Counts
 from chunkq.job import ModelConfig, load_job, parse_job
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task
@@ -522,3 +523,9 @@ def test_the_network_is_loaded_from_the_path_that_was_checked(lab: Lab) -> None:
     job = lab.produce(model={"class_file": f"{lab.other}/link/net.py"})
     with pytest.raises(ModelError, match=f"ValueError: {job_file}$"):
         run(job)
+
+
+def test_a_refused_job_is_not_opened_to_see_what_a_lost_queue_held(lab: Lab) -> None:
+    inside, outside = str(lab.produce()), str(lab.produce(lab.other))
+    before = {job: Counts(queued=1) for job in (inside, outside, f"file://{inside}")}
+    assert _lost(before, {}) == [f"{lab.team}/out.zarr"]
