@@ -156,7 +156,7 @@ class JobRecord:
                 values["metadata"],
                 values["chunkq_version"],
             )
-            if values["digest"] != record.digest:
+            if values["digest"] != record.digest or not _stays_in_folders(record):
                 raise ValueError
         except (KeyError, TypeError, ValueError, ChunkqError):
             raise JobError(
@@ -174,6 +174,13 @@ def _identity(source: Source) -> str:
             f"input: {without_secret(source.array_path)} is gone", code=ErrorCode.INPUT_MISSING
         )
     return identity
+
+
+def _stays_in_folders(record: JobRecord) -> bool:
+    """Return whether the names in a record lie in the output and in the job folder."""
+    names = (record.epoch or "-", record.array, *record.metadata)
+    parts = [part for name in names for part in name.split("/")]
+    return not {"", ".", ".."}.intersection(parts)
 
 
 def _has_other_layout(content: bytes, values: dict[str, Any] | None) -> bool:

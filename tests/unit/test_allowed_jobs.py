@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_files, accepte
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt, Counts
 from chunkq.job import ModelConfig, load_job, parse_job
-from chunkq.ledger import JobFolder
+from chunkq.ledger import JobFolder, Ledger
+from chunkq.record import JobRecord
 from chunkq.tasks import Task
 from chunkq.userfile import load_names
 
@@ -61,6 +63,11 @@ def refused(job: str | Path, kind: str = "infer") -> JobError:
         run(job, kind)
     assert len(str(caught.value).splitlines()) == 1
     return caught.value
+
+
+def ledger(job: Path) -> Ledger:
+    folder = JobFolder(str(job))
+    return folder.ledger(folder.require_record().epoch)
 
 
 def is_accepted(job: str | Path) -> bool:
@@ -241,7 +248,7 @@ def test_what_was_checked_is_opened_whatever_becomes_of_a_link_outside(
     assert accepted_job(str(alias)) == str(job)
     run(alias)
     assert os.readlink(link) == "/nowhere"
-    assert JobFolder(str(job)).is_committed("infer", (0,))
+    assert ledger(job).is_committed("infer", (0,))
     link.unlink()
     link.symlink_to(lab.team)
     # The class file, too, is opened below the allowed folder and not through the link.
@@ -261,7 +268,7 @@ def test_a_task_through_a_link_is_known_as_waiting_and_its_failure_as_the_jobs(
     monkeypatch.setattr("chunkq_worker.engine._device", device)
     assert waits_for_device(task)
     record_failure(task, Attempt(1, "worker"), ValueError("broken"))
-    assert [failure.message for failure in JobFolder(str(job)).failures()] == ["ValueError: broken"]
+    assert [failure.message for failure in ledger(job).failures()] == ["ValueError: broken"]
 
 
 def test_the_failure_of_a_refused_job_is_written_nowhere(lab: Lab) -> None:
@@ -279,7 +286,7 @@ def test_a_job_whose_files_are_allowed_runs_and_its_input_may_lie_anywhere(lab: 
     (lab.team / "steps.py").write_text(STEPS)
     job = lab.produce(model={"kwargs_file": str(lab.team / "kwargs.py")})
     run(job)
-    assert JobFolder(str(job)).is_committed("infer", (0,))
+    assert ledger(job).is_committed("infer", (0,))
     assert lab.ran() == [lab.team / "ran"]
 
 
@@ -363,7 +370,7 @@ def test_no_code_outside_runs_though_the_job_is_allowed(lab: Lab, key: str, kind
     assert f"model_config.{key} {lab.other}/code.py" in str(error)
     assert f"--allow {lab.other} " in str(error)
     assert lab.ran() == []
-    assert JobFolder(str(job)).failures() == []  # the job is refused, no chunk has failed
+    assert ledger(job).failures() == []  # the job is refused, no chunk has failed
 
 
 @pytest.mark.parametrize("kind", ["infer", "finalize"])
@@ -529,3 +536,19 @@ def test_a_refused_job_is_not_opened_to_see_what_a_lost_queue_held(lab: Lab) -> 
     inside, outside = str(lab.produce()), str(lab.produce(lab.other))
     before = {job: Counts(queued=1) for job in (inside, outside, f"file://{inside}")}
     assert _lost(before, {}) == [f"{lab.team}/out.zarr"]
+
+
+@pytest.mark.parametrize("name", ["../../other/x", "/x", "a/../../x", "..", "", "a//x"])
+@pytest.mark.parametrize("key", ["array", "epoch", "metadata"])
+def test_a_record_cannot_name_a_place_outside_its_output_and_folder(
+    lab: Lab, key: str, name: str
+) -> None:
+    job = lab.produce()
+    record = JobFolder(str(job)).require_record()
+    changed = replace(record, **{key: {name: "{}"} if key == "metadata" else name})
+    assert JobRecord.from_json(record.to_json()) == record
+    if (key, name) == ("epoch", ""):
+        return  # of a record that is not stored yet
+    (job / "job.json").write_bytes(changed.to_json())
+    assert refused(job).code == ErrorCode.JOB_RECORD_DAMAGED
+    assert lab.ran() == []
