@@ -38,6 +38,18 @@ class ErrorCode(StrEnum):
     """An array is stored with a codec that can run code."""
     QUEUE_UNAVAILABLE = auto()
     """The queue cannot be reached or refuses the request."""
+    QUEUE_UNSUPPORTED = auto()
+    """The server or the file is of a kind, or of a version, that cannot hold this queue."""
+    QUEUE_READ_ONLY = auto()
+    """The queue can be read but not written."""
+    QUEUE_FULL = auto()
+    """The queue has no memory or disk space left."""
+    QUEUE_BUSY = auto()
+    """The queue is loading its data, or other processes have locked it for too long."""
+    QUEUE_DENIED = auto()
+    """The queue refuses this user or password, or another user could control the queue."""
+    QUEUE_DAMAGED = auto()
+    """The file of the queue is damaged or is no queue."""
     MODEL_UNUSABLE = auto()
     """The network cannot be loaded, or does not match its declaration."""
     FRAMEWORK_CONFLICT = auto()

@@ -62,7 +62,7 @@ class DaskConfig(Section):
     """How to reach or make a Dask cluster."""
 
     address: str | None = None
-    protocol: Literal["tcp", "ucx"] = "tcp"
+    protocol: Literal["tcp", "tls", "ucx"] = "tcp"
     interface: str | None = None
     scheduler_port: Positive = 8786
     n_workers: Positive | None = None

@@ -59,15 +59,16 @@ class ObjectFolder:
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
 
-    def put(self, name: str, *parts: Buffer, durable: bool = True) -> None:
+    def put(self, name: str, *parts: Buffer, durable: bool = True, private: bool = False) -> None:
         """Write an object: another reader sees all of it or nothing.
 
         If it is `durable` that holds also after the machine went down, and it is on the disk at
-        the return; if not, a local file may then be gone, short or damaged.
+        the return; if not, a local file may then be gone, short or damaged. A `private` one can
+        only be read by this user; behind a URL, by whoever can read the folder.
         """
         target = join(self._root, name)
         if self._local:
-            self._write(target, parts, os.replace, durable)
+            self._write(target, parts, os.replace, durable, 0o600 if private else 0o666)
         else:
             self._filesystem.pipe_file(target, b"".join(parts))
 
@@ -142,6 +143,7 @@ class ObjectFolder:
         parts: Sequence[Buffer],
         settle: Callable[[str, str], None],
         durable: bool = True,
+        mode: int = 0o666,
     ) -> None:
         """Write a file at the top, then `settle` it in its folder; either may vanish meanwhile."""
         temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
@@ -150,7 +152,7 @@ class ObjectFolder:
                 try:
                     _make_folder(os.path.dirname(target))
                     if not os.path.exists(temporary):
-                        _write_out(temporary, parts, durable)
+                        _write_out(temporary, parts, durable, mode)
                     settle(temporary, target)
                     return
                 except FileNotFoundError:
@@ -313,9 +315,9 @@ class ObjectFolder:
             _remove(self._root)
 
 
-def _write_out(path: str, parts: Sequence[Buffer], durable: bool) -> None:
-    """Write a file; if it is to be durable, wait until it is on the disk."""
-    with open(path, "wb") as file:
+def _write_out(path: str, parts: Sequence[Buffer], durable: bool, mode: int) -> None:
+    """Write a file, its mode less the umask; if it is to be durable, wait until it is on the disk."""
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.writelines(parts)
         if durable:
             file.flush()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chunkq.errors import ChunkqError, FrameworkConflictError, QueueError
+from chunkq.errors import ChunkqError, ErrorCode, FrameworkConflictError, QueueError
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task, serve
 
@@ -156,10 +156,11 @@ class Ended(NamedTuple):
 
     @classmethod
     def by(cls, error: ChunkqError) -> Ended:
-        """Return the end that an error makes: an absent queue may come back, a bad job may not."""
+        """Return how a worker ends with an error: an absent queue may return, a bad job may not."""
         if isinstance(error, FrameworkConflictError):
             return cls(EXIT_REPLACE)
-        code = EXIT_QUEUE_AWAY if isinstance(error, QueueError) else EXIT_REFUSED
+        may_return = isinstance(error, QueueError) and error.code is not ErrorCode.QUEUE_UNSUPPORTED
+        code = EXIT_QUEUE_AWAY if may_return else EXIT_REFUSED
         return cls(code, str(error).splitlines())
 
 

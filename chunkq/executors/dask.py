@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -23,11 +22,14 @@ import distributed
 from distributed.comm.addressing import get_address_host
 from distributed.comm.registry import get_backend
 from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.security import Security
 from distributed.utils import get_ip
 from distributed.versions import VersionMismatchWarning
 
 from chunkq.errors import JobError, QueueError
+from chunkq.executors import credentials
 from chunkq.executors.base import Shift, WorkerName
+from chunkq.executors.dask_tls import configured_security, security_of
 from chunkq.executors.hosted import (
     Hired,
     Host,
@@ -36,6 +38,7 @@ from chunkq.executors.hosted import (
     new_gang,
     serve_hired,
 )
+from chunkq.scratch import scratch_folder
 
 OPERATION = "chunkq"
 CONNECT_SECONDS = 10.0
@@ -43,7 +46,7 @@ RETURN_SECONDS = 2.0
 """The same for a scheduler that answered before."""
 ANSWER_SECONDS = 30.0
 DEFAULT_PORT = 8786
-PROTOCOLS = ("tcp", "ucx")
+PROTOCOLS = ("tcp", "tls", "ucx")
 AWAY = (OSError, RuntimeError)
 """Dask's errors for a scheduler that does not answer, and for a connection it has given up."""
 
@@ -78,12 +81,17 @@ class _StopWithWorker(WorkerPlugin):
 
 @dataclass(frozen=True)
 class Address:
-    """`dask://HOST:PORT`, with `?protocol=` (tcp, ucx) and `&interface=` (such as ib0)."""
+    """`dask://HOST:PORT`, with `?protocol=` (tcp, tls, ucx) and `&interface=` (such as ib0).
+
+    `&tls=FILE` names the key and certificate of a cluster that chunkq has started. Without it, the
+    protocol `tls` takes the certificates of Dask's own configuration.
+    """
 
     host: str
     port: int
     protocol: str = "tcp"
     interface: str | None = None
+    tls: str | None = None
 
     @classmethod
     def parse(cls, url: str) -> Self:
@@ -103,25 +111,41 @@ class Address:
                 f"cluster that stays write dask://HOST:{DEFAULT_PORT}"
             )
         asked = dict(parse_qsl(parts.query))
-        if parts.path.strip("/") or "@" in url or asked.keys() - {"protocol", "interface"}:
+        if parts.path.strip("/") or "@" in url or asked.keys() - {"protocol", "interface", "tls"}:
             raise JobError(wrong)
         if asked.get("protocol", "tcp") not in PROTOCOLS:
             raise JobError(f"{wrong}, with ?protocol= one of {', '.join(PROTOCOLS)}")
-        return cls(host, port, **asked)
+        if asked.get("tls") and asked.get("protocol", "tls") != "tls":
+            raise JobError(f"{wrong}; tls=FILE is for protocol=tls")
+        return cls(host, port, **({"protocol": "tls"} if asked.get("tls") else {}) | asked)
 
     @classmethod
-    def of(cls, address: str, interface: str | None = None) -> Self:
+    def of(cls, address: str, interface: str | None = None, tls: str | None = None) -> Self:
         """Read an address as Dask writes it."""
         parts = urlsplit(address)
-        return cls(parts.hostname or "", parts.port or DEFAULT_PORT, parts.scheme, interface)
+        return cls(parts.hostname or "", parts.port or DEFAULT_PORT, parts.scheme, interface, tls)
 
     @property
     def url(self) -> str:
         """The queue's URL."""
         asked = {"protocol": self.protocol} if self.protocol != "tcp" else {}
         asked |= {"interface": self.interface} if self.interface else {}
+        asked |= {"tls": self.tls} if self.tls else {}
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"dask://{host}:{self.port}" + (f"?{urlencode(asked)}" if asked else "")
+
+    def with_own_certificate(self) -> Self:
+        """Add the certificate of a cluster of this user's at this address, if there is one."""
+        if self.protocol != "tcp":
+            return self
+        file = credentials.find("dask", self.host, self.port)
+        return replace(self, protocol="tls", tls=str(file)) if file else self
+
+    def security(self) -> Security | None:
+        """Return the TLS settings, None for another protocol. Raises QueueError."""
+        if self.tls:
+            return security_of(self.tls)
+        return configured_security() if self.protocol == "tls" else None
 
     @property
     def text(self) -> str:
@@ -158,12 +182,17 @@ class DaskExecutor(HostedQueue):
         self._client: Any = client or self._connect(url, CONNECT_SECONDS)
 
     def _connect(self, url: str, seconds: float) -> Any:
-        self._address = Address.parse(url)
+        self._address = Address.parse(url).with_own_certificate()
         check_protocol(self._address.protocol)
         be_quiet()
+        self._security = self._address.security()
         try:
             client = distributed.Client(
-                self._address.text, timeout=seconds, set_as_default=False, name=OPERATION
+                self._address.text,
+                timeout=seconds,
+                set_as_default=False,
+                name=OPERATION,
+                security=self._security,
             )
         except AWAY as error:
             raise self._away(error) from None
@@ -231,10 +260,10 @@ class DaskExecutor(HostedQueue):
     def on_duty(self, shift: Shift) -> Iterator[None]:
         """Join the cluster as a worker that takes nothing but chunks."""
         stop = _StopWithWorker(shift)
-        with tempfile.TemporaryDirectory(prefix="chunkq-dask-") as folder:
+        with scratch_folder("dask") as folder:
             try:
                 client = self._connected()  # a worker lives in the loop of one client
-                worker = client.sync(self._join, shift, stop, folder)
+                worker = client.sync(self._join, shift, stop, str(folder))
             except AWAY as error:
                 raise self._away(error) from None
             self.host.enlist(shift.worker, worker.address)
@@ -251,8 +280,13 @@ class DaskExecutor(HostedQueue):
 
     async def _join(self, shift: Shift, stop: _StopWithWorker, folder: str) -> distributed.Worker:
         address = self._address
-        # Its profiler would look at nothing but idle threads, a hundred times a second.
-        with dask.config.set({"distributed.worker.profile.enabled": False}):
+        # Its profiler would look at nothing but idle threads, a hundred times a second. Its web
+        # pages, which have no access control, show its logs.
+        settings = {
+            "distributed.worker.profile.enabled": False,
+            "distributed.worker.http.routes": [],
+        }
+        with dask.config.set(settings):
             worker = distributed.Worker(
                 address.text,
                 name=shift.worker,
@@ -260,6 +294,7 @@ class DaskExecutor(HostedQueue):
                 interface=address.interface,
                 host=None if address.interface else get_ip(get_address_host(address.text)),
                 protocol=address.protocol,
+                security=self._security,
                 memory_limit=0,
                 dashboard=False,
                 local_directory=folder,

@@ -9,19 +9,32 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import dask
 import distributed
 from distributed.utils import get_ip, get_ip_interface
 
 from chunkq.errors import QueueError
+from chunkq.executors import credentials
 from chunkq.executors.dask import Address, QueuePlugin, be_quiet, check_protocol
+from chunkq.executors.dask_tls import security_of
+from chunkq.scratch import sweep
 
 
 def start(
-    host: str, port: int = 0, protocol: str = "tcp", interface: str | None = None
+    host: str,
+    port: int = 0,
+    protocol: str = "tcp",
+    interface: str | None = None,
+    tls: Path | None = None,
 ) -> tuple[subprocess.Popen[str], str]:
     """Start a scheduler that listens on `host` or `interface`; port 0 takes a free one.
+
+    `tls` is the file with the cluster's key and certificate. Without it, whoever reaches the port
+    can run code as this user.
 
     Returns the process, which ends when its standard input is closed, and the queue's URL.
     Raises QueueError if it does not come up.
@@ -30,6 +43,7 @@ def start(
     host = address_here(interface) if interface else host
     # Its web server too listens there only: left alone, it takes all interfaces.
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
+    settings |= {"protocol": "tls", "tls": str(tls)} if tls else {}
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -42,7 +56,7 @@ def start(
     if "error" in answer:
         process.communicate()
         raise QueueError(f"queue: no Dask scheduler could be started here: {answer['error']}")
-    return process, Address.of(answer["address"], interface).url
+    return process, Address.of(answer["address"], interface, str(tls) if tls else None).url
 
 
 def address_here(interface: str | None = None) -> str:
@@ -59,14 +73,20 @@ def address_here(interface: str | None = None) -> str:
 
 
 async def _serve(settings: dict[str, Any]) -> None:
+    file = settings.pop("tls", None)
     try:
-        scheduler = distributed.Scheduler(dashboard=False, **settings)
+        security = security_of(file) if file else None
+        # Its web pages have no access control.
+        with dask.config.set({"distributed.scheduler.http.routes": []}):
+            scheduler = distributed.Scheduler(dashboard=False, security=security, **settings)
         await scheduler
         await scheduler.register_scheduler_plugin(QueuePlugin(), idempotent=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, QueueError) as error:
         # Dask says that it failed, and keeps why for the cause.
         _tell({"error": " ".join(str(error.__cause__ or error).split())})
         os._exit(1)
+    address = Address.of(scheduler.address)
+    _at_death.append(lambda: credentials.withdraw("dask", address.host, address.port))
     _tell({"address": scheduler.address})
     await scheduler.finished()
 
@@ -77,8 +97,14 @@ def _tell(answer: dict[str, str]) -> None:
 
 
 def _end_with_parent() -> None:
+    """End when standard input does: then the parent has been killed, and leaves its folders."""
     sys.stdin.read()
+    for clean_up in _at_death:
+        clean_up()
     os._exit(0)
+
+
+_at_death: list[Callable[[], None]] = [sweep]
 
 
 if __name__ == "__main__":

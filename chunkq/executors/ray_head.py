@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,50 +14,63 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
 
 from chunkq.errors import QueueError
+from chunkq.scratch import scratch_folder, sweep
 
 LONGEST_FOLDER = 24
+END_SECONDS = 10.0
 STARTED = re.compile(r"ray start --address='([^']+)'")
 
 
 @contextmanager
 def head(
     *, alone: bool, cpus: int | None = None, gpus: bool = True, port: int = 0
-) -> Iterator[str]:
-    """Start a head on this machine; yields the address HOST:PORT that others join.
+) -> Iterator[tuple[str, str]]:
+    """Start a head on this machine; yields the address HOST:PORT that others join, and its token.
 
-    One that is `alone` is this machine's; as Ray listens everywhere nevertheless, only processes
-    born of this one know its token (a process that has loaded Ray before is too late for one, and
-    has a cluster as open as Ray's own are). Raises QueueError if it does not come up.
+    Ray listens everywhere, also for a cluster of this machine `alone`, and serves only who has the
+    token. A process that has loaded Ray before cannot set one: the token is then empty, and the
+    cluster open. Raises QueueError if it does not come up.
     """
     if find_spec("ray") is None:
         raise QueueError(
             "queue: ray:// needs a package that is not installed; pip install 'chunkq[ray]'"
         )
     here = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false"] if alone else []
-    secret = {}
-    if alone and "ray" not in sys.modules:
-        secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    before = dict(os.environ)
-    os.environ.update(secret)
-    try:
-        with _node(["--head", "--port", str(port), *here], cpus, gpus) as said:
-            found = STARTED.search(said)
-            yield found.group(1) if found else ""
-    finally:
-        for name in secret:
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+    token = "" if "ray" in sys.modules else secrets.token_hex(32)
+    with (
+        _token_in_environment(token),
+        _node(["--head", "--port", str(port), *here], cpus, gpus) as said,
+    ):
+        found = STARTED.search(said)
+        yield found.group(1) if found else "", token
 
 
 @contextmanager
-def joined(address: str, *, gpus: bool = True) -> Iterator[None]:
+def joined(address: str, token: str, *, gpus: bool = True) -> Iterator[None]:
     """Have this machine be part of the cluster whose head is at `address`."""
-    with _node(["--address", address], None, gpus):
+    with _token_in_environment(token), _node(["--address", address], None, gpus):
         yield
+
+
+@contextmanager
+def _token_in_environment(token: str) -> Iterator[None]:
+    """Set Ray's token for this process and its children; other users cannot read that."""
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+    before = {name: os.environ.get(name) for name in secret}
+    os.environ.update(secret)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -73,14 +85,14 @@ def _node(options: Sequence[str], cpus: int | None, gpus: bool) -> Iterator[str]
     elif granted is not None:
         count = len([name for name in granted.split(",") if name.strip() not in ("", "-1")])
         command += ["--num-gpus", str(count)]
-    with tempfile.TemporaryDirectory(
-        prefix="ray-", dir=_short_folder(), ignore_cleanup_errors=True
-    ) as folder:
-        if "--head" in options:
-            # Else `ray://auto` elsewhere on this machine would find this one.
-            command += ["--temp-dir", folder]
-            # Else Ray takes the port 10001, and goes down if another cluster has it.
-            command += ["--ray-client-server-port", str(_free_port())]
+    if "--head" not in options:
+        yield from _run(command)
+        return
+    with scratch_folder("ray", _short_folder()) as folder:
+        # Else `ray://auto` elsewhere on this machine would find this one.
+        command += ["--temp-dir", str(folder)]
+        # Else Ray takes the port 10001, and goes down if another cluster has it.
+        command += ["--ray-client-server-port", str(_free_port())]
         yield from _run(command)
 
 
@@ -114,10 +126,10 @@ def _wait_until_up(process: subprocess.Popen[str]) -> str:
     raise QueueError(f"queue: Ray could not be started here: {said[-400:]}")
 
 
-def _short_folder() -> str:
+def _short_folder() -> Path:
     """Return where temporary files go: the paths of Ray's sockets may have 107 bytes at most."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) <= LONGEST_FOLDER else "/tmp"
+    return Path(usual if len(usual) <= LONGEST_FOLDER else "/tmp")
 
 
 def _free_port() -> int:
@@ -132,9 +144,14 @@ def _cores() -> int:
 
 
 def _end_with_parent() -> None:
+    """End Ray and remove its folder when standard input ends: then the parent has been killed."""
     sys.stdin.read()
-    if "--temp-dir" in sys.argv:  # the parent cannot remove it any more
-        shutil.rmtree(sys.argv[sys.argv.index("--temp-dir") + 1], ignore_errors=True)
+    processes = psutil.Process().children(recursive=True)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=END_SECONDS)
+    sweep(_short_folder())
     os.killpg(0, signal.SIGKILL)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors.tables import TableQueue, TaskTable
 
 NETWORK_FILESYSTEMS = frozenset(
@@ -37,11 +39,41 @@ class SqliteExecutor(TableQueue):
         self.url = url
         path = Path(url.removeprefix("sqlite://"))
         _refuse_network(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise QueueError(f"queue: {path.parent} cannot be made: {error}") from None
+        _create(path)
         self.table = TaskTable(str(path))
+
+
+def _create(path: Path) -> None:
+    """Create the file and its folders unless they exist; only the owner can open a new file.
+
+    SQLite gives its `-wal` and `-shm` files the mode of this one. Raises QueueError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QueueError(
+            f"queue: {path.parent} cannot be made: {error}", code=_code_of(error)
+        ) from None
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        pass  # whatever it is, SQLite opens it or reports why not
+    except OSError as error:
+        raise QueueError(
+            f"queue: {path} cannot be created: {error.strerror or error}; use another file with "
+            "--queue sqlite:///…",
+            code=_code_of(error),
+        ) from None
+
+
+def _code_of(error: OSError) -> ErrorCode:
+    return {
+        errno.EROFS: ErrorCode.QUEUE_READ_ONLY,
+        errno.EACCES: ErrorCode.QUEUE_READ_ONLY,
+        errno.EPERM: ErrorCode.QUEUE_READ_ONLY,
+        errno.ENOSPC: ErrorCode.QUEUE_FULL,
+        errno.EDQUOT: ErrorCode.QUEUE_FULL,
+    }.get(error.errno or 0, ErrorCode.QUEUE_UNAVAILABLE)
 
 
 def _refuse_network(

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 from chunkq.errors import QueueError
+from chunkq.executors import table_schema
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task, chunk_name, parse_chunk
@@ -23,28 +24,6 @@ from chunkq.tasks import Task, chunk_name, parse_chunk
 log = logging.getLogger("chunkq.queue")
 
 BATCH = 1000
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS tasks (
-    number INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    job TEXT NOT NULL,
-    message TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'queued',
-    attempts INTEGER NOT NULL DEFAULT 0,
-    worker TEXT,
-    since REAL,
-    lease_until REAL
-);
-CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state);
-CREATE INDEX IF NOT EXISTS tasks_by_job ON tasks (job, state);
-CREATE TABLE IF NOT EXISTS blocks (
-    job TEXT NOT NULL,
-    block TEXT NOT NULL,
-    marks TEXT NOT NULL,
-    PRIMARY KEY (job, block)
-) WITHOUT ROWID;
-"""
 
 COMPLETE = "complete"
 SHOWN = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
@@ -109,9 +88,10 @@ class TaskTable:
         self._threads = threading.local()
         self._connections: list[sqlite3.Connection] = []
         with self._database() as database:
-            # WAL is a property of the file; set once, it stays.
-            database.execute("PRAGMA journal_mode = WAL")
-            database.executescript(SCHEMA)
+            try:
+                table_schema.prepare(database)
+            except QueueError as error:
+                raise QueueError(f"queue: {path}: {error}", code=error.code) from None
 
     def submit(self, rows: Sequence[tuple[str, str, str]]) -> int:
         """Queue (id, job, message) rows in one transaction; returns how many are newly queued."""
@@ -308,10 +288,7 @@ class TaskTable:
         try:
             connection = getattr(self._threads, "connection", None)
             if connection is None:
-                connection = sqlite3.connect(
-                    self.path, timeout=60, isolation_level=None, check_same_thread=False
-                )
-                connection.execute("PRAGMA synchronous = NORMAL")
+                connection = table_schema.connect(self.path)
                 self._threads.connection = connection
                 self._connections.append(connection)
             yield connection
@@ -319,7 +296,7 @@ class TaskTable:
             connection = getattr(self._threads, "connection", None)
             if connection is not None and connection.in_transaction:
                 connection.rollback()
-            raise QueueError(f"queue: {self.path}: {error}") from error
+            raise table_schema.as_queue_error(self.path, error) from error
 
 
 class TableQueue(LeaseQueue):

@@ -15,13 +15,13 @@ if [ ! -r "$secret" ]; then
   echo "the secret's file cannot be read: chmod 644 it, and 700 its folder" >&2
   exit 1
 fi
-password=$(sed 's/[\\"]/\\&/g' "$secret" | tr -d '\r\n')
-if [ -z "$password" ]; then
+if [ -z "$(tr -d '\r\n' <"$secret")" ]; then
   echo "the secret redis_password is empty" >&2
   exit 1
 fi
+hash=$(tr -d '\r\n' <"$secret" | sha256sum | cut -d ' ' -f 1)
 exec redis-server - <<END
 $(cat /etc/chunkq/redis.conf)
 dir /data
-requirepass "$password"
+user default on #$hash $(grep -v '^#' /etc/chunkq/redis.acl)
 END

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from urllib.parse import urlencode, urlsplit
 
-from chunkq.errors import JobError
-from chunkq.executors import BACKENDS, QUEUE_VARIABLE, load_backend, queue_url
+from chunkq.errors import JobError, QueueError
+from chunkq.executors import BACKENDS, QUEUE_VARIABLE, credentials, load_backend, queue_url
 from chunkq.job import DaskConfig, Job, RayConfig
-from chunkq_producer.slurm import Step, announcing
+from chunkq.private_files import write_private
+from chunkq.scratch import scratch_folder
+from chunkq_producer.slurm import Announcement, Step, announcing
+
+log = logging.getLogger("chunkq.run")
 
 ENGINES: MappingProxyType[str, str] = MappingProxyType(
     {"sqlite": "sqlite", "inprocess": "inprocess", "rq": "redis", "dask": "dask", "ray": "ray"}
@@ -120,7 +125,7 @@ def _configured(engine: str, job: Job) -> str | None:
             address if parts.scheme == "ray" else _ray_url(f"{host}:{port or job.ray_config.port}")
         )
     config = job.dask_config
-    protocol: str = "ucx" if parts.scheme == "ucx" else config.protocol
+    protocol: str = parts.scheme if parts.scheme in ("tls", "ucx") else config.protocol
     asked = {"protocol": protocol} if protocol != "tcp" else {}
     asked |= {"interface": config.interface} if config.interface else {}
     query = f"?{urlencode(asked)}" if asked else ""
@@ -155,33 +160,51 @@ def cluster_for(
             depth=depth,
             ends=True,
             nodes=1 if step is None else step.size,
-            announce=lambda: tell(made.address),
+            announce=lambda: tell(Announcement(made.address, made.secret)),
             has_died=made.has_died,
         )
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A cluster of one's own: the queue's URL here, the address for the other nodes."""
+    """A cluster of one's own: the queue's URL here; the address and secret for the other nodes."""
 
     url: str
     address: str
+    secret: str = ""
     has_died: Callable[[], bool] = field(default=lambda: False)
 
 
 @contextmanager
 def _dask(config: DaskConfig, alone: bool) -> Iterator[_Made]:
     load_backend("dask")  # if its package is missing, that is said in one line
+    from chunkq.executors.dask import Address
     from chunkq.executors.dask_scheduler import address_here, start
+    from chunkq.executors.dask_tls import create_certificate
 
     port = config.scheduler_port if "scheduler_port" in config.model_fields_set else 0
     host = "127.0.0.1" if alone else address_here(config.interface)
-    process, url = start(host, port, config.protocol, config.interface)
-    try:
-        yield _Made(url, url, lambda: process.poll() is not None)
-    finally:
-        process.kill()
-        process.communicate()
+    with scratch_folder("dask") as folder:
+        tls = None if config.protocol == "ucx" else create_certificate(folder)
+        if tls is None:
+            log.warning(
+                "dask_config.protocol: ucx has no encryption; whoever reaches this cluster can run "
+                "code as you"
+            )
+        process, url = start(host, port, config.protocol, config.interface, tls)
+        address = Address.parse(url)
+        secret = tls.read_text() if tls else ""
+        if tls:
+            with suppress(QueueError):  # only other commands of this user need it
+                credentials.publish("dask", address.host, address.port, secret)
+        try:
+            yield _Made(
+                url, replace(address, tls=None).url, secret, lambda: process.poll() is not None
+            )
+        finally:
+            process.kill()
+            process.communicate()
+            credentials.withdraw("dask", address.host, address.port)
 
 
 @contextmanager
@@ -191,21 +214,36 @@ def _ray(job: Job, alone: bool, workers: int | None) -> Iterator[_Made]:
     port = job.ray_config.port if "port" in job.ray_config.model_fields_set else 0
     # In a cluster of its own a job has nobody to share cores with, and may crowd them.
     cpus = max(workers or 1, os.cpu_count() or 1) if alone else None
-    with head(alone=alone, cpus=cpus, gpus=not on_cpu(job), port=port) as address:
-        yield _Made(_ray_url(address), address)
+    with head(alone=alone, cpus=cpus, gpus=not on_cpu(job), port=port) as (address, token):
+        yield _Made(_ray_url(address), address, token)
 
 
 @contextmanager
-def part_of(engine: str, address: str, job: Job) -> Iterator[Cluster | None]:
+def part_of(engine: str, leader: Announcement, job: Job) -> Iterator[Cluster | None]:
     """Have this node be part of a cluster that another one leads; None if it needs no more."""
     if engine == "ray":
         from chunkq.executors.ray_head import joined
 
-        with joined(address, gpus=not on_cpu(job)):
+        with joined(leader.address, leader.secret, gpus=not on_cpu(job)):
             yield None
     else:
         config = job.dask_config
-        yield Cluster(address, per_node=config.n_workers, depth=config.threads_per_worker)
+        with _with_certificate(leader) as url:
+            yield Cluster(url, per_node=config.n_workers, depth=config.threads_per_worker)
+
+
+@contextmanager
+def _with_certificate(leader: Announcement) -> Iterator[str]:
+    """Store the leader's key on this node; yield the queue's URL with the file."""
+    if not leader.secret:
+        yield leader.address
+        return
+    load_backend("dask")
+    from chunkq.executors.dask import Address
+
+    with scratch_folder("dask") as folder:
+        file = write_private(folder / "cluster.pem", leader.secret)
+        yield replace(Address.parse(leader.address), protocol="tls", tls=str(file)).url
 
 
 def on_cpu(job: Job) -> bool:

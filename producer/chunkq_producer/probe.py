@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-import tempfile
 from types import SimpleNamespace
 
 from chunkq.record import JobRecord
+from chunkq.scratch import scratch_folder
+from chunkq.tether import tethered
 
 PROBE_MODULE = "chunkq_worker.probe"
 ODD = 1e-5
@@ -25,10 +27,10 @@ def probe(record: JobRecord, *, depth: int | None = None) -> Probe:
     With `depth`, also patches of the volume, and chunks, so many at once.
     """
     # Here, as the system may kill a process that tries how much memory it needs.
-    with tempfile.TemporaryDirectory(prefix="chunkq-rehearsal-") as folder:
-        whole = ["--depth", str(depth), "--folder", folder] if depth else []
+    with scratch_folder("rehearsal") as folder:
+        whole = ["--depth", str(depth), "--folder", str(folder)] if depth else []
         done = subprocess.run(
-            [sys.executable, "-m", PROBE_MODULE, *whole],
+            tethered([sys.executable, "-m", PROBE_MODULE, *whole], signal.SIGKILL),
             input=record.to_json(),
             capture_output=True,
             check=False,

@@ -7,9 +7,9 @@ completed by `python -m chunkq_producer.rehearsal JOB_FOLDER BLOCK ...`, as many
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -24,7 +24,9 @@ from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
 from chunkq.rehearsal import made_anew
+from chunkq.scratch import scratch_folder
 from chunkq.tasks import chunk_name, parse_chunk
+from chunkq.tether import tethered
 
 MODULE = "chunkq_producer.rehearsal"
 BLOCKS = 8
@@ -32,14 +34,14 @@ BLOCKS = 8
 
 def finalizer_bytes(record: JobRecord) -> int | None:
     """Return a finalizer's largest resident memory, tried in a process; None if it failed."""
-    with tempfile.TemporaryDirectory(prefix="chunkq-rehearsal-") as folder:
-        job = made_anew(record, folder)
+    with scratch_folder("rehearsal") as folder:
+        job = made_anew(record, str(folder))
         blocks = some_blocks(job.plan)
         for index in blocks:
             _leave_noise(job, job.plan.chunk(index))
         names = map(chunk_name, blocks)
         done = subprocess.run(
-            [sys.executable, "-m", MODULE, job.folder.path, *names],
+            tethered([sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL),
             capture_output=True,
             check=False,
         )

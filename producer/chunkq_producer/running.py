@@ -227,13 +227,13 @@ def _worker_thread(
 
 def _follow(job: Job, engine: str, step: Step, wishes: Wishes, teller: Teller) -> Ran:
     """Work for the process that leads, until it says that all is done."""
-    address = wait_for_leader(job.output, step)
+    leader = wait_for_leader(job.output, step)
     opened = open_job(folder_of(job.output))
 
     def is_over() -> bool:
         return has_ended(job.output, step)
 
-    with part_of(engine, address, job) as cluster:
+    with part_of(engine, leader, job) as cluster:
         if cluster is None:
             while not is_over():
                 time.sleep(LOOK_SECONDS)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self
 
 from chunkq.errors import ChunkqError, JobError
@@ -60,21 +60,30 @@ class Step:
         return step
 
 
-@contextmanager
-def announcing(output: str, step: Step | None) -> Iterator[Callable[[str], None]]:
-    """Yield what tells the others the cluster's address; at the end they are told to leave.
+@dataclass(frozen=True)
+class Announcement:
+    """What the other nodes need to join the cluster: Dask's key and certificate, or Ray's token."""
 
-    Outside of a step there are no others.
+    address: str
+    secret: str = ""
+
+
+@contextmanager
+def announcing(output: str, step: Step | None) -> Iterator[Callable[[Announcement], None]]:
+    """Yield what tells the others how to join; at the end they are told to leave.
+
+    The job folder holds the secret in a file that only this user can read; in a bucket, whoever
+    can read the job folder can read it. Outside of a step there are no others.
     """
     if step is None:
-        yield lambda address: None
+        yield lambda announcement: None
         return
     folder = ObjectFolder(folder_of(output))
     told = False
 
-    def tell(address: str) -> None:
+    def tell(announcement: Announcement) -> None:
         nonlocal told
-        folder.put(step.name, json.dumps({"address": address}).encode())
+        folder.put(step.name, json.dumps(asdict(announcement)).encode(), private=True)
         told = True
 
     try:
@@ -84,8 +93,8 @@ def announcing(output: str, step: Step | None) -> Iterator[Callable[[str], None]
             folder.delete(step.name)
 
 
-def wait_for_leader(output: str, step: Step) -> str:
-    """Return the cluster's address as soon as the first task has said it."""
+def wait_for_leader(output: str, step: Step) -> Announcement:
+    """Return how to join the cluster as soon as the first task has said it."""
     until = time.monotonic() + PATIENCE_SECONDS
     while (found := ObjectFolder(folder_of(output)).get(step.name)) is None:
         if time.monotonic() > until:
@@ -94,8 +103,7 @@ def wait_for_leader(output: str, step: Step) -> str:
                 f"{PATIENCE_SECONDS:.0f} s; its own messages say why (srun --label)"
             )
         time.sleep(LOOK_SECONDS)
-    address: str = json.loads(found)["address"]
-    return address
+    return Announcement(**json.loads(found))
 
 
 def has_ended(output: str, step: Step) -> bool:

@@ -21,6 +21,7 @@ from types import FrameType
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Ended, Executor, Shift
+from chunkq.scratch import remove_own
 
 EXIT_HANDED_BACK = 5
 
@@ -79,6 +80,7 @@ def main() -> int:
 
 def _die_with_supervisor() -> None:
     sys.stdin.read()
+    remove_own()
     os._exit(1)
 
 
@@ -88,6 +90,7 @@ def _obey_signals(shift: Shift, executor: Executor) -> None:
     def leave() -> None:
         with suppress(QueueError):  # the supervisor hands back what is left
             executor.release(shift.worker, counted=False)
+        remove_own()
         os._exit(EXIT_HANDED_BACK)
 
     told = 0.0

@@ -8,6 +8,7 @@ import threading
 
 from chunkq.errors import ChunkqError, OverrunError
 from chunkq.executors.base import EXIT_OVERRUN, Ended, Executor, Shift
+from chunkq.scratch import remove_own
 
 LEDGER_SECONDS = 5.0
 
@@ -44,4 +45,5 @@ def _leave_hanging(error: OverrunError) -> None:
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     teller.join(LEDGER_SECONDS)
+    remove_own()
     os._exit(EXIT_OVERRUN)

@@ -23,6 +23,7 @@ from chunkq.executors.base import (
 )
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
+from chunkq.scratch import sweep
 from chunkq_worker.birth import child_settings
 from chunkq_worker.child import Orders
 from chunkq_worker.devices import VISIBLE, Slot, cores
@@ -232,6 +233,7 @@ class Supervisor:
                 place.process.wait()
                 _let_go(place)
                 self._hand_back(place.worker, counted=False)
+        sweep()  # what killed children have left
         if self._owed:
             self._pay()
 

@@ -8,15 +8,16 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
-from redis import Redis
+from redis import CredentialProvider, Redis
 from redis import exceptions as redis_errors
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.executors import credentials
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 
@@ -24,6 +25,7 @@ ANSWER_SECONDS = 3.0
 """How long an impatient connection waits for an answer."""
 LONGEST_PASSWORD = 4096
 """Characters; what is longer is another file."""
+DEFAULT_PORT = 6379
 PASSWORD_VARIABLE = "CHUNKQ_QUEUE_PASSWORD_FILE"
 """Names a file that holds the password of an address without one, as container secrets do."""
 FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
@@ -36,7 +38,8 @@ def connect(url: str, *, patient: bool = False) -> Redis:
 
     A patient one, for workers, tries again and again while the server is away; the other, for
     commands, says at once that it is. An address without a password takes it from the file that
-    the environment names. Raises QueueError for a URL that is none, or a file that holds none.
+    the environment names, else from the credentials of a server that `chunkq redis` has started.
+    Raises QueueError for a URL that is none, or a file that holds none.
     """
     answer = WorkerSettings.from_environment().server_answer if patient else ANSWER_SECONDS
     backoff = ExponentialBackoff(cap=5, base=0.2) if patient else NoBackoff()
@@ -50,7 +53,9 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     try:
         _check(url)
         if file := _password_file(url):
-            settings["password"] = _password_in(file)
+            settings["password"] = _password_in(file, PASSWORD_VARIABLE)
+        elif provider := OwnServer.at(url):
+            settings["credential_provider"] = provider
         client = Redis.from_url(url, **settings)
         client.connection_pool.make_connection()  # options that it does not know
     except (ValueError, TypeError):
@@ -83,15 +88,40 @@ def _check(url: str) -> None:
 
 
 def _password_file(url: str) -> str | None:
-    """Return the file that holds this address's password; None where it is not in a file."""
+    """Return the file that the environment names for this address; None if it needs none."""
+    return (os.environ.get(PASSWORD_VARIABLE) or None) if _lacks_password(url) else None
+
+
+def _lacks_password(url: str) -> bool:
+    """Return whether an address over the network holds no password."""
     parts = urlsplit(url)
     given = parts.password is not None or "password" in dict(parse_qsl(parts.query, True))
-    if given or parts.scheme not in ("redis", "rediss"):
-        return None
-    return os.environ.get(PASSWORD_VARIABLE) or None
+    return not given and parts.scheme in ("redis", "rediss")
 
 
-def _password_in(file: str) -> str:
+class OwnServer(CredentialProvider):
+    """The password of a server that this user has started, read anew for each connection."""
+
+    def __init__(self, file: str, host: str, port: int) -> None:
+        self.file, self._host, self._port = file, host, port
+
+    @classmethod
+    def at(cls, url: str) -> Self | None:
+        """Return the password's source for an address without one, None if there is none."""
+        parts = urlsplit(url)
+        if not _lacks_password(url) or parts.username:
+            return None
+        host, port = parts.hostname or "localhost", parts.port or DEFAULT_PORT
+        file = credentials.find("redis", host, port)
+        return cls(str(file), host, port) if file else None
+
+    def get_credentials(self) -> tuple[str]:
+        """Return the password. Raises QueueError if another user's server has its port."""
+        credentials.require_own_listener(self._host, self._port)
+        return (_password_in(self.file, "password"),)
+
+
+def _password_in(file: str, name: str) -> str:
     """Return a file's one line. Raises QueueError where there is none, without what is there."""
     try:
         with open(file, encoding="utf-8", newline="") as opened:
@@ -106,7 +136,35 @@ def _password_in(file: str) -> str:
         if password and len(password) <= LONGEST_PASSWORD and not set("\r\n") & set(password):
             return password
         problem = f"{file} must hold one line, the password" if password else f"{file} is empty"
-    raise QueueError(f"queue: {PASSWORD_VARIABLE}: {problem}")
+    raise QueueError(f"queue: {name}: {problem}", code=ErrorCode.QUEUE_DENIED)
+
+
+def check_server(client: Redis, url: str) -> None:
+    """Raise QueueError for a server that cannot hold a queue: a cluster's node, or a Sentinel.
+
+    A queue's scripts use keys of several hash slots. HELLO is allowed for every user.
+    """
+    try:
+        answer = client.execute_command("HELLO")
+    except redis_errors.ResponseError:
+        return  # before Redis 6, or a proxy that does not pass it on
+    if not isinstance(answer, dict):
+        answer = dict(zip(answer[::2], answer[1::2], strict=False))
+    mode = next((v for k, v in answer.items() if k in (b"mode", "mode")), b"")
+    mode = mode.decode() if isinstance(mode, bytes) else mode
+    if mode in _UNSUPPORTED:
+        raise QueueError(
+            f"queue: {without_secret(url)} {_UNSUPPORTED[mode]}", code=ErrorCode.QUEUE_UNSUPPORTED
+        )
+
+
+_UNSUPPORTED = {
+    "cluster": "is a node of a Redis cluster, and chunkq needs a server that holds all keys; "
+    "use a Redis without cluster mode",
+    "sentinel": "is a Redis Sentinel, which holds no data; use the address of the primary "
+    "that it monitors (`redis-cli -p PORT sentinel masters`)",
+}
+"""Mode of a server that cannot hold a queue, as HELLO reports it -> what is wrong, what to do."""
 
 
 @contextmanager
@@ -115,21 +173,31 @@ def asking(url: str) -> Iterator[None]:
     try:
         yield
     except (redis_errors.RedisError, OSError) as error:
-        raise QueueError(f"queue: {without_secret(url)}: {_reason(error, url)}") from error
+        code, reason = _diagnosis(error, url)
+        raise QueueError(f"queue: {without_secret(url)}: {reason}", code=code) from error
 
 
-def _reason(error: Exception, url: str) -> str:
+def _diagnosis(error: Exception, url: str) -> tuple[ErrorCode, str]:
     said = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
     if isinstance(error, redis_errors.AuthenticationError):
-        return _about_password(said, url)
+        return ErrorCode.QUEUE_DENIED, _about_password(said, url)
     if "can't access at least one of the keys" in said:
         error = redis_errors.NoPermissionError(said)
-    for kind, told in _TOLD.items():
+    is_replica = isinstance(error, redis_errors.MasterDownError)  # a ClusterError for redis-py
+    if (isinstance(error, _OF_CLUSTER) and not is_replica) or _IN_CLUSTER.search(said):
+        return ErrorCode.QUEUE_UNSUPPORTED, f"{_UNSUPPORTED['cluster']} ({said})"
+    if _NOT_SAVED.search(said):
+        return ErrorCode.QUEUE_FULL, f"cannot save its data ({said}); free its disk, see its log"
+    for kind, (code, told) in _TOLD.items():
         if isinstance(error, kind):
             hint = ""
             if isinstance(error, redis_errors.TimeoutError) and url.startswith("rediss:"):
                 hint = "; does that port speak TLS? one that does not wants redis://"
-            return told.format(said=said) + hint
+            return code, told.format(said=said) + hint
+    return ErrorCode.QUEUE_UNAVAILABLE, _about_connection(error, said, url)
+
+
+def _about_connection(error: Exception, said: str, url: str) -> str:
     if isinstance(error, redis_errors.InvalidResponse):
         return f"does not speak Redis ({said}); are host and port right?"
     if _is_about_tls(error):
@@ -148,6 +216,11 @@ def _reason(error: Exception, url: str) -> str:
 def _about_password(said: str, url: str) -> str:
     if file := _password_file(url):
         return f"refuses user or password ({said}); {PASSWORD_VARIABLE} names {file}"
+    if own := OwnServer.at(url):
+        return (
+            f"refuses the password of the server that `chunkq redis` started there ({said}); if "
+            f"another server has that address now, remove {own.file}"
+        )
     user = "" if _WANTED.search(said) else "user"
     hint = f"into the address: redis://{user}:password@host, with %-codes"
     if not url.startswith("unix:"):
@@ -162,14 +235,41 @@ _NOISE = re.compile(
 )
 """What redis-py and Redis add, and no user wants to read."""
 _WANTED = re.compile("HELLO must be called|[Aa]uthentication required|NOAUTH")
-_TOLD: dict[type[Exception], str] = {
-    redis_errors.BusyLoadingError: "is still loading its data ({said}); try again in a moment",
-    redis_errors.NoPermissionError: "this user may not do that ({said}); "
-    "chunkq needs the keys rq:* and chunkq:*, scripts and the usual data commands",
-    redis_errors.OutOfMemoryError: "has no memory left ({said}); raise its maxmemory or let "
-    "workers take some chunks, then go on with `chunkq produce --resume`",
-    redis_errors.ReadOnlyError: "is a replica that only reads ({said}); name the primary",
-    redis_errors.TimeoutError: "does not answer ({said}); is it running, and is the host right?",
+_OF_CLUSTER = (
+    redis_errors.ClusterError,
+    redis_errors.AskError,
+    redis_errors.ClusterCrossSlotError,
+)
+_IN_CLUSTER = re.compile("in cluster mode|in a cluster node|hash to the same slot")
+"""What a cluster's node says that has no error class in redis-py."""
+_NOT_SAVED = re.compile("MISCONF|Errors writing to the AOF|No space left on device")
+_TOLD: dict[type[Exception], tuple[ErrorCode, str]] = {
+    redis_errors.BusyLoadingError: (
+        ErrorCode.QUEUE_BUSY,
+        "is still loading its data ({said}); try again in a moment",
+    ),
+    redis_errors.NoPermissionError: (
+        ErrorCode.QUEUE_DENIED,
+        "this user may not do that ({said}); "
+        "chunkq needs the keys rq:* and chunkq:*, scripts and the usual data commands",
+    ),
+    redis_errors.OutOfMemoryError: (
+        ErrorCode.QUEUE_FULL,
+        "has no memory left ({said}); raise its maxmemory or let "
+        "workers take some chunks, then go on with `chunkq produce --resume`",
+    ),
+    redis_errors.MasterDownError: (
+        ErrorCode.QUEUE_READ_ONLY,
+        "is a replica whose primary is away ({said}); name the primary",
+    ),
+    redis_errors.ReadOnlyError: (
+        ErrorCode.QUEUE_READ_ONLY,
+        "is a replica that only reads ({said}); name the primary",
+    ),
+    redis_errors.TimeoutError: (
+        ErrorCode.QUEUE_UNAVAILABLE,
+        "does not answer ({said}); is it running, and is the host right?",
+    ),
 }
 
 

@@ -31,7 +31,7 @@ from rq.worker_registration import clean_worker_registry, register
 from chunkq.errors import QueueError
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
 from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.executors.rq.connect import asking, connect
+from chunkq.executors.rq.connect import asking, check_server, connect
 from chunkq.executors.rq.scripts import Scripts
 from chunkq.tasks import Task, chunk_name, job_key, parse_chunk
 
@@ -56,6 +56,7 @@ class RqExecutor(LeaseQueue):
         self._card: SimpleWorker | None = None
         with asking(url):
             self._quick.ping()
+            check_server(self._quick, url)
 
     @cached_property
     def _steady(self) -> Scripts:

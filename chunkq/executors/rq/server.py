@@ -1,8 +1,10 @@
-"""A Redis server of one's own: found on this machine, started with the shipped settings."""
+"""A Redis server of this user: find the program, configure it for a queue, start it."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,29 +13,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chunkq.errors import QueueError
-
-LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+from chunkq.tether import tethered
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server listens and keeps its data. Off loopback it needs a password."""
+    """Where a server listens and keeps its data; with a password, what its users may do."""
 
     folder: Path
     port: int = 6379
     bind: str = "127.0.0.1"
     password: str | None = None
 
-    @property
-    def is_local(self) -> bool:
-        """Tell whether only this machine reaches it."""
-        return self.bind in LOOPBACK
-
-    def url(self, host: str) -> str:
-        """Return the queue's address as seen with this host name."""
-        secret = f":{self.password}@" if self.password else ""
+    def url(self, host: str, *, secret: bool = True) -> str:
+        """Return the queue's address as seen with this host name, if asked for with its secret."""
+        password = f":{self.password}@" if self.password and secret else ""
         shown = f"[{host}]" if ":" in host else host
-        return f"redis://{secret}{shown}:{self.port}/0"
+        return f"redis://{password}{shown}:{self.port}/0"
 
     def configuration(self) -> str:
         """Return the whole configuration, the shipped settings first."""
@@ -41,7 +37,9 @@ class Server:
         place = str(self.folder).replace("\\", "\\\\").replace('"', '\\"')
         mine = [f"port {self.port}", f"bind {self.bind}", f'dir "{place}"', "daemonize no"]
         if self.password:
-            mine.append(f'requirepass "{self.password}"')
+            # The hash, so that not even the server's memory of its configuration has the password.
+            digest = hashlib.sha256(self.password.encode()).hexdigest()
+            mine.append(f"user default on #{digest} {permissions()}")
         return shipped + "\n".join(mine) + "\n"
 
     def start(
@@ -49,20 +47,29 @@ class Server:
     ) -> subprocess.Popen[bytes]:
         """Start the server in a session of its own; its output goes to the descriptor `log`.
 
-        It inherits the descriptors `keep`: a lock held by one of them lives as long as the server.
+        It ends with this process, also when that is killed, and with it its hold on the descriptors
+        `keep`, such as that of a lock. Its files are for this user alone.
         """
         process = subprocess.Popen(
-            [program, "-"],  # settings through a pipe: a command line can be seen by everyone
+            # Settings through a pipe: other users can see a command line.
+            tethered([program, "-"], signal.SIGTERM),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             start_new_session=True,
             pass_fds=keep,
+            umask=0o077,
         )
         if process.stdin is not None:
             process.stdin.write(self.configuration().encode())
             process.stdin.close()
         return process
+
+
+def permissions() -> str:
+    """Return the ACL rules of a queue's users."""
+    text = (files(__package__) / "permissions.acl").read_text()
+    return " ".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
 def find_server() -> str:

@@ -13,16 +13,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import click
 import platformdirs
 
-from chunkq.errors import QueueError
-from chunkq.executors import QUEUE_VARIABLE, open_executor
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.executors import QUEUE_VARIABLE, credentials, open_executor
+from chunkq.executors.rq.connect import PASSWORD_VARIABLE
 from chunkq.executors.rq.server import Server, find_server
+from chunkq.private_files import (
+    is_private,
+    is_replaceable_by_others,
+    make_private_folder,
+    write_private,
+)
 
 START_SECONDS = 10.0
 
@@ -31,7 +38,7 @@ START_SECONDS = 10.0
 @click.option("--port", default=6379, show_default=True, type=click.IntRange(1, 65535))
 @click.option(
     "--bind", default="127.0.0.1", show_default=True,
-    help="Address to listen on; 0.0.0.0 lets other machines in, with a password made for it.",
+    help="Address to listen on; 0.0.0.0 lets other machines in, with the password.",
 )  # fmt: skip
 @click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path),
@@ -40,53 +47,89 @@ START_SECONDS = 10.0
 def redis(port: int, bind: str, folder: Path | None) -> None:
     """Start a Redis server for a queue, until Ctrl-C; what is queued stays in its folder.
 
-    For a laptop or a login node without a Redis of its own.
+    For a laptop or a login node without a Redis of its own. Other users need its password.
     """
     program = find_server()
     place = (folder or platformdirs.user_state_path("chunkq") / "redis").absolute()
+    _prepare_folder(place)
+    _refuse_taken(bind, port)
+    with _locked(place) as lock:
+        server = Server(place, port, bind, _password(place))
+        host = _host(bind)
+        write_private(place / "url", server.url(host) + "\n")
+        for name in _names(bind, host):
+            credentials.publish("redis", name, port, server.password or "")
+        code, stopped = _serve(server, program, lock, host)
+    if code and not stopped:
+        raise QueueError(f"the Redis server ended with code {code}; {_log(place)} says why")
+    sys.exit(0)
+
+
+def _serve(server: Server, program: str, lock: int, host: str) -> tuple[int, bool]:
+    """Run a server until it ends; returns its exit code, and whether a signal has stopped it."""
+    log = _log(server.folder)
+    stopped = threading.Event()
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        for process in processes:
+            process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+        process = server.start(program, output.fileno(), keep=[lock])
+    processes.append(process)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        if stopped.is_set():
+            process.terminate()
+        _wait_for_answer(server, process.poll, log, stopped)
+        if not stopped.is_set():
+            for line in _greeting(server, host):
+                click.echo(line)
+        code = process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+    return code, stopped.is_set()
+
+
+def _greeting(server: Server, host: str) -> list[str]:
+    lines = [
+        f"Redis on {server.bind}, port {server.port}, kept in {server.folder}; Ctrl-C stops it, "
+        "the queue stays"
+    ]
+    if not credentials.is_loopback(server.bind):
+        lines.append(
+            "on machines that do not share this home folder: set "
+            f"{PASSWORD_VARIABLE} to a copy of {server.folder / 'password'}"
+        )
+    return [*lines, f"next: export {QUEUE_VARIABLE}={server.url(host, secret=False)}"]
+
+
+def _log(place: Path) -> Path:
+    return place / "redis.log"
+
+
+def _prepare_folder(place: Path) -> None:
+    """Create the folder; refuse one into which other users could put a password of theirs."""
+    try:
+        make_private_folder(place)
+        exposed = is_replaceable_by_others(place)
     except OSError as error:
         raise QueueError(f"--folder: {place} cannot be made: {error.strerror}") from None
-    _refuse_taken(bind, port)
-    server = Server(place, port, bind)
-    if not server.is_local:
-        server = Server(place, port, bind, _password(place))
-    with _locked(place) as lock:
-        address = server.url(_host(bind))
-        file = _write_secret(place / "url", address)
-        log = place / "redis.log"
-        stopped = threading.Event()
-        processes: list[subprocess.Popen[bytes]] = []
+    if exposed:
+        raise QueueError(
+            f"--folder: other users can write to {place}, which holds the queue and its password; "
+            f"run `chmod 700 {shlex.quote(str(place))}`, or choose another --folder",
+            code=ErrorCode.QUEUE_DENIED,
+        )
 
-        def stop(number: int, frame: FrameType | None) -> None:
-            stopped.set()
-            for process in processes:
-                process.terminate()
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop)
-        with log.open("ab") as output:
-            process = server.start(program, output.fileno(), keep=[lock])
-        processes.append(process)
-        try:
-            if stopped.is_set():
-                process.terminate()
-            _wait_for_answer(server, process.poll, log, stopped)
-            if not stopped.is_set():
-                shown = f"$(cat {shlex.quote(str(file))})" if server.password else address
-                click.echo(
-                    f"Redis on {bind}, port {port}, kept in {place}; Ctrl-C stops it, the queue "
-                    "stays"
-                )
-                click.echo(f"next: export {QUEUE_VARIABLE}={shown}")
-            code = process.wait()
-        finally:
-            process.terminate()
-            process.wait()
-    if code and not stopped.is_set():
-        raise QueueError(f"the Redis server ended with code {code}; {log} says why")
-    sys.exit(0)
+def _names(bind: str, host: str) -> set[str]:
+    """Return the names under which this user's commands reach a server that listens on `bind`."""
+    return {host, bind} if host == bind else {host, "127.0.0.1", "::1"}
 
 
 def _host(bind: str) -> str:
@@ -127,19 +170,14 @@ def _refuse_taken(bind: str, port: int) -> None:
 
 
 def _password(place: Path) -> str:
-    """Return the folder's password, made at the first start."""
+    """Return the folder's password; made at the first start, and where others could read it."""
     file = place / "password"
-    if not file.exists():
-        _write_secret(file, secrets.token_hex(24))
-    return file.read_text().strip()
-
-
-def _write_secret(file: Path, text: str) -> Path:
-    """Write a file that only its owner can read."""
-    file.unlink(missing_ok=True)
-    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        opened.write(text + "\n")
-    return file
+    with suppress(FileNotFoundError):
+        if is_private(file) and (password := file.read_text().strip()):
+            return password
+    password = secrets.token_hex(24)
+    write_private(file, password + "\n")
+    return password
 
 
 def _wait_for_answer(

@@ -1,5 +1,6 @@
 """A real Redis for tests, on a free loopback port, stopped by its pid."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 import redis
 
 from chunkq.errors import QueueError
-from chunkq.executors.rq.server import Server, find_server
+from chunkq.executors.rq.server import Server, find_server, permissions
 from tests.harness.waiting import TIMEOUT
 
 
@@ -35,8 +36,14 @@ def program() -> str:
         pytest.skip(str(error))
 
 
+ADMIN = "admin"
+
+
 class RedisServer:
-    """One server with the shipped settings, which can be killed and started again."""
+    """One server with the shipped settings, which can be killed and started again.
+
+    chunkq's own commands have the shipped permissions, and tests those of `ADMIN`.
+    """
 
     def __init__(self, folder: Path, password: str | None = None, extra: str = "") -> None:
         self.settings = Server(folder, free_port(), password=password)
@@ -49,7 +56,19 @@ class RedisServer:
 
     @property
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.settings.port, password=self.settings.password)
+        """A connection with all permissions."""
+        return redis.Redis(
+            port=self.settings.port, username=ADMIN, password=self.settings.password or "any"
+        )
+
+    @property
+    def configuration(self) -> str:
+        password = self.settings.password
+        secret = f"#{hashlib.sha256(password.encode()).hexdigest()}" if password else "nopass"
+        users = [f"user {ADMIN} on {secret} ~* &* +@all"]
+        if not password:
+            users.append(f"user default on nopass {permissions()}")
+        return self.settings.configuration() + "\n".join(users) + "\n" + self._extra
 
     @property
     def pid(self) -> int:
@@ -64,7 +83,7 @@ class RedisServer:
         )
         os.close(log)
         assert self._process.stdin is not None
-        self._process.stdin.write((self.settings.configuration() + self._extra).encode())
+        self._process.stdin.write(self.configuration.encode())
         self._process.stdin.close()
         limit = time.monotonic() + TIMEOUT
         while True:

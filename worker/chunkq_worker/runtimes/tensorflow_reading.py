@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from chunkq.errors import ModelError
 from chunkq.paths import is_url, open_filesystem
+from chunkq.scratch import scratch_folder
 
 MESSAGE = re.compile(r"(?:\x1b|\\x1b)\[1m(.*?)(?:\x1b|\\x1b)\[0m", re.DOTALL)
 """What a layer raised, in bold in the middle of what Keras makes of it."""
@@ -22,7 +22,7 @@ def fetched(path: str, key: str) -> Iterator[str]:
     if not is_url(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="chunkq-") as folder:
+    with scratch_folder("weights") as folder:
         target = os.path.join(folder, path.rpartition("/")[2])
         try:
             filesystem, inner = open_filesystem(path)
@@ -47,7 +47,7 @@ def named(path: str, suffix: str) -> Iterator[str]:
     if os.path.basename(path).partition(".")[2] == suffix[1:]:
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="chunkq-") as folder:
+    with scratch_folder("weights") as folder:
         link = os.path.join(folder, f"file{suffix}")
         os.symlink(os.path.abspath(path), link)
         yield link

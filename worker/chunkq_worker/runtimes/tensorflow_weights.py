@@ -5,11 +5,11 @@ from __future__ import annotations
 import glob
 import io
 import os
-import tempfile
 import zipfile
 from typing import Any
 
 from chunkq.errors import ModelError
+from chunkq.scratch import scratch_folder
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.tensorflow_import import h5py, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
@@ -56,7 +56,7 @@ def _read(model: Any, path: str, content: bytes, *, zipped: bool) -> tuple[set[s
 
     Both are empty for the format of Keras 2, of which Keras compares all layers itself.
     """
-    with tempfile.TemporaryDirectory(prefix="chunkq-") as folder:
+    with scratch_folder("weights") as folder:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 path = archive.extract("model.weights.h5", folder)
@@ -123,7 +123,7 @@ def _restore(model: Any, prefix: str, key: str) -> None:
             status = checkpoint.read(prefix)
             status.assert_existing_objects_matched()
             status.expect_partial()
-            with tempfile.TemporaryDirectory(prefix="chunkq-") as folder:
+            with scratch_folder("weights") as folder:
                 own = _variables(checkpoint.write(os.path.join(folder, "own")))
     except Exception as error:  # of any kind, where a file is damaged
         raise ModelError(_misfit(key, error)) from error

@@ -1,0 +1,107 @@
+"""Secrets of servers that this user's commands have started, found by the server's address.
+
+One private file for each address, in the user's state folder. So an address needs no password,
+and job files, environments and command lines hold none.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import platformdirs
+
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.private_files import is_private, make_private_folder, write_private
+
+
+def publish(kind: str, host: str, port: int, secret: str) -> Path:
+    """Store the secret of a server; returns the file. Raises QueueError."""
+    path = _path(kind, host, port)
+    try:
+        make_private_folder(path.parent)
+        return write_private(path, secret + "\n")
+    except OSError as error:
+        raise QueueError(
+            f"queue: {path.parent} cannot be written ({error.strerror or error}), so no command "
+            "would find the server's password; set XDG_STATE_HOME to a folder of yours"
+        ) from None
+
+
+def withdraw(kind: str, host: str, port: int) -> None:
+    """Remove the secret of a server that has ended."""
+    with suppress(OSError):
+        _path(kind, host, port).unlink()
+
+
+def find(kind: str, host: str, port: int) -> Path | None:
+    """Return the file with a server's secret, None if this user's commands have started none there.
+
+    Raises QueueError if other users could read or replace the file.
+    """
+    for address in _names(host):
+        path = _path(kind, address, port)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if not is_private(path):
+                raise QueueError(
+                    f"queue: other users can read or replace {path}; remove it, and start the "
+                    "server again",
+                    code=ErrorCode.QUEUE_DENIED,
+                )
+            return path
+    return None
+
+
+def require_own_listener(host: str, port: int) -> None:
+    """Raise QueueError if only other users' processes listen on a loopback port.
+
+    While a user's server is down any other user can listen on its port. A password does not
+    prove who a server is, so a worker would run the tasks of that user. Linux only.
+    """
+    users = _listeners(port) if is_loopback(host) else set()
+    if users and os.geteuid() not in users:
+        raise QueueError(
+            f"queue: another user (uid {min(users)}) listens on {host}, port {port}, where a "
+            "server of yours has been; start yours on another port",
+            code=ErrorCode.QUEUE_DENIED,
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches a host by this name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _path(kind: str, host: str, port: int) -> Path:
+    """Return the file of an address; loopback means another machine on each host of a cluster."""
+    where = f"{socket.gethostname()}_{host}" if is_loopback(host) else host.lower()
+    return Path(platformdirs.user_state_path("chunkq")) / "credentials" / f"{kind}_{where}_{port}"
+
+
+def _names(host: str) -> Iterator[str]:
+    yield from ("127.0.0.1", "::1") if host == "localhost" else (host,)
+
+
+def _listeners(port: int) -> set[int]:
+    """Return the users whose processes listen on a TCP port, as far as the system tells."""
+    users = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as table:
+            for fields in map(str.split, islice(table, 1, None)):
+                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    users.add(int(fields[7]))
+    return users
+
+
+_LISTEN = "0A"
+"""State of a listening socket in /proc/net/tcp."""

@@ -1,0 +1,164 @@
+"""Schema of the task table: create it, upgrade it, and report why a database cannot hold it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+import time
+
+from chunkq.errors import ErrorCode, QueueError
+
+VERSION = 1
+"""Stored as SQLite's `user_version`. Files written before it was stored have 0."""
+BUSY_SECONDS = 60.0
+"""How long a statement waits for other processes."""
+LONGEST_PAUSE = 0.05
+LEAST_SPACE = 1 << 20
+"""Free bytes below which an I/O error is reported as a full disk."""
+
+STATEMENTS = (
+    """
+    CREATE TABLE IF NOT EXISTS tasks (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        job TEXT NOT NULL,
+        message TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'queued',
+        attempts INTEGER NOT NULL DEFAULT 0,
+        worker TEXT,
+        since REAL,
+        lease_until REAL
+    )
+    """,
+    "CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state)",
+    "CREATE INDEX IF NOT EXISTS tasks_by_job ON tasks (job, state)",
+    """
+    CREATE TABLE IF NOT EXISTS blocks (
+        job TEXT NOT NULL,
+        block TEXT NOT NULL,
+        marks TEXT NOT NULL,
+        PRIMARY KEY (job, block)
+    ) WITHOUT ROWID
+    """,
+)
+
+
+def connect(path: str) -> sqlite3.Connection:
+    """Open a database in autocommit mode; several threads may close it."""
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+def prepare(database: sqlite3.Connection) -> None:
+    """Create the tables, or upgrade them, once for all processes that open the file.
+
+    Raises sqlite3.Error, and QueueError if a newer version of chunkq has written the file.
+    """
+    _switch_to_wal(database)
+    if _version(database) == VERSION:
+        return
+    # IMMEDIATE waits for another writer; a transaction that begins with a read does not.
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        if _version(database) != VERSION:
+            for statement in STATEMENTS:
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {VERSION}")
+    except QueueError:
+        database.rollback()
+        raise
+    database.execute("COMMIT")
+
+
+def _version(database: sqlite3.Connection) -> int:
+    """Return the version of the schema. Raises QueueError if it is newer than this one."""
+    version: int = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        raise QueueError(
+            f"has schema {version} of a newer chunkq, expected at most {VERSION}; install that "
+            "version, or use another file with --queue sqlite:///…",
+            code=ErrorCode.QUEUE_UNSUPPORTED,
+        )
+    return version
+
+
+def _switch_to_wal(database: sqlite3.Connection) -> None:
+    """Set the journal mode, which stays in the file.
+
+    SQLite does not apply its busy timeout here: it would reach a deadlock if two processes waited
+    for each other's shared lock.
+    """
+    limit = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error) or time.monotonic() > limit:
+                raise
+        time.sleep(random.uniform(0, LONGEST_PAUSE))
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return _primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    """Return the low byte of the result code; 0 for errors that Python raises itself."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def as_queue_error(path: str, error: sqlite3.Error) -> QueueError:
+    """Return the error for the user: the file, what is wrong, and what to do."""
+    code, advice = _diagnosis(path, _primary_code(error))
+    return QueueError(f"queue: {path}: {error}{advice}", code=code)
+
+
+def _diagnosis(path: str, result: int) -> tuple[ErrorCode, str]:
+    folder = os.path.dirname(path) or "."
+    unwritable = os.path.isdir(folder) and not os.access(folder, os.W_OK)
+    if result == sqlite3.SQLITE_IOERR and _is_full(folder):
+        result = sqlite3.SQLITE_FULL
+    if result == sqlite3.SQLITE_CANTOPEN and (unwritable or not _is_writable(path)):
+        result = sqlite3.SQLITE_READONLY
+    return _DIAGNOSES.get(result, (ErrorCode.QUEUE_UNAVAILABLE, ""))
+
+
+_DIAGNOSES = {
+    sqlite3.SQLITE_FULL: (
+        ErrorCode.QUEUE_FULL,
+        "; free disk space, then run the command again (`chunkq produce --resume` queues the rest)",
+    ),
+    sqlite3.SQLITE_READONLY: (
+        ErrorCode.QUEUE_READ_ONLY,
+        "; make the file and its folder writable, or use another file with --queue sqlite:///…",
+    ),
+    sqlite3.SQLITE_BUSY: (
+        ErrorCode.QUEUE_BUSY,
+        f" for {BUSY_SECONDS:.0f} s by another process; end that process, or use another file",
+    ),
+    sqlite3.SQLITE_NOTADB: (
+        ErrorCode.QUEUE_DAMAGED,
+        "; use another file with --queue sqlite:///…",
+    ),
+    sqlite3.SQLITE_CORRUPT: (
+        ErrorCode.QUEUE_DAMAGED,
+        "; remove the file, then `chunkq produce --resume` queues what is not done",
+    ),
+}
+
+
+def _is_full(folder: str) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < LEAST_SPACE
+    except OSError:
+        return False
+
+
+def _is_writable(path: str) -> bool:
+    return not os.path.exists(path) or os.access(path, os.W_OK)
