@@ -28,8 +28,7 @@ def write_private(path: Path, text: str) -> Path:
 
 def make_private_folder(path: Path) -> Path:
     """Create a folder with mode 0700; one that exists keeps its mode. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
 

@@ -1,14 +1,19 @@
 """The embedded queue's own promises: one host's disk, one file, one line when it cannot be."""
 
+import os
 import sqlite3
-from collections.abc import Callable
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from chunkq.errors import JobError, QueueError
-from chunkq.executors import default_url, open_executor, sqlite
-from chunkq.executors.base import Shift
+from chunkq.errors import ErrorCode, JobError, QueueError
+from chunkq.executors import default_url, open_executor, sqlite, table_schema
+from chunkq.executors.base import Mark, Shift
 from chunkq.executors.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
 from chunkq.tasks import Task
 
@@ -139,3 +144,153 @@ def test_a_url_of_no_known_queue_gives_one_line_that_names_the_known_ones(url: s
     with pytest.raises(JobError, match="sqlite://") as error:
         open_executor(url)
     assert len(str(error.value).splitlines()) == 1
+
+
+# Several processes, versions and users.
+
+OPEN = """
+import sys
+from chunkq.executors import open_executor
+from chunkq.tasks import Task
+
+first, count, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+print("ready", flush=True)
+for line in sys.stdin:
+    queue = open_executor(f"sqlite://{folder}/{line.strip()}.db")
+    queue.submit(Task("infer", "/data/out.zarr.chunkq", (first, n)) for n in range(count))
+    queue.close()
+    print("done", flush=True)
+"""
+
+
+def test_processes_that_open_a_new_queue_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPEN, str(number), "3", str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    pipes = [(process.stdin, process.stdout) for process in processes]
+    for _, out in pipes:
+        assert out is not None
+        assert out.readline() == "ready\n"
+    for queue in range(20):
+        for into, _ in pipes:
+            assert into is not None
+            into.write(f"{queue}\n")
+            into.flush()
+        said = [out.readline() for _, out in pipes if out is not None]
+        if said != ["done\n"] * 4:
+            pytest.fail("".join(process.communicate()[1] for process in processes))
+        opened = SqliteExecutor(f"sqlite://{tmp_path}/{queue}.db")
+        assert opened.counts("/data/out.zarr.chunkq").queued == 12
+        opened.close()
+    for process in processes:
+        assert process.communicate() == ("", "")
+
+
+def test_a_queue_locked_for_too_long_gives_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_schema, "BUSY_SECONDS", 0.1)
+    holder = sqlite3.connect(tmp_path / "queue.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    assert refused_with(tmp_path / "queue.db") is ErrorCode.QUEUE_BUSY
+    holder.close()
+
+
+def refused_with(path: Path) -> ErrorCode:
+    """The code of the one-line error with which a queue cannot be opened."""
+    refusal(path)
+    with pytest.raises(QueueError) as error:
+        open_executor(f"sqlite://{path}")
+    return error.value.code
+
+
+def test_a_queue_of_before_versions_were_stored_is_upgraded_with_its_tasks(tmp_path: Path) -> None:
+    file = tmp_path / "queue.db"
+    queue = SqliteExecutor(f"sqlite://{file}")
+    queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))])
+    queue.close()
+    old = sqlite3.connect(file)
+    old.execute("DROP TABLE blocks")
+    old.execute("PRAGMA user_version = 0")
+    old.close()
+    queue = SqliteExecutor(f"sqlite://{file}")
+    assert queue.counts("/data/out.zarr.chunkq").queued == 1
+    assert queue.note("/data/out.zarr.chunkq", [Mark((1,), 0, 1)]) != []
+    queue.close()
+    assert version_of(file) == table_schema.VERSION
+
+
+def version_of(file: Path) -> int:
+    database = sqlite3.connect(file)
+    version: int = database.execute("PRAGMA user_version").fetchone()[0]
+    database.close()
+    return version
+
+
+def test_a_queue_of_a_newer_version_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "queue.db"
+    SqliteExecutor(f"sqlite://{file}").close()
+    newer = sqlite3.connect(file)
+    newer.execute(f"PRAGMA user_version = {table_schema.VERSION + 1}")
+    newer.close()
+    assert refused_with(file) is ErrorCode.QUEUE_UNSUPPORTED
+    assert version_of(file) == table_schema.VERSION + 1
+
+
+def test_only_the_owner_can_open_a_new_queue(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        queue = SqliteExecutor(f"sqlite://{tmp_path}/queue.db")
+        queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))])
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        queue.close()
+    finally:
+        os.umask(before)
+    assert modes == {"queue.db": 0o600, "queue.db-wal": 0o600, "queue.db-shm": 0o600}
+
+
+@contextmanager
+def file_system(folder: Path, options: str) -> Iterator[None]:
+    """Mount a file system in memory on a folder."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        reason = f"only root can mount a file system: {mounted.stderr}"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_queue_on_a_read_only_file_system_is_refused(tmp_path: Path) -> None:
+    with file_system(tmp_path, "size=4m"):
+        SqliteExecutor(f"sqlite://{tmp_path}/queue.db").close()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        for name in ("queue.db", "new.db", "new/queue.db"):
+            assert refused_with(tmp_path / name) is ErrorCode.QUEUE_READ_ONLY
+
+
+def test_a_full_disk_is_one_line_and_what_is_queued_stays(tmp_path: Path) -> None:
+    tasks = [Task("infer", "/data/out.zarr.chunkq", (n,)) for n in range(20_000)]
+    with file_system(tmp_path, "size=1m"):
+        queue = SqliteExecutor(f"sqlite://{tmp_path}/queue.db")
+        with pytest.raises(QueueError) as error:
+            queue.submit(tasks)
+        assert error.value.code is ErrorCode.QUEUE_FULL
+        assert len(str(error.value).splitlines()) == 1
+        assert queue.counts("/data/out.zarr.chunkq").queued % 1000 == 0
+        queue.close()
+        (tmp_path / "filler").write_bytes(b"")
+        with suppress(OSError):
+            (tmp_path / "filler").write_bytes(b"0" * (1 << 20))
+        assert refused_with(tmp_path / "another.db") is ErrorCode.QUEUE_FULL

@@ -1,6 +1,7 @@
 """`chunkq redis` as a process: what it starts, what it says, and what is left after it."""
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -19,6 +20,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.executors import open_executor
 from tests.harness.networks import toy_model
 from tests.harness.processes import is_alive
 from tests.harness.servers.redis import free_port, program
@@ -26,15 +29,8 @@ from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import TIMEOUT, wait_until
 from tests.harness.workspace import Workspace
 
-SETTINGS = {
-    "appendonly": "yes",
-    "appendfsync": "everysec",
-    "save": "",
-    "maxmemory": "0",
-    "maxmemory-policy": "noeviction",
-    "hash-max-ziplist-value": "1024",
-    "daemonize": "no",
-}
+SETTINGS = {"aof_enabled": 1, "maxmemory": 0, "maxmemory_policy": "noeviction"}
+"""What INFO shows of the shipped settings."""
 
 
 @dataclass
@@ -50,6 +46,16 @@ class Started:
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def client(self) -> redis.Redis:
+        """A connection with the folder's password."""
+        password = (self.folder / "password").read_text().strip()
+        return redis.Redis(port=self.port, password=password, decode_responses=True)
+
+    def settings(self) -> dict[str, object]:
+        with self.client as client:
+            return {name: value for name, value in client.info().items() if name in SETTINGS}
 
     def says(self) -> str:
         return self.log.read_text()
@@ -82,8 +88,10 @@ class Started:
 
 
 @pytest.fixture(autouse=True)
-def needs_a_server() -> None:
+def needs_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program()
+    # Another test's server may get a port whose password would be found here.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 @contextmanager
@@ -165,11 +173,11 @@ def test_it_starts_a_server_with_the_shipped_settings_and_says_the_next_step(
             "Ctrl-C stops it, the queue stays"
         )
         assert last == f"next: export CHUNKQ_QUEUE={made.url}"
-        with redis.Redis(port=made.port, decode_responses=True) as client:
-            found = {name: client.config_get(name)[name] for name in SETTINGS}
-            assert found == SETTINGS
-            assert client.config_get("dir")["dir"] == str(folder)
-            assert client.config_get("bind")["bind"].split() == ["127.0.0.1"]
+        assert made.settings() == SETTINGS
+        assert any(folder.rglob("*aof*"))
+        (server,) = made.children()
+        sockets = psutil.Process(server).net_connections("inet")
+        assert {socket.laddr for socket in sockets} == {("127.0.0.1", made.port)}
         # The next step as it stands there, in a shell, and then any command.
         step = last.removeprefix("next: ")
         done = subprocess.run(
@@ -254,7 +262,7 @@ def test_the_queue_survives_a_restart_in_the_same_folder(
             made.stop(number)
         else:
             # Within a second every change is on disk; asked, it says when.
-            with redis.Redis(port=made.port) as client:
+            with made.client as client:
                 if hasattr(client, "waitaof") and client.info()["redis_version"] >= "7.2":
                     client.waitaof(1, 0, 5000)
                 else:
@@ -274,7 +282,7 @@ def aof_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*aof*") if path.is_file())
 
 
-def test_a_killed_command_leaves_its_server_in_use_and_the_next_one_says_so(
+def test_a_killed_command_takes_its_server_along_and_the_queue_stays(
     tmp_path: Path, workspace: Workspace
 ) -> None:
     folder = tmp_path / "queue"
@@ -283,10 +291,9 @@ def test_a_killed_command_leaves_its_server_in_use_and_the_next_one_says_so(
         workspace.call("produce", "job.json", *queue, "--overwrite").ok()
         made.process.kill()
         made.process.wait()
-        assert is_alive(*made.known)
+        made.leaves_no_process()
+    with started(folder, port=made.port):
         assert "4 queued" in workspace.call("jobs", *queue).ok().out
-        said = refused(folder, port=made.port)
-        assert "if a Redis runs there already, use it" in said
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
@@ -321,8 +328,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_queue_is_refused_with_what_the_server_says(tmp_path: Path) -> None:
     folder = tmp_path / "queue"
     with started(folder) as made:
-        with redis.Redis(port=made.port) as client:
-            client.set("key", "value")
+        with made.client as client:
+            client.set("chunkq:key", "value")
         made.stop()
     for path in folder.rglob("*.aof"):
         path.write_bytes(b"nonsense\r\n" * 100)
@@ -332,8 +339,6 @@ def test_a_damaged_queue_is_refused_with_what_the_server_says(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["with space", "it's", 'a "quoted" one', "back\\slash", "Würfel"])
 def test_any_folder_name_will_do(name: str, tmp_path: Path) -> None:
     with started(tmp_path / name) as made:
-        with redis.Redis(port=made.port, decode_responses=True) as client:
-            assert client.config_get("dir")["dir"] == str(tmp_path / name)
         made.stop()
     assert any((tmp_path / name).rglob("*aof*"))  # Redis 6 leaves it empty
 
@@ -364,10 +369,10 @@ def test_other_machines_are_let_in_with_a_password_that_only_the_owners_files_ho
         password = (folder / "password").read_text().strip()
         assert len(password) >= 32
         step = made.says().splitlines()[-1].removeprefix("next: ")
-        assert step == f"export CHUNKQ_QUEUE=$(cat {folder}/url)"
         address = (folder / "url").read_text().strip()
         host = address.removeprefix(f"redis://:{password}@").removesuffix(f":{made.port}/0")
         assert host not in ("localhost", "127.0.0.1", "::1")
+        assert step == f"export CHUNKQ_QUEUE=redis://{host}:{made.port}/0"
         with (
             pytest.raises(redis.AuthenticationError),
             redis.Redis(port=made.port, retry=Retry(NoBackoff(), 0)) as stranger,
@@ -413,14 +418,168 @@ def command_lines() -> str:
     return "\n".join(lines)
 
 
-def test_a_password_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["readable", "a link", "empty"])
+def test_a_password_that_others_could_know_is_replaced(how: str, tmp_path: Path) -> None:
     folder = tmp_path / "queue"
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     (folder / "url").write_text("redis://:old@host:1/0")
     (folder / "url").chmod(0o644)
-    with started(folder, "--bind", "0.0.0.0") as made:
-        assert stat.S_IMODE((folder / "url").stat().st_mode) == 0o600
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("" if how == "empty" else "known")
+    elsewhere.chmod(0o644 if how == "readable" else 0o600)
+    if how == "a link":
+        (folder / "password").symlink_to(elsewhere)
+    else:
+        elsewhere.rename(folder / "password")
+    with started(folder) as made:
+        assert (folder / "password").read_text().strip() not in ("known", "")
+        for name in ("password", "url"):
+            state = (folder / name).lstat()
+            assert (stat.S_ISREG(state.st_mode), stat.S_IMODE(state.st_mode)) == (True, 0o600)
+        with made.client as client:
+            assert client.ping()
         made.stop()
+
+
+# Other users of this machine.
+
+NOBODY = 65534
+ASK = """
+import encodings.idna, os, socket, sys  # the codec, as that user may not read this environment
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+with socket.create_connection(("127.0.0.1", int(sys.argv[1])), 10) as s:
+    s.sendall(b"*3\\r\\n$3\\r\\nSET\\r\\n$8\\r\\nchunkq:a\\r\\n$1\\r\\n1\\r\\n")
+    print(s.recv(100).decode())
+"""
+LISTEN = """
+import os, socket, sys
+os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))
+s = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("ready", flush=True)
+s.accept()[0].recv(1 << 16)
+print("somebody has written", flush=True)
+sys.stdin.read()
+"""
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 and not os.environ.get("CI"), reason="only root can be another user"
+)
+
+
+@needs_root
+def test_another_user_is_refused_and_finds_no_file_with_the_password(tmp_path: Path) -> None:
+    folder = tmp_path / "queue"
+    with started(folder) as made:
+        asked = subprocess.run(
+            [sys.executable, "-c", ASK, str(made.port), str(NOBODY)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert asked.stdout.startswith("-NOAUTH")
+        with made.client as client:
+            assert client.exists("chunkq:a") == 0
+        places = [folder, *folder.rglob("*"), *(tmp_path / "state" / "chunkq").rglob("*")]
+        assert {path.name for path in places} >= {"password", "url", "redis.log", "credentials"}
+        assert not [path for path in places if stat.S_IMODE(path.stat().st_mode) & 0o077]
+        made.stop()
+
+
+@needs_root
+def test_the_password_is_not_sent_to_another_users_server_on_the_same_port(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    with started(tmp_path / "queue") as made:
+        made.stop()
+    other = subprocess.Popen(
+        [sys.executable, "-c", LISTEN, str(made.port), str(NOBODY)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(QueueError, match=f"uid {NOBODY}") as error:
+        open_executor(made.url)
+    assert error.value.code is ErrorCode.QUEUE_DENIED
+    workspace.call("work", "--burst", "--queue", made.url).refused(1, "another user")
+    other.kill()
+    assert other.communicate()[0] == ""
+
+
+ADMINISTRATIVE = (
+    ("CONFIG", "SET", "dir", "/tmp"),
+    ("CONFIG", "GET", "dir"),
+    ("DEBUG", "SLEEP", "0"),
+    ("MODULE", "LOAD", "/tmp/evil.so"),
+    ("SAVE",),
+    ("BGSAVE",),
+    ("BGREWRITEAOF",),
+    ("REPLICAOF", "NO", "ONE"),
+    ("SLAVEOF", "NO", "ONE"),
+    ("SHUTDOWN", "NOSAVE"),
+    ("ACL", "LIST"),
+    ("ACL", "SETUSER", "other", "on", "nopass", "+@all"),
+    ("FLUSHALL",),
+    ("KEYS", "*"),
+    ("MONITOR",),
+    ("MIGRATE", "127.0.0.1", "1", "key", "0", "10"),
+    ("CLIENT", "KILL", "TYPE", "normal"),
+    ("SET", "others:key", "1"),
+    ("EVAL", "return redis.call('CONFIG', 'GET', 'dir')", "0"),
+)
+
+
+REFUSAL = re.compile("no permissions|can't run this command|NOPERM|ACL failure|not allowed")
+
+
+def test_who_has_the_password_can_use_the_queue_and_not_administer_the_server(
+    tmp_path: Path, workspace: Workspace
+) -> None:
+    with started(tmp_path / "queue") as made, made.client as client:
+        for words in ADMINISTRATIVE:
+            with pytest.raises(redis.ResponseError, match=REFUSAL):
+                client.execute_command(*words)
+        queue = ("--queue", f"redis://localhost:{made.port}/0")
+        workspace.call("produce", "job.json", *queue, "--overwrite").ok()
+        assert "4 queued" in workspace.call("jobs", *queue).ok().out
+        made.stop()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_folder_in_which_others_can_write_is_refused(mode: int, tmp_path: Path) -> None:
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    folder.chmod(mode)
+    said = refused(folder)
+    assert f"chmod 700 {folder}" in said
+    assert list(folder.iterdir()) == []
+
+
+def test_a_password_that_others_can_read_is_not_used(tmp_path: Path) -> None:
+    with started(tmp_path / "queue") as made:
+        (file,) = (tmp_path / "state" / "chunkq" / "credentials").glob(f"*_{made.port}")
+        file.chmod(0o640)
+        with pytest.raises(QueueError) as error:
+            open_executor(made.url)
+        assert error.value.code is ErrorCode.QUEUE_DENIED
+        made.stop()
+
+
+def test_another_server_of_this_user_on_that_port_is_told_from_the_one_that_was_there(
+    tmp_path: Path,
+) -> None:
+    with started(tmp_path / "queue") as made:
+        made.stop()
+    with started(tmp_path / "other", port=made.port):
+        open_executor(made.url).close()
+    (file,) = (tmp_path / "state" / "chunkq" / "credentials").glob(f"*_{made.port}")
+    file.write_text("of another\n")
+    with started(tmp_path / "other", port=made.port):
+        open_executor(made.url).close()
+        file.write_text("of another\n")
+        with pytest.raises(QueueError, match=str(file)) as error:
+            open_executor(made.url)
+        assert error.value.code is ErrorCode.QUEUE_DENIED
 
 
 # Which server.
@@ -443,8 +602,7 @@ def test_without_redis_on_the_path_the_wheels_server_serves(
         (server,) = made.children()
         carried = Path(wheel.origin).parent / "bin" / "redis-server"
         assert psutil.Process(server).exe() == str(carried.resolve())
-        with redis.Redis(port=made.port, decode_responses=True) as client:
-            assert {name: client.config_get(name)[name] for name in SETTINGS} == SETTINGS
+        assert made.settings() == SETTINGS
         queue = ("--queue", made.url)
         workspace.call("produce", "job.json", *queue, "--overwrite").ok()
         assert "4 queued" in workspace.call("jobs", *queue).ok().out

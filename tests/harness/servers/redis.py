@@ -92,6 +92,7 @@ class RedisServer:
                     client.ping()
                 return
             except redis.RedisError:
+                assert self._process.poll() is None, (self.settings.folder / "log").read_text()
                 assert time.monotonic() < limit, (self.settings.folder / "log").read_text()
                 time.sleep(0.02)
 
