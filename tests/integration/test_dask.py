@@ -5,6 +5,9 @@ import os
 import re
 import signal
 import socket
+import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chunkq.executors.dask_tls import create_certificate
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.dask import HOST, DaskCluster
 from tests.harness.servers.redis import free_port
@@ -146,7 +150,7 @@ def test_a_scheduler_that_is_away_is_said_in_one_line(
         ("dask://host:port", "dask://host:port is no address of a Dask scheduler; write .*"),
         ("dask://host:8786/0", "dask://host:8786/0 is no address of a Dask scheduler; write .*"),
         ("dask://host?a=b", r"dask://host\?a=b is no address of a Dask scheduler; write .*"),
-        ("dask://host?protocol=ws", ".* with .protocol= one of tcp, ucx"),
+        ("dask://host?protocol=ws", ".* with .protocol= one of tcp, tls, ucx"),
         ("dask://u:geheim@host", r"dask://\*\*\*@host is no address of a Dask scheduler; .*"),
     ],
 )
@@ -360,19 +364,94 @@ def test_after_ctrl_c_the_same_run_again_continues(
     assert set(workspace.computed().values()) == {1}
 
 
-@pytest.mark.proof("dask")
-def test_a_run_that_is_killed_takes_its_cluster_along(
+STRANGER = """
+import sys
+import dask, distributed
+
+dask.config.set({"distributed.comm.retry.count": 0})
+security = None
+if sys.argv[2]:
+    file = sys.argv[2]
+    security = distributed.Security(
+        tls_ca_file=file, tls_client_cert=file, require_encryption=True
+    )
+try:
+    distributed.Client(sys.argv[1], timeout=3, set_as_default=False, security=security)
+except OSError:
+    print("refused")
+else:
+    print("let in")
+"""
+
+
+def test_a_run_serves_nobody_without_its_key_and_is_gone_without_a_trace_when_killed(
     standard_job: StandardJob, tmp_path: Path
 ) -> None:
-    workspace = standard_job.workspace(tmp_path, url="dask://")
-    with workspace.start(
-        "run", str(workspace.job_file), "-e", "dask", NET_HOLD="piece", NET_AFTER="2"
-    ) as cli:
+    temporary, state = tmp_path / "tmp", tmp_path / "state"
+    temporary.mkdir()
+    (tmp_path / "job").mkdir()
+    workspace = standard_job.workspace(tmp_path / "job", url="dask://")
+    environment = {"TMPDIR": str(temporary), "XDG_STATE_HOME": str(state)}
+    held = {"NET_HOLD": "piece", "NET_AFTER": "2"}
+    run = ("run", str(workspace.job_file), "-e", "dask")
+    with workspace.start(*run, **environment, **held) as cli:
         workspace.wait_until_stopped()
         assert len(cli.children()) >= 3  # scheduler, supervisor, worker
+        (published,) = (state / "chunkq" / "credentials").iterdir()
+        (key,) = temporary.glob("chunkq-dask-*/cluster.pem")
+        for secret in (published, key):
+            assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+        key_lines = key.read_text().splitlines()
+        said = " ".join(part for pid in cli.known for part in psutil.Process(pid).cmdline())
+        assert not any(line in said for line in key_lines)
+        another = create_certificate(tmp_path)
+        asked = [
+            subprocess.run(
+                [sys.executable, "-c", STRANGER, f"{protocol}://{HOST}:{port}", str(shown)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for port in ports(cli)
+            for protocol, shown in (("tcp", ""), ("tls", another))
+        ]
+        assert set(asked) == {"refused\n"}
+        assert len(asked) >= 4  # of the scheduler and of the worker
+        # Other commands of this user find the key by the address.
+        port = published.name.rpartition("_")[2]
+        url = f"dask://{HOST}:{port}"
+        seen = workspace.run(
+            "status", str(workspace.output), "--json", "--queue", url, **environment
+        )
+        assert json.loads(seen.out)["running"] >= 1
         cli.process.kill()
         cli.wait()
         cli.wait_for_children()
+    assert list((state / "chunkq" / "credentials").iterdir()) == []
+    assert list(temporary.iterdir()) == []
+
+
+def ports(cli: RunningCommand) -> set[int]:
+    """The ports on which a command's processes speak Dask's protocol, not HTTP."""
+    processes = [psutil.Process(pid) for pid in cli.children()]
+    listening = {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    return {port for port in listening if not answers_http(port)}
+
+
+def answers_http(port: int) -> bool:
+    """Whether a port answers HTTP; then it must have no page."""
+    with socket.create_connection((HOST, port), 10) as line:
+        line.sendall(b"GET /info/main/workers.html HTTP/1.0\r\n\r\n")
+        answer = line.makefile("rb").readline()
+    if answer.startswith(b"HTTP/"):
+        assert answer.split()[1] == b"404", answer
+        return True
+    return False
 
 
 @pytest.mark.proof("dask")

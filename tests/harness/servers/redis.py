@@ -62,6 +62,11 @@ class RedisServer:
         )
 
     @property
+    def command(self) -> list[str]:
+        """The server's command, which reads its configuration from standard input."""
+        return [program(), "-"]
+
+    @property
     def configuration(self) -> str:
         password = self.settings.password
         secret = f"#{hashlib.sha256(password.encode()).hexdigest()}" if password else "nopass"
@@ -79,7 +84,11 @@ class RedisServer:
         """Start it, on the same port and data as before, and wait until it answers."""
         log = os.open(self.settings.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._process = subprocess.Popen(
-            [program(), "-"], stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         os.close(log)
         assert self._process.stdin is not None
