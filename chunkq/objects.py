@@ -316,7 +316,7 @@ class ObjectFolder:
 
 
 def _write_out(path: str, parts: Sequence[Buffer], durable: bool, mode: int) -> None:
-    """Write a file, its mode less the umask; if it is to be durable, wait until it is on the disk."""
+    """Write a file with a mode, less the umask; if `durable`, wait until it is on the disk."""
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.writelines(parts)
         if durable:

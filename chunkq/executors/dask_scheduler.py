@@ -33,8 +33,8 @@ def start(
 ) -> tuple[subprocess.Popen[str], str]:
     """Start a scheduler that listens on `host` or `interface`; port 0 takes a free one.
 
-    `tls` is the file with the cluster's key and certificate. Without it, whoever reaches the port
-    can run code as this user.
+    `tls` is the file with the cluster's key and certificate, and its folder takes the scheduler's
+    files. Without it, whoever reaches the port can run code as this user.
 
     Returns the process, which ends when its standard input is closed, and the queue's URL.
     Raises QueueError if it does not come up.
@@ -77,7 +77,10 @@ async def _serve(settings: dict[str, Any]) -> None:
     try:
         security = security_of(file) if file else None
         # Its web pages have no access control.
-        with dask.config.set({"distributed.scheduler.http.routes": []}):
+        changes: dict[str, Any] = {"distributed.scheduler.http.routes": []}
+        # Else Dask creates a folder that nobody removes.
+        changes |= {"temporary-directory": os.path.dirname(file)} if file else {}
+        with dask.config.set(changes):
             scheduler = distributed.Scheduler(dashboard=False, security=security, **settings)
         await scheduler
         await scheduler.register_scheduler_plugin(QueuePlugin(), idempotent=True)
