@@ -8,6 +8,9 @@ from difflib import get_close_matches
 from enum import StrEnum, auto
 from typing import Any
 
+LONGEST_LINE = 1000
+"""Characters of one line of a message."""
+
 
 class ErrorCode(StrEnum):
     """Stable identifiers of errors. Texts may change; a code keeps its meaning once released."""
@@ -84,9 +87,14 @@ class ChunkqError(Exception):
     code = ErrorCode.FAILED
 
     def __init__(self, message: str = "", *, code: ErrorCode | None = None) -> None:
-        super().__init__(message)
+        super().__init__(self._as_shown(message))
         if code is not None:
             self.code = code
+
+    @staticmethod
+    def _as_shown(message: str) -> str:
+        """Return a message as one printable line."""
+        return printable(" ".join(message.splitlines()))
 
 
 class JobError(ChunkqError):
@@ -99,8 +107,14 @@ class JobError(ChunkqError):
     code = ErrorCode.JOB_INVALID
 
     def __init__(self, problems: str | Sequence[str], *, code: ErrorCode | None = None) -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        several = problems.split("\n") if isinstance(problems, str) else problems
+        self.problems = tuple(printable(problem) for problem in several)
         super().__init__("\n".join(self.problems), code=code)
+
+    @staticmethod
+    def _as_shown(message: str) -> str:
+        """Return a message of several lines, all printable already."""
+        return message
 
 
 class MissingJobError(ChunkqError):
@@ -184,6 +198,18 @@ class IncompleteError(ChunkqError):
     ) -> None:
         super().__init__(message, code=code)
         self.missing = tuple(missing)
+
+
+def printable(line: str) -> str:
+    """Return one line that any terminal can show: the rest escaped, its middle cut out if long.
+
+    Names from files and paths can hold line breaks, control sequences and half characters.
+    """
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def cause(error: str, message: str) -> tuple[str, str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import Repr
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -40,11 +43,19 @@ def _one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 1 << 40
+"""Largest whole number in a job file: products of one per axis and a dtype's size stay exact."""
+MAX_FILE_BYTES = 1 << 20
+"""Size of a job file that is still read; a longer one is some other file."""
+MAX_VALUES = 100_000
+"""Values that a job file may hold, each counted as often as aliases repeat it."""
+
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+Offset = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Offsets = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_nested_tuple)]
+Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
 Names = Annotated[
     tuple[str, ...],
     Field(min_length=1),
@@ -153,7 +164,7 @@ class Job(Section):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Job:
         problems = [*_geometry_keys(self), *_weight_keys(self), *_model_keys(self.model)]
-        problems += [*_input_keys(self), *_not_yet(self), *_secrets(self)]
+        problems += [*_input_keys(self), *_not_yet(self), *_path_texts(self), *_secrets(self)]
         if problems:
             raise JobError(problems)
         return self
@@ -241,6 +252,7 @@ MODEL_STAND_IN = MappingProxyType(
 
 def _further_problems(values: Mapping[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
     """Check how the other keys fit together, with stand-ins for what is wrong and needed."""
+    wrong = [location for location in wrong if location]
     model = values.get("model_config")
     model = dict(model) if isinstance(model, dict) else {"ts_file": "/"}
     rest = dict(values)
@@ -270,12 +282,12 @@ def job_schema() -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _content(path).decode()
     except FileNotFoundError:
         raise JobError(
             f"{path}: no such job file; `chunkq init` writes one to start from"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no possible path
         raise JobError(f"{path}: cannot be read as a job file: {error}") from None
     import yaml  # most commands read no job file
 
@@ -286,9 +298,45 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise JobError(f"{path}: not JSON: {error.msg} at {where}") from None
     except yaml.YAMLError as error:
         raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise JobError(f"{path}: lists or mappings are nested too deeply; remove levels") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML and json let these through: a date such as 2001-99-99, a number of 5000 digits.
+        reason = " ".join(str(error).split())
+        raise JobError(f"{path}: a value cannot be read: {reason}") from None
     if not isinstance(values, dict):
         raise JobError(f"{path}: a job file is a mapping of keys to values; see `chunkq init`")
+    _check_size(path, values)
     return values
+
+
+def _content(path: Path) -> bytes:
+    """Return a job file's content; raises OSError for what is no file, or too large for one."""
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # a device may never end
+            raise OSError("not a regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return content
+
+
+def _check_size(path: Path, values: Any) -> None:
+    """Refuse what aliases make endless or huge: a few lines of YAML can stand for 10^11 values."""
+    count, waiting = 0, [values]
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend(value)
+        if count + len(waiting) > MAX_VALUES:
+            raise JobError(
+                f"{path}: holds more than {MAX_VALUES} values, or an alias that contains itself; "
+                "remove values or aliases"
+            )
 
 
 def _make_absolute(values: dict[str, Any], base: Path) -> None:
@@ -327,7 +375,7 @@ def _legal_names(location: Iterable[int | str]) -> list[str]:
 def _one_line(item: Any) -> str:
     """Turn one of pydantic's findings into `key.path: what is wrong; what to do`."""
     location = item["loc"]
-    path = ".".join(str(part) for part in location if part not in ("int", "float"))
+    path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         hint = nearest(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
@@ -336,10 +384,31 @@ def _one_line(item: Any) -> str:
         return f"{path}: missing; `chunkq init` shows a complete job file"
     if kind == "literal_error":
         legal = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        hint = nearest(str(item["input"]), legal)
-        return f"{path}: {item['input']!r} is none of {context['expected']}{hint}"
+        hint = nearest(_shown(item["input"]).strip("'"), legal)
+        return f"{path}: {_shown(item['input'])} is none of {context['expected']}{hint}"
     message = str(item["msg"]).replace("valid tuple", "list")
-    return f"{path}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {_shown(item['input'])}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as a message shows it: shortened, without the password of a URL."""
+    return VALUES.repr(without_secret(value) if isinstance(value, str) else value)
+
+
+class _Values(Repr):
+    """Shows a few entries of a list and a few levels, whatever the value holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxlevel, self.maxstring, self.maxlong = 3, 120, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Show a number; Python refuses to write one of more than 4300 digits."""
+        return super().repr_int(x, level) if abs(x) < 10**1000 else "a number of over 1000 digits"
+
+
+VALUES = _Values()
 
 
 def _geometry_keys(job: Job) -> list[str]:
@@ -368,7 +437,7 @@ def _weight_keys(job: Job) -> list[str]:
         return ["weight_function: give [name] of a built-in or [file.py, function]"]
     if len(names) == 1 and names[0] not in LOG_PROFILES:
         hint = nearest(names[0], list(LOG_PROFILES)) or f"; built in are {', '.join(LOG_PROFILES)}"
-        return [f"weight_function: unknown name {names[0]!r}{hint}"]
+        return [f"weight_function: unknown name {_shown(names[0])}{hint}"]
     return []
 
 
@@ -453,14 +522,31 @@ def _input_keys(job: Job) -> list[str]:
     return []
 
 
-def _secrets(job: Job) -> list[str]:
-    """Refuse credentials in paths: these are stored beside the output and shown in messages."""
+def _paths(job: Job) -> dict[str, str]:
+    """Return every path of a job by its key."""
     several = len(job.input) > 1
     paths = {f"input.{n}" if several else "input": path for n, path in enumerate(job.input)}
-    paths |= {"output": job.output} | job.files
+    return paths | {"output": job.output} | job.files
+
+
+def _path_texts(job: Job) -> list[str]:
+    """Refuse texts that cannot be paths: no system call takes them."""
+    problems = []
+    for key, path in _paths(job).items():
+        try:
+            if b"\0" not in path.encode():
+                continue
+        except UnicodeEncodeError:
+            pass
+        problems.append(f"{key}: {path!r} cannot be a path; remove the null or half characters")
+    return problems
+
+
+def _secrets(job: Job) -> list[str]:
+    """Refuse credentials in paths: these are stored beside the output and shown in messages."""
     return [
         f"{key}: {without_secret(path)} carries credentials; give them in the environment"
-        for key, path in paths.items()
+        for key, path in _paths(job).items()
         if without_secret(path) != path
     ]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -18,6 +21,8 @@ SERVERS = frozenset({"redis", "rediss", "unix"})
 
 LOCAL_SCHEMES = frozenset({"file", "local"})
 """Schemes of URLs that name local paths."""
+MOST_FILES = 10_000
+"""Files of a folder that can still be a network."""
 
 
 def is_url(path: str) -> bool:
@@ -71,8 +76,9 @@ def open_filesystem(path: str) -> tuple[Any, str]:
     except ImportError:
         extra = "chunkq[s3]" if scheme == "s3" else f"the fsspec package for {scheme}://"
         raise StoreError(f"{without_secret(path)}: needs a package; pip install {extra}") from None
-    except ValueError as error:
-        raise StoreError(f"{without_secret(path)}: {error}") from None
+    except Exception as error:  # each file system raises errors of its own kind
+        reason = str(error) or type(error).__name__
+        raise StoreError(f"{without_secret(path)}: {reason}") from None
     return filesystem, inner
 
 
@@ -102,7 +108,10 @@ def file_hash(path: str) -> str:
 def local_parts(path: str) -> list[tuple[str, str]] | None:
     """Return the files a local path stands for, as (relative name, path); None for a file."""
     if os.path.isdir(path):
-        found = [os.path.join(top, name) for top, _, names in os.walk(path) for name in names]
+        every = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+        found = list(islice(every, MOST_FILES + 1))
+        if len(found) > MOST_FILES:
+            raise OSError(errno.EFBIG, f"a folder of more than {MOST_FILES} files", path)
         return [(os.path.relpath(part, path), part) for part in found]
     if not os.path.exists(path) and os.path.exists(f"{path}.index"):
         found = [f"{path}.index", *glob(f"{escape(path)}.data-*")]
@@ -125,6 +134,8 @@ def _url_hash(path: str) -> str:
 
 
 def _content_hash(path: str) -> str:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a device or a pipe may never end
+        raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

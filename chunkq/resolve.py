@@ -19,6 +19,8 @@ STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
 LEAST_STORAGE_EDGE = 16
 CHUNK_BYTES = 512 << 20
 """Memory of one chunk in flight that a chunk size chosen here stays below."""
+PATCH_VOXELS = 1 << 31
+"""Voxels of a patch, channels included, that no network takes or returns at once."""
 CHUNKS_WANTED = 32
 """A chunk size chosen here leaves at least this many chunks, so that workers share the job."""
 
@@ -97,6 +99,11 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
             problems.append(
                 f"model_config.{key}: has {len(shape)} entries, the input has {rank} axes; give "
                 f"{rank}, or {rank + 1} with the channels first"
+            )
+        elif shape is not None and prod(shape) > PATCH_VOXELS:
+            problems.append(
+                f"model_config.{key}: {prod(shape)} values are too many for one patch; use at most "
+                f"{PATCH_VOXELS}"
             )
     return problems
 

@@ -123,7 +123,14 @@ def load_weights(plan: Plan) -> Weights:
     """
     names = plan.job.weight_function
     if len(names) == 1:
-        return built_in(names[0], plan.output_patch, plan.margin)
+        try:
+            return built_in(names[0], plan.output_patch, plan.margin)
+        except MemoryError:
+            shape = list(plan.output_patch)
+            raise JobError(
+                f"weight_function: weights of a patch of {shape} voxels do not fit into the "
+                "memory; use a smaller model_output_shape"
+            ) from None
     path, name = names
     function = pick(load_names(path, "weight_function"), name, path, "weight_function")
     where = f"weight_function: {name} of {path}"

@@ -1,0 +1,160 @@
+"""A tiny job at each stage of its life, as folders that can be brought back any number of times."""
+
+import contextlib
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from chunkq_worker.run import run_task
+
+from chunkq.cli import main
+from chunkq.executors import open_executor
+from chunkq.executors.base import Shift
+from chunkq.executors.leases import LeaseQueue
+from chunkq.finalize import finalize_block
+from chunkq.opened import open_job
+from chunkq.tasks import Task
+from tests.harness.volumes import random_volume, read_output, write_zarr
+
+STAGES = ("produced", "half inferred", "inferred", "half finalized", "sealed")
+OUTPUT, QUEUE = "out.zarr", "queue.db"
+SHAPE = (24, 22)
+NETWORK = """
+import os
+import numpy as np
+
+def net(batch):
+    if os.environ.get("NET_BROKEN"):
+        raise ArithmeticError("broken")
+    x = np.asarray(batch, np.float32) / 100
+    return np.concatenate([x, 1 - x], axis=1)
+"""
+JOB: dict[str, Any] = {
+    "input": "in.zarr",
+    "output": OUTPUT,
+    "inference_type": "sliding_window",
+    "strides": [4, 4],
+    "chunksize": [12, 12],
+    "storage_chunks": [6, 6],
+    "combine": "weighted_avg",
+    "weight_function": ["weight_gaussian"],
+    "threads": 1,
+    "model_config": {
+        "runtime": "numpy",
+        "type": "class",
+        "class_file": "net.py",
+        "class_name": "net",
+        "model_input_shape": [1, 8, 8],
+        "model_output_shape": [2, 8, 8],
+        "max_batch_size": 8,
+    },
+}
+"""4 chunks, 3 blocks that several of them share."""
+
+
+class Stages:
+    """The stages of one job below a folder, and `work`, where one of them is brought back.
+
+    All are made in `work`, because stored paths are absolute.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.work = folder, folder / "work"
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            self._make()
+            (folder / "made").touch()
+
+    @property
+    def output(self) -> Path:
+        return self.work / OUTPUT
+
+    @property
+    def queue_url(self) -> str:
+        return f"sqlite://{self.work / QUEUE}"
+
+    @cached_property
+    def reference(self) -> npt.NDArray[Any]:
+        """The voxels of the undamaged output."""
+        return read_output(self.folder / "sealed" / OUTPUT)
+
+    def restore(self, stage: str) -> None:
+        """Bring back the files of a stage."""
+        remove(self.work)
+        shutil.copytree(self.folder / stage, self.work, symlinks=True)
+
+    def _make(self) -> None:
+        self.work.mkdir(parents=True)
+        write_zarr(self.work / "in.zarr", random_volume(SHAPE), (8, 8))
+        (self.work / "net.py").write_text(NETWORK)
+        (self.work / "job.yaml").write_text(yaml.safe_dump(JOB))
+        self._command("produce", str(self.work / "job.yaml"))
+        executor = open_executor(self.queue_url)
+        assert isinstance(executor, LeaseQueue)
+        shift = Shift("fuzz-host:1")
+        path = f"{self.output}.chunkq"
+        self._keep("produced")
+        for _ in range(2):
+            self._run_next(executor, shift)
+        self._fail_next(executor, shift)
+        executor.take(Shift("killed-host:2"))  # the lease of a worker that was killed
+        self._keep("half inferred")
+        executor.cancel(path)
+        executor.submit(Task("infer", path, index) for index in open_job(path).plan.indices())
+        while self._run_next(executor, shift):
+            pass
+        self._keep("inferred")
+        first = next(iter(open_job(path).plan.to_finalize()))
+        executor.submit([Task("finalize", path, first)])
+        lease = executor.take(shift)
+        assert lease is not None
+        finalize_block(lease.task, lease.attempt)
+        executor.finish(lease)
+        self._keep("half finalized")
+        executor.close()
+        self._command("finalize", str(self.output))
+        self._keep("sealed")
+
+    def _run_next(self, executor: LeaseQueue, shift: Shift) -> bool:
+        lease = executor.take(shift)
+        if lease is not None:
+            run_task(lease.task, lease.attempt)
+            executor.finish(lease)
+        return lease is not None
+
+    def _fail_next(self, executor: LeaseQueue, shift: Shift) -> None:
+        lease = executor.take(shift)
+        assert lease is not None
+        with mock.patch.dict(os.environ, {"NET_BROKEN": "1"}):
+            try:
+                run_task(lease.task, lease.attempt)
+            except ArithmeticError as error:
+                executor.fail(lease, error)
+
+    def _command(self, *arguments: str) -> None:
+        with (
+            mock.patch("sys.argv", ["chunkq", *arguments]),
+            mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": self.queue_url}),
+        ):
+            assert main() == 0
+
+    def _keep(self, stage: str) -> None:
+        shutil.copytree(self.work, self.folder / stage)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder whose permissions may have been changed."""
+    for top, names, _ in os.walk(folder):
+        os.chmod(top, 0o700)
+        for name in names:
+            with contextlib.suppress(OSError):
+                if not os.path.islink(os.path.join(top, name)):
+                    os.chmod(os.path.join(top, name), 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert not os.path.lexists(folder)
