@@ -245,7 +245,7 @@ def call(stages: Stages, command: str, *options: str) -> Result:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),
-        mock.patch("chunkq_producer.commands.run.probe", lambda record: Probe(error=None)),
+        mock.patch("chunkq_producer.commands.run.probe", return_value=Probe(error=None)),
         contextlib.chdir(stages.folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

@@ -32,7 +32,7 @@ class Case:
 
 def of_error(error: BaseException, reason: str = "") -> Finding:
     """Return a finding named by an exception's class and the product's innermost line."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)]
+    frames = list(traceback.extract_tb(error.__traceback__))
     ours = [frame for frame in frames if frame.filename.startswith(PARTS)]
     last = (ours or frames or [None])[-1]
     where = "" if last is None else f" in {last.filename.removeprefix(ROOT + '/')}:{last.name}"

@@ -1,4 +1,4 @@
-"""Mutations of a valid job file: of its values, and of its text. All follow one random generator."""
+"""Mutations of a valid job file's values and of its text; all follow one random generator."""
 
 import copy
 import json
@@ -37,15 +37,18 @@ OTHERS: tuple[Any, ...] = (
     [""],
 )
 PATHS: tuple[str, ...] = (
-    ".", "..", "/", "/dev/null", "/dev/zero", "/dev/full", "/dev/fd/99", "/proc/self/mem", "missing",
+    ".", "..", "/", "/dev/null", "/dev/zero", "/dev/full", "/dev/fd/99", "/proc/self/mem",
+    "missing",
     "missing/a.zarr", "~", "~nobody-at-all/x", "folder", "fifo", "loop", "dangling", "secret",
     "garbage.bin", "empty", "in.npy", "cut.npy", "wide.npy", "objects.npy", "in1.zarr", "in2.zarr",
-    "in3.zarr", "in4.zarr", "strings.zarr", "void.zarr", "broken.zarr", "net.py", "bad.py", "job.yaml",
+    "in3.zarr", "in4.zarr", "strings.zarr", "void.zarr", "broken.zarr", "net.py", "bad.py",
+    "job.yaml",
     "in3.zarr/0", "in3.zarr/../in3.zarr", "out.zarr/", "file:///missing", "file://in3.zarr",
     "memory://a/b.zarr", "foo://bar", "://", "s3:", "http://127.0.0.1:9/a.zarr", "http://[::1/a",
     "zip://a::b", "zip://", "dir://a", "reference://a", "ftp://127.0.0.1:9/a.zarr", "tar://a::b",
     "simplecache::memory://x", "local://in3.zarr", "git://x", "github://a",
-    "webhdfs://127.0.0.1:9/x", "hf://x", "cached://x", "memory://", "a::b", "http://user:secret@127.0.0.1:9/a.zarr",
+    "webhdfs://127.0.0.1:9/x", "hf://x", "cached://x", "memory://", "a::b",
+    "http://user:secret@127.0.0.1:9/a.zarr",
 )  # fmt: skip
 """Paths of a lab (tests/fuzz/job_files.py), of the machine, and URLs that no server answers."""
 UNKNOWN = (
@@ -65,10 +68,13 @@ FRAGMENTS: tuple[bytes, ...] = (
     b"!!python/object/apply:os.system ['true']", b"!!python/name:os.system", b"!!binary |\n aGk=",
     b"!!timestamp 2001-99-99", b"2001-99-99", b"2001-12-14", b"12:30:45", b"0x", b"0o17", b"0b12",
     b"1_000", b"~", b"!!set {a, b}", b"!!omap [a: 1]", b"!!pairs [a: 1]", b"? [a]\n: b", b"{a: b",
-    b"&a [*a]", b"*missing", b"&a a", b"<<: *a", b"<<: [1]", b"---", b"...", b"--- a\n--- b", b"%YAML 9.9",
-    b"%TAG ! x", b"\t", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"\x85", b"\xe2\x80\xa8", b": ", b"- ",
+    b"&a [*a]", b"*missing", b"&a a", b"<<: *a", b"<<: [1]", b"---", b"...", b"--- a\n--- b",
+    b"%YAML 9.9",
+    b"%TAG ! x", b"\t", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xc3", b"\x85", b"\xe2\x80\xa8",
+    b": ", b"- ",
     b"NaN", b".nan", b"-.inf", b"Infinity", b"1e999", b"=", b"'", b'"', b'"\\ud800"', b"[" * 3000,
-    b"{a: " * 400, b"9" * 5000, b"!!int 'x'", b"!!float 'x'", b"!!bool 'x'", b"!!null 'x'", b"!!str [a]",
+    b"{a: " * 400, b"9" * 5000, b"!!int 'x'", b"!!float 'x'", b"!!bool 'x'", b"!!null 'x'",
+    b"!!str [a]",
 )  # fmt: skip
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import numpy.typing as npt
 import yaml
 from chunkq_worker.run import run_task
