@@ -7,7 +7,9 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 NOT_INSTALLED := { echo "pip failed; behind a proxy, set HTTPS_PROXY=http://host:port"; exit 1; }
 DEMO := demo
 RESULTS := benchmarks/results
-PROOFS := mutations dask frameworks ray slurm tune
+# Duration of make prove PART=soak
+MINUTES := 30
+PROOFS := mutations dask frameworks ray slurm soak tune
 
 # Tests import ONNX Runtime themselves; chunkq sets this, too.
 export ORT_DISABLE_TELEMETRY := 1
@@ -18,13 +20,14 @@ comma := ,
 export no_proxy := $(addsuffix $(comma),$(or $(no_proxy),$(NO_PROXY)))localhost,127.0.0.1,::1
 export NO_PROXY := $(no_proxy)
 
-.PHONY: help demo check test prove lint dist containers bench picture clean
+.PHONY: help demo check test prove fuzz lint dist containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
 	@echo "make check   lint, types and the tests without a server (2 minutes)"
 	@echo "make test    install all that the tests need, check and test everything (12 minutes)"
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
+	@echo "make fuzz    mutated job files and damaged jobs (10 minutes)"
 	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (an hour)"
 	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
 	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
@@ -98,9 +101,14 @@ prove: $(VENV)/test-installed
 	@test -n "$(filter $(PART),$(PROOFS))" || { echo "make prove PART=NAME: $(PROOFS)"; exit 1; }
 	@if [ "$(PART)" = mutations ]; then \
 	  $(BIN)/python -m tests.prove.mutations --json $(RESULTS)/mutations.json; \
+	elif [ "$(PART)" = soak ]; then \
+	  $(BIN)/python -m tests.fuzz.soak --minutes $(MINUTES) --json $(RESULTS)/soak.json; \
 	else \
 	  $(PYTEST) --proof=$(PART) --durations-file=$(RESULTS)/proof_$(PART).json; \
 	fi
+
+fuzz: $(VENV)/test-installed
+	$(BIN)/python -m tests.fuzz --json $(RESULTS)/fuzz.json
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

@@ -1,0 +1,148 @@
+"""Small twins of `make fuzz`, and what it once found in job files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chunkq_producer import submit
+
+from chunkq.errors import ChunkqError, ErrorCode, JobError
+from chunkq.job import LARGEST, MAX_FILE_BYTES, load_job
+from tests.fuzz.job_files import BASES, create_lab
+from tests.fuzz.mutations import LAUGHS
+from tests.fuzz.pool import Pool
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "lab"
+    create_lab(folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(BASES)))
+def test_the_job_files_that_are_mutated_can_be_planned(lab: Path, number: int) -> None:
+    path = lab / "base.yaml"
+    path.write_text(yaml.safe_dump(BASES[number]))
+    assert submit.prepare(load_job(path)).plan.costs.chunks >= 1
+
+
+def test_mutated_job_files_and_damaged_jobs_end_in_a_plan_or_a_message(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with Pool(tmp_path, 2) as pool:
+        cases = [*pool.run("job_files", range(300)), *pool.run("damages", range(1, 21))]
+    assert cases == []
+
+
+def refusal(path: Path) -> list[str]:
+    """Return the lines with which a job file is refused; each is fit for a terminal."""
+    with pytest.raises(JobError) as caught:
+        load_job(path)
+    assert caught.value.code is ErrorCode.JOB_INVALID
+    assert all(line.isprintable() and 0 < len(line) < 2000 for line in caught.value.problems)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LAUGHS + "input: *a11",
+        "input: &a [*a]",
+        "roi: &a {a: *a}",
+        "roi: " + "[" * 3000,
+        "threads: " + "9" * 5000,
+        "threads: 0x" + "f" * 5000,
+        "threads: 2001-99-99",
+        "threads: !!int x",
+        "? [a]\n: b",
+        "? {a: b}\n: c",
+        "1: 2",
+        '"a\\nb\\e[31m": 1',
+        "\x00",
+        f"threads: {LARGEST + 1}",
+        "#" * (MAX_FILE_BYTES + 1),
+    ],
+    ids=lambda text: repr(text[:24]),
+)
+def test_yaml_that_is_no_job_is_refused_in_lines(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    refusal(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"threads": ' + "9" * 5000 + "}", '{"\\ud800": 1}', '{"input": "\\ud800"}'],
+    ids=lambda text: repr(text[:24]),
+)
+def test_json_that_is_no_job_is_refused_in_lines(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(text)
+    refusal(path)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "folder", "a" * 300, "a\0b", "/"])
+def test_what_is_no_file_is_refused_as_a_job_file(lab: Path, name: str) -> None:
+    refusal(lab / name)
+
+
+def test_a_job_file_may_come_through_a_pipe(lab: Path) -> None:
+    import os
+
+    reading, writing = os.pipe()
+    os.write(writing, yaml.safe_dump(BASES[0]).encode())
+    os.close(writing)
+    assert load_job(f"/dev/fd/{reading}").threads == 1
+    os.close(reading)
+
+
+@pytest.mark.parametrize("name", ["fifo", "/dev/zero", "/dev/null", "loop", "folder/../fifo"])
+def test_a_network_file_that_never_ends_is_refused(lab: Path, name: str) -> None:
+    values: dict[str, Any] = dict(BASES[4]) | {"input": "in2.zarr"}
+    values["model_config"] = values["model_config"] | {"ts_file": name}
+    path = lab / "device.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(JobError, match=r"model_config\.ts_file"):
+        submit.prepare(load_job(path))
+
+
+def test_a_folder_of_too_many_files_is_refused_as_a_network(lab: Path, tmp_path: Path) -> None:
+    from chunkq import paths
+
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(12):
+        (many / str(number)).touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "MOST_FILES", 12)
+        assert len(paths.file_hash(str(many))) == 64
+        patch.setattr(paths, "MOST_FILES", 11)
+        with pytest.raises(OSError, match="11 files"):
+            paths.file_hash(str(many))
+
+
+def test_a_patch_that_no_network_takes_is_refused(lab: Path) -> None:
+    values = dict(BASES[0])
+    values["model_config"] = values["model_config"] | {
+        "model_input_shape": [1, 1 << 20, 1 << 20, 8]
+    }
+    path = lab / "huge.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(JobError, match="too many for one patch"):
+        submit.prepare(load_job(path))
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[31mred", "x" * 5000, "\ud800", "\u202e"])
+def test_a_message_is_one_printable_line(text: str) -> None:
+    for error in (ChunkqError(text), JobError([text])):
+        line = str(error)
+        assert line.isprintable()
+        assert len(line) < 2000
+
+
+def test_a_message_shows_no_password_of_a_url_in_a_wrong_key(lab: Path) -> None:
+    path = lab / "password.yaml"
+    url = "http://user:hunter2@host/a"
+    path.write_text(yaml.safe_dump(BASES[0] | {"combine": url, "weight_function": url}))
+    assert not any("hunter2" in line for line in refusal(path))
