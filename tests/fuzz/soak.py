@@ -23,9 +23,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import psutil
@@ -103,6 +104,10 @@ class Report:
     """Entries of the temporary folder that killed commands left."""
     findings: list[str] = field(default_factory=list)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(self).items()}
+
 
 class Bench:
     """The input, the network, and the files of undisturbed outputs; shared by all rounds."""
@@ -135,7 +140,15 @@ class Bench:
         )
         if done.returncode:
             raise SystemExit(f"the undisturbed job fails: {done.stderr}")
-        return files_below(folder / f"out{number}.zarr")
+        return stored_files(folder / f"out{number}.zarr")
+
+
+def stored_files(output: Path) -> dict[str, bytes]:
+    """Return every file of an output, without the name of the job's epoch in its attributes."""
+    files = files_below(output)
+    values = json.loads(files["zarr.json"])
+    values["attributes"]["chunkq"].pop("epoch", None)
+    return files | {"zarr.json": json.dumps(values, sort_keys=True).encode()}
 
 
 def command(*words: str) -> list[str]:
@@ -300,7 +313,7 @@ class Round:
             self._find(f"the last run leaves in the temporary folder: {sorted(left)}")
 
     def _check_files(self, number: int, output: Path) -> None:
-        stored, expected = files_below(output), self.bench.references[number]
+        stored, expected = stored_files(output), self.bench.references[number]
         strange = sorted(stored.keys() - expected.keys())
         missing = sorted(expected.keys() - stored.keys())
         differing = sorted(n for n in stored.keys() & expected.keys() if stored[n] != expected[n])
@@ -309,8 +322,10 @@ class Round:
                 self._find(f"output files {what}: {len(names)}, such as {names[:3]}")
         folder = Path(f"{output}.chunkq")
         left = [n for n in files_below(folder) if "pieces" in Path(n).parts or ".partial-" in n]
-        if left:
-            self._find(f"job folder keeps {len(left)} files, such as {left[:3]}")
+        epochs = [path.name for path in folder.iterdir() if path.is_dir()]
+        if left or len(epochs) > 1:
+            shown = left[:3] or epochs
+            self._find(f"job folder keeps {len(left)} files, {len(epochs)} folders: {shown}")
 
     def _check_queue(self) -> None:
         executor = open_executor(self.url)
@@ -450,7 +465,7 @@ def main() -> int:
     asked = parser.parse_args()
     backends = (asked.backend,) if asked.backend else BACKENDS
     report = soak(asked.minutes * 60, asked.seed, backends)
-    values = {"minutes": asked.minutes, "seed": asked.seed} | asdict(report)
+    values = {"minutes": asked.minutes, "seed": asked.seed} | report.as_dict()
     _say(json.dumps({k: v for k, v in values.items() if k != "findings"}, indent=1))
     _say(f"{len(report.findings)} findings")
     if asked.json:
