@@ -157,8 +157,11 @@ class Pool:
             finally:
                 self._idle.put(child)
 
-        with ThreadPoolExecutor(self._size) as threads:
+        threads = ThreadPoolExecutor(self._size)
+        try:
             for done, case in enumerate(threads.map(one, seeds), start=1):
                 progress(done)
                 if case is not None:
                     yield case
+        finally:  # interrupted, the cases that have not started are dropped
+            threads.shutdown(cancel_futures=True)

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,10 @@ MINUTES = 30.0
 ROUND_SECONDS = 25.0
 AT_ONCE = 4
 """Commands of a round that run at the same time."""
+SIGNAL_SHARE = 0.25
+"""Probability of a signal at a moment at which no command starts."""
+GROWN_UP = 1.0
+"""Seconds after which a process may get a signal: most have imported chunkq by then."""
 STOP_SECONDS = 60.0
 RUN_SECONDS = 180.0
 FIRST_ROUNDS = 3
@@ -112,12 +116,12 @@ class Report:
 class Bench:
     """The input, the network, and the files of undisturbed outputs; shared by all rounds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, jobs: int = len(CHANGES)) -> None:
         self.folder = folder
         volume = np.random.default_rng(3).integers(0, 100, (48, 46), dtype=np.uint8)
         write_zarr(folder / "in.zarr", volume, (8, 8))
         (folder / "net.py").write_text(NETWORK)
-        self.references = [self._reference(number) for number in range(len(CHANGES))]
+        self.references = [self._reference(number) for number in range(jobs)]
 
     def write_job(self, number: int, folder: Path) -> Path:
         model = JOB["model_config"] | {"class_file": str(self.folder / "net.py")}
@@ -179,7 +183,7 @@ class Round:
         self.bench, self.folder, self.url, self.report = bench, folder, url, report
         self.token = f"{os.getpid()}-{seed}"
         folder.mkdir()
-        self.jobs = [bench.write_job(number, folder) for number in range(len(CHANGES))]
+        self.jobs = [bench.write_job(n, folder) for n in range(len(bench.references))]
         self.env = environment(folder, url, self.token)
         self.running: list[Running] = []
         self.stopped: dict[int, float] = {}
@@ -204,7 +208,7 @@ class Round:
             self._reap()
             if len(self.running) < AT_ONCE and self.rng.random() < 0.7:
                 self._start()
-            elif self.rng.random() < 0.5:
+            elif self.rng.random() < SIGNAL_SHARE:
                 self._signal()
             self._wake()
             time.sleep(self.rng.uniform(0.05, 0.6))  # the disturbance itself: nothing is awaited
@@ -237,7 +241,11 @@ class Round:
         number = self.rng.choice(SIGNALS)
         with suppress(psutil.NoSuchProcess):
             top = psutil.Process(target.process.pid)
-            process = self.rng.choice([top, *top.children(recursive=True)])
+            below = [top, *top.children(recursive=True)]
+            old = [p for p in below if time.time() - p.create_time() > GROWN_UP]
+            if not old:
+                return
+            process = self.rng.choice(old)
             process.send_signal(number)
             target.signals.append(number.name)
             self.report.signals[number.name] += 1
@@ -417,14 +425,14 @@ def soak(
     seed: int = 0,
     backends: tuple[str, ...] = BACKENDS,
     round_seconds: float = ROUND_SECONDS,
-    enough: Callable[[Report], bool] = lambda report: False,
+    jobs: int = len(CHANGES),
 ) -> Report:
     """Run rounds, alternately on each backend, until the time is up; at least one of each."""
     report = Report()
     folder = Path(tempfile.mkdtemp(prefix="chunkq-soak-"))
     begun = time.monotonic()
     try:
-        bench = Bench(folder)
+        bench = Bench(folder, jobs)
         with queues(folder, backends) as urls:
             workers = {name: LongLived(folder / f"worker-{name}", urls[name]) for name in backends}
             try:
@@ -440,8 +448,6 @@ def soak(
                     _say(f"round {report.rounds} ({name}): {len(report.findings) - found} findings")
                     if len(report.findings) == found:
                         shutil.rmtree(folder / f"round{number}")
-                    if enough(report):
-                        break
             finally:
                 for name, worker in workers.items():
                     report.findings += [f"{name}: {text}" for text in worker.close()]

@@ -1,0 +1,10 @@
+"""A small twin of `make prove PART=soak`."""
+
+from tests.fuzz.soak import soak
+
+
+def test_a_disturbed_job_ends_with_the_same_files_and_leaves_nothing() -> None:
+    report = soak(0, seed=3, backends=("sqlite",), round_seconds=5, jobs=1)
+    assert report.findings == []
+    assert report.rounds == 1
+    assert sum(report.commands.values()) > 1
