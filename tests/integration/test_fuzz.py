@@ -1,5 +1,6 @@
 """Small twins of `make fuzz`, and what it once found in job files."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from chunkq_producer import submit
 
+from chunkq import userfile
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.job import LARGEST, MAX_FILE_BYTES, load_job
 from tests.fuzz.job_files import BASES, create_lab
@@ -44,42 +46,48 @@ def refusal(path: Path) -> list[str]:
     return list(caught.value.problems)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        LAUGHS + "input: *a11",
-        "input: &a [*a]",
-        "roi: &a {a: *a}",
-        "roi: " + "[" * 3000,
-        "threads: " + "9" * 5000,
-        "threads: 0x" + "f" * 5000,
-        "threads: 2001-99-99",
-        "threads: !!int x",
-        "? [a]\n: b",
-        "? {a: b}\n: c",
-        "1: 2",
-        '"a\\nb\\e[31m": 1',
-        "\x00",
-        f"threads: {LARGEST + 1}",
-        "#" * (MAX_FILE_BYTES + 1),
-    ],
-    ids=lambda text: repr(text[:24]),
-)
-def test_yaml_that_is_no_job_is_refused_in_lines(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text(text)
-    refusal(path)
+YAML = [
+    (LAUGHS + "input: *a11", ""),
+    ("input: &a [*a]", ""),
+    ("roi: &a {a: *a}", ""),
+    ("roi: " + "[" * 3000, ""),
+    ("threads: " + "9" * 5000, ""),
+    ("threads: 0x" + "f" * 5000, "threads"),
+    ("threads: 2001-99-99", ""),
+    ("threads: !!int x", ""),
+    ("? [a]\n: b", ""),
+    ("? {a: b}\n: c", ""),
+    ("1: 2", "1"),
+    ('"a\\nb\\e[31m": 1', "a"),
+    ("\x00", ""),
+    (f"threads: {LARGEST + 1}", "threads"),
+    ("input: /a\n" + "#" * MAX_FILE_BYTES, ""),
+]
+JSON = [
+    ("[" * 100_000, ""),
+    ('{"threads": ' + "9" * 5000 + "}", ""),
+    ('{"\\ud800": 1}', "a key"),
+    ('{"input": "\\ud800"}', "input"),
+]
+"""Texts, and the key that is wrong; no key where the file is refused as a whole."""
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["[" * 100_000, '{"threads": ' + "9" * 5000 + "}", '{"\\ud800": 1}', '{"input": "\\ud800"}'],
-    ids=lambda text: repr(text[:24]),
+    ("suffix", "text", "key"),
+    [(".yaml", *row) for row in YAML] + [(".json", *row) for row in JSON],
+    ids=lambda value: repr(value[:24]),
 )
-def test_json_that_is_no_job_is_refused_in_lines(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "job.json"
+def test_a_file_that_is_no_job_is_refused_in_lines(
+    tmp_path: Path, suffix: str, text: str, key: str
+) -> None:
+    path = tmp_path / f"job{suffix}"
     path.write_text(text)
-    refusal(path)
+    lines = refusal(path)
+    if key:
+        assert any(line.startswith(key) for line in lines)
+    else:
+        assert len(lines) == 1
+        assert lines[0].startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "folder", "a" * 300, "a\0b", "/"])
@@ -87,9 +95,14 @@ def test_what_is_no_file_is_refused_as_a_job_file(lab: Path, name: str) -> None:
     refusal(lab / name)
 
 
-def test_a_job_file_may_come_through_a_pipe(lab: Path) -> None:
-    import os
+def test_a_terminal_is_refused_as_a_job_file() -> None:
+    master, slave = os.openpty()  # reading it would wait for somebody to type
+    assert refusal(Path(os.ttyname(slave)))
+    os.close(master)
+    os.close(slave)
 
+
+def test_a_job_file_may_come_through_a_pipe(lab: Path) -> None:
     reading, writing = os.pipe()
     os.write(writing, yaml.safe_dump(BASES[0]).encode())
     os.close(writing)
@@ -130,6 +143,19 @@ def test_a_patch_that_no_network_takes_is_refused(lab: Path) -> None:
     path = lab / "huge.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(JobError, match="too many for one patch"):
+        submit.prepare(load_job(path))
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(userfile, "built_in", fail)
+    path = lab / "weights.yaml"
+    path.write_text(yaml.safe_dump(BASES[0]))
+    with pytest.raises(JobError, match=r"weight_function"):
         submit.prepare(load_job(path))
 
 
