@@ -50,7 +50,7 @@ YAML = [
     (LAUGHS + "input: *a11", ""),
     ("input: &a [*a]", ""),
     ("roi: &a {a: *a}", ""),
-    ("roi: " + "[" * 3000, ""),
+    ("roi: " + "[" * 1200, ""),
     ("threads: " + "9" * 5000, ""),
     ("threads: 0x" + "f" * 5000, "threads"),
     ("threads: 2001-99-99", ""),
