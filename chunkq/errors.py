@@ -55,6 +55,8 @@ class ErrorCode(StrEnum):
     """The file of the queue is damaged or is no queue."""
     MODEL_UNUSABLE = auto()
     """The network cannot be loaded, or does not match its declaration."""
+    MODEL_UNTRUSTED = auto()
+    """The model file can run code or reach other files, and the job does not trust it."""
     FRAMEWORK_CONFLICT = auto()
     """The worker process already uses another deep-learning framework."""
     REPEATED_FAILURE = auto()

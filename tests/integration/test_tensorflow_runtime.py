@@ -370,7 +370,7 @@ def test_code_inside_a_file_runs_only_if_it_is_trusted(shelf: Path) -> None:
         file_of("with_lambda.h5"),
         {"type": "json", "json_file": "with_lambda.json"},
     ):
-        refused(shelf, "Lambda layer or other Python code", "model_config.trusted: true", **keys)
+        refused(shelf, "Lambda layer", "model_config.trusted: missing", **keys)
         close_to(load(shelf, **keys, trusted=True)(batch()), batch() * 2)
 
 

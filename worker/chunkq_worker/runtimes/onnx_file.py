@@ -7,14 +7,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.paths import is_url, read_bytes
 from chunkq_worker.runtimes.formats import USES, format_of
+from chunkq_worker.runtimes.onnx_external import external_files, is_beside
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 
 ERROR, FATAL = 3, 4
 EXPORT = "; `chunkq export` makes ONNX of such a job's network"
 OF_TORCH = frozenset({"torchscript", "exported", "torch_save"})
+ELSEWHERE = (
+    "keeps weights in another file, which is not there or damaged; put that beside it on a local "
+    "disk, or save both as one file"
+)
+DAMAGED = "is no ONNX file, or a damaged one; export the network again"
 REASONS = (
     (
         r"Opset (\d+) is under development.* till opset (\d+)",
@@ -36,8 +42,7 @@ REASONS = (
     ),
     (
         r"[Ee]xternal (?:data|initializer)",
-        "keeps weights in another file, which is not there or damaged; put that beside it on a "
-        "local disk, or save both as one file",
+        ELSEWHERE,
     ),
     (
         r"File doesn't exist|NO_SUCHFILE",
@@ -45,7 +50,7 @@ REASONS = (
     ),
     (
         r"INVALID_PROTOBUF|No graph was found",
-        "is no ONNX file, or a damaged one; export the network again",
+        DAMAGED,
     ),
 )
 """What ONNX Runtime says of a file, and what that means."""
@@ -71,6 +76,7 @@ def open_session(path: str, threads: int | None, providers: Sequence[Any] = ()) 
         source = read_bytes(path) if is_url(path) else path
     except OSError as error:
         raise ModelError(f"{key} cannot be read: {error}") from error
+    _expect_weights_beside(source, key)
     try:
         return onnxruntime.InferenceSession(
             source, options, [*providers, "CPUExecutionProvider"], enable_fallback=0
@@ -78,6 +84,26 @@ def open_session(path: str, threads: int | None, providers: Sequence[Any] = ()) 
     except Exception as error:
         other = _other_format(source if isinstance(source, bytes) else _content(path))
         raise ModelError(f"{key} {other or _reason(error)}") from error
+
+
+def _expect_weights_beside(source: str | bytes, key: str) -> None:
+    """Raise ModelError if weights lie anywhere but in the model's own folder."""
+    content = source if isinstance(source, bytes) else _content(source)
+    try:
+        files = external_files(content)
+    except ValueError:
+        if content[4:8] == b"ORTM" or _other_format(content) is not None or not content:
+            return  # the session reports these
+        raise ModelError(f"{key} {DAMAGED}") from None
+    if files and isinstance(source, bytes):
+        raise ModelError(f"{key} {ELSEWHERE}")
+    for location in files:
+        if not is_beside(location):
+            raise ModelError(
+                f"{key} reads weights from {location!r}, outside its folder; save both in one "
+                "folder, or as one file",
+                code=ErrorCode.MODEL_UNTRUSTED,
+            )
 
 
 def _content(path: str) -> bytes:

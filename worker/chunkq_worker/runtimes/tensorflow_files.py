@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing_extensions import override
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
 from chunkq.userfile import load_names
+from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
 from chunkq_worker.runtimes.classes import make
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.tensorflow_import import h5py, keras, tf
@@ -27,7 +29,8 @@ from chunkq_worker.runtimes.tensorflow_reading import (
     quiet,
     reason,
 )
-from chunkq_worker.runtimes.tensorflow_weights import load_weights
+from chunkq_worker.runtimes.tensorflow_weights import WEIGHTS, load_weights
+from chunkq_worker.runtimes.trust import untrusted
 
 NORMS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization")
 ALONE = "a network takes one batch and gives the prediction alone"
@@ -156,21 +159,25 @@ def load_file(model: ModelConfig) -> Network:
     key = f"model_config.model_file: {path}"
     with fetched(path, key) as local:
         if os.path.isdir(local):
-            return _saved_model(local, key)
+            return _saved_model(local, key, model)
         content = content_of(local, key)
         found = format_of(content)
         if found not in ("keras", "keras_h5"):
             raise ModelError(f"{key} is {_what_else(local, content, found)}")
         suffix = ".keras" if found == "keras" else ".h5"
         with named(local, suffix) as file, _explained(key, "the network"), quiet():
-            if found == "keras_h5" and "model_config" not in h5py.File(io.BytesIO(content)).attrs:
+            own = _own_objects(model)
+            config, foreign = _parts(content, found)
+            if config is None:
                 raise ModelError(
                     f"{key} holds weights only; use type: class or json with it as checkpoint, or "
                     "save the network with model.save('name.keras')"
                 )
-            loaded = keras.models.load_model(
-                file, _own_objects(model), compile=False, safe_mode=not model.trusted
-            )
+            if not model.trusted:
+                _expect_safe(config, own, path)
+                if foreign is not None:
+                    raise untrusted(path, f"keeps {foreign} in another file")
+            loaded = keras.models.load_model(file, own, compile=False, safe_mode=not model.trusted)
     return KerasNetwork(loaded, key)
 
 
@@ -193,18 +200,39 @@ def load_json(model: ModelConfig) -> Network:
             "a SavedModel with model.export(path), and use type: file"
         )
     with _explained(key, "the architecture"), quiet():
-        made = keras.saving.deserialize_keras_object(
-            values, _own_objects(model), safe_mode=not model.trusted
-        )
+        own = _own_objects(model)
+        if not model.trusted:
+            _expect_safe(values, own, path)
+        made = keras.saving.deserialize_keras_object(values, own, safe_mode=not model.trusted)
     if not isinstance(made, keras.Model):
         raise ModelError(f"{key} describes a {type(made).__name__}, which is no keras.Model")
     return KerasNetwork(made, key, model.checkpoint)
 
 
-def _saved_model(path: str, key: str) -> Network:
+def _parts(content: bytes, form: str) -> tuple[Any, str | None]:
+    """Return a Keras file's configuration, if it holds one, and its weights outside of it."""
+    if form == "keras":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            config = archive.read("config.json")
+            with archive.open(WEIGHTS) as weights, h5py.File(weights) as file:
+                return json.loads(config), hdf5_files.foreign_part(file)
+    with h5py.File(io.BytesIO(content)) as file:
+        written = file.attrs.get("model_config")
+        return None if written is None else json.loads(written), hdf5_files.foreign_part(file)
+
+
+def _expect_safe(config: Any, own: dict[str, Any], path: str) -> None:
+    """Raise ModelError for an architecture that can run code or read other files."""
+    if (part := keras_config.unsafe_part(config, own)) is not None:
+        raise untrusted(path, part)
+
+
+def _saved_model(path: str, key: str, model: ModelConfig) -> Network:
     if not os.path.exists(os.path.join(path, "saved_model.pb")):
         raise ModelError(f"{key} is a directory without saved_model.pb, so no SavedModel")
     with _explained(key, "the SavedModel"), quiet():
+        if not model.trusted and (part := saved_model_graph.unsafe_part(path)) is not None:
+            raise untrusted(model.model_file or "", part)
         return SavedNetwork(tf.saved_model.load(path), key)
 
 
@@ -247,24 +275,24 @@ def _explained(key: str, what: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
+    except keras_config.UnknownObjectError as error:
+        raise ModelError(f"{key}: {_unknown(str(error))}") from error
     except Exception as error:
-        said = str(error)
-        if "safe_mode" in said or "unsafe" in said:
-            hint = (
-                "it holds a Lambda layer or other Python code, which can do anything when it is "
-                "loaded; set model_config.trusted: true if you know where it comes from"
-            )
-        elif own := re.search(r"Could not locate (?:class|function) '(\w+)'", said):
-            hint = (
-                f"it uses {own[1]}, which Keras does not know; name the Python file that defines "
-                "it as model_config.class_file, or use type: class"
-            )
+        if own := re.search(r"Could not locate (?:class|function) '(\w+)'", str(error)):
+            hint = _unknown(own[1])
         else:
             hint = (
                 f"TensorFlow {tf.__version__} with Keras {keras.__version__} cannot load {what} "
                 f"({type(error).__name__}: {reason(error)}); save it again with these versions"
             )
         raise ModelError(f"{key}: {hint}") from error
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"it uses {name}, which Keras does not know; name the Python file that defines it as "
+        "model_config.class_file, or use type: class"
+    )
 
 
 def _is_tile_norm(layer: Any) -> bool:

@@ -8,8 +8,9 @@ import os
 import zipfile
 from typing import Any
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.scratch import scratch_folder
+from chunkq_worker.runtimes import hdf5_files
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.tensorflow_import import h5py, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
@@ -23,9 +24,15 @@ from chunkq_worker.runtimes.tensorflow_reading import (
 STATE_KEYS = ("model", "net", "network")
 """Where training scripts usually put the network inside a `tf.train.Checkpoint`."""
 INDEX = ".index"
+WEIGHTS = "model.weights.h5"
+"""Member of a .keras file that holds the weights."""
 NO_WEIGHTS = "no weights of Keras; write them with model.save_weights('name.weights.h5')"
 NOT_WEIGHTS = ("optimizer", "seed_generator", "save_counter", "OBJECT_GRAPH", "OPTIMIZER_SLOT")
 """What stands in checkpoints beside the weights, by a part of its name."""
+
+
+class ForeignWeightsError(Exception):
+    """A weights file leads to another file; the argument is the name of that part."""
 
 
 def load_weights(model: Any, path: str) -> None:
@@ -46,6 +53,11 @@ def load_weights(model: Any, path: str) -> None:
             raise ModelError(f"{key} is {USES[found] if found else NO_WEIGHTS}")
         try:
             saved, own = _read(model, local, content, zipped=found == "keras")
+        except ForeignWeightsError as error:
+            raise ModelError(
+                f"{key} keeps {error} in another file; save the weights again as one file",
+                code=ErrorCode.MODEL_UNTRUSTED,
+            ) from error
         except Exception as error:  # of any kind, where the file is damaged
             raise ModelError(_misfit(key, error)) from error
     _expect_all_used(saved, own, key)
@@ -59,9 +71,11 @@ def _read(model: Any, path: str, content: bytes, *, zipped: bool) -> tuple[set[s
     with scratch_folder("weights") as folder:
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                path = archive.extract("model.weights.h5", folder)
-                content = archive.read("model.weights.h5")
+                path = archive.extract(WEIGHTS, folder)
+                content = archive.read(WEIGHTS)
         with h5py.File(io.BytesIO(content)) as file:
+            if (foreign := hdf5_files.foreign_part(file)) is not None:
+                raise ForeignWeightsError(foreign)
             old = "layer_names" in file.attrs or "model_weights" in file
             saved = set() if old else _datasets(file)
         with quiet(), named(path, ".h5" if old else ".weights.h5") as name:

@@ -1,11 +1,7 @@
-"""What a file of torch.export says about the batches it takes, and what in it is pickled."""
+"""What a program of torch.export says about the batches it takes."""
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,12 +9,6 @@ from typing import Any, Self
 import torch
 
 from chunkq.errors import ModelError
-
-PLAIN = re.compile(r"/data/(weights/weight_\d+|constants/tensor_\d+)$")
-TORCH_SAVED = re.compile(
-    r"(/data/sample_inputs/.*\.pt|^serialized_(state|constants|example)\w*\.\w+)$"
-)
-"""Members that torch.load reads, which need not run code."""
 
 
 @dataclass(frozen=True)
@@ -85,28 +75,3 @@ class Limits:
 
     def _shown(self) -> str:
         return f"[{', '.join('any' if n is None else str(n) for n in self.axes)}]"
-
-
-def pickled_parts(content: bytes) -> list[str]:
-    """Return the members of a .pt2 that torch would unpickle without restraint."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return [name for name in archive.namelist() if _is_pickled(archive, name)]
-
-
-def _is_pickled(archive: zipfile.ZipFile, name: str) -> bool:
-    if TORCH_SAVED.search(name):
-        return not _is_weights_only(archive.read(name))
-    if "/data/" not in name or PLAIN.search(name):
-        return False
-    if name.endswith("_config.json"):
-        parts = json.loads(archive.read(name)).get("config", {}).values()
-        return any(part.get("use_pickle") for part in parts)
-    return True
-
-
-def _is_weights_only(content: bytes) -> bool:
-    try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # of any kind
-        return not content
-    return True

@@ -7,6 +7,8 @@ import logging
 import pickle
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +17,16 @@ from typing import Any
 
 import torch
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
 from chunkq.userfile import neighbours
+from chunkq_worker.runtimes import exported_program, torchscript_code
 from chunkq_worker.runtimes.classes import make
 from chunkq_worker.runtimes.formats import USES, format_of
-from chunkq_worker.runtimes.torch_exported import Limits, pickled_parts
+from chunkq_worker.runtimes.torch_exported import Limits
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
+from chunkq_worker.runtimes.trust import untrusted
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 """Where training scripts usually put the weights, or the network, inside a checkpoint."""
@@ -61,7 +65,9 @@ def _load_state(module: torch.nn.Module, path: str) -> None:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind, where the file is something else
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ModelError(f"{key} {_more_than_weights(error, path)}") from error
+            raise ModelError(
+                f"{key} {_more_than_weights(error, path)}", code=ErrorCode.MODEL_UNTRUSTED
+            ) from error
         raise ModelError(
             f"{key} is no checkpoint ({type(error).__name__}: {reason(error)})"
         ) from error
@@ -109,11 +115,11 @@ def load_file(model: ModelConfig) -> Loaded:
     content = _content(path, "model_file")
     _expect("torch_save", content, key, "no file of torch.save")
     if not model.trusted:
-        raise ModelError(
-            f"model_config.trusted: missing; {path} is unpickled, which can run any code that "
-            "someone put into it; set trusted: true if you know where it comes from, or convert "
-            "it there: torch.jit.script(network).save(path) for type: torchscript, or "
-            "torch.save(network.state_dict(), path) as the checkpoint of type: class"
+        raise untrusted(
+            path,
+            "is unpickled, which can run any code that someone put into it",
+            "convert it there: torch.jit.script(network).save(path) for type: torchscript, or "
+            "torch.save(network.state_dict(), path) as the checkpoint of type: class",
         )
     try:
         with neighbours(path), warnings.catch_warnings():
@@ -157,12 +163,14 @@ def load_torchscript(model: ModelConfig) -> Loaded:
         )
     _expect("torchscript", content, key, "no TorchScript file")
     try:
+        if not model.trusted and (part := torchscript_code.unsafe_part(content)) is not None:
+            raise untrusted(path, part)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             module = torch.jit.load(  # type: ignore[no-untyped-call]
                 io.BytesIO(content), map_location=model.device
             )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ModelError(f"{key}: {reason(error)}") from error
     # A frozen module has no such mode.
     return Loaded(module.eval() if hasattr(module, "training") else module)
@@ -175,11 +183,8 @@ def load_exported(model: ModelConfig) -> Loaded:
     content = _content(path, "model_file")
     _expect("exported", content, key, "no torch.export file")
     try:
-        if not model.trusted and (parts := pickled_parts(content)):
-            raise ModelError(
-                f"model_config.trusted: missing; {path} carries {parts[0]}, which can run any code "
-                "when it is unpickled; set trusted: true if you know where it comes from"
-            )
+        if not model.trusted and (part := exported_program.unsafe_part(content)) is not None:
+            raise untrusted(path, part)
         hide_triton_after_tensorflow()  # torch.export imports it
         with _quiet("torch.export"), _quiet("torch._export"):
             program = torch.export.load(io.BytesIO(content))
