@@ -9,7 +9,8 @@ DEMO := demo
 RESULTS := benchmarks/results
 # Duration of make prove PART=soak
 MINUTES := 30
-PROOFS := mutations dask frameworks ray slurm soak tune
+PROOFS := mutations dask frameworks oldest ray slurm soak tune
+OLDEST := $(VENV)/oldest
 
 # Tests import ONNX Runtime themselves; chunkq sets this, too.
 export ORT_DISABLE_TELEMETRY := 1
@@ -97,12 +98,24 @@ check: lint
 test: lint
 	$(PYTEST) --durations-file=$(VENV)/durations.json
 
-prove: $(VENV)/test-installed
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+$(OLDEST)/installed: $(VENV)/made pyproject.toml constraints-oldest.txt
+	@echo "installing the lowest versions (downloads 3.3 GB, 7 GB on disk)"
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --constraint constraints-oldest.txt --editable '.[torch,onnx]' tensorflow-cpu keras h5py \
+	  onnx hypothesis pytest pytest-timeout pytest-xdist || $(NOT_INSTALLED)
+	@touch $@
+
+prove: $(VENV)/test-installed $(if $(filter oldest,$(PART)),$(OLDEST)/installed)
 	@test -n "$(filter $(PART),$(PROOFS))" || { echo "make prove PART=NAME: $(PROOFS)"; exit 1; }
 	@if [ "$(PART)" = mutations ]; then \
 	  $(BIN)/python -m tests.prove.mutations --json $(RESULTS)/mutations.json; \
 	elif [ "$(PART)" = soak ]; then \
 	  $(BIN)/python -m tests.fuzz.soak --minutes $(MINUTES) --json $(RESULTS)/soak.json; \
+	elif [ "$(PART)" = oldest ]; then \
+	  $(OLDEST)/bin/python -m pytest tests/integration/test_model_files.py \
+	    --durations-file=$(RESULTS)/proof_oldest.json; \
 	else \
 	  $(PYTEST) --proof=$(PART) --durations-file=$(RESULTS)/proof_$(PART).json; \
 	fi
