@@ -103,7 +103,7 @@ $(OLDEST)/installed: $(VENV)/made pyproject.toml constraints-oldest.txt
 	@echo "installing the lowest versions (downloads 3.3 GB, 7 GB on disk)"
 	@$(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet \
-	  --constraint constraints-oldest.txt --editable '.[torch,onnx]' tensorflow-cpu keras h5py \
+	  --constraint constraints-oldest.txt --editable '.[torch,onnx,redis,dask]' tensorflow-cpu keras h5py \
 	  onnx hypothesis pytest pytest-timeout pytest-xdist || $(NOT_INSTALLED)
 	@touch $@
 
