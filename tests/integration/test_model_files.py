@@ -5,6 +5,7 @@ These tests run with the lowest versions of the libraries, too: `make prove PART
 """
 
 import json
+import os
 import shutil
 import warnings
 import zipfile
@@ -71,7 +72,7 @@ class Marker:
         self._path = str(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open, (self._path, "w"))
+        return (os.mkdir, (self._path,))
 
 
 def rewritten(path: Path, change: Change, **extra: bytes) -> Path:
@@ -177,6 +178,16 @@ MODULES_AND_FILES = {
     },
 }
 
+FROM_OTHER_MODULES = (
+    "a class of any module",
+    "a registered name",
+    "a function of any module",
+    "a builtin",
+    "a nested one",
+    "Keras 2, a function that is called",
+)
+"""These could be the user's own: the message names class_file."""
+
 
 @pytest.mark.parametrize("form", ["json", "keras", "h5"])
 @pytest.mark.parametrize("case", MODULES_AND_FILES)
@@ -195,17 +206,16 @@ def test_an_architecture_names_no_modules_functions_and_files_outside_of_keras(
     else:
         plain().save(path)
         path = rewritten(path, lambda name, c: config.encode() if name == "config.json" else c)
+    opened: list[str] = []
+    for module, name in ((keras.models, "load_model"), (keras.saving, "deserialize_keras_object")):
+        monkeypatch.setattr(module, name, lambda *args, **keys: opened.append("by Keras"))
+    key = "json_file" if form == "json" else "model_file"
     with pytest.raises(ModelError) as caught:
-        load(
-            "tensorflow",
-            "json" if form == "json" else "file",
-            **({"json_file": path} if form == "json" else {"model_file": path}),
-        )
-    assert caught.value.code in (ErrorCode.MODEL_UNTRUSTED, ErrorCode.MODEL_UNUSABLE)
+        load("tensorflow", "json" if form == "json" else "file", **{key: path})
+    assert opened == []  # Keras refuses some of these itself, and which ones depends on its version
+    expected = ErrorCode.MODEL_UNUSABLE if case in FROM_OTHER_MODULES else ErrorCode.MODEL_UNTRUSTED
+    assert caught.value.code == expected, str(caught.value)
     assert "\n" not in str(caught.value)
-    assert keras.src.saving.serialization_lib.in_safe_mode() is not False
-    before = {"net.json", "net.keras", "changed-net.keras", "net.h5"}
-    assert {p.name for p in tmp_path.iterdir()} <= before
 
 
 def plain(*, operations: bool = True) -> Any:
@@ -511,10 +521,11 @@ def test_torchscript_that_python_and_torch_read_differently_is_refused(
         with zipfile.ZipFile(tmp_path / "twice.ts", "a") as archive:
             archive.writestr(twice, code)
         refused("torch", "torchscript", ts_file=tmp_path / "twice.ts")
-    with zipfile.ZipFile(tmp_path / "net.ts", "a") as archive:
-        archive.comment = b"another end"
-    refused("torch", "torchscript", ts_file=tmp_path / "net.ts")
     assert not ran.exists()
+    torch.jit.script(scripts["Ordinary"]()).save(str(tmp_path / "commented.ts"))
+    with zipfile.ZipFile(tmp_path / "commented.ts", "a") as archive:
+        archive.comment = b"another end"
+    refused("torch", "torchscript", ts_file=tmp_path / "commented.ts")
 
 
 def test_ordinary_torchscript_needs_no_trust(tmp_path: Path, scripts: Any) -> None:
