@@ -81,7 +81,7 @@ def _refuse_network(
 ) -> None:
     """Raise QueueError if the file would lie on a network file system: WAL is for one host."""
     mounts = partitions() if partitions else _mounts()
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # resolve() raises where a link leads to itself
     best = max(
         # Of several mounts on one point, the last is the one that shows.
         ((Path(point), kind) for point, kind in reversed(mounts) if target.is_relative_to(point)),

@@ -152,7 +152,7 @@ def judge(case: DamagedJob, stages: Stages) -> Finding | None:
 def _judge_following(case: DamagedJob, stages: Stages) -> Finding | None:
     """Judge what `run` makes of the job after the command, and `run --overwrite` where it fails."""
     finding = _judge_one(case, stages, "run")
-    if finding is not None or is_complete(stages.output):
+    if finding is not None or (_last.code == 0 and is_complete(stages.output)):
         return finding
     finding = _judge_one(case, stages, "run", "--overwrite")
     if finding is not None or is_complete(stages.output) or str(stages.work) in _last.err:
@@ -191,7 +191,10 @@ def _judge_one(
     if finding is None and is_complete(stages.output):
         fresh = "--overwrite" in shown
         looked_only = command not in SEALS and case.stage == "sealed"
-        excused = (case.is_voxel_damage and not fresh) or (looked_only and case.is_output_damage)
+        named = result.code != 0 and not fresh
+        excused = (case.is_voxel_damage and not fresh) or (
+            case.is_output_damage and (looked_only or named)
+        )
         finding = None if excused else judge_output(stages, shown)
     if finding is None and command == "run" and result.code == 0 and not is_complete(stages.output):
         finding = Finding(f"{shown}: exit code 0 without a complete output", result.err)
