@@ -46,8 +46,8 @@ WATCHED = (
     ("device", "all of a chunk on the device", "chunkq_worker.engine", "Engine.start"),
     ("others", "read the input", "chunkq.opened", "OpenJob.read_halos"),
     ("others", "write the output", "chunkq.opened", "OpenJob.write"),
-    ("others", "write pieces", "chunkq.ledger", "JobFolder.put_piece"),
-    ("others", "commit", "chunkq.ledger", "JobFolder.commit"),
+    ("others", "write pieces", "chunkq.ledger", "Ledger.put_piece"),
+    ("others", "commit", "chunkq.ledger", "Ledger.commit"),
     ("others", "complete blocks, their writes too", "chunkq_worker.here", "complete_block"),
     ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
 )

@@ -25,15 +25,16 @@ from chunkq_producer.watch import job_status
 
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import parse_job
-from chunkq.ledger import Commit, JobFolder
+from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
 from chunkq.ome import Space
+from chunkq.opened import OpenJob, open_job
 from chunkq.plan import Plan, Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name
 
-ROUNDS = 5
+ROUNDS, EPOCH = 5, "0a1b2c3d"
 
 
 def job_over(edge: int, inputs: str = "/nowhere/in.zarr") -> Plan:
@@ -134,11 +135,8 @@ def status(folder: Path) -> dict[str, float]:
     """
     edge = 47
     plan = job_over(edge)
-    ledger = JobFolder(str(folder / "out.zarr.chunkq"))
-    ledger.write_record(
-        JobRecord(plan.job, (Source("/nowhere/in.zarr", plan.volume, Space.plain(3)),), {})
-    )
-    done = folder / "out.zarr.chunkq" / "done" / "infer"
+    job = create(folder / "out.zarr", plan)
+    done = Path(job.ledger.path) / "done" / "infer" / ITEM
     done.mkdir(parents=True)
     indices = list(plan.indices())
     for number, index in enumerate(indices[1000:]):
@@ -147,24 +145,30 @@ def status(folder: Path) -> dict[str, float]:
             {"read": 0.1, "wait": 0.1, "compute": 0.7, "write": 0.1},
         )  # fmt: skip
         # Straight to the file system: a hundred thousand flushes to disk are not the point.
-        (done / chunk_name(index)).write_bytes(commit.to_json())
+        (done / chunk_name(index)).write_bytes(commit.to_json(EPOCH))
     queue = SqliteExecutor(f"sqlite://{folder}/status.db")
-    queue.submit(Task("infer", ledger.path, index) for index in indices[:1000])
+    queue.submit(Task("infer", job.folder.path, index) for index in indices[:1000])
     found = paired(
-        lambda: job_status(ledger, plan, queue),
+        lambda: job_status(job, queue),
         lambda: sum(entry.stat().st_mtime for entry in os.scandir(done)),
     )
     queue.close()
     small = folder / "small.zarr"
-    one = job_over(1)
-    source = Source("/nowhere/in.zarr", one.volume, Space.plain(3))
-    JobFolder(f"{small}.chunkq").write_record(JobRecord(one.job, (source,), {}))
+    create(small, job_over(1))
     command = paired(lambda: show(folder / "out.zarr", queue.url), lambda: show(small, queue.url))
     return {
         "chunks": float(len(indices)),
         **found,
         **{f"command_{key}": value for key, value in command.items()},
     }
+
+
+def create(output: Path, plan: Plan) -> OpenJob:
+    """Create a job folder without an output."""
+    source = Source("/nowhere/in.zarr", plan.volume, Space.plain(3))
+    folder = JobFolder(folder_of(str(output)))
+    folder.create_record(JobRecord(plan.job, (source,), {}, ("",), EPOCH))
+    return open_job(folder.path)
 
 
 def show(output: Path, queue: str) -> None:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from chunkq.ledger import ALIGNMENT, CRC_BYTES
-from chunkq.opened import open_job
-from chunkq.plan import Plan
+from chunkq.finalize import OWN
+from chunkq.ledger import ALIGNMENT, CRC_BYTES, ITEM
+from chunkq.opened import OpenJob, open_job
+from chunkq.tasks import chunk_name
 
 NETWORKS = '''
 import torch
@@ -122,20 +123,24 @@ def make_job(
     return depth
 
 
-def headers(plan: Plan) -> int:
-    """Bytes of the pieces that are not voxels: what `JobFolder.put_piece` writes around them."""
+def headers(job: OpenJob) -> int:
+    """Bytes of the pieces that are not voxels: what `Ledger.put_piece` writes around them."""
+    plan, epoch = job.plan, job.record.epoch
     stored = (plan.channels,) if plan.channel_axis else ()
     total = 0
     for chunk in map(plan.chunk, plan.indices()):
         if not chunk.active:
             continue
-        pieces = [[("<f4", (plan.channels, *p.box.shape))] for p in plan.leaves(chunk)]
+        pieces = [
+            (p.target, p.name, [("<f4", (plan.channels, *p.box.shape))]) for p in plan.leaves(chunk)
+        ]
         if chunk.has_band:
             own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
             rest = [(plan.output_dtype.str, (*stored, *b.shape)) for b in chunk.rest_boxes]
-            pieces.append([*own, *rest])
-        for arrays in pieces:
-            line = len(json.dumps(arrays)) + 1
+            pieces.append((chunk.index, OWN, [*own, *rest]))
+        for block, name, arrays in pieces:
+            path = f"pieces/{ITEM}/{chunk_name(block)}/{name}"
+            line = len(json.dumps([epoch, path, arrays])) + 1
             total += line + -line % ALIGNMENT + CRC_BYTES
     return total
 
@@ -178,7 +183,7 @@ def figures(folder: Path, depth: int) -> Figures:
     command(folder, "produce", "job.json", "--overwrite")
     _run(folder, [sys.executable, "-c", PAST_THE_QUEUE, str(folder / "out.zarr.chunkq")])
     peak = finalize(folder)
-    around = headers(open_job(str(folder / "out.zarr.chunkq")).plan)
+    around = headers(open_job(str(folder / "out.zarr.chunkq")))
     moved = report["bytes"]
     pairs = {
         "patches": (foretold["patches"], report["patches"]),

@@ -40,7 +40,7 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Shift
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
-from chunkq.ledger import Commit, JobFolder
+from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
 from chunkq.ome import Space
 from chunkq.record import JobRecord
 from chunkq.stores import Source
@@ -367,16 +367,16 @@ def working(queue: str, at: Places) -> list[Figure]:
     Each chunk is looked up in the ledger and its blocks are counted; nothing is computed.
     """
     plan, url = job_over(COMMITTED_EDGE), at.fresh(queue)
-    ledger = JobFolder(str(at.folder / f"{queue}.zarr.chunkq"))
+    job = JobFolder(folder_of(str(at.folder / f"{queue}.zarr")))
     source = Source("/nowhere/in.zarr", plan.volume, Space.plain(3))
-    ledger.write_record(JobRecord(plan.job, (source,), {}))
+    record = job.create_record(JobRecord(plan.job, (source,), {}, ("",), "0a1b2c3d"))
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):
-        folder = Path(ledger.path) / "done" / kind
+        folder = Path(job.ledger(record.epoch).path) / "done" / kind / ITEM
         folder.mkdir(parents=True)
         for index in indices:
             commit = Commit(kind, index, 1, "bench", 0.0, 1.0)
-            (folder / chunk_name(index)).write_bytes(commit.to_json())
+            (folder / chunk_name(index)).write_bytes(commit.to_json(record.epoch))
 
     def work() -> float:
         command = [sys.executable, "-m", "chunkq", "work", "--queue", url, "--gpus", "none"]
@@ -387,10 +387,10 @@ def working(queue: str, at: Places) -> list[Figure]:
 
     start = work()
     with closing(open_executor(url)) as executor:
-        executor.submit(Task("infer", ledger.path, index) for index in indices)
+        executor.submit(Task("infer", job.path, index) for index in indices)
         whole = work()
         assert executor.jobs() == {}
-    shutil.rmtree(ledger.path)
+    shutil.rmtree(job.path)
     rate = len(indices) / (whole - start)
     what = f"`chunkq work -w {PROCESSES}`, {len(indices):,} chunks committed before"
     return [Figure("work", queue, what, rate, "tasks/s")]

@@ -16,9 +16,12 @@ from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 
-ASKED, SETTLED = 4, 2
-"""Small requests of `infer_chunk`, one after another: is it committed and has the job changed,
-before and after; the commit, and the removal of an earlier failure."""
+ASKED, SETTLED = 6, 2
+"""Small requests of `infer_chunk`, one after another: the job's record at the start, before the
+write and before the commit, the chunk's commit record twice, the input's metadata; then the commit,
+and the removal of an earlier failure."""
+ASKED_OF_BLOCK = 3
+"""The same of `complete_block`: the commit record, and the job's record before write and commit."""
 
 
 def plan_of(edge: int, chunk: int, *, patch: int, stride: int, storage: int) -> Plan:
@@ -126,7 +129,7 @@ class Work:
         block = Task(
             read=Load(pieces, awaited + own),
             write=Load(output * final, stored - core, output * final),
-            small_reads=1,
+            small_reads=ASKED_OF_BLOCK,
             small_writes=SETTLED + awaited + own,
             commits=1,
         )

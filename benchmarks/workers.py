@@ -22,6 +22,7 @@ from chunkq_worker.birth import child_settings
 
 from benchmarks.network import make_job
 from chunkq.job import load_job
+from chunkq.opened import open_job
 
 ROUNDS, SHAPE, EDGE, PATIENCE = 5, (224, 160, 160), 64, 600.0
 
@@ -37,7 +38,9 @@ def chunkq(job: Path, workers: int) -> float:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    report: dict[str, Any] = json.loads((Path(f"{output}.chunkq") / "report.json").read_text())
+    report = open_job(f"{output}.chunkq").ledger.read_report()
+    if report is None:
+        raise SystemExit(f"{output}: no report")
     crew = report["workers"].values()
     loading = max(one["shares"]["load"] * one["seconds"] for one in crew)
     return float(report["work_seconds"] - loading)

@@ -43,7 +43,7 @@ class SlurmWorkspace:
         return {
             "CHUNKQ_ENV": sys.prefix,
             "HOME": str(folder),
-            "NET_DONE": str(self.workspace.job_folder / "done" / "infer"),
+            "NET_JOB": str(self.workspace.job_folder),
             "NET_GATE": str(folder / "gate"),
             "NET_TRACE": str(folder / "trace"),
             "PINS": str(folder / "pins"),

@@ -106,7 +106,7 @@ class StandardWorkspace(Workspace):
         return super().process_env | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "NET_TRACE": str(self.folder / "trace"),
-            "NET_DONE": str(self.job_folder / "done" / "infer"),
+            "NET_JOB": str(self.job_folder),
             "NET_GATE": str(self.folder / "gate"),
         }
 

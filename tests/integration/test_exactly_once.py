@@ -14,7 +14,7 @@ from chunkq_worker.run import run_task
 
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block, finalize_job
-from chunkq.ledger import JobFolder
+from chunkq.ledger import Ledger
 from chunkq.plan import Costs, Index
 from chunkq.tasks import Task, chunk_name
 from tests.harness.files import files_below
@@ -197,17 +197,17 @@ def test_a_zombie_overtaken_while_it_computes_tidies_up_after_itself(
 ) -> None:
     workspace, looks = measured.workspace, 0
     records, computed = workspace.done(), workspace.computed()
-    is_committed = JobFolder.is_committed
+    is_committed = Ledger.is_committed
 
-    def not_at_first(folder: JobFolder, kind: str, chunk: Index) -> bool:
+    def not_at_first(ledger: Ledger, kind: str, chunk: Index) -> bool:
         nonlocal looks
         if kind == "infer" and chunk == index:
             looks += 1
             if looks == 1:
                 return False
-        return is_committed(folder, kind, chunk)
+        return is_committed(ledger, kind, chunk)
 
-    monkeypatch.setattr(JobFolder, "is_committed", not_at_first)
+    monkeypatch.setattr(Ledger, "is_committed", not_at_first)
     run_task(Task("infer", workspace.job.folder.path, index), Attempt(2, "zombie"))
     assert looks > 1
     assert workspace.computed().total() > computed.total()
@@ -231,7 +231,7 @@ def test_a_zombie_that_rewrites_pieces_before_finalizing_writes_the_same_bytes(
 ) -> None:
     assert pieces_of(inferred) == measured.pieces
     for name in inferred.done():
-        (inferred.job_folder / "done" / "infer" / name).unlink()
+        (inferred.done_folder() / name).unlink()
     infer_all(inferred, attempt=2)
     assert pieces_of(inferred) == measured.pieces
 
@@ -248,7 +248,7 @@ def test_finalizers_that_die_or_work_at_the_same_time_end_with_the_same_bytes(
     measured: Measured, inferred: StandardWorkspace
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JobFolder, "delete_pieces", killed)
+        patch.setattr(Ledger, "delete_pieces", killed)
         with pytest.raises(Killed):
             finalize_job(inferred.job, worker="killed", threads=1)
     assert inferred.done("finalize")

@@ -62,7 +62,7 @@ def finalizer_peak(workspace: Workspace) -> int:
 
 def bytes_around_voxels(workspace: Workspace) -> tuple[int, int]:
     """Size of all stored pieces, and how much of it is their first lines and checksums."""
-    pieces = [path.read_bytes() for path in workspace.job_folder.glob("pieces/*/*")]
+    pieces = [path.read_bytes() for path in workspace.pieces()]
     around = sum(content.index(b"\n") + 1 + CRC_BYTES for content in pieces)
     return sum(map(len, pieces)), around
 

@@ -474,7 +474,7 @@ def hired_place(
     """The job for a running cluster's own workers, which are told through the network's file."""
     told |= {
         "NET_TRACE": str(folder / "trace"),
-        "NET_DONE": str(folder / "out.zarr.chunkq" / "done" / "infer"),
+        "NET_JOB": str(folder / "out.zarr.chunkq"),
         "NET_GATE": str(folder / "gate"),
     }
     (folder / "told.py").write_text(f"import os\nos.environ.update({told!r})\n" + NETWORK)

@@ -25,7 +25,7 @@ from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
 from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.settings import WorkerSettings
-from chunkq.ledger import JobFolder
+from chunkq.ledger import Ledger
 from chunkq.tasks import Task, chunk_name, job_key
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.redis import RedisServer, redis_server
@@ -376,17 +376,17 @@ def test_a_worker_that_wakes_up_after_others_finished_everything_changes_no_byte
 
 
 def test_pieces_can_be_written_while_another_tidies_up_after_their_block(tmp_path: Path) -> None:
-    folder, over = JobFolder(str(tmp_path / "out.zarr.chunkq")), threading.Event()
+    ledger, over = Ledger(str(tmp_path / "out.zarr.chunkq"), "0a1b2c3d"), threading.Event()
 
     def tidy_up() -> None:
         while not over.wait(0.001):
-            folder.delete_pieces((0, 0))
+            ledger.delete_pieces((0, 0))
 
     with ThreadPoolExecutor(1) as other:
         tidying = other.submit(tidy_up)
         try:
             for _ in range(300):
-                folder.put_piece((0, 0), "own", [np.zeros(1)])
+                ledger.put_piece((0, 0), "own", [np.zeros(1)])
         finally:
             over.set()
         tidying.result()

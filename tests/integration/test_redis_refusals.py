@@ -22,7 +22,8 @@ import pytest
 
 from chunkq.errors import QueueError
 from chunkq.executors import open_executor
-from chunkq.ledger import Failure, JobFolder
+from chunkq.ledger import Failure
+from chunkq.opened import open_job
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
 from tests.harness.servers.redis import RedisServer, free_port, redis_server
@@ -185,7 +186,7 @@ def stage_of_module(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     assert len(workspace.commits()) == 4
     workspace.call("produce", workspace.write_job("failing.json", output="failing.zarr")).ok()
     told = Failure("infer", (0, 1), 3, "a:cpu:b", "ValueError", "no such voxel", "Traceback …")
-    JobFolder(f"{folder}/failing.zarr.chunkq").record_failure(told)
+    open_job(f"{folder}/failing.zarr.chunkq").ledger.record_failure(told)
     workspace.write_job("new.json", output="new.zarr")
     return Stage(workspace)
 

@@ -1,6 +1,5 @@
 """A worker process is replaced before it takes a job of the other framework."""
 
-import json
 import os
 import subprocess
 import sys
@@ -128,9 +127,9 @@ def test_one_worker_serves_jobs_of_both_frameworks_in_processes_of_one_each(
     assert {loaded for _, loaded in seen} == {"tensorflow", "torch"}  # nowhere both
     for name in names:
         folder = JobFolder(str(tmp_path / f"{name}.zarr.chunkq"))
-        records = [json.loads(p.read_text()) for p in Path(folder.path, "done/infer").iterdir()]
-        assert [record["attempt"] for record in records] == [1, 1]
-        assert list(Path(folder.path).glob("failed/*")) == []
+        ledger = folder.ledger(folder.require_record().epoch)
+        assert [commit.attempt for commit in ledger.read_commits("infer")] == [1, 1]
+        assert ledger.failures() == []
         chunkq.finalize(folder.output)
         import zarr
 

@@ -82,9 +82,13 @@ def objects(bucket: s3fs.S3FileSystem, path: str) -> dict[str, bytes]:
 
 
 def without_digest(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The digest covers the input's path, so it is the one thing that may differ."""
-    pattern = re.compile(rb'"digest": "[0-9a-f]{64}"')
-    return {name: pattern.sub(b'"digest": ""', content) for name, content in files.items()}
+    """Leave out the two values that may differ: the digest covers the input's path."""
+    pattern = re.compile(rb'(?<="digest": ")[0-9a-f]{64}(?=")|(?<="epoch": ")[0-9a-f]{8}(?=")')
+    return {name: pattern.sub(b"", content) for name, content in files.items()}
+
+
+def epoch_of(bucket: s3fs.S3FileSystem, output: str) -> str:
+    return str(json.loads(objects(bucket, f"{output}.chunkq")["job.json"])["epoch"])
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +142,10 @@ def test_status_on_s3_knows_what_is_done_and_that_it_is_sealed(
     assert status["blocks_finalized"] == status["blocks_to_finalize"]
     assert status["failures"] == []
     left = objects(bucket, "lab/out.zarr.chunkq")
-    assert not [name for name in left if name.startswith(("pieces", "failed"))]
-    assert json.loads(left["report.json"])["missing"] == []
+    epoch = json.loads(left["job.json"])["epoch"]
+    done_names = {name for name in left if name.startswith(f"{epoch}/done/")}
+    assert set(left) - done_names == {"job.json", f"{epoch}/sealed.json", f"{epoch}/report.json"}
+    assert json.loads(left[f"{epoch}/report.json"])["missing"] == []
 
 
 def test_the_workers_log_holds_its_own_news_alone(done: list[CommandResult]) -> None:
@@ -181,10 +187,10 @@ def test_a_worker_killed_on_s3_is_gone_on_from_with_the_same_bytes(
     output, first = "s3://lab/killed.zarr", f"sqlite://{workspace.folder}/first.db"
     paths = ("-i", "s3://lab/in.zarr", "-o", output)
     workspace.call("produce", "job.json", *paths, "--queue", first).ok()
+    folder = f"lab/killed.zarr.chunkq/{epoch_of(bucket, 'lab/killed.zarr')}/done/infer/0"
 
     def commits() -> int:
         bucket.invalidate_cache()
-        folder = "lab/killed.zarr.chunkq/done/infer"
         return len(bucket.ls(folder)) if bucket.exists(folder) else 0
 
     work = ("work", "--burst", "--gpus", "none", "--queue", first)
@@ -218,15 +224,18 @@ def test_overwrite_on_s3_really_deletes_what_was_there(
 ) -> None:
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/again.zarr")
     workspace.call("produce", "job.json", *options).ok()
+    before = epoch_of(bucket, "lab/again.zarr")
     bucket.pipe_file("lab/again.zarr/0/c/0/0/0", b"old")
-    bucket.pipe_file("lab/again.zarr.chunkq/done/infer/0.0.0", b"{}")
+    bucket.pipe_file(f"lab/again.zarr.chunkq/{before}/done/infer/0/0.0.0", b"{}")
     job = workspace.write_job("other.json", combine="hard")
     workspace.call("produce", job, *options).refused(2, "different: combine")
     assert (
         "4 chunks, 0 done, 4 newly"
         in workspace.call("produce", job, *options, "--overwrite").ok().out
     )
-    assert set(objects(bucket, "lab/again.zarr")) == {"zarr.json", "0/zarr.json"}
+    epoch = epoch_of(bucket, "lab/again.zarr")
+    assert epoch != before
+    assert set(objects(bucket, "lab/again.zarr")) == {"zarr.json", f"0.{epoch}/zarr.json"}
     assert set(objects(bucket, "lab/again.zarr.chunkq")) == {"job.json"}
     bucket.pipe_file("lab/precious/thesis.txt", b"years of work")
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/precious")

@@ -6,25 +6,33 @@ from pathlib import Path
 import pytest
 from chunkq_producer.watch import job_status
 
-from chunkq import ledger
-from chunkq.ledger import Commit, JobFolder, Newest
+from chunkq import ledger as ledger_module
+from chunkq.ledger import Commit, JobFolder, Ledger, Newest
+from chunkq.ome import Space
+from chunkq.opened import OpenJob
+from chunkq.record import JobRecord
+from chunkq.stores import Source
 from tests.strategies import plan_for
 
-CHUNKS = 48
+CHUNKS, EPOCH = 48, "0a1b2c3d"
 
 
-def folder_with_commits(path: Path) -> JobFolder:
+def ledger_in(path: Path) -> Ledger:
+    return Ledger(str(path / "out.zarr.chunkq"), EPOCH)
+
+
+def ledger_with_commits(path: Path) -> Ledger:
     """One commit a second by one worker whose device computes half of the time."""
-    folder = JobFolder(str(path / "out.zarr.chunkq"))
+    ledger = ledger_in(path)
     for n in range(CHUNKS):
         seconds = {"read": 0.5, "compute": 0.5}
-        folder.commit(Commit("infer", (n,), 1, "host-1", float(n), n + 1.0, seconds))
-        os.utime(path / "out.zarr.chunkq" / "done" / "infer" / str(n), (n + 1.0, n + 1.0))
-    return folder
+        ledger.commit(Commit("infer", (n,), 1, "host-1", float(n), n + 1.0, seconds))
+        os.utime(Path(ledger.path, "done", "infer", "0", str(n)), (n + 1.0, n + 1.0))
+    return ledger
 
 
 def test_of_few_records_the_newest_are_found(tmp_path: Path) -> None:
-    newest = folder_with_commits(tmp_path).newest("infer", 3)
+    newest = ledger_with_commits(tmp_path).newest("infer", 3)
     assert (newest.total, newest.step) == (CHUNKS, 1)
     assert [record.chunk for record in newest.records] == [(47,), (46,), (45,)]
 
@@ -32,27 +40,31 @@ def test_of_few_records_the_newest_are_found(tmp_path: Path) -> None:
 def test_of_many_records_all_are_counted_and_only_a_sample_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "SAMPLE", 16)
-    newest = folder_with_commits(tmp_path).newest("infer", 64)
+    monkeypatch.setattr(ledger_module, "SAMPLE", 16)
+    newest = ledger_with_commits(tmp_path).newest("infer", 64)
     assert (newest.total, newest.step, len(newest.records)) == (CHUNKS, 4, 12)
     moments = [record.finished for record in newest.records]
     assert moments == sorted(moments, reverse=True)
 
 
 def test_nothing_done_yet_is_no_speed(tmp_path: Path) -> None:
-    assert JobFolder(str(tmp_path / "out.zarr.chunkq")).newest("infer", 3) == Newest(0, 1, ())
+    assert ledger_in(tmp_path).newest("infer", 3) == Newest(0, 1, ())
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    folder = folder_with_commits(tmp_path)
-    # Which records a sample holds is up to the file system; here it is every step-th in time.
-    records = tuple(folder.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
-    monkeypatch.setattr(folder, "newest", lambda kind, count: Newest(CHUNKS, step, records))
+    ledger_with_commits(tmp_path)
     plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
-    status = job_status(folder, plan, None)
+    source = Source("/in.zarr", plan.volume, Space.plain(1))
+    record = JobRecord(plan.job, (source,), {}, epoch=EPOCH)
+    job = OpenJob(JobFolder(str(tmp_path / "out.zarr.chunkq")), record, plan)
+    # Which records a sample holds is up to the file system; here it is every step-th in time.
+    records = tuple(job.ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
+    assert len(records) == CHUNKS // step
+    monkeypatch.setattr(job.ledger, "newest", lambda kind, count: Newest(CHUNKS, step, records))
+    status = job_status(job, None)
     assert (status.chunks, status.done) == (CHUNKS + 10, CHUNKS)
     assert status.voxels_per_second == pytest.approx(10, rel=0.1)  # ten voxels, one second a chunk
     (worker,) = status.workers

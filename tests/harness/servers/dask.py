@@ -45,7 +45,7 @@ class DaskCluster:
         options += ["--local-directory", str(self.folder)]
         variables = {
             "NET_TRACE": str(workspace.folder / "trace"),
-            "NET_DONE": str(workspace.job_folder / "done" / "infer"),
+            "NET_JOB": str(workspace.job_folder),
             "NET_GATE": str(workspace.folder / "gate"),
         }
         return self._start(WORKER, *options, **(variables | environment))
