@@ -16,10 +16,10 @@ from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 
-ASKED, SETTLED = 6, 2
-"""Small requests of `infer_chunk`, one after another: the job's record at the start, before the
-write and before the commit, the chunk's commit record twice, the input's metadata; then the commit,
-and the removal of an earlier failure."""
+ASKED, SETTLED = 7, 2
+"""Small requests of `infer_chunk`, one after another: the job's record and the chunk's commit
+record, at the start, before the write and before the commit, and the input's metadata; then the
+commit, and the removal of an earlier failure."""
 ASKED_OF_BLOCK = 3
 """The same of `complete_block`: the commit record, and the job's record before write and commit."""
 

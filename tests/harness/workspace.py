@@ -17,6 +17,7 @@ import yaml
 from chunkq_producer import submit
 from chunkq_worker.run import run_task
 
+from chunkq import documents
 from chunkq.cli import main
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Counts, Executor, Running
@@ -29,7 +30,7 @@ from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
 from tests.harness.waiting import TIMEOUT
 
-GROUP_DOCUMENTS = ("zarr.json", ".zgroup", ".zattrs")
+GROUP_DOCUMENTS = {"zarr.json", ".zgroup", ".zattrs"}
 FOREIGN = ("AWS", "CHUNKQ", "NET_")
 """Variables of whoever runs the tests that no command must see."""
 
@@ -227,13 +228,18 @@ class Workspace:
         return [path for path in (self.epoch_folder / "pieces").rglob("*") if path.is_file()]
 
     def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.epoch_folder / "report.json").read_text())
+        """Return what `report.json` holds; its checksum must fit."""
+        report = documents.decode((self.epoch_folder / "report.json").read_bytes())
+        assert report is not None
         return report
 
     def stored(self) -> dict[str, bytes]:
-        """Return every file of the sealed output but the group's metadata, which name the epoch."""
-        files = files_below(self.output)
-        return {name: data for name, data in files.items() if name not in GROUP_DOCUMENTS}
+        """Return every file of the output; in the group's metadata the job's epoch is blanked."""
+        epoch, files = self.job.record.epoch.encode(), files_below(self.output)
+        group = {
+            name: files[name].replace(epoch, b"EPOCH") for name in GROUP_DOCUMENTS & files.keys()
+        }
+        return files | group
 
 
 def run_inline(values: dict[str, Any]) -> tuple[OpenJob, dict[str, Any]]:

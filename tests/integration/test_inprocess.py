@@ -47,7 +47,7 @@ def test_the_run_command_works_in_its_own_process(workspace: Workspace) -> None:
     answer = workspace.call("run", workspace.write_job(), "--queue", "inprocess://").ok()
     assert "Traceback" not in answer.err
     assert workspace.ledger.read_report() is not None
-    record = workspace.ledger.require_record()
+    record = workspace.job.record
     assert record.job.queue is None  # the queue ended with the command
 
 

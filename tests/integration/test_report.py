@@ -105,7 +105,7 @@ def test_the_plan_foresaw_what_was_measured(sealed: Workspace) -> None:
 
 def test_json_is_the_report_that_was_sealed(sealed: Workspace) -> None:
     found = values(sealed)
-    stored = json.loads((sealed.epoch_folder / "report.json").read_text())
+    stored = sealed.report()
     assert found == {"output": str(sealed.output), "sealed": True, **stored}
     assert found["chunks"] == found["planned_chunks"] == 12
     assert found["voxels"] == 192 * 256
@@ -181,15 +181,34 @@ def test_an_unfinished_job_is_told_so_far(workspace: Workspace) -> None:
 
 
 def test_a_report_of_an_older_version_is_taken_from_the_records(sealed: Workspace) -> None:
-    path = sealed.epoch_folder / "report.json"
-    stored = path.read_text()
+    stored = sealed.report()
     kept = ("chunkq_version", "digest", "chunks", "missing", "patches", "seconds", "workers")
     try:
-        path.write_text(json.dumps({key: json.loads(stored)[key] for key in kept}))
+        sealed.ledger.write_report({key: stored[key] for key in kept})
         found = values(sealed)
     finally:
-        path.write_text(stored)
-    assert found == {"output": str(sealed.output), "sealed": True, **json.loads(stored)}
+        sealed.ledger.write_report(stored)
+    assert found == {"output": str(sealed.output), "sealed": True, **stored}
+
+
+@pytest.mark.parametrize("damage", ["gone", "other-number", "cut-off"])
+def test_a_damaged_report_of_a_sealed_job_is_taken_from_the_records(
+    sealed: Workspace, damage: str
+) -> None:
+    path, stored = sealed.epoch_folder / "report.json", sealed.report()
+    text = path.read_text()
+    try:
+        if damage == "gone":
+            path.unlink()
+        elif damage == "other-number":
+            assert text.count('"planned_chunks": 12') == 1
+            path.write_text(text.replace('"planned_chunks": 12', '"planned_chunks": 13'))
+        else:
+            path.write_text(text[:-20])
+        found = values(sealed)
+    finally:
+        path.write_text(text)
+    assert found == {"output": str(sealed.output), "sealed": True, **stored}
 
 
 def test_a_folder_without_a_job_is_one_line(tmp_path: Path) -> None:

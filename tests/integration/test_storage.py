@@ -346,7 +346,8 @@ def test_the_output_has_the_shape_dtype_and_chunks_that_the_plan_foretells(
     job = workspace.write_job()
     plan = json.loads(workspace.call("plan", job, "--json").ok().out)
     workspace.call("produce", job).ok()
-    array = zarr.open(f"{workspace.output}/0", mode="r")
+    assert not (workspace.output / "0").exists()
+    array = zarr.open(workspace.output / workspace.job.record.array, mode="r")
     assert list(array.shape) == plan["output_shape"]
     assert str(array.dtype) == plan["output_dtype"]
     channels = [1] if combine == "weighted_avg" else []
@@ -356,6 +357,7 @@ def test_the_output_has_the_shape_dtype_and_chunks_that_the_plan_foretells(
 def test_nothing_a_sealed_job_leaves_is_a_partial_file_or_a_piece(tmp_path: Path) -> None:
     source = write_zarr(tmp_path / "in.zarr", random_volume((20, 17)))
     output = output_of(tmp_path, source, 2)
+    assert {path.name for path in output.iterdir()} == {"zarr.json", "0"}
     left = [*files_below(output), *files_below(Path(f"{output}.chunkq"))]
     assert not [name for name in left if "partial" in name or "pieces" in name]
 

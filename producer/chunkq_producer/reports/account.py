@@ -73,7 +73,8 @@ def account_of(job: OpenJob) -> Account:
             values = job_report(job) | {"missing": missing}
             return Account(output, True, values, Times.from_dict(values))
     values = job_report(job, standing(job).unfinished)
-    return Account(output, False, values, Times.from_dict(values))
+    sealed = job.ledger.is_sealed() and job.output.is_sealed()  # the report alone is damaged
+    return Account(output, sealed, values, Times.from_dict(values))
 
 
 def _place(worker: Worker) -> str:

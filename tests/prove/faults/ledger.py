@@ -2,7 +2,7 @@
 
 from tests.prove.fault import Fault, named
 
-LEDGER, OBJECTS = "chunkq/ledger.py", "chunkq/objects.py"
+LEDGER, OBJECTS, RECORD = "chunkq/ledger.py", "chunkq/objects.py", "chunkq/record.py"
 FINALIZE, SUBMIT = "chunkq/finalize.py", "producer/chunkq_producer/submit.py"
 RESUME, ONCE = "tests/integration/test_resume.py", "tests/integration/test_exactly_once.py"
 STORAGE = "tests/integration/test_storage.py"
@@ -18,7 +18,7 @@ FAULTS = (
     ),
     Fault(
         "digest-ignores-the-files",
-        LEDGER,
+        RECORD,
         "[asdict(source) for source in self.sources], self.file_hashes]",
         "[asdict(source) for source in self.sources]]",
         "a job is resumed with another checkpoint, and half of the output is of each",
@@ -26,7 +26,7 @@ FAULTS = (
     ),
     Fault(
         "digest-ignores-the-input",
-        LEDGER,
+        RECORD,
         "what = [values, [asdict(source) for source in self.sources], self.file_hashes]",
         "what = [values, self.file_hashes]",
         "a job is resumed over an input that was replaced by one of another shape",
@@ -35,7 +35,7 @@ FAULTS = (
     Fault(
         "failure-outlives-success",
         LEDGER,
-        '        self.objects.delete(f"failed/{_failure_name(record.kind, record.chunk)}")\n',
+        "        self.objects.delete(_failed(record.kind, record.chunk))\n",
         "",
         "status shows an error of a chunk that was computed later",
         named("tests/integration/test_bad_input.py", "retry_after_the_cause"),
@@ -67,7 +67,7 @@ FAULTS = (
     Fault(
         "replaced-job-not-noticed",
         "chunkq/opened.py",
-        "if now is None or now.digest != self.record.digest:",
+        "if now is None or now.epoch != self.record.epoch:",
         "if now is None:",
         "a worker of the old job writes into the output of the new one",
         named(RESUME, "replaced_job"),
@@ -75,7 +75,7 @@ FAULTS = (
     Fault(
         "old-plan-of-a-replaced-job",
         "chunkq/opened.py",
-        "if held is None or held.record.digest != record.digest:",
+        "if held is None or held.record.epoch != record.epoch:",
         "if held is None:",
         "a worker that lives on runs the new job with the old one's plan",
         named(RESUME, "replaced_job"),
@@ -83,32 +83,32 @@ FAULTS = (
     Fault(
         "pieces-deleted-before-the-write",
         FINALIZE,
-        "    written = 0\n    for box, values in complete(",
-        "    job.folder.delete_pieces(index)\n    written = 0\n    for box, values in complete(",
+        "        written = sum(job.write(",
+        "        job.ledger.delete_pieces(index)\n        written = sum(job.write(",
         "a finalizer killed in the middle costs a second run of all contributors",
         named(RESUME, "killed_at_any_point"),
     ),
     Fault(
         "late-finalizer-takes-commits-back",
         FINALIZE,
-        '        if not folder.is_committed("finalize", chunk.index):\n            folder',
-        "        if chunk.index:\n            folder",
+        '        if not ledger.is_committed("finalize", chunk.index):\n            ledger',
+        "        if chunk.index:\n            ledger",
         "two finalizers at once have finished chunks computed again",
         named(ONCE, "finalizer"),
     ),
     Fault(
         "unfit-piece-keeps-its-commit",
         FINALIZE,
-        'folder.objects.delete(f"done/infer/{chunk_name(source)}")',
-        'folder.objects.delete(f"done/infer/{chunk_name(source)}.json")',
+        '            ledger.withdraw("infer", problems)\n',
+        '            ledger.withdraw("finalize", problems)\n',
         "a damaged piece can never be computed again, whatever the message says",
         named(RESUME, "unfit"),
     ),
     Fault(
         "wrong-chunk-blamed",
         FINALIZE,
-        "            source = piece.source\n",
-        "            source = chunk.index\n",
+        "            problems[piece.source] = error\n",
+        "            problems[chunk.index] = error\n",
         "the wrong chunk is computed again, and the damage stays",
         named(RESUME, "unfit"),
     ),
@@ -131,47 +131,48 @@ FAULTS = (
     Fault(
         "incomplete-output-called-complete",
         FINALIZE,
-        'state = "incomplete" if missing else "complete"',
-        'state = "complete"',
+        "        job.output.describe_incomplete(allowed=job.check_unchanged)\n",
+        "        job.output.seal(allowed=job.check_unchanged)\n",
         "readers take an output with holes for a finished one",
         named(RESUME, "missing"),
     ),
     Fault(
         "pieces-deleted-while-chunks-miss",
         FINALIZE,
-        "    if not missing:\n        job.folder.delete_pieces()\n",
-        "    job.folder.delete_pieces()\n",
+        "        job.ledger.delete_pieces()\n    job.ledger.write_report(report)\n",
+        "    job.ledger.delete_pieces()\n    job.ledger.write_report(report)\n",
         "an incomplete output cannot be completed without computing it again",
         named(RESUME, "missing"),
     ),
     Fault(
         "resume-computes-all-again",
         SUBMIT,
-        "enumerate((i for i in plan.indices() if i not in done), start=1)",
-        "enumerate(plan.indices(), start=1)",
+        "left = [index for index in job.plan.indices() if index not in committed]",
+        "left = list(job.plan.indices())",
         "resume costs as much as starting again",
         named(RESUME, "queue_is_lost"),
     ),
     Fault(
         "resume-skips-failed-chunks",
         SUBMIT,
-        '    done = folder.committed("infer")\n',
-        '    done = folder.committed("infer") | {f.chunk: f.when for f in folder.failures()}\n',
+        '    committed = job.ledger.committed("infer")\n',
+        '    committed = job.ledger.committed("infer")\n'
+        "    committed |= {f.chunk: f.when for f in job.ledger.failures()}\n",
         "after a lost queue the failed chunks are never tried again",
         named(RESUME, "chunk_that_failed"),
     ),
     Fault(
         "another-job-resumes",
         SUBMIT,
-        "if before.digest != prepared.record.digest:",
-        "if before.job.output != prepared.record.job.output:",
+        "if before.digest != record.digest:",
+        "if before.job.output != record.job.output:",
         "half of the output is of each of two jobs",
         named(RESUME, "changed_job"),
     ),
     Fault(
         "report-of-a-reopened-job-stays",
         SUBMIT,
-        "    if left:\n        folder.unseal()\n",
+        "            job.ledger.unseal()\n",
         "",
         "a job that is being completed still shows the report of its incomplete sealing",
         named(RESUME, "missing"),

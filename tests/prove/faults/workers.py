@@ -12,7 +12,7 @@ FAULTS = (
     Fault(
         "committed-chunk-computed-again",
         INFER,
-        '    patches = 0\n    if not job.folder.is_committed("infer", task.chunk):\n',
+        '    patches = 0\n    if not job.ledger.is_committed("infer", task.chunk):\n',
         "    patches = 0\n    if task.chunk:\n",
         "after a crash finished chunks are computed again",
         named(ONCE, "committed_chunk_run_again"),
@@ -21,7 +21,7 @@ FAULTS = (
         "commit-before-the-write",
         INFER,
         "        job.check_unchanged()\n        _write(",
-        '        job.folder.commit(Commit("infer", task.chunk, 1, "", started, started))\n'
+        '        job.ledger.commit(Commit("infer", task.chunk, 1, "", started, started))\n'
         "        _write(",
         "a worker killed while it writes leaves a hole that nobody fills",
         named(RESUME, "killed_while_it_writes"),
@@ -29,7 +29,7 @@ FAULTS = (
     Fault(
         "zombie-leaves-its-pieces",
         INFER,
-        "            job.folder.delete_pieces(target)\n",
+        "            job.ledger.delete_pieces(target)\n",
         "            pass\n",
         "pieces of an overtaken worker stay in the job folder",
         named(ONCE, "overtaken"),
@@ -37,7 +37,7 @@ FAULTS = (
     Fault(
         "zombie-deletes-pieces-in-use",
         INFER,
-        '        if job.folder.is_committed("finalize", target):\n',
+        '        if job.ledger.is_committed("finalize", target):\n',
         "        if target:\n",
         "an overtaken worker deletes pieces that a block still needs",
         named(RESUME, "overtaken"),
