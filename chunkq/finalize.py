@@ -51,6 +51,11 @@ def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
     Raises PieceError if pieces are gone or damaged: then their contributors lose their commits
     and must be computed again. Raises MissingJobError if the job was replaced.
     """
+    with job.unless_replaced():
+        _complete_block(job, index, attempt)
+
+
+def _complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
     started = time.time()
     chunk = job.plan.chunk(index)
     try:
@@ -159,8 +164,9 @@ def finalize_job(
                 for future in waiting:
                     future.cancel()
                 raise
-    _raise_if_lost(lost)
-    return _seal(job, before.unfinished, warnings)
+    with job.unless_replaced():
+        _raise_if_lost(lost)
+        return _seal(job, before.unfinished, warnings)
 
 
 def _check_inputs(job: OpenJob) -> list[str]:

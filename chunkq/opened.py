@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -64,6 +66,15 @@ class OpenJob:
                 "computed for the old one is dropped",
                 code=ErrorCode.JOB_REPLACED,
             )
+
+    @contextmanager
+    def unless_replaced(self) -> Iterator[None]:
+        """Raise MissingJobError in place of any error that follows from the job's replacement."""
+        try:
+            yield
+        except Exception:
+            self.check_unchanged()
+            raise
 
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is gone or was replaced since the job was produced.

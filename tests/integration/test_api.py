@@ -49,7 +49,7 @@ from tests import reference as ref
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
-from tests.harness.workspace import Workspace, run_inline
+from tests.harness.workspace import Workspace, output_files, run_inline
 from tests.integration.test_inputs import CASES, job_of
 
 README = Path(__file__).parents[2] / "README.md"
@@ -668,7 +668,7 @@ def test_a_store_written_from_python_is_the_job_s(tmp_path: Path) -> None:
         report = predictor.predict_to_store(
             path, tmp_path / "out.zarr", progress=lambda done, total: steps.append((done, total))
         )
-    assert files_below(tmp_path / "out.zarr") == files_below(tmp_path / "job.zarr")
+    assert output_files(tmp_path / "out.zarr") == output_files(tmp_path / "job.zarr")
     ours = open_job(f"{tmp_path}/out.zarr.chunkq")
     assert ours.record.digest == job.record.digest
     assert zarr.open_group(tmp_path / "out.zarr", mode="r").attrs["chunkq"]["state"] == "complete"

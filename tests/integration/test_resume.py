@@ -21,38 +21,15 @@ from chunkq.ledger import Ledger
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
 from tests.harness.files import everything_below, files_below
-from tests.harness.networks import toy_model
+from tests.harness.small_job import CHUNKS, SHAPE, small_workspace
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace
-
-SHAPE = (30, 22)
-CHUNKS = {(i, j) for i in range(3) for j in range(2)}
-
-
-def make_bench(folder: Path) -> Workspace:
-    """A job of six chunks with bands along both axes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
-    values = {
-        "input": "in.zarr",
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "weight_function": ["weight_gaussian"],
-        "chunksize": [12, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
-    }
-    workspace = Workspace(folder, values)
-    workspace.write_job()
-    return workspace
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The job done without a hitch."""
-    workspace = make_bench(tmp_path_factory.mktemp("whole"))
+    workspace = small_workspace(tmp_path_factory.mktemp("whole"))
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline()
     workspace.call("finalize", "out.zarr").ok()
@@ -61,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    return make_bench(tmp_path)
+    return small_workspace(tmp_path)
 
 
 def voxels(workspace: Workspace) -> dict[str, bytes]:

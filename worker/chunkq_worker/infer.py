@@ -27,7 +27,8 @@ def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
     patches = 0
     if not job.ledger.is_committed("infer", task.chunk):
         this_process.check(job.plan.job.model)  # the device checks again, when the job has its turn
-        patches = _compute(job, task, attempt)
+        with job.unless_replaced():
+            patches = _compute(job, task, attempt)
     return Outcome(_marks(job, task.chunk), ran=patches > 0)
 
 

@@ -1,0 +1,30 @@
+"""A job of six small chunks with bands along both axes."""
+
+from pathlib import Path
+
+from tests.harness.networks import toy_model
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace
+
+SHAPE = (30, 22)
+CHUNKS = {(i, j) for i in range(3) for j in range(2)}
+
+
+def small_workspace(folder: Path) -> Workspace:
+    """Write the input and the job file `job.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
+    values = {
+        "input": "in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4],
+        "weight_function": ["weight_gaussian"],
+        "chunksize": [12, 12],
+        "storage_chunks": [4, 4],
+        "threads": 1,
+        "model_config": toy_model(folder, (8, 8), scale=100.0),
+    }
+    workspace = Workspace(folder, values)
+    workspace.write_job()
+    return workspace

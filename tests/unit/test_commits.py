@@ -1,0 +1,82 @@
+"""A commit record counts only as it was written, for its own task and epoch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chunkq.ledger import Commit, Ledger
+
+EPOCH, LATER = "0a1b2c3d", "1b2c3d4e"
+COMMIT = Commit("infer", (0, 1), 2, "host-1", 1.0, 2.0, {"read": 0.5}, {"input": 64}, {"own": 7})
+
+
+def record_path(ledger: Ledger, name: str, kind: str = "infer") -> Path:
+    return Path(ledger.path, "done", kind, "0", name)
+
+
+def cut_short(record: Path) -> None:
+    record.write_bytes(record.read_bytes()[:-1])
+
+
+def flip_a_digit(record: Path) -> None:
+    text = record.read_text()
+    assert text.count('"input": 64') == 1
+    record.write_text(text.replace('"input": 64', '"input": 65'))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda record: record.write_bytes(b""),
+    "cut-short": cut_short,
+    "another-digit": flip_a_digit,
+    "another-file": lambda record: record.write_bytes(b"{}"),
+}
+
+
+def test_a_commit_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.commit(COMMIT)
+    assert ledger.is_committed("infer", (0, 1))
+    assert ledger.commits("infer", [(0, 1)]) == [COMMIT]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_commits_nothing_and_gives_way_to_the_next(
+    tmp_path: Path, damage: str
+) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.commit(COMMIT)
+    DAMAGE[damage](record_path(ledger, "0.1"))
+    assert not ledger.is_committed("infer", (0, 1))
+    assert list(ledger.read_commits("infer")) == []
+    ledger.commit(COMMIT)
+    assert list(ledger.read_commits("infer")) == [COMMIT]
+
+
+def test_a_record_of_an_earlier_job_commits_nothing(tmp_path: Path) -> None:
+    earlier, ledger = (Ledger(str(tmp_path), epoch) for epoch in (EPOCH, LATER))
+    earlier.commit(COMMIT)
+    Path(earlier.path).rename(ledger.path)
+    assert record_path(ledger, "0.1").exists()
+    assert not ledger.is_committed("infer", (0, 1))
+    assert list(ledger.read_commits("infer")) == []
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [("infer", (1, 1)), ("finalize", (0, 1))])
+def test_a_record_of_another_task_commits_nothing(
+    tmp_path: Path, kind: str, chunk: tuple[int, ...]
+) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.commit(COMMIT)
+    moved = record_path(ledger, ".".join(map(str, chunk)), kind)
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    record_path(ledger, "0.1").rename(moved)
+    assert not ledger.is_committed(kind, chunk)
+    assert list(ledger.read_commits(kind)) == []
+
+
+def test_the_first_of_two_valid_records_stays(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.commit(COMMIT)
+    ledger.commit(Commit("infer", (0, 1), 3, "host-2", 5.0, 6.0))
+    assert ledger.commits("infer", [(0, 1)]) == [COMMIT]

@@ -1,0 +1,157 @@
+"""A job's record is trusted only as it was written, and of several creators one succeeds."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkq import documents
+from chunkq.errors import ErrorCode, JobError
+from chunkq.ledger import JobFolder
+from chunkq.objects import CLAIM_SECONDS, ObjectFolder
+from chunkq.ome import Space
+from chunkq.record import JobRecord
+from chunkq.stores import Source
+from tests.strategies import plan_for
+
+EPOCH = "0a1b2c3d"
+
+
+def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
+    plan = plan_for(volume, (10,), **more)
+    source = Source("/in.zarr", plan.volume, Space.plain(1))
+    hashes = {"model_config.ts_file": "00"}
+    metadata = {f"0.{EPOCH}/zarr.json": "{}"}
+    return JobRecord(plan.job, (source,), hashes, ("identity",), EPOCH, f"0.{EPOCH}", metadata)
+
+
+def code_of(content: bytes) -> ErrorCode:
+    with pytest.raises(JobError) as caught:
+        JobRecord.from_json(content)
+    return caught.value.code
+
+
+def changed(key: str) -> dict[str, Any]:
+    """The values of a valid record, one of them changed as an editor would."""
+    values = json.loads(record_for().to_json())
+    values[key] = {
+        "checksum": "00000000",
+        "chunkq_version": "9.9.9",
+        "digest": "0" * 64,
+        "epoch": "ffffffff",
+        "array": "0",
+        "job": {**values["job"], "pad_value": 7},
+        "sources": [{**values["sources"][0], "array_path": "/other.zarr"}],
+        "identities": ["another"],
+        "file_hashes": {"model_config.ts_file": "01"},
+        "metadata": {f"0.{EPOCH}/zarr.json": "[]"},
+    }[key]
+    return dict(values)
+
+
+KEYS = [
+    "checksum", "chunkq_version", "digest", "epoch", "array", "job", "sources", "identities",
+    "file_hashes", "metadata",
+]  # fmt: skip
+
+
+def test_a_record_comes_back_as_it_was_written() -> None:
+    record = record_for()
+    assert JobRecord.from_json(record.to_json()) == record
+    assert sorted(json.loads(record.to_json())) == sorted([*KEYS, "layout"])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_record_with_any_value_changed_is_damaged(key: str) -> None:
+    assert code_of(json.dumps(changed(key)).encode()) == ErrorCode.JOB_RECORD_DAMAGED
+
+
+@pytest.mark.parametrize("key", ["digest", "job", "sources", "file_hashes"])
+def test_what_decides_the_result_is_compared_with_the_digest_also_under_a_right_checksum(
+    key: str,
+) -> None:
+    values = changed(key)
+    del values[documents.KEY]
+    assert code_of(documents.encode(values)) == ErrorCode.JOB_RECORD_DAMAGED
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 100_000, b"\xff"])
+def test_a_record_that_is_no_document_is_damaged(content: bytes) -> None:
+    assert code_of(content) == ErrorCode.JOB_RECORD_DAMAGED
+
+
+def test_a_record_of_another_layout_is_no_damage() -> None:
+    values = json.loads(record_for().to_json())
+    del values[documents.KEY]
+    assert code_of(documents.encode(values | {"layout": 99})) == ErrorCode.JOB_RECORD_UNSUPPORTED
+    del values["layout"]  # as the first versions wrote it, without a checksum
+    assert code_of(json.dumps(values).encode()) == ErrorCode.JOB_RECORD_UNSUPPORTED
+
+
+# --------------------------------------------------------------------------- several creators
+
+
+@pytest.fixture(params=["local", "memory"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    local = str(tmp_path / "out.zarr.chunkq")
+    return local if request.param == "local" else f"memory://{uuid.uuid4().hex}.chunkq"
+
+
+def test_of_two_creators_the_first_one_s_record_stays(path: str) -> None:
+    first, second = record_for(), record_for(pad_value=7)
+    assert JobFolder(path).create_record(first) == first
+    assert JobFolder(path).create_record(second) == first
+    assert JobFolder(path).read_record() == first
+
+
+def test_of_two_processes_that_replace_a_record_at_once_one_succeeds(path: str) -> None:
+    first, second, third = record_for(), record_for(pad_value=7), record_for(pad_value=8)
+    folder, codes = JobFolder(path), []
+    folder.create_record(first)
+    before = folder.objects.get("job.json")
+
+    def other_process() -> None:
+        with pytest.raises(JobError) as caught:
+            JobFolder(path).replace_record(before, third)
+        codes.append(caught.value.code)
+
+    folder.replace_record(before, second, meanwhile=other_process)
+    assert codes == [ErrorCode.JOB_REPLACED]
+    assert folder.read_record() == second
+    with pytest.raises(JobError) as caught:  # it has read what is no longer there
+        folder.replace_record(before, third)
+    assert caught.value.code == ErrorCode.JOB_REPLACED
+    assert folder.read_record() == second
+
+
+def unchanged() -> None:
+    """Nothing happens meanwhile."""
+
+
+@pytest.mark.parametrize(
+    ("age", "replaced"), [(CLAIM_SECONDS / 2, False), (CLAIM_SECONDS * 2, True)]
+)
+def test_the_claim_of_a_process_that_died_holds_for_a_while(
+    tmp_path: Path, age: float, replaced: bool
+) -> None:
+    folder = ObjectFolder(str(tmp_path))
+    folder.put("job.json", b"before")
+    claims: list[Path] = []
+
+    def die() -> None:
+        claims.extend(tmp_path.glob("*.claim"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.replace("job.json", b"before", b"lost", meanwhile=die)
+    [claim] = claims
+    assert not claim.exists()  # an interrupt gives the claim back; a kill does not
+    claim.touch()
+    os.utime(claim, (time.time() - age,) * 2)
+    assert folder.replace("job.json", b"before", b"after", meanwhile=unchanged) == replaced
+    assert folder.get("job.json") == (b"after" if replaced else b"before")
+    assert claim.exists() != replaced
