@@ -160,7 +160,7 @@ def test_a_finalizer_suspended_in_a_block_cannot_reach_the_voxels_of_the_new_job
         (Output, "_remove_strays"),
         (output_module, "sweep_locks"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["records", "ledger", "output", "rename", "strays", "locks"],
 )
 def test_a_finalizer_suspended_while_it_seals_seals_nothing_of_the_new_job(
     workspace: Workspace,

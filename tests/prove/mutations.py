@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.prove.fault import Fault
-from tests.prove.faults import blending, geometry, ledger, queues, workers
+from tests.prove.faults import blending, geometry, ledger, queues, records, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
@@ -37,6 +37,7 @@ FAULTS: tuple[Fault, ...] = (
     *blending.FAULTS,
     *queues.FAULTS,
     *ledger.FAULTS,
+    *records.FAULTS,
     *workers.FAULTS,
 )
 AT_ONCE = 2

@@ -128,30 +128,32 @@ def test_of_two_processes_that_replace_a_record_at_once_one_succeeds(path: str) 
     assert folder.read_record() == second
 
 
-def unchanged() -> None:
-    """Nothing happens meanwhile."""
+def test_of_two_claims_on_an_object_one_is_granted(path: str) -> None:
+    folder = ObjectFolder(path)
+    folder.put("job.json", b"before")
+    with folder.claim("job.json", b"earlier") as claimed:
+        assert not claimed
+    with folder.claim("job.json", b"before") as first:
+        with folder.claim("job.json", b"before") as second:
+            assert (first, second) == (True, False)
+        with folder.claim("job.json", b"before") as third:  # the refused one left it alone
+            assert not third
+    with folder.claim("job.json", b"before") as fourth:
+        assert fourth
 
 
-@pytest.mark.parametrize(
-    ("age", "replaced"), [(CLAIM_SECONDS / 2, False), (CLAIM_SECONDS * 2, True)]
-)
-def test_the_claim_of_a_process_that_died_holds_for_a_while(
-    tmp_path: Path, age: float, replaced: bool
+@pytest.mark.parametrize(("age", "broken"), [(CLAIM_SECONDS / 2, False), (CLAIM_SECONDS * 2, True)])
+def test_the_claim_of_a_process_that_died_holds_for_a_minute(
+    tmp_path: Path, age: float, broken: bool
 ) -> None:
     folder = ObjectFolder(str(tmp_path))
     folder.put("job.json", b"before")
-    claims: list[Path] = []
-
-    def die() -> None:
-        claims.extend(tmp_path.glob("*.claim"))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        folder.replace("job.json", b"before", b"lost", meanwhile=die)
-    [claim] = claims
-    assert not claim.exists()  # an interrupt gives the claim back; a kill does not
-    claim.touch()
-    os.utime(claim, (time.time() - age,) * 2)
-    assert folder.replace("job.json", b"before", b"after", meanwhile=unchanged) == replaced
-    assert folder.get("job.json") == (b"after" if replaced else b"before")
-    assert claim.exists() != replaced
+    with folder.claim("job.json", b"before") as claimed:
+        assert claimed
+        [left] = tmp_path.glob("*.claim")
+    assert not left.exists()
+    left.touch()
+    os.utime(left, (time.time() - age,) * 2)
+    with folder.claim("job.json", b"before") as claimed:
+        assert claimed == broken
+    assert left.exists() != broken
