@@ -1,6 +1,5 @@
 """The same job on every engine: the same commands, the same bytes, the same story in `status`."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -97,8 +96,8 @@ def test_failures_and_retries_look_the_same_in_status(
     assert failure["traceback"].endswith("ArithmeticError: a poisonous voxel\n")
     [worker] = status["workers"]
     assert (worker["device"], worker["recent_chunks"]) == ("cpu", CHUNKS - 1)
-    record = json.loads((workspace.epoch_folder / "failed" / "1.2.2.json").read_text())
-    assert record["attempt"] == 3
+    [recorded] = workspace.ledger.failures()
+    assert (recorded.chunk, recorded.attempt) == ((1, 2, 2), 3)
     unfinished = workspace.finalize()
     assert unfinished.code == 3
     poison.unlink()

@@ -1,7 +1,6 @@
 """The ledger is the truth: jobs go on after every kind of loss, and end in the same bytes."""
 
 import json
-import os
 import shutil
 import threading
 from itertools import count
@@ -17,7 +16,7 @@ from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
 from chunkq.executors.base import Attempt, Outcome, Shift
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
-from chunkq.ledger import Ledger
+from chunkq.ledger import ITEM, Ledger
 from chunkq.opened import OpenJob, open_job
 from chunkq.tasks import Task
 from tests.harness.files import everything_below, files_below
@@ -409,8 +408,9 @@ def test_partial_files_of_a_killed_writer_in_the_ledger_hurt_nothing(
     workspace.compute_inline(only={(0, 0)}.__contains__)
     done = workspace.done_folder()
     (done / ".partial-1234-1.1").write_bytes(b'{"kind"')
-    os.makedirs(workspace.epoch_folder / "failed", exist_ok=True)
-    (workspace.epoch_folder / "failed" / ".partial-1234-1.1.json").write_bytes(b"{")
+    failed = workspace.epoch_folder / "failed" / "infer" / ITEM
+    failed.mkdir(parents=True)
+    (failed / ".partial-1234-1.1.json").write_bytes(b"{")
     assert produce(workspace).startswith("6 chunks, 1 done, 0 newly queued")
     status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert (status["done"], status["failures"]) == (1, [])

@@ -76,7 +76,7 @@ FAULTS = (
         named(DAMAGED, "cannot_reach_the_voxels"),
     ),
     Fault(
-        "replacement-not-noticed-before-the-write",
+        "replaced-before-the-write",
         INFER,
         "        job.check_unchanged()\n        _write(",
         "        _write(",
@@ -84,7 +84,7 @@ FAULTS = (
         named(DAMAGED, "while_it_computes"),
     ),
     Fault(
-        "replacement-not-noticed-before-the-commit",
+        "replaced-before-the-commit",
         INFER,
         "    job.check_unchanged()\n    job.ledger.commit(",
         "    job.ledger.commit(",
@@ -92,7 +92,7 @@ FAULTS = (
         named(DAMAGED, "before_it_writes"),
     ),
     Fault(
-        "replacement-not-noticed-before-a-block-s-commit",
+        "replaced-before-a-blocks-commit",
         FINALIZE,
         "        finished = time.time()\n        job.check_unchanged()\n",
         "        finished = time.time()\n",
@@ -100,7 +100,7 @@ FAULTS = (
         named(DAMAGED, "in_a_block"),
     ),
     Fault(
-        "strays-removed-without-a-look-at-the-job",
+        "strays-of-a-later-job-removed",
         OUTPUT,
         "        allowed()\n        if strays:\n",
         "        if strays:\n",
@@ -108,7 +108,7 @@ FAULTS = (
         named(DAMAGED, "while_it_seals"),
     ),
     Fault(
-        "group-metadata-without-a-look-at-the-job",
+        "group-of-a-later-job-written",
         OUTPUT,
         '        allowed()\n        self._write_group("complete", name)\n',
         '        self._write_group("complete", name)\n',
@@ -124,7 +124,7 @@ FAULTS = (
         named(DAMAGED, "in_a_block"),
     ),
     Fault(
-        "record-of-another-creator-overwritten",
+        "record-of-another-creator-lost",
         LEDGER,
         "        if not self.objects.put_new(RECORD, content):\n            return",
         "        if self.objects.put(RECORD, content):\n            return",
