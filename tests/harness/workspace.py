@@ -210,7 +210,9 @@ class Workspace:
         return self.ledger.commits(kind, self.ledger.committed(kind))
 
     def done(self, kind: str = "infer") -> dict[str, tuple[bytes, int]]:
-        """Return content and time of every commit record, by chunk name."""
+        """Return content and time of every commit record, by chunk name; none without a job."""
+        if not (self.job_folder / "job.json").exists():
+            return {}
         folder = self.done_folder(kind)
         records = folder.glob("[!.]*") if folder.is_dir() else iter(())
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in records}

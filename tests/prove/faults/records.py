@@ -7,7 +7,8 @@ FINALIZE, OPENED, OBJECTS = "chunkq/finalize.py", "chunkq/opened.py", "chunkq/ob
 INFER, SUBMIT = "worker/chunkq_worker/infer.py", "producer/chunkq_producer/submit.py"
 RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
 PIECES = "tests/unit/test_pieces.py"
-DAMAGED = "tests/integration/test_replaced_and_damaged.py"
+DAMAGE = "tests/integration/test_damage.py"
+SUSPENDED = "tests/integration/test_suspended_processes.py"
 ONCE = "tests/integration/test_exactly_once.py"
 
 FAULTS = (
@@ -73,7 +74,7 @@ FAULTS = (
         'name = SEALED_NAME if in_place else f"{SEALED_NAME}.{epoch}"',
         "name = SEALED_NAME",
         "a suspended worker of the replaced job writes its voxels into the new one's output",
-        named(DAMAGED, "cannot_reach_the_voxels"),
+        named(SUSPENDED, "cannot_reach_the_voxels"),
     ),
     Fault(
         "replaced-before-the-write",
@@ -81,7 +82,7 @@ FAULTS = (
         "        job.check_unchanged()\n        _write(",
         "        _write(",
         "workers of a replaced job leave an array that nobody reads",
-        named(DAMAGED, "while_it_computes"),
+        named(SUSPENDED, "while_it_computes"),
     ),
     Fault(
         "replaced-before-the-commit",
@@ -89,7 +90,7 @@ FAULTS = (
         "    job.check_unchanged()\n    job.ledger.commit(",
         "    job.ledger.commit(",
         "workers of a replaced job go on as if theirs was the present one",
-        named(DAMAGED, "before_it_writes"),
+        named(SUSPENDED, "before_it_writes"),
     ),
     Fault(
         "replaced-before-a-blocks-commit",
@@ -97,7 +98,7 @@ FAULTS = (
         "        finished = time.time()\n        job.check_unchanged()\n",
         "        finished = time.time()\n",
         "finalizers of a replaced job go on as if theirs was the present one",
-        named(DAMAGED, "in_a_block"),
+        named(SUSPENDED, "in_a_block"),
     ),
     Fault(
         "strays-of-a-later-job-removed",
@@ -105,7 +106,7 @@ FAULTS = (
         "        allowed()\n        if strays:\n",
         "        if strays:\n",
         "a suspended finalizer deletes the array of the job that replaced its own",
-        named(DAMAGED, "while_it_seals"),
+        named(SUSPENDED, "while_it_seals"),
     ),
     Fault(
         "group-of-a-later-job-written",
@@ -113,7 +114,7 @@ FAULTS = (
         '        allowed()\n        self._write_group("complete", name)\n',
         '        self._write_group("complete", name)\n',
         "a suspended finalizer says of the new job's output that it is complete",
-        named(DAMAGED, "while_it_seals"),
+        named(SUSPENDED, "while_it_seals"),
     ),
     Fault(
         "error-of-a-replaced-job-kept",
@@ -121,7 +122,7 @@ FAULTS = (
         "        except Exception:\n            self.check_unchanged()\n",
         "        except Exception:\n",
         "what goes wrong in a replaced job is shown as an error of the new one",
-        named(DAMAGED, "in_a_block"),
+        named(SUSPENDED, "in_a_block"),
     ),
     Fault(
         "record-of-another-creator-lost",
@@ -153,7 +154,7 @@ FAULTS = (
         "        job.check_inputs()\n",
         "",
         "an input that is replaced during the job ends up in half of the output",
-        named(DAMAGED, "input_is_replaced_while"),
+        named(DAMAGE, "input_that_is_replaced_while"),
     ),
     Fault(
         "input-not-compared-when-resumed",
@@ -161,7 +162,7 @@ FAULTS = (
         "        if then != now\n",
         "        if now is None\n",
         "a job is resumed over an input that was replaced by one of the same shape",
-        named(DAMAGED, "neither_resumed"),
+        named(DAMAGE, "input_of_the_same_shape"),
     ),
     Fault(
         "output-metadata-not-compared",
@@ -169,7 +170,7 @@ FAULTS = (
         "        self.check(self._record.array)\n        return open_array(",
         "        return open_array(",
         "chunks are written into an array with another codec or fill value",
-        named(DAMAGED, "metadata_were_changed"),
+        named(DAMAGE, "another_program_changed"),
     ),
     Fault(
         "stray-arrays-stay",
@@ -177,7 +178,7 @@ FAULTS = (
         "            self._objects.discard(*strays)\n",
         "            pass\n",
         "what suspended workers wrote stays in the output for good",
-        named(DAMAGED, "produce_removes"),
+        named(SUSPENDED, "produce_removes"),
     ),
     Fault(
         "ledgers-of-earlier-jobs-stay",
@@ -185,7 +186,7 @@ FAULTS = (
         "        job.folder.delete_earlier_epochs(job.record.epoch)\n",
         "",
         "pieces of every replaced job stay on the disk",
-        named(DAMAGED, "produce_removes"),
+        named(SUSPENDED, "produce_removes"),
     ),
     Fault(
         "damaged-commit-sealed",
@@ -193,7 +194,7 @@ FAULTS = (
         "    _check_records(job, inferred, finalized, missing)\n",
         "",
         "an output is sealed though nothing vouches for one of its chunks",
-        named(DAMAGED, "found_at_sealing"),
+        named(DAMAGE, "damaged_commit_record_means"),
     ),
     Fault(
         "overtaken-worker-writes",
