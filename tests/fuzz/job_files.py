@@ -21,7 +21,7 @@ from chunkq.cli import main
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.footprint import footprint
 from chunkq.job import load_job
-from chunkq.ledger import JobRecord
+from chunkq.record import JobRecord
 from tests.fuzz.findings import Finding, of_error, of_text
 from tests.fuzz.mutations import encode, mutated_text, mutated_values, odd_file
 from tests.harness.standard_job import JOB

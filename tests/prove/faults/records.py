@@ -15,10 +15,18 @@ FAULTS = (
     Fault(
         "digest-not-compared",
         RECORD,
-        'if values["digest"] != record.digest:',
-        'if len(values["digest"]) != len(record.digest):',
+        'if values["digest"] != record.digest or',
+        'if len(values["digest"]) != len(record.digest) or',
         "an edited job record is run, and the output is of neither job",
         named(RECORDS, "digest"),
+    ),
+    Fault(
+        "names-lead-out-of-the-folders",
+        RECORD,
+        " or not _stays_in_folders(record):",
+        ":",
+        "a job record written by somebody else has a worker write anywhere",
+        ("tests/unit/test_allowed_jobs.py",),
     ),
     Fault(
         "checksum-not-compared",

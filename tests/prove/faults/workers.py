@@ -60,9 +60,9 @@ FAULTS = (
     ),
     Fault(
         "allowed-prefix-without-its-slash",
-        RUN,
-        'any(place.startswith(_real(p).rstrip("/") + "/") for p in allowed)',
-        'any(place.startswith(_real(p).rstrip("/")) for p in allowed)',
+        "chunkq/allowed.py",
+        """return f"{path}/".startswith(f"{prefix.rstrip('/')}/")""",
+        """return path.startswith(prefix.rstrip("/"))""",
         "a worker allowed below /data/a also runs jobs below /data/abc",
         ("tests/unit/test_allowed_jobs.py",),
     ),
