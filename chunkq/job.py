@@ -229,6 +229,8 @@ def _with_usable_output(values: Mapping[str, Any]) -> Job:
     try:
         job = parse_job(values)
     except JobError as error:
+        if any(problem.startswith("output: ") for problem in error.problems):
+            raise
         raise JobError([*error.problems, *lines], code=error.code) from None
     if lines:
         raise JobError(lines, code=ErrorCode.PATH_INVALID)
