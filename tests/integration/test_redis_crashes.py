@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import redis
 import zarr
 
 from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
@@ -28,7 +27,7 @@ from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import Ledger
 from chunkq.tasks import Task, chunk_name, job_key
 from tests.harness.processes import CommandResult, RunningCommand
-from tests.harness.servers.redis import RedisServer, redis_server
+from tests.harness.servers.redis import RedisServer, administrator, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
@@ -76,7 +75,7 @@ def assert_ends_like(workspace: StandardWorkspace, undisturbed: StandardWorkspac
 def left_in_redis(workspace: StandardWorkspace) -> list[str]:
     """Every key that names the job, where something is left of it on the queue."""
     key = job_key(str(workspace.job_folder))
-    with redis.Redis.from_url(workspace.queue_url) as client:
+    with administrator(workspace.queue_url) as client:
         names = [name.decode() for name in client.keys(f"*{key}*")]
         return sorted(names + [n.decode() for n in client.zrange("chunkq:queues", 0, -1)])
 
@@ -84,7 +83,7 @@ def left_in_redis(workspace: StandardWorkspace) -> list[str]:
 def begun(workspace: StandardWorkspace) -> dict[str, int]:
     """How often each task still on the queue was begun, by chunk name."""
     found = {}
-    with redis.Redis.from_url(workspace.queue_url) as client:
+    with administrator(workspace.queue_url) as client:
         for key in client.keys(f"rq:job:{job_key(str(workspace.job_folder))}-infer-*"):
             left, status = client.hmget(key, "retries_left", "status")
             name = key.decode().rpartition("-")[2].replace("_", ".")

@@ -39,6 +39,11 @@ def program() -> str:
 ADMIN = "admin"
 
 
+def administrator(url: str) -> redis.Redis:
+    """Return a connection with all permissions to a server of tests that has no password."""
+    return redis.Redis.from_url(url, username=ADMIN, password="any")
+
+
 class RedisServer:
     """One server with the shipped settings, which can be killed and started again.
 
