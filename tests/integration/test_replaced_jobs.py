@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -63,7 +63,14 @@ ACCESSES = [
     (os, "replace"),
     (os, "link"),
 ]
-CHANGES = ["put", "put_new", "delete", "delete_folder", "write", "rename", "replace", "link"]
+CHANGES = frozenset(["put", "link", "delete", "delete_folder", "write", "rename", "replace"])
+STOPS = [
+    *itertools.product(["infer"], ["write", "put", "link", "delete"]),
+    *itertools.product(["finalize"], ["write", "put", "link", "delete", "rename", "replace"]),
+    *itertools.product(["produce"], ["put", "link", "delete", "delete_folder", "rename"]),
+    *itertools.product(["overwrite"], ["put", "link", "delete", "rename", "replace"]),
+]
+"""What an actor does, and before which access it is suspended at first."""
 
 
 class Actor:
@@ -91,9 +98,9 @@ class Actor:
             self._permits.release()
             self._wait()
 
-    def step_before(self, access: str, times: int) -> None:
-        """Let it go on until it stops before an access of this name, for the n-th time."""
-        while not self.is_over and (times := times - (self.next_access == access)):
+    def step_before(self, accesses: Collection[str], times: int) -> None:
+        """Let it go on until it stops before an access of these names, for the n-th time."""
+        while not self.is_over and (times := times - (self.next_access in accesses)):
             self.step(1)
 
     def finish(self) -> None:
@@ -209,26 +216,30 @@ class Suspensions(RuleBasedStateMachine):
         for chunk in chunks:
             run_task(Task("infer", job.folder.path, chunk), Attempt(1, "worker"))
 
-    @precondition(lambda self: len(self.actors) < 4)
-    @rule(
-        what=st.sampled_from(["infer", "finalize", "produce", "overwrite"]),
-        chunk=st.sampled_from(CHUNKS),
-        access=st.sampled_from(CHANGES),
-        times=st.integers(1, 3),
-    )
-    def start(self, what: str, chunk: tuple[int, int], access: str, times: int) -> None:
-        """Start an actor on the job as it is, and suspend it before it changes something."""
+    def work(self, what: str, chunk: tuple[int, int]) -> Callable[[], object]:
+        """Return what an actor does on the job that is there now."""
         job = self.open()
         number = self.jobs.number(job.record)
-        work = {
+        works = {
             "infer": lambda: self.infer(job, chunk),
             "finalize": lambda: finalize_job(job, worker="old", threads=1),
             "produce": lambda: self.produce(number),
             "overwrite": lambda: self.produce(1 - number, overwrite=True),
-        }[what]
-        actor = Actor(work)
+        }
+        return works[what]
+
+    @precondition(lambda self: len(self.actors) < 4)
+    @rule(
+        stop=st.sampled_from(STOPS),
+        chunk=st.sampled_from(CHUNKS),
+        times=st.integers(1, 2),
+    )
+    def start(self, stop: tuple[str, str], chunk: tuple[int, int], times: int) -> None:
+        """Start an actor on the job as it is, and suspend it before it changes something."""
+        what, access = stop
+        actor = Actor(self.work(what, chunk))
         self.actors.append(actor)
-        actor.step_before(access, times)
+        actor.step_before([access], times)
 
     @precondition(lambda self: self.actors)
     @rule(which=st.integers(0, 3), accesses=st.integers(1, 30))
@@ -261,10 +272,13 @@ class Suspensions(RuleBasedStateMachine):
             self.produce(1 - self.jobs.number(self.open().record), overwrite=True)
 
     @rule()
-    def replace_and_compute(self) -> None:
-        """Replace the job by the other one, which may be refused, and compute its chunks."""
+    def replace_under_all_actors(self) -> None:
+        """Replace and compute the job; its old processes wake up before it is finalized."""
         self.replace()
         self.compute()
+        while self.actors:
+            self.finish(0)
+        self.complete()
 
     def complete_job(self) -> None:
         self.produce(self.jobs.number(self.open().record))
@@ -300,20 +314,48 @@ class Suspensions(RuleBasedStateMachine):
             assert {path.name for path in Path(self.path).iterdir()} == {"job.json", epoch}
 
 
-@pytest.mark.usefixtures("stops")
-def test_a_suspended_process_of_a_replaced_job_changes_nothing_in_the_new_one(
-    tmp_path: Path, jobs: Jobs
-) -> None:
-    def folders() -> Iterator[Path]:
-        for number in itertools.count():
-            yield tmp_path / str(number)
+@pytest.fixture
+def model(stops: None, tmp_path: Path, jobs: Jobs) -> type[Suspensions]:
+    folders = (tmp_path / str(number) for number in itertools.count())
+    Suspensions.jobs, Suspensions.folders = jobs, folders
+    return Suspensions
 
-    Suspensions.jobs, Suspensions.folders = jobs, folders()
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Suspensions,
+
+@pytest.mark.parametrize("wakes", ["before the new job is sealed", "after the new job is sealed"])
+@pytest.mark.parametrize("what", ["infer", "finalize", "produce"])
+def test_a_process_that_is_suspended_before_any_of_its_changes_changes_nothing_in_a_later_job(
+    model: type[Suspensions], what: str, wakes: str
+) -> None:
+    for times in itertools.count(1):
+        case = model()
+        case.produce_first()
+        if what == "finalize":
+            case.compute()
+        elif what == "produce":  # of a sealed job that lost a result: it changes most
+            case.complete_job()
+            case.open().ledger.withdraw("infer", [(1, 1)])
+        actor = Actor(case.work(what, (0, 0)))
+        actor.step_before(CHANGES, times)
+        if actor.is_over:
+            assert times > 3
+            return
+        case.actors.append(actor)
+        with contextlib.suppress(ChunkqError):  # refused while the old process holds a claim
+            case.produce(1, overwrite=True)
+            case.compute()
+            if wakes.startswith("after"):
+                case.complete_job()
+        case.teardown()
+
+
+def test_processes_of_two_jobs_that_are_suspended_anywhere_leave_what_is_sealed_right(
+    model: type[Suspensions],
+) -> None:
+    run_state_machine_as_test(
+        model,
         settings=settings(
-            max_examples=30,
-            stateful_step_count=12,
+            max_examples=6,
+            stateful_step_count=8,
             deadline=None,
             database=None,
             derandomize=os.environ.get("HYPOTHESIS_PROFILE") != "explore",
