@@ -194,8 +194,8 @@ class JobFolder:
 
     def _replaced(self) -> JobError:
         return JobError(
-            f"output: {without_secret(self.output)}: another process creates or changes a job here "
-            "at the same time; wait until it has ended, then run the command again",
+            f"output: {without_secret(self.output)}: another process creates or changes the job here; "
+            "wait until it has ended, or for a minute if it was killed, then run the command again",
             code=ErrorCode.JOB_REPLACED,
         )
 
@@ -208,13 +208,21 @@ class JobFolder:
 
         They are listed before `job.json` is read: a later job has no ledger before its record.
         """
-        names = [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
+        names = self._epochs()
         record = self.read_record()
         if record is not None and record.epoch == epoch:
             for name in names:
                 if name != epoch:
                     self.objects.delete_folder(name)
             self.objects.sweep()
+
+    def delete_epochs(self) -> None:
+        """Remove the ledgers of all jobs that were here so far."""
+        for name in self._epochs():
+            self.objects.delete_folder(name)
+
+    def _epochs(self) -> list[str]:
+        return [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
 
     def _decoded(self, content: bytes) -> JobRecord:
         return JobRecord.from_json(content, f"{self.path}/{RECORD}")

@@ -165,6 +165,7 @@ class Output:
             sweep_locks(join(self.path, name))
         allowed()
         self._write_group("complete", name)
+        allowed()  # a process that was suspended before the line above must not report success
 
     def is_sealed(self) -> bool:
         """Return whether the group's metadata say that this job is complete."""

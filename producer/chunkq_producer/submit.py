@@ -175,7 +175,13 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
         )
     before = folder.objects.get(RECORD)
     new = new_record(record, plan, replaces=True)
-    folder.replace_record(before, new, meanwhile=ObjectFolder(folder.output).clear)
+
+    def clear() -> None:
+        # Commits go first: if this is cut off, the old job can be run again from its beginning.
+        folder.delete_epochs()
+        ObjectFolder(folder.output).clear()
+
+    folder.replace_record(before, new, meanwhile=clear)
     executor.cancel(folder.path)
 
 

@@ -18,6 +18,7 @@ from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
 from chunkq.ledger import Failure, JobFolder
+from chunkq.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
@@ -436,6 +437,19 @@ def test_an_input_that_is_gone_by_the_end_is_a_line_in_the_report(inferred: Work
 
 
 # ------------------------------------------------------------------------ two producers
+
+
+@pytest.mark.parametrize("killed", ["delete_folder", "discard", "sweep", "replace"])
+def test_after_a_killed_overwrite_the_same_job_is_run_from_its_beginning(
+    sealed: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectFolder, killed, _killed)
+        assert sealed.call("produce", "job.json", "--overwrite").code == 130
+    sealed.call("produce", "job.json").ok()
+    sealed.compute_inline()
+    sealed.call("finalize", "out.zarr").ok()
+    np.testing.assert_array_equal(read_output(sealed.output), read_output(whole.output))
 
 
 @pytest.mark.parametrize("options", [{}, {"overwrite": True}])
