@@ -194,8 +194,9 @@ class JobFolder:
 
     def _replaced(self) -> JobError:
         return JobError(
-            f"output: {without_secret(self.output)}: another process creates or changes the job here; "
-            "wait until it has ended, or for a minute if it was killed, then run the command again",
+            f"output: {without_secret(self.output)}: another process creates or changes the job "
+            "here; wait until it has ended, or for a minute if it was killed, then run the command "
+            "again",
             code=ErrorCode.JOB_REPLACED,
         )
 
