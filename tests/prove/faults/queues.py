@@ -271,7 +271,7 @@ FAULTS = (
     Fault(
         "sqlite-does-not-follow-links",
         "chunkq/executors/sqlite.py",
-        "target = path.resolve()",
+        "target = Path(os.path.realpath(path))",
         "target = path.absolute()",
         "a queue file on NFS behind a link is accepted, and two hosts corrupt it",
         ("tests/contract/test_executor_sqlite.py", "-k", "link"),
