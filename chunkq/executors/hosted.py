@@ -51,6 +51,10 @@ class Host:
         self._homes: defaultdict[str, set[str]] = defaultdict(set)
         self._gangs: defaultdict[str, _Gang] = defaultdict(_Gang)
 
+    def close(self) -> None:
+        """Forget the queue."""
+        self._table.close()
+
     def answer(self, request: str) -> str:
         """Do what is asked: {"do": NAME, "with": [...], "version": ...} -> {"is": ...}.
 

@@ -87,11 +87,14 @@ class TaskTable:
         self.path = path
         self._threads = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        with self._database() as database:
-            try:
+        try:
+            with self._database() as database:
                 table_schema.prepare(database)
-            except QueueError as error:
-                raise QueueError(f"queue: {path}: {error}", code=error.code) from None
+        except QueueError as error:
+            self.close()
+            named = str(error).startswith("queue: ")
+            message = str(error) if named else f"queue: {path}: {error}"
+            raise QueueError(message, code=error.code) from error.__cause__
 
     def submit(self, rows: Sequence[tuple[str, str, str]]) -> int:
         """Queue (id, job, message) rows in one transaction; returns how many are newly queued."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +22,15 @@ def ask(host: Host, name: str, *values: Any, version: str = VERSION) -> dict[str
 
 
 @pytest.fixture
-def host() -> Host:
+def host() -> Iterator[Host]:
     """Two tasks are leased: by a worker whose home is "node", and by one without a home."""
     host = Host()
     ask(host, "submit", [[name, JOB, f"message {name}"] for name in ("a", "b")])
     ask(host, "enlist", "worker-1", "node")
     for worker in ("worker-1", "worker-2"):
         assert ask(host, "take", worker, LONG, None, [])["is"][2] == 1
-    return host
+    yield host
+    host.close()
 
 
 def test_releasing_a_home_releases_the_tasks_of_its_workers_once(host: Host) -> None:

@@ -181,7 +181,7 @@ def _diagnosis(error: Exception, url: str) -> tuple[ErrorCode, str]:
     said = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
     if isinstance(error, redis_errors.AuthenticationError):
         return ErrorCode.QUEUE_DENIED, _about_password(said, url)
-    if "can't access at least one of the keys" in said:
+    if _NO_KEY_IN_SCRIPT.search(said):
         error = redis_errors.NoPermissionError(said)
     is_replica = isinstance(error, redis_errors.MasterDownError)  # a ClusterError for redis-py
     if (isinstance(error, _OF_CLUSTER) and not is_replica) or _IN_CLUSTER.search(said):
@@ -240,6 +240,10 @@ _OF_CLUSTER = (
     redis_errors.AskError,
     redis_errors.ClusterCrossSlotError,
 )
+_NO_KEY_IN_SCRIPT = re.compile(
+    "can't access at least one of the keys|No permissions to access a key"
+)
+"""What Redis 7 and Redis 8 say of a script that uses a key of others."""
 _IN_CLUSTER = re.compile("in cluster mode|in a cluster node|hash to the same slot")
 """What a cluster's node says that has no error class in redis-py."""
 _NOT_SAVED = re.compile("MISCONF|Errors writing to the AOF|No space left on device")

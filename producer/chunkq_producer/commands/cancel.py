@@ -32,9 +32,8 @@ def cancel(output: str, queue: str | None) -> None:
     else:
         # Workers refuse a task that names its job in another form; it is cancelled as well.
         jobs, of_job = {folder.path, written}, _queue_of_job(folder)
-    executor = queue_of(queue, of_job)
-    count = sum(executor.cancel(job) for job in jobs)
-    executor.close()
+    with queue_of(queue, of_job) as executor:
+        count = sum(executor.cancel(job) for job in jobs)
     if count:
         click.echo(f"{count} chunks taken off the queue; `chunkq produce --resume` puts them back")
     else:

@@ -66,10 +66,11 @@ def finalize(
 
 def with_workers(job: OpenJob, queue: str | None, *, allow_missing: bool) -> None:
     """Put the blocks on the job's queue and wait until workers have completed them."""
-    executor = queue_of(queue, job.record.job.queue)
-    with Meter("workers complete blocks") as meter:
+    with (
+        queue_of(queue, job.record.job.queue) as executor,
+        Meter("workers complete blocks") as meter,
+    ):
         distribution.distribute(job, executor, allow_missing=allow_missing, progress=meter)
-    executor.close()
 
 
 def complete(

@@ -21,9 +21,8 @@ def jobs(queue: str | None, as_json: bool) -> None:
 
 def list_jobs(queue: str | None, *, as_json: bool) -> None:
     """Print each job on the queue with its counts."""
-    executor = queue_of(queue)
-    found = executor.jobs()
-    executor.close()
+    with queue_of(queue) as executor:
+        found = executor.jobs()
     if as_json:
         rows = [
             {"output": shown(output_of(job)), **asdict(counts)} for job, counts in found.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import click
@@ -22,9 +24,11 @@ output_argument = click.argument("output")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def queue_of(given: str | None, of_job: str | None = None) -> Executor:
-    """Connect to the queue."""
-    return open_shared(queue_url(given, of_job))
+@contextmanager
+def queue_of(given: str | None, of_job: str | None = None) -> Iterator[Executor]:
+    """Connect to the queue; close the connection at the end."""
+    with closing(open_shared(queue_url(given, of_job))) as executor:
+        yield executor
 
 
 def folder_at(output: str) -> JobFolder:

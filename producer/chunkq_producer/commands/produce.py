@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -41,14 +42,13 @@ def produce(
     prepared = submit.prepare(checked)
     submit.check_place(prepared, resume=resume, overwrite=overwrite)
     url = queue_of(checked, queue)
-    executor = open_shared(url)
-    executor.ready()
-    with Meter("queueing chunks") as meter:
-        made = submit.produce(
-            prepared, executor, resume=resume, overwrite=overwrite, progress=meter
-        )
-    going = set_going(executor, made)
-    executor.close()
+    with closing(open_shared(url)) as executor:
+        executor.ready()
+        with Meter("queueing chunks") as meter:
+            made = submit.produce(
+                prepared, executor, resume=resume, overwrite=overwrite, progress=meter
+            )
+        going = set_going(executor, made)
     shown = without_secret(checked.output)
     click.echo(f"{made.chunks} chunks, {made.done} done, {made.queued} newly queued -> {shown}")
     if going:

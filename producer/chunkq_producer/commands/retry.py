@@ -14,10 +14,9 @@ from chunkq_producer.commands.options import job_at, output_argument, queue_of, 
 def retry(output: str, queue: str | None) -> None:
     """Queue the failed chunks of OUTPUT's job afresh, each with all its attempts."""
     job = job_at(output)
-    executor = queue_of(queue, job.record.job.queue)
-    count = executor.retry(job.folder.path)
-    # A queue that was lost knows of no failure, the ledger does.
-    known = [f for f in job.ledger.failures() if f.kind == "infer"]
-    count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in known)
-    executor.close()
+    with queue_of(queue, job.record.job.queue) as executor:
+        count = executor.retry(job.folder.path)
+        # A queue that was lost knows of no failure, the ledger does.
+        known = [f for f in job.ledger.failures() if f.kind == "infer"]
+        count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in known)
     click.echo(f"{count} chunks queued again" if count else "no failed chunk")

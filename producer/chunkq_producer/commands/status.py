@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 
 import click
 from rich.console import Console
@@ -30,15 +31,16 @@ def status(output: str | None, queue: str | None, watch: bool, as_json: bool) ->
         list_jobs(queue, as_json=as_json)
         return
     job = job_at(output)
-    executor, problem = _queue(queue, job.record.job.queue)
-    look = Look(job, executor, problem)
-    if as_json:
-        show_json(look, watch)
-    elif watch:
-        show_watching(look, Console())
-    else:
-        console = Console()
-        console.print(screen(look(), console.width))
+    with ExitStack() as stack:
+        executor, problem = _queue(stack, queue, job.record.job.queue)
+        look = Look(job, executor, problem)
+        if as_json:
+            show_json(look, watch)
+        elif watch:
+            show_watching(look, Console())
+        else:
+            console = Console()
+            console.print(screen(look(), console.width))
 
 
 def show_json(look: Look, watch: bool) -> None:
@@ -68,9 +70,11 @@ def show_watching(look: Look, console: Console) -> None:
             live.update(screen(found, console.width), refresh=True)
 
 
-def _queue(given: str | None, of_job: str | None) -> tuple[Executor | None, str | None]:
-    """Connect to the queue, or say why not: the ledger alone still tells most."""
+def _queue(
+    stack: ExitStack, given: str | None, of_job: str | None
+) -> tuple[Executor | None, str | None]:
+    """Connect to the queue, or return why not: the ledger alone has most of the status."""
     try:
-        return queue_of(given, of_job), None
+        return stack.enter_context(queue_of(given, of_job)), None
     except QueueError as error:
         return None, str(error)

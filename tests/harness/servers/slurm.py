@@ -199,6 +199,7 @@ class SlurmCluster:
                 host=host, folder=folder, nodes=NODES, ports=ports, controller=free_port(), has=HAS
             )
         )
+        self._switch_cgroups_off(folder)
         # Forced, since it would have the socket's folder open to other users.
         files = {"socket": "munge", "key": "key", "pid": "pid", "seed": "seed", "log": "munge.log"}
         plural = {"key": "key-file", "pid": "pid-file", "seed": "seed-file", "log": "log-file"}
@@ -209,6 +210,13 @@ class SlurmCluster:
         for node in NODES:
             self._start("slurmd", "-D", "-N", node)
         self._until(self._is_ready, "slurmctld")
+
+    def _switch_cgroups_off(self, folder: Path) -> None:
+        """Have SLURM run where no cgroup file system is mounted, which it wants since 23.11."""
+        said = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout
+        version = tuple(int(part) for part in re.findall(r"\d+", said)[:2])
+        if version >= (23, 11):
+            (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
     def _is_ready(self) -> bool:
         states = self.run("scontrol", "--oneliner", "show", "node").stdout
