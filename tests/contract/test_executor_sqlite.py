@@ -6,7 +6,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -104,8 +104,8 @@ def test_a_queue_damaged_in_its_middle_gives_one_line(tmp_path: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(4096)
         stream.write(b"\xff" * (size - 4096))
-    with pytest.raises(QueueError) as error:
-        SqliteExecutor(f"sqlite://{file}").work(lambda task, attempt: None, Shift("w", burst=True))
+    with pytest.raises(QueueError) as error, closing(open_executor(f"sqlite://{file}")) as queue:
+        queue.work(lambda task, attempt: None, Shift("w", burst=True))
     assert len(str(error.value).splitlines()) == 1
 
 
