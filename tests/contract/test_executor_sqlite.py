@@ -5,6 +5,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from chunkq.executors import default_url, open_executor, sqlite, table_schema
 from chunkq.executors.base import Mark, Shift
 from chunkq.executors.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
 from chunkq.tasks import Task
+from tests.harness.waiting import wait_until
 
 Mounts = Callable[[list[tuple[str, str]]], None]
 
@@ -100,12 +102,14 @@ def test_a_queue_damaged_in_its_middle_gives_one_line(tmp_path: Path) -> None:
     queue = SqliteExecutor(f"sqlite://{file}")
     queue.submit(Task("infer", "/data/out.zarr.chunkq", (n,)) for n in range(2000))
     queue.close()
-    size = file.stat().st_size
+    size, threads = file.stat().st_size, threading.active_count()
     with file.open("r+b") as stream:
         stream.seek(4096)
         stream.write(b"\xff" * (size - 4096))
-    with pytest.raises(QueueError) as error, closing(open_executor(f"sqlite://{file}")) as queue:
-        queue.work(lambda task, attempt: None, Shift("w", burst=True))
+    with closing(open_executor(f"sqlite://{file}")) as queue:
+        with pytest.raises(QueueError) as error:
+            queue.work(lambda task, attempt: None, Shift("w", burst=True))
+        wait_until(lambda: threading.active_count() == threads, "its threads have ended")
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -150,8 +154,10 @@ def test_a_url_of_no_known_queue_gives_one_line_that_names_the_known_ones(url: s
 
 OPEN = """
 import sys
+import threading
 from chunkq.executors import open_executor
 from chunkq.tasks import Task
+from tests.harness.waiting import wait_until
 
 first, count, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 print("ready", flush=True)
