@@ -529,7 +529,7 @@ ADMINISTRATIVE = (
 )
 
 
-REFUSAL = re.compile("no permissions|can't run this command|NOPERM|ACL failure|not allowed")
+REFUSAL = re.compile("(?i)no permissions|can't run this command|NOPERM|ACL failure|not allowed")
 
 
 def test_who_has_the_password_can_use_the_queue_and_not_administer_the_server(
