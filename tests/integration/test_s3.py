@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import s3fs
 
+from chunkq.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
@@ -282,3 +285,33 @@ def test_a_server_that_is_away_is_one_clear_line_from_every_command(workspace: W
             answer.refused(code, "Could not connect to the endpoint URL")
             assert len(answer.err.splitlines()) == 1
             assert SECRET not in answer.err
+
+
+def test_a_writer_that_saw_no_object_does_not_replace_the_one_that_came_meanwhile(
+    workspace: Workspace, bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mock.patch.dict(os.environ, workspace.env, clear=True):
+        folder = ObjectFolder("s3://lab/exclusive")
+        monkeypatch.setattr(ObjectFolder, "exists", lambda self, name: False)
+        assert folder.put_new("job.json", b"first")
+        assert not folder.put_new("job.json", b"second")
+        with folder.claim("job.json", b"first") as has_claim:
+            assert has_claim
+            with folder.claim("job.json", b"first") as other_has_claim:
+                assert not other_has_claim
+    assert objects(bucket, "lab/exclusive") == {"job.json": b"first"}
+
+
+def test_a_job_that_replaces_another_in_a_bucket_has_an_array_of_its_own(
+    workspace: Workspace, bucket: s3fs.S3FileSystem, tmp_path: Path
+) -> None:
+    paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/replaced.zarr")
+    queue = f"sqlite://{tmp_path}/queue.db"
+    bucket.put(f"{workspace.folder}/in.zarr", "lab/in.zarr", recursive=True)
+    workspace.call("produce", "job.json", *paths, "--queue", queue).ok()
+    assert "0/zarr.json" in objects(bucket, "lab/replaced.zarr")
+    bucket.pipe_file("lab/replaced.zarr/0/c/0/0/0", b"of a process of the first job")
+    workspace.call("produce", "job.json", *paths, "--queue", queue, "--overwrite").ok()
+    record = json.loads(objects(bucket, "lab/replaced.zarr.chunkq")["job.json"])
+    names = {name.partition("/")[0] for name in objects(bucket, "lab/replaced.zarr")}
+    assert names == {"zarr.json", f"0.{record['epoch']}"}
