@@ -61,8 +61,8 @@ FAULTS = (
         OBJECTS,
         "if not entry.name.startswith(PARTIAL) and entry.is_file():",
         "if entry.is_file():",
-        "a killed writer's remains count as a finished chunk",
-        named(RESUME, "partial_files"),
+        "a killed writer's remains are listed as objects",
+        named("tests/integration/test_storage.py", "torn_object"),
     ),
     Fault(
         "replaced-job-not-noticed",
