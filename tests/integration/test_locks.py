@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import zarr
 
 from chunkq.box import Box
@@ -41,9 +42,11 @@ def test_a_writer_that_is_suspended_in_the_middle_blocks_no_other_writer(tmp_pat
     with ThreadPoolExecutor(1) as pool:
         writer = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(path)])
         try:
+            status = psutil.Process(writer.pid).status
             wait_until(lambda: array.read(box).any(), "it writes")
             for _ in range(STOPS):
                 writer.send_signal(signal.SIGSTOP)
+                wait_until(lambda: status() == psutil.STATUS_STOPPED, "it is suspended")
                 pool.submit(array.write, box, values).result(TIMEOUT)
                 np.testing.assert_array_equal(array.read(box), values)
                 writer.send_signal(signal.SIGCONT)

@@ -183,7 +183,8 @@ def test_group_metadata_that_a_suspended_finalizer_wrote_are_written_again(
     job = workspace.job
     with monkeypatch.context() as patch:
         replaced_when_called(workspace, patch, Output, "_write_group")
-        finalize_job(job, worker="finalizer", threads=1)
+        with pytest.raises(MissingJobError):
+            finalize_job(job, worker="finalizer", threads=1)
     assert attributes(workspace)["epoch"] == job.record.epoch != workspace.job.record.epoch
     assert not workspace.status()["sealed"]
     ends_undisturbed(workspace, undisturbed)
