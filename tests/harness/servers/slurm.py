@@ -213,7 +213,8 @@ class SlurmCluster:
 
     def _switch_cgroups_off(self, folder: Path) -> None:
         """Have SLURM run where no cgroup file system is mounted, which it wants since 23.11."""
-        said = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, check=True).stdout
+        command = [self.programs["slurmd"], "-V"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         version = tuple(int(part) for part in re.findall(r"\d+", said)[:2])
         if version >= (23, 11):
             (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
