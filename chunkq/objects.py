@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -104,17 +105,19 @@ class ObjectFolder:
         """Claim the right to replace an object as long as it has this content; None: is absent.
 
         Yields whether this process has it. Of several processes that claim the same content at
-        once, one has it. The claim is an object of its own; the claim of a process that died is
-        broken after a minute.
+        once, one has it. The claim is an object of its own, with its owner's name. The claim of a
+        process that died is broken at once on its own machine, elsewhere after a minute.
         """
         claim = f"{name}.{hashlib.sha256(content or b'').hexdigest()[:16]}.claim"
-        if not self.put_new(claim, b"") and not self._broke_claim(claim):
+        owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}".encode()
+        if not self.put_new(claim, owner) and not self._broke_claim(claim, owner):
             yield False
             return
         try:
             yield self.get(name) == content
         finally:
-            self.delete(claim)
+            if self.get(claim) == owner:  # else it took too long, and another process has it
+                self.delete(claim)
 
     def replace(self, name: str, before: bytes | None, content: bytes) -> bool:
         """Replace an object whose content is `before`; return False if it is not any more.
@@ -128,14 +131,15 @@ class ObjectFolder:
         self.put(name, content)
         return True
 
-    def _broke_claim(self, claim: str) -> bool:
+    def _broke_claim(self, claim: str, owner: bytes) -> bool:
         """Take over a claim whose owner died; return whether this process has it now."""
         folder, _, last = claim.rpartition("/")
         ages = [time.time() - e.modified for e in self.list(folder) if e.name == last]
-        if any(age < CLAIM_SECONDS for age in ages):
+        is_young = any(age < CLAIM_SECONDS for age in ages)
+        if is_young and not _has_ended(self.get(claim)):
             return False
         self.delete(claim)
-        return self.put_new(claim, b"")
+        return self.put_new(claim, owner)
 
     def _write(
         self,
@@ -397,6 +401,33 @@ def _found(entry: os.DirEntry[str]) -> Found | None:
     except FileNotFoundError:
         return None
     return Found(entry.name, status.st_mtime, status.st_size)
+
+
+def _this_machine() -> str:
+    """Return a name that processes share which see each other's ids: host and namespace."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return f"{socket.gethostname()} {namespace}"
+
+
+def _has_ended(owner: bytes | None) -> bool:
+    """Return whether the owner of a claim was a process of this machine that has ended."""
+    if owner is None:
+        return True
+    machine, _, process = owner.decode(errors="replace").rpartition(" ")[0].rpartition(" ")
+    return machine == _this_machine() and process.isdecimal() and not _is_running(int(process))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _says_precondition_failed(error: BaseException) -> bool:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +146,7 @@ def test_of_two_claims_on_an_object_one_is_granted(path: str) -> None:
 
 
 @pytest.mark.parametrize(("age", "broken"), [(CLAIM_SECONDS / 2, False), (CLAIM_SECONDS * 2, True)])
-def test_the_claim_of_a_process_that_died_holds_for_a_minute(
+def test_the_claim_of_an_unknown_process_holds_for_a_minute(
     tmp_path: Path, age: float, broken: bool
 ) -> None:
     folder = ObjectFolder(str(tmp_path))
@@ -157,3 +160,41 @@ def test_the_claim_of_a_process_that_died_holds_for_a_minute(
     with folder.claim("job.json", b"before") as claimed:
         assert claimed == broken
     assert left.exists() != broken
+
+
+CLAIM_FOREVER = """
+import sys, time
+from chunkq.objects import ObjectFolder
+
+with ObjectFolder(sys.argv[1]).claim("job.json", b"before") as claimed:
+    print(claimed, flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_the_claim_of_a_killed_process_of_this_machine_is_broken_at_once(tmp_path: Path) -> None:
+    folder = ObjectFolder(str(tmp_path))
+    folder.put("job.json", b"before")
+    command = [sys.executable, "-c", CLAIM_FOREVER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "True\n"
+        with folder.claim("job.json", b"before") as claimed:
+            assert not claimed
+        owner.kill()
+    with folder.claim("job.json", b"before") as claimed:
+        assert claimed
+
+
+def test_an_owner_that_took_too_long_leaves_the_claim_to_the_one_that_broke_it(
+    tmp_path: Path,
+) -> None:
+    folder = ObjectFolder(str(tmp_path))
+    folder.put("job.json", b"before")
+    with ExitStack() as second:
+        with folder.claim("job.json", b"before"):
+            [claim] = tmp_path.glob("*.claim")
+            os.utime(claim, (time.time() - 2 * CLAIM_SECONDS,) * 2)
+            assert second.enter_context(folder.claim("job.json", b"before"))
+        assert claim.exists()
+    assert not claim.exists()
