@@ -7,6 +7,7 @@ for, so a chunk without a valid one is computed again.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import time
@@ -31,6 +32,8 @@ from chunkq.paths import without_secret
 from chunkq.plan import Index
 from chunkq.record import EPOCH_DIGITS, JobRecord
 from chunkq.tasks import ENTRY_POINTS, chunk_name, parse_chunk
+
+log = logging.getLogger("chunkq.job")
 
 RECORD = "job.json"
 EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
@@ -162,7 +165,13 @@ class JobFolder:
         content = record.to_json()
         if not self.objects.put_new(RECORD, content):
             return self.require_record()
-        # Where the storage has no conditional write, another process may have been later.
+        if not self.objects.is_exclusive:
+            log.warning(
+                "output: %s: this storage cannot create an object exclusively; let only one "
+                "process at a time create a job here",
+                without_secret(self.output),
+            )
+        # Then another process may have been later.
         stored = self.objects.get(RECORD)
         return self.require_record() if stored is None else self._decoded(stored)
 

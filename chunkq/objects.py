@@ -36,6 +36,8 @@ PAUSE, LONGEST_PAUSE = 0.001, 0.1
 """Seconds before the second attempt at that; each later one waits twice as long, up to a most."""
 
 
+CONDITIONAL_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
+"""Schemes whose file systems can create an object only if there is none."""
 CLAIM_SECONDS = 60.0
 """How long a process may take to replace an object before another one takes over."""
 
@@ -57,6 +59,8 @@ class ObjectFolder:
         # Local objects need no fsspec, whose import would be most of a short command's time.
         self._filesystem: Any = None
         self._root = path
+        self.is_exclusive = self._local or path.partition("://")[0] in CONDITIONAL_WRITES
+        """Whether `put_new` is atomic; known for certain after it was called."""
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
 
@@ -89,16 +93,24 @@ class ObjectFolder:
         if self.exists(name):
             return False
         try:
-            self._filesystem.pipe_file(target, content, mode="create")
+            self._put_remote(target, content)
         except FileExistsError:
             return False
-        except (OSError, NotImplementedError, TypeError) as error:
-            if _says_precondition_failed(error):
-                return False
-            if not _says_not_implemented(error):
-                raise
-            self._filesystem.pipe_file(target, content)
         return True
+
+    def _put_remote(self, target: str, content: bytes) -> None:
+        """Write an object, by a conditional write if there is one; raises FileExistsError."""
+        if self.is_exclusive:
+            try:
+                self._filesystem.pipe_file(target, content, mode="create")
+                return
+            except OSError as error:
+                if _says_precondition_failed(error):
+                    raise FileExistsError(target) from error
+                if not _says_not_implemented(error):
+                    raise
+                self.is_exclusive = False
+        self._filesystem.pipe_file(target, content)
 
     @contextmanager
     def claim(self, name: str, content: bytes | None) -> Iterator[bool]:
@@ -437,9 +449,8 @@ def _says_precondition_failed(error: BaseException) -> bool:
 
 
 def _says_not_implemented(error: BaseException) -> bool:
-    """Return whether the storage has no conditional write."""
-    no_such_argument = isinstance(error, TypeError | NotImplementedError)
-    return no_such_argument or bool(_response_codes(error) & {"NotImplemented", "501"})
+    """Return whether an S3 server has no conditional write."""
+    return bool(_response_codes(error) & {"NotImplemented", "501"})
 
 
 def _response_codes(error: BaseException | None) -> set[str]:

@@ -8,7 +8,7 @@ import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -198,3 +198,32 @@ def test_an_owner_that_took_too_long_leaves_the_claim_to_the_one_that_broke_it(
             assert second.enter_context(folder.claim("job.json", b"before"))
         assert claim.exists()
     assert not claim.exists()
+
+
+class NoConditionsError(OSError):
+    """What s3fs raises where an S3 server knows no If-None-Match."""
+
+    response: ClassVar[dict[str, Any]] = {"Error": {"Code": "NotImplemented"}}
+
+
+def test_a_storage_without_conditional_writes_is_named_when_a_job_is_created(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = f"memory://{uuid.uuid4().hex}/out.zarr.chunkq"
+    folder = JobFolder(path)
+    pipe_file = folder.objects._filesystem.pipe_file
+
+    def refuse_conditions(target: str, content: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise NoConditionsError
+        pipe_file(target, content)
+
+    assert folder.objects.is_exclusive
+    folder.objects.put_new("other", b"")
+    assert caplog.records == []
+    monkeypatch.setattr(folder.objects._filesystem, "pipe_file", refuse_conditions)
+    record = record_for()
+    assert folder.create_record(record) == record
+    assert not folder.objects.is_exclusive
+    [line] = [entry.getMessage() for entry in caplog.records]
+    assert "out.zarr: this storage cannot create" in line
