@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import os
 import shutil
 import socket
@@ -59,10 +60,12 @@ class ObjectFolder:
         # Local objects need no fsspec, whose import would be most of a short command's time.
         self._filesystem: Any = None
         self._root = path
-        self.is_exclusive = self._local or path.partition("://")[0] in CONDITIONAL_WRITES
+        self.is_exclusive = self._local
         """Whether `put_new` is atomic; known for certain after it was called."""
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
+            scheme = path.partition("://")[0]
+            self.is_exclusive = scheme in CONDITIONAL_WRITES and _has_mode(self._filesystem)
 
     def put(self, name: str, *parts: Buffer, durable: bool = True, private: bool = False) -> None:
         """Write an object: another reader sees all of it or nothing.
@@ -422,6 +425,12 @@ def _this_machine() -> str:
     except OSError:
         namespace = 0
     return f"{socket.gethostname()} {namespace}"
+
+
+def _has_mode(filesystem: Any) -> bool:
+    """Return whether a file system's release can write only if an object is absent."""
+    write = getattr(filesystem, "_pipe_file", filesystem.pipe_file)
+    return "mode" in inspect.signature(write).parameters
 
 
 def _has_ended(owner: bytes | None) -> bool:

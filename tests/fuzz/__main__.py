@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.fuzz.findings import Case, by_cause
 from tests.fuzz.pool import Pool
 from tests.fuzz.stages import remove
+from tests.harness.guardian import SessionGuardian
 
 COUNTS = {"job_files": 10_000, "damages": 1_000}
 AT_ONCE = 2
@@ -30,8 +31,11 @@ def main() -> int:
     parts = [asked.part] if asked.part else list(COUNTS)
     if asked.seed is not None and asked.part is None:
         parser.error("--seed needs --part")
+    guardian = SessionGuardian()
+    tempfile.tempdir = str(guardian.folder)
     folder = Path(tempfile.mkdtemp(prefix="chunkq-fuzz-"))
-    folder.chmod(0o755)  # some cases run as another user
+    for path in (guardian.folder, folder):
+        path.chmod(0o755)  # some cases run as another user
     begun, results, cases = time.monotonic(), {}, []
     try:
         for part in parts:

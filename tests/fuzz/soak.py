@@ -37,6 +37,7 @@ from tests.fuzz.damaged import CODES
 from tests.fuzz.findings import ROOT
 from tests.fuzz.stages import JOB
 from tests.harness.files import files_below
+from tests.harness.guardian import SessionGuardian
 from tests.harness.servers.redis import redis_server
 from tests.harness.volumes import write_zarr
 
@@ -470,7 +471,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the results")
     asked = parser.parse_args()
     backends = (asked.backend,) if asked.backend else BACKENDS
+    guardian = SessionGuardian()
+    tempfile.tempdir = str(guardian.folder)
     report = soak(asked.minutes * 60, asked.seed, backends)
+    report.findings += [f"outlives the soak: {process}" for process in guardian.close()]
     values = {"minutes": asked.minutes, "seed": asked.seed} | report.as_dict()
     _say(json.dumps({k: v for k, v in values.items() if k != "findings"}, indent=1))
     _say(f"{len(report.findings)} findings")

@@ -227,3 +227,19 @@ def test_a_storage_without_conditional_writes_is_named_when_a_job_is_created(
     assert not folder.objects.is_exclusive
     [line] = [entry.getMessage() for entry in caplog.records]
     assert "out.zarr: this storage cannot create" in line
+
+
+def test_a_release_without_conditional_writes_is_recognised_by_its_signature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = f"memory://{uuid.uuid4().hex}/out.zarr.chunkq"
+    written = {}
+
+    def pipe_file(self: object, target: str, content: bytes, **_options: object) -> None:
+        written[target] = content
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.pipe_file", pipe_file)
+    folder = JobFolder(path)
+    assert not folder.objects.is_exclusive
+    assert folder.objects.put_new("other", b"content")
+    assert list(written.values()) == [b"content"]
