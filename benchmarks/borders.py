@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from chunkq_worker.birth import child_settings
+from chunkq_worker.birth import child_env
 
 from benchmarks import turns
 from benchmarks.contestant import network, predictions, read, stored
@@ -119,7 +119,7 @@ def compare(job_file: Path, edges: Sequence[int], rounds: int) -> Figures:
     def run(contestant: str) -> Figures:
         name, edge = contestant.split()
         script, output = Path(__file__).with_name("protocols.py"), job_file.parent / f"{name}.zarr"
-        figures = turns.ask(script, name, jobs[int(edge)], output, child_settings(THREADS))
+        figures = turns.ask(script, name, jobs[int(edge)], output, child_env(THREADS))
         return figures | {"difference": float(np.abs(read(str(output)) - meant).max())}
 
     run(f"chunkq {edges[0]}")  # whatever the system keeps of the files is kept for all

@@ -21,8 +21,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from chunkq_worker.engine import Engine
-from chunkq_worker.runtimes.base import Feed
+from chunkq_worker.engine import InferenceEngine
+from chunkq_worker.runtimes.base import BatchFeed
 
 from chunkq.errors import ModelError
 from chunkq.job import parse_job
@@ -117,13 +117,13 @@ class Ground:
         return resolve(parse_job(values), Volume(self.shape, "uint8"))
 
 
-def chunkq(ground: Ground, **model: Any) -> tuple[Engine, Run]:
+def chunkq(ground: Ground, **model: Any) -> tuple[InferenceEngine, Run]:
     """Read-to-write's middle: each chunk of the volume becomes arrays on the host."""
     plan = ground.plan(**model)
-    hashes = JobRecord.of(plan.job, ()).file_hashes
-    engine = Engine(JobRecord(plan.job, (), hashes), plan)
+    hashes = JobRecord.create(plan.job, ()).file_hashes
+    engine = InferenceEngine(JobRecord(plan.job, (), hashes), plan)
     chunks = [plan.chunk(index) for index in plan.indices()]
-    active = [chunk for chunk in chunks if chunk.active]
+    active = [chunk for chunk in chunks if chunk.is_active]
     halos = [_padded(ground.values, chunk.halo) for chunk in active]
 
     def run() -> int:
@@ -179,7 +179,7 @@ def bare(ground: Ground) -> Run:
 
 def _unstaged(ground: Ground) -> Run:
     engine, run = chunkq(ground)
-    with mock.patch.object(engine.runtime, "feed", Feed):
+    with mock.patch.object(engine.runtime, "feed", BatchFeed):
         engine.batcher = engine.batcher.of_size(engine.batcher.size)
     return run
 

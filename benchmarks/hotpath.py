@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from chunkq_worker.birth import child_settings
+from chunkq_worker.birth import child_env
 
 from benchmarks.contestant import chunkq
 from benchmarks.network import make_job
@@ -138,7 +138,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
     given = options.parse_args()
-    settings = child_settings(THREADS)
+    settings = child_env(THREADS)
     if any(os.environ.get(name) != value for name, value in settings.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
     torch.set_num_threads(THREADS)

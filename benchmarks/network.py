@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 import zarr
-from chunkq_worker.birth import child_settings
+from chunkq_worker.birth import child_env
 
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures
@@ -105,7 +105,7 @@ def ask(name: str, job: Path) -> Figures:
     """Run one contestant."""
     script = Path(__file__).with_name("contestant.py")
     output = job.parent / f"{name}.zarr"
-    return turns.ask(script, name, job, output, child_settings(THREADS))
+    return turns.ask(script, name, job, output, child_env(THREADS))
 
 
 def contest(job: Path, others: Sequence[str], rounds: int) -> Figures:

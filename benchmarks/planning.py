@@ -27,7 +27,7 @@ from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import parse_job
 from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
 from chunkq.ome import Space
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Plan, Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
@@ -163,7 +163,7 @@ def status(folder: Path) -> dict[str, float]:
     }
 
 
-def create(output: Path, plan: Plan) -> OpenJob:
+def create(output: Path, plan: Plan) -> JobHandle:
     """Create a job folder without an output."""
     source = Source("/nowhere/in.zarr", plan.volume, Space.plain(3))
     folder = JobFolder(folder_of(str(output)))

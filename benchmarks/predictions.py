@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from chunkq.finalize import OWN
+from chunkq.finalize import OWN_PIECE
 from chunkq.ledger import ALIGNMENT, CRC_BYTES, ITEM
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.tasks import chunk_name
 
 NETWORKS = '''
@@ -123,21 +123,21 @@ def make_job(
     return depth
 
 
-def headers(job: OpenJob) -> int:
+def headers(job: JobHandle) -> int:
     """Bytes of the pieces that are not voxels: what `Ledger.put_piece` writes around them."""
     plan, epoch = job.plan, job.record.epoch
     stored = (plan.channels,) if plan.channel_axis else ()
     total = 0
     for chunk in map(plan.chunk, plan.indices()):
-        if not chunk.active:
+        if not chunk.is_active:
             continue
         pieces = [
-            (p.target, p.name, [("<f4", (plan.channels, *p.box.shape))]) for p in plan.leaves(chunk)
+            (p.target, p.name, [("<f4", (plan.channels, *p.box.shape))]) for p in plan.outgoing_pieces(chunk)
         ]
         if chunk.has_band:
             own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
             rest = [(plan.output_dtype.str, (*stored, *b.shape)) for b in chunk.rest_boxes]
-            pieces.append((chunk.index, OWN, [*own, *rest]))
+            pieces.append((chunk.index, OWN_PIECE, [*own, *rest]))
         for block, name, arrays in pieces:
             path = f"pieces/{ITEM}/{chunk_name(block)}/{name}"
             line = len(json.dumps([epoch, path, arrays])) + 1

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 import torch
-from chunkq_worker.here import ahead
+from chunkq_worker.here import pipelined
 
 from benchmarks.contestant import Contestant, chunkq, compete, create, network, predictions, stored
 from benchmarks.turns import Figures
@@ -34,7 +34,7 @@ from chunkq.job import Job, parse_job
 from chunkq.plan import Chunk, Patch, Plan, Volume
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
-from chunkq.userfile import load_weights
+from chunkq.userfile import load_blend_weights
 from chunkq.weights import built_in
 
 PENDING = 64 << 20
@@ -110,7 +110,7 @@ class Work:
 
     def weights(self, plan: Plan) -> WeightCache:
         """Weights already divided by their sum over all patches at a voxel."""
-        return WeightCache(plan, load_weights(plan), torch.from_numpy)
+        return WeightCache(plan, load_blend_weights(plan), torch.from_numpy)
 
     def temporary(
         self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], **more: Any
@@ -123,7 +123,7 @@ class Work:
 
     def inputs(self, boxes: list[Box]) -> Iterator[Voxels]:
         """The input in each box, the next one being read meanwhile."""
-        return ahead(lambda box: self.stores.get(self.source, _at(box)), boxes, 2)
+        return pipelined(lambda box: self.stores.get(self.source, _at(box)), boxes, 2)
 
     def forward(
         self, patches: list[Patch], values: Voxels, origin: tuple[int, ...]
@@ -169,7 +169,7 @@ def checkerboard(job: Job, output: str) -> Callable[[], Figures]:
         def layer(chunk: Chunk) -> Any:
             return layers[tuple(i % 2 for i in chunk.index)]
 
-        active = {chunk.index: chunk for chunk in work.chunks() if chunk.active}
+        active = {chunk.index: chunk for chunk in work.chunks() if chunk.is_active}
         weights = work.weights(plan)
         for chunk, halo in zip(
             active.values(), work.inputs([c.halo for c in active.values()]), strict=True
@@ -225,7 +225,7 @@ def every_patch(job: Job, output: str) -> Callable[[], Figures]:
             "configuration": {"chunk_shape": inner, "codecs": [RAW]}
         }
         scratch = work.temporary("patches", (len(kept), *item), (1, *item), codecs=[shards])
-        active = [chunk for chunk in chunks if chunk.active]
+        active = [chunk for chunk in chunks if chunk.is_active]
         for chunk, halo in zip(active, work.inputs([c.halo for c in active]), strict=True):
             for patch, values in work.forward([*plan.patches(chunk)], halo, chunk.halo.start):
                 stores.put(scratch, kept[patch.numbers][0], values.numpy())
@@ -246,7 +246,7 @@ def every_patch(job: Job, output: str) -> Callable[[], Figures]:
         for chunk, found in _one_ahead(chunks, parts):
             total = torch.zeros((plan.channels, *chunk.block.shape))
             for patch, box, future in found:
-                weight = weights.of(patch)[box.slices(patch.target.start)]
+                weight = weights.weights(patch)[box.slices(patch.target.start)]
                 part = total[_in_channels(box, chunk.block.start)]
                 part.addcmul_(weight, torch.from_numpy(future.result()))
             stores.put(work.target, _in_channels(chunk.block), total.numpy())

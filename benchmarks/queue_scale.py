@@ -31,7 +31,7 @@ from benchmarks.queues import (
     together,
 )
 from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, Shift
+from chunkq.executors.base import Attempt, WorkerOptions
 from chunkq.tasks import Task
 
 SIZES = (10**4, 10**5, 10**6)
@@ -42,18 +42,18 @@ TAKEN = 2000
 def take_some(barrier: Any, answers: Any, url: str) -> None:
     """Work off a number of tasks that do nothing; answer when that began and ended."""
     executor, lock, left = open_executor(url), threading.Lock(), TAKEN
-    shift = Shift(f"bench:cpu:{os.getpid()}", DEPTH)
+    shift = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
 
     def count(task: Task, attempt: Attempt) -> None:
         nonlocal left
         with lock:
             left -= 1
             if left <= 0:
-                shift.stopping.set()
+                shift.stop.set()
 
     barrier.wait(PATIENCE)
     began = time.time()
-    executor.work(count, shift)
+    executor.run_tasks(count, shift)
     answers.put((began, time.time()))
 
 

@@ -37,7 +37,7 @@ from rq.serializers import JSONSerializer
 
 from benchmarks.planning import job_over
 from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, Shift
+from chunkq.executors.base import Attempt, WorkerOptions
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
@@ -114,15 +114,15 @@ class Places:
 
     def _start(self, queue: str) -> str:
         if queue == "dask":
-            from chunkq.executors.dask_scheduler import start
+            from chunkq.executors.dask_scheduler import start_scheduler
 
-            process, url = start("127.0.0.1")
+            process, url = start_scheduler("127.0.0.1")
             self._stack.callback(process.communicate)
             self._stack.callback(process.kill)
         else:
-            from chunkq.executors.ray_head import head
+            from chunkq.executors.ray_head import start_head
 
-            address = self._stack.enter_context(head(alone=True, cpus=PROCESSES, gpus=False))
+            address = self._stack.enter_context(start_head(alone=True, cpus=PROCESSES, gpus=False))
             url = f"ray://auto?address={address}"
         self._clusters[queue] = url
         return url
@@ -326,7 +326,7 @@ def drain(barrier: Any, answers: Any, url: str) -> None:
     executor = open_executor(url)
     barrier.wait(PATIENCE)
     began = time.time()
-    executor.work(lambda task, attempt: None, Shift(f"bench:cpu:{os.getpid()}", DEPTH, burst=True))
+    executor.run_tasks(lambda task, attempt: None, WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH, burst=True))
     answers.put((began, time.time()))
 
 
@@ -421,7 +421,7 @@ def run_stages(barrier: Any, answers: Any, url: str, depths: Sequence[int]) -> N
         chunks, executor = StagedChunks(), open_executor(url)
         executor.submit(tasks(STAGED))
         before = time.perf_counter()
-        executor.work(chunks, Shift(f"bench:cpu:{depth}", depth, burst=True))
+        executor.run_tasks(chunks, WorkerOptions(f"bench:cpu:{depth}", depth, burst=True))
         whole = time.perf_counter() - before
         assert len(chunks.spans) == STAGED
         executor.close()
@@ -451,14 +451,14 @@ def device(queue: str, at: Places) -> list[Figure]:
 def idle_worker(barrier: Any, answers: Any, url: str) -> None:
     """Wait for tasks that never come; answer with what that costs a second."""
     executor = open_executor(url)
-    shift = Shift(f"bench:cpu:{os.getpid()}", DEPTH)
-    worker = threading.Thread(target=executor.work, args=(lambda task, attempt: None, shift))
+    shift = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
+    worker = threading.Thread(target=executor.run_tasks, args=(lambda task, attempt: None, shift))
     worker.start()
     time.sleep(SETTLING_SECONDS)
     before = _spent(url)
     time.sleep(IDLE_SECONDS)
     after = _spent(url)
-    shift.stopping.set()
+    shift.stop.set()
     worker.join()
     answers.put({what: (after[what] - before[what]) / IDLE_SECONDS for what in after})
 

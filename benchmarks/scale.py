@@ -82,7 +82,7 @@ def case_table(cases: Sequence[Case], depth: int) -> Table:
             f"{(infer.bytes + block.bytes) / 1e6:,.0f}",
             f"{infer.write.objects + block.write.objects:,.0f}",
             f"{costs.finalized_blocks / costs.chunks:.1%}",
-            f"{footprint(case.plan).in_flight(depth) / 1e9:.0f}",
+            f"{footprint(case.plan).peak_bytes(depth) / 1e9:.0f}",
         )
     return shown
 
@@ -117,7 +117,7 @@ def around(inputs: Inputs, case: Case, depth: int) -> dict[str, Any]:
     return {
         "chunk": case.chunk,
         "chunks": case.work.chunks,
-        "worker_bytes": footprint(case.plan).in_flight(depth),
+        "worker_bytes": footprint(case.plan).peak_bytes(depth),
         "enqueue_hours": {name: case.enqueue_hours(inputs, name) for name in SHARED},
         "queue_bytes": {name: case.queue_bytes(inputs, name) for name in SHARED},
         "records": case.records,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.scale_inputs import Inputs
-from chunkq.executors.rq.executor import MOST_QUEUED
+from chunkq.executors.rq.executor import MAX_QUEUED
 from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
@@ -106,7 +106,7 @@ class Work:
         Bytes are those of uncompressed voxels.
         """
         costs, chunk = plan.costs, plan.chunk(tuple(n // 2 for n in plan.blocks))
-        sent, awaited = len(plan.leaves(chunk)), len(plan.awaits(chunk))
+        sent, awaited = len(plan.outgoing_pieces(chunk)), len(plan.incoming_pieces(chunk))
         own = int(chunk.has_band)
         pieces = costs.piece_bytes / costs.chunks
         final = costs.finalized_voxels / math.prod(plan.volume.shape)
@@ -168,5 +168,5 @@ class Case:
 
     def queue_bytes(self, inputs: Inputs, executor: str) -> float:
         """Bytes of the tasks that are queued at once."""
-        queued = min(self.work.chunks, MOST_QUEUED) if executor == "rq" else self.work.chunks
+        queued = min(self.work.chunks, MAX_QUEUED) if executor == "rq" else self.work.chunks
         return queued * inputs.queue(executor, "task_bytes")

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from chunkq_worker.birth import child_settings
+from chunkq_worker.birth import child_env
 
 from benchmarks.network import make_job
 from chunkq.job import load_job
@@ -76,7 +76,7 @@ def bare(job: Path, workers: int) -> float:
         context.Process(target=loop, args=(barrier, answers, str(job), number, workers))
         for number in range(workers)
     ]
-    os.environ.update(child_settings(1))  # as chunkq's workers have it
+    os.environ.update(child_env(1))  # as chunkq's workers have it
     for process in crew:
         process.start()
     spans = [answers.get(timeout=PATIENCE) for _ in crew]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job import Job
-from chunkq.job_path import canonical, check_job_path, output_of, path_problem, shown
+from chunkq.job_path import canonical, check_job_path, output_of, path_problem, printable_path
 from chunkq.paths import is_url, local_parts
 
 ALLOW_VARIABLE = "CHUNKQ_ALLOW"
 """Prefixes, one a line. Unset or empty: every path is allowed."""
 OPTION = "--allow"
-MOST_HINTS = 4
+MAX_HINTS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AllowedPaths:
             path = canonical(prefix, base)
             # `memory://` has no host: as a prefix it is all of this process's memory.
             if path != "memory://" and (problem := path_problem(path)):
-                raise JobError(f"{source}: {shown(path)} {problem}", code=ErrorCode.PATH_INVALID)
+                raise JobError(f"{source}: {printable_path(path)} {problem}", code=ErrorCode.PATH_INVALID)
             checked.append(path)
         return cls(tuple(checked))
 
@@ -60,7 +60,7 @@ class AllowedPaths:
         for line in lines if base is None else ():
             if not is_url(line) and not line.startswith(("/", "~")):
                 raise JobError(
-                    f"{ALLOW_VARIABLE}: {shown(line)} is relative; use an absolute path or a URL",
+                    f"{ALLOW_VARIABLE}: {printable_path(line)} is relative; use an absolute path or a URL",
                     code=ErrorCode.PATH_INVALID,
                 )
         return cls.of(lines, base or Path("/"), ALLOW_VARIABLE)
@@ -120,13 +120,13 @@ class AllowedPaths:
     def _refusal(self, job: str, outside: Mapping[str, list[str]]) -> JobError:
         """Return the error for paths outside the prefixes, by the key that names them."""
         named = ", ".join(f"{key} {_described(paths[0])}" for key, paths in outside.items())
-        prefixes = ", ".join(map(shown, self.prefixes))
+        prefixes = ", ".join(map(printable_path, self.prefixes))
         paths = [path for group in outside.values() for path in group if not path_problem(path)]
-        missing = sorted({self._missing(path) for path in paths})[:MOST_HINTS]
-        add = "".join(f" {OPTION} {shown(folder)}" for folder in missing)
+        missing = sorted({self._missing(path) for path in paths})[:MAX_HINTS]
+        add = "".join(f" {OPTION} {printable_path(folder)}" for folder in missing)
         hint = f"if you trust it, use{add} too, or set {ALLOW_VARIABLE}"
         return JobError(
-            f"{shown(output_of(job))}: this worker only runs jobs and code from below {prefixes}; "
+            f"{printable_path(output_of(job))}: this worker only runs jobs and code from below {prefixes}; "
             f"found outside: {named}; {hint if missing else 'produce the job again'}",
             code=ErrorCode.PATH_NOT_ALLOWED,
         )
@@ -185,6 +185,6 @@ def _parts(path: str) -> Iterator[str]:
 def _described(path: str) -> str:
     """Return a refused path with what is wrong with its form, or what it leads to."""
     if problem := path_problem(path):
-        return f"{shown(path)} (which {problem})"
+        return f"{printable_path(path)} (which {problem})"
     target = path if is_url(path) else os.path.realpath(path)
-    return shown(path) if target == path else f"{shown(path)} -> {shown(target)}"
+    return printable_path(path) if target == path else f"{printable_path(path)} -> {printable_path(target)}"

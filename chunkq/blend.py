@@ -17,17 +17,17 @@ import numpy.typing as npt
 
 from chunkq import pages
 from chunkq.box import Box
-from chunkq.combine import Array, add_weighted, as_stored, decided, on_host, put
+from chunkq.combine import Array, add_weighted, cast_output, reduce, to_numpy, copy_into
 from chunkq.plan import Chunk, Patch, Piece, Plan
-from chunkq.weights import Surroundings, Weights, surroundings
+from chunkq.weights import Neighbors, Weights, neighbors
 
 WEIGHT_CACHE_BYTES = 256 << 20
-Arounds = tuple[Surroundings, ...]
+NeighborsPerAxis = tuple[Neighbors, ...]
 """Which patches meet one patch, an entry per axis."""
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnBlock:
     """What a chunk keeps for the finalizing of its own block.
 
     `band` holds float32 sums (C, *box) for `Chunk.band_boxes`, `rest` values in the output's
@@ -48,7 +48,7 @@ class Contribution:
     """
 
     core: npt.NDArray[Any]
-    own: Own | None
+    own: OwnBlock | None
     pieces: tuple[tuple[Piece, npt.NDArray[np.float32]], ...]
 
 
@@ -60,7 +60,7 @@ class WeightCache:
 
     def __init__(self, plan: Plan, weights: Weights, place: Callable[[Any], Array]) -> None:
         self._plan, self._weights, self._place = plan, weights, place
-        self._kept: OrderedDict[tuple[int, Arounds], Array] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, NeighborsPerAxis], Array] = OrderedDict()
         self._bytes = 0
 
     def prepare(self, patches: Iterable[Patch]) -> None:
@@ -70,8 +70,8 @@ class WeightCache:
         """
         wanted, room = set(), WEIGHT_CACHE_BYTES
         for patch in patches:
-            key = patch.grid, self._around(patch)
-            if key in wanted or _is_alone(key[1]):
+            key = patch.grid, self._neighbors(patch)
+            if key in wanted or _has_no_overlap(key[1]):
                 continue
             wanted.add(key)
             room -= patch.target.size * 4
@@ -79,19 +79,19 @@ class WeightCache:
                 return
             self._get(key)
 
-    def of(self, patch: Patch) -> Array:
+    def weights(self, patch: Patch) -> Array:
         """Return w / Σw over the patch's target: shape `patch.target.shape`, float32."""
-        return self._get((patch.grid, self._around(patch)))
+        return self._get((patch.grid, self._neighbors(patch)))
 
-    def is_alone(self, patch: Patch) -> bool:
+    def has_no_overlap(self, patch: Patch) -> bool:
         """Tell whether no other patch has a say over the patch's target: its weights are all 1."""
-        return _is_alone(self._around(patch))
+        return _has_no_overlap(self._neighbors(patch))
 
-    def _get(self, key: tuple[int, Arounds]) -> Array:
+    def _get(self, key: tuple[int, NeighborsPerAxis]) -> Array:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        weights = self._place(self._weights.normalised(*key))
+        weights = self._place(self._weights.normalized(*key))
         self._kept[key] = weights
         self._bytes += prod(weights.shape) * 4
         while self._bytes > WEIGHT_CACHE_BYTES and len(self._kept) > 1:
@@ -99,14 +99,14 @@ class WeightCache:
             self._bytes -= prod(dropped.shape) * 4
         return weights
 
-    def _around(self, patch: Patch) -> Arounds:
+    def _neighbors(self, patch: Patch) -> NeighborsPerAxis:
         return tuple(
-            surroundings(axis, patch.grid, number)
+            neighbors(axis, patch.grid, number)
             for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
         )
 
 
-def _is_alone(around: Arounds) -> bool:
+def _has_no_overlap(around: NeighborsPerAxis) -> bool:
     starts = zip(*(near.starts for near in around), strict=True)
     return sum(prod(map(len, of_grid)) for of_grid in starts) == 1
 
@@ -127,20 +127,20 @@ class Accumulator:
         origin = [s + o for s, o in zip(patch.source.start, offset, strict=True)]
         used = prediction[(slice(None), *patch.target.slices(origin))]
         sums = self._view(patch.target)
-        if self._weights.is_alone(patch):
-            put(sums, used)
+        if self._weights.has_no_overlap(patch):
+            copy_into(sums, used)
         else:
-            add_weighted(sums, self._weights.of(patch), used)
+            add_weighted(sums, self._weights.weights(patch), used)
 
-    def results(self) -> list[Array]:
+    def sums(self) -> list[Array]:
         """Return what `contribution` is made of, where the sums lie; views of them among it."""
         plan, chunk = self._plan, self._chunk
-        interior = decided(self._view(chunk.interior), plan.job.combine)
+        interior = reduce(self._view(chunk.interior), plan.job.combine)
         return [interior, *map(self._view, _shared_boxes(plan, chunk))]
 
     def contribution(self) -> Contribution:
         """Return what the sums mean for this chunk and its neighbours; on the host."""
-        return contribution(self._plan, self._chunk, [on_host(part) for part in self.results()])
+        return contribution(self._plan, self._chunk, [to_numpy(part) for part in self.sums()])
 
     def _view(self, box: Box) -> Array:
         return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
@@ -153,24 +153,24 @@ def contribution(plan: Plan, chunk: Chunk, results: Sequence[npt.NDArray[Any]]) 
     own, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
     if chunk.has_band:
         rest = (_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes)
-        own = Own(tuple(sums[:bands]), tuple(rest))
+        own = OwnBlock(tuple(sums[:bands]), tuple(rest))
     return Contribution(
         core=_cut(plan, interior, chunk.interior, chunk.core),
         own=own,
-        pieces=tuple(zip(plan.leaves(chunk), sums[bands:], strict=True)),
+        pieces=tuple(zip(plan.outgoing_pieces(chunk), sums[bands:], strict=True)),
     )
 
 
 def _shared_boxes(plan: Plan, chunk: Chunk) -> list[Box]:
     """Return the boxes whose sums a chunk leaves to others: its bands, then its pieces."""
     bands = chunk.band_boxes if chunk.has_band else ()
-    return [*bands, *(piece.box for piece in plan.leaves(chunk))]
+    return [*bands, *(piece.box for piece in plan.outgoing_pieces(chunk))]
 
 
-def complete(
+def finalize_sums(
     plan: Plan,
     chunk: Chunk,
-    own: Own | None,
+    own: OwnBlock | None,
     pieces: Mapping[Piece, npt.NDArray[np.float32]],
 ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
     """Yield the final voxels of every storage chunk that the block's band touches.
@@ -187,24 +187,24 @@ def complete(
         total = pages.zeros((plan.channels, *box.shape), np.float32)
         if own is not None:
             total += own.band[number]
-        for piece in plan.awaits(chunk):
+        for piece in plan.incoming_pieces(chunk):
             shared = box & piece.box
             if shared.size:
                 here = (slice(None), *shared.slices(box.start))
                 there = (slice(None), *shared.slices(piece.box.start))
                 total[here] += pieces[piece][there]
-        _cut(plan, block, chunk.block, box)[...] = _final(plan, total)
+        _cut(plan, block, chunk.block, box)[...] = _to_stored(plan, total)
     for box in chunk.touched_boxes:
         yield box, _cut(plan, block, chunk.block, box)
 
 
-def _final(plan: Plan, average: Array) -> npt.NDArray[Any]:
+def _to_stored(plan: Plan, average: Array) -> npt.NDArray[Any]:
     """Return the stored form ([C,] *S) of an average (C, *S)."""
-    return _stored(plan, on_host(decided(average, plan.job.combine)))
+    return _stored(plan, to_numpy(reduce(average, plan.job.combine)))
 
 
 def _stored(plan: Plan, result: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    final = as_stored(result, plan.job.combine, plan.output_dtype)
+    final = cast_output(result, plan.job.combine, plan.output_dtype)
     drop_channel = plan.job.combine == "weighted_avg" and not plan.channel_axis
     return final[0] if drop_channel else final
 

@@ -41,7 +41,7 @@ def activate(raw: Array, activation: Activation) -> Array:
     return powers / xp.sum(powers, axis=1, keepdims=True)
 
 
-def as_votes(predictions: Array) -> Array:
+def to_votes(predictions: Array) -> Array:
     """Turn predictions (N, C, *Q) into votes of the same shape and dtype, each 0 or 1.
 
     Each voxel votes for its largest channel, the lowest of several; a single channel votes
@@ -66,46 +66,46 @@ def add_weighted(total: Array, weights: Array, values: Array) -> None:
         total.addcmul_(weights, values)
 
 
-def put(total: Array, values: Array) -> None:
+def copy_into(total: Array, values: Array) -> None:
     """Copy `values` to `total`, which is alike.
 
     On the host NumPy does it: torch's threads would wait for each other where others compute.
     """
-    if _is_on_host(total) and _is_on_host(values):
-        np.copyto(on_host(total), on_host(values))
+    if _is_host_array(total) and _is_host_array(values):
+        np.copyto(to_numpy(total), to_numpy(values))
     else:
         total[...] = values
 
 
 def is_finite(values: Array) -> bool:
     """Tell whether no value is NaN or infinite; False also where their sum overflows."""
-    if _is_on_host(values):
-        values = on_host(values)
+    if _is_host_array(values):
+        values = to_numpy(values)
     xp = namespace(values)
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(xp.isfinite(xp.sum(values)))  # a single pass
 
 
-def decide(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def reduce_and_cast(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Turn the average or vote share (C, *S) into what is stored, on the host.
 
     `weighted_avg` keeps (C, *S) and casts; `soft` and `hard` give labels (*S): the largest
     channel, the lowest of several, or for one channel whether it reaches 0.5. Raises
     PredictionError where float16 cannot hold an average.
     """
-    return as_stored(on_host(decided(average, combine)), combine, dtype)
+    return cast_output(to_numpy(reduce(average, combine)), combine, dtype)
 
 
-def decided(average: Array, combine: Combine) -> Array:
+def reduce(average: Array, combine: Combine) -> Array:
     """Do the part of `decide` that reduces, where the average lies."""
     if combine == "weighted_avg":
         return average
-    if _is_on_host(average):
-        average = on_host(average)
+    if _is_host_array(average):
+        average = to_numpy(average)
     return average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
 
 
-def as_stored(result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def cast_output(result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Do the rest of `decide`, on the host; raises PredictionError as that does."""
     with np.errstate(over="ignore"):
         stored = result if result.dtype == dtype else pages.cast(result, dtype)
@@ -116,14 +116,14 @@ def as_stored(result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike) 
     return stored
 
 
-def on_host(array: Array) -> npt.NDArray[Any]:
+def to_numpy(array: Array) -> npt.NDArray[Any]:
     """Return the array as NumPy; without a copy where it already lies in host memory."""
     if isinstance(array, np.ndarray):
         return array
     return cast("npt.NDArray[Any]", array.detach().cpu().numpy())
 
 
-def _is_on_host(array: Array) -> bool:
+def _is_host_array(array: Array) -> bool:
     return isinstance(array, np.ndarray) or array.device.type == "cpu"
 
 

@@ -157,7 +157,7 @@ class SameFailureError(ChunkqError):
     code = ErrorCode.REPEATED_FAILURE
 
 
-class OverrunError(ChunkqError):
+class TaskTimeoutError(ChunkqError):
     """Tasks hang; only the end of the process frees what they hold. `leases` lists them."""
 
     code = ErrorCode.TASK_OVERRUN

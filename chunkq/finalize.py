@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkq import __version__
-from chunkq.blend import Own, complete
+from chunkq.blend import OwnBlock, finalize_sums
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.executors.base import Attempt
 from chunkq.footprint import footprint
 from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Index, Piece, Plan
-from chunkq.tally import times_of
+from chunkq.tally import aggregate_timing
 from chunkq.tasks import Task, chunk_name
 from chunkq.verdict import advice, conclusion
 
-OWN = "own"
+OWN_PIECE = "own"
 """Name of the piece a chunk leaves for its own block."""
 BATCH = 1000
 """Blocks given to the pool at a time; bounds memory."""
@@ -45,7 +45,7 @@ def finalize_block(task: Task, attempt: Attempt) -> None:
     complete_block(job, task.chunk, attempt)
 
 
-def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
+def complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
     """Add up a block whose contributors are all committed, write, commit, delete its pieces.
 
     Raises PieceError if pieces are gone or damaged: then their contributors lose their commits
@@ -55,14 +55,14 @@ def complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
         _complete_block(job, index, attempt)
 
 
-def _complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
+def _complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
     started = time.time()
     chunk = job.plan.chunk(index)
     try:
         own, pieces, read_bytes = _gather(job, chunk)
         read = time.time()
         job.check_unchanged()
-        written = sum(job.write(box, v) for box, v in complete(job.plan, chunk, own, pieces))
+        written = sum(job.write(box, v) for box, v in finalize_sums(job.plan, chunk, own, pieces))
         finished = time.time()
         job.check_unchanged()
     except (PieceError, OSError):
@@ -87,35 +87,35 @@ def _complete_block(job: OpenJob, index: Index, attempt: Attempt) -> None:
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobCompletion:
     """What of a job is done. `unfinished` are the chunks without a commit record."""
 
     unfinished: tuple[Index, ...]
     to_finalize: tuple[Index, ...]
 
 
-def standing(job: OpenJob) -> Standing:
+def job_completion(job: JobHandle) -> JobCompletion:
     """Compare the plan with the ledger: two listings, whatever the job's size."""
     inferred = job.ledger.committed("infer")
     finalized = job.ledger.committed("finalize")
-    return Standing(
+    return JobCompletion(
         tuple(index for index in job.plan.indices() if index not in inferred),
         tuple(index for index in job.plan.to_finalize() if index not in finalized),
     )
 
 
-def checked_standing(job: OpenJob, *, allow_missing: bool = False) -> Standing:
+def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompletion:
     """Compare the plan with the ledger before blocks are completed.
 
     Raises IncompleteError with the list of chunks if some are not computed, unless `allow_missing`.
     """
-    now = standing(job)
+    now = job_completion(job)
     if now.unfinished and not allow_missing:
-        raise IncompleteError(_how_many(now.unfinished), now.unfinished)
+        raise IncompleteError(_count_chunks(now.unfinished), now.unfinished)
     return now
 
 
-def ready_blocks(job: OpenJob, now: Standing) -> list[Index]:
+def ready_blocks(job: JobHandle, now: JobCompletion) -> list[Index]:
     """Return the blocks that can be completed: all but those that a missing chunk touches."""
     missing = set(now.unfinished)
     if not missing:
@@ -124,7 +124,7 @@ def ready_blocks(job: OpenJob, now: Standing) -> list[Index]:
 
 
 def finalize_job(
-    job: OpenJob,
+    job: JobHandle,
     *,
     worker: str,
     allow_missing: bool = False,
@@ -141,7 +141,7 @@ def finalize_job(
     completed at once, by default as many as `blocks_at_once` says.
     """
     job.check_unchanged()
-    before = checked_standing(job, allow_missing=allow_missing)
+    before = check_completion(job, allow_missing=allow_missing)
     warnings = _check_inputs(job)
     job.output.check_array()
     ready = ready_blocks(job, before)
@@ -169,7 +169,7 @@ def finalize_job(
         return _seal(job, before.unfinished, warnings)
 
 
-def _check_inputs(job: OpenJob) -> list[str]:
+def _check_inputs(job: JobHandle) -> list[str]:
     """Return a warning for an input that is gone; raises StoreError for one that was replaced."""
     try:
         job.check_inputs()
@@ -200,19 +200,19 @@ def blocks_at_once(plan: Plan) -> int:
     return max(1, min(FINALIZER_THREADS, fitting))
 
 
-def _gather(job: OpenJob, chunk: Chunk) -> tuple[Own | None, dict[Piece, Any], int]:
+def _gather(job: JobHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece, Any], int]:
     """Read what the contributors left; contributors of missing pieces lose their commits."""
     ledger, total, own = job.ledger, 0, None
     pieces: dict[Piece, Any] = {}
     problems: dict[Index, PieceError] = {}
-    if chunk.active:
+    if chunk.is_active:
         try:
-            arrays, total = ledger.get_piece(chunk.index, OWN)
+            arrays, total = ledger.get_piece(chunk.index, OWN_PIECE)
             bands = len(chunk.band_boxes)
-            own = Own(tuple(arrays[:bands]), tuple(arrays[bands:]))
+            own = OwnBlock(tuple(arrays[:bands]), tuple(arrays[bands:]))
         except PieceError as error:
             problems[chunk.index] = error
-    for piece in job.plan.awaits(chunk):
+    for piece in job.plan.incoming_pieces(chunk):
         try:
             arrays, size = ledger.get_piece(chunk.index, piece.name)
             pieces[piece], total = arrays[0], total + size
@@ -220,7 +220,7 @@ def _gather(job: OpenJob, chunk: Chunk) -> tuple[Own | None, dict[Piece, Any], i
             problems[piece.source] = error
     if problems:
         if not ledger.is_committed("finalize", chunk.index):
-            ledger.withdraw("infer", problems)
+            ledger.delete_commits("infer", problems)
         names = ", ".join(map(chunk_name, problems))
         raise PieceError(
             f"{next(iter(problems.values()))}; chunk {names} must be computed again",
@@ -229,7 +229,7 @@ def _gather(job: OpenJob, chunk: Chunk) -> tuple[Own | None, dict[Piece, Any], i
     return own, pieces, total
 
 
-def _seal(job: OpenJob, missing: tuple[Index, ...], warnings: Sequence[str]) -> dict[str, Any]:
+def _seal(job: JobHandle, missing: tuple[Index, ...], warnings: Sequence[str]) -> dict[str, Any]:
     """Write the report; of a complete job, verify that every task has a valid record, and seal."""
     report, inferred, finalized = _report(job, missing, warnings)
     _check_records(job, inferred, finalized, missing)
@@ -245,7 +245,7 @@ def _seal(job: OpenJob, missing: tuple[Index, ...], warnings: Sequence[str]) -> 
 
 
 def _check_records(
-    job: OpenJob, inferred: set[Index], finalized: set[Index], missing: Sequence[Index]
+    job: JobHandle, inferred: set[Index], finalized: set[Index], missing: Sequence[Index]
 ) -> None:
     """Withdraw the damaged commit records, and raise IncompleteError if there are any.
 
@@ -259,23 +259,23 @@ def _check_records(
     }
     again = {index for index in job.plan.indices() if index not in inferred} - absent
     again.update(*(job.plan.contributors(block) for block in blocks))
-    job.ledger.withdraw("finalize", blocks)
-    job.ledger.withdraw("infer", again)
+    job.ledger.delete_commits("finalize", blocks)
+    job.ledger.delete_commits("infer", again)
     _raise_if_lost(dict.fromkeys(again, "a commit record is damaged"))
 
 
-def job_report(job: OpenJob, missing: Iterable[Index] = ()) -> dict[str, Any]:
+def job_report(job: JobHandle, missing: Iterable[Index] = ()) -> dict[str, Any]:
     """Sum up all commit records: what was done, what was moved, and where the time went."""
     return _report(job, missing)[0]
 
 
 def _report(
-    job: OpenJob, missing: Iterable[Index], warnings: Sequence[str] = ()
+    job: JobHandle, missing: Iterable[Index], warnings: Sequence[str] = ()
 ) -> tuple[dict[str, Any], set[Index], set[Index]]:
     """Return the report, and the chunks and blocks that have a valid commit record."""
     inferred: set[Index] = set()
     finalized: set[Index] = set()
-    times = times_of(
+    times = aggregate_timing(
         job.plan,
         _collect(job.ledger.read_commits("infer"), inferred),
         _collect(job.ledger.read_commits("finalize"), finalized),
@@ -299,7 +299,7 @@ def _collect(commits: Iterable[Commit], chunks: set[Index]) -> Iterator[Commit]:
         yield commit
 
 
-def _how_many(missing: Sequence[Index]) -> str:
+def _count_chunks(missing: Sequence[Index]) -> str:
     return f"{len(missing)} chunks are not computed yet: {_names(missing)}"
 
 

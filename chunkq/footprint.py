@@ -22,7 +22,7 @@ class Footprint:
     writing: int
     completing: int
 
-    def in_flight(self, depth: int) -> int:
+    def peak_bytes(self, depth: int) -> int:
         """Return the most that `depth` chunks hold: one on the device, the others at worst."""
         others = max(self.waiting, self.writing, self.completing)
         return max(self.computing + (depth - 1) * others, depth * self.completing)
@@ -55,7 +55,7 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     is_view = not labels and plan.output_dtype == "float32"
     final = 0 if is_view else chunk.interior.size * stored
     own = sum(box.size for box in chunk.band_boxes) * 4 * plan.channels
-    pieces = sum(piece.box.size for piece in plan.leaves(chunk)) * 4 * plan.channels
+    pieces = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * 4 * plan.channels
     waiting = chunk.halo.size * plan.volume.voxel_bytes
     # Deciding holds the largest values so far, before and after a channel, and two winners.
     deciding = chunk.interior.size * (4 + 4 + 1 + 1) if labels and plan.channels > 1 else 0
@@ -63,7 +63,7 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     computing = waiting + sums + max(deciding, leaving)
     rest = sum(box.size for box in chunk.rest_boxes) * stored
     writing = (sums if is_view else 0) + leaving + max(chunk.core.size * stored, rest)
-    awaited = sum(piece.box.size for piece in plan.awaits(chunk)) * 4 * plan.channels
+    awaited = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * 4 * plan.channels
     adding = max((box.size for box in chunk.band_boxes), default=0) * (4 * plan.channels + stored)
     completing = own + rest + awaited + adding + chunk.block.size * stored
     return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)

@@ -13,11 +13,11 @@ from typing import Literal, overload
 
 import numpy as np
 
-from chunkq.padding import Ints, PadMode, source_range
+from chunkq.padding import IntArray, PadMode, source_range
 
 Edge = Literal["pad", "shift"]
-NOWHERE = 1 << 61
-BLOCKS_REMEMBERED = 1 << 14
+EMPTY_RANGE = 1 << 61
+BLOCKS_CACHED = 1 << 14
 """Neighbouring chunks share all but one of their axis blocks."""
 
 
@@ -39,7 +39,7 @@ class AxisGrid:
     count: int
 
     @classmethod
-    def lay(
+    def create(
         cls,
         *,
         volume: int,
@@ -65,15 +65,15 @@ class AxisGrid:
     @overload
     def start(self, number: int) -> int: ...
     @overload
-    def start(self, number: Ints) -> Ints: ...
-    def start(self, number: int | Ints) -> int | Ints:
+    def start(self, number: IntArray) -> IntArray: ...
+    def start(self, number: int | IntArray) -> int | IntArray:
         """Return where input patch `number` starts; may lie outside the volume."""
         if isinstance(number, int):
             return self.last if number == self.count - 1 else self.first + number * self.stride
         regular = self.first + number * self.stride
         return np.where(number == self.count - 1, self.last, regular).astype(np.int64)
 
-    def below(self, position: Ints) -> Ints:
+    def count_below(self, position: IntArray) -> IntArray:
         """Return how many patches have kept voxels that start before `position`."""
         origin = self.first + self.lead
         regular = np.clip(-(-(position - origin) // self.stride), 0, self.count - 1)
@@ -82,28 +82,28 @@ class AxisGrid:
     @property
     def first_kept(self) -> int:
         """Number of the first patch whose kept voxels meet the volume."""
-        return int(self.below(np.asarray(1 - self.kept)))
+        return int(self.count_below(np.asarray(1 - self.kept)))
 
     @property
     def end_kept(self) -> int:
         """One past the last patch whose kept voxels meet the volume."""
-        return max(self.first_kept, int(self.below(np.asarray(self.volume))))
+        return max(self.first_kept, int(self.count_below(np.asarray(self.volume))))
 
-    def owned(self, block: Ints, size: int) -> tuple[Ints, Ints]:
+    def owned(self, block: IntArray, size: int) -> tuple[IntArray, IntArray]:
         """Return the range of patches whose kept voxels, clipped, start in block `block`.
 
         Blocks are `size` wide from 0 on. The ranges of all blocks cut
         `[first_kept, end_kept)` without gap or overlap.
         """
-        low = np.where(block == 0, self.first_kept, self.below(block * size))
+        low = np.where(block == 0, self.first_kept, self.count_below(block * size))
         low = np.clip(low, self.first_kept, self.end_kept)
-        high = np.clip(self.below((block + 1) * size), low, self.end_kept)
+        high = np.clip(self.count_below((block + 1) * size), low, self.end_kept)
         return low, high
 
     def touching(self, start: int, stop: int) -> range:
         """Return the numbers of the patches whose kept voxels meet `[start, stop)`."""
-        low = int(self.below(np.asarray(start - self.kept + 1)))
-        high = int(self.below(np.asarray(stop)))
+        low = int(self.count_below(np.asarray(start - self.kept + 1)))
+        high = int(self.count_below(np.asarray(stop)))
         return range(low, max(low, high))
 
     def gap(self) -> int | None:
@@ -136,7 +136,7 @@ class AxisBlock:
     stop: int
     band: int
     aligned_band: int
-    spill: int
+    upper_overlap: int
     halo: tuple[int, int]
     owned: tuple[range, ...]
 
@@ -163,15 +163,15 @@ class Axis:
         """Return one block."""
         return _axis_block(self, number)
 
-    def start(self, block: Ints) -> Ints:
+    def start(self, block: IntArray) -> IntArray:
         """Return where each block starts."""
         return block * self.chunk
 
-    def stop(self, block: Ints) -> Ints:
+    def stop(self, block: IntArray) -> IntArray:
         """Return where each block ends; the last one at the volume's end."""
         return np.minimum((block + 1) * self.chunk, self.volume)
 
-    def spill(self, block: Ints) -> Ints:
+    def upper_overlap(self, block: IntArray) -> IntArray:
         """Return how far the patches a block owns reach into the next block, in voxels."""
         reach = self.stop(block)
         for grid in self.grids:
@@ -181,35 +181,35 @@ class Axis:
         stop = self.stop(block)
         return np.where(stop < self.volume, reach - stop, 0)
 
-    def band(self, block: Ints) -> Ints:
+    def band(self, block: IntArray) -> IntArray:
         """Return how many voxels at a block's low side the block below reaches into."""
-        below: Ints = np.maximum(block - 1, 0)
-        return np.where(block > 0, self.spill(below), 0)
+        below: IntArray = np.maximum(block - 1, 0)
+        return np.where(block > 0, self.upper_overlap(below), 0)
 
-    def aligned_band(self, block: Ints) -> Ints:
+    def aligned_band(self, block: IntArray) -> IntArray:
         """Return the band rounded up to whole storage chunks, within the block."""
-        rounded: Ints = -(-self.band(block) // self.storage) * self.storage
+        rounded: IntArray = -(-self.band(block) // self.storage) * self.storage
         length = self.stop(block) - self.start(block)
         return np.where(rounded < length, rounded, length)
 
-    def halo(self, block: Ints) -> tuple[Ints, Ints]:
+    def halo(self, block: IntArray) -> tuple[IntArray, IntArray]:
         """Return the window of input the owned patches read; empty where none is owned."""
-        low = np.full_like(block, NOWHERE)
-        high = np.full_like(block, -NOWHERE)
+        low = np.full_like(block, EMPTY_RANGE)
+        high = np.full_like(block, -EMPTY_RANGE)
         for grid in self.grids:
             begin, end = grid.owned(block, self.chunk)
             some = end > begin
             low = np.where(some, np.minimum(low, grid.start(begin)), low)
             high = np.where(some, np.maximum(high, grid.start(end - 1) + grid.patch), high)
-        none = low == NOWHERE
+        none = low == EMPTY_RANGE
         return np.where(none, 0, low), np.where(none, 0, high)
 
-    def read(self, block: Ints) -> tuple[Ints, Ints]:
+    def read(self, block: IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of real voxels behind the halo."""
         return source_range(*self.halo(block), self.volume, self.pad_mode)
 
 
-@lru_cache(maxsize=BLOCKS_REMEMBERED)
+@lru_cache(maxsize=BLOCKS_CACHED)
 def _axis_block(axis: Axis, number: int) -> AxisBlock:
     block = np.asarray(number, dtype=np.int64)
     low, high = axis.halo(block)
@@ -218,7 +218,7 @@ def _axis_block(axis: Axis, number: int) -> AxisBlock:
         stop=int(axis.stop(block)),
         band=int(axis.band(block)),
         aligned_band=int(axis.aligned_band(block)),
-        spill=int(axis.spill(block)),
+        upper_overlap=int(axis.upper_overlap(block)),
         halo=(int(low), int(high)),
         owned=tuple(
             range(*(int(end) for end in grid.owned(block, axis.chunk))) for grid in axis.grids

@@ -23,7 +23,7 @@ from pydantic import (
 from chunkq.combine import Activation, Combine
 from chunkq.errors import ErrorCode, JobError, nearest
 from chunkq.grids import Edge
-from chunkq.job_path import canonical, path_problem, shown
+from chunkq.job_path import canonical, path_problem, printable_path
 from chunkq.padding import PadMode
 from chunkq.paths import absolute, without_secret
 
@@ -225,7 +225,7 @@ def _with_usable_output(values: Mapping[str, Any]) -> Job:
     """Check a mapping and that its output's path has a canonical form; one line per mistake."""
     output = values.get("output")
     problem = path_problem(output) if isinstance(output, str) else None
-    lines = [] if problem is None else [f"output: {shown(str(output))} {problem}"]
+    lines = [] if problem is None else [f"output: {printable_path(str(output))} {problem}"]
     try:
         job = parse_job(values)
     except JobError as error:

@@ -10,8 +10,8 @@ from chunkq.paths import LOCAL_SCHEMES, absolute, is_url, without_secret
 
 SUFFIX = ".chunkq"
 """What follows an output's path in the path of its job folder."""
-LONGEST_PATH = 4096
-LONGEST_SHOWN = 300
+MAX_PATH_LENGTH = 4096
+MAX_PRINTED_LENGTH = 300
 HOST_SCHEMES = frozenset({"http", "https"})
 """Schemes whose hosts are the same in upper and lower case."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
@@ -52,8 +52,8 @@ def _without_dots(path: str) -> list[str]:
 
 def path_problem(path: str) -> str | None:
     """Return why a path is not in canonical form, in words that follow it; None if it is."""
-    if len(path) > LONGEST_PATH:
-        return f"has {len(path)} characters; use at most {LONGEST_PATH}"
+    if len(path) > MAX_PATH_LENGTH:
+        return f"has {len(path)} characters; use at most {MAX_PATH_LENGTH}"
     if CONTROL.search(path):
         return "contains a control character; use printable characters"
     try:
@@ -93,7 +93,7 @@ def output_path(output: str, base: Path) -> str:
     """Return an output's path in canonical form. Raises JobError if it has none."""
     path = canonical(output, base)
     if problem := path_problem(path):
-        raise JobError(f"output: {shown(path)} {problem}", code=ErrorCode.PATH_INVALID)
+        raise JobError(f"output: {printable_path(path)} {problem}", code=ErrorCode.PATH_INVALID)
     return path
 
 
@@ -108,11 +108,11 @@ def check_job_path(job: str) -> None:
     if problem is None and (not job.endswith(SUFFIX) or output_of(job).endswith(("/", "://"))):
         problem = f"is not the path of a job folder; expected OUTPUT{SUFFIX}"
     if problem is not None:
-        raise JobError(f"job: {shown(job)} {problem}", code=ErrorCode.PATH_INVALID)
+        raise JobError(f"job: {printable_path(job)} {problem}", code=ErrorCode.PATH_INVALID)
 
 
-def shown(path: str) -> str:
+def printable_path(path: str) -> str:
     """Return a path fit for one line of a message: no password, no control characters, not long."""
     text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", without_secret(path))
     text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+    return text if len(text) <= MAX_PRINTED_LENGTH else f"{text[:MAX_PRINTED_LENGTH]}…"

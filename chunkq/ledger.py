@@ -85,7 +85,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Newest:
+class RecentCommits:
     """How many tasks are finished, and the newest records among every `step`-th of them."""
 
     total: int
@@ -117,7 +117,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class PieceInfo:
     """A stored piece: its size in bytes and CRC-32C."""
 
     size: int
@@ -224,7 +224,7 @@ class JobFolder:
             for name in names:
                 if name != epoch:
                     self.objects.delete_folder(name)
-            self.objects.sweep()
+            self.objects.delete_partial_files()
 
     def delete_epochs(self) -> None:
         """Remove the ledgers of all jobs that were here so far."""
@@ -275,9 +275,9 @@ class Ledger:
 
     def count(self, kind: str) -> int:
         """Count the finished tasks of a kind."""
-        return self.newest(kind, 0).total
+        return self.recent_commits(kind, 0).total
 
-    def newest(self, kind: str, count: int) -> Newest:
+    def recent_commits(self, kind: str, count: int) -> RecentCommits:
         """Count the finished tasks of a kind and return the newest `count` records of a sample.
 
         Much cheaper than `committed`: of a large job only a sample is looked at.
@@ -285,7 +285,7 @@ class Ledger:
         total, step, sampled = self.objects.sample(_done(kind), SAMPLE, _is_chunk)
         latest = nlargest(count, sampled, key=attrgetter("modified"))
         chunks = [chunk for e in latest if (chunk := parse_chunk(e.name)) is not None]
-        return Newest(total, step, tuple(self.commits(kind, chunks)))
+        return RecentCommits(total, step, tuple(self.commits(kind, chunks)))
 
     def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
         """Return the commit records of those chunks that have a valid one."""
@@ -300,7 +300,7 @@ class Ledger:
         while batch := list(islice(chunks, BATCH)):
             yield from self.commits(kind, batch)
 
-    def withdraw(self, kind: str, chunks: Iterable[Index]) -> None:
+    def delete_commits(self, kind: str, chunks: Iterable[Index]) -> None:
         """Delete commit records: these tasks are to be done again."""
         for chunk in chunks:
             self.objects.delete(_done(kind, chunk))
@@ -320,7 +320,7 @@ class Ledger:
         found = map(Failure.from_json, self.objects.get_many(names).values())
         return [failure for failure in found if failure is not None]
 
-    def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> Written:
+    def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> PieceInfo:
         """Store arrays as a block's piece: a line of JSON, their bytes, a CRC-32C.
 
         The line has the piece's epoch and name, and [dtype, shape] of each array. The form is not
@@ -338,7 +338,7 @@ class Ledger:
         checksum = reduce(google_crc32c.extend, parts, 0)
         end = checksum.to_bytes(CRC_BYTES, "little")
         self.objects.put(path, *(part.data for part in parts), end, durable=False)
-        return Written(sum(map(len, parts)) + CRC_BYTES, checksum)
+        return PieceInfo(sum(map(len, parts)) + CRC_BYTES, checksum)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
         """Return a piece's arrays and its size in bytes; raises PieceError if gone or damaged."""
@@ -347,7 +347,7 @@ class Ledger:
         if content is None:
             raise PieceError(f"{without_secret(self.path)}/{path} is gone")
         damaged = PieceError(f"{without_secret(self.path)}/{path} is damaged")
-        if not _is_whole(content):
+        if not _has_valid_checksum(content):
             raise damaged
         ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
         offset = next(end for end in ends if content[end - 1] == ord("\n"))
@@ -366,7 +366,7 @@ class Ledger:
         folder = "pieces" if target is None else f"pieces/{ITEM}/{chunk_name(target)}"
         self.objects.delete_folder(folder)
         if target is None:
-            self.objects.sweep()
+            self.objects.delete_partial_files()
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""
@@ -421,7 +421,7 @@ def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _is_whole(content: npt.NDArray[np.uint8]) -> bool:
+def _has_valid_checksum(content: npt.NDArray[np.uint8]) -> bool:
     """Tell whether the last bytes are the CRC-32C of those before; of nothing, that would be 0."""
     if len(content) <= CRC_BYTES:
         return False

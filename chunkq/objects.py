@@ -43,7 +43,7 @@ CLAIM_SECONDS = 60.0
 """How long a process may take to replace an object before another one takes over."""
 
 
-class Found(NamedTuple):
+class ObjectInfo(NamedTuple):
     """One listed object: its name in the folder, when it was last written (s, Unix), its bytes."""
 
     name: str
@@ -108,9 +108,9 @@ class ObjectFolder:
                 self._filesystem.pipe_file(target, content, mode="create")
                 return
             except OSError as error:
-                if _says_precondition_failed(error):
+                if _is_precondition_failed(error):
                     raise FileExistsError(target) from error
-                if not _says_not_implemented(error):
+                if not _is_not_implemented(error):
                     raise
                 self.is_exclusive = False
         self._filesystem.pipe_file(target, content)
@@ -125,7 +125,7 @@ class ObjectFolder:
         """
         claim = f"{name}.{hashlib.sha256(content or b'').hexdigest()[:16]}.claim"
         owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}".encode()
-        if not self.put_new(claim, owner) and not self._broke_claim(claim, owner):
+        if not self.put_new(claim, owner) and not self._take_over_claim(claim, owner):
             yield False
             return
         try:
@@ -146,7 +146,7 @@ class ObjectFolder:
         self.put(name, content)
         return True
 
-    def _broke_claim(self, claim: str, owner: bytes) -> bool:
+    def _take_over_claim(self, claim: str, owner: bytes) -> bool:
         """Take over a claim whose owner died; return whether this process has it now."""
         folder, _, last = claim.rpartition("/")
         ages = [time.time() - e.modified for e in self.list(folder) if e.name == last]
@@ -177,7 +177,7 @@ class ObjectFolder:
                 except FileNotFoundError:
                     if attempt + 1 == REMOVALS:
                         raise
-                    _give_way(attempt)
+                    _back_off(attempt)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -230,12 +230,12 @@ class ObjectFolder:
         path = join(self._root, name)
         return os.path.exists(path) if self._local else bool(self._filesystem.exists(path))
 
-    def list(self, folder: str) -> Iterator[Found]:
+    def list(self, folder: str) -> Iterator[ObjectInfo]:
         """Yield the objects directly inside a folder, in no order; none if it is not there."""
         path = join(self._root, folder)
         if self._local:
             for entry in _scan(path):
-                if (found := _found(entry)) is not None:
+                if (found := _object_info(entry)) is not None:
                     yield found
             return
         try:
@@ -245,7 +245,7 @@ class ObjectFolder:
         for entry in entries:
             if entry["type"] == "file":
                 name = entry["name"].rpartition("/")[2]
-                yield Found(name, _modified(entry), entry.get("size") or 0)
+                yield ObjectInfo(name, _modified(entry), entry.get("size") or 0)
 
     def folders(self) -> Sequence[str]:
         """Return the names of the folders directly inside this one; none if it is not there."""
@@ -264,7 +264,7 @@ class ObjectFolder:
 
     def sample(
         self, folder: str, most: int, keep: Callable[[str], bool]
-    ) -> tuple[int, int, Sequence[Found]]:
+    ) -> tuple[int, int, Sequence[ObjectInfo]]:
         """Count a folder's objects whose names to `keep`; return that, a step, and a sample.
 
         The sample is every step-th object, `most` at most. Asking a local file for its date costs
@@ -276,7 +276,7 @@ class ObjectFolder:
             return len(listed), step, listed[::step]
         entries = [entry for entry in _scan(join(self._root, folder)) if keep(entry.name)]
         step = 1 + len(entries) // most
-        found = [entry for e in entries[::step] if (entry := _found(e)) is not None]
+        found = [entry for e in entries[::step] if (entry := _object_info(e)) is not None]
         return len(entries), step, found
 
     def delete(self, name: str) -> None:
@@ -288,7 +288,7 @@ class ObjectFolder:
             else:
                 self._filesystem.rm_file(path)
 
-    def sweep(self) -> None:
+    def delete_partial_files(self) -> None:
         """Remove what killed writers left behind; a writer of this moment writes again."""
         if self._local and os.path.isdir(self._root):
             for name in os.listdir(self._root):
@@ -329,7 +329,7 @@ class ObjectFolder:
             self.delete_folder()
         elif os.path.isdir(self._root):
             self.discard(*(n for n in os.listdir(self._root) if not n.startswith(PARTIAL)))
-            self.sweep()
+            self.delete_partial_files()
         else:
             _remove(self._root)
 
@@ -374,7 +374,7 @@ def _remove_tree(path: str) -> None:
         except OSError as error:
             if error.errno != errno.ENOTEMPTY or attempt + 1 == REMOVALS:
                 raise
-            _give_way(attempt)
+            _back_off(attempt)
 
 
 def _make_folder(path: str) -> None:
@@ -387,7 +387,7 @@ def _make_folder(path: str) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
 
 
-def _give_way(attempt: int) -> None:
+def _back_off(attempt: int) -> None:
     """Wait for those who are at work on the same folder."""
     time.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
 
@@ -409,13 +409,13 @@ def _scan(path: str) -> Iterator[os.DirEntry[str]]:
         return
 
 
-def _found(entry: os.DirEntry[str]) -> Found | None:
+def _object_info(entry: os.DirEntry[str]) -> ObjectInfo | None:
     """Return a file's name, date and size; None if it was removed since."""
     try:
         status = entry.stat()
     except FileNotFoundError:
         return None
-    return Found(entry.name, status.st_mtime, status.st_size)
+    return ObjectInfo(entry.name, status.st_mtime, status.st_size)
 
 
 def _this_machine() -> str:
@@ -451,13 +451,13 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _says_precondition_failed(error: BaseException) -> bool:
+def _is_precondition_failed(error: BaseException) -> bool:
     """Return whether a conditional write found an object (s3fs raises a plain OSError)."""
     codes = _response_codes(error)
     return bool(codes & {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
 
 
-def _says_not_implemented(error: BaseException) -> bool:
+def _is_not_implemented(error: BaseException) -> bool:
     """Return whether an S3 server has no conditional write."""
     return bool(_response_codes(error) & {"NotImplemented", "501"})
 

@@ -21,11 +21,11 @@ from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.stores import Array, input_identity, open_array, read_padded
 
-JOBS_HELD = 8
+JOBS_CACHED = 8
 
 
 @dataclass(frozen=True)
-class OpenJob:
+class JobHandle:
     """One job's folder and plan, with its inputs and output opened when first needed."""
 
     folder: JobFolder
@@ -110,11 +110,11 @@ class OpenJob:
         return values.nbytes
 
 
-_held: OrderedDict[str, OpenJob] = OrderedDict()
+_cache: OrderedDict[str, JobHandle] = OrderedDict()
 _lock = threading.Lock()
 
 
-def open_job(path: str) -> OpenJob:
+def open_job(path: str) -> JobHandle:
     """Return the job of a job folder; opened once per process while its record stays the same.
 
     Raises MissingJobError where there is no job.
@@ -122,11 +122,11 @@ def open_job(path: str) -> OpenJob:
     folder = JobFolder(path)
     record = folder.require_record()
     with _lock:
-        held = _held.get(path)
+        held = _cache.get(path)
         if held is None or held.record.epoch != record.epoch:
-            held = OpenJob(folder, record, record.plan())
-            _held[path] = held
-        _held.move_to_end(path)
-        while len(_held) > JOBS_HELD:
-            _held.popitem(last=False)
+            held = JobHandle(folder, record, record.plan())
+            _cache[path] = held
+        _cache.move_to_end(path)
+        while len(_cache) > JOBS_CACHED:
+            _cache.popitem(last=False)
         return held

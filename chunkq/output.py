@@ -96,7 +96,7 @@ class Output:
         self.check(name)
         self._remove_strays(allowed)
         if self._local:
-            sweep_locks(self.path, time.time() - LOCK_AGE)
+            delete_stale_locks(self.path, time.time() - LOCK_AGE)
         allowed()
         self._write_group("incomplete", name)
 
@@ -162,7 +162,7 @@ class Output:
         self.check(name)
         self._remove_strays(allowed)
         if self._local:
-            sweep_locks(join(self.path, name))
+            delete_stale_locks(join(self.path, name))
         allowed()
         self._write_group("complete", name)
         allowed()  # a process that was suspended before the line above must not report success
@@ -205,7 +205,7 @@ class Output:
         allowed()
         if strays:
             self._objects.discard(*strays)
-        self._objects.sweep()
+        self._objects.delete_partial_files()
 
     def _is_stray(self, name: str) -> bool:
         if name == self._record.array:
@@ -259,7 +259,7 @@ class Output:
             ) from error
 
 
-def sweep_locks(path: str, older_than: float = math.inf) -> None:
+def delete_stale_locks(path: str, older_than: float = math.inf) -> None:
     """Remove temporary files of killed writers below a local path, if older than a Unix time."""
     for folder, _, files in os.walk(path):
         for file in files:

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 PadMode = Literal["constant", "reflect", "symmetric", "edge"]
-Ints = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
-def source_indices(start: int, stop: int, size: int, mode: PadMode) -> Ints:
+def source_indices(start: int, stop: int, size: int, mode: PadMode) -> IntArray:
     """Return, for each position in `[start, stop)`, the voxel of `[0, size)` it shows.
 
     Shape (stop - start,), int64. Equals what `np.pad` on an axis of `size` voxels would put
@@ -31,7 +31,7 @@ def source_indices(start: int, stop: int, size: int, mode: PadMode) -> Ints:
     return np.where(folded < size, folded, 2 * size - 2 - folded)
 
 
-def source_range(start: Ints, stop: Ints, size: int, mode: PadMode) -> tuple[Ints, Ints]:
+def source_range(start: IntArray, stop: IntArray, size: int, mode: PadMode) -> tuple[IntArray, IntArray]:
     """Return the smallest range of real voxels that shows up in each window `[start, stop)`.
 
     Elementwise over arrays of windows, each of which meets `[0, size)` or is empty; an empty

@@ -21,7 +21,7 @@ SERVERS = frozenset({"redis", "rediss", "unix"})
 
 LOCAL_SCHEMES = frozenset({"file", "local"})
 """Schemes of URLs that name local paths."""
-MOST_FILES = 10_000
+MAX_FILES = 10_000
 """Files of a folder that can still be a network."""
 
 
@@ -109,9 +109,9 @@ def local_parts(path: str) -> list[tuple[str, str]] | None:
     """Return the files a local path stands for, as (relative name, path); None for a file."""
     if os.path.isdir(path):
         every = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
-        found = list(islice(every, MOST_FILES + 1))
-        if len(found) > MOST_FILES:
-            raise OSError(errno.EFBIG, f"a folder of more than {MOST_FILES} files", path)
+        found = list(islice(every, MAX_FILES + 1))
+        if len(found) > MAX_FILES:
+            raise OSError(errno.EFBIG, f"a folder of more than {MAX_FILES} files", path)
         return [(os.path.relpath(part, path), part) for part in found]
     if not os.path.exists(path) and os.path.exists(f"{path}.index"):
         found = [f"{path}.index", *glob(f"{escape(path)}.data-*")]

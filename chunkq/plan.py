@@ -20,7 +20,7 @@ from chunkq.box import Box
 from chunkq.combine import label_dtype
 from chunkq.grids import Axis
 from chunkq.job import Job
-from chunkq.padding import Ints
+from chunkq.padding import IntArray
 
 Index = tuple[int, ...]
 SLAB = 1 << 16
@@ -102,7 +102,7 @@ class Chunk:
     owned: tuple[tuple[range, ...], ...]
 
     @property
-    def active(self) -> bool:
+    def is_active(self) -> bool:
         """Tell whether the chunk has anything to compute; else its block is all band."""
         return self.halo.size > 0
 
@@ -217,7 +217,7 @@ class Plan:
             block=Box(start, stop),
             interior=Box(tuple(p.start + p.band for p in parts), stop),
             core=Box(tuple(p.start + p.aligned_band for p in parts), stop),
-            region=Box(start, tuple(p.stop + p.spill for p in parts)),
+            region=Box(start, tuple(p.stop + p.upper_overlap for p in parts)),
             halo=Box(tuple(p.halo[0] for p in parts), tuple(p.halo[1] for p in parts)),
             owned=tuple(tuple(p.owned[g] for p in parts) for g in range(len(self.axes[0].grids))),
         )
@@ -243,19 +243,19 @@ class Plan:
                     ),
                 )
 
-    def leaves(self, chunk: Chunk) -> list[Piece]:
+    def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces a chunk leaves for its upper neighbours, in a fixed order."""
-        if not chunk.active:
+        if not chunk.is_active:
             return []
         spill = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
         return [
             Piece(chunk.index, target, box)
             for up in _subsets(self.rank)
             if all(spill[a] for a in range(self.rank) if up[a])
-            for target, box in [self._one_up(chunk, up)]
+            for target, box in [self._upper_neighbor(chunk, up)]
         ]
 
-    def awaits(self, chunk: Chunk) -> list[Piece]:
+    def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that lower neighbours leave for a chunk's block, in a fixed order."""
         block, inner, halo = chunk.block, chunk.interior.start, chunk.halo.shape
         pieces = []
@@ -273,7 +273,7 @@ class Plan:
 
     def contributors(self, index: Index) -> list[Index]:
         """Return the chunks whose commit a block needs before it can be finalized."""
-        return [index, *(piece.source for piece in self.awaits(self.chunk(index)))]
+        return [index, *(piece.source for piece in self.incoming_pieces(self.chunk(index)))]
 
     def has_band(self, index: Index) -> bool:
         """Tell whether a block is completed by finalizing it."""
@@ -294,7 +294,7 @@ class Plan:
         """Exact totals, summed axis by axis: every term is a product over the axes."""
         return _costs(self)
 
-    def _one_up(self, chunk: Chunk, up: Index) -> tuple[Index, Box]:
+    def _upper_neighbor(self, chunk: Chunk, up: Index) -> tuple[Index, Box]:
         target = tuple(i + u for i, u in zip(chunk.index, up, strict=True))
         block, region = chunk.block, chunk.region
         start = tuple(
@@ -322,9 +322,9 @@ class _AxisTotals:
         for low in range(0, axis.blocks, SLAB):
             self._add(axis, np.arange(low, min(low + SLAB, axis.blocks), dtype=np.int64))
 
-    def _add(self, axis: Axis, blocks: Ints) -> None:
+    def _add(self, axis: Axis, blocks: IntArray) -> None:
         length = axis.stop(blocks) - axis.start(blocks)
-        band, spill = axis.band(blocks), axis.spill(blocks)
+        band, spill = axis.band(blocks), axis.upper_overlap(blocks)
         halo_low, halo_high = axis.halo(blocks)
         read_low, read_high = axis.read(blocks)
         active = halo_high > halo_low

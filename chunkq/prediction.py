@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chunkq.combine import Array, on_host
+from chunkq.combine import Array, to_numpy
 from chunkq.errors import ChunkqError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Prediction:
 
     def numpy(self) -> Prediction:
         """Return the same with NumPy arrays, on the host; NumPy arrays are shared, not copied."""
-        return self._each(on_host)
+        return self._each(to_numpy)
 
     def to(self, device: str) -> Prediction:
         """Return the same as torch tensors on a device such as `cpu`, `cuda` or `cuda:1`.
@@ -77,7 +77,7 @@ class Prediction:
                 "pip install 'chunkq[plot]'"
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
-        figure = draw(on_host(first), on_host(self.labels), at)
+        figure = draw(to_numpy(first), to_numpy(self.labels), at)
         if path is not None:
             figure.savefig(path)
         return figure

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_EVERY_SECONDS = 10.0
 
 
-class Meter:
+class ProgressBar:
     """Shows how far one piece of work is. Call it with (done, total)."""
 
     def __init__(self, label: str, console: Console | None = None) -> None:
@@ -29,7 +29,7 @@ class Meter:
             )
             self._row = self._bar.add_task(label, total=None)
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self

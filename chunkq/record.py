@@ -22,7 +22,7 @@ from chunkq.stores import Source, input_identity
 LAYOUT = 2
 """Version of the job folder's layout; folders of other versions are refused."""
 EPOCH_DIGITS = 8
-NOT_THE_RESULT = (
+KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
 )  # fmt: skip
 """Keys of a job that say where it runs, not what it computes."""
@@ -53,7 +53,7 @@ class JobRecord:
         return self.sources[0]
 
     @classmethod
-    def of(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
+    def create(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
         """Return a job's record; reads the files that the job names once to hash them.
 
         Raises JobError naming every file that cannot be read, StoreError for an input that is gone.
@@ -97,7 +97,7 @@ class JobRecord:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
-        values = {k: v for k, v in self.job.as_dict().items() if k not in NOT_THE_RESULT}
+        values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
         what = [values, [asdict(source) for source in self.sources], self.file_hashes]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from chunkq.ledger import JobFolder, folder_of
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.output import new_record
 from chunkq.record import JobRecord
 
 
-def made_anew(record: JobRecord, folder: str) -> OpenJob:
+def recreate_job(record: JobRecord, folder: str) -> JobHandle:
     """Create a job's folder and empty output below a local folder, and open it."""
     output = f"{folder}/out.zarr"
     there = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))

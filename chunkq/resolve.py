@@ -185,7 +185,7 @@ class _Shapes:
         offsets = ((0,) * rank, *job.offsets)
         grids = [
             tuple(
-                AxisGrid.lay(
+                AxisGrid.create(
                     volume=self.volume.shape[a],
                     patch=self.patch[a],
                     kept=self.kept[a],

@@ -17,7 +17,7 @@ from pathlib import Path
 
 PREFIX = "chunkq-"
 LOCK = ".owner"
-_own: set[Path] = set()
+_own_folders: set[Path] = set()
 """Folders of this process."""
 
 
@@ -28,10 +28,10 @@ def scratch_folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
     Removes the folders of killed processes first.
     """
     base = parent or Path(tempfile.gettempdir())
-    sweep(base)
+    delete_abandoned(base)
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=base))
     lock = _lock(folder)
-    _own.add(folder)
+    _own_folders.add(folder)
     try:
         yield folder
     finally:
@@ -39,22 +39,22 @@ def scratch_folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep(base: Path | None = None) -> None:
+def delete_abandoned(base: Path | None = None) -> None:
     """Remove the folders of this user whose owner has ended on this machine without doing so."""
     for folder in (base or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if folder not in _own and _is_abandoned(folder):
+            if folder not in _own_folders and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_own() -> None:
     """Remove the folders of this process, which is about to end without leaving its contexts."""
-    for folder in tuple(_own):
+    for folder in tuple(_own_folders):
         _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    _own.discard(folder)
+    _own_folders.discard(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 

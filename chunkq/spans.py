@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
-Spans = tuple[Numbers, Numbers]
+Intervals = tuple[Numbers, Numbers]
 SLAB = 1 << 16
 """Spans looked at together; bounds memory."""
 
 
-def covered(starts: Numbers, stops: Numbers) -> float:
+def covered_seconds(starts: Numbers, stops: Numbers) -> float:
     """Return for how long at least one span lasts."""
     if not len(starts):
         return 0.0
@@ -24,7 +24,7 @@ def covered(starts: Numbers, stops: Numbers) -> float:
     return float(np.maximum(ends - np.maximum(begins, before), 0.0).sum())
 
 
-def layered(layers: Sequence[Spans], low: float, high: float) -> list[float]:
+def attribute_time(layers: Sequence[Intervals], low: float, high: float) -> list[float]:
     """Share out the time from `low` to `high`: each moment to the first layer that covers it.
 
     Returns the seconds of each layer, and last those that none covers; they add up to
@@ -40,7 +40,7 @@ def layered(layers: Sequence[Spans], low: float, high: float) -> list[float]:
             inside = (layer[0] < end) & (layer[1] > begin)
             starts = np.concatenate([starts, layer[0][inside].clip(begin, end)])
             stops = np.concatenate([stops, layer[1][inside].clip(begin, end)])
-            now = covered(starts, stops)
+            now = covered_seconds(starts, stops)
             seconds[number] += max(0.0, now - before)
             before = max(before, now)
         whole += before
@@ -53,7 +53,7 @@ def _cuts(starts: Numbers, low: float, high: float) -> list[float]:
     return [low, *(float(t) for t in np.unique(inner) if low < t < high), high]
 
 
-def most_at_once(starts: Numbers, stops: Numbers) -> int:
+def max_overlap(starts: Numbers, stops: Numbers) -> int:
     """Return how many spans last at the same moment, at most; a span ends before one begins."""
     moments = np.concatenate([stops, starts])
     steps = np.repeat([-1, 1], [len(stops), len(starts)])

@@ -14,20 +14,20 @@ from chunkq.executors.base import WorkerName
 from chunkq.footprint import footprint
 from chunkq.ledger import Commit
 from chunkq.plan import Plan
-from chunkq.spans import Numbers, Spans, covered, layered, most_at_once, spread
+from chunkq.spans import Numbers, Intervals, covered_seconds, attribute_time, max_overlap, spread
 from chunkq.tasks import chunk_name
 from chunkq.times import (
     BINS,
-    HOLDERS,
+    WAITING_STAGES,
     STAGES,
     STRAGGLER_FACTOR,
     STRAGGLER_SECONDS,
-    Course,
+    Timeline,
     Durations,
-    Finalizing,
+    FinalizeTiming,
     Straggler,
     Stragglers,
-    Times,
+    Timing,
     Worker,
 )
 
@@ -35,14 +35,14 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 STRAGGLERS_LISTED = 20
 
 
-def times_of(plan: Plan, infer: Iterable[Commit], finalize: Iterable[Commit] = ()) -> Times:
+def aggregate_timing(plan: Plan, infer: Iterable[Commit], finalize: Iterable[Commit] = ()) -> Timing:
     """Sum up a job's commit records. Each is looked at once and kept as some 50 bytes."""
     chunks, blocks = _Columns(plan), _Columns(plan)
     for commit in infer:
         chunks.add(commit)
     for commit in finalize:
         blocks.add(commit)
-    return _Figures(plan, chunks, blocks).times()
+    return _JobTiming(plan, chunks, blocks).times()
 
 
 @dataclass
@@ -98,7 +98,7 @@ class _Columns:
         self.worker.append(number)
 
 
-class _Figures:
+class _JobTiming:
     """One job's columns as arrays, in seconds since its first task's start."""
 
     def __init__(self, plan: Plan, chunks: _Columns, blocks: _Columns) -> None:
@@ -125,7 +125,7 @@ class _Figures:
         for axis, place in zip(plan.axes, self.places, strict=True):
             self.voxels *= axis.stop(place) - axis.start(place)
 
-    def times(self) -> Times:
+    def times(self) -> Timing:
         plan, total, costs = self.plan, self.columns.total, self.plan.costs
         workers = {name: self._worker(name) for name in sorted(self.columns.names)}
         ends = np.concatenate([self.stop, self.block_stop])
@@ -136,7 +136,7 @@ class _Figures:
         moved, gathered = total.moved, self.blocks.total.moved
         flight = max((w.chunks_in_flight for w in workers.values()), default=0)
         arrays = footprint(plan)
-        return Times(
+        return Timing(
             chunks=total.count,
             planned_chunks=costs.chunks,
             finalized_blocks=self.blocks.total.count,
@@ -146,7 +146,7 @@ class _Figures:
             voxels=voxels,
             started=self.origin,
             wall_seconds=wall,
-            paused_seconds=max(0.0, wall - covered(begins, ends)),
+            paused_seconds=max(0.0, wall - covered_seconds(begins, ends)),
             work_seconds=work,
             voxels_per_second=voxels / work if work else 0.0,
             seconds={stage: total.seconds[stage] for stage in STAGES}
@@ -165,30 +165,30 @@ class _Figures:
                 "pieces_read": costs.piece_bytes,
             },
             peak_rss_bytes=max((w.peak_rss_bytes for w in workers.values()), default=0),
-            planned_array_bytes=arrays.in_flight(max(1, flight)),
-            one_more_in_flight_bytes=arrays.in_flight(2) - arrays.in_flight(1),
+            planned_array_bytes=arrays.peak_bytes(max(1, flight)),
+            one_more_in_flight_bytes=arrays.peak_bytes(2) - arrays.peak_bytes(1),
             chunks_in_flight=flight,
             retried=total.retried,
-            crew_shares=_crew_shares(workers.values()),
+            worker_time_shares=_worker_time_shares(workers.values()),
             tail_seconds=max((w.tail_seconds for w in workers.values()), default=0.0),
-            finalizing=Finalizing(
+            finalizing=FinalizeTiming(
                 self.blocks.total.count,
                 self.blocks.total.busy,
                 max(0.0, wall - self.last) if self.blocks.total.count else 0.0,
             ),
-            course=self._course(workers.values()),
+            timeline=self._course(workers.values()),
             durations=self._durations(),
             stragglers=self._stragglers(),
             workers=workers,
         )
 
-    def _since_origin(self, columns: _Columns) -> Spans:
+    def _since_origin(self, columns: _Columns) -> Intervals:
         return (
             np.array(columns.started, np.float64) - self.origin,
             np.array(columns.finished, np.float64) - self.origin,
         )
 
-    def _stage(self, stage: str, mine: Any = ...) -> Spans:
+    def _stage(self, stage: str, mine: Any = ...) -> Intervals:
         """Return when a stage of the chunks went on."""
         before = STAGES[: STAGES.index(stage)]
         begin = self.start[mine] + sum(self.stages[s][mine].astype(np.float64) for s in before)
@@ -205,15 +205,15 @@ class _Figures:
         if as_finalizer >= 0:
             peaks.append(self.blocks.by_worker[as_finalizer].peak_rss)
         layers = [
-            *(self._stage(stage, mine) for stage in HOLDERS[:4]),
+            *(self._stage(stage, mine) for stage in WAITING_STAGES[:4]),
             (self.block_start[completing], self.block_stop[completing]),
             (start, stop),
         ]
-        held = layered(layers, first, last)
+        held = attribute_time(layers, first, last)
         span = sum(held)
-        shares = dict.fromkeys(HOLDERS, 0.0) | {"other": 1.0}
+        shares = dict.fromkeys(WAITING_STAGES, 0.0) | {"other": 1.0}
         if span:
-            shares = {holder: time / span for holder, time in zip(HOLDERS, held, strict=True)}
+            shares = {holder: time / span for holder, time in zip(WAITING_STAGES, held, strict=True)}
         where = WorkerName.parse(name)
         return Worker(
             host=where.host,
@@ -227,16 +227,16 @@ class _Figures:
             shares=shares,
             stage_seconds={stage: total.seconds[stage] for stage in STAGES},
             bytes=dict(total.moved),
-            chunks_in_flight=most_at_once(start, stop),
+            chunks_in_flight=max_overlap(start, stop),
             peak_rss_bytes=max(peaks),
             retried=total.retried,
             # Whoever left while chunks were still begun did not wait for the last ones.
             tail_seconds=self.last - last if last >= self.last_begun else 0.0,
         )
 
-    def _course(self, workers: Iterable[Worker]) -> Course:
+    def _course(self, workers: Iterable[Worker]) -> Timeline:
         if not self.last > self.first:
-            return Course()
+            return Timeline()
         edges = np.linspace(self.first, self.last, BINS + 1)
         width = float(edges[1] - edges[0])
         begin, end = self._stage("compute")
@@ -245,7 +245,7 @@ class _Figures:
         def per_second(starts: Numbers, stops: Numbers, amounts: Numbers) -> tuple[float, ...]:
             return tuple(float(v) for v in spread(starts, stops, amounts, edges) / width)
 
-        return Course(
+        return Timeline(
             width,
             per_second(self.start, self.stop, self.voxels),
             per_second(spans[:, 0], spans.sum(1), spans[:, 1]),
@@ -300,8 +300,8 @@ class _Figures:
         )
 
 
-def _crew_shares(workers: Iterable[Worker]) -> dict[str, float]:
-    seconds = dict.fromkeys((*HOLDERS, "tail"), 0.0)
+def _worker_time_shares(workers: Iterable[Worker]) -> dict[str, float]:
+    seconds = dict.fromkeys((*WAITING_STAGES, "tail"), 0.0)
     for worker in workers:
         seconds["tail"] += worker.tail_seconds
         for holder, share in worker.shares.items():

@@ -18,7 +18,7 @@ ENTRY_POINTS: MappingProxyType[str, str] = MappingProxyType(
 )
 """Every kind of task and what runs it. Nothing on a queue can name anything else."""
 CHUNK_NAME = re.compile(r"(0|[1-9][0-9]{0,17})(\.(0|[1-9][0-9]{0,17}))*")
-SERVE = "chunkq_worker.serving:serve"
+WORKER_MAIN = "chunkq_worker.serving:serve"
 """What a process that another engine started runs to become a worker."""
 
 
@@ -80,9 +80,9 @@ def entry_point(kind: str) -> Callable[..., Any]:
     return _imported(ENTRY_POINTS[kind])
 
 
-def serve(queue: Any, shift: Any) -> Any:
+def run_worker(queue: Any, shift: Any) -> Any:
     """Work off a queue in this process; see the worker's side."""
-    return _imported(SERVE)(queue, shift)
+    return _imported(WORKER_MAIN)(queue, shift)
 
 
 def _imported(target: str) -> Callable[..., Any]:

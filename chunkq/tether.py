@@ -12,7 +12,7 @@ from collections.abc import Sequence
 PR_SET_PDEATHSIG = 1
 
 
-def tethered(command: Sequence[str], number: int) -> list[str]:
+def with_parent_death_signal(command: Sequence[str], number: int) -> list[str]:
     """Return a command for a child of the current thread that gets a signal when this one ends."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(number)), *command]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 STAGES = ("read", "wait", "load", "compute", "write")
 """A chunk's stages, in their order."""
-HOLDERS = ("compute", "load", "read", "write", "finalize", "other", "idle")
+WAITING_STAGES = ("compute", "load", "read", "write", "finalize", "other", "idle")
 """What a worker's time is shared out to, each moment to the first that goes on in it."""
 BINS = 60
 STRAGGLER_FACTOR, STRAGGLER_SECONDS = 3.0, 1.0
@@ -48,7 +48,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Course:
+class Timeline:
     """The job over time, in `BINS` equal bins from its first chunk's start to its last one's end.
 
     A chunk's voxels count evenly from its start to its end. `workers` is how many were at work on
@@ -100,7 +100,7 @@ class Stragglers:
 
 
 @dataclass(frozen=True)
-class Finalizing:
+class FinalizeTiming:
     """Blocks completed: the seconds spent on them in sum, and those after the last chunk."""
 
     blocks: int = 0
@@ -109,7 +109,7 @@ class Finalizing:
 
 
 @dataclass(frozen=True)
-class Times:
+class Timing:
     """A job's figures; bytes are those of uncompressed voxels, seconds are Unix or differences.
 
     wall_seconds    from the first task's start to the last one's end, finalizing included;
@@ -143,10 +143,10 @@ class Times:
     one_more_in_flight_bytes: int
     chunks_in_flight: int
     retried: int
-    crew_shares: dict[str, float]
+    worker_time_shares: dict[str, float]
     tail_seconds: float
-    finalizing: Finalizing
-    course: Course
+    finalizing: FinalizeTiming
+    timeline: Timeline
     durations: Durations
     stragglers: Stragglers
     workers: dict[str, Worker]
@@ -156,15 +156,15 @@ class Times:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Times:
+    def from_dict(cls, values: Mapping[str, Any]) -> Timing:
         """Invert `as_dict`, leaving out what else a report holds; raises KeyError, TypeError."""
         found = {name: values[name] for name in cls.__dataclass_fields__}
         rest = found["stragglers"]
         return cls(
             **found
             | {
-                "finalizing": Finalizing(**found["finalizing"]),
-                "course": Course(**_tuples(found["course"])),
+                "finalizing": FinalizeTiming(**found["finalizing"]),
+                "course": Timeline(**_tuples(found["course"])),
                 "durations": Durations(**_tuples(found["durations"])),
                 "stragglers": Stragglers(
                     **rest | {"worst": tuple(Straggler(**one) for one in rest["worst"])}

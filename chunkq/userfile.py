@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from chunkq.allowed import AllowedPaths
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job_path import shown
+from chunkq.job_path import printable_path
 from chunkq.paths import is_url, read_bytes
 from chunkq.plan import Plan
 from chunkq.weights import ArrayWeights, Weights, built_in
@@ -42,7 +42,7 @@ def load_names(path: str, key: str) -> dict[str, Any]:
     module.__file__ = path
     sys.modules[module.__name__] = module
     try:
-        with neighbours(path):
+        with sibling_imports(path):
             exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
         known = error.code if isinstance(error, ChunkqError) else None
@@ -51,7 +51,7 @@ def load_names(path: str, key: str) -> dict[str, Any]:
 
 
 @contextmanager
-def neighbours(path: str) -> Iterator[None]:
+def sibling_imports(path: str) -> Iterator[None]:
     """Let what is run inside import modules beside a local file, before any of their name.
 
     Those are forgotten afterwards: another job's neighbours may have the same names. A neighbour
@@ -101,13 +101,13 @@ class _NeighbourGuard(MetaPathFinder):
             return
         if self._allowed.locate(origin) is None:
             raise JobError(
-                f"{shown(origin)} -> {shown(os.path.realpath(origin))} leads out of the paths that "
+                f"{printable_path(origin)} -> {printable_path(os.path.realpath(origin))} leads out of the paths that "
                 "this worker runs code from; copy the module or allow its folder",
                 code=ErrorCode.PATH_NOT_ALLOWED,
             )
 
 
-def pick(names: dict[str, Any], name: str, path: str, key: str) -> Any:
+def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
     """Return one of a file's names, or raise JobError with those it has."""
     if name not in names:
         public = ", ".join(sorted(n for n in names if not n.startswith("_"))) or "nothing"
@@ -115,7 +115,7 @@ def pick(names: dict[str, Any], name: str, path: str, key: str) -> Any:
     return names[name]
 
 
-def load_weights(plan: Plan) -> Weights:
+def load_blend_weights(plan: Plan) -> Weights:
     """Return the weights of the plan's patches, running the user's file if there is one.
 
     Raises JobError if the user's function does not give finite positive numbers, one for each
@@ -132,7 +132,7 @@ def load_weights(plan: Plan) -> Weights:
                 "memory; use a smaller model_output_shape"
             ) from None
     path, name = names
-    function = pick(load_names(path, "weight_function"), name, path, "weight_function")
+    function = select_name(load_names(path, "weight_function"), name, path, "weight_function")
     where = f"weight_function: {name} of {path}"
     try:
         weights = np.asarray(function(plan.output_patch), dtype=np.float64)

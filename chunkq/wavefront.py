@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend import Contribution, complete
+from chunkq.blend import Contribution, finalize_sums
 from chunkq.box import Box
 from chunkq.plan import Chunk, Index, Piece, Plan
 
@@ -36,10 +36,10 @@ def regions(
             if chunk.core.size:
                 yield chunk.core, contribution.core
         if chunk.has_band:
-            yield from complete(plan, chunk, own, held.pop(chunk.index, {}))
+            yield from finalize_sums(plan, chunk, own, held.pop(chunk.index, {}))
 
 
-def place_of(plan: Plan, box: Box) -> tuple[slice, ...]:
+def output_slices(plan: Plan, box: Box) -> tuple[slice, ...]:
     """Return what selects a box of voxels in an array of shape `plan.output_shape`."""
     spatial = box.slices((0,) * plan.rank)
     return (slice(0, plan.channels), *spatial) if plan.channel_axis else spatial

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from chunkq import pages
 from chunkq.grids import Axis
 
-SURROUNDINGS_REMEMBERED = 1 << 14
+NEIGHBORS_CACHED = 1 << 14
 """The patches of a chunk share their surroundings row by row."""
 Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
@@ -62,7 +62,7 @@ LOG_PROFILES: MappingProxyType[str, Callable[[int], Float64]] = MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class Neighbors:
     """One patch along one axis, seen from its own start: all that its weights depend on.
 
     `[low, high)` is the part of the kept voxels inside the volume; `starts[g]` are the starts,
@@ -74,8 +74,8 @@ class Surroundings:
     starts: tuple[tuple[int, ...], ...]
 
 
-@lru_cache(maxsize=SURROUNDINGS_REMEMBERED)
-def surroundings(axis: Axis, grid: int, number: int) -> Surroundings:
+@lru_cache(maxsize=NEIGHBORS_CACHED)
+def neighbors(axis: Axis, grid: int, number: int) -> Neighbors:
     """Return what surrounds patch `number` of grid `grid` along this axis."""
     own = axis.grids[grid]
     start = own.start(number) + own.lead
@@ -86,7 +86,7 @@ def surroundings(axis: Axis, grid: int, number: int) -> Surroundings:
         )
         for other in axis.grids
     )
-    return Surroundings(low, high, starts)
+    return Neighbors(low, high, starts)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class ProductWeights:
 
     profiles: tuple[Float64, ...]
 
-    def normalised(self, grid: int, around: Sequence[Surroundings]) -> Float32:
+    def normalized(self, grid: int, around: Sequence[Neighbors]) -> Float32:
         """Return w / Σw for one patch: shape of the patch's part inside the volume, float32."""
         own = [p[s.low : s.high] for p, s in zip(self.profiles, around, strict=True)]
         sums = [_log_sums(p, s) for p, s in zip(self.profiles, around, strict=True)]
@@ -122,7 +122,7 @@ class ArrayWeights:
         shares: Float64 = self.array / self.array.max()
         return shares
 
-    def normalised(self, grid: int, around: Sequence[Surroundings]) -> Float32:
+    def normalized(self, grid: int, around: Sequence[Neighbors]) -> Float32:
         """Return w / Σw for one patch: shape of the patch's part inside the volume, float32."""
         total = np.zeros([s.high - s.low for s in around])
         for g in range(len(around[0].starts)):
@@ -148,7 +148,7 @@ def built_in(name: str, output_patch: Sequence[int], margin: Sequence[int]) -> P
     )
 
 
-def _log_sums(profile: Float64, around: Surroundings) -> list[Float64]:
+def _log_sums(profile: Float64, around: Neighbors) -> list[Float64]:
     """Return per grid log Σ_k w_k along one axis, over the patch's part inside the volume.
 
     Where a grid has no patch the sum is 0 and its logarithm -inf.

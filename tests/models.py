@@ -353,9 +353,9 @@ def _filled(made: Any) -> Any:
 
 
 def _save_keras(save: Callable[[str], Any], path: Path) -> None:
-    from chunkq_worker.runtimes.tensorflow_import import hushed
+    from chunkq_worker.runtimes.tensorflow_import import without_log_output
 
-    with warnings.catch_warnings(), hushed():
+    with warnings.catch_warnings(), without_log_output():
         for category in (DeprecationWarning, FutureWarning):  # of Keras, to itself
             warnings.simplefilter("ignore", category)
         save(str(path))

@@ -135,7 +135,7 @@ class SimulatedDevice(Accelerator):
     def record(self, stream: SimulatedStream) -> SimulatedEvent:
         return SimulatedEvent(stream, stream.noted)
 
-    def hold(self, stream: SimulatedStream, event: SimulatedEvent) -> None:
+    def wait_on_stream(self, stream: SimulatedStream, event: SimulatedEvent) -> None:
         if self._forget != "hold":
             self._note(event, stream)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from chunkq.errors import ChunkqError, ErrorCode, FrameworkConflictError, QueueError
 from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import Task, serve
+from chunkq.tasks import Task, run_worker
 
 MAX_ATTEMPTS = 3
 """A task that was begun this often without success is failed, until `retry`."""
@@ -24,10 +24,10 @@ DEPTH_ON_CPU, DEPTH_ON_GPU = 3, 4
 EXIT_DIED = 1
 EXIT_REFUSED = 4
 """Every chunk would fail alike, so that starting a worker again is of no use."""
-EXIT_QUEUE_AWAY = 6
-EXIT_OVERRUN = 7
+EXIT_QUEUE_UNREACHABLE = 6
+EXIT_TASK_TIMEOUT = 7
 """A chunk hangs, and only the end of its process frees what it holds."""
-EXIT_REPLACE = 8
+EXIT_RESTART = 8
 """The jobs left need another deep-learning framework, and so a new process."""
 
 
@@ -44,7 +44,7 @@ class Attempt:
         return self.number >= MAX_ATTEMPTS
 
 
-class Mark(NamedTuple):
+class BlockContribution(NamedTuple):
     """Says that a chunk is committed, as contributor number `member` of the `of` of a block."""
 
     block: tuple[int, ...]
@@ -58,7 +58,7 @@ class WorkerName:
 
     host: str
     device: str
-    own: str
+    suffix: str
 
     @classmethod
     def new(cls, device: str) -> WorkerName:
@@ -72,22 +72,22 @@ class WorkerName:
         return cls(host, device, own)
 
     @property
-    def text(self) -> str:
+    def name(self) -> str:
         """The name as one word."""
-        return f"{self.host}:{self.device}:{self.own}"
+        return f"{self.host}:{self.device}:{self.suffix}"
 
 
-class Outcome(NamedTuple):
+class TaskResult(NamedTuple):
     """What came of a task: its marks, one for each block it contributed to.
 
     One that never `ran` the network says nothing about those still to come.
     """
 
-    marks: Sequence[Mark] = ()
+    marks: Sequence[BlockContribution] = ()
     ran: bool = True
 
 
-Handler = Callable[[Task, Attempt], Outcome | None]
+Handler = Callable[[Task, Attempt], TaskResult | None]
 """Runs one task to its end, or raises."""
 
 
@@ -109,13 +109,13 @@ class Running:
     since: float
 
 
-def usual_depth(*, gpu: bool) -> int:
+def default_depth(*, gpu: bool) -> int:
     """Return the chunks in flight in each process, where nobody says how many."""
     return DEPTH_ON_GPU if gpu else DEPTH_ON_CPU
 
 
 @dataclass
-class Shift:
+class WorkerOptions:
     """How long one worker process goes on, and how it is told to stop.
 
     `depth` tasks are in flight at once. With `burst` it ends when its job or the whole queue
@@ -134,33 +134,33 @@ class Shift:
     job: str | None = None
     deadline: float | None = None
     time_limit: float | None = None
-    waits: Callable[[Task], bool] = lambda task: False
+    is_waiting: Callable[[Task], bool] = lambda task: False
     replaceable: bool = False
-    stopping: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
-    longest: float = 0.0
-    set_aside: set[str] = field(default_factory=set)
+    longest_task: float = 0.0
+    skipped_jobs: set[str] = field(default_factory=set)
 
-    def may_start(self) -> bool:
+    def can_start(self) -> bool:
         """Tell whether another task may be begun."""
-        if self.stopping.is_set():
+        if self.stop.is_set():
             return False
-        return self.deadline is None or time.time() + self.longest < self.deadline
+        return self.deadline is None or time.time() + self.longest_task < self.deadline
 
 
-class Ended(NamedTuple):
+class ExitStatus(NamedTuple):
     """How a worker's shift ended: the process's exit code, and why in lines."""
 
     code: int = 0
     lines: Sequence[str] = ()
 
     @classmethod
-    def by(cls, error: ChunkqError) -> Ended:
+    def from_error(cls, error: ChunkqError) -> ExitStatus:
         """Return how a worker ends with an error: an absent queue may return, a bad job may not."""
         if isinstance(error, FrameworkConflictError):
-            return cls(EXIT_REPLACE)
+            return cls(EXIT_RESTART)
         may_return = isinstance(error, QueueError) and error.code is not ErrorCode.QUEUE_UNSUPPORTED
-        code = EXIT_QUEUE_AWAY if may_return else EXIT_REFUSED
+        code = EXIT_QUEUE_UNREACHABLE if may_return else EXIT_REFUSED
         return cls(code, str(error).splitlines())
 
 
@@ -224,7 +224,7 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def work(self, handler: Handler, shift: Shift) -> None:
+    def run_tasks(self, handler: Handler, shift: WorkerOptions) -> None:
         """Take tasks and run them until the shift ends.
 
         A handler's error costs the task an attempt, save a JobError or ModelError: that one
@@ -242,16 +242,16 @@ class Executor(ABC):
         to end.
         """
 
-    def serve(self, shift: Shift) -> Ended:
+    def run_worker(self, shift: WorkerOptions) -> ExitStatus:
         """Run chunkq's own tasks until the shift ends, in a process that the engine has its eye on.
 
         Unless an engine has such processes of its own, that is this one.
         """
-        ended: Ended = serve(self, shift)
+        ended: ExitStatus = run_worker(self, shift)
         return ended
 
     @abstractmethod
-    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
         """Remember a committed chunk's marks; return the finalize tasks of blocks they complete.
 
         Each is returned to one caller only, and may be lost: what is not completed so is left

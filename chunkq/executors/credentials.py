@@ -20,7 +20,7 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.private_files import is_private, make_private_folder, write_private
 
 
-def publish(kind: str, host: str, port: int, secret: str) -> Path:
+def store_secret(kind: str, host: str, port: int, secret: str) -> Path:
     """Store the secret of a server; returns the file. Raises QueueError."""
     path = _path(kind, host, port)
     try:
@@ -33,13 +33,13 @@ def publish(kind: str, host: str, port: int, secret: str) -> Path:
         ) from None
 
 
-def withdraw(kind: str, host: str, port: int) -> None:
+def remove_secret(kind: str, host: str, port: int) -> None:
     """Remove the secret of a server that has ended."""
     with suppress(OSError):
         _path(kind, host, port).unlink()
 
 
-def find(kind: str, host: str, port: int) -> Path | None:
+def find_secret(kind: str, host: str, port: int) -> Path | None:
     """Return the file with a server's secret, None if this user's commands have started none there.
 
     Raises QueueError if other users could read or replace the file.
@@ -98,10 +98,10 @@ def _listeners(port: int) -> set[int]:
     for name in ("tcp", "tcp6"):
         with suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as table:
             for fields in map(str.split, islice(table, 1, None)):
-                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                if fields[3] == _TCP_LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
                     users.add(int(fields[7]))
     return users
 
 
-_LISTEN = "0A"
+_TCP_LISTEN = "0A"
 """State of a listening socket in /proc/net/tcp."""

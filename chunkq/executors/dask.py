@@ -28,26 +28,26 @@ from distributed.versions import VersionMismatchWarning
 
 from chunkq.errors import JobError, QueueError
 from chunkq.executors import credentials
-from chunkq.executors.base import Shift, WorkerName
-from chunkq.executors.dask_tls import configured_security, security_of
+from chunkq.executors.base import WorkerOptions, WorkerName
+from chunkq.executors.dask_tls import configured_security, load_security
 from chunkq.executors.hosted import (
-    Hired,
-    Host,
+    RemoteWorkers,
+    QueueHost,
     HostedQueue,
-    device,
-    new_gang,
-    serve_hired,
+    current_device,
+    new_group_name,
+    run_remote_worker,
 )
 from chunkq.scratch import scratch_folder
 
 OPERATION = "chunkq"
 CONNECT_SECONDS = 10.0
-RETURN_SECONDS = 2.0
+RECONNECT_SECONDS = 2.0
 """The same for a scheduler that answered before."""
 ANSWER_SECONDS = 30.0
 DEFAULT_PORT = 8786
 PROTOCOLS = ("tcp", "tls", "ucx")
-AWAY = (OSError, RuntimeError)
+UNREACHABLE_ERRORS = (OSError, RuntimeError)
 """Dask's errors for a scheduler that does not answer, and for a connection it has given up."""
 
 
@@ -59,24 +59,24 @@ class QueuePlugin(SchedulerPlugin):
 
     async def start(self, scheduler: distributed.Scheduler) -> None:
         """Answer requests from now on."""
-        self._host = Host()
+        self._host = QueueHost()
         scheduler.handlers[OPERATION] = self._host.answer
 
     def remove_worker(self, scheduler: object, worker: str, **more: object) -> None:
         """Release at once what a worker held that the scheduler no longer sees."""
-        self._host.gone(worker)
+        self._host.node_lost(worker)
 
 
 class _StopWithWorker(WorkerPlugin):
     """Ends a shift when its Dask worker is closed, by the scheduler or for want of one."""
 
-    def __init__(self, shift: Shift) -> None:
+    def __init__(self, shift: WorkerOptions) -> None:
         self._shift = shift
         self.is_closed = False
 
     def teardown(self, worker: distributed.Worker) -> None:
         self.is_closed = True
-        self._shift.stopping.set()
+        self._shift.stop.set()
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,13 @@ class Address:
         """Add the certificate of a cluster of this user's at this address, if there is one."""
         if self.protocol != "tcp":
             return self
-        file = credentials.find("dask", self.host, self.port)
+        file = credentials.find_secret("dask", self.host, self.port)
         return replace(self, protocol="tls", tls=str(file)) if file else self
 
     def security(self) -> Security | None:
         """Return the TLS settings, None for another protocol. Raises QueueError."""
         if self.tls:
-            return security_of(self.tls)
+            return load_security(self.tls)
         return configured_security() if self.protocol == "tls" else None
 
     @property
@@ -154,7 +154,7 @@ class Address:
         return f"{self.protocol}://{host}:{self.port}"
 
 
-def be_quiet() -> None:
+def silence_dask() -> None:
     """Silence Dask in this process: lost connections and other versions are told in one line."""
     for name in ("distributed", *logging.root.manager.loggerDict):
         if name.partition(".")[0] == "distributed":  # some have a level of their own
@@ -184,7 +184,7 @@ class DaskExecutor(HostedQueue):
     def _connect(self, url: str, seconds: float) -> Any:
         self._address = Address.parse(url).with_own_certificate()
         check_protocol(self._address.protocol)
-        be_quiet()
+        silence_dask()
         self._security = self._address.security()
         try:
             client = distributed.Client(
@@ -194,8 +194,8 @@ class DaskExecutor(HostedQueue):
                 name=OPERATION,
                 security=self._security,
             )
-        except AWAY as error:
-            raise self._away(error) from None
+        except UNREACHABLE_ERRORS as error:
+            raise self._unreachable(error) from None
         try:
             self._check_versions(client)
             client.register_plugin(QueuePlugin())
@@ -205,9 +205,9 @@ class DaskExecutor(HostedQueue):
                 f"queue: the Dask scheduler at {url} has no chunkq, which keeps the queue there; "
                 "pip install 'chunkq[dask]' where it runs, and start it again"
             ) from None
-        except AWAY as error:
+        except UNREACHABLE_ERRORS as error:
             client.close()
-            raise self._away(error) from None
+            raise self._unreachable(error) from None
         except Exception:
             client.close()
             raise
@@ -217,9 +217,9 @@ class DaskExecutor(HostedQueue):
         """Return the client; a scheduler that was away for long is looked for again."""
         with self._returning:
             if self._owned and self._client.status == "closed":
-                self._client = self._connect(self.url, RETURN_SECONDS)
+                self._client = self._connect(self.url, RECONNECT_SECONDS)
         if self._client.status in ("connecting", "closing", "closed"):
-            raise self._away(ConnectionError("the connection is lost"))
+            raise self._unreachable(ConnectionError("the connection is lost"))
         return self._client
 
     def _check_versions(self, client: Any) -> None:
@@ -233,15 +233,15 @@ class DaskExecutor(HostedQueue):
                     f"here is {mine[name]}; install one version everywhere"
                 )
 
-    def ask(self, request: str) -> str:
+    def request(self, request: str) -> str:
         """Ask the scheduler."""
         try:
             client = self._connected()
             answer: str | None = client.sync(
                 client.scheduler.chunkq, request=request, callback_timeout=ANSWER_SECONDS
             )
-        except AWAY as error:
-            raise self._away(error) from None
+        except UNREACHABLE_ERRORS as error:
+            raise self._unreachable(error) from None
         if answer is None:  # what Dask says to an operation it does not know
             raise QueueError(
                 f"queue: the Dask scheduler at {self.url} was started again and has lost the "
@@ -249,7 +249,7 @@ class DaskExecutor(HostedQueue):
             )
         return answer
 
-    def _away(self, error: BaseException) -> QueueError:
+    def _unreachable(self, error: BaseException) -> QueueError:
         reason = " ".join(str(error).split()) or type(error).__name__
         return QueueError(
             f"queue: no Dask scheduler answers at {self.url} ({reason[:200]}); start one with "
@@ -257,28 +257,28 @@ class DaskExecutor(HostedQueue):
         )
 
     @contextmanager
-    def on_duty(self, shift: Shift) -> Iterator[None]:
+    def registered(self, shift: WorkerOptions) -> Iterator[None]:
         """Join the cluster as a worker that takes nothing but chunks."""
         stop = _StopWithWorker(shift)
         with scratch_folder("dask") as folder:
             try:
                 client = self._connected()  # a worker lives in the loop of one client
                 worker = client.sync(self._join, shift, stop, str(folder))
-            except AWAY as error:
-                raise self._away(error) from None
+            except UNREACHABLE_ERRORS as error:
+                raise self._unreachable(error) from None
             self.host.enlist(shift.worker, worker.address)
             try:
                 yield
             finally:
                 closed = stop.is_closed
-                with suppress(*AWAY):
+                with suppress(*UNREACHABLE_ERRORS):
                     client.sync(worker.close, executor_wait=False, callback_timeout=CONNECT_SECONDS)
             if closed:
                 raise QueueError(
                     f"queue: the Dask scheduler at {self.url} closed this worker, or is gone"
                 )
 
-    async def _join(self, shift: Shift, stop: _StopWithWorker, folder: str) -> distributed.Worker:
+    async def _join(self, shift: WorkerOptions, stop: _StopWithWorker, folder: str) -> distributed.Worker:
         address = self._address
         # Its profiler would look at nothing but idle threads, a hundred times a second. Its web
         # pages, which have no access control, show its logs.
@@ -306,26 +306,26 @@ class DaskExecutor(HostedQueue):
         worker.status = distributed.Status.paused
         return worker
 
-    def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
+    def launch_remote_workers(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> RemoteWorkers:
         """Occupy the threads of the cluster's workers, each with one chunk in flight."""
         try:
             client = self._connected()
             there = client.sync(client.scheduler.identity)["workers"].values()
-        except AWAY as error:
-            raise self._away(error) from None
+        except UNREACHABLE_ERRORS as error:
+            raise self._unreachable(error) from None
         count = sum(worker["nthreads"] for worker in there if worker["status"] == "running")
         if not count:
             raise QueueError(
                 f"queue: the Dask cluster at {self.url} has no free workers; start some with "
                 "`dask worker`, or use `chunkq work`"
             )
-        gang = new_gang()
+        gang = new_group_name()
         lanes = [
-            client.submit(lane, self.url, job, gang, key=f"chunkq-{gang}-{n}", pure=False)
+            client.submit(run_remote_thread, self.url, job, gang, key=f"chunkq-{gang}-{n}", pure=False)
             for n in range(count)
         ]
         distributed.fire_and_forget(lanes)
-        return _HiredOfDask(self, gang, lanes)
+        return _DaskRemoteWorkers(self, gang, lanes)
 
     def close(self) -> None:
         """Let go of the scheduler."""
@@ -333,21 +333,21 @@ class DaskExecutor(HostedQueue):
             self._client.close()
 
 
-class _HiredOfDask(Hired):
+class _DaskRemoteWorkers(RemoteWorkers):
     """Threads hired; those whose worker died too often are gone, too."""
 
     def __init__(self, queue: HostedQueue, name: str, lanes: list[Any]) -> None:
         super().__init__(queue, name, len(lanes))
         self._lanes = lanes
 
-    def is_gone(self) -> bool:
-        return all(lane.done() for lane in self._lanes)
+    def have_ended(self) -> bool:
+        return all(run_remote_thread.done() for run_remote_thread in self._lanes)
 
-    def said(self) -> list[str]:
-        lines = super().said()
+    def messages(self) -> list[str]:
+        lines = super().messages()
         errors = {str(lane.exception()) for lane in self._lanes if lane.status == "error"}
         lines += [" ".join(error.split())[:300] for error in sorted(errors)]
-        if any(lane.cancelled() for lane in self._lanes):
+        if any(run_remote_thread.cancelled() for lane in self._lanes):
             lines.append(
                 "the connection to the Dask scheduler broke; its workers may go on, "
                 "`chunkq status` tells"
@@ -355,7 +355,7 @@ class _HiredOfDask(Hired):
         return lines
 
 
-class _QueueOfWorker(DaskExecutor):
+class _WorkerSideExecutor(DaskExecutor):
     """The queue as seen from a thread of a Dask worker."""
 
     def __init__(self, url: str) -> None:
@@ -363,14 +363,14 @@ class _QueueOfWorker(DaskExecutor):
         self.place = distributed.get_worker().address
 
     @contextmanager
-    def on_duty(self, shift: Shift) -> Iterator[None]:
+    def registered(self, shift: WorkerOptions) -> Iterator[None]:
         self.host.enlist(shift.worker, self.place)
         yield
 
 
-def lane(url: str, job: str, gang: str) -> None:
+def run_remote_thread(url: str, job: str, gang: str) -> None:
     """Work in one thread of a Dask worker, until the job is done."""
-    queue = _QueueOfWorker(url)
+    queue = _WorkerSideExecutor(url)
     own = f"{os.getpid():x}"
-    name = WorkerName.new(device())
-    serve_hired(queue, gang, WorkerName(name.host, name.device, own).text, job, depth=1)
+    name = WorkerName.new(current_device())
+    run_remote_worker(queue, gang, WorkerName(name.host, name.device, own).name, job, depth=1)

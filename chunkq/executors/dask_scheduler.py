@@ -19,12 +19,12 @@ from distributed.utils import get_ip, get_ip_interface
 
 from chunkq.errors import QueueError
 from chunkq.executors import credentials
-from chunkq.executors.dask import Address, QueuePlugin, be_quiet, check_protocol
-from chunkq.executors.dask_tls import security_of
-from chunkq.scratch import sweep
+from chunkq.executors.dask import Address, QueuePlugin, silence_dask, check_protocol
+from chunkq.executors.dask_tls import load_security
+from chunkq.scratch import delete_abandoned
 
 
-def start(
+def start_scheduler(
     host: str,
     port: int = 0,
     protocol: str = "tcp",
@@ -40,7 +40,7 @@ def start(
     Raises QueueError if it does not come up.
     """
     check_protocol(protocol)
-    host = address_here(interface) if interface else host
+    host = local_address(interface) if interface else host
     # Its web server too listens there only: left alone, it takes all interfaces.
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
     settings |= {"protocol": "tls", "tls": str(tls)} if tls else {}
@@ -59,7 +59,7 @@ def start(
     return process, Address.of(answer["address"], interface, str(tls) if tls else None).url
 
 
-def address_here(interface: str | None = None) -> str:
+def local_address(interface: str | None = None) -> str:
     """Return the address by which other nodes reach this one, through an interface if named.
 
     Raises QueueError if there is no such interface.
@@ -75,7 +75,7 @@ def address_here(interface: str | None = None) -> str:
 async def _serve(settings: dict[str, Any]) -> None:
     file = settings.pop("tls", None)
     try:
-        security = security_of(file) if file else None
+        security = load_security(file) if file else None
         # Its web pages have no access control.
         changes: dict[str, Any] = {"distributed.scheduler.http.routes": []}
         # Else Dask creates a folder that nobody removes.
@@ -86,15 +86,15 @@ async def _serve(settings: dict[str, Any]) -> None:
         await scheduler.register_scheduler_plugin(QueuePlugin(), idempotent=True)
     except (OSError, ValueError, RuntimeError, QueueError) as error:
         # Dask says that it failed, and keeps why for the cause.
-        _tell({"error": " ".join(str(error.__cause__ or error).split())})
+        _print_answer({"error": " ".join(str(error.__cause__ or error).split())})
         os._exit(1)
     address = Address.of(scheduler.address)
-    _at_death.append(lambda: credentials.withdraw("dask", address.host, address.port))
-    _tell({"address": scheduler.address})
+    _cleanups.append(lambda: credentials.remove_secret("dask", address.host, address.port))
+    _print_answer({"address": scheduler.address})
     await scheduler.finished()
 
 
-def _tell(answer: dict[str, str]) -> None:
+def _print_answer(answer: dict[str, str]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 
@@ -102,15 +102,15 @@ def _tell(answer: dict[str, str]) -> None:
 def _end_with_parent() -> None:
     """End when standard input does: then the parent has been killed, and leaves its folders."""
     sys.stdin.read()
-    for clean_up in _at_death:
+    for clean_up in _cleanups:
         clean_up()
     os._exit(0)
 
 
-_at_death: list[Callable[[], None]] = [sweep]
+_cleanups: list[Callable[[], None]] = [delete_abandoned]
 
 
 if __name__ == "__main__":
-    be_quiet()
+    silence_dask()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     asyncio.run(_serve(json.loads(sys.argv[1])))

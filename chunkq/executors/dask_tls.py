@@ -22,7 +22,7 @@ def create_certificate(folder: Path) -> Path:
     return write_private(folder / "cluster.pem", security.tls_client_cert + security.tls_client_key)
 
 
-def security_of(file: str) -> Security:
+def load_security(file: str) -> Security:
     """Return the TLS settings of a cluster whose members all have this file.
 
     Raises QueueError if it cannot be used, or other users can read it.

@@ -19,29 +19,29 @@ from importlib.metadata import version
 from typing import Any, ClassVar, cast
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import Shift
+from chunkq.executors.base import WorkerOptions
 from chunkq.executors.leases import Lease
 from chunkq.executors.tables import TableQueue, TaskTable
-from chunkq.tasks import serve
+from chunkq.tasks import run_worker
 
 VERSION = version("chunkq")
-GONE_SECONDS = 2.0
+LOST_NODE_LEASE = 2.0
 """How long the tasks of a worker that the cluster has lost are still its own."""
-OF_TABLE = frozenset(
+TABLE_OPERATIONS = frozenset(
     name for name, kind in vars(TaskTable).items() if callable(kind) and name[0] != "_"
 ) - {"close"}
 
 
 @dataclass
-class _Gang:
+class _WorkerGroup:
     """Workers hired for a job: how many have left, what they said on leaving."""
 
-    dismissed: bool = False
-    left: int = 0
+    is_stopped: bool = False
+    ended: int = 0
     lines: list[str] = field(default_factory=list)
 
 
-class Host:
+class QueueHost:
     """The head's side: the table, who works where, and the workers hired."""
 
     _OWN: ClassVar[frozenset[str]] = frozenset({"release", "enlist", "gang", "dismiss", "leave"})
@@ -49,7 +49,7 @@ class Host:
     def __init__(self) -> None:
         self._table = TaskTable(":memory:")
         self._homes: defaultdict[str, set[str]] = defaultdict(set)
-        self._gangs: defaultdict[str, _Gang] = defaultdict(_Gang)
+        self._gangs: defaultdict[str, _WorkerGroup] = defaultdict(_WorkerGroup)
 
     def close(self) -> None:
         """Forget the queue."""
@@ -69,7 +69,7 @@ class Host:
                 }
             )
         name = asked["do"]
-        owner = self if name in self._OWN else self._table if name in OF_TABLE else None
+        owner = self if name in self._OWN else self._table if name in TABLE_OPERATIONS else None
         if owner is None:
             return json.dumps({"error": f"knows no {name!r}"})
         try:
@@ -84,43 +84,43 @@ class Host:
             self._table.release(name, counted) for name in {worker, *self._homes.pop(worker, ())}
         )
 
-    def enlist(self, worker: str, home: str) -> None:
+    def register_worker(self, worker: str, home: str) -> None:
         """Remember that a worker lives and dies with its home."""
         self._homes[home].add(worker)
 
-    def gone(self, home: str) -> None:
+    def node_lost(self, home: str) -> None:
         """Give up soon on what a vanished home's workers held.
 
         Not at once: their supervisor, if there is one, knows whether their tries count.
         """
         for worker in self._homes.pop(home, ()):
-            self._table.shorten(worker, GONE_SECONDS)
+            self._table.shorten(worker, LOST_NODE_LEASE)
 
-    def gang(self, name: str) -> dict[str, Any]:
+    def group_status(self, name: str) -> dict[str, Any]:
         """Tell how hired workers stand."""
         return vars(self._gangs[name])
 
-    def dismiss(self, name: str) -> None:
+    def stop_group(self, name: str) -> None:
         """Have hired workers finish what is in flight and leave."""
-        self._gangs[name].dismissed = True
+        self._gangs[name].is_stopped = True
 
-    def leave(self, name: str, lines: list[str]) -> None:
+    def record_exit(self, name: str, lines: list[str]) -> None:
         """Note that a hired worker has left, and why if not for want of work."""
         gang = self._gangs[name]
-        gang.left += 1
+        gang.ended += 1
         gang.lines += [line for line in lines if line not in gang.lines]
 
 
-class _Remote:
+class _RemoteTable:
     """A host's operations as methods."""
 
     def __init__(self, ask: Callable[[str], str], where: str) -> None:
         self._ask, self._where = ask, where
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._do, name)
+        return partial(self._call, name)
 
-    def _do(self, name: str, *values: Any) -> Any:
+    def _call(self, name: str, *values: Any) -> Any:
         request = {"do": name, "with": values, "version": VERSION}
         answer = json.loads(self._ask(json.dumps(request)))
         if "error" in answer:
@@ -133,10 +133,10 @@ class HostedQueue(TableQueue):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.host: Any = _Remote(self.ask, url)
+        self.host: Any = _RemoteTable(self.request, url)
         self.table = cast(TaskTable, self.host)
 
-    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
         """Put off the end of a worker's leases; while the head is away there is nothing to do.
 
         What is in flight is finished: its commit counts, whatever becomes of the queue.
@@ -145,62 +145,62 @@ class HostedQueue(TableQueue):
             super().renew(shift, held)
 
     @abstractmethod
-    def ask(self, request: str) -> str:
+    def request(self, request: str) -> str:
         """Send a request to the host and return its answer; raises QueueError if it is away."""
 
     @abstractmethod
-    def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
+    def launch_remote_workers(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> RemoteWorkers:
         """Have processes of the cluster's own do a job; they go on without this one.
 
         `nodes` of the cluster are waited for, for a while. Raises QueueError if it has none.
         """
 
 
-class HiredShift(Shift):
+class RemoteWorkerOptions(WorkerOptions):
     """The shift of a hired worker: until its job is done, or it is dismissed."""
 
     def __init__(self, queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
         super().__init__(worker=worker, job=job, depth=depth, burst=True)
         self._queue, self._gang = queue, gang
 
-    def may_start(self) -> bool:
+    def can_start(self) -> bool:
         """Tell whether another task may be begun."""
         if self._queue.host.gang(self._gang)["dismissed"]:
-            self.stopping.set()
-        return super().may_start()
+            self.stop.set()
+        return super().can_start()
 
 
-class Hired:
+class RemoteWorkers:
     """Workers hired through a host: `count` of them."""
 
     def __init__(self, queue: HostedQueue, name: str, count: int) -> None:
         self._queue, self.name, self.count = queue, name, count
 
-    def is_gone(self) -> bool:
+    def have_ended(self) -> bool:
         """Tell whether all of them have left."""
         return bool(self._queue.host.gang(self.name)["left"] >= self.count)
 
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         """Return why workers left, if not for want of work."""
         lines: list[str] = self._queue.host.gang(self.name)["lines"]
         return lines
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """Have them finish what is in flight and leave."""
         self._queue.host.dismiss(self.name)
 
 
-def serve_hired(queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
+def run_remote_worker(queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
     """Work as one of a gang, in a process of the cluster's."""
-    ended = serve(queue, HiredShift(queue, gang, worker, job, depth))
+    ended = run_worker(queue, RemoteWorkerOptions(queue, gang, worker, job, depth))
     queue.host.leave(gang, ended.lines)
 
 
-def device() -> str:
+def current_device() -> str:
     """Return what a worker process of the cluster's is pinned to, for its name."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").strip(" ,") or "cpu"
 
 
-def new_gang() -> str:
+def new_group_name() -> str:
     """Return a name for workers hired together."""
     return uuid.uuid4().hex[:8]

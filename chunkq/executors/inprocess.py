@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, BlockContribution, Running, WorkerOptions
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task
 
@@ -73,10 +73,10 @@ class _Memory:
     def job(self, job: str) -> _JobQueue:
         return self.jobs.get(job) or _JobQueue()
 
-    def chosen(self, shift: Shift) -> Iterator[_JobQueue]:
+    def chosen(self, shift: WorkerOptions) -> Iterator[_JobQueue]:
         """Yield the jobs that a shift takes tasks of."""
         for name, job in self.jobs.items():
-            if name == shift.job or (shift.job is None and name not in shift.set_aside):
+            if name == shift.job or (shift.job is None and name not in shift.skipped_jobs):
                 yield job
 
     def remove_empty(self) -> None:
@@ -168,7 +168,7 @@ class InProcessExecutor(LeaseQueue):
                 job.end_attempt(id, counted=counted)
             return len(held)
 
-    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
         """Record a chunk as contributor of blocks; return the finalize tasks of complete ones."""
         complete = []
         with self._memory.lock:
@@ -182,7 +182,7 @@ class InProcessExecutor(LeaseQueue):
                 missing.discard(member)
         return complete
 
-    def take(self, shift: Shift) -> Lease | None:
+    def reserve(self, shift: WorkerOptions) -> Lease | None:
         """Lease one task: of the oldest job that has one, or return None."""
         with self._memory.lock:
             now = time.time()
@@ -203,7 +203,7 @@ class InProcessExecutor(LeaseQueue):
             self._memory.remove_empty()
         return None
 
-    def finish(self, lease: Lease) -> None:
+    def ack(self, lease: Lease) -> None:
         """Remove a finished task."""
         with self._memory.lock:
             job = self._held(lease)
@@ -211,20 +211,20 @@ class InProcessExecutor(LeaseQueue):
                 del job.leased[lease.task.id]
                 self._memory.remove_empty()
 
-    def fail(self, lease: Lease, error: BaseException) -> None:
+    def nack(self, lease: Lease, error: BaseException) -> None:
         """End an attempt without success."""
         self._end(lease, counted=True)
 
-    def hand_back(self, lease: Lease) -> None:
+    def requeue(self, lease: Lease) -> None:
         """Queue a task again as if it had not been tried."""
         self._end(lease, counted=False)
 
-    def is_drained(self, shift: Shift) -> bool:
+    def is_drained(self, shift: WorkerOptions) -> bool:
         """Tell whether what a shift works on has neither queued nor running tasks."""
         with self._memory.lock:
             return not any(job.queued or job.leased for job in self._memory.chosen(shift))
 
-    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
         """Extend the leases that a worker holds."""
         with self._memory.lock:
             for lease in held:

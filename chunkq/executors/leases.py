@@ -15,11 +15,11 @@ from chunkq.errors import (
     FrameworkConflictError,
     JobError,
     ModelError,
-    OverrunError,
+    TaskTimeoutError,
     SameFailureError,
     cause,
 )
-from chunkq.executors.base import Attempt, Executor, Handler, Outcome, Shift
+from chunkq.executors.base import Attempt, Executor, Handler, TaskResult, WorkerOptions
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 from chunkq.tasks import Task, chunk_name
@@ -44,57 +44,57 @@ class LeaseQueue(Executor):
     """
 
     @abstractmethod
-    def take(self, shift: Shift) -> Lease | None:
+    def reserve(self, shift: WorkerOptions) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
 
     @abstractmethod
-    def finish(self, lease: Lease) -> None:
+    def ack(self, lease: Lease) -> None:
         """Take a finished task off the queue."""
 
     @abstractmethod
-    def fail(self, lease: Lease, error: BaseException) -> None:
+    def nack(self, lease: Lease, error: BaseException) -> None:
         """End an attempt without success: the task waits behind all others, or is failed."""
 
     @abstractmethod
-    def hand_back(self, lease: Lease) -> None:
+    def requeue(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
 
     @abstractmethod
-    def is_drained(self, shift: Shift) -> bool:
+    def is_drained(self, shift: WorkerOptions) -> bool:
         """Tell whether what a shift works on has neither queued nor running tasks."""
 
     @abstractmethod
-    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
         """Extend the leases that a worker holds, and show that it lives."""
 
     @contextmanager
-    def on_duty(self, shift: Shift) -> Iterator[None]:
+    def registered(self, shift: WorkerOptions) -> Iterator[None]:
         """Announce a worker to whoever watches the queue, and its leaving."""
         yield
 
-    def work(self, handler: Handler, shift: Shift) -> None:
+    def run_tasks(self, handler: Handler, shift: WorkerOptions) -> None:
         """Run `shift.depth` loops side by side, and a heartbeat that renews their leases."""
-        crew = _Crew(self, handler, shift)
+        crew = _TaskLoops(self, handler, shift)
         threads = [
             threading.Thread(target=crew.loop, name=f"chunk-{n}", daemon=True)
             for n in range(shift.depth)
         ]
-        with self.on_duty(shift):
+        with self.registered(shift):
             for thread in threads:
                 thread.start()
             try:
                 while any(thread.is_alive() for thread in threads):
                     self.renew(shift, crew.held())
-                    crew.look_for_overrun()
-                    _join(threads, crew.rest())
+                    crew.check_timeouts()
+                    _join(threads, crew.heartbeat_interval())
             finally:
-                shift.stopping.set()
+                shift.stop.set()
         if crew.error is not None:
             raise crew.error
 
 
 @dataclass
-class _Record:
+class _JobHistory:
     """What a worker has learned about one job."""
 
     longest: float | None = None
@@ -122,13 +122,13 @@ class _Record:
         return max(settings.least_time_limit, settings.time_limit_factor * self.longest)
 
 
-class _Crew:
+class _TaskLoops:
     """The loops of one worker: what they hold, and what they have learned about the jobs."""
 
-    def __init__(self, queue: LeaseQueue, handler: Handler, shift: Shift) -> None:
+    def __init__(self, queue: LeaseQueue, handler: Handler, shift: WorkerOptions) -> None:
         self._queue, self._handler, self._shift = queue, handler, shift
         self._held: dict[int, Lease] = {}
-        self._jobs: defaultdict[str, _Record] = defaultdict(_Record)
+        self._jobs: defaultdict[str, _JobHistory] = defaultdict(_JobHistory)
         self._lock, self._looking = threading.Lock(), threading.Lock()
         self._settings = shift.settings
         self._pause = self._settings.shortest_poll
@@ -140,7 +140,7 @@ class _Crew:
         with self._lock:
             return list(self._held.values())
 
-    def rest(self) -> float:
+    def heartbeat_interval(self) -> float:
         """Return how long (s) the heartbeat may wait."""
         limit, lease = self._shift.time_limit, self._settings.lease
         return lease / 3 if limit is None else min(lease, limit) / 3
@@ -152,25 +152,25 @@ class _Crew:
                 self._run(lease)
         except Exception as error:
             self.error = error
-            self._shift.stopping.set()
+            self._shift.stop.set()
 
     def _next(self) -> Lease | None:
         """Wait for a task to begin, one thread for all: an idle worker asks the queue little."""
         with self._looking:
-            while self._shift.may_start():
-                lease = None if self._is_replacement_due() else self._queue.take(self._shift)
+            while self._shift.can_start():
+                lease = None if self._is_replacement_due() else self._queue.reserve(self._shift)
                 if lease is not None:
                     self._pause = self._settings.shortest_poll
                     self._hold(lease)
                     return lease
                 if self._conflict is not None:
                     self.error = self._conflict
-                    self._shift.stopping.set()
+                    self._shift.stop.set()
                     return None
                 over = self._shift.burst or self.error is not None
                 if over and self._queue.is_drained(self._shift):
                     return None
-                self._shift.stopping.wait(self._pause)
+                self._shift.stop.wait(self._pause)
                 # Well below half a lease: a queue may take longer silence for its own absence.
                 longest = min(self._settings.longest_poll, self._settings.lease / 8)
                 self._pause = min(longest, 1.5 * self._pause)
@@ -180,28 +180,28 @@ class _Crew:
         with self._lock:
             self._held[threading.get_ident()] = lease
 
-    def look_for_overrun(self) -> None:
+    def check_timeouts(self) -> None:
         """Raise OverrunError if a task is over its limit, and let go of all that is held."""
         now, held = time.time(), self.held()
         over = [
             lease
             for lease in held
-            if now - lease.since > self._limit(lease.task.job) and not self._shift.waits(lease.task)
+            if now - lease.since > self._limit(lease.task.job) and not self._shift.is_waiting(lease.task)
         ]
         if not over:
             return
-        self._shift.stopping.set()
+        self._shift.stop.set()
         named = ", ".join(chunk_name(lease.task.chunk) for lease in over)
-        error = OverrunError(
+        error = TaskTimeoutError(
             f"{over[0].task.kind} chunk {named} ran for more than its time limit of "
             f"{self._limit(over[0].task.job):.0f} s; this process ends, the chunk is tried again",
             over,
         )
         for lease in held:
             if lease in over:
-                self._queue.fail(lease, error)
+                self._queue.nack(lease, error)
             else:
-                self._queue.hand_back(lease)
+                self._queue.requeue(lease)
         raise error
 
     def _limit(self, job: str) -> float:
@@ -215,29 +215,29 @@ class _Crew:
             with self._lock:
                 del self._held[threading.get_ident()]
             took = time.time() - lease.since
-            self._shift.longest = max(self._shift.longest, took)
+            self._shift.longest_task = max(self._shift.longest_task, took)
 
     def _run_one(self, lease: Lease) -> None:
         record = self._jobs[lease.task.job]
         try:
-            outcome = self._handler(lease.task, lease.attempt) or Outcome()
+            outcome = self._handler(lease.task, lease.attempt) or TaskResult()
         except FrameworkConflictError as error:
-            self._leave_to_new_process(lease.task.job, error)
-            self._queue.hand_back(lease)
+            self._restart_for_job(lease.task.job, error)
+            self._queue.requeue(lease)
         except (JobError, ModelError) as error:
-            self._queue.hand_back(lease)
-            self._set_aside(lease.task.job, error)
+            self._queue.requeue(lease)
+            self._skip_job(lease.task.job, error)
         except (Exception, SystemExit) as error:
             # The handler has recorded it in the ledger; the queue only counts.
-            self._queue.fail(lease, error)
+            self._queue.nack(lease, error)
             if record.is_hopeless_after(lease.task, error, self._settings):
-                self._set_aside(lease.task.job, _same_failure(lease.task, record, error))
+                self._skip_job(lease.task.job, _same_failure(lease.task, record, error))
         else:
             if outcome.marks:
-                self._complete(lease, self._queue.note(lease.task.job, outcome.marks))
+                self._complete(lease, self._queue.record_contributions(lease.task.job, outcome.marks))
             if outcome.ran:
                 record.succeeded(time.time() - lease.since)
-            self._queue.finish(lease)
+            self._queue.ack(lease)
 
     def _complete(self, lease: Lease, blocks: Sequence[Task]) -> None:
         """Complete the blocks that a chunk was the last to contribute to."""
@@ -248,9 +248,9 @@ class _Crew:
                 # It is in the ledger, and the finalizer comes by in any case.
                 log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
 
-    def _leave_to_new_process(self, job: str, error: FrameworkConflictError) -> None:
+    def _restart_for_job(self, job: str, error: FrameworkConflictError) -> None:
         """Take no more tasks of a job; `_next` ends the shift when there are no others."""
-        self._shift.set_aside.add(job)
+        self._shift.skipped_jobs.add(job)
         if self._conflict is None:
             log.info("%s", error)
             self._conflict, self._conflict_since = error, time.time()
@@ -259,18 +259,18 @@ class _Crew:
         waited = time.time() - self._conflict_since
         return self._conflict is not None and waited > self._settings.longest_replacement_delay
 
-    def _set_aside(self, job: str, error: Exception) -> None:
+    def _skip_job(self, job: str, error: Exception) -> None:
         """Leave a job that cannot be done; the loops end once there is no other."""
-        known = job in self._shift.set_aside
-        self._shift.set_aside.add(job)
+        known = job in self._shift.skipped_jobs
+        self._shift.skipped_jobs.add(job)
         self.error = error  # raised, and said, at the end
         if self._shift.job is not None:
-            self._shift.stopping.set()
+            self._shift.stop.set()
         elif not known and not self._queue.is_drained(self._shift):
             log.error("%s", error)
 
 
-def _same_failure(task: Task, record: _Record, error: BaseException) -> SameFailureError:
+def _same_failure(task: Task, record: _JobHistory, error: BaseException) -> SameFailureError:
     shown = str(error) or type(error).__name__
     output = without_secret(task.job).removesuffix(".chunkq")
     return SameFailureError(

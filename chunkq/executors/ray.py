@@ -19,37 +19,37 @@ from ray._private.services import get_ray_address_from_environment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chunkq.errors import JobError, QueueError
-from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, Ended, Shift, WorkerName
+from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, ExitStatus, WorkerOptions, WorkerName
 from chunkq.executors.hosted import (
-    Hired,
-    Host,
+    RemoteWorkers,
+    QueueHost,
     HostedQueue,
-    device,
-    new_gang,
-    serve_hired,
+    current_device,
+    new_group_name,
+    run_remote_worker,
 )
-from chunkq.tasks import serve
+from chunkq.tasks import run_worker
 
 log = logging.getLogger("chunkq.queue")
 
 NAMESPACE = "chunkq"
-KEEPER = "queue"
+QUEUE_ACTOR = "queue"
 ANSWER_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 JOIN_SECONDS = 120.0
 GRANT_SECONDS = 15.0
 """How long Ray may take to grant a worker its device before the user hears of it."""
-BIRTH_SECONDS = 5.0
+ACTOR_START_SECONDS = 5.0
 """How long an actor that lives may take to say so."""
 CLIENT_TRIES = 3
 """How often Ray's head is asked for a server for this process, with `ray://HOST:PORT`."""
 UNSERVED = "client/server/proxier.py"
 """What Ray says, among others, when the server it began for a client died, or did not answer."""
 REMEDY = "pip install 'chunkq[ray]' on its machines"
-AT_BIRTH = ("MALLOC_", "GLIBC_TUNABLES")
+START_ERRORS = ("MALLOC_", "GLIBC_TUNABLES")
 """What of the environment, by the names' beginning, an actor must be born with."""
-OF_RAY = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
+RAY_ERRORS = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
 """What of the environment is not passed on to an actor."""
 
 
@@ -98,7 +98,7 @@ class _Connection:
         """Connect, unless that is done; raises OSError, RuntimeError and ValueError."""
         with cls._lock:
             if not ray.is_initialized():
-                _knock(address)
+                _check_listening(address)
                 _connect(address)
                 cls._address = address
             elif cls._address not in (None, address):
@@ -125,7 +125,7 @@ class RayExecutor(HostedQueue):
         try:
             _Connection.open(address.text)
         except Exception as error:  # Ray raises many kinds, some of gRPC
-            raise self._away(error) from None
+            raise self._unreachable(error) from None
         try:
             self.ask_version()
         except QueueError:
@@ -136,14 +136,14 @@ class RayExecutor(HostedQueue):
         """Have the host compare versions."""
         self.host.gang("")
 
-    def ask(self, request: str) -> str:
+    def request(self, request: str) -> str:
         """Ask the actor that keeps the queue; a cluster that has none gets one."""
         try:
             if self._keeper is None:
-                self._keeper = _keeper()
+                self._keeper = _queue_actor()
             answer: str = ray.get(self._keeper.answer.remote(request), timeout=ANSWER_SECONDS)
         except ray.exceptions.GetTimeoutError as error:
-            raise self._away(error) from None
+            raise self._unreachable(error) from None
         except ray.exceptions.RayActorError as error:
             self._keeper = None
             if "No module named 'chunkq" in str(error):
@@ -156,10 +156,10 @@ class RayExecutor(HostedQueue):
                 "`chunkq produce --resume` fills it again"
             ) from None
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-            raise self._away(error) from None
+            raise self._unreachable(error) from None
         return answer
 
-    def _away(self, error: BaseException) -> QueueError:
+    def _unreachable(self, error: BaseException) -> QueueError:
         if isinstance(error, ConnectionAbortedError) and UNSERVED in str(error):
             return QueueError(
                 f"queue: the Ray cluster at {self.url} failed {CLIENT_TRIES} times to start its "
@@ -177,7 +177,7 @@ class RayExecutor(HostedQueue):
             "`ray start --head`, or check the address, and the token if it asks for one"
         )
 
-    def serve(self, shift: Shift) -> Ended:
+    def run_worker(self, shift: WorkerOptions) -> ExitStatus:
         """Work in an actor on this machine, which Ray grants its GPU."""
         name = WorkerName.parse(shift.worker)
         here = NodeAffinitySchedulingStrategy(
@@ -186,28 +186,28 @@ class RayExecutor(HostedQueue):
         actor = _actor(name.device != "cpu", scheduling_strategy=here, max_concurrency=3).remote()
         try:
             if not self._is_granted(actor, shift):
-                return Ended()
-            return self._see_through(actor, shift)
+                return ExitStatus()
+            return self._wait_until_done(actor, shift)
         except ray.exceptions.RayActorError as error:
             if "creation task" in str(error):
-                return Ended(EXIT_REFUSED, [_unborn(error)])
-            return Ended(EXIT_DIED, ["the worker's actor died: " + _first_line(error)])
+                return ExitStatus(EXIT_REFUSED, [_start_problem(error)])
+            return ExitStatus(EXIT_DIED, ["the worker's actor died: " + _first_line(error)])
         finally:
             with suppress(Exception):
                 ray.kill(actor)
 
-    def _is_granted(self, actor: Any, shift: Shift) -> bool:
+    def _is_granted(self, actor: Any, shift: WorkerOptions) -> bool:
         """Wait until Ray has made room for a worker; False if by then it is of no use any more."""
-        there, begun, late = actor.is_there.remote(), time.monotonic(), False
-        while not ray.wait([there], timeout=LOOK_SECONDS)[0]:
-            if not shift.may_start() or (late and shift.burst and self.is_drained(shift)):
+        there, begun, late = actor.ping.remote(), time.monotonic(), False
+        while not ray.wait([there], timeout=POLL_SECONDS)[0]:
+            if not shift.can_start() or (late and shift.burst and self.is_drained(shift)):
                 return False
             if not late and time.monotonic() - begun > GRANT_SECONDS:
                 late = True
                 log.warning("Ray has not granted this worker its device and core yet; waiting")
         return True
 
-    def _see_through(self, actor: Any, shift: Shift) -> Ended:
+    def _wait_until_done(self, actor: Any, shift: WorkerOptions) -> ExitStatus:
         orders = {
             "depth": shift.depth,
             "burst": shift.burst,
@@ -216,17 +216,17 @@ class RayExecutor(HostedQueue):
             "time_limit": shift.time_limit,
         }
         # As an argument, not as Ray's own environment of an actor: that one everyone can look up.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(OF_RAY)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(RAY_ERRORS)}
         ending = actor.serve.remote(self.url, shift.worker, orders, environment)
         stopped = False
-        while not ray.wait([ending], timeout=LOOK_SECONDS)[0]:
-            if shift.stopping.is_set() and not stopped:
+        while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
+            if shift.stop.is_set() and not stopped:
                 stopped = True
                 actor.stop.remote()
         code, lines = ray.get(ending)
-        return Ended(code, lines)
+        return ExitStatus(code, lines)
 
-    def hire(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> Hired:
+    def launch_remote_workers(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> RemoteWorkers:
         """Start actors all over the cluster: one for each GPU, or one on each machine."""
         until = time.monotonic() + JOIN_SECONDS
         while len(alive := [node for node in ray.nodes() if node["Alive"]]) < nodes:
@@ -237,11 +237,11 @@ class RayExecutor(HostedQueue):
                     nodes,
                 )
                 break
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         count = sum(int(node["Resources"].get("GPU", 0)) for node in alive) if gpu else len(alive)
         if not count:
             raise QueueError(f"queue: the Ray cluster at {self.url} has no GPU for this job")
-        gang = new_gang()
+        gang = new_group_name()
         actors = [
             _actor(
                 gpu,
@@ -253,41 +253,41 @@ class RayExecutor(HostedQueue):
             ).remote(gang, job, depth)
             for number in range(count)
         ]
-        return _Actors(self, gang, actors)
+        return _RayRemoteWorkers(self, gang, actors)
 
     def close(self) -> None:
         """Let go of the cluster."""
         _Connection.close()
 
 
-class _Actors(Hired):
+class _RayRemoteWorkers(RemoteWorkers):
     """Hired actors, of which some may never come to life."""
 
     def __init__(self, queue: HostedQueue, gang: str, actors: Sequence[Any]) -> None:
         super().__init__(queue, gang, len(actors))
         self._actors = actors
-        self._asked = {actor.is_there.remote(): actor for actor in actors}
+        self._asked = {actor.ping.remote(): actor for actor in actors}
         self._lines: list[str] = []
 
-    def is_gone(self) -> bool:
+    def have_ended(self) -> bool:
         """Tell whether all of them have left, or could not come."""
-        self._hear(0)
-        return super().is_gone()
+        self._collect_answers(0)
+        return super().have_ended()
 
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         """Return why workers left, if not for want of work, or could not come."""
-        return super().said() + self._lines
+        return super().messages() + self._lines
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """Have them finish what is in flight and leave; those still waiting need not come."""
-        super().dismiss()
-        self._asked = {actor.is_there.remote(): actor for actor in self._actors}
-        self._hear(BIRTH_SECONDS)
+        super().stop()
+        self._asked = {actor.ping.remote(): actor for actor in self._actors}
+        self._collect_answers(ACTOR_START_SECONDS)
         while self._asked:
             ray.kill(self._asked.popitem()[1])
             self.count -= 1
 
-    def _hear(self, seconds: float) -> None:
+    def _collect_answers(self, seconds: float) -> None:
         """Wait for answers, for so long at most, and note who could not be born."""
         asked = list(self._asked)
         if not asked:
@@ -298,51 +298,51 @@ class _Actors(Hired):
             except ray.exceptions.RayActorError as error:
                 if answer in self._asked and "creation task" in str(error):
                     self.count -= 1
-                    self._lines = [_unborn(error)]
+                    self._lines = [_start_problem(error)]
             self._asked.pop(answer, None)
 
 
-class Crew:
+class WorkerActor:
     """One worker process as an actor: its threads are the chunks in flight.
 
     One that is hired begins by itself, also when Ray starts it again, and ends by itself.
     """
 
     def __init__(self, gang: str | None = None, job: str = "", depth: int = 1) -> None:
-        self._shift: Shift | None = None
+        self._shift: WorkerOptions | None = None
         if gang is not None:
             me = ray.get_runtime_context().current_actor
-            threading.Thread(target=self._be_hired, args=(gang, job, depth, me)).start()
+            threading.Thread(target=self._run_remote, args=(gang, job, depth, me)).start()
 
     def serve(
         self, url: str, home: str, orders: dict[str, Any], environment: dict[str, str]
     ) -> tuple[int, list[str]]:
         """Work until the shift ends; returns the exit code, and why in lines."""
         os.environ.update(environment)
-        _hide_what_is_not_granted()
+        _hide_ungranted_gpus()
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
-        self._shift = Shift(WorkerName.new(device()).text, replaceable=True, **orders)
+        self._shift = WorkerOptions(WorkerName.new(current_device()).name, replaceable=True, **orders)
         queue.host.enlist(self._shift.worker, home)
-        code, lines = serve(queue, self._shift)
+        code, lines = run_worker(queue, self._shift)
         queue.close()
         return code, list(lines)
 
-    def is_there(self) -> bool:
+    def ping(self) -> bool:
         """Answer as soon as Ray has made room."""
         return True
 
     def stop(self) -> None:
         """Finish what is in flight and take no more."""
         if self._shift is not None:
-            self._shift.stopping.set()
+            self._shift.stop.set()
 
-    def _be_hired(self, gang: str, job: str, depth: int, me: Any) -> None:
-        _hide_what_is_not_granted()
+    def _run_remote(self, gang: str, job: str, depth: int, me: Any) -> None:
+        _hide_ungranted_gpus()
         try:
             queue = RayExecutor("ray://auto")
             try:
-                serve_hired(queue, gang, WorkerName.new(device()).text, job, depth)
+                run_remote_worker(queue, gang, WorkerName.new(current_device()).name, job, depth)
             except Exception as error:
                 queue.host.leave(gang, [f"{type(error).__name__}: {_first_line(error)}"])
                 raise
@@ -351,22 +351,22 @@ class Crew:
 
 
 def _actor(gpu: bool, **options: Any) -> Any:
-    born = {name: value for name, value in os.environ.items() if name.startswith(AT_BIRTH)}
-    return ray.remote(Crew).options(
+    born = {name: value for name, value in os.environ.items() if name.startswith(START_ERRORS)}
+    return ray.remote(WorkerActor).options(
         num_gpus=1 if gpu else 0, num_cpus=1, runtime_env={"env_vars": born}, **options
     )
 
 
-def _keeper() -> Any:
+def _queue_actor() -> Any:
     """Find or make the actor that keeps the queue, on the cluster's head."""
     heads = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
     options: dict[str, Any] = {}
     if heads:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(heads[0], soft=True)
     return (
-        ray.remote(Host)
+        ray.remote(QueueHost)
         .options(
-            name=KEEPER,
+            name=QUEUE_ACTOR,
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -377,7 +377,7 @@ def _keeper() -> Any:
     )
 
 
-def _knock(address: str) -> None:
+def _check_listening(address: str) -> None:
     """Raise OSError if nobody listens at an address; Ray itself would try for minutes."""
     found = get_ray_address_from_environment(address, None) if address == "auto" else address
     host, _, port = (found or "").removeprefix("ray://").rpartition(":")
@@ -406,13 +406,13 @@ def _connect(address: str) -> None:
             return
 
 
-def _hide_what_is_not_granted() -> None:
+def _hide_ungranted_gpus() -> None:
     """Have an actor without a GPU see none: Ray itself would let it see all of its node's."""
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _unborn(error: BaseException) -> str:
+def _start_problem(error: BaseException) -> str:
     """Say why an actor could not be made on a machine."""
     if "No module named 'chunkq" in str(error):
         return f"queue: a machine of the Ray cluster has no chunkq; {REMEDY}"

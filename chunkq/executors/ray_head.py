@@ -19,15 +19,15 @@ from pathlib import Path
 import psutil
 
 from chunkq.errors import QueueError
-from chunkq.scratch import scratch_folder, sweep
+from chunkq.scratch import scratch_folder, delete_abandoned
 
 LONGEST_FOLDER = 24
 END_SECONDS = 10.0
-STARTED = re.compile(r"ray start --address='([^']+)'")
+STARTED_MESSAGE = re.compile(r"ray start --address='([^']+)'")
 
 
 @contextmanager
-def head(
+def start_head(
     *, alone: bool, cpus: int | None = None, gpus: bool = True, port: int = 0
 ) -> Iterator[tuple[str, str]]:
     """Start a head on this machine; yields the address HOST:PORT that others join, and its token.
@@ -46,12 +46,12 @@ def head(
         _token_in_environment(token),
         _node(["--head", "--port", str(port), *here], cpus, gpus) as said,
     ):
-        found = STARTED.search(said)
+        found = STARTED_MESSAGE.search(said)
         yield found.group(1) if found else "", token
 
 
 @contextmanager
-def joined(address: str, token: str, *, gpus: bool = True) -> Iterator[None]:
+def join_cluster(address: str, token: str, *, gpus: bool = True) -> Iterator[None]:
     """Have this machine be part of the cluster whose head is at `address`."""
     with _token_in_environment(token), _node(["--address", address], None, gpus):
         yield
@@ -151,7 +151,7 @@ def _end_with_parent() -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(processes, timeout=END_SECONDS)
-    sweep(_short_folder())
+    delete_abandoned(_short_folder())
     os.killpg(0, signal.SIGKILL)
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 
 from chunkq.errors import QueueError
 from chunkq.executors import table_schema
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, BlockContribution, Running, WorkerOptions
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task, chunk_name, parse_chunk
 
@@ -26,11 +26,11 @@ log = logging.getLogger("chunkq.queue")
 BATCH = 1000
 
 COMPLETE = "complete"
-SHOWN = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
+RUNNING_COLUMNS = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
 
 # A lease that ran out counts as an attempt; past the last one the task is failed, not begun.
 # {filter} keeps each inner query on an index that gives rows in order, however long the queue.
-TAKE = """
+RESERVE = """
 UPDATE tasks SET state = 'running', attempts = attempts + 1, worker = :worker, since = :now,
                  lease_until = :now + :lease
 WHERE number = (
@@ -48,12 +48,12 @@ WHERE number = (
 )
 RETURNING id, message, attempts
 """
-GIVE_UP = """
+EXPIRE_LAST_ATTEMPTS = """
 UPDATE tasks SET state = 'failed', lease_until = NULL
 WHERE state = 'running' AND lease_until < :now AND attempts >= :most
 """
 # Tried again after all others: what was amiss may have passed by then.
-FAIL = """
+NACK = """
 UPDATE tasks SET state = CASE WHEN attempts >= :most THEN 'failed' ELSE 'queued' END,
                  number = (SELECT max(number) + 1 FROM tasks), lease_until = NULL
 WHERE id = :id AND worker = :worker AND state = 'running'
@@ -63,7 +63,7 @@ INSERT INTO tasks (id, job, message) VALUES (?, ?, ?)
 ON CONFLICT (id) DO UPDATE SET state = 'queued', attempts = 0, worker = NULL, lease_until = NULL
 WHERE state = 'failed'
 """
-MARK = """
+RECORD_CONTRIBUTION = """
 INSERT INTO blocks (job, block, marks) VALUES (?, ?, ?)
 ON CONFLICT (job, block) DO UPDATE SET marks = excluded.marks
 """
@@ -110,7 +110,7 @@ class TaskTable:
         """Count a job's tasks by state; one whose lease ran out waits again."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT {SHOWN} AS shown, count(*) FROM tasks WHERE job = ? GROUP BY shown",
+                f"SELECT {RUNNING_COLUMNS} AS shown, count(*) FROM tasks WHERE job = ? GROUP BY shown",
                 (time.time(), job),
             ).fetchall()
         return dict(rows)
@@ -119,7 +119,7 @@ class TaskTable:
         """Count the tasks of every job; one whose lease ran out waits again."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT job, {SHOWN} AS shown, count(*) FROM tasks GROUP BY job, shown",
+                f"SELECT job, {RUNNING_COLUMNS} AS shown, count(*) FROM tasks GROUP BY job, shown",
                 (time.time(),),
             ).fetchall()
         states: dict[str, dict[str, int]] = {}
@@ -165,14 +165,14 @@ class TaskTable:
             (MAX_ATTEMPTS, counted, 0 if counted else 1, worker),
         )
 
-    def take(
+    def reserve(
         self, worker: str, lease: float, job: str | None, aside: Sequence[str]
     ) -> tuple[str, str, int] | None:
         """Begin one task for `lease` seconds: of `job`, or of any but those `aside`.
 
         Returns its id, message and the number of this attempt, or None.
         """
-        condition, chosen = _choice(job, aside)
+        condition, chosen = _job_filter(job, aside)
         values = {
             "worker": worker,
             "now": time.time(),
@@ -182,22 +182,22 @@ class TaskTable:
         }
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
-            database.execute(GIVE_UP, values)
+            database.execute(EXPIRE_LAST_ATTEMPTS, values)
             row: tuple[str, str, int] | None = database.execute(
-                TAKE.format(filter=condition), values
+                RESERVE.format(filter=condition), values
             ).fetchone()
             database.execute("COMMIT")
         return row
 
-    def drop(self, id: str) -> None:
+    def delete(self, id: str) -> None:
         """Delete what is no task."""
         self._delete("id = ?", (id,))
 
-    def finish(self, id: str, worker: str) -> None:
+    def ack(self, id: str, worker: str) -> None:
         """Delete a finished task."""
         self._delete("id = ? AND worker = ?", (id, worker))
 
-    def note(self, job: str, marks: Sequence[tuple[str, int, int]]) -> list[str]:
+    def record_contributions(self, job: str, marks: Sequence[tuple[str, int, int]]) -> list[str]:
         """Mark contributors, each a (block, number, how many the block has), as committed.
 
         Returns the blocks that are complete by that, each to one caller only.
@@ -219,15 +219,15 @@ class TaskTable:
                     after = COMPLETE
                     complete.append(block)
                 if after != before:
-                    database.execute(MARK, (job, block, after))
+                    database.execute(RECORD_CONTRIBUTION, (job, block, after))
             database.execute("COMMIT")
         return complete
 
-    def fail(self, id: str, worker: str) -> None:
+    def nack(self, id: str, worker: str) -> None:
         """End an attempt without success."""
-        self._change(FAIL, {"most": MAX_ATTEMPTS, "id": id, "worker": worker})
+        self._change(NACK, {"most": MAX_ATTEMPTS, "id": id, "worker": worker})
 
-    def hand_back(self, id: str, worker: str) -> None:
+    def requeue(self, id: str, worker: str) -> None:
         """Put a task back as if it had not been begun."""
         self._change(
             "UPDATE tasks SET state = 'queued', attempts = attempts - 1, lease_until = NULL "
@@ -237,7 +237,7 @@ class TaskTable:
 
     def is_drained(self, job: str | None, aside: Sequence[str]) -> bool:
         """Tell whether nothing is queued or running: of `job`, or of any but those `aside`."""
-        condition, chosen = _choice(job, aside)
+        condition, chosen = _job_filter(job, aside)
         with self._database() as database:
             row = database.execute(
                 f"SELECT 1 FROM tasks WHERE state IN ('queued', 'running') {condition} LIMIT 1",
@@ -343,42 +343,42 @@ class TableQueue(LeaseQueue):
         """End a worker's leases."""
         return self.table.release(worker, counted)
 
-    def take(self, shift: Shift) -> Lease | None:
+    def reserve(self, shift: WorkerOptions) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
-        while row := self.table.take(
-            shift.worker, shift.settings.lease, shift.job, sorted(shift.set_aside)
+        while row := self.table.reserve(
+            shift.worker, shift.settings.lease, shift.job, sorted(shift.skipped_jobs)
         ):
             id, message, attempts = row
             try:
                 return Lease(Task.from_json(message), Attempt(attempts, shift.worker))
             except QueueError as error:
                 log.error("dropped from the queue: %s", error)
-                self.table.drop(id)
+                self.table.delete(id)
         return None
 
-    def finish(self, lease: Lease) -> None:
+    def ack(self, lease: Lease) -> None:
         """Take a finished task off the queue, unless its lease went to another."""
-        self.table.finish(lease.task.id, lease.attempt.worker)
+        self.table.ack(lease.task.id, lease.attempt.worker)
 
-    def fail(self, lease: Lease, error: BaseException) -> None:
+    def nack(self, lease: Lease, error: BaseException) -> None:
         """End an attempt without success."""
-        self.table.fail(lease.task.id, lease.attempt.worker)
+        self.table.nack(lease.task.id, lease.attempt.worker)
 
-    def hand_back(self, lease: Lease) -> None:
+    def requeue(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
-        self.table.hand_back(lease.task.id, lease.attempt.worker)
+        self.table.requeue(lease.task.id, lease.attempt.worker)
 
-    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
         """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
         rows = [(chunk_name(mark.block), mark.member, mark.of) for mark in marks]
-        found = map(parse_chunk, self.table.note(job, rows))
+        found = map(parse_chunk, self.table.record_contributions(job, rows))
         return [Task("finalize", job, block) for block in found if block is not None]
 
-    def is_drained(self, shift: Shift) -> bool:
+    def is_drained(self, shift: WorkerOptions) -> bool:
         """Tell whether what a shift works on has neither queued nor running tasks."""
-        return self.table.is_drained(shift.job, sorted(shift.set_aside))
+        return self.table.is_drained(shift.job, sorted(shift.skipped_jobs))
 
-    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
         """Extend the leases that a worker holds."""
         ids = [lease.task.id for lease in held]
         self.table.renew(shift.worker, ids, shift.settings.lease)
@@ -388,7 +388,7 @@ class TableQueue(LeaseQueue):
         self.table.close()
 
 
-def _choice(job: str | None, aside: Sequence[str]) -> tuple[str, dict[str, str]]:
+def _job_filter(job: str | None, aside: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Return the SQL condition, and its values, for the tasks that may be begun."""
     if job is not None:
         return "AND job = :job", {"job": job}

@@ -21,9 +21,9 @@ from chunkq.opened import open_job
 from chunkq_producer import submit
 from chunkq_producer.cluster import queue_of
 from chunkq_producer.distribute import distribute as have_workers_complete
-from chunkq_producer.running import Teller, Wishes, run_job, set_going
-from chunkq_producer.submit import Produced
-from chunkq_producer.watch import Look, Status, job_status
+from chunkq_producer.running import ProgressReporter, RunOptions, run_job, launch_cluster_workers
+from chunkq_producer.submit import ProduceResult
+from chunkq_producer.watch import StatusPoller, JobStatus, job_status
 
 JobSource = str | Path | Mapping[str, Any]
 """A job file, or a mapping with the same keys."""
@@ -46,7 +46,7 @@ def run(
     gpus: str = "all",
     depth: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[Status], None] | None = None,
+    progress: Callable[[JobStatus], None] | None = None,
 ) -> dict[str, Any]:
     """Produce, work and finalize a job on this machine, with worker processes; as `chunkq run`.
 
@@ -59,14 +59,14 @@ def run(
     notes, and in `status`), InterruptedRunError when stopped by Ctrl-C or SIGTERM: called from
     the main thread, chunks in flight are finished first.
     """
-    checked = _loaded(job, input, output)
+    checked = _load(job, input, output)
     return run_job(
         checked,
         engine=executor,
         queue=queue,
-        wishes=Wishes(workers, gpus, depth),
+        wishes=RunOptions(workers, gpus, depth),
         overwrite=overwrite,
-        teller=_Watched(progress),
+        teller=_StatusReporter(progress),
     ).report
 
 
@@ -79,7 +79,7 @@ def produce(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = _quiet,
-) -> Produced:
+) -> ProduceResult:
     """Check a job, write its job folder, queue every chunk that is not done; as the command does.
 
     `queue` is a URL, or an open queue, which stays open; else CHUNKQ_QUEUE, the job's own or the
@@ -87,19 +87,19 @@ def produce(
     StoreError, before anything is written, if the job cannot be done as written or something
     else is in the output's place; QueueError if the queue is away.
     """
-    checked = _loaded(job, input, output)
+    checked = _load(job, input, output)
     prepared = submit.prepare(checked)
-    submit.check_place(prepared, resume=resume, overwrite=overwrite)
+    submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
     url = queue if isinstance(queue, Executor) else queue_of(checked, queue)
     with _queue(url, None) as executor:
         made = submit.produce(
             prepared, executor, resume=resume, overwrite=overwrite, progress=progress
         )
-        set_going(executor, made)
+        launch_cluster_workers(executor, made)
     return made
 
 
-def status(output: Place, *, queue: str | None = None) -> Status:
+def status(output: Place, *, queue: str | None = None) -> JobStatus:
     """Return how far the job of an output is. Raises MissingJobError where there is none.
 
     A queue that cannot be reached is no error: its figures are None, `queue_problem` says why.
@@ -135,20 +135,20 @@ def finalize(
     )
 
 
-class _Watched(Teller):
+class _StatusReporter(ProgressReporter):
     """Passes the job's status on to a function, if there is one."""
 
-    def __init__(self, progress: Callable[[Status], None] | None) -> None:
+    def __init__(self, progress: Callable[[JobStatus], None] | None) -> None:
         self._progress = progress
 
     @override
     @contextmanager
-    def looking(self) -> Iterator[Callable[[Look], None]]:
+    def watching(self) -> Iterator[Callable[[StatusPoller], None]]:
         progress = self._progress
         yield (lambda look: None) if progress is None else (lambda look: progress(look()))
 
 
-def _loaded(job: JobSource, input: Place | None, output: Place | None) -> Job:
+def _load(job: JobSource, input: Place | None, output: Place | None) -> Job:
     return load_job(
         job,
         input=None if input is None else str(input),

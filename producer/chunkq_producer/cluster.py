@@ -15,7 +15,7 @@ from chunkq.executors import BACKENDS, QUEUE_VARIABLE, credentials, load_backend
 from chunkq.job import DaskConfig, Job, RayConfig
 from chunkq.private_files import write_private
 from chunkq.scratch import scratch_folder
-from chunkq_producer.slurm import Announcement, Step, announcing
+from chunkq_producer.slurm import Announcement, Step, announce
 
 log = logging.getLogger("chunkq.run")
 
@@ -23,7 +23,7 @@ ENGINES: MappingProxyType[str, str] = MappingProxyType(
     {"sqlite": "sqlite", "inprocess": "inprocess", "rq": "redis", "dask": "dask", "ray": "ray"}
 )
 """Name for --executor -> the scheme of its URLs."""
-USUAL_QUEUES = MappingProxyType({"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"})
+DEFAULT_QUEUES = MappingProxyType({"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"})
 CLUSTERS = ("dask", "ray")
 """Engines that can be a cluster: they form one, or use the workers of one that runs."""
 
@@ -39,7 +39,7 @@ class Cluster:
     """
 
     url: str
-    hires: bool = False
+    launches_remote_workers: bool = False
     per_node: int | None = None
     depth: int | None = None
     ends: bool = False
@@ -82,7 +82,7 @@ def engine_of(name: str | None, job: Job, given: str | None) -> tuple[str, str |
             "cluster: running to use the one named"
         )
     if named is None:
-        named = USUAL_QUEUES.get(engine) or queue_url(None)
+        named = DEFAULT_QUEUES.get(engine) or queue_url(None)
     return engine, named
 
 
@@ -150,12 +150,12 @@ def cluster_for(
     alone = step is None
     with (
         _dask(config, alone) if engine == "dask" else _ray(job, alone, workers) as made,
-        announcing(job.output, step) as tell,
+        announce(job.output, step) as tell,
     ):
         yield Cluster(
             made.url,
             # Ray spreads its actors by itself; Dask's workers are started on each node.
-            hires=engine == "ray" and not alone,
+            launches_remote_workers=engine == "ray" and not alone,
             per_node=per_node,
             depth=depth,
             ends=True,
@@ -166,7 +166,7 @@ def cluster_for(
 
 
 @dataclass(frozen=True)
-class _Made:
+class _OwnCluster:
     """A cluster of one's own: the queue's URL here; the address and secret for the other nodes."""
 
     url: str
@@ -176,14 +176,14 @@ class _Made:
 
 
 @contextmanager
-def _dask(config: DaskConfig, alone: bool) -> Iterator[_Made]:
+def _dask(config: DaskConfig, alone: bool) -> Iterator[_OwnCluster]:
     load_backend("dask")  # if its package is missing, that is said in one line
     from chunkq.executors.dask import Address
-    from chunkq.executors.dask_scheduler import address_here, start
+    from chunkq.executors.dask_scheduler import local_address, start_scheduler
     from chunkq.executors.dask_tls import create_certificate
 
     port = config.scheduler_port if "scheduler_port" in config.model_fields_set else 0
-    host = "127.0.0.1" if alone else address_here(config.interface)
+    host = "127.0.0.1" if alone else local_address(config.interface)
     with scratch_folder("dask") as folder:
         tls = None if config.protocol == "ucx" else create_certificate(folder)
         if tls is None:
@@ -191,40 +191,40 @@ def _dask(config: DaskConfig, alone: bool) -> Iterator[_Made]:
                 "dask_config.protocol: ucx has no encryption; whoever reaches this cluster can run "
                 "code as you"
             )
-        process, url = start(host, port, config.protocol, config.interface, tls)
+        process, url = start_scheduler(host, port, config.protocol, config.interface, tls)
         address = Address.parse(url)
         secret = tls.read_text() if tls else ""
         if tls:
             with suppress(QueueError):  # only other commands of this user need it
-                credentials.publish("dask", address.host, address.port, secret)
+                credentials.store_secret("dask", address.host, address.port, secret)
         try:
-            yield _Made(
+            yield _OwnCluster(
                 url, replace(address, tls=None).url, secret, lambda: process.poll() is not None
             )
         finally:
             process.kill()
             process.communicate()
-            credentials.withdraw("dask", address.host, address.port)
+            credentials.remove_secret("dask", address.host, address.port)
 
 
 @contextmanager
-def _ray(job: Job, alone: bool, workers: int | None) -> Iterator[_Made]:
-    from chunkq.executors.ray_head import head
+def _ray(job: Job, alone: bool, workers: int | None) -> Iterator[_OwnCluster]:
+    from chunkq.executors.ray_head import start_head
 
     port = job.ray_config.port if "port" in job.ray_config.model_fields_set else 0
     # In a cluster of its own a job has nobody to share cores with, and may crowd them.
     cpus = max(workers or 1, os.cpu_count() or 1) if alone else None
-    with head(alone=alone, cpus=cpus, gpus=not on_cpu(job), port=port) as (address, token):
-        yield _Made(_ray_url(address), address, token)
+    with start_head(alone=alone, cpus=cpus, gpus=not is_cpu_only(job), port=port) as (address, token):
+        yield _OwnCluster(_ray_url(address), address, token)
 
 
 @contextmanager
-def part_of(engine: str, leader: Announcement, job: Job) -> Iterator[Cluster | None]:
+def join_cluster(engine: str, leader: Announcement, job: Job) -> Iterator[Cluster | None]:
     """Have this node be part of a cluster that another one leads; None if it needs no more."""
     if engine == "ray":
-        from chunkq.executors.ray_head import joined
+        from chunkq.executors.ray_head import join_cluster
 
-        with joined(leader.address, leader.secret, gpus=not on_cpu(job)):
+        with join_cluster(leader.address, leader.secret, gpus=not is_cpu_only(job)):
             yield None
     else:
         config = job.dask_config
@@ -246,12 +246,12 @@ def _with_certificate(leader: Announcement) -> Iterator[str]:
         yield replace(Address.parse(leader.address), protocol="tls", tls=str(file)).url
 
 
-def on_cpu(job: Job) -> bool:
+def is_cpu_only(job: Job) -> bool:
     """Tell whether a job wants no GPU."""
     return job.model.device == "cpu" or job.hardware == "cpu_only"
 
 
-def unused(job: Job, engine: str) -> list[str]:
+def unused_sections(job: Job, engine: str) -> list[str]:
     """Return one line for each section of the job that speaks of another engine."""
     sections = {
         "dask": job.dask_config != DaskConfig(),

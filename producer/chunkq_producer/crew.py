@@ -14,20 +14,20 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import Executor, Shift
-from chunkq.executors.hosted import Hired
+from chunkq.executors.base import Executor, WorkerOptions
+from chunkq.executors.hosted import RemoteWorkers
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
-class Crew(ABC):
+class Workers(ABC):
     """Workers that end by themselves when nothing is left to do."""
 
-    said: Sequence[str] = ()
+    messages: Sequence[str] = ()
     """Why they left, if not for want of work, in lines."""
 
     @abstractmethod
-    def is_gone(self) -> bool:
+    def have_ended(self) -> bool:
         """Tell whether all have left."""
 
     @abstractmethod
@@ -40,21 +40,21 @@ class Crew(ABC):
 
     @property
     @abstractmethod
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """What the exit code of `chunkq work` is, or would be, once they are gone."""
 
-    def dismiss(self) -> None:  # noqa: B027 -- nothing to do for those who go on by themselves
+    def kill(self) -> None:  # noqa: B027 -- nothing to do for those who go on by themselves
         """Leave none behind that is of no use without this process."""
 
 
-class Command(Crew):
+class WorkerCommand(Workers):
     """`chunkq work` on this machine.
 
     The queue's address, which may hold a password, travels in the environment: a command line
     can be seen by everyone.
     """
 
-    def __init__(self, options: Sequence[str], environment: Mapping[str, str], say: Say) -> None:
+    def __init__(self, options: Sequence[str], environment: Mapping[str, str], say: PrintLine) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", "--lifeline", *options],
             env={**os.environ, **environment},
@@ -68,7 +68,7 @@ class Command(Crew):
         self._reader = threading.Thread(target=self._repeat, daemon=True)
         self._reader.start()
 
-    def is_gone(self) -> bool:
+    def have_ended(self) -> bool:
         """Tell whether the command has ended."""
         return self._process.poll() is not None
 
@@ -82,13 +82,13 @@ class Command(Crew):
         self._process.terminate()
 
     @property
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """Its exit code."""
         self._reader.join()
-        self.said = self._lines
+        self.messages = self._lines
         return self._process.wait()
 
-    def dismiss(self) -> None:
+    def kill(self) -> None:
         """Kill it, if it still lives."""
         self._process.kill()
         self._process.wait()
@@ -105,16 +105,16 @@ class Command(Crew):
                 self._say(self._lines[-1])
 
 
-class Hands(Crew):
+class ClusterWorkers(Workers):
     """Processes of the engine's own."""
 
-    def __init__(self, hired: Hired, say: Say) -> None:
+    def __init__(self, hired: RemoteWorkers, say: PrintLine) -> None:
         self._hired, self._say = hired, say
 
-    def is_gone(self) -> bool:
+    def have_ended(self) -> bool:
         """Tell whether all have left; while the queue is away nobody knows."""
         try:
-            return self._hired.is_gone()
+            return self._hired.have_ended()
         except QueueError:
             return False
 
@@ -125,27 +125,27 @@ class Hands(Crew):
     def stop(self) -> None:
         """Have them leave."""
         with suppress(QueueError):  # those who cannot reach the queue leave by themselves
-            self._hired.dismiss()
+            self._hired.stop()
 
     @property
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """One if any left for another reason than want of work."""
-        self.said = [f"chunkq: {line}" for line in self._hired.said()]
-        for line in self.said:
+        self.messages = [f"chunkq: {line}" for line in self._hired.messages()]
+        for line in self.messages:
             self._say(line)
-        return 1 if self.said else 0
+        return 1 if self.messages else 0
 
 
-class WorkerThread(Crew):
+class WorkerThread(Workers):
     """One worker in a thread of this process."""
 
-    def __init__(self, executor: Executor, shift: Shift, say: Say) -> None:
+    def __init__(self, executor: Executor, shift: WorkerOptions, say: PrintLine) -> None:
         self._executor, self._shift, self._say = executor, shift, say
         self._code = 0
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
 
-    def is_gone(self) -> bool:
+    def have_ended(self) -> bool:
         """Tell whether the worker has ended."""
         return not self._thread.is_alive()
 
@@ -155,27 +155,27 @@ class WorkerThread(Crew):
 
     def stop(self) -> None:
         """Finish the chunks in flight."""
-        self._shift.stopping.set()
+        self._shift.stop.set()
 
     @property
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """The exit code that a worker process would have."""
         return self._code
 
-    def dismiss(self) -> None:
+    def kill(self) -> None:
         """Finish the chunks in flight: a thread cannot be killed."""
         self.stop()
         self._thread.join()
 
     def _work(self) -> None:
-        ended = self._executor.serve(self._shift)
-        self._code, self.said = ended.code, [f"chunkq: {line}" for line in ended.lines]
-        for line in self.said:
+        ended = self._executor.run_worker(self._shift)
+        self._code, self.messages = ended.code, [f"chunkq: {line}" for line in ended.lines]
+        for line in self.messages:
             self._say(line)
 
 
-def see_through(
-    crew: Crew, look: Callable[[], float], is_over: Callable[[], bool] = lambda: False
+def wait_for_workers(
+    crew: Workers, look: Callable[[], float], is_over: Callable[[], bool] = lambda: False
 ) -> bool:
     """Wait until a crew is gone; returns whether it was told to stop by a signal.
 
@@ -185,20 +185,20 @@ def see_through(
     interrupted = threading.Event()
     told = False
     try:
-        with _passing_on(crew, interrupted):
-            while not crew.is_gone():
+        with _forward_signals(crew, interrupted):
+            while not crew.have_ended():
                 crew.wait(look())
                 if not told and is_over():
                     told = True
                     crew.stop()
             look()
     finally:
-        crew.dismiss()
+        crew.kill()
     return interrupted.is_set()
 
 
 @contextmanager
-def _passing_on(crew: Crew, interrupted: threading.Event) -> Iterator[None]:
+def _forward_signals(crew: Workers, interrupted: threading.Event) -> Iterator[None]:
     """Have signals to stop reach the crew; only the main thread is ever sent any."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Executor
-from chunkq.finalize import checked_standing, ready_blocks
-from chunkq.opened import OpenJob
+from chunkq.finalize import check_completion, ready_blocks
+from chunkq.opened import JobHandle
 from chunkq.tasks import Task, chunk_name
 
 log = logging.getLogger("chunkq.queue")
@@ -20,7 +20,7 @@ IDLE_SECONDS = 30.0
 
 
 def distribute(
-    job: OpenJob,
+    job: JobHandle,
     executor: Executor,
     *,
     allow_missing: bool = False,
@@ -30,7 +30,7 @@ def distribute(
 
     Raises IncompleteError as `finalize_job` does, ChunkqError if blocks fail on every attempt.
     """
-    blocks = ready_blocks(job, checked_standing(job, allow_missing=allow_missing))
+    blocks = ready_blocks(job, check_completion(job, allow_missing=allow_missing))
     path = job.folder.path
     executor.submit(Task("finalize", path, index) for index in blocks)
     before, total = job.ledger.count("finalize"), len(blocks)

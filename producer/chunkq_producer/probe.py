@@ -10,18 +10,18 @@ from types import SimpleNamespace
 
 from chunkq.record import JobRecord
 from chunkq.scratch import scratch_folder
-from chunkq.tether import tethered
+from chunkq.tether import with_parent_death_signal
 
-PROBE_MODULE = "chunkq_worker.probe"
-ODD = 1e-5
+CHECK_MODULE = "chunkq_worker.probe"
+SUSPICIOUS = 1e-5
 """A patch's result may change by this much of the output's range with its place in a batch."""
 
 
-class Probe(SimpleNamespace):
+class ModelCheck(SimpleNamespace):
     """What trying a network showed: the fields of `chunkq_worker.probe.Finding`."""
 
 
-def probe(record: JobRecord, *, depth: int | None = None) -> Probe:
+def check_model(record: JobRecord, *, depth: int | None = None) -> ModelCheck:
     """Load a job's network here and run a batch of zeros.
 
     With `depth`, also patches of the volume, and chunks, so many at once.
@@ -30,7 +30,7 @@ def probe(record: JobRecord, *, depth: int | None = None) -> Probe:
     with scratch_folder("rehearsal") as folder:
         whole = ["--depth", str(depth), "--folder", str(folder)] if depth else []
         done = subprocess.run(
-            tethered([sys.executable, "-m", PROBE_MODULE, *whole], signal.SIGKILL),
+            with_parent_death_signal([sys.executable, "-m", CHECK_MODULE, *whole], signal.SIGKILL),
             input=record.to_json(),
             capture_output=True,
             check=False,
@@ -38,11 +38,11 @@ def probe(record: JobRecord, *, depth: int | None = None) -> Probe:
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     if done.returncode or not lines:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return Probe(error=f"the network cannot be tried here: {' '.join(last) or 'no answer'}")
-    return Probe(**json.loads(lines[-1]))
+        return ModelCheck(error=f"the network cannot be tried here: {' '.join(last) or 'no answer'}")
+    return ModelCheck(**json.loads(lines[-1]))
 
 
-def warnings(found: Probe) -> list[str]:
+def warnings(found: ModelCheck) -> list[str]:
     """Return what a user should know before starting a job with this network, a line each."""
     lines = []
     spread = max(abs(found.highest), abs(found.lowest), 1e-30)
@@ -50,12 +50,12 @@ def warnings(found: Probe) -> list[str]:
         lines.append(
             "the network gives NaN or infinity for real patches; mend it, or set nan: zero"
         )
-    if found.by_position is not None and found.by_position > ODD * spread:
+    if found.by_position is not None and found.by_position > SUSPICIOUS * spread:
         lines.append(
             f"a patch's result depends on its place in the batch (by {found.by_position:.3g}): "
             "something mixes the items of a batch, a batch norm in training mode for example"
         )
-    if found.by_batch_size is not None and found.by_batch_size > ODD * spread:
+    if found.by_batch_size is not None and found.by_batch_size > SUSPICIOUS * spread:
         lines.append(
             f"results depend on the size of a batch (by {found.by_batch_size:.3g}): keep "
             "max_batch_size fixed, or find what mixes the items"

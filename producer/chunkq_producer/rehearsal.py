@@ -18,30 +18,30 @@ import numpy.typing as npt
 
 from chunkq.box import Box
 from chunkq.executors.base import Attempt
-from chunkq.finalize import OWN, blocks_at_once, complete_block
+from chunkq.finalize import OWN_PIECE, blocks_at_once, complete_block
 from chunkq.memory import peak_bytes
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
-from chunkq.rehearsal import made_anew
+from chunkq.rehearsal import recreate_job
 from chunkq.scratch import scratch_folder
 from chunkq.tasks import chunk_name, parse_chunk
-from chunkq.tether import tethered
+from chunkq.tether import with_parent_death_signal
 
 MODULE = "chunkq_producer.rehearsal"
 BLOCKS = 8
 
 
-def finalizer_bytes(record: JobRecord) -> int | None:
+def measure_finalizer_memory(record: JobRecord) -> int | None:
     """Return a finalizer's largest resident memory, tried in a process; None if it failed."""
     with scratch_folder("rehearsal") as folder:
-        job = made_anew(record, str(folder))
+        job = recreate_job(record, str(folder))
         blocks = some_blocks(job.plan)
         for index in blocks:
-            _leave_noise(job, job.plan.chunk(index))
+            _write_noise_pieces(job, job.plan.chunk(index))
         names = map(chunk_name, blocks)
         done = subprocess.run(
-            tethered([sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL),
+            with_parent_death_signal([sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL),
             capture_output=True,
             check=False,
         )
@@ -72,19 +72,19 @@ def some_blocks(plan: Plan) -> list[Index]:
 
 def _gathered(plan: Plan, chunk: Chunk) -> int:
     """Return how many voxels the block's pieces have, of sums and of itself."""
-    return chunk.block.size + sum(piece.box.size for piece in plan.awaits(chunk))
+    return chunk.block.size + sum(piece.box.size for piece in plan.incoming_pieces(chunk))
 
 
-def _leave_noise(job: OpenJob, chunk: Chunk) -> None:
+def _write_noise_pieces(job: JobHandle, chunk: Chunk) -> None:
     """Leave all pieces that a block's contributors would; blocks of zeros would not be stored."""
     plan, drawn = job.plan, np.random.default_rng(0)
     stored = (plan.channels,) if plan.channel_axis else ()
-    if chunk.active:
+    if chunk.is_active:
         own = [_sums(plan, box, drawn) for box in chunk.band_boxes]
         shapes = [(*stored, *box.shape) for box in chunk.rest_boxes]
         rest = [drawn.integers(0, 200, shape, np.uint8) for shape in shapes]
-        job.ledger.put_piece(chunk.index, OWN, [*own, *(r.astype(plan.output_dtype) for r in rest)])
-    for piece in plan.awaits(chunk):
+        job.ledger.put_piece(chunk.index, OWN_PIECE, [*own, *(r.astype(plan.output_dtype) for r in rest)])
+    for piece in plan.incoming_pieces(chunk):
         job.ledger.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, drawn)])
 
 

@@ -12,21 +12,21 @@ from typing import Any
 
 from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
 from chunkq.executors import QUEUE_VARIABLE, open_executor
-from chunkq.executors.base import Executor, Shift, WorkerName, usual_depth
+from chunkq.executors.base import Executor, WorkerOptions, WorkerName, default_depth
 from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
 from chunkq.ledger import folder_of
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.record import JobRecord
 from chunkq.tasks import chunk_name
 from chunkq_producer import submit
-from chunkq_producer.cluster import Cluster, cluster_for, engine_of, on_cpu, part_of, unused
-from chunkq_producer.crew import Command, Crew, Hands, WorkerThread, see_through
+from chunkq_producer.cluster import Cluster, cluster_for, engine_of, is_cpu_only, join_cluster, unused_sections
+from chunkq_producer.crew import WorkerCommand, Workers, ClusterWorkers, WorkerThread, wait_for_workers
 from chunkq_producer.machine import check_machine
-from chunkq_producer.probe import Probe, probe
-from chunkq_producer.slurm import LOOK_SECONDS, Step, has_ended, wait_for_leader
-from chunkq_producer.watch import FailureGroup, Look
+from chunkq_producer.probe import ModelCheck, check_model
+from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
+from chunkq_producer.watch import FailureGroup, StatusPoller
 
 log = logging.getLogger("chunkq.run")
 
@@ -41,37 +41,37 @@ class InterruptedRunError(ChunkqError):
     exit_code = 130
 
 
-class Teller:
+class ProgressReporter:
     """Is told how a run goes. This one logs complaints and is quiet besides."""
 
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         """Take a line for the user: something that did not go as asked."""
         log.warning("%s", line)
 
-    def try_network(self, record: JobRecord) -> Probe:
+    def checking_model(self, record: JobRecord) -> ModelCheck:
         """Try the network on one batch."""
-        return probe(record)
+        return check_model(record)
 
-    def meter(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    def progress(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Return what is called with (done, total) while one step goes on."""
         return nullcontext(lambda done, total: None)
 
-    def looking(self) -> AbstractContextManager[Callable[[Look], None]]:
+    def watching(self) -> AbstractContextManager[Callable[[StatusPoller], None]]:
         """Return what is given a look at the job now and then while workers run."""
         return nullcontext(lambda look: None)
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunResult:
     """A job that is complete, and its report; `led` unless another node's process did that."""
 
-    job: OpenJob
+    job: JobHandle
     report: dict[str, Any]
     led: bool = True
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RunOptions:
     """How the user wants the workers of a run: None where the job or the default decides."""
 
     workers: int | None = None
@@ -84,10 +84,10 @@ def run_job(
     *,
     engine: str | None = None,
     queue: str | None = None,
-    wishes: Wishes,
+    wishes: RunOptions,
     overwrite: bool = False,
-    teller: Teller,
-) -> Ran:
+    teller: ProgressReporter,
+) -> RunResult:
     """Do all of a job on an engine's queue; the same call again continues.
 
     Raises what checking, producing and finalizing raise, ModelError if the network fails its
@@ -101,47 +101,47 @@ def run_job(
             f"workers: inprocess:// runs one worker, {wishes.workers} were asked for; leave "
             "workers out, or use another queue"
         )
-    step = Step.here() if job.cluster == "slurm" else None
+    step = Step.from_environment() if job.cluster == "slurm" else None
     if step is not None and step.rank > 0:
         return _follow(job, chosen, step, wishes, teller)
     prepared = submit.prepare(job)
-    submit.check_place(prepared, overwrite=overwrite)
-    for line in unused(job, chosen):
-        teller.say(f"chunkq: {line}")
+    submit.check_existing_job(prepared, overwrite=overwrite)
+    for line in unused_sections(job, chosen):
+        teller.message(f"chunkq: {line}")
     with cluster_for(job, chosen, url, step, wishes.workers) as cluster:
         if chosen != "sqlite":  # away or refusing, it is said before the network is loaded
             with closing(open_executor(cluster.url)) as executor:
                 executor.ready()
-        if not cluster.hires or step is not None:
-            tried = teller.try_network(prepared.record)
+        if not cluster.launches_remote_workers or step is not None:
+            tried = teller.checking_model(prepared.record)
             if tried.error is not None:
                 raise ModelError(tried.error)
         for last in (*[False] * RECOVERIES, True):
             opened, failures = _compute(prepared, cluster, wishes, overwrite, teller)
             causes = [_line(group) for group in failures]
             for line in causes:
-                teller.say(line)
+                teller.message(line)
             try:
-                with teller.meter("finalizing blocks") as meter:
+                with teller.progress("finalizing blocks") as meter:
                     report = finalize_job(opened, worker=socket.gethostname(), progress=meter)
             except IncompleteError as error:
                 failed = {chunk for group in failures for chunk in group.chunks}
                 lost = len({*map(chunk_name, error.missing)} - failed)
                 if last or not lost:
-                    raise _explained(error, causes) from None
-                teller.say(f"chunkq: results of {lost} chunks are lost; computing them again")
+                    raise _with_details(error, causes) from None
+                teller.message(f"chunkq: results of {lost} chunks are lost; computing them again")
                 overwrite = False
             else:
                 break
-        return Ran(opened, report)
+        return RunResult(opened, report)
 
 
 def _compute(
-    prepared: submit.Prepared, cluster: Cluster, wishes: Wishes, overwrite: bool, teller: Teller
-) -> tuple[OpenJob, Sequence[FailureGroup]]:
+    prepared: submit.PreparedJob, cluster: Cluster, wishes: RunOptions, overwrite: bool, teller: ProgressReporter
+) -> tuple[JobHandle, Sequence[FailureGroup]]:
     """Queue what is left and see it through; return the job and its chunks that failed."""
     with closing(open_executor(cluster.url)) as executor:
-        with teller.meter("queueing chunks") as meter:
+        with teller.progress("queueing chunks") as meter:
             made = submit.produce(
                 prepared, executor, overwrite=overwrite, remember=not cluster.ends, progress=meter
             )
@@ -149,27 +149,27 @@ def _compute(
         if made.done == made.chunks:
             return opened, ()
         cluster.announce()
-        look = Look(opened, executor)
+        look = StatusPoller(opened, executor)
         again = "the same command" + (" without --overwrite" if overwrite else "")
-        with teller.looking() as show:
+        with teller.watching() as show:
 
             def look_and_show() -> float:
                 _try_to_show(show, look, teller)
-                return look.rest(REFRESH_SECONDS)
+                return look.pause(REFRESH_SECONDS)
 
-            crew = crew_of(executor, opened, cluster, wishes, teller.say)
-            if see_through(crew, look_and_show, cluster.has_died):
+            crew = start_workers(executor, opened, cluster, wishes, teller.message)
+            if wait_for_workers(crew, look_and_show, cluster.has_died):
                 raise InterruptedRunError(f"stopped; {again} continues where it was")
         if cluster.has_died():
             raise ChunkqError(f"the cluster that this run made has died; {again} continues")
-        if crew.code not in (0, IncompleteError.exit_code):
-            raise _explained(
-                ChunkqError(f"the worker gave up, and said why; {again} continues"), crew.said
+        if crew.exit_code not in (0, IncompleteError.exit_code):
+            raise _with_details(
+                ChunkqError(f"the worker gave up, and said why; {again} continues"), crew.messages
             )
         return opened, look().failures
 
 
-def set_going(executor: Executor, produced: submit.Produced) -> bool:
+def launch_cluster_workers(executor: Executor, produced: submit.ProduceResult) -> bool:
     """Have a running cluster's own workers begin with a job, if it asks for them; tells whether.
 
     Other queues have no workers of their own: `chunkq work` will take the job from them. Raises
@@ -180,52 +180,52 @@ def set_going(executor: Executor, produced: submit.Produced) -> bool:
     if not asked or produced.done == produced.chunks:
         return False
     config = opened.record.job.dask_config
-    cluster = Cluster(executor.url, hires=True, depth=config.threads_per_worker)
-    crew_of(executor, opened, cluster, Wishes(), log.warning)
+    cluster = Cluster(executor.url, launches_remote_workers=True, depth=config.threads_per_worker)
+    start_workers(executor, opened, cluster, RunOptions(), log.warning)
     return True
 
 
-def crew_of(
+def start_workers(
     executor: Executor,
-    opened: OpenJob,
+    opened: JobHandle,
     cluster: Cluster,
-    wishes: Wishes,
+    wishes: RunOptions,
     say: Callable[[str], None],
-) -> Crew:
+) -> Workers:
     """Start or hire those who work on a job: of the user's wishes and the job's, the user's."""
     job = opened.record.job
     depth = wishes.depth or cluster.depth
-    if cluster.hires and isinstance(executor, HostedQueue):
-        gpu = not on_cpu(job)
-        depth = depth or usual_depth(gpu=gpu)
-        hired = executor.hire(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes)
-        return Hands(hired, say)
+    if cluster.launches_remote_workers and isinstance(executor, HostedQueue):
+        gpu = not is_cpu_only(job)
+        depth = depth or default_depth(gpu=gpu)
+        hired = executor.launch_remote_workers(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes)
+        return ClusterWorkers(hired, say)
     if not executor.owns_process:
         return _worker_thread(executor, opened, depth, say)
-    options = ["--gpus", "none" if on_cpu(job) else wishes.gpus, "--job", opened.folder.output]
+    options = ["--gpus", "none" if is_cpu_only(job) else wishes.gpus, "--job", opened.folder.output]
     if wishes.workers:
         options += ["-w", str(wishes.workers)]
     elif cluster.per_node:
         options += ["--per-node", str(cluster.per_node)]
     options += ["--depth", str(depth)] if depth else []
-    return Command(options, {QUEUE_VARIABLE: cluster.url}, say)
+    return WorkerCommand(options, {QUEUE_VARIABLE: cluster.url}, say)
 
 
 def _worker_thread(
     executor: Executor,
-    opened: OpenJob,
+    opened: JobHandle,
     depth: int | None,
     say: Callable[[str], None],
-) -> Crew:
+) -> Workers:
     """Start the one worker that shares this process."""
     device = opened.record.job.model.device
-    worker = WorkerName.new(device).text
-    depth = depth or usual_depth(gpu=device == "cuda")
-    shift = Shift(worker, depth=depth, burst=True, job=opened.folder.path)
+    worker = WorkerName.new(device).name
+    depth = depth or default_depth(gpu=device == "cuda")
+    shift = WorkerOptions(worker, depth=depth, burst=True, job=opened.folder.path)
     return WorkerThread(executor, shift, say)
 
 
-def _follow(job: Job, engine: str, step: Step, wishes: Wishes, teller: Teller) -> Ran:
+def _follow(job: Job, engine: str, step: Step, wishes: RunOptions, teller: ProgressReporter) -> RunResult:
     """Work for the process that leads, until it says that all is done."""
     leader = wait_for_leader(job.output, step)
     opened = open_job(folder_of(job.output))
@@ -233,18 +233,18 @@ def _follow(job: Job, engine: str, step: Step, wishes: Wishes, teller: Teller) -
     def is_over() -> bool:
         return has_ended(job.output, step)
 
-    with part_of(engine, leader, job) as cluster:
+    with join_cluster(engine, leader, job) as cluster:
         if cluster is None:
             while not is_over():
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
         else:
             with closing(open_executor(cluster.url)) as executor:
-                crew = crew_of(executor, opened, cluster, wishes, teller.say)
-            if see_through(crew, lambda: LOOK_SECONDS, is_over):
+                crew = start_workers(executor, opened, cluster, wishes, teller.message)
+            if wait_for_workers(crew, lambda: POLL_SECONDS, is_over):
                 raise InterruptedRunError("stopped")
-            if crew.code not in (0, IncompleteError.exit_code) and not is_over():
+            if crew.exit_code not in (0, IncompleteError.exit_code) and not is_over():
                 raise ChunkqError(f"the worker on node {step.node} gave up, and said why")
-    return Ran(opened, opened.ledger.read_report() or {}, led=False)
+    return RunResult(opened, opened.ledger.read_report() or {}, led=False)
 
 
 def _line(group: FailureGroup) -> str:
@@ -253,16 +253,16 @@ def _line(group: FailureGroup) -> str:
     return f"failed: chunk {chunks}: {group.message}"
 
 
-def _explained(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
+def _with_details(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
     for line in lines:
         error.add_note(line)
     return error
 
 
-def _try_to_show(show: Callable[[Look], None], look: Look, teller: Teller) -> None:
+def _try_to_show(show: Callable[[StatusPoller], None], look: StatusPoller, teller: ProgressReporter) -> None:
     """Show how far the job is; if it cannot be seen just now, the work goes on all the same."""
     try:
         show(look)
     except Exception as error:
         reason = " ".join(str(error).split())
-        teller.say(f"progress cannot be seen: {reason}")
+        teller.message(f"progress cannot be seen: {reason}")

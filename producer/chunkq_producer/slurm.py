@@ -17,8 +17,8 @@ from chunkq.errors import ChunkqError, JobError
 from chunkq.ledger import folder_of
 from chunkq.objects import ObjectFolder
 
-LOOK_SECONDS = 1.0
-PATIENCE_SECONDS = 900.0
+POLL_SECONDS = 1.0
+LEADER_TIMEOUT = 900.0
 """How long the others wait for the first to produce and to start the cluster."""
 
 
@@ -32,7 +32,7 @@ class Step:
     name: str
 
     @classmethod
-    def here(cls) -> Self:
+    def from_environment(cls) -> Self:
         """Read it from what srun has set; raises JobError outside of srun."""
         of = os.environ.get
         if "SLURM_JOB_ID" not in os.environ:
@@ -69,7 +69,7 @@ class Announcement:
 
 
 @contextmanager
-def announcing(output: str, step: Step | None) -> Iterator[Callable[[Announcement], None]]:
+def announce(output: str, step: Step | None) -> Iterator[Callable[[Announcement], None]]:
     """Yield what tells the others how to join; at the end they are told to leave.
 
     The job folder holds the secret in a file that only this user can read; in a bucket, whoever
@@ -95,14 +95,14 @@ def announcing(output: str, step: Step | None) -> Iterator[Callable[[Announcemen
 
 def wait_for_leader(output: str, step: Step) -> Announcement:
     """Return how to join the cluster as soon as the first task has said it."""
-    until = time.monotonic() + PATIENCE_SECONDS
+    until = time.monotonic() + LEADER_TIMEOUT
     while (found := ObjectFolder(folder_of(output)).get(step.name)) is None:
         if time.monotonic() > until:
             raise ChunkqError(
                 f"the first task of this step has not started the cluster within "
-                f"{PATIENCE_SECONDS:.0f} s; its own messages say why (srun --label)"
+                f"{LEADER_TIMEOUT:.0f} s; its own messages say why (srun --label)"
             )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return Announcement(**json.loads(found))
 
 

@@ -13,14 +13,14 @@ from chunkq.executors.base import Executor
 from chunkq.job import Job
 from chunkq.ledger import RECORD, JobFolder, folder_of
 from chunkq.objects import ObjectFolder
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.plan import Index, Plan
-from chunkq.record import NOT_THE_RESULT, JobRecord
+from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.stores import Source, find_source
 from chunkq.tasks import Task
-from chunkq.userfile import load_weights
+from chunkq.userfile import load_blend_weights
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 """By Zarr format, what marks the output's group and its array."""
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedJob:
     """A job that can be done: its record and plan."""
 
     record: JobRecord
@@ -36,7 +36,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Produced:
+class ProduceResult:
     """What producing came to, in chunks."""
 
     folder: JobFolder
@@ -45,16 +45,16 @@ class Produced:
     queued: int
 
 
-def prepare(job: Job) -> Prepared:
+def prepare(job: Job) -> PreparedJob:
     """Check a job against its volume and files; writes nothing.
 
     Raises JobError or StoreError with one line per problem.
     """
     sources = [find_source(path) for path in job.input]
     _check_alike(job, sources)
-    record = JobRecord.of(job, sources)
+    record = JobRecord.create(job, sources)
     plan = record.plan()
-    load_weights(plan)
+    load_blend_weights(plan)
     if folder_of(job.output) == job.output:
         raise JobError(f"output: {without_secret(job.output)} ends in .chunkq, as job folders do")
     for source in sources:
@@ -63,10 +63,10 @@ def prepare(job: Job) -> Prepared:
                 f"output: {without_secret(job.output)} would overwrite the input "
                 f"{without_secret(source.array_path)}; choose another output"
             )
-    return Prepared(record, plan)
+    return PreparedJob(record, plan)
 
 
-def check_place(prepared: Prepared, *, resume: bool = False, overwrite: bool = False) -> bool:
+def check_existing_job(prepared: PreparedJob, *, resume: bool = False, overwrite: bool = False) -> bool:
     """Tell whether the job was produced here before; refuses whatever else is in the way.
 
     Raises JobError or StoreError; writes nothing.
@@ -97,21 +97,21 @@ def check_place(prepared: Prepared, *, resume: bool = False, overwrite: bool = F
 
 
 def produce(
-    prepared: Prepared,
+    prepared: PreparedJob,
     executor: Executor,
     *,
     resume: bool = False,
     overwrite: bool = False,
     remember: bool = True,
     progress: Progress = lambda done, total: None,
-) -> Produced:
+) -> ProduceResult:
     """Create the job and its output, or continue it, then queue every uncommitted chunk.
 
     The same job again, also after the queue was lost, queues exactly what has no commit record.
     Of several processes that create different jobs on one output at once, one succeeds and the
     others raise JobError. The job is to `remember` its queue, unless that ends with this process.
     """
-    check_place(prepared, resume=resume, overwrite=overwrite)
+    check_existing_job(prepared, resume=resume, overwrite=overwrite)
     folder = JobFolder(folder_of(prepared.record.job.output))
     record = prepared.record.on_queue(executor.url) if remember else prepared.record
     with _writing(folder.path):
@@ -130,7 +130,7 @@ def produce(
             if count % 1000 == 0 or count == len(left):
                 progress(count, len(left))
 
-    return Produced(folder, prepared.plan.costs.chunks, done, executor.submit(tasks()))
+    return ProduceResult(folder, prepared.plan.costs.chunks, done, executor.submit(tasks()))
 
 
 def _check_same(before: JobRecord, record: JobRecord) -> None:
@@ -185,7 +185,7 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
     executor.cancel(folder.path)
 
 
-def _prepare_output(job: OpenJob) -> tuple[list[Index], int]:
+def _prepare_output(job: JobHandle) -> tuple[list[Index], int]:
     """Bring the output into its state; return the chunks that are left and the number done."""
     committed = job.ledger.committed("infer")
     left = [index for index in job.plan.indices() if index not in committed]
@@ -258,7 +258,7 @@ def _differences(before: JobRecord, now: JobRecord) -> str:
 
 
 def _flat(record: JobRecord) -> dict[str, Any]:
-    values = {k: v for k, v in record.job.as_dict().items() if k not in NOT_THE_RESULT}
+    values = {k: v for k, v in record.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}
     flat |= {f"content of {key}": digest for key, digest in record.file_hashes.items()}

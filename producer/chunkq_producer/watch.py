@@ -15,8 +15,8 @@ from rich.text import Text
 
 from chunkq.errors import QueueError, cause
 from chunkq.executors.base import Counts, Executor, WorkerName
-from chunkq.ledger import Failure, Newest
-from chunkq.opened import OpenJob
+from chunkq.ledger import Failure, RecentCommits
+from chunkq.opened import JobHandle
 from chunkq.paths import without_secret
 from chunkq.tasks import chunk_name
 
@@ -53,7 +53,7 @@ class FailureGroup:
 
 
 @dataclass(frozen=True)
-class Status:
+class JobStatus:
     """A job at one moment. Queue figures are None when the queue cannot be asked."""
 
     output: str
@@ -70,7 +70,7 @@ class Status:
     workers: tuple[WorkerState, ...]
     failures: tuple[FailureGroup, ...]
     queue_problem: str | None = None
-    forgotten: bool = False
+    lost_from_queue: bool = False
     """Whether chunks are neither done nor failed nor on this queue, and nobody commits any."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,10 +78,10 @@ class Status:
         return asdict(self)
 
 
-def job_status(job: OpenJob, executor: Executor | None, problem: str | None = None) -> Status:
+def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:
     """Look at ledger and queue once. Raises OSError as the storage does."""
     folder, ledger, plan = job.folder, job.ledger, job.plan
-    recent = ledger.newest("infer", RECENT_COMMITS)
+    recent = ledger.recent_commits("infer", RECENT_COMMITS)
     done, finalized = recent.total, ledger.count("finalize")
     counts, running, lost = Counts(), [], []
     if executor is not None:
@@ -101,7 +101,7 @@ def job_status(job: OpenJob, executor: Executor | None, problem: str | None = No
     # A run on a cluster of its own works off a queue that is not this one.
     fresh = max((c.finished for c in recent.records), default=0.0) > time.time() - FRESH_SECONDS
     forgotten = asked and left > counts.queued + counts.running + counts.failed and not fresh
-    return Status(
+    return JobStatus(
         output=without_secret(folder.output),
         chunks=plan.costs.chunks,
         done=done,
@@ -116,30 +116,30 @@ def job_status(job: OpenJob, executor: Executor | None, problem: str | None = No
         workers=_workers(running, recent),
         failures=_grouped(failures, vanished),
         queue_problem=problem,
-        forgotten=forgotten,
+        lost_from_queue=forgotten,
     )
 
 
-class Look:
+class StatusPoller:
     """Looks at one job whenever it is called."""
 
-    def __init__(self, job: OpenJob, executor: Executor | None, problem: str | None = None) -> None:
+    def __init__(self, job: JobHandle, executor: Executor | None, problem: str | None = None) -> None:
         self._job, self._executor, self._problem = job, executor, problem
         self.seconds = 0.0
 
-    def __call__(self) -> Status:
+    def __call__(self) -> JobStatus:
         """Return the job's status now."""
         before = time.monotonic()
         found = job_status(self._job, self._executor, self._problem)
         self.seconds = time.monotonic() - before
         return found
 
-    def rest(self, least: float) -> float:
+    def pause(self, least: float) -> float:
         """Return how long to wait before the next look, so that looking stays cheap (s)."""
         return max(least, self.seconds * PATIENCE)
 
 
-def _chunks_per_second(newest: Newest) -> float | None:
+def _chunks_per_second(newest: RecentCommits) -> float | None:
     """Return the speed over the newest commits, from the start of the first of them."""
     if not newest.records:
         return None
@@ -147,7 +147,7 @@ def _chunks_per_second(newest: Newest) -> float | None:
     return len(newest.records) * newest.step / span if span > 0 else None
 
 
-def _workers(running: list[Any], newest: Newest) -> tuple[WorkerState, ...]:
+def _workers(running: list[Any], newest: RecentCommits) -> tuple[WorkerState, ...]:
     now_running: dict[str, list[str]] = {}
     for item in running:
         now_running.setdefault(item.worker, []).append(chunk_name(item.task.chunk))
@@ -155,7 +155,7 @@ def _workers(running: list[Any], newest: Newest) -> tuple[WorkerState, ...]:
     return tuple(_worker(name, now_running.get(name, []), newest) for name in names)
 
 
-def _worker(name: str, running: list[str], newest: Newest) -> WorkerState:
+def _worker(name: str, running: list[str], newest: RecentCommits) -> WorkerState:
     mine = [c for c in newest.records if c.worker == name]
     totals: Counter[str] = Counter()
     for commit in mine:
@@ -201,7 +201,7 @@ def _grouped(failures: list[Failure], vanished: list[tuple[int, ...]]) -> tuple[
     return tuple(sorted(found, key=lambda group: -len(group.chunks)))
 
 
-def one_line(status: Status) -> str:
+def status_line(status: JobStatus) -> str:
     """Return the status as one line for a log."""
     parts = [f"{status.done}/{status.chunks} chunks done"]
     for label in ("running", "queued", "failed"):
@@ -219,13 +219,13 @@ def one_line(status: Status) -> str:
     return ", ".join(parts)
 
 
-def screen(status: Status, width: int) -> RenderableType:
+def status_screen(status: JobStatus, width: int) -> RenderableType:
     """Return the status for a terminal of `width` columns."""
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
     bar = Table.grid()  # a bar alone does not end its line
     bar.add_row(ProgressBar(total=status.chunks, completed=status.done, width=min(60, width - 2)))
     lines.append(bar)
-    lines.append(Text(one_line(status)))
+    lines.append(Text(status_line(status)))
     if status.queue_problem:
         lines.append(Text(status.queue_problem, style="yellow"))
     if status.workers:
@@ -234,7 +234,7 @@ def screen(status: Status, width: int) -> RenderableType:
         shown = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
         lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
         lines.append(Text(f"  chunks {shown}", style="red"))
-    if status.forgotten:
+    if status.lost_from_queue:
         lines.append(
             Text(
                 "some chunks are neither done nor on this queue; next: the `chunkq run` or "

@@ -24,7 +24,7 @@ import redis
 from chunkq.errors import (
     JobError,
     ModelError,
-    OverrunError,
+    TaskTimeoutError,
     PredictionError,
     QueueError,
     SameFailureError,
@@ -36,9 +36,9 @@ from chunkq.executors.base import (
     Counts,
     Executor,
     Handler,
-    Mark,
-    Outcome,
-    Shift,
+    BlockContribution,
+    TaskResult,
+    WorkerOptions,
 )
 from chunkq.executors.hosted import HostedQueue
 from chunkq.executors.inprocess import InProcessExecutor, _JobQueue
@@ -201,11 +201,11 @@ QUICK = WorkerSettings(shortest_poll=0.005, longest_poll=0.02)
 SHORT_LEASE = replace(QUICK, lease=0.5)
 
 
-def shift(worker: str = "worker-a", depth: int = 1, **more: Any) -> Shift:
-    return Shift(worker=worker, depth=depth, **{"settings": QUICK, **more})
+def shift(worker: str = "worker-a", depth: int = 1, **more: Any) -> WorkerOptions:
+    return WorkerOptions(worker=worker, depth=depth, **{"settings": QUICK, **more})
 
 
-def burst(worker: str = "worker-a", depth: int = 1, **more: Any) -> Shift:
+def burst(worker: str = "worker-a", depth: int = 1, **more: Any) -> WorkerOptions:
     return shift(worker, depth, burst=True, **more)
 
 
@@ -235,7 +235,7 @@ class Hand:
 
 
 @contextmanager
-def hand(url: str, shift: Shift, then: Handler = lambda task, attempt: None) -> Iterator[Hand]:
+def hand(url: str, shift: WorkerOptions, then: Handler = lambda task, attempt: None) -> Iterator[Hand]:
     go = threading.Event()
 
     def wait_and(task: Task, attempt: Attempt) -> None:
@@ -246,7 +246,7 @@ def hand(url: str, shift: Shift, then: Handler = lambda task, attempt: None) -> 
 
     def work() -> None:
         executor = open_executor(url)
-        executor.work(diary, shift)
+        executor.run_tasks(diary, shift)
         executor.close()
 
     thread = threading.Thread(target=work)
@@ -255,7 +255,7 @@ def hand(url: str, shift: Shift, then: Handler = lambda task, attempt: None) -> 
     try:
         yield helper
     finally:
-        shift.stopping.set()
+        shift.stop.set()
         helper.end()
 
 
@@ -263,12 +263,12 @@ def vanish_holding(url: str, worker: str, settings: WorkerSettings = QUICK) -> N
     """Lease one task as a worker that is not heard of again."""
     executor = open_executor(url)
     assert isinstance(executor, LeaseQueue)
-    assert executor.take(shift(worker, settings=settings)) is not None
+    assert executor.reserve(shift(worker, settings=settings)) is not None
     executor.close()
 
 
 def begin_and_die(url: str, worker: str) -> None:
-    open_executor(url).work(lambda task, attempt: os._exit(9), shift(worker))
+    open_executor(url).run_tasks(lambda task, attempt: os._exit(9), shift(worker))
 
 
 def note_every_task(url: str, number: int, notes: str, start: str) -> None:
@@ -283,7 +283,7 @@ def note_every_task(url: str, number: int, notes: str, start: str) -> None:
         os.write(file, f"{number} {task.id} {attempt.number}\n".encode())
         time.sleep(0.02)  # or one process may be through before another has its turn
 
-    executor.work(note, burst(f"process-{number}", depth=2))
+    executor.run_tasks(note, burst(f"process-{number}", depth=2))
     executor.close()
 
 
@@ -313,7 +313,7 @@ def test_a_task_is_on_the_queue_once_however_often_it_is_submitted(
     other.close()
     assert queue.counts(JOB) == Counts(queued=7)
     diary = Diary()
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert sorted(diary.tasks, key=lambda task: task.chunk) == tasks(7)
     assert queue.counts(JOB) == Counts()
 
@@ -351,12 +351,12 @@ def test_a_failed_task_submitted_again_is_queued_afresh_with_all_its_attempts(
     queue: Executor,
 ) -> None:
     queue.submit(tasks(1))
-    queue.work(Diary(raises(ValueError("no"))), burst())
+    queue.run_tasks(Diary(raises(ValueError("no"))), burst())
     assert queue.counts(JOB) == Counts(failed=1)
     assert queue.submit(tasks(2)) == 2
     assert queue.counts(JOB) == Counts(queued=2)
     diary = Diary(raises(ValueError("no")))
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert sorted(diary.numbers) == sorted([*range(1, MAX_ATTEMPTS + 1)] * 2)
 
 
@@ -369,7 +369,7 @@ def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, ur
     assert queue.counts(JOB) == Counts()
     queue.submit(tasks(3))
     queue.submit(tasks(2, OTHER_JOB))
-    queue.work(Diary(raises(ValueError("no"))), burst(job=OTHER_JOB))
+    queue.run_tasks(Diary(raises(ValueError("no"))), burst(job=OTHER_JOB))
     with hand(url, shift("worker-b", job=JOB)) as helper:
         wait_until(lambda: helper.diary.begun, "a task is begun")
         expected = {JOB: Counts(queued=2, running=1), OTHER_JOB: Counts(failed=2)}
@@ -397,7 +397,7 @@ def test_a_worker_of_one_job_leaves_the_others_alone(queue: Executor) -> None:
     queue.submit(tasks(2))
     queue.submit(tasks(2, OTHER_JOB))
     diary = Diary()
-    queue.work(diary, burst(job=OTHER_JOB))
+    queue.run_tasks(diary, burst(job=OTHER_JOB))
     assert set(diary.tasks) == set(tasks(2, OTHER_JOB))
     assert queue.jobs() == {JOB: Counts(queued=2)}
 
@@ -405,13 +405,13 @@ def test_a_worker_of_one_job_leaves_the_others_alone(queue: Executor) -> None:
 @pytest.mark.transport
 def test_retry_queues_the_failed_tasks_of_one_job_afresh(queue: Executor) -> None:
     queue.submit([*tasks(2), *tasks(1, OTHER_JOB)])
-    queue.work(Diary(raises(ValueError("no"))), burst())
+    queue.run_tasks(Diary(raises(ValueError("no"))), burst())
     queue.submit([Task("infer", JOB, (9, 9))])
     assert queue.retry(JOB) == 2
     assert queue.jobs() == {JOB: Counts(queued=3), OTHER_JOB: Counts(failed=1)}
     assert queue.retry(JOB) == 0
     diary = Diary()
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert diary.numbers == [1, 1, 1]
 
 
@@ -437,7 +437,7 @@ def test_a_cancelled_task_can_be_submitted_while_it_still_runs_and_is_begun_agai
         queue.cancel(JOB)
         assert queue.submit(tasks(1)) == 1
         diary = Diary()
-        queue.work(diary, burst())
+        queue.run_tasks(diary, burst())
         assert diary.numbers == [1]
 
 
@@ -452,7 +452,7 @@ def test_an_error_costs_an_attempt_and_the_task_is_tried_again(queue: Executor) 
             raise ValueError("this time not")
 
     diary = Diary(fail_once)
-    queue.work(diary, burst("worker-a"))
+    queue.run_tasks(diary, burst("worker-a"))
     assert diary.begun == [(tasks(1)[0], Attempt(n, "worker-a")) for n in (1, 2)]
     assert queue.counts(JOB) == Counts()
 
@@ -466,7 +466,7 @@ def test_a_task_that_failed_is_tried_again_after_all_others(queue: Executor) -> 
             raise ValueError("this time not")
 
     diary = Diary(fail_once)
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert diary.tasks == [first, *others, first]
 
 
@@ -481,7 +481,7 @@ def test_a_task_that_fails_every_attempt_ends_failed_and_the_others_are_done(
             raise ValueError("never")
 
     diary = Diary(fail_second)
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     tries = [attempt for task, attempt in diary.begun if task.chunk == (1, 0)]
     assert [attempt.number for attempt in tries] == [*range(1, MAX_ATTEMPTS + 1)]
     assert [attempt.is_last for attempt in tries] == [False, False, True]
@@ -497,11 +497,11 @@ def test_an_error_that_would_strike_every_chunk_is_raised_and_costs_no_attempt(
     queue.submit(tasks(5))
     diary = Diary(raises(error))
     with pytest.raises(type(error), match="no such"):
-        queue.work(diary, shift("worker-a", depth=2))
+        queue.run_tasks(diary, shift("worker-a", depth=2))
     assert 1 <= len(diary.begun) <= 2
     assert queue.counts(JOB) == Counts(queued=5)
     second = Diary()
-    queue.work(second, burst())
+    queue.run_tasks(second, burst())
     assert second.numbers == [1] * 5
 
 
@@ -516,7 +516,7 @@ def test_a_job_that_cannot_be_done_is_set_aside_and_the_others_are_done_first(
 
     diary = Diary(refuse)
     with pytest.raises(ModelError, match="no such network"):
-        queue.work(diary, burst())
+        queue.run_tasks(diary, burst())
     assert set(diary.ended) == set(tasks(3, OTHER_JOB))
     assert len(diary.begun) == 4
     assert queue.jobs() == {JOB: Counts(queued=5)}
@@ -533,7 +533,7 @@ def test_a_dead_workers_tasks_are_begun_again_at_once_when_it_is_released(
     assert queue.release("dead") == 1
     assert queue.counts(JOB) == Counts(queued=1)
     diary, before = Diary(), time.monotonic()
-    queue.work(diary, burst("heir"))
+    queue.run_tasks(diary, burst("heir"))
     assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
     assert time.monotonic() - before < 5
 
@@ -544,7 +544,7 @@ def test_a_task_that_kills_every_worker_ends_failed(queue: Executor, url: str) -
         vanish_holding(url, f"dead-{number}")
         queue.release(f"dead-{number}")
     diary = Diary()
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert diary.begun == []
     assert queue.counts(JOB) == Counts(failed=1)
     assert queue.failed(JOB) == tasks(1)
@@ -559,7 +559,7 @@ def test_a_worker_told_to_stop_hands_back_without_counting_however_often_it_is_s
         for _ in range(3):
             queue.release(f"told-{number}", counted=False)
     diary = Diary(raises(ValueError("no")))
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)]
 
 
@@ -575,7 +575,7 @@ def test_a_killed_worker_process_has_begun_its_task_and_holds_it_until_released(
     assert queue.counts(JOB) == Counts(running=1)
     assert queue.release("dead") == 1
     diary = Diary()
-    queue.work(diary, burst("heir"))
+    queue.run_tasks(diary, burst("heir"))
     assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
 
 
@@ -588,7 +588,7 @@ def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
     wait_until(lambda: queue.counts(JOB) == Counts(queued=1), "the lease has run out")
     assert queue.running(JOB) == []
     diary = Diary()
-    queue.work(diary, burst("heir"))
+    queue.run_tasks(diary, burst("heir"))
     assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
     assert queue.counts(JOB) == Counts()
 
@@ -598,8 +598,8 @@ def test_a_lease_that_its_worker_never_received_runs_out(queue: Executor) -> Non
     assert isinstance(queue, LeaseQueue)
     queue.submit(tasks(2))
     worker = shift(settings=SHORT_LEASE)
-    assert queue.take(worker) is not None  # lost
-    held = queue.take(worker)
+    assert queue.reserve(worker) is not None  # lost
+    held = queue.reserve(worker)
     assert held is not None
 
     def only_the_other_is_running() -> bool:
@@ -618,7 +618,7 @@ def test_a_long_task_keeps_its_lease_as_long_as_its_worker_lives(queue: Executor
         wait_until(lambda: slow.diary.begun, "the task is begun")
         slow.go.set()
         diary = Diary()
-        queue.work(diary, burst("eager"))
+        queue.run_tasks(diary, burst("eager"))
     assert diary.begun == []
     assert slow.diary.numbers == [1]
 
@@ -645,9 +645,9 @@ def test_a_worker_that_lost_its_task_to_another_cannot_end_it_for_them(
 
 def test_a_burst_ends_at_once_on_an_empty_queue(queue: Executor) -> None:
     before = time.monotonic()
-    queue.work(Diary(), burst())
+    queue.run_tasks(Diary(), burst())
     queue.submit(tasks(1, OTHER_JOB))
-    queue.work(Diary(), burst(job=JOB))
+    queue.run_tasks(Diary(), burst(job=JOB))
     assert time.monotonic() - before < 5
 
 
@@ -680,7 +680,7 @@ def test_without_burst_a_worker_waits_for_more_until_it_is_stopped(
         assert helper.is_working
         queue.submit(tasks(1))
         wait_until(lambda: helper.diary.ended, "the late task is done")
-        worker.stopping.set()
+        worker.stop.set()
         wait_until(lambda: not helper.is_working, "the worker stops")
 
 
@@ -694,7 +694,7 @@ def test_as_many_tasks_are_in_flight_as_the_shift_is_deep(queue: Executor) -> No
         together.wait(TIMEOUT)
 
     diary = Diary(meet)
-    queue.work(diary, burst(depth=depth))
+    queue.run_tasks(diary, burst(depth=depth))
     assert len(diary.ended) == 2 * depth
     assert set(diary.numbers) == {1}
 
@@ -704,7 +704,7 @@ def test_stopping_finishes_what_is_in_flight_and_begins_no_more(queue: Executor,
     worker = shift("worker-b", depth=2)
     with hand(url, worker) as helper:
         wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
-        worker.stopping.set()
+        worker.stop.set()
         helper.end()
     assert len(helper.diary.ended) == 2
     assert len(helper.diary.begun) == 2
@@ -720,7 +720,7 @@ def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Ex
         begun.append(time.time())
         time.sleep(seconds)
 
-    queue.work(take_a_while, shift("worker-a", deadline=deadline))
+    queue.run_tasks(take_a_while, shift("worker-a", deadline=deadline))
     # Lateness of this machine makes tasks longer, never a late one begun.
     assert begun
     assert max(begun) + seconds < deadline + 0.05
@@ -730,7 +730,7 @@ def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Ex
 def test_a_worker_whose_time_is_already_up_begins_nothing(queue: Executor) -> None:
     queue.submit(tasks(1))
     diary = Diary()
-    queue.work(diary, shift("worker-a", deadline=time.time() - 1))
+    queue.run_tasks(diary, shift("worker-a", deadline=time.time() - 1))
     assert diary.begun == []
 
 
@@ -755,7 +755,7 @@ def test_chunks_failing_alike_set_their_job_aside_and_the_others_are_done_first(
     queue.submit([*tasks(10), *tasks(3, OTHER_JOB)])
     diary = Diary(fails_in(JOB, unreadable))
     with pytest.raises(SameFailureError) as failure:
-        queue.work(diary, burst())
+        queue.run_tasks(diary, burst())
     first, line = QUICK.same_failures_at_first, str(failure.value)
     assert line.startswith(f"/data/brain.zarr: {first} chunks in a row failed alike")
     assert "(OSError: volume.zarr: input/output error)" in line
@@ -765,7 +765,7 @@ def test_chunks_failing_alike_set_their_job_aside_and_the_others_are_done_first(
     assert diary.ended == tasks(3, OTHER_JOB)
     assert queue.jobs() == {JOB: Counts(queued=10)}
     again = Diary()
-    queue.work(again, burst())
+    queue.run_tasks(again, burst())
     assert sorted(again.numbers) == [1] * (10 - first) + [2] * first
 
 
@@ -781,7 +781,7 @@ def test_after_a_success_it_takes_many_more_chunks_failing_alike(
 
     diary = Diary(succeed_first)
     with pytest.raises(SameFailureError, match="6 chunks in a row"):
-        queue.work(diary, burst(settings=settings))
+        queue.run_tasks(diary, burst(settings=settings))
     assert len(diary.begun) == 1 + 6
 
 
@@ -791,13 +791,13 @@ def test_chunks_that_never_ran_the_network_are_no_success(
     settings = replace(QUICK, same_failures_at_first=3)
     queue.submit(tasks(10))
 
-    def run_every_second(task: Task, attempt: Attempt) -> Outcome:
+    def run_every_second(task: Task, attempt: Attempt) -> TaskResult:
         if task.chunk[0] % 2:
             raise unreadable(task)
-        return Outcome(ran=False)
+        return TaskResult(ran=False)
 
     with pytest.raises(SameFailureError, match="3 chunks in a row"):
-        queue.work(run_every_second, burst(settings=settings))
+        queue.run_tasks(run_every_second, burst(settings=settings))
     assert queue.counts(JOB) == Counts(queued=7)
 
 
@@ -812,7 +812,7 @@ def test_a_success_in_between_begins_the_count_anew(
             raise unreadable(task)
 
     diary = Diary(succeed_every_third)
-    queue.work(diary, burst(settings=settings))
+    queue.run_tasks(diary, burst(settings=settings))
     assert len(diary.begun) == 12 + 8
     assert queue.jobs() == {}
 
@@ -826,7 +826,7 @@ def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception
     count = 4 * QUICK.same_failures_at_first
     queue.submit(tasks(count))
     diary = Diary(fails_in(JOB, lambda task: errors[task.chunk[0] % 2]))
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert len(diary.begun) == MAX_ATTEMPTS * count
     assert queue.counts(JOB) == Counts(failed=count)
 
@@ -836,7 +836,7 @@ def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
     queue.submit(tasks(count))
     queue.submit(Task("infer", OTHER_JOB, (number, 1)) for number in range(count))
     diary = Diary(raises(unreadable(tasks(1)[0])))
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert queue.jobs() == {JOB: Counts(failed=count), OTHER_JOB: Counts(failed=count)}
 
 
@@ -852,16 +852,16 @@ def test_one_poisonous_chunk_never_sets_its_job_aside(
 
     diary = Diary(fail)
 
-    class Insistent(Shift):
+    class Insistent(WorkerOptions):
         """Before it ends, somebody queues the failed chunk again, a few times."""
 
-        def may_start(self) -> bool:
+        def can_start(self) -> bool:
             nonlocal retries
             if retries and queue.counts(JOB).failed:
                 retries -= queue.retry(JOB)
-            return super().may_start()
+            return super().can_start()
 
-    queue.work(diary, Insistent("worker-a", burst=True, settings=settings))
+    queue.run_tasks(diary, Insistent("worker-a", burst=True, settings=settings))
     assert retries == 0
     assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)] * 5
     assert queue.counts(JOB) == Counts(failed=1)
@@ -877,7 +877,7 @@ def test_failures_that_differ_only_in_where_they_happened_are_alike(queue: Execu
 
     diary = Diary(fails_in(JOB, not_finite))
     with pytest.raises(SameFailureError):
-        queue.work(diary, burst())
+        queue.run_tasks(diary, burst())
     assert len(diary.begun) == QUICK.same_failures_at_first
 
 
@@ -896,7 +896,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
     def work() -> None:
         executor = open_executor(url)
         try:
-            executor.work(refuse, worker)
+            executor.run_tasks(refuse, worker)
         except ModelError as error:
             errors.append(error)
         executor.close()
@@ -905,7 +905,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
     thread.start()
     thread.join(3)
     ended = not thread.is_alive()
-    worker.stopping.set()
+    worker.stop.set()
     thread.join(TIMEOUT)
     assert queue.jobs() == {JOB: Counts(queued=2)}
     assert len(errors) == 1
@@ -942,8 +942,8 @@ def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_bac
                 go.wait(TIMEOUT)
 
         worker = shift("slow", depth=2, time_limit=limit)
-        with pytest.raises(OverrunError, match=r"infer chunk 0\.0 ran for more than") as overrun:
-            queue.work(handler, worker)
+        with pytest.raises(TaskTimeoutError, match=r"infer chunk 0\.0 ran for more than") as overrun:
+            queue.run_tasks(handler, worker)
         assert len(str(overrun.value).splitlines()) == 1
         assert [lease.task for lease in overrun.value.leases] == [hangs]
         assert [lease.attempt for lease in overrun.value.leases] == [Attempt(1, "slow")]
@@ -951,7 +951,7 @@ def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_bac
         time.sleep(MOMENT)
         assert set(begun) == {hangs, short, late}
         diary = Diary()
-        queue.work(diary, burst("heir"))
+        queue.run_tasks(diary, burst("heir"))
         assert {task: attempt.number for task, attempt in diary.begun} == {
             hangs: 2,
             late: 1,
@@ -966,11 +966,11 @@ def test_a_task_that_waits_for_another_of_its_process_is_not_held_to_the_limit(
     queue.submit(tasks(2))
     with hanging() as go:
         worker = shift("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
-        with pytest.raises(OverrunError) as overrun:
-            queue.work(lambda task, attempt: wait_for(go), worker)
+        with pytest.raises(TaskTimeoutError) as overrun:
+            queue.run_tasks(lambda task, attempt: wait_for(go), worker)
         assert [lease.task for lease in overrun.value.leases] == [hangs]
         diary = Diary()
-        queue.work(diary, burst("heir"))
+        queue.run_tasks(diary, burst("heir"))
         assert {task: attempt.number for task, attempt in diary.begun} == {hangs: 2, waits: 1}
 
 
@@ -978,8 +978,8 @@ def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None
     queue.submit(tasks(1))
     with hanging() as go:
         for number in range(MAX_ATTEMPTS):
-            with pytest.raises(OverrunError):
-                queue.work(lambda task, attempt: wait_for(go), shift(f"w{number}", time_limit=0.1))
+            with pytest.raises(TaskTimeoutError):
+                queue.run_tasks(lambda task, attempt: wait_for(go), shift(f"w{number}", time_limit=0.1))
         assert queue.counts(JOB) == Counts(failed=1)
 
 
@@ -1002,8 +1002,8 @@ def test_the_time_limit_follows_the_longest_task_seen(
             else:
                 go.wait(TIMEOUT)
 
-        with pytest.raises(OverrunError) as overrun:
-            queue.work(handler, shift("slow", settings=settings))
+        with pytest.raises(TaskTimeoutError) as overrun:
+            queue.run_tasks(handler, shift("slow", settings=settings))
         assert [lease.task.chunk[0] for lease in overrun.value.leases] == [2]
         assert time.monotonic() - begun[2] >= 3.0 * seconds[1]
 
@@ -1023,8 +1023,8 @@ def test_a_jobs_first_task_has_a_time_limit_of_its_own(
                 go.wait(TIMEOUT)
 
         before = time.monotonic()
-        with pytest.raises(OverrunError) as overrun:
-            queue.work(handler, shift("slow", settings=settings))
+        with pytest.raises(TaskTimeoutError) as overrun:
+            queue.run_tasks(handler, shift("slow", settings=settings))
         assert [lease.task.job for lease in overrun.value.leases] == [jobs[hung]]
         assert time.monotonic() - before < 10
 
@@ -1036,8 +1036,8 @@ def finalizing(*blocks: tuple[int, ...], job: str = JOB) -> list[Task]:
     return [Task("finalize", job, block) for block in blocks]
 
 
-def of_eight(block: tuple[int, ...], *members: int) -> list[Mark]:
-    return [Mark(block, member, 8) for member in members]
+def of_eight(block: tuple[int, ...], *members: int) -> list[BlockContribution]:
+    return [BlockContribution(block, member, 8) for member in members]
 
 
 @pytest.mark.transport
@@ -1045,7 +1045,7 @@ def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     queue: Executor, url: str
 ) -> None:
     blocks, crew = [(n, 0, n) for n in range(25)], 4
-    marks = [Mark(block, member, 8) for block in blocks for member in range(8)]
+    marks = [BlockContribution(block, member, 8) for block in blocks for member in range(8)]
     # Some commit again and again: workers that lost their lease, chunks begun twice.
     marks += [mark for mark in marks if mark.member == 3] * 2
     random.Random(1).shuffle(marks)
@@ -1055,7 +1055,7 @@ def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
         together.wait(TIMEOUT)
         mine = marks[number::crew]
         for first in range(0, len(mine), 3):
-            given.extend(owners[number % 2].note(JOB, mine[first : first + 3]))
+            given.extend(owners[number % 2].record_contributions(JOB, mine[first : first + 3]))
 
     queue.submit(tasks(1))
     threads = [threading.Thread(target=commit, args=(n,)) for n in range(crew)]
@@ -1071,40 +1071,40 @@ def test_a_block_is_not_complete_however_often_the_same_chunks_commit(queue: Exe
     block = (1, 2, 3)
     queue.submit(tasks(1))
     for member in (0, 5, 5, 7, 0, 1, 2, 3, 4, 4, 3, 2, 1):
-        assert queue.note(JOB, of_eight(block, member)) == []
-    assert queue.note(OTHER_JOB, of_eight(block, 6)) == []
-    assert queue.note(JOB, of_eight((1, 2, 4), 6)) == []
-    assert queue.note(JOB, of_eight(block, 6)) == finalizing(block)
-    assert queue.note(JOB, of_eight(block, 6)) == []
+        assert queue.record_contributions(JOB, of_eight(block, member)) == []
+    assert queue.record_contributions(OTHER_JOB, of_eight(block, 6)) == []
+    assert queue.record_contributions(JOB, of_eight((1, 2, 4), 6)) == []
+    assert queue.record_contributions(JOB, of_eight(block, 6)) == finalizing(block)
+    assert queue.record_contributions(JOB, of_eight(block, 6)) == []
 
 
 def test_a_complete_block_is_never_given_again(queue: Executor) -> None:
     queue.submit(tasks(1))
-    given = [queue.note(JOB, of_eight((0, 0), *range(8))) for _ in range(2)]
-    given += [queue.note(JOB, [Mark((1, 1), 0, 1)]) for _ in range(2)]
+    given = [queue.record_contributions(JOB, of_eight((0, 0), *range(8))) for _ in range(2)]
+    given += [queue.record_contributions(JOB, [BlockContribution((1, 1), 0, 1)]) for _ in range(2)]
     assert sum(map(len, given)) == 2
 
 
 def test_a_jobs_blocks_are_forgotten_when_it_is_cancelled(queue: Executor) -> None:
     for job in (JOB, OTHER_JOB):
         queue.submit(tasks(1, job))
-        assert queue.note(job, of_eight((0,), *range(7))) == []
+        assert queue.record_contributions(job, of_eight((0,), *range(7))) == []
     queue.cancel(JOB)
     queue.submit(tasks(1))
-    assert queue.note(JOB, of_eight((0,), 7)) == []
-    assert queue.note(OTHER_JOB, of_eight((0,), 7)) == finalizing((0,), job=OTHER_JOB)
-    assert queue.note(JOB, of_eight((0,), *range(7))) == finalizing((0,))
+    assert queue.record_contributions(JOB, of_eight((0,), 7)) == []
+    assert queue.record_contributions(OTHER_JOB, of_eight((0,), 7)) == finalizing((0,), job=OTHER_JOB)
+    assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == finalizing((0,))
 
 
 def test_nothing_is_remembered_of_a_job_that_has_no_task_left(queue: Executor) -> None:
     last = of_eight((0,), 7)
     queue.submit(tasks(1))
-    assert queue.note(JOB, of_eight((0,), *range(7))) == []
-    queue.work(lambda task, attempt: None, burst("worker-a"))
-    assert queue.note(JOB, last) == []
+    assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == []
+    queue.run_tasks(lambda task, attempt: None, burst("worker-a"))
+    assert queue.record_contributions(JOB, last) == []
     queue.submit(tasks(1))
-    assert queue.note(JOB, last) == []
-    assert queue.note(JOB, of_eight((0,), *range(7))) == finalizing((0,))
+    assert queue.record_contributions(JOB, last) == []
+    assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == finalizing((0,))
 
 
 @dataclass
@@ -1117,9 +1117,9 @@ class Completing:
     blocks: list[tuple[Task, Attempt]] = field(default_factory=list)
     running: list[Counts] = field(default_factory=list)
 
-    def __call__(self, task: Task, attempt: Attempt) -> Outcome | None:
+    def __call__(self, task: Task, attempt: Attempt) -> TaskResult | None:
         if task.kind == "infer":
-            return Outcome([Mark(block, task.chunk[0], 3) for block in self.to])
+            return TaskResult([BlockContribution(block, task.chunk[0], 3) for block in self.to])
         self.blocks.append((task, attempt))
         self.running.append(self.queue.counts(task.job))
         return self.block(task, attempt)
@@ -1131,7 +1131,7 @@ def test_a_worker_completes_the_blocks_that_its_chunk_was_the_last_to_contribute
 ) -> None:
     queue.submit(tasks(3))
     handler = Completing(queue, to=[(7, 7), (8, 8)])
-    queue.work(handler, burst("worker-a"))
+    queue.run_tasks(handler, burst("worker-a"))
     assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalizing((7, 7), (8, 8))]
     # Until its blocks are through the chunk is not: who dies now has it begun again.
     assert handler.running == [Counts(running=1)] * 2
@@ -1143,7 +1143,7 @@ def test_an_error_in_completing_a_block_costs_nothing_and_the_other_blocks_are_c
 ) -> None:
     queue.submit(tasks(3))
     handler = Completing(queue, [(7, 7), (8, 8)], block=raises(OSError("no space left")))
-    queue.work(handler, burst("worker-a"))
+    queue.run_tasks(handler, burst("worker-a"))
     expected = finalizing((7, 7), (8, 8))
     assert [task for task, _ in handler.blocks] == expected
     left = [r for r in caplog.records if "left to the finalizer" in r.getMessage()]
@@ -1184,7 +1184,7 @@ def producer(url: str, count: int) -> Iterator[Producer]:
         with open_queue(url) as executor:
             while thread.is_alive():
                 assert time.monotonic() < limit
-                executor.work(Diary(), burst("last"))
+                executor.run_tasks(Diary(), burst("last"))
                 thread.join(0.1)
 
 
@@ -1198,9 +1198,9 @@ def open_queue(url: str) -> Iterator[Executor]:
 def take_and_finish(queue: Executor, count: int) -> None:
     assert isinstance(queue, LeaseQueue)
     for _ in range(count):
-        lease = queue.take(shift("worker-a"))
+        lease = queue.reserve(shift("worker-a"))
         assert lease is not None
-        queue.finish(lease)
+        queue.ack(lease)
 
 
 @pytest.fixture
@@ -1288,7 +1288,7 @@ def test_a_foreign_message_on_the_queue_is_never_run_and_hinders_nothing(
     backend.smuggle(url, FOREIGN[name])
     queue.submit(tasks(1))
     diary = Diary()
-    queue.work(diary, burst())
+    queue.run_tasks(diary, burst())
     assert diary.tasks == tasks(1)
     assert queue.jobs() == {}
     [record] = [r for r in caplog.records if "not a chunkq task" in r.getMessage()]

@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 )
 
 from chunkq.executors import open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Counts, WorkerOptions
 from chunkq.executors.inprocess import InProcessExecutor
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.executor import queue_name
@@ -81,8 +81,8 @@ def left_in_redis(url: str) -> set[str]:
         return {key.decode() for key in client.scan_iter()} - {"chunkq:seen", "chunkq:grace"}
 
 
-def shift(worker: str, **more: Any) -> Shift:
-    return Shift(worker, settings=NEVER_EXPIRES, **more)
+def shift(worker: str, **more: Any) -> WorkerOptions:
+    return WorkerOptions(worker, settings=NEVER_EXPIRES, **more)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Leasing:
 def let_run_out_in_process(url: str, lease: Lease) -> None:
     queue = open_executor(url)
     assert isinstance(queue, InProcessExecutor)
-    queue.renew(Shift(lease.attempt.worker, settings=WorkerSettings(lease=-1)), [lease])
+    queue.renew(WorkerOptions(lease.attempt.worker, settings=WorkerSettings(lease=-1)), [lease])
 
 
 def left_in_process(url: str) -> set[str]:
@@ -255,9 +255,9 @@ class Model(RuleBasedStateMachine):
             taken.append(lease)
         return multiple(*taken[-1:])
 
-    def take(self, shift: Shift) -> Lease | None:
+    def take(self, shift: WorkerOptions) -> Lease | None:
         able = {t for t, known in self.chosen(shift).items() if known.may_begin}
-        lease = self.queue.take(shift)
+        lease = self.queue.reserve(shift)
         for known in self.known.values():
             known.maybe_back = known.lost
         if lease is None:
@@ -276,10 +276,10 @@ class Model(RuleBasedStateMachine):
         self.look()
         return lease
 
-    def chosen(self, shift: Shift) -> dict[Task, Known]:
+    def chosen(self, shift: WorkerOptions) -> dict[Task, Known]:
         if shift.job is not None:
             return self.of(shift.job)
-        return {t: k for t, k in self.known.items() if t.job not in shift.set_aside}
+        return {t: k for t, k in self.known.items() if t.job not in shift.skipped_jobs}
 
     @precondition(lambda self: self.running())
     @rule(which=st.integers(0, 5), how=st.sampled_from(["fail", "fail", "hand_back", "finish"]))
@@ -295,11 +295,11 @@ class Model(RuleBasedStateMachine):
     def end_lease(self, lease: Lease, how: str) -> None:
         known, before = self.held(lease), self.total(lease.task.job)
         if how == "fail":
-            self.queue.fail(lease, ValueError("no"))
+            self.queue.nack(lease, ValueError("no"))
         elif how == "hand_back":
-            self.queue.hand_back(lease)
+            self.queue.requeue(lease)
         else:
-            self.queue.finish(lease)
+            self.queue.ack(lease)
         worker = lease.attempt.worker
         self.unended[worker] = [other for other in self.unended[worker] if other is not lease]
         if known is None:

@@ -29,11 +29,11 @@ def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_
     queue.submit(tasks(6, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.work(diary, shift("worker-a", depth=2, burst=ends_when_drained))
+        queue.run_tasks(diary, shift("worker-a", depth=2, burst=ends_when_drained))
     assert sorted(diary.ended, key=lambda task: task.chunk) == tasks(6, JOB)
     assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
     fresh = Diary()
-    queue.work(fresh, burst("worker-b"))
+    queue.run_tasks(fresh, burst("worker-b"))
     assert sorted(fresh.tasks, key=lambda task: task.chunk) == tasks(2, OTHER_JOB)
     assert fresh.numbers == [1, 1]
 
@@ -46,7 +46,7 @@ def test_after_a_while_a_job_that_needs_a_new_process_waits_no_longer_for_others
     queue.submit(tasks(20, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.work(diary, shift(settings=settings))
+        queue.run_tasks(diary, shift(settings=settings))
     assert diary.tasks[-1].job == OTHER_JOB
     assert queue.counts(OTHER_JOB) == Counts(queued=1)
     assert queue.counts(JOB) == Counts(queued=20 - len(diary.ended))
@@ -62,7 +62,7 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
 
     def work() -> None:
         try:
-            queue.work(handle, orders)
+            queue.run_tasks(handle, orders)
         except FrameworkConflictError as error:
             errors.append(error)
 
@@ -72,12 +72,12 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
     try:
         wait_until(lambda: queue.counts(JOB).running, "a task is in flight")
         queue.submit(tasks(1, OTHER_JOB))
-        assert orders.stopping.wait(TIMEOUT)
+        assert orders.stop.wait(TIMEOUT)
         assert queue.jobs() == {JOB: Counts(running=1), OTHER_JOB: Counts(queued=1)}
         assert worker.is_alive()
     finally:
         go.set()
-        orders.stopping.set()
+        orders.stop.set()
         worker.join(TIMEOUT)
     assert len(errors) == 1
     assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
@@ -87,9 +87,9 @@ def test_a_worker_that_is_told_to_stop_meanwhile_ends_well(queue: Executor) -> N
     orders = shift()
 
     def handle(task: Task, attempt: Attempt) -> None:
-        orders.stopping.set()
+        orders.stop.set()
         conflict_in_other_job(task, attempt)
 
     queue.submit(tasks(1, OTHER_JOB))
-    queue.work(handle, orders)
+    queue.run_tasks(handle, orders)
     assert queue.counts(OTHER_JOB) == Counts(queued=1)

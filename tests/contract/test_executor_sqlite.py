@@ -14,7 +14,7 @@ import pytest
 
 from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors import default_url, open_executor, sqlite, table_schema
-from chunkq.executors.base import Mark, Shift
+from chunkq.executors.base import BlockContribution, WorkerOptions
 from chunkq.executors.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
 from chunkq.tasks import Task
 from tests.harness.waiting import wait_until
@@ -108,7 +108,7 @@ def test_a_queue_damaged_in_its_middle_gives_one_line(tmp_path: Path) -> None:
         stream.write(b"\xff" * (size - 4096))
     with closing(open_executor(f"sqlite://{file}")) as queue:
         with pytest.raises(QueueError) as error:
-            queue.work(lambda task, attempt: None, Shift("w", burst=True))
+            queue.run_tasks(lambda task, attempt: None, WorkerOptions("w", burst=True))
         wait_until(lambda: threading.active_count() == threads, "its threads have ended")
     assert len(str(error.value).splitlines()) == 1
 
@@ -228,7 +228,7 @@ def test_a_queue_of_before_versions_were_stored_is_upgraded_with_its_tasks(tmp_p
     old.close()
     queue = SqliteExecutor(f"sqlite://{file}")
     assert queue.counts("/data/out.zarr.chunkq").queued == 1
-    assert queue.note("/data/out.zarr.chunkq", [Mark((1,), 0, 1)]) != []
+    assert queue.record_contributions("/data/out.zarr.chunkq", [BlockContribution((1,), 0, 1)]) != []
     queue.close()
     assert version_of(file) == table_schema.VERSION
 

@@ -21,7 +21,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
-from chunkq.combine import activate, add_weighted, as_votes, decide, on_host
+from chunkq.combine import activate, add_weighted, to_votes, reduce_and_cast, to_numpy
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
@@ -165,7 +165,7 @@ def counted_anew() -> Iterator[Callable[[tuple[str, ...]], int]]:
 @each_form
 def test_it_predicts_what_the_torch_class_predicts(shop: Shop, form: Form) -> None:
     given = np.random.default_rng(2).uniform(-50, 150, (4, 1, *PATCH)).astype(np.float32)
-    outputs = on_host(shop.runtime(form)(given))
+    outputs = to_numpy(shop.runtime(form)(given))
     assert outputs.shape == (4, CHANNELS, *PATCH)
     assert outputs.dtype in (np.float32, np.float64)
     np.testing.assert_allclose(outputs, models.predict(given), rtol=0, atol=form.within)
@@ -175,7 +175,7 @@ def test_it_predicts_what_the_torch_class_predicts(shop: Shop, form: Form) -> No
     ("form", "dtype"), [(form, dtype) for form in FORMS for dtype in form.dtypes], ids=str
 )
 def test_every_dtype_of_the_job_reaches_the_network(shop: Shop, form: Form, dtype: str) -> None:
-    outputs = on_host(shop.runtime(form, dtype)(batch()))
+    outputs = to_numpy(shop.runtime(form, dtype)(batch()))
     within = models.COARSE.get(dtype, form.within) if form.casts else form.within
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=within)
     assert outputs.dtype in (np.float32, np.float64)
@@ -186,38 +186,38 @@ def test_every_dtype_of_the_job_reaches_the_network(shop: Shop, form: Form, dtyp
     "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "float16", "float64"]
 )
 def test_every_dtype_of_a_volume_is_cast(shop: Shop, form: Form, dtype: str) -> None:
-    outputs = on_host(shop.runtime(form)(batch(dtype=dtype)))
+    outputs = to_numpy(shop.runtime(form)(batch(dtype=dtype)))
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=form.within)
 
 
 @each_form
 def test_a_call_does_not_change_the_batch(shop: Shop, form: Form) -> None:
     given = batch()
-    first = np.array(on_host(shop.runtime(form)(given)))
+    first = np.array(to_numpy(shop.runtime(form)(given)))
     np.testing.assert_array_equal(given, batch())
-    np.testing.assert_array_equal(on_host(shop.runtime(form)(given)), first)
+    np.testing.assert_array_equal(to_numpy(shop.runtime(form)(given)), first)
 
 
 @each_form
 def test_what_a_call_gave_stays_as_it_is_when_the_next_follows(shop: Shop, form: Form) -> None:
     runtime, given = shop.runtime(form), batch()
     kept = runtime(given)
-    before = np.array(on_host(kept))
+    before = np.array(to_numpy(kept))
     given[...] = 3
     runtime(given)
-    np.testing.assert_array_equal(on_host(kept), before)
+    np.testing.assert_array_equal(to_numpy(kept), before)
 
 
 @each_form
 def test_a_result_does_not_depend_on_its_place_in_the_batch(shop: Shop, form: Form) -> None:
     runtime, given = shop.runtime(form), batch()
-    together = np.array(on_host(runtime(given)))
+    together = np.array(to_numpy(runtime(given)))
     for shift in (1, 2, 3):
-        turned = on_host(runtime(np.roll(given, shift, axis=0)))
+        turned = to_numpy(runtime(np.roll(given, shift, axis=0)))
         np.testing.assert_allclose(np.roll(turned, -shift, axis=0), together, rtol=0, atol=1e-6)
     alone = np.zeros_like(given)
     alone[2] = given[2]
-    np.testing.assert_allclose(on_host(runtime(alone))[2], together[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(to_numpy(runtime(alone))[2], together[2], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------- arrays and steps
@@ -227,24 +227,24 @@ def test_a_result_does_not_depend_on_its_place_in_the_batch(shop: Shop, form: Fo
 def test_its_arrays_are_combined_as_numpys_are(shop: Shop, form: Form) -> None:
     runtime, weights = shop.runtime(form), np.random.default_rng(3).random(PATCH, np.float32)
     outputs = runtime(batch())
-    expected = np.array(on_host(outputs))
+    expected = np.array(to_numpy(outputs))
     for activation in ("none", "softmax", "sigmoid"):
         found = activate(outputs, activation)  # type: ignore[arg-type]
         wanted = activate(expected, activation)  # type: ignore[arg-type]
-        np.testing.assert_allclose(on_host(found), wanted, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(on_host(as_votes(outputs)), as_votes(expected))
+        np.testing.assert_allclose(to_numpy(found), wanted, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(to_numpy(to_votes(outputs)), to_votes(expected))
     total = runtime.zeros((CHANNELS, *PATCH))
-    assert not on_host(total).any()
-    assert on_host(total).dtype == np.float32
+    assert not to_numpy(total).any()
+    assert to_numpy(total).dtype == np.float32
     for prediction in outputs:
-        add_weighted(total, runtime.place(weights), prediction)
+        add_weighted(total, runtime.to_device(weights), prediction)
     wanted = (expected * weights).sum(axis=0)
-    np.testing.assert_allclose(on_host(total), wanted, rtol=0, atol=1e-5)
-    average = decide(total, "weighted_avg", np.float32)
+    np.testing.assert_allclose(to_numpy(total), wanted, rtol=0, atol=1e-5)
+    average = reduce_and_cast(total, "weighted_avg", np.float32)
     assert average.dtype == np.float32
     np.testing.assert_allclose(average, wanted, rtol=0, atol=1e-5)
-    labels = decide(total, "soft", np.uint8)
-    np.testing.assert_array_equal(labels, on_host(total).argmax(axis=0))
+    labels = reduce_and_cast(total, "soft", np.uint8)
+    np.testing.assert_array_equal(labels, to_numpy(total).argmax(axis=0))
 
 
 @each_form
@@ -263,7 +263,7 @@ def test_protected_steps_are_given_its_own_arrays_on_the_device(shop: Shop, form
         return look(array) * 0.5 + 1
 
     steps = Steps(preprocessing_protected=scale, postprocessing_protected=shift)
-    outputs = on_host(shop.runtime(form, steps=steps)(batch(dtype="uint8")))
+    outputs = to_numpy(shop.runtime(form, steps=steps)(batch(dtype="uint8")))
     own = known(form).own
     shape, given = (4, CHANNELS, *PATCH), (4, 1, *PATCH)
     assert seen == [(own, given, "float32"), (own, shape, "float32")]
@@ -290,8 +290,8 @@ class Tight(Runtime):
     def zeros(self, shape: tuple[int, ...]) -> Any:
         return self._inner.zeros(shape)
 
-    def place(self, array: npt.NDArray[Any]) -> Any:
-        return self._inner.place(array)
+    def to_device(self, array: npt.NDArray[Any]) -> Any:
+        return self._inner.to_device(array)
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         return self._inner.is_out_of_memory(error)
@@ -304,7 +304,7 @@ def predictions(batcher: Batcher, plan: Plan) -> npt.NDArray[Any]:
     chunk = plan.chunk((0, 0, 0))
     values = np.random.default_rng(1).uniform(0, 100, chunk.halo.shape).astype(np.float32)
     found = batcher.predictions(list(plan.patches(chunk)), [values], chunk.halo.start)
-    return np.stack([np.array(on_host(prediction)) for _, prediction in found])
+    return np.stack([np.array(to_numpy(prediction)) for _, prediction in found])
 
 
 @each_form
@@ -434,7 +434,7 @@ ALSO_RIGHT = [
 def test_a_file_that_also_holds_the_weights_will_do(shop: Shop, form: str, given: str) -> None:
     keys, other = shop.keys(named(form)), shop.keys(named(given))
     changed = {main_file(keys): other[main_file(other)], "max_batch_size": 4}
-    outputs = on_host(load_runtime(config(keys | changed), Steps(), 1)(batch()))
+    outputs = to_numpy(load_runtime(config(keys | changed), Steps(), 1)(batch()))
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=1e-4)
 
 

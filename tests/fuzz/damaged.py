@@ -30,13 +30,13 @@ from types import FrameType
 from unittest import mock
 
 import numpy as np
-from chunkq_producer.probe import Probe
+from chunkq_producer.probe import ModelCheck
 
 import chunkq.opened
 from chunkq.cli import main
 from chunkq.errors import ChunkqError
 from chunkq.executors import open_executor
-from chunkq.executors.base import Shift
+from chunkq.executors.base import WorkerOptions
 from tests.fuzz.damages import Damage, damage, files_of, folders_of
 from tests.fuzz.findings import Finding, of_error, of_text
 from tests.fuzz.stages import OUTPUT, QUEUE, STAGES, Stages
@@ -244,11 +244,11 @@ def is_complete(output: Path) -> bool:
 
 def call(stages: Stages, command: str, *options: str) -> Result:
     """Run a command in this process."""
-    chunkq.opened._held.clear()  # a new process has no open jobs
+    chunkq.opened._cache.clear()  # a new process has no open jobs
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),
-        mock.patch("chunkq_producer.commands.run.probe", return_value=Probe(error=None)),
+        mock.patch("chunkq_producer.commands.run.probe", return_value=ModelCheck(error=None)),
         contextlib.chdir(stages.folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -276,7 +276,7 @@ def _work(url: str) -> int:
     try:
         executor = open_executor(url)
         try:
-            ended = executor.serve(Shift("fuzz-host:3", burst=True))
+            ended = executor.run_worker(WorkerOptions("fuzz-host:3", burst=True))
         finally:
             executor.close()
     except ChunkqError as error:

@@ -181,7 +181,7 @@ def _judge_call(path: Path) -> Finding | None:
     again = JobRecord.from_json(record.to_json())
     if again.digest != record.digest or again.plan().costs != prepared.plan.costs:
         return Finding("stored record differs", "the record read back gives another job")
-    if footprint(prepared.plan).in_flight(2) < 0:
+    if footprint(prepared.plan).peak_bytes(2) < 0:
         return Finding("negative footprint", str(prepared.plan.chunksize))
     return None
 

@@ -14,7 +14,7 @@ from chunkq_worker.run import run_task
 
 from chunkq.cli import main
 from chunkq.executors import open_executor
-from chunkq.executors.base import Shift
+from chunkq.executors.base import WorkerOptions
 from chunkq.executors.leases import LeaseQueue
 from chunkq.finalize import finalize_block
 from chunkq.opened import open_job
@@ -96,13 +96,13 @@ class Stages:
         self._command("produce", str(self.work / "job.yaml"))
         executor = open_executor(self.queue_url)
         assert isinstance(executor, LeaseQueue)
-        shift = Shift("fuzz-host:1")
+        shift = WorkerOptions("fuzz-host:1")
         path = f"{self.output}.chunkq"
         self._keep("produced")
         for _ in range(2):
             self._run_next(executor, shift)
         self._fail_next(executor, shift)
-        executor.take(Shift("killed-host:2"))  # the lease of a worker that was killed
+        executor.reserve(WorkerOptions("killed-host:2"))  # the lease of a worker that was killed
         self._keep("half inferred")
         executor.cancel(path)
         executor.submit(Task("infer", path, index) for index in open_job(path).plan.indices())
@@ -111,30 +111,30 @@ class Stages:
         self._keep("inferred")
         first = next(iter(open_job(path).plan.to_finalize()))
         executor.submit([Task("finalize", path, first)])
-        lease = executor.take(shift)
+        lease = executor.reserve(shift)
         assert lease is not None
         finalize_block(lease.task, lease.attempt)
-        executor.finish(lease)
+        executor.ack(lease)
         self._keep("half finalized")
         executor.close()
         self._command("finalize", str(self.output))
         self._keep("sealed")
 
-    def _run_next(self, executor: LeaseQueue, shift: Shift) -> bool:
-        lease = executor.take(shift)
+    def _run_next(self, executor: LeaseQueue, shift: WorkerOptions) -> bool:
+        lease = executor.reserve(shift)
         if lease is not None:
             run_task(lease.task, lease.attempt)
-            executor.finish(lease)
+            executor.ack(lease)
         return lease is not None
 
-    def _fail_next(self, executor: LeaseQueue, shift: Shift) -> None:
-        lease = executor.take(shift)
+    def _fail_next(self, executor: LeaseQueue, shift: WorkerOptions) -> None:
+        lease = executor.reserve(shift)
         assert lease is not None
         with mock.patch.dict(os.environ, {"NET_BROKEN": "1"}):
             try:
                 run_task(lease.task, lease.attempt)
             except ArithmeticError as error:
-                executor.fail(lease, error)
+                executor.nack(lease, error)
 
     def _command(self, *arguments: str) -> None:
         with (

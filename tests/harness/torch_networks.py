@@ -112,7 +112,7 @@ class Fake(Runtime):
     def zeros(self, shape: tuple[int, ...]) -> Any:
         return torch.zeros(shape)
 
-    def place(self, array: npt.NDArray[Any]) -> Any:
+    def to_device(self, array: npt.NDArray[Any]) -> Any:
         return torch.from_numpy(array)
 
     def is_out_of_memory(self, error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from chunkq.executors.base import Attempt, Counts, Executor, Running
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
 from chunkq.ledger import ITEM, Commit, JobFolder, Ledger
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.tasks import Task
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
@@ -187,7 +187,7 @@ class Workspace:
     # ------------------------------------------------------------------------- job folder, output
 
     @property
-    def job(self) -> OpenJob:
+    def job(self) -> JobHandle:
         return open_job(str(self.job_folder))
 
     @property
@@ -248,7 +248,7 @@ def output_files(output: Path) -> dict[str, bytes]:
     return files | group
 
 
-def run_inline(values: dict[str, Any]) -> tuple[OpenJob, dict[str, Any]]:
+def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     queue = mock.create_autospec(Executor, instance=True, url="sqlite:///nowhere/queue.db")
     produced = submit.produce(submit.prepare(load_job(values)), queue)

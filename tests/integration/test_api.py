@@ -27,11 +27,11 @@ import torch
 import zarr
 from chunkq_worker import engine
 from chunkq_worker import given as given_volumes
-from chunkq_worker.defaults import job_around
+from chunkq_worker.defaults import job_for_model
 
 import chunkq
-from chunkq.blend import Contribution, Own
-from chunkq.combine import decide
+from chunkq.blend import Contribution, OwnBlock
+from chunkq.combine import reduce_and_cast
 from chunkq.errors import (
     ChunkqError,
     IncompleteError,
@@ -165,7 +165,7 @@ def same_as_stored(folder: Path, values: dict[str, Any], volumes: list[npt.NDArr
     if averaged:
         assert result.shape == (job.plan.channels, *volumes[0].shape)
         np.testing.assert_array_equal(
-            found.labels, decide(result, "soft", "uint8"), "labels of the average"
+            found.labels, reduce_and_cast(result, "soft", "uint8"), "labels of the average"
         )
     else:
         assert found.probabilities is None
@@ -256,12 +256,12 @@ def test_streaming_holds_no_more_than_one_slice_of_bands(views: bool, tmp_path: 
     def contribution(index: tuple[int, ...]) -> tuple[Chunk, Contribution]:
         chunk, pieces = plan.chunk(index), []
         whole = watched((plan.channels * chunk.region.size,)) if views else None
-        for piece in plan.leaves(chunk):
+        for piece in plan.outgoing_pieces(chunk):
             shape = (plan.channels, *piece.box.shape)
             part = watched(shape) if whole is None else whole[: prod(shape)].reshape(shape)
             pieces.append((piece, part))
         band = tuple(sums(*box.shape) for box in chunk.band_boxes)
-        own = Own(band, tuple(sums(*box.shape) for box in chunk.rest_boxes))
+        own = OwnBlock(band, tuple(sums(*box.shape) for box in chunk.rest_boxes))
         return chunk, Contribution(sums(*chunk.core.shape), own, tuple(pieces))
 
     most = 0
@@ -269,7 +269,7 @@ def test_streaming_holds_no_more_than_one_slice_of_bands(views: bool, tmp_path: 
         most = max(most, sum(array.nbytes for array in alive.values()))
     slices = plan.blocks[0]
     assert slices == 8
-    pieces = [piece for index in plan.indices() for piece in plan.leaves(plan.chunk(index))]
+    pieces = [piece for index in plan.indices() for piece in plan.outgoing_pieces(plan.chunk(index))]
     every_piece = sum(4 * plan.channels * piece.box.size for piece in pieces)
     one_chunk = 4 * plan.channels * max(plan.chunk(i).region.size for i in plan.indices())
     assert 0 < most <= (2 * one_chunk if views else 2 * every_piece / (slices - 1))
@@ -607,7 +607,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any], tuple[str, str, str]]] = {
 def test_a_model_file_s_kind_is_told_by_what_it_is(name: str, tmp_path: Path) -> None:
     file, write, wanted = KINDS[name]
     write(tmp_path / file)
-    model = job_around(str(tmp_path / file), {})["model_config"]
+    model = job_for_model(str(tmp_path / file), {})["model_config"]
     assert (model["runtime"], model["type"]) == wanted[:2]
     assert model[wanted[2]] == str(tmp_path / file)
 
@@ -644,7 +644,7 @@ def test_what_is_said_of_a_model_file_goes_before_what_it_looks_like(tmp_path: P
         ({"runtime": "tensorflow", "type": "class"}, ("tensorflow", "class")),
         ({"runtime": "onnx", "type": "file"}, ("onnx", "file")),
     ]:
-        model = job_around(path, given)["model_config"]
+        model = job_for_model(path, given)["model_config"]
         assert (model["runtime"], model["type"]) == wanted
     with pytest.raises(JobError, match="tensorflow has no torchscript; its types are"):
         chunkq.Predictor.from_model(
@@ -652,7 +652,7 @@ def test_what_is_said_of_a_model_file_goes_before_what_it_looks_like(tmp_path: P
         )
     with fsspec.open("memory://models/m", "wb") as file:
         file.write((tmp_path / "s.pt").read_bytes())
-    assert job_around("memory://models/m", {})["model_config"]["ts_file"] == "memory://models/m"
+    assert job_for_model("memory://models/m", {})["model_config"]["ts_file"] == "memory://models/m"
 
 
 # To a store

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from chunkq.cli import COMMANDS
-from chunkq.executors.base import Shift
+from chunkq.executors.base import WorkerOptions
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import load_job
 from tests.harness.files import everything_below
@@ -252,9 +252,9 @@ def test_retry_queues_what_failed_and_nothing_else(workspace: Workspace) -> None
     assert workspace.call("retry", "out.zarr").ok().out == "no failed chunk\n"
     queue = SqliteExecutor(f"sqlite://{workspace.queue_file}")
     for _ in range(3):
-        begun = queue.take(Shift("unlucky"))
+        begun = queue.reserve(WorkerOptions("unlucky"))
         assert begun is not None
-        queue.fail(begun, ValueError("unlucky"))
+        queue.nack(begun, ValueError("unlucky"))
     found = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert found["failed"] + found["queued"] == 6
     queue.close()

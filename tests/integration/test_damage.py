@@ -476,7 +476,7 @@ def test_of_two_different_jobs_produced_onto_one_output_at_once_one_is_refused(
 
 
 def _race(
-    jobs: list[submit.Prepared], options: dict[str, bool]
+    jobs: list[submit.PreparedJob], options: dict[str, bool]
 ) -> tuple[list[int], list[ErrorCode]]:
     """Produce all jobs at once; return the numbers of those produced, and the others' errors."""
     barrier = threading.Barrier(len(jobs), timeout=TIMEOUT)

@@ -8,7 +8,7 @@ import pytest
 
 import chunkq
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_OVERRUN, Counts, Shift
+from chunkq.executors.base import EXIT_TASK_TIMEOUT, Counts, WorkerOptions
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
 from tests.harness.networks import toy_model
@@ -79,8 +79,8 @@ def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(workspace: Wo
     url = f"inprocess://{workspace.folder}"
     chunkq.produce(workspace.write_job(), queue=url)
     job = str(workspace.job_folder)
-    shifts = [Shift(f"worker-{n}", burst=True) for n in range(2)]
-    threads = [threading.Thread(target=open_executor(url).serve, args=(shift,)) for shift in shifts]
+    shifts = [WorkerOptions(f"worker-{n}", burst=True) for n in range(2)]
+    threads = [threading.Thread(target=open_executor(url).run_worker, args=(shift,)) for shift in shifts]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -105,8 +105,8 @@ def test_a_chunk_that_hangs_ends_the_worker_and_not_the_process(
     queue = open_executor(f"inprocess://{workspace.folder}")
     queue.submit([Task("infer", str(workspace.job_folder), (0, 0))])
     settings = WorkerSettings(lease=0.3)
-    ended = queue.serve(Shift("slow", burst=True, time_limit=0.1, settings=settings))
+    ended = queue.run_worker(WorkerOptions("slow", burst=True, time_limit=0.1, settings=settings))
     go.set()
-    assert ended.code == EXIT_OVERRUN
+    assert ended.code == EXIT_TASK_TIMEOUT
     assert len(ended.lines) == 1
     assert queue.counts(str(workspace.job_folder)) == Counts(queued=1)

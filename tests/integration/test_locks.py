@@ -14,7 +14,7 @@ import zarr
 
 from chunkq.box import Box
 from chunkq.finalize import finalize_job
-from chunkq.output import LOCK_AGE, sweep_locks
+from chunkq.output import LOCK_AGE, delete_stale_locks
 from chunkq.stores import open_array
 from tests.harness.files import files_below
 from tests.harness.volumes import write_zarr
@@ -72,5 +72,5 @@ def test_only_old_temporary_files_of_a_running_job_are_removed(tmp_path: Path) -
     for name in ("old.__lock", "young.__lock", "0"):
         (tmp_path / name).write_bytes(b"half")
     os.utime(tmp_path / "old.__lock", (1, 1))
-    sweep_locks(str(tmp_path), time.time() - LOCK_AGE)
+    delete_stale_locks(str(tmp_path), time.time() - LOCK_AGE)
     assert {path.name for path in tmp_path.iterdir()} == {"young.__lock", "0"}

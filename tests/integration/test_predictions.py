@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chunkq_producer.commands.plan import peak_memory
-from chunkq_producer.probe import Probe
+from chunkq_producer.probe import ModelCheck
 
 from chunkq.executors.base import DEPTH_ON_CPU
 from chunkq.ledger import CRC_BYTES
@@ -85,8 +85,8 @@ def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
     assert probe["memory_error"] is None
     assert probe["depth"] == foretold["depth"] == depth
     assert not workspace.output.exists()
-    told = peak_memory(Probe(**probe), finalizes=True)
-    untried = Probe(**probe | {"finalizer_bytes": None})
+    told = peak_memory(ModelCheck(**probe), finalizes=True)
+    untried = ModelCheck(**probe | {"finalizer_bytes": None})
     assert "finalizing: unknown" in peak_memory(untried, finalizes=True)
     assert "finalizing" not in peak_memory(untried, finalizes=False)
     assert f"in all of a worker process with {depth} chunks in flight" in told

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pytest
 import zarr
 
-from chunkq.executors.base import MAX_ATTEMPTS, Counts, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Counts, WorkerOptions
 from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.settings import WorkerSettings
@@ -523,12 +523,12 @@ def test_a_worker_that_is_back_first_does_not_take_what_others_still_work_on(
     server: RedisServer,
 ) -> None:
     workers = {
-        name: Shift(name, settings=WorkerSettings(lease=0.5)) for name in ("first", "second")
+        name: WorkerOptions(name, settings=WorkerSettings(lease=0.5)) for name in ("first", "second")
     }
     job = "/data/out.zarr.chunkq"
     with queue_on(server) as queue:
         queue.submit(Task("infer", job, (n,)) for n in range(2))
-        held = {name: queue.take(worker) for name, worker in workers.items()}
+        held = {name: queue.reserve(worker) for name, worker in workers.items()}
         assert None not in held.values()
         server.kill()
         away = time.time()
@@ -536,7 +536,7 @@ def test_a_worker_that_is_back_first_does_not_take_what_others_still_work_on(
         server.start()
         # The first beat of a heart after the absence comes from one of them; the other is asleep.
         queue.renew(workers["first"], [held["first"]])  # type: ignore[list-item]
-        assert queue.take(workers["first"]) is None
+        assert queue.reserve(workers["first"]) is None
         queue.renew(workers["second"], [held["second"]])  # type: ignore[list-item]
         assert queue.counts(job) == Counts(running=2)
 

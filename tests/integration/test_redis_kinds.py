@@ -11,8 +11,8 @@ import redis as redis_client
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_QUEUE_AWAY, EXIT_REFUSED, Ended
-from chunkq.executors.rq.connect import asking
+from chunkq.executors.base import EXIT_QUEUE_UNREACHABLE, EXIT_REFUSED, ExitStatus
+from chunkq.executors.rq.connect import translated_errors
 from tests.harness.servers.redis import RedisServer, free_port, program, redis_server
 from tests.harness.standard_job import StandardJob
 from tests.harness.waiting import wait_until
@@ -112,16 +112,16 @@ def test_a_database_number_on_a_cluster_is_refused_likewise() -> None:
     [
         ("ClusterCrossSlotError", ErrorCode.QUEUE_UNSUPPORTED, EXIT_REFUSED),
         ("ClusterDownError", ErrorCode.QUEUE_UNSUPPORTED, EXIT_REFUSED),
-        ("BusyLoadingError", ErrorCode.QUEUE_BUSY, EXIT_QUEUE_AWAY),
-        ("ReadOnlyError", ErrorCode.QUEUE_READ_ONLY, EXIT_QUEUE_AWAY),
-        ("MasterDownError", ErrorCode.QUEUE_READ_ONLY, EXIT_QUEUE_AWAY),
-        ("ConnectionError", ErrorCode.QUEUE_UNAVAILABLE, EXIT_QUEUE_AWAY),
+        ("BusyLoadingError", ErrorCode.QUEUE_BUSY, EXIT_QUEUE_UNREACHABLE),
+        ("ReadOnlyError", ErrorCode.QUEUE_READ_ONLY, EXIT_QUEUE_UNREACHABLE),
+        ("MasterDownError", ErrorCode.QUEUE_READ_ONLY, EXIT_QUEUE_UNREACHABLE),
+        ("ConnectionError", ErrorCode.QUEUE_UNAVAILABLE, EXIT_QUEUE_UNREACHABLE),
     ],
 )
 def test_a_worker_waits_for_a_server_that_may_return_and_for_no_other(
     error: str, code: ErrorCode, ending: int
 ) -> None:
-    with pytest.raises(QueueError) as raised, asking("redis://host"):
+    with pytest.raises(QueueError) as raised, translated_errors("redis://host"):
         raise getattr(redis_client.exceptions, error)("said by the server")
     assert raised.value.code is code
-    assert Ended.by(raised.value).code == ending
+    assert ExitStatus.from_error(raised.value).code == ending

@@ -36,7 +36,7 @@ from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
 from chunkq.objects import ObjectFolder
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.record import JobRecord
 from chunkq.stores import TensorStoreArray
 from chunkq.tasks import Task
@@ -209,10 +209,10 @@ class Suspensions(RuleBasedStateMachine):
         queue = NoQueue("sqlite:///nowhere/queue.db")
         submit.produce(submit.prepare(job), queue, overwrite=overwrite)
 
-    def open(self) -> OpenJob:
+    def open(self) -> JobHandle:
         return open_job(self.path)
 
-    def infer(self, job: OpenJob, *chunks: tuple[int, ...]) -> None:
+    def infer(self, job: JobHandle, *chunks: tuple[int, ...]) -> None:
         for chunk in chunks:
             run_task(Task("infer", job.folder.path, chunk), Attempt(1, "worker"))
 
@@ -333,7 +333,7 @@ def test_a_process_that_is_suspended_before_any_of_its_changes_changes_nothing_i
             case.compute()
         elif what == "produce":  # of a sealed job that lost a result: it changes most
             case.complete_job()
-            case.open().ledger.withdraw("infer", [(1, 1)])
+            case.open().ledger.delete_commits("infer", [(1, 1)])
         actor = Actor(case.work(what, (0, 0)))
         actor.step_before(CHANGES, times)
         if actor.is_over:

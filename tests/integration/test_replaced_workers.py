@@ -11,7 +11,7 @@ import pytest
 
 import chunkq
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_REPLACE, Counts
+from chunkq.executors.base import EXIT_RESTART, Counts
 from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task
@@ -31,7 +31,7 @@ def test_a_child_to_be_replaced_is_started_again_at_once_and_does_not_count_as_d
     nursery.queue.submit(tasks)
     nursery.patch.setenv("FAKE_TAKES", "1")
     again = 2 * nursery.settings.early_deaths
-    assert nursery.supervise(*[str(EXIT_REPLACE)] * again, "0") == 0
+    assert nursery.supervise(*[str(EXIT_RESTART)] * again, "0") == 0
     assert len(nursery.born) == again + 1
     # Whatever it still held goes back uncounted.
     assert [child["tasks"] for child in nursery.born] == [[[task.id, 1] for task in tasks]] * (

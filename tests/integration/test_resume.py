@@ -13,11 +13,11 @@ import zarr
 from chunkq_worker.run import run_task
 
 from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
-from chunkq.executors.base import Attempt, Outcome, Shift
+from chunkq.executors.base import Attempt, TaskResult, WorkerOptions
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
 from chunkq.ledger import ITEM, Ledger
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.tasks import Task
 from tests.harness.files import everything_below, files_below
 from tests.harness.small_job import CHUNKS, SHAPE, small_workspace
@@ -64,8 +64,8 @@ def is_complete(workspace: Workspace, whole: Workspace) -> None:
 
 def queued(workspace: Workspace) -> set[tuple[int, ...]]:
     """What is on the queue, taken off it."""
-    queue, shift, found = SqliteExecutor(f"sqlite://{workspace.queue_file}"), Shift("test"), set()
-    while begun := queue.take(shift):
+    queue, shift, found = SqliteExecutor(f"sqlite://{workspace.queue_file}"), WorkerOptions("test"), set()
+    while begun := queue.reserve(shift):
         found.add(begun.task.chunk)
     queue.cancel(str(workspace.job_folder))
     queue.close()
@@ -170,7 +170,7 @@ def test_overwrite_replaces_the_output_and_its_ledger(workspace: Workspace) -> N
 def test_overwrite_is_refused_while_chunks_are_running(workspace: Workspace) -> None:
     produce(workspace)
     queue = SqliteExecutor(f"sqlite://{workspace.queue_file}")
-    assert queue.take(Shift("busy-worker")) is not None
+    assert queue.reserve(WorkerOptions("busy-worker")) is not None
     before = files_below(workspace.output) | files_below(workspace.job_folder)
     workspace.call("produce", "job.json", "--overwrite").refused(
         2, "is being worked on by busy-worker; stop the workers before --overwrite"
@@ -421,11 +421,11 @@ def test_partial_files_of_a_killed_writer_in_the_ledger_hurt_nothing(
 # ------------------------------------------------------------------------ one chunk's task
 
 
-def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> Outcome:
+def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> TaskResult:
     return run_task(Task("infer", str(workspace.job_folder), index), Attempt(1, "worker"))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(OpenJob, "write"), (Ledger, "put_piece")])
+@pytest.mark.parametrize(("owner", "name"), [(JobHandle, "write"), (Ledger, "put_piece")])
 def test_a_worker_killed_while_it_writes_has_committed_nothing(
     workspace: Workspace, whole: Workspace, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:

@@ -24,7 +24,7 @@ from rq.serializers import JSONSerializer
 
 from chunkq.errors import ChunkqError
 from chunkq.executors import open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Handler, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Handler, WorkerOptions
 from chunkq.executors.leases import Lease
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.rq.executor import queue_name
@@ -353,7 +353,7 @@ def work_off(executor: RqExecutor, handler: Handler | None = None) -> list[Task]
             handler(task, attempt)
 
     with suppress(ChunkqError):
-        executor.work(run, Shift("host:cpu:worker", burst=True))
+        executor.run_tasks(run, WorkerOptions("host:cpu:worker", burst=True))
     return begun
 
 
@@ -366,7 +366,7 @@ def take_and_vanish(executor: RqExecutor, seconds: float = 0.05) -> Lease:
 
     RQ's clock ticks in whole seconds.
     """
-    lease = executor.take(Shift("host:cpu:gone", settings=WorkerSettings(lease=seconds)))
+    lease = executor.reserve(WorkerOptions("host:cpu:gone", settings=WorkerSettings(lease=seconds)))
     assert lease is not None
     wait_until(lambda: int(time.time()) > lease.since + seconds, "the lease has run out")
     return lease
@@ -454,7 +454,7 @@ def test_a_lease_that_ran_out_is_requeued_by_rq_and_the_chunk_is_done(
     begun = work_off(executor, lambda task, attempt: attempts.update({task: attempt.number}))
     assert set(begun) == set(tasks(2))
     assert attempts[lost.task] == 2
-    executor.finish(lost)  # its worker was only asleep
+    executor.ack(lost)  # its worker was only asleep
     assert executor.counts(JOB) == Counts()
     assert not client.keys("rq:job:*")
 
@@ -463,12 +463,12 @@ def test_a_lease_that_holds_is_left_alone_by_rq(
     executor: RqExecutor, queue: Queue, redis: RedisServer
 ) -> None:
     executor.submit(tasks(2))
-    lease = executor.take(Shift("host:cpu:worker"))
+    lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
     clean_registries(queue)
     rq(redis.url, "info")
     assert executor.counts(JOB) == Counts(queued=1, running=1)
-    executor.finish(lease)
+    executor.ack(lease)
     assert executor.counts(JOB) == Counts(queued=1)
 
 
@@ -478,9 +478,9 @@ def test_a_chunk_whose_last_lease_ran_out_is_failed_by_rq_and_can_be_retried(
 ) -> None:
     executor.submit(tasks(1))
     for _ in range(MAX_ATTEMPTS - 1):
-        lease = executor.take(Shift("host:cpu:worker"))
+        lease = executor.reserve(WorkerOptions("host:cpu:worker"))
         assert lease is not None
-        executor.fail(lease, ArithmeticError("once more"))
+        executor.nack(lease, ArithmeticError("once more"))
     take_and_vanish(executor)
     clean(how, queue, redis.url)
     assert executor.counts(JOB) == Counts(failed=1)
@@ -495,7 +495,7 @@ def test_an_emptied_queue_leaves_what_runs_and_can_be_filled_again(
     how: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis, redis: RedisServer
 ) -> None:
     executor.submit(tasks(4))
-    lease = executor.take(Shift("host:cpu:worker"))
+    lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
     if how == "rq empty":
         assert "3 jobs removed" in rq(redis.url, "empty", queue.name)
@@ -504,9 +504,9 @@ def test_an_emptied_queue_leaves_what_runs_and_can_be_filled_again(
     else:
         queue.delete(delete_jobs=True)
     assert executor.counts(JOB) == Counts(running=1)
-    executor.renew(Shift("host:cpu:worker"), [lease])
+    executor.renew(WorkerOptions("host:cpu:worker"), [lease])
     assert executor.counts(JOB) == Counts(running=1)
-    executor.finish(lease)
+    executor.ack(lease)
     assert executor.counts(JOB) == Counts()
     assert executor.jobs() == {}
     assert executor.submit(tasks(4)) == 4
@@ -520,13 +520,13 @@ def test_a_job_taken_away_while_it_runs_ends_without_a_trace(
     how: str, ends: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(3))
-    lease = executor.take(Shift("host:cpu:worker"))
+    lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
     job = Job.fetch(lease.task.id, client, serializer=JSONSerializer)
     getattr(job, how)()
-    executor.renew(Shift("host:cpu:worker"), [lease])
+    executor.renew(WorkerOptions("host:cpu:worker"), [lease])
     if ends == "fail":
-        executor.fail(lease, ArithmeticError("too late"))
+        executor.nack(lease, ArithmeticError("too late"))
     elif ends == "release":
         executor.release("host:cpu:worker")
     else:
@@ -565,11 +565,11 @@ def test_a_worker_is_listed_as_busy_as_long_as_it_holds_a_chunk(
     executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(1))
-    shift = Shift("host:cpu:worker")
-    with executor.on_duty(shift):
+    shift = WorkerOptions("host:cpu:worker")
+    with executor.registered(shift):
         executor.renew(shift, [])
         assert listed(client) == ("idle", None)
-        lease = executor.take(shift)
+        lease = executor.reserve(shift)
         assert lease is not None
         assert listed(client) == ("busy", lease.task.id)
         executor.renew(shift, [])  # from just before it was begun
@@ -578,7 +578,7 @@ def test_a_worker_is_listed_as_busy_as_long_as_it_holds_a_chunk(
         client.delete("rq:worker:host:cpu:worker")
         executor.renew(shift, [lease])
         assert listed(client) == ("busy", lease.task.id)
-        executor.finish(lease)
+        executor.ack(lease)
         executor.renew(shift, [])
         assert listed(client) == ("idle", None)
     assert Worker.all(client) == []
@@ -588,16 +588,16 @@ def test_a_workers_current_job_is_never_one_that_is_gone(
     executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(2))
-    shift = Shift("host:cpu:worker", depth=2)
-    with executor.on_duty(shift):
-        first, second = executor.take(shift), executor.take(shift)
+    shift = WorkerOptions("host:cpu:worker", depth=2)
+    with executor.registered(shift):
+        first, second = executor.reserve(shift), executor.reserve(shift)
         assert first is not None
         assert second is not None
-        executor.finish(second)
+        executor.ack(second)
         assert listed(client) in [("busy", None), ("busy", first.task.id)]
         executor.renew(shift, [first])
         assert listed(client) == ("busy", first.task.id)
-        executor.finish(first)
+        executor.ack(first)
         assert listed(client)[1] is None
 
 
@@ -606,7 +606,7 @@ def test_an_id_that_is_listed_twice_is_begun_once(executor: RqExecutor, queue: Q
     first, second = queue.job_ids
     queue.push_job_id(first)
     queue.push_job_id(second, at_front=True)
-    leases_taken = [executor.take(Shift("host:cpu:worker")) for _ in range(4)]
+    leases_taken = [executor.reserve(WorkerOptions("host:cpu:worker")) for _ in range(4)]
     begun = [lease.task.id for lease in leases_taken if lease is not None]
     assert sorted(begun) == sorted([first, second])
 
@@ -627,7 +627,7 @@ def test_a_task_that_is_gone_is_not_put_back(
     ends: str, executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(1))
-    lease = executor.take(Shift("host:cpu:worker"))
+    lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
     client.delete(f"rq:job:{lease.task.id}")
     arguments = (ArithmeticError("too late"),) if ends == "fail" else ()

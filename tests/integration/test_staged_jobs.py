@@ -12,9 +12,9 @@ import torch
 from chunkq_worker import engine
 from chunkq_worker.batching import Batcher
 from chunkq_worker.engine import Device
-from chunkq_worker.runtimes.base import Feed, Runtime
+from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.runtimes.torch import TorchRuntime
-from chunkq_worker.runtimes.torch_files import LOADERS, Loaded
+from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError, PredictionError
@@ -120,7 +120,7 @@ class Noting(Fake):
         super().__init__(**more)
         self.notes: list[str] = []
 
-    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Feed:
+    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
         return NotingFeed(self.notes, shape, dtype)
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
@@ -128,13 +128,13 @@ class Noting(Fake):
         return super().__call__(batch)
 
 
-class NotingFeed(Feed):
+class NotingFeed(BatchFeed):
     ahead = True
 
     def __init__(self, notes: list[str], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._notes, self._shape, self._dtype = notes, shape, dtype
 
-    def blank(self) -> npt.NDArray[Any]:
+    def buffer(self) -> npt.NDArray[Any]:
         return np.zeros(self._shape, self._dtype)
 
     def send(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -208,7 +208,7 @@ class Waiting(torch.nn.Module):
 
 def test_a_network_that_cannot_be_captured_is_one_line(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, model={"device": "cuda", "cuda_graph": True})
-    loaded = Loaded(Waiting())
+    loaded = LoadedNetwork(Waiting())
     waiting = TorchRuntime(loaded, plan.job.model, Steps(), None, SimulatedDevice())
     with pytest.raises(ModelError) as caught:
         Batcher(plan, waiting, Steps()).warm_up()
@@ -218,7 +218,7 @@ def test_a_network_that_cannot_be_captured_is_one_line(tmp_path: Path) -> None:
 
 def test_a_captured_network_has_its_last_batch_filled_up(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, model={"device": "cuda", "cuda_graph": True})
-    model, loaded = plan.job.model, Loaded(conv().eval())
+    model, loaded = plan.job.model, LoadedNetwork(conv().eval())
     assert not TorchRuntime(loaded, model, Steps(), None, SimulatedDevice()).any_batch
     free = model.model_copy(update={"cuda_graph": False})
     assert TorchRuntime(loaded, free, Steps(), None, SimulatedDevice()).any_batch

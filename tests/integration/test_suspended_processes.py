@@ -14,7 +14,7 @@ from chunkq.errors import ErrorCode, MissingJobError, StoreError
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block, finalize_job
 from chunkq.ledger import Ledger
-from chunkq.opened import OpenJob
+from chunkq.opened import JobHandle
 from chunkq.output import Output
 from chunkq.tasks import Task
 from tests.harness.files import files_below
@@ -95,7 +95,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_leaves_no_trace(
     earlier = workspace.epoch_folder
     array = workspace.job.target.shape  # it has the output open already
     with monkeypatch.context() as patch:
-        replaced_when_called(workspace, patch, OpenJob, "read_halos")
+        replaced_when_called(workspace, patch, JobHandle, "read_halos")
         assert_replaced(lambda: infer(workspace))
     assert not earlier.exists()
     assert {path.name for path in workspace.output.iterdir()} == {
@@ -107,7 +107,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_leaves_no_trace(
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["output-open", "output-not-yet-open"])
 @pytest.mark.parametrize(
-    ("owner", "name"), [(OpenJob, "write"), (Ledger, "put_piece")], ids=["write", "put_piece"]
+    ("owner", "name"), [(JobHandle, "write"), (Ledger, "put_piece")], ids=["write", "put_piece"]
 )
 def test_a_worker_suspended_before_it_writes_cannot_reach_the_voxels_of_the_new_job(
     workspace: Workspace,
@@ -128,7 +128,7 @@ def test_a_worker_suspended_before_it_writes_cannot_reach_the_voxels_of_the_new_
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Ledger, "get_piece"), (OpenJob, "write")], ids=["get_piece", "write"]
+    ("owner", "name"), [(Ledger, "get_piece"), (JobHandle, "write")], ids=["get_piece", "write"]
 )
 def test_a_finalizer_suspended_in_a_block_cannot_reach_the_voxels_of_the_new_job(
     workspace: Workspace,

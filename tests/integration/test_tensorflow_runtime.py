@@ -19,7 +19,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes import tensorflow as tensorflow_runtime
 from chunkq_worker.runtimes import tensorflow_import
 from chunkq_worker.runtimes.base import Runtime, load_runtime
-from chunkq_worker.runtimes.tensorflow_import import hushed, keras, tf
+from chunkq_worker.runtimes.tensorflow_import import without_log_output, keras, tf
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError
@@ -179,7 +179,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, nets: dict[str, Any]) -> Pat
     folder = tmp_path_factory.mktemp("shelf")
     (folder / "nets.py").write_text(NETS)
     made, subclass, larger = trained(nets["functional"]()), trained(nets["Net"]()), nets["Larger"]()
-    with warnings.catch_warnings(), hushed():
+    with warnings.catch_warnings(), without_log_output():
         for category in (DeprecationWarning, FutureWarning):  # of Keras, to itself
             warnings.simplefilter("ignore", category)
         made.save(folder / "net.keras")
@@ -766,11 +766,11 @@ def test_only_tensorflows_own_lines_are_held_back_and_only_if_no_level_is_set(
     chatter = (
         b"I0000 00:00:1795241221.078388    8965 port.cc:153] oneDNN custom operations are on.\n"
     )
-    with hushed():
+    with without_log_output():
         os.write(2, chatter + b"chunkq: something of another thread\n")
     assert capfd.readouterr().err == "chunkq: something of another thread\n"
     monkeypatch.setattr(tensorflow_import, "WANTS_CHATTER", True)
-    with hushed():
+    with without_log_output():
         os.write(2, chatter)
     assert capfd.readouterr().err == chatter.decode()
 
@@ -841,7 +841,7 @@ def test_a_saved_model_that_was_changed_since_is_noticed(shelf: Path, tmp_path: 
     model = {"runtime": "tensorflow", **file_of(str(saved)), "model_input_shape": list(PATCH)}
     values = {"input": f"{tmp_path}/in.zarr", "output": f"{tmp_path}/out.zarr"}
     job = load_job({**values, "model_config": model})
-    record = JobRecord.of(job, [find_source(job.input[0])])
+    record = JobRecord.create(job, [find_source(job.input[0])])
     assert record.changed_files() == []
     [data] = (saved / "variables").glob("variables.data-*")
     data.write_bytes(data.read_bytes() + b" ")
@@ -960,7 +960,7 @@ def test_a_class_with_outer_steps_goes_through_the_whole_pipeline(tmp_path: Path
     names: dict[str, Any] = {"__name__": "nets"}
     exec(NETS, names)
     made = trained(names["Net"]())
-    with warnings.catch_warnings(), hushed():
+    with warnings.catch_warnings(), without_log_output():
         warnings.simplefilter("ignore", DeprecationWarning)
         made.save_weights(tmp_path / "net.weights.h5")
         made.export(str(tmp_path / "saved"), verbose=False)

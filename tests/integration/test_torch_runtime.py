@@ -14,7 +14,7 @@ import torch
 from chunkq_producer import submit
 from chunkq_worker import engine
 from chunkq_worker.batching import Batcher
-from chunkq_worker.engine import Engine
+from chunkq_worker.engine import InferenceEngine
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError, PredictionError
@@ -252,8 +252,8 @@ def test_batches_are_cast_to_the_dtype_that_the_network_takes(tmp_path: Path, na
 def test_wide_unsigned_values_do_not_wrap_round(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, dtype="uint16", model={"dtype": "float64"})
     runtime = load(plan)
-    assert runtime.place(np.array([65535], np.uint16)).tolist() == [65535]
-    assert runtime.place(np.array([4294967295], np.uint32)).tolist() == [4294967295]
+    assert runtime.to_device(np.array([65535], np.uint16)).tolist() == [65535]
+    assert runtime.to_device(np.array([4294967295], np.uint32)).tolist() == [4294967295]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_wide_unsigned_values_do_not_wrap_round(tmp_path: Path) -> None:
 def test_arrays_that_steps_may_give_are_placed_with_their_values(
     tmp_path: Path, given: npt.NDArray[Any]
 ) -> None:
-    placed = load(plan_of(tmp_path)).place(given)
+    placed = load(plan_of(tmp_path)).to_device(given)
     np.testing.assert_array_equal(placed.to(torch.float32).numpy(), given.astype(np.float32))
 
 
@@ -373,7 +373,7 @@ def test_a_later_job_with_the_same_network_starts_with_the_batch_that_fitted(
         job = plan_of(tmp_path, model=checkpoint).job.as_dict()
         paths = {"input": str(tmp_path / "in.zarr"), "output": str(tmp_path / output)}
         record = submit.prepare(load_job(job | paths)).record
-        return Engine(record, record.plan()).batcher.size
+        return InferenceEngine(record, record.plan()).batcher.size
 
     def said() -> list[str]:
         found = [record.getMessage() for record in caplog.records]

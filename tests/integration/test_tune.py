@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from chunkq_worker.tune.search import Setting
-from chunkq_worker.tune.space import Space
+from chunkq_worker.tune.space import SearchSpace
 
 from chunkq.job import load_job
 from chunkq.record import JobRecord
@@ -315,8 +315,8 @@ def test_every_rung_of_the_ladder_is_a_job_that_can_be_done(workspace: Workspace
         values["model_config"]["class_file"] = str(workspace.folder / "net.py")
         values = {key: v for key, v in (values | keys).items() if v is not None}
         job = load_job(values)
-        record = JobRecord.of(job, [find_source(job.input[0])])
-        plan, space = record.plan(), Space(record)
+        record = JobRecord.create(job, [find_source(job.input[0])])
+        plan, space = record.plan(), SearchSpace(record)
         assert None in space.ladder
         for chunk in space.ladder:
             again = space.record(Setting(4, 1, chunk=chunk)).plan()

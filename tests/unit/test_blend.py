@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkq import blend
-from chunkq.blend import Accumulator, Contribution, WeightCache, complete
+from chunkq.blend import Accumulator, Contribution, WeightCache, finalize_sums
 from chunkq.box import Box
-from chunkq.combine import activate, as_votes
+from chunkq.combine import activate, to_votes
 from chunkq.padding import source_indices
 from chunkq.plan import Index, Patch, Plan
-from chunkq.userfile import load_weights
-from chunkq.weights import ArrayWeights, Surroundings, Weights
+from chunkq.userfile import load_blend_weights
+from chunkq.weights import ArrayWeights, Neighbors, Weights
 from tests import reference as ref
 from tests.strategies import (
     BUILT_INS,
@@ -64,7 +64,7 @@ def infer(
         y = place(predict(x, patch.source.start)[np.newaxis].astype(np.float32))
         y = activate(y, plan.job.activation)
         if plan.job.combine == "hard":
-            y = as_votes(y)
+            y = to_votes(y)
         sums.add(patch, y[0])
     return sums.contribution()
 
@@ -77,7 +77,7 @@ def run(
     place: Place = in_numpy,
 ) -> Array:
     """The whole job; fails unless every voxel is written exactly once."""
-    cache = WeightCache(plan, weights or load_weights(plan), place)
+    cache = WeightCache(plan, weights or load_blend_weights(plan), place)
     out = np.zeros(plan.output_shape, plan.output_dtype)
     writes = np.zeros(plan.volume.shape, dtype=int)
 
@@ -90,7 +90,7 @@ def run(
     done = {
         index: infer(plan, index, cache, volume, predict, place)
         for index in plan.indices()
-        if plan.chunk(index).active
+        if plan.chunk(index).is_active
     }
     pieces = {piece: sums for c in done.values() for piece, sums in c.pieces}
     for index, contribution in done.items():
@@ -98,8 +98,8 @@ def run(
     for index in plan.to_finalize():
         chunk = plan.chunk(index)
         own = done[index].own if index in done else None
-        awaited = {piece: pieces.pop(piece) for piece in plan.awaits(chunk)}
-        for box, values in complete(plan, chunk, own, awaited):
+        awaited = {piece: pieces.pop(piece) for piece in plan.incoming_pieces(chunk)}
+        for box, values in finalize_sums(plan, chunk, own, awaited):
             write(box, values)
     assert pieces == {}
     assert (writes == 1).all()
@@ -374,7 +374,7 @@ def test_an_offset_grid_alone_covers_the_rim_that_the_first_grid_leaves_by_hand(
 
 def test_a_block_that_owns_no_patch_is_completed_from_its_neighbours() -> None:
     plan = sliding((9,), (4,), [4], chunksize=[8], storage_chunks=[1])
-    assert not plan.chunk((1,)).active
+    assert not plan.chunk((1,)).is_active
     out = run(plan, np.zeros(9, np.uint8), by_start({0: 1.0, 4: 2.0, 5: 4.0}, 4))
     assert out == pytest.approx([1, 1, 1, 1, 2, 3, 3, 3, 4], rel=1e-6)
 
@@ -407,13 +407,13 @@ def test_what_is_completed_twice_is_the_same_bytes_in_any_order_of_arrival() -> 
     plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
     volume = np.random.default_rng(0).integers(0, 6, (12, 12)).astype(np.uint8)
     predict = ref.predictor("position_dependent", 1, (6, 6))
-    cache = WeightCache(plan, load_weights(plan), in_numpy)
+    cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
     done = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
     chunk = plan.chunk((1, 1))
     arrived = [(p, a) for c in done.values() for p, a in c.pieces if p.target == (1, 1)]
     assert len(arrived) == 3
     finished = [
-        [(box, values.tobytes()) for box, values in complete(plan, chunk, done[1, 1].own, pieces)]
+        [(box, values.tobytes()) for box, values in finalize_sums(plan, chunk, done[1, 1].own, pieces)]
         for pieces in (dict(arrived), dict(reversed(arrived)), dict(arrived))
     ]
     assert finished[0] == finished[1] == finished[2]
@@ -430,12 +430,12 @@ def test_what_a_chunk_leaves_has_the_promised_shapes_and_dtypes() -> None:
         model={"model_output_shape": [3, 6, 6]},
     )
     volume = np.zeros((14, 14), np.uint8)
-    cache = WeightCache(plan, load_weights(plan), in_numpy)
+    cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
     for index in plan.indices():
         chunk = plan.chunk(index)
         left = infer(plan, index, cache, volume, ref.predictor("pointwise", 3, (6, 6)), in_numpy)
         assert (left.core.shape, left.core.dtype) == (chunk.core.shape, np.dtype(np.uint8))
-        assert [p for p, _ in left.pieces] == plan.leaves(chunk)
+        assert [p for p, _ in left.pieces] == plan.outgoing_pieces(chunk)
         for piece, sums in left.pieces:
             assert (sums.shape, sums.dtype) == ((3, *piece.box.shape), np.dtype(np.float32))
         if index == (0, 0):
@@ -451,22 +451,22 @@ class CountedWeights:
     """Weights that note what they were asked for."""
 
     def __init__(self, weights: Weights) -> None:
-        self.asked: list[tuple[int, tuple[Surroundings, ...]]] = []
+        self.asked: list[tuple[int, tuple[Neighbors, ...]]] = []
         self._weights = weights
 
-    def normalised(self, grid: int, around: tuple[Surroundings, ...]) -> npt.NDArray[np.float32]:
+    def normalised(self, grid: int, around: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
         self.asked.append((grid, around))
-        return self._weights.normalised(grid, around)
+        return self._weights.normalized(grid, around)
 
 
 def of_all(plan: Plan, cache: WeightCache) -> list[tuple[Patch, Array]]:
     listed = [p for i in plan.indices() for p in plan.patches(plan.chunk(i))]
-    return [(patch, cache.of(patch)) for patch in listed]
+    return [(patch, cache.weights(patch)) for patch in listed]
 
 
 def test_patches_in_equal_surroundings_share_their_weights() -> None:
     plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
-    counted = CountedWeights(load_weights(plan))
+    counted = CountedWeights(load_blend_weights(plan))
     served = of_all(plan, WeightCache(plan, counted, in_numpy))  # type: ignore[arg-type]
     assert len(set(counted.asked)) == len(counted.asked) < len(served) / 2
     assert all(weights.shape == patch.target.shape for patch, weights in served)
@@ -474,10 +474,10 @@ def test_patches_in_equal_surroundings_share_their_weights() -> None:
 
 def test_a_full_cache_forgets_and_serves_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
-    roomy = of_all(plan, WeightCache(plan, load_weights(plan), in_numpy))
+    roomy = of_all(plan, WeightCache(plan, load_blend_weights(plan), in_numpy))
     # Room for two patches.
     monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
-    counted = CountedWeights(load_weights(plan))
+    counted = CountedWeights(load_blend_weights(plan))
     tight = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
     for _ in range(2):
         for (_, expected), (_, weights) in zip(roomy, of_all(plan, tight), strict=True):
@@ -488,7 +488,7 @@ def test_a_full_cache_forgets_and_serves_the_same(monkeypatch: pytest.MonkeyPatc
 
 def test_weights_made_beforehand_are_not_made_again() -> None:
     plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
-    counted = CountedWeights(load_weights(plan))
+    counted = CountedWeights(load_blend_weights(plan))
     cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
     cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
     made = list(counted.asked)
@@ -500,7 +500,7 @@ def test_weights_made_beforehand_are_not_made_again() -> None:
 def test_no_more_weights_are_made_beforehand_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
     monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
-    counted = CountedWeights(load_weights(plan))
+    counted = CountedWeights(load_blend_weights(plan))
     cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
     cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
     assert len(counted.asked) == 2
@@ -508,7 +508,7 @@ def test_no_more_weights_are_made_beforehand_than_are_kept(monkeypatch: pytest.M
 
 def test_nothing_is_made_beforehand_for_patches_that_are_alone() -> None:
     plan = sliding((24,), (8,), [8], weight_function=["weight_hann"])
-    counted = CountedWeights(load_weights(plan))
+    counted = CountedWeights(load_blend_weights(plan))
     cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
     cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
     assert counted.asked == []

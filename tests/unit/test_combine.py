@@ -11,12 +11,12 @@ from hypothesis.extra import numpy as npst
 from chunkq.combine import (
     activate,
     add_weighted,
-    as_votes,
-    decide,
+    to_votes,
+    reduce_and_cast,
     is_finite,
     label_dtype,
-    on_host,
-    put,
+    to_numpy,
+    copy_into,
 )
 from chunkq.errors import PredictionError
 
@@ -60,21 +60,21 @@ def predictions(draw: st.DrawFn, elements: st.SearchStrategy[float] = COARSE) ->
 def test_a_voxel_votes_for_its_largest_channel_the_lowest_of_several(
     library: Library, scores: list[float], winner: int
 ) -> None:
-    votes = on_host(as_votes(library([[[score] for score in scores]])))
+    votes = to_numpy(to_votes(library([[[score] for score in scores]])))
     assert votes[0, :, 0].tolist() == [float(c == winner) for c in range(3)]
 
 
 @BOTH
 def test_one_channel_votes_from_exactly_a_half_on(library: Library) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
-    votes = on_host(as_votes(library([[[0.0, below, 0.5, 1.0, -7.0]]])))
+    votes = to_numpy(to_votes(library([[[0.0, below, 0.5, 1.0, -7.0]]])))
     assert votes.tolist() == [[[0, 0, 1, 1, 0]]]
 
 
 @BOTH
 @given(scores=predictions())
 def test_votes_are_one_hot_and_keep_shape_and_dtype(library: Library, scores: Any) -> None:
-    votes = on_host(as_votes(library(scores)))
+    votes = to_numpy(to_votes(library(scores)))
     assert votes.shape == scores.shape
     assert votes.dtype == np.float32
     if scores.shape[1] == 1:
@@ -90,7 +90,7 @@ def test_votes_are_one_hot_and_keep_shape_and_dtype(library: Library, scores: An
 def test_labels_are_the_largest_channel_the_lowest_of_several(
     library: Library, combine: Any, average: Any
 ) -> None:
-    labels = decide(library(average[0]), combine, np.uint8)
+    labels = reduce_and_cast(library(average[0]), combine, np.uint8)
     one = average.shape[1] == 1
     assert np.array_equal(labels, average[0, 0] >= 0.5 if one else np.argmax(average[0], axis=0))
     assert labels.dtype == np.uint8
@@ -100,14 +100,14 @@ def test_labels_are_the_largest_channel_the_lowest_of_several(
 @pytest.mark.parametrize("combine", ["soft", "hard"])
 def test_one_channel_is_labelled_from_exactly_a_half_on(library: Library, combine: Any) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
-    assert decide(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [0, 0, 1, 1]
+    assert reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [0, 0, 1, 1]
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_weighted_average_keeps_its_channels_and_is_cast(library: Library, dtype: str) -> None:
     values = [[0.125, 60000.0], [-1.5, 3.0]]
-    stored = decide(library(values), "weighted_avg", dtype)
+    stored = reduce_and_cast(library(values), "weighted_avg", dtype)
     assert (stored.tolist(), stored.dtype) == (values, np.dtype(dtype))
 
 
@@ -115,8 +115,8 @@ def test_a_weighted_average_keeps_its_channels_and_is_cast(library: Library, dty
 @pytest.mark.parametrize("value", [65520.0, -1e30, float("inf")])
 def test_an_average_that_float16_cannot_hold_is_refused(library: Library, value: float) -> None:
     with pytest.raises(PredictionError, match=r"beyond the range of float16; use output_dtype"):
-        decide(library([[0.0, value]]), "weighted_avg", "float16")
-    assert decide(library([[0.0, value]]), "weighted_avg", "float32")[0, 1] == np.float32(value)
+        reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float16")
+    assert reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float32")[0, 1] == np.float32(value)
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (9000, "u2")])
@@ -129,8 +129,8 @@ def test_labels_take_uint16_past_256_classes(classes: int, dtype: str) -> None:
 def test_the_highest_class_survives_its_dtype(library: Library, classes: int) -> None:
     scores = np.zeros((1, classes, 2), np.float32)
     scores[0, [classes - 1, 3], [0, 1]] = 1
-    votes = as_votes(library(scores))
-    labels = decide(votes[0], "hard", label_dtype(classes))
+    votes = to_votes(library(scores))
+    labels = reduce_and_cast(votes[0], "hard", label_dtype(classes))
     assert labels.tolist() == [classes - 1, 3]
 
 
@@ -140,16 +140,16 @@ def test_votes_are_counted_past_255(library: Library) -> None:
     total, weight = library([[0.0], [0.0]]), library([1.0])
     for number in range(300 + 290):
         scores = [[[1.0], [0.0]]] if number < 300 else [[[0.0], [1.0]]]
-        add_weighted(total, weight, as_votes(library(scores))[0])
-    assert on_host(total).tolist() == [[300.0], [290.0]]
-    assert decide(total, "hard", np.uint8).tolist() == [0]
+        add_weighted(total, weight, to_votes(library(scores))[0])
+    assert to_numpy(total).tolist() == [[300.0], [290.0]]
+    assert reduce_and_cast(total, "hard", np.uint8).tolist() == [0]
 
 
 @BOTH
 def test_weights_apply_to_every_channel_and_sums_grow_in_place(library: Library) -> None:
     total = library([[1.0, 2.0], [3.0, 4.0]])
     add_weighted(total, library([0.5, 0.25]), library([[2.0, 4.0], [6.0, 8.0]]))
-    assert on_host(total).tolist() == [[2.0, 3.0], [6.0, 6.0]]
+    assert to_numpy(total).tolist() == [[2.0, 3.0], [6.0, 6.0]]
 
 
 @BOTH
@@ -158,16 +158,16 @@ def test_sums_can_grow_through_a_view(library: Library) -> None:
     add_weighted(whole[:, 1:3, 2:4], library(np.full((2, 2), 0.5)), library(np.ones((1, 2, 2))))
     expected = np.zeros((1, 4, 4))
     expected[:, 1:3, 2:4] = 0.5
-    assert np.array_equal(on_host(whole), expected)
+    assert np.array_equal(to_numpy(whole), expected)
 
 
 @BOTH
 def test_values_are_put_into_a_view_and_nowhere_else(library: Library) -> None:
     whole = library(np.ones((2, 4, 4)))
-    put(whole[:, 1:3, 2:4], library(np.arange(8).reshape(2, 2, 2)))
+    copy_into(whole[:, 1:3, 2:4], library(np.arange(8).reshape(2, 2, 2)))
     expected = np.ones((2, 4, 4))
     expected[:, 1:3, 2:4] = np.arange(8).reshape(2, 2, 2)
-    assert np.array_equal(on_host(whole), expected)
+    assert np.array_equal(to_numpy(whole), expected)
 
 
 @BOTH
@@ -196,7 +196,7 @@ def test_no_activation_changes_nothing(library: Library) -> None:
 @BOTH
 def test_softmax_runs_over_the_channels_and_does_not_overflow(library: Library) -> None:
     raw = [[[1e4, 0.0, -1e4], [0.0, 0.0, -1e4], [-1e4, 0.0, 3e4]]]
-    shares = on_host(activate(library(raw), "softmax"))
+    shares = to_numpy(activate(library(raw), "softmax"))
     third = 1 / 3
     expected = [[[1, third, 0], [0, third, 0], [0, third, 1]]]
     assert shares == pytest.approx(np.array(expected), abs=1e-6)
@@ -205,23 +205,23 @@ def test_softmax_runs_over_the_channels_and_does_not_overflow(library: Library) 
 @BOTH
 def test_softmax_by_hand(library: Library) -> None:
     raw = library([[[0.0], [np.log(3.0)]]])
-    assert on_host(activate(raw, "softmax"))[0, :, 0] == pytest.approx([0.25, 0.75], abs=1e-6)
+    assert to_numpy(activate(raw, "softmax"))[0, :, 0] == pytest.approx([0.25, 0.75], abs=1e-6)
 
 
 @BOTH
 def test_sigmoid_does_not_overflow_and_is_a_half_at_zero(library: Library) -> None:
     raw = library([[[-3e38, -1e4, 0.0, np.log(3.0), 1e4, 3e38]]])
-    shares = on_host(activate(raw, "sigmoid"))
+    shares = to_numpy(activate(raw, "sigmoid"))
     assert shares[0, 0] == pytest.approx([0, 0, 0.5, 0.75, 1, 1], abs=1e-6)
     assert shares[0, 0, 2] == 0.5
 
 
 @given(predictions(FINE))
 def test_numpy_and_torch_agree_on_every_decision(raw: Any) -> None:
-    assert np.array_equal(as_votes(raw), as_votes(in_torch(raw)).numpy())
+    assert np.array_equal(to_votes(raw), to_votes(in_torch(raw)).numpy())
     for combine, dtype in (("soft", "u1"), ("hard", "u2"), ("weighted_avg", "f4")):
-        here = decide(raw[0], combine, dtype)  # type: ignore[arg-type]
-        there = decide(in_torch(raw[0]), combine, dtype)  # type: ignore[arg-type]
+        here = reduce_and_cast(raw[0], combine, dtype)  # type: ignore[arg-type]
+        there = reduce_and_cast(in_torch(raw[0]), combine, dtype)  # type: ignore[arg-type]
         assert np.array_equal(here, there)
         assert here.dtype == there.dtype
 
@@ -253,5 +253,5 @@ def test_numpy_and_torch_agree_on_sums(values: Any, seed: int) -> None:
 def test_a_host_array_is_not_copied() -> None:
     array = np.zeros(3)
     tensor = torch.zeros(3, requires_grad=True)
-    assert on_host(array) is array
-    assert on_host(tensor).ctypes.data == tensor.data_ptr()
+    assert to_numpy(array) is array
+    assert to_numpy(tensor).ctypes.data == tensor.data_ptr()

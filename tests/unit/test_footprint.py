@@ -8,10 +8,10 @@ import numpy.typing as npt
 import pytest
 
 from chunkq import pages
-from chunkq.blend import Accumulator, Own, WeightCache, complete
+from chunkq.blend import Accumulator, OwnBlock, WeightCache, finalize_sums
 from chunkq.footprint import chunk_footprint, footprint
 from chunkq.plan import Plan
-from chunkq.userfile import load_weights
+from chunkq.userfile import load_blend_weights
 from tests.strategies import plan_for
 
 
@@ -44,7 +44,7 @@ def test_what_a_chunk_holds_while_it_is_written_is_counted(combine: str, channel
     plan = plan_of(combine, channels)
     chunk = plan.chunk((1, 1))
     zeros = np.zeros((channels, *chunk.region.shape), np.float32)
-    weights = WeightCache(plan, load_weights(plan), np.asarray)
+    weights = WeightCache(plan, load_blend_weights(plan), np.asarray)
     left = Accumulator(plan, chunk, weights, zeros).contribution()
     assert left.own is not None
     arrays = [left.core, *left.own.band, *left.own.rest, *(sums for _, sums in left.pieces)]
@@ -61,14 +61,14 @@ def test_what_completing_a_block_holds_is_counted(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pages, "LARGE_BYTES", 1 << 40)
     plan = plan_of("weighted_avg", 3, scale=32)
     chunk = plan.chunk((1, 1))
-    own = Own(
+    own = OwnBlock(
         tuple(np.ones((3, *box.shape), np.float32) for box in chunk.band_boxes),
         tuple(np.ones((3, *box.shape), np.uint8) for box in chunk.rest_boxes),
     )
-    pieces = {p: np.ones((3, *p.box.shape), np.float32) for p in plan.awaits(chunk)}
+    pieces = {p: np.ones((3, *p.box.shape), np.float32) for p in plan.incoming_pieces(chunk)}
     arrays = [*own.band, *own.rest, *pieces.values()]
     tracemalloc.start()
-    for _ in complete(plan, chunk, own, pieces):
+    for _ in finalize_sums(plan, chunk, own, pieces):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -79,6 +79,6 @@ def test_what_completing_a_block_holds_is_counted(monkeypatch: pytest.MonkeyPatc
 def test_each_chunk_more_in_flight_adds_the_same() -> None:
     found = footprint(plan_of("weighted_avg", 3, "float32"))
     assert found.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
-    steps = np.diff([found.in_flight(depth) for depth in (1, 2, 3, 4)])
+    steps = np.diff([found.peak_bytes(depth) for depth in (1, 2, 3, 4)])
     assert set(steps) == {max(found.waiting, found.writing, found.completing)}
-    assert found.in_flight(1) == found.computing
+    assert found.peak_bytes(1) == found.computing

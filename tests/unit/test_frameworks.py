@@ -10,11 +10,11 @@ import torch
 from chunkq_worker.frameworks import FrameworkRule, framework_of
 from chunkq_worker.runtimes import torch as torch_runtime
 from chunkq_worker.runtimes import triton_import
-from chunkq_worker.runtimes.torch_files import Loaded
+from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import FrameworkConflictError, ModelError
-from chunkq.executors.base import EXIT_REPLACE, Ended
+from chunkq.executors.base import EXIT_RESTART, ExitStatus
 from chunkq.job import ModelConfig
 
 
@@ -74,7 +74,7 @@ def test_a_network_that_never_computed_binds_the_process_to_nothing() -> None:
 
 
 def test_the_conflict_has_an_exit_code_of_its_own() -> None:
-    assert Ended.by(FrameworkConflictError("another")) == Ended(EXIT_REPLACE)
+    assert ExitStatus.from_error(FrameworkConflictError("another")) == ExitStatus(EXIT_RESTART)
 
 
 # ---------------------------------------------------------------------------------- triton
@@ -132,7 +132,7 @@ def test_compiling_for_a_gpu_without_triton_is_refused_in_one_line(
     modules: pytest.MonkeyPatch,
 ) -> None:
     modules.setattr(torch.cuda, "is_available", lambda: True)
-    modules.setattr(torch_runtime, "LOADERS", {"class": lambda model: Loaded(torch.nn.ReLU())})
+    modules.setattr(torch_runtime, "LOADERS", {"class": lambda model: LoadedNetwork(torch.nn.ReLU())})
     modules.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
     compiled = model("torch", device="cuda", compile=True)
     with pytest.raises(

@@ -24,7 +24,7 @@ def grids(draw: st.DrawFn) -> tuple[AxisGrid, dict[str, int], Literal["pad", "sh
         "offset": draw(st.integers(-12, 12)),
     }
     edge: Literal["pad", "shift"] = draw(st.sampled_from(("pad", "shift")))
-    return AxisGrid.lay(kept=kept, lead=lead, edge=edge, **numbers), numbers, edge
+    return AxisGrid.create(kept=kept, lead=lead, edge=edge, **numbers), numbers, edge
 
 
 Drawn = tuple[AxisGrid, dict[str, int], Literal["pad", "shift"]]
@@ -38,7 +38,7 @@ def axes(draw: st.DrawFn) -> Axis:
     stride, pad = draw(st.integers(1, kept)), draw(st.integers(lead, lead + 9))
     edge: Literal["pad", "shift"] = draw(st.sampled_from(("pad", "shift")))
     laid = tuple(
-        AxisGrid.lay(
+        AxisGrid.create(
             volume=volume,
             patch=kept + 2 * lead,
             kept=kept,
@@ -55,7 +55,7 @@ def axes(draw: st.DrawFn) -> Axis:
 
 
 def lay(volume: int, patch: int, stride: int, *, pad: int = 0, offset: int = 0) -> AxisGrid:
-    return AxisGrid.lay(
+    return AxisGrid.create(
         volume=volume,
         patch=patch,
         kept=patch,
@@ -135,7 +135,7 @@ def test_below_counts_the_patches_that_speak_before_a_position(drawn: Drawn) -> 
     grid = drawn[0]
     positions = np.arange(-20, 45)
     counted = [sum(a < p for a, _ in kept_ranges(grid)) for p in positions]
-    assert grid.below(positions).tolist() == counted
+    assert grid.count_below(positions).tolist() == counted
 
 
 @given(grids())
@@ -221,7 +221,7 @@ def test_a_block_spills_as_far_as_its_patches_reach_and_no_further_than_the_next
 ) -> None:
     blocks = np.arange(axis.blocks)
     stops = axis.stop(blocks)
-    spill = axis.spill(blocks).tolist()
+    spill = axis.upper_overlap(blocks).tolist()
     for b in blocks:
         reach = max((end for _, end in owned_ends(axis, int(b))), default=0)
         assert spill[b] == max(0, reach - stops[b])
@@ -265,15 +265,15 @@ def test_a_halo_is_all_that_the_owned_patches_read(axis: Axis) -> None:
 @given(axes())
 def test_an_axis_answers_for_one_block_as_for_many(axis: Axis) -> None:
     blocks = np.arange(axis.blocks)
-    for answer in (axis.start, axis.stop, axis.spill, axis.band, axis.aligned_band):
+    for answer in (axis.start, axis.stop, axis.upper_overlap, axis.band, axis.aligned_band):
         assert [int(answer(np.asarray(b))) for b in blocks] == answer(blocks).tolist()
     for pair in (axis.halo, axis.read):
         one_by_one = [[int(end) for end in pair(np.asarray(b))] for b in blocks]
         assert one_by_one == np.stack(pair(blocks), axis=1).tolist()
     for b in blocks:
         one, at = axis.block(int(b)), np.asarray(b)
-        found = (one.start, one.stop, one.band, one.aligned_band, one.spill, *one.halo)
-        answers = (axis.start, axis.stop, axis.band, axis.aligned_band, axis.spill)
+        found = (one.start, one.stop, one.band, one.aligned_band, one.upper_overlap, *one.halo)
+        answers = (axis.start, axis.stop, axis.band, axis.aligned_band, axis.upper_overlap)
         assert found == (*(int(answer(at)) for answer in answers), *map(int, axis.halo(at)))
         owned = [grid.owned(at, axis.chunk) for grid in axis.grids]
         assert list(one.owned) == [range(int(low), int(high)) for low, high in owned]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job import load_job
-from chunkq.job_path import canonical, check_job_path, output_path, path_problem, shown
+from chunkq.job_path import canonical, check_job_path, output_path, path_problem, printable_path
 from chunkq.paths import absolute
 
 BASE = Path("/base/folder")
@@ -156,10 +156,10 @@ def test_the_output_of_a_job_file_is_canonical_and_refused_with_all_other_mistak
 
 
 def test_a_path_is_shown_in_one_short_line_without_a_password() -> None:
-    assert shown("/a\n\x1b[1m\u2028b") == "/a\\x0a\\x1b[1m\\x2028b"
-    assert shown("ftp://me:hush@host/x") == "ftp://me:***@host/x"
-    assert len(shown("/" + "x" * 9000)) < 400
-    assert shown("/\udcff") == "/\\udcff"
+    assert printable_path("/a\n\x1b[1m\u2028b") == "/a\\x0a\\x1b[1m\\x2028b"
+    assert printable_path("ftp://me:hush@host/x") == "ftp://me:***@host/x"
+    assert len(printable_path("/" + "x" * 9000)) < 400
+    assert printable_path("/\udcff") == "/\\udcff"
 
 
 def test_a_home_folder_that_does_not_exist_is_a_name_like_any_other() -> None:

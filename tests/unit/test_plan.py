@@ -134,8 +134,8 @@ def test_core_band_and_rest_cut_the_block_along_storage_chunks(case: Case) -> No
 @given(cases())
 def test_every_piece_has_one_writer_and_one_reader(case: Case) -> None:
     plan = case.plan
-    left = [plan.leaves(chunk) for chunk in chunks(plan).values()]
-    awaited = [plan.awaits(chunk) for chunk in chunks(plan).values()]
+    left = [plan.outgoing_pieces(chunk) for chunk in chunks(plan).values()]
+    awaited = [plan.incoming_pieces(chunk) for chunk in chunks(plan).values()]
     assert Counter(chain(*left)) == Counter(chain(*awaited))
     assert set(Counter(chain(*left)).values()) <= {1}
     assert all(len(pieces) <= 2**plan.rank - 1 for pieces in left)
@@ -149,14 +149,14 @@ def test_pieces_carry_all_that_a_chunk_adds_outside_its_block(case: Case) -> Non
     plan = case.plan
     masks = contributions(plan)
     for index, chunk in chunks(plan).items():
-        boxes = [p.box for p in plan.leaves(chunk)]
+        boxes = [p.box for p in plan.outgoing_pieces(chunk)]
         assert all(box.size for box in boxes)
         carried = mark(plan, boxes)
         assert carried.max(initial=0) <= 1
         outside = masks[index].copy()
         outside[chunk.block.slices((0,) * plan.rank)] = False
         assert (carried[outside] == 1).all()
-        for piece in plan.leaves(chunk):
+        for piece in plan.outgoing_pieces(chunk):
             assert piece.source == index
             assert piece.box in plan.chunk(piece.target).block
             assert piece.box in chunk.region
@@ -183,7 +183,7 @@ def test_blocks_with_a_band_are_finalized_and_no_others(case: Case) -> None:
     banded = [index for index, chunk in chunks(plan).items() if chunk.has_band]
     assert list(plan.to_finalize()) == banded
     assert [index for index in plan.indices() if plan.has_band(index)] == banded
-    assert [i for i in plan.indices() if plan.awaits(plan.chunk(i))] == banded
+    assert [i for i in plan.indices() if plan.incoming_pieces(plan.chunk(i))] == banded
 
 
 @settings(max_examples=150)
@@ -191,7 +191,7 @@ def test_blocks_with_a_band_are_finalized_and_no_others(case: Case) -> None:
 def test_costs_equal_the_sums_over_all_chunks(case: Case) -> None:
     plan = case.plan
     listed = list(chunks(plan).values())
-    active = [chunk for chunk in listed if chunk.active]
+    active = [chunk for chunk in listed if chunk.is_active]
     stored = plan.stored_channels * plan.output_dtype.itemsize
     costs = plan.costs
     assert costs.chunks == len(listed)
@@ -207,7 +207,7 @@ def test_costs_equal_the_sums_over_all_chunks(case: Case) -> None:
         )
         for chunk in active
     )
-    sums = sum(p.box.size for chunk in listed for p in plan.leaves(chunk))
+    sums = sum(p.box.size for chunk in listed for p in plan.outgoing_pieces(chunk))
     sums += sum(box.size for chunk in active for box in chunk.band_boxes)
     rest = sum(box.size for chunk in listed for box in chunk.rest_boxes)
     assert costs.piece_bytes == sums * 4 * plan.channels + rest * stored
@@ -219,10 +219,10 @@ def test_costs_equal_the_sums_over_all_chunks(case: Case) -> None:
 def test_a_chunk_without_patches_along_an_axis_is_all_band(case: Case) -> None:
     plan = case.plan
     for chunk in chunks(plan).values():
-        if not chunk.active:
+        if not chunk.is_active:
             assert chunk.patches == 0
             assert chunk.interior.size == 0
-            assert plan.leaves(chunk) == []
+            assert plan.outgoing_pieces(chunk) == []
 
 
 def test_patches_come_grid_by_grid_the_last_axis_fastest() -> None:
@@ -252,8 +252,8 @@ def test_a_chunk_by_hand() -> None:
         Box((12,), (15,)),
     )
     assert (low.halo, high.halo) == (Box((0,), (10,)), Box((9,), (15,)))
-    assert plan.leaves(low) == plan.awaits(high) == [Piece((0,), (1,), Box((8,), (10,)))]
-    assert plan.leaves(high) == []
+    assert plan.outgoing_pieces(low) == plan.incoming_pieces(high) == [Piece((0,), (1,), Box((8,), (10,)))]
+    assert plan.outgoing_pieces(high) == []
     assert high.band_boxes == (Box((8,), (10,)),)
     assert high.rest_boxes == (Box((10,), (12,)),)
     assert high.touched_boxes == (Box((8,), (12,)),)
@@ -263,7 +263,7 @@ def test_pieces_are_named_by_the_axes_they_go_up() -> None:
     plan = plan_for(
         (8, 8), (3, 3), inference_type="sliding_window", strides=[2, 2], chunksize=[4, 4]
     )
-    assert [(p.source, p.name) for p in plan.awaits(plan.chunk((1, 1)))] == [
+    assert [(p.source, p.name) for p in plan.incoming_pieces(plan.chunk((1, 1)))] == [
         ((1, 0), "01"),
         ((0, 1), "10"),
         ((0, 0), "11"),
@@ -279,10 +279,10 @@ def test_the_last_block_may_own_no_patch() -> None:
     )
     first, last = plan.chunk((0,)), plan.chunk((1,))
     assert (first.patches, last.patches) == (3, 0)
-    assert not last.active
+    assert not last.is_active
     assert last.halo.size == last.interior.size == last.core.size == 0
     assert last.band_boxes == last.touched_boxes == (last.block,)
-    assert (last.rest_boxes, list(plan.patches(last)), plan.leaves(last)) == ((), [], [])
+    assert (last.rest_boxes, list(plan.patches(last)), plan.outgoing_pieces(last)) == ((), [], [])
     assert plan.contributors((1,)) == [(1,), (0,)]
     assert list(plan.to_finalize()) == [(1,)]
     # Sums of one voxel from chunk 0 only, 4 bytes: chunk 1 leaves none of its own.
@@ -358,4 +358,4 @@ def test_one_chunk_far_inside_a_petavoxel_volume_is_had_at_once() -> None:
     chunk = plan.chunk((900, 1000, 1100))
     assert chunk.block == Box((460800, 512000, 563200), (461312, 512512, 563712))
     assert chunk.patches == 16**3
-    assert len(plan.awaits(chunk)) == 7
+    assert len(plan.incoming_pieces(chunk)) == 7

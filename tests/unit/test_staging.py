@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from chunkq_worker.runtimes.staging import Replayed, Sent, StagedFeed, as_signed, fetch
+from chunkq_worker.runtimes.staging import GraphReplay, SentBatch, StagedFeed, as_signed, fetch
 
 from tests.simulated_device import OnDevice, SimulatedDevice
 
@@ -34,7 +34,7 @@ def batches(count: int, dtype: str = "float32") -> list[npt.NDArray[Any]]:
 
 
 def write(feed: StagedFeed, batch: npt.NDArray[Any]) -> Any:
-    array = feed.blank()
+    array = feed.buffer()
     array[: len(batch)] = batch
     return feed.send(array[: len(batch)])
 
@@ -97,7 +97,7 @@ def test_a_device_on_which_nobody_waits_gives_wrong_batches(forget: str) -> None
 @pytest.mark.parametrize(("forget", "early"), [("hold", True), ("wait", False)])
 def test_a_device_on_which_nobody_waits_gives_wrong_results(forget: str, early: bool) -> None:
     device = SimulatedDevice(forget=forget, early=early)
-    total = device.place(torch.ones(5)) * 3
+    total = device.to_device(torch.ones(5)) * 3
     [found] = fetch(device, device.stream(), [total])()
     assert found.tolist() != [3] * 5
 
@@ -133,11 +133,11 @@ def test_what_steps_made_of_a_batch_is_sent_from_memory_of_its_own(
     reused = np.zeros((SIZE, 2), np.float32)  # as a step may do
 
     for batch in given:
-        array = feed.blank()
+        array = feed.buffer()
         array[...] = batch
         reused[...] = array.reshape(SIZE, -1)[:, :2] / 4
         sent = feed.send(reused)
-        assert isinstance(sent, Sent)
+        assert isinstance(sent, SentBatch)
         found.append(sent.take(torch.float64))
     expected = [batch.reshape(SIZE, -1)[:, :2] / 4 for batch in given]
     assert_all_equal(on_host(found), expected)
@@ -147,7 +147,7 @@ def test_a_view_of_the_array_to_be_written_is_not_taken_for_its_beginning(
     device: SimulatedDevice,
 ) -> None:
     feed, [batch] = staged(device), batches(1)
-    array = feed.blank()
+    array = feed.buffer()
     array[...] = batch
     sent = feed.send(array[:, ::-1])
     assert_all_equal(on_host([sent.take(torch.float32)]), [batch[:, ::-1]])
@@ -176,7 +176,7 @@ def test_a_feed_waits_for_what_had_its_memory_before(device: SimulatedDevice) ->
 
 def test_a_host_array_is_free_once_it_is_placed(device: SimulatedDevice) -> None:
     host = torch.ones(3)
-    placed = device.place(host)
+    placed = device.to_device(host)
     host[:] = 5
     assert placed.cpu().tolist() == [1, 1, 1]
 
@@ -194,7 +194,7 @@ def test_results_arrive_while_the_device_goes_on(device: SimulatedDevice) -> Non
     for number in range(6):
         total = device.empty((4, 4), torch.float32).zero_()
         total[1:3] += number
-        total.addcmul_(device.place(torch.ones(4, 4)), total)
+        total.addcmul_(device.to_device(torch.ones(4, 4)), total)
         waiting.append(fetch(device, way_out, [total, total[1:3, 1:3]]))
         del total  # as when the chunk is done: the next one's sums get this memory
     for number, fetched in enumerate(waiting):
@@ -204,7 +204,7 @@ def test_results_arrive_while_the_device_goes_on(device: SimulatedDevice) -> Non
 
 
 def test_another_thread_may_wait_for_results(device: SimulatedDevice) -> None:
-    fetched = fetch(device, device.stream(), [device.place(torch.ones(3)) + 1])
+    fetched = fetch(device, device.stream(), [device.to_device(torch.ones(3)) + 1])
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.extend(fetched()))
     thread.start()
@@ -222,21 +222,21 @@ def test_a_captured_network_is_called_once_for_each_shape(device: SimulatedDevic
         called.append(tuple(x.shape))
         return x.add_(1).mul_(2)  # in place, as some do
 
-    replayed, found, given = Replayed(device, network), [], batches(5)
+    replayed, found, given = GraphReplay(device, network), [], batches(5)
     for batch in given:
-        found += [replayed(device.place(torch.from_numpy(part))) for part in (batch, batch[:2])]
+        found += [replayed(device.to_device(torch.from_numpy(part))) for part in (batch, batch[:2])]
     assert called == [(SIZE, *ITEM), (2, *ITEM)]
     expected = [(part + 1) * 2 for batch in given for part in (batch, batch[:2])]
     assert_all_equal(on_host(found), expected)
 
 
 def test_a_network_that_waits_for_the_device_cannot_be_captured(device: SimulatedDevice) -> None:
-    replayed = Replayed(device, lambda x: x * 2 if bool(x.sum() > 0) else x)
+    replayed = GraphReplay(device, lambda x: x * 2 if bool(x.sum() > 0) else x)
     with pytest.raises(RuntimeError, match="stream is capturing"):
-        replayed(device.place(torch.ones(3)))
+        replayed(device.to_device(torch.ones(3)))
 
 
 def test_a_captured_network_that_returns_no_tensor_is_left_to_the_runtime(
     device: SimulatedDevice,
 ) -> None:
-    assert isinstance(Replayed(device, lambda x: [x])(device.place(torch.ones(3))), list)
+    assert isinstance(GraphReplay(device, lambda x: [x])(device.to_device(torch.ones(3))), list)

@@ -122,16 +122,16 @@ part = st.text(st.characters(exclude_characters=":", exclude_categories=("Cs",))
 @given(host=part | st.just("fe80::1%eth0"), device=part, own=part)
 def test_a_worker_name_comes_back_from_its_text(host: str, device: str, own: str) -> None:
     name = WorkerName(host, device, own)
-    assert WorkerName.parse(name.text) == name
+    assert WorkerName.parse(name.name) == name
 
 
 def test_every_new_worker_of_this_host_has_a_name_of_its_own() -> None:
     names = [WorkerName.new("GPU-5") for _ in range(100)]
-    assert len({name.text for name in names}) == 100
+    assert len({name.name for name in names}) == 100
     assert {(name.host, name.device) for name in names} == {(socket.gethostname(), "GPU-5")}
     # RQ gives it to Redis as a connection's name.
-    assert all(re.fullmatch(r"[!-~]+", name.own) for name in names)
-    assert [WorkerName.parse(name.text) for name in names] == names
+    assert all(re.fullmatch(r"[!-~]+", name.suffix) for name in names)
+    assert [WorkerName.parse(name.name) for name in names] == names
 
 
 @given(st.text())

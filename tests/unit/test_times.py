@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from chunkq.executors.base import WorkerName
 from chunkq.ledger import Commit
-from chunkq.spans import covered, layered, most_at_once, spread
-from chunkq.tally import times_of
-from chunkq.times import BINS, HOLDERS, STAGES, Times
+from chunkq.spans import covered_seconds, attribute_time, max_overlap, spread
+from chunkq.tally import aggregate_timing
+from chunkq.times import BINS, WAITING_STAGES, STAGES, Timing
 from chunkq.verdict import LOSSES, REMEDIES, advice, conclusion
 from tests.strategies import plan_for
 
@@ -55,7 +55,7 @@ def test_a_workers_peak_counts_the_blocks_it_completed() -> None:
     chunk = commit(0, 0.0)
     mine = replace(commit(1, 1.0), kind="finalize", peak_rss=7000)
     elsewhere = replace(commit(2, 1.0, "host"), kind="finalize", peak_rss=9000)
-    times = times_of(PLAN, [chunk], [mine, elsewhere])
+    times = aggregate_timing(PLAN, [chunk], [mine, elsewhere])
     assert times.peak_rss_bytes == times.workers[chunk.worker].peak_rss_bytes == 7000
 
 
@@ -69,12 +69,12 @@ def arrays(spans: list[tuple[float, float]]) -> tuple[Any, Any]:
 def test_layers_share_out_the_whole_time(
     layers: list[list[tuple[float, float]]], low: float, length: float
 ) -> None:
-    held = layered([arrays(spans) for spans in layers], low, low + length)
+    held = attribute_time([arrays(spans) for spans in layers], low, low + length)
     assert len(held) == len(layers) + 1
     assert min(held) >= 0
     assert sum(held) == pytest.approx(length, abs=1e-9)
     starts, stops = arrays(layers[0])
-    first = covered(starts.clip(low, low + length), stops.clip(low, low + length))
+    first = covered_seconds(starts.clip(low, low + length), stops.clip(low, low + length))
     assert held[0] == pytest.approx(first, abs=1e-9)
 
 
@@ -85,8 +85,8 @@ def test_a_moment_is_covered_once_however_many_spans_last(spans: list[tuple[floa
     lengths = np.diff(moments)
     middles = moments[:-1] + lengths / 2
     at_once = ((starts[:, None] <= middles) & (middles < stops[:, None])).sum(0)
-    assert covered(starts, stops) == pytest.approx(float(lengths[at_once > 0].sum()), abs=1e-9)
-    assert most_at_once(starts, stops) >= int(at_once.max(initial=0))
+    assert covered_seconds(starts, stops) == pytest.approx(float(lengths[at_once > 0].sum()), abs=1e-9)
+    assert max_overlap(starts, stops) >= int(at_once.max(initial=0))
 
 
 @given(SPANS, st.integers(1, 9))
@@ -101,14 +101,14 @@ def test_what_is_spread_over_time_is_not_lost(spans: list[tuple[float, float]], 
 def test_cutting_the_time_into_slabs_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     layers = [arrays(list(zip(*rng.uniform(0, 9, (2, 50)), strict=True))) for _ in range(3)]
-    whole = layered(layers, 1.0, 12.0)
+    whole = attribute_time(layers, 1.0, 12.0)
     monkeypatch.setattr("chunkq.spans.SLAB", 7)
-    assert layered(layers, 1.0, 12.0) == pytest.approx(whole)
+    assert attribute_time(layers, 1.0, 12.0) == pytest.approx(whole)
 
 
 @given(records())
 def test_figures_add_up_to_the_records(commits: list[Commit]) -> None:
-    times = times_of(PLAN, commits)
+    times = aggregate_timing(PLAN, commits)
     workers = times.workers.values()
     assert times.chunks == sum(w.chunks for w in workers) == len(commits)
     assert times.patches == sum(w.patches for w in workers) == 3 * len(commits)
@@ -122,7 +122,7 @@ def test_figures_add_up_to_the_records(commits: list[Commit]) -> None:
     for key, moved in (("input", "input"), ("output", "output"), ("pieces_written", "pieces")):
         assert times.bytes[key] == sum(c.moved[moved] for c in commits)
     assert sum(times.durations.counts) == len(commits)
-    course = times.course
+    course = times.timeline
     if course.bin_seconds:
         assert len(course.voxels_per_second) == len(course.workers) == BINS
         assert sum(course.voxels_per_second) * course.bin_seconds == pytest.approx(times.voxels)
@@ -132,22 +132,22 @@ def test_figures_add_up_to_the_records(commits: list[Commit]) -> None:
 
 @given(records())
 def test_shares_are_shares_of_the_whole(commits: list[Commit]) -> None:
-    times = times_of(PLAN, commits)
+    times = aggregate_timing(PLAN, commits)
     for worker in times.workers.values():
-        assert set(worker.shares) == set(HOLDERS)
+        assert set(worker.shares) == set(WAITING_STAGES)
         assert sum(worker.shares.values()) == pytest.approx(1)
         assert min(worker.shares.values()) >= 0
         assert worker.device_busy_share + worker.device_wait_share == pytest.approx(1)
         assert 0 <= worker.tail_seconds <= times.tail_seconds
-    if times.crew_shares:
-        assert sum(times.crew_shares.values()) == pytest.approx(1)
+    if times.worker_time_shares:
+        assert sum(times.worker_time_shares.values()) == pytest.approx(1)
 
 
 @given(records(), st.randoms())
 def test_the_order_of_the_records_does_not_matter(commits: list[Commit], random: Any) -> None:
     mixed = random.sample(commits, len(commits))
-    one, other = times_of(PLAN, commits), times_of(PLAN, mixed)
-    assert other.crew_shares == pytest.approx(one.crew_shares)
+    one, other = aggregate_timing(PLAN, commits), aggregate_timing(PLAN, mixed)
+    assert other.worker_time_shares == pytest.approx(one.worker_time_shares)
     assert list(other.workers) == list(one.workers)
     assert other.durations.quantiles == one.durations.quantiles
 
@@ -156,26 +156,26 @@ def test_the_order_of_the_records_does_not_matter(commits: list[Commit], random:
 def test_figures_survive_the_report(commits: list[Commit]) -> None:
     import json
 
-    times = times_of(PLAN, commits)
-    assert Times.from_dict(json.loads(json.dumps(times.as_dict())) | {"digest": "x"}) == times
+    times = aggregate_timing(PLAN, commits)
+    assert Timing.from_dict(json.loads(json.dumps(times.as_dict())) | {"digest": "x"}) == times
 
 
 @given(records())
 def test_there_is_always_a_conclusion(commits: list[Commit]) -> None:
-    times = times_of(PLAN, commits)
+    times = aggregate_timing(PLAN, commits)
     assert conclusion(times).endswith(".")
     assert len(advice(times) or "") < 300
 
 
 def test_every_loss_has_words_and_a_remedy() -> None:
-    assert set(LOSSES) == set(REMEDIES) == {*HOLDERS, "tail"} - {"compute"}
+    assert set(LOSSES) == set(REMEDIES) == {*WAITING_STAGES, "tail"} - {"compute"}
 
 
 def test_a_device_that_computes_while_others_read_loses_nothing() -> None:
     # Chunk 1 is read and chunk 0 written while the other is computed.
     first = commit(0, 0, read=1, compute=4, write=2)
     second = commit(1, 1, read=2, wait=2, compute=4, write=1)
-    worker = times_of(PLAN, [first, second]).workers["a:0:x"]
+    worker = aggregate_timing(PLAN, [first, second]).workers["a:0:x"]
     assert worker.seconds == 10
     assert worker.shares == pytest.approx(
         {"compute": 0.8, "load": 0, "read": 0.1, "write": 0.1}
@@ -187,7 +187,7 @@ def test_a_device_that_computes_while_others_read_loses_nothing() -> None:
 def test_time_without_any_chunk_is_idle_unless_blocks_are_finalized() -> None:
     chunks = [commit(0, 0, compute=1), commit(1, 9, compute=1)]
     block = replace(commit(0, 2, other=4), kind="finalize")
-    shares = times_of(PLAN, chunks, [block]).workers["a:0:x"].shares
+    shares = aggregate_timing(PLAN, chunks, [block]).workers["a:0:x"].shares
     assert shares["finalize"] == pytest.approx(0.4)
     assert shares["idle"] == pytest.approx(0.4)
 
@@ -198,11 +198,11 @@ def test_only_workers_that_found_nothing_more_wait_for_the_last_one() -> None:
         commit(1, 0, "early:0:y", compute=6),
         commit(2, 4, "late:0:z", compute=16),
     ]
-    times = times_of(PLAN, commits)
+    times = aggregate_timing(PLAN, commits)
     tails = {WorkerName.parse(name).host: w.tail_seconds for name, w in times.workers.items()}
     assert tails == pytest.approx({"left": 0, "early": 14, "late": 0})
     assert times.tail_seconds == pytest.approx(14)
-    assert times.crew_shares["tail"] == pytest.approx(14 / (2 + 6 + 16 + 14))
+    assert times.worker_time_shares["tail"] == pytest.approx(14 / (2 + 6 + 16 + 14))
     assert "waiting for the last worker" in conclusion(times)
 
 
@@ -210,7 +210,7 @@ def test_a_straggler_is_named_with_its_stage_and_loading_makes_none() -> None:
     commits = [commit(n, 3 * n, read=1, compute=1, write=1) for n in range(8)]
     commits.append(commit(8, 24, attempt=2, read=9, compute=1, write=1))
     commits.append(commit(9, 30, read=1, wait=50, load=60, compute=1, write=1))
-    found = times_of(PLAN, commits).stragglers
+    found = aggregate_timing(PLAN, commits).stragglers
     assert found.count == len(found.worst) == 1
     (worst,) = found.worst
     assert (worst.chunk, worst.worker, worst.attempt, worst.stage) == ("8", "a:0:x", 2, "read")
@@ -231,16 +231,16 @@ def test_a_straggler_is_named_with_its_stage_and_loading_makes_none() -> None:
 def test_advice_is_about_the_largest_loss(stages: dict[str, float], depth: int, words: str) -> None:
     length = sum(stages.values())
     commits = [commit(n, n * length, **stages) for n in range(10)]
-    assert words in (advice(times_of(PLAN, commits)) or "")
+    assert words in (advice(aggregate_timing(PLAN, commits)) or "")
 
 
 def test_a_short_job_gets_no_advice() -> None:
     commits = [commit(n, n, read=0.5, compute=0.5) for n in range(10)]
-    assert advice(times_of(PLAN, commits)) is None
+    assert advice(aggregate_timing(PLAN, commits)) is None
 
 
 def test_a_clock_set_back_makes_no_negative_time() -> None:
     commits = [replace(commit(0, 10, compute=1), finished=START), commit(1, 20, compute=1)]
-    times = times_of(PLAN, commits)
+    times = aggregate_timing(PLAN, commits)
     assert times.chunk_seconds_mean >= 0
     assert sum(times.workers["a:0:x"].shares.values()) == pytest.approx(1)

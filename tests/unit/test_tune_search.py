@@ -11,14 +11,14 @@ from chunkq_worker.tune.search import (
     TIE,
     Cost,
     Limits,
-    Measured,
+    Measurement,
     Options,
-    Outcome,
+    SearchResult,
     Row,
     Search,
     Setting,
     Stage,
-    Verdict,
+    TrialStatus,
     choose,
 )
 from hypothesis import given
@@ -39,7 +39,7 @@ class Machine:
     memory: dict[int, int] = field(default_factory=dict)
     whole_memory: int = 0
     takes: Sequence[float] = (1.0,)
-    verdicts: dict[int, Verdict] = field(default_factory=dict)
+    verdicts: dict[int, TrialStatus] = field(default_factory=dict)
     compiled: float = 1.0
     compiling: float = 0.0
     difference: dict[int, float] = field(default_factory=dict)
@@ -60,22 +60,22 @@ class Machine:
         arrays = Footprint(0, length, length, 0)
         return Cost(256 // length, 1000, 10 * length, arrays, self.patches, (length,))
 
-    def measure(self, setting: Setting, stage: Stage, seconds: float) -> Measured:
+    def measure(self, setting: Setting, stage: Stage, seconds: float) -> Measurement:
         wanted = self.takes[len(self.asked) % len(self.takes)]
         self.asked.append((setting, stage, seconds))
         self.now += min(wanted, seconds)
         if wanted > seconds:
-            return Measured("no time")
+            return Measurement("no time")
         verdict = self.verdicts.get(setting.batch, "ok")
         if verdict != "ok":
-            return Measured(verdict)
+            return Measurement(verdict)
         rate = self.rate.get(setting.batch, 10.0) * (self.compiled if setting.compile else 1)
         memory = self.memory.get(setting.batch, 10)
         if stage == "pipeline":
             rate *= self.by_depth.get(setting.depth, 1.0) * self.by_chunk.get(setting.chunk, 1.0)
             memory += self.whole_memory * setting.depth
         difference = self.difference.get(setting.batch, 0.0)
-        return Measured("ok", rate, self._load(setting), memory, None, difference)
+        return Measurement("ok", rate, self._load(setting), memory, None, difference)
 
     def _load(self, setting: Setting) -> float:
         return 0.5 + (self.compiling if setting.compile else 0)
@@ -86,13 +86,13 @@ class Machine:
         memory: int | None = None,
         seconds: float = 1000.0,
         start: Setting = START,
-    ) -> Outcome:
+    ) -> SearchResult:
         limits = Limits(memory, None, seconds)
         options = options or Options(chunks=CHUNKS)
         return Search(start, options, self.cost, self.measure, limits, self.clock).run()
 
 
-def chosen(outcome: Outcome) -> Setting:
+def chosen(outcome: SearchResult) -> Setting:
     assert outcome.best is not None
     return outcome.best.setting
 
@@ -192,7 +192,7 @@ def test_only_what_was_asked_for_may_change_results(
 
 def row(rate: float, memory: int, setting: Setting = START, patches: int = 100) -> Row:
     cost = Cost(1, patches, 0, Footprint(0, 1, 1, 0), 1, (1,))
-    return Row(setting, "network", cost, Measured("ok", rate, 0.0, memory))
+    return Row(setting, "network", cost, Measurement("ok", rate, 0.0, memory))
 
 
 @given(st.lists(st.builds(row, st.floats(0.1, 100), st.integers(1, 1000)), min_size=1))
@@ -256,7 +256,7 @@ def test_what_is_too_large_by_itself_is_not_run_with_whole_chunks() -> None:
 def test_a_runner_up_is_run_where_the_best_of_the_network_disappoints() -> None:
     machine = Machine(rate={4: 10, 8: 20}, compiled=1.5)
 
-    def measure(setting: Setting, stage: Stage, seconds: float) -> Measured:
+    def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
         found = Machine.measure(machine, setting, stage, seconds)
         slow = stage == "pipeline" and setting.compile
         return replace(found, rate=found.rate / 9) if slow else found
@@ -314,7 +314,7 @@ def test_a_precision_that_was_asked_for_may_differ() -> None:
     machine = Machine(rate={4: 10, 8: 5, 16: 5, 2: 5})
     fast = ("autocast", "bfloat16")
 
-    def measure(setting: Setting, stage: Stage, seconds: float) -> Measured:
+    def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
         found = Machine.measure(machine, setting, stage, seconds)
         return replace(found, rate=99, difference=0.2) if setting.precision else found
 
@@ -339,7 +339,7 @@ def test_chunks_that_would_take_longer_than_what_is_left_are_not_begun() -> None
 
 
 @pytest.mark.parametrize("verdict", ["failed", "no time"])
-def test_a_job_that_does_not_run_as_it_is_ends_the_search(verdict: Verdict) -> None:
+def test_a_job_that_does_not_run_as_it_is_ends_the_search(verdict: TrialStatus) -> None:
     machine = Machine(verdicts={4: verdict})
     outcome = machine.search()
     assert outcome.best is None

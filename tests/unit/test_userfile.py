@@ -7,7 +7,7 @@ import pytest
 
 from chunkq.errors import JobError
 from chunkq.plan import Plan
-from chunkq.userfile import load_names, load_weights, pick
+from chunkq.userfile import load_names, load_blend_weights, select_name
 from chunkq.weights import ArrayWeights, ProductWeights
 from tests.strategies import plan_for
 
@@ -21,7 +21,7 @@ def weights_plan(path: Path, text: str | None, name: str = "mine") -> Plan:
 
 def refusal(plan: Plan) -> str:
     with pytest.raises(JobError) as caught:
-        load_weights(plan)
+        load_blend_weights(plan)
     return str(caught.value)
 
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_users_function_is_called_with_the_output_patch_shape(path: Path) -> None:
     text = "import numpy as np\ndef mine(shape):\n    return np.arange(1, 25).reshape(shape)"
-    weights = load_weights(weights_plan(path, text))
+    weights = load_blend_weights(weights_plan(path, text))
     assert isinstance(weights, ArrayWeights)
     assert np.array_equal(weights.array, np.arange(1, 25).reshape(4, 6))
     assert weights.array.dtype == np.float64
@@ -54,19 +54,19 @@ def test_the_margin_is_cut_from_a_users_weights(path: Path) -> None:
         margin=[1, 2],
         weight_function=[str(path), "mine"],
     )
-    weights = load_weights(plan)
+    weights = load_blend_weights(plan)
     assert isinstance(weights, ArrayWeights)
     assert weights.array.tolist() == [[9, 10], [15, 16]]
 
 
 def test_nested_lists_will_do(path: Path) -> None:
-    weights = load_weights(weights_plan(path, "def mine(shape):\n    return [[1] * 6] * 4"))
+    weights = load_blend_weights(weights_plan(path, "def mine(shape):\n    return [[1] * 6] * 4"))
     assert isinstance(weights, ArrayWeights)
     assert weights.array.tolist() == [[1] * 6] * 4
 
 
 def test_a_built_in_needs_no_file() -> None:
-    weights = load_weights(plan_for((9,), (3,), weight_function=["weight_linear"]))
+    weights = load_blend_weights(plan_for((9,), (3,), weight_function=["weight_linear"]))
     assert isinstance(weights, ProductWeights)
     assert np.exp(weights.profiles[0]) == pytest.approx([1, 2, 1])
 
@@ -131,8 +131,8 @@ def test_an_empty_file_defines_nothing(path: Path) -> None:
 def test_a_file_knows_where_it_lies_and_is_not_run_as_a_script(path: Path) -> None:
     path.write_text("here = __file__\nscript = __name__ == '__main__'\n")
     names = load_names(str(path), "model_config.class_file")
-    assert pick(names, "here", str(path), "model_config.class_file") == str(path)
-    assert pick(names, "script", str(path), "model_config.class_file") is False
+    assert select_name(names, "here", str(path), "model_config.class_file") == str(path)
+    assert select_name(names, "script", str(path), "model_config.class_file") is False
 
 
 def test_a_file_may_import_its_neighbours_and_define_dataclasses(path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 from chunkq_producer.watch import job_status
 
 from chunkq import ledger as ledger_module
-from chunkq.ledger import Commit, JobFolder, Ledger, Newest
+from chunkq.ledger import Commit, JobFolder, Ledger, RecentCommits
 from chunkq.ome import Space
-from chunkq.opened import OpenJob
+from chunkq.opened import JobHandle
 from chunkq.record import JobRecord
 from chunkq.stores import Source
 from tests.strategies import plan_for
@@ -32,7 +32,7 @@ def ledger_with_commits(path: Path) -> Ledger:
 
 
 def test_of_few_records_the_newest_are_found(tmp_path: Path) -> None:
-    newest = ledger_with_commits(tmp_path).newest("infer", 3)
+    newest = ledger_with_commits(tmp_path).recent_commits("infer", 3)
     assert (newest.total, newest.step) == (CHUNKS, 1)
     assert [record.chunk for record in newest.records] == [(47,), (46,), (45,)]
 
@@ -41,14 +41,14 @@ def test_of_many_records_all_are_counted_and_only_a_sample_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger_module, "SAMPLE", 16)
-    newest = ledger_with_commits(tmp_path).newest("infer", 64)
+    newest = ledger_with_commits(tmp_path).recent_commits("infer", 64)
     assert (newest.total, newest.step, len(newest.records)) == (CHUNKS, 4, 12)
     moments = [record.finished for record in newest.records]
     assert moments == sorted(moments, reverse=True)
 
 
 def test_nothing_done_yet_is_no_speed(tmp_path: Path) -> None:
-    assert ledger_in(tmp_path).newest("infer", 3) == Newest(0, 1, ())
+    assert ledger_in(tmp_path).recent_commits("infer", 3) == RecentCommits(0, 1, ())
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -59,11 +59,11 @@ def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
     plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
     source = Source("/in.zarr", plan.volume, Space.plain(1))
     record = JobRecord(plan.job, (source,), {}, epoch=EPOCH)
-    job = OpenJob(JobFolder(str(tmp_path / "out.zarr.chunkq")), record, plan)
+    job = JobHandle(JobFolder(str(tmp_path / "out.zarr.chunkq")), record, plan)
     # Which records a sample holds is up to the file system; here it is every step-th in time.
     records = tuple(job.ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
     assert len(records) == CHUNKS // step
-    monkeypatch.setattr(job.ledger, "newest", lambda kind, count: Newest(CHUNKS, step, records))
+    monkeypatch.setattr(job.ledger, "newest", lambda kind, count: RecentCommits(CHUNKS, step, records))
     status = job_status(job, None)
     assert (status.chunks, status.done) == (CHUNKS + 10, CHUNKS)
     assert status.voxels_per_second == pytest.approx(10, rel=0.1)  # ten voxels, one second a chunk

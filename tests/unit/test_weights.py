@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chunkq.blend import WeightCache
 from chunkq.plan import Patch, Plan
-from chunkq.weights import ArrayWeights, Float64, Surroundings, Weights, built_in, surroundings
+from chunkq.weights import ArrayWeights, Float64, Neighbors, Weights, built_in, neighbors
 from tests import reference as ref
 from tests.strategies import BUILT_INS, Case, cases, plan_for, user_weights, without_margin
 
@@ -83,7 +83,7 @@ def test_the_weights_of_all_patches_over_a_voxel_sum_to_one(name: str, case: Cas
     cache = WeightCache(plan, weights, lambda array: array)
     total = np.zeros(case.volume)
     for patch in all_patches(plan):
-        part = cache.of(patch)
+        part = cache.weights(patch)
         assert part.dtype == np.float32
         total[patch.target.slices((0,) * plan.rank)] += part
     assert np.abs(total - 1).max() < 1e-6
@@ -107,7 +107,7 @@ def test_normalised_weights_are_shares_of_the_sum_over_all_grids(case: Case, nam
         total[here] = np.logaddexp(total[here], own_logs(patch))
     for patch in all_patches(plan):
         share = np.exp(own_logs(patch) - total[patch.target.slices((0,) * plan.rank)])
-        assert np.abs(cache.of(patch) - share).max() < 1e-6
+        assert np.abs(cache.weights(patch) - share).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", [*BUILT_INS, "user"])
@@ -122,8 +122,8 @@ def test_a_voxel_under_one_patch_has_a_weight_of_exactly_one(name: str, case: Ca
         count[patch.target.slices((0,) * plan.rank)] += 1
     for patch in all_patches(plan):
         alone = count[patch.target.slices((0,) * plan.rank)] == 1
-        assert (cache.of(patch)[alone] == 1.0).all()
-        assert cache.is_alone(patch) == alone.all()
+        assert (cache.weights(patch)[alone] == 1.0).all()
+        assert cache.has_no_overlap(patch) == alone.all()
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
@@ -131,7 +131,7 @@ def test_corners_of_a_single_patch_do_not_shrink(name: str) -> None:
     plan = plan_for((32, 32, 32), (32, 32, 32))
     weights, _ = weights_of(plan, name)
     (patch,) = all_patches(plan)
-    assert (WeightCache(plan, weights, lambda array: array).of(patch) == 1.0).all()
+    assert (WeightCache(plan, weights, lambda array: array).weights(patch) == 1.0).all()
 
 
 def test_the_bump_is_exact_in_the_corner_of_a_128_cube() -> None:
@@ -141,7 +141,7 @@ def test_the_bump_is_exact_in_the_corner_of_a_128_cube() -> None:
     )
     weights, _ = weights_of(plan, "weight_bump")
     cache = WeightCache(plan, weights, lambda array: array)
-    low, high = (cache.of(patch) for patch in all_patches(plan))
+    low, high = (cache.weights(patch) for patch in all_patches(plan))
     assert np.isfinite(low).all()
     assert np.isfinite(high).all()
     assert low[0, 0, 0] == low[63, 127, 0] == high[64, 0, 0] == high[127, 127, 127] == 1.0
@@ -161,37 +161,37 @@ def test_four_axes_of_bump_do_not_underflow_where_grids_overlap() -> None:
     # Each grid's sum in the corner is about exp(-4·n/4): below float64 from n = 750 on.
     shape = (800, 1, 1, 1)
     wide = built_in("weight_bump", (800, 800, 800, 800), (0,) * 4)
-    corner = [Surroundings(0, n, ((0,), (0,))) for n in shape]
+    corner = [Neighbors(0, n, ((0,), (0,))) for n in shape]
     assert sum(p[0] for p in wide.profiles) < math.log(5e-324)
-    assert wide.normalised(0, corner) == pytest.approx(np.full(shape, 0.5))
+    assert wide.normalized(0, corner) == pytest.approx(np.full(shape, 0.5))
 
 
 def test_surroundings_are_seen_from_the_patchs_own_start() -> None:
     # Starts 0, 3, 6; volume 10, patch 4: patch 1 is overlapped by one voxel on each side.
     plan = plan_for((10,), (4,), inference_type="sliding_window", strides=[3])
-    assert surroundings(plan.axes[0], 0, 1) == Surroundings(0, 4, ((-3, 0, 3),))
-    assert surroundings(plan.axes[0], 0, 0) == Surroundings(0, 4, ((0, 3),))
+    assert neighbors(plan.axes[0], 0, 1) == Neighbors(0, 4, ((-3, 0, 3),))
+    assert neighbors(plan.axes[0], 0, 0) == Neighbors(0, 4, ((0, 3),))
 
 
 def test_surroundings_are_clipped_to_the_volume_and_name_every_grid() -> None:
     # Grid 0 starts at -1, 3, 7; grid 1 at -3, 1, 5, 9: patch 0 of grid 0 shows [0, 3).
     plan = plan_for((9,), (4,), pad_width=[1], offsets=[[-2]])
-    assert surroundings(plan.axes[0], 0, 0) == Surroundings(1, 4, ((0,), (-2, 2)))
+    assert neighbors(plan.axes[0], 0, 0) == Neighbors(1, 4, ((0,), (-2, 2)))
     # Patch 2 of grid 0 shows [7, 9).
-    assert surroundings(plan.axes[0], 0, 2) == Surroundings(0, 2, ((0,), (-2,)))
+    assert neighbors(plan.axes[0], 0, 2) == Neighbors(0, 2, ((0,), (-2,)))
 
 
 def test_patches_far_from_the_ends_share_their_surroundings() -> None:
     plan = plan_for((100,), (8,), inference_type="sliding_window", strides=[3])
-    inner = {surroundings(plan.axes[0], 0, k) for k in range(3, 28)}
+    inner = {neighbors(plan.axes[0], 0, k) for k in range(3, 28)}
     assert len(inner) == 1
 
 
 def test_a_users_weights_share_a_voxel_in_proportion() -> None:
     # Two patches of 3, stride 2: only voxel 2 is shared, as index 2 and as index 0.
     weights = ArrayWeights(np.array([1.0, 5.0, 3.0]))
-    first = weights.normalised(0, [Surroundings(0, 3, ((0, 2),))])
-    second = weights.normalised(0, [Surroundings(0, 3, ((-2, 0),))])
+    first = weights.normalized(0, [Neighbors(0, 3, ((0, 2),))])
+    second = weights.normalized(0, [Neighbors(0, 3, ((-2, 0),))])
     assert first.tolist() == [1.0, 1.0, 0.75]
     assert second.tolist() == [0.25, 1.0, 1.0]
 
@@ -199,4 +199,4 @@ def test_a_users_weights_share_a_voxel_in_proportion() -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_a_users_weights_may_be_as_large_as_float64_goes() -> None:
     weights = ArrayWeights(np.full(2, 1e308))
-    assert weights.normalised(0, [Surroundings(0, 2, ((0,), (0,)))]).tolist() == [0.5, 0.5]
+    assert weights.normalized(0, [Neighbors(0, 2, ((0,), (0,)))]).tolist() == [0.5, 0.5]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, as_votes, is_finite, namespace, on_host
+from chunkq.combine import Array, activate, to_votes, is_finite, namespace, to_numpy
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import Runtime
@@ -104,13 +104,13 @@ class Batcher:
     ) -> npt.NDArray[Any] | None:
         """Return what the network gives for one batch, on the host, as it is: (n, C, *Q)."""
         outputs = self._attempt(batch, halos, origin)
-        return None if outputs is None else np.array(on_host(outputs))
+        return None if outputs is None else np.array(to_numpy(outputs))
 
     def _fill(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> npt.NDArray[Any]:
         """Return the items that the runtime is to run for these patches, as they were read."""
-        items = self._feed.blank()[: self._count(len(batch))]
+        items = self._feed.buffer()[: self._count(len(batch))]
         for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
                 place: Any = ...
@@ -197,8 +197,8 @@ class Batcher:
         outputs, step = self._runtime(sent), self._steps.postprocessing
         if step is None:
             return outputs
-        changed = np.asarray(step(on_host(outputs)))
-        return self._runtime.place(np.ascontiguousarray(changed, dtype=np.float32))
+        changed = np.asarray(step(to_numpy(outputs)))
+        return self._runtime.to_device(np.ascontiguousarray(changed, dtype=np.float32))
 
     def _halve(self, error: Exception) -> None:
         if self.size == 1:
@@ -220,7 +220,7 @@ class Batcher:
         if finite is not None:
             predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
         if job.combine == "hard":
-            predictions = as_votes(predictions)
+            predictions = to_votes(predictions)
         return predictions
 
     def _refuse(
@@ -230,11 +230,11 @@ class Batcher:
         row = next(row for row, good in enumerate(finite) if not bool(good.all()))
         given = self._fill(batch, halos, origin)  # a step may have worked in place
         raise PredictionError(
-            f"{self._culprit(row, given)} NaN or infinity for the patch that reads "
+            f"{self._first_nonfinite(row, given)} NaN or infinity for the patch that reads "
             f"{_show(batch[row].source)}; mend it, or set nan: zero"
         )
 
-    def _culprit(self, row: int, given: npt.NDArray[Any]) -> str:
+    def _first_nonfinite(self, row: int, given: npt.NDArray[Any]) -> str:
         """Return who was the first to have NaN or infinity in an item of a batch as read."""
         steps = self._steps
         read = bool(np.isfinite(given[row]).all())
@@ -243,7 +243,7 @@ class Batcher:
         if not np.isfinite(given[row]).all():
             return f"{KEY}: preprocessing gave" if read else "the input has"
         if steps.postprocessing is not None:
-            raw = on_host(self._runtime(given))
+            raw = to_numpy(self._runtime(given))
             if np.isfinite(raw[row]).all():
                 return f"{KEY}: postprocessing gave"
         inside = (steps.preprocessing_protected, steps.postprocessing_protected)

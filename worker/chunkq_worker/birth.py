@@ -8,7 +8,7 @@ THREADS_VARIABLE = "CHUNKQ_THREADS"
 """Threads per worker process where the job does not fix them."""
 
 
-def child_settings(threads: int) -> dict[str, str]:
+def child_env(threads: int) -> dict[str, str]:
     """Return what to add to a child's environment; what the user has set stays.
 
     glibc gives large freed blocks back to the kernel at once, and every batch faults them in

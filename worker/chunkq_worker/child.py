@@ -20,14 +20,14 @@ from types import FrameType
 
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
-from chunkq.executors.base import Ended, Executor, Shift
+from chunkq.executors.base import ExitStatus, Executor, WorkerOptions
 from chunkq.scratch import remove_own
 
 EXIT_HANDED_BACK = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class WorkerProcessOptions:
     """What the supervisor tells a child."""
 
     queue: str
@@ -46,7 +46,7 @@ class Orders:
 
 def main() -> int:
     """Run one shift; returns the exit code."""
-    orders = Orders(**json.loads(sys.stdin.readline()))
+    orders = WorkerProcessOptions(**json.loads(sys.stdin.readline()))
     # Only chunkq's own news: clients of buckets tell where they found their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if orders.quiet else logging.INFO)
     logging.basicConfig(
@@ -55,8 +55,8 @@ def main() -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    threading.Thread(target=_die_with_supervisor, daemon=True).start()
-    shift = Shift(
+    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    shift = WorkerOptions(
         worker=orders.worker,
         depth=orders.depth,
         burst=orders.burst,
@@ -68,23 +68,23 @@ def main() -> int:
     try:
         executor = open_executor(orders.queue)
     except ChunkqError as error:
-        ended = Ended.by(error)
+        ended = ExitStatus.from_error(error)
     else:
-        _obey_signals(shift, executor)
-        ended = executor.serve(shift)
+        _handle_signals(shift, executor)
+        ended = executor.run_worker(shift)
         executor.close()
     for line in ended.lines:
         sys.stderr.write(f"chunkq: {line}\n")
     return ended.code
 
 
-def _die_with_supervisor() -> None:
+def _end_with_supervisor() -> None:
     sys.stdin.read()
     remove_own()
     os._exit(1)
 
 
-def _obey_signals(shift: Shift, executor: Executor) -> None:
+def _handle_signals(shift: WorkerOptions, executor: Executor) -> None:
     """First signal: finish what is in flight. Second: hand it back and go at once."""
 
     def leave() -> None:
@@ -100,7 +100,7 @@ def _obey_signals(shift: Shift, executor: Executor) -> None:
         now = time.monotonic()
         if not told:
             told = now
-            shift.stopping.set()
+            shift.stop.set()
         elif now - told > shift.settings.same_signal:
             threading.Thread(target=leave).start()
 

@@ -17,9 +17,9 @@ import click
 from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_job
 from chunkq.errors import IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, usual_depth
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, default_depth
 from chunkq.executors.settings import override_settings
-from chunkq.finalize import standing
+from chunkq.finalize import job_completion
 from chunkq.job_path import output_path
 from chunkq.ledger import folder_of
 from chunkq.opened import open_job
@@ -101,7 +101,7 @@ def work(
         queue=url,
         executor=executor,
         slots=taken,
-        depth=depth or usual_depth(gpu=taken[0] != Slot(None)),
+        depth=depth or default_depth(gpu=taken[0] != Slot(None)),
         burst=burst,
         job=folder,
         deadline=deadline,
@@ -113,7 +113,7 @@ def work(
     after = _jobs(executor, folder)
     executor.close()
     failed = _failed(after) - _failed(before)
-    lost = _lost(before, after) if burst and supervisor.queue_was_away else []
+    lost = _lost(before, after) if burst and supervisor.queue_was_unreachable else []
     if lost and code == 0:
         raise IncompleteError(
             "the queue was lost meanwhile, and with it chunks of "
@@ -149,7 +149,7 @@ def _lost(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> list[str
         # A removed job has lost nothing, and a refused one is not opened.
         with suppress(MissingJobError, JobError):
             job = open_job(accepted_job(path))
-            if len(standing(job).unfinished) > now.failed:
+            if len(job_completion(job).unfinished) > now.failed:
                 lost.append(job.folder.output)
     return lost
 

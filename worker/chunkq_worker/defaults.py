@@ -44,7 +44,7 @@ BATCH = 4
 """Patches in a batch, unless given; running out of memory halves it."""
 
 
-def job_around(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+def job_for_model(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job's keys for a model file and keys of the job file or its `model_config`.
 
     Patches slide with gaussian weights, unless `keys` say otherwise; strides are left to who

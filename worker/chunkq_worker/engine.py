@@ -15,24 +15,24 @@ from typing import TypeVar
 
 from chunkq.allowed import accepted_files, accepted_job
 from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
-from chunkq.combine import on_host
+from chunkq.combine import to_numpy
 from chunkq.errors import JobError, ModelError
-from chunkq.opened import OpenJob
+from chunkq.opened import JobHandle
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
 from chunkq.tasks import Task
-from chunkq.userfile import load_weights
+from chunkq.userfile import load_blend_weights
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.birth import THREADS_VARIABLE
 from chunkq_worker.frameworks import this_process
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
-ENGINES_HELD = 2
+ENGINES_CACHED = 2
 T = TypeVar("T")
 
 
-class Engine:
+class InferenceEngine:
     """A loaded network with the weights and buffers of one plan.
 
     Only the device thread calls it: math libraries keep a thread pool per calling thread.
@@ -50,17 +50,17 @@ class Engine:
         self._network = _network(record)
         self._steps = Steps.load(plan.job.model.processing_steps)
         self.runtime: Runtime = load_runtime(plan.job.model, self._steps, threads)
-        self._fit(plan)
+        self._allocate(plan)
 
-    def over(self, plan: Plan) -> Engine:
+    def for_plan(self, plan: Plan) -> InferenceEngine:
         """Return an engine for the same job over another volume; both share the network."""
         other = copy(self)
-        other._fit(plan)
+        other._allocate(plan)
         return other
 
-    def _fit(self, plan: Plan) -> None:
+    def _allocate(self, plan: Plan) -> None:
         self.plan = plan
-        self._weights = WeightCache(plan, load_weights(plan), self.runtime.place)
+        self._weights = WeightCache(plan, load_blend_weights(plan), self.runtime.to_device)
         self.batcher = Batcher(plan, self.runtime, self._steps, self._network)
         if not self.runtime.any_batch:  # what is prepared for one size counts as loading
             self.batcher.warm_up()
@@ -81,11 +81,11 @@ class Engine:
         self._weights.prepare(patches)
         for patch, prediction in self.batcher.predictions(patches, halos, chunk.halo.start):
             sums.add(patch, prediction)
-        results = sums.results()
+        results = sums.sums()
         fetched = self.runtime.fetch(results)
         if fetched is not None:
             return lambda: contribution(plan, chunk, fetched())
-        made = contribution(plan, chunk, [on_host(part) for part in results])
+        made = contribution(plan, chunk, [to_numpy(part) for part in results])
         return lambda: made
 
     def close(self) -> None:
@@ -98,20 +98,20 @@ class Device:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._engines: OrderedDict[str, Engine] = OrderedDict()
-        self._lent: dict[str, Engine] = {}
+        self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
+        self._lent: dict[str, InferenceEngine] = {}
         self._waiting: set[tuple[str, Index]] = set()
 
     def is_awaited_by(self, task: Task) -> bool:
         """Tell whether a task waits until the device is free."""
         return (task.job, task.chunk) in self._waiting
 
-    def do(self, work: Callable[[], T]) -> Future[T]:
+    def run(self, work: Callable[[], T]) -> Future[T]:
         """Have anything done on the device's thread."""
         return self._thread.submit(work)
 
     @contextmanager
-    def lent(self, job: OpenJob, engine: Engine) -> Iterator[None]:
+    def compute_with(self, job: JobHandle, engine: InferenceEngine) -> Iterator[None]:
         """Compute a job with a network that someone else has loaded, and goes on to hold."""
         self._lent[_key(job)] = engine
         try:
@@ -119,17 +119,17 @@ class Device:
         finally:
             self._lent.pop(_key(job), None)
 
-    def compute(self, job: OpenJob, chunk: Chunk, halos: Halos) -> Computed:
+    def compute(self, job: JobHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
         """Wait for the device and compute one chunk; raises what the engine raises."""
         asked = time.time()
         self._waiting.add((job.folder.path, chunk.index))
         arrived, patches, seconds = self._thread.submit(
             self._compute, job, chunk, halos, asked
         ).result()
-        return Computed(arrived(), patches, seconds)
+        return ComputedChunk(arrived(), patches, seconds)
 
     def _compute(
-        self, job: OpenJob, chunk: Chunk, halos: Halos, asked: float
+        self, job: JobHandle, chunk: Chunk, halos: Halos, asked: float
     ) -> tuple[Callable[[], Contribution], int, dict[str, float]]:
         free = time.time()
         self._waiting.discard((job.folder.path, chunk.index))
@@ -140,16 +140,16 @@ class Device:
         seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
         return arrived, engine.batcher.patches_run - before, seconds
 
-    def _engine(self, job: OpenJob) -> Engine:
+    def _engine(self, job: JobHandle) -> InferenceEngine:
         key = _key(job)
         if key in self._lent:
             return self._lent[key]
         if key not in self._engines:
             this_process.check(job.plan.job.model)
-            while len(self._engines) >= ENGINES_HELD:
+            while len(self._engines) >= ENGINES_CACHED:
                 self._engines.popitem(last=False)[1].close()
             accepted = accepted_files(job.record.job, job.folder.path)
-            self._engines[key] = Engine(job.record, replace(job.plan, job=accepted))
+            self._engines[key] = InferenceEngine(job.record, replace(job.plan, job=accepted))
         self._engines.move_to_end(key)
         return self._engines[key]
 
@@ -160,12 +160,12 @@ def _network(record: JobRecord) -> Hashable:
     return model, len(record.job.input), tuple(sorted(record.file_hashes.items()))
 
 
-def _key(job: OpenJob) -> str:
+def _key(job: JobHandle) -> str:
     return f"{job.folder.path} {job.record.digest}"
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class ComputedChunk:
     """A chunk's contribution, the patches run for it and the seconds that went by.
 
     `wait` is for the device, `load` for the network (in a job's first chunk), `compute` the rest.
@@ -189,7 +189,7 @@ def waits_for_device(task: Task) -> bool:
     return _device is not None and _device.is_awaited_by(opened)
 
 
-def this_device(make: Callable[[], Device] = Device) -> Device:
+def get_device(make: Callable[[], Device] = Device) -> Device:
     """Return the process's device, made at first use."""
     global _device  # noqa: PLW0603 - one device per process is the point
     with _lock:

@@ -26,7 +26,7 @@ ROUNDINGS = 4
 """As many of the dtype's own steps are let through anyway; in 16 bits that is more."""
 RUNTIMES = {".onnx": ("onnx", "file"), ".pt2": ("torch", "exported")}
 """Ending -> runtime and type of the job that uses the file."""
-LARGEST_TRIED = 8
+MAX_BATCH_TESTED = 8
 """Items in the largest batch that a file for any size is tried with."""
 LEFT_OUT = ("autocast", "compile", "channels_last", "cuda_graph")
 OLD_FILES = frozenset(ModelConfig.model_fields) & {
@@ -129,7 +129,7 @@ def _write(
     batches = [network.batch(n) for n in sizes]
     expected = [network(batch) for batch in batches]  # before an exporter touches the network
     export_torch.write(network.module, batches[0], file, any_batch=size is None)
-    model = _seen(network.model, batches[0], file, size)
+    model = _check_file(network.model, batches[0], file, size)
     runtime = load_runtime(model, Steps(), None)
     found = []
     for batch in batches:
@@ -150,10 +150,10 @@ def _write(
 
 def _sizes(most: int) -> tuple[int, ...]:
     """Return sizes to try, two first: an example of one item would count as never more."""
-    return tuple(dict.fromkeys((2, 1, 3, min(most, LARGEST_TRIED))))
+    return tuple(dict.fromkeys((2, 1, 3, min(most, MAX_BATCH_TESTED))))
 
 
-def _seen(model: ModelConfig, batch: torch.Tensor, file: Path, size: int | None) -> ModelConfig:
+def _check_file(model: ModelConfig, batch: torch.Tensor, file: Path, size: int | None) -> ModelConfig:
     """Return what a job would say of the file alone, without steps around it."""
     runtime, kind = RUNTIMES[file.suffix]
     return ModelConfig(

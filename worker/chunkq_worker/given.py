@@ -15,19 +15,19 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.box import Box
-from chunkq.combine import on_host
+from chunkq.combine import to_numpy
 from chunkq.errors import JobError, StoreError
 from chunkq.paths import absolute, is_url, without_secret
 from chunkq.plan import Volume
 from chunkq.stores import Array, find_source, open_array
 
-Given = Any
+Input = Any
 """One volume: what `np.asarray` takes, what is sliced into that (zarr, h5py, dask), or a path."""
 COPY_BYTES = 64 << 20
 """Copied at a time when an array becomes a file."""
 
 
-class HeldArray(Array):
+class MemoryArray(Array):
     """An array in memory, or one that gives NumPy arrays when it is sliced."""
 
     def __init__(self, values: Any, name: str) -> None:
@@ -40,7 +40,7 @@ class HeldArray(Array):
         return np.asarray(self.values[box.slices((0,) * len(self.shape))])
 
 
-def arrays_of(given: Given | Sequence[Given]) -> tuple[Array, ...]:
+def open_inputs(given: Input | Sequence[Input]) -> tuple[Array, ...]:
     """Return one volume, or each of a list or tuple of them, ready to be read box by box.
 
     Raises JobError where one is no array or they differ in shape, StoreError for a bad path.
@@ -66,14 +66,14 @@ def volume_of(arrays: Sequence[Array]) -> Volume:
     return Volume.joined([Volume(array.shape, str(array.dtype)) for array in arrays])
 
 
-def whole(array: Array) -> npt.NDArray[Any]:
+def read_all(array: Array) -> npt.NDArray[Any]:
     """Return all of an input as NumPy; not copied where it is that already."""
     return array.read(Box.of_shape(array.shape))
 
 
 @contextmanager
 def as_paths(
-    given: Given | Sequence[Given], arrays: Sequence[Array], output: str
+    given: Input | Sequence[Input], arrays: Sequence[Array], output: str
 ) -> Iterator[list[str]]:
     """Yield a path for each input: its own, or that of a temporary file beside the output.
 
@@ -99,15 +99,15 @@ def as_paths(
         yield paths
 
 
-def _array(given: Given, name: str) -> Array:
+def _array(given: Input, name: str) -> Array:
     if isinstance(given, (str, Path)):
         return open_array(find_source(absolute(str(given), Path.cwd())).array_path)
     try:
         if hasattr(given, "detach"):  # a torch tensor, on any device
-            return HeldArray(on_host(given), name)
+            return MemoryArray(to_numpy(given), name)
         if _is_sliceable(given):
-            return HeldArray(given, name)
-        return HeldArray(np.asarray(given), name)
+            return MemoryArray(given, name)
+        return MemoryArray(np.asarray(given), name)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise JobError(f"input: {name} ({type(given).__name__}) is no array: {reason}") from error

@@ -15,15 +15,15 @@ from chunkq.executors.base import (
     Counts,
     Executor,
     Handler,
-    Mark,
-    Outcome,
+    BlockContribution,
+    TaskResult,
     Running,
-    Shift,
+    WorkerOptions,
     WorkerName,
-    usual_depth,
+    default_depth,
 )
-from chunkq.finalize import blocks_at_once, complete_block, standing
-from chunkq.opened import OpenJob
+from chunkq.finalize import blocks_at_once, complete_block, job_completion
+from chunkq.opened import JobHandle
 from chunkq.plan import Index
 from chunkq.tasks import Task
 from chunkq_worker.run import run_task
@@ -74,11 +74,11 @@ class NoQueue(Executor):
         return 0
 
     @override
-    def work(self, handler: Handler, shift: Shift) -> None:
+    def run_tasks(self, handler: Handler, shift: WorkerOptions) -> None:
         return
 
     @override
-    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
         return []
 
     @override
@@ -93,34 +93,34 @@ class Contributions:
         self._marks: Counter[Index] = Counter()
         self._lock = threading.Lock()
 
-    def note(self, marks: Sequence[Mark]) -> list[Index]:
+    def note(self, marks: Sequence[BlockContribution]) -> list[Index]:
         """Count a committed chunk's marks; return the blocks that they complete."""
         with self._lock:
             self._marks.update(mark.block for mark in marks)
             return [mark.block for mark in marks if self._marks[mark.block] == mark.of]
 
 
-def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
+def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
     """Compute every chunk without a commit record, in order; returns this worker's name.
 
     A block is completed as soon as all its contributors are committed; of a job that was begun
     before, some are left to the finalizer. The first chunk that fails ends it with its error,
     which the ledger keeps as well; what is committed stays.
     """
-    worker = WorkerName.new(job.plan.job.model.device).text
-    left, total = standing(job).unfinished, job.plan.costs.chunks
+    worker = WorkerName.new(job.plan.job.model.device).name
+    left, total = job_completion(job).unfinished, job.plan.costs.chunks
     before = total - len(left)
     progress(before, total)
     contributions = Contributions()
     blocks: list[Future[None]] = []
-    most, depth = blocks_at_once(job.plan), usual_depth(gpu=job.plan.job.model.device == "cuda")
+    most, depth = blocks_at_once(job.plan), default_depth(gpu=job.plan.job.model.device == "cuda")
     with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(most) as finalizer:
 
-        def start(index: Index) -> Future[Outcome]:
+        def start(index: Index) -> Future[TaskResult]:
             task = Task("infer", job.folder.path, index)
             return pool.submit(run_task, task, Attempt(1, worker))
 
-        for done, outcome in enumerate(ahead(start, left, depth), start=before + 1):
+        for done, outcome in enumerate(pipelined(start, left, depth), start=before + 1):
             for block in contributions.note(outcome.marks):
                 blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
             progress(done, total)
@@ -129,7 +129,7 @@ def compute_here(job: OpenJob, progress: Callable[[int, int], None]) -> str:
     return worker
 
 
-def ahead(start: Callable[[A], Future[B]], items: Iterable[A], depth: int) -> Iterator[B]:
+def pipelined(start: Callable[[A], Future[B]], items: Iterable[A], depth: int) -> Iterator[B]:
     """Yield what each item comes to, in order, while `depth` items are in flight."""
     flying: deque[Future[B]] = deque()
     try:

@@ -6,18 +6,18 @@ import time
 
 import numpy as np
 
-from chunkq.executors.base import Attempt, Mark, Outcome
-from chunkq.finalize import OWN
+from chunkq.executors.base import Attempt, BlockContribution, TaskResult
+from chunkq.finalize import OWN_PIECE
 from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
-from chunkq_worker.engine import Computed, this_device
+from chunkq_worker.engine import ComputedChunk, get_device
 from chunkq_worker.frameworks import this_process
 
 
-def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
+def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:
     """Compute one chunk unless it is committed; the commit record comes last.
 
     Several run at once in threads: while one computes, others read and write. It contributes to
@@ -29,21 +29,21 @@ def infer_chunk(task: Task, attempt: Attempt) -> Outcome:
         this_process.check(job.plan.job.model)  # the device checks again, when the job has its turn
         with job.unless_replaced():
             patches = _compute(job, task, attempt)
-    return Outcome(_marks(job, task.chunk), ran=patches > 0)
+    return TaskResult(_contributions(job, task.chunk), ran=patches > 0)
 
 
-def _marks(job: OpenJob, index: Index) -> list[Mark]:
+def _contributions(job: JobHandle, index: Index) -> list[BlockContribution]:
     chunk = job.plan.chunk(index)
     found = []
-    for block in [index, *(piece.target for piece in job.plan.leaves(chunk))]:
+    for block in [index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]:
         if not job.plan.has_band(block):
             continue
         members = job.plan.contributors(block)
-        found.append(Mark(block, members.index(index), len(members)))
+        found.append(BlockContribution(block, members.index(index), len(members)))
     return found
 
 
-def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
+def _compute(job: JobHandle, task: Task, attempt: Attempt) -> int:
     """Compute and commit one chunk; returns the patches run."""
     chunk = job.plan.chunk(task.chunk)
     started = time.time()
@@ -51,11 +51,11 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
     moved: dict[str, int] = {}
     checksums: dict[str, int] = {}
     patches = 0
-    if chunk.active:
+    if chunk.is_active:
         halos = job.read_halos(chunk)
         seconds["read"] = time.time() - started
         moved["input"] = _bytes_read(job, chunk)
-        computed = this_device().compute(job, chunk, halos)
+        computed = get_device().compute(job, chunk, halos)
         del halos
         seconds |= computed.seconds
         patches = computed.patches
@@ -68,7 +68,7 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
         seconds["write"] = time.time() - before
     if job.ledger.is_committed("infer", task.chunk):
         # Another worker was given this chunk and was faster; its blocks may be sealed by now.
-        _tidy_after_other(job, chunk)
+        _delete_late_pieces(job, chunk)
         return patches
     job.check_unchanged()
     job.ledger.commit(
@@ -90,9 +90,9 @@ def _compute(job: OpenJob, task: Task, attempt: Attempt) -> int:
 
 
 def _write(
-    job: OpenJob,
+    job: JobHandle,
     chunk: Chunk,
-    computed: Computed,
+    computed: ComputedChunk,
     moved: dict[str, int],
     checksums: dict[str, int],
 ) -> None:
@@ -100,9 +100,9 @@ def _write(
     moved["output"] = job.write(chunk.core, result.core)
     if result.own is not None:
         arrays = (*result.own.band, *result.own.rest)
-        written = job.ledger.put_piece(chunk.index, OWN, arrays)
+        written = job.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
         pieces += written.size
-        checksums[OWN] = written.crc32c
+        checksums[OWN_PIECE] = written.crc32c
     for piece, sums in result.pieces:
         written = job.ledger.put_piece(piece.target, piece.name, [sums])
         pieces += written.size
@@ -110,14 +110,14 @@ def _write(
     moved["pieces"] = pieces
 
 
-def _tidy_after_other(job: OpenJob, chunk: Chunk) -> None:
-    targets = [chunk.index, *(piece.target for piece in job.plan.leaves(chunk))]
+def _delete_late_pieces(job: JobHandle, chunk: Chunk) -> None:
+    targets = [chunk.index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]
     for target in targets:
         if job.ledger.is_committed("finalize", target):
             job.ledger.delete_pieces(target)
 
 
-def _bytes_read(job: OpenJob, chunk: Chunk) -> int:
+def _bytes_read(job: JobHandle, chunk: Chunk) -> int:
     """Return the bytes of the real voxels behind the halo."""
     voxels = 1
     for axis, number in zip(job.plan.axes, chunk.index, strict=True):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 import chunkq
 from chunkq.blend import Contribution
-from chunkq.combine import decide, label_dtype
+from chunkq.combine import reduce_and_cast, label_dtype
 from chunkq.errors import ChunkqError, ModelError
 from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
@@ -26,11 +26,11 @@ from chunkq.prediction import Prediction
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import Array, read_padded
-from chunkq.wavefront import place_of, regions
-from chunkq_worker.defaults import half_strides, job_around
-from chunkq_worker.engine import ENGINES_HELD, Engine, this_device
-from chunkq_worker.given import Given, arrays_of, as_paths, volume_of, whole
-from chunkq_worker.here import NoQueue, ahead, compute_here
+from chunkq.wavefront import output_slices, regions
+from chunkq_worker.defaults import half_strides, job_for_model
+from chunkq_worker.engine import ENGINES_CACHED, InferenceEngine, get_device
+from chunkq_worker.given import Input, open_inputs, as_paths, volume_of, read_all
+from chunkq_worker.here import NoQueue, pipelined, compute_inline
 
 Progress = Callable[[int, int], None]
 Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]
@@ -63,8 +63,8 @@ class Predictor:
     def __init__(self, job: Job, *, half_strides: bool = False) -> None:
         """Use `from_config` or `from_model`."""
         self._job, self._half_strides = job, half_strides
-        self._hashes = JobRecord.of(job, ()).file_hashes
-        self._engines: OrderedDict[Volume, Engine] = OrderedDict()
+        self._hashes = JobRecord.create(job, ()).file_hashes
+        self._engines: OrderedDict[Volume, InferenceEngine] = OrderedDict()
         self._closed = False
 
     @classmethod
@@ -93,7 +93,7 @@ class Predictor:
         kind is not to be told: then `runtime` and `type` name it.
         """
         keys["model_input_shape"] = list(model_input_shape)
-        values = job_around(absolute(str(path), Path.cwd()), keys)
+        values = job_for_model(absolute(str(path), Path.cwd()), keys)
         half = values["inference_type"] == "sliding_window" and "strides" not in values
         if half:  # until a volume says how many axes there are
             values["strides"] = [1]
@@ -122,7 +122,7 @@ class Predictor:
         return resolve(self._job_for(names, len(length)), volume)
 
     def predict(
-        self, volume: Given | Sequence[Given], *, progress: Progress = _quiet
+        self, volume: Input | Sequence[Input], *, progress: Progress = _quiet
     ) -> Prediction:
         """Run the network over a whole volume and return all of the result, in memory.
 
@@ -130,7 +130,7 @@ class Predictor:
         job do not fit, ModelError where the network cannot be loaded or breaks its declaration,
         PredictionError where it returns what is not finite.
         """
-        arrays = arrays_of(volume)
+        arrays = open_inputs(volume)
         plan = self._plan(arrays)
         averaged = plan.job.combine == "weighted_avg"
         dtype = label_dtype(max(2, plan.channels))
@@ -140,13 +140,13 @@ class Predictor:
             stored[where] = values
             if averaged:
                 average = values if plan.channel_axis else values[np.newaxis]
-                labels[where[-plan.rank :]] = decide(average, "soft", dtype)
-        given = tuple(whole(array) for array in arrays)
+                labels[where[-plan.rank :]] = reduce_and_cast(average, "soft", dtype)
+        given = tuple(read_all(array) for array in arrays)
         probabilities = stored.reshape(plan.channels, *plan.volume.shape) if averaged else None
         return Prediction(labels, given if len(given) > 1 else given[0], probabilities)
 
     def predict_streaming(
-        self, volume: Given | Sequence[Given], *, progress: Progress = _quiet
+        self, volume: Input | Sequence[Input], *, progress: Progress = _quiet
     ) -> Regions:
         """Return a generator of the result's regions, each as soon as it is final.
 
@@ -159,12 +159,12 @@ class Predictor:
         the first axis; a volume given by path or as a zarr array is read chunk by chunk. Checks
         are made at once and raise as `predict` does; the network runs as items are asked for.
         """
-        arrays = arrays_of(volume)
+        arrays = open_inputs(volume)
         return self._stream(self._plan(arrays), arrays, progress)
 
     def predict_to_store(
         self,
-        volume: Given | Sequence[Given],
+        volume: Input | Sequence[Input],
         output: str | Path,
         *,
         overwrite: bool = False,
@@ -178,7 +178,7 @@ class Predictor:
         `overwrite`, which deletes it first. Raises as `predict` does, StoreError where a path
         cannot be read or written.
         """
-        arrays = arrays_of(volume)
+        arrays = open_inputs(volume)
         self._plan(arrays)  # refuses what cannot be done before anything is copied
         output = str(output)
         with as_paths(volume, arrays, output) as paths:
@@ -190,16 +190,16 @@ class Predictor:
                 raise ModelError(
                     "the model's files have changed since the predictor was made; make another"
                 )
-            device = this_device()
-            engine = device.do(lambda: self._engine(job.plan)).result()
-            with device.lent(job, engine):
-                worker = compute_here(job, progress)
+            device = get_device()
+            engine = device.run(lambda: self._engine(job.plan)).result()
+            with device.compute_with(job, engine):
+                worker = compute_inline(job, progress)
             return finalize_job(job, worker=worker)
 
     def close(self) -> None:
         """Let go of the network and the device's memory; nothing happens the second time."""
         self._closed = True
-        this_device().do(self._let_go).result()
+        get_device().run(self._let_go).result()
 
     def __enter__(self) -> Predictor:
         return self
@@ -225,40 +225,40 @@ class Predictor:
     def _stream(self, plan: Plan, arrays: Sequence[Array], progress: Progress) -> Regions:
         self._check_open()
         for box, values in regions(plan, self._computed(plan, arrays, progress)):
-            yield place_of(plan, box), values
+            yield output_slices(plan, box), values
 
     def _computed(
         self, plan: Plan, arrays: Sequence[Array], progress: Progress
     ) -> Iterator[tuple[Chunk, Contribution | None]]:
         """Yield every chunk with what it came to; the next one is computed meanwhile."""
-        job, device, total = plan.job, this_device(), plan.costs.chunks
+        job, device, total = plan.job, get_device(), plan.costs.chunks
 
         def start(index: Index) -> Future[tuple[Chunk, Contribution | None]]:
             chunk = plan.chunk(index)
-            if not chunk.active:
-                return device.do(lambda: (chunk, None))
+            if not chunk.is_active:
+                return device.run(lambda: (chunk, None))
             halos = [
                 read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays
             ]
-            return device.do(lambda: (chunk, self._engine(plan).compute(chunk, halos)))
+            return device.run(lambda: (chunk, self._engine(plan).compute(chunk, halos)))
 
         progress(0, total)
-        for done, result in enumerate(ahead(start, plan.indices(), IN_FLIGHT), start=1):
+        for done, result in enumerate(pipelined(start, plan.indices(), IN_FLIGHT), start=1):
             yield result
             progress(done, total)
 
-    def _engine(self, plan: Plan) -> Engine:
+    def _engine(self, plan: Plan) -> InferenceEngine:
         """Return the network over a plan's volume; only the device thread calls it."""
         self._check_open()
         engine = self._engines.get(plan.volume)
         if engine is None:
             if self._engines:
-                engine = next(iter(self._engines.values())).over(plan)
+                engine = next(iter(self._engines.values())).for_plan(plan)
             else:
-                engine = Engine(JobRecord(plan.job, (), self._hashes), plan)
+                engine = InferenceEngine(JobRecord(plan.job, (), self._hashes), plan)
             self._engines[plan.volume] = engine
         self._engines.move_to_end(plan.volume)
-        while len(self._engines) > ENGINES_HELD:
+        while len(self._engines) > ENGINES_CACHED:
             self._engines.popitem(last=False)
         return engine
 

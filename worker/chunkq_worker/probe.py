@@ -25,16 +25,16 @@ import numpy.typing as npt
 from chunkq.box import Box
 from chunkq.errors import ChunkqError
 from chunkq.memory import peak_bytes
-from chunkq.opened import OpenJob
+from chunkq.opened import JobHandle
 from chunkq.plan import Patch, Plan
 from chunkq.record import JobRecord
-from chunkq.rehearsal import made_anew
+from chunkq.rehearsal import recreate_job
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
-from chunkq_worker.birth import child_settings
+from chunkq_worker.birth import child_env
 from chunkq_worker.devices import cores
-from chunkq_worker.engine import Engine, this_device
-from chunkq_worker.rehearsal import rehearse
+from chunkq_worker.engine import InferenceEngine, get_device
+from chunkq_worker.rehearsal import measure_memory
 
 FEW_CHUNKS = 1000
 ROUNDS = 3
@@ -42,7 +42,7 @@ ROUNDS = 3
 
 
 @dataclass
-class Finding:
+class ModelCheckResult:
     """What trying a network showed; None where it was not looked at.
 
     `load_seconds` ends with the first batch. Of real patches: `batch_seconds`, the output's
@@ -84,31 +84,31 @@ def main(*arguments: str) -> None:
     parser.add_argument("--depth", type=int, help="chunks at once; none are tried without it")
     parser.add_argument("--folder", help="where to, empty; whoever asks removes it")
     asked = parser.parse_args(arguments)
-    finding = Finding()
+    finding = ModelCheckResult()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
-        look(finding, record, asked.depth, asked.folder)
+        run_check(finding, record, asked.depth, asked.folder)
     except ChunkqError as error:
         finding.error = str(error)
     sys.stdout.write(json.dumps(asdict(finding)) + "\n")
 
 
-def look(
-    finding: Finding, record: JobRecord, depth: int | None = None, folder: str | None = None
+def run_check(
+    finding: ModelCheckResult, record: JobRecord, depth: int | None = None, folder: str | None = None
 ) -> None:
     """Load the network and fill in a finding; raises ChunkqError.
 
     All of it with `depth`, the chunks to compute at once, and an empty `folder` for them.
     """
     # Where a worker has its network: libraries keep threads and memory per calling thread.
-    on_device = this_device().do
+    on_device = get_device().run
     before = time.perf_counter()
-    engine = on_device(lambda: Engine(record, record.plan())).result()
+    engine = on_device(lambda: InferenceEngine(record, record.plan())).result()
     finding.load_seconds = time.perf_counter() - before
     finding.loaded_bytes = peak_bytes()
     if depth is not None and folder is not None:
         finding.depth = depth
-        _rehearse(finding, engine, made_anew(record, folder))
+        _measure_memory(finding, engine, recreate_job(record, folder))
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
     finding.load_seconds += time.perf_counter() - before
@@ -119,23 +119,23 @@ def look(
     finding.peak_bytes, finding.device_bytes = peak_bytes(), engine.runtime.device_bytes()
 
 
-def _be_born_as_worker() -> None:
+def _restart_with_worker_env() -> None:
     """Start again with the environment of a worker process, unless this is it."""
-    born = {**os.environ, **child_settings(cores())}
+    born = {**os.environ, **child_env(cores())}
     if born != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], born)
 
 
-def _rehearse(finding: Finding, engine: Engine, job: OpenJob) -> None:
+def _measure_memory(finding: ModelCheckResult, engine: InferenceEngine, job: JobHandle) -> None:
     try:
-        done = rehearse(engine, job, finding.depth or 1)
+        done = measure_memory(engine, job, finding.depth or 1)
     except Exception as error:  # what is wrong with the network itself shows right after this
         finding.memory_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     else:
         finding.chunks, finding.worker_bytes = done.chunks, done.worker_bytes
 
 
-def _try_patches(finding: Finding, engine: Engine, record: JobRecord) -> None:
+def _try_patches(finding: ModelCheckResult, engine: InferenceEngine, record: JobRecord) -> None:
     patches = middle_patches(engine.plan, engine.batcher.size)
     window = _around(patches)
     job = record.job
@@ -175,8 +175,8 @@ def _around(patches: Sequence[Patch]) -> Box:
 
 
 def _measure(
-    finding: Finding,
-    engine: Engine,
+    finding: ModelCheckResult,
+    engine: InferenceEngine,
     patches: list[Patch],
     halos: Halos,
     origin: tuple[int, ...],
@@ -219,5 +219,5 @@ def _difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
 
 if __name__ == "__main__":
     logging.getLogger("chunkq").setLevel(logging.ERROR)
-    _be_born_as_worker()
+    _restart_with_worker_env()
     main(*sys.argv[1:])

@@ -22,26 +22,26 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq import pages
-from chunkq.combine import Array, on_host
+from chunkq.combine import Array, to_numpy
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block
 from chunkq.memory import peak_bytes
-from chunkq.opened import OpenJob
+from chunkq.opened import JobHandle
 from chunkq.plan import Index, Plan
 from chunkq.tasks import Task
-from chunkq_worker.engine import Engine, this_device
+from chunkq_worker.engine import InferenceEngine, get_device
 from chunkq_worker.here import Contributions
 from chunkq_worker.infer import infer_chunk
 from chunkq_worker.runtimes.base import Runtime
 
-MOST_CHUNKS = 27
+MAX_CHUNKS = 27
 """Chunks of a rehearsal, at most: in a volume, one and all around it."""
 SECONDS = 20.0
 """No chunk is begun after so long, but the few that it takes to fill the pipeline."""
-LOOK_SECONDS = 0.002
+POLL_SECONDS = 0.002
 
 
-class Replay(Runtime):
+class ReplayRuntime(Runtime):
     """A network that is run for some batches; the others get a copy of its last answer.
 
     Of `batches` in all it is run for as many as SECONDS are enough for, evenly spread, and for one
@@ -50,7 +50,7 @@ class Replay(Runtime):
     as do behind the real one.
     """
 
-    def __init__(self, network: Runtime, chunk: int, batches: int, flights: Flights) -> None:
+    def __init__(self, network: Runtime, chunk: int, batches: int, flights: ChunksInFlight) -> None:
         self.device, self.any_batch = network.device, network.any_batch
         self._network, self._chunk, self._batches = network, chunk, batches
         self._each, self._flights = chunk, flights
@@ -74,12 +74,12 @@ class Replay(Runtime):
             return answer
         due = time.perf_counter() + self._seconds
         while time.perf_counter() < due and self._flights.are_moving():
-            time.sleep(LOOK_SECONDS)
-        return self._network.place(np.array(self._answer[: len(batch)]))
+            time.sleep(POLL_SECONDS)
+        return self._network.to_device(np.array(self._answer[: len(batch)]))
 
     def _keep(self, answer: Array) -> None:
         """Keep an answer outside the allocator's heap, which is to look as without it."""
-        values = on_host(answer)
+        values = to_numpy(answer)
         self._answer = pages.cast(values, values.dtype)
         self.kept_bytes += values.nbytes
 
@@ -88,8 +88,8 @@ class Replay(Runtime):
         return self._network.zeros(shape)
 
     @override
-    def place(self, array: npt.NDArray[Any]) -> Array:
-        return self._network.place(array)
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
+        return self._network.to_device(array)
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
@@ -100,10 +100,10 @@ class Replay(Runtime):
         self._network.close()
 
 
-class Flights:
+class ChunksInFlight:
     """The chunks in flight, at most `depth` at once."""
 
-    def __init__(self, job: OpenJob, depth: int) -> None:
+    def __init__(self, job: JobHandle, depth: int) -> None:
         self._job, self._depth = job, depth
         self._flying: set[Task] = set()
         self._lock = threading.Lock()
@@ -112,11 +112,11 @@ class Flights:
 
     def are_moving(self) -> bool:
         """Tell whether any chunk besides the computed one is read or written."""
-        device = this_device()
+        device = get_device()
         with self._lock:
             return sum(not device.is_awaited_by(task) for task in self._flying) > 1
 
-    def fly(self, chunks: Sequence[Index]) -> None:
+    def run(self, chunks: Sequence[Index]) -> None:
         """Compute chunks until the time is up, and complete blocks; raises what either raises."""
         until = time.perf_counter() + SECONDS
         # So many that the pipeline is full, and one block complete.
@@ -144,32 +144,32 @@ class Flights:
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsed:
+class MemoryMeasurement:
     """How many chunks were computed, and a worker's largest resident memory meanwhile."""
 
     chunks: int
     worker_bytes: int
 
 
-def rehearse(engine: Engine, job: OpenJob, depth: int) -> Rehearsed:
+def measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> MemoryMeasurement:
     """Compute some chunks of a job, `depth` at once, as the first thing done with a network.
 
     Raises what computing them raises.
     """
     chunks = some_chunks(job.plan)
-    flights = Flights(job, depth)
+    flights = ChunksInFlight(job, depth)
     network = engine.runtime
     batches = [-(-job.plan.chunk(i).patches // engine.batcher.size) for i in chunks]
-    device = this_device()
+    device = get_device()
     # `over` makes a batcher for what the engine holds as its network just then.
-    engine.runtime = replay = Replay(network, max(batches), sum(batches), flights)
+    engine.runtime = replay = ReplayRuntime(network, max(batches), sum(batches), flights)
     try:
-        playing = device.do(lambda: engine.over(job.plan)).result()
+        playing = device.run(lambda: engine.for_plan(job.plan)).result()
     finally:
         engine.runtime = network
-    with device.lent(job, playing):
-        flights.fly(chunks)
-    return Rehearsed(flights.landed, peak_bytes() - replay.kept_bytes)
+    with device.compute_with(job, playing):
+        flights.run(chunks)
+    return MemoryMeasurement(flights.landed, peak_bytes() - replay.kept_bytes)
 
 
 def some_chunks(plan: Plan) -> list[Index]:
@@ -182,8 +182,8 @@ def some_chunks(plan: Plan) -> list[Index]:
         range(max(0, centre - 1), min(blocks, centre + 2))
         for centre, blocks in zip(middle, plan.blocks, strict=True)
     ]
-    few = plan.costs.chunks <= MOST_CHUNKS
-    found = [i for i in (plan.indices() if few else product(*near)) if plan.chunk(i).active]
+    few = plan.costs.chunks <= MAX_CHUNKS
+    found = [i for i in (plan.indices() if few else product(*near)) if plan.chunk(i).is_active]
     first = set(plan.contributors(middle))
     found.sort(key=lambda i: (i != middle, i not in first, i))
-    return found[:MOST_CHUNKS]
+    return found[:MAX_CHUNKS]

@@ -16,8 +16,8 @@ from chunkq.errors import (
     MissingJobError,
     ModelError,
 )
-from chunkq.executors.base import Attempt, Outcome
-from chunkq.job_path import output_of, shown
+from chunkq.executors.base import Attempt, TaskResult
+from chunkq.job_path import output_of, printable_path
 from chunkq.ledger import Failure, JobFolder
 from chunkq.opened import open_job
 from chunkq.tasks import Task, chunk_name, entry_point
@@ -25,7 +25,7 @@ from chunkq.tasks import Task, chunk_name, entry_point
 log = logging.getLogger("chunkq.worker")
 
 
-def run_task(task: Task, attempt: Attempt) -> Outcome:
+def run_task(task: Task, attempt: Attempt) -> TaskResult:
     """Run one task to its end; thread-safe, and nothing happens if it is committed.
 
     An error is recorded in the ledger and raised again. Raises JobError, and opens nothing, if
@@ -37,12 +37,12 @@ def run_task(task: Task, attempt: Attempt) -> Outcome:
     try:
         if is_restricted():
             accepted_files(open_job(task.job).record.job, task.job)
-        outcome: Outcome = entry_point(task.kind)(task, attempt) or Outcome()
+        outcome: TaskResult = entry_point(task.kind)(task, attempt) or TaskResult()
     except (JobError, ModelError, FrameworkConflictError) as error:
         if error.code == ErrorCode.PATH_NOT_ALLOWED:
             raise  # names the job already
         # Every chunk of the job would end like this; the worker stops and logs it.
-        output = shown(output_of(task.job))
+        output = printable_path(output_of(task.job))
         raise type(error)(f"{output}: {error}", code=error.code) from error
     except (Exception, SystemExit) as error:
         record_failure(task, attempt, error)

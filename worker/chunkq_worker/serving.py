@@ -6,14 +6,14 @@ import os
 import sys
 import threading
 
-from chunkq.errors import ChunkqError, OverrunError
-from chunkq.executors.base import EXIT_OVERRUN, Ended, Executor, Shift
+from chunkq.errors import ChunkqError, TaskTimeoutError
+from chunkq.executors.base import EXIT_TASK_TIMEOUT, ExitStatus, Executor, WorkerOptions
 from chunkq.scratch import remove_own
 
 LEDGER_SECONDS = 5.0
 
 
-def serve(executor: Executor, shift: Shift) -> Ended:
+def serve(executor: Executor, shift: WorkerOptions) -> ExitStatus:
     """Work off a queue; a chunk that hangs ends the process, if that is the worker's own."""
     # Imported here so that signals already work while the network's libraries load.
     from chunkq_worker.engine import waits_for_device
@@ -21,20 +21,20 @@ def serve(executor: Executor, shift: Shift) -> Ended:
     from chunkq_worker.run import run_task
 
     this_process.enforced = shift.replaceable
-    shift.waits = waits_for_device
+    shift.is_waiting = waits_for_device
     try:
-        executor.work(run_task, shift)
-    except OverrunError as error:
+        executor.run_tasks(run_task, shift)
+    except TaskTimeoutError as error:
         if not executor.owns_process:
-            return Ended(EXIT_OVERRUN, [str(error)])
+            return ExitStatus(EXIT_TASK_TIMEOUT, [str(error)])
         sys.stderr.write(f"chunkq: {error}\n")
         _leave_hanging(error)
     except ChunkqError as error:
-        return Ended.by(error)
-    return Ended()
+        return ExitStatus.from_error(error)
+    return ExitStatus()
 
 
-def _leave_hanging(error: OverrunError) -> None:
+def _leave_hanging(error: TaskTimeoutError) -> None:
     """End this process although threads of it hang; the ledger is told, if it does not hang too."""
     from chunkq_worker.run import record_failure
 
@@ -46,4 +46,4 @@ def _leave_hanging(error: OverrunError) -> None:
     teller.start()
     teller.join(LEDGER_SECONDS)
     remove_own()
-    os._exit(EXIT_OVERRUN)
+    os._exit(EXIT_TASK_TIMEOUT)

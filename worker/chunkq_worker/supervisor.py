@@ -14,27 +14,27 @@ from types import FrameType
 
 from chunkq.errors import QueueError
 from chunkq.executors.base import (
-    EXIT_OVERRUN,
-    EXIT_QUEUE_AWAY,
+    EXIT_TASK_TIMEOUT,
+    EXIT_QUEUE_UNREACHABLE,
     EXIT_REFUSED,
-    EXIT_REPLACE,
+    EXIT_RESTART,
     Executor,
     WorkerName,
 )
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
-from chunkq.scratch import sweep
-from chunkq_worker.birth import child_settings
-from chunkq_worker.child import Orders
+from chunkq.scratch import delete_abandoned
+from chunkq_worker.birth import child_env
+from chunkq_worker.child import WorkerProcessOptions
 from chunkq_worker.devices import VISIBLE, Slot, cores
 
 POLL_SECONDS = 0.1
-HAND_BACK_SECONDS = 1.0
+REQUEUE_SECONDS = 1.0
 """Between tries to tell an absent queue what a child has let go."""
 
 
 @dataclass
-class _Place:
+class _WorkerSlot:
     """One slot and the process in it. `deaths` counts instant ones in a row."""
 
     slot: Slot
@@ -64,26 +64,26 @@ class Supervisor:
     quiet: bool = False
     hide_gpus: bool = False
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
-    queue_was_away: bool = field(default=False, init=False)
+    queue_was_unreachable: bool = field(default=False, init=False)
     _signals: int = field(default=0, init=False)
     _passed_on: int = field(default=0, init=False)
-    _owed: dict[str, bool] = field(default_factory=dict, init=False)
-    _owed_next: float = field(default=0.0, init=False)
+    _pending_requeues: dict[str, bool] = field(default_factory=dict, init=False)
+    _next_requeue: float = field(default=0.0, init=False)
 
     def run(self) -> int:
         """Return 0 when all children ended well, 1 when some could not go on."""
         signal.signal(signal.SIGTERM, self._count_signal)
         signal.signal(signal.SIGINT, self._count_signal)
-        places = [_Place(slot) for slot in self.slots]
+        places = [_WorkerSlot(slot) for slot in self.slots]
         if not self.quiet:
             self._say(self._greeting())
         try:
             while not all(place.done for place in places):
                 for place in places:
-                    self._tend(place)
+                    self._check_slot(place)
                 self._pass_on_signals(places)
-                if self._owed and time.time() >= self._owed_next:
-                    self._pay()
+                if self._pending_requeues and time.time() >= self._next_requeue:
+                    self._send_pending_requeues()
                 time.sleep(POLL_SECONDS)
             return 1 if any(place.gave_up for place in places) else 0
         finally:
@@ -101,7 +101,7 @@ class Supervisor:
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
 
-    def _tend(self, place: _Place) -> None:
+    def _check_slot(self, place: _WorkerSlot) -> None:
         """Start or restart a place's child, or write the place off; the others go on."""
         if place.done:
             return
@@ -114,28 +114,28 @@ class Supervisor:
         code = place.process.poll()
         if code is None:
             return
-        _let_go(place)
+        _close_streams(place)
         if code == 0 or self._signals:
-            self._hand_back(place.worker, counted=False)
+            self._requeue(place.worker, counted=False)
             place.done = True
         elif code == EXIT_REFUSED:
-            self._hand_back(place.worker, counted=False)
+            self._requeue(place.worker, counted=False)
             place.done = place.gave_up = True
-        elif code == EXIT_QUEUE_AWAY:
+        elif code == EXIT_QUEUE_UNREACHABLE:
             self._after_absence(place)
-        elif code == EXIT_REPLACE:
-            self._hand_back(place.worker, counted=False)
+        elif code == EXIT_RESTART:
+            self._requeue(place.worker, counted=False)
             if not self.quiet:
                 self._say(f"worker {place.worker} is replaced: the next job needs a new process")
         else:
             self._after_death(place, code)
 
-    def _after_death(self, place: _Place, code: int) -> None:
-        returned = self._hand_back(place.worker, counted=True)
+    def _after_death(self, place: _WorkerSlot, code: int) -> None:
+        returned = self._requeue(place.worker, counted=True)
         instant = time.time() - place.started < self.settings.early_death
         place.deaths = place.deaths + 1 if instant else 1
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        if code == EXIT_OVERRUN:
+        if code == EXIT_TASK_TIMEOUT:
             how = "was ended because it hung"
         self._say(f"worker {place.worker} {how}; {returned} chunks handed back")
         if place.deaths >= self.settings.early_deaths:
@@ -144,10 +144,10 @@ class Supervisor:
             return
         self._wait(place, place.deaths)
 
-    def _after_absence(self, place: _Place) -> None:
+    def _after_absence(self, place: _WorkerSlot) -> None:
         """Start a child again that lost the queue: a queue comes back, and nobody is to watch."""
-        self.queue_was_away = True
-        self._hand_back(place.worker, counted=False)
+        self.queue_was_unreachable = True
+        self._requeue(place.worker, counted=False)
         now = time.time()
         if place.away_since is None or now - place.started > self.settings.early_death:
             place.away_since, place.absences = now, 0
@@ -158,31 +158,31 @@ class Supervisor:
         place.absences += 1
         self._wait(place, place.absences)
 
-    def _wait(self, place: _Place, times: int) -> None:
+    def _wait(self, place: _WorkerSlot, times: int) -> None:
         pause = self.settings.restart_delay * 2 ** min(times - 1, 10)
         place.not_before = time.time() + min(self.settings.longest_restart_delay, pause)
 
-    def _hand_back(self, worker: str, *, counted: bool) -> int:
+    def _requeue(self, worker: str, *, counted: bool) -> int:
         """Return a child's chunks to the queue, later if that is away now; returns how many."""
         try:
             return self.executor.release(worker, counted=counted)
         except QueueError:
-            self._owed[worker] = counted
-            self._owed_next = time.time() + HAND_BACK_SECONDS
+            self._pending_requeues[worker] = counted
+            self._next_requeue = time.time() + REQUEUE_SECONDS
             return 0
 
-    def _pay(self) -> None:
+    def _send_pending_requeues(self) -> None:
         """Hand back what an absent queue could not be told; if it never is, leases run out."""
-        owed, self._owed = self._owed, {}
+        owed, self._pending_requeues = self._pending_requeues, {}
         for worker, counted in owed.items():
-            returned = self._hand_back(worker, counted=counted)
+            returned = self._requeue(worker, counted=counted)
             if returned:
                 self._say(f"worker {worker}: {returned} chunks handed back")
 
-    def _start(self, place: _Place) -> None:
-        place.worker = WorkerName.new(place.slot.gpu or "cpu").text
+    def _start(self, place: _WorkerSlot) -> None:
+        place.worker = WorkerName.new(place.slot.gpu or "cpu").name
         place.started = time.time()
-        orders = Orders(
+        orders = WorkerProcessOptions(
             queue=self.queue,
             worker=place.worker,
             depth=self.depth,
@@ -192,7 +192,7 @@ class Supervisor:
             time_limit=self.time_limit,
             quiet=self.quiet,
         )
-        environment = {**os.environ, **child_settings(max(1, cores() // len(self.slots)))}
+        environment = {**os.environ, **child_env(max(1, cores() // len(self.slots)))}
         if place.slot.gpu is not None or self.hide_gpus:
             environment[VISIBLE] = place.slot.gpu or ""
         # A session of its own: Ctrl-C reaches only the supervisor, which passes it on.
@@ -211,7 +211,7 @@ class Supervisor:
             except BrokenPipeError:
                 pass  # it is dead already; the next look at it says so
 
-    def _pass_on_signals(self, places: Sequence[_Place]) -> None:
+    def _pass_on_signals(self, places: Sequence[_WorkerSlot]) -> None:
         while self._passed_on < self._signals:
             self._passed_on += 1
             self._say(
@@ -226,22 +226,22 @@ class Supervisor:
                     # A child takes two signals in short order for one; its leases end in `_tend`.
                     place.process.kill()
 
-    def _end_all(self, places: Sequence[_Place]) -> None:
+    def _end_all(self, places: Sequence[_WorkerSlot]) -> None:
         for place in places:
             if place.process is not None:
                 place.process.kill()
                 place.process.wait()
-                _let_go(place)
-                self._hand_back(place.worker, counted=False)
-        sweep()  # what killed children have left
-        if self._owed:
-            self._pay()
+                _close_streams(place)
+                self._requeue(place.worker, counted=False)
+        delete_abandoned()  # what killed children have left
+        if self._pending_requeues:
+            self._send_pending_requeues()
 
     def _say(self, line: str) -> None:
         sys.stderr.write(f"chunkq: {line}\n")
 
 
-def _let_go(place: _Place) -> None:
+def _close_streams(place: _WorkerSlot) -> None:
     """Forget a process that has ended; what it did not read of its orders is lost."""
     if place.process is not None and place.process.stdin is not None:
         with suppress(BrokenPipeError):

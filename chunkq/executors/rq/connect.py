@@ -29,7 +29,7 @@ DEFAULT_PORT = 6379
 PASSWORD_VARIABLE = "CHUNKQ_QUEUE_PASSWORD_FILE"
 """Names a file that holds the password of an address without one, as container secrets do."""
 FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
-STEADY_TRIES = 60
+PATIENT_TRIES = 60
 """Tries of a patient connection, up to 5 s apart: it rides out five minutes of absence."""
 
 
@@ -46,7 +46,7 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     settings: dict[str, Any] = {
         "socket_connect_timeout": ANSWER_SECONDS,
         "socket_timeout": answer,
-        "retry": Retry(backoff, STEADY_TRIES if patient else 0),
+        "retry": Retry(backoff, PATIENT_TRIES if patient else 0),
     }
     if not url.startswith("unix:"):
         settings["socket_keepalive"] = True
@@ -54,7 +54,7 @@ def connect(url: str, *, patient: bool = False) -> Redis:
         _check(url)
         if file := _password_file(url):
             settings["password"] = _password_in(file, PASSWORD_VARIABLE)
-        elif provider := OwnServer.at(url):
+        elif provider := LocalServerPassword.at(url):
             settings["credential_provider"] = provider
         client = Redis.from_url(url, **settings)
         client.connection_pool.make_connection()  # options that it does not know
@@ -99,7 +99,7 @@ def _lacks_password(url: str) -> bool:
     return not given and parts.scheme in ("redis", "rediss")
 
 
-class OwnServer(CredentialProvider):
+class LocalServerPassword(CredentialProvider):
     """The password of a server that this user has started, read anew for each connection."""
 
     def __init__(self, file: str, host: str, port: int) -> None:
@@ -112,7 +112,7 @@ class OwnServer(CredentialProvider):
         if not _lacks_password(url) or parts.username:
             return None
         host, port = parts.hostname or "localhost", parts.port or DEFAULT_PORT
-        file = credentials.find("redis", host, port)
+        file = credentials.find_secret("redis", host, port)
         return cls(str(file), host, port) if file else None
 
     def get_credentials(self) -> tuple[str]:
@@ -168,7 +168,7 @@ _UNSUPPORTED = {
 
 
 @contextmanager
-def asking(url: str) -> Iterator[None]:
+def translated_errors(url: str) -> Iterator[None]:
     """Turn Redis's errors into QueueErrors of one line, without the password."""
     try:
         yield
@@ -216,7 +216,7 @@ def _about_connection(error: Exception, said: str, url: str) -> str:
 def _about_password(said: str, url: str) -> str:
     if file := _password_file(url):
         return f"refuses user or password ({said}); {PASSWORD_VARIABLE} names {file}"
-    if own := OwnServer.at(url):
+    if own := LocalServerPassword.at(url):
         return (
             f"refuses the password of the server that `chunkq redis` started there ({said}); if "
             f"another server has that address now, remove {own.file}"

@@ -29,9 +29,9 @@ from rq.utils import now, utcformat, utcparse
 from rq.worker_registration import clean_worker_registry, register
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Mark, Running, Shift
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, BlockContribution, Running, WorkerOptions
 from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.executors.rq.connect import asking, check_server, connect
+from chunkq.executors.rq.connect import translated_errors, check_server, connect
 from chunkq.executors.rq.scripts import Scripts
 from chunkq.tasks import Task, chunk_name, job_key, parse_chunk
 
@@ -39,7 +39,7 @@ log = logging.getLogger("chunkq.queue")
 
 BATCH = 1000
 """Tasks that one script queues, and so the longest that others wait for it: some 10 ms."""
-MOST_QUEUED = 1_000_000
+MAX_QUEUED = 1_000_000
 """Queued tasks of one job beyond which its producer waits for workers; about 500 MB."""
 WORKER_TTL = 60
 LONGEST_MESSAGE = 1 << 16
@@ -54,18 +54,18 @@ class RqExecutor(LeaseQueue):
         self._quick = connect(url)
         self._ask = Scripts(self._quick)
         self._card: SimpleWorker | None = None
-        with asking(url):
+        with translated_errors(url):
             self._quick.ping()
             check_server(self._quick, url)
 
     @cached_property
-    def _steady(self) -> Scripts:
+    def _patient_client(self) -> Scripts:
         """For workers and long filling: waits while the server is away."""
         return Scripts(connect(self.url, patient=True))
 
     def ready(self) -> None:
         """Check that this user may run scripts that write, and that this is no replica."""
-        with asking(self.url):
+        with translated_errors(self.url):
             self._ask("ready")
 
     def submit(self, tasks: Iterable[Task]) -> int:
@@ -81,21 +81,21 @@ class RqExecutor(LeaseQueue):
             for job, some in by_job.items():
                 pairs = [part for task in some for part in (task.id, _message(task))]
                 arguments = (queue_name(job), job, utcformat(now()), MAX_ATTEMPTS, *pairs)
-                with asking(self.url):
+                with translated_errors(self.url):
                     fresh, waiting = self._ask("submit", *arguments)
                 queued += fresh
-                if waiting >= MOST_QUEUED:
+                if waiting >= MAX_QUEUED:
                     full = job
         return queued
 
     def counts(self, job: str) -> Counts:
         """Count a job's tasks by state; one whose lease ran out waits again."""
-        with asking(self.url):
+        with translated_errors(self.url):
             return Counts(*self._ask("counts", queue_name(job)))
 
     def jobs(self) -> dict[str, Counts]:
         """Count the tasks of every job on the queue."""
-        with asking(self.url):
+        with translated_errors(self.url):
             found = _texts(self._quick.hvals(JOBS))
         counted = {job: self.counts(job) for job in sorted(found)}
         return {job: counts for job, counts in counted.items() if counts != Counts()}
@@ -103,7 +103,7 @@ class RqExecutor(LeaseQueue):
     def running(self, job: str) -> list[Running]:
         """List a job's tasks whose lease holds."""
         name = queue_name(job)
-        with asking(self.url):
+        with translated_errors(self.url):
             seconds, micros = self._quick.time()
             held = self._quick.zrangebyscore(f"rq:wip:{name}", seconds + micros / 1e6, "+inf")
             ids = [entry.rpartition(":")[0] for entry in _texts(held)]
@@ -116,7 +116,7 @@ class RqExecutor(LeaseQueue):
 
     def failed(self, job: str) -> list[Task]:
         """List a job's failed tasks."""
-        with asking(self.url):
+        with translated_errors(self.url):
             ids = _texts(self._quick.zrange(f"rq:failed:{queue_name(job)}", 0, -1))
             rows = self._fields(ids, "data")
         return [task for (message,) in rows if (task := _task(message)) is not None]
@@ -131,33 +131,33 @@ class RqExecutor(LeaseQueue):
 
     def release(self, worker: str, *, counted: bool = True) -> int:
         """End a worker's leases; its tasks are nobody's then, so saying it twice counts once."""
-        with asking(self.url):
+        with translated_errors(self.url):
             held = self._ask("held", worker)
             if not held:
                 return 0
             stamp = utcformat(now())
             return int(self._ask("give_back", int(counted), stamp, worker, *held))
 
-    def note(self, job: str, marks: Sequence[Mark]) -> list[Task]:
+    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
         """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
         parts = [part for m in marks for part in (chunk_name(m.block), m.member, m.of)]
-        with asking(self.url):
-            found = map(parse_chunk, _texts(self._steady("note", queue_name(job), *parts)))
+        with translated_errors(self.url):
+            found = map(parse_chunk, _texts(self._patient_client("note", queue_name(job), *parts)))
         return [Task("finalize", job, block) for block in found if block is not None]
 
     def close(self) -> None:
         """Let go of the connections."""
         self._quick.close()
         if "_steady" in self.__dict__:
-            self._steady.close()
+            self._patient_client.close()
 
-    def take(self, shift: Shift) -> Lease | None:
+    def reserve(self, shift: WorkerOptions) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
         while True:
             attempt, stamp = uuid.uuid4().hex, utcformat(now())
-            with asking(self.url):
-                begun = self._steady(
-                    "take", shift.worker, stamp, attempt, shift.settings.lease, *_choice(shift)
+            with translated_errors(self.url):
+                begun = self._patient_client(
+                    "take", shift.worker, stamp, attempt, shift.settings.lease, *_job_filter(shift)
                 )
             if begun is None:
                 return None
@@ -167,49 +167,49 @@ class RqExecutor(LeaseQueue):
                 number = max(1, MAX_ATTEMPTS - int(left))
                 return Lease(task, Attempt(number, shift.worker), attempt)
             log.error("dropped from the queue: not a chunkq task: %r", message[:200])
-            with asking(self.url):
-                self._steady("finish", name, task_id, attempt, shift.worker, 0)
+            with translated_errors(self.url):
+                self._patient_client("finish", name, task_id, attempt, shift.worker, 0)
 
-    def finish(self, lease: Lease) -> None:
+    def ack(self, lease: Lease) -> None:
         """Take a finished task off the queue."""
         took = time.time() - lease.since
-        with asking(self.url):
-            self._steady("finish", *_names(lease), lease.attempt.worker, took)
+        with translated_errors(self.url):
+            self._patient_client("finish", *_names(lease), lease.attempt.worker, took)
 
-    def fail(self, lease: Lease, error: BaseException) -> None:
+    def nack(self, lease: Lease, error: BaseException) -> None:
         """End an attempt; after the last one RQ's tools show the traceback."""
         stamp, worker = utcformat(now()), lease.attempt.worker
-        with asking(self.url):
-            ended = self._steady("give_back", 1, stamp, worker, *_names(lease))
+        with translated_errors(self.url):
+            ended = self._patient_client("give_back", 1, stamp, worker, *_names(lease))
             if ended and lease.attempt.is_last:
                 job = Job(lease.task.id, self._quick, JSONSerializer)
                 told = "".join(traceback.format_exception(error))
                 with suppress(OutOfMemoryError):  # the ledger has it
                     Result.create_failure(job, -1, told, worker_name=worker)
 
-    def hand_back(self, lease: Lease) -> None:
+    def requeue(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
-        with asking(self.url):
-            self._steady("give_back", 0, utcformat(now()), lease.attempt.worker, *_names(lease))
+        with translated_errors(self.url):
+            self._patient_client("give_back", 0, utcformat(now()), lease.attempt.worker, *_names(lease))
 
-    def is_drained(self, shift: Shift) -> bool:
+    def is_drained(self, shift: WorkerOptions) -> bool:
         """Tell whether what a shift works on has neither queued nor running tasks."""
-        with asking(self.url):
-            return bool(self._steady("drained", *_choice(shift)))
+        with translated_errors(self.url):
+            return bool(self._patient_client("drained", *_job_filter(shift)))
 
-    def renew(self, shift: Shift, held: Sequence[Lease]) -> None:
+    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
         """Put off the end of leases, and let RQ's tools see that the worker lives."""
-        with asking(self.url):
+        with translated_errors(self.url):
             names = [part for lease in held for part in _names(lease)]
-            self._steady("renew", shift.settings.lease, *names)
+            self._patient_client("renew", shift.settings.lease, *names)
             if self._card is not None:
                 with suppress(OutOfMemoryError):
                     self._show(self._card, held)
 
     @contextmanager
-    def on_duty(self, shift: Shift) -> Iterator[None]:
+    def registered(self, shift: WorkerOptions) -> Iterator[None]:
         """Be listed among RQ's workers."""
-        with asking(self.url):
+        with translated_errors(self.url):
             card = self._card = SimpleWorker(
                 [],
                 name=shift.worker,
@@ -223,7 +223,7 @@ class RqExecutor(LeaseQueue):
             yield
         finally:
             self._card = None
-            with suppress(QueueError), asking(self.url):
+            with suppress(QueueError), translated_errors(self.url):
                 card.register_death()
             card.connection.close()
 
@@ -247,9 +247,9 @@ class RqExecutor(LeaseQueue):
             log.warning(
                 "%d chunks are queued, which is plenty; the rest follows as workers take them "
                 "(stopped here, `chunkq produce --resume` queues it)",
-                MOST_QUEUED,
+                MAX_QUEUED,
             )
-        while self.counts(job).queued >= MOST_QUEUED:
+        while self.counts(job).queued >= MAX_QUEUED:
             time.sleep(1)
 
     def _fields(self, ids: Sequence[str], *fields: str) -> list[Any]:
@@ -260,7 +260,7 @@ class RqExecutor(LeaseQueue):
 
     def _in_parts(self, script: str, *arguments: str | int) -> int:
         total = 0
-        with asking(self.url):
+        with translated_errors(self.url):
             while changed := self._ask(script, *arguments):
                 total += changed
         return total
@@ -296,8 +296,8 @@ def _names(lease: Lease) -> tuple[str, str, str]:
     return queue_name(lease.task.job), lease.task.id, lease.token
 
 
-def _choice(shift: Shift) -> tuple[str, ...]:
+def _job_filter(shift: WorkerOptions) -> tuple[str, ...]:
     """Return what of the queue a shift may begin, as the scripts take it."""
     if shift.job is not None:
         return ("only", queue_name(shift.job))
-    return ("except", *(queue_name(job) for job in sorted(shift.set_aside)))
+    return ("except", *(queue_name(job) for job in sorted(shift.skipped_jobs)))

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chunkq.errors import QueueError
-from chunkq.tether import tethered
+from chunkq.tether import with_parent_death_signal
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Server:
         """
         process = subprocess.Popen(
             # Settings through a pipe: other users can see a command line.
-            tethered([program, "-"], signal.SIGTERM),
+            with_parent_death_signal([program, "-"], signal.SIGTERM),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

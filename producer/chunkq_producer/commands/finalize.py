@@ -10,9 +10,9 @@ import click
 
 from chunkq.errors import IncompleteError
 from chunkq.finalize import finalize_job
-from chunkq.opened import OpenJob
+from chunkq.opened import JobHandle
 from chunkq.paths import without_secret
-from chunkq.progress import Meter
+from chunkq.progress import ProgressBar
 from chunkq.tasks import chunk_name
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
@@ -52,7 +52,7 @@ def finalize(
     try:
         if distribute:
             with_workers(job, queue, allow_missing=allow_missing)
-        report = complete(job, allow_missing=allow_missing, threads=threads)
+        report = finalize_and_seal(job, allow_missing=allow_missing, threads=threads)
     except IncompleteError as error:
         if as_json:
             missing = [chunk_name(index) for index in error.missing]
@@ -61,23 +61,23 @@ def finalize(
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
-        tell(job, report)
+        print_result(job, report)
 
 
-def with_workers(job: OpenJob, queue: str | None, *, allow_missing: bool) -> None:
+def with_workers(job: JobHandle, queue: str | None, *, allow_missing: bool) -> None:
     """Put the blocks on the job's queue and wait until workers have completed them."""
     with (
         queue_of(queue, job.record.job.queue) as executor,
-        Meter("workers complete blocks") as meter,
+        ProgressBar("workers complete blocks") as meter,
     ):
         distribution.distribute(job, executor, allow_missing=allow_missing, progress=meter)
 
 
-def complete(
-    job: OpenJob, *, allow_missing: bool = False, threads: int | None = None
+def finalize_and_seal(
+    job: JobHandle, *, allow_missing: bool = False, threads: int | None = None
 ) -> dict[str, Any]:
     """Finalize and seal with progress; returns the report."""
-    with Meter("finalizing blocks") as meter:
+    with ProgressBar("finalizing blocks") as meter:
         return finalize_job(
             job,
             worker=socket.gethostname(),
@@ -87,7 +87,7 @@ def complete(
         )
 
 
-def tell(job: OpenJob, report: dict[str, Any]) -> None:
+def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     """Say what became of the job."""
     shown = without_secret(job.folder.output)
     for warning in report["warnings"]:
@@ -99,10 +99,10 @@ def tell(job: OpenJob, report: dict[str, Any]) -> None:
         f"complete: {shown} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
-    click.echo(where_time_went(report))
+    click.echo(time_summary(report))
 
 
-def where_time_went(report: dict[str, Any]) -> str:
+def time_summary(report: dict[str, Any]) -> str:
     """Return one line: the workers' time by stage, how busy devices were, the largest memory."""
     seconds = report["seconds"]
     finalizing = seconds["finalize"]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from chunkq.job_path import output_of, shown
+from chunkq.job_path import output_of, printable_path
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
 
 
@@ -25,7 +25,7 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
         found = executor.jobs()
     if as_json:
         rows = [
-            {"output": shown(output_of(job)), **asdict(counts)} for job, counts in found.items()
+            {"output": printable_path(output_of(job)), **asdict(counts)} for job, counts in found.items()
         ]
         click.echo(json.dumps(rows, indent=1))
         return
@@ -33,6 +33,6 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
         click.echo("no job has chunks on this queue")
     for job, counts in sorted(found.items()):
         click.echo(
-            f"{shown(output_of(job))}: {counts.queued} queued, "
+            f"{printable_path(output_of(job))}: {counts.queued} queued, "
             f"{counts.running} running, {counts.failed} failed"
         )

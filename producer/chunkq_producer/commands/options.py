@@ -12,7 +12,7 @@ from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
 from chunkq.job_path import output_path
 from chunkq.ledger import JobFolder, folder_of
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option("-i", "--input", "input_", help="Volume to read, instead of the job's.")
@@ -36,6 +36,6 @@ def folder_at(output: str) -> JobFolder:
     return JobFolder(folder_of(output_path(output, Path.cwd())))
 
 
-def job_at(output: str) -> OpenJob:
+def job_at(output: str) -> JobHandle:
     """Open the job of an output path; raises MissingJobError where there is none."""
     return open_job(folder_at(output).path)

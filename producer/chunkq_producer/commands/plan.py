@@ -9,15 +9,15 @@ from typing import Any
 import click
 
 from chunkq.errors import ModelError
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, usual_depth
+from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, default_depth
 from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Costs, Plan
 from chunkq_producer import submit
-from chunkq_producer.cluster import on_cpu
+from chunkq_producer.cluster import is_cpu_only
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
-from chunkq_producer.probe import Probe, probe, warnings
-from chunkq_producer.rehearsal import finalizer_bytes
+from chunkq_producer.probe import ModelCheck, check_model, warnings
+from chunkq_producer.rehearsal import measure_finalizer_memory
 from chunkq_producer.watch import duration
 
 MUCH_TO_FINALIZE = 0.9
@@ -51,14 +51,14 @@ def plan(
     prepared = submit.prepare(load_job(job, input=input_, output=output))
     tried = None
     if depth is None:
-        depth = usual_depth(gpu=not on_cpu(prepared.record.job))
+        depth = default_depth(gpu=not is_cpu_only(prepared.record.job))
     if with_probe:
-        tried = probe(prepared.record, depth=depth)
+        tried = check_model(prepared.record, depth=depth)
         if tried.error is not None:
             raise ModelError(tried.error)
         tried.finalizer_bytes = None
         if prepared.plan.costs.finalized_blocks:
-            tried.finalizer_bytes = finalizer_bytes(prepared.record)
+            tried.finalizer_bytes = measure_finalizer_memory(prepared.record)
     if as_json:
         click.echo(json.dumps(_values(prepared.plan, depth, tried), indent=1))
     else:
@@ -66,7 +66,7 @@ def plan(
             click.echo(f"{label:<20}{value}")
 
 
-def _values(plan: Plan, depth: int, tried: Probe | None) -> dict[str, Any]:
+def _values(plan: Plan, depth: int, tried: ModelCheck | None) -> dict[str, Any]:
     costs = plan.costs
     values: dict[str, Any] = {
         "volume": list(plan.volume.shape),
@@ -85,14 +85,14 @@ def _values(plan: Plan, depth: int, tried: Probe | None) -> dict[str, Any]:
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
         "depth": depth,
-        "array_bytes": footprint(plan).in_flight(depth),
+        "array_bytes": footprint(plan).peak_bytes(depth),
     }
     if tried is not None:
         values["probe"] = {**vars(tried), "warnings": warnings(tried)}
     return values
 
 
-def _rows(plan: Plan, depth: int, tried: Probe | None) -> list[tuple[str, str]]:
+def _rows(plan: Plan, depth: int, tried: ModelCheck | None) -> list[tuple[str, str]]:
     costs = plan.costs
     per_voxel = costs.patches * _volume(plan.output_patch) / _volume(plan.volume.shape)
     share = costs.finalized_voxels / _volume(plan.volume.shape)
@@ -111,7 +111,7 @@ def _rows(plan: Plan, depth: int, tried: Probe | None) -> list[tuple[str, str]]:
         ("pieces", f"{size(costs.piece_bytes)} written, read once and deleted"),
         (
             "memory",
-            f"arrays alone: at most {size(footprint(plan).in_flight(depth))} in a worker process "
+            f"arrays alone: at most {size(footprint(plan).peak_bytes(depth))} in a worker process "
             f"with {depth} chunks in flight; libraries and network come on top"
             + ("" if tried else " (--probe measures all)"),
         ),
@@ -129,7 +129,7 @@ def _rows(plan: Plan, depth: int, tried: Probe | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _tried_rows(costs: Costs, tried: Probe) -> list[tuple[str, str]]:
+def _tried_rows(costs: Costs, tried: ModelCheck) -> list[tuple[str, str]]:
     each = tried.batch_seconds / tried.batch
     rows = [
         ("network", f"on {tried.device}, loaded in {tried.load_seconds:.3g} s; its shapes fit"),
@@ -144,7 +144,7 @@ def _tried_rows(costs: Costs, tried: Probe) -> list[tuple[str, str]]:
     return rows + [("warning", line) for line in warnings(tried)]
 
 
-def peak_memory(tried: Probe, *, finalizes: bool) -> str:
+def peak_memory(tried: ModelCheck, *, finalizes: bool) -> str:
     """Return what a worker and the finalizer need, each with all that is in the process."""
     if tried.worker_bytes is None:
         found = [f"of a worker: unknown, chunks could not be tried ({tried.memory_error})"]

@@ -10,7 +10,7 @@ import click
 from chunkq.executors import open_shared, queue_url
 from chunkq.job import load_job
 from chunkq.paths import without_secret
-from chunkq.progress import Meter
+from chunkq.progress import ProgressBar
 from chunkq_producer import submit
 from chunkq_producer.cluster import queue_of
 from chunkq_producer.commands.options import (
@@ -19,7 +19,7 @@ from chunkq_producer.commands.options import (
     output_option,
     queue_option,
 )
-from chunkq_producer.running import set_going
+from chunkq_producer.running import launch_cluster_workers
 
 
 @click.command()
@@ -40,15 +40,15 @@ def produce(
     """Check JOB, write its job folder and queue every chunk that is not done yet."""
     checked = load_job(job, input=input_, output=output)
     prepared = submit.prepare(checked)
-    submit.check_place(prepared, resume=resume, overwrite=overwrite)
+    submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
     url = queue_of(checked, queue)
     with closing(open_shared(url)) as executor:
         executor.ready()
-        with Meter("queueing chunks") as meter:
+        with ProgressBar("queueing chunks") as meter:
             made = submit.produce(
                 prepared, executor, resume=resume, overwrite=overwrite, progress=meter
             )
-        going = set_going(executor, made)
+        going = launch_cluster_workers(executor, made)
     shown = without_secret(checked.output)
     click.echo(f"{made.chunks} chunks, {made.done} done, {made.queued} newly queued -> {shown}")
     if going:

@@ -58,7 +58,7 @@ def redis(port: int, bind: str, folder: Path | None) -> None:
         host = _host(bind)
         write_private(place / "url", server.url(host) + "\n")
         for name in _names(bind, host):
-            credentials.publish("redis", name, port, server.password or "")
+            credentials.store_secret("redis", name, port, server.password or "")
         code, stopped = _serve(server, program, lock, host)
     if code and not stopped:
         raise QueueError(f"the Redis server ended with code {code}; {_log(place)} says why")

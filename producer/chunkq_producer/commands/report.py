@@ -11,7 +11,7 @@ from rich.console import Console
 
 from chunkq.errors import ChunkqError
 from chunkq_producer.commands.options import job_at, json_option, output_argument
-from chunkq_producer.reports.account import Account, account_of
+from chunkq_producer.reports.account import JobReport, load_job_report
 from chunkq_producer.reports.text import text
 
 
@@ -29,7 +29,7 @@ def report(output: str, html: Path | None, as_json: bool) -> None:
     The figures are those of report.json; of a job that is not sealed, those so far.
     """
     write = None if html is None else _page_writer()
-    account = account_of(job_at(output))
+    account = load_job_report(job_at(output))
     if html is not None and write is not None:
         html.write_text(write(account), encoding="utf-8")
     if as_json:
@@ -40,7 +40,7 @@ def report(output: str, html: Path | None, as_json: bool) -> None:
         Console(highlight=False).print(text(account))
 
 
-def _page_writer() -> Callable[[Account], str]:
+def _page_writer() -> Callable[[JobReport], str]:
     """Return what makes the page; raises ChunkqError where matplotlib is not installed."""
     try:
         from chunkq_producer.reports.page import page

@@ -13,10 +13,10 @@ from rich.live import Live
 from typing_extensions import override
 
 from chunkq.job import load_job
-from chunkq.progress import Meter
+from chunkq.progress import ProgressBar
 from chunkq.record import JobRecord
 from chunkq_producer.cluster import ENGINES
-from chunkq_producer.commands.finalize import tell
+from chunkq_producer.commands.finalize import print_result
 from chunkq_producer.commands.options import (
     input_option,
     job_argument,
@@ -24,9 +24,9 @@ from chunkq_producer.commands.options import (
     queue_option,
 )
 from chunkq_producer.commands.status import LINE_SECONDS
-from chunkq_producer.probe import Probe, probe
-from chunkq_producer.running import Teller, Wishes, run_job
-from chunkq_producer.watch import Look, one_line, screen
+from chunkq_producer.probe import ModelCheck, check_model
+from chunkq_producer.running import ProgressReporter, RunOptions, run_job
+from chunkq_producer.watch import StatusPoller, status_line, status_screen
 
 
 @click.command()
@@ -56,47 +56,47 @@ def run(
         checked,
         engine=engine,
         queue=queue,
-        wishes=Wishes(workers, gpus, depth),
+        wishes=RunOptions(workers, gpus, depth),
         overwrite=overwrite,
         teller=_Screen(),
     )
     if done.led:
-        tell(done.job, done.report)
+        print_result(done.job, done.report)
 
 
-class _Screen(Teller):
+class _Screen(ProgressReporter):
     """Shows a run in place on a terminal, else in a line now and then."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
 
     @override
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @override
-    def try_network(self, record: JobRecord) -> Probe:
+    def checking_model(self, record: JobRecord) -> ModelCheck:
         with self._console.status("trying the network on one batch"):
-            return probe(record)
+            return check_model(record)
 
     @override
-    def meter(self, label: str) -> Meter:
-        return Meter(label, self._console)
+    def progress(self, label: str) -> ProgressBar:
+        return ProgressBar(label, self._console)
 
     @override
     @contextmanager
-    def looking(self) -> Iterator[Callable[[Look], None]]:
+    def watching(self) -> Iterator[Callable[[StatusPoller], None]]:
         console = self._console
         if console.is_terminal:
             with Live(console=console, auto_refresh=False, transient=True) as live:
-                yield lambda look: live.update(screen(look(), console.width), refresh=True)
+                yield lambda look: live.update(status_screen(look(), console.width), refresh=True)
             return
         last = time.monotonic()
 
-        def line(look: Look) -> None:
+        def line(look: StatusPoller) -> None:
             nonlocal last
             if time.monotonic() - last >= LINE_SECONDS:
                 last = time.monotonic()
-                self.say(one_line(look()))
+                self.message(status_line(look()))
 
         yield line

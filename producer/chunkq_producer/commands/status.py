@@ -14,7 +14,7 @@ from chunkq.errors import QueueError
 from chunkq.executors.base import Executor
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
-from chunkq_producer.watch import Look, one_line, screen
+from chunkq_producer.watch import StatusPoller, status_line, status_screen
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0
@@ -33,41 +33,41 @@ def status(output: str | None, queue: str | None, watch: bool, as_json: bool) ->
     job = job_at(output)
     with ExitStack() as stack:
         executor, problem = _queue(stack, queue, job.record.job.queue)
-        look = Look(job, executor, problem)
+        look = StatusPoller(job, executor, problem)
         if as_json:
             show_json(look, watch)
         elif watch:
             show_watching(look, Console())
         else:
             console = Console()
-            console.print(screen(look(), console.width))
+            console.print(status_screen(look(), console.width))
 
 
-def show_json(look: Look, watch: bool) -> None:
+def show_json(look: StatusPoller, watch: bool) -> None:
     """Print the status as JSON; watching, one object a line."""
     while True:
         found = look()
         click.echo(json.dumps(found.as_dict(), indent=None if watch else 1))
         if not watch or found.sealed:
             return
-        time.sleep(look.rest(REFRESH_SECONDS))
+        time.sleep(look.pause(REFRESH_SECONDS))
 
 
-def show_watching(look: Look, console: Console) -> None:
+def show_watching(look: StatusPoller, console: Console) -> None:
     """Keep the status on the screen until the job is sealed; in a log, a line now and then."""
     found = look()
     if not console.is_terminal:
         while True:
-            click.echo(f"{time.strftime('%H:%M:%S')} {one_line(found)}")
+            click.echo(f"{time.strftime('%H:%M:%S')} {status_line(found)}")
             if found.sealed:
                 return
-            time.sleep(look.rest(LINE_SECONDS))
+            time.sleep(look.pause(LINE_SECONDS))
             found = look()
-    with Live(screen(found, console.width), console=console, auto_refresh=False) as live:
+    with Live(status_screen(found, console.width), console=console, auto_refresh=False) as live:
         while not found.sealed:
-            time.sleep(look.rest(REFRESH_SECONDS))
+            time.sleep(look.pause(REFRESH_SECONDS))
             found = look()
-            live.update(screen(found, console.width), refresh=True)
+            live.update(status_screen(found, console.width), refresh=True)
 
 
 def _queue(

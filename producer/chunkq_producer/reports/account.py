@@ -5,20 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from chunkq.finalize import job_report, standing
-from chunkq.opened import OpenJob
+from chunkq.finalize import job_report, job_completion
+from chunkq.opened import JobHandle
 from chunkq.paths import without_secret
-from chunkq.times import Times, Worker
+from chunkq.times import Timing, Worker
 
 
 @dataclass(frozen=True)
-class Account:
+class JobReport:
     """A job's figures and what they come to. `sealed` jobs are over, complete or not."""
 
     output: str
     sealed: bool
     values: dict[str, Any]
-    times: Times
+    times: Timing
 
     @property
     def conclusion(self) -> str:
@@ -51,7 +51,7 @@ class Account:
 
     def labels(self) -> dict[str, str]:
         """Return a short label for every worker: host and device, its own part where needed."""
-        short = {name: _place(worker) for name, worker in self.times.workers.items()}
+        short = {name: _worker_label(worker) for name, worker in self.times.workers.items()}
         counts: dict[str, int] = {}
         for label in short.values():
             counts[label] = counts.get(label, 0) + 1
@@ -61,22 +61,22 @@ class Account:
         }
 
 
-def account_of(job: OpenJob) -> Account:
+def load_job_report(job: JobHandle) -> JobReport:
     """Take a job's figures from its report, or from its commit records where that has none."""
     output = without_secret(job.folder.output)
     report = job.ledger.read_report()
     if report is not None:
         try:
-            return Account(output, True, report, Times.from_dict(report))
+            return JobReport(output, True, report, Timing.from_dict(report))
         except (KeyError, TypeError):  # written by an older chunkq
             missing = report["missing"]
             values = job_report(job) | {"missing": missing}
-            return Account(output, True, values, Times.from_dict(values))
-    values = job_report(job, standing(job).unfinished)
+            return JobReport(output, True, values, Timing.from_dict(values))
+    values = job_report(job, job_completion(job).unfinished)
     sealed = job.ledger.is_sealed() and job.output.is_sealed()  # the report alone is damaged
-    return Account(output, sealed, values, Times.from_dict(values))
+    return JobReport(output, sealed, values, Timing.from_dict(values))
 
 
-def _place(worker: Worker) -> str:
+def _worker_label(worker: Worker) -> str:
     device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
     return f"{worker.host} {device}".strip()

@@ -14,9 +14,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from chunkq.times import HOLDERS, STRAGGLER_FACTOR, STRAGGLER_SECONDS, Times
-from chunkq_producer.reports.account import Account
-from chunkq_producer.reports.rows import BYTES, HELD
+from chunkq.times import WAITING_STAGES, STRAGGLER_FACTOR, STRAGGLER_SECONDS, Timing
+from chunkq_producer.reports.account import JobReport
+from chunkq_producer.reports.rows import BYTES, IN_FLIGHT_NOTE
 from chunkq_producer.reports.units import PREFIXES, seconds, si
 
 INCHES = 8.0
@@ -51,9 +51,9 @@ def style() -> AbstractContextManager[None]:
     return rc_context(STYLE)
 
 
-def course(times: Times) -> str:
+def course(times: Timing) -> str:
     """Plot the speed over time, and how many workers were at work and computed."""
-    found = times.course
+    found = times.timeline
     unit, name = _time_unit(times.work_seconds)
     edges = np.arange(len(found.workers) + 1) * found.bin_seconds / unit
     figure = Figure(figsize=(INCHES, 4.2), layout="constrained")
@@ -84,7 +84,7 @@ def course(times: Times) -> str:
     )
 
 
-def shares(account: Account) -> str:
+def shares(account: JobReport) -> str:
     """Plot what each worker's time went to, the least busy on top."""
     labels = account.labels()
     ordered = sorted(account.times.workers.items(), key=lambda item: item[1].device_busy_share)
@@ -94,10 +94,10 @@ def shares(account: Account) -> str:
     figure = Figure(figsize=(INCHES, 1.1 + 0.17 * max(2, len(rows))), layout="constrained")
     axes = figure.subplots()
     left = np.zeros(len(rows))
-    for holder in HOLDERS:
+    for holder in WAITING_STAGES:
         widths = np.array([100 * worker.shares[holder] for _, worker in ordered])
         if widths.max() >= 0.05:
-            axes.barh(rows, widths, 0.8, left, color=COLOURS[holder], label=HELD[holder])
+            axes.barh(rows, widths, 0.8, left, color=COLOURS[holder], label=IN_FLIGHT_NOTE[holder])
         left += widths
     axes.set_yticks(rows, [labels[name] for name, _ in ordered], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -105,12 +105,12 @@ def shares(account: Account) -> str:
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the worker's time (%)")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    crew = account.times.crew_shares
-    told = ", ".join(f"{HELD[holder]} {share:.0%}" for holder, share in crew.items() if share)
+    crew = account.times.worker_time_shares
+    told = ", ".join(f"{IN_FLIGHT_NOTE[holder]} {share:.0%}" for holder, share in crew.items() if share)
     return _svg(figure, f"What each worker's time went to. All workers together: {told}.")
 
 
-def durations(times: Times) -> str:
+def durations(times: Timing) -> str:
     """Plot how long chunks took, without waiting for the device and loading the network."""
     found, median = times.durations, times.stragglers.median
     limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
@@ -145,7 +145,7 @@ def durations(times: Times) -> str:
     )
 
 
-def moved(times: Times) -> str:
+def moved(times: Timing) -> str:
     """Plot the bytes that were moved beside those planned."""
     rows = np.arange(len(BYTES))
     done = [times.bytes[key] for key in BYTES]

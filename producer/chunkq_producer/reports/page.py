@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from chunkq_producer.reports import charts
-from chunkq_producer.reports.account import Account
+from chunkq_producer.reports.account import JobReport
 from chunkq_producer.reports.rows import (
     Rows,
     headlines,
@@ -56,7 +56,7 @@ summary { cursor: pointer; }
 """
 
 
-def page(account: Account) -> str:
+def page(account: JobReport) -> str:
     """Return the page as HTML."""
     times = account.times
     title = f"{account.output}: where the time went"
@@ -79,7 +79,7 @@ def page(account: Account) -> str:
     return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
 
 
-def _body(account: Account) -> list[str]:
+def _body(account: JobReport) -> list[str]:
     times = account.times
     found = times.stragglers
     figures = "".join(
@@ -87,7 +87,7 @@ def _body(account: Account) -> list[str]:
         for name, value in headlines(times)
     )
     parts = [f"<dl>{figures}</dl>"]
-    if times.course.voxels_per_second:
+    if times.timeline.voxels_per_second:
         parts += ["<h2>Speed over time</h2>", _figure(charts.course(times))]
     parts += [
         "<h2>What the workers’ time went to</h2>",
@@ -124,7 +124,7 @@ def _body(account: Account) -> list[str]:
     return parts
 
 
-def _about_shares(account: Account) -> str:
+def _about_shares(account: JobReport) -> str:
     told = (
         "From a worker’s first chunk to the end of its last. A device that does not compute waits "
         "for what is in flight meanwhile."

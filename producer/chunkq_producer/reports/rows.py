@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from chunkq.times import STAGES, Times, Worker
-from chunkq_producer.reports.account import Account
-from chunkq_producer.reports.units import against, seconds, si, whole
+from chunkq.times import STAGES, Timing, Worker
+from chunkq_producer.reports.account import JobReport
+from chunkq_producer.reports.units import percent_of_plan, seconds, si, count
 
 Rows = list[tuple[str, ...]]
 BYTES = {
@@ -13,7 +13,7 @@ BYTES = {
     "pieces_written": "pieces written",
     "pieces_read": "pieces read",
 }
-HELD = {
+IN_FLIGHT_NOTE = {
     "compute": "computing",
     "load": "loading the network",
     "read": "waiting for input",
@@ -26,21 +26,21 @@ HELD = {
 """What the workers' time is shared out to, in words."""
 
 
-def plan_rows(times: Times) -> Rows:
+def plan_rows(times: Timing) -> Rows:
     """Return what was done, what the plan foresaw, and the former as a share of it."""
     counts = {
         "chunks": (times.chunks, times.planned_chunks),
         "patches": (times.patches, times.planned_patches),
         "blocks finalized": (times.finalized_blocks, times.planned_blocks),
     }
-    rows: Rows = [(label, *map(whole, pair), against(*pair)) for label, pair in counts.items()]
+    rows: Rows = [(label, *map(count, pair), percent_of_plan(*pair)) for label, pair in counts.items()]
     for key, label in BYTES.items():
         moved, planned = times.bytes[key], times.planned_bytes[key]
-        rows.append((label, si(moved, "B"), si(planned, "B"), against(moved, planned)))
+        rows.append((label, si(moved, "B"), si(planned, "B"), percent_of_plan(moved, planned)))
     return rows
 
 
-def stage_rows(times: Times) -> Rows:
+def stage_rows(times: Timing) -> Rows:
     """Return each stage's seconds in all chunks, its median, 99 % and longest."""
     rows = []
     for stage in STAGES:
@@ -51,7 +51,7 @@ def stage_rows(times: Times) -> Rows:
     return rows
 
 
-def worker_rows(account: Account, most: int) -> tuple[Rows, int]:
+def worker_rows(account: JobReport, most: int) -> tuple[Rows, int]:
     """Return up to `most` workers, the least busy first, and how many are left out."""
     labels = account.labels()
     ordered = sorted(account.times.workers.items(), key=lambda item: item[1].device_busy_share)
@@ -59,7 +59,7 @@ def worker_rows(account: Account, most: int) -> tuple[Rows, int]:
     return rows, len(ordered) - len(rows)
 
 
-def straggler_rows(account: Account, most: int) -> Rows:
+def straggler_rows(account: JobReport, most: int) -> Rows:
     """Return the worst stragglers: chunk, worker, attempt, its time, and where that went."""
     labels = account.labels()
     return [
@@ -74,7 +74,7 @@ def straggler_rows(account: Account, most: int) -> Rows:
     ]
 
 
-def memory(times: Times) -> str:
+def memory(times: Timing) -> str:
     """Return the largest memory of a worker beside what the plan knows of it."""
     flight = times.chunks_in_flight
     return (
@@ -83,17 +83,17 @@ def memory(times: Times) -> str:
     )
 
 
-def headlines(times: Times) -> Rows:
+def headlines(times: Timing) -> Rows:
     """Return the main figures with their names."""
     rows: Rows = [
         ("time", seconds(times.wall_seconds)),
-        ("chunks", whole(times.chunks)),
+        ("chunks", count(times.chunks)),
         ("speed", si(times.voxels_per_second, "voxels/s")),
-        ("workers", whole(len(times.workers))),
-        ("devices computed", f"{times.crew_shares.get('compute', 0.0):.0%}"),
+        ("workers", count(len(times.workers))),
+        ("devices computed", f"{times.worker_time_shares.get('compute', 0.0):.0%}"),
         ("last worker awaited", seconds(times.tail_seconds)),
         ("finalizing after", seconds(times.finalizing.seconds_after)),
-        ("begun more than once", whole(times.retried)),
+        ("begun more than once", count(times.retried)),
     ]
     if times.paused_seconds > 0.01 * times.wall_seconds:
         rows.append(("nobody at work", seconds(times.paused_seconds)))
@@ -107,7 +107,7 @@ def _worker(worker: Worker) -> tuple[str, ...]:
     )
     told = ", ".join(f"{holder} {share:.0%}" for share, holder in losses[:2] if share >= 0.005)
     return (
-        whole(worker.chunks),
+        count(worker.chunks),
         seconds(worker.seconds),
         f"{worker.device_busy_share:.0%}",
         told,

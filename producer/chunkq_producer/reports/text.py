@@ -9,9 +9,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from chunkq_producer.reports.account import Account
+from chunkq_producer.reports.account import JobReport
 from chunkq_producer.reports.rows import (
-    HELD,
+    IN_FLIGHT_NOTE,
     Rows,
     headlines,
     memory,
@@ -26,7 +26,7 @@ WORKERS_SHOWN, STRAGGLERS_SHOWN = 12, 8
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def text(account: Account) -> RenderableType:
+def text(account: JobReport) -> RenderableType:
     """Return the report; what does not fit a line is folded."""
     times = account.times
     parts: list[RenderableType] = [
@@ -40,9 +40,9 @@ def text(account: Account) -> RenderableType:
         return Group(*parts)
     parts += _section("", _table((), headlines(times)))
     parts += _section("where the workers' time went", _table((), _shares(account)))
-    if times.course.voxels_per_second:
-        line = Text(_sparkline(times.course.voxels_per_second), no_wrap=True, overflow="crop")
-        peak = si(max(times.course.voxels_per_second), "voxels/s")
+    if times.timeline.voxels_per_second:
+        line = Text(_sparkline(times.timeline.voxels_per_second), no_wrap=True, overflow="crop")
+        peak = si(max(times.timeline.voxels_per_second), "voxels/s")
         parts += _section(f"speed over {seconds(times.work_seconds)}, at most {peak}", line)
     own = times.durations.quantiles["own"]
     heading = f"chunks: half took {seconds(own['0.5'])}, 99% at most {seconds(own['0.99'])}"
@@ -59,16 +59,16 @@ def text(account: Account) -> RenderableType:
     return Group(*parts)
 
 
-def _shares(account: Account) -> Rows:
-    shares = account.times.crew_shares
+def _shares(account: JobReport) -> Rows:
+    shares = account.times.worker_time_shares
     return [
-        (HELD[holder], f"{share:.1%}")
+        (IN_FLIGHT_NOTE[holder], f"{share:.1%}")
         for holder, share in sorted(shares.items(), key=lambda item: -item[1])
         if share >= 0.0005
     ]
 
 
-def _stragglers(account: Account) -> list[RenderableType]:
+def _stragglers(account: JobReport) -> list[RenderableType]:
     found = account.times.stragglers
     if not found.count:
         return _section("", Text(f"stragglers: none ({found.rule})"))

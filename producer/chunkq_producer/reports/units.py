@@ -24,12 +24,12 @@ def seconds(value: float) -> str:
     return f"{value if value >= 5e-5 else 0.0:.3g} s"
 
 
-def whole(value: float) -> str:
+def count(value: float) -> str:
     """Return a count, its thousands apart."""
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def against(measured: float, planned: float) -> str:
+def percent_of_plan(measured: float, planned: float) -> str:
     """Return what was measured as a share of the plan."""
     return f"{measured / planned:.1%}" if planned else "as planned" if not measured else "unplanned"
 

@@ -20,7 +20,7 @@ Fetched = Callable[[], list[npt.NDArray[Any]]]
 """Waits for results that are on their way to the host, and returns them. Any thread may call it."""
 
 
-class Feed:
+class BatchFeed:
     """Where batches are written, and from where they set out for the device.
 
     This one is for runtimes that read the host's memory: one array, sent as it is.
@@ -32,7 +32,7 @@ class Feed:
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._array = np.zeros(shape, dtype)
 
-    def blank(self) -> npt.NDArray[Any]:
+    def buffer(self) -> npt.NDArray[Any]:
         """Return the array to write the next batch into, of the feed's shape and dtype.
 
         What it held before was sent and computed, or is not wanted any more.
@@ -69,12 +69,12 @@ class Runtime(ABC):
         """Return float32 zeros on the device."""
 
     @abstractmethod
-    def place(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         """Return a host array on the device; shared, not copied, where that is the host."""
 
-    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Feed:
+    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
         """Return where to write batches of at most this shape, all zeros at first."""
-        return Feed(shape, dtype)
+        return BatchFeed(shape, dtype)
 
     def fetch(self, arrays: Sequence[Array]) -> Fetched | None:
         """Start results on their way to the host; None where nothing is gained by that."""

@@ -8,13 +8,13 @@ from typing import Any
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
-from chunkq.userfile import load_names, neighbours, pick
+from chunkq.userfile import load_names, sibling_imports, select_name
 from chunkq_worker.runtimes.formats import USES, format_of
 
 CLASS_FILE = "model_config.class_file"
 
 
-def make(model: ModelConfig) -> Any:
+def create_network(model: ModelConfig) -> Any:
     """Return what class_name of class_file gives, called with the kwargs of kwargs_file.
 
     Raises ModelError in one line.
@@ -27,7 +27,7 @@ def load_definition(model: ModelConfig) -> tuple[Any, dict[str, Any]]:
     """Return class_name of class_file and the kwargs of kwargs_file; raises ModelError."""
     path, name = model.class_file or "", model.class_name or ""
     try:
-        definition = pick(_names(path), name, path, "model_config.class_name")
+        definition = select_name(_names(path), name, path, "model_config.class_name")
         return definition, _kwargs(model.kwargs_file)
     except JobError as error:
         raise ModelError(str(error)) from error
@@ -38,7 +38,7 @@ def instantiate(
 ) -> Any:
     """Return an object of a job's class; raises ModelError if the class raises."""
     try:
-        with neighbours(model.class_file or ""):
+        with sibling_imports(model.class_file or ""):
             return definition(**kwargs)
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300]
@@ -69,7 +69,7 @@ def _kwargs(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     key = "model_config.kwargs_file"
-    kwargs = pick(load_names(path, key), "kwargs", path, key)
+    kwargs = select_name(load_names(path, key), "kwargs", path, key)
     if not isinstance(kwargs, dict):
         raise ModelError(f"{key}: `kwargs` in {path} is no dict")
     return kwargs

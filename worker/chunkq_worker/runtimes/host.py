@@ -72,7 +72,7 @@ class HostRuntime(Runtime):
         return pages.zeros(shape, np.float32)
 
     @override
-    def place(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         return array
 
     @override

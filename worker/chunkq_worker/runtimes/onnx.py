@@ -86,11 +86,11 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
         from chunkq_worker.runtimes import onnx_cuda
 
         return onnx_cuda.load(model, steps, threads)
-    session, graph = opened(model, steps, threads)
+    session, graph = open_graph(model, steps, threads)
     return OnnxRuntime(session, graph, model, steps)
 
 
-def opened(
+def open_graph(
     model: ModelConfig, steps: Steps, threads: int | None, providers: Sequence[Any] = ()
 ) -> tuple[Any, Graph]:
     """Return the session of a job's graph, and the graph held against what the job declares."""

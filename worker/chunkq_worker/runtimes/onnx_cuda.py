@@ -13,7 +13,7 @@ from typing_extensions import override
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.onnx import OnnxRuntime, opened
+from chunkq_worker.runtimes.onnx import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.steps import Steps
@@ -52,7 +52,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
         # It prints what it misses; standard output belongs to the command.
         with contextlib.redirect_stdout(io.StringIO()):
             preload()
-    session, graph = opened(model, steps, threads, PROVIDERS)
+    session, graph = open_graph(model, steps, threads, PROVIDERS)
     if CUDA not in session.get_providers():
         # ONNX Runtime merely logs that its libraries did not load.
         raise ModelError(
@@ -102,7 +102,7 @@ class OnnxOnTorch(OnnxRuntime):
 
     @override
     def _cast(self, batch: npt.NDArray[Any]) -> Array:
-        tensor: torch.Tensor = self.place(batch)
+        tensor: torch.Tensor = self.to_device(batch)
         return tensor.to(getattr(self._torch, self._dtype.name))
 
     @override
@@ -161,7 +161,7 @@ class OnnxOnTorch(OnnxRuntime):
         return self._torch.zeros(shape, dtype=self._torch.float32, device=self._device)
 
     @override
-    def place(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         if array.dtype.kind == "u" and array.dtype.itemsize > 1:
             # As in the torch runtime: the next wider signed type holds the same values.
             array = array.astype(np.dtype(f"i{array.dtype.itemsize * 2}"))

@@ -98,7 +98,7 @@ class Graph:
             write = list(fixed) if None not in fixed else f"{len(fixed)} entries"
             raise ModelError(
                 f"{declared} makes batches of {len(item) + 1} axes, but {takes} "
-                f"{len(self.axes)}, {shown(self.axes)}; write model_input_shape: {write}"
+                f"{len(self.axes)}, {format_axes(self.axes)}; write model_input_shape: {write}"
             )
         joined = None if model.join_dim is None else model.join_dim - 1
         fits = [
@@ -111,7 +111,7 @@ class Graph:
                 for n, given, fine in zip(fixed, item, fits, strict=True)
             ]
             raise ModelError(
-                f"{declared}, but {takes} {shown(self.axes)}; write model_input_shape: {write}, "
+                f"{declared}, but {takes} {format_axes(self.axes)}; write model_input_shape: {write}, "
                 "or export it with dynamic axes"
             )
 
@@ -128,11 +128,11 @@ class Graph:
             reason = "its batch size is fixed; export it with a dynamic batch axis"
         raise ModelError(
             f"model_config.model_file: input {self.input!r} of {self.path} takes {self.dtype} "
-            f"{shown(self.axes)} but was given {dtype} {shown(shape)}; {reason}"
+            f"{format_axes(self.axes)} but was given {dtype} {format_axes(shape)}; {reason}"
         )
 
 
-def shown(axes: Sequence[int | None]) -> str:
+def format_axes(axes: Sequence[int | None]) -> str:
     """Return axes as `(any, 1, 64, 64)`."""
     return f"({', '.join('any' if n is None else str(n) for n in axes)})"
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from chunkq_worker.runtimes.base import Feed, Fetched
+from chunkq_worker.runtimes.base import BatchFeed, Fetched
 
 SLOTS = 2
 """One batch is computed while the next is written: each needs memory of its own."""
@@ -61,7 +61,7 @@ class Accelerator(ABC):
         """Return the event that all operations given to the stream so far are done."""
 
     @abstractmethod
-    def hold(self, stream: Stream, event: Event) -> None:
+    def wait_on_stream(self, stream: Stream, event: Event) -> None:
         """Have the stream's later operations wait for an event; returns at once."""
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Accelerator(ABC):
         tensor, which holds nothing before the first repetition.
         """
 
-    def place(self, host: torch.Tensor) -> torch.Tensor:
+    def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """Return a copy of a host tensor for the current stream; the host's is free at once."""
         between = self.pinned(host.shape, host.dtype)
         between.copy_(host)
@@ -121,7 +121,7 @@ class Cuda(Accelerator):
         return event
 
     @override
-    def hold(self, stream: Stream, event: Event) -> None:
+    def wait_on_stream(self, stream: Stream, event: Event) -> None:
         stream.wait_event(event)
 
     @override
@@ -167,7 +167,7 @@ class Slot:
         self.sent: Event | None = None
 
 
-class Sent:
+class SentBatch:
     """A batch on its way to the device, of `count` items; to be taken once."""
 
     def __init__(self, accelerator: Accelerator, slot: Slot, count: int) -> None:
@@ -176,13 +176,13 @@ class Sent:
     def take(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the batch in a dtype and memory of its own, for the current stream."""
         accelerator, slot = self._accelerator, self._slot
-        accelerator.hold(accelerator.current(), slot.sent)
+        accelerator.wait_on_stream(accelerator.current(), slot.sent)
         given = as_signed(slot.device[: self._count]).to(dtype, copy=True)
         slot.taken = accelerator.record(accelerator.current())
         return given
 
 
-class StagedFeed(Feed):
+class StagedFeed(BatchFeed):
     """Batches written into pinned memory in turn and copied on `stream`, ahead of their use."""
 
     ahead = True
@@ -199,11 +199,11 @@ class StagedFeed(Feed):
         self._others: dict[tuple[tuple[int, ...], np.dtype[Any]], list[Slot]] = {}
 
     @override
-    def blank(self) -> npt.NDArray[Any]:
+    def buffer(self) -> npt.NDArray[Any]:
         return self._next(self._slots).array
 
     @override
-    def send(self, batch: npt.NDArray[Any]) -> Sent | npt.NDArray[Any]:
+    def send(self, batch: npt.NDArray[Any]) -> SentBatch | npt.NDArray[Any]:
         slot = self._slots[-1]
         if not _is_start_of(batch, slot.array):  # steps made something else of it
             if not _has_tensor(batch.dtype) or len(batch) > len(slot.array):
@@ -214,10 +214,10 @@ class StagedFeed(Feed):
             slot = self._next(self._others[key])
             slot.array[: len(batch)] = batch
         accelerator, count = self._accelerator, len(batch)
-        accelerator.hold(self._stream, slot.taken)
+        accelerator.wait_on_stream(self._stream, slot.taken)
         accelerator.copy(slot.device[:count], slot.host[:count], self._stream)
         slot.sent = accelerator.record(self._stream)
-        return Sent(accelerator, slot, count)
+        return SentBatch(accelerator, slot, count)
 
     def _rotation(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[Slot]:
         of_torch = torch.from_numpy(np.empty(0, dtype)).dtype
@@ -231,7 +231,7 @@ class StagedFeed(Feed):
         return slots[-1]
 
 
-class Replayed:
+class GraphReplay:
     """A network captured once for each shape of batch, then repeated without being called."""
 
     def __init__(self, accelerator: Accelerator, run: Callable[[torch.Tensor], Any]) -> None:
@@ -258,7 +258,7 @@ class Replayed:
 def fetch(accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tensor]) -> Fetched:
     """Have `stream` copy results of the current stream to the host; returns what waits for them."""
     arrays = [array.contiguous() for array in arrays]
-    accelerator.hold(stream, accelerator.record(accelerator.current()))
+    accelerator.wait_on_stream(stream, accelerator.record(accelerator.current()))
     pinned = [accelerator.pinned(array.shape, array.dtype) for array in arrays]
     for target, source in zip(pinned, arrays, strict=True):
         accelerator.copy(target, source, stream)

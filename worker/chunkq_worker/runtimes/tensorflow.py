@@ -18,8 +18,8 @@ from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
-from chunkq_worker.runtimes.tensorflow_import import hushed, tf
-from chunkq_worker.runtimes.tensorflow_reading import raised
+from chunkq_worker.runtimes.tensorflow_import import without_log_output, tf
+from chunkq_worker.runtimes.tensorflow_reading import shape_problem
 from chunkq_worker.steps import KEY, Steps
 
 OUT_OF_MEMORY = ("oom when allocating", "failed to allocate memory", "out of memory")
@@ -105,7 +105,7 @@ class TensorFlowRuntime(Runtime):
             if self.is_out_of_memory(error):
                 raise
             hint = _hint(self._loaded().takes, given.shape)
-            raise ModelError(raised(error, given.shape) + hint) from error
+            raise ModelError(shape_problem(error, given.shape) + hint) from error
 
     def _as_array(self, outputs: Any) -> Array:
         if self._torch is not None:
@@ -123,7 +123,7 @@ class TensorFlowRuntime(Runtime):
         return pages.zeros(shape, np.float32)
 
     @override
-    def place(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         if self._torch is not None:
             return self._torch.as_tensor(array, device="cuda")
         return array
@@ -163,7 +163,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     first, and a warning; one on `cpu` is kept on the CPU; one on `cuda` after one on `cpu` is
     refused.
     """
-    with hushed():
+    with without_log_output():
         _start(model.device, threads)
     with tf.device("/GPU:0" if model.device == "cuda" else "/CPU:0"):
         runtime = TensorFlowRuntime(LOADERS[model.type](model), model, steps)

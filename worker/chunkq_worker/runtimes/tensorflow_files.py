@@ -19,17 +19,17 @@ from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
 from chunkq.userfile import load_names
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
-from chunkq_worker.runtimes.classes import make
+from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.tensorflow_import import h5py, keras, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
     content_of,
-    fetched,
-    named,
-    quiet,
+    local_copy,
+    with_suffix,
+    suppressed_warnings,
     reason,
 )
-from chunkq_worker.runtimes.tensorflow_weights import WEIGHTS, load_weights
+from chunkq_worker.runtimes.tensorflow_weights import WEIGHTS, load_checkpoint
 from chunkq_worker.runtimes.trust import untrusted
 
 NORMS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization")
@@ -84,7 +84,7 @@ class KerasNetwork(Network):
         if not self._model.built:
             self(given[:1])
         if self._checkpoint is not None:
-            load_weights(self._model, self._checkpoint)
+            load_checkpoint(self._model, self._checkpoint)
         self._ready = True
 
     @override
@@ -142,7 +142,7 @@ def load_class(model: ModelConfig) -> Network:
     """Make the user's class in the job's dtype; the checkpoint waits for the first batch."""
     dtype = model.dtype if model.dtype.startswith("float") else None
     with layers_of(dtype):
-        made = make(model)
+        made = create_network(model)
     key = f"model_config.class_name: {model.class_name} of {model.class_file}"
     if not isinstance(made, keras.Model):
         old = type(made).__module__.startswith("tf_keras")
@@ -157,7 +157,7 @@ def load_file(model: ModelConfig) -> Network:
     """Load a whole network: a .keras or HDF5 file, or a SavedModel's directory."""
     path = model.model_file or ""
     key = f"model_config.model_file: {path}"
-    with fetched(path, key) as local:
+    with local_copy(path, key) as local:
         if os.path.isdir(local):
             return _saved_model(local, key, model)
         content = content_of(local, key)
@@ -165,7 +165,7 @@ def load_file(model: ModelConfig) -> Network:
         if found not in ("keras", "keras_h5"):
             raise ModelError(f"{key} is {_what_else(local, content, found)}")
         suffix = ".keras" if found == "keras" else ".h5"
-        with named(local, suffix) as file, _explained(key, "the network"), quiet():
+        with with_suffix(local, suffix) as file, _explained(key, "the network"), suppressed_warnings():
             own = _own_objects(model)
             config, foreign = _parts(content, found)
             if config is None:
@@ -185,7 +185,7 @@ def load_json(model: ModelConfig) -> Network:
     """Make a network from its architecture; without a checkpoint its weights are random."""
     path = model.json_file or ""
     key = f"model_config.json_file: {path}"
-    with fetched(path, key) as local:
+    with local_copy(path, key) as local:
         content = content_of(local, key)
     found = format_of(content)
     if found != "keras_json":
@@ -199,7 +199,7 @@ def load_json(model: ModelConfig) -> Network:
             f"{keras.__version__} cannot read; load it with Keras 2 (the package tf_keras), write "
             "a SavedModel with model.export(path), and use type: file"
         )
-    with _explained(key, "the architecture"), quiet():
+    with _explained(key, "the architecture"), suppressed_warnings():
         own = _own_objects(model)
         if not model.trusted:
             _expect_safe(values, own, path)
@@ -230,7 +230,7 @@ def _expect_safe(config: Any, own: dict[str, Any], path: str) -> None:
 def _saved_model(path: str, key: str, model: ModelConfig) -> Network:
     if not os.path.exists(os.path.join(path, "saved_model.pb")):
         raise ModelError(f"{key} is a directory without saved_model.pb, so no SavedModel")
-    with _explained(key, "the SavedModel"), quiet():
+    with _explained(key, "the SavedModel"), suppressed_warnings():
         if not model.trusted and (part := saved_model_graph.unsafe_part(path)) is not None:
             raise untrusted(model.model_file or "", part)
         return SavedNetwork(tf.saved_model.load(path), key)

@@ -31,7 +31,7 @@ WANTS_CHATTER = os.environ.get(LEVEL, DEFAULTS[LEVEL]) != DEFAULTS[LEVEL]
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def without_log_output() -> Iterator[None]:
     """Keep TensorFlow's own lines off standard error, unless the user has set a level."""
     try:
         kept_back = -1 if WANTS_CHATTER else os.dup(2)
@@ -59,7 +59,7 @@ def _import() -> tuple[Any, Any, Any]:
         os.environ.setdefault(name, value)
     _expect_backend(os.environ[BACKEND])
     import_triton_before_tensorflow()
-    with hushed():
+    with without_log_output():
         tensorflow, keras = import_module("tensorflow"), import_module("keras")
     _expect_backend(keras.backend.backend())
     if not WANTS_CHATTER:

@@ -17,7 +17,7 @@ MESSAGE = re.compile(r"(?:\x1b|\\x1b)\[1m(.*?)(?:\x1b|\\x1b)\[0m", re.DOTALL)
 
 
 @contextmanager
-def fetched(path: str, key: str) -> Iterator[str]:
+def local_copy(path: str, key: str) -> Iterator[str]:
     """Yield a local path of a file or directory: its own, or that of a temporary copy."""
     if not is_url(path):
         yield path
@@ -42,7 +42,7 @@ def content_of(path: str, key: str) -> bytes:
 
 
 @contextmanager
-def named(path: str, suffix: str) -> Iterator[str]:
+def with_suffix(path: str, suffix: str) -> Iterator[str]:
     """Yield a name of the file that has just this suffix, by which Keras tells its formats."""
     if os.path.basename(path).partition(".")[2] == suffix[1:]:
         yield path
@@ -54,7 +54,7 @@ def named(path: str, suffix: str) -> Iterator[str]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppressed_warnings() -> Iterator[None]:
     """Hold back what Keras and TensorFlow bring upon themselves with newer NumPys."""
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):
@@ -62,7 +62,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def raised(error: BaseException, shape: Sequence[int]) -> str:
+def shape_problem(error: BaseException, shape: Sequence[int]) -> str:
     """Return the line for a network that cannot take a batch of this shape."""
     kind = type(error).__name__.removeprefix("MultilineMessage")
     return f"the network raised {kind} on a batch of shape {list(shape)}: {reason(error)}"

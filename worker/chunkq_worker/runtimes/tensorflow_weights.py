@@ -15,9 +15,9 @@ from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.tensorflow_import import h5py, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
     content_of,
-    fetched,
-    named,
-    quiet,
+    local_copy,
+    with_suffix,
+    suppressed_warnings,
     reason,
 )
 
@@ -35,14 +35,14 @@ class ForeignWeightsError(Exception):
     """A weights file leads to another file; the argument is the name of that part."""
 
 
-def load_weights(model: Any, path: str) -> None:
+def load_checkpoint(model: Any, path: str) -> None:
     """Give a built model the weights of a file; raises ModelError unless all of them fit.
 
     Takes what `save_weights` writes (also Keras 2's HDF5), a .keras file, or a checkpoint of
     `tf.train.Checkpoint`: its directory, its .index file or the start that its names share.
     """
     key = f"model_config.checkpoint: {path}"
-    with fetched(path, key) as local:
+    with local_copy(path, key) as local:
         prefix = _prefix(local, key)
         if prefix is not None:
             _restore(model, prefix, key)
@@ -78,11 +78,11 @@ def _read(model: Any, path: str, content: bytes, *, zipped: bool) -> tuple[set[s
                 raise ForeignWeightsError(foreign)
             old = "layer_names" in file.attrs or "model_weights" in file
             saved = set() if old else _datasets(file)
-        with quiet(), named(path, ".h5" if old else ".weights.h5") as name:
+        with suppressed_warnings(), with_suffix(path, ".h5" if old else ".weights.h5") as name:
             model.load_weights(name)
         if old:
             return set(), set()
-        with quiet():
+        with suppressed_warnings():
             model.save_weights(f"{folder}/own.weights.h5")
         with h5py.File(f"{folder}/own.weights.h5") as file:
             return saved, _datasets(file)
@@ -133,7 +133,7 @@ def _restore(model: Any, prefix: str, key: str) -> None:
         tops = {name.partition("/")[0] for name in saved}
         inside = next((k for k in STATE_KEYS if k in tops and not hasattr(model, k)), None)
         checkpoint = tf.train.Checkpoint(**{inside: model} if inside else {"root": model})
-        with quiet():
+        with suppressed_warnings():
             status = checkpoint.read(prefix)
             status.assert_existing_objects_matched()
             status.expect_partial()

@@ -17,16 +17,16 @@ from chunkq import pages
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.base import Feed, Fetched, Runtime, not_one_array
+from chunkq_worker.runtimes.base import BatchFeed, Fetched, Runtime, not_one_array
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
-    Replayed,
-    Sent,
+    GraphReplay,
+    SentBatch,
     StagedFeed,
     fetch,
 )
-from chunkq_worker.runtimes.torch_files import LOADERS, Loaded, reason
+from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork, reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
 
@@ -52,7 +52,7 @@ class TorchRuntime(Runtime):
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedNetwork,
         model: ModelConfig,
         steps: Steps,
         threads: int | None,
@@ -78,17 +78,17 @@ class TorchRuntime(Runtime):
         if accelerator is not None:
             self._way_in, self._way_out = accelerator.stream(), accelerator.stream()
             if model.cuda_graph:
-                self._replayed = Replayed(accelerator, self._straight)
+                self._replayed = GraphReplay(accelerator, self._run_uncaptured)
 
     @override
-    def __call__(self, batch: npt.NDArray[Any] | Sent) -> Array:
+    def __call__(self, batch: npt.NDArray[Any] | SentBatch) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process has its own
         with torch.inference_mode():
-            if isinstance(batch, Sent):
+            if isinstance(batch, SentBatch):
                 given = batch.take(self._dtype)
             else:
-                given = self.place(batch).to(self._dtype)
+                given = self.to_device(batch).to(self._dtype)
             if self._steps.preprocessing_protected is not None:
                 given = self._steps.preprocessing_protected(given)
             outputs = self._forward(given)
@@ -105,13 +105,13 @@ class TorchRuntime(Runtime):
         if self._model.channels_last:
             given = _channels_last(given)
         try:
-            return (self._replayed or self._straight)(given)
+            return (self._replayed or self._run_uncaptured)(given)
         except RuntimeError as error:
             if not self.is_out_of_memory(error) and (line := self._explained(error, given)):
                 raise ModelError(line) from error
             raise
 
-    def _straight(self, given: torch.Tensor) -> Any:
+    def _run_uncaptured(self, given: torch.Tensor) -> Any:
         with self._around():
             return self._run(given)
 
@@ -153,9 +153,9 @@ class TorchRuntime(Runtime):
         return self._accelerator.empty(shape, torch.float32).zero_()
 
     @override
-    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Feed:
+    def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
         if self._accelerator is None:
-            return Feed(shape, dtype)
+            return BatchFeed(shape, dtype)
         return StagedFeed(self._accelerator, self._way_in, shape, dtype)
 
     @override
@@ -165,7 +165,7 @@ class TorchRuntime(Runtime):
         return fetch(self._accelerator, self._way_out, arrays)
 
     @override
-    def place(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         if array.dtype.kind == "u" and array.dtype.itemsize in (2, 4):
             # torch knows few operations on wide unsigned integers; the next wider signed one
             # holds the same values. (uint64 has none; as an input it is refused with the job.)
@@ -175,7 +175,7 @@ class TorchRuntime(Runtime):
         if not array.flags.writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()  # steps give views that torch cannot share
         tensor = torch.from_numpy(array)
-        return tensor if self._accelerator is None else self._accelerator.place(tensor)
+        return tensor if self._accelerator is None else self._accelerator.to_device(tensor)
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:

@@ -20,9 +20,9 @@ import torch
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
-from chunkq.userfile import neighbours
+from chunkq.userfile import sibling_imports
 from chunkq_worker.runtimes import exported_program, torchscript_code
-from chunkq_worker.runtimes.classes import make
+from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.torch_exported import Limits
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
@@ -35,16 +35,16 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedNetwork:
     """A network, and what its file says it takes; None where the file does not say."""
 
     module: Any
     limits: Limits | None = None
 
 
-def load_class(model: ModelConfig) -> Loaded:
+def load_class(model: ModelConfig) -> LoadedNetwork:
     """Make the user's class and give it the weights of its checkpoint."""
-    module = make(model)
+    module = create_network(model)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
             f"model_config.class_name: {model.class_name} of {model.class_file} is no "
@@ -52,7 +52,7 @@ def load_class(model: ModelConfig) -> Loaded:
         )
     if model.checkpoint is not None:
         _load_state(module, model.checkpoint)
-    return Loaded(_prepared(module, model))
+    return LoadedNetwork(_prepared(module, model))
 
 
 def _load_state(module: torch.nn.Module, path: str) -> None:
@@ -108,7 +108,7 @@ def _unwrapped(found: Any, kind: type) -> Any:
     return found
 
 
-def load_file(model: ModelConfig) -> Loaded:
+def load_file(model: ModelConfig) -> LoadedNetwork:
     """Unpickle a whole module, if the job says that its file may be trusted."""
     path = model.model_file or ""
     key = f"model_config.model_file: {path}"
@@ -122,7 +122,7 @@ def load_file(model: ModelConfig) -> Loaded:
             "torch.save(network.state_dict(), path) as the checkpoint of type: class",
         )
     try:
-        with neighbours(path), warnings.catch_warnings():
+        with sibling_imports(path), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on classes that changed since
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
     except (ImportError, AttributeError) as error:
@@ -140,7 +140,7 @@ def load_file(model: ModelConfig) -> Loaded:
             f"{key} holds {type(found).__name__}, not a network; if these are weights, use type: "
             "class with class_file, class_name and it as checkpoint"
         )
-    return Loaded(_prepared(module, model))
+    return LoadedNetwork(_prepared(module, model))
 
 
 def _prepared(module: torch.nn.Module, model: ModelConfig) -> torch.nn.Module:
@@ -150,7 +150,7 @@ def _prepared(module: torch.nn.Module, model: ModelConfig) -> torch.nn.Module:
     return module.to(dtype) if dtype.is_floating_point else module
 
 
-def load_torchscript(model: ModelConfig) -> Loaded:
+def load_torchscript(model: ModelConfig) -> LoadedNetwork:
     """Load a scripted or traced module; its weights stay in the dtype they were saved in."""
     path = model.ts_file or ""
     key = f"model_config.ts_file: {path}"
@@ -173,10 +173,10 @@ def load_torchscript(model: ModelConfig) -> Loaded:
     except (RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ModelError(f"{key}: {reason(error)}") from error
     # A frozen module has no such mode.
-    return Loaded(module.eval() if hasattr(module, "training") else module)
+    return LoadedNetwork(module.eval() if hasattr(module, "training") else module)
 
 
-def load_exported(model: ModelConfig) -> Loaded:
+def load_exported(model: ModelConfig) -> LoadedNetwork:
     """Load a program of torch.export; its dtype, and often its batch size, is in the file."""
     path = model.model_file or ""
     key = f"model_config.model_file: {path}"
@@ -200,7 +200,7 @@ def load_exported(model: ModelConfig) -> Loaded:
             f"{key} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: "
             f"{reason(error)}); export the network again"
         ) from error
-    return Loaded(module, Limits.of(program, path))
+    return LoadedNetwork(module, Limits.of(program, path))
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def reason(error: BaseException) -> str:
     return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:300]
 
 
-LOADERS: MappingProxyType[str, Callable[[ModelConfig], Loaded]] = MappingProxyType(
+LOADERS: MappingProxyType[str, Callable[[ModelConfig], LoadedNetwork]] = MappingProxyType(
     {
         "class": load_class,
         "file": load_file,

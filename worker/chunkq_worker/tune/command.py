@@ -22,31 +22,31 @@ from rich.filesize import decimal
 from chunkq import __version__
 from chunkq.allowed import ALLOW_VARIABLE
 from chunkq.errors import ChunkqError, JobError, ModelError, nearest
-from chunkq.executors.base import usual_depth
+from chunkq.executors.base import default_depth
 from chunkq.job import Job, load_job
 from chunkq.ledger import JobFolder, folder_of
 from chunkq.paths import is_url, without_secret
 from chunkq.record import JobRecord
 from chunkq.stores import find_source
-from chunkq.userfile import load_weights
-from chunkq_worker.birth import child_settings
+from chunkq.userfile import load_blend_weights
+from chunkq_worker.birth import child_env
 from chunkq_worker.commands import seconds_in
 from chunkq_worker.devices import VISIBLE, cores, slots
-from chunkq_worker.given import arrays_of
+from chunkq_worker.given import open_inputs
 from chunkq_worker.tune.file import JobFile
 from chunkq_worker.tune.memory import offered
 from chunkq_worker.tune.process import Trials
 from chunkq_worker.tune.search import (
     Limits,
-    Measured,
+    Measurement,
     Options,
-    Outcome,
+    SearchResult,
     Row,
     Search,
     Setting,
     Stage,
 )
-from chunkq_worker.tune.space import Space
+from chunkq_worker.tune.space import SearchSpace
 from chunkq_worker.tune.table import comment, duration, label, legend, table, values
 
 LOG_WIDTH = 120
@@ -65,7 +65,7 @@ class InterruptedTuneError(ChunkqError):
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TuneOptions:
     """What the user asks for: lengths of patches, names of precisions, what is kept as it is."""
 
     patches: tuple[tuple[int, ...], ...]
@@ -116,10 +116,10 @@ def tune(
     """
     loaded = load_job(job, input=input_, output=output)
     limits = _limits(loaded, max_time, memory, device_memory)
-    wishes = Wishes(_lengths(patch_sizes), _precisions(precision, loaded), _kept(keep))
+    wishes = TuneOptions(_lengths(patch_sizes), _precisions(precision, loaded), _kept(keep))
     file = None if dry_run else JobFile.read(job)
     record = _record(loaded)
-    space = Space(record)
+    space = SearchSpace(record)
     if file is not None:
         _check_rewritable(file, space)
         _check_not_begun(job, record)
@@ -223,13 +223,13 @@ def _record(job: Job) -> JobRecord:
     """Check a job against its volume and files, as producing it would."""
     sources = [find_source(path) for path in job.input]
     if len(sources) > 1:
-        arrays_of(list(job.input))
-    record = JobRecord.of(job, sources)
-    load_weights(record.plan())
+        open_inputs(list(job.input))
+    record = JobRecord.create(job, sources)
+    load_blend_weights(record.plan())
     return record
 
 
-def _check_rewritable(file: JobFile, space: Space) -> None:
+def _check_rewritable(file: JobFile, space: SearchSpace) -> None:
     """Raise ChunkqError before anything is measured, if the file could not be changed after."""
     start = space.start(1)
     try:
@@ -270,9 +270,9 @@ def _interruptible(job: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _search(space: Space, job: Job, wishes: Wishes, limits: Limits, *, quiet: bool) -> Outcome:
+def _search(space: SearchSpace, job: Job, wishes: TuneOptions, limits: Limits, *, quiet: bool) -> SearchResult:
     on_gpu, model = job.model.device == "cuda", job.model
-    start = space.start(usual_depth(gpu=on_gpu))
+    start = space.start(default_depth(gpu=on_gpu))
     given = model.dtype, model.autocast
     options = Options(
         batches="batch" not in wishes.kept,
@@ -297,7 +297,7 @@ def _search(space: Space, job: Job, wishes: Wishes, limits: Limits, *, quiet: bo
             space, Path(folder), _environment(job), memory=limits.memory, seconds=trial_seconds
         )
 
-        def measure(setting: Setting, stage: Stage, seconds: float) -> Measured:
+        def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
             cost = space.cost(setting)
             words = label(setting, stage, () if cost is None else cost.chunksize)
             with console.status(f"trying {words}"):
@@ -313,7 +313,7 @@ def _search(space: Space, job: Job, wishes: Wishes, limits: Limits, *, quiet: bo
 def _environment(job: Job) -> dict[str, str]:
     """Return the environment of a worker of this job, on the first device if it has several."""
     taken = slots("all" if job.model.device == "cuda" else "none", 1)
-    environment = {**os.environ, **child_settings(max(1, cores() // len(taken)))}
+    environment = {**os.environ, **child_env(max(1, cores() // len(taken)))}
     environment.pop(ALLOW_VARIABLE, None)  # the temporary output is ours
     if taken[0].gpu is not None:
         environment[VISIBLE] = taken[0].gpu
@@ -328,9 +328,9 @@ def _place(output: str) -> str | None:
     return str(above) if above != Path("/") and os.access(above, os.W_OK) else None
 
 
-def _usable(outcome: Outcome, limits: Limits) -> Row:
+def _usable(outcome: SearchResult, limits: Limits) -> Row:
     """Return the chosen row; raises in one line what is wrong with the job if there is none."""
-    first = outcome.rows[0].measured if outcome.rows else Measured("no time")
+    first = outcome.rows[0].measured if outcome.rows else Measurement("no time")
     if first.verdict == "failed":
         raise ModelError(first.note)
     if first.verdict == "no time":
@@ -350,7 +350,7 @@ def _usable(outcome: Outcome, limits: Limits) -> Row:
     return outcome.best
 
 
-def _chosen(outcome: Outcome, changes: dict[tuple[str, ...], Any]) -> list[str]:
+def _chosen(outcome: SearchResult, changes: dict[tuple[str, ...], Any]) -> list[str]:
     """Return what was chosen and what it brings."""
     best, before = outcome.best, outcome.before
     if best is None:
@@ -367,5 +367,5 @@ def _chosen(outcome: Outcome, changes: dict[tuple[str, ...], Any]) -> list[str]:
     return lines
 
 
-def _device(found: Measured) -> str:
+def _device(found: Measurement) -> str:
     return f"on {found.note or 'this machine'} with {cores()} cores"

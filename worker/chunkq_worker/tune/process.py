@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from chunkq_worker.tune.search import Measured, Setting, Stage
-from chunkq_worker.tune.space import Space
-from chunkq_worker.tune.trial import Orders
+from chunkq_worker.tune.search import Measurement, Setting, Stage
+from chunkq_worker.tune.space import SearchSpace
+from chunkq_worker.tune.trial import TrialOptions
 
 MODULE = "chunkq_worker.tune.trial"
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
 class Trials:
@@ -35,7 +35,7 @@ class Trials:
 
     def __init__(
         self,
-        space: Space,
+        space: SearchSpace,
         folder: Path,
         environment: Mapping[str, str],
         *,
@@ -47,13 +47,13 @@ class Trials:
         self._first: Path | None = None
         self._count = 0
 
-    def __call__(self, setting: Setting, stage: Stage, most_seconds: float) -> Measured:
+    def __call__(self, setting: Setting, stage: Stage, most_seconds: float) -> Measurement:
         """Run a setting for at most so many seconds; nothing of it is left running."""
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
         sample = self._folder / f"{self._count}.npy"
-        orders = Orders(
+        orders = TrialOptions(
             stage=stage,
             record=self._space.record(setting).to_json().decode(),
             depth=setting.depth,
@@ -74,7 +74,7 @@ class Trials:
                 sample.unlink()
         return found if difference is None else _with(found, difference=difference)
 
-    def _run(self, orders: Orders, folder: Path, most_seconds: float) -> Measured:
+    def _run(self, orders: TrialOptions, folder: Path, most_seconds: float) -> Measurement:
         limit = time.monotonic() + most_seconds
         with (folder / "out").open("w+b") as out, (folder / "err").open("w+b") as err:
             process = subprocess.Popen(
@@ -98,22 +98,22 @@ class Trials:
         if ended is not None:
             return ended
         with suppress(ValueError, TypeError):
-            return Measured(**json.loads(said))
+            return Measurement(**json.loads(said))
         if process.returncode == -signal.SIGKILL:
-            return Measured("too large", note="the system ended it for want of memory")
-        return Measured("failed", note=complaint or f"ended with {process.returncode}")
+            return Measurement("too large", note="the system ended it for want of memory")
+        return Measurement("failed", note=complaint or f"ended with {process.returncode}")
 
-    def _watch(self, process: subprocess.Popen[bytes], limit: float) -> Measured | None:
+    def _watch(self, process: subprocess.Popen[bytes], limit: float) -> Measurement | None:
         """Wait for its end; returns why it has to be ended before that, else None."""
         peak = 0
         while process.poll() is None:
             with suppress(psutil.Error):
                 peak = max(peak, psutil.Process(process.pid).memory_info().rss)
             if self._memory is not None and peak > self._memory:
-                return Measured("too large", peak_bytes=peak, note="more memory than allowed")
+                return Measurement("too large", peak_bytes=peak, note="more memory than allowed")
             if time.monotonic() > limit:
-                return Measured("no time", peak_bytes=peak, note="the time was up")
-            time.sleep(LOOK_SECONDS)
+                return Measurement("no time", peak_bytes=peak, note="the time was up")
+            time.sleep(POLL_SECONDS)
         return None
 
 
@@ -133,8 +133,8 @@ def _last_line(file: Any) -> str:
     return lines[-1] if lines else ""
 
 
-def _with(found: Measured, **more: Any) -> Measured:
-    return Measured(**asdict(found) | more)
+def _with(found: Measurement, **more: Any) -> Measurement:
+    return Measurement(**asdict(found) | more)
 
 
 def _difference(one: Path, other: Path) -> float | None:

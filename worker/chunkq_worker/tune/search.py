@@ -12,15 +12,15 @@ from chunkq.footprint import Footprint
 
 Shape = tuple[int, ...]
 Stage = Literal["network", "pipeline"]
-Verdict = Literal["ok", "too large", "failed", "no time", "changes results"]
+TrialStatus = Literal["ok", "too large", "failed", "no time", "changes results"]
 
 TIE = 0.03
 """Settings whose times differ by less than this share are equally fast."""
 NETWORK_SHARE = 0.6
 """Of the budget, for the network alone; the rest is for whole chunks."""
-IN_VAIN = 2
+MAX_FAILED_STEPS = 2
 """Larger batches tried in a row without a gain before the search gives up."""
-DEEPEST = 6
+MAX_DEPTH = 6
 """Chunks in flight, at most."""
 RUNNERS_UP = 3
 """So many of the network's best settings are tried with whole chunks until one fits."""
@@ -64,14 +64,14 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurement:
     """What running a setting showed; `rate` is in patches per second, memory in bytes.
 
     `difference` is the largest of any output value from the job's own settings, as a share of
     the outputs' range; None where it was not or cannot be compared.
     """
 
-    verdict: Verdict
+    verdict: TrialStatus
     rate: float = 0.0
     load_seconds: float = 0.0
     peak_bytes: int = 0
@@ -87,7 +87,7 @@ class Row:
     setting: Setting
     stage: Stage
     cost: Cost
-    measured: Measured
+    measured: Measurement
 
     @property
     def seconds(self) -> float:
@@ -135,7 +135,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SearchResult:
     """The table, the row chosen from it, and the row of the job's own settings beside it.
 
     `best` is None where nothing fits or the budget did not even do for the job's own settings.
@@ -146,7 +146,7 @@ class Outcome:
     before: Row | None
 
 
-Measure = Callable[[Setting, Stage, float], Measured]
+Measure = Callable[[Setting, Stage, float], Measurement]
 """Runs a setting for at most so many seconds."""
 CostOf = Callable[[Setting], Cost | None]
 """What a setting means for the job; None where the job cannot be done with it."""
@@ -177,7 +177,7 @@ class Search:
         self._decisive: Stage = "network"
         self.rows: list[Row] = []
 
-    def run(self) -> Outcome:
+    def run(self) -> SearchResult:
         """Return the table and the choice; a baseline that fails or has no time ends it at once."""
         first = self._try(self._start, "network")
         if first is None or first.measured.verdict in ("failed", "no time"):
@@ -204,7 +204,7 @@ class Search:
         while (
             larger.measured.verdict == "ok"
             and larger.setting.batch < larger.cost.chunk_patches
-            and in_vain < IN_VAIN
+            and in_vain < MAX_FAILED_STEPS
         ):
             next_row = self._try(replace(first, batch=2 * larger.setting.batch), "network")
             if next_row is None:
@@ -282,22 +282,22 @@ class Search:
         self.rows.append(row)
         return row
 
-    def _refused(self, setting: Setting, stage: Stage, cost: Cost, left: float) -> Measured | None:
+    def _refused(self, setting: Setting, stage: Stage, cost: Cost, left: float) -> Measurement | None:
         """Return the verdict where it is known without running; else None."""
         if stage == "network":
             return None
-        limit, needed = self._limits.memory, cost.footprint.in_flight(setting.depth)
+        limit, needed = self._limits.memory, cost.footprint.peak_bytes(setting.depth)
         if limit is not None and self._memory_is_the_hosts() and needed > limit:
-            return Measured("too large", note="the chunks in flight alone")
+            return Measurement("too large", note="the chunks in flight alone")
         alone = self._known(replace(setting, depth=self._start.depth, chunk=None), "network")
         if alone is not None and alone.measured.verdict == "too large":
-            return Measured("too large", note="the network alone is")
+            return Measurement("too large", note="the network alone is")
         rates = [r.measured.rate for r in self._usable("network") if _same(r.setting, setting)]
         if rates and (least := cost.chunk_patches * 2 / max(rates)) > left:
-            return Measured("no time", note=f"two chunks take {least:.0f} s")
+            return Measurement("no time", note=f"two chunks take {least:.0f} s")
         return None
 
-    def _judged(self, setting: Setting, found: Measured) -> Measured:
+    def _judged(self, setting: Setting, found: Measurement) -> Measurement:
         """Hold what was measured against the limits."""
         if found.verdict != "ok":
             return found
@@ -325,7 +325,7 @@ class Search:
     def _best(self, stage: Stage) -> Row | None:
         return choose([row for row in self.rows if row.stage == stage], self._start)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> SearchResult:
         """Choose by whole chunks if the best of the network was run so; else by the network."""
         stage, rows = self._decisive, tuple(self.rows)
         if stage == "network":  # whole chunks may still have shown what does not fit
@@ -334,7 +334,7 @@ class Search:
         else:
             candidates = [r for r in rows if r.stage == stage]
         best = choose(candidates, self._start)
-        return Outcome(rows, best, self._known(self._start, stage))
+        return SearchResult(rows, best, self._known(self._start, stage))
 
 
 def choose(rows: Sequence[Row], start: Setting) -> Row | None:
@@ -372,7 +372,7 @@ def _same(one: Setting, other: Setting) -> bool:
 
 def _with_depth(setting: Setting, *, step: int) -> Setting | None:
     depth = setting.depth + step
-    return replace(setting, depth=depth) if 1 <= depth <= DEEPEST else None
+    return replace(setting, depth=depth) if 1 <= depth <= MAX_DEPTH else None
 
 
 def _with_chunk(setting: Setting, *, ladder: Sequence[Shape | None], step: int) -> Setting | None:

@@ -21,13 +21,13 @@ from chunkq_worker.tune.search import Cost, Setting, Shape
 Changes = dict[tuple[str, ...], Any]
 """Keys of the job file, as paths, and what they become."""
 FEW_CHUNKS = 1000
-NEAR = 3
+NEAREST_CHUNKS = 3
 """Of a job with more, so many blocks on each side of the middle one are looked at."""
-RUNGS = 3
+CHUNK_SIZES = 3
 """Steps of the ladder of chunk sizes, in each direction."""
 
 
-class Space:
+class SearchSpace:
     """A job, and what each setting makes of it."""
 
     def __init__(self, record: JobRecord) -> None:
@@ -99,7 +99,7 @@ class Space:
         found: list[Shape | None] = [None]
         for larger in (False, True):
             shape = self._plan.chunksize
-            for _ in range(RUNGS):
+            for _ in range(CHUNK_SIZES):
                 further = self._resized(shape, larger=larger)
                 cost = self.cost(Setting(1, 1, chunk=further))
                 if further == shape or cost is None or cost.chunks < least:
@@ -173,10 +173,10 @@ def near_middle(plan: Plan) -> list[Chunk]:
     ranges = [range(blocks) for blocks in plan.blocks]
     if prod(plan.blocks) > FEW_CHUNKS:
         ranges = [
-            range(max(0, m - NEAR), min(blocks, m + NEAR + 1))
+            range(max(0, m - NEAREST_CHUNKS), min(blocks, m + NEAREST_CHUNKS + 1))
             for m, blocks in zip(middle, plan.blocks, strict=True)
         ]
-    chunks = [chunk for index in product(*ranges) if (chunk := plan.chunk(index)).active]
+    chunks = [chunk for index in product(*ranges) if (chunk := plan.chunk(index)).is_active]
     return sorted(
         chunks,
         key=lambda chunk: sum(abs(i - m) for i, m in zip(chunk.index, middle, strict=True)),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from chunkq_worker.tune.search import HARMLESS, Outcome, Row, Setting, Stage
+from chunkq_worker.tune.search import HARMLESS, SearchResult, Row, Setting, Stage
 
 COMMENT_WIDTH = 112
 COLUMNS = ("tried", "patches/s", "memory", "whole job", "chunks", "pieces", "differs", "")
@@ -36,7 +36,7 @@ def label(setting: Setting, stage: Stage, chunksize: tuple[int, ...]) -> str:
     return ", ".join(words)
 
 
-def table(outcome: Outcome, width: int) -> Table:
+def table(outcome: SearchResult, width: int) -> Table:
     """Return every setting that was tried, in the order in which they were.
 
     Where there is little room, what each setting costs is left out.
@@ -62,7 +62,7 @@ def table(outcome: Outcome, width: int) -> Table:
     return made
 
 
-def _cells(row: Row, outcome: Outcome) -> list[str]:
+def _cells(row: Row, outcome: SearchResult) -> list[str]:
     found, cost = row.measured, row.cost
     usable = row.seconds < inf
     memory = decimal(found.peak_bytes) if found.peak_bytes else ""
@@ -87,7 +87,7 @@ def _cells(row: Row, outcome: Outcome) -> list[str]:
     ]
 
 
-def comment(outcome: Outcome) -> list[str]:
+def comment(outcome: SearchResult) -> list[str]:
     """Return the table as plain lines, and what they mean."""
     stream = io.StringIO()
     console = Console(file=stream, width=COMMENT_WIDTH, no_color=True, highlight=False)
@@ -95,7 +95,7 @@ def comment(outcome: Outcome) -> list[str]:
     return [*(line.rstrip() for line in stream.getvalue().splitlines()), *legend(outcome)]
 
 
-def legend(outcome: Outcome) -> list[str]:
+def legend(outcome: SearchResult) -> list[str]:
     """Return what a reader of the table should know, in plain lines."""
     lines = [
         "whole job: by one worker like this one, loading included, finalizing not",
@@ -138,7 +138,7 @@ def values(row: Row) -> dict[str, Any]:
         "chunks": cost.chunks,
         "patches": cost.patches,
         "piece_bytes": cost.piece_bytes,
-        "array_bytes": cost.footprint.in_flight(setting.depth),
+        "array_bytes": cost.footprint.peak_bytes(setting.depth),
     }
 
 

@@ -28,29 +28,29 @@ from chunkq.blend import Accumulator, WeightCache
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
 from chunkq.memory import peak_bytes
-from chunkq.opened import OpenJob, open_job
+from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
 from chunkq.stores import open_array, read_padded
 from chunkq.tasks import Task
-from chunkq.userfile import load_weights
+from chunkq.userfile import load_blend_weights
 from chunkq_worker.batching import Halos
-from chunkq_worker.engine import Engine, this_device
+from chunkq_worker.engine import InferenceEngine, get_device
 from chunkq_worker.here import NoQueue
 from chunkq_worker.run import run_task
-from chunkq_worker.tune.search import Measured, Stage
+from chunkq_worker.tune.search import Measurement, Stage
 from chunkq_worker.tune.space import fullest, near_middle
 
 ROUNDS = 3
 """Timed rounds of the network alone; the median counts."""
 SAMPLE = 2
 """Patches whose output is compared with that of other settings."""
-MOST_PATCHES = 10_000
+MAX_PATCHES = 10_000
 NOWHERE = "sqlite:///nowhere/queue.db"
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class TrialOptions:
     """What a trial is told: `record` is a job record as JSON, `seconds` how long to measure.
 
     `folder` is an empty one for temporary files, `sample` a file for the output of the first
@@ -71,9 +71,9 @@ class TooLargeError(Exception):
 
 def main() -> None:
     """Answer on standard output."""
-    orders = Orders(**json.loads(sys.stdin.readline()))
+    orders = TrialOptions(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    stages: dict[Stage, Callable[[Orders, JobRecord], Measured]] = {
+    stages: dict[Stage, Callable[[TrialOptions, JobRecord], Measurement]] = {
         "network": _network,
         "pipeline": _pipeline,
     }
@@ -84,7 +84,7 @@ def main() -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ChunkqError):
             reason = f"the trial raised {type(error).__name__}: {reason}"
-        found = Measured("too large" if _is_memory(error) else "failed", note=reason)
+        found = Measurement("too large" if _is_memory(error) else "failed", note=reason)
     sys.stdout.write("\n" + json.dumps(asdict(found)) + "\n")
     sys.stdout.flush()
     os._exit(0)  # a compiler's helpers or a reader's threads must not keep it
@@ -102,21 +102,21 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, TooLargeError)) or any(word in words for word in known)
 
 
-def _loaded(record: JobRecord) -> tuple[Engine, float]:
+def _loaded(record: JobRecord) -> tuple[InferenceEngine, float]:
     """Return the loaded network and the seconds it took."""
     before = time.perf_counter()
-    engine = Engine(record, record.plan())
+    engine = InferenceEngine(record, record.plan())
     _check_batch(engine, record)
     return engine, time.perf_counter() - before
 
 
-def _check_batch(engine: Engine, record: JobRecord) -> None:
+def _check_batch(engine: InferenceEngine, record: JobRecord) -> None:
     asked = record.job.model.max_batch_size
     if engine.batcher.size < asked:
         raise TooLargeError(f"a batch of {asked} does not fit")
 
 
-def _network(orders: Orders, record: JobRecord) -> Measured:
+def _network(orders: TrialOptions, record: JobRecord) -> Measurement:
     """Time the network and the blending on patches of one chunk amid the volume."""
     engine, load_seconds = _loaded(record)
     job, plan = record.job, engine.plan
@@ -125,9 +125,9 @@ def _network(orders: Orders, record: JobRecord) -> Measured:
         read_padded(open_array(source.array_path), chunk.halo, job.pad_mode, job.pad_value)
         for source in record.sources
     ]
-    patches = list(islice(plan.patches(chunk), MOST_PATCHES))
+    patches = list(islice(plan.patches(chunk), MAX_PATCHES))
     np.save(orders.sample, _sample(engine, patches, halos, chunk))
-    weights = WeightCache(plan, load_weights(plan), engine.runtime.place)
+    weights = WeightCache(plan, load_blend_weights(plan), engine.runtime.to_device)
     zeros = engine.runtime.zeros((plan.channels, *chunk.region.shape))
     sums = Accumulator(plan, chunk, weights, zeros)
 
@@ -149,7 +149,7 @@ def _network(orders: Orders, record: JobRecord) -> Measured:
     return _measured(engine, rate, load_seconds)
 
 
-def _sample(engine: Engine, patches: list[Patch], halos: Halos, chunk: Chunk) -> npt.NDArray[Any]:
+def _sample(engine: InferenceEngine, patches: list[Patch], halos: Halos, chunk: Chunk) -> npt.NDArray[Any]:
     """Return what the network gives for the first patches, in batches as full as they come."""
     size, outputs = engine.batcher.size, []
     for first in range(0, min(SAMPLE, len(patches)), size):
@@ -160,19 +160,19 @@ def _sample(engine: Engine, patches: list[Patch], halos: Halos, chunk: Chunk) ->
     return np.concatenate(outputs)[:SAMPLE]
 
 
-def _pipeline(orders: Orders, record: JobRecord) -> Measured:
+def _pipeline(orders: TrialOptions, record: JobRecord) -> Measurement:
     """Time whole chunks of a job like any other, but for its output in a temporary folder."""
     output = str(Path(orders.folder) / "out.zarr")
     made = chunkq.produce(record.job.as_dict(), output=output, queue=NoQueue(NOWHERE))
-    job, device = open_job(made.folder.path), this_device()
-    engine, load_seconds = device.do(lambda: _loaded(job.record)).result()
-    with device.lent(job, engine):
+    job, device = open_job(made.folder.path), get_device()
+    engine, load_seconds = device.run(lambda: _loaded(job.record)).result()
+    with device.compute_with(job, engine):
         rate = _rate(job, orders)
     _check_batch(engine, record)
     return _measured(engine, rate, load_seconds)
 
 
-def _rate(job: OpenJob, orders: Orders) -> float:
+def _rate(job: JobHandle, orders: TrialOptions) -> float:
     """Return patches per second of chunks from the middle on, `depth` of them in flight."""
     chunks = near_middle(job.plan)
 
@@ -198,8 +198,8 @@ def _rate(job: OpenJob, orders: Orders) -> float:
     return patches / max(time.perf_counter() - began, 1e-9)
 
 
-def _measured(engine: Engine, rate: float, load_seconds: float) -> Measured:
-    return Measured(
+def _measured(engine: InferenceEngine, rate: float, load_seconds: float) -> Measurement:
+    return Measurement(
         "ok",
         rate=rate,
         load_seconds=load_seconds,
