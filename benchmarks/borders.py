@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from chunkq_worker.birth import child_env
+from chunkq_worker.child_env import child_env
 
 from benchmarks import turns
 from benchmarks.contestant import network, predictions, read, stored

@@ -131,7 +131,7 @@ def bare(job: Job, output: str) -> Callable[[], Figures]:
 
 def chunkq(job: Job, output: str) -> Callable[[], Figures]:
     """Store to store, in this process; `read` and `written` are bytes, as its report says."""
-    for late in ("chunkq_producer.running", "chunkq_worker.runtimes.torch", "zarr"):
+    for late in ("chunkq_producer.runner", "chunkq_worker.runtimes.torch", "zarr"):
         importlib.import_module(late)  # as all libraries are before the clock starts
     from chunkq import Predictor
 

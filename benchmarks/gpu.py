@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from chunkq_worker.engine import InferenceEngine
+from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.runtimes.base import BatchFeed
 
 from chunkq.errors import ModelError

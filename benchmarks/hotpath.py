@@ -3,7 +3,7 @@
 Run: python benchmarks/hotpath.py [--json FILE]. One process, the job of network.py, two threads.
 Functions are timed by the clock; those of one thread do not overlap each other, those of the
 device's thread go on beside those of the others. Run it with chunkq's own malloc settings (see
-chunkq_worker.birth): it starts itself again with them.
+chunkq_worker.child_env): it starts itself again with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from chunkq_worker.birth import child_env
+from chunkq_worker.child_env import child_env
 
 from benchmarks.contestant import chunkq
 from benchmarks.network import make_job
@@ -33,22 +33,27 @@ from chunkq.job import load_job
 
 SHAPE = (224, 160, 160)
 WATCHED = (
-    ("device", "network: load", "chunkq_worker.engine", "Engine.__init__"),
+    ("device", "network: load", "chunkq_worker.inference_engine", "InferenceEngine.__init__"),
     ("device", "network: forward", "chunkq_worker.runtimes.torch", "TorchRuntime.__call__"),
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.batching", "is_finite"),
     ("device", "activation, votes", "chunkq_worker.batching", "Batcher._usable"),
-    ("device", "weights, until kept", "chunkq.weights", "ProductWeights.normalised"),
+    ("device", "weights, until kept", "chunkq.weights", "ProductWeights.normalized"),
     ("device", "blend", "chunkq.blend", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),
-    ("device", "decide", "chunkq.blend", "Accumulator.results"),
-    ("device", "cut into core, band, pieces", "chunkq_worker.engine", "contribution"),
-    ("device", "all of a chunk on the device", "chunkq_worker.engine", "Engine.start"),
-    ("others", "read the input", "chunkq.opened", "OpenJob.read_halos"),
-    ("others", "write the output", "chunkq.opened", "OpenJob.write"),
+    ("device", "decide", "chunkq.blend", "Accumulator.sums"),
+    ("device", "cut into core, band, pieces", "chunkq_worker.inference_engine", "contribution"),
+    (
+        "device",
+        "all of a chunk on the device",
+        "chunkq_worker.inference_engine",
+        "InferenceEngine.start",
+    ),
+    ("others", "read the input", "chunkq.job_handle", "JobHandle.read_halos"),
+    ("others", "write the output", "chunkq.job_handle", "JobHandle.write"),
     ("others", "write pieces", "chunkq.ledger", "Ledger.put_piece"),
     ("others", "commit", "chunkq.ledger", "Ledger.commit"),
-    ("others", "complete blocks, their writes too", "chunkq_worker.here", "complete_block"),
+    ("others", "complete blocks, their writes too", "chunkq_worker.inline", "complete_block"),
     ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
 )
 """Thread, label, module and name of what is timed."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 import zarr
-from chunkq_worker.birth import child_env
+from chunkq_worker.child_env import child_env
 
 from benchmarks import turns
 from benchmarks.turns import THREADS, Figures

@@ -21,13 +21,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from chunkq_producer.watch import job_status
+from chunkq_producer.job_status import job_status
 
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import parse_job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
 from chunkq.ome import Space
-from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Plan, Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve

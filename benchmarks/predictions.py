@@ -1,4 +1,4 @@
-"""What `chunkq plan --probe` foretells beside what real worker processes then take.
+"""What `chunkq plan --check-model` foretells beside what real worker processes then take.
 
 Run: python benchmarks/predictions.py [JOB ...] [--json FILE]. Each job is planned, produced, worked
 off by one fresh process of `chunkq work` and sealed by `chunkq finalize`. Then its chunks are
@@ -21,8 +21,8 @@ import numpy as np
 import zarr
 
 from chunkq.finalize import OWN_PIECE
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import ALIGNMENT, CRC_BYTES, ITEM
-from chunkq.opened import JobHandle, open_job
 from chunkq.tasks import chunk_name
 
 NETWORKS = '''
@@ -58,9 +58,9 @@ print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024]))
 """Small itself: a process's largest memory counts what its parent had when it was started."""
 PAST_THE_QUEUE = """
 import sys
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 from chunkq.executors.base import Attempt
-from chunkq.opened import open_job
+from chunkq.job_handle import open_job
 from chunkq.tasks import Task
 for index in open_job(sys.argv[1]).plan.indices():
     run_task(Task("infer", sys.argv[1], index), Attempt(1, "alone"))
@@ -132,7 +132,8 @@ def headers(job: JobHandle) -> int:
         if not chunk.is_active:
             continue
         pieces = [
-            (p.target, p.name, [("<f4", (plan.channels, *p.box.shape))]) for p in plan.outgoing_pieces(chunk)
+            (p.target, p.name, [("<f4", (plan.channels, *p.box.shape))])
+            for p in plan.outgoing_pieces(chunk)
         ]
         if chunk.has_band:
             own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
@@ -173,9 +174,9 @@ def finalize(folder: Path) -> int:
 
 def figures(folder: Path, depth: int) -> Figures:
     """Foretell a job and run it."""
-    words = ("plan", "job.json", "--probe", "--depth", str(depth), "--json")
+    words = ("plan", "job.json", "--check-model", "--depth", str(depth), "--json")
     foretold = json.loads(command(folder, *words))
-    probe = foretold["probe"]
+    probe = foretold["model_check"]
     command(folder, "produce", "job.json")
     command(folder, "work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet")
     command(folder, "finalize", "out.zarr")

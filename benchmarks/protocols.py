@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 import torch
-from chunkq_worker.here import pipelined
+from chunkq_worker.inline import pipelined
 
 from benchmarks.contestant import Contestant, chunkq, compete, create, network, predictions, stored
 from benchmarks.turns import Figures
@@ -34,7 +34,7 @@ from chunkq.job import Job, parse_job
 from chunkq.plan import Chunk, Patch, Plan, Volume
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
-from chunkq.userfile import load_blend_weights
+from chunkq.user_code import load_blend_weights
 from chunkq.weights import built_in
 
 PENDING = 64 << 20

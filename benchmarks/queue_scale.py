@@ -42,18 +42,18 @@ TAKEN = 2000
 def take_some(barrier: Any, answers: Any, url: str) -> None:
     """Work off a number of tasks that do nothing; answer when that began and ended."""
     executor, lock, left = open_executor(url), threading.Lock(), TAKEN
-    shift = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
+    options = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
 
     def count(task: Task, attempt: Attempt) -> None:
         nonlocal left
         with lock:
             left -= 1
             if left <= 0:
-                shift.stop.set()
+                options.stop.set()
 
     barrier.wait(PATIENCE)
     began = time.time()
-    executor.run_tasks(count, shift)
+    executor.run_tasks(count, options)
     answers.put((began, time.time()))
 
 

@@ -129,7 +129,7 @@ class Places:
 
     def keeper(self, queue: str) -> psutil.Process:
         """Return the process that keeps a cluster's queue."""
-        mark = "chunkq.executors.dask_scheduler" if queue == "dask" else "ray::Host"
+        mark = "chunkq.executors.dask_scheduler" if queue == "dask" else "ray::QueueHost"
         [found] = [p for p in psutil.process_iter() if any(mark in word for word in _words(p))]
         return found
 
@@ -326,7 +326,9 @@ def drain(barrier: Any, answers: Any, url: str) -> None:
     executor = open_executor(url)
     barrier.wait(PATIENCE)
     began = time.time()
-    executor.run_tasks(lambda task, attempt: None, WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH, burst=True))
+    executor.run_tasks(
+        lambda task, attempt: None, WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH, burst=True)
+    )
     answers.put((began, time.time()))
 
 
@@ -451,14 +453,14 @@ def device(queue: str, at: Places) -> list[Figure]:
 def idle_worker(barrier: Any, answers: Any, url: str) -> None:
     """Wait for tasks that never come; answer with what that costs a second."""
     executor = open_executor(url)
-    shift = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
-    worker = threading.Thread(target=executor.run_tasks, args=(lambda task, attempt: None, shift))
+    options = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
+    worker = threading.Thread(target=executor.run_tasks, args=(lambda task, attempt: None, options))
     worker.start()
     time.sleep(SETTLING_SECONDS)
     before = _spent(url)
     time.sleep(IDLE_SECONDS)
     after = _spent(url)
-    shift.stop.set()
+    options.stop.set()
     worker.join()
     answers.put({what: (after[what] - before[what]) / IDLE_SECONDS for what in after})
 

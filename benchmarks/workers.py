@@ -18,11 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from chunkq_worker.birth import child_env
+from chunkq_worker.child_env import child_env
 
 from benchmarks.network import make_job
 from chunkq.job import load_job
-from chunkq.opened import open_job
+from chunkq.job_handle import open_job
 
 ROUNDS, SHAPE, EDGE, PATIENCE = 5, (224, 160, 160), 64, 600.0
 

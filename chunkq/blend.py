@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.box import Box
-from chunkq.combine import Array, add_weighted, cast_output, reduce, to_numpy, copy_into
+from chunkq.combine import Array, add_weighted, cast_output, copy_into, reduce, to_numpy
 from chunkq.plan import Chunk, Patch, Piece, Plan
 from chunkq.weights import Neighbors, Weights, neighbors
 
@@ -149,7 +149,7 @@ class Accumulator:
 def contribution(plan: Plan, chunk: Chunk, results: Sequence[npt.NDArray[Any]]) -> Contribution:
     """Return what a chunk's `Accumulator.results` come to, once they are on the host."""
     interior = _stored(plan, results[0])
-    sums = [pages.contiguous(part) for part in results[1:]]
+    sums = [buffers.contiguous(part) for part in results[1:]]
     own, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
     if chunk.has_band:
         rest = (_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes)
@@ -179,12 +179,12 @@ def finalize_sums(
     is one of `chunk.touched_boxes`, its array ([C,] *box.shape) in the output's dtype.
     """
     channels = (plan.channels,) if plan.channel_axis else ()
-    block = pages.zeros((*channels, *chunk.block.shape), plan.output_dtype)
+    block = buffers.zeros((*channels, *chunk.block.shape), plan.output_dtype)
     if own is not None:
         for box, values in zip(chunk.rest_boxes, own.rest, strict=True):
             _cut(plan, block, chunk.block, box)[...] = values
     for number, box in enumerate(chunk.band_boxes):
-        total = pages.zeros((plan.channels, *box.shape), np.float32)
+        total = buffers.zeros((plan.channels, *box.shape), np.float32)
         if own is not None:
             total += own.band[number]
         for piece in plan.incoming_pieces(chunk):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from array_api_compat import array_namespace
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.errors import PredictionError
 
 Combine = Literal["weighted_avg", "soft", "hard"]
@@ -105,10 +105,12 @@ def reduce(average: Array, combine: Combine) -> Array:
     return average[0] >= 0.5 if average.shape[0] == 1 else _largest(average, axis=0)
 
 
-def cast_output(result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def cast_output(
+    result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
     """Do the rest of `decide`, on the host; raises PredictionError as that does."""
     with np.errstate(over="ignore"):
-        stored = result if result.dtype == dtype else pages.cast(result, dtype)
+        stored = result if result.dtype == dtype else buffers.cast(result, dtype)
     if combine == "weighted_avg" and stored.dtype == np.float16 and not np.isfinite(stored).all():
         raise PredictionError(
             "an average lies beyond the range of float16; use output_dtype: float32"

@@ -10,16 +10,16 @@ from typing import Any
 
 from chunkq import __version__
 from chunkq.blend import OwnBlock, finalize_sums
+from chunkq.diagnosis import advice, conclusion
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.executors.base import Attempt
 from chunkq.footprint import footprint
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
-from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Index, Piece, Plan
-from chunkq.tally import aggregate_timing
 from chunkq.tasks import Task, chunk_name
-from chunkq.verdict import advice, conclusion
+from chunkq.timing_aggregation import aggregate_timing
 
 OWN_PIECE = "own"
 """Name of the piece a chunk leaves for its own block."""

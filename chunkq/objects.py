@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.paths import is_url, join, open_filesystem, read_bytes
 
 PARTIAL = ".partial-"
@@ -197,7 +197,7 @@ class ObjectFolder:
             return None if content is None else np.frombuffer(content, np.uint8)
         try:
             with open(join(self._root, name), "rb") as file:
-                room = pages.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
+                room = buffers.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
                 return room[: file.readinto(room.data)]
         except NO_FILE:
             return None

@@ -31,7 +31,9 @@ def source_indices(start: int, stop: int, size: int, mode: PadMode) -> IntArray:
     return np.where(folded < size, folded, 2 * size - 2 - folded)
 
 
-def source_range(start: IntArray, stop: IntArray, size: int, mode: PadMode) -> tuple[IntArray, IntArray]:
+def source_range(
+    start: IntArray, stop: IntArray, size: int, mode: PadMode
+) -> tuple[IntArray, IntArray]:
     """Return the smallest range of real voxels that shows up in each window `[start, stop)`.
 
     Elementwise over arrays of windows, each of which meets `[0, size)` or is empty; an empty

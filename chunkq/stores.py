@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.box import Box
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.ome import Space, first_image, space_of
@@ -84,7 +84,7 @@ class TensorStoreArray(Array):
         import tensorstore as ts
 
         try:
-            values: Voxels = pages.zeros(box.shape, self.dtype)
+            values: Voxels = buffers.zeros(box.shape, self.dtype)
             asked = self._store[box.slices((0,) * len(self.shape))]
             ts.array(values, copy=False, write=True).write(asked).result()
         except (ValueError, OSError, RuntimeError) as error:
@@ -144,7 +144,7 @@ class NpyArray(Array):
         try:
             if not is_url(self.path):
                 mapped = np.memmap(self._inner, self.dtype, "r", self._origin, self.shape)
-                return pages.cast(mapped[(rows, *inner)], self.dtype)
+                return buffers.cast(mapped[(rows, *inner)], self.dtype)
             content = self._filesystem.cat_file(
                 self._inner,
                 start=self._origin + rows.start * row_bytes,
@@ -298,7 +298,7 @@ def read_padded(array: Array, window: Box, mode: PadMode, value: float) -> Voxel
             continue
         indices = source_indices(low, high, size, mode)
         shape = (*values.shape[:number], len(indices), *values.shape[number + 1 :])
-        taken = pages.zeros(shape, values.dtype)
+        taken = buffers.zeros(shape, values.dtype)
         there = np.maximum(indices - real.start[number], 0)
         np.take(values, there, axis=number, out=taken, mode="clip")  # "raise" would buffer it
         if mode == "constant":

@@ -18,7 +18,7 @@ ENTRY_POINTS: MappingProxyType[str, str] = MappingProxyType(
 )
 """Every kind of task and what runs it. Nothing on a queue can name anything else."""
 CHUNK_NAME = re.compile(r"(0|[1-9][0-9]{0,17})(\.(0|[1-9][0-9]{0,17}))*")
-WORKER_MAIN = "chunkq_worker.serving:serve"
+WORKER_MAIN = "chunkq_worker.worker_main:serve"
 """What a process that another engine started runs to become a worker."""
 
 

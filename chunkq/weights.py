@@ -17,7 +17,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.grids import Axis
 
 NEIGHBORS_CACHED = 1 << 14
@@ -107,7 +107,7 @@ class ProductWeights:
         if grids > 1:
             totals = np.stack([_outer_sum([s[g] for s in sums]) for g in range(grids)])
             ratio += totals[grid] - np.logaddexp.reduce(totals, axis=0)
-        return pages.cast(np.exp(ratio, out=ratio), np.float32)
+        return buffers.cast(np.exp(ratio, out=ratio), np.float32)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class ArrayWeights:
                     there.append(slice(low - offset, high - offset))
                 total[tuple(here)] += self.shares[tuple(there)]
         own = self.shares[tuple(slice(s.low, s.high) for s in around)]
-        return pages.cast(np.divide(own, total, out=total), np.float32)
+        return buffers.cast(np.divide(own, total, out=total), np.float32)
 
 
 Weights = ProductWeights | ArrayWeights

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from chunkq.executors import open_executor
-from chunkq.executors.dask_scheduler import start_scheduler as start_scheduler
+from chunkq.executors.dask_scheduler import start_scheduler
 from tests.harness.network_namespace import NetworkNamespace
 from tests.harness.servers.ray import ray_cluster
 from tests.harness.servers.redis import RedisServer, redis_server

@@ -78,12 +78,12 @@ class WorkerName:
 
 
 class TaskResult(NamedTuple):
-    """What came of a task: its marks, one for each block it contributed to.
+    """What came of a task: its contributions, one for each block it contributed to.
 
     One that never `ran` the network says nothing about those still to come.
     """
 
-    marks: Sequence[BlockContribution] = ()
+    contributions: Sequence[BlockContribution] = ()
     ran: bool = True
 
 
@@ -149,7 +149,7 @@ class WorkerOptions:
 
 
 class ExitStatus(NamedTuple):
-    """How a worker's shift ended: the process's exit code, and why in lines."""
+    """How a worker's options ended: the process's exit code, and why in lines."""
 
     code: int = 0
     lines: Sequence[str] = ()
@@ -224,8 +224,8 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def run_tasks(self, handler: Handler, shift: WorkerOptions) -> None:
-        """Take tasks and run them until the shift ends.
+    def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
+        """Take tasks and run them until the options ends.
 
         A handler's error costs the task an attempt, save a JobError or ModelError: that one
         would strike every chunk, so the task goes back uncounted and its job is set aside. So is
@@ -238,21 +238,23 @@ class Executor(ABC):
         `settings.longest_replacement_delay`.
 
         A task over its time limit cannot be stopped from inside the process: it costs an
-        attempt, all else in flight is handed back, and OverrunError is raised for the process
+        attempt, all else in flight is handed back, and TaskTimeoutError is raised for the process
         to end.
         """
 
-    def run_worker(self, shift: WorkerOptions) -> ExitStatus:
-        """Run chunkq's own tasks until the shift ends, in a process that the engine has its eye on.
+    def run_worker(self, options: WorkerOptions) -> ExitStatus:
+        """Run tasks until the worker ends, in a process that the engine manages.
 
         Unless an engine has such processes of its own, that is this one.
         """
-        ended: ExitStatus = run_worker(self, shift)
+        ended: ExitStatus = run_worker(self, options)
         return ended
 
     @abstractmethod
-    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
-        """Remember a committed chunk's marks; return the finalize tasks of blocks they complete.
+    def record_contributions(
+        self, job: str, contributions: Sequence[BlockContribution]
+    ) -> list[Task]:
+        """Record a committed chunk's contributions; return the finalize tasks of complete blocks.
 
         Each is returned to one caller only, and may be lost: what is not completed so is left
         to the finalizer. Of a job without tasks on the queue nothing is remembered.

@@ -28,12 +28,12 @@ from distributed.versions import VersionMismatchWarning
 
 from chunkq.errors import JobError, QueueError
 from chunkq.executors import credentials
-from chunkq.executors.base import WorkerOptions, WorkerName
+from chunkq.executors.base import WorkerName, WorkerOptions
 from chunkq.executors.dask_tls import configured_security, load_security
 from chunkq.executors.hosted import (
-    RemoteWorkers,
-    QueueHost,
     HostedQueue,
+    QueueHost,
+    RemoteWorkers,
     current_device,
     new_group_name,
     run_remote_worker,
@@ -68,15 +68,15 @@ class QueuePlugin(SchedulerPlugin):
 
 
 class _StopWithWorker(WorkerPlugin):
-    """Ends a shift when its Dask worker is closed, by the scheduler or for want of one."""
+    """Ends a options when its Dask worker is closed, by the scheduler or for want of one."""
 
-    def __init__(self, shift: WorkerOptions) -> None:
-        self._shift = shift
+    def __init__(self, options: WorkerOptions) -> None:
+        self._options = options
         self.is_closed = False
 
     def teardown(self, worker: distributed.Worker) -> None:
         self.is_closed = True
-        self._shift.stop.set()
+        self._options.stop.set()
 
 
 @dataclass(frozen=True)
@@ -257,16 +257,16 @@ class DaskExecutor(HostedQueue):
         )
 
     @contextmanager
-    def registered(self, shift: WorkerOptions) -> Iterator[None]:
+    def registered(self, options: WorkerOptions) -> Iterator[None]:
         """Join the cluster as a worker that takes nothing but chunks."""
-        stop = _StopWithWorker(shift)
+        stop = _StopWithWorker(options)
         with scratch_folder("dask") as folder:
             try:
                 client = self._connected()  # a worker lives in the loop of one client
-                worker = client.sync(self._join, shift, stop, str(folder))
+                worker = client.sync(self._join, options, stop, str(folder))
             except UNREACHABLE_ERRORS as error:
                 raise self._unreachable(error) from None
-            self.host.enlist(shift.worker, worker.address)
+            self.host.register_worker(options.worker, worker.address)
             try:
                 yield
             finally:
@@ -278,7 +278,9 @@ class DaskExecutor(HostedQueue):
                     f"queue: the Dask scheduler at {self.url} closed this worker, or is gone"
                 )
 
-    async def _join(self, shift: WorkerOptions, stop: _StopWithWorker, folder: str) -> distributed.Worker:
+    async def _join(
+        self, options: WorkerOptions, stop: _StopWithWorker, folder: str
+    ) -> distributed.Worker:
         address = self._address
         # Its profiler would look at nothing but idle threads, a hundred times a second. Its web
         # pages, which have no access control, show its logs.
@@ -289,8 +291,8 @@ class DaskExecutor(HostedQueue):
         with dask.config.set(settings):
             worker = distributed.Worker(
                 address.text,
-                name=shift.worker,
-                nthreads=shift.depth,
+                name=options.worker,
+                nthreads=options.depth,
                 interface=address.interface,
                 host=None if address.interface else get_ip(get_address_host(address.text)),
                 protocol=address.protocol,
@@ -306,7 +308,9 @@ class DaskExecutor(HostedQueue):
         worker.status = distributed.Status.paused
         return worker
 
-    def launch_remote_workers(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> RemoteWorkers:
+    def launch_remote_workers(
+        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+    ) -> RemoteWorkers:
         """Occupy the threads of the cluster's workers, each with one chunk in flight."""
         try:
             client = self._connected()
@@ -319,13 +323,15 @@ class DaskExecutor(HostedQueue):
                 f"queue: the Dask cluster at {self.url} has no free workers; start some with "
                 "`dask worker`, or use `chunkq work`"
             )
-        gang = new_group_name()
+        group = new_group_name()
         lanes = [
-            client.submit(run_remote_thread, self.url, job, gang, key=f"chunkq-{gang}-{n}", pure=False)
+            client.submit(
+                run_remote_thread, self.url, job, group, key=f"chunkq-{group}-{n}", pure=False
+            )
             for n in range(count)
         ]
         distributed.fire_and_forget(lanes)
-        return _DaskRemoteWorkers(self, gang, lanes)
+        return _DaskRemoteWorkers(self, group, lanes)
 
     def close(self) -> None:
         """Let go of the scheduler."""
@@ -347,7 +353,7 @@ class _DaskRemoteWorkers(RemoteWorkers):
         lines = super().messages()
         errors = {str(lane.exception()) for lane in self._lanes if lane.status == "error"}
         lines += [" ".join(error.split())[:300] for error in sorted(errors)]
-        if any(run_remote_thread.cancelled() for lane in self._lanes):
+        if any(lane.cancelled() for lane in self._lanes):
             lines.append(
                 "the connection to the Dask scheduler broke; its workers may go on, "
                 "`chunkq status` tells"
@@ -363,14 +369,14 @@ class _WorkerSideExecutor(DaskExecutor):
         self.place = distributed.get_worker().address
 
     @contextmanager
-    def registered(self, shift: WorkerOptions) -> Iterator[None]:
-        self.host.enlist(shift.worker, self.place)
+    def registered(self, options: WorkerOptions) -> Iterator[None]:
+        self.host.register_worker(options.worker, self.place)
         yield
 
 
-def run_remote_thread(url: str, job: str, gang: str) -> None:
+def run_remote_thread(url: str, job: str, group: str) -> None:
     """Work in one thread of a Dask worker, until the job is done."""
     queue = _WorkerSideExecutor(url)
     own = f"{os.getpid():x}"
     name = WorkerName.new(current_device())
-    run_remote_worker(queue, gang, WorkerName(name.host, name.device, own).name, job, depth=1)
+    run_remote_worker(queue, group, WorkerName(name.host, name.device, own).name, job, depth=1)

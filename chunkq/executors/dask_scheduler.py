@@ -19,7 +19,7 @@ from distributed.utils import get_ip, get_ip_interface
 
 from chunkq.errors import QueueError
 from chunkq.executors import credentials
-from chunkq.executors.dask import Address, QueuePlugin, silence_dask, check_protocol
+from chunkq.executors.dask import Address, QueuePlugin, check_protocol, silence_dask
 from chunkq.executors.dask_tls import load_security
 from chunkq.scratch import delete_abandoned
 

@@ -44,12 +44,14 @@ class _WorkerGroup:
 class QueueHost:
     """The head's side: the table, who works where, and the workers hired."""
 
-    _OWN: ClassVar[frozenset[str]] = frozenset({"release", "enlist", "gang", "dismiss", "leave"})
+    _OWN: ClassVar[frozenset[str]] = frozenset(
+        {"release", "register_worker", "group_status", "stop_group", "record_exit"}
+    )
 
     def __init__(self) -> None:
         self._table = TaskTable(":memory:")
         self._homes: defaultdict[str, set[str]] = defaultdict(set)
-        self._gangs: defaultdict[str, _WorkerGroup] = defaultdict(_WorkerGroup)
+        self._groups: defaultdict[str, _WorkerGroup] = defaultdict(_WorkerGroup)
 
     def close(self) -> None:
         """Forget the queue."""
@@ -98,17 +100,17 @@ class QueueHost:
 
     def group_status(self, name: str) -> dict[str, Any]:
         """Tell how hired workers stand."""
-        return vars(self._gangs[name])
+        return vars(self._groups[name])
 
     def stop_group(self, name: str) -> None:
         """Have hired workers finish what is in flight and leave."""
-        self._gangs[name].is_stopped = True
+        self._groups[name].is_stopped = True
 
     def record_exit(self, name: str, lines: list[str]) -> None:
         """Note that a hired worker has left, and why if not for want of work."""
-        gang = self._gangs[name]
-        gang.ended += 1
-        gang.lines += [line for line in lines if line not in gang.lines]
+        group = self._groups[name]
+        group.ended += 1
+        group.lines += [line for line in lines if line not in group.lines]
 
 
 class _RemoteTable:
@@ -136,20 +138,22 @@ class HostedQueue(TableQueue):
         self.host: Any = _RemoteTable(self.request, url)
         self.table = cast(TaskTable, self.host)
 
-    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
+    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
         """Put off the end of a worker's leases; while the head is away there is nothing to do.
 
         What is in flight is finished: its commit counts, whatever becomes of the queue.
         """
         with suppress(QueueError):
-            super().renew(shift, held)
+            super().renew(options, held)
 
     @abstractmethod
     def request(self, request: str) -> str:
         """Send a request to the host and return its answer; raises QueueError if it is away."""
 
     @abstractmethod
-    def launch_remote_workers(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> RemoteWorkers:
+    def launch_remote_workers(
+        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+    ) -> RemoteWorkers:
         """Have processes of the cluster's own do a job; they go on without this one.
 
         `nodes` of the cluster are waited for, for a while. Raises QueueError if it has none.
@@ -157,15 +161,15 @@ class HostedQueue(TableQueue):
 
 
 class RemoteWorkerOptions(WorkerOptions):
-    """The shift of a hired worker: until its job is done, or it is dismissed."""
+    """The options of a hired worker: until its job is done, or it is dismissed."""
 
-    def __init__(self, queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
+    def __init__(self, queue: HostedQueue, group: str, worker: str, job: str, depth: int) -> None:
         super().__init__(worker=worker, job=job, depth=depth, burst=True)
-        self._queue, self._gang = queue, gang
+        self._queue, self._group = queue, group
 
     def can_start(self) -> bool:
         """Tell whether another task may be begun."""
-        if self._queue.host.gang(self._gang)["dismissed"]:
+        if self._queue.host.group_status(self._group)["is_stopped"]:
             self.stop.set()
         return super().can_start()
 
@@ -178,22 +182,22 @@ class RemoteWorkers:
 
     def have_ended(self) -> bool:
         """Tell whether all of them have left."""
-        return bool(self._queue.host.gang(self.name)["left"] >= self.count)
+        return bool(self._queue.host.group_status(self.name)["ended"] >= self.count)
 
     def messages(self) -> list[str]:
         """Return why workers left, if not for want of work."""
-        lines: list[str] = self._queue.host.gang(self.name)["lines"]
+        lines: list[str] = self._queue.host.group_status(self.name)["lines"]
         return lines
 
     def stop(self) -> None:
         """Have them finish what is in flight and leave."""
-        self._queue.host.dismiss(self.name)
+        self._queue.host.stop_group(self.name)
 
 
-def run_remote_worker(queue: HostedQueue, gang: str, worker: str, job: str, depth: int) -> None:
-    """Work as one of a gang, in a process of the cluster's."""
-    ended = run_worker(queue, RemoteWorkerOptions(queue, gang, worker, job, depth))
-    queue.host.leave(gang, ended.lines)
+def run_remote_worker(queue: HostedQueue, group: str, worker: str, job: str, depth: int) -> None:
+    """Work as one of a group, in a process of the cluster's."""
+    ended = run_worker(queue, RemoteWorkerOptions(queue, group, worker, job, depth))
+    queue.host.record_exit(group, ended.lines)
 
 
 def current_device() -> str:

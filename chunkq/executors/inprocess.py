@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, BlockContribution, Running, WorkerOptions
+from chunkq.executors.base import (
+    MAX_ATTEMPTS,
+    Attempt,
+    BlockContribution,
+    Counts,
+    Running,
+    WorkerOptions,
+)
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task
 
@@ -73,10 +80,10 @@ class _Memory:
     def job(self, job: str) -> _JobQueue:
         return self.jobs.get(job) or _JobQueue()
 
-    def chosen(self, shift: WorkerOptions) -> Iterator[_JobQueue]:
-        """Yield the jobs that a shift takes tasks of."""
+    def chosen(self, options: WorkerOptions) -> Iterator[_JobQueue]:
+        """Yield the jobs that a options takes tasks of."""
         for name, job in self.jobs.items():
-            if name == shift.job or (shift.job is None and name not in shift.skipped_jobs):
+            if name == options.job or (options.job is None and name not in options.skipped_jobs):
                 yield job
 
     def remove_empty(self) -> None:
@@ -168,27 +175,29 @@ class InProcessExecutor(LeaseQueue):
                 job.end_attempt(id, counted=counted)
             return len(held)
 
-    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
+    def record_contributions(
+        self, job: str, contributions: Sequence[BlockContribution]
+    ) -> list[Task]:
         """Record a chunk as contributor of blocks; return the finalize tasks of complete ones."""
         complete = []
         with self._memory.lock:
             if job not in self._memory.jobs:
                 return []
             blocks = self._memory.jobs[job].blocks
-            for block, member, of in marks:
+            for block, member, of in contributions:
                 missing = blocks.setdefault(block, set(range(of)))
                 if missing and not missing - {member}:
                     complete.append(Task("finalize", job, block))
                 missing.discard(member)
         return complete
 
-    def reserve(self, shift: WorkerOptions) -> Lease | None:
+    def reserve(self, options: WorkerOptions) -> Lease | None:
         """Lease one task: of the oldest job that has one, or return None."""
         with self._memory.lock:
             now = time.time()
             for job in self._memory.jobs.values():
                 job.expire(now)
-            for job in self._memory.chosen(shift):
+            for job in self._memory.chosen(options):
                 while job.queued:
                     id, (message, attempts) = job.queued.popitem(last=False)
                     try:
@@ -196,8 +205,8 @@ class InProcessExecutor(LeaseQueue):
                     except QueueError as error:
                         log.error("dropped from the queue: %s", error)
                         continue
-                    attempt = Attempt(attempts + 1, shift.worker)
-                    expires = now + shift.settings.lease
+                    attempt = Attempt(attempts + 1, options.worker)
+                    expires = now + options.settings.lease
                     job.leased[id] = _Leased(message, attempt, now, expires)
                     return Lease(task, attempt, since=now)
             self._memory.remove_empty()
@@ -219,18 +228,18 @@ class InProcessExecutor(LeaseQueue):
         """Queue a task again as if it had not been tried."""
         self._end(lease, counted=False)
 
-    def is_drained(self, shift: WorkerOptions) -> bool:
-        """Tell whether what a shift works on has neither queued nor running tasks."""
+    def is_drained(self, options: WorkerOptions) -> bool:
+        """Tell whether what a options works on has neither queued nor running tasks."""
         with self._memory.lock:
-            return not any(job.queued or job.leased for job in self._memory.chosen(shift))
+            return not any(job.queued or job.leased for job in self._memory.chosen(options))
 
-    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
+    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
         """Extend the leases that a worker holds."""
         with self._memory.lock:
             for lease in held:
                 job = self._held(lease)
                 if job is not None:
-                    job.leased[lease.task.id].expires = time.time() + shift.settings.lease
+                    job.leased[lease.task.id].expires = time.time() + options.settings.lease
 
     def close(self) -> None:
         """Do nothing: the queue lives as long as the process."""

@@ -15,8 +15,8 @@ from chunkq.errors import (
     FrameworkConflictError,
     JobError,
     ModelError,
-    TaskTimeoutError,
     SameFailureError,
+    TaskTimeoutError,
     cause,
 )
 from chunkq.executors.base import Attempt, Executor, Handler, TaskResult, WorkerOptions
@@ -44,7 +44,7 @@ class LeaseQueue(Executor):
     """
 
     @abstractmethod
-    def reserve(self, shift: WorkerOptions) -> Lease | None:
+    def reserve(self, options: WorkerOptions) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
 
     @abstractmethod
@@ -60,35 +60,35 @@ class LeaseQueue(Executor):
         """Put a task back as if it had not been begun."""
 
     @abstractmethod
-    def is_drained(self, shift: WorkerOptions) -> bool:
-        """Tell whether what a shift works on has neither queued nor running tasks."""
+    def is_drained(self, options: WorkerOptions) -> bool:
+        """Tell whether what a options works on has neither queued nor running tasks."""
 
     @abstractmethod
-    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
+    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
         """Extend the leases that a worker holds, and show that it lives."""
 
     @contextmanager
-    def registered(self, shift: WorkerOptions) -> Iterator[None]:
+    def registered(self, options: WorkerOptions) -> Iterator[None]:
         """Announce a worker to whoever watches the queue, and its leaving."""
         yield
 
-    def run_tasks(self, handler: Handler, shift: WorkerOptions) -> None:
-        """Run `shift.depth` loops side by side, and a heartbeat that renews their leases."""
-        crew = _TaskLoops(self, handler, shift)
+    def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
+        """Run `options.depth` loops side by side, and a heartbeat that renews their leases."""
+        crew = _TaskLoops(self, handler, options)
         threads = [
             threading.Thread(target=crew.loop, name=f"chunk-{n}", daemon=True)
-            for n in range(shift.depth)
+            for n in range(options.depth)
         ]
-        with self.registered(shift):
+        with self.registered(options):
             for thread in threads:
                 thread.start()
             try:
                 while any(thread.is_alive() for thread in threads):
-                    self.renew(shift, crew.held())
+                    self.renew(options, crew.held())
                     crew.check_timeouts()
                     _join(threads, crew.heartbeat_interval())
             finally:
-                shift.stop.set()
+                options.stop.set()
         if crew.error is not None:
             raise crew.error
 
@@ -125,12 +125,12 @@ class _JobHistory:
 class _TaskLoops:
     """The loops of one worker: what they hold, and what they have learned about the jobs."""
 
-    def __init__(self, queue: LeaseQueue, handler: Handler, shift: WorkerOptions) -> None:
-        self._queue, self._handler, self._shift = queue, handler, shift
+    def __init__(self, queue: LeaseQueue, handler: Handler, options: WorkerOptions) -> None:
+        self._queue, self._handler, self._options = queue, handler, options
         self._held: dict[int, Lease] = {}
         self._jobs: defaultdict[str, _JobHistory] = defaultdict(_JobHistory)
         self._lock, self._looking = threading.Lock(), threading.Lock()
-        self._settings = shift.settings
+        self._settings = options.settings
         self._pause = self._settings.shortest_poll
         self._conflict: FrameworkConflictError | None = None
         self._conflict_since = 0.0
@@ -142,7 +142,7 @@ class _TaskLoops:
 
     def heartbeat_interval(self) -> float:
         """Return how long (s) the heartbeat may wait."""
-        limit, lease = self._shift.time_limit, self._settings.lease
+        limit, lease = self._options.time_limit, self._settings.lease
         return lease / 3 if limit is None else min(lease, limit) / 3
 
     def loop(self) -> None:
@@ -152,25 +152,25 @@ class _TaskLoops:
                 self._run(lease)
         except Exception as error:
             self.error = error
-            self._shift.stop.set()
+            self._options.stop.set()
 
     def _next(self) -> Lease | None:
         """Wait for a task to begin, one thread for all: an idle worker asks the queue little."""
         with self._looking:
-            while self._shift.can_start():
-                lease = None if self._is_replacement_due() else self._queue.reserve(self._shift)
+            while self._options.can_start():
+                lease = None if self._is_replacement_due() else self._queue.reserve(self._options)
                 if lease is not None:
                     self._pause = self._settings.shortest_poll
                     self._hold(lease)
                     return lease
                 if self._conflict is not None:
                     self.error = self._conflict
-                    self._shift.stop.set()
+                    self._options.stop.set()
                     return None
-                over = self._shift.burst or self.error is not None
-                if over and self._queue.is_drained(self._shift):
+                over = self._options.burst or self.error is not None
+                if over and self._queue.is_drained(self._options):
                     return None
-                self._shift.stop.wait(self._pause)
+                self._options.stop.wait(self._pause)
                 # Well below half a lease: a queue may take longer silence for its own absence.
                 longest = min(self._settings.longest_poll, self._settings.lease / 8)
                 self._pause = min(longest, 1.5 * self._pause)
@@ -186,11 +186,12 @@ class _TaskLoops:
         over = [
             lease
             for lease in held
-            if now - lease.since > self._limit(lease.task.job) and not self._shift.is_waiting(lease.task)
+            if now - lease.since > self._limit(lease.task.job)
+            and not self._options.is_waiting(lease.task)
         ]
         if not over:
             return
-        self._shift.stop.set()
+        self._options.stop.set()
         named = ", ".join(chunk_name(lease.task.chunk) for lease in over)
         error = TaskTimeoutError(
             f"{over[0].task.kind} chunk {named} ran for more than its time limit of "
@@ -205,7 +206,7 @@ class _TaskLoops:
         raise error
 
     def _limit(self, job: str) -> float:
-        fixed = self._shift.time_limit
+        fixed = self._options.time_limit
         return self._jobs[job].time_limit(self._settings) if fixed is None else fixed
 
     def _run(self, lease: Lease) -> None:
@@ -215,7 +216,7 @@ class _TaskLoops:
             with self._lock:
                 del self._held[threading.get_ident()]
             took = time.time() - lease.since
-            self._shift.longest_task = max(self._shift.longest_task, took)
+            self._options.longest_task = max(self._options.longest_task, took)
 
     def _run_one(self, lease: Lease) -> None:
         record = self._jobs[lease.task.job]
@@ -233,8 +234,10 @@ class _TaskLoops:
             if record.is_hopeless_after(lease.task, error, self._settings):
                 self._skip_job(lease.task.job, _same_failure(lease.task, record, error))
         else:
-            if outcome.marks:
-                self._complete(lease, self._queue.record_contributions(lease.task.job, outcome.marks))
+            if outcome.contributions:
+                self._complete(
+                    lease, self._queue.record_contributions(lease.task.job, outcome.contributions)
+                )
             if outcome.ran:
                 record.succeeded(time.time() - lease.since)
             self._queue.ack(lease)
@@ -249,8 +252,8 @@ class _TaskLoops:
                 log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
 
     def _restart_for_job(self, job: str, error: FrameworkConflictError) -> None:
-        """Take no more tasks of a job; `_next` ends the shift when there are no others."""
-        self._shift.skipped_jobs.add(job)
+        """Take no more tasks of a job; `_next` ends the options when there are no others."""
+        self._options.skipped_jobs.add(job)
         if self._conflict is None:
             log.info("%s", error)
             self._conflict, self._conflict_since = error, time.time()
@@ -261,12 +264,12 @@ class _TaskLoops:
 
     def _skip_job(self, job: str, error: Exception) -> None:
         """Leave a job that cannot be done; the loops end once there is no other."""
-        known = job in self._shift.skipped_jobs
-        self._shift.skipped_jobs.add(job)
+        known = job in self._options.skipped_jobs
+        self._options.skipped_jobs.add(job)
         self.error = error  # raised, and said, at the end
-        if self._shift.job is not None:
-            self._shift.stop.set()
-        elif not known and not self._queue.is_drained(self._shift):
+        if self._options.job is not None:
+            self._options.stop.set()
+        elif not known and not self._queue.is_drained(self._options):
             log.error("%s", error)
 
 

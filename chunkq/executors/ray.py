@@ -19,11 +19,11 @@ from ray._private.services import get_ray_address_from_environment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chunkq.errors import JobError, QueueError
-from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, ExitStatus, WorkerOptions, WorkerName
+from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, ExitStatus, WorkerName, WorkerOptions
 from chunkq.executors.hosted import (
-    RemoteWorkers,
-    QueueHost,
     HostedQueue,
+    QueueHost,
+    RemoteWorkers,
     current_device,
     new_group_name,
     run_remote_worker,
@@ -121,7 +121,7 @@ class RayExecutor(HostedQueue):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         address = Address.parse(url)
-        self._keeper: Any = None
+        self._actor: Any = None
         try:
             _Connection.open(address.text)
         except Exception as error:  # Ray raises many kinds, some of gRPC
@@ -134,18 +134,18 @@ class RayExecutor(HostedQueue):
 
     def ask_version(self) -> None:
         """Have the host compare versions."""
-        self.host.gang("")
+        self.host.group_status("")
 
     def request(self, request: str) -> str:
         """Ask the actor that keeps the queue; a cluster that has none gets one."""
         try:
-            if self._keeper is None:
-                self._keeper = _queue_actor()
-            answer: str = ray.get(self._keeper.answer.remote(request), timeout=ANSWER_SECONDS)
+            if self._actor is None:
+                self._actor = _queue_actor()
+            answer: str = ray.get(self._actor.answer.remote(request), timeout=ANSWER_SECONDS)
         except ray.exceptions.GetTimeoutError as error:
             raise self._unreachable(error) from None
         except ray.exceptions.RayActorError as error:
-            self._keeper = None
+            self._actor = None
             if "No module named 'chunkq" in str(error):
                 raise QueueError(
                     f"queue: the Ray cluster at {self.url} has no chunkq, which keeps the queue "
@@ -177,17 +177,17 @@ class RayExecutor(HostedQueue):
             "`ray start --head`, or check the address, and the token if it asks for one"
         )
 
-    def run_worker(self, shift: WorkerOptions) -> ExitStatus:
+    def run_worker(self, options: WorkerOptions) -> ExitStatus:
         """Work in an actor on this machine, which Ray grants its GPU."""
-        name = WorkerName.parse(shift.worker)
+        name = WorkerName.parse(options.worker)
         here = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=not self.url.startswith("ray://auto")
         )
         actor = _actor(name.device != "cpu", scheduling_strategy=here, max_concurrency=3).remote()
         try:
-            if not self._is_granted(actor, shift):
+            if not self._is_granted(actor, options):
                 return ExitStatus()
-            return self._wait_until_done(actor, shift)
+            return self._wait_until_done(actor, options)
         except ray.exceptions.RayActorError as error:
             if "creation task" in str(error):
                 return ExitStatus(EXIT_REFUSED, [_start_problem(error)])
@@ -196,37 +196,39 @@ class RayExecutor(HostedQueue):
             with suppress(Exception):
                 ray.kill(actor)
 
-    def _is_granted(self, actor: Any, shift: WorkerOptions) -> bool:
+    def _is_granted(self, actor: Any, options: WorkerOptions) -> bool:
         """Wait until Ray has made room for a worker; False if by then it is of no use any more."""
         there, begun, late = actor.ping.remote(), time.monotonic(), False
         while not ray.wait([there], timeout=POLL_SECONDS)[0]:
-            if not shift.can_start() or (late and shift.burst and self.is_drained(shift)):
+            if not options.can_start() or (late and options.burst and self.is_drained(options)):
                 return False
             if not late and time.monotonic() - begun > GRANT_SECONDS:
                 late = True
                 log.warning("Ray has not granted this worker its device and core yet; waiting")
         return True
 
-    def _wait_until_done(self, actor: Any, shift: WorkerOptions) -> ExitStatus:
+    def _wait_until_done(self, actor: Any, options: WorkerOptions) -> ExitStatus:
         orders = {
-            "depth": shift.depth,
-            "burst": shift.burst,
-            "job": shift.job,
-            "deadline": shift.deadline,
-            "time_limit": shift.time_limit,
+            "depth": options.depth,
+            "burst": options.burst,
+            "job": options.job,
+            "deadline": options.deadline,
+            "time_limit": options.time_limit,
         }
         # As an argument, not as Ray's own environment of an actor: that one everyone can look up.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(RAY_ERRORS)}
-        ending = actor.serve.remote(self.url, shift.worker, orders, environment)
+        ending = actor.serve.remote(self.url, options.worker, orders, environment)
         stopped = False
         while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
-            if shift.stop.is_set() and not stopped:
+            if options.stop.is_set() and not stopped:
                 stopped = True
                 actor.stop.remote()
         code, lines = ray.get(ending)
         return ExitStatus(code, lines)
 
-    def launch_remote_workers(self, job: str, *, gpu: bool, depth: int, nodes: int = 1) -> RemoteWorkers:
+    def launch_remote_workers(
+        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+    ) -> RemoteWorkers:
         """Start actors all over the cluster: one for each GPU, or one on each machine."""
         until = time.monotonic() + JOIN_SECONDS
         while len(alive := [node for node in ray.nodes() if node["Alive"]]) < nodes:
@@ -241,19 +243,19 @@ class RayExecutor(HostedQueue):
         count = sum(int(node["Resources"].get("GPU", 0)) for node in alive) if gpu else len(alive)
         if not count:
             raise QueueError(f"queue: the Ray cluster at {self.url} has no GPU for this job")
-        gang = new_group_name()
+        group = new_group_name()
         actors = [
             _actor(
                 gpu,
-                name=f"worker-{gang}-{number}",
+                name=f"worker-{group}-{number}",
                 namespace=NAMESPACE,
                 lifetime="detached",
                 max_restarts=-1,
                 scheduling_strategy="SPREAD",
-            ).remote(gang, job, depth)
+            ).remote(group, job, depth)
             for number in range(count)
         ]
-        return _RayRemoteWorkers(self, gang, actors)
+        return _RayRemoteWorkers(self, group, actors)
 
     def close(self) -> None:
         """Let go of the cluster."""
@@ -263,8 +265,8 @@ class RayExecutor(HostedQueue):
 class _RayRemoteWorkers(RemoteWorkers):
     """Hired actors, of which some may never come to life."""
 
-    def __init__(self, queue: HostedQueue, gang: str, actors: Sequence[Any]) -> None:
-        super().__init__(queue, gang, len(actors))
+    def __init__(self, queue: HostedQueue, group: str, actors: Sequence[Any]) -> None:
+        super().__init__(queue, group, len(actors))
         self._actors = actors
         self._asked = {actor.ping.remote(): actor for actor in actors}
         self._lines: list[str] = []
@@ -308,23 +310,25 @@ class WorkerActor:
     One that is hired begins by itself, also when Ray starts it again, and ends by itself.
     """
 
-    def __init__(self, gang: str | None = None, job: str = "", depth: int = 1) -> None:
-        self._shift: WorkerOptions | None = None
-        if gang is not None:
+    def __init__(self, group: str | None = None, job: str = "", depth: int = 1) -> None:
+        self._options: WorkerOptions | None = None
+        if group is not None:
             me = ray.get_runtime_context().current_actor
-            threading.Thread(target=self._run_remote, args=(gang, job, depth, me)).start()
+            threading.Thread(target=self._run_remote, args=(group, job, depth, me)).start()
 
     def serve(
         self, url: str, home: str, orders: dict[str, Any], environment: dict[str, str]
     ) -> tuple[int, list[str]]:
-        """Work until the shift ends; returns the exit code, and why in lines."""
+        """Work until the options ends; returns the exit code, and why in lines."""
         os.environ.update(environment)
         _hide_ungranted_gpus()
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
-        self._shift = WorkerOptions(WorkerName.new(current_device()).name, replaceable=True, **orders)
-        queue.host.enlist(self._shift.worker, home)
-        code, lines = run_worker(queue, self._shift)
+        self._options = WorkerOptions(
+            WorkerName.new(current_device()).name, replaceable=True, **orders
+        )
+        queue.host.register_worker(self._options.worker, home)
+        code, lines = run_worker(queue, self._options)
         queue.close()
         return code, list(lines)
 
@@ -334,17 +338,17 @@ class WorkerActor:
 
     def stop(self) -> None:
         """Finish what is in flight and take no more."""
-        if self._shift is not None:
-            self._shift.stop.set()
+        if self._options is not None:
+            self._options.stop.set()
 
-    def _run_remote(self, gang: str, job: str, depth: int, me: Any) -> None:
+    def _run_remote(self, group: str, job: str, depth: int, me: Any) -> None:
         _hide_ungranted_gpus()
         try:
             queue = RayExecutor("ray://auto")
             try:
-                run_remote_worker(queue, gang, WorkerName.new(current_device()).name, job, depth)
+                run_remote_worker(queue, group, WorkerName.new(current_device()).name, job, depth)
             except Exception as error:
-                queue.host.leave(gang, [f"{type(error).__name__}: {_first_line(error)}"])
+                queue.host.record_exit(group, [f"{type(error).__name__}: {_first_line(error)}"])
                 raise
         finally:  # whatever happened: an actor that only sits there would keep its device
             ray.kill(me, no_restart=True)

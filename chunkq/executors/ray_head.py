@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from chunkq.errors import QueueError
-from chunkq.scratch import scratch_folder, delete_abandoned
+from chunkq.scratch import delete_abandoned, scratch_folder
 
 LONGEST_FOLDER = 24
 END_SECONDS = 10.0

@@ -17,7 +17,14 @@ from itertools import islice
 
 from chunkq.errors import QueueError
 from chunkq.executors import table_schema
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, BlockContribution, Running, WorkerOptions
+from chunkq.executors.base import (
+    MAX_ATTEMPTS,
+    Attempt,
+    BlockContribution,
+    Counts,
+    Running,
+    WorkerOptions,
+)
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.tasks import Task, chunk_name, parse_chunk
 
@@ -110,7 +117,8 @@ class TaskTable:
         """Count a job's tasks by state; one whose lease ran out waits again."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT {RUNNING_COLUMNS} AS shown, count(*) FROM tasks WHERE job = ? GROUP BY shown",
+                f"SELECT {RUNNING_COLUMNS} AS shown, count(*) FROM tasks WHERE job = ? "
+                "GROUP BY shown",
                 (time.time(), job),
             ).fetchall()
         return dict(rows)
@@ -197,7 +205,9 @@ class TaskTable:
         """Delete a finished task."""
         self._delete("id = ? AND worker = ?", (id, worker))
 
-    def record_contributions(self, job: str, marks: Sequence[tuple[str, int, int]]) -> list[str]:
+    def record_contributions(
+        self, job: str, contributions: Sequence[tuple[str, int, int]]
+    ) -> list[str]:
         """Mark contributors, each a (block, number, how many the block has), as committed.
 
         Returns the blocks that are complete by that, each to one caller only.
@@ -207,7 +217,7 @@ class TaskTable:
             database.execute("BEGIN IMMEDIATE")
             # A worker that wakes up after its job is done must leave nothing behind.
             known = database.execute("SELECT 1 FROM tasks WHERE job = ? LIMIT 1", (job,)).fetchone()
-            for block, member, of in marks if known else ():
+            for block, member, of in contributions if known else ():
                 row = database.execute(
                     "SELECT marks FROM blocks WHERE job = ? AND block = ?", (job, block)
                 ).fetchone()
@@ -343,14 +353,14 @@ class TableQueue(LeaseQueue):
         """End a worker's leases."""
         return self.table.release(worker, counted)
 
-    def reserve(self, shift: WorkerOptions) -> Lease | None:
+    def reserve(self, options: WorkerOptions) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
         while row := self.table.reserve(
-            shift.worker, shift.settings.lease, shift.job, sorted(shift.skipped_jobs)
+            options.worker, options.settings.lease, options.job, sorted(options.skipped_jobs)
         ):
             id, message, attempts = row
             try:
-                return Lease(Task.from_json(message), Attempt(attempts, shift.worker))
+                return Lease(Task.from_json(message), Attempt(attempts, options.worker))
             except QueueError as error:
                 log.error("dropped from the queue: %s", error)
                 self.table.delete(id)
@@ -368,20 +378,22 @@ class TableQueue(LeaseQueue):
         """Put a task back as if it had not been begun."""
         self.table.requeue(lease.task.id, lease.attempt.worker)
 
-    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
+    def record_contributions(
+        self, job: str, contributions: Sequence[BlockContribution]
+    ) -> list[Task]:
         """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
-        rows = [(chunk_name(mark.block), mark.member, mark.of) for mark in marks]
+        rows = [(chunk_name(mark.block), mark.member, mark.of) for mark in contributions]
         found = map(parse_chunk, self.table.record_contributions(job, rows))
         return [Task("finalize", job, block) for block in found if block is not None]
 
-    def is_drained(self, shift: WorkerOptions) -> bool:
-        """Tell whether what a shift works on has neither queued nor running tasks."""
-        return self.table.is_drained(shift.job, sorted(shift.skipped_jobs))
+    def is_drained(self, options: WorkerOptions) -> bool:
+        """Tell whether what a options works on has neither queued nor running tasks."""
+        return self.table.is_drained(options.job, sorted(options.skipped_jobs))
 
-    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
+    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
         """Extend the leases that a worker holds."""
         ids = [lease.task.id for lease in held]
-        self.table.renew(shift.worker, ids, shift.settings.lease)
+        self.table.renew(options.worker, ids, options.settings.lease)
 
     def close(self) -> None:
         """Let go of connections."""

@@ -15,15 +15,15 @@ from chunkq.executors import open_executor, queue_url
 from chunkq.executors.base import Executor
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job
+from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import folder_of
-from chunkq.opened import open_job
 from chunkq_producer import submit
 from chunkq_producer.cluster import queue_of
 from chunkq_producer.distribute import distribute as have_workers_complete
-from chunkq_producer.running import ProgressReporter, RunOptions, run_job, launch_cluster_workers
+from chunkq_producer.job_status import JobStatus, StatusPoller, job_status
+from chunkq_producer.runner import ProgressReporter, RunOptions, launch_cluster_workers, run_job
 from chunkq_producer.submit import ProduceResult
-from chunkq_producer.watch import StatusPoller, JobStatus, job_status
 
 JobSource = str | Path | Mapping[str, Any]
 """A job file, or a mapping with the same keys."""

@@ -23,7 +23,9 @@ ENGINES: MappingProxyType[str, str] = MappingProxyType(
     {"sqlite": "sqlite", "inprocess": "inprocess", "rq": "redis", "dask": "dask", "ray": "ray"}
 )
 """Name for --executor -> the scheme of its URLs."""
-DEFAULT_QUEUES = MappingProxyType({"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"})
+DEFAULT_QUEUES = MappingProxyType(
+    {"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"}
+)
 CLUSTERS = ("dask", "ray")
 """Engines that can be a cluster: they form one, or use the workers of one that runs."""
 
@@ -214,7 +216,10 @@ def _ray(job: Job, alone: bool, workers: int | None) -> Iterator[_OwnCluster]:
     port = job.ray_config.port if "port" in job.ray_config.model_fields_set else 0
     # In a cluster of its own a job has nobody to share cores with, and may crowd them.
     cpus = max(workers or 1, os.cpu_count() or 1) if alone else None
-    with start_head(alone=alone, cpus=cpus, gpus=not is_cpu_only(job), port=port) as (address, token):
+    with start_head(alone=alone, cpus=cpus, gpus=not is_cpu_only(job), port=port) as (
+        address,
+        token,
+    ):
         yield _OwnCluster(_ray_url(address), address, token)
 
 

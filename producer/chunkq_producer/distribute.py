@@ -9,7 +9,7 @@ from collections.abc import Callable
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Executor
 from chunkq.finalize import check_completion, ready_blocks
-from chunkq.opened import JobHandle
+from chunkq.job_handle import JobHandle
 from chunkq.tasks import Task, chunk_name
 
 log = logging.getLogger("chunkq.queue")

@@ -11,16 +11,16 @@ from typing import Any
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.executors.base import Executor
 from chunkq.job import Job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import RECORD, JobFolder, folder_of
 from chunkq.objects import ObjectFolder
-from chunkq.opened import JobHandle, open_job
 from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.plan import Index, Plan
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.stores import Source, find_source
 from chunkq.tasks import Task
-from chunkq.userfile import load_blend_weights
+from chunkq.user_code import load_blend_weights
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 """By Zarr format, what marks the output's group and its array."""
@@ -66,7 +66,9 @@ def prepare(job: Job) -> PreparedJob:
     return PreparedJob(record, plan)
 
 
-def check_existing_job(prepared: PreparedJob, *, resume: bool = False, overwrite: bool = False) -> bool:
+def check_existing_job(
+    prepared: PreparedJob, *, resume: bool = False, overwrite: bool = False
+) -> bool:
     """Tell whether the job was produced here before; refuses whatever else is in the way.
 
     Raises JobError or StoreError; writes nothing.

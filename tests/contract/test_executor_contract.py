@@ -24,19 +24,19 @@ import redis
 from chunkq.errors import (
     JobError,
     ModelError,
-    TaskTimeoutError,
     PredictionError,
     QueueError,
     SameFailureError,
+    TaskTimeoutError,
 )
 from chunkq.executors import open_executor
 from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
+    BlockContribution,
     Counts,
     Executor,
     Handler,
-    BlockContribution,
     TaskResult,
     WorkerOptions,
 )
@@ -201,12 +201,12 @@ QUICK = WorkerSettings(shortest_poll=0.005, longest_poll=0.02)
 SHORT_LEASE = replace(QUICK, lease=0.5)
 
 
-def shift(worker: str = "worker-a", depth: int = 1, **more: Any) -> WorkerOptions:
+def options(worker: str = "worker-a", depth: int = 1, **more: Any) -> WorkerOptions:
     return WorkerOptions(worker=worker, depth=depth, **{"settings": QUICK, **more})
 
 
 def burst(worker: str = "worker-a", depth: int = 1, **more: Any) -> WorkerOptions:
-    return shift(worker, depth, burst=True, **more)
+    return options(worker, depth, burst=True, **more)
 
 
 def raises(error: Exception) -> Handler:
@@ -235,7 +235,9 @@ class Hand:
 
 
 @contextmanager
-def hand(url: str, shift: WorkerOptions, then: Handler = lambda task, attempt: None) -> Iterator[Hand]:
+def hand(
+    url: str, options: WorkerOptions, then: Handler = lambda task, attempt: None
+) -> Iterator[Hand]:
     go = threading.Event()
 
     def wait_and(task: Task, attempt: Attempt) -> None:
@@ -246,7 +248,7 @@ def hand(url: str, shift: WorkerOptions, then: Handler = lambda task, attempt: N
 
     def work() -> None:
         executor = open_executor(url)
-        executor.run_tasks(diary, shift)
+        executor.run_tasks(diary, options)
         executor.close()
 
     thread = threading.Thread(target=work)
@@ -255,7 +257,7 @@ def hand(url: str, shift: WorkerOptions, then: Handler = lambda task, attempt: N
     try:
         yield helper
     finally:
-        shift.stop.set()
+        options.stop.set()
         helper.end()
 
 
@@ -263,12 +265,12 @@ def vanish_holding(url: str, worker: str, settings: WorkerSettings = QUICK) -> N
     """Lease one task as a worker that is not heard of again."""
     executor = open_executor(url)
     assert isinstance(executor, LeaseQueue)
-    assert executor.reserve(shift(worker, settings=settings)) is not None
+    assert executor.reserve(options(worker, settings=settings)) is not None
     executor.close()
 
 
 def begin_and_die(url: str, worker: str) -> None:
-    open_executor(url).run_tasks(lambda task, attempt: os._exit(9), shift(worker))
+    open_executor(url).run_tasks(lambda task, attempt: os._exit(9), options(worker))
 
 
 def note_every_task(url: str, number: int, notes: str, start: str) -> None:
@@ -370,7 +372,7 @@ def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, ur
     queue.submit(tasks(3))
     queue.submit(tasks(2, OTHER_JOB))
     queue.run_tasks(Diary(raises(ValueError("no"))), burst(job=OTHER_JOB))
-    with hand(url, shift("worker-b", job=JOB)) as helper:
+    with hand(url, options("worker-b", job=JOB)) as helper:
         wait_until(lambda: helper.diary.begun, "a task is begun")
         expected = {JOB: Counts(queued=2, running=1), OTHER_JOB: Counts(failed=2)}
         assert queue.jobs() == expected
@@ -383,7 +385,7 @@ def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, ur
 def test_what_runs_is_listed_with_its_worker_and_since_when(queue: Executor, url: str) -> None:
     queue.submit(tasks(3))
     before = time.time()
-    with hand(url, shift("worker-b", depth=2)) as helper:
+    with hand(url, options("worker-b", depth=2)) as helper:
         wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
         running = queue.running(JOB)
         assert {item.task for item in running} == set(helper.diary.tasks)
@@ -432,7 +434,7 @@ def test_a_cancelled_task_can_be_submitted_while_it_still_runs_and_is_begun_agai
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    with hand(url, shift("worker-b")) as helper:
+    with hand(url, options("worker-b")) as helper:
         wait_until(lambda: helper.diary.begun, "the task is begun")
         queue.cancel(JOB)
         assert queue.submit(tasks(1)) == 1
@@ -497,7 +499,7 @@ def test_an_error_that_would_strike_every_chunk_is_raised_and_costs_no_attempt(
     queue.submit(tasks(5))
     diary = Diary(raises(error))
     with pytest.raises(type(error), match="no such"):
-        queue.run_tasks(diary, shift("worker-a", depth=2))
+        queue.run_tasks(diary, options("worker-a", depth=2))
     assert 1 <= len(diary.begun) <= 2
     assert queue.counts(JOB) == Counts(queued=5)
     second = Diary()
@@ -597,7 +599,7 @@ def test_a_lease_that_its_worker_never_received_runs_out(queue: Executor) -> Non
     """The answer of a server may be lost on the way; the worker renews only what it holds."""
     assert isinstance(queue, LeaseQueue)
     queue.submit(tasks(2))
-    worker = shift(settings=SHORT_LEASE)
+    worker = options(settings=SHORT_LEASE)
     assert queue.reserve(worker) is not None  # lost
     held = queue.reserve(worker)
     assert held is not None
@@ -627,7 +629,7 @@ def test_a_worker_that_lost_its_task_to_another_cannot_end_it_for_them(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    with hand(url, shift("slow")) as slow:
+    with hand(url, options("slow")) as slow:
         wait_until(lambda: slow.diary.begun, "the task is begun")
         queue.release("slow")
         with hand(url, burst("heir")) as heir:
@@ -640,7 +642,7 @@ def test_a_worker_that_lost_its_task_to_another_cannot_end_it_for_them(
     assert queue.counts(JOB) == Counts()
 
 
-# --------------------------------------------------------------------------------- a shift
+# --------------------------------------------------------------------------------- a options
 
 
 def test_a_burst_ends_at_once_on_an_empty_queue(queue: Executor) -> None:
@@ -656,7 +658,7 @@ def test_a_burst_waits_for_what_others_run_since_it_may_come_back(
 ) -> None:
     queue.submit(tasks(1))
     error = raises(ValueError("no"))
-    with hand(url, shift("first"), error) as first:
+    with hand(url, options("first"), error) as first:
         wait_until(lambda: first.diary.begun, "the task is begun")
         with hand(url, burst("second")) as second:
             second.go.set()
@@ -673,7 +675,7 @@ def test_a_burst_waits_for_what_others_run_since_it_may_come_back(
 def test_without_burst_a_worker_waits_for_more_until_it_is_stopped(
     queue: Executor, url: str
 ) -> None:
-    worker = shift("patient")
+    worker = options("patient")
     with hand(url, worker) as helper:
         helper.go.set()
         time.sleep(MOMENT)
@@ -701,7 +703,7 @@ def test_as_many_tasks_are_in_flight_as_the_shift_is_deep(queue: Executor) -> No
 
 def test_stopping_finishes_what_is_in_flight_and_begins_no_more(queue: Executor, url: str) -> None:
     queue.submit(tasks(6))
-    worker = shift("worker-b", depth=2)
+    worker = options("worker-b", depth=2)
     with hand(url, worker) as helper:
         wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
         worker.stop.set()
@@ -720,7 +722,7 @@ def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Ex
         begun.append(time.time())
         time.sleep(seconds)
 
-    queue.run_tasks(take_a_while, shift("worker-a", deadline=deadline))
+    queue.run_tasks(take_a_while, options("worker-a", deadline=deadline))
     # Lateness of this machine makes tasks longer, never a late one begun.
     assert begun
     assert max(begun) + seconds < deadline + 0.05
@@ -730,7 +732,7 @@ def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Ex
 def test_a_worker_whose_time_is_already_up_begins_nothing(queue: Executor) -> None:
     queue.submit(tasks(1))
     diary = Diary()
-    queue.run_tasks(diary, shift("worker-a", deadline=time.time() - 1))
+    queue.run_tasks(diary, options("worker-a", deadline=time.time() - 1))
     assert diary.begun == []
 
 
@@ -891,7 +893,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
             raise ModelError("no such network")
         time.sleep(0.05)
 
-    worker, errors = shift("patient"), []
+    worker, errors = options("patient"), []
 
     def work() -> None:
         executor = open_executor(url)
@@ -941,8 +943,10 @@ def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_bac
             else:
                 go.wait(TIMEOUT)
 
-        worker = shift("slow", depth=2, time_limit=limit)
-        with pytest.raises(TaskTimeoutError, match=r"infer chunk 0\.0 ran for more than") as overrun:
+        worker = options("slow", depth=2, time_limit=limit)
+        with pytest.raises(
+            TaskTimeoutError, match=r"infer chunk 0\.0 ran for more than"
+        ) as overrun:
             queue.run_tasks(handler, worker)
         assert len(str(overrun.value).splitlines()) == 1
         assert [lease.task for lease in overrun.value.leases] == [hangs]
@@ -965,7 +969,7 @@ def test_a_task_that_waits_for_another_of_its_process_is_not_held_to_the_limit(
     hangs, waits = tasks(2)
     queue.submit(tasks(2))
     with hanging() as go:
-        worker = shift("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
+        worker = options("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
         with pytest.raises(TaskTimeoutError) as overrun:
             queue.run_tasks(lambda task, attempt: wait_for(go), worker)
         assert [lease.task for lease in overrun.value.leases] == [hangs]
@@ -979,7 +983,9 @@ def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None
     with hanging() as go:
         for number in range(MAX_ATTEMPTS):
             with pytest.raises(TaskTimeoutError):
-                queue.run_tasks(lambda task, attempt: wait_for(go), shift(f"w{number}", time_limit=0.1))
+                queue.run_tasks(
+                    lambda task, attempt: wait_for(go), options(f"w{number}", time_limit=0.1)
+                )
         assert queue.counts(JOB) == Counts(failed=1)
 
 
@@ -1003,7 +1009,7 @@ def test_the_time_limit_follows_the_longest_task_seen(
                 go.wait(TIMEOUT)
 
         with pytest.raises(TaskTimeoutError) as overrun:
-            queue.run_tasks(handler, shift("slow", settings=settings))
+            queue.run_tasks(handler, options("slow", settings=settings))
         assert [lease.task.chunk[0] for lease in overrun.value.leases] == [2]
         assert time.monotonic() - begun[2] >= 3.0 * seconds[1]
 
@@ -1024,7 +1030,7 @@ def test_a_jobs_first_task_has_a_time_limit_of_its_own(
 
         before = time.monotonic()
         with pytest.raises(TaskTimeoutError) as overrun:
-            queue.run_tasks(handler, shift("slow", settings=settings))
+            queue.run_tasks(handler, options("slow", settings=settings))
         assert [lease.task.job for lease in overrun.value.leases] == [jobs[hung]]
         assert time.monotonic() - before < 10
 
@@ -1045,15 +1051,15 @@ def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
     queue: Executor, url: str
 ) -> None:
     blocks, crew = [(n, 0, n) for n in range(25)], 4
-    marks = [BlockContribution(block, member, 8) for block in blocks for member in range(8)]
+    contributions = [BlockContribution(block, member, 8) for block in blocks for member in range(8)]
     # Some commit again and again: workers that lost their lease, chunks begun twice.
-    marks += [mark for mark in marks if mark.member == 3] * 2
-    random.Random(1).shuffle(marks)
+    contributions += [mark for mark in contributions if mark.member == 3] * 2
+    random.Random(1).shuffle(contributions)
     together, given, owners = threading.Barrier(crew), [], [queue, open_executor(url)]
 
     def commit(number: int) -> None:
         together.wait(TIMEOUT)
-        mine = marks[number::crew]
+        mine = contributions[number::crew]
         for first in range(0, len(mine), 3):
             given.extend(owners[number % 2].record_contributions(JOB, mine[first : first + 3]))
 
@@ -1092,7 +1098,9 @@ def test_a_jobs_blocks_are_forgotten_when_it_is_cancelled(queue: Executor) -> No
     queue.cancel(JOB)
     queue.submit(tasks(1))
     assert queue.record_contributions(JOB, of_eight((0,), 7)) == []
-    assert queue.record_contributions(OTHER_JOB, of_eight((0,), 7)) == finalizing((0,), job=OTHER_JOB)
+    assert queue.record_contributions(OTHER_JOB, of_eight((0,), 7)) == finalizing(
+        (0,), job=OTHER_JOB
+    )
     assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == finalizing((0,))
 
 
@@ -1198,7 +1206,7 @@ def open_queue(url: str) -> Iterator[Executor]:
 def take_and_finish(queue: Executor, count: int) -> None:
     assert isinstance(queue, LeaseQueue)
     for _ in range(count):
-        lease = queue.reserve(shift("worker-a"))
+        lease = queue.reserve(options("worker-a"))
         assert lease is not None
         queue.ack(lease)
 

@@ -81,7 +81,7 @@ def left_in_redis(url: str) -> set[str]:
         return {key.decode() for key in client.scan_iter()} - {"chunkq:seen", "chunkq:grace"}
 
 
-def shift(worker: str, **more: Any) -> WorkerOptions:
+def options(worker: str, **more: Any) -> WorkerOptions:
     return WorkerOptions(worker, settings=NEVER_EXPIRES, **more)
 
 
@@ -171,7 +171,7 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self._turns = cycle(self.queues)
         self._looked_at = cycle(JOBS)
-        self._shifts = cycle([shift("w"), shift("w", job=JOB), shift("w", set_aside={JOB})])
+        self._shifts = cycle([options("w"), options("w", job=JOB), options("w", set_aside={JOB})])
         self.known: dict[Task, Known] = {}
         self.unended: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
 
@@ -229,11 +229,11 @@ class Model(RuleBasedStateMachine):
         aside=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
     )
     def take_chosen(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
-        return self.take(shift(worker, job=only, set_aside=set(aside))) or multiple()
+        return self.take(options(worker, job=only, set_aside=set(aside))) or multiple()
 
     @rule(target=leases, worker=st.sampled_from(WORKERS))
     def take_any(self, worker: str) -> object:
-        return self.take(shift(worker)) or multiple()
+        return self.take(options(worker)) or multiple()
 
     @rule(
         target=leases,
@@ -245,7 +245,7 @@ class Model(RuleBasedStateMachine):
         """Go where single steps seldom lead: to the last attempt and beyond."""
         taken = []
         for how in ends:
-            lease = self.take(shift(worker, job=job))
+            lease = self.take(options(worker, job=job))
             if lease is None:
                 break
             if how == "fail":
@@ -255,31 +255,31 @@ class Model(RuleBasedStateMachine):
             taken.append(lease)
         return multiple(*taken[-1:])
 
-    def take(self, shift: WorkerOptions) -> Lease | None:
-        able = {t for t, known in self.chosen(shift).items() if known.may_begin}
-        lease = self.queue.reserve(shift)
+    def take(self, options: WorkerOptions) -> Lease | None:
+        able = {t for t, known in self.chosen(options).items() if known.may_begin}
+        lease = self.queue.reserve(options)
         for known in self.known.values():
             known.maybe_back = known.lost
         if lease is None:
             assert not able
             # Who finds nothing has seen what ran out on its last attempt.
-            for task, known in self.chosen(shift).items():
+            for task, known in self.chosen(options).items():
                 assert not known.lost or task in self.queue.failed(task.job)
         else:
             assert lease.task in able
             known = self.known[lease.task]
-            assert lease.attempt.worker == shift.worker
+            assert lease.attempt.worker == options.worker
             assert lease.attempt.number - 1 in known.begun
             known.put_back({lease.attempt.number})
-            known.state, known.lease, known.last_worker = "running", lease, shift.worker
-            self.unended[shift.worker].append(lease)
+            known.state, known.lease, known.last_worker = "running", lease, options.worker
+            self.unended[options.worker].append(lease)
         self.look()
         return lease
 
-    def chosen(self, shift: WorkerOptions) -> dict[Task, Known]:
-        if shift.job is not None:
-            return self.of(shift.job)
-        return {t: k for t, k in self.known.items() if t.job not in shift.skipped_jobs}
+    def chosen(self, options: WorkerOptions) -> dict[Task, Known]:
+        if options.job is not None:
+            return self.of(options.job)
+        return {t: k for t, k in self.known.items() if t.job not in options.skipped_jobs}
 
     @precondition(lambda self: self.running())
     @rule(which=st.integers(0, 5), how=st.sampled_from(["fail", "fail", "hand_back", "finish"]))
@@ -330,7 +330,7 @@ class Model(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS))
     def renew(self, worker: str) -> None:
         believed = self.unended[worker]
-        self.queue.renew(shift(worker), believed)
+        self.queue.renew(options(worker), believed)
         for lease in believed:
             known = self.held(lease)
             if known is not None and known.lost:

@@ -9,7 +9,15 @@ from chunkq.errors import FrameworkConflictError
 from chunkq.executors.base import Attempt, Counts, Executor
 from chunkq.tasks import Task
 from tests.contract import test_executor_contract as contract
-from tests.contract.test_executor_contract import JOB, OTHER_JOB, QUICK, Diary, burst, shift, tasks
+from tests.contract.test_executor_contract import (
+    JOB,
+    OTHER_JOB,
+    QUICK,
+    Diary,
+    burst,
+    options,
+    tasks,
+)
 from tests.harness.waiting import TIMEOUT, wait_until
 
 pytest_generate_tests = contract.pytest_generate_tests
@@ -29,7 +37,7 @@ def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_
     queue.submit(tasks(6, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.run_tasks(diary, shift("worker-a", depth=2, burst=ends_when_drained))
+        queue.run_tasks(diary, options("worker-a", depth=2, burst=ends_when_drained))
     assert sorted(diary.ended, key=lambda task: task.chunk) == tasks(6, JOB)
     assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
     fresh = Diary()
@@ -46,14 +54,14 @@ def test_after_a_while_a_job_that_needs_a_new_process_waits_no_longer_for_others
     queue.submit(tasks(20, JOB))
     diary = Diary(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.run_tasks(diary, shift(settings=settings))
+        queue.run_tasks(diary, options(settings=settings))
     assert diary.tasks[-1].job == OTHER_JOB
     assert queue.counts(OTHER_JOB) == Counts(queued=1)
     assert queue.counts(JOB) == Counts(queued=20 - len(diary.ended))
 
 
 def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) -> None:
-    go, orders = threading.Event(), shift(depth=2)
+    go, orders = threading.Event(), options(depth=2)
     errors: list[BaseException] = []
 
     def handle(task: Task, attempt: Attempt) -> None:
@@ -84,7 +92,7 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
 
 
 def test_a_worker_that_is_told_to_stop_meanwhile_ends_well(queue: Executor) -> None:
-    orders = shift()
+    orders = options()
 
     def handle(task: Task, attempt: Attempt) -> None:
         orders.stop.set()

@@ -228,7 +228,9 @@ def test_a_queue_of_before_versions_were_stored_is_upgraded_with_its_tasks(tmp_p
     old.close()
     queue = SqliteExecutor(f"sqlite://{file}")
     assert queue.counts("/data/out.zarr.chunkq").queued == 1
-    assert queue.record_contributions("/data/out.zarr.chunkq", [BlockContribution((1,), 0, 1)]) != []
+    assert (
+        queue.record_contributions("/data/out.zarr.chunkq", [BlockContribution((1,), 0, 1)]) != []
+    )
     queue.close()
     assert version_of(file) == table_schema.VERSION
 

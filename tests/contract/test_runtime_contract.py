@@ -21,7 +21,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
-from chunkq.combine import activate, add_weighted, to_votes, reduce_and_cast, to_numpy
+from chunkq.combine import activate, add_weighted, reduce_and_cast, to_numpy, to_votes
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume

@@ -30,9 +30,9 @@ from types import FrameType
 from unittest import mock
 
 import numpy as np
-from chunkq_producer.probe import ModelCheck
+from chunkq_producer.model_check import ModelCheck
 
-import chunkq.opened
+import chunkq.job_handle
 from chunkq.cli import main
 from chunkq.errors import ChunkqError
 from chunkq.executors import open_executor
@@ -244,11 +244,11 @@ def is_complete(output: Path) -> bool:
 
 def call(stages: Stages, command: str, *options: str) -> Result:
     """Run a command in this process."""
-    chunkq.opened._cache.clear()  # a new process has no open jobs
+    chunkq.job_handle._cache.clear()  # a new process has no open jobs
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),
-        mock.patch("chunkq_producer.commands.run.probe", return_value=ModelCheck(error=None)),
+        mock.patch("chunkq_producer.commands.run.check_model", return_value=ModelCheck(error=None)),
         contextlib.chdir(stages.folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

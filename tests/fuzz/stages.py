@@ -10,14 +10,14 @@ from unittest import mock
 
 import numpy.typing as npt
 import yaml
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 
 from chunkq.cli import main
 from chunkq.executors import open_executor
 from chunkq.executors.base import WorkerOptions
 from chunkq.executors.leases import LeaseQueue
 from chunkq.finalize import finalize_block
-from chunkq.opened import open_job
+from chunkq.job_handle import open_job
 from chunkq.tasks import Task
 from tests.harness.volumes import random_volume, read_output, write_zarr
 
@@ -96,22 +96,22 @@ class Stages:
         self._command("produce", str(self.work / "job.yaml"))
         executor = open_executor(self.queue_url)
         assert isinstance(executor, LeaseQueue)
-        shift = WorkerOptions("fuzz-host:1")
+        options = WorkerOptions("fuzz-host:1")
         path = f"{self.output}.chunkq"
         self._keep("produced")
         for _ in range(2):
-            self._run_next(executor, shift)
-        self._fail_next(executor, shift)
+            self._run_next(executor, options)
+        self._fail_next(executor, options)
         executor.reserve(WorkerOptions("killed-host:2"))  # the lease of a worker that was killed
         self._keep("half inferred")
         executor.cancel(path)
         executor.submit(Task("infer", path, index) for index in open_job(path).plan.indices())
-        while self._run_next(executor, shift):
+        while self._run_next(executor, options):
             pass
         self._keep("inferred")
         first = next(iter(open_job(path).plan.to_finalize()))
         executor.submit([Task("finalize", path, first)])
-        lease = executor.reserve(shift)
+        lease = executor.reserve(options)
         assert lease is not None
         finalize_block(lease.task, lease.attempt)
         executor.ack(lease)
@@ -120,15 +120,15 @@ class Stages:
         self._command("finalize", str(self.output))
         self._keep("sealed")
 
-    def _run_next(self, executor: LeaseQueue, shift: WorkerOptions) -> bool:
-        lease = executor.reserve(shift)
+    def _run_next(self, executor: LeaseQueue, options: WorkerOptions) -> bool:
+        lease = executor.reserve(options)
         if lease is not None:
             run_task(lease.task, lease.attempt)
             executor.ack(lease)
         return lease is not None
 
-    def _fail_next(self, executor: LeaseQueue, shift: WorkerOptions) -> None:
-        lease = executor.reserve(shift)
+    def _fail_next(self, executor: LeaseQueue, options: WorkerOptions) -> None:
+        lease = executor.reserve(options)
         assert lease is not None
         with mock.patch.dict(os.environ, {"NET_BROKEN": "1"}):
             try:

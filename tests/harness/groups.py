@@ -15,7 +15,7 @@ SECONDS = {
     "slurm": 83,
     "executor_contract": 70,
     "export": 79,
-    "probe": 77,
+    "model_check": 77,
     "crashes": 58,
     "forms": 48,
     "api": 42,

@@ -20,7 +20,7 @@ import json, os, sys
 if "SLURMD_NODENAME" in os.environ:
     told = {"pid": os.getpid(), "node": os.environ["SLURMD_NODENAME"]}
     told["gpu"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-    told["is_worker"] = "chunkq_worker.child" in sys.orig_argv
+    told["is_worker"] = "chunkq_worker.worker_process" in sys.orig_argv
     with open(os.environ["PINS"], "a") as file:
         file.write(json.dumps(told) + "\\n")
 """

@@ -26,7 +26,7 @@ HOOKS = """
 import os
 import sys
 
-if "TEST_PRELOAD" in os.environ and "chunkq_worker.child" in sys.orig_argv:
+if "TEST_PRELOAD" in os.environ and "chunkq_worker.worker_process" in sys.orig_argv:
     import torch
 """
 

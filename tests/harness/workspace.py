@@ -16,7 +16,7 @@ from unittest import mock
 
 import yaml
 from chunkq_producer import submit
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 
 from chunkq import documents
 from chunkq.cli import main
@@ -24,8 +24,8 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Counts, Executor, Running
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import ITEM, Commit, JobFolder, Ledger
-from chunkq.opened import JobHandle, open_job
 from chunkq.tasks import Task
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running

@@ -25,9 +25,9 @@ import numpy.typing as npt
 import pytest
 import torch
 import zarr
-from chunkq_worker import engine
-from chunkq_worker import given as given_volumes
-from chunkq_worker.defaults import job_for_model
+from chunkq_worker import inference_engine
+from chunkq_worker import inputs as given_volumes
+from chunkq_worker.model_defaults import job_for_model
 
 import chunkq
 from chunkq.blend import Contribution, OwnBlock
@@ -42,9 +42,9 @@ from chunkq.errors import (
     StoreError,
 )
 from chunkq.job import Job
-from chunkq.opened import open_job
+from chunkq.job_handle import open_job
 from chunkq.plan import Chunk
-from chunkq.wavefront import regions
+from chunkq.streaming import regions
 from tests import reference as ref
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
@@ -269,7 +269,9 @@ def test_streaming_holds_no_more_than_one_slice_of_bands(views: bool, tmp_path: 
         most = max(most, sum(array.nbytes for array in alive.values()))
     slices = plan.blocks[0]
     assert slices == 8
-    pieces = [piece for index in plan.indices() for piece in plan.outgoing_pieces(plan.chunk(index))]
+    pieces = [
+        piece for index in plan.indices() for piece in plan.outgoing_pieces(plan.chunk(index))
+    ]
     every_piece = sum(4 * plan.channels * piece.box.size for piece in pieces)
     one_chunk = 4 * plan.channels * max(plan.chunk(i).region.size for i in plan.indices())
     assert 0 < most <= (2 * one_chunk if views else 2 * every_piece / (slices - 1))
@@ -375,7 +377,9 @@ def test_what_is_no_volume_is_refused_in_one_line(name: str, tmp_path: Path) -> 
 
 @contextlib.contextmanager
 def loads() -> Iterator[mock.Mock]:
-    with mock.patch.object(engine, "load_runtime", wraps=engine.load_runtime) as loaded:
+    with mock.patch.object(
+        inference_engine, "load_runtime", wraps=inference_engine.load_runtime
+    ) as loaded:
         yield loaded
 
 

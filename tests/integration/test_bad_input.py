@@ -14,7 +14,7 @@ import pytest
 import torch
 import zarr
 from chunkq_producer import submit
-from chunkq_worker import probe
+from chunkq_worker import model_check
 
 from chunkq.job import load_job
 from tests.harness.files import everything_below
@@ -528,14 +528,14 @@ def test_a_network_that_cannot_be_used_is_one_clear_error(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, through the probe that `chunkq run` and `plan --probe` start."""
+    """In this process, through the probe that `chunkq run` and `plan --check-model` start."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     change, words = NETWORKS[mistake]
     job = load_job(workspace.write_job(model=change(workspace)))
     before = everything_below(workspace.folder)
     record = submit.prepare(job).record
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(record.to_json())))
-    probe.main()
+    model_check.main()
     error = json.loads(capsys.readouterr().out)["error"]
     assert words in error, error
     assert "\n" not in error

@@ -108,9 +108,9 @@ def test_what_was_planned_is_what_was_moved(sealed: Workspace) -> None:
 
 
 def test_plan_with_probe_times_a_batch(workspace: Workspace) -> None:
-    plan = json.loads(workspace.run("plan", "job.json", "--probe", "--json").ok().out)
-    assert plan["probe"]["batch"] == 4
-    assert 0 < plan["probe"]["batch_seconds"] < 60
+    plan = json.loads(workspace.run("plan", "job.json", "--check-model", "--json").ok().out)
+    assert plan["model_check"]["batch"] == 4
+    assert 0 < plan["model_check"]["batch_seconds"] < 60
 
 
 def test_input_and_output_may_be_replaced_on_the_command_line(workspace: Workspace) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chunkq_producer import submit
-from chunkq_worker.here import NoQueue
+from chunkq_worker.inline import NoQueue
 
 from chunkq import documents
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block, finalize_job
@@ -163,7 +163,9 @@ def test_no_more_bytes_move_than_input_with_halos_output_and_two_times_the_piece
 def test_every_piece_has_one_writer_and_one_reader(measured: Measured) -> None:
     plan = measured.workspace.job.plan
     chunks = [plan.chunk(index) for index in plan.indices()]
-    left = [f"{chunk_name(p.target)}/{p.name}" for chunk in chunks for p in plan.outgoing_pieces(chunk)]
+    left = [
+        f"{chunk_name(p.target)}/{p.name}" for chunk in chunks for p in plan.outgoing_pieces(chunk)
+    ]
     own = [f"{chunk_name(c.index)}/own" for c in chunks if c.is_active and c.has_band]
     awaited = [f"{chunk_name(c.index)}/{p.name}" for c in chunks for p in plan.incoming_pieces(c)]
     assert len(set(left)) == len(left)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from chunkq_producer import submit
 
-from chunkq import userfile
+from chunkq import user_code
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.job import LARGEST, MAX_FILE_BYTES, load_job
 from tests.fuzz.job_files import BASES, create_lab
@@ -152,7 +152,7 @@ def test_weights_that_do_not_fit_into_memory_are_refused(
     def fail(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(userfile, "built_in", fail)
+    monkeypatch.setattr(user_code, "built_in", fail)
     path = lab / "weights.yaml"
     path.write_text(yaml.safe_dump(BASES[0]))
     with pytest.raises(JobError, match=r"weight_function"):

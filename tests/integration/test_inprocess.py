@@ -80,7 +80,10 @@ def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(workspace: Wo
     chunkq.produce(workspace.write_job(), queue=url)
     job = str(workspace.job_folder)
     shifts = [WorkerOptions(f"worker-{n}", burst=True) for n in range(2)]
-    threads = [threading.Thread(target=open_executor(url).run_worker, args=(shift,)) for shift in shifts]
+    threads = [
+        threading.Thread(target=open_executor(url).run_worker, args=(options,))
+        for options in shifts
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -101,7 +104,7 @@ def test_a_chunk_that_hangs_ends_the_worker_and_not_the_process(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr("chunkq_worker.run.run_task", lambda task, attempt: go.wait())
+    monkeypatch.setattr("chunkq_worker.run_task.run_task", lambda task, attempt: go.wait())
     queue = open_executor(f"inprocess://{workspace.folder}")
     queue.submit([Task("infer", str(workspace.job_folder), (0, 0))])
     settings = WorkerSettings(lease=0.3)

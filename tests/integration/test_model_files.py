@@ -491,7 +491,7 @@ class Ordinary(torch.nn.Module):
 @pytest.fixture
 def scripts(tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Classes in a file, which torch.jit.script needs."""
-    from chunkq.userfile import load_names
+    from chunkq.user_code import load_names
 
     (tmp_path / "scripts.py").write_text(SCRIPTS.format(mark=str(ran)))
     return load_names(str(tmp_path / "scripts.py"), "class_file")

@@ -13,7 +13,7 @@ import threadpoolctl
 from chunkq_worker.predictor import Predictor
 from chunkq_worker.runtimes import base
 from chunkq_worker.runtimes.base import Runtime, load_runtime
-from chunkq_worker.runtimes.host import HostRuntime
+from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.onnx import OnnxRuntime
 from chunkq_worker.steps import Steps
 
@@ -404,6 +404,6 @@ def test_tune_refuses_precisions_of_torch(workspace: Workspace) -> None:
 
 
 def test_plan_tries_it_on_patches_of_the_volume(workspace: Workspace) -> None:
-    answer = workspace.run("plan", "job.json", "--probe", "--json").ok()
-    tried = json.loads(answer.out)["probe"]
+    answer = workspace.run("plan", "job.json", "--check-model", "--json").ok()
+    tried = json.loads(answer.out)["model_check"]
     assert (tried["device"], tried["finite"], tried["tile_norms"]) == ("cpu", True, [])

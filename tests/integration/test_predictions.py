@@ -1,4 +1,4 @@
-"""What `chunkq plan --probe` foretells is what a real worker and a real finalizer then take."""
+"""What `chunkq plan --check-model` predicts is what a worker and a finalizer then take."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from chunkq_producer.commands.plan import peak_memory
-from chunkq_producer.probe import ModelCheck
+from chunkq_producer.model_check import ModelCheck
 
 from chunkq.executors.base import DEPTH_ON_CPU
 from chunkq.ledger import CRC_BYTES
@@ -79,9 +79,9 @@ def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
     tmp_path: Path, dtype: str, channels: int, depth: int, keys: dict[str, Any]
 ) -> None:
     workspace = bench_of(tmp_path, dtype, channels, **keys)
-    asked = workspace.run("plan", "job.json", "--probe", "--depth", str(depth), "--json").ok()
+    asked = workspace.run("plan", "job.json", "--check-model", "--depth", str(depth), "--json").ok()
     foretold = json.loads(asked.out)
-    probe = foretold["probe"]
+    probe = foretold["model_check"]
     assert probe["memory_error"] is None
     assert probe["depth"] == foretold["depth"] == depth
     assert not workspace.output.exists()
@@ -120,7 +120,7 @@ def test_the_plan_says_what_its_memory_is_of(tmp_path: Path) -> None:
     (line,) = [line for line in alone.splitlines() if line.startswith("memory")]
     assert "arrays alone" in line
     assert f"{DEPTH_ON_CPU} chunks in flight" in line
-    assert "libraries and network come on top (--probe measures all)" in line
+    assert "libraries and network come on top (--check-model measures all)" in line
     assert "peak memory" not in alone
     deeper = json.loads(workspace.call("plan", "job.json", "--depth", "4", "--json").ok().out)
     flat = json.loads(workspace.call("plan", "job.json", "--depth", "1", "--json").ok().out)

@@ -193,7 +193,7 @@ def mates(title: str = "") -> list[psutil.Process]:
 
 def kill_the_keeper() -> None:
     """Kill the actor that keeps the queue."""
-    [keeper] = mates("ray::Host")
+    [keeper] = mates("ray::QueueHost")
     keeper.kill()
     keeper.wait(10)
 
@@ -354,7 +354,7 @@ def test_each_worker_is_an_actor_with_the_device_that_ray_granted_it(
         done(workspace, "produce", str(workspace.job_file))
         with workspace.start("work", "--burst", "--gpus", "0,1,2", **told) as cli:
             workspace.wait_until_stopped()
-            assert len(mates("ray::Crew")) == 2
+            assert len(mates("ray::WorkerActor")) == 2
             wait_until(lambda: "has not granted" in cli.output(), "it says that one waits")
             wait_until(lambda: len(granted(devices)) == 2, "both have computed")
             workspace.open_gate()
@@ -396,7 +396,7 @@ def test_a_worker_that_waits_for_its_device_can_be_stopped(
             ended = cli.wait()
         assert ended.code == 0, ended.err
         cli.wait_for_children()
-        wait_until(lambda: not mates("ray::Crew"), "its actors are gone")
+        wait_until(lambda: not mates("ray::WorkerActor"), "its actors are gone")
 
 
 # --------------------------------------------------------------------------- run, by itself
@@ -415,7 +415,9 @@ def test_run_has_a_cluster_of_its_own_that_ends_with_it(
 ) -> None:
     with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
         alone.wait_until_stopped()
-        [worker] = [p for p in mates(sys.executable) if "chunkq_worker.child" in p.cmdline()][:1]
+        [worker] = [
+            p for p in mates(sys.executable) if "chunkq_worker.worker_process" in p.cmdline()
+        ][:1]
         stranger = worker.environ()["CHUNKQ_QUEUE"]
         with alone.start("work", "--queue", stranger) as other:
             turned_away = other.wait()
@@ -494,7 +496,7 @@ def run_there(workspace: StandardWorkspace) -> Iterator[RunningCommand]:
 
 
 def no_hired_actor_remains() -> None:
-    wait_until(lambda: not mates("ray::Crew"), "the hired actors are gone")
+    wait_until(lambda: not mates("ray::WorkerActor"), "the hired actors are gone")
 
 
 def test_run_on_a_running_cluster_gives_the_same_bytes(

@@ -523,7 +523,8 @@ def test_a_worker_that_is_back_first_does_not_take_what_others_still_work_on(
     server: RedisServer,
 ) -> None:
     workers = {
-        name: WorkerOptions(name, settings=WorkerSettings(lease=0.5)) for name in ("first", "second")
+        name: WorkerOptions(name, settings=WorkerSettings(lease=0.5))
+        for name in ("first", "second")
     }
     job = "/data/out.zarr.chunkq"
     with queue_on(server) as queue:

@@ -22,8 +22,8 @@ import pytest
 
 from chunkq.errors import QueueError
 from chunkq.executors import open_executor
+from chunkq.job_handle import open_job
 from chunkq.ledger import Failure
-from chunkq.opened import open_job
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
 from tests.harness.servers.redis import RedisServer, free_port, redis_server
@@ -139,7 +139,7 @@ class Stage:
     def refuses(self, command: str, url: str, *words: str) -> str:
         """Run a command in this process; it must end soon with one clear line, and no secret."""
         began = time.monotonic()
-        with mock.patch("chunkq_producer.commands.run.probe", return_value=WELL_TRIED):
+        with mock.patch("chunkq_producer.commands.run.check_model", return_value=WELL_TRIED):
             answer = self.workspace.call(*self.arguments(command), "--queue", url)
         took = time.monotonic() - began
         answer.refused(1, "chunkq: queue: ", *words)
@@ -452,7 +452,7 @@ def test_every_command_as_a_process_of_its_own_says_so_within_seconds(
 
 
 def test_run_asks_the_queue_before_it_tries_the_network(stage: Stage) -> None:
-    with mock.patch("chunkq_producer.commands.run.probe", return_value=WELL_TRIED) as probe:
+    with mock.patch("chunkq_producer.commands.run.check_model", return_value=WELL_TRIED) as probe:
         queue = f"redis://127.0.0.1:{free_port()}/0"
         stage.workspace.call(*stage.arguments("run"), "--queue", queue).refused(
             1, "cannot be reached"

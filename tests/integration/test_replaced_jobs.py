@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from chunkq_producer import submit
-from chunkq_worker.here import NoQueue
-from chunkq_worker.run import run_task
+from chunkq_worker.inline import NoQueue
+from chunkq_worker.run_task import run_task
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -35,8 +35,8 @@ from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.objects import ObjectFolder
-from chunkq.opened import JobHandle, open_job
 from chunkq.record import JobRecord
 from chunkq.stores import TensorStoreArray
 from chunkq.tasks import Task

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 
 from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
 from chunkq.executors.base import Attempt, TaskResult, WorkerOptions
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import ITEM, Ledger
-from chunkq.opened import JobHandle, open_job
 from chunkq.tasks import Task
 from tests.harness.files import everything_below, files_below
 from tests.harness.small_job import CHUNKS, SHAPE, small_workspace
@@ -64,8 +64,12 @@ def is_complete(workspace: Workspace, whole: Workspace) -> None:
 
 def queued(workspace: Workspace) -> set[tuple[int, ...]]:
     """What is on the queue, taken off it."""
-    queue, shift, found = SqliteExecutor(f"sqlite://{workspace.queue_file}"), WorkerOptions("test"), set()
-    while begun := queue.reserve(shift):
+    queue, options, found = (
+        SqliteExecutor(f"sqlite://{workspace.queue_file}"),
+        WorkerOptions("test"),
+        set(),
+    )
+    while begun := queue.reserve(options):
         found.add(begun.task.chunk)
     queue.cancel(str(workspace.job_folder))
     queue.close()
@@ -470,7 +474,7 @@ def test_a_chunk_marks_itself_in_every_block_that_it_contributes_to(workspace: W
     produce(workspace)
     marked: dict[tuple[int, ...], set[tuple[int, int]]] = {}
     for index in CHUNKS:
-        for block, member, of in run_chunk(workspace, index).marks:
+        for block, member, of in run_chunk(workspace, index).contributions:
             marked.setdefault(block, set()).add((member, of))
     plan = open_job(str(workspace.job_folder)).plan
     expected = {block: len(plan.contributors(block)) for block in plan.to_finalize()}

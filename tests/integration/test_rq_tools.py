@@ -565,21 +565,21 @@ def test_a_worker_is_listed_as_busy_as_long_as_it_holds_a_chunk(
     executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(1))
-    shift = WorkerOptions("host:cpu:worker")
-    with executor.registered(shift):
-        executor.renew(shift, [])
+    options = WorkerOptions("host:cpu:worker")
+    with executor.registered(options):
+        executor.renew(options, [])
         assert listed(client) == ("idle", None)
-        lease = executor.reserve(shift)
+        lease = executor.reserve(options)
         assert lease is not None
         assert listed(client) == ("busy", lease.task.id)
-        executor.renew(shift, [])  # from just before it was begun
-        executor.renew(shift, [lease])
+        executor.renew(options, [])  # from just before it was begun
+        executor.renew(options, [lease])
         assert listed(client) == ("busy", lease.task.id)
         client.delete("rq:worker:host:cpu:worker")
-        executor.renew(shift, [lease])
+        executor.renew(options, [lease])
         assert listed(client) == ("busy", lease.task.id)
         executor.ack(lease)
-        executor.renew(shift, [])
+        executor.renew(options, [])
         assert listed(client) == ("idle", None)
     assert Worker.all(client) == []
 
@@ -588,14 +588,14 @@ def test_a_workers_current_job_is_never_one_that_is_gone(
     executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(2))
-    shift = WorkerOptions("host:cpu:worker", depth=2)
-    with executor.registered(shift):
-        first, second = executor.reserve(shift), executor.reserve(shift)
+    options = WorkerOptions("host:cpu:worker", depth=2)
+    with executor.registered(options):
+        first, second = executor.reserve(options), executor.reserve(options)
         assert first is not None
         assert second is not None
         executor.ack(second)
         assert listed(client) in [("busy", None), ("busy", first.task.id)]
-        executor.renew(shift, [first])
+        executor.renew(options, [first])
         assert listed(client) == ("busy", first.task.id)
         executor.ack(first)
         assert listed(client)[1] is None

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from chunkq_worker import engine
+from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
-from chunkq_worker.engine import Device
+from chunkq_worker.inference_engine import Device
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.runtimes.torch import TorchRuntime
 from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork
@@ -67,8 +67,8 @@ def result(
     else:
         model = values["model_config"] | {"device": "cuda"}
         with (
-            mock.patch.object(engine, "load_runtime", on(device)),
-            mock.patch.object(engine, "_device", Device()),
+            mock.patch.object(inference_engine, "load_runtime", on(device)),
+            mock.patch.object(inference_engine, "_device", Device()),
         ):
             run_inline(values | {"model_config": model})
     assert len(np.unique(read_output(output))) > 1

@@ -19,8 +19,8 @@ import zarr
 from chunkq.box import Box
 from chunkq.errors import ChunkqError, ChunkReadError, ErrorCode
 from chunkq.finalize import finalize_job
+from chunkq.job_handle import open_job
 from chunkq.objects import PARTIAL, ObjectFolder
-from chunkq.opened import open_job
 from chunkq.stores import TensorStoreArray, ZarrPythonArray, find_source, open_array
 from tests import reference as ref
 from tests.harness.files import files_below

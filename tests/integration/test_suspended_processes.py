@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import zarr
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 
 from chunkq import output as output_module
 from chunkq.errors import ErrorCode, MissingJobError, StoreError
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block, finalize_job
+from chunkq.job_handle import JobHandle
 from chunkq.ledger import Ledger
-from chunkq.opened import JobHandle
 from chunkq.output import Output
 from chunkq.tasks import Task
 from tests.harness.files import files_below

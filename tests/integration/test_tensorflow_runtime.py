@@ -19,7 +19,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes import tensorflow as tensorflow_runtime
 from chunkq_worker.runtimes import tensorflow_import
 from chunkq_worker.runtimes.base import Runtime, load_runtime
-from chunkq_worker.runtimes.tensorflow_import import without_log_output, keras, tf
+from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_output
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError
@@ -942,7 +942,9 @@ def test_a_whole_job_with_workers_equals_the_same_network_in_torch(tmp_path: Pat
     assert expected.std() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     seen = set(witness.read_text().splitlines())
-    assert {line.partition(" -m ")[2].split()[0] for line in seen} == {"chunkq_worker.child"}
+    assert {line.partition(" -m ")[2].split()[0] for line in seen} == {
+        "chunkq_worker.worker_process"
+    }
 
 
 def test_a_class_with_outer_steps_goes_through_the_whole_pipeline(tmp_path: Path) -> None:

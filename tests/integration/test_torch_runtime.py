@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from chunkq_producer import submit
-from chunkq_worker import engine
+from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
-from chunkq_worker.engine import InferenceEngine
+from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ModelError, PredictionError
@@ -364,7 +364,7 @@ def test_a_later_job_with_the_same_network_starts_with_the_batch_that_fitted(
         made.append(Fake(fits=3))
         return made[-1]
 
-    monkeypatch.setattr(engine, "load_runtime", tight)
+    monkeypatch.setattr(inference_engine, "load_runtime", tight)
     write_zarr(tmp_path / "in.zarr", random_volume((32, 16)), (8, 8))
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
 

@@ -44,9 +44,9 @@ try:
     born["tasks"] = []
     if os.environ.get("FAKE_TAKES"):
         from chunkq.executors import open_executor
-        from chunkq.executors.base import Shift
+        from chunkq.executors.base import WorkerOptions
         queue = open_executor(orders["queue"])
-        while taken := queue.take(Shift(orders["worker"])):
+        while taken := queue.reserve(WorkerOptions(orders["worker"])):
             born["tasks"].append([taken.task.id, taken.attempt.number])
         queue.close()
     time.sleep(float(os.environ.get("FAKE_LIVES", "0")))

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from chunkq_producer import submit
 from chunkq_worker.commands import _lost
-from chunkq_worker.engine import Device, waits_for_device
-from chunkq_worker.here import NoQueue
-from chunkq_worker.run import record_failure, run_task
+from chunkq_worker.inference_engine import Device, waits_for_device
+from chunkq_worker.inline import NoQueue
+from chunkq_worker.run_task import record_failure, run_task
 
-from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_files, accepted_job
+from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, accepted_files, accepted_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt, Counts
 from chunkq.job import ModelConfig, load_job, parse_job
 from chunkq.ledger import JobFolder, Ledger
 from chunkq.record import JobRecord
 from chunkq.tasks import Task
-from chunkq.userfile import load_names
+from chunkq.user_code import load_names
 
 NETWORK = """
 from pathlib import Path
@@ -265,7 +265,7 @@ def test_a_task_through_a_link_is_known_as_waiting_and_its_failure_as_the_jobs(
     task = Task("infer", f"{lab.other}/link/{job.name}", (0,))
     device = Device()
     device._waiting.add((str(job), (0,)))
-    monkeypatch.setattr("chunkq_worker.engine._device", device)
+    monkeypatch.setattr("chunkq_worker.inference_engine._device", device)
     assert waits_for_device(task)
     record_failure(task, Attempt(1, "worker"), ValueError("broken"))
     assert [failure.message for failure in ledger(job).failures()] == ["ValueError: broken"]

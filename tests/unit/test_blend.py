@@ -16,7 +16,7 @@ from chunkq.box import Box
 from chunkq.combine import activate, to_votes
 from chunkq.padding import source_indices
 from chunkq.plan import Index, Patch, Plan
-from chunkq.userfile import load_blend_weights
+from chunkq.user_code import load_blend_weights
 from chunkq.weights import ArrayWeights, Neighbors, Weights
 from tests import reference as ref
 from tests.strategies import (
@@ -413,7 +413,10 @@ def test_what_is_completed_twice_is_the_same_bytes_in_any_order_of_arrival() -> 
     arrived = [(p, a) for c in done.values() for p, a in c.pieces if p.target == (1, 1)]
     assert len(arrived) == 3
     finished = [
-        [(box, values.tobytes()) for box, values in finalize_sums(plan, chunk, done[1, 1].own, pieces)]
+        [
+            (box, values.tobytes())
+            for box, values in finalize_sums(plan, chunk, done[1, 1].own, pieces)
+        ]
         for pieces in (dict(arrived), dict(reversed(arrived)), dict(arrived))
     ]
     assert finished[0] == finished[1] == finished[2]

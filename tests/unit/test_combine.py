@@ -11,12 +11,12 @@ from hypothesis.extra import numpy as npst
 from chunkq.combine import (
     activate,
     add_weighted,
-    to_votes,
-    reduce_and_cast,
+    copy_into,
     is_finite,
     label_dtype,
+    reduce_and_cast,
     to_numpy,
-    copy_into,
+    to_votes,
 )
 from chunkq.errors import PredictionError
 
@@ -100,7 +100,12 @@ def test_labels_are_the_largest_channel_the_lowest_of_several(
 @pytest.mark.parametrize("combine", ["soft", "hard"])
 def test_one_channel_is_labelled_from_exactly_a_half_on(library: Library, combine: Any) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
-    assert reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [0, 0, 1, 1]
+    assert reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 @BOTH
@@ -116,7 +121,9 @@ def test_a_weighted_average_keeps_its_channels_and_is_cast(library: Library, dty
 def test_an_average_that_float16_cannot_hold_is_refused(library: Library, value: float) -> None:
     with pytest.raises(PredictionError, match=r"beyond the range of float16; use output_dtype"):
         reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float16")
-    assert reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float32")[0, 1] == np.float32(value)
+    assert reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float32")[0, 1] == np.float32(
+        value
+    )
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (9000, "u2")])

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.blend import Accumulator, OwnBlock, WeightCache, finalize_sums
 from chunkq.footprint import chunk_footprint, footprint
 from chunkq.plan import Plan
-from chunkq.userfile import load_blend_weights
+from chunkq.user_code import load_blend_weights
 from tests.strategies import plan_for
 
 
@@ -58,7 +58,7 @@ def test_what_a_chunk_holds_while_it_is_written_is_counted(combine: str, channel
 
 def test_what_completing_a_block_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     # tracemalloc knows of what NumPy allocates.
-    monkeypatch.setattr(pages, "LARGE_BYTES", 1 << 40)
+    monkeypatch.setattr(buffers, "LARGE_BYTES", 1 << 40)
     plan = plan_of("weighted_avg", 3, scale=32)
     chunk = plan.chunk((1, 1))
     own = OwnBlock(

@@ -132,7 +132,9 @@ def test_compiling_for_a_gpu_without_triton_is_refused_in_one_line(
     modules: pytest.MonkeyPatch,
 ) -> None:
     modules.setattr(torch.cuda, "is_available", lambda: True)
-    modules.setattr(torch_runtime, "LOADERS", {"class": lambda model: LoadedNetwork(torch.nn.ReLU())})
+    modules.setattr(
+        torch_runtime, "LOADERS", {"class": lambda model: LoadedNetwork(torch.nn.ReLU())}
+    )
     modules.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
     compiled = model("torch", device="cuda", compile=True)
     with pytest.raises(

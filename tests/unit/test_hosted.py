@@ -26,9 +26,9 @@ def host() -> Iterator[QueueHost]:
     """Two tasks are leased: by a worker whose home is "node", and by one without a home."""
     host = QueueHost()
     ask(host, "submit", [[name, JOB, f"message {name}"] for name in ("a", "b")])
-    ask(host, "enlist", "worker-1", "node")
+    ask(host, "register_worker", "worker-1", "node")
     for worker in ("worker-1", "worker-2"):
-        assert ask(host, "take", worker, LONG, None, [])["is"][2] == 1
+        assert ask(host, "reserve", worker, LONG, None, [])["is"][2] == 1
     yield host
     host.close()
 

@@ -252,7 +252,11 @@ def test_a_chunk_by_hand() -> None:
         Box((12,), (15,)),
     )
     assert (low.halo, high.halo) == (Box((0,), (10,)), Box((9,), (15,)))
-    assert plan.outgoing_pieces(low) == plan.incoming_pieces(high) == [Piece((0,), (1,), Box((8,), (10,)))]
+    assert (
+        plan.outgoing_pieces(low)
+        == plan.incoming_pieces(high)
+        == [Piece((0,), (1,), Box((8,), (10,)))]
+    )
     assert plan.outgoing_pieces(high) == []
     assert high.band_boxes == (Box((8,), (10,)),)
     assert high.rest_boxes == (Box((10,), (12,)),)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, to_votes, is_finite, namespace, to_numpy
+from chunkq.combine import Array, activate, is_finite, namespace, to_numpy, to_votes
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import Runtime

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import click
 
-from chunkq.allowed import ALLOW_VARIABLE, AllowedPaths, accepted_job
+from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, accepted_job
 from chunkq.errors import IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, default_depth
 from chunkq.executors.settings import override_settings
 from chunkq.finalize import job_completion
+from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import folder_of
-from chunkq.opened import open_job
 from chunkq.paths import without_secret
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor

@@ -153,7 +153,9 @@ def _sizes(most: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((2, 1, 3, min(most, MAX_BATCH_TESTED))))
 
 
-def _check_file(model: ModelConfig, batch: torch.Tensor, file: Path, size: int | None) -> ModelConfig:
+def _check_file(
+    model: ModelConfig, batch: torch.Tensor, file: Path, size: int | None
+) -> ModelConfig:
     """Return what a job would say of the file alone, without steps around it."""
     runtime, kind = RUNTIMES[file.suffix]
     return ModelConfig(

@@ -8,13 +8,13 @@ import numpy as np
 
 from chunkq.executors.base import Attempt, BlockContribution, TaskResult
 from chunkq.finalize import OWN_PIECE
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
-from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
-from chunkq_worker.engine import ComputedChunk, get_device
 from chunkq_worker.frameworks import this_process
+from chunkq_worker.inference_engine import ComputedChunk, get_device
 
 
 def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:

@@ -14,23 +14,23 @@ import numpy.typing as npt
 
 import chunkq
 from chunkq.blend import Contribution
-from chunkq.combine import reduce_and_cast, label_dtype
+from chunkq.combine import label_dtype, reduce_and_cast
 from chunkq.errors import ChunkqError, ModelError
 from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job, parse_job
-from chunkq.opened import open_job
+from chunkq.job_handle import open_job
 from chunkq.paths import absolute
 from chunkq.plan import Chunk, Index, Plan, Volume
 from chunkq.prediction import Prediction
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import Array, read_padded
-from chunkq.wavefront import output_slices, regions
-from chunkq_worker.defaults import half_strides, job_for_model
-from chunkq_worker.engine import ENGINES_CACHED, InferenceEngine, get_device
-from chunkq_worker.given import Input, open_inputs, as_paths, volume_of, read_all
-from chunkq_worker.here import NoQueue, pipelined, compute_inline
+from chunkq.streaming import output_slices, regions
+from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine, get_device
+from chunkq_worker.inline import NoQueue, compute_inline, pipelined
+from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
+from chunkq_worker.model_defaults import half_strides, job_for_model
 
 Progress = Callable[[int, int], None]
 Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]

@@ -14,19 +14,19 @@ from types import FrameType
 
 from chunkq.errors import QueueError
 from chunkq.executors.base import (
-    EXIT_TASK_TIMEOUT,
     EXIT_QUEUE_UNREACHABLE,
     EXIT_REFUSED,
     EXIT_RESTART,
+    EXIT_TASK_TIMEOUT,
     Executor,
     WorkerName,
 )
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 from chunkq.scratch import delete_abandoned
-from chunkq_worker.birth import child_env
-from chunkq_worker.child import WorkerProcessOptions
+from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import VISIBLE, Slot, cores
+from chunkq_worker.worker_process import WorkerProcessOptions
 
 POLL_SECONDS = 0.1
 REQUEUE_SECONDS = 1.0
@@ -197,7 +197,7 @@ class Supervisor:
             environment[VISIBLE] = place.slot.gpu or ""
         # A session of its own: Ctrl-C reaches only the supervisor, which passes it on.
         place.process = subprocess.Popen(
-            [sys.executable, "-m", "chunkq_worker.child"],
+            [sys.executable, "-m", "chunkq_worker.worker_process"],
             stdin=subprocess.PIPE,
             env=environment,
             text=True,

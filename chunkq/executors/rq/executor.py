@@ -29,9 +29,16 @@ from rq.utils import now, utcformat, utcparse
 from rq.worker_registration import clean_worker_registry, register
 
 from chunkq.errors import QueueError
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, BlockContribution, Running, WorkerOptions
+from chunkq.executors.base import (
+    MAX_ATTEMPTS,
+    Attempt,
+    BlockContribution,
+    Counts,
+    Running,
+    WorkerOptions,
+)
 from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.executors.rq.connect import translated_errors, check_server, connect
+from chunkq.executors.rq.connect import check_server, connect, translated_errors
 from chunkq.executors.rq.scripts import Scripts
 from chunkq.tasks import Task, chunk_name, job_key, parse_chunk
 
@@ -59,7 +66,7 @@ class RqExecutor(LeaseQueue):
             check_server(self._quick, url)
 
     @cached_property
-    def _patient_client(self) -> Scripts:
+    def _retrying_scripts(self) -> Scripts:
         """For workers and long filling: waits while the server is away."""
         return Scripts(connect(self.url, patient=True))
 
@@ -136,28 +143,38 @@ class RqExecutor(LeaseQueue):
             if not held:
                 return 0
             stamp = utcformat(now())
-            return int(self._ask("give_back", int(counted), stamp, worker, *held))
+            return int(self._ask("end_attempt", int(counted), stamp, worker, *held))
 
-    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
+    def record_contributions(
+        self, job: str, contributions: Sequence[BlockContribution]
+    ) -> list[Task]:
         """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
-        parts = [part for m in marks for part in (chunk_name(m.block), m.member, m.of)]
+        parts = [part for m in contributions for part in (chunk_name(m.block), m.member, m.of)]
         with translated_errors(self.url):
-            found = map(parse_chunk, _texts(self._patient_client("note", queue_name(job), *parts)))
+            found = map(
+                parse_chunk,
+                _texts(self._retrying_scripts("record_contributions", queue_name(job), *parts)),
+            )
         return [Task("finalize", job, block) for block in found if block is not None]
 
     def close(self) -> None:
         """Let go of the connections."""
         self._quick.close()
         if "_steady" in self.__dict__:
-            self._patient_client.close()
+            self._retrying_scripts.close()
 
-    def reserve(self, shift: WorkerOptions) -> Lease | None:
+    def reserve(self, options: WorkerOptions) -> Lease | None:
         """Begin one task, or return None if there is none to begin now."""
         while True:
             attempt, stamp = uuid.uuid4().hex, utcformat(now())
             with translated_errors(self.url):
-                begun = self._patient_client(
-                    "take", shift.worker, stamp, attempt, shift.settings.lease, *_job_filter(shift)
+                begun = self._retrying_scripts(
+                    "reserve",
+                    options.worker,
+                    stamp,
+                    attempt,
+                    options.settings.lease,
+                    *_job_filter(options),
                 )
             if begun is None:
                 return None
@@ -165,22 +182,22 @@ class RqExecutor(LeaseQueue):
             task = _task(message)
             if task is not None and task.id.encode() == task_id:
                 number = max(1, MAX_ATTEMPTS - int(left))
-                return Lease(task, Attempt(number, shift.worker), attempt)
+                return Lease(task, Attempt(number, options.worker), attempt)
             log.error("dropped from the queue: not a chunkq task: %r", message[:200])
             with translated_errors(self.url):
-                self._patient_client("finish", name, task_id, attempt, shift.worker, 0)
+                self._retrying_scripts("ack", name, task_id, attempt, options.worker, 0)
 
     def ack(self, lease: Lease) -> None:
         """Take a finished task off the queue."""
         took = time.time() - lease.since
         with translated_errors(self.url):
-            self._patient_client("finish", *_names(lease), lease.attempt.worker, took)
+            self._retrying_scripts("ack", *_names(lease), lease.attempt.worker, took)
 
     def nack(self, lease: Lease, error: BaseException) -> None:
         """End an attempt; after the last one RQ's tools show the traceback."""
         stamp, worker = utcformat(now()), lease.attempt.worker
         with translated_errors(self.url):
-            ended = self._patient_client("give_back", 1, stamp, worker, *_names(lease))
+            ended = self._retrying_scripts("end_attempt", 1, stamp, worker, *_names(lease))
             if ended and lease.attempt.is_last:
                 job = Job(lease.task.id, self._quick, JSONSerializer)
                 told = "".join(traceback.format_exception(error))
@@ -190,29 +207,31 @@ class RqExecutor(LeaseQueue):
     def requeue(self, lease: Lease) -> None:
         """Put a task back as if it had not been begun."""
         with translated_errors(self.url):
-            self._patient_client("give_back", 0, utcformat(now()), lease.attempt.worker, *_names(lease))
+            self._retrying_scripts(
+                "end_attempt", 0, utcformat(now()), lease.attempt.worker, *_names(lease)
+            )
 
-    def is_drained(self, shift: WorkerOptions) -> bool:
-        """Tell whether what a shift works on has neither queued nor running tasks."""
+    def is_drained(self, options: WorkerOptions) -> bool:
+        """Tell whether what a options works on has neither queued nor running tasks."""
         with translated_errors(self.url):
-            return bool(self._patient_client("drained", *_job_filter(shift)))
+            return bool(self._retrying_scripts("drained", *_job_filter(options)))
 
-    def renew(self, shift: WorkerOptions, held: Sequence[Lease]) -> None:
+    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
         """Put off the end of leases, and let RQ's tools see that the worker lives."""
         with translated_errors(self.url):
             names = [part for lease in held for part in _names(lease)]
-            self._patient_client("renew", shift.settings.lease, *names)
+            self._retrying_scripts("renew", options.settings.lease, *names)
             if self._card is not None:
                 with suppress(OutOfMemoryError):
                     self._show(self._card, held)
 
     @contextmanager
-    def registered(self, shift: WorkerOptions) -> Iterator[None]:
+    def registered(self, options: WorkerOptions) -> Iterator[None]:
         """Be listed among RQ's workers."""
         with translated_errors(self.url):
             card = self._card = SimpleWorker(
                 [],
-                name=shift.worker,
+                name=options.worker,
                 connection=connect(self.url, patient=True),
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL,
@@ -296,8 +315,8 @@ def _names(lease: Lease) -> tuple[str, str, str]:
     return queue_name(lease.task.job), lease.task.id, lease.token
 
 
-def _job_filter(shift: WorkerOptions) -> tuple[str, ...]:
-    """Return what of the queue a shift may begin, as the scripts take it."""
-    if shift.job is not None:
-        return ("only", queue_name(shift.job))
-    return ("except", *(queue_name(job) for job in sorted(shift.skipped_jobs)))
+def _job_filter(options: WorkerOptions) -> tuple[str, ...]:
+    """Return what of the queue a options may begin, as the scripts take it."""
+    if options.job is not None:
+        return ("only", queue_name(options.job))
+    return ("except", *(queue_name(job) for job in sorted(options.skipped_jobs)))

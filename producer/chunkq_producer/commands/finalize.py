@@ -10,7 +10,7 @@ import click
 
 from chunkq.errors import IncompleteError
 from chunkq.finalize import finalize_job
-from chunkq.opened import JobHandle
+from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
 from chunkq.progress import ProgressBar
 from chunkq.tasks import chunk_name
@@ -22,7 +22,7 @@ from chunkq_producer.commands.options import (
     queue_of,
     queue_option,
 )
-from chunkq_producer.watch import duration
+from chunkq_producer.job_status import duration
 
 
 @click.command()

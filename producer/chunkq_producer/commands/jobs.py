@@ -25,7 +25,8 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
         found = executor.jobs()
     if as_json:
         rows = [
-            {"output": printable_path(output_of(job)), **asdict(counts)} for job, counts in found.items()
+            {"output": printable_path(output_of(job)), **asdict(counts)}
+            for job, counts in found.items()
         ]
         click.echo(json.dumps(rows, indent=1))
         return

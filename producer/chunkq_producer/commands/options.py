@@ -10,9 +10,9 @@ import click
 
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import JobFolder, folder_of
-from chunkq.opened import JobHandle, open_job
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option("-i", "--input", "input_", help="Volume to read, instead of the job's.")

@@ -16,9 +16,9 @@ from chunkq.plan import Costs, Plan
 from chunkq_producer import submit
 from chunkq_producer.cluster import is_cpu_only
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
-from chunkq_producer.probe import ModelCheck, check_model, warnings
-from chunkq_producer.rehearsal import measure_finalizer_memory
-from chunkq_producer.watch import duration
+from chunkq_producer.finalizer_memory import measure_finalizer_memory
+from chunkq_producer.job_status import duration
+from chunkq_producer.model_check import ModelCheck, check_model, warnings
 
 MUCH_TO_FINALIZE = 0.9
 """Share of the output written by finalizing from which the plan warns."""
@@ -29,8 +29,8 @@ MUCH_TO_FINALIZE = 0.9
 @input_option
 @output_option
 @click.option(
-    "--probe",
-    "with_probe",
+    "--check-model",
+    "with_model_check",
     is_flag=True,
     help="Try the network on real patches, and the memory with real chunks.",
 )
@@ -43,7 +43,7 @@ def plan(
     job: Path,
     input_: str | None,
     output: str | None,
-    with_probe: bool,
+    with_model_check: bool,
     depth: int | None,
     as_json: bool,
 ) -> None:
@@ -52,7 +52,7 @@ def plan(
     tried = None
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(prepared.record.job))
-    if with_probe:
+    if with_model_check:
         tried = check_model(prepared.record, depth=depth)
         if tried.error is not None:
             raise ModelError(tried.error)
@@ -88,7 +88,7 @@ def _values(plan: Plan, depth: int, tried: ModelCheck | None) -> dict[str, Any]:
         "array_bytes": footprint(plan).peak_bytes(depth),
     }
     if tried is not None:
-        values["probe"] = {**vars(tried), "warnings": warnings(tried)}
+        values["model_check"] = {**vars(tried), "warnings": warnings(tried)}
     return values
 
 
@@ -113,7 +113,7 @@ def _rows(plan: Plan, depth: int, tried: ModelCheck | None) -> list[tuple[str, s
             "memory",
             f"arrays alone: at most {size(footprint(plan).peak_bytes(depth))} in a worker process "
             f"with {depth} chunks in flight; libraries and network come on top"
-            + ("" if tried else " (--probe measures all)"),
+            + ("" if tried else " (--check-model measures all)"),
         ),
     ]
     if tried is not None:

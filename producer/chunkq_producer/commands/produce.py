@@ -19,7 +19,7 @@ from chunkq_producer.commands.options import (
     output_option,
     queue_option,
 )
-from chunkq_producer.running import launch_cluster_workers
+from chunkq_producer.runner import launch_cluster_workers
 
 
 @click.command()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from chunkq.errors import ChunkqError
 from chunkq_producer.commands.options import job_at, json_option, output_argument
-from chunkq_producer.reports.account import JobReport, load_job_report
+from chunkq_producer.reports.job_report import JobReport, load_job_report
 from chunkq_producer.reports.text import text
 
 

@@ -24,9 +24,9 @@ from chunkq_producer.commands.options import (
     queue_option,
 )
 from chunkq_producer.commands.status import LINE_SECONDS
-from chunkq_producer.probe import ModelCheck, check_model
-from chunkq_producer.running import ProgressReporter, RunOptions, run_job
-from chunkq_producer.watch import StatusPoller, status_line, status_screen
+from chunkq_producer.job_status import StatusPoller, status_line, status_screen
+from chunkq_producer.model_check import ModelCheck, check_model
+from chunkq_producer.runner import ProgressReporter, RunOptions, run_job
 
 
 @click.command()

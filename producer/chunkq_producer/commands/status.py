@@ -14,7 +14,7 @@ from chunkq.errors import QueueError
 from chunkq.executors.base import Executor
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
-from chunkq_producer.watch import StatusPoller, status_line, status_screen
+from chunkq_producer.job_status import StatusPoller, status_line, status_screen
 
 REFRESH_SECONDS = 1.0
 LINE_SECONDS = 10.0

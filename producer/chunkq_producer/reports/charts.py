@@ -14,8 +14,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from chunkq.times import WAITING_STAGES, STRAGGLER_FACTOR, STRAGGLER_SECONDS, Timing
-from chunkq_producer.reports.account import JobReport
+from chunkq.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, WAITING_STAGES, Timing
+from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import BYTES, IN_FLIGHT_NOTE
 from chunkq_producer.reports.units import PREFIXES, seconds, si
 
@@ -106,7 +106,9 @@ def shares(account: JobReport) -> str:
     axes.set_xlabel("share of the worker's time (%)")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     crew = account.times.worker_time_shares
-    told = ", ".join(f"{IN_FLIGHT_NOTE[holder]} {share:.0%}" for holder, share in crew.items() if share)
+    told = ", ".join(
+        f"{IN_FLIGHT_NOTE[holder]} {share:.0%}" for holder, share in crew.items() if share
+    )
     return _svg(figure, f"What each worker's time went to. All workers together: {told}.")
 
 

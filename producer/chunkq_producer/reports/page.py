@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from chunkq_producer.reports import charts
-from chunkq_producer.reports.account import JobReport
+from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
     Rows,
     headlines,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from chunkq.times import STAGES, Timing, Worker
-from chunkq_producer.reports.account import JobReport
-from chunkq_producer.reports.units import percent_of_plan, seconds, si, count
+from chunkq.timing import STAGES, Timing, Worker
+from chunkq_producer.reports.job_report import JobReport
+from chunkq_producer.reports.units import count, percent_of_plan, seconds, si
 
 Rows = list[tuple[str, ...]]
 BYTES = {
@@ -33,7 +33,9 @@ def plan_rows(times: Timing) -> Rows:
         "patches": (times.patches, times.planned_patches),
         "blocks finalized": (times.finalized_blocks, times.planned_blocks),
     }
-    rows: Rows = [(label, *map(count, pair), percent_of_plan(*pair)) for label, pair in counts.items()]
+    rows: Rows = [
+        (label, *map(count, pair), percent_of_plan(*pair)) for label, pair in counts.items()
+    ]
     for key, label in BYTES.items():
         moved, planned = times.bytes[key], times.planned_bytes[key]
         rows.append((label, si(moved, "B"), si(planned, "B"), percent_of_plan(moved, planned)))

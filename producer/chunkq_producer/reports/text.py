@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from chunkq_producer.reports.account import JobReport
+from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
     IN_FLIGHT_NOTE,
     Rows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkq_producer.watch import duration
+from chunkq_producer.job_status import duration
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

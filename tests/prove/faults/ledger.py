@@ -66,7 +66,7 @@ FAULTS = (
     ),
     Fault(
         "replaced-job-not-noticed",
-        "chunkq/opened.py",
+        "chunkq/job_handle.py",
         "if now is None or now.epoch != self.record.epoch:",
         "if now is None:",
         "a worker of the old job writes into the output of the new one",
@@ -74,7 +74,7 @@ FAULTS = (
     ),
     Fault(
         "old-plan-of-a-replaced-job",
-        "chunkq/opened.py",
+        "chunkq/job_handle.py",
         "if held is None or held.record.epoch != record.epoch:",
         "if held is None:",
         "a worker that lives on runs the new job with the old one's plan",

@@ -3,7 +3,7 @@
 from tests.prove.fault import Fault, named
 
 LEDGER, RECORD, OUTPUT = "chunkq/ledger.py", "chunkq/record.py", "chunkq/output.py"
-FINALIZE, OPENED, OBJECTS = "chunkq/finalize.py", "chunkq/opened.py", "chunkq/objects.py"
+FINALIZE, OPENED, OBJECTS = "chunkq/finalize.py", "chunkq/job_handle.py", "chunkq/objects.py"
 INFER, SUBMIT = "worker/chunkq_worker/infer.py", "producer/chunkq_producer/submit.py"
 RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
 PIECES = "tests/unit/test_pieces.py"

@@ -2,7 +2,7 @@
 
 from tests.prove.fault import Fault, named
 
-INFER, RUN = "worker/chunkq_worker/infer.py", "worker/chunkq_worker/run.py"
+INFER, RUN = "worker/chunkq_worker/infer.py", "worker/chunkq_worker/run_task.py"
 BATCHING, SUPERVISOR = "worker/chunkq_worker/batching.py", "worker/chunkq_worker/supervisor.py"
 ONCE, RESUME = "tests/integration/test_exactly_once.py", "tests/integration/test_resume.py"
 TORCH = "tests/integration/test_torch_runtime.py"
@@ -60,7 +60,7 @@ FAULTS = (
     ),
     Fault(
         "allowed-prefix-without-its-slash",
-        "chunkq/allowed.py",
+        "chunkq/allowed_paths.py",
         """return f"{path}/".startswith(f"{prefix.rstrip('/')}/")""",
         """return path.startswith(prefix.rstrip("/"))""",
         "a worker allowed below /data/a also runs jobs below /data/abc",

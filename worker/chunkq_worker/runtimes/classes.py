@@ -8,7 +8,7 @@ from typing import Any
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
-from chunkq.userfile import load_names, sibling_imports, select_name
+from chunkq.user_code import load_names, select_name, sibling_imports
 from chunkq_worker.runtimes.formats import USES, format_of
 
 CLASS_FILE = "model_config.class_file"

@@ -16,7 +16,7 @@ from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.classes import instantiate, load_definition
-from chunkq_worker.runtimes.host import HostRuntime
+from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.thread_limit import ThreadLimit
 from chunkq_worker.steps import Steps
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from chunkq.combine import Array
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.base import Runtime
-from chunkq_worker.runtimes.host import HostRuntime
+from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime

@@ -111,8 +111,8 @@ class Graph:
                 for n, given, fine in zip(fixed, item, fits, strict=True)
             ]
             raise ModelError(
-                f"{declared}, but {takes} {format_axes(self.axes)}; write model_input_shape: {write}, "
-                "or export it with dynamic axes"
+                f"{declared}, but {takes} {format_axes(self.axes)}; "
+                f"write model_input_shape: {write}, or export it with dynamic axes"
             )
 
     def accept(self, shape: Sequence[int], dtype: str) -> None:

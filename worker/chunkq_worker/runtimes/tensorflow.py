@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
-from chunkq_worker.runtimes.tensorflow_import import without_log_output, tf
+from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
 from chunkq_worker.steps import KEY, Steps
 
@@ -120,7 +120,7 @@ class TensorFlowRuntime(Runtime):
     def zeros(self, shape: tuple[int, ...]) -> Array:
         if self._torch is not None:
             return self._torch.zeros(shape, dtype=self._torch.float32, device="cuda")
-        return pages.zeros(shape, np.float32)
+        return buffers.zeros(shape, np.float32)
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from chunkq.errors import JobError, ModelError
 from chunkq.job import ModelConfig
-from chunkq.userfile import load_names
+from chunkq.user_code import load_names
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
 from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of
@@ -25,12 +25,12 @@ from chunkq_worker.runtimes.tensorflow_import import h5py, keras, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
     content_of,
     local_copy,
-    with_suffix,
-    suppressed_warnings,
     reason,
+    suppressed_warnings,
+    with_suffix,
 )
 from chunkq_worker.runtimes.tensorflow_weights import WEIGHTS, load_checkpoint
-from chunkq_worker.runtimes.trust import untrusted
+from chunkq_worker.runtimes.untrusted import untrusted
 
 NORMS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization")
 ALONE = "a network takes one batch and gives the prediction alone"
@@ -165,7 +165,11 @@ def load_file(model: ModelConfig) -> Network:
         if found not in ("keras", "keras_h5"):
             raise ModelError(f"{key} is {_what_else(local, content, found)}")
         suffix = ".keras" if found == "keras" else ".h5"
-        with with_suffix(local, suffix) as file, _explained(key, "the network"), suppressed_warnings():
+        with (
+            with_suffix(local, suffix) as file,
+            _explained(key, "the network"),
+            suppressed_warnings(),
+        ):
             own = _own_objects(model)
             config, foreign = _parts(content, found)
             if config is None:

@@ -16,9 +16,9 @@ from chunkq_worker.runtimes.tensorflow_import import h5py, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
     content_of,
     local_copy,
-    with_suffix,
-    suppressed_warnings,
     reason,
+    suppressed_warnings,
+    with_suffix,
 )
 
 STATE_KEYS = ("model", "net", "network")

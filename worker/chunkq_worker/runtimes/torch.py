@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
@@ -149,7 +149,7 @@ class TorchRuntime(Runtime):
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
         if self._accelerator is None:
-            return torch.from_numpy(pages.zeros(shape, np.float32))
+            return torch.from_numpy(buffers.zeros(shape, np.float32))
         return self._accelerator.empty(shape, torch.float32).zero_()
 
     @override

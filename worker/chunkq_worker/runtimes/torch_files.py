@@ -20,13 +20,13 @@ import torch
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig
 from chunkq.paths import read_bytes
-from chunkq.userfile import sibling_imports
+from chunkq.user_code import sibling_imports
 from chunkq_worker.runtimes import exported_program, torchscript_code
 from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.torch_exported import Limits
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
-from chunkq_worker.runtimes.trust import untrusted
+from chunkq_worker.runtimes.untrusted import untrusted
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 """Where training scripts usually put the weights, or the network, inside a checkpoint."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from chunkq import __version__
-from chunkq.allowed import ALLOW_VARIABLE
+from chunkq.allowed_paths import ALLOW_VARIABLE
 from chunkq.errors import ChunkqError, JobError, ModelError, nearest
 from chunkq.executors.base import default_depth
 from chunkq.job import Job, load_job
@@ -28,11 +28,11 @@ from chunkq.ledger import JobFolder, folder_of
 from chunkq.paths import is_url, without_secret
 from chunkq.record import JobRecord
 from chunkq.stores import find_source
-from chunkq.userfile import load_blend_weights
-from chunkq_worker.birth import child_env
+from chunkq.user_code import load_blend_weights
+from chunkq_worker.child_env import child_env
 from chunkq_worker.commands import seconds_in
 from chunkq_worker.devices import VISIBLE, cores, slots
-from chunkq_worker.given import open_inputs
+from chunkq_worker.inputs import open_inputs
 from chunkq_worker.tune.file import JobFile
 from chunkq_worker.tune.memory import offered
 from chunkq_worker.tune.process import Trials
@@ -40,9 +40,9 @@ from chunkq_worker.tune.search import (
     Limits,
     Measurement,
     Options,
-    SearchResult,
     Row,
     Search,
+    SearchResult,
     Setting,
     Stage,
 )
@@ -270,7 +270,9 @@ def _interruptible(job: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _search(space: SearchSpace, job: Job, wishes: TuneOptions, limits: Limits, *, quiet: bool) -> SearchResult:
+def _search(
+    space: SearchSpace, job: Job, wishes: TuneOptions, limits: Limits, *, quiet: bool
+) -> SearchResult:
     on_gpu, model = job.model.device == "cuda", job.model
     start = space.start(default_depth(gpu=on_gpu))
     given = model.dtype, model.autocast

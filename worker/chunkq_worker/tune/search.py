@@ -282,7 +282,9 @@ class Search:
         self.rows.append(row)
         return row
 
-    def _refused(self, setting: Setting, stage: Stage, cost: Cost, left: float) -> Measurement | None:
+    def _refused(
+        self, setting: Setting, stage: Stage, cost: Cost, left: float
+    ) -> Measurement | None:
         """Return the verdict where it is known without running; else None."""
         if stage == "network":
             return None

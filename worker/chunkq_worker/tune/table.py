@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from chunkq_worker.tune.search import HARMLESS, SearchResult, Row, Setting, Stage
+from chunkq_worker.tune.search import HARMLESS, Row, SearchResult, Setting, Stage
 
 COMMENT_WIDTH = 112
 COLUMNS = ("tried", "patches/s", "memory", "whole job", "chunks", "pieces", "differs", "")

@@ -27,17 +27,17 @@ import chunkq
 from chunkq.blend import Accumulator, WeightCache
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
-from chunkq.opened import JobHandle, open_job
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
 from chunkq.stores import open_array, read_padded
 from chunkq.tasks import Task
-from chunkq.userfile import load_blend_weights
+from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Halos
-from chunkq_worker.engine import InferenceEngine, get_device
-from chunkq_worker.here import NoQueue
-from chunkq_worker.run import run_task
+from chunkq_worker.inference_engine import InferenceEngine, get_device
+from chunkq_worker.inline import NoQueue
+from chunkq_worker.run_task import run_task
 from chunkq_worker.tune.search import Measurement, Stage
 from chunkq_worker.tune.space import fullest, near_middle
 
@@ -149,7 +149,9 @@ def _network(orders: TrialOptions, record: JobRecord) -> Measurement:
     return _measured(engine, rate, load_seconds)
 
 
-def _sample(engine: InferenceEngine, patches: list[Patch], halos: Halos, chunk: Chunk) -> npt.NDArray[Any]:
+def _sample(
+    engine: InferenceEngine, patches: list[Patch], halos: Halos, chunk: Chunk
+) -> npt.NDArray[Any]:
     """Return what the network gives for the first patches, in batches as full as they come."""
     size, outputs = engine.batcher.size, []
     for first in range(0, min(SAMPLE, len(patches)), size):

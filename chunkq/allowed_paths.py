@@ -42,7 +42,9 @@ class AllowedPaths:
             path = canonical(prefix, base)
             # `memory://` has no host: as a prefix it is all of this process's memory.
             if path != "memory://" and (problem := path_problem(path)):
-                raise JobError(f"{source}: {printable_path(path)} {problem}", code=ErrorCode.PATH_INVALID)
+                raise JobError(
+                    f"{source}: {printable_path(path)} {problem}", code=ErrorCode.PATH_INVALID
+                )
             checked.append(path)
         return cls(tuple(checked))
 
@@ -60,7 +62,8 @@ class AllowedPaths:
         for line in lines if base is None else ():
             if not is_url(line) and not line.startswith(("/", "~")):
                 raise JobError(
-                    f"{ALLOW_VARIABLE}: {printable_path(line)} is relative; use an absolute path or a URL",
+                    f"{ALLOW_VARIABLE}: {printable_path(line)} is relative; "
+                    "use an absolute path or a URL",
                     code=ErrorCode.PATH_INVALID,
                 )
         return cls.of(lines, base or Path("/"), ALLOW_VARIABLE)
@@ -126,8 +129,9 @@ class AllowedPaths:
         add = "".join(f" {OPTION} {printable_path(folder)}" for folder in missing)
         hint = f"if you trust it, use{add} too, or set {ALLOW_VARIABLE}"
         return JobError(
-            f"{printable_path(output_of(job))}: this worker only runs jobs and code from below {prefixes}; "
-            f"found outside: {named}; {hint if missing else 'produce the job again'}",
+            f"{printable_path(output_of(job))}: this worker only runs jobs and code from "
+            f"below {prefixes}; found outside: {named}; "
+            f"{hint if missing else 'produce the job again'}",
             code=ErrorCode.PATH_NOT_ALLOWED,
         )
 
@@ -187,4 +191,8 @@ def _described(path: str) -> str:
     if problem := path_problem(path):
         return f"{printable_path(path)} (which {problem})"
     target = path if is_url(path) else os.path.realpath(path)
-    return printable_path(path) if target == path else f"{printable_path(path)} -> {printable_path(target)}"
+    return (
+        printable_path(path)
+        if target == path
+        else f"{printable_path(path)} -> {printable_path(target)}"
+    )

@@ -8,17 +8,17 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+from chunkq.parent_death_signal import with_parent_death_signal
 from chunkq.record import JobRecord
 from chunkq.scratch import scratch_folder
-from chunkq.tether import with_parent_death_signal
 
-CHECK_MODULE = "chunkq_worker.probe"
+CHECK_MODULE = "chunkq_worker.model_check"
 SUSPICIOUS = 1e-5
 """A patch's result may change by this much of the output's range with its place in a batch."""
 
 
 class ModelCheck(SimpleNamespace):
-    """What trying a network showed: the fields of `chunkq_worker.probe.Finding`."""
+    """What trying a network showed: the fields of `chunkq_worker.model_check.Finding`."""
 
 
 def check_model(record: JobRecord, *, depth: int | None = None) -> ModelCheck:
@@ -38,7 +38,9 @@ def check_model(record: JobRecord, *, depth: int | None = None) -> ModelCheck:
     lines = done.stdout.decode(errors="replace").strip().splitlines()
     if done.returncode or not lines:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return ModelCheck(error=f"the network cannot be tried here: {' '.join(last) or 'no answer'}")
+        return ModelCheck(
+            error=f"the network cannot be tried here: {' '.join(last) or 'no answer'}"
+        )
     return ModelCheck(**json.loads(lines[-1]))
 
 

@@ -13,17 +13,17 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from chunkq.allowed import accepted_files, accepted_job
+from chunkq.allowed_paths import accepted_files, accepted_job
 from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
 from chunkq.combine import to_numpy
 from chunkq.errors import JobError, ModelError
-from chunkq.opened import JobHandle
+from chunkq.job_handle import JobHandle
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
 from chunkq.tasks import Task
-from chunkq.userfile import load_blend_weights
+from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Batcher, Halos
-from chunkq_worker.birth import THREADS_VARIABLE
+from chunkq_worker.child_env import THREADS_VARIABLE
 from chunkq_worker.frameworks import this_process
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps

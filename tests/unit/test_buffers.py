@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq import pages
+from chunkq import buffers
 
 DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2", "|b1"]).map(np.dtype)
 SHAPES = arrays_of.array_shapes(min_dims=1, max_dims=5, min_side=0)
@@ -18,7 +18,7 @@ SHAPES = arrays_of.array_shapes(min_dims=1, max_dims=5, min_side=0)
 
 @pytest.fixture(params=[1, 1 << 20], ids=["own-pages", "heap"])
 def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(pages, "LARGE_BYTES", request.param)
+    monkeypatch.setattr(buffers, "LARGE_BYTES", request.param)
     return int(request.param)
 
 
@@ -26,7 +26,7 @@ def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_zeros_are_those_of_numpy() -> None:
     @given(SHAPES, DTYPES)
     def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
-        made = pages.zeros(shape, dtype)
+        made = buffers.zeros(shape, dtype)
         assert (made.shape, made.dtype) == (shape, dtype)
         assert made.flags.c_contiguous
         assert made.flags.writeable
@@ -40,11 +40,11 @@ def test_copies_hold_the_same_values_in_c_order() -> None:
     @given(arrays_of.arrays(np.dtype("u1"), SHAPES))
     def check(values: np.ndarray) -> None:
         turned = values.T
-        same = pages.contiguous(turned)
+        same = buffers.contiguous(turned)
         assert np.array_equal(same, turned)
         assert same.flags.c_contiguous
         assert (same is turned) == turned.flags.c_contiguous
-        wider = pages.cast(turned, "<f4")
+        wider = buffers.cast(turned, "<f4")
         assert wider.dtype == np.float32
         assert np.array_equal(wider, turned)
         assert not np.shares_memory(wider, turned)
@@ -55,7 +55,7 @@ def test_copies_hold_the_same_values_in_c_order() -> None:
 @pytest.mark.usefixtures("large")
 def test_what_does_not_fit_is_a_lack_of_memory() -> None:
     with pytest.raises(MemoryError):
-        pages.zeros((1 << 46,), np.uint8)
+        buffers.zeros((1 << 46,), np.uint8)
 
 
 def owner(array: np.ndarray) -> object:
@@ -67,10 +67,10 @@ def owner(array: np.ndarray) -> object:
 
 
 def test_only_large_arrays_have_a_mapping_and_it_goes_with_them() -> None:
-    assert owner(pages.zeros((1023, 1024), np.uint8)) is None
-    assert isinstance(owner(pages.zeros((1024, 1024), np.uint8)), mmap.mmap)
+    assert owner(buffers.zeros((1023, 1024), np.uint8)) is None
+    assert isinstance(owner(buffers.zeros((1024, 1024), np.uint8)), mmap.mmap)
     mapped = {"before": resident()}
-    array = pages.zeros((64, 1024, 1024), np.uint8)
+    array = buffers.zeros((64, 1024, 1024), np.uint8)
     array[...] = 1
     mapped["with"] = resident()
     del array

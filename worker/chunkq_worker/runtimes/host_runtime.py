@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
@@ -69,7 +69,7 @@ class HostRuntime(Runtime):
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        return pages.zeros(shape, np.float32)
+        return buffers.zeros(shape, np.float32)
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:

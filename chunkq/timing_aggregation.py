@@ -12,21 +12,28 @@ import numpy as np
 
 from chunkq.executors.base import WorkerName
 from chunkq.footprint import footprint
+from chunkq.intervals import (
+    Intervals,
+    Numbers,
+    attribute_time,
+    covered_seconds,
+    max_overlap,
+    spread,
+)
 from chunkq.ledger import Commit
 from chunkq.plan import Plan
-from chunkq.spans import Numbers, Intervals, covered_seconds, attribute_time, max_overlap, spread
 from chunkq.tasks import chunk_name
-from chunkq.times import (
+from chunkq.timing import (
     BINS,
-    WAITING_STAGES,
     STAGES,
     STRAGGLER_FACTOR,
     STRAGGLER_SECONDS,
-    Timeline,
+    WAITING_STAGES,
     Durations,
     FinalizeTiming,
     Straggler,
     Stragglers,
+    Timeline,
     Timing,
     Worker,
 )
@@ -35,7 +42,9 @@ QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 STRAGGLERS_LISTED = 20
 
 
-def aggregate_timing(plan: Plan, infer: Iterable[Commit], finalize: Iterable[Commit] = ()) -> Timing:
+def aggregate_timing(
+    plan: Plan, infer: Iterable[Commit], finalize: Iterable[Commit] = ()
+) -> Timing:
     """Sum up a job's commit records. Each is looked at once and kept as some 50 bytes."""
     chunks, blocks = _Columns(plan), _Columns(plan)
     for commit in infer:
@@ -213,7 +222,9 @@ class _JobTiming:
         span = sum(held)
         shares = dict.fromkeys(WAITING_STAGES, 0.0) | {"other": 1.0}
         if span:
-            shares = {holder: time / span for holder, time in zip(WAITING_STAGES, held, strict=True)}
+            shares = {
+                holder: time / span for holder, time in zip(WAITING_STAGES, held, strict=True)
+            }
         where = WorkerName.parse(name)
         return Worker(
             host=where.host,

@@ -54,7 +54,9 @@ class WorkerCommand(Workers):
     can be seen by everyone.
     """
 
-    def __init__(self, options: Sequence[str], environment: Mapping[str, str], say: PrintLine) -> None:
+    def __init__(
+        self, options: Sequence[str], environment: Mapping[str, str], say: PrintLine
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", "--lifeline", *options],
             env={**os.environ, **environment},
@@ -139,8 +141,8 @@ class ClusterWorkers(Workers):
 class WorkerThread(Workers):
     """One worker in a thread of this process."""
 
-    def __init__(self, executor: Executor, shift: WorkerOptions, say: PrintLine) -> None:
-        self._executor, self._shift, self._say = executor, shift, say
+    def __init__(self, executor: Executor, options: WorkerOptions, say: PrintLine) -> None:
+        self._executor, self._options, self._say = executor, options, say
         self._code = 0
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
@@ -155,7 +157,7 @@ class WorkerThread(Workers):
 
     def stop(self) -> None:
         """Finish the chunks in flight."""
-        self._shift.stop.set()
+        self._options.stop.set()
 
     @property
     def exit_code(self) -> int:
@@ -168,7 +170,7 @@ class WorkerThread(Workers):
         self._thread.join()
 
     def _work(self) -> None:
-        ended = self._executor.run_worker(self._shift)
+        ended = self._executor.run_worker(self._options)
         self._code, self.messages = ended.code, [f"chunkq: {line}" for line in ended.lines]
         for line in self.messages:
             self._say(line)

@@ -1,9 +1,10 @@
 """Tries a job's network, in a process of its own.
 
-`python -m chunkq_worker.probe [--whole DEPTH]` reads a job record on standard input and writes
-the fields of a `Finding` as one line of JSON. Without --whole it only loads the network and runs a
-batch of zeros; with it, patches from the middle of the volume, in several ways, and then whole
-chunks, DEPTH at once, for the memory that a worker will need.
+`python -m chunkq_worker.model_check [--whole DEPTH]` reads a job record on standard input and
+writes the fields of a `ModelCheckResult` as one line of JSON. Without --whole
+it only loads the network and runs a batch of zeros. With it, it also runs patches
+from the middle of the volume in several ways, then whole chunks, DEPTH at once, to measure the
+memory that a worker will need.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ import numpy.typing as npt
 
 from chunkq.box import Box
 from chunkq.errors import ChunkqError
+from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
-from chunkq.opened import JobHandle
 from chunkq.plan import Patch, Plan
 from chunkq.record import JobRecord
-from chunkq.rehearsal import recreate_job
+from chunkq.sample_job import recreate_job
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
-from chunkq_worker.birth import child_env
+from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import cores
-from chunkq_worker.engine import InferenceEngine, get_device
-from chunkq_worker.rehearsal import measure_memory
+from chunkq_worker.inference_engine import InferenceEngine, get_device
+from chunkq_worker.measure_memory import measure_memory
 
 FEW_CHUNKS = 1000
 ROUNDS = 3
@@ -94,7 +95,10 @@ def main(*arguments: str) -> None:
 
 
 def run_check(
-    finding: ModelCheckResult, record: JobRecord, depth: int | None = None, folder: str | None = None
+    finding: ModelCheckResult,
+    record: JobRecord,
+    depth: int | None = None,
+    folder: str | None = None,
 ) -> None:
     """Load the network and fill in a finding; raises ChunkqError.
 

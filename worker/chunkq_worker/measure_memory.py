@@ -21,17 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq import pages
+from chunkq import buffers
 from chunkq.combine import Array, to_numpy
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block
+from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
-from chunkq.opened import JobHandle
 from chunkq.plan import Index, Plan
 from chunkq.tasks import Task
-from chunkq_worker.engine import InferenceEngine, get_device
-from chunkq_worker.here import Contributions
 from chunkq_worker.infer import infer_chunk
+from chunkq_worker.inference_engine import InferenceEngine, get_device
+from chunkq_worker.inline import Contributions
 from chunkq_worker.runtimes.base import Runtime
 
 MAX_CHUNKS = 27
@@ -80,7 +80,7 @@ class ReplayRuntime(Runtime):
     def _keep(self, answer: Array) -> None:
         """Keep an answer outside the allocator's heap, which is to look as without it."""
         values = to_numpy(answer)
-        self._answer = pages.cast(values, values.dtype)
+        self._answer = buffers.cast(values, values.dtype)
         self.kept_bytes += values.nbytes
 
     @override
@@ -131,7 +131,7 @@ class ChunksInFlight:
             attempt = Attempt(1, "rehearsal")
             try:
                 outcome = infer_chunk(task, attempt)
-                for block in self._contributions.note(outcome.marks):
+                for block in self._contributions.note(outcome.contributions):
                     complete_block(self._job, block, attempt)
             finally:
                 with self._lock:

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from chunkq.errors import QueueError, cause
 from chunkq.executors.base import Counts, Executor, WorkerName
+from chunkq.job_handle import JobHandle
 from chunkq.ledger import Failure, RecentCommits
-from chunkq.opened import JobHandle
 from chunkq.paths import without_secret
 from chunkq.tasks import chunk_name
 
@@ -123,7 +123,9 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
 class StatusPoller:
     """Looks at one job whenever it is called."""
 
-    def __init__(self, job: JobHandle, executor: Executor | None, problem: str | None = None) -> None:
+    def __init__(
+        self, job: JobHandle, executor: Executor | None, problem: str | None = None
+    ) -> None:
         self._job, self._executor, self._problem = job, executor, problem
         self.seconds = 0.0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import ceil
 from types import MappingProxyType
 
-from chunkq.times import Timing
+from chunkq.timing import Timing
 
 ENOUGH_SECONDS = 20.0
 """Time of all workers from which figures are worth a piece of advice."""
@@ -32,7 +32,9 @@ def conclusion(times: Timing) -> str:
     if not times.chunks:
         return "No chunk is computed yet."
     shares = times.worker_time_shares
-    named = [k for k in sorted(LOSSES, key=lambda k: -shares[k]) if shares[k] >= MIN_SHARE_REPORTED][:3]
+    named = [
+        k for k in sorted(LOSSES, key=lambda k: -shares[k]) if shares[k] >= MIN_SHARE_REPORTED
+    ][:3]
     losses = [f"{shares[key]:.0%} went {LOSSES[key]}" for key in named]
     return "; ".join([f"The devices computed {shares['compute']:.0%} of the time", *losses]) + "."
 

@@ -1,4 +1,4 @@
-"""`plan --probe` finds out what a network does before a job is started with it."""
+"""`plan --check-model` finds out what a network does before a job is started with it."""
 
 import json
 from pathlib import Path
@@ -90,10 +90,10 @@ def workspace(tmp_path: Path) -> Workspace:
 def probed(workspace: Workspace, name: str, **model: Any) -> dict[str, Any]:
     workspace.write_job(model={"class_name": name, **model})
     found: dict[str, Any] = json.loads(
-        workspace.call("plan", "job.json", "--probe", "--json").ok().out
+        workspace.call("plan", "job.json", "--check-model", "--json").ok().out
     )
     assert not workspace.output.exists()
-    probe: dict[str, Any] = found["probe"]
+    probe: dict[str, Any] = found["model_check"]
     return probe
 
 
@@ -110,7 +110,7 @@ def test_an_honest_network_is_timed_and_nothing_is_held_against_it(workspace: Wo
     assert found["other_size"] == 2
     assert found["peak_bytes"] > 100e6
     assert found["device"] == "cpu"
-    shown = workspace.call("plan", "job.json", "--probe").ok().out
+    shown = workspace.call("plan", "job.json", "--check-model").ok().out
     for label in ("one patch", "network alone", "peak memory", "output range"):
         assert f"\n{label}" in shown
     assert "warning" not in shown
@@ -131,13 +131,13 @@ def test_a_habit_that_shows_in_results_is_told_in_one_line(
 ) -> None:
     lines = probed(workspace, name)["warnings"]
     assert any(all(word in line for word in words) for line in lines), lines
-    shown = workspace.call("plan", "job.json", "--probe").ok().out
+    shown = workspace.call("plan", "job.json", "--check-model").ok().out
     assert sum(line.startswith("warning") for line in shown.splitlines()) == len(lines)
 
 
 def test_a_shape_that_breaks_the_declaration_is_refused(workspace: Workspace) -> None:
     workspace.write_job(model={"class_name": "Wide"})
-    answer = workspace.call("plan", "job.json", "--probe")
+    answer = workspace.call("plan", "job.json", "--check-model")
     answer.refused(1, "returned shape [4, 2, 8, 8, 7]", "model_output_shape")
 
 

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from chunkq_producer.watch import job_status
+from chunkq_producer.job_status import job_status
 
 from chunkq import ledger as ledger_module
+from chunkq.job_handle import JobHandle
 from chunkq.ledger import Commit, JobFolder, Ledger, RecentCommits
 from chunkq.ome import Space
-from chunkq.opened import JobHandle
 from chunkq.record import JobRecord
 from chunkq.stores import Source
 from tests.strategies import plan_for
@@ -63,7 +63,9 @@ def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
     # Which records a sample holds is up to the file system; here it is every step-th in time.
     records = tuple(job.ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
     assert len(records) == CHUNKS // step
-    monkeypatch.setattr(job.ledger, "newest", lambda kind, count: RecentCommits(CHUNKS, step, records))
+    monkeypatch.setattr(
+        job.ledger, "newest", lambda kind, count: RecentCommits(CHUNKS, step, records)
+    )
     status = job_status(job, None)
     assert (status.chunks, status.done) == (CHUNKS + 10, CHUNKS)
     assert status.voxels_per_second == pytest.approx(10, rel=0.1)  # ten voxels, one second a chunk

@@ -1,4 +1,4 @@
-"""What a worker process does, whoever started it: work off a queue until its shift ends."""
+"""What a worker process does, whoever started it: work off a queue until its options ends."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import sys
 import threading
 
 from chunkq.errors import ChunkqError, TaskTimeoutError
-from chunkq.executors.base import EXIT_TASK_TIMEOUT, ExitStatus, Executor, WorkerOptions
+from chunkq.executors.base import EXIT_TASK_TIMEOUT, Executor, ExitStatus, WorkerOptions
 from chunkq.scratch import remove_own
 
 LEDGER_SECONDS = 5.0
 
 
-def serve(executor: Executor, shift: WorkerOptions) -> ExitStatus:
+def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
     """Work off a queue; a chunk that hangs ends the process, if that is the worker's own."""
     # Imported here so that signals already work while the network's libraries load.
-    from chunkq_worker.engine import waits_for_device
     from chunkq_worker.frameworks import this_process
-    from chunkq_worker.run import run_task
+    from chunkq_worker.inference_engine import waits_for_device
+    from chunkq_worker.run_task import run_task
 
-    this_process.enforced = shift.replaceable
-    shift.is_waiting = waits_for_device
+    this_process.enforced = options.replaceable
+    options.is_waiting = waits_for_device
     try:
-        executor.run_tasks(run_task, shift)
+        executor.run_tasks(run_task, options)
     except TaskTimeoutError as error:
         if not executor.owns_process:
             return ExitStatus(EXIT_TASK_TIMEOUT, [str(error)])
@@ -36,7 +36,7 @@ def serve(executor: Executor, shift: WorkerOptions) -> ExitStatus:
 
 def _leave_hanging(error: TaskTimeoutError) -> None:
     """End this process although threads of it hang; the ledger is told, if it does not hang too."""
-    from chunkq_worker.run import record_failure
+    from chunkq_worker.run_task import record_failure
 
     def tell() -> None:
         for lease in error.leases:

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkq.diagnosis import LOSSES, REMEDIES, advice, conclusion
 from chunkq.executors.base import WorkerName
+from chunkq.intervals import attribute_time, covered_seconds, max_overlap, spread
 from chunkq.ledger import Commit
-from chunkq.spans import covered_seconds, attribute_time, max_overlap, spread
-from chunkq.tally import aggregate_timing
-from chunkq.times import BINS, WAITING_STAGES, STAGES, Timing
-from chunkq.verdict import LOSSES, REMEDIES, advice, conclusion
+from chunkq.timing import BINS, STAGES, WAITING_STAGES, Timing
+from chunkq.timing_aggregation import aggregate_timing
 from tests.strategies import plan_for
 
 START = 1.7e9
@@ -85,7 +85,9 @@ def test_a_moment_is_covered_once_however_many_spans_last(spans: list[tuple[floa
     lengths = np.diff(moments)
     middles = moments[:-1] + lengths / 2
     at_once = ((starts[:, None] <= middles) & (middles < stops[:, None])).sum(0)
-    assert covered_seconds(starts, stops) == pytest.approx(float(lengths[at_once > 0].sum()), abs=1e-9)
+    assert covered_seconds(starts, stops) == pytest.approx(
+        float(lengths[at_once > 0].sum()), abs=1e-9
+    )
     assert max_overlap(starts, stops) >= int(at_once.max(initial=0))
 
 
@@ -102,7 +104,7 @@ def test_cutting_the_time_into_slabs_changes_nothing(monkeypatch: pytest.MonkeyP
     rng = np.random.default_rng(1)
     layers = [arrays(list(zip(*rng.uniform(0, 9, (2, 50)), strict=True))) for _ in range(3)]
     whole = attribute_time(layers, 1.0, 12.0)
-    monkeypatch.setattr("chunkq.spans.SLAB", 7)
+    monkeypatch.setattr("chunkq.intervals.SLAB", 7)
     assert attribute_time(layers, 1.0, 12.0) == pytest.approx(whole)
 
 

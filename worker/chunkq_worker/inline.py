@@ -12,21 +12,21 @@ from typing_extensions import override
 
 from chunkq.executors.base import (
     Attempt,
+    BlockContribution,
     Counts,
     Executor,
     Handler,
-    BlockContribution,
-    TaskResult,
     Running,
-    WorkerOptions,
+    TaskResult,
     WorkerName,
+    WorkerOptions,
     default_depth,
 )
 from chunkq.finalize import blocks_at_once, complete_block, job_completion
-from chunkq.opened import JobHandle
+from chunkq.job_handle import JobHandle
 from chunkq.plan import Index
 from chunkq.tasks import Task
-from chunkq_worker.run import run_task
+from chunkq_worker.run_task import run_task
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -74,11 +74,13 @@ class NoQueue(Executor):
         return 0
 
     @override
-    def run_tasks(self, handler: Handler, shift: WorkerOptions) -> None:
+    def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
         return
 
     @override
-    def record_contributions(self, job: str, marks: Sequence[BlockContribution]) -> list[Task]:
+    def record_contributions(
+        self, job: str, contributions: Sequence[BlockContribution]
+    ) -> list[Task]:
         return []
 
     @override
@@ -93,11 +95,11 @@ class Contributions:
         self._marks: Counter[Index] = Counter()
         self._lock = threading.Lock()
 
-    def note(self, marks: Sequence[BlockContribution]) -> list[Index]:
-        """Count a committed chunk's marks; return the blocks that they complete."""
+    def note(self, contributions: Sequence[BlockContribution]) -> list[Index]:
+        """Count a committed chunk's contributions; return the blocks that they complete."""
         with self._lock:
-            self._marks.update(mark.block for mark in marks)
-            return [mark.block for mark in marks if self._marks[mark.block] == mark.of]
+            self._marks.update(mark.block for mark in contributions)
+            return [mark.block for mark in contributions if self._marks[mark.block] == mark.of]
 
 
 def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
@@ -121,7 +123,7 @@ def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
             return pool.submit(run_task, task, Attempt(1, worker))
 
         for done, outcome in enumerate(pipelined(start, left, depth), start=before + 1):
-            for block in contributions.note(outcome.marks):
+            for block in contributions.note(outcome.contributions):
                 blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
             progress(done, total)
         for made in blocks:

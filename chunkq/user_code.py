@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from chunkq.allowed import AllowedPaths
+from chunkq.allowed_paths import AllowedPaths
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.job_path import printable_path
 from chunkq.paths import is_url, read_bytes
@@ -101,8 +101,9 @@ class _NeighbourGuard(MetaPathFinder):
             return
         if self._allowed.locate(origin) is None:
             raise JobError(
-                f"{printable_path(origin)} -> {printable_path(os.path.realpath(origin))} leads out of the paths that "
-                "this worker runs code from; copy the module or allow its folder",
+                f"{printable_path(origin)} -> {printable_path(os.path.realpath(origin))} "
+                "leads out of the paths that this worker runs code from; "
+                "copy the module or allow its folder",
                 code=ErrorCode.PATH_NOT_ALLOWED,
             )
 

@@ -7,7 +7,7 @@ import time
 import traceback
 from dataclasses import replace
 
-from chunkq.allowed import accepted_files, accepted_job, is_restricted
+from chunkq.allowed_paths import accepted_files, accepted_job, is_restricted
 from chunkq.errors import (
     ChunkqError,
     ErrorCode,
@@ -17,9 +17,9 @@ from chunkq.errors import (
     ModelError,
 )
 from chunkq.executors.base import Attempt, TaskResult
+from chunkq.job_handle import open_job
 from chunkq.job_path import output_of, printable_path
 from chunkq.ledger import Failure, JobFolder
-from chunkq.opened import open_job
 from chunkq.tasks import Task, chunk_name, entry_point
 
 log = logging.getLogger("chunkq.worker")
@@ -29,7 +29,7 @@ def run_task(task: Task, attempt: Attempt) -> TaskResult:
     """Run one task to its end; thread-safe, and nothing happens if it is committed.
 
     An error is recorded in the ledger and raised again. Raises JobError, and opens nothing, if
-    the worker does not accept the job folder; see `chunkq.allowed`.
+    the worker does not accept the job folder; see `chunkq.allowed_paths`.
     """
     # From here on the task has the path that was checked, and no other is opened.
     task = replace(task, job=accepted_job(task.job))

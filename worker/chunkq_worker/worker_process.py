@@ -1,8 +1,8 @@
-"""One worker process: takes tasks from the queue until its shift ends.
+"""One worker process: takes tasks from the queue until it has to end.
 
-Started as `python -m chunkq_worker.child` by the supervisor, which writes one line of JSON to
-its standard input and keeps that pipe open: when the supervisor dies, however, the pipe closes
-and so does this process.
+Started as `python -m chunkq_worker.worker_process` by the supervisor, which writes one line
+of JSON to its standard input and keeps that pipe open: when the supervisor ends, the pipe closes
+and this process ends too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FrameType
 
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
-from chunkq.executors.base import ExitStatus, Executor, WorkerOptions
+from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
 from chunkq.scratch import remove_own
 
 EXIT_HANDED_BACK = 5
@@ -45,7 +45,7 @@ class WorkerProcessOptions:
 
 
 def main() -> int:
-    """Run one shift; returns the exit code."""
+    """Run one options; returns the exit code."""
     orders = WorkerProcessOptions(**json.loads(sys.stdin.readline()))
     # Only chunkq's own news: clients of buckets tell where they found their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if orders.quiet else logging.INFO)
@@ -56,7 +56,7 @@ def main() -> int:
         stream=sys.stderr,
     )
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
-    shift = WorkerOptions(
+    options = WorkerOptions(
         worker=orders.worker,
         depth=orders.depth,
         burst=orders.burst,
@@ -70,8 +70,8 @@ def main() -> int:
     except ChunkqError as error:
         ended = ExitStatus.from_error(error)
     else:
-        _handle_signals(shift, executor)
-        ended = executor.run_worker(shift)
+        _handle_signals(options, executor)
+        ended = executor.run_worker(options)
         executor.close()
     for line in ended.lines:
         sys.stderr.write(f"chunkq: {line}\n")
@@ -84,12 +84,12 @@ def _end_with_supervisor() -> None:
     os._exit(1)
 
 
-def _handle_signals(shift: WorkerOptions, executor: Executor) -> None:
+def _handle_signals(options: WorkerOptions, executor: Executor) -> None:
     """First signal: finish what is in flight. Second: hand it back and go at once."""
 
     def leave() -> None:
         with suppress(QueueError):  # the supervisor hands back what is left
-            executor.release(shift.worker, counted=False)
+            executor.release(options.worker, counted=False)
         remove_own()
         os._exit(EXIT_HANDED_BACK)
 
@@ -100,8 +100,8 @@ def _handle_signals(shift: WorkerOptions, executor: Executor) -> None:
         now = time.monotonic()
         if not told:
             told = now
-            shift.stop.set()
-        elif now - told > shift.settings.same_signal:
+            options.stop.set()
+        elif now - told > options.settings.same_signal:
             threading.Thread(target=leave).start()
 
     signal.signal(signal.SIGTERM, obey)

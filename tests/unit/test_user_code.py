@@ -7,7 +7,7 @@ import pytest
 
 from chunkq.errors import JobError
 from chunkq.plan import Plan
-from chunkq.userfile import load_names, load_blend_weights, select_name
+from chunkq.user_code import load_blend_weights, load_names, select_name
 from chunkq.weights import ArrayWeights, ProductWeights
 from tests.strategies import plan_for
 

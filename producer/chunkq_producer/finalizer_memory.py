@@ -1,7 +1,7 @@
 """Finalizing in small, for the memory that it will need.
 
 A job's largest blocks are given pieces of noise in a folder that is thrown away, and are
-completed by `python -m chunkq_producer.rehearsal JOB_FOLDER BLOCK ...`, as many at once as
+completed by `python -m chunkq_producer.finalizer_memory JOB_FOLDER BLOCK ...`, as many at once as
 `chunkq finalize` does; that process writes its largest resident memory (bytes) as one line.
 """
 
@@ -19,16 +19,16 @@ import numpy.typing as npt
 from chunkq.box import Box
 from chunkq.executors.base import Attempt
 from chunkq.finalize import OWN_PIECE, blocks_at_once, complete_block
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
-from chunkq.opened import JobHandle, open_job
+from chunkq.parent_death_signal import with_parent_death_signal
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
-from chunkq.rehearsal import recreate_job
+from chunkq.sample_job import recreate_job
 from chunkq.scratch import scratch_folder
 from chunkq.tasks import chunk_name, parse_chunk
-from chunkq.tether import with_parent_death_signal
 
-MODULE = "chunkq_producer.rehearsal"
+MODULE = "chunkq_producer.finalizer_memory"
 BLOCKS = 8
 
 
@@ -41,7 +41,9 @@ def measure_finalizer_memory(record: JobRecord) -> int | None:
             _write_noise_pieces(job, job.plan.chunk(index))
         names = map(chunk_name, blocks)
         done = subprocess.run(
-            with_parent_death_signal([sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL),
+            with_parent_death_signal(
+                [sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL
+            ),
             capture_output=True,
             check=False,
         )
@@ -83,7 +85,9 @@ def _write_noise_pieces(job: JobHandle, chunk: Chunk) -> None:
         own = [_sums(plan, box, drawn) for box in chunk.band_boxes]
         shapes = [(*stored, *box.shape) for box in chunk.rest_boxes]
         rest = [drawn.integers(0, 200, shape, np.uint8) for shape in shapes]
-        job.ledger.put_piece(chunk.index, OWN_PIECE, [*own, *(r.astype(plan.output_dtype) for r in rest)])
+        job.ledger.put_piece(
+            chunk.index, OWN_PIECE, [*own, *(r.astype(plan.output_dtype) for r in rest)]
+        )
     for piece in plan.incoming_pieces(chunk):
         job.ledger.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, drawn)])
 

@@ -12,21 +12,34 @@ from typing import Any
 
 from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
 from chunkq.executors import QUEUE_VARIABLE, open_executor
-from chunkq.executors.base import Executor, WorkerOptions, WorkerName, default_depth
+from chunkq.executors.base import Executor, WorkerName, WorkerOptions, default_depth
 from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import folder_of
-from chunkq.opened import JobHandle, open_job
 from chunkq.record import JobRecord
 from chunkq.tasks import chunk_name
 from chunkq_producer import submit
-from chunkq_producer.cluster import Cluster, cluster_for, engine_of, is_cpu_only, join_cluster, unused_sections
-from chunkq_producer.crew import WorkerCommand, Workers, ClusterWorkers, WorkerThread, wait_for_workers
+from chunkq_producer.cluster import (
+    Cluster,
+    cluster_for,
+    engine_of,
+    is_cpu_only,
+    join_cluster,
+    unused_sections,
+)
+from chunkq_producer.job_status import FailureGroup, StatusPoller
 from chunkq_producer.machine import check_machine
-from chunkq_producer.probe import ModelCheck, check_model
+from chunkq_producer.model_check import ModelCheck, check_model
 from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
-from chunkq_producer.watch import FailureGroup, StatusPoller
+from chunkq_producer.workers import (
+    ClusterWorkers,
+    WorkerCommand,
+    Workers,
+    WorkerThread,
+    wait_for_workers,
+)
 
 log = logging.getLogger("chunkq.run")
 
@@ -137,7 +150,11 @@ def run_job(
 
 
 def _compute(
-    prepared: submit.PreparedJob, cluster: Cluster, wishes: RunOptions, overwrite: bool, teller: ProgressReporter
+    prepared: submit.PreparedJob,
+    cluster: Cluster,
+    wishes: RunOptions,
+    overwrite: bool,
+    teller: ProgressReporter,
 ) -> tuple[JobHandle, Sequence[FailureGroup]]:
     """Queue what is left and see it through; return the job and its chunks that failed."""
     with closing(open_executor(cluster.url)) as executor:
@@ -198,7 +215,9 @@ def start_workers(
     if cluster.launches_remote_workers and isinstance(executor, HostedQueue):
         gpu = not is_cpu_only(job)
         depth = depth or default_depth(gpu=gpu)
-        hired = executor.launch_remote_workers(opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes)
+        hired = executor.launch_remote_workers(
+            opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes
+        )
         return ClusterWorkers(hired, say)
     if not executor.owns_process:
         return _worker_thread(executor, opened, depth, say)
@@ -221,11 +240,13 @@ def _worker_thread(
     device = opened.record.job.model.device
     worker = WorkerName.new(device).name
     depth = depth or default_depth(gpu=device == "cuda")
-    shift = WorkerOptions(worker, depth=depth, burst=True, job=opened.folder.path)
-    return WorkerThread(executor, shift, say)
+    options = WorkerOptions(worker, depth=depth, burst=True, job=opened.folder.path)
+    return WorkerThread(executor, options, say)
 
 
-def _follow(job: Job, engine: str, step: Step, wishes: RunOptions, teller: ProgressReporter) -> RunResult:
+def _follow(
+    job: Job, engine: str, step: Step, wishes: RunOptions, teller: ProgressReporter
+) -> RunResult:
     """Work for the process that leads, until it says that all is done."""
     leader = wait_for_leader(job.output, step)
     opened = open_job(folder_of(job.output))
@@ -259,7 +280,9 @@ def _with_details(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
     return error
 
 
-def _try_to_show(show: Callable[[StatusPoller], None], look: StatusPoller, teller: ProgressReporter) -> None:
+def _try_to_show(
+    show: Callable[[StatusPoller], None], look: StatusPoller, teller: ProgressReporter
+) -> None:
     """Show how far the job is; if it cannot be seen just now, the work goes on all the same."""
     try:
         show(look)

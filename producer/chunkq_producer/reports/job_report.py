@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from chunkq.finalize import job_report, job_completion
-from chunkq.opened import JobHandle
+from chunkq.finalize import job_completion, job_report
+from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
-from chunkq.times import Timing, Worker
+from chunkq.timing import Timing, Worker
 
 
 @dataclass(frozen=True)

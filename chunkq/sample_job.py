@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import JobFolder, folder_of
-from chunkq.opened import JobHandle, open_job
 from chunkq.output import new_record
 from chunkq.record import JobRecord
 
