@@ -164,7 +164,7 @@ class Timing:
             **found
             | {
                 "finalizing": FinalizeTiming(**found["finalizing"]),
-                "course": Timeline(**_tuples(found["course"])),
+                "timeline": Timeline(**_tuples(found["timeline"])),
                 "durations": Durations(**_tuples(found["durations"])),
                 "stragglers": Stragglers(
                     **rest | {"worst": tuple(Straggler(**one) for one in rest["worst"])}

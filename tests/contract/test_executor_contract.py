@@ -1214,7 +1214,7 @@ def take_and_finish(queue: Executor, count: int) -> None:
 @pytest.fixture
 def small_queue(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A queue that is full with three tasks, filled two at a time."""
-    monkeypatch.setattr(rq_executor, "MOST_QUEUED", 3)
+    monkeypatch.setattr(rq_executor, "MAX_QUEUED", 3)
     monkeypatch.setattr(rq_executor, "BATCH", 2)
     url: str = request.getfixturevalue("redis").url
     return url

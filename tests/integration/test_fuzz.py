@@ -128,9 +128,9 @@ def test_a_folder_of_too_many_files_is_refused_as_a_network(lab: Path, tmp_path:
     for number in range(12):
         (many / str(number)).touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "MOST_FILES", 12)
+        patch.setattr(paths, "MAX_FILES", 12)
         assert len(paths.file_hash(str(many))) == 64
-        patch.setattr(paths, "MOST_FILES", 11)
+        patch.setattr(paths, "MAX_FILES", 11)
         with pytest.raises(OSError, match="11 files"):
             paths.file_hash(str(many))
 

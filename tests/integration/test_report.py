@@ -109,7 +109,7 @@ def test_json_is_the_report_that_was_sealed(sealed: Workspace) -> None:
     assert found == {"output": str(sealed.output), "sealed": True, **stored}
     assert found["chunks"] == found["planned_chunks"] == 12
     assert found["voxels"] == 192 * 256
-    assert sum(found["crew_shares"].values()) == pytest.approx(1)
+    assert sum(found["worker_time_shares"].values()) == pytest.approx(1)
     (worker,) = found["workers"].values()
     assert sum(worker["shares"].values()) == pytest.approx(1)
     commits = sealed.commits()

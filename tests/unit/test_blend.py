@@ -457,7 +457,7 @@ class CountedWeights:
         self.asked: list[tuple[int, tuple[Neighbors, ...]]] = []
         self._weights = weights
 
-    def normalised(self, grid: int, around: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
+    def normalized(self, grid: int, around: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
         self.asked.append((grid, around))
         return self._weights.normalized(grid, around)
 

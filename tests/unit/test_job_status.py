@@ -64,7 +64,7 @@ def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
     records = tuple(job.ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
     assert len(records) == CHUNKS // step
     monkeypatch.setattr(
-        job.ledger, "newest", lambda kind, count: RecentCommits(CHUNKS, step, records)
+        job.ledger, "recent_commits", lambda kind, count: RecentCommits(CHUNKS, step, records)
     )
     status = job_status(job, None)
     assert (status.chunks, status.done) == (CHUNKS + 10, CHUNKS)
