@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import import_module
@@ -10,7 +11,7 @@ from types import MappingProxyType
 import click
 
 from chunkq import __version__
-from chunkq.errors import ChunkqError, nearest
+from chunkq.errors import ChunkqError, ErrorCode, nearest
 
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
@@ -85,22 +86,25 @@ def main() -> int:
         # The reader of our output went away; the interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (KeyboardInterrupt, Exception) as error:
-        message, code = _verdict(error)
-        for line in message.splitlines():
-            click.echo(f"chunkq: {line}", err=True)
-        return code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("chunkq: interrupted", err=True)
+        return 130
+    except Exception as error:
+        known = _as_chunkq_error(error)
+        for line in str(known).splitlines():
+            click.echo(f"chunkq: {line} [{known.code}]", err=True)
+        if "--json" in sys.argv[1:]:
+            click.echo(json.dumps({"error": {"code": known.code, "message": str(known)}}))
+        return known.exit_code
     return 0
 
 
-def _verdict(error: BaseException) -> tuple[str, int]:
-    """Return what to say and the exit code; an error that is a fault of ours is raised again."""
+def _as_chunkq_error(error: Exception) -> ChunkqError:
+    """Return the error for the user; raises the error itself if it is a bug in chunkq."""
     if isinstance(error, ChunkqError):
-        return str(error), error.exit_code
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return "interrupted", 130
-    reason = " ".join(str(error).split()) or type(error).__name__
+        return error
     package = type(error).__module__.partition(".")[0]
-    if isinstance(error, OSError) or package in STORAGE_CLIENTS:
-        return f"storage: {reason}", 1
-    raise error
+    if not isinstance(error, OSError) and package not in STORAGE_CLIENTS:
+        raise error
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ChunkqError(f"storage: {reason}", code=ErrorCode.STORAGE_FAILED)

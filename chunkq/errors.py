@@ -35,6 +35,8 @@ class ErrorCode(StrEnum):
     """A path has no canonical form, or is not written in it."""
     PATH_NOT_ALLOWED = auto()
     """A worker with `--allow` does not accept the job or a file that the job names."""
+    STORAGE_FAILED = auto()
+    """A disk, a bucket or its client reported an error."""
     STORE_UNUSABLE = auto()
     """A path cannot be read or written as the job requires."""
     CODEC_UNSAFE = auto()
@@ -61,7 +63,7 @@ class ErrorCode(StrEnum):
     """The worker process already uses another deep-learning framework."""
     REPEATED_FAILURE = auto()
     """Consecutive chunks failed with the same cause."""
-    TASK_OVERRUN = auto()
+    TASK_TIMEOUT = auto()
     """A task exceeded its time limit."""
     PREDICTION_INVALID = auto()
     """The predictions of a chunk cannot be used."""
@@ -160,7 +162,7 @@ class SameFailureError(ChunkqError):
 class TaskTimeoutError(ChunkqError):
     """Tasks hang; only the end of the process frees what they hold. `leases` lists them."""
 
-    code = ErrorCode.TASK_OVERRUN
+    code = ErrorCode.TASK_TIMEOUT
 
     def __init__(self, message: str, leases: Sequence[Any]) -> None:
         super().__init__(message)

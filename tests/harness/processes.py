@@ -11,6 +11,7 @@ from typing import Self
 
 import psutil
 
+from chunkq.errors import ErrorCode
 from tests.harness.guardian import RESOURCE_TRACKER
 from tests.harness.waiting import TIMEOUT, wait_until
 
@@ -35,14 +36,15 @@ class CommandResult:
         return self
 
     def refused(self, code: int, *fragments: str) -> None:
-        """Assert an error: its exit code, one line per message, and words that they contain."""
+        """Assert an error: exit code, one line per message, and their error codes and texts."""
         assert self.code == code, (self.code, self.out, self.err)
         lines = self.err.splitlines()
         assert lines, "nothing on stderr"
         assert all(line.startswith("chunkq: ") for line in lines), self.err
         assert "Traceback" not in self.err
         for fragment in fragments:
-            assert fragment in self.err, (fragment, self.err)
+            expected = f" [{fragment}]\n" if isinstance(fragment, ErrorCode) else fragment
+            assert expected in self.err, (expected, self.err)
 
 
 @dataclass
