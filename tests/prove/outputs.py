@@ -2,8 +2,8 @@
 
 Run in two checkouts, then compare: `python -m tests.prove.outputs before.json`, in the other one
 `python -m tests.prove.outputs after.json --compare before.json`. The jobs cover all inference
-types, combinations, runtimes and queues. The hash covers every file of the output; the epoch, which
-differs between any two jobs, is left out.
+types, combinations, runtimes and queues. The hash covers every file of the output, but not the epoch
+and the digest of the job, which differ between any two folders.
 """
 
 import argparse
@@ -113,12 +113,14 @@ def write_jobs(folder: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
 
 
 def output_hash(output: Path) -> str:
-    """Return a SHA-256 of an output's files, without the epoch of its job."""
+    """Return a SHA-256 of an output's files, without the epoch and the digest of its job."""
     files = files_below(output)
     for name in ("zarr.json", ".zattrs"):
         if name in files:
             values = json.loads(files[name])
-            values.get("attributes", values).get("chunkq", {}).pop("epoch", None)
+            job = values.get("attributes", values).get("chunkq", {})
+            for key in ("digest", "epoch"):
+                job.pop(key, None)
             files[name] = json.dumps(values, sort_keys=True).encode()
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
