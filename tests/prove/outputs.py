@@ -2,8 +2,8 @@
 
 Run in two checkouts, then compare: `python -m tests.prove.outputs before.json`, in the other one
 `python -m tests.prove.outputs after.json --compare before.json`. The jobs cover all inference
-types, combinations, runtimes and queues. The hash covers every file of the output, but not the epoch
-and the digest of the job, which differ between any two folders.
+types, combinations, runtimes and queues. The hash covers every file of the output, without the
+epoch and the digest of the job, which differ between any two folders.
 """
 
 import argparse
