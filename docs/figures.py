@@ -67,7 +67,7 @@ def patch(scheme: str) -> str:
         tuple(s + i for s, i in zip(given.start, inset, strict=True)),
         tuple(s - i for s, i in zip(given.stop, inset, strict=True)),
     )
-    with _figure(scheme, 4.4, 3.6) as (axes, svg):
+    with _figure(scheme, 4.4, 4.4) as (axes, svg):
         _box(axes, given, BLUE, alpha=0.15)
         _box(axes, output, ORANGE, alpha=0.2)
         _box(axes, shown.target, GREEN, alpha=0.35)
@@ -89,21 +89,23 @@ def chunk(scheme: str) -> str:
     """Draw a chunk: its block, the patches it owns, what they read and where they write."""
     sliding = plan(pad_width=[8, 8], pad_mode="reflect")
     own = sliding.chunk((0, 0))
-    with _figure(scheme, 6.2, 4.6) as (axes, svg):
+    with _figure(scheme, 4.4, 4.4) as (axes, svg):
         _blocks(axes, sliding, scheme)
         _box(axes, own.block, BLUE, alpha=0.2)
         _box(axes, own.halo, PURPLE, alpha=0.0, line="--")
         _box(axes, own.region, ORANGE, alpha=0.0, line="-.")
         starts = []
         for owned in sliding.patches(own):
-            _box(axes, owned.source, SCHEMES[scheme], alpha=0.0, width=0.4)
             starts.append(owned.target.start)
+            if len(set(owned.numbers)) == 1:
+                _box(axes, owned.source, SCHEMES[scheme], alpha=0.0, width=0.8)
         axes.plot([s[1] for s in starts], [s[0] for s in starts], "o", color=BLUE, markersize=4)
         _legend(
             axes,
             [
                 (BLUE, "block of chunk (0, 0)"),
-                (SCHEMES[scheme], "patches it owns; a dot where\neach one's output starts"),
+                (SCHEMES[scheme], "input patches that it owns\n(those on the diagonal)"),
+                (BLUE, "dots: where the output of\nits patches starts"),
                 (PURPLE, "input it reads"),
                 (ORANGE, "voxels its patches write"),
             ],
@@ -116,7 +118,7 @@ def band(scheme: str) -> str:
     """Draw a block: its overlap region, its interior, the storage chunks the region touches."""
     sliding = plan()
     own = sliding.chunk((1, 1))
-    with _figure(scheme, 6.2, 4.6) as (axes, svg):
+    with _figure(scheme, 4.4, 4.4) as (axes, svg):
         _blocks(axes, sliding, scheme)
         for box in own.touched_boxes:
             _box(axes, box, ORANGE, alpha=0.18, width=0)
@@ -144,7 +146,7 @@ def pieces(scheme: str) -> str:
     """Draw the pieces that chunk (0, 0) sends to its upper neighbours."""
     sliding = plan()
     own = sliding.chunk((0, 0))
-    with _figure(scheme, 6.2, 4.6) as (axes, svg):
+    with _figure(scheme, 4.4, 4.4) as (axes, svg):
         _blocks(axes, sliding, scheme)
         _box(axes, own.block, BLUE, alpha=0.2)
         colours = (ORANGE, GREEN, PURPLE)
@@ -209,7 +211,7 @@ def _style(scheme: str) -> Iterator[None]:
 def _figure(scheme: str, width: float, height: float) -> Iterator[tuple[Axes, list[str]]]:
     """Yield axes in voxels, axis 0 downwards; the list receives the SVG at the end."""
     with _style(scheme):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height))
         axes, svg = figure.subplots(), [""]
         axes.set_aspect("equal")
         yield axes, svg
@@ -220,7 +222,9 @@ def _svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.patch.set_alpha(0)
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(
+        file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+    )
     return file.getvalue()
 
 

@@ -87,7 +87,7 @@ def _key_table(section: str, content: Any, described: Mapping[str, str]) -> Iter
     for key, value in content["properties"].items():
         default = "**required**" if key in required else _default(value)
         path = _path(section, key)
-        name = f"`{key}`{{ #{path.replace('.', '-')} }}"
+        name = f"`{key}`{{ #key-{path.replace('.', '-')} }}"
         yield f"| {name} | {_type(value)} | {default} | {' '.join(described[path].split())} |"
 
 
@@ -103,7 +103,7 @@ def _section_of(value: Mapping[str, Any]) -> str | None:
 def _type(value: Mapping[str, Any]) -> str:
     """Return a schema's type in words."""
     if _section_of(value) is not None:
-        return "section, see below"
+        return "section below"
     if choices := value.get("enum", [value["const"]] if "const" in value else []):
         return " \\| ".join(f"`{_shown(choice)}`" for choice in choices)
     if "anyOf" in value:

@@ -56,13 +56,15 @@ def run_page(
     environment: Mapping[str, str],
     *,
     without: str,
+    shown_as: str,
     has_begun: Callable[[], Any],
 ) -> int:
     """Follow a page in a folder; returns the number of commands that were run.
 
     A block with a title is written to the file of that name. An `sh` block is run; a `text` block
     after it is its output, apart from what changes between runs. Where that has a line `^C`, the
-    command gets SIGINT once `has_begun` is true. The section `without` is left out.
+    command gets SIGINT once `has_begun` is true. The section `without` is left out. Outputs show
+    the folder as `shown_as`.
     """
     blocks = [block for block in code_blocks(page) if block.heading != without]
     commands = 0
@@ -72,6 +74,7 @@ def run_page(
         elif block.language == "sh":
             expected = after.text if after is not None and after.language == "text" else None
             output = _run(block.text, folder, environment, expected, has_begun)
+            output = output.replace(str(folder), shown_as)
             assert expected is None or settled(output) == settled(expected), output
             commands += 1
     return commands

@@ -16,6 +16,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
         tmp_path,
         workspace.process_env,
         without="Install",
+        shown_as="/home/me/tutorial",
         has_begun=lambda: any(stopped.glob("*/done/infer/*/*")),
     )
     assert commands == 9
