@@ -64,7 +64,7 @@ $(VENV)/dist-installed: $(VENV)/made constraints.txt
 	@touch $@
 
 $(VENV)/docs-installed: $(VENV)/made pyproject.toml constraints.txt
-	@echo "installing chunkq and what builds the documentation (downloads MEASURE MB, MEASURE MB on disk)"
+	@echo "installing chunkq and what builds the documentation (downloads 113 MB, 480 MB on disk)"
 	@$(INSTALL) --editable '.[docs]' || $(NOT_INSTALLED)
 	@touch $@
 
@@ -158,7 +158,7 @@ dist: $(VENV)/dist-installed
 # Warnings, such as a link to a page or heading that does not exist, are errors.
 docs: $(VENV)/docs-installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "documentation: site/index.html"
+	@echo "documentation: site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 picture: demo
 	cp $(DEMO)/tissues.png docs/images/brain.png

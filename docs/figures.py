@@ -134,7 +134,7 @@ def band(scheme: str) -> str:
             [
                 (BLUE, "block (1, 1)"),
                 (ORANGE, "band: patches of lower\nchunks write here, too"),
-                ("#f3c9a3", "rest of the storage chunks\nthat the band touches"),
+                (f"{ORANGE}40", "rest of the storage chunks\nthat the band touches"),
                 (GREEN, "interior: written by\nthis chunk alone"),
             ],
         )

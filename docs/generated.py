@@ -6,6 +6,7 @@ to the site's files, one version for the light and one for the dark scheme.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from chunkq import errors
 from chunkq.job import job_schema
 
 DESCRIPTIONS = Path(__file__).with_name("job_keys.yaml")
+PACKAGES = ("chunkq", "producer", "worker")
 MARK = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
 LARGEST = 1 << 40
 """The upper bound of every whole number in a job file; said once on the page, not in each row."""
@@ -142,23 +144,45 @@ def _shown(value: object) -> str:
 
 
 def error_codes() -> Iterator[str]:
-    """Yield a table of the error codes: what each means, and the classes that carry it."""
+    """Yield a table of the error codes: the classes that carry each, and what it means."""
     members = griffe.load("chunkq.errors", try_relative_path=False)["ErrorCode"].attributes
-    yield "| code | meaning | class | exit code |"
+    carried = _codes_raised() | {(c.code.name, c) for c in _error_classes().values()}
+    yield "| code | class | exit code | meaning |"
     yield "|---|---|---|---|"
     for code in errors.ErrorCode:
         docstring = members[code.name].docstring
         if docstring is None:
             raise PluginError(f"ErrorCode.{code.name} has no docstring")
-        classes = [c for c in _error_classes() if c.code == code]
+        alike = {c for name, c in carried if name == code.name} or {
+            # Passed as a variable: the class of the other codes of that kind.
+            c
+            for name, c in carried
+            if name.partition("_")[0] == code.name.partition("_")[0]
+        }
+        classes = sorted(alike, key=lambda c: c.__name__)
         names = ", ".join(f"`{c.__name__}`" for c in classes)
-        exits = ", ".join(dict.fromkeys(str(c.exit_code) for c in classes))
-        yield f"| `{code}`{{ #{code} }} | {docstring.value} | {names} | {exits} |"
+        exits = ", ".join(sorted({str(c.exit_code) for c in classes}))
+        yield f"| `{code}`{{ #{code} }} | {names} | {exits} | {docstring.value} |"
 
 
-def _error_classes() -> list[type[errors.ChunkqError]]:
-    found = [c for c in vars(errors).values() if isinstance(c, type)]
-    return [c for c in found if issubclass(c, errors.ChunkqError)]
+def _error_classes() -> dict[str, type[errors.ChunkqError]]:
+    found = {name: c for name, c in vars(errors).items() if isinstance(c, type)}
+    return {name: c for name, c in found.items() if issubclass(c, errors.ChunkqError)}
+
+
+def _codes_raised() -> set[tuple[str, type[errors.ChunkqError]]]:
+    """Return the codes that the sources pass to an error class, as (name of the code, class)."""
+    classes, found = _error_classes(), set()
+    for package in PACKAGES:
+        for path in (DESCRIPTIONS.parents[1] / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                    continue
+                codes = [ast.unparse(k.value) for k in node.keywords if k.arg == "code"]
+                for code in codes:
+                    if node.func.id in classes and code.startswith("ErrorCode."):
+                        found.add((code.removeprefix("ErrorCode."), classes[node.func.id]))
+    return found
 
 
 TABLES = {"job file": job_file, "error codes": error_codes}
