@@ -7,6 +7,7 @@ to the site's files, one version for the light and one for the dark scheme.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from chunkq import errors
+from chunkq.executors.settings import WorkerSettings
 from chunkq.job import job_schema
 
 DESCRIPTIONS = Path(__file__).with_name("job_keys.yaml")
@@ -185,4 +187,12 @@ def _codes_raised() -> set[tuple[str, type[errors.ChunkqError]]]:
     return found
 
 
-TABLES = {"job file": job_file, "error codes": error_codes}
+def worker_settings() -> Iterator[str]:
+    """Yield a table of a worker's settings and their defaults."""
+    yield "| setting | default |"
+    yield "|---|---|"
+    for field in dataclasses.fields(WorkerSettings):
+        yield f"| `{field.name}` | {field.default:g} |"
+
+
+TABLES = {"job file": job_file, "error codes": error_codes, "worker settings": worker_settings}

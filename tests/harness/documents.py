@@ -16,6 +16,9 @@ HEADING = re.compile(r"^##+ (.+)$")
 FENCE = re.compile(r'^```(\w*)(?: title="(.+)")?$')
 INTERRUPT = "^C"
 """A line of an output block where the reader presses Ctrl-C."""
+PROGRESS = re.compile(r"[\w ]*:? ?\d+/\d+( chunks done.*)?$")
+"""A line about the progress of a slow run, which a log gets every ten seconds."""
+LONG = re.compile(r"\d+ (?:h \d+ min|min \d+ s)")
 CHANGING = re.compile(
     r"\b\d[\d.]*(?:e-?\d+)?(?=%| ?(?:h|min|s|[kMGT]?B|[kMGT]? ?voxels/s)\b)|(?<=worker )\S+"
 )
@@ -82,8 +85,9 @@ def run_page(
 
 def settled(output: str) -> str:
     """Return an output with the same text for whatever changes between runs."""
-    lines = [line.rstrip() for line in output.splitlines() if line != INTERRUPT]
-    return CHANGING.sub("#", "\n".join(lines))
+    lines = [line.rstrip() for line in output.splitlines()]
+    kept = [line for line in lines if line != INTERRUPT and not PROGRESS.match(line)]
+    return CHANGING.sub("#", LONG.sub("0 s", "\n".join(kept)))
 
 
 def _run(
