@@ -56,7 +56,7 @@ class Runtime(ABC):
 
     device: str
     any_batch: bool = False
-    """Whether the network is not compiled for one batch size, so that smaller batches are faster."""
+    """Whether smaller batches cost less, because the network is not compiled for one batch size."""
 
     @abstractmethod
     def __call__(self, batch: Any) -> Array:

@@ -71,7 +71,5 @@ def _kwargs(path: str | None) -> dict[str, Any]:
     key = "model_config.kwargs_file"
     kwargs = select_name(load_names(path, key), "kwargs", path, key)
     if not isinstance(kwargs, dict):
-        raise ModelError(
-            f"{key}: `kwargs` in {path} is {type(kwargs).__name__}; expected a dict"
-        )
+        raise ModelError(f"{key}: `kwargs` in {path} is {type(kwargs).__name__}; expected a dict")
     return kwargs

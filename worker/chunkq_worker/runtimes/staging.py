@@ -247,7 +247,10 @@ class GraphReplay:
         if key not in self._captured:
             static_batch = torch.empty_like(batch)
             static_batch.copy_(batch)
-            self._captured[key] = (static_batch, *self._accelerator.capture(self._run, static_batch))
+            self._captured[key] = (
+                static_batch,
+                *self._accelerator.capture(self._run, static_batch),
+            )
         static_batch, replay, output = self._captured[key]
         static_batch.copy_(batch)
         replay()
@@ -258,7 +261,9 @@ class GraphReplay:
         self._captured.clear()
 
 
-def fetch(accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tensor]) -> PendingResults:
+def fetch(
+    accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tensor]
+) -> PendingResults:
     """Enqueue copies of results of the current stream to the host, on `stream`."""
     arrays = [array.contiguous() for array in arrays]
     accelerator.wait_on_stream(stream, accelerator.record(accelerator.current()))
