@@ -371,12 +371,17 @@ def test_close_releases_the_network(factory: RuntimeFactory, form: Form) -> None
 # ----------------------------------------------------------------------------- bad networks
 
 
-def load_error(form: Form, keys: dict[str, Any], factory: RuntimeFactory) -> str:
+def load_error(
+    form: Form,
+    keys: dict[str, Any],
+    factory: RuntimeFactory,
+    code: ErrorCode = ErrorCode.MODEL_UNUSABLE,
+) -> str:
     """Load a form with changed keys and call it. Return the message of its ModelError."""
     with pytest.raises(ModelError) as caught:
         load_runtime(config(factory.keys(form) | {"max_batch_size": 4} | keys), Steps(), 1)(batch())
     line = str(caught.value)
-    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    assert caught.value.code is code, line
     assert line.startswith("model_config."), line
     assert "\n" not in line
     assert "\x1b" not in line
@@ -469,7 +474,10 @@ def test_the_error_for_a_file_of_another_type_names_the_keys_to_use(
 ) -> None:
     other = factory.keys(form_named(file_form))
     path = other[main_file(other)]
-    line = load_error(form, {main_file(factory.keys(form)): path}, factory)
+    reads_weights_only = form.name in ("torch_class", "torch_nested")
+    is_pickle = file_form == "torch_file" and reads_weights_only
+    code = ErrorCode.MODEL_UNTRUSTED if is_pickle else ErrorCode.MODEL_UNUSABLE
+    line = load_error(form, {main_file(factory.keys(form)): path}, factory, code)
     assert path in line
     keys = KEYS_TO_USE[file_form]
     for key in keys[form.runtime == keys[0] :]:
