@@ -182,7 +182,7 @@ def test_what_is_wrong_with_a_batch_is_told_before_what_is_wrong_with_the_next(
 def test_a_batch_sent_in_advance_that_turns_out_too_large_is_sent_again(tmp_path: Path) -> None:
     class Shrinking(Noting):
         def __call__(self, batch: npt.NDArray[Any]) -> Any:
-            self._fits = 2 if len(self.batches) < 1 else 1
+            self._max_items = 2 if len(self.batches) < 1 else 1
             return super().__call__(batch)
 
     plan, halo = six_patches(tmp_path)
