@@ -123,7 +123,7 @@ class SimulatedDevice(Accelerator):
         return self._streams[-1]
 
     def current(self) -> SimulatedStream:
-        return self._computing
+        return self._compute_stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
         self.copies += 1

@@ -91,7 +91,7 @@ def rewrite_zip(path: Path, change: Change, **extra: bytes) -> Path:
 
 def with_lambda(path: Path) -> Any:
     """Return a network that creates the file when it is called."""
-    # eval, because Keras refuses to serialize a closure.
+    # eval inserts the path as a literal, which Keras serializes with the function.
     create_file = eval(f"lambda x: (open({str(path)!r}, 'w').close(), x)[1]")
     layers = [keras.Input(SHAPE), keras.layers.Lambda(create_file, output_shape=SHAPE)]
     return keras.Sequential(layers)
