@@ -167,12 +167,6 @@ def load_error(folder: Path, code: ErrorCode = ErrorCode.MODEL_UNUSABLE, /, **mo
     return line
 
 
-def assert_contains(line: str, *fragments: object) -> None:
-    """Assert that a message contains all fragments."""
-    for fragment in fragments:
-        assert str(fragment) in line, (fragment, line)
-
-
 def conv() -> torch.nn.Module:
     """Return a network that uses only classes of torch."""
     torch.manual_seed(3)

@@ -19,6 +19,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.job import ModelConfig, job_schema, parse_job
+from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace
 
@@ -69,12 +70,6 @@ def kwargs_file(folder: Path, kwargs: str) -> dict[str, str]:
 
 def batch(dtype: str = "float32", count: int = 3) -> npt.NDArray[Any]:
     return np.arange(count * 16).reshape(count, *PATCH).astype(dtype)
-
-
-def assert_contains(line: str, *fragments: object) -> None:
-    """Assert that a message contains all fragments."""
-    for fragment in fragments:
-        assert str(fragment) in line, (fragment, line)
 
 
 # -------------------------------------------------------------------------------------- calls

@@ -33,6 +33,7 @@ from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
+from tests.harness.assertions import assert_contains
 
 PATCH = (8, 8)
 ANY = ("batch", 1, *PATCH)
@@ -128,12 +129,6 @@ def load_error(path: Path | str, steps: Steps | None = None, **overrides: Any) -
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     assert "\n" not in line
     return line
-
-
-def assert_contains(line: str, *fragments: object) -> None:
-    """Assert that a message contains all fragments."""
-    for fragment in fragments:
-        assert str(fragment) in line, (fragment, line)
 
 
 @pytest.fixture
@@ -696,7 +691,7 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def create(path: Path, steps: Steps | None = None, **overrides: Any) -> onnx_cuda.OnnxOnTorch:
         session, model = open_session(str(path), 1), config(path, **overrides)
-        graph, device = Graph.of(session, str(path)), torch.device("cpu")
+        graph, device = Graph.from_session(session, str(path)), torch.device("cpu")
         return onnx_cuda.OnnxOnTorch(session, graph, model, steps or Steps(), device, 900)
 
     return create

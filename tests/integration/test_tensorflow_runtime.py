@@ -29,6 +29,7 @@ from chunkq.plan import Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
+from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_inline
 
@@ -249,8 +250,7 @@ def load_error(
         load(folder, shape, **keys)(np.zeros((4, *shape), np.float32))
     line = str(caught.value)
     assert caught.value.code is code, line
-    for fragment in fragments:
-        assert str(fragment) in line, (fragment, line)
+    assert_contains(line, *fragments)
     assert "\n" not in line
     assert "\x1b" not in line
     assert "Traceback" not in line
@@ -531,15 +531,14 @@ def test_the_error_for_channels_last_predictions_names_the_step_that_moves_them(
     with pytest.raises(ModelError) as caught:
         batcher_of(model_files, Steps(), file_of("net.keras")).warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
-    line = str(caught.value)
-    for fragment in (
-        "[4, 8, 8, 3]",
-        "[4, 8, 8]",
+    assert_contains(
+        str(caught.value),
+        [4, 8, 8, 3],
+        [4, 8, 8],
         "model_config.model_output_shape",
-        "[4, 3, 8, 8]",
+        [4, 3, 8, 8],
         "postprocessing_protected of model_config.processing_steps",
-    ):
-        assert fragment in line, (fragment, line)
+    )
     batcher_of(model_files, CHANNELS_FIRST, class_of("Net")).warm_up()
 
 

@@ -15,13 +15,13 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
+from tests.harness.assertions import assert_contains
 from tests.harness.torch_networks import (
     CLASS,
     PATCH,
     TrainedNet,
     as_file,
     as_program,
-    assert_contains,
     conv,
     exhaust_cpu_memory,
     load,

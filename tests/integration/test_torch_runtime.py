@@ -20,6 +20,7 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job import load_job
+from tests.harness.assertions import assert_contains
 from tests.harness.torch_networks import (
     PATCH,
     Fake,
@@ -27,7 +28,6 @@ from tests.harness.torch_networks import (
     as_file,
     as_program,
     as_script,
-    assert_contains,
     exhaust_cpu_memory,
     load,
     load_error,

@@ -13,7 +13,7 @@ MAGIC = MappingProxyType(
         b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "torch_save",  # before torch 1.6
     }
 )
-INSIDE = MappingProxyType(
+MEMBERS = MappingProxyType(
     {
         "/data/weights/": "exported",
         "serialized_exported_program.json": "exported",  # before torch 2.8
@@ -49,7 +49,7 @@ def format_of(content: bytes) -> str | None:
         if content.startswith(magic):
             return name
     if members := _members(content):
-        matches = (INSIDE[part] for part in INSIDE if any(part in f"/{m}" for m in members))
+        matches = (MEMBERS[part] for part in MEMBERS if any(part in f"/{m}" for m in members))
         return next(matches, None)
     if len(content) > 2 and content[0] == 8 and content[1] < 64 and content[2] in ONNX_FIELDS:
         return "onnx"

@@ -46,11 +46,11 @@ class OnnxRuntime(HostRuntime):
 
     @override
     def _run(self, inputs: Array) -> Array:
-        self._graph.accept(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
+        self._graph.check_batch(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
         return self._run_session(inputs)
 
     def _run_session(self, inputs: Array) -> Array:
-        """Return the output of the graph for a batch that `Graph.accept` accepts."""
+        """Return the output of the graph for a batch that `Graph.check_batch` accepts."""
         feed = {self._graph.input: np.ascontiguousarray(inputs)}
         return self._session.run([self._graph.output], feed)[0]
 
@@ -96,8 +96,8 @@ def open_graph(
     """Open the graph that the job names and validate it against `model_config`."""
     path = model.model_file or ""
     session = open_session(path, threads, providers)
-    graph = Graph.of(session, path)
-    graph.check(model, steps)
+    graph = Graph.from_session(session, path)
+    graph.check_config(model, steps)
     provider_names = ", ".join(session.get_providers())
     log.info("onnxruntime %s runs %s with %s", onnxruntime.__version__, path, provider_names)
     return session, graph

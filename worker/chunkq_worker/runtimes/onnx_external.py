@@ -40,7 +40,7 @@ def external_files(content: bytes | memoryview) -> list[str]:
     return sorted(set(locations))
 
 
-def is_beside(location: str) -> bool:
+def is_in_folder(location: str) -> bool:
     """Return whether a location is inside the folder of the model."""
     paths = (PurePosixPath(location), PureWindowsPath(location))
     return not any(path.anchor or ".." in path.parts for path in paths)

@@ -10,7 +10,7 @@ from typing import Any
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.paths import is_url, read_bytes
 from chunkq_worker.runtimes.formats import USES, format_of
-from chunkq_worker.runtimes.onnx_external import external_files, is_beside
+from chunkq_worker.runtimes.onnx_external import external_files, is_in_folder
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 
 ERROR, FATAL = 3, 4
@@ -98,7 +98,7 @@ def _check_external_weights(source: str | bytes, key: str) -> None:
     if files and isinstance(source, bytes):
         raise ModelError(f"{key} {EXTERNAL_WEIGHTS}")
     for location in files:
-        if not is_beside(location):
+        if not is_in_folder(location):
             raise ModelError(
                 f"{key} reads weights from {location!r}, outside its folder; save both in one "
                 "folder or as one file",

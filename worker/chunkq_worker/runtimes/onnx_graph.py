@@ -46,7 +46,7 @@ class Graph:
     output_dtype: str
 
     @classmethod
-    def of(cls, session: Any, path: str) -> Self:
+    def from_session(cls, session: Any, path: str) -> Self:
         """Read the input and output of a session's graph. Raise ModelError unless it has one each.
 
         Raise ModelError also for an input or output of an unsupported type.
@@ -69,7 +69,7 @@ class Graph:
         dtypes = DTYPES[node_in.type], output_dtypes[node_out.type]
         return cls(path, node_in.name, node_out.name, dtypes[0], axes, dtypes[1])
 
-    def check(self, model: ModelConfig, steps: Steps) -> None:
+    def check_config(self, model: ModelConfig, steps: Steps) -> None:
         """Validate the declared dtype and shape against the graph.
 
         A dtype or shape that a processing step can change is not checked. Raise ModelError with
@@ -117,7 +117,7 @@ class Graph:
                 f"set model_input_shape: {valid_shape}, or export it with dynamic axes"
             )
 
-    def accept(self, shape: Sequence[int], dtype: str) -> None:
+    def check_batch(self, shape: Sequence[int], dtype: str) -> None:
         """Raise ModelError if the graph cannot process a batch of this shape and dtype."""
         pairs = list(zip(self.axes, shape, strict=False))
         differs = [length is not None and length != size for length, size in pairs]

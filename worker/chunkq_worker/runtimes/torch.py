@@ -101,7 +101,7 @@ class TorchRuntime(Runtime):
     def _forward(self, inputs: torch.Tensor) -> Any:
         """Run the network. Raise ModelError for an error that the job file causes."""
         if self._limits is not None:
-            self._limits.accept(inputs.shape, inputs.dtype, self._model.max_batch_size)
+            self._limits.check_batch(inputs.shape, inputs.dtype, self._model.max_batch_size)
         if self._model.channels_last:
             inputs = _to_channels_last(inputs)
         try:

@@ -26,7 +26,7 @@ class Limits:
     high: int | None
 
     @classmethod
-    def of(cls, program: Any, path: str) -> Self:
+    def from_program(cls, program: Any, path: str) -> Self:
         """Read the limits of a torch.export.ExportedProgram.
 
         Raise ModelError unless its only input is a tensor.
@@ -50,7 +50,7 @@ class Limits:
                 high = int(size_range.upper) if size_range.upper < 1 << 31 else None
         return cls(path, batch.dtype, axes, low, high)
 
-    def accept(self, shape: Sequence[int], dtype: torch.dtype, max_batch_size: int) -> None:
+    def check_batch(self, shape: Sequence[int], dtype: torch.dtype, max_batch_size: int) -> None:
         """Raise ModelError unless the program accepts a batch of this shape and dtype.
 
         `max_batch_size` is the job's; a smaller batch was halved because memory was short.

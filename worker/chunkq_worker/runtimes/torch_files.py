@@ -207,7 +207,7 @@ def load_exported(model: ModelConfig) -> LoadedNetwork:
             f"{key} cannot be loaded by torch {torch.__version__} ({type(error).__name__}: "
             f"{reason(error)}); export the network again"
         ) from error
-    return LoadedNetwork(module, Limits.of(program, path))
+    return LoadedNetwork(module, Limits.from_program(program, path))
 
 
 @contextmanager
