@@ -477,8 +477,8 @@ NETWORKS: dict[str, tuple[Change, str]] = {
         "was written by torch.save, not torch.jit.save",
     ),
     "an exported program as ts_file": (torchscript("exported"), "is a torch.export file"),
-    "text as ts_file": (torchscript("hello"), "model_config.ts_file"),
-    "nothing as ts_file": (torchscript(""), "model_config.ts_file"),
+    "text as ts_file": (torchscript("hello"), "torch.jit.script"),
+    "nothing as ts_file": (torchscript(""), "torch.jit.script"),
     "a class that is not there": (
         lambda b: {"class_name": "Unet"},
         "has no 'Unet'; it defines Toy",
@@ -505,7 +505,7 @@ NETWORKS: dict[str, tuple[Change, str]] = {
     "a checkpoint of plain pickle": (checkpoint("pickle"), "model_config.checkpoint"),
     "cuda without a GPU": (
         lambda b: {"device": "cuda"},
-        "model_config.device: cuda",
+        "set device: cpu",
     ),
     "another number of classes": (
         lambda b: {"model_output_shape": [4, 8, 8]},
