@@ -424,7 +424,7 @@ def test_a_file_whose_weights_are_slightly_off_is_refused(
     ("name", "words"),
     [
         ("Deciding", "its code decides by the values of a batch; use torch.where"),
-        ("Several", "the network returned tuple, not one tensor; wrap it"),
+        ("Several", "the network returned tuple, expected one tensor"),
         ("Lost", "the network gives no finite number for random input to compare"),
     ],
 )
