@@ -186,9 +186,10 @@ def test_a_running_cluster_needs_an_address(standard_job: StandardJob, tmp_path:
     workspace = standard_job.workspace(tmp_path, {"cluster": "running"}, url="dask://")
     ended = workspace.call("run", str(workspace.job_file), "-e", "dask")
     assert ended.code == 2
-    assert only_line(ended) == (
-        "cluster: running, but where? Give dask_config.address or --queue dask://…"
-    )
+    message = only_line(ended)
+    assert message.startswith("cluster: running ")
+    assert "dask_config.address" in message
+    assert "--queue dask://" in message
 
 
 def test_a_running_cluster_without_workers_is_said_in_one_line(
@@ -522,7 +523,7 @@ def test_a_cluster_goes_on_when_the_producer_has_gone(
         cluster.has_workers(2)
         [produced] = said_by(workspace, ("produce", "job.yaml"))
         assert produced.code == 0, produced.err
-        assert "the cluster's own workers have begun" in produced.err
+        assert "workers are running in the cluster" in produced.err
         workspace.wait_until_stopped()
         status = workspace.status()
         assert status["queue_problem"] is None

@@ -335,7 +335,7 @@ def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Wor
     (spinn.folder / "config.json").write_text(json.dumps(values))
     answer = spinn.run("run", "-e", "sqlite", *RUN, timeout=300).ok()
     assert "complete" in answer.out
-    assert "dask_config is for --executor dask" in answer.err
+    assert "dask_config: unused with --executor sqlite" in answer.err
     labels = read_output(spinn.output)
     assert labels.shape == (4, 200, 200)
     assert labels.dtype == np.uint8
