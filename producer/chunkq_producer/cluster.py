@@ -80,13 +80,15 @@ def engine_of(engine: str | None, job: Job, queue: str | None) -> tuple[str, str
                 f"--executor: {engine} cannot use the queue {scheme}:// from {source}; "
                 f"set --queue {ENGINES[engine]}://… or remove --executor"
             )
-    if engine in CLUSTERS and (url is None or url.partition("://")[2] == ""):
-        return engine, _url_of_running_cluster(engine, job)
-    if engine in CLUSTERS and job.cluster == "slurm":
-        raise JobError(
-            f"cluster: slurm starts a new {engine} cluster, found the queue {without_secret(url)}; "
-            "remove the queue, or set cluster: running to use its cluster"
-        )
+    if engine in CLUSTERS:
+        if url is None or url.partition("://")[2] == "":
+            return engine, _url_of_running_cluster(engine, job)
+        if job.cluster == "slurm":
+            raise JobError(
+                f"cluster: slurm starts a new {engine} cluster, found the queue "
+                f"{without_secret(url)}; remove the queue, or set cluster: running to use its "
+                "cluster"
+            )
     if url is None:
         url = DEFAULT_QUEUES.get(engine) or queue_url(None)
     return engine, url
@@ -163,19 +165,19 @@ def cluster_for(
         return
     single_node = step is None
     with (
-        _dask(config, single_node) if engine == "dask" else _ray(job, single_node, workers) as own,
+        _dask(config, single_node) if engine == "dask" else _ray(job, single_node, workers) as own_cluster,
         announce(job.output, step) as publish,
     ):
         yield Cluster(
-            own.url,
+            own_cluster.url,
             # Ray distributes actors over its nodes; Dask workers are started on each node.
             launches_remote_workers=engine == "ray" and not single_node,
             per_node=per_node,
             depth=depth,
             is_temporary=True,
             nodes=1 if step is None else step.size,
-            announce=lambda: publish(Announcement(own.address, own.secret)),
-            has_died=own.has_died,
+            announce=lambda: publish(Announcement(own_cluster.address, own_cluster.secret)),
+            has_died=own_cluster.has_died,
         )
 
 

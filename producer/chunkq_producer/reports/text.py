@@ -44,8 +44,8 @@ def text(report: JobReport) -> RenderableType:
         line = Text(_sparkline(timing.timeline.voxels_per_second), no_wrap=True, overflow="crop")
         peak = si(max(timing.timeline.voxels_per_second), "voxels/s")
         parts += _section(f"speed over {seconds(timing.work_seconds)}, at most {peak}", line)
-    own = timing.durations.quantiles["own"]
-    heading = f"chunks: half took {seconds(own['0.5'])}, 99% at most {seconds(own['0.99'])}"
+    quantiles = timing.durations.quantiles["own"]
+    heading = f"chunks: half took {seconds(quantiles['0.5'])}, 99% at most {seconds(quantiles['0.99'])}"
     stages = _table(("stage", "total", "median", "99%", "maximum"), stage_rows(timing))
     parts += _section(heading, stages)
     workers, omitted = worker_rows(report, MAX_WORKERS)
