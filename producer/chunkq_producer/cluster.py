@@ -164,10 +164,8 @@ def cluster_for(
         )
         return
     single_node = step is None
-    with (
-        _dask(config, single_node) if engine == "dask" else _ray(job, single_node, workers) as own_cluster,
-        announce(job.output, step) as publish,
-    ):
+    start = _dask(config, single_node) if engine == "dask" else _ray(job, single_node, workers)
+    with start as own_cluster, announce(job.output, step) as publish:
         yield Cluster(
             own_cluster.url,
             # Ray distributes actors over its nodes; Dask workers are started on each node.

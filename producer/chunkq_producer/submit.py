@@ -98,8 +98,8 @@ def check_existing_job(
     filesystem, inner = open_filesystem(output)
     if filesystem.exists(inner):
         raise StoreError(
-            f"output: {without_secret(output)} exists but was not created by chunkq (missing "
-            f"{without_secret(folder.path)}); choose another output, or use --overwrite",
+            f"output: {without_secret(output)} exists but does not belong to this job "
+            f"(missing {without_secret(folder.path)}); choose another output, or use --overwrite",
             code=ErrorCode.OUTPUT_EXISTS,
         )
     return False

@@ -321,12 +321,12 @@ def test_where_spinns_config_asks_for_what_is_not_here_each_thing_is_one_line(
     spinn: Workspace,
 ) -> None:
     answer = spinn.run("run", "-e", "sqlite", *RUN)
-    answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
+    answer.refused(2, "cluster: slurm ", "SLURM_JOB_ID", "no GPU")
     assert len(answer.err.splitlines()) == 2
     assert not spinn.output.exists()
     for engine in ("dask", "ray"):
         answer = spinn.run("run", "-e", engine, "--queue", f"{engine}://", *RUN)
-        answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
+        answer.refused(2, "cluster: slurm ", "SLURM_JOB_ID", "no GPU")
 
 
 def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Workspace) -> None:

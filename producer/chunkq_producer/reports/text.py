@@ -45,7 +45,8 @@ def text(report: JobReport) -> RenderableType:
         peak = si(max(timing.timeline.voxels_per_second), "voxels/s")
         parts += _section(f"speed over {seconds(timing.work_seconds)}, at most {peak}", line)
     quantiles = timing.durations.quantiles["own"]
-    heading = f"chunks: half took {seconds(quantiles['0.5'])}, 99% at most {seconds(quantiles['0.99'])}"
+    median, most = seconds(quantiles["0.5"]), seconds(quantiles["0.99"])
+    heading = f"time per chunk: median {median}, 99% at most {most}"
     stages = _table(("stage", "total", "median", "99%", "maximum"), stage_rows(timing))
     parts += _section(heading, stages)
     workers, omitted = worker_rows(report, MAX_WORKERS)
