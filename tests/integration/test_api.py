@@ -269,8 +269,8 @@ def test_streaming_keeps_the_pieces_of_at_most_one_slice_of_blocks(
             part = tracked(shape) if base is None else base[: prod(shape)].reshape(shape)
             pieces.append((piece, part))
         band = tuple(sums(*box.shape) for box in chunk.band_boxes)
-        own = OwnBlock(band, tuple(sums(*box.shape) for box in chunk.rest_boxes))
-        return chunk, Contribution(sums(*chunk.core.shape), own, tuple(pieces))
+        own_block = OwnBlock(band, tuple(sums(*box.shape) for box in chunk.rest_boxes))
+        return chunk, Contribution(sums(*chunk.core.shape), own_block, tuple(pieces))
 
     peak = 0
     for _ in regions(plan, map(contribution, plan.indices())):

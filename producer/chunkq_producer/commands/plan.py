@@ -105,7 +105,11 @@ def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, s
         ),
         ("chunks", f"{costs.chunks} ({_shape(plan.blocks)}) of {_shape(plan.chunksize)}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
-        ("to finalize", f"{costs.finalized_blocks} blocks, {share:.0%} of the voxels"),
+        (
+            "to finalize",
+            f"{costs.finalized_blocks} of {costs.chunks} blocks with overlaps, {share:.0%} of the "
+            "voxels",
+        ),
         ("read", f"{size(costs.input_bytes)} of input"),
         ("write", f"{size(costs.output_bytes)} of output"),
         ("pieces", f"{size(costs.piece_bytes)} of temporary files"),
