@@ -17,6 +17,8 @@ class ErrorCode(StrEnum):
 
     FAILED = auto()
     """An error without a code of its own."""
+    INTERRUPTED = auto()
+    """The user interrupted the command."""
     JOB_INVALID = auto()
     """The job file cannot be run as written."""
     JOB_RECORD_DAMAGED = auto()
@@ -85,8 +87,6 @@ class ErrorCode(StrEnum):
     """Some chunks are not computed."""
     BLOCKS_FAILED = auto()
     """Workers could not complete some blocks."""
-    RUN_INTERRUPTED = auto()
-    """A signal stopped the run; the same command continues it."""
     WORKER_FAILED = auto()
     """A worker of the run ended with an error."""
     CLUSTER_UNAVAILABLE = auto()

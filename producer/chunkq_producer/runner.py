@@ -53,7 +53,7 @@ class InterruptedRunError(ChunkqError):
     """A signal stopped the run. Computed chunks are kept."""
 
     exit_code = 130
-    code = ErrorCode.RUN_INTERRUPTED
+    code = ErrorCode.INTERRUPTED
 
 
 class ProgressReporter:

@@ -858,7 +858,7 @@ def test_run_stops_on_ctrl_c_and_continues_with_the_same_call_in_another_thread(
 
     with pytest.raises(ChunkqError) as caught:
         chunkq.run(workspace.values, progress=interrupt)
-    assert caught.value.code is ErrorCode.RUN_INTERRUPTED
+    assert caught.value.code is ErrorCode.INTERRUPTED
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -358,7 +358,7 @@ def test_after_ctrl_c_the_same_run_again_continues(
         workspace.open_gate()
         ended = cli.wait()
     assert ended.code == 130, ended.err
-    assert ended.messages[-1].endswith("[run_interrupted]")
+    assert ended.messages[-1].endswith("[interrupted]")
     cli.wait_for_children()
     assert 4 <= len(workspace.done()) < CHUNKS
     with workspace.start(*run) as cli:

@@ -445,7 +445,7 @@ def test_ctrl_c_of_run_and_the_same_again_continues(
         alone.open_gate()
         ended = cli.wait()
     assert ended.code == 130, ended.err
-    assert ended.messages[-1].endswith("[run_interrupted]")
+    assert ended.messages[-1].endswith("[interrupted]")
     nothing_is_left()
     committed = set(alone.done())
     assert 4 <= len(committed) < CHUNKS
