@@ -120,7 +120,7 @@ def test_a_well_behaved_network_is_measured_without_warnings(workspace: Workspac
     ("name", "fragments"),
     [
         ("Normed", ["2 layers normalize", "norms.0", "norms.1"]),
-        ("BatchNormInTraining", ["layers normalize", "norm ("]),
+        ("BatchNormInTraining", ["layers normalize", "norm (BatchNorm3d)"]),
         ("MixesItems", ["depend on the batch size", "max_batch_size"]),
         ("DependsOnPosition", ["position in the batch"]),
         ("NotANumber", ["NaN", "nan: zero"]),
