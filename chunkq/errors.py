@@ -17,6 +17,8 @@ class ErrorCode(StrEnum):
 
     FAILED = auto()
     """An error without a code of its own."""
+    INTERRUPTED = auto()
+    """The user interrupted the command."""
     JOB_INVALID = auto()
     """The job file cannot be run as written."""
     JOB_RECORD_DAMAGED = auto()
@@ -29,6 +31,10 @@ class ErrorCode(StrEnum):
     """No job folder exists at the path."""
     OUTPUT_OF_OTHER_JOB = auto()
     """The output path belongs to a different job."""
+    OUTPUT_EXISTS = auto()
+    """The path to write exists and was not created by this job."""
+    OUTPUT_IN_USE = auto()
+    """Workers are computing the job on the output path."""
     OUTPUT_CHANGED = auto()
     """The metadata of the output array are missing or not those that the job created."""
     PATH_INVALID = auto()
@@ -79,6 +85,14 @@ class ErrorCode(StrEnum):
     """Pieces or commit records are missing or damaged; their chunks must be computed again."""
     JOB_INCOMPLETE = auto()
     """Some chunks are not computed."""
+    BLOCKS_FAILED = auto()
+    """Workers could not complete some blocks."""
+    WORKER_FAILED = auto()
+    """A worker of the run ended with an error."""
+    CLUSTER_UNAVAILABLE = auto()
+    """The cluster of the run did not start, or ended before the run."""
+    PACKAGE_MISSING = auto()
+    """An optional package that the command needs is not installed."""
 
 
 class ChunkqError(Exception):

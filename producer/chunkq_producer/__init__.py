@@ -1,1 +1,1 @@
-"""The side that cuts jobs, fills queues, watches and finalizes."""
+"""Producer side of chunkq: create jobs, fill queues, show progress and finalize outputs."""

@@ -1,4 +1,4 @@
-"""The commands as functions: typed results, errors as exceptions, nothing printed."""
+"""Python API of the commands: typed results, errors as exceptions, no output on the terminal."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from chunkq.job_path import output_path
 from chunkq.ledger import folder_of
 from chunkq_producer import submit
 from chunkq_producer.cluster import queue_of
-from chunkq_producer.distribute import distribute as have_workers_complete
+from chunkq_producer.distribute import distribute as finalize_on_workers
 from chunkq_producer.job_status import JobStatus, StatusPoller, job_status
 from chunkq_producer.runner import ProgressReporter, RunOptions, launch_cluster_workers, run_job
 from chunkq_producer.submit import ProduceResult
 
 JobSource = str | Path | Mapping[str, Any]
 """A job file, or a mapping with the same keys."""
-Place = str | Path
+PathOrUrl = str | Path
 Progress = Callable[[int, int], None]
 
 
-def _quiet(done: int, total: int) -> None:
+def _ignore_progress(done: int, total: int) -> None:
     pass
 
 
 def run(
     job: JobSource,
     *,
-    input: Place | None = None,
-    output: Place | None = None,
+    input: PathOrUrl | None = None,
+    output: PathOrUrl | None = None,
     executor: str | None = None,
     queue: str | None = None,
     workers: int | None = None,
@@ -48,61 +48,63 @@ def run(
     overwrite: bool = False,
     progress: Callable[[JobStatus], None] | None = None,
 ) -> dict[str, Any]:
-    """Produce, work and finalize a job on this machine, with worker processes; as `chunkq run`.
+    """Produce, compute and finalize a job with worker processes on this machine.
 
-    Arguments are the command's options; `progress` is called with the job's status now and then
-    while workers run, in this thread. Returns the report that `finalize` writes. The same call
-    again continues. What workers complain of goes to the log `chunkq.run`.
+    Equivalent to `chunkq run`; the arguments are the options of that command. While workers run,
+    `progress` is called regularly with the job's status, in the calling thread. Returns the
+    report that `finalize` writes. An interrupted run continues with the same call. Warnings of
+    workers are logged to `chunkq.run`.
 
-    Raises JobError or StoreError if the job cannot be done as written, ModelError if the network
-    cannot be loaded, IncompleteError with the list of chunks that failed (their causes are its
-    notes, and in `status`), InterruptedRunError when stopped by Ctrl-C or SIGTERM: called from
-    the main thread, chunks in flight are finished first.
+    Raises JobError or StoreError if the job is invalid, ModelError if the network cannot be
+    loaded, IncompleteError with the failed chunks (their causes are in its notes and in
+    `status`), and InterruptedRunError on Ctrl-C or SIGTERM. In the main thread, chunks in flight
+    are finished before InterruptedRunError is raised.
     """
-    checked = _load(job, input, output)
     return run_job(
-        checked,
+        _load(job, input, output),
         engine=executor,
         queue=queue,
-        wishes=RunOptions(workers, gpus, depth),
+        options=RunOptions(workers, gpus, depth),
         overwrite=overwrite,
-        teller=_StatusReporter(progress),
+        reporter=_StatusReporter(progress),
     ).report
 
 
 def produce(
     job: JobSource,
     *,
-    input: Place | None = None,
-    output: Place | None = None,
+    input: PathOrUrl | None = None,
+    output: PathOrUrl | None = None,
     queue: str | Executor | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress = _quiet,
+    progress: Progress = _ignore_progress,
 ) -> ProduceResult:
-    """Check a job, write its job folder, queue every chunk that is not done; as the command does.
+    """Check a job, write its job folder and queue every chunk that is not computed.
 
-    `queue` is a URL, or an open queue, which stays open; else CHUNKQ_QUEUE, the job's own or the
-    embedded one. `progress` is called with (chunks queued, chunks to queue). Raises JobError or
-    StoreError, before anything is written, if the job cannot be done as written or something
-    else is in the output's place; QueueError if the queue is away.
+    Equivalent to `chunkq produce`. `queue` is a URL or an open queue, which stays open. It
+    defaults to CHUNKQ_QUEUE, then the queue of the job, then the embedded queue. `progress` is
+    called with (chunks queued, chunks to queue).
+
+    Raises JobError or StoreError, before anything is written, if the job is invalid or the output
+    path holds something else, and QueueError if the queue cannot be reached.
     """
-    checked = _load(job, input, output)
-    prepared = submit.prepare(checked)
+    loaded_job = _load(job, input, output)
+    prepared = submit.prepare(loaded_job)
     submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
-    url = queue if isinstance(queue, Executor) else queue_of(checked, queue)
-    with _queue(url, None) as executor:
-        made = submit.produce(
+    queue_or_url = queue if isinstance(queue, Executor) else queue_of(loaded_job, queue)
+    with _queue(queue_or_url, None) as executor:
+        result = submit.produce(
             prepared, executor, resume=resume, overwrite=overwrite, progress=progress
         )
-        launch_cluster_workers(executor, made)
-    return made
+        launch_cluster_workers(executor, result)
+    return result
 
 
-def status(output: Place, *, queue: str | None = None) -> JobStatus:
-    """Return how far the job of an output is. Raises MissingJobError where there is none.
+def status(output: PathOrUrl, *, queue: str | None = None) -> JobStatus:
+    """Return the status of an output's job. Raises MissingJobError if there is no job.
 
-    A queue that cannot be reached is no error: its figures are None, `queue_problem` says why.
+    An unreachable queue is not an error: its figures are None and `queue_problem` has the reason.
     """
     job = open_job(_folder(output))
     try:
@@ -113,42 +115,42 @@ def status(output: Place, *, queue: str | None = None) -> JobStatus:
 
 
 def finalize(
-    output: Place,
+    output: PathOrUrl,
     *,
     allow_missing: bool = False,
     distribute: bool = False,
     queue: str | None = None,
-    progress: Progress = _quiet,
+    progress: Progress = _ignore_progress,
 ) -> dict[str, Any]:
-    """Complete the blocks that several chunks share and seal the output; returns the report.
+    """Complete the blocks that several chunks contribute to, seal the output, return the report.
 
-    With `distribute` the workers on the job's queue complete the blocks. `progress` is called
-    with (blocks done, blocks in all). Raises IncompleteError with the list of chunks if some are
-    not computed, unless `allow_missing`; MissingJobError where there is no job.
+    With `distribute`, the workers on the job's queue complete the blocks. `progress` is called
+    with (blocks done, blocks to finalize). Raises IncompleteError with the missing chunks unless
+    `allow_missing`, and MissingJobError if there is no job.
     """
     job = open_job(_folder(output))
     if distribute:
         with _queue(queue, job.record.job.queue) as executor:
-            have_workers_complete(job, executor, allow_missing=allow_missing, progress=progress)
+            finalize_on_workers(job, executor, allow_missing=allow_missing, progress=progress)
     return finalize_job(
         job, worker=socket.gethostname(), allow_missing=allow_missing, progress=progress
     )
 
 
 class _StatusReporter(ProgressReporter):
-    """Passes the job's status on to a function, if there is one."""
+    """Call a function, if any, with the job's status."""
 
     def __init__(self, progress: Callable[[JobStatus], None] | None) -> None:
         self._progress = progress
 
     @override
     @contextmanager
-    def watching(self) -> Iterator[Callable[[StatusPoller], None]]:
+    def watch(self) -> Iterator[Callable[[StatusPoller], None]]:
         progress = self._progress
-        yield (lambda look: None) if progress is None else (lambda look: progress(look()))
+        yield (lambda poller: None) if progress is None else (lambda poller: progress(poller()))
 
 
-def _load(job: JobSource, input: Place | None, output: Place | None) -> Job:
+def _load(job: JobSource, input: PathOrUrl | None, output: PathOrUrl | None) -> Job:
     return load_job(
         job,
         input=None if input is None else str(input),
@@ -156,15 +158,16 @@ def _load(job: JobSource, input: Place | None, output: Place | None) -> Job:
     )
 
 
-def _folder(output: Place) -> str:
+def _folder(output: PathOrUrl) -> str:
     """Return the path of an output's job folder."""
     return folder_of(output_path(str(output), Path.cwd()))
 
 
 @contextmanager
-def _queue(given: str | Executor | None, of_job: str | None) -> Iterator[Executor]:
-    if isinstance(given, Executor):
-        yield given
+def _queue(queue: str | Executor | None, job_queue: str | None) -> Iterator[Executor]:
+    """Yield an open queue: the one passed, or one that is opened and closed."""
+    if isinstance(queue, Executor):
+        yield queue
         return
-    with closing(open_executor(queue_url(given, of_job))) as executor:
+    with closing(open_executor(queue_url(queue, job_queue))) as executor:
         yield executor

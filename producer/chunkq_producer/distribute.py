@@ -1,4 +1,4 @@
-"""Completing blocks on the workers: finalize tasks on the job's queue."""
+"""Complete blocks on the workers: submit finalize tasks to the job's queue and wait."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from chunkq.errors import ChunkqError
+from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.executors.base import Executor
 from chunkq.finalize import check_completion, ready_blocks
 from chunkq.job_handle import JobHandle
@@ -16,7 +16,7 @@ log = logging.getLogger("chunkq.queue")
 
 POLL_SECONDS = 1.0
 IDLE_SECONDS = 30.0
-"""How long nobody may take a task before the user is told that workers are wanted."""
+"""Time without a reserved task after which a warning is logged."""
 
 
 def distribute(
@@ -26,35 +26,37 @@ def distribute(
     allow_missing: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Have workers complete every block that can be, and wait for them.
+    """Submit every block that can be completed and wait until workers have completed them.
 
-    Raises IncompleteError as `finalize_job` does, ChunkqError if blocks fail on every attempt.
+    Raises IncompleteError like `finalize_job`, and ChunkqError if blocks fail on every attempt.
     """
     blocks = ready_blocks(job, check_completion(job, allow_missing=allow_missing))
     path = job.folder.path
     executor.submit(Task("finalize", path, index) for index in blocks)
     before, total = job.ledger.count("finalize"), len(blocks)
-    moved, told, last = time.monotonic(), False, None
+    last_change, warned, last_state = time.monotonic(), False, None
     while True:
         counts = executor.counts(path)
         done = min(total, job.ledger.count("finalize") - before)
         progress(done, total)
         if not counts.queued and not counts.running:
             break
-        if (done, counts) != last or counts.running:
-            last, moved, told = (done, counts), time.monotonic(), False
-        elif not told and time.monotonic() - moved > IDLE_SECONDS:
-            told = True
+        if (done, counts) != last_state or counts.running:
+            last_state, last_change, warned = (done, counts), time.monotonic(), False
+        elif not warned and time.monotonic() - last_change > IDLE_SECONDS:
+            warned = True
             log.warning(
-                "no worker takes the %d blocks on the queue; start `chunkq work`, or stop this and "
-                "finalize without --distribute",
+                "queue: no worker has reserved any of the %d blocks for %.0f s; start `chunkq "
+                "work`, or interrupt and finalize without --distribute",
                 counts.queued,
+                IDLE_SECONDS,
             )
         time.sleep(POLL_SECONDS)
     failed = [task.chunk for task in executor.failed(path) if task.kind == "finalize"]
     if failed:
-        named = ", ".join(chunk_name(index) for index in failed[:6])
+        names = ", ".join(chunk_name(index) for index in failed[:6])
         raise ChunkqError(
-            f"{len(failed)} blocks could not be completed ({named}); `chunkq status` says why, "
-            "`chunkq retry` and the same command again go on"
+            f"finalize: {len(failed)} blocks failed ({names}); see `chunkq status`, fix the cause, "
+            "then run `chunkq retry` and this command again",
+            code=ErrorCode.BLOCKS_FAILED,
         )

@@ -1,4 +1,4 @@
-"""What a job is doing: gathered in a few listings, shown on a screen or in a log."""
+"""Status of a job: read from the ledger and the queue, formatted for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from chunkq.ledger import Failure, RecentCommits
 from chunkq.paths import without_secret
 from chunkq.tasks import chunk_name
 
-FRESH_SECONDS = 60.0
-"""So long after the last commit somebody may still be at work, on a queue not known here."""
+ACTIVE_SECONDS = 60.0
+"""A job is active for this time after its last commit, possibly on another queue."""
 RECENT_COMMITS = 64
-"""Newest commit records looked into for speed and for what each worker's time went to."""
-PATIENCE = 10
-"""A look at a job may take one part in this many of the time between looks."""
+"""Newest commit records from which speed and time shares are computed."""
+MIN_PAUSE_FACTOR = 10
+"""The pause between two polls is at least this many times the duration of a poll."""
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """One worker: where it is, what it runs and, of its recent chunks, where the time went."""
+    """One worker: host, device, running chunks, and how its recent chunks spent their time."""
 
     name: str
     host: str
@@ -54,7 +54,7 @@ class FailureGroup:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job at one moment. Queue figures are None when the queue cannot be asked."""
+    """Status of a job at one moment. Queue figures are None if the queue cannot be reached."""
 
     output: str
     chunks: int
@@ -71,7 +71,7 @@ class JobStatus:
     failures: tuple[FailureGroup, ...]
     queue_problem: str | None = None
     lost_from_queue: bool = False
-    """Whether chunks are neither done nor failed nor on this queue, and nobody commits any."""
+    """Whether chunks are not done, not failed and not on this queue, and the job is not active."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -79,128 +79,137 @@ class JobStatus:
 
 
 def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:
-    """Look at ledger and queue once. Raises OSError as the storage does."""
+    """Read the ledger and the queue once. Raises OSError if the storage fails.
+
+    `problem` is the reason why there is no `executor`.
+    """
     folder, ledger, plan = job.folder, job.ledger, job.plan
     recent = ledger.recent_commits("infer", RECENT_COMMITS)
     done, finalized = recent.total, ledger.count("finalize")
-    counts, running, lost = Counts(), [], []
+    counts, running, failed_tasks = Counts(), [], []
     if executor is not None:
         try:
             counts = executor.counts(folder.path)
             running = executor.running(folder.path)
-            lost = executor.failed(folder.path) if counts.failed else []
+            failed_tasks = executor.failed(folder.path) if counts.failed else []
         except QueueError as error:
             executor, problem = None, str(error)
     rate = _chunks_per_second(recent)
-    left = plan.costs.chunks - done
+    remaining = plan.costs.chunks - done
     voxels = prod(plan.volume.shape)
     failures = ledger.failures()
-    known = {failure.chunk for failure in failures}
-    vanished = [task.chunk for task in lost if task.chunk not in known]
-    asked = executor is not None
-    # A run on a cluster of its own works off a queue that is not this one.
-    fresh = max((c.finished for c in recent.records), default=0.0) > time.time() - FRESH_SECONDS
-    forgotten = asked and left > counts.queued + counts.running + counts.failed and not fresh
+    recorded = {failure.chunk for failure in failures}
+    unexplained = [task.chunk for task in failed_tasks if task.chunk not in recorded]
+    reachable = executor is not None
+    # A run with its own cluster uses another queue than this one.
+    last_commit = max((commit.finished for commit in recent.records), default=0.0)
+    is_active = last_commit > time.time() - ACTIVE_SECONDS
+    on_queue = counts.queued + counts.running + counts.failed
+    lost_from_queue = reachable and remaining > on_queue and not is_active
     return JobStatus(
         output=without_secret(folder.output),
         chunks=plan.costs.chunks,
         done=done,
-        running=counts.running if asked else None,
-        queued=counts.queued if asked else None,
-        failed=counts.failed if asked else None,
+        running=counts.running if reachable else None,
+        queued=counts.queued if reachable else None,
+        failed=counts.failed if reachable else None,
         blocks_to_finalize=plan.costs.finalized_blocks,
         blocks_finalized=finalized,
         sealed=ledger.is_sealed() and job.output.is_sealed(),
         voxels_per_second=rate and rate * voxels / plan.costs.chunks,
-        seconds_left=left / rate if rate and left and not forgotten else None,
+        seconds_left=remaining / rate if rate and remaining and not lost_from_queue else None,
         workers=_workers(running, recent),
-        failures=_grouped(failures, vanished),
+        failures=_failure_groups(failures, unexplained),
         queue_problem=problem,
-        lost_from_queue=forgotten,
+        lost_from_queue=lost_from_queue,
     )
 
 
 class StatusPoller:
-    """Looks at one job whenever it is called."""
+    """Callable that returns the current status of one job."""
 
     def __init__(
         self, job: JobHandle, executor: Executor | None, problem: str | None = None
     ) -> None:
         self._job, self._executor, self._problem = job, executor, problem
         self.seconds = 0.0
+        """Duration of the last poll."""
 
     def __call__(self) -> JobStatus:
         """Return the job's status now."""
-        before = time.monotonic()
-        found = job_status(self._job, self._executor, self._problem)
-        self.seconds = time.monotonic() - before
-        return found
+        started = time.monotonic()
+        status = job_status(self._job, self._executor, self._problem)
+        self.seconds = time.monotonic() - started
+        return status
 
-    def pause(self, least: float) -> float:
-        """Return how long to wait before the next look, so that looking stays cheap (s)."""
-        return max(least, self.seconds * PATIENCE)
+    def pause(self, min_seconds: float) -> float:
+        """Return the seconds to wait before the next poll, so that polling stays cheap."""
+        return max(min_seconds, self.seconds * MIN_PAUSE_FACTOR)
 
 
-def _chunks_per_second(newest: RecentCommits) -> float | None:
-    """Return the speed over the newest commits, from the start of the first of them."""
-    if not newest.records:
+def _chunks_per_second(recent: RecentCommits) -> float | None:
+    """Return the speed over the recent commits, from the start of their first chunk."""
+    if not recent.records:
         return None
-    span = max(c.finished for c in newest.records) - min(c.started for c in newest.records)
-    return len(newest.records) * newest.step / span if span > 0 else None
+    span = max(c.finished for c in recent.records) - min(c.started for c in recent.records)
+    return len(recent.records) * recent.step / span if span > 0 else None
 
 
-def _workers(running: list[Any], newest: RecentCommits) -> tuple[WorkerState, ...]:
+def _workers(running: list[Any], recent: RecentCommits) -> tuple[WorkerState, ...]:
     now_running: dict[str, list[str]] = {}
     for item in running:
         now_running.setdefault(item.worker, []).append(chunk_name(item.task.chunk))
-    names = sorted({c.worker for c in newest.records} | now_running.keys())
-    return tuple(_worker(name, now_running.get(name, []), newest) for name in names)
+    names = sorted({c.worker for c in recent.records} | now_running.keys())
+    return tuple(_worker_state(name, now_running.get(name, []), recent) for name in names)
 
 
-def _worker(name: str, running: list[str], newest: RecentCommits) -> WorkerState:
-    mine = [c for c in newest.records if c.worker == name]
+def _worker_state(name: str, running: list[str], recent: RecentCommits) -> WorkerState:
+    commits = [c for c in recent.records if c.worker == name]
     totals: Counter[str] = Counter()
-    for commit in mine:
+    for commit in commits:
         totals.update(commit.seconds)
-    totals.pop("wait", None)  # for the device to finish another chunk: nothing is lost by it
-    whole = sum(totals.values())
-    span = max(c.finished for c in mine) - min(c.started for c in mine) if mine else 0.0
-    where = WorkerName.parse(name)
+    totals.pop("wait", None)  # the device computes another chunk of this worker meanwhile
+    total = sum(totals.values())
+    span = max(c.finished for c in commits) - min(c.started for c in commits) if commits else 0.0
+    parts = WorkerName.parse(name)
     return WorkerState(
         name=name,
-        host=where.host,
-        device=where.device,
+        host=parts.host,
+        device=parts.device,
         running=tuple(running),
-        recent_chunks=len(mine),
-        stage_shares={stage: seconds / whole for stage, seconds in totals.items()} if whole else {},
-        device_wait_share=max(0.0, 1 - newest.step * totals["compute"] / span) if span else None,
-        last_seen=max((c.finished for c in mine), default=None),
+        recent_chunks=len(commits),
+        stage_shares={stage: seconds / total for stage, seconds in totals.items()} if total else {},
+        device_wait_share=max(0.0, 1 - recent.step * totals["compute"] / span) if span else None,
+        last_seen=max((c.finished for c in commits), default=None),
     )
 
 
-def _grouped(failures: list[Failure], vanished: list[tuple[int, ...]]) -> tuple[FailureGroup, ...]:
-    groups: dict[tuple[str, str], list[Failure]] = {}
+def _failure_groups(
+    failures: list[Failure], unexplained: list[tuple[int, ...]]
+) -> tuple[FailureGroup, ...]:
+    """Group recorded failures by cause; `unexplained` chunks failed without a record."""
+    failures_by_cause: dict[tuple[str, str], list[Failure]] = {}
     for failure in failures:
-        groups.setdefault(cause(failure.error, failure.message), []).append(failure)
-    found = [
+        failures_by_cause.setdefault(cause(failure.error, failure.message), []).append(failure)
+    groups = [
         FailureGroup(
             error=error,
             message=members[0].message,
             chunks=tuple(chunk_name(f.chunk) for f in sorted(members, key=lambda f: f.chunk)),
             traceback=members[-1].traceback,
         )
-        for (error, _), members in groups.items()
+        for (error, _), members in failures_by_cause.items()
     ]
-    if vanished:
-        found.append(
+    if unexplained:
+        groups.append(
             FailureGroup(
                 error="WorkerVanished",
-                message="the worker was killed or ran out of memory each time",
-                chunks=tuple(chunk_name(chunk) for chunk in sorted(vanished)),
+                message="the worker process was killed in every attempt, possibly out of memory",
+                chunks=tuple(chunk_name(chunk) for chunk in sorted(unexplained)),
                 traceback="",
             )
         )
-    return tuple(sorted(found, key=lambda group: -len(group.chunks)))
+    return tuple(sorted(groups, key=lambda group: -len(group.chunks)))
 
 
 def status_line(status: JobStatus) -> str:
@@ -224,7 +233,7 @@ def status_line(status: JobStatus) -> str:
 def status_screen(status: JobStatus, width: int) -> RenderableType:
     """Return the status for a terminal of `width` columns."""
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
-    bar = Table.grid()  # a bar alone does not end its line
+    bar = Table.grid()  # a bar outside a table does not end its line
     bar.add_row(ProgressBar(total=status.chunks, completed=status.done, width=min(60, width - 2)))
     lines.append(bar)
     lines.append(Text(status_line(status)))
@@ -233,14 +242,14 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
     if status.workers:
         lines.append(_worker_table(status.workers))
     for group in status.failures:
-        shown = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
+        chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
         lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
-        lines.append(Text(f"  chunks {shown}", style="red"))
+        lines.append(Text(f"  chunks {chunks}", style="red"))
     if status.lost_from_queue:
         lines.append(
             Text(
-                "some chunks are neither done nor on this queue; next: the `chunkq run` or "
-                "`chunkq produce` that began the job, again",
+                "some chunks are neither done nor on this queue; next: repeat the `chunkq run` or "
+                "`chunkq produce` command of this job",
                 style="yellow",
             )
         )
@@ -251,24 +260,24 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
 
 def _worker_table(workers: tuple[WorkerState, ...]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("host", "device", "running", "recent", "device waits", "stages"):
+    for heading in ("host", "device", "running", "recent", "device idle", "stages"):
         table.add_column(heading, overflow="fold", no_wrap=False)
     for worker in workers:
-        waits = worker.device_wait_share
+        wait = worker.device_wait_share
         stages = " ".join(f"{stage} {share:.0%}" for stage, share in worker.stage_shares.items())
         running = ", ".join(worker.running[:4]) or _ago(worker.last_seen)
-        share = "" if waits is None else f"{waits:.0%}"
+        idle = "" if wait is None else f"{wait:.0%}"
         device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
-        table.add_row(worker.host, device, running, str(worker.recent_chunks), share, stages)
+        table.add_row(worker.host, device, running, str(worker.recent_chunks), idle, stages)
     return table
 
 
 def duration(seconds: float) -> str:
     """Return seconds as `1 h 02 min`, `3 min 05 s` or `12 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+    rounded = round(seconds)
+    if rounded >= 3600:
+        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+    return f"{rounded // 60} min {rounded % 60:02d} s" if rounded >= 60 else f"{rounded} s"
 
 
 def _ago(moment: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Whether this machine can run what a job asks for."""
+"""Check that this machine has what a job requires: a SLURM allocation, a GPU."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import subprocess
 from chunkq.errors import JobError
 from chunkq.job import Job
 from chunkq_producer.cluster import CLUSTERS
+from chunkq_producer.slurm import OUTSIDE_SLURM
 
 
 def check_machine(job: Job, engine: str) -> None:
-    """Raise JobError with one line for each thing that a job asks of this machine in vain."""
+    """Raise JobError with one line for each requirement that this machine does not meet."""
     problems = []
     if job.cluster == "slurm" and "SLURM_JOB_ID" not in os.environ:
-        problems.append(
-            "cluster: slurm, but this is no SLURM allocation; set cluster: local, or start it "
-            "with srun"
-        )
+        problems.append(OUTSIDE_SLURM)
     elif job.cluster != "local" and engine not in CLUSTERS:
         problems.append(
-            f"cluster: {job.cluster} is for --executor dask and --executor ray; a Redis needs "
-            "none: set cluster: local, and start `chunkq work` on the nodes"
+            f"cluster: {job.cluster} is unsupported with --executor {engine}, expected dask or "
+            "ray; set cluster: local and run `chunkq work` on each node"
         )
     if job.model.device == "cuda" and job.hardware == "cpu_only":
-        problems.append("model_config.device: cuda, but hardware is cpu_only; set device: cpu")
+        problems.append(
+            "model_config.device: cuda conflicts with hardware: cpu_only; set device: cpu"
+        )
     elif job.model.device == "cuda" and job.cluster != "running" and not _has_gpu():
         problems.append(
-            "model_config.device: cuda, but this machine shows no GPU; set device: cpu and "
-            "hardware: cpu_only, or run it where there is one"
+            "model_config.device: cuda, but no GPU was found on this machine; set device: cpu and "
+            "hardware: cpu_only, or run on a machine with a GPU"
         )
     if problems:
         raise JobError(problems)
 
 
 def _has_gpu() -> bool:
-    """Tell whether a CUDA device is granted here, without importing a library for it."""
-    granted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if granted is not None and granted.strip() in ("", "-1"):
+    """Return whether a CUDA device is visible, without importing a CUDA library."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
         return False
     if shutil.which("nvidia-smi") is None:
         return False

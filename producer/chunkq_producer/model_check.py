@@ -1,4 +1,4 @@
-"""Trying the network in a process of its own, so that this one stays free of its libraries."""
+"""Check the network in a separate process, so that this one does not load its libraries."""
 
 from __future__ import annotations
 
@@ -13,60 +13,65 @@ from chunkq.record import JobRecord
 from chunkq.scratch import scratch_folder
 
 CHECK_MODULE = "chunkq_worker.model_check"
-SUSPICIOUS = 1e-5
-"""A patch's result may change by this much of the output's range with its place in a batch."""
+MAX_DEVIATION = 1e-5
+"""Largest normal change of a result with its batch, as a fraction of the largest output value."""
 
 
 class ModelCheck(SimpleNamespace):
-    """What trying a network showed: the fields of `chunkq_worker.model_check.Finding`."""
+    """Result of a model check: the fields of `chunkq_worker.model_check.ModelCheckResult`."""
 
 
 def check_model(record: JobRecord, *, depth: int | None = None) -> ModelCheck:
-    """Load a job's network here and run a batch of zeros.
+    """Load a job's network on this machine and run a batch of zeros.
 
-    With `depth`, also patches of the volume, and chunks, so many at once.
+    With `depth`, also run patches of the volume and whole chunks, `depth` chunks in flight.
     """
-    # Here, as the system may kill a process that tries how much memory it needs.
-    with scratch_folder("rehearsal") as folder:
-        whole = ["--depth", str(depth), "--folder", str(folder)] if depth else []
-        done = subprocess.run(
-            with_parent_death_signal([sys.executable, "-m", CHECK_MODULE, *whole], signal.SIGKILL),
+    # The folder is created here: the system may kill the other process for its memory use.
+    with scratch_folder("model-check") as folder:
+        options = ["--depth", str(depth), "--folder", str(folder)] if depth else []
+        completed = subprocess.run(
+            with_parent_death_signal(
+                [sys.executable, "-m", CHECK_MODULE, *options], signal.SIGKILL
+            ),
             input=record.to_json(),
             capture_output=True,
             check=False,
         )
-    lines = done.stdout.decode(errors="replace").strip().splitlines()
-    if done.returncode or not lines:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    lines = completed.stdout.decode(errors="replace").strip().splitlines()
+    if completed.returncode or not lines:
+        last_line = completed.stderr.decode(errors="replace").strip().splitlines()[-1:]
         return ModelCheck(
-            error=f"the network cannot be tried here: {' '.join(last) or 'no answer'}"
+            error=f"model_config: the check of the network ended with exit code "
+            f"{completed.returncode}: {' '.join(last_line) or 'no output'}"
         )
     return ModelCheck(**json.loads(lines[-1]))
 
 
-def warnings(found: ModelCheck) -> list[str]:
-    """Return what a user should know before starting a job with this network, a line each."""
+def warnings(check: ModelCheck) -> list[str]:
+    """Return one line for each property of the network that can spoil the output."""
     lines = []
-    spread = max(abs(found.highest), abs(found.lowest), 1e-30)
-    if not found.finite:
+    limit = MAX_DEVIATION * max(abs(check.highest), abs(check.lowest), 1e-30)
+    if not check.finite:
         lines.append(
-            "the network gives NaN or infinity for real patches; mend it, or set nan: zero"
+            "the network returns NaN or infinity for patches of this volume; fix the network, or "
+            "set nan: zero"
         )
-    if found.by_position is not None and found.by_position > SUSPICIOUS * spread:
+    if check.by_position is not None and check.by_position > limit:
         lines.append(
-            f"a patch's result depends on its place in the batch (by {found.by_position:.3g}): "
-            "something mixes the items of a batch, a batch norm in training mode for example"
+            f"a patch's result depends on its position in the batch (by {check.by_position:.3g}): "
+            "a layer mixes the items of a batch, such as batch norm in training mode; fix the "
+            "network"
         )
-    if found.by_batch_size is not None and found.by_batch_size > SUSPICIOUS * spread:
+    if check.by_batch_size is not None and check.by_batch_size > limit:
         lines.append(
-            f"results depend on the size of a batch (by {found.by_batch_size:.3g}): keep "
-            "max_batch_size fixed, or find what mixes the items"
+            f"results depend on the batch size (by {check.by_batch_size:.3g}): a layer mixes the "
+            "items of a batch; fix the network, or do not change max_batch_size"
         )
-    if found.tile_norms:
-        names = ", ".join(found.tile_norms[:4]) + (" …" if len(found.tile_norms) > 4 else "")
+    if check.tile_norms:
+        names = ", ".join(check.tile_norms[:4]) + (" …" if len(check.tile_norms) > 4 else "")
         lines.append(
-            f"{len(found.tile_norms)} layers normalise by the patch's own statistics ({names}): "
-            "results depend on the patch's size and place, so expect differences between tiles; "
-            "large patches and much overlap soften them"
+            f"{len(check.tile_norms)} layers normalize by the statistics of the patch ({names}): "
+            "results depend on the size and position of the patch, so tiles may differ visibly; "
+            "use large patches and small strides"
         )
     return lines

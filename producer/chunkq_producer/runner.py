@@ -1,4 +1,4 @@
-"""A whole job on this machine: produce, worker processes of its own, finalize."""
+"""Run a job from start to end: produce, start workers, finalize."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from chunkq.errors import ChunkqError, IncompleteError, JobError, ModelError
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, JobError, ModelError
 from chunkq.executors import QUEUE_VARIABLE, open_executor
 from chunkq.executors.base import Executor, WorkerName, WorkerOptions, default_depth
 from chunkq.executors.hosted import HostedQueue
@@ -35,6 +35,7 @@ from chunkq_producer.model_check import ModelCheck, check_model
 from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
 from chunkq_producer.workers import (
     ClusterWorkers,
+    PrintLine,
     WorkerCommand,
     Workers,
     WorkerThread,
@@ -44,48 +45,49 @@ from chunkq_producer.workers import (
 log = logging.getLogger("chunkq.run")
 
 REFRESH_SECONDS = 0.5
-RECOVERIES = 2
-"""How often lost results are computed again in one run."""
+MAX_RECOVERIES = 2
+"""How often one run computes lost results again."""
 
 
 class InterruptedRunError(ChunkqError):
-    """The user stopped the run; nothing is lost."""
+    """A signal stopped the run. Computed chunks are kept."""
 
     exit_code = 130
+    code = ErrorCode.INTERRUPTED
 
 
 class ProgressReporter:
-    """Is told how a run goes. This one logs complaints and is quiet besides."""
+    """Receive the progress of a run. This base class logs warnings and shows no progress."""
 
     def message(self, line: str) -> None:
-        """Take a line for the user: something that did not go as asked."""
+        """Report a warning or an error line of a worker."""
         log.warning("%s", line)
 
-    def checking_model(self, record: JobRecord) -> ModelCheck:
-        """Try the network on one batch."""
+    def check_model(self, record: JobRecord) -> ModelCheck:
+        """Run the network on one batch."""
         return check_model(record)
 
     def progress(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Return what is called with (done, total) while one step goes on."""
+        """Return a context with a function that is called with (done, total) during one step."""
         return nullcontext(lambda done, total: None)
 
-    def watching(self) -> AbstractContextManager[Callable[[StatusPoller], None]]:
-        """Return what is given a look at the job now and then while workers run."""
-        return nullcontext(lambda look: None)
+    def watch(self) -> AbstractContextManager[Callable[[StatusPoller], None]]:
+        """Return a context with a function that is called regularly while workers run."""
+        return nullcontext(lambda poller: None)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A job that is complete, and its report; `led` unless another node's process did that."""
+    """A complete job and its report. `is_leader` is False on nodes that followed another one."""
 
     job: JobHandle
     report: dict[str, Any]
-    led: bool = True
+    is_leader: bool = True
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the user wants the workers of a run: None where the job or the default decides."""
+    """The user's options for the workers of a run. None selects the job's value or a default."""
 
     workers: int | None = None
     gpus: str = "all"
@@ -97,159 +99,169 @@ def run_job(
     *,
     engine: str | None = None,
     queue: str | None = None,
-    wishes: RunOptions,
+    options: RunOptions,
     overwrite: bool = False,
-    teller: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> RunResult:
-    """Do all of a job on an engine's queue; the same call again continues.
+    """Produce, compute and finalize a job. An interrupted run continues with the same call.
 
-    Raises what checking, producing and finalizing raise, ModelError if the network fails its
-    trial, ChunkqError if the workers give up, InterruptedRunError if it was told to stop. An
-    error that the workers explained carries their words as notes.
+    Raises the errors of checking, producing and finalizing a job, ModelError if the network fails
+    its check, ChunkqError if workers end with an error, and InterruptedRunError after a signal.
+    Error lines of workers are notes of the raised error.
     """
-    chosen, url = engine_of(engine, job, queue)
-    check_machine(job, chosen)
-    if chosen == "inprocess" and (wishes.workers or 1) > 1:
+    engine, url = engine_of(engine, job, queue)
+    check_machine(job, engine)
+    if engine == "inprocess" and (options.workers or 1) > 1:
         raise JobError(
-            f"workers: inprocess:// runs one worker, {wishes.workers} were asked for; leave "
-            "workers out, or use another queue"
+            f"workers: the queue inprocess:// runs 1 worker, found {options.workers}; remove "
+            "workers or use another queue"
         )
     step = Step.from_environment() if job.cluster == "slurm" else None
     if step is not None and step.rank > 0:
-        return _follow(job, chosen, step, wishes, teller)
+        return _follow(job, engine, step, options, reporter)
     prepared = submit.prepare(job)
     submit.check_existing_job(prepared, overwrite=overwrite)
-    for line in unused_sections(job, chosen):
-        teller.message(f"chunkq: {line}")
-    with cluster_for(job, chosen, url, step, wishes.workers) as cluster:
-        if chosen != "sqlite":  # away or refusing, it is said before the network is loaded
+    for line in unused_sections(job, engine):
+        reporter.message(f"chunkq: {line}")
+    with cluster_for(job, engine, url, step, options.workers) as cluster:
+        if engine != "sqlite":  # report an unreachable server before loading the network
             with closing(open_executor(cluster.url)) as executor:
                 executor.ready()
         if not cluster.launches_remote_workers or step is not None:
-            tried = teller.checking_model(prepared.record)
-            if tried.error is not None:
-                raise ModelError(tried.error)
-        for last in (*[False] * RECOVERIES, True):
-            opened, failures = _compute(prepared, cluster, wishes, overwrite, teller)
-            causes = [_line(group) for group in failures]
+            check = reporter.check_model(prepared.record)
+            if check.error is not None:
+                raise ModelError(check.error)
+        for is_last in (*[False] * MAX_RECOVERIES, True):
+            handle, failures = _compute(prepared, cluster, options, overwrite, reporter)
+            causes = [_failure_line(group) for group in failures]
             for line in causes:
-                teller.message(line)
+                reporter.message(line)
             try:
-                with teller.progress("finalizing blocks") as meter:
-                    report = finalize_job(opened, worker=socket.gethostname(), progress=meter)
+                with reporter.progress("finalizing blocks") as progress:
+                    report = finalize_job(handle, worker=socket.gethostname(), progress=progress)
             except IncompleteError as error:
                 failed = {chunk for group in failures for chunk in group.chunks}
                 lost = len({*map(chunk_name, error.missing)} - failed)
-                if last or not lost:
-                    raise _with_details(error, causes) from None
-                teller.message(f"chunkq: results of {lost} chunks are lost; computing them again")
+                if is_last or not lost:
+                    raise _with_notes(error, causes) from None
+                reporter.message(f"chunkq: results of {lost} chunks are lost; computing them again")
                 overwrite = False
             else:
                 break
-        return RunResult(opened, report)
+        return RunResult(handle, report)
 
 
 def _compute(
     prepared: submit.PreparedJob,
     cluster: Cluster,
-    wishes: RunOptions,
+    options: RunOptions,
     overwrite: bool,
-    teller: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> tuple[JobHandle, Sequence[FailureGroup]]:
-    """Queue what is left and see it through; return the job and its chunks that failed."""
+    """Queue the remaining chunks and wait for the workers; return the job and its failures."""
     with closing(open_executor(cluster.url)) as executor:
-        with teller.progress("queueing chunks") as meter:
-            made = submit.produce(
-                prepared, executor, overwrite=overwrite, remember=not cluster.ends, progress=meter
+        with reporter.progress("queueing chunks") as progress:
+            result = submit.produce(
+                prepared,
+                executor,
+                overwrite=overwrite,
+                store_queue=not cluster.is_temporary,
+                progress=progress,
             )
-        opened = open_job(made.folder.path)
-        if made.done == made.chunks:
-            return opened, ()
+        handle = open_job(result.folder.path)
+        if result.done == result.chunks:
+            return handle, ()
         cluster.announce()
-        look = StatusPoller(opened, executor)
-        again = "the same command" + (" without --overwrite" if overwrite else "")
-        with teller.watching() as show:
+        poller = StatusPoller(handle, executor)
+        rerun = "run the same command" + (" without --overwrite" if overwrite else "")
+        with reporter.watch() as show:
 
-            def look_and_show() -> float:
-                _try_to_show(show, look, teller)
-                return look.pause(REFRESH_SECONDS)
+            def poll() -> float:
+                _try_to_show(show, poller, reporter)
+                return poller.pause(REFRESH_SECONDS)
 
-            crew = start_workers(executor, opened, cluster, wishes, teller.message)
-            if wait_for_workers(crew, look_and_show, cluster.has_died):
-                raise InterruptedRunError(f"stopped; {again} continues where it was")
+            workers = start_workers(executor, handle, cluster, options, reporter.message)
+            if wait_for_workers(workers, poll, cluster.has_died):
+                raise InterruptedRunError(f"run: interrupted; {rerun} to continue")
         if cluster.has_died():
-            raise ChunkqError(f"the cluster that this run made has died; {again} continues")
-        if crew.exit_code not in (0, IncompleteError.exit_code):
-            raise _with_details(
-                ChunkqError(f"the worker gave up, and said why; {again} continues"), crew.messages
+            raise ChunkqError(
+                f"run: the cluster that this run started has ended; {rerun} to continue",
+                code=ErrorCode.CLUSTER_UNAVAILABLE,
             )
-        return opened, look().failures
+        if workers.exit_code not in (0, IncompleteError.exit_code):
+            raise _with_notes(
+                ChunkqError(
+                    f"run: a worker ended with an error; fix the cause above, then {rerun}",
+                    code=ErrorCode.WORKER_FAILED,
+                ),
+                workers.messages,
+            )
+        return handle, poller().failures
 
 
 def launch_cluster_workers(executor: Executor, produced: submit.ProduceResult) -> bool:
-    """Have a running cluster's own workers begin with a job, if it asks for them; tells whether.
+    """Start remote workers for a job with `cluster: running`; return whether any were started.
 
-    Other queues have no workers of their own: `chunkq work` will take the job from them. Raises
-    QueueError if the cluster has no workers either.
+    Other jobs need `chunkq work`. Raises QueueError if the cluster has no worker processes.
     """
-    opened = open_job(produced.folder.path)
-    asked = opened.record.job.cluster == "running" and isinstance(executor, HostedQueue)
-    if not asked or produced.done == produced.chunks:
+    handle = open_job(produced.folder.path)
+    job = handle.record.job
+    if produced.done == produced.chunks or job.cluster != "running":
         return False
-    config = opened.record.job.dask_config
-    cluster = Cluster(executor.url, launches_remote_workers=True, depth=config.threads_per_worker)
-    start_workers(executor, opened, cluster, RunOptions(), log.warning)
+    if not isinstance(executor, HostedQueue):
+        return False
+    depth = job.dask_config.threads_per_worker
+    cluster = Cluster(executor.url, launches_remote_workers=True, depth=depth)
+    start_workers(executor, handle, cluster, RunOptions(), log.warning)
     return True
 
 
 def start_workers(
     executor: Executor,
-    opened: JobHandle,
+    handle: JobHandle,
     cluster: Cluster,
-    wishes: RunOptions,
-    say: Callable[[str], None],
+    options: RunOptions,
+    print_line: PrintLine,
 ) -> Workers:
-    """Start or hire those who work on a job: of the user's wishes and the job's, the user's."""
-    job = opened.record.job
-    depth = wishes.depth or cluster.depth
+    """Start the workers of a job. The user's options have precedence over the job's."""
+    job = handle.record.job
+    depth = options.depth or cluster.depth
     if cluster.launches_remote_workers and isinstance(executor, HostedQueue):
         gpu = not is_cpu_only(job)
         depth = depth or default_depth(gpu=gpu)
-        hired = executor.launch_remote_workers(
-            opened.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes
+        remote_workers = executor.launch_remote_workers(
+            handle.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes
         )
-        return ClusterWorkers(hired, say)
+        return ClusterWorkers(remote_workers, print_line)
     if not executor.owns_process:
-        return _worker_thread(executor, opened, depth, say)
-    options = ["--gpus", "none" if is_cpu_only(job) else wishes.gpus, "--job", opened.folder.output]
-    if wishes.workers:
-        options += ["-w", str(wishes.workers)]
+        return _worker_thread(executor, handle, depth, print_line)
+    gpus = "none" if is_cpu_only(job) else options.gpus
+    arguments = ["--gpus", gpus, "--job", handle.folder.output]
+    if options.workers:
+        arguments += ["-w", str(options.workers)]
     elif cluster.per_node:
-        options += ["--per-node", str(cluster.per_node)]
-    options += ["--depth", str(depth)] if depth else []
-    return WorkerCommand(options, {QUEUE_VARIABLE: cluster.url}, say)
+        arguments += ["--per-node", str(cluster.per_node)]
+    arguments += ["--depth", str(depth)] if depth else []
+    return WorkerCommand(arguments, {QUEUE_VARIABLE: cluster.url}, print_line)
 
 
 def _worker_thread(
-    executor: Executor,
-    opened: JobHandle,
-    depth: int | None,
-    say: Callable[[str], None],
+    executor: Executor, handle: JobHandle, depth: int | None, print_line: PrintLine
 ) -> Workers:
-    """Start the one worker that shares this process."""
-    device = opened.record.job.model.device
+    """Start the worker of a queue that exists only in this process."""
+    device = handle.record.job.model.device
     worker = WorkerName.new(device).name
     depth = depth or default_depth(gpu=device == "cuda")
-    options = WorkerOptions(worker, depth=depth, burst=True, job=opened.folder.path)
-    return WorkerThread(executor, options, say)
+    options = WorkerOptions(worker, depth=depth, burst=True, job=handle.folder.path)
+    return WorkerThread(executor, options, print_line)
 
 
 def _follow(
-    job: Job, engine: str, step: Step, wishes: RunOptions, teller: ProgressReporter
+    job: Job, engine: str, step: Step, options: RunOptions, reporter: ProgressReporter
 ) -> RunResult:
-    """Work for the process that leads, until it says that all is done."""
+    """Run workers on this node until the leading process has finished the job."""
     leader = wait_for_leader(job.output, step)
-    opened = open_job(folder_of(job.output))
+    handle = open_job(folder_of(job.output))
 
     def is_over() -> bool:
         return has_ended(job.output, step)
@@ -260,32 +272,36 @@ def _follow(
                 time.sleep(POLL_SECONDS)
         else:
             with closing(open_executor(cluster.url)) as executor:
-                crew = start_workers(executor, opened, cluster, wishes, teller.message)
-            if wait_for_workers(crew, lambda: POLL_SECONDS, is_over):
-                raise InterruptedRunError("stopped")
-            if crew.exit_code not in (0, IncompleteError.exit_code) and not is_over():
-                raise ChunkqError(f"the worker on node {step.node} gave up, and said why")
-    return RunResult(opened, opened.ledger.read_report() or {}, led=False)
+                workers = start_workers(executor, handle, cluster, options, reporter.message)
+            if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
+                raise InterruptedRunError(f"run: interrupted on node {step.node}")
+            if workers.exit_code not in (0, IncompleteError.exit_code) and not is_over():
+                raise ChunkqError(
+                    f"run: a worker on node {step.node} ended with an error; fix the cause above, "
+                    "then run the same command",
+                    code=ErrorCode.WORKER_FAILED,
+                )
+    return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
 
 
-def _line(group: FailureGroup) -> str:
-    """Return what went wrong with some chunks in one line; finalizing then lists them."""
+def _failure_line(group: FailureGroup) -> str:
+    """Return the cause of some failures and their first chunks; finalizing lists all chunks."""
     chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
     return f"failed: chunk {chunks}: {group.message}"
 
 
-def _with_details(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
+def _with_notes(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
     for line in lines:
         error.add_note(line)
     return error
 
 
 def _try_to_show(
-    show: Callable[[StatusPoller], None], look: StatusPoller, teller: ProgressReporter
+    show: Callable[[StatusPoller], None], poller: StatusPoller, reporter: ProgressReporter
 ) -> None:
-    """Show how far the job is; if it cannot be seen just now, the work goes on all the same."""
+    """Show the status. A failure to read it must not stop the run."""
     try:
-        show(look)
+        show(poller)
     except Exception as error:
         reason = " ".join(str(error).split())
-        teller.message(f"progress cannot be seen: {reason}")
+        reporter.message(f"chunkq: the progress cannot be read: {reason}; the run continues")

@@ -1,6 +1,6 @@
-"""The tasks of one `srun`: each runs the same command, the first leads, the others follow it.
+"""Coordinate the tasks of one `srun` step: the first task leads, the others follow.
 
-They find each other through the job folder, which all nodes see in any case.
+All tasks run the same command. They communicate through the job folder, which all nodes share.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from chunkq.errors import ChunkqError, JobError
+from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.ledger import folder_of
 from chunkq.objects import ObjectFolder
 
 POLL_SECONDS = 1.0
 LEADER_TIMEOUT = 900.0
-"""How long the others wait for the first to produce and to start the cluster."""
+"""Seconds within which the leader must have produced the job and started the cluster."""
+OUTSIDE_SLURM = (
+    "cluster: slurm requires a SLURM allocation, but SLURM_JOB_ID is missing; set cluster: local, "
+    "or start the command with srun"
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """This process's place among the tasks of a job step, one on each node."""
+    """This process among the tasks of a job step, one task per node."""
 
     rank: int
     size: int
@@ -33,36 +37,37 @@ class Step:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Read it from what srun has set; raises JobError outside of srun."""
-        of = os.environ.get
+        """Read the variables that srun sets. Raises JobError outside of srun."""
+        variable = os.environ.get
         if "SLURM_JOB_ID" not in os.environ:
-            raise JobError(
-                "cluster: slurm, but this is no SLURM allocation; set cluster: local, or start it "
-                "with srun"
-            )
+            raise JobError(OUTSIDE_SLURM)
         if "SLURM_PROCID" not in os.environ or "SLURM_STEP_ID" not in os.environ:
             raise JobError(
-                "cluster: slurm, but this is the batch script itself; start it on every node with "
-                "`srun --ntasks-per-node=1 chunkq run …`"
+                "cluster: slurm requires one task per node, but this process is the batch script; "
+                "run `srun --ntasks-per-node=1 chunkq run …`"
             )
-        names = (of("SLURM_JOB_ID"), of("SLURM_STEP_ID"), of("SLURM_RESTART_COUNT", "0"))
+        names = (
+            variable("SLURM_JOB_ID"),
+            variable("SLURM_STEP_ID"),
+            variable("SLURM_RESTART_COUNT", "0"),
+        )
         step = cls(
-            rank=int(of("SLURM_PROCID", "0")),
-            size=int(of("SLURM_STEP_NUM_TASKS") or of("SLURM_NTASKS") or 1),
-            node=of("SLURMD_NODENAME", ""),
+            rank=int(variable("SLURM_PROCID", "0")),
+            size=int(variable("SLURM_STEP_NUM_TASKS") or variable("SLURM_NTASKS") or 1),
+            node=variable("SLURMD_NODENAME", ""),
             name="cluster-" + "-".join(str(name) for name in names) + ".json",
         )
-        if int(of("SLURM_LOCALID", "0")) > 0:
+        if int(variable("SLURM_LOCALID", "0")) > 0:
             raise JobError(
-                f"cluster: slurm, but node {step.node} runs several tasks of this step; give "
-                "--ntasks-per-node=1: each process leads all devices of its node"
+                f"cluster: slurm requires one task per node, found several on node {step.node}; "
+                "set --ntasks-per-node=1, since each task uses all devices of its node"
             )
         return step
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """What the other nodes need to join the cluster: Dask's key and certificate, or Ray's token."""
+    """What other nodes need to join the cluster: address, and Dask certificate or Ray token."""
 
     address: str
     secret: str = ""
@@ -70,42 +75,44 @@ class Announcement:
 
 @contextmanager
 def announce(output: str, step: Step | None) -> Iterator[Callable[[Announcement], None]]:
-    """Yield what tells the others how to join; at the end they are told to leave.
+    """Yield a function that publishes an announcement; withdraw the announcement at the end.
 
-    The job folder holds the secret in a file that only this user can read; in a bucket, whoever
-    can read the job folder can read it. Outside of a step there are no others.
+    The announcement, with its secret, is a file in the job folder that only this user can read.
+    In a bucket, everyone who can read the job folder can read it. Outside of a SLURM step, there
+    are no other nodes and nothing is written.
     """
     if step is None:
         yield lambda announcement: None
         return
     folder = ObjectFolder(folder_of(output))
-    told = False
+    published = False
 
-    def tell(announcement: Announcement) -> None:
-        nonlocal told
+    def publish(announcement: Announcement) -> None:
+        nonlocal published
         folder.put(step.name, json.dumps(asdict(announcement)).encode(), private=True)
-        told = True
+        published = True
 
     try:
-        yield tell
+        yield publish
     finally:
-        if told:
+        if published:
             folder.delete(step.name)
 
 
 def wait_for_leader(output: str, step: Step) -> Announcement:
-    """Return how to join the cluster as soon as the first task has said it."""
-    until = time.monotonic() + LEADER_TIMEOUT
-    while (found := ObjectFolder(folder_of(output)).get(step.name)) is None:
-        if time.monotonic() > until:
+    """Wait for the leader's announcement and return it. Raises ChunkqError after a timeout."""
+    deadline = time.monotonic() + LEADER_TIMEOUT
+    while (content := ObjectFolder(folder_of(output)).get(step.name)) is None:
+        if time.monotonic() > deadline:
             raise ChunkqError(
-                f"the first task of this step has not started the cluster within "
-                f"{LEADER_TIMEOUT:.0f} s; its own messages say why (srun --label)"
+                f"cluster: the first task of this step has not started the cluster within "
+                f"{LEADER_TIMEOUT:.0f} s; fix the errors of that task (see srun --label)",
+                code=ErrorCode.CLUSTER_UNAVAILABLE,
             )
         time.sleep(POLL_SECONDS)
-    return Announcement(**json.loads(found))
+    return Announcement(**json.loads(content))
 
 
 def has_ended(output: str, step: Step) -> bool:
-    """Tell whether the first task has told the others to leave."""
+    """Return whether the leader has withdrawn its announcement."""
     return not ObjectFolder(folder_of(output)).exists(step.name)

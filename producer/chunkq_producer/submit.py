@@ -1,4 +1,4 @@
-"""From a job to a filled queue: check everything, write the job folder, enqueue what is left."""
+"""Produce a job: check it, write the job folder, queue the remaining chunks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
-"""By Zarr format, what marks the output's group and its array."""
+"""Zarr format -> metadata files of the output's group and array."""
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job that can be done: its record and plan."""
+    """A valid job: its record and plan."""
 
     record: JobRecord
     plan: Plan
@@ -37,7 +37,7 @@ class PreparedJob:
 
 @dataclass(frozen=True)
 class ProduceResult:
-    """What producing came to, in chunks."""
+    """Job folder and numbers of chunks: total, already computed, newly queued."""
 
     folder: JobFolder
     chunks: int
@@ -46,17 +46,20 @@ class ProduceResult:
 
 
 def prepare(job: Job) -> PreparedJob:
-    """Check a job against its volume and files; writes nothing.
+    """Check a job against its volumes and files without writing anything.
 
     Raises JobError or StoreError with one line per problem.
     """
     sources = [find_source(path) for path in job.input]
-    _check_alike(job, sources)
+    _check_shapes(job, sources)
     record = JobRecord.create(job, sources)
     plan = record.plan()
     load_blend_weights(plan)
     if folder_of(job.output) == job.output:
-        raise JobError(f"output: {without_secret(job.output)} ends in .chunkq, as job folders do")
+        raise JobError(
+            f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "
+            "folders; choose another path"
+        )
     for source in sources:
         if _overlap(job.output, source.array_path):
             raise JobError(
@@ -69,31 +72,35 @@ def prepare(job: Job) -> PreparedJob:
 def check_existing_job(
     prepared: PreparedJob, *, resume: bool = False, overwrite: bool = False
 ) -> bool:
-    """Tell whether the job was produced here before; refuses whatever else is in the way.
+    """Return whether the job already exists at its output path. Write nothing.
 
-    Raises JobError or StoreError; writes nothing.
+    Raises JobError or StoreError if the path holds something else, or if `resume` and there is no
+    job.
     """
     output = prepared.record.job.output
     if resume and overwrite:
-        raise JobError("--resume goes on and --overwrite starts again: give one of them")
+        raise JobError("--resume: conflicts with --overwrite; use one of them")
     folder = JobFolder(folder_of(output))
     if overwrite:
-        known = folder.objects.exists(RECORD)  # it may be damaged
-        _check_overwritable(output, known=known)
-        return known
-    before = folder.read_record()
-    if before is not None:
-        _check_same(before, prepared.record)
+        exists = folder.objects.exists(RECORD)  # the record may be damaged
+        _check_overwritable(output, is_job=exists)
+        return exists
+    stored_record = folder.read_record()
+    if stored_record is not None:
+        _check_same(stored_record, prepared.record)
         return True
     if resume:
         raise JobError(
-            f"output: {without_secret(output)} has no job to resume; run produce without --resume"
+            f"output: {without_secret(output)} has no job to resume; run `chunkq produce` without "
+            "--resume",
+            code=ErrorCode.JOB_MISSING,
         )
     filesystem, inner = open_filesystem(output)
     if filesystem.exists(inner):
         raise StoreError(
-            f"output: {without_secret(output)} exists and is not of this job (there is no "
-            f"{without_secret(folder.path)}); choose another, or replace it with --overwrite"
+            f"output: {without_secret(output)} exists but does not belong to this job "
+            f"(missing {without_secret(folder.path)}); choose another output, or use --overwrite",
+            code=ErrorCode.OUTPUT_EXISTS,
         )
     return False
 
@@ -104,97 +111,98 @@ def produce(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    remember: bool = True,
+    store_queue: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> ProduceResult:
-    """Create the job and its output, or continue it, then queue every uncommitted chunk.
+    """Create the job and its output, or continue it; then queue every chunk without a commit.
 
-    The same job again, also after the queue was lost, queues exactly what has no commit record.
-    Of several processes that create different jobs on one output at once, one succeeds and the
-    others raise JobError. The job is to `remember` its queue, unless that ends with this process.
+    Producing the same job again is safe, also after the queue was lost. If several processes
+    create different jobs on one output, one succeeds and the others raise JobError. With
+    `store_queue`, the job record contains the URL of the queue for later commands.
     """
     check_existing_job(prepared, resume=resume, overwrite=overwrite)
     folder = JobFolder(folder_of(prepared.record.job.output))
-    record = prepared.record.on_queue(executor.url) if remember else prepared.record
-    with _writing(folder.path):
+    record = prepared.record.on_queue(executor.url) if store_queue else prepared.record
+    with _storage_errors(folder.path):
         if overwrite:
             _replace(folder, record, prepared.plan, executor)
         else:
             _create(folder, record, prepared.plan)
     job = open_job(folder.path)
     _check_same(job.record, record)
-    left, done = _prepare_output(job)
-    progress(0, len(left))
+    remaining, done = _prepare_output(job)
+    progress(0, len(remaining))
 
     def tasks() -> Iterator[Task]:
-        for count, index in enumerate(left, start=1):
+        for count, index in enumerate(remaining, start=1):
             yield Task("infer", folder.path, index)
-            if count % 1000 == 0 or count == len(left):
-                progress(count, len(left))
+            if count % 1000 == 0 or count == len(remaining):
+                progress(count, len(remaining))
 
     return ProduceResult(folder, prepared.plan.costs.chunks, done, executor.submit(tasks()))
 
 
-def _check_same(before: JobRecord, record: JobRecord) -> None:
-    """Raise JobError if the job folder belongs to another job, or an input was replaced."""
+def _check_same(stored: JobRecord, record: JobRecord) -> None:
+    """Raise JobError if the stored record is of another job, or an input was replaced."""
     output = without_secret(record.job.output)
-    if before.digest != record.digest:
+    if stored.digest != record.digest:
         raise JobError(
-            f"output: {output} belongs to a different job ({_differences(before, record)}); choose "
-            "another output, or replace it with --overwrite",
+            f"output: {output} belongs to a different job ({_differences(stored, record)}); choose "
+            "another output, or use --overwrite",
             code=ErrorCode.OUTPUT_OF_OTHER_JOB,
         )
-    pairs = zip(before.sources, before.identities, record.identities, strict=True)
+    pairs = zip(stored.sources, stored.identities, record.identities, strict=True)
     problems = [
         f"input: {without_secret(source.array_path)} was replaced since {output} was produced; "
-        "restore it, or start again with --overwrite"
-        for source, then, now in pairs
-        if then != now
+        "restore it, or use --overwrite to start again"
+        for source, identity_then, identity_now in pairs
+        if identity_then != identity_now
     ]
     if problems:
         raise JobError(problems, code=ErrorCode.INPUT_CHANGED)
 
 
 def _create(folder: JobFolder, record: JobRecord, plan: Plan) -> None:
-    """Create the job unless there is one, which stays but for the queue that it names."""
-    before = folder.objects.get(RECORD)
-    if before is None:
+    """Create the job record. If there is one already, update only its queue."""
+    content = folder.objects.get(RECORD)
+    if content is None:
         folder.create_record(new_record(record, plan, replaces=False))
         return
     stored = folder.require_record()
     if stored.job.queue != record.job.queue:
-        moved = stored.job.model_copy(update={"queue": record.job.queue})
-        folder.replace_record(before, replace(stored, job=moved))
+        job = stored.job.model_copy(update={"queue": record.job.queue})
+        folder.replace_record(content, replace(stored, job=job))
 
 
 def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executor) -> None:
-    """Replace the job, whose record may be damaged or missing, by a new one."""
+    """Replace the job by a new one. The old record may be damaged or missing."""
     running = executor.running(folder.path)
     if running:
         raise JobError(
-            f"output: {without_secret(folder.output)} is being worked on by {running[0].worker}; "
-            "stop the workers before --overwrite"
+            f"output: {without_secret(folder.output)} is in use by worker {running[0].worker}; "
+            "stop the workers before --overwrite",
+            code=ErrorCode.OUTPUT_IN_USE,
         )
-    before = folder.objects.get(RECORD)
+    old_content = folder.objects.get(RECORD)
     new = new_record(record, plan, replaces=True)
 
     def clear() -> None:
-        # Commits go first: if this is cut off, the old job can be run again from its beginning.
+        # Delete commits first: after an interruption, the old job then starts from its beginning.
         folder.delete_epochs()
         ObjectFolder(folder.output).clear()
 
-    folder.replace_record(before, new, meanwhile=clear)
+    folder.replace_record(old_content, new, meanwhile=clear)
     executor.cancel(folder.path)
 
 
 def _prepare_output(job: JobHandle) -> tuple[list[Index], int]:
-    """Bring the output into its state; return the chunks that are left and the number done."""
+    """Create, unseal or seal the output; return the remaining chunks and the number computed."""
     committed = job.ledger.committed("infer")
-    left = [index for index in job.plan.indices() if index not in committed]
-    done = job.plan.costs.chunks - len(left)
-    with _writing(job.folder.output):
+    remaining = [index for index in job.plan.indices() if index not in committed]
+    done = job.plan.costs.chunks - len(remaining)
+    with _storage_errors(job.folder.output):
         job.folder.delete_earlier_epochs(job.record.epoch)
-        if left:
+        if remaining:
             job.ledger.unseal()
             if job.output.has_final_name:
                 with job.folder.claim(job.folder.objects.get(RECORD)):
@@ -205,61 +213,68 @@ def _prepare_output(job: JobHandle) -> tuple[list[Index], int]:
             job.output.seal(allowed=job.check_unchanged)
         else:
             job.output.check_array()
-    return left, done
+    return remaining, done
 
 
 @contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """Turn errors of the storage into one line."""
+def _storage_errors(path: str) -> Iterator[None]:
+    """Convert an OSError of the storage into a StoreError."""
     try:
         yield
     except OSError as error:
         raise StoreError(
-            f"output: {without_secret(path)} cannot be written: {error.strerror or error}"
+            f"output: {without_secret(path)} cannot be written: {error.strerror or error}; fix the "
+            "storage, or choose another output"
         ) from error
 
 
-def _check_alike(job: Job, sources: Sequence[Source]) -> None:
-    """Refuse several inputs that do not lie voxel on voxel."""
-    first = sources[0].volume.shape
+def _check_shapes(job: Job, sources: Sequence[Source]) -> None:
+    """Raise JobError if the inputs have different shapes."""
+    expected = sources[0].volume.shape
     problems = [
-        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.volume.shape)}, the "
-        f"first input {list(first)}; several inputs must have one shape"
+        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.volume.shape)}, "
+        f"expected {list(expected)} like the first input; use inputs of one shape"
         for n, source in enumerate(sources)
-        if source.volume.shape != first
+        if source.volume.shape != expected
     ]
     if problems:
         raise JobError(problems)
 
 
 def _overlap(output: str, array: str) -> bool:
-    """Tell whether one path lies in the other, or both are the same."""
-    places = [path if is_url(path) else os.path.realpath(path) for path in (output, array)]
-    one, other = (place.rstrip("/") + "/" for place in places)
-    return one.startswith(other) or other.startswith(one)
+    """Return whether the paths are equal or one contains the other."""
+    paths = [path if is_url(path) else os.path.realpath(path) for path in (output, array)]
+    first, second = (path.rstrip("/") + "/" for path in paths)
+    return first.startswith(second) or second.startswith(first)
 
 
-def _check_overwritable(output: str, *, known: bool) -> None:
-    """Refuse to delete anything that is neither a Zarr store nor ours."""
+def _check_overwritable(output: str, *, is_job: bool) -> None:
+    """Raise StoreError if the output is neither a Zarr store nor part of a job."""
     filesystem, inner = open_filesystem(output)
-    marks = {mark for marks in METADATA.values() for mark in marks} | {".zarray"}
+    metadata_files = {name for names in METADATA.values() for name in names} | {".zarray"}
     objects = ObjectFolder(output)
-    if filesystem.exists(inner) and not known and not any(objects.exists(m) for m in marks):
+    if (
+        filesystem.exists(inner)
+        and not is_job
+        and not any(objects.exists(name) for name in metadata_files)
+    ):
         raise StoreError(
-            f"output: {without_secret(output)} is no Zarr store, so --overwrite leaves it alone; "
-            "choose another output"
+            f"output: {without_secret(output)} is not a Zarr store and cannot be replaced by "
+            "--overwrite; choose another output",
+            code=ErrorCode.OUTPUT_EXISTS,
         )
 
 
-def _differences(before: JobRecord, now: JobRecord) -> str:
-    """Name the keys in which two jobs differ."""
-    old, new = (_flat(record) for record in (before, now))
+def _differences(stored: JobRecord, record: JobRecord) -> str:
+    """Return the names of the keys in which two jobs differ."""
+    old, new = _flat(stored), _flat(record)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    shown = ", ".join(keys[:4])
-    return f"different: {shown}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+    names = ", ".join(keys[:4])
+    return f"different: {names}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def _flat(record: JobRecord) -> dict[str, Any]:
+    """Return the values that identify a job by their key paths."""
     values = {k: v for k, v in record.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
     model = values.pop("model_config")
     flat = values | {f"model_config.{key}": value for key, value in model.items()}

@@ -1,4 +1,4 @@
-"""Those who work on a run, as the run sees them: a worker command of its own, or hired ones."""
+"""Workers of one run: a `chunkq work` process, remote workers of a cluster, or a thread."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ PrintLine = Callable[[str], None]
 
 
 class Workers(ABC):
-    """Workers that end by themselves when nothing is left to do."""
+    """Workers that end on their own when the job has no more tasks."""
 
     messages: Sequence[str] = ()
-    """Why they left, if not for want of work, in lines."""
+    """Error lines of workers that ended for another reason."""
 
     @abstractmethod
     def have_ended(self) -> bool:
-        """Tell whether all have left."""
+        """Return whether all workers have ended."""
 
     @abstractmethod
     def wait(self, seconds: float) -> None:
-        """Wait for them to leave, for so long at most."""
+        """Wait at most `seconds` for the workers to end."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Have them finish what is in flight; said again, hand it back."""
+        """Stop after the tasks in flight. A second call requeues these tasks."""
 
     @property
     @abstractmethod
     def exit_code(self) -> int:
-        """What the exit code of `chunkq work` is, or would be, once they are gone."""
+        """Exit code of `chunkq work`, or its equivalent; valid after the workers have ended."""
 
-    def kill(self) -> None:  # noqa: B027 -- nothing to do for those who go on by themselves
-        """Leave none behind that is of no use without this process."""
+    def kill(self) -> None:  # noqa: B027 -- remote workers continue without this process
+        """Kill workers that cannot continue without this process."""
 
 
 class WorkerCommand(Workers):
-    """`chunkq work` on this machine.
+    """A `chunkq work` process on this machine.
 
-    The queue's address, which may hold a password, travels in the environment: a command line
-    can be seen by everyone.
+    The queue URL, which may contain a password, is passed in the environment because all users
+    can read command lines.
     """
 
     def __init__(
-        self, options: Sequence[str], environment: Mapping[str, str], say: PrintLine
+        self, options: Sequence[str], environment: Mapping[str, str], print_line: PrintLine
     ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", "--lifeline", *options],
@@ -65,155 +65,158 @@ class WorkerCommand(Workers):
             text=True,
             start_new_session=True,
         )
-        self._say = say
+        self._print_line = print_line
         self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._repeat, daemon=True)
+        self._reader = threading.Thread(target=self._forward_stderr, daemon=True)
         self._reader.start()
 
     def have_ended(self) -> bool:
-        """Tell whether the command has ended."""
+        """Return whether the process has ended."""
         return self._process.poll() is not None
 
     def wait(self, seconds: float) -> None:
-        """Wait for its end."""
+        """Wait at most `seconds` for the process to end."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
     def stop(self) -> None:
-        """Pass on a signal."""
+        """Send SIGTERM."""
         self._process.terminate()
 
     @property
     def exit_code(self) -> int:
-        """Its exit code."""
+        """Exit code of the process."""
         self._reader.join()
         self.messages = self._lines
         return self._process.wait()
 
     def kill(self) -> None:
-        """Kill it, if it still lives."""
+        """Kill the process if it is still running."""
         self._process.kill()
         self._process.wait()
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    def _repeat(self) -> None:
-        """Pass on what it says."""
+    def _forward_stderr(self) -> None:
+        """Record and print the lines that the process writes to stderr."""
         if self._process.stderr is None:
             return
         with self._process.stderr as lines:
             for line in lines:
                 self._lines.append(line.rstrip("\n"))
-                self._say(self._lines[-1])
+                self._print_line(self._lines[-1])
 
 
 class ClusterWorkers(Workers):
-    """Processes of the engine's own."""
+    """Remote workers inside a Dask or Ray cluster."""
 
-    def __init__(self, hired: RemoteWorkers, say: PrintLine) -> None:
-        self._hired, self._say = hired, say
+    def __init__(self, remote_workers: RemoteWorkers, print_line: PrintLine) -> None:
+        self._remote_workers, self._print_line = remote_workers, print_line
 
     def have_ended(self) -> bool:
-        """Tell whether all have left; while the queue is away nobody knows."""
+        """Return whether all workers have ended; False while the queue cannot be reached."""
         try:
-            return self._hired.have_ended()
+            return self._remote_workers.have_ended()
         except QueueError:
             return False
 
     def wait(self, seconds: float) -> None:
-        """Wait a while."""
+        """Sleep for `seconds`."""
         time.sleep(seconds)
 
     def stop(self) -> None:
-        """Have them leave."""
-        with suppress(QueueError):  # those who cannot reach the queue leave by themselves
-            self._hired.stop()
+        """Stop the workers after the tasks in flight."""
+        with suppress(QueueError):  # workers that cannot reach the queue end on their own
+            self._remote_workers.stop()
 
     @property
     def exit_code(self) -> int:
-        """One if any left for another reason than want of work."""
-        self.messages = [f"chunkq: {line}" for line in self._hired.messages()]
+        """1 if any worker ended with an error, else 0."""
+        self.messages = [f"chunkq: {line}" for line in self._remote_workers.messages()]
         for line in self.messages:
-            self._say(line)
+            self._print_line(line)
         return 1 if self.messages else 0
 
 
 class WorkerThread(Workers):
     """One worker in a thread of this process."""
 
-    def __init__(self, executor: Executor, options: WorkerOptions, say: PrintLine) -> None:
-        self._executor, self._options, self._say = executor, options, say
-        self._code = 0
+    def __init__(self, executor: Executor, options: WorkerOptions, print_line: PrintLine) -> None:
+        self._executor, self._options, self._print_line = executor, options, print_line
+        self._exit_code = 0
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
 
     def have_ended(self) -> bool:
-        """Tell whether the worker has ended."""
+        """Return whether the thread has ended."""
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:
-        """Wait for its end."""
+        """Wait at most `seconds` for the thread to end."""
         self._thread.join(seconds)
 
     def stop(self) -> None:
-        """Finish the chunks in flight."""
+        """Stop after the chunks in flight."""
         self._options.stop.set()
 
     @property
     def exit_code(self) -> int:
-        """The exit code that a worker process would have."""
-        return self._code
+        """Exit code that a worker process would return."""
+        return self._exit_code
 
     def kill(self) -> None:
-        """Finish the chunks in flight: a thread cannot be killed."""
+        """Stop after the chunks in flight and wait: a thread cannot be killed."""
         self.stop()
         self._thread.join()
 
     def _work(self) -> None:
-        ended = self._executor.run_worker(self._options)
-        self._code, self.messages = ended.code, [f"chunkq: {line}" for line in ended.lines]
+        status = self._executor.run_worker(self._options)
+        self._exit_code = status.code
+        self.messages = [f"chunkq: {line}" for line in status.lines]
         for line in self.messages:
-            self._say(line)
+            self._print_line(line)
 
 
 def wait_for_workers(
-    crew: Workers, look: Callable[[], float], is_over: Callable[[], bool] = lambda: False
+    workers: Workers, poll: Callable[[], float], is_over: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Wait until a crew is gone; returns whether it was told to stop by a signal.
+    """Wait until all workers have ended; return whether a signal stopped them.
 
-    `look` is called now and then and returns the seconds until the next time; when `is_over` the
-    crew is told to stop, too.
+    `poll` is called repeatedly and returns the seconds until its next call. The workers are also
+    stopped when `is_over` returns True.
     """
     interrupted = threading.Event()
-    told = False
+    stop_sent = False
     try:
-        with _forward_signals(crew, interrupted):
-            while not crew.have_ended():
-                crew.wait(look())
-                if not told and is_over():
-                    told = True
-                    crew.stop()
-            look()
+        with _forward_signals(workers, interrupted):
+            while not workers.have_ended():
+                workers.wait(poll())
+                if not stop_sent and is_over():
+                    stop_sent = True
+                    workers.stop()
+            poll()
     finally:
-        crew.kill()
+        workers.kill()
     return interrupted.is_set()
 
 
 @contextmanager
-def _forward_signals(crew: Workers, interrupted: threading.Event) -> Iterator[None]:
-    """Have signals to stop reach the crew; only the main thread is ever sent any."""
+def _forward_signals(workers: Workers, interrupted: threading.Event) -> Iterator[None]:
+    """Stop the workers on SIGINT and SIGTERM. Do nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         interrupted.set()
-        # Another thread: what a signal interrupts may be talking to the queue itself.
-        threading.Thread(target=crew.stop).start()
+        # Use another thread: the interrupted code may be in the middle of a call to the queue.
+        threading.Thread(target=workers.stop).start()
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -399,7 +399,7 @@ def test_an_output_that_cannot_be_written_is_refused(workspace: Workspace) -> No
 
 def test_an_output_that_is_named_like_a_job_folder_is_refused(workspace: Workspace) -> None:
     workspace.write_job(output="out.zarr.chunkq")
-    refused(workspace, 2, "ends in .chunkq, as job folders do")
+    refused(workspace, 2, "output: ", "out.zarr.chunkq ends in .chunkq")
 
 
 # What only loading the network shows: `chunkq run` tries it before anything is written.

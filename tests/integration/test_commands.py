@@ -1,4 +1,4 @@
-"""The commands as a user meets them: templates, plans, status, help and exit codes."""
+"""Commands: job template, plan, status, queue operations, help and exit codes."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from chunkq.cli import COMMANDS
+from chunkq.errors import ErrorCode
 from chunkq.executors.base import WorkerOptions
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import load_job
@@ -21,7 +22,7 @@ from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace
 
 
-def make_bench(folder: Path) -> Workspace:
+def create_workspace(folder: Path) -> Workspace:
     write_zarr(folder / "in.zarr", random_volume((30, 22)), (8, 8))
     values = {
         "input": "in.zarr",
@@ -40,49 +41,50 @@ def make_bench(folder: Path) -> Workspace:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    return make_bench(tmp_path)
+    return create_workspace(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A job done from beginning to end by `chunkq run`."""
-    workspace = make_bench(tmp_path_factory.mktemp("sealed"))
-    answer = workspace.run("run", "job.json", "--gpus", "none").ok()
-    assert answer.out.startswith(f"complete: {workspace.output} (6 chunks, ")
+    """Return a job that `chunkq run` has completed."""
+    workspace = create_workspace(tmp_path_factory.mktemp("sealed"))
+    result = workspace.run("run", "job.json", "--gpus", "none").ok()
+    assert result.out.startswith(f"complete: {workspace.output} (6 chunks, ")
     return workspace
 
 
-def test_the_template_is_a_job_as_soon_as_its_files_are_there(tmp_path: Path) -> None:
+def test_the_template_is_a_valid_job_once_its_files_exist(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert "wrote job.yaml" in workspace.call("init").ok().out
-    workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr is not there")
+    workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr")
     write_zarr(tmp_path / "volume.zarr", np.zeros((96, 80, 64), np.uint8), (64, 64, 64))
-    workspace.call("plan", "job.yaml").refused(2, "model_config.ts_file: no file", "model.ts")
-    (tmp_path / "model.ts").write_bytes(b"read for its hash only")
+    workspace.call("plan", "job.yaml").refused(
+        2, ErrorCode.JOB_INVALID, "model_config.ts_file: ", "model.ts"
+    )
+    (tmp_path / "model.ts").write_bytes(b"only its hash is read")
     plan = json.loads(workspace.call("plan", "job.yaml", "--json").ok().out)
     assert plan["volume"] == [96, 80, 64]
     assert plan["output_dtype"] == "uint8"
     assert "newly queued" in workspace.call("produce", "job.yaml").ok().out
 
 
-def test_init_never_replaces_a_file(tmp_path: Path) -> None:
+def test_init_does_not_replace_an_existing_file(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    workspace.call("init", "mine.yaml").ok()
-    (tmp_path / "mine.yaml").write_text("mine")
-    workspace.call("init", "mine.yaml").refused(2, "mine.yaml: is there already")
-    assert (tmp_path / "mine.yaml").read_text() == "mine"
+    workspace.call("init", "own.yaml").ok()
+    (tmp_path / "own.yaml").write_text("content")
+    workspace.call("init", "own.yaml").refused(2, ErrorCode.OUTPUT_EXISTS, "own.yaml: ")
+    assert (tmp_path / "own.yaml").read_text() == "content"
 
 
-def test_init_into_a_folder_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
-    answer = workspace.call("init", "none/job.yaml")
-    answer.refused(answer.code, "none/job.yaml")
-    assert answer.code in (1, 2)
+def test_init_in_a_missing_folder_reports_one_line(tmp_path: Path) -> None:
+    result = Workspace(tmp_path).call("init", "none/job.yaml")
+    result.refused(2, ErrorCode.STORE_UNUSABLE, "none/job.yaml: ")
+    assert len(result.err.splitlines()) == 1
 
 
-def test_plan_says_what_the_job_will_cost_and_writes_nothing(workspace: Workspace) -> None:
+def test_plan_estimates_the_cost_and_writes_nothing(workspace: Workspace) -> None:
     before = everything_below(workspace.folder)
-    shown = workspace.call("plan", "job.json").ok().out
+    text = workspace.call("plan", "job.json").ok().out
     plan = json.loads(workspace.call("plan", "job.json", "--json").ok().out)
     assert everything_below(workspace.folder) == before
     assert plan["chunks"] == 6
@@ -90,62 +92,62 @@ def test_plan_says_what_the_job_will_cost_and_writes_nothing(workspace: Workspac
     assert plan["patches"] == 7 * 5
     assert plan["recompute_factor"] == 1.0
     assert plan["output_bytes"] == 3 * 30 * 22 * 4
-    total = plan["input_bytes"] + plan["output_bytes"] + 2 * plan["piece_bytes"]
-    assert plan["store_bytes"] == total
-    for words in ("30×22 uint8", "6 (3×2) of 12×12", "35, each computed once"):
-        assert words in shown
+    expected_bytes = plan["input_bytes"] + plan["output_bytes"] + 2 * plan["piece_bytes"]
+    assert plan["store_bytes"] == expected_bytes
+    for value in ("30×22 uint8", "6 (3×2) of 12×12", "35, each computed once"):
+        assert value in text
 
 
-def test_what_was_planned_is_what_was_moved(sealed: Workspace) -> None:
+def test_the_measured_bytes_equal_the_planned_bytes(sealed: Workspace) -> None:
     plan = json.loads(sealed.call("plan", "job.json", "--json").ok().out)
     report = json.loads((sealed.epoch_folder / "report.json").read_text())
     assert report["patches"] == plan["patches"]
     assert report["bytes"]["input"] == plan["input_bytes"]
     assert report["bytes"]["output"] == plan["output_bytes"]
-    headers = 150 * 6 * 8  # of the arrays in the pieces
-    assert 0 <= report["bytes"]["pieces_written"] - plan["piece_bytes"] < headers
+    max_header_bytes = 150 * 6 * 8  # arrays in the pieces have headers
+    assert 0 <= report["bytes"]["pieces_written"] - plan["piece_bytes"] < max_header_bytes
     assert report["bytes"]["pieces_read"] == report["bytes"]["pieces_written"]
 
 
-def test_plan_with_probe_times_a_batch(workspace: Workspace) -> None:
+def test_plan_with_check_model_measures_the_time_of_a_batch(workspace: Workspace) -> None:
     plan = json.loads(workspace.run("plan", "job.json", "--check-model", "--json").ok().out)
     assert plan["model_check"]["batch"] == 4
     assert 0 < plan["model_check"]["batch_seconds"] < 60
 
 
-def test_input_and_output_may_be_replaced_on_the_command_line(workspace: Workspace) -> None:
-    other = workspace.folder / "elsewhere"
-    other.mkdir()
-    write_zarr(other / "other.zarr", random_volume((16, 16)))
+def test_command_line_options_override_input_and_output(workspace: Workspace) -> None:
+    folder = workspace.folder / "elsewhere"
+    folder.mkdir()
+    write_zarr(folder / "other.zarr", random_volume((16, 16)))
     options = ("-i", "elsewhere/other.zarr", "-o", "elsewhere/result.zarr")
     plan = json.loads(workspace.call("plan", "job.json", *options, "--json").ok().out)
     assert plan["volume"] == [16, 16]
     workspace.call("produce", "job.json", *options).ok()
-    assert (other / "result.zarr.chunkq" / "job.json").exists()
+    assert (folder / "result.zarr.chunkq" / "job.json").exists()
     assert not workspace.output.exists()
 
 
-def test_a_job_means_the_same_as_yaml_json_and_a_mapping(workspace: Workspace) -> None:
+def test_yaml_json_and_a_mapping_define_the_same_job(workspace: Workspace) -> None:
     text = (workspace.folder / "job.json").read_text()
     (workspace.folder / "job.yaml").write_text(yaml.safe_dump(json.loads(text)))
-    absolute = {
+    mapping = {
         **workspace.values,
         "input": str(workspace.folder / "in.zarr"),
         "output": str(workspace.output),
     }
     jobs = [load_job(workspace.folder / name) for name in ("job.json", "job.yaml")]
-    assert jobs[0] == jobs[1] == load_job(absolute)
+    assert jobs[0] == jobs[1] == load_job(mapping)
     assert jobs[0].input == (str(workspace.folder / "in.zarr"),)
 
 
-def test_the_schema_is_one_and_tells_jobs_from_mistakes(workspace: Workspace) -> None:
+def test_the_schema_is_valid_and_rejects_invalid_jobs(workspace: Workspace) -> None:
     schema = json.loads(workspace.call("schema").ok().out)
     validator = jsonschema.validators.validator_for(schema)
     validator.check_schema(schema)
     job = json.loads((workspace.folder / "job.json").read_text())
     assert list(validator(schema).iter_errors(job)) == []
-    for wrong in ({"stride": [4]}, {"chunksize": [0]}, {"combine": "sofd"}):
-        assert list(validator(schema).iter_errors(job | wrong)), wrong
+    for mistake in ({"stride": [4]}, {"chunksize": [0]}, {"combine": "sofd"}):
+        assert list(validator(schema).iter_errors(job | mistake)), mistake
 
 
 def test_the_schema_accepts_the_template(tmp_path: Path) -> None:
@@ -156,76 +158,80 @@ def test_the_schema_accepts_the_template(tmp_path: Path) -> None:
     jsonschema.validate(job, schema)
 
 
-def test_status_of_a_sealed_job_says_so_in_every_form(sealed: Workspace) -> None:
-    found = json.loads(sealed.call("status", "out.zarr", "--json").ok().out)
-    assert found["output"] == str(sealed.output)
-    assert (found["chunks"], found["done"], found["sealed"]) == (6, 6, True)
-    assert (found["running"], found["queued"], found["failed"]) == (0, 0, 0)
-    assert found["blocks_finalized"] == found["blocks_to_finalize"] == 5
-    assert found["failures"] == []
-    [worker] = found["workers"]
+def test_status_shows_a_sealed_job_as_json_and_text(sealed: Workspace) -> None:
+    status = json.loads(sealed.call("status", "out.zarr", "--json").ok().out)
+    assert status["output"] == str(sealed.output)
+    assert (status["chunks"], status["done"], status["sealed"]) == (6, 6, True)
+    assert (status["running"], status["queued"], status["failed"]) == (0, 0, 0)
+    assert status["blocks_finalized"] == status["blocks_to_finalize"] == 5
+    assert status["failures"] == []
+    [worker] = status["workers"]
     assert worker["recent_chunks"] == 6
     assert abs(sum(worker["stage_shares"].values()) - 1) < 1e-9
-    shown = sealed.call("status", "out.zarr").ok().out
-    assert "6/6 chunks done" in shown
-    assert "\x1b" not in shown
+    text = sealed.call("status", "out.zarr").ok().out
+    assert "6/6 chunks done" in text
+    assert "\x1b" not in text
 
 
-def test_watching_a_sealed_job_in_a_log_prints_plain_lines_and_ends(sealed: Workspace) -> None:
-    shown = sealed.run("status", "out.zarr", "--watch").ok().out
-    [line] = shown.splitlines()
+def test_watching_a_sealed_job_in_a_log_prints_one_plain_line_and_ends(
+    sealed: Workspace,
+) -> None:
+    text = sealed.run("status", "out.zarr", "--watch").ok().out
+    [line] = text.splitlines()
     assert "6/6 chunks done, 5/5 blocks finalized" in line
     assert line.endswith("sealed")
     assert line.isprintable()
-    found = sealed.call("status", "out.zarr", "--watch", "--json").ok().out
-    assert json.loads(found)["sealed"] is True
+    text = sealed.call("status", "out.zarr", "--watch", "--json").ok().out
+    assert json.loads(text)["sealed"] is True
 
 
-def test_status_before_anything_ran_knows_what_is_queued(workspace: Workspace) -> None:
+def test_status_of_a_new_job_shows_the_queued_chunks(workspace: Workspace) -> None:
     workspace.call("produce", "job.json").ok()
-    found = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
-    assert (found["done"], found["queued"], found["sealed"]) == (0, 6, False)
-    assert found["voxels_per_second"] is None
-    assert found["seconds_left"] is None
-    assert found["workers"] == []
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
+    assert (status["done"], status["queued"], status["sealed"]) == (0, 6, False)
+    assert status["voxels_per_second"] is None
+    assert status["seconds_left"] is None
+    assert status["workers"] == []
     assert "0/6 chunks done, 6 queued" in workspace.call("status", "out.zarr").ok().out
 
 
-def test_status_without_its_queue_still_tells_what_the_ledger_knows(workspace: Workspace) -> None:
+def test_status_without_a_reachable_queue_shows_the_figures_of_the_ledger(
+    workspace: Workspace,
+) -> None:
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline(only={(0, 0)}.__contains__)
-    answer = workspace.call(
+    result = workspace.call(
         "status", "out.zarr", "--json", "--queue", "sqlite:///proc/none/queue.db"
     )
-    found = json.loads(answer.ok().out)
-    assert (found["done"], found["queued"]) == (1, None)
-    assert "/proc/none" in found["queue_problem"]
+    status = json.loads(result.ok().out)
+    assert (status["done"], status["queued"]) == (1, None)
+    assert "/proc/none" in status["queue_problem"]
 
 
-def test_the_job_folder_may_be_named_in_place_of_the_output(sealed: Workspace) -> None:
-    found = json.loads(sealed.call("status", "out.zarr.chunkq", "--json").ok().out)
-    assert found["done"] == 6
-    assert json.loads(sealed.call("status", "out.zarr/", "--json").ok().out) == found
+def test_commands_accept_the_job_folder_instead_of_the_output(sealed: Workspace) -> None:
+    status = json.loads(sealed.call("status", "out.zarr.chunkq", "--json").ok().out)
+    assert status["done"] == 6
+    assert json.loads(sealed.call("status", "out.zarr/", "--json").ok().out) == status
 
 
 @pytest.mark.parametrize("command", ["status", "finalize", "retry", "cancel"])
-def test_commands_on_an_output_without_a_job_say_so(workspace: Workspace, command: str) -> None:
-    answer = workspace.call(command, "nothing.zarr")
-    if command == "cancel":  # the queue may hold a job whose folder is gone
-        assert answer.ok().out.startswith("no chunk of this job is on the queue")
+def test_commands_report_an_output_without_a_job(workspace: Workspace, command: str) -> None:
+    result = workspace.call(command, "nothing.zarr")
+    if command == "cancel":  # the queue may contain a job whose folder was deleted
+        assert result.ok().out.startswith("no chunk of this job is on the queue")
         return
-    answer.refused(2, "nothing.zarr: no job was produced here", "chunkq produce")
+    result.refused(2, ErrorCode.JOB_MISSING, "nothing.zarr", "chunkq produce")
 
 
-def test_jobs_lists_every_job_on_the_queue_and_cancel_takes_one_off(workspace: Workspace) -> None:
+def test_jobs_lists_every_job_on_the_queue_and_cancel_removes_one(workspace: Workspace) -> None:
     assert workspace.call("jobs").ok().out == "no job has chunks on this queue\n"
     assert json.loads(workspace.call("jobs", "--json").ok().out) == []
     workspace.call("produce", "job.json").ok()
     workspace.call("produce", "job.json", "-o", "second.zarr").ok()
-    listed = workspace.call("jobs").ok().out
-    assert f"{workspace.output}: 6 queued, 0 running, 0 failed" in listed
-    assert f"{workspace.folder}/second.zarr: 6 queued" in listed
-    assert workspace.call("status").ok().out == listed
+    listing = workspace.call("jobs").ok().out
+    assert f"{workspace.output}: 6 queued, 0 running, 0 failed" in listing
+    assert f"{workspace.folder}/second.zarr: 6 queued" in listing
+    assert workspace.call("status").ok().out == listing
     rows = json.loads(workspace.call("jobs", "--json").ok().out)
     assert {row["output"] for row in rows} == {
         str(workspace.output),
@@ -236,68 +242,71 @@ def test_jobs_lists_every_job_on_the_queue_and_cancel_takes_one_off(workspace: W
     assert "6 newly queued" in workspace.call("produce", "job.json", "--resume").ok().out
 
 
-def test_status_says_what_to_do_about_chunks_that_are_on_no_queue(workspace: Workspace) -> None:
+def test_status_suggests_a_command_for_chunks_that_are_on_no_queue(workspace: Workspace) -> None:
     workspace.call("produce", "job.json").ok()
-    shown = workspace.call("status", "out.zarr").ok().out
-    assert "next:" not in shown
+    assert "next:" not in workspace.call("status", "out.zarr").ok().out
     workspace.call("cancel", "out.zarr").ok()
-    shown = " ".join(workspace.call("status", "out.zarr").ok().out.split())
-    assert "neither done nor on this queue; next: the `chunkq run` or `chunkq produce`" in shown
-    found = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
-    assert (found["forgotten"], found["seconds_left"]) == (True, None)
+    text = " ".join(workspace.call("status", "out.zarr").ok().out.split())
+    suggestion = text.partition("next: ")[2]
+    assert "`chunkq run`" in suggestion
+    assert "`chunkq produce`" in suggestion
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
+    assert (status["lost_from_queue"], status["seconds_left"]) == (True, None)
 
 
-def test_retry_queues_what_failed_and_nothing_else(workspace: Workspace) -> None:
+def test_retry_queues_only_failed_chunks(workspace: Workspace) -> None:
     workspace.call("produce", "job.json").ok()
     assert workspace.call("retry", "out.zarr").ok().out == "no failed chunk\n"
     queue = SqliteExecutor(f"sqlite://{workspace.queue_file}")
     for _ in range(3):
-        begun = queue.reserve(WorkerOptions("unlucky"))
-        assert begun is not None
-        queue.nack(begun, ValueError("unlucky"))
-    found = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
-    assert found["failed"] + found["queued"] == 6
+        lease = queue.reserve(WorkerOptions("unlucky"))
+        assert lease is not None
+        queue.nack(lease, ValueError("unlucky"))
+    status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
+    assert status["failed"] + status["queued"] == 6
     queue.close()
 
 
-def test_a_changed_checkpoint_is_another_job(workspace: Workspace) -> None:
-    weights = workspace.folder / "weights.pt"
-    torch.save({}, weights)
+def test_a_job_with_a_changed_checkpoint_is_a_different_job(workspace: Workspace) -> None:
+    checkpoint = workspace.folder / "weights.pt"
+    torch.save({}, checkpoint)
     workspace.write_job(model={"runtime": "torch", "checkpoint": "weights.pt"})
     workspace.call("produce", "job.json").ok()
-    torch.save({"more": torch.zeros(1)}, weights)
+    torch.save({"more": torch.zeros(1)}, checkpoint)
     workspace.call("produce", "job.json").refused(
-        2, "different: content of model_config.checkpoint"
+        2, ErrorCode.OUTPUT_OF_OTHER_JOB, "content of model_config.checkpoint"
     )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(workspace: Workspace, command: str) -> None:
-    shown = workspace.call(command, "--help").ok().out
-    assert shown.startswith(f"Usage: chunkq {command} ")
-    assert len(shown.splitlines()) > 4
-    assert workspace.call(command, "-h").ok().out == shown
+def test_every_command_has_a_help_text(workspace: Workspace, command: str) -> None:
+    text = workspace.call(command, "--help").ok().out
+    assert text.startswith(f"Usage: chunkq {command} ")
+    assert len(text.splitlines()) > 4
+    assert workspace.call(command, "-h").ok().out == text
 
 
-def test_help_imports_no_heavy_library() -> None:
-    heavy = "torch zarr tensorstore redis numpy pydantic fsspec s3fs chunkq_worker chunkq_producer"
+def test_help_imports_no_large_package() -> None:
+    packages = (
+        "torch zarr tensorstore redis numpy pydantic fsspec s3fs chunkq_worker chunkq_producer"
+    )
     code = (
         "import sys\n"
         "from chunkq.cli import main\n"
         "sys.argv = ['chunkq', '--help']\n"
         "code = main()\n"
-        f"print('HEAVY', [n for n in {heavy.split()} if n in sys.modules], code)\n"
+        f"print('IMPORTED', [n for n in {packages.split()} if n in sys.modules], code)\n"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
-    *shown, last = done.stdout.splitlines()
-    assert last == "HEAVY [] 0"
+    *lines, last_line = completed.stdout.splitlines()
+    assert last_line == "IMPORTED [] 0"
     for name in COMMANDS:
-        assert any(line.strip().startswith(f"{name} ") for line in shown), name
+        assert any(line.strip().startswith(f"{name} ") for line in lines), name
 
 
-def test_commands_that_run_no_network_import_no_torch(workspace: Workspace) -> None:
+def test_commands_that_run_no_network_do_not_import_torch(workspace: Workspace) -> None:
     lines = ["plan job.json", "produce job.json", "status out.zarr", "finalize out.zarr"]
     lines += ["retry out.zarr", "cancel out.zarr", "jobs", "schema"]
     code = (
@@ -307,7 +316,7 @@ def test_commands_that_run_no_network_import_no_torch(workspace: Workspace) -> N
         "    sys.argv = ['chunkq', *line.split()]\n"
         "    print(line, main(), 'torch' in sys.modules, file=sys.stderr)\n"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code],
         cwd=workspace.folder,
         env=workspace.env,
@@ -317,45 +326,46 @@ def test_commands_that_run_no_network_import_no_torch(workspace: Workspace) -> N
         timeout=60,
     )
     codes = dict.fromkeys(lines, 0) | {"finalize out.zarr": 3}
-    told = [line for line in done.stderr.splitlines() if not line.startswith("chunkq: ")]
-    assert told == [f"{line} {code} False" for line, code in codes.items()]
+    printed = [line for line in completed.stderr.splitlines() if not line.startswith("chunkq: ")]
+    assert printed == [f"{line} {code} False" for line, code in codes.items()]
 
 
-def test_a_misspelt_command_is_bad_usage_with_a_hint(workspace: Workspace) -> None:
-    answer = workspace.call("finalise", "out.zarr")
-    assert answer.code == 2
-    assert "no command 'finalise'; did you mean 'finalize'?" in answer.err
+def test_a_misspelled_command_is_an_error_with_a_suggestion(workspace: Workspace) -> None:
+    result = workspace.call("finalise", "out.zarr")
+    assert result.code == 2
+    assert "'finalise'" in result.err
+    assert "did you mean 'finalize'?" in result.err
 
 
 @pytest.mark.parametrize(
     "command",
     [("plan",), ("produce",), ("finalize",), ("work", "--workers", "0"), ("status", "--x")],
 )
-def test_bad_usage_ends_with_2(workspace: Workspace, command: tuple[str, ...]) -> None:
-    answer = workspace.call(*command)
-    assert answer.code == 2
-    assert "Traceback" not in answer.err
+def test_a_usage_error_has_exit_code_2(workspace: Workspace, command: tuple[str, ...]) -> None:
+    result = workspace.call(*command)
+    assert result.code == 2
+    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize("value", ["soon", "", "h", "1.5h", "-5"])
-def test_a_time_that_is_none_is_refused(workspace: Workspace, value: str) -> None:
-    workspace.call("work", "--burst", "--max-time", value).refused(2, "--max-time", "is no time")
-
-
-def test_a_gpu_that_is_not_granted_is_refused(workspace: Workspace) -> None:
-    workspace.environment["CUDA_VISIBLE_DEVICES"] = ""
-    workspace.call("work", "--gpus", "3").refused(
-        2, "--gpus: '3' is not among the visible GPUs (none)"
+def test_an_invalid_time_is_refused(workspace: Workspace, value: str) -> None:
+    workspace.call("work", "--burst", "--max-time", value).refused(
+        2, ErrorCode.JOB_INVALID, "--max-time", repr(value)
     )
 
 
-def test_run_again_on_a_finished_job_does_no_work_and_changes_nothing(sealed: Workspace) -> None:
+def test_a_gpu_that_is_not_visible_is_refused(workspace: Workspace) -> None:
+    workspace.environment["CUDA_VISIBLE_DEVICES"] = ""
+    workspace.call("work", "--gpus", "3").refused(2, ErrorCode.JOB_INVALID, "--gpus: ", "'3'")
+
+
+def test_running_a_finished_job_again_changes_nothing(sealed: Workspace) -> None:
     commits, values = sealed.commits(), read_output(sealed.output)
-    answer = sealed.run("run", "job.json", "--gpus", "none").ok()
-    assert "complete: " in answer.out
+    result = sealed.run("run", "job.json", "--gpus", "none").ok()
+    assert "complete: " in result.out
     assert sealed.commits() == commits
     np.testing.assert_array_equal(read_output(sealed.output), values)
 
 
-def test_version_names_the_program(workspace: Workspace) -> None:
+def test_version_prints_the_program_name(workspace: Workspace) -> None:
     assert workspace.call("--version").ok().out.startswith("chunkq, version ")

@@ -1,4 +1,4 @@
-"""The files of examples/brain fit together."""
+"""The model files and the job file of examples/brain are consistent."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "brain"
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_the_onnx_file_and_the_torchscript_hold_one_network() -> None:
+def test_the_onnx_file_and_the_torchscript_file_compute_the_same_output() -> None:
     script = torch.jit.load(str(EXAMPLE / "unet.ts")).eval()
     session = onnxruntime.InferenceSession(EXAMPLE / "unet.onnx")
     for size in (1, 3):
@@ -27,7 +27,7 @@ def test_the_onnx_file_and_the_torchscript_hold_one_network() -> None:
         np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-5)
 
 
-def test_the_onnx_file_is_whole_and_names_no_path_of_the_machine_that_wrote_it() -> None:
+def test_the_onnx_file_is_self_contained_and_has_no_metadata_of_its_build() -> None:
     model = onnx.load(EXAMPLE / "unet.onnx", load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
     graph = model.graph
@@ -36,6 +36,6 @@ def test_the_onnx_file_is_whole_and_names_no_path_of_the_machine_that_wrote_it()
     assert all(not part.metadata_props and not part.doc_string for part in parts)
 
 
-def test_the_job_names_the_onnx_file() -> None:
+def test_the_job_uses_the_onnx_file() -> None:
     job = load_job(EXAMPLE / "job.yaml")
     assert (job.model.runtime, job.model.model_file) == ("onnx", str(EXAMPLE / "unet.onnx"))

@@ -321,12 +321,12 @@ def test_where_spinns_config_asks_for_what_is_not_here_each_thing_is_one_line(
     spinn: Workspace,
 ) -> None:
     answer = spinn.run("run", "-e", "sqlite", *RUN)
-    answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
+    answer.refused(2, "cluster: slurm ", "SLURM_JOB_ID", "no GPU")
     assert len(answer.err.splitlines()) == 2
     assert not spinn.output.exists()
     for engine in ("dask", "ray"):
         answer = spinn.run("run", "-e", engine, "--queue", f"{engine}://", *RUN)
-        answer.refused(2, "cluster: slurm, but this is no SLURM allocation", "no GPU")
+        answer.refused(2, "cluster: slurm ", "SLURM_JOB_ID", "no GPU")
 
 
 def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Workspace) -> None:
@@ -335,7 +335,7 @@ def test_spinns_config_runs_with_the_three_keys_that_name_the_machine(spinn: Wor
     (spinn.folder / "config.json").write_text(json.dumps(values))
     answer = spinn.run("run", "-e", "sqlite", *RUN, timeout=300).ok()
     assert "complete" in answer.out
-    assert "dask_config is for --executor dask" in answer.err
+    assert "dask_config: unused with --executor sqlite" in answer.err
     labels = read_output(spinn.output)
     assert labels.shape == (4, 200, 200)
     assert labels.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""`plan --check-model` finds out what a network does before a job is started with it."""
+"""`plan --check-model` runs the network and reports its time, memory and properties."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from chunkq.errors import ErrorCode
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
 NETWORK = '''
-"""Networks with one habit each."""
+"""Networks with one property each."""
 import torch
 
 
@@ -50,7 +51,7 @@ class MixesItems(Plain):
         return y - y.mean(0, keepdim=True)
 
 
-class MindsItsPlace(Plain):
+class DependsOnPosition(Plain):
     def forward(self, x):
         return super().forward(x) + torch.arange(len(x)).reshape(-1, 1, 1, 1, 1)
 
@@ -87,61 +88,63 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path, values)
 
 
-def probed(workspace: Workspace, name: str, **model: Any) -> dict[str, Any]:
+def check_model(workspace: Workspace, name: str, **model: Any) -> dict[str, Any]:
+    """Return the result of checking the network class `name`."""
     workspace.write_job(model={"class_name": name, **model})
-    found: dict[str, Any] = json.loads(
-        workspace.call("plan", "job.json", "--check-model", "--json").ok().out
-    )
+    text = workspace.call("plan", "job.json", "--check-model", "--json").ok().out
     assert not workspace.output.exists()
-    probe: dict[str, Any] = found["model_check"]
-    return probe
+    check: dict[str, Any] = json.loads(text)["model_check"]
+    return check
 
 
-def test_an_honest_network_is_timed_and_nothing_is_held_against_it(workspace: Workspace) -> None:
-    found = probed(workspace, "Plain")
-    assert found["error"] is None
-    assert found["warnings"] == []
-    assert found["batch"] == found["patches"] == 4
-    assert 0 < found["batch_seconds"] < found["load_seconds"]
-    assert found["lowest"] < found["highest"]
-    assert found["finite"] is True
-    assert found["by_position"] < 1e-6
-    assert found["by_batch_size"] < 1e-6
-    assert found["other_size"] == 2
-    assert found["peak_bytes"] > 100e6
-    assert found["device"] == "cpu"
-    shown = workspace.call("plan", "job.json", "--check-model").ok().out
+def test_a_well_behaved_network_is_measured_without_warnings(workspace: Workspace) -> None:
+    check = check_model(workspace, "Plain")
+    assert check["error"] is None
+    assert check["warnings"] == []
+    assert check["batch"] == check["patches"] == 4
+    assert 0 < check["batch_seconds"] < check["load_seconds"]
+    assert check["lowest"] < check["highest"]
+    assert check["finite"] is True
+    assert check["by_position"] < 1e-6
+    assert check["by_batch_size"] < 1e-6
+    assert check["other_size"] == 2
+    assert check["peak_bytes"] > 100e6
+    assert check["device"] == "cpu"
+    text = workspace.call("plan", "job.json", "--check-model").ok().out
     for label in ("one patch", "network alone", "peak memory", "output range"):
-        assert f"\n{label}" in shown
-    assert "warning" not in shown
+        assert f"\n{label}" in text
+    assert "warning" not in text
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "fragments"),
     [
-        ("Normed", ["2 layers normalise", "norms.0", "norms.1"]),
-        ("BatchNormInTraining", ["normalise by the patch's own statistics", "norm"]),
-        ("MixesItems", ["results depend on the size of a batch"]),
-        ("MindsItsPlace", ["depends on its place in the batch"]),
-        ("NotANumber", ["NaN or infinity"]),
+        ("Normed", ["2 layers normalize", "norms.0", "norms.1"]),
+        ("BatchNormInTraining", ["layers normalize", "norm (BatchNorm3d)"]),
+        ("MixesItems", ["depend on the batch size", "max_batch_size"]),
+        ("DependsOnPosition", ["position in the batch"]),
+        ("NotANumber", ["NaN", "nan: zero"]),
     ],
 )
-def test_a_habit_that_shows_in_results_is_told_in_one_line(
-    workspace: Workspace, name: str, words: list[str]
+def test_a_property_that_affects_results_is_a_warning_of_one_line(
+    workspace: Workspace, name: str, fragments: list[str]
 ) -> None:
-    lines = probed(workspace, name)["warnings"]
-    assert any(all(word in line for word in words) for line in lines), lines
-    shown = workspace.call("plan", "job.json", "--check-model").ok().out
-    assert sum(line.startswith("warning") for line in shown.splitlines()) == len(lines)
+    warnings = check_model(workspace, name)["warnings"]
+    assert any(all(part in line for part in fragments) for line in warnings), warnings
+    text = workspace.call("plan", "job.json", "--check-model").ok().out
+    lines = text.splitlines()
+    assert sum(line.startswith("warning") for line in lines) == len(warnings)
 
 
-def test_a_shape_that_breaks_the_declaration_is_refused(workspace: Workspace) -> None:
+def test_an_output_shape_that_differs_from_the_declared_one_is_refused(
+    workspace: Workspace,
+) -> None:
     workspace.write_job(model={"class_name": "Wide"})
-    answer = workspace.call("plan", "job.json", "--check-model")
-    answer.refused(1, "returned shape [4, 2, 8, 8, 7]", "model_output_shape")
+    result = workspace.call("plan", "job.json", "--check-model")
+    result.refused(1, ErrorCode.MODEL_UNUSABLE, "[4, 2, 8, 8, 7]", "model_output_shape")
 
 
-def test_a_network_in_single_batches_is_probed_too(workspace: Workspace) -> None:
-    found = probed(workspace, "Plain", max_batch_size=1)
-    assert found["warnings"] == []
-    assert (found["by_position"], found["by_batch_size"], found["other_size"]) == (None, None, None)
+def test_a_network_with_batch_size_1_has_no_batch_deviations(workspace: Workspace) -> None:
+    check = check_model(workspace, "Plain", max_batch_size=1)
+    assert check["warnings"] == []
+    assert (check["by_position"], check["by_batch_size"], check["other_size"]) == (None, None, None)

@@ -89,9 +89,9 @@ def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
     untried = ModelCheck(**probe | {"finalizer_bytes": None})
     assert "finalizing: unknown" in peak_memory(untried, finalizes=True)
     assert "finalizing" not in peak_memory(untried, finalizes=False)
-    assert f"in all of a worker process with {depth} chunks in flight" in told
+    assert f"in total per worker process with {depth} chunks in flight" in told
     assert "of it libraries and network)" in told
-    assert "in all of one that finalizes blocks" in told
+    assert "in total to finalize blocks" in told
 
     workspace.call("produce", "job.json").ok()
     workspace.run("work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet").ok()
@@ -118,9 +118,9 @@ def test_the_plan_says_what_its_memory_is_of(tmp_path: Path) -> None:
     workspace = bench_of(tmp_path, "uint8", 1)
     alone = workspace.call("plan", "job.json").ok().out
     (line,) = [line for line in alone.splitlines() if line.startswith("memory")]
-    assert "arrays alone" in line
+    assert "of arrays per worker process" in line
     assert f"{DEPTH_ON_CPU} chunks in flight" in line
-    assert "libraries and network come on top (--check-model measures all)" in line
+    assert "plus libraries and network (--check-model measures the total)" in line
     assert "peak memory" not in alone
     deeper = json.loads(workspace.call("plan", "job.json", "--depth", "4", "--json").ok().out)
     flat = json.loads(workspace.call("plan", "job.json", "--depth", "1", "--json").ok().out)

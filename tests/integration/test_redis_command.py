@@ -232,7 +232,7 @@ def test_a_server_that_never_answers_is_ended(tmp_path: Path) -> None:
         wait_until(made.children, "the server is there")
         assert made.wait() == 1
         log = tmp_path / "queue" / "redis.log"
-        assert made.says() == f"chunkq: the Redis server does not answer; {log} says why\n"
+        assert made.says().endswith(f"{log} [{ErrorCode.QUEUE_UNAVAILABLE}]\n")
         made.leaves_no_process()
 
 
@@ -244,7 +244,9 @@ def test_a_server_that_dies_is_told_in_one_line(tmp_path: Path) -> None:
         assert made.wait() == 1
         told = made.says().removeprefix(before)
     log = tmp_path / "queue" / "redis.log"
-    assert told == f"chunkq: the Redis server ended with code -9; {log} says why\n"
+    [line] = told.splitlines()
+    assert "exit code -9" in line
+    assert line.endswith(f"{log} [{ErrorCode.QUEUE_UNAVAILABLE}]")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -300,10 +302,8 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         for bind in ("127.0.0.1", "0.0.0.0"):
-            assert refused(tmp_path / "queue", "--bind", bind, port=port) == (
-                f"chunkq: cannot listen on {bind}, port {port}: Address already in use; if a Redis "
-                "runs there already, use it, else choose another --port"
-            )
+            line = refused(tmp_path / "queue", "--bind", bind, port=port)
+            assert f"cannot listen on {bind}, port {port}: Address already in use" in line
 
 
 def test_a_second_server_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -322,7 +322,8 @@ def test_an_address_that_is_not_this_machines_is_refused(bind: str, tmp_path: Pa
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = refused(tmp_path / "file" / "queue")
-    assert said == f"chunkq: --folder: {tmp_path}/file/queue cannot be made: Not a directory"
+    assert said.startswith(f"chunkq: --folder: {tmp_path}/file/queue ")
+    assert "Not a directory" in said
 
 
 def test_a_damaged_queue_is_refused_with_what_the_server_says(tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_a_damaged_queue_is_refused_with_what_the_server_says(tmp_path: Path) ->
         made.stop()
     for path in folder.rglob("*.aof"):
         path.write_bytes(b"nonsense\r\n" * 100)
-    assert "the Redis server does not start: " in refused(folder)
+    assert "redis: the server cannot start: " in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'a "quoted" one', "back\\slash", "Würfel"])

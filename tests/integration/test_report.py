@@ -1,4 +1,4 @@
-"""`chunkq report` tells where a job's time went, in words, for scripts and on a page."""
+"""`chunkq report` prints the timing of a job as text, JSON or an HTML page."""
 
 import json
 import math
@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
+from chunkq.errors import ErrorCode
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace, run_inline
 
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID_TAGS = {"meta", "br", "link", "img", "input", "hr"}
 
 
-def made(folder: Path) -> Workspace:
-    """A job of 12 chunks whose patches overlap."""
+def create_workspace(folder: Path) -> Workspace:
+    """Write a job of 12 chunks with overlapping patches."""
     write_zarr(folder / "in.zarr", random_volume((192, 256)), (32, 32))
     workspace = Workspace(
         folder,
@@ -38,18 +39,18 @@ def made(folder: Path) -> Workspace:
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = made(tmp_path_factory.mktemp("sealed"))
+    workspace = create_workspace(tmp_path_factory.mktemp("sealed"))
     run_inline(workspace.values)
     return workspace
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    return made(tmp_path)
+    return create_workspace(tmp_path)
 
 
 def report(workspace: Workspace, *arguments: str | Path, columns: int = 60) -> CommandResult:
-    """Run the command in a terminal of some width."""
+    """Run the command in a terminal of `columns` columns."""
     environment = workspace.environment | {"COLUMNS": str(columns)}
     return Workspace(workspace.folder, workspace.values, environment).call(
         "report", "out.zarr", *arguments
@@ -57,82 +58,86 @@ def report(workspace: Workspace, *arguments: str | Path, columns: int = 60) -> C
 
 
 def values(workspace: Workspace) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(report(workspace, "--json").ok().out)
-    return found
+    figures: dict[str, Any] = json.loads(report(workspace, "--json").ok().out)
+    return figures
 
 
 class Page(HTMLParser):
-    """Everything of a page that a test asks for; unbalanced tags are errors."""
+    """Tags, attributes and text of an HTML page. Unbalanced tags fail an assertion."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.open_tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.counts: dict[str, int] = {}
-        self.said: list[str] = []
+        self.texts: list[str] = []
         self.feed(content)
         self.close()
-        assert not self.open
+        assert not self.open_tags
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.counts[tag] = self.counts.get(tag, 0) + 1
         self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.counts[tag] = self.counts.get(tag, 0) + 1
         self.attributes += attrs
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.said.append(data)
+        self.texts.append(data)
 
 
-def test_the_plan_foresaw_what_was_measured(sealed: Workspace) -> None:
-    found = values(sealed)
-    depth = str(found["chunks_in_flight"])
+def test_the_measured_figures_match_the_plan(sealed: Workspace) -> None:
+    figures = values(sealed)
+    depth = str(figures["chunks_in_flight"])
     plan = json.loads(sealed.call("plan", "job.json", "--depth", depth, "--json").ok().out)
-    assert found["patches"] == found["planned_patches"] == plan["patches"]
-    planned = (plan["input_bytes"], plan["output_bytes"], plan["piece_bytes"], plan["piece_bytes"])
-    for key, foreseen in zip(found["bytes"], planned, strict=True):
-        assert found["planned_bytes"][key] == foreseen
-        assert found["bytes"][key] == pytest.approx(foreseen, rel=0.1), key
-    assert found["planned_array_bytes"] == plan["array_bytes"]
+    assert figures["patches"] == figures["planned_patches"] == plan["patches"]
+    planned_bytes = (
+        plan["input_bytes"],
+        plan["output_bytes"],
+        plan["piece_bytes"],
+        plan["piece_bytes"],
+    )
+    for key, expected in zip(figures["bytes"], planned_bytes, strict=True):
+        assert figures["planned_bytes"][key] == expected
+        assert figures["bytes"][key] == pytest.approx(expected, rel=0.1), key
+    assert figures["planned_array_bytes"] == plan["array_bytes"]
 
 
-def test_json_is_the_report_that_was_sealed(sealed: Workspace) -> None:
-    found = values(sealed)
+def test_json_equals_the_stored_report(sealed: Workspace) -> None:
+    figures = values(sealed)
     stored = sealed.report()
-    assert found == {"output": str(sealed.output), "sealed": True, **stored}
-    assert found["chunks"] == found["planned_chunks"] == 12
-    assert found["voxels"] == 192 * 256
-    assert sum(found["worker_time_shares"].values()) == pytest.approx(1)
-    (worker,) = found["workers"].values()
+    assert figures == {"output": str(sealed.output), "sealed": True, **stored}
+    assert figures["chunks"] == figures["planned_chunks"] == 12
+    assert figures["voxels"] == 192 * 256
+    assert sum(figures["worker_time_shares"].values()) == pytest.approx(1)
+    (worker,) = figures["workers"].values()
     assert sum(worker["shares"].values()) == pytest.approx(1)
     commits = sealed.commits()
     for stage in ("read", "compute", "write"):
         total = math.fsum(c.seconds[stage] for c in commits)
-        assert found["seconds"][stage] == pytest.approx(total)
+        assert figures["seconds"][stage] == pytest.approx(total)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_text_fits_the_terminal(sealed: Workspace, columns: int) -> None:
-    shown = report(sealed, columns=columns).ok().out
-    assert "\x1b" not in shown
-    assert max(map(len, shown.splitlines())) <= columns
-    one_line = " ".join(shown.split())
-    assert "The devices computed" in one_line
-    assert "complete" in shown
-    for words in ("stage", "workers", "stragglers", "planned", "memory"):
-        assert words in shown
+    text = report(sealed, columns=columns).ok().out
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= columns
+    assert sealed.report()["conclusion"] in " ".join(text.split())
+    assert "complete" in text
+    for heading in ("stage", "workers", "stragglers", "planned", "memory"):
+        assert heading in text
 
 
-def test_the_page_stands_alone(sealed: Workspace, tmp_path: Path) -> None:
-    said = report(sealed, "--html", tmp_path / "page.html").ok().out
-    assert str(tmp_path / "page.html") in said
+def test_the_page_has_no_external_resources(sealed: Workspace, tmp_path: Path) -> None:
+    output = report(sealed, "--html", tmp_path / "page.html").ok().out
+    assert str(tmp_path / "page.html") in output
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(content)
     assert page.counts["svg"] == 4
@@ -145,15 +150,19 @@ def test_the_page_stands_alone(sealed: Workspace, tmp_path: Path) -> None:
         if name in ("src", "href", "xlink:href"):
             assert value is not None
             assert value.startswith("#"), value
-    text = " ".join(page.said)
-    for words in ("The devices computed", "share of the worker's time (%)", "Stragglers"):
-        assert words in text
+    text = " ".join(page.texts)
+    for expected in (
+        sealed.report()["conclusion"],
+        "share of the worker's time (%)",
+        "Stragglers",
+    ):
+        assert expected in text
 
 
-def test_names_on_the_page_are_no_markup(tmp_path: Path) -> None:
+def test_the_page_escapes_the_name_of_the_output(tmp_path: Path) -> None:
     folder = tmp_path / "a <b> & c"
     folder.mkdir()
-    workspace = made(folder)
+    workspace = create_workspace(folder)
     run_inline(workspace.values)
     report(workspace, "--html", "page.html").ok()
     content = (folder / "page.html").read_text(encoding="utf-8")
@@ -161,77 +170,82 @@ def test_names_on_the_page_are_no_markup(tmp_path: Path) -> None:
     assert "b" not in Page(content).counts
 
 
-def test_an_unfinished_job_is_told_so_far(workspace: Workspace) -> None:
+def test_the_report_of_an_unfinished_job_covers_the_chunks_so_far(workspace: Workspace) -> None:
     workspace.call("produce", "job.json").ok()
-    shown = report(workspace).ok().out
-    assert "so far: 0 of 12 chunks done" in shown
-    assert "No chunk is computed yet." in shown
+    text = report(workspace).ok().out
+    assert "so far: 0 of 12 chunks done" in text
+    assert values(workspace)["conclusion"] in text
     report(workspace, "--html", "none.html").ok()
     Page((workspace.folder / "none.html").read_text(encoding="utf-8"))
 
     workspace.compute_inline(only={(0, 0), (0, 1), (1, 0)}.__contains__)
-    found = values(workspace)
-    assert (found["sealed"], found["chunks"], len(found["missing"])) == (False, 3, 9)
-    assert 0 < found["bytes"]["input"] < found["planned_bytes"]["input"]
+    figures = values(workspace)
+    assert (figures["sealed"], figures["chunks"], len(figures["missing"])) == (False, 3, 9)
+    assert 0 < figures["bytes"]["input"] < figures["planned_bytes"]["input"]
     assert "so far: 3 of 12 chunks done" in report(workspace).ok().out
     report(workspace, "--html", "some.html").ok()
     page = Page((workspace.folder / "some.html").read_text(encoding="utf-8"))
-    assert "so far: 3 of 12 chunks done" in " ".join(page.said)
+    assert "so far: 3 of 12 chunks done" in " ".join(page.texts)
     assert not (workspace.epoch_folder / "report.json").exists()
 
 
-def test_a_report_of_an_older_version_is_taken_from_the_records(sealed: Workspace) -> None:
+def test_a_report_of_an_older_version_is_computed_from_the_commit_records(
+    sealed: Workspace,
+) -> None:
     stored = sealed.report()
-    kept = ("chunkq_version", "digest", "chunks", "missing", "patches", "seconds", "workers")
+    old_keys = ("chunkq_version", "digest", "chunks", "missing", "patches", "seconds", "workers")
     try:
-        sealed.ledger.write_report({key: stored[key] for key in kept})
-        found = values(sealed)
+        sealed.ledger.write_report({key: stored[key] for key in old_keys})
+        figures = values(sealed)
     finally:
         sealed.ledger.write_report(stored)
-    assert found == {"output": str(sealed.output), "sealed": True, **stored}
+    assert figures == {"output": str(sealed.output), "sealed": True, **stored}
 
 
-@pytest.mark.parametrize("damage", ["gone", "other-number", "cut-off"])
-def test_a_damaged_report_of_a_sealed_job_is_taken_from_the_records(
+@pytest.mark.parametrize("damage", ["missing", "changed", "truncated"])
+def test_a_damaged_report_of_a_sealed_job_is_computed_from_the_commit_records(
     sealed: Workspace, damage: str
 ) -> None:
     path, stored = sealed.epoch_folder / "report.json", sealed.report()
     text = path.read_text()
     try:
-        if damage == "gone":
+        if damage == "missing":
             path.unlink()
-        elif damage == "other-number":
+        elif damage == "changed":
             assert text.count('"planned_chunks": 12') == 1
             path.write_text(text.replace('"planned_chunks": 12', '"planned_chunks": 13'))
         else:
             path.write_text(text[:-20])
-        found = values(sealed)
+        figures = values(sealed)
     finally:
         path.write_text(text)
-    assert found == {"output": str(sealed.output), "sealed": True, **stored}
+    assert figures == {"output": str(sealed.output), "sealed": True, **stored}
 
 
-def test_a_folder_without_a_job_is_one_line(tmp_path: Path) -> None:
-    answer = Workspace(tmp_path).call("report", "out.zarr")
-    answer.refused(answer.code, "no job was produced here")
-    assert answer.code in (1, 2)
-    assert len(answer.err.splitlines()) == 1
+def test_the_report_of_a_missing_job_is_an_error_of_one_line(tmp_path: Path) -> None:
+    result = Workspace(tmp_path).call("report", "out.zarr")
+    result.refused(2, ErrorCode.JOB_MISSING, "out.zarr")
+    assert len(result.err.splitlines()) == 1
 
 
-def test_without_matplotlib_the_page_is_refused_in_one_line(
+def test_the_page_without_matplotlib_is_an_error_of_one_line(
     sealed: Workspace, tmp_path: Path
 ) -> None:
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
-    answer = sealed.run(
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not installed')")
+    result = sealed.run(
         "report", "out.zarr", "--html", tmp_path / "page.html", PYTHONPATH=str(tmp_path)
     )
-    answer.refused(1, "chunkq[plot]")
-    assert len(answer.err.splitlines()) == 1
+    result.refused(1, ErrorCode.PACKAGE_MISSING, "chunkq[plot]")
+    assert len(result.err.splitlines()) == 1
     assert not (tmp_path / "page.html").exists()
-    sealed.run("report", "out.zarr", PYTHONPATH=str(tmp_path)).ok()  # the text needs none of it
+    sealed.run(
+        "report", "out.zarr", PYTHONPATH=str(tmp_path)
+    ).ok()  # only the page needs matplotlib
 
 
-def test_a_page_that_cannot_be_written_is_one_line(sealed: Workspace, tmp_path: Path) -> None:
-    answer = report(sealed, "--html", tmp_path / "none" / "page.html")
-    answer.refused(1, "page.html")
-    assert len(answer.err.splitlines()) == 1
+def test_a_page_that_cannot_be_written_is_an_error_of_one_line(
+    sealed: Workspace, tmp_path: Path
+) -> None:
+    result = report(sealed, "--html", tmp_path / "none" / "page.html")
+    result.refused(1, ErrorCode.STORAGE_FAILED, "page.html")
+    assert len(result.err.splitlines()) == 1

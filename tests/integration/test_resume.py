@@ -177,7 +177,7 @@ def test_overwrite_is_refused_while_chunks_are_running(workspace: Workspace) -> 
     assert queue.reserve(WorkerOptions("busy-worker")) is not None
     before = files_below(workspace.output) | files_below(workspace.job_folder)
     workspace.call("produce", "job.json", "--overwrite").refused(
-        2, "is being worked on by busy-worker; stop the workers before --overwrite"
+        2, ErrorCode.OUTPUT_IN_USE, "output: ", "busy-worker", "--overwrite"
     )
     assert files_below(workspace.output) | files_below(workspace.job_folder) == before
     queue.release("busy-worker")
@@ -191,9 +191,9 @@ def test_overwrite_never_deletes_a_folder_that_is_no_store(workspace: Workspace,
     (workspace.output / name).write_text("years of work")
     before = files_below(workspace.folder)
     workspace.call("produce", "job.json", "--overwrite").refused(
-        2, "is no Zarr store, so --overwrite leaves it alone"
+        2, ErrorCode.OUTPUT_EXISTS, "not a Zarr store"
     )
-    workspace.call("produce", "job.json").refused(2, "exists and is not of this job")
+    workspace.call("produce", "job.json").refused(2, ErrorCode.OUTPUT_EXISTS, "--overwrite")
     assert files_below(workspace.folder) == before
 
 
@@ -202,7 +202,7 @@ def test_an_output_of_something_else_is_refused_and_replaced_only_on_demand(
 ) -> None:
     write_zarr(workspace.output, random_volume((4, 4)))
     before = files_below(workspace.folder)
-    workspace.call("produce", "job.json").refused(2, "exists and is not of this job", "--overwrite")
+    workspace.call("produce", "job.json").refused(2, ErrorCode.OUTPUT_EXISTS, "--overwrite")
     assert files_below(workspace.folder) == before
     produce(workspace, "--overwrite")
     assert zarr.open(workspace.array, mode="r").shape == (3, *SHAPE)
@@ -257,7 +257,7 @@ def test_a_half_written_output_of_an_older_job_is_refused(workspace: Workspace) 
     workspace.compute_inline(only={(0, 0)}.__contains__)
     shutil.rmtree(workspace.job_folder)
     before = files_below(workspace.output)
-    workspace.call("produce", "job.json").refused(2, "exists and is not of this job")
+    workspace.call("produce", "job.json").refused(2, ErrorCode.OUTPUT_EXISTS, "--overwrite")
     workspace.call("finalize", "out.zarr").refused(2, "no job was produced here")
     assert files_below(workspace.output) == before
     produce(workspace, "--overwrite")

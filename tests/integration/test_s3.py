@@ -242,7 +242,7 @@ def test_overwrite_on_s3_really_deletes_what_was_there(
     assert set(objects(bucket, "lab/again.zarr.chunkq")) == {"job.json"}
     bucket.pipe_file("lab/precious/thesis.txt", b"years of work")
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/precious")
-    workspace.call("produce", job, *options, "--overwrite").refused(2, "is no Zarr store")
+    workspace.call("produce", job, *options, "--overwrite").refused(2, "[output_exists]")
     assert set(objects(bucket, "lab/precious")) == {"thesis.txt"}
 
 

@@ -1,54 +1,54 @@
-"""`chunkq run` is stopped in the middle: nothing is lost, and nothing is left running."""
+"""Interrupted or killed `chunkq run`: no result is lost and no process keeps running."""
 
 import signal
 
+from chunkq.errors import ErrorCode
 from tests.harness.standard_job import StandardWorkspace
 from tests.harness.waiting import wait_until
 
 
-def test_ctrl_c_ends_a_run_with_130_and_the_same_command_completes_it(
+def test_ctrl_c_stops_a_run_with_130_and_the_same_command_completes_the_job(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    command = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1", "--depth", "2")
-    with workspace.start(*command, NET_HOLD="forward", NET_AFTER="5") as cli:
+    arguments = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1", "--depth", "2")
+    with workspace.start(*arguments, NET_HOLD="forward", NET_AFTER="5") as command:
         workspace.wait_until_stopped()
         workspace.wait_for_chunks_in_flight(2)
-        before, worker_processes = workspace.done(), cli.children()
-        cli.process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stopping: chunks in flight are finished first" in cli.output(), "told")
+        before, worker_processes = workspace.done(), command.children()
+        command.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping" in command.output(), "the worker is stopping")
         workspace.open_gate()
-        ended = cli.wait()
+        result = command.wait()
         assert worker_processes
-        cli.wait_for_children()
-    assert ended.code == 130
-    assert "Traceback" not in ended.err
-    assert ended.messages == [
-        "chunkq: stopping: chunks in flight are finished first; once more hands them back at once",
-        "chunkq: stopped; the same command continues where it was",
-    ]
-    assert ended.err.splitlines()[-1] == ended.messages[-1]
-    stopped_at = workspace.done()
-    assert len(stopped_at) == len(before) + 2
-    assert {name: stopped_at[name] for name in before} == before
+        command.wait_for_children()
+    assert result.code == 130
+    assert "Traceback" not in result.err
+    stopping, interrupted = result.messages
+    assert interrupted.endswith(f"[{ErrorCode.INTERRUPTED}]")
+    assert "stopping" in stopping
+    assert result.err.splitlines()[-1] == interrupted
+    after_stop = workspace.done()
+    assert len(after_stop) == len(before) + 2
+    assert {name: after_stop[name] for name in before} == before
     assert set(workspace.attempts()) == {0}
 
-    with workspace.start(*command) as again:
-        ended = again.wait()
-    assert ended.code == 0
-    assert "complete: " in ended.err
+    with workspace.start(*arguments) as command:
+        result = command.wait()
+    assert result.code == 0
+    assert "complete: " in result.err
     done = workspace.done()
-    assert {name: done[name] for name in stopped_at} == stopped_at
+    assert {name: done[name] for name in after_stop} == after_stop
     assert workspace.stored() == undisturbed.stored()
     assert set(workspace.computed().values()) == {1}
 
 
-def test_a_killed_run_leaves_no_process_behind(workspace: StandardWorkspace) -> None:
-    command = ("run", str(workspace.job_file), "--gpus", "none", "-w", "2")
-    with workspace.start(*command, NET_HOLD="forward") as cli:
+def test_no_process_of_a_killed_run_keeps_running(workspace: StandardWorkspace) -> None:
+    arguments = ("run", str(workspace.job_file), "--gpus", "none", "-w", "2")
+    with workspace.start(*arguments, NET_HOLD="forward") as command:
         workspace.wait_until_stopped()
-        # The supervisor and its two workers.
-        wait_until(lambda: len(cli.children()) == 3, "all processes are there")
-        cli.process.kill()
-        cli.process.wait()
-        cli.wait_for_children()
+        # The supervisor and its two worker processes.
+        wait_until(lambda: len(command.children()) == 3, "all processes are running")
+        command.process.kill()
+        command.process.wait()
+        command.wait_for_children()
     assert workspace.done().keys() <= {".".join(map(str, i)) for i in workspace.job.plan.indices()}

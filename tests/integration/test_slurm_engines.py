@@ -1,4 +1,4 @@
-"""Dask and Ray inside one SLURM allocation, with no server but what the job itself starts."""
+"""Dask and Ray clusters that a job starts inside one SLURM allocation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def slurm_of_module() -> Iterator[tuple[NetworkNamespace, SlurmCluster]]:
 
 @pytest.fixture
 def slurm(slurm_of_module: tuple[NetworkNamespace, SlurmCluster]) -> Iterator[SlurmCluster]:
-    """A SLURM without jobs, in a network of its own, since Ray listens on all interfaces."""
+    """Yield a SLURM cluster without jobs in a network namespace: Ray listens on all interfaces."""
     network, cluster = slurm_of_module
     with network.inside():
         yield cluster
@@ -31,13 +31,13 @@ def slurm(slurm_of_module: tuple[NetworkNamespace, SlurmCluster]) -> Iterator[Sl
 
 @pytest.fixture
 def site(slurm: SlurmCluster, standard_job: StandardJob, tmp_path: Path) -> SlurmWorkspace:
-    # An emulated GPU is no CUDA device.
+    # Emulated GPUs are not CUDA devices.
     keys = {"cluster": "slurm", "model": {"device": "cpu"}}
     return SlurmWorkspace(slurm, standard_job.workspace(tmp_path, keys))
 
 
 @pytest.mark.parametrize("engine", ["dask", pytest.param("ray", marks=pytest.mark.proof("slurm"))])
-def test_one_allocation_is_a_cluster_of_its_own(
+def test_a_job_starts_its_own_cluster_in_one_allocation(
     engine: str, site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     job = site.submit(
@@ -46,18 +46,18 @@ def test_one_allocation_is_a_cluster_of_its_own(
         options=f"--nodes={len(NODES)} --gres=gpu:{GPUS}",
         NET_SLEEP="0.2",
     )
-    (ended,) = site.slurm.succeeded(job)
-    assert ended.log.count("complete: ") == 1
+    (slurm_job,) = site.slurm.succeeded(job)
+    assert slurm_job.log.count("complete: ") == 1
     assert site.workspace.stored() == undisturbed.stored()
     assert set(site.workspace.computed().values()) == {1}
     assert site.computing_nodes() == set(NODES)
     site.slurm.empty()
-    wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left")
+    wait_until(lambda: not site.slurm.job_processes(), "all processes of the job have ended")
 
 
 @pytest.mark.proof("slurm")
 @pytest.mark.parametrize("engine", ["dask", "ray"])
-def test_a_cancelled_allocation_is_continued_by_the_next_one(
+def test_the_next_allocation_continues_a_cancelled_one(
     engine: str, site: SlurmWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace, arguments = site.workspace, (f"{engine}.sbatch", str(site.workspace.job_file))
@@ -65,16 +65,16 @@ def test_a_cancelled_allocation_is_continued_by_the_next_one(
     job = site.submit(*arguments, options=options, NET_HOLD="forward", NET_AFTER="5")
     workspace.wait_until_stopped()
     site.slurm.ask("scancel", job)
-    (ended,) = site.slurm.wait(job)
-    assert ended.state == "CANCELLED"
+    (slurm_job,) = site.slurm.wait(job)
+    assert slurm_job.state == "CANCELLED"
     site.slurm.empty()
-    wait_until(lambda: not site.slurm.job_processes(), "nothing of it is left")
-    stopped_at = workspace.done()
-    assert 5 <= len(stopped_at) < len(undisturbed.done())
+    wait_until(lambda: not site.slurm.job_processes(), "all processes of the job have ended")
+    done_at_cancel = workspace.done()
+    assert 5 <= len(done_at_cancel) < len(undisturbed.done())
 
-    again = site.submit(*arguments, options=options)
-    site.slurm.succeeded(again)
-    assert {name: workspace.done()[name] for name in stopped_at} == stopped_at
+    next_job = site.submit(*arguments, options=options)
+    site.slurm.succeeded(next_job)
+    assert {name: workspace.done()[name] for name in done_at_cancel} == done_at_cancel
     assert workspace.stored() == undisturbed.stored()
     computed, patches = workspace.computed(), workspace.patches()
-    assert {computed[patch] for name in stopped_at for patch in patches[name]} == {1}
+    assert {computed[patch] for name in done_at_cancel for patch in patches[name]} == {1}

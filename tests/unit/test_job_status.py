@@ -1,4 +1,4 @@
-"""A status rests on a few listings and a sample of records, and still tells the truth."""
+"""`job_status` reads a few listings and a sample of the commit records."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def ledger_in(path: Path) -> Ledger:
 
 
 def ledger_with_commits(path: Path) -> Ledger:
-    """One commit a second by one worker whose device computes half of the time."""
+    """Return a ledger with one commit per second of a worker whose device is busy half the time."""
     ledger = ledger_in(path)
     for n in range(CHUNKS):
         seconds = {"read": 0.5, "compute": 0.5}
@@ -31,28 +31,28 @@ def ledger_with_commits(path: Path) -> Ledger:
     return ledger
 
 
-def test_of_few_records_the_newest_are_found(tmp_path: Path) -> None:
-    newest = ledger_with_commits(tmp_path).recent_commits("infer", 3)
-    assert (newest.total, newest.step) == (CHUNKS, 1)
-    assert [record.chunk for record in newest.records] == [(47,), (46,), (45,)]
+def test_recent_commits_of_few_records_are_the_newest_ones(tmp_path: Path) -> None:
+    recent = ledger_with_commits(tmp_path).recent_commits("infer", 3)
+    assert (recent.total, recent.step) == (CHUNKS, 1)
+    assert [record.chunk for record in recent.records] == [(47,), (46,), (45,)]
 
 
-def test_of_many_records_all_are_counted_and_only_a_sample_is_read(
+def test_recent_commits_of_many_records_count_all_and_read_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger_module, "SAMPLE", 16)
-    newest = ledger_with_commits(tmp_path).recent_commits("infer", 64)
-    assert (newest.total, newest.step, len(newest.records)) == (CHUNKS, 4, 12)
-    moments = [record.finished for record in newest.records]
-    assert moments == sorted(moments, reverse=True)
+    recent = ledger_with_commits(tmp_path).recent_commits("infer", 64)
+    assert (recent.total, recent.step, len(recent.records)) == (CHUNKS, 4, 12)
+    times = [record.finished for record in recent.records]
+    assert times == sorted(times, reverse=True)
 
 
-def test_nothing_done_yet_is_no_speed(tmp_path: Path) -> None:
+def test_a_ledger_without_commits_has_no_recent_commits(tmp_path: Path) -> None:
     assert ledger_in(tmp_path).recent_commits("infer", 3) == RecentCommits(0, 1, ())
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
+def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     ledger_with_commits(tmp_path)
@@ -60,7 +60,7 @@ def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
     source = Source("/in.zarr", plan.volume, Space.plain(1))
     record = JobRecord(plan.job, (source,), {}, epoch=EPOCH)
     job = JobHandle(JobFolder(str(tmp_path / "out.zarr.chunkq")), record, plan)
-    # Which records a sample holds is up to the file system; here it is every step-th in time.
+    # The file system decides which records are sampled, so sample every step-th one explicitly.
     records = tuple(job.ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
     assert len(records) == CHUNKS // step
     monkeypatch.setattr(
@@ -68,6 +68,8 @@ def test_speed_and_waiting_do_not_depend_on_how_many_records_are_looked_at(
     )
     status = job_status(job, None)
     assert (status.chunks, status.done) == (CHUNKS + 10, CHUNKS)
-    assert status.voxels_per_second == pytest.approx(10, rel=0.1)  # ten voxels, one second a chunk
+    assert status.voxels_per_second == pytest.approx(
+        10, rel=0.1
+    )  # one chunk of ten voxels per second
     (worker,) = status.workers
     assert worker.device_wait_share == pytest.approx(0.5, abs=0.05)

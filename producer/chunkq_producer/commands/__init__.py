@@ -1,1 +1,1 @@
-"""One module per command: options to values, then a plain function."""
+"""One module per command: parse options, call a plain function, print the result."""

@@ -27,11 +27,11 @@ from chunkq_producer.job_status import duration
 
 @click.command()
 @output_argument
-@click.option("--allow-missing", is_flag=True, help="Seal although chunks are missing.")
-@click.option("--distribute", is_flag=True, help="Have the workers on the queue do it.")
+@click.option("--allow-missing", is_flag=True, help="Seal the output even if chunks are missing.")
+@click.option("--distribute", is_flag=True, help="Complete blocks on the workers of the queue.")
 @click.option(
     "--threads", type=click.IntRange(1),
-    help="Blocks completed here at once; default 2, if 2 GiB hold them.",
+    help="Blocks completed in parallel (default: 2 if they fit into 2 GiB).",
 )  # fmt: skip
 @queue_option
 @json_option
@@ -43,15 +43,15 @@ def finalize(
     queue: str | None,
     as_json: bool,
 ) -> None:
-    """Complete the blocks that several chunks share and seal OUTPUT.
+    """Merge the overlaps between chunks and mark OUTPUT complete.
 
-    Exits with 3 and the list of chunks if some are not computed yet. With --allow-missing the
-    blocks they touch stay empty and the output's attributes say that it is incomplete.
+    If chunks are missing, the exit code is 3 and the chunks are listed. With --allow-missing the
+    blocks of these chunks stay empty and the output's attributes mark it as incomplete.
     """
     job = job_at(output)
     try:
         if distribute:
-            with_workers(job, queue, allow_missing=allow_missing)
+            complete_on_workers(job, queue, allow_missing=allow_missing)
         report = finalize_and_seal(job, allow_missing=allow_missing, threads=threads)
     except IncompleteError as error:
         if as_json:
@@ -64,51 +64,51 @@ def finalize(
         print_result(job, report)
 
 
-def with_workers(job: JobHandle, queue: str | None, *, allow_missing: bool) -> None:
-    """Put the blocks on the job's queue and wait until workers have completed them."""
+def complete_on_workers(job: JobHandle, queue: str | None, *, allow_missing: bool) -> None:
+    """Queue the blocks on the job's queue and wait until workers have completed them."""
     with (
         queue_of(queue, job.record.job.queue) as executor,
-        ProgressBar("workers complete blocks") as meter,
+        ProgressBar("finalizing blocks on workers") as progress_bar,
     ):
-        distribution.distribute(job, executor, allow_missing=allow_missing, progress=meter)
+        distribution.distribute(job, executor, allow_missing=allow_missing, progress=progress_bar)
 
 
 def finalize_and_seal(
     job: JobHandle, *, allow_missing: bool = False, threads: int | None = None
 ) -> dict[str, Any]:
-    """Finalize and seal with progress; returns the report."""
-    with ProgressBar("finalizing blocks") as meter:
+    """Finalize and seal with a progress bar; return the report."""
+    with ProgressBar("finalizing blocks") as progress_bar:
         return finalize_job(
             job,
             worker=socket.gethostname(),
             allow_missing=allow_missing,
             threads=threads,
-            progress=meter,
+            progress=progress_bar,
         )
 
 
 def print_result(job: JobHandle, report: dict[str, Any]) -> None:
-    """Say what became of the job."""
-    shown = without_secret(job.folder.output)
+    """Print warnings, the state of the output and a summary of the time."""
+    output = without_secret(job.folder.output)
     for warning in report["warnings"]:
         click.echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
-        click.echo(f"sealed WITHOUT {len(report['missing'])} chunks: {shown}")
+        click.echo(f"sealed WITHOUT {len(report['missing'])} chunks: {output}")
         return
     click.echo(
-        f"complete: {shown} ({report['chunks']} chunks, {report['patches']} patches, "
+        f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
     click.echo(time_summary(report))
 
 
 def time_summary(report: dict[str, Any]) -> str:
-    """Return one line: the workers' time by stage, how busy devices were, the largest memory."""
+    """Return one line: shares of the stages, device utilization, finalize time, peak memory."""
     seconds = report["seconds"]
     finalizing = seconds["finalize"]
     stages = {s: t for s, t in seconds.items() if s not in ("wait", "finalize")}
-    whole = sum(stages.values()) or 1.0
-    shares = ", ".join(f"{stage} {time / whole:.0%}" for stage, time in stages.items())
+    total = sum(stages.values()) or 1.0
+    shares = ", ".join(f"{stage} {time / total:.0%}" for stage, time in stages.items())
     busy = [worker["device_busy_share"] for worker in report["workers"].values()]
     average = sum(busy) / len(busy) if busy else 0.0
     return (

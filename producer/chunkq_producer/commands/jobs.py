@@ -20,19 +20,19 @@ def jobs(queue: str | None, as_json: bool) -> None:
 
 
 def list_jobs(queue: str | None, *, as_json: bool) -> None:
-    """Print each job on the queue with its counts."""
+    """Print each job on the queue with the numbers of its chunks by state."""
     with queue_of(queue) as executor:
-        found = executor.jobs()
+        counts_by_job = executor.jobs()
     if as_json:
         rows = [
             {"output": printable_path(output_of(job)), **asdict(counts)}
-            for job, counts in found.items()
+            for job, counts in counts_by_job.items()
         ]
         click.echo(json.dumps(rows, indent=1))
         return
-    if not found:
+    if not counts_by_job:
         click.echo("no job has chunks on this queue")
-    for job, counts in sorted(found.items()):
+    for job, counts in sorted(counts_by_job.items()):
         click.echo(
             f"{printable_path(output_of(job))}: {counts.queued} queued, "
             f"{counts.running} running, {counts.failed} failed"

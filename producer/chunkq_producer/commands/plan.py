@@ -20,8 +20,8 @@ from chunkq_producer.finalizer_memory import measure_finalizer_memory
 from chunkq_producer.job_status import duration
 from chunkq_producer.model_check import ModelCheck, check_model, warnings
 
-MUCH_TO_FINALIZE = 0.9
-"""Share of the output written by finalizing from which the plan warns."""
+MAX_SHARE_TO_FINALIZE = 0.9
+"""Share of the voxels to finalize above which the plan recommends larger chunks."""
 
 
 @click.command()
@@ -32,11 +32,11 @@ MUCH_TO_FINALIZE = 0.9
     "--check-model",
     "with_model_check",
     is_flag=True,
-    help="Try the network on real patches, and the memory with real chunks.",
+    help="Run the network on patches of the volume and measure memory with whole chunks.",
 )
 @click.option(
     "--depth", type=click.IntRange(1),
-    help=f"Chunks in flight per process; default {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}.",
+    help=f"Chunks in flight per process (default: {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}).",
 )  # fmt: skip
 @json_option
 def plan(
@@ -47,26 +47,26 @@ def plan(
     depth: int | None,
     as_json: bool,
 ) -> None:
-    """Check JOB and say what it will cost; nothing is written."""
+    """Check JOB and estimate its cost without writing anything."""
     prepared = submit.prepare(load_job(job, input=input_, output=output))
-    tried = None
+    check = None
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(prepared.record.job))
     if with_model_check:
-        tried = check_model(prepared.record, depth=depth)
-        if tried.error is not None:
-            raise ModelError(tried.error)
-        tried.finalizer_bytes = None
+        check = check_model(prepared.record, depth=depth)
+        if check.error is not None:
+            raise ModelError(check.error)
+        check.finalizer_bytes = None
         if prepared.plan.costs.finalized_blocks:
-            tried.finalizer_bytes = measure_finalizer_memory(prepared.record)
+            check.finalizer_bytes = measure_finalizer_memory(prepared.record)
     if as_json:
-        click.echo(json.dumps(_values(prepared.plan, depth, tried), indent=1))
+        click.echo(json.dumps(_values(prepared.plan, depth, check), indent=1))
     else:
-        for label, value in _rows(prepared.plan, depth, tried):
+        for label, value in _rows(prepared.plan, depth, check):
             click.echo(f"{label:<20}{value}")
 
 
-def _values(plan: Plan, depth: int, tried: ModelCheck | None) -> dict[str, Any]:
+def _values(plan: Plan, depth: int, check: ModelCheck | None) -> dict[str, Any]:
     costs = plan.costs
     values: dict[str, Any] = {
         "volume": list(plan.volume.shape),
@@ -87,15 +87,15 @@ def _values(plan: Plan, depth: int, tried: ModelCheck | None) -> dict[str, Any]:
         "depth": depth,
         "array_bytes": footprint(plan).peak_bytes(depth),
     }
-    if tried is not None:
-        values["model_check"] = {**vars(tried), "warnings": warnings(tried)}
+    if check is not None:
+        values["model_check"] = {**vars(check), "warnings": warnings(check)}
     return values
 
 
-def _rows(plan: Plan, depth: int, tried: ModelCheck | None) -> list[tuple[str, str]]:
+def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, str]]:
     costs = plan.costs
-    per_voxel = costs.patches * _volume(plan.output_patch) / _volume(plan.volume.shape)
-    share = costs.finalized_voxels / _volume(plan.volume.shape)
+    per_voxel = costs.patches * _voxels(plan.output_patch) / _voxels(plan.volume.shape)
+    share = costs.finalized_voxels / _voxels(plan.volume.shape)
     rows = [
         ("input", f"{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         (
@@ -105,65 +105,69 @@ def _rows(plan: Plan, depth: int, tried: ModelCheck | None) -> list[tuple[str, s
         ),
         ("chunks", f"{costs.chunks} ({_shape(plan.blocks)}) of {_shape(plan.chunksize)}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
-        ("to finalize", f"{costs.finalized_blocks} blocks, {share:.0%} of the voxels"),
+        (
+            "to finalize",
+            f"{costs.finalized_blocks} of {costs.chunks} blocks with overlaps, {share:.0%} of the "
+            "voxels",
+        ),
         ("read", f"{size(costs.input_bytes)} of input"),
         ("write", f"{size(costs.output_bytes)} of output"),
-        ("pieces", f"{size(costs.piece_bytes)} written, read once and deleted"),
+        ("pieces", f"{size(costs.piece_bytes)} of temporary files"),
         (
             "memory",
-            f"arrays alone: at most {size(footprint(plan).peak_bytes(depth))} in a worker process "
-            f"with {depth} chunks in flight; libraries and network come on top"
-            + ("" if tried else " (--check-model measures all)"),
+            f"at most {size(footprint(plan).peak_bytes(depth))} of arrays per worker process with "
+            f"{depth} chunks in flight, plus libraries and network"
+            + ("" if check else " (--check-model measures the total)"),
         ),
     ]
-    if tried is not None:
-        rows += _tried_rows(costs, tried)
-    if share > MUCH_TO_FINALIZE:
+    if check is not None:
+        rows += _model_check_rows(costs, check)
+    if share > MAX_SHARE_TO_FINALIZE:
         rows.append(
             (
                 "note",
-                "nearly all of it goes through pieces; larger chunks or smaller storage_chunks "
-                "lower that",
+                f"{share:.0%} of the voxels are finalized from temporary files; set a larger "
+                "chunksize or smaller storage_chunks to reduce this",
             )
         )
     return rows
 
 
-def _tried_rows(costs: Costs, tried: ModelCheck) -> list[tuple[str, str]]:
-    each = tried.batch_seconds / tried.batch
+def _model_check_rows(costs: Costs, check: ModelCheck) -> list[tuple[str, str]]:
+    seconds_per_patch = check.batch_seconds / check.batch
     rows = [
-        ("network", f"on {tried.device}, loaded in {tried.load_seconds:.3g} s; its shapes fit"),
-        ("one patch", f"{each:.3g} s, in batches of {tried.batch}"),
+        ("network", f"on {check.device}, loaded in {check.load_seconds:.3g} s; shapes are valid"),
+        ("one patch", f"{seconds_per_patch:.3g} s, in batches of {check.batch}"),
         (
             "network alone",
-            f"{duration(max(1, costs.patches * each))} for all patches on one such device",
+            f"{duration(max(1, costs.patches * seconds_per_patch))} for all patches on one device",
         ),
-        ("peak memory", peak_memory(tried, finalizes=costs.finalized_blocks > 0)),
-        ("output range", f"{tried.lowest:.4g} to {tried.highest:.4g}, before any activation"),
+        ("peak memory", peak_memory(check, finalizes=costs.finalized_blocks > 0)),
+        ("output range", f"{check.lowest:.4g} to {check.highest:.4g}, before any activation"),
     ]
-    return rows + [("warning", line) for line in warnings(tried)]
+    return rows + [("warning", line) for line in warnings(check)]
 
 
-def peak_memory(tried: ModelCheck, *, finalizes: bool) -> str:
-    """Return what a worker and the finalizer need, each with all that is in the process."""
-    if tried.worker_bytes is None:
-        found = [f"of a worker: unknown, chunks could not be tried ({tried.memory_error})"]
+def peak_memory(check: ModelCheck, *, finalizes: bool) -> str:
+    """Return the peak memory of a worker process, the finalizer and the device as text."""
+    if check.worker_bytes is None:
+        parts = [f"of a worker process: unknown, chunks could not be run ({check.memory_error})"]
     else:
-        found = [
-            f"{size(tried.worker_bytes)} in all of a worker process with {tried.depth} chunks in "
-            f"flight ({size(tried.loaded_bytes)} of it libraries and network), "
-            f"tried on {tried.chunks} chunks"
+        parts = [
+            f"{size(check.worker_bytes)} in total per worker process with {check.depth} chunks in "
+            f"flight ({size(check.loaded_bytes)} of it libraries and network), "
+            f"measured on {check.chunks} chunks"
         ]
-    if tried.finalizer_bytes is not None:
-        found.append(f"{size(tried.finalizer_bytes)} in all of one that finalizes blocks")
+    if check.finalizer_bytes is not None:
+        parts.append(f"{size(check.finalizer_bytes)} in total to finalize blocks")
     elif finalizes:
-        found.append("of finalizing: unknown, blocks could not be tried")
-    if tried.device_bytes is not None:
-        found.append(f"{size(tried.device_bytes)} on the device")
-    return "; ".join(found)
+        parts.append("of finalizing: unknown, blocks could not be completed")
+    if check.device_bytes is not None:
+        parts.append(f"{size(check.device_bytes)} on the device")
+    return "; ".join(parts)
 
 
-def _volume(shape: tuple[int, ...]) -> float:
+def _voxels(shape: tuple[int, ...]) -> float:
     voxels = 1.0
     for length in shape:
         voxels *= length

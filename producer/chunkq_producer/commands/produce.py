@@ -27,7 +27,7 @@ from chunkq_producer.runner import launch_cluster_workers
 @input_option
 @output_option
 @queue_option
-@click.option("--resume", is_flag=True, help="Only go on with a job that was produced before.")
+@click.option("--resume", is_flag=True, help="Continue an existing job; fail if there is none.")
 @click.option("--overwrite", is_flag=True, help="Delete the output and start again.")
 def produce(
     job: Path,
@@ -37,24 +37,26 @@ def produce(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Check JOB, write its job folder and queue every chunk that is not done yet."""
-    checked = load_job(job, input=input_, output=output)
-    prepared = submit.prepare(checked)
+    """Check JOB, write its job folder and queue every chunk that is not computed."""
+    loaded_job = load_job(job, input=input_, output=output)
+    prepared = submit.prepare(loaded_job)
     submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
-    url = queue_of(checked, queue)
+    url = queue_of(loaded_job, queue)
     with closing(open_shared(url)) as executor:
         executor.ready()
-        with ProgressBar("queueing chunks") as meter:
-            made = submit.produce(
-                prepared, executor, resume=resume, overwrite=overwrite, progress=meter
+        with ProgressBar("queueing chunks") as progress_bar:
+            result = submit.produce(
+                prepared, executor, resume=resume, overwrite=overwrite, progress=progress_bar
             )
-        going = launch_cluster_workers(executor, made)
-    shown = without_secret(checked.output)
-    click.echo(f"{made.chunks} chunks, {made.done} done, {made.queued} newly queued -> {shown}")
-    if going:
-        click.echo("the cluster's own workers have begun; they go on without this machine")
-        click.echo(f"next: chunkq status {shown} --watch, then chunkq finalize {shown}")
+        workers_started = launch_cluster_workers(executor, result)
+    output_name = without_secret(loaded_job.output)
+    click.echo(
+        f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
+    )
+    if workers_started:
+        click.echo("workers are running in the cluster; they do not need this machine")
+        click.echo(f"next: chunkq status {output_name} --watch, then chunkq finalize {output_name}")
         return
     work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
-    following = work if made.done < made.chunks else f"finalize {shown}"
-    click.echo(f"next: chunkq {following}")
+    next_command = work if result.done < result.chunks else f"finalize {output_name}"
+    click.echo(f"next: chunkq {next_command}")

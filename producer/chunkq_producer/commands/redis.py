@@ -32,41 +32,42 @@ from chunkq.private_files import (
 )
 
 START_SECONDS = 10.0
+"""Seconds within which a new server must accept connections."""
 
 
 @click.command()
 @click.option("--port", default=6379, show_default=True, type=click.IntRange(1, 65535))
 @click.option(
     "--bind", default="127.0.0.1", show_default=True,
-    help="Address to listen on; 0.0.0.0 lets other machines in, with the password.",
+    help="Address to listen on; 0.0.0.0 accepts other machines, which need the password.",
 )  # fmt: skip
 @click.option(
     "--folder", type=click.Path(file_okay=False, path_type=Path),
-    help="Where the queue is kept; default: redis in the user's state folder.",
+    help="Folder of the queue (default: redis in the user's state folder).",
 )  # fmt: skip
 def redis(port: int, bind: str, folder: Path | None) -> None:
-    """Start a Redis server for a queue, until Ctrl-C; what is queued stays in its folder.
+    """Run a Redis server for a queue until Ctrl-C. The queue is stored in a folder.
 
-    For a laptop or a login node without a Redis of its own. Other users need its password.
+    Intended for laptops and login nodes that have no Redis server. The server has a password.
     """
     program = find_server()
-    place = (folder or platformdirs.user_state_path("chunkq") / "redis").absolute()
-    _prepare_folder(place)
-    _refuse_taken(bind, port)
-    with _locked(place) as lock:
-        server = Server(place, port, bind, _password(place))
+    folder = (folder or platformdirs.user_state_path("chunkq") / "redis").absolute()
+    _prepare_folder(folder)
+    _check_port(bind, port)
+    with _locked(folder) as lock:
+        server = Server(folder, port, bind, _password(folder))
         host = _host(bind)
-        write_private(place / "url", server.url(host) + "\n")
+        write_private(folder / "url", server.url(host) + "\n")
         for name in _names(bind, host):
             credentials.store_secret("redis", name, port, server.password or "")
-        code, stopped = _serve(server, program, lock, host)
+        code, stopped = _run_server(server, program, lock, host)
     if code and not stopped:
-        raise QueueError(f"the Redis server ended with code {code}; {_log(place)} says why")
+        raise QueueError(f"redis: the server ended with exit code {code}; see {_log(folder)}")
     sys.exit(0)
 
 
-def _serve(server: Server, program: str, lock: int, host: str) -> tuple[int, bool]:
-    """Run a server until it ends; returns its exit code, and whether a signal has stopped it."""
+def _run_server(server: Server, program: str, lock: int, host: str) -> tuple[int, bool]:
+    """Run a server until it ends; return its exit code and whether a signal stopped it."""
     log = _log(server.folder)
     stopped = threading.Event()
     processes: list[subprocess.Popen[bytes]] = []
@@ -84,9 +85,9 @@ def _serve(server: Server, program: str, lock: int, host: str) -> tuple[int, boo
     try:
         if stopped.is_set():
             process.terminate()
-        _wait_for_answer(server, process.poll, log, stopped)
+        _wait_until_ready(server, process.poll, log, stopped)
         if not stopped.is_set():
-            for line in _greeting(server, host):
+            for line in _startup_lines(server, host):
                 click.echo(line)
         code = process.wait()
     finally:
@@ -95,45 +96,48 @@ def _serve(server: Server, program: str, lock: int, host: str) -> tuple[int, boo
     return code, stopped.is_set()
 
 
-def _greeting(server: Server, host: str) -> list[str]:
+def _startup_lines(server: Server, host: str) -> list[str]:
+    """Return what the command prints as soon as the server is ready."""
     lines = [
-        f"Redis on {server.bind}, port {server.port}, kept in {server.folder}; Ctrl-C stops it, "
-        "the queue stays"
+        f"Redis on {server.bind}, port {server.port}, data in {server.folder}; press Ctrl-C to "
+        "stop it, the queue is kept"
     ]
     if not credentials.is_loopback(server.bind):
         lines.append(
-            "on machines that do not share this home folder: set "
-            f"{PASSWORD_VARIABLE} to a copy of {server.folder / 'password'}"
+            f"on machines without this home folder: set {PASSWORD_VARIABLE} to a copy of "
+            f"{server.folder / 'password'}"
         )
     return [*lines, f"next: export {QUEUE_VARIABLE}={server.url(host, secret=False)}"]
 
 
-def _log(place: Path) -> Path:
-    return place / "redis.log"
+def _log(folder: Path) -> Path:
+    return folder / "redis.log"
 
 
-def _prepare_folder(place: Path) -> None:
-    """Create the folder; refuse one into which other users could put a password of theirs."""
+def _prepare_folder(folder: Path) -> None:
+    """Create the folder. Raises QueueError if other users could replace its password."""
     try:
-        make_private_folder(place)
-        exposed = is_replaceable_by_others(place)
+        make_private_folder(folder)
+        exposed = is_replaceable_by_others(folder)
     except OSError as error:
-        raise QueueError(f"--folder: {place} cannot be made: {error.strerror}") from None
+        raise QueueError(
+            f"--folder: {folder} cannot be created: {error.strerror}; choose another folder"
+        ) from None
     if exposed:
         raise QueueError(
-            f"--folder: other users can write to {place}, which holds the queue and its password; "
-            f"run `chmod 700 {shlex.quote(str(place))}`, or choose another --folder",
+            f"--folder: other users can write to {folder}, which contains the queue and its "
+            f"password; run `chmod 700 {shlex.quote(str(folder))}` or choose another folder",
             code=ErrorCode.QUEUE_DENIED,
         )
 
 
 def _names(bind: str, host: str) -> set[str]:
-    """Return the names under which this user's commands reach a server that listens on `bind`."""
+    """Return the host names under which local commands reach a server that listens on `bind`."""
     return {host, bind} if host == bind else {host, "127.0.0.1", "::1"}
 
 
 def _host(bind: str) -> str:
-    """Return the name under which others reach a server that listens on `bind`."""
+    """Return the host name under which other machines reach a server that listens on `bind`."""
     if bind not in ("0.0.0.0", "::", "*"):
         return bind
     name = socket.getfqdn()
@@ -141,37 +145,38 @@ def _host(bind: str) -> str:
 
 
 @contextmanager
-def _locked(place: Path) -> Iterator[int]:
-    """Hold the folder: two servers writing one file would spoil it. Yields the descriptor."""
-    lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+def _locked(folder: Path) -> Iterator[int]:
+    """Lock the folder, since two servers would corrupt its file; yield the file descriptor."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield lock
     except BlockingIOError:
         raise QueueError(
-            f"--folder: another Redis keeps its queue in {place}; use that one "
-            f"(its address is in {place / 'url'}), or choose another --folder"
+            f"--folder: another Redis server is using {folder}; use that server (its address is "
+            f"in {folder / 'url'}) or choose another folder"
         ) from None
     finally:
         os.close(lock)
 
 
-def _refuse_taken(bind: str, port: int) -> None:
+def _check_port(bind: str, port: int) -> None:
+    """Raise QueueError if the port cannot be listened on."""
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((bind, port))
+            listener.bind((bind, port))
         except OSError as error:
             raise QueueError(
-                f"cannot listen on {bind}, port {port}: {error.strerror or error}; if a Redis "
-                "runs there already, use it, else choose another --port"
+                f"redis: cannot listen on {bind}, port {port}: {error.strerror or error}; use "
+                "the Redis server that runs there or choose another port"
             ) from None
 
 
-def _password(place: Path) -> str:
-    """Return the folder's password; made at the first start, and where others could read it."""
-    file = place / "password"
+def _password(folder: Path) -> str:
+    """Return the folder's password. Create one if it is missing or readable by other users."""
+    file = folder / "password"
     with suppress(FileNotFoundError):
         if is_private(file) and (password := file.read_text().strip()):
             return password
@@ -180,10 +185,11 @@ def _password(place: Path) -> str:
     return password
 
 
-def _wait_for_answer(
-    server: Server, ended: Callable[[], int | None], log: Path, stopped: threading.Event
+def _wait_until_ready(
+    server: Server, exit_code: Callable[[], int | None], log: Path, stopped: threading.Event
 ) -> None:
-    limit = time.monotonic() + START_SECONDS
+    """Wait until the server accepts connections or a signal stops it. Raises QueueError."""
+    deadline = time.monotonic() + START_SECONDS
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.bind, server.bind)
     while not stopped.is_set():
         try:
@@ -192,9 +198,11 @@ def _wait_for_answer(
         except QueueError:
             if stopped.is_set():
                 return
-            if ended() is not None:
+            if exit_code() is not None:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise QueueError(f"the Redis server does not start: {''.join(last)}") from None
-            if time.monotonic() > limit:
-                raise QueueError(f"the Redis server does not answer; {log} says why") from None
+                raise QueueError(f"redis: the server cannot start: {''.join(last)}") from None
+            if time.monotonic() > deadline:
+                raise QueueError(
+                    f"redis: no answer from the server within {START_SECONDS:g} s; see {log}"
+                ) from None
             time.sleep(0.1)

@@ -12,11 +12,11 @@ from chunkq_producer.commands.options import job_at, output_argument, queue_of, 
 @output_argument
 @queue_option
 def retry(output: str, queue: str | None) -> None:
-    """Queue the failed chunks of OUTPUT's job afresh, each with all its attempts."""
+    """Queue the failed chunks of OUTPUT's job again, with all attempts."""
     job = job_at(output)
     with queue_of(queue, job.record.job.queue) as executor:
         count = executor.retry(job.folder.path)
-        # A queue that was lost knows of no failure, the ledger does.
-        known = [f for f in job.ledger.failures() if f.kind == "infer"]
-        count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in known)
+        # A queue that was lost has no failed tasks; the ledger still lists them.
+        failures = [f for f in job.ledger.failures() if f.kind == "infer"]
+        count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in failures)
     click.echo(f"{count} chunks queued again" if count else "no failed chunk")

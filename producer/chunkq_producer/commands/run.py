@@ -31,12 +31,12 @@ from chunkq_producer.runner import ProgressReporter, RunOptions, run_job
 
 @click.command()
 @job_argument
-@click.option("-e", "--executor", "engine", type=click.Choice(list(ENGINES)), help="Kind of queue.")
+@click.option("-e", "--executor", "engine", type=click.Choice(list(ENGINES)), help="Queue engine.")
 @queue_option
 @input_option
 @output_option
-@click.option("-w", "--workers", type=click.IntRange(1), help="Processes per device.")
-@click.option("--gpus", default="all", show_default=True, help="all, none, or e.g. 0,1.")
+@click.option("-w", "--workers", type=click.IntRange(1), help="Worker processes per device.")
+@click.option("--gpus", default="all", show_default=True, help="all, none, or indices such as 0,1.")
 @click.option("--depth", type=click.IntRange(1), help="Chunks in flight per process.")
 @click.option("--overwrite", is_flag=True, help="Delete the output and start again.")
 def run(
@@ -50,22 +50,24 @@ def run(
     depth: int | None,
     overwrite: bool,
 ) -> None:
-    """Produce, work and finalize JOB on this machine. The same command again continues."""
-    checked = load_job(job, input=input_, output=output)
-    done = run_job(
-        checked,
+    """Produce, compute and finalize JOB on this machine.
+
+    An interrupted run continues with the same command.
+    """
+    result = run_job(
+        load_job(job, input=input_, output=output),
         engine=engine,
         queue=queue,
-        wishes=RunOptions(workers, gpus, depth),
+        options=RunOptions(workers, gpus, depth),
         overwrite=overwrite,
-        teller=_Screen(),
+        reporter=_TerminalReporter(),
     )
-    if done.led:
-        print_result(done.job, done.report)
+    if result.is_leader:
+        print_result(result.job, result.report)
 
 
-class _Screen(ProgressReporter):
-    """Shows a run in place on a terminal, else in a line now and then."""
+class _TerminalReporter(ProgressReporter):
+    """Show progress live on a terminal, otherwise one line every LINE_SECONDS."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -75,8 +77,8 @@ class _Screen(ProgressReporter):
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @override
-    def checking_model(self, record: JobRecord) -> ModelCheck:
-        with self._console.status("trying the network on one batch"):
+    def check_model(self, record: JobRecord) -> ModelCheck:
+        with self._console.status("checking the network on one batch"):
             return check_model(record)
 
     @override
@@ -85,18 +87,20 @@ class _Screen(ProgressReporter):
 
     @override
     @contextmanager
-    def watching(self) -> Iterator[Callable[[StatusPoller], None]]:
+    def watch(self) -> Iterator[Callable[[StatusPoller], None]]:
         console = self._console
         if console.is_terminal:
             with Live(console=console, auto_refresh=False, transient=True) as live:
-                yield lambda look: live.update(status_screen(look(), console.width), refresh=True)
+                yield lambda poller: live.update(
+                    status_screen(poller(), console.width), refresh=True
+                )
             return
-        last = time.monotonic()
+        last_line = time.monotonic()
 
-        def line(look: StatusPoller) -> None:
-            nonlocal last
-            if time.monotonic() - last >= LINE_SECONDS:
-                last = time.monotonic()
-                self.message(status_line(look()))
+        def print_line(poller: StatusPoller) -> None:
+            nonlocal last_line
+            if time.monotonic() - last_line >= LINE_SECONDS:
+                last_line = time.monotonic()
+                self.message(status_line(poller()))
 
-        yield line
+        yield print_line

@@ -11,5 +11,5 @@ from chunkq.job import job_schema
 
 @click.command()
 def schema() -> None:
-    """Print the JSON schema of the job file, for editors and checkers."""
+    """Print the JSON schema of the job file for editors and validators."""
     click.echo(json.dumps(job_schema(), indent=1))

@@ -23,58 +23,62 @@ LINE_SECONDS = 10.0
 @click.command()
 @click.argument("output", required=False)
 @queue_option
-@click.option("--watch", is_flag=True, help="Keep showing it until the job is sealed.")
+@click.option("--watch", is_flag=True, help="Update the status until the output is sealed.")
 @json_option
 def status(output: str | None, queue: str | None, watch: bool, as_json: bool) -> None:
-    """Show how far the job of OUTPUT is; without OUTPUT, all jobs on the queue."""
+    """Show the progress of OUTPUT's job, or of all jobs on the queue without OUTPUT."""
     if output is None:
         list_jobs(queue, as_json=as_json)
         return
     job = job_at(output)
     with ExitStack() as stack:
         executor, problem = _queue(stack, queue, job.record.job.queue)
-        look = StatusPoller(job, executor, problem)
+        poller = StatusPoller(job, executor, problem)
         if as_json:
-            show_json(look, watch)
+            print_json(poller, watch)
         elif watch:
-            show_watching(look, Console())
+            watch_status(poller, Console())
         else:
             console = Console()
-            console.print(status_screen(look(), console.width))
+            console.print(status_screen(poller(), console.width))
 
 
-def show_json(look: StatusPoller, watch: bool) -> None:
-    """Print the status as JSON; watching, one object a line."""
+def print_json(poller: StatusPoller, watch: bool) -> None:
+    """Print the status as JSON. With `watch`, print one object per line until it is sealed."""
     while True:
-        found = look()
-        click.echo(json.dumps(found.as_dict(), indent=None if watch else 1))
-        if not watch or found.sealed:
+        job_status = poller()
+        click.echo(json.dumps(job_status.as_dict(), indent=None if watch else 1))
+        if not watch or job_status.sealed:
             return
-        time.sleep(look.pause(REFRESH_SECONDS))
+        time.sleep(poller.pause(REFRESH_SECONDS))
 
 
-def show_watching(look: StatusPoller, console: Console) -> None:
-    """Keep the status on the screen until the job is sealed; in a log, a line now and then."""
-    found = look()
+def watch_status(poller: StatusPoller, console: Console) -> None:
+    """Show the status until the output is sealed: live on a terminal, otherwise line by line."""
+    job_status = poller()
     if not console.is_terminal:
         while True:
-            click.echo(f"{time.strftime('%H:%M:%S')} {status_line(found)}")
-            if found.sealed:
+            click.echo(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
+            if job_status.sealed:
                 return
-            time.sleep(look.pause(LINE_SECONDS))
-            found = look()
-    with Live(status_screen(found, console.width), console=console, auto_refresh=False) as live:
-        while not found.sealed:
-            time.sleep(look.pause(REFRESH_SECONDS))
-            found = look()
-            live.update(status_screen(found, console.width), refresh=True)
+            time.sleep(poller.pause(LINE_SECONDS))
+            job_status = poller()
+    screen = status_screen(job_status, console.width)
+    with Live(screen, console=console, auto_refresh=False) as live:
+        while not job_status.sealed:
+            time.sleep(poller.pause(REFRESH_SECONDS))
+            job_status = poller()
+            live.update(status_screen(job_status, console.width), refresh=True)
 
 
 def _queue(
-    stack: ExitStack, given: str | None, of_job: str | None
+    stack: ExitStack, queue: str | None, job_queue: str | None
 ) -> tuple[Executor | None, str | None]:
-    """Connect to the queue, or return why not: the ledger alone has most of the status."""
+    """Connect to the queue, or return the reason why it cannot be reached.
+
+    The ledger alone has most of the status.
+    """
     try:
-        return stack.enter_context(queue_of(given, of_job)), None
+        return stack.enter_context(queue_of(queue, job_queue)), None
     except QueueError as error:
         return None, str(error)

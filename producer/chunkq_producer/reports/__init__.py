@@ -1,1 +1,1 @@
-"""A job's report for a reader: as text, and as one page with plots."""
+"""Format the report of a job: as text, and as an HTML page with plots."""

@@ -1,7 +1,8 @@
-"""A job's report as it stands: what `report.json` holds, or the same figures so far."""
+"""Report of a job: the contents of `report.json`, or the figures of an unfinished job."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,48 +14,46 @@ from chunkq.timing import Timing, Worker
 
 @dataclass(frozen=True)
 class JobReport:
-    """A job's figures and what they come to. `sealed` jobs are over, complete or not."""
+    """Timing and diagnosis of a job. A `sealed` job is over, complete or not."""
 
     output: str
     sealed: bool
     values: dict[str, Any]
-    times: Timing
+    timing: Timing
 
     @property
     def conclusion(self) -> str:
-        """What the devices did, in one sentence."""
+        """One sentence on device utilization and the largest losses."""
         return str(self.values["conclusion"])
 
     @property
     def advice(self) -> str | None:
-        """What would make such a job faster, if the figures say so."""
-        found: str | None = self.values["advice"]
-        return found
+        """How to make such a job faster; None without a clear bottleneck."""
+        advice: str | None = self.values["advice"]
+        return advice
 
     @property
     def missing(self) -> int:
-        """How many chunks are not computed."""
+        """Number of chunks that are not computed."""
         return len(self.values["missing"])
 
     @property
     def state(self) -> str:
-        """How far the job is."""
-        times = self.times
+        """Progress of the job in one line."""
+        timing = self.timing
         if self.sealed:
             return "complete" if not self.missing else f"sealed WITHOUT {self.missing} chunks"
-        blocks = f"{times.finalized_blocks} of {times.planned_blocks} blocks finalized"
-        return f"so far: {times.chunks} of {times.planned_chunks} chunks done, {blocks}"
+        blocks = f"{timing.finalized_blocks} of {timing.planned_blocks} blocks finalized"
+        return f"so far: {timing.chunks} of {timing.planned_chunks} chunks done, {blocks}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {"output": self.output, "sealed": self.sealed, **self.values}
 
     def labels(self) -> dict[str, str]:
-        """Return a short label for every worker: host and device, its own part where needed."""
-        short = {name: _worker_label(worker) for name, worker in self.times.workers.items()}
-        counts: dict[str, int] = {}
-        for label in short.values():
-            counts[label] = counts.get(label, 0) + 1
+        """Return a label for every worker: host and device, plus a suffix if several share them."""
+        short = {name: _worker_label(worker) for name, worker in self.timing.workers.items()}
+        counts = Counter(short.values())
         return {
             name: label if counts[label] == 1 else f"{label} {name.rpartition(':')[2][:4]}"
             for name, label in short.items()
@@ -62,21 +61,22 @@ class JobReport:
 
 
 def load_job_report(job: JobHandle) -> JobReport:
-    """Take a job's figures from its report, or from its commit records where that has none."""
+    """Read the report of a job, or compute it from the commit records if there is none."""
     output = without_secret(job.folder.output)
     report = job.ledger.read_report()
     if report is not None:
         try:
             return JobReport(output, True, report, Timing.from_dict(report))
-        except (KeyError, TypeError):  # written by an older chunkq
+        except (KeyError, TypeError):  # written by an older version
             missing = report["missing"]
             values = job_report(job) | {"missing": missing}
             return JobReport(output, True, values, Timing.from_dict(values))
     values = job_report(job, job_completion(job).unfinished)
-    sealed = job.ledger.is_sealed() and job.output.is_sealed()  # the report alone is damaged
+    sealed = job.ledger.is_sealed() and job.output.is_sealed()  # only the report is damaged
     return JobReport(output, sealed, values, Timing.from_dict(values))
 
 
 def _worker_label(worker: Worker) -> str:
+    """Return host and device."""
     device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
     return f"{worker.host} {device}".strip()

@@ -1,4 +1,4 @@
-"""A job's report as one page that stands alone: nothing on it is loaded from elsewhere."""
+"""HTML form of a report: one self-contained page without external resources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chunkq_producer.reports.rows import (
 )
 from chunkq_producer.reports.units import seconds
 
-WORKERS_LISTED = 1000
+MAX_WORKERS = 1000
 CSS = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0; }
@@ -56,100 +56,103 @@ summary { cursor: pointer; }
 """
 
 
-def page(account: JobReport) -> str:
+def page(report: JobReport) -> str:
     """Return the page as HTML."""
-    times = account.times
-    title = f"{account.output}: where the time went"
-    done = time.strftime("%Y-%m-%d %H:%M", time.localtime(times.started))
+    timing = report.timing
+    title = f"{report.output}: performance report"
+    start = time.strftime("%Y-%m-%d %H:%M", time.localtime(timing.started))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>",
-        f"<h1>{escape(account.output)}</h1>",
-        f'<p class="about">{escape(account.state)} · begun {done} · chunkq '
-        f"{escape(str(account.values['chunkq_version']))}</p>",
-        f'<p class="lead">{escape(account.conclusion)}</p>',
+        f"<h1>{escape(report.output)}</h1>",
+        f'<p class="about">{escape(report.state)} · started {start} · chunkq '
+        f"{escape(str(report.values['chunkq_version']))}</p>",
+        f'<p class="lead">{escape(report.conclusion)}</p>',
     ]
-    if account.advice:
-        told = re.sub("`([^`]*)`", r"<code>\1</code>", escape(account.advice))
-        parts.append(f'<p class="advice">{told}</p>')
-    if times.chunks:
+    if report.advice:
+        advice = re.sub("`([^`]*)`", r"<code>\1</code>", escape(report.advice))
+        parts.append(f'<p class="advice">{advice}</p>')
+    if timing.chunks:
         with charts.style():
-            parts += _body(account)
+            parts += _body(report)
     return "\n".join([*parts, "</main>\n</body>\n</html>\n"])
 
 
-def _body(account: JobReport) -> list[str]:
-    times = account.times
-    found = times.stragglers
+def _body(report: JobReport) -> list[str]:
+    timing = report.timing
+    stragglers = timing.stragglers
     figures = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in headlines(times)
+        for name, value in headlines(timing)
     )
     parts = [f"<dl>{figures}</dl>"]
-    if times.timeline.voxels_per_second:
-        parts += ["<h2>Speed over time</h2>", _figure(charts.course(times))]
+    if timing.timeline.voxels_per_second:
+        parts += ["<h2>Speed over time</h2>", _figure(charts.speed_chart(timing))]
     parts += [
-        "<h2>What the workers’ time went to</h2>",
-        _note(_about_shares(account)),
-        _figure(charts.shares(account)),
-        "<h2>How long chunks took</h2>",
-        _figure(charts.durations(times)),
-        _table(("stage", "in all", "median", "99%", "longest"), stage_rows(times)),
+        "<h2>Time of the workers</h2>",
+        _note(_time_share_note(report)),
+        _figure(charts.time_share_chart(report)),
+        "<h2>Time per chunk</h2>",
+        _figure(charts.duration_chart(timing)),
+        _table(("stage", "total", "median", "99%", "maximum"), stage_rows(timing)),
         "<h2>Stragglers</h2>",
-        _note(f"Chunks that took {found.rule}."),
+        _note(f"Chunks that took {stragglers.rule}."),
     ]
-    if found.count:
-        listed = straggler_rows(account, len(found.worst))
-        more = f", the worst {len(listed)} here" if found.count > len(listed) else ""
+    if stragglers.count:
+        rows = straggler_rows(report, len(stragglers.worst))
+        scope = f", the slowest {len(rows)} listed" if stragglers.count > len(rows) else ""
         parts += [
-            f"<p>{found.count} chunks{more}; {seconds(found.excess_seconds)} beyond the median "
-            "in sum.</p>",
-            _table(("chunk", "worker", "attempt", "took", "because of"), listed, text=(1, 4)),
+            f"<p>{stragglers.count} chunks{scope}; {seconds(stragglers.excess_seconds)} above the "
+            "median in total.</p>",
+            _table(("chunk", "worker", "attempt", "time", "cause"), rows, text=(1, 4)),
         ]
     else:
         parts.append("<p>None.</p>")
-    workers, more_workers = worker_rows(account, WORKERS_LISTED)
-    which = f"the {len(workers)} least busy of" if more_workers else "all"
+    workers, omitted = worker_rows(report, MAX_WORKERS)
+    scope = f"the {len(workers)} least busy of" if omitted else "all"
     parts += [
         "<h2>Measured and planned</h2>",
-        _figure(charts.moved(times)),
-        _table(("", "measured", "planned", "share"), plan_rows(times)),
-        f"<p>Memory: {escape(memory(times))}.</p>",
+        _figure(charts.bytes_chart(timing)),
+        _table(("", "measured", "planned", "share"), plan_rows(timing)),
+        f"<p>Memory: {escape(memory(timing))}.</p>",
         "<h2>Workers</h2>",
-        f"<details><summary>List {which} {len(times.workers)}, the least busy first</summary>",
-        _table(("worker", "chunks", "time", "busy", "else"), workers, text=(4,)),
+        f"<details><summary>List {scope} {len(timing.workers)}, the least busy first</summary>",
+        _table(("worker", "chunks", "time", "busy", "losses"), workers, text=(4,)),
         "</details>",
     ]
     return parts
 
 
-def _about_shares(account: JobReport) -> str:
-    told = (
-        "From a worker’s first chunk to the end of its last. A device that does not compute waits "
-        "for what is in flight meanwhile."
+def _time_share_note(report: JobReport) -> str:
+    """Return the caption of the chart of time shares."""
+    note = (
+        "From the start of a worker’s first chunk to the end of its last one. While the device is "
+        "idle, the time counts for the stage of the chunks in flight."
     )
-    count = len(account.times.workers)
-    if count > charts.BARS:
-        told += f" {charts.BARS} of {count} workers, evenly from the least to the most busy."
-    return told
+    count = len(report.timing.workers)
+    if count > charts.MAX_BARS:
+        note += f" Shows {charts.MAX_BARS} of {count} workers, evenly spaced by utilization."
+    return note
 
 
-def _figure(drawn: str) -> str:
-    return f"<figure>{drawn}</figure>"
+def _figure(svg: str) -> str:
+    return f"<figure>{svg}</figure>"
 
 
-def _note(words: str) -> str:
-    return f'<p class="note">{escape(words)}</p>'
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _table(headings: Sequence[str], rows: Rows, text: Sequence[int] = ()) -> str:
+    """Return a table whose columns with a number in `text` are left-aligned."""
+
     def cells(tag: str, values: Sequence[str]) -> str:
-        marked = (
+        elements = (
             f"<{tag}{' class=text' if number in text else ''}>{escape(value)}</{tag}>"
             for number, value in enumerate(values)
         )
-        return f"<tr>{''.join(marked)}</tr>"
+        return f"<tr>{''.join(elements)}</tr>"
 
     body = "\n".join(cells("td", row) for row in rows)
     return (

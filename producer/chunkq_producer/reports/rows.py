@@ -1,4 +1,4 @@
-"""The tables of a report, as rows of text: the same on a terminal and on a page."""
+"""Tables of a report as rows of text, for the terminal and the HTML page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BYTES = {
     "pieces_written": "pieces written",
     "pieces_read": "pieces read",
 }
-IN_FLIGHT_NOTE = {
+STAGE_LABELS = {
     "compute": "computing",
     "load": "loading the network",
     "read": "waiting for input",
@@ -23,94 +23,97 @@ IN_FLIGHT_NOTE = {
     "idle": "no chunk in flight",
     "tail": "waiting for the last worker",
 }
-"""What the workers' time is shared out to, in words."""
+"""Labels of the parts of the workers' time."""
 
 
-def plan_rows(times: Timing) -> Rows:
-    """Return what was done, what the plan foresaw, and the former as a share of it."""
+def plan_rows(timing: Timing) -> Rows:
+    """Return rows of (label, measured, planned, measured as a percentage of the plan)."""
     counts = {
-        "chunks": (times.chunks, times.planned_chunks),
-        "patches": (times.patches, times.planned_patches),
-        "blocks finalized": (times.finalized_blocks, times.planned_blocks),
+        "chunks": (timing.chunks, timing.planned_chunks),
+        "patches": (timing.patches, timing.planned_patches),
+        "blocks finalized": (timing.finalized_blocks, timing.planned_blocks),
     }
     rows: Rows = [
         (label, *map(count, pair), percent_of_plan(*pair)) for label, pair in counts.items()
     ]
     for key, label in BYTES.items():
-        moved, planned = times.bytes[key], times.planned_bytes[key]
+        moved, planned = timing.bytes[key], timing.planned_bytes[key]
         rows.append((label, si(moved, "B"), si(planned, "B"), percent_of_plan(moved, planned)))
     return rows
 
 
-def stage_rows(times: Timing) -> Rows:
-    """Return each stage's seconds in all chunks, its median, 99 % and longest."""
+def stage_rows(timing: Timing) -> Rows:
+    """Return rows of (stage, total time, median, 99th percentile, maximum per chunk)."""
     rows = []
     for stage in STAGES:
-        found = times.durations.quantiles.get(stage)
-        if found:
-            shown = (seconds(found[q]) for q in ("0.5", "0.99", "1"))
-            rows.append((stage, seconds(times.seconds[stage]), *shown))
+        quantiles = timing.durations.quantiles.get(stage)
+        if quantiles:
+            columns = (seconds(quantiles[q]) for q in ("0.5", "0.99", "1"))
+            rows.append((stage, seconds(timing.seconds[stage]), *columns))
     return rows
 
 
-def worker_rows(account: JobReport, most: int) -> tuple[Rows, int]:
-    """Return up to `most` workers, the least busy first, and how many are left out."""
-    labels = account.labels()
-    ordered = sorted(account.times.workers.items(), key=lambda item: item[1].device_busy_share)
-    rows = [(labels[name], *_worker(worker)) for name, worker in ordered[:most]]
+def worker_rows(report: JobReport, max_rows: int) -> tuple[Rows, int]:
+    """Return up to `max_rows` workers, the least busy first, and the number of omitted ones.
+
+    Columns: label, chunks, time, share of the time that the device computed, largest losses.
+    """
+    labels = report.labels()
+    ordered = sorted(report.timing.workers.items(), key=lambda item: item[1].device_busy_share)
+    rows = [(labels[name], *_worker_columns(worker)) for name, worker in ordered[:max_rows]]
     return rows, len(ordered) - len(rows)
 
 
-def straggler_rows(account: JobReport, most: int) -> Rows:
-    """Return the worst stragglers: chunk, worker, attempt, its time, and where that went."""
-    labels = account.labels()
+def straggler_rows(report: JobReport, max_rows: int) -> Rows:
+    """Return the slowest stragglers: chunk, worker, attempt, time, stage that caused it."""
+    labels = report.labels()
     return [
         (
-            one.chunk,
-            labels[one.worker],
-            str(one.attempt),
-            seconds(one.seconds),
-            f"{one.stage} {seconds(one.stage_seconds)}",
+            straggler.chunk,
+            labels[straggler.worker],
+            str(straggler.attempt),
+            seconds(straggler.seconds),
+            f"{straggler.stage} {seconds(straggler.stage_seconds)}",
         )
-        for one in account.times.stragglers.worst[:most]
+        for straggler in report.timing.stragglers.worst[:max_rows]
     ]
 
 
-def memory(times: Timing) -> str:
-    """Return the largest memory of a worker beside what the plan knows of it."""
-    flight = times.chunks_in_flight
+def memory(timing: Timing) -> str:
+    """Return the peak memory of a worker process and the planned size of its arrays."""
     return (
-        f"at most {si(times.peak_rss_bytes, 'B')} in a worker process; planned for its {flight} "
-        f"chunks in flight: {si(times.planned_array_bytes, 'B')}, besides libraries and network"
+        f"at most {si(timing.peak_rss_bytes, 'B')} per worker process; planned for "
+        f"{timing.chunks_in_flight} chunks in flight: {si(timing.planned_array_bytes, 'B')}, plus "
+        "libraries and network"
     )
 
 
-def headlines(times: Timing) -> Rows:
-    """Return the main figures with their names."""
+def headlines(timing: Timing) -> Rows:
+    """Return rows of (label, main figure)."""
     rows: Rows = [
-        ("time", seconds(times.wall_seconds)),
-        ("chunks", count(times.chunks)),
-        ("speed", si(times.voxels_per_second, "voxels/s")),
-        ("workers", count(len(times.workers))),
-        ("devices computed", f"{times.worker_time_shares.get('compute', 0.0):.0%}"),
-        ("last worker awaited", seconds(times.tail_seconds)),
-        ("finalizing after", seconds(times.finalizing.seconds_after)),
-        ("begun more than once", count(times.retried)),
+        ("time", seconds(timing.wall_seconds)),
+        ("chunks", count(timing.chunks)),
+        ("speed", si(timing.voxels_per_second, "voxels/s")),
+        ("workers", count(len(timing.workers))),
+        ("devices computed", f"{timing.worker_time_shares.get('compute', 0.0):.0%}"),
+        ("waiting for last worker", seconds(timing.tail_seconds)),
+        ("finalizing after last chunk", seconds(timing.finalizing.seconds_after)),
+        ("retried chunks", count(timing.retried)),
     ]
-    if times.paused_seconds > 0.01 * times.wall_seconds:
-        rows.append(("nobody at work", seconds(times.paused_seconds)))
+    if timing.paused_seconds > 0.01 * timing.wall_seconds:
+        rows.append(("paused", seconds(timing.paused_seconds)))
     return rows
 
 
-def _worker(worker: Worker) -> tuple[str, ...]:
+def _worker_columns(worker: Worker) -> tuple[str, ...]:
     losses = sorted(
-        ((share, holder) for holder, share in worker.shares.items() if holder != "compute"),
+        ((share, stage) for stage, share in worker.shares.items() if stage != "compute"),
         reverse=True,
     )
-    told = ", ".join(f"{holder} {share:.0%}" for share, holder in losses[:2] if share >= 0.005)
+    largest = ", ".join(f"{stage} {share:.0%}" for share, stage in losses[:2] if share >= 0.005)
     return (
         count(worker.chunks),
         seconds(worker.seconds),
         f"{worker.device_busy_share:.0%}",
-        told,
+        largest,
     )

@@ -1,4 +1,4 @@
-"""A job's report on a terminal or in a log."""
+"""Text form of a report for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
-    IN_FLIGHT_NOTE,
+    STAGE_LABELS,
     Rows,
     headlines,
     memory,
@@ -22,87 +22,89 @@ from chunkq_producer.reports.rows import (
 )
 from chunkq_producer.reports.units import seconds, si
 
-WORKERS_SHOWN, STRAGGLERS_SHOWN = 12, 8
+MAX_WORKERS, MAX_STRAGGLERS = 12, 8
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def text(account: JobReport) -> RenderableType:
-    """Return the report; what does not fit a line is folded."""
-    times = account.times
+def text(report: JobReport) -> RenderableType:
+    """Return the report; long lines are wrapped."""
+    timing = report.timing
     parts: list[RenderableType] = [
-        Text(account.output, style="bold", overflow="fold"),
-        Text(account.state),
-        Text(account.conclusion, style="bold"),
+        Text(report.output, style="bold", overflow="fold"),
+        Text(report.state),
+        Text(report.conclusion, style="bold"),
     ]
-    if account.advice:
-        parts.append(Text(account.advice, style="green"))
-    if not times.chunks:
+    if report.advice:
+        parts.append(Text(report.advice, style="green"))
+    if not timing.chunks:
         return Group(*parts)
-    parts += _section("", _table((), headlines(times)))
-    parts += _section("where the workers' time went", _table((), _shares(account)))
-    if times.timeline.voxels_per_second:
-        line = Text(_sparkline(times.timeline.voxels_per_second), no_wrap=True, overflow="crop")
-        peak = si(max(times.timeline.voxels_per_second), "voxels/s")
-        parts += _section(f"speed over {seconds(times.work_seconds)}, at most {peak}", line)
-    own = times.durations.quantiles["own"]
-    heading = f"chunks: half took {seconds(own['0.5'])}, 99% at most {seconds(own['0.99'])}"
-    stages = _table(("stage", "in all", "median", "99%", "longest"), stage_rows(times))
+    parts += _section("", _table((), headlines(timing)))
+    parts += _section("time of the workers", _table((), _shares(report)))
+    if timing.timeline.voxels_per_second:
+        line = Text(_sparkline(timing.timeline.voxels_per_second), no_wrap=True, overflow="crop")
+        peak = si(max(timing.timeline.voxels_per_second), "voxels/s")
+        parts += _section(f"speed over {seconds(timing.work_seconds)}, at most {peak}", line)
+    quantiles = timing.durations.quantiles["own"]
+    median, most = seconds(quantiles["0.5"]), seconds(quantiles["0.99"])
+    heading = f"time per chunk: median {median}, 99% at most {most}"
+    stages = _table(("stage", "total", "median", "99%", "maximum"), stage_rows(timing))
     parts += _section(heading, stages)
-    workers, more = worker_rows(account, WORKERS_SHOWN)
-    table = _table(("worker", "chunks", "time", "busy", "else"), workers, wide=(0, 4))
+    workers, omitted = worker_rows(report, MAX_WORKERS)
+    table = _table(("worker", "chunks", "time", "busy", "losses"), workers, wide=(0, 4))
     parts += _section("workers, the least busy first", table)
-    if more:
-        parts.append(Text(f"and {more} more"))
-    parts += _stragglers(account)
-    parts += _section("", _table(("", "measured", "planned", ""), plan_rows(times)))
-    parts += _section("", Text(f"memory: {memory(times)}"))
+    if omitted:
+        parts.append(Text(f"and {omitted} more"))
+    parts += _stragglers(report)
+    parts += _section("", _table(("", "measured", "planned", ""), plan_rows(timing)))
+    parts += _section("", Text(f"memory: {memory(timing)}"))
     return Group(*parts)
 
 
-def _shares(account: JobReport) -> Rows:
-    shares = account.times.worker_time_shares
+def _shares(report: JobReport) -> Rows:
+    """Return rows of (label, share of the time of all workers), the largest first."""
+    shares = report.timing.worker_time_shares
     return [
-        (IN_FLIGHT_NOTE[holder], f"{share:.1%}")
-        for holder, share in sorted(shares.items(), key=lambda item: -item[1])
+        (STAGE_LABELS[stage], f"{share:.1%}")
+        for stage, share in sorted(shares.items(), key=lambda item: -item[1])
         if share >= 0.0005
     ]
 
 
-def _stragglers(account: JobReport) -> list[RenderableType]:
-    found = account.times.stragglers
-    if not found.count:
-        return _section("", Text(f"stragglers: none ({found.rule})"))
+def _stragglers(report: JobReport) -> list[RenderableType]:
+    stragglers = report.timing.stragglers
+    if not stragglers.count:
+        return _section("", Text(f"stragglers: none ({stragglers.rule})"))
     table = _table(
-        ("chunk", "worker", "attempt", "took", "because of"),
-        straggler_rows(account, STRAGGLERS_SHOWN),
+        ("chunk", "worker", "attempt", "time", "cause"),
+        straggler_rows(report, MAX_STRAGGLERS),
         wide=(0, 1, 4),
     )
-    told = (
-        f"stragglers: {found.count} chunks ({found.rule}), "
-        f"{seconds(found.excess_seconds)} beyond the median in sum"
+    heading = (
+        f"stragglers: {stragglers.count} chunks ({stragglers.rule}), "
+        f"{seconds(stragglers.excess_seconds)} above the median in total"
     )
-    more = found.count - STRAGGLERS_SHOWN
-    rest: list[RenderableType] = [Text(f"and {more} more")] if more > 0 else []
-    return [*_section(told, table), *rest]
+    omitted = stragglers.count - MAX_STRAGGLERS
+    rest: list[RenderableType] = [Text(f"and {omitted} more")] if omitted > 0 else []
+    return [*_section(heading, table), *rest]
 
 
 def _section(heading: str, content: RenderableType) -> list[RenderableType]:
-    above: list[RenderableType] = [Text(heading, style="bold")] if heading else []
-    return [Text(""), *above, Padding(content, (0, 0, 0, 2 if heading else 0), expand=False)]
+    title: list[RenderableType] = [Text(heading, style="bold")] if heading else []
+    return [Text(""), *title, Padding(content, (0, 0, 0, 2 if heading else 0), expand=False)]
 
 
 def _table(headings: Sequence[str], rows: Rows, wide: tuple[int, ...] = (0,)) -> Table:
-    """Return a table whose `wide` columns fold; the others hold figures, to the right."""
+    """Return a table. Columns in `wide` hold text and wrap; the others are right-aligned."""
     table = Table(
         box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headings), expand=False
     )
     for number in range(len(rows[0]) if rows else len(headings)):
-        folds = number in wide
+        is_wide = number in wide
         table.add_column(
             headings[number] if headings else "",
-            justify="left" if folds else "right",
+            justify="left" if is_wide else "right",
             overflow="fold",
-            no_wrap=not folds,
+            no_wrap=not is_wide,
         )
     for row in rows:
         table.add_row(*map(Text, row))
@@ -110,7 +112,7 @@ def _table(headings: Sequence[str], rows: Rows, wide: tuple[int, ...] = (0,)) ->
 
 
 def _sparkline(values: Sequence[float]) -> str:
-    """Return a bar for every two values, so that it fits narrow terminals."""
+    """Return one bar per two values, to fit narrow terminals."""
     pairs = [max(values[n : n + 2]) for n in range(0, len(values), 2)]
     highest = max(pairs) or 1.0
     return "".join(BARS[min(len(BARS) - 1, int(v / highest * len(BARS)))] for v in pairs)
