@@ -10,7 +10,7 @@ from chunkq_producer import submit
 
 from chunkq import user_code
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job import LARGEST, MAX_FILE_BYTES, load_job
+from chunkq.job import MAX_INTEGER, MAX_FILE_BYTES, load_job
 from tests.fuzz.job_files import BASES, create_lab
 from tests.fuzz.mutations import LAUGHS
 from tests.fuzz.pool import Pool
@@ -60,7 +60,7 @@ YAML = [
     ("1: 2", "1"),
     ('"a\\nb\\e[31m": 1', "a"),
     ("\x00", ""),
-    (f"threads: {LARGEST + 1}", "threads"),
+    (f"threads: {MAX_INTEGER + 1}", "threads"),
     ("input: /a\n" + "#" * MAX_FILE_BYTES, ""),
 ]
 JSON = [
