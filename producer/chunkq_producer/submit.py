@@ -183,7 +183,7 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
         folder.delete_epochs()
         ObjectFolder(folder.output).clear()
 
-    folder.replace_record(before, new, meanwhile=clear)
+    folder.replace_record(before, new, prepare=clear)
     executor.cancel(folder.path)
 
 

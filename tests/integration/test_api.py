@@ -796,9 +796,9 @@ def test_produce_status_and_finalize_are_functions_that_print_nothing(
 
 
 def test_functions_raise_what_commands_say(workspace: Workspace) -> None:
-    with pytest.raises(MissingJobError, match="no job was produced here"):
+    with pytest.raises(MissingJobError, match="no job at this path"):
         chunkq.status(workspace.output)
-    with pytest.raises(MissingJobError, match="no job was produced here"):
+    with pytest.raises(MissingJobError, match="no job at this path"):
         chunkq.finalize(workspace.output)
     for function in (chunkq.produce, chunkq.run):
         with pytest.raises(StoreError, match=r"gone\.zarr is not there"):

@@ -214,7 +214,7 @@ def test_commands_on_an_output_without_a_job_say_so(workspace: Workspace, comman
     if command == "cancel":  # the queue may hold a job whose folder is gone
         assert answer.ok().out.startswith("no chunk of this job is on the queue")
         return
-    answer.refused(2, "nothing.zarr: no job was produced here", "chunkq produce")
+    answer.refused(2, "nothing.zarr: no job at this path", "chunkq produce")
 
 
 def test_jobs_lists_every_job_on_the_queue_and_cancel_takes_one_off(workspace: Workspace) -> None:

@@ -213,7 +213,7 @@ def test_a_damaged_report_of_a_sealed_job_is_taken_from_the_records(
 
 def test_a_folder_without_a_job_is_one_line(tmp_path: Path) -> None:
     answer = Workspace(tmp_path).call("report", "out.zarr")
-    answer.refused(answer.code, "no job was produced here")
+    answer.refused(answer.code, "no job at this path")
     assert answer.code in (1, 2)
     assert len(answer.err.splitlines()) == 1
 

@@ -122,7 +122,7 @@ def test_of_two_processes_that_replace_a_record_at_once_one_succeeds(path: str) 
             JobFolder(path).replace_record(before, third)
         codes.append(caught.value.code)
 
-    folder.replace_record(before, second, meanwhile=other_process)
+    folder.replace_record(before, second, prepare=other_process)
     assert codes == [ErrorCode.JOB_REPLACED]
     assert folder.read_record() == second
     with pytest.raises(JobError) as caught:  # it has read what is no longer there
