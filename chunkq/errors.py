@@ -43,6 +43,10 @@ class ErrorCode(StrEnum):
     """A disk, a bucket or its client reported an error."""
     STORE_UNUSABLE = auto()
     """A path cannot be read or written as the job requires."""
+    STORE_MISSING = auto()
+    """A path does not exist."""
+    STORE_UNSUPPORTED = auto()
+    """A path is not an array in a supported format."""
     PACKAGE_MISSING = auto()
     """A Python package that the job or the queue needs is not installed."""
     CODEC_UNSAFE = auto()

@@ -353,7 +353,7 @@ NOT_A_VOLUME: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [np.zeros(SHAPE), np.zeros((5, 5, 5))],
         "input: array 1 has shape [5, 5, 5], the first input [17, 14, 19]",
     ),
-    "an old path": (lambda: "gone.zarr", "gone.zarr is not there"),
+    "an old path": (lambda: "gone.zarr", "gone.zarr does not exist"),
 }
 
 
@@ -801,7 +801,7 @@ def test_functions_raise_what_commands_say(workspace: Workspace) -> None:
     with pytest.raises(MissingJobError, match="no job at this path"):
         chunkq.finalize(workspace.output)
     for function in (chunkq.produce, chunkq.run):
-        with pytest.raises(StoreError, match=r"gone\.zarr is not there"):
+        with pytest.raises(StoreError, match=r"gone\.zarr does not exist"):
             function(workspace.values, input=workspace.folder / "gone.zarr")
         with pytest.raises(JobError, match="no such job file"):
             function(workspace.folder / "gone.yaml")

@@ -55,7 +55,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def test_the_template_is_a_job_as_soon_as_its_files_are_there(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert "wrote job.yaml" in workspace.call("init").ok().out
-    workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr is not there")
+    workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr does not exist")
     write_zarr(tmp_path / "volume.zarr", np.zeros((96, 80, 64), np.uint8), (64, 64, 64))
     workspace.call("plan", "job.yaml").refused(2, "model_config.ts_file: no file", "model.ts")
     (tmp_path / "model.ts").write_bytes(b"read for its hash only")
