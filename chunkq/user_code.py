@@ -36,7 +36,7 @@ def load_names(path: str, key: str) -> dict[str, Any]:
     except OSError:
         raise JobError(f"{key}: no file {path}; fix the path") from None
     except (SyntaxError, ValueError) as error:
-        raise JobError(f"{key}: {path} is not valid Python: {error}; fix the file") from None
+        raise JobError(f"{key}: {path} is not Python: {error}; fix the file") from None
     # dataclasses, torch.jit and inspect look up the module of a class in sys.modules.
     module = ModuleType(f"{MODULE_PREFIX}{hashlib.sha256(path.encode()).hexdigest()[:12]}")
     module.__file__ = path
@@ -45,10 +45,8 @@ def load_names(path: str, key: str) -> dict[str, Any]:
         with sibling_imports(path):
             exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
-        code = error.code if isinstance(error, ChunkqError) else None
-        raise JobError(
-            f"{key}: {path} raised {_one_line(error)}; fix the file", code=code
-        ) from error
+        error_code = error.code if isinstance(error, ChunkqError) else None
+        raise JobError(f"{key}: {path} raised {_one_line(error)}", code=error_code) from error
     return dict(module.__dict__)
 
 
@@ -115,7 +113,7 @@ def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
     """Return one of the names of a file. Raises JobError that lists them if it is missing."""
     if name not in names:
         public = ", ".join(sorted(n for n in names if not n.startswith("_"))) or "nothing"
-        raise JobError(f"{key}: {name!r} is missing in {path}; found {public}")
+        raise JobError(f"{key}: {path} has no {name!r}; it defines {public}")
     return names[name]
 
 
@@ -141,7 +139,7 @@ def load_blend_weights(plan: Plan) -> Weights:
     try:
         weights = np.asarray(function(plan.output_patch), dtype=np.float64)
     except (Exception, SystemExit) as error:
-        raise JobError(f"{source} raised {_one_line(error)}; fix the function") from error
+        raise JobError(f"{source} raised {_one_line(error)}") from error
     return ArrayWeights(_check_weights(weights, source, plan.output_patch, plan.margin))
 
 
