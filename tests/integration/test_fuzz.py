@@ -10,7 +10,7 @@ from chunkq_producer import submit
 
 from chunkq import user_code
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job import MAX_INTEGER, MAX_FILE_BYTES, load_job
+from chunkq.job import MAX_FILE_BYTES, MAX_INTEGER, load_job
 from tests.fuzz.job_files import BASES, create_lab
 from tests.fuzz.mutations import LAUGHS
 from tests.fuzz.pool import Pool
