@@ -251,11 +251,11 @@ def _seal(job: JobHandle, missing: tuple[Index, ...], warnings: Sequence[str]) -
     report, inferred, finalized = _report(job, missing, warnings)
     _check_records(job, inferred, finalized, missing)
     if missing:
-        job.output.describe_incomplete(allowed=job.check_unchanged)
+        job.output.describe_incomplete(check_unchanged=job.check_unchanged)
     else:
         job.check_unchanged()
         job.ledger.seal()
-        job.output.seal(allowed=job.check_unchanged)
+        job.output.seal(check_unchanged=job.check_unchanged)
         job.ledger.delete_pieces()
     job.ledger.write_report(report)
     return report

@@ -73,10 +73,10 @@ class Output:
         self._local = not is_url(path)
         self._format = record.job.zarr_format
 
-    def prepare(self, *, anything_done: bool, allowed: Callable[[], None]) -> None:
+    def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
         """Create the missing parts of the output of a running job; delete those of earlier jobs.
 
-        Works from any interrupted state. `allowed` is called before each change and raises if the
+        Works from any interrupted state. `check_unchanged` is called before each change and raises if the
         job was replaced. Raises StoreError if the array's metadata changed, or if the array is
         missing although chunks are committed (`anything_done`).
         """
@@ -89,15 +89,15 @@ class Output:
                     "again",
                     code=ErrorCode.OUTPUT_CHANGED,
                 )
-            allowed()
+            check_unchanged()
             for document in OTHER_FORMAT[self._format]:
                 self._objects.delete(document)
             self._put(self._record.metadata)
         self.check(name)
-        self._delete_stray_arrays(allowed)
+        self._delete_stray_arrays(check_unchanged)
         if self._local:
             delete_stale_locks(self.path, time.time() - LOCK_AGE)
-        allowed()
+        check_unchanged()
         self._write_group("incomplete", name)
 
     @property
@@ -145,27 +145,27 @@ class Output:
         name = self._record.array
         self.check(name if not self._local or self._exists(name) else SEALED_NAME)
 
-    def describe_incomplete(self, *, allowed: Callable[[], None]) -> None:
+    def describe_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata of an output that will be read before it is complete."""
-        allowed()
+        check_unchanged()
         self._write_group("incomplete", self._record.array)
 
-    def seal(self, *, allowed: Callable[[], None]) -> None:
+    def seal(self, *, check_unchanged: Callable[[], None]) -> None:
         """Rename the complete array to its final name and write the group metadata. Idempotent."""
         name = self._record.array
         if self._local:
             if self._exists(name):
                 self.check(name)
-                allowed()
+                check_unchanged()
                 self._rename_to_final(name)
             name = SEALED_NAME
         self.check(name)
-        self._delete_stray_arrays(allowed)
+        self._delete_stray_arrays(check_unchanged)
         if self._local:
             delete_stale_locks(join(self.path, name))
-        allowed()
+        check_unchanged()
         self._write_group("complete", name)
-        allowed()  # raises if this process was suspended above and the job was replaced
+        check_unchanged()  # raises if this process was suspended above and the job was replaced
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""
@@ -196,11 +196,11 @@ class Output:
             if not self._exists(SEALED_NAME):  # else another finalizer has renamed it
                 raise
 
-    def _delete_stray_arrays(self, allowed: Callable[[], None]) -> None:
+    def _delete_stray_arrays(self, check_unchanged: Callable[[], None]) -> None:
         """Delete arrays that processes of earlier jobs wrote after they were replaced."""
         # List before the check, so that the list has no array of a later job.
         strays = [name for name in self._objects.folders() if self._is_stray(name)]
-        allowed()
+        check_unchanged()
         if strays:
             self._objects.discard(*strays)
         self._objects.delete_partial_files()

@@ -16,5 +16,5 @@ def recreate_job(record: JobRecord, folder: str) -> JobHandle:
     copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
     JobFolder(folder_of(output)).create_record(new_record(copy, copy.plan(), replaces=False))
     job = open_job(folder_of(output))
-    job.output.prepare(anything_done=False, allowed=job.check_unchanged)
+    job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
     return job

@@ -330,12 +330,12 @@ def _open_npy(path: str) -> NpyArray:
     try:
         return NpyArray(path)
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise _missing_error(path) from None
     except OSError as error:
         raise StoreError(f"input: {without_secret(path)} cannot be read: {error}") from None
 
 
-def _missing(path: str) -> StoreError:
+def _missing_error(path: str) -> StoreError:
     return StoreError(
         f"input: {without_secret(path)} does not exist; fix the path",
         code=ErrorCode.STORE_MISSING,
@@ -358,7 +358,7 @@ def _open_node(path: str, mode: Any = "r") -> Any:
     try:
         if not is_url(path) and not os.path.isdir(inner):
             if not os.path.exists(inner):
-                raise _missing(path)
+                raise _missing_error(path)
             raise StoreError(
                 f"input: {printed_path} is a file; "
                 "expected a Zarr store or a .npy file; convert the file",
@@ -374,7 +374,7 @@ def _open_node(path: str, mode: Any = "r") -> Any:
         raise
     except (FileNotFoundError, ValueError, KeyError) as error:
         if not filesystem.exists(inner):
-            raise _missing(path) from error
+            raise _missing_error(path) from error
         raise StoreError(
             f"input: {printed_path} has no Zarr metadata; expected a Zarr array; fix the path",
             code=ErrorCode.STORE_UNSUPPORTED,

@@ -651,7 +651,7 @@ def test_what_is_said_of_a_model_file_goes_before_what_it_looks_like(tmp_path: P
     ]:
         model = job_for_model(path, given)["model_config"]
         assert (model["runtime"], model["type"]) == wanted
-    with pytest.raises(JobError, match="model_config.type: .*torchscript.*tensorflow"):
+    with pytest.raises(JobError, match=r"model_config\.type: .*torchscript.*tensorflow"):
         chunkq.Predictor.from_model(
             save_script(tmp_path / "s.pt"), model_input_shape=[8], runtime="tensorflow"
         )
