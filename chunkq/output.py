@@ -76,9 +76,9 @@ class Output:
     def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
         """Create the missing parts of the output of a running job; delete those of earlier jobs.
 
-        Works from any interrupted state. `check_unchanged` is called before each change and raises if the
-        job was replaced. Raises StoreError if the array's metadata changed, or if the array is
-        missing although chunks are committed (`anything_done`).
+        Works from any interrupted state. Calls `check_unchanged`, which raises if the job was
+        replaced, before each change. Raises StoreError if the array's metadata changed, or if the
+        array is missing although chunks are committed (`anything_done`).
         """
         name = self._record.array
         if not self._exists(name):
