@@ -238,9 +238,9 @@ def test_interrupted_sealing_is_finished_by_the_next_command(
     inferred: Workspace, reference: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = inferred.job
-    for killed in ("_rename_to_final", "_write_group"):
+    for method in ("_rename_to_final", "_write_group"):
         with monkeypatch.context() as patch:
-            patch.setattr(type(job.output), killed, _killed)
+            patch.setattr(type(job.output), method, _kill)
             with pytest.raises(KeyboardInterrupt):
                 finalize_job(job, worker="killed")
         assert not inferred.status()["sealed"]
@@ -249,7 +249,7 @@ def test_interrupted_sealing_is_finished_by_the_next_command(
     np.testing.assert_array_equal(read_output(inferred.output), read_output(reference.output))
 
 
-def _killed(*_: object) -> None:
+def _kill(*_: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -453,12 +453,12 @@ def test_finalize_warns_about_a_missing_input(inferred: Workspace) -> None:
 # ------------------------------------------------------------------------ two producers
 
 
-@pytest.mark.parametrize("killed", ["delete_folder", "discard", "delete_partial_files", "replace"])
+@pytest.mark.parametrize("method", ["delete_folder", "discard", "delete_partial_files", "replace"])
 def test_after_a_killed_overwrite_the_job_can_be_produced_again(
-    sealed: Workspace, reference: Workspace, monkeypatch: pytest.MonkeyPatch, killed: str
+    sealed: Workspace, reference: Workspace, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectFolder, killed, _killed)
+        patch.setattr(ObjectFolder, method, _kill)
         assert sealed.call("produce", "job.json", "--overwrite").code == 130
     sealed.call("produce", "job.json").ok()
     sealed.compute_inline()
@@ -478,7 +478,7 @@ def test_exactly_one_of_two_jobs_produced_at_the_same_time_onto_one_output_succe
         jobs = [submit.prepare(load_job(file, output=output)) for file in files]
         if options:
             submit.produce(jobs[0], queue)
-        produced, refused = _race(jobs, options)
+        produced, codes = _race(jobs, options)
         stored = JobFolder(f"{output}.chunkq").require_record()
         if options:  # the second may start after the first has ended, and replace it
             assert produced
@@ -486,7 +486,7 @@ def test_exactly_one_of_two_jobs_produced_at_the_same_time_onto_one_output_succe
         else:
             [number] = produced
             assert stored.digest == jobs[number].record.digest
-            assert refused in ([ErrorCode.OUTPUT_OF_OTHER_JOB], [ErrorCode.JOB_REPLACED])
+            assert codes in ([ErrorCode.OUTPUT_OF_OTHER_JOB], [ErrorCode.JOB_REPLACED])
 
 
 def _race(

@@ -331,9 +331,8 @@ def test_every_file_that_a_job_loads_must_be_allowed(
     monkeypatch.chdir(lab.team)
     (lab.other / "file").touch()
     (lab.team / "link").symlink_to(lab.other / "file")
-    (lab.other / "link").symlink_to(
-        lab.team / "net.py"
-    )  # users who can write there can redirect it
+    # Users who can write to `other` can redirect this link.
+    (lab.other / "link").symlink_to(lab.team / "net.py")
     path = {
         "outside": f"{lab.other}/file",
         "link": f"{lab.team}/link",

@@ -129,7 +129,7 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         ("runtime onnx", "runtime torch"),
     ),
 ]
-"""(change, key path of the problem, what conflicts)."""
+"""(change, key path of the problem, conflicting values)."""
 
 NUMPY = {"runtime": "numpy", "type": "class", "class_file": "/n.py", "class_name": "Net"}
 
