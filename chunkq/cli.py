@@ -7,11 +7,13 @@ import os
 import sys
 from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
 import click
 
 from chunkq import __version__
-from chunkq.errors import ChunkqError, ErrorCode, nearest
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, nearest
+from chunkq.tasks import chunk_name
 
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
@@ -100,9 +102,17 @@ def main() -> int:
         for line in str(reported).splitlines():
             click.echo(f"chunkq: {line} [{reported.code}]", err=True)
         if "--json" in sys.argv[1:]:
-            click.echo(json.dumps({"error": {"code": reported.code, "message": str(reported)}}))
+            click.echo(json.dumps(_as_document(reported)))
         return reported.exit_code
     return 0
+
+
+def _as_document(error: ChunkqError) -> dict[str, Any]:
+    """Return an error as the JSON document of `--json`, with the missing chunks if any."""
+    document: dict[str, Any] = {"error": {"code": error.code, "message": str(error)}}
+    if isinstance(error, IncompleteError):
+        document["missing"] = [chunk_name(index) for index in error.missing]
+    return document
 
 
 def _as_chunkq_error(error: Exception) -> ChunkqError:

@@ -124,7 +124,9 @@ def test_finalizing_an_unfinished_job_lists_the_missing_chunks_and_changes_nothi
     before = files_below(workspace.folder)
     answer = workspace.call("finalize", "out.zarr", "--json")
     answer.refused(3, ErrorCode.JOB_INCOMPLETE, "4 chunks", ": 0.1, 1.0, 2.0, 2.1;")
-    assert json.loads(answer.out) == {"missing": ["0.1", "1.0", "2.0", "2.1"]}
+    document = json.loads(answer.out)
+    assert document["missing"] == ["0.1", "1.0", "2.0", "2.1"]
+    assert document["error"]["code"] == ErrorCode.JOB_INCOMPLETE
     workspace.call("finalize", "out.zarr").refused(3, ErrorCode.JOB_INCOMPLETE, "4 chunks")
     assert files_below(workspace.folder) == before
     assert state(workspace) == "incomplete"
