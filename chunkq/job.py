@@ -427,7 +427,7 @@ def _message(error: Any) -> str:
         hint = nearest(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
         return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
     if kind == "missing":
-        return f"{path}: missing; set it as in the job file that `chunkq init` writes"
+        return f"{path}: missing; set it (run `chunkq init` for an example)"
     value = _printed(error["input"])
     if kind == "literal_error":
         legal = str(context["expected"]).replace(" or ", ", ")
