@@ -40,7 +40,7 @@ MIN_PAUSE, MAX_PAUSE = 0.001, 0.1
 CONDITIONAL_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
 """Schemes whose file systems can create an object only if it does not exist."""
 CLAIM_SECONDS = 60.0
-"""Time after which another process takes over a claim."""
+"""Seconds after which another process takes over a claim."""
 
 
 class ObjectInfo(NamedTuple):

@@ -151,7 +151,7 @@ class Output:
         self._write_group("incomplete", self._record.array)
 
     def seal(self, *, check_unchanged: Callable[[], None]) -> None:
-        """Rename the complete array to its final name and write the group metadata. Idempotent."""
+        """Mark the output as complete; rename a local array to its final name. Idempotent."""
         name = self._record.array
         if self._local:
             if self._exists(name):
