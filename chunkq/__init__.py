@@ -1,4 +1,4 @@
-"""chunkq: run a trained network over volumes that fit no machine."""
+"""Neural-network inference on volumes that are larger than one machine's memory."""
 
 import sys
 from importlib import import_module
@@ -21,7 +21,7 @@ API: MappingProxyType[str, str] = MappingProxyType(
         "IncompleteError": "chunkq.errors:IncompleteError",
     }
 )
-"""What `import chunkq` offers, each imported when first used; `__init__.pyi` gives the types."""
+"""Public name -> `module:attribute`, imported on first use. `__init__.pyi` has the types."""
 
 
 class _Package(ModuleType):
@@ -29,11 +29,11 @@ class _Package(ModuleType):
         if name not in API:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         module, _, attribute = API[name].partition(":")
-        found = self.__dict__[name] = getattr(import_module(module), attribute)
-        return found
+        value = self.__dict__[name] = getattr(import_module(module), attribute)
+        return value
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Importing the module chunkq.finalize must not hide the function of that name.
+        # Importing the module chunkq.finalize must not replace the function chunkq.finalize.
         if name not in API or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 

@@ -1,4 +1,4 @@
-# What `import chunkq` offers, for type checkers; `API` in __init__.py says the same at run time.
+# Types of the public API. Keep in step with `API` in __init__.py.
 from collections.abc import Mapping
 
 from chunkq_producer.api import finalize as finalize

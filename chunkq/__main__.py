@@ -1,4 +1,4 @@
-"""`python -m chunkq` is the `chunkq` command."""
+"""Run the `chunkq` command: `python -m chunkq`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The `chunkq` command: sub-commands by name, each imported only when it is called."""
+"""The `chunkq` command. Each subcommand is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -7,46 +7,54 @@ import os
 import sys
 from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
 import click
 
 from chunkq import __version__
-from chunkq.errors import ChunkqError, ErrorCode, nearest
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, nearest
+from chunkq.tasks import chunk_name
 
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
-        "plan": ("chunkq_producer.commands.plan:plan", "Say what a job will cost."),
+        "plan": ("chunkq_producer.commands.plan:plan", "Estimate a job's memory and storage."),
         "tune": ("chunkq_worker.tune.command:tune", "Find a job's fastest settings."),
-        "produce": ("chunkq_producer.commands.produce:produce", "Cut a job, fill the queue."),
-        "work": ("chunkq_worker.commands:work", "Take chunks from the queue and compute them."),
-        "status": ("chunkq_producer.commands.status:status", "Show how far jobs are."),
-        "finalize": ("chunkq_producer.commands.finalize:finalize", "Complete and seal an output."),
-        "report": ("chunkq_producer.commands.report:report", "Say where the time went."),
-        "run": ("chunkq_producer.commands.run:run", "All of it on this machine."),
-        "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks afresh."),
-        "cancel": ("chunkq_producer.commands.cancel:cancel", "Take a job off the queue."),
+        "produce": (
+            "chunkq_producer.commands.produce:produce",
+            "Create a job and queue its chunks.",
+        ),
+        "work": ("chunkq_worker.commands:work", "Compute the chunks on a queue."),
+        "status": ("chunkq_producer.commands.status:status", "Show job progress."),
+        "finalize": (
+            "chunkq_producer.commands.finalize:finalize",
+            "Merge overlaps and mark the output complete.",
+        ),
+        "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
+        "run": ("chunkq_producer.commands.run:run", "Produce, work and finalize in one command."),
+        "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
+        "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
         "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
         "export": ("chunkq_worker.export_command:export", "Write a network as ONNX or .pt2."),
         "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
     }
 )
-"""Name -> where it is and what `--help` says, so that help imports none of them."""
+"""Command -> (`module:function`, help line). `--help` imports no command."""
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
-"""Packages whose errors come from a bucket that is away or refuses."""
+"""Packages whose errors mean that a bucket is unreachable or denies access."""
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name and loads one when it is called."""
+    """Click group that imports a command when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of a job's life."""
+        """Return the command names in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import and return a command, or None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
@@ -56,13 +64,13 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Add the nearest name to click's own complaint."""
+        """Resolve a command; the error for an unknown one suggests the nearest name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{nearest(args[0], list(COMMANDS))}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
+        """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
@@ -70,37 +78,45 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="chunkq")
 def cli() -> None:
-    """Run a trained network over volumes that fit no machine."""
+    """Run neural-network inference on volumes that are larger than one machine's memory."""
 
 
 def main() -> int:
-    """Run the command; returns its exit code. A user's mistake is one line, no traceback."""
+    """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.exceptions.Exit as done:
-        return done.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
     except BrokenPipeError:
-        # The reader of our output went away; the interpreter must not complain at exit.
+        # The reader closed the pipe. Without this, the interpreter prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("chunkq: interrupted", err=True)
         return 130
     except Exception as error:
-        known = _as_chunkq_error(error)
-        for line in str(known).splitlines():
-            click.echo(f"chunkq: {line} [{known.code}]", err=True)
+        reported = _as_chunkq_error(error)
+        for line in str(reported).splitlines():
+            click.echo(f"chunkq: {line} [{reported.code}]", err=True)
         if "--json" in sys.argv[1:]:
-            click.echo(json.dumps({"error": {"code": known.code, "message": str(known)}}))
-        return known.exit_code
+            click.echo(json.dumps(_as_document(reported)))
+        return reported.exit_code
     return 0
 
 
+def _as_document(error: ChunkqError) -> dict[str, Any]:
+    """Return an error as the JSON document of `--json`, with the missing chunks if any."""
+    document: dict[str, Any] = {"error": {"code": error.code, "message": str(error)}}
+    if isinstance(error, IncompleteError):
+        document["missing"] = [chunk_name(index) for index in error.missing]
+    return document
+
+
 def _as_chunkq_error(error: Exception) -> ChunkqError:
-    """Return the error for the user; raises the error itself if it is a bug in chunkq."""
+    """Return the error to report. Re-raise an error that comes from a bug in chunkq."""
     if isinstance(error, ChunkqError):
         return error
     package = type(error).__module__.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Small JSON documents that carry a checksum of their values."""
+"""Encode and decode small JSON documents that contain a checksum of their values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ KEY = "checksum"
 
 
 def encode(values: dict[str, Any], indent: int | None = None) -> bytes:
-    """Return the document of a mapping of JSON values."""
+    """Return a mapping of JSON values as a document with its checksum."""
     return json.dumps({KEY: _checksum(values), **values}, indent=indent).encode()
 
 
 def decode(content: bytes) -> dict[str, Any] | None:
-    """Return the values of a document, or None if it is damaged or another kind of file."""
+    """Return the values of a document, or None if it is damaged or not a document."""
     try:
         values = json.loads(content)
-        stored = values.pop(KEY)
-        return values if stored == _checksum(values) else None
+        checksum = values.pop(KEY)
+        return values if checksum == _checksum(values) else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Return the CRC-32C of the values, whatever the document's layout and order of keys."""
+    """Return the CRC-32C of the values; whitespace and the order of keys do not affect it."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return f"{google_crc32c.value(text.encode()):08x}"

@@ -1,4 +1,4 @@
-"""One tree of errors; every leaf says whose move it is."""
+"""Exceptions that chunkq raises, and their stable codes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from difflib import get_close_matches
 from enum import StrEnum, auto
 from typing import Any
 
-LONGEST_LINE = 1000
-"""Characters of one line of a message."""
+MAX_LINE_LENGTH = 1000
+"""Characters of one line of a message; `printable` shortens longer lines."""
 
 
 class ErrorCode(StrEnum):
-    """Stable identifiers of errors. Texts may change; a code keeps its meaning once released."""
+    """Stable identifiers of errors. Messages may change, codes keep their meaning."""
 
     FAILED = auto()
-    """An error without a code of its own."""
+    """An error without a more specific code."""
     INTERRUPTED = auto()
     """The user interrupted the command."""
     JOB_INVALID = auto()
     """The job file cannot be run as written."""
+    JOB_FILE_MISSING = auto()
+    """The job file does not exist."""
+    JOB_FILE_UNREADABLE = auto()
+    """The job file is not a readable YAML or JSON mapping."""
     JOB_RECORD_DAMAGED = auto()
     """`job.json` does not match its checksum or digest."""
     JOB_RECORD_UNSUPPORTED = auto()
     """`job.json` was written by a version of chunkq with another layout."""
     JOB_REPLACED = auto()
-    """Another job was created on the same output path meanwhile."""
+    """Another job was created on the same output path in the meantime."""
     JOB_MISSING = auto()
     """No job folder exists at the path."""
     OUTPUT_OF_OTHER_JOB = auto()
@@ -36,21 +40,27 @@ class ErrorCode(StrEnum):
     OUTPUT_IN_USE = auto()
     """Workers are computing the job on the output path."""
     OUTPUT_CHANGED = auto()
-    """The metadata of the output array are missing or not those that the job created."""
+    """The metadata of the output array are missing or differ from those that the job created."""
     PATH_INVALID = auto()
-    """A path has no canonical form, or is not written in it."""
+    """A path is not in canonical form, or has none."""
     PATH_NOT_ALLOWED = auto()
     """A worker with `--allow` does not accept the job or a file that the job names."""
     STORAGE_FAILED = auto()
     """A disk, a bucket or its client reported an error."""
     STORE_UNUSABLE = auto()
     """A path cannot be read or written as the job requires."""
+    STORE_MISSING = auto()
+    """A path does not exist."""
+    STORE_UNSUPPORTED = auto()
+    """A path is not an array in a supported format."""
+    PACKAGE_MISSING = auto()
+    """A Python package that the job or the queue needs is not installed."""
     CODEC_UNSAFE = auto()
     """An array is stored with a codec that can run code."""
     QUEUE_UNAVAILABLE = auto()
     """The queue cannot be reached or refuses the request."""
     QUEUE_UNSUPPORTED = auto()
-    """The server or the file is of a kind, or of a version, that cannot hold this queue."""
+    """The server or the file has an unsupported type or version."""
     QUEUE_READ_ONLY = auto()
     """The queue can be read but not written."""
     QUEUE_FULL = auto()
@@ -60,7 +70,9 @@ class ErrorCode(StrEnum):
     QUEUE_DENIED = auto()
     """The queue refuses this user or password, or another user could control the queue."""
     QUEUE_DAMAGED = auto()
-    """The file of the queue is damaged or is no queue."""
+    """The queue file is damaged or is not a queue file."""
+    TASK_INVALID = auto()
+    """A message on the queue is not a chunkq task."""
     MODEL_UNUSABLE = auto()
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
@@ -76,7 +88,7 @@ class ErrorCode(StrEnum):
     INPUT_UNREADABLE = auto()
     """The input of a chunk cannot be read."""
     INPUT_MISSING = auto()
-    """An input that existed when the job was produced is gone."""
+    """An input that existed when the job was produced is missing."""
     INPUT_CHANGED = auto()
     """An input was replaced since the job was produced."""
     PIECE_DAMAGED = auto()
@@ -96,54 +108,54 @@ class ErrorCode(StrEnum):
 
 
 class ChunkqError(Exception):
-    """Base class of the errors that chunkq reports in one line.
+    """Base class of chunkq's errors. The message is one printable line.
 
-    `code` identifies the error for programs, `exit_code` is the exit status of the command.
+    `code` identifies the error for programs. `exit_code` is the exit status of the command.
     """
 
     exit_code = 1
     code = ErrorCode.FAILED
 
     def __init__(self, message: str = "", *, code: ErrorCode | None = None) -> None:
-        super().__init__(self._as_shown(message))
+        super().__init__(self._to_printable(message))
         if code is not None:
             self.code = code
 
     @staticmethod
-    def _as_shown(message: str) -> str:
-        """Return a message as one printable line."""
+    def _to_printable(message: str) -> str:
+        """Return the message as one printable line."""
         return printable(" ".join(message.splitlines()))
 
 
 class JobError(ChunkqError):
-    """The job cannot be done as written; nothing was started.
+    """The job or a request is invalid. Raised before any work starts.
 
-    `problems` holds one line per mistake: where, what, and what to do.
+    `problems` has one line per mistake: where, what is wrong, what to do.
     """
 
     exit_code = 2
     code = ErrorCode.JOB_INVALID
 
     def __init__(self, problems: str | Sequence[str], *, code: ErrorCode | None = None) -> None:
-        several = problems.split("\n") if isinstance(problems, str) else problems
-        self.problems = tuple(printable(problem) for problem in several)
+        lines = problems.split("\n") if isinstance(problems, str) else problems
+        self.problems = tuple(printable(line) for line in lines)
         super().__init__("\n".join(self.problems), code=code)
 
     @staticmethod
-    def _as_shown(message: str) -> str:
-        """Return a message of several lines, all printable already."""
+    def _to_printable(message: str) -> str:
+        """Return the message unchanged: its lines are printable already."""
         return message
 
 
 class MissingJobError(ChunkqError):
-    """There is no job folder where one is looked for."""
+    """The path has no job folder, or the job was replaced."""
 
     exit_code = 2
     code = ErrorCode.JOB_MISSING
 
 
 class StoreError(ChunkqError):
-    """A path cannot be read or written as asked, found before work starts."""
+    """A path cannot be read or written as required. Raised before any work starts."""
 
     exit_code = 2
     code = ErrorCode.STORE_UNUSABLE
@@ -156,25 +168,28 @@ class QueueError(ChunkqError):
 
 
 class ModelError(ChunkqError):
-    """The network cannot be loaded or breaks its declaration: every chunk would fail alike."""
+    """The network cannot be loaded or differs from its declaration. Every chunk would fail."""
 
     code = ErrorCode.MODEL_UNUSABLE
 
 
 class FrameworkConflictError(ChunkqError):
-    """The job needs another deep-learning framework than this worker process uses."""
+    """The job needs a different deep-learning framework than this worker process uses."""
 
     code = ErrorCode.FRAMEWORK_CONFLICT
 
 
 class SameFailureError(ChunkqError):
-    """One chunk after another failed with the same cause; the worker leaves the job alone."""
+    """Consecutive chunks failed with the same cause. The worker skips the job from now on."""
 
     code = ErrorCode.REPEATED_FAILURE
 
 
 class TaskTimeoutError(ChunkqError):
-    """Tasks hang; only the end of the process frees what they hold. `leases` lists them."""
+    """Tasks exceeded their time limit. Only the end of the process releases their resources.
+
+    `leases` lists the leases of these tasks.
+    """
 
     code = ErrorCode.TASK_TIMEOUT
 
@@ -184,19 +199,19 @@ class TaskTimeoutError(ChunkqError):
 
 
 class PredictionError(ChunkqError):
-    """One chunk's predictions cannot be used, for example because they are not finite."""
+    """The predictions of a chunk cannot be used, for example because they are not finite."""
 
     code = ErrorCode.PREDICTION_INVALID
 
 
 class ChunkReadError(ChunkqError):
-    """The input of one chunk cannot be read."""
+    """The input of a chunk cannot be read."""
 
     code = ErrorCode.INPUT_UNREADABLE
 
 
 class PieceError(ChunkqError):
-    """Pieces that a block needs are gone or damaged; `sources` lists the chunks that left them."""
+    """Pieces of a block are missing or damaged. `sources` lists the chunks that wrote them."""
 
     code = ErrorCode.PIECE_DAMAGED
 
@@ -206,7 +221,7 @@ class PieceError(ChunkqError):
 
 
 class IncompleteError(ChunkqError):
-    """The job is not finished; `missing` lists the chunks that stand out."""
+    """The job is not finished. `missing` lists the chunks that must be computed."""
 
     exit_code = 3
     code = ErrorCode.JOB_INCOMPLETE
@@ -219,27 +234,28 @@ class IncompleteError(ChunkqError):
 
 
 def printable(line: str) -> str:
-    """Return one line that any terminal can show: the rest escaped, its middle cut out if long.
+    """Return a line with unprintable characters escaped; shorten a long line in its middle.
 
-    Names from files and paths can hold line breaks, control sequences and half characters.
+    Names and paths can contain line breaks, control sequences and surrogates.
     """
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    if len(line) > MAX_LINE_LENGTH:
+        line = f"{line[: MAX_LINE_LENGTH // 2]} ... {line[-MAX_LINE_LENGTH // 2 :]}"
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def cause(error: str, message: str) -> tuple[str, str]:
-    """Return what an error of this class has in common with others of the same cause.
+    """Return a key that is equal for errors with the same cause.
 
-    Coordinates differ from chunk to chunk; the cause is what stands around the numbers.
+    The key is the error's class name and its message with `#` in place of each number, because
+    coordinates differ from chunk to chunk.
     """
     return error, re.sub(r"\d+", "#", message)
 
 
 def nearest(word: str, legal: Sequence[str]) -> str:
-    """Return a hint `; did you mean 'x'?` for the legal name most like `word`, or ''."""
-    longer = [name for name in legal if len(word) > 2 and name.startswith(word)]
-    close = longer or get_close_matches(word, legal, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """Return the hint `; did you mean 'x'?` for the legal name closest to `word`, or ''."""
+    completions = [name for name in legal if len(word) > 2 and name.startswith(word)]
+    matches = completions or get_close_matches(word, legal, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

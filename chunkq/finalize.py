@@ -1,4 +1,4 @@
-"""Completing blocks: add the pieces of all contributors, decide, write, commit, seal."""
+"""Finalize a job: add up the pieces of each shared block, write the block, seal the output."""
 
 from __future__ import annotations
 
@@ -22,34 +22,39 @@ from chunkq.tasks import Task, chunk_name
 from chunkq.timing_aggregation import aggregate_timing
 
 OWN_PIECE = "own"
-"""Name of the piece a chunk leaves for its own block."""
-BATCH = 1000
-"""Blocks given to the pool at a time; bounds memory."""
+"""Name of the piece that a chunk stores for its own block."""
+BATCH_SIZE = 1000
+"""Number of blocks submitted to the thread pool at a time; bounds memory."""
 FINALIZER_BYTES = 2 << 30
+"""Memory limit (bytes) for blocks that are finalized concurrently; one block may exceed it."""
 FINALIZER_THREADS = 2
-"""Memory that blocks being finalized at once stay below, as far as one of them does."""
+"""Maximum number of blocks that are finalized concurrently by default."""
 
 
 def finalize_block(task: Task, attempt: Attempt) -> None:
-    """Complete the block of one chunk, unless that is done already.
+    """Complete the block of a chunk unless it is already complete.
 
-    Raises IncompleteError while a contributor is not committed, and what `complete_block` raises.
+    Raises IncompleteError if a contributor is not committed, and the errors of `complete_block`.
     """
     job = open_job(task.job)
     ledger = job.ledger
     if ledger.is_committed("finalize", task.chunk):
         return
-    waits = [c for c in job.plan.contributors(task.chunk) if not ledger.is_committed("infer", c)]
-    if waits:
-        raise IncompleteError(f"block {chunk_name(task.chunk)} waits for others", waits)
+    missing = [c for c in job.plan.contributors(task.chunk) if not ledger.is_committed("infer", c)]
+    if missing:
+        raise IncompleteError(
+            f"block {chunk_name(task.chunk)}: chunks {_names(missing)} are not computed yet",
+            missing,
+        )
     complete_block(job, task.chunk, attempt)
 
 
 def complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
-    """Add up a block whose contributors are all committed, write, commit, delete its pieces.
+    """Add up the pieces of a block, write its voxels, commit it and delete the pieces.
 
-    Raises PieceError if pieces are gone or damaged: then their contributors lose their commits
-    and must be computed again. Raises MissingJobError if the job was replaced.
+    All contributors must be committed. Raises PieceError if pieces are missing or damaged; this
+    deletes the commit records of their chunks, which must be computed again. Raises
+    MissingJobError if the job was replaced.
     """
     with job.unless_replaced():
         _complete_block(job, index, attempt)
@@ -59,14 +64,17 @@ def _complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
     started = time.time()
     chunk = job.plan.chunk(index)
     try:
-        own, pieces, read_bytes = _gather(job, chunk)
-        read = time.time()
+        own_block, pieces, bytes_read = _gather(job, chunk)
+        read_end = time.time()
         job.check_unchanged()
-        written = sum(job.write(box, v) for box, v in finalize_sums(job.plan, chunk, own, pieces))
+        bytes_written = sum(
+            job.write(box, values)
+            for box, values in finalize_sums(job.plan, chunk, own_block, pieces)
+        )
         finished = time.time()
         job.check_unchanged()
     except (PieceError, OSError):
-        # Another finalizer may have completed the block, and tidied up, in between.
+        # Another finalizer may have completed the block and deleted its pieces.
         if job.ledger.is_committed("finalize", index):
             return
         raise
@@ -78,8 +86,8 @@ def _complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
             worker=attempt.worker,
             started=started,
             finished=finished,
-            seconds={"read": read - started, "write": finished - read},
-            moved={"pieces_read": read_bytes, "output": written},
+            seconds={"read": read_end - started, "write": finished - read_end},
+            moved={"pieces_read": bytes_read, "output": bytes_written},
             peak_rss=peak_bytes(),
         )
     )
@@ -88,14 +96,17 @@ def _complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
 
 @dataclass(frozen=True)
 class JobCompletion:
-    """What of a job is done. `unfinished` are the chunks without a commit record."""
+    """Progress of a job.
+
+    `unfinished` lists the chunks without a commit record, `to_finalize` the incomplete blocks.
+    """
 
     unfinished: tuple[Index, ...]
     to_finalize: tuple[Index, ...]
 
 
 def job_completion(job: JobHandle) -> JobCompletion:
-    """Compare the plan with the ledger: two listings, whatever the job's size."""
+    """Compare the plan with the ledger. Makes two listings, independent of the job's size."""
     inferred = job.ledger.committed("infer")
     finalized = job.ledger.committed("finalize")
     return JobCompletion(
@@ -105,22 +116,22 @@ def job_completion(job: JobHandle) -> JobCompletion:
 
 
 def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompletion:
-    """Compare the plan with the ledger before blocks are completed.
+    """Return the progress of a job before its blocks are completed.
 
-    Raises IncompleteError with the list of chunks if some are not computed, unless `allow_missing`.
+    Raises IncompleteError with the missing chunks, unless `allow_missing`.
     """
-    now = job_completion(job)
-    if now.unfinished and not allow_missing:
-        raise IncompleteError(_count_chunks(now.unfinished), now.unfinished)
-    return now
+    completion = job_completion(job)
+    if completion.unfinished and not allow_missing:
+        raise IncompleteError(_not_computed(completion.unfinished), completion.unfinished)
+    return completion
 
 
-def ready_blocks(job: JobHandle, now: JobCompletion) -> list[Index]:
-    """Return the blocks that can be completed: all but those that a missing chunk touches."""
-    missing = set(now.unfinished)
+def ready_blocks(job: JobHandle, completion: JobCompletion) -> list[Index]:
+    """Return the incomplete blocks of which all contributors are committed."""
+    missing = set(completion.unfinished)
     if not missing:
-        return list(now.to_finalize)
-    return [i for i in now.to_finalize if not missing.intersection(job.plan.contributors(i))]
+        return list(completion.to_finalize)
+    return [i for i in completion.to_finalize if not missing.intersection(job.plan.contributors(i))]
 
 
 def finalize_job(
@@ -131,29 +142,31 @@ def finalize_job(
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Complete every block that can be, then seal the output; returns the report.
+    """Complete every block that is ready, seal the output, and return the report.
 
-    Raises IncompleteError with the list of chunks if some are not computed, unless
-    `allow_missing`: then the blocks they touch stay empty, and the output says so. Its code is
-    RESULTS_LOST if results were lost: then all the blocks that could be completed are, and the
-    chunks that must be computed again have no commit any more. Raises StoreError if an input or
-    the output's metadata were replaced, MissingJobError if the job was. `threads` blocks are
-    completed at once, by default as many as `blocks_at_once` says.
+    With `allow_missing`, blocks that need a missing chunk stay empty and the output is marked as
+    incomplete. `progress` is called with the number of complete blocks and their total. `threads`
+    blocks are completed concurrently (default: `blocks_at_once`).
+
+    Raises IncompleteError with the missing chunks, unless `allow_missing`. Raises IncompleteError
+    with the code RESULTS_LOST if pieces or commit records are damaged: all other blocks are
+    complete then, and the chunks to compute again have no commit record. Raises StoreError if an
+    input or the metadata of the output were replaced, MissingJobError if the job was replaced.
     """
     job.check_unchanged()
-    before = check_completion(job, allow_missing=allow_missing)
+    completion = check_completion(job, allow_missing=allow_missing)
     warnings = _check_inputs(job)
     job.output.check_array()
-    ready = ready_blocks(job, before)
+    ready = ready_blocks(job, completion)
     attempt, done = Attempt(1, worker), 0
     lost: dict[Index, str] = {}
     progress(done, len(ready))
     with ThreadPoolExecutor(threads or blocks_at_once(job.plan)) as pool:
-        for first in range(0, len(ready), BATCH):
-            batch = ready[first : first + BATCH]
-            waiting = [pool.submit(complete_block, job, index, attempt) for index in batch]
+        for first in range(0, len(ready), BATCH_SIZE):
+            batch = ready[first : first + BATCH_SIZE]
+            futures = [pool.submit(complete_block, job, index, attempt) for index in batch]
             try:
-                for future in as_completed(waiting):
+                for future in as_completed(futures):
                     try:
                         future.result()
                     except PieceError as error:
@@ -161,16 +174,16 @@ def finalize_job(
                     done += 1
                     progress(done, len(ready))
             except BaseException:
-                for future in waiting:
+                for future in futures:
                     future.cancel()
                 raise
     with job.unless_replaced():
         _raise_if_lost(lost)
-        return _seal(job, before.unfinished, warnings)
+        return _seal(job, completion.unfinished, warnings)
 
 
 def _check_inputs(job: JobHandle) -> list[str]:
-    """Return a warning for an input that is gone; raises StoreError for one that was replaced."""
+    """Return a warning for each missing input. Raises StoreError if an input was replaced."""
     try:
         job.check_inputs()
     except ChunkReadError as error:
@@ -178,38 +191,42 @@ def _check_inputs(job: JobHandle) -> list[str]:
             raise StoreError(str(error), code=error.code) from None
         return [str(error)]
     except OSError as error:
-        return [f"an input could not be compared with the one that was read: {error}"]
+        return [f"an input could not be compared with the input of the job: {error}"]
     return []
 
 
 def _raise_if_lost(lost: Mapping[Index, str]) -> None:
-    """Raise IncompleteError if results of chunks were lost; `lost` has the reason for each."""
+    """Raise IncompleteError if results were lost. `lost` maps each chunk to the reason."""
     if lost:
         chunks = sorted(lost)
         raise IncompleteError(
-            f"results of {len(chunks)} chunks are lost: {_names(chunks)} ({lost[chunks[0]]}); "
-            "next: `chunkq run` again, or `chunkq produce --resume` and a worker",
+            f"results of {_count(chunks)} are lost: {_names(chunks)} ({lost[chunks[0]]}); "
+            "run `chunkq run` again, or `chunkq produce --resume` and a worker",
             chunks,
             code=ErrorCode.RESULTS_LOST,
         )
 
 
 def blocks_at_once(plan: Plan) -> int:
-    """Return how many blocks a finalizer completes at once, so that 2 GiB hold them."""
-    fitting = FINALIZER_BYTES // max(1, footprint(plan).completing)
-    return max(1, min(FINALIZER_THREADS, fitting))
+    """Return how many blocks to complete concurrently within `FINALIZER_BYTES` of memory."""
+    max_blocks = FINALIZER_BYTES // max(1, footprint(plan).completing)
+    return max(1, min(FINALIZER_THREADS, max_blocks))
 
 
 def _gather(job: JobHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece, Any], int]:
-    """Read what the contributors left; contributors of missing pieces lose their commits."""
-    ledger, total, own = job.ledger, 0, None
+    """Read the pieces of a block; return its own piece, the others, and their size (bytes).
+
+    Raises PieceError if some are missing or damaged, after deleting the commit records of the
+    chunks that wrote them.
+    """
+    ledger, total, own_block = job.ledger, 0, None
     pieces: dict[Piece, Any] = {}
     problems: dict[Index, PieceError] = {}
     if chunk.is_active:
         try:
             arrays, total = ledger.get_piece(chunk.index, OWN_PIECE)
             bands = len(chunk.band_boxes)
-            own = OwnBlock(tuple(arrays[:bands]), tuple(arrays[bands:]))
+            own_block = OwnBlock(tuple(arrays[:bands]), tuple(arrays[bands:]))
         except PieceError as error:
             problems[chunk.index] = error
     for piece in job.plan.incoming_pieces(chunk):
@@ -226,19 +243,19 @@ def _gather(job: JobHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece, 
             f"{next(iter(problems.values()))}; chunk {names} must be computed again",
             tuple(problems),
         )
-    return own, pieces, total
+    return own_block, pieces, total
 
 
 def _seal(job: JobHandle, missing: tuple[Index, ...], warnings: Sequence[str]) -> dict[str, Any]:
-    """Write the report; of a complete job, verify that every task has a valid record, and seal."""
+    """Verify the commit records, seal the output unless chunks are missing, write the report."""
     report, inferred, finalized = _report(job, missing, warnings)
     _check_records(job, inferred, finalized, missing)
     if missing:
-        job.output.describe_incomplete(allowed=job.check_unchanged)
+        job.output.describe_incomplete(check_unchanged=job.check_unchanged)
     else:
         job.check_unchanged()
         job.ledger.seal()
-        job.output.seal(allowed=job.check_unchanged)
+        job.output.seal(check_unchanged=job.check_unchanged)
         job.ledger.delete_pieces()
     job.ledger.write_report(report)
     return report
@@ -247,9 +264,10 @@ def _seal(job: JobHandle, missing: tuple[Index, ...], warnings: Sequence[str]) -
 def _check_records(
     job: JobHandle, inferred: set[Index], finalized: set[Index], missing: Sequence[Index]
 ) -> None:
-    """Withdraw the damaged commit records, and raise IncompleteError if there are any.
+    """Delete damaged commit records and raise IncompleteError if there are any.
 
-    A block without a valid record is completed again, and needs the pieces of all contributors.
+    A block without a valid record must be completed again, which needs the pieces of all its
+    contributors. The commit records of these are deleted, too.
     """
     absent = set(missing)
     blocks = {
@@ -257,15 +275,15 @@ def _check_records(
         for block in job.plan.to_finalize()
         if block not in finalized and not absent.intersection(job.plan.contributors(block))
     }
-    again = {index for index in job.plan.indices() if index not in inferred} - absent
-    again.update(*(job.plan.contributors(block) for block in blocks))
+    lost = {index for index in job.plan.indices() if index not in inferred} - absent
+    lost.update(*(job.plan.contributors(block) for block in blocks))
     job.ledger.delete_commits("finalize", blocks)
-    job.ledger.delete_commits("infer", again)
-    _raise_if_lost(dict.fromkeys(again, "a commit record is damaged"))
+    job.ledger.delete_commits("infer", lost)
+    _raise_if_lost(dict.fromkeys(lost, "a commit record is damaged"))
 
 
 def job_report(job: JobHandle, missing: Iterable[Index] = ()) -> dict[str, Any]:
-    """Sum up all commit records: what was done, what was moved, and where the time went."""
+    """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice."""
     return _report(job, missing)[0]
 
 
@@ -275,7 +293,7 @@ def _report(
     """Return the report, and the chunks and blocks that have a valid commit record."""
     inferred: set[Index] = set()
     finalized: set[Index] = set()
-    times = aggregate_timing(
+    timing = aggregate_timing(
         job.plan,
         _collect(job.ledger.read_commits("infer"), inferred),
         _collect(job.ledger.read_commits("finalize"), finalized),
@@ -285,22 +303,27 @@ def _report(
         "digest": job.record.digest,
         "missing": [chunk_name(index) for index in missing],
         "warnings": list(warnings),
-        "conclusion": conclusion(times),
-        "advice": advice(times),
-        **times.as_dict(),
+        "conclusion": conclusion(timing),
+        "advice": advice(timing),
+        **timing.as_dict(),
     }
     return report, inferred, finalized
 
 
 def _collect(commits: Iterable[Commit], chunks: set[Index]) -> Iterator[Commit]:
-    """Yield commit records and add their chunks to a set."""
+    """Yield the commit records and add their chunks to the set."""
     for commit in commits:
         chunks.add(commit.chunk)
         yield commit
 
 
-def _count_chunks(missing: Sequence[Index]) -> str:
-    return f"{len(missing)} chunks are not computed yet: {_names(missing)}"
+def _not_computed(missing: Sequence[Index]) -> str:
+    verb = "is" if len(missing) == 1 else "are"
+    return f"{_count(missing)} {verb} not computed yet: {_names(missing)}; run a worker"
+
+
+def _count(chunks: Sequence[Index]) -> str:
+    return f"{len(chunks)} chunk{'' if len(chunks) == 1 else 's'}"
 
 
 def _names(chunks: Sequence[Index]) -> str:

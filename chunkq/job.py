@@ -1,4 +1,4 @@
-"""The job file: strict, frozen, checked as far as it can be without touching the volume."""
+"""Job file: strict, frozen pydantic models. Validation does not read the volumes."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ def _as_nested_tuple(value: object) -> object:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
-def _one_or_more(value: object) -> object:
+def _as_tuple_of_names(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
-LARGEST = 1 << 40
-"""Largest whole number in a job file: products of one per axis and a dtype's size stay exact."""
+MAX_INTEGER = 1 << 40
+"""Largest integer in a job file. Sums of several such lengths stay exact in 64-bit arithmetic."""
 MAX_FILE_BYTES = 1 << 20
-"""Size of a job file that is still read; a longer one is some other file."""
+"""Maximum size of a job file. A larger file is something else."""
 MAX_VALUES = 100_000
-"""Values that a job file may hold, each counted as often as aliases repeat it."""
+"""Maximum number of values in a job file; each repetition by a YAML alias counts."""
 
-Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
-Offset = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Offset = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
 Names = Annotated[
     tuple[str, ...],
     Field(min_length=1),
-    BeforeValidator(_one_or_more, json_schema_input_type=str | tuple[str, ...]),
+    BeforeValidator(_as_tuple_of_names, json_schema_input_type=str | tuple[str, ...]),
 ]
 
 
 class Section(BaseModel):
-    """A part of the job file: no unknown keys, no silent conversions, never changed."""
+    """Section of the job file: immutable, without unknown keys and type conversions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class DaskConfig(Section):
-    """How to reach or make a Dask cluster."""
+    """Options to connect to a Dask cluster or to start one."""
 
     address: str | None = None
     protocol: Literal["tcp", "tls", "ucx"] = "tcp"
@@ -81,14 +81,14 @@ class DaskConfig(Section):
 
 
 class RayConfig(Section):
-    """How to reach or make a Ray cluster."""
+    """Options to connect to a Ray cluster or to start one."""
 
     address: str | None = None
     port: Positive = 6379
 
 
 class ModelConfig(Section):
-    """The network: where it is, what it takes and what it gives."""
+    """The network: its files, its input and output shapes, and how to run it."""
 
     runtime: Literal["torch", "tensorflow", "onnx", "numpy"]
     type: Literal["class", "file", "torchscript", "exported", "json"]
@@ -115,7 +115,7 @@ class ModelConfig(Section):
 
     @property
     def files(self) -> dict[str, str]:
-        """Files the network is made of, by key."""
+        """Files of the network, by key."""
         keys = (
             "class_file",
             "kwargs_file",
@@ -129,9 +129,9 @@ class ModelConfig(Section):
 
 
 class Job(Section):
-    """One job: a network, a volume, and how overlapping predictions combine.
+    """A job: a network, the volumes and how overlapping predictions are combined.
 
-    Lists speak of the volume's axes in storage order and in voxels.
+    Lists have one entry per spatial axis of the volume, in storage order; lengths are in voxels.
     """
 
     input: Names
@@ -162,37 +162,44 @@ class Job(Section):
     model: ModelConfig = Field(alias="model_config")
 
     @model_validator(mode="after")
-    def _keys_fit_together(self) -> Job:
-        problems = [*_geometry_keys(self), *_weight_keys(self), *_model_keys(self.model)]
-        problems += [*_input_keys(self), *_not_yet(self), *_path_texts(self), *_secrets(self)]
+    def _check_key_combinations(self) -> Job:
+        problems = [
+            *_geometry_problems(self),
+            *_weight_problems(self),
+            *_model_problems(self.model),
+            *_input_problems(self),
+            *_unsupported_keys(self),
+            *_path_problems(self),
+            *_credential_problems(self),
+        ]
         if problems:
             raise JobError(problems)
         return self
 
     @property
     def step_edge(self) -> Edge:
-        """Where the last patch goes: as asked, or the default of the inference type."""
+        """Placement of the last patch: `edge`, or the default of the inference type."""
         return self.edge or ("shift" if self.inference_type == "sliding_window" else "pad")
 
     @property
     def files(self) -> dict[str, str]:
-        """Every file besides the volumes that decides the result, by key path."""
+        """Files other than the volumes that determine the result, by key path."""
         files = {f"model_config.{key}": path for key, path in self.model.files.items()}
         if len(self.weight_function) == 2:
             files["weight_function"] = self.weight_function[0]
         return files
 
     def with_files(self, paths: Mapping[str, str]) -> Job:
-        """Return the job with other paths for some of `files`, by key path."""
+        """Return a copy of the job with the paths of some `files` replaced, by key path."""
         section = "model_config."
         model = {k.removeprefix(section): p for k, p in paths.items() if k.startswith(section)}
-        changed: dict[str, Any] = {"model": self.model.model_copy(update=model)}
+        update: dict[str, Any] = {"model": self.model.model_copy(update=model)}
         if "weight_function" in paths:
-            changed["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
-        return self.model_copy(update=changed)
+            update["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
+        return self.model_copy(update=update)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the job as plain JSON values, with the job file's own key names."""
+        """Return the job as JSON values with the key names of the job file."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -202,11 +209,11 @@ def load_job(
     input: str | None = None,
     output: str | None = None,
 ) -> Job:
-    """Read a job from a YAML or JSON file or a mapping; every path in it becomes absolute.
+    """Read a job from a YAML file, a JSON file or a mapping, and make its paths absolute.
 
-    Paths inside a file are relative to that file, those of a mapping and `input`/`output`
-    (which replace the job's own) to the working directory. Raises JobError with one line per
-    mistake.
+    Paths in a file are relative to the file's folder. Paths in a mapping, and the arguments
+    `input` and `output`, which replace those of the job, are relative to the working directory.
+    Raises JobError with one line per mistake.
     """
     if isinstance(source, Mapping):
         values, base = dict(source), Path.cwd()
@@ -218,11 +225,14 @@ def load_job(
         values["input"] = absolute(input, Path.cwd())
     if output is not None:
         values["output"] = canonical(output, Path.cwd())
-    return _with_usable_output(values)
+    return _parse_with_output(values)
 
 
-def _with_usable_output(values: Mapping[str, Any]) -> Job:
-    """Check a mapping and that its output's path has a canonical form; one line per mistake."""
+def _parse_with_output(values: Mapping[str, Any]) -> Job:
+    """Validate a mapping, including the canonical form of its output path.
+
+    Raises JobError with one line per mistake.
+    """
     output = values.get("output")
     problem = path_problem(output) if isinstance(output, str) else None
     lines = [] if problem is None else [f"output: {printable_path(str(output))} {problem}"]
@@ -238,40 +248,45 @@ def _with_usable_output(values: Mapping[str, Any]) -> Job:
 
 
 def parse_job(values: Mapping[str, Any]) -> Job:
-    """Check a mapping with absolute paths; raises JobError with one line per mistake."""
+    """Validate a mapping with absolute paths. Raises JobError with one line per mistake."""
     try:
         return Job.model_validate(dict(values))
     except ValidationError as error:
-        found = error.errors()
-    lines = [_one_line(item) for item in found]
-    raise JobError([*lines, *_further_problems(values, [item["loc"] for item in found])])
+        errors = error.errors()
+    lines = [_message(error) for error in errors]
+    raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
 
 
-MODEL_STAND_IN = MappingProxyType(
+PLACEHOLDER_MODEL = MappingProxyType(
     {"runtime": "torch", "type": "torchscript", "model_input_shape": [1]}
 )
 
 
-def _further_problems(values: Mapping[str, Any], wrong: list[tuple[int | str, ...]]) -> list[str]:
-    """Check how the other keys fit together, with stand-ins for what is wrong and needed."""
-    wrong = [location for location in wrong if location]
+def _combination_problems(
+    values: Mapping[str, Any], invalid: list[tuple[int | str, ...]]
+) -> list[str]:
+    """Check the combinations of the valid keys; placeholders replace required invalid keys.
+
+    pydantic skips these checks if any key is invalid. `invalid` has the locations of these keys.
+    """
+    invalid = [location for location in invalid if location]
     model = values.get("model_config")
     model = dict(model) if isinstance(model, dict) else {"ts_file": "/"}
-    rest = dict(values)
-    for section, *inner in wrong:
+    valid = dict(values)
+    for section, *inner in invalid:
         if section == "model_config" and inner:
             model.pop(str(inner[0]), None)
         else:
-            rest.pop(str(section), None)
+            valid.pop(str(section), None)
     if "type" not in model:
         model["ts_file"] = "/"
-    rest = {"input": "/", "output": "/", **rest, "model_config": {**MODEL_STAND_IN, **model}}
-    known = {".".join(map(str, location[:2])) for location in wrong}
-    known |= {str(location[0]) for location in wrong if location[0] != "model_config"}
+    valid = {"input": "/", "output": "/", **valid, "model_config": {**PLACEHOLDER_MODEL, **model}}
+    reported = {".".join(map(str, location[:2])) for location in invalid}
+    reported |= {str(location[0]) for location in invalid if location[0] != "model_config"}
     try:
-        Job.model_validate(rest)
+        Job.model_validate(valid)
     except JobError as error:
-        return [line for line in error.problems if line.partition(":")[0] not in known]
+        return [line for line in error.problems if line.partition(":")[0] not in reported]
     except ValidationError:
         pass
     return []
@@ -284,39 +299,49 @@ def job_schema() -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = _content(path).decode()
+        text = _read_content(path).decode()
     except FileNotFoundError:
         raise JobError(
-            f"{path}: no such job file; `chunkq init` writes one to start from"
+            f"{path}: no such job file; fix the path, or run `chunkq init` to write a job file",
+            code=ErrorCode.JOB_FILE_MISSING,
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no possible path
-        raise JobError(f"{path}: cannot be read as a job file: {error}") from None
-    import yaml  # most commands read no job file
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
+        raise _unreadable(path, f"cannot be read: {error}; use a YAML or JSON file") from None
+    import yaml  # imported here because most commands read no job file
 
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise JobError(f"{path}: not JSON: {error.msg} at {where}") from None
+        position = f"line {error.lineno}, column {error.colno}"
+        raise _unreadable(path, f"not JSON: {error.msg} at {position}; fix the syntax") from None
     except yaml.YAMLError as error:
-        raise JobError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise JobError(f"{path}: lists or mappings are nested too deeply; remove levels") from None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        # PyYAML and json let these through: a date such as 2001-99-99, a number of 5000 digits.
         reason = " ".join(str(error).split())
-        raise JobError(f"{path}: a value cannot be read: {reason}") from None
+        raise _unreadable(path, f"not YAML: {reason}; fix the syntax") from None
+    except RecursionError:
+        raise _unreadable(path, "lists or mappings are nested too deeply; remove levels") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML and json raise these for a date such as 2001-99-99 or a number of 5000 digits.
+        reason = " ".join(str(error).split())
+        raise _unreadable(path, f"a value cannot be read: {reason}; fix the value") from None
     if not isinstance(values, dict):
-        raise JobError(f"{path}: a job file is a mapping of keys to values; see `chunkq init`")
+        raise _unreadable(
+            path,
+            f"expected a mapping of keys to values, found {_printed(values)}; "
+            "run `chunkq init` to write a job file",
+        )
     _check_size(path, values)
     return values
 
 
-def _content(path: Path) -> bytes:
-    """Return a job file's content; raises OSError for what is no file, or too large for one."""
+def _unreadable(path: Path, problem: str) -> JobError:
+    return JobError(f"{path}: {problem}", code=ErrorCode.JOB_FILE_UNREADABLE)
+
+
+def _read_content(path: Path) -> bytes:
+    """Return the content of a job file. Raises OSError if it is too large or not a file."""
     with path.open("rb") as file:
         mode = os.fstat(file.fileno()).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # a device may never end
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # reading a device may never end
             raise OSError("not a regular file")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
@@ -325,24 +350,28 @@ def _content(path: Path) -> bytes:
 
 
 def _check_size(path: Path, values: Any) -> None:
-    """Refuse what aliases make endless or huge: a few lines of YAML can stand for 10^11 values."""
-    count, waiting = 0, [values]
-    while waiting:
-        value = waiting.pop()
+    """Raise JobError if there are more than `MAX_VALUES` values.
+
+    YAML aliases can expand a few lines into 10^11 values, or into a list that contains itself.
+    """
+    count, pending = 0, [values]
+    while pending:
+        value = pending.pop()
         count += 1
         if isinstance(value, dict):
-            waiting.extend(value.values())
+            pending.extend(value.values())
         elif isinstance(value, (list, tuple, set)):
-            waiting.extend(value)
-        if count + len(waiting) > MAX_VALUES:
-            raise JobError(
-                f"{path}: holds more than {MAX_VALUES} values, or an alias that contains itself; "
-                "remove values or aliases"
+            pending.extend(value)
+        if count + len(pending) > MAX_VALUES:
+            raise _unreadable(
+                path,
+                f"contains more than {MAX_VALUES} values, or an alias that contains itself; "
+                "remove values or aliases",
             )
 
 
 def _make_absolute(values: dict[str, Any], base: Path) -> None:
-    """Resolve every path in place of a relative one; values of a wrong type are left to checks."""
+    """Make every path in the mapping absolute, in place. Values of a wrong type stay unchanged."""
     if isinstance(output := values.get("output"), str):
         values["output"] = canonical(output, base)
     inputs = values.get("input")
@@ -374,31 +403,49 @@ def _legal_names(location: Iterable[int | str]) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
-def _one_line(item: Any) -> str:
-    """Turn one of pydantic's findings into `key.path: what is wrong; what to do`."""
-    location = item["loc"]
+_EXPECTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "greater_than": "a number greater than {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than_equal": "a number of at most {le}",
+    "too_short": "a list of at least {min_length} item",
+}
+"""pydantic's error type -> the expected value."""
+
+
+def _message(error: Any) -> str:
+    """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
+    location = error["loc"]
     path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
-    kind, context = item["type"], item.get("ctx", {})
+    kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         hint = nearest(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
-        return f"{path}: unknown key{hint or '; `chunkq schema` lists the legal ones'}"
+        return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
     if kind == "missing":
-        return f"{path}: missing; `chunkq init` shows a complete job file"
+        return f"{path}: missing; set it (run `chunkq init` for an example)"
+    value = _printed(error["input"])
     if kind == "literal_error":
-        legal = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        hint = nearest(_shown(item["input"]).strip("'"), legal)
-        return f"{path}: {_shown(item['input'])} is none of {context['expected']}{hint}"
-    message = str(item["msg"]).replace("valid tuple", "list")
-    return f"{path}: {message[0].lower()}{message[1:]}, not {_shown(item['input'])}"
+        legal = str(context["expected"]).replace(" or ", ", ")
+        hint = nearest(value.strip("'"), legal.replace("'", "").split(", "))
+        return f"{path}: invalid value {value}; expected one of {legal}{hint}"
+    if kind in _EXPECTED:
+        return f"{path}: expected {_EXPECTED[kind].format(**context)}, found {value}"
+    message = str(error["msg"])
+    return f"{path}: {message[0].lower()}{message[1:]}, found {value}"
 
 
-def _shown(value: object) -> str:
-    """Return a value as a message shows it: shortened, without the password of a URL."""
+def _printed(value: object) -> str:
+    """Return a value for a message: shortened, with the password of a URL masked."""
     return VALUES.repr(without_secret(value) if isinstance(value, str) else value)
 
 
-class _Values(Repr):
-    """Shows a few entries of a list and a few levels, whatever the value holds."""
+class _ShortRepr(Repr):
+    """Representation of a value with at most 8 entries per list and 3 levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -406,44 +453,60 @@ class _Values(Repr):
         self.maxlevel, self.maxstring, self.maxlong = 3, 120, 60
 
     def repr_int(self, x: int, level: int) -> str:
-        """Show a number; Python refuses to write one of more than 4300 digits."""
+        """Format an integer. Python cannot format one of more than 4300 digits."""
         return super().repr_int(x, level) if abs(x) < 10**1000 else "a number of over 1000 digits"
 
 
-VALUES = _Values()
+VALUES = _ShortRepr()
 
 
-def _geometry_keys(job: Job) -> list[str]:
+def _geometry_problems(job: Job) -> list[str]:
     kind = job.inference_type
     problems = []
     if kind == "sliding_window" and job.strides is None:
-        problems.append("strides: missing; sliding_window needs the step along each axis")
+        problems.append(
+            "strides: missing for inference_type sliding_window; set the step along each axis"
+        )
     if kind != "sliding_window" and job.strides is not None:
-        problems.append(f"strides: only for inference_type sliding_window, this job is {kind}")
+        problems.append(_wrong_inference_type("strides", "sliding_window", kind))
     if kind != "patch" and job.offsets:
-        problems.append(f"offsets: only for inference_type patch, this job is {kind}")
+        problems.append(_wrong_inference_type("offsets", "patch", kind))
     if kind == "crop_margin" and job.margin is None:
-        problems.append("margin: missing; crop_margin needs the rim to cut along each axis")
+        problems.append(
+            "margin: missing for inference_type crop_margin; set the margin to crop along each axis"
+        )
     if kind != "crop_margin" and job.margin is not None:
-        problems.append(f"margin: only for inference_type crop_margin, this job is {kind}")
+        problems.append(_wrong_inference_type("margin", "crop_margin", kind))
     if job.combine != "weighted_avg" and job.output_dtype is not None:
-        problems.append(f"output_dtype: only for combine weighted_avg; {job.combine} gives labels")
+        problems.append(
+            f"output_dtype: unsupported for combine {job.combine}, whose output has labels; "
+            "remove it, or use combine weighted_avg"
+        )
     return problems
 
 
-def _weight_keys(job: Job) -> list[str]:
+def _wrong_inference_type(key: str, expected: InferenceType, kind: InferenceType) -> str:
+    return (
+        f"{key}: unsupported for inference_type {kind}; remove it, or use inference_type {expected}"
+    )
+
+
+def _weight_problems(job: Job) -> list[str]:
     from chunkq.weights import LOG_PROFILES
 
     names = job.weight_function
     if len(names) > 2:
-        return ["weight_function: give [name] of a built-in or [file.py, function]"]
+        return [f"weight_function: expected [name] or [file.py, function], found {_printed(names)}"]
     if len(names) == 1 and names[0] not in LOG_PROFILES:
-        hint = nearest(names[0], list(LOG_PROFILES)) or f"; built in are {', '.join(LOG_PROFILES)}"
-        return [f"weight_function: unknown name {_shown(names[0])}{hint}"]
+        hint = nearest(names[0], list(LOG_PROFILES))
+        return [
+            f"weight_function: invalid value {_printed(names[0])}; "
+            f"expected one of {', '.join(LOG_PROFILES)}{hint}"
+        ]
     return []
 
 
-_NEEDED = {
+_REQUIRED_KEYS = {
     "class": ("class_file", "class_name"),
     "torchscript": ("ts_file",),
     "file": ("model_file",),
@@ -459,80 +522,89 @@ _TYPES = {
 _TORCH_ONLY = ("autocast", "compile", "channels_last", "cuda_graph")
 
 
-def _model_keys(model: ModelConfig) -> list[str]:
+def _model_problems(model: ModelConfig) -> list[str]:
     runtime, legal = model.runtime, _TYPES[model.runtime]
     problems = [
-        f"model_config.{key}: missing; type {model.type} needs it"
-        for key in _NEEDED[model.type]
+        f"model_config.{key}: missing for type {model.type}; set it"
+        for key in _REQUIRED_KEYS[model.type]
         if getattr(model, key) is None
     ]
     if model.type not in legal:
         problems = [
-            f"model_config.type: {runtime} has no {model.type}; its types are {', '.join(legal)}"
+            f"model_config.type: unsupported value {model.type!r} for runtime {runtime}; "
+            f"expected one of {', '.join(legal)}"
         ]
     if runtime != "torch":
         problems += [
-            f"model_config.{key}: only for runtime torch, this job's is {runtime}"
+            f"model_config.{key}: unsupported for runtime {runtime}; "
+            "remove it, or use runtime torch"
             for key in _TORCH_ONLY
             if getattr(model, key)
         ]
         if model.dtype == "bfloat16":
-            problems.append(f"model_config.dtype: {runtime} takes no bfloat16 here; use float32")
+            problems.append(
+                f"model_config.dtype: unsupported value 'bfloat16' for runtime {runtime}; "
+                "use float32"
+            )
     elif model.cuda_graph and model.device != "cuda":
         problems.append(
-            f"model_config.cuda_graph: only for device cuda, this job's is {model.device}"
+            f"model_config.cuda_graph: unsupported for device {model.device}; "
+            "remove it, or use device cuda"
         )
     if runtime == "numpy":
-        problems += _numpy_keys(model)
+        problems += _numpy_problems(model)
     if model.autocast is not None and not model.dtype.startswith(("float", "bfloat")):
-        problems.append(f"model_config.autocast: dtype {model.dtype} is no floating point")
+        problems.append(
+            f"model_config.autocast: unsupported for dtype {model.dtype}; "
+            "remove it, or use a floating-point dtype"
+        )
     return problems
 
 
-def _numpy_keys(model: ModelConfig) -> list[str]:
+def _numpy_problems(model: ModelConfig) -> list[str]:
     problems = []
     if model.checkpoint is not None:
         problems.append(
-            "model_config.checkpoint: runtime numpy reads no checkpoint; load the weights in "
-            "class_file and leave it out"
+            "model_config.checkpoint: unsupported for runtime numpy; "
+            "remove it, and load the weights in class_file"
         )
     if model.device == "cuda":
-        problems.append("model_config.device: runtime numpy computes on the CPU; set device: cpu")
+        problems.append("model_config.device: unsupported value 'cuda' for runtime numpy; use cpu")
     return problems
 
 
-def _input_keys(job: Job) -> list[str]:
+def _input_problems(job: Job) -> list[str]:
     model, join = job.model, job.model.join_dim
     if join is None:
-        several = len(job.input) > 1
-        return (
-            ["input: several volumes need model_config.join_dim, the axis to stack them along"]
-            if several
-            else []
-        )
+        if len(job.input) == 1:
+            return []
+        return [
+            f"input: found {len(job.input)} volumes without model_config.join_dim; "
+            "set it to the axis along which to stack them"
+        ]
     shape = model.model_input_shape
     if not 1 <= join <= len(shape):
         return [
-            f"model_config.join_dim: {join} names no axis of a batch (N, {str(shape)[1:-1]}); "
-            f"give 1 to {len(shape)}"
+            f"model_config.join_dim: {join} is not an axis of a batch (N, {str(shape)[1:-1]}); "
+            f"use 1 to {len(shape)}"
         ]
     if shape[join - 1] != 1:
         return [
-            f"model_config.join_dim: model_input_shape has {shape[join - 1]} there, not 1; the "
-            f"network sees the {len(job.input)} inputs stacked there"
+            f"model_config.join_dim: found length {shape[join - 1]} at axis {join - 1} of "
+            f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"
         ]
     return []
 
 
 def _paths(job: Job) -> dict[str, str]:
     """Return every path of a job by its key."""
-    several = len(job.input) > 1
-    paths = {f"input.{n}" if several else "input": path for n, path in enumerate(job.input)}
+    is_numbered = len(job.input) > 1
+    paths = {f"input.{n}" if is_numbered else "input": path for n, path in enumerate(job.input)}
     return paths | {"output": job.output} | job.files
 
 
-def _path_texts(job: Job) -> list[str]:
-    """Refuse texts that cannot be paths: no system call takes them."""
+def _path_problems(job: Job) -> list[str]:
+    """Return the problems of paths that no system call accepts: with NUL or not Unicode."""
     problems = []
     for key, path in _paths(job).items():
         try:
@@ -540,19 +612,19 @@ def _path_texts(job: Job) -> list[str]:
                 continue
         except UnicodeEncodeError:
             pass
-        problems.append(f"{key}: {path!r} cannot be a path; remove the null or half characters")
+        problems.append(f"{key}: invalid path {path!r}; remove NUL and surrogate characters")
     return problems
 
 
-def _secrets(job: Job) -> list[str]:
-    """Refuse credentials in paths: these are stored beside the output and shown in messages."""
+def _credential_problems(job: Job) -> list[str]:
+    """Return the problems of paths with credentials. Paths are stored and printed."""
     return [
-        f"{key}: {without_secret(path)} carries credentials; give them in the environment"
+        f"{key}: {without_secret(path)} contains credentials; set them in the environment"
         for key, path in _paths(job).items()
         if without_secret(path) != path
     ]
 
 
-def _not_yet(job: Job) -> list[str]:
-    """Refuse, by name, what the design foresees and this version cannot do."""
-    return [] if job.roi is None else ["roi: not in this version; leave it out"]
+def _unsupported_keys(job: Job) -> list[str]:
+    """Return the problems of keys that are reserved for a later version."""
+    return [] if job.roi is None else ["roi: unsupported in this version; remove it"]

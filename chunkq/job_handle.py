@@ -1,4 +1,4 @@
-"""A job as a process holds it: folder, plan and arrays, each opened once."""
+"""Per-process cache of open jobs: folder, plan and arrays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOBS_CACHED = 8
 
 @dataclass(frozen=True)
 class JobHandle:
-    """One job's folder and plan, with its inputs and output opened when first needed."""
+    """The folder, record and plan of a job. Inputs and output are opened on first use."""
 
     folder: JobFolder
     record: JobRecord
@@ -34,7 +34,7 @@ class JobHandle:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """What the job has done."""
+        """The ledger of the job's epoch."""
         return self.folder.ledger(self.record.epoch)
 
     @cached_property
@@ -44,7 +44,7 @@ class JobHandle:
 
     @cached_property
     def sources(self) -> tuple[Array, ...]:
-        """The input volumes, in the job's order; raises ChunkReadError if one was replaced."""
+        """The input arrays in the order of the job. Raises ChunkReadError if one was replaced."""
         self.check_inputs()
         try:
             return tuple(open_array(source.array_path) for source in self.record.sources)
@@ -53,23 +53,23 @@ class JobHandle:
 
     @cached_property
     def target(self) -> Array:
-        """The output volume, for writing; raises MissingJobError if the job was replaced."""
+        """The output array for writing. Raises MissingJobError if the job was replaced."""
         self.check_unchanged()
         return self.output.open()
 
     def check_unchanged(self) -> None:
-        """Raise MissingJobError if the job folder was removed or now belongs to another job."""
-        now = self.folder.read_record()
-        if now is None or now.epoch != self.record.epoch:
+        """Raise MissingJobError if the job folder was deleted or belongs to another job."""
+        record = self.folder.read_record()
+        if record is None or record.epoch != self.record.epoch:
             raise MissingJobError(
-                f"{without_secret(self.folder.output)}: the job was replaced meanwhile; what was "
-                "computed for the old one is dropped",
+                f"{without_secret(self.folder.output)}: the job was deleted or replaced while it "
+                "ran; its results are discarded",
                 code=ErrorCode.JOB_REPLACED,
             )
 
     @contextmanager
     def unless_replaced(self) -> Iterator[None]:
-        """Raise MissingJobError in place of any error that follows from the job's replacement."""
+        """Raise MissingJobError instead of any other error if the job was replaced."""
         try:
             yield
         except Exception:
@@ -77,31 +77,39 @@ class JobHandle:
             raise
 
     def check_inputs(self) -> None:
-        """Raise ChunkReadError if an input is gone or was replaced since the job was produced.
+        """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
 
-        Goes by metadata (`stores.input_identity`): changed voxels alone are not noticed.
+        Compares metadata (`stores.input_identity`), so it does not detect changed voxels.
         """
         for source, identity in zip(self.record.sources, self.record.identities, strict=True):
-            shown = without_secret(source.array_path)
-            now = input_identity(source.array_path)
-            if now is None:
-                raise ChunkReadError(f"input: {shown} is gone", code=ErrorCode.INPUT_MISSING)
-            if now != identity:
+            path = without_secret(source.array_path)
+            current = input_identity(source.array_path)
+            if current is None:
                 raise ChunkReadError(
-                    f"input: {shown} was replaced since the job was produced; restore it, or start "
-                    "again with --overwrite",
+                    f"input: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING
+                )
+            if current != identity:
+                raise ChunkReadError(
+                    f"input: {path} was replaced since the job was produced; restore it, or use "
+                    "--overwrite to start again",
                     code=ErrorCode.INPUT_CHANGED,
                 )
 
     def read_halos(self, chunk: Chunk) -> tuple[npt.NDArray[Any], ...]:
-        """Return what a chunk's patches read of each input, padded; shapes `chunk.halo.shape`."""
+        """Read the padded region of each input that a chunk's patches cover.
+
+        Each array has the shape `chunk.halo.shape` and the dtype of its input.
+        """
         job = self.plan.job
         return tuple(
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
         )
 
     def write(self, box: Box, values: npt.NDArray[Any]) -> int:
-        """Write final voxels ([C,] *box.shape) of whole storage chunks; returns the bytes."""
+        """Write the final voxels of whole storage chunks; return their size (bytes).
+
+        `values` has the shape ([C,] *box.shape).
+        """
         if not box.size:
             return 0
         if self.plan.channel_axis:
@@ -115,18 +123,18 @@ _lock = threading.Lock()
 
 
 def open_job(path: str) -> JobHandle:
-    """Return the job of a job folder; opened once per process while its record stays the same.
+    """Return the handle of a job folder; cached per process until the job's epoch changes.
 
-    Raises MissingJobError where there is no job.
+    Raises MissingJobError if there is no job.
     """
     folder = JobFolder(path)
     record = folder.require_record()
     with _lock:
-        held = _cache.get(path)
-        if held is None or held.record.epoch != record.epoch:
-            held = JobHandle(folder, record, record.plan())
-            _cache[path] = held
+        handle = _cache.get(path)
+        if handle is None or handle.record.epoch != record.epoch:
+            handle = JobHandle(folder, record, record.plan())
+            _cache[path] = handle
         _cache.move_to_end(path)
         while len(_cache) > JOBS_CACHED:
             _cache.popitem(last=False)
-        return held
+        return handle

@@ -1,7 +1,7 @@
-"""The job folder beside the output: the job's record, what is done, what failed, the pieces.
+"""Job folder: the job's record, commit records, failure records and pieces.
 
-The folder is the truth about a job. A commit record is written after everything that it stands
-for, so a chunk without a valid one is computed again.
+The job folder stores the progress of a job. A commit record is written after all other results of
+its task, so a chunk without a valid commit record is computed again.
 """
 
 from __future__ import annotations
@@ -38,23 +38,27 @@ log = logging.getLogger("chunkq.job")
 RECORD = "job.json"
 EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
 ITEM = "0"
-"""The item of a job of one volume, in the names of stored objects."""
+"""Item number in the names of stored objects; a job has one item."""
 CRC_BYTES, ALIGNMENT = 4, 16
-SAMPLE = 8192
-"""Commit records whose dates `newest` asks for, of a job with more."""
-BATCH = 1000
+SAMPLE_SIZE = 8192
+"""Maximum number of commit records whose times `recent_commits` reads."""
+BATCH_SIZE = 1000
 """Commit records that are read at once."""
 
 
 def folder_of(output: str) -> str:
-    """Return the job folder's path for an output path; a job folder's path stays as it is."""
+    """Return the job folder of an output path. The path of a job folder stays unchanged."""
     output = output.rstrip("/")
     return output if output.endswith(SUFFIX) else output + SUFFIX
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One finished task: who did it, how long each stage took (s), what was moved (bytes)."""
+    """Record of a finished task.
+
+    `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
+    and `checksums` each piece to its CRC-32C. `started` and `finished` are Unix times (s).
+    """
 
     kind: str
     chunk: Index
@@ -69,12 +73,12 @@ class Commit:
     peak_rss: int = 0
 
     def to_json(self, epoch: str) -> bytes:
-        """Encode as the record of a job's epoch."""
+        """Encode the record for an epoch of the job."""
         return documents.encode({"epoch": epoch, "item": int(ITEM), **asdict(self)})
 
     @classmethod
     def from_json(cls, content: bytes, epoch: str) -> Commit | None:
-        """Decode; return None for a record that is damaged or of another epoch."""
+        """Decode a record. Return None if it is damaged or belongs to another epoch."""
         values = documents.decode(content)
         try:
             if values is None or values.pop("epoch") != epoch or values.pop("item") != int(ITEM):
@@ -86,7 +90,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class RecentCommits:
-    """How many tasks are finished, and the newest records among every `step`-th of them."""
+    """Number of finished tasks, and the newest records of a sample of every `step`-th task."""
 
     total: int
     step: int
@@ -95,7 +99,7 @@ class RecentCommits:
 
 @dataclass(frozen=True)
 class Failure:
-    """The last error of one task."""
+    """The last error of a task."""
 
     kind: str
     chunk: Index
@@ -108,7 +112,7 @@ class Failure:
 
     @classmethod
     def from_json(cls, content: bytes) -> Failure | None:
-        """Decode; return None for a damaged record."""
+        """Decode a record. Return None if it is damaged."""
         values = documents.decode(content)
         try:
             return None if values is None else cls(**{**values, "chunk": tuple(values["chunk"])})
@@ -118,16 +122,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class PieceInfo:
-    """A stored piece: its size in bytes and CRC-32C."""
+    """Size (bytes) and CRC-32C of a stored piece."""
 
     size: int
     crc32c: int
 
 
 class JobFolder:
-    """One job folder: the record of its job, and the ledgers of its epochs.
+    """A job folder: the job record and one ledger per epoch.
 
-    Every method raises OSError as the storage does.
+    Every method raises OSError if the storage fails.
     """
 
     def __init__(self, path: str) -> None:
@@ -136,88 +140,87 @@ class JobFolder:
 
     @property
     def output(self) -> str:
-        """Path of the output the folder belongs to."""
+        """Path of the output."""
         return self.path.removesuffix(SUFFIX)
 
     def read_record(self) -> JobRecord | None:
-        """Return what `job.json` holds, or None where there is no job.
+        """Return the record in `job.json`, or None if there is no job.
 
         Raises JobError if it is damaged.
         """
         content = self.objects.get(RECORD)
-        return None if content is None else self._decoded(content)
+        return None if content is None else self._decode(content)
 
     def require_record(self) -> JobRecord:
-        """Return what `job.json` holds; raises MissingJobError where there is no job."""
+        """Return the record in `job.json`. Raises MissingJobError if there is no job."""
         record = self.read_record()
         if record is None:
             raise MissingJobError(
-                f"{without_secret(self.output)}: no job was produced here "
-                f"(no {without_secret(self.path)}/job.json); `chunkq produce` makes one"
+                f"{without_secret(self.output)}: no job at this path, "
+                f"{without_secret(self.path)}/job.json is missing; "
+                "fix the path, or run `chunkq produce` to create a job"
             )
         return record
 
     def create_record(self, record: JobRecord) -> JobRecord:
-        """Write `job.json` unless there is one; return the record that is stored.
+        """Write `job.json` unless it exists, and return the stored record.
 
-        Of several processes that create a job at once, one succeeds.
+        If several processes create a job at the same time, exactly one succeeds.
         """
         content = record.to_json()
         if not self.objects.put_new(RECORD, content):
             return self.require_record()
         if not self.objects.is_exclusive:
             log.warning(
-                "output: %s: this storage cannot create an object exclusively; let only one "
-                "process at a time create a job here",
+                "output: %s: this storage has no exclusive creation of objects; run only one "
+                "process at a time that creates this job",
                 without_secret(self.output),
             )
-        # Then another process may have been later.
+        # Without exclusive creation, another process may have overwritten the record.
         stored = self.objects.get(RECORD)
-        return self.require_record() if stored is None else self._decoded(stored)
+        return self.require_record() if stored is None else self._decode(stored)
 
     def replace_record(
         self,
         before: bytes | None,
         record: JobRecord,
-        meanwhile: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        """Replace `job.json`, whose content was `before`; first calls `meanwhile`.
+        """Claim `job.json`, whose content is `before`, call `prepare`, and replace the record.
 
-        Raises JobError if another process replaces it.
+        Raises JobError if another process has claimed or replaced it.
         """
         with self.claim(before):
-            meanwhile()
+            prepare()
             if not self.objects.replace(RECORD, before, record.to_json()):
-                raise self._replaced()
+                raise self._replaced_error()
 
     @contextmanager
     def claim(self, content: bytes | None) -> Iterator[None]:
-        """Hold the right to replace the job, whose record has this content.
+        """Hold the claim to replace the job record that has this content.
 
-        Raises JobError if another process has it, or if the record has another content.
+        Raises JobError if another process holds the claim, or if the record has other content.
         """
-        with self.objects.claim(RECORD, content) as claimed:
-            if not claimed:
-                raise self._replaced()
+        with self.objects.claim(RECORD, content) as is_claimed:
+            if not is_claimed:
+                raise self._replaced_error()
             yield
 
-    def _replaced(self) -> JobError:
+    def _replaced_error(self) -> JobError:
         return JobError(
-            f"output: {without_secret(self.output)}: another process creates or changes the job "
-            "here; wait until it has ended, or for a minute if it was killed, then run the command "
+            f"output: {without_secret(self.output)}: another process is creating or changing this "
+            "job; wait until it has ended, or for a minute if it was killed, then run the command "
             "again",
             code=ErrorCode.JOB_REPLACED,
         )
 
     def ledger(self, epoch: str) -> Ledger:
-        """Return the ledger of one epoch."""
+        """Return the ledger of an epoch."""
         return Ledger(self.path, epoch)
 
     def delete_earlier_epochs(self, epoch: str) -> None:
-        """Remove the ledgers of earlier jobs, if the job here is of this epoch.
-
-        They are listed before `job.json` is read: a later job has no ledger before its record.
-        """
+        """Delete the ledgers of earlier jobs if the current job has this epoch."""
+        # List first: a later job writes its record before its ledger, so none is in this list.
         names = self._epochs()
         record = self.read_record()
         if record is not None and record.epoch == epoch:
@@ -227,22 +230,22 @@ class JobFolder:
             self.objects.delete_partial_files()
 
     def delete_epochs(self) -> None:
-        """Remove the ledgers of all jobs that were here so far."""
+        """Delete the ledgers of all jobs."""
         for name in self._epochs():
             self.objects.delete_folder(name)
 
     def _epochs(self) -> list[str]:
         return [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
 
-    def _decoded(self, content: bytes) -> JobRecord:
+    def _decode(self, content: bytes) -> JobRecord:
         return JobRecord.from_json(content, f"{self.path}/{RECORD}")
 
 
 class Ledger:
-    """What one epoch's job has done, and the pieces in between.
+    """Progress of one epoch of a job: commit records, failure records and pieces.
 
-    Objects of other names are ignored, and so are damaged ones: a damaged commit record means
-    that the task is not done. Every method raises OSError as the storage does.
+    Objects with other names are ignored, and so are damaged ones: a task with a damaged commit
+    record is not done. Every method raises OSError if the storage fails.
     """
 
     def __init__(self, job_folder: str, epoch: str) -> None:
@@ -251,13 +254,13 @@ class Ledger:
         self.objects = ObjectFolder(self.path)
 
     def commit(self, record: Commit) -> None:
-        """Record that a task is finished, once; deletes the record of an earlier failure."""
+        """Store a commit record unless the task has a valid one; delete its failure record."""
         name = _done(record.kind, record.chunk)
         content = record.to_json(self.epoch)
         if not self.objects.put_new(name, content) and not self.is_committed(
             record.kind, record.chunk
         ):
-            self.objects.put(name, content)  # what lies there is damaged
+            self.objects.put(name, content)  # the existing record is damaged
         self.objects.delete(_failed(record.kind, record.chunk))
 
     def is_committed(self, kind: str, chunk: Index) -> bool:
@@ -266,12 +269,12 @@ class Ledger:
         return content is not None and self._commit(content, kind, chunk) is not None
 
     def committed(self, kind: str) -> dict[Index, float]:
-        """Return the finished chunks of a kind and when each was committed (s, Unix).
+        """Return the finished chunks of a kind, and when each was committed (Unix time, s).
 
-        Goes by the names of the records; `read_commits` finds those that are damaged.
+        Lists the names of the records only. `read_commits` skips the damaged ones.
         """
-        chunks = ((parse_chunk(e.name), e) for e in self.objects.list(_done(kind)) if e.size)
-        return {chunk: entry.modified for chunk, entry in chunks if chunk is not None}
+        entries = ((parse_chunk(e.name), e) for e in self.objects.list(_done(kind)) if e.size)
+        return {chunk: entry.modified for chunk, entry in entries if chunk is not None}
 
     def count(self, kind: str) -> int:
         """Count the finished tasks of a kind."""
@@ -280,33 +283,33 @@ class Ledger:
     def recent_commits(self, kind: str, count: int) -> RecentCommits:
         """Count the finished tasks of a kind and return the newest `count` records of a sample.
 
-        Much cheaper than `committed`: of a large job only a sample is looked at.
+        Much cheaper than `committed`, because it reads the times of a sample only.
         """
-        total, step, sampled = self.objects.sample(_done(kind), SAMPLE, _is_chunk)
-        latest = nlargest(count, sampled, key=attrgetter("modified"))
-        chunks = [chunk for e in latest if (chunk := parse_chunk(e.name)) is not None]
+        total, step, entries = self.objects.sample(_done(kind), SAMPLE_SIZE, _is_chunk)
+        newest = nlargest(count, entries, key=attrgetter("modified"))
+        chunks = [chunk for e in newest if (chunk := parse_chunk(e.name)) is not None]
         return RecentCommits(total, step, tuple(self.commits(kind, chunks)))
 
     def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
-        """Return the commit records of those chunks that have a valid one."""
+        """Return the valid commit records of these chunks."""
         names = {_done(kind, chunk): chunk for chunk in chunks}
         contents = self.objects.get_many(list(names))
-        found = (self._commit(content, kind, names[name]) for name, content in contents.items())
-        return [commit for commit in found if commit is not None]
+        commits = (self._commit(content, kind, names[name]) for name, content in contents.items())
+        return [commit for commit in commits if commit is not None]
 
     def read_commits(self, kind: str) -> Iterator[Commit]:
-        """Yield all valid commit records of a kind, read a batch at a time."""
+        """Yield all valid commit records of a kind; read them in batches."""
         chunks = iter(self.committed(kind))
-        while batch := list(islice(chunks, BATCH)):
+        while batch := list(islice(chunks, BATCH_SIZE)):
             yield from self.commits(kind, batch)
 
     def delete_commits(self, kind: str, chunks: Iterable[Index]) -> None:
-        """Delete commit records: these tasks are to be done again."""
+        """Delete the commit records of these chunks, so that their tasks run again."""
         for chunk in chunks:
             self.objects.delete(_done(kind, chunk))
 
     def record_failure(self, failure: Failure) -> None:
-        """Keep a task's last error."""
+        """Store the last error of a task."""
         name = _failed(failure.kind, failure.chunk)
         self.objects.put(name, documents.encode(asdict(failure)))
 
@@ -317,42 +320,45 @@ class Ledger:
             for kind in ENTRY_POINTS
             for entry in self.objects.list(f"failed/{kind}/{ITEM}")
         ]
-        found = map(Failure.from_json, self.objects.get_many(names).values())
-        return [failure for failure in found if failure is not None]
+        failures = map(Failure.from_json, self.objects.get_many(names).values())
+        return [failure for failure in failures if failure is not None]
 
     def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> PieceInfo:
-        """Store arrays as a block's piece: a line of JSON, their bytes, a CRC-32C.
+        """Store arrays as a piece of a block: a JSON header line, their bytes, a CRC-32C.
 
-        The line has the piece's epoch and name, and [dtype, shape] of each array. The form is not
-        `.npy`, whose header is read as Python code: in CPython before 3.13, threads that do so at
-        once disturb each other.
+        The header has the epoch and the name of the piece, and [dtype, shape] of each array.
 
-        Nobody waits for the disk: most pieces are deleted before they reach it, and one that a
-        machine took down with it is found by its CRC, and its chunk loses its commit.
+        The format is not `.npy`: NumPy parses its header as Python code, which is not thread-safe
+        in CPython before 3.13. The write is not synchronized with the disk, because most pieces
+        are deleted before they reach it. A piece that a crash of the machine damages fails its
+        CRC, and its chunk is computed again.
         """
         path = _piece(target, name)
         shapes = [(array.dtype.str, array.shape) for array in arrays]
-        line = json.dumps([self.epoch, path, shapes]).encode()
-        line += b" " * (-(len(line) + 1) % ALIGNMENT) + b"\n"
-        parts = [np.frombuffer(line, np.uint8), *(_bytes_of(array) for array in arrays)]
+        header = json.dumps([self.epoch, path, shapes]).encode()
+        header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
+        parts = [np.frombuffer(header, np.uint8), *(_bytes_of(array) for array in arrays)]
         checksum = reduce(google_crc32c.extend, parts, 0)
-        end = checksum.to_bytes(CRC_BYTES, "little")
-        self.objects.put(path, *(part.data for part in parts), end, durable=False)
+        trailer = checksum.to_bytes(CRC_BYTES, "little")
+        self.objects.put(path, *(part.data for part in parts), trailer, durable=False)
         return PieceInfo(sum(map(len, parts)) + CRC_BYTES, checksum)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
-        """Return a piece's arrays and its size in bytes; raises PieceError if gone or damaged."""
+        """Return the arrays of a piece and its size (bytes).
+
+        Raises PieceError if it is missing or damaged.
+        """
         path = _piece(target, name)
         content = self.objects.get_array(path)
         if content is None:
-            raise PieceError(f"{without_secret(self.path)}/{path} is gone")
+            raise PieceError(f"{without_secret(self.path)}/{path} is missing")
         damaged = PieceError(f"{without_secret(self.path)}/{path} is damaged")
         if not _has_valid_checksum(content):
             raise damaged
         ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
         offset = next(end for end in ends if content[end - 1] == ord("\n"))
         epoch, stored_path, shapes = json.loads(content[:offset].tobytes())
-        if (epoch, stored_path) != (self.epoch, path):  # another piece in its place
+        if (epoch, stored_path) != (self.epoch, path):  # a copy of another piece
             raise damaged
         arrays = []
         for dtype, shape in shapes:
@@ -362,7 +368,7 @@ class Ledger:
         return arrays, len(content)
 
     def delete_pieces(self, target: Index | None = None) -> None:
-        """Remove the pieces of one block, or of all, and what killed workers left of writing."""
+        """Delete the pieces of a block. Without a block, delete all pieces and partial files."""
         folder = "pieces" if target is None else f"pieces/{ITEM}/{chunk_name(target)}"
         self.objects.delete_folder(folder)
         if target is None:
@@ -373,19 +379,19 @@ class Ledger:
         self.objects.put("report.json", documents.encode(report, indent=1))
 
     def read_report(self) -> dict[str, Any] | None:
-        """Return `report.json`; None before the job is sealed, and if it is damaged."""
+        """Return `report.json`, or None if the job is not sealed or the report is damaged."""
         return self._document("report.json")
 
     def seal(self) -> None:
-        """Write `sealed.json`: every block is complete."""
+        """Write `sealed.json`, which marks that every block is complete."""
         self.objects.put("sealed.json", documents.encode({"epoch": self.epoch}))
 
     def is_sealed(self) -> bool:
-        """Return whether sealing has begun; the output's metadata say whether it has ended."""
+        """Return whether sealing has started; `Output.is_sealed` returns whether it has ended."""
         return (self._document("sealed.json") or {}).get("epoch") == self.epoch
 
     def unseal(self) -> None:
-        """Remove the seal and the report."""
+        """Delete the seal and the report."""
         self.objects.delete("sealed.json")
         self.objects.delete("report.json")
 
@@ -394,10 +400,10 @@ class Ledger:
         return None if content is None else documents.decode(content)
 
     def _commit(self, content: bytes, kind: str, chunk: Index) -> Commit | None:
-        """Return the record of exactly this task."""
+        """Decode a record. Return None if it is damaged or belongs to another task."""
         commit = Commit.from_json(content, self.epoch)
-        fits = commit is not None and (commit.kind, commit.chunk) == (kind, chunk)
-        return commit if fits else None
+        is_same_task = commit is not None and (commit.kind, commit.chunk) == (kind, chunk)
+        return commit if is_same_task else None
 
 
 def _done(kind: str, chunk: Index | None = None) -> str:
@@ -422,8 +428,8 @@ def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def _has_valid_checksum(content: npt.NDArray[np.uint8]) -> bool:
-    """Tell whether the last bytes are the CRC-32C of those before; of nothing, that would be 0."""
-    if len(content) <= CRC_BYTES:
+    """Return whether the last bytes are the CRC-32C of those before."""
+    if len(content) <= CRC_BYTES:  # the CRC-32C of no bytes is 0, so four zeros would be valid
         return False
-    body, end = content[:-CRC_BYTES], content[-CRC_BYTES:].tobytes()
-    return bool(google_crc32c.value(body) == int.from_bytes(end, "little"))
+    body, trailer = content[:-CRC_BYTES], content[-CRC_BYTES:].tobytes()
+    return bool(google_crc32c.value(body) == int.from_bytes(trailer, "little"))

@@ -1,4 +1,4 @@
-"""A folder of small objects, local or behind an fsspec URL. Every object appears at once."""
+"""Folder of small objects, local or at an fsspec URL. Objects are written atomically."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from chunkq import buffers
 from chunkq.paths import is_url, join, open_filesystem, read_bytes
 
 PARTIAL = ".partial-"
-"""Prefix of names that a writer killed in the middle may leave behind; never listed."""
+"""Prefix of temporary files, which remain if a writer is killed. They are never listed."""
 
 NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
-"""What file systems without hard links say."""
+"""Errors of file systems without hard links."""
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-READERS = 16
-"""Files read at once: what a parallel file system is good at."""
-REMOVALS = 20
-"""How often a folder is emptied again while others fill it, or filled while others empty it."""
-PAUSE, LONGEST_PAUSE = 0.001, 0.1
-"""Seconds before the second attempt at that; each later one waits twice as long, up to a most."""
+MAX_READERS = 16
+"""Files that are read concurrently; parallel file systems need several requests."""
+MAX_ATTEMPTS = 20
+"""Attempts to write into a folder that others delete, or to delete one that others write into."""
+MIN_PAUSE, MAX_PAUSE = 0.001, 0.1
+"""Seconds before the second attempt, doubled before each later one up to the maximum."""
 
 
 CONDITIONAL_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
-"""Schemes whose file systems can create an object only if there is none."""
+"""Schemes whose file systems can create an object only if it does not exist."""
 CLAIM_SECONDS = 60.0
-"""How long a process may take to replace an object before another one takes over."""
+"""Seconds after which another process takes over a claim."""
 
 
 class ObjectInfo(NamedTuple):
-    """One listed object: its name in the folder, when it was last written (s, Unix), its bytes."""
+    """A listed object: its name in the folder, time of the last write (Unix, s), size (bytes)."""
 
     name: str
     modified: float
@@ -52,27 +52,30 @@ class ObjectInfo(NamedTuple):
 
 
 class ObjectFolder:
-    """Objects by name below one path; names may contain `/`. Raises OSError as storage does."""
+    """Objects by name below a path. Names may contain `/`.
+
+    Every method raises OSError if the storage fails.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._local = not is_url(path)
-        # Local objects need no fsspec, whose import would be most of a short command's time.
+        # Local objects need no fsspec: its import takes most of the time of a short command.
         self._filesystem: Any = None
         self._root = path
         self.is_exclusive = self._local
-        """Whether `put_new` is atomic; known for certain after it was called."""
+        """Whether `put_new` is atomic. The value is certain only after `put_new` was called."""
         if not self._local:
             self._filesystem, self._root = open_filesystem(path)
             scheme = path.partition("://")[0]
             self.is_exclusive = scheme in CONDITIONAL_WRITES and _has_mode(self._filesystem)
 
     def put(self, name: str, *parts: Buffer, durable: bool = True, private: bool = False) -> None:
-        """Write an object: another reader sees all of it or nothing.
+        """Write an object atomically: a reader sees all of it or nothing.
 
-        If it is `durable` that holds also after the machine went down, and it is on the disk at
-        the return; if not, a local file may then be gone, short or damaged. A `private` one can
-        only be read by this user; behind a URL, by whoever can read the folder.
+        A `durable` object is on the disk when this returns. After a crash of the machine, a local
+        object that is not durable may be missing, short or damaged. Only this user can read a
+        `private` local object; `private` has no effect at a URL.
         """
         target = join(self._root, name)
         if self._local:
@@ -81,10 +84,11 @@ class ObjectFolder:
             self._filesystem.pipe_file(target, b"".join(parts))
 
     def put_new(self, name: str, content: bytes) -> bool:
-        """Write an object unless there is one; return whether it was written.
+        """Write an object unless it exists; return whether it was written.
 
-        Of several writers at once the first one's stays. This holds on local disks and where the
-        storage has a conditional write (`is_exclusive`); elsewhere the last one's may stay.
+        If several processes write at the same time, the first one succeeds. This holds on local
+        disks and for storage with conditional writes (`is_exclusive`). On other storage, the last
+        write may replace the first.
         """
         target = join(self._root, name)
         if self._local:
@@ -102,7 +106,10 @@ class ObjectFolder:
         return True
 
     def _put_remote(self, target: str, content: bytes) -> None:
-        """Write an object, by a conditional write if there is one; raises FileExistsError."""
+        """Write an object, with a conditional write if supported.
+
+        Raises FileExistsError if a conditional write finds an object.
+        """
         if self.is_exclusive:
             try:
                 self._filesystem.pipe_file(target, content, mode="create")
@@ -117,27 +124,28 @@ class ObjectFolder:
 
     @contextmanager
     def claim(self, name: str, content: bytes | None) -> Iterator[bool]:
-        """Claim the right to replace an object as long as it has this content; None: is absent.
+        """Claim an object that has this content (None: does not exist), in order to replace it.
 
-        Yields whether this process has it. Of several processes that claim the same content at
-        once, one has it. The claim is an object of its own, with its owner's name. The claim of a
-        process that died is broken at once on its own machine, elsewhere after a minute.
+        Yields whether this process holds the claim and the object has the content. At most one
+        process holds the claim for the same content. The claim is a separate object that contains
+        its owner. Another process takes over the claim of a process that has ended: on the same
+        machine immediately, from other machines after `CLAIM_SECONDS`.
         """
         claim = f"{name}.{hashlib.sha256(content or b'').hexdigest()[:16]}.claim"
-        owner = f"{_this_machine()} {os.getpid()} {uuid.uuid4().hex}".encode()
+        owner = f"{_machine_id()} {os.getpid()} {uuid.uuid4().hex}".encode()
         if not self.put_new(claim, owner) and not self._take_over_claim(claim, owner):
             yield False
             return
         try:
             yield self.get(name) == content
         finally:
-            if self.get(claim) == owner:  # else it took too long, and another process has it
+            if self.get(claim) == owner:  # else another process took it over after CLAIM_SECONDS
                 self.delete(claim)
 
     def replace(self, name: str, before: bytes | None, content: bytes) -> bool:
-        """Replace an object whose content is `before`; return False if it is not any more.
+        """Replace an object whose content is `before`; return False if it has other content.
 
-        To be called by the process that holds the claim.
+        Only the process that holds the claim may call this.
         """
         if before is None:
             return self.put_new(name, content)
@@ -147,11 +155,11 @@ class ObjectFolder:
         return True
 
     def _take_over_claim(self, claim: str, owner: bytes) -> bool:
-        """Take over a claim whose owner died; return whether this process has it now."""
-        folder, _, last = claim.rpartition("/")
-        ages = [time.time() - e.modified for e in self.list(folder) if e.name == last]
-        is_young = any(age < CLAIM_SECONDS for age in ages)
-        if is_young and not _has_ended(self.get(claim)):
+        """Take over a claim whose owner has ended; return whether this process now holds it."""
+        folder, _, file = claim.rpartition("/")
+        ages = [time.time() - e.modified for e in self.list(folder) if e.name == file]
+        is_recent = any(age < CLAIM_SECONDS for age in ages)
+        if is_recent and not _has_ended(self.get(claim)):
             return False
         self.delete(claim)
         return self.put_new(claim, owner)
@@ -160,22 +168,25 @@ class ObjectFolder:
         self,
         target: str,
         parts: Sequence[Buffer],
-        settle: Callable[[str, str], None],
+        move: Callable[[str, str], None],
         durable: bool = True,
         mode: int = 0o666,
     ) -> None:
-        """Write a file at the top, then `settle` it in its folder; either may vanish meanwhile."""
+        """Write a temporary file in the root folder, then `move` it to its target.
+
+        Try again if another process deletes the target's folder or the temporary file.
+        """
         temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
         try:
-            for attempt in range(REMOVALS):
+            for attempt in range(MAX_ATTEMPTS):
                 try:
                     _make_folder(os.path.dirname(target))
                     if not os.path.exists(temporary):
-                        _write_out(temporary, parts, durable, mode)
-                    settle(temporary, target)
+                        _write_file(temporary, parts, durable, mode)
+                    move(temporary, target)
                     return
                 except FileNotFoundError:
-                    if attempt + 1 == REMOVALS:
+                    if attempt + 1 == MAX_ATTEMPTS:
                         raise
                     _back_off(attempt)
         finally:
@@ -183,7 +194,7 @@ class ObjectFolder:
                 os.unlink(temporary)
 
     def get(self, name: str) -> bytes | None:
-        """Return an object's content, or None where there is none."""
+        """Return the content of an object, or None if it does not exist."""
         path = join(self._root, name)
         try:
             return read_bytes(path) if self._local else bytes(self._filesystem.cat_file(path))
@@ -191,34 +202,34 @@ class ObjectFolder:
             return None
 
     def get_array(self, name: str) -> npt.NDArray[np.uint8] | None:
-        """Return an object's bytes, read straight into `pages.zeros`; None where there is none."""
+        """Read an object into a new buffer (`buffers.zeros`); return None if it does not exist."""
         if not self._local:
             content = self.get(name)
             return None if content is None else np.frombuffer(content, np.uint8)
         try:
             with open(join(self._root, name), "rb") as file:
-                room = buffers.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
-                return room[: file.readinto(room.data)]
+                buffer = buffers.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
+                return buffer[: file.readinto(buffer.data)]
         except NO_FILE:
             return None
 
     def get_many(self, names: list[str]) -> dict[str, bytes]:
-        """Return the content of those objects that exist."""
+        """Return the content of those of the objects that exist, by name."""
         if self._local or not names:
-            found = self._get_local(names)
-            return {name: content for name in names if (content := found[name]) is not None}
+            by_name = self._get_local(names)
+            return {name: content for name in names if (content := by_name[name]) is not None}
         paths = {join(self._root, name): name for name in names}
         contents = self._filesystem.cat(list(paths), on_error="omit")
         if isinstance(contents, bytes):
             return {names[0]: contents}
-        stripped = {path.lstrip("/"): name for path, name in paths.items()}
-        return {stripped[path.lstrip("/")]: content for path, content in contents.items()}
+        relative = {path.lstrip("/"): name for path, name in paths.items()}
+        return {relative[path.lstrip("/")]: content for path, content in contents.items()}
 
     def _get_local(self, names: Sequence[str]) -> dict[str, bytes | None]:
-        if len(names) <= READERS:
+        if len(names) <= MAX_READERS:
             return {name: self.get(name) for name in names}
-        shares = [names[start::READERS] for start in range(READERS)]
-        with ThreadPoolExecutor(READERS) as pool:
+        shares = [names[start::MAX_READERS] for start in range(MAX_READERS)]
+        with ThreadPoolExecutor(MAX_READERS) as pool:
             return dict(
                 chain.from_iterable(
                     pool.map(lambda share: [(name, self.get(name)) for name in share], shares)
@@ -226,17 +237,17 @@ class ObjectFolder:
             )
 
     def exists(self, name: str) -> bool:
-        """Tell whether there is such an object."""
+        """Return whether an object exists."""
         path = join(self._root, name)
         return os.path.exists(path) if self._local else bool(self._filesystem.exists(path))
 
     def list(self, folder: str) -> Iterator[ObjectInfo]:
-        """Yield the objects directly inside a folder, in no order; none if it is not there."""
+        """Yield the objects directly inside a folder, in any order; none if it does not exist."""
         path = join(self._root, folder)
         if self._local:
             for entry in _scan(path):
-                if (found := _object_info(entry)) is not None:
-                    yield found
+                if (info := _object_info(entry)) is not None:
+                    yield info
             return
         try:
             entries = self._filesystem.ls(path, detail=True)
@@ -248,7 +259,7 @@ class ObjectFolder:
                 yield ObjectInfo(name, _modified(entry), entry.get("size") or 0)
 
     def folders(self) -> Sequence[str]:
-        """Return the names of the folders directly inside this one; none if it is not there."""
+        """Return the names of the folders directly inside this one; none if it does not exist."""
         if self._local:
             try:
                 with os.scandir(self._root) as entries:
@@ -263,24 +274,24 @@ class ObjectFolder:
         return [name.rpartition("/")[2] for name in names]
 
     def sample(
-        self, folder: str, most: int, keep: Callable[[str], bool]
+        self, folder: str, max_size: int, keep: Callable[[str], bool]
     ) -> tuple[int, int, Sequence[ObjectInfo]]:
-        """Count a folder's objects whose names to `keep`; return that, a step, and a sample.
+        """Return (count, step, sample) of the objects in a folder whose names satisfy `keep`.
 
-        The sample is every step-th object, `most` at most. Asking a local file for its date costs
-        more than listing it; only the sample is asked.
+        The sample has every step-th object, and at most `max_size`. Reading the time of a local
+        file costs more than listing it, so only those of the sample are read.
         """
         if not self._local:
-            listed = [entry for entry in self.list(folder) if keep(entry.name)]
-            step = 1 + len(listed) // most
+            listed = [info for info in self.list(folder) if keep(info.name)]
+            step = 1 + len(listed) // max_size
             return len(listed), step, listed[::step]
         entries = [entry for entry in _scan(join(self._root, folder)) if keep(entry.name)]
-        step = 1 + len(entries) // most
-        found = [entry for e in entries[::step] if (entry := _object_info(e)) is not None]
-        return len(entries), step, found
+        step = 1 + len(entries) // max_size
+        sample = [info for entry in entries[::step] if (info := _object_info(entry)) is not None]
+        return len(entries), step, sample
 
     def delete(self, name: str) -> None:
-        """Remove an object; nothing happens if there is none."""
+        """Delete an object. Do nothing if it does not exist."""
         path = join(self._root, name)
         with suppress(FileNotFoundError, NotADirectoryError):
             if self._local:
@@ -289,14 +300,14 @@ class ObjectFolder:
                 self._filesystem.rm_file(path)
 
     def delete_partial_files(self) -> None:
-        """Remove what killed writers left behind; a writer of this moment writes again."""
+        """Delete temporary files of killed writers. A running writer writes its file again."""
         if self._local and os.path.isdir(self._root):
             for name in os.listdir(self._root):
                 if name.startswith(PARTIAL):
                     _remove(os.path.join(self._root, name))
 
     def delete_folder(self, folder: str = "") -> None:
-        """Remove a folder and all it holds; nothing happens if there is none."""
+        """Delete a folder and its content. Do nothing if it does not exist."""
         path = join(self._root, folder) if folder else self._root
         if self._local:
             _remove_tree(path)
@@ -305,26 +316,26 @@ class ObjectFolder:
             self._filesystem.rm(path, recursive=True)
 
     def discard(self, *names: str) -> None:
-        """Remove members of this folder, files or folders, without a trace at once.
+        """Delete files or folders in this folder.
 
-        Local ones are moved aside before they are deleted, so that a process that was suspended
-        meanwhile cannot delete what others have created under the same names.
+        Rename local ones before deleting them. A process that is suspended during the deletion
+        then cannot delete files that others have created under the same names.
         """
         if not self._local:
             for name in names:
                 self.delete_folder(name)
             return
-        aside = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
+        trash = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")
         for name in names:
             source = join(self._root, name)
             while os.path.lexists(source):
-                os.makedirs(aside, exist_ok=True)
-                with suppress(FileNotFoundError):  # another process swept what lies aside
-                    os.rename(source, join(aside, name))
-        _remove_tree(aside)
+                os.makedirs(trash, exist_ok=True)
+                with suppress(FileNotFoundError):  # another process deleted the partial files
+                    os.rename(source, join(trash, name))
+        _remove_tree(trash)
 
     def clear(self) -> None:
-        """Discard all members of this folder; nothing happens if there is none."""
+        """Discard the content of this folder. Do nothing if it does not exist."""
         if not self._local:
             self.delete_folder()
         elif os.path.isdir(self._root):
@@ -334,8 +345,8 @@ class ObjectFolder:
             _remove(self._root)
 
 
-def _write_out(path: str, parts: Sequence[Buffer], durable: bool, mode: int) -> None:
-    """Write a file with a mode, less the umask; if `durable`, wait until it is on the disk."""
+def _write_file(path: str, parts: Sequence[Buffer], durable: bool, mode: int) -> None:
+    """Write a file with a mode less the umask. If `durable`, flush it to the disk."""
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.writelines(parts)
         if durable:
@@ -344,19 +355,19 @@ def _write_out(path: str, parts: Sequence[Buffer], durable: bool, mode: int) -> 
 
 
 def _link(temporary: str, target: str) -> None:
-    """Put a file in its place if that is free; raises FileExistsError if not."""
+    """Move a file to its target. Raises FileExistsError if the target exists."""
     try:
         os.link(temporary, target)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        # A reader that sees the empty file takes it for a damaged one until it is replaced.
+        # Until the replacement, readers see an empty file and treat it as damaged.
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(temporary, target)
 
 
 def _remove(path: str) -> None:
-    """Remove a file or a folder; nothing happens if there is none."""
+    """Delete a file or a folder. Do nothing if it does not exist."""
     if os.path.isdir(path) and not os.path.islink(path):
         _remove_tree(path)
     else:
@@ -365,41 +376,41 @@ def _remove(path: str) -> None:
 
 
 def _remove_tree(path: str) -> None:
-    """Remove a folder, also one that others are still writing to."""
-    for attempt in range(REMOVALS):
+    """Delete a folder. Try again while others write to it."""
+    for attempt in range(MAX_ATTEMPTS):
         try:
             if os.path.exists(path):
-                shutil.rmtree(path, onerror=_unless_gone)
+                shutil.rmtree(path, onerror=_ignore_missing)
             return
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY or attempt + 1 == REMOVALS:
+            if error.errno != errno.ENOTEMPTY or attempt + 1 == MAX_ATTEMPTS:
                 raise
             _back_off(attempt)
 
 
 def _make_folder(path: str) -> None:
-    """Make a folder if there is none; raises FileNotFoundError if others removed it meanwhile."""
+    """Create a folder unless it exists. Raises FileNotFoundError if others deleted it again."""
     try:
         os.makedirs(path, exist_ok=True)
-    except FileExistsError as error:  # said of one that is gone when makedirs looks again
+    except FileExistsError as error:  # the folder was deleted before makedirs checked its type
         if os.path.exists(path) and not os.path.isdir(path):
             raise
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
 
 
 def _back_off(attempt: int) -> None:
-    """Wait for those who are at work on the same folder."""
-    time.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
+    """Wait for other processes that use the same folder."""
+    time.sleep(min(MIN_PAUSE * 2**attempt, MAX_PAUSE))
 
 
-def _unless_gone(call: object, path: str, info: tuple[type, BaseException, object]) -> None:
-    """Let a deletion go on where another was faster; any other failure is raised."""
+def _ignore_missing(call: object, path: str, info: tuple[type, BaseException, object]) -> None:
+    """Ignore that another process has deleted a file; raise any other error."""
     if not isinstance(info[1], FileNotFoundError):
         raise info[1]
 
 
 def _scan(path: str) -> Iterator[os.DirEntry[str]]:
-    """Yield the files directly inside a local folder; none if it is not there."""
+    """Yield the files directly inside a local folder; none if it does not exist."""
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -410,7 +421,7 @@ def _scan(path: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _object_info(entry: os.DirEntry[str]) -> ObjectInfo | None:
-    """Return a file's name, date and size; None if it was removed since."""
+    """Return the name, time and size of a file, or None if it was deleted."""
     try:
         status = entry.stat()
     except FileNotFoundError:
@@ -418,8 +429,8 @@ def _object_info(entry: os.DirEntry[str]) -> ObjectInfo | None:
     return ObjectInfo(entry.name, status.st_mtime, status.st_size)
 
 
-def _this_machine() -> str:
-    """Return a name that processes share which see each other's ids: host and namespace."""
+def _machine_id() -> str:
+    """Return the host name and PID namespace: equal for processes that see each other's ids."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -428,17 +439,17 @@ def _this_machine() -> str:
 
 
 def _has_mode(filesystem: Any) -> bool:
-    """Return whether a file system's release can write only if an object is absent."""
+    """Return whether the installed release of a file system supports conditional writes."""
     write = getattr(filesystem, "_pipe_file", filesystem.pipe_file)
     return "mode" in inspect.signature(write).parameters
 
 
 def _has_ended(owner: bytes | None) -> bool:
-    """Return whether the owner of a claim was a process of this machine that has ended."""
+    """Return whether the owner of a claim is a process of this machine that has ended."""
     if owner is None:
         return True
     machine, _, process = owner.decode(errors="replace").rpartition(" ")[0].rpartition(" ")
-    return machine == _this_machine() and process.isdecimal() and not _is_running(int(process))
+    return machine == _machine_id() and process.isdecimal() and not _is_running(int(process))
 
 
 def _is_running(process: int) -> bool:
@@ -452,18 +463,21 @@ def _is_running(process: int) -> bool:
 
 
 def _is_precondition_failed(error: BaseException) -> bool:
-    """Return whether a conditional write found an object (s3fs raises a plain OSError)."""
+    """Return whether a conditional write failed because the object exists.
+
+    s3fs raises a plain OSError in this case.
+    """
     codes = _response_codes(error)
     return bool(codes & {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
 
 
 def _is_not_implemented(error: BaseException) -> bool:
-    """Return whether an S3 server has no conditional write."""
+    """Return whether an S3 server does not support conditional writes."""
     return bool(_response_codes(error) & {"NotImplemented", "501"})
 
 
 def _response_codes(error: BaseException | None) -> set[str]:
-    """Return the S3 error codes and HTTP statuses along a chain of causes."""
+    """Return the S3 error codes and HTTP statuses of an error and its causes."""
     codes: set[str] = set()
     while error is not None:
         response = getattr(error, "response", None)

@@ -1,9 +1,9 @@
-"""The output of a job: its array, its metadata, and how it is sealed.
+"""Output of a job: create, check and seal its array and metadata.
 
-On a local disk the array carries the job's epoch in its name, `0.<epoch>`, until the job is
-sealed; then it is renamed to `0`. So a process of an earlier job on the same path, however long
-it was suspended, cannot reach the voxels of a later one. In a bucket nothing can be renamed: there
-the first job writes `0`, and one that replaces another writes `0.<epoch>` for good.
+On a local disk the array is named `0.<epoch>` while the job runs, and is renamed to `0` when the
+job is sealed. A suspended process of an earlier job on the same path therefore cannot write into
+the array of a later job. A bucket cannot rename objects. There the first job writes `0`, and a job
+that replaces another one writes `0.<epoch>` and keeps this name.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from chunkq.stores import Array, array_metadata, open_array
 SEALED_NAME = "0"
 ATTRIBUTE = "chunkq"
 GROUP = {2: ".zattrs", 3: "zarr.json"}
-"""By Zarr format, the document that holds a group's attributes."""
+"""Zarr format -> name of the document with a group's attributes."""
 ARRAY = {2: ".zarray", 3: "zarr.json"}
-"""By Zarr format, the document that describes an array."""
-FOREIGN = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetadata")}
-"""By Zarr format, documents of the other format at the top of a store."""
+"""Zarr format -> name of an array's metadata document."""
+OTHER_FORMAT = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetadata")}
+"""Zarr format -> documents of the other format in the root of a store."""
 LOCK_AGE = 120.0
-"""Seconds after which a temporary file of tensorstore belongs to a killed writer."""
+"""Age (s) from which a temporary file of tensorstore belongs to a killed writer."""
 EPOCH_NAME = re.compile(rf"{SEALED_NAME}\.[0-9a-f]{{{EPOCH_DIGITS}}}")
 LOCK = ".__lock"
-"""Part of the names of files that tensorstore leaves where a process is killed as it writes."""
+"""Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
 
 
 def new_record(record: JobRecord, plan: Plan, *, replaces: bool) -> JobRecord:
-    """Return the record of a job that is created now, with its epoch and its array's metadata.
+    """Return the record of a new job, with an epoch and the metadata of its array.
 
-    `replaces` says whether an earlier job, or anything else, may have used the output path.
+    Set `replaces` if the output path may have content of an earlier job or program.
     """
     epoch = record.new_epoch()
-    in_place = is_url(record.job.output) and not replaces
-    name = SEALED_NAME if in_place else f"{SEALED_NAME}.{epoch}"
+    has_final_name = is_url(record.job.output) and not replaces
+    name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     shape, channels = plan.output_shape, ((1,) if plan.channel_axis else ())
     chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
     metadata = array_metadata(
@@ -64,7 +64,7 @@ def new_record(record: JobRecord, plan: Plan, *, replaces: bool) -> JobRecord:
 
 
 class Output:
-    """The output store of one job. Methods raise StoreError in one line, and OSError."""
+    """The output store of a job. Methods raise StoreError, and OSError if the storage fails."""
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self.path = path
@@ -73,56 +73,56 @@ class Output:
         self._local = not is_url(path)
         self._format = record.job.zarr_format
 
-    def prepare(self, *, anything_done: bool, allowed: Callable[[], None]) -> None:
-        """Bring the output into the state of a running job, whatever was cut off before.
+    def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
+        """Create the missing parts of the output of a running job; delete those of earlier jobs.
 
-        Creates what is missing and removes what earlier jobs left. `allowed` raises if the job
-        was replaced; it is called before each change. Raises StoreError if the array is missing
-        or changed though chunks are done.
+        Works from any interrupted state. Calls `check_unchanged`, which raises if the job was
+        replaced, before each change. Raises StoreError if the array's metadata changed, or if the
+        array is missing although chunks are committed (`anything_done`).
         """
         name = self._record.array
         if not self._exists(name):
             if anything_done:
                 raise StoreError(
-                    f"output: {without_secret(self.path)} is damaged: it has no "
-                    f"{name}/{ARRAY[self._format]}, though chunks are committed; start again with "
-                    "--overwrite",
+                    f"output: {without_secret(self.path)}/{name}/{ARRAY[self._format]} is missing "
+                    "although chunks are committed; restore the file, or use --overwrite to start "
+                    "again",
                     code=ErrorCode.OUTPUT_CHANGED,
                 )
-            allowed()
-            for document in FOREIGN[self._format]:
+            check_unchanged()
+            for document in OTHER_FORMAT[self._format]:
                 self._objects.delete(document)
             self._put(self._record.metadata)
         self.check(name)
-        self._remove_strays(allowed)
+        self._delete_stray_arrays(check_unchanged)
         if self._local:
             delete_stale_locks(self.path, time.time() - LOCK_AGE)
-        allowed()
+        check_unchanged()
         self._write_group("incomplete", name)
 
     @property
     def has_final_name(self) -> bool:
-        """Whether the array is one that was renamed when it was sealed."""
+        """Whether the array was renamed to its final name."""
         return self._local and not self._exists(self._record.array) and self._exists(SEALED_NAME)
 
     def unseal(self) -> None:
-        """Give a sealed array the name of a running job's again.
+        """Rename a sealed array back to the name it has while the job runs.
 
-        The name `0` says nothing of the epoch: to be called only by a process that holds the
-        claim on the job's record, so that the job cannot be replaced meanwhile.
+        Only the process that holds the claim on the job's record may call this: the name `0` has
+        no epoch, so the array could otherwise belong to a later job.
         """
         if self.has_final_name:
             os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
 
     def open(self) -> Array:
-        """Open the array of a running job for writing; raises StoreError if it was changed."""
+        """Open the array of a running job for writing. Raises StoreError if it was changed."""
         self.check(self._record.array)
         return open_array(join(self.path, self._record.array), write=True)
 
     def check(self, name: str) -> None:
-        """Compare the array's metadata with what was created; raises StoreError if they differ.
+        """Raise StoreError unless the array's metadata are those that were created.
 
-        Attributes that were added are the user's and do not matter.
+        Attributes are not compared, because users may add their own.
         """
         document = ARRAY[self._format]
         stored = _parsed(self._objects.get(f"{name}/{document}"))
@@ -136,43 +136,43 @@ class Output:
             reason = f"changed ({', '.join(differences)})" if stored and differences else "damaged"
             raise StoreError(
                 f"output: {without_secret(self.path)}/{name}/{document}: {reason} since the job "
-                "was produced; restore the file, or start again with --overwrite",
+                "was produced; restore the file, or use --overwrite to start again",
                 code=ErrorCode.OUTPUT_CHANGED,
             )
 
     def check_array(self) -> None:
-        """Compare the array with what was created, under the name that it has now."""
+        """Raise StoreError unless the array, under its current name, is the one created."""
         name = self._record.array
         self.check(name if not self._local or self._exists(name) else SEALED_NAME)
 
-    def describe_incomplete(self, *, allowed: Callable[[], None]) -> None:
-        """Write the metadata of an output that is read before it is complete."""
-        allowed()
+    def describe_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Write the group metadata of an output that will be read before it is complete."""
+        check_unchanged()
         self._write_group("incomplete", self._record.array)
 
-    def seal(self, *, allowed: Callable[[], None]) -> None:
-        """Give the complete array its final name and write the group's metadata; repeatable."""
+    def seal(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Mark the output as complete; rename a local array to its final name. Idempotent."""
         name = self._record.array
         if self._local:
             if self._exists(name):
                 self.check(name)
-                allowed()
+                check_unchanged()
                 self._rename_to_final(name)
             name = SEALED_NAME
         self.check(name)
-        self._remove_strays(allowed)
+        self._delete_stray_arrays(check_unchanged)
         if self._local:
             delete_stale_locks(join(self.path, name))
-        allowed()
+        check_unchanged()
         self._write_group("complete", name)
-        allowed()  # a process that was suspended before the line above must not report success
+        check_unchanged()  # raises if this process was suspended above and the job was replaced
 
     def is_sealed(self) -> bool:
-        """Return whether the group's metadata say that this job is complete."""
+        """Return whether the group metadata mark this job as complete."""
         return self._is_described("complete", SEALED_NAME if self._local else self._record.array)
 
     def _is_described(self, state: str, name: str) -> bool:
-        """Return whether the group's metadata are those of this job; additions do not matter."""
+        """Return whether the group metadata are those of this job; other keys are ignored."""
         stored = _parsed(self._objects.get(GROUP[self._format])) or {}
         attributes = stored.get("attributes") if self._format == 3 else stored
         return isinstance(attributes, dict) and _key_values(attributes) == _key_values(
@@ -186,23 +186,21 @@ class Output:
         final = join(self.path, SEALED_NAME)
         if os.path.lexists(final) and self._exists(name):
             raise StoreError(
-                f"output: {final} was made by another job or program; remove it, then run the "
+                f"output: {final} was created by another job or program; remove it, then run the "
                 "command again",
                 code=ErrorCode.OUTPUT_CHANGED,
             )
         try:
             os.rename(join(self.path, name), final)
         except FileNotFoundError:
-            if not self._exists(SEALED_NAME):  # else another finalizer was faster
+            if not self._exists(SEALED_NAME):  # else another finalizer has renamed it
                 raise
 
-    def _remove_strays(self, allowed: Callable[[], None]) -> None:
-        """Remove arrays that processes of earlier jobs wrote after they were replaced.
-
-        They are listed before `allowed` looks at the job: later jobs' arrays are not among them.
-        """
+    def _delete_stray_arrays(self, check_unchanged: Callable[[], None]) -> None:
+        """Delete arrays that processes of earlier jobs wrote after they were replaced."""
+        # List before the check, so that the list has no array of a later job.
         strays = [name for name in self._objects.folders() if self._is_stray(name)]
-        allowed()
+        check_unchanged()
         if strays:
             self._objects.discard(*strays)
         self._objects.delete_partial_files()
@@ -210,31 +208,37 @@ class Output:
     def _is_stray(self, name: str) -> bool:
         if name == self._record.array:
             return self._local and self.has_final_name
-        if name == SEALED_NAME:  # on a local disk it may be a later job's by now
+        if name == SEALED_NAME:  # on a local disk it may belong to a later job
             return not self._local
         return EPOCH_NAME.fullmatch(name) is not None
 
     def _write_group(self, state: str, name: str) -> None:
-        """Write the group's metadata, unless they fit; other attributes in it stay."""
+        """Write the group metadata unless they are current; keep the user's attributes."""
         if self._is_described(state, name):
             return
-        own = self._attributes(state, name)
+        attributes = self._attributes(state, name)
         if self._format == 2:
             stored = _parsed(self._objects.get(".zattrs")) or {}
-            self._put({".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": _text(stored | own)})
+            self._put(
+                {
+                    ".zgroup": json.dumps({"zarr_format": 2}),
+                    ".zattrs": _to_text(stored | attributes),
+                }
+            )
             return
         stored = _parsed(self._objects.get("zarr.json")) or {}
-        attributes = stored.get("attributes")
-        others = attributes if isinstance(attributes, dict) else {}
-        ome = others.get("ome")
-        if isinstance(ome, dict) and "ome" in own:
-            own["ome"] = ome | own["ome"]
-        group = {"zarr_format": 3, "node_type": "group", "attributes": others | own}
-        self._put({"zarr.json": _text(group)})
+        existing = stored.get("attributes")
+        existing = existing if isinstance(existing, dict) else {}
+        ome = existing.get("ome")
+        if isinstance(ome, dict) and "ome" in attributes:
+            attributes["ome"] = ome | attributes["ome"]
+        group = {"zarr_format": 3, "node_type": "group", "attributes": existing | attributes}
+        self._put({"zarr.json": _to_text(group)})
 
     def _attributes(self, state: str, name: str) -> dict[str, Any]:
+        """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
-        own = {
+        status = {
             "state": state,
             "array": name,
             "digest": record.digest,
@@ -246,7 +250,7 @@ class Output:
         names = axis_names(rank, rank - spatial)
         image = {} if names is None else image_metadata(names, record.source.space, self._format)
         _name_datasets(image, name)
-        return {**image, ATTRIBUTE: own}
+        return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
         try:
@@ -260,7 +264,7 @@ class Output:
 
 
 def delete_stale_locks(path: str, older_than: float = math.inf) -> None:
-    """Remove temporary files of killed writers below a local path, if older than a Unix time."""
+    """Delete tensorstore's temporary files below a local path that are older than a Unix time."""
     for folder, _, files in os.walk(path):
         for file in files:
             name = os.path.join(folder, file)
@@ -270,21 +274,22 @@ def delete_stale_locks(path: str, older_than: float = math.inf) -> None:
 
 
 def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the attributes of an output's group by which chunkq recognises it."""
-    own = attributes.get(ATTRIBUTE)
-    own = own if isinstance(own, dict) else {}
+    """Return the attributes of a group that identify the job and its state."""
+    status = attributes.get(ATTRIBUTE)
+    status = status if isinstance(status, dict) else {}
     ome = attributes.get("ome", attributes)
     try:
         path = ome["multiscales"][0]["datasets"][0]["path"]
     except (KeyError, IndexError, TypeError):
         path = None
-    return path, *(own.get(key) for key in ("state", "array", "digest", "epoch"))
+    return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
 
 
 def _name_datasets(image: dict[str, Any], name: str) -> None:
-    images: Iterable[dict[str, Any]] = image.get("ome", image).get("multiscales", ())
-    for one in images:
-        one["datasets"][0]["path"] = name
+    """Set the path of the first dataset of each OME-Zarr multiscale image."""
+    multiscales: Iterable[dict[str, Any]] = image.get("ome", image).get("multiscales", ())
+    for multiscale in multiscales:
+        multiscale["datasets"][0]["path"] = name
 
 
 def _parsed(content: bytes | None) -> dict[str, Any] | None:
@@ -295,5 +300,5 @@ def _parsed(content: bytes | None) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _text(values: dict[str, Any]) -> str:
+def _to_text(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2)

@@ -1,8 +1,8 @@
-"""Processes that end when the one that starts them does, however it ends.
+"""Start child processes that receive a signal when their parent ends.
 
-As a script, `python -I -S tether.py PARENT SIGNAL PROGRAM [ARGUMENT…]` asks the kernel to send
-SIGNAL when the process PARENT has ended, then becomes PROGRAM. Linux only: elsewhere the program
-just runs.
+As a script, `python -I -S parent_death_signal.py PARENT SIGNAL PROGRAM [ARGUMENT…]` requests the
+signal from the kernel (`PR_SET_PDEATHSIG`) and replaces itself with PROGRAM. On systems other than
+Linux the program runs without the signal.
 """
 
 import os
@@ -13,17 +13,20 @@ PR_SET_PDEATHSIG = 1
 
 
 def with_parent_death_signal(command: Sequence[str], number: int) -> list[str]:
-    """Return a command for a child of the current thread that gets a signal when this one ends."""
+    """Wrap a command so that the child gets signal `number` when the calling thread ends."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(number)), *command]
 
 
 def main(parent: int, number: int, command: list[str]) -> None:
-    """Run a command in this process."""
+    """Request the signal and replace this process with the command.
+
+    Exit with status 1 if the process `parent` has already ended.
+    """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the request
+        if os.getppid() != parent:  # the parent ended before the request
             sys.exit(1)
     os.execv(command[0], command)
 

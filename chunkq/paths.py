@@ -1,4 +1,4 @@
-"""Paths and URLs: local files and fsspec URLs side by side."""
+"""Paths: local files and fsspec URLs behind the same functions."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from chunkq.errors import StoreError
+from chunkq.errors import ErrorCode, StoreError
 
-SERVERS = frozenset({"redis", "rediss", "unix"})
-"""Schemes of queues, in whose URLs `@` only ever ends a password."""
+QUEUE_SCHEMES = frozenset({"redis", "rediss", "unix"})
+"""Schemes of queue URLs. In these, `@` always ends the password."""
 
 LOCAL_SCHEMES = frozenset({"file", "local"})
-"""Schemes of URLs that name local paths."""
+"""Schemes of URLs that are local paths."""
 MAX_FILES = 10_000
-"""Files of a folder that can still be a network."""
+"""Maximum number of files in the folder of a network."""
 
 
 def is_url(path: str) -> bool:
-    """Tell a URL such as `s3://bucket/key` from a local path."""
+    """Return whether a path is a URL such as `s3://bucket/key`, not a local path."""
     return "://" in path
 
 
 def absolute(path: str, base: Path) -> str:
-    """Return a local path made absolute against `base`, without `..`; a URL as it is.
+    """Return a local path as absolute against `base`, without `..`.
 
-    `file://` and `local://` in upper or lower case name local paths. A URL's scheme is returned
-    in lower case, its trailing slashes are removed.
+    Convert the scheme of a URL to lower case and remove its trailing slashes. `file://` and
+    `local://` in upper or lower case are local paths.
     """
     scheme, separator, rest = path.partition("://")
     if scheme.lower() in LOCAL_SCHEMES:
@@ -47,7 +47,7 @@ def absolute(path: str, base: Path) -> str:
 
 def _resolved_parts(path: Path) -> list[str]:
     parts: list[str] = []
-    for part in ("/", *path.parts[1:]):  # POSIX lets `//` at the start mean something else
+    for part in ("/", *path.parts[1:]):  # pathlib keeps a leading `//`, which POSIX leaves open
         if part == ".." and len(parts) > 1:
             parts.pop()
         elif part != "..":
@@ -56,14 +56,14 @@ def _resolved_parts(path: Path) -> list[str]:
 
 
 def join(base: str, *parts: str) -> str:
-    """Join with single slashes."""
+    """Join the parts of a path with single slashes."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def open_filesystem(path: str) -> tuple[Any, str]:
-    """Return the fsspec file system for a path and the path inside it.
+    """Return the fsspec file system of a path and the path inside it.
 
-    Raises StoreError where no file system is known, naming the extra to install.
+    Raises StoreError if the scheme is unsupported or its package is missing.
     """
     import fsspec
 
@@ -71,19 +71,22 @@ def open_filesystem(path: str) -> tuple[Any, str]:
         return fsspec.filesystem("file"), path
     scheme = path.partition("://")[0]
     try:
-        # A listing kept from before would hide what other machines wrote since.
+        # A cached listing would not show what other machines have written since.
         filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except ImportError:
         extra = "chunkq[s3]" if scheme == "s3" else f"the fsspec package for {scheme}://"
-        raise StoreError(f"{without_secret(path)}: needs a package; pip install {extra}") from None
-    except Exception as error:  # each file system raises errors of its own kind
+        raise StoreError(
+            f"{without_secret(path)}: missing package; install {extra}",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from None
+    except Exception as error:  # each file system raises different errors
         reason = str(error) or type(error).__name__
         raise StoreError(f"{without_secret(path)}: {reason}") from None
     return filesystem, inner
 
 
 def read_bytes(path: str) -> bytes:
-    """Return a whole file's content. Raises OSError as the file system does."""
+    """Return the content of a file. Raises OSError."""
     if not is_url(path):
         return Path(path).read_bytes()
     filesystem, inner = open_filesystem(path)
@@ -92,10 +95,11 @@ def read_bytes(path: str) -> bytes:
 
 
 def file_hash(path: str) -> str:
-    """Return a SHA-256 of what a path names, as hexadecimal digits: of a file, its content.
+    """Return the SHA-256 of a file, a folder or a TensorFlow checkpoint as hexadecimal digits.
 
-    Of a directory, the names and contents of all files below it. Of the start that the names of a
-    TensorFlow checkpoint's files share, the same of those files. Raises OSError.
+    The hash of a file covers its content. The hash of a folder covers the names and contents of
+    all files below it; that of a checkpoint prefix covers those of the checkpoint's files.
+    Raises OSError.
     """
     if is_url(path):
         return _url_hash(path)
@@ -106,16 +110,19 @@ def file_hash(path: str) -> str:
 
 
 def local_parts(path: str) -> list[tuple[str, str]] | None:
-    """Return the files a local path stands for, as (relative name, path); None for a file."""
+    """Return the files of a folder or of a TensorFlow checkpoint prefix; None for a file.
+
+    Each is (relative name, path). Raises OSError if there are more than `MAX_FILES`.
+    """
     if os.path.isdir(path):
-        every = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
-        found = list(islice(every, MAX_FILES + 1))
-        if len(found) > MAX_FILES:
-            raise OSError(errno.EFBIG, f"a folder of more than {MAX_FILES} files", path)
-        return [(os.path.relpath(part, path), part) for part in found]
+        walk = (os.path.join(top, name) for top, _, names in os.walk(path) for name in names)
+        files = list(islice(walk, MAX_FILES + 1))
+        if len(files) > MAX_FILES:
+            raise OSError(errno.EFBIG, f"folder has more than {MAX_FILES} files", path)
+        return [(os.path.relpath(file, path), file) for file in files]
     if not os.path.exists(path) and os.path.exists(f"{path}.index"):
-        found = [f"{path}.index", *glob(f"{escape(path)}.data-*")]
-        return [(os.path.basename(part), part) for part in found]
+        files = [f"{path}.index", *glob(f"{escape(path)}.data-*")]
+        return [(os.path.basename(file), file) for file in files]
     return None
 
 
@@ -134,32 +141,32 @@ def _url_hash(path: str) -> str:
 
 
 def _content_hash(path: str) -> str:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # a device or a pipe may never end
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a device or a pipe may never end
         raise OSError(errno.EINVAL, "not a regular file", path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _joint_hash(parts: Iterable[tuple[str, str]]) -> str:
-    """Return one hash of files, given as name and hash, whatever order they come in."""
+    """Return the hash of (name, hash) pairs. Their order does not affect it."""
     lines = (f"{name}\0{digest}\n" for name, digest in sorted(parts))
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def without_secret(url: str) -> str:
-    """Return a URL fit for logs: the password, if any, as three stars."""
+    """Return a URL for messages and logs: passwords are replaced by `***`."""
     if not is_url(url):
         return url
-    if url.partition("://")[0].lower() in SERVERS:
-        # Special characters that were not encoded must not make a part of a password show.
+    if url.partition("://")[0].lower() in QUEUE_SCHEMES:
+        # A password with special characters that are not encoded must not appear in part.
         url = re.sub(r"(?s)^(\w+://)([^:]*):.*@", r"\1\2:***@", url)
-        if "@" not in url:  # what should be a port may be a password whose host is missing
+        if "@" not in url:  # without a host, the password stands at the position of the port
             url = re.sub(r"^(\w+://[^:/?#\[]*:)(?!\d*(?:[/?#]|$))[^/?#]*", r"\1***", url)
     url = re.sub(r"([?&](?:\w+_)?password=)[^&]*", r"\1***", url)
     try:
         parts = urlsplit(url)
     except ValueError:
-        return f"{url.partition('://')[0]}://***"  # whatever it is, nobody can read it
+        return f"{url.partition('://')[0]}://***"  # cannot be parsed, so mask all of it
     if parts.password is None or parts.password == "***":
         return url
     host = parts.netloc.rpartition("@")[2]

@@ -1,4 +1,4 @@
-"""The record of a job, `job.json`: the checked job file and everything that decides its result."""
+"""Job record, `job.json`: the validated job file and everything that determines its result."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from chunkq.resolve import resolve
 from chunkq.stores import Source, input_identity
 
 LAYOUT = 2
-"""Version of the job folder's layout; folders of other versions are refused."""
+"""Version of the job folder's layout. Folders of other versions are unsupported."""
 EPOCH_DIGITS = 8
 KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
 )  # fmt: skip
-"""Keys of a job that say where it runs, not what it computes."""
+"""Keys of a job that do not affect its result."""
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """The content of `job.json`.
+    """Content of `job.json`.
 
-    `epoch` distinguishes the jobs that used one output path one after another; it is empty until
-    the job is created. `array` is the name of the output array while the job runs, and `metadata`
-    holds the array's metadata documents by their names in the output. `identities` says of each
-    source what changes when its array is replaced (`stores.input_identity`).
+    `epoch` distinguishes successive jobs on one output path. It is empty until the job is created.
+    `array` is the name of the output array while the job runs. `metadata` maps the names of the
+    array's metadata documents in the output to their content. `identities` has the
+    `stores.input_identity` of each source; it changes when the source's array is replaced.
     """
 
     job: Job
@@ -49,64 +49,67 @@ class JobRecord:
 
     @property
     def source(self) -> Source:
-        """The first input; all have its shape."""
+        """The first input. All inputs have its shape."""
         return self.sources[0]
 
     @classmethod
     def create(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
-        """Return a job's record; reads the files that the job names once to hash them.
+        """Create the record of a job. Read and hash each file of the job once.
 
-        Raises JobError naming every file that cannot be read, StoreError for an input that is gone.
+        Raises JobError with one line per file that cannot be read, and StoreError if an input is
+        missing.
         """
         hashes, problems = {}, []
         for key, path in job.files.items():
             try:
                 hashes[key] = file_hash(path)
             except OSError as error:
-                reason = "no file" if isinstance(error, FileNotFoundError) else "cannot read"
-                problems.append(f"{key}: {reason} {without_secret(path)}")
+                is_missing = isinstance(error, FileNotFoundError)
+                reason = "no file" if is_missing else "cannot read"
+                problems.append(f"{key}: {reason} {without_secret(path)}; fix the path")
         if problems:
             raise JobError(problems)
         return cls(job, tuple(sources), hashes, tuple(map(_identity, sources)))
 
     def on_queue(self, url: str) -> JobRecord:
-        """Return the record with its queue's URL.
+        """Return the record with the URL of its queue.
 
-        A URL with a password, or of a queue in this process, is left out.
+        The record stores no URL that contains a password or is a queue inside this process.
         """
-        kept = url if without_secret(url) == url and not url.startswith("inprocess:") else None
-        return replace(self, job=self.job.model_copy(update={"queue": kept}))
+        is_storable = without_secret(url) == url and not url.startswith("inprocess:")
+        queue = url if is_storable else None
+        return replace(self, job=self.job.model_copy(update={"queue": queue}))
 
     def new_epoch(self) -> str:
-        """Return the epoch of this job if it is created now: 8 hexadecimal digits."""
+        """Return a new epoch for this job, from its digest and the time: 8 hexadecimal digits."""
         text = f"{self.digest} {time.time_ns()}"
         return hashlib.sha256(text.encode()).hexdigest()[:EPOCH_DIGITS]
 
     def changed_files(self) -> list[str]:
-        """Return the keys of the files whose content differs from what was hashed."""
+        """Return the keys of the files whose content no longer has the recorded hash."""
         changed = []
         for key, path in self.job.files.items():
             try:
-                same = file_hash(path) == self.file_hashes[key]
+                is_same = file_hash(path) == self.file_hashes[key]
             except OSError:
-                same = False
-            if not same:
+                is_same = False
+            if not is_same:
                 changed.append(key)
         return changed
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the output's bytes, as hexadecimal digits."""
+        """SHA-256 of everything that determines the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
-        what = [values, [asdict(source) for source in self.sources], self.file_hashes]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        content = [values, [asdict(source) for source in self.sources], self.file_hashes]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def plan(self) -> Plan:
-        """Return the job's plan; does not read the volume."""
+        """Return the job's plan without reading the volumes."""
         return resolve(self.job, Volume.joined([source.volume for source in self.sources]))
 
     def to_json(self) -> bytes:
-        """Encode."""
+        """Encode the record as a document with a checksum."""
         values = {
             "layout": LAYOUT,
             "chunkq_version": self.version,
@@ -123,17 +126,18 @@ class JobRecord:
 
     @classmethod
     def from_json(cls, content: bytes, path: str = "job record") -> JobRecord:
-        """Decode the record stored at `path`; raises JobError if it is damaged or another version.
+        """Decode the record stored at `path`.
 
-        The digest is computed again, so a record that was edited by hand is damaged, too.
+        Raises JobError if the record has another layout or is damaged. The stored digest must
+        equal the computed one, so a manually edited record counts as damaged.
         """
-        shown = without_secret(path)
-        again = "start again with `chunkq produce --overwrite`"
+        printed_path = without_secret(path)
+        hint = "run `chunkq produce --overwrite` to start again"
         values = documents.decode(content)
         if _has_other_layout(content, values):
             raise JobError(
-                f"{shown}: unsupported layout, written by another version of chunkq; use that "
-                f"version, or {again}",
+                f"{printed_path}: unsupported layout, expected {LAYOUT}; use the version of chunkq "
+                f"that created the job, or {hint}",
                 code=ErrorCode.JOB_RECORD_UNSUPPORTED,
             )
         try:
@@ -160,8 +164,8 @@ class JobRecord:
                 raise ValueError
         except (KeyError, TypeError, ValueError, ChunkqError):
             raise JobError(
-                f"{shown}: damaged, its checksum or digest does not match its content; restore "
-                f"the file, or {again}",
+                f"{printed_path}: damaged, the checksum or digest does not match the content; "
+                f"restore the file, or {hint}",
                 code=ErrorCode.JOB_RECORD_DAMAGED,
             ) from None
         return record
@@ -171,25 +175,26 @@ def _identity(source: Source) -> str:
     identity = input_identity(source.array_path)
     if identity is None:
         raise StoreError(
-            f"input: {without_secret(source.array_path)} is gone", code=ErrorCode.INPUT_MISSING
+            f"input: {without_secret(source.array_path)} is missing; restore it or fix the path",
+            code=ErrorCode.INPUT_MISSING,
         )
     return identity
 
 
 def _stays_in_folders(record: JobRecord) -> bool:
-    """Return whether the names in a record lie in the output and in the job folder."""
+    """Return whether the names in a record stay inside the output and the job folder."""
     names = (record.epoch or "-", record.array, *record.metadata)
     parts = [part for name in names for part in name.split("/")]
     return not {"", ".", ".."}.intersection(parts)
 
 
 def _has_other_layout(content: bytes, values: dict[str, Any] | None) -> bool:
-    """Return whether the content is the record of a version of chunkq with another layout."""
+    """Return whether the content is a record that has another layout."""
     if values is not None:
         return values.get("layout") != LAYOUT
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
         return False
-    # Records had neither a layout nor a checksum at first.
+    # The first versions wrote records without a layout and without a checksum.
     return isinstance(values, dict) and "chunkq_version" in values and "layout" not in values

@@ -1,4 +1,4 @@
-"""A job created again elsewhere, to try it on some chunks; both sides do so."""
+"""Copy a job into another folder to run some of its chunks as a sample."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from chunkq.record import JobRecord
 
 
 def recreate_job(record: JobRecord, folder: str) -> JobHandle:
-    """Create a job's folder and empty output below a local folder, and open it."""
+    """Create the job with an empty output below a local folder, and return its handle."""
     output = f"{folder}/out.zarr"
-    there = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
-    new = new_record(there, there.plan(), replaces=False)
-    JobFolder(folder_of(output)).create_record(new)
+    copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
+    JobFolder(folder_of(output)).create_record(new_record(copy, copy.plan(), replaces=False))
     job = open_job(folder_of(output))
-    job.output.prepare(anything_done=False, allowed=job.check_unchanged)
+    job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
     return job

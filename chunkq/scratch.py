@@ -1,7 +1,7 @@
-"""Temporary folders of this machine, which also disappear where their owner was killed.
+"""Temporary folders on this machine that are also deleted after their process was killed.
 
-An owner holds a lock on a file in its folder. The lock ends with the owner, so whoever needs a
-folder next removes those whose lock is free.
+A process locks a file in each of its folders. The operating system releases the lock when the
+process ends. Before a process creates a folder, it deletes the folders whose lock is free.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 PREFIX = "chunkq-"
 LOCK = ".owner"
 _own_folders: set[Path] = set()
-"""Folders of this process."""
+"""Folders that this process created."""
 
 
 @contextmanager
 def scratch_folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder with mode 0700 in the temporary folder or another; remove it at the end.
+    """Yield a new folder with mode 0700 in `parent` (default: the system's temporary folder).
 
-    Removes the folders of killed processes first.
+    Delete the folders of killed processes first, and the new folder at the end.
     """
     base = parent or Path(tempfile.gettempdir())
     delete_abandoned(base)
@@ -40,7 +40,7 @@ def scratch_folder(kind: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def delete_abandoned(base: Path | None = None) -> None:
-    """Remove the folders of this user whose owner has ended on this machine without doing so."""
+    """Delete this user's folders whose process has ended on this machine."""
     for folder in (base or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder not in _own_folders and _is_abandoned(folder):
@@ -48,7 +48,7 @@ def delete_abandoned(base: Path | None = None) -> None:
 
 
 def remove_own() -> None:
-    """Remove the folders of this process, which is about to end without leaving its contexts."""
+    """Delete the folders of this process, which is about to end without leaving its contexts."""
     for folder in tuple(_own_folders):
         _remove(folder)
 
@@ -59,19 +59,23 @@ def _remove(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Create the owner's file, locked before it has its name; returns the descriptor."""
+    """Create the lock file of a folder and return its descriptor.
+
+    The file gets its final name only after it is locked, so no process sees it unlocked.
+    """
     lock = os.open(folder / f"{LOCK}-new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.write(lock, socket.gethostname().encode())
-    with suppress(OSError):  # a file system without locks: its folders are never swept
+    with suppress(OSError):  # without file locks the folder is never deleted as abandoned
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(folder / f"{LOCK}-new", folder / LOCK)
     return lock
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Return whether a folder belongs to this user, and to no living process of this machine.
+    """Return whether this user's process that created a folder on this machine has ended.
 
-    Raises OSError. A lock on a shared file system need not hold on other machines.
+    A lock on a shared file system may not exclude other machines, so folders of other hosts are
+    never abandoned. Raises OSError.
     """
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
         return False

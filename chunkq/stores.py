@@ -1,7 +1,8 @@
-"""Volumes on disk and in buckets: open, create, read a box with padding, write a box.
+"""Stored volumes: open an array, create its metadata, read boxes with padding, write boxes.
 
-tensorstore carries the voxels wherever it has a driver, zarr-python the metadata and the rest.
-Boxes cover all axes of the stored array, channels included.
+tensorstore reads and writes voxels if it has a driver for the storage and the codec. zarr-python
+reads and writes metadata, and all arrays that tensorstore does not support. Boxes cover all axes
+of the stored array, including channels.
 """
 
 from __future__ import annotations
@@ -29,23 +30,24 @@ from chunkq.padding import PadMode, source_indices, source_range
 from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
 from chunkq.plan import Volume
 
-HEADERS = threading.Lock()
-"""Held while a `.npy` header is read: as Python code, which CPython before 3.13 can do only once
-at a time."""
+NPY_HEADER_LOCK = threading.Lock()
+"""Lock for reading a `.npy` header. NumPy parses it as Python code, which is not thread-safe in
+CPython before 3.13."""
 
-HEADER_BYTES = 128
-"""Bytes at the beginning of a `.npy` file that hold dtype and shape."""
+NPY_HEADER_BYTES = 128
+"""Number of bytes at the start of a `.npy` file that contain dtype and shape."""
 NO_LOCKS = {"mode": "none"}
-"""Every object has one writer, and a suspended process that held a lock would block all others."""
+"""tensorstore's option to write without file locks. Every object has one writer, and a lock of a
+suspended process would block all others."""
 
-CODE_CODECS = frozenset({"pickle"})
-"""Codecs of Zarr v2 that run code which the stored bytes name; older numcodecs do not ask."""
+UNSAFE_CODECS = frozenset({"pickle"})
+"""Codecs of Zarr v2 that can run code from the stored bytes."""
 log = logging.getLogger("chunkq.stores")
 Voxels = npt.NDArray[Any]
 
 
 class Array(ABC):
-    """One stored array. Reading and writing are thread-safe."""
+    """A stored array. Reading and writing are thread-safe."""
 
     path: str
     shape: tuple[int, ...]
@@ -53,15 +55,15 @@ class Array(ABC):
 
     @abstractmethod
     def read(self, box: Box) -> Voxels:
-        """Return the voxels of a box inside the array; raises ChunkReadError."""
+        """Read a box inside the array; shape `box.shape`. Raises ChunkReadError."""
 
     def write(self, box: Box, values: Voxels) -> None:
-        """Write whole storage chunks; each appears at once or not at all."""
-        raise StoreError(f"{self.path}: this kind of array can only be read")
+        """Write whole storage chunks, each of them atomically. Raises OSError."""
+        raise StoreError(f"{self.path}: this type of array is read-only; use a Zarr array")
 
 
 class TensorStoreArray(Array):
-    """A Zarr array through tensorstore: local files, S3, GCS."""
+    """Zarr array read and written by tensorstore: local files, S3, GCS."""
 
     def __init__(self, path: str, zarr_format: int, *, write: bool = False) -> None:
         import tensorstore as ts
@@ -85,10 +87,10 @@ class TensorStoreArray(Array):
 
         try:
             values: Voxels = buffers.zeros(box.shape, self.dtype)
-            asked = self._store[box.slices((0,) * len(self.shape))]
-            ts.array(values, copy=False, write=True).write(asked).result()
+            region = self._store[box.slices((0,) * len(self.shape))]
+            ts.array(values, copy=False, write=True).write(region).result()
         except (ValueError, OSError, RuntimeError) as error:
-            raise ChunkReadError(_failure(self.path, box, "read", error)) from error
+            raise ChunkReadError(_box_error(self.path, box, "read", error)) from error
         return values
 
     @override
@@ -96,11 +98,11 @@ class TensorStoreArray(Array):
         try:
             self._store[box.slices((0,) * len(self.shape))].write(values).result()
         except (ValueError, RuntimeError) as error:
-            raise OSError(_failure(self.path, box, "written", error)) from error
+            raise OSError(_box_error(self.path, box, "written", error)) from error
 
 
 class ZarrPythonArray(Array):
-    """A Zarr array through zarr-python, where tensorstore has no driver or codec."""
+    """Zarr array read and written by zarr-python, if tensorstore has no driver or codec."""
 
     def __init__(self, path: str, array: Any) -> None:
         self.path, self._array = path, array
@@ -111,7 +113,7 @@ class ZarrPythonArray(Array):
         try:
             return np.asarray(self._array[box.slices((0,) * len(self.shape))])
         except Exception as error:
-            raise ChunkReadError(_failure(self.path, box, "read", error)) from error
+            raise ChunkReadError(_box_error(self.path, box, "read", error)) from error
 
     @override
     def write(self, box: Box, values: Voxels) -> None:
@@ -119,23 +121,32 @@ class ZarrPythonArray(Array):
 
 
 class NpyArray(Array):
-    """A `.npy` file in C order: mapped into memory, or read in byte ranges from a URL."""
+    """`.npy` file in C order. Local files are memory-mapped, URLs are read in byte ranges."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._filesystem, self._inner = open_filesystem(path)
         try:
-            with HEADERS, self._filesystem.open(self._inner, "rb") as file:
+            with NPY_HEADER_LOCK, self._filesystem.open(self._inner, "rb") as file:
                 version = np.lib.format.read_magic(file)
-                header = np.lib.format.read_array_header_1_0
+                read_header = np.lib.format.read_array_header_1_0
                 if version != (1, 0):
-                    header = np.lib.format.read_array_header_2_0
-                self.shape, fortran, self.dtype = header(file)
-                self._origin = file.tell()
+                    read_header = np.lib.format.read_array_header_2_0
+                self.shape, is_fortran, self.dtype = read_header(file)
+                self._data_offset = file.tell()
         except (ValueError, EOFError) as error:
-            raise StoreError(f"{path}: not a .npy file: {error}") from None
-        if fortran or self.dtype.hasobject:
-            raise StoreError(f"{path}: only .npy files in C order with plain numbers can be read")
+            raise StoreError(
+                f"input: {without_secret(path)}: invalid .npy file: {error}; "
+                "save it again with numpy.save",
+                code=ErrorCode.STORE_UNSUPPORTED,
+            ) from None
+        if is_fortran or self.dtype.hasobject:
+            order = "Fortran order" if is_fortran else f"dtype {self.dtype}"
+            raise StoreError(
+                f"input: {without_secret(path)}: unsupported {order}; "
+                "save the .npy file in C order with a numeric dtype",
+                code=ErrorCode.STORE_UNSUPPORTED,
+            )
 
     @override
     def read(self, box: Box) -> Voxels:
@@ -143,22 +154,22 @@ class NpyArray(Array):
         row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         try:
             if not is_url(self.path):
-                mapped = np.memmap(self._inner, self.dtype, "r", self._origin, self.shape)
+                mapped = np.memmap(self._inner, self.dtype, "r", self._data_offset, self.shape)
                 return buffers.cast(mapped[(rows, *inner)], self.dtype)
             content = self._filesystem.cat_file(
                 self._inner,
-                start=self._origin + rows.start * row_bytes,
-                end=self._origin + rows.stop * row_bytes,
+                start=self._data_offset + rows.start * row_bytes,
+                end=self._data_offset + rows.stop * row_bytes,
             )
             values = np.frombuffer(content, self.dtype).reshape(-1, *self.shape[1:])
         except (OSError, ValueError) as error:
-            raise ChunkReadError(_failure(self.path, box, "read", error)) from error
+            raise ChunkReadError(_box_error(self.path, box, "read", error)) from error
         return values[(slice(None), *inner)]
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input volume as found: where its array is and what is known of its space."""
+    """An input volume: the path of its array, its shape and dtype, and its physical space."""
 
     array_path: str
     volume: Volume
@@ -166,9 +177,9 @@ class Source:
 
 
 def find_source(path: str) -> Source:
-    """Look at an input path: a Zarr array, an OME-Zarr image (its level 0), or a `.npy` file.
+    """Inspect an input path: a Zarr array, an OME-Zarr image (its level 0) or a `.npy` file.
 
-    Raises StoreError in one line if there is nothing, or nothing that is an array.
+    Raises StoreError if the path does not exist or is not an array.
     """
     if path.endswith(".npy"):
         array = _open_npy(path)
@@ -180,33 +191,37 @@ def find_source(path: str) -> Source:
     if image is None:
         members = ", ".join(sorted(node.keys())[:8])
         raise StoreError(
-            f"input: {without_secret(path)} is a Zarr group, not an array; "
-            + (f"name one of its members: {members}" if members else "and it is empty")
+            f"input: {without_secret(path)} is a Zarr group; expected an array; "
+            + (f"use one of its members: {members}" if members else "the group is empty"),
+            code=ErrorCode.STORE_UNSUPPORTED,
         )
-    found = find_source(join(path, image["datasets"][0]["path"]))
-    space = space_of(image, len(found.volume.shape))
-    return Source(found.array_path, found.volume, space)
+    level = find_source(join(path, image["datasets"][0]["path"]))
+    space = space_of(image, len(level.volume.shape))
+    return Source(level.array_path, level.volume, space)
 
 
 def open_array(path: str, *, write: bool = False) -> Array:
-    """Open an array that exists; raises StoreError if it does not."""
+    """Open an existing array. Raises StoreError if it cannot be opened."""
     if path.endswith(".npy"):
         return _open_npy(path)
     zarr_format = _local_format(path)
     if zarr_format is not None:
-        with suppress(ValueError):  # raised again, with a message, on the way through zarr-python
+        with suppress(ValueError):  # opened with zarr-python below, which raises a clear error
             return TensorStoreArray(path, zarr_format, write=write)
     node = _open_node(path, mode="r+" if write else "r")
     if not hasattr(node, "shape"):
-        raise StoreError(f"{without_secret(path)}: is no array")
+        raise StoreError(
+            f"{without_secret(path)}: found a Zarr group; expected an array",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
     if _kvstore(path) is not None:
         try:
             return TensorStoreArray(path, node.metadata.zarr_format, write=write)
         except ValueError as error:
             if write:
                 raise StoreError(f"output: {without_secret(path)}: {error}") from error
-            # A codec or dtype that only zarr-python knows: the same voxels, more slowly.
-            log.warning("%s is read through zarr-python: %s", without_secret(path), error)
+            # tensorstore lacks the codec or dtype: zarr-python reads the same voxels, but slower.
+            log.warning("%s is read with zarr-python: %s", without_secret(path), error)
     return ZarrPythonArray(path, node)
 
 
@@ -219,7 +234,7 @@ def array_metadata(
     zarr_format: Literal[2, 3],
     axes: Sequence[str] | None,
 ) -> dict[str, str]:
-    """Return the metadata documents of a new Zarr array, by their names below its group."""
+    """Return the metadata documents of a new Zarr array, by their paths in its group."""
     import zarr
     from zarr.codecs import BloscCodec
     from zarr.storage import MemoryStore
@@ -245,16 +260,19 @@ def array_metadata(
         fill_value=0,
         **extra,
     )
-    own = {path: content for path, content in documents.items() if path.startswith(f"{name}/")}
-    return {path: content.to_bytes().decode() for path, content in own.items()}
+    return {
+        path: content.to_bytes().decode()
+        for path, content in documents.items()
+        if path.startswith(f"{name}/")
+    }
 
 
 def input_identity(path: str) -> str | None:
-    """Return a text that changes when the array at `path` is replaced; None if it is gone.
+    """Return a string that changes when the array is replaced; None if the array is missing.
 
-    Of a Zarr array it is the hash of its metadata document, so other chunks are not noticed. Of a
-    `.npy` file it is the file's size, time of change (behind a URL, what the storage says of it)
-    and header. Raises OSError as the storage does.
+    For a Zarr array, the string is the hash of its metadata document, so changed chunks do not
+    change it. For a `.npy` file, it has the size, the time of modification (at a URL, the unique
+    key of fsspec) and the hash of the header. Raises OSError.
     """
     filesystem, inner = open_filesystem(path)
     try:
@@ -279,31 +297,32 @@ def _file_state(path: str, inner: str, filesystem: Any) -> str:
 
 
 def _npy_header_hash(inner: str, filesystem: Any) -> str:
-    return hashlib.sha256(filesystem.cat_file(inner, start=0, end=HEADER_BYTES)).hexdigest()
+    return hashlib.sha256(filesystem.cat_file(inner, start=0, end=NPY_HEADER_BYTES)).hexdigest()
 
 
 def read_padded(array: Array, window: Box, mode: PadMode, value: float) -> Voxels:
-    """Return a window of the endlessly padded array; shape `window.shape`.
+    """Read a window of the array, padded like `np.pad` without limit; shape `window.shape`.
 
-    Outside the array the voxels are those `np.pad` would put there. The window meets the array.
+    The window must intersect the array.
     """
     axes = list(zip(window.start, window.stop, array.shape, strict=True))
     bounds = [
         source_range(np.asarray(low), np.asarray(high), size, mode) for low, high, size in axes
     ]
-    real = Box(tuple(int(b[0]) for b in bounds), tuple(int(b[1]) for b in bounds))
-    values = array.read(real)
-    for number, (low, high, size) in enumerate(axes):
+    source_box = Box(tuple(int(b[0]) for b in bounds), tuple(int(b[1]) for b in bounds))
+    values = array.read(source_box)
+    for axis, (low, high, size) in enumerate(axes):
         if low >= 0 and high <= size:
             continue
         indices = source_indices(low, high, size, mode)
-        shape = (*values.shape[:number], len(indices), *values.shape[number + 1 :])
-        taken = buffers.zeros(shape, values.dtype)
-        there = np.maximum(indices - real.start[number], 0)
-        np.take(values, there, axis=number, out=taken, mode="clip")  # "raise" would buffer it
+        shape = (*values.shape[:axis], len(indices), *values.shape[axis + 1 :])
+        padded = buffers.zeros(shape, values.dtype)
+        positions = np.maximum(indices - source_box.start[axis], 0)
+        # mode="clip", because np.take copies `out` with mode="raise"
+        np.take(values, positions, axis=axis, out=padded, mode="clip")
         if mode == "constant":
-            taken[(slice(None),) * number + (indices < 0,)] = value
-        values = taken
+            padded[(slice(None),) * axis + (indices < 0,)] = value
+        values = padded
     return values
 
 
@@ -311,9 +330,16 @@ def _open_npy(path: str) -> NpyArray:
     try:
         return NpyArray(path)
     except FileNotFoundError:
-        raise StoreError(f"input: no file {without_secret(path)}") from None
+        raise _missing_error(path) from None
     except OSError as error:
         raise StoreError(f"input: {without_secret(path)} cannot be read: {error}") from None
+
+
+def _missing_error(path: str) -> StoreError:
+    return StoreError(
+        f"input: {without_secret(path)} does not exist; fix the path",
+        code=ErrorCode.STORE_MISSING,
+    )
 
 
 def _plain_source(path: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Source:
@@ -321,17 +347,25 @@ def _plain_source(path: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> So
 
 
 def _open_node(path: str, mode: Any = "r") -> Any:
-    """Open a Zarr array or group with zarr-python; StoreError says what is there instead."""
+    """Open a Zarr array or group with zarr-python.
+
+    Raises StoreError if the path does not exist or has no Zarr metadata.
+    """
     import zarr
 
-    shown = without_secret(path)
+    printed_path = without_secret(path)
     filesystem, inner = open_filesystem(path)
     try:
         if not is_url(path) and not os.path.isdir(inner):
-            there = "a file, not a Zarr store or .npy" if os.path.exists(inner) else "not there"
-            raise StoreError(f"input: {shown} is {there}")
+            if not os.path.exists(inner):
+                raise _missing_error(path)
+            raise StoreError(
+                f"input: {printed_path} is a file; "
+                "expected a Zarr store or a .npy file; convert the file",
+                code=ErrorCode.STORE_UNSUPPORTED,
+            )
         if is_url(path):
-            # A server that is away shows here; zarr's many requests at once would each complain.
+            # One request first: an unreachable server would fail each of zarr's parallel requests.
             filesystem.exists(join(inner, "zarr.json"))
         node = zarr.open(path, mode=mode)
         _check_codecs(node, path)
@@ -339,32 +373,35 @@ def _open_node(path: str, mode: Any = "r") -> Any:
     except StoreError:
         raise
     except (FileNotFoundError, ValueError, KeyError) as error:
-        exists = filesystem.exists(inner)
-        reason = "holds no Zarr array" if exists else "is not there"
-        raise StoreError(f"input: {shown} {reason}") from error
+        if not filesystem.exists(inner):
+            raise _missing_error(path) from error
+        raise StoreError(
+            f"input: {printed_path} has no Zarr metadata; expected a Zarr array; fix the path",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        ) from error
     except Exception as error:
-        raise StoreError(f"input: {shown} cannot be opened: {error}") from error
+        raise StoreError(f"input: {printed_path} cannot be opened: {error}") from error
 
 
 def _check_codecs(node: Any, path: str) -> None:
-    """Raise StoreError for an array whose voxels run code when they are read."""
+    """Raise StoreError if the array has a codec that can run code from the stored bytes."""
     if not hasattr(node, "shape"):
         return
     metadata = node.metadata.to_dict()
     codecs = [*(metadata.get("filters") or ()), metadata.get("compressor") or {}]
-    names = {codec.get("id") for codec in codecs} & CODE_CODECS
+    names = {codec.get("id") for codec in codecs} & UNSAFE_CODECS
     if names:
         raise StoreError(
-            f"input: {without_secret(path)} is stored with the codec {names.pop()!r}, which can "
-            "run code when it is read; store it as plain numbers",
+            f"input: {without_secret(path)}: unsupported codec {names.pop()!r}, which can run "
+            "code; store the array with a numeric dtype and another codec",
             code=ErrorCode.CODEC_UNSAFE,
         )
 
 
 def _local_format(path: str) -> Literal[2, 3] | None:
-    """Return the Zarr format of a local array, or None where zarr-python has to find out.
+    """Return the Zarr format of a local array, or None if zarr-python must detect it.
 
-    Importing zarr takes longer than all other steps of a worker's start.
+    Avoids the import of zarr, which takes longer than all other steps of a worker's start.
     """
     if is_url(path):
         return None
@@ -379,7 +416,7 @@ def _local_format(path: str) -> Literal[2, 3] | None:
 
 
 def _kvstore(path: str) -> Any:
-    """Return tensorstore's key-value spec for a path, or None where it has no driver."""
+    """Return tensorstore's kvstore spec of a path, or None if tensorstore has no driver."""
     if not is_url(path):
         return {"driver": "file", "path": path + "/", "file_io_locking": NO_LOCKS}
     scheme, _, rest = path.partition("://")
@@ -396,12 +433,12 @@ def _kvstore(path: str) -> Any:
     elif region:
         spec["aws_region"] = region
     if "AWS_ACCESS_KEY_ID" in os.environ:
-        # Else the AWS library first looks for files and complains when there are none.
+        # Without this, the AWS library logs errors about missing credential files.
         spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 
-def _failure(path: str, box: Box, verb: str, error: Exception) -> str:
-    first = str(error).partition("\n")[0][:300]
-    where = f"voxels {list(box.start)} to {list(box.stop)}"
-    return f"{without_secret(path)}: {where} cannot be {verb}: {first}"
+def _box_error(path: str, box: Box, verb: str, error: Exception) -> str:
+    reason = str(error).partition("\n")[0][:300]
+    voxels = f"voxels {list(box.start)} to {list(box.stop)}"
+    return f"{without_secret(path)}: {voxels} cannot be {verb}: {reason}"

@@ -1,4 +1,4 @@
-"""Functions and classes that a job takes from the user's own Python files."""
+"""Load functions and classes from the user's Python files."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ MODULE_PREFIX = "chunkq_user_"
 
 
 def load_names(path: str, key: str) -> dict[str, Any]:
-    """Run a Python file and return its names. `key` is the job key that named it.
+    """Run a Python file and return its global names. `key` is the job key of the file.
 
-    A local file may import its neighbours while it is run. Raises JobError in
-    one line if the file is missing or raises.
+    A local file can import modules from its own folder while it runs. Raises JobError if the file
+    is missing or raises.
     """
     try:
         code = compile(read_bytes(path), path, "exec")
     except OSError:
-        raise JobError(f"{key}: no file {path}") from None
+        raise JobError(f"{key}: no file {path}; fix the path") from None
     except (SyntaxError, ValueError) as error:
-        raise JobError(f"{key}: {path} is not Python: {error}") from None
-    # Registered, because dataclasses, torch.jit and inspect look a class's module up.
+        raise JobError(f"{key}: {path} is not Python: {error}; fix the file") from None
+    # dataclasses, torch.jit and inspect look up the module of a class in sys.modules.
     module = ModuleType(f"{MODULE_PREFIX}{hashlib.sha256(path.encode()).hexdigest()[:12]}")
     module.__file__ = path
     sys.modules[module.__name__] = module
@@ -45,24 +45,24 @@ def load_names(path: str, key: str) -> dict[str, Any]:
         with sibling_imports(path):
             exec(code, module.__dict__)
     except (Exception, SystemExit) as error:
-        known = error.code if isinstance(error, ChunkqError) else None
-        raise JobError(f"{key}: {path} raised {_in_one_line(error)}", code=known) from error
+        error_code = error.code if isinstance(error, ChunkqError) else None
+        raise JobError(f"{key}: {path} raised {_one_line(error)}", code=error_code) from error
     return dict(module.__dict__)
 
 
 @contextmanager
 def sibling_imports(path: str) -> Iterator[None]:
-    """Let what is run inside import modules beside a local file, before any of their name.
+    """Import modules from the folder of a local file before all others while the context is open.
 
-    Those are forgotten afterwards: another job's neighbours may have the same names. A neighbour
-    that leads out of the allowed paths is refused with JobError.
+    Remove these modules from `sys.modules` at the end, because modules of another job may have the
+    same names. An import raises JobError if the module is outside the allowed paths.
     """
     folder = os.path.dirname(path)
     if is_url(path):
         yield
         return
     before = set(sys.modules)
-    guards = [_NeighbourGuard(folder, a) for a in [AllowedPaths.from_environment()] if a]
+    guards = [_SiblingGuard(folder, a) for a in [AllowedPaths.from_environment()] if a]
     sys.meta_path[:0] = guards
     sys.path.insert(0, folder)
     try:
@@ -73,19 +73,20 @@ def sibling_imports(path: str) -> Iterator[None]:
             sys.meta_path.remove(guard)
         for name in set(sys.modules) - before:
             origin = getattr(sys.modules[name], "__file__", None)
-            if origin and _is_neighbour(name, origin, folder):
+            if origin and _is_sibling(name, origin, folder):
                 del sys.modules[name]
 
 
-def _is_neighbour(name: str, origin: str, folder: str) -> bool:
+def _is_sibling(name: str, origin: str, folder: str) -> bool:
+    """Return whether a module was imported from the folder of a user's file."""
     if name.startswith(MODULE_PREFIX) or not origin.startswith(folder + os.sep):
         return False
-    # An environment inside the project's folder holds what is installed, not neighbours.
+    # A virtual environment inside the folder contains installed packages.
     return not {"site-packages", "dist-packages"}.intersection(origin.split(os.sep))
 
 
-class _NeighbourGuard(MetaPathFinder):
-    """Refuses modules beside a file that lie, after symbolic links, below no allowed path."""
+class _SiblingGuard(MetaPathFinder):
+    """Import hook that rejects sibling modules whose resolved path is not allowed."""
 
     def __init__(self, folder: str, allowed: AllowedPaths) -> None:
         self._folder, self._allowed = folder, allowed
@@ -94,22 +95,22 @@ class _NeighbourGuard(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> None:
-        """Find no module: raise JobError for a refused one, leave the others to Python."""
+        """Raise JobError for a module that is not allowed. Return None, so others find it."""
         spec = PathFinder.find_spec(fullname, path)
         origin = None if spec is None else spec.origin
-        if origin is None or not _is_neighbour(fullname, origin, self._folder):
+        if origin is None or not _is_sibling(fullname, origin, self._folder):
             return
         if self._allowed.locate(origin) is None:
             raise JobError(
                 f"{printable_path(origin)} -> {printable_path(os.path.realpath(origin))} "
-                "leads out of the paths that this worker runs code from; "
-                "copy the module or allow its folder",
+                "is outside the paths from which this worker runs code; "
+                "copy the module, or allow its folder",
                 code=ErrorCode.PATH_NOT_ALLOWED,
             )
 
 
 def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
-    """Return one of a file's names, or raise JobError with those it has."""
+    """Return one of the names of a file. Raises JobError that lists them if it is missing."""
     if name not in names:
         public = ", ".join(sorted(n for n in names if not n.startswith("_"))) or "nothing"
         raise JobError(f"{key}: {path} has no {name!r}; it defines {public}")
@@ -117,10 +118,10 @@ def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
 
 
 def load_blend_weights(plan: Plan) -> Weights:
-    """Return the weights of the plan's patches, running the user's file if there is one.
+    """Return the blend weights of the plan's patches: built in, or from the user's function.
 
-    Raises JobError if the user's function does not give finite positive numbers, one for each
-    voxel of the output patch.
+    The user's function gets the shape of the output patch and returns an array of this shape.
+    Raises JobError if it raises, or if the weights are not finite and positive.
     """
     names = plan.job.weight_function
     if len(names) == 1:
@@ -129,37 +130,39 @@ def load_blend_weights(plan: Plan) -> Weights:
         except MemoryError:
             shape = list(plan.output_patch)
             raise JobError(
-                f"weight_function: weights of a patch of {shape} voxels do not fit into the "
-                "memory; use a smaller model_output_shape"
+                f"weight_function: blend weights of a patch of {shape} voxels exceed the memory; "
+                "use a smaller model_output_shape"
             ) from None
     path, name = names
     function = select_name(load_names(path, "weight_function"), name, path, "weight_function")
-    where = f"weight_function: {name} of {path}"
+    source = f"weight_function: {name} of {path}"
     try:
         weights = np.asarray(function(plan.output_patch), dtype=np.float64)
     except (Exception, SystemExit) as error:
-        raise JobError(f"{where} raised {_in_one_line(error)}") from error
-    return ArrayWeights(_checked(weights, where, plan.output_patch, plan.margin))
+        raise JobError(f"{source} raised {_one_line(error)}") from error
+    return ArrayWeights(_check_weights(weights, source, plan.output_patch, plan.margin))
 
 
-def _in_one_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _checked(
+def _check_weights(
     weights: np.ndarray[Any, np.dtype[np.float64]],
-    where: str,
+    source: str,
     shape: Sequence[int],
     margin: Sequence[int],
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the weights without the margin. Raises JobError, which begins with `source`."""
     if weights.shape != tuple(shape):
         raise JobError(
-            f"{where} gave shape {list(weights.shape)}; the output patch is {list(shape)}"
+            f"{source} returned shape {list(weights.shape)}; "
+            f"expected the output patch, {list(shape)}"
         )
-    bad = np.argwhere(~(np.isfinite(weights) & (weights > 0)))
-    if len(bad):
-        first = tuple(int(i) for i in bad[0])
+    invalid = np.argwhere(~(np.isfinite(weights) & (weights > 0)))
+    if len(invalid):
+        first = tuple(int(i) for i in invalid[0])
         raise JobError(
-            f"{where} gave {weights[first]} at {list(first)}; weights must be finite and positive"
+            f"{source} returned {weights[first]} at {list(first)}; expected finite positive weights"
         )
     return weights[tuple(slice(m, q - m) for q, m in zip(shape, margin, strict=True))]

@@ -191,7 +191,7 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
         folder.delete_epochs()
         ObjectFolder(folder.output).clear()
 
-    folder.replace_record(old_content, new, meanwhile=clear)
+    folder.replace_record(old_content, new, prepare=clear)
     executor.cancel(folder.path)
 
 
@@ -208,9 +208,9 @@ def _prepare_output(job: JobHandle) -> tuple[list[Index], int]:
                 with job.folder.claim(job.folder.objects.get(RECORD)):
                     job.check_unchanged()
                     job.output.unseal()
-            job.output.prepare(anything_done=bool(done), allowed=job.check_unchanged)
+            job.output.prepare(anything_done=bool(done), check_unchanged=job.check_unchanged)
         elif job.ledger.is_sealed():
-            job.output.seal(allowed=job.check_unchanged)
+            job.output.seal(check_unchanged=job.check_unchanged)
         else:
             job.output.check_array()
     return remaining, done

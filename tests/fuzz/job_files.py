@@ -28,7 +28,7 @@ from tests.harness.standard_job import JOB
 
 CPU_SECONDS = 10
 """CPU time after which loading and planning one job file counts as a hang."""
-LONGEST_LINE = 2000
+MAX_LINE_LENGTH = 2000
 """Characters of one message that a user can still read."""
 ROOT = Path(__file__).parents[2]
 
@@ -220,7 +220,7 @@ def _line_fault(line: str) -> str:
     """Return what makes a message unfit for a terminal, or an empty string."""
     if not line.strip():
         return "empty message"
-    if len(line) > LONGEST_LINE:
+    if len(line) > MAX_LINE_LENGTH:
         return "message too long"
     if not line.isprintable():
         return "message is not one printable line"

@@ -1,4 +1,4 @@
-"""Every mistake is one clear line on stderr with the right exit code, and nothing is written."""
+"""Invalid input is reported in one line with an exit code and an error code; nothing is written."""
 
 import io
 import json
@@ -16,6 +16,7 @@ import zarr
 from chunkq_producer import submit
 from chunkq_worker import model_check
 
+from chunkq.errors import ErrorCode
 from chunkq.job import load_job
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
@@ -26,7 +27,7 @@ SHAPE = (32, 24)
 Change = Callable[[Workspace], dict[str, Any]]
 
 
-def make_bench(folder: Path) -> Workspace:
+def make_workspace(folder: Path) -> Workspace:
     folder.mkdir(parents=True, exist_ok=True)
     write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
     values = {
@@ -44,13 +45,13 @@ def make_bench(folder: Path) -> Workspace:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    return make_bench(tmp_path)
+    return make_workspace(tmp_path)
 
 
 def refused(
     workspace: Workspace, code: int, *fragments: str, command: tuple[str, ...] = ("produce",)
 ) -> str:
-    """Run a command on job.json; it must refuse and leave the folder as it was."""
+    """Run a command on job.json. Assert that it fails and writes nothing; return stderr."""
     before = everything_below(workspace.folder)
     answer = workspace.call(*command, "job.json")
     answer.refused(code, *fragments)
@@ -59,127 +60,129 @@ def refused(
     return answer.err
 
 
-def test_a_missing_input_is_refused(workspace: Workspace) -> None:
+def lines_of(text: str) -> dict[str, str]:
+    """Return the reported problems by the key with which they begin."""
+    lines = [line.removeprefix("chunkq: ") for line in text.splitlines()]
+    return {line.partition(": ")[0]: line for line in lines}
+
+
+def test_a_missing_input_is_reported(workspace: Workspace) -> None:
     workspace.write_job(input="nowhere.zarr")
-    refused(workspace, 2, f"input: {workspace.folder}/nowhere.zarr is not there")
+    refused(workspace, 2, ErrorCode.STORE_MISSING, f"input: {workspace.folder}/nowhere.zarr ")
 
 
-def test_a_missing_npy_file_is_refused(workspace: Workspace) -> None:
+def test_a_missing_npy_file_is_reported(workspace: Workspace) -> None:
     workspace.write_job(input="nowhere.npy")
-    refused(workspace, 2, f"input: no file {workspace.folder}/nowhere.npy")
+    refused(workspace, 2, ErrorCode.STORE_MISSING, f"input: {workspace.folder}/nowhere.npy ")
 
 
-def test_a_path_that_is_not_inside_the_store_is_refused(workspace: Workspace) -> None:
+def test_a_path_that_is_not_inside_the_store_is_reported(workspace: Workspace) -> None:
     workspace.write_job(input="in.zarr/deeper")
-    refused(workspace, 2, "in.zarr/deeper is not there")
+    refused(workspace, 2, ErrorCode.STORE_MISSING, "in.zarr/deeper ")
 
 
 @pytest.mark.parametrize("name", ["picture.tif", "volume.npz"])
-def test_a_file_that_is_no_array_is_refused(workspace: Workspace, name: str) -> None:
+def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace, name: str) -> None:
     (workspace.folder / name).write_bytes(b"II*\0")
     workspace.write_job(input=name)
-    refused(workspace, 2, f"{name} is a file, not a Zarr store or .npy")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, f"{name} is a file")
 
 
-def test_a_folder_that_is_no_store_is_refused(workspace: Workspace) -> None:
+def test_a_folder_that_is_not_a_store_is_rejected(workspace: Workspace) -> None:
     (workspace.folder / "plain").mkdir()
     workspace.write_job(input="plain")
-    refused(workspace, 2, "plain holds no Zarr array")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, f"{workspace.folder}/plain ")
 
 
 @pytest.mark.parametrize("content", [b"not an array", b"", b"\x93NUMPY\x01\x00\xff\xff{"])
-def test_a_npy_file_with_something_else_in_it_is_refused(
-    workspace: Workspace, content: bytes
-) -> None:
+def test_a_npy_file_with_other_content_is_rejected(workspace: Workspace, content: bytes) -> None:
     (workspace.folder / "in.npy").write_bytes(content)
     workspace.write_job(input="in.npy")
-    refused(workspace, 2, "in.npy: not a .npy file")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, "in.npy: ")
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "fragment"),
     [
-        (np.asfortranarray(random_volume(SHAPE)), "C order"),
-        (np.zeros(SHAPE, np.complex64), "holds complex64; real numbers are needed"),
-        (np.zeros(SHAPE, [("a", "i4"), ("b", "f4")]), "real numbers are needed"),
-        (np.zeros(SHAPE, "U3"), "real numbers are needed"),
-        (np.float32(3), "has 0 axes"),
-        (np.zeros((0, 24)), "so no voxel"),
-        (np.zeros((1, 1, 1, 8, 8), np.uint8), "has 5 axes"),
+        (np.asfortranarray(random_volume(SHAPE)), "Fortran order"),
+        (np.zeros(SHAPE, np.complex64), "complex64"),
+        (np.zeros(SHAPE, [("a", "i4"), ("b", "f4")]), "('a', '<i4')"),
+        (np.zeros(SHAPE, "U3"), "<U3"),
+        (np.float32(3), "0 axes"),
+        (np.zeros((0, 24)), "[0, 24]"),
+        (np.zeros((1, 1, 1, 8, 8), np.uint8), "5 axes"),
     ],
 )
-def test_arrays_that_are_no_volume_are_refused(
-    workspace: Workspace, values: Any, words: str
+def test_arrays_that_are_not_volumes_are_rejected(
+    workspace: Workspace, values: Any, fragment: str
 ) -> None:
     np.save(workspace.folder / "in.npy", values)
     workspace.write_job(input="in.npy")
-    refused(workspace, 2, "in.npy", words)
+    refused(workspace, 2, "in.npy", fragment)
 
 
-def test_a_zarr_array_of_strings_is_refused(workspace: Workspace) -> None:
+def test_a_zarr_array_of_strings_is_rejected(workspace: Workspace) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         zarr.create_array(workspace.folder / "words.zarr", shape=SHAPE, chunks=(8, 8), dtype=str)
         workspace.write_job(input="words.zarr")
-        refused(workspace, 2, "words.zarr", "real numbers are needed")
+        refused(workspace, 2, "words.zarr", "StringDType")
 
 
-def test_a_group_without_an_image_is_refused_with_its_members(workspace: Workspace) -> None:
+def test_a_group_without_an_image_is_rejected_with_its_members(workspace: Workspace) -> None:
     group = zarr.create_group(workspace.folder / "group.zarr")
     for name in ("raw", "labels"):
         group.create_array(name, shape=(4, 4), chunks=(4, 4), dtype="uint8")
     workspace.write_job(input="group.zarr")
-    refused(workspace, 2, "is a Zarr group, not an array", "labels, raw")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, "group.zarr ", "labels, raw")
 
 
-def test_an_empty_group_is_refused(workspace: Workspace) -> None:
+def test_an_empty_group_is_rejected(workspace: Workspace) -> None:
     zarr.create_group(workspace.folder / "group.zarr")
     workspace.write_job(input="group.zarr")
-    refused(workspace, 2, "and it is empty")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, "group.zarr ", "empty")
 
 
-def test_lists_and_shapes_of_the_wrong_rank_are_refused_all_at_once(workspace: Workspace) -> None:
+def test_lists_and_shapes_of_the_wrong_rank_are_reported_at_once(workspace: Workspace) -> None:
     workspace.write_job(
         strides=[4, 4, 4], chunksize=[16], model={"model_input_shape": [1, 1, 8, 8]}
     )
-    said = refused(
-        workspace,
-        2,
-        "strides: has 3 entries, the input has 2 axes",
-        "chunksize: has 1 entries, the input has 2 axes",
-        "model_config.model_input_shape: has 4 entries",
-    )
-    assert len(said.splitlines()) == 3
+    lines = lines_of(refused(workspace, 2, ErrorCode.JOB_INVALID))
+    assert lines.keys() == {"strides", "chunksize", "model_config.model_input_shape"}
+    for key, entries in (("strides", "3"), ("chunksize", "1")):
+        assert entries in lines[key]
+        assert "2" in lines[key]
+    assert "4" in lines["model_config.model_input_shape"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "key", "hint"),
     [
-        ({"stride": [4, 4]}, "stride: unknown key; did you mean 'strides'?"),
-        ({"chunk_size": [4, 4]}, "chunk_size: unknown key; did you mean 'chunksize'?"),
+        ({"stride": [4, 4]}, "stride", "did you mean 'strides'?"),
+        ({"chunk_size": [4, 4]}, "chunk_size", "did you mean 'chunksize'?"),
         (
             {"model": {"max_batchsize": 2}},
-            "model_config.max_batchsize: unknown key; did you mean 'max_batch_size'?",
+            "model_config.max_batchsize",
+            "did you mean 'max_batch_size'?",
         ),
-        ({"zzz": 1}, "zzz: unknown key; `chunkq schema` lists the legal ones"),
-        (
-            {"combine": "sofd"},
-            "combine: 'sofd' is none of 'weighted_avg', 'soft' or 'hard'; did you mean 'soft'?",
-        ),
+        ({"zzz": 1}, "zzz", "`chunkq schema`"),
+        ({"combine": "sofd"}, "combine", "did you mean 'soft'?"),
         (
             {"weight_function": ["weight_gausian"]},
-            "weight_function: unknown name 'weight_gausian'; did you mean 'weight_gaussian'?",
+            "weight_function",
+            "did you mean 'weight_gaussian'?",
         ),
     ],
 )
-def test_a_misspelt_word_is_refused_with_the_nearest_legal_one(
-    workspace: Workspace, changes: dict[str, Any], line: str
+def test_a_misspelt_key_or_value_is_reported_with_the_nearest_valid_one(
+    workspace: Workspace, changes: dict[str, Any], key: str, hint: str
 ) -> None:
     workspace.write_job(**changes)
-    assert refused(workspace, 2) == f"chunkq: {line}\n"
+    lines = lines_of(refused(workspace, 2, ErrorCode.JOB_INVALID, hint))
+    assert lines.keys() == {key}
 
 
-def test_several_mistakes_are_named_at_once_one_line_each(workspace: Workspace) -> None:
+def test_several_mistakes_are_reported_at_once_in_one_line_each(workspace: Workspace) -> None:
     workspace.write_job(
         strides=None,
         chunksize=[16, -1],
@@ -187,145 +190,144 @@ def test_several_mistakes_are_named_at_once_one_line_each(workspace: Workspace) 
         margin=[1, 1],
         model={"max_batch_size": 0, "class_name": None},
     )
-    said = refused(
-        workspace,
-        2,
-        "strides: missing; sliding_window needs the step",
-        "chunksize.1: input should be greater than 0, not -1",
-        "pad_width.0: input should be a valid integer",
-        "model_config.max_batch_size: input should be greater than 0, not 0",
-        "model_config.class_name: missing; type class needs it",
-        "margin: only for inference_type crop_margin",
-    )
-    assert len(said.splitlines()) == 6
+    lines = lines_of(refused(workspace, 2, ErrorCode.JOB_INVALID))
+    assert lines.keys() == {
+        "strides",
+        "chunksize.1",
+        "pad_width.0",
+        "model_config.max_batch_size",
+        "model_config.class_name",
+        "margin",
+    }
+    assert "-1" in lines["chunksize.1"]
+    assert "1.5" in lines["pad_width.0"]
 
 
-def test_a_chunk_smaller_than_the_patch_is_refused(workspace: Workspace) -> None:
+def test_a_chunk_smaller_than_the_patch_is_rejected(workspace: Workspace) -> None:
     workspace.write_job(chunksize=[16, 4])
-    refused(
-        workspace,
-        2,
-        "chunksize: 4 along axis 1 is smaller than the output patch's 8 voxels",
-        "at least 8",
-    )
+    refused(workspace, 2, ErrorCode.JOB_INVALID, "chunksize: 4 along axis 1 ", "at least 8")
 
 
-def test_storage_chunks_that_do_not_divide_the_chunk_are_refused(workspace: Workspace) -> None:
+def test_storage_chunks_that_do_not_divide_the_chunk_are_rejected(workspace: Workspace) -> None:
     workspace.write_job(storage_chunks=[5, 4])
-    refused(workspace, 2, "storage_chunks: 5 along axis 0 does not divide the chunk's 16")
+    refused(workspace, 2, ErrorCode.JOB_INVALID, "storage_chunks: 5 along axis 0 ", "16")
 
 
-def test_voxels_that_no_patch_speaks_for_are_refused_with_what_would_cover_them(
+def test_voxels_outside_all_output_patches_are_reported_with_the_padding_that_covers_them(
     workspace: Workspace,
 ) -> None:
     workspace.values["model_config"] = toy_model(workspace.folder, (8, 8), output=(8, 4))
     workspace.write_job()
-    refused(
-        workspace,
-        2,
-        "pad_width: along axis 1 voxel 0 lies in no output patch; 2 there would cover it",
-    )
+    line = lines_of(refused(workspace, 2, ErrorCode.JOB_INVALID))["pad_width"]
+    assert "axis 1" in line
+    assert "voxel 0" in line
+    assert "2" in line
 
 
-def test_strides_wider_than_the_patch_are_refused(workspace: Workspace) -> None:
+def test_strides_larger_than_the_patch_are_rejected(workspace: Workspace) -> None:
     workspace.write_job(strides=[4, 9])
-    refused(workspace, 2, "strides: 9 along axis 1", "make it at most 8")
+    refused(workspace, 2, ErrorCode.JOB_INVALID, "strides: 9 along axis 1", "at most 8")
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "fragment"),
     [
-        (
-            "return np.hanning(shape[0])[:, None] * np.ones(shape)",
-            "gave 0.0 at [0, 0]",
-        ),
-        ("return np.full(shape, np.nan)", "gave nan at [0, 0]"),
-        ("return np.ones((2, 2))", "gave shape [2, 2]; the output patch is [8, 8]"),
+        ("return np.hanning(shape[0])[:, None] * np.ones(shape)", "0.0 at [0, 0]"),
+        ("return np.full(shape, np.nan)", "nan at [0, 0]"),
+        ("return np.ones((2, 2))", "shape [2, 2]; expected the output patch, [8, 8]"),
         ("return 1 / 0", "raised ZeroDivisionError"),
     ],
 )
-def test_a_weight_function_that_gives_no_weights_is_refused(
-    workspace: Workspace, body: str, words: str
+def test_a_weight_function_that_returns_invalid_weights_is_rejected(
+    workspace: Workspace, body: str, fragment: str
 ) -> None:
     (workspace.folder / "weights.py").write_text(
-        f"import numpy as np\n\ndef mine(shape):\n    {body}\n"
+        f"import numpy as np\n\ndef blend(shape):\n    {body}\n"
     )
-    workspace.write_job(weight_function=["weights.py", "mine"])
-    refused(workspace, 2, "weight_function: mine of", words)
+    workspace.write_job(weight_function=["weights.py", "blend"])
+    refused(workspace, 2, ErrorCode.JOB_INVALID, "weight_function: blend of ", fragment)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "fragment"),
     [
-        (None, "weight_function: no file"),
-        ("def other(shape): pass", "has no 'mine'; it defines other"),
-        ("def mine(:", "is not Python"),
+        (None, "no file "),
+        ("def other(shape): pass", "has no 'blend'; it defines other"),
+        ("def blend(:", "is not Python"),
         ("raise KeyError('x')", "raised KeyError"),
     ],
 )
-def test_a_weight_file_without_the_function_is_refused(
-    workspace: Workspace, text: str | None, words: str
+def test_a_weight_file_without_the_function_is_rejected(
+    workspace: Workspace, text: str | None, fragment: str
 ) -> None:
     if text is not None:
         (workspace.folder / "weights.py").write_text(text)
-    workspace.write_job(weight_function=["weights.py", "mine"])
-    refused(workspace, 2, words)
+    workspace.write_job(weight_function=["weights.py", "blend"])
+    refused(workspace, 2, ErrorCode.JOB_INVALID, "weight_function: ", "weights.py", fragment)
 
 
-def test_every_missing_model_file_is_named(workspace: Workspace) -> None:
+def test_every_missing_model_file_is_reported(workspace: Workspace) -> None:
     workspace.write_job(model={"class_file": "a.py", "kwargs_file": "b.py", "checkpoint": "c.pt"})
-    said = refused(workspace, 2)
-    for key, name in (("class_file", "a.py"), ("kwargs_file", "b.py"), ("checkpoint", "c.pt")):
-        assert f"chunkq: model_config.{key}: no file {workspace.folder}/{name}\n" in said
+    lines = lines_of(refused(workspace, 2, ErrorCode.JOB_INVALID))
+    files = {"class_file": "a.py", "kwargs_file": "b.py", "checkpoint": "c.pt"}
+    assert lines.keys() == {f"model_config.{key}" for key in files}
+    for key, name in files.items():
+        assert f"{workspace.folder}/{name}" in lines[f"model_config.{key}"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "key", "fragments"),
     [
         (
             {"model": {"runtime": "onnx", "type": "torchscript", "ts_file": "m.pt"}},
-            "model_config.type: onnx has no torchscript; its types are file",
+            "model_config.type",
+            ("'torchscript'", "onnx", "one of file"),
         ),
         (
             {"model": {"runtime": "tensorflow", "type": "exported", "model_file": "m.pt2"}},
-            "model_config.type: tensorflow has no exported; its types are class, file, json",
+            "model_config.type",
+            ("'exported'", "tensorflow", "one of class, file, json"),
         ),
         (
             {"model": {"type": "json", "json_file": "m.json"}},
-            "model_config.type: torch has no json; its types are class, file",
+            "model_config.type",
+            ("'json'", "torch", "one of class, file"),
         ),
-        ({"model": {"runtime": "jax"}}, "model_config.runtime: 'jax' is none of"),
+        ({"model": {"runtime": "jax"}}, "model_config.runtime", ("'jax'", "'torch'")),
         (
             {"model": {"processing_steps": "steps.py"}},
-            "model_config.processing_steps: no file",
+            "model_config.processing_steps",
+            ("steps.py",),
         ),
-        ({"input": ["in.zarr", "in.zarr"]}, "input: several volumes need model_config.join_dim"),
-        ({"roi": [[0, 4], [0, 4]]}, "roi: not in this version"),
+        ({"input": ["in.zarr", "in.zarr"]}, "input", ("2", "model_config.join_dim")),
+        ({"roi": [[0, 4], [0, 4]]}, "roi", ()),
         (
             {"model": {"runtime": "onnx", "type": "file", "model_file": "m.onnx", "compile": True}},
-            "model_config.compile: only for runtime torch",
+            "model_config.compile",
+            ("onnx", "torch"),
         ),
     ],
 )
-def test_what_this_version_cannot_do_is_refused_by_name(
-    workspace: Workspace, changes: dict[str, Any], line: str
+def test_unsupported_options_are_reported_by_key(
+    workspace: Workspace, changes: dict[str, Any], key: str, fragments: tuple[str, ...]
 ) -> None:
     workspace.write_job(**changes)
-    refused(workspace, 2, line)
+    lines = lines_of(refused(workspace, 2, ErrorCode.JOB_INVALID, *fragments))
+    assert key in lines
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 300, 1.5, -1])
-def test_a_pad_value_that_the_input_cannot_hold_is_refused(
+def test_a_pad_value_outside_the_dtype_of_the_input_is_rejected(
     workspace: Workspace, value: float
 ) -> None:
     workspace.write_job(pad_value=value)
-    refused(workspace, 2, f"pad_value: {value} cannot be held by the input's dtype uint8")
+    refused(workspace, 2, ErrorCode.JOB_INVALID, f"pad_value: {value} ", "uint8")
 
 
 @pytest.mark.parametrize(
     "queue", ["kafka://host/queue", "redis:/host", "queue.db", "sqlit:///q.db"]
 )
-def test_a_queue_of_an_unknown_kind_is_refused(workspace: Workspace, queue: str) -> None:
+def test_a_queue_with_an_unknown_scheme_is_rejected(workspace: Workspace, queue: str) -> None:
     workspace.write_job()
     before = everything_below(workspace.folder)
     workspace.call("produce", "job.json", "--queue", queue).refused(2, "queue:", "sqlite://")
@@ -333,60 +335,62 @@ def test_a_queue_of_an_unknown_kind_is_refused(workspace: Workspace, queue: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "code", "fragment"),
     [
-        ("job.yaml", "input: [in.zarr\nstrides: 4", "not YAML"),
-        ("job.yaml", "input:\tin.zarr\n\tx: 1", "not YAML"),
-        ("job.yaml", "- just\n- a list\n", "a job file is a mapping"),
-        ("job.yaml", "", "a job file is a mapping"),
-        ("job.yaml", "1: 2\n", "keys should be strings"),
-        ("job.json", '{"input": ', "not JSON"),
-        ("job.json", "[1]", "a job file is a mapping"),
-        ("job.yaml", b"\xff\xfe\x00", "cannot be read as a job file"),
+        ("job.yaml", "input: [in.zarr\nstrides: 4", ErrorCode.JOB_FILE_UNREADABLE, "YAML"),
+        ("job.yaml", "input:\tin.zarr\n\tx: 1", ErrorCode.JOB_FILE_UNREADABLE, "YAML"),
+        ("job.yaml", "- just\n- a list\n", ErrorCode.JOB_FILE_UNREADABLE, "['just', 'a list']"),
+        ("job.yaml", "", ErrorCode.JOB_FILE_UNREADABLE, "None"),
+        ("job.yaml", "1: 2\n", ErrorCode.JOB_INVALID, "1"),
+        ("job.json", '{"input": ', ErrorCode.JOB_FILE_UNREADABLE, "JSON"),
+        ("job.json", "[1]", ErrorCode.JOB_FILE_UNREADABLE, "[1]"),
+        ("job.yaml", b"\xff\xfe\x00", ErrorCode.JOB_FILE_UNREADABLE, "utf-8"),
     ],
 )
-def test_a_file_that_is_no_job_is_refused(
-    workspace: Workspace, name: str, text: str | bytes, words: str
+def test_a_file_that_is_not_a_job_is_rejected(
+    workspace: Workspace, name: str, text: str | bytes, code: ErrorCode, fragment: str
 ) -> None:
     content = text if isinstance(text, bytes) else text.encode()
     (workspace.folder / name).write_bytes(content)
     before = everything_below(workspace.folder)
-    workspace.call("produce", name).refused(2, words)
+    workspace.call("produce", name).refused(2, code, fragment)
     assert everything_below(workspace.folder) == before
 
 
-def test_a_job_file_that_is_not_there_is_refused(workspace: Workspace) -> None:
+def test_a_missing_job_file_is_reported(workspace: Workspace) -> None:
     workspace.call("plan", "nowhere.yaml").refused(
-        2, "nowhere.yaml: no such job file", "chunkq init"
+        2, ErrorCode.JOB_FILE_MISSING, "nowhere.yaml: ", "chunkq init"
     )
 
 
 @pytest.mark.parametrize("output", ["in.zarr", ".", "in.zarr/c"])
-@pytest.mark.parametrize("how", [(), ("--overwrite",)])
-def test_an_output_that_would_destroy_its_own_input_is_refused(
-    workspace: Workspace, output: str, how: tuple[str, ...]
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_an_output_that_would_overwrite_the_input_is_rejected(
+    workspace: Workspace, output: str, options: tuple[str, ...]
 ) -> None:
     workspace.write_job(output=output)
     before = everything_below(workspace.folder)
-    workspace.call("produce", "job.json", *how).refused(2, "would overwrite the input")
+    workspace.call("produce", "job.json", *options).refused(2, "output: ", "overwrite the input")
     assert everything_below(workspace.folder) == before
 
 
-def test_an_output_that_is_the_input_by_another_name_is_refused(workspace: Workspace) -> None:
+def test_an_output_that_is_a_link_to_the_input_is_rejected(workspace: Workspace) -> None:
     (workspace.folder / "link.zarr").symlink_to(workspace.folder / "in.zarr")
     workspace.write_job(output="link.zarr")
-    workspace.call("produce", "job.json", "--overwrite").refused(2, "would overwrite the input")
+    workspace.call("produce", "job.json", "--overwrite").refused(
+        2, "output: ", "overwrite the input"
+    )
     assert (workspace.folder / "in.zarr" / "c").is_dir()
 
 
-def test_an_output_beside_the_array_in_one_group_is_accepted(workspace: Workspace) -> None:
+def test_an_output_in_the_same_group_as_the_input_is_accepted(workspace: Workspace) -> None:
     group = zarr.create_group(workspace.folder / "both.zarr")
     group.create_array("raw", data=random_volume(SHAPE), chunks=(8, 8))
     workspace.write_job(input="both.zarr/raw", output="both.zarr/prediction")
     workspace.call("produce", "job.json").ok()
 
 
-def test_an_output_that_cannot_be_written_is_refused(workspace: Workspace) -> None:
+def test_an_output_that_cannot_be_written_is_rejected(workspace: Workspace) -> None:
     (workspace.folder / "a file").write_text("")
     workspace.write_job(output="a file/out.zarr")
     before = everything_below(workspace.folder)
@@ -397,29 +401,29 @@ def test_an_output_that_cannot_be_written_is_refused(workspace: Workspace) -> No
     assert [name for name in after if not name.startswith("queue.db")] == before
 
 
-def test_an_output_that_is_named_like_a_job_folder_is_refused(workspace: Workspace) -> None:
+def test_an_output_with_the_suffix_of_a_job_folder_is_rejected(workspace: Workspace) -> None:
     workspace.write_job(output="out.zarr.chunkq")
-    refused(workspace, 2, "output: ", "out.zarr.chunkq ends in .chunkq")
+    refused(workspace, 2, "output: ", "out.zarr.chunkq ")
 
 
-# What only loading the network shows: `chunkq run` tries it before anything is written.
+# Errors that only loading the network detects. `chunkq run` loads it before it writes anything.
 
 
-def saved(folder: Path, what: str) -> Path:
+def save_model(folder: Path, content: str) -> Path:
     path, module = folder / "model.pt", torch.nn.Conv2d(1, 3, 3, padding=1)
-    if what == "module":
+    if content == "module":
         torch.save(module, path)
-    elif what == "state_dict":
+    elif content == "state_dict":
         torch.save(module.state_dict(), path)
-    elif what == "exported":
+    elif content == "exported":
         program = torch.export.export(module.eval(), (torch.zeros(1, 1, 8, 8),))
         torch.export.save(program, path)
-    elif what == "pickle":
+    elif content == "pickle":
         path.write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
-    elif what == "executable":
+    elif content == "executable":
         torch.save({"state_dict": Malicious(str(folder / "owned"))}, path)
     else:
-        path.write_bytes(what.encode())
+        path.write_bytes(content.encode())
     return path
 
 
@@ -431,9 +435,9 @@ class Malicious:
         return (open, (self._path, "w"))
 
 
-def torchscript(what: str) -> Change:
+def torchscript(content: str) -> Change:
     def change(workspace: Workspace) -> dict[str, Any]:
-        path = saved(workspace.folder, what)
+        path = save_model(workspace.folder, content)
         return {
             "type": "torchscript",
             "ts_file": str(path),
@@ -445,8 +449,8 @@ def torchscript(what: str) -> Change:
     return change
 
 
-def checkpoint(what: str) -> Change:
-    return lambda workspace: {"checkpoint": str(saved(workspace.folder, what))}
+def checkpoint(content: str) -> Change:
+    return lambda workspace: {"checkpoint": str(save_model(workspace.folder, content))}
 
 
 def file(key: str, text: str, **more: Any) -> Change:
@@ -468,7 +472,7 @@ class Toy(torch.nn.Module):
         raise ValueError("too small")
 """
 NETWORKS: dict[str, tuple[Change, str]] = {
-    "a module saved whole as ts_file": (
+    "a pickled module as ts_file": (
         torchscript("module"),
         "was written by torch.save, not torch.jit.save",
     ),
@@ -477,13 +481,13 @@ NETWORKS: dict[str, tuple[Change, str]] = {
         "was written by torch.save, not torch.jit.save",
     ),
     "an exported program as ts_file": (torchscript("exported"), "is a torch.export file"),
-    "text as ts_file": (torchscript("hello"), "torch.jit.script"),
-    "nothing as ts_file": (torchscript(""), "torch.jit.script"),
-    "a class that is not there": (
-        lambda b: {"class_name": "Unet"},
+    "text as ts_file": (torchscript("hello"), "is no TorchScript file"),
+    "an empty file as ts_file": (torchscript(""), "is no TorchScript file"),
+    "a missing class": (
+        lambda workspace: {"class_name": "Unet"},
         "has no 'Unet'; it defines Toy",
     ),
-    "a class that is no module": (
+    "a class that is not a module": (
         file("class_file", "class Toy:\n    def __init__(self, **kw): pass\n"),
         "expected a torch.nn.Module",
     ),
@@ -496,19 +500,19 @@ NETWORKS: dict[str, tuple[Change, str]] = {
         "unexpected keyword argument 'width'",
     ),
     "a kwargs file without kwargs": (file("kwargs_file", "args = 1"), "has no 'kwargs'"),
-    "kwargs that are no dict": (file("kwargs_file", "kwargs = [1]"), "expected a dict"),
+    "kwargs that are not a dict": (file("kwargs_file", "kwargs = [1]"), "is no dict"),
     "a checkpoint of another network": (checkpoint("state_dict"), "does not fit the class"),
-    "a checkpoint that is a whole module": (checkpoint("module"), "contains more than weights"),
-    "a checkpoint that would run code": (checkpoint("executable"), "contains more than weights"),
-    "a checkpoint that is no checkpoint": (checkpoint("hello"), "model_config.checkpoint"),
+    "a checkpoint that is a pickled module": (checkpoint("module"), "holds more than weights"),
+    "a checkpoint that runs code": (checkpoint("executable"), "holds more than weights"),
+    "a checkpoint that is text": (checkpoint("hello"), "model_config.checkpoint"),
     "an empty checkpoint": (checkpoint(""), "model_config.checkpoint"),
-    "a checkpoint of plain pickle": (checkpoint("pickle"), "model_config.checkpoint"),
+    "a checkpoint that is a plain pickle": (checkpoint("pickle"), "model_config.checkpoint"),
     "cuda without a GPU": (
-        lambda b: {"device": "cuda"},
-        "set device: cpu",
+        lambda workspace: {"device": "cuda"},
+        "model_config.device: cuda, but this worker sees no CUDA device",
     ),
     "another number of classes": (
-        lambda b: {"model_output_shape": [4, 8, 8]},
+        lambda workspace: {"model_output_shape": [4, 8, 8]},
         "returned shape [4, 3, 8, 8]",
     ),
     "a network that raises": (
@@ -522,38 +526,38 @@ NETWORKS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("mistake", NETWORKS)
-def test_a_network_that_cannot_be_used_is_one_clear_error(
+def test_a_network_that_cannot_be_used_is_reported_in_one_line(
     workspace: Workspace,
     mistake: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, through the probe that `chunkq run` and `plan --check-model` start."""
+    """Run the model check of `chunkq run` and `plan --check-model` in this process."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    change, words = NETWORKS[mistake]
+    change, fragment = NETWORKS[mistake]
     job = load_job(workspace.write_job(model=change(workspace)))
     before = everything_below(workspace.folder)
     record = submit.prepare(job).record
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(record.to_json())))
     model_check.main()
     error = json.loads(capsys.readouterr().out)["error"]
-    assert words in error, error
+    assert fragment in error, error
     assert "\n" not in error
     assert everything_below(workspace.folder) == before
 
 
-def test_run_refuses_a_network_of_another_shape_before_anything_is_written(
+def test_run_rejects_a_network_with_another_output_shape_before_it_writes_anything(
     workspace: Workspace,
 ) -> None:
     workspace.write_job(model={"model_output_shape": [4, 8, 8]})
     before = everything_below(workspace.folder)
     answer = workspace.run("run", "job.json")
-    answer.refused(1, "returned shape [4, 3, 8, 8]", "correct model_output_shape or the network")
+    answer.refused(1, ErrorCode.MODEL_UNUSABLE, "[4, 3, 8, 8]", "model_output_shape")
     assert answer.out == ""
     assert everything_below(workspace.folder) == before
 
 
-def test_a_worker_that_cannot_load_the_network_says_so_once_and_loses_no_chunk(
+def test_a_worker_that_cannot_load_the_network_reports_it_once_and_loses_no_chunk(
     workspace: Workspace,
 ) -> None:
     workspace.write_job(model={"class_name": "Unet"})
@@ -561,16 +565,16 @@ def test_a_worker_that_cannot_load_the_network_says_so_once_and_loses_no_chunk(
     answer = workspace.run("work", "--burst", "--gpus", "none", "--quiet")
     assert answer.code == 1
     assert "Traceback" not in answer.err
-    complaints = [line for line in answer.err.splitlines() if line.startswith("chunkq: ")]
-    assert len(complaints) == 1
-    assert "has no 'Unet'; it defines Toy" in complaints[0]
+    [line] = [line for line in answer.err.splitlines() if line.startswith("chunkq: ")]
+    assert "model_config.class_name: " in line
+    assert "'Unet'" in line
     status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert (status["done"], status["queued"], status["failed"]) == (0, 4, 0)
 
 
 def poisoned(folder: Path, **more: Any) -> Workspace:
-    """A job without overlap; the network gives NaN for the one patch with a voxel of 255."""
-    workspace = make_bench(folder)
+    """Create a job without overlap whose network returns NaN for the patch with a voxel of 255."""
+    workspace = make_workspace(folder)
     values = random_volume(SHAPE)
     values[20, 13] = 255
     write_zarr(folder / "marked.zarr", values, (8, 8))
@@ -586,15 +590,15 @@ def poisoned(folder: Path, **more: Any) -> Workspace:
     return workspace
 
 
-def test_a_network_that_gives_nan_fails_that_chunk_alone_and_names_the_patch(
+def test_a_nan_prediction_fails_only_its_chunk_and_reports_the_patch(
     tmp_path: Path,
 ) -> None:
     workspace = poisoned(tmp_path)
     answer = workspace.run("run", "job.json", "--gpus", "none")
     assert answer.code == 3
     assert "Traceback" not in answer.err
-    assert "chunkq: 1 chunks are not computed yet: 1.1" in answer.err
-    assert "for the patch that reads voxels [16, 8] to [24, 16]" in answer.err
+    assert f"1.1; run a worker [{ErrorCode.JOB_INCOMPLETE}]" in answer.err
+    assert "[16, 8] to [24, 16]" in answer.err
     assert {commit.chunk for commit in workspace.commits()} == {
         (i, j) for i in range(2) for j in range(3)
     } - {(1, 1)}
@@ -603,23 +607,23 @@ def test_a_network_that_gives_nan_fails_that_chunk_alone_and_names_the_patch(
     assert failure.attempt == 3
     [group] = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)["failures"]
     assert group["chunks"] == ["1.1"]
-    workspace.call("finalize", "out.zarr").refused(3, "1 chunks are not computed yet: 1.1")
+    workspace.call("finalize", "out.zarr").refused(3, ErrorCode.JOB_INCOMPLETE, ": 1.1;")
 
 
-def test_nan_zero_counts_the_prediction_as_zero_and_completes(tmp_path: Path) -> None:
+def test_with_nan_zero_the_job_completes_with_zero_for_nan(tmp_path: Path) -> None:
     workspace = poisoned(tmp_path, nan="zero")
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline()
     assert workspace.ledger.failures() == []
     workspace.call("finalize", "out.zarr").ok()
-    found = read_output(workspace.output)
-    assert np.isfinite(found).all()
-    assert found[0, 16, 8] == 0
-    assert found[0, 16, 9] != 0
-    assert found[1, 16, 8] != 0
+    output = read_output(workspace.output)
+    assert np.isfinite(output).all()
+    assert output[0, 16, 8] == 0
+    assert output[0, 16, 9] != 0
+    assert output[1, 16, 8] != 0
 
 
-def test_a_corrupt_storage_chunk_fails_the_chunks_that_read_it_and_is_named(
+def test_a_corrupt_storage_chunk_fails_only_the_chunks_that_read_it_and_is_reported(
     workspace: Workspace,
 ) -> None:
     stored = workspace.folder / "in.zarr" / "c" / "3" / "2"
@@ -627,32 +631,33 @@ def test_a_corrupt_storage_chunk_fails_the_chunks_that_read_it_and_is_named(
     workspace.write_job()
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline()
-    workspace.call("finalize", "out.zarr").refused(3, "not computed yet: 1.1")
+    workspace.call("finalize", "out.zarr").refused(3, ErrorCode.JOB_INCOMPLETE, ": 1.1;")
     assert {commit.chunk for commit in workspace.commits()} == {(0, 0), (0, 1), (1, 0)}
     [failure] = workspace.ledger.failures()
     assert failure.error == "ChunkReadError"
     assert failure.message.startswith(f"{workspace.folder}/in.zarr: voxels [")
-    assert "cannot be read" in failure.message
     assert "3/2" in failure.message
 
 
-def test_a_retry_after_the_cause_is_mended_completes_the_job(workspace: Workspace) -> None:
+def test_a_retry_after_the_cause_is_fixed_completes_the_job(workspace: Workspace) -> None:
     stored = workspace.folder / "in.zarr" / "c" / "3" / "2"
-    whole = stored.read_bytes()
-    stored.write_bytes(whole[:-9])
+    content = stored.read_bytes()
+    stored.write_bytes(content[:-9])
     workspace.write_job()
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline()
     workspace.call("cancel", "out.zarr").ok()
-    assert workspace.call("retry", "out.zarr").ok().out == "1 chunks queued again\n"
-    stored.write_bytes(whole)
+    assert workspace.call("retry", "out.zarr").ok().out.startswith("1 ")
+    stored.write_bytes(content)
     workspace.compute_inline()
     workspace.call("finalize", "out.zarr").ok()
     assert workspace.ledger.failures() == []
 
 
 @pytest.mark.parametrize("key", ["input", "output"])
-def test_a_password_in_a_path_is_refused_and_not_repeated(workspace: Workspace, key: str) -> None:
+def test_a_password_in_a_path_is_rejected_and_not_printed(workspace: Workspace, key: str) -> None:
     workspace.write_job(**{key: "ftp://user:hunter2hunter2@host/volume.zarr"})
-    said = refused(workspace, 2, f"{key}: ftp://user:***@host/volume.zarr carries credentials")
-    assert "hunter2" not in said
+    stderr = refused(
+        workspace, 2, ErrorCode.JOB_INVALID, f"{key}: ftp://user:***@host/volume.zarr "
+    )
+    assert "hunter2" not in stderr

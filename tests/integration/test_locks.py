@@ -1,4 +1,4 @@
-"""Nobody waits for a suspended process, and none of its files stay in an output."""
+"""A suspended writer blocks no other writer, and its temporary files are deleted."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ for _ in iter(int, 1):
 STOPS = 25
 
 
-def test_a_writer_that_is_suspended_in_the_middle_blocks_no_other_writer(tmp_path: Path) -> None:
+def test_a_writer_that_is_suspended_while_it_writes_blocks_no_other_writer(tmp_path: Path) -> None:
     path = write_zarr(tmp_path / "out.zarr", np.zeros((64, 64, 64), np.uint8), (64, 64, 64))
     array, box = open_array(str(path), write=True), Box.of_shape((64, 64, 64))
     values = np.full((64, 64, 64), 2, np.uint8)
@@ -57,20 +57,20 @@ def test_a_writer_that_is_suspended_in_the_middle_blocks_no_other_writer(tmp_pat
     assert zarr.open_array(path, mode="r")[0, 0, 0] in (1, 2)
 
 
-def test_sealing_removes_what_killed_writers_left(tmp_path: Path) -> None:
+def test_sealing_deletes_temporary_files_of_killed_writers(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path)
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline()
     folder = workspace.array / "c" / "0" / "0"
     for name in ("0.__lock", "0.__lock.1f2e"):
         (folder / name).write_bytes(b"half")
-    finalize_job(workspace.job, worker="here")
+    finalize_job(workspace.job, worker="finalizer")
     assert not [name for name in files_below(workspace.output) if "__lock" in name]
 
 
-def test_only_old_temporary_files_of_a_running_job_are_removed(tmp_path: Path) -> None:
-    for name in ("old.__lock", "young.__lock", "0"):
+def test_only_old_temporary_files_of_a_running_job_are_deleted(tmp_path: Path) -> None:
+    for name in ("old.__lock", "recent.__lock", "0"):
         (tmp_path / name).write_bytes(b"half")
     os.utime(tmp_path / "old.__lock", (1, 1))
     delete_stale_locks(str(tmp_path), time.time() - LOCK_AGE)
-    assert {path.name for path in tmp_path.iterdir()} == {"young.__lock", "0"}
+    assert {path.name for path in tmp_path.iterdir()} == {"recent.__lock", "0"}

@@ -439,7 +439,7 @@ def test_a_poisonous_chunk_fails_alone_and_after_mending_the_bytes_are_the_same(
 
         refused = workspace.finalize()
         assert refused.code == 3
-        assert refused.messages == ["chunkq: 1 chunks are not computed yet: 1.2.2"]
+        assert refused.messages == ["chunkq: 1 chunk is not computed yet: 1.2.2; run a worker"]
 
         poison.unlink()
         assert workspace.call("retry", str(workspace.output)).out == "1 chunks queued again\n"

@@ -1,7 +1,7 @@
-"""A process of a replaced job may be suspended anywhere; the new job's output stays right.
+"""Processes of a replaced job that are suspended anywhere do not change the output of the new job.
 
-Actors are threads that run one command or task each and stop before every access to storage, until
-they are told to go on. So every order of two processes' accesses can occur.
+Actors are threads. Each runs one command or task and stops before every access to storage until
+the test resumes it, so the accesses of two processes can occur in every order.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ STOPS = [
     *itertools.product(["produce"], ["put", "link", "delete", "delete_folder", "rename"]),
     *itertools.product(["overwrite"], ["put", "link", "delete", "rename", "replace"]),
 ]
-"""What an actor does, and before which access it is suspended at first."""
+"""(operation of an actor, access before which it is suspended first)."""
 
 
 class Actor:
@@ -82,7 +82,7 @@ class Actor:
         self.error: BaseException | None = None
         self.is_over = False
         self.next_access = ""
-        self._free = False
+        self._runs_freely = False
         self._work = work
         self._permits = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
@@ -91,7 +91,7 @@ class Actor:
         self._wait()
 
     def step(self, accesses: int) -> None:
-        """Let it do so many accesses."""
+        """Run the actor for a number of accesses."""
         for _ in range(accesses):
             if self.is_over:
                 return
@@ -99,20 +99,20 @@ class Actor:
             self._wait()
 
     def step_before(self, accesses: Collection[str], times: int) -> None:
-        """Let it go on until it stops before an access of these names, for the n-th time."""
+        """Run the actor until it stops before the n-th access with one of these names."""
         while not self.is_over and (times := times - (self.next_access in accesses)):
             self.step(1)
 
     def finish(self) -> None:
-        """Let it run to its end."""
-        self._free = True
+        """Run the actor to its end."""
+        self._runs_freely = True
         self._permits.release()
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
     def reach(self, access: str) -> None:
-        """Stop the calling thread, which works for this actor."""
-        if not self._free:
+        """Stop the calling thread, which belongs to this actor."""
+        if not self._runs_freely:
             self.next_access = access
             self._stopped.release()
             self._permits.acquire()
@@ -131,7 +131,7 @@ class Actor:
 
 
 class ActorPool(ThreadPoolExecutor):
-    """A pool whose threads work for the actor that submits."""
+    """Thread pool whose threads belong to the actor that submits the work."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         actor = getattr(Actor.current, "actor", None)
@@ -155,7 +155,7 @@ def stopping(name: str, access: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accesses to storage stop the actors."""
+    """Stop the actors before every access to storage."""
     for owner, name in ACCESSES:
         monkeypatch.setattr(owner, name, stopping(name, getattr(owner, name)))
     monkeypatch.setattr(import_module("chunkq.finalize"), "ThreadPoolExecutor", ActorPool)
@@ -167,7 +167,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> "Jobs":
 
 
 class Jobs:
-    """Two jobs over one volume, and what each computes."""
+    """Two jobs over one volume, and their outputs."""
 
     def __init__(self, folder: Path) -> None:
         write_zarr(folder / "in.zarr", random_volume(SHAPE), (4, 4))
@@ -192,7 +192,7 @@ class Jobs:
 
 
 class Suspensions(RuleBasedStateMachine):
-    """Two jobs that replace each other on one output, and actors that are suspended in between."""
+    """Two jobs that replace each other on one output, and suspended actors."""
 
     jobs: Jobs
     folders: Iterator[Path]
@@ -216,17 +216,17 @@ class Suspensions(RuleBasedStateMachine):
         for chunk in chunks:
             run_task(Task("infer", job.folder.path, chunk), Attempt(1, "worker"))
 
-    def work(self, what: str, chunk: tuple[int, int]) -> Callable[[], object]:
-        """Return what an actor does on the job that is there now."""
+    def work(self, operation: str, chunk: tuple[int, int]) -> Callable[[], object]:
+        """Return the function with which an actor runs the operation on the current job."""
         job = self.open()
         number = self.jobs.number(job.record)
-        works = {
+        functions = {
             "infer": lambda: self.infer(job, chunk),
             "finalize": lambda: finalize_job(job, worker="old", threads=1),
             "produce": lambda: self.produce(number),
             "overwrite": lambda: self.produce(1 - number, overwrite=True),
         }
-        return works[what]
+        return functions[operation]
 
     @precondition(lambda self: len(self.actors) < 4)
     @rule(
@@ -235,9 +235,9 @@ class Suspensions(RuleBasedStateMachine):
         times=st.integers(1, 2),
     )
     def start(self, stop: tuple[str, str], chunk: tuple[int, int], times: int) -> None:
-        """Start an actor on the job as it is, and suspend it before it changes something."""
-        what, access = stop
-        actor = Actor(self.work(what, chunk))
+        """Start an actor on the current job, and suspend it before a change."""
+        operation, access = stop
+        actor = Actor(self.work(operation, chunk))
         self.actors.append(actor)
         actor.step_before([access], times)
 
@@ -249,7 +249,7 @@ class Suspensions(RuleBasedStateMachine):
     @precondition(lambda self: self.actors)
     @rule(which=st.integers(0, 3))
     def finish(self, which: int) -> None:
-        """Let an actor run to its end, which may be an error but none of Python's own."""
+        """Run an actor to its end. It may only raise ChunkqError or OSError."""
         actor = self.actors.pop(which % len(self.actors))
         actor.finish()
         assert actor.error is None or isinstance(actor.error, (ChunkqError, OSError)), actor.error
@@ -261,19 +261,19 @@ class Suspensions(RuleBasedStateMachine):
 
     @rule()
     def complete(self) -> None:
-        """Do all of the job that is there, as `chunkq run` does; it may be refused."""
+        """Run the current job like `chunkq run`, which may fail."""
         with contextlib.suppress(ChunkqError):
             self.complete_job()
 
     @rule()
     def replace(self) -> None:
-        """Replace the job by the other one, which may be refused."""
+        """Replace the job with the other one, which may fail."""
         with contextlib.suppress(ChunkqError):
             self.produce(1 - self.jobs.number(self.open().record), overwrite=True)
 
     @rule()
     def replace_under_all_actors(self) -> None:
-        """Replace and compute the job; its old processes wake up before it is finalized."""
+        """Replace and compute the job, resume all actors, and finalize the job."""
         self.replace()
         self.compute()
         while self.actors:
@@ -288,7 +288,7 @@ class Suspensions(RuleBasedStateMachine):
         assert job.output.is_sealed()
 
     @invariant()
-    def what_is_sealed_is_right(self) -> None:
+    def sealed_output_is_correct(self) -> None:
         if not hasattr(self, "path"):
             return
         job = self.open()
@@ -297,18 +297,18 @@ class Suspensions(RuleBasedStateMachine):
             np.testing.assert_array_equal(read_output(self.output), expected)
 
     def teardown(self) -> None:
-        """Let all actors run to their ends; then one command makes everything right."""
+        """Run all actors to their ends. One more run must then complete the job."""
         while getattr(self, "actors", None):
             self.finish(0)
-            self.what_is_sealed_is_right()
+            self.sealed_output_is_correct()
         if hasattr(self, "path"):
             number = self.jobs.number(self.open().record)
             with contextlib.suppress(ChunkqError):
                 self.complete_job()
-            if not self.open().output.is_sealed():  # its output was deleted under it
+            if not self.open().output.is_sealed():  # an actor deleted its output
                 self.produce(number, overwrite=True)
                 self.complete_job()
-            self.what_is_sealed_is_right()
+            self.sealed_output_is_correct()
             assert {path.name for path in self.output.iterdir()} == {"zarr.json", "0"}
             epoch = self.open().record.epoch
             assert {path.name for path in Path(self.path).iterdir()} == {"job.json", epoch}
@@ -321,34 +321,34 @@ def model(stops: None, tmp_path: Path, jobs: Jobs) -> type[Suspensions]:
     return Suspensions
 
 
-@pytest.mark.parametrize("wakes", ["before the new job is sealed", "after the new job is sealed"])
-@pytest.mark.parametrize("what", ["infer", "finalize", "produce"])
-def test_a_process_that_is_suspended_before_any_of_its_changes_changes_nothing_in_a_later_job(
-    model: type[Suspensions], what: str, wakes: str
+@pytest.mark.parametrize("resumed", ["before the new job is sealed", "after the new job is sealed"])
+@pytest.mark.parametrize("operation", ["infer", "finalize", "produce"])
+def test_a_process_that_is_suspended_before_a_change_does_not_change_a_later_job(
+    model: type[Suspensions], operation: str, resumed: str
 ) -> None:
     for times in itertools.count(1):
         case = model()
         case.produce_first()
-        if what == "finalize":
+        if operation == "finalize":
             case.compute()
-        elif what == "produce":  # of a sealed job that lost a result: it changes most
+        elif operation == "produce":  # a sealed job that lost a result has the most changes
             case.complete_job()
             case.open().ledger.delete_commits("infer", [(1, 1)])
-        actor = Actor(case.work(what, (0, 0)))
+        actor = Actor(case.work(operation, (0, 0)))
         actor.step_before(CHANGES, times)
         if actor.is_over:
             assert times > 3
             return
         case.actors.append(actor)
-        with contextlib.suppress(ChunkqError):  # refused while the old process holds a claim
+        with contextlib.suppress(ChunkqError):  # fails while the old process holds a claim
             case.produce(1, overwrite=True)
             case.compute()
-            if wakes.startswith("after"):
+            if resumed.startswith("after"):
                 case.complete_job()
         case.teardown()
 
 
-def test_processes_of_two_jobs_that_are_suspended_anywhere_leave_what_is_sealed_right(
+def test_a_sealed_output_is_correct_after_processes_of_two_jobs_were_suspended_anywhere(
     model: type[Suspensions],
 ) -> None:
     run_state_machine_as_test(

@@ -1,4 +1,4 @@
-"""A job over S3: input, output and job folder on a loopback server, through the real clients."""
+"""Jobs on S3: input, output and job folder on a loopback server, with the real clients."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import s3fs
 
+from chunkq.errors import ErrorCode
 from chunkq.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
@@ -55,8 +56,8 @@ def bucket(endpoint: str) -> s3fs.S3FileSystem:
     return filesystem
 
 
-def make_bench(folder: Path, endpoint: str) -> Workspace:
-    """The job of this module: four chunks with bands, labels, paths left to the command line."""
+def make_workspace(folder: Path, endpoint: str) -> Workspace:
+    """Create a job of four chunks with bands; the tests set its paths on the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8, 8))
     values = {
@@ -77,15 +78,15 @@ def make_bench(folder: Path, endpoint: str) -> Workspace:
 
 
 def objects(bucket: s3fs.S3FileSystem, path: str) -> dict[str, bytes]:
-    """Every object below a path, by its name inside it."""
+    """Return every object below a path, by its relative name."""
     bucket.invalidate_cache()
-    found = bucket.find(path)
-    contents: dict[str, bytes] = bucket.cat(found) if found else {}
+    names = bucket.find(path)
+    contents: dict[str, bytes] = bucket.cat(names) if names else {}
     return {name.removeprefix(f"{path}/"): content for name, content in contents.items()}
 
 
 def without_digest(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Leave out the two values that may differ: the digest covers the input's path."""
+    """Remove the digest, which covers the path of the input, and the epoch."""
     pattern = re.compile(rb'(?<="digest": ")[0-9a-f]{64}(?=")|(?<="epoch": ")[0-9a-f]{8}(?=")')
     return {name: pattern.sub(b"", content) for name, content in files.items()}
 
@@ -96,12 +97,12 @@ def epoch_of(bucket: s3fs.S3FileSystem, output: str) -> str:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Workspace:
-    return make_bench(tmp_path_factory.mktemp("s3"), endpoint)
+    return make_workspace(tmp_path_factory.mktemp("s3"), endpoint)
 
 
 @pytest.fixture(scope="module")
 def local(workspace: Workspace) -> dict[str, bytes]:
-    """What the same job gives on local disk, with a worker process of the same kind."""
+    """Run the same job on the local disk with a worker process; return its output."""
     workspace.call("produce", "job.json").ok()
     workspace.run("work", "--burst", "--gpus", "none", "--quiet").ok()
     workspace.call("finalize", "out.zarr").ok()
@@ -112,7 +113,7 @@ def local(workspace: Workspace) -> dict[str, bytes]:
 def done(
     workspace: Workspace, bucket: s3fs.S3FileSystem, local: dict[str, bytes]
 ) -> list[CommandResult]:
-    """The job done on S3 with real commands; returns what each said."""
+    """Run the job on S3 with commands; return their results."""
     bucket.put(f"{workspace.folder}/in.zarr", "lab/in.zarr", recursive=True)
     paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/out.zarr")
     queue = f"sqlite://{workspace.folder}/of-s3.db"
@@ -125,34 +126,33 @@ def done(
     ]
 
 
-def test_a_job_on_s3_gives_every_object_that_the_local_one_gives(
+def test_a_job_on_s3_writes_the_same_objects_as_a_local_job(
     bucket: s3fs.S3FileSystem, done: list[CommandResult], local: dict[str, bytes]
 ) -> None:
     assert done[0].out.startswith("4 chunks, 0 done, 4 newly queued -> s3://lab/out.zarr")
     assert "0/4 chunks done, 4 queued" in done[1].out
     assert done[3].out.startswith("complete: s3://lab/out.zarr (4 chunks")
-    found = objects(bucket, "lab/out.zarr")
-    assert set(found) == set(local)
-    assert len(found) == 4 * 3 * 2 + 2
-    assert without_digest(found) == without_digest(local)
+    remote = objects(bucket, "lab/out.zarr")
+    assert set(remote) == set(local)
+    assert len(remote) == 4 * 3 * 2 + 2
+    assert without_digest(remote) == without_digest(local)
 
 
-def test_status_on_s3_knows_what_is_done_and_that_it_is_sealed(
+def test_status_of_a_finished_job_on_s3_counts_chunks_and_blocks(
     bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:
     status = json.loads(done[-1].out)
     assert (status["done"], status["chunks"], status["sealed"]) == (4, 4, True)
     assert status["blocks_finalized"] == status["blocks_to_finalize"]
     assert status["failures"] == []
-    left = objects(bucket, "lab/out.zarr.chunkq")
-    epoch = json.loads(left["job.json"])["epoch"]
-    done_names = {name for name in left if name.startswith(f"{epoch}/done/")}
-    assert set(left) - done_names == {"job.json", f"{epoch}/sealed.json", f"{epoch}/report.json"}
-    assert json.loads(left[f"{epoch}/report.json"])["missing"] == []
+    files = objects(bucket, "lab/out.zarr.chunkq")
+    epoch = json.loads(files["job.json"])["epoch"]
+    commits = {name for name in files if name.startswith(f"{epoch}/done/")}
+    assert set(files) - commits == {"job.json", f"{epoch}/sealed.json", f"{epoch}/report.json"}
+    assert json.loads(files[f"{epoch}/report.json"])["missing"] == []
 
 
-def test_the_workers_log_holds_its_own_news_alone(done: list[CommandResult]) -> None:
-    """Neither the clients' chatter about credentials nor the AWS library's missing files."""
+def test_the_worker_logs_no_messages_of_the_s3_clients(done: list[CommandResult]) -> None:
     lines = done[2].err.splitlines()
     assert sum("infer chunk " in line and " done in " in line for line in lines) == 4
     assert not [line for line in lines if re.search(r"credential|\.aws|endpoint", line)]
@@ -160,28 +160,29 @@ def test_the_workers_log_holds_its_own_news_alone(done: list[CommandResult]) -> 
         assert answer.err == ""
 
 
-def test_no_secret_shows_in_outputs_logs_or_objects(
+def test_no_secret_is_in_outputs_logs_or_objects(
     workspace: Workspace, bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:
     queue = f"redis://:{PASSWORD}@127.0.0.1:1/0"
     job = workspace.write_job("secret.json", queue=queue)
     paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/secret.zarr")
-    said = workspace.call("produce", job, *paths, "--queue", queue)
-    said.refused(1, "redis://:***@127.0.0.1:1/0")
-    usual = f"sqlite://{workspace.folder}/queue.db"
-    answers = [*done, said, workspace.call("produce", job, *paths, "--queue", usual).ok()]
+    refusal = workspace.call("produce", job, *paths, "--queue", queue)
+    refusal.refused(1, ErrorCode.QUEUE_UNAVAILABLE, "redis://:***@127.0.0.1:1/0")
+    local_queue = f"sqlite://{workspace.folder}/queue.db"
+    answers = [*done, refusal]
+    answers.append(workspace.call("produce", job, *paths, "--queue", local_queue).ok())
     answers.append(workspace.call("status", "s3://lab/secret.zarr", "--json").ok())
     answers.append(workspace.call("jobs").ok())
     record = objects(bucket, "lab/secret.zarr.chunkq")["job.json"].decode()
     assert '"input"' in record
-    shown = [record, *(answer.out + answer.err for answer in answers)]
-    shown += [c.decode(errors="replace") for c in objects(bucket, "lab").values()]
-    for text in shown:
+    texts = [record, *(answer.out + answer.err for answer in answers)]
+    texts += [content.decode(errors="replace") for content in objects(bucket, "lab").values()]
+    for text in texts:
         assert SECRET not in text
         assert PASSWORD not in text
 
 
-def test_a_worker_killed_on_s3_is_gone_on_from_with_the_same_bytes(
+def test_a_job_on_s3_continues_after_its_worker_is_killed_with_the_same_bytes(
     workspace: Workspace,
     bucket: s3fs.S3FileSystem,
     done: list[CommandResult],
@@ -199,18 +200,18 @@ def test_a_worker_killed_on_s3_is_gone_on_from_with_the_same_bytes(
     work = ("work", "--burst", "--gpus", "none", "--queue", first)
     with workspace.start(*work, TOY_DELAY="0.15"):
         wait_until(lambda: commits() >= 1, "a chunk is committed")
-    left = 4 - commits()
-    assert 0 < left < 4
-    workspace.call("finalize", output).refused(3, f"{left} chunks are not computed yet")
+    missing = 4 - commits()
+    assert 0 < missing < 4
+    workspace.call("finalize", output).refused(3, ErrorCode.JOB_INCOMPLETE, f"{missing} chunk")
     second = f"sqlite://{workspace.folder}/second.db"
-    said = workspace.call("produce", "job.json", *paths, "--resume", "--queue", second).ok().out
-    assert said.startswith(f"4 chunks, {4 - left} done, {left} newly queued")
+    text = workspace.call("produce", "job.json", *paths, "--resume", "--queue", second).ok().out
+    assert text.startswith(f"4 chunks, {4 - missing} done, {missing} newly queued")
     workspace.compute_inline(output=output)
     workspace.call("finalize", output).ok()
     assert without_digest(objects(bucket, "lab/killed.zarr")) == without_digest(local)
 
 
-def test_npy_input_on_s3_gives_the_same_voxels(
+def test_the_output_of_npy_input_on_s3_is_the_same(
     workspace: Workspace, bucket: s3fs.S3FileSystem, local: dict[str, bytes]
 ) -> None:
     np.save(workspace.folder / "in.npy", random_volume(SHAPE))
@@ -218,11 +219,11 @@ def test_npy_input_on_s3_gives_the_same_voxels(
     workspace.call("produce", "job.json", "-i", "s3://lab/in.npy", "-o", "npy.zarr").ok()
     workspace.compute_inline(output=f"{workspace.folder}/npy.zarr")
     workspace.call("finalize", "npy.zarr").ok()
-    found = files_below(workspace.folder / "npy.zarr")
-    assert without_digest(found) == without_digest(local)
+    files = files_below(workspace.folder / "npy.zarr")
+    assert without_digest(files) == without_digest(local)
 
 
-def test_overwrite_on_s3_really_deletes_what_was_there(
+def test_overwrite_on_s3_deletes_the_earlier_job(
     workspace: Workspace, bucket: s3fs.S3FileSystem, done: list[CommandResult]
 ) -> None:
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/again.zarr")
@@ -231,7 +232,7 @@ def test_overwrite_on_s3_really_deletes_what_was_there(
     bucket.pipe_file("lab/again.zarr/0/c/0/0/0", b"old")
     bucket.pipe_file(f"lab/again.zarr.chunkq/{before}/done/infer/0/0.0.0", b"{}")
     job = workspace.write_job("other.json", combine="hard")
-    workspace.call("produce", job, *options).refused(2, "different: combine")
+    workspace.call("produce", job, *options).refused(2, ErrorCode.OUTPUT_OF_OTHER_JOB, "combine")
     assert (
         "4 chunks, 0 done, 4 newly"
         in workspace.call("produce", job, *options, "--overwrite").ok().out
@@ -242,30 +243,50 @@ def test_overwrite_on_s3_really_deletes_what_was_there(
     assert set(objects(bucket, "lab/again.zarr.chunkq")) == {"job.json"}
     bucket.pipe_file("lab/precious/thesis.txt", b"years of work")
     options = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/precious")
-    workspace.call("produce", job, *options, "--overwrite").refused(2, "[output_exists]")
+    workspace.call("produce", job, *options, "--overwrite").refused(2, "s3://lab/precious ")
     assert set(objects(bucket, "lab/precious")) == {"thesis.txt"}
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "words"),
+    ("command", "code", "path"),
     [
-        (("plan", "job.json", "-i", "s3://none/in.zarr"), 2, "s3://none/in.zarr is not there"),
-        (("plan", "job.json", "-i", "s3://lab/none.zarr"), 2, "s3://lab/none.zarr is not there"),
-        (("plan", "job.json", "-i", "s3://lab/none.npy"), 2, "no file s3://lab/none.npy"),
-        (("produce", "job.json", "-o", "s3://none/out.zarr"), 2, "s3://none/out.zarr"),
-        (("status", "s3://none/out.zarr"), 2, "no job was produced here"),
-        (("finalize", "s3://lab/none.zarr"), 2, "no job was produced here"),
+        (
+            ("plan", "job.json", "-i", "s3://none/in.zarr"),
+            ErrorCode.STORE_MISSING,
+            "s3://none/in.zarr",
+        ),
+        (
+            ("plan", "job.json", "-i", "s3://lab/none.zarr"),
+            ErrorCode.STORE_MISSING,
+            "s3://lab/none.zarr",
+        ),
+        (
+            ("plan", "job.json", "-i", "s3://lab/none.npy"),
+            ErrorCode.STORE_MISSING,
+            "s3://lab/none.npy",
+        ),
+        (
+            ("produce", "job.json", "-o", "s3://none/out.zarr"),
+            ErrorCode.STORE_UNUSABLE,
+            "s3://none/out.zarr",
+        ),
+        (("status", "s3://none/out.zarr"), ErrorCode.JOB_MISSING, "s3://none/out.zarr"),
+        (("finalize", "s3://lab/none.zarr"), ErrorCode.JOB_MISSING, "s3://lab/none.zarr"),
     ],
 )
-def test_a_missing_bucket_or_key_is_one_clear_line(
-    workspace: Workspace, bucket: s3fs.S3FileSystem, command: tuple[str, ...], code: int, words: str
+def test_a_missing_bucket_or_key_is_reported_in_one_line(
+    workspace: Workspace,
+    bucket: s3fs.S3FileSystem,
+    command: tuple[str, ...],
+    code: ErrorCode,
+    path: str,
 ) -> None:
-    workspace.call(*command).refused(code, words)
+    workspace.call(*command).refused(2, code, path)
 
 
-def test_a_server_that_is_away_is_one_clear_line_from_every_command(workspace: Workspace) -> None:
-    """Side by side, as each of the clients tries again for some seconds."""
-    away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+def test_every_command_reports_an_unreachable_server_in_one_line(workspace: Workspace) -> None:
+    """Run the commands concurrently, because each client retries for some seconds."""
+    unreachable = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
     commands: dict[int, list[tuple[str, ...]]] = {
         2: [("plan", "job.json", "-i", "s3://lab/in.zarr")],
         1: [
@@ -276,18 +297,18 @@ def test_a_server_that_is_away_is_one_clear_line_from_every_command(workspace: W
     }
     with contextlib.ExitStack() as stack:
         started = [
-            (code, stack.enter_context(workspace.start(*command, **away)))
-            for code, several in commands.items()
-            for command in several
+            (code, stack.enter_context(workspace.start(*command, **unreachable)))
+            for code, group in commands.items()
+            for command in group
         ]
-        for code, cli in started:
-            answer = cli.wait(60)
+        for code, process in started:
+            answer = process.wait(60)
             answer.refused(code, "Could not connect to the endpoint URL")
             assert len(answer.err.splitlines()) == 1
             assert SECRET not in answer.err
 
 
-def test_a_writer_that_saw_no_object_does_not_replace_the_one_that_came_meanwhile(
+def test_put_new_does_not_replace_an_object_that_was_created_after_the_check(
     workspace: Workspace, bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with mock.patch.dict(os.environ, workspace.env, clear=True):
@@ -302,7 +323,7 @@ def test_a_writer_that_saw_no_object_does_not_replace_the_one_that_came_meanwhil
     assert objects(bucket, "lab/exclusive") == {"job.json": b"first"}
 
 
-def test_a_job_that_replaces_another_in_a_bucket_has_an_array_of_its_own(
+def test_a_job_that_replaces_another_in_a_bucket_has_a_new_array(
     workspace: Workspace, bucket: s3fs.S3FileSystem, tmp_path: Path
 ) -> None:
     paths = ("-i", "s3://lab/in.zarr", "-o", "s3://lab/replaced.zarr")
@@ -310,7 +331,7 @@ def test_a_job_that_replaces_another_in_a_bucket_has_an_array_of_its_own(
     bucket.put(f"{workspace.folder}/in.zarr", "lab/in.zarr", recursive=True)
     workspace.call("produce", "job.json", *paths, "--queue", queue).ok()
     assert "0/zarr.json" in objects(bucket, "lab/replaced.zarr")
-    bucket.pipe_file("lab/replaced.zarr/0/c/0/0/0", b"of a process of the first job")
+    bucket.pipe_file("lab/replaced.zarr/0/c/0/0/0", b"written by the first job")
     workspace.call("produce", "job.json", *paths, "--queue", queue, "--overwrite").ok()
     record = json.loads(objects(bucket, "lab/replaced.zarr.chunkq")["job.json"])
     names = {name.partition("/")[0] for name in objects(bucket, "lab/replaced.zarr")}

@@ -1,4 +1,4 @@
-"""Inputs of every form, outputs in both formats, and objects that appear whole or not at all."""
+"""Input formats, output formats and atomic writes of objects."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ SPACE: dict[str, list[Any]] = {
 
 
 def job_over(folder: Path, source: str | Path, rank: int = 3, **more: Any) -> dict[str, Any]:
-    """A job with overlap over chunk borders: uneven shapes, gaussian weights, four channels."""
+    """Return a job whose patches overlap chunk borders, with gaussian weights and 3 channels."""
     patch = (6,) * rank
     return {
         "input": str(source),
@@ -61,21 +61,21 @@ def expected(
     return ref.reference(
         ref.sliding_window(values.shape, patch, (3,) * values.ndim, pad_width=(pad,) * values.ndim),
         values,
-        lambda given, start: network(given / 100.0, start),
+        lambda patch, start: network(patch / 100.0, start),
         combine,
         "weight_gaussian",
     )
 
 
 def check(folder: Path, source: str | Path, values: npt.NDArray[Any], pad: int = 0) -> None:
-    """Run the job and compare with the reference over `values`."""
-    opened, _ = run_inline(job_over(folder, source, values.ndim, pad_width=[pad] * values.ndim))
-    found = read_output(opened.folder.output)
-    np.testing.assert_allclose(found, expected(values, pad=pad).average, rtol=0, atol=1e-5)
+    """Run the job and compare its output with the reference for `values`."""
+    job, _ = run_inline(job_over(folder, source, values.ndim, pad_width=[pad] * values.ndim))
+    output = read_output(job.folder.output)
+    np.testing.assert_allclose(output, expected(values, pad=pad).average, rtol=0, atol=1e-5)
 
 
 def write_ome(path: Path, values: npt.NDArray[Any], version: str) -> Path:
-    """An OME-Zarr image with two levels; only level 0 holds `values`."""
+    """Write an OME-Zarr image with two levels; level 0 has `values`."""
     axes = [
         {"name": name, "type": "space"} | ({"unit": unit} if unit else {})
         for name, unit in zip("zyx", SPACE["units"], strict=True)
@@ -127,15 +127,13 @@ def _npy(path: Path, values: npt.NDArray[Any]) -> Path:
 
 
 @pytest.mark.parametrize("form", INPUTS)
-def test_an_input_of_this_form_gives_the_volume_of_the_reference(tmp_path: Path, form: str) -> None:
+def test_the_output_for_every_input_format_equals_the_reference(tmp_path: Path, form: str) -> None:
     values = random_volume(SHAPE)
     check(tmp_path, INPUTS[form](tmp_path, values), values)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "float64", "bool"])
-def test_an_input_of_this_dtype_gives_the_volume_of_the_reference(
-    tmp_path: Path, dtype: str
-) -> None:
+def test_the_output_for_every_input_dtype_equals_the_reference(tmp_path: Path, dtype: str) -> None:
     values = random_volume((20, 17), dtype)
     if dtype == "int16":
         values = -values
@@ -144,9 +142,7 @@ def test_an_input_of_this_dtype_gives_the_volume_of_the_reference(
 
 @pytest.mark.parametrize("dtype", [">u2", ">i4", ">f4"])
 @pytest.mark.parametrize("form", ["npy", "zarr v2", "zarr v3"])
-def test_big_endian_input_is_read_as_the_numbers_it_holds(
-    tmp_path: Path, dtype: str, form: str
-) -> None:
+def test_big_endian_input_is_read_correctly(tmp_path: Path, dtype: str, form: str) -> None:
     values = random_volume((20, 17), dtype)
     if form == "npy":
         source = _npy(tmp_path / "in.npy", values)
@@ -155,15 +151,15 @@ def test_big_endian_input_is_read_as_the_numbers_it_holds(
     else:
         from zarr.codecs import BytesCodec
 
-        plain = values.astype(values.dtype.newbyteorder("="))
+        native = values.astype(values.dtype.newbyteorder("="))
         source = write_zarr(
-            tmp_path / "in.zarr", plain, (8, 8), serializer=BytesCodec(endian="big")
+            tmp_path / "in.zarr", native, (8, 8), serializer=BytesCodec(endian="big")
         )
     check(tmp_path, source, values.astype(values.dtype.newbyteorder("=")), pad=3)
 
 
 class Marker:
-    """Writes a file when it is unpickled."""
+    """Object that writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -173,51 +169,51 @@ class Marker:
 
 
 @pytest.mark.parametrize("key", ["filters", "compressor"])
-@pytest.mark.parametrize("place", ["array", "image"])
-def test_an_input_whose_voxels_would_run_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, place: str
+@pytest.mark.parametrize("node", ["array", "image"])
+def test_an_input_with_a_codec_that_can_run_code_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, node: str
 ) -> None:
-    # Older numcodecs always unpickle.
+    # Older releases of numcodecs always unpickle.
     monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
     folder = tmp_path / "in.zarr"
     folder.mkdir()
-    path = folder / "0" if place == "image" else folder
+    path = folder / "0" if node == "image" else folder
     write_zarr(path, random_volume((8,), "float32"), zarr_format=2, compressors=None)
-    described = json.loads((path / ".zarray").read_text())
-    described |= {"dtype": "|O", "filters": [{"id": "vlen-utf8"}]}
+    metadata = json.loads((path / ".zarray").read_text())
+    metadata |= {"dtype": "|O", "filters": [{"id": "vlen-utf8"}]}
     if key == "compressor":
-        described["compressor"] = {"id": "pickle"}
+        metadata["compressor"] = {"id": "pickle"}
     else:
-        described["filters"].append({"id": "pickle"})
-    (path / ".zarray").write_text(json.dumps(described))
+        metadata["filters"].append({"id": "pickle"})
+    (path / ".zarray").write_text(json.dumps(metadata))
     (path / "0").write_bytes(pickle.dumps(Marker(tmp_path / "ran")))
-    if place == "image":
+    if node == "image":
         (folder / ".zgroup").write_text('{"zarr_format": 2}')
         (folder / ".zattrs").write_text('{"multiscales": [{"datasets": [{"path": "0"}]}]}')
-    with pytest.raises(ChunkqError) as refusal:
+    with pytest.raises(ChunkqError) as error:
         open_array(find_source(str(folder)).array_path).read(Box((0,), (8,)))
     assert not (tmp_path / "ran").exists()
-    assert refusal.value.code == ErrorCode.CODEC_UNSAFE
+    assert error.value.code == ErrorCode.CODEC_UNSAFE
 
 
 @pytest.mark.parametrize("shape", [(50,), (20, 17), (9, 10, 8, 9)])
-def test_volumes_of_one_two_and_four_axes_give_the_volume_of_the_reference(
+def test_the_output_of_volumes_with_one_two_and_four_axes_equals_the_reference(
     tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
     values = random_volume(shape)
     check(tmp_path, write_zarr(tmp_path / "in.zarr", values), values)
 
 
-def test_storage_chunks_that_an_input_does_not_store_are_its_fill_value(tmp_path: Path) -> None:
+def test_missing_storage_chunks_of_an_input_are_read_as_the_fill_value(tmp_path: Path) -> None:
     values = random_volume((20, 17))
     source = write_zarr(tmp_path / "in.zarr", values, (8, 8), fill_value=42)
-    for gone in ("c/0/0", "c/1/2"):
-        (source / gone).unlink()
+    for chunk in ("c/0/0", "c/1/2"):
+        (source / chunk).unlink()
     values[:8, :8] = values[8:16, 16:] = 42
     check(tmp_path, source, values)
 
 
-def test_a_missing_shard_is_the_fill_value_too(tmp_path: Path) -> None:
+def test_a_missing_shard_of_an_input_is_read_as_the_fill_value(tmp_path: Path) -> None:
     values = random_volume((20, 17))
     source = write_zarr(tmp_path / "in.zarr", values, (4, 4), shards=(8, 8), fill_value=7)
     (source / "c/1/0").unlink()
@@ -226,28 +222,30 @@ def test_a_missing_shard_is_the_fill_value_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_level_0_of_an_image_is_taken_with_its_scale_and_units(
+def test_level_0_of_an_image_is_the_input_with_its_scale_and_units(
     tmp_path: Path, version: str
 ) -> None:
-    found = find_source(str(write_ome(tmp_path / "in.zarr", random_volume(SHAPE), version)))
-    assert found.array_path.endswith("in.zarr/level0")
-    assert found.volume.shape == SHAPE
-    assert found.space.scale == tuple(SPACE["scale"])
-    assert found.space.translation == tuple(SPACE["translation"])
-    assert found.space.units == tuple(SPACE["units"])
+    source = find_source(str(write_ome(tmp_path / "in.zarr", random_volume(SHAPE), version)))
+    assert source.array_path.endswith("in.zarr/level0")
+    assert source.volume.shape == SHAPE
+    assert source.space.scale == tuple(SPACE["scale"])
+    assert source.space.translation == tuple(SPACE["translation"])
+    assert source.space.units == tuple(SPACE["units"])
 
 
 def output_of(folder: Path, source: str | Path, rank: int = 3, **more: Any) -> Path:
-    opened, _ = run_inline(job_over(folder, source, rank, **more))
-    return Path(opened.folder.output)
+    job, _ = run_inline(job_over(folder, source, rank, **more))
+    return Path(job.folder.output)
 
 
-def through_tensorstore(output: Path, driver: str) -> npt.NDArray[Any]:
+def read_with_tensorstore(output: Path, driver: str) -> npt.NDArray[Any]:
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{output}/0/"}}
     return np.asarray(ts.open(spec, open=True).result().read().result())
 
 
-def test_a_zarr_v3_output_is_an_ome_zarr_0_5_image_in_the_inputs_space(tmp_path: Path) -> None:
+def test_a_zarr_v3_output_is_an_ome_zarr_0_5_image_with_the_space_of_the_input(
+    tmp_path: Path,
+) -> None:
     source = write_ome(tmp_path / "in.zarr", random_volume(SHAPE), "0.4")
     output = output_of(tmp_path, source, combine="soft")
     metadata = json.loads((output / "zarr.json").read_text())
@@ -277,14 +275,16 @@ def test_a_zarr_v3_output_is_an_ome_zarr_0_5_image_in_the_inputs_space(tmp_path:
     array = json.loads((output / "0" / "zarr.json").read_text())
     assert array["dimension_names"] == ["z", "y", "x"]
     assert array["data_type"] == "uint8"
-    found = read_output(output)
+    labels = read_output(output)
     truth = expected(random_volume(SHAPE), "soft")
-    clear = truth.margin_of_decision > 1e-5
-    np.testing.assert_array_equal(found[clear], truth.labels[clear])
-    np.testing.assert_array_equal(through_tensorstore(output, "zarr3"), found)
+    is_clear = truth.margin_of_decision > 1e-5
+    np.testing.assert_array_equal(labels[is_clear], truth.labels[is_clear])
+    np.testing.assert_array_equal(read_with_tensorstore(output, "zarr3"), labels)
 
 
-def test_a_zarr_v2_output_is_an_ome_zarr_0_4_image_in_the_inputs_space(tmp_path: Path) -> None:
+def test_a_zarr_v2_output_is_an_ome_zarr_0_4_image_with_the_space_of_the_input(
+    tmp_path: Path,
+) -> None:
     source = write_ome(tmp_path / "in.zarr", random_volume(SHAPE), "0.5")
     output = output_of(tmp_path, source, zarr_format=2)
     assert json.loads((output / ".zgroup").read_text()) == {"zarr_format": 2}
@@ -305,9 +305,9 @@ def test_a_zarr_v2_output_is_an_ome_zarr_0_4_image_in_the_inputs_space(tmp_path:
     array = json.loads((output / "0" / ".zarray").read_text())
     assert array["dimension_separator"] == "/"
     assert array["chunks"] == [1, 4, 4, 4]
-    found = read_output(output)
-    np.testing.assert_allclose(found, expected(random_volume(SHAPE)).average, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(through_tensorstore(output, "zarr"), found)
+    scores = read_output(output)
+    np.testing.assert_allclose(scores, expected(random_volume(SHAPE)).average, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(read_with_tensorstore(output, "zarr"), scores)
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -317,16 +317,18 @@ def test_float16_output_is_the_average_rounded_once(tmp_path: Path, zarr_format:
     output = output_of(
         tmp_path, source, 2, output_dtype="float16", zarr_format=zarr_format, chunksize=[8, 12]
     )
-    found = read_output(output)
-    assert found.dtype == np.float16
+    scores = read_output(output)
+    assert scores.dtype == np.float16
     truth = expected(values).average
-    np.testing.assert_allclose(found, truth, rtol=2**-11, atol=1e-5)
+    np.testing.assert_allclose(scores, truth, rtol=2**-11, atol=1e-5)
     driver = "zarr3" if zarr_format == 3 else "zarr"
-    np.testing.assert_array_equal(through_tensorstore(output, driver), found)
+    np.testing.assert_array_equal(read_with_tensorstore(output, driver), scores)
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_a_volume_of_one_axis_gets_no_image_metadata(tmp_path: Path, zarr_format: int) -> None:
+def test_the_output_of_a_volume_with_one_axis_has_no_image_metadata(
+    tmp_path: Path, zarr_format: int
+) -> None:
     source = write_zarr(tmp_path / "in.zarr", random_volume((50,)))
     output = output_of(tmp_path, source, 1, zarr_format=zarr_format)
     attributes = dict(zarr.open_group(output, mode="r").attrs)
@@ -337,7 +339,7 @@ def test_a_volume_of_one_axis_gets_no_image_metadata(tmp_path: Path, zarr_format
 @pytest.mark.parametrize(
     ("combine", "zarr_format"), list(itertools.product(["weighted_avg", "soft"], [2, 3]))
 )
-def test_the_output_has_the_shape_dtype_and_chunks_that_the_plan_foretells(
+def test_the_output_has_the_planned_shape_dtype_and_chunks(
     tmp_path: Path, combine: str, zarr_format: int
 ) -> None:
     source = write_zarr(tmp_path / "in.zarr", random_volume((20, 17)))
@@ -354,12 +356,12 @@ def test_the_output_has_the_shape_dtype_and_chunks_that_the_plan_foretells(
     assert list(array.chunks) == [*channels, *plan["storage_chunks"]]
 
 
-def test_nothing_a_sealed_job_leaves_is_a_partial_file_or_a_piece(tmp_path: Path) -> None:
+def test_a_sealed_job_has_no_partial_files_and_no_pieces(tmp_path: Path) -> None:
     source = write_zarr(tmp_path / "in.zarr", random_volume((20, 17)))
     output = output_of(tmp_path, source, 2)
     assert {path.name for path in output.iterdir()} == {"zarr.json", "0"}
-    left = [*files_below(output), *files_below(Path(f"{output}.chunkq"))]
-    assert not [name for name in left if "partial" in name or "pieces" in name]
+    files = [*files_below(output), *files_below(Path(f"{output}.chunkq"))]
+    assert not [name for name in files if "partial" in name or "pieces" in name]
 
 
 PUT_FOREVER = """
@@ -372,30 +374,30 @@ for _ in iter(int, 1):
 """
 
 
-def test_a_writer_killed_in_the_middle_leaves_no_torn_object_and_nothing_listed(
+def test_a_writer_killed_while_it_writes_leaves_no_incomplete_and_no_listed_object(
     tmp_path: Path,
 ) -> None:
     content = bytes(range(256)) * (1 << 16)
     folder = ObjectFolder(str(tmp_path))
-    left: list[Path] = []
+    partial_files: list[Path] = []
     for _ in range(20):
         writer = subprocess.Popen([sys.executable, "-c", PUT_FOREVER, str(tmp_path)])
         try:
-            # Killed while a partial file is there to be seen, so in the middle of writing.
-            wait_until(lambda: list(tmp_path.glob(f"{PARTIAL}*")), "it writes")
+            # Kill the process while a partial file exists, that is while it writes.
+            wait_until(lambda: list(tmp_path.glob(f"{PARTIAL}*")), "a partial file exists")
         finally:
             writer.kill()
             writer.wait()
         assert folder.get("pieces/thing") in (None, content)
-        assert [found.name for found in folder.list("pieces")] in ([], ["thing"])
-        left = list(tmp_path.glob(f"{PARTIAL}*"))
-        if left:
+        assert [info.name for info in folder.list("pieces")] in ([], ["thing"])
+        partial_files = list(tmp_path.glob(f"{PARTIAL}*"))
+        if partial_files:
             assert not list(folder.list(""))
             break
-    assert left, "no writer was ever caught in the middle"
+    assert partial_files, "no writer was killed while it wrote"
 
 
-def test_of_several_writers_of_a_new_object_the_first_one_s_stays(tmp_path: Path) -> None:
+def test_put_new_keeps_the_object_of_the_first_writer(tmp_path: Path) -> None:
     folder = ObjectFolder(str(tmp_path))
     for content in (b"first", b"second"):
         folder.put_new("done/infer/0.0", content)
@@ -403,7 +405,7 @@ def test_of_several_writers_of_a_new_object_the_first_one_s_stays(tmp_path: Path
     assert not list(tmp_path.glob(f"{PARTIAL}*"))
 
 
-def test_a_failed_write_takes_its_partial_file_away(tmp_path: Path) -> None:
+def test_a_failed_write_deletes_its_partial_file(tmp_path: Path) -> None:
     folder = ObjectFolder(str(tmp_path))
     (tmp_path / "done" / "name").mkdir(parents=True)
     with pytest.raises(OSError, match="name"):
@@ -411,7 +413,7 @@ def test_a_failed_write_takes_its_partial_file_away(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "done").iterdir()] == ["name"]
 
 
-def test_objects_over_a_url_read_list_and_vanish_as_local_ones_do(tmp_path: Path) -> None:
+def test_objects_at_a_url_are_read_listed_and_deleted_like_local_ones(tmp_path: Path) -> None:
     for root in (str(tmp_path / "objects"), "memory://objects"):
         folder = ObjectFolder(root)
         assert list(folder.list("done")) == []
@@ -420,9 +422,9 @@ def test_objects_over_a_url_read_list_and_vanish_as_local_ones_do(tmp_path: Path
         before = time.time()
         for name in ("done/a", "done/b", "done/deeper/c"):
             folder.put(name, name.encode())
-        found = {entry.name: entry.modified for entry in folder.list("done")}
-        assert set(found) == {"a", "b"}
-        assert all(before - 2 < moment < time.time() + 2 for moment in found.values())
+        modified = {info.name: info.modified for info in folder.list("done")}
+        assert set(modified) == {"a", "b"}
+        assert all(before - 2 < seconds < time.time() + 2 for seconds in modified.values())
         assert folder.get("done/a") == b"done/a"
         assert folder.get_many(["done/a", "done/none", "done/b"]) == {
             "done/a": b"done/a",
@@ -441,7 +443,7 @@ def test_objects_over_a_url_read_list_and_vanish_as_local_ones_do(tmp_path: Path
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_ledger_input_and_output_may_lie_behind_a_url_that_only_fsspec_knows(
+def test_input_output_and_job_folder_may_have_a_url_that_only_fsspec_supports(
     tmp_path: Path, zarr_format: int
 ) -> None:
     root = f"memory://{tmp_path.name}{zarr_format}"
@@ -450,49 +452,51 @@ def test_ledger_input_and_output_may_lie_behind_a_url_that_only_fsspec_knows(
     array[...] = values
     local = write_zarr(tmp_path / "in.zarr", values, (8, 8))
     more = {"zarr_format": zarr_format, "combine": "soft"}
-    there, report = run_inline(
+    remote_job, report = run_inline(
         job_over(tmp_path, f"{root}/in.zarr", 2, output=f"{root}/out.zarr", **more)
     )
-    here, _ = run_inline(job_over(tmp_path, local, 2, **more))
-    assert isinstance(there.sources[0], ZarrPythonArray)
-    assert isinstance(here.sources[0], TensorStoreArray)
+    local_job, _ = run_inline(job_over(tmp_path, local, 2, **more))
+    assert isinstance(remote_job.sources[0], ZarrPythonArray)
+    assert isinstance(local_job.sources[0], TensorStoreArray)
     assert report["missing"] == []
-    np.testing.assert_array_equal(read_output(there.folder.output), read_output(here.folder.output))
+    np.testing.assert_array_equal(
+        read_output(remote_job.folder.output), read_output(local_job.folder.output)
+    )
     filesystem = fsspec.filesystem("memory")
-    inside = filesystem.find(f"/{tmp_path.name}{zarr_format}/out.zarr.chunkq")
-    assert not [name for name in inside if "pieces" in name]
-    again = finalize_job(open_job(there.folder.path), worker="again")
-    assert again == report
+    files = filesystem.find(f"/{tmp_path.name}{zarr_format}/out.zarr.chunkq")
+    assert not [name for name in files if "pieces" in name]
+    assert finalize_job(open_job(remote_job.folder.path), worker="again") == report
     filesystem.rm(f"/{tmp_path.name}{zarr_format}", recursive=True)
 
 
-def test_reading_and_writing_a_box_agree_through_both_libraries(tmp_path: Path) -> None:
+def test_tensorstore_and_zarr_python_read_and_write_the_same_box(tmp_path: Path) -> None:
     values = random_volume((20, 17), "float32")
     path = str(write_zarr(tmp_path / "in.zarr", values, (8, 8)))
     box = Box((3, 5), (14, 16))
-    fast, plain = open_array(path, write=True), ZarrPythonArray(path, zarr.open_array(path))
-    assert isinstance(fast, TensorStoreArray)
-    np.testing.assert_array_equal(fast.read(box), values[3:14, 5:16])
-    np.testing.assert_array_equal(plain.read(box), values[3:14, 5:16])
+    array = open_array(path, write=True)
+    assert isinstance(array, TensorStoreArray)
+    zarr_array = ZarrPythonArray(path, zarr.open_array(path))
+    np.testing.assert_array_equal(array.read(box), values[3:14, 5:16])
+    np.testing.assert_array_equal(zarr_array.read(box), values[3:14, 5:16])
     block = Box((8, 8), (16, 16))
-    fast.write(block, values[:8, :8])
-    np.testing.assert_array_equal(plain.read(block), values[:8, :8])
+    array.write(block, values[:8, :8])
+    np.testing.assert_array_equal(zarr_array.read(block), values[:8, :8])
 
 
 @pytest.mark.parametrize("form", ["zarr v2", "zarr v3", "npy"])
-def test_an_input_cut_short_on_disk_is_an_error_that_names_the_voxels(
-    tmp_path: Path, form: str
-) -> None:
+def test_the_error_for_a_truncated_input_has_the_voxels(tmp_path: Path, form: str) -> None:
     source = INPUTS[form](tmp_path, random_volume(SHAPE))
-    broken = {"zarr v2": "0.0.0", "zarr v3": "c/0/0/0", "npy": ""}[form]
-    file = source / broken if broken else source
+    name = {"zarr v2": "0.0.0", "zarr v3": "c/0/0/0", "npy": ""}[form]
+    file = source / name if name else source
     file.write_bytes(file.read_bytes()[:-30])
     array = open_array(str(source))
-    with pytest.raises(ChunkReadError, match=r"voxels \[0, 0, 0\] to \[13, 10, 11\]"):
+    with pytest.raises(ChunkReadError, match=r"\[0, 0, 0\] to \[13, 10, 11\]") as error:
         array.read(Box.of_shape(SHAPE))
+    assert error.value.code is ErrorCode.INPUT_UNREADABLE
+    assert str(source) in str(error.value)
 
 
-def test_npy_files_behind_a_url_are_read_in_ranges_with_the_same_voxels(tmp_path: Path) -> None:
+def test_npy_files_at_a_url_are_read_in_ranges_with_the_same_voxels(tmp_path: Path) -> None:
     values = random_volume(SHAPE, ">i2")
     local = _npy(tmp_path / "in.npy", values)
     url = f"memory://{tmp_path.name}/in.npy"

@@ -1,4 +1,4 @@
-"""What a process that is suspended while its job is replaced reports, and what it leaves."""
+"""A process that is suspended while its job is replaced raises an error and changes nothing."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
 OTHER = {"weight_function": ["weight_linear"]}
-"""What the job that replaces another has of its own: the same array with other voxels."""
+"""Keys of the replacing job: its array has the same shape and other voxels."""
 BLOCK = (1, 1)
 
 
@@ -35,9 +35,9 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The output of the job that replaces another, done alone."""
-    workspace = small_workspace(tmp_path_factory.mktemp("undisturbed"))
+def new_output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Run the replacing job alone; return its output."""
+    workspace = small_workspace(tmp_path_factory.mktemp("new_output"))
     workspace.call("produce", workspace.write_job("job.json", **OTHER)).ok()
     workspace.compute_inline()
     workspace.finalize().ok()
@@ -48,31 +48,31 @@ def replace_job(workspace: Workspace) -> None:
     workspace.call("produce", workspace.write_job("other.json", **OTHER), "--overwrite").ok()
 
 
-def replaced_when_called(
+def replace_when_called(
     workspace: Workspace, patch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    """Replace the job the first time that a function is called, as if it was suspended there."""
-    real = getattr(owner, name)
+    """Replace the job when a function is first called, as if the process was suspended there."""
+    original = getattr(owner, name)
 
     def suspended(*args: Any, **kwargs: Any) -> Any:
         patch.undo()
         replace_job(workspace)
-        return real(*args, **kwargs)
+        return original(*args, **kwargs)
 
     patch.setattr(owner, name, suspended)
 
 
-def ends_undisturbed(workspace: Workspace, undisturbed: dict[str, bytes]) -> None:
-    """Do the new job, of which nothing was touched, to its end."""
+def assert_new_job_unchanged(workspace: Workspace, new_output: dict[str, bytes]) -> None:
+    """Assert that the new job was not changed, run it, and compare its output."""
     assert workspace.commits() == workspace.commits("finalize") == []
     assert workspace.ledger.failures() == []
     assert set(files_below(workspace.output / workspace.job.record.array)) == {"zarr.json"}
     workspace.compute_inline()
     workspace.finalize().ok()
-    assert files_below(workspace.output / "0") == undisturbed
+    assert files_below(workspace.output / "0") == new_output
     assert {path.name for path in workspace.output.iterdir()} == {"zarr.json", "0"}
-    own = attributes(workspace)
-    assert (own["state"], own["epoch"]) == ("complete", workspace.job.record.epoch)
+    status = attributes(workspace)
+    assert (status["state"], status["epoch"]) == ("complete", workspace.job.record.epoch)
 
 
 def attributes(workspace: Workspace) -> dict[str, Any]:
@@ -80,39 +80,39 @@ def attributes(workspace: Workspace) -> dict[str, Any]:
 
 
 def assert_replaced(call: Callable[[], object]) -> None:
-    with pytest.raises(MissingJobError) as caught:
+    with pytest.raises(MissingJobError) as error:
         call()
-    assert caught.value.code == ErrorCode.JOB_REPLACED
+    assert error.value.code == ErrorCode.JOB_REPLACED
 
 
 def infer(workspace: Workspace, index: tuple[int, ...] = BLOCK) -> None:
     run_task(Task("infer", str(workspace.job_folder), index), Attempt(1, "worker"))
 
 
-def test_a_worker_whose_job_is_replaced_while_it_computes_leaves_no_trace(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
+def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, new_output: dict[str, bytes]
 ) -> None:
     earlier = workspace.epoch_folder
-    array = workspace.job.target.shape  # it has the output open already
+    array = workspace.job.target.shape  # open the output before the replacement
     with monkeypatch.context() as patch:
-        replaced_when_called(workspace, patch, JobHandle, "read_halos")
+        replace_when_called(workspace, patch, JobHandle, "read_halos")
         assert_replaced(lambda: infer(workspace))
     assert not earlier.exists()
     assert {path.name for path in workspace.output.iterdir()} == {
         "zarr.json", workspace.job.record.array
     }  # fmt: skip
     assert workspace.job.target.shape == array
-    ends_undisturbed(workspace, undisturbed)
+    assert_new_job_unchanged(workspace, new_output)
 
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["output-open", "output-not-yet-open"])
 @pytest.mark.parametrize(
     ("owner", "name"), [(JobHandle, "write"), (Ledger, "put_piece")], ids=["write", "put_piece"]
 )
-def test_a_worker_suspended_before_it_writes_cannot_reach_the_voxels_of_the_new_job(
+def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
-    undisturbed: dict[str, bytes],
+    new_output: dict[str, bytes],
     owner: Any,
     name: str,
     is_open: bool,
@@ -121,29 +121,29 @@ def test_a_worker_suspended_before_it_writes_cannot_reach_the_voxels_of_the_new_
     if is_open:
         assert workspace.job.target.shape == (3, *SHAPE)
     with monkeypatch.context() as patch:
-        replaced_when_called(workspace, patch, owner, name)
+        replace_when_called(workspace, patch, owner, name)
         assert_replaced(lambda: infer(workspace))
     assert not (earlier / "done").exists()
-    ends_undisturbed(workspace, undisturbed)
+    assert_new_job_unchanged(workspace, new_output)
 
 
 @pytest.mark.parametrize(
     ("owner", "name"), [(Ledger, "get_piece"), (JobHandle, "write")], ids=["get_piece", "write"]
 )
-def test_a_finalizer_suspended_in_a_block_cannot_reach_the_voxels_of_the_new_job(
+def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
-    undisturbed: dict[str, bytes],
+    new_output: dict[str, bytes],
     owner: Any,
     name: str,
 ) -> None:
     workspace.compute_inline()
     job, earlier = workspace.job, workspace.epoch_folder
     with monkeypatch.context() as patch:
-        replaced_when_called(workspace, patch, owner, name)
+        replace_when_called(workspace, patch, owner, name)
         assert_replaced(lambda: complete_block(job, BLOCK, Attempt(1, "finalizer")))
     assert not (earlier / "done").exists()
-    ends_undisturbed(workspace, undisturbed)
+    assert_new_job_unchanged(workspace, new_output)
 
 
 @pytest.mark.parametrize(
@@ -153,44 +153,44 @@ def test_a_finalizer_suspended_in_a_block_cannot_reach_the_voxels_of_the_new_job
         (Ledger, "seal"),
         (Output, "seal"),
         (Output, "_rename_to_final"),
-        (Output, "_remove_strays"),
-        (output_module, "sweep_locks"),
+        (Output, "_delete_stray_arrays"),
+        (output_module, "delete_stale_locks"),
     ],
     ids=["records", "ledger", "output", "rename", "strays", "locks"],
 )
-def test_a_finalizer_suspended_while_it_seals_seals_nothing_of_the_new_job(
+def test_a_finalizer_suspended_while_it_seals_does_not_seal_the_new_job(
     workspace: Workspace,
     monkeypatch: pytest.MonkeyPatch,
-    undisturbed: dict[str, bytes],
+    new_output: dict[str, bytes],
     owner: Any,
     name: str,
 ) -> None:
     workspace.compute_inline()
     job = workspace.job
     with monkeypatch.context() as patch:
-        replaced_when_called(workspace, patch, owner, name)
+        replace_when_called(workspace, patch, owner, name)
         assert_replaced(lambda: finalize_job(job, worker="finalizer", threads=1))
-    own = attributes(workspace)
-    assert (own["state"], own["epoch"]) == ("incomplete", workspace.job.record.epoch)
-    ends_undisturbed(workspace, undisturbed)
+    status = attributes(workspace)
+    assert (status["state"], status["epoch"]) == ("incomplete", workspace.job.record.epoch)
+    assert_new_job_unchanged(workspace, new_output)
 
 
-def test_group_metadata_that_a_suspended_finalizer_wrote_are_written_again(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
+def test_group_metadata_written_by_a_suspended_finalizer_are_replaced(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, new_output: dict[str, bytes]
 ) -> None:
-    """The group's name carries no epoch; this one document can be an old one for a while."""
+    """The name of the group has no epoch, so an earlier job can overwrite its metadata."""
     workspace.compute_inline()
     job = workspace.job
     with monkeypatch.context() as patch:
-        replaced_when_called(workspace, patch, Output, "_write_group")
+        replace_when_called(workspace, patch, Output, "_write_group")
         with pytest.raises(MissingJobError):
             finalize_job(job, worker="finalizer", threads=1)
     assert attributes(workspace)["epoch"] == job.record.epoch != workspace.job.record.epoch
     assert not workspace.status()["sealed"]
-    ends_undisturbed(workspace, undisturbed)
+    assert_new_job_unchanged(workspace, new_output)
 
 
-def test_produce_removes_what_processes_of_earlier_jobs_wrote_after_they_were_replaced(
+def test_produce_deletes_files_that_processes_of_earlier_jobs_wrote_later(
     workspace: Workspace,
 ) -> None:
     stray = workspace.output / "0.ffffffff" / "c" / "0"
@@ -198,25 +198,27 @@ def test_produce_removes_what_processes_of_earlier_jobs_wrote_after_they_were_re
     for folder in (stray, ledger):
         folder.mkdir(parents=True)
         (folder / "0").write_bytes(b"late")
-    keep = [workspace.output / "0.notes" / "mine", workspace.job_folder / "notes" / "mine"]
-    for file in keep:
+    user_files = [workspace.output / "0.notes" / "a", workspace.job_folder / "notes" / "a"]
+    for file in user_files:
         file.parent.mkdir()
-        file.write_text("of the user")
+        file.write_text("notes")
     workspace.call("produce", "job.json").ok()
     assert not stray.parent.parent.exists()
     assert not ledger.parent.exists()
     assert workspace.epoch_folder.name == workspace.job.record.epoch
-    assert [file.read_text() for file in keep] == ["of the user"] * 2
+    assert [file.read_text() for file in user_files] == ["notes"] * 2
 
 
-def test_a_foreign_array_in_the_sealed_name_is_not_replaced(workspace: Workspace) -> None:
+def test_an_array_of_another_program_with_the_final_name_is_not_replaced(
+    workspace: Workspace,
+) -> None:
     workspace.compute_inline()
     write_zarr(workspace.output / "0", random_volume((4, 4)))
     before = files_below(workspace.output / "0")
     job = workspace.job
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(StoreError) as error:
         finalize_job(job, worker="finalizer")
-    assert caught.value.code == ErrorCode.OUTPUT_CHANGED
+    assert error.value.code == ErrorCode.OUTPUT_CHANGED
     assert files_below(workspace.output / "0") == before
     shutil.rmtree(workspace.output / "0")
     workspace.finalize().ok()

@@ -255,7 +255,7 @@ def test_a_trial_ends_when_the_command_is_killed(workspace: Workspace) -> None:
     ("change", "words"),
     [
         (("max_batch_size", "max_batch_sise"), "did you mean 'max_batch_size'?"),
-        (("input: in.zarr", "input: nowhere.zarr"), "nowhere.zarr is not there"),
+        (("input: in.zarr", "input: nowhere.zarr"), "nowhere.zarr does not exist"),
         (("class_file: 'net.py'", "class_file: 'no.py'"), "model_config.class_file: no file "),
         (("storage_chunks: [4,", "storage_chunks: [3,"), "does not divide the chunk's 8"),
     ],

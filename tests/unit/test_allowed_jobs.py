@@ -1,4 +1,4 @@
-"""What a worker with `--allow` accepts: `docs/security.md`, "Code that a worker runs"."""
+"""Jobs that a worker with `--allow` accepts: `docs/security.md`, "Code that a worker runs"."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def preprocessing(batch):
 WEIGHTS = """
 from pathlib import Path
 Path(__file__).with_name("ran").touch()
-def mine(shape):
+def blend(shape):
     return [1.0] * shape[0]
 """
 
@@ -58,11 +58,11 @@ def run(job: str | Path, kind: str = "infer") -> None:
 
 
 def refused(job: str | Path, kind: str = "infer") -> JobError:
-    """Run a task of a job that must be refused, and return the error."""
-    with pytest.raises(JobError) as caught:
+    """Run a task of a job that the worker must reject, and return the error."""
+    with pytest.raises(JobError) as error:
         run(job, kind)
-    assert len(str(caught.value).splitlines()) == 1
-    return caught.value
+    assert len(str(error.value).splitlines()) == 1
+    return error.value
 
 
 def ledger(job: Path) -> Ledger:
@@ -71,7 +71,7 @@ def ledger(job: Path) -> Ledger:
 
 
 def is_accepted(job: str | Path) -> bool:
-    """Tell whether a worker opens this job folder, which does not exist."""
+    """Return whether a worker opens this job folder, which does not exist."""
     try:
         run(job)
     except MissingJobError:
@@ -91,17 +91,17 @@ def modules() -> Iterator[None]:
 
 
 class Lab:
-    """A job over eight voxels whose files lie in folders of choice; `team` is the allowed one."""
+    """Jobs over eight voxels with files in two folders: `team` is allowed, `other` is not."""
 
-    def __init__(self, top: Path) -> None:
-        self.team, self.other = top / "team", top / "other"
+    def __init__(self, root: Path) -> None:
+        self.team, self.other = root / "team", root / "other"
         for folder in (self.team, self.other):
             folder.mkdir()
         np.save(self.other / "in.npy", np.ones(8, np.float32))
         (self.team / "net.py").write_text(NETWORK.format(imports=""))
 
     def produce(self, folder: Path | None = None, **changes: Any) -> Path:
-        """Produce a job; return its job folder. Nothing of its code counts as run before that."""
+        """Produce a job, delete the markers of code that ran, and return the job folder."""
         model = {
             "runtime": "numpy",
             "type": "class",
@@ -118,7 +118,7 @@ class Lab:
         return Path(f"{output}.chunkq")
 
     def ran(self) -> list[Path]:
-        """Return the marks that files which were run have left."""
+        """Return the markers of the files whose code ran."""
         return [*self.team.rglob("ran"), *self.other.rglob("ran")]
 
 
@@ -173,7 +173,7 @@ def test_only_jobs_below_the_allowed_folders_are_accepted(
         "{other}/out.zarr.chunkq/.",
     ],
 )
-def test_no_spelling_of_a_path_leads_out_of_the_allowed_folders(
+def test_no_spelling_of_a_path_escapes_the_allowed_folders(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, spelling: str, kind: str
 ) -> None:
     (lab.other / "net.py").write_text(NETWORK.format(imports=""))
@@ -203,19 +203,19 @@ def test_no_spelling_of_a_path_leads_out_of_the_allowed_folders(
         ("/data/\u00e9", ["/data/\u00e9/o"], ["/data/e\u0301/o", "/data/\u00c9/o"]),
     ],
 )
-def test_whole_parts_of_a_path_are_compared(
+def test_prefixes_are_compared_by_whole_path_components(
     monkeypatch: pytest.MonkeyPatch, prefix: str, inside: list[str], outside: list[str]
 ) -> None:
     allow(monkeypatch, prefix)
     for path in inside:
         assert accepted_job(f"{path}.chunkq") == f"{path}.chunkq"
     for path in outside:
-        with pytest.raises(JobError) as refusal:
+        with pytest.raises(JobError) as error:
             accepted_job(f"{path}.chunkq")
-        assert refusal.value.code in (ErrorCode.PATH_INVALID, ErrorCode.PATH_NOT_ALLOWED)
+        assert error.value.code in (ErrorCode.PATH_INVALID, ErrorCode.PATH_NOT_ALLOWED)
 
 
-def test_a_refusal_names_the_path_where_it_leads_and_what_to_allow(lab: Lab) -> None:
+def test_the_error_has_the_path_its_target_and_the_folder_to_allow(lab: Lab) -> None:
     (lab.team / "out.zarr.chunkq").symlink_to(lab.other / "x.zarr.chunkq")
     error = refused(lab.team / "out.zarr.chunkq")
     assert error.code == ErrorCode.PATH_NOT_ALLOWED
@@ -223,24 +223,26 @@ def test_a_refusal_names_the_path_where_it_leads_and_what_to_allow(lab: Lab) -> 
     assert f"--allow {lab.other} " in str(error)
 
 
-def test_a_refusal_shows_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_masks_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     allow(monkeypatch, "ftp://me:hush@host/a")
     assert "hush" not in str(refused("ftp://me:hush@host/b/out.zarr.chunkq"))
 
 
-def test_an_output_that_leads_out_of_the_allowed_folders_is_refused(lab: Lab) -> None:
+def test_an_output_outside_the_allowed_folders_is_rejected(lab: Lab) -> None:
     job = lab.produce()
     (lab.team / "out.zarr").rename(lab.other / "out.zarr")
     (lab.team / "out.zarr").symlink_to(lab.other / "out.zarr")
-    assert "output" in str(refused(job))
+    error = refused(job)
+    assert error.code == ErrorCode.PATH_NOT_ALLOWED
+    assert f"output {job.with_suffix('')} -> {lab.other}/out.zarr" in str(error)
     assert lab.ran() == []
 
 
-def test_what_was_checked_is_opened_whatever_becomes_of_a_link_outside(
+def test_a_worker_opens_the_checked_path_even_if_a_link_outside_changes(
     lab: Lab,
 ) -> None:
     link = lab.other / "link"
-    with (lab.team / "net.py").open("a") as file:  # runs after the check and before the commit
+    with (lab.team / "net.py").open("a") as file:  # runs between the check and the commit
         file.write(f"link = Path({str(link)!r}); link.unlink(); link.symlink_to('/nowhere')\n")
     job = lab.produce()
     link.symlink_to(lab.team)
@@ -251,13 +253,13 @@ def test_what_was_checked_is_opened_whatever_becomes_of_a_link_outside(
     assert ledger(job).is_committed("infer", (0,))
     link.unlink()
     link.symlink_to(lab.team)
-    # The class file, too, is opened below the allowed folder and not through the link.
+    # The class file is also opened below the allowed folder, not through the link.
     record = JobFolder(str(job)).require_record()
     through_link = record.job.with_files({"model_config.class_file": f"{link}/net.py"})
     assert accepted_files(through_link, str(job)).model.class_file == f"{lab.team}/net.py"
 
 
-def test_a_task_through_a_link_is_known_as_waiting_and_its_failure_as_the_jobs(
+def test_waiting_tasks_and_failures_are_recorded_for_the_resolved_job_folder(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = lab.produce()
@@ -271,17 +273,17 @@ def test_a_task_through_a_link_is_known_as_waiting_and_its_failure_as_the_jobs(
     assert [failure.message for failure in ledger(job).failures()] == ["ValueError: broken"]
 
 
-def test_the_failure_of_a_refused_job_is_written_nowhere(lab: Lab) -> None:
+def test_no_failure_is_recorded_for_a_rejected_job(lab: Lab) -> None:
     task = Task("infer", f"{lab.other}/out.zarr.chunkq", (0,))
     record_failure(task, Attempt(1, "worker"), ValueError("broken"))
     assert not waits_for_device(task)
     assert not (lab.other / "out.zarr.chunkq").exists()
 
 
-# ----------------------------------------------------------------- the files that a job names
+# ------------------------------------------------------------------------ files of a job
 
 
-def test_a_job_whose_files_are_allowed_runs_and_its_input_may_lie_anywhere(lab: Lab) -> None:
+def test_a_job_with_allowed_files_runs_with_an_input_outside(lab: Lab) -> None:
     (lab.team / "kwargs.py").write_text("kwargs = {'gain': 2}")
     (lab.team / "steps.py").write_text(STEPS)
     job = lab.produce(model={"kwargs_file": str(lab.team / "kwargs.py")})
@@ -299,21 +301,21 @@ KEYS = {
     "model_file": {"type": "file"},
     "json_file": {"type": "json", "runtime": "tensorflow"},
 }
-"""Every key of model_config that names a file, and the keys beside it."""
+"""Keys of model_config with a file, and the other keys that they need."""
 
 
-def test_every_key_that_names_a_file_is_known() -> None:
-    named = {n for n in ModelConfig.model_fields if n.endswith("_file")}
-    assert named | {"checkpoint", "processing_steps"} == KEYS.keys()
+def test_all_keys_with_files_are_tested() -> None:
+    keys = {name for name in ModelConfig.model_fields if name.endswith("_file")}
+    assert keys | {"checkpoint", "processing_steps"} == KEYS.keys()
 
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize(
-    "how",
+    "location",
     [
         "outside",
         "link",
-        "link inwards",
+        "link from outside",
         "relative",
         "url",
         "dots",
@@ -323,32 +325,33 @@ def test_every_key_that_names_a_file_is_known() -> None:
     ],
 )
 def test_every_file_that_a_job_loads_must_be_allowed(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, key: str, how: str
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, key: str, location: str
 ) -> None:
     allow(monkeypatch, lab.team, "s3://bucket/a", "https://host/a")
     monkeypatch.chdir(lab.team)
     (lab.other / "file").touch()
     (lab.team / "link").symlink_to(lab.other / "file")
-    (lab.other / "link").symlink_to(lab.team / "net.py")  # whoever can write there could turn it
+    # Users who can write to `other` can redirect this link.
+    (lab.other / "link").symlink_to(lab.team / "net.py")
     path = {
         "outside": f"{lab.other}/file",
         "link": f"{lab.team}/link",
-        "link inwards": f"{lab.other}/link",
+        "link from outside": f"{lab.other}/link",
         "relative": "net.py",
         "url": "s3://bucket/file",
         "url dots": "s3://bucket/a/../file",
         "encoded": "https://host/a/%2e%2e/file",
         "dots": f"{lab.team}/../other/file",
         "chained": f"simplecache::file://{lab.team}/net.py",
-    }[how]
+    }[location]
     model = {k: v.format(team=lab.team) for k, v in KEYS[key].items()}
     model = {"runtime": "torch", "model_input_shape": [8], **model, key: path}
     job = parse_job({"input": "/in.npy", "output": "/out.zarr", "model_config": model})
-    with pytest.raises(JobError) as refusal:
+    with pytest.raises(JobError) as error:
         accepted_files(job, f"{lab.team}/out.zarr.chunkq")
-    assert refusal.value.code == ErrorCode.PATH_NOT_ALLOWED
-    assert f"model_config.{key} {path}" in str(refusal.value)
-    assert len(str(refusal.value).splitlines()) == 1
+    assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
+    assert f"model_config.{key} {path}" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
     inside = job.with_files({f"model_config.{key}": f"{lab.team}/net.py"})
     assert accepted_files(inside, f"{lab.team}/out.zarr.chunkq") == inside
 
@@ -362,7 +365,7 @@ CODE = {
 
 @pytest.mark.parametrize("kind", ["infer", "finalize"])
 @pytest.mark.parametrize("key", CODE)
-def test_no_code_outside_runs_though_the_job_is_allowed(lab: Lab, key: str, kind: str) -> None:
+def test_no_code_outside_the_allowed_folders_runs(lab: Lab, key: str, kind: str) -> None:
     (lab.other / "code.py").write_text(CODE[key])
     job = lab.produce(model={key: str(lab.other / "code.py")})
     error = refused(job, kind)
@@ -370,18 +373,20 @@ def test_no_code_outside_runs_though_the_job_is_allowed(lab: Lab, key: str, kind
     assert f"model_config.{key} {lab.other}/code.py" in str(error)
     assert f"--allow {lab.other} " in str(error)
     assert lab.ran() == []
-    assert ledger(job).failures() == []  # the job is refused, no chunk has failed
+    assert ledger(job).failures() == []  # the job is rejected, but no chunk has failed
 
 
 @pytest.mark.parametrize("kind", ["infer", "finalize"])
-def test_a_weight_function_outside_does_not_run(lab: Lab, kind: str) -> None:
+def test_no_weight_function_outside_the_allowed_folders_runs(lab: Lab, kind: str) -> None:
     (lab.other / "weights.py").write_text(WEIGHTS)
-    job = lab.produce(weight_function=[str(lab.other / "weights.py"), "mine"])
-    assert f"weight_function {lab.other}/weights.py" in str(refused(job, kind))
+    job = lab.produce(weight_function=[str(lab.other / "weights.py"), "blend"])
+    error = refused(job, kind)
+    assert error.code == ErrorCode.PATH_NOT_ALLOWED
+    assert f"weight_function {lab.other}/weights.py" in str(error)
     assert lab.ran() == []
 
 
-def test_a_second_allowed_folder_makes_a_file_there_usable(
+def test_files_in_a_second_allowed_folder_are_accepted(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (lab.other / "net.py").write_text(NETWORK.format(imports=""))
@@ -392,7 +397,7 @@ def test_a_second_allowed_folder_makes_a_file_there_usable(
     assert lab.ran() == [lab.other / "ran"]
 
 
-def test_a_file_exchanged_for_a_link_after_the_first_chunk_is_refused(lab: Lab) -> None:
+def test_a_file_that_is_replaced_by_a_link_after_the_first_chunk_is_rejected(lab: Lab) -> None:
     job = lab.produce()
     run(job)
     (lab.team / "net.py").rename(lab.other / "net.py")
@@ -401,7 +406,7 @@ def test_a_file_exchanged_for_a_link_after_the_first_chunk_is_refused(lab: Lab) 
 
 
 @pytest.mark.parametrize("name", ["variables/weights", "assets"])
-def test_every_file_in_a_models_folder_must_be_allowed(lab: Lab, name: str) -> None:
+def test_every_file_in_the_folder_of_a_model_must_be_allowed(lab: Lab, name: str) -> None:
     (lab.team / "saved" / "variables").mkdir(parents=True)
     (lab.team / "saved" / "saved_model.pb").touch()
     model = {"runtime": "tensorflow", "type": "file", "model_file": f"{lab.team}/saved"}
@@ -409,8 +414,9 @@ def test_every_file_in_a_models_folder_must_be_allowed(lab: Lab, name: str) -> N
     job = parse_job({**values, "model_config": {**model, "model_input_shape": [8]}})
     assert accepted_files(job, "/out.zarr.chunkq") == job
     (lab.team / "saved" / name).symlink_to(lab.other)
-    with pytest.raises(JobError, match=name):
+    with pytest.raises(JobError, match=name) as error:
         accepted_files(job, "/out.zarr.chunkq")
+    assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
 
 
 def test_every_file_of_a_tensorflow_checkpoint_must_be_allowed(lab: Lab) -> None:
@@ -423,33 +429,34 @@ def test_every_file_of_a_tensorflow_checkpoint_must_be_allowed(lab: Lab) -> None
     assert accepted_files(job, "/out.zarr.chunkq") == job
     (lab.team / "model.index").unlink()
     (lab.team / "model.index").symlink_to(lab.other / "in.npy")
-    with pytest.raises(JobError, match=r"checkpoint .*model\.index"):
+    with pytest.raises(JobError, match=r"checkpoint .*model\.index") as error:
         accepted_files(job, "/out.zarr.chunkq")
+    assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
 
 
-def test_a_module_beside_a_class_file_may_be_imported_unless_it_leads_out(lab: Lab) -> None:
-    (lab.team / "net.py").write_text(NETWORK.format(imports="import beside_net, inside.more"))
-    (lab.team / "beside_net.py").touch()
+def test_a_class_file_may_import_sibling_modules_unless_they_are_outside(lab: Lab) -> None:
+    (lab.team / "net.py").write_text(NETWORK.format(imports="import sibling_net, inside.more"))
+    (lab.team / "sibling_net.py").touch()
     (lab.team / "inside").mkdir()
     (lab.team / "inside" / "more.py").touch()
     key, path = "model_config.class_file", str(lab.team / "net.py")
     finders = list(sys.meta_path)
     assert "Net" in load_names(path, key)
-    for name in ("beside_net.py", "inside/more.py"):
-        kept = (lab.team / name).rename(lab.other / "kept.py")
-        kept.write_text("from pathlib import Path; Path(__file__).with_name('ran').touch()")
-        (lab.team / name).symlink_to(kept)
-        with pytest.raises(JobError) as refusal:
+    for name in ("sibling_net.py", "inside/more.py"):
+        target = (lab.team / name).rename(lab.other / "target.py")
+        target.write_text("from pathlib import Path; Path(__file__).with_name('ran').touch()")
+        (lab.team / name).symlink_to(target)
+        with pytest.raises(JobError) as error:
             load_names(path, key)
-        assert refusal.value.code == ErrorCode.PATH_NOT_ALLOWED
-        assert str(refusal.value).startswith(f"{key}: {path} ")
+        assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
+        assert str(error.value).startswith(f"{key}: {path} ")
         (lab.team / name).unlink()
         (lab.team / name).touch()
     assert lab.ran() == [lab.team / "ran"]
     assert sys.meta_path == finders
 
 
-def test_an_installed_package_inside_the_folder_is_not_beside_the_file(lab: Lab) -> None:
+def test_an_installed_package_inside_the_folder_is_not_a_sibling_module(lab: Lab) -> None:
     (lab.other / "linked_package.py").touch()
     packages = lab.team / "env" / "site-packages"
     packages.mkdir(parents=True)
@@ -459,7 +466,7 @@ def test_an_installed_package_inside_the_folder_is_not_beside_the_file(lab: Lab)
     assert "linked_package" in load_names(str(lab.team / "net.py"), "model_config.class_file")
 
 
-# ------------------------------------------------------------------------------ the prefixes
+# ------------------------------------------------------------------------------ prefixes
 
 
 def test_without_allow_a_worker_runs_any_job_in_canonical_form(
@@ -477,17 +484,19 @@ def test_without_allow_a_worker_runs_any_job_in_canonical_form(
 @pytest.mark.parametrize(
     "text", ["\n", " ", "s3://", "s3:///a", "s3://b/../c", "team", ".", "a\n/b"]
 )
-def test_a_prefix_that_cannot_be_compared_refuses_every_job(
+def test_an_invalid_prefix_rejects_every_job(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     job = lab.produce()
     allow(monkeypatch, text)
     monkeypatch.chdir(lab.team)
-    assert str(refused(job)).startswith(f"{ALLOW_VARIABLE}: ")
+    error = refused(job)
+    assert error.code == ErrorCode.PATH_INVALID
+    assert str(error).startswith(f"{ALLOW_VARIABLE}: ")
     assert lab.ran() == []
 
 
-def test_an_empty_variable_is_as_none_and_empty_lines_do_not_count(
+def test_an_empty_variable_allows_all_paths_and_empty_lines_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     allow(monkeypatch, "")
@@ -496,7 +505,7 @@ def test_an_empty_variable_is_as_none_and_empty_lines_do_not_count(
     assert AllowedPaths.from_environment() == AllowedPaths(("/a", "s3://b"))
 
 
-def test_relative_prefixes_of_the_command_are_those_of_its_working_directory(
+def test_relative_prefixes_of_the_option_are_relative_to_the_working_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(ALLOW_VARIABLE, "")
@@ -509,9 +518,10 @@ def test_relative_prefixes_of_the_command_are_those_of_its_working_directory(
 
 
 @pytest.mark.parametrize("prefix", ["", " ", "s3://", "/a\n/", "s3://b/../c", "dir::file:///a"])
-def test_an_option_that_cannot_be_compared_is_refused(prefix: str) -> None:
-    with pytest.raises(JobError, match=r"^--allow: "):
+def test_an_invalid_option_is_rejected(prefix: str) -> None:
+    with pytest.raises(JobError, match=r"^--allow: ") as error:
         AllowedPaths.of([prefix], Path("/base"))
+    assert error.value.code == ErrorCode.PATH_INVALID
 
 
 def test_the_digest_of_a_job_does_not_depend_on_the_allowed_paths(lab: Lab) -> None:
@@ -532,7 +542,7 @@ def test_the_network_is_loaded_from_the_path_that_was_checked(lab: Lab) -> None:
         run(job)
 
 
-def test_a_refused_job_is_not_opened_to_see_what_a_lost_queue_held(lab: Lab) -> None:
+def test_a_rejected_job_is_not_opened_to_report_a_lost_queue(lab: Lab) -> None:
     inside, outside = str(lab.produce()), str(lab.produce(lab.other))
     before = {job: Counts(queued=1) for job in (inside, outside, f"file://{inside}")}
     assert _lost(before, {}) == [f"{lab.team}/out.zarr"]
@@ -540,7 +550,7 @@ def test_a_refused_job_is_not_opened_to_see_what_a_lost_queue_held(lab: Lab) -> 
 
 @pytest.mark.parametrize("name", ["../../other/x", "/x", "a/../../x", "..", "", "a//x"])
 @pytest.mark.parametrize("key", ["array", "epoch", "metadata"])
-def test_a_record_cannot_name_a_place_outside_its_output_and_folder(
+def test_a_record_cannot_contain_names_outside_its_output_and_job_folder(
     lab: Lab, key: str, name: str
 ) -> None:
     job = lab.produce()
@@ -548,7 +558,7 @@ def test_a_record_cannot_name_a_place_outside_its_output_and_folder(
     changed = replace(record, **{key: {name: "{}"} if key == "metadata" else name})
     assert JobRecord.from_json(record.to_json()) == record
     if (key, name) == ("epoch", ""):
-        return  # of a record that is not stored yet
+        return  # a record that is not stored yet has no epoch
     (job / "job.json").write_bytes(changed.to_json())
     assert refused(job).code == ErrorCode.JOB_RECORD_DAMAGED
     assert lab.ran() == []

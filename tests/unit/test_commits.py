@@ -1,4 +1,4 @@
-"""A commit record counts only as it was written, for its own task and epoch."""
+"""A commit record is valid only if it is intact and belongs to its task and epoch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +15,25 @@ def record_path(ledger: Ledger, name: str, kind: str = "infer") -> Path:
     return Path(ledger.path, "done", kind, "0", name)
 
 
-def cut_short(record: Path) -> None:
+def truncate(record: Path) -> None:
     record.write_bytes(record.read_bytes()[:-1])
 
 
-def flip_a_digit(record: Path) -> None:
+def change_a_digit(record: Path) -> None:
     text = record.read_text()
     assert text.count('"input": 64') == 1
     record.write_text(text.replace('"input": 64', '"input": 65'))
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "emptied": lambda record: record.write_bytes(b""),
-    "cut-short": cut_short,
-    "another-digit": flip_a_digit,
+    "empty": lambda record: record.write_bytes(b""),
+    "truncated": truncate,
+    "changed-digit": change_a_digit,
     "another-file": lambda record: record.write_bytes(b"{}"),
 }
 
 
-def test_a_commit_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_commit_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path), EPOCH)
     ledger.commit(COMMIT)
     assert ledger.is_committed("infer", (0, 1))
@@ -41,7 +41,7 @@ def test_a_commit_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_record_commits_nothing_and_gives_way_to_the_next(
+def test_a_damaged_record_is_ignored_and_replaced_by_the_next_commit(
     tmp_path: Path, damage: str
 ) -> None:
     ledger = Ledger(str(tmp_path), EPOCH)
@@ -53,7 +53,7 @@ def test_a_damaged_record_commits_nothing_and_gives_way_to_the_next(
     assert list(ledger.read_commits("infer")) == [COMMIT]
 
 
-def test_a_record_of_an_earlier_job_commits_nothing(tmp_path: Path) -> None:
+def test_a_record_of_an_earlier_job_is_ignored(tmp_path: Path) -> None:
     earlier, ledger = (Ledger(str(tmp_path), epoch) for epoch in (EPOCH, LATER))
     earlier.commit(COMMIT)
     Path(earlier.path).rename(ledger.path)
@@ -63,7 +63,7 @@ def test_a_record_of_an_earlier_job_commits_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "chunk"), [("infer", (1, 1)), ("finalize", (0, 1))])
-def test_a_record_of_another_task_commits_nothing(
+def test_a_record_of_another_task_is_ignored(
     tmp_path: Path, kind: str, chunk: tuple[int, ...]
 ) -> None:
     ledger = Ledger(str(tmp_path), EPOCH)
@@ -75,7 +75,7 @@ def test_a_record_of_another_task_commits_nothing(
     assert list(ledger.read_commits(kind)) == []
 
 
-def test_the_first_of_two_valid_records_stays(tmp_path: Path) -> None:
+def test_the_first_of_two_valid_records_is_kept(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path), EPOCH)
     ledger.commit(COMMIT)
     ledger.commit(Commit("infer", (0, 1), 3, "host-2", 5.0, 6.0))

@@ -1,4 +1,4 @@
-"""The canonical form of an output's path: one job, one path, one key."""
+"""Canonical paths of outputs and job folders."""
 
 from pathlib import Path
 
@@ -24,11 +24,11 @@ SPELLINGS = {
     "local:///data/./out.zarr": "/data/out.zarr",
     "file://localhost/data/out.zarr": "/data/out.zarr",
     "file://out.zarr": "/base/folder/out.zarr",
-    "/data/%2e%2e/out.zarr": "/data/%2e%2e/out.zarr",  # a name like any other on a local disk
+    "/data/%2e%2e/out.zarr": "/data/%2e%2e/out.zarr",  # not decoded on a local disk
     "/data/..\\out.zarr": "/data/..\\out.zarr",
     "s3://bucket/a/out.zarr/": "s3://bucket/a/out.zarr",
     "S3://bucket//a/./b/../out.zarr": "s3://bucket/a/out.zarr",
-    "s3://Bucket/A/out.zarr": "s3://Bucket/A/out.zarr",  # keys have a case
+    "s3://Bucket/A/out.zarr": "s3://Bucket/A/out.zarr",  # keys are case-sensitive
     "HTTPS://me@Host.ORG:80/A/out.zarr": "https://me@host.org:80/A/out.zarr",
     "memory:///out.zarr": "memory://out.zarr",
     "memory://a/../out.zarr": "memory://out.zarr",
@@ -36,16 +36,16 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize(("written", "path"), SPELLINGS.items())
-def test_every_spelling_of_a_path_has_one_canonical_form(written: str, path: str) -> None:
-    assert output_path(written, BASE) == path
+@pytest.mark.parametrize(("spelling", "path"), SPELLINGS.items())
+def test_every_spelling_of_a_path_has_one_canonical_form(spelling: str, path: str) -> None:
+    assert output_path(spelling, BASE) == path
     assert output_path(path, Path("/elsewhere")) == path
     check_job_path(f"{path}.chunkq")
-    if written != path:
-        assert path_problem(written) is not None
+    if spelling != path:
+        assert path_problem(spelling) is not None
 
 
-WITHOUT_FORM = [
+WITHOUT_CANONICAL_FORM = [
     "s3://bucket/../other/out.zarr",
     "s3://bucket/a/../../other/out.zarr",
     "memory://../out.zarr",
@@ -75,16 +75,16 @@ WITHOUT_FORM = [
 ]
 
 
-@pytest.mark.parametrize("path", WITHOUT_FORM)
-def test_an_output_without_a_canonical_form_is_refused_in_one_line(path: str) -> None:
-    with pytest.raises(JobError) as refusal:
+@pytest.mark.parametrize("path", WITHOUT_CANONICAL_FORM)
+def test_an_output_without_a_canonical_form_is_rejected_in_one_line(path: str) -> None:
+    with pytest.raises(JobError) as error:
         output_path(path, BASE)
-    assert refusal.value.code == ErrorCode.PATH_INVALID
-    assert len(str(refusal.value).splitlines()) == 1
-    assert len(str(refusal.value)) < 600
-    with pytest.raises(JobError) as refusal:
+    assert error.value.code == ErrorCode.PATH_INVALID
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 600
+    with pytest.raises(JobError) as error:
         check_job_path(f"{path}.chunkq")
-    assert refusal.value.code == ErrorCode.PATH_INVALID
+    assert error.value.code == ErrorCode.PATH_INVALID
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_an_output_without_a_canonical_form_is_refused_in_one_line(path: str) ->
         "https://HOST/out.zarr.chunkq",
     ],
 )
-def test_a_task_must_name_a_job_folder_in_canonical_form(job: str) -> None:
-    with pytest.raises(JobError) as refusal:
+def test_the_job_folder_of_a_task_must_have_the_canonical_form(job: str) -> None:
+    with pytest.raises(JobError) as error:
         check_job_path(job)
-    assert refusal.value.code == ErrorCode.PATH_INVALID
+    assert error.value.code == ErrorCode.PATH_INVALID
 
 
 parts = st.sampled_from(
@@ -129,7 +129,7 @@ starts = st.sampled_from(["", "/", "//", "file://", "file:///", "LOCAL://", "s3:
 
 
 @given(starts, st.lists(parts, max_size=6))
-def test_the_canonical_form_of_a_canonical_form_is_itself(start: str, inner: list[str]) -> None:
+def test_the_canonical_form_is_idempotent(start: str, inner: list[str]) -> None:
     form = canonical(start + "/".join(inner), BASE)
     assert canonical(form, Path("/elsewhere")) == form
     if path_problem(form) is None:
@@ -137,7 +137,7 @@ def test_the_canonical_form_of_a_canonical_form_is_itself(start: str, inner: lis
         assert form == "/" or not {".", "..", ""} & {*inner_parts}
 
 
-def test_the_output_of_a_job_file_is_canonical_and_refused_with_all_other_mistakes() -> None:
+def test_the_output_of_a_job_is_canonical_or_reported_with_all_other_mistakes() -> None:
     model = {"runtime": "torch", "type": "torchscript", "ts_file": "/n.pt"}
     values = {
         "input": "s3://bucket//in.zarr",
@@ -146,21 +146,21 @@ def test_the_output_of_a_job_file_is_canonical_and_refused_with_all_other_mistak
     }
     job = load_job(values)
     assert job.output == "s3://bucket/out.zarr"
-    assert job.input == ("s3://bucket//in.zarr",)  # a key may well have an empty part
-    with pytest.raises(JobError) as refusal:
+    assert job.input == ("s3://bucket//in.zarr",)  # a key may have an empty part
+    with pytest.raises(JobError) as error:
         load_job(values, output="s3://bucket/../x.zarr")
-    assert refusal.value.code == ErrorCode.PATH_INVALID
-    with pytest.raises(JobError) as refusal:
+    assert error.value.code == ErrorCode.PATH_INVALID
+    with pytest.raises(JobError) as error:
         load_job({**values, "chunksize": [0], "output": "a\0"})
-    assert [line.partition(":")[0] for line in refusal.value.problems] == ["chunksize.0", "output"]
+    assert [line.partition(":")[0] for line in error.value.problems] == ["chunksize.0", "output"]
 
 
-def test_a_path_is_shown_in_one_short_line_without_a_password() -> None:
+def test_a_path_is_printed_in_one_short_line_without_its_password() -> None:
     assert printable_path("/a\n\x1b[1m\u2028b") == "/a\\x0a\\x1b[1m\\x2028b"
     assert printable_path("ftp://me:hush@host/x") == "ftp://me:***@host/x"
     assert len(printable_path("/" + "x" * 9000)) < 400
     assert printable_path("/\udcff") == "/\\udcff"
 
 
-def test_a_home_folder_that_does_not_exist_is_a_name_like_any_other() -> None:
+def test_the_home_folder_of_an_unknown_user_is_an_ordinary_name() -> None:
     assert absolute("~no_such_user/x", BASE) == "/base/folder/~no_such_user/x"

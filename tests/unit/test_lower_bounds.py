@@ -1,4 +1,4 @@
-"""The lowest versions in pyproject.toml are those that `make prove PART=oldest` tests."""
+"""`make prove PART=oldest` tests the lower bounds in pyproject.toml."""
 
 import re
 import tomllib
@@ -11,14 +11,15 @@ BOUND = re.compile(r"([A-Za-z0-9_-]+)>=([\d.]+)")
 
 
 def bounds() -> dict[str, str]:
-    """Name -> lower bound, of the dependencies and of the extras that load model files."""
+    """Return the lower bounds of the dependencies and of the model runtimes, by package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needs = [
+    requirements = [
         *project["dependencies"],
-        *(n for e in ("torch", "onnx", "tensorflow") for n in extras[e]),
+        *(r for extra in ("torch", "onnx", "tensorflow") for r in extras[extra]),
     ]
-    return {found[1]: found[2] for need in needs if (found := BOUND.fullmatch(need))}
+    matches = [match for r in requirements if (match := BOUND.fullmatch(r))]
+    return {match[1]: match[2] for match in matches}
 
 
 def pins() -> dict[str, str]:
@@ -28,7 +29,7 @@ def pins() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", sorted(bounds()))
-def test_the_proof_installs_the_lower_bound_itself(name: str) -> None:
+def test_the_oldest_tested_version_is_the_lower_bound(name: str) -> None:
     pinned = pins()["tensorflow-cpu" if name == "tensorflow" else name]
     lowest, tested = (
         [int(n) for n in v.split("+")[0].split(".")] for v in (bounds()[name], pinned)

@@ -1,94 +1,103 @@
-"""What chunks leave for each other comes back as it was stored, or not at all."""
+"""A piece is read as it was stored, or raises PieceError."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
-import hypothesis.extra.numpy as arrays_of
+import hypothesis.extra.numpy as numpy_strategies
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq.errors import PieceError
+from chunkq.errors import ErrorCode, PieceError
 from chunkq.ledger import Ledger
 
+EPOCH = "0a1b2c3d"
 DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2"]).map(np.dtype)
-ARRAYS = arrays_of.arrays(DTYPES, arrays_of.array_shapes(min_dims=1, max_dims=4, min_side=0))
+ARRAYS = numpy_strategies.arrays(
+    DTYPES, numpy_strategies.array_shapes(min_dims=1, max_dims=4, min_side=0)
+)
 
 
-@given(pieces=st.lists(ARRAYS, max_size=4))
-def test_arrays_come_back_as_they_were_stored(
-    tmp_path_factory: pytest.TempPathFactory, pieces: list[np.ndarray]
+@given(arrays=st.lists(ARRAYS, max_size=4))
+def test_arrays_are_read_as_they_were_stored(
+    tmp_path_factory: pytest.TempPathFactory, arrays: list[np.ndarray]
 ) -> None:
-    folder = Ledger(str(tmp_path_factory.mktemp("job")), "0a1b2c3d")
-    written = folder.put_piece((1, 2), "own", pieces)
-    found, size = folder.get_piece((1, 2), "own")
-    assert size == written.size
-    assert [(a.dtype, a.shape, a.tobytes()) for a in found] == [
-        (a.dtype, a.shape, a.tobytes()) for a in pieces
+    ledger = Ledger(str(tmp_path_factory.mktemp("job")), EPOCH)
+    info = ledger.put_piece((1, 2), "own", arrays)
+    read_arrays, size = ledger.get_piece((1, 2), "own")
+    assert size == info.size
+    assert [(a.dtype, a.shape, a.tobytes()) for a in read_arrays] == [
+        (a.dtype, a.shape, a.tobytes()) for a in arrays
     ]
 
 
-def test_what_is_stored_in_another_memory_order_comes_back_in_its_shape(tmp_path: Path) -> None:
-    folder, stored = (
-        Ledger(str(tmp_path), "0a1b2c3d"),
-        np.arange(24, dtype="<f4").reshape(2, 3, 4).T,
-    )
-    folder.put_piece((0,), "own", [stored])
-    np.testing.assert_array_equal(folder.get_piece((0,), "own")[0][0], stored)
+def test_an_array_in_fortran_order_keeps_its_shape_and_values(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    array = np.arange(24, dtype="<f4").reshape(2, 3, 4).T
+    ledger.put_piece((0,), "own", [array])
+    np.testing.assert_array_equal(ledger.get_piece((0,), "own")[0][0], array)
+
+
+def assert_damaged(ledger: Ledger) -> None:
+    with pytest.raises(PieceError) as error:
+        ledger.get_piece((0,), "own")
+    assert error.value.code is ErrorCode.PIECE_DAMAGED
+    assert f"{ledger.path}/pieces/0/0/own is damaged" in str(error.value)
+
+
+def test_a_missing_piece_is_detected(tmp_path: Path) -> None:
+    with pytest.raises(PieceError, match="pieces/0/0/own is missing"):
+        Ledger(str(tmp_path), EPOCH).get_piece((0,), "own")
 
 
 @pytest.mark.parametrize("byte", [0, 3, 4, 10, 30, -1])
-def test_one_changed_byte_is_found(tmp_path: Path, byte: int) -> None:
-    folder = Ledger(str(tmp_path), "0a1b2c3d")
-    folder.put_piece((0,), "own", [np.arange(8, dtype="<f4")])
-    path = tmp_path / "0a1b2c3d" / "pieces" / "0" / "0" / "own"
+def test_a_changed_byte_is_detected(tmp_path: Path, byte: int) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.put_piece((0,), "own", [np.arange(8, dtype="<f4")])
+    path = tmp_path / EPOCH / "pieces" / "0" / "0" / "own"
     content = bytearray(path.read_bytes())
     content[byte] ^= 1
     path.write_bytes(content)
-    with pytest.raises(PieceError, match="pieces/0/0/own is damaged"):
-        folder.get_piece((0,), "own")
+    assert_damaged(ledger)
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 40])
-def test_a_piece_cut_short_is_found(tmp_path: Path, length: int) -> None:
-    folder = Ledger(str(tmp_path), "0a1b2c3d")
-    folder.put_piece((0,), "own", [np.zeros(8, "<f4")])
-    path = tmp_path / "0a1b2c3d" / "pieces" / "0" / "0" / "own"
+def test_a_truncated_piece_is_detected(tmp_path: Path, length: int) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.put_piece((0,), "own", [np.zeros(8, "<f4")])
+    path = tmp_path / EPOCH / "pieces" / "0" / "0" / "own"
     path.write_bytes(path.read_bytes()[:length] if length != 4 else bytes(4))
-    with pytest.raises(PieceError, match="pieces/0/0/own is damaged"):
-        folder.get_piece((0,), "own")
+    assert_damaged(ledger)
 
 
-def test_pieces_are_read_without_python_s_parser_which_threads_disturb(
+def test_pieces_are_read_without_the_parser_of_python_which_is_not_thread_safe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Ledger(str(tmp_path), "0a1b2c3d")
-    folder.put_piece((0,), "own", [np.ones(3, "<f4")])
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.put_piece((0,), "own", [np.ones(3, "<f4")])
 
-    def parsed(*_: object, **__: object) -> None:
+    def parse(*_: object, **__: object) -> None:
         raise AssertionError("a header was parsed as Python code")
 
-    monkeypatch.setattr(ast, "parse", parsed)
-    assert folder.get_piece((0,), "own")[0][0].tolist() == [1, 1, 1]
+    monkeypatch.setattr(ast, "parse", parse)
+    assert ledger.get_piece((0,), "own")[0][0].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["own", "01"])
-def test_a_piece_in_the_place_of_another_is_found(tmp_path: Path, name: str) -> None:
-    ledger = Ledger(str(tmp_path), "0a1b2c3d")
+def test_a_piece_under_the_name_of_another_is_detected(tmp_path: Path, name: str) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH)
     for block, piece in [((0,), "own"), ((1,), name)]:
         ledger.put_piece(block, piece, [np.zeros(8, "<f4")])
-    pieces = tmp_path / "0a1b2c3d" / "pieces" / "0"
+    pieces = tmp_path / EPOCH / "pieces" / "0"
     (pieces / "1" / name).replace(pieces / "0" / "own")
-    with pytest.raises(PieceError, match="pieces/0/0/own is damaged"):
-        ledger.get_piece((0,), "own")
+    assert_damaged(ledger)
 
 
-def test_a_piece_of_an_earlier_job_is_found(tmp_path: Path) -> None:
-    earlier, ledger = (Ledger(str(tmp_path), epoch) for epoch in ("0a1b2c3d", "4e5f6071"))
+def test_a_piece_of_an_earlier_job_is_detected(tmp_path: Path) -> None:
+    earlier, ledger = (Ledger(str(tmp_path), epoch) for epoch in (EPOCH, "4e5f6071"))
     earlier.put_piece((0,), "own", [np.zeros(8, "<f4")])
     (tmp_path / earlier.epoch).rename(tmp_path / ledger.epoch)
-    with pytest.raises(PieceError, match="is damaged"):
-        ledger.get_piece((0,), "own")
+    assert_damaged(ledger)

@@ -8,12 +8,10 @@ from typing import Any
 
 import click
 
-from chunkq.errors import IncompleteError
 from chunkq.finalize import finalize_job
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
 from chunkq.progress import ProgressBar
-from chunkq.tasks import chunk_name
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
     job_at,
@@ -49,15 +47,9 @@ def finalize(
     blocks of these chunks stay empty and the output's attributes mark it as incomplete.
     """
     job = job_at(output)
-    try:
-        if distribute:
-            complete_on_workers(job, queue, allow_missing=allow_missing)
-        report = finalize_and_seal(job, allow_missing=allow_missing, threads=threads)
-    except IncompleteError as error:
-        if as_json:
-            missing = [chunk_name(index) for index in error.missing]
-            click.echo(json.dumps({"missing": missing}))
-        raise
+    if distribute:
+        complete_on_workers(job, queue, allow_missing=allow_missing)
+    report = finalize_and_seal(job, allow_missing=allow_missing, threads=threads)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
