@@ -54,7 +54,7 @@ class ErrorCode(StrEnum):
     STORE_UNSUPPORTED = auto()
     """A path is not an array in a supported format."""
     PACKAGE_MISSING = auto()
-    """A Python package that the job or the queue needs is not installed."""
+    """A Python package that the job, the queue or the command needs is not installed."""
     CODEC_UNSAFE = auto()
     """An array is stored with a codec that can run code."""
     QUEUE_UNAVAILABLE = auto()
@@ -103,8 +103,6 @@ class ErrorCode(StrEnum):
     """A worker of the run ended with an error."""
     CLUSTER_UNAVAILABLE = auto()
     """The cluster of the run did not start, or ended before the run."""
-    PACKAGE_MISSING = auto()
-    """An optional package that the command needs is not installed."""
 
 
 class ChunkqError(Exception):
