@@ -58,7 +58,7 @@ def to_votes(predictions: Array) -> Array:
 
 
 def add_weighted(total: Array, weights: Array, values: Array) -> None:
-    """Add `weights * values` to `total` in place; shapes (*S), (C, *S), (C, *S)."""
+    """Add `weights * values` to `total` in place: weights (*S), values and total (C, *S)."""
     if isinstance(total, np.ndarray):
         for channel, value in zip(total, values, strict=True):
             np.add(channel, weights * value, out=channel)
