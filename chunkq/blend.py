@@ -156,13 +156,13 @@ def contribution(plan: Plan, chunk: Chunk, parts: Sequence[npt.NDArray[Any]]) ->
     """Return the result of a chunk from its `Accumulator.sums`, converted to NumPy arrays."""
     interior = _to_output(plan, parts[0])
     sums = [buffers.contiguous(part) for part in parts[1:]]
-    own, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
+    own_block, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
     if chunk.has_band:
         rest = (_cut(plan, interior, chunk.interior, box) for box in chunk.rest_boxes)
-        own = OwnBlock(tuple(sums[:bands]), tuple(rest))
+        own_block = OwnBlock(tuple(sums[:bands]), tuple(rest))
     return Contribution(
         core=_cut(plan, interior, chunk.interior, chunk.core),
-        own=own,
+        own=own_block,
         pieces=tuple(zip(plan.outgoing_pieces(chunk), sums[bands:], strict=True)),
     )
 
@@ -176,24 +176,24 @@ def _shared_boxes(plan: Plan, chunk: Chunk) -> list[Box]:
 def finalize_sums(
     plan: Plan,
     chunk: Chunk,
-    own: OwnBlock | None,
+    own_block: OwnBlock | None,
     pieces: Mapping[Piece, npt.NDArray[np.float32]],
 ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
     """Yield the boxes of `chunk.touched_boxes`, each with its final output values.
 
-    The values are ([C,] *box.shape) in the output's dtype. `own` is None for a chunk that owns no
-    patch. `pieces` holds the sums of all `Plan.incoming_pieces`.
+    The values are ([C,] *box.shape) in the output's dtype. `own_block` is None for a chunk that owns
+    no patch. `pieces` holds the sums of all `Plan.incoming_pieces`.
     """
     combine = plan.job.combine
     channels = (plan.channels,) if plan.channel_axis else ()
     block = buffers.zeros((*channels, *chunk.block.shape), plan.output_dtype)
-    if own is not None:
-        for box, values in zip(chunk.rest_boxes, own.rest, strict=True):
+    if own_block is not None:
+        for box, values in zip(chunk.rest_boxes, own_block.rest, strict=True):
             _cut(plan, block, chunk.block, box)[...] = values
     for number, box in enumerate(chunk.band_boxes):
         total = buffers.zeros((plan.channels, *box.shape), np.float32)
-        if own is not None:
-            total += own.band[number]
+        if own_block is not None:
+            total += own_block.band[number]
         for piece in plan.incoming_pieces(chunk):
             shared = box & piece.box
             if shared.size:

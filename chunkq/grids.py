@@ -192,7 +192,7 @@ class Axis:
         return np.where(stop < self.volume, patches_end - stop, 0)
 
     def band(self, block: IntArray) -> IntArray:
-        """Return how many voxels at each block's low side the lower neighbour also predicts."""
+        """Return how many voxels at each block's low side the lower neighbor also predicts."""
         below: IntArray = np.maximum(block - 1, 0)
         return np.where(block > 0, self.upper_overlap(below), 0)
 

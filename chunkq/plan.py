@@ -2,7 +2,7 @@
 
 A chunk owns the patches whose kept voxels, clipped to the volume, start in its block. Each patch is
 therefore computed exactly once, and a chunk's patches end in its block or in the next block along
-each axis. The band of a block is the part at its low sides that lower neighbours also predict.
+each axis. The band of a block is the part at its low sides that lower neighbors also predict.
 See docs/design.md, section 4.
 """
 
@@ -249,7 +249,7 @@ class Plan:
                 )
 
     def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
-        """Return the pieces that a chunk stores for its upper neighbours, in a fixed order."""
+        """Return the pieces that a chunk stores for its upper neighbors, in a fixed order."""
         if not chunk.is_active:
             return []
         overlap = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
@@ -261,7 +261,7 @@ class Plan:
         ]
 
     def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
-        """Return the pieces that lower neighbours store for a chunk's block, in a fixed order."""
+        """Return the pieces that lower neighbors store for a chunk's block, in a fixed order."""
         block, inner, halo = chunk.block, chunk.interior.start, chunk.halo.shape
         pieces = []
         for up in _subsets(self.rank):

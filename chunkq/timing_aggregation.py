@@ -118,7 +118,7 @@ class _Columns:
 class _JobTiming:
     """Columns of one job as arrays; times are in seconds since the start of its first task.
 
-    `whole` and `own` are the durations that `Durations` defines.
+    `duration` and `own_duration` are the times `whole` and `own` of `Durations`.
     """
 
     def __init__(self, plan: Plan, chunks: _Columns, blocks: _Columns) -> None:
@@ -138,8 +138,8 @@ class _JobTiming:
         self.first = float(self.start.min(initial=np.inf)) if len(self.start) else 0.0
         self.last = float(self.stop.max(initial=0.0))
         self.last_start = float(self.start.max(initial=0.0))
-        self.whole = self.stop - self.start
-        self.own = np.maximum(self.whole - self.stages["wait"] - self.stages["load"], 0.0)
+        self.duration = self.stop - self.start
+        self.own_duration = np.maximum(self.duration - self.stages["wait"] - self.stages["load"], 0.0)
         self.indices = np.unravel_index(np.array(chunks.flat_index, np.int64), plan.blocks)
         self.voxels = np.ones(len(self.start))
         for axis, blocks_along in zip(plan.axes, self.indices, strict=True):
@@ -280,29 +280,29 @@ class _JobTiming:
         )
 
     def _durations(self) -> Durations:
-        if not len(self.own):
+        if not len(self.own_duration):
             return Durations()
-        kinds = {"whole": self.whole, "own": self.own} | self.stages
-        low, high = max(float(self.own.min()), 1e-3), max(float(self.own.max()), 1e-3)
-        bins = int(np.clip(2 * np.sqrt(len(self.own)), 4, BINS // 2))
+        kinds = {"whole": self.duration, "own": self.own_duration} | self.stages
+        low, high = max(float(self.own_duration.min()), 1e-3), max(float(self.own_duration.max()), 1e-3)
+        bins = int(np.clip(2 * np.sqrt(len(self.own_duration)), 4, BINS // 2))
         edges = np.geomspace(low * 0.999, max(high, low * 1.01) * 1.001, bins + 1)
-        counts, _ = np.histogram(self.own.clip(edges[0], edges[-1]), edges)
+        counts, _ = np.histogram(self.own_duration.clip(edges[0], edges[-1]), edges)
         return Durations(
-            float(self.whole.mean()),
+            float(self.duration.mean()),
             {kind: _quantiles(values) for kind, values in kinds.items()},
             tuple(float(edge) for edge in edges),
             tuple(int(count) for count in counts),
         )
 
     def _stragglers(self) -> Stragglers:
-        if not len(self.own):
+        if not len(self.own_duration):
             return Stragglers()
-        median = float(np.median(self.own))
+        median = float(np.median(self.own_duration))
         limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
-        slow = np.flatnonzero(self.own > limit)
-        worst = slow[np.argsort(-self.own[slow], kind="stable")][:MAX_STRAGGLERS]
+        slow = np.flatnonzero(self.own_duration > limit)
+        worst = slow[np.argsort(-self.own_duration[slow], kind="stable")][:MAX_STRAGGLERS]
         stages = {stage: self.stages[stage] for stage in ("read", "compute", "write")}
-        stages["other"] = np.maximum(self.own - sum(stages.values()), 0.0)
+        stages["other"] = np.maximum(self.own_duration - sum(stages.values()), 0.0)
         medians = {stage: float(np.median(values)) for stage, values in stages.items()}
         names = list(self.columns.names)
 
@@ -313,7 +313,7 @@ class _JobTiming:
                 chunk_name(tuple(int(along[number]) for along in self.indices)),
                 names[self.worker[number]],
                 self.columns.attempt[number],
-                float(self.own[number]),
+                float(self.own_duration[number]),
                 stage,
                 float(stages[stage][number]),
                 medians[stage],
@@ -322,7 +322,7 @@ class _JobTiming:
         return Stragglers(
             median=median,
             count=len(slow),
-            excess_seconds=float((self.own[slow] - median).sum()),
+            excess_seconds=float((self.own_duration[slow] - median).sum()),
             worst=tuple(straggler(int(number)) for number in worst),
         )
 
