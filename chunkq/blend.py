@@ -181,8 +181,8 @@ def finalize_sums(
 ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
     """Yield the boxes of `chunk.touched_boxes`, each with its final output values.
 
-    The values are ([C,] *box.shape) in the output's dtype. `own_block` is None for a chunk that owns
-    no patch. `pieces` holds the sums of all `Plan.incoming_pieces`.
+    The values are ([C,] *box.shape) in the output's dtype. `own_block` is None if the chunk owns no
+    patch. `pieces` holds the sums of all `Plan.incoming_pieces`.
     """
     combine = plan.job.combine
     channels = (plan.channels,) if plan.channel_axis else ()
