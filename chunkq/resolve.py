@@ -49,8 +49,8 @@ def _volume_problems(job: Job, volume: Volume) -> list[str]:
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
         return [
-            f"input: {job.input[0]} has {rank} axes; expected 1 to 4 spatial axes; "
-            "use a volume without channel or time axes"
+            f"input: {job.input[0]} has {rank} axes; expected 1 to 4; "
+            "use an array of spatial axes only"
         ]
     if min(volume.shape) == 0:
         return [

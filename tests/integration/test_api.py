@@ -309,7 +309,7 @@ def test_what_is_sliced_into_arrays_is_read_a_chunk_at_a_time(tmp_path: Path) ->
 
 def test_streaming_refuses_before_the_first_region_is_asked_for(tmp_path: Path) -> None:
     predictor = chunkq.Predictor.from_config(keys(tmp_path))
-    with pytest.raises(JobError, match="strides: has 3 entries, the input has 2 axes"):
+    with pytest.raises(JobError, match="strides: found 3 entries; expected 2;"):
         predictor.predict_streaming(np.zeros((8, 8), np.uint8))
 
 
@@ -339,11 +339,11 @@ def test_tensors_zarr_arrays_and_paths_are_the_volumes_they_hold(tmp_path: Path)
 
 NOT_A_VOLUME: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: [], "input: no volume was given"),
-    "a number": (lambda: 5, "input: the array has 0 axes; 1 to 4 spatial axes"),
-    "words": (lambda: np.full(SHAPE, "x"), "input: the array holds <U1; real numbers are needed"),
-    "no voxel": (lambda: np.zeros((0, 8, 8)), "so no voxel"),
-    "too wide": (lambda: np.zeros(SHAPE, np.uint64), "input: the array holds uint64"),
-    "complex": (lambda: np.zeros(SHAPE, np.complex64), "holds complex64; real numbers"),
+    "a number": (lambda: 5, "input: the array has 0 axes; expected 1 to 4"),
+    "words": (lambda: np.full(SHAPE, "x"), "input: the array has unsupported dtype <U1"),
+    "no voxel": (lambda: np.zeros((0, 8, 8)), "has shape [0, 8, 8]"),
+    "too wide": (lambda: np.zeros(SHAPE, np.uint64), "input: the array has unsupported dtype uint64"),
+    "complex": (lambda: np.zeros(SHAPE, np.complex64), "unsupported dtype complex64"),
     "bfloat16": (lambda: torch.zeros(SHAPE, dtype=torch.bfloat16), "Tensor) is no array"),
     "several": (
         lambda: [np.zeros(SHAPE), np.zeros(SHAPE)],

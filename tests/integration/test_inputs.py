@@ -209,13 +209,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "an axis that is not free": ({"join_dim": 2}, "model_config.join_dim: model_input_shape has 6"),
     "an even neighbourhood": (
         {"model_input_shape": [1, 6, 6], "model_output_shape": [2, 1, 1, 6], "lost_dim": 1},
-        "model_config.lost_dim: model_input_shape has 6 there",
+        "model_config.lost_dim: model_input_shape has 6 slices",
     ),
     "more than one slice in the output": (
         {"model_input_shape": [1, 5, 6], "model_output_shape": [2, 1, 5, 6], "lost_dim": 1},
-        "model_config.lost_dim: model_output_shape has 5 there, not 1",
+        "model_config.lost_dim: model_output_shape has 5 slices",
     ),
-    "a lost axis that does not exist": ({"lost_dim": 3}, "model_config.lost_dim: 3 names no"),
+    "a lost axis that does not exist": ({"lost_dim": 3}, "model_config.lost_dim: 3 is not a spatial axis"),
 }
 
 
