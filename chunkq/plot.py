@@ -69,7 +69,7 @@ class _Panel(NamedTuple):
 
 
 def _median_voxel(labels: Voxels) -> tuple[int, ...]:
-    """Return the median position of the labelled voxels; the center of the volume if none is."""
+    """Return the median position of the labeled voxels; the center of the volume if none is."""
     center = []
     for axis, length in enumerate(labels.shape):
         others = tuple(a for a in range(labels.ndim) if a != axis)

@@ -70,7 +70,7 @@ class Prediction:
 
         Draws three planes through voxel `at` of a 3-D volume, all of a 2-D volume, and a line for a
         1-D volume. For a 4-D volume, draws entry `at[0]` of its first axis. `at` has one entry per
-        axis; the default is the median of the labelled voxels. Label 0 is transparent. The suffix
+        axis; the default is the median of the labeled voxels. Label 0 is transparent. The suffix
         of `path` sets the format. Raises ChunkqError if matplotlib is not installed, and ValueError
         if `at` is outside the volume.
         """

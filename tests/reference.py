@@ -60,7 +60,7 @@ class Setup:
     def __post_init__(self) -> None:
         for p, q, m in zip(self.input_patch, self.output_patch, self.margin, strict=True):
             if q > p or (p - q) % 2:
-                raise ValueError(f"an output patch of {q} has no centred place in {p}")
+                raise ValueError(f"an output patch of {q} has no centered place in {p}")
             if m < 0 or q - 2 * m < 1:
                 raise ValueError(f"a margin of {m} leaves nothing of an output patch of {q}")
 
@@ -295,8 +295,8 @@ def reference(
     return Reference(average, labels, np.minimum(clearness(average), clear))
 
 
-def centre_crop(y: F64, out_shape: Shape) -> F64:
-    """(C, *P) cut to the centred (C, *out_shape)."""
+def center_crop(y: F64, out_shape: Shape) -> F64:
+    """(C, *P) cut to the centered (C, *out_shape)."""
     first = [(n - q) // 2 for n, q in zip(y.shape[1:], out_shape, strict=True)]
     return y[(slice(None), *(slice(f, f + q) for f, q in zip(first, out_shape, strict=True)))]
 
@@ -306,7 +306,7 @@ def pointwise(channels: int) -> Network:
 
     def network(x: F64, out_shape: Shape) -> F64:
         ts = (np.arange(channels) + 0.5) / channels
-        return centre_crop(np.stack([2 * t * x - t * t for t in ts]), out_shape)
+        return center_crop(np.stack([2 * t * x - t * t for t in ts]), out_shape)
 
     return network
 
@@ -319,13 +319,13 @@ def position_dependent(channels: int) -> Network:
         ts = (np.arange(channels) + 0.5) / channels
         gains = [1 + np.cos(2 * math.pi * u + c) / 2 for c in range(channels)]
         y = np.stack([2 * t * x * gain - t * t for t, gain in zip(ts, gains, strict=True)])
-        return centre_crop(y, out_shape)
+        return center_crop(y, out_shape)
 
     return network
 
 
 def box_blur(channels: int) -> Network:
-    """Mean of the 3^d neighbourhood, zeros beyond the patch, then the channels of `pointwise`."""
+    """Mean of the 3^d neighborhood, zeros beyond the patch, then the channels of `pointwise`."""
 
     def network(x: F64, out_shape: Shape) -> F64:
         wide, total = np.pad(x, 1), np.zeros(x.shape)

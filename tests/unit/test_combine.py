@@ -98,7 +98,7 @@ def test_labels_are_the_largest_channel_the_lowest_of_several(
 
 @BOTH
 @pytest.mark.parametrize("combine", ["soft", "hard"])
-def test_one_channel_is_labelled_from_exactly_a_half_on(library: Library, combine: Any) -> None:
+def test_one_channel_is_labeled_from_exactly_a_half_on(library: Library, combine: Any) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
     assert reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [
         0,

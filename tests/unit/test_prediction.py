@@ -112,11 +112,11 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path) -> No
 
 
 def panels(figure: Any) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-    """The grey plane and the coloured one on top of each panel."""
+    """The grey plane and the colored one on top of each panel."""
     found = []
     for axes in figure.axes:
-        grey, coloured = axes.images
-        found.append((np.asarray(grey.get_array()), np.asarray(coloured.get_array())))
+        grey, colored = axes.images
+        found.append((np.asarray(grey.get_array()), np.asarray(colored.get_array())))
     return found
 
 
@@ -124,33 +124,33 @@ def legend(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_a_volume_shows_in_the_three_planes_through_what_is_labelled() -> None:
+def test_a_volume_shows_in_the_three_planes_through_what_is_labeled() -> None:
     prediction = made()
     figure = prediction.plot()
     assert [axes.get_title() for axes in figure.axes] == ["[1, :, :]", "[:, 1, :]", "[:, :, 2]"]
     volume, labels = prediction.input, prediction.labels
-    for axis, at, (grey, coloured) in zip(range(3), (1, 1, 2), panels(figure), strict=True):
+    for axis, at, (grey, colored) in zip(range(3), (1, 1, 2), panels(figure), strict=True):
         np.testing.assert_array_equal(grey, np.take(volume, at, axis))
-        np.testing.assert_array_equal(coloured[..., 3] > 0, np.take(labels, at, axis) > 0)
-    # As many colours as labels, each label with its own.
-    for (_, coloured), plane in zip(panels(figure), (labels[1], labels[:, 1]), strict=False):
-        colours = {label: {*map(tuple, coloured[plane == label])} for label in (1, 2)}
-        assert all(len(found) == 1 for found in colours.values())
-        assert colours[1] != colours[2]
+        np.testing.assert_array_equal(colored[..., 3] > 0, np.take(labels, at, axis) > 0)
+    # As many colors as labels, each label with its own.
+    for (_, colored), plane in zip(panels(figure), (labels[1], labels[:, 1]), strict=False):
+        colors = {label: {*map(tuple, colored[plane == label])} for label in (1, 2)}
+        assert all(len(found) == 1 for found in colors.values())
+        assert colors[1] != colors[2]
     assert legend(figure) == ["label 1", "label 2"]
 
 
 def test_the_planes_go_through_the_voxel_that_is_asked_for() -> None:
     figure = made().plot(at=(5, 7, 9))
     assert [axes.get_title() for axes in figure.axes] == ["[5, :, :]", "[:, 7, :]", "[:, :, 9]"]
-    for _, coloured in panels(figure):
-        assert not coloured[..., 3].any()
+    for _, colored in panels(figure):
+        assert not colored[..., 3].any()
     for wrong in [(6, 0, 0), (0, 0), (-1, 0, 0)]:
         with pytest.raises(ValueError, match="is no voxel of a volume of shape"):
             made().plot(at=wrong)
 
 
-def test_nothing_labelled_shows_the_middle_without_a_legend() -> None:
+def test_nothing_labeled_shows_the_middle_without_a_legend() -> None:
     figure = made(labels=np.zeros(SHAPE, np.uint8)).plot()
     assert [axes.get_title() for axes in figure.axes] == ["[3, :, :]", "[:, 4, :]", "[:, :, 5]"]
     assert figure.legends == []

@@ -281,7 +281,7 @@ def test_a_position_dependent_network_shows_patch_borders() -> None:
 
 
 def test_patches_at_the_border_see_the_padded_volume() -> None:
-    # one channel is x - 1/4; one voxel per patch, the mean of its neighbours as in (2) 1 2 3 (2)
+    # one channel is x - 1/4; one voxel per patch, the mean of its neighbors as in (2) 1 2 3 (2)
     setup = ref.crop_margin((3,), (3,), (1,), pad_mode="reflect")
     got = ref.reference(setup, np.array([1, 2, 3]), ref.predictor("box_blur", 1, (3,))).average
     np.testing.assert_allclose(got, [[5 / 3 - 0.25, 1.75, 7 / 3 - 0.25]], rtol=1e-14)

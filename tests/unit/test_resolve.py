@@ -145,7 +145,7 @@ def test_an_output_patch_must_have_a_centred_place(output: list[int], axis: int)
     found = problems((8, 8), (4, 4), pad_width=[9, 9], model={"model_output_shape": output})
     assert found == [
         f"model_config.model_output_shape: {output[-2:][axis]} along axis {axis} cannot be "
-        "centred in the input's 4; the difference must be even and not negative"
+        "centered in the input's 4; the difference must be even and not negative"
     ]
 
 

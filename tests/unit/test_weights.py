@@ -91,7 +91,7 @@ def test_the_weights_of_all_patches_over_a_voxel_sum_to_one(name: str, case: Cas
 
 @settings(max_examples=60)
 @given(case=cases(max_rank=3), name=st.sampled_from((*BUILT_INS, "user")))
-def test_normalised_weights_are_shares_of_the_sum_over_all_grids(case: Case, name: str) -> None:
+def test_normalized_weights_are_shares_of_the_sum_over_all_grids(case: Case, name: str) -> None:
     plan = case.plan
     weights, logs = weights_of(plan, name)
     cache = WeightCache(plan, weights, lambda array: array)
