@@ -372,7 +372,7 @@ def test_an_offset_grid_alone_covers_the_rim_that_the_first_grid_leaves_by_hand(
     assert out == pytest.approx([10, 5, 10, 11, 16, 30], rel=1e-6)
 
 
-def test_a_block_that_owns_no_patch_is_completed_from_its_neighbours() -> None:
+def test_a_block_that_owns_no_patch_is_completed_from_its_neighbors() -> None:
     plan = sliding((9,), (4,), [4], chunksize=[8], storage_chunks=[1])
     assert not plan.chunk((1,)).is_active
     out = run(plan, np.zeros(9, np.uint8), by_start({0: 1.0, 4: 2.0, 5: 4.0}, 4))
