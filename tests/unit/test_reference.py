@@ -52,7 +52,7 @@ def test_inference_types_set_stride_edge_and_pad_width_by_the_table() -> None:
     assert ref.crop_margin((20,), (8,), (1,), pad_width=(5,), edge="shift").pad_width == (5,)
 
 
-def test_patches_are_centred_and_cropped() -> None:
+def test_patches_are_centered_and_cropped() -> None:
     # starts -1, 1, 3 (3+4 = 7 = 6+1), outputs one later and two wide
     boxes = [((0,), (2,)), ((2,), (4,)), ((4,), (6,))]
     setup = ref.patch((6,), (4,), (2,), pad_width=(1,))
