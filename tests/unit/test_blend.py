@@ -149,7 +149,7 @@ def with_weights(case: Case, weight: str) -> Case:
     return Case(case.volume, case.patch, case.output, keys)
 
 
-NETWORKS = st.sampled_from(sorted(ref.volume_wide_predictors))
+NETWORKS = st.sampled_from(sorted(ref.NETWORKS))
 SEEDS = st.integers(0, 99)
 
 
