@@ -174,9 +174,7 @@ def test_every_piece_has_one_writer_and_one_reader(measured: MeasuredJob) -> Non
     assert pieces_of(measured.workspace) == {}
 
 
-def test_a_repeated_task_of_a_committed_chunk_computes_reads_and_writes_nothing(
-    measured: MeasuredJob,
-) -> None:
+def test_a_committed_chunk_run_again_is_not_computed_read_or_written(measured: MeasuredJob) -> None:
     workspace = measured.workspace
     records, computed, before = workspace.done(), workspace.computed(), Traffic.so_far()
     infer_all(workspace, attempt=2)
@@ -212,7 +210,7 @@ def test_a_zombie_that_recomputes_every_chunk_of_a_sealed_job_changes_no_output_
 
 @pytest.mark.parametrize("stage", ["computes", "writes"])
 @pytest.mark.parametrize("index", [(0, 0, 0), (0, 1, 0), (1, 1, 1)], ids=chunk_name)
-def test_a_zombie_deletes_its_pieces_if_another_worker_commits_while_it_computes_or_writes(
+def test_a_zombie_overtaken_while_it_computes_or_writes_deletes_its_pieces(
     measured: MeasuredJob, monkeypatch: pytest.MonkeyPatch, index: Index, stage: str
 ) -> None:
     committed_at_check = {"computes": 2, "writes": 3}[stage]
@@ -293,7 +291,7 @@ def test_killed_and_concurrent_finalizers_produce_the_same_bytes(
     assert inferred.stored() == measured.output
 
 
-def test_finalizing_a_block_again_changes_no_record_and_no_output_byte(
+def test_a_finalizer_that_runs_again_changes_no_record_and_no_output_byte(
     measured: MeasuredJob,
 ) -> None:
     workspace = measured.workspace

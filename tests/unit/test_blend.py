@@ -416,7 +416,7 @@ def test_a_single_channel_is_foreground_from_exactly_one_half(combine: str) -> N
         assert out[[2, 3]].tolist() == [1, 1]
 
 
-def test_finalizing_again_gives_the_same_bytes_for_any_order_of_pieces() -> None:
+def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
     plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
     volume = np.random.default_rng(0).integers(0, 6, (12, 12)).astype(np.uint8)
     predict = ref.predictor("position_dependent", 1, (6, 6))
