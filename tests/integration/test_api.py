@@ -342,7 +342,7 @@ NOT_A_VOLUME: dict[str, tuple[Callable[[], Any], str]] = {
     "a number": (lambda: 5, "input: the array has 0 axes; expected 1 to 4"),
     "words": (lambda: np.full(SHAPE, "x"), "input: the array has unsupported dtype <U1"),
     "no voxel": (lambda: np.zeros((0, 8, 8)), "has shape [0, 8, 8]"),
-    "too wide": (lambda: np.zeros(SHAPE, np.uint64), "input: the array has unsupported dtype uint64"),
+    "too wide": (lambda: np.zeros(SHAPE, np.uint64), "unsupported dtype uint64"),
     "complex": (lambda: np.zeros(SHAPE, np.complex64), "unsupported dtype complex64"),
     "bfloat16": (lambda: torch.zeros(SHAPE, dtype=torch.bfloat16), "Tensor) is no array"),
     "several": (

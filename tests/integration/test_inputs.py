@@ -215,7 +215,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"model_input_shape": [1, 5, 6], "model_output_shape": [2, 1, 5, 6], "lost_dim": 1},
         "model_config.lost_dim: model_output_shape has 5 slices",
     ),
-    "a lost axis that does not exist": ({"lost_dim": 3}, "model_config.lost_dim: 3 is not a spatial axis"),
+    "a lost axis that does not exist": ({"lost_dim": 3}, "model_config.lost_dim: 3 is not a"),
 }
 
 
