@@ -139,8 +139,8 @@ class _JobTiming:
         self.last = float(self.stop.max(initial=0.0))
         self.last_start = float(self.start.max(initial=0.0))
         self.duration = self.stop - self.start
-        own = self.duration - self.stages["wait"] - self.stages["load"]
-        self.own_duration = np.maximum(own, 0.0)
+        computing = self.duration - self.stages["wait"] - self.stages["load"]
+        self.own_duration = np.maximum(computing, 0.0)
         self.indices = np.unravel_index(np.array(chunks.flat_index, np.int64), plan.blocks)
         self.voxels = np.ones(len(self.start))
         for axis, blocks_along in zip(plan.axes, self.indices, strict=True):
@@ -282,14 +282,14 @@ class _JobTiming:
 
     def _durations(self) -> Durations:
         """Return the distribution of durations, empty if there is no chunk."""
-        own = self.own_duration
-        if not len(own):
+        durations = self.own_duration
+        if not len(durations):
             return Durations()
-        kinds = {"whole": self.duration, "own": own} | self.stages
-        low, high = max(float(own.min()), 1e-3), max(float(own.max()), 1e-3)
-        bins = int(np.clip(2 * np.sqrt(len(own)), 4, BINS // 2))
+        kinds = {"whole": self.duration, "own": durations} | self.stages
+        low, high = max(float(durations.min()), 1e-3), max(float(durations.max()), 1e-3)
+        bins = int(np.clip(2 * np.sqrt(len(durations)), 4, BINS // 2))
         edges = np.geomspace(low * 0.999, max(high, low * 1.01) * 1.001, bins + 1)
-        counts, _ = np.histogram(own.clip(edges[0], edges[-1]), edges)
+        counts, _ = np.histogram(durations.clip(edges[0], edges[-1]), edges)
         return Durations(
             float(self.duration.mean()),
             {kind: _quantiles(values) for kind, values in kinds.items()},
@@ -299,15 +299,15 @@ class _JobTiming:
 
     def _stragglers(self) -> Stragglers:
         """Return the chunks that `STRAGGLER_RULE` selects, the slowest first."""
-        own = self.own_duration
-        if not len(own):
+        durations = self.own_duration
+        if not len(durations):
             return Stragglers()
-        median = float(np.median(own))
+        median = float(np.median(durations))
         limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
-        slow = np.flatnonzero(own > limit)
-        worst = slow[np.argsort(-own[slow], kind="stable")][:MAX_STRAGGLERS]
+        slow = np.flatnonzero(durations > limit)
+        worst = slow[np.argsort(-durations[slow], kind="stable")][:MAX_STRAGGLERS]
         stages = {stage: self.stages[stage] for stage in ("read", "compute", "write")}
-        stages["other"] = np.maximum(own - sum(stages.values()), 0.0)
+        stages["other"] = np.maximum(durations - sum(stages.values()), 0.0)
         medians = {stage: float(np.median(values)) for stage, values in stages.items()}
         names = list(self.columns.names)
 
@@ -318,7 +318,7 @@ class _JobTiming:
                 chunk_name(tuple(int(along[number]) for along in self.indices)),
                 names[self.worker[number]],
                 self.columns.attempt[number],
-                float(own[number]),
+                float(durations[number]),
                 stage,
                 float(stages[stage][number]),
                 medians[stage],
@@ -327,7 +327,7 @@ class _JobTiming:
         return Stragglers(
             median=median,
             count=len(slow),
-            excess_seconds=float((own[slow] - median).sum()),
+            excess_seconds=float((durations[slow] - median).sum()),
             worst=tuple(straggler(int(number)) for number in worst),
         )
 

@@ -66,14 +66,14 @@ def test_the_footprint_of_completing_is_within_15_percent_of_the_traced_peak(
     monkeypatch.setattr(buffers, "LARGE_BYTES", 1 << 40)
     plan = plan_of("weighted_avg", 3, scale=32)
     chunk = plan.chunk((1, 1))
-    own = OwnBlock(
+    own_block = OwnBlock(
         tuple(np.ones((3, *box.shape), np.float32) for box in chunk.band_boxes),
         tuple(np.ones((3, *box.shape), np.uint8) for box in chunk.rest_boxes),
     )
     pieces = {p: np.ones((3, *p.box.shape), np.float32) for p in plan.incoming_pieces(chunk)}
-    arrays = [*own.band, *own.rest, *pieces.values()]
+    arrays = [*own_block.band, *own_block.rest, *pieces.values()]
     tracemalloc.start()
-    for _ in finalize_sums(plan, chunk, own, pieces):
+    for _ in finalize_sums(plan, chunk, own_block, pieces):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
