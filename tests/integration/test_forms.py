@@ -138,19 +138,19 @@ BAD_STEPS: dict[str, Mistake] = {
         "preprocessing",
         "return batch[:2]",
         ModelError,
-        r"^model_config\.processing_steps: preprocessing\b(?=.*\b4\b)(?=.*\b2\b)",
+        r"model_config\.processing_steps: preprocessing\b(?=.*\b4\b)(?=.*\b2\b)",
     ),
     "changes the number of items on the device": (
         "postprocessing_protected",
         "return batch[:2]",
         ModelError,
-        r"^model_config\.processing_steps: postprocessing_protected\b(?=.*\b4\b)(?=.*\b2\b)",
+        r"model_config\.processing_steps: postprocessing_protected\b(?=.*\b4\b)(?=.*\b2\b)",
     ),
     "returns no array": (
         "postprocessing",
         "return list(batch)",
         ModelError,
-        r"^model_config\.processing_steps: postprocessing\b.*\blist\b",
+        r"model_config\.processing_steps: postprocessing\b.*\blist\b",
     ),
     "changes the shape of the result": (
         "postprocessing",
