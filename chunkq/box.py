@@ -1,4 +1,4 @@
-"""Boxes of voxels: half-open, integer, any rank."""
+"""Half-open, axis-aligned boxes of voxels with integer corners, of any rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from math import prod
 class Box:
     """The voxels x with `start[a] <= x[a] < stop[a]` on every axis a.
 
-    A box is never inverted: an axis without voxels has `stop == start`.
+    `start[a] <= stop[a]` on every axis; they are equal where the box is empty. Raises ValueError
+    otherwise, or if the corners differ in rank.
     """
 
     start: tuple[int, ...]
@@ -21,16 +22,16 @@ class Box:
         if len(self.start) != len(self.stop):
             raise ValueError(f"start {self.start} and stop {self.stop} differ in rank")
         if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
-            raise ValueError(f"stop {self.stop} lies before start {self.start}")
+            raise ValueError(f"stop {self.stop} is less than start {self.start}")
 
     @classmethod
     def of_shape(cls, shape: Sequence[int]) -> Box:
-        """Return the box from the origin with this shape."""
+        """Return the box of a shape whose first voxel is the origin."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Voxels along each axis."""
+        """Number of voxels along each axis."""
         return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
 
     @property
@@ -39,7 +40,7 @@ class Box:
         return prod(self.shape)
 
     def __and__(self, other: Box) -> Box:
-        """Return the voxels in both; where there are none, an empty box inside `self`."""
+        """Return the intersection; if it has no voxel, an empty box inside `self`."""
         start = tuple(
             min(max(a, c), b) for a, b, c in zip(self.start, self.stop, other.start, strict=True)
         )
@@ -49,7 +50,7 @@ class Box:
         return Box(start, stop)
 
     def __contains__(self, other: object) -> bool:
-        """Tell whether every voxel of the other box lies in this one."""
+        """Return whether every voxel of `other` lies in this box."""
         if not isinstance(other, Box):
             return False
         return all(
@@ -64,9 +65,9 @@ class Box:
         )
 
     def without_corner(self, corner: Sequence[int]) -> Iterator[Box]:
-        """Yield disjoint boxes covering exactly the voxels of `self` outside `[corner, stop)`.
+        """Yield disjoint, non-empty boxes that cover exactly `self` without `[corner, stop)`.
 
-        `start <= corner <= stop`. At most one box per axis; empty ones are left out.
+        Requires `start <= corner <= stop`. Yields at most one box per axis.
         """
         for axis, edge in enumerate(corner):
             start = (*corner[:axis], *self.start[axis:])
@@ -76,7 +77,10 @@ class Box:
                 yield slab
 
     def minus(self, other: Box) -> Iterator[Box]:
-        """Yield disjoint boxes covering exactly the voxels of `self` that are not in `other`."""
+        """Yield disjoint, non-empty boxes that cover exactly the voxels of `self` not in `other`.
+
+        Yields at most two boxes per axis.
+        """
         inner = self & other
         if not inner.size:
             if self.size:

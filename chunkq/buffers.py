@@ -1,8 +1,8 @@
-"""Arrays of a chunk's size, in memory pages of their own.
+"""Allocate large arrays outside the heap, in anonymous memory mappings.
 
-On the heap they would lie among a network's batches and small objects, which stay where they went:
-freed room falls to pieces, and a worker's memory grows chunk by chunk, each time differently. Pages
-of their own go back to the kernel with the array, so that what coexists is what is taken.
+On the heap, large arrays alternate with a network's batches and small objects. The heap fragments,
+and the memory of a worker grows with each chunk. A mapping returns to the kernel as soon as its
+array is deleted, so peak memory is the size of the arrays that exist at the same time.
 """
 
 from __future__ import annotations
@@ -16,36 +16,39 @@ import numpy as np
 import numpy.typing as npt
 
 LARGE_BYTES = 1 << 20
-"""Smaller arrays lie on the heap: a mapping costs some microseconds and whole pages."""
+"""Arrays below this size are on the heap; a mapping costs microseconds and whole pages."""
 HUGE_PAGE_BYTES = 2 << 20
+"""Mappings of at least this size ask for transparent huge pages."""
 
 
 def zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return an array of zeros in C order; a large one in pages of its own.
+    """Return an array of zeros in C order, in a mapping if it has at least `LARGE_BYTES`.
 
-    Raises MemoryError as NumPy does.
+    Raises MemoryError like `numpy.zeros`.
     """
     dtype, shape = np.dtype(dtype), tuple(shape)
     size = prod(shape) * dtype.itemsize
     if size < LARGE_BYTES:
         return np.zeros(shape, dtype)
     try:
-        room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"no room for an array {shape} of {dtype}: {error.strerror}") from None
+        raise MemoryError(
+            f"cannot allocate an array of shape {shape} and dtype {dtype}: {error.strerror}"
+        ) from None
     if size >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)  # faulted in 4 KiB at a time it would take twice as long
-    # The array holds the mapping, and unmaps it when it goes.
-    return np.frombuffer(room, dtype, prod(shape)).reshape(shape)
+        mapping.madvise(mmap.MADV_HUGEPAGE)  # page faults of 4 KiB would take twice as long
+    # The array references the mapping, which is unmapped when the array is deleted.
+    return np.frombuffer(mapping, dtype, prod(shape)).reshape(shape)
 
 
 def contiguous(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the array in C order: itself, or else a copy as `zeros` would make it."""
+    """Return the array if it is in C order, else a copy that is, allocated by `zeros`."""
     return array if array.flags.c_contiguous else cast(array, array.dtype)
 
 
 def cast(array: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return a copy in another dtype and C order, made as `zeros` would; casts as `astype`."""
+    """Return a copy in another dtype and in C order, allocated by `zeros`; casts like `astype`."""
     copy = zeros(array.shape, dtype)
     np.copyto(copy, array, casting="unsafe")
     return copy

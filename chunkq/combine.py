@@ -1,7 +1,7 @@
-"""How overlapping predictions become one: activation, votes, weighted sums, the decision.
+"""Combine overlapping predictions: activation, votes, weighted sums, labels.
 
-The same functions serve NumPy arrays and torch tensors (through the array API), on the host
-and on a device. Predictions are channels first.
+The functions accept NumPy arrays and torch tensors (through the array API), on the host and on a
+device. Predictions are channels first.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Array = Any
 
 
 def namespace(array: Array) -> Any:
-    """Return the module whose functions serve an array.
+    """Return the array API namespace of an array.
 
-    NumPy serves its own: array_api_compat's wrapping of it takes a tenth of a second to import.
+    NumPy arrays use NumPy itself, because its wrapper in array_api_compat takes 0.1 s to import.
     """
     return np if isinstance(array, np.ndarray) else array_namespace(array)
 
@@ -42,10 +42,10 @@ def activate(raw: Array, activation: Activation) -> Array:
 
 
 def to_votes(predictions: Array) -> Array:
-    """Turn predictions (N, C, *Q) into votes of the same shape and dtype, each 0 or 1.
+    """Return the votes of predictions (N, C, *Q), 0 or 1, in the same shape and dtype.
 
-    Each voxel votes for its largest channel, the lowest of several; a single channel votes
-    whether it is at least 0.5.
+    The vote of a voxel is 1 in its largest channel, the lowest one in a tie. A single channel is 1
+    where the prediction is at least 0.5.
     """
     xp = namespace(predictions)
     if predictions.shape[1] == 1:
@@ -58,7 +58,7 @@ def to_votes(predictions: Array) -> Array:
 
 
 def add_weighted(total: Array, weights: Array, values: Array) -> None:
-    """Add `weights * values` to `total` in place; shapes (C, *S), (*S), (C, *S)."""
+    """Add `weights * values` to `total` in place: weights (*S), values and total (C, *S)."""
     if isinstance(total, np.ndarray):
         for channel, value in zip(total, values, strict=True):
             np.add(channel, weights * value, out=channel)
@@ -67,9 +67,10 @@ def add_weighted(total: Array, weights: Array, values: Array) -> None:
 
 
 def copy_into(total: Array, values: Array) -> None:
-    """Copy `values` to `total`, which is alike.
+    """Copy `values` into `total`, which has the same shape and dtype.
 
-    On the host NumPy does it: torch's threads would wait for each other where others compute.
+    Host arrays are copied by NumPy, because torch's thread pool slows down if other threads
+    compute.
     """
     if _is_host_array(total) and _is_host_array(values):
         np.copyto(to_numpy(total), to_numpy(values))
@@ -78,26 +79,27 @@ def copy_into(total: Array, values: Array) -> None:
 
 
 def is_finite(values: Array) -> bool:
-    """Tell whether no value is NaN or infinite; False also where their sum overflows."""
+    """Return whether all values are finite; can be False for finite values whose sum overflows."""
     if _is_host_array(values):
         values = to_numpy(values)
     xp = namespace(values)
     with np.errstate(over="ignore", invalid="ignore"):
-        return bool(xp.isfinite(xp.sum(values)))  # a single pass
+        # The sum needs one pass and no temporary array.
+        return bool(xp.isfinite(xp.sum(values)))
 
 
 def reduce_and_cast(average: Array, combine: Combine, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Turn the average or vote share (C, *S) into what is stored, on the host.
+    """Return the output values of an average or vote share (C, *S), as a NumPy array.
 
-    `weighted_avg` keeps (C, *S) and casts; `soft` and `hard` give labels (*S): the largest
-    channel, the lowest of several, or for one channel whether it reaches 0.5. Raises
-    PredictionError where float16 cannot hold an average.
+    `weighted_avg` returns the average (C, *S) in `dtype`. `soft` and `hard` return labels (*S): the
+    largest channel, the lowest one in a tie, or for a single channel whether it is at least 0.5.
+    Raises PredictionError if an average is out of the range of float16.
     """
     return cast_output(to_numpy(reduce(average, combine)), combine, dtype)
 
 
 def reduce(average: Array, combine: Combine) -> Array:
-    """Do the part of `decide` that reduces, where the average lies."""
+    """Return the average (C, *S), or its labels (*S) for `soft` and `hard`, on the same device."""
     if combine == "weighted_avg":
         return average
     if _is_host_array(average):
@@ -108,18 +110,21 @@ def reduce(average: Array, combine: Combine) -> Array:
 def cast_output(
     result: npt.NDArray[Any], combine: Combine, dtype: npt.DTypeLike
 ) -> npt.NDArray[Any]:
-    """Do the rest of `decide`, on the host; raises PredictionError as that does."""
+    """Return the result of `reduce` in the output's dtype.
+
+    Raises PredictionError if an average is out of the range of float16.
+    """
     with np.errstate(over="ignore"):
-        stored = result if result.dtype == dtype else buffers.cast(result, dtype)
-    if combine == "weighted_avg" and stored.dtype == np.float16 and not np.isfinite(stored).all():
+        output = result if result.dtype == dtype else buffers.cast(result, dtype)
+    if combine == "weighted_avg" and output.dtype == np.float16 and not np.isfinite(output).all():
         raise PredictionError(
-            "an average lies beyond the range of float16; use output_dtype: float32"
+            "output_dtype: float16 cannot hold an average of this chunk; use float32"
         )
-    return stored
+    return output
 
 
 def to_numpy(array: Array) -> npt.NDArray[Any]:
-    """Return the array as NumPy; without a copy where it already lies in host memory."""
+    """Return the array as a NumPy array, without a copy if it is in host memory."""
     if isinstance(array, np.ndarray):
         return array
     return cast("npt.NDArray[Any]", array.detach().cpu().numpy())
@@ -130,15 +135,15 @@ def _is_host_array(array: Array) -> bool:
 
 
 def label_dtype(classes: int) -> np.dtype[Any]:
-    """Return the smallest unsigned dtype for labels: uint8, or uint16 past 256 classes."""
+    """Return the dtype of labels: uint8 for up to 256 classes, else uint16."""
     return np.dtype(np.uint8 if classes <= 256 else np.uint16)
 
 
 def _largest(values: Array, axis: int) -> Array:
-    """Return the index of the largest entry along `axis`, the lowest of several; uint8 if it fits.
+    """Return the index of the largest entry along `axis`, the lowest one in a tie.
 
-    Values are not NaN. Channel by channel and without `where`: an argmax over a strided axis, and
-    a choice voxel by voxel, are an order of magnitude slower.
+    The dtype is uint8 for up to 256 entries, else int32. Values must not be NaN. Faster than
+    `argmax` over a strided axis and than `where` by an order of magnitude.
     """
     xp = namespace(values)
     channels = xp.moveaxis(values, axis, 0)
@@ -147,7 +152,7 @@ def _largest(values: Array, axis: int) -> Array:
     winner = xp.zeros_like(best, dtype=dtype)
     for number in range(1, channels.shape[0]):
         channel = channels[number, ...]
-        # Where it is larger than all before, its number is larger than any winner's.
+        # `number` exceeds every earlier winner, so the maximum selects it where the channel wins.
         wins = xp.astype(channel > best, dtype) * xp.asarray(number, dtype=dtype)
         winner = xp.maximum(winner, wins)
         if number + 1 < channels.shape[0]:

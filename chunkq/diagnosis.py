@@ -1,4 +1,4 @@
-"""What a job's figures come to: a sentence, and what to do about the largest loss."""
+"""Summarize the timing of a job in one sentence, and advise on its largest loss of time."""
 
 from __future__ import annotations
 
@@ -8,119 +8,129 @@ from types import MappingProxyType
 
 from chunkq.timing import Timing
 
-ENOUGH_SECONDS = 20.0
-"""Time of all workers from which figures are worth a piece of advice."""
+MIN_ADVISED_SECONDS = 20.0
+"""Time of all workers below which there is no advice."""
 MIN_SHARE_REPORTED, MIN_SHARE_ADVISED = 0.01, 0.1
-"""Shares of the crew's time from which a loss is named, and from which something is advised."""
+"""Smallest shares of the workers' time of a loss that is reported, and of one with advice."""
 FEW_CHUNKS = 4
-"""Chunks per worker below which the first and the last of them weigh."""
+"""Chunks per worker below which the first and the last chunk of a worker dominate."""
 MAX_DEPTH = 12
-"""Chunks in flight beyond which it is the storage that is slow."""
+"""Largest number of chunks in flight that is advised; beyond it, storage is the limit."""
 LOSSES = {
-    "load": "into loading the network",
-    "read": "into waiting for input",
-    "write": "into waiting for output to be written",
-    "finalize": "into completing blocks",
-    "other": "into the time between a chunk's stages",
-    "idle": "by without a chunk to work on",
-    "tail": "into waiting for the last worker",
+    "load": "loading the network",
+    "read": "waiting for input",
+    "write": "waiting for output to be written",
+    "finalize": "finalizing blocks",
+    "other": "between the stages of a chunk",
+    "idle": "waiting for tasks",
+    "tail": "waiting for the last worker",
 }
+"""Shares of the workers' time in which no device computes, with their descriptions."""
 
 
-def conclusion(times: Timing) -> str:
-    """Return in one sentence what the devices did, and where the rest of the time went."""
-    if not times.chunks:
+def conclusion(timing: Timing) -> str:
+    """Return a sentence with the share of time that devices computed and the largest losses."""
+    if not timing.chunks:
         return "No chunk is computed yet."
-    shares = times.worker_time_shares
-    named = [
+    shares = timing.worker_time_shares
+    largest = [
         k for k in sorted(LOSSES, key=lambda k: -shares[k]) if shares[k] >= MIN_SHARE_REPORTED
     ][:3]
-    losses = [f"{shares[key]:.0%} went {LOSSES[key]}" for key in named]
-    return "; ".join([f"The devices computed {shares['compute']:.0%} of the time", *losses]) + "."
+    losses = ", ".join(f"{shares[key]:.0%} {LOSSES[key]}" for key in largest)
+    computing = f"The devices computed {shares['compute']:.0%} of the time"
+    return f"{computing}; other time: {losses}." if losses else f"{computing}."
 
 
-def advice(times: Timing) -> str | None:
-    """Return what would make such a job faster; None where the figures say too little."""
-    spent = sum(worker.seconds + worker.tail_seconds for worker in times.workers.values())
-    if spent < ENOUGH_SECONDS:
+def advice(timing: Timing) -> str | None:
+    """Return how to make such a job faster; None if it was too short or has no large loss."""
+    total = sum(worker.seconds + worker.tail_seconds for worker in timing.workers.values())
+    if total < MIN_ADVISED_SECONDS:
         return None
-    shares = times.worker_time_shares
+    shares = timing.worker_time_shares
     loss = max(LOSSES, key=lambda key: shares[key])
     if shares[loss] >= MIN_SHARE_ADVISED:
-        return REMEDIES[loss](times)
+        return REMEDIES[loss](timing)
     if shares["compute"] >= 1 - 2 * MIN_SHARE_ADVISED:
-        return "The devices are the limit: more workers, or faster ones, would shorten it."
+        return "The devices are the limit. Use more workers or faster devices."
     return None
 
 
-def _load(times: Timing) -> str:
-    mean, each = times.seconds["load"] / len(times.workers), times.chunks / len(times.workers)
+def _load(timing: Timing) -> str:
+    workers = len(timing.workers)
     return (
-        f"A worker took {mean:.1f} s to load the network and then had {each:.0f} chunks: with "
-        "fewer workers, or a larger volume in one job, that weighs less."
+        f"A worker took {timing.seconds['load'] / workers:.1f} s to load the network and computed "
+        f"{timing.chunks / workers:.0f} chunks. Use fewer workers, or a larger volume per job."
     )
 
 
-def _tail(times: Timing) -> str:
-    if times.chunks < FEW_CHUNKS * len(times.workers):
+def _tail(timing: Timing) -> str:
+    if timing.chunks < FEW_CHUNKS * len(timing.workers):
         return (
-            f"With {times.chunks / len(times.workers):.1f} chunks per worker some had nothing "
-            "left while others went on: a smaller `chunksize` lets them end together, fewer "
-            "workers cost less."
+            f"There are only {timing.chunks / len(timing.workers):.1f} chunks per worker, so some "
+            "workers finished early. Set a smaller `chunksize`, or use fewer workers."
         )
-    return "Workers were done long before the last chunk: the stragglers say why."
+    return "Some workers finished long before the last chunk. Check the stragglers in the report."
 
 
-def _idle(times: Timing) -> str:
-    return "The queue had nothing for the workers: chunks were queued late, or came back late."
+def _idle(timing: Timing) -> str:
+    return (
+        "Workers waited for tasks, which were queued or requeued late. Queue the job before the "
+        "workers start, and check the chunks that were retried."
+    )
 
 
-def _finalize(times: Timing) -> str:
-    return "Blocks share much: a larger `chunksize` or smaller `storage_chunks` lower that."
+def _finalize(timing: Timing) -> str:
+    return "Blocks overlap a lot. Set a larger `chunksize` or smaller `storage_chunks`."
 
 
-def _other(times: Timing) -> str:
-    return "The job folder's storage answers slowly, or other jobs had the devices meanwhile."
+def _other(timing: Timing) -> str:
+    return (
+        "The job folder's storage is slow, or other jobs used the devices. Put the job folder on "
+        "faster storage, or run fewer jobs at a time."
+    )
 
 
-def _storage(times: Timing, loss: str) -> str:
-    """Advise on devices that wait for input or output."""
-    seconds = times.seconds
+def _storage(timing: Timing, loss: str) -> str:
+    """Return advice for devices that wait for input ("read") or output ("write")."""
+    seconds = timing.seconds
     cycle = seconds["read"] + seconds["compute"] + seconds["write"]
-    wanted = ceil(cycle / seconds["compute"]) if seconds["compute"] else MAX_DEPTH + 1
-    what, direction = ("input", "Reading") if loss == "read" else ("output", "Writing")
-    if times.chunks < FEW_CHUNKS * len(times.workers):
+    depth = ceil(cycle / seconds["compute"]) if seconds["compute"] else MAX_DEPTH + 1
+    if timing.chunks < FEW_CHUNKS * len(timing.workers):
         return (
-            f"With {times.chunks / len(times.workers):.1f} chunks per worker the first one's "
-            "reading and the last one's writing weigh: a smaller `chunksize` lets them overlap."
+            f"There are only {timing.chunks / len(timing.workers):.1f} chunks per worker, so the "
+            "first read and the last write of a worker overlap with no computation. Set a smaller "
+            "`chunksize`."
         )
-    if times.chunks_in_flight < wanted <= MAX_DEPTH:
+    if timing.chunks_in_flight < depth <= MAX_DEPTH:
         return (
-            f"At most {times.chunks_in_flight} chunks were in flight in a worker; with `--depth "
-            f"{wanted}` reading and writing fit beside the network, if the memory does "
-            f"({times.one_more_in_flight_bytes / 1e6:.0f} MB for each more)."
+            f"A worker had at most {timing.chunks_in_flight} chunks in flight. Set `--depth "
+            f"{depth}` to read and write while the network computes; each additional chunk needs "
+            f"{timing.one_more_in_flight_bytes / 1e6:.0f} MB of memory."
         )
-    moved = times.bytes["input"] if loss == "read" else _written(times)
+    volume, direction = ("input", "Reading") if loss == "read" else ("output", "Writing")
+    moved = timing.bytes["input"] if loss == "read" else _written_by_chunks(timing)
     speed = moved / seconds[loss] / 1e6 if seconds[loss] else 0.0
     return (
-        f"{direction} is the limit, at {speed:.0f} MB/s per chunk in flight: faster storage for "
-        f"the {what}, or cheaper compression, would help; more of the same devices would not."
+        f"{direction} is the limit, at {speed:.0f} MB/s per chunk in flight. Use faster storage "
+        f"for the {volume}, or cheaper compression; more devices do not help."
     )
 
 
-def _written(times: Timing) -> int:
-    """Return the bytes that chunks wrote; what finalizing wrote is not theirs."""
-    return sum(w.bytes.get("output", 0) + w.bytes.get("pieces", 0) for w in times.workers.values())
+def _written_by_chunks(timing: Timing) -> int:
+    """Return the bytes that chunks wrote, without those written by finalizing."""
+    workers = timing.workers.values()
+    return sum(w.bytes.get("output", 0) + w.bytes.get("pieces", 0) for w in workers)
 
 
 REMEDIES: MappingProxyType[str, Callable[[Timing], str]] = MappingProxyType(
     {
         "load": _load,
-        "read": lambda times: _storage(times, "read"),
-        "write": lambda times: _storage(times, "write"),
+        "read": lambda timing: _storage(timing, "read"),
+        "write": lambda timing: _storage(timing, "write"),
         "finalize": _finalize,
         "other": _other,
         "idle": _idle,
         "tail": _tail,
     }
 )
+"""Functions that return the advice for each loss."""

@@ -1,20 +1,23 @@
-"""Which arrays of a worker's chunks coexist, stage by stage; the plan alone tells."""
+"""Estimate the memory that the arrays of a worker's chunks need, from the plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkq.plan import Chunk, Plan
+from chunkq.plan import Chunk, Index, Plan
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of one chunk's arrays: while it waits for the device, is computed, is written.
+    """Bytes of the arrays of one chunk, by stage.
 
-    `completing` is for its block, which a worker completes once all contributors are committed.
+    waiting      while the chunk waits for the device: its input
+    computing    while it is on the device
+    writing      while its results are written
+    completing   while its block is finalized; 0 if the block has no band
 
-    What storage decodes and compresses at a time, a few storage chunks, is not counted, nor are
-    the network and its batches.
+    Not counted are the network, its batches, and the few storage chunks that are decoded or
+    compressed at a time.
     """
 
     waiting: int
@@ -23,24 +26,24 @@ class Footprint:
     completing: int
 
     def peak_bytes(self, depth: int) -> int:
-        """Return the most that `depth` chunks hold: one on the device, the others at worst."""
+        """Return the peak of `depth` chunks in flight, of which one at a time is on the device."""
         others = max(self.waiting, self.writing, self.completing)
         return max(self.computing + (depth - 1) * others, depth * self.completing)
 
 
 def footprint(plan: Plan) -> Footprint:
-    """Return the footprint of the largest chunks of a plan."""
-    found = [chunk_footprint(plan, plan.chunk(index)) for index in _kinds(plan)]
+    """Return the largest value of each stage over the chunks of a plan."""
+    footprints = [chunk_footprint(plan, plan.chunk(index)) for index in _largest_chunks(plan)]
     return Footprint(
-        max(one.waiting for one in found),
-        max(one.computing for one in found),
-        max(one.writing for one in found),
-        max(one.completing for one in found),
+        max(chunk.waiting for chunk in footprints),
+        max(chunk.computing for chunk in footprints),
+        max(chunk.writing for chunk in footprints),
+        max(chunk.completing for chunk in footprints),
     )
 
 
-def _kinds(plan: Plan) -> set[tuple[int, ...]]:
-    """Return the chunks at whose places along the axes a chunk can be largest."""
+def _largest_chunks(plan: Plan) -> set[Index]:
+    """Return the indices at which a chunk can be largest: middle, next to the first, first."""
     middle = tuple(blocks // 2 for blocks in plan.blocks)
     low = tuple(min(1, blocks - 1) for blocks in plan.blocks)
     return {middle, low, (0,) * plan.rank}
@@ -48,22 +51,24 @@ def _kinds(plan: Plan) -> set[tuple[int, ...]]:
 
 def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     """Return the footprint of one chunk."""
-    stored = plan.stored_channels * plan.output_dtype.itemsize
-    sums = 4 * plan.channels * chunk.region.size
+    output_voxel = plan.stored_channels * plan.output_dtype.itemsize
+    sums_voxel = 4 * plan.channels
+    sums = sums_voxel * chunk.region.size
     labels = plan.job.combine != "weighted_avg"
-    # The stored form is the sums themselves where they are stored as float32.
+    # A float32 average is stored as it is, so the output is a view of the sums.
     is_view = not labels and plan.output_dtype == "float32"
-    final = 0 if is_view else chunk.interior.size * stored
-    own = sum(box.size for box in chunk.band_boxes) * 4 * plan.channels
-    pieces = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * 4 * plan.channels
+    interior = 0 if is_view else chunk.interior.size * output_voxel
+    bands = sum(box.size for box in chunk.band_boxes) * sums_voxel
+    outgoing = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * sums_voxel
     waiting = chunk.halo.size * plan.volume.voxel_bytes
-    # Deciding holds the largest values so far, before and after a channel, and two winners.
-    deciding = chunk.interior.size * (4 + 4 + 1 + 1) if labels and plan.channels > 1 else 0
-    leaving = final + own + pieces
-    computing = waiting + sums + max(deciding, leaving)
-    rest = sum(box.size for box in chunk.rest_boxes) * stored
-    writing = (sums if is_view else 0) + leaving + max(chunk.core.size * stored, rest)
-    awaited = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * 4 * plan.channels
-    adding = max((box.size for box in chunk.band_boxes), default=0) * (4 * plan.channels + stored)
-    completing = own + rest + awaited + adding + chunk.block.size * stored
+    # The argmax holds the largest value before and after a channel, and two arrays of winners.
+    argmax = chunk.interior.size * (4 + 4 + 1 + 1) if labels and plan.channels > 1 else 0
+    results = interior + bands + outgoing
+    computing = waiting + sums + max(argmax, results)
+    rest = sum(box.size for box in chunk.rest_boxes) * output_voxel
+    writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
+    incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
+    largest_band = max((box.size for box in chunk.band_boxes), default=0)
+    adding = largest_band * (sums_voxel + output_voxel)
+    completing = bands + rest + incoming + adding + chunk.block.size * output_voxel
     return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)

@@ -1,4 +1,4 @@
-"""Spans of time as pairs of arrays, starts (n,) and stops (n,) in seconds: float64 arithmetic."""
+"""Arithmetic on time intervals, held as two float64 arrays: starts (n,) and stops (n,), seconds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
 Intervals = tuple[Numbers, Numbers]
-SLAB = 1 << 16
-"""Spans looked at together; bounds memory."""
+BATCH_SIZE = 1 << 16
+"""Intervals processed in one array operation; bounds memory."""
 
 
 def covered_seconds(starts: Numbers, stops: Numbers) -> float:
-    """Return for how long at least one span lasts."""
+    """Return the length in seconds of the union of the intervals."""
     if not len(starts):
         return 0.0
     order = np.argsort(starts, kind="stable")
@@ -25,36 +25,39 @@ def covered_seconds(starts: Numbers, stops: Numbers) -> float:
 
 
 def attribute_time(layers: Sequence[Intervals], low: float, high: float) -> list[float]:
-    """Share out the time from `low` to `high`: each moment to the first layer that covers it.
+    """Return how many seconds from `low` to `high` belong to each layer of intervals.
 
-    Returns the seconds of each layer, and last those that none covers; they add up to
-    `high - low`.
+    Each moment belongs to the first layer that covers it. The last entry of the result counts the
+    moments that no layer covers. The result adds up to `high - low`.
     """
     seconds = [0.0] * len(layers)
-    whole = 0.0
+    attributed = 0.0
     cuts = _cuts(layers[-1][0], low, high)
     for begin, end in pairwise(cuts):
         starts, stops = np.empty(0), np.empty(0)
-        before = 0.0
+        covered = 0.0
         for number, layer in enumerate(layers):
             inside = (layer[0] < end) & (layer[1] > begin)
             starts = np.concatenate([starts, layer[0][inside].clip(begin, end)])
             stops = np.concatenate([stops, layer[1][inside].clip(begin, end)])
-            now = covered_seconds(starts, stops)
-            seconds[number] += max(0.0, now - before)
-            before = max(before, now)
-        whole += before
-    return [*seconds, max(0.0, high - low - whole)]
+            with_layer = covered_seconds(starts, stops)
+            seconds[number] += max(0.0, with_layer - covered)
+            covered = max(covered, with_layer)
+        attributed += covered
+    return [*seconds, max(0.0, high - low - attributed)]
 
 
 def _cuts(starts: Numbers, low: float, high: float) -> list[float]:
-    """Cut the time into stretches in which about `SLAB` spans start."""
-    inner = np.sort(starts)[SLAB::SLAB]
+    """Return times from `low` to `high` between which about `BATCH_SIZE` intervals start."""
+    inner = np.sort(starts)[BATCH_SIZE::BATCH_SIZE]
     return [low, *(float(t) for t in np.unique(inner) if low < t < high), high]
 
 
 def max_overlap(starts: Numbers, stops: Numbers) -> int:
-    """Return how many spans last at the same moment, at most; a span ends before one begins."""
+    """Return the largest number of intervals that contain the same moment.
+
+    An interval does not contain its stop.
+    """
     moments = np.concatenate([stops, starts])
     steps = np.repeat([-1, 1], [len(stops), len(starts)])
     order = np.argsort(moments, kind="stable")
@@ -62,18 +65,19 @@ def max_overlap(starts: Numbers, stops: Numbers) -> int:
 
 
 def spread(starts: Numbers, stops: Numbers, amounts: Numbers, edges: Numbers) -> Numbers:
-    """Spread each span's amount evenly over it; return what falls between the edges (m,) -> (m-1,).
+    """Return the amount per bin if each interval's amount is spread evenly over its length.
 
-    The result adds up to the amounts of the spans that lie within the edges.
+    `edges` (m,) are the edges of the bins; the result is (m-1,). It adds up to the amounts of the
+    intervals that lie within the edges.
     """
-    until = np.zeros(len(edges))
-    for low in range(0, len(starts), SLAB):
-        part = slice(low, low + SLAB)
-        begins, totals = starts[part], amounts[part]
-        lengths = np.maximum(stops[part] - begins, 1e-9)
+    cumulative = np.zeros(len(edges))
+    for low in range(0, len(starts), BATCH_SIZE):
+        batch = slice(low, low + BATCH_SIZE)
+        begins, totals = starts[batch], amounts[batch]
+        lengths = np.maximum(stops[batch] - begins, 1e-9)
         for number, edge in enumerate(edges):
-            until[number] += float((((edge - begins) / lengths).clip(0.0, 1.0) * totals).sum())
-        # One without length at the last edge has passed it, too.
-        late = (begins >= edges[-1]) & (stops[part] <= edges[-1])
-        until[-1] += float(totals[late].sum())
-    return np.diff(until)
+            cumulative[number] += float((((edge - begins) / lengths).clip(0.0, 1.0) * totals).sum())
+        # An interval of length 0 at the last edge also counts.
+        at_end = (begins >= edges[-1]) & (stops[batch] <= edges[-1])
+        cumulative[-1] += float(totals[at_end].sum())
+    return np.diff(cumulative)

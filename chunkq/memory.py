@@ -1,4 +1,4 @@
-"""How much memory this process has taken."""
+"""Read the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import resource
 import sys
 from pathlib import Path
 
-STATUS = Path("/proc/self/status")
+PROC_STATUS = Path("/proc/self/status")
 
 
 def peak_bytes() -> int:
-    """Return this process's largest resident memory, none of its parent's where that is known.
+    """Return the peak resident memory of this process in bytes.
 
-    `getrusage` counts what the parent had when it started this process.
+    On Linux the value excludes the memory of the parent process. Elsewhere `getrusage` can include
+    what the parent used when it started this process.
     """
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
-    found = [line.split() for line in lines if line.startswith("VmHWM:")]
-    if found:
-        return int(found[0][1]) * 1024
+    lines = PROC_STATUS.read_text().splitlines() if PROC_STATUS.exists() else []
+    peaks = [line.split() for line in lines if line.startswith("VmHWM:")]
+    if peaks:
+        return int(peaks[0][1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

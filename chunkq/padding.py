@@ -1,4 +1,4 @@
-"""What lies outside the volume: `np.pad`'s rules as index arithmetic, one axis at a time."""
+"""Padding as index arithmetic along one axis, with the same results as `np.pad`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 def source_indices(start: int, stop: int, size: int, mode: PadMode) -> IntArray:
-    """Return, for each position in `[start, stop)`, the voxel of `[0, size)` it shows.
+    """Return the index in `[0, size)` of the voxel shown at each position of `[start, stop)`.
 
-    Shape (stop - start,), int64. Equals what `np.pad` on an axis of `size` voxels would put
-    there, however wide the pad; -1 stands for the constant.
+    Shape (stop - start,), int64; -1 stands for the pad value. Equals the result of `np.pad` on an
+    axis of `size` voxels, for any pad width.
     """
     position = np.arange(start, stop, dtype=np.int64)
     if mode == "edge":
@@ -34,10 +34,10 @@ def source_indices(start: int, stop: int, size: int, mode: PadMode) -> IntArray:
 def source_range(
     start: IntArray, stop: IntArray, size: int, mode: PadMode
 ) -> tuple[IntArray, IntArray]:
-    """Return the smallest range of real voxels that shows up in each window `[start, stop)`.
+    """Return the smallest range that holds all voxels shown in each window `[start, stop)`.
 
-    Elementwise over arrays of windows, each of which meets `[0, size)` or is empty; an empty
-    window gives an empty range.
+    Works elementwise on arrays of windows. Each window intersects `[0, size)` or is empty; the
+    range of an empty window is empty.
     """
     low = np.clip(start, 0, size)
     high = np.clip(stop, low, size)

@@ -1,8 +1,9 @@
-"""Job and volume -> Plan: chunks, pieces and costs, all lazy, no input or output.
+"""The plan of a job: chunks, patches, pieces and costs, computed on demand and without I/O.
 
-A chunk owns the patches whose kept voxels, clipped to the volume, start in its block; each patch
-is therefore computed once, and along each axis a chunk reaches at most into the next block. The
-low side of a block that others reach into is its band. See docs/design.md, section 4.
+A chunk owns the patches whose kept voxels, clipped to the volume, start in its block. Each patch is
+therefore computed exactly once, and a chunk's patches end in its block or in the next block along
+each axis. The band of a block is the part at its low sides that lower neighbors also predict.
+See docs/design.md, section 4.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from chunkq.job import Job
 from chunkq.padding import IntArray
 
 Index = tuple[int, ...]
-SLAB = 1 << 16
-"""Blocks of one axis looked at together; bounds the planner's memory."""
+BLOCKS_PER_BATCH = 1 << 16
+"""Blocks of one axis that are summed in one array operation; bounds the planner's memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """What is known of the input: shape in voxels and dtype name.
+    """Shape in voxels and dtype name of the input.
 
-    Of several inputs, `dtype` is the one that holds the values of all, `dtypes` each one's own.
+    For several inputs, `dtype` is their common dtype and `dtypes` lists the dtype of each.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +41,7 @@ class Volume:
 
     @classmethod
     def joined(cls, volumes: Sequence[Volume]) -> Volume:
-        """Return several inputs of one shape as one."""
+        """Return one volume for several inputs, which have the same shape."""
         dtypes = tuple(volume.dtype for volume in volumes)
         if len(dtypes) == 1:
             return volumes[0]
@@ -48,15 +49,16 @@ class Volume:
 
     @property
     def voxel_bytes(self) -> int:
-        """Bytes of one voxel of all inputs."""
+        """Bytes per voxel, summed over the inputs."""
         return sum(np.dtype(dtype).itemsize for dtype in self.dtypes or (self.dtype,))
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """One patch: its grid, its number along each axis, where it reads, what it speaks for.
+    """One patch: its grid and its number along each axis.
 
-    `source` is the input window, `target` the kept voxels inside the volume.
+    `source` is the input window. `target` holds the kept voxels inside the volume, those that the
+    patch predicts.
     """
 
     grid: int
@@ -67,9 +69,10 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Partial sums that chunk `source` leaves for finalizing block `target`.
+    """Partial sums that chunk `source` stores for block `target`.
 
-    `box` lies in the target's block; `name` tells the pieces of one target apart.
+    `box` is the part of the target's block that they cover. `name` is unique among the pieces of
+    one target.
     """
 
     source: Index
@@ -78,7 +81,7 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """The axes along which the target lies one block up, as 0 and 1."""
+        """One digit per axis: 1 if the target is one block above the source, else 0."""
         return "".join(str(t - s) for s, t in zip(self.source, self.target, strict=True))
 
 
@@ -86,11 +89,13 @@ class Piece:
 class Chunk:
     """One unit of work.
 
-    block      the output it owns; `interior` (no other chunk contributes) and `core` (the
-               storage chunks that no band touches) are its upper corners
-    region     where its patches write: the block and what spills into the next ones
-    halo       the input its patches read; may lie outside the volume
-    owned      per grid and axis, the range of patch numbers
+    block      output voxels that the chunk owns
+    interior   part of the block that no other chunk predicts; ends where the block ends
+    core       part of the interior whose storage chunks contain no voxel of the band; ends where
+               the block ends
+    region     voxels that the chunk's patches predict: the block and the upper overlap
+    halo       input window of its patches; can extend beyond the volume
+    owned      `owned[g][a]` is the range of its patch numbers of grid g along axis a
     """
 
     index: Index
@@ -103,38 +108,38 @@ class Chunk:
 
     @property
     def is_active(self) -> bool:
-        """Tell whether the chunk has anything to compute; else its block is all band."""
+        """Return whether the chunk owns a patch; if not, its whole block is band."""
         return self.halo.size > 0
 
     @property
     def patches(self) -> int:
-        """How many patches the chunk owns."""
+        """Number of patches that the chunk owns."""
         return sum(prod(len(numbers) for numbers in grid) for grid in self.owned)
 
     @property
     def has_band(self) -> bool:
-        """Tell whether other chunks contribute to the block, so that it needs finalizing."""
+        """Return whether other chunks contribute to the block, which must then be finalized."""
         return self.interior != self.block
 
     @property
     def band_boxes(self) -> tuple[Box, ...]:
-        """The band cut into disjoint boxes: the block without its interior."""
+        """The band as disjoint boxes: the block without its interior."""
         return tuple(self.block.without_corner(self.interior.start))
 
     @property
     def rest_boxes(self) -> tuple[Box, ...]:
-        """The interior's voxels whose storage chunks the band touches."""
+        """The interior voxels whose storage chunks contain band voxels, as disjoint boxes."""
         return tuple(self.interior.without_corner(self.core.start))
 
     @property
     def touched_boxes(self) -> tuple[Box, ...]:
-        """The whole storage chunks that the band touches: the block without its core."""
+        """The storage chunks that contain band voxels, as disjoint boxes: block without core."""
         return tuple(self.block.without_corner(self.core.start))
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a job costs; bytes are those of uncompressed voxels."""
+    """Work and data volume of a job; bytes count uncompressed voxels."""
 
     chunks: int
     finalized_blocks: int
@@ -146,16 +151,16 @@ class Costs:
 
     @property
     def store_bytes(self) -> int:
-        """All bytes moved: input with halos, output, every piece written and read once."""
+        """Bytes read and written: input with halos, output, and each piece twice."""
         return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The geometry of one job; a pure function of the job and the volume's shape and dtype.
+    """The geometry of one job; a pure function of the job and of the volume's shape and dtype.
 
-    `channels` is the number of channels the network gives, `channel_axis` tells whether the
-    output keeps them as its first axis.
+    `channels` is the number of channels that the network returns. `channel_axis` is true if they
+    are the first axis of the output.
     """
 
     job: Job
@@ -174,7 +179,7 @@ class Plan:
 
     @property
     def chunksize(self) -> tuple[int, ...]:
-        """Block shape in voxels; blocks at the volume's end are smaller."""
+        """Block shape in voxels; the last block along an axis can be smaller."""
         return tuple(axis.chunk for axis in self.axes)
 
     @property
@@ -196,20 +201,20 @@ class Plan:
 
     @property
     def stored_channels(self) -> int:
-        """Values stored per voxel of the output."""
+        """Number of values stored per voxel of the output."""
         return self.channels if self.job.combine == "weighted_avg" else 1
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of the output volume, channels first where they are kept."""
+        """Shape of the output: ([C,] *S)."""
         return (self.channels, *self.volume.shape) if self.channel_axis else self.volume.shape
 
     def indices(self) -> Iterator[Index]:
-        """Yield the index of every chunk, the last axis fastest."""
+        """Yield the index of every chunk in C order (last axis fastest)."""
         return product(*(range(n) for n in self.blocks))
 
     def chunk(self, index: Index) -> Chunk:
-        """Return chunk `index`."""
+        """Return the chunk at `index`."""
         parts = [axis.block(i) for axis, i in zip(self.axes, index, strict=True)]
         start, stop = tuple(p.start for p in parts), tuple(p.stop for p in parts)
         return Chunk(
@@ -223,7 +228,7 @@ class Plan:
         )
 
     def patches(self, chunk: Chunk) -> Iterator[Patch]:
-        """Yield the patches a chunk owns: grid by grid, the last axis fastest."""
+        """Yield the patches of a chunk, grid by grid, each grid in C order (last axis fastest)."""
         for g, ranges in enumerate(chunk.owned):
             grids = [axis.grids[g] for axis in self.axes]
             for numbers in product(*ranges):
@@ -244,26 +249,26 @@ class Plan:
                 )
 
     def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
-        """Return the pieces a chunk leaves for its upper neighbours, in a fixed order."""
+        """Return the pieces that a chunk stores for its upper neighbors, in a fixed order."""
         if not chunk.is_active:
             return []
-        spill = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
+        overlap = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
         return [
             Piece(chunk.index, target, box)
             for up in _subsets(self.rank)
-            if all(spill[a] for a in range(self.rank) if up[a])
+            if all(overlap[a] for a in range(self.rank) if up[a])
             for target, box in [self._upper_neighbor(chunk, up)]
         ]
 
     def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
-        """Return the pieces that lower neighbours leave for a chunk's block, in a fixed order."""
+        """Return the pieces that lower neighbors store for a chunk's block, in a fixed order."""
         block, inner, halo = chunk.block, chunk.interior.start, chunk.halo.shape
         pieces = []
         for up in _subsets(self.rank):
-            reached = all(
+            has_piece = all(
                 inner[a] > block.start[a] if up[a] else halo[a] > 0 for a in range(self.rank)
             )
-            if reached:
+            if has_piece:
                 source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
                 stop = tuple(
                     low if u else high for u, low, high in zip(up, inner, block.stop, strict=True)
@@ -272,29 +277,33 @@ class Plan:
         return pieces
 
     def contributors(self, index: Index) -> list[Index]:
-        """Return the chunks whose commit a block needs before it can be finalized."""
+        """Return the chunks that must be committed before the block can be finalized."""
         return [index, *(piece.source for piece in self.incoming_pieces(self.chunk(index)))]
 
     def has_band(self, index: Index) -> bool:
-        """Tell whether a block is completed by finalizing it."""
+        """Return whether the block has a band and must therefore be finalized."""
         return any(axis.block(i).band > 0 for axis, i in zip(self.axes, index, strict=True))
 
     def to_finalize(self) -> Iterator[Index]:
-        """Yield the blocks that have a band, the last axis fastest."""
-        banded = []
+        """Yield the blocks that have a band in C order (last axis fastest)."""
+        has_band = []
         for axis in self.axes:
             numbers = np.arange(axis.blocks, dtype=np.int64)
-            banded.append((axis.band(numbers) > 0).tolist())
+            has_band.append((axis.band(numbers) > 0).tolist())
         for index in self.indices():
-            if any(flags[i] for flags, i in zip(banded, index, strict=True)):
+            if any(flags[i] for flags, i in zip(has_band, index, strict=True)):
                 yield index
 
     @cached_property
     def costs(self) -> Costs:
-        """Exact totals, summed axis by axis: every term is a product over the axes."""
+        """Exact totals over all chunks. Takes time linear in the blocks along one axis."""
         return _costs(self)
 
     def _upper_neighbor(self, chunk: Chunk, up: Index) -> tuple[Index, Box]:
+        """Return the index of an upper neighbor and the part of its block that the chunk predicts.
+
+        `up` has a 1 for each axis along which the neighbor is one block above the chunk.
+        """
         target = tuple(i + u for i, u in zip(chunk.index, up, strict=True))
         block, region = chunk.block, chunk.region
         start = tuple(
@@ -307,24 +316,25 @@ class Plan:
 
 
 def _subsets(rank: int) -> list[Index]:
-    """Return every non-empty set of axes as 0 and 1 per axis, in counting order."""
+    """Return all non-empty sets of axes as tuples of 0 and 1, in binary counting order."""
     return list(product((0, 1), repeat=rank))[1:]
 
 
 class _AxisTotals:
-    """Sums over the blocks of one axis of what `_costs` multiplies."""
+    """Sums over the blocks of one axis. A total over the volume is a product of such sums."""
 
     def __init__(self, axis: Axis) -> None:
         self.sums = dict.fromkeys(
-            ("length", "interior", "core", "plain", "active", "spill", "read"), 0
+            ("length", "interior", "core", "without_band", "active", "upper_overlap", "read"), 0
         )
         self.patches = [0] * len(axis.grids)
-        for low in range(0, axis.blocks, SLAB):
-            self._add(axis, np.arange(low, min(low + SLAB, axis.blocks), dtype=np.int64))
+        for low in range(0, axis.blocks, BLOCKS_PER_BATCH):
+            high = min(low + BLOCKS_PER_BATCH, axis.blocks)
+            self._add(axis, np.arange(low, high, dtype=np.int64))
 
     def _add(self, axis: Axis, blocks: IntArray) -> None:
         length = axis.stop(blocks) - axis.start(blocks)
-        band, spill = axis.band(blocks), axis.upper_overlap(blocks)
+        band = axis.band(blocks)
         halo_low, halo_high = axis.halo(blocks)
         read_low, read_high = axis.read(blocks)
         active = halo_high > halo_low
@@ -332,9 +342,9 @@ class _AxisTotals:
             "length": length,
             "interior": length - band,
             "core": length - axis.aligned_band(blocks),
-            "plain": band == 0,
+            "without_band": band == 0,
             "active": np.where(active, length, 0),
-            "spill": spill,
+            "upper_overlap": axis.upper_overlap(blocks),
             "read": read_high - read_low,
         }
         for key, values in sums.items():
@@ -353,19 +363,19 @@ def _costs(plan: Plan) -> Costs:
     sums_bytes = 4 * plan.channels
     stored_bytes = plan.stored_channels * plan.output_dtype.itemsize
     chunks = prod(plan.blocks)
-    sent = sum(
-        prod(t.sums["spill" if u else "active"] for t, u in zip(totals, up, strict=True))
+    piece_voxels = sum(
+        prod(t.sums["upper_overlap" if u else "active"] for t, u in zip(totals, up, strict=True))
         for up in _subsets(plan.rank)
     )
-    own_sums = over_axes("active") - over_axes("interior")
-    own_rest = over_axes("interior") - over_axes("core")
+    band_voxels = over_axes("active") - over_axes("interior")
+    rest_voxels = over_axes("interior") - over_axes("core")
     itemsize = plan.volume.voxel_bytes
     return Costs(
         chunks=chunks,
-        finalized_blocks=chunks - over_axes("plain"),
+        finalized_blocks=chunks - over_axes("without_band"),
         finalized_voxels=over_axes("length") - over_axes("core"),
         patches=sum(prod(t.patches[g] for t in totals) for g in range(len(totals[0].patches))),
         input_bytes=over_axes("read") * itemsize,
         output_bytes=prod(plan.volume.shape) * stored_bytes,
-        piece_bytes=(sent + own_sums) * sums_bytes + own_rest * stored_bytes,
+        piece_bytes=(piece_voxels + band_voxels) * sums_bytes + rest_voxels * stored_bytes,
     )

@@ -1,4 +1,4 @@
-"""A picture of labels over a volume, with matplotlib."""
+"""Draw labels over a volume with matplotlib."""
 
 from __future__ import annotations
 
@@ -15,48 +15,51 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 Voxels = npt.NDArray[Any]
-OPACITY = 0.5
-DARKEST, BRIGHTEST = 1, 99
-"""Percentiles of the input that become black and white."""
-LEGEND_ENTRIES = 12
-PIXELS_WANTED = 500
-"""Width or height of the largest panel; the figure has 100 pixels an inch."""
+LABEL_ALPHA = 0.5
+BLACK_PERCENTILE, WHITE_PERCENTILE = 1, 99
+"""Percentiles of the input that are drawn black and white."""
+MAX_LEGEND_ENTRIES = 12
+PANEL_PIXELS = 500
+"""Length of the longest side of all panels; the figure has 100 pixels per inch."""
 
 
 def draw(volume: Voxels, labels: Voxels, at: Sequence[int] | None = None) -> Figure:
-    """Draw labels (*S) over a volume (*S) of 1 to 4 axes; see `Prediction.plot`."""
-    centre = _middle(labels) if at is None else tuple(at)
-    if len(centre) != labels.ndim or any(
-        not 0 <= c < n for c, n in zip(centre, labels.shape, strict=False)
+    """Draw labels (*S) over a volume (*S) with 1 to 4 axes; see `Prediction.plot`."""
+    center = _median_voxel(labels) if at is None else tuple(at)
+    if len(center) != labels.ndim or any(
+        not 0 <= c < n for c, n in zip(center, labels.shape, strict=False)
     ):
-        raise ValueError(f"at {list(centre)} is no voxel of a volume of shape {list(labels.shape)}")
-    where = ""
+        raise ValueError(
+            f"at: {list(center)} is not a voxel of a volume of shape {list(labels.shape)}; "
+            "use one index per axis, within the shape"
+        )
+    prefix = ""
     if labels.ndim == 4:
-        where = f"{centre[0]}, "
-        volume, labels, centre = volume[centre[0]], labels[centre[0]], centre[1:]
+        prefix = f"{center[0]}, "
+        volume, labels, center = volume[center[0]], labels[center[0]], center[1:]
     if labels.ndim == 1:
-        return _line(volume, labels)
+        return _draw_line(volume, labels)
     if labels.ndim == 2:
-        return _panels([_Panel(volume, labels, "axis 1", "axis 0", "")])
+        return _draw_panels([_Panel(volume, labels, "axis 1", "axis 0", "")])
     panels = []
     for axis in range(3):
-        rows, columns = (a + bool(where) for a in range(3) if a != axis)
-        shown = [":", ":", ":"]
-        shown[axis] = str(centre[axis])
+        rows, columns = (a + bool(prefix) for a in range(3) if a != axis)
+        indices = [":", ":", ":"]
+        indices[axis] = str(center[axis])
         panels.append(
             _Panel(
-                np.take(volume, centre[axis], axis),
-                np.take(labels, centre[axis], axis),
+                np.take(volume, center[axis], axis),
+                np.take(labels, center[axis], axis),
                 f"axis {columns}",
                 f"axis {rows}",
-                f"[{where}{', '.join(shown)}]",
+                f"[{prefix}{', '.join(indices)}]",
             )
         )
-    return _panels(panels)
+    return _draw_panels(panels)
 
 
 class _Panel(NamedTuple):
-    """One plane to draw, (H, W), with the names of its axes."""
+    """One plane (H, W) to draw, with the names of its axes."""
 
     volume: Voxels
     labels: Voxels
@@ -65,20 +68,20 @@ class _Panel(NamedTuple):
     title: str
 
 
-def _middle(labels: Voxels) -> tuple[int, ...]:
-    """Return the median along each axis of the labelled voxels; the centre where none is."""
-    centre = []
+def _median_voxel(labels: Voxels) -> tuple[int, ...]:
+    """Return the median position of the labeled voxels; the center of the volume if none is."""
+    center = []
     for axis, length in enumerate(labels.shape):
         others = tuple(a for a in range(labels.ndim) if a != axis)
         below = np.cumsum(np.count_nonzero(labels, axis=others))
-        centre.append(int(np.searchsorted(below, below[-1] / 2)) if below[-1] else length // 2)
-    return tuple(centre)
+        center.append(int(np.searchsorted(below, below[-1] / 2)) if below[-1] else length // 2)
+    return tuple(center)
 
 
-def _panels(panels: Sequence[_Panel]) -> Figure:
-    """Draw planes side by side, a voxel as large in each."""
+def _draw_panels(panels: Sequence[_Panel]) -> Figure:
+    """Draw planes side by side, with the same size of a voxel in each."""
     longest = max(max(panel.labels.shape) for panel in panels)
-    inches = PIXELS_WANTED / 100 / longest
+    inches = PANEL_PIXELS / 100 / longest
     widths = [max(0.15 * longest, panel.labels.shape[1]) for panel in panels]
     tallest = max(0.25 * longest, *(panel.labels.shape[0] for panel in panels))
     figure = Figure(
@@ -87,56 +90,57 @@ def _panels(panels: Sequence[_Panel]) -> Figure:
     )
     row = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     planes = [panel.volume.astype(np.float64) for panel in panels]
-    shown = np.concatenate([plane[np.isfinite(plane)] for plane in planes])
-    low, high = np.percentile(shown, [DARKEST, BRIGHTEST]) if shown.size else (0, 1)
+    finite = np.concatenate([plane[np.isfinite(plane)] for plane in planes])
+    percentiles = [BLACK_PERCENTILE, WHITE_PERCENTILE]
+    low, high = np.percentile(finite, percentiles) if finite.size else (0, 1)
     for axes, plane, panel in zip(row, planes, panels, strict=True):
         axes.imshow(plane, cmap="gray", vmin=low, vmax=max(high, low + 1e-12))
-        axes.imshow(_coloured(panel.labels))
-        _name(axes, panel.x, panel.y, panel.title)
+        axes.imshow(_colored(panel.labels))
+        _set_labels(axes, panel.x, panel.y, panel.title)
     _legend(figure, [panel.labels for panel in panels])
     return figure
 
 
-def _line(volume: Voxels, labels: Voxels) -> Figure:
-    """Draw a 1-D volume, labelled stretches coloured behind it."""
+def _draw_line(volume: Voxels, labels: Voxels) -> Figure:
+    """Draw a 1-D volume as a line over the colors of its labels."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(np.arange(len(volume)), volume, color="black", linewidth=1)
     edges = [0, *(np.flatnonzero(np.diff(labels)) + 1), len(labels)]
     for start, stop in pairwise(edges):
         if labels[start]:
-            axes.axvspan(start - 0.5, stop - 0.5, color=_colour(labels[start]), linewidth=0)
+            axes.axvspan(start - 0.5, stop - 0.5, color=_color(labels[start]), linewidth=0)
     axes.margins(x=0)
-    _name(axes, "axis 0", "input", "")
+    _set_labels(axes, "axis 0", "input", "")
     _legend(figure, [labels])
     return figure
 
 
-def _name(axes: Axes, x: str, y: str, title: str) -> None:
+def _set_labels(axes: Axes, x: str, y: str, title: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
 
 
-def _colour(label: int) -> tuple[float, float, float, float]:
-    """Return the colour of a label; those past the palette's end take the same ones again."""
+def _color(label: int) -> tuple[float, float, float, float]:
+    """Return the color of a label; colors repeat after the end of the palette."""
     palette: Any = colormaps["tab10"]
-    return to_rgba(palette((int(label) - 1) % palette.N), OPACITY)
+    return to_rgba(palette((int(label) - 1) % palette.N), LABEL_ALPHA)
 
 
-def _coloured(labels: Voxels) -> Voxels:
-    """Return labels (H, W) as colours (H, W, 4); label 0 is transparent."""
-    present, places = np.unique(labels, return_inverse=True)
-    colours = np.array([_colour(label) if label else (0.0,) * 4 for label in present])
-    return colours[places.reshape(labels.shape)]
+def _colored(labels: Voxels) -> Voxels:
+    """Return the RGBA colors (H, W, 4) of labels (H, W); label 0 is transparent."""
+    present, inverse = np.unique(labels, return_inverse=True)
+    colors = np.array([_color(label) if label else (0.0,) * 4 for label in present])
+    return colors[inverse.reshape(labels.shape)]
 
 
-def _legend(figure: Figure, shown: Sequence[Voxels]) -> None:
-    """Name the labels that are seen."""
-    found = np.unique(np.concatenate([np.unique(labels) for labels in shown]))
-    present = [int(label) for label in found if label]
-    entries = [Patch(color=_colour(n), label=f"label {n}") for n in present[:LEGEND_ENTRIES]]
-    if len(present) > LEGEND_ENTRIES:
-        entries.append(Patch(alpha=0, label=f"and {len(present) - LEGEND_ENTRIES} more"))
+def _legend(figure: Figure, drawn: Sequence[Voxels]) -> None:
+    """Add a legend of the labels that are drawn; no legend if there are none."""
+    labels = np.unique(np.concatenate([np.unique(plane) for plane in drawn]))
+    present = [int(label) for label in labels if label]
+    entries = [Patch(color=_color(n), label=f"label {n}") for n in present[:MAX_LEGEND_ENTRIES]]
+    if len(present) > MAX_LEGEND_ENTRIES:
+        entries.append(Patch(alpha=0, label=f"and {len(present) - MAX_LEGEND_ENTRIES} more"))
     if entries:
         figure.legend(handles=entries, loc="outside lower center", ncols=min(6, len(entries)))

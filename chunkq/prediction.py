@@ -1,4 +1,4 @@
-"""What a network says about one volume, as arrays in memory."""
+"""The result of inference on one volume, as arrays in memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The result for one volume of shape (*S), spatial axes in the volume's order.
+    """The result for one volume of shape (*S), with spatial axes in the volume's order.
 
     Attributes:
-        labels: `(*S)` uint8, uint16 past 256 classes: the most likely class, the lowest of several;
-            of a single channel, whether it reaches 0.5.
-        input: The volume `(*S)` as it was passed, in its own dtype; of several inputs a tuple.
-        probabilities: `(C, *S)` float32 (float16 if `output_dtype` says so): what the network
-            returns, activated and averaged; None where patches were combined into labels
-            (`combine` soft or hard).
+        labels: `(*S)` uint8, or uint16 for more than 256 classes: the class with the largest
+            probability, the lowest one in a tie; for a single channel, whether it is at least 0.5.
+        input: The input volume `(*S)` in its own dtype; a tuple of them for several inputs.
+        probabilities: `(C, *S)` float32, or float16 with `output_dtype: float16`: the outputs of
+            the network after activation and averaging; None with `combine` soft or hard.
 
     Arrays are NumPy arrays, or torch tensors after `to`.
     """
@@ -36,15 +35,16 @@ class Prediction:
     probabilities: Array | None = None
 
     def numpy(self) -> Prediction:
-        """Return the same with NumPy arrays, on the host; NumPy arrays are shared, not copied."""
-        return self._each(to_numpy)
+        """Return the prediction with NumPy arrays; arrays in host memory are shared, not copied."""
+        return self._map(to_numpy)
 
     def to(self, device: str) -> Prediction:
-        """Return the same as torch tensors on a device such as `cpu`, `cuda` or `cuda:1`.
+        """Return the prediction with torch tensors on a device such as `cpu`, `cuda` or `cuda:1`.
 
-        `numpy` is `numpy()`. On the CPU memory is shared where it can be. torch knows little of
-        wide unsigned integers: uint16 becomes int32, uint32 int64, with the same values. Raises
-        ChunkqError where torch is not installed or has no such device.
+        `to("numpy")` is the same as `numpy()`. On the CPU, memory is shared where torch allows it.
+        uint16 arrays become int32 and uint32 arrays int64, with the same values, because torch
+        supports few operations on them. Raises ChunkqError if torch is not installed or the device
+        does not exist.
         """
         if device == "numpy":
             return self.numpy()
@@ -52,30 +52,34 @@ class Prediction:
             import torch
         except ImportError as error:
             raise ChunkqError(
-                f"Prediction.to: torch is not installed here ({error}); pip install 'chunkq[torch]'"
+                f"Prediction.to: torch is not installed ({error}); "
+                "install it with pip install 'chunkq[torch]'"
             ) from None
         try:
-            place = torch.device(device)
-            return self._each(lambda array: torch.as_tensor(_for_torch(array), device=place))
+            target = torch.device(device)
+            return self._map(lambda array: torch.as_tensor(_for_torch(array), device=target))
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
-            raise ChunkqError(f"Prediction.to: no device {device!r} here: {reason}") from None
+            raise ChunkqError(
+                f"Prediction.to: cannot use device {device!r}: {reason}; "
+                "use 'cpu' or another available device"
+            ) from None
 
     def plot(self, path: str | Path | None = None, *, at: Sequence[int] | None = None) -> Figure:
-        """Draw the labels over the input; returns the figure, and saves it where `path` is given.
+        """Draw the labels over the input and return the figure; save it to `path` if set.
 
-        A 3-D volume shows in the three planes through voxel `at`, a 2-D one whole, a 1-D one as
-        a line; of a 4-D volume, entry `at[0]` of its first axis. `at` has one entry per axis; by
-        default it is the middle of what is labelled. Label 0 is left clear. The suffix of `path`
-        chooses the format. Raises ChunkqError where matplotlib is not installed, ValueError where
-        `at` lies outside.
+        Draws three planes through voxel `at` of a 3-D volume, all of a 2-D volume, and a line for a
+        1-D volume. For a 4-D volume, draws entry `at[0]` of its first axis. `at` has one entry per
+        axis; the default is the median of the labeled voxels. Label 0 is transparent. The suffix
+        of `path` sets the format. Raises ChunkqError if matplotlib is not installed, and ValueError
+        if `at` is outside the volume.
         """
         try:
             from chunkq.plot import draw
         except ImportError as error:
             raise ChunkqError(
-                f"Prediction.plot: matplotlib is not installed here ({error}); "
-                "pip install 'chunkq[plot]'"
+                f"Prediction.plot: matplotlib is not installed ({error}); "
+                "install it with pip install 'chunkq[plot]'"
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
         figure = draw(to_numpy(first), to_numpy(self.labels), at)
@@ -83,23 +87,24 @@ class Prediction:
             figure.savefig(path)
         return figure
 
-    def _each(self, change: Callable[[Array], Array]) -> Prediction:
-        given = self.input
+    def _map(self, convert: Callable[[Array], Array]) -> Prediction:
+        """Return the prediction with every array converted."""
+        is_tuple = isinstance(self.input, tuple)
         return replace(
             self,
-            labels=change(self.labels),
-            input=tuple(map(change, given)) if isinstance(given, tuple) else change(given),
-            probabilities=None if self.probabilities is None else change(self.probabilities),
+            labels=convert(self.labels),
+            input=tuple(map(convert, self.input)) if is_tuple else convert(self.input),
+            probabilities=None if self.probabilities is None else convert(self.probabilities),
         )
 
 
 def _for_torch(array: Array) -> Any:
-    """Return an array of a dtype and layout that torch takes."""
+    """Return the array with a dtype and memory layout that torch supports."""
     if not isinstance(array, np.ndarray):
         return array
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         array = array.astype(f"i{min(8, array.dtype.itemsize * 2)}")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    # torch refuses negative strides and warns of read-only memory.
-    plain = array.flags.writeable and all(step >= 0 for step in array.strides)
-    return array if plain else array.copy()
+    # torch rejects negative strides and warns about read-only memory.
+    is_supported = array.flags.writeable and all(step >= 0 for step in array.strides)
+    return array if is_supported else array.copy()

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, now and then a plain line elsewhere."""
+"""Show progress on standard error: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_EVERY_SECONDS = 10.0
+LINE_INTERVAL_SECONDS = 10.0
 
 
 class ProgressBar:
-    """Shows how far one piece of work is. Call it with (done, total)."""
+    """Context manager that shows the progress of one operation; call it with (done, total)."""
 
     def __init__(self, label: str, console: Console | None = None) -> None:
         self._label, self._console = label, console or Console(stderr=True)
@@ -27,7 +27,7 @@ class ProgressBar:
                 console=self._console,
                 transient=True,
             )
-            self._row = self._bar.add_task(label, total=None)
+            self._task = self._bar.add_task(label, total=None)
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -44,9 +44,9 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+        """Show that `done` of `total` items are done."""
         if self._bar is not None:
-            self._bar.update(self._row, completed=done, total=total)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._bar.update(self._task, completed=done, total=total)
+        elif time.monotonic() - self._last_line >= LINE_INTERVAL_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(f"{self._label}: {done}/{total}", highlight=False, soft_wrap=True)

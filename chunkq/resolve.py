@@ -1,4 +1,4 @@
-"""Job + volume -> Plan, or every reason why not."""
+"""Resolve a job over a volume to its plan, or report every mistake in the job."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from chunkq.job import Job
 from chunkq.plan import Plan, Volume
 
 STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
-"""Edge of an output storage chunk by rank where the job file names none, in voxels."""
-LEAST_STORAGE_EDGE = 16
-CHUNK_BYTES = 512 << 20
-"""Memory of one chunk in flight that a chunk size chosen here stays below."""
-PATCH_VOXELS = 1 << 31
-"""Voxels of a patch, channels included, that no network takes or returns at once."""
+"""Default edge of an output storage chunk in voxels, by the number of spatial axes."""
+MIN_STORAGE_EDGE = 16
+"""Smallest default edge of a storage chunk in voxels, if it divides the chunk."""
+MAX_CHUNK_BYTES = 512 << 20
+"""Upper limit for the memory of one chunk in flight with the default chunk size."""
+MAX_PATCH_VALUES = 1 << 31
+"""Upper limit for the values of one patch, channels included."""
 CHUNKS_WANTED = 32
-"""A chunk size chosen here leaves at least this many chunks, so that workers share the job."""
+"""Smallest number of chunks with the default chunk size, so that several workers share the job."""
 
 
 def resolve(job: Job, volume: Volume) -> Plan:
     """Return the plan of a job over a volume; pure and deterministic.
 
-    Raises JobError with one line for each thing that does not fit.
+    Raises JobError with one line per mistake.
     """
     problems = _volume_problems(job, volume) or _length_problems(job, volume)
     if problems:
@@ -37,8 +38,8 @@ def resolve(job: Job, volume: Volume) -> Plan:
     problems = shapes.problems()
     if problems:
         raise JobError(problems)
-    axes = shapes.lay()
-    problems = [*_uncovered(axes, shapes.lead), *_chunk_problems(job, axes)]
+    axes = shapes.axes()
+    problems = [*_coverage_problems(axes, shapes.lead), *_chunk_problems(axes)]
     if problems:
         raise JobError(problems)
     return shapes.plan(axes)
@@ -47,35 +48,46 @@ def resolve(job: Job, volume: Volume) -> Plan:
 def _volume_problems(job: Job, volume: Volume) -> list[str]:
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
-        return [f"input: {job.input[0]} has {rank} axes; 1 to 4 spatial axes can be processed"]
+        return [
+            f"input: {job.input[0]} has {rank} axes; expected 1 to 4; "
+            "use an array of spatial axes only"
+        ]
     if min(volume.shape) == 0:
-        return [f"input: {job.input[0]} has shape {list(volume.shape)}, so no voxel"]
+        return [
+            f"input: {job.input[0]} has shape {list(volume.shape)} and no voxels; "
+            "use a volume with at least one voxel"
+        ]
     for path, name in zip(job.input, volume.dtypes or (volume.dtype,), strict=True):
         try:
             dtype = np.dtype(name)
         except TypeError:  # the name of a structured or string dtype
             dtype = np.dtype(object)
         if dtype == np.uint64:
-            return [f"input: {path} holds uint64, which networks cannot take; convert it"]
+            return [f"input: {path} has unsupported dtype uint64; convert it to uint32 or float32"]
         if dtype.kind not in "biuf":
-            return [f"input: {path} holds {name}; real numbers are needed"]
+            return [f"input: {path} has unsupported dtype {name}; convert it to real numbers"]
         if problems := _pad_value_problems(job, dtype):
             return problems
     return []
 
 
 def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
+    """Return a problem if the dtype, of kind b, i, u or f, cannot hold the job's pad value."""
     value = float(job.pad_value)
     if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        fits = limits.min <= value <= limits.max and value == int(value)
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        fits = low <= value <= high and value == int(value)
+        legal = f"an integer from {low} to {high}"
+    elif dtype.kind == "b":
+        fits, legal = value in (0, 1), "0 or 1"
     else:
-        fits = dtype.kind == "f" and (
-            not np.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
-        )
-        fits = fits or (dtype.kind == "b" and value in (0, 1))
-    shown = int(value) if value.is_integer() else value
-    return [] if fits else [f"pad_value: {shown} cannot be held by the input's dtype {dtype}"]
+        largest = float(np.finfo(dtype).max)
+        fits = not np.isfinite(value) or abs(value) <= largest
+        legal = f"a value from {-largest:g} to {largest:g}"
+    if fits:
+        return []
+    printed = int(value) if value.is_integer() else value
+    return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
 
 
 def _length_problems(job: Job, volume: Volume) -> list[str]:
@@ -89,7 +101,7 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
-        f"{key}: has {len(value)} entries, the input has {rank} axes"
+        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -97,19 +109,25 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
         shape = getattr(job.model, key)
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
-                f"model_config.{key}: has {len(shape)} entries, the input has {rank} axes; give "
-                f"{rank}, or {rank + 1} with the channels first"
+                f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
+                "set one per axis of the input, after the number of channels if there is one"
             )
-        elif shape is not None and prod(shape) > PATCH_VOXELS:
+        elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
             problems.append(
-                f"model_config.{key}: {prod(shape)} values are too many for one patch; use at most "
-                f"{PATCH_VOXELS}"
+                f"model_config.{key}: {prod(shape)} values per patch are unsupported; use at most "
+                f"{MAX_PATCH_VALUES}"
             )
     return problems
 
 
 class _Shapes:
-    """The patch shapes and steps a job means for a volume whose rank fits."""
+    """Patch shapes and grids of a job over a volume.
+
+    `_volume_problems` and `_length_problems` of the job must be empty. `patch` is the input patch,
+    `output` the output patch, `kept` the output patch without its margin, and `lead` the offset of
+    the kept voxels in the input patch; each has one entry per spatial axis. `lost_axis` is the
+    spatial axis that the network reduces to one slice, or None.
+    """
 
     def __init__(self, job: Job, volume: Volume) -> None:
         self.job, self.volume = job, volume
@@ -132,47 +150,55 @@ class _Shapes:
         )
 
     def problems(self) -> list[str]:
-        found = self._lost_problems()
+        """Return one line per mistake in the patch shapes and the margin."""
+        problems = self._lost_axis_problems()
         if self.input_channels != 1:
-            found.append(
-                f"model_config.model_input_shape: {self.input_channels} input channels are not in "
-                "this version; the first of the extra entries must be 1"
+            problems.append(
+                f"model_config.model_input_shape: {self.input_channels} input channels are "
+                "unsupported; use 1"
             )
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
                 continue
             if q > p or (p - q) % 2:
-                found.append(
-                    f"model_config.model_output_shape: {q} along axis {axis} cannot be centred in "
-                    f"the input's {p}; the difference must be even and not negative"
+                problems.append(
+                    f"model_config.model_output_shape: {q} along axis {axis} cannot be centered in "
+                    f"the input patch ({p}); use {p}, or less by an even number"
                 )
-        for axis, (m, kept) in enumerate(zip(self.margin, self.kept, strict=True)):
+        for axis, (m, q, kept) in enumerate(zip(self.margin, self.output, self.kept, strict=True)):
             if kept < 1:
-                found.append(
-                    f"margin: {m} on both sides leaves nothing of the output patch's "
-                    f"{self.output[axis]} voxels along axis {axis}"
+                problems.append(
+                    f"margin: {m} along axis {axis} removes the whole output patch ({q}); "
+                    f"use at most {(q - 1) // 2}"
                 )
-        return found
+        return problems
 
-    def _lost_problems(self) -> list[str]:
+    def _lost_axis_problems(self) -> list[str]:
         axis, lost = self.lost_axis, self.job.model.lost_dim
         if axis is None:
             return []
         if not 0 <= axis < len(self.patch):
-            return [f"model_config.lost_dim: {lost} names no spatial axis of model_input_shape"]
-        found = []
+            shape = self.job.model.model_input_shape
+            first = len(shape) - len(self.patch)
+            return [
+                f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
+                f"{list(shape)}; use {first} to {len(shape) - 1}"
+            ]
+        problems = []
         if self.patch[axis] % 2 == 0:
-            found.append(
-                f"model_config.lost_dim: model_input_shape has {self.patch[axis]} there; a slice "
-                "with its neighbours on both sides is an odd number"
+            problems.append(
+                f"model_config.lost_dim: model_input_shape has {self.patch[axis]} slices along "
+                f"entry {lost}; use an odd number, one slice and its neighbors on both sides"
             )
         if self.output[axis] != 1:
-            found.append(
-                f"model_config.lost_dim: model_output_shape has {self.output[axis]} there, not 1"
+            problems.append(
+                f"model_config.lost_dim: model_output_shape has {self.output[axis]} slices along "
+                "this axis; use 1"
             )
-        return found
+        return problems
 
-    def lay(self) -> tuple[Axis, ...]:
+    def axes(self) -> tuple[Axis, ...]:
+        """Return the axes of the plan, with one grid per offset."""
         job, rank = self.job, len(self.volume.shape)
         strides = job.strides or self.kept
         pads = job.pad_width
@@ -206,6 +232,7 @@ class _Shapes:
         )
 
     def plan(self, axes: tuple[Axis, ...]) -> Plan:
+        """Return the plan with these axes."""
         return Plan(
             job=self.job,
             volume=self.volume,
@@ -218,18 +245,23 @@ class _Shapes:
         )
 
     def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of chunks and storage chunks, with defaults for those not set."""
         edge = STORAGE_EDGE[len(self.volume.shape)]
         storage = self.job.storage_chunks
         if self.job.chunksize is not None:
             chunks = self.job.chunksize
             return chunks, storage or tuple(_storage_edge(c, edge) for c in chunks)
         storage = storage or tuple(min(edge, v) for v in self.volume.shape)
-        return self._chosen_chunks(storage), storage
+        return self._default_chunks(storage), storage
 
-    def _chosen_chunks(self, storage: tuple[int, ...]) -> tuple[int, ...]:
-        """Double axes, the one with the fewest patches first, while memory and sharing allow."""
+    def _default_chunks(self, storage: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the default chunk shape, a power-of-two multiple of the smallest legal one.
+
+        The axis with the fewest patches per chunk is doubled until the next step would exceed
+        `MAX_CHUNK_BYTES` or leave fewer than `CHUNKS_WANTED` chunks.
+        """
         volume = self.volume.shape
-        voxel = 4 * self.channels + 8 + self.volume.voxel_bytes
+        bytes_per_voxel = 4 * self.channels + 8 + self.volume.voxel_bytes
         chunks = [-(-k // s) * s for k, s in zip(self.kept, storage, strict=True)]
         while True:
             growing = [a for a, v in enumerate(volume) if chunks[a] < v]
@@ -237,71 +269,73 @@ class _Shapes:
                 return tuple(chunks)
             smallest = min(growing, key=lambda a: chunks[a] / self.kept[a])
             larger = [c * 2 if a == smallest else c for a, c in enumerate(chunks)]
-            bytes_needed = prod(c + p for c, p in zip(larger, self.patch, strict=True)) * voxel
+            voxels = prod(c + p for c, p in zip(larger, self.patch, strict=True))
             count = prod(-(-v // c) for v, c in zip(volume, larger, strict=True))
-            if bytes_needed > CHUNK_BYTES or count < CHUNKS_WANTED:
+            if voxels * bytes_per_voxel > MAX_CHUNK_BYTES or count < CHUNKS_WANTED:
                 return tuple(chunks)
             chunks = larger
 
 
-def _storage_edge(chunk: int, most: int) -> int:
-    """Return an edge that divides the chunk and is small beside it, or bands would touch all."""
-    return _divisor_near(chunk, min(most, max(LEAST_STORAGE_EDGE, chunk // 4)))
+def _storage_edge(chunk: int, max_edge: int) -> int:
+    """Return the default edge of a storage chunk: a divisor of `chunk`, about a quarter of it.
+
+    Bands would intersect every storage chunk of a block if these were much larger.
+    """
+    return _divisor_near(chunk, min(max_edge, max(MIN_STORAGE_EDGE, chunk // 4)))
 
 
 def _divisor_near(number: int, target: int) -> int:
-    """Return the divisor of `number` whose ratio to `target` is nearest to 1."""
+    """Return the divisor of `number` whose ratio to `target` is closest to 1."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return min({*small, *(number // d for d in small)}, key=lambda d: (abs(log(d / target)), -d))
 
 
-def _chunk_problems(job: Job, axes: tuple[Axis, ...]) -> list[str]:
-    found = []
+def _chunk_problems(axes: tuple[Axis, ...]) -> list[str]:
+    problems = []
     for number, axis in enumerate(axes):
         kept = axis.grids[0].kept
         if axis.chunk < min(kept, axis.volume):
-            found.append(
-                f"chunksize: {axis.chunk} along axis {number} is smaller than the output patch's "
-                f"{kept} voxels; make it at least {min(kept, axis.volume)}"
+            problems.append(
+                f"chunksize: {axis.chunk} along axis {number} is smaller than the output patch "
+                f"({kept}); use at least {min(kept, axis.volume)}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
-            found.append(
-                f"storage_chunks: {axis.storage} along axis {number} does not divide the chunk's "
-                f"{axis.chunk}; a chunk must be a whole number of storage chunks"
+            problems.append(
+                f"storage_chunks: {axis.storage} along axis {number} does not divide the chunk "
+                f"({axis.chunk}); use a divisor of {axis.chunk}"
             )
-    return found
+    return problems
 
 
-def _uncovered(axes: tuple[Axis, ...], lead: tuple[int, ...]) -> list[str]:
-    """Name each axis along which some voxel lies in no patch."""
-    found = []
+def _coverage_problems(axes: tuple[Axis, ...], lead: tuple[int, ...]) -> list[str]:
+    """Return one line for each axis along which a voxel lies in no output patch."""
+    problems = []
     for number, axis in enumerate(axes):
         grid = axis.grids[0]
         gap = grid.gap()
         if gap is None and grid.stride > grid.kept and grid.span()[1] < axis.volume:
-            gap = grid.span()[1]  # the next patch would have been beyond the volume
+            gap = grid.span()[1]  # the next patch would start beyond the volume
         if gap is not None and len(axis.grids) == 1:
-            found.append(
-                f"strides: {grid.stride} along axis {number} is wider than the {grid.kept} voxels "
-                f"an output patch speaks for, so voxel {gap} is never predicted; "
-                f"make it at most {grid.kept}"
+            problems.append(
+                f"strides: {grid.stride} along axis {number} is larger than the output patch "
+                f"({grid.kept}) and leaves voxel {gap} without a prediction; "
+                f"use at most {grid.kept}"
             )
-    if found:
-        return found
-    volume = Box.of_shape([axis.volume for axis in axes])
-    left = [volume]
+    if problems:
+        return problems
+    uncovered = [Box.of_shape([axis.volume for axis in axes])]
     for g in range(len(axes[0].grids)):
         spans = [axis.grids[g].span() for axis in axes]
         covered = Box(tuple(s[0] for s in spans), tuple(s[1] for s in spans))
-        left = [rest for box in left for rest in box.minus(covered)]
-    if not left:
+        uncovered = [rest for box in uncovered for rest in box.minus(covered)]
+    if not uncovered:
         return []
     for number, axis in enumerate(axes):
         low, high = axis.grids[0].span()
         if (low, high) != (0, axis.volume):
-            voxel = left[0].start[number]
-            found.append(
-                f"pad_width: along axis {number} voxel {voxel} lies in no output patch; "
-                f"{lead[number]} there would cover it"
+            voxel = uncovered[0].start[number]
+            problems.append(
+                f"pad_width: no output patch covers voxel {voxel} along axis {number}; "
+                f"use {lead[number]} along this axis"
             )
-    return found
+    return problems

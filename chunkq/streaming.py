@@ -1,4 +1,4 @@
-"""A whole volume in one process: chunks in order, each region of the output once it is final."""
+"""Produce the output of a whole volume in one process, region by region as regions become final."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from chunkq.plan import Chunk, Index, Piece, Plan
 def regions(
     plan: Plan, computed: Iterable[tuple[Chunk, Contribution | None]]
 ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
-    """Yield the output's regions as they become final: each voxel exactly once.
+    """Yield the boxes of the output as they become final, each voxel exactly once.
 
-    `computed` holds every chunk in the order of `Plan.indices`, with None for one that owns no
-    patch. All that contributes to a block lies before it in that order or is its own chunk, so a
-    block is final with its chunk: first the voxels that no band touches, then the others. Each
-    array is ([C,] *box.shape) in the output's dtype. Pieces are held until their block is final;
-    these are the bands along one slice of blocks across the first axis.
+    `computed` yields every chunk in the order of `Plan.indices`, with None for a chunk that owns no
+    patch. In this order a block follows all its contributors, so it is final with its own chunk:
+    first the core, then the boxes with band voxels. Each array is ([C,] *box.shape) in the output's
+    dtype. Pieces stay in memory until their block is final. At most the pieces of one slice of
+    blocks across the first axis are held at a time.
     """
-    held: dict[Index, dict[Piece, npt.NDArray[np.float32]]] = {}
+    pending: dict[Index, dict[Piece, npt.NDArray[np.float32]]] = {}
     for chunk, contribution in computed:
-        own = None
+        own_block = None
         if contribution is not None:
-            own = contribution.own
+            own_block = contribution.own
             for piece, sums in contribution.pieces:
                 # A view would keep the sums of the whole chunk in memory.
-                kept = sums if sums.flags.owndata else sums.copy()
-                held.setdefault(piece.target, {})[piece] = kept
+                copy = sums if sums.flags.owndata else sums.copy()
+                pending.setdefault(piece.target, {})[piece] = copy
             if chunk.core.size:
                 yield chunk.core, contribution.core
         if chunk.has_band:
-            yield from finalize_sums(plan, chunk, own, held.pop(chunk.index, {}))
+            yield from finalize_sums(plan, chunk, own_block, pending.pop(chunk.index, {}))
 
 
 def output_slices(plan: Plan, box: Box) -> tuple[slice, ...]:
-    """Return what selects a box of voxels in an array of shape `plan.output_shape`."""
+    """Return the slices that select a box of voxels in an array of shape `plan.output_shape`."""
     spatial = box.slices((0,) * plan.rank)
     return (slice(0, plan.channels), *spatial) if plan.channel_axis else spatial

@@ -1,4 +1,4 @@
-"""Where a job's time went: the figures that `report.json` holds."""
+"""Timing of a job, as stored in `report.json`."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 STAGES = ("read", "wait", "load", "compute", "write")
-"""A chunk's stages, in their order."""
+"""Stages of a chunk, in the order in which it passes them; `wait` is for the device."""
 WAITING_STAGES = ("compute", "load", "read", "write", "finalize", "other", "idle")
-"""What a worker's time is shared out to, each moment to the first that goes on in it."""
+"""Parts of a worker's time. Each moment belongs to the first one that is in progress."""
 BINS = 60
+"""Number of bins of a timeline."""
 STRAGGLER_FACTOR, STRAGGLER_SECONDS = 3.0, 1.0
 STRAGGLER_RULE = (
     f"more than {STRAGGLER_FACTOR:.0f} times the median and {STRAGGLER_SECONDS:.0f} s above it, "
-    "without waiting for the device and loading the network"
+    "not counting the time to wait for the device and to load the network"
 )
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker process. Its time runs from its first chunk's start to its last one's end.
+    """Timing of one worker process, from the start of its first chunk to the end of its last.
 
-    stage_seconds   summed over its chunks, which overlap; `wait` is for the device
-    shares          of its time, by `HOLDERS`: `compute` while the device computes, `load` while it
-                    loads the network; else the device stands still, with a chunk being read,
-                    being written, a block being finalized, something in flight (`other`), or
-                    nothing at all (`idle`). They add up to 1
-    tail_seconds    from its end to the job's last chunk's; 0 if chunks were still begun after it
+    stage_seconds   seconds by stage, summed over its chunks, which overlap in time
+    shares          shares of its time by `WAITING_STAGES`; they add up to 1. `compute`: the device
+                    computes. `load`: it loads the network. Otherwise the device is idle while a
+                    chunk is read (`read`) or written (`write`), a block is finalized (`finalize`),
+                    another task is in flight (`other`), or no task is in flight (`idle`)
+    tail_seconds    from its end to the end of the job's last chunk; 0 if another chunk was started
+                    after it, because the worker was then stopped
     """
 
     host: str
@@ -49,10 +51,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The job over time, in `BINS` equal bins from its first chunk's start to its last one's end.
+    """The job over time, in `BINS` equal bins from its first chunk's start to its last chunk's end.
 
-    A chunk's voxels count evenly from its start to its end. `workers` is how many were at work on
-    average, `computing` how many devices computed.
+    voxels_per_second   throughput; the voxels of a chunk are spread evenly over its duration
+    workers             mean number of active workers
+    computing           mean number of devices that compute
     """
 
     bin_seconds: float = 0.0
@@ -63,10 +66,15 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Durations:
-    """How long chunks took (s): their `own` time is without waiting for device or network.
+    """Distribution of the durations of chunks, in seconds.
 
-    quantiles   of `whole`, `own` and each stage, by the share of chunks that took no longer
-    edges       of the histogram's bins, growing by a constant factor; `counts` of `own` times
+    `whole` is the time from the start to the end of a chunk. `own` excludes the stages `wait` and
+    `load`.
+
+    mean        mean of `whole`
+    quantiles   quantiles of `whole`, `own` and each stage; keys are fractions such as "0.5"
+    edges       edges of the bins of a histogram of `own`, in a geometric progression
+    counts      number of chunks per bin
     """
 
     mean: float = 0.0
@@ -77,7 +85,7 @@ class Durations:
 
 @dataclass(frozen=True)
 class Straggler:
-    """A chunk that took far longer than others, and the stage in which it did."""
+    """A chunk that took much longer than others, and the stage that deviates most."""
 
     chunk: str
     worker: str
@@ -90,7 +98,7 @@ class Straggler:
 
 @dataclass(frozen=True)
 class Stragglers:
-    """How many there are, how long they took beyond the median in sum, and the worst of them."""
+    """Number of stragglers, their summed excess over the median, and the slowest of them."""
 
     rule: str = STRAGGLER_RULE
     median: float = 0.0
@@ -101,7 +109,7 @@ class Stragglers:
 
 @dataclass(frozen=True)
 class FinalizeTiming:
-    """Blocks completed: the seconds spent on them in sum, and those after the last chunk."""
+    """Number of finalized blocks, seconds summed over them, and seconds after the last chunk."""
 
     blocks: int = 0
     seconds: float = 0.0
@@ -110,16 +118,16 @@ class FinalizeTiming:
 
 @dataclass(frozen=True)
 class Timing:
-    """A job's figures; bytes are those of uncompressed voxels, seconds are Unix or differences.
+    """Timing of a job. Bytes count uncompressed voxels; times are Unix seconds.
 
-    wall_seconds    from the first task's start to the last one's end, finalizing included;
-                    `paused_seconds` of them nobody had a task in flight
-    work_seconds    from the first chunk's start to the last one's end
-    crew_shares     of the workers' time taken together, and of their tails; they add up to 1
-    seconds         by stage, over all chunks, and of finalizing
-
-    `planned_array_bytes` are what the arrays of `chunks_in_flight` chunks take at most, by the
-    plan; one chunk more takes `one_more_in_flight_bytes` more.
+    wall_seconds               from the first task's start to the last task's end, with finalizing
+    paused_seconds             part of `wall_seconds` without a task in flight
+    work_seconds               from the first chunk's start to the last chunk's end
+    seconds                    seconds by stage, summed over all chunks, and `finalize`
+    planned_array_bytes        planned peak of the arrays of `chunks_in_flight` chunks
+    one_more_in_flight_bytes   planned increase of that peak per additional chunk in flight
+    worker_time_shares         shares of the time and tails of all workers by `WAITING_STAGES` and
+                               `tail`; they add up to 1
     """
 
     chunks: int
@@ -152,28 +160,30 @@ class Timing:
     workers: dict[str, Worker]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the timing as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Timing:
-        """Invert `as_dict`, leaving out what else a report holds; raises KeyError, TypeError."""
-        found = {name: values[name] for name in cls.__dataclass_fields__}
-        rest = found["stragglers"]
+        """Return the timing from the output of `as_dict`; other keys are ignored.
+
+        Raises KeyError or TypeError if keys are missing or unknown.
+        """
+        fields = {name: values[name] for name in cls.__dataclass_fields__}
+        stragglers = fields["stragglers"]
+        worst = tuple(Straggler(**straggler) for straggler in stragglers["worst"])
         return cls(
-            **found
+            **fields
             | {
-                "finalizing": FinalizeTiming(**found["finalizing"]),
-                "timeline": Timeline(**_tuples(found["timeline"])),
-                "durations": Durations(**_tuples(found["durations"])),
-                "stragglers": Stragglers(
-                    **rest | {"worst": tuple(Straggler(**one) for one in rest["worst"])}
-                ),
-                "workers": {name: Worker(**one) for name, one in found["workers"].items()},
+                "finalizing": FinalizeTiming(**fields["finalizing"]),
+                "timeline": Timeline(**_lists_to_tuples(fields["timeline"])),
+                "durations": Durations(**_lists_to_tuples(fields["durations"])),
+                "stragglers": Stragglers(**stragglers | {"worst": worst}),
+                "workers": {name: Worker(**worker) for name, worker in fields["workers"].items()},
             }
         )
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON's values with its lists as tuples."""
+def _lists_to_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object whose lists are replaced by tuples."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}

@@ -1,4 +1,4 @@
-"""Commit records and the plan -> where the time went; no input or output."""
+"""Aggregate the commit records of a job to its timing, without I/O."""
 
 from __future__ import annotations
 
@@ -39,24 +39,28 @@ from chunkq.timing import (
 )
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-STRAGGLERS_LISTED = 20
+MAX_STRAGGLERS = 20
+"""Number of stragglers that are listed."""
 
 
 def aggregate_timing(
     plan: Plan, infer: Iterable[Commit], finalize: Iterable[Commit] = ()
 ) -> Timing:
-    """Sum up a job's commit records. Each is looked at once and kept as some 50 bytes."""
+    """Return the timing of a job from its commit records of inference and finalizing.
+
+    Reads each record once and holds about 50 bytes of it.
+    """
     chunks, blocks = _Columns(plan), _Columns(plan)
     for commit in infer:
         chunks.add(commit)
     for commit in finalize:
         blocks.add(commit)
-    return _JobTiming(plan, chunks, blocks).times()
+    return _JobTiming(plan, chunks, blocks).timing()
 
 
 @dataclass
 class _Totals:
-    """Running sums over commit records."""
+    """Sums over commit records."""
 
     count: int = 0
     patches: int = 0
@@ -77,13 +81,17 @@ class _Totals:
 
 
 class _Columns:
-    """Commit records as columns."""
+    """Commit records as columns.
+
+    `flat_index` is the C-order index of the chunk, `worker` a number into `names`, whose totals are
+    in `by_worker`.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._blocks = plan.blocks
         self.started, self.finished = array("d"), array("d")
         self.stages = {stage: array("f") for stage in STAGES}
-        self.place, self.attempt, self.worker = array("q"), array("H"), array("l")
+        self.flat_index, self.attempt, self.worker = array("q"), array("H"), array("l")
         self.names: dict[str, int] = {}
         self.total = _Totals()
         self.by_worker: list[_Totals] = []
@@ -94,47 +102,52 @@ class _Columns:
         if number == len(self.by_worker):
             self.by_worker.append(_Totals())
         self.by_worker[number].add(commit)
-        place = 0
+        flat_index = 0
         for index, count in zip(commit.chunk, self._blocks, strict=True):
-            place = place * count + index
+            flat_index = flat_index * count + index
         self.started.append(commit.started)
-        # A clock that was set back must not make a span end before it starts.
+        # The clock can be set back during a task; its interval must not be negative.
         self.finished.append(max(commit.started, commit.finished))
         for stage, column in self.stages.items():
             column.append(max(0.0, commit.seconds.get(stage, 0.0)))
-        self.place.append(place)
+        self.flat_index.append(flat_index)
         self.attempt.append(min(commit.attempt, 0xFFFF))
         self.worker.append(number)
 
 
 class _JobTiming:
-    """One job's columns as arrays, in seconds since its first task's start."""
+    """Columns of one job as arrays; times are in seconds since the start of its first task.
+
+    `duration` and `own_duration` are the times `whole` and `own` of `Durations`.
+    """
 
     def __init__(self, plan: Plan, chunks: _Columns, blocks: _Columns) -> None:
         self.plan, self.columns, self.blocks = plan, chunks, blocks
         begins = [min(c.started) for c in (chunks, blocks) if c.started]
         self.origin = min(begins, default=0.0)
-        self.start, self.stop = self._since_origin(chunks)
-        self.block_start, self.block_stop = self._since_origin(blocks)
+        self.start, self.stop = self._intervals(chunks)
+        self.block_start, self.block_stop = self._intervals(blocks)
         self.stages = {
             stage: np.frombuffer(column, np.float32) if column else np.empty(0, np.float32)
             for stage, column in chunks.stages.items()
         }
         self.worker = np.array(chunks.worker, np.int64)
-        self.completed_by = np.array(blocks.worker, np.int64)
-        turns = np.searchsorted(np.sort(self.worker), np.arange(1, len(chunks.names)))
-        self.of_worker = np.split(np.argsort(self.worker, kind="stable"), turns)
+        self.finalized_by = np.array(blocks.worker, np.int64)
+        splits = np.searchsorted(np.sort(self.worker), np.arange(1, len(chunks.names)))
+        self.rows_by_worker = np.split(np.argsort(self.worker, kind="stable"), splits)
         self.first = float(self.start.min(initial=np.inf)) if len(self.start) else 0.0
         self.last = float(self.stop.max(initial=0.0))
-        self.last_begun = float(self.start.max(initial=0.0))
-        self.whole = self.stop - self.start
-        self.own = np.maximum(self.whole - self.stages["wait"] - self.stages["load"], 0.0)
-        self.places = np.unravel_index(np.array(chunks.place, np.int64), plan.blocks)
+        self.last_start = float(self.start.max(initial=0.0))
+        self.duration = self.stop - self.start
+        computing = self.duration - self.stages["wait"] - self.stages["load"]
+        self.own_duration = np.maximum(computing, 0.0)
+        self.indices = np.unravel_index(np.array(chunks.flat_index, np.int64), plan.blocks)
         self.voxels = np.ones(len(self.start))
-        for axis, place in zip(plan.axes, self.places, strict=True):
-            self.voxels *= axis.stop(place) - axis.start(place)
+        for axis, blocks_along in zip(plan.axes, self.indices, strict=True):
+            self.voxels *= axis.stop(blocks_along) - axis.start(blocks_along)
 
-    def times(self) -> Timing:
+    def timing(self) -> Timing:
+        """Return the timing of the job."""
         plan, total, costs = self.plan, self.columns.total, self.plan.costs
         workers = {name: self._worker(name) for name in sorted(self.columns.names)}
         ends = np.concatenate([self.stop, self.block_stop])
@@ -142,8 +155,8 @@ class _JobTiming:
         wall = float(ends.max(initial=0.0))
         work = max(0.0, self.last - self.first)
         voxels = round(float(self.voxels.sum()))
-        moved, gathered = total.moved, self.blocks.total.moved
-        flight = max((w.chunks_in_flight for w in workers.values()), default=0)
+        moved, finalize_moved = total.moved, self.blocks.total.moved
+        in_flight = max((w.chunks_in_flight for w in workers.values()), default=0)
         arrays = footprint(plan)
         return Timing(
             chunks=total.count,
@@ -163,9 +176,9 @@ class _JobTiming:
             chunk_seconds_mean=total.busy / total.count if total.count else 0.0,
             bytes={
                 "input": moved["input"],
-                "output": moved["output"] + gathered["output"],
+                "output": moved["output"] + finalize_moved["output"],
                 "pieces_written": moved["pieces"],
-                "pieces_read": gathered["pieces_read"],
+                "pieces_read": finalize_moved["pieces_read"],
             },
             planned_bytes={
                 "input": costs.input_bytes,
@@ -174,9 +187,9 @@ class _JobTiming:
                 "pieces_read": costs.piece_bytes,
             },
             peak_rss_bytes=max((w.peak_rss_bytes for w in workers.values()), default=0),
-            planned_array_bytes=arrays.peak_bytes(max(1, flight)),
+            planned_array_bytes=arrays.peak_bytes(max(1, in_flight)),
             one_more_in_flight_bytes=arrays.peak_bytes(2) - arrays.peak_bytes(1),
-            chunks_in_flight=flight,
+            chunks_in_flight=in_flight,
             retried=total.retried,
             worker_time_shares=_worker_time_shares(workers.values()),
             tail_seconds=max((w.tail_seconds for w in workers.values()), default=0.0),
@@ -185,50 +198,53 @@ class _JobTiming:
                 self.blocks.total.busy,
                 max(0.0, wall - self.last) if self.blocks.total.count else 0.0,
             ),
-            timeline=self._course(workers.values()),
+            timeline=self._timeline(workers.values()),
             durations=self._durations(),
             stragglers=self._stragglers(),
             workers=workers,
         )
 
-    def _since_origin(self, columns: _Columns) -> Intervals:
+    def _intervals(self, columns: _Columns) -> Intervals:
+        """Return the intervals of the records, in seconds since the origin."""
         return (
             np.array(columns.started, np.float64) - self.origin,
             np.array(columns.finished, np.float64) - self.origin,
         )
 
-    def _stage(self, stage: str, mine: Any = ...) -> Intervals:
-        """Return when a stage of the chunks went on."""
+    def _stage(self, stage: str, rows: Any = ...) -> Intervals:
+        """Return the intervals in which the chunks of these rows were in a stage."""
         before = STAGES[: STAGES.index(stage)]
-        begin = self.start[mine] + sum(self.stages[s][mine].astype(np.float64) for s in before)
-        return begin, begin + self.stages[stage][mine]
+        begin = self.start[rows] + sum(self.stages[s][rows].astype(np.float64) for s in before)
+        return begin, begin + self.stages[stage][rows]
 
     def _worker(self, name: str) -> Worker:
+        """Return the timing of the worker process `name`, which has computed a chunk."""
         number = self.columns.names[name]
-        total, mine = self.columns.by_worker[number], self.of_worker[number]
-        start, stop = self.start[mine], self.stop[mine]
+        total, rows = self.columns.by_worker[number], self.rows_by_worker[number]
+        start, stop = self.start[rows], self.stop[rows]
         first, last = float(start.min()), float(stop.max())
-        as_finalizer = self.blocks.names.get(name, -1)
-        completing = self.completed_by == as_finalizer
+        finalizer = self.blocks.names.get(name, -1)
+        block_rows = self.finalized_by == finalizer
         peaks = [total.peak_rss]
-        if as_finalizer >= 0:
-            peaks.append(self.blocks.by_worker[as_finalizer].peak_rss)
+        if finalizer >= 0:
+            peaks.append(self.blocks.by_worker[finalizer].peak_rss)
         layers = [
-            *(self._stage(stage, mine) for stage in WAITING_STAGES[:4]),
-            (self.block_start[completing], self.block_stop[completing]),
+            *(self._stage(stage, rows) for stage in WAITING_STAGES[:4]),
+            (self.block_start[block_rows], self.block_stop[block_rows]),
             (start, stop),
         ]
-        held = attribute_time(layers, first, last)
-        span = sum(held)
+        seconds = attribute_time(layers, first, last)
+        total_seconds = sum(seconds)
         shares = dict.fromkeys(WAITING_STAGES, 0.0) | {"other": 1.0}
-        if span:
+        if total_seconds:
             shares = {
-                holder: time / span for holder, time in zip(WAITING_STAGES, held, strict=True)
+                stage: time / total_seconds
+                for stage, time in zip(WAITING_STAGES, seconds, strict=True)
             }
-        where = WorkerName.parse(name)
+        worker = WorkerName.parse(name)
         return Worker(
-            host=where.host,
-            device=where.device,
+            host=worker.host,
+            device=worker.device,
             chunks=total.count,
             patches=total.patches,
             first=first,
@@ -241,17 +257,18 @@ class _JobTiming:
             chunks_in_flight=max_overlap(start, stop),
             peak_rss_bytes=max(peaks),
             retried=total.retried,
-            # Whoever left while chunks were still begun did not wait for the last ones.
-            tail_seconds=self.last - last if last >= self.last_begun else 0.0,
+            # A worker that stopped while other chunks were started did not wait for the last one.
+            tail_seconds=self.last - last if last >= self.last_start else 0.0,
         )
 
-    def _course(self, workers: Iterable[Worker]) -> Timeline:
+    def _timeline(self, workers: Iterable[Worker]) -> Timeline:
+        """Return the timeline, empty if all chunks together took no time."""
         if not self.last > self.first:
             return Timeline()
         edges = np.linspace(self.first, self.last, BINS + 1)
         width = float(edges[1] - edges[0])
         begin, end = self._stage("compute")
-        spans = np.array([(w.first, w.seconds) for w in workers], np.float64)
+        active = np.array([(w.first, w.seconds) for w in workers], np.float64)
 
         def per_second(starts: Numbers, stops: Numbers, amounts: Numbers) -> tuple[float, ...]:
             return tuple(float(v) for v in spread(starts, stops, amounts, edges) / width)
@@ -259,70 +276,75 @@ class _JobTiming:
         return Timeline(
             width,
             per_second(self.start, self.stop, self.voxels),
-            per_second(spans[:, 0], spans.sum(1), spans[:, 1]),
+            per_second(active[:, 0], active.sum(1), active[:, 1]),
             per_second(begin, end, end - begin),
         )
 
     def _durations(self) -> Durations:
-        if not len(self.own):
+        """Return the distribution of durations, empty if there is no chunk."""
+        durations = self.own_duration
+        if not len(durations):
             return Durations()
-        kinds = {"whole": self.whole, "own": self.own} | self.stages
-        low, high = max(float(self.own.min()), 1e-3), max(float(self.own.max()), 1e-3)
-        bins = int(np.clip(2 * np.sqrt(len(self.own)), 4, BINS // 2))
+        kinds = {"whole": self.duration, "own": durations} | self.stages
+        low, high = max(float(durations.min()), 1e-3), max(float(durations.max()), 1e-3)
+        bins = int(np.clip(2 * np.sqrt(len(durations)), 4, BINS // 2))
         edges = np.geomspace(low * 0.999, max(high, low * 1.01) * 1.001, bins + 1)
-        counts, _ = np.histogram(self.own.clip(edges[0], edges[-1]), edges)
+        counts, _ = np.histogram(durations.clip(edges[0], edges[-1]), edges)
         return Durations(
-            float(self.whole.mean()),
+            float(self.duration.mean()),
             {kind: _quantiles(values) for kind, values in kinds.items()},
             tuple(float(edge) for edge in edges),
             tuple(int(count) for count in counts),
         )
 
     def _stragglers(self) -> Stragglers:
-        if not len(self.own):
+        """Return the chunks that `STRAGGLER_RULE` selects, the slowest first."""
+        durations = self.own_duration
+        if not len(durations):
             return Stragglers()
-        median = float(np.median(self.own))
+        median = float(np.median(durations))
         limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
-        late = np.flatnonzero(self.own > limit)
-        worst = late[np.argsort(-self.own[late], kind="stable")][:STRAGGLERS_LISTED]
-        known = {stage: self.stages[stage] for stage in ("read", "compute", "write")}
-        known["other"] = np.maximum(self.own - sum(known.values()), 0.0)
-        usual = {stage: float(np.median(values)) for stage, values in known.items()}
+        slow = np.flatnonzero(durations > limit)
+        worst = slow[np.argsort(-durations[slow], kind="stable")][:MAX_STRAGGLERS]
+        stages = {stage: self.stages[stage] for stage in ("read", "compute", "write")}
+        stages["other"] = np.maximum(durations - sum(stages.values()), 0.0)
+        medians = {stage: float(np.median(values)) for stage, values in stages.items()}
         names = list(self.columns.names)
 
-        def told(number: int) -> Straggler:
-            over = {stage: float(values[number]) - usual[stage] for stage, values in known.items()}
-            stage = max(over, key=lambda s: over[s])
+        def straggler(number: int) -> Straggler:
+            excess = {s: float(values[number]) - medians[s] for s, values in stages.items()}
+            stage = max(excess, key=lambda s: excess[s])
             return Straggler(
-                chunk_name(tuple(int(axis[number]) for axis in self.places)),
+                chunk_name(tuple(int(along[number]) for along in self.indices)),
                 names[self.worker[number]],
                 self.columns.attempt[number],
-                float(self.own[number]),
+                float(durations[number]),
                 stage,
-                float(known[stage][number]),
-                usual[stage],
+                float(stages[stage][number]),
+                medians[stage],
             )
 
         return Stragglers(
             median=median,
-            count=len(late),
-            excess_seconds=float((self.own[late] - median).sum()),
-            worst=tuple(told(int(number)) for number in worst),
+            count=len(slow),
+            excess_seconds=float((durations[slow] - median).sum()),
+            worst=tuple(straggler(int(number)) for number in worst),
         )
 
 
 def _worker_time_shares(workers: Iterable[Worker]) -> dict[str, float]:
+    """Return the shares of the time and tails of all workers; they add up to 1."""
     seconds = dict.fromkeys((*WAITING_STAGES, "tail"), 0.0)
     for worker in workers:
         seconds["tail"] += worker.tail_seconds
-        for holder, share in worker.shares.items():
-            seconds[holder] += share * worker.seconds
-    whole = sum(seconds.values())
-    if not whole:
+        for stage, share in worker.shares.items():
+            seconds[stage] += share * worker.seconds
+    total = sum(seconds.values())
+    if not total:
         return seconds | {"other": 1.0}
-    return {holder: time / whole for holder, time in seconds.items()}
+    return {stage: time / total for stage, time in seconds.items()}
 
 
 def _quantiles(values: Any) -> dict[str, float]:
-    found = np.quantile(values.astype(np.float64), QUANTILES)
-    return {f"{q:g}": float(value) for q, value in zip(QUANTILES, found, strict=True)}
+    quantiles = np.quantile(values.astype(np.float64), QUANTILES)
+    return {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)}

@@ -1,9 +1,9 @@
-"""Patch weights, and their normalisation from geometry alone.
+"""Blend weights of patches, normalized from the geometry of the plan.
 
-Each patch is blended with weights that are already divided by the sum over every patch that
-covers the voxel, so partial sums from different chunks simply add up to the average. The
-built-in weights are products of 1-D profiles; these are kept as logarithms, so that profiles
-whose product underflows any float (`weight_bump` at 128³) still divide exactly.
+The weights of a patch are divided by the sum of the weights of all patches that cover the voxel.
+Partial sums of different chunks therefore add up to the weighted average. Built-in weights are
+products of 1-D profiles. They are stored as logarithms, because the product can underflow float64
+(`weight_bump` at 128³) while the normalized weight does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from chunkq import buffers
 from chunkq.grids import Axis
 
 NEIGHBORS_CACHED = 1 << 14
-"""The patches of a chunk share their surroundings row by row."""
+"""Entries in the cache of neighbors; adjacent patches share them along all but one axis."""
 Float64 = npt.NDArray[np.float64]
 Float32 = npt.NDArray[np.float32]
 
@@ -63,10 +63,11 @@ LOG_PROFILES: MappingProxyType[str, Callable[[int], Float64]] = MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Neighbors:
-    """One patch along one axis, seen from its own start: all that its weights depend on.
+    """The patches that overlap one patch along one axis, itself included.
 
-    `[low, high)` is the part of the kept voxels inside the volume; `starts[g]` are the starts,
-    relative to this patch's, of the patches of grid g whose kept voxels meet that part.
+    Positions are relative to the first kept voxel of the patch. `[low, high)` is the part of its
+    kept voxels inside the volume. `starts[g]` holds the first kept voxels of the patches of grid g
+    whose kept voxels intersect that part. Normalized weights depend on nothing else.
     """
 
     low: int
@@ -76,10 +77,10 @@ class Neighbors:
 
 @lru_cache(maxsize=NEIGHBORS_CACHED)
 def neighbors(axis: Axis, grid: int, number: int) -> Neighbors:
-    """Return what surrounds patch `number` of grid `grid` along this axis."""
-    own = axis.grids[grid]
-    start = own.start(number) + own.lead
-    low, high = max(0, -start), min(own.kept, axis.volume - start)
+    """Return the neighbors of patch `number` of grid `grid` along the axis."""
+    own_grid = axis.grids[grid]
+    start = own_grid.start(number) + own_grid.lead
+    low, high = max(0, -start), min(own_grid.kept, axis.volume - start)
     starts = tuple(
         tuple(
             other.start(k) + other.lead - start for k in other.touching(start + low, start + high)
@@ -91,19 +92,24 @@ def neighbors(axis: Axis, grid: int, number: int) -> Neighbors:
 
 @dataclass(frozen=True)
 class ProductWeights:
-    """Weights that are a product of one profile per axis.
+    """Weights that are the product of one profile per axis.
 
-    `profiles[a]` holds the natural logarithm of the kept voxels' weights along axis a.
+    `profiles[a]` holds the natural logarithm of the weights of the kept voxels along axis a,
+    shape (kept[a],), float64.
     """
 
     profiles: tuple[Float64, ...]
 
-    def normalized(self, grid: int, around: Sequence[Neighbors]) -> Float32:
-        """Return w / Σw for one patch: shape of the patch's part inside the volume, float32."""
-        own = [p[s.low : s.high] for p, s in zip(self.profiles, around, strict=True)]
-        sums = [_log_sums(p, s) for p, s in zip(self.profiles, around, strict=True)]
-        ratio = _outer_sum([p - s[grid] for p, s in zip(own, sums, strict=True)])
-        grids = len(around[0].starts)
+    def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
+        """Return w / Σw of a patch of grid `grid`; `neighbors` has one entry per axis.
+
+        The array has the shape of the patch's part inside the volume, float32, C order.
+        """
+        pairs = list(zip(self.profiles, neighbors, strict=True))
+        logs = [profile[near.low : near.high] for profile, near in pairs]
+        sums = [_log_sums(profile, near) for profile, near in pairs]
+        ratio = _outer_sum([log - s[grid] for log, s in zip(logs, sums, strict=True)])
+        grids = len(neighbors[0].starts)
         if grids > 1:
             totals = np.stack([_outer_sum([s[g] for s in sums]) for g in range(grids)])
             ratio += totals[grid] - np.logaddexp.reduce(totals, axis=0)
@@ -112,53 +118,56 @@ class ProductWeights:
 
 @dataclass(frozen=True)
 class ArrayWeights:
-    """A user's weights: any positive float64 array of the kept voxels' shape."""
+    """Weights from a user's function: a positive float64 array of the shape of the kept voxels."""
 
     array: Float64
 
     @cached_property
-    def shares(self) -> Float64:
-        """The weights over the largest of them: only ratios matter, and huge sums overflow."""
-        shares: Float64 = self.array / self.array.max()
-        return shares
+    def scaled(self) -> Float64:
+        """The weights divided by the largest one, so that their sums do not overflow."""
+        scaled: Float64 = self.array / self.array.max()
+        return scaled
 
-    def normalized(self, grid: int, around: Sequence[Neighbors]) -> Float32:
-        """Return w / Σw for one patch: shape of the patch's part inside the volume, float32."""
-        total = np.zeros([s.high - s.low for s in around])
-        for g in range(len(around[0].starts)):
-            for offsets in product(*(s.starts[g] for s in around)):
-                here, there = [], []
-                for s, offset, kept in zip(around, offsets, self.shares.shape, strict=True):
-                    low, high = max(s.low, offset), min(s.high, offset + kept)
-                    here.append(slice(low - s.low, high - s.low))
-                    there.append(slice(low - offset, high - offset))
-                total[tuple(here)] += self.shares[tuple(there)]
-        own = self.shares[tuple(slice(s.low, s.high) for s in around)]
-        return buffers.cast(np.divide(own, total, out=total), np.float32)
+    def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
+        """Return w / Σw of a patch; `neighbors` has one entry per axis.
+
+        The array has the shape of the patch's part inside the volume, float32, C order.
+        """
+        total = np.zeros([near.high - near.low for near in neighbors])
+        for g in range(len(neighbors[0].starts)):
+            for offsets in product(*(near.starts[g] for near in neighbors)):
+                in_patch, in_neighbor = [], []
+                for near, offset, kept in zip(neighbors, offsets, self.scaled.shape, strict=True):
+                    low, high = max(near.low, offset), min(near.high, offset + kept)
+                    in_patch.append(slice(low - near.low, high - near.low))
+                    in_neighbor.append(slice(low - offset, high - offset))
+                total[tuple(in_patch)] += self.scaled[tuple(in_neighbor)]
+        weights = self.scaled[tuple(slice(near.low, near.high) for near in neighbors)]
+        return buffers.cast(np.divide(weights, total, out=total), np.float32)
 
 
 Weights = ProductWeights | ArrayWeights
 
 
 def built_in(name: str, output_patch: Sequence[int], margin: Sequence[int]) -> ProductWeights:
-    """Return the built-in weights of an output patch, less its margin."""
+    """Return the built-in weights of an output patch, cropped by its margin."""
     profile = LOG_PROFILES[name]
     return ProductWeights(
         tuple(profile(q)[m : q - m] for q, m in zip(output_patch, margin, strict=True))
     )
 
 
-def _log_sums(profile: Float64, around: Neighbors) -> list[Float64]:
-    """Return per grid log Σ_k w_k along one axis, over the patch's part inside the volume.
+def _log_sums(profile: Float64, near: Neighbors) -> list[Float64]:
+    """Return for each grid log Σ_k w_k along one axis, over the patch's part inside the volume.
 
-    Where a grid has no patch the sum is 0 and its logarithm -inf.
+    The value is -inf where the grid has no patch.
     """
     sums = []
-    for starts in around.starts:
-        total = np.full(around.high - around.low, -np.inf)
+    for starts in near.starts:
+        total = np.full(near.high - near.low, -np.inf)
         for offset in starts:
-            low, high = max(around.low, offset), min(around.high, offset + len(profile))
-            view = total[low - around.low : high - around.low]
+            low, high = max(near.low, offset), min(near.high, offset + len(profile))
+            view = total[low - near.low : high - near.low]
             np.logaddexp(view, profile[low - offset : high - offset], out=view)
         sums.append(total)
     return sums

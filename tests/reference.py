@@ -1,9 +1,9 @@
-"""The naive reference: what a job computes, by the words of docs/design.md, section 3.
+"""Naive reference implementation of a job, after docs/design.md, section 3.
 
-Whole volume in memory, one patch after the other, float64 throughout, no chunks. Derived from the
-text alone, and imports nothing of the package. Spatial axes come in the volume's order everywhere;
-a prediction has its channels first: (C, *Q). A box is (start, stop), one integer per axis each,
-stop exclusive, in voxels of the volume. Start at `Setup`, end at `reference`.
+Computes the whole volume in memory, one patch after another, in float64 and without chunks. It is
+derived from the document alone and imports nothing from chunkq. Spatial axes have the order of the
+volume. Predictions are channels first: (C, *Q). A box is (start, stop) in voxels of the volume,
+with one integer per axis each and an exclusive stop. Create a `Setup`, then call `reference`.
 """
 
 import itertools
@@ -26,16 +26,16 @@ WeightFunction = Callable[[Shape], NDArray[Any]]  # Q -> (*Q)
 def axis_starts(
     volume: int, patch: int, stride: int, pad: int, offset: int, edge: str
 ) -> list[int]:
-    """Starts of the input patches along one axis, ascending; none is dropped here."""
+    """Return the starts of all input patches along one axis in ascending order."""
     if stride < 1 or patch < 1 or edge not in {"pad", "shift"}:
-        raise ValueError(f"impossible patch {patch}, stride {stride} or edge {edge}")
-    goal = volume + pad
+        raise ValueError(f"invalid patch {patch}, stride {stride} or edge {edge}")
+    padded_end = volume + pad
     first = -pad + offset
     starts = [first]
-    while starts[-1] + patch < goal:
+    while starts[-1] + patch < padded_end:
         starts.append(starts[-1] + stride)
     if edge == "shift" and len(starts) > 1:
-        starts[-1] = max(goal - patch, first)
+        starts[-1] = max(padded_end - patch, first)
     return starts
 
 
@@ -43,7 +43,7 @@ def axis_starts(
 class Setup:
     """The geometry of one job; every tuple has one integer per spatial axis.
 
-    `offsets` holds the extra grids only: grid 0 has offset 0, grid g has `offsets[g - 1]`.
+    Grid 0 has offset 0, grid g has offset `offsets[g - 1]`.
     """
 
     volume: Shape
@@ -60,22 +60,22 @@ class Setup:
     def __post_init__(self) -> None:
         for p, q, m in zip(self.input_patch, self.output_patch, self.margin, strict=True):
             if q > p or (p - q) % 2:
-                raise ValueError(f"an output patch of {q} has no centred place in {p}")
+                raise ValueError(f"output patch {q} cannot be centered in input patch {p}")
             if m < 0 or q - 2 * m < 1:
-                raise ValueError(f"a margin of {m} leaves nothing of an output patch of {q}")
+                raise ValueError(f"margin {m} removes the whole output patch {q}")
 
 
-def _setup(defaults: dict[str, Any], given: dict[str, Any]) -> Setup:
+def _setup(defaults: dict[str, Any], options: dict[str, Any]) -> Setup:
     zeros = (0,) * len(defaults["volume"])
-    return Setup(**({"pad_width": zeros, "margin": zeros} | defaults | given))
+    return Setup(**({"pad_width": zeros, "margin": zeros} | defaults | options))
 
 
 def patch(
     volume: Shape, p: Shape, q: Shape | None = None, offsets: Sequence[Shape] = (), **more: Any
 ) -> Setup:
-    """`inference_type: patch`: stride Q, one grid at 0 and one more per entry of `offsets`.
+    """Return the setup of `inference_type: patch`: stride Q, one grid, and one per offset.
 
-    Here and below `more` sets pad_width, edge, pad_mode or pad_value; pad_width is 0 by default.
+    `more` sets pad_width (default 0), edge, pad_mode or pad_value.
     """
     shapes = {"volume": volume, "input_patch": p, "output_patch": q or p, "stride": q or p}
     return _setup(shapes | {"offsets": tuple(offsets), "edge": "pad"}, more)
@@ -84,7 +84,10 @@ def patch(
 def sliding_window(
     volume: Shape, p: Shape, strides: Shape, q: Shape | None = None, **more: Any
 ) -> Setup:
-    """`inference_type: sliding_window`: stride `strides`, one grid, shifted at the edge."""
+    """Return the setup of `inference_type: sliding_window`: one grid, shifted at the edge.
+
+    `more` sets pad_width (default 0), edge, pad_mode or pad_value.
+    """
     shapes = {"volume": volume, "input_patch": p, "output_patch": q or p, "stride": strides}
     return _setup(shapes | {"edge": "shift"}, more)
 
@@ -92,7 +95,10 @@ def sliding_window(
 def crop_margin(
     volume: Shape, p: Shape, margin: Shape, q: Shape | None = None, **more: Any
 ) -> Setup:
-    """`inference_type: crop_margin`: stride Q - 2 margin, pad_width margin + (P-Q)/2 by default."""
+    """Return the setup of `inference_type: crop_margin`: stride Q - 2 margin.
+
+    `more` sets pad_width (default margin + (P - Q) / 2), edge, pad_mode or pad_value.
+    """
     q = q or p
     stride = tuple(b - 2 * m for b, m in zip(q, margin, strict=True))
     pad = tuple(m + (a - b) // 2 for a, b, m in zip(p, q, margin, strict=True))
@@ -101,12 +107,12 @@ def crop_margin(
 
 
 def patches(setup: Setup) -> list[tuple[int, Shape, tuple[Shape, Shape]]]:
-    """(grid, input start, kept box not clipped), ordered by grid, then by start, last axis fastest.
+    """Return (grid, input start, kept box) of the patches whose kept box intersects the volume.
 
-    The kept box is the output patch without its margin; patches whose kept box misses the volume
-    are left out.
+    They are ordered by grid, then by start, last axis fastest. The kept box is the output patch
+    without its margin; it is not clipped to the volume.
     """
-    s, rank, found = setup, len(setup.volume), []
+    s, rank, listed = setup, len(setup.volume), []
     for grid, offset in enumerate([(0,) * rank, *s.offsets]):
         numbers = zip(s.volume, s.input_patch, s.stride, s.pad_width, offset, strict=True)
         for start in itertools.product(*(axis_starts(*of_axis, s.edge) for of_axis in numbers)):
@@ -116,46 +122,47 @@ def patches(setup: Setup) -> list[tuple[int, Shape, tuple[Shape, Shape]]]:
                 lo.append(output_start + s.margin[a])
                 hi.append(output_start + s.output_patch[a] - s.margin[a])
             if all(hi[a] > 0 and lo[a] < s.volume[a] for a in range(rank)):
-                found.append((grid, start, (tuple(lo), tuple(hi))))
-    return found
+                listed.append((grid, start, (tuple(lo), tuple(hi))))
+    return listed
 
 
 def _inside(setup: Setup, box: tuple[Shape, Shape]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Slices of a kept box's part inside the volume: into the volume, and into a (*Q) array."""
-    there, here = [], []
+    """Return the slices of a kept box clipped to the volume, into the volume and a (*Q) array."""
+    in_volume, in_patch = [], []
     for lo, hi, v, m in zip(*box, setup.volume, setup.margin, strict=True):
         a, b = max(lo, 0), min(hi, v)
-        there.append(slice(a, b))
-        here.append(slice(a - lo + m, b - lo + m))
-    return tuple(there), tuple(here)
+        in_volume.append(slice(a, b))
+        in_patch.append(slice(a - lo + m, b - lo + m))
+    return tuple(in_volume), tuple(in_patch)
 
 
 def covered(setup: Setup) -> NDArray[np.bool_]:
-    """Which voxels lie in the kept box of some patch: bool, (*V)."""
-    seen = np.zeros(setup.volume, dtype=np.bool_)
+    """Return whether each voxel is in the kept box of a patch: bool, (*V)."""
+    mask = np.zeros(setup.volume, dtype=np.bool_)
     for _, _, box in patches(setup):
-        seen[_inside(setup, box)[0]] = True
-    return seen
+        mask[_inside(setup, box)[0]] = True
+    return mask
 
 
 def pad_read(
     volume: NDArray[Any], start: Shape, shape: Shape, pad_mode: str, pad_value: float = 0.0
 ) -> NDArray[Any]:
-    """The window [start, start + shape) of the endlessly padded volume, in the volume's dtype.
+    """Return the window [start, start + shape) of the padded volume, in the volume's dtype.
 
-    np.pad is the authority: the whole volume is padded as far as the window reaches.
+    The whole volume is padded with `np.pad` as far as the window extends.
     """
     before = [max(0, -s) for s in start]
     after = [max(0, s + n - v) for s, n, v in zip(start, shape, volume.shape, strict=True)]
     value = {"constant_values": pad_value} if pad_mode == "constant" else {}
     pad: Any = np.pad
-    wide: NDArray[Any] = pad(volume, list(zip(before, after, strict=True)), mode=pad_mode, **value)
+    width = list(zip(before, after, strict=True))
+    padded: NDArray[Any] = pad(volume, width, mode=pad_mode, **value)
     window = [slice(s + b, s + b + n) for s, b, n in zip(start, before, shape, strict=True)]
-    return wide[tuple(window)]
+    return padded[tuple(window)]
 
 
 def _log_profile(name: str, n: int) -> F64:
-    """Natural logarithm of a built-in's 1-D profile: (n,)."""
+    """Return the natural logarithm of a built-in 1-D profile: (n,)."""
     i = np.arange(n, dtype=np.float64)
     profiles: dict[str, Callable[[], Any]] = {
         "weight_uniform": lambda: 0 * i,
@@ -168,16 +175,16 @@ def _log_profile(name: str, n: int) -> F64:
 
 
 def log_weights(name: str, shape: Shape) -> F64:
-    """Natural logarithm of a built-in for an output patch: (*shape), finite at every size."""
+    """Return the log of built-in weights for an output patch: (*shape), finite for every size."""
     total = np.zeros(shape)
     for axis, n in enumerate(shape):
-        along = [n if a == axis else 1 for a in range(len(shape))]
-        total = total + _log_profile(name, n).reshape(along)
+        broadcast = [n if a == axis else 1 for a in range(len(shape))]
+        total = total + _log_profile(name, n).reshape(broadcast)
     return total
 
 
 def _weights(name: str, shape: Shape) -> F64:
-    """A built-in for an output patch: (*shape), 0 where float64 underflows."""
+    """Return built-in weights for an output patch: (*shape), 0 where float64 underflows."""
     return np.asarray(np.exp(log_weights(name, shape)), dtype=np.float64)
 
 
@@ -189,23 +196,24 @@ weight_bump = partial(_weights, "weight_bump")
 
 
 def _log_of(weight: str | WeightFunction, shape: Shape) -> F64:
-    """Log weights (*shape) of a built-in or a user's function, which must be finite, positive."""
+    """Return the log weights (*shape) of a built-in, or of a function, which must be positive."""
     if isinstance(weight, str):
         return log_weights(weight, shape)
     values = np.asarray(weight(shape), dtype=np.float64)
     if values.shape != shape or not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError(f"the weight function must be finite and positive, of shape {shape}")
+        raise ValueError(f"weights must be finite and positive and have shape {shape}")
     return np.asarray(np.log(values), dtype=np.float64)
 
 
 class Reference(NamedTuple):
-    """What `reference` returns.
+    """Result of `reference`.
 
-    average: float64 (C, *V), the weighted average, or the vote shares for `hard`.
-    labels: uint8 (uint16 past 256 classes) (*V), the decision on `average`, for every combine.
-    margin_of_decision: float64 (*V), how clear that decision is: the top two of `average` apart,
-        or |average - 0.5| for one channel. For `hard` the least of that and of the same number of
-        each vote at the voxel, as a vote that rounding may turn over turns over its whole share.
+    average              float64 (C, *V): the weighted average, or the vote shares for `hard`
+    labels               (*V), uint8, or uint16 for more than 256 classes: the argmax of `average`
+    margin_of_decision   float64 (*V): difference between the two largest channels of `average`, or
+                         |average - 0.5| for a single channel. For `hard`, the minimum of this and
+                         of the same difference of each prediction at the voxel, because rounding
+                         can change a whole vote
     """
 
     average: F64
@@ -214,25 +222,27 @@ class Reference(NamedTuple):
 
 
 def activate(y: F64, activation: str) -> F64:
-    """The activation of one prediction (C, *Q); softmax runs over the channels."""
+    """Return the activation of one prediction (C, *Q); softmax runs over the channels."""
     if activation == "softmax":
         e = np.exp(y - y.max(axis=0, keepdims=True))
         return np.asarray(e / e.sum(axis=0, keepdims=True))
     if activation == "sigmoid":
         return np.asarray(np.exp(-np.logaddexp(0.0, -y)))  # 1/(1+e^-y), without overflow
     if activation != "none":
-        raise ValueError(f"no activation is called {activation}")
+        raise ValueError(f"invalid activation {activation!r}")
     return y
 
 
-def decide(y: F64) -> NDArray[np.intp]:
-    """Class of each voxel of (C, ...): argmax, ties to the lowest; one channel: y ≥ 0.5."""
-    label = y[0] >= 0.5 if len(y) == 1 else np.argmax(y, axis=0)  # argmax: the first of equals
-    return np.asarray(label, dtype=np.intp)
+def labels_of(y: F64) -> NDArray[np.intp]:
+    """Return the class of each voxel of (C, ...), or y ≥ 0.5 for a single channel.
+
+    The class is the largest channel, the lowest one in a tie, as `np.argmax` returns it.
+    """
+    return np.asarray(y[0] >= 0.5 if len(y) == 1 else np.argmax(y, axis=0), dtype=np.intp)
 
 
-def clearness(y: F64) -> F64:
-    """How far the decision on each voxel of (C, ...) is from another one."""
+def decision_margin(y: F64) -> F64:
+    """Return the difference of the two largest channels of (C, ...), |y - 0.5| of a single one."""
     ranked = np.sort(y, axis=0)
     return np.asarray(np.abs(y[0] - 0.5) if len(y) == 1 else ranked[-1] - ranked[-2])
 
@@ -246,33 +256,34 @@ def reference(
     *,
     activation: str = "none",
 ) -> Reference:
-    """Run every patch and combine; `predict` gets a float64 (*P) patch and its start.
+    """Run the network on every patch and combine the predictions.
 
-    Weights are made for the output patch Q and then lose the margin with it. Each voxel's weights
-    are divided by the largest of them before they are summed, so that nothing underflows.
+    `predict` is called with a patch (*P), float64, and its start. Weights are computed for the
+    output patch Q and cropped by the margin. The weights of each voxel are divided by the largest
+    of them before they are summed, so that they do not underflow.
     """
     if combine not in {"weighted_avg", "soft", "hard"} or volume.shape != setup.volume:
-        raise ValueError(f"no combine {combine}, or a volume {volume.shape} not {setup.volume}")
+        raise ValueError(f"invalid combine {combine!r}, or {volume.shape} is not {setup.volume}")
     if not covered(setup).all():
         raise ValueError(f"no patch covers voxel {np.argwhere(~covered(setup))[0].tolist()}")
-    todo = patches(setup)
+    all_patches = patches(setup)
     log_w = _log_of(weight, setup.output_patch)
     largest = np.full(setup.volume, -np.inf)
-    for _, _, box in todo:
-        there, here = _inside(setup, box)
-        largest[there] = np.maximum(largest[there], log_w[here])
+    for _, _, box in all_patches:
+        in_volume, in_patch = _inside(setup, box)
+        largest[in_volume] = np.maximum(largest[in_volume], log_w[in_patch])
 
-    starts = [start for _, start, _ in todo]
-    low = tuple(min(along) for along in zip(*starts, strict=True))
-    high = tuple(max(along) for along in zip(*starts, strict=True))
-    reach = tuple(b + p - a for a, b, p in zip(low, high, setup.input_patch, strict=True))
-    wide = pad_read(volume, low, reach, setup.pad_mode, setup.pad_value).astype(np.float64)
+    starts = [start for _, start, _ in all_patches]
+    low = tuple(min(coordinates) for coordinates in zip(*starts, strict=True))
+    high = tuple(max(coordinates) for coordinates in zip(*starts, strict=True))
+    shape = tuple(b + p - a for a, b, p in zip(low, high, setup.input_patch, strict=True))
+    padded = pad_read(volume, low, shape, setup.pad_mode, setup.pad_value).astype(np.float64)
 
     sums, total = np.zeros(0), np.zeros(setup.volume)
-    clear = np.full(setup.volume, np.inf)
-    for _, start, box in todo:
+    margin = np.full(setup.volume, np.inf)
+    for _, start, box in all_patches:
         window = zip(start, low, setup.input_patch, strict=True)
-        x = wide[tuple(slice(s - a, s - a + p) for s, a, p in window)].copy()
+        x = padded[tuple(slice(s - a, s - a + p) for s, a, p in window)].copy()
         y = np.asarray(predict(x, start), dtype=np.float64)
         if y.shape[1:] != setup.output_patch:
             raise ValueError(f"prediction {y.shape} is not (C, *{setup.output_patch})")
@@ -281,62 +292,71 @@ def reference(
         y = activate(y, activation)
         if sums.size == 0:
             sums = np.zeros((len(y), *setup.volume))
-        there, here = _inside(setup, box)
+        in_volume, in_patch = _inside(setup, box)
         if combine == "hard":
-            clear[there] = np.minimum(clear[there], clearness(y)[here])
+            margin[in_volume] = np.minimum(margin[in_volume], decision_margin(y)[in_patch])
             classes = [1] if len(y) == 1 else range(len(y))
-            y = np.stack([decide(y) == c for c in classes]).astype(np.float64)
-        w = np.exp(log_w[here] - largest[there])
+            y = np.stack([labels_of(y) == c for c in classes]).astype(np.float64)
+        w = np.exp(log_w[in_patch] - largest[in_volume])
         for c in range(len(y)):
-            sums[c][there] += w * y[c][here]
-        total[there] += w
+            sums[c][in_volume] += w * y[c][in_patch]
+        total[in_volume] += w
     average = sums / total
-    labels = decide(average).astype(np.uint8 if len(average) <= 256 else np.uint16)
-    return Reference(average, labels, np.minimum(clearness(average), clear))
+    labels = labels_of(average).astype(np.uint8 if len(average) <= 256 else np.uint16)
+    return Reference(average, labels, np.minimum(decision_margin(average), margin))
 
 
-def centre_crop(y: F64, out_shape: Shape) -> F64:
-    """(C, *P) cut to the centred (C, *out_shape)."""
+def center_crop(y: F64, out_shape: Shape) -> F64:
+    """Return the central part (C, *out_shape) of an array (C, *P)."""
     first = [(n - q) // 2 for n, q in zip(y.shape[1:], out_shape, strict=True)]
     return y[(slice(None), *(slice(f, f + q) for f, q in zip(first, out_shape, strict=True)))]
 
 
 def pointwise(channels: int) -> Network:
-    """2tx - t² per channel, t = (c+½)/C: the argmax is the t nearest to x, wherever x lies."""
+    """Return a network with output 2tx - t², t = (c+½)/C; its argmax is the t closest to x.
+
+    The output depends on the voxel only, not on its position.
+    """
 
     def network(x: F64, out_shape: Shape) -> F64:
         ts = (np.arange(channels) + 0.5) / channels
-        return centre_crop(np.stack([2 * t * x - t * t for t in ts]), out_shape)
+        return center_crop(np.stack([2 * t * x - t * t for t in ts]), out_shape)
 
     return network
 
 
 def position_dependent(channels: int) -> Network:
-    """2tx(1 + cos(2πu + c)/2) - t², u the mean over the axes of (i+½)/P: patch borders show."""
+    """Return a network whose output depends on the position in the patch, so borders are visible.
+
+    The output is 2tx(1 + cos(2πu + c)/2) - t² with u the mean of (i+½)/P over the axes.
+    """
 
     def network(x: F64, out_shape: Shape) -> F64:
         u = np.mean([(i + 0.5) / n for i, n in zip(np.indices(x.shape), x.shape, strict=True)], 0)
         ts = (np.arange(channels) + 0.5) / channels
         gains = [1 + np.cos(2 * math.pi * u + c) / 2 for c in range(channels)]
         y = np.stack([2 * t * x * gain - t * t for t, gain in zip(ts, gains, strict=True)])
-        return centre_crop(y, out_shape)
+        return center_crop(y, out_shape)
 
     return network
 
 
 def box_blur(channels: int) -> Network:
-    """Mean of the 3^d neighbourhood, zeros beyond the patch, then the channels of `pointwise`."""
+    """Return a network with the channels of `pointwise` of the mean of the 3^d neighborhood.
+
+    Voxels outside the patch count as zero.
+    """
 
     def network(x: F64, out_shape: Shape) -> F64:
-        wide, total = np.pad(x, 1), np.zeros(x.shape)
+        padded, total = np.pad(x, 1), np.zeros(x.shape)
         for shift in itertools.product(range(3), repeat=x.ndim):
-            total += wide[tuple(slice(s, s + n) for s, n in zip(shift, x.shape, strict=True))]
+            total += padded[tuple(slice(s, s + n) for s, n in zip(shift, x.shape, strict=True))]
         return pointwise(channels)(total / 3**x.ndim, out_shape)
 
     return network
 
 
-volume_wide_predictors: dict[str, Callable[[int], Network]] = {
+NETWORKS: dict[str, Callable[[int], Network]] = {
     "pointwise": pointwise,
     "position_dependent": position_dependent,
     "box_blur": box_blur,
@@ -344,6 +364,6 @@ volume_wide_predictors: dict[str, Callable[[int], Network]] = {
 
 
 def predictor(name: str, channels: int, out_shape: Shape) -> Predict:
-    """A toy network by name, as the `predict` that `reference` calls."""
-    network = volume_wide_predictors[name](channels)
+    """Return a toy network by name, as the `predict` of `reference`."""
+    network = NETWORKS[name](channels)
     return lambda x, _start: network(x, out_shape)

@@ -1,6 +1,6 @@
-"""Hypothesis strategies: small legal jobs of every kind, with the reference's view of each.
+"""Hypothesis strategies for small valid jobs of every kind, with the setup of the reference.
 
-Every drawn case is legal by construction, so a refusal by `resolve` is a failure, too.
+Every drawn case is valid by construction, so a JobError from `resolve` is a test failure.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from tests import reference as ref
 
 PAD_MODES = ("constant", "reflect", "symmetric", "edge")
 BUILT_INS = ("weight_uniform", "weight_gaussian", "weight_linear", "weight_hann", "weight_bump")
-LONGEST = {1: 40, 2: 12, 3: 7, 4: 4}
-MOST_BLOCKS = {1: 10, 2: 4, 3: 3, 4: 2}
-WIDEST_PATCH = {1: 7, 2: 7, 3: 6, 4: 4}
+MAX_LENGTH = {1: 40, 2: 12, 3: 7, 4: 4}
+MAX_BLOCKS = {1: 10, 2: 4, 3: 3, 4: 2}
+MAX_PATCH = {1: 7, 2: 7, 3: 6, 4: 4}
+"""Limits along one axis, by the number of axes."""
 
 
 def job_values(patch: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    """A legal job file's values for patches of this shape; `more` replaces or adds keys.
+    """Return the values of a valid job file for patches of this shape.
 
-    `model` among them is merged into `model_config`.
+    `more` replaces or adds keys; its key `model` is merged into `model_config`.
     """
     model = {
         "runtime": "torch",
@@ -39,13 +40,13 @@ def job_values(patch: tuple[int, ...], **more: Any) -> dict[str, Any]:
 def plan_for(
     volume: tuple[int, ...], patch: tuple[int, ...], dtype: str = "uint8", **more: Any
 ) -> Plan:
-    """The plan of `job_values` over a volume."""
+    """Return the plan of `job_values` over a volume."""
     return resolve(parse_job(job_values(patch, **more)), Volume(volume, dtype))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A legal job over a small volume."""
+    """A valid job over a small volume."""
 
     volume: tuple[int, ...]
     patch: tuple[int, ...]
@@ -54,31 +55,31 @@ class Case:
 
     @property
     def plan(self) -> Plan:
-        """What chunkq makes of it."""
+        """The plan of the job."""
         return plan_for(self.volume, self.patch, **self.keys)
 
     @property
     def channels(self) -> int:
-        """Channels that the network gives."""
+        """Number of channels that the network returns."""
         shape = self.keys["model"]["model_output_shape"]
         return shape[0] if len(shape) > len(self.volume) else 1
 
     @property
     def setup(self) -> ref.Setup:
-        """What the reference makes of it."""
+        """The setup of the job for the reference."""
         names = ("pad_width", "edge", "pad_mode", "pad_value")
-        given = {k: self.keys[k] for k in names if k in self.keys}
-        if "pad_width" in given:
-            given["pad_width"] = tuple(given["pad_width"])
+        options = {k: self.keys[k] for k in names if k in self.keys}
+        if "pad_width" in options:
+            options["pad_width"] = tuple(options["pad_width"])
         kind = self.keys["inference_type"]
         if kind == "sliding_window":
             strides = tuple(self.keys["strides"])
-            return ref.sliding_window(self.volume, self.patch, strides, self.output, **given)
+            return ref.sliding_window(self.volume, self.patch, strides, self.output, **options)
         if kind == "crop_margin":
             margin = tuple(self.keys["margin"])
-            return ref.crop_margin(self.volume, self.patch, margin, self.output, **given)
+            return ref.crop_margin(self.volume, self.patch, margin, self.output, **options)
         offsets = [tuple(o) for o in self.keys.get("offsets", [])]
-        return ref.patch(self.volume, self.patch, self.output, offsets=offsets, **given)
+        return ref.patch(self.volume, self.patch, self.output, offsets=offsets, **options)
 
 
 def divisors(number: int) -> list[int]:
@@ -87,7 +88,7 @@ def divisors(number: int) -> list[int]:
 
 @st.composite
 def cases(draw: st.DrawFn, max_rank: int = 4) -> Case:
-    """Any inference type, rank, patch, stride, offset, pad, edge, chunk and storage chunk."""
+    """Draw any inference type, rank, patch, stride, offset, pad, edge, chunk and storage chunk."""
     rank = draw(st.integers(1, max_rank))
     kind = draw(st.sampled_from(("patch", "sliding_window", "crop_margin")))
 
@@ -97,8 +98,8 @@ def cases(draw: st.DrawFn, max_rank: int = 4) -> Case:
     def each(lows: list[int], highs: list[int]) -> list[int]:
         return [draw(st.integers(a, b)) for a, b in zip(lows, highs, strict=True)]
 
-    volume = along(st.integers(1, LONGEST[rank]))
-    patch = along(st.integers(1, WIDEST_PATCH[rank]))
+    volume = along(st.integers(1, MAX_LENGTH[rank]))
+    patch = along(st.integers(1, MAX_PATCH[rank]))
     shrink = along(st.sampled_from((0, 0, 1, 2)))
     output = [p - 2 * s if p > 2 * s else p for p, s in zip(patch, shrink, strict=True)]
     margin = [0] * rank
@@ -117,9 +118,9 @@ def cases(draw: st.DrawFn, max_rank: int = 4) -> Case:
         keys["pad_width"] = each(lead, [n + 9 for n in lead])
     if draw(st.booleans()):
         keys["edge"] = draw(st.sampled_from(("pad", "shift")))
-    few = [-(-v // MOST_BLOCKS[rank]) for v in volume]
-    least = [max(min(k, v), f) for k, v, f in zip(kept, volume, few, strict=True)]
-    keys["chunksize"] = each(least, [n + 6 for n in least])
+    for_few_blocks = [-(-v // MAX_BLOCKS[rank]) for v in volume]
+    smallest = [max(min(k, v), n) for k, v, n in zip(kept, volume, for_few_blocks, strict=True)]
+    keys["chunksize"] = each(smallest, [n + 6 for n in smallest])
     keys["storage_chunks"] = [draw(st.sampled_from(divisors(c))) for c in keys["chunksize"]]
     keys["pad_mode"] = draw(st.sampled_from(PAD_MODES))
     keys["pad_value"] = draw(st.integers(0, 5))
@@ -135,12 +136,12 @@ def cases(draw: st.DrawFn, max_rank: int = 4) -> Case:
 
 
 def user_weights(shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Positive weights of an output patch that are no product of profiles, and not symmetric."""
+    """Return positive weights of an output patch, neither separable nor symmetric."""
     return np.random.default_rng(shape).uniform(0.1, 2.0, shape)
 
 
 def without_margin(
     array: np.ndarray[Any, np.dtype[np.float64]], margin: tuple[int, ...]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The part of an output patch's array that is kept."""
+    """Return the kept part of an array of the shape of an output patch."""
     return array[tuple(slice(m, n - m) for n, m in zip(array.shape, margin, strict=True))]

@@ -1,4 +1,4 @@
-"""The same job cut into 1, 8 and 60 chunks gives the same volume, and it is the reference's."""
+"""A job with 1, 8 and 60 chunks gives the same output, which equals that of the reference."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from tests.harness.workspace import run_inline
 
 SHAPE = (37, 23, 30)
 PATCH = (8, 8, 8)
-CUTS = {1: (40, 24, 32), 8: (20, 12, 16), 60: (8, 8, 8)}
+CHUNKSIZES = {1: (40, 24, 32), 8: (20, 12, 16), 60: (8, 8, 8)}
+"""Chunk size by number of chunks."""
 SCALE = 100.0
 
 JOBS: dict[str, tuple[dict[str, Any], ref.Setup]] = {
@@ -65,10 +66,10 @@ def expected(job: str, combine: str, activation: str) -> ref.Reference:
 
 
 def results(tmp_path: Path, job: str, combine: str, activation: str) -> dict[int, npt.NDArray[Any]]:
-    """The output for each cut, through the worker's own entry and the finalizer."""
+    """Return the output by number of chunks, computed with the functions that workers call."""
     source = write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (16, 16, 16))
-    found = {}
-    for count, chunksize in CUTS.items():
+    outputs = {}
+    for count, chunksize in CHUNKSIZES.items():
         values = {
             "input": str(source),
             "output": str(tmp_path / f"out{count}.zarr"),
@@ -80,31 +81,33 @@ def results(tmp_path: Path, job: str, combine: str, activation: str) -> dict[int
             "model_config": toy_model(tmp_path, PATCH, scale=SCALE) | {"max_batch_size": 8},
             **JOBS[job][0],
         }
-        opened, report = run_inline(values)
+        job_handle, report = run_inline(values)
         assert report["chunks"] == count
         assert report["missing"] == []
-        found[count] = read_output(opened.folder.output)
-    return found
+        outputs[count] = read_output(job_handle.folder.output)
+    return outputs
 
 
 @pytest.mark.parametrize(("job", "combine", "activation"), KINDS)
-def test_any_cut_gives_the_same_volume_and_it_is_the_one_of_the_reference(
+def test_the_output_does_not_depend_on_the_chunk_size_and_equals_the_reference(
     tmp_path: Path, job: str, combine: str, activation: str
 ) -> None:
-    truth = expected(job, combine, activation)
-    found = results(tmp_path, job, combine, activation)
+    reference = expected(job, combine, activation)
+    outputs = results(tmp_path, job, combine, activation)
     if combine == "weighted_avg":
-        for count, values in found.items():
+        for count, values in outputs.items():
+            message, average = f"{count} chunks", reference.average
             assert values.dtype == np.float32
             assert values.shape == (3, *SHAPE)
-            np.testing.assert_allclose(values, truth.average, rtol=0, atol=1e-5, err_msg=str(count))
-            np.testing.assert_allclose(values, found[1], rtol=0, atol=1e-5, err_msg=str(count))
+            np.testing.assert_allclose(values, average, rtol=0, atol=1e-5, err_msg=message)
+            np.testing.assert_allclose(values, outputs[1], rtol=0, atol=1e-5, err_msg=message)
         return
-    clear = truth.margin_of_decision > 1e-5
-    assert clear.mean() > 0.99
-    assert len(np.unique(truth.labels)) == 3
-    for count, values in found.items():
+    is_clear = reference.margin_of_decision > 1e-5
+    assert is_clear.mean() > 0.99
+    assert len(np.unique(reference.labels)) == 3
+    for count, values in outputs.items():
+        message, labels = f"{count} chunks", reference.labels
         assert values.dtype == np.uint8
         assert values.shape == SHAPE
-        np.testing.assert_array_equal(values[clear], truth.labels[clear], err_msg=str(count))
-        np.testing.assert_array_equal(values[clear], found[1][clear], err_msg=str(count))
+        np.testing.assert_array_equal(values[is_clear], labels[is_clear], err_msg=message)
+        np.testing.assert_array_equal(values[is_clear], outputs[1][is_clear], err_msg=message)

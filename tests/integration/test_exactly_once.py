@@ -1,4 +1,4 @@
-"""Each patch once, each byte once: what was computed and moved, by several independent counts."""
+"""Each patch is computed once and each byte moved once, by several independent counts."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ from tests.harness.waiting import TIMEOUT
 
 SHAPE = (48, 44, 48)
 STEP = 4
-"""The stride, and the input's storage chunk: halos begin and end on storage chunks."""
+"""The stride and the edge of the input's storage chunks, so that halos are aligned to them."""
 KEYS = {
     "strides": [STEP, STEP, STEP],
     "chunksize": [24, 24, 24],
@@ -34,7 +34,7 @@ KEYS = {
 
 @dataclass
 class Traffic:
-    """Bytes that tensorstore has read from and written to files so far, in this process."""
+    """Bytes that tensorstore has read from and written to files in this process."""
 
     read: int
     written: int
@@ -42,9 +42,9 @@ class Traffic:
     @classmethod
     def so_far(cls) -> "Traffic":
         prefix = "/tensorstore/kvstore/file/"
-        found = tensorstore.experimental_collect_matching_metrics(prefix)
-        totals = {m["name"]: sum(v["value"] for v in m["values"] if "value" in v) for m in found}
-        # A counter that never counted is not listed.
+        metrics = tensorstore.experimental_collect_matching_metrics(prefix)
+        totals = {m["name"]: sum(v["value"] for v in m["values"] if "value" in v) for m in metrics}
+        # tensorstore does not list counters that are 0.
         return cls(totals.get(prefix + "bytes_read", 0), totals.get(prefix + "bytes_written", 0))
 
     def since(self, before: "Traffic") -> "Traffic":
@@ -52,8 +52,8 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A job done in this process, and what was seen from outside while it went on."""
+class MeasuredJob:
+    """A job that was run in this process, with the traffic and the files that were observed."""
 
     workspace: StandardWorkspace
     costs: Costs
@@ -66,7 +66,7 @@ class Measured:
 
 def infer_all(workspace: StandardWorkspace, attempt: int = 1) -> None:
     for index in workspace.job.plan.indices():
-        run_task(Task("infer", workspace.job.folder.path, index), Attempt(attempt, "here"))
+        run_task(Task("infer", workspace.job.folder.path, index), Attempt(attempt, "worker"))
 
 
 def pieces_of(workspace: StandardWorkspace) -> dict[str, bytes]:
@@ -74,7 +74,7 @@ def pieces_of(workspace: StandardWorkspace) -> dict[str, bytes]:
 
 
 def without_epoch(pieces: dict[str, bytes], epoch: str) -> dict[str, bytes]:
-    """Leave out the epoch in each piece's first line, and the checksum, which covers it."""
+    """Return pieces without the epoch in their first line and without the checksum over it."""
     return {
         name: content[:-CRC_BYTES].replace(epoch.encode(), b"", 1)
         for name, content in pieces.items()
@@ -92,7 +92,7 @@ def measured(
     standard_job: StandardJob,
     tmp_path_factory: pytest.TempPathFactory,
     environment: pytest.MonkeyPatch,
-) -> Measured:
+) -> MeasuredJob:
     folder = tmp_path_factory.mktemp("measured")
     chunks = (STEP,) * 3
     array = zarr.create_array(
@@ -113,16 +113,16 @@ def measured(
     workspace.finalize().ok()
     finalizing = Traffic.so_far().since(before)
     costs = workspace.job.plan.costs
-    return Measured(
+    return MeasuredJob(
         workspace, costs, plan_command, inferring, finalizing, pieces, workspace.stored()
     )
 
 
-def test_the_network_sees_every_patch_exactly_once(measured: Measured) -> None:
-    seen = measured.workspace.computed()
+def test_the_network_computes_every_patch_exactly_once(measured: MeasuredJob) -> None:
+    computed = measured.workspace.computed()
     per_axis = [(size - 8) // STEP + 1 for size in SHAPE]
     assert measured.costs.patches == np.prod(per_axis)
-    assert len(seen) == seen.total() == measured.costs.patches
+    assert len(computed) == computed.total() == measured.costs.patches
     records = [measured.workspace.record(name) for name in measured.workspace.done()]
     assert sum(record["patches"] for record in records) == measured.costs.patches
     assert measured.workspace.report()["patches"] == measured.costs.patches
@@ -130,7 +130,7 @@ def test_the_network_sees_every_patch_exactly_once(measured: Measured) -> None:
     assert measured.plan_command["recompute_factor"] == 1.0
 
 
-def test_the_bytes_in_the_records_are_those_that_the_plan_predicts(measured: Measured) -> None:
+def test_the_bytes_in_the_records_equal_those_of_the_plan(measured: MeasuredJob) -> None:
     moved, planned = measured.workspace.report()["bytes"], measured.plan_command
     expected = {
         "input": planned["input_bytes"],
@@ -144,37 +144,37 @@ def test_the_bytes_in_the_records_are_those_that_the_plan_predicts(measured: Mea
     assert moved["output"] == np.prod(SHAPE) * 2 * 4
 
 
-def test_no_more_bytes_move_than_input_with_halos_output_and_two_times_the_pieces(
-    measured: Measured,
+def test_moved_bytes_are_at_most_input_with_halos_output_and_twice_the_pieces(
+    measured: MeasuredJob,
 ) -> None:
-    """Counted by tensorstore and by file sizes, not by chunkq."""
-    costs, output_on_disk = measured.costs, sum(map(len, measured.output.values()))
+    # Counted by tensorstore and by file sizes, not by chunkq.
+    costs, output_bytes = measured.costs, sum(map(len, measured.output.values()))
     piece_bytes = sum(map(len, measured.pieces.values()))
     assert costs.input_bytes <= measured.inferring.read <= 1.1 * costs.input_bytes
     assert measured.finalizing.read < 0.1 * costs.input_bytes
     assert costs.piece_bytes <= piece_bytes <= 1.1 * costs.piece_bytes
     written = measured.inferring.written + measured.finalizing.written
-    # Each output object is written once: no more bytes go out than lie there at the end.
-    assert written <= output_on_disk <= 1.1 * costs.output_bytes
+    # Each output object is written once: no more bytes are written than are stored at the end.
+    assert written <= output_bytes <= 1.1 * costs.output_bytes
     moved = measured.inferring.read + measured.finalizing.read + written + 2 * piece_bytes
     assert moved <= 1.1 * costs.store_bytes
 
 
-def test_every_piece_has_one_writer_and_one_reader(measured: Measured) -> None:
+def test_every_piece_has_one_writer_and_one_reader(measured: MeasuredJob) -> None:
     plan = measured.workspace.job.plan
     chunks = [plan.chunk(index) for index in plan.indices()]
-    left = [
+    outgoing = [
         f"{chunk_name(p.target)}/{p.name}" for chunk in chunks for p in plan.outgoing_pieces(chunk)
     ]
-    own = [f"{chunk_name(c.index)}/own" for c in chunks if c.is_active and c.has_band]
-    awaited = [f"{chunk_name(c.index)}/{p.name}" for c in chunks for p in plan.incoming_pieces(c)]
-    assert len(set(left)) == len(left)
-    assert sorted(left) == sorted(awaited)
-    assert sorted(measured.pieces) == sorted(left + own)
+    own_blocks = [f"{chunk_name(c.index)}/own" for c in chunks if c.is_active and c.has_band]
+    incoming = [f"{chunk_name(c.index)}/{p.name}" for c in chunks for p in plan.incoming_pieces(c)]
+    assert len(set(outgoing)) == len(outgoing)
+    assert sorted(outgoing) == sorted(incoming)
+    assert sorted(measured.pieces) == sorted(outgoing + own_blocks)
     assert pieces_of(measured.workspace) == {}
 
 
-def test_a_committed_chunk_run_again_is_not_computed_read_or_written(measured: Measured) -> None:
+def test_a_committed_chunk_run_again_is_not_computed_read_or_written(measured: MeasuredJob) -> None:
     workspace = measured.workspace
     records, computed, before = workspace.done(), workspace.computed(), Traffic.so_far()
     infer_all(workspace, attempt=2)
@@ -184,8 +184,8 @@ def test_a_committed_chunk_run_again_is_not_computed_read_or_written(measured: M
     assert pieces_of(workspace) == {}
 
 
-def test_a_zombie_that_recomputes_every_chunk_after_all_is_sealed_changes_no_byte(
-    measured: Measured,
+def test_a_zombie_that_recomputes_every_chunk_of_a_sealed_job_changes_no_output_byte(
+    measured: MeasuredJob,
 ) -> None:
     workspace = measured.workspace
     for name in workspace.done():
@@ -193,15 +193,15 @@ def test_a_zombie_that_recomputes_every_chunk_after_all_is_sealed_changes_no_byt
     computed = workspace.computed()
     infer_all(workspace, attempt=2)
     assert workspace.computed() == computed + computed
-    # It has written into the array's earlier name, the same bytes, and nobody reads them there.
+    # It wrote the same bytes to the path that the array had before it was sealed.
     unsealed = f"{workspace.job.record.array}/"
     stored = workspace.stored()
-    strays = {name: stored.pop(name) for name in list(stored) if name.startswith(unsealed)}
+    late = {name: stored.pop(name) for name in list(stored) if name.startswith(unsealed)}
     assert stored == measured.output
-    assert strays
-    for name, content in strays.items():
+    assert late
+    for name, content in late.items():
         assert content == measured.output[f"0/{name.removeprefix(unsealed)}"]
-    # What it left for blocks that are long complete is what had been there before.
+    # Its pieces equal those of the first run.
     assert pieces_of(workspace).items() <= measured.pieces.items()
     workspace.finalize().ok()
     assert pieces_of(workspace) == {}
@@ -210,36 +210,36 @@ def test_a_zombie_that_recomputes_every_chunk_after_all_is_sealed_changes_no_byt
 
 @pytest.mark.parametrize("stage", ["computes", "writes"])
 @pytest.mark.parametrize("index", [(0, 0, 0), (0, 1, 0), (1, 1, 1)], ids=chunk_name)
-def test_a_zombie_overtaken_while_it_computes_or_writes_tidies_up_after_itself(
-    measured: Measured, monkeypatch: pytest.MonkeyPatch, index: Index, stage: str
+def test_a_zombie_overtaken_while_it_computes_or_writes_deletes_its_pieces(
+    measured: MeasuredJob, monkeypatch: pytest.MonkeyPatch, index: Index, stage: str
 ) -> None:
-    overtaken_at = {"computes": 2, "writes": 3}[stage]
-    workspace, looks = measured.workspace, 0
+    committed_at_check = {"computes": 2, "writes": 3}[stage]
+    workspace, checks = measured.workspace, 0
     records, computed = workspace.done(), workspace.computed()
     is_committed = Ledger.is_committed
 
-    def not_at_first(ledger: Ledger, kind: str, chunk: Index) -> bool:
-        nonlocal looks
+    def is_committed_later(ledger: Ledger, kind: str, chunk: Index) -> bool:
+        nonlocal checks
         if kind == "infer" and chunk == index:
-            looks += 1
-            if looks < overtaken_at:
+            checks += 1
+            if checks < committed_at_check:
                 return False
         return is_committed(ledger, kind, chunk)
 
-    monkeypatch.setattr(Ledger, "is_committed", not_at_first)
+    monkeypatch.setattr(Ledger, "is_committed", is_committed_later)
     run_task(Task("infer", workspace.job.folder.path, index), Attempt(2, "zombie"))
-    assert looks == overtaken_at
+    assert checks == committed_at_check
     assert workspace.computed().total() > computed.total()
     assert workspace.done() == records
     assert pieces_of(workspace) == {}
     if stage == "writes":
-        workspace.finalize().ok()  # removes what it wrote into the array's earlier name
+        workspace.finalize().ok()  # deletes what it wrote to the path of the unsealed array
     assert workspace.stored() == measured.output
 
 
 @pytest.fixture(scope="module")
-def inferred(measured: Measured, tmp_path_factory: pytest.TempPathFactory) -> StandardWorkspace:
-    """The same job, all computed and nothing finalized."""
+def inferred(measured: MeasuredJob, tmp_path_factory: pytest.TempPathFactory) -> StandardWorkspace:
+    """The same job with all chunks computed and no block finalized."""
     folder = tmp_path_factory.mktemp("inferred")
     workspace = replace(measured.workspace, folder=folder)
     workspace.produce()
@@ -247,8 +247,8 @@ def inferred(measured: Measured, tmp_path_factory: pytest.TempPathFactory) -> St
     return workspace
 
 
-def test_a_zombie_that_rewrites_pieces_before_finalizing_writes_the_same_bytes(
-    measured: Measured, inferred: StandardWorkspace
+def test_a_zombie_that_recomputes_every_chunk_before_finalizing_writes_the_same_pieces(
+    measured: MeasuredJob, inferred: StandardWorkspace
 ) -> None:
     pieces = pieces_of(inferred)
     epochs = inferred.job.record.epoch, measured.workspace.job.record.epoch
@@ -260,38 +260,40 @@ def test_a_zombie_that_rewrites_pieces_before_finalizing_writes_the_same_bytes(
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Simulates the end of the process."""
 
 
-def killed(*_: object) -> None:
+def raise_killed(*_: object) -> None:
     raise Killed
 
 
-def test_finalizers_that_die_or_work_at_the_same_time_end_with_the_same_bytes(
-    measured: Measured, inferred: StandardWorkspace
+def test_killed_and_concurrent_finalizers_produce_the_same_bytes(
+    measured: MeasuredJob, inferred: StandardWorkspace
 ) -> None:
     pieces = pieces_of(inferred)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "delete_pieces", killed)
+        patch.setattr(Ledger, "delete_pieces", raise_killed)
         with pytest.raises(Killed):
             finalize_job(inferred.job, worker="killed", threads=1)
     assert inferred.done("finalize")
     assert pieces_of(inferred) == pieces != {}
     reports: list[dict[str, Any]] = []
-    twins = [
-        threading.Thread(target=lambda: reports.append(finalize_job(inferred.job, worker="twin")))
+    finalizers = [
+        threading.Thread(target=lambda: reports.append(finalize_job(inferred.job, worker="thread")))
         for _ in range(2)
     ]
-    for twin in twins:
-        twin.start()
-    for twin in twins:
-        twin.join(TIMEOUT)
+    for thread in finalizers:
+        thread.start()
+    for thread in finalizers:
+        thread.join(TIMEOUT)
     assert [report["missing"] for report in reports] == [[], []]
     assert pieces_of(inferred) == {}
     assert inferred.stored() == measured.output
 
 
-def test_a_finalizer_that_comes_late_takes_no_chunk_back(measured: Measured) -> None:
+def test_a_finalizer_that_runs_again_changes_no_record_and_no_output_byte(
+    measured: MeasuredJob,
+) -> None:
     workspace = measured.workspace
     records, blocks = workspace.done(), workspace.done("finalize")
     for index in workspace.job.plan.to_finalize():

@@ -1,4 +1,4 @@
-"""A worker's memory is bounded by its chunks in flight, not by the volume."""
+"""The memory of a worker depends on its chunks in flight, not on the size of the volume."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from tests.harness.workspace import Workspace
 BLOCK, PATCH = 36, 18
 
 
-def peak(folder: Path, blocks: int) -> int:
-    """Peak memory of a real worker over a cube of so many blocks along each axis, in bytes."""
+def peak_bytes(folder: Path, blocks: int) -> int:
+    """Return the peak memory of a worker on a cube of `blocks` blocks along each axis, in bytes."""
     folder.mkdir()
     edge = BLOCK * blocks
     plane = np.random.default_rng(0).random((edge, edge), dtype=np.float32)
@@ -43,7 +43,7 @@ def peak(folder: Path, blocks: int) -> int:
 
 
 def test_peak_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
-    small, large = peak(tmp_path / "small", 4), peak(tmp_path / "large", 8)
-    # The larger volume alone has 96 MB, its sums over two classes twice that.
+    small, large = peak_bytes(tmp_path / "small", 4), peak_bytes(tmp_path / "large", 8)
+    # The larger volume has 96 MB, its sums over two classes have twice that.
     assert large < 1.1 * small
     assert small > 50e6

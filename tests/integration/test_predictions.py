@@ -1,4 +1,4 @@
-"""What `chunkq plan --check-model` predicts is what a worker and a finalizer then take."""
+"""Compare the predictions of `chunkq plan --check-model` with a worker and a finalizer."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chunkq_producer.commands.plan import peak_memory
+from chunkq_producer.commands.plan import peak_memory, size
 from chunkq_producer.model_check import ModelCheck
 
 from chunkq.executors.base import DEPTH_ON_CPU
@@ -25,10 +25,10 @@ _, status, used = os.wait4(child.pid, 0)
 assert status == 0
 print(used.ru_maxrss * 1024)
 """
-"""Small itself: a process's largest memory counts what its parent had when it was started."""
+"""A small parent process: the peak memory of a process includes that of its parent at the start."""
 
 
-def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Workspace:
+def workspace_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Workspace:
     write_zarr(folder / "in.zarr", random_volume((160, 128, 128), dtype), (32, 32, 32))
     model = toy_model(folder, PATCH, kind="pointwise", channels=channels)
     values = {
@@ -47,9 +47,9 @@ def bench_of(folder: Path, dtype: str, channels: int, **keys: Any) -> Workspace:
 
 
 def finalizer_peak(workspace: Workspace) -> int:
-    """Finalize; returns the largest resident memory of the command."""
+    """Run `chunkq finalize` and return its peak resident memory in bytes."""
     command = [sys.executable, "-m", "chunkq", "finalize", "out.zarr"]
-    done = subprocess.run(
+    launcher = subprocess.run(
         [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
         cwd=workspace.folder,
         env={**os.environ, **workspace.env},
@@ -57,14 +57,14 @@ def finalizer_peak(workspace: Workspace) -> int:
         text=True,
         check=True,
     )
-    return int(done.stdout)
+    return int(launcher.stdout)
 
 
-def bytes_around_voxels(workspace: Workspace) -> tuple[int, int]:
-    """Size of all stored pieces, and how much of it is their first lines and checksums."""
+def piece_and_header_bytes(workspace: Workspace) -> tuple[int, int]:
+    """Return the size of all stored pieces, and the part of it in first lines and checksums."""
     pieces = [path.read_bytes() for path in workspace.pieces()]
-    around = sum(content.index(b"\n") + 1 + CRC_BYTES for content in pieces)
-    return sum(map(len, pieces)), around
+    headers = sum(content.index(b"\n") + 1 + CRC_BYTES for content in pieces)
+    return sum(map(len, pieces)), headers
 
 
 @pytest.mark.parametrize(
@@ -75,53 +75,54 @@ def bytes_around_voxels(workspace: Workspace) -> tuple[int, int]:
     ],
     ids=["average-depth-1", "labels-depth-2"],
 )
-def test_counts_and_bytes_are_exact_and_memory_is_within_a_tenth(
+def test_predicted_counts_and_bytes_are_exact_and_memory_is_within_10_percent(
     tmp_path: Path, dtype: str, channels: int, depth: int, keys: dict[str, Any]
 ) -> None:
-    workspace = bench_of(tmp_path, dtype, channels, **keys)
-    asked = workspace.run("plan", "job.json", "--check-model", "--depth", str(depth), "--json").ok()
-    foretold = json.loads(asked.out)
-    probe = foretold["model_check"]
-    assert probe["memory_error"] is None
-    assert probe["depth"] == foretold["depth"] == depth
+    workspace = workspace_of(tmp_path, dtype, channels, **keys)
+    arguments = ("plan", "job.json", "--check-model", "--depth", str(depth), "--json")
+    planned = json.loads(workspace.run(*arguments).ok().out)
+    check = planned["model_check"]
+    assert check["memory_error"] is None
+    assert check["depth"] == planned["depth"] == depth
     assert not workspace.output.exists()
-    told = peak_memory(ModelCheck(**probe), finalizes=True)
-    untried = ModelCheck(**probe | {"finalizer_bytes": None})
-    assert "finalizing: unknown" in peak_memory(untried, finalizes=True)
-    assert "finalizing" not in peak_memory(untried, finalizes=False)
-    assert f"in total per worker process with {depth} chunks in flight" in told
-    assert "of it libraries and network)" in told
-    assert "in total to finalize blocks" in told
+    text = peak_memory(ModelCheck(**check), finalizes=True)
+    assert f"{depth} chunks in flight" in text
+    for key in ("worker_bytes", "loaded_bytes", "finalizer_bytes"):
+        assert size(check[key]) in text
+    unmeasured = ModelCheck(**check | {"finalizer_bytes": None})
+    assert "finalizing: unknown" in peak_memory(unmeasured, finalizes=True)
+    assert "finalizing" not in peak_memory(unmeasured, finalizes=False)
 
     workspace.call("produce", "job.json").ok()
     workspace.run("work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet").ok()
     workspace.call("finalize", "out.zarr").ok()
     report = json.loads(workspace.call("report", "out.zarr", "--json").ok().out)
     moved = report["bytes"]
-    assert report["patches"] == foretold["patches"]
-    assert moved["input"] == foretold["input_bytes"]
-    assert moved["output"] == foretold["output_bytes"]
+    assert report["patches"] == planned["patches"]
+    assert moved["input"] == planned["input_bytes"]
+    assert moved["output"] == planned["output_bytes"]
 
-    assert probe["worker_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.1)
-    # Chunks computed past the queue leave all blocks to the finalizer.
+    assert check["worker_bytes"] == pytest.approx(report["peak_rss_bytes"], rel=0.1)
+    # Without a queue no worker finalizes blocks, so the finalizer does.
     workspace.call("produce", "job.json", "--overwrite").ok()
     workspace.compute_inline()
-    stored, around = bytes_around_voxels(workspace)
+    stored, headers = piece_and_header_bytes(workspace)
     assert moved["pieces_written"] == moved["pieces_read"] == stored
-    assert stored == foretold["piece_bytes"] + around
-    assert probe["finalizer_bytes"] == pytest.approx(finalizer_peak(workspace), rel=0.1)
-    # Not because the process dwarfs all: the arrays show.
-    assert probe["worker_bytes"] > probe["loaded_bytes"] + foretold["array_bytes"]
+    assert stored == planned["piece_bytes"] + headers
+    assert check["finalizer_bytes"] == pytest.approx(finalizer_peak(workspace), rel=0.1)
+    # The arrays are a measurable part of the memory, so the comparison covers them.
+    assert check["worker_bytes"] > check["loaded_bytes"] + planned["array_bytes"]
 
 
-def test_the_plan_says_what_its_memory_is_of(tmp_path: Path) -> None:
-    workspace = bench_of(tmp_path, "uint8", 1)
-    alone = workspace.call("plan", "job.json").ok().out
-    (line,) = [line for line in alone.splitlines() if line.startswith("memory")]
-    assert "of arrays per worker process" in line
+def test_the_plan_prints_the_memory_of_arrays_and_its_depth(tmp_path: Path) -> None:
+    workspace = workspace_of(tmp_path, "uint8", 1)
+    text = workspace.call("plan", "job.json").ok().out
+    default = json.loads(workspace.call("plan", "job.json", "--json").ok().out)
+    (line,) = [line for line in text.splitlines() if line.startswith("memory")]
+    assert size(default["array_bytes"]) in line
     assert f"{DEPTH_ON_CPU} chunks in flight" in line
-    assert "plus libraries and network (--check-model measures the total)" in line
-    assert "peak memory" not in alone
+    assert "--check-model" in line
+    assert "peak memory" not in text
     deeper = json.loads(workspace.call("plan", "job.json", "--depth", "4", "--json").ok().out)
     flat = json.loads(workspace.call("plan", "job.json", "--depth", "1", "--json").ok().out)
     assert deeper["array_bytes"] > flat["array_bytes"]

@@ -257,7 +257,7 @@ def test_a_trial_ends_when_the_command_is_killed(workspace: Workspace) -> None:
         (("max_batch_size", "max_batch_sise"), "did you mean 'max_batch_size'?"),
         (("input: in.zarr", "input: nowhere.zarr"), "nowhere.zarr does not exist"),
         (("class_file: 'net.py'", "class_file: 'no.py'"), "model_config.class_file: no file "),
-        (("storage_chunks: [4,", "storage_chunks: [3,"), "does not divide the chunk's 8"),
+        (("storage_chunks: [4,", "storage_chunks: [3,"), "does not divide the chunk (8)"),
     ],
 )
 def test_a_mistake_in_the_job_is_one_line(

@@ -1,4 +1,4 @@
-"""Chunks, pieces and finalizing together, in memory, against the whole-volume reference."""
+"""Compare chunks, pieces and finalizing, in memory, with the reference on the whole volume."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from tests.strategies import (
 )
 
 Array = npt.NDArray[Any]
-Place = Callable[[Any], Any]
+ToDevice = Callable[[Any], Any]
 
 
 def in_numpy(array: Array) -> Any:
@@ -42,7 +42,7 @@ def in_torch(array: Array) -> Any:
 
 
 def window(plan: Plan, volume: Array, source: Box) -> Array:
-    """The input patch, padded one axis at a time."""
+    """Return the input patch at `source`, padded one axis at a time."""
     for axis, size in enumerate(plan.volume.shape):
         indices = source_indices(source.start[axis], source.stop[axis], size, plan.job.pad_mode)
         volume = np.take(volume, np.maximum(indices, 0), axis=axis)
@@ -53,15 +53,20 @@ def window(plan: Plan, volume: Array, source: Box) -> Array:
 
 
 def infer(
-    plan: Plan, index: Index, cache: WeightCache, volume: Array, predict: ref.Predict, place: Place
+    plan: Plan,
+    index: Index,
+    cache: WeightCache,
+    volume: Array,
+    predict: ref.Predict,
+    to_device: ToDevice,
 ) -> Contribution:
-    """What a worker does with one chunk."""
+    """Compute one chunk like a worker."""
     chunk = plan.chunk(index)
-    zeros = place(np.zeros((plan.channels, *chunk.region.shape), np.float32))
+    zeros = to_device(np.zeros((plan.channels, *chunk.region.shape), np.float32))
     sums = Accumulator(plan, chunk, cache, zeros)
     for patch in plan.patches(chunk):
         x = window(plan, volume, patch.source).astype(np.float64)
-        y = place(predict(x, patch.source.start)[np.newaxis].astype(np.float32))
+        y = to_device(predict(x, patch.source.start)[np.newaxis].astype(np.float32))
         y = activate(y, plan.job.activation)
         if plan.job.combine == "hard":
             y = to_votes(y)
@@ -74,32 +79,32 @@ def run(
     volume: Array,
     predict: ref.Predict,
     weights: Weights | None = None,
-    place: Place = in_numpy,
+    to_device: ToDevice = in_numpy,
 ) -> Array:
-    """The whole job; fails unless every voxel is written exactly once."""
-    cache = WeightCache(plan, weights or load_blend_weights(plan), place)
+    """Return the output of the job; assert that every voxel is written exactly once."""
+    cache = WeightCache(plan, weights or load_blend_weights(plan), to_device)
     out = np.zeros(plan.output_shape, plan.output_dtype)
     writes = np.zeros(plan.volume.shape, dtype=int)
 
     def write(box: Box, values: Array) -> None:
-        here: tuple[Any, ...] = box.slices((0,) * plan.rank)
-        writes[here] += 1
-        out[(..., *here)] = values
+        slices: tuple[Any, ...] = box.slices((0,) * plan.rank)
+        writes[slices] += 1
+        out[(..., *slices)] = values
         assert values.dtype == plan.output_dtype
 
-    done = {
-        index: infer(plan, index, cache, volume, predict, place)
+    results = {
+        index: infer(plan, index, cache, volume, predict, to_device)
         for index in plan.indices()
         if plan.chunk(index).is_active
     }
-    pieces = {piece: sums for c in done.values() for piece, sums in c.pieces}
-    for index, contribution in done.items():
-        write(plan.chunk(index).core, contribution.core)
+    pieces = {piece: sums for result in results.values() for piece, sums in result.pieces}
+    for index, result in results.items():
+        write(plan.chunk(index).core, result.core)
     for index in plan.to_finalize():
         chunk = plan.chunk(index)
-        own = done[index].own if index in done else None
-        awaited = {piece: pieces.pop(piece) for piece in plan.incoming_pieces(chunk)}
-        for box, values in finalize_sums(plan, chunk, own, awaited):
+        own_block = results[index].own if index in results else None
+        incoming = {piece: pieces.pop(piece) for piece in plan.incoming_pieces(chunk)}
+        for box, values in finalize_sums(plan, chunk, own_block, incoming):
             write(box, values)
     assert pieces == {}
     assert (writes == 1).all()
@@ -115,11 +120,14 @@ def assert_as_reference(
             tolerance * scale
         )
     else:
-        clear = expected.margin_of_decision > tolerance
-        assert np.array_equal(out[clear], expected.labels[clear])
+        is_clear = expected.margin_of_decision > tolerance
+        assert np.array_equal(out[is_clear], expected.labels[is_clear])
 
 
-def check_case(case: Case, name: str, weight: str, seed: int, place: Place = in_numpy) -> None:
+def check_case(
+    case: Case, name: str, weight: str, seed: int, to_device: ToDevice = in_numpy
+) -> None:
+    """Assert that a job with the toy network `name` gives the output of the reference."""
     plan = case.plan if weight == "user" else with_weights(case, weight).plan
     volume = np.random.default_rng(seed).integers(0, 6, case.volume).astype(np.uint8)
     predict = ref.predictor(name, case.channels, case.output)
@@ -132,7 +140,7 @@ def check_case(case: Case, name: str, weight: str, seed: int, place: Place = in_
         activation=case.keys["activation"],
     )
     weights = ArrayWeights(without_margin(user_weights(case.output), plan.margin))
-    out = run(plan, volume, predict, weights if weight == "user" else None, place)
+    out = run(plan, volume, predict, weights if weight == "user" else None, to_device)
     assert_as_reference(plan, out, expected)
 
 
@@ -141,26 +149,30 @@ def with_weights(case: Case, weight: str) -> Case:
     return Case(case.volume, case.patch, case.output, keys)
 
 
-NETWORKS = st.sampled_from(sorted(ref.volume_wide_predictors))
+NETWORKS = st.sampled_from(sorted(ref.NETWORKS))
 SEEDS = st.integers(0, 99)
 
 
 @settings(max_examples=300)
 @given(cases(), NETWORKS, st.sampled_from((*BUILT_INS, "user")), SEEDS)
-def test_same_volume_any_cut(case: Case, network: str, weight: str, seed: int) -> None:
+def test_any_job_equals_the_reference_in_numpy(
+    case: Case, network: str, weight: str, seed: int
+) -> None:
     check_case(case, network, weight, seed)
 
 
 @settings(max_examples=60)
 @given(cases(max_rank=3), NETWORKS, st.sampled_from(BUILT_INS), SEEDS)
-def test_same_volume_any_cut_in_torch(case: Case, network: str, weight: str, seed: int) -> None:
+def test_any_job_equals_the_reference_in_torch(
+    case: Case, network: str, weight: str, seed: int
+) -> None:
     check_case(case, network, weight, seed, in_torch)
 
 
 @pytest.mark.parametrize("weight", [*BUILT_INS, "user"])
 @pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
 @pytest.mark.parametrize("chunk", [(8, 8), (9, 16), (16, 11), (40, 40)])
-def test_every_weight_and_combination_at_several_chunk_sizes(
+def test_every_weight_and_combine_equals_the_reference_for_several_chunk_sizes(
     weight: str, combine: str, chunk: tuple[int, int]
 ) -> None:
     model = {"model_input_shape": [10, 8], "model_output_shape": [3, 8, 8]}
@@ -183,7 +195,7 @@ def constant(value: float, shape: tuple[int, ...]) -> ref.Predict:
 
 
 def by_start(values: dict[int, float], length: int) -> ref.Predict:
-    """1-D: each patch predicts one number, by where it starts."""
+    """Return a 1-D network whose prediction for a patch is the value of its start."""
     return lambda _x, start: np.full((1, length), values[start[0]])
 
 
@@ -193,12 +205,12 @@ def sliding(
     return plan_for(volume, patch, inference_type="sliding_window", strides=strides, **more)
 
 
-# The known failures of others, one by one.
+# Known failures of other tools.
 
 
 @pytest.mark.parametrize("weight", BUILT_INS)
-def test_large_predictions_do_not_overflow_as_float16_sums_would(weight: str) -> None:
-    # Eight patches over a voxel: their sum is far past 65504, their average is not.
+def test_sums_of_large_predictions_do_not_overflow_with_a_float16_output(weight: str) -> None:
+    # Eight patches cover a voxel: their sum exceeds 65504, their average does not.
     plan = sliding((20,), (8,), [1], output_dtype="float16", weight_function=[weight])
     out = run(plan, np.zeros(20, np.uint8), constant(60000.0, (8,)))
     assert (out == np.float16(60000)).all()
@@ -212,15 +224,15 @@ def test_predictions_near_the_largest_float32_stay_finite() -> None:
 
 @pytest.mark.parametrize("weight", BUILT_INS)
 @pytest.mark.parametrize(("size", "stride"), [(16, 16), (24, 8), (27, 8)])
-def test_no_epsilon_shrinks_the_corners(weight: str, size: int, stride: int) -> None:
-    # A gaussian's corner weighs exp(-21) = 8e-10 here: 1e-8 beside it would leave 7 %.
+def test_normalization_is_exact_in_the_corners(weight: str, size: int, stride: int) -> None:
+    # The corner of the gaussian is exp(-21) = 8e-10: an epsilon of 1e-8 would leave 7 %.
     plan = sliding((size,) * 3, (16,) * 3, [stride] * 3, weight_function=[weight])
     out = run(plan, np.zeros((size,) * 3, np.uint8), constant(1.0, (16,) * 3))
     assert np.abs(out - 1).max() < 1e-6
 
 
-def test_a_bump_stays_a_product_of_its_axes() -> None:
-    # A floor on the 3-D product would even out the corners, where it is about exp(-54).
+def test_the_bump_weights_are_a_product_of_their_profiles_also_in_the_corners() -> None:
+    # The 3-D product is about exp(-54) in the corners; a lower limit would make it constant there.
     plan = sliding((48, 36, 36), (36, 36, 36), [12, 36, 36], weight_function=["weight_bump"])
     setup = ref.sliding_window((48, 36, 36), (36, 36, 36), (12, 36, 36))
 
@@ -231,14 +243,14 @@ def test_a_bump_stays_a_product_of_its_axes() -> None:
     out = run(plan, volume, predict)
     expected = ref.reference(setup, volume, predict, weight="weight_bump")
     assert_as_reference(plan, out, expected)
-    along = out[:, 18, 18]
-    assert np.abs(out - along[:, np.newaxis, np.newaxis]).max() < 1e-4
+    center_line = out[:, 18, 18]
+    assert np.abs(out - center_line[:, np.newaxis, np.newaxis]).max() < 1e-4
 
 
-@pytest.mark.parametrize("place", [in_numpy, in_torch])
+@pytest.mark.parametrize("to_device", [in_numpy, in_torch])
 @pytest.mark.parametrize("chunk", [300, 420, 599])
-def test_votes_are_counted_past_255(place: Place, chunk: int) -> None:
-    # 300 patches lie over voxel 299: 256 of them for class 0, which is no vote in eight bits.
+def test_more_than_255_votes_are_counted(to_device: ToDevice, chunk: int) -> None:
+    # 300 patches cover voxel 299. 256 of them vote for class 0, which is 0 in eight bits.
     plan = sliding(
         (599,),
         (300,),
@@ -252,14 +264,14 @@ def test_votes_are_counted_past_255(place: Place, chunk: int) -> None:
         first = start[0] < 256
         return np.repeat([[float(first)], [float(not first)]], 300, axis=1)
 
-    out = run(plan, np.zeros(599, np.uint8), predict, place=place)
-    # Voxel v lies under patches v - 299 to v: half and half for v = 511.
+    out = run(plan, np.zeros(599, np.uint8), predict, to_device=to_device)
+    # Patches v - 299 to v cover voxel v; the votes are tied at v = 511 only, which is not compared.
     assert out[299] == 0
     assert np.array_equal(out[:511], np.zeros(511))
     assert np.array_equal(out[512:], np.ones(87))
 
 
-def test_labels_past_255_are_kept() -> None:
+def test_labels_above_255_are_stored() -> None:
     plan = plan_for((4,), (2,), combine="soft", model={"model_output_shape": [300, 2]})
 
     def predict(_x: ref.F64, start: ref.Shape) -> ref.F64:
@@ -271,8 +283,8 @@ def test_labels_past_255_are_kept() -> None:
 
 @pytest.mark.parametrize("weight", BUILT_INS)
 @pytest.mark.parametrize("length", [9, 20])
-def test_windows_with_low_rims_lose_no_border(weight: str, length: int) -> None:
-    # The volume's first and last voxel lie under the rim of one patch only.
+def test_border_voxels_keep_their_value_under_small_weights(weight: str, length: int) -> None:
+    # A single patch covers the first and the last voxel, with its smallest weight.
     plan = sliding((length,), (9,), [4], weight_function=[weight])
     volume = np.arange(length, dtype=np.uint8) + 1
     out = run(plan, volume, lambda x, _start: x[np.newaxis])
@@ -289,10 +301,11 @@ def test_windows_with_low_rims_lose_no_border(weight: str, length: int) -> None:
         ("weight_linear", [2 / 3, 1 / 3]),
     ],
 )
-def test_a_shifted_last_window_is_weighted_where_it_lies(
+def test_a_shifted_last_patch_is_weighted_at_its_shifted_position(
     weight: str, shares: list[float], chunk: int
 ) -> None:
-    # Starts 0, 4, then 6 = 10 - 4 instead of 8: voxels 6 and 7 are shared, index 2, 3 and 0, 1.
+    # Starts 0, 4, and 6 = 10 - 4 instead of 8. Two patches cover voxels 6 and 7, at their
+    # indices 2, 3 and 0, 1.
     plan = sliding((10,), (4,), [4], weight_function=[weight], chunksize=[chunk])
     out = run(plan, np.zeros(10, np.uint8), by_start({0: 0.0, 4: 0.0, 6: 1.0}, 4))
     assert out == pytest.approx([0] * 6 + [1 - shares[0], 1 - shares[1], 1, 1], abs=1e-6)
@@ -309,7 +322,7 @@ def test_a_shifted_last_window_is_weighted_where_it_lies(
         ((4, 1, 2), (3, 3, 3), (2, 1, 3), (0, 8, 5)),
     ],
 )
-def test_pads_wider_than_the_axis_neither_crash_nor_mis_weight(
+def test_pads_wider_than_the_axis_equal_the_reference(
     volume: ref.Shape,
     patch: ref.Shape,
     strides: ref.Shape,
@@ -318,24 +331,24 @@ def test_pads_wider_than_the_axis_neither_crash_nor_mis_weight(
     edge: Literal["pad", "shift"],
 ) -> None:
     voxels = np.random.default_rng(3).integers(1, 6, volume).astype(np.uint8)
-    shared: dict[str, Any] = {"pad_mode": mode, "pad_value": 2, "edge": edge}
+    options: dict[str, Any] = {"pad_mode": mode, "pad_value": 2, "edge": edge}
     plan = sliding(
         volume,
         patch,
         list(strides),
         pad_width=list(pad),
         weight_function=["weight_linear"],
-        **shared,
+        **options,
     )
     predict = ref.predictor("box_blur", 1, patch)
-    setup = ref.sliding_window(volume, patch, strides, pad_width=pad, **shared)
+    setup = ref.sliding_window(volume, patch, strides, pad_width=pad, **options)
     expected = ref.reference(setup, voxels, predict, weight="weight_linear")
     assert_as_reference(plan, run(plan, voxels, predict), expected)
 
 
 @pytest.mark.parametrize("weight", ["weight_linear", "weight_gaussian", "user"])
-def test_a_margin_is_cut_from_the_weights_of_the_whole_patch(weight: str) -> None:
-    # Cropped patches overlap where the last one is moved back only.
+def test_a_margin_crops_the_weights_of_the_output_patch(weight: str) -> None:
+    # Cropped patches overlap only where the last one is moved back.
     keys = {
         "inference_type": "crop_margin",
         "margin": [2, 1],
@@ -349,11 +362,11 @@ def test_a_margin_is_cut_from_the_weights_of_the_whole_patch(weight: str) -> Non
     check_case(Case((17, 14), (9, 6), (9, 6), keys), "position_dependent", weight, 2)
 
 
-# What else a block must survive.
+# Values computed by hand, and special cases.
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 4, 6])
-def test_a_grid_with_a_negative_offset_by_hand(chunk: int) -> None:
+def test_a_grid_with_a_negative_offset_gives_values_computed_by_hand(chunk: int) -> None:
     # Patches of 2: grid 0 at 0, 2, 4; grid 1 at -1, 1, 3, 5. Each voxel is the mean of two.
     plan = plan_for((6,), (2,), offsets=[[-1]], chunksize=[chunk])
     values = {0: 0.0, 2: 2.0, 4: 4.0, -1: 10.0, 1: 20.0, 3: 30.0, 5: 40.0}
@@ -362,8 +375,8 @@ def test_a_grid_with_a_negative_offset_by_hand(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 6])
-def test_an_offset_grid_alone_covers_the_rim_that_the_first_grid_leaves_by_hand(chunk: int) -> None:
-    # Of patches of 4 the inner 2 count: grid 0 covers 1 to 4, grid 1 at -1, 1, 3 covers 0 to 5.
+def test_an_offset_grid_covers_borders_that_the_first_grid_does_not_cover(chunk: int) -> None:
+    # Output 2 of 4: grid 0 covers voxels 1 to 4; grid 1 starts at -1, 1, 3 and covers 0 to 5.
     plan = plan_for(
         (6,), (4,), offsets=[[-1]], chunksize=[chunk], model={"model_output_shape": [2]}
     )
@@ -372,7 +385,7 @@ def test_an_offset_grid_alone_covers_the_rim_that_the_first_grid_leaves_by_hand(
     assert out == pytest.approx([10, 5, 10, 11, 16, 30], rel=1e-6)
 
 
-def test_a_block_that_owns_no_patch_is_completed_from_its_neighbours() -> None:
+def test_a_block_without_patches_is_finalized_from_pieces_of_its_neighbors() -> None:
     plan = sliding((9,), (4,), [4], chunksize=[8], storage_chunks=[1])
     assert not plan.chunk((1,)).is_active
     out = run(plan, np.zeros(9, np.uint8), by_start({0: 1.0, 4: 2.0, 5: 4.0}, 4))
@@ -380,20 +393,20 @@ def test_a_block_that_owns_no_patch_is_completed_from_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("combine", ["soft", "hard"])
-def test_equal_classes_give_the_lowest_across_a_seam(combine: str) -> None:
+def test_a_tie_gives_the_lowest_class_also_between_blocks(combine: str) -> None:
     plan = sliding(
         (12,), (6,), [3], combine=combine, chunksize=[6], model={"model_output_shape": [3, 6]}
     )
 
-    def undecided(_x: ref.F64, _start: ref.Shape) -> ref.F64:
+    def tied(_x: ref.F64, _start: ref.Shape) -> ref.F64:
         return np.repeat([[-1.0], [0.7], [0.7]], 6, axis=1)
 
-    assert run(plan, np.zeros(12, np.uint8), undecided).tolist() == [1] * 12
+    assert run(plan, np.zeros(12, np.uint8), tied).tolist() == [1] * 12
 
 
 @pytest.mark.parametrize("combine", ["soft", "hard"])
-def test_one_channel_is_foreground_from_exactly_a_half_on(combine: str) -> None:
-    # Blocks [0, 4) and [4, 6); both patches lie over voxels 2 and 3.
+def test_a_single_channel_is_foreground_from_exactly_one_half(combine: str) -> None:
+    # Blocks [0, 4) and [4, 6); both patches cover voxels 2 and 3.
     plan = sliding((6,), (4,), [2], combine=combine, chunksize=[4])
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
     out = run(plan, np.zeros(6, np.uint8), by_start({0: 0.5, 2: below}, 4))
@@ -403,26 +416,28 @@ def test_one_channel_is_foreground_from_exactly_a_half_on(combine: str) -> None:
         assert out[[2, 3]].tolist() == [1, 1]
 
 
-def test_what_is_completed_twice_is_the_same_bytes_in_any_order_of_arrival() -> None:
+def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
     plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
     volume = np.random.default_rng(0).integers(0, 6, (12, 12)).astype(np.uint8)
     predict = ref.predictor("position_dependent", 1, (6, 6))
     cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
-    done = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
-    chunk = plan.chunk((1, 1))
-    arrived = [(p, a) for c in done.values() for p, a in c.pieces if p.target == (1, 1)]
-    assert len(arrived) == 3
-    finished = [
-        [
-            (box, values.tobytes())
-            for box, values in finalize_sums(plan, chunk, done[1, 1].own, pieces)
-        ]
-        for pieces in (dict(arrived), dict(reversed(arrived)), dict(arrived))
+    results = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
+    chunk, own_block = plan.chunk((1, 1)), results[1, 1].own
+    incoming = [
+        (piece, sums)
+        for result in results.values()
+        for piece, sums in result.pieces
+        if piece.target == (1, 1)
     ]
-    assert finished[0] == finished[1] == finished[2]
+    assert len(incoming) == 3
+    outputs = [
+        [(box, values.tobytes()) for box, values in finalize_sums(plan, chunk, own_block, pieces)]
+        for pieces in (dict(incoming), dict(reversed(incoming)), dict(incoming))
+    ]
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_what_a_chunk_leaves_has_the_promised_shapes_and_dtypes() -> None:
+def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:
     plan = sliding(
         (14, 14),
         (6, 6),
@@ -436,82 +451,88 @@ def test_what_a_chunk_leaves_has_the_promised_shapes_and_dtypes() -> None:
     cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
     for index in plan.indices():
         chunk = plan.chunk(index)
-        left = infer(plan, index, cache, volume, ref.predictor("pointwise", 3, (6, 6)), in_numpy)
-        assert (left.core.shape, left.core.dtype) == (chunk.core.shape, np.dtype(np.uint8))
-        assert [p for p, _ in left.pieces] == plan.outgoing_pieces(chunk)
-        for piece, sums in left.pieces:
+        predict = ref.predictor("pointwise", 3, (6, 6))
+        result = infer(plan, index, cache, volume, predict, in_numpy)
+        assert (result.core.shape, result.core.dtype) == (chunk.core.shape, np.dtype(np.uint8))
+        assert [p for p, _ in result.pieces] == plan.outgoing_pieces(chunk)
+        for piece, sums in result.pieces:
             assert (sums.shape, sums.dtype) == ((3, *piece.box.shape), np.dtype(np.float32))
         if index == (0, 0):
-            assert left.own is None
+            assert result.own is None
             continue
-        assert left.own is not None
-        assert [a.shape for a in left.own.band] == [(3, *b.shape) for b in chunk.band_boxes]
-        assert [a.shape for a in left.own.rest] == [b.shape for b in chunk.rest_boxes]
-        assert {a.dtype for a in left.own.rest} <= {np.dtype(np.uint8)}
+        assert result.own is not None
+        assert [a.shape for a in result.own.band] == [(3, *b.shape) for b in chunk.band_boxes]
+        assert [a.shape for a in result.own.rest] == [b.shape for b in chunk.rest_boxes]
+        assert {a.dtype for a in result.own.rest} <= {np.dtype(np.uint8)}
 
 
-class CountedWeights:
-    """Weights that note what they were asked for."""
+class RecordingWeights:
+    """Weights that record the calls of `normalized`."""
 
     def __init__(self, weights: Weights) -> None:
-        self.asked: list[tuple[int, tuple[Neighbors, ...]]] = []
+        self.calls: list[tuple[int, tuple[Neighbors, ...]]] = []
         self._weights = weights
 
-    def normalized(self, grid: int, around: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
-        self.asked.append((grid, around))
-        return self._weights.normalized(grid, around)
+    def normalized(self, grid: int, neighbors: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
+        self.calls.append((grid, neighbors))
+        return self._weights.normalized(grid, neighbors)
 
 
-def of_all(plan: Plan, cache: WeightCache) -> list[tuple[Patch, Array]]:
-    listed = [p for i in plan.indices() for p in plan.patches(plan.chunk(i))]
-    return [(patch, cache.weights(patch)) for patch in listed]
+def all_patches(plan: Plan) -> list[Patch]:
+    return [p for i in plan.indices() for p in plan.patches(plan.chunk(i))]
 
 
-def test_patches_in_equal_surroundings_share_their_weights() -> None:
+def all_weights(plan: Plan, cache: WeightCache) -> list[tuple[Patch, Array]]:
+    return [(patch, cache.weights(patch)) for patch in all_patches(plan)]
+
+
+def test_patches_with_equal_neighbors_share_their_weights() -> None:
     plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
-    counted = CountedWeights(load_blend_weights(plan))
-    served = of_all(plan, WeightCache(plan, counted, in_numpy))  # type: ignore[arg-type]
-    assert len(set(counted.asked)) == len(counted.asked) < len(served) / 2
-    assert all(weights.shape == patch.target.shape for patch, weights in served)
+    recorder = RecordingWeights(load_blend_weights(plan))
+    weights_by_patch = all_weights(plan, WeightCache(plan, recorder, in_numpy))  # type: ignore[arg-type]
+    assert len(set(recorder.calls)) == len(recorder.calls) < len(weights_by_patch) / 2
+    assert all(weights.shape == patch.target.shape for patch, weights in weights_by_patch)
 
 
-def test_a_full_cache_forgets_and_serves_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_evicts_weights_and_returns_the_same_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
-    roomy = of_all(plan, WeightCache(plan, load_blend_weights(plan), in_numpy))
-    # Room for two patches.
+    unlimited = all_weights(plan, WeightCache(plan, load_blend_weights(plan), in_numpy))
+    # Two patches fit in the cache.
     monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
-    counted = CountedWeights(load_blend_weights(plan))
-    tight = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
+    recorder = RecordingWeights(load_blend_weights(plan))
+    limited = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
     for _ in range(2):
-        for (_, expected), (_, weights) in zip(roomy, of_all(plan, tight), strict=True):
+        for (_, expected), (_, weights) in zip(unlimited, all_weights(plan, limited), strict=True):
             assert np.array_equal(weights, expected)
-    # The second round starts where the first has been forgotten.
-    assert len(counted.asked) == 2 * len(set(counted.asked))
+    # The first weights were evicted before the second round, so all are computed twice.
+    assert len(recorder.calls) == 2 * len(set(recorder.calls))
 
 
-def test_weights_made_beforehand_are_not_made_again() -> None:
+def test_prepared_weights_are_not_computed_again() -> None:
     plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
-    counted = CountedWeights(load_blend_weights(plan))
-    cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
-    cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
-    made = list(counted.asked)
-    of_all(plan, cache)
-    assert counted.asked == made
-    assert len(set(made)) == len(made) > 0
+    recorder = RecordingWeights(load_blend_weights(plan))
+    cache = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
+    cache.prepare(all_patches(plan))
+    prepared = list(recorder.calls)
+    all_weights(plan, cache)
+    assert recorder.calls == prepared
+    assert len(set(prepared)) == len(prepared) > 0
 
 
-def test_no_more_weights_are_made_beforehand_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_weights_are_prepared_than_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
     monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
-    counted = CountedWeights(load_blend_weights(plan))
-    cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
-    cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
-    assert len(counted.asked) == 2
+    recorder = RecordingWeights(load_blend_weights(plan))
+    cache = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
+    cache.prepare(all_patches(plan))
+    assert len(recorder.calls) == 2
 
 
-def test_nothing_is_made_beforehand_for_patches_that_are_alone() -> None:
+def test_no_weights_are_prepared_for_patches_without_overlap() -> None:
     plan = sliding((24,), (8,), [8], weight_function=["weight_hann"])
-    counted = CountedWeights(load_blend_weights(plan))
-    cache = WeightCache(plan, counted, in_numpy)  # type: ignore[arg-type]
-    cache.prepare(p for i in plan.indices() for p in plan.patches(plan.chunk(i)))
-    assert counted.asked == []
+    recorder = RecordingWeights(load_blend_weights(plan))
+    cache = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
+    cache.prepare(all_patches(plan))
+    assert recorder.calls == []

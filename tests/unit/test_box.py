@@ -23,7 +23,7 @@ def boxes(draw: st.DrawFn, rank: int | None = None) -> Box:
 
 @st.composite
 def two_boxes(draw: st.DrawFn) -> tuple[Box, Box]:
-    """A box, and one that more often than not lies inside, across or beside it."""
+    """Two boxes of the same rank; the second usually intersects or touches the first."""
     rank = draw(st.integers(1, 3))
     a = draw(boxes(rank))
     pairs = [
@@ -33,14 +33,15 @@ def two_boxes(draw: st.DrawFn) -> tuple[Box, Box]:
     return a, Box(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))
 
 
-def assert_cut_exactly(parts: list[Box], whole: Voxels) -> None:
+def assert_partition(parts: list[Box], expected: Voxels) -> None:
+    """Assert that non-empty, disjoint boxes cover exactly the expected voxels."""
     assert all(part.size for part in parts)
-    assert sum(part.size for part in parts) == len(whole)
-    assert set().union(*map(voxels, parts)) == whole
+    assert sum(part.size for part in parts) == len(expected)
+    assert set().union(*map(voxels, parts)) == expected
 
 
 @given(boxes())
-def test_size_counts_the_voxels_and_shape_multiplies_to_it(box: Box) -> None:
+def test_size_is_the_number_of_voxels_and_shape_the_lengths(box: Box) -> None:
     assert box.size == len(voxels(box))
     assert box.shape == tuple(b - a for a, b in zip(box.start, box.stop, strict=True))
 
@@ -50,12 +51,12 @@ def test_a_box_of_a_shape_starts_at_the_origin() -> None:
 
 
 def test_corners_of_different_rank_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"start \(0, 0\) and stop \(1,\) differ in rank"):
+    with pytest.raises(ValueError, match=r"start \(0, 0\) .*stop \(1,\) .*rank"):
         Box((0, 0), (1,))
 
 
 def test_an_inverted_box_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"stop \(3, 1\) lies before start \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"stop \(3, 1\).* start \(0, 2\)"):
         Box((0, 2), (3, 1))
 
 
@@ -67,13 +68,13 @@ def test_the_intersection_has_exactly_the_voxels_in_both(pair: tuple[Box, Box]) 
 
 
 @given(two_boxes())
-def test_an_intersection_lies_in_its_left_side_even_when_empty(pair: tuple[Box, Box]) -> None:
+def test_an_intersection_is_inside_the_left_operand_even_when_empty(pair: tuple[Box, Box]) -> None:
     a, b = pair
     assert a & b in a
 
 
 @given(two_boxes())
-def test_a_box_contains_another_whose_voxels_it_has(pair: tuple[Box, Box]) -> None:
+def test_a_box_contains_another_if_it_has_all_its_voxels(pair: tuple[Box, Box]) -> None:
     a, b = pair
     if b.size:
         assert (b in a) == (voxels(b) <= voxels(a))
@@ -82,7 +83,7 @@ def test_a_box_contains_another_whose_voxels_it_has(pair: tuple[Box, Box]) -> No
 def test_a_frame_around_a_hole_is_cut_into_two_boxes_per_axis() -> None:
     parts = list(Box((0, 0), (9, 9)).minus(Box((3, 3), (6, 6))))
     assert len(parts) == 4
-    assert_cut_exactly(parts, voxels(Box((0, 0), (9, 9))) - voxels(Box((3, 3), (6, 6))))
+    assert_partition(parts, voxels(Box((0, 0), (9, 9))) - voxels(Box((3, 3), (6, 6))))
 
 
 def test_a_box_contains_boxes_only() -> None:
@@ -91,18 +92,18 @@ def test_a_box_contains_boxes_only() -> None:
 
 
 @given(two_boxes())
-def test_slices_select_the_box_in_an_array_that_starts_at_an_origin(
+def test_slices_select_the_box_in_an_array_with_an_origin(
     pair: tuple[Box, Box],
 ) -> None:
-    around, box = pair
-    box = box & around
-    found = np.argwhere(_marked(around, box)) + around.start
-    assert {tuple(int(i) for i in at) for at in found} == voxels(box)
+    outer, box = pair
+    box = box & outer
+    selected = np.argwhere(_mask(outer, box)) + outer.start
+    assert {tuple(int(i) for i in position) for position in selected} == voxels(box)
 
 
-def _marked(around: Box, box: Box) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    array = np.zeros(around.shape, dtype=np.bool_)
-    array[box.slices(around.start)] = True
+def _mask(outer: Box, box: Box) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    array = np.zeros(outer.shape, dtype=np.bool_)
+    array[box.slices(outer.start)] = True
     return array
 
 
@@ -113,7 +114,7 @@ def test_a_box_without_its_upper_corner_is_cut_into_at_most_one_box_per_axis(
     box = data.draw(boxes())
     corner = tuple(data.draw(st.integers(a, b)) for a, b in zip(box.start, box.stop, strict=True))
     parts = list(box.without_corner(corner))
-    assert_cut_exactly(parts, voxels(box) - voxels(Box(corner, box.stop)))
+    assert_partition(parts, voxels(box) - voxels(Box(corner, box.stop)))
     assert len(parts) <= len(corner)
 
 
@@ -121,4 +122,4 @@ def test_a_box_without_its_upper_corner_is_cut_into_at_most_one_box_per_axis(
 @given(two_boxes())
 def test_a_difference_is_cut_into_disjoint_boxes(pair: tuple[Box, Box]) -> None:
     a, b = pair
-    assert_cut_exactly(list(a.minus(b)), voxels(a) - voxels(b))
+    assert_partition(list(a.minus(b)), voxels(a) - voxels(b))

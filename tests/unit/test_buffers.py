@@ -1,4 +1,4 @@
-"""Large arrays lie in pages of their own and are otherwise like any."""
+"""Arrays in mappings behave like arrays on the heap."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2", "|b1"]).map(np.dtype)
 SHAPES = arrays_of.array_shapes(min_dims=1, max_dims=5, min_side=0)
 
 
-@pytest.fixture(params=[1, 1 << 20], ids=["own-pages", "heap"])
-def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture(params=[1, 1 << 20], ids=["mapping", "heap"])
+def large_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(buffers, "LARGE_BYTES", request.param)
     return int(request.param)
 
 
-@pytest.mark.usefixtures("large")
-def test_zeros_are_those_of_numpy() -> None:
+@pytest.mark.usefixtures("large_bytes")
+def test_zeros_has_the_shape_dtype_and_flags_of_numpy_zeros() -> None:
     @given(SHAPES, DTYPES)
     def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
-        made = buffers.zeros(shape, dtype)
-        assert (made.shape, made.dtype) == (shape, dtype)
-        assert made.flags.c_contiguous
-        assert made.flags.writeable
-        assert not made.any()
+        array = buffers.zeros(shape, dtype)
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        assert not array.any()
 
     check()
 
 
-@pytest.mark.usefixtures("large")
-def test_copies_hold_the_same_values_in_c_order() -> None:
+@pytest.mark.usefixtures("large_bytes")
+def test_copies_have_the_same_values_in_c_order() -> None:
     @given(arrays_of.arrays(np.dtype("u1"), SHAPES))
     def check(values: np.ndarray) -> None:
-        turned = values.T
-        same = buffers.contiguous(turned)
-        assert np.array_equal(same, turned)
-        assert same.flags.c_contiguous
-        assert (same is turned) == turned.flags.c_contiguous
-        wider = buffers.cast(turned, "<f4")
+        transposed = values.T
+        contiguous = buffers.contiguous(transposed)
+        assert np.array_equal(contiguous, transposed)
+        assert contiguous.flags.c_contiguous
+        assert (contiguous is transposed) == transposed.flags.c_contiguous
+        wider = buffers.cast(transposed, "<f4")
         assert wider.dtype == np.float32
-        assert np.array_equal(wider, turned)
-        assert not np.shares_memory(wider, turned)
+        assert np.array_equal(wider, transposed)
+        assert not np.shares_memory(wider, transposed)
 
     check()
 
 
-@pytest.mark.usefixtures("large")
-def test_what_does_not_fit_is_a_lack_of_memory() -> None:
+@pytest.mark.usefixtures("large_bytes")
+def test_an_array_that_does_not_fit_raises_memory_error() -> None:
     with pytest.raises(MemoryError):
         buffers.zeros((1 << 46,), np.uint8)
 
 
 def owner(array: np.ndarray) -> object:
-    """What an array's memory belongs to."""
+    """Return the object that owns the memory of an array, None for NumPy itself."""
     while isinstance(array.base, np.ndarray):
         array = array.base
-    held = array.base
-    return held.obj if isinstance(held, memoryview) else held
+    base = array.base
+    return base.obj if isinstance(base, memoryview) else base
 
 
-def test_only_large_arrays_have_a_mapping_and_it_goes_with_them() -> None:
+def test_only_large_arrays_use_a_mapping_which_is_unmapped_with_them() -> None:
     assert owner(buffers.zeros((1023, 1024), np.uint8)) is None
     assert isinstance(owner(buffers.zeros((1024, 1024), np.uint8)), mmap.mmap)
-    mapped = {"before": resident()}
+    before = resident_bytes()
     array = buffers.zeros((64, 1024, 1024), np.uint8)
     array[...] = 1
-    mapped["with"] = resident()
+    allocated = resident_bytes()
     del array
-    mapped["after"] = resident()
-    assert mapped["with"] - mapped["before"] > 60 << 20
-    assert mapped["with"] - mapped["after"] > 60 << 20
+    after = resident_bytes()
+    assert allocated - before > 60 << 20
+    assert allocated - after > 60 << 20
 
 
-def resident() -> int:
-    """This process's resident memory, in bytes."""
+def resident_bytes() -> int:
+    """Return the resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * mmap.PAGESIZE

@@ -18,11 +18,11 @@ from chunkq.combine import (
     to_numpy,
     to_votes,
 )
-from chunkq.errors import PredictionError
+from chunkq.errors import ErrorCode, PredictionError
 
 Library = Callable[[Any], Any]
 
-# float32 numbers with few distinct values, so that ties are common.
+# Few distinct values, so that ties are common.
 COARSE = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 3.0])
 FINE = st.floats(-1e4, 1e4, width=32)
 
@@ -40,7 +40,7 @@ BOTH = pytest.mark.parametrize("library", [in_numpy, in_torch])
 
 @st.composite
 def predictions(draw: st.DrawFn, elements: st.SearchStrategy[float] = COARSE) -> Any:
-    """(N, C, *Q), 1 to 3 spatial axes."""
+    """Draw float32 predictions (N, C, *Q) with 1 to 3 spatial axes."""
     shape = draw(st.lists(st.integers(1, 4), min_size=3, max_size=5))
     return draw(npst.arrays(np.float32, tuple(shape), elements=elements))
 
@@ -51,13 +51,13 @@ def predictions(draw: st.DrawFn, elements: st.SearchStrategy[float] = COARSE) ->
     [
         ([0.1, 0.7, 0.2], 1),
         ([0.3, 0.3, 0.4], 2),
-        ([0.4, 0.2, 0.4], 0),  # a tie: the lowest
+        ([0.4, 0.2, 0.4], 0),  # a tie
         ([0.2, 0.4, 0.4], 1),
         ([0.0, 0.0, 0.0], 0),
         ([-3.0, -1.0, -2.0], 1),
     ],
 )
-def test_a_voxel_votes_for_its_largest_channel_the_lowest_of_several(
+def test_the_vote_of_a_voxel_is_its_largest_channel_and_the_lowest_in_a_tie(
     library: Library, scores: list[float], winner: int
 ) -> None:
     votes = to_numpy(to_votes(library([[[score] for score in scores]])))
@@ -65,7 +65,7 @@ def test_a_voxel_votes_for_its_largest_channel_the_lowest_of_several(
 
 
 @BOTH
-def test_one_channel_votes_from_exactly_a_half_on(library: Library) -> None:
+def test_a_single_channel_votes_1_from_exactly_one_half(library: Library) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
     votes = to_numpy(to_votes(library([[[0.0, below, 0.5, 1.0, -7.0]]])))
     assert votes.tolist() == [[[0, 0, 1, 1, 0]]]
@@ -73,7 +73,9 @@ def test_one_channel_votes_from_exactly_a_half_on(library: Library) -> None:
 
 @BOTH
 @given(scores=predictions())
-def test_votes_are_one_hot_and_keep_shape_and_dtype(library: Library, scores: Any) -> None:
+def test_votes_are_one_hot_with_the_shape_and_dtype_of_the_predictions(
+    library: Library, scores: Any
+) -> None:
     votes = to_numpy(to_votes(library(scores)))
     assert votes.shape == scores.shape
     assert votes.dtype == np.float32
@@ -87,53 +89,49 @@ def test_votes_are_one_hot_and_keep_shape_and_dtype(library: Library, scores: An
 @BOTH
 @pytest.mark.parametrize("combine", ["soft", "hard"])
 @given(average=predictions())
-def test_labels_are_the_largest_channel_the_lowest_of_several(
+def test_the_label_is_the_largest_channel_and_the_lowest_in_a_tie(
     library: Library, combine: Any, average: Any
 ) -> None:
     labels = reduce_and_cast(library(average[0]), combine, np.uint8)
-    one = average.shape[1] == 1
-    assert np.array_equal(labels, average[0, 0] >= 0.5 if one else np.argmax(average[0], axis=0))
+    single = average.shape[1] == 1
+    assert np.array_equal(labels, average[0, 0] >= 0.5 if single else np.argmax(average[0], axis=0))
     assert labels.dtype == np.uint8
 
 
 @BOTH
 @pytest.mark.parametrize("combine", ["soft", "hard"])
-def test_one_channel_is_labelled_from_exactly_a_half_on(library: Library, combine: Any) -> None:
+def test_a_single_channel_has_label_1_from_exactly_one_half(library: Library, combine: Any) -> None:
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
-    assert reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8).tolist() == [
-        0,
-        0,
-        1,
-        1,
-    ]
+    labels = reduce_and_cast(library([[0.0, below, 0.5, 1.0]]), combine, np.uint8)
+    assert labels.tolist() == [0, 0, 1, 1]
 
 
 @BOTH
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_weighted_average_keeps_its_channels_and_is_cast(library: Library, dtype: str) -> None:
     values = [[0.125, 60000.0], [-1.5, 3.0]]
-    stored = reduce_and_cast(library(values), "weighted_avg", dtype)
-    assert (stored.tolist(), stored.dtype) == (values, np.dtype(dtype))
+    output = reduce_and_cast(library(values), "weighted_avg", dtype)
+    assert (output.tolist(), output.dtype) == (values, np.dtype(dtype))
 
 
 @BOTH
 @pytest.mark.parametrize("value", [65520.0, -1e30, float("inf")])
-def test_an_average_that_float16_cannot_hold_is_refused(library: Library, value: float) -> None:
-    with pytest.raises(PredictionError, match=r"beyond the range of float16; use output_dtype"):
-        reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float16")
-    assert reduce_and_cast(library([[0.0, value]]), "weighted_avg", "float32")[0, 1] == np.float32(
-        value
-    )
+def test_an_average_that_float16_cannot_hold_is_an_error(library: Library, value: float) -> None:
+    average = library([[0.0, value]])
+    with pytest.raises(PredictionError, match=r"^output_dtype: float16 .*float32") as error:
+        reduce_and_cast(average, "weighted_avg", "float16")
+    assert error.value.code is ErrorCode.PREDICTION_INVALID
+    assert reduce_and_cast(average, "weighted_avg", "float32")[0, 1] == np.float32(value)
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "u1"), (256, "u1"), (257, "u2"), (9000, "u2")])
-def test_labels_take_uint16_past_256_classes(classes: int, dtype: str) -> None:
+def test_labels_are_uint16_for_more_than_256_classes(classes: int, dtype: str) -> None:
     assert label_dtype(classes) == np.dtype(dtype)
 
 
 @BOTH
 @pytest.mark.parametrize("classes", [256, 257, 300])
-def test_the_highest_class_survives_its_dtype(library: Library, classes: int) -> None:
+def test_the_label_dtype_can_hold_the_highest_class(library: Library, classes: int) -> None:
     scores = np.zeros((1, classes, 2), np.float32)
     scores[0, [classes - 1, 3], [0, 1]] = 1
     votes = to_votes(library(scores))
@@ -142,8 +140,8 @@ def test_the_highest_class_survives_its_dtype(library: Library, classes: int) ->
 
 
 @BOTH
-def test_votes_are_counted_past_255(library: Library) -> None:
-    # 256 would be 0 and 300 would be 44 in eight bits.
+def test_more_than_255_votes_are_counted(library: Library) -> None:
+    # In eight bits, 300 votes would be 44.
     total, weight = library([[0.0], [0.0]]), library([1.0])
     for number in range(300 + 290):
         scores = [[[1.0], [0.0]]] if number < 300 else [[[0.0], [1.0]]]
@@ -153,28 +151,28 @@ def test_votes_are_counted_past_255(library: Library) -> None:
 
 
 @BOTH
-def test_weights_apply_to_every_channel_and_sums_grow_in_place(library: Library) -> None:
+def test_weighted_values_are_added_in_place_to_every_channel(library: Library) -> None:
     total = library([[1.0, 2.0], [3.0, 4.0]])
     add_weighted(total, library([0.5, 0.25]), library([[2.0, 4.0], [6.0, 8.0]]))
     assert to_numpy(total).tolist() == [[2.0, 3.0], [6.0, 6.0]]
 
 
 @BOTH
-def test_sums_can_grow_through_a_view(library: Library) -> None:
-    whole = library(np.zeros((1, 4, 4)))
-    add_weighted(whole[:, 1:3, 2:4], library(np.full((2, 2), 0.5)), library(np.ones((1, 2, 2))))
+def test_weighted_values_can_be_added_to_a_view(library: Library) -> None:
+    array = library(np.zeros((1, 4, 4)))
+    add_weighted(array[:, 1:3, 2:4], library(np.full((2, 2), 0.5)), library(np.ones((1, 2, 2))))
     expected = np.zeros((1, 4, 4))
     expected[:, 1:3, 2:4] = 0.5
-    assert np.array_equal(to_numpy(whole), expected)
+    assert np.array_equal(to_numpy(array), expected)
 
 
 @BOTH
-def test_values_are_put_into_a_view_and_nowhere_else(library: Library) -> None:
-    whole = library(np.ones((2, 4, 4)))
-    copy_into(whole[:, 1:3, 2:4], library(np.arange(8).reshape(2, 2, 2)))
+def test_copying_into_a_view_changes_only_the_view(library: Library) -> None:
+    array = library(np.ones((2, 4, 4)))
+    copy_into(array[:, 1:3, 2:4], library(np.arange(8).reshape(2, 2, 2)))
     expected = np.ones((2, 4, 4))
     expected[:, 1:3, 2:4] = np.arange(8).reshape(2, 2, 2)
-    assert np.array_equal(to_numpy(whole), expected)
+    assert np.array_equal(to_numpy(array), expected)
 
 
 @BOTH
@@ -185,17 +183,17 @@ def test_values_are_put_into_a_view_and_nowhere_else(library: Library) -> None:
         ([1.0, np.nan], False),
         ([np.inf, 1.0], False),
         ([np.inf, -np.inf], False),
-        ([3e38, 3e38], False),  # the sum is not; who asks looks again
+        ([3e38, 3e38], False),  # the sum overflows; callers check each value then
     ],
 )
-def test_one_sum_tells_that_all_values_are_finite(
+def test_is_finite_is_true_exactly_if_the_sum_of_the_values_is_finite(
     library: Library, values: list[float], finite: bool
 ) -> None:
     assert is_finite(library(values)) == finite
 
 
 @BOTH
-def test_no_activation_changes_nothing(library: Library) -> None:
+def test_activation_none_returns_the_same_array(library: Library) -> None:
     raw = library([[[-3.0, 1e9]]])
     assert activate(raw, "none") is raw
 
@@ -210,13 +208,13 @@ def test_softmax_runs_over_the_channels_and_does_not_overflow(library: Library) 
 
 
 @BOTH
-def test_softmax_by_hand(library: Library) -> None:
+def test_softmax_equals_values_computed_by_hand(library: Library) -> None:
     raw = library([[[0.0], [np.log(3.0)]]])
     assert to_numpy(activate(raw, "softmax"))[0, :, 0] == pytest.approx([0.25, 0.75], abs=1e-6)
 
 
 @BOTH
-def test_sigmoid_does_not_overflow_and_is_a_half_at_zero(library: Library) -> None:
+def test_sigmoid_does_not_overflow_and_is_one_half_at_zero(library: Library) -> None:
     raw = library([[[-3e38, -1e4, 0.0, np.log(3.0), 1e4, 3e38]]])
     shares = to_numpy(activate(raw, "sigmoid"))
     assert shares[0, 0] == pytest.approx([0, 0, 0.5, 0.75, 1, 1], abs=1e-6)
@@ -224,18 +222,18 @@ def test_sigmoid_does_not_overflow_and_is_a_half_at_zero(library: Library) -> No
 
 
 @given(predictions(FINE))
-def test_numpy_and_torch_agree_on_every_decision(raw: Any) -> None:
+def test_votes_and_outputs_of_numpy_and_torch_are_equal(raw: Any) -> None:
     assert np.array_equal(to_votes(raw), to_votes(in_torch(raw)).numpy())
     for combine, dtype in (("soft", "u1"), ("hard", "u2"), ("weighted_avg", "f4")):
-        here = reduce_and_cast(raw[0], combine, dtype)  # type: ignore[arg-type]
-        there = reduce_and_cast(in_torch(raw[0]), combine, dtype)  # type: ignore[arg-type]
-        assert np.array_equal(here, there)
-        assert here.dtype == there.dtype
+        by_numpy = reduce_and_cast(raw[0], combine, dtype)  # type: ignore[arg-type]
+        by_torch = reduce_and_cast(in_torch(raw[0]), combine, dtype)  # type: ignore[arg-type]
+        assert np.array_equal(by_numpy, by_torch)
+        assert by_numpy.dtype == by_torch.dtype
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @given(raw=predictions(FINE))
-def test_numpy_and_torch_agree_on_activations_with_float64(activation: Any, raw: Any) -> None:
+def test_activations_of_numpy_and_torch_equal_those_in_float64(activation: Any, raw: Any) -> None:
     wide = raw.astype(np.float64)
     if activation == "sigmoid":
         exact = np.exp(-np.logaddexp(0, -wide))
@@ -246,18 +244,18 @@ def test_numpy_and_torch_agree_on_activations_with_float64(activation: Any, raw:
 
 
 @given(predictions(st.floats(-100, 100, width=32)), st.integers(0, 99))
-def test_numpy_and_torch_agree_on_sums(values: Any, seed: int) -> None:
+def test_weighted_sums_of_numpy_and_torch_equal_those_in_float64(values: Any, seed: int) -> None:
     weights = np.random.default_rng(seed).random(values.shape[2:], dtype=np.float32)
-    here, there = np.zeros_like(values[0]), in_torch(np.zeros_like(values[0]))
+    by_numpy, by_torch = np.zeros_like(values[0]), in_torch(np.zeros_like(values[0]))
     for value in values:
-        add_weighted(here, weights, value)
-        add_weighted(there, in_torch(weights), in_torch(value))
-    # torch may fuse the product with the sum, NumPy rounds in between.
-    assert np.abs(here - there.numpy()).max() < 1e-4
-    assert np.abs(here - np.sum(weights * values, axis=0, dtype=np.float64)).max() < 1e-4
+        add_weighted(by_numpy, weights, value)
+        add_weighted(by_torch, in_torch(weights), in_torch(value))
+    # torch may fuse the product with the sum; NumPy rounds in between.
+    assert np.abs(by_numpy - by_torch.numpy()).max() < 1e-4
+    assert np.abs(by_numpy - np.sum(weights * values, axis=0, dtype=np.float64)).max() < 1e-4
 
 
-def test_a_host_array_is_not_copied() -> None:
+def test_to_numpy_does_not_copy_host_memory() -> None:
     array = np.zeros(3)
     tensor = torch.zeros(3, requires_grad=True)
     assert to_numpy(array) is array

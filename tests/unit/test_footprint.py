@@ -1,4 +1,4 @@
-"""The arrays of a chunk, counted beside those that computing it really leaves."""
+"""Compare the planned memory of a chunk with the arrays that its computation allocates."""
 
 import tracemalloc
 from typing import Any
@@ -29,8 +29,8 @@ def plan_of(combine: str, channels: int, dtype: str = "uint8", scale: int = 1) -
     )
 
 
-def whole(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array whose memory a view keeps."""
+def base_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array that owns the memory of a view."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
@@ -40,45 +40,50 @@ def whole(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     ("combine", "channels"),
     [("weighted_avg", 1), ("weighted_avg", 3), ("soft", 3), ("hard", 8), ("soft", 1)],
 )
-def test_what_a_chunk_holds_while_it_is_written_is_counted(combine: str, channels: int) -> None:
+def test_the_footprint_of_writing_equals_the_arrays_of_a_contribution(
+    combine: str, channels: int
+) -> None:
     plan = plan_of(combine, channels)
     chunk = plan.chunk((1, 1))
     zeros = np.zeros((channels, *chunk.region.shape), np.float32)
     weights = WeightCache(plan, load_blend_weights(plan), np.asarray)
-    left = Accumulator(plan, chunk, weights, zeros).contribution()
-    assert left.own is not None
-    arrays = [left.core, *left.own.band, *left.own.rest, *(sums for _, sums in left.pieces)]
-    held = {id(whole(array)): whole(array).nbytes for array in arrays}
-    copied = max(left.core.nbytes, sum(values.nbytes for values in left.own.rest))
-    counted = chunk_footprint(plan, chunk)
-    assert counted.writing == sum(held.values()) + copied
-    assert counted.computing > counted.waiting + zeros.nbytes
-    assert counted.waiting == chunk.halo.size
+    result = Accumulator(plan, chunk, weights, zeros).contribution()
+    assert result.own is not None
+    pieces = [sums for _, sums in result.pieces]
+    bases = map(base_array, [result.core, *result.own.band, *result.own.rest, *pieces])
+    allocated = {id(base): base.nbytes for base in bases}
+    copied = max(result.core.nbytes, sum(values.nbytes for values in result.own.rest))
+    planned = chunk_footprint(plan, chunk)
+    assert planned.writing == sum(allocated.values()) + copied
+    assert planned.computing > planned.waiting + zeros.nbytes
+    assert planned.waiting == chunk.halo.size
 
 
-def test_what_completing_a_block_holds_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    # tracemalloc knows of what NumPy allocates.
+def test_the_footprint_of_completing_is_within_15_percent_of_the_traced_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # tracemalloc traces the allocations of NumPy, but no mappings.
     monkeypatch.setattr(buffers, "LARGE_BYTES", 1 << 40)
     plan = plan_of("weighted_avg", 3, scale=32)
     chunk = plan.chunk((1, 1))
-    own = OwnBlock(
+    own_block = OwnBlock(
         tuple(np.ones((3, *box.shape), np.float32) for box in chunk.band_boxes),
         tuple(np.ones((3, *box.shape), np.uint8) for box in chunk.rest_boxes),
     )
     pieces = {p: np.ones((3, *p.box.shape), np.float32) for p in plan.incoming_pieces(chunk)}
-    arrays = [*own.band, *own.rest, *pieces.values()]
+    arrays = [*own_block.band, *own_block.rest, *pieces.values()]
     tracemalloc.start()
-    for _ in finalize_sums(plan, chunk, own, pieces):
+    for _ in finalize_sums(plan, chunk, own_block, pieces):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    counted = chunk_footprint(plan, chunk).completing
-    assert counted == pytest.approx(sum(array.nbytes for array in arrays) + peak, rel=0.15)
+    planned = chunk_footprint(plan, chunk).completing
+    assert planned == pytest.approx(sum(array.nbytes for array in arrays) + peak, rel=0.15)
 
 
-def test_each_chunk_more_in_flight_adds_the_same() -> None:
-    found = footprint(plan_of("weighted_avg", 3, "float32"))
-    assert found.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
-    steps = np.diff([found.peak_bytes(depth) for depth in (1, 2, 3, 4)])
-    assert set(steps) == {max(found.waiting, found.writing, found.completing)}
-    assert found.peak_bytes(1) == found.computing
+def test_each_additional_chunk_in_flight_adds_the_same_memory() -> None:
+    largest = footprint(plan_of("weighted_avg", 3, "float32"))
+    assert largest.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
+    steps = np.diff([largest.peak_bytes(depth) for depth in (1, 2, 3, 4)])
+    assert set(steps) == {max(largest.waiting, largest.writing, largest.completing)}
+    assert largest.peak_bytes(1) == largest.computing

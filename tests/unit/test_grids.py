@@ -14,7 +14,7 @@ from tests.strategies import PAD_MODES, divisors
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[AxisGrid, dict[str, int], Literal["pad", "shift"]]:
-    """Any grid, legal or not: strides wider than the patch, offsets far outside."""
+    """Any grid, also invalid ones: strides larger than the patch, offsets far outside."""
     kept, lead = draw(st.integers(1, 7)), draw(st.integers(0, 3))
     numbers = {
         "volume": draw(st.integers(1, 20)),
@@ -32,12 +32,12 @@ Drawn = tuple[AxisGrid, dict[str, int], Literal["pad", "shift"]]
 
 @st.composite
 def axes(draw: st.DrawFn) -> Axis:
-    """An axis that `resolve` would accept: 1 to 3 grids, the first covers all."""
+    """An axis that `resolve` accepts: 1 to 3 grids, of which the first covers the volume."""
     volume, kept, lead = draw(st.integers(1, 30)), draw(st.integers(1, 7)), draw(st.integers(0, 2))
     chunk = draw(st.integers(min(kept, volume), 12))
     stride, pad = draw(st.integers(1, kept)), draw(st.integers(lead, lead + 9))
     edge: Literal["pad", "shift"] = draw(st.sampled_from(("pad", "shift")))
-    laid = tuple(
+    grids = tuple(
         AxisGrid.create(
             volume=volume,
             patch=kept + 2 * lead,
@@ -51,10 +51,10 @@ def axes(draw: st.DrawFn) -> Axis:
         for offset in (0, *draw(st.lists(st.integers(-9, 9), max_size=2)))
     )
     storage = draw(st.sampled_from(divisors(chunk)))
-    return Axis(volume, chunk, storage, laid, draw(st.sampled_from(PAD_MODES)))
+    return Axis(volume, chunk, storage, grids, draw(st.sampled_from(PAD_MODES)))
 
 
-def lay(volume: int, patch: int, stride: int, *, pad: int = 0, offset: int = 0) -> AxisGrid:
+def grid_of(volume: int, patch: int, stride: int, *, pad: int = 0, offset: int = 0) -> AxisGrid:
     return AxisGrid.create(
         volume=volume,
         patch=patch,
@@ -72,7 +72,7 @@ def all_starts(grid: AxisGrid) -> list[int]:
 
 
 def kept_ranges(grid: AxisGrid) -> list[tuple[int, int]]:
-    """Start and end of what each patch speaks for, clipped to nothing."""
+    """Start and stop of the kept voxels of each patch, not clipped to the volume."""
     return [(s + grid.lead, s + grid.lead + grid.kept) for s in all_starts(grid)]
 
 
@@ -82,7 +82,7 @@ def kept_in_volume(grid: AxisGrid) -> list[int]:
 
 @settings(max_examples=400)
 @given(grids())
-def test_starts_are_those_of_the_reference(drawn: Drawn) -> None:
+def test_starts_equal_those_of_the_reference(drawn: Drawn) -> None:
     grid, numbers, edge = drawn
     assert all_starts(grid) == ref.axis_starts(**numbers, edge=edge)
 
@@ -91,14 +91,14 @@ def test_starts_are_those_of_the_reference(drawn: Drawn) -> None:
 @given(grids())
 def test_the_last_patch_is_the_first_that_reaches_the_padded_end(drawn: Drawn) -> None:
     grid, numbers, edge = drawn
-    goal = numbers["volume"] + numbers["pad"]
+    padded_end = numbers["volume"] + numbers["pad"]
     starts = all_starts(grid)
     assert starts[0] == numbers["offset"] - numbers["pad"]
-    assert starts[-1] + grid.patch >= goal
-    assert all(start + grid.patch < goal for start in starts[:-1])
+    assert starts[-1] + grid.patch >= padded_end
+    assert all(start + grid.patch < padded_end for start in starts[:-1])
     assert all(a < b for a, b in pairwise(starts))
     if edge == "shift" and len(starts) > 1:
-        assert starts[-1] + grid.patch == goal
+        assert starts[-1] + grid.patch == padded_end
 
 
 @pytest.mark.parametrize(
@@ -107,46 +107,46 @@ def test_the_last_patch_is_the_first_that_reaches_the_padded_end(drawn: Drawn) -
         (0, [0, 4, 8]),
         (-1, [-1, 3, 7]),
         (-4, [-4, 0, 4, 8]),
-        (-9, [-9, -5, -1, 3, 7]),  # the first two do not meet the volume
+        (-9, [-9, -5, -1, 3, 7]),  # the first two do not intersect the volume
         (3, [3, 7]),
         (25, [25]),
     ],
 )
 def test_an_offset_moves_the_whole_grid(offset: int, starts: list[int]) -> None:
-    assert all_starts(lay(10, 4, 4, offset=offset)) == starts
+    assert all_starts(grid_of(10, 4, 4, offset=offset)) == starts
 
 
 def test_patches_outside_the_volume_are_numbered_but_not_kept() -> None:
-    grid = lay(10, 4, 4, offset=-9)
+    grid = grid_of(10, 4, 4, offset=-9)
     assert (grid.count, grid.first_kept, grid.end_kept) == (5, 2, 5)
-    nowhere = lay(10, 4, 4, offset=25)
-    assert (nowhere.count, nowhere.first_kept == nowhere.end_kept) == (1, True)
-    assert nowhere.span() == (0, 0)
+    outside = grid_of(10, 4, 4, offset=25)
+    assert (outside.count, outside.first_kept == outside.end_kept) == (1, True)
+    assert outside.span() == (0, 0)
 
 
 @given(grids())
-def test_start_takes_arrays_as_it_takes_numbers(drawn: Drawn) -> None:
+def test_start_of_an_array_equals_start_of_each_number(drawn: Drawn) -> None:
     grid = drawn[0]
     assert grid.start(np.arange(grid.count)).tolist() == all_starts(grid)
 
 
 @given(grids())
-def test_below_counts_the_patches_that_speak_before_a_position(drawn: Drawn) -> None:
+def test_count_below_counts_the_kept_ranges_that_start_before_a_position(drawn: Drawn) -> None:
     grid = drawn[0]
     positions = np.arange(-20, 45)
-    counted = [sum(a < p for a, _ in kept_ranges(grid)) for p in positions]
-    assert grid.count_below(positions).tolist() == counted
+    expected = [sum(a < p for a, _ in kept_ranges(grid)) for p in positions]
+    assert grid.count_below(positions).tolist() == expected
 
 
 @given(grids())
-def test_kept_patches_are_those_that_meet_the_volume(drawn: Drawn) -> None:
+def test_kept_patches_are_those_that_intersect_the_volume(drawn: Drawn) -> None:
     grid = drawn[0]
     assert list(range(grid.first_kept, grid.end_kept)) == kept_in_volume(grid)
 
 
 @settings(max_examples=200)
 @given(grids(), st.integers(1, 9))
-def test_every_kept_patch_belongs_to_the_block_where_its_clipped_part_starts(
+def test_a_block_owns_the_patches_whose_clipped_kept_voxels_start_in_it(
     drawn: Drawn, size: int
 ) -> None:
     grid = drawn[0]
@@ -159,12 +159,12 @@ def test_every_kept_patch_belongs_to_the_block_where_its_clipped_part_starts(
 
 
 @given(grids(), st.integers(-5, 25), st.integers(1, 10))
-def test_touching_lists_the_patches_that_meet_a_window(
+def test_touching_returns_the_patches_that_intersect_a_window(
     drawn: Drawn, start: int, length: int
 ) -> None:
-    grid = drawn[0]
-    meeting = [k for k, (a, b) in enumerate(kept_ranges(grid)) if b > start and a < start + length]
-    assert list(grid.touching(start, start + length)) == meeting
+    grid, stop = drawn[0], start + length
+    expected = [k for k, (a, b) in enumerate(kept_ranges(grid)) if b > start and a < stop]
+    assert list(grid.touching(start, stop)) == expected
 
 
 @settings(max_examples=300)
@@ -173,36 +173,36 @@ def test_a_gap_is_an_uncovered_voxel_between_kept_patches_if_there_is_one(drawn:
     grid = drawn[0]
     ranges = [kept_ranges(grid)[k] for k in kept_in_volume(grid)]
     covered = {x for a, b in ranges for x in range(a, b)}
-    open_voxels = set(range(ranges[0][0], ranges[-1][1])) - covered if ranges else set()
+    uncovered = set(range(ranges[0][0], ranges[-1][1])) - covered if ranges else set()
     gap = grid.gap()
-    assert gap in open_voxels if open_voxels else gap is None
+    assert gap in uncovered if uncovered else gap is None
 
 
 @given(grids())
-def test_the_span_runs_from_the_first_to_the_last_voxel_spoken_for(drawn: Drawn) -> None:
+def test_the_span_runs_from_the_first_to_the_last_predicted_voxel(drawn: Drawn) -> None:
     grid = drawn[0]
     voxels = [x for k in kept_in_volume(grid) for x in range(*kept_ranges(grid)[k])]
     inside = [x for x in voxels if 0 <= x < grid.volume]
     assert grid.span() == ((min(inside), max(inside) + 1) if inside else (0, 0))
 
 
-def test_an_axis_of_any_length_answers_in_closed_form() -> None:
-    grid = lay(10**15, 128, 64)
+def test_a_grid_of_10_to_the_13_patches_is_computed_in_closed_form() -> None:
+    grid = grid_of(10**15, 128, 64)
     low, high = grid.owned(np.array([0, 10**9, 10**9 + 1]), 640)
     assert (high - low).tolist() == [10, 10, 10]
     assert low.tolist() == [0, 10**10, 10**10 + 10]
     assert list(grid.touching(64 * 10**12, 64 * 10**12 + 1)) == [10**12 - 1, 10**12]
 
 
-def owned_ends(axis: Axis, block: int) -> list[tuple[int, int]]:
-    """Clipped start and end of every patch a block owns, by search."""
-    found = []
+def owned_ranges(axis: Axis, block: int) -> list[tuple[int, int]]:
+    """Clipped start and stop of every patch that a block owns, by exhaustive search."""
+    ranges = []
     for grid in axis.grids:
         for k in kept_in_volume(grid):
             a, b = kept_ranges(grid)[k]
             if max(a, 0) // axis.chunk == block:
-                found.append((max(a, 0), min(b, axis.volume)))
-    return found
+                ranges.append((max(a, 0), min(b, axis.volume)))
+    return ranges
 
 
 @given(axes())
@@ -216,16 +216,14 @@ def test_blocks_tile_the_axis(axis: Axis) -> None:
 
 @settings(max_examples=200)
 @given(axes())
-def test_a_block_spills_as_far_as_its_patches_reach_and_no_further_than_the_next(
-    axis: Axis,
-) -> None:
+def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(axis: Axis) -> None:
     blocks = np.arange(axis.blocks)
     stops = axis.stop(blocks)
-    spill = axis.upper_overlap(blocks).tolist()
+    overlap = axis.upper_overlap(blocks).tolist()
     for b in blocks:
-        reach = max((end for _, end in owned_ends(axis, int(b))), default=0)
-        assert spill[b] == max(0, reach - stops[b])
-    assert axis.band(blocks).tolist() == [0, *spill[:-1]]
+        patches_end = max((stop for _, stop in owned_ranges(axis, int(b))), default=0)
+        assert overlap[b] == max(0, patches_end - stops[b])
+    assert axis.band(blocks).tolist() == [0, *overlap[:-1]]
     assert all(axis.band(blocks) <= stops - axis.start(blocks))
 
 
@@ -241,7 +239,7 @@ def test_an_aligned_band_is_the_fewest_storage_chunks_or_the_whole_block(axis: A
 
 @settings(max_examples=200)
 @given(axes())
-def test_a_halo_is_all_that_the_owned_patches_read(axis: Axis) -> None:
+def test_the_halo_is_the_smallest_window_that_the_owned_patches_read(axis: Axis) -> None:
     blocks = np.arange(axis.blocks)
     low, high = axis.halo(blocks)
     real_low, real_high = axis.read(blocks)
@@ -257,23 +255,29 @@ def test_a_halo_is_all_that_the_owned_patches_read(axis: Axis) -> None:
             assert real_low[b] == real_high[b]
             continue
         assert (low[b], high[b]) == (min(windows)[0], max(end for _, end in windows))
-        shown = source_indices(int(low[b]), int(high[b]), axis.volume, axis.pad_mode)
-        shown = shown[shown >= 0]
-        assert (real_low[b], real_high[b]) == (shown.min(), shown.max() + 1)
+        indices = source_indices(int(low[b]), int(high[b]), axis.volume, axis.pad_mode)
+        indices = indices[indices >= 0]
+        assert (real_low[b], real_high[b]) == (indices.min(), indices.max() + 1)
 
 
 @given(axes())
-def test_an_axis_answers_for_one_block_as_for_many(axis: Axis) -> None:
+def test_values_of_one_block_equal_those_of_an_array_of_blocks(axis: Axis) -> None:
     blocks = np.arange(axis.blocks)
-    for answer in (axis.start, axis.stop, axis.upper_overlap, axis.band, axis.aligned_band):
-        assert [int(answer(np.asarray(b))) for b in blocks] == answer(blocks).tolist()
-    for pair in (axis.halo, axis.read):
-        one_by_one = [[int(end) for end in pair(np.asarray(b))] for b in blocks]
-        assert one_by_one == np.stack(pair(blocks), axis=1).tolist()
+    functions = (axis.start, axis.stop, axis.band, axis.aligned_band, axis.upper_overlap)
+    for function in functions:
+        assert [int(function(np.asarray(b))) for b in blocks] == function(blocks).tolist()
+    for window in (axis.halo, axis.read):
+        one_by_one = [[int(end) for end in window(np.asarray(b))] for b in blocks]
+        assert one_by_one == np.stack(window(blocks), axis=1).tolist()
     for b in blocks:
-        one, at = axis.block(int(b)), np.asarray(b)
-        found = (one.start, one.stop, one.band, one.aligned_band, one.upper_overlap, *one.halo)
-        answers = (axis.start, axis.stop, axis.band, axis.aligned_band, axis.upper_overlap)
-        assert found == (*(int(answer(at)) for answer in answers), *map(int, axis.halo(at)))
-        owned = [grid.owned(at, axis.chunk) for grid in axis.grids]
-        assert list(one.owned) == [range(int(low), int(high)) for low, high in owned]
+        block, number = axis.block(int(b)), np.asarray(b)
+        assert (
+            block.start,
+            block.stop,
+            block.band,
+            block.aligned_band,
+            block.upper_overlap,
+        ) == tuple(int(function(number)) for function in functions)
+        assert block.halo == tuple(map(int, axis.halo(number)))
+        owned = [grid.owned(number, axis.chunk) for grid in axis.grids]
+        assert list(block.owned) == [range(int(low), int(high)) for low, high in owned]

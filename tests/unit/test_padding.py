@@ -11,7 +11,7 @@ from tests.strategies import PAD_MODES
 MODES = st.sampled_from(PAD_MODES)
 
 
-def shown_by_numpy(start: int, stop: int, size: int, mode: PadMode) -> list[int]:
+def padded_by_numpy(start: int, stop: int, size: int, mode: PadMode) -> list[int]:
     before, after = max(0, -start), max(0, stop - size)
     pad: Any = np.pad
     value = {"constant_values": -1} if mode == "constant" else {}
@@ -21,16 +21,16 @@ def shown_by_numpy(start: int, stop: int, size: int, mode: PadMode) -> list[int]
 
 @settings(max_examples=500)
 @given(st.integers(1, 6), st.integers(-25, 25), st.integers(0, 25), MODES)
-def test_every_window_shows_what_numpy_pads_however_wide_the_pad(
+def test_every_window_equals_the_padding_of_numpy_for_any_pad_width(
     size: int, start: int, length: int, mode: PadMode
 ) -> None:
     indices = source_indices(start, start + length, size, mode)
-    assert indices.tolist() == shown_by_numpy(start, start + length, size, mode)
+    assert indices.tolist() == padded_by_numpy(start, start + length, size, mode)
     assert indices.dtype == np.int64
 
 
 @pytest.mark.parametrize(
-    ("mode", "shown"),
+    ("mode", "expected"),
     [  # window [-4, 7) of an axis of 3 voxels
         ("constant", [-1, -1, -1, -1, 0, 1, 2, -1, -1, -1, -1]),
         ("edge", [0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 2]),
@@ -38,17 +38,17 @@ def test_every_window_shows_what_numpy_pads_however_wide_the_pad(
         ("symmetric", [2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0]),  # period 6: 0 1 2 2 1 0
     ],
 )
-def test_each_mode_by_hand(mode: PadMode, shown: list[int]) -> None:
-    assert source_indices(-4, 7, 3, mode).tolist() == shown
+def test_indices_of_each_mode_computed_by_hand(mode: PadMode, expected: list[int]) -> None:
+    assert source_indices(-4, 7, 3, mode).tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["reflect", "symmetric", "edge"])
-def test_an_axis_of_one_voxel_shows_it_everywhere(mode: PadMode) -> None:
+def test_the_padding_of_a_single_voxel_repeats_it(mode: PadMode) -> None:
     assert source_indices(-3, 4, 1, mode).tolist() == [0] * 7
 
 
 @given(st.integers(1, 9), st.sampled_from(("reflect", "symmetric")), st.integers(-(10**12), 10**12))
-def test_mirrors_repeat_without_end(size: int, mode: PadMode, far: int) -> None:
+def test_mirrored_padding_is_periodic(size: int, mode: PadMode, far: int) -> None:
     period = 2 * size - (2 if mode == "reflect" and size > 1 else 0)
     near = source_indices(0, period, size, mode)
     assert source_indices(far * period, (far + 1) * period, size, mode).tolist() == near.tolist()
@@ -60,10 +60,10 @@ def test_mirrors_repeat_without_end(size: int, mode: PadMode, far: int) -> None:
     MODES,
     st.lists(st.tuples(st.integers(-20, 5), st.integers(0, 30)), min_size=1, max_size=5),
 )
-def test_the_source_range_is_the_tightest_around_the_voxels_shown(
+def test_the_source_range_is_the_smallest_that_holds_all_source_indices(
     size: int, mode: PadMode, windows: list[tuple[int, int]]
 ) -> None:
-    # Windows meet the axis, as every patch's does, or are empty.
+    # Each window intersects the axis, like that of every kept patch, or is empty.
     starts = [min(start, size - 1) for start, _ in windows]
     stops = [
         max(1, start + length) if length else start
@@ -74,6 +74,6 @@ def test_the_source_range_is_the_tightest_around_the_voxels_shown(
         if start == stop:
             assert low[number] == high[number]
             continue
-        shown = source_indices(start, stop, size, mode)
-        shown = shown[shown >= 0]
-        assert (low[number], high[number]) == (shown.min(), shown.max() + 1)
+        indices = source_indices(start, stop, size, mode)
+        indices = indices[indices >= 0]
+        assert (low[number], high[number]) == (indices.min(), indices.max() + 1)

@@ -23,7 +23,7 @@ def all_patches(plan: Plan) -> Iterator[Patch]:
 
 
 def weights_of(plan: Plan, name: str) -> tuple[Weights, Float64]:
-    """Weights under test, and the logarithm of the kept voxels' weights by the reference."""
+    """Return the weights under test, and the reference's log weights of the kept voxels."""
     if name == "user":
         array = without_margin(user_weights(plan.output_patch), plan.margin)
         return ArrayWeights(array), np.log(array)
@@ -50,25 +50,25 @@ def weights_of(plan: Plan, name: str) -> tuple[Weights, Float64]:
         ("weight_bump", [math.exp(-9 / 5), math.exp(-1), math.exp(-9 / 5)]),  # t = ∓2/3, 0
     ],
 )
-def test_profiles_by_hand(name: str, values: list[float]) -> None:
+def test_profiles_equal_values_computed_by_hand(name: str, values: list[float]) -> None:
     assert profile(name, len(values)) == pytest.approx(values, rel=1e-12)
 
 
-def test_the_gaussian_is_an_eighth_of_the_patch_wide() -> None:
-    # n = 16: σ = 2, the middle at 7.5
+def test_the_sigma_of_the_gaussian_is_an_eighth_of_the_patch() -> None:
+    # n = 16: σ = 2, center 7.5
     expected = [math.exp(-((i - 7.5) ** 2) / 8) for i in range(16)]
     assert profile("weight_gaussian", 16) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
 @pytest.mark.parametrize("n", [1, 2, 7, 128, 1000])
-def test_built_in_weights_are_symmetric_and_have_no_zero(name: str, n: int) -> None:
+def test_built_in_weights_are_symmetric_and_nonzero(name: str, n: int) -> None:
     logs = built_in(name, (n,), (0,)).profiles[0]
     assert np.isfinite(logs).all()
     assert logs == pytest.approx(logs[::-1], abs=1e-9 * np.abs(logs).max())
 
 
-def test_a_margin_is_cut_from_the_whole_patchs_weights() -> None:
+def test_a_margin_crops_the_weights_of_the_output_patch() -> None:
     weights = built_in("weight_linear", (6, 5), (2, 1))
     assert np.exp(weights.profiles[0]) == pytest.approx([3, 3])
     assert np.exp(weights.profiles[1]) == pytest.approx([2, 3, 2])
@@ -91,29 +91,31 @@ def test_the_weights_of_all_patches_over_a_voxel_sum_to_one(name: str, case: Cas
 
 @settings(max_examples=60)
 @given(case=cases(max_rank=3), name=st.sampled_from((*BUILT_INS, "user")))
-def test_normalised_weights_are_shares_of_the_sum_over_all_grids(case: Case, name: str) -> None:
+def test_normalized_weights_equal_the_weights_divided_by_the_sum_over_all_grids(
+    case: Case, name: str
+) -> None:
     plan = case.plan
     weights, logs = weights_of(plan, name)
     cache = WeightCache(plan, weights, lambda array: array)
     kept = [axis.grids[0] for axis in plan.axes]
 
-    def own_logs(patch: Patch) -> Float64:
+    def log_weights_of(patch: Patch) -> Float64:
         first = [s + g.lead for s, g in zip(patch.source.start, kept, strict=True)]
         return logs[patch.target.slices(first)]
 
     total = np.full(case.volume, -np.inf)
     for patch in all_patches(plan):
-        here = patch.target.slices((0,) * plan.rank)
-        total[here] = np.logaddexp(total[here], own_logs(patch))
+        target = patch.target.slices((0,) * plan.rank)
+        total[target] = np.logaddexp(total[target], log_weights_of(patch))
     for patch in all_patches(plan):
-        share = np.exp(own_logs(patch) - total[patch.target.slices((0,) * plan.rank)])
-        assert np.abs(cache.weights(patch) - share).max() < 1e-6
+        expected = np.exp(log_weights_of(patch) - total[patch.target.slices((0,) * plan.rank)])
+        assert np.abs(cache.weights(patch) - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", [*BUILT_INS, "user"])
 @settings(max_examples=40)
 @given(case=cases(max_rank=3))
-def test_a_voxel_under_one_patch_has_a_weight_of_exactly_one(name: str, case: Case) -> None:
+def test_the_weight_of_a_voxel_that_one_patch_covers_is_exactly_one(name: str, case: Case) -> None:
     plan = case.plan
     weights, _ = weights_of(plan, name)
     cache = WeightCache(plan, weights, lambda array: array)
@@ -121,21 +123,21 @@ def test_a_voxel_under_one_patch_has_a_weight_of_exactly_one(name: str, case: Ca
     for patch in all_patches(plan):
         count[patch.target.slices((0,) * plan.rank)] += 1
     for patch in all_patches(plan):
-        alone = count[patch.target.slices((0,) * plan.rank)] == 1
-        assert (cache.weights(patch)[alone] == 1.0).all()
-        assert cache.has_no_overlap(patch) == alone.all()
+        covered_once = count[patch.target.slices((0,) * plan.rank)] == 1
+        assert (cache.weights(patch)[covered_once] == 1.0).all()
+        assert cache.has_no_overlap(patch) == covered_once.all()
 
 
 @pytest.mark.parametrize("name", BUILT_INS)
-def test_corners_of_a_single_patch_do_not_shrink(name: str) -> None:
+def test_the_weights_of_a_single_patch_are_one_also_in_its_corners(name: str) -> None:
     plan = plan_for((32, 32, 32), (32, 32, 32))
     weights, _ = weights_of(plan, name)
     (patch,) = all_patches(plan)
     assert (WeightCache(plan, weights, lambda array: array).weights(patch) == 1.0).all()
 
 
-def test_the_bump_is_exact_in_the_corner_of_a_128_cube() -> None:
-    """The raw product there is about exp(-193), which no float32 holds."""
+def test_normalized_bump_weights_are_exact_in_the_corner_of_a_128_cube() -> None:
+    # The product of the profiles is about exp(-193), which underflows float32.
     plan = plan_for(
         (192, 128, 128), (128, 128, 128), inference_type="sliding_window", strides=[64, 64, 64]
     )
@@ -150,15 +152,15 @@ def test_the_bump_is_exact_in_the_corner_of_a_128_cube() -> None:
         t = (2 * i + 1) / 128 - 1
         return -1 / (1 - t * t)
 
-    # Voxel 96 + x of the first patch is voxel 32 + x of the second, whatever the other axes.
+    # Voxel 96 + x of the first patch is voxel 32 + x of the second; other axes do not matter.
     for x in (-16, 0, 16):
-        share = 1 / (1 + math.exp(log_bump(32 + x) - log_bump(96 + x)))
-        assert low[96 + x, 0, 0] == pytest.approx(share, rel=1e-6)
-        assert high[32 + x, 127, 0] == pytest.approx(1 - share, rel=1e-6)
+        expected = 1 / (1 + math.exp(log_bump(32 + x) - log_bump(96 + x)))
+        assert low[96 + x, 0, 0] == pytest.approx(expected, rel=1e-6)
+        assert high[32 + x, 127, 0] == pytest.approx(1 - expected, rel=1e-6)
 
 
-def test_four_axes_of_bump_do_not_underflow_where_grids_overlap() -> None:
-    # Each grid's sum in the corner is about exp(-4·n/4): below float64 from n = 750 on.
+def test_bump_weights_along_four_axes_do_not_underflow_with_several_grids() -> None:
+    # The sum of each grid in the corner is about exp(-4·n/4), which underflows float64 for n > 750.
     shape = (800, 1, 1, 1)
     wide = built_in("weight_bump", (800, 800, 800, 800), (0,) * 4)
     corner = [Neighbors(0, n, ((0,), (0,))) for n in shape]
@@ -166,29 +168,29 @@ def test_four_axes_of_bump_do_not_underflow_where_grids_overlap() -> None:
     assert wide.normalized(0, corner) == pytest.approx(np.full(shape, 0.5))
 
 
-def test_surroundings_are_seen_from_the_patchs_own_start() -> None:
+def test_positions_of_neighbors_are_relative_to_the_first_kept_voxel() -> None:
     # Starts 0, 3, 6; volume 10, patch 4: patch 1 is overlapped by one voxel on each side.
     plan = plan_for((10,), (4,), inference_type="sliding_window", strides=[3])
     assert neighbors(plan.axes[0], 0, 1) == Neighbors(0, 4, ((-3, 0, 3),))
     assert neighbors(plan.axes[0], 0, 0) == Neighbors(0, 4, ((0, 3),))
 
 
-def test_surroundings_are_clipped_to_the_volume_and_name_every_grid() -> None:
-    # Grid 0 starts at -1, 3, 7; grid 1 at -3, 1, 5, 9: patch 0 of grid 0 shows [0, 3).
+def test_neighbors_are_clipped_to_the_volume_and_include_every_grid() -> None:
+    # Grid 0 starts at -1, 3, 7; grid 1 at -3, 1, 5, 9. Patch 0 of grid 0 covers [0, 3).
     plan = plan_for((9,), (4,), pad_width=[1], offsets=[[-2]])
     assert neighbors(plan.axes[0], 0, 0) == Neighbors(1, 4, ((0,), (-2, 2)))
-    # Patch 2 of grid 0 shows [7, 9).
+    # Patch 2 of grid 0 covers [7, 9).
     assert neighbors(plan.axes[0], 0, 2) == Neighbors(0, 2, ((0,), (-2,)))
 
 
-def test_patches_far_from_the_ends_share_their_surroundings() -> None:
+def test_patches_far_from_the_ends_have_equal_neighbors() -> None:
     plan = plan_for((100,), (8,), inference_type="sliding_window", strides=[3])
     inner = {neighbors(plan.axes[0], 0, k) for k in range(3, 28)}
     assert len(inner) == 1
 
 
-def test_a_users_weights_share_a_voxel_in_proportion() -> None:
-    # Two patches of 3, stride 2: only voxel 2 is shared, as index 2 and as index 0.
+def test_user_weights_are_normalized_by_their_sum() -> None:
+    # Two patches of 3, stride 2: both cover voxel 2, at their index 2 and 0.
     weights = ArrayWeights(np.array([1.0, 5.0, 3.0]))
     first = weights.normalized(0, [Neighbors(0, 3, ((0, 2),))])
     second = weights.normalized(0, [Neighbors(0, 3, ((-2, 0),))])
@@ -197,6 +199,6 @@ def test_a_users_weights_share_a_voxel_in_proportion() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_a_users_weights_may_be_as_large_as_float64_goes() -> None:
+def test_user_weights_may_be_as_large_as_the_largest_float64() -> None:
     weights = ArrayWeights(np.full(2, 1e308))
     assert weights.normalized(0, [Neighbors(0, 2, ((0,), (0,)))]).tolist() == [0.5, 0.5]
