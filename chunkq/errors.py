@@ -59,6 +59,8 @@ class ErrorCode(StrEnum):
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
     """The model file can run code or reach other files, and the job does not trust it."""
+    EXPORT_DIFFERS = auto()
+    """An exported file computes other values than the network."""
     FRAMEWORK_CONFLICT = auto()
     """The worker process already uses another deep-learning framework."""
     REPEATED_FAILURE = auto()
