@@ -17,18 +17,30 @@ class ErrorCode(StrEnum):
 
     FAILED = auto()
     """An error without a code of its own."""
+    INTERRUPTED = auto()
+    """The user interrupted the command."""
+    LIMIT_TOO_SMALL = auto()
+    """The job needs more time or memory than a limit allows."""
     JOB_INVALID = auto()
     """The job file cannot be run as written."""
+    JOB_FILE_CHANGED = auto()
+    """The job file was edited after the command read it."""
+    JOB_FILE_UNEDITABLE = auto()
+    """The text of the job file cannot be edited so that only the intended keys change."""
     JOB_RECORD_DAMAGED = auto()
     """`job.json` does not match its checksum or digest."""
     JOB_RECORD_UNSUPPORTED = auto()
     """`job.json` was written by a version of chunkq with another layout."""
+    JOB_STARTED = auto()
+    """Some chunks of the job are committed, so its settings cannot change."""
     JOB_REPLACED = auto()
     """Another job was created on the same output path meanwhile."""
     JOB_MISSING = auto()
     """No job folder exists at the path."""
     OUTPUT_OF_OTHER_JOB = auto()
     """The output path belongs to a different job."""
+    OUTPUT_EXISTS = auto()
+    """The path to write exists and was not created by this job."""
     OUTPUT_CHANGED = auto()
     """The metadata of the output array are missing or not those that the job created."""
     PATH_INVALID = auto()
@@ -59,6 +71,8 @@ class ErrorCode(StrEnum):
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
     """The model file can run code or reach other files, and the job does not trust it."""
+    PACKAGE_MISSING = auto()
+    """An optional package that the command needs is not installed."""
     EXPORT_DIFFERS = auto()
     """An exported file computes other values than the network."""
     FRAMEWORK_CONFLICT = auto()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.job import Job, ModelConfig, load_job
 from chunkq_worker import export_torch
 from chunkq_worker.export_compare import Network, difference
@@ -201,7 +201,9 @@ def _check_request(model: ModelConfig, file: Path, *, overwrite: bool) -> None:
 
 
 def _exists(file: Path) -> JobError:
-    return JobError(f"-o: {file} exists already; use --overwrite to replace it")
+    return JobError(
+        f"-o: {file} exists already; use --overwrite to replace it", code=ErrorCode.OUTPUT_EXISTS
+    )
 
 
 def _publish(partial: Path, file: Path, *, overwrite: bool) -> None:

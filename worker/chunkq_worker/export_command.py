@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.paths import absolute, is_url
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: 
         from chunkq_worker.export import export_network, load_network_job
     except ImportError as error:
         raise ModelError(
-            f"chunkq export: torch is missing ({error}); run pip install 'chunkq[export]'"
+            f"chunkq export: torch is missing ({error}); run pip install 'chunkq[export]'",
+            code=ErrorCode.PACKAGE_MISSING,
         ) from None
     result = export_network(load_network_job(job), file, size, overwrite=overwrite)
     if as_json:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq_worker.runtimes.torch_files import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
@@ -30,7 +30,8 @@ def check_packages(suffix: str) -> None:
     if missing:
         raise ModelError(
             f"-o: {suffix} files need missing packages: {', '.join(missing)}; run pip install "
-            "'chunkq[export]'"
+            "'chunkq[export]'",
+            code=ErrorCode.PACKAGE_MISSING,
         )
 
 
