@@ -65,6 +65,8 @@ class ErrorCode(StrEnum):
     """The queue is loading its data, or other processes have locked it for too long."""
     QUEUE_DENIED = auto()
     """The queue refuses this user or password, or another user could control the queue."""
+    QUEUE_LOST = auto()
+    """The queue lost its tasks; the job must be queued again."""
     QUEUE_DAMAGED = auto()
     """The file of the queue is damaged or is no queue."""
     MODEL_UNUSABLE = auto()

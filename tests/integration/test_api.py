@@ -338,20 +338,20 @@ def test_tensors_zarr_arrays_and_paths_are_the_volumes_they_hold(tmp_path: Path)
 
 
 NOT_A_VOLUME: dict[str, tuple[Callable[[], Any], str]] = {
-    "nothing": (lambda: [], "input: no volume was given"),
+    "nothing": (lambda: [], "input: expected at least one volume"),
     "a number": (lambda: 5, "input: the array has 0 axes; 1 to 4 spatial axes"),
     "words": (lambda: np.full(SHAPE, "x"), "input: the array holds <U1; real numbers are needed"),
     "no voxel": (lambda: np.zeros((0, 8, 8)), "so no voxel"),
     "too wide": (lambda: np.zeros(SHAPE, np.uint64), "input: the array holds uint64"),
     "complex": (lambda: np.zeros(SHAPE, np.complex64), "holds complex64; real numbers"),
-    "bfloat16": (lambda: torch.zeros(SHAPE, dtype=torch.bfloat16), "Tensor) is no array"),
+    "bfloat16": (lambda: torch.zeros(SHAPE, dtype=torch.bfloat16), "Tensor) is not an array"),
     "several": (
         lambda: [np.zeros(SHAPE), np.zeros(SHAPE)],
         "input: several volumes need model_config.join_dim",
     ),
     "of two shapes": (
         lambda: [np.zeros(SHAPE), np.zeros((5, 5, 5))],
-        "input: array 1 has shape [5, 5, 5], the first input [17, 14, 19]",
+        "input: array 1 has shape [5, 5, 5], expected [17, 14, 19]",
     ),
     "an old path": (lambda: "gone.zarr", "gone.zarr is not there"),
 }
@@ -538,7 +538,7 @@ def test_keywords_are_the_job_file_s_keys_and_go_before_what_is_usual(tmp_path: 
         "model_config.max_batchsize: unknown key; did you mean 'max_batch_size'?",
         "xyz: unknown key; `chunkq schema` lists the legal ones",
     }
-    with pytest.raises(JobError, match="model_config: give each of its keys as a keyword"):
+    with pytest.raises(JobError, match="model_config: unsupported keyword"):
         job(model_config={"device": "cuda"})
 
 
@@ -622,9 +622,9 @@ def state_dict(path: Path) -> None:
 
 NO_KIND: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "absent": ("gone.pt", lambda path: None, "model: no file"),
-    "weights": ("m.pt", state_dict, "class_name= and this as checkpoint="),
-    "a text": ("m.pt", of_bytes(b"hello"), "m.pt is not to be told; pass runtime= and"),
-    "another zip": ("m.pt", zipped("a.txt"), "m.pt is not to be told; pass runtime= and"),
+    "weights": ("m.pt", state_dict, "class_name= and this file as checkpoint="),
+    "a text": ("m.pt", of_bytes(b"hello"), "m.pt has an unknown format; pass runtime= and"),
+    "another zip": ("m.pt", zipped("a.txt"), "m.pt has an unknown format; pass runtime= and"),
     "a folder": ("m", Path.mkdir, "a folder without saved_model.pb"),
     "unknown": ("m.bin", of_bytes(b"hello"), "pass runtime= and type="),
 }
@@ -737,7 +737,7 @@ def test_a_chunk_that_fails_raises_its_cause_and_the_ledger_keeps_it(tmp_path: P
     values = keys(tmp_path, POISONED)
     with (
         chunkq.Predictor.from_config(values) as predictor,
-        pytest.raises(PredictionError, match="the network gave NaN"),
+        pytest.raises(PredictionError, match="the network returned NaN"),
     ):
         predictor.predict_to_store(path, tmp_path / "out.zarr")
     status = chunkq.status(tmp_path / "out.zarr")
@@ -750,7 +750,7 @@ def test_a_model_file_that_changed_meanwhile_is_not_vouched_for(tmp_path: Path) 
     with chunkq.Predictor.from_config(keys(tmp_path)) as predictor:
         predictor.predict(path)
         (tmp_path / "network.py").write_text((tmp_path / "network.py").read_text() + "\n")
-        with pytest.raises(ModelError, match="have changed since the predictor was made"):
+        with pytest.raises(ModelError, match="have changed since the predictor was created"):
             predictor.predict_to_store(path, tmp_path / "out.zarr")
 
 
@@ -863,7 +863,7 @@ def test_run_says_why_chunks_failed_in_the_error_s_notes(workspace: Workspace) -
             {**workspace.values, "model_config": model}, input=workspace.folder / "marked.zarr"
         )
     assert caught.value.missing
-    assert any("the network gave NaN or infinity" in note for note in caught.value.__notes__)
+    assert any("the network returned NaN or infinity" in note for note in caught.value.__notes__)
 
 
 # What `import chunkq` offers

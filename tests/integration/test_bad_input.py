@@ -548,7 +548,7 @@ def test_run_refuses_a_network_of_another_shape_before_anything_is_written(
     workspace.write_job(model={"model_output_shape": [4, 8, 8]})
     before = everything_below(workspace.folder)
     answer = workspace.run("run", "job.json")
-    answer.refused(1, "returned shape [4, 3, 8, 8]", "correct model_output_shape or the network")
+    answer.refused(1, "returned shape [4, 3, 8, 8]", "fix model_output_shape or the network")
     assert answer.out == ""
     assert everything_below(workspace.folder) == before
 

@@ -339,13 +339,13 @@ def test_bad_usage_ends_with_2(workspace: Workspace, command: tuple[str, ...]) -
 
 @pytest.mark.parametrize("value", ["soon", "", "h", "1.5h", "-5"])
 def test_a_time_that_is_none_is_refused(workspace: Workspace, value: str) -> None:
-    workspace.call("work", "--burst", "--max-time", value).refused(2, "--max-time", "is no time")
+    workspace.call("work", "--burst", "--max-time", value).refused(2, "--max-time", f"{value!r}")
 
 
 def test_a_gpu_that_is_not_granted_is_refused(workspace: Workspace) -> None:
     workspace.environment["CUDA_VISIBLE_DEVICES"] = ""
     workspace.call("work", "--gpus", "3").refused(
-        2, "--gpus: '3' is not among the visible GPUs (none)"
+        2, "--gpus: invalid value '3'; expected one of the visible GPUs (none)"
     )
 
 

@@ -148,7 +148,7 @@ def test_a_worker_killed_at_any_moment_costs_only_what_it_had_in_flight(
         before = Done.so_far(workspace)
         assert cli.wait().code == 0
         said = cli.output()
-    handed_back = re.search(r"was killed by signal 9; (\d) chunks handed back", said)
+    handed_back = re.search(r"was killed by signal 9; (\d) chunks requeued", said)
     assert handed_back is not None, said
     assert int(handed_back[1]) == DEPTH or not moment.full_hands
     assert len(before.records) >= moment.after
@@ -207,7 +207,7 @@ def stop(
     lets_finish: bool = False,
 ) -> Stop:
     """Start a worker, and stop it with its hands full after so many commits."""
-    says = ["stopping: chunks in flight are finished first", "handing back what is in flight"]
+    says = ["stopping after the chunks in flight", "requeueing the chunks in flight"]
     hold = {"NET_HOLD": "forward", "NET_AFTER": str(after), "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with workspace.start(*ON_CPU, **hold) as cli:
         workspace.wait_until_stopped()
@@ -309,7 +309,7 @@ def test_a_poisonous_chunk_fails_alone_and_after_mending_the_bytes_are_the_same(
     ended = workspace.work(NET_POISON=str(poison))
     assert ended.code == 3
     [line] = [line for line in ended.messages if "failed" in line]
-    assert line.startswith("chunkq: 1 chunks failed; ")
+    assert line.startswith("chunkq: 1 chunk failed; ")
     assert "Traceback" not in ended.err
     assert [f"attempt {n}" in ended.err for n in range(1, MAX_ATTEMPTS + 2)] == [
         *[True] * MAX_ATTEMPTS,

@@ -132,15 +132,15 @@ def test_every_step_works_on_every_runtime(
 BAD_STEPS = {
     "changes how many items there are": (
         ("preprocessing", "return batch[:2]"),
-        (ModelError, "preprocessing was given 4 items and gave 2"),
+        (ModelError, "preprocessing returned 2 items, expected 4"),
     ),
     "changes how many items there are on the device": (
         ("postprocessing_protected", "return batch[:2]"),
-        (ModelError, "postprocessing_protected was given 4 items and gave 2"),
+        (ModelError, "postprocessing_protected returned 2 items, expected 4"),
     ),
     "gives no array": (
         ("postprocessing", "return list(batch)"),
-        (ModelError, "postprocessing gave list, not a batch"),
+        (ModelError, "postprocessing returned list, expected an array"),
     ),
     "changes the shape of the result": (
         ("postprocessing", "return batch[:, :2]"),
@@ -152,15 +152,15 @@ BAD_STEPS = {
     ),
     "gives NaN at once": (
         ("preprocessing", "return np.where(batch == batch.max(), np.nan, batch)"),
-        (PredictionError, "model_config.processing_steps: preprocessing gave NaN or infinity"),
+        (PredictionError, "model_config.processing_steps: preprocessing returned NaN or infinity"),
     ),
     "gives NaN at last": (
         ("postprocessing", "return np.log(np.where(batch > 1, 0, 1))"),
-        (PredictionError, "model_config.processing_steps: postprocessing gave NaN or infinity"),
+        (PredictionError, "model_config.processing_steps: postprocessing returned NaN or infinity"),
     ),
     "gives NaN on the device": (
         ("postprocessing_protected", "return batch * float('nan')"),
-        (PredictionError, "the network with its protected steps gave NaN or infinity"),
+        (PredictionError, "the network with its protected steps returned NaN or infinity"),
     ),
 }
 

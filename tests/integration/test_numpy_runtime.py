@@ -395,7 +395,7 @@ def test_a_worker_process_imports_no_framework_for_it(workspace: Workspace) -> N
 
 def test_export_refuses_it_in_one_line(workspace: Workspace) -> None:
     answer = workspace.call("export", "job.json", "-o", "net.onnx")
-    answer.refused(2, "model_config.runtime: numpy; only torch networks are exported")
+    answer.refused(2, "model_config.runtime: unsupported value numpy")
 
 
 def test_tune_refuses_precisions_of_torch(workspace: Workspace) -> None:

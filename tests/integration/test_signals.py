@@ -15,7 +15,7 @@ def test_ctrl_c_ends_a_run_with_130_and_the_same_command_completes_it(
         workspace.wait_for_chunks_in_flight(2)
         before, worker_processes = workspace.done(), cli.children()
         cli.process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stopping: chunks in flight are finished first" in cli.output(), "told")
+        wait_until(lambda: "stopping after the chunks in flight" in cli.output(), "told")
         workspace.open_gate()
         ended = cli.wait()
         assert worker_processes
@@ -23,7 +23,8 @@ def test_ctrl_c_ends_a_run_with_130_and_the_same_command_completes_it(
     assert ended.code == 130
     assert "Traceback" not in ended.err
     assert ended.messages == [
-        "chunkq: stopping: chunks in flight are finished first; once more hands them back at once",
+        "chunkq: stopping after the chunks in flight; press Ctrl-C again to requeue them and stop "
+        "now",
         "chunkq: stopped; the same command continues where it was",
     ]
     assert ended.err.splitlines()[-1] == ended.messages[-1]

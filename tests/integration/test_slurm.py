@@ -170,7 +170,7 @@ def test_a_job_whose_walltime_ends_is_continued_by_itself_and_computes_nothing_t
     workspace.wait_until_stopped()
     (found,) = re.findall(r"--max-time (\d+)", command_lines())
     assert 80 < int(found) <= 100
-    stopping = "stopping: chunks in flight are finished first"
+    stopping = "stopping after the chunks in flight"
     wait_until(lambda: stopping in site.slurm.states(job)[0].log, "the walltime is near")
     assert site.slurm.states(job)[0].state == "RUNNING"
     before = workspace.done()
@@ -204,7 +204,7 @@ def test_a_job_that_is_told_to_stop_comes_back_and_computes_nothing_twice(
     )
     workspace.wait_until_stopped()
     site.slurm.ask("scancel", "--signal=TERM", "--batch", job)
-    stopping = "stopping: chunks in flight are finished first"
+    stopping = "stopping after the chunks in flight"
     wait_until(lambda: stopping in site.slurm.states(job)[0].log, "the worker stops")
     before = workspace.done()
     workspace.open_gate()

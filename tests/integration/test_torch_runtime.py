@@ -408,7 +408,7 @@ GUILTY: dict[str, tuple[Steps, float, str]] = {
     "preprocessing": (
         Steps(preprocessing=functools.partial(nan_above, 2)),
         3.0,
-        "model_config.processing_steps: preprocessing gave NaN or infinity for",
+        "model_config.processing_steps: preprocessing returned NaN or infinity for",
     ),
     "postprocessing": (
         Steps(
@@ -416,17 +416,17 @@ GUILTY: dict[str, tuple[Steps, float, str]] = {
             postprocessing=lambda batch: np.where(batch > 5, np.inf, batch),
         ),
         3.0,
-        "model_config.processing_steps: postprocessing gave NaN or infinity for",
+        "model_config.processing_steps: postprocessing returned NaN or infinity for",
     ),
     "the network": (
         Steps(preprocessing=lambda batch: batch * 2, postprocessing=lambda batch: batch + 1),
         30.0,
-        "the network gave NaN or infinity for",
+        "the network returned NaN or infinity for",
     ),
     "the network among its steps": (
         Steps(postprocessing_protected=lambda batch: batch),
         30.0,
-        "the network with its protected steps gave NaN or infinity for",
+        "the network with its protected steps returned NaN or infinity for",
     ),
 }
 
@@ -451,7 +451,7 @@ def test_the_first_to_have_nan_is_blamed_for_it(tmp_path: Path, who: str) -> Non
     with pytest.raises(PredictionError) as caught:
         list(batcher.predictions(list(plan.patches(chunk)), [region], (0, 0)))
     assert str(caught.value).startswith(line)
-    assert "the patch that reads voxels [8, 0] to [16, 8]; mend it" in str(caught.value)
+    assert "the patch that reads voxels [8, 0] to [16, 8]; fix it" in str(caught.value)
 
 
 def test_nan_zero_also_counts_what_steps_gave(tmp_path: Path) -> None:

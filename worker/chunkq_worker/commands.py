@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, accepted_job
-from chunkq.errors import IncompleteError, JobError, MissingJobError
+from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, default_depth
 from chunkq.executors.settings import override_settings
@@ -129,6 +129,7 @@ def work(
             f"{', '.join(without_secret(output) for output in lost)}; run `chunkq produce "
             "--resume` with the job to queue them again",
             [],
+            code=ErrorCode.QUEUE_LOST,
         )
     if failed > 0 and code == 0:
         raise IncompleteError(
