@@ -32,7 +32,7 @@ class ErrorCode(StrEnum):
     JOB_RECORD_UNSUPPORTED = auto()
     """`job.json` was written by a version of chunkq with another layout."""
     JOB_STARTED = auto()
-    """Some chunks of the job are committed, so its settings cannot change."""
+    """The job was produced and is not finished, so its settings cannot change."""
     JOB_REPLACED = auto()
     """Another job was created on the same output path meanwhile."""
     JOB_MISSING = auto()

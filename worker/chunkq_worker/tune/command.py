@@ -262,7 +262,7 @@ def _check_editable(file: JobFile, space: SearchSpace) -> None:
 
 
 def _check_not_started(path: Path, record: JobRecord) -> None:
-    """Raise JobError if chunks of the job are committed: other settings could not continue it."""
+    """Raise JobError if the job is produced and not finished; it needs the same settings."""
     folder = JobFolder(folder_of(record.job.output))
     existing = folder.read_record()
     is_sealed = existing is not None and folder.ledger(existing.epoch).is_sealed()
