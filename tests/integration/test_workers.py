@@ -79,7 +79,7 @@ sys.exit(int(end))
 
 @dataclass
 class FakeWorkers:
-    """Runs a supervisor whose worker processes only record their start and end as told."""
+    """Run a supervisor whose worker processes only record their start and their end."""
 
     folder: Path
     queue_url: str
@@ -192,10 +192,10 @@ def test_a_supervisor_gives_up_after_repeated_crashes_soon_after_the_start(
     assert f" {fake_workers.settings.early_deaths} times " in last
 
 
-def test_a_slot_that_is_given_up_does_not_stop_the_others_but_sets_the_exit_code(
+def test_a_slot_that_has_failed_does_not_stop_the_others_but_sets_the_exit_code(
     fake_workers: FakeWorkers,
 ) -> None:
-    # The first process runs until the other slot is given up.
+    # The first process runs until the other slot has failed.
     fake_workers.patch.setenv("FAKE_WAITS_FOR", str(fake_workers.settings.early_deaths))
     assert fake_workers.supervise("0", "killed", processes=2) == 1
     records = fake_workers.records

@@ -193,7 +193,7 @@ def test_links_folders_and_read_only_files_are_errors_that_name_the_file(tmp_pat
 
 
 def problem(path: Path) -> str:
-    """Return what is wrong with a job file, which cannot be read for tuning."""
+    """Return the error line of a job file that cannot be tuned."""
     with pytest.raises(JobError) as error:
         JobFile.read(path)
     assert error.value.code is ErrorCode.JOB_INVALID

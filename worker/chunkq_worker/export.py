@@ -178,7 +178,7 @@ def _check_file(
 
 
 def _check_request(model: ModelConfig, file: Path, *, overwrite: bool) -> None:
-    """Raise JobError for mistakes that can be found without loading the network."""
+    """Raise JobError for mistakes that are detectable without loading the network."""
     if model.runtime != "torch":
         raise JobError(
             f"model_config.runtime: unsupported value {model.runtime}; only torch can be exported"

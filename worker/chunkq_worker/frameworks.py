@@ -50,4 +50,5 @@ class FrameworkRule:
         self._used = self._used or framework_of(model)
 
 
-this_process = FrameworkRule()
+framework_rule = FrameworkRule()
+"""The rule of this process."""

@@ -13,7 +13,7 @@ from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
-from chunkq_worker.frameworks import this_process
+from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.inference_engine import ComputedChunk, get_device
 
 
@@ -27,7 +27,7 @@ def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:
     job = open_job(task.job)
     patches = 0
     if not job.ledger.is_committed("infer", task.chunk):
-        this_process.check(job.plan.job.model)  # checked again before the network is loaded
+        framework_rule.check(job.plan.job.model)  # checked again before the network is loaded
         with job.unless_replaced():
             patches = _compute(job, task, attempt)
     return TaskResult(_contributions(job, task.chunk), ran=patches > 0)

@@ -24,7 +24,7 @@ from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
-from chunkq_worker.frameworks import this_process
+from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
@@ -140,7 +140,7 @@ class Device:
         engine = self._engine(job)
         started, before = time.time(), engine.batcher.patches_run
         fetch_result = engine.start(chunk, halos)
-        this_process.record(job.plan.job.model)
+        framework_rule.record(job.plan.job.model)
         seconds = {
             "wait": acquired - requested,
             "load": started - acquired,
@@ -153,7 +153,7 @@ class Device:
         if key in self._borrowed:
             return self._borrowed[key]
         if key not in self._engines:
-            this_process.check(job.plan.job.model)
+            framework_rule.check(job.plan.job.model)
             while len(self._engines) >= ENGINES_CACHED:
                 self._engines.popitem(last=False)[1].close()
             accepted = accepted_files(job.record.job, job.folder.path)

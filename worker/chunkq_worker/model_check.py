@@ -59,7 +59,7 @@ class ModelCheckResult:
     Memory in bytes: `peak_bytes` and `device_bytes` are the peak resident memory of the process and
     the peak on the device at the end, `loaded_bytes` the resident peak with the network loaded, and
     `worker_bytes` the resident peak after computing `chunks` chunks with `depth` in flight.
-    `memory_error` says why `worker_bytes` could not be measured.
+    `memory_error` is the error that prevented measuring `worker_bytes`.
     """
 
     error: str | None = None

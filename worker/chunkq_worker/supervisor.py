@@ -35,7 +35,7 @@ REQUEUE_SECONDS = 1.0
 
 @dataclass
 class _WorkerSlot:
-    """A device with its current worker process, and what decides on a restart.
+    """A device with its current worker process, and the state that decides on a restart.
 
     `crashes` counts consecutive crashes; all but the first came soon after a start. Since
     `unreachable_since` (s, Unix), `reconnects` processes have ended because they lost the queue.

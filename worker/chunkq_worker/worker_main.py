@@ -20,11 +20,11 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
     A chunk that exceeds its time limit ends this process if the worker owns it.
     """
     # Imported here so that signals are handled while the network's libraries load.
-    from chunkq_worker.frameworks import this_process
+    from chunkq_worker.frameworks import framework_rule
     from chunkq_worker.inference_engine import waits_for_device
     from chunkq_worker.run_task import run_task
 
-    this_process.enforced = options.replaceable
+    framework_rule.enforced = options.replaceable
     options.is_waiting = waits_for_device
     try:
         executor.run_tasks(run_task, options)

@@ -93,8 +93,8 @@ class SearchSpace:
     def chunk_shapes(self) -> list[Shape | None]:
         """Return chunk shapes from small to large, each double the previous; None is the job's.
 
-        All are multiples of the output's storage chunks, which do not change. No shape leads to
-        fewer chunks than CHUNKS_WANTED or, if that is less, than the job has.
+        All are multiples of the output's storage chunks, which do not change. At least
+        `min_chunks` chunks remain, so that workers can share the job.
         """
         min_chunks = min(CHUNKS_WANTED, self._plan.costs.chunks)
         shapes: list[Shape | None] = [None]
