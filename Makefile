@@ -21,7 +21,7 @@ comma := ,
 export no_proxy := $(addsuffix $(comma),$(or $(no_proxy),$(NO_PROXY)))localhost,127.0.0.1,::1
 export NO_PROXY := $(no_proxy)
 
-.PHONY: help demo check test prove fuzz lint dist containers bench picture clean
+.PHONY: help demo check test prove fuzz lint dist docs containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
@@ -32,7 +32,8 @@ help:
 	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (an hour)"
 	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
 	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
-	@echo "make clean   remove the environment, the demo's files and the packages"
+	@echo "make docs    build the documentation into site/, check its links (first time: a minute)"
+	@echo "make clean   remove the environment, the demo's files, the packages and the documentation"
 
 $(VENV)/made:
 	@command -v $(PYTHON) >/dev/null || \
@@ -60,6 +61,11 @@ $(VENV)/template/made: $(VENV)/made constraints.txt
 $(VENV)/dist-installed: $(VENV)/made constraints.txt
 	@echo "installing build, hatchling and twine (downloads 8 MB, 36 MB on disk)"
 	@$(INSTALL) build hatchling twine || $(NOT_INSTALLED)
+	@touch $@
+
+$(VENV)/docs-installed: $(VENV)/made pyproject.toml constraints.txt
+	@echo "installing chunkq and what builds the documentation (downloads 113 MB, 480 MB on disk)"
+	@$(INSTALL) --editable '.[docs]' || $(NOT_INSTALLED)
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
@@ -149,8 +155,13 @@ dist: $(VENV)/dist-installed
 	@echo "the demo with the wheel alone, in an environment of its own"
 	@.ci/try-wheel $(BIN)/python dist/*.whl
 
+# Warnings, such as a link to a page or heading that does not exist, are errors.
+docs: $(VENV)/docs-installed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "documentation: site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
 picture: demo
 	cp $(DEMO)/tissues.png docs/images/brain.png
 
 clean:
-	rm -rf $(VENV) $(DEMO) dist
+	rm -rf $(VENV) $(DEMO) dist site

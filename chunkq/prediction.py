@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 class Prediction:
     """The result for one volume of shape (*S), spatial axes in the volume's order.
 
-    labels         (*S) uint8, uint16 past 256 classes: the most likely class, the lowest of
-                   several; of a single channel, whether it reaches 0.5
-    input          the volume (*S) as it was given, in its own dtype; of several inputs a tuple
-    probabilities  (C, *S) float32 (float16 if `output_dtype` says so): what the network gives,
-                   activated and averaged; None where patches were combined into labels
-                   (`combine` soft or hard)
+    Attributes:
+        labels: `(*S)` uint8, uint16 past 256 classes: the most likely class, the lowest of several;
+            of a single channel, whether it reaches 0.5.
+        input: The volume `(*S)` as it was passed, in its own dtype; of several inputs a tuple.
+        probabilities: `(C, *S)` float32 (float16 if `output_dtype` says so): what the network
+            returns, activated and averaged; None where patches were combined into labels
+            (`combine` soft or hard).
 
     Arrays are NumPy arrays, or torch tensors after `to`.
     """

@@ -1,9 +1,9 @@
-"""One small network written down in every form that a job can name.
+"""One small network in every form that a job can name.
 
-Each function below writes one form's files into a folder and returns the keys of `model_config`
-that name them. The network takes a batch (N, 1, 8, 8, 8) of any dtype and gives (N, 3, 8, 8, 8):
-its first step casts the batch to the weights' dtype and divides it by 100. Where a form fixes the
-dtype of its input in the file, `dtype` is that.
+Each function below writes the files of one form into a folder and returns the keys of
+`model_config` for them. The network converts a batch (N, 1, 8, 8, 8) of any dtype to
+(N, 3, 8, 8, 8). It first casts the batch to the dtype of its weights and divides it by 100.
+`dtype` is the input dtype of forms whose file fixes it.
 """
 
 import importlib
@@ -23,7 +23,7 @@ import torch
 PATCH = (8, 8, 8)
 CHANNELS = 3
 MODULE = "small_net"
-"""Name of the file with the class; a whole pickled module refers to it."""
+"""Module that defines the class; a pickled module refers to it by this name."""
 SOURCE = '''\
 """A small network for volumes: 447 parameters."""
 import torch
@@ -50,39 +50,39 @@ SHAPES: dict[str, Any] = {
 
 @cache
 def network() -> torch.nn.Module:
-    """The network in inference mode, float32; always the same weights. Not to be changed."""
+    """Return the network in inference mode, float32, with fixed weights. Do not modify it."""
     names: dict[str, Any] = {"__name__": MODULE}
     exec(SOURCE, names)
-    made: torch.nn.Module = names["SmallNet"](4)
-    _fill(made)
-    return made.eval()
+    module: torch.nn.Module = names["SmallNet"](4)
+    _set_weights(module)
+    return module.eval()
 
 
 def weights() -> dict[str, npt.NDArray[Any]]:
-    """The weights by torch's names; a convolution's kernel is (out, in, *3 axes)."""
+    """Return the weights by their names in torch. Kernels are (out, in, *3 axes)."""
     return {name: value.numpy() for name, value in network().state_dict().items()}
 
 
 def predict(batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """What the network gives for (N, 1, *P), computed by torch in float32."""
+    """Return the output of the network for (N, 1, *P), computed by torch in float32."""
     module = network()
     with torch.inference_mode():
-        found: npt.NDArray[np.float32] = module(torch.from_numpy(batch)).numpy()
-    return found
+        output: npt.NDArray[np.float32] = module(torch.from_numpy(batch)).numpy()
+    return output
 
 
-def _fill(module: torch.nn.Module) -> None:
-    """Set all weights, and statistics that a network in training mode would not use."""
-    drawn = np.random.default_rng(5)
-    for name, value in module.state_dict().items():
-        if value.dtype.is_floating_point:
-            spread = drawn.normal(0, 0.3, tuple(value.shape))
-            values = 1 + spread**2 if "var" in name else spread
-            value.copy_(torch.from_numpy(values))
+def _set_weights(module: torch.nn.Module) -> None:
+    """Set all weights and the running statistics, which only inference mode uses."""
+    rng = np.random.default_rng(5)
+    for name, tensor in module.state_dict().items():
+        if tensor.dtype.is_floating_point:
+            noise = rng.normal(0, 0.3, tuple(tensor.shape))
+            values = 1 + noise**2 if "var" in name else noise
+            tensor.copy_(torch.from_numpy(values))
 
 
 def torch_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """A class, its arguments and a bare state_dict."""
+    """Write a class, its kwargs and a state_dict."""
     (folder / f"{MODULE}.py").write_text(SOURCE)
     (folder / "kwargs.py").write_text("kwargs = {'width': 4}\n")
     torch.save(network().state_dict(), folder / "bare.pt")
@@ -97,7 +97,7 @@ def torch_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 
 
 def torch_nested(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """The same class with a checkpoint as training with DataParallel leaves it."""
+    """Write the same class with a checkpoint of training with DataParallel."""
     keys = torch_class(folder)
     state = {f"module.{name}": value for name, value in network().state_dict().items()}
     torch.save({"epoch": 7, "state_dict": state}, folder / "nested.pt")
@@ -105,32 +105,33 @@ def torch_nested(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 
 
 def torch_file(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """The whole module, pickled; its class lies in a file beside it."""
+    """Pickle the module. Its class is defined in a file in the same folder."""
     (folder / f"{MODULE}.py").write_text(SOURCE)
-    with _importable(folder) as module:
-        made = module.SmallNet(4)
-        _fill(made)
-        torch.save(made, folder / "whole.pt")
+    with _imported(folder) as small_net:
+        module = small_net.SmallNet(4)
+        _set_weights(module)
+        torch.save(module, folder / "pickled.pt")
     return {
         "runtime": "torch",
         "type": "file",
-        "model_file": str(folder / "whole.pt"),
+        "model_file": str(folder / "pickled.pt"),
         "trusted": True,
     }
 
 
 def torchscript(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Write a scripted module."""
     (folder / f"{MODULE}.py").write_text(SOURCE)
-    with _importable(folder) as module, warnings.catch_warnings():
+    with _imported(folder) as small_net, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        made = module.SmallNet(4)
-        _fill(made)
-        torch.jit.script(made).save(str(folder / "script.ts"))
+        module = small_net.SmallNet(4)
+        _set_weights(module)
+        torch.jit.script(module).save(str(folder / "script.ts"))
     return {"runtime": "torch", "type": "torchscript", "ts_file": str(folder / "script.ts")}
 
 
 def exported(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """A program of torch.export for batches of any size."""
+    """Write a torch.export program for batches of any size."""
     batch = torch.export.Dim("batch")
     example = torch.zeros((2, 1, *PATCH), dtype=getattr(torch, dtype))
     program = torch.export.export(network(), (example,), dynamic_shapes={"x": {0: batch}})
@@ -140,24 +141,24 @@ def exported(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 
 
 def onnx_file(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """An ONNX graph for batches of any size."""
+    """Write an ONNX graph for batches of any size."""
     import onnx
 
-    graph = onnx.load_from_string(_onnx_graph())
-    # Its first node is a cast, which takes any type.
-    given = graph.graph.input[0].type.tensor_type
-    given.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    model = onnx.load_from_string(_onnx_model())
+    # The first node is a cast, which accepts any dtype.
+    input_type = model.graph.input[0].type.tensor_type
+    input_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     path = folder / f"graph-{dtype}.onnx"
-    onnx.save(graph, path)
+    onnx.save(model, path)
     return {"runtime": "onnx", "type": "file", "model_file": str(path)}
 
 
 @cache
-def _onnx_graph() -> bytes:
-    """The graph, with an input of float16."""
+def _onnx_model() -> bytes:
+    """Return the serialized model with a float16 input."""
     example = torch.zeros((2, 1, *PATCH), dtype=torch.float16)
     with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):  # of the exporter, to itself
+        for category in (DeprecationWarning, FutureWarning):  # raised in the exporter itself
             warnings.simplefilter("ignore", category)
         program = torch.onnx.export(
             network(),
@@ -167,13 +168,13 @@ def _onnx_graph() -> bytes:
             verbose=False,
         )
     assert program is not None
-    written: bytes = program.model_proto.SerializeToString()
-    return written
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[Any]:
-    """The class's file as a module that can be pickled by reference; forgotten afterwards."""
+def _imported(folder: Path) -> Iterator[Any]:
+    """Import the file of the class inside a `with` block, so that instances can be pickled."""
     sys.path.insert(0, str(folder))
     try:
         yield importlib.import_module(MODULE)
@@ -218,12 +219,12 @@ def predict(batch, weights):
 
 
 def numpy_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """A class of plain Python that reads its weights from a file beside it."""
+    """Write a class that reads its weights from a file in its folder."""
     return _numpy(folder, "SmallNet", "kwargs = {'weights': 'weights.npz'}\n")
 
 
 def numpy_function(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """A function that takes the weights besides the batch."""
+    """Write a function with the weights as kwargs."""
     path = str(folder / "weights.npz")
     return _numpy(
         folder, "predict", f"import numpy\nkwargs = {{'weights': numpy.load({path!r})}}\n"
@@ -243,11 +244,11 @@ def _numpy(folder: Path, name: str, kwargs: str) -> dict[str, Any]:
     }
 
 
-# The same network in Keras, in functions named keras_*, with the weights of `weights()`.
+# The functions named keras_* write the same network in Keras, with the weights of `weights()`.
 
 
 KERAS_SOURCE = '''\
-"""The small network for volumes in Keras: channels first outside, last inside."""
+"""A small network for volumes in Keras: channels first outside, channels last inside."""
 import keras
 
 
@@ -269,15 +270,15 @@ class SmallNet(keras.Model):
 
 
 def keras_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """A subclass of keras.Model, its arguments and its weights."""
+    """Write a subclass of keras.Model, its kwargs and its weights."""
     (folder / "keras_net.py").write_text(KERAS_SOURCE)
     (folder / "keras_kwargs.py").write_text("kwargs = {'width': 4}\n")
     _keras()
     names: dict[str, Any] = {"__name__": "keras_net"}
     exec(KERAS_SOURCE, names)
-    made = names["SmallNet"](4)
-    made(np.zeros((1, 1, *PATCH), np.float32))
-    _save_keras(_filled(made).save_weights, folder / "class.weights.h5")
+    model = names["SmallNet"](4)
+    model(np.zeros((1, 1, *PATCH), np.float32))
+    _save_keras(_with_weights(model).save_weights, folder / "class.weights.h5")
     return {
         "runtime": "tensorflow",
         "type": "class",
@@ -289,28 +290,29 @@ def keras_class(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 
 
 def keras_file(folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Write a .keras file."""
     _save_keras(keras_network(dtype).save, folder / "network.keras")
     return {"runtime": "tensorflow", "type": "file", "model_file": str(folder / "network.keras")}
 
 
 def keras_h5(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """The form before .keras."""
+    """Write an HDF5 file, the format before .keras."""
     _save_keras(keras_network(dtype).save, folder / "network.h5")
     return {"runtime": "tensorflow", "type": "file", "model_file": str(folder / "network.h5")}
 
 
 def keras_saved_model(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """A directory with graphs; it takes this dtype only."""
-    made, path = keras_network(dtype), folder / f"saved-{dtype}"
-    _save_keras(lambda name: made.export(name, verbose=False), path)
+    """Write a SavedModel, which accepts only this dtype."""
+    model, path = keras_network(dtype), folder / f"saved-{dtype}"
+    _save_keras(lambda name: model.export(name, verbose=False), path)
     return {"runtime": "tensorflow", "type": "file", "model_file": str(path)}
 
 
 def keras_json(folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """An architecture, and its weights beside it."""
-    made = keras_network(dtype)
-    (folder / "network.json").write_text(made.to_json())
-    _save_keras(made.save_weights, folder / "json.weights.h5")
+    """Write an architecture as JSON and its weights."""
+    model = keras_network(dtype)
+    (folder / "network.json").write_text(model.to_json())
+    _save_keras(model.save_weights, folder / "json.weights.h5")
     return {
         "runtime": "tensorflow",
         "type": "json",
@@ -321,19 +323,19 @@ def keras_json(folder: Path, dtype: str = "float32") -> dict[str, Any]:
 
 @cache
 def keras_network(dtype: str = "float32") -> Any:
-    """The network as a functional model that takes (N, 1, *P) in this dtype; not to be changed."""
+    """Return a functional model with an input (N, 1, *P) of this dtype. Do not modify it."""
     keras = _keras()
     layers = keras.layers
-    given = keras.Input((1, *PATCH), dtype=dtype, name="volume")
-    x = layers.Permute((2, 3, 4, 1))(layers.Rescaling(1 / 100)(given))
+    inputs = keras.Input((1, *PATCH), dtype=dtype, name="volume")
+    x = layers.Permute((2, 3, 4, 1))(layers.Rescaling(1 / 100)(inputs))
     x = layers.Conv3D(4, 3, padding="same", name="first")(x)
     x = layers.ReLU()(layers.BatchNormalization(epsilon=1e-5, name="norm")(x))
     x = layers.Conv3D(CHANNELS, 3, padding="same", name="last")(layers.Dropout(0.5)(x))
-    return _filled(keras.Model(given, layers.Permute((4, 1, 2, 3))(x)))
+    return _with_weights(keras.Model(inputs, layers.Permute((4, 1, 2, 3))(x)))
 
 
 def _keras() -> Any:
-    """Keras as workers import it, with one thread, which TensorFlow takes only before its start."""
+    """Import Keras as workers do. Set one thread, which works only before TensorFlow starts."""
     from chunkq_worker.runtimes.tensorflow_import import keras, tf
 
     with suppress(RuntimeError):
@@ -341,36 +343,36 @@ def _keras() -> Any:
     return keras
 
 
-def _filled(made: Any) -> Any:
-    """Give a Keras model the weights of torch's; its kernels are (*3 axes, in, out)."""
+def _with_weights(model: Any) -> Any:
+    """Set the weights of a Keras model to those of torch. Its kernels are (*3 axes, in, out)."""
     values = weights()
     for name in ("first", "last"):
         kernel = values[f"{name}.weight"].transpose(2, 3, 4, 1, 0)
-        made.get_layer(name).set_weights([kernel, values[f"{name}.bias"]])
+        model.get_layer(name).set_weights([kernel, values[f"{name}.bias"]])
     names = ("weight", "bias", "running_mean", "running_var")
-    made.get_layer("norm").set_weights([values[f"norm.{name}"] for name in names])
-    return made
+    model.get_layer("norm").set_weights([values[f"norm.{name}"] for name in names])
+    return model
 
 
 def _save_keras(save: Callable[[str], Any], path: Path) -> None:
     from chunkq_worker.runtimes.tensorflow_import import without_log_output
 
     with warnings.catch_warnings(), without_log_output():
-        for category in (DeprecationWarning, FutureWarning):  # of Keras, to itself
+        for category in (DeprecationWarning, FutureWarning):  # raised in Keras itself
             warnings.simplefilter("ignore", category)
         save(str(path))
 
 
-# ------------------------------------------------------------------------------ all of them
+# ------------------------------------------------------------------------------- all forms
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form: the name of its function here, and what may be asked of it.
+    """One form of the network. `name` is its function in this module.
 
-    `within` is how far from torch in float32 its results may be where the dtype is exact;
-    `casts`, whether the weights take the job's dtype, so that results are as coarse as that;
-    `fixed`, whether the file says which dtype it takes, and takes no other.
+    `within` is the largest absolute difference from torch in float32 for an exact dtype.
+    `casts`: the weights are cast to the job's dtype, which lowers the precision of results.
+    `fixed`: the file declares the input dtype and accepts no other.
     """
 
     name: str
@@ -385,8 +387,8 @@ class Form:
 
 
 WITHOUT_BFLOAT16 = tuple(dtype for dtype in DTYPES if dtype != "bfloat16")
-"""NumPy has no bfloat16, and so neither has a runtime whose arrays are NumPy's."""
-COARSE = {"float16": 1e-2, "bfloat16": 4e-2}
+"""Dtypes of the runtimes whose arrays are NumPy arrays."""
+LOW_PRECISION_TOLERANCE = {"float16": 1e-2, "bfloat16": 4e-2}
 FORMS = (
     Form("torch_class", "torch", 1e-6, DTYPES, casts=True),
     Form("torch_nested", "torch", 1e-6, DTYPES, casts=True),
@@ -406,6 +408,6 @@ FORMS = (
 
 @cache
 def keys_of(form: Form, dtype: str, make_folder: Callable[[str], Path]) -> dict[str, Any]:
-    """The keys of `model_config` for a form, its files written once per test session."""
+    """Return the keys of `model_config` for a form. Its files are written once per session."""
     write: Callable[[Path, str], dict[str, Any]] = globals()[form.name]
     return {**write(make_folder(form.name), dtype), **SHAPES, "dtype": dtype}

@@ -1,10 +1,9 @@
-"""A device in this process that does nothing before it has to, so that a missing wait shows.
+"""An accelerator simulated on the CPU that makes every missing synchronization fail.
 
-Its memory is separate from the host's and holds rubbish at first. Every torch operation on it is
-noted in a stream and done later: when the host waits for it, by default not before. A stream may
-also be made to run as early as it can. Memory that nothing refers to is given out again at once,
-as torch does where all are of one stream. So whatever nobody waits for is too late or too early in
-each run, not once in a thousand.
+Device memory is separate from host memory and initially filled with UNINITIALIZED. Torch
+operations on it are enqueued in a stream and run as late as possible: when the host waits for them.
+Copying streams can also run as early as possible. Freed memory is reused at once, as torch does on
+one stream. Code that forgets to wait therefore fails in every run.
 """
 
 from __future__ import annotations
@@ -20,67 +19,65 @@ import torch
 from chunkq_worker.runtimes.staging import Accelerator
 from torch.utils._pytree import tree_map
 
-RUBBISH = 0x6B
-"""Every byte of memory that nothing was written to: a large number in any dtype."""
+UNINITIALIZED = 0x6B
+"""Every byte of uninitialized memory: a large number in any dtype."""
 Operation = Callable[[], object]
 
 
 @dataclass(eq=False)
 class SimulatedStream:
-    """Operations still to be done, in order; an event among them is waited for."""
+    """A queue of operations. An event in the queue blocks it until the event is complete."""
 
     early: bool = False
-    noted: int = 0
+    enqueued: int = 0
     done: int = 0
-    waiting: deque[Operation | SimulatedEvent] = field(default_factory=deque)
+    queue: deque[Operation | SimulatedEvent] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
 class SimulatedEvent:
-    """That the first `number` operations of a stream are done."""
+    """Complete when the first `number` operations of a stream are done."""
 
     stream: SimulatedStream
     number: int
 
     @property
-    def happened(self) -> bool:
+    def is_complete(self) -> bool:
         return self.stream.done >= self.number
 
 
 class Block:
-    """Bytes of the device's memory; they go back to its pool with the last tensor in them."""
+    """A block of device memory. It returns to the pool with the last tensor that uses it."""
 
     def __init__(self, size: int, pool: dict[int, list[torch.Tensor]]) -> None:
         self._pool = pool.setdefault(size, [])
         with torch.inference_mode(False):
-            self.bytes = (
-                self._pool.pop() if self._pool else torch.full((size,), RUBBISH, dtype=torch.uint8)
-            )
+            self.bytes = self._pool.pop() if self._pool else _uninitialized(size)
 
     def __del__(self) -> None:
         self._pool.append(self.bytes)
 
 
-class OnDevice(torch.Tensor):
-    """A tensor in the device's memory. The host sees its shape, and its values never."""
+class DeviceTensor(torch.Tensor):
+    """A tensor in device memory. The host can read its shape but not its values."""
 
     memory: torch.Tensor
     block: Block
     owner: SimulatedDevice
 
     @staticmethod
-    def of(memory: torch.Tensor, block: Block, owner: SimulatedDevice) -> OnDevice:
-        with torch.inference_mode(False):  # as views of it may be made in another mode
-            made: OnDevice = torch.Tensor._make_wrapper_subclass(
-                OnDevice,
+    def create(memory: torch.Tensor, block: Block, owner: SimulatedDevice) -> DeviceTensor:
+        with torch.inference_mode(False):  # views of it can be created in another mode
+            tensor: DeviceTensor = torch.Tensor._make_wrapper_subclass(
+                DeviceTensor,
                 memory.shape,
                 strides=memory.stride(),
                 storage_offset=memory.storage_offset(),
                 dtype=memory.dtype,
-                device="meta",  # not the host's; torch knows no operations of its own for it
+                device="meta",  # a device other than the CPU that computes nothing
             )
-        made.memory, made.block, made.owner = memory, block, owner
-        return made
+        tensor.memory, tensor.block, tensor.owner = memory, block, owner
+        return tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -88,160 +85,166 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found: list[OnDevice] = []
-        tree_map(lambda a: found.append(a) if isinstance(a, OnDevice) else None, (args, kwargs))
-        return found[0].owner.dispatch(func, args, kwargs or {})
+        tensors: list[DeviceTensor] = []
+        tree_map(
+            lambda a: tensors.append(a) if isinstance(a, DeviceTensor) else None, (args, kwargs)
+        )
+        return tensors[0].owner.dispatch(func, args, kwargs or {})
 
 
 class SimulatedDevice(Accelerator):
-    """The host's processor with memory and streams as a device has them.
+    """A simulated accelerator with memory and streams.
 
-    `early` makes copying streams run ahead of what computes, as far as nothing holds them back;
-    otherwise they are as late as they can. `forget` makes the device miss every wait of that name,
-    `hold` or `wait`: what code comes to that has none.
+    With `early`, copying streams run as early as events allow, otherwise as late as possible.
+    `ignore` names a method, `wait_on_stream` or `wait`, that does nothing: it simulates code that
+    forgets this synchronization.
     """
 
-    def __init__(self, *, early: bool = False, forget: str = "") -> None:
-        self._early, self._forget = early, forget
-        self._computing = SimulatedStream()
-        self._streams = [self._computing]
+    def __init__(self, *, early: bool = False, ignore: str = "") -> None:
+        self._early, self._ignore = early, ignore
+        self._compute_stream = SimulatedStream()
+        self._streams = [self._compute_stream]
         self._pool: dict[int, list[torch.Tensor]] = {}
-        self._recorded: list[Operation] | None = None
-        self._captured: list[Any] = []
+        self._captured_operations: list[Operation] | None = None
+        self._captured_tensors: list[Any] = []
         self._lock = threading.RLock()
         self.copies = 0
 
-    # ------------------------------------------------------------- what an accelerator does
+    # ------------------------------------------------------------ interface of Accelerator
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        size = prod(shape) * dtype.itemsize
-        return torch.full((size,), RUBBISH, dtype=torch.uint8).view(dtype).view(tuple(shape))
+        return _uninitialized(prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return self._made(torch.empty(tuple(shape), dtype=dtype, device="meta"))
+        return self._allocate(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
     def stream(self) -> SimulatedStream:
         self._streams.append(SimulatedStream(self._early))
         return self._streams[-1]
 
     def current(self) -> SimulatedStream:
-        return self._computing
+        return self._compute_stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
         self.copies += 1
-        # The tensors, not only their bytes, so that the bytes are not given out meanwhile.
-        self._note(lambda: _memory(target).copy_(_memory(source)), stream)
+        # The closure keeps the tensors alive, so that their memory is not reused meanwhile.
+        self._enqueue(lambda: _memory(target).copy_(_memory(source)), stream)
 
     def record(self, stream: SimulatedStream) -> SimulatedEvent:
-        return SimulatedEvent(stream, stream.noted)
+        return SimulatedEvent(stream, stream.enqueued)
 
     def wait_on_stream(self, stream: SimulatedStream, event: SimulatedEvent) -> None:
-        if self._forget != "hold":
-            self._note(event, stream)
+        if self._ignore != "wait_on_stream":
+            self._enqueue(event, stream)
 
     def wait(self, event: SimulatedEvent) -> None:
-        if self._forget != "wait":
-            self._reach(event)
+        if self._ignore != "wait":
+            self._complete(event)
 
     def capture(
-        self, run: Callable[[torch.Tensor], Any], given: torch.Tensor
+        self, run: Callable[[torch.Tensor], Any], batch: torch.Tensor
     ) -> tuple[Callable[[], None], Any]:
-        self._recorded = recorded = []
+        self._captured_operations = operations = []
         try:
-            returned = run(given)
+            output = run(batch)
         finally:
-            self._recorded = None
+            self._captured_operations = None
 
         def replay() -> None:
-            for operation in recorded:
-                self._note(operation, self._computing)
+            for operation in operations:
+                self._enqueue(operation, self._compute_stream)
 
-        return replay, returned
+        return replay, output
 
-    # --------------------------------------------------------------- what torch does on it
+    # ------------------------------------------------------------------- torch operations
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Note one operation on tensors of which at least one lies here."""
-        parts = func.decompose(*args, **kwargs)  # in inference mode torch has not done that yet
-        if parts is not NotImplemented:
-            return parts
-        given, more = tree_map(_memory, (args, kwargs))
-        returns = func._schema.returns
-        if func is torch.ops.aten._local_scalar_dense.default or str(more.get("device")) == "cpu":
-            return self._now(lambda: func(*given, **more))
+        """Enqueue one operation with at least one tensor on this device."""
+        result = func.decompose(*args, **kwargs)  # torch does not decompose in inference mode
+        if result is not NotImplemented:
+            return result
+        host_args, host_kwargs = tree_map(_memory, (args, kwargs))
+        is_copy_to_host = str(host_kwargs.get("device")) == "cpu"
+        if func is torch.ops.aten._local_scalar_dense.default or is_copy_to_host:
+            return self._run_synchronously(lambda: func(*host_args, **host_kwargs))
         if func._schema.is_mutable:
-            self._note(lambda: func(*given, **more), self._computing)
+            self._enqueue(lambda: func(*host_args, **host_kwargs), self._compute_stream)
             return kwargs.get("out", args[0])
-        if any(each.alias_info is not None for each in returns):  # a view: no value is read
-            views = func(*given, **more)
-            return tree_map(lambda view: OnDevice.of(view, args[0].block, self), views)
-        shapes = func(*tree_map(_shape_only, given), **tree_map(_shape_only, more))
-        made = tree_map(self._made, shapes)
-        into = made.memory  # operations with several results are not needed so far
-        self._note(lambda: into.copy_(func(*given, **more)), self._computing)
-        return made
+        if any(r.alias_info is not None for r in func._schema.returns):  # a view reads no values
+            views = func(*host_args, **host_kwargs)
+            return tree_map(lambda view: DeviceTensor.create(view, args[0].block, self), views)
+        shapes = func(*tree_map(_shape_only, host_args), **tree_map(_shape_only, host_kwargs))
+        output = tree_map(self._allocate, shapes)
+        target = output.memory  # operations with several outputs are not supported
+        self._enqueue(lambda: target.copy_(func(*host_args, **host_kwargs)), self._compute_stream)
+        return output
 
-    def _made(self, like: torch.Tensor) -> OnDevice:
+    def _allocate(self, like: torch.Tensor) -> DeviceTensor:
+        """Return an uninitialized tensor with the shape and dtype of `like`."""
         block = Block(like.numel() * like.itemsize, self._pool)
-        dense = torch.empty_like(like).stride()
+        dense_strides = torch.empty_like(like).stride()
         with torch.inference_mode(False):
-            memory = block.bytes.view(like.dtype).as_strided(like.shape, dense)
-        made = OnDevice.of(memory, block, self)
-        if self._recorded is not None:
-            self._captured.append(made)  # a capture's memory is its own for good
-        return made
+            memory = block.bytes.view(like.dtype).as_strided(like.shape, dense_strides)
+        tensor = DeviceTensor.create(memory, block, self)
+        if self._captured_operations is not None:
+            self._captured_tensors.append(tensor)  # memory of a capture is never reused
+        return tensor
 
-    def _now(self, operation: Callable[[], Any]) -> Any:
-        """Wait for what is computed, then do an operation whose result is the host's."""
-        if self._recorded is not None:
+    def _run_synchronously(self, operation: Callable[[], Any]) -> Any:
+        """Wait for the compute stream, then run an operation that returns a host value."""
+        if self._captured_operations is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
         with self._lock:
-            self._reach(self.record(self._computing))
+            self._complete(self.record(self._compute_stream))
             with torch.inference_mode():
                 return operation()
 
     # ------------------------------------------------------------------------------- streams
 
-    def _note(self, operation: Operation | SimulatedEvent, stream: SimulatedStream) -> None:
-        if self._recorded is not None:
+    def _enqueue(self, operation: Operation | SimulatedEvent, stream: SimulatedStream) -> None:
+        if self._captured_operations is not None:
             if not isinstance(operation, SimulatedEvent):
-                self._recorded.append(operation)
+                self._captured_operations.append(operation)
             return
         with self._lock:
-            stream.waiting.append(operation)
-            stream.noted += 1
-            self._run_early()
+            stream.queue.append(operation)
+            stream.enqueued += 1
+            self._run_early_streams()
 
-    def _run_early(self) -> None:
+    def _run_early_streams(self) -> None:
         for stream in self._streams:
-            while stream.early and stream.waiting:
-                first = stream.waiting[0]
-                if isinstance(first, SimulatedEvent) and not first.happened:
+            while stream.early and stream.queue:
+                first = stream.queue[0]
+                if isinstance(first, SimulatedEvent) and not first.is_complete:
                     break
-                self._step(stream)
+                self._run_next(stream)
 
-    def _reach(self, event: SimulatedEvent) -> None:
-        """Do as little as makes an event happen; then what runs early may go on."""
+    def _complete(self, event: SimulatedEvent) -> None:
+        """Run the operations that an event needs, then the early streams."""
         with self._lock:
-            self._do_until(event)
-            self._run_early()
+            self._run_until(event)
+            self._run_early_streams()
 
-    def _do_until(self, event: SimulatedEvent) -> None:
-        while not event.happened:
-            self._step(event.stream)
+    def _run_until(self, event: SimulatedEvent) -> None:
+        while not event.is_complete:
+            self._run_next(event.stream)
 
-    def _step(self, stream: SimulatedStream) -> None:
-        first = stream.waiting.popleft()
+    def _run_next(self, stream: SimulatedStream) -> None:
+        first = stream.queue.popleft()
         if isinstance(first, SimulatedEvent):
-            self._do_until(first)
+            self._run_until(first)
         else:
             with torch.inference_mode():
                 first()
         stream.done += 1
 
 
+def _uninitialized(size: int) -> torch.Tensor:
+    return torch.full((size,), UNINITIALIZED, dtype=torch.uint8)
+
+
 def _memory(value: Any) -> Any:
-    return value.memory if isinstance(value, OnDevice) else value
+    return value.memory if isinstance(value, DeviceTensor) else value
 
 
 def _shape_only(value: Any) -> Any:

@@ -1,11 +1,12 @@
 """The contract of every runtime and every form of a network; see chunkq_worker/runtimes/base.py.
 
-A new form adds a function and one entry to tests/models.py, a new runtime one to RUNTIMES here,
-and gets the whole suite.
+A new form is a function and an entry of FORMS in tests/models.py. A new runtime is an entry of
+RUNTIMES below. All tests then run for it.
 """
 
 import gc
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.combine import activate, add_weighted, reduce_and_cast, to_numpy, to_votes
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
@@ -37,64 +38,63 @@ each_form = pytest.mark.parametrize("form", FORMS, ids=str)
 each_runtime = pytest.mark.parametrize("form", FORM_BY_RUNTIME, ids=lambda form: form.runtime)
 
 
-def torch_is_out_of_memory() -> None:
+def exhaust_torch() -> None:
     torch.empty(1 << 55, dtype=torch.uint8)
 
 
-def onnx_is_out_of_memory() -> None:
+def exhaust_onnx() -> None:
     import onnx
     import onnxruntime
 
-    n, kind = onnx.helper, onnx.TensorProto
-    shape = n.make_tensor_value_info("shape", kind.INT64, [1])
-    much = n.make_tensor_value_info("much", kind.FLOAT, None)
-    graph = n.make_graph(
-        [n.make_node("ConstantOfShape", ["shape"], ["much"])], "g", [shape], [much]
-    )
-    model = n.make_model(graph, opset_imports=[n.make_opsetid("", 17)], ir_version=9)
+    helper, dtypes = onnx.helper, onnx.TensorProto
+    shape = helper.make_tensor_value_info("shape", dtypes.INT64, [1])
+    zeros = helper.make_tensor_value_info("zeros", dtypes.FLOAT, None)
+    node = helper.make_node("ConstantOfShape", ["shape"], ["zeros"])
+    graph = helper.make_graph([node], "g", [shape], [zeros])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     session.run(None, {"shape": np.array([1 << 50])})
 
 
-def tensorflow_is_out_of_memory() -> None:
-    """Its own error in its own words; really asked, it tries for ten seconds."""
+def exhaust_tensorflow() -> None:
+    """Raise TensorFlow's error; a real allocation would retry for ten seconds."""
     from chunkq_worker.runtimes.tensorflow_import import tf
 
-    words = "OOM when allocating tensor with shape[1073741824] and type float by allocator mklcpu"
-    raise tf.errors.ResourceExhaustedError(None, None, words)
+    message = "OOM when allocating tensor with shape[1073741824] and type float by allocator mklcpu"
+    raise tf.errors.ResourceExhaustedError(None, None, message)
 
 
-def numpy_is_out_of_memory() -> None:
+def exhaust_numpy() -> None:
     np.empty(1 << 60, np.uint8)
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the suite knows of a runtime.
+class RuntimeTraits:
+    """Properties of a runtime.
 
-    `own` names the type of the arrays that protected steps are given. `out_of_memory` raises what
-    the runtime does where there is no more. `networks` name classes of whose objects `close` leaves
-    none.
+    `array_type` is the type name of the arrays that the protected steps get. `exhaust_memory`
+    raises the runtime's error for a failed allocation. `close` leaves no instances of the classes
+    named in `network_classes`.
     """
 
-    own: str
-    out_of_memory: Callable[[], None]
-    networks: tuple[str, ...]
+    array_type: str
+    exhaust_memory: Callable[[], None]
+    network_classes: tuple[str, ...]
 
 
 RUNTIMES = {
-    "torch": Known("Tensor", torch_is_out_of_memory, ("Module",)),
-    "onnx": Known("ndarray", onnx_is_out_of_memory, ("InferenceSession",)),
-    "tensorflow": Known("EagerTensor", tensorflow_is_out_of_memory, ("AutoTrackable",)),
-    "numpy": Known("ndarray", numpy_is_out_of_memory, ("SmallNet", "partial")),
+    "torch": RuntimeTraits("Tensor", exhaust_torch, ("Module",)),
+    "onnx": RuntimeTraits("ndarray", exhaust_onnx, ("InferenceSession",)),
+    "tensorflow": RuntimeTraits("EagerTensor", exhaust_tensorflow, ("AutoTrackable",)),
+    "numpy": RuntimeTraits("ndarray", exhaust_numpy, ("SmallNet", "partial")),
 }
 
 
 @dataclass(frozen=True)
-class Shop:
-    """Makes runtimes; the files are written once per session."""
+class RuntimeFactory:
+    """Creates runtimes. Model files are written once per session."""
 
     make_folder: Callable[[str], Path]
 
@@ -102,59 +102,62 @@ class Shop:
         return models.keys_of(form, dtype, self.make_folder)
 
     def runtime(
-        self, form: Form, dtype: str = "float32", steps: Steps | None = None, **more: Any
+        self, form: Form, dtype: str = "float32", steps: Steps | None = None, **options: Any
     ) -> Runtime:
-        keys = self.keys(form, dtype) | {"max_batch_size": 4} | more
+        keys = self.keys(form, dtype) | {"max_batch_size": 4} | options
         return load_runtime(config(keys), steps or Steps(), 1)
 
-    def plan(self, form: Form, **more: Any) -> Plan:
-        """A job of 16 patches in one chunk."""
+    def plan(self, form: Form, **options: Any) -> Plan:
+        """Return the plan of a job with 16 patches in one chunk."""
         values = {
             "input": "/in.zarr",
             "output": "/out.zarr",
             "chunksize": [32, 32, 8],
-            "model_config": self.keys(form) | more,
+            "model_config": self.keys(form) | options,
         }
         return resolve(parse_job(values), Volume((32, 32, 8), "float32"))
 
 
 @pytest.fixture
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    return Shop(tmp_path_factory.mktemp)
+def factory(tmp_path_factory: pytest.TempPathFactory) -> RuntimeFactory:
+    return RuntimeFactory(tmp_path_factory.mktemp)
 
 
 def config(keys: dict[str, Any]) -> ModelConfig:
-    """The checked model_config, as a job has it."""
+    """Return the validated model_config of a job."""
     return parse_job({"input": "/in.zarr", "output": "/out.zarr", "model_config": keys}).model
 
 
 def batch(count: int = 4, dtype: str = "float32") -> npt.NDArray[Any]:
-    """A fixed batch whose values every dtype holds exactly."""
-    drawn = np.random.default_rng(11).integers(0, 100, (count, 1, *PATCH))
-    return drawn.astype(dtype)
+    """Return a fixed batch whose values every dtype can represent."""
+    values = np.random.default_rng(11).integers(0, 100, (count, 1, *PATCH))
+    return values.astype(dtype)
 
 
-def known(form: Form) -> Known:
+def traits(form: Form) -> RuntimeTraits:
     return RUNTIMES[form.runtime]
 
 
 @contextmanager
-def counted_anew() -> Iterator[Callable[[tuple[str, ...]], int]]:
-    """Yield what tells how many objects of classes or derived ones were made since, and live."""
+def new_objects() -> Iterator[Callable[[tuple[str, ...]], int]]:
+    """Yield a function that counts existing instances of classes created in the `with` block.
 
-    def living(names: tuple[str, ...]) -> int:
+    It includes instances of subclasses.
+    """
+
+    def count_instances(class_names: tuple[str, ...]) -> int:
         gc.collect()
-        kinds = Counter(map(type, gc.get_objects()))
-        wanted = set(names)
+        counts = Counter(map(type, gc.get_objects()))
+        names = set(class_names)
         return sum(
-            n
-            for kind, n in kinds.items()
-            if not wanted.isdisjoint(c.__name__ for c in kind.__mro__)
+            count
+            for cls, count in counts.items()
+            if not names.isdisjoint(base.__name__ for base in cls.__mro__)
         )
 
     gc.freeze()
     try:
-        yield living
+        yield count_instances
     finally:
         gc.unfreeze()
 
@@ -163,21 +166,25 @@ def counted_anew() -> Iterator[Callable[[tuple[str, ...]], int]]:
 
 
 @each_form
-def test_it_predicts_what_the_torch_class_predicts(shop: Shop, form: Form) -> None:
-    given = np.random.default_rng(2).uniform(-50, 150, (4, 1, *PATCH)).astype(np.float32)
-    outputs = to_numpy(shop.runtime(form)(given))
+def test_predictions_equal_those_of_the_torch_class(factory: RuntimeFactory, form: Form) -> None:
+    values = np.random.default_rng(2).uniform(-50, 150, (4, 1, *PATCH)).astype(np.float32)
+    outputs = to_numpy(factory.runtime(form)(values))
     assert outputs.shape == (4, CHANNELS, *PATCH)
     assert outputs.dtype in (np.float32, np.float64)
-    np.testing.assert_allclose(outputs, models.predict(given), rtol=0, atol=form.within)
+    np.testing.assert_allclose(outputs, models.predict(values), rtol=0, atol=form.within)
 
 
 @pytest.mark.parametrize(
     ("form", "dtype"), [(form, dtype) for form in FORMS for dtype in form.dtypes], ids=str
 )
-def test_every_dtype_of_the_job_reaches_the_network(shop: Shop, form: Form, dtype: str) -> None:
-    outputs = to_numpy(shop.runtime(form, dtype)(batch()))
-    within = models.COARSE.get(dtype, form.within) if form.casts else form.within
-    np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=within)
+def test_every_dtype_of_the_job_reaches_the_network(
+    factory: RuntimeFactory, form: Form, dtype: str
+) -> None:
+    outputs = to_numpy(factory.runtime(form, dtype)(batch()))
+    tolerance = form.within
+    if form.casts:
+        tolerance = models.LOW_PRECISION_TOLERANCE.get(dtype, tolerance)
+    np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=tolerance)
     assert outputs.dtype in (np.float32, np.float64)
 
 
@@ -185,106 +192,110 @@ def test_every_dtype_of_the_job_reaches_the_network(shop: Shop, form: Form, dtyp
 @pytest.mark.parametrize(
     "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "float16", "float64"]
 )
-def test_every_dtype_of_a_volume_is_cast(shop: Shop, form: Form, dtype: str) -> None:
-    outputs = to_numpy(shop.runtime(form)(batch(dtype=dtype)))
+def test_every_dtype_of_a_volume_is_cast(factory: RuntimeFactory, form: Form, dtype: str) -> None:
+    outputs = to_numpy(factory.runtime(form)(batch(dtype=dtype)))
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=form.within)
 
 
 @each_form
-def test_a_call_does_not_change_the_batch(shop: Shop, form: Form) -> None:
-    given = batch()
-    first = np.array(to_numpy(shop.runtime(form)(given)))
-    np.testing.assert_array_equal(given, batch())
-    np.testing.assert_array_equal(to_numpy(shop.runtime(form)(given)), first)
+def test_a_call_does_not_change_the_batch(factory: RuntimeFactory, form: Form) -> None:
+    values = batch()
+    first = np.array(to_numpy(factory.runtime(form)(values)))
+    np.testing.assert_array_equal(values, batch())
+    np.testing.assert_array_equal(to_numpy(factory.runtime(form)(values)), first)
 
 
 @each_form
-def test_what_a_call_gave_stays_as_it_is_when_the_next_follows(shop: Shop, form: Form) -> None:
-    runtime, given = shop.runtime(form), batch()
-    kept = runtime(given)
-    before = np.array(to_numpy(kept))
-    given[...] = 3
-    runtime(given)
-    np.testing.assert_array_equal(to_numpy(kept), before)
+def test_the_next_call_does_not_change_the_last_result(factory: RuntimeFactory, form: Form) -> None:
+    runtime, values = factory.runtime(form), batch()
+    result = runtime(values)
+    copy = np.array(to_numpy(result))
+    values[...] = 3
+    runtime(values)
+    np.testing.assert_array_equal(to_numpy(result), copy)
 
 
 @each_form
-def test_a_result_does_not_depend_on_its_place_in_the_batch(shop: Shop, form: Form) -> None:
-    runtime, given = shop.runtime(form), batch()
-    together = np.array(to_numpy(runtime(given)))
-    for shift in (1, 2, 3):
-        turned = to_numpy(runtime(np.roll(given, shift, axis=0)))
-        np.testing.assert_allclose(np.roll(turned, -shift, axis=0), together, rtol=0, atol=1e-6)
-    alone = np.zeros_like(given)
-    alone[2] = given[2]
-    np.testing.assert_allclose(to_numpy(runtime(alone))[2], together[2], rtol=0, atol=1e-6)
+def test_a_result_does_not_depend_on_its_position_in_the_batch(
+    factory: RuntimeFactory, form: Form
+) -> None:
+    runtime, values = factory.runtime(form), batch()
+    expected = np.array(to_numpy(runtime(values)))
+    for offset in (1, 2, 3):
+        outputs = to_numpy(runtime(np.roll(values, offset, axis=0)))
+        np.testing.assert_allclose(np.roll(outputs, -offset, axis=0), expected, rtol=0, atol=1e-6)
+    single_item = np.zeros_like(values)
+    single_item[2] = values[2]
+    np.testing.assert_allclose(to_numpy(runtime(single_item))[2], expected[2], rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------- arrays and steps
 
 
 @each_form
-def test_its_arrays_are_combined_as_numpys_are(shop: Shop, form: Form) -> None:
-    runtime, weights = shop.runtime(form), np.random.default_rng(3).random(PATCH, np.float32)
+def test_arrays_of_a_runtime_are_combined_like_numpy_arrays(
+    factory: RuntimeFactory, form: Form
+) -> None:
+    runtime, weights = factory.runtime(form), np.random.default_rng(3).random(PATCH, np.float32)
     outputs = runtime(batch())
     expected = np.array(to_numpy(outputs))
     for activation in ("none", "softmax", "sigmoid"):
-        found = activate(outputs, activation)  # type: ignore[arg-type]
-        wanted = activate(expected, activation)  # type: ignore[arg-type]
-        np.testing.assert_allclose(to_numpy(found), wanted, rtol=0, atol=1e-6)
+        activated = activate(outputs, activation)  # type: ignore[arg-type]
+        expected_activated = activate(expected, activation)  # type: ignore[arg-type]
+        np.testing.assert_allclose(to_numpy(activated), expected_activated, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(to_numpy(to_votes(outputs)), to_votes(expected))
     total = runtime.zeros((CHANNELS, *PATCH))
     assert not to_numpy(total).any()
     assert to_numpy(total).dtype == np.float32
     for prediction in outputs:
         add_weighted(total, runtime.to_device(weights), prediction)
-    wanted = (expected * weights).sum(axis=0)
-    np.testing.assert_allclose(to_numpy(total), wanted, rtol=0, atol=1e-5)
+    expected_total = (expected * weights).sum(axis=0)
+    np.testing.assert_allclose(to_numpy(total), expected_total, rtol=0, atol=1e-5)
     average = reduce_and_cast(total, "weighted_avg", np.float32)
     assert average.dtype == np.float32
-    np.testing.assert_allclose(average, wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(average, expected_total, rtol=0, atol=1e-5)
     labels = reduce_and_cast(total, "soft", np.uint8)
     np.testing.assert_array_equal(labels, to_numpy(total).argmax(axis=0))
 
 
 @each_form
-def test_protected_steps_are_given_its_own_arrays_on_the_device(shop: Shop, form: Form) -> None:
-    seen: list[tuple[str, tuple[int, ...], str]] = []
+def test_protected_steps_get_the_arrays_of_the_runtime(factory: RuntimeFactory, form: Form) -> None:
+    inputs: list[tuple[str, tuple[int, ...], str]] = []
 
-    def look(array: Any) -> Any:
+    def record(array: Any) -> Any:
         dtype = str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
-        seen.append((type(array).__name__, tuple(array.shape), dtype))
+        inputs.append((type(array).__name__, tuple(array.shape), dtype))
         return array
 
     def scale(array: Any) -> Any:
-        return look(array) * 2 - 10
+        return record(array) * 2 - 10
 
     def shift(array: Any) -> Any:
-        return look(array) * 0.5 + 1
+        return record(array) * 0.5 + 1
 
     steps = Steps(preprocessing_protected=scale, postprocessing_protected=shift)
-    outputs = to_numpy(shop.runtime(form, steps=steps)(batch(dtype="uint8")))
-    own = known(form).own
-    shape, given = (4, CHANNELS, *PATCH), (4, 1, *PATCH)
-    assert seen == [(own, given, "float32"), (own, shape, "float32")]
-    wanted = models.predict(batch() * 2 - 10) * 0.5 + 1
-    np.testing.assert_allclose(outputs, wanted, rtol=0, atol=form.within)
+    outputs = to_numpy(factory.runtime(form, steps=steps)(batch(dtype="uint8")))
+    array_type = traits(form).array_type
+    input_shape, output_shape = (4, 1, *PATCH), (4, CHANNELS, *PATCH)
+    assert inputs == [(array_type, input_shape, "float32"), (array_type, output_shape, "float32")]
+    expected = models.predict(batch() * 2 - 10) * 0.5 + 1
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=form.within)
 
 
 # ----------------------------------------------------------------------------------- memory
 
 
-class Tight(Runtime):
-    """A runtime on a device that holds `fits` items; it raises what its real one raises."""
+class LimitedMemoryRuntime(Runtime):
+    """Wraps a runtime. Call `exhaust_memory` for batches of more than `max_items` items."""
 
-    def __init__(self, inner: Runtime, error: Callable[[], None], fits: int) -> None:
+    def __init__(self, inner: Runtime, exhaust_memory: Callable[[], None], max_items: int) -> None:
         self.device, self.sizes = inner.device, list[int]()
-        self._inner, self._error, self._fits = inner, error, fits
+        self._inner, self._exhaust_memory, self._max_items = inner, exhaust_memory, max_items
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
         self.sizes.append(len(batch))
-        if len(batch) > self._fits:
-            self._error()
+        if len(batch) > self._max_items:
+            self._exhaust_memory()
         return self._inner(batch)
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
@@ -303,30 +314,29 @@ class Tight(Runtime):
 def predictions(batcher: Batcher, plan: Plan) -> npt.NDArray[Any]:
     chunk = plan.chunk((0, 0, 0))
     values = np.random.default_rng(1).uniform(0, 100, chunk.halo.shape).astype(np.float32)
-    found = batcher.predictions(list(plan.patches(chunk)), [values], chunk.halo.start)
-    return np.stack([np.array(to_numpy(prediction)) for _, prediction in found])
+    pairs = batcher.predictions(list(plan.patches(chunk)), [values], chunk.halo.start)
+    return np.stack([np.array(to_numpy(prediction)) for _, prediction in pairs])
 
 
 @each_form
-def test_out_of_memory_halves_the_batch_says_so_once_and_is_remembered(
-    shop: Shop, form: Form, caplog: pytest.LogCaptureFixture
+def test_out_of_memory_halves_the_batch_size_logs_it_once_and_is_remembered(
+    factory: RuntimeFactory, form: Form, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = shop.plan(form, max_batch_size=16)
-    runtime = shop.runtime(form, max_batch_size=16)
-    whole = predictions(Batcher(plan, runtime, Steps()), plan)
-    tight = Tight(runtime, known(form).out_of_memory, fits=5)
+    plan = factory.plan(form, max_batch_size=16)
+    runtime = factory.runtime(form, max_batch_size=16)
+    expected = predictions(Batcher(plan, runtime, Steps()), plan)
+    limited = LimitedMemoryRuntime(runtime, traits(form).exhaust_memory, max_items=5)
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
-        first = Batcher(plan, tight, Steps(), network=("net", form))
+        first = Batcher(plan, limited, Steps(), network=("net", form))
         first.warm_up()
-        again = Batcher(plan, tight, Steps(), network=("net", form))
-        again.warm_up()
-        found = predictions(again, plan)
-    assert tight.sizes == [16, 8, 4, 4, *[4] * 4]
-    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
-    assert [record.getMessage() for record in caplog.records] == [
-        "out of memory: batches have 8 patches from here on",
-        "out of memory: batches have 4 patches from here on",
-    ]
+        second = Batcher(plan, limited, Steps(), network=("net", form))
+        second.warm_up()
+        outputs = predictions(second, plan)
+    assert limited.sizes == [16, 8, 4, 4, *[4] * 4]
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [re.findall(r"\d+", message)[0] for message in messages] == ["8", "4"]
+    assert all("out of memory" in message for message in messages)
 
 
 @each_runtime
@@ -340,31 +350,38 @@ def test_out_of_memory_halves_the_batch_says_so_once_and_is_remembered(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_another_error_is_not_taken_for_lack_of_memory(
-    shop: Shop, form: Form, error: Exception
+def test_other_errors_do_not_count_as_out_of_memory(
+    factory: RuntimeFactory, form: Form, error: Exception
 ) -> None:
-    assert not shop.runtime(form).is_out_of_memory(error)
+    assert not factory.runtime(form).is_out_of_memory(error)
 
 
 @each_form
-def test_closing_lets_go_of_the_network(shop: Shop, form: Form) -> None:
-    shop.keys(form)
-    with counted_anew() as living:
-        runtime = shop.runtime(form)
+def test_close_releases_the_network(factory: RuntimeFactory, form: Form) -> None:
+    factory.keys(form)
+    class_names = traits(form).network_classes
+    with new_objects() as count_instances:
+        runtime = factory.runtime(form)
         runtime(batch())
-        assert living(known(form).networks) > 0
+        assert count_instances(class_names) > 0
         runtime.close()
-        assert living(known(form).networks) == 0
+        assert count_instances(class_names) == 0
 
 
 # ----------------------------------------------------------------------------- bad networks
 
 
-def refusal(form: Form, keys: dict[str, Any], shop: Shop) -> str:
-    """The line with which a changed form is refused, when it is loaded or first called."""
+def load_error(
+    form: Form,
+    keys: dict[str, Any],
+    factory: RuntimeFactory,
+    code: ErrorCode = ErrorCode.MODEL_UNUSABLE,
+) -> str:
+    """Load a form with changed keys and call it. Return the message of its ModelError."""
     with pytest.raises(ModelError) as caught:
-        load_runtime(config(shop.keys(form) | {"max_batch_size": 4} | keys), Steps(), 1)(batch())
+        load_runtime(config(factory.keys(form) | {"max_batch_size": 4} | keys), Steps(), 1)(batch())
     line = str(caught.value)
+    assert caught.value.code is code, line
     assert line.startswith("model_config."), line
     assert "\n" not in line
     assert "\x1b" not in line
@@ -375,32 +392,34 @@ FILE_KEYS = ("checkpoint", "ts_file", "model_file", "json_file", "class_file")
 
 
 def main_file(keys: dict[str, Any]) -> str:
-    """The key of the file that holds the weights or, as data or code, the network."""
+    """Return the key of the file with the weights or the network."""
     return next(key for key in FILE_KEYS if key in keys)
 
 
 @each_form
-def test_a_file_that_is_not_there_is_one_line(shop: Shop, form: Form, tmp_path: Path) -> None:
-    key = main_file(shop.keys(form))
-    line = refusal(form, {key: str(tmp_path / "nowhere.bin")}, shop)
-    of_code = "no file " if key == "class_file" else ""
-    assert line.startswith(f"model_config.{key}: {of_code}{tmp_path}/nowhere.bin")
+def test_a_missing_file_is_reported_in_one_line(
+    factory: RuntimeFactory, form: Form, tmp_path: Path
+) -> None:
+    key = main_file(factory.keys(form))
+    line = load_error(form, {key: str(tmp_path / "missing.bin")}, factory)
+    assert line.startswith(f"model_config.{key}: ")
+    assert f"{tmp_path}/missing.bin" in line
 
 
 @each_form
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and then nothing", bytes(5000)])
-def test_a_file_of_something_else_is_one_line(
-    shop: Shop, form: Form, tmp_path: Path, content: bytes
+def test_a_file_with_other_content_is_reported_in_one_line(
+    factory: RuntimeFactory, form: Form, tmp_path: Path, content: bytes
 ) -> None:
-    key = main_file(shop.keys(form))
-    path = tmp_path / Path(shop.keys(form)[key]).name
+    key = main_file(factory.keys(form))
+    path = tmp_path / Path(factory.keys(form)[key]).name
     path.write_bytes(content)
-    line = refusal(form, {key: str(path)}, shop)
-    empty_code = key == "class_file" and not content  # is Python, but without the class
-    assert line.startswith(f"model_config.{'class_name' if empty_code else key}: {path}")
+    line = load_error(form, {key: str(path)}, factory)
+    lacks_class = key == "class_file" and not content  # an empty file is valid Python
+    assert line.startswith(f"model_config.{'class_name' if lacks_class else key}: {path}")
 
 
-RIGHT = {
+KEYS_TO_USE = {
     "torch_class": ("torch", "class"),
     "torch_file": ("torch", "file", "trusted"),
     "torchscript": ("torch", "torchscript", "ts_file"),
@@ -409,14 +428,14 @@ RIGHT = {
     "keras_file": ("tensorflow", "file"),
     "keras_h5": ("tensorflow", "file"),
 }
-"""What a line must name that refuses such a file where another is due."""
+"""Form -> the keys and values that the error for a file of this form must name."""
 
 
-def named(name: str) -> Form:
+def form_named(name: str) -> Form:
     return next(form for form in FORMS if form.name == name)
 
 
-ALSO_RIGHT = [
+ALSO_ACCEPTED = [
     ("torch_class", "torch_nested"),
     ("torch_nested", "torch_class"),
     ("keras_file", "keras_h5"),
@@ -427,40 +446,48 @@ ALSO_RIGHT = [
     ("keras_json", "keras_h5"),
     ("keras_json", "keras_file"),
 ]
-"""Forms whose file may as well be that of another: Keras takes weights out of whole networks."""
+"""Pairs (form, form of a file that it also accepts). Keras can read weights from networks."""
 
 
-@pytest.mark.parametrize(("form", "given"), ALSO_RIGHT)
-def test_a_file_that_also_holds_the_weights_will_do(shop: Shop, form: str, given: str) -> None:
-    keys, other = shop.keys(named(form)), shop.keys(named(given))
+@pytest.mark.parametrize(("form", "file_form"), ALSO_ACCEPTED)
+def test_another_file_with_the_weights_is_accepted(
+    factory: RuntimeFactory, form: str, file_form: str
+) -> None:
+    keys, other = factory.keys(form_named(form)), factory.keys(form_named(file_form))
     changed = {main_file(keys): other[main_file(other)], "max_batch_size": 4}
     outputs = to_numpy(load_runtime(config(keys | changed), Steps(), 1)(batch()))
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("form", "given"),
+    ("form", "file_form"),
     [
-        (form, given)
+        (form, file_form)
         for form in FORMS
-        for given in RIGHT
-        if given != form.name and (form.name, given) not in ALSO_RIGHT
+        for file_form in KEYS_TO_USE
+        if file_form != form.name and (form.name, file_form) not in ALSO_ACCEPTED
     ],
     ids=str,
 )
-def test_a_file_given_as_the_wrong_type_is_recognised_and_the_right_one_named(
-    shop: Shop, form: Form, given: str
+def test_the_error_for_a_file_of_another_type_names_the_keys_to_use(
+    factory: RuntimeFactory, form: Form, file_form: str
 ) -> None:
-    other = shop.keys(named(given))
+    other = factory.keys(form_named(file_form))
     path = other[main_file(other)]
-    line = refusal(form, {main_file(shop.keys(form)): path}, shop)
+    reads_weights_only = form.name in ("torch_class", "torch_nested")
+    is_pickle = file_form == "torch_file" and reads_weights_only
+    code = ErrorCode.MODEL_UNTRUSTED if is_pickle else ErrorCode.MODEL_UNUSABLE
+    line = load_error(form, {main_file(factory.keys(form)): path}, factory, code)
     assert path in line
-    for word in RIGHT[given][form.runtime == RIGHT[given][0] :]:
-        assert word in line, (word, line)
+    keys = KEYS_TO_USE[file_form]
+    for key in keys[form.runtime == keys[0] :]:
+        assert key in line, (key, line)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.fixed], ids=str)
-def test_a_dtype_that_the_file_does_not_take_is_one_line(shop: Shop, form: Form) -> None:
-    line = refusal(form, {"dtype": "float64"}, shop)
+def test_a_dtype_unsupported_by_the_file_is_reported_in_one_line(
+    factory: RuntimeFactory, form: Form
+) -> None:
+    line = load_error(form, {"dtype": "float64"}, factory)
     assert line.startswith("model_config.dtype: ")
     assert "dtype: float32" in line

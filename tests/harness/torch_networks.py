@@ -1,4 +1,4 @@
-"""What the tests of the torch runtime share: a small network for 2-D patches, in any form."""
+"""A small torch network for 2-D patches in every form, for the tests of the torch runtime."""
 
 import warnings
 from pathlib import Path
@@ -12,7 +12,7 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
@@ -52,7 +52,7 @@ def trained() -> torch.nn.Module:
 
 
 def scripted(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Script and save; by tracing, as the class has no source file to script from."""
+    """Trace and save a module. Scripting would need a source file of its class."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.trace(module, torch.zeros((2, 1, *PATCH), dtype=dtype)).save(str(path))
@@ -83,28 +83,28 @@ def load(plan: Plan, steps: Steps | None = None) -> Runtime:
 
 
 def predictions(plan: Plan, runtime: Any = None, steps: Steps | None = None) -> npt.NDArray[Any]:
-    """The predictions of chunk 0.0's patches over a fixed input: (patches, C, *Q)."""
+    """Return the predictions (patches, C, *Q) of chunk 0.0 for a fixed input."""
     chunk = plan.chunk((0, 0))
     values = np.random.default_rng(1).random(chunk.halo.shape)
     region = (values if plan.volume.dtype.startswith("float") else values * 100).astype(
         plan.volume.dtype
     )
     batcher = Batcher(plan, runtime or load(plan), steps or Steps())
-    found = batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start)
-    return np.stack([np.asarray(prediction).copy() for _, prediction in found])
+    pairs = batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start)
+    return np.stack([np.asarray(prediction).copy() for _, prediction in pairs])
 
 
 class Fake(Runtime):
-    """A network that notes its batches; runs out of memory above `fits` items."""
+    """A runtime that records its batches. Raise `error` for more than `max_items` items."""
 
     device = "cpu"
 
-    def __init__(self, fits: int = 1000, error: Exception | None = None) -> None:
+    def __init__(self, max_items: int = 1000, error: Exception | None = None) -> None:
         self.batches: list[npt.NDArray[Any]] = []
-        self._fits, self._error = fits, error or RuntimeError("can't allocate memory")
+        self._max_items, self._error = max_items, error or RuntimeError("can't allocate memory")
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
-        if len(batch) > self._fits:
+        if len(batch) > self._max_items:
             raise self._error
         self.batches.append(batch.copy())
         return torch.from_numpy(batch.astype(np.float32)).repeat(1, 3, 1, 1) / 7
@@ -122,14 +122,15 @@ class Fake(Runtime):
         pass
 
 
-def of_cpu() -> None:
+def exhaust_cpu_memory() -> None:
+    """Raise torch's error for a failed allocation."""
     torch.empty(1 << 55, dtype=torch.uint8)
 
 
 def as_file(path: Path, **more: Any) -> dict[str, Any]:
-    """The changes to a job that name a whole pickled module."""
-    nothing = {"class_file": None, "class_name": None, "kwargs_file": None}
-    return {"type": "file", "model_file": str(path), "trusted": True} | nothing | more
+    """Return the keys of model_config for a pickled module."""
+    removed = {"class_file": None, "class_name": None, "kwargs_file": None}
+    return {"type": "file", "model_file": str(path), "trusted": True} | removed | more
 
 
 def as_script(path: Path, **more: Any) -> dict[str, Any]:
@@ -146,33 +147,34 @@ def program(
     shape: tuple[int, ...] = (4, 1, *PATCH),
     **limits: int,
 ) -> Path:
-    """Export a module for batches of the shape, or with `limits` for any batch size in them."""
+    """Export a module for batches of this shape, or for the batch sizes `min` to `max`."""
     sizes = {"x": {0: torch.export.Dim("batch", **limits)}} if limits else None
     module = (module or trained()).eval().requires_grad_(False)
-    made = torch.export.export(module, (torch.zeros(shape),), dynamic_shapes=sizes)
-    torch.export.save(made, path)
+    exported = torch.export.export(module, (torch.zeros(shape),), dynamic_shapes=sizes)
+    torch.export.save(exported, path)
     return path
 
 
-def refused(folder: Path, **model: Any) -> str:
-    """The line with which a network is refused, when it is loaded or tried."""
+def load_error(folder: Path, code: ErrorCode = ErrorCode.MODEL_UNUSABLE, /, **model: Any) -> str:
+    """Return the message of the ModelError that loading or warming up a network raises."""
     plan = plan_of(folder, model=model)
     with pytest.raises(ModelError) as caught:
         Batcher(plan, load(plan), Steps()).warm_up()
     line = str(caught.value)
+    assert caught.value.code is code, line
     assert "\n" not in line
     assert "\x1b" not in line
     return line
 
 
 def conv() -> torch.nn.Module:
-    """A network of torch's own classes."""
+    """Return a network that uses only classes of torch."""
     torch.manual_seed(3)
     return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Dropout(0.5))
 
 
 class TrainedNet(Fake):
-    """The trained network, called without a runtime."""
+    """Calls the trained network directly."""
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
         with torch.inference_mode():

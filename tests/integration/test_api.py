@@ -46,13 +46,14 @@ from chunkq.job_handle import open_job
 from chunkq.plan import Chunk
 from chunkq.streaming import regions
 from tests import reference as ref
+from tests.harness.documents import code_block
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, output_files, run_inline
 from tests.integration.test_inputs import CASES, job_of
 
-README = Path(__file__).parents[2] / "README.md"
+README = "README.md"
 SHAPE = (17, 14, 19)
 SLIDING = {
     "inference_type": "sliding_window",
@@ -907,14 +908,6 @@ def test_a_module_of_the_same_name_does_not_hide_a_function() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def code_block(after: str, language: str) -> str:
-    """The first block of code in a language after a heading of the README."""
-    text = README.read_text().partition(f"## {after}\n")[2]
-    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
 def test_the_readme_s_example_runs_as_it_stands(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -923,10 +916,10 @@ def test_the_readme_s_example_runs_as_it_stands(
     volume = random_volume((70, 64, 64))
     write_zarr(folder / "volume.zarr", volume, (32, 32, 32))
     save_script(folder / "model.ts")
-    (folder / "job.yaml").write_text(code_block("Your own job in ten lines", "yaml"))
+    (folder / "job.yaml").write_text(code_block(README, "Your own job in ten lines", "yaml"))
     names: dict[str, Any] = {}
     monkeypatch.chdir(folder)
-    exec(compile(code_block("From Python", "python"), str(README), "exec"), names)
+    exec(compile(code_block(README, "From Python", "python"), README, "exec"), names)
     assert names["prediction"].labels.shape == volume.shape
     assert (folder / "segmented.png").read_bytes().startswith(b"\x89PNG")
     probabilities = read_output(folder / "probabilities.zarr")

@@ -1,7 +1,7 @@
-"""What a model file from a stranger may do: without `trusted: true` it runs no code of its own.
+"""Model files from untrusted sources run no code without `trusted: true`.
 
-Each malicious file here works: with `trusted: true`, or in the library itself, it leaves a mark.
-These tests run with the lowest versions of the libraries, too: `make prove PART=oldest`.
+Each malicious file is effective: loaded with `trusted: true`, or by the library itself, it creates
+the file `ran`. `make prove PART=oldest` runs these tests with the lowest versions of the libraries.
 """
 
 import json
@@ -31,42 +31,42 @@ Change = Callable[[str, bytes], bytes]
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+def ignore_library_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, UserWarning):
-            warnings.simplefilter("ignore", category)  # of the libraries, to themselves
+            warnings.simplefilter("ignore", category)
         yield
 
 
 @pytest.fixture
 def ran(tmp_path: Path) -> Path:
-    """The mark that code of a file leaves."""
+    """Return the path of the file that malicious code creates."""
     return tmp_path / "ran"
 
 
 def load(runtime: str, kind: str, **keys: Any) -> Runtime:
     job = {"input": "/in.zarr", "output": "/out.zarr"}
-    named = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
     model = {"runtime": runtime, "type": kind, "model_input_shape": SHAPE, "max_batch_size": 2}
-    return load_runtime(parse_job({**job, "model_config": model | named}).model, Steps(), 1)
+    return load_runtime(parse_job({**job, "model_config": model | values}).model, Steps(), 1)
 
 
 def run(runtime: str, kind: str, **keys: Any) -> Any:
     return load(runtime, kind, **keys)(np.ones((2, *SHAPE), np.float32))
 
 
-def refused(
+def assert_rejected(
     runtime: str, kind: str, code: ErrorCode = ErrorCode.MODEL_UNTRUSTED, **keys: Any
 ) -> None:
-    """Expect one line with the code, and no network."""
+    """Assert that loading and calling a network raises ModelError with the code."""
     with pytest.raises(ModelError) as caught:
         run(runtime, kind, **keys)
     assert caught.value.code == code, str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-class Marker:
-    """Leaves a mark where it is unpickled."""
+class FolderCreator:
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
@@ -75,8 +75,8 @@ class Marker:
         return (os.mkdir, (self._path,))
 
 
-def rewritten(path: Path, change: Change, **extra: bytes) -> Path:
-    """Copy a zip with its members changed, and some more beside them."""
+def rewrite_zip(path: Path, change: Change, **extra: bytes) -> Path:
+    """Copy a zip file with changed and additional members."""
     copy = path.with_name(f"changed-{path.name}")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
         for name in old.namelist():
@@ -89,9 +89,11 @@ def rewritten(path: Path, change: Change, **extra: bytes) -> Path:
 # ------------------------------------------------------------------------------- Keras
 
 
-def with_lambda(mark: Path) -> Any:
-    marks = eval(f"lambda x: (open({str(mark)!r}, 'w').close(), x)[1]")  # by value, not by a name
-    layers = [keras.Input(SHAPE), keras.layers.Lambda(marks, output_shape=SHAPE)]
+def with_lambda(path: Path) -> Any:
+    """Return a network that creates the file when it is called."""
+    # eval inserts the path as a literal, which Keras serializes with the function.
+    create_file = eval(f"lambda x: (open({str(path)!r}, 'w').close(), x)[1]")
+    layers = [keras.Input(SHAPE), keras.layers.Lambda(create_file, output_shape=SHAPE)]
     return keras.Sequential(layers)
 
 
@@ -105,15 +107,15 @@ def test_a_lambda_layer_runs_only_if_its_file_is_trusted(
     ran.unlink(missing_ok=True)
     keys = {"json_file": path} if suffix == "json" else {"model_file": path}
     kind = "json" if suffix == "json" else "file"
-    refused("tensorflow", kind, **keys)
+    assert_rejected("tensorflow", kind, **keys)
     assert not ran.exists()
     run("tensorflow", kind, **keys, trusted=True)
     assert ran.exists()
 
 
 def architecture(*layers: Any, shape: Any = (None, *SHAPE)) -> dict[str, Any]:
-    """A Sequential model of these serialized layers."""
-    given = {
+    """Return the configuration of a Sequential model of serialized layers."""
+    input_layer = {
         "module": "keras.layers",
         "class_name": "InputLayer",
         "config": {"batch_shape": list(shape), "dtype": "float32", "name": "input"},
@@ -122,7 +124,7 @@ def architecture(*layers: Any, shape: Any = (None, *SHAPE)) -> dict[str, Any]:
     return {
         "module": "keras",
         "class_name": "Sequential",
-        "config": {"name": "net", "trainable": True, "layers": [given, *layers]},
+        "config": {"name": "net", "trainable": True, "layers": [input_layer, *layers]},
         "registered_name": None,
         "build_config": {"input_shape": list(shape)},
     }
@@ -186,12 +188,12 @@ FROM_OTHER_MODULES = (
     "a nested one",
     "Keras 2, a function that is called",
 )
-"""These could be the user's own: the message names class_file."""
+"""Cases that could be custom objects of the user; the message names class_file."""
 
 
 @pytest.mark.parametrize("form", ["json", "keras", "h5"])
 @pytest.mark.parametrize("case", MODULES_AND_FILES)
-def test_an_architecture_names_no_modules_functions_and_files_outside_of_keras(
+def test_an_architecture_with_modules_functions_or_files_outside_of_keras_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, case: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -205,33 +207,33 @@ def test_an_architecture_names_no_modules_functions_and_files_outside_of_keras(
             file.create_group("model_weights")
     else:
         plain().save(path)
-        path = rewritten(path, lambda name, c: config.encode() if name == "config.json" else c)
-    opened: list[str] = []
+        path = rewrite_zip(path, lambda name, c: config.encode() if name == "config.json" else c)
+    calls: list[str] = []
     for module, name in ((keras.models, "load_model"), (keras.saving, "deserialize_keras_object")):
-        monkeypatch.setattr(module, name, lambda *args, **keys: opened.append("by Keras"))
+        monkeypatch.setattr(module, name, lambda *args, **keys: calls.append("by Keras"))
     key = "json_file" if form == "json" else "model_file"
     with pytest.raises(ModelError) as caught:
         load("tensorflow", "json" if form == "json" else "file", **{key: path})
-    assert opened == []  # Keras refuses some of these itself, and which ones depends on its version
+    assert calls == []  # which of these Keras itself rejects depends on its version
     expected = ErrorCode.MODEL_UNUSABLE if case in FROM_OTHER_MODULES else ErrorCode.MODEL_UNTRUSTED
     assert caught.value.code == expected, str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def plain(*, operations: bool = True) -> Any:
-    """A network of many kinds of layers, none of which is unsafe; HDF5 holds layers alone."""
-    given = keras.Input(SHAPE)
+    """Return a network of many safe layers; HDF5 files cannot contain `operations`."""
+    inputs = keras.Input(SHAPE)
     initializer = keras.initializers.HeNormal(seed=1)
-    x = keras.layers.Conv2D(3, 3, padding="same", kernel_initializer=initializer)(given)
+    x = keras.layers.Conv2D(3, 3, padding="same", kernel_initializer=initializer)(inputs)
     x = keras.layers.BatchNormalization()(keras.layers.Activation("gelu")(x))
     x = keras.layers.Conv2D(
         3, 1, activation=keras.activations.silu, kernel_regularizer=keras.regularizers.L2(0.1)
     )(x)
-    x = keras.layers.concatenate([keras.layers.LeakyReLU()(x), given])
+    x = keras.layers.concatenate([keras.layers.LeakyReLU()(x), inputs])
     inner = keras.Sequential([keras.layers.Dense(1), keras.layers.ReLU(max_value=6.0)])
     if operations:
-        return keras.Model(given, inner(keras.ops.multiply(x, x)) + given)
-    return keras.Model(given, keras.layers.Add()([inner(x), given]))
+        return keras.Model(inputs, inner(keras.ops.multiply(x, x)) + inputs)
+    return keras.Model(inputs, keras.layers.Add()([inner(x), inputs]))
 
 
 @pytest.mark.parametrize("suffix", ["h5", "keras", "json"])
@@ -242,36 +244,34 @@ def test_a_network_of_ordinary_layers_needs_no_trust(tmp_path: Path, suffix: str
         path.write_text(model.to_json())
         model.save_weights(tmp_path / "net.weights.h5")
         keys = {"json_file": path, "checkpoint": tmp_path / "net.weights.h5"}
-        found = run("tensorflow", "json", **keys)
+        outputs = run("tensorflow", "json", **keys)
     else:
         model.save(path)
-        found = run("tensorflow", "file", model_file=path)
+        outputs = run("tensorflow", "file", model_file=path)
     expected = model(np.ones((2, *SHAPE), np.float32), training=False).numpy()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
 
 
-def test_class_file_does_not_make_its_imports_callable_for_a_file(
-    tmp_path: Path, ran: Path
-) -> None:
-    """Keras calls what is no class of layers with the keywords that the file gives."""
-    (tmp_path / "own.py").write_text("from subprocess import Popen\n")
+def test_a_model_file_cannot_call_the_imports_of_class_file(tmp_path: Path, ran: Path) -> None:
+    """Keras calls any custom object that is not a layer with keywords from the file."""
+    (tmp_path / "custom.py").write_text("from subprocess import Popen\n")
     config = architecture({"class_name": "Popen", "config": {"args": ["touch", str(ran)]}})
     (tmp_path / "net.json").write_text(json.dumps(config))
-    keys = {"json_file": tmp_path / "net.json", "class_file": tmp_path / "own.py"}
-    refused("tensorflow", "json", **keys)
+    keys = {"json_file": tmp_path / "net.json", "class_file": tmp_path / "custom.py"}
+    assert_rejected("tensorflow", "json", **keys)
     assert not ran.exists()
 
 
-def link_out(file: Path, outside: Path, how: str, name: str) -> None:
-    """Move a dataset of an HDF5 file out of it; the file then leads to it."""
+def move_to_other_file(file: Path, outside: Path, method: str, name: str) -> None:
+    """Move a dataset of an HDF5 file to another file and replace it with a reference."""
     with h5py.File(file, "r+") as weights:
         values = weights[name][...]
         del weights[name]
         with h5py.File(outside, "w") as other:
             other["secret"] = values
-        if how == "a link":
+        if method == "link":
             weights[name] = h5py.ExternalLink(str(outside), "/secret")
-        elif how == "a view":
+        elif method == "virtual dataset":
             layout = h5py.VirtualLayout(values.shape, values.dtype)
             layout[...] = h5py.VirtualSource(str(outside), "secret", values.shape)
             weights.create_virtual_dataset(name, layout)
@@ -281,38 +281,40 @@ def link_out(file: Path, outside: Path, how: str, name: str) -> None:
             weights.create_dataset(name, values.shape, values.dtype, external=parts)
 
 
-@pytest.mark.parametrize("how", ["a link", "a view", "raw bytes"])
-def test_weights_in_hdf5_lead_to_no_other_file(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("method", ["link", "virtual dataset", "raw bytes"])
+def test_hdf5_weights_in_another_file_are_rejected(tmp_path: Path, method: str) -> None:
     model = keras.Sequential([keras.Input(SHAPE), keras.layers.Dense(1, name="dense")])
-    weights, whole, zipped = (tmp_path / f"net{end}" for end in (".weights.h5", ".h5", ".keras"))
-    for path, save in ((weights, model.save_weights), (whole, model.save), (zipped, model.save)):
+    weights, network, zipped = (tmp_path / f"net{end}" for end in (".weights.h5", ".h5", ".keras"))
+    for path, save in ((weights, model.save_weights), (network, model.save), (zipped, model.save)):
         save(path)
     with h5py.File(weights) as file:
         names: list[str] = []
         file.visititems(lambda n, item: names.append(n) if isinstance(item, h5py.Dataset) else None)
-    link_out(weights, tmp_path / "secret", how, next(n for n in names if n.endswith("/0")))
+    dataset = next(n for n in names if n.endswith("/0"))
+    move_to_other_file(weights, tmp_path / "secret", method, dataset)
     content = weights.read_bytes()
-    zipped = rewritten(zipped, lambda n, c: content if n == "model.weights.h5" else c)
+    zipped = rewrite_zip(zipped, lambda n, c: content if n == "model.weights.h5" else c)
     (tmp_path / "net.json").write_text(model.to_json())
     for checkpoint in (weights, zipped):
         keys = {"json_file": tmp_path / "net.json", "checkpoint": checkpoint}
-        refused("tensorflow", "json", **keys)
-    refused("tensorflow", "file", model_file=zipped)
-    with h5py.File(whole) as file:
+        assert_rejected("tensorflow", "json", **keys)
+    assert_rejected("tensorflow", "file", model_file=zipped)
+    with h5py.File(network) as file:
         file["model_weights"].visititems(
             lambda n, item: (
                 names.append(f"model_weights/{n}") if isinstance(item, h5py.Dataset) else None
             )
         )
-    link_out(whole, tmp_path / "secret2", how, next(n for n in names if n.endswith("kernel")))
-    refused("tensorflow", "file", model_file=whole)
+    kernel = next(n for n in names if n.endswith("kernel"))
+    move_to_other_file(network, tmp_path / "secret2", method, kernel)
+    assert_rejected("tensorflow", "file", model_file=network)
 
 
 # --------------------------------------------------------------------- TensorFlow
 
 
 class Writes(tf.Module):  # type: ignore[misc]
-    """Writes a file when it is called, or read one."""
+    """Performs an action, such as writing a file, when it is called."""
 
     def __init__(self, path: Path, action: str) -> None:
         super().__init__()
@@ -348,14 +350,16 @@ def test_a_saved_model_reaches_files_and_python_only_if_it_is_trusted(
 ) -> None:
     module = Writes(ran, action)
     tf.saved_model.save(module, str(tmp_path / "saved"), signatures=module.__call__)
-    refused("tensorflow", "file", model_file=tmp_path / "saved")
+    assert_rejected("tensorflow", "file", model_file=tmp_path / "saved")
     assert not ran.exists()
     run("tensorflow", "file", model_file=tmp_path / "saved", trusted=True)
     assert ran.exists() == (action in ("write", "print", "inner"))
 
 
-def test_an_initializer_of_a_saved_model_writes_no_file(tmp_path: Path, ran: Path) -> None:
-    """TensorFlow runs these while it loads."""
+def test_an_initializer_of_a_saved_model_writes_a_file_only_if_it_is_trusted(
+    tmp_path: Path, ran: Path
+) -> None:
+    """TensorFlow runs initializers when it loads a SavedModel."""
 
     class Resource(tf.saved_model.experimental.TrackableResource):  # type: ignore[misc]
         def _create_resource(self) -> Any:
@@ -372,37 +376,38 @@ def test_an_initializer_of_a_saved_model_writes_no_file(tmp_path: Path, ran: Pat
     module.resource.resource_handle  # noqa: B018
     tf.saved_model.save(module, str(tmp_path / "saved"), signatures=module.__call__)
     ran.unlink(missing_ok=True)
-    refused("tensorflow", "file", model_file=tmp_path / "saved")
+    assert_rejected("tensorflow", "file", model_file=tmp_path / "saved")
     assert not ran.exists()
     run("tensorflow", "file", model_file=tmp_path / "saved", trusted=True)
     assert ran.exists()
 
 
-def saved_by_tensorflow_1(folder: Path, mark: Path | None, *, at_start: bool) -> Path:
+def save_with_tensorflow_1(folder: Path, created: Path | None, *, at_load: bool) -> Path:
+    """Save a SavedModel that creates a file at load time or when it is called."""
     v1 = tf.compat.v1
     with v1.Graph().as_default(), v1.Session() as session:
-        given = v1.placeholder(tf.float32, (None, *SHAPE))
+        inputs = v1.placeholder(tf.float32, (None, *SHAPE))
         gain = v1.get_variable("gain", initializer=2.0)
-        write = [tf.io.write_file(str(mark), "ran")] if mark else []
-        with v1.control_dependencies([] if at_start else write):
-            made = given * gain
+        write = [tf.io.write_file(str(created), "ran")] if created else []
+        with v1.control_dependencies([] if at_load else write):
+            outputs = inputs * gain
         session.run(v1.global_variables_initializer())
         builder = v1.saved_model.Builder(str(folder))
-        signature = v1.saved_model.predict_signature_def({"x": given}, {"y": made})
-        first = v1.group(*write, name="start") if at_start else None
+        signature = v1.saved_model.predict_signature_def({"x": inputs}, {"y": outputs})
+        main_op = v1.group(*write, name="start") if at_load else None
         builder.add_meta_graph_and_variables(
-            session, ["serve"], {"serving_default": signature}, main_op=first
+            session, ["serve"], {"serving_default": signature}, main_op=main_op
         )
         builder.save()
     return folder
 
 
-@pytest.mark.parametrize("at_start", [False, True])
+@pytest.mark.parametrize("at_load", [False, True])
 def test_a_saved_model_of_tensorflow_1_writes_a_file_only_if_it_is_trusted(
-    tmp_path: Path, ran: Path, at_start: bool
+    tmp_path: Path, ran: Path, at_load: bool
 ) -> None:
-    path = saved_by_tensorflow_1(tmp_path / "saved", ran, at_start=at_start)
-    refused("tensorflow", "file", model_file=path)
+    path = save_with_tensorflow_1(tmp_path / "saved", ran, at_load=at_load)
+    assert_rejected("tensorflow", "file", model_file=path)
     assert not ran.exists()
     run("tensorflow", "file", model_file=path, trusted=True)
     assert ran.exists()
@@ -412,14 +417,14 @@ def test_ordinary_saved_models_need_no_trust(tmp_path: Path, ran: Path) -> None:
     module = Writes(ran, "nothing")
     tf.saved_model.save(module, str(tmp_path / "table"), signatures=module.__call__)
     assert run("tensorflow", "file", model_file=tmp_path / "table").max() == 5
-    old = saved_by_tensorflow_1(tmp_path / "old", None, at_start=False)
-    assert run("tensorflow", "file", model_file=old).max() == 2
+    version_1 = save_with_tensorflow_1(tmp_path / "version_1", None, at_load=False)
+    assert run("tensorflow", "file", model_file=version_1).max() == 2
     plain().export(str(tmp_path / "keras"), verbose=False)
     run("tensorflow", "file", model_file=tmp_path / "keras")
 
 
-def test_a_checkpoint_of_tensorflow_restores_values_alone(tmp_path: Path, ran: Path) -> None:
-    """A function in the checkpointed objects is no part of the checkpoint."""
+def test_a_tensorflow_checkpoint_contains_only_values(tmp_path: Path, ran: Path) -> None:
+    """Functions of the checkpointed objects are not part of the checkpoint."""
     (tmp_path / "net.py").write_text(
         "import keras\n\ndef net():\n"
         "    return keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Dense(1)])\n"
@@ -427,8 +432,8 @@ def test_a_checkpoint_of_tensorflow_restores_values_alone(tmp_path: Path, ran: P
     model = keras.Sequential([keras.Input(SHAPE), keras.layers.Dense(1)])
     tf.train.Checkpoint(model=model, more=Writes(ran, "write")).write(str(tmp_path / "weights"))
     keys = {"class_file": tmp_path / "net.py", "class_name": "net"}
-    found = run("tensorflow", "class", **keys, checkpoint=tmp_path / "weights")
-    np.testing.assert_allclose(found, model(np.ones((2, *SHAPE), np.float32)), atol=1e-6)
+    outputs = run("tensorflow", "class", **keys, checkpoint=tmp_path / "weights")
+    np.testing.assert_allclose(outputs, model(np.ones((2, *SHAPE), np.float32)), atol=1e-6)
     assert not ran.exists()
 
 
@@ -440,15 +445,15 @@ import torch
 
 class Saves(torch.nn.Module):
     def forward(self, x):
-        torch.save(x, {mark!r})
+        torch.save(x, {path!r})
         return x
 
 
 class Maps(torch.nn.Module):
-    """Makes a file of the size that it asks for."""
+    """Creates a file by mapping it into memory."""
 
     def forward(self, x):
-        return x + torch.from_file({mark!r}, shared=True, size=4).sum()
+        return x + torch.from_file({path!r}, shared=True, size=4).sum()
 
 
 class SavesWhenLoaded(torch.nn.Module):
@@ -462,7 +467,7 @@ class SavesWhenLoaded(torch.nn.Module):
 
     @torch.jit.export
     def __setstate__(self, state: tuple[int, bool]):
-        torch.save([state[0]], {mark!r})
+        torch.save([state[0]], {path!r})
         self.gain = state[0]
         self.training = state[1]
 
@@ -471,7 +476,7 @@ class SavesWhenLoaded(torch.nn.Module):
 
 
 class Ordinary(torch.nn.Module):
-    """Has an attribute with the name of an operator that writes."""
+    """Has an attribute with the name of an unsafe operator."""
 
     def __init__(self):
         super().__init__()
@@ -490,10 +495,10 @@ class Ordinary(torch.nn.Module):
 
 @pytest.fixture
 def scripts(tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Classes in a file, which torch.jit.script needs."""
+    """Load the classes from a file; torch.jit.script reads their source code."""
     from chunkq.user_code import load_names
 
-    (tmp_path / "scripts.py").write_text(SCRIPTS.format(mark=str(ran)))
+    (tmp_path / "scripts.py").write_text(SCRIPTS.format(path=str(ran)))
     return load_names(str(tmp_path / "scripts.py"), "class_file")
 
 
@@ -502,43 +507,43 @@ def test_torchscript_reaches_files_only_if_it_is_trusted(
     tmp_path: Path, ran: Path, scripts: Any, name: str
 ) -> None:
     torch.jit.script(scripts[name]()).save(str(tmp_path / "net.ts"))
-    refused("torch", "torchscript", ts_file=tmp_path / "net.ts")
+    assert_rejected("torch", "torchscript", ts_file=tmp_path / "net.ts")
     assert not ran.exists()
     run("torch", "torchscript", ts_file=tmp_path / "net.ts", trusted=True)
     assert ran.exists()
 
 
-def test_torchscript_that_python_and_torch_read_differently_is_refused(
+def test_torchscript_that_python_and_torch_read_differently_is_rejected(
     tmp_path: Path, ran: Path, scripts: Any
 ) -> None:
-    """Where a zip holds a name twice, torch takes the first and Python the last."""
+    """Of two members with one name, torch reads the first and Python the last."""
     torch.jit.script(scripts["Saves"]()).save(str(tmp_path / "net.ts"))
     with zipfile.ZipFile(tmp_path / "net.ts") as archive:
         [name] = [n for n in archive.namelist() if n.endswith(".py")]
         code = archive.read(name).replace(b"torch.save", b"torch.relu")
-    for twice in (name, name.upper().replace("NET/", "net/")):
-        shutil.copy(tmp_path / "net.ts", tmp_path / "twice.ts")
-        with zipfile.ZipFile(tmp_path / "twice.ts", "a") as archive:
-            archive.writestr(twice, code)
-        refused("torch", "torchscript", ts_file=tmp_path / "twice.ts")
+    for duplicate in (name, name.upper().replace("NET/", "net/")):
+        shutil.copy(tmp_path / "net.ts", tmp_path / "duplicate.ts")
+        with zipfile.ZipFile(tmp_path / "duplicate.ts", "a") as archive:
+            archive.writestr(duplicate, code)
+        assert_rejected("torch", "torchscript", ts_file=tmp_path / "duplicate.ts")
     assert not ran.exists()
     torch.jit.script(scripts["Ordinary"]()).save(str(tmp_path / "commented.ts"))
     with zipfile.ZipFile(tmp_path / "commented.ts", "a") as archive:
         archive.comment = b"another end"
-    refused("torch", "torchscript", ts_file=tmp_path / "commented.ts")
+    assert_rejected("torch", "torchscript", ts_file=tmp_path / "commented.ts")
 
 
 def test_ordinary_torchscript_needs_no_trust(tmp_path: Path, scripts: Any) -> None:
     module = scripts["Ordinary"]().eval()
     torch.jit.script(module).save(str(tmp_path / "net.ts"))
-    found = run("torch", "torchscript", ts_file=tmp_path / "net.ts")
+    outputs = run("torch", "torchscript", ts_file=tmp_path / "net.ts")
     expected = module(torch.ones(2, *SHAPE)).detach().numpy()
-    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(outputs), expected, atol=1e-6)
 
 
-def test_a_pickled_module_is_opened_only_if_it_is_trusted(tmp_path: Path, ran: Path) -> None:
-    torch.save({"model": torch.nn.ReLU(), "more": Marker(ran)}, tmp_path / "net.pt")
-    refused("torch", "file", model_file=tmp_path / "net.pt")
+def test_a_pickled_module_is_loaded_only_if_it_is_trusted(tmp_path: Path, ran: Path) -> None:
+    torch.save({"model": torch.nn.ReLU(), "more": FolderCreator(ran)}, tmp_path / "net.pt")
+    assert_rejected("torch", "file", model_file=tmp_path / "net.pt")
     assert not ran.exists()
     run("torch", "file", model_file=tmp_path / "net.pt", trusted=True)
     assert ran.exists()
@@ -549,15 +554,17 @@ def test_a_checkpoint_with_a_pickled_object_is_never_unpickled(
     tmp_path: Path, ran: Path, zipped: bool
 ) -> None:
     (tmp_path / "net.py").write_text("from torch.nn import ReLU\n")
-    torch.save({"more": Marker(ran)}, tmp_path / "net.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"more": FolderCreator(ran)}, tmp_path / "net.pt", _use_new_zipfile_serialization=zipped
+    )
     keys = {"class_file": tmp_path / "net.py", "class_name": "ReLU"}
-    refused("torch", "class", **keys, checkpoint=tmp_path / "net.pt")
-    refused("torch", "class", **keys, checkpoint=tmp_path / "net.pt", trusted=True)
+    assert_rejected("torch", "class", **keys, checkpoint=tmp_path / "net.pt")
+    assert_rejected("torch", "class", **keys, checkpoint=tmp_path / "net.pt", trusted=True)
     assert not ran.exists()
 
 
 class Halves(torch.nn.Module):
-    """Its program has expressions of sizes, and guards in newer torch."""
+    """Its program has size expressions, and guards in newer releases of torch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         half = torch.nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), 2)
@@ -569,8 +576,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "net.pt2"
     sizes = {0: torch.export.Dim("batch"), 1: 2 * torch.export.Dim("height", min=2)}
     example = torch.zeros(3, *SHAPE)
-    made = torch.export.export(Halves(), (example,), dynamic_shapes={"x": sizes})
-    torch.export.save(made, path)
+    exported_program = torch.export.export(Halves(), (example,), dynamic_shapes={"x": sizes})
+    torch.export.save(exported_program, path)
     return path
 
 
@@ -579,7 +586,9 @@ def program(tmp_path: Path, exported: Path) -> Path:
     return Path(shutil.copy(exported, tmp_path))
 
 
-def changed_program(path: Path, change: Callable[[Any], None]) -> Path:
+def change_program(path: Path, change: Callable[[Any], None]) -> Path:
+    """Copy a .pt2 file with a changed program."""
+
     def apply(name: str, content: bytes) -> bytes:
         if not name.endswith(("models/model.json", "serialized_exported_program.json")):
             return content
@@ -587,17 +596,17 @@ def changed_program(path: Path, change: Callable[[Any], None]) -> Path:
         change(values)
         return json.dumps(values).encode()
 
-    return rewritten(path, apply)
+    return rewrite_zip(path, apply)
 
 
-def each(value: Any, key: str) -> Iterator[dict[str, Any]]:
-    """Yield the mappings in JSON that have the key."""
+def mappings_with(key: str, value: Any) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of a JSON value that have the key."""
     if isinstance(value, dict):
         if key in value:
             yield value
         value = list(value.values())
     for item in value if isinstance(value, list) else ():
-        yield from each(item, key)
+        yield from mappings_with(key, item)
 
 
 def test_an_ordinary_program_needs_no_trust(program: Path) -> None:
@@ -605,22 +614,22 @@ def test_an_ordinary_program_needs_no_trust(program: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["size", "name", "target", "guard", "argument", "tree"])
-def test_a_program_runs_code_of_its_own_only_if_it_is_trusted(
+def test_a_program_with_code_is_loaded_only_if_it_is_trusted(
     program: Path, ran: Path, part: str
 ) -> None:
-    """torch evaluates these texts; where a version does not, the file is refused all the same."""
+    """Some releases of torch evaluate these texts. The file is rejected with all releases."""
     code = f"__import__('pathlib').Path({str(ran)!r}).touch()"
 
     def change(values: Any) -> None:
         graph = values["graph_module"]["graph"]
         if part == "size":
-            for size in each(values, "expr_str"):
+            for size in mappings_with("expr_str", values):
                 size["expr_str"] = code
         elif part == "name":
-            old = graph["inputs"][0]["as_tensor"]["name"]
-            new = f"{old}={code}"
-            graph["inputs"][0]["as_tensor"]["name"] = new
-            graph["tensor_values"][new] = graph["tensor_values"].pop(old)
+            name = graph["inputs"][0]["as_tensor"]["name"]
+            name_with_code = f"{name}={code}"
+            graph["inputs"][0]["as_tensor"]["name"] = name_with_code
+            graph["tensor_values"][name_with_code] = graph["tensor_values"].pop(name)
         elif part == "target":
             graph["nodes"][0]["target"] = "torch.hub.load"
         elif part == "argument":
@@ -631,26 +640,26 @@ def test_a_program_runs_code_of_its_own_only_if_it_is_trusted(
             signature = values["graph_module"]["module_call_graph"][0]["signature"]
             signature["in_spec"] = signature["in_spec"].replace("builtins.tuple", code, 1)
 
-    path = changed_program(program, change)
-    refused("torch", "exported", model_file=path)
+    path = change_program(program, change)
+    assert_rejected("torch", "exported", model_file=path)
     assert not ran.exists()
-    if part == "size":  # every version evaluates it
+    if part == "size":  # all releases of torch evaluate it
         with pytest.raises(ModelError):
             run("torch", "exported", model_file=path, trusted=True)
         assert ran.exists()
 
 
-def test_a_program_with_a_library_is_not_opened_without_trust(program: Path) -> None:
+def test_a_program_with_a_library_is_not_loaded_without_trust(program: Path) -> None:
     extra = {"net/data/aotinductor/model/code.so": b"x"}
-    same = rewritten(program, lambda name, content: content, **extra)
-    refused("torch", "exported", model_file=same)
+    path = rewrite_zip(program, lambda name, content: content, **extra)
+    assert_rejected("torch", "exported", model_file=path)
 
 
 # ------------------------------------------------------------------------------ ONNX
 
 
 def onnx_model(weights: str | None, path: Path) -> Path:
-    """Write a model that adds weights, which may lie in another file."""
+    """Write a model that adds a constant, stored in the file `weights` if that is not None."""
     gain = numpy_helper.from_array(np.full(SHAPE, 2, np.float32), "gain")
     if weights is not None:
         gain.ClearField("raw_data")
@@ -665,57 +674,57 @@ def onnx_model(weights: str | None, path: Path) -> Path:
     return path
 
 
-def test_onnx_weights_lie_in_the_models_folder(tmp_path: Path) -> None:
+def test_onnx_weights_outside_the_folder_of_the_model_are_rejected(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     secret = np.full(SHAPE, 3, np.float32).tobytes()
-    for path in (tmp_path / "secret", folder / "beside"):
+    for path in (tmp_path / "secret", folder / "weights"):
         path.write_bytes(secret)
-    assert run("onnx", "file", model_file=onnx_model(None, folder / "whole.onnx")).max() == 3
-    assert run("onnx", "file", model_file=onnx_model("beside", folder / "two.onnx")).max() == 4
+    assert run("onnx", "file", model_file=onnx_model(None, folder / "single.onnx")).max() == 3
+    assert run("onnx", "file", model_file=onnx_model("weights", folder / "two.onnx")).max() == 4
     for location in ("../secret", str(tmp_path / "secret"), "x/../../secret", "..\\secret"):
         path = onnx_model(location, folder / "out.onnx")
         for trusted in (False, True):
-            refused("onnx", "file", model_file=path, trusted=trusted)
+            assert_rejected("onnx", "file", model_file=path, trusted=trusted)
 
 
-def test_onnx_weights_of_a_model_behind_a_url_are_not_read_from_the_working_folder(
+def test_onnx_weights_of_a_model_from_a_url_are_not_read_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fsspec
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "beside").write_bytes(np.full(SHAPE, 3, np.float32).tobytes())
-    content = onnx_model("beside", tmp_path / "two.onnx").read_bytes()
+    (tmp_path / "weights").write_bytes(np.full(SHAPE, 3, np.float32).tobytes())
+    content = onnx_model("weights", tmp_path / "two.onnx").read_bytes()
     fsspec.filesystem("memory").pipe_file("/two.onnx", content)
     url = "memory://two.onnx"
-    refused("onnx", "file", code=ErrorCode.MODEL_UNUSABLE, model_file=url)
+    assert_rejected("onnx", "file", code=ErrorCode.MODEL_UNUSABLE, model_file=url)
 
 
-def test_onnx_weights_inside_nodes_and_subgraphs_are_found(tmp_path: Path) -> None:
-    """Branches and constants hold tensors as well."""
+def test_external_onnx_weights_in_nodes_and_subgraphs_are_rejected(tmp_path: Path) -> None:
+    """Constants and branches contain tensors, too."""
     (tmp_path / "model").mkdir()
     path = onnx_model(None, tmp_path / "model" / "net.onnx")
-    outside = numpy_helper.from_array(np.zeros(1, np.float32), "c")
-    outside.ClearField("raw_data")
-    outside.data_location = TensorProto.EXTERNAL
-    outside.external_data.add(key="location", value="../secret")
-    constant = helper.make_node("Constant", [], ["c"], value=outside)
+    tensor = numpy_helper.from_array(np.zeros(1, np.float32), "c")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    constant = helper.make_node("Constant", [], ["c"], value=tensor)
     info = helper.make_tensor_value_info("c", TensorProto.FLOAT, [1])
     branch = helper.make_graph([constant], "branch", [], [info])
     choice = helper.make_node("If", ["x"], ["z"], then_branch=branch, else_branch=branch)
     for node in (constant, choice):
         model = onnx.load(path)
         model.graph.node.append(node)
-        other = tmp_path / "model" / "changed.onnx"
-        other.write_bytes(model.SerializeToString())
-        refused("onnx", "file", model_file=other)
+        changed = tmp_path / "model" / "changed.onnx"
+        changed.write_bytes(model.SerializeToString())
+        assert_rejected("onnx", "file", model_file=changed)
 
 
-def test_an_operator_of_another_library_is_not_loaded(tmp_path: Path) -> None:
+def test_an_operator_of_another_library_is_rejected(tmp_path: Path) -> None:
     path = onnx_model(None, tmp_path / "net.onnx")
     model = onnx.load(path)
     model.graph.node[0].domain = "custom"
     model.opset_import.append(helper.make_opsetid("custom", 1))
     path.write_bytes(model.SerializeToString())
-    refused("onnx", "file", code=ErrorCode.MODEL_UNUSABLE, model_file=path)
+    assert_rejected("onnx", "file", code=ErrorCode.MODEL_UNUSABLE, model_file=path)

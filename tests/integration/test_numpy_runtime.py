@@ -1,4 +1,4 @@
-"""Networks written in NumPy: what is called and with what, what is refused, threads, a worker."""
+"""The NumPy runtime: calls, errors, threads and a worker process."""
 
 import json
 import sys
@@ -17,8 +17,9 @@ from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.onnx import OnnxRuntime
 from chunkq_worker.steps import Steps
 
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.job import ModelConfig, job_schema, parse_job
+from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace
 
@@ -27,14 +28,14 @@ SHAPE = (10, 9)
 
 
 @pytest.fixture(autouse=True)
-def _forgotten() -> Iterator[None]:
-    """Networks write what they see to `sys`; nothing of that outlives a test."""
+def _remove_network_input() -> Iterator[None]:
+    """Delete the attribute of `sys` in which networks record their input."""
     yield
-    if hasattr(sys, "seen_by_network"):
-        del sys.seen_by_network
+    if hasattr(sys, "network_input"):
+        del sys.network_input
 
 
-def keys(folder: Path, code: str, name: str = "net", **more: Any) -> dict[str, Any]:
+def keys(folder: Path, code: str, name: str = "net", **options: Any) -> dict[str, Any]:
     (folder / "net.py").write_text(f"import sys\nimport numpy as np\n\n{code}\n")
     return {
         "runtime": "numpy",
@@ -43,12 +44,12 @@ def keys(folder: Path, code: str, name: str = "net", **more: Any) -> dict[str, A
         "class_name": name,
         "model_input_shape": [*PATCH],
         "max_batch_size": 4,
-        **more,
+        **options,
     }
 
 
-def job_of(model: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"input": "/in.zarr", "output": "/out.zarr", "model_config": model, **more}
+def job_of(model: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"input": "/in.zarr", "output": "/out.zarr", "model_config": model, **options}
 
 
 def config(model: dict[str, Any]) -> ModelConfig:
@@ -56,10 +57,10 @@ def config(model: dict[str, Any]) -> ModelConfig:
 
 
 def load(
-    folder: Path, code: str, name: str = "net", *, threads: int | None = 1, **more: Any
+    folder: Path, code: str, name: str = "net", *, threads: int | None = 1, **options: Any
 ) -> Runtime:
-    steps = more.pop("steps", Steps())
-    return load_runtime(config(keys(folder, code, name, **more)), steps, threads)
+    steps = options.pop("steps", Steps())
+    return load_runtime(config(keys(folder, code, name, **options)), steps, threads)
 
 
 def kwargs_file(folder: Path, kwargs: str) -> dict[str, str]:
@@ -71,7 +72,7 @@ def batch(dtype: str = "float32", count: int = 3) -> npt.NDArray[Any]:
     return np.arange(count * 16).reshape(count, *PATCH).astype(dtype)
 
 
-# ---------------------------------------------------------------------------- what is called
+# -------------------------------------------------------------------------------------- calls
 
 
 def test_a_function_gets_the_kwargs_as_keywords(tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_a_function_gets_the_kwargs_as_keywords(tmp_path: Path) -> None:
     np.testing.assert_array_equal(runtime(batch()), batch() * 3)
 
 
-def test_a_class_is_made_once_with_the_kwargs_and_its_object_called(tmp_path: Path) -> None:
+def test_a_class_is_instantiated_once_with_the_kwargs_and_called(tmp_path: Path) -> None:
     code = """
 class Net:
     def __init__(self, gain):
@@ -99,36 +100,38 @@ class Net:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64"])
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_network_is_called_with_a_writable_array_in_c_order_of_the_jobs_dtype(
-    tmp_path: Path, dtype: str, turned: bool
+@pytest.mark.parametrize("reversed_view", [False, True])
+def test_the_network_gets_a_writable_array_in_c_order_and_the_dtype_of_the_job(
+    tmp_path: Path, dtype: str, reversed_view: bool
 ) -> None:
     code = """
 def net(batch):
     flags = batch.flags
-    sys.seen_by_network = type(batch), str(batch.dtype), batch.shape, flags.c_contiguous
+    sys.network_input = type(batch), str(batch.dtype), batch.shape, flags.c_contiguous
     batch += 1
     return batch
 """
     values = batch(">u2")
-    if turned:
+    if reversed_view:
         values = values.swapaxes(1, 2)[:, ::-1]
         values.flags.writeable = False
     outputs = load(tmp_path, code, dtype=dtype)(values)
-    assert sys.seen_by_network == (np.ndarray, dtype, (3, *PATCH), True)  # type: ignore[attr-defined]
+    assert sys.network_input == (np.ndarray, dtype, (3, *PATCH), True)  # type: ignore[attr-defined]
     assert outputs.dtype == ("float64" if dtype == "float64" else "float32")
     np.testing.assert_array_equal(outputs, values.astype("int64") + 1)
 
 
-def test_a_batch_that_cannot_be_written_to_is_copied(tmp_path: Path) -> None:
+def test_a_read_only_batch_is_copied(tmp_path: Path) -> None:
     values = batch()
-    values.flags.writeable = False  # C order and the job's dtype: nothing else needs a copy
+    values.flags.writeable = False  # C order and dtype do not require a copy
     outputs = load(tmp_path, "def net(batch):\n    batch += 1\n    return batch")(values)
     np.testing.assert_array_equal(outputs, batch() + 1)
     np.testing.assert_array_equal(values, batch())
 
 
-def test_it_is_in_c_order_also_behind_a_protected_step_that_returns_a_view(tmp_path: Path) -> None:
+def test_the_batch_is_in_c_order_after_a_protected_step_that_returns_a_view(
+    tmp_path: Path,
+) -> None:
     code = "def net(batch): return batch + (0 if batch.flags.c_contiguous else 1000)"
     steps = Steps(preprocessing_protected=lambda values: values.swapaxes(1, 2))
     outputs = load(tmp_path, code, steps=steps)(batch())
@@ -136,44 +139,36 @@ def test_it_is_in_c_order_also_behind_a_protected_step_that_returns_a_view(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "float16", "float64", "longdouble"])
-def test_results_of_every_real_dtype_are_cast_to_a_float(tmp_path: Path, dtype: str) -> None:
+def test_results_of_every_real_dtype_are_cast_to_float32_or_float64(
+    tmp_path: Path, dtype: str
+) -> None:
     outputs = load(tmp_path, f"def net(batch): return batch.astype({dtype!r})")(batch())
     assert outputs.dtype == ("float64" if dtype in ("float64", "longdouble") else "float32")
     np.testing.assert_array_equal(outputs, batch().astype(dtype))
 
 
-def test_a_small_last_batch_is_not_filled_up(tmp_path: Path) -> None:
+def test_a_network_accepts_any_batch_size(tmp_path: Path) -> None:
     assert load(tmp_path, "def net(batch): return batch").any_batch
 
 
-def test_numpy_and_onnx_share_one_rule_for_arrays_on_the_host(tmp_path: Path) -> None:
+def test_numpy_and_onnx_share_the_base_class_for_host_arrays(tmp_path: Path) -> None:
     assert isinstance(load(tmp_path, "def net(batch): return batch"), HostRuntime)
     assert issubclass(OnnxRuntime, HostRuntime)
 
 
-# ----------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
-    ("more", "line"),
+    ("options", "fragments"),
     [
-        (
-            {"checkpoint": "/net.npz"},
-            "model_config.checkpoint: runtime numpy reads no checkpoint; load the weights in "
-            "class_file and leave it out",
-        ),
-        (
-            {"device": "cuda"},
-            "model_config.device: runtime numpy computes on the CPU; set device: cpu",
-        ),
-        (
-            {"dtype": "bfloat16"},
-            "model_config.dtype: numpy takes no bfloat16 here; use float32",
-        ),
-        ({"type": "file"}, "model_config.type: numpy has no file; its types are class"),
-        ({"class_name": None}, "model_config.class_name: missing; type class needs it"),
+        ({"checkpoint": "/net.npz"}, ("numpy", "class_file")),
+        ({"device": "cuda"}, ("numpy", "device: cpu")),
+        ({"dtype": "bfloat16"}, ("numpy", "bfloat16", "float32")),
+        ({"type": "file"}, ("numpy", "file", "class")),
+        ({"class_name": None}, ("missing", "class")),
         *(
-            ({key: value}, f"model_config.{key}: only for runtime torch, this job's is numpy")
+            ({key: value}, ("torch", "numpy"))
             for key, value in {
                 "autocast": "bfloat16",
                 "compile": True,
@@ -184,12 +179,16 @@ def test_numpy_and_onnx_share_one_rule_for_arrays_on_the_host(tmp_path: Path) ->
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_key_that_is_not_numpys_is_one_line(
-    tmp_path: Path, more: dict[str, Any], line: str
+def test_the_error_for_an_unsupported_key_names_it(
+    tmp_path: Path, options: dict[str, Any], fragments: tuple[str, ...]
 ) -> None:
     with pytest.raises(JobError) as caught:
-        config(keys(tmp_path, "", **more))
-    assert caught.value.problems == (line,)
+        config(keys(tmp_path, "", **options))
+    assert caught.value.code is ErrorCode.JOB_INVALID
+    [line] = caught.value.problems
+    [key] = options
+    assert line.startswith(f"model_config.{key}: ")
+    assert_contains(line, *fragments)
 
 
 def test_the_schema_lists_the_runtime() -> None:
@@ -198,84 +197,99 @@ def test_the_schema_lists_the_runtime() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "key", "fragments"),
     [
-        ("def other(batch): pass", "class_name: {path} has no 'net'; it defines np, other, sys"),
-        ("net = 3", "class_name: net of {path} is int; expected a class or a function"),
-        ("class net: pass", "is a class whose objects cannot be called; add __call__(self, batch)"),
-        ("def net(): pass", "cannot be called with one batch: too many positional arguments"),
+        ("def other(batch): pass", "class_name", ("'net'", "np, other, sys")),
+        ("net = 3", "class_name", ("int", "class or a function")),
+        ("class net: pass", "class_name", ("__call__(self, batch)",)),
+        ("def net(): pass", "class_name", ("too many positional arguments",)),
+        ("def net(a, b): pass", "class_name", ("missing a required argument: 'b'",)),
         (
-            "def net(a, b): pass",
-            "cannot be called with one batch: missing a required argument: 'b'",
+            "class net:\n def __call__(self): pass",
+            "class_name",
+            ("too many positional arguments",),
         ),
-        ("class net:\n def __call__(self): pass", "cannot be called with one batch"),
-        ("class net:\n def __init__(self): 1 / 0", "net(**kwargs) raised ZeroDivisionError"),
-        ("1 / 0", "class_file: {path} raised ZeroDivisionError"),
-        ("def net(", "class_file: {path} is not Python"),
+        ("class net:\n def __init__(self): 1 / 0", "class_name", ("ZeroDivisionError",)),
+        ("1 / 0", "class_file", ("{path}", "ZeroDivisionError")),
+        ("def net(", "class_file", ("{path}", "Python")),
     ],
 )
-def test_code_that_holds_no_network_is_one_line(tmp_path: Path, code: str, words: str) -> None:
+def test_code_without_a_usable_network_is_reported_in_one_line(
+    tmp_path: Path, code: str, key: str, fragments: tuple[str, ...]
+) -> None:
     with pytest.raises(ModelError) as caught:
         load(tmp_path, code)
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     line = str(caught.value)
-    assert words.format(path=tmp_path / "net.py") in line
-    assert line.startswith("model_config.class_")
+    assert line.startswith(f"model_config.{key}: ")
+    assert_contains(line, *[text.format(path=tmp_path / "net.py") for text in fragments])
     assert "\n" not in line
 
 
-def test_kwargs_that_the_function_does_not_take_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"and the kwargs \['gian'\]: .*unexpected keyword .*gian"):
+def test_the_error_for_an_unexpected_kwarg_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
         load(tmp_path, "def net(batch, gain=1): pass", **kwargs_file(tmp_path, "{'gian': 3}"))
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    line = str(caught.value)
+    assert line.startswith("model_config.class_name: ")
+    assert_contains(line, "['gian']", "kwargs_file")
 
 
 @pytest.mark.parametrize(
-    ("returned", "words"),
+    ("returned", "fragments"),
     [
-        ("None", "returned NoneType, not one array; wrap it so that it returns the prediction"),
-        ("(batch, batch)", "returned tuple, not one array"),
-        ("[batch]", "returned list, not one array"),
-        ("{'a': batch, 'b': 1}", "returned dict of a, b, not one array"),
-        ("batch.mean()", "returned float32, not one array"),
-        ("batch.astype(object)", "returned dtype object, expected real numbers; return float32"),
-        ("batch.astype(complex)", "returned dtype complex128, expected real numbers"),
-        ("batch.astype(str)", "expected real numbers"),
+        ("None", ("NoneType", "one array")),
+        ("(batch, batch)", ("tuple", "one array")),
+        ("[batch]", ("list", "one array")),
+        ("{'a': batch, 'b': 1}", ("dict of a, b", "one array")),
+        ("batch.mean()", ("float32", "one array")),
+        ("batch.astype(object)", ("dtype object", "real numbers", "float32")),
+        ("batch.astype(complex)", ("dtype complex128", "real numbers")),
+        ("batch.astype(str)", ("dtype <U", "real numbers")),
     ],
 )
-def test_what_is_no_array_of_numbers_is_one_line(tmp_path: Path, returned: str, words: str) -> None:
+def test_the_error_for_an_output_that_is_not_a_real_array_names_its_type(
+    tmp_path: Path, returned: str, fragments: tuple[str, ...]
+) -> None:
     with pytest.raises(ModelError) as caught:
         load(tmp_path, f"def net(batch): return {returned}")(batch())
-    assert str(caught.value).startswith("the network returned ")
-    assert words in str(caught.value)
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    assert_contains(str(caught.value), "the network returned ", *fragments)
 
 
-def test_a_protected_step_may_make_real_numbers_of_complex_ones(tmp_path: Path) -> None:
+def test_a_protected_step_can_convert_complex_numbers_to_real_ones(tmp_path: Path) -> None:
     code = "def net(batch): return batch * 1j"
     outputs = load(tmp_path, code, steps=Steps(postprocessing_protected=np.abs))(batch())
     np.testing.assert_array_equal(outputs, batch())
     steps = Steps(postprocessing_protected=lambda values: values * 1)
-    with pytest.raises(ModelError, match="the network with its protected steps returned dtype"):
+    with pytest.raises(ModelError) as caught:
         load(tmp_path, code, steps=steps)(batch())
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    assert_contains(str(caught.value), "protected steps", "complex64")
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "fragments"),
     [
-        ("return batch[:1]", "returned shape [1, 4, 4] for a batch of [4, 4, 4]"),
-        ("return batch[..., None]", "returned shape [4, 4, 4, 1]"),
-        ("return np.zeros(())", "returned shape []"),
-        ("raise KeyError('weights')", "raised KeyError on a batch of zeros: 'weights'"),
+        ("return batch[:1]", ("model_output_shape", [1, 4, 4], [4, 4, 4])),
+        ("return batch[..., None]", ("model_output_shape", [4, 4, 4, 1])),
+        ("return np.zeros(())", ("model_output_shape", " [] ")),
+        ("raise KeyError('weights')", ("KeyError", "zeros", "'weights'")),
     ],
 )
-def test_a_network_that_cannot_do_zeros_is_one_line(tmp_path: Path, body: str, words: str) -> None:
+def test_the_error_for_a_network_that_fails_for_zeros_names_the_cause(
+    tmp_path: Path, body: str, fragments: tuple[object, ...]
+) -> None:
     with (
         Predictor.from_config(job_of(keys(tmp_path, f"def net(batch): {body}"))) as predictor,
         pytest.raises(ModelError) as caught,
     ):
         predictor.predict(np.zeros(SHAPE, np.float32))
-    assert words in str(caught.value)
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    assert_contains(str(caught.value), *fragments)
 
 
-def test_an_error_in_one_batch_is_raised_as_it_is(tmp_path: Path) -> None:
+def test_an_error_in_one_batch_is_raised_unchanged(tmp_path: Path) -> None:
     code = """
 def net(batch):
     if batch.any():
@@ -289,19 +303,24 @@ def net(batch):
         predictor.predict(np.ones(SHAPE, np.float32))
 
 
-def test_what_is_missing_is_named_with_the_package_that_brings_it(
+def test_the_error_for_a_missing_dependency_names_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     for name in ("numpy", "thread_limit"):
         monkeypatch.delitem(sys.modules, f"{base.__package__}.{name}", raising=False)
-    with pytest.raises(ModelError, match=r"numpy is not installed here .*pip install 'chunkq'$"):
+    with pytest.raises(ModelError) as caught:
         load(tmp_path, "def net(batch): return batch")
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    line = str(caught.value)
+    assert line.startswith("model_config.runtime: numpy ")
+    assert_contains(line, "threadpoolctl")
+    assert line.endswith("pip install 'chunkq'")
 
 
 # ------------------------------------------------------------------------------------ threads
 
-COUNTING = """
+RETURNS_THREADS = """
 import threadpoolctl
 
 def net(batch):
@@ -315,25 +334,28 @@ def threads_of_process() -> list[int]:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_jobs_threads_limit_every_batch_and_nothing_else(tmp_path: Path, threads: int) -> None:
-    before = threads_of_process()
-    assert before
-    runtime, other = load(tmp_path, COUNTING, threads=threads), load(tmp_path, COUNTING, threads=1)
+def test_the_threads_of_a_job_apply_only_to_its_batches(tmp_path: Path, threads: int) -> None:
+    initial = threads_of_process()
+    assert initial
+    runtime, other = (
+        load(tmp_path, RETURNS_THREADS, threads=threads),
+        load(tmp_path, RETURNS_THREADS, threads=1),
+    )
     for _ in range(2):
         assert runtime(batch()).max() == threads
-        assert threads_of_process() == before
+        assert threads_of_process() == initial
         assert other(batch()).max() == 1
     with threadpoolctl.threadpool_limits(2):
         assert runtime(batch()).max() == threads
         assert set(threads_of_process()) == {2}
-        assert load(tmp_path, COUNTING, threads=None)(batch()).max() == 2
+        assert load(tmp_path, RETURNS_THREADS, threads=None)(batch()).max() == 2
 
 
-def test_a_job_without_threads_gets_the_workers_share(
+def test_a_job_without_threads_uses_those_of_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CHUNKQ_THREADS", "1")
-    model = keys(tmp_path, COUNTING)
+    model = keys(tmp_path, RETURNS_THREADS)
     with Predictor.from_config(job_of(model)) as predictor:
         assert predictor.predict(np.zeros(SHAPE, np.float32)).probabilities.max() == 1
     monkeypatch.setenv("CHUNKQ_THREADS", "2")
@@ -343,22 +365,31 @@ def test_a_job_without_threads_gets_the_workers_share(
         assert predictor.predict(np.zeros(SHAPE, np.float32)).probabilities.max() == 3
 
 
-# ----------------------------------------------------------------------------- whole jobs
+# --------------------------------------------------------------------------- complete jobs
 
 
-def test_a_predictor_is_made_from_a_python_file(tmp_path: Path) -> None:
+def test_a_predictor_is_created_from_a_python_file(tmp_path: Path) -> None:
     keys(tmp_path, "def net(batch): return batch * 2")
     volume = random_volume(SHAPE, "float32")
     with Predictor.from_model(
         tmp_path / "net.py", runtime="numpy", class_name="net", model_input_shape=PATCH
     ) as predictor:
-        found = predictor.predict(volume).probabilities
-    assert found is not None
-    np.testing.assert_allclose(found[0], volume * 2, rtol=1e-6)
+        probabilities = predictor.predict(volume).probabilities
+    assert probabilities is not None
+    np.testing.assert_allclose(probabilities[0], volume * 2, rtol=1e-6)
 
 
-HEAVY = ("torch", "tensorflow", "keras", "onnxruntime", "zarr", "scipy", "pandas", "botocore")
-TELLING = """
+LARGE_MODULES = (
+    "torch",
+    "tensorflow",
+    "keras",
+    "onnxruntime",
+    "zarr",
+    "scipy",
+    "pandas",
+    "botocore",
+)
+RECORDS_MODULES = """
 import json
 import pathlib
 
@@ -376,34 +407,34 @@ def workspace(tmp_path: Path) -> Workspace:
         "output": str(tmp_path / "out.zarr"),
         "chunksize": [4, 4],
         "threads": 1,
-        "model_config": keys(tmp_path, TELLING),
+        "model_config": keys(tmp_path, RECORDS_MODULES),
     }
-    made = Workspace(tmp_path, job)
-    made.write_job()
-    return made
+    workspace = Workspace(tmp_path, job)
+    workspace.write_job()
+    return workspace
 
 
-def test_a_worker_process_imports_no_framework_for_it(workspace: Workspace) -> None:
+def test_a_worker_process_imports_no_framework(workspace: Workspace) -> None:
     workspace.call("produce", "job.json").ok()
     workspace.run("work", "--burst").ok()
     workspace.call("finalize", "out.zarr").ok()
     np.testing.assert_array_equal(read_output(workspace.output), random_volume(SHAPE) * 2.0)
     loaded = json.loads((workspace.folder / "modules.json").read_text())
     assert "chunkq_worker.runtimes.numpy" in loaded
-    assert [name for name in HEAVY if name in loaded] == []
+    assert [name for name in LARGE_MODULES if name in loaded] == []
 
 
-def test_export_refuses_it_in_one_line(workspace: Workspace) -> None:
-    answer = workspace.call("export", "job.json", "-o", "net.onnx")
-    answer.refused(2, "model_config.runtime: unsupported value numpy")
+def test_export_supports_only_torch(workspace: Workspace) -> None:
+    result = workspace.call("export", "job.json", "-o", "net.onnx")
+    result.refused(2, ErrorCode.JOB_INVALID, "model_config.runtime: ", " numpy;", "torch")
 
 
-def test_tune_refuses_precisions_of_torch(workspace: Workspace) -> None:
-    answer = workspace.call("tune", "job.json", "--precision", "bfloat16")
-    answer.refused(2, "--precision: only for runtime torch, this job's is numpy")
+def test_tune_supports_precisions_only_for_torch(workspace: Workspace) -> None:
+    result = workspace.call("tune", "job.json", "--precision", "bfloat16")
+    result.refused(2, ErrorCode.JOB_INVALID, "--precision: ", "torch", "numpy")
 
 
-def test_plan_tries_it_on_patches_of_the_volume(workspace: Workspace) -> None:
-    answer = workspace.run("plan", "job.json", "--check-model", "--json").ok()
-    tried = json.loads(answer.out)["model_check"]
-    assert (tried["device"], tried["finite"], tried["tile_norms"]) == ("cpu", True, [])
+def test_plan_checks_the_model_on_patches_of_the_volume(workspace: Workspace) -> None:
+    result = workspace.run("plan", "job.json", "--check-model", "--json").ok()
+    check = json.loads(result.out)["model_check"]
+    assert (check["device"], check["finite"], check["tile_norms"]) == ("cpu", True, [])

@@ -185,7 +185,7 @@ def test_an_error_of_a_batch_is_raised_before_an_error_of_the_next_batch(
 def test_a_batch_sent_ahead_that_is_too_large_is_sent_again(tmp_path: Path) -> None:
     class Shrinking(RecordingNetwork):
         def __call__(self, batch: npt.NDArray[Any]) -> Any:
-            self._fits = 2 if len(self.batches) < 1 else 1
+            self._max_items = 2 if len(self.batches) < 1 else 1
             return super().__call__(batch)
 
     plan, halo = six_patches(tmp_path)

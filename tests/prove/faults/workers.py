@@ -80,7 +80,7 @@ FAULTS = (
         "        items[len(batch) :] = 0\n",
         "",
         "the last batch is filled up with patches of the batch before it",
-        named(TORCH, "filled_up_with_zeros or filling"),
+        named(TORCH, "padded_with_zeros or padding"),
     ),
     Fault(
         "patch-read-from-the-volumes-corner",
@@ -104,7 +104,7 @@ FAULTS = (
         "return outputs.reshape(shape)[:used]",
         "return outputs.reshape(shape)",
         "predictions of the filling are added, or fail the chunk",
-        named(TORCH, "filling"),
+        named(TORCH, "padding"),
     ),
     Fault(
         "smaller-batch-forgotten",

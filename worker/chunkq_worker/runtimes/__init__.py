@@ -1,1 +1,1 @@
-"""One module per kind of network."""
+"""Model runtimes: one module per framework."""

@@ -1,4 +1,4 @@
-"""What every runtime offers: a loaded network on one device."""
+"""Interface of the model runtimes: one loaded network on one device."""
 
 from __future__ import annotations
 
@@ -16,52 +16,55 @@ from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.steps import Steps
 
-Fetched = Callable[[], list[npt.NDArray[Any]]]
-"""Waits for results that are on their way to the host, and returns them. Any thread may call it."""
+PendingResults = Callable[[], list[npt.NDArray[Any]]]
+"""Waits for results that are being copied to the host and returns them. Safe in any thread."""
 
 
 class BatchFeed:
-    """Where batches are written, and from where they set out for the device.
+    """Buffers for batches in host memory, and their transfer to the device.
 
-    This one is for runtimes that read the host's memory: one array, sent as it is.
+    This class serves runtimes that read host memory: it has one buffer and copies nothing.
     """
 
     ahead: bool = False
-    """Whether one batch may be written and sent while the one before it is computed."""
+    """Whether a batch can be written and sent while the previous one is computed."""
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._array = np.zeros(shape, dtype)
 
     def buffer(self) -> npt.NDArray[Any]:
-        """Return the array to write the next batch into, of the feed's shape and dtype.
+        """Return the array for the next batch, with the shape and dtype of the feed.
 
-        What it held before was sent and computed, or is not wanted any more.
+        Its previous contents are no longer needed.
         """
         return self._array
 
     def send(self, batch: npt.NDArray[Any]) -> Any:
-        """Return what a runtime takes for the batch: the first items of `blank`, or another."""
+        """Start the transfer of a batch and return the argument for `Runtime.__call__`.
+
+        The batch is the first items of the array from `buffer`, or any other array.
+        """
         return batch
 
 
 class Runtime(ABC):
-    """One network, loaded and ready, on one device. Used by one thread at a time.
+    """One loaded network on one device. Used by one thread at a time.
 
-    Arrays it gives and takes besides batches are NumPy arrays or torch tensors and stay on its
-    device; `chunkq.combine` works on either.
+    Batches start in host memory. All other arrays are NumPy arrays or torch tensors and stay on
+    the device; `chunkq.combine` accepts both.
     """
 
     device: str
     any_batch: bool = False
-    """Whether fewer items than in the first batch cost less: nothing is prepared for one size."""
+    """Whether smaller batches cost less, because the network is not compiled for one batch size."""
 
     @abstractmethod
     def __call__(self, batch: Any) -> Array:
-        """Run the network, between its protected steps, on (N, *model_input_shape) of any dtype.
+        """Run the protected steps and the network on a batch (N, *model_input_shape), any dtype.
 
-        The batch is an array on the host, or what this runtime's feed sent. It is cast to the
-        model's dtype on the device, and may be changed: networks and steps may work in place.
-        Returns whatever shape comes out, float32 or better; it may lie in the batch's memory.
+        `batch` is an array in host memory or the return value of this runtime's `BatchFeed.send`.
+        It is cast to the model's dtype on the device. Networks and steps may modify it in place.
+        Returns float32 or float64 of any shape; the result may share memory with the batch.
         """
 
     @abstractmethod
@@ -70,34 +73,34 @@ class Runtime(ABC):
 
     @abstractmethod
     def to_device(self, array: npt.NDArray[Any]) -> Array:
-        """Return a host array on the device; shared, not copied, where that is the host."""
+        """Return a host array on the device, without a copy if the device is the host."""
 
     def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
-        """Return where to write batches of at most this shape, all zeros at first."""
+        """Return a feed for batches of at most this shape. Its buffers start as zeros."""
         return BatchFeed(shape, dtype)
 
-    def fetch(self, arrays: Sequence[Array]) -> Fetched | None:
-        """Start results on their way to the host; None where nothing is gained by that."""
+    def fetch(self, arrays: Sequence[Array]) -> PendingResults | None:
+        """Start copying results to the host. Return None if the device is the host."""
         return None
 
     @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Tell whether an error of `__call__` means that the batch did not fit."""
+        """Return whether an error of `__call__` means that the batch did not fit in memory."""
 
     def device_bytes(self) -> int | None:
-        """Return the most memory so far allocated on a device of its own; None on the host."""
+        """Return the peak memory allocated on the device in bytes, None if it is the host."""
         return None
 
     def tile_norms(self) -> tuple[str, ...]:
-        """Return the names of layers that normalise by statistics of the tile itself.
+        """Return the names of layers that normalize with statistics of the current patch.
 
-        With them a voxel's result depends on all of the patch, wherever it lies.
+        With such layers every output voxel depends on the whole patch.
         """
         return ()
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the device's memory."""
+        """Release the network and its memory on the device."""
 
 
 RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
@@ -113,24 +116,24 @@ Loader = Callable[[ModelConfig, Steps, int | None], Runtime]
 
 
 def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load a network; raises ModelError in one line, also where the extra is not installed."""
+    """Load a network. Raise ModelError if it is unusable or its framework is not installed."""
     module, _, name = RUNTIMES[model.runtime].partition(":")
     try:
         loader: Loader = getattr(import_module(module), name)
     except ImportError as error:
-        # What runtime numpy needs is no extra.
+        # Runtime numpy has no extra: its packages are dependencies of chunkq.
         package = "chunkq" if model.runtime == "numpy" else f"chunkq[{model.runtime}]"
         raise ModelError(
-            f"model_config.runtime: {model.runtime} is not installed here ({error}); "
-            f"pip install '{package}'"
+            f"model_config.runtime: {model.runtime} is not installed ({error}); "
+            f"run pip install '{package}'"
         ) from None
     return loader(model, steps, threads)
 
 
 def not_one_array(outputs: Any, kind: str) -> ModelError:
-    """Return the error for a network that returned something else than one tensor or array."""
+    """Return the error for a network that did not return exactly one tensor or array."""
     names = f" of {', '.join(sorted(map(str, outputs)))}" if isinstance(outputs, dict) else ""
     return ModelError(
-        f"the network returned {type(outputs).__name__}{names}, not one {kind}; wrap it so that "
-        "it returns the prediction alone"
+        f"the network returned {type(outputs).__name__}{names}, expected one {kind}; wrap it so "
+        "that it returns only the prediction"
     )

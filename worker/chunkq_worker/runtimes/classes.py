@@ -1,4 +1,4 @@
-"""Networks that the user's own Python code makes."""
+"""Create networks from the user's Python code."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ CLASS_FILE = "model_config.class_file"
 
 
 def create_network(model: ModelConfig) -> Any:
-    """Return what class_name of class_file gives, called with the kwargs of kwargs_file.
+    """Call `class_name` of `class_file` with the kwargs of `kwargs_file`; return the result.
 
-    Raises ModelError in one line.
+    Raise ModelError if the code or its arguments are unusable.
     """
     definition, kwargs = load_definition(model)
     return instantiate(definition, kwargs, model)
 
 
 def load_definition(model: ModelConfig) -> tuple[Any, dict[str, Any]]:
-    """Return class_name of class_file and the kwargs of kwargs_file; raises ModelError."""
+    """Return `class_name` of `class_file` and the kwargs of `kwargs_file`, or raise ModelError."""
     path, name = model.class_file or "", model.class_name or ""
     try:
         definition = select_name(_names(path), name, path, "model_config.class_name")
@@ -36,7 +36,7 @@ def load_definition(model: ModelConfig) -> tuple[Any, dict[str, Any]]:
 def instantiate(
     definition: Callable[..., Any], kwargs: Mapping[str, Any], model: ModelConfig
 ) -> Any:
-    """Return an object of a job's class; raises ModelError if the class raises."""
+    """Call the definition with the kwargs. Raise ModelError if it raises."""
     try:
         with sibling_imports(model.class_file or ""):
             return definition(**kwargs)
@@ -44,7 +44,7 @@ def instantiate(
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model_config.class_name: {model.class_name}(**kwargs) raised "
-            f"{type(error).__name__}: {reason}; kwargs were {sorted(kwargs)}"
+            f"{type(error).__name__}: {reason}; fix the class or its kwargs {sorted(kwargs)}"
         ) from error
 
 
@@ -57,7 +57,7 @@ def _names(path: str) -> dict[str, Any]:
 
 
 def _other_format(path: str) -> str | None:
-    """Return what a file is and how to use it, if it is a model file of a known format."""
+    """Return the format of a model file and the keys to use it with, None if it is unknown."""
     try:
         name = format_of(read_bytes(path))
     except OSError:
@@ -71,5 +71,5 @@ def _kwargs(path: str | None) -> dict[str, Any]:
     key = "model_config.kwargs_file"
     kwargs = select_name(load_names(path, key), "kwargs", path, key)
     if not isinstance(kwargs, dict):
-        raise ModelError(f"{key}: `kwargs` in {path} is no dict")
+        raise ModelError(f"{key}: `kwargs` in {path} is {type(kwargs).__name__}; expected a dict")
     return kwargs

@@ -1,7 +1,7 @@
-"""Check a file of torch.export for parts that `torch.export.load` would run as Python code.
+"""Check a torch.export file for parts that `torch.export.load` would run as Python code.
 
-The loader unpickles some members and loads compiled libraries. It evaluates expressions of sizes,
-runs guards, puts names into generated code, and calls any function of torch that a node names.
+The loader unpickles some members and loads compiled libraries. It evaluates size expressions,
+runs guards, inserts names into generated code, and calls any torch function that a node names.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ TORCH_SAVED = re.compile(
     r"[^/]+/data/(sample_inputs|weights|constants)/[^/]+\.pt|"
     r"serialized_(state_dict|constants|example_inputs)\.(pt|json)"
 )
-"""Members that `torch.load` reads, which need not run code."""
+"""Members that `torch.load` reads; safe if they load with `weights_only=True`."""
 CONFIG = re.compile(r"[^/]+/data/(weights|constants)/[^/]+_config\.json")
 PLAIN = re.compile(
     r"[^/]+/data/(weights/weight_\d+|constants/tensor_\d+)|"
     r"([^/]+/)?(version|byteorder|archive_format|archive_version|\.format_version|"
     r"\.storage_alignment|\.data/(serialization_id|version)|extra(_files)?/.*)"
 )
-"""Members that hold numbers, or text that nothing evaluates."""
+"""Members that contain numbers, or text that is never evaluated."""
 SIZE_FUNCTIONS = re.compile(
     r"Abs|Add|And|BitwiseFn_bitwise_(and|or)|CeilDiv|CeilToInt|CleanDiv|Eq|Equality|Float|FloatPow|"
     r"FloatTrueDiv|FloorDiv|FloorToInt|Ge|GreaterThan|Gt|Identity|IntTrueDiv|Integer|"
@@ -40,14 +40,14 @@ SIZE_FUNCTIONS = re.compile(
     r"StrictGreaterThan|StrictLessThan|Symbol|ToFloat|TruncToFloat|TruncToInt|Unequality|Where|"
     r"ceiling|floor|int_oo|oo|sqrt|zoo"
 )
-"""Names that expressions of sizes use, besides the symbols."""
+"""Names that size expressions can use, in addition to symbols."""
 SYMBOL = re.compile(r"[a-z]{1,4}\d+")
 NUMBER = re.compile(r"[-+.\de]+")
 GUARD_NAMES = re.compile(rf"{SIZE_FUNCTIONS.pattern}|L|args|float|inf|int|len|math|max|min")
 GUARD_METHODS = frozenset({"dim", "ndim", "numel", "shape", "size", "storage_offset", "stride"})
 MATH = frozenset({"ceil", "floor", "inf", "isnan", "sqrt", "trunc"})
 NODES = (ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare)
-MARKS = (ast.boolop, ast.operator, ast.unaryop, ast.cmpop, ast.expr_context)
+OPERATOR_NODES = (ast.boolop, ast.operator, ast.unaryop, ast.cmpop, ast.expr_context)
 OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)(\.\w+)?")
 NAMESPACES = frozenset(
     {"aten", "prim", "prims", "quantized", "quantized_decomposed", "torchvision"}
@@ -60,9 +60,9 @@ ARITHMETIC = re.compile(
     r"_operator\.(add|and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|not_|or_|pos|pow|"
     r"rshift|sub|truediv|xor)|torch\.(_?sym_\w+|_check)|math\.(ceil|floor|sqrt|trunc|pow)"
 )
-"""What a node may call besides operators of torch."""
+"""Functions that a node can call, in addition to torch operators."""
 WORD = re.compile(r"[\w.\-+:<=/ ]*")
-"""Strings without quotes, brackets and line breaks run as nothing, wherever they are put."""
+"""Strings without quotes, brackets and line breaks; they run no code in any context."""
 NAME = re.compile(r"[\w.\-]*")
 TREE_TYPES = frozenset(
     f"{module}.{name}"
@@ -76,13 +76,13 @@ TREE_TYPES = frozenset(
 
 
 def unsafe_part(content: bytes) -> str | None:
-    """Return what in a .pt2 file can run code when it is loaded; None if nothing can.
+    """Return a description of a part that runs code when it is loaded, None if there is none.
 
-    Raises ValueError, KeyError or zipfile.BadZipFile for a damaged file.
+    Raise ValueError, KeyError or zipfile.BadZipFile for a damaged .pt2 file.
     """
     names = member_names(content)
     if names is None:
-        return "is a zip file that two readers can read differently"
+        return "is an ambiguous zip file: two readers can read different contents"
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in names:
             if (problem := _unsafe_member(name, archive.read(name))) is not None:
@@ -100,13 +100,13 @@ def _unsafe_member(name: str, content: bytes) -> str | None:
         safe = _is_weights_only(content)
     else:
         safe = PLAIN.fullmatch(name) is not None
-    return None if safe else f"carries {name}, which can run any code when it is loaded"
+    return None if safe else f"contains {name}, which can run any code when it is loaded"
 
 
 def _is_weights_only(content: bytes) -> bool:
     try:
         torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # of any kind
+    except Exception:  # of any class
         return not content
     return True
 
@@ -114,12 +114,12 @@ def _is_weights_only(content: bytes) -> bool:
 def _unsafe_program(program: Any) -> str | None:
     for key, text in _texts(program, ""):
         if not CHECKS.get(key, _is_name)(text):
-            return f"holds the {key or 'name'} {text[:80]!r}, which can run any code when loaded"
+            return f"contains the {key or 'name'} {text[:80]!r}, which can run any code when loaded"
     return None
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield all strings of a program with the key that holds them; '' for those that are keys."""
+    """Yield (key, string) for all strings of a program; key is '' for strings that are keys."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, list):
@@ -127,7 +127,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _texts(item, key)
     elif isinstance(value, dict):
         for name, item in value.items():
-            if name == "metadata" and not CHECKS.keys() & item:  # for messages and other tools
+            if name == "metadata" and not CHECKS.keys() & item:  # torch only displays it
                 continue
             if key != "range_constraints":
                 yield "", name
@@ -145,16 +145,16 @@ def _is_word(text: str) -> bool:
 
 
 def _is_target(text: str) -> bool:
-    if (found := OPERATOR.fullmatch(text)) is None:
+    if (match := OPERATOR.fullmatch(text)) is None:
         return ARITHMETIC.fullmatch(text) is not None
-    namespace, name = found[1], found[2]
+    namespace, name = match[1], match[2]
     if namespace == "higher_order":
         return HIGHER_ORDER.fullmatch(name) is not None
     return namespace in NAMESPACES and name not in UNSAFE_OPERATORS
 
 
 def _is_size(text: str) -> bool:
-    """Tell whether sympy reads an expression as numbers, symbols and functions of them alone."""
+    """Return whether an expression consists only of numbers, symbols and allowed functions."""
     return _all_nodes(text, _is_size_node)
 
 
@@ -168,11 +168,11 @@ def _is_size_node(node: ast.AST) -> bool:
             return any(names.fullmatch(name) for names in (SIZE_FUNCTIONS, SYMBOL))
         case ast.Call(func=ast.Name()) | ast.keyword():
             return True
-    return isinstance(node, NODES + MARKS)
+    return isinstance(node, NODES + OPERATOR_NODES)
 
 
 def _is_guard(text: str) -> bool:
-    """Tell whether Python compares sizes of the inputs in an expression, and does nothing else."""
+    """Return whether an expression only compares sizes of the inputs."""
     return _all_nodes(text, _is_guard_node)
 
 
@@ -189,7 +189,7 @@ def _is_guard_node(node: ast.AST) -> bool:
             return name in GUARD_METHODS
         case ast.Call(func=ast.Name() | ast.Attribute(), keywords=[]):
             return True
-    return isinstance(node, (*NODES, *MARKS, ast.Subscript))
+    return isinstance(node, (*NODES, *OPERATOR_NODES, ast.Subscript))
 
 
 def _all_nodes(text: str, accepts: Callable[[ast.AST], bool]) -> bool:
@@ -200,7 +200,7 @@ def _all_nodes(text: str, accepts: Callable[[ast.AST], bool]) -> bool:
 
 
 def _is_tree(text: str) -> bool:
-    """Tell whether a description of nested arguments names nothing but tuples, lists and dicts."""
+    """Return whether a description of nested arguments names only tuples, lists and dicts."""
     if not text:
         return True
     try:
@@ -235,4 +235,4 @@ CHECKS: MappingProxyType[str, Callable[[str], bool]] = MappingProxyType(
         "class_fqn": _is_word,
     }
 )
-"""Key -> whether a string below it runs no code; strings below other keys are names."""
+"""Key -> function that returns whether a string runs no code. Other keys contain names."""

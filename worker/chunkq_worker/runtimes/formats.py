@@ -1,4 +1,4 @@
-"""What a model file is, whatever its name: told from its first bytes and what its zip holds."""
+"""Detect the format of a model file from its content; file names are ignored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAGIC = MappingProxyType(
         b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "torch_save",  # before torch 1.6
     }
 )
-INSIDE = MappingProxyType(
+MEMBERS = MappingProxyType(
     {
         "/data/weights/": "exported",
         "serialized_exported_program.json": "exported",  # before torch 2.8
@@ -22,35 +22,35 @@ INSIDE = MappingProxyType(
         "model.weights.h5": "keras",
     }
 )
-"""Part of a name inside the zip -> format; the first that is found decides."""
+"""Part of a member name in a zip file -> format. The first match decides."""
 ONNX_FIELDS = b"\x12\x1a\x22\x28\x32\x3a\x42"
-"""Tags that may follow a model's first field, its ir_version, in protobuf."""
+"""Protobuf tags that can follow `ir_version`, the first field of an ONNX model."""
 USES = MappingProxyType(
     {
         "torchscript": "a TorchScript file; use runtime: torch, type: torchscript and ts_file",
         "exported": "a torch.export file; use runtime: torch, type: exported and model_file",
-        "torch_save": "a file of torch.save; use runtime: torch and, if it holds weights, type: "
-        "class with it as checkpoint, or, if it holds the network, type: file with model_file "
+        "torch_save": "a torch.save file; use runtime: torch and, if it contains weights, type: "
+        "class with it as checkpoint, or, if it contains the network, type: file with model_file "
         "and trusted: true",
         "onnx": "an ONNX file; use runtime: onnx, type: file and model_file",
         "keras": "a Keras file; use runtime: tensorflow, type: file and model_file",
-        "keras_h5": "a Keras HDF5 file; use runtime: tensorflow and, if it holds the network, "
-        "type: file with model_file, or, if it holds weights, type: class or json with it as "
+        "keras_h5": "a Keras HDF5 file; use runtime: tensorflow and, if it contains the network, "
+        "type: file with model_file, or, if it contains weights, type: class or json with it as "
         "checkpoint",
         "keras_json": "a Keras JSON file; use runtime: tensorflow, type: json and json_file",
     }
 )
-"""Format -> what it is and the job's keys for it, to end a line that begins with the path."""
+"""Format -> its name and the keys of the job file to use it with; the end of an error message."""
 
 
 def format_of(content: bytes) -> str | None:
-    """Return the key in USES of a model file's content; None where it is nothing known."""
-    for magic, found in MAGIC.items():
+    """Return the format of a model file, a key of USES, or None if it is unknown."""
+    for magic, name in MAGIC.items():
         if content.startswith(magic):
-            return found
-    if names := _members(content):
-        inside = (INSIDE[part] for part in INSIDE if any(part in f"/{name}" for name in names))
-        return next(inside, None)
+            return name
+    if members := _members(content):
+        matches = (MEMBERS[part] for part in MEMBERS if any(part in f"/{m}" for m in members))
+        return next(matches, None)
     if len(content) > 2 and content[0] == 8 and content[1] < 64 and content[2] in ONNX_FIELDS:
         return "onnx"
     return "keras_json" if _is_keras_json(content) else None

@@ -1,4 +1,4 @@
-"""Networks that take and return NumPy arrays in the host's memory."""
+"""Base class of the runtimes whose networks take and return NumPy arrays."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.steps import Steps
 
 NUMBERS = "biuf"
-"""Kinds of dtypes that a prediction may have: bool, integers and floats."""
+"""`dtype.kind` of the supported predictions: bool, integers and floats."""
 
 
 class HostRuntime(Runtime):
-    """A network whose batches and results, and those of the protected steps, are NumPy arrays.
+    """A network with batches and results in host memory. The protected steps get NumPy arrays.
 
-    A derived class implements `_run`.
+    Subclasses implement `_run`.
     """
 
     def __init__(self, model: ModelConfig, steps: Steps) -> None:
@@ -41,22 +41,22 @@ class HostRuntime(Runtime):
         return self._as_float(outputs)
 
     def _cast(self, batch: npt.NDArray[Any]) -> Array:
-        """Return a batch in the job's dtype, for the protected steps and the network."""
-        # Steps may work in place.
+        """Return a batch in the job's dtype, copied if a protected step gets it."""
+        # Steps may modify the array in place.
         convert = np.asarray if self._steps.preprocessing_protected is None else np.array
-        # Values outside the dtype's range raise no warning, as with torch.
+        # As in torch, values outside the range of the dtype raise no warning.
         with np.errstate(over="ignore", invalid="ignore"):
             return convert(batch, self._dtype, order="C")
 
     @abstractmethod
     def _run(self, inputs: Array) -> Array:
-        """Return the network's output for a batch in the dtype that the protected step returned.
+        """Run the network on a batch in the dtype that the protected step returned.
 
-        Raises ModelError if the network does not take such a batch or does not return one array.
+        Raise ModelError if the network cannot process the batch or does not return one array.
         """
 
     def _as_float(self, outputs: Array) -> Array:
-        """Return outputs as float32 or float64; raises ModelError for other than real numbers."""
+        """Return outputs as float32 or float64. Raise ModelError unless they are real numbers."""
         outputs = np.asarray(outputs)
         if outputs.dtype.kind not in NUMBERS:
             steps = self._steps.postprocessing_protected

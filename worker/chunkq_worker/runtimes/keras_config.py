@@ -1,7 +1,7 @@
 """Check a Keras configuration for parts that run code or read other files.
 
-Keras's `safe_mode` depends on its version and on the file format: `.h5` files ignored it before
-3.11.3. These rules do not depend on either.
+`safe_mode` of Keras depends on its version and on the file format: releases before 3.11.3 ignored
+it for `.h5` files. This check depends on neither.
 """
 
 from __future__ import annotations
@@ -20,75 +20,79 @@ CODE = MappingProxyType(
         "TFSMLayer": "a TFSMLayer, which loads another SavedModel",
         "JaxLayer": "a JaxLayer, which runs Python code",
         "FlaxLayer": "a FlaxLayer, which runs Python code",
-        "__typespec__": "a type that Keras imports by its module's name",
+        "__typespec__": "a type that Keras imports by its module name",
     }
 )
-"""Class name -> what the object does."""
+"""Class name -> description of an object that runs code."""
 DATA = frozenset(
     {"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__"}
 )
-"""Class names that stand for plain values."""
+"""Class names of serialized plain values."""
 FILES = ("vocabulary", "idf_weights")
-"""Keys of lookup layers; a string there is the path or URL of a file."""
+"""Keys of lookup layers whose value, if a string, is the path or URL of a file."""
 FUNCTIONS = ("activations", "constraints", "initializers", "losses", "metrics", "regularizers")
 NAMESPACES = (*FUNCTIONS, "dtype_policies", "layers", "models", "optimizers", "quantizers")
 MODULE = re.compile(rf"keras(\.src)?(\.({'|'.join([*NAMESPACES, 'ops'])})(\.\w+)*)?")
-"""Modules of Keras that hold what networks are made of."""
+"""Keras modules that define parts of networks."""
 
 
 class UnknownObjectError(Exception):
-    """Neither Keras nor the user's class_file defines an object; the argument is its name."""
+    """Neither Keras nor class_file defines an object. The argument is its name."""
 
 
-def unsafe_part(config: Any, own: Mapping[str, Any]) -> str | None:
-    """Return what in a parsed configuration runs code or reads other files; None if nothing does.
+def unsafe_part(config: Any, custom_objects: Mapping[str, Any]) -> str | None:
+    """Return a description of a part that runs code or reads other files, None if there is none.
 
-    `own` holds the objects of the user's class_file, by name. Raises UnknownObjectError for a
-    class or function that is in neither.
+    `config` is a parsed configuration, `custom_objects` the objects of class_file by name. Raise
+    UnknownObjectError for a class or function that neither Keras nor class_file defines.
     """
     for values in _mappings(config):
         for key in FILES:
             if isinstance(values.get(key), str):
-                return f"holds a layer that reads the file {values[key]!r}"
+                return f"contains a layer that reads the file {values[key]!r}"
         name = values.get("class_name")
         if "class_name" in values and "config" in values and name not in DATA:
             if not isinstance(name, str):
-                return "holds an object whose class has no name"
-            if (problem := _unsafe_object(name, values, own)) is not None:
+                return "contains an object whose class has no name"
+            if (problem := _unsafe_object(name, values, custom_objects)) is not None:
                 return problem
     return None
 
 
 def _mappings(config: Any) -> Iterator[dict[str, Any]]:
-    waiting = [config]
-    while waiting:
-        values = waiting.pop()
+    """Yield all mappings of a nested configuration."""
+    pending = [config]
+    while pending:
+        values = pending.pop()
         if isinstance(values, dict):
             yield values
-            waiting.extend(values.values())
+            pending.extend(values.values())
         elif isinstance(values, list):
-            waiting.extend(values)
+            pending.extend(values)
 
 
-def _unsafe_object(name: str, values: dict[str, Any], own: Mapping[str, Any]) -> str | None:
-    module, registered = values.get("module"), values.get("registered_name", name)
-    for known in (name, registered):
-        if isinstance(known, str) and known.rpartition(">")[2] in CODE:
-            return f"holds {CODE[known.rpartition('>')[2]]}"
+def _unsafe_object(
+    name: str, values: dict[str, Any], custom_objects: Mapping[str, Any]
+) -> str | None:
+    module, registered_name = values.get("module"), values.get("registered_name", name)
+    for candidate in (name, registered_name):
+        if isinstance(candidate, str) and candidate.rpartition(">")[2] in CODE:
+            return f"contains {CODE[candidate.rpartition('>')[2]]}"
     if name == "function":
         function = values["config"]
         if not isinstance(function, str):
-            return "holds a function without a name"
-        return None if _own_object(function, own) else _unsafe_function(function, module)
-    found = _own_object(name if module is None else registered, own)
-    if found is None:
+            return "contains a function without a name"
+        is_custom = _custom_object(function, custom_objects)
+        return None if is_custom else _unsafe_function(function, module)
+    custom = _custom_object(name if module is None else registered_name, custom_objects)
+    if custom is None:
         return _unsafe_class(name, module)
-    return None if _is_class(found) else f"calls {name} of class_file"
+    return None if _is_class(custom) else f"calls {name} of class_file"
 
 
-def _own_object(name: Any, own: Mapping[str, Any]) -> Any:
-    """Return the object that Keras takes for a name before its own ones, or None."""
-    return own.get(name) or _keras("saving").get_registered_object(name)
+def _custom_object(name: Any, custom_objects: Mapping[str, Any]) -> Any:
+    """Return the custom or registered object that Keras prefers for a name, or None."""
+    return custom_objects.get(name) or _keras("saving").get_registered_object(name)
 
 
 def _unsafe_function(name: str, module: Any) -> str | None:
@@ -113,14 +117,14 @@ def _unsafe_class(name: str, module: Any) -> str | None:
     if not _is_of_keras(module):
         raise UnknownObjectError(name)
     if MODULE.fullmatch(module) is None:
-        return f"names {module}.{name}, which is no part of a network"
+        return f"names {module}.{name}, which is not a part of a network"
     try:
-        found = getattr(import_module(module), name, None)
+        value = getattr(import_module(module), name, None)
     except ImportError:
         raise UnknownObjectError(name) from None
-    if found is None:
+    if value is None:
         raise UnknownObjectError(name)
-    return None if _is_class(found) else f"names {module}.{name}, which is no part of a network"
+    return None if _is_class(value) else f"names {module}.{name}, which is not a part of a network"
 
 
 def _is_of_keras(module: Any) -> bool:
@@ -128,7 +132,7 @@ def _is_of_keras(module: Any) -> bool:
 
 
 def _is_class(value: Any) -> bool:
-    """Tell whether Keras makes an object by `from_config`, not by a call with the file's values."""
+    """Return whether Keras creates an object with `from_config`, not by calling it."""
     return isinstance(value, type) and hasattr(value, "from_config")
 
 

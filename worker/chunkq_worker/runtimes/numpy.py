@@ -1,4 +1,4 @@
-"""Networks written in Python on NumPy arrays: a class or a plain function of the user's file."""
+"""The NumPy runtime: networks that are a class or a function of a Python file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Network = Callable[[npt.NDArray[Any]], Any]
 
 
 class NumpyRuntime(HostRuntime):
-    """A callable that takes a batch (N, *model_input_shape) and returns (N, *model_output_shape).
+    """Calls `network` with a batch (N, *model_input_shape); it returns (N, *model_output_shape).
 
-    The batch is a writable array in C order, in the job's dtype unless the protected step returns
-    another. The callable may change it. `limit` holds while the steps and the network compute.
+    The batch is a writable array in C order. Its dtype is the job's unless the protected step
+    returns another. The network may modify it. `limit` applies to the steps and the network.
     """
 
     any_batch = True
@@ -59,14 +59,14 @@ class NumpyRuntime(HostRuntime):
 
 
 def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load the class or function a job names; raises ModelError in one line."""
+    """Load the class or function that the job names, or raise ModelError."""
     limit = ThreadLimit(threads)
     with limit.applied():
         return NumpyRuntime(_network(model), model, steps, limit)
 
 
 def _network(model: ModelConfig) -> Network:
-    """Return an object of the class, or the function with the kwargs bound as keywords."""
+    """Return an instance of the class, or the function with the kwargs bound to it."""
     definition, kwargs = load_definition(model)
     key = f"model_config.class_name: {model.class_name} of {model.class_file}"
     if not callable(definition):
@@ -77,7 +77,7 @@ def _network(model: ModelConfig) -> Network:
     network: Network = instantiate(definition, kwargs, model)
     if not callable(network):
         raise ModelError(
-            f"{key} is a class whose objects cannot be called; add __call__(self, batch)"
+            f"{key} is a class whose instances are not callable; add __call__(self, batch)"
         )
     _check_call(network, {}, key)
     return network
@@ -92,8 +92,8 @@ def _check_call(network: Callable[..., Any], kwargs: Mapping[str, Any], key: str
     try:
         signature.bind(None, **kwargs)
     except TypeError as error:
-        shown = f" and the kwargs {sorted(kwargs)}" if kwargs else ""
+        names = f" and the kwargs {sorted(kwargs)}" if kwargs else ""
         raise ModelError(
-            f"{key} cannot be called with one batch{shown}: {error}; change its parameters or "
+            f"{key} cannot be called with one batch{names}: {error}; fix its parameters or "
             "kwargs_file"
         ) from error

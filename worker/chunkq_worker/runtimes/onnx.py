@@ -1,4 +1,4 @@
-"""Networks as ONNX graphs, run by ONNX Runtime."""
+"""The ONNX runtime: ONNX graphs, executed by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.steps import Steps
 
 TILE_NORMS = frozenset({"InstanceNormalization", "GroupNormalization"})
-"""Operators that normalise by the mean and spread of the tile in front of them."""
+"""Operators that normalize with the mean and variance of the current patch."""
 OUT_OF_MEMORY = (
     "Failed to allocate memory",
-    "is smaller than requested bytes",  # Available memory of ... : the arena's own limit
+    "is smaller than requested bytes",  # "Available memory of …": the limit of the arena
     "std::bad_alloc",
     "CUDA out of memory",
     "CUDA error: out of memory",
     "CUDA failure 2: out of memory",
     "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
 )
-"""What ONNX Runtime's errors say when there is no memory, on the host or on the device."""
+"""Parts of ONNX Runtime's messages for a failed allocation, on the host or on the device."""
 log = logging.getLogger("chunkq.worker")
 
 
 class OnnxRuntime(HostRuntime):
-    """A graph whose batches and results lie on the host.
+    """Runs a graph on batches in host memory; results are in host memory too.
 
-    The graph itself may run on a GPU: what it takes and gives is then copied there and back.
+    If the graph runs on a GPU, ONNX Runtime copies batches and results between host and GPU.
     """
 
     def __init__(self, session: Any, graph: Graph, model: ModelConfig, steps: Steps) -> None:
@@ -46,29 +46,29 @@ class OnnxRuntime(HostRuntime):
 
     @override
     def _run(self, inputs: Array) -> Array:
-        self._graph.accept(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
+        self._graph.check_batch(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
         return self._run_session(inputs)
 
     def _run_session(self, inputs: Array) -> Array:
-        """Return the graph's output for a batch that it accepts."""
+        """Return the output of the graph for a batch that `Graph.check_batch` accepts."""
         feed = {self._graph.input: np.ascontiguousarray(inputs)}
         return self._session.run([self._graph.output], feed)[0]
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
-        # Bindings raise plain RuntimeErrors, everything else types of ONNX Runtime's own.
-        of_theirs = type(error).__module__.startswith("onnxruntime")
-        known = of_theirs or type(error) is RuntimeError
+        # Runs with I/O bindings raise RuntimeError, other runs raise classes of onnxruntime.
+        from_onnxruntime = type(error).__module__.startswith("onnxruntime")
+        can_match = from_onnxruntime or type(error) is RuntimeError
         return super().is_out_of_memory(error) or (
-            known and any(words in str(error) for words in OUT_OF_MEMORY)
+            can_match and any(text in str(error) for text in OUT_OF_MEMORY)
         )
 
     @override
     def tile_norms(self) -> tuple[str, ...]:
-        tell = getattr(self._session, "get_provider_graph_assignment_info", None)
-        if tell is None:  # an older ONNX Runtime
+        assignment_info = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if assignment_info is None:  # an older ONNX Runtime
             return ()
-        nodes = (node for part in tell() for node in part.get_nodes())
+        nodes = (node for subgraph in assignment_info() for node in subgraph.get_nodes())
         return tuple(f"{n.name} ({n.op_type})" for n in nodes if n.op_type in TILE_NORMS)
 
     @override
@@ -77,9 +77,9 @@ class OnnxRuntime(HostRuntime):
 
 
 def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load the graph a job names; raises ModelError in one line.
+    """Load the graph that the job names, or raise ModelError.
 
-    On device cuda, batches and results stay on the GPU as torch tensors, if torch with CUDA is
+    On device `cuda`, batches and results stay on the GPU as torch tensors if torch with CUDA is
     installed.
     """
     if model.device == "cuda":
@@ -93,11 +93,11 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
 def open_graph(
     model: ModelConfig, steps: Steps, threads: int | None, providers: Sequence[Any] = ()
 ) -> tuple[Any, Graph]:
-    """Return the session of a job's graph, and the graph held against what the job declares."""
+    """Open the graph that the job names and validate it against `model_config`."""
     path = model.model_file or ""
     session = open_session(path, threads, providers)
-    graph = Graph.of(session, path)
-    graph.check(model, steps)
-    running = ", ".join(session.get_providers())
-    log.info("onnxruntime %s runs %s with %s", onnxruntime.__version__, path, running)
+    graph = Graph.from_session(session, path)
+    graph.check_config(model, steps)
+    provider_names = ", ".join(session.get_providers())
+    log.info("onnxruntime %s runs %s with %s", onnxruntime.__version__, path, provider_names)
     return session, graph

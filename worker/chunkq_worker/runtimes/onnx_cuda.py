@@ -1,4 +1,4 @@
-"""ONNX Runtime on a GPU, with batches and results that stay there as torch tensors."""
+"""ONNX Runtime on a GPU. Batches and results stay on the GPU as torch tensors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PROVIDERS = (
     (
         CUDA,
         {
-            # A search by timing may choose otherwise in the next worker, and so change bytes.
+            # A search by timing can choose another algorithm in the next worker and change bytes.
             "cudnn_conv_algo_search": "HEURISTIC",
-            # The blending's memory is on the same device.
+            # The arrays of the blending need memory on the same device.
             "arena_extend_strategy": "kSameAsRequested",
         },
     ),
@@ -37,38 +37,38 @@ PROVIDERS = (
 
 
 def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
-    """Load a graph with the CUDA provider; raises ModelError in one line where that is not there.
+    """Load a graph with the CUDA provider, or raise ModelError if the provider is unavailable.
 
-    Without a torch that sees the GPU, batches and results lie on the host.
+    Batches and results are in host memory if torch is not installed or cannot use the GPU.
     """
     if CUDA not in onnxruntime.get_available_providers():
         raise ModelError(
-            "model_config.device: cuda, but the onnxruntime installed here has no CUDA provider; "
+            "model_config.device: cuda, but the installed onnxruntime has no CUDA provider; "
             f"replace it ({INSTALL}) or set device: cpu"
         )
-    free = _free_bytes()  # imports torch, which brings libraries of CUDA that both then share
+    free_bytes = _free_bytes()  # imports torch, whose CUDA libraries onnxruntime then shares
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None:
-        # It prints what it misses; standard output belongs to the command.
+        # It prints missing libraries to standard output, which is reserved for the command.
         with contextlib.redirect_stdout(io.StringIO()):
             preload()
     session, graph = open_graph(model, steps, threads, PROVIDERS)
     if CUDA not in session.get_providers():
-        # ONNX Runtime merely logs that its libraries did not load.
+        # ONNX Runtime only logs that its libraries failed to load.
         raise ModelError(
-            "model_config.device: cuda, but onnxruntime cannot load its CUDA provider here; "
+            "model_config.device: cuda, but onnxruntime cannot load its CUDA provider; "
             f"install CUDA and cuDNN for it ({INSTALL}) or set device: cpu"
         )
-    if free is None:
+    if free_bytes is None:
         return OnnxRuntime(session, graph, model, steps)
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return OnnxOnTorch(session, graph, model, steps, device, free)
+    return OnnxOnTorch(session, graph, model, steps, device, free_bytes)
 
 
 def _free_bytes() -> int | None:
-    """Return what is free on the GPU, None where no torch sees one."""
+    """Return the free memory of the GPU in bytes, None if torch has no GPU or is not installed."""
     try:
         import torch
     except ImportError:
@@ -77,9 +77,9 @@ def _free_bytes() -> int | None:
 
 
 class OnnxOnTorch(OnnxRuntime):
-    """A graph on the GPU between torch tensors, bound to it by their addresses.
+    """Runs a graph on the GPU. Inputs and outputs are torch tensors, bound by their addresses.
 
-    `free` are the bytes that were free on `device` before the graph was loaded.
+    `free_bytes` is the free memory of `device` before the graph was loaded.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class OnnxOnTorch(OnnxRuntime):
         model: ModelConfig,
         steps: Steps,
         device: torch.device,
-        free: int,
+        free_bytes: int,
     ) -> None:
         import torch
 
         super().__init__(session, graph, model, steps)
         self._torch, self._device = torch, device
-        self._where = (device.type, device.index or 0)
+        self._device_address = (device.type, device.index or 0)
         self._output_dtype = np.dtype(graph.output_dtype)
-        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._free_at_first = free
+        self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._initial_free_bytes = free_bytes
 
     @override
     def _cast(self, batch: npt.NDArray[Any]) -> Array:
@@ -106,20 +106,20 @@ class OnnxOnTorch(OnnxRuntime):
         return tensor.to(getattr(self._torch, self._dtype.name))
 
     @override
-    def _run_session(self, given: Array) -> Array:
-        given = given.contiguous()
-        shape = tuple(given.shape)
-        if shape not in self._shapes:
-            self._shapes[shape] = self._find_shape(given)
+    def _run_session(self, batch: Array) -> Array:
+        batch = batch.contiguous()
+        shape = tuple(batch.shape)
+        if shape not in self._output_shapes:
+            self._output_shapes[shape] = self._infer_output_shape(batch)
         outputs = self._torch.empty(
-            self._shapes[shape],
+            self._output_shapes[shape],
             dtype=getattr(self._torch, self._output_dtype.name),
             device=self._device,
         )
-        binding = self._bind(given)
+        binding = self._bind(batch)
         binding.bind_output(
             self._graph.output,
-            *self._where,
+            *self._device_address,
             self._output_dtype.type,
             list(outputs.shape),
             outputs.data_ptr(),
@@ -127,27 +127,27 @@ class OnnxOnTorch(OnnxRuntime):
         self._run_bound(binding)
         return outputs
 
-    def _bind(self, given: Array) -> Any:
+    def _bind(self, batch: Array) -> Any:
         binding = self._session.io_binding()
         binding.bind_input(
             self._graph.input,
-            *self._where,
+            *self._device_address,
             np.dtype(self._graph.dtype).type,
-            list(given.shape),
-            given.data_ptr(),
+            list(batch.shape),
+            batch.data_ptr(),
         )
         return binding
 
     def _run_bound(self, binding: Any) -> None:
-        # torch fills the batch on a stream of its own, of which ONNX Runtime knows nothing.
+        # torch fills the batch on its own stream; ONNX Runtime does not synchronize with it.
         self._torch.cuda.current_stream(self._device).synchronize()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    def _find_shape(self, given: Array) -> tuple[int, ...]:
-        """Learn the shape of what comes out from one run that leaves its memory to the runtime."""
-        binding = self._bind(given)
-        binding.bind_output(self._graph.output, *self._where)
+    def _infer_output_shape(self, batch: Array) -> tuple[int, ...]:
+        """Run the graph once with an output allocated by ONNX Runtime; return the output shape."""
+        binding = self._bind(batch)
+        binding.bind_output(self._graph.output, *self._device_address)
         self._run_bound(binding)
         [outputs] = binding.get_outputs()
         return tuple(outputs.shape())
@@ -163,23 +163,23 @@ class OnnxOnTorch(OnnxRuntime):
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:
         if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-            # As in the torch runtime: the next wider signed type holds the same values.
+            # As in the torch runtime: the next wider signed dtype can represent all values.
             array = array.astype(np.dtype(f"i{array.dtype.itemsize * 2}"))
         array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
         return self._torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:
-        of_torch = isinstance(error, self._torch.cuda.OutOfMemoryError)
-        found = of_torch or super().is_out_of_memory(error)
-        if found:
-            self._torch.cuda.empty_cache()  # both allocators draw on one device
-        return found
+        from_torch = isinstance(error, self._torch.cuda.OutOfMemoryError)
+        is_out_of_memory = from_torch or super().is_out_of_memory(error)
+        if is_out_of_memory:
+            self._torch.cuda.empty_cache()  # ONNX Runtime allocates on the same device
+        return is_out_of_memory
 
     @override
     def device_bytes(self) -> int | None:
-        # Neither allocator gives back what it holds, so what is taken now is the most there was.
-        return max(0, self._free_at_first - self._torch.cuda.mem_get_info()[0])
+        # Neither allocator returns memory to the device, so the current use is the peak.
+        return max(0, self._initial_free_bytes - self._torch.cuda.mem_get_info()[0])
 
     @override
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""Read from an ONNX file which other files hold weights of it.
+"""List the external weight files that an ONNX file refers to.
 
-ONNX Runtime resolves these names itself, against the working directory for a model from memory.
+ONNX Runtime resolves these names, for a model loaded from memory against the working directory.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ PARTS: MappingProxyType[int, dict[int, int]] = MappingProxyType(
         TRAINING: {1: GRAPH, 2: GRAPH},
     }
 )
-"""Message of onnx.proto -> number of a field -> the message in it."""
+"""Message type of onnx.proto -> field number -> message type of that field."""
 EXTERNAL_DATA = 13
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 
 
 def external_files(content: bytes | memoryview) -> list[str]:
-    """Return the locations of weights outside the file; raises ValueError for a damaged file."""
-    found: list[str] = []
-    waiting = [(MODEL, memoryview(content))]
-    while waiting:
-        kind, message = waiting.pop()
+    """Return the sorted locations of external weights. Raise ValueError for a damaged file."""
+    locations: list[str] = []
+    pending = [(MODEL, memoryview(content))]
+    while pending:
+        kind, message = pending.pop()
         for number, value in _fields(message):
             if kind == TENSOR and number == EXTERNAL_DATA:
-                found.extend(_location(value))
-            elif (inner := PARTS.get(kind, {}).get(number)) is not None:
-                waiting.append((inner, value))
-    return sorted(set(found))
+                locations.extend(_location(value))
+            elif (child := PARTS.get(kind, {}).get(number)) is not None:
+                pending.append((child, value))
+    return sorted(set(locations))
 
 
-def is_beside(location: str) -> bool:
-    """Tell whether a location stays in the model's folder."""
+def is_in_folder(location: str) -> bool:
+    """Return whether a location is inside the folder of the model."""
     paths = (PurePosixPath(location), PureWindowsPath(location))
     return not any(path.anchor or ".." in path.parts for path in paths)
 
@@ -53,33 +53,33 @@ def _location(entry: memoryview) -> Iterator[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield number and content of a message's fields that have a length."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
+    """Yield the number and content of the length-delimited fields of a message."""
+    offset = 0
+    while offset < len(message):
+        tag, offset = _varint(message, offset)
         number, wire = tag >> 3, tag & 7
         if wire == VARINT:
-            _, at = _varint(message, at)
+            _, offset = _varint(message, offset)
             continue
         if wire == LENGTH:
-            size, at = _varint(message, at)
+            size, offset = _varint(message, offset)
         elif wire in (FIXED64, FIXED32):
             size = 8 if wire == FIXED64 else 4
         else:
             raise ValueError(f"wire type {wire}")
-        if at + size > len(message):
+        if offset + size > len(message):
             raise ValueError("a field is cut off")
         if wire == LENGTH:
-            yield number, message[at : at + size]
-        at += size
+            yield number, message[offset : offset + size]
+        offset += size
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _varint(message: memoryview, offset: int) -> tuple[int, int]:
     value = shift = 0
-    while at < len(message) and shift < 64:
-        byte = message[at]
+    while offset < len(message) and shift < 64:
+        byte = message[offset]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if not byte & 0x80:
-            return value, at
+            return value, offset
     raise ValueError("a number is cut off")

@@ -1,4 +1,4 @@
-"""What an ONNX graph takes and gives, held against what a job declares."""
+"""Validate the inputs and outputs of an ONNX graph against `model_config`."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ DTYPES: MappingProxyType[str, str] = MappingProxyType(
         "tensor(int64)": "int64",
     }
 )
-"""ONNX Runtime's names of the types that a job can declare."""
-ALSO_OUT = MappingProxyType(
+"""ONNX Runtime's type names -> the dtypes that a job can declare."""
+EXTRA_OUTPUT_DTYPES = MappingProxyType(
     {f"tensor({name})": name for name in ("bool", "uint8", "uint16", "uint32", "uint64")}
 )
-"""Further types that a prediction may have."""
-ALONE = "export the network so that it takes one batch and returns the prediction alone"
+"""Additional types that only the output can have."""
+EXPORT_ADVICE = "export the network with one input, the batch, and one output, the prediction"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The one input and the one output of a graph.
+    """The single input and the single output of a graph.
 
-    `dtype` and `axes` are the input's, batch first: a length where it is fixed, None where it is
-    free; no axes at all if the graph does not say.
+    `dtype` and `axes` describe the input, batch axis first. An axis is its fixed length, or None
+    if the length is dynamic. `axes` is empty if the graph does not declare a shape.
     """
 
     path: str
@@ -46,89 +46,91 @@ class Graph:
     output_dtype: str
 
     @classmethod
-    def of(cls, session: Any, path: str) -> Self:
-        """Describe a session's graph; raises ModelError where it has several ins or outs."""
-        inputs, outputs = session.get_inputs(), session.get_outputs()
-        where = f"model_config.model_file: {path}"
-        for nodes, verb, what in ((inputs, "takes", "inputs"), (outputs, "gives", "outputs")):
-            if len(nodes) != 1:
-                names = ", ".join(node.name for node in nodes) or "none"
-                raise ModelError(f"{where} {verb} {len(nodes)} {what} ({names}); {ALONE}")
-        given, made = inputs[0], outputs[0]
-        if given.type not in DTYPES:
-            raise ModelError(
-                f"{where}: input {given.name!r} takes {_bare(given.type)}; export the network "
-                f"with an input of {', '.join(DTYPES.values())}"
-            )
-        kinds = DTYPES | ALSO_OUT
-        if made.type not in kinds:
-            raise ModelError(
-                f"{where}: output {made.name!r} is {_bare(made.type)}; {ALONE}, as numbers"
-            )
-        axes = tuple(n if isinstance(n, int) and n > 0 else None for n in given.shape)
-        return cls(path, given.name, made.name, DTYPES[given.type], axes, kinds[made.type])
+    def from_session(cls, session: Any, path: str) -> Self:
+        """Read the input and output of a session's graph. Raise ModelError unless it has one each.
 
-    def check(self, model: ModelConfig, steps: Steps) -> None:
-        """Hold the declaration against the graph, as far as no step stands between them.
-
-        Raises ModelError in one line that says what to write.
+        Raise ModelError also for an input or output of an unsupported type.
         """
-        takes = f"input {self.input!r} of {self.path} takes"
+        key = f"model_config.model_file: {path}"
+        node_in = _single(session.get_inputs(), f"{key} has", "inputs")
+        node_out = _single(session.get_outputs(), f"{key} has", "outputs")
+        if node_in.type not in DTYPES:
+            raise ModelError(
+                f"{key}: input {node_in.name!r} has dtype {_dtype_name(node_in.type)}, expected "
+                f"one of {', '.join(DTYPES.values())}; export the network with one of these"
+            )
+        output_dtypes = DTYPES | EXTRA_OUTPUT_DTYPES
+        if node_out.type not in output_dtypes:
+            raise ModelError(
+                f"{key}: output {node_out.name!r} has type {_dtype_name(node_out.type)}, expected "
+                f"a tensor of numbers; {EXPORT_ADVICE}"
+            )
+        axes = tuple(n if isinstance(n, int) and n > 0 else None for n in node_in.shape)
+        dtypes = DTYPES[node_in.type], output_dtypes[node_out.type]
+        return cls(path, node_in.name, node_out.name, dtypes[0], axes, dtypes[1])
+
+    def check_config(self, model: ModelConfig, steps: Steps) -> None:
+        """Validate the declared dtype and shape against the graph.
+
+        A dtype or shape that a processing step can change is not checked. Raise ModelError with
+        the value to set.
+        """
+        expects = f"input {self.input!r} of {self.path} expects"
         if steps.preprocessing_protected is None and model.dtype != self.dtype:
             raise ModelError(
-                f"model_config.dtype: {model.dtype}, but {takes} {self.dtype}; write dtype: "
+                f"model_config.dtype: {model.dtype}, but {expects} {self.dtype}; set dtype: "
                 f"{self.dtype}"
             )
         if not self.axes:
             return
         if steps.preprocessing is None and steps.preprocessing_protected is None:
-            self._check_item(model, takes)
-        fixed = self.axes[0]
-        if fixed is not None and fixed != model.max_batch_size:
+            self._check_input_shape(model, expects)
+        batch_size = self.axes[0]
+        if batch_size is not None and batch_size != model.max_batch_size:
             raise ModelError(
-                f"model_config.max_batch_size: {model.max_batch_size}, but {takes} batches of "
-                f"exactly {fixed}; write max_batch_size: {fixed}, or export it with a dynamic "
-                "batch axis"
+                f"model_config.max_batch_size: {model.max_batch_size}, but {expects} batches of "
+                f"exactly {batch_size}; set max_batch_size: {batch_size}, or export it with a "
+                "dynamic batch axis"
             )
 
-    def _check_item(self, model: ModelConfig, takes: str) -> None:
-        item, fixed = model.model_input_shape, self.axes[1:]
-        declared = f"model_config.model_input_shape: {list(item)}"
-        if len(item) != len(fixed):
-            write = list(fixed) if None not in fixed else f"{len(fixed)} entries"
+    def _check_input_shape(self, model: ModelConfig, expects: str) -> None:
+        declared, fixed = model.model_input_shape, self.axes[1:]
+        key = f"model_config.model_input_shape: {list(declared)}"
+        if len(declared) != len(fixed):
+            advice = list(fixed) if None not in fixed else f"{len(fixed)} entries"
             raise ModelError(
-                f"{declared} makes batches of {len(item) + 1} axes, but {takes} "
-                f"{len(self.axes)}, {format_axes(self.axes)}; write model_input_shape: {write}"
+                f"{key} results in batches of {len(declared) + 1} axes, but {expects} "
+                f"{len(self.axes)}, {format_axes(self.axes)}; set model_input_shape: {advice}"
             )
-        joined = None if model.join_dim is None else model.join_dim - 1
+        joined_axis = None if model.join_dim is None else model.join_dim - 1
         fits = [
-            n is None or n == given or axis == joined
-            for axis, (n, given) in enumerate(zip(fixed, item, strict=True))
+            length is None or length == size or axis == joined_axis
+            for axis, (length, size) in enumerate(zip(fixed, declared, strict=True))
         ]
         if not all(fits):
-            write = [
-                given if fine or n is None else n
-                for n, given, fine in zip(fixed, item, fits, strict=True)
+            valid_shape = [
+                size if fit or length is None else length
+                for length, size, fit in zip(fixed, declared, fits, strict=True)
             ]
             raise ModelError(
-                f"{declared}, but {takes} {format_axes(self.axes)}; "
-                f"write model_input_shape: {write}, or export it with dynamic axes"
+                f"{key}, but {expects} {format_axes(self.axes)}; "
+                f"set model_input_shape: {valid_shape}, or export it with dynamic axes"
             )
 
-    def accept(self, shape: Sequence[int], dtype: str) -> None:
-        """Raise ModelError if the graph cannot take a batch of this shape and dtype."""
-        sizes = list(zip(self.axes, shape, strict=False))
-        wrong = [n is not None and n != given for n, given in sizes]
-        right_rank = len(self.axes) in (0, len(shape))
-        if right_rank and dtype == self.dtype and not any(wrong):
+    def check_batch(self, shape: Sequence[int], dtype: str) -> None:
+        """Raise ModelError if the graph cannot process a batch of this shape and dtype."""
+        pairs = list(zip(self.axes, shape, strict=False))
+        differs = [length is not None and length != size for length, size in pairs]
+        same_rank = len(self.axes) in (0, len(shape))
+        if same_rank and dtype == self.dtype and not any(differs):
             return
-        reason = "processing_steps must give that"
-        if right_rank and dtype == self.dtype and not any(wrong[1:]):
-            # The batcher halves what does not fit in memory.
-            reason = "its batch size is fixed; export it with a dynamic batch axis"
+        advice = "set processing_steps that return the expected batch"
+        if same_rank and dtype == self.dtype and not any(differs[1:]):
+            # The batcher halves batches that do not fit in memory.
+            advice = "its batch size is fixed; export it with a dynamic batch axis"
         raise ModelError(
-            f"model_config.model_file: input {self.input!r} of {self.path} takes {self.dtype} "
-            f"{format_axes(self.axes)} but was given {dtype} {format_axes(shape)}; {reason}"
+            f"model_config.model_file: input {self.input!r} of {self.path} expects {self.dtype} "
+            f"{format_axes(self.axes)}, found {dtype} {format_axes(shape)}; {advice}"
         )
 
 
@@ -137,5 +139,13 @@ def format_axes(axes: Sequence[int | None]) -> str:
     return f"({', '.join('any' if n is None else str(n) for n in axes)})"
 
 
-def _bare(kind: str) -> str:
+def _single(nodes: Sequence[Any], subject: str, plural: str) -> Any:
+    """Return the only node, or raise ModelError."""
+    if len(nodes) != 1:
+        names = ", ".join(node.name for node in nodes) or "none"
+        raise ModelError(f"{subject} {len(nodes)} {plural} ({names}), expected 1; {EXPORT_ADVICE}")
+    return nodes[0]
+
+
+def _dtype_name(kind: str) -> str:
     return kind.removeprefix("tensor(").removesuffix(")") if kind.startswith("tensor(") else kind

@@ -1,7 +1,7 @@
-"""ONNX Runtime, imported with its telemetry off.
+"""Import ONNX Runtime with telemetry disabled.
 
-Since release 1.29 the official packages for Linux and macOS send usage events to their maker and
-store a device id below the user's cache folder.
+Since release 1.29 the official packages for Linux and macOS send usage events to the vendor and
+store a device id in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ import os
 from importlib import import_module
 from typing import Any
 
-# ONNX Runtime reads this once, at its import. A value that the user has set stays.
+# ONNX Runtime reads the variable once, at its import. A value set by the user has priority.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 onnxruntime: Any = import_module("onnxruntime")

@@ -1,7 +1,8 @@
 """Check the graph of a SavedModel for operations that reach files, the network or Python.
 
-TensorFlow runs a SavedModel as a program: initializers when it is loaded, signatures when they are
-called. Saving and restoring its own variables is left out, as is all that no signature reaches.
+TensorFlow runs a SavedModel as a program: initializers at load time, signatures when they are
+called. Operations that save and restore its variables, and those that no signature reaches, are
+not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ UNSAFE = re.compile(
     r"Collective|^Copy|Checkpoint|Custom|Dataset|Debug|Dump|File|Host|ImmutableConst|Iterator|Proto|"
     r"PyFunc|Reader|Recv|Remap|Rpc|Send|Session|Snapshot|Summary"
 )
-"""Parts of the names of operations without state that reach more than their inputs."""
+"""Parts of the names of stateless operations that reach more than their inputs."""
 SAFE_WITH_STATE = re.compile(
     r"_?(Arg|Case|If|Retval|While)|Assert|CheckNumerics(V2)?|Empty|GuaranteeConst|DeepCopy|Print|"
     r"(Stateful)?PartitionedCall|(Assign(Add|Sub)?|Destroy|Read|Temporary)?Variable(Op|V2|Shape)?|"
@@ -30,22 +31,23 @@ SAFE_WITH_STATE = re.compile(
     r"LookupTable(Find|Insert|Remove|Size|Export|Import)V2|TensorArray\w*|Stack(Push|Pop|Close)?V2"
 )
 RESTORE = frozenset({"Restore", "RestoreSlice", "RestoreV2"})
-"""Operations by which a SavedModel of TensorFlow 1 reads its own variables."""
+"""Operations with which a SavedModel of TensorFlow 1 reads its own variables."""
 
 
 def unsafe_part(path: str) -> str | None:
-    """Return what in a SavedModel's folder can reach more than its inputs; None if nothing can.
+    """Return a description of an unsafe operation of a SavedModel, None if there is none.
 
-    Raises google.protobuf.message.DecodeError for a damaged file.
+    An operation is unsafe if it can reach more than its inputs. `path` is the model's folder. Raise
+    google.protobuf.message.DecodeError for a damaged file.
     """
     model = import_module("tensorflow.core.protobuf.saved_model_pb2").SavedModel()
     with open(os.path.join(path, "saved_model.pb"), "rb") as file:
         model.ParseFromString(file.read())
     graphs = model.meta_graphs
-    objects = len(graphs) == 1 and graphs[0].HasField("object_graph_def")
+    is_version_2 = len(graphs) == 1 and graphs[0].HasField("object_graph_def")
     for graph in graphs:
         functions = {f.signature.name: f.node_def for f in graph.graph_def.library.function}
-        if objects:
+        if is_version_2:
             nodes = _called(graph.object_graph_def.concrete_functions, functions)
             allowed: frozenset[str] = frozenset()
         else:
@@ -64,19 +66,20 @@ def _is_safe(name: str) -> bool:
 
 
 def _called(names: Iterable[str], functions: dict[str, Any]) -> Iterator[Any]:
-    """Yield the nodes of functions, and of all functions that these call."""
-    waiting, seen = list(names), set[str]()
-    while waiting:
-        name = waiting.pop()
+    """Yield the nodes of functions and of all functions that they call."""
+    pending, seen = list(names), set[str]()
+    while pending:
+        name = pending.pop()
         if name in seen or name not in functions:
             continue
         seen.add(name)
         for node in functions[name]:
             yield node
-            waiting.extend(_callees(node))
+            pending.extend(_callees(node))
 
 
 def _callees(node: Any) -> Iterator[str]:
+    """Yield the names of functions that a node can call."""
     yield node.op  # a function can be called like an operation
     for value in node.attr.values():
         yield value.func.name
@@ -84,20 +87,20 @@ def _callees(node: Any) -> Iterator[str]:
 
 
 def _needed(graph: Any, functions: dict[str, Any]) -> Iterator[Any]:
-    """Yield what TensorFlow 1 runs to load a graph and to call its signatures."""
+    """Yield the nodes that TensorFlow 1 runs to load a graph and to call its signatures."""
     nodes = {node.name: node for node in graph.graph_def.node}
-    waiting = [graph.saver_def.restore_op_name]
+    pending = [graph.saver_def.restore_op_name]
     for signature in graph.signature_def.values():
-        waiting += [tensor.name for tensor in signature.outputs.values()]
+        pending += [tensor.name for tensor in signature.outputs.values()]
     for collection in graph.collection_def.values():
-        waiting += collection.node_list.value
+        pending += collection.node_list.value
     seen: set[str] = set()
-    while waiting:
-        name = waiting.pop().removeprefix("^").partition(":")[0]
+    while pending:
+        name = pending.pop().removeprefix("^").partition(":")[0]
         if name in seen or name not in nodes:
             continue
         seen.add(name)
         node = nodes[name]
         yield node
         yield from _called(_callees(node), functions)
-        waiting.extend(node.input)
+        pending.extend(node.input)

@@ -1,7 +1,7 @@
-"""Batches to a device and results back, copied beside what it computes.
+"""Copy batches to a device and results back while the device computes.
 
-Who waits for whom is decided here, for any `Accelerator`. Between two streams, and between a
-stream and the host, nothing is in order unless one waits for an event of the other.
+This module does all synchronization, for any `Accelerator`. Operations of two streams, or of a
+stream and the host, are ordered only if one waits for an event of the other.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from chunkq_worker.runtimes.base import BatchFeed, Fetched
+from chunkq_worker.runtimes.base import BatchFeed, PendingResults
 
 SLOTS = 2
-"""One batch is computed while the next is written: each needs memory of its own."""
-WARM_UPS = 3
-"""Runs before a capture: a compiler, or TorchScript's, is done after two."""
-WIDER = {torch.uint16: (torch.int16, torch.int32), torch.uint32: (torch.int32, torch.int64)}
-"""Wide unsigned integers, of which torch knows few operations: the same bits, the same values."""
+"""Buffers of a feed: one batch is computed while the next is written."""
+WARM_UP_RUNS = 3
+"""Runs before a capture. Compilers, TorchScript's included, are done after two."""
+SIGNED_DTYPES = {torch.uint16: (torch.int16, torch.int32), torch.uint32: (torch.int32, torch.int64)}
+"""Unsigned dtype -> signed dtype of the same bits, signed dtype that represents all values.
+
+torch implements few operations for these unsigned dtypes.
+"""
 Stream = Any
 Event = Any
 
 
 class Accelerator(ABC):
-    """A device beside the host: memory, and streams of operations that it runs by itself.
+    """A device with its own memory and streams of operations that run asynchronously.
 
-    The operations of one stream run one after the other. An event is a place in a stream.
+    The operations of one stream run in order. An event marks a position in a stream.
     """
 
     @abstractmethod
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return host memory, its values undefined, that the device copies by itself."""
+        """Return uninitialized pinned host memory, for asynchronous copies."""
 
     @abstractmethod
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return memory of the device, its values undefined, for the current stream to use."""
+        """Return uninitialized device memory for use on the current stream."""
 
     @abstractmethod
     def stream(self) -> Stream:
@@ -47,48 +50,48 @@ class Accelerator(ABC):
 
     @abstractmethod
     def current(self) -> Stream:
-        """Return the stream that torch's operations of this thread join."""
+        """Return the stream that torch uses in this thread."""
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        """Have the stream copy between pinned memory and the device; returns at once.
+        """Enqueue a copy between pinned memory and device memory, without waiting for it.
 
-        The device's memory is kept for the copy even if nothing refers to it any more.
+        Device memory that is freed meanwhile is not reused before the copy is done.
         """
 
     @abstractmethod
     def record(self, stream: Stream) -> Event:
-        """Return the event that all operations given to the stream so far are done."""
+        """Return an event that completes when all operations enqueued so far are done."""
 
     @abstractmethod
     def wait_on_stream(self, stream: Stream, event: Event) -> None:
-        """Have the stream's later operations wait for an event; returns at once."""
+        """Make later operations of the stream wait for an event, without blocking the host."""
 
     @abstractmethod
     def wait(self, event: Event) -> None:
-        """Return when an event has happened. Any thread may call it."""
+        """Block until an event is complete. Safe in any thread."""
 
     @abstractmethod
     def capture(
-        self, run: Callable[[torch.Tensor], Any], given: torch.Tensor
+        self, run: Callable[[torch.Tensor], Any], batch: torch.Tensor
     ) -> tuple[Callable[[], None], Any]:
-        """Return what repeats `run(given)` on the current stream, and what `run` returned.
+        """Capture `run(batch)`. Return a function that replays it, and the output of `run`.
 
-        A repetition reads and writes the same memory: what lies in `given` then, and the returned
-        tensor, which holds nothing before the first repetition.
+        A replay runs on the current stream. It reads the current contents of `batch` and writes to
+        the same output tensor, which is uninitialized before the first replay.
         """
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a host tensor for the current stream; the host's is free at once."""
-        between = self.pinned(host.shape, host.dtype)
-        between.copy_(host)
-        placed = self.empty(host.shape, host.dtype)
-        self.copy(placed, between, self.current())
-        return placed
+        """Return a copy on the device, for the current stream. `host` can be reused at once."""
+        staging = self.pinned(host.shape, host.dtype)
+        staging.copy_(host)
+        on_device = self.empty(host.shape, host.dtype)
+        self.copy(on_device, staging, self.current())
+        return on_device
 
 
 class Cuda(Accelerator):
-    """The current CUDA device. Freed pinned memory is kept by torch until its copies are done."""
+    """The current CUDA device. torch reuses freed pinned memory only after its copies are done."""
 
     @override
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -130,60 +133,60 @@ class Cuda(Accelerator):
 
     @override
     def capture(
-        self, run: Callable[[torch.Tensor], Any], given: torch.Tensor
+        self, run: Callable[[torch.Tensor], Any], batch: torch.Tensor
     ) -> tuple[Callable[[], None], Any]:
-        here, aside = self.current(), self.stream()
+        current, side_stream = self.current(), self.stream()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(here):  # which a capture that fails does not go back to
-                # Libraries make handles for each stream at first use, not to be captured.
-                aside.wait_stream(here)
-                with torch.cuda.stream(aside):
-                    for _ in range(WARM_UPS):
-                        run(given)
-                here.wait_stream(aside)
-                # Other threads wait for results meanwhile, which breaks a capture in other modes.
-                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                    returned = run(given)
+            with torch.cuda.stream(current):  # a failed capture does not restore it
+                # Libraries create handles per stream at first use; a capture must not contain it.
+                side_stream.wait_stream(current)
+                with torch.cuda.stream(side_stream):
+                    for _ in range(WARM_UP_RUNS):
+                        run(batch)
+                current.wait_stream(side_stream)
+                # In other modes, another thread that waits for results would break the capture.
+                with torch.cuda.graph(graph, stream=side_stream, capture_error_mode="thread_local"):
+                    output = run(batch)
         except RuntimeError as error:
             if isinstance(error.__context__, torch.cuda.OutOfMemoryError):
-                raise error.__context__ from None  # the error hides what broke the capture
+                raise error.__context__ from None  # the first error is the cause
             raise
-        return graph.replay, returned
+        return graph.replay, output
 
 
 class Slot:
-    """Memory for one batch on both sides.
+    """Pinned memory and device memory for one batch.
 
-    `sent` is when its copy to the device is done; `taken`, when the device has read that copy.
+    `sent` is the event after the copy to the device, `consumed` the one after the last read there.
     """
 
     def __init__(self, accelerator: Accelerator, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.host = accelerator.pinned(shape, dtype).zero_()
         self.array: npt.NDArray[Any] = self.host.numpy()
         self.device = accelerator.empty(shape, dtype)
-        # What had this memory before may still be in use on the current stream.
-        self.taken: Event = accelerator.record(accelerator.current())
+        # The current stream may still use the previous contents of this memory.
+        self.consumed: Event = accelerator.record(accelerator.current())
         self.sent: Event | None = None
 
 
 class SentBatch:
-    """A batch on its way to the device, of `count` items; to be taken once."""
+    """A batch of `count` items whose copy to the device is enqueued. It can be taken once."""
 
     def __init__(self, accelerator: Accelerator, slot: Slot, count: int) -> None:
         self._accelerator, self._slot, self._count = accelerator, slot, count
 
     def take(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the batch in a dtype and memory of its own, for the current stream."""
+        """Return a copy of the batch in a dtype, for the current stream."""
         accelerator, slot = self._accelerator, self._slot
         accelerator.wait_on_stream(accelerator.current(), slot.sent)
-        given = as_signed(slot.device[: self._count]).to(dtype, copy=True)
-        slot.taken = accelerator.record(accelerator.current())
-        return given
+        batch = as_signed(slot.device[: self._count]).to(dtype, copy=True)
+        slot.consumed = accelerator.record(accelerator.current())
+        return batch
 
 
 class StagedFeed(BatchFeed):
-    """Batches written into pinned memory in turn and copied on `stream`, ahead of their use."""
+    """Alternates between pinned buffers and copies batches to the device on `stream`."""
 
     ahead = True
 
@@ -195,8 +198,8 @@ class StagedFeed(BatchFeed):
         dtype: npt.DTypeLike,
     ) -> None:
         self._accelerator, self._stream = accelerator, stream
-        self._slots = self._rotation(shape, np.dtype(dtype))
-        self._others: dict[tuple[tuple[int, ...], np.dtype[Any]], list[Slot]] = {}
+        self._slots = self._create_slots(shape, np.dtype(dtype))
+        self._slots_by_shape: dict[tuple[tuple[int, ...], np.dtype[Any]], list[Slot]] = {}
 
     @override
     def buffer(self) -> npt.NDArray[Any]:
@@ -205,26 +208,26 @@ class StagedFeed(BatchFeed):
     @override
     def send(self, batch: npt.NDArray[Any]) -> SentBatch | npt.NDArray[Any]:
         slot = self._slots[-1]
-        if not _is_start_of(batch, slot.array):  # steps made something else of it
-            if not _has_tensor(batch.dtype) or len(batch) > len(slot.array):
-                return batch.copy()  # as it may lie in memory that is written again
+        if not _is_prefix(batch, slot.array):  # a step returned another array
+            if not _has_torch_dtype(batch.dtype) or len(batch) > len(slot.array):
+                return batch.copy()  # its memory can be overwritten by the next batch
             key = (batch.shape[1:], batch.dtype)
-            if key not in self._others:
-                self._others[key] = self._rotation((len(slot.array), *key[0]), key[1])
-            slot = self._next(self._others[key])
+            if key not in self._slots_by_shape:
+                self._slots_by_shape[key] = self._create_slots((len(slot.array), *key[0]), key[1])
+            slot = self._next(self._slots_by_shape[key])
             slot.array[: len(batch)] = batch
         accelerator, count = self._accelerator, len(batch)
-        accelerator.wait_on_stream(self._stream, slot.taken)
+        accelerator.wait_on_stream(self._stream, slot.consumed)
         accelerator.copy(slot.device[:count], slot.host[:count], self._stream)
         slot.sent = accelerator.record(self._stream)
         return SentBatch(accelerator, slot, count)
 
-    def _rotation(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[Slot]:
-        of_torch = torch.from_numpy(np.empty(0, dtype)).dtype
-        return [Slot(self._accelerator, shape, of_torch) for _ in range(SLOTS)]
+    def _create_slots(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[Slot]:
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        return [Slot(self._accelerator, shape, torch_dtype) for _ in range(SLOTS)]
 
     def _next(self, slots: list[Slot]) -> Slot:
-        """Return the slot whose turn it is, free to be written; it goes to the list's end."""
+        """Return the least recently used slot, ready for writing, and move it to the end."""
         slots.append(slots.pop(0))
         if slots[-1].sent is not None:
             self._accelerator.wait(slots[-1].sent)
@@ -232,31 +235,36 @@ class StagedFeed(BatchFeed):
 
 
 class GraphReplay:
-    """A network captured once for each shape of batch, then repeated without being called."""
+    """Captures a network once per shape of batch and replays it for later batches."""
 
     def __init__(self, accelerator: Accelerator, run: Callable[[torch.Tensor], Any]) -> None:
         self._accelerator, self._run = accelerator, run
         self._captured: dict[Any, tuple[torch.Tensor, Callable[[], None], Any]] = {}
 
-    def __call__(self, given: torch.Tensor) -> Any:
-        """Return what the network gives, in memory of its own if it is a tensor."""
-        key = (tuple(given.shape), given.dtype, given.stride())
+    def __call__(self, batch: torch.Tensor) -> Any:
+        """Return the output of the network, copied if it is a tensor."""
+        key = (tuple(batch.shape), batch.dtype, batch.stride())
         if key not in self._captured:
-            fixed = torch.empty_like(given)
-            fixed.copy_(given)
-            self._captured[key] = (fixed, *self._accelerator.capture(self._run, fixed))
-        fixed, replay, returned = self._captured[key]
-        fixed.copy_(given)
+            static_batch = torch.empty_like(batch)
+            static_batch.copy_(batch)
+            self._captured[key] = (
+                static_batch,
+                *self._accelerator.capture(self._run, static_batch),
+            )
+        static_batch, replay, output = self._captured[key]
+        static_batch.copy_(batch)
         replay()
-        return returned.clone() if isinstance(returned, torch.Tensor) else returned
+        return output.clone() if isinstance(output, torch.Tensor) else output
 
     def clear(self) -> None:
-        """Let go of what was captured, and of its memory."""
+        """Release all captures and their memory."""
         self._captured.clear()
 
 
-def fetch(accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tensor]) -> Fetched:
-    """Have `stream` copy results of the current stream to the host; returns what waits for them."""
+def fetch(
+    accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tensor]
+) -> PendingResults:
+    """Enqueue copies of results of the current stream to the host, on `stream`."""
     arrays = [array.contiguous() for array in arrays]
     accelerator.wait_on_stream(stream, accelerator.record(accelerator.current()))
     pinned = [accelerator.pinned(array.shape, array.dtype) for array in arrays]
@@ -264,23 +272,23 @@ def fetch(accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tenso
         accelerator.copy(target, source, stream)
     done = accelerator.record(stream)
 
-    def fetched() -> list[npt.NDArray[Any]]:
+    def wait_for_results() -> list[npt.NDArray[Any]]:
         accelerator.wait(done)
         return [target.numpy() for target in pinned]
 
-    return fetched
+    return wait_for_results
 
 
 def as_signed(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same values in a dtype that torch has all operations for."""
-    if tensor.dtype not in WIDER:
+    """Return the same values in a dtype for which torch implements all operations."""
+    if tensor.dtype not in SIGNED_DTYPES:
         return tensor
-    bits, values = WIDER[tensor.dtype]
+    bits, values = SIGNED_DTYPES[tensor.dtype]
     return tensor.view(bits).to(values) & torch.iinfo(tensor.dtype).max
 
 
-def _is_start_of(batch: npt.NDArray[Any], array: npt.NDArray[Any]) -> bool:
-    """Tell whether a batch is the array's first items, as they lie in memory."""
+def _is_prefix(batch: npt.NDArray[Any], array: npt.NDArray[Any]) -> bool:
+    """Return whether a batch is a contiguous view of the first items of the array."""
     return (
         batch.ctypes.data == array.ctypes.data
         and batch.dtype == array.dtype
@@ -289,5 +297,5 @@ def _is_start_of(batch: npt.NDArray[Any], array: npt.NDArray[Any]) -> bool:
     )
 
 
-def _has_tensor(dtype: np.dtype[Any]) -> bool:
+def _has_torch_dtype(dtype: np.dtype[Any]) -> bool:
     return dtype.isnative and dtype.kind in "biuf" and dtype != np.uint64 and dtype.itemsize <= 8

@@ -1,4 +1,4 @@
-"""TensorFlow, Keras and h5py, imported without their chatter; this module is slow to import."""
+"""Import TensorFlow, Keras and h5py without their log output. The import takes seconds."""
 
 from __future__ import annotations
 
@@ -20,59 +20,59 @@ BACKEND = "KERAS_BACKEND"
 DEFAULTS = {
     LEVEL: "3",
     BACKEND: "tensorflow",
-    # Else the fastest algorithm of a first try is taken, which differs from worker to worker.
+    # The autotuner selects algorithms by timing, which can differ between workers.
     "TF_CUDNN_USE_AUTOTUNE": "0",
 }
-"""Environment that must be there before the import; what the user has set stays."""
-CHATTER = re.compile(rb"[IWE]\d{4} \d\d:|WARNING: All log messages before absl::InitializeLog")
-"""Lines that the level does not hold back: the libraries write them while they are loaded."""
-WANTS_CHATTER = os.environ.get(LEVEL, DEFAULTS[LEVEL]) != DEFAULTS[LEVEL]
-"""Whether the user has set a level; that of a parent process is the default again."""
+"""Environment variables for the import. Values set by the user have priority."""
+LOG_LINE = re.compile(rb"[IWE]\d{4} \d\d:|WARNING: All log messages before absl::InitializeLog")
+"""Log lines that TensorFlow writes at import, regardless of the log level."""
+SHOW_LOG = os.environ.get(LEVEL, DEFAULTS[LEVEL]) != DEFAULTS[LEVEL]
+"""Whether the user has set a log level. A parent process that imported this set the default."""
 
 
 @contextmanager
 def without_log_output() -> Iterator[None]:
-    """Keep TensorFlow's own lines off standard error, unless the user has set a level."""
+    """Remove TensorFlow's log lines from standard error, unless the user has set a log level."""
     try:
-        kept_back = -1 if WANTS_CHATTER else os.dup(2)
-    except OSError:  # there is no standard error
-        kept_back = -1
-    if kept_back < 0:
+        stderr_copy = -1 if SHOW_LOG else os.dup(2)
+    except OSError:  # standard error is closed
+        stderr_copy = -1
+    if stderr_copy < 0:
         yield
         return
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
-            with suppress(AttributeError, OSError, ValueError):  # none, or closed
+            with suppress(AttributeError, OSError, ValueError):  # sys.stderr is None or closed
                 sys.stderr.flush()
-            os.dup2(kept_back, 2)
-            os.close(kept_back)
-            said.seek(0)
-            # Other threads may have had something to say meanwhile.
-            os.write(2, b"".join(line for line in said if not CHATTER.match(line)))
+            os.dup2(stderr_copy, 2)
+            os.close(stderr_copy)
+            captured.seek(0)
+            # Other threads may have written to standard error meanwhile.
+            os.write(2, b"".join(line for line in captured if not LOG_LINE.match(line)))
 
 
 def _import() -> tuple[Any, Any, Any]:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
-    _expect_backend(os.environ[BACKEND])
+    _check_backend(os.environ[BACKEND])
     import_triton_before_tensorflow()
     with without_log_output():
         tensorflow, keras = import_module("tensorflow"), import_module("keras")
-    _expect_backend(keras.backend.backend())
-    if not WANTS_CHATTER:
+    _check_backend(keras.backend.backend())
+    if not SHOW_LOG:
         for logger in ("tensorflow", "absl"):
             logging.getLogger(logger).setLevel(logging.ERROR)
     return tensorflow, keras, import_module("h5py")
 
 
-def _expect_backend(name: str) -> None:
+def _check_backend(name: str) -> None:
     if name != "tensorflow":
         raise ModelError(
-            f"model_config.runtime: tensorflow, but Keras is set to its backend {name} here; "
-            f"unset {BACKEND}, or set it to tensorflow"
+            f"model_config.runtime: tensorflow, but Keras uses the backend {name}; set {BACKEND} "
+            "to tensorflow"
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading the files of Keras's and TensorFlow's networks, and what these say when it fails."""
+"""Read model files for Keras and TensorFlow, and shorten the errors that these raise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from chunkq.paths import is_url, open_filesystem
 from chunkq.scratch import scratch_folder
 
 MESSAGE = re.compile(r"(?:\x1b|\\x1b)\[1m(.*?)(?:\x1b|\\x1b)\[0m", re.DOTALL)
-"""What a layer raised, in bold in the middle of what Keras makes of it."""
+"""The message of a layer's error: the bold part of Keras's message."""
 
 
 @contextmanager
 def local_copy(path: str, key: str) -> Iterator[str]:
-    """Yield a local path of a file or directory: its own, or that of a temporary copy."""
+    """Yield the path of a local file or folder, or of a temporary copy if `path` is a URL."""
     if not is_url(path):
         yield path
         return
@@ -33,7 +33,7 @@ def local_copy(path: str, key: str) -> Iterator[str]:
 
 
 def content_of(path: str, key: str) -> bytes:
-    """Return a local file's content; raises ModelError."""
+    """Return the content of a local file, or raise ModelError."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -43,7 +43,7 @@ def content_of(path: str, key: str) -> bytes:
 
 @contextmanager
 def with_suffix(path: str, suffix: str) -> Iterator[str]:
-    """Yield a name of the file that has just this suffix, by which Keras tells its formats."""
+    """Yield a path of the file with exactly this suffix, from which Keras derives the format."""
     if os.path.basename(path).partition(".")[2] == suffix[1:]:
         yield path
         return
@@ -55,7 +55,7 @@ def with_suffix(path: str, suffix: str) -> Iterator[str]:
 
 @contextmanager
 def suppressed_warnings() -> Iterator[None]:
-    """Hold back what Keras and TensorFlow bring upon themselves with newer NumPys."""
+    """Suppress the warnings that Keras and TensorFlow cause with newer NumPy releases."""
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=kind, module=r"keras|tensorflow|h5py")
@@ -63,19 +63,19 @@ def suppressed_warnings() -> Iterator[None]:
 
 
 def shape_problem(error: BaseException, shape: Sequence[int]) -> str:
-    """Return the line for a network that cannot take a batch of this shape."""
+    """Return the message for a network that cannot process a batch of this shape."""
     kind = type(error).__name__.removeprefix("MultilineMessage")
     return f"the network raised {kind} on a batch of shape {list(shape)}: {reason(error)}"
 
 
 def reason(error: BaseException) -> str:
-    """Return the part of a message that says most, on one line."""
-    said = str(error)
-    if bold := MESSAGE.findall(said):
-        return _flat(bold[-1])
-    lines = [line for line in said.splitlines() if line.strip()] or [""]
-    return _flat(lines[-1 if "in user code" in lines[0] else 0])
+    """Return the most informative part of a message, on one line."""
+    message = str(error)
+    if bold := MESSAGE.findall(message):
+        return _one_line(bold[-1])
+    lines = [line for line in message.splitlines() if line.strip()] or [""]
+    return _one_line(lines[-1 if "in user code" in lines[0] else 0])
 
 
-def _flat(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]

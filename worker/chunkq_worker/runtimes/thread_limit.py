@@ -1,4 +1,4 @@
-"""A limit on the threads of the libraries that NumPy computes with."""
+"""Limit the threads of the BLAS and OpenMP libraries that NumPy uses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from threadpoolctl import ThreadpoolController
 
 
 class ThreadLimit:
-    """Limits the BLAS and OpenMP libraries of this process to `threads`; None for no limit.
+    """Limits the BLAS and OpenMP libraries of this process to `threads`; None means no limit.
 
-    Other runtimes may use the same libraries, so `applied` restores the earlier limits. A BLAS
-    library has one limit for the process, OpenMP one per thread: use it on the computing thread.
+    `applied` restores the previous limits, because other runtimes can use the same libraries.
+    Call it on the computing thread: OpenMP has one limit per thread, BLAS one per process.
     """
 
     def __init__(self, threads: int | None) -> None:
@@ -27,7 +27,7 @@ class ThreadLimit:
         if self._threads is None:
             yield
             return
-        # An import may have loaded another library; a search before each batch would be slow.
+        # An import can load another library. Searching before every batch would be slow.
         if self._controller is None or len(sys.modules) != self._modules:
             self._controller, self._modules = ThreadpoolController(), len(sys.modules)
         with self._controller.limit(limits=self._threads):

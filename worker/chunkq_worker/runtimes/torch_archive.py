@@ -1,4 +1,4 @@
-"""Members of the zip files that torch writes, and the operators that reach files."""
+"""Read the member names of torch's zip files; list the operators that reach files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ UNSAFE_OPERATORS = frozenset({"from_file", "load", "rpc_async", "rpc_remote", "r
 
 
 def member_names(content: bytes) -> list[str] | None:
-    """Return the members of a zip file; None if readers can disagree about what it holds.
+    """Return the member names of a zip file, None if zip readers can differ on its members.
 
-    torch reads it with a library of its own, which ignores the case of names and takes the first
-    of equal names, where Python takes the last. Raises zipfile.BadZipFile.
+    The reader of torch ignores the case of names and uses the first of equal names. Python uses
+    the last. Raise zipfile.BadZipFile for a damaged file.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
     if not content[-END_SIZE:].startswith(END):
-        return None  # a comment follows, in which another end can hide
+        return None  # a trailing comment can hide a second end-of-directory record
     return names if len({name.lower() for name in names}) == len(names) else None

@@ -1,4 +1,4 @@
-"""What a program of torch.export says about the batches it takes."""
+"""Read from a torch.export program which batches it accepts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from chunkq.errors import ModelError
 
 @dataclass(frozen=True)
 class Limits:
-    """The one input of an exported program: its dtype and axes, a batch's from `low` to `high`.
+    """Dtype, shape and batch sizes of the single input of an exported program.
 
-    An axis is None where its length is free; so is `high`.
+    `axes` are lengths, None for a dynamic one. Valid batch sizes are `low` to `high` inclusive;
+    `high` is None if unlimited.
     """
 
     path: str
@@ -25,53 +26,62 @@ class Limits:
     high: int | None
 
     @classmethod
-    def of(cls, program: Any, path: str) -> Self:
-        """Read them from a torch.export.ExportedProgram; ModelError unless it takes one batch."""
+    def from_program(cls, program: Any, path: str) -> Self:
+        """Read the limits of a torch.export.ExportedProgram.
+
+        Raise ModelError unless its only input is a tensor.
+        """
         names = program.graph_signature.user_inputs
         inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
         if len(names) != 1 or not isinstance(inputs[0], torch.Tensor) or not inputs[0].ndim:
             raise ModelError(
-                f"model_config.model_file: {path} takes {len(names)} inputs "
-                f"({', '.join(map(str, names)) or 'none'}); export a network that takes one batch"
+                f"model_config.model_file: {path} has {len(names)} inputs "
+                f"({', '.join(map(str, names)) or 'none'}), expected 1; export a network whose "
+                "only input is the batch"
             )
-        given = inputs[0]
-        axes = tuple(n if isinstance(n, int) else None for n in given.shape)
+        batch = inputs[0]
+        axes = tuple(n if isinstance(n, int) else None for n in batch.shape)
         low, high = axes[0] or 0, axes[0]
         if axes[0] is None:
-            allowed = program.range_constraints.get(given.shape[0].node.expr)
-            if allowed is not None:
-                # torch calls every free axis 2 or more, and takes 1 all the same.
-                low = int(allowed.lower) if allowed.lower > 2 else 0
-                high = int(allowed.upper) if allowed.upper < 1 << 31 else None
-        return cls(path, given.dtype, axes, low, high)
+            size_range = program.range_constraints.get(batch.shape[0].node.expr)
+            if size_range is not None:
+                # torch declares 2 as the minimum of every dynamic axis, but accepts 1.
+                low = int(size_range.lower) if size_range.lower > 2 else 0
+                high = int(size_range.upper) if size_range.upper < 1 << 31 else None
+        return cls(path, batch.dtype, axes, low, high)
 
-    def accept(self, shape: Sequence[int], dtype: torch.dtype, wanted: int) -> None:
-        """Raise ModelError unless the program takes such a batch; the job wants `wanted` items."""
+    def check_batch(self, shape: Sequence[int], dtype: torch.dtype, max_batch_size: int) -> None:
+        """Raise ModelError unless the program accepts a batch of this shape and dtype.
+
+        `max_batch_size` is the job's; a smaller batch was halved because memory was short.
+        """
         if dtype != self.dtype:
-            took, given = (str(d).removeprefix("torch.") for d in (self.dtype, dtype))
+            expected, actual = (str(d).removeprefix("torch.") for d in (self.dtype, dtype))
             raise ModelError(
-                f"model_config.dtype: {self.path} was exported for {took}, not {given}; set "
-                f"dtype: {took}"
+                f"model_config.dtype: {self.path} was exported for {expected}, found {actual}; set "
+                f"dtype: {expected}"
             )
         if len(shape) != len(self.axes) or any(
-            n not in (None, s) for n, s in zip(self.axes[1:], shape[1:], strict=True)
+            length not in (None, size)
+            for length, size in zip(self.axes[1:], shape[1:], strict=True)
         ):
             raise ModelError(
                 f"model_config.model_input_shape: {self.path} was exported for batches of "
-                f"{self._shown()}, not {list(shape)}; set it accordingly or export it again"
+                f"{self._format_axes()}, found {list(shape)}; set model_input_shape to match, or "
+                "export it again"
             )
         if shape[0] >= self.low and (self.high is None or shape[0] <= self.high):
             return
-        takes = f"{self.low} to {self.high}" if self.low else f"at most {self.high}"
+        sizes = f"{self.low} to {self.high}" if self.low else f"at most {self.high}"
         if self.high in (self.low, None):
-            takes = f"{self.low} or more" if self.high is None else f"exactly {self.high}"
+            sizes = f"{self.low} or more" if self.high is None else f"exactly {self.high}"
         advice = f"set it to {self.high or self.low}, or "
-        if shape[0] < wanted:  # halved, so the job file asks for what it takes
-            advice = "more do not fit in memory, so "
+        if shape[0] < max_batch_size:
+            advice = "larger batches do not fit in memory, so "
         raise ModelError(
-            f"model_config.max_batch_size: {self.path} was exported for batches of {takes} "
-            f"items, not {shape[0]}; {advice}export it for any size with dynamic_shapes"
+            f"model_config.max_batch_size: {self.path} was exported for batches of {sizes} "
+            f"items, found {shape[0]}; {advice}export it for any size with dynamic_shapes"
         )
 
-    def _shown(self) -> str:
+    def _format_axes(self) -> str:
         return f"[{', '.join('any' if n is None else str(n) for n in self.axes)}]"

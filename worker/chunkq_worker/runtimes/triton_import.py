@@ -1,8 +1,8 @@
 """Import triton before TensorFlow, or not at all.
 
-triton comes with torch's CUDA builds; torch.compile and torch.export import it when they are first
-used. Importing it after TensorFlow is a segmentation fault (seen with triton 3.7.1 and TensorFlow
-2.21.0); the other order works.
+The CUDA builds of torch include triton. torch.compile and torch.export import it at first use.
+Importing it after TensorFlow crashes the process (seen with triton 3.7.1 and TensorFlow 2.21.0).
+The other order works.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def import_triton_before_tensorflow() -> None:
 
 
 def hide_triton_after_tensorflow() -> None:
-    """Make later imports of triton an ImportError if they would crash the process.
+    """Make later imports of triton raise ImportError if they would crash the process.
 
-    torch then works as if triton were not installed.
+    torch then behaves as if triton were not installed.
     """
     if "tensorflow" in sys.modules and "triton" not in sys.modules:
         sys.modules["triton"] = None  # type: ignore[assignment]

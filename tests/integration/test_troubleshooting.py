@@ -1,0 +1,207 @@
+"""The messages on the page "When something goes wrong" are those that the program prints.
+
+Each scenario brings the failure of one section about and returns what the user then sees.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import chunkq
+from tests.harness.documents import code_blocks, settled
+from tests.harness.workspace import Workspace
+
+PAGE = "docs/troubleshooting.md"
+QUICK = json.dumps({"early_deaths": 1, "restart_delay": 0})
+"""Settings with which a supervisor gives up after the first process that ends early."""
+IDENTITY = "def net(batch):\n    return batch\n"
+
+
+def workspace_with(folder: Path, network: str = IDENTITY, **model: Any) -> Workspace:
+    """A job of four chunks over 64 voxels, with bands, and a network written in NumPy."""
+    np.save(folder / "volume.npy", np.arange(64, dtype="uint8"))
+    (folder / "net.py").write_text(f"import os, time\nimport numpy as np\n\n{network}")
+    values = {
+        "input": "volume.npy",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4],
+        "chunksize": [16],
+        "storage_chunks": [4],
+        "model_config": {
+            "runtime": "numpy",
+            "type": "class",
+            "class_file": "net.py",
+            "class_name": "net",
+            "model_input_shape": [8],
+            **model,
+        },
+    }
+    return Workspace(folder, values, {"COLUMNS": "200"})
+
+
+def messages(text: str) -> str:
+    """Return the lines of a worker that chunkq itself writes, without the first and the last."""
+    lines = [line for line in text.splitlines(True) if line.startswith("chunkq: ")]
+    return "".join(line for line in lines if "Ctrl-C to stop" not in line and "gave up" not in line)
+
+
+def in_python(function: Callable[[], object]) -> str:
+    """Return the message of the error that a call raises, as a command prints it."""
+    with pytest.raises(chunkq.ChunkqError) as caught:
+        function()
+    return f"chunkq: {caught.value}\n"
+
+
+def predict(workspace: Workspace) -> str:
+    """Return the message of a network that cannot be used."""
+    with chunkq.Predictor.from_config(workspace.write_job()) as predictor:
+        return in_python(lambda: predictor.predict(str(workspace.folder / "volume.npy")))
+
+
+def worked(workspace: Workspace, *options: str) -> str:
+    workspace.produce()
+    return messages(workspace.work(*options, CHUNKQ_WORKER_SETTINGS=QUICK).err)
+
+
+def job_file_is_wrong(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    return workspace.call("plan", workspace.write_job(stride=[4], strides=None)).err
+
+
+def no_gpu(folder: Path) -> str:
+    workspace = workspace_with(folder, runtime="torch", device="cuda")
+    workspace.environment["CUDA_VISIBLE_DEVICES"] = ""
+    return workspace.call("run", workspace.job_file).err
+
+
+def queue_is_away(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    error = workspace.call("produce", workspace.job_file, "--queue", "redis://127.0.0.1:1/0").err
+    return error.replace("127.0.0.1:1", "127.0.0.1:6379")
+
+
+def chunks_failed(folder: Path) -> str:
+    network = "def net(batch):\n    return np.where(batch > 60, np.nan, batch)\n"
+    workspace = workspace_with(folder, network)
+    workspace.produce()
+    workspace.compute_inline()
+    shown = workspace.call("status", workspace.output).ok().out
+    return "".join(line.rstrip() + "\n" for line in shown[shown.index("failed 1") :].splitlines())
+
+
+def all_fail_alike(folder: Path) -> str:
+    network = "def net(batch):\n    if batch.any():\n        raise RuntimeError('no weights')\n"
+    workspace = workspace_with(folder, f"{network}    return batch\n")
+    workspace.values["chunksize"] = [8]
+    return worked(workspace, "--depth", "1")
+
+
+def shapes_differ(folder: Path) -> str:
+    return predict(workspace_with(folder, "def net(batch):\n    return batch[:, 1:-1]\n"))
+
+
+def untrusted(folder: Path) -> str:
+    import torch
+
+    torch.save(torch.nn.Identity(), folder / "model.pt")
+    model = {"runtime": "torch", "type": "file", "model_file": "model.pt"}
+    return predict(workspace_with(folder, **model, class_file=None, class_name=None))
+
+
+def out_of_memory(folder: Path) -> str:
+    return predict(workspace_with(folder, "def net(batch):\n    raise MemoryError('no room')\n"))
+
+
+def worker_killed(folder: Path) -> str:
+    workspace = workspace_with(folder, "def net(batch):\n    os.kill(os.getpid(), 9)\n")
+    return worked(workspace, "--depth", "1")
+
+
+def hung(folder: Path) -> str:
+    workspace = workspace_with(folder, "def net(batch):\n    time.sleep(3600)\n")
+    return worked(workspace, "--time-limit", "1s", "--depth", "1")
+
+
+def other_job(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    workspace.produce()
+    return workspace.call("produce", workspace.write_job(combine="hard")).err
+
+
+def record_damaged(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    workspace.produce()
+    record = workspace.job_folder / "job.json"
+    record.write_text(record.read_text().replace('"chunksize"', '"chunksizes"'))
+    return workspace.call("status", workspace.output).err
+
+
+def results_lost(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    workspace.produce()
+    workspace.compute_inline()
+    min(workspace.pieces()).unlink()
+    return workspace.finalize().err.replace(workspace.epoch_folder.name, "c74214dc")
+
+
+def incomplete(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    workspace.produce()
+    workspace.compute_inline(lambda index: index != (2,))
+    return workspace.finalize().err
+
+
+def forgotten(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    workspace.produce()
+    workspace.queue_file.unlink()
+    shown = workspace.call("status", workspace.output).ok().out
+    return " ".join(shown[shown.index("some chunks") :].split()) + "\n"
+
+
+def input_changed(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    workspace.produce()
+    np.save(folder / "volume.npy", np.arange(128, dtype="uint8"))
+    return workspace.call("finalize", workspace.output, "--allow-missing").err
+
+
+def not_allowed(folder: Path) -> str:
+    return worked(workspace_with(folder), "--allow", "/srv/jobs")
+
+
+SCENARIOS: dict[str, Callable[[Path], str]] = {
+    "The job file is refused": job_file_is_wrong,
+    "This machine has no GPU": no_gpu,
+    "The queue cannot be reached": queue_is_away,
+    "Chunks failed: NaN in the predictions": chunks_failed,
+    "Every chunk fails with the same cause": all_fail_alike,
+    "The network does not fit its declaration": shapes_differ,
+    "The model file is refused as untrusted": untrusted,
+    "Out of memory": out_of_memory,
+    "A worker process is killed": worker_killed,
+    "A chunk hangs": hung,
+    "The output belongs to another job": other_job,
+    "The job record is damaged": record_damaged,
+    "Results are lost": results_lost,
+    "Chunks are missing": incomplete,
+    "The queue was lost": forgotten,
+    "The input was replaced or is gone": input_changed,
+    "A worker refuses a job": not_allowed,
+}
+
+
+@pytest.mark.parametrize("heading", SCENARIOS)
+def test_a_message_of_the_page_is_what_the_program_prints(heading: str, tmp_path: Path) -> None:
+    expected = next(
+        block.text
+        for block in code_blocks(PAGE)
+        if block.heading == heading and block.language == "text"
+    )
+    printed = SCENARIOS[heading](tmp_path).replace(str(tmp_path), "/data")
+    assert settled(printed) == settled(expected)
