@@ -37,7 +37,7 @@ WATCHED = (
     ("device", "network: forward", "chunkq_worker.runtimes.torch", "TorchRuntime.__call__"),
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.batching", "is_finite"),
-    ("device", "activation, votes", "chunkq_worker.batching", "Batcher._usable"),
+    ("device", "activation, votes", "chunkq_worker.batching", "Batcher._activate"),
     ("device", "weights, until kept", "chunkq.weights", "ProductWeights.normalized"),
     ("device", "blend", "chunkq.blend", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),

@@ -19,16 +19,24 @@ class ErrorCode(StrEnum):
     """An error without a more specific code."""
     INTERRUPTED = auto()
     """The user interrupted the command."""
+    LIMIT_TOO_SMALL = auto()
+    """The job needs more time or memory than a limit allows."""
     JOB_INVALID = auto()
     """The job file cannot be run as written."""
     JOB_FILE_MISSING = auto()
     """The job file does not exist."""
     JOB_FILE_UNREADABLE = auto()
     """The job file is not a readable YAML or JSON mapping."""
+    JOB_FILE_CHANGED = auto()
+    """The job file was edited after the command read it."""
+    JOB_FILE_UNEDITABLE = auto()
+    """The text of the job file cannot be edited so that only the intended keys change."""
     JOB_RECORD_DAMAGED = auto()
     """`job.json` does not match its checksum or digest."""
     JOB_RECORD_UNSUPPORTED = auto()
     """`job.json` was written by a version of chunkq with another layout."""
+    JOB_STARTED = auto()
+    """The job was produced and is not finished, so its settings cannot change."""
     JOB_REPLACED = auto()
     """Another job was created on the same output path in the meantime."""
     JOB_MISSING = auto()
@@ -69,6 +77,8 @@ class ErrorCode(StrEnum):
     """The queue is loading its data, or other processes have locked it for too long."""
     QUEUE_DENIED = auto()
     """The queue refuses this user or password, or another user could control the queue."""
+    QUEUE_LOST = auto()
+    """The queue lost its tasks; the job must be queued again."""
     QUEUE_DAMAGED = auto()
     """The queue file is damaged or is not a queue file."""
     TASK_INVALID = auto()
@@ -77,6 +87,8 @@ class ErrorCode(StrEnum):
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
     """The model file can run code or reach other files, and the job does not trust it."""
+    EXPORT_DIFFERS = auto()
+    """An exported file computes other values than the network."""
     FRAMEWORK_CONFLICT = auto()
     """The worker process already uses another deep-learning framework."""
     REPEATED_FAILURE = auto()

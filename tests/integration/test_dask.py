@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chunkq.errors import ErrorCode
 from chunkq.executors.dask_tls import create_certificate
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.dask import HOST, DaskCluster
@@ -303,10 +304,8 @@ def test_a_burst_that_meets_a_new_empty_queue_says_what_is_lost_and_resuming_com
         cluster.scheduler()
         ended = cli.wait()
     assert ended.code == 3, ended.err
-    assert ended.err.splitlines()[-1] == (
-        f"chunkq: the queue was lost meanwhile, and with it chunks of {workspace.output}; "
-        "`chunkq produce --resume` of the job queues them again"
-    )
+    assert ended.err.splitlines()[-1].endswith(f" [{ErrorCode.QUEUE_LOST}]")
+    assert f"chunks of {workspace.output}; " in ended.err.splitlines()[-1]
     assert len(workspace.done()) < CHUNKS
     workspace.produce("--resume")
     assert workspace.work().code == 0

@@ -68,7 +68,7 @@ def test_a_worker_process_killed_in_the_middle_loses_nothing(
         workspace.open_gate()
         ended = cli.wait()
     assert ended.code == 0, ended.err
-    assert "handed back" in ended.err
+    assert "requeued" in ended.err
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
     ours = workspace.patches()

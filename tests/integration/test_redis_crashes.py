@@ -255,11 +255,11 @@ def test_a_worker_killed_with_four_chunks_in_flight_is_replaced_and_they_are_han
         victim = hold_with_full_hands(workspace)
         killed = Disturbance.now(workspace)
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: "chunks handed back" in cli.output(), "they are handed back")
+        wait_until(lambda: "chunks requeued" in cli.output(), "they are requeued")
         # Well before the lease ends.
         assert time.time() - killed.when < 10
         assert cli.wait().code == 0
-    assert f"was killed by signal 9; {DEPTH} chunks handed back" in cli.output()
+    assert f"was killed by signal 9; {DEPTH} chunks requeued" in cli.output()
     assert len(killed.in_flight) == DEPTH
     assert killed.seconds_to_recover() < RECOVERED_WITHIN
     killed.cost_only_what_was_in_flight()
@@ -293,7 +293,7 @@ def test_signals_lose_nothing_and_cost_no_attempt(
 
 def stop(workspace: StandardWorkspace, after: int, signals: int) -> Disturbance:
     """Send a worker with its hands full so many signals; one signal lets it finish."""
-    says = ["stopping: chunks in flight are finished first", "handing back what is in flight"]
+    says = ["stopping after the chunks in flight", "requeueing the chunks in flight"]
     with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER=str(after)) as cli:
         hold_with_full_hands(workspace)
         stopped = Disturbance.now(workspace)
@@ -403,7 +403,7 @@ def test_a_hung_chunk_ends_its_process_and_only_it_has_used_up_an_attempt(
         ended = cli.wait()
     assert ended.code == 0
     assert len(hung.in_flight) == DEPTH
-    assert "was ended because it hung" in ended.err
+    assert "ended because a chunk exceeded its time limit" in ended.err
     [line] = [line for line in ended.messages if "ran for more than its time limit" in line]
     assert "infer chunk" in line
     hung.cost_only_what_was_in_flight()

@@ -1,4 +1,4 @@
-"""A worker process is replaced before it takes a job of the other framework."""
+"""A worker process is restarted before it runs a job of the other framework."""
 
 import os
 import subprocess
@@ -16,34 +16,32 @@ from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task
 from tests.integration import test_workers
-from tests.integration.test_workers import JOB, Nursery
+from tests.integration.test_workers import JOB, FakeWorkers
 
-nursery = test_workers.nursery  # its fixture
+fake_workers = test_workers.fake_workers  # the fixture
 
 # ----------------------------------------------------------------------------- supervisor
 
 
-def test_a_child_to_be_replaced_is_started_again_at_once_and_does_not_count_as_dead(
-    nursery: Nursery, capfd: pytest.CaptureFixture[str]
+def test_a_process_that_asks_for_a_restart_is_restarted_at_once_and_counts_as_no_crash(
+    fake_workers: FakeWorkers, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    nursery.settings = WorkerSettings(restart_delay=100.0)
+    fake_workers.settings = WorkerSettings(restart_delay=100.0)
     tasks = [Task("infer", JOB, (number,)) for number in range(2)]
-    nursery.queue.submit(tasks)
-    nursery.patch.setenv("FAKE_TAKES", "1")
-    again = 2 * nursery.settings.early_deaths
-    assert nursery.supervise(*[str(EXIT_RESTART)] * again, "0") == 0
-    assert len(nursery.born) == again + 1
-    # Whatever it still held goes back uncounted.
-    assert [child["tasks"] for child in nursery.born] == [[[task.id, 1] for task in tasks]] * (
-        again + 1
-    )
-    assert nursery.queue.counts(JOB) == Counts(queued=2)
-    names = [child["orders"]["worker"] for child in nursery.born]
-    said = [line for line in capfd.readouterr().err.splitlines() if "worker " in line]
-    assert said[1:] == [
-        f"chunkq: worker {name} is replaced: the next job needs a new process"
-        for name in names[:-1]
-    ]
+    fake_workers.queue.submit(tasks)
+    fake_workers.patch.setenv("FAKE_RESERVES", "1")
+    restarts = 2 * fake_workers.settings.early_deaths
+    assert fake_workers.supervise(*[str(EXIT_RESTART)] * restarts, "0") == 0
+    records = fake_workers.records
+    assert len(records) == restarts + 1
+    # Its chunks are requeued without counting an attempt.
+    expected = [[task.id, 1] for task in tasks]
+    assert [record["tasks"] for record in records] == [expected] * (restarts + 1)
+    assert fake_workers.queue.counts(JOB) == Counts(queued=2)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "new process" in line]
+    assert len(lines) == restarts
+    for record, line in zip(records, lines, strict=False):
+        assert line.startswith(f"chunkq: worker {record['options']['worker']} ")
 
 
 # ---------------------------------------------------------------------------- real packages
@@ -64,12 +62,12 @@ class Net(keras.Model):
         return keras.ops.relu(x) * 2 + 1
 """,
 }
-WITNESS = """\
+RECORDING_STEPS = """\
 import os, sys
 
 def preprocessing(batch):
     loaded = [name for name in ("tensorflow", "torch") if name in sys.modules]
-    with open(os.environ["WITNESS"], "a") as file:
+    with open(os.environ["FRAMEWORKS_FILE"], "a") as file:
         file.write(f"{os.getpid()} {','.join(loaded)}\\n")
     return batch
 """
@@ -98,33 +96,33 @@ def write_job(folder: Path, name: str, framework: str, **keys: Any) -> dict[str,
 @pytest.mark.parametrize(
     "order", [("tensorflow", "torch", "tensorflow"), ("torch", "tensorflow", "torch")]
 )
-def test_one_worker_serves_jobs_of_both_frameworks_in_processes_of_one_each(
+def test_one_worker_runs_jobs_of_both_frameworks_in_separate_processes(
     order: tuple[str, ...], tmp_path: Path
 ) -> None:
     volume = np.random.default_rng(3).normal(size=(16, 8)).astype(np.float32)
     np.save(tmp_path / "in.npy", volume)
-    (tmp_path / "steps.py").write_text(WITNESS)
+    (tmp_path / "steps.py").write_text(RECORDING_STEPS)
     url = f"sqlite://{tmp_path / 'queue.db'}"
     names = [f"{number}-{framework}" for number, framework in enumerate(order)]
     for name, framework in zip(names, order, strict=True):
-        # The compiler imports triton, and takes long; one of the orders is enough.
+        # The compiler imports triton and is slow, so it is used in one order only.
         keys = {"compile": True} if framework == "torch" and order[0] == "tensorflow" else {}
         chunkq.produce(write_job(tmp_path, name, framework, **keys), queue=url)
     command = ["work", "--burst", "--gpus", "none", "-w", "1", "--queue", url]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "chunkq", *command],
-        env={**os.environ, "WITNESS": str(tmp_path / "witness")},
+        env={**os.environ, "FRAMEWORKS_FILE": str(tmp_path / "frameworks")},
         capture_output=True,
         text=True,
         check=False,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    assert "killed" not in done.stderr
-    assert done.stderr.count("is replaced: the next job needs a new process") == 1, done.stderr
-    seen = {tuple(line.split()) for line in (tmp_path / "witness").read_text().splitlines()}
-    assert len({pid for pid, _ in seen}) == 2
-    assert {loaded for _, loaded in seen} == {"tensorflow", "torch"}  # nowhere both
+    assert result.returncode == 0, result.stderr
+    assert "killed" not in result.stderr
+    assert result.stderr.count("the next job needs a new process") == 1, result.stderr
+    lines = {tuple(line.split()) for line in (tmp_path / "frameworks").read_text().splitlines()}
+    assert len({pid for pid, _ in lines}) == 2
+    assert {loaded for _, loaded in lines} == {"tensorflow", "torch"}  # never both in a process
     for name in names:
         folder = JobFolder(str(tmp_path / f"{name}.zarr.chunkq"))
         ledger = folder.ledger(folder.require_record().epoch)
@@ -133,8 +131,8 @@ def test_one_worker_serves_jobs_of_both_frameworks_in_processes_of_one_each(
         chunkq.finalize(folder.output)
         import zarr
 
-        found = zarr.open_array(f"{folder.output}/0", mode="r")[:]
-        np.testing.assert_allclose(found, np.maximum(volume, 0) * 2 + 1, rtol=0, atol=1e-5)
+        output = zarr.open_array(f"{folder.output}/0", mode="r")[:]
+        np.testing.assert_allclose(output, np.maximum(volume, 0) * 2 + 1, rtol=0, atol=1e-5)
     executor = open_executor(url)
     assert executor.jobs() == {}
     executor.close()

@@ -1,4 +1,4 @@
-"""Whole jobs on a simulated device: the same bytes as on the host, whatever is late or early."""
+"""Jobs on a simulated device: the output has the same bytes as on the host."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from chunkq_worker.runtimes.torch import TorchRuntime
 from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork
 from chunkq_worker.steps import Steps
 
-from chunkq.errors import ModelError, PredictionError
+from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job import ModelConfig
 from chunkq.plan import Plan
 from tests.harness.networks import toy_model
@@ -29,18 +29,18 @@ from tests.simulated_device import SimulatedDevice
 each_device = pytest.mark.parametrize("early", [False, True], ids=["copies late", "copies early"])
 
 
-def on(device: SimulatedDevice) -> Callable[[ModelConfig, Steps, int | None], Runtime]:
-    """Load networks as for CUDA, but onto a simulated device."""
+def loader_for(device: SimulatedDevice) -> Callable[[ModelConfig, Steps, int | None], Runtime]:
+    """Return a loader that loads networks as for CUDA, but onto a simulated device."""
 
     def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-        here = model.model_copy(update={"device": "cpu"})
-        return TorchRuntime(LOADERS[model.type](here), model, steps, threads, device)
+        on_cpu = model.model_copy(update={"device": "cpu"})
+        return TorchRuntime(LOADERS[model.type](on_cpu), model, steps, threads, device)
 
     return load
 
 
 def job(folder: Path, **more: Any) -> dict[str, Any]:
-    """Six chunks of overlapping patches; the last batch of each is a smaller one."""
+    """Return a job of chunks with overlapping patches; the last batch of each is smaller."""
     if not (folder / "in.zarr").exists():
         write_zarr(folder / "in.zarr", random_volume((24, 16, 20), "uint16"), (8, 8, 8))
     model = toy_model(folder, (8, 8, 8), scale=100.0, runtime="torch") | {"max_batch_size": 5}
@@ -57,17 +57,17 @@ def job(folder: Path, **more: Any) -> dict[str, Any]:
     return values | more | {"model_config": model | more.get("model_config", {})}
 
 
-def result(
+def output_files(
     values: dict[str, Any], output: Path, device: SimulatedDevice | None
 ) -> dict[str, bytes]:
-    """Run a job; returns every file of the output's array."""
+    """Run a job; return path -> content of the files of the output array."""
     values = values | {"output": str(output)}
     if device is None:
         run_inline(values)
     else:
         model = values["model_config"] | {"device": "cuda"}
         with (
-            mock.patch.object(inference_engine, "load_runtime", on(device)),
+            mock.patch.object(inference_engine, "load_runtime", loader_for(device)),
             mock.patch.object(inference_engine, "_device", Device()),
         ):
             run_inline(values | {"model_config": model})
@@ -92,95 +92,98 @@ def test_a_job_on_a_device_writes_the_same_bytes_as_on_the_host(
     tmp_path: Path, combine: str, graph: bool, early: bool
 ) -> None:
     values = job(tmp_path, combine=combine)
-    expected = result(values, tmp_path / "host.zarr", None)
+    expected = output_files(values, tmp_path / "host.zarr", None)
     device = SimulatedDevice(early=early)
     values["model_config"]["cuda_graph"] = graph
-    assert result(values, tmp_path / "device.zarr", device) == expected
+    assert output_files(values, tmp_path / "device.zarr", device) == expected
     assert device.copies > 20
 
 
 @each_device
-def test_steps_of_the_users_own_change_nothing_about_that(tmp_path: Path, early: bool) -> None:
+def test_a_job_with_processing_steps_writes_the_same_bytes_as_on_the_host(
+    tmp_path: Path, early: bool
+) -> None:
     (tmp_path / "steps.py").write_text(STEPS)
     steps = {"processing_steps": str(tmp_path / "steps.py")}
     values = job(tmp_path, combine="weighted_avg", model_config=steps)
-    expected = result(values, tmp_path / "host.zarr", None)
-    assert result(values, tmp_path / "device.zarr", SimulatedDevice(early=early)) == expected
+    expected = output_files(values, tmp_path / "host.zarr", None)
+    assert output_files(values, tmp_path / "device.zarr", SimulatedDevice(early=early)) == expected
 
 
-# --------------------------------------------------------------------- one batch in advance
+# ------------------------------------------------------------------------ one batch ahead
 
 
-class Noting(Fake):
-    """A network that notes when batches are written, sent and run; its feed takes one ahead."""
+class RecordingNetwork(Fake):
+    """Record when batches are sent and run; the feed sends one batch ahead."""
 
     any_batch = True
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**more)
-        self.notes: list[str] = []
+        self.events: list[str] = []
 
     def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
-        return NotingFeed(self.notes, shape, dtype)
+        return RecordingFeed(self.events, shape, dtype)
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
-        self.notes.append(f"run {batch.flat[0]:.0f}")
+        self.events.append(f"run {batch.flat[0]:.0f}")
         return super().__call__(batch)
 
 
-class NotingFeed(BatchFeed):
+class RecordingFeed(BatchFeed):
     ahead = True
 
-    def __init__(self, notes: list[str], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self._notes, self._shape, self._dtype = notes, shape, dtype
+    def __init__(self, events: list[str], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self._events, self._shape, self._dtype = events, shape, dtype
 
     def buffer(self) -> npt.NDArray[Any]:
         return np.zeros(self._shape, self._dtype)
 
     def send(self, batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        self._notes.append(f"send {batch.flat[0]:.0f}")
+        self._events.append(f"send {batch.flat[0]:.0f}")
         return batch
 
 
 def six_patches(folder: Path, **more: Any) -> tuple[Plan, npt.NDArray[np.float32]]:
-    """A chunk of six patches, three rows of two; the n-th row holds n everywhere."""
+    """Return the plan of one chunk of six patches in three rows; the n-th row has the value n."""
     plan = plan_of(folder, shape=(24, 16), chunksize=[24, 16], model={"max_batch_size": 2}, **more)
     return plan, np.repeat(np.arange(1, 4, dtype=np.float32), 8)[:, None].repeat(16, 1)
 
 
-def test_one_batch_is_on_its_way_while_one_is_computed_and_no_more(tmp_path: Path) -> None:
+def test_one_batch_is_sent_while_the_one_before_it_is_computed(tmp_path: Path) -> None:
     plan, halo = six_patches(tmp_path)
-    runtime = Noting()
+    runtime = RecordingNetwork()
     patches = list(plan.patches(plan.chunk((0, 0))))
     for _ in Batcher(plan, runtime, Steps()).predictions(patches, [halo], (0, 0)):
-        runtime.notes.append("use")
+        runtime.events.append("use")
     use = ["use", "use"]
     steps = [["send 1", "run 1", "send 2"], use, ["run 2", "send 3"], use, ["run 3"], use]
-    assert runtime.notes == [note for step in steps for note in step]
+    assert runtime.events == [event for step in steps for event in step]
 
 
-def test_what_is_wrong_with_a_batch_is_told_before_what_is_wrong_with_the_next(
+def test_an_error_of_a_batch_is_raised_before_an_error_of_the_next_batch(
     tmp_path: Path,
 ) -> None:
     plan, halo = six_patches(tmp_path)
     patches = list(plan.patches(plan.chunk((0, 0))))
     halo[0] = np.nan
 
-    def refuse_the_second(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def fail_for_the_second(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if batch.max() == 2:
             raise ValueError("two")
         return batch
 
-    batcher = Batcher(plan, Noting(), Steps(preprocessing=refuse_the_second))
-    with pytest.raises(PredictionError, match="the input has NaN"):
+    batcher = Batcher(plan, RecordingNetwork(), Steps(preprocessing=fail_for_the_second))
+    with pytest.raises(PredictionError, match=r"input.*NaN") as error:
         list(batcher.predictions(patches, [halo], (0, 0)))
+    assert error.value.code is ErrorCode.PREDICTION_INVALID
     halo[0] = 1
     with pytest.raises(ValueError, match="two"):
         list(batcher.predictions(patches, [halo], (0, 0)))
 
 
-def test_a_batch_sent_in_advance_that_turns_out_too_large_is_sent_again(tmp_path: Path) -> None:
-    class Shrinking(Noting):
+def test_a_batch_sent_ahead_that_is_too_large_is_sent_again(tmp_path: Path) -> None:
+    class Shrinking(RecordingNetwork):
         def __call__(self, batch: npt.NDArray[Any]) -> Any:
             self._max_items = 2 if len(self.batches) < 1 else 1
             return super().__call__(batch)
@@ -188,9 +191,9 @@ def test_a_batch_sent_in_advance_that_turns_out_too_large_is_sent_again(tmp_path
     plan, halo = six_patches(tmp_path)
     patches = list(plan.patches(plan.chunk((0, 0))))
     runtime = Shrinking()
-    found = list(Batcher(plan, runtime, Steps()).predictions(patches, [halo], (0, 0)))
-    assert [patch for patch, _ in found] == patches
-    assert [float(p[0, 0, 0]) for _, p in found] == pytest.approx(
+    results = list(Batcher(plan, runtime, Steps()).predictions(patches, [halo], (0, 0)))
+    assert [patch for patch, _ in results] == patches
+    assert [float(p[0, 0, 0]) for _, p in results] == pytest.approx(
         [n / 7 for n in (1, 1, 2, 2, 3, 3)]
     )
     assert [len(batch) for batch in runtime.batches] == [2, 1, 1, 1, 1]
@@ -199,26 +202,26 @@ def test_a_batch_sent_in_advance_that_turns_out_too_large_is_sent_again(tmp_path
 # -------------------------------------------------------------------------- captured networks
 
 
-class Waiting(torch.nn.Module):
-    """Looks at its values, for which the host has to wait."""
+class SynchronizingNetwork(torch.nn.Module):
+    """Branches on its values, so the host has to wait for the device."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.repeat(1, 3, 1, 1) if float(x.sum()) >= 0 else x
 
 
-def test_a_network_that_cannot_be_captured_is_one_line(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_captured_is_an_error_of_one_line(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, model={"device": "cuda", "cuda_graph": True})
-    loaded = LoadedNetwork(Waiting())
-    waiting = TorchRuntime(loaded, plan.job.model, Steps(), None, SimulatedDevice())
-    with pytest.raises(ModelError) as caught:
-        Batcher(plan, waiting, Steps()).warm_up()
-    assert str(caught.value).startswith("model_config.cuda_graph: ")
-    assert str(caught.value).endswith("remove cuda_graph")
+    loaded = LoadedNetwork(SynchronizingNetwork())
+    runtime = TorchRuntime(loaded, plan.job.model, Steps(), None, SimulatedDevice())
+    with pytest.raises(ModelError, match=r"^model_config\.cuda_graph: ") as error:
+        Batcher(plan, runtime, Steps()).warm_up()
+    assert error.value.code is ErrorCode.MODEL_UNUSABLE
+    assert "\n" not in str(error.value)
 
 
-def test_a_captured_network_has_its_last_batch_filled_up(tmp_path: Path) -> None:
+def test_the_last_batch_of_a_captured_network_is_padded(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, model={"device": "cuda", "cuda_graph": True})
     model, loaded = plan.job.model, LoadedNetwork(conv().eval())
     assert not TorchRuntime(loaded, model, Steps(), None, SimulatedDevice()).any_batch
-    free = model.model_copy(update={"cuda_graph": False})
-    assert TorchRuntime(loaded, free, Steps(), None, SimulatedDevice()).any_batch
+    uncaptured = model.model_copy(update={"cuda_graph": False})
+    assert TorchRuntime(loaded, uncaptured, Steps(), None, SimulatedDevice()).any_batch

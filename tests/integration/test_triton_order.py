@@ -1,4 +1,4 @@
-"""Both frameworks in a user's own process, with triton installed: fresh processes, both orders."""
+"""PyTorch and TensorFlow in one Python process with triton installed, in both orders."""
 
 import os
 import platform
@@ -21,8 +21,8 @@ def predict(**keys):
         "threads": 1,
         "model_config": {"model_input_shape": [8, 8], **keys},
     }) as predictor:
-        found = predictor.predict(np.full((8, 8), 3, np.float32)).probabilities
-    np.testing.assert_allclose(found, np.full((1, 8, 8), 7), atol=1e-5)
+        output = predictor.predict(np.full((8, 8), 3, np.float32)).probabilities
+    np.testing.assert_allclose(output, np.full((1, 8, 8), 7), atol=1e-5)
 
 def torch_class(file="torch_net.py", **keys):
     predict(runtime="torch", type="class", class_file=file, class_name="Net", **keys)
@@ -60,9 +60,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> str:
-    """Run a fresh Python to its end; a crash fails."""
+    """Run a new Python process; fail if it crashes."""
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-X", "faulthandler", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
@@ -70,8 +70,8 @@ def run(folder: Path, *arguments: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 def test_triton_is_installed_for_these_tests() -> None:
@@ -79,16 +79,16 @@ def test_triton_is_installed_for_these_tests() -> None:
     assert find_spec("triton") is not None or not has_wheels
 
 
-def test_a_predictor_of_tensorflow_and_then_one_that_torch_compiles(folder: Path) -> None:
+def test_a_compiled_torch_predictor_runs_after_a_tensorflow_predictor(folder: Path) -> None:
     run(folder, "-c", PREPARE + "keras_class()\ntorch_class(compile=True)\nimport triton\n")
 
 
 @pytest.mark.proof("frameworks")
-def test_a_predictor_of_torch_and_then_one_of_tensorflow(folder: Path) -> None:
+def test_a_tensorflow_predictor_runs_after_a_torch_predictor(folder: Path) -> None:
     run(folder, "-c", PREPARE + "torch_class()\nkeras_class()\nimport triton\n")
 
 
-def test_where_the_user_imported_tensorflow_first_torch_exports_work_without_triton(
+def test_after_the_user_imported_tensorflow_torch_exports_run_without_triton(
     folder: Path,
 ) -> None:
     run(folder, "-m", "chunkq", "export", "job.yaml", "-o", "net.pt2", "--batch", "1")
@@ -102,5 +102,5 @@ def test_where_the_user_imported_tensorflow_first_torch_exports_work_without_tri
 
 
 @pytest.mark.proof("frameworks")
-def test_a_network_file_of_torch_that_imports_tensorflow_can_be_compiled(folder: Path) -> None:
+def test_a_torch_network_whose_file_imports_tensorflow_can_be_compiled(folder: Path) -> None:
     run(folder, "-c", PREPARE + "torch_class('both_net.py', compile=True)\nkeras_class()\n")

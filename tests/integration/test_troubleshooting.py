@@ -47,7 +47,9 @@ def workspace_with(folder: Path, network: str = IDENTITY, **model: Any) -> Works
 def messages(text: str) -> str:
     """Return the lines of a worker that chunkq itself writes, without the first and the last."""
     lines = [line for line in text.splitlines(True) if line.startswith("chunkq: ")]
-    return "".join(line for line in lines if "Ctrl-C to stop" not in line and "gave up" not in line)
+    return "".join(
+        line for line in lines if "Ctrl-C to stop" not in line and "giving up" not in line
+    )
 
 
 def in_python(function: Callable[[], object]) -> str:

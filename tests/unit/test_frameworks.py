@@ -1,4 +1,4 @@
-"""One framework per worker process, and triton before TensorFlow: the rules alone."""
+"""The rules: one framework per worker process, and triton is imported before TensorFlow."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from chunkq_worker.runtimes import triton_import
 from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 
-from chunkq.errors import FrameworkConflictError, ModelError
+from chunkq.errors import ErrorCode, FrameworkConflictError, ModelError
 from chunkq.executors.base import EXIT_RESTART, ExitStatus
 from chunkq.job import ModelConfig
 
@@ -27,7 +27,7 @@ TORCH, TENSORFLOW, ONNX = model("torch"), model("tensorflow"), model("onnx")
 ONNX_ON_GPU = model("onnx", device="cuda")
 
 
-def test_a_network_needs_the_framework_that_holds_its_arrays() -> None:
+def test_each_runtime_and_device_needs_its_framework() -> None:
     assert framework_of(TORCH) == "torch"
     assert framework_of(TENSORFLOW) == "tensorflow"
     assert framework_of(ONNX) is None
@@ -37,7 +37,7 @@ def test_a_network_needs_the_framework_that_holds_its_arrays() -> None:
 @pytest.mark.parametrize(
     ("used", "refused"),
     [
-        ([], []),  # a new process takes anything
+        ([], []),  # a new process accepts every framework
         ([ONNX], []),
         ([TORCH], [TENSORFLOW]),
         ([ONNX_ON_GPU], [TENSORFLOW]),
@@ -45,35 +45,38 @@ def test_a_network_needs_the_framework_that_holds_its_arrays() -> None:
         ([ONNX, TENSORFLOW, ONNX], [TORCH, ONNX_ON_GPU]),
     ],
 )
-def test_a_process_refuses_the_framework_that_it_did_not_compute_with_first(
+def test_a_process_accepts_only_the_first_framework_that_computed_in_it(
     used: list[ModelConfig], refused: list[ModelConfig]
 ) -> None:
     rule = FrameworkRule(enforced=True)
-    for one in used:
-        rule.check(one)
-        rule.record(one)
-    for one in (TORCH, TENSORFLOW, ONNX, ONNX_ON_GPU):
-        if one in refused:
-            with pytest.raises(FrameworkConflictError, match="needs a new worker process"):
-                rule.check(one)
+    for network in used:
+        rule.check(network)
+        rule.record(network)
+    for network in (TORCH, TENSORFLOW, ONNX, ONNX_ON_GPU):
+        if network in refused:
+            with pytest.raises(
+                FrameworkConflictError, match=rf"^model_config\.runtime: {network.runtime} "
+            ) as error:
+                rule.check(network)
+            assert error.value.code is ErrorCode.FRAMEWORK_CONFLICT
         else:
-            rule.check(one)
+            rule.check(network)
 
 
-def test_a_process_that_nobody_replaces_refuses_nothing() -> None:
+def test_a_process_without_a_supervisor_accepts_every_framework() -> None:
     rule = FrameworkRule()
-    for one in (TORCH, TENSORFLOW, ONNX_ON_GPU):
-        rule.check(one)
-        rule.record(one)
+    for network in (TORCH, TENSORFLOW, ONNX_ON_GPU):
+        rule.check(network)
+        rule.record(network)
 
 
-def test_a_network_that_never_computed_binds_the_process_to_nothing() -> None:
+def test_a_network_that_has_not_computed_does_not_set_the_framework() -> None:
     rule = FrameworkRule(enforced=True)
     rule.check(TORCH)
     rule.check(TENSORFLOW)
 
 
-def test_the_conflict_has_an_exit_code_of_its_own() -> None:
+def test_a_framework_conflict_has_its_own_exit_code() -> None:
     assert ExitStatus.from_error(FrameworkConflictError("another")) == ExitStatus(EXIT_RESTART)
 
 
@@ -83,7 +86,7 @@ def test_the_conflict_has_an_exit_code_of_its_own() -> None:
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that has imported neither TensorFlow nor triton."""
-    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))  # so that it is put back
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))  # restored after the test
     monkeypatch.delitem(sys.modules, "triton")
     monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
     return monkeypatch
@@ -94,18 +97,18 @@ def write_triton(folder: Path, source: str, modules: pytest.MonkeyPatch) -> None
     modules.syspath_prepend(folder)
 
 
-def test_triton_is_imported_first_where_it_is_installed(
+def test_triton_is_imported_before_tensorflow_if_it_is_installed(
     modules: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    write_triton(tmp_path, "import warnings\nwarnings.warn('old')\nMINE = True\n", modules)
+    write_triton(tmp_path, "import warnings\nwarnings.warn('old')\nIS_FAKE = True\n", modules)
     triton_import.import_triton_before_tensorflow()
-    assert sys.modules["triton"].MINE
+    assert sys.modules["triton"].IS_FAKE
     triton_import.hide_triton_after_tensorflow()
-    assert sys.modules["triton"].MINE
+    assert sys.modules["triton"].IS_FAKE
     assert not triton_import.is_triton_hidden()
 
 
-def test_a_broken_triton_does_not_stop_tensorflow(
+def test_an_error_while_importing_triton_is_ignored(
     modules: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_triton(tmp_path, "raise RuntimeError('no driver')\n", modules)
@@ -113,7 +116,7 @@ def test_a_broken_triton_does_not_stop_tensorflow(
     assert "triton" not in sys.modules
 
 
-def test_triton_is_not_imported_after_tensorflow_by_anyone(
+def test_triton_cannot_be_imported_after_tensorflow(
     modules: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_triton(tmp_path, "", modules)
@@ -128,7 +131,7 @@ def test_triton_is_not_imported_after_tensorflow_by_anyone(
     assert triton_import.is_triton_hidden()
 
 
-def test_compiling_for_a_gpu_without_triton_is_refused_in_one_line(
+def test_compiling_for_a_gpu_without_triton_is_an_error_of_one_line(
     modules: pytest.MonkeyPatch,
 ) -> None:
     modules.setattr(torch.cuda, "is_available", lambda: True)
@@ -137,8 +140,7 @@ def test_compiling_for_a_gpu_without_triton_is_refused_in_one_line(
     )
     modules.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
     compiled = model("torch", device="cuda", compile=True)
-    with pytest.raises(
-        ModelError, match=r"^model_config\.compile: .*import triton before"
-    ) as error:
+    with pytest.raises(ModelError, match=r"^model_config\.compile: .*triton") as error:
         torch_runtime.load(compiled, Steps(), None)
+    assert error.value.code is ErrorCode.MODEL_UNUSABLE
     assert "\n" not in str(error.value)

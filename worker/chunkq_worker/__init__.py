@@ -1,1 +1,1 @@
-"""The side that runs networks."""
+"""Run networks: workers, the predictor, and the commands `work`, `tune` and `export`."""

@@ -1,4 +1,7 @@
-"""Patches through the network in batches, the same ones whoever runs them."""
+"""Run the patches of a chunk through the network in batches.
+
+The batches depend only on the plan and the batch size, not on the worker.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,23 @@ from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.steps import KEY, Steps
 
 Halos = Sequence[npt.NDArray[Any]]
-"""What a chunk's patches read, of each input: arrays of one shape."""
+"""For each input, the array that a chunk's patches read; all have one shape."""
 log = logging.getLogger("chunkq.worker")
 _ceilings: dict[Hashable, int] = {}
-"""The largest batch of those networks that ran out of memory in this process with a larger one."""
+"""Network -> batch size, for networks that ran out of memory in this process."""
 
 
 class Batcher:
-    """Runs patches of one chunk at a time; the last batch has what is left.
+    """Run the patches of one chunk at a time in batches of at most `size` items.
 
-    Where the runtime is prepared for one size, that one is filled up with zeros. A batch never
-    mixes chunks, so a patch's prediction does not depend on which other chunks a worker happens
-    to run. Where the runtime's feed allows it, a batch is written and sent while the one before
-    it is computed. Running out of memory halves
-    the size for good, also for later ones of the same `network`, whatever stands for that; None
-    for one that is not remembered. `patches_run` counts the patches that went through it.
+    The last batch of a chunk is smaller. If the runtime is prepared for one size, it is padded
+    with zeros. A batch never mixes chunks, so a prediction does not depend on the other chunks
+    that a worker computes. If the runtime's feed allows it, the next batch is written and sent
+    while the current one is computed.
+
+    If a batch runs out of memory, the size is halved. Later batchers of the same `network` in
+    this process start with the smaller size; `network` is any hashable that identifies the
+    network, or None to not remember it. `patches_run` counts the patches that were computed.
     """
 
     def __init__(
@@ -41,30 +46,30 @@ class Batcher:
         model = plan.job.model
         self._plan, self._runtime, self._steps = plan, runtime, steps
         self._slot = model.model_input_shape
-        self._item, self._join = list(self._slot), None
+        self._item, self._join_axis = list(self._slot), None
         if model.join_dim is not None:
-            self._join = model.join_dim - 1
-            self._item[self._join] = len(plan.job.input)
-        self._declared = _declared(plan)
+            self._join_axis = model.join_dim - 1
+            self._item[self._join_axis] = len(plan.job.input)
+        self._declared_shapes = _declared_shapes(plan)
         self._network = network
-        most = _ceilings.get(network, model.max_batch_size)
-        self._resize(min(most, model.max_batch_size))
+        largest = _ceilings.get(network, model.max_batch_size)
+        self._resize(min(largest, model.max_batch_size))
         self.patches_run = 0
         self._has_run = False
 
     @property
     def size(self) -> int:
-        """Items in a batch, at most."""
+        """Return the maximum number of items in a batch."""
         return self._size
 
     def of_size(self, size: int) -> Batcher:
-        """Return one for the same network with batches of another size."""
+        """Return a batcher for the same network with another batch size."""
         other = copy(self)
         other._resize(size)
         return other
 
     def warm_up(self) -> None:
-        """Run one batch of zeros; raises ModelError if the network cannot do it as declared."""
+        """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
         try:
             while self._attempt((), (), ()) is None:
                 pass
@@ -80,10 +85,10 @@ class Batcher:
     def predictions(
         self, patches: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Iterator[tuple[Patch, Array]]:
-        """Yield each patch with its prediction (C, *output patch), activated and voted.
+        """Yield each patch with its prediction (C, *output patch) after activation and voting.
 
-        `halos` hold the inputs from `origin` on. Predictions are float32 on the device, and good
-        until the next one is asked for.
+        `halos` contain the inputs from voxel `origin` on. A prediction is float32 on the device
+        and valid until the next one is requested.
         """
         done, sent = 0, None
         while done < len(patches):
@@ -93,30 +98,33 @@ class Batcher:
             if outputs is None:
                 continue
             done += len(batch)
-            # What comes now waits for the device; the next batch is better on its way by then.
+            # The check below waits for the device, so the next batch is sent before it.
             sent = self._send_ahead(patches[done : done + self.size], halos, origin)
-            outputs = self._checked(outputs, batch, halos, origin)
+            outputs = self._to_predictions(outputs, batch, halos, origin)
             self.patches_run += len(batch)
             yield from zip(batch, outputs, strict=True)
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> npt.NDArray[Any] | None:
-        """Return what the network gives for one batch, on the host, as it is: (n, C, *Q)."""
+        """Return the network's raw output for one batch as NumPy (n, C, *Q).
+
+        Q is the output patch. Return None if batches have to be smaller.
+        """
         outputs = self._attempt(batch, halos, origin)
         return None if outputs is None else np.array(to_numpy(outputs))
 
     def _fill(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> npt.NDArray[Any]:
-        """Return the items that the runtime is to run for these patches, as they were read."""
+        """Copy patches into the feed's buffer; return its items before any preprocessing."""
         items = self._feed.buffer()[: self._count(len(batch))]
         for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
-                place: Any = ...
-                if self._join is not None:
-                    place = (*(slice(None),) * self._join, slice(number, number + 1))
-                row[place] = halo[patch.source.slices(origin)].reshape(self._slot)
+                channel: Any = ...
+                if self._join_axis is not None:
+                    channel = (*(slice(None),) * self._join_axis, slice(number, number + 1))
+                row[channel] = halo[patch.source.slices(origin)].reshape(self._slot)
         items[len(batch) :] = 0
         return items
 
@@ -130,7 +138,7 @@ class Batcher:
             outputs = self._attempt(batch, halos, origin, sent)
         except Exception:
             if not self._has_run:
-                self.warm_up()  # a network that can do nothing at all is not the patches' fault
+                self.warm_up()  # raises ModelError if the network fails for any input
             raise
         self._has_run |= outputs is not None
         return outputs
@@ -140,33 +148,34 @@ class Batcher:
         return self._feed.send(items if step is None else np.asarray(step(items)))
 
     def _send_ahead(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
-        """Send the batch after the one that is computed; None if it has to be sent in its turn."""
+        """Send the next batch; return None if it cannot be sent before the current one is done."""
         if not batch or not self._feed.ahead:
             return None
         try:
             return self._send(batch, halos, origin)
         except Exception:
-            return None  # which fails again, after whatever is wrong with the batch before it
+            return None  # it fails again in its turn, after errors of the current batch
 
-    def _checked(
+    def _to_predictions(
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Array:
-        """Return predictions as they are combined; raises PredictionError if not all are finite."""
+        """Return activated predictions; raise PredictionError if the job requires finite ones."""
         xp = namespace(outputs)
         outputs = xp.astype(outputs, xp.float32, copy=False)
         finite = None
         if not is_finite(outputs):
             finite = xp.isfinite(outputs)
             if self._plan.job.nan == "fail" and not bool(xp.all(finite)):
-                self._refuse(finite, batch, halos, origin)
-        return self._usable(outputs, finite)
+                self._raise_nonfinite(finite, batch, halos, origin)
+        return self._activate(outputs, finite)
 
     def _attempt(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int], sent: Any = None
     ) -> Array | None:
-        """Run a batch, if it is not `sent` yet, and return what it gives (n, C, *Q).
+        """Run a batch and return its raw output (n, C, *Q), or None if it does not fit.
 
-        Without patches it is one of zeros. Returns None if batches have to be smaller.
+        The batch is sent first unless `sent` is what the feed returned for it. Without patches
+        it contains zeros. If it runs out of memory, the batch size is halved.
         """
         used, count = len(batch), self._count(len(batch))
         try:
@@ -178,27 +187,27 @@ class Batcher:
                 raise
             self._halve(error)
             return None
-        given = tuple(outputs.shape)
-        allowed = {(count, *declared) for declared in self._declared}
-        if given not in allowed:
+        shape = tuple(outputs.shape)
+        expected = {(count, *declared) for declared in self._declared_shapes}
+        if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
-            remedy = "correct model_output_shape or the network"
-            if given[:1] + given[-1:] + given[1:-1] in allowed:
+            remedy = "fix model_output_shape or the network"
+            if shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
-                f"the network{steps} returned shape {list(given)} for a batch of "
+                f"the network{steps} returned shape {list(shape)} for a batch of "
                 f"{[count, *self._item]}, but model_config.model_output_shape declares "
-                f"{[count, *self._declared[0]]}; {remedy}"
+                f"{[count, *self._declared_shapes[0]]}; {remedy}"
             )
-        shape = (count, self._plan.channels, *self._plan.output_patch)
-        return outputs.reshape(shape)[:used]
+        with_channels = (count, self._plan.channels, *self._plan.output_patch)
+        return outputs.reshape(with_channels)[:used]
 
     def _run(self, sent: Any) -> Array:
         outputs, step = self._runtime(sent), self._steps.postprocessing
         if step is None:
             return outputs
-        changed = np.asarray(step(to_numpy(outputs)))
-        return self._runtime.to_device(np.ascontiguousarray(changed, dtype=np.float32))
+        result = np.asarray(step(to_numpy(outputs)))
+        return self._runtime.to_device(np.ascontiguousarray(result, dtype=np.float32))
 
     def _halve(self, error: Exception) -> None:
         if self.size == 1:
@@ -211,8 +220,8 @@ class Batcher:
             _ceilings[self._network] = self.size
         log.warning("out of memory: batches have %d patches from here on", self.size)
 
-    def _usable(self, outputs: Array, finite: Array | None) -> Array:
-        """Return predictions as they are combined; zeros for what is not `finite`, if given."""
+    def _activate(self, outputs: Array, finite: Array | None) -> Array:
+        """Return activated predictions, or votes; zeros where `finite` is not None and False."""
         job, xp = self._plan.job, namespace(outputs)
         if finite is not None:
             outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
@@ -223,48 +232,52 @@ class Batcher:
             predictions = to_votes(predictions)
         return predictions
 
-    def _refuse(
+    def _raise_nonfinite(
         self, finite: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> None:
         """Raise PredictionError for the first patch that is not finite."""
         row = next(row for row, good in enumerate(finite) if not bool(good.all()))
-        given = self._fill(batch, halos, origin)  # a step may have worked in place
+        items = self._fill(batch, halos, origin)  # read again: a step may work in place
         raise PredictionError(
-            f"{self._first_nonfinite(row, given)} NaN or infinity for the patch that reads "
-            f"{_show(batch[row].source)}; mend it, or set nan: zero"
+            f"{self._first_nonfinite(row, items)} NaN or infinity for the patch that reads "
+            f"{_format_box(batch[row].source)}; fix it, or set nan: zero"
         )
 
-    def _first_nonfinite(self, row: int, given: npt.NDArray[Any]) -> str:
-        """Return who was the first to have NaN or infinity in an item of a batch as read."""
+    def _first_nonfinite(self, row: int, items: npt.NDArray[Any]) -> str:
+        """Return the first stage whose values for one item are not finite, with a verb.
+
+        `items` are a batch before any preprocessing.
+        """
         steps = self._steps
-        read = bool(np.isfinite(given[row]).all())
+        is_input_finite = bool(np.isfinite(items[row]).all())
         if steps.preprocessing is not None:
-            given = np.asarray(steps.preprocessing(given))
-        if not np.isfinite(given[row]).all():
-            return f"{KEY}: preprocessing gave" if read else "the input has"
+            items = np.asarray(steps.preprocessing(items))
+        if not np.isfinite(items[row]).all():
+            return f"{KEY}: preprocessing returned" if is_input_finite else "the input has"
         if steps.postprocessing is not None:
-            raw = to_numpy(self._runtime(given))
+            raw = to_numpy(self._runtime(items))
             if np.isfinite(raw[row]).all():
-                return f"{KEY}: postprocessing gave"
-        inside = (steps.preprocessing_protected, steps.postprocessing_protected)
-        return f"the network{'' if inside == (None, None) else ' with its protected steps'} gave"
+                return f"{KEY}: postprocessing returned"
+        protected = (steps.preprocessing_protected, steps.postprocessing_protected)
+        network = "the network" + ("" if protected == (None, None) else " with its protected steps")
+        return f"{network} returned"
 
     def _resize(self, size: int) -> None:
         dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
         self._size, self._feed = size, self._runtime.feed((size, *self._item), dtype)
 
 
-def _declared(plan: Plan) -> list[tuple[int, ...]]:
-    """Return the shapes that an item of the output may have: as declared, or without lost_dim."""
+def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:
+    """Return the allowed shapes of an output item: as declared, and without axis `lost_dim`."""
     model = plan.job.model
     declared = model.model_output_shape or model.model_input_shape
     if model.lost_dim is None:
         return [declared]
     channels = declared[: -plan.rank]
-    whole = (*channels, *plan.output_patch)
+    full = (*channels, *plan.output_patch)
     axis = model.lost_dim - len(model.model_input_shape) + plan.rank + len(channels)
-    return [whole, whole[:axis] + whole[axis + 1 :]]
+    return [full, full[:axis] + full[axis + 1 :]]
 
 
-def _show(box: Box) -> str:
+def _format_box(box: Box) -> str:
     return f"voxels {list(box.start)} to {list(box.stop)}"

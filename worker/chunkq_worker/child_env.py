@@ -1,23 +1,24 @@
-"""Environment that a worker process must be born with."""
+"""Environment variables that a worker process must have from its start."""
 
 from __future__ import annotations
 
 import os
 
 THREADS_VARIABLE = "CHUNKQ_THREADS"
-"""Threads per worker process where the job does not fix them."""
+"""Threads per worker process, for jobs that do not set `threads`."""
 
 
 def child_env(threads: int) -> dict[str, str]:
-    """Return what to add to a child's environment; what the user has set stays.
+    """Return environment variables for a worker process; values that the user has set stay.
 
-    glibc gives large freed blocks back to the kernel at once, and every batch faults them in
-    again, 4 KiB at a time; keeping them, in huge pages, halves the time of a small 3-D U-Net on a
-    CPU. One arena for all threads takes a third less memory than one each.
+    By default glibc returns large freed blocks to the kernel at once, and every batch causes page
+    faults of 4 KiB each. Keeping the blocks, in huge pages, halves the time of a small 3-D U-Net
+    on a CPU. One arena for all threads uses a third less memory than one arena per thread.
 
-    Small freed blocks are to merge with their neighbours at once: glibc before 2.38 cuts some off
-    both ends of what torch asks for, and while they are kept for reuse the room of one batch is too
-    small for the next. The heap then grows with every chunk, in few by a quarter of all memory.
+    The thread cache and the fast bins are off, so that small freed blocks merge with their
+    neighbours at once. glibc before 2.38 splits small blocks off both ends of torch's aligned
+    allocations. If they are kept for reuse, the space of one batch is too small for the next one,
+    and the heap grows with every chunk, by up to a quarter of all memory within a few chunks.
     """
     settings = {
         "GLIBC_TUNABLES": ":".join(

@@ -1,4 +1,4 @@
-"""`chunkq work`."""
+"""The command `chunkq work`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, accepted_job
-from chunkq.errors import IncompleteError, JobError, MissingJobError
+from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, default_depth
 from chunkq.executors.settings import override_settings
@@ -29,38 +29,47 @@ from chunkq_worker.supervisor import Supervisor
 
 
 @click.command()
-@click.option("--queue", help=f"Queue URL; else ${QUEUE_VARIABLE}, else the embedded queue.")
-@click.option("--gpus", default="all", show_default=True, help="all, none, or e.g. 0,1.")
 @click.option(
-    "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
-    help="Processes per GPU; without a GPU, processes in all.",
+    "--queue", help=f"Queue URL. Default: ${QUEUE_VARIABLE} if set, else the embedded queue.",
 )  # fmt: skip
 @click.option(
-    "--per-node", type=click.IntRange(1), help="Processes in all, spread over the devices.",
+    "--gpus", default="all", show_default=True, help="GPUs to use: all, none, or a list like 0,1.",
+)  # fmt: skip
+@click.option(
+    "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
+    help="Worker processes per GPU; without a GPU, worker processes in total.",
+)  # fmt: skip
+@click.option(
+    "--per-node", type=click.IntRange(1),
+    help="Worker processes in total, distributed over the GPUs.",
 )  # fmt: skip
 @click.option(
     "--depth", type=click.IntRange(1),
     help=f"Chunks in flight per process; default {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}.",
 )  # fmt: skip
-@click.option("--burst", is_flag=True, help="End when nothing is left to do.")
-@click.option("--max-time", help="Begin nothing that will not fit: seconds, or 90m, 2h, 1h30m.")
+@click.option("--burst", is_flag=True, help="Exit when the queue is empty.")
+@click.option(
+    "--max-time",
+    help="Exit after this time, and start no chunk that would exceed it: seconds, or 90m, 2h, "
+    "1h30m.",
+)
 @click.option(
     "--time-limit",
-    help="End a process in which a chunk takes longer: seconds, or 90m, 2h; by default ten times "
-    "the longest chunk seen, at least 10 minutes.",
+    help="Restart a process in which one chunk takes longer: seconds, or 90m, 2h. Default: ten "
+    "times the longest chunk so far, at least 10 minutes.",
 )
 @click.option(
     "--lease", type=click.FloatRange(0.5),
-    help="Seconds after which a silent worker's chunks go to others; default 20.",
+    help="Seconds without a heartbeat after which a worker's chunks are requeued; default 20.",
 )  # fmt: skip
-@click.option("--job", help="Only work on the job of this output.")
+@click.option("--job", help="Only work on the job with this output.")
 @click.option(
     "--allow", multiple=True,
-    help="Run jobs and code only from below this path; may be repeated. "
+    help="Only accept jobs and code below this path; can be repeated. "
     f"Default: the lines of ${ALLOW_VARIABLE}, else every path.",
 )  # fmt: skip
-@click.option("-q", "--quiet", is_flag=True, help="Only say what goes wrong.")
-@click.option("--lifeline", is_flag=True, hidden=True, help="End when standard input does.")
+@click.option("-q", "--quiet", is_flag=True, help="Only log warnings and errors.")
+@click.option("--lifeline", is_flag=True, hidden=True, help="Stop when standard input closes.")
 def work(
     queue: str | None,
     gpus: str,
@@ -78,8 +87,8 @@ def work(
 ) -> None:
     """Take chunks from the queue and compute them: one process per GPU, or on the CPU.
 
-    Ctrl-C or SIGTERM finishes what is in flight and takes no more; the same again hands it back
-    at once.
+    Press Ctrl-C (or send SIGTERM) to finish the chunks in flight and exit. Press it again to
+    requeue them and exit at once.
     """
     base = Path.cwd()
     allowed = AllowedPaths.of(allow, base) if allow else AllowedPaths.from_environment(base)
@@ -88,20 +97,20 @@ def work(
     if lease is not None:
         override_settings(lease=lease)
     url = queue_url(queue)
-    taken = slots(gpus, workers, per_node)
-    deadline = None if max_time is None else time.time() + seconds_in("--max-time", max_time)
-    limit = None if time_limit is None else seconds_in("--time-limit", time_limit)
+    worker_slots = slots(gpus, workers, per_node)
+    deadline = None if max_time is None else time.time() + parse_duration("--max-time", max_time)
+    limit = None if time_limit is None else parse_duration("--time-limit", time_limit)
     executor = open_shared(url)
     executor.ready()
     if lifeline:
-        threading.Thread(target=_stop_with_parent, daemon=True).start()
+        threading.Thread(target=_stop_when_stdin_closes, daemon=True).start()
     folder = None if job is None else folder_of(output_path(job, base))
     before = _jobs(executor, folder)
     supervisor = Supervisor(
         queue=url,
         executor=executor,
-        slots=taken,
-        depth=depth or default_depth(gpu=taken[0] != Slot(None)),
+        slots=worker_slots,
+        depth=depth or default_depth(gpu=worker_slots[0] != Slot(None)),
         burst=burst,
         job=folder,
         deadline=deadline,
@@ -116,22 +125,23 @@ def work(
     lost = _lost(before, after) if burst and supervisor.queue_was_unreachable else []
     if lost and code == 0:
         raise IncompleteError(
-            "the queue was lost meanwhile, and with it chunks of "
-            f"{', '.join(without_secret(output) for output in lost)}; `chunkq produce --resume` "
-            "of the job queues them again",
+            "the queue was lost, with chunks of "
+            f"{', '.join(without_secret(output) for output in lost)}; run `chunkq produce "
+            "--resume` with the job to queue them again",
             [],
+            code=ErrorCode.QUEUE_LOST,
         )
     if failed > 0 and code == 0:
         raise IncompleteError(
-            f"{failed} chunks failed; `chunkq status OUT` says why, `chunkq retry OUT` queues them "
-            "again",
+            f"{failed} {'chunk' if failed == 1 else 'chunks'} failed; run `chunkq status OUT` to "
+            "see why, and `chunkq retry OUT` to queue them again",
             [],
         )
     sys.exit(code)
 
 
 def _jobs(executor: Executor, job: str | None) -> dict[str, Counts]:
-    """Count the tasks of one job or of all on the queue, by job folder."""
+    """Return job folder -> task counts, of one job or of all jobs on the queue."""
     return executor.jobs() if job is None else {job: executor.counts(job)}
 
 
@@ -140,13 +150,13 @@ def _failed(jobs: Mapping[str, Counts]) -> int:
 
 
 def _lost(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> list[str]:
-    """Return the outputs of those jobs whose chunks are neither done nor on the queue any more."""
+    """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
     lost = []
     for path, counts in before.items():
         now = after.get(path, Counts())
         if not counts.queued + counts.running or now.queued + now.running:
             continue
-        # A removed job has lost nothing, and a refused one is not opened.
+        # Skip jobs whose folder was removed, and jobs that this worker does not accept.
         with suppress(MissingJobError, JobError):
             job = open_job(accepted_job(path))
             if len(job_completion(job).unfinished) > now.failed:
@@ -154,20 +164,20 @@ def _lost(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> list[str
     return lost
 
 
-def seconds_in(option: str, text: str) -> float:
-    """Read `90`, `90s`, `15m`, `2h` or `1h30m` as seconds; raises JobError otherwise."""
+def parse_duration(option: str, text: str) -> float:
+    """Return the seconds of `90`, `90s`, `15m`, `2h` or `1h30m`; raise JobError otherwise."""
     text = text.strip()
     if text.isdecimal():
         text += "s"
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    if not found or not text:
-        raise JobError(f"{option}: {text!r} is no time; write 90, 15m, 2h or 1h30m")
-    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not match or not text:
+        raise JobError(f"{option}: invalid duration {text!r}; use 90, 15m, 2h or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return float(hours * 3600 + minutes * 60 + seconds)
 
 
-def _stop_with_parent() -> None:
+def _stop_when_stdin_closes() -> None:
     sys.stdin.read()
-    for _ in range(2):
+    for _ in range(2):  # the second signal requeues what is still in flight
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)

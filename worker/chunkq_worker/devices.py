@@ -1,4 +1,4 @@
-"""Which devices this machine grants, found without importing any GPU library."""
+"""List the devices that this process may use, without importing a GPU library."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one child process runs: a GPU as `CUDA_VISIBLE_DEVICES` names it, or None for CPU."""
+    """The device of one worker process: a name from `CUDA_VISIBLE_DEVICES`, or None for the CPU."""
 
     gpu: str | None
 
 
 def slots(gpus: str, per_device: int, per_node: int | None = None) -> list[Slot]:
-    """Return one slot per child process.
+    """Return one slot per worker process.
 
-    `gpus` is `all`, `none` or a comma-separated choice among the visible ones, by position or
-    name. Without a GPU there are `per_device` CPU slots. `per_node`, if given, is how many there
-    are in all, spread over the devices.
+    `gpus` is `all`, `none` or a comma-separated list of visible GPUs, by position or name.
+    Return `per_device` slots per GPU, or `per_device` CPU slots without a GPU. If `per_node` is
+    not None, return that many slots in total, distributed over the GPUs. Raise JobError for a GPU
+    that is not visible.
     """
     visible = [] if gpus == "none" else visible_gpus()
     if gpus not in ("all", "none"):
-        visible = [_chosen(name.strip(), visible) for name in gpus.split(",")]
+        visible = [_resolve_gpu(name.strip(), visible) for name in gpus.split(",")]
     if per_node is not None:
         return [Slot(visible[n % len(visible)] if visible else None) for n in range(per_node)]
     if not visible:
@@ -37,10 +38,10 @@ def slots(gpus: str, per_device: int, per_node: int | None = None) -> list[Slot]
 
 
 def visible_gpus() -> list[str]:
-    """Return the GPUs granted: `CUDA_VISIBLE_DEVICES` as it is, else what the driver lists."""
-    granted = os.environ.get(VISIBLE)
-    if granted is not None:
-        names = [name.strip() for name in granted.split(",")]
+    """Return the names in `CUDA_VISIBLE_DEVICES`, or the driver's list where that is unset."""
+    listed = os.environ.get(VISIBLE)
+    if listed is not None:
+        names = [name.strip() for name in listed.split(",")]
         return [name for name in names if name and name != "-1"]
     if shutil.which("nvidia-smi") is None:
         return []
@@ -55,16 +56,16 @@ def visible_gpus() -> list[str]:
 
 
 def cores() -> int:
-    """Return how many CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _chosen(name: str, visible: list[str]) -> str:
+def _resolve_gpu(name: str, visible: list[str]) -> str:
     if name in visible:
         return name
     if name.isdigit() and int(name) < len(visible):
         return visible[int(name)]
-    granted = ", ".join(visible) or "none"
-    raise JobError(f"--gpus: {name!r} is not among the visible GPUs ({granted})")
+    listing = ", ".join(visible) or "none"
+    raise JobError(f"--gpus: invalid value {name!r}; expected one of the visible GPUs ({listing})")

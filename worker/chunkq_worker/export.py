@@ -1,4 +1,4 @@
-"""A torch job's network as an ONNX or torch.export file, held against the network itself."""
+"""Export the network of a torch job as ONNX or .pt2, and compare the file with the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.job import Job, ModelConfig, load_job
 from chunkq_worker import export_torch
 from chunkq_worker.export_compare import Network, difference
@@ -21,36 +21,37 @@ from chunkq_worker.runtimes.torch_files import reason
 from chunkq_worker.steps import Steps
 
 TOLERANCE = 1e-4
-"""Largest difference that is let through, as a share of the range of a batch's outputs."""
+"""Allowed difference as a fraction of the range of a batch's outputs."""
 ROUNDINGS = 4
-"""As many of the dtype's own steps are let through anyway; in 16 bits that is more."""
+"""Allowed difference in machine epsilons of the dtype; for 16 bits it exceeds TOLERANCE."""
 RUNTIMES = {".onnx": ("onnx", "file"), ".pt2": ("torch", "exported")}
-"""Ending -> runtime and type of the job that uses the file."""
+"""File suffix -> runtime and type of a job that uses the file."""
 MAX_BATCH_TESTED = 8
-"""Items in the largest batch that a file for any size is tried with."""
-LEFT_OUT = ("autocast", "compile", "channels_last", "cuda_graph")
-OLD_FILES = frozenset(ModelConfig.model_fields) & {
+"""Items in the largest batch that a file with a dynamic batch size is tested with."""
+UNSUPPORTED_KEYS = ("autocast", "compile", "channels_last", "cuda_graph")
+"""Keys of `model_config` that do not apply to the file."""
+REPLACED_KEYS = frozenset(ModelConfig.model_fields) & {
     *("class_file", "class_name", "kwargs_file", "checkpoint"),
     *("ts_file", "json_file", "model_file", "trusted"),
 }
-Batch = int | Literal["dynamic"] | None
-"""Items in every batch, any number, or any number where the network allows it."""
+BatchSize = int | Literal["dynamic"] | None
+"""Items in every batch; "dynamic": any number; None: any number if the network supports it."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how far it is from the network.
+    """A written file and its difference from the network.
 
-    `batch` is None where the file takes batches of any size. Of all outputs in batches of the
-    sizes `tried`, `difference` is the largest; `relative` is the largest as a share of the range
-    of its batch's outputs, which may be `allowed`. `model_config` is what the job file says for
-    the new file.
+    `size` is in bytes. `batch` is None if the file takes batches of any size. `difference` is the
+    largest absolute difference of an output over batches of `batch_sizes` items; `relative` is the
+    largest difference divided by the range of its batch's outputs, and at most `allowed`.
+    `model_config` is that of a job that uses the file.
     """
 
     file: Path
     size: int
     batch: int | None
-    tried: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
     difference: float
     relative: float
     allowed: float
@@ -59,35 +60,38 @@ class Exported:
 
 
 def load_network_job(path: Path) -> Job:
-    """Read a job of which only the network matters: it may lack input and output."""
+    """Read a job of which only `model_config` is used: `input` and `output` may be missing.
+
+    Raise JobError with one line per mistake.
+    """
     try:
         return load_job(path)
     except JobError as error:
         problems = error.problems
-    lacks = [key for key in ("input", "output") if _lacks(key, problems)]
-    rest = [line for line in problems if not any(_lacks(key, [line]) for key in lacks)]
-    if rest:
-        raise JobError(rest)
-    job = load_job(path, **dict.fromkeys(lacks, "/not-needed"))
-    if "input" in lacks and job.model.join_dim is not None:
-        raise JobError("input: missing; with join_dim, the number of inputs shapes the network")
+    missing = [key for key in ("input", "output") if _is_missing(key, problems)]
+    others = [line for line in problems if not any(_is_missing(key, [line]) for key in missing)]
+    if others:
+        raise JobError(others)
+    job = load_job(path, **dict.fromkeys(missing, "/not-needed"))
+    if "input" in missing and job.model.join_dim is not None:
+        raise JobError("input: missing; list the inputs, join_dim makes each of them a channel")
     return job
 
 
-def _lacks(key: str, problems: Sequence[str]) -> bool:
+def _is_missing(key: str, problems: Sequence[str]) -> bool:
     return any(line.startswith(f"{key}: missing") for line in problems)
 
 
 def export_network(
-    job: Job, file: Path, batch: Batch = None, *, overwrite: bool = False
+    job: Job, file: Path, batch: BatchSize = None, *, overwrite: bool = False
 ) -> Exported:
-    """Write a job's network to a .onnx or .pt2 file, if the file computes the same.
+    """Write a job's network to a .onnx or .pt2 file that computes the same.
 
-    Raises JobError where it cannot be asked for, ModelError where the network does not allow it
-    or the file's results differ; then nothing is written.
+    Raise JobError if the job or the path cannot be used, and ModelError if the network cannot be
+    exported or the results of the file differ. Then nothing is written.
     """
-    _refuse(job.model, file, overwrite=overwrite)
-    export_torch.require(file.suffix)
+    _check_request(job.model, file, overwrite=overwrite)
+    export_torch.check_packages(file.suffix)
     network = Network(job)
     notes = _notes(job.model, network.steps, file)
     choices = [batch if isinstance(batch, int) else None]
@@ -98,21 +102,21 @@ def export_network(
         while True:
             size = choices.pop(0)
             try:
-                measured = _write(network, partial, size)
+                comparison = _write(network, partial, size)
                 break
             except ModelError as error:
                 line = str(error).replace(str(partial), str(file))
                 if not choices:
-                    hint = "; --batch N fixes their size" if batch == "dynamic" else ""
-                    raise ModelError(line + hint) from error
-                notes.append(f"batches are fixed at {choices[0]}: {line}")
+                    hint = "; use --batch N for a fixed size" if batch == "dynamic" else ""
+                    raise ModelError(line + hint, code=error.code) from error
+                notes.append(f"the batch size is fixed at {choices[0]}: {line}")
         _publish(partial, file, overwrite=overwrite)
-    tried, difference, relative, allowed = measured
+    batch_sizes, difference, relative, allowed = comparison
     return Exported(
         file=file,
         size=file.stat().st_size,
         batch=size,
-        tried=tried,
+        batch_sizes=batch_sizes,
         difference=difference,
         relative=relative,
         allowed=allowed,
@@ -124,18 +128,23 @@ def export_network(
 def _write(
     network: Network, file: Path, size: int | None
 ) -> tuple[tuple[int, ...], float, float, float]:
-    """Write the file for batches of one size or of any; return `tried` to `allowed`."""
+    """Write the file for batches of `size` items (None: of any size) and compare its outputs.
+
+    Return `batch_sizes`, `difference`, `relative` and `allowed`, see `Exported`.
+    """
     sizes = (size,) * 3 if size else _sizes(network.model.max_batch_size)
     batches = [network.batch(n) for n in sizes]
     expected = [network(batch) for batch in batches]  # before an exporter touches the network
-    export_torch.write(network.module, batches[0], file, any_batch=size is None)
+    export_torch.write_file(network.module, batches[0], file, any_batch=size is None)
     model = _check_file(network.model, batches[0], file, size)
     runtime = load_runtime(model, Steps(), None)
-    found = []
+    outputs = []
     for batch in batches:
-        wide = batch.float() if batch.dtype == torch.bfloat16 else batch  # NumPy has no such type
+        host_batch = (
+            batch.float() if batch.dtype == torch.bfloat16 else batch
+        )  # NumPy has no such type
         try:
-            found.append(np.asarray(runtime(wide.numpy()), dtype=np.float64))
+            outputs.append(np.asarray(runtime(host_batch.numpy()), dtype=np.float64))
         except ModelError:
             raise
         except Exception as error:
@@ -145,18 +154,18 @@ def _write(
     runtime.close()
     step = torch.finfo(batches[0].dtype).eps if batches[0].dtype.is_floating_point else 0.0
     allowed = max(TOLERANCE, ROUNDINGS * step)
-    return sizes, *difference(file, expected, found, allowed), allowed
+    return sizes, *difference(file, expected, outputs, allowed), allowed
 
 
-def _sizes(most: int) -> tuple[int, ...]:
-    """Return sizes to try, two first: an example of one item would count as never more."""
-    return tuple(dict.fromkeys((2, 1, 3, min(most, MAX_BATCH_TESTED))))
+def _sizes(max_batch_size: int) -> tuple[int, ...]:
+    """Return batch sizes to test, 2 first: torch.export takes a batch of 1 item as fixed."""
+    return tuple(dict.fromkeys((2, 1, 3, min(max_batch_size, MAX_BATCH_TESTED))))
 
 
 def _check_file(
     model: ModelConfig, batch: torch.Tensor, file: Path, size: int | None
 ) -> ModelConfig:
-    """Return what a job would say of the file alone, without steps around it."""
+    """Return the `model_config` of the file without processing steps."""
     runtime, kind = RUNTIMES[file.suffix]
     return ModelConfig(
         runtime=runtime,  # type: ignore[arg-type]
@@ -168,57 +177,71 @@ def _check_file(
     )
 
 
-def _refuse(model: ModelConfig, file: Path, *, overwrite: bool) -> None:
-    """Raise JobError for what can be told without loading the network."""
+def _check_request(model: ModelConfig, file: Path, *, overwrite: bool) -> None:
+    """Raise JobError for mistakes that are detectable without loading the network."""
     if model.runtime != "torch":
-        raise JobError(f"model_config.runtime: {model.runtime}; only torch networks are exported")
+        raise JobError(
+            f"model_config.runtime: unsupported value {model.runtime}; only torch can be exported"
+        )
     if file.suffix not in RUNTIMES:
-        raise JobError(f"-o: {file} ends in neither .onnx nor .pt2")
+        raise JobError(f"-o: {file} has suffix {file.suffix!r}, expected .onnx or .pt2")
     if file.suffix == ".pt2" and model.type == "exported":
-        raise JobError(f"model_config.type: exported; {model.model_file} is a .pt2 file already")
+        raise JobError(
+            f"model_config.type: exported; {model.model_file} is a .pt2 file already; use it, or "
+            "write .onnx"
+        )
     if file.suffix == ".onnx" and model.dtype == "bfloat16":
-        raise JobError("model_config.dtype: bfloat16, which runtime onnx lacks; set dtype: float32")
+        raise JobError(
+            "model_config.dtype: bfloat16 is unsupported by runtime onnx; set dtype: float32"
+        )
     if not file.parent.is_dir():
-        raise JobError(f"-o: no folder {file.parent}")
+        raise JobError(f"-o: the folder {file.parent} is missing; create it")
     if file.exists() and not overwrite:
-        raise JobError(f"-o: {file} is there already; --overwrite replaces it")
+        raise _exists(file)
+
+
+def _exists(file: Path) -> JobError:
+    return JobError(
+        f"-o: {file} exists already; use --overwrite to replace it", code=ErrorCode.OUTPUT_EXISTS
+    )
 
 
 def _publish(partial: Path, file: Path, *, overwrite: bool) -> None:
-    """Let the file appear whole, and never in the place of another unasked."""
+    """Move a complete file to its path; raise JobError if a file exists there.
+
+    With `overwrite`, replace that file. The file appears atomically.
+    """
     if overwrite:
         os.replace(partial, file)
         return
     try:
         os.link(partial, file)
     except FileExistsError:
-        raise JobError(f"-o: {file} is there already; --overwrite replaces it") from None
+        raise _exists(file) from None
     except OSError:  # a file system without links
         if file.exists():
-            raise JobError(f"-o: {file} is there already; --overwrite replaces it") from None
+            raise _exists(file) from None
         os.replace(partial, file)
 
 
 def _model_config(model: ModelConfig, file: Path, batch: int | None) -> dict[str, Any]:
-    """Return the job's `model_config` for the new file, the job's other keys kept."""
+    """Return the job's `model_config` with the keys of the network's files replaced."""
     runtime, kind = RUNTIMES[file.suffix]
     values = {"runtime": runtime, "type": kind, "model_file": str(file)}
     for key, value in model.model_dump(mode="json", exclude_none=True).items():
-        if key not in {*values, *OLD_FILES, *LEFT_OUT}:
+        if key not in {*values, *REPLACED_KEYS, *UNSUPPORTED_KEYS}:
             values[key] = value
     return values if batch is None else {**values, "max_batch_size": batch}
 
 
 def _notes(model: ModelConfig, steps: Steps, file: Path) -> list[str]:
-    notes = [f"{key} is left out" for key in LEFT_OUT if getattr(model, key)]
+    notes = [f"{key} is omitted" for key in UNSUPPORTED_KEYS if getattr(model, key)]
     if model.type == "class" and model.checkpoint is None:
-        notes.append(
-            "the job names no checkpoint: these are the weights that the class starts with"
-        )
+        notes.append("the job names no checkpoint: the file has the initial weights of the class")
     protected = (steps.preprocessing_protected, steps.postprocessing_protected)
     if file.suffix == ".onnx" and any(step is not None for step in protected):
         notes.append(
-            f"{model.processing_steps}: on device cpu, runtime onnx gives protected steps NumPy "
-            "arrays, not tensors"
+            f"{model.processing_steps}: on device cpu, runtime onnx calls protected steps with "
+            "NumPy arrays, not tensors"
         )
     return notes

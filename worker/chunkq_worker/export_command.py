@@ -1,4 +1,4 @@
-"""`chunkq export`."""
+"""The command `chunkq export`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.paths import absolute, is_url
 
 if TYPE_CHECKING:
-    from chunkq_worker.export import Batch, Exported
+    from chunkq_worker.export import BatchSize, Exported
 
 
 @click.command()
@@ -20,69 +20,70 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, help="File to write: FILE.onnx or FILE.pt2.")
 @click.option(
     "--batch",
-    help="Items in every batch, or `dynamic`; by default dynamic where the network allows it, "
-    "else the job's max_batch_size.",
+    help="Items in every batch, or `dynamic`. Default: dynamic if the network supports it, else "
+    "the job's max_batch_size.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: bool) -> None:
-    """Write the torch network of JOB as ONNX or .pt2, tried against the network itself.
+    """Export the torch network of JOB as ONNX or .pt2, and compare the file with the network.
 
-    JOB is a job file; of its keys only model_config is needed. Both are run on random input, and
-    nothing is written if they differ.
+    JOB is a job file; only its key model_config is needed. The network and the file run on random
+    input, and nothing is written if their outputs differ.
     """
     if is_url(output):
-        raise JobError("-o: name a local file, and copy it where it is to be")
+        raise JobError("-o: expected a local file, found a URL; write a local file and copy it")
     file = Path(absolute(output, Path.cwd()))
-    size = _batch(batch)
+    size = _parse_batch_size(batch)
     try:
         from chunkq_worker.export import export_network, load_network_job
     except ImportError as error:
         raise ModelError(
-            f"chunkq export needs torch ({error}); pip install 'chunkq[export]'"
+            f"chunkq export: torch is missing ({error}); run pip install 'chunkq[export]'",
+            code=ErrorCode.PACKAGE_MISSING,
         ) from None
-    done = export_network(load_network_job(job), file, size, overwrite=overwrite)
+    result = export_network(load_network_job(job), file, size, overwrite=overwrite)
     if as_json:
-        click.echo(json.dumps(_values(done), indent=1))
+        click.echo(json.dumps(_values(result), indent=1))
     else:
-        click.echo(_text(done))
+        click.echo(_text(result))
 
 
-def _batch(given: str | None) -> Batch:
-    if given is None or given == "dynamic":
-        return given  # type: ignore[return-value]
-    if not given.isdecimal() or not int(given):
-        raise JobError(f"--batch: {given!r} is neither a number above 0 nor dynamic")
-    return int(given)
+def _parse_batch_size(value: str | None) -> BatchSize:
+    if value is None or value == "dynamic":
+        return value  # type: ignore[return-value]
+    if not value.isdecimal() or not int(value):
+        raise JobError(f"--batch: invalid value {value!r}; expected a number above 0 or dynamic")
+    return int(value)
 
 
-def _values(done: Exported) -> dict[str, Any]:
+def _values(result: Exported) -> dict[str, Any]:
     return {
-        "file": str(done.file),
-        "bytes": done.size,
-        "batch": done.batch or "dynamic",
-        "tried": list(done.tried),
-        "largest_difference": done.difference,
-        "relative_difference": done.relative,
-        "allowed_difference": done.allowed,
-        "model_config": done.model_config,
-        "notes": list(done.notes),
+        "file": str(result.file),
+        "bytes": result.size,
+        "batch": result.batch or "dynamic",
+        "tried": list(result.batch_sizes),
+        "largest_difference": result.difference,
+        "relative_difference": result.relative,
+        "allowed_difference": result.allowed,
+        "model_config": result.model_config,
+        "notes": list(result.notes),
     }
 
 
-def _text(done: Exported) -> str:
+def _text(result: Exported) -> str:
     import yaml
 
-    takes = f"batches of {done.batch}" if done.batch else "batches of any size"
-    sizes = ", ".join(map(str, done.tried))
+    kind = f"batches of {result.batch} items" if result.batch else "batches of any size"
+    sizes = ", ".join(map(str, result.batch_sizes))
     lines = [
-        f"wrote {done.file}: {done.size:,} bytes, for {takes}",
-        f"largest difference from the network: {done.difference:.2g}, {done.relative:.1g} of the "
-        f"outputs' range, over random batches of {sizes}",
-        *(f"note: {note}" for note in done.notes),
+        f"wrote {result.file}: {result.size:,} bytes, for {kind}",
+        f"largest difference from the network: {result.difference:.2g}, {result.relative:.1g} of "
+        f"the outputs' range, over random batches of {sizes}",
+        *(f"note: {note}" for note in result.notes),
         "use it with these lines in the job file:",
     ]
     config = yaml.safe_dump(
-        {"model_config": done.model_config}, sort_keys=False, default_flow_style=None, width=1000
+        {"model_config": result.model_config}, sort_keys=False, default_flow_style=None, width=1000
     )
     return "\n".join([*lines, config.rstrip()])

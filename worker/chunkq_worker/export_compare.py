@@ -1,4 +1,4 @@
-"""Random batches for the network of a torch job, and how far two runs of them are apart."""
+"""Run the network of a torch job on random batches, and compare its outputs with a file's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import Job
 from chunkq_worker.runtimes.base import not_one_array
 from chunkq_worker.runtimes.torch_files import LOADERS, reason
@@ -18,7 +18,7 @@ from chunkq_worker.steps import Steps
 
 
 class Network:
-    """The network of a torch job on the CPU, and batches as it is given them."""
+    """The network of a torch job on the CPU, with random batches as its input."""
 
     def __init__(self, job: Job) -> None:
         model = job.model.model_copy(update={"device": "cpu"})
@@ -30,15 +30,18 @@ class Network:
         self._random = np.random.default_rng(0)
 
     def batch(self, size: int) -> torch.Tensor:
-        """Return a random batch (size, ...) as the network sees it: after the steps before it."""
+        """Return a random batch (size, ...) after the processing steps before the network.
+
+        Raise ModelError if a step fails.
+        """
         dtype: torch.dtype = getattr(torch, self.model.dtype)
-        given: Any = self._values((size, *self._item))
+        values: Any = self._random_values((size, *self._item))
         try:
             if self.steps.preprocessing is not None:
-                given = self.steps.preprocessing(given)
-            given = torch.from_numpy(np.array(given, order="C")).to(dtype)
+                values = self.steps.preprocessing(values)
+            values = torch.from_numpy(np.array(values, order="C")).to(dtype)
             if self.steps.preprocessing_protected is not None:
-                given = self.steps.preprocessing_protected(given)
+                values = self.steps.preprocessing_protected(values)
         except ModelError:
             raise
         except Exception as error:
@@ -46,16 +49,16 @@ class Network:
                 f"model_config.processing_steps: raised {type(error).__name__} on random input: "
                 f"{reason(error)}"
             ) from error
-        return torch.as_tensor(given)
+        return torch.as_tensor(values)
 
-    def _values(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    def _random_values(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if not getattr(torch, self.model.dtype).is_floating_point:
             return np.asarray(self._random.integers(0, 100, shape), self.model.dtype)
-        spread = float(self._random.choice([1.0, 255.0]))  # as normalised images and as raw ones
+        spread = float(self._random.choice([1.0, 255.0]))  # like normalised and raw images
         return (self._random.random(shape) * spread).astype(np.float32)
 
     def __call__(self, batch: torch.Tensor) -> npt.NDArray[np.float64]:
-        """Return the network's own output for a batch."""
+        """Return the network's output for a batch; raise ModelError if it fails."""
         try:
             with torch.inference_mode():
                 outputs = self.module(batch.clone())
@@ -73,30 +76,42 @@ class Network:
 def difference(
     file: Path,
     expected: Sequence[npt.NDArray[np.float64]],
-    found: Sequence[npt.NDArray[np.float64]],
+    actual: Sequence[npt.NDArray[np.float64]],
     allowed: float,
 ) -> tuple[float, float]:
-    """Return the largest difference and the largest relative one; ModelError if it is too large."""
-    largest = relative = 0.0
-    worst = 0
-    for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape:
-            raise ModelError(f"{file} gives {list(other.shape)}, the network {list(one.shape)}")
-        finite = np.isfinite(one)
+    """Return the largest absolute and the largest relative difference over all batches.
+
+    A relative difference is divided by the range of its batch's `expected` values. Raise
+    ModelError if the largest one exceeds `allowed`, or if shapes or non-finite values differ.
+    """
+    largest_deviation = relative = 0.0
+    worst_batch = 0
+    for reference, output in zip(expected, actual, strict=True):
+        if reference.shape != output.shape:
+            raise ModelError(
+                f"{file} returned shape {list(output.shape)}, expected {list(reference.shape)} as "
+                "from the network",
+                code=ErrorCode.EXPORT_DIFFERS,
+            )
+        finite = np.isfinite(reference)
         if not finite.any():
-            raise ModelError("the network gives no finite number for random input to compare")
-        if not np.array_equal(finite, np.isfinite(other)):
-            raise ModelError(f"{file} gives NaN or infinity where the network does not")
-        values = one[finite]
-        furthest = float(np.abs(values - other[finite]).max())
-        share = furthest / (float(np.ptp(values)) or float(np.abs(values).max()) or 1.0)
-        largest = max(largest, furthest)
-        if share > relative:
-            relative, worst = share, len(one)
+            raise ModelError("the network returned no finite value for random input")
+        if not np.array_equal(finite, np.isfinite(output)):
+            raise ModelError(
+                f"{file} returned NaN or infinity where the network does not",
+                code=ErrorCode.EXPORT_DIFFERS,
+            )
+        values = reference[finite]
+        deviation = float(np.abs(values - output[finite]).max())
+        fraction = deviation / (float(np.ptp(values)) or float(np.abs(values).max()) or 1.0)
+        largest_deviation = max(largest_deviation, deviation)
+        if fraction > relative:
+            relative, worst_batch = fraction, len(reference)
     if relative > allowed:
         raise ModelError(
-            f"{file} would differ from the network by up to {largest:.2g}, {relative:.1g} of the "
-            f"range of its outputs, in a batch of {worst}, where {allowed:.1g} is let through; a "
-            "network with a state or with random numbers cannot be exported"
+            f"{file} differs from the network by up to {largest_deviation:.2g}: {relative:.1g} of "
+            f"the range of its outputs in a batch of {worst_batch}, expected at most "
+            f"{allowed:.1g}; a network with state or random numbers cannot be exported",
+            code=ErrorCode.EXPORT_DIFFERS,
         )
-    return largest, relative
+    return largest_deviation, relative

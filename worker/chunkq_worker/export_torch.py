@@ -1,4 +1,4 @@
-"""torch's exporters: a module to an ONNX or .pt2 file."""
+"""Write a torch module to an ONNX or .pt2 file with torch's exporters."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from typing import Any
 
 import torch
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq_worker.runtimes.torch_files import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
-NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
-"""What writing and trying a file of each ending takes besides torch."""
+REQUIRED_PACKAGES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
+"""File suffix -> packages besides torch that are needed to write and test the file."""
 INPUT, OUTPUT = "input", "output"
 ONNX_LIMIT = 2_000_000_000
-"""Bytes that one file can hold, as its format (protobuf) ends at 2 GiB."""
+"""Largest size in bytes of one ONNX file; protobuf files are limited to 2 GiB."""
 
 
-def require(suffix: str) -> None:
-    """Raise ModelError unless everything is installed that a file of this ending takes."""
-    missing = [name for name in NEEDED[suffix] if find_spec(name) is None]
+def check_packages(suffix: str) -> None:
+    """Raise ModelError if a package that files with this suffix need is missing."""
+    missing = [name for name in REQUIRED_PACKAGES[suffix] if find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"writing {suffix} takes {', '.join(missing)}; pip install 'chunkq[export]'"
+            f"-o: {suffix} files need missing packages: {', '.join(missing)}; run pip install "
+            "'chunkq[export]'",
+            code=ErrorCode.PACKAGE_MISSING,
         )
 
 
-def write(module: Any, example: torch.Tensor, file: Path, *, any_batch: bool) -> None:
-    """Write a module in inference mode, fed with a batch like `example`, to a .onnx or .pt2 file.
+def write_file(module: Any, example: torch.Tensor, file: Path, *, any_batch: bool) -> None:
+    """Write a module in inference mode to a .onnx or .pt2 file; its input is like `example`.
 
-    With `any_batch` the file takes batches of any size; give an example of two items or more.
-    Raises ModelError in one line where the module does not allow that.
+    With `any_batch` the file takes batches of any size, and `example` needs two items or more.
+    Raise ModelError in one line if the module cannot be exported.
     """
-    hide_triton_after_tensorflow()  # torch.export imports it
+    hide_triton_after_tensorflow()  # torch.export imports triton
     scripted = isinstance(module, torch.jit.ScriptModule)
     if file.suffix == ".onnx":
-        _refuse_large(module)
+        _check_size(module)
     try:
-        with _quietly():
+        with _suppress_output():
             if scripted and file.suffix == ".onnx":
                 _write_scripted(module, example, file, any_batch)
                 return
@@ -65,8 +67,8 @@ def write(module: Any, example: torch.Tensor, file: Path, *, any_batch: bool) ->
     except ModelError:
         raise
     except Exception as error:
-        what = " for batches of any size" if any_batch else ""
-        raise ModelError(f"the network cannot be exported{what}: {_why(error)}") from error
+        batches = " for batches of any size" if any_batch else ""
+        raise ModelError(f"the network cannot be exported{batches}: {_explain(error)}") from error
 
 
 def _program(module: Any, example: torch.Tensor, any_batch: bool) -> Any:
@@ -75,20 +77,20 @@ def _program(module: Any, example: torch.Tensor, any_batch: bool) -> Any:
 
 
 def _eager(module: Any, example: torch.Tensor) -> Any:
-    """Return a TorchScript module as one of plain operators, which torch.export takes."""
+    """Convert a TorchScript module to plain operators, which torch.export supports."""
     try:
         from torch._export.converter import TS2EPConverter
 
         return TS2EPConverter(module, (example,)).convert().module()
     except Exception as error:
         raise ModelError(
-            f"torch {torch.__version__} cannot turn this TorchScript into a torch.export program "
-            f"({reason(error)}); write .onnx instead, or export the class it was made from"
+            f"torch {torch.__version__} cannot convert this TorchScript to a torch.export program "
+            f"({reason(error)}); write .onnx instead, or export the class that it was made from"
         ) from error
 
 
 def _write_scripted(module: Any, example: torch.Tensor, file: Path, any_batch: bool) -> None:
-    """Write TorchScript as ONNX by the older exporter; the newer refuses it."""
+    """Write TorchScript as ONNX with the older exporter; the newer one does not support it."""
     names = (INPUT, OUTPUT) if any_batch else ()
     torch.onnx.export(
         module,
@@ -101,30 +103,30 @@ def _write_scripted(module: Any, example: torch.Tensor, file: Path, any_batch: b
     )
 
 
-def _refuse_large(module: Any) -> None:
+def _check_size(module: Any) -> None:
     tensors = [*module.parameters(), *module.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > ONNX_LIMIT:
         raise ModelError(
-            f"the network's weights are {size / 1e9:.1f} GB, and one ONNX file holds 2; write .pt2"
+            f"the network's weights have {size / 1e9:.1f} GB, an ONNX file at most 2 GB; write .pt2"
         )
 
 
-def _why(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     text = str(error)
     if "specialized" in text and "dynamic" in text:
         return "its code fixes the number of items in a batch"
     if "data-dependent" in text:
         return (
-            "its code decides by the values of a batch; use torch.where, or torch.jit.script it "
-            "and export that to .onnx"
+            "its code branches on the values of a batch; use torch.where, or export the result of "
+            "torch.jit.script as .onnx"
         )
     return f"{type(error).__name__}: {reason(error)}"
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep the exporters from printing graphs and advice; what goes wrong is raised."""
+def _suppress_output() -> Iterator[None]:
+    """Suppress the graphs and advice that the exporters print; errors are raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

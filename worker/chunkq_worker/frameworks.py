@@ -1,6 +1,6 @@
-"""Which deep-learning framework this process computes with; a worker process keeps to one.
+"""Restrict a worker process to one deep-learning framework.
 
-PyTorch and TensorFlow in one process take the memory of both, and can crash each other (see
+PyTorch and TensorFlow in the same process need the memory of both, and can crash each other (see
 `runtimes/triton_import.py`).
 """
 
@@ -12,20 +12,20 @@ from chunkq.errors import FrameworkConflictError
 from chunkq.job import ModelConfig
 
 BY_RUNTIME = MappingProxyType({"torch": "torch", "tensorflow": "tensorflow"})
-"""Runtime -> framework; runtimes that are not listed need none."""
+"""Runtime -> framework; the other runtimes need no framework."""
 
 
 def framework_of(model: ModelConfig) -> str | None:
-    """Return the framework that a network runs on: `torch`, `tensorflow` or None."""
+    """Return the framework that a network needs: `torch`, `tensorflow` or None."""
     if model.runtime == "onnx" and model.device == "cuda":
-        return "torch"  # holds the batches and the results
+        return "torch"  # for the batches and results in device memory
     return BY_RUNTIME.get(model.runtime)
 
 
 class FrameworkRule:
-    """Remember the first framework that computed in a process, and refuse the other.
+    """Record the first framework that computed in a process, and raise for any other.
 
-    With `enforced` False nothing is refused: nobody replaces that process.
+    With `enforced` False nothing is raised, for processes that no supervisor restarts.
     """
 
     def __init__(self, *, enforced: bool = False) -> None:
@@ -42,12 +42,13 @@ class FrameworkRule:
             )
 
     def record(self, model: ModelConfig) -> None:
-        """Keep to a network's framework from now on.
+        """Set the framework of this process, unless it is set already.
 
-        To be called once the network has computed, not when it is loaded: a job whose network
-        always fails must not have one process after another replaced.
+        Call this after the network has computed, not after loading it: a job whose network always
+        fails must not restart one process after another.
         """
         self._used = self._used or framework_of(model)
 
 
-this_process = FrameworkRule()
+framework_rule = FrameworkRule()
+"""The rule of this process."""

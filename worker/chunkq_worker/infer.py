@@ -1,4 +1,4 @@
-"""The infer task: read, compute on the device, write, commit."""
+"""Run the infer task of a chunk: read, compute on the device, write, commit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk, Index
 from chunkq.tasks import Task
-from chunkq_worker.frameworks import this_process
+from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.inference_engine import ComputedChunk, get_device
 
 
 def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:
-    """Compute one chunk unless it is committed; the commit record comes last.
+    """Compute one chunk unless it is committed, and return its contributions to blocks.
 
-    Several run at once in threads: while one computes, others read and write. It contributes to
-    the same blocks also if it was committed before.
+    The commit record is written last. Several calls run in parallel threads: while one chunk is
+    computed, others are read and written. The contributions are also returned for a chunk that
+    was committed before.
     """
     job = open_job(task.job)
     patches = 0
     if not job.ledger.is_committed("infer", task.chunk):
-        this_process.check(job.plan.job.model)  # the device checks again, when the job has its turn
+        framework_rule.check(job.plan.job.model)  # checked again before the network is loaded
         with job.unless_replaced():
             patches = _compute(job, task, attempt)
     return TaskResult(_contributions(job, task.chunk), ran=patches > 0)
@@ -34,40 +35,40 @@ def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:
 
 def _contributions(job: JobHandle, index: Index) -> list[BlockContribution]:
     chunk = job.plan.chunk(index)
-    found = []
+    contributions = []
     for block in [index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]:
         if not job.plan.has_band(block):
             continue
-        members = job.plan.contributors(block)
-        found.append(BlockContribution(block, members.index(index), len(members)))
-    return found
+        contributors = job.plan.contributors(block)
+        contributions.append(BlockContribution(block, contributors.index(index), len(contributors)))
+    return contributions
 
 
 def _compute(job: JobHandle, task: Task, attempt: Attempt) -> int:
-    """Compute and commit one chunk; returns the patches run."""
+    """Compute and commit one chunk; return the number of patches computed."""
     chunk = job.plan.chunk(task.chunk)
     started = time.time()
     seconds: dict[str, float] = {}
-    moved: dict[str, int] = {}
+    bytes_moved: dict[str, int] = {}
     checksums: dict[str, int] = {}
     patches = 0
     if chunk.is_active:
         halos = job.read_halos(chunk)
         seconds["read"] = time.time() - started
-        moved["input"] = _bytes_read(job, chunk)
+        bytes_moved["input"] = _bytes_read(job, chunk)
         computed = get_device().compute(job, chunk, halos)
         del halos
         seconds |= computed.seconds
         patches = computed.patches
-        before = time.time()
+        write_started = time.time()
         if job.ledger.is_committed("infer", task.chunk):
-            return patches  # another worker was faster; the output may be sealed by now
+            return patches  # another worker committed it first; the output may be sealed
         job.check_inputs()
         job.check_unchanged()
-        _write(job, chunk, computed, moved, checksums)
-        seconds["write"] = time.time() - before
+        _write_results(job, chunk, computed, bytes_moved, checksums)
+        seconds["write"] = time.time() - write_started
     if job.ledger.is_committed("infer", task.chunk):
-        # Another worker was given this chunk and was faster; its blocks may be sealed by now.
+        # Another worker also had this chunk and committed it first; its blocks may be final.
         _delete_late_pieces(job, chunk)
         return patches
     job.check_unchanged()
@@ -80,7 +81,7 @@ def _compute(job: JobHandle, task: Task, attempt: Attempt) -> int:
             started=started,
             finished=time.time(),
             seconds=seconds,
-            moved=moved,
+            moved=bytes_moved,
             checksums=checksums,
             patches=patches,
             peak_rss=peak_bytes(),
@@ -89,28 +90,29 @@ def _compute(job: JobHandle, task: Task, attempt: Attempt) -> int:
     return patches
 
 
-def _write(
+def _write_results(
     job: JobHandle,
     chunk: Chunk,
     computed: ComputedChunk,
-    moved: dict[str, int],
+    bytes_moved: dict[str, int],
     checksums: dict[str, int],
 ) -> None:
     result, pieces = computed.contribution, 0
-    moved["output"] = job.write(chunk.core, result.core)
+    bytes_moved["output"] = job.write(chunk.core, result.core)
     if result.own is not None:
         arrays = (*result.own.band, *result.own.rest)
-        written = job.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
-        pieces += written.size
-        checksums[OWN_PIECE] = written.crc32c
+        info = job.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
+        pieces += info.size
+        checksums[OWN_PIECE] = info.crc32c
     for piece, sums in result.pieces:
-        written = job.ledger.put_piece(piece.target, piece.name, [sums])
-        pieces += written.size
-        checksums[piece.name] = written.crc32c
-    moved["pieces"] = pieces
+        info = job.ledger.put_piece(piece.target, piece.name, [sums])
+        pieces += info.size
+        checksums[piece.name] = info.crc32c
+    bytes_moved["pieces"] = pieces
 
 
 def _delete_late_pieces(job: JobHandle, chunk: Chunk) -> None:
+    """Delete the chunk's pieces for blocks that are final and do not read them."""
     targets = [chunk.index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]
     for target in targets:
         if job.ledger.is_committed("finalize", target):
@@ -118,7 +120,7 @@ def _delete_late_pieces(job: JobHandle, chunk: Chunk) -> None:
 
 
 def _bytes_read(job: JobHandle, chunk: Chunk) -> int:
-    """Return the bytes of the real voxels behind the halo."""
+    """Return the bytes read from storage: those of the halo inside the volume, without padding."""
     voxels = 1
     for axis, number in zip(job.plan.axes, chunk.index, strict=True):
         low, high = axis.read(np.asarray(number, dtype=np.int64))

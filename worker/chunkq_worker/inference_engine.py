@@ -1,4 +1,4 @@
-"""One job's network on one device, driven by one thread."""
+"""Run a job's network on a device, from one thread."""
 
 from __future__ import annotations
 
@@ -24,36 +24,37 @@ from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
-from chunkq_worker.frameworks import this_process
+from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
 ENGINES_CACHED = 2
+"""Engines, and with them loaded networks, that a process keeps at most."""
 T = TypeVar("T")
 
 
 class InferenceEngine:
-    """A loaded network with the weights and buffers of one plan.
+    """A loaded network with the blend weights and buffers of one plan.
 
-    Only the device thread calls it: math libraries keep a thread pool per calling thread.
+    Call it from the device thread only: math libraries create one thread pool per calling thread.
     """
 
     def __init__(self, record: JobRecord, plan: Plan) -> None:
-        """Load the network; raises ModelError or JobError if the job cannot be done with it."""
+        """Load the network; raise ModelError or JobError if the job cannot use it."""
         if changed := record.changed_files():
             raise ModelError(
-                f"{', '.join(changed)}: not the file that the job was produced with; put that back "
-                "or produce the job again with --overwrite"
+                f"{', '.join(changed)}: the file has changed since the job was produced; restore "
+                "it, or produce the job again with --overwrite"
             )
         share = os.environ.get(THREADS_VARIABLE, "")
         threads = plan.job.threads or (int(share) if share.isdecimal() else None)
-        self._network = _network(record)
+        self._network_key = _network_key(record)
         self._steps = Steps.load(plan.job.model.processing_steps)
         self.runtime: Runtime = load_runtime(plan.job.model, self._steps, threads)
         self._allocate(plan)
 
     def for_plan(self, plan: Plan) -> InferenceEngine:
-        """Return an engine for the same job over another volume; both share the network."""
+        """Return an engine for the same job and another volume; both share the network."""
         other = copy(self)
         other._allocate(plan)
         return other
@@ -61,18 +62,21 @@ class InferenceEngine:
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
         self._weights = WeightCache(plan, load_blend_weights(plan), self.runtime.to_device)
-        self.batcher = Batcher(plan, self.runtime, self._steps, self._network)
-        if not self.runtime.any_batch:  # what is prepared for one size counts as loading
+        self.batcher = Batcher(plan, self.runtime, self._steps, self._network_key)
+        if not self.runtime.any_batch:  # preparing for one batch size is part of loading
             self.batcher.warm_up()
 
     def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
-        """Run all patches a chunk owns over its inputs, each of `halos` (*chunk.halo.shape)."""
+        """Run all patches of a chunk and return its sums.
+
+        `halos` contain one array (*chunk.halo.shape) per input.
+        """
         return self.start(chunk, halos)()
 
     def start(self, chunk: Chunk, halos: Halos) -> Callable[[], Contribution]:
-        """Compute a chunk; returns what waits for the results to arrive on the host.
+        """Compute a chunk; return a function that waits for the results to reach the host.
 
-        That may be called by any thread, while this one goes on to the next chunk.
+        Any thread may call that function, while the device thread continues with the next chunk.
         """
         plan = self.plan
         zeros = self.runtime.zeros((plan.channels, *chunk.region.shape))
@@ -85,67 +89,71 @@ class InferenceEngine:
         fetched = self.runtime.fetch(results)
         if fetched is not None:
             return lambda: contribution(plan, chunk, fetched())
-        made = contribution(plan, chunk, [to_numpy(part) for part in results])
-        return lambda: made
+        result = contribution(plan, chunk, [to_numpy(part) for part in results])
+        return lambda: result
 
     def close(self) -> None:
-        """Let go of the network."""
+        """Release the network and the device's memory."""
         self.runtime.close()
 
 
 class Device:
-    """The one thread of this process that touches the device, and the networks it holds."""
+    """The single thread of this process that uses the device, with its loaded networks."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
-        self._lent: dict[str, InferenceEngine] = {}
+        self._borrowed: dict[str, InferenceEngine] = {}
         self._waiting: set[tuple[str, Index]] = set()
 
     def is_awaited_by(self, task: Task) -> bool:
-        """Tell whether a task waits until the device is free."""
+        """Return whether a task waits for the device."""
         return (task.job, task.chunk) in self._waiting
 
     def run(self, work: Callable[[], T]) -> Future[T]:
-        """Have anything done on the device's thread."""
+        """Run a function on the device thread."""
         return self._thread.submit(work)
 
     @contextmanager
     def compute_with(self, job: JobHandle, engine: InferenceEngine) -> Iterator[None]:
-        """Compute a job with a network that someone else has loaded, and goes on to hold."""
-        self._lent[_key(job)] = engine
+        """Use the caller's engine for a job inside the `with` block; the caller closes it."""
+        self._borrowed[_job_key(job)] = engine
         try:
             yield
         finally:
-            self._lent.pop(_key(job), None)
+            self._borrowed.pop(_job_key(job), None)
 
     def compute(self, job: JobHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
-        """Wait for the device and compute one chunk; raises what the engine raises."""
-        asked = time.time()
+        """Wait for the device and compute one chunk; raise the errors of the engine."""
+        requested = time.time()
         self._waiting.add((job.folder.path, chunk.index))
-        arrived, patches, seconds = self._thread.submit(
-            self._compute, job, chunk, halos, asked
+        fetch_result, patches, seconds = self._thread.submit(
+            self._compute, job, chunk, halos, requested
         ).result()
-        return ComputedChunk(arrived(), patches, seconds)
+        return ComputedChunk(fetch_result(), patches, seconds)
 
     def _compute(
-        self, job: JobHandle, chunk: Chunk, halos: Halos, asked: float
+        self, job: JobHandle, chunk: Chunk, halos: Halos, requested: float
     ) -> tuple[Callable[[], Contribution], int, dict[str, float]]:
-        free = time.time()
+        acquired = time.time()
         self._waiting.discard((job.folder.path, chunk.index))
         engine = self._engine(job)
-        began, before = time.time(), engine.batcher.patches_run
-        arrived = engine.start(chunk, halos)
-        this_process.record(job.plan.job.model)
-        seconds = {"wait": free - asked, "load": began - free, "compute": time.time() - began}
-        return arrived, engine.batcher.patches_run - before, seconds
+        started, before = time.time(), engine.batcher.patches_run
+        fetch_result = engine.start(chunk, halos)
+        framework_rule.record(job.plan.job.model)
+        seconds = {
+            "wait": acquired - requested,
+            "load": started - acquired,
+            "compute": time.time() - started,
+        }
+        return fetch_result, engine.batcher.patches_run - before, seconds
 
     def _engine(self, job: JobHandle) -> InferenceEngine:
-        key = _key(job)
-        if key in self._lent:
-            return self._lent[key]
+        key = _job_key(job)
+        if key in self._borrowed:
+            return self._borrowed[key]
         if key not in self._engines:
-            this_process.check(job.plan.job.model)
+            framework_rule.check(job.plan.job.model)
             while len(self._engines) >= ENGINES_CACHED:
                 self._engines.popitem(last=False)[1].close()
             accepted = accepted_files(job.record.job, job.folder.path)
@@ -154,21 +162,22 @@ class Device:
         return self._engines[key]
 
 
-def _network(record: JobRecord) -> Hashable:
-    """Return what stands for a network and the memory that a batch of it needs."""
+def _network_key(record: JobRecord) -> Hashable:
+    """Return a key that is equal for networks whose batches need the same memory."""
     model = record.job.model.model_copy(update={"max_batch_size": 1})
     return model, len(record.job.input), tuple(sorted(record.file_hashes.items()))
 
 
-def _key(job: JobHandle) -> str:
+def _job_key(job: JobHandle) -> str:
     return f"{job.folder.path} {job.record.digest}"
 
 
 @dataclass(frozen=True, slots=True)
 class ComputedChunk:
-    """A chunk's contribution, the patches run for it and the seconds that went by.
+    """A chunk's contribution, the number of patches computed, and seconds per stage.
 
-    `wait` is for the device, `load` for the network (in a job's first chunk), `compute` the rest.
+    `wait` is the time until the device was free, `load` the time to load the network (first
+    chunk of a job), and `compute` the time on the device.
     """
 
     contribution: Contribution
@@ -181,18 +190,18 @@ _lock = threading.Lock()
 
 
 def waits_for_device(task: Task) -> bool:
-    """Tell whether a task of this process merely waits for another to be computed."""
+    """Return whether a task of this process waits for the device while others are computed."""
     try:
-        opened = replace(task, job=accepted_job(task.job))  # as `run_task` opens it
+        accepted_task = replace(task, job=accepted_job(task.job))  # the path that `run_task` uses
     except JobError:
         return False
-    return _device is not None and _device.is_awaited_by(opened)
+    return _device is not None and _device.is_awaited_by(accepted_task)
 
 
-def get_device(make: Callable[[], Device] = Device) -> Device:
-    """Return the process's device, made at first use."""
-    global _device  # noqa: PLW0603 - one device per process is the point
+def get_device(create: Callable[[], Device] = Device) -> Device:
+    """Return the device of this process; create it at the first call."""
+    global _device  # noqa: PLW0603 - there is exactly one device per process
     with _lock:
         if _device is None:
-            _device = make()
+            _device = create()
         return _device

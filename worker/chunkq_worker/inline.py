@@ -1,4 +1,4 @@
-"""A job's chunks computed in this process, without a queue."""
+"""Compute the chunks of a job in this process, without a queue."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from chunkq.plan import Index
 from chunkq.tasks import Task
 from chunkq_worker.run_task import run_task
 
-A = TypeVar("A")
-B = TypeVar("B")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class NoQueue(Executor):
-    """A queue that takes nothing and holds nothing: the ledger alone says what is left.
+    """An executor that stores no tasks; the ledger alone records which chunks are committed.
 
-    `url` is what the job's record will name, where the rest of an unfinished job may be queued.
+    `url` is the queue that the job record names, used when an unfinished job is produced again.
     """
 
     def __init__(self, url: str) -> None:
@@ -89,58 +89,74 @@ class NoQueue(Executor):
 
 
 class Contributions:
-    """Which blocks' contributors have committed, counted in this process; each commits once."""
+    """Count the committed contributors of each block in this process. Thread-safe."""
 
     def __init__(self) -> None:
-        self._marks: Counter[Index] = Counter()
+        self._counts: Counter[Index] = Counter()
         self._lock = threading.Lock()
 
-    def note(self, contributions: Sequence[BlockContribution]) -> list[Index]:
-        """Count a committed chunk's contributions; return the blocks that they complete."""
+    def record(self, contributions: Sequence[BlockContribution]) -> list[Index]:
+        """Count the contributions of a committed chunk; return the blocks that are now complete.
+
+        Call it once per chunk.
+        """
         with self._lock:
-            self._marks.update(mark.block for mark in contributions)
-            return [mark.block for mark in contributions if self._marks[mark.block] == mark.of]
+            self._counts.update(contribution.block for contribution in contributions)
+            return [
+                contribution.block
+                for contribution in contributions
+                if self._counts[contribution.block] == contribution.of
+            ]
 
 
 def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
-    """Compute every chunk without a commit record, in order; returns this worker's name.
+    """Compute every chunk that is not committed, in index order; return this worker's name.
 
-    A block is completed as soon as all its contributors are committed; of a job that was begun
-    before, some are left to the finalizer. The first chunk that fails ends it with its error,
-    which the ledger keeps as well; what is committed stays.
+    A block is finalized as soon as all its contributors have committed in this call. Blocks with
+    contributors from an earlier run are left to the finalizer. The first error of a chunk is
+    recorded in the ledger and raised; committed chunks stay committed. `progress` is called with
+    (committed chunks, all chunks).
     """
     worker = WorkerName.new(job.plan.job.model.device).name
-    left, total = job_completion(job).unfinished, job.plan.costs.chunks
-    before = total - len(left)
-    progress(before, total)
+    unfinished, total = job_completion(job).unfinished, job.plan.costs.chunks
+    committed = total - len(unfinished)
+    progress(committed, total)
     contributions = Contributions()
     blocks: list[Future[None]] = []
-    most, depth = blocks_at_once(job.plan), default_depth(gpu=job.plan.job.model.device == "cuda")
-    with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(most) as finalizer:
+    finalizers, depth = (
+        blocks_at_once(job.plan),
+        default_depth(gpu=job.plan.job.model.device == "cuda"),
+    )
+    with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(finalizers) as finalizer:
 
         def start(index: Index) -> Future[TaskResult]:
             task = Task("infer", job.folder.path, index)
             return pool.submit(run_task, task, Attempt(1, worker))
 
-        for done, outcome in enumerate(pipelined(start, left, depth), start=before + 1):
-            for block in contributions.note(outcome.contributions):
+        for done, result in enumerate(pipelined(start, unfinished, depth), start=committed + 1):
+            for block in contributions.record(result.contributions):
                 blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
             progress(done, total)
-        for made in blocks:
-            made.result()
+        for future in blocks:
+            future.result()
     return worker
 
 
-def pipelined(start: Callable[[A], Future[B]], items: Iterable[A], depth: int) -> Iterator[B]:
-    """Yield what each item comes to, in order, while `depth` items are in flight."""
-    flying: deque[Future[B]] = deque()
+def pipelined(
+    start: Callable[[Item], Future[Result]], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """Start items with up to `depth` in flight, and yield their results in order.
+
+    At the end, or if the caller stops early, futures that have not started are cancelled.
+    """
+    in_flight: deque[Future[Result]] = deque()
     try:
         for item in items:
-            flying.append(start(item))
-            if len(flying) == depth:
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
+            in_flight.append(start(item))
+            if len(in_flight) == depth:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
     finally:
-        for future in flying:
+        for future in in_flight:
             future.cancel()

@@ -1,4 +1,4 @@
-"""Volumes as a caller hands them over: arrays of any kind in memory, or paths."""
+"""Open the volumes that a caller passes: array-likes in memory, or paths."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from chunkq.plan import Volume
 from chunkq.stores import Array, find_source, open_array
 
 Input = Any
-"""One volume: what `np.asarray` takes, what is sliced into that (zarr, h5py, dask), or a path."""
+"""One volume: an argument of `np.asarray`, an array that yields such when sliced, or a path."""
 COPY_BYTES = 64 << 20
-"""Copied at a time when an array becomes a file."""
+"""Bytes written at a time when an array is copied to a file."""
 
 
 class MemoryArray(Array):
-    """An array in memory, or one that gives NumPy arrays when it is sliced."""
+    """An array in memory, or an array-like that returns NumPy arrays when sliced."""
 
     def __init__(self, values: Any, name: str) -> None:
         self.path, self.values = name, values
@@ -40,19 +40,19 @@ class MemoryArray(Array):
         return np.asarray(self.values[box.slices((0,) * len(self.shape))])
 
 
-def open_inputs(given: Input | Sequence[Input]) -> tuple[Array, ...]:
-    """Return one volume, or each of a list or tuple of them, ready to be read box by box.
+def open_inputs(inputs: Input | Sequence[Input]) -> tuple[Array, ...]:
+    """Open one volume, or each volume of a list or tuple, for reading box by box.
 
-    Raises JobError where one is no array or they differ in shape, StoreError for a bad path.
+    Raise JobError if one is not an array or if the shapes differ, StoreError for a bad path.
     """
-    volumes = list(given) if isinstance(given, (list, tuple)) else [given]
+    volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not volumes:
-        raise JobError("input: no volume was given")
+        raise JobError("input: expected at least one volume, found an empty list")
     names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
-    arrays = tuple(_array(v, name) for v, name in zip(volumes, names, strict=True))
+    arrays = tuple(_open_input(v, name) for v, name in zip(volumes, names, strict=True))
     problems = [
-        f"input: {without_secret(array.path)} has shape {list(array.shape)}, the first input "
-        f"{list(arrays[0].shape)}; several inputs must have one shape"
+        f"input: {without_secret(array.path)} has shape {list(array.shape)}, expected "
+        f"{list(arrays[0].shape)} as the first input; use inputs of the same shape"
         for array in arrays
         if array.shape != arrays[0].shape
     ]
@@ -62,75 +62,78 @@ def open_inputs(given: Input | Sequence[Input]) -> tuple[Array, ...]:
 
 
 def volume_of(arrays: Sequence[Array]) -> Volume:
-    """Return what planning needs to know of the inputs."""
+    """Return the shape and dtype of the inputs for the planner."""
     return Volume.joined([Volume(array.shape, str(array.dtype)) for array in arrays])
 
 
 def read_all(array: Array) -> npt.NDArray[Any]:
-    """Return all of an input as NumPy; not copied where it is that already."""
+    """Return an entire input as a NumPy array, without a copy if it is one already."""
     return array.read(Box.of_shape(array.shape))
 
 
 @contextmanager
 def as_paths(
-    given: Input | Sequence[Input], arrays: Sequence[Array], output: str
+    inputs: Input | Sequence[Input], arrays: Sequence[Array], output: str
 ) -> Iterator[list[str]]:
-    """Yield a path for each input: its own, or that of a temporary file beside the output.
+    """Yield one path per input; write inputs without a path to temporary files.
 
-    Raises StoreError where that file cannot be written.
+    `arrays` are the opened `inputs`. The files are created beside a local output, else in the
+    system's temporary folder, and removed at the end. Raise StoreError if one cannot be written.
     """
-    volumes = list(given) if isinstance(given, (list, tuple)) else [given]
+    volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     paths = [absolute(str(v), Path.cwd()) if isinstance(v, (str, Path)) else "" for v in volumes]
-    beside = os.path.dirname(absolute(output, Path.cwd()))
-    place = beside if not is_url(output) and os.path.isdir(beside) else None
+    parent = os.path.dirname(absolute(output, Path.cwd()))
+    directory = parent if not is_url(output) and os.path.isdir(parent) else None
     with ExitStack() as stack:
         if not all(paths):
             try:
-                made = tempfile.TemporaryDirectory(prefix=".chunkq-", dir=place)
-                folder = stack.enter_context(made)
+                temporary = tempfile.TemporaryDirectory(prefix=".chunkq-", dir=directory)
+                folder = stack.enter_context(temporary)
                 for number, array in enumerate(arrays):
-                    paths[number] = paths[number] or _stored(array, f"{folder}/{number}.npy")
+                    paths[number] = paths[number] or _write_npy(array, f"{folder}/{number}.npy")
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(
-                    f"output: no copy of {without_secret(arrays[0].path)} can be written beside "
+                    f"output: {without_secret(arrays[0].path)} cannot be copied beside "
                     f"{without_secret(output)}: {reason}"
                 ) from error
         yield paths
 
 
-def _array(given: Input, name: str) -> Array:
-    if isinstance(given, (str, Path)):
-        return open_array(find_source(absolute(str(given), Path.cwd())).array_path)
+def _open_input(volume: Input, name: str) -> Array:
+    if isinstance(volume, (str, Path)):
+        return open_array(find_source(absolute(str(volume), Path.cwd())).array_path)
     try:
-        if hasattr(given, "detach"):  # a torch tensor, on any device
-            return MemoryArray(to_numpy(given), name)
-        if _is_sliceable(given):
-            return MemoryArray(given, name)
-        return MemoryArray(np.asarray(given), name)
+        if hasattr(volume, "detach"):  # a torch tensor, on any device
+            return MemoryArray(to_numpy(volume), name)
+        if _is_sliceable(volume):
+            return MemoryArray(volume, name)
+        return MemoryArray(np.asarray(volume), name)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise JobError(f"input: {name} ({type(given).__name__}) is no array: {reason}") from error
+        raise JobError(
+            f"input: {name} ({type(volume).__name__}) is not an array: {reason}"
+        ) from error
 
 
-def _is_sliceable(given: Any) -> bool:
-    """Tell whether something can be read box by box, so that it need not be in memory."""
+def _is_sliceable(volume: Any) -> bool:
+    """Return whether a volume can be read box by box without loading all of it."""
     try:
-        np.dtype(given.dtype)
-        return len(given.shape) > 0 and hasattr(given, "__getitem__")
+        np.dtype(volume.dtype)
+        return len(volume.shape) > 0 and hasattr(volume, "__getitem__")
     except (AttributeError, TypeError):
         return False
 
 
-def _stored(array: Array, path: str) -> str:
-    """Write an input as a `.npy` file, a few rows at a time."""
+def _write_npy(array: Array, path: str) -> str:
+    """Write an input to a `.npy` file, COPY_BYTES at a time; return the path."""
     shape = array.shape
     rows = max(1, COPY_BYTES // (prod(shape[1:]) * array.dtype.itemsize))
-    described = np.lib.format.dtype_to_descr(array.dtype)
-    # Written, not mapped: writing to a mapped file ends the process where the disk is full.
+    descriptor = np.lib.format.dtype_to_descr(array.dtype)
+    # No memory map: on a full disk, writing to a mapped file kills the process.
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(
-            file, {"descr": described, "fortran_order": False, "shape": shape}
+            file, {"descr": descriptor, "fortran_order": False, "shape": shape}
         )
         for first in range(0, shape[0], rows):
             last = min(first + rows, shape[0])

@@ -1,9 +1,9 @@
-"""A worker's chunks in small: real stages, arrays and files, with hardly any network.
+"""Measure the memory of a worker by computing sample chunks of a job.
 
-Memory follows from what the allocator makes of all that coexists, so it is tried, not guessed:
-chunks go through `infer_chunk` of a job that is thrown away, as many at once as in a real process,
-and blocks are completed. The network runs for as many batches as there is time for, at least once a
-chunk, beside that chunk's arrays; all other batches get its answer again.
+Memory depends on how the allocator handles arrays that exist at the same time, so it is measured
+instead of estimated. Chunks of a temporary job run through `infer_chunk`, as many in parallel as in
+a real worker process, and blocks are finalized. The network runs for as many batches as the time
+allows, and at least once per chunk. All other batches get a copy of its last answer.
 """
 
 from __future__ import annotations
@@ -35,25 +35,28 @@ from chunkq_worker.inline import Contributions
 from chunkq_worker.runtimes.base import Runtime
 
 MAX_CHUNKS = 27
-"""Chunks of a rehearsal, at most: in a volume, one and all around it."""
-SECONDS = 20.0
-"""No chunk is begun after so long, but the few that it takes to fill the pipeline."""
+"""Largest number of sample chunks: in 3-D, one chunk and all its neighbours."""
+MAX_SECONDS = 20.0
+"""Time after which no chunk is started, except those needed to fill the pipeline."""
 POLL_SECONDS = 0.002
 
 
 class ReplayRuntime(Runtime):
-    """A network that is run for some batches; the others get a copy of its last answer.
+    """Run the network for some batches, and return a copy of its last answer for the others.
 
-    Of `batches` in all it is run for as many as SECONDS are enough for, evenly spread, and for one
-    in `chunk` at least: how it breaks up the heap is part of the memory. Where others still read or
-    write, an answer takes as long as the network took, so that as many chunks wait for the device
-    as do behind the real one.
+    The network runs for evenly spaced batches out of `batches`: as many as fit into MAX_SECONDS,
+    and at least one in every `chunk` batches, because heap fragmentation by the network is part
+    of the result. While other chunks are read or written, a copied answer takes as long as the
+    network did, so that as many chunks wait for the device as in a real worker. `kept_bytes` is
+    the size of the stored answer.
     """
 
-    def __init__(self, network: Runtime, chunk: int, batches: int, flights: ChunksInFlight) -> None:
+    def __init__(
+        self, network: Runtime, chunk: int, batches: int, in_flight: ChunksInFlight
+    ) -> None:
         self.device, self.any_batch = network.device, network.any_batch
         self._network, self._chunk, self._batches = network, chunk, batches
-        self._each, self._flights = chunk, flights
+        self._interval, self._in_flight = chunk, in_flight
         self._calls = 0
         self._answer: Array = None
         self._seconds = 0.0
@@ -61,24 +64,24 @@ class ReplayRuntime(Runtime):
 
     @override
     def __call__(self, batch: npt.NDArray[Any]) -> Array:
-        fits = self._answer is not None and len(self._answer) >= len(batch)
+        is_long_enough = self._answer is not None and len(self._answer) >= len(batch)
         self._calls += 1
-        if not fits or (self._calls - 1) % self._each == 0:
+        if not is_long_enough or (self._calls - 1) % self._interval == 0:
             before = time.perf_counter()
             answer = self._network(batch)
             self._seconds = time.perf_counter() - before
-            if not fits:
+            if not is_long_enough:
                 self._keep(answer)
-                affordable = ceil(self._batches * self._seconds / SECONDS)
-                self._each = max(1, min(self._chunk, affordable))
+                affordable = ceil(self._batches * self._seconds / MAX_SECONDS)
+                self._interval = max(1, min(self._chunk, affordable))
             return answer
         due = time.perf_counter() + self._seconds
-        while time.perf_counter() < due and self._flights.are_moving():
+        while time.perf_counter() < due and self._in_flight.has_active_io():
             time.sleep(POLL_SECONDS)
         return self._network.to_device(np.array(self._answer[: len(batch)]))
 
     def _keep(self, answer: Array) -> None:
-        """Keep an answer outside the allocator's heap, which is to look as without it."""
+        """Store an answer outside the allocator's heap, so that the heap is not changed by it."""
         values = to_numpy(answer)
         self._answer = buffers.cast(values, values.dtype)
         self.kept_bytes += values.nbytes
@@ -101,89 +104,93 @@ class ReplayRuntime(Runtime):
 
 
 class ChunksInFlight:
-    """The chunks in flight, at most `depth` at once."""
+    """Compute chunks of a job with up to `depth` in flight; `finished` counts them."""
 
     def __init__(self, job: JobHandle, depth: int) -> None:
         self._job, self._depth = job, depth
-        self._flying: set[Task] = set()
+        self._tasks: set[Task] = set()
         self._lock = threading.Lock()
         self._contributions = Contributions()
-        self.landed = 0
+        self.finished = 0
 
-    def are_moving(self) -> bool:
-        """Tell whether any chunk besides the computed one is read or written."""
+    def has_active_io(self) -> bool:
+        """Return whether a chunk besides the one on the device is being read or written."""
         device = get_device()
         with self._lock:
-            return sum(not device.is_awaited_by(task) for task in self._flying) > 1
+            return sum(not device.is_awaited_by(task) for task in self._tasks) > 1
 
     def run(self, chunks: Sequence[Index]) -> None:
-        """Compute chunks until the time is up, and complete blocks; raises what either raises."""
-        until = time.perf_counter() + SECONDS
-        # So many that the pipeline is full, and one block complete.
-        few = max(self._depth + 2, len(self._job.plan.contributors(chunks[0])))
+        """Compute chunks until MAX_SECONDS are over, and finalize blocks; raise their errors."""
+        deadline = time.perf_counter() + MAX_SECONDS
+        # At least enough chunks to fill the pipeline and to finalize one block.
+        min_chunks = max(self._depth + 2, len(self._job.plan.contributors(chunks[0])))
 
-        def one(number: int) -> None:
-            if number >= few and time.perf_counter() > until:
+        def compute(number: int) -> None:
+            if number >= min_chunks and time.perf_counter() > deadline:
                 return
             task = Task("infer", self._job.folder.path, chunks[number])
             with self._lock:
-                self._flying.add(task)
-            attempt = Attempt(1, "rehearsal")
+                self._tasks.add(task)
+            attempt = Attempt(1, "memory measurement")
             try:
-                outcome = infer_chunk(task, attempt)
-                for block in self._contributions.note(outcome.contributions):
+                result = infer_chunk(task, attempt)
+                for block in self._contributions.record(result.contributions):
                     complete_block(self._job, block, attempt)
             finally:
                 with self._lock:
-                    self._flying.discard(task)
-                    self.landed += 1
+                    self._tasks.discard(task)
+                    self.finished += 1
 
         with ThreadPoolExecutor(self._depth) as pool:
-            for _ in pool.map(one, range(len(chunks))):
+            for _ in pool.map(compute, range(len(chunks))):
                 pass
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryMeasurement:
-    """How many chunks were computed, and a worker's largest resident memory meanwhile."""
+    """The number of chunks computed, and the peak resident memory of the process in bytes."""
 
     chunks: int
     worker_bytes: int
 
 
 def measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> MemoryMeasurement:
-    """Compute some chunks of a job, `depth` at once, as the first thing done with a network.
+    """Compute sample chunks of a job with `depth` in flight, and return the peak memory.
 
-    Raises what computing them raises.
+    `engine` must not have computed before. Errors of the chunks are raised.
     """
-    chunks = some_chunks(job.plan)
-    flights = ChunksInFlight(job, depth)
+    chunks = select_chunks(job.plan)
+    in_flight = ChunksInFlight(job, depth)
     network = engine.runtime
     batches = [-(-job.plan.chunk(i).patches // engine.batcher.size) for i in chunks]
     device = get_device()
-    # `over` makes a batcher for what the engine holds as its network just then.
-    engine.runtime = replay = ReplayRuntime(network, max(batches), sum(batches), flights)
+    # `for_plan` creates a batcher for the engine's current runtime.
+    engine.runtime = replay = ReplayRuntime(network, max(batches), sum(batches), in_flight)
     try:
-        playing = device.run(lambda: engine.for_plan(job.plan)).result()
+        measuring_engine = device.run(lambda: engine.for_plan(job.plan)).result()
     finally:
         engine.runtime = network
-    with device.compute_with(job, playing):
-        flights.run(chunks)
-    return MemoryMeasurement(flights.landed, peak_bytes() - replay.kept_bytes)
+    with device.compute_with(job, measuring_engine):
+        in_flight.run(chunks)
+    return MemoryMeasurement(in_flight.finished, peak_bytes() - replay.kept_bytes)
 
 
-def some_chunks(plan: Plan) -> list[Index]:
-    """Return up to MOST_CHUNKS chunks: all, or those around the middle one and it.
+def select_chunks(plan: Plan) -> list[Index]:
+    """Return up to MAX_CHUNKS active chunks: all of the job, or the middle one and its neighbours.
 
-    First those that contribute to the middle one's block, itself the very first.
+    The middle chunk comes first, then the other contributors of its block.
     """
     middle = tuple(blocks // 2 for blocks in plan.blocks)
-    near = [
+    nearby = [
         range(max(0, centre - 1), min(blocks, centre + 2))
         for centre, blocks in zip(middle, plan.blocks, strict=True)
     ]
-    few = plan.costs.chunks <= MAX_CHUNKS
-    found = [i for i in (plan.indices() if few else product(*near)) if plan.chunk(i).is_active]
-    first = set(plan.contributors(middle))
-    found.sort(key=lambda i: (i != middle, i not in first, i))
-    return found[:MAX_CHUNKS]
+    has_few_chunks = plan.costs.chunks <= MAX_CHUNKS
+    indices = [
+        i
+        for i in (plan.indices() if has_few_chunks else product(*nearby))
+        if plan.chunk(i).is_active
+    ]
+    contributors = set(plan.contributors(middle))
+    indices.sort(key=lambda i: (i != middle, i not in contributors, i))
+    return indices[:MAX_CHUNKS]

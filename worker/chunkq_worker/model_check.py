@@ -1,10 +1,10 @@
-"""Tries a job's network, in a process of its own.
+"""Check a job's network in a separate process.
 
-`python -m chunkq_worker.model_check [--whole DEPTH]` reads a job record on standard input and
-writes the fields of a `ModelCheckResult` as one line of JSON. Without --whole
-it only loads the network and runs a batch of zeros. With it, it also runs patches
-from the middle of the volume in several ways, then whole chunks, DEPTH at once, to measure the
-memory that a worker will need.
+`python -m chunkq_worker.model_check [--depth DEPTH --folder FOLDER]` reads a job record on standard
+input and writes the fields of a `ModelCheckResult` as one line of JSON. Without `--depth` it loads
+the network and runs a batch of zeros. With `--depth` it also runs patches from the middle of the
+volume in different batches, and computes chunks, DEPTH in flight, to measure the memory of a
+worker process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -37,24 +38,28 @@ from chunkq_worker.devices import cores
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.measure_memory import measure_memory
 
-FEW_CHUNKS = 1000
+MAX_CHUNKS_SEARCHED = 1000
+"""Of a job with more chunks, only the middle and the first chunk are candidates."""
 ROUNDS = 3
-"""Timed batches; the median counts."""
+"""Number of timed batches; the median is reported."""
 
 
 @dataclass
 class ModelCheckResult:
-    """What trying a network showed; None where it was not looked at.
+    """What was measured; None where the check was not run.
 
-    `load_seconds` ends with the first batch. Of real patches: `batch_seconds`, the output's
-    `lowest` and `highest` before any activation, whether all of it is `finite`, the largest
-    difference of a patch's result when it lies elsewhere in the batch (`by_position`) and in a
-    batch of another size (`by_batch_size`; `other_size`, None if the network takes one size only).
-    `tile_norms` are layers that normalise by statistics of the tile. Bytes are the largest
-    resident memory of the process and what was allocated on the device, at the end. The former
-    with the network loaded is `loaded_bytes`, and `worker_bytes` after `chunks` whole chunks,
-    `depth` at once: libraries, network and arrays of a worker process; `memory_error` says why
-    that could not be found out.
+    `load_seconds` includes the first batch.
+
+    Of real patches: `batch_seconds`; `lowest` and `highest` raw output value; whether all outputs
+    are `finite`; the largest difference of a patch's output between two positions in the batch
+    (`by_position`) and between two batch sizes (`by_batch_size`). The second size is `other_size`,
+    or None if the network supports one size only. `tile_norms` are layers that normalize by
+    statistics of the patch.
+
+    Memory in bytes: `peak_bytes` and `device_bytes` are the peak resident memory of the process and
+    the peak on the device at the end, `loaded_bytes` the resident peak with the network loaded, and
+    `worker_bytes` the resident peak after computing `chunks` chunks with `depth` in flight.
+    `memory_error` is the error that prevented measuring `worker_bytes`.
     """
 
     error: str | None = None
@@ -79,98 +84,96 @@ class ModelCheckResult:
     memory_error: str | None = None
 
 
-def main(*arguments: str) -> None:
-    """Answer on standard output."""
+def main(*argv: str) -> None:
+    """Run the check and write its result to standard output."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--depth", type=int, help="chunks at once; none are tried without it")
-    parser.add_argument("--folder", help="where to, empty; whoever asks removes it")
-    asked = parser.parse_args(arguments)
-    finding = ModelCheckResult()
+    parser.add_argument("--depth", type=int, help="chunks in flight; default: compute no chunks")
+    parser.add_argument("--folder", help="empty folder for the chunks; the caller removes it")
+    arguments = parser.parse_args(argv)
+    result = ModelCheckResult()
     try:
         record = JobRecord.from_json(sys.stdin.buffer.read())
-        run_check(finding, record, asked.depth, asked.folder)
+        run_check(result, record, arguments.depth, arguments.folder)
     except ChunkqError as error:
-        finding.error = str(error)
-    sys.stdout.write(json.dumps(asdict(finding)) + "\n")
+        result.error = str(error)
+    sys.stdout.write(json.dumps(asdict(result)) + "\n")
 
 
 def run_check(
-    finding: ModelCheckResult,
+    result: ModelCheckResult,
     record: JobRecord,
     depth: int | None = None,
     folder: str | None = None,
 ) -> None:
-    """Load the network and fill in a finding; raises ChunkqError.
+    """Load the network and fill in the result; raise ChunkqError if it cannot be used.
 
-    All of it with `depth`, the chunks to compute at once, and an empty `folder` for them.
+    With `depth`, also run patches, and compute chunks in the empty `folder`, `depth` in flight.
     """
-    # Where a worker has its network: libraries keep threads and memory per calling thread.
+    # Load on the device thread, as a worker does: libraries allocate memory per calling thread.
     on_device = get_device().run
     before = time.perf_counter()
     engine = on_device(lambda: InferenceEngine(record, record.plan())).result()
-    finding.load_seconds = time.perf_counter() - before
-    finding.loaded_bytes = peak_bytes()
+    result.load_seconds = time.perf_counter() - before
+    result.loaded_bytes = peak_bytes()
     if depth is not None and folder is not None:
-        finding.depth = depth
-        _measure_memory(finding, engine, recreate_job(record, folder))
+        result.depth = depth
+        _measure_memory(result, engine, recreate_job(record, folder))
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
-    finding.load_seconds += time.perf_counter() - before
-    finding.batch, finding.device = engine.batcher.size, engine.runtime.device
+    result.load_seconds += time.perf_counter() - before
+    result.batch, result.device = engine.batcher.size, engine.runtime.device
     if depth is not None:
-        on_device(lambda: _try_patches(finding, engine, record)).result()
-    finding.tile_norms = engine.runtime.tile_norms()
-    finding.peak_bytes, finding.device_bytes = peak_bytes(), engine.runtime.device_bytes()
+        on_device(lambda: _run_patches(result, engine, record)).result()
+    result.tile_norms = engine.runtime.tile_norms()
+    result.peak_bytes, result.device_bytes = peak_bytes(), engine.runtime.device_bytes()
 
 
 def _restart_with_worker_env() -> None:
-    """Start again with the environment of a worker process, unless this is it."""
-    born = {**os.environ, **child_env(cores())}
-    if born != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], born)
+    """Restart this process with the environment of a worker process, unless it has it."""
+    worker_env = {**os.environ, **child_env(cores())}
+    if worker_env != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 
 
-def _measure_memory(finding: ModelCheckResult, engine: InferenceEngine, job: JobHandle) -> None:
+def _measure_memory(result: ModelCheckResult, engine: InferenceEngine, job: JobHandle) -> None:
     try:
-        done = measure_memory(engine, job, finding.depth or 1)
-    except Exception as error:  # what is wrong with the network itself shows right after this
-        finding.memory_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        measurement = measure_memory(engine, job, result.depth or 1)
+    except Exception as error:  # errors of the network are raised by the batch of zeros after this
+        result.memory_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     else:
-        finding.chunks, finding.worker_bytes = done.chunks, done.worker_bytes
+        result.chunks, result.worker_bytes = measurement.chunks, measurement.worker_bytes
 
 
-def _try_patches(finding: ModelCheckResult, engine: InferenceEngine, record: JobRecord) -> None:
+def _run_patches(result: ModelCheckResult, engine: InferenceEngine, record: JobRecord) -> None:
     patches = middle_patches(engine.plan, engine.batcher.size)
-    window = _around(patches)
+    window = _bounding_box(patches)
     job = record.job
     halos = [
         read_padded(open_array(source.array_path), window, job.pad_mode, job.pad_value)
         for source in record.sources
     ]
-    _measure(finding, engine, patches, halos, window.start)
+    _time_and_compare(result, engine, patches, halos, window.start)
 
 
-def middle_patches(plan: Plan, most: int) -> list[Patch]:
-    """Return patches of one chunk, `most` at the most: of the middle one, if it has so many."""
+def middle_patches(plan: Plan, max_patches: int) -> list[Patch]:
+    """Return up to `max_patches` patches of one chunk.
+
+    The chunk has at least that many if one does, and is the nearest to the middle among those.
+    """
     middle = tuple(blocks // 2 for blocks in plan.blocks)
-    few = plan.costs.chunks <= FEW_CHUNKS
-    near = map(plan.chunk, plan.indices() if few else [middle, (0,) * plan.rank])
+    few = plan.costs.chunks <= MAX_CHUNKS_SEARCHED
+    candidates = map(plan.chunk, plan.indices() if few else [middle, (0,) * plan.rank])
     chunk = min(
-        near,
+        candidates,
         key=lambda chunk: (
-            -min(most, chunk.patches),
+            -min(max_patches, chunk.patches),
             sum(abs(i - m) for i, m in zip(chunk.index, middle, strict=True)),
         ),
     )
-    found = []
-    for patch in plan.patches(chunk):
-        found.append(patch)
-        if len(found) == most:
-            break
-    return found
+    return list(islice(plan.patches(chunk), max_patches))
 
 
-def _around(patches: Sequence[Patch]) -> Box:
+def _bounding_box(patches: Sequence[Patch]) -> Box:
     starts = [patch.source.start for patch in patches]
     stops = [patch.source.stop for patch in patches]
     return Box(
@@ -178,36 +181,39 @@ def _around(patches: Sequence[Patch]) -> Box:
     )
 
 
-def _measure(
-    finding: ModelCheckResult,
+def _time_and_compare(
+    result: ModelCheckResult,
     engine: InferenceEngine,
     patches: list[Patch],
     halos: Halos,
     origin: tuple[int, ...],
 ) -> None:
-    seconds, first = [], _run(engine.batcher, patches, halos, origin)
+    """Time the network, and compare its outputs for other batches; fill in the result."""
+    seconds, first = [], _raw_outputs(engine.batcher, patches, halos, origin)
     for _ in range(ROUNDS):
         before = time.perf_counter()
-        _run(engine.batcher, patches, halos, origin)
+        _raw_outputs(engine.batcher, patches, halos, origin)
         seconds.append(time.perf_counter() - before)
-    finding.batch_seconds, finding.patches = median(seconds), len(patches)
-    finding.finite = bool(np.isfinite(first).all())
-    finding.lowest, finding.highest = float(np.nanmin(first)), float(np.nanmax(first))
+    result.batch_seconds, result.patches = median(seconds), len(patches)
+    result.finite = bool(np.isfinite(first).all())
+    result.lowest, result.highest = float(np.nanmin(first)), float(np.nanmax(first))
     if len(patches) > 1:
-        turned = _run(engine.batcher, [*patches[1:], patches[0]], halos, origin)
-        finding.by_position = _difference(np.roll(turned, 1, axis=0), first)
+        rotated = _raw_outputs(engine.batcher, [*patches[1:], patches[0]], halos, origin)
+        result.by_position = _max_difference(np.roll(rotated, 1, axis=0), first)
     size = engine.batcher.size
     if size > 1:
-        other = engine.batcher.of_size(max(1, size // 2))
+        smaller_batcher = engine.batcher.of_size(max(1, size // 2))
         try:
-            smaller = _run(other, patches[: other.size], halos, origin)
+            smaller_outputs = _raw_outputs(
+                smaller_batcher, patches[: smaller_batcher.size], halos, origin
+            )
         except Exception:
-            return  # a network with its batch size built in; that is no fault
-        finding.other_size = other.size
-        finding.by_batch_size = _difference(smaller, first[: len(smaller)])
+            return  # the network supports one batch size only, which is allowed
+        result.other_size = smaller_batcher.size
+        result.by_batch_size = _max_difference(smaller_outputs, first[: len(smaller_outputs)])
 
 
-def _run(
+def _raw_outputs(
     batcher: Batcher, patches: Sequence[Patch], halos: Halos, origin: tuple[int, ...]
 ) -> npt.NDArray[Any]:
     while True:
@@ -216,9 +222,9 @@ def _run(
             return outputs
 
 
-def _difference(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
-    count = min(len(one), len(other))
-    return float(np.nanmax(np.abs(one[:count] - other[:count]), initial=0.0))
+def _max_difference(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    count = min(len(a), len(b))
+    return float(np.nanmax(np.abs(a[:count] - b[:count]), initial=0.0))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A job around nothing but a model file: its kind, and what is usual for the rest."""
+"""Create a job from a model file: detect the file's format, and use defaults for other keys."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FILE_KEYS: MappingProxyType[str, str] = MappingProxyType(
         "json": "json_file",
     }
 )
-"""Type of a model -> the job key of its file."""
-KINDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
+"""Model type -> job key of the model file."""
+RUNTIMES_AND_TYPES: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "torchscript": ("torch", "torchscript"),
         "exported": ("torch", "exported"),
@@ -35,25 +35,27 @@ KINDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         ".py": ("torch", "class"),
     }
 )
-"""Format of a file, or its suffix where content says nothing -> runtime and type."""
-ONLY_RUNTIME: MappingProxyType[str, str] = MappingProxyType(
+"""File format, or suffix where the content has no signature -> (runtime, type)."""
+RUNTIME_OF_TYPE: MappingProxyType[str, str] = MappingProxyType(
     {"class": "torch", "torchscript": "torch", "exported": "torch", "json": "tensorflow"}
 )
-"""Types for which the file need not be looked at."""
-BATCH = 4
-"""Patches in a batch, unless given; running out of memory halves it."""
+"""Type -> runtime, for types that exist in one runtime; the file is not read for these."""
+DEFAULT_BATCH = 4
+"""Default of `max_batch_size`; halved when a batch runs out of memory."""
 
 
 def job_for_model(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job's keys for a model file and keys of the job file or its `model_config`.
+    """Return the keys of a job that runs a model file.
 
-    Patches slide with gaussian weights, unless `keys` say otherwise; strides are left to who
-    knows the volume. Raises JobError where there is no file or its kind is not to be told,
-    ModelError where it is a file that holds no network.
+    `keys` are keys of the job file or of its `model_config`. Defaults are `sliding_window`,
+    `weight_gaussian` and `max_batch_size: 4`; `strides` is not set. Raise JobError if the file is
+    missing or its format is unknown, and ModelError if it contains no network.
     """
     if "model_config" in keys:
-        raise JobError("model_config: give each of its keys as a keyword of its own")
-    model = _model_keys(path, keys.get("runtime"), keys.get("type")) | {"max_batch_size": BATCH}
+        raise JobError("model_config: unsupported keyword; pass each of its keys as a keyword")
+    model = _model_keys(path, keys.get("runtime"), keys.get("type")) | {
+        "max_batch_size": DEFAULT_BATCH
+    }
     values: dict[str, Any] = {"inference_type": "sliding_window"}
     for key, value in keys.items():
         (model if _is_of_model(key) else values)[key] = value
@@ -69,12 +71,12 @@ def half_strides(model: ModelConfig, rank: int) -> list[int]:
     if model.lost_dim is not None and model.model_output_shape is None:
         axis = model.lost_dim - len(model.model_input_shape) + rank
         strides = [1 if a == axis else n for a, n in enumerate(strides)]
-    # Where the shapes do not fit the volume, that alone is to be complained of.
+    # If the shapes do not match the volume, report that instead of an error about strides.
     return strides if len(strides) == rank else [1] * rank
 
 
 def _is_of_model(key: str) -> bool:
-    """Tell whether a keyword belongs to `model_config`, also if it is misspelt."""
+    """Return whether a keyword, even a misspelt one, is most likely a key of `model_config`."""
     top, model = list(Job.model_fields), list(ModelConfig.model_fields)
     if key in top or key in model:
         return key in model
@@ -82,39 +84,39 @@ def _is_of_model(key: str) -> bool:
 
 
 def _model_keys(path: str, runtime: str | None, kind: str | None) -> dict[str, Any]:
-    """Return runtime, type and the file's own key; what is given goes before what it looks like."""
+    """Return runtime, type and the key of the file; detect runtime or type where it is None."""
     if not is_url(path) and not os.path.exists(path):
         raise JobError(f"model: no file {path}")
-    runtime = runtime or ONLY_RUNTIME.get(kind or "")
+    runtime = runtime or RUNTIME_OF_TYPE.get(kind or "")
     if runtime is None or kind is None:
-        found = _recognise(path, kind)
-        runtime, kind = runtime or found[0], kind or found[1]
+        detected = _detect_kind(path, kind)
+        runtime, kind = runtime or detected[0], kind or detected[1]
     return {"runtime": runtime, "type": kind, FILE_KEYS.get(kind, "model_file"): path}
 
 
-def _recognise(path: str, kind: str | None) -> tuple[str, str]:
-    shown = without_secret(path)
+def _detect_kind(path: str, kind: str | None) -> tuple[str, str]:
+    """Return the runtime and type of a model file from its content or suffix."""
+    printed = without_secret(path)
     if not is_url(path) and os.path.isdir(path):
         if os.path.exists(os.path.join(path, "saved_model.pb")):
-            return KINDS["keras"]
+            return RUNTIMES_AND_TYPES["keras"]
         raise ModelError(
-            f"model: {shown} is a folder without saved_model.pb, so no SavedModel; name a file"
+            f"model: {printed} is a folder without saved_model.pb, expected a SavedModel or a file"
         )
     try:
-        found = format_of(read_bytes(path))
+        detected = format_of(read_bytes(path))
     except OSError as error:
-        raise JobError(f"model: {shown} cannot be read: {error}") from error
-    if found == "torch_save" and kind is None:
+        raise JobError(f"model: {printed} cannot be read: {error}") from error
+    if detected == "torch_save" and kind is None:
         raise ModelError(
-            f"model: {shown} was written by torch.save, which keeps no network that runs by "
-            "itself; pass the class's Python file with class_name= and this as checkpoint=, or if "
-            "it is a whole module that you trust: type='file', trusted=True"
+            f"model: {printed} was written by torch.save and contains weights or a pickled module; "
+            "pass the Python file of the class with class_name= and this file as checkpoint=, or "
+            "use type='file', trusted=True for a pickled module that you trust"
         )
-    known = KINDS.get(found or os.path.splitext(path)[1].lower())
-    if known is None:
+    runtime_and_type = RUNTIMES_AND_TYPES.get(detected or os.path.splitext(path)[1].lower())
+    if runtime_and_type is None:
         raise JobError(
-            f"model: the kind of {shown} is not to be told; pass runtime= and type= (torch: "
-            "class, file, torchscript, exported; tensorflow: class, file, json; onnx: file; "
-            "numpy: class)"
+            f"model: {printed} has an unknown format; pass runtime= and type= (torch: class, file, "
+            "torchscript, exported; tensorflow: class, file, json; onnx: file; numpy: class)"
         )
-    return known
+    return runtime_and_type

@@ -1,4 +1,4 @@
-"""A network over volumes in memory: the worker's machinery without files or queue."""
+"""Run a network on volumes from Python, without a job file, a job folder or a queue."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from chunkq_worker.model_defaults import half_strides, job_for_model
 
 Progress = Callable[[int, int], None]
 Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]
-"""Where, and the final values there."""
-NOWHERE = "memory"
-"""Stands for the input and output of a job that has none."""
+"""Yields regions of the output as slices, with their final values."""
+PLACEHOLDER = "memory"
+"""Value of `input` and `output` in a predictor's job."""
 IN_FLIGHT = 2
-"""Chunks in memory: one is read, or taken by the caller, while the other is computed."""
+"""Chunks in memory: one is read, or used by the caller, while the other is computed."""
 
 
 def _quiet(done: int, total: int) -> None:
@@ -46,18 +46,18 @@ def _quiet(done: int, total: int) -> None:
 
 
 class Predictor:
-    """A network ready to run over volumes of any shape, the way a job file says.
+    """A network that predicts volumes of any shape, with the keys of a job file.
 
-    A volume is an array (*S) of 1 to 4 spatial axes: NumPy, torch, or anything that
-    `np.asarray` takes or that gives NumPy arrays when sliced (zarr, h5py, dask); or the path of
-    what a job can read. Where `model_config.join_dim` is set it is a list of volumes of one
-    shape. The network is loaded with the first volume, onto `model_config.device`, and kept
-    until `close`; use it as a context manager.
+    A volume is an array (*S) with 1 to 4 spatial axes: NumPy, torch, an argument of `np.asarray`,
+    or an array-like that returns NumPy arrays when sliced (zarr, h5py, dask). It can also be the
+    path of an array that a job can read. If `model_config.join_dim` is set, pass a list of volumes
+    of the same shape. The network is loaded onto `model_config.device` for the first volume and
+    kept until `close`; the predictor is a context manager.
 
-    The same voxels come out, to the last byte, as from a job with the same keys and threads.
+    The output is byte-identical to that of a job with the same keys and number of threads.
 
-    Thread-safe: calls from several threads, and of several predictors, take turns chunk by chunk
-    on the process's one device thread. Close it when none is under way.
+    Thread-safe: calls from several threads, and of several predictors, alternate chunk by chunk
+    on the single device thread of the process. Do not call `close` during other calls.
     """
 
     def __init__(self, job: Job, *, half_strides: bool = False) -> None:
@@ -69,39 +69,42 @@ class Predictor:
 
     @classmethod
     def from_config(cls, config: str | Path | Mapping[str, Any]) -> Predictor:
-        """Make one from a job: a job file's path, or a mapping with the same keys.
+        """Create a predictor from a job: the path of a job file, or a mapping with its keys.
 
-        `input` and `output` may be missing, and are not used: volumes come with each call.
-        Relative paths are relative to the file, or for a mapping to the working directory.
-        Raises JobError with one line for each mistake, as the commands do.
+        `input` and `output` are not used and may be missing. Relative paths are relative to the
+        job file, or for a mapping to the working directory. Raise JobError with one line per
+        mistake.
         """
-        return cls(load_job(config, input=NOWHERE, output=NOWHERE))
+        return cls(load_job(config, input=PLACEHOLDER, output=PLACEHOLDER))
 
     @classmethod
     def from_model(
         cls, path: str | Path, *, model_input_shape: Sequence[int], **keys: Any
     ) -> Predictor:
-        """Make one from a model file: TorchScript, torch.export (.pt2), ONNX, Keras, SavedModel.
+        """Create a predictor from a model file.
 
-        `model_input_shape` is one item of a batch: the patch, with a leading 1 where the network
-        wants a channel axis. `model_output_shape`, channels first, is needed where the network
-        gives something else. Every other keyword is a key of the job file or of its
-        `model_config`. Left out, patches overlap by half (`sliding_window`, `weight_gaussian`),
-        are averaged (`combine: weighted_avg`) and run in batches of four on the CPU.
+        Supported are TorchScript, torch.export (.pt2), ONNX, Keras and SavedModel.
+        `model_input_shape` is the shape of one item of a batch: the patch, with a leading 1 if the
+        network has a channel axis. Set `model_output_shape`, channels first, if the output has
+        another shape. Every other keyword is a key of the job file or of its `model_config`. By
+        default, patches overlap by half (`sliding_window`, `weight_gaussian`), overlaps are
+        averaged (`combine: weighted_avg`), and batches of four patches run on the CPU.
 
-        Raises JobError or ModelError with one line for each mistake, among them a file whose
-        kind is not to be told: then `runtime` and `type` name it.
+        Raise JobError or ModelError with one line per mistake. If the format of the file cannot be
+        detected, set `runtime` and `type`.
         """
         keys["model_input_shape"] = list(model_input_shape)
         values = job_for_model(absolute(str(path), Path.cwd()), keys)
-        half = values["inference_type"] == "sliding_window" and "strides" not in values
-        if half:  # until a volume says how many axes there are
+        uses_half_strides = values["inference_type"] == "sliding_window" and "strides" not in values
+        if uses_half_strides:  # replaced once a volume's number of axes is known
             values["strides"] = [1]
-        return cls(load_job(values, input=NOWHERE, output=NOWHERE), half_strides=half)
+        return cls(
+            load_job(values, input=PLACEHOLDER, output=PLACEHOLDER), half_strides=uses_half_strides
+        )
 
     @property
     def job(self) -> Job:
-        """The job's keys; of `input` and `output` stand-ins."""
+        """Return the job; its `input` and `output` are placeholders."""
         return self._job
 
     def plan(
@@ -111,53 +114,53 @@ class Predictor:
     ) -> Plan:
         """Return the plan for a volume of this shape: chunks, patches, `output_shape`, `costs`.
 
-        `dtype` is the volume's, or a list with one for each of several inputs. The network is
-        not needed. Raises JobError with one line for each thing that does not fit.
+        `dtype` is the dtype of the volume, or a list with one dtype per input. The network is not
+        loaded. Raise JobError with one line per mismatch between the job and the volume.
         """
-        several = isinstance(dtype, (list, tuple))
-        dtypes: Any = dtype if several else [dtype]
+        has_several = isinstance(dtype, (list, tuple))
+        dtypes: Any = dtype if has_several else [dtype]
         length = tuple(int(n) for n in shape)
         volume = Volume.joined([Volume(length, str(np.dtype(name))) for name in dtypes])
-        names = [f"array {n}" for n in range(len(dtypes))] if several else ["the array"]
+        names = [f"array {n}" for n in range(len(dtypes))] if has_several else ["the array"]
         return resolve(self._job_for(names, len(length)), volume)
 
     def predict(
         self, volume: Input | Sequence[Input], *, progress: Progress = _quiet
     ) -> Prediction:
-        """Run the network over a whole volume and return all of the result, in memory.
+        """Run the network on an entire volume and return the result in memory.
 
-        `progress` is called with (chunks done, chunks in all). Raises JobError where volume and
-        job do not fit, ModelError where the network cannot be loaded or breaks its declaration,
-        PredictionError where it returns what is not finite.
+        `progress` is called with (chunks done, all chunks). Raise JobError if the volume does not
+        match the job, ModelError if the network cannot be loaded or does not match its
+        declaration, and PredictionError if it returns NaN or infinity.
         """
         arrays = open_inputs(volume)
         plan = self._plan(arrays)
-        averaged = plan.job.combine == "weighted_avg"
+        is_averaged = plan.job.combine == "weighted_avg"
         dtype = label_dtype(max(2, plan.channels))
         stored = np.zeros(plan.output_shape, plan.output_dtype)
-        labels = np.zeros(plan.volume.shape, dtype) if averaged else stored
-        for where, values in self._stream(plan, arrays, progress):
-            stored[where] = values
-            if averaged:
-                average = values if plan.channel_axis else values[np.newaxis]
-                labels[where[-plan.rank :]] = reduce_and_cast(average, "soft", dtype)
-        given = tuple(read_all(array) for array in arrays)
-        probabilities = stored.reshape(plan.channels, *plan.volume.shape) if averaged else None
-        return Prediction(labels, given if len(given) > 1 else given[0], probabilities)
+        labels = np.zeros(plan.volume.shape, dtype) if is_averaged else stored
+        for region, values in self._stream(plan, arrays, progress):
+            stored[region] = values
+            if is_averaged:
+                averages = values if plan.channel_axis else values[np.newaxis]
+                labels[region[-plan.rank :]] = reduce_and_cast(averages, "soft", dtype)
+        inputs = tuple(read_all(array) for array in arrays)
+        probabilities = stored.reshape(plan.channels, *plan.volume.shape) if is_averaged else None
+        return Prediction(labels, inputs if len(inputs) > 1 else inputs[0], probabilities)
 
     def predict_streaming(
         self, volume: Input | Sequence[Input], *, progress: Progress = _quiet
     ) -> Regions:
-        """Return a generator of the result's regions, each as soon as it is final.
+        """Return a generator that yields each region of the result as soon as it is final.
 
-        Each item is `(where, values)`: slices into an array of shape `plan(...).output_shape`
-        ((*S), or (C, *S) for averages of a network with channels) and the values there, in
-        `plan(...).output_dtype`. Every voxel comes exactly once: block by block, the last axis
-        fastest, within a block first what no other block's patches reach, then the rest.
+        Each item is `(region, values)`: slices of an array of shape `plan(...).output_shape`
+        ((*S), or (C, *S) for averages of a network with channels) and the values in that region,
+        in `plan(...).output_dtype`. Every voxel is yielded exactly once, block by block, the last
+        axis fastest. Within a block, the voxels that only its own patches cover come first.
 
-        Held in memory are two chunks, and the unfinished bands along one slice of blocks across
-        the first axis; a volume given by path or as a zarr array is read chunk by chunk. Checks
-        are made at once and raise as `predict` does; the network runs as items are asked for.
+        Two chunks are in memory, and the unfinished bands along one slice of blocks across the
+        first axis. A path or a zarr array is read chunk by chunk. The arguments are checked in
+        this call, which raises like `predict`; the network runs while the generator is consumed.
         """
         arrays = open_inputs(volume)
         return self._stream(self._plan(arrays), arrays, progress)
@@ -170,25 +173,26 @@ class Predictor:
         overwrite: bool = False,
         progress: Progress = _quiet,
     ) -> dict[str, Any]:
-        """Write the result as an OME-Zarr image, sealed, with its job folder; returns the report.
+        """Write the result as a sealed OME-Zarr image with its job folder; return the report.
 
-        The same as a job with this input, computed in this process, past the queue. Cut off, the
-        same call continues where it was if the volume is given by path. An array is first written
-        to a temporary `.npy` beside the output; an output that exists is then only replaced with
-        `overwrite`, which deletes it first. Raises as `predict` does, StoreError where a path
-        cannot be read or written.
+        Run the job with this input in this process, without a queue. If the volume is a path, an
+        interrupted call continues when it is repeated. An array is first written to a temporary
+        `.npy` file beside the output; then an existing output is replaced only with `overwrite`,
+        which deletes it first. Raise like `predict`, and StoreError if a path cannot be read or
+        written.
         """
         arrays = open_inputs(volume)
-        self._plan(arrays)  # refuses what cannot be done before anything is copied
+        self._plan(arrays)  # raises before an array is copied
         output = str(output)
         with as_paths(volume, arrays, output) as paths:
             values = self._job_for(paths, len(arrays[0].shape)).as_dict()
             queue = NoQueue(queue_url(None, self._job.queue))
-            made = chunkq.produce(values, output=output, queue=queue, overwrite=overwrite)
-            job = open_job(made.folder.path)
+            produced = chunkq.produce(values, output=output, queue=queue, overwrite=overwrite)
+            job = open_job(produced.folder.path)
             if job.record.file_hashes != self._hashes:
                 raise ModelError(
-                    "the model's files have changed since the predictor was made; make another"
+                    "the model's files have changed since the predictor was created; create a new "
+                    "predictor"
                 )
             device = get_device()
             engine = device.run(lambda: self._engine(job.plan)).result()
@@ -197,9 +201,9 @@ class Predictor:
             return finalize_job(job, worker=worker)
 
     def close(self) -> None:
-        """Let go of the network and the device's memory; nothing happens the second time."""
+        """Release the network and the device's memory; do nothing if that is done already."""
         self._closed = True
-        get_device().run(self._let_go).result()
+        get_device().run(self._release).result()
 
     def __enter__(self) -> Predictor:
         return self
@@ -230,7 +234,10 @@ class Predictor:
     def _computed(
         self, plan: Plan, arrays: Sequence[Array], progress: Progress
     ) -> Iterator[tuple[Chunk, Contribution | None]]:
-        """Yield every chunk with what it came to; the next one is computed meanwhile."""
+        """Yield every chunk with its contribution, while the next chunk is computed.
+
+        The contribution is None for a chunk without patches.
+        """
         job, device, total = plan.job, get_device(), plan.costs.chunks
 
         def start(index: Index) -> Future[tuple[Chunk, Contribution | None]]:
@@ -248,7 +255,7 @@ class Predictor:
             progress(done, total)
 
     def _engine(self, plan: Plan) -> InferenceEngine:
-        """Return the network over a plan's volume; only the device thread calls it."""
+        """Return the engine for a plan's volume. Call it on the device thread only."""
         self._check_open()
         engine = self._engines.get(plan.volume)
         if engine is None:
@@ -262,7 +269,7 @@ class Predictor:
             self._engines.popitem(last=False)
         return engine
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         engines = list(self._engines.values())
         self._engines.clear()
         if engines:
@@ -270,4 +277,4 @@ class Predictor:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ChunkqError("the predictor is closed; make another")
+            raise ChunkqError("the predictor is closed; create a new one")

@@ -1,4 +1,4 @@
-"""The one entry that every executor calls."""
+"""Run one task: the function that every executor calls."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ log = logging.getLogger("chunkq.worker")
 
 
 def run_task(task: Task, attempt: Attempt) -> TaskResult:
-    """Run one task to its end; thread-safe, and nothing happens if it is committed.
+    """Run one task; do nothing if it is committed. Thread-safe.
 
-    An error is recorded in the ledger and raised again. Raises JobError, and opens nothing, if
-    the worker does not accept the job folder; see `chunkq.allowed_paths`.
+    Record an error in the ledger and raise it again. Raise JobError, without opening a file, if
+    the worker does not accept the job folder (see `chunkq.allowed_paths`).
     """
-    # From here on the task has the path that was checked, and no other is opened.
+    # From this line on, only the checked path is opened.
     task = replace(task, job=accepted_job(task.job))
     started = time.time()
     try:
         if is_restricted():
             accepted_files(open_job(task.job).record.job, task.job)
-        outcome: TaskResult = entry_point(task.kind)(task, attempt) or TaskResult()
+        result: TaskResult = entry_point(task.kind)(task, attempt) or TaskResult()
     except (JobError, ModelError, FrameworkConflictError) as error:
         if error.code == ErrorCode.PATH_NOT_ALLOWED:
-            raise  # names the job already
-        # Every chunk of the job would end like this; the worker stops and logs it.
+            raise  # its message names the job
+        # Every chunk of the job would fail like this; the worker skips the job and logs it.
         output = printable_path(output_of(task.job))
         raise type(error)(f"{output}: {error}", code=error.code) from error
     except (Exception, SystemExit) as error:
@@ -49,11 +49,11 @@ def run_task(task: Task, attempt: Attempt) -> TaskResult:
         raise
     name = chunk_name(task.chunk)
     log.info("%s chunk %s done in %.1f s", task.kind, name, time.time() - started)
-    return outcome
+    return result
 
 
 def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
-    """Keep the error; a ledger that cannot be written must not hide it."""
+    """Log an error and record it in the ledger; only log it if the ledger cannot be written."""
     message = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):
         message = f"{type(error).__name__}: {message}"
@@ -61,7 +61,7 @@ def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
         "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, message
     )
     if isinstance(error, MissingJobError):
-        return  # a record would bring back the folder that someone removed
+        return  # a record would create the removed job folder again
     failure = Failure(
         kind=task.kind,
         chunk=task.chunk,
@@ -76,5 +76,7 @@ def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
         record = folder.read_record()
         if record is not None:
             folder.ledger(record.epoch).record_failure(failure)
-    except (OSError, JobError) as second:
-        log.error("the failure of chunk %s cannot be recorded: %s", chunk_name(task.chunk), second)
+    except (OSError, JobError) as write_error:
+        log.error(
+            "the failure of chunk %s cannot be recorded: %s", chunk_name(task.chunk), write_error
+        )

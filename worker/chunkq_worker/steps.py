@@ -1,4 +1,4 @@
-"""The user's own steps around the network, from the file that `processing_steps` names."""
+"""Load the user's processing steps around the network from the file `processing_steps`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ Step = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Steps:
-    """Functions of a batch that give a batch of as many items; None where there is none.
+    """Functions from a batch to a batch with as many items, or None; applied in this order.
 
-    In this order: `preprocessing` takes and gives a NumPy array (N, *model_input_shape) in the
-    input's dtype, on the host; the rest of the way in, its result is cast to the model's dtype and
-    moved. `preprocessing_protected` and `postprocessing_protected` stand right around the network
-    and see what it sees: the runtime's own arrays on the device. `postprocessing` takes and gives
-    a NumPy array, on the host. What comes out last has `model_output_shape`.
+    1. `preprocessing`: from a NumPy array (N, *model_input_shape) in the input's dtype to a NumPy
+       array. Its result is cast to the model's dtype and copied to the device.
+    2. `preprocessing_protected`: from and to the runtime's arrays on the device.
+    3. The network.
+    4. `postprocessing_protected`: from and to the runtime's arrays on the device.
+    5. `postprocessing`: from and to NumPy arrays.
+
+    The last result has shape (N, *model_output_shape).
     """
 
     preprocessing: Step | None = None
@@ -31,35 +34,42 @@ class Steps:
 
     @classmethod
     def load(cls, path: str | None) -> Steps:
-        """Run the user's file and take its steps; raises ModelError in one line."""
+        """Run the user's file and return its steps; raise ModelError in one line."""
         if path is None:
             return cls()
         try:
             names = load_names(path, KEY)
         except JobError as error:
             raise ModelError(str(error)) from error
-        legal = [field.name for field in fields(cls)]
-        found = {name: names[name] for name in legal if name in names}
-        if not found:
-            raise ModelError(f"{KEY}: {path} defines none of {', '.join(legal)}")
-        for name, step in found.items():
+        known = [field.name for field in fields(cls)]
+        steps = {name: names[name] for name in known if name in names}
+        if not steps:
+            raise ModelError(
+                f"{KEY}: no step found in {path}; define at least one of {', '.join(known)}"
+            )
+        for name, step in steps.items():
             if not callable(step):
-                raise ModelError(f"{KEY}: {name} in {path} is no function")
-        return cls(**{name: _checked(name, step) for name, step in found.items()})
+                raise ModelError(
+                    f"{KEY}: {name} in {path} is {type(step).__name__}, expected a function"
+                )
+        return cls(**{name: _with_check(name, step) for name, step in steps.items()})
 
 
-def _checked(name: str, step: Step) -> Step:
-    """Refuse a step that changes how many items a batch has, or gives no array."""
+def _with_check(name: str, step: Step) -> Step:
+    """Wrap a step: raise ModelError if it returns no array or another number of items."""
 
     def run(batch: Any) -> Any:
         result = step(batch)
-        shape = tuple(getattr(result, "shape", ()))  # a scalar tensor's is true, and empty
+        shape = tuple(getattr(result, "shape", ()))  # the shape of a TensorFlow scalar is truthy
         if not shape:
-            raise ModelError(f"{KEY}: {name} gave {type(result).__name__}, not a batch")
+            raise ModelError(
+                f"{KEY}: {name} returned {type(result).__name__}, expected an array with the items "
+                "of the batch"
+            )
         if shape[0] != batch.shape[0]:
             raise ModelError(
-                f"{KEY}: {name} was given {batch.shape[0]} items and gave {shape[0]}; a step must "
-                "keep the number of items in a batch"
+                f"{KEY}: {name} returned {shape[0]} items, expected {batch.shape[0]}; keep the "
+                "number of items in a batch"
             )
         return result
 

@@ -1,4 +1,4 @@
-"""Keeps one child process per device alive, and hands back what a dead one held."""
+"""Run one worker process per slot, restart it if it crashes, and requeue its chunks."""
 
 from __future__ import annotations
 
@@ -30,28 +30,37 @@ from chunkq_worker.worker_process import WorkerProcessOptions
 
 POLL_SECONDS = 0.1
 REQUEUE_SECONDS = 1.0
-"""Between tries to tell an absent queue what a child has let go."""
+"""Pause between attempts to requeue chunks on an unreachable queue."""
 
 
 @dataclass
 class _WorkerSlot:
-    """One slot and the process in it. `deaths` counts instant ones in a row."""
+    """A device with its current worker process, and the state that decides on a restart.
 
-    slot: Slot
+    `crashes` counts consecutive crashes; all but the first came soon after a start. Since
+    `unreachable_since` (s, Unix), `reconnects` processes have ended because they lost the queue.
+    `not_before` (s, Unix) is the earliest restart. A slot that is `done` is not restarted; it
+    `has_failed` if that is an error.
+    """
+
+    device: Slot
     process: subprocess.Popen[str] | None = None
     worker: str = ""
     started: float = 0.0
     not_before: float = 0.0
-    deaths: int = 0
-    away_since: float | None = None
-    absences: int = 0
+    crashes: int = 0
+    unreachable_since: float | None = None
+    reconnects: int = 0
     done: bool = False
-    gave_up: bool = False
+    has_failed: bool = False
 
 
 @dataclass
 class Supervisor:
-    """Runs children until each has ended its shift; none outlives it."""
+    """Run worker processes until each one has finished; end them all before returning.
+
+    The fields up to `quiet` are passed to the processes, see `WorkerOptions`.
+    """
 
     queue: str
     executor: Executor
@@ -66,104 +75,114 @@ class Supervisor:
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
     queue_was_unreachable: bool = field(default=False, init=False)
     _signals: int = field(default=0, init=False)
-    _passed_on: int = field(default=0, init=False)
+    _forwarded: int = field(default=0, init=False)
     _pending_requeues: dict[str, bool] = field(default_factory=dict, init=False)
     _next_requeue: float = field(default=0.0, init=False)
 
     def run(self) -> int:
-        """Return 0 when all children ended well, 1 when some could not go on."""
+        """Run until all worker processes have finished; return 0, or 1 if one has failed."""
         signal.signal(signal.SIGTERM, self._count_signal)
         signal.signal(signal.SIGINT, self._count_signal)
-        places = [_WorkerSlot(slot) for slot in self.slots]
+        slots = [_WorkerSlot(device) for device in self.slots]
         if not self.quiet:
-            self._say(self._greeting())
+            self._log(self._greeting())
         try:
-            while not all(place.done for place in places):
-                for place in places:
-                    self._check_slot(place)
-                self._pass_on_signals(places)
+            while not all(slot.done for slot in slots):
+                for slot in slots:
+                    self._check_slot(slot)
+                self._forward_signals(slots)
                 if self._pending_requeues and time.time() >= self._next_requeue:
                     self._send_pending_requeues()
                 time.sleep(POLL_SECONDS)
-            return 1 if any(place.gave_up for place in places) else 0
+            return 1 if any(slot.has_failed for slot in slots) else 0
         finally:
-            self._end_all(places)
+            self._stop_all(slots)
 
     def _greeting(self) -> str:
-        gpus = [slot.gpu for slot in self.slots if slot.gpu is not None]
+        gpus = [device.gpu for device in self.slots if device.gpu is not None]
         where = f"GPUs {', '.join(gpus)}" if gpus else "the CPU"
-        until = "until nothing is left" if self.burst else "waiting for more when all is done"
+        count = len(self.slots)
+        end = "exits when the queue is empty" if self.burst else "waits when the queue is empty"
         return (
-            f"{len(self.slots)} worker processes on {where}, {self.depth} chunks in flight each, "
-            f"queue {without_secret(self.queue)}, {until}; Ctrl-C to stop"
+            f"{count} worker process{'es' if count > 1 else ''} on {where}, {self.depth} chunks in "
+            f"flight each, queue {without_secret(self.queue)}, {end}; press Ctrl-C to stop"
         )
 
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
 
-    def _check_slot(self, place: _WorkerSlot) -> None:
-        """Start or restart a place's child, or write the place off; the others go on."""
-        if place.done:
+    def _check_slot(self, slot: _WorkerSlot) -> None:
+        """Start or restart the process of a slot, or mark the slot as done."""
+        if slot.done:
             return
-        if place.process is None:
+        if slot.process is None:
             if self._signals:
-                place.done = True
-            elif time.time() >= place.not_before:
-                self._start(place)
+                slot.done = True
+            elif time.time() >= slot.not_before:
+                self._start(slot)
             return
-        code = place.process.poll()
+        code = slot.process.poll()
         if code is None:
             return
-        _close_streams(place)
+        _close_streams(slot)
         if code == 0 or self._signals:
-            self._requeue(place.worker, counted=False)
-            place.done = True
+            self._requeue(slot.worker, counted=False)
+            slot.done = True
         elif code == EXIT_REFUSED:
-            self._requeue(place.worker, counted=False)
-            place.done = place.gave_up = True
+            self._requeue(slot.worker, counted=False)
+            slot.done = slot.has_failed = True
         elif code == EXIT_QUEUE_UNREACHABLE:
-            self._after_absence(place)
+            self._handle_unreachable_queue(slot)
         elif code == EXIT_RESTART:
-            self._requeue(place.worker, counted=False)
+            self._requeue(slot.worker, counted=False)
             if not self.quiet:
-                self._say(f"worker {place.worker} is replaced: the next job needs a new process")
+                self._log(f"worker {slot.worker} restarts: the next job needs a new process")
         else:
-            self._after_death(place, code)
+            self._handle_crash(slot, code)
 
-    def _after_death(self, place: _WorkerSlot, code: int) -> None:
-        returned = self._requeue(place.worker, counted=True)
-        instant = time.time() - place.started < self.settings.early_death
-        place.deaths = place.deaths + 1 if instant else 1
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    def _handle_crash(self, slot: _WorkerSlot, code: int) -> None:
+        returned = self._requeue(slot.worker, counted=True)
+        is_early = time.time() - slot.started < self.settings.early_death
+        slot.crashes = slot.crashes + 1 if is_early else 1
+        reason = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         if code == EXIT_TASK_TIMEOUT:
-            how = "was ended because it hung"
-        self._say(f"worker {place.worker} {how}; {returned} chunks handed back")
-        if place.deaths >= self.settings.early_deaths:
-            self._say(f"gave up after {place.deaths} deaths within seconds of starting")
-            place.done = place.gave_up = True
+            reason = "ended because a chunk exceeded its time limit"
+        self._log(f"worker {slot.worker} {reason}; {returned} chunks requeued")
+        if slot.crashes >= self.settings.early_deaths:
+            self._log(
+                f"giving up: the worker process crashed {slot.crashes} times in a row within "
+                f"{self.settings.early_death:g} s; fix the cause, then restart the worker"
+            )
+            slot.done = slot.has_failed = True
             return
-        self._wait(place, place.deaths)
+        self._delay_restart(slot, slot.crashes)
 
-    def _after_absence(self, place: _WorkerSlot) -> None:
-        """Start a child again that lost the queue: a queue comes back, and nobody is to watch."""
+    def _handle_unreachable_queue(self, slot: _WorkerSlot) -> None:
+        """Restart a process that ended because the queue is unreachable, up to a time limit."""
         self.queue_was_unreachable = True
-        self._requeue(place.worker, counted=False)
+        self._requeue(slot.worker, counted=False)
         now = time.time()
-        if place.away_since is None or now - place.started > self.settings.early_death:
-            place.away_since, place.absences = now, 0
-        elif now - place.away_since > self.settings.queue_absence:
-            self._say("gave up: the queue stays away")
-            place.done = place.gave_up = True
+        if slot.unreachable_since is None or now - slot.started > self.settings.early_death:
+            slot.unreachable_since, slot.reconnects = now, 0
+        elif now - slot.unreachable_since > self.settings.queue_absence:
+            self._log(
+                f"giving up: the queue has been unreachable for {now - slot.unreachable_since:.0f} "
+                "s; start the queue, then restart the worker"
+            )
+            slot.done = slot.has_failed = True
             return
-        place.absences += 1
-        self._wait(place, place.absences)
+        slot.reconnects += 1
+        self._delay_restart(slot, slot.reconnects)
 
-    def _wait(self, place: _WorkerSlot, times: int) -> None:
-        pause = self.settings.restart_delay * 2 ** min(times - 1, 10)
-        place.not_before = time.time() + min(self.settings.longest_restart_delay, pause)
+    def _delay_restart(self, slot: _WorkerSlot, count: int) -> None:
+        pause = self.settings.restart_delay * 2 ** min(count - 1, 10)
+        slot.not_before = time.time() + min(self.settings.longest_restart_delay, pause)
 
     def _requeue(self, worker: str, *, counted: bool) -> int:
-        """Return a child's chunks to the queue, later if that is away now; returns how many."""
+        """Requeue the chunks of an ended process; return how many.
+
+        If the queue is unreachable, remember them for `_send_pending_requeues` and return 0.
+        """
         try:
             return self.executor.release(worker, counted=counted)
         except QueueError:
@@ -172,19 +191,19 @@ class Supervisor:
             return 0
 
     def _send_pending_requeues(self) -> None:
-        """Hand back what an absent queue could not be told; if it never is, leases run out."""
-        owed, self._pending_requeues = self._pending_requeues, {}
-        for worker, counted in owed.items():
+        """Requeue chunks that failed to be requeued before; without it their leases expire."""
+        pending, self._pending_requeues = self._pending_requeues, {}
+        for worker, counted in pending.items():
             returned = self._requeue(worker, counted=counted)
             if returned:
-                self._say(f"worker {worker}: {returned} chunks handed back")
+                self._log(f"worker {worker}: {returned} chunks requeued")
 
-    def _start(self, place: _WorkerSlot) -> None:
-        place.worker = WorkerName.new(place.slot.gpu or "cpu").name
-        place.started = time.time()
-        orders = WorkerProcessOptions(
+    def _start(self, slot: _WorkerSlot) -> None:
+        slot.worker = WorkerName.new(slot.device.gpu or "cpu").name
+        slot.started = time.time()
+        options = WorkerProcessOptions(
             queue=self.queue,
-            worker=place.worker,
+            worker=slot.worker,
             depth=self.depth,
             burst=self.burst,
             job=self.job,
@@ -192,58 +211,60 @@ class Supervisor:
             time_limit=self.time_limit,
             quiet=self.quiet,
         )
-        environment = {**os.environ, **child_env(max(1, cores() // len(self.slots)))}
-        if place.slot.gpu is not None or self.hide_gpus:
-            environment[VISIBLE] = place.slot.gpu or ""
-        # A session of its own: Ctrl-C reaches only the supervisor, which passes it on.
-        place.process = subprocess.Popen(
+        env = {**os.environ, **child_env(max(1, cores() // len(self.slots)))}
+        if slot.device.gpu is not None or self.hide_gpus:
+            env[VISIBLE] = slot.device.gpu or ""
+        # A new session, so that Ctrl-C reaches only the supervisor, which forwards it.
+        slot.process = subprocess.Popen(
             [sys.executable, "-m", "chunkq_worker.worker_process"],
             stdin=subprocess.PIPE,
-            env=environment,
+            env=env,
             text=True,
             start_new_session=True,
         )
-        pipe = place.process.stdin
+        pipe = slot.process.stdin
         if pipe is not None:
             try:
-                pipe.write(orders.to_json() + "\n")
+                pipe.write(options.to_json() + "\n")
                 pipe.flush()
             except BrokenPipeError:
-                pass  # it is dead already; the next look at it says so
+                pass  # it has ended already; the next check handles that
 
-    def _pass_on_signals(self, places: Sequence[_WorkerSlot]) -> None:
-        while self._passed_on < self._signals:
-            self._passed_on += 1
-            self._say(
-                "stopping: chunks in flight are finished first; once more hands them back at once"
-                if self._passed_on == 1
-                else "handing back what is in flight"
+    def _forward_signals(self, slots: Sequence[_WorkerSlot]) -> None:
+        while self._forwarded < self._signals:
+            self._forwarded += 1
+            self._log(
+                "stopping after the chunks in flight; press Ctrl-C again to requeue them and stop "
+                "now"
+                if self._forwarded == 1
+                else "requeueing the chunks in flight"
             )
-            for place in places:
-                if place.process is not None and self._passed_on == 1:
-                    place.process.terminate()
-                elif place.process is not None:
-                    # A child takes two signals in short order for one; its leases end in `_tend`.
-                    place.process.kill()
+            for slot in slots:
+                if slot.process is not None and self._forwarded == 1:
+                    slot.process.terminate()
+                elif slot.process is not None:
+                    # A worker process merges two signals in short order into one, so kill it;
+                    # `_check_slot` requeues its chunks.
+                    slot.process.kill()
 
-    def _end_all(self, places: Sequence[_WorkerSlot]) -> None:
-        for place in places:
-            if place.process is not None:
-                place.process.kill()
-                place.process.wait()
-                _close_streams(place)
-                self._requeue(place.worker, counted=False)
-        delete_abandoned()  # what killed children have left
+    def _stop_all(self, slots: Sequence[_WorkerSlot]) -> None:
+        for slot in slots:
+            if slot.process is not None:
+                slot.process.kill()
+                slot.process.wait()
+                _close_streams(slot)
+                self._requeue(slot.worker, counted=False)
+        delete_abandoned()  # temporary files of killed processes
         if self._pending_requeues:
             self._send_pending_requeues()
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         sys.stderr.write(f"chunkq: {line}\n")
 
 
-def _close_streams(place: _WorkerSlot) -> None:
-    """Forget a process that has ended; what it did not read of its orders is lost."""
-    if place.process is not None and place.process.stdin is not None:
+def _close_streams(slot: _WorkerSlot) -> None:
+    """Close the pipe of an ended process and forget the process."""
+    if slot.process is not None and slot.process.stdin is not None:
         with suppress(BrokenPipeError):
-            place.process.stdin.close()
-    place.process = None
+            slot.process.stdin.close()
+    slot.process = None

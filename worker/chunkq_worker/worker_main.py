@@ -1,4 +1,4 @@
-"""What a worker process does, whoever started it: work off a queue until its options ends."""
+"""The main function of a worker process, used by every engine that starts workers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from chunkq.executors.base import EXIT_TASK_TIMEOUT, Executor, ExitStatus, Worke
 from chunkq.scratch import remove_own
 
 LEDGER_SECONDS = 5.0
+"""Time to record a timeout in the ledger before the process ends."""
 
 
 def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
-    """Work off a queue; a chunk that hangs ends the process, if that is the worker's own."""
-    # Imported here so that signals already work while the network's libraries load.
-    from chunkq_worker.frameworks import this_process
+    """Run tasks of a queue until the options end the worker; return its exit status.
+
+    A chunk that exceeds its time limit ends this process if the worker owns it.
+    """
+    # Imported here so that signals are handled while the network's libraries load.
+    from chunkq_worker.frameworks import framework_rule
     from chunkq_worker.inference_engine import waits_for_device
     from chunkq_worker.run_task import run_task
 
-    this_process.enforced = options.replaceable
+    framework_rule.enforced = options.replaceable
     options.is_waiting = waits_for_device
     try:
         executor.run_tasks(run_task, options)
@@ -28,22 +32,25 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
         if not executor.owns_process:
             return ExitStatus(EXIT_TASK_TIMEOUT, [str(error)])
         sys.stderr.write(f"chunkq: {error}\n")
-        _leave_hanging(error)
+        _exit_with_hanging_threads(error)
     except ChunkqError as error:
         return ExitStatus.from_error(error)
     return ExitStatus()
 
 
-def _leave_hanging(error: TaskTimeoutError) -> None:
-    """End this process although threads of it hang; the ledger is told, if it does not hang too."""
+def _exit_with_hanging_threads(error: TaskTimeoutError) -> None:
+    """Record the timed-out tasks in the ledger, then end this process.
+
+    Recording runs in a thread with a time limit, because the ledger's storage may hang as well.
+    """
     from chunkq_worker.run_task import record_failure
 
-    def tell() -> None:
+    def record_failures() -> None:
         for lease in error.leases:
             record_failure(lease.task, lease.attempt, error)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    teller.join(LEDGER_SECONDS)
+    recorder = threading.Thread(target=record_failures, daemon=True)
+    recorder.start()
+    recorder.join(LEDGER_SECONDS)
     remove_own()
     os._exit(EXIT_TASK_TIMEOUT)

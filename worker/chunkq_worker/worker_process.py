@@ -1,8 +1,8 @@
-"""One worker process: takes tasks from the queue until it has to end.
+"""Run one worker process of a supervisor.
 
-Started as `python -m chunkq_worker.worker_process` by the supervisor, which writes one line
-of JSON to its standard input and keeps that pipe open: when the supervisor ends, the pipe closes
-and this process ends too.
+The supervisor starts `python -m chunkq_worker.worker_process`, writes one line of JSON to its
+standard input and keeps the pipe open. When the supervisor ends, the pipe closes and this process
+ends too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
 from chunkq.scratch import remove_own
 
-EXIT_HANDED_BACK = 5
+EXIT_REQUEUED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcessOptions:
-    """What the supervisor tells a child."""
+    """The options that a supervisor sends to a worker process, see `WorkerOptions`."""
 
     queue: str
     worker: str
@@ -45,66 +45,70 @@ class WorkerProcessOptions:
 
 
 def main() -> int:
-    """Run one options; returns the exit code."""
-    orders = WorkerProcessOptions(**json.loads(sys.stdin.readline()))
-    # Only chunkq's own news: clients of buckets tell where they found their credentials.
-    logging.getLogger("chunkq").setLevel(logging.WARNING if orders.quiet else logging.INFO)
+    """Read the options, run tasks until the worker ends, and return the exit code."""
+    process_options = WorkerProcessOptions(**json.loads(sys.stdin.readline()))
+    # INFO for chunkq only: clients of object stores log the source of their credentials.
+    logging.getLogger("chunkq").setLevel(logging.WARNING if process_options.quiet else logging.INFO)
     logging.basicConfig(
         level=logging.WARNING,
-        format=f"%(asctime)s {orders.worker} %(message)s",
+        format=f"%(asctime)s {process_options.worker} %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     options = WorkerOptions(
-        worker=orders.worker,
-        depth=orders.depth,
-        burst=orders.burst,
-        job=orders.job,
-        deadline=orders.deadline,
-        time_limit=orders.time_limit,
+        worker=process_options.worker,
+        depth=process_options.depth,
+        burst=process_options.burst,
+        job=process_options.job,
+        deadline=process_options.deadline,
+        time_limit=process_options.time_limit,
         replaceable=True,
     )
     try:
-        executor = open_executor(orders.queue)
+        executor = open_executor(process_options.queue)
     except ChunkqError as error:
-        ended = ExitStatus.from_error(error)
+        status = ExitStatus.from_error(error)
     else:
         _handle_signals(options, executor)
-        ended = executor.run_worker(options)
+        status = executor.run_worker(options)
         executor.close()
-    for line in ended.lines:
+    for line in status.lines:
         sys.stderr.write(f"chunkq: {line}\n")
-    return ended.code
+    return status.code
 
 
 def _end_with_supervisor() -> None:
+    """Wait until the supervisor's pipe closes, then end this process."""
     sys.stdin.read()
     remove_own()
     os._exit(1)
 
 
 def _handle_signals(options: WorkerOptions, executor: Executor) -> None:
-    """First signal: finish what is in flight. Second: hand it back and go at once."""
+    """Set the SIGTERM handler: finish the chunks in flight first, requeue them the second time.
 
-    def leave() -> None:
-        with suppress(QueueError):  # the supervisor hands back what is left
+    SIGINT is ignored; the supervisor receives it and sends SIGTERM.
+    """
+
+    def requeue_and_exit() -> None:
+        with suppress(QueueError):  # then the supervisor requeues the chunks
             executor.release(options.worker, counted=False)
         remove_own()
-        os._exit(EXIT_HANDED_BACK)
+        os._exit(EXIT_REQUEUED)
 
-    told = 0.0
+    first_signal = 0.0
 
-    def obey(number: int, frame: FrameType | None) -> None:
-        nonlocal told
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first_signal
         now = time.monotonic()
-        if not told:
-            told = now
+        if not first_signal:
+            first_signal = now
             options.stop.set()
-        elif now - told > options.settings.same_signal:
-            threading.Thread(target=leave).start()
+        elif now - first_signal > options.settings.same_signal:
+            threading.Thread(target=requeue_and_exit).start()
 
-    signal.signal(signal.SIGTERM, obey)
+    signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

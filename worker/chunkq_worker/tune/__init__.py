@@ -1,1 +1,1 @@
-"""Finding the settings with which a job is fastest here."""
+"""Find the settings with which a job runs fastest on this machine."""

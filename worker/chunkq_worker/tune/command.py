@@ -1,4 +1,4 @@
-"""`chunkq tune`."""
+"""The command `chunkq tune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 from chunkq import __version__
 from chunkq.allowed_paths import ALLOW_VARIABLE
-from chunkq.errors import ChunkqError, JobError, ModelError, nearest
+from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, nearest
 from chunkq.executors.base import default_depth
 from chunkq.job import Job, load_job
 from chunkq.ledger import JobFolder, folder_of
@@ -30,11 +30,11 @@ from chunkq.record import JobRecord
 from chunkq.stores import find_source
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.child_env import child_env
-from chunkq_worker.commands import seconds_in
+from chunkq_worker.commands import parse_duration
 from chunkq_worker.devices import VISIBLE, cores, slots
 from chunkq_worker.inputs import open_inputs
-from chunkq_worker.tune.file import JobFile
-from chunkq_worker.tune.memory import offered
+from chunkq_worker.tune.file import UNEDITABLE, JobFile
+from chunkq_worker.tune.memory import available_memory
 from chunkq_worker.tune.process import Trials
 from chunkq_worker.tune.search import (
     Limits,
@@ -47,26 +47,34 @@ from chunkq_worker.tune.search import (
     Stage,
 )
 from chunkq_worker.tune.space import SearchSpace
-from chunkq_worker.tune.table import comment, duration, label, legend, table, values
+from chunkq_worker.tune.table import (
+    build_table,
+    comment_lines,
+    describe,
+    format_duration,
+    legend_lines,
+    row_as_dict,
+)
 
 LOG_WIDTH = 120
-KEEPABLE = ("batch", "compile", "depth", "chunksize")
+TUNABLE = ("batch", "compile", "depth", "chunksize")
 PRECISIONS = ("bfloat16", "float16")
-TRIALS_WANTED = 100
-"""The budget over this is how long one trial measures ..."""
-LEAST_SECONDS, MOST_SECONDS = 0.2, 10.0
-"""... within these."""
+TARGET_TRIALS = 100
+"""A trial measures for `--max-time` divided by this number, ..."""
+MIN_TRIAL_SECONDS, MAX_TRIAL_SECONDS = 0.2, 10.0
+"""... but not less and not more than these seconds."""
 
 
 class InterruptedTuneError(ChunkqError):
-    """The user stopped it."""
+    """The user stopped the command."""
 
     exit_code = 130
+    code = ErrorCode.INTERRUPTED
 
 
 @dataclass(frozen=True)
-class TuneOptions:
-    """What the user asks for: lengths of patches, names of precisions, what is kept as it is."""
+class TuneRequest:
+    """The user's options: patch sizes and precisions to try, and settings not to change."""
 
     patches: tuple[tuple[int, ...], ...]
     precisions: tuple[str, ...]
@@ -75,25 +83,27 @@ class TuneOptions:
 
 @click.command()
 @click.argument("job", type=click.Path(path_type=Path))
-@click.option("-i", "--input", "input_", help="Volume to read, instead of the job's.")
-@click.option("-o", "--output", help="Output that the job will have, instead of the job's.")
+@click.option("-i", "--input", "input_", help="Volume to read instead of the job's input.")
+@click.option("-o", "--output", help="Output of the job instead of the job file's.")
 @click.option(
     "--max-time", "--seconds", "max_time", default="5m", show_default=True,
     help="Time to spend: seconds, or 90m, 2h, 1h30m.",
 )  # fmt: skip
-@click.option("--memory", help="Most memory of a worker, as 8GiB; by default what is free here.")
-@click.option("--device-memory", help="Most memory on a GPU; by default all of it.")
+@click.option(
+    "--memory", help="Memory limit of a worker, like 8GiB. Default: the free memory.",
+)  # fmt: skip
+@click.option("--device-memory", help="Memory limit on a GPU. Default: all of its memory.")
 @click.option(
     "--patch-sizes",
-    help="Also try these patches, as 64,96 or 64x64x32,96x96x48; they can change accuracy.",
+    help="Also try these patch sizes, like 64,96 or 64x64x32,96x96x48; they can change accuracy.",
 )
 @click.option(
-    "--precision", help="Also try bfloat16, float16 or both, with a comma; they change results.",
+    "--precision", help="Also try bfloat16, float16 or both, comma-separated; they change results.",
 )  # fmt: skip
 @click.option(
-    "--keep", help=f"Leave these as they are: any of {', '.join(KEEPABLE)}, with commas.",
+    "--keep", help=f"Settings not to change, comma-separated: {', '.join(TUNABLE)}.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Only show; the job file stays as it is.")
+@click.option("--dry-run", is_flag=True, help="Print the result without changing the job file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tune(
     job: Path,
@@ -110,117 +120,123 @@ def tune(
 ) -> None:
     """Find the fastest settings for JOB on this machine, and write them into the job file.
 
-    Tried are batch sizes, torch.compile, chunk sizes and depths, on real patches from the middle
-    of the volume, each in a process of its own. The table goes into the file as a comment; the
-    file as it was is kept beside it.
+    Measures batch sizes, torch.compile, chunk sizes and depths on patches from the middle of the
+    volume, each setting in a separate process. The table is added to the job file as a comment;
+    the previous file is kept as a backup.
     """
-    loaded = load_job(job, input=input_, output=output)
-    limits = _limits(loaded, max_time, memory, device_memory)
-    wishes = TuneOptions(_lengths(patch_sizes), _precisions(precision, loaded), _kept(keep))
+    base_job = load_job(job, input=input_, output=output)
+    limits = _limits(base_job, max_time, memory, device_memory)
+    request = TuneRequest(
+        _parse_patch_sizes(patch_sizes), _parse_precisions(precision, base_job), _parse_keep(keep)
+    )
     file = None if dry_run else JobFile.read(job)
-    record = _record(loaded)
+    record = _record(base_job)
     space = SearchSpace(record)
     if file is not None:
-        _check_rewritable(file, space)
-        _check_not_begun(job, record)
+        _check_editable(file, space)
+        _check_not_started(job, record)
     with _interruptible(job):
-        outcome = _search(space, loaded, wishes, limits, quiet=as_json)
-    best = _usable(outcome, limits)
+        result = _search(space, base_job, request, limits, quiet=as_json)
+    best = _require_best(result, limits)
     changes = space.changes(best.setting)
     backup = None
     if file is not None:
-        title = f"{time.strftime('%Y-%m-%d')}, chunkq {__version__}, {_device(best.measured)}"
-        lines = [*comment(outcome), *_chosen(outcome, changes)]
+        title = f"{time.strftime('%Y-%m-%d')}, chunkq {__version__}, {_machine(best.measurement)}"
+        lines = [*comment_lines(result), *_summary_lines(result, changes)]
         backup = file.replace(file.changed(changes, title, lines))
     if as_json:
-        shown = {
-            "table": [values(row) for row in outcome.rows],
-            "before": None if outcome.before is None else values(outcome.before),
-            "choice": values(best),
+        values = {
+            "table": [row_as_dict(row) for row in result.rows],
+            "before": None if result.baseline is None else row_as_dict(result.baseline),
+            "choice": row_as_dict(best),
             "changes": {".".join(key): value for key, value in changes.items()},
             "written": None if backup is None else str(job),
             "backup": None if backup is None else str(backup),
         }
-        click.echo(json.dumps(shown, indent=1))
+        click.echo(json.dumps(values, indent=1))
         return
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=LOG_WIDTH)
-    console.print(table(outcome, console.width))
-    for line in [*legend(outcome), *_chosen(outcome, changes)]:
+    console.print(build_table(result, console.width))
+    for line in [*legend_lines(result), *_summary_lines(result, changes)]:
         click.echo(line)
     if backup is None:
-        click.echo(f"{job} is as it was (--dry-run)")
+        click.echo(f"{job} is unchanged (--dry-run)")
     else:
-        bare = " (without the table: JSON knows no comments)" if job.suffix == ".json" else ""
-        click.echo(f"wrote {job}{bare}; as it was: {backup}")
+        note = " (without the table, JSON has no comments)" if job.suffix == ".json" else ""
+        click.echo(f"wrote {job}{note}; backup: {backup}")
 
 
 def _limits(job: Job, max_time: str, memory: str | None, device_memory: str | None) -> Limits:
-    seconds = seconds_in("--max-time", max_time)
+    seconds = parse_duration("--max-time", max_time)
     if seconds <= 0:
-        raise JobError(f"--max-time: {max_time} leaves no time to measure anything; give 5m or so")
-    host = _bytes("--memory", memory)
+        raise JobError(f"--max-time: invalid value {max_time}; use a time above 0, like 5m")
+    host = _parse_bytes("--memory", memory)
     if host is None:
-        host = offered() // _workers(job)
-    return Limits(host, _bytes("--device-memory", device_memory), seconds)
+        host = available_memory() // _workers(job)
+    return Limits(host, _parse_bytes("--device-memory", device_memory), seconds)
 
 
 def _workers(job: Job) -> int:
-    """Return how many workers share this machine when `chunkq work` starts them."""
+    """Return how many worker processes `chunkq work` starts on this machine."""
     return len(slots("all" if job.model.device == "cuda" else "none", 1))
 
 
-def _bytes(option: str, given: str | None) -> int | None:
-    if given is None:
+def _parse_bytes(option: str, text: str | None) -> int | None:
+    if text is None:
         return None
     try:
-        found = int(TypeAdapter(ByteSize).validate_python(given))
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise JobError(f"{option}: {given!r} is no size; write 8GiB, 500MB or bytes") from None
-    if found <= 0:
-        raise JobError(f"{option}: {given} is no memory at all; write 8GiB, 500MB or bytes")
-    return found
+        size = 0
+    if size <= 0:
+        raise JobError(f"{option}: invalid size {text!r}; use a size like 8GiB, 500MB or bytes")
+    return size
 
 
-def _lengths(given: str | None) -> tuple[tuple[int, ...], ...]:
+def _parse_patch_sizes(text: str | None) -> tuple[tuple[int, ...], ...]:
     try:
-        found = tuple(
-            tuple(int(n) for n in one.replace("×", "x").split("x"))
-            for one in (given or "").split(",")
-            if one.strip()
+        sizes = tuple(
+            tuple(int(n) for n in size.replace("×", "x").split("x"))
+            for size in (text or "").split(",")
+            if size.strip()
         )
     except ValueError:
-        found = ((0,),)
-    if any(n < 1 for lengths in found for n in lengths):
-        raise JobError(f"--patch-sizes: {given!r} are no patches; write 64,96 or 64x64x32")
-    return found
+        sizes = ((0,),)
+    if any(n < 1 for lengths in sizes for n in lengths):
+        raise JobError(f"--patch-sizes: invalid value {text!r}; use sizes like 64,96 or 64x64x32")
+    return sizes
 
 
-def _precisions(given: str | None, job: Job) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in (given or "").split(",") if name.strip())
+def _parse_names(option: str, text: str | None, allowed: Sequence[str]) -> list[str]:
+    """Return the names of a comma-separated list; raise JobError for one that is not allowed."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
     for name in names:
-        if name not in PRECISIONS:
-            hint = nearest(name, PRECISIONS)
-            raise JobError(f"--precision: {name!r} is none of {', '.join(PRECISIONS)}{hint}")
+        if name not in allowed:
+            raise JobError(
+                f"{option}: invalid value {name!r}; expected one of {', '.join(allowed)}"
+                f"{nearest(name, allowed)}"
+            )
+    return names
+
+
+def _parse_precisions(text: str | None, job: Job) -> tuple[str, ...]:
+    names = _parse_names("--precision", text, PRECISIONS)
     if names and job.model.runtime != "torch":
         raise JobError(
-            f"--precision: only for runtime torch, this job's is {job.model.runtime}; export the "
+            f"--precision: unsupported by runtime {job.model.runtime}, expected torch; export the "
             "network in that precision instead"
         )
-    return names
+    return tuple(names)
 
 
-def _kept(given: str | None) -> frozenset[str]:
-    names = frozenset(name.strip() for name in (given or "").split(",") if name.strip())
-    for name in sorted(names - {*KEEPABLE}):
-        hint = nearest(name, KEEPABLE)
-        raise JobError(f"--keep: {name!r} is none of {', '.join(KEEPABLE)}{hint}")
-    return names
+def _parse_keep(text: str | None) -> frozenset[str]:
+    return frozenset(_parse_names("--keep", text, TUNABLE))
 
 
 def _record(job: Job) -> JobRecord:
-    """Check a job against its volume and files, as producing it would."""
+    """Return the job's record; raise the errors that producing the job would raise."""
     sources = [find_source(path) for path in job.input]
     if len(sources) > 1:
         open_inputs(list(job.input))
@@ -229,145 +245,155 @@ def _record(job: Job) -> JobRecord:
     return record
 
 
-def _check_rewritable(file: JobFile, space: SearchSpace) -> None:
-    """Raise ChunkqError before anything is measured, if the file could not be changed after."""
+def _check_editable(file: JobFile, space: SearchSpace) -> None:
+    """Raise JobError if the tuned keys of the job file cannot be changed in place.
+
+    Call this before anything is measured.
+    """
     start = space.start(1)
     try:
-        chunk = next((shape for shape in space.ladder if shape is not None), None)
+        chunk = next((shape for shape in space.chunk_shapes if shape is not None), None)
         other = Setting(start.batch + 1, 1, compile=not start.compile, chunk=chunk)
         file.changed(space.changes(other), "", ())
     except ChunkqError as error:
-        raise JobError(str(error).partition("; set them")[0] + "; look with --dry-run") from None
+        if error.code is not ErrorCode.JOB_FILE_UNEDITABLE:
+            raise
+        raise JobError(f"{file.path}: {UNEDITABLE}; use --dry-run", code=error.code) from None
 
 
-def _check_not_begun(path: Path, record: JobRecord) -> None:
-    """Refuse a job of which some is done: with other settings its rest could not be continued."""
+def _check_not_started(path: Path, record: JobRecord) -> None:
+    """Raise JobError if the job is produced and not finished; it needs the same settings."""
     folder = JobFolder(folder_of(record.job.output))
-    before = folder.read_record()
-    is_sealed = before is not None and folder.ledger(before.epoch).is_sealed()
-    if before is None or before.digest != record.digest or is_sealed:
+    existing = folder.read_record()
+    is_sealed = existing is not None and folder.ledger(existing.epoch).is_sealed()
+    if existing is None or existing.digest != record.digest or is_sealed:
         return
     raise JobError(
-        f"{path}: its output {without_secret(record.job.output)} is begun, and could not be "
-        "continued with other settings; finish that, name another output with -o, or look with "
-        "--dry-run"
+        f"{path}: its output {without_secret(record.job.output)} is not finished and cannot "
+        "continue with other settings; finish the job, set another output with -o, or use "
+        "--dry-run",
+        code=ErrorCode.JOB_STARTED,
     )
 
 
 @contextmanager
 def _interruptible(job: Path) -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C, and say in one line that nothing has happened to the job."""
+    """Handle SIGTERM like Ctrl-C; turn both into an InterruptedTuneError."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous_handler = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptedTuneError(f"interrupted; {job} is as it was") from None
+        raise InterruptedTuneError(f"interrupted; {job} is unchanged") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _search(
-    space: SearchSpace, job: Job, wishes: TuneOptions, limits: Limits, *, quiet: bool
+    space: SearchSpace, job: Job, request: TuneRequest, limits: Limits, *, quiet: bool
 ) -> SearchResult:
-    on_gpu, model = job.model.device == "cuda", job.model
-    start = space.start(default_depth(gpu=on_gpu))
-    given = model.dtype, model.autocast
+    uses_gpu, model = job.model.device == "cuda", job.model
+    start = space.start(default_depth(gpu=uses_gpu))
+    current = model.dtype, model.autocast
     options = Options(
-        batches="batch" not in wishes.kept,
-        depths="depth" not in wishes.kept,
-        compile="compile" not in wishes.kept
+        batches="batch" not in request.kept,
+        depths="depth" not in request.kept,
+        compile="compile" not in request.kept
         and model.runtime == "torch"
         and model.type != "torchscript"
         and not model.compile,
         precisions=[
             (key, name)
-            for name in wishes.precisions
+            for name in request.precisions
             for key in ("autocast", "dtype")
-            if name not in given and not (key == "dtype" and model.autocast is not None)
+            if name not in current and not (key == "dtype" and model.autocast is not None)
         ],
-        patches=[space.patch(lengths) for lengths in wishes.patches],
-        chunks=(None,) if "chunksize" in wishes.kept else space.ladder,
+        patches=[space.patch(lengths) for lengths in request.patches],
+        chunks=(None,) if "chunksize" in request.kept else space.chunk_shapes,
     )
-    trial_seconds = min(MOST_SECONDS, max(LEAST_SECONDS, limits.seconds / TRIALS_WANTED))
+    trial_seconds = min(MAX_TRIAL_SECONDS, max(MIN_TRIAL_SECONDS, limits.seconds / TARGET_TRIALS))
     console = Console(stderr=True, highlight=False, quiet=quiet)
-    with tempfile.TemporaryDirectory(prefix=".chunkq-tune-", dir=_place(job.output)) as folder:
+    parent = _temporary_root(job.output)
+    with tempfile.TemporaryDirectory(prefix=".chunkq-tune-", dir=parent) as folder:
         trials = Trials(
-            space, Path(folder), _environment(job), memory=limits.memory, seconds=trial_seconds
+            space, Path(folder), _worker_env(job), memory=limits.memory, seconds=trial_seconds
         )
 
         def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
             cost = space.cost(setting)
-            words = label(setting, stage, () if cost is None else cost.chunksize)
-            with console.status(f"trying {words}"):
-                found = trials(setting, stage, seconds)
+            description = describe(setting, stage, () if cost is None else cost.chunksize)
+            with console.status(f"measuring {description}"):
+                measurement = trials(setting, stage, seconds)
             if not console.is_terminal:
-                came_to = f"{found.rate:.3g} patches/s" if found.rate else found.verdict
-                console.print(f"{words}: {came_to}", soft_wrap=True)
-            return found
+                rate = measurement.rate
+                summary = f"{rate:.3g} patches/s" if rate else measurement.status
+                console.print(f"{description}: {summary}", soft_wrap=True)
+            return measurement
 
         return Search(start, options, space.cost, measure, limits, time.monotonic).run()
 
 
-def _environment(job: Job) -> dict[str, str]:
-    """Return the environment of a worker of this job, on the first device if it has several."""
-    taken = slots("all" if job.model.device == "cuda" else "none", 1)
-    environment = {**os.environ, **child_env(max(1, cores() // len(taken)))}
-    environment.pop(ALLOW_VARIABLE, None)  # the temporary output is ours
-    if taken[0].gpu is not None:
-        environment[VISIBLE] = taken[0].gpu
-    return environment
+def _worker_env(job: Job) -> dict[str, str]:
+    """Return the environment of a worker process of this job on the first of its devices."""
+    device_slots = slots("all" if job.model.device == "cuda" else "none", 1)
+    env = {**os.environ, **child_env(max(1, cores() // len(device_slots)))}
+    env.pop(ALLOW_VARIABLE, None)  # the temporary output may be outside of the allowed paths
+    if device_slots[0].gpu is not None:
+        env[VISIBLE] = device_slots[0].gpu
+    return env
 
 
-def _place(output: str) -> str | None:
-    """Return the folder for temporary outputs: on the output's own file system where it can be."""
+def _temporary_root(output: str) -> str | None:
+    """Return a writable folder on the output's file system for temporary outputs, or None."""
     if is_url(output):
         return None
-    above = next((p for p in Path(output).parents if p.is_dir()), Path("/"))
-    return str(above) if above != Path("/") and os.access(above, os.W_OK) else None
+    parent = next((p for p in Path(output).parents if p.is_dir()), Path("/"))
+    return str(parent) if parent != Path("/") and os.access(parent, os.W_OK) else None
 
 
-def _usable(outcome: SearchResult, limits: Limits) -> Row:
-    """Return the chosen row; raises in one line what is wrong with the job if there is none."""
-    first = outcome.rows[0].measured if outcome.rows else Measurement("no time")
-    if first.verdict == "failed":
+def _require_best(result: SearchResult, limits: Limits) -> Row:
+    """Return the chosen row; raise ModelError or ChunkqError if there is none."""
+    first = result.rows[0].measurement if result.rows else Measurement("no time")
+    if first.status == "failed":
         raise ModelError(first.note)
-    if first.verdict == "no time":
+    if first.status == "no time":
         raise ChunkqError(
-            f"--max-time: {duration(limits.seconds)} is too short to load the network and run it; "
-            "give more"
+            f"--max-time: {format_duration(limits.seconds)} is too short to load and run the "
+            "network; use a longer time",
+            code=ErrorCode.LIMIT_TOO_SMALL,
         )
-    whole = next((row.measured for row in outcome.rows if row.stage == "pipeline"), None)
-    if whole is not None and whole.verdict == "failed":
-        raise ChunkqError(f"the job's own chunks cannot be computed: {whole.note}")
-    if outcome.best is None:
+    chunks = next((row.measurement for row in result.rows if row.stage == "pipeline"), None)
+    if chunks is not None and chunks.status == "failed":
+        raise ChunkqError(f"the chunks of the job cannot be computed: {chunks.note}")
+    if result.best is None:
         memory = "no limit" if limits.memory is None else decimal(limits.memory)
         raise ChunkqError(
-            f"--memory: no batch size fits into {memory}, not even one patch; allow more, or use "
-            "smaller patches"
+            f"--memory: a batch of one patch needs more than {memory}; use a higher limit or "
+            "smaller patches",
+            code=ErrorCode.LIMIT_TOO_SMALL,
         )
-    return outcome.best
+    return result.best
 
 
-def _chosen(outcome: SearchResult, changes: dict[tuple[str, ...], Any]) -> list[str]:
-    """Return what was chosen and what it brings."""
-    best, before = outcome.best, outcome.before
+def _summary_lines(result: SearchResult, changes: dict[tuple[str, ...], Any]) -> list[str]:
+    """Return the chosen setting, its speedup, and how to use it."""
+    best, baseline = result.best, result.baseline
     if best is None:
         return []
-    words = label(best.setting, best.stage, best.cost.chunksize)
-    lines = [f"chosen: {words}; {best.measured.rate:,.3g} patches/s"]
-    if before is not None and best is not before and before.work_seconds < float("inf"):
-        times = before.work_seconds / best.work_seconds
-        lines[0] += f", the whole job {times:.2g} times as fast as now"
+    description = describe(best.setting, best.stage, best.cost.chunksize)
+    lines = [f"chosen: {description}; {best.measurement.rate:,.3g} patches/s"]
+    if baseline is not None and best is not baseline and baseline.work_seconds < float("inf"):
+        speedup = baseline.work_seconds / best.work_seconds
+        lines[0] += f", job time {speedup:.2g} times shorter than with the current settings"
     if not changes:
         lines.append("the job file has these settings already")
     if best.stage == "pipeline":
-        lines.append(f"run it with --depth {best.setting.depth}, which no job file holds")
+        lines.append(f"run the job with --depth {best.setting.depth} (not a key of the job file)")
     return lines
 
 
-def _device(found: Measurement) -> str:
-    return f"on {found.note or 'this machine'} with {cores()} cores"
+def _machine(measurement: Measurement) -> str:
+    return f"on {measurement.note or 'this machine'} with {cores()} cores"

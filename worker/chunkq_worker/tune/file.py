@@ -1,7 +1,7 @@
-"""A job file with some values changed and a comment on top; all else stays as its author left it.
+"""Change values of a job file in place and write a comment at its top.
 
-Values are replaced in the text itself, at the places where PyYAML's own parser finds them: every
-comment, blank line and quote stays, which writing the parsed file again would not give.
+Values are replaced in the text at the positions that PyYAML's parser reports. All comments, blank
+lines and quotes are preserved, unlike when the parsed file is serialized again.
 """
 
 from __future__ import annotations
@@ -20,70 +20,71 @@ from typing import Any
 
 import yaml
 
-from chunkq.errors import ChunkqError, JobError
+from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq_worker.tune.space import Changes
 
-BEGIN, END = "# chunkq tune: ", "# end of chunkq tune"
+FIRST_LINE, LAST_LINE = "# chunkq tune: ", "# end of chunkq tune"
 BACKUP_SUFFIX = ".before-tune"
-FIRST_OF_ALL = "\ufeff"
-"""A byte order mark, which has to stay first."""
+UNEDITABLE = "values cannot be changed without changing other keys (YAML anchors?)"
+BYTE_ORDER_MARK = "\ufeff"
+"""Stays the first character of the file."""
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """A job file as it was read; it is only replaced while it is still that."""
+    """A job file and its content when it was read. It is replaced only if it has not changed."""
 
     path: Path
     content: bytes
 
     @classmethod
     def read(cls, path: Path) -> JobFile:
-        """Read a file that is to be rewritten; raises JobError if it cannot be, with the reason."""
+        """Read a job file; raise JobError if it cannot be read or replaced."""
         if path.is_symlink():
             raise JobError(
-                f"{path}: is a link to {os.path.realpath(path)}; tune that file, or look with "
-                "--dry-run"
+                f"{path}: is a link to {os.path.realpath(path)}; tune that file, or use --dry-run"
             )
         try:
-            found = path.stat()
-            writable = found.st_mode & 0o222 and os.access(path, os.W_OK)
-            if not stat.S_ISREG(found.st_mode):
-                raise JobError(f"{path}: is no file; the result cannot be written into it")
+            status = path.stat()
+            writable = status.st_mode & 0o222 and os.access(path, os.W_OK)
+            if not stat.S_ISREG(status.st_mode):
+                raise JobError(f"{path}: is not a regular file; use a regular file, or --dry-run")
             if not writable:
-                raise JobError(f"{path}: is read-only; make it writable, or look with --dry-run")
+                raise JobError(f"{path}: is read-only; make it writable, or use --dry-run")
             if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
                 raise JobError(
-                    f"{path}: its folder is read-only, so it cannot be replaced; look with "
-                    "--dry-run"
+                    f"{path}: its folder is read-only; make it writable, or use --dry-run"
                 )
             return cls(path, path.read_bytes())
         except OSError as error:
             raise JobError(f"{path}: cannot be read: {error.strerror or error}") from None
 
     def changed(self, changes: Changes, title: str, table: Sequence[str]) -> bytes:
-        """Return the content with keys changed and a table on top, instead of an earlier one.
+        """Return the content with changed keys and a table at the top, replacing an earlier table.
 
-        JSON knows no comments, so there the table is left out. Raises ChunkqError if the text
-        cannot be changed in place so that only those keys differ.
+        A JSON file has no comments and gets no table. Raise ChunkqError if the text cannot be
+        edited so that only the given keys change.
         """
         is_json = self.path.suffix == ".json"
         text = self.content.decode()
-        text = _spliced(text, changes, is_json=is_json)
+        text = _apply_edits(text, changes, is_json=is_json)
         if not is_json:
-            text = _commented(text, title, table)
+            text = _with_comment(text, title, table)
         self._check(text, changes, is_json=is_json)
         return text.encode()
 
     def replace(self, content: bytes) -> Path:
-        """Put new content in the file's place at once, keep the old beside it; returns its path.
+        """Replace the file atomically; return the path of a backup of the old content.
 
-        Raises ChunkqError if the file is no longer what was read, or cannot be written.
+        Raise ChunkqError if the file has changed since it was read, or cannot be written.
         """
         backup = self.path.with_name(self.path.name + BACKUP_SUFFIX)
         try:
             if self.path.read_bytes() != self.content:
                 raise ChunkqError(
-                    f"{self.path}: was changed meanwhile, so it is left as it is; tune it again"
+                    f"{self.path}: has changed since it was read and is not replaced; run `chunkq "
+                    "tune` again",
+                    code=ErrorCode.JOB_FILE_CHANGED,
                 )
             _write(backup, self.content, self.path)
             _write(self.path, content, self.path)
@@ -94,7 +95,7 @@ class JobFile:
         return backup
 
     def _check(self, text: str, changes: Changes, *, is_json: bool) -> None:
-        """Compare what the new text means with what it should."""
+        """Raise ChunkqError unless the new text parses to the old values with the changes."""
         parse = json.loads if is_json else yaml.safe_load
         expected = deepcopy(parse(self.content.decode()))
         for (*sections, key), value in changes.items():
@@ -103,26 +104,28 @@ class JobFile:
                 section = section[name]
             section[key] = value
         try:
-            same = parse(text) == expected
+            is_equal = parse(text) == expected
         except (ValueError, yaml.YAMLError):
-            same = False
-        if not same:
-            wanted = "; ".join(f"{'.'.join(k)}: {_flow(v)}" for k, v in changes.items())
+            is_equal = False
+        if not is_equal:
+            assignments = "; ".join(
+                f"{'.'.join(k)}: {_to_flow_style(v)}" for k, v in changes.items()
+            )
             raise ChunkqError(
-                f"{self.path}: is written so that these values cannot be changed alone (anchors?); "
-                f"set them by hand: {wanted}"
+                f"{self.path}: {UNEDITABLE}; set them by hand: {assignments}",
+                code=ErrorCode.JOB_FILE_UNEDITABLE,
             )
 
 
-def _write(path: Path, content: bytes, like: Path) -> None:
-    """Write a file so that it appears at once, with the permissions of another."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+def _write(path: Path, content: bytes, template: Path) -> None:
+    """Write a file atomically with the permissions of the file `template`."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        shutil.copymode(like, name)
+        shutil.copymode(template, name)
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):
@@ -130,62 +133,66 @@ def _write(path: Path, content: bytes, like: Path) -> None:
         raise
 
 
-def _spliced(text: str, changes: Changes, *, is_json: bool) -> str:
-    """Return the text with values replaced; keys that are new come before another of theirs."""
-    # PyYAML takes no tabs between the tokens of a JSON file; a blank is as long.
+def _apply_edits(text: str, changes: Changes, *, is_json: bool) -> str:
+    """Return the text with values replaced and new keys inserted."""
+    # PyYAML rejects tabs between the tokens of JSON; a space has the same length.
     readable = text.replace("\t", " ") if is_json else text
     newline = "\r\n" if "\r\n" in text else "\n"
     edits: list[tuple[int, int, str]] = []
     for (*sections, key), value in changes.items():
         node = yaml.compose(readable, Loader=yaml.SafeLoader)
         for name in sections:
-            node = _entries(node)[name][1]
-        entries = _entries(node)
+            node = _mapping_entries(node)[name][1]
+        entries = _mapping_entries(node)
         if key in entries:
-            edits += _replacing(entries[key][1], value, is_json=is_json)
+            edits += _replacement_edits(entries[key][1], value, is_json=is_json)
         else:
-            edits.append(_inserting(node, key, value, newline, is_json=is_json))
+            edits.append(_insertion_edit(node, key, value, newline, is_json=is_json))
     for start, stop, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[stop:]
     return text
 
 
-def _entries(node: Any) -> dict[str, tuple[Any, Any]]:
-    """Return a mapping's keys with their nodes and their values' nodes."""
+def _mapping_entries(node: Any) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (node of the key, node of the value)."""
     return {key.value: (key, value) for key, value in node.value}
 
 
-def _replacing(node: Any, value: Any, *, is_json: bool) -> list[tuple[int, int, str]]:
-    """Return the edits that turn a value into another: of a list, item by item."""
+def _replacement_edits(node: Any, value: Any, *, is_json: bool) -> list[tuple[int, int, str]]:
+    """Return edits (start, stop, text) that replace a value; lists are edited item by item."""
     if isinstance(node, yaml.SequenceNode) and len(node.value) == len(value):
         pairs = zip(node.value, value, strict=True)
-        return [e for item, new in pairs for e in _replacing(item, new, is_json=is_json)]
-    return [(node.start_mark.index, node.end_mark.index, _flow(value, quoted=is_json))]
+        nested = [_replacement_edits(item, new, is_json=is_json) for item, new in pairs]
+        return [edit for edits in nested for edit in edits]
+    return [(node.start_mark.index, node.end_mark.index, _to_flow_style(value, quoted=is_json))]
 
 
-def _inserting(
+def _insertion_edit(
     node: Any, key: str, value: Any, newline: str, *, is_json: bool
 ) -> tuple[int, int, str]:
-    """Return the edit that adds a key before the one that is best known in its section."""
-    entries = _entries(node)
-    beside = entries.get("model_config") or entries.get("model_input_shape")
-    mark = (beside or next(iter(entries.values())))[0].start_mark
-    entry = f"{_flow(key, quoted=is_json)}: {_flow(value, quoted=is_json)}"
-    gap = ", " if node.flow_style else newline + " " * mark.column
-    return mark.index, mark.index, entry + gap
+    """Return the edit that inserts a key before `model_config`, `model_input_shape`, or the first.
+
+    These keys are at the top level and in `model_config`.
+    """
+    entries = _mapping_entries(node)
+    neighbor = entries.get("model_config") or entries.get("model_input_shape")
+    position = (neighbor or next(iter(entries.values())))[0].start_mark
+    entry = f"{_to_flow_style(key, quoted=is_json)}: {_to_flow_style(value, quoted=is_json)}"
+    gap = ", " if node.flow_style else newline + " " * position.column
+    return position.index, position.index, entry + gap
 
 
-def _flow(value: Any, *, quoted: bool = False) -> str:
-    """Return a value on one line, as YAML and JSON both read it; YAML's words without quotes."""
+def _to_flow_style(value: Any, *, quoted: bool = False) -> str:
+    """Return a value on one line in YAML's flow style; with `quoted`, strings are valid JSON."""
     return value if isinstance(value, str) and not quoted else json.dumps(value)
 
 
-def _commented(text: str, title: str, table: Sequence[str]) -> str:
-    """Return the text with a table on top, without the one of an earlier time."""
-    mark = FIRST_OF_ALL if text.startswith(FIRST_OF_ALL) else ""
+def _with_comment(text: str, title: str, table: Sequence[str]) -> str:
+    """Return the text with a table at the top, replacing the table of an earlier run."""
+    prefix = BYTE_ORDER_MARK if text.startswith(BYTE_ORDER_MARK) else ""
     newline = "\r\n" if "\r\n" in text else "\n"
-    lines = text.removeprefix(mark).split(newline)
-    if lines[0].startswith(BEGIN) and END in lines:
-        lines = lines[lines.index(END) + 1 :]
-    top = [BEGIN + title, *(f"#   {line}".rstrip() for line in table), END]
-    return mark + newline.join([*top, *lines])
+    lines = text.removeprefix(prefix).split(newline)
+    if lines[0].startswith(FIRST_LINE) and LAST_LINE in lines:
+        lines = lines[lines.index(LAST_LINE) + 1 :]
+    header = [FIRST_LINE + title, *(f"#   {line}".rstrip() for line in table), LAST_LINE]
+    return prefix + newline.join([*header, *lines])

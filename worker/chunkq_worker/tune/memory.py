@@ -1,4 +1,4 @@
-"""How much memory this machine, or the control group that this process is in, has to offer."""
+"""Return the memory that is available on this machine or in this process's control group."""
 
 from __future__ import annotations
 
@@ -6,37 +6,41 @@ from pathlib import Path
 
 import psutil
 
-GROUPS = Path("/sys/fs/cgroup")
-LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""Files with a group's limit and use: of version 2, of version 1."""
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+LIMIT_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Files with the limit and the usage of a control group: cgroup v2, cgroup v1."""
 
 
-def offered(groups: Path = GROUPS, own: Path = Path("/proc/self/cgroup")) -> int:
-    """Return the bytes that can still be had: the machine's, or fewer where a group limits them."""
-    found = int(psutil.virtual_memory().available)
-    for folder in _folders(groups, own):
-        for limit, used in LIMITS:
+def available_memory(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Return the available bytes: the machine's, or fewer if a control group limits them.
+
+    `root` is where the control groups are mounted; `membership` lists those of this process.
+    """
+    available = int(psutil.virtual_memory().available)
+    for folder in _cgroup_folders(root, membership):
+        for limit_file, usage_file in LIMIT_FILES:
             try:
-                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                limit = int((folder / limit_file).read_text())
+                usage = int((folder / usage_file).read_text())
             except (OSError, ValueError):
-                continue  # not a limit of this kind, or `max`
-            found = min(found, max(0, left))
-    return found
+                continue  # the file does not exist, or its limit is `max`
+            available = min(available, max(0, limit - usage))
+    return available
 
 
-def _folders(groups: Path, own: Path) -> list[Path]:
-    """Return the folders of this process's groups and of all groups around them."""
+def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
+    """Return the folders of this process's control groups and of all their parents."""
     try:
-        lines = own.read_text().splitlines()
+        lines = membership.read_text().splitlines()
     except OSError:
         return []
-    found = [groups, groups / "memory"]
+    folders = [root, root / "memory"]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root = groups / "memory" if controllers else groups
-        inner = Path(path.lstrip("/"))
-        if ".." not in inner.parts:
-            found += [root / part for part in (inner, *inner.parents)]
-    return found
+        base = root / "memory" if controllers else root
+        group = Path(path.lstrip("/"))
+        if ".." not in group.parts:
+            folders += [base / part for part in (group, *group.parents)]
+    return folders

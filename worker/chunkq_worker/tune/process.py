@@ -1,4 +1,4 @@
-"""Trials in processes of their own, watched from outside: time, memory and how they end."""
+"""Run trials in separate processes, and watch their time, their memory and their end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,103 +22,106 @@ from chunkq_worker.tune.search import Measurement, Setting, Stage
 from chunkq_worker.tune.space import SearchSpace
 from chunkq_worker.tune.trial import TrialOptions
 
-MODULE = "chunkq_worker.tune.trial"
+TRIAL_MODULE = "chunkq_worker.tune.trial"
 POLL_SECONDS = 0.05
 
 
 class Trials:
-    """Measures settings, each in a fresh process, in a temporary folder.
+    """Measure settings, each in a new process, with temporary files in `folder`.
 
-    `memory` is the most that a process may hold, in bytes; beyond it, it is ended at once.
-    `seconds` is how long each one measures, loading and the first batches not counted.
+    A process whose resident memory exceeds `memory` bytes is killed. Each trial measures for
+    `seconds`, in addition to loading and the first batches.
     """
 
     def __init__(
         self,
         space: SearchSpace,
         folder: Path,
-        environment: Mapping[str, str],
+        env: Mapping[str, str],
         *,
         memory: int | None,
         seconds: float,
     ) -> None:
-        self._space, self._folder, self._environment = space, folder, dict(environment)
+        self._space, self._folder, self._env = space, folder, dict(env)
         self._memory, self._seconds = memory, seconds
-        self._first: Path | None = None
+        self._baseline: Path | None = None
         self._count = 0
 
-    def __call__(self, setting: Setting, stage: Stage, most_seconds: float) -> Measurement:
-        """Run a setting for at most so many seconds; nothing of it is left running."""
+    def __call__(self, setting: Setting, stage: Stage, max_seconds: float) -> Measurement:
+        """Run a setting for at most `max_seconds`; kill its processes before returning."""
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
         sample = self._folder / f"{self._count}.npy"
-        orders = TrialOptions(
+        options = TrialOptions(
             stage=stage,
             record=self._space.record(setting).to_json().decode(),
             depth=setting.depth,
-            seconds=min(self._seconds, most_seconds),
+            seconds=min(self._seconds, max_seconds),
             folder=str(folder),
             sample=str(sample),
         )
         try:
-            found = self._run(orders, folder, most_seconds)
+            measurement = self._run(options, folder, max_seconds)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         difference = None
         if sample.exists():
-            if self._first is None:
-                self._first = sample
-            difference = _difference(self._first, sample)
-            if sample != self._first:
+            if self._baseline is None:
+                self._baseline = sample
+            difference = _difference(self._baseline, sample)
+            if sample != self._baseline:
                 sample.unlink()
-        return found if difference is None else _with(found, difference=difference)
+        return measurement if difference is None else replace(measurement, difference=difference)
 
-    def _run(self, orders: TrialOptions, folder: Path, most_seconds: float) -> Measurement:
-        limit = time.monotonic() + most_seconds
-        with (folder / "out").open("w+b") as out, (folder / "err").open("w+b") as err:
+    def _run(self, options: TrialOptions, folder: Path, max_seconds: float) -> Measurement:
+        limit = time.monotonic() + max_seconds
+        with (
+            (folder / "out").open("w+b") as stdout_file,
+            (folder / "err").open("w+b") as stderr_file,
+        ):
             process = subprocess.Popen(
-                [sys.executable, "-m", MODULE],
+                [sys.executable, "-m", TRIAL_MODULE],
                 stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=err,
-                env=self._environment,
+                stdout=stdout_file,
+                stderr=stderr_file,
+                env=self._env,
                 start_new_session=True,
             )
             try:
                 pipe = process.stdin
                 if pipe is not None:
-                    with suppress(BrokenPipeError):  # it has died, which is seen below
-                        pipe.write(json.dumps(asdict(orders)).encode() + b"\n")
+                    with suppress(BrokenPipeError):  # it has ended, which `_watch` handles
+                        pipe.write(json.dumps(asdict(options)).encode() + b"\n")
                         pipe.flush()
-                ended = self._watch(process, limit)
+                failure = self._watch(process, limit)
             finally:
-                _end(process)
-            said, complaint = _last_line(out), _last_line(err)
-        if ended is not None:
-            return ended
+                _kill(process)
+            answer, error_line = _last_line(stdout_file), _last_line(stderr_file)
+        if failure is not None:
+            return failure
         with suppress(ValueError, TypeError):
-            return Measurement(**json.loads(said))
+            return Measurement(**json.loads(answer))
         if process.returncode == -signal.SIGKILL:
-            return Measurement("too large", note="the system ended it for want of memory")
-        return Measurement("failed", note=complaint or f"ended with {process.returncode}")
+            return Measurement("too large", note="killed by the system, out of memory")
+        return Measurement("failed", note=error_line or f"ended with code {process.returncode}")
 
     def _watch(self, process: subprocess.Popen[bytes], limit: float) -> Measurement | None:
-        """Wait for its end; returns why it has to be ended before that, else None."""
+        """Wait until the process ends; return a measurement if it exceeds a limit, else None."""
         peak = 0
         while process.poll() is None:
             with suppress(psutil.Error):
                 peak = max(peak, psutil.Process(process.pid).memory_info().rss)
             if self._memory is not None and peak > self._memory:
-                return Measurement("too large", peak_bytes=peak, note="more memory than allowed")
+                return Measurement("too large", peak_bytes=peak, note="exceeded the memory limit")
             if time.monotonic() > limit:
-                return Measurement("no time", peak_bytes=peak, note="the time was up")
+                return Measurement("no time", peak_bytes=peak, note="exceeded the time limit")
             time.sleep(POLL_SECONDS)
         return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a trial and whatever it has started."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a trial and the processes that it started."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -133,24 +136,20 @@ def _last_line(file: Any) -> str:
     return lines[-1] if lines else ""
 
 
-def _with(found: Measurement, **more: Any) -> Measurement:
-    return Measurement(**asdict(found) | more)
+def _difference(baseline_path: Path, sample_path: Path) -> float | None:
+    """Return the largest difference of two samples divided by the range of the first one.
 
-
-def _difference(one: Path, other: Path) -> float | None:
-    """Return the largest difference of two samples as a share of the first one's range.
-
-    None where their shapes differ: those are of other patches. Infinite where one is finite and
-    the other is not.
+    Return None if the shapes differ, because the patches do, and infinity if one sample is not
+    finite where the other is.
     """
-    first, second = np.load(one), np.load(other)
-    if first.shape != second.shape:
+    baseline, sample = np.load(baseline_path), np.load(sample_path)
+    if baseline.shape != sample.shape:
         return None
-    finite = np.isfinite(first)
-    if not np.array_equal(finite, np.isfinite(second)):
+    finite = np.isfinite(baseline)
+    if not np.array_equal(finite, np.isfinite(sample)):
         return float("inf")
     if not finite.any():
         return 0.0
-    values, others = first[finite].astype(np.float64), second[finite].astype(np.float64)
-    spread = float(np.ptp(values)) or float(np.abs(values).max()) or 1.0
-    return float(np.abs(values - others).max()) / spread
+    expected, actual = baseline[finite].astype(np.float64), sample[finite].astype(np.float64)
+    value_range = float(np.ptp(expected)) or float(np.abs(expected).max()) or 1.0
+    return float(np.abs(expected - actual).max()) / value_range

@@ -1,4 +1,4 @@
-"""The search for a job's fastest settings: which to try next, and which to choose. No I/O."""
+"""Search for the fastest settings of a job: which to measure next, and which to choose. No I/O."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Stage = Literal["network", "pipeline"]
 TrialStatus = Literal["ok", "too large", "failed", "no time", "changes results"]
 
 TIE = 0.03
-"""Settings whose times differ by less than this share are equally fast."""
+"""Settings whose times differ by less than this fraction count as equally fast."""
 NETWORK_SHARE = 0.6
-"""Of the budget, for the network alone; the rest is for whole chunks."""
-MAX_FAILED_STEPS = 2
-"""Larger batches tried in a row without a gain before the search gives up."""
+"""Fraction of the time for stage `network`; the rest is for stage `pipeline`."""
+MAX_STEPS_WITHOUT_GAIN = 2
+"""Consecutive larger batches without a gain after which the search for a batch size stops."""
 MAX_DEPTH = 6
-"""Chunks in flight, at most."""
-RUNNERS_UP = 3
-"""So many of the network's best settings are tried with whole chunks until one fits."""
-HARMLESS = 1e-4
-"""Share of the output's range by which a setting that nobody asked for may change it."""
+"""Largest number of chunks in flight that is measured."""
+MAX_CANDIDATES = 3
+"""Number of settings from stage `network` that are tried in stage `pipeline` until one fits."""
+ALLOWED_CHANGE = 1e-4
+"""Largest change of an output by settings that were not requested, per range of the outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One way to run a job; `patch`, `chunk` and `precision` None: as the job has it.
+    """One way to run a job. None for `patch`, `chunk` or `precision` keeps the job's value.
 
     `precision` is a key of `model_config` and its value, such as ("autocast", "bfloat16").
     """
@@ -44,15 +44,16 @@ class Setting:
 
     @property
     def may_change_results(self) -> bool:
-        """Tell whether the user asked for something that gives other numbers."""
+        """Return whether the setting has a requested precision or patch size."""
         return self.precision is not None or self.patch is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a setting means for the whole job, known without running it.
+    """The costs of the whole job with a setting, computed from its plan.
 
-    `footprint` is that of its largest chunks, `chunk_patches` what a chunk amid the volume owns.
+    `footprint` is that of the largest chunks, `chunk_patches` the number of patches of a chunk in
+    the middle of the volume.
     """
 
     chunks: int
@@ -65,13 +66,13 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What running a setting showed; `rate` is in patches per second, memory in bytes.
+    """The result of running a setting; `rate` is in patches per second, memory in bytes.
 
-    `difference` is the largest of any output value from the job's own settings, as a share of
-    the outputs' range; None where it was not or cannot be compared.
+    `difference` is the largest change of an output value compared with the job's own settings, as
+    a fraction of the outputs' range; None if it was not or cannot be compared.
     """
 
-    verdict: TrialStatus
+    status: TrialStatus
     rate: float = 0.0
     load_seconds: float = 0.0
     peak_bytes: int = 0
@@ -82,37 +83,37 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a setting, where it was run, and what came of it."""
+    """One row of the table: a setting, the stage it ran in, and its measurement."""
 
     setting: Setting
     stage: Stage
     cost: Cost
-    measured: Measurement
+    measurement: Measurement
 
     @property
     def seconds(self) -> float:
-        """Predicted seconds of the whole job by one such worker; infinite if it cannot be used."""
-        if self.measured.verdict != "ok" or self.measured.rate <= 0:
+        """Return the predicted seconds of the job with one worker; infinite if unusable."""
+        if self.measurement.status != "ok" or self.measurement.rate <= 0:
             return inf
-        return self.measured.load_seconds + self.work_seconds
+        return self.measurement.load_seconds + self.work_seconds
 
     @property
     def work_seconds(self) -> float:
-        """The same without loading the network, by which settings are compared."""
-        if self.measured.verdict != "ok" or self.measured.rate <= 0:
+        """Return `seconds` without loading the network; settings are compared by this."""
+        if self.measurement.status != "ok" or self.measurement.rate <= 0:
             return inf
-        return self.cost.patches / self.measured.rate
+        return self.cost.patches / self.measurement.rate
 
     @property
     def memory(self) -> int:
-        """Bytes by which ties are decided: the device's, if it has memory of its own."""
-        found = self.measured
-        return found.peak_bytes if found.device_bytes is None else found.device_bytes
+        """Return the bytes that decide a tie: on the device if it has memory, else on the host."""
+        peak, device = self.measurement.peak_bytes, self.measurement.device_bytes
+        return peak if device is None else device
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Memory in bytes, None for no limit, and the seconds that the search may take."""
+    """Limits in bytes of memory (None: no limit) and in seconds of the whole search."""
 
     memory: int | None
     device_memory: int | None
@@ -121,9 +122,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What may be tried.
+    """The settings that the search may vary.
 
-    `chunks` is a ladder of chunk shapes from small to large, in which None is the job's own.
+    `chunks` are chunk shapes from small to large; None is the job's own shape.
     """
 
     batches: bool = True
@@ -136,29 +137,29 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The table, the row chosen from it, and the row of the job's own settings beside it.
+    """The table, the chosen row, and the row of the job's own settings in the same stage.
 
-    `best` is None where nothing fits or the budget did not even do for the job's own settings.
+    `best` is None if no setting fits, or if the job's own settings failed or took too long.
     """
 
     rows: tuple[Row, ...]
     best: Row | None
-    before: Row | None
+    baseline: Row | None
 
 
 Measure = Callable[[Setting, Stage, float], Measurement]
-"""Runs a setting for at most so many seconds."""
+"""Runs a setting in a stage for at most that many seconds."""
 CostOf = Callable[[Setting], Cost | None]
-"""What a setting means for the job; None where the job cannot be done with it."""
+"""Returns the costs of the job with a setting; None if the setting is invalid for the job."""
 
 
 class Search:
-    """Tries settings one at a time until the best is found or the budget is spent.
+    """Measure settings one after the other until the best is found or the time is over.
 
-    First the network alone: from the job's own batch size in doubling steps up and down, for each
-    patch size that was asked for, then with each precision asked for, and compiled. Then whole
-    chunks, read, computed and written: the best of before with several depths and chunk sizes.
-    `measure` is never asked for more seconds than are left.
+    Stage `network` measures the network alone: the job's batch size doubled and halved, for each
+    requested patch size, then each requested precision, then compiled. Stage `pipeline` measures
+    entire chunks, read, computed and written: the best settings of stage `network` with several
+    depths and chunk sizes. `measure` is called with at most the remaining seconds.
     """
 
     def __init__(
@@ -172,154 +173,161 @@ class Search:
     ) -> None:
         self._start, self._options, self._limits = start, options, limits
         self._cost, self._measure, self._clock = cost, measure, clock
-        self._began = clock()
+        self._start_time = clock()
         self._until = limits.seconds
-        self._decisive: Stage = "network"
+        self._deciding_stage: Stage = "network"
         self.rows: list[Row] = []
 
     def run(self) -> SearchResult:
-        """Return the table and the choice; a baseline that fails or has no time ends it at once."""
-        first = self._try(self._start, "network")
-        if first is None or first.measured.verdict in ("failed", "no time"):
-            return self._outcome()
+        """Measure settings and choose one; stop at once if the job's own settings do not run."""
+        first = self._run_or_get(self._start, "network")
+        if first is None or first.measurement.status in ("failed", "no time"):
+            return self._result()
         self._until = NETWORK_SHARE * self._limits.seconds
         for patch in (None, *self._options.patches):
-            self._climb(replace(self._start, patch=patch))
+            self._search_batch_size(replace(self._start, patch=patch))
         if best := self._best("network"):
             for precision in self._options.precisions:
-                self._climb(replace(best.setting, precision=precision))
+                self._search_batch_size(replace(best.setting, precision=precision))
         best = self._best("network")
         if best and self._options.compile:
-            self._try(replace(best.setting, compile=True), "network")
+            self._run_or_get(replace(best.setting, compile=True), "network")
         self._until = self._limits.seconds
-        self._whole_chunks()
-        return self._outcome()
+        self._search_pipeline()
+        return self._result()
 
-    def _climb(self, first: Setting) -> None:
-        """Double the batch while that helps, then halve it while that does no harm."""
-        row = self._try(first, "network")
+    def _search_batch_size(self, first: Setting) -> None:
+        """Double the batch size while that is faster, then halve it while that is not slower."""
+        row = self._run_or_get(first, "network")
         if row is None or not self._options.batches:
             return
-        best, larger, in_vain = row, row, 0
+        best, larger, failed_steps = row, row, 0
         while (
-            larger.measured.verdict == "ok"
+            larger.measurement.status == "ok"
             and larger.setting.batch < larger.cost.chunk_patches
-            and in_vain < MAX_FAILED_STEPS
+            and failed_steps < MAX_STEPS_WITHOUT_GAIN
         ):
-            next_row = self._try(replace(first, batch=2 * larger.setting.batch), "network")
+            next_row = self._run_or_get(replace(first, batch=2 * larger.setting.batch), "network")
             if next_row is None:
                 break
             larger = next_row
             gained = larger.work_seconds < (1 - TIE) * best.work_seconds
-            in_vain = 0 if gained else in_vain + 1
+            failed_steps = 0 if gained else failed_steps + 1
             best = larger if larger.work_seconds < best.work_seconds else best
-        while row.setting.batch > 1 and row.measured.verdict in ("ok", "too large"):
-            smaller = self._try(replace(first, batch=row.setting.batch // 2), "network")
+        while row.setting.batch > 1 and row.measurement.status in ("ok", "too large"):
+            smaller = self._run_or_get(replace(first, batch=row.setting.batch // 2), "network")
             if smaller is None:
                 break
             slower = smaller.work_seconds > best.work_seconds * (1 + TIE)
-            if slower and smaller.measured.verdict != "too large":
+            if slower and smaller.measurement.status != "too large":
                 break
             row = smaller
             best = row if row.work_seconds < best.work_seconds else best
 
-    def _whole_chunks(self) -> None:
-        """Run whole chunks with the job's own settings, then with the best, then vary those."""
-        own = self._try(self._start, "pipeline")
+    def _search_pipeline(self) -> None:
+        """Run entire chunks with the job's settings, then with the best ones, then vary those."""
+        baseline = self._run_or_get(self._start, "pipeline")
         best = self._best("network")
-        if own is None or own.measured.verdict in ("no time", "failed") or best is None:
+        if baseline is None or baseline.measurement.status in ("no time", "failed") or best is None:
             return
-        others = sorted(self._usable("network"), key=lambda row: row.work_seconds)
-        for row in [best, *(row for row in others if row is not best)][:RUNNERS_UP]:
-            runs = self._runs_whole(row.setting)
-            if runs is None:
+        fastest_first = sorted(self._usable("network"), key=lambda row: row.work_seconds)
+        for row in [best, *(row for row in fastest_first if row is not best)][:MAX_CANDIDATES]:
+            succeeds = self._can_run_pipeline(row.setting)
+            if succeeds is None:
                 return
-            if runs and self._best("pipeline") is not own:
+            if succeeds and self._best("pipeline") is not baseline:
                 break
-        self._decisive = "pipeline"
+        self._deciding_stage = "pipeline"
         for step in (1, -1) if self._options.depths else ():
-            self._follow(partial(_with_depth, step=step))
+            self._step_while_faster(partial(_with_depth, step=step))
         for step in (1, -1):
-            self._follow(partial(_with_chunk, ladder=self._options.chunks, step=step))
+            self._step_while_faster(partial(_with_chunk, ladder=self._options.chunks, step=step))
 
-    def _runs_whole(self, setting: Setting) -> bool | None:
-        """Tell whether a setting can run whole chunks, if need be one at a time.
+    def _can_run_pipeline(self, setting: Setting) -> bool | None:
+        """Return whether a setting can run entire chunks, with its depth or with one in flight.
 
-        None if there is no time to find out.
+        Return None if the remaining time is too short.
         """
         for depth in sorted({setting.depth, 1}, reverse=True):
-            row = self._try(replace(setting, depth=depth), "pipeline")
-            if row is None or row.measured.verdict == "no time":
+            row = self._run_or_get(replace(setting, depth=depth), "pipeline")
+            if row is None or row.measurement.status == "no time":
                 return None
-            if row.measured.verdict == "ok":
+            if row.measurement.status == "ok":
                 return True
         return False
 
-    def _follow(self, step: Callable[[Setting], Setting | None]) -> None:
-        """Go on from the best in one direction as long as each step gains."""
+    def _step_while_faster(self, step: Callable[[Setting], Setting | None]) -> None:
+        """Change the best setting step by step while each step is better."""
         while best := self._best("pipeline"):
-            further = step(best.setting)
-            if further is None or self._known(further, "pipeline"):
+            next_setting = step(best.setting)
+            if next_setting is None or self._get_row(next_setting, "pipeline"):
                 return
-            row = self._try(further, "pipeline")
+            row = self._run_or_get(next_setting, "pipeline")
             if row is None or self._best("pipeline") is not row:
                 return
 
-    def _try(self, setting: Setting, stage: Stage) -> Row | None:
-        """Return a setting's row, running it unless that was done.
+    def _run_or_get(self, setting: Setting, stage: Stage) -> Row | None:
+        """Return the row of a setting; run the setting unless that is done.
 
-        None if the job cannot be done with it or no time is left.
+        Return None if the setting is invalid for the job or no time remains.
         """
-        if known := self._known(setting, stage):
-            return known
-        cost, left = self._cost(setting), self._until - (self._clock() - self._began)
-        if cost is None or left <= 0:
+        if row := self._get_row(setting, stage):
+            return row
+        cost, remaining = self._cost(setting), self._until - (self._clock() - self._start_time)
+        if cost is None or remaining <= 0:
             return None
-        measured = self._refused(setting, stage, cost, left)
-        if measured is None:
-            measured = self._judged(setting, self._measure(setting, stage, left))
-        row = Row(setting, stage, cost, measured)
+        measurement = self._predict_failure(setting, stage, cost, remaining)
+        if measurement is None:
+            measurement = self._apply_limits(setting, self._measure(setting, stage, remaining))
+        row = Row(setting, stage, cost, measurement)
         self.rows.append(row)
         return row
 
-    def _refused(
-        self, setting: Setting, stage: Stage, cost: Cost, left: float
+    def _predict_failure(
+        self, setting: Setting, stage: Stage, cost: Cost, remaining: float
     ) -> Measurement | None:
-        """Return the verdict where it is known without running; else None."""
+        """Return a measurement of a setting that would fail; None if it has to be run."""
         if stage == "network":
             return None
         limit, needed = self._limits.memory, cost.footprint.peak_bytes(setting.depth)
-        if limit is not None and self._memory_is_the_hosts() and needed > limit:
-            return Measurement("too large", note="the chunks in flight alone")
-        alone = self._known(replace(setting, depth=self._start.depth, chunk=None), "network")
-        if alone is not None and alone.measured.verdict == "too large":
-            return Measurement("too large", note="the network alone is")
-        rates = [r.measured.rate for r in self._usable("network") if _same(r.setting, setting)]
-        if rates and (least := cost.chunk_patches * 2 / max(rates)) > left:
-            return Measurement("no time", note=f"two chunks take {least:.0f} s")
+        if limit is not None and self._uses_host_memory() and needed > limit:
+            return Measurement("too large", note="the arrays of the chunks in flight")
+        network_row = self._get_row(
+            replace(setting, depth=self._start.depth, chunk=None), "network"
+        )
+        if network_row is not None and network_row.measurement.status == "too large":
+            return Measurement("too large", note="in stage network")
+        rates = [
+            row.measurement.rate
+            for row in self._usable("network")
+            if _same_network_settings(row.setting, setting)
+        ]
+        if rates and (needed_seconds := cost.chunk_patches * 2 / max(rates)) > remaining:
+            return Measurement("no time", note=f"two chunks take {needed_seconds:.0f} s")
         return None
 
-    def _judged(self, setting: Setting, found: Measurement) -> Measurement:
-        """Hold what was measured against the limits."""
-        if found.verdict != "ok":
-            return found
+    def _apply_limits(self, setting: Setting, measurement: Measurement) -> Measurement:
+        """Set the status of a measurement that exceeds a limit."""
+        if measurement.status != "ok":
+            return measurement
         limits = self._limits
-        if limits.memory is not None and found.peak_bytes > limits.memory:
-            return replace(found, verdict="too large")
-        device = found.device_bytes
+        if limits.memory is not None and measurement.peak_bytes > limits.memory:
+            return replace(measurement, status="too large")
+        device = measurement.device_bytes
         if limits.device_memory is not None and (device or 0) > limits.device_memory:
-            return replace(found, verdict="too large")
-        changed = found.difference is not None and not found.difference <= HARMLESS
-        if changed and not setting.may_change_results:
-            return replace(found, verdict="changes results")
-        return found
+            return replace(measurement, status="too large")
+        change = measurement.difference
+        has_changed = change is not None and not change <= ALLOWED_CHANGE
+        if has_changed and not setting.may_change_results:
+            return replace(measurement, status="changes results")
+        return measurement
 
-    def _memory_is_the_hosts(self) -> bool:
-        return all(row.measured.device_bytes is None for row in self.rows)
+    def _uses_host_memory(self) -> bool:
+        return all(row.measurement.device_bytes is None for row in self.rows)
 
-    def _known(self, setting: Setting, stage: Stage) -> Row | None:
-        found = (row for row in self.rows if row.setting == setting and row.stage == stage)
-        return next(found, None)
+    def _get_row(self, setting: Setting, stage: Stage) -> Row | None:
+        rows = (row for row in self.rows if row.setting == setting and row.stage == stage)
+        return next(rows, None)
 
     def _usable(self, stage: Stage) -> Iterator[Row]:
         return (r for r in self.rows if r.stage == stage and r.work_seconds < inf)
@@ -327,24 +335,24 @@ class Search:
     def _best(self, stage: Stage) -> Row | None:
         return choose([row for row in self.rows if row.stage == stage], self._start)
 
-    def _outcome(self) -> SearchResult:
-        """Choose by whole chunks if the best of the network was run so; else by the network."""
-        stage, rows = self._decisive, tuple(self.rows)
-        if stage == "network":  # whole chunks may still have shown what does not fit
-            burst = [row.setting for row in rows if row.measured.verdict == "too large"]
-            candidates = [r for r in rows if r.stage == stage and r.setting not in burst]
+    def _result(self) -> SearchResult:
+        """Choose among the rows of the deciding stage."""
+        stage, rows = self._deciding_stage, tuple(self.rows)
+        if stage == "network":  # exclude settings that were too large in stage `pipeline`
+            too_large = [row.setting for row in rows if row.measurement.status == "too large"]
+            candidates = [r for r in rows if r.stage == stage and r.setting not in too_large]
         else:
             candidates = [r for r in rows if r.stage == stage]
         best = choose(candidates, self._start)
-        return SearchResult(rows, best, self._known(self._start, stage))
+        return SearchResult(rows, best, self._get_row(self._start, stage))
 
 
 def choose(rows: Sequence[Row], start: Setting) -> Row | None:
-    """Return the fastest row that can be used; None if there is none.
+    """Return the best usable row; None if there is none.
 
-    A network is only compiled if that pays for its own time within this job. Of those within TIE
-    of the fastest, one whose memory is within TIE of the smallest; of those,
-    one that changes the fewest of the settings of `start`, the fastest of them.
+    Compiled networks count only if they are faster including the time to compile. Of the rows
+    within TIE of the fastest, take those within TIE of the smallest memory; of these, return the
+    one with the fewest changes to `start`, and of these the fastest.
     """
     usable = [row for row in rows if row.work_seconds < inf]
     if not usable:
@@ -359,16 +367,16 @@ def choose(rows: Sequence[Row], start: Setting) -> Row | None:
     tied = [row for row in usable if row.work_seconds <= fastest * (1 + TIE)]
     smallest = min(row.memory for row in tied)
     small = [row for row in tied if row.memory <= smallest * (1 + TIE)]
-    return min(small, key=lambda row: (_changes(row.setting, start), row.work_seconds))
+    return min(small, key=lambda row: (_count_changes(row.setting, start), row.work_seconds))
 
 
-def _changes(setting: Setting, start: Setting) -> int:
-    names = Setting.__dataclass_fields__
-    return sum(getattr(setting, name) != getattr(start, name) for name in names)
+def _count_changes(setting: Setting, start: Setting) -> int:
+    fields = Setting.__dataclass_fields__
+    return sum(getattr(setting, name) != getattr(start, name) for name in fields)
 
 
-def _same(one: Setting, other: Setting) -> bool:
-    """Tell whether two settings run the network alike."""
+def _same_network_settings(one: Setting, other: Setting) -> bool:
+    """Return whether two settings are equal in stage `network`."""
     return replace(one, depth=1, chunk=None) == replace(other, depth=1, chunk=None)
 
 
@@ -378,5 +386,5 @@ def _with_depth(setting: Setting, *, step: int) -> Setting | None:
 
 
 def _with_chunk(setting: Setting, *, ladder: Sequence[Shape | None], step: int) -> Setting | None:
-    place = list(ladder).index(setting.chunk) + step
-    return replace(setting, chunk=ladder[place]) if 0 <= place < len(ladder) else None
+    index = list(ladder).index(setting.chunk) + step
+    return replace(setting, chunk=ladder[index]) if 0 <= index < len(ladder) else None

@@ -1,4 +1,4 @@
-"""The jobs that `chunkq tune` may make of one job, each checked as any job is."""
+"""Apply settings of `chunkq tune` to a job, and compute the costs of the changed job."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from chunkq.resolve import CHUNKS_WANTED
 from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]
-"""Keys of the job file, as paths, and what they become."""
-FEW_CHUNKS = 1000
-NEAREST_CHUNKS = 3
-"""Of a job with more, so many blocks on each side of the middle one are looked at."""
-CHUNK_SIZES = 3
-"""Steps of the ladder of chunk sizes, in each direction."""
+"""Key path in the job file -> new value."""
+MAX_CHUNKS_SEARCHED = 1000
+SEARCH_RADIUS = 3
+"""Of a job with more chunks, only so many blocks on each side of the middle are candidates."""
+CHUNK_SIZE_STEPS = 3
+"""Number of smaller and of larger chunk shapes."""
 
 
 class SearchSpace:
-    """A job, and what each setting makes of it."""
+    """The settings of one job: the changed job record and its costs. Depth changes neither."""
 
     def __init__(self, record: JobRecord) -> None:
-        """Raises JobError if the job cannot be done as it is."""
+        """Raise JobError if the job itself is invalid."""
         self._record, self._plan = record, record.plan()
         self._costs: dict[Setting, Cost | None] = {}
 
     def start(self, depth: int) -> Setting:
-        """Return the job's own setting."""
+        """Return the setting of the unchanged job with `depth` chunks in flight."""
         model = self._record.job.model
         return Setting(model.max_batch_size, depth, compile=model.compile)
 
     def record(self, setting: Setting) -> JobRecord:
-        """Return the record of the job with a setting; raises JobError where there is none."""
-        before = self._record
+        """Return the job record with a setting; raise JobError if the setting is invalid."""
+        record = self._record
         changes = self.changes(setting)
-        return replace(before, job=_changed(before.job, changes))
+        return replace(record, job=_apply(record.job, changes))
 
     def cost(self, setting: Setting) -> Cost | None:
-        """Return what a setting means for the whole job, None if the job cannot be done so."""
+        """Return the costs of the job with a setting; None if the setting is invalid."""
         if setting not in self._costs:
             try:
                 self._costs[setting] = _cost(self.record(setting).plan())
@@ -56,68 +56,69 @@ class SearchSpace:
         return self._costs[setting]
 
     def changes(self, setting: Setting) -> Changes:
-        """Return what a setting changes in the job file; the depth is no key of it."""
+        """Return the changes to the job file; the depth is not a key of the job file."""
         model = self._record.job.model
-        found: Changes = {}
+        changes: Changes = {}
         if setting.batch != model.max_batch_size:
-            found["model_config", "max_batch_size"] = setting.batch
+            changes["model_config", "max_batch_size"] = setting.batch
         if setting.compile != model.compile:
-            found["model_config", "compile"] = setting.compile
+            changes["model_config", "compile"] = setting.compile
         if setting.precision is not None:
             key, value = setting.precision
-            found["model_config", key] = value
+            changes["model_config", key] = value
         if setting.patch is not None:
-            found |= self._of_patch(setting.patch)
+            changes |= self._patch_changes(setting.patch)
         if setting.chunk is not None:
-            found |= self._of_chunk(setting.chunk, found)
-        return found
+            changes |= self._chunk_changes(setting.chunk, changes)
+        return changes
 
-    def patch(self, given: Sequence[int]) -> Shape:
-        """Return a whole patch shape for one length, or for one per spatial axis.
+    def patch(self, lengths: Sequence[int]) -> Shape:
+        """Return a patch shape from one length, or from one length per spatial axis.
 
-        One length leaves the axis of `lost_dim` as it is. Raises JobError for another number.
+        A single length does not change the axis `lost_dim`. Raise JobError for another number of
+        lengths.
         """
-        rank, now = self._plan.rank, self._plan.input_patch
-        if len(given) == rank:
-            return tuple(given)
-        if len(given) != 1:
-            shown = "x".join(map(str, given))
+        rank, current = self._plan.rank, self._plan.input_patch
+        if len(lengths) == rank:
+            return tuple(lengths)
+        if len(lengths) != 1:
+            printed = "x".join(map(str, lengths))
             raise JobError(
-                f"--patch-sizes: {shown} has {len(given)} lengths, the input {rank} axes"
+                f"--patch-sizes: {printed} has {len(lengths)} lengths, expected 1 or {rank}"
             )
-        lost = self._lost_axis
-        return tuple(now[a] if a == lost else given[0] for a in range(rank))
+        lost_axis = self._lost_axis
+        return tuple(current[a] if a == lost_axis else lengths[0] for a in range(rank))
 
     @cached_property
-    def ladder(self) -> list[Shape | None]:
-        """Chunk shapes from small to large, each twice the one before; None is the job's own.
+    def chunk_shapes(self) -> list[Shape | None]:
+        """Return chunk shapes from small to large, each double the previous; None is the job's.
 
-        All are whole numbers of the output's storage chunks, which stay as they are. There are
-        never fewer chunks than workers can share, or than the job has by itself.
+        All are multiples of the output's storage chunks, which do not change. At least
+        `min_chunks` chunks remain, so that workers can share the job.
         """
-        least = min(CHUNKS_WANTED, self._plan.costs.chunks)
-        found: list[Shape | None] = [None]
+        min_chunks = min(CHUNKS_WANTED, self._plan.costs.chunks)
+        shapes: list[Shape | None] = [None]
         for larger in (False, True):
             shape = self._plan.chunksize
-            for _ in range(CHUNK_SIZES):
-                further = self._resized(shape, larger=larger)
-                cost = self.cost(Setting(1, 1, chunk=further))
-                if further == shape or cost is None or cost.chunks < least:
+            for _ in range(CHUNK_SIZE_STEPS):
+                resized = self._resized(shape, larger=larger)
+                cost = self.cost(Setting(1, 1, chunk=resized))
+                if resized == shape or cost is None or cost.chunks < min_chunks:
                     break
-                shape = further
-                found.insert(len(found) if larger else 0, shape)
-        return found
+                shape = resized
+                shapes.insert(len(shapes) if larger else 0, shape)
+        return shapes
 
     def _resized(self, shape: Shape, *, larger: bool) -> Shape:
-        plan, found = self._plan, []
+        plan, lengths = self._plan, []
         for chunk, storage, length in zip(
             shape, plan.storage_chunks, plan.volume.shape, strict=True
         ):
             if larger:
-                found.append(chunk * 2 if chunk < length else chunk)
+                lengths.append(chunk * 2 if chunk < length else chunk)
             else:
-                found.append(min(chunk, -(-min(chunk, length) // 2 // storage) * storage))
-        return tuple(found)
+                lengths.append(min(chunk, -(-min(chunk, length) // 2 // storage) * storage))
+        return tuple(lengths)
 
     @property
     def _lost_axis(self) -> int | None:
@@ -126,8 +127,8 @@ class SearchSpace:
             return None
         return model.lost_dim - (len(model.model_input_shape) - self._plan.rank)
 
-    def _of_patch(self, patch: Shape) -> Changes:
-        """Return the shapes for another patch, which loses as much rim and overlaps as much."""
+    def _patch_changes(self, patch: Shape) -> Changes:
+        """Return the changes for another patch with the same margin and relative overlap."""
         job, plan = self._record.job, self._plan
         model, rank = job.model, plan.rank
         outputs = tuple(
@@ -136,11 +137,11 @@ class SearchSpace:
                 zip(patch, plan.input_patch, plan.output_patch, strict=True)
             )
         )
-        found: Changes = {
+        changes: Changes = {
             ("model_config", "model_input_shape"): [*model.model_input_shape[:-rank], *patch]
         }
         if model.model_output_shape is not None:
-            found["model_config", "model_output_shape"] = [
+            changes["model_config", "model_output_shape"] = [
                 *model.model_output_shape[:-rank],
                 *outputs,
             ]
@@ -150,30 +151,33 @@ class SearchSpace:
             return [round(n * new / q) for n, new, q in sizes]
 
         if job.strides is not None:
-            found["strides",] = [max(1, n) for n in scaled(job.strides)]
+            changes["strides",] = [max(1, n) for n in scaled(job.strides)]
         if job.offsets:
-            found["offsets",] = [scaled(offset) for offset in job.offsets]
-        return found
+            changes["offsets",] = [scaled(offset) for offset in job.offsets]
+        return changes
 
-    def _of_chunk(self, chunk: Shape, others: Changes) -> Changes:
-        """Return the keys for another chunk; storage chunks are named if they would change."""
-        found: Changes = {("chunksize",): list(chunk)}
+    def _chunk_changes(self, chunk: Shape, other_changes: Changes) -> Changes:
+        """Return the changes for another chunk shape.
+
+        They set `storage_chunks` if the default would differ from the job's storage chunks.
+        """
+        changes: Changes = {("chunksize",): list(chunk)}
         storage = self._plan.storage_chunks
         if self._record.job.storage_chunks is None:
-            job = _changed(self._record.job, others | found)
-            alone = JobRecord(job, self._record.sources, {}).plan().storage_chunks
-            if alone != storage:
-                found["storage_chunks",] = list(storage)
-        return found
+            job = _apply(self._record.job, other_changes | changes)
+            default_chunks = JobRecord(job, self._record.sources, {}).plan().storage_chunks
+            if default_chunks != storage:
+                changes["storage_chunks",] = list(storage)
+        return changes
 
 
 def near_middle(plan: Plan) -> list[Chunk]:
-    """Return chunks that have something to compute, the nearest to the volume's middle first."""
+    """Return the active chunks sorted by their distance from the middle of the volume."""
     middle = [blocks // 2 for blocks in plan.blocks]
     ranges = [range(blocks) for blocks in plan.blocks]
-    if prod(plan.blocks) > FEW_CHUNKS:
+    if prod(plan.blocks) > MAX_CHUNKS_SEARCHED:
         ranges = [
-            range(max(0, m - NEAREST_CHUNKS), min(blocks, m + NEAREST_CHUNKS + 1))
+            range(max(0, m - SEARCH_RADIUS), min(blocks, m + SEARCH_RADIUS + 1))
             for m, blocks in zip(middle, plan.blocks, strict=True)
         ]
     chunks = [chunk for index in product(*ranges) if (chunk := plan.chunk(index)).is_active]
@@ -184,7 +188,7 @@ def near_middle(plan: Plan) -> list[Chunk]:
 
 
 def fullest(plan: Plan) -> Chunk:
-    """Return the chunk nearest to the middle among those with the most patches there."""
+    """Return the chunk near the middle with the most patches; the nearest one if several do."""
     return max(near_middle(plan), key=lambda chunk: chunk.patches)
 
 
@@ -200,7 +204,7 @@ def _cost(plan: Plan) -> Cost:
     )
 
 
-def _changed(job: Job, changes: Changes) -> Job:
+def _apply(job: Job, changes: Changes) -> Job:
     values = deepcopy(job.as_dict())
     for (*sections, key), value in changes.items():
         section = values

@@ -1,4 +1,4 @@
-"""What `chunkq tune` found, as a table on a screen, as lines of a comment and as JSON values."""
+"""Format the result of `chunkq tune` as a table, as lines of a comment and as JSON values."""
 
 from __future__ import annotations
 
@@ -11,114 +11,116 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from chunkq_worker.tune.search import HARMLESS, Row, SearchResult, Setting, Stage
+from chunkq_worker.tune.search import ALLOWED_CHANGE, Row, SearchResult, Setting, Stage
 
 COMMENT_WIDTH = 112
-COLUMNS = ("tried", "patches/s", "memory", "whole job", "chunks", "pieces", "differs", "")
-LEFT_OUT = ("chunks", "pieces", "differs")
-NARROW = 90
-LEAST_WIDTH = {"tried": 14, "": 9}
-"""Columns of words."""
-STAGES: dict[Stage, str] = {"network": "the network alone", "pipeline": "whole chunks"}
+COLUMNS = ("setting", "patches/s", "memory", "job time", "chunks", "pieces", "differs", "")
+HIDDEN_WHEN_NARROW = ("chunks", "pieces", "differs")
+NARROW_WIDTH = 90
+MIN_WIDTH = {"setting": 14, "": 9}
+"""Minimum widths of the columns with text."""
+STAGES: dict[Stage, str] = {"network": "network only", "pipeline": "entire chunks"}
 
 
-def label(setting: Setting, stage: Stage, chunksize: tuple[int, ...]) -> str:
-    """Return a setting in a few words."""
-    words = [f"batch {setting.batch}"]
+def describe(setting: Setting, stage: Stage, chunksize: tuple[int, ...]) -> str:
+    """Return a short description of a setting, like `batch 8, chunk 64×64×64, depth 3`."""
+    parts = [f"batch {setting.batch}"]
     if setting.patch is not None:
-        words.append(f"patch {cross(setting.patch)}")
+        parts.append(f"patch {format_shape(setting.patch)}")
     if setting.precision is not None:
-        words.append(" ".join(setting.precision))
+        parts.append(" ".join(setting.precision))
     if setting.compile:
-        words.append("compiled")
+        parts.append("compiled")
     if stage == "pipeline":
-        words += [f"chunk {cross(chunksize)}", f"depth {setting.depth}"]
-    return ", ".join(words)
+        parts += [f"chunk {format_shape(chunksize)}", f"depth {setting.depth}"]
+    return ", ".join(parts)
 
 
-def table(outcome: SearchResult, width: int) -> Table:
-    """Return every setting that was tried, in the order in which they were.
+def build_table(result: SearchResult, width: int) -> Table:
+    """Return a table of all measured settings in the order of their measurement.
 
-    Where there is little room, what each setting costs is left out.
+    Below NARROW_WIDTH, the columns HIDDEN_WHEN_NARROW are omitted.
     """
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    narrow = width < NARROW
-    shown = [n for n, name in enumerate(COLUMNS) if not (narrow and name in LEFT_OUT)]
-    for n in shown:
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    hidden = HIDDEN_WHEN_NARROW if width < NARROW_WIDTH else ()
+    visible = [n for n, name in enumerate(COLUMNS) if name not in hidden]
+    for n in visible:
         name = COLUMNS[n]
-        made.add_column(
+        grid.add_column(
             name,
-            justify="left" if name in LEAST_WIDTH else "right",
-            no_wrap=name not in (*LEAST_WIDTH, "memory"),
-            min_width=LEAST_WIDTH.get(name),
+            justify="left" if name in MIN_WIDTH else "right",
+            no_wrap=name not in (*MIN_WIDTH, "memory"),
+            min_width=MIN_WIDTH.get(name),
         )
     stage = None
-    for row in outcome.rows:
+    for row in result.rows:
         if row.stage != stage:
             stage = row.stage
-            made.add_row(f"{STAGES[stage]}:")
-        cells = _cells(row, outcome)
-        made.add_row(*(cells[n] for n in shown))
-    return made
+            grid.add_row(f"{STAGES[stage]}:")
+        cells = _cells(row, result)
+        grid.add_row(*(cells[n] for n in visible))
+    return grid
 
 
-def _cells(row: Row, outcome: SearchResult) -> list[str]:
-    found, cost = row.measured, row.cost
+def _cells(row: Row, result: SearchResult) -> list[str]:
+    measurement, cost = row.measurement, row.cost
     usable = row.seconds < inf
-    memory = decimal(found.peak_bytes) if found.peak_bytes else ""
-    if found.device_bytes is not None:
-        memory += f" + {decimal(found.device_bytes)} GPU"
+    memory = decimal(measurement.peak_bytes) if measurement.peak_bytes else ""
+    if measurement.device_bytes is not None:
+        memory += f" + {decimal(measurement.device_bytes)} GPU"
     remarks: list[str] = []
-    if found.verdict != "ok":
-        remarks.append(f"{found.verdict}: {found.note[:200]}" if found.note else found.verdict)
-    if outcome.before is not None and row.setting == outcome.before.setting:
-        remarks.append("now")
-    if row == outcome.best:
+    if measurement.status != "ok":
+        note = f": {measurement.note[:200]}" if measurement.note else ""
+        remarks.append(measurement.status + note)
+    if result.baseline is not None and row.setting == result.baseline.setting:
+        remarks.append("current")
+    if row == result.best:
         remarks.append("chosen")
     return [
-        "  " + label(row.setting, row.stage, cost.chunksize),
-        _rate(found.rate) if usable else "",
+        "  " + describe(row.setting, row.stage, cost.chunksize),
+        _format_rate(measurement.rate) if usable else "",
         memory,
-        duration(row.seconds) if usable else "",
+        format_duration(row.seconds) if usable else "",
         str(cost.chunks),
         decimal(cost.piece_bytes),
-        "" if found.difference is None else f"{found.difference:.1g}",
+        "" if measurement.difference is None else f"{measurement.difference:.1g}",
         ", ".join(remarks),
     ]
 
 
-def comment(outcome: SearchResult) -> list[str]:
-    """Return the table as plain lines, and what they mean."""
+def comment_lines(result: SearchResult) -> list[str]:
+    """Return the table and its legend as plain lines."""
     stream = io.StringIO()
     console = Console(file=stream, width=COMMENT_WIDTH, no_color=True, highlight=False)
-    console.print(table(outcome, COMMENT_WIDTH))
-    return [*(line.rstrip() for line in stream.getvalue().splitlines()), *legend(outcome)]
+    console.print(build_table(result, COMMENT_WIDTH))
+    return [*(line.rstrip() for line in stream.getvalue().splitlines()), *legend_lines(result)]
 
 
-def legend(outcome: SearchResult) -> list[str]:
-    """Return what a reader of the table should know, in plain lines."""
+def legend_lines(result: SearchResult) -> list[str]:
+    """Return explanations of the table as plain lines."""
     lines = [
-        "whole job: by one worker like this one, loading included, finalizing not",
-        "pieces: bytes that chunks leave for each other; none of these computes a patch twice",
-        "differs: largest change of an output value, as a share of the outputs' range",
+        "job time: predicted for one worker on this machine, with loading, without finalizing",
+        "pieces: temporary bytes that chunks exchange; every patch is computed once",
+        "differs: largest change of an output value, as a fraction of the outputs' range",
     ]
-    asked = [row.setting for row in outcome.rows if row.setting.may_change_results]
-    if any(setting.precision is not None for setting in asked):
-        lines.append("a precision changes results: hold them against the truth before using it")
-    if any(setting.patch is not None for setting in asked):
+    requested = [row.setting for row in result.rows if row.setting.may_change_results]
+    if any(setting.precision is not None for setting in requested):
+        lines.append("a precision changes the results: validate them before you use it")
+    if any(setting.patch is not None for setting in requested):
+        lines.append("a patch size can change the results: validate them before you use it")
+    if any(row.measurement.status == "changes results" for row in result.rows):
         lines.append(
-            "patch size can change what a network says: hold it against the truth before using it"
+            f"changes results: by more than {ALLOWED_CHANGE:g} without --precision or "
+            "--patch-sizes; not chosen"
         )
-    if any(row.measured.verdict == "changes results" for row in outcome.rows):
-        lines.append(f"not chosen: what was not asked for and changes results by over {HARMLESS:g}")
-    if outcome.best is not None and outcome.best.stage == "network":
-        lines.append("too little time for whole chunks: chunksize and depth were not compared")
+    if result.best is not None and result.best.stage == "network":
+        lines.append("chunksize and depth were not compared; use a longer --max-time")
     return lines
 
 
-def values(row: Row) -> dict[str, Any]:
-    """Return a row as JSON values; None for what is not known."""
-    setting, cost, found = row.setting, row.cost, row.measured
+def row_as_dict(row: Row) -> dict[str, Any]:
+    """Return a row as JSON values; None for values that were not measured."""
+    setting, cost, measurement = row.setting, row.cost, row.measurement
     return {
         "stage": row.stage,
         "batch": setting.batch,
@@ -127,13 +129,13 @@ def values(row: Row) -> dict[str, Any]:
         "patch": None if setting.patch is None else list(setting.patch),
         "chunksize": list(cost.chunksize),
         "depth": setting.depth if row.stage == "pipeline" else None,
-        "verdict": found.verdict,
-        "note": found.note or None,
-        "patches_per_second": found.rate or None,
-        "peak_bytes": found.peak_bytes or None,
-        "device_bytes": found.device_bytes,
-        "difference": None if found.difference in (None, inf) else found.difference,
-        "load_seconds": found.load_seconds or None,
+        "verdict": measurement.status,
+        "note": measurement.note or None,
+        "patches_per_second": measurement.rate or None,
+        "peak_bytes": measurement.peak_bytes or None,
+        "device_bytes": measurement.device_bytes,
+        "difference": None if measurement.difference in (None, inf) else measurement.difference,
+        "load_seconds": measurement.load_seconds or None,
         "job_seconds": row.seconds if row.seconds < inf else None,
         "chunks": cost.chunks,
         "patches": cost.patches,
@@ -142,18 +144,18 @@ def values(row: Row) -> dict[str, Any]:
     }
 
 
-def _rate(rate: float) -> str:
+def _format_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def cross(shape: tuple[int, ...]) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as `64×64×32`."""
     return "×".join(map(str, shape))
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return seconds as `1 h 02 min`, `3 min 05 s` or `12 s`."""
-    whole = max(1, round(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+    total = max(1, round(seconds))
+    if total >= 3600:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 60} min {total % 60:02d} s" if total >= 60 else f"{total} s"

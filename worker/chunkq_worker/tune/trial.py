@@ -1,7 +1,7 @@
-"""Runs one setting of a job and says how fast it was, in a process of its own.
+"""Run one setting of a job in a separate process and measure its speed and memory.
 
-`python -m chunkq_worker.tune.trial` reads its `Orders` as one line of JSON and writes the fields
-of a `Measured` as another. Its standard input is its lifeline: when that closes, it ends.
+`python -m chunkq_worker.tune.trial` reads `TrialOptions` as one line of JSON on standard input and
+writes the fields of a `Measurement` as one line of JSON. It ends when its standard input closes.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from chunkq_worker.batching import Halos
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.inline import NoQueue
 from chunkq_worker.run_task import run_task
-from chunkq_worker.tune.search import Measurement, Stage
+from chunkq_worker.tune.search import Measurement, Stage, TrialStatus
 from chunkq_worker.tune.space import fullest, near_middle
 
 ROUNDS = 3
-"""Timed rounds of the network alone; the median counts."""
-SAMPLE = 2
-"""Patches whose output is compared with that of other settings."""
-MAX_PATCHES = 10_000
-NOWHERE = "sqlite:///nowhere/queue.db"
+"""Number of timed rounds in stage `network`; the median is reported."""
+SAMPLE_PATCHES = 2
+"""Number of patches whose outputs are compared with those of other settings."""
+MAX_TIMED_PATCHES = 10_000
+UNUSED_QUEUE_URL = "sqlite:///nowhere/queue.db"
 
 
 @dataclass(frozen=True, slots=True)
 class TrialOptions:
-    """What a trial is told: `record` is a job record as JSON, `seconds` how long to measure.
+    """The options of a trial: `record` is a job record as JSON, `seconds` the time to measure.
 
-    `folder` is an empty one for temporary files, `sample` a file for the output of the first
-    patches, written in stage `network`.
+    `folder` is an empty folder for temporary files. In stage `network`, the outputs of the first
+    patches are written to the file `sample`.
     """
 
     stage: Stage
@@ -66,44 +66,46 @@ class TrialOptions:
 
 
 class TooLargeError(Exception):
-    """The batch did not fit and was halved, so this is another setting."""
+    """The batch did not fit into memory and was halved, so the setting cannot be measured."""
 
 
 def main() -> None:
-    """Answer on standard output."""
-    orders = TrialOptions(**json.loads(sys.stdin.readline()))
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    """Run the trial and write its measurement to standard output."""
+    options = TrialOptions(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     stages: dict[Stage, Callable[[TrialOptions, JobRecord], Measurement]] = {
-        "network": _network,
-        "pipeline": _pipeline,
+        "network": _measure_network,
+        "pipeline": _measure_pipeline,
     }
     try:
-        record = JobRecord.from_json(orders.record.encode())
-        found = stages[orders.stage](orders, record)
+        record = JobRecord.from_json(options.record.encode())
+        measurement = stages[options.stage](options, record)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ChunkqError):
             reason = f"the trial raised {type(error).__name__}: {reason}"
-        found = Measurement("too large" if _is_memory(error) else "failed", note=reason)
-    sys.stdout.write("\n" + json.dumps(asdict(found)) + "\n")
+        status: TrialStatus = "too large" if _is_out_of_memory(error) else "failed"
+        measurement = Measurement(status, note=reason)
+    sys.stdout.write("\n" + json.dumps(asdict(measurement)) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # a compiler's helpers or a reader's threads must not keep it
+    os._exit(0)  # do not wait for a compiler's helper processes or reader threads
 
 
-def _die_with_parent() -> None:
+def _end_with_parent() -> None:
     sys.stdin.read()
     os._exit(1)
 
 
-def _is_memory(error: Exception) -> bool:
-    """Tell whether an error says that something did not fit."""
-    words = str(error).lower()
-    known = ("out of memory", "runs out of memory", "can't allocate memory")
-    return isinstance(error, (MemoryError, TooLargeError)) or any(word in words for word in known)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that memory is too small."""
+    message = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory")
+    is_memory_error = isinstance(error, (MemoryError, TooLargeError))
+    return is_memory_error or any(phrase in message for phrase in phrases)
 
 
-def _loaded(record: JobRecord) -> tuple[InferenceEngine, float]:
-    """Return the loaded network and the seconds it took."""
+def _load_engine(record: JobRecord) -> tuple[InferenceEngine, float]:
+    """Return the engine with its loaded network, and the seconds to load it."""
     before = time.perf_counter()
     engine = InferenceEngine(record, record.plan())
     _check_batch(engine, record)
@@ -111,96 +113,97 @@ def _loaded(record: JobRecord) -> tuple[InferenceEngine, float]:
 
 
 def _check_batch(engine: InferenceEngine, record: JobRecord) -> None:
-    asked = record.job.model.max_batch_size
-    if engine.batcher.size < asked:
-        raise TooLargeError(f"a batch of {asked} does not fit")
+    requested = record.job.model.max_batch_size
+    if engine.batcher.size < requested:
+        raise TooLargeError(f"a batch of {requested} does not fit")
 
 
-def _network(orders: TrialOptions, record: JobRecord) -> Measurement:
-    """Time the network and the blending on patches of one chunk amid the volume."""
-    engine, load_seconds = _loaded(record)
+def _measure_network(options: TrialOptions, record: JobRecord) -> Measurement:
+    """Time the network and the blending on patches of one chunk in the middle of the volume."""
+    engine, load_seconds = _load_engine(record)
     job, plan = record.job, engine.plan
     chunk = fullest(plan)
     halos = [
         read_padded(open_array(source.array_path), chunk.halo, job.pad_mode, job.pad_value)
         for source in record.sources
     ]
-    patches = list(islice(plan.patches(chunk), MAX_PATCHES))
-    np.save(orders.sample, _sample(engine, patches, halos, chunk))
+    patches = list(islice(plan.patches(chunk), MAX_TIMED_PATCHES))
+    np.save(options.sample, _sample_outputs(engine, patches, halos, chunk))
     weights = WeightCache(plan, load_blend_weights(plan), engine.runtime.to_device)
     zeros = engine.runtime.zeros((plan.channels, *chunk.region.shape))
     sums = Accumulator(plan, chunk, weights, zeros)
 
-    def run(some: list[Patch]) -> float:
+    def run(batch_patches: list[Patch]) -> float:
         before = time.perf_counter()
-        for patch, prediction in engine.batcher.predictions(some, halos, chunk.halo.start):
+        for patch, prediction in engine.batcher.predictions(batch_patches, halos, chunk.halo.start):
             sums.add(patch, prediction)
         return time.perf_counter() - before
 
     size = engine.batcher.size
     run(patches[:size])
-    one = max(run(patches[:size]), 1e-9)
-    taken = patches[: max(1, int(orders.seconds / ROUNDS / one)) * size]
-    repeats = max(1, int(orders.seconds / ROUNDS / one * size / len(taken)))
-    seconds = [sum(run(taken) for _ in range(repeats)) for _ in range(ROUNDS)]
-    sums.contribution()  # for its memory
+    batch_seconds = max(run(patches[:size]), 1e-9)
+    timed_patches = patches[: max(1, int(options.seconds / ROUNDS / batch_seconds)) * size]
+    repeats = max(1, int(options.seconds / ROUNDS / batch_seconds * size / len(timed_patches)))
+    seconds = [sum(run(timed_patches) for _ in range(repeats)) for _ in range(ROUNDS)]
+    sums.contribution()  # included in the peak memory
     _check_batch(engine, record)
-    rate = len(taken) * repeats / max(median(seconds), 1e-9)
-    return _measured(engine, rate, load_seconds)
+    rate = len(timed_patches) * repeats / max(median(seconds), 1e-9)
+    return _measurement(engine, rate, load_seconds)
 
 
-def _sample(
+def _sample_outputs(
     engine: InferenceEngine, patches: list[Patch], halos: Halos, chunk: Chunk
 ) -> npt.NDArray[Any]:
-    """Return what the network gives for the first patches, in batches as full as they come."""
+    """Return the network's raw output for the first SAMPLE_PATCHES patches (n, C, *Q)."""
     size, outputs = engine.batcher.size, []
-    for first in range(0, min(SAMPLE, len(patches)), size):
-        found = engine.batcher.raw(patches[first : first + size], halos, chunk.halo.start)
-        if found is None:
+    for first in range(0, min(SAMPLE_PATCHES, len(patches)), size):
+        output = engine.batcher.raw(patches[first : first + size], halos, chunk.halo.start)
+        if output is None:
             raise TooLargeError(f"a batch of {size} does not fit")
-        outputs.append(found)
-    return np.concatenate(outputs)[:SAMPLE]
+        outputs.append(output)
+    return np.concatenate(outputs)[:SAMPLE_PATCHES]
 
 
-def _pipeline(orders: TrialOptions, record: JobRecord) -> Measurement:
-    """Time whole chunks of a job like any other, but for its output in a temporary folder."""
-    output = str(Path(orders.folder) / "out.zarr")
-    made = chunkq.produce(record.job.as_dict(), output=output, queue=NoQueue(NOWHERE))
-    job, device = open_job(made.folder.path), get_device()
-    engine, load_seconds = device.run(lambda: _loaded(job.record)).result()
+def _measure_pipeline(options: TrialOptions, record: JobRecord) -> Measurement:
+    """Time entire chunks of the job, with its output in a temporary folder."""
+    output = str(Path(options.folder) / "out.zarr")
+    produced = chunkq.produce(record.job.as_dict(), output=output, queue=NoQueue(UNUSED_QUEUE_URL))
+    job, device = open_job(produced.folder.path), get_device()
+    engine, load_seconds = device.run(lambda: _load_engine(job.record)).result()
     with device.compute_with(job, engine):
-        rate = _rate(job, orders)
+        rate = _patches_per_second(job, options)
     _check_batch(engine, record)
-    return _measured(engine, rate, load_seconds)
+    return _measurement(engine, rate, load_seconds)
 
 
-def _rate(job: JobHandle, orders: TrialOptions) -> float:
-    """Return patches per second of chunks from the middle on, `depth` of them in flight."""
+def _patches_per_second(job: JobHandle, options: TrialOptions) -> float:
+    """Return patches per second over chunks from the middle outwards, `depth` in flight."""
     chunks = near_middle(job.plan)
 
     def compute(chunk: Chunk) -> int:
         run_task(Task("infer", job.folder.path, chunk.index), Attempt(1, "tune"))
         return chunk.patches
 
-    if len(chunks) > orders.depth:  # else all of them are needed for the clock
+    if len(chunks) > options.depth:  # with fewer chunks, all of them have to be timed
         compute(chunks.pop(0))
-    left, flying, patches = iter(chunks), set[Future[int]](), 0
-    began = time.perf_counter()
-    with ThreadPoolExecutor(orders.depth) as pool:
-        begun = 0
+    remaining, in_flight, patches = iter(chunks), set[Future[int]](), 0
+    start_time = time.perf_counter()
+    with ThreadPoolExecutor(options.depth) as pool:
+        started = 0
         while True:
-            fresh = begun <= orders.depth or time.perf_counter() - began < orders.seconds
-            while fresh and len(flying) < orders.depth and (chunk := next(left, None)):
-                flying.add(pool.submit(compute, chunk))
-                begun += 1
-            if not flying:
+            seconds = time.perf_counter() - start_time
+            may_start = started <= options.depth or seconds < options.seconds
+            while may_start and len(in_flight) < options.depth and (chunk := next(remaining, None)):
+                in_flight.add(pool.submit(compute, chunk))
+                started += 1
+            if not in_flight:
                 break
-            done, flying = wait(flying, return_when=FIRST_COMPLETED)
+            done, in_flight = wait(in_flight, return_when=FIRST_COMPLETED)
             patches += sum(future.result() for future in done)
-    return patches / max(time.perf_counter() - began, 1e-9)
+    return patches / max(time.perf_counter() - start_time, 1e-9)
 
 
-def _measured(engine: InferenceEngine, rate: float, load_seconds: float) -> Measurement:
+def _measurement(engine: InferenceEngine, rate: float, load_seconds: float) -> Measurement:
     return Measurement(
         "ok",
         rate=rate,
