@@ -55,6 +55,16 @@ class ErrorCode(StrEnum):
     """The queue refuses this user or password, or another user could control the queue."""
     QUEUE_DAMAGED = auto()
     """The file of the queue is damaged or is no queue."""
+    QUEUE_ADDRESS_INVALID = auto()
+    """The URL of the queue has an unknown scheme, or an invalid part."""
+    QUEUE_LOST = auto()
+    """The cluster that held the queue was restarted; the tasks must be queued again."""
+    QUEUE_VERSION_MISMATCH = auto()
+    """The cluster of the queue and this process run different versions of a package."""
+    QUEUE_NO_WORKERS = auto()
+    """The cluster of the queue has no free workers, or no GPU, for the job."""
+    DEPENDENCY_MISSING = auto()
+    """A package or program that the command needs is not installed."""
     MODEL_UNUSABLE = auto()
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
