@@ -48,7 +48,7 @@ class Attempt:
 
 
 class BlockContribution(NamedTuple):
-    """Contribution of a committed chunk to a block: number `member`, from 0, of `of` contributors."""
+    """Contribution of a committed chunk to a block: number `member` (from 0) of `of` in total."""
 
     block: tuple[int, ...]
     member: int

@@ -83,7 +83,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _path(kind: str, host: str, port: int) -> Path:
-    """Return the file of an address. For loopback, its name includes this host: homes are shared."""
+    """Return the file of an address. The name includes this host for loopback addresses."""
     name = f"{socket.gethostname()}_{host}" if is_loopback(host) else host.lower()
     return Path(platformdirs.user_state_path("chunkq")) / "credentials" / f"{kind}_{name}_{port}"
 

@@ -134,7 +134,7 @@ class Address:
         return f"dask://{host}:{self.port}" + (f"?{urlencode(options)}" if options else "")
 
     def with_stored_certificate(self) -> Self:
-        """Return the address with the certificate that this user's cluster stored for it, if any."""
+        """Add the certificate that a cluster of this user has stored for this address, if any."""
         if self.protocol != "tcp":
             return self
         file = credentials.find_secret("dask", self.host, self.port)
@@ -233,7 +233,7 @@ class DaskExecutor(HostedQueue):
         return self._client
 
     def _check_versions(self, client: Any) -> None:
-        """Raise QueueError if the scheduler runs other versions. Dask only warns, and fails later."""
+        """Raise QueueError if the scheduler runs other versions. Dask only logs a warning."""
         remote = client.sync(client.scheduler.versions)["packages"]
         local = distributed.versions.get_versions()["packages"]
         for name in ("python", "dask", "distributed"):

@@ -157,7 +157,7 @@ class HostedQueue(TableQueue):
 
     @abstractmethod
     def request(self, request: str) -> str:
-        """Send a request to the host; return its response. Raises QueueError if it is unreachable."""
+        """Send a request to the host and return its response. Raises QueueError."""
 
     @abstractmethod
     def launch_remote_workers(

@@ -41,8 +41,8 @@ class _Leased:
 class _JobQueue:
     """Tasks of one job by id, each in one of three states, and the contributors of its blocks.
 
-    `queued` maps an id to its message and the number of attempts so far. `blocks` maps a block to the
-    contributors that have not committed yet; an empty set marks a complete block.
+    `queued` maps an id to its message and the number of attempts so far. `blocks` maps a block to
+    the contributors that have not committed yet; an empty set marks a complete block.
     """
 
     queued: OrderedDict[str, tuple[str, int]] = field(default_factory=OrderedDict)

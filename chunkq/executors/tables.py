@@ -117,8 +117,8 @@ class TaskTable:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT {STATE_NOW} AS state_now, count(*) FROM tasks WHERE job = ? "
-                "GROUP BY state_now",
+                f"SELECT {STATE_NOW} AS current, count(*) FROM tasks WHERE job = ? "
+                "GROUP BY current",
                 (time.time(), job),
             ).fetchall()
         return dict(rows)
@@ -127,7 +127,7 @@ class TaskTable:
         """Return the numbers of tasks of every job by state; an expired lease counts as queued."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT job, {STATE_NOW} AS state_now, count(*) FROM tasks GROUP BY job, state_now",
+                f"SELECT job, {STATE_NOW} AS current, count(*) FROM tasks GROUP BY job, current",
                 (time.time(),),
             ).fetchall()
         states: dict[str, dict[str, int]] = {}
@@ -216,7 +216,9 @@ class TaskTable:
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             # A worker that was suspended until its job was done must not create rows.
-            exists = database.execute("SELECT 1 FROM tasks WHERE job = ? LIMIT 1", (job,)).fetchone()
+            exists = database.execute(
+                "SELECT 1 FROM tasks WHERE job = ? LIMIT 1", (job,)
+            ).fetchone()
             for block, member, of in contributions if exists else ():
                 row = database.execute(
                     "SELECT marks FROM blocks WHERE job = ? AND block = ?", (job, block)
