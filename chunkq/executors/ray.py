@@ -253,7 +253,7 @@ class RayExecutor(HostedQueue):
         if not count:
             raise QueueError(
                 f"queue: {self.url}: the Ray cluster has no GPU for this job; use a cluster with "
-                "GPUs, or set the device of the job to cpu",
+                "GPUs, or `device: cpu` in the job file",
                 code=ErrorCode.QUEUE_NO_WORKERS,
             )
         group = new_group_name()
