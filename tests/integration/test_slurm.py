@@ -176,7 +176,7 @@ def test_a_job_whose_walltime_ends_is_continued_by_itself_and_computes_nothing_t
     before = workspace.done()
     workspace.open_gate()
     log = site.slurm.states(job)[0]
-    wait_until(lambda: "this job comes back (restart 1)" in log.log, "it wants to come back")
+    wait_until(lambda: "requeueing this job (restart 1)" in log.log, "it wants to come back")
     stopped_at = workspace.done()
     assert 5 <= len(before) < len(stopped_at) < len(workspace.patches())
 
@@ -208,7 +208,7 @@ def test_a_job_that_is_told_to_stop_comes_back_and_computes_nothing_twice(
     wait_until(lambda: stopping in site.slurm.states(job)[0].log, "the worker stops")
     before = workspace.done()
     workspace.open_gate()
-    comes_back = "this job comes back (restart 1)"
+    comes_back = "requeueing this job (restart 1)"
     wait_until(lambda: comes_back in site.slurm.states(job)[0].log, "it is queued again")
     wait_until(lambda: site.slurm.states(job)[0].state == "PENDING", "it waits for its turn")
     stopped_at = workspace.done()
@@ -316,18 +316,18 @@ def _pipeline(site: SlurmWorkspace, *arguments: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("workers.sbatch", (), "url is missing; see CHUNKQ_QUEUE_FILE"),
+        ("workers.sbatch", (), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
         ("workers.sbatch", ("job.yaml",), "usage: sbatch workers.sbatch [JOB OUT]"),
         ("array.sbatch", (), "usage: sbatch array.sbatch OUT"),
-        ("array.sbatch", ("out.zarr",), "url is missing; see CHUNKQ_QUEUE_FILE"),
+        ("array.sbatch", ("out.zarr",), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
         ("dask.sbatch", (), "usage: sbatch dask.sbatch JOB"),
         ("ray.sbatch", (), "usage: sbatch ray.sbatch JOB"),
         ("produce.sbatch", ("job.yaml",), "usage: sbatch produce.sbatch JOB OUT"),
-        ("produce.sbatch", ("job.yaml", "out.zarr"), "url is missing; see CHUNKQ_QUEUE_FILE"),
+        ("produce.sbatch", ("job.yaml", "out.zarr"), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
         ("finalize.sbatch", (), "usage: sbatch finalize.sbatch OUT"),
         ("pipeline.sh", ("job.yaml",), "usage: pipeline.sh JOB OUT [sbatch options]"),
-        ("pipeline.sh", ("none.yaml", "out.zarr"), "none.yaml: no such job file"),
-        ("pipeline.sh", ("job.yaml", "out.zarr"), "url is missing; see CHUNKQ_QUEUE_FILE"),
+        ("pipeline.sh", ("none.yaml", "out.zarr"), "none.yaml: missing job file"),
+        ("pipeline.sh", ("job.yaml", "out.zarr"), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
     ],
 )
 def test_a_script_says_what_it_lacks(
