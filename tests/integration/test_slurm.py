@@ -316,18 +316,18 @@ def _pipeline(site: SlurmWorkspace, *arguments: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("workers.sbatch", (), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
+        ("workers.sbatch", (), "url; start chunkq redis"),
         ("workers.sbatch", ("job.yaml",), "usage: sbatch workers.sbatch [JOB OUT]"),
         ("array.sbatch", (), "usage: sbatch array.sbatch OUT"),
-        ("array.sbatch", ("out.zarr",), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
+        ("array.sbatch", ("out.zarr",), "url; start chunkq redis"),
         ("dask.sbatch", (), "usage: sbatch dask.sbatch JOB"),
         ("ray.sbatch", (), "usage: sbatch ray.sbatch JOB"),
         ("produce.sbatch", ("job.yaml",), "usage: sbatch produce.sbatch JOB OUT"),
-        ("produce.sbatch", ("job.yaml", "out.zarr"), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
+        ("produce.sbatch", ("job.yaml", "out.zarr"), "url; start chunkq redis"),
         ("finalize.sbatch", (), "usage: sbatch finalize.sbatch OUT"),
         ("pipeline.sh", ("job.yaml",), "usage: pipeline.sh JOB OUT [sbatch options]"),
         ("pipeline.sh", ("none.yaml", "out.zarr"), "none.yaml: missing job file"),
-        ("pipeline.sh", ("job.yaml", "out.zarr"), "url; start chunkq redis, or set CHUNKQ_QUEUE_FILE"),
+        ("pipeline.sh", ("job.yaml", "out.zarr"), "url; start chunkq redis"),
     ],
 )
 def test_a_script_says_what_it_lacks(
