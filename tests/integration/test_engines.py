@@ -68,7 +68,7 @@ def test_a_killed_worker_process_loses_no_committed_chunks(
         workspace.open_gate()
         result = cli.wait()
     assert result.code == 0, result.err
-    assert "handed back" in result.err
+    assert "signal 9" in result.err
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
     patches = workspace.patches()
@@ -109,14 +109,14 @@ def test_status_reports_failures_and_retries(
 
 
 @SERVERS_ONLY
-def test_ctrl_c_finishes_what_is_in_flight_and_the_same_again_goes_on(
+def test_ctrl_c_finishes_chunks_in_flight_and_the_same_command_continues(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     with workspace.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="3") as cli:
         workspace.wait_until_stopped()
         cli.process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stopping" in cli.output(), "it has heard")
+        wait_until(lambda: "stopping" in cli.output(), "the worker stops")
         workspace.open_gate()
         result = cli.wait()
     assert result.code == 0, result.err
