@@ -281,19 +281,19 @@ def test_signals_lose_no_chunks_and_count_no_attempts(
 ) -> None:
     workspace.produce()
     graceful = stop(workspace, 5, 1)
-    assert len(politely.in_flight) == DEPTH
-    assert workspace.done().keys() == politely.done.keys() | politely.in_flight
+    assert len(graceful.in_flight) == DEPTH
+    assert workspace.done().keys() == graceful.done.keys() | graceful.in_flight
     assert set(used_attempts(workspace).values()) == {0}
 
     immediate = stop(workspace, 10, 2)
-    assert len(at_once.in_flight) == DEPTH
-    assert workspace.done() == at_once.done
-    assert workspace.counts() == Counts(queued=CHUNKS - len(at_once.done))
+    assert len(immediate.in_flight) == DEPTH
+    assert workspace.done() == immediate.done
+    assert workspace.counts() == Counts(queued=CHUNKS - len(immediate.done))
     assert set(used_attempts(workspace).values()) == {0}
 
     assert workspace.work().code == 0
-    politely.assert_commits_kept()
-    at_once.assert_only_in_flight_repeated()
+    graceful.assert_commits_kept()
+    immediate.assert_only_in_flight_repeated()
     assert set(attempts(workspace).values()) == {1}
     assert_finalized_like(workspace, undisturbed)
 
@@ -550,7 +550,7 @@ def test_the_first_worker_after_an_outage_cannot_reserve_running_tasks_of_others
         outage = time.time()
         wait_until(lambda: time.time() - outage > 1, "the leases expire")
         server.start()
-        # The first beat of a heart after the absence comes from one of them; the other is snapshot.
+        # After the outage one worker renews its lease before the other one.
         queue.renew(workers["first"], [leases["first"]])  # type: ignore[list-item]
         assert queue.reserve(workers["first"]) is None
         queue.renew(workers["second"], [leases["second"]])  # type: ignore[list-item]
