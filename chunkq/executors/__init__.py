@@ -52,8 +52,8 @@ def open_executor(url: str) -> Executor:
         hint = nearest(scheme, list(BACKENDS))
         printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
-            f"queue: invalid address {printed}{hint}; "
-            f"use one of {', '.join(name + '://' for name in BACKENDS)}",
+            f"queue: {printed}: unknown scheme; "
+            f"use one of {', '.join(name + '://' for name in BACKENDS)}{hint}",
             code=ErrorCode.QUEUE_ADDRESS_INVALID,
         )
     return load_backend(scheme)(url)

@@ -156,7 +156,7 @@ class Address:
 def _invalid_address(url: str, options: str = "") -> JobError:
     printed = re.sub(r"(?s)//.*@", "//***@", url)
     return JobError(
-        f"queue: invalid address {printed}; use dask://HOST:{DEFAULT_PORT}{options}",
+        f"queue: {printed}: invalid address; use dask://HOST:{DEFAULT_PORT}{options}",
         code=ErrorCode.QUEUE_ADDRESS_INVALID,
     )
 

@@ -81,7 +81,7 @@ class Address:
             return cls(options.get("address", ["auto"])[0])
         if host is None or port is None or options:
             raise JobError(
-                f"queue: invalid address {url}; use ray://auto on a machine of the Ray cluster, "
+                f"queue: {url}: invalid address; use ray://auto on a machine of the Ray cluster, "
                 "or ray://HOST:10001",
                 code=ErrorCode.QUEUE_ADDRESS_INVALID,
             )

@@ -337,8 +337,8 @@ def test_the_error_for_a_damaged_queue_contains_the_message_of_the_server(tmp_pa
     for path in folder.rglob("*.aof"):
         path.write_bytes(b"nonsense\r\n" * 100)
     line = refused(folder)
-    assert "Redis server" in line
-    assert str(folder) in line or "aof" in line.lower()
+    assert "aof" in line.lower()
+    assert line.endswith(f"[{ErrorCode.QUEUE_UNAVAILABLE}]")
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'a "quoted" one', "back\\slash", "Würfel"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from chunkq.errors import JobError, QueueError
+from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import WorkerName
 from chunkq.executors.rq.connect import connect
@@ -225,7 +225,8 @@ def test_a_storage_password_does_not_show(scheme: str, secret: str) -> None:
 def test_an_address_that_is_none_is_refused_without_its_password(secret: str, place: str) -> None:
     with pytest.raises(QueueError) as refusal:
         connect(f"redis://:{quote(secret, safe='')}@{place}")
-    assert str(refusal.value).startswith(f"queue: redis://:***@{place} is no Redis address")
+    assert refusal.value.code is ErrorCode.QUEUE_ADDRESS_INVALID
+    assert str(refusal.value).startswith(f"queue: redis://:***@{place}: ")
 
 
 NOWHERE = "127.0.0.1:1"

@@ -61,7 +61,7 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     except (ValueError, TypeError):
         # The original message may contain a part of the password.
         raise QueueError(
-            f"queue: invalid Redis address {without_secret(url)}; use "
+            f"queue: {without_secret(url)}: invalid address; use "
             "redis://[user:password@]host[:port][/number], rediss://… for TLS or unix:///path, "
             "with %-codes for special characters in the password",
             code=ErrorCode.QUEUE_ADDRESS_INVALID,
