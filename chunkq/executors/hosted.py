@@ -65,7 +65,7 @@ class QueueHost:
         values = json.loads(request)
         if values["version"] != VERSION:
             return _error_response(
-                f"runs chunkq {VERSION}, but this process runs chunkq {values['version']}; "
+                f"the cluster runs chunkq {VERSION}, but this process runs chunkq {values['version']}; "
                 "install the same version everywhere",
                 ErrorCode.QUEUE_VERSION_MISMATCH,
             )

@@ -139,8 +139,10 @@ def _password_in(file: str, name: str) -> str:
     else:
         if password and len(password) <= MAX_PASSWORD_LENGTH and not set("\r\n") & set(password):
             return password
-        problem = f"{file}: expected one line with the password, found " + (
-            "more than one line, or a longer one" if password else "an empty file"
+        content = f"several lines or over {MAX_PASSWORD_LENGTH} characters"
+        problem = (
+            f"{file}: expected one line with the password, found "
+            f"{content if password else 'an empty file'}"
         )
     raise QueueError(f"queue: {name}: {problem}", code=ErrorCode.QUEUE_DENIED)
 
