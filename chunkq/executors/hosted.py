@@ -65,8 +65,8 @@ class QueueHost:
         values = json.loads(request)
         if values["version"] != VERSION:
             return _error_response(
-                f"the cluster runs chunkq {VERSION}, but this process runs chunkq {values['version']}; "
-                "install the same version everywhere",
+                f"the cluster runs chunkq {VERSION}, but this process runs chunkq "
+                f"{values['version']}; install the same version everywhere",
                 ErrorCode.QUEUE_VERSION_MISMATCH,
             )
         name = values["method"]
