@@ -149,7 +149,8 @@ def hook(folder: Path, code: str) -> dict[str, str]:
     """Write code that Python processes run at their start; return their environment."""
     (folder / "hook").mkdir()
     (folder / "hook" / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": str(folder / "hook")}
+    paths = [str(folder / "hook"), os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def refused(workspace: StandardWorkspace, *arguments: str, **environment: str) -> str:
