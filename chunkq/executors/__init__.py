@@ -1,4 +1,4 @@
-"""Queue backends, chosen by URL and imported only when one is asked for."""
+"""Queue backends, selected by the scheme of the URL and imported on first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from types import MappingProxyType
 
-from chunkq.errors import JobError, QueueError, nearest
+from chunkq.errors import ErrorCode, JobError, QueueError, nearest
 from chunkq.executors.base import Executor
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
@@ -26,59 +26,63 @@ BACKENDS: MappingProxyType[str, str] = MappingProxyType(
 EXTRAS: MappingProxyType[str, str] = MappingProxyType(
     {"rq": "redis", "redis": "redis", "distributed": "dask", "dask": "dask", "ray": "ray"}
 )
-"""Package -> the extra of chunkq that brings it."""
+"""Package -> the extra of chunkq that installs it."""
 QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 
 
 def default_url() -> str:
-    """Return the embedded queue's URL: a file in the user's state folder."""
+    """Return the URL of the embedded queue: a SQLite file in the state folder of the user."""
     import platformdirs
 
     return f"sqlite:///{platformdirs.user_state_path('chunkq') / 'queue.db'}"
 
 
-def queue_url(given: str | None, of_job: str | None = None) -> str:
-    """Return the queue's URL: as given, the environment's, the job's, or the embedded queue's."""
-    return given or os.environ.get(QUEUE_VARIABLE) or of_job or default_url()
+def queue_url(option: str | None, job_url: str | None = None) -> str:
+    """Return the first URL that is set: option, environment, job file, embedded queue."""
+    return option or os.environ.get(QUEUE_VARIABLE) or job_url or default_url()
 
 
 def open_executor(url: str) -> Executor:
     """Connect to a queue.
 
-    Raises JobError for a URL of no known kind, QueueError if the queue cannot be reached or used.
+    Raises JobError for an unknown scheme, QueueError if the queue cannot be reached or used.
     """
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in BACKENDS:
         hint = nearest(scheme, list(BACKENDS))
-        shown = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
+        printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
-            f"queue: {shown} is no queue this version knows{hint}; "
-            f"it takes {', '.join(name + '://' for name in BACKENDS)}"
+            f"queue: {printed}: unknown scheme; "
+            f"use one of {', '.join(name + '://' for name in BACKENDS)}{hint}",
+            code=ErrorCode.QUEUE_ADDRESS_INVALID,
         )
     return load_backend(scheme)(url)
 
 
 def open_shared(url: str) -> Executor:
-    """Connect to a queue that other processes can reach too; raises JobError for `inprocess://`."""
+    """Connect to a queue that other processes can reach. Raises JobError for `inprocess://`."""
     if url.startswith("inprocess:"):
         raise JobError(
-            "queue: inprocess:// ends with this command; use `chunkq run` for a whole job in one "
-            "process, or a queue such as sqlite:///path/queue.db"
+            "queue: inprocess:// is not shared with other processes; use `chunkq run` for a job in "
+            "one process, or a queue such as sqlite:///path/queue.db",
+            code=ErrorCode.QUEUE_ADDRESS_INVALID,
         )
     return open_executor(url)
 
 
 def load_backend(scheme: str) -> Callable[[str], Executor]:
-    """Import what a scheme's URLs are opened with; raises QueueError if its package is missing."""
+    """Import the class for a scheme. Raises QueueError if a package that it needs is missing."""
     module, _, name = BACKENDS[scheme].partition(":")
     try:
         backend: Callable[[str], Executor] = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(package)
         if extra is None:
             raise
         raise QueueError(
-            f"queue: {scheme}:// needs a package that is not installed; "
-            f"pip install 'chunkq[{extra}]'"
+            f"queue: {scheme}:// needs the package {package}, which is not installed; "
+            f"run pip install 'chunkq[{extra}]'",
+            code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return backend

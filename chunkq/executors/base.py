@@ -1,4 +1,4 @@
-"""What every queue backend offers: the contract, and the vocabulary it speaks."""
+"""Interface of the queue backends, and the types that they share with workers."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task, run_worker
 
 MAX_ATTEMPTS = 3
-"""A task that was begun this often without success is failed, until `retry`."""
+"""A task fails for good after this many unsuccessful attempts; `retry` queues it again."""
 
 DEPTH_ON_CPU, DEPTH_ON_GPU = 3, 4
-"""One chunk is read, one computed, one written; a GPU must not wait where one of them is late."""
+"""Chunks in flight by default: one is read, one computed, one written.
+
+A GPU process has a fourth, so that the GPU does not wait for a late read or write.
+"""
 
 EXIT_DIED = 1
 EXIT_REFUSED = 4
-"""Every chunk would fail alike, so that starting a worker again is of no use."""
+"""The error affects every chunk, so the supervisor does not restart the process."""
 EXIT_QUEUE_UNREACHABLE = 6
 EXIT_TASK_TIMEOUT = 7
-"""A chunk hangs, and only the end of its process frees what it holds."""
+"""A task exceeded its time limit; only the end of the process frees its resources."""
 EXIT_RESTART = 8
-"""The jobs left need another deep-learning framework, and so a new process."""
+"""The remaining jobs need another deep-learning framework, and therefore a new process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a task: its number from 1 and the worker's name."""
+    """One attempt at a task: its number, starting at 1, and the name of the worker."""
 
     number: int
     worker: str
 
     @property
     def is_last(self) -> bool:
-        """Tell whether no further try will follow by itself."""
+        """Return whether the task fails for good if this attempt fails."""
         return self.number >= MAX_ATTEMPTS
 
 
 class BlockContribution(NamedTuple):
-    """Says that a chunk is committed, as contributor number `member` of the `of` of a block."""
+    """Contribution of a committed chunk to a block: number `member` (from 0) of `of` in total."""
 
     block: tuple[int, ...]
     member: int
@@ -54,7 +57,7 @@ class BlockContribution(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WorkerName:
-    """A worker process by its host, its device (`cpu`, or a GPU's name) and a part of its own."""
+    """Unique name of a worker process: host, device (`cpu` or the name of a GPU), random suffix."""
 
     host: str
     device: str
@@ -62,25 +65,26 @@ class WorkerName:
 
     @classmethod
     def new(cls, device: str) -> WorkerName:
-        """Name a process of this host."""
+        """Return a new name for a process on this host."""
         return cls(socket.gethostname(), device, uuid.uuid4().hex[:8])
 
     @classmethod
     def parse(cls, text: str) -> WorkerName:
-        """Invert `text`; a name of another form counts as a host's."""
-        host, device, own = (*text.rsplit(":", 2), "", "")[:3]
-        return cls(host, device, own)
+        """Parse a `name`. A text without colons is taken as the host."""
+        host, device, suffix = (*text.rsplit(":", 2), "", "")[:3]
+        return cls(host, device, suffix)
 
     @property
     def name(self) -> str:
-        """The name as one word."""
+        """The name as text: `HOST:DEVICE:SUFFIX`."""
         return f"{self.host}:{self.device}:{self.suffix}"
 
 
 class TaskResult(NamedTuple):
-    """What came of a task: its contributions, one for each block it contributed to.
+    """Result of a task: one contribution for each block that the chunk contributes to.
 
-    One that never `ran` the network says nothing about those still to come.
+    `ran` is False if the task did not run the network. Its duration is then not used for the
+    time limit of later tasks.
     """
 
     contributions: Sequence[BlockContribution] = ()
@@ -88,12 +92,12 @@ class TaskResult(NamedTuple):
 
 
 Handler = Callable[[Task, Attempt], TaskResult | None]
-"""Runs one task to its end, or raises."""
+"""Run one task to completion, or raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tasks of one job on the queue. What is done is not: the ledger knows."""
+    """Numbers of the tasks of one job on the queue. Finished tasks are in the ledger only."""
 
     queued: int = 0
     running: int = 0
@@ -102,7 +106,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A task being worked on: by whom, and since when (s, Unix)."""
+    """A running task, the name of its worker and its start time (s, Unix)."""
 
     task: Task
     worker: str
@@ -110,22 +114,26 @@ class Running:
 
 
 def default_depth(*, gpu: bool) -> int:
-    """Return the chunks in flight in each process, where nobody says how many."""
+    """Return the default number of chunks in flight in each worker process."""
     return DEPTH_ON_GPU if gpu else DEPTH_ON_CPU
 
 
 @dataclass
 class WorkerOptions:
-    """How long one worker process goes on, and how it is told to stop.
+    """Options of one worker process, and its stop signal.
 
-    `depth` tasks are in flight at once. With `burst` it ends when its job or the whole queue
-    has neither queued nor running tasks; `deadline` (s, Unix) is when its time is up: nothing
-    is begun that would, judged by the longest task so far, not fit. `stopping` lets what is in
-    flight finish. Jobs that cannot be done at all are `set_aside`, so that others go on. A task
-    may take `time_limit` (s); None lets the limit follow the tasks seen so far. One that `waits`
-    for another of this process, because there is one device, is not held to it. A process that
-    is `replaceable` is started again when it ends with EXIT_REPLACE. `settings` default to those
-    of the environment.
+    - `depth`: number of tasks in flight.
+    - `burst`: end when the job, or the whole queue, has neither queued nor running tasks.
+    - `job`: run tasks of this job only.
+    - `deadline` (s, Unix): start no task that would end later, judged by the longest task so far.
+    - `time_limit` (s): limit of every task; None derives it from the tasks so far.
+    - `is_waiting`: return whether a task waits for another task of this process to free the
+      device. The time limit does not apply to such a task.
+    - `replaceable`: the supervisor starts a new process when this one ends with EXIT_RESTART.
+    - `stop`: when set, the worker finishes the tasks in flight and reserves no more.
+    - `settings`: default to those of the environment.
+    - `longest_task` (s): duration of the longest task so far.
+    - `skipped_jobs`: jobs that failed as a whole; the worker reserves no more tasks of them.
     """
 
     worker: str
@@ -142,21 +150,25 @@ class WorkerOptions:
     skipped_jobs: set[str] = field(default_factory=set)
 
     def can_start(self) -> bool:
-        """Tell whether another task may be begun."""
+        """Return whether the worker may reserve another task."""
         if self.stop.is_set():
             return False
         return self.deadline is None or time.time() + self.longest_task < self.deadline
 
 
 class ExitStatus(NamedTuple):
-    """How a worker's options ended: the process's exit code, and why in lines."""
+    """How a worker process ended: its exit code, and the reason as lines of text."""
 
     code: int = 0
     lines: Sequence[str] = ()
 
     @classmethod
     def from_error(cls, error: ChunkqError) -> ExitStatus:
-        """Return how a worker ends with an error: an absent queue may return, a bad job may not."""
+        """Return the exit status for an error.
+
+        An unreachable queue may come back, so the supervisor restarts the process. Any other
+        error would occur again.
+        """
         if isinstance(error, FrameworkConflictError):
             return cls(EXIT_RESTART)
         may_return = isinstance(error, QueueError) and error.code is not ErrorCode.QUEUE_UNSUPPORTED
@@ -167,99 +179,100 @@ class ExitStatus(NamedTuple):
 class Executor(ABC):
     """A queue of tasks, shared by producers and workers.
 
-    - A task is on the queue at most once; submitting one that is queued or running changes
-      nothing, submitting one that failed or was cancelled queues it afresh.
-    - Every task is begun at most MAX_ATTEMPTS times; a worker that vanishes has begun it.
-      The last attempt's failure leaves the task failed.
-    - A vanished worker's tasks are begun again by others when its lease runs out, or at once by
-      `release`.
-    - A message that is no task of ours is never run; it is dropped, and the log says so.
-    - Losing the queue loses no work: the ledger says what is left.
+    - A task is on the queue at most once. Submitting a queued or running task changes nothing;
+      submitting a failed or cancelled task queues it with all its attempts.
+    - A task has at most MAX_ATTEMPTS attempts. A worker that disappears uses up an attempt. A
+      task whose last attempt is unsuccessful is failed.
+    - The tasks of a worker that disappears are queued again when their leases expire, or
+      immediately by `release`.
+    - A message that is not a task of chunkq is never run. It is deleted and logged.
+    - A lost queue loses no results: the ledger stores which chunks are done.
 
-    Methods raise QueueError in one line when the backend is away or refuses.
+    Methods raise QueueError, with a message of one line, if the backend is unreachable or refuses
+    the request.
     """
 
     url: str
     owns_process: bool = True
-    """Whether a worker has a process of its own, which ends when a task hangs."""
+    """Whether each worker is a separate process, which can end when a task hangs."""
 
     def ready(self) -> None:
-        """Check that tasks can be queued and taken here; raises QueueError if not."""
+        """Raise QueueError unless tasks can be submitted and reserved."""
         self.jobs()
 
     @abstractmethod
     def submit(self, tasks: Iterable[Task]) -> int:
-        """Queue tasks, streaming; returns how many are newly queued."""
+        """Queue tasks from an iterator in batches; return how many are newly queued."""
 
     @abstractmethod
     def counts(self, job: str) -> Counts:
-        """Count a job's tasks by state."""
+        """Return the numbers of tasks of a job by state."""
 
     @abstractmethod
     def jobs(self) -> dict[str, Counts]:
-        """Count the tasks of every job on the queue."""
+        """Return the numbers of tasks of every job on the queue."""
 
     @abstractmethod
     def running(self, job: str) -> list[Running]:
-        """List a job's tasks being worked on."""
+        """Return the running tasks of a job."""
 
     @abstractmethod
     def failed(self, job: str) -> list[Task]:
-        """List a job's failed tasks."""
+        """Return the failed tasks of a job."""
 
     @abstractmethod
     def retry(self, job: str) -> int:
-        """Queue a job's failed tasks afresh; returns how many."""
+        """Queue the failed tasks of a job with all their attempts; return how many."""
 
     @abstractmethod
     def cancel(self, job: str) -> int:
-        """Take a job off the queue; what is running may finish. Returns how many were taken."""
+        """Remove all tasks of a job; running ones may finish. Return how many were removed."""
 
     @abstractmethod
     def release(self, worker: str, *, counted: bool = True) -> int:
-        """Hand back what a worker held, to be begun again at once; returns how many.
+        """Requeue the tasks that a worker holds leases of; return how many.
 
-        `counted` tells whether the tries it had begun count: they do for a dead worker, which
-        the task may have killed, and not for one that was told to stop.
+        `counted` is whether their attempts count. Attempts of a dead worker count, because the
+        task may have killed it. Attempts of a worker that was stopped do not.
         """
 
     @abstractmethod
     def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
-        """Take tasks and run them until the options ends.
+        """Reserve tasks and run them until `options` or an error ends the worker.
 
-        A handler's error costs the task an attempt, save a JobError or ModelError: that one
-        would strike every chunk, so the task goes back uncounted and its job is set aside. So is
-        a job whose chunks fail alike one after another. The error is raised here once nothing
-        else is left to do.
+        An exception of the handler costs the task an attempt, except JobError and ModelError:
+        they would affect every chunk, so the task is requeued without counting the attempt, and
+        the job is skipped. A job is also skipped if consecutive chunks fail with one cause. The
+        error is raised once no other job has tasks.
 
-        A FrameworkConflictError means that this process cannot run the task, but a new one can.
-        The task goes back uncounted, and the process goes on with the other jobs. It finishes
-        what is in flight and raises the error as soon as these have no task to begin, or after
-        `settings.longest_replacement_delay`.
+        FrameworkConflictError means that only a new process can run the task. The task is
+        requeued without counting the attempt, and the worker continues with the other jobs. Once
+        these have no task to reserve, or after `settings.longest_replacement_delay`, it finishes
+        the tasks in flight and raises the error.
 
-        A task over its time limit cannot be stopped from inside the process: it costs an
-        attempt, all else in flight is handed back, and TaskTimeoutError is raised for the process
-        to end.
+        A task over its time limit cannot be stopped from inside the process. It costs an attempt,
+        the other tasks in flight are requeued, and TaskTimeoutError is raised so that the process
+        ends.
         """
 
     def run_worker(self, options: WorkerOptions) -> ExitStatus:
-        """Run tasks until the worker ends, in a process that the engine manages.
+        """Run tasks until the worker ends; return its exit status.
 
-        Unless an engine has such processes of its own, that is this one.
+        Tasks run in this process, unless the engine runs workers in processes that it manages.
         """
-        ended: ExitStatus = run_worker(self, options)
-        return ended
+        status: ExitStatus = run_worker(self, options)
+        return status
 
     @abstractmethod
     def record_contributions(
         self, job: str, contributions: Sequence[BlockContribution]
     ) -> list[Task]:
-        """Record a committed chunk's contributions; return the finalize tasks of complete blocks.
+        """Record the contributions of a committed chunk; return tasks to finalize complete blocks.
 
-        Each is returned to one caller only, and may be lost: what is not completed so is left
-        to the finalizer. Of a job without tasks on the queue nothing is remembered.
+        Each task is returned to one caller only. If that caller crashes, the task is lost, and the
+        finalizer completes the block. Nothing is stored for a job without tasks on the queue.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""

@@ -1,7 +1,7 @@
-"""Secrets of servers that this user's commands have started, found by the server's address.
+"""Secrets of servers that this user has started, stored by the address of the server.
 
-One private file for each address, in the user's state folder. So an address needs no password,
-and job files, environments and command lines hold none.
+Each secret is a private file in the state folder of the user. Therefore queue URLs in job files,
+environment variables and command lines need no password.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from chunkq.private_files import is_private, make_private_folder, write_private
 
 
 def store_secret(kind: str, host: str, port: int, secret: str) -> Path:
-    """Store the secret of a server; returns the file. Raises QueueError."""
+    """Store the secret of a server and return the file. Raises QueueError if it is unwritable."""
     path = _path(kind, host, port)
     try:
         make_private_folder(path.parent)
         return write_private(path, secret + "\n")
     except OSError as error:
         raise QueueError(
-            f"queue: {path.parent} cannot be written ({error.strerror or error}), so no command "
-            "would find the server's password; set XDG_STATE_HOME to a folder of yours"
+            f"queue: {path.parent}: cannot store the password of the server "
+            f"({error.strerror or error}); set XDG_STATE_HOME to a folder that you can write to"
         ) from None
 
 
@@ -40,17 +40,17 @@ def remove_secret(kind: str, host: str, port: int) -> None:
 
 
 def find_secret(kind: str, host: str, port: int) -> Path | None:
-    """Return the file with a server's secret, None if this user's commands have started none there.
+    """Return the file with the secret of a server, or None if this user has not started one there.
 
-    Raises QueueError if other users could read or replace the file.
+    Raises QueueError if other users can read or replace the file.
     """
     for address in _names(host):
         path = _path(kind, address, port)
         with suppress(FileNotFoundError, NotADirectoryError):
             if not is_private(path):
                 raise QueueError(
-                    f"queue: other users can read or replace {path}; remove it, and start the "
-                    "server again",
+                    f"queue: {path}: other users can read or replace this file; remove it, then "
+                    "start the server again",
                     code=ErrorCode.QUEUE_DENIED,
                 )
             return path
@@ -60,20 +60,20 @@ def find_secret(kind: str, host: str, port: int) -> Path | None:
 def require_own_listener(host: str, port: int) -> None:
     """Raise QueueError if only other users' processes listen on a loopback port.
 
-    While a user's server is down any other user can listen on its port. A password does not
-    prove who a server is, so a worker would run the tasks of that user. Linux only.
+    While the server of a user is down, any other user can listen on its port. The password does
+    not authenticate the server, so a worker would run the tasks of that user. Linux only.
     """
     users = _listeners(port) if is_loopback(host) else set()
     if users and os.geteuid() not in users:
         raise QueueError(
-            f"queue: another user (uid {min(users)}) listens on {host}, port {port}, where a "
-            "server of yours has been; start yours on another port",
+            f"queue: {host}:{port}: the server belongs to another user (uid {min(users)}), not to "
+            "you; start your server on another port",
             code=ErrorCode.QUEUE_DENIED,
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a host by this name."""
+    """Return whether a host name is a loopback address."""
     if host == "localhost":
         return True
     try:
@@ -83,9 +83,9 @@ def is_loopback(host: str) -> bool:
 
 
 def _path(kind: str, host: str, port: int) -> Path:
-    """Return the file of an address; loopback means another machine on each host of a cluster."""
-    where = f"{socket.gethostname()}_{host}" if is_loopback(host) else host.lower()
-    return Path(platformdirs.user_state_path("chunkq")) / "credentials" / f"{kind}_{where}_{port}"
+    """Return the file of an address. The name includes this host for loopback addresses."""
+    name = f"{socket.gethostname()}_{host}" if is_loopback(host) else host.lower()
+    return Path(platformdirs.user_state_path("chunkq")) / "credentials" / f"{kind}_{name}_{port}"
 
 
 def _names(host: str) -> Iterator[str]:
@@ -93,7 +93,7 @@ def _names(host: str) -> Iterator[str]:
 
 
 def _listeners(port: int) -> set[int]:
-    """Return the users whose processes listen on a TCP port, as far as the system tells."""
+    """Return the ids of the users that listen on a TCP port. It is empty where /proc is missing."""
     users = set()
     for name in ("tcp", "tcp6"):
         with suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as table:

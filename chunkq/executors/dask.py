@@ -1,7 +1,7 @@
-"""Dask as a queue: kept by the scheduler, worked off by processes that have joined it.
+"""Queue in the Dask scheduler. Workers of chunkq join the cluster and reserve tasks from it.
 
-The chunks themselves are no tasks of Dask's: the scheduler would forget who began one how often,
-hand a chunk to a worker that is busy, and hold a million of them as so many Python objects.
+Chunks are not Dask tasks: the scheduler would not store the attempts of a task, would assign chunks
+to busy workers, and would need a Python object per chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distributed.security import Security
 from distributed.utils import get_ip
 from distributed.versions import VersionMismatchWarning
 
-from chunkq.errors import JobError, QueueError
+from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors import credentials
 from chunkq.executors.base import WorkerName, WorkerOptions
 from chunkq.executors.dask_tls import configured_security, load_security
@@ -41,34 +41,35 @@ from chunkq.executors.hosted import (
 from chunkq.scratch import scratch_folder
 
 OPERATION = "chunkq"
+"""Name of the plugin, and of the operation that it adds to the scheduler."""
 CONNECT_SECONDS = 10.0
 RECONNECT_SECONDS = 2.0
-"""The same for a scheduler that answered before."""
+"""Timeout for reconnecting to a scheduler that was reachable before."""
 ANSWER_SECONDS = 30.0
 DEFAULT_PORT = 8786
 PROTOCOLS = ("tcp", "tls", "ucx")
 UNREACHABLE_ERRORS = (OSError, RuntimeError)
-"""Dask's errors for a scheduler that does not answer, and for a connection it has given up."""
+"""Errors of Dask for an unreachable scheduler, and for a closed connection."""
 
 
 class QueuePlugin(SchedulerPlugin):
-    """What makes a scheduler the host of a queue."""
+    """Scheduler plugin that adds a `QueueHost` to a scheduler."""
 
     name = OPERATION
     idempotent = True
 
     async def start(self, scheduler: distributed.Scheduler) -> None:
-        """Answer requests from now on."""
+        """Create the queue and register its operation."""
         self._host = QueueHost()
         scheduler.handlers[OPERATION] = self._host.answer
 
-    def remove_worker(self, scheduler: object, worker: str, **more: object) -> None:
-        """Release at once what a worker held that the scheduler no longer sees."""
-        self._host.node_lost(worker)
+    def remove_worker(self, scheduler: object, worker: str, **options: object) -> None:
+        """Expire the leases of a worker that left the cluster or was lost."""
+        self._host.expire_workers(worker)
 
 
 class _StopWithWorker(WorkerPlugin):
-    """Ends a options when its Dask worker is closed, by the scheduler or for want of one."""
+    """Worker plugin that stops a worker when the scheduler closes its Dask worker or is lost."""
 
     def __init__(self, options: WorkerOptions) -> None:
         self._options = options
@@ -81,10 +82,11 @@ class _StopWithWorker(WorkerPlugin):
 
 @dataclass(frozen=True)
 class Address:
-    """`dask://HOST:PORT`, with `?protocol=` (tcp, tls, ucx) and `&interface=` (such as ib0).
+    """Address of a scheduler: `dask://HOST:PORT?protocol=PROTOCOL&interface=NAME&tls=FILE`.
 
-    `&tls=FILE` names the key and certificate of a cluster that chunkq has started. Without it, the
-    protocol `tls` takes the certificates of Dask's own configuration.
+    `protocol` is tcp, tls or ucx; `interface` is a network interface such as ib0. `tls` is the file
+    with key and certificate of a cluster that chunkq started. Without it, the protocol tls uses
+    the certificates in the configuration of Dask.
     """
 
     host: str
@@ -95,94 +97,101 @@ class Address:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Read a queue's URL; raises JobError."""
-        shown = re.sub(r"(?s)//.*@", "//***@", url)
-        wrong = (
-            f"queue: {shown} is no address of a Dask scheduler; write dask://HOST:{DEFAULT_PORT}"
-        )
+        """Parse the URL of a queue. Raises JobError if it is invalid."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port or DEFAULT_PORT
         except ValueError:
-            raise JobError(wrong) from None
+            raise _invalid_address(url) from None
         if not host:
             raise JobError(
-                "queue: dask:// alone is a cluster that `chunkq run` makes for itself; for a "
-                f"cluster that stays write dask://HOST:{DEFAULT_PORT}"
+                "queue: dask:// has no host; use dask://HOST:"
+                f"{DEFAULT_PORT} for a running cluster, or `chunkq run` to start a temporary one",
+                code=ErrorCode.QUEUE_ADDRESS_INVALID,
             )
-        asked = dict(parse_qsl(parts.query))
-        if parts.path.strip("/") or "@" in url or asked.keys() - {"protocol", "interface", "tls"}:
-            raise JobError(wrong)
-        if asked.get("protocol", "tcp") not in PROTOCOLS:
-            raise JobError(f"{wrong}, with ?protocol= one of {', '.join(PROTOCOLS)}")
-        if asked.get("tls") and asked.get("protocol", "tls") != "tls":
-            raise JobError(f"{wrong}; tls=FILE is for protocol=tls")
-        return cls(host, port, **({"protocol": "tls"} if asked.get("tls") else {}) | asked)
+        options = dict(parse_qsl(parts.query))
+        if parts.path.strip("/") or "@" in url or options.keys() - {"protocol", "interface", "tls"}:
+            raise _invalid_address(url)
+        if options.get("protocol", "tcp") not in PROTOCOLS:
+            raise _invalid_address(url, f" with ?protocol= one of {', '.join(PROTOCOLS)}")
+        if options.get("tls") and options.get("protocol", "tls") != "tls":
+            raise _invalid_address(url, " with ?protocol=tls for tls=FILE")
+        return cls(host, port, **({"protocol": "tls"} if options.get("tls") else {}) | options)
 
     @classmethod
-    def of(cls, address: str, interface: str | None = None, tls: str | None = None) -> Self:
-        """Read an address as Dask writes it."""
+    def from_dask(cls, address: str, interface: str | None = None, tls: str | None = None) -> Self:
+        """Parse an address in the form that Dask uses."""
         parts = urlsplit(address)
         return cls(parts.hostname or "", parts.port or DEFAULT_PORT, parts.scheme, interface, tls)
 
     @property
     def url(self) -> str:
-        """The queue's URL."""
-        asked = {"protocol": self.protocol} if self.protocol != "tcp" else {}
-        asked |= {"interface": self.interface} if self.interface else {}
-        asked |= {"tls": self.tls} if self.tls else {}
+        """The URL of the queue."""
+        options = {"protocol": self.protocol} if self.protocol != "tcp" else {}
+        options |= {"interface": self.interface} if self.interface else {}
+        options |= {"tls": self.tls} if self.tls else {}
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"dask://{host}:{self.port}" + (f"?{urlencode(asked)}" if asked else "")
+        return f"dask://{host}:{self.port}" + (f"?{urlencode(options)}" if options else "")
 
-    def with_own_certificate(self) -> Self:
-        """Add the certificate of a cluster of this user's at this address, if there is one."""
+    def with_stored_certificate(self) -> Self:
+        """Add the certificate that a cluster of this user has stored for this address, if any."""
         if self.protocol != "tcp":
             return self
         file = credentials.find_secret("dask", self.host, self.port)
         return replace(self, protocol="tls", tls=str(file)) if file else self
 
     def security(self) -> Security | None:
-        """Return the TLS settings, None for another protocol. Raises QueueError."""
+        """Return the TLS settings, or None for another protocol. Raises QueueError."""
         if self.tls:
             return load_security(self.tls)
         return configured_security() if self.protocol == "tls" else None
 
     @property
     def text(self) -> str:
-        """The address as Dask writes it."""
+        """The address in the form that Dask uses."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.protocol}://{host}:{self.port}"
 
 
+def _invalid_address(url: str, options: str = "") -> JobError:
+    printed = re.sub(r"(?s)//.*@", "//***@", url)
+    return JobError(
+        f"queue: {printed}: invalid address; use dask://HOST:{DEFAULT_PORT}{options}",
+        code=ErrorCode.QUEUE_ADDRESS_INVALID,
+    )
+
+
 def silence_dask() -> None:
-    """Silence Dask in this process: lost connections and other versions are told in one line."""
+    """Disable the log messages of Dask in this process; chunkq reports errors in one line."""
     for name in ("distributed", *logging.root.manager.loggerDict):
-        if name.partition(".")[0] == "distributed":  # some have a level of their own
+        if name.partition(".")[0] == "distributed":  # some loggers set their own level
             logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=VersionMismatchWarning)
 
 
 def check_protocol(name: str) -> None:
-    """Raise QueueError if Dask cannot speak a protocol here; it would find out late."""
+    """Raise QueueError if Dask cannot use a protocol in this process. Dask checks it too late."""
     try:
         get_backend(name).get_connector()
     except (ImportError, ValueError, TypeError, RuntimeError):
         raise QueueError(
-            f"queue: Dask cannot speak {name} here; pip install distributed-ucxx, or use tcp"
+            f"queue: protocol={name}: unsupported by Dask on this machine; "
+            "run pip install distributed-ucxx, or use tcp",
+            code=ErrorCode.PACKAGE_MISSING,
         ) from None
 
 
 class DaskExecutor(HostedQueue):
-    """`dask://HOST:PORT`, a scheduler that has chunkq installed."""
+    """Queue `dask://HOST:PORT` in a scheduler whose environment has chunkq installed."""
 
     def __init__(self, url: str, client: distributed.Client | None = None) -> None:
         super().__init__(url)
-        self._owned = client is None
-        self._returning = threading.Lock()
+        self._owns_client = client is None
+        self._reconnect_lock = threading.Lock()
         self._client: Any = client or self._connect(url, CONNECT_SECONDS)
 
     def _connect(self, url: str, seconds: float) -> Any:
-        self._address = Address.parse(url).with_own_certificate()
+        self._address = Address.parse(url).with_stored_certificate()
         check_protocol(self._address.protocol)
         silence_dask()
         self._security = self._address.security()
@@ -202,8 +211,9 @@ class DaskExecutor(HostedQueue):
         except ModuleNotFoundError:
             client.close()
             raise QueueError(
-                f"queue: the Dask scheduler at {url} has no chunkq, which keeps the queue there; "
-                "pip install 'chunkq[dask]' where it runs, and start it again"
+                f"queue: {url}: chunkq is not installed in the environment of the Dask scheduler; "
+                "run pip install 'chunkq[dask]' there, then restart the scheduler",
+                code=ErrorCode.PACKAGE_MISSING,
             ) from None
         except UNREACHABLE_ERRORS as error:
             client.close()
@@ -214,55 +224,57 @@ class DaskExecutor(HostedQueue):
         return client
 
     def _connected(self) -> Any:
-        """Return the client; a scheduler that was away for long is looked for again."""
-        with self._returning:
-            if self._owned and self._client.status == "closed":
+        """Return the client. Reconnect if it was closed because the scheduler was unreachable."""
+        with self._reconnect_lock:
+            if self._owns_client and self._client.status == "closed":
                 self._client = self._connect(self.url, RECONNECT_SECONDS)
         if self._client.status in ("connecting", "closing", "closed"):
-            raise self._unreachable(ConnectionError("the connection is lost"))
+            raise self._unreachable(ConnectionError("connection lost"))
         return self._client
 
     def _check_versions(self, client: Any) -> None:
-        """Refuse a scheduler of another version: Dask only warns, and fails later."""
-        theirs = client.sync(client.scheduler.versions)["packages"]
-        mine = distributed.versions.get_versions()["packages"]
+        """Raise QueueError if the scheduler runs other versions. Dask only logs a warning."""
+        remote = client.sync(client.scheduler.versions)["packages"]
+        local = distributed.versions.get_versions()["packages"]
         for name in ("python", "dask", "distributed"):
-            if theirs[name] != mine[name]:
+            if remote[name] != local[name]:
                 raise QueueError(
-                    f"queue: the Dask scheduler at {self.url} runs {name} {theirs[name]}, and "
-                    f"here is {mine[name]}; install one version everywhere"
+                    f"queue: {self.url}: the Dask scheduler runs {name} {remote[name]}, but this "
+                    f"process runs {local[name]}; install the same version everywhere",
+                    code=ErrorCode.QUEUE_VERSION_MISMATCH,
                 )
 
     def request(self, request: str) -> str:
-        """Ask the scheduler."""
+        """Send a request to the scheduler; return its response."""
         try:
             client = self._connected()
-            answer: str | None = client.sync(
+            response: str | None = client.sync(
                 client.scheduler.chunkq, request=request, callback_timeout=ANSWER_SECONDS
             )
         except UNREACHABLE_ERRORS as error:
             raise self._unreachable(error) from None
-        if answer is None:  # what Dask says to an operation it does not know
+        if response is None:  # Dask returns None for an unknown operation
             raise QueueError(
-                f"queue: the Dask scheduler at {self.url} was started again and has lost the "
-                "queue; `chunkq produce --resume` fills it again"
+                f"queue: {self.url}: the Dask scheduler was restarted and lost the queue; "
+                "run `chunkq produce --resume` to queue the remaining chunks",
+                code=ErrorCode.QUEUE_LOST,
             )
-        return answer
+        return response
 
     def _unreachable(self, error: BaseException) -> QueueError:
         reason = " ".join(str(error).split()) or type(error).__name__
         return QueueError(
-            f"queue: no Dask scheduler answers at {self.url} ({reason[:200]}); start one with "
-            "`dask scheduler`, or check host and port"
+            f"queue: {self.url}: the Dask scheduler is unreachable ({reason[:200]}); start one "
+            "with `dask scheduler`, or check host and port"
         )
 
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
-        """Join the cluster as a worker that takes nothing but chunks."""
+        """Join the cluster as a Dask worker that runs no Dask tasks while the context is open."""
         stop = _StopWithWorker(options)
         with scratch_folder("dask") as folder:
             try:
-                client = self._connected()  # a worker lives in the loop of one client
+                client = self._connected()  # the worker runs in the event loop of this client
                 worker = client.sync(self._join, options, stop, str(folder))
             except UNREACHABLE_ERRORS as error:
                 raise self._unreachable(error) from None
@@ -275,15 +287,16 @@ class DaskExecutor(HostedQueue):
                     client.sync(worker.close, executor_wait=False, callback_timeout=CONNECT_SECONDS)
             if closed:
                 raise QueueError(
-                    f"queue: the Dask scheduler at {self.url} closed this worker, or is gone"
+                    f"queue: {self.url}: the Dask scheduler closed this worker or ended; "
+                    "check the scheduler, then restart the worker"
                 )
 
     async def _join(
         self, options: WorkerOptions, stop: _StopWithWorker, folder: str
     ) -> distributed.Worker:
         address = self._address
-        # Its profiler would look at nothing but idle threads, a hundred times a second. Its web
-        # pages, which have no access control, show its logs.
+        # The threads of the Dask worker are idle, so it needs no profiler, which samples them 100
+        # times per second. Its web pages show its logs without access control.
         settings = {
             "distributed.worker.profile.enabled": False,
             "distributed.worker.http.routes": [],
@@ -304,79 +317,83 @@ class DaskExecutor(HostedQueue):
                 death_timeout=CONNECT_SECONDS,
             )
         await worker
-        # Other people's tasks would share the device with the chunks.
+        # Dask tasks of other users would share the device with the chunks.
         worker.status = distributed.Status.paused
         return worker
 
     def launch_remote_workers(
         self, job: str, *, gpu: bool, depth: int, nodes: int = 1
     ) -> RemoteWorkers:
-        """Occupy the threads of the cluster's workers, each with one chunk in flight."""
+        """Run a worker with one chunk in flight in each thread of the workers of the cluster."""
         try:
             client = self._connected()
-            there = client.sync(client.scheduler.identity)["workers"].values()
+            workers = client.sync(client.scheduler.identity)["workers"].values()
         except UNREACHABLE_ERRORS as error:
             raise self._unreachable(error) from None
-        count = sum(worker["nthreads"] for worker in there if worker["status"] == "running")
+        count = sum(worker["nthreads"] for worker in workers if worker["status"] == "running")
         if not count:
             raise QueueError(
-                f"queue: the Dask cluster at {self.url} has no free workers; start some with "
-                "`dask worker`, or use `chunkq work`"
+                f"queue: {self.url}: the Dask cluster has no free workers; start some with "
+                "`dask worker`, or use `chunkq work`",
+                code=ErrorCode.QUEUE_NO_WORKERS,
             )
         group = new_group_name()
-        lanes = [
+        futures = [
             client.submit(
                 run_remote_thread, self.url, job, group, key=f"chunkq-{group}-{n}", pure=False
             )
             for n in range(count)
         ]
-        distributed.fire_and_forget(lanes)
-        return _DaskRemoteWorkers(self, group, lanes)
+        distributed.fire_and_forget(futures)
+        return _DaskRemoteWorkers(self, group, futures)
 
     def close(self) -> None:
-        """Let go of the scheduler."""
-        if self._owned:
+        """Disconnect from the scheduler."""
+        if self._owns_client:
             self._client.close()
 
 
 class _DaskRemoteWorkers(RemoteWorkers):
-    """Threads hired; those whose worker died too often are gone, too."""
+    """Remote workers in threads of Dask workers.
 
-    def __init__(self, queue: HostedQueue, name: str, lanes: list[Any]) -> None:
-        super().__init__(queue, name, len(lanes))
-        self._lanes = lanes
+    A thread whose Dask worker died too often has ended, too.
+    """
+
+    def __init__(self, queue: HostedQueue, name: str, futures: list[Any]) -> None:
+        super().__init__(queue, name, len(futures))
+        self._futures = futures
 
     def have_ended(self) -> bool:
-        return all(run_remote_thread.done() for run_remote_thread in self._lanes)
+        return all(future.done() for future in self._futures)
 
     def messages(self) -> list[str]:
         lines = super().messages()
-        errors = {str(lane.exception()) for lane in self._lanes if lane.status == "error"}
+        errors = {str(future.exception()) for future in self._futures if future.status == "error"}
         lines += [" ".join(error.split())[:300] for error in sorted(errors)]
-        if any(lane.cancelled() for lane in self._lanes):
+        if any(future.cancelled() for future in self._futures):
             lines.append(
-                "the connection to the Dask scheduler broke; its workers may go on, "
-                "`chunkq status` tells"
+                "the connection to the Dask scheduler was lost; its workers may still run, "
+                "check with `chunkq status`"
             )
         return lines
 
 
 class _WorkerSideExecutor(DaskExecutor):
-    """The queue as seen from a thread of a Dask worker."""
+    """Executor for a thread of a Dask worker, which has a connection to the scheduler."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, distributed.get_client())
-        self.place = distributed.get_worker().address
+        self._dask_worker = distributed.get_worker().address
 
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
-        self.host.register_worker(options.worker, self.place)
+        self.host.register_worker(options.worker, self._dask_worker)
         yield
 
 
 def run_remote_thread(url: str, job: str, group: str) -> None:
-    """Work in one thread of a Dask worker, until the job is done."""
+    """Run a worker in one thread of a Dask worker until the job is done."""
     queue = _WorkerSideExecutor(url)
-    own = f"{os.getpid():x}"
+    suffix = f"{os.getpid():x}"
     name = WorkerName.new(current_device())
-    run_remote_worker(queue, group, WorkerName(name.host, name.device, own).name, job, depth=1)
+    run_remote_worker(queue, group, WorkerName(name.host, name.device, suffix).name, job, depth=1)

@@ -1,4 +1,4 @@
-"""A Dask scheduler of one's own, as a process that ends with the one that started it."""
+"""Start a Dask scheduler as a child process, which ends with its parent."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def start_scheduler(
     interface: str | None = None,
     tls: Path | None = None,
 ) -> tuple[subprocess.Popen[str], str]:
-    """Start a scheduler that listens on `host` or `interface`; port 0 takes a free one.
+    """Start a scheduler that listens on `host` or `interface`. Port 0 selects a free port.
 
-    `tls` is the file with the cluster's key and certificate, and its folder takes the scheduler's
-    files. Without it, whoever reaches the port can run code as this user.
+    `tls` is the file with the key and certificate of the cluster; the scheduler puts its temporary
+    files into the same folder. Without TLS, any user who can connect can run code as this user.
 
-    Returns the process, which ends when its standard input is closed, and the queue's URL.
-    Raises QueueError if it does not come up.
+    Return the process, which ends when its standard input is closed, and the URL of the queue.
+    Raises QueueError if the scheduler does not start.
     """
     check_protocol(protocol)
     host = local_address(interface) if interface else host
-    # Its web server too listens there only: left alone, it takes all interfaces.
+    # By default its web server listens on all interfaces.
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
     settings |= {"protocol": "tls", "tls": str(tls)} if tls else {}
     process = subprocess.Popen(
@@ -51,21 +51,22 @@ def start_scheduler(
         start_new_session=True,
         text=True,
     )
-    said = process.stdout.readline() if process.stdout is not None else ""
-    answer = json.loads(said) if said else {"error": f"ended with code {process.wait()}"}
+    line = process.stdout.readline() if process.stdout is not None else ""
+    answer = json.loads(line) if line else {"error": f"ended with code {process.wait()}"}
     if "error" in answer:
         process.communicate()
-        raise QueueError(f"queue: no Dask scheduler could be started here: {answer['error']}")
-    return process, Address.of(answer["address"], interface, str(tls) if tls else None).url
+        raise QueueError(f"queue: cannot start a Dask scheduler on this machine: {answer['error']}")
+    address = Address.from_dask(answer["address"], interface, str(tls) if tls else None)
+    return process, address.url
 
 
 def local_address(interface: str | None = None) -> str:
-    """Return the address by which other nodes reach this one, through an interface if named.
+    """Return the IP address of this host for other hosts, on `interface` if it is set.
 
-    Raises QueueError if there is no such interface.
+    Raises QueueError if the interface does not exist.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # that the Internet is out of reach
+        with warnings.catch_warnings(action="ignore"):  # Dask warns without Internet access
             address: str = get_ip_interface(interface) if interface else get_ip()
     except ValueError as error:
         raise QueueError(f"dask_config.interface: {error}") from None
@@ -77,18 +78,18 @@ async def _serve(settings: dict[str, Any]) -> None:
     try:
         security = load_security(file) if file else None
         # Its web pages have no access control.
-        changes: dict[str, Any] = {"distributed.scheduler.http.routes": []}
-        # Else Dask creates a folder that nobody removes.
-        changes |= {"temporary-directory": os.path.dirname(file)} if file else {}
-        with dask.config.set(changes):
+        config: dict[str, Any] = {"distributed.scheduler.http.routes": []}
+        # By default Dask creates a folder and does not remove it.
+        config |= {"temporary-directory": os.path.dirname(file)} if file else {}
+        with dask.config.set(config):
             scheduler = distributed.Scheduler(dashboard=False, security=security, **settings)
         await scheduler
         await scheduler.register_scheduler_plugin(QueuePlugin(), idempotent=True)
     except (OSError, ValueError, RuntimeError, QueueError) as error:
-        # Dask says that it failed, and keeps why for the cause.
+        # The reason is in the cause of the error.
         _print_answer({"error": " ".join(str(error.__cause__ or error).split())})
         os._exit(1)
-    address = Address.of(scheduler.address)
+    address = Address.from_dask(scheduler.address)
     _cleanups.append(lambda: credentials.remove_secret("dask", address.host, address.port))
     _print_answer({"address": scheduler.address})
     await scheduler.finished()
@@ -100,7 +101,7 @@ def _print_answer(answer: dict[str, str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when standard input does: then the parent has been killed, and leaves its folders."""
+    """Wait for the end of standard input, which means that the parent ended; clean up and exit."""
     sys.stdin.read()
     for clean_up in _cleanups:
         clean_up()

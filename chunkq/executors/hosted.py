@@ -1,7 +1,7 @@
-"""A queue kept by the head of a cluster, in its memory: by Dask's scheduler, by an actor of Ray's.
+"""Queue in the memory of a cluster's head process: the scheduler of Dask, or an actor of Ray.
 
-Requests and answers are JSON, whatever the cluster itself sends them in. A head that is lost has
-lost the queue; the ledger says what is left.
+Requests and responses are JSON texts, independent of the serialization of the cluster. If the head
+is lost, so is the queue; the ledger stores which chunks are done.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, ClassVar, cast
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors.base import WorkerOptions
 from chunkq.executors.leases import Lease
 from chunkq.executors.tables import TableQueue, TaskTable
 from chunkq.tasks import run_worker
 
 VERSION = version("chunkq")
-LOST_NODE_LEASE = 2.0
-"""How long the tasks of a worker that the cluster has lost are still its own."""
+LOST_WORKER_LEASE = 2.0
+"""Remaining lease time (s) of a worker whose process or node the cluster has lost."""
 TABLE_OPERATIONS = frozenset(
     name for name, kind in vars(TaskTable).items() if callable(kind) and name[0] != "_"
 ) - {"close"}
@@ -34,177 +34,187 @@ TABLE_OPERATIONS = frozenset(
 
 @dataclass
 class _WorkerGroup:
-    """Workers hired for a job: how many have left, what they said on leaving."""
+    """Remote workers of a job: whether to stop, how many have ended, and their error messages."""
 
     is_stopped: bool = False
     ended: int = 0
-    lines: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
 
 class QueueHost:
-    """The head's side: the table, who works where, and the workers hired."""
+    """Server side, in the head process: the task table, owners of workers, worker groups."""
 
-    _OWN: ClassVar[frozenset[str]] = frozenset(
+    _OPERATIONS: ClassVar[frozenset[str]] = frozenset(
         {"release", "register_worker", "group_status", "stop_group", "record_exit"}
     )
 
     def __init__(self) -> None:
         self._table = TaskTable(":memory:")
-        self._homes: defaultdict[str, set[str]] = defaultdict(set)
+        self._workers: defaultdict[str, set[str]] = defaultdict(set)
         self._groups: defaultdict[str, _WorkerGroup] = defaultdict(_WorkerGroup)
 
     def close(self) -> None:
-        """Forget the queue."""
+        """Delete the queue."""
         self._table.close()
 
     def answer(self, request: str) -> str:
-        """Do what is asked: {"do": NAME, "with": [...], "version": ...} -> {"is": ...}.
+        """Run the operation {"method": NAME, "params": [...], "version": ...} -> {"result": ...}.
 
-        What goes wrong is said in the answer, as {"error": LINE}.
+        The response to a failed operation is {"error": LINE, "code": ERROR_CODE}.
         """
-        asked = json.loads(request)
-        if asked["version"] != VERSION:
-            return json.dumps(
-                {
-                    "error": f"is kept by chunkq {VERSION}, and here is chunkq "
-                    f"{asked['version']}; install one version everywhere"
-                }
+        values = json.loads(request)
+        if values["version"] != VERSION:
+            return _error_response(
+                f"the cluster runs chunkq {VERSION}, but this process runs chunkq "
+                f"{values['version']}; install the same version everywhere",
+                ErrorCode.QUEUE_VERSION_MISMATCH,
             )
-        name = asked["do"]
-        owner = self if name in self._OWN else self._table if name in TABLE_OPERATIONS else None
-        if owner is None:
-            return json.dumps({"error": f"knows no {name!r}"})
+        name = values["method"]
+        if name in self._OPERATIONS:
+            target: object = self
+        elif name in TABLE_OPERATIONS:
+            target = self._table
+        else:
+            return _error_response(f"unsupported operation {name!r}", ErrorCode.QUEUE_UNAVAILABLE)
         try:
-            done = {"is": getattr(owner, name)(*asked["with"])}
+            return json.dumps({"result": getattr(target, name)(*values["params"])})
         except QueueError as error:
-            done = {"error": str(error)}
-        return json.dumps(done)
+            return _error_response(str(error), error.code)
 
     def release(self, worker: str, counted: bool) -> int:
-        """Hand back what a worker held, or those whose home it is; returns how many tasks."""
+        """Requeue the tasks of a worker, or of all workers of an owner; return how many tasks."""
         return sum(
-            self._table.release(name, counted) for name in {worker, *self._homes.pop(worker, ())}
+            self._table.release(name, counted) for name in {worker, *self._workers.pop(worker, ())}
         )
 
-    def register_worker(self, worker: str, home: str) -> None:
-        """Remember that a worker lives and dies with its home."""
-        self._homes[home].add(worker)
+    def register_worker(self, worker: str, owner: str) -> None:
+        """Store the process that a worker ends with: a Dask worker, or the parent of an actor."""
+        self._workers[owner].add(worker)
 
-    def node_lost(self, home: str) -> None:
-        """Give up soon on what a vanished home's workers held.
+    def expire_workers(self, owner: str) -> None:
+        """Shorten the leases of the workers of a process that ended or was lost.
 
-        Not at once: their supervisor, if there is one, knows whether their tries count.
+        They do not end immediately, because a supervisor may release the worker first, and decides
+        whether its attempts count.
         """
-        for worker in self._homes.pop(home, ()):
-            self._table.shorten(worker, LOST_NODE_LEASE)
+        for worker in self._workers.pop(owner, ()):
+            self._table.shorten(worker, LOST_WORKER_LEASE)
 
     def group_status(self, name: str) -> dict[str, Any]:
-        """Tell how hired workers stand."""
+        """Return the state of a group of remote workers."""
         return vars(self._groups[name])
 
     def stop_group(self, name: str) -> None:
-        """Have hired workers finish what is in flight and leave."""
+        """Make remote workers finish their tasks in flight and end."""
         self._groups[name].is_stopped = True
 
-    def record_exit(self, name: str, lines: list[str]) -> None:
-        """Note that a hired worker has left, and why if not for want of work."""
+    def record_exit(self, name: str, messages: list[str]) -> None:
+        """Record that a remote worker has ended, with its error messages."""
         group = self._groups[name]
         group.ended += 1
-        group.lines += [line for line in lines if line not in group.lines]
+        group.messages += [message for message in messages if message not in group.messages]
+
+
+def _error_response(message: str, code: ErrorCode) -> str:
+    return json.dumps({"error": message, "code": code})
 
 
 class _RemoteTable:
-    """A host's operations as methods."""
+    """Operations of a host as methods that send requests to it."""
 
-    def __init__(self, ask: Callable[[str], str], where: str) -> None:
-        self._ask, self._where = ask, where
+    def __init__(self, request: Callable[[str], str], url: str) -> None:
+        self._request, self._url = request, url
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(self._call, name)
 
     def _call(self, name: str, *values: Any) -> Any:
-        request = {"do": name, "with": values, "version": VERSION}
-        answer = json.loads(self._ask(json.dumps(request)))
-        if "error" in answer:
-            raise QueueError(f"queue: {self._where} {answer['error']}")
-        return answer["is"]
+        request = {"method": name, "params": values, "version": VERSION}
+        response = json.loads(self._request(json.dumps(request)))
+        if "error" in response:
+            raise QueueError(
+                f"queue: {self._url}: {response['error']}",
+                code=ErrorCode(response.get("code", ErrorCode.QUEUE_UNAVAILABLE)),
+            )
+        return response["result"]
 
 
 class HostedQueue(TableQueue):
-    """The workers' and producers' side."""
+    """Client side, in workers and producers."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.host: Any = _RemoteTable(self.request, url)
         self.table = cast(TaskTable, self.host)
 
-    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
-        """Put off the end of a worker's leases; while the head is away there is nothing to do.
+    def renew(self, options: WorkerOptions, leases: Sequence[Lease]) -> None:
+        """Extend leases of a worker. Ignore an unreachable head.
 
-        What is in flight is finished: its commit counts, whatever becomes of the queue.
+        The worker finishes the tasks in flight, because their commits count without the queue.
         """
         with suppress(QueueError):
-            super().renew(options, held)
+            super().renew(options, leases)
 
     @abstractmethod
     def request(self, request: str) -> str:
-        """Send a request to the host and return its answer; raises QueueError if it is away."""
+        """Send a request to the host and return its response. Raises QueueError."""
 
     @abstractmethod
     def launch_remote_workers(
         self, job: str, *, gpu: bool, depth: int, nodes: int = 1
     ) -> RemoteWorkers:
-        """Have processes of the cluster's own do a job; they go on without this one.
+        """Start workers for a job in processes of the cluster, which outlive this process.
 
-        `nodes` of the cluster are waited for, for a while. Raises QueueError if it has none.
+        Wait a limited time until the cluster has `nodes` nodes. Raises QueueError if it has no
+        free workers or GPUs.
         """
 
 
 class RemoteWorkerOptions(WorkerOptions):
-    """The options of a hired worker: until its job is done, or it is dismissed."""
+    """Options of a remote worker, which ends when its job is done or its group is stopped."""
 
     def __init__(self, queue: HostedQueue, group: str, worker: str, job: str, depth: int) -> None:
         super().__init__(worker=worker, job=job, depth=depth, burst=True)
         self._queue, self._group = queue, group
 
     def can_start(self) -> bool:
-        """Tell whether another task may be begun."""
+        """Return whether the worker may reserve another task."""
         if self._queue.host.group_status(self._group)["is_stopped"]:
             self.stop.set()
         return super().can_start()
 
 
 class RemoteWorkers:
-    """Workers hired through a host: `count` of them."""
+    """A group of `count` remote workers."""
 
     def __init__(self, queue: HostedQueue, name: str, count: int) -> None:
         self._queue, self.name, self.count = queue, name, count
 
     def have_ended(self) -> bool:
-        """Tell whether all of them have left."""
+        """Return whether all workers have ended."""
         return bool(self._queue.host.group_status(self.name)["ended"] >= self.count)
 
     def messages(self) -> list[str]:
-        """Return why workers left, if not for want of work."""
-        lines: list[str] = self._queue.host.group_status(self.name)["lines"]
-        return lines
+        """Return the error messages of workers that ended."""
+        messages: list[str] = self._queue.host.group_status(self.name)["messages"]
+        return messages
 
     def stop(self) -> None:
-        """Have them finish what is in flight and leave."""
+        """Make the workers finish their tasks in flight and end."""
         self._queue.host.stop_group(self.name)
 
 
 def run_remote_worker(queue: HostedQueue, group: str, worker: str, job: str, depth: int) -> None:
-    """Work as one of a group, in a process of the cluster's."""
-    ended = run_worker(queue, RemoteWorkerOptions(queue, group, worker, job, depth))
-    queue.host.record_exit(group, ended.lines)
+    """Run a worker of a group in this process of the cluster."""
+    status = run_worker(queue, RemoteWorkerOptions(queue, group, worker, job, depth))
+    queue.host.record_exit(group, status.lines)
 
 
 def current_device() -> str:
-    """Return what a worker process of the cluster's is pinned to, for its name."""
+    """Return the device of this process of the cluster, for the name of its worker."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "").strip(" ,") or "cpu"
 
 
 def new_group_name() -> str:
-    """Return a name for workers hired together."""
+    """Return a new name for a group of remote workers."""
     return uuid.uuid4().hex[:8]

@@ -1,4 +1,4 @@
-"""How a worker works off a queue that leases tasks: the rules, whatever the queue is kept in."""
+"""Task loop of a worker on a queue that leases tasks, independent of how the queue is stored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("chunkq.queue")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A task begun: by whom, since when (s, Unix), and the queue's name for this one attempt."""
+    """A reserved task: the attempt, its start time (s, Unix), the attempt's id on the queue."""
 
     task: Task
     attempt: Attempt
@@ -38,45 +38,45 @@ class Lease:
 
 
 class LeaseQueue(Executor):
-    """A queue of which a worker leases tasks, and that it must tell again and again it lives.
+    """A queue that leases tasks to workers; a worker renews its leases until the tasks end.
 
-    Ending a lease that is another's by now changes nothing.
+    Ending a lease has no effect if the task has since been leased to another worker.
     """
 
     @abstractmethod
     def reserve(self, options: WorkerOptions) -> Lease | None:
-        """Begin one task, or return None if there is none to begin now."""
+        """Lease one task, or return None if no task is available."""
 
     @abstractmethod
     def ack(self, lease: Lease) -> None:
-        """Take a finished task off the queue."""
+        """Delete a finished task."""
 
     @abstractmethod
     def nack(self, lease: Lease, error: BaseException) -> None:
-        """End an attempt without success: the task waits behind all others, or is failed."""
+        """End an unsuccessful attempt: queue the task last, or fail it after the last attempt."""
 
     @abstractmethod
     def requeue(self, lease: Lease) -> None:
-        """Put a task back as if it had not been begun."""
+        """Queue a task first, without counting the attempt."""
 
     @abstractmethod
     def is_drained(self, options: WorkerOptions) -> bool:
-        """Tell whether what a options works on has neither queued nor running tasks."""
+        """Return whether the jobs of a worker have neither queued nor running tasks."""
 
     @abstractmethod
-    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
-        """Extend the leases that a worker holds, and show that it lives."""
+    def renew(self, options: WorkerOptions, leases: Sequence[Lease]) -> None:
+        """Extend leases of a worker, and update its heartbeat."""
 
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
-        """Announce a worker to whoever watches the queue, and its leaving."""
+        """Register a worker with monitoring tools while the context is open."""
         yield
 
     def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
-        """Run `options.depth` loops side by side, and a heartbeat that renews their leases."""
-        crew = _TaskLoops(self, handler, options)
+        """Run `options.depth` task loops in threads; renew their leases from this thread."""
+        loops = _TaskLoops(self, handler, options)
         threads = [
-            threading.Thread(target=crew.loop, name=f"chunk-{n}", daemon=True)
+            threading.Thread(target=loops.loop, name=f"chunk-{n}", daemon=True)
             for n in range(options.depth)
         ]
         with self.registered(options):
@@ -84,69 +84,69 @@ class LeaseQueue(Executor):
                 thread.start()
             try:
                 while any(thread.is_alive() for thread in threads):
-                    self.renew(options, crew.held())
-                    crew.check_timeouts()
-                    _join(threads, crew.heartbeat_interval())
+                    self.renew(options, loops.leases())
+                    loops.check_timeouts()
+                    _join(threads, loops.heartbeat_interval())
             finally:
                 options.stop.set()
-        if crew.error is not None:
-            raise crew.error
+        if loops.error is not None:
+            raise loops.error
 
 
 @dataclass
 class _JobHistory:
-    """What a worker has learned about one job."""
+    """Longest successful task (s) of one job, and the chunks that last failed with one cause."""
 
-    longest: float | None = None
+    longest_task: float | None = None
     cause: tuple[str, str] | None = None
-    alike: set[tuple[int, ...]] = field(default_factory=set)
+    failed_chunks: set[tuple[int, ...]] = field(default_factory=set)
 
-    def succeeded(self, seconds: float) -> None:
-        self.longest = max(self.longest or 0.0, seconds)
+    def record_success(self, seconds: float) -> None:
+        self.longest_task = max(self.longest_task or 0.0, seconds)
         self.cause = None
-        self.alike.clear()
+        self.failed_chunks.clear()
 
-    def is_hopeless_after(self, task: Task, error: BaseException, settings: WorkerSettings) -> bool:
-        """Note a failure; tell whether so many chunks failed alike that the job is given up."""
-        found = cause(type(error).__name__, str(error))
-        if found != self.cause:
-            self.cause = found
-            self.alike.clear()
-        self.alike.add(task.chunk)
+    def record_failure(self, task: Task, error: BaseException, settings: WorkerSettings) -> bool:
+        """Record a failure; return whether enough chunks failed with one cause to skip the job."""
+        new_cause = cause(type(error).__name__, str(error))
+        if new_cause != self.cause:
+            self.cause = new_cause
+            self.failed_chunks.clear()
+        self.failed_chunks.add(task.chunk)
         first, later = settings.same_failures_at_first, settings.same_failures_later
-        return len(self.alike) >= (first if self.longest is None else later)
+        return len(self.failed_chunks) >= (first if self.longest_task is None else later)
 
     def time_limit(self, settings: WorkerSettings) -> float:
-        if self.longest is None:
+        if self.longest_task is None:
             return settings.first_time_limit
-        return max(settings.least_time_limit, settings.time_limit_factor * self.longest)
+        return max(settings.least_time_limit, settings.time_limit_factor * self.longest_task)
 
 
 class _TaskLoops:
-    """The loops of one worker: what they hold, and what they have learned about the jobs."""
+    """Task loops of one worker, their current leases, and the history of each job."""
 
     def __init__(self, queue: LeaseQueue, handler: Handler, options: WorkerOptions) -> None:
         self._queue, self._handler, self._options = queue, handler, options
-        self._held: dict[int, Lease] = {}
+        self._leases: dict[int, Lease] = {}
         self._jobs: defaultdict[str, _JobHistory] = defaultdict(_JobHistory)
-        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._lock, self._reserve_lock = threading.Lock(), threading.Lock()
         self._settings = options.settings
         self._pause = self._settings.shortest_poll
         self._conflict: FrameworkConflictError | None = None
         self._conflict_since = 0.0
         self.error: Exception | None = None
 
-    def held(self) -> list[Lease]:
+    def leases(self) -> list[Lease]:
         with self._lock:
-            return list(self._held.values())
+            return list(self._leases.values())
 
     def heartbeat_interval(self) -> float:
-        """Return how long (s) the heartbeat may wait."""
+        """Return the time (s) between two renewals."""
         limit, lease = self._options.time_limit, self._settings.lease
         return lease / 3 if limit is None else min(lease, limit) / 3
 
     def loop(self) -> None:
-        """Take tasks one after another; several threads run this."""
+        """Reserve and run tasks one after another. Several threads run this."""
         try:
             while (lease := self._next()) is not None:
                 self._run(lease)
@@ -155,50 +155,53 @@ class _TaskLoops:
             self._options.stop.set()
 
     def _next(self) -> Lease | None:
-        """Wait for a task to begin, one thread for all: an idle worker asks the queue little."""
-        with self._looking:
+        """Wait for a task and reserve it; return None when the worker ends.
+
+        One thread polls for all, so that an idle worker sends few requests.
+        """
+        with self._reserve_lock:
             while self._options.can_start():
                 lease = None if self._is_replacement_due() else self._queue.reserve(self._options)
                 if lease is not None:
                     self._pause = self._settings.shortest_poll
-                    self._hold(lease)
+                    self._add_lease(lease)
                     return lease
                 if self._conflict is not None:
                     self.error = self._conflict
                     self._options.stop.set()
                     return None
-                over = self._options.burst or self.error is not None
-                if over and self._queue.is_drained(self._options):
+                ends_when_drained = self._options.burst or self.error is not None
+                if ends_when_drained and self._queue.is_drained(self._options):
                     return None
                 self._options.stop.wait(self._pause)
-                # Well below half a lease: a queue may take longer silence for its own absence.
+                # Redis treats a gap of half a lease between requests as an outage of the server.
                 longest = min(self._settings.longest_poll, self._settings.lease / 8)
                 self._pause = min(longest, 1.5 * self._pause)
         return None
 
-    def _hold(self, lease: Lease) -> None:
+    def _add_lease(self, lease: Lease) -> None:
         with self._lock:
-            self._held[threading.get_ident()] = lease
+            self._leases[threading.get_ident()] = lease
 
     def check_timeouts(self) -> None:
-        """Raise OverrunError if a task is over its limit, and let go of all that is held."""
-        now, held = time.time(), self.held()
+        """Raise TaskTimeoutError if a task is over its limit, and end all leases."""
+        now, leases = time.time(), self.leases()
         over = [
             lease
-            for lease in held
+            for lease in leases
             if now - lease.since > self._limit(lease.task.job)
             and not self._options.is_waiting(lease.task)
         ]
         if not over:
             return
         self._options.stop.set()
-        named = ", ".join(chunk_name(lease.task.chunk) for lease in over)
+        names = ", ".join(chunk_name(lease.task.chunk) for lease in over)
         error = TaskTimeoutError(
-            f"{over[0].task.kind} chunk {named} ran for more than its time limit of "
+            f"{over[0].task.kind} chunk {names}: exceeded the time limit of "
             f"{self._limit(over[0].task.job):.0f} s; this process ends, the chunk is tried again",
             over,
         )
-        for lease in held:
+        for lease in leases:
             if lease in over:
                 self._queue.nack(lease, error)
             else:
@@ -214,14 +217,14 @@ class _TaskLoops:
             self._run_one(lease)
         finally:
             with self._lock:
-                del self._held[threading.get_ident()]
-            took = time.time() - lease.since
-            self._options.longest_task = max(self._options.longest_task, took)
+                del self._leases[threading.get_ident()]
+            seconds = time.time() - lease.since
+            self._options.longest_task = max(self._options.longest_task, seconds)
 
     def _run_one(self, lease: Lease) -> None:
-        record = self._jobs[lease.task.job]
+        history = self._jobs[lease.task.job]
         try:
-            outcome = self._handler(lease.task, lease.attempt) or TaskResult()
+            result = self._handler(lease.task, lease.attempt) or TaskResult()
         except FrameworkConflictError as error:
             self._restart_for_job(lease.task.job, error)
             self._queue.requeue(lease)
@@ -229,30 +232,30 @@ class _TaskLoops:
             self._queue.requeue(lease)
             self._skip_job(lease.task.job, error)
         except (Exception, SystemExit) as error:
-            # The handler has recorded it in the ledger; the queue only counts.
+            # The handler has recorded the error in the ledger; the queue counts attempts only.
             self._queue.nack(lease, error)
-            if record.is_hopeless_after(lease.task, error, self._settings):
-                self._skip_job(lease.task.job, _same_failure(lease.task, record, error))
+            if history.record_failure(lease.task, error, self._settings):
+                self._skip_job(lease.task.job, _same_failure(lease.task, history, error))
         else:
-            if outcome.contributions:
+            if result.contributions:
                 self._complete(
-                    lease, self._queue.record_contributions(lease.task.job, outcome.contributions)
+                    lease, self._queue.record_contributions(lease.task.job, result.contributions)
                 )
-            if outcome.ran:
-                record.succeeded(time.time() - lease.since)
+            if result.ran:
+                history.record_success(time.time() - lease.since)
             self._queue.ack(lease)
 
     def _complete(self, lease: Lease, blocks: Sequence[Task]) -> None:
-        """Complete the blocks that a chunk was the last to contribute to."""
+        """Finalize the blocks for which a chunk was the last missing contributor."""
         for block in blocks:
             try:
                 self._handler(block, lease.attempt)
             except Exception:
-                # It is in the ledger, and the finalizer comes by in any case.
+                # The ledger has the error, and the finalizer completes every block.
                 log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
 
     def _restart_for_job(self, job: str, error: FrameworkConflictError) -> None:
-        """Take no more tasks of a job; `_next` ends the options when there are no others."""
+        """Skip a job; `_next` ends the worker when no other job has tasks."""
         self._options.skipped_jobs.add(job)
         if self._conflict is None:
             log.info("%s", error)
@@ -263,28 +266,28 @@ class _TaskLoops:
         return self._conflict is not None and waited > self._settings.longest_replacement_delay
 
     def _skip_job(self, job: str, error: Exception) -> None:
-        """Leave a job that cannot be done; the loops end once there is no other."""
-        known = job in self._options.skipped_jobs
+        """Reserve no more tasks of a job; the loops end when no other job has tasks."""
+        was_skipped = job in self._options.skipped_jobs
         self._options.skipped_jobs.add(job)
-        self.error = error  # raised, and said, at the end
+        self.error = error  # raised at the end, and reported then
         if self._options.job is not None:
             self._options.stop.set()
-        elif not known and not self._queue.is_drained(self._options):
+        elif not was_skipped and not self._queue.is_drained(self._options):
             log.error("%s", error)
 
 
-def _same_failure(task: Task, record: _JobHistory, error: BaseException) -> SameFailureError:
-    shown = str(error) or type(error).__name__
+def _same_failure(task: Task, history: _JobHistory, error: BaseException) -> SameFailureError:
+    message = str(error) or type(error).__name__
     output = without_secret(task.job).removesuffix(".chunkq")
     return SameFailureError(
-        f"{output}: {len(record.alike)} chunks in a row failed alike "
-        f"({type(error).__name__}: {shown.splitlines()[0][:300]}), so the worker leaves this job; "
-        "`chunkq status` has the traceback; mend the cause, then work again"
+        f"{output}: {len(history.failed_chunks)} consecutive chunks failed with the same error "
+        f"({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips this "
+        "job; read the traceback with `chunkq status`, fix the cause, then restart the worker"
     )
 
 
 def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
-    """Wait for threads to end, for so many seconds at most."""
+    """Wait until all threads end, or `seconds` have passed."""
     until = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))

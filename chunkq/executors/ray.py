@@ -1,4 +1,4 @@
-"""Ray as a queue: kept by a detached actor, worked off by actors that Ray grants their devices."""
+"""Queue in a detached Ray actor. Workers are actors, so that Ray assigns their GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import ray
 from ray._private.services import get_ray_address_from_environment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from chunkq.errors import JobError, QueueError
+from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, ExitStatus, WorkerName, WorkerOptions
 from chunkq.executors.hosted import (
     HostedQueue,
@@ -39,55 +39,57 @@ CONNECT_SECONDS = 5.0
 POLL_SECONDS = 0.2
 JOIN_SECONDS = 120.0
 GRANT_SECONDS = 15.0
-"""How long Ray may take to grant a worker its device before the user hears of it."""
+"""Time after which a worker that waits for its device logs a warning."""
 ACTOR_START_SECONDS = 5.0
-"""How long an actor that lives may take to say so."""
+"""Time in which a running actor answers a ping."""
 CLIENT_TRIES = 3
-"""How often Ray's head is asked for a server for this process, with `ray://HOST:PORT`."""
-UNSERVED = "client/server/proxier.py"
-"""What Ray says, among others, when the server it began for a client died, or did not answer."""
-REMEDY = "pip install 'chunkq[ray]' on its machines"
-START_ERRORS = ("MALLOC_", "GLIBC_TUNABLES")
-"""What of the environment, by the names' beginning, an actor must be born with."""
-RAY_ERRORS = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
-"""What of the environment is not passed on to an actor."""
+"""Attempts to connect with `ray://HOST:PORT`."""
+CLIENT_SERVER_ERROR = "client/server/proxier.py"
+"""Part of the error of Ray when the server process that it started for a client died."""
+INSTALL_HINT = "run pip install 'chunkq[ray]' on its machines"
+START_ENV_PREFIXES = ("MALLOC_", "GLIBC_TUNABLES")
+"""Prefixes of environment variables that take effect only at the start of an actor's process."""
+EXCLUDED_ENV_PREFIXES = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
+"""Prefixes of environment variables that are not copied to an actor."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """`ray://auto`, the cluster this machine is part of; `ray://HOST:10001`, from outside it.
+    """Address of a cluster: `ray://auto` on its machines, `ray://HOST:10001` on other machines.
 
-    `ray://auto?address=HOST:6379` tells several clusters on one machine apart.
+    `ray://auto?address=HOST:6379` selects one of several clusters on this machine.
     """
 
     text: str
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Read a queue's URL; raises JobError."""
+        """Parse the URL of a queue. Raises JobError if it is invalid."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
-            asked = parse_qs(parts.query)
+            options = parse_qs(parts.query)
         except ValueError:
-            host, port, asked = None, None, {}
+            host, port, options = None, None, {}
         if url.rstrip("/") == "ray:":
             raise JobError(
-                "queue: ray:// alone is a cluster that `chunkq run` makes for itself; for one "
-                "that stays write ray://auto on a machine of it, or ray://HOST:10001"
+                "queue: ray:// has no host; use ray://auto or ray://HOST:10001 for a running "
+                "cluster, or `chunkq run` to start a temporary one",
+                code=ErrorCode.QUEUE_ADDRESS_INVALID,
             )
-        if host == "auto" and port is None and not asked.keys() - {"address"}:
-            return cls(asked.get("address", ["auto"])[0])
-        if host is None or port is None or asked:
+        if host == "auto" and port is None and not options.keys() - {"address"}:
+            return cls(options.get("address", ["auto"])[0])
+        if host is None or port is None or options:
             raise JobError(
-                f"queue: {url} is no address of a Ray cluster; write ray://auto on a machine of "
-                "it, or ray://HOST:10001"
+                f"queue: {url}: invalid address; use ray://auto on a machine of the Ray cluster, "
+                "or ray://HOST:10001",
+                code=ErrorCode.QUEUE_ADDRESS_INVALID,
             )
         return cls(f"ray://{host}:{port}")
 
 
 class _Connection:
-    """The one connection that a process can have to a Ray cluster, shared by its executors."""
+    """Connection to a Ray cluster, shared by all executors of a process: Ray allows one only."""
 
     _lock = threading.Lock()
     _users: ClassVar[int] = 0
@@ -95,7 +97,7 @@ class _Connection:
 
     @classmethod
     def open(cls, address: str) -> None:
-        """Connect, unless that is done; raises OSError, RuntimeError and ValueError."""
+        """Connect unless connected. Raises OSError, RuntimeError or ValueError."""
         with cls._lock:
             if not ray.is_initialized():
                 _check_listening(address)
@@ -107,7 +109,7 @@ class _Connection:
 
     @classmethod
     def close(cls) -> None:
-        """Disconnect with the last user, if it was connected here."""
+        """Disconnect when the last executor closes, unless another library connected."""
         with cls._lock:
             cls._users -= 1
             if not cls._users and cls._address is not None:
@@ -116,7 +118,7 @@ class _Connection:
 
 
 class RayExecutor(HostedQueue):
-    """`ray://auto` or `ray://HOST:10001`, a cluster whose machines have chunkq installed."""
+    """Queue `ray://auto` or `ray://HOST:10001` in a cluster that has chunkq installed."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -124,68 +126,73 @@ class RayExecutor(HostedQueue):
         self._actor: Any = None
         try:
             _Connection.open(address.text)
-        except Exception as error:  # Ray raises many kinds, some of gRPC
+        except Exception as error:  # Ray raises many types, also those of gRPC
             raise self._unreachable(error) from None
         try:
-            self.ask_version()
+            self.check_version()
         except QueueError:
             self.close()
             raise
 
-    def ask_version(self) -> None:
-        """Have the host compare versions."""
+    def check_version(self) -> None:
+        """Raise QueueError if the queue actor runs another version of chunkq."""
         self.host.group_status("")
 
     def request(self, request: str) -> str:
-        """Ask the actor that keeps the queue; a cluster that has none gets one."""
+        """Send a request to the queue actor, which is created if needed; return its response."""
         try:
             if self._actor is None:
                 self._actor = _queue_actor()
-            answer: str = ray.get(self._actor.answer.remote(request), timeout=ANSWER_SECONDS)
+            response: str = ray.get(self._actor.answer.remote(request), timeout=ANSWER_SECONDS)
         except ray.exceptions.GetTimeoutError as error:
             raise self._unreachable(error) from None
         except ray.exceptions.RayActorError as error:
             self._actor = None
             if "No module named 'chunkq" in str(error):
                 raise QueueError(
-                    f"queue: the Ray cluster at {self.url} has no chunkq, which keeps the queue "
-                    f"there; {REMEDY}"
+                    f"queue: {self.url}: chunkq is not installed in the Ray cluster; "
+                    f"{INSTALL_HINT}",
+                    code=ErrorCode.PACKAGE_MISSING,
                 ) from None
             raise QueueError(
-                f"queue: the Ray cluster at {self.url} has lost the queue; "
-                "`chunkq produce --resume` fills it again"
+                f"queue: {self.url}: the Ray cluster lost the queue; "
+                "run `chunkq produce --resume` to queue the remaining chunks",
+                code=ErrorCode.QUEUE_LOST,
             ) from None
         except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise self._unreachable(error) from None
-        return answer
+        return response
 
     def _unreachable(self, error: BaseException) -> QueueError:
-        if isinstance(error, ConnectionAbortedError) and UNSERVED in str(error):
+        if isinstance(error, ConnectionAbortedError) and CLIENT_SERVER_ERROR in str(error):
             return QueueError(
-                f"queue: the Ray cluster at {self.url} failed {CLIENT_TRIES} times to start its "
+                f"queue: {self.url}: the Ray cluster failed {CLIENT_TRIES} times to start its "
                 f"server for this process ({_last_line(error)}); start its head with "
                 "GRPC_ENABLE_FORK_SUPPORT=0 in the environment, or see its ray_client_server*.err"
             )
         reason = " ".join(str(error).split()) or type(error).__name__
         if "ersion mismatch" in reason:
             return QueueError(
-                f"queue: the Ray cluster at {self.url} runs other versions than this process "
-                f"({reason[:300]}); install one version everywhere"
+                f"queue: {self.url}: the Ray cluster and this process run different versions "
+                f"({reason[:300]}); install the same versions everywhere",
+                code=ErrorCode.QUEUE_VERSION_MISMATCH,
             )
         return QueueError(
-            f"queue: no Ray cluster answers at {self.url} ({reason[:200]}); start one with "
-            "`ray start --head`, or check the address, and the token if it asks for one"
+            f"queue: {self.url}: the Ray cluster is unreachable ({reason[:200]}); start one with "
+            "`ray start --head`, or check the address, and the token if it requires one"
         )
 
     def run_worker(self, options: WorkerOptions) -> ExitStatus:
-        """Work in an actor on this machine, which Ray grants its GPU."""
+        """Run the worker in an actor on this machine, to which Ray assigns a GPU."""
         name = WorkerName.parse(options.worker)
-        here = NodeAffinitySchedulingStrategy(
+        this_node = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=not self.url.startswith("ray://auto")
         )
-        actor = _actor(name.device != "cpu", scheduling_strategy=here, max_concurrency=3).remote()
+        actor = _actor(
+            name.device != "cpu", scheduling_strategy=this_node, max_concurrency=3
+        ).remote()
         try:
-            if not self._is_granted(actor, options):
+            if not self._wait_for_start(actor, options):
                 return ExitStatus()
             return self._wait_until_done(actor, options)
         except ray.exceptions.RayActorError as error:
@@ -196,45 +203,47 @@ class RayExecutor(HostedQueue):
             with suppress(Exception):
                 ray.kill(actor)
 
-    def _is_granted(self, actor: Any, options: WorkerOptions) -> bool:
-        """Wait until Ray has made room for a worker; False if by then it is of no use any more."""
-        there, begun, late = actor.ping.remote(), time.monotonic(), False
-        while not ray.wait([there], timeout=POLL_SECONDS)[0]:
+    def _wait_for_start(self, actor: Any, options: WorkerOptions) -> bool:
+        """Wait until Ray starts an actor; return False if its worker is no longer needed."""
+        answer, start, late = actor.ping.remote(), time.monotonic(), False
+        while not ray.wait([answer], timeout=POLL_SECONDS)[0]:
             if not options.can_start() or (late and options.burst and self.is_drained(options)):
                 return False
-            if not late and time.monotonic() - begun > GRANT_SECONDS:
+            if not late and time.monotonic() - start > GRANT_SECONDS:
                 late = True
-                log.warning("Ray has not granted this worker its device and core yet; waiting")
+                log.warning("Ray has not yet assigned a device and a core to this worker; waiting")
         return True
 
     def _wait_until_done(self, actor: Any, options: WorkerOptions) -> ExitStatus:
-        orders = {
+        values = {
             "depth": options.depth,
             "burst": options.burst,
             "job": options.job,
             "deadline": options.deadline,
             "time_limit": options.time_limit,
         }
-        # As an argument, not as Ray's own environment of an actor: that one everyone can look up.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(RAY_ERRORS)}
-        ending = actor.serve.remote(self.url, options.worker, orders, environment)
+        # An argument, because any user of the cluster can read the runtime environment of an actor.
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(EXCLUDED_ENV_PREFIXES)
+        }
+        result = actor.serve.remote(self.url, options.worker, values, environment)
         stopped = False
-        while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
+        while not ray.wait([result], timeout=POLL_SECONDS)[0]:
             if options.stop.is_set() and not stopped:
                 stopped = True
                 actor.stop.remote()
-        code, lines = ray.get(ending)
+        code, lines = ray.get(result)
         return ExitStatus(code, lines)
 
     def launch_remote_workers(
         self, job: str, *, gpu: bool, depth: int, nodes: int = 1
     ) -> RemoteWorkers:
-        """Start actors all over the cluster: one for each GPU, or one on each machine."""
+        """Start detached actors on all machines of the cluster: one per GPU, or one per machine."""
         until = time.monotonic() + JOIN_SECONDS
         while len(alive := [node for node in ray.nodes() if node["Alive"]]) < nodes:
             if time.monotonic() > until:
                 log.warning(
-                    "only %d of %d nodes have joined the Ray cluster; it goes without the others",
+                    "only %d of %d nodes joined the Ray cluster; continuing without the others",
                     len(alive),
                     nodes,
                 )
@@ -242,7 +251,11 @@ class RayExecutor(HostedQueue):
             time.sleep(POLL_SECONDS)
         count = sum(int(node["Resources"].get("GPU", 0)) for node in alive) if gpu else len(alive)
         if not count:
-            raise QueueError(f"queue: the Ray cluster at {self.url} has no GPU for this job")
+            raise QueueError(
+                f"queue: {self.url}: the Ray cluster has no GPU for this job; use a cluster with "
+                "GPUs, or `device: cpu` in the job file",
+                code=ErrorCode.QUEUE_NO_WORKERS,
+            )
         group = new_group_name()
         actors = [
             _actor(
@@ -258,90 +271,95 @@ class RayExecutor(HostedQueue):
         return _RayRemoteWorkers(self, group, actors)
 
     def close(self) -> None:
-        """Let go of the cluster."""
+        """Disconnect from the cluster."""
         _Connection.close()
 
 
 class _RayRemoteWorkers(RemoteWorkers):
-    """Hired actors, of which some may never come to life."""
+    """Remote workers in actors, of which some may fail to start."""
 
     def __init__(self, queue: HostedQueue, group: str, actors: Sequence[Any]) -> None:
         super().__init__(queue, group, len(actors))
         self._actors = actors
-        self._asked = {actor.ping.remote(): actor for actor in actors}
+        self._pings = {actor.ping.remote(): actor for actor in actors}
         self._lines: list[str] = []
 
     def have_ended(self) -> bool:
-        """Tell whether all of them have left, or could not come."""
+        """Return whether all workers have ended or failed to start."""
         self._collect_answers(0)
         return super().have_ended()
 
     def messages(self) -> list[str]:
-        """Return why workers left, if not for want of work, or could not come."""
+        """Return the error messages of workers that ended or failed to start."""
         return super().messages() + self._lines
 
     def stop(self) -> None:
-        """Have them finish what is in flight and leave; those still waiting need not come."""
+        """Make running workers finish their tasks and end; kill actors that have not started."""
         super().stop()
-        self._asked = {actor.ping.remote(): actor for actor in self._actors}
+        self._pings = {actor.ping.remote(): actor for actor in self._actors}
         self._collect_answers(ACTOR_START_SECONDS)
-        while self._asked:
-            ray.kill(self._asked.popitem()[1])
+        while self._pings:
+            ray.kill(self._pings.popitem()[1])
             self.count -= 1
 
     def _collect_answers(self, seconds: float) -> None:
-        """Wait for answers, for so long at most, and note who could not be born."""
-        asked = list(self._asked)
-        if not asked:
+        """Wait up to `seconds` for answers to pings; record the actors that failed to start."""
+        pings = list(self._pings)
+        if not pings:
             return
-        for answer in ray.wait(asked, num_returns=len(asked), timeout=seconds)[0]:
+        for answer in ray.wait(pings, num_returns=len(pings), timeout=seconds)[0]:
             try:
                 ray.get(answer)
             except ray.exceptions.RayActorError as error:
-                if answer in self._asked and "creation task" in str(error):
+                if answer in self._pings and "creation task" in str(error):
                     self.count -= 1
                     self._lines = [_start_problem(error)]
-            self._asked.pop(answer, None)
+            self._pings.pop(answer, None)
 
 
 class WorkerActor:
-    """One worker process as an actor: its threads are the chunks in flight.
+    """Worker process as an actor.
 
-    One that is hired begins by itself, also when Ray starts it again, and ends by itself.
+    With a `group` it is a remote worker: it runs the job without a call, also after Ray restarts
+    it, and ends itself. Otherwise `serve` runs it.
     """
 
     def __init__(self, group: str | None = None, job: str = "", depth: int = 1) -> None:
         self._options: WorkerOptions | None = None
         if group is not None:
-            me = ray.get_runtime_context().current_actor
-            threading.Thread(target=self._run_remote, args=(group, job, depth, me)).start()
+            actor = ray.get_runtime_context().current_actor
+            threading.Thread(target=self._run_remote, args=(group, job, depth, actor)).start()
 
     def serve(
-        self, url: str, home: str, orders: dict[str, Any], environment: dict[str, str]
+        self, url: str, parent: str, values: dict[str, Any], environment: dict[str, str]
     ) -> tuple[int, list[str]]:
-        """Work until the options ends; returns the exit code, and why in lines."""
+        """Run the worker until it ends; return its exit code and messages.
+
+        `parent` is the name of the worker process that waits for it, `values` are the arguments of
+        `WorkerOptions`.
+        """
         os.environ.update(environment)
         _hide_ungranted_gpus()
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
         self._options = WorkerOptions(
-            WorkerName.new(current_device()).name, replaceable=True, **orders
+            WorkerName.new(current_device()).name, replaceable=True, **values
         )
-        queue.host.register_worker(self._options.worker, home)
+        queue.host.register_worker(self._options.worker, parent)
         code, lines = run_worker(queue, self._options)
         queue.close()
         return code, list(lines)
 
     def ping(self) -> bool:
-        """Answer as soon as Ray has made room."""
+        """Return True. Ray delays the answer until the actor has started."""
         return True
 
     def stop(self) -> None:
-        """Finish what is in flight and take no more."""
+        """Make the worker finish its tasks in flight and end."""
         if self._options is not None:
             self._options.stop.set()
 
-    def _run_remote(self, group: str, job: str, depth: int, me: Any) -> None:
+    def _run_remote(self, group: str, job: str, depth: int, actor: Any) -> None:
         _hide_ungranted_gpus()
         try:
             queue = RayExecutor("ray://auto")
@@ -350,19 +368,19 @@ class WorkerActor:
             except Exception as error:
                 queue.host.record_exit(group, [f"{type(error).__name__}: {_first_line(error)}"])
                 raise
-        finally:  # whatever happened: an actor that only sits there would keep its device
-            ray.kill(me, no_restart=True)
+        finally:  # an idle actor would keep its device
+            ray.kill(actor, no_restart=True)
 
 
 def _actor(gpu: bool, **options: Any) -> Any:
-    born = {name: value for name, value in os.environ.items() if name.startswith(START_ERRORS)}
+    start_env = {k: v for k, v in os.environ.items() if k.startswith(START_ENV_PREFIXES)}
     return ray.remote(WorkerActor).options(
-        num_gpus=1 if gpu else 0, num_cpus=1, runtime_env={"env_vars": born}, **options
+        num_gpus=1 if gpu else 0, num_cpus=1, runtime_env={"env_vars": start_env}, **options
     )
 
 
 def _queue_actor() -> Any:
-    """Find or make the actor that keeps the queue, on the cluster's head."""
+    """Return the queue actor of the cluster. Create it on the head if it does not exist."""
     heads = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
     options: dict[str, Any] = {}
     if heads:
@@ -382,19 +400,19 @@ def _queue_actor() -> Any:
 
 
 def _check_listening(address: str) -> None:
-    """Raise OSError if nobody listens at an address; Ray itself would try for minutes."""
-    found = get_ray_address_from_environment(address, None) if address == "auto" else address
-    host, _, port = (found or "").removeprefix("ray://").rpartition(":")
+    """Raise OSError if no server listens at an address. Ray itself would retry for minutes."""
+    resolved = get_ray_address_from_environment(address, None) if address == "auto" else address
+    host, _, port = (resolved or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _connect(address: str) -> None:
-    """Connect this process, also where a head's server for it dies at birth now and then.
+    """Connect this process; retry if the server process that Ray starts for it crashes.
 
-    Ray forks that server off a process whose gRPC is at work, and the copy may crash.
+    Ray forks that server from a process with active gRPC threads, so it sometimes crashes.
     """
-    for left in reversed(range(CLIENT_TRIES)):
+    for remaining in reversed(range(CLIENT_TRIES)):
         try:
             ray.init(
                 address,
@@ -403,24 +421,24 @@ def _connect(address: str) -> None:
                 logging_level=logging.CRITICAL,
             )
         except ConnectionAbortedError as error:
-            if not left or UNSERVED not in str(error):
+            if not remaining or CLIENT_SERVER_ERROR not in str(error):
                 raise
-            log.warning("Ray could not start its server for this process; trying again")
+            log.warning("Ray failed to start its server for this process; retrying")
         else:
             return
 
 
 def _hide_ungranted_gpus() -> None:
-    """Have an actor without a GPU see none: Ray itself would let it see all of its node's."""
+    """Hide all GPUs from an actor without one. By default Ray makes all GPUs visible to it."""
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _start_problem(error: BaseException) -> str:
-    """Say why an actor could not be made on a machine."""
+    """Return the message for an actor that failed to start."""
     if "No module named 'chunkq" in str(error):
-        return f"queue: a machine of the Ray cluster has no chunkq; {REMEDY}"
-    return f"queue: a machine of the Ray cluster cannot make a worker: {_last_line(error)}"
+        return f"queue: chunkq is not installed on a machine of the Ray cluster; {INSTALL_HINT}"
+    return f"queue: cannot start a worker on a machine of the Ray cluster: {_last_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A Ray cluster of one's own, whose processes end with the one that started it."""
+"""Start or join a Ray cluster in child processes, which end with their parent."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import psutil
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.scratch import delete_abandoned, scratch_folder
 
-LONGEST_FOLDER = 24
+MAX_FOLDER_LENGTH = 24
+"""Longest temporary folder: the paths of Ray's sockets in it may have 107 bytes."""
 END_SECONDS = 10.0
+"""Time to wait for killed processes."""
 STARTED_MESSAGE = re.compile(r"ray start --address='([^']+)'")
 
 
@@ -30,36 +32,39 @@ STARTED_MESSAGE = re.compile(r"ray start --address='([^']+)'")
 def start_head(
     *, alone: bool, cpus: int | None = None, gpus: bool = True, port: int = 0
 ) -> Iterator[tuple[str, str]]:
-    """Start a head on this machine; yields the address HOST:PORT that others join, and its token.
+    """Start a head on this machine; yield its address HOST:PORT and its token.
 
-    Ray listens everywhere, also for a cluster of this machine `alone`, and serves only who has the
-    token. A process that has loaded Ray before cannot set one: the token is then empty, and the
-    cluster open. Raises QueueError if it does not come up.
+    With `alone` the cluster has no other machines. Ray listens on all interfaces in any case,
+    and accepts only clients with the token. A process that has already imported Ray cannot set a
+    token; the token is then empty, and the cluster accepts all clients. Raises QueueError if the
+    head does not start.
     """
     if find_spec("ray") is None:
         raise QueueError(
-            "queue: ray:// needs a package that is not installed; pip install 'chunkq[ray]'"
+            "queue: ray:// needs the package ray, which is not installed; "
+            "run pip install 'chunkq[ray]'",
+            code=ErrorCode.PACKAGE_MISSING,
         )
-    here = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false"] if alone else []
+    local = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false"] if alone else []
     token = "" if "ray" in sys.modules else secrets.token_hex(32)
     with (
         _token_in_environment(token),
-        _node(["--head", "--port", str(port), *here], cpus, gpus) as said,
+        _node(["--head", "--port", str(port), *local], cpus, gpus) as output,
     ):
-        found = STARTED_MESSAGE.search(said)
-        yield found.group(1) if found else "", token
+        match = STARTED_MESSAGE.search(output)
+        yield match.group(1) if match else "", token
 
 
 @contextmanager
 def join_cluster(address: str, token: str, *, gpus: bool = True) -> Iterator[None]:
-    """Have this machine be part of the cluster whose head is at `address`."""
+    """Run a node of the cluster whose head is at `address` while the context is open."""
     with _token_in_environment(token), _node(["--address", address], None, gpus):
         yield
 
 
 @contextmanager
 def _token_in_environment(token: str) -> Iterator[None]:
-    """Set Ray's token for this process and its children; other users cannot read that."""
+    """Set the token of Ray in the environment, which other users cannot read."""
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
     before = {name: os.environ.get(name) for name in secret}
     os.environ.update(secret)
@@ -75,7 +80,7 @@ def _token_in_environment(token: str) -> Iterator[None]:
 
 @contextmanager
 def _node(options: Sequence[str], cpus: int | None, gpus: bool) -> Iterator[str]:
-    """Run `ray start --block`; yields what it said."""
+    """Run `ray start --block` while the context is open; yield its output."""
     command = [sys.executable, "-m", __name__, "start", "--block", *options]
     command += ["--disable-usage-stats"]
     command += ["--num-cpus", str(cpus or _cores())]
@@ -89,9 +94,9 @@ def _node(options: Sequence[str], cpus: int | None, gpus: bool) -> Iterator[str]
         yield from _run(command)
         return
     with scratch_folder("ray", _short_folder()) as folder:
-        # Else `ray://auto` elsewhere on this machine would find this one.
+        # With the default folder, `ray://auto` of other processes would find this cluster.
         command += ["--temp-dir", str(folder)]
-        # Else Ray takes the port 10001, and goes down if another cluster has it.
+        # By default Ray uses port 10001, and exits if another cluster uses it.
         command += ["--ray-client-server-port", str(_free_port())]
         yield from _run(command)
 
@@ -108,7 +113,7 @@ def _run(command: Sequence[str]) -> Iterator[str]:
     try:
         yield _wait_until_up(process)
     finally:
-        # A SIGTERM would take half a minute; its workers, in groups of their own, die with Ray.
+        # Ray takes half a minute to end on SIGTERM. Its workers, in other groups, end with it.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -119,23 +124,23 @@ def _wait_until_up(process: subprocess.Popen[str]) -> str:
     for line in process.stdout or ():
         lines.append(line)
         if "will now block" in line:
-            # What it says later is nobody's concern, but a full pipe would stop it.
+            # Discard later output, because a full pipe would block Ray.
             threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
             return "".join(lines)
-    said = " ".join("".join(lines).split())
-    raise QueueError(f"queue: Ray could not be started here: {said[-400:]}")
+    output = " ".join("".join(lines).split())
+    raise QueueError(f"queue: cannot start Ray on this machine: {output[-400:]}")
 
 
 def _short_folder() -> Path:
-    """Return where temporary files go: the paths of Ray's sockets may have 107 bytes at most."""
-    usual = tempfile.gettempdir()
-    return Path(usual if len(usual) <= LONGEST_FOLDER else "/tmp")
+    """Return the folder for temporary files: the default one, or /tmp if its path is too long."""
+    default = tempfile.gettempdir()
+    return Path(default if len(default) <= MAX_FOLDER_LENGTH else "/tmp")
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
     return port
 
 
@@ -144,7 +149,7 @@ def _cores() -> int:
 
 
 def _end_with_parent() -> None:
-    """End Ray and remove its folder when standard input ends: then the parent has been killed."""
+    """Wait for the end of standard input, which means that the parent ended; then end Ray."""
     sys.stdin.read()
     processes = psutil.Process().children(recursive=True)
     for process in processes:

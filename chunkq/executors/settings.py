@@ -1,4 +1,4 @@
-"""Lease, poll and grace times of a worker."""
+"""Lease, poll and restart times of a worker and its supervisor."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class WorkerSettings:
     """Settings of one worker and of its supervisor; times are in seconds.
 
     - A worker that does not renew its leases for `lease` loses its tasks.
-    - An idle worker asks the queue every `shortest_poll`, later every `longest_poll`.
-    - A job's first task in a process, which also loads the network, may take `first_time_limit`.
-      Later tasks may take `time_limit_factor` times the longest one so far, and at least
-      `least_time_limit`.
-    - A worker leaves a job after `same_failures_at_first` chunks in a row failed with one cause,
-      after the job's first success only after `same_failures_later`: then the cause may lie in
-      one region of the volume.
+    - An idle worker polls the queue every `shortest_poll`, later every `longest_poll`.
+    - The first task of a job in a process, which also loads the network, may take
+      `first_time_limit`. Later tasks may take `time_limit_factor` times the longest one so far,
+      but not less than `least_time_limit`.
+    - A worker skips a job after `same_failures_at_first` consecutive chunks failed with one cause.
+      After the first success of the job it takes `same_failures_later`, because the cause may be
+      limited to one region of the volume.
     - A job that needs a new worker process waits for at most `longest_replacement_delay` while
       this process has other tasks.
-    - A worker waits `server_answer` for each answer of a queue server.
+    - A worker waits `server_answer` for each response of a queue server.
     - A process that ends within `early_death` of its start counts as an early death. After
       `early_deaths` of them the supervisor gives up. It waits `restart_delay` before a restart,
       twice as long after each death, at most `longest_restart_delay`.
     - The supervisor restarts processes for `queue_absence` while the queue cannot be reached.
-    - Two signals within `same_signal` count as one: a process group receives each twice.
+    - Two signals within `same_signal` count as one, because a process group receives each twice.
     """
 
     lease: float = 20.0

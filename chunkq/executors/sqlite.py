@@ -1,4 +1,4 @@
-"""The embedded queue: one SQLite table in WAL mode, leases with a heartbeat, no server."""
+"""Embedded queue in a SQLite file in WAL mode, without a server."""
 
 from __future__ import annotations
 
@@ -33,35 +33,37 @@ NETWORK_FILESYSTEMS = frozenset(
 
 
 class SqliteExecutor(TableQueue):
-    """Many processes on one machine, through one file. `sqlite:///absolute/path/queue.db`."""
+    """Queue `sqlite:///absolute/path/queue.db`, shared by processes on one machine."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         path = Path(url.removeprefix("sqlite://"))
-        _refuse_network(path)
+        _require_local_disk(path)
         _create(path)
         self.table = TaskTable(str(path))
 
 
 def _create(path: Path) -> None:
-    """Create the file and its folders unless they exist; only the owner can open a new file.
+    """Create the file and its folders unless they exist. Only the owner can open a new file.
 
-    SQLite gives its `-wal` and `-shm` files the mode of this one. Raises QueueError.
+    SQLite creates the `-wal` and `-shm` files with the same mode. Raises QueueError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise QueueError(
-            f"queue: {path.parent} cannot be made: {error}", code=_code_of(error)
+            f"queue: {path.parent}: cannot create the folder: {error.strerror or error}; use "
+            "another file with --queue sqlite:///…",
+            code=_code_of(error),
         ) from None
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        pass  # whatever it is, SQLite opens it or reports why not
+        pass  # SQLite opens it, or reports why not
     except OSError as error:
         raise QueueError(
-            f"queue: {path} cannot be created: {error.strerror or error}; use another file with "
-            "--queue sqlite:///…",
+            f"queue: {path}: cannot create the file: {error.strerror or error}; use another file "
+            "with --queue sqlite:///…",
             code=_code_of(error),
         ) from None
 
@@ -76,22 +78,23 @@ def _code_of(error: OSError) -> ErrorCode:
     }.get(error.errno or 0, ErrorCode.QUEUE_UNAVAILABLE)
 
 
-def _refuse_network(
+def _require_local_disk(
     path: Path, partitions: Callable[[], list[tuple[str, str]]] | None = None
 ) -> None:
-    """Raise QueueError if the file would lie on a network file system: WAL is for one host."""
+    """Raise QueueError if the path is on a network file system. WAL works on one host only."""
     mounts = partitions() if partitions else _mounts()
-    target = Path(os.path.realpath(path))  # resolve() raises where a link leads to itself
-    best = max(
-        # Of several mounts on one point, the last is the one that shows.
+    target = Path(os.path.realpath(path))  # resolve() raises for a link to itself
+    mount = max(
+        # Of several mounts on one point, the last one is visible.
         ((Path(point), kind) for point, kind in reversed(mounts) if target.is_relative_to(point)),
-        key=lambda mount: len(mount[0].parts),
+        key=lambda point_and_kind: len(point_and_kind[0].parts),
         default=None,
     )
-    if best and best[1] in NETWORK_FILESYSTEMS:
+    if mount and mount[1] in NETWORK_FILESYSTEMS:
         raise QueueError(
-            f"queue: {path} lies on {best[1]}, and the embedded queue is for one host's own "
-            "disk; name a file on a local disk with --queue sqlite:///…, or use a server queue"
+            f"queue: {path}: unsupported network file system {mount[1]}; use a file on a local "
+            "disk with --queue sqlite:///…, or a Redis queue",
+            code=ErrorCode.QUEUE_UNSUPPORTED,
         )
 
 

@@ -1,4 +1,4 @@
-"""Schema of the task table: create it, upgrade it, and report why a database cannot hold it."""
+"""Schema of the task table: create it, upgrade it, translate the errors of SQLite."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import time
 from chunkq.errors import ErrorCode, QueueError
 
 VERSION = 1
-"""Stored as SQLite's `user_version`. Files written before it was stored have 0."""
+"""Version of the schema, stored as `user_version`. It is 0 in files of older versions."""
 BUSY_SECONDS = 60.0
 """How long a statement waits for other processes."""
-LONGEST_PAUSE = 0.05
-LEAST_SPACE = 1 << 20
+MAX_PAUSE = 0.05
+MIN_FREE_BYTES = 1 << 20
 """Free bytes below which an I/O error is reported as a full disk."""
 
 STATEMENTS = (
@@ -59,9 +59,9 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 def prepare(database: sqlite3.Connection) -> None:
-    """Create the tables, or upgrade them, once for all processes that open the file.
+    """Create or upgrade the tables, unless another process has done it.
 
-    Raises sqlite3.Error, and QueueError if a newer version of chunkq has written the file.
+    Raises sqlite3.Error, and QueueError if a newer version of chunkq wrote the file.
     """
     _switch_to_wal(database)
     if _version(database) == VERSION:
@@ -84,18 +84,18 @@ def _version(database: sqlite3.Connection) -> int:
     version: int = database.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
         raise QueueError(
-            f"has schema {version} of a newer chunkq, expected at most {VERSION}; install that "
-            "version, or use another file with --queue sqlite:///…",
+            f"has schema version {version} of a newer chunkq, expected at most {VERSION}; install "
+            "the newer chunkq, or use another file with --queue sqlite:///…",
             code=ErrorCode.QUEUE_UNSUPPORTED,
         )
     return version
 
 
 def _switch_to_wal(database: sqlite3.Connection) -> None:
-    """Set the journal mode, which stays in the file.
+    """Set the journal mode, which is stored in the file.
 
-    SQLite does not apply its busy timeout here: it would reach a deadlock if two processes waited
-    for each other's shared lock.
+    SQLite does not apply its busy timeout to this statement, because two processes that wait for
+    each other's shared lock would deadlock.
     """
     limit = time.monotonic() + BUSY_SECONDS
     while True:
@@ -105,7 +105,7 @@ def _switch_to_wal(database: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             if not _is_busy(error) or time.monotonic() > limit:
                 raise
-        time.sleep(random.uniform(0, LONGEST_PAUSE))
+        time.sleep(random.uniform(0, MAX_PAUSE))
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -118,7 +118,7 @@ def _primary_code(error: sqlite3.Error) -> int:
 
 
 def as_queue_error(path: str, error: sqlite3.Error) -> QueueError:
-    """Return the error for the user: the file, what is wrong, and what to do."""
+    """Translate an error of SQLite: the file, the reason, and what to do."""
     code, advice = _diagnosis(path, _primary_code(error))
     return QueueError(f"queue: {path}: {error}{advice}", code=code)
 
@@ -159,7 +159,7 @@ _DIAGNOSES = {
 
 def _is_full(folder: str) -> bool:
     try:
-        return shutil.disk_usage(folder).free < LEAST_SPACE
+        return shutil.disk_usage(folder).free < MIN_FREE_BYTES
     except OSError:
         return False
 

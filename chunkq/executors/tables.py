@@ -1,7 +1,7 @@
-"""A queue as one SQL table: its statements, and the executor that speaks to it.
+"""Queue in a SQL table: the SQL statements, and the executor that uses them.
 
-The table may lie in a file of this machine, or in the memory of a cluster's own head, which is
-then asked over the network. Hence its methods take and give nothing but JSON's values.
+The table is in a local file, or in the memory of a cluster's head process, which is called over the
+network. Therefore the arguments and results of `TaskTable` are JSON values.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ log = logging.getLogger("chunkq.queue")
 BATCH = 1000
 
 COMPLETE = "complete"
-RUNNING_COLUMNS = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
+STATE_NOW = "iif(state = 'running' AND lease_until < ?, 'queued', state)"
 
-# A lease that ran out counts as an attempt; past the last one the task is failed, not begun.
-# {filter} keeps each inner query on an index that gives rows in order, however long the queue.
+# An expired lease counts as an attempt; after the last attempt the task is failed.
+# With the two inner queries each {filter} uses an index, so a long queue is not sorted.
 RESERVE = """
 UPDATE tasks SET state = 'running', attempts = attempts + 1, worker = :worker, since = :now,
                  lease_until = :now + :lease
 WHERE number = (
     SELECT number FROM (
         SELECT number FROM tasks WHERE state = 'running' AND lease_until < :now
-               AND attempts < :most {filter}
+               AND attempts < :max_attempts {filter}
         ORDER BY number LIMIT 1
     )
     UNION ALL
@@ -57,11 +57,11 @@ RETURNING id, message, attempts
 """
 EXPIRE_LAST_ATTEMPTS = """
 UPDATE tasks SET state = 'failed', lease_until = NULL
-WHERE state = 'running' AND lease_until < :now AND attempts >= :most
+WHERE state = 'running' AND lease_until < :now AND attempts >= :max_attempts
 """
-# Tried again after all others: what was amiss may have passed by then.
+# The task goes last: a temporary cause may be over by then.
 NACK = """
-UPDATE tasks SET state = CASE WHEN attempts >= :most THEN 'failed' ELSE 'queued' END,
+UPDATE tasks SET state = CASE WHEN attempts >= :max_attempts THEN 'failed' ELSE 'queued' END,
                  number = (SELECT max(number) + 1 FROM tasks), lease_until = NULL
 WHERE id = :id AND worker = :worker AND state = 'running'
 """
@@ -74,20 +74,20 @@ RECORD_CONTRIBUTION = """
 INSERT INTO blocks (job, block, marks) VALUES (?, ?, ?)
 ON CONFLICT (job, block) DO UPDATE SET marks = excluded.marks
 """
-FORGET_BLOCKS = """
+DELETE_BLOCKS = """
 DELETE FROM blocks WHERE job = :job AND NOT EXISTS (SELECT 1 FROM tasks WHERE job = :job)
 """
 
 
 class TaskTable:
-    """Tasks with their states and leases, in a SQLite database; one connection a thread.
+    """Tasks with their states and leases in a SQLite database, with one connection per thread.
 
-    Of each block with a committed contributor it keeps one digit a contributor, 1 for the
-    committed ones, and nothing but that it is complete once all are; as long as its job has
-    tasks here.
+    For each block with a committed contributor the table stores one digit per contributor, 1 for
+    committed ones. A complete block is stored as COMPLETE. The blocks of a job are deleted with
+    its last task.
 
-    A task's `id`, its `job` and its `message` are text; times are Unix times (s). What ends a
-    lease that is another's by now changes nothing.
+    `id`, `job` and `message` of a task are text. Times are Unix times (s). Ending a lease has no
+    effect if the task is now leased to another worker.
     """
 
     def __init__(self, path: str) -> None:
@@ -99,12 +99,12 @@ class TaskTable:
                 table_schema.prepare(database)
         except QueueError as error:
             self.close()
-            named = str(error).startswith("queue: ")
-            message = str(error) if named else f"queue: {path}: {error}"
+            has_path = str(error).startswith("queue: ")
+            message = str(error) if has_path else f"queue: {path}: {error}"
             raise QueueError(message, code=error.code) from error.__cause__
 
     def submit(self, rows: Sequence[tuple[str, str, str]]) -> int:
-        """Queue (id, job, message) rows in one transaction; returns how many are newly queued."""
+        """Queue (id, job, message) rows in one transaction; return how many are newly queued."""
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             before = database.total_changes
@@ -114,20 +114,20 @@ class TaskTable:
         return queued
 
     def counts(self, job: str) -> dict[str, int]:
-        """Count a job's tasks by state; one whose lease ran out waits again."""
+        """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT {RUNNING_COLUMNS} AS shown, count(*) FROM tasks WHERE job = ? "
-                "GROUP BY shown",
+                f"SELECT {STATE_NOW} AS current, count(*) FROM tasks WHERE job = ? "
+                "GROUP BY current",
                 (time.time(), job),
             ).fetchall()
         return dict(rows)
 
     def jobs(self) -> dict[str, dict[str, int]]:
-        """Count the tasks of every job; one whose lease ran out waits again."""
+        """Return the numbers of tasks of every job by state; an expired lease counts as queued."""
         with self._database() as database:
             rows = database.execute(
-                f"SELECT job, {RUNNING_COLUMNS} AS shown, count(*) FROM tasks GROUP BY job, shown",
+                f"SELECT job, {STATE_NOW} AS current, count(*) FROM tasks GROUP BY job, current",
                 (time.time(),),
             ).fetchall()
         states: dict[str, dict[str, int]] = {}
@@ -136,7 +136,7 @@ class TaskTable:
         return states
 
     def running(self, job: str) -> list[tuple[str, str, float]]:
-        """Return message, worker and begin of a job's tasks whose lease holds."""
+        """Return message, worker and start time of the tasks of a job with unexpired leases."""
         with self._database() as database:
             return database.execute(
                 "SELECT message, worker, since FROM tasks WHERE state = 'running' AND job = ? "
@@ -145,7 +145,7 @@ class TaskTable:
             ).fetchall()
 
     def failed(self, job: str) -> list[str]:
-        """Return the messages of a job's failed tasks."""
+        """Return the messages of the failed tasks of a job."""
         with self._database() as database:
             rows = database.execute(
                 "SELECT message FROM tasks WHERE state = 'failed' AND job = ? ORDER BY number",
@@ -154,18 +154,18 @@ class TaskTable:
         return [message for (message,) in rows]
 
     def retry(self, job: str) -> int:
-        """Queue a job's failed tasks afresh."""
+        """Queue the failed tasks of a job with all their attempts."""
         return self._change(
             "UPDATE tasks SET state = 'queued', attempts = 0 WHERE state = 'failed' AND job = ?",
             (job,),
         )
 
     def cancel(self, job: str) -> int:
-        """Delete a job's tasks."""
+        """Delete the tasks of a job."""
         return self._delete("job = ?", (job,))
 
     def release(self, worker: str, counted: bool) -> int:
-        """End a worker's leases; its tasks are nobody's then, so saying it twice counts once."""
+        """End the leases of a worker. A second call has no effect."""
         return self._change(
             "UPDATE tasks SET state = iif(attempts >= ? AND ?, 'failed', 'queued'), "
             "attempts = attempts - ?, worker = NULL, lease_until = NULL "
@@ -174,19 +174,19 @@ class TaskTable:
         )
 
     def reserve(
-        self, worker: str, lease: float, job: str | None, aside: Sequence[str]
+        self, worker: str, lease: float, job: str | None, skipped_jobs: Sequence[str]
     ) -> tuple[str, str, int] | None:
-        """Begin one task for `lease` seconds: of `job`, or of any but those `aside`.
+        """Lease one task for `lease` seconds: of `job`, or of any job but `skipped_jobs`.
 
-        Returns its id, message and the number of this attempt, or None.
+        Return its id, message and the number of this attempt, or None.
         """
-        condition, chosen = _job_filter(job, aside)
+        condition, names = _job_filter(job, skipped_jobs)
         values = {
             "worker": worker,
             "now": time.time(),
             "lease": lease,
-            "most": MAX_ATTEMPTS,
-            **chosen,
+            "max_attempts": MAX_ATTEMPTS,
+            **names,
         }
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
@@ -198,7 +198,7 @@ class TaskTable:
         return row
 
     def delete(self, id: str) -> None:
-        """Delete what is no task."""
+        """Delete a message that is not a task."""
         self._delete("id = ?", (id,))
 
     def ack(self, id: str, worker: str) -> None:
@@ -208,16 +208,18 @@ class TaskTable:
     def record_contributions(
         self, job: str, contributions: Sequence[tuple[str, int, int]]
     ) -> list[str]:
-        """Mark contributors, each a (block, number, how many the block has), as committed.
+        """Record committed contributors, each as (block, number, total number for the block).
 
-        Returns the blocks that are complete by that, each to one caller only.
+        Return the blocks that this completes; each is returned to one caller only.
         """
         complete = []
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
-            # A worker that wakes up after its job is done must leave nothing behind.
-            known = database.execute("SELECT 1 FROM tasks WHERE job = ? LIMIT 1", (job,)).fetchone()
-            for block, member, of in contributions if known else ():
+            # A worker that was suspended until its job was done must not create rows.
+            exists = database.execute(
+                "SELECT 1 FROM tasks WHERE job = ? LIMIT 1", (job,)
+            ).fetchone()
+            for block, member, of in contributions if exists else ():
                 row = database.execute(
                     "SELECT marks FROM blocks WHERE job = ? AND block = ?", (job, block)
                 ).fetchone()
@@ -234,40 +236,41 @@ class TaskTable:
         return complete
 
     def nack(self, id: str, worker: str) -> None:
-        """End an attempt without success."""
-        self._change(NACK, {"most": MAX_ATTEMPTS, "id": id, "worker": worker})
+        """End an unsuccessful attempt."""
+        self._change(NACK, {"max_attempts": MAX_ATTEMPTS, "id": id, "worker": worker})
 
     def requeue(self, id: str, worker: str) -> None:
-        """Put a task back as if it had not been begun."""
+        """Queue a task without counting the attempt."""
         self._change(
             "UPDATE tasks SET state = 'queued', attempts = attempts - 1, lease_until = NULL "
             "WHERE id = ? AND worker = ? AND state = 'running'",
             (id, worker),
         )
 
-    def is_drained(self, job: str | None, aside: Sequence[str]) -> bool:
-        """Tell whether nothing is queued or running: of `job`, or of any but those `aside`."""
-        condition, chosen = _job_filter(job, aside)
+    def is_drained(self, job: str | None, skipped_jobs: Sequence[str]) -> bool:
+        """Return whether `job`, or every job but `skipped_jobs`, has no queued or running tasks."""
+        condition, names = _job_filter(job, skipped_jobs)
         with self._database() as database:
             row = database.execute(
                 f"SELECT 1 FROM tasks WHERE state IN ('queued', 'running') {condition} LIMIT 1",
-                chosen,
+                names,
             ).fetchone()
         return row is None
 
-    def renew(self, worker: str, held: Sequence[str], lease: float) -> None:
-        """Put off the end of the leases that a worker knows it holds by `lease` seconds.
+    def renew(self, worker: str, ids: Sequence[str], lease: float) -> None:
+        """Extend the leases of tasks that a worker runs to `lease` seconds from now.
 
-        Others of its name are not: the answer to its `take` was lost on the way.
+        A lease with the name of the worker that is not in `ids` expires: the worker never received
+        the response to its `reserve`.
         """
         self._change(
             "UPDATE tasks SET lease_until = ? WHERE state = 'running' AND worker = ? "
             "AND id IN (SELECT value FROM json_each(?))",
-            (time.time() + lease, worker, json.dumps(held)),
+            (time.time() + lease, worker, json.dumps(ids)),
         )
 
     def shorten(self, worker: str, lease: float) -> None:
-        """Have a worker's leases run out in `lease` seconds, unless they do before."""
+        """Make the leases of a worker expire in `lease` seconds, unless they expire earlier."""
         self._change(
             "UPDATE tasks SET lease_until = min(lease_until, ?) WHERE state = 'running' "
             "AND worker = ?",
@@ -275,20 +278,20 @@ class TaskTable:
         )
 
     def close(self) -> None:
-        """Close every thread's connection."""
+        """Close the connections of all threads."""
         for connection in self._connections:
             connection.close()
         self._connections.clear()
         self._threads = threading.local()
 
     def _delete(self, condition: str, values: Sequence[object]) -> int:
-        """Delete tasks, and what is remembered of the blocks of jobs that have no more of them."""
+        """Delete tasks, and the blocks of jobs that have no tasks left; return how many tasks."""
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             jobs = database.execute(
                 f"DELETE FROM tasks WHERE {condition} RETURNING job", values
             ).fetchall()
-            database.executemany(FORGET_BLOCKS, [{"job": job} for (job,) in set(jobs)])
+            database.executemany(DELETE_BLOCKS, [{"job": job} for (job,) in set(jobs)])
             database.execute("COMMIT")
         return len(jobs)
 
@@ -313,48 +316,48 @@ class TaskTable:
 
 
 class TableQueue(LeaseQueue):
-    """The queue in a table, wherever that lies."""
+    """Queue in a `TaskTable` of this process or of another one."""
 
     table: TaskTable
 
     def submit(self, tasks: Iterable[Task]) -> int:
-        """Queue tasks in transactions of a thousand, so that workers start at once."""
+        """Queue tasks in transactions of 1000, so that workers can start immediately."""
         queued, stream = 0, iter(tasks)
         while batch := list(islice(stream, BATCH)):
             queued += self.table.submit([(task.id, task.job, task.to_json()) for task in batch])
         return queued
 
     def counts(self, job: str) -> Counts:
-        """Count a job's tasks by state."""
+        """Return the numbers of tasks of a job by state."""
         return Counts(**self.table.counts(job))
 
     def jobs(self) -> dict[str, Counts]:
-        """Count the tasks of every job on the queue."""
-        return {job: Counts(**found) for job, found in self.table.jobs().items()}
+        """Return the numbers of tasks of every job on the queue."""
+        return {job: Counts(**counts) for job, counts in self.table.jobs().items()}
 
     def running(self, job: str) -> list[Running]:
-        """List a job's tasks whose lease holds."""
+        """Return the tasks of a job whose leases have not expired."""
         rows = self.table.running(job)
         return [Running(Task.from_json(message), worker, since) for message, worker, since in rows]
 
     def failed(self, job: str) -> list[Task]:
-        """List a job's failed tasks."""
+        """Return the failed tasks of a job."""
         return [Task.from_json(message) for message in self.table.failed(job)]
 
     def retry(self, job: str) -> int:
-        """Queue a job's failed tasks afresh."""
+        """Queue the failed tasks of a job with all their attempts."""
         return self.table.retry(job)
 
     def cancel(self, job: str) -> int:
-        """Take a job off the queue."""
+        """Remove all tasks of a job."""
         return self.table.cancel(job)
 
     def release(self, worker: str, *, counted: bool = True) -> int:
-        """End a worker's leases."""
+        """End the leases of a worker."""
         return self.table.release(worker, counted)
 
     def reserve(self, options: WorkerOptions) -> Lease | None:
-        """Begin one task, or return None if there is none to begin now."""
+        """Lease one task, or return None if no task is available."""
         while row := self.table.reserve(
             options.worker, options.settings.lease, options.job, sorted(options.skipped_jobs)
         ):
@@ -362,49 +365,49 @@ class TableQueue(LeaseQueue):
             try:
                 return Lease(Task.from_json(message), Attempt(attempts, options.worker))
             except QueueError as error:
-                log.error("dropped from the queue: %s", error)
+                log.error("deleted from the queue: %s", error)
                 self.table.delete(id)
         return None
 
     def ack(self, lease: Lease) -> None:
-        """Take a finished task off the queue, unless its lease went to another."""
+        """Delete a finished task, unless it is now leased to another worker."""
         self.table.ack(lease.task.id, lease.attempt.worker)
 
     def nack(self, lease: Lease, error: BaseException) -> None:
-        """End an attempt without success."""
+        """End an unsuccessful attempt."""
         self.table.nack(lease.task.id, lease.attempt.worker)
 
     def requeue(self, lease: Lease) -> None:
-        """Put a task back as if it had not been begun."""
+        """Queue a task without counting the attempt."""
         self.table.requeue(lease.task.id, lease.attempt.worker)
 
     def record_contributions(
         self, job: str, contributions: Sequence[BlockContribution]
     ) -> list[Task]:
-        """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
-        rows = [(chunk_name(mark.block), mark.member, mark.of) for mark in contributions]
-        found = map(parse_chunk, self.table.record_contributions(job, rows))
-        return [Task("finalize", job, block) for block in found if block is not None]
+        """Record a contributor of blocks; return tasks to finalize the complete ones."""
+        rows = [(chunk_name(c.block), c.member, c.of) for c in contributions]
+        blocks = map(parse_chunk, self.table.record_contributions(job, rows))
+        return [Task("finalize", job, block) for block in blocks if block is not None]
 
     def is_drained(self, options: WorkerOptions) -> bool:
-        """Tell whether what a options works on has neither queued nor running tasks."""
+        """Return whether the jobs of a worker have neither queued nor running tasks."""
         return self.table.is_drained(options.job, sorted(options.skipped_jobs))
 
-    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
-        """Extend the leases that a worker holds."""
-        ids = [lease.task.id for lease in held]
+    def renew(self, options: WorkerOptions, leases: Sequence[Lease]) -> None:
+        """Extend leases of a worker."""
+        ids = [lease.task.id for lease in leases]
         self.table.renew(options.worker, ids, options.settings.lease)
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         self.table.close()
 
 
-def _job_filter(job: str | None, aside: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Return the SQL condition, and its values, for the tasks that may be begun."""
+def _job_filter(job: str | None, skipped_jobs: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Return a SQL condition for the tasks that may be reserved, and the values of its names."""
     if job is not None:
         return "AND job = :job", {"job": job}
-    named = {f"aside{n}": other for n, other in enumerate(aside)}
-    if not named:
+    values = {f"skipped{n}": name for n, name in enumerate(skipped_jobs)}
+    if not values:
         return "", {}
-    return f"AND job NOT IN ({', '.join(':' + name for name in named)})", named
+    return f"AND job NOT IN ({', '.join(':' + name for name in values)})", values

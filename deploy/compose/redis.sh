@@ -1,6 +1,6 @@
 #!/bin/sh
-# Starts Redis with the shipped settings and the secret's password; with `ping`, asks whether it
-# answers. No command line ever holds the password.
+# Start Redis with redis.conf and the password in the secret. With the argument `ping`, check that
+# Redis responds. The password is never in a command line.
 set -eu
 secret=/run/secrets/redis_password
 
@@ -12,11 +12,11 @@ if [ "${1:-}" = ping ]; then
 fi
 
 if [ ! -r "$secret" ]; then
-  echo "the secret's file cannot be read: chmod 644 it, and 700 its folder" >&2
+  echo "redis_password: cannot read the secret; run chmod 644 on its file, 700 on its folder" >&2
   exit 1
 fi
 if [ -z "$(tr -d '\r\n' <"$secret")" ]; then
-  echo "the secret redis_password is empty" >&2
+  echo "redis_password: the secret is empty; write a password into its file" >&2
   exit 1
 fi
 hash=$(tr -d '\r\n' <"$secret" | sha256sum | cut -d ' ' -f 1)

@@ -1,11 +1,11 @@
-"""Print what chunkq needs with the extras given, so that images keep it in a layer of its own."""
+"""Print the requirements of chunkq with extras, so that images install them in a separate layer."""
 
 import sys
 import tomllib
 from pathlib import Path
 
 project = tomllib.loads(Path(sys.argv[1]).read_text())["project"]
-wanted = list(project["dependencies"])
+requirements = list(project["dependencies"])
 for extra in sys.argv[2:]:
-    wanted += project["optional-dependencies"][extra]
-sys.stdout.write("\n".join(wanted) + "\n")
+    requirements += project["optional-dependencies"][extra]
+sys.stdout.write("\n".join(requirements) + "\n")

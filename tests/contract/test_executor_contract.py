@@ -1,7 +1,7 @@
-"""The contract of every queue backend; see chunkq/executors/base.py.
+"""Contract tests of all queue backends; the contract is in chunkq/executors/base.py.
 
-A new backend adds one entry to BACKENDS and gets the whole suite. Tests speak to it through
-`Executor` alone; what they need besides stands in the entry.
+A new backend adds an entry to LOCAL or CLUSTERS and runs all tests. Tests use the interface
+`Executor` only; the entry has the functions that access the backend directly.
 """
 
 import multiprocessing
@@ -22,6 +22,7 @@ import pytest
 import redis
 
 from chunkq.errors import (
+    ErrorCode,
     JobError,
     ModelError,
     PredictionError,
@@ -50,30 +51,27 @@ from chunkq.tasks import ENTRY_POINTS, Task
 from tests.harness.waiting import TIMEOUT, wait_until
 
 MOMENT = 0.2
-"""Seconds in which something that must not happen is given the chance to."""
+"""Time (s) that a test waits to verify that something does not happen."""
 JOB, OTHER_JOB = "/data/brain.zarr.chunkq", "s3://bucket/rock.zarr.chunkq"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How to make a fresh queue of one kind, and to reach behind its back.
-
-    `smuggle(url, message)` puts a raw message on the queue.
-    """
+    """A backend: create the URL of a new queue, and insert a raw message into a queue."""
 
     name: str
     make_url: Callable[[Path, pytest.FixtureRequest], str]
-    smuggle: Callable[[str, str | bytes], None]
+    insert: Callable[[str, str | bytes], None]
 
 
-def smuggle_into_sqlite(url: str, message: str | bytes) -> None:
+def insert_into_sqlite(url: str, message: str | bytes) -> None:
     with sqlite3.connect(url.removeprefix("sqlite://")) as database:
         row = (os.urandom(4).hex(), JOB, message)
         database.execute("INSERT INTO tasks (id, job, message) VALUES (?, ?, ?)", row)
     database.close()
 
 
-def smuggle_into_redis(url: str, message: str | bytes) -> None:
+def insert_into_redis(url: str, message: str | bytes) -> None:
     with redis.Redis.from_url(url) as client:
         name, task_id = queue_name(JOB), os.urandom(4).hex()
         client.hset(f"rq:job:{task_id}", mapping={"status": "queued", "data": message})
@@ -82,7 +80,7 @@ def smuggle_into_redis(url: str, message: str | bytes) -> None:
         client.hset("chunkq:jobs", name, JOB)
 
 
-def smuggle_into_host(url: str, message: str | bytes) -> None:
+def insert_into_host(url: str, message: str | bytes) -> None:
     executor = open_executor(url)
     assert isinstance(executor, HostedQueue)
     text = message.decode("latin-1") if isinstance(message, bytes) else message
@@ -90,39 +88,39 @@ def smuggle_into_host(url: str, message: str | bytes) -> None:
     executor.close()
 
 
-def smuggle_into_process(url: str, message: str | bytes) -> None:
+def insert_into_process(url: str, message: str | bytes) -> None:
     executor = open_executor(url)
     assert isinstance(executor, InProcessExecutor)
-    executor._memory.jobs.setdefault(JOB, _JobQueue()).queued[os.urandom(4).hex()] = message, 0
+    executor._queue.jobs.setdefault(JOB, _JobQueue()).queued[os.urandom(4).hex()] = message, 0
 
 
 LOCAL = (
     Backend(
         "inprocess",
         lambda folder, request: f"inprocess://{folder}",
-        smuggle_into_process,
+        insert_into_process,
     ),
     Backend(
         "sqlite",
         lambda folder, request: f"sqlite://{folder / 'queue.db'}",
-        smuggle_into_sqlite,
+        insert_into_sqlite,
     ),
     Backend(
         "rq",
         lambda folder, request: request.getfixturevalue("redis").url,
-        smuggle_into_redis,
+        insert_into_redis,
     ),
 )
 CLUSTERS = (
     Backend(
         "dask",
         lambda folder, request: request.getfixturevalue("dask"),
-        smuggle_into_host,
+        insert_into_host,
     ),
     Backend(
         "ray",
         lambda folder, request: request.getfixturevalue("ray"),
-        smuggle_into_host,
+        insert_into_host,
     ),
 )
 
@@ -132,23 +130,23 @@ SHARED = tuple(backend for backend in LOCAL if backend.name != "inprocess")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run every test on the local backends; those marked `transport` on clusters too.
+    """Run every test on the local backends, and tests marked `transport` also on clusters.
 
-    A cluster's head keeps its queue in the table that sqlite keeps in a file, so that only the
-    way there and back is another. Tests marked `processes` need worker processes.
+    Clusters use the same task table as sqlite, so that only the transport differs. Tests marked
+    `processes` need worker processes.
     """
     if "backend" not in metafunc.fixturenames:
         return
-    chosen = LOCAL
+    backends = LOCAL
     if metafunc.definition.get_closest_marker("transport"):
-        chosen = (*LOCAL, *CLUSTERS)
+        backends = (*LOCAL, *CLUSTERS)
     if metafunc.definition.get_closest_marker("processes"):
-        chosen = SHARED
-    metafunc.parametrize("backend", parameters(chosen))
+        backends = SHARED
+    metafunc.parametrize("backend", parameters(backends))
 
 
 def parameters(backends: Sequence[Backend]) -> list[Any]:
-    """One parameter per backend, marked if it needs a server."""
+    """Return one parameter per backend, marked if it needs a server."""
     return [
         pytest.param(
             backend,
@@ -172,25 +170,25 @@ def queue(url: str) -> Iterator[Executor]:
 
 
 @dataclass
-class Diary:
-    """A handler that remembers what it was given and then does what it is told."""
+class Recorder:
+    """A handler that records started and finished tasks, and runs `action` in between."""
 
-    then: Handler = lambda task, attempt: None
-    begun: list[tuple[Task, Attempt]] = field(default_factory=list)
-    ended: list[Task] = field(default_factory=list)
+    action: Handler = lambda task, attempt: None
+    started: list[tuple[Task, Attempt]] = field(default_factory=list)
+    finished: list[Task] = field(default_factory=list)
 
     def __call__(self, task: Task, attempt: Attempt) -> None:
-        self.begun.append((task, attempt))
-        self.then(task, attempt)
-        self.ended.append(task)
+        self.started.append((task, attempt))
+        self.action(task, attempt)
+        self.finished.append(task)
 
     @property
     def tasks(self) -> list[Task]:
-        return [task for task, _ in self.begun]
+        return [task for task, _ in self.started]
 
     @property
     def numbers(self) -> list[int]:
-        return [attempt.number for _, attempt in self.begun]
+        return [attempt.number for _, attempt in self.started]
 
 
 def tasks(count: int, job: str = JOB) -> list[Task]:
@@ -217,11 +215,11 @@ def raises(error: Exception) -> Handler:
 
 
 @dataclass
-class Hand:
-    """A worker in a thread whose handler waits until it is let go."""
+class BlockedWorker:
+    """A worker in a thread, whose handler waits for the event `go`."""
 
     thread: threading.Thread
-    diary: Diary
+    recorder: Recorder
     go: threading.Event
 
     @property
@@ -235,77 +233,77 @@ class Hand:
 
 
 @contextmanager
-def hand(
-    url: str, options: WorkerOptions, then: Handler = lambda task, attempt: None
-) -> Iterator[Hand]:
+def blocked_worker(
+    url: str, options: WorkerOptions, action: Handler = lambda task, attempt: None
+) -> Iterator[BlockedWorker]:
     go = threading.Event()
 
     def wait_and(task: Task, attempt: Attempt) -> None:
         assert go.wait(TIMEOUT)
-        then(task, attempt)
+        action(task, attempt)
 
-    diary = Diary(wait_and)
+    recorder = Recorder(wait_and)
 
     def work() -> None:
         executor = open_executor(url)
-        executor.run_tasks(diary, options)
+        executor.run_tasks(recorder, options)
         executor.close()
 
     thread = threading.Thread(target=work)
     thread.start()
-    helper = Hand(thread, diary, go)
+    blocked = BlockedWorker(thread, recorder, go)
     try:
-        yield helper
+        yield blocked
     finally:
         options.stop.set()
-        helper.end()
+        blocked.end()
 
 
-def vanish_holding(url: str, worker: str, settings: WorkerSettings = QUICK) -> None:
-    """Lease one task as a worker that is not heard of again."""
+def lease_and_disappear(url: str, worker: str, settings: WorkerSettings = QUICK) -> None:
+    """Lease one task for a worker that never renews or ends the lease."""
     executor = open_executor(url)
     assert isinstance(executor, LeaseQueue)
     assert executor.reserve(options(worker, settings=settings)) is not None
     executor.close()
 
 
-def begin_and_die(url: str, worker: str) -> None:
+def start_task_and_die(url: str, worker: str) -> None:
     open_executor(url).run_tasks(lambda task, attempt: os._exit(9), options(worker))
 
 
-def note_every_task(url: str, number: int, notes: str, start: str) -> None:
-    """Work a queue to its end, with a line in `notes` for each task begun."""
+def log_every_task(url: str, number: int, log: str, start: str) -> None:
+    """Run all tasks of a queue; append a line to the file `log` for each started task."""
     executor = open_executor(url)
     Path(f"{start}.{number}").touch()
     while not os.path.exists(start):
         time.sleep(0.001)
-    file = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def note(task: Task, attempt: Attempt) -> None:
+    def write_line(task: Task, attempt: Attempt) -> None:
         os.write(file, f"{number} {task.id} {attempt.number}\n".encode())
-        time.sleep(0.02)  # or one process may be through before another has its turn
+        time.sleep(0.02)  # otherwise one process may finish before another one starts
 
-    executor.run_tasks(note, burst(f"process-{number}", depth=2))
+    executor.run_tasks(write_line, burst(f"process-{number}", depth=2))
     executor.close()
 
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-# ------------------------------------------------------------------------------ submitting
+# ---------------------------------------------------------------------------------- submit
 
 
-def test_every_task_has_an_id_of_its_own_that_never_changes() -> None:
+def test_every_task_has_a_unique_and_constant_id() -> None:
     task = Task("infer", JOB, (1, 22, 3))
     assert task.id == "c0ff96520ed8ac89-infer-1_22_3" == Task.from_json(task.to_json()).id
     others = [Task("finalize", JOB, (1, 22, 3)), Task("infer", OTHER_JOB, (1, 22, 3))]
     others += [Task("infer", JOB, (12, 2, 3)), Task("infer", JOB, (1, 22))]
     assert len({task.id, *(other.id for other in others)}) == 5
-    assert all(re.fullmatch(r"[\w-]+", one.id) for one in [task, *others])
+    assert all(re.fullmatch(r"[\w-]+", other.id) for other in [task, *others])
 
 
 @pytest.mark.transport
-def test_a_task_is_on_the_queue_once_however_often_it_is_submitted(
+def test_a_task_is_on_the_queue_once_even_if_submitted_repeatedly(
     queue: Executor, url: str
 ) -> None:
     assert queue.submit(iter(tasks(5))) == 5
@@ -314,66 +312,66 @@ def test_a_task_is_on_the_queue_once_however_often_it_is_submitted(
     assert other.submit(tasks(7)) == 2
     other.close()
     assert queue.counts(JOB) == Counts(queued=7)
-    diary = Diary()
-    queue.run_tasks(diary, burst())
-    assert sorted(diary.tasks, key=lambda task: task.chunk) == tasks(7)
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst())
+    assert sorted(recorder.tasks, key=lambda task: task.chunk) == tasks(7)
     assert queue.counts(JOB) == Counts()
 
 
-def test_submitting_streams_so_that_workers_can_start_before_the_last_task_is_known(
+def test_submit_queues_the_first_tasks_before_it_reads_the_last_one(
     queue: Executor, url: str
 ) -> None:
-    seen = []
+    counts = []
 
-    def slowly_found() -> Iterator[Task]:
-        looker = open_executor(url)
+    def task_stream() -> Iterator[Task]:
+        other = open_executor(url)
         yield from tasks(2500)
-        seen.append(looker.counts(JOB).queued)
-        looker.close()
+        counts.append(other.counts(JOB).queued)
+        other.close()
         yield from tasks(2600)
 
-    assert queue.submit(slowly_found()) == 2600
-    assert 0 < seen[0] <= 2500
+    assert queue.submit(task_stream()) == 2600
+    assert 0 < counts[0] <= 2500
 
 
 def test_submitting_a_running_task_again_changes_nothing(queue: Executor, url: str) -> None:
     queue.submit(tasks(1))
-    with hand(url, burst()) as helper:
-        wait_until(lambda: helper.diary.begun, "the task is begun")
+    with blocked_worker(url, burst()) as blocked:
+        wait_until(lambda: blocked.recorder.started, "the task is started")
         before = queue.running(JOB)
         assert queue.submit(tasks(1)) == 0
         assert queue.running(JOB) == before
         assert queue.counts(JOB) == Counts(running=1)
-        helper.end()
+        blocked.end()
     assert queue.counts(JOB) == Counts()
-    assert helper.diary.numbers == [1]
+    assert blocked.recorder.numbers == [1]
 
 
-def test_a_failed_task_submitted_again_is_queued_afresh_with_all_its_attempts(
+def test_a_failed_task_submitted_again_has_all_its_attempts(
     queue: Executor,
 ) -> None:
     queue.submit(tasks(1))
-    queue.run_tasks(Diary(raises(ValueError("no"))), burst())
+    queue.run_tasks(Recorder(raises(ValueError("no"))), burst())
     assert queue.counts(JOB) == Counts(failed=1)
     assert queue.submit(tasks(2)) == 2
     assert queue.counts(JOB) == Counts(queued=2)
-    diary = Diary(raises(ValueError("no")))
-    queue.run_tasks(diary, burst())
-    assert sorted(diary.numbers) == sorted([*range(1, MAX_ATTEMPTS + 1)] * 2)
+    recorder = Recorder(raises(ValueError("no")))
+    queue.run_tasks(recorder, burst())
+    assert sorted(recorder.numbers) == sorted([*range(1, MAX_ATTEMPTS + 1)] * 2)
 
 
-# -------------------------------------------------------------------- what is on the queue
+# ---------------------------------------------------------------------------- queue states
 
 
 @pytest.mark.transport
-def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, url: str) -> None:
+def test_tasks_of_several_jobs_are_counted_separately(queue: Executor, url: str) -> None:
     assert queue.jobs() == {}
     assert queue.counts(JOB) == Counts()
     queue.submit(tasks(3))
     queue.submit(tasks(2, OTHER_JOB))
-    queue.run_tasks(Diary(raises(ValueError("no"))), burst(job=OTHER_JOB))
-    with hand(url, options("worker-b", job=JOB)) as helper:
-        wait_until(lambda: helper.diary.begun, "a task is begun")
+    queue.run_tasks(Recorder(raises(ValueError("no"))), burst(job=OTHER_JOB))
+    with blocked_worker(url, options("worker-b", job=JOB)) as blocked:
+        wait_until(lambda: blocked.recorder.started, "a task is started")
         expected = {JOB: Counts(queued=2, running=1), OTHER_JOB: Counts(failed=2)}
         assert queue.jobs() == expected
         assert {job: queue.counts(job) for job in expected} == expected
@@ -382,65 +380,63 @@ def test_several_jobs_lie_side_by_side_and_are_counted_apart(queue: Executor, ur
 
 
 @pytest.mark.transport
-def test_what_runs_is_listed_with_its_worker_and_since_when(queue: Executor, url: str) -> None:
+def test_running_tasks_are_listed_with_worker_and_start_time(queue: Executor, url: str) -> None:
     queue.submit(tasks(3))
     before = time.time()
-    with hand(url, options("worker-b", depth=2)) as helper:
-        wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
+    with blocked_worker(url, options("worker-b", depth=2)) as blocked:
+        wait_until(lambda: len(blocked.recorder.started) == 2, "two tasks are started")
         running = queue.running(JOB)
-        assert {item.task for item in running} == set(helper.diary.tasks)
+        assert {item.task for item in running} == set(blocked.recorder.tasks)
         assert {item.worker for item in running} == {"worker-b"}
         assert all(before - 1 <= item.since <= time.time() + 1 for item in running)
         assert queue.running(OTHER_JOB) == []
     assert queue.running(JOB) == []
 
 
-def test_a_worker_of_one_job_leaves_the_others_alone(queue: Executor) -> None:
+def test_a_worker_of_one_job_runs_no_tasks_of_other_jobs(queue: Executor) -> None:
     queue.submit(tasks(2))
     queue.submit(tasks(2, OTHER_JOB))
-    diary = Diary()
-    queue.run_tasks(diary, burst(job=OTHER_JOB))
-    assert set(diary.tasks) == set(tasks(2, OTHER_JOB))
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst(job=OTHER_JOB))
+    assert set(recorder.tasks) == set(tasks(2, OTHER_JOB))
     assert queue.jobs() == {JOB: Counts(queued=2)}
 
 
 @pytest.mark.transport
-def test_retry_queues_the_failed_tasks_of_one_job_afresh(queue: Executor) -> None:
+def test_retry_queues_the_failed_tasks_of_one_job_with_all_attempts(queue: Executor) -> None:
     queue.submit([*tasks(2), *tasks(1, OTHER_JOB)])
-    queue.run_tasks(Diary(raises(ValueError("no"))), burst())
+    queue.run_tasks(Recorder(raises(ValueError("no"))), burst())
     queue.submit([Task("infer", JOB, (9, 9))])
     assert queue.retry(JOB) == 2
     assert queue.jobs() == {JOB: Counts(queued=3), OTHER_JOB: Counts(failed=1)}
     assert queue.retry(JOB) == 0
-    diary = Diary()
-    queue.run_tasks(diary, burst())
-    assert diary.numbers == [1, 1, 1]
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst())
+    assert recorder.numbers == [1, 1, 1]
 
 
 @pytest.mark.transport
-def test_cancel_takes_one_job_off_the_queue_and_lets_what_runs_finish(
-    queue: Executor, url: str
-) -> None:
+def test_cancel_removes_one_job_and_lets_running_tasks_finish(queue: Executor, url: str) -> None:
     queue.submit([*tasks(3), *tasks(1, OTHER_JOB)])
-    with hand(url, burst(job=JOB)) as helper:
-        wait_until(lambda: helper.diary.begun, "a task is begun")
+    with blocked_worker(url, burst(job=JOB)) as blocked:
+        wait_until(lambda: blocked.recorder.started, "a task is started")
         assert queue.cancel(JOB) in (2, 3)
-        helper.end()
-    assert len(helper.diary.ended) == 1
+        blocked.end()
+    assert len(blocked.recorder.finished) == 1
     assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
 
 
-def test_a_cancelled_task_can_be_submitted_while_it_still_runs_and_is_begun_again(
+def test_a_cancelled_task_can_be_submitted_and_started_while_it_still_runs(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    with hand(url, options("worker-b")) as helper:
-        wait_until(lambda: helper.diary.begun, "the task is begun")
+    with blocked_worker(url, options("worker-b")) as blocked:
+        wait_until(lambda: blocked.recorder.started, "the task is started")
         queue.cancel(JOB)
         assert queue.submit(tasks(1)) == 1
-        diary = Diary()
-        queue.run_tasks(diary, burst())
-        assert diary.numbers == [1]
+        recorder = Recorder()
+        queue.run_tasks(recorder, burst())
+        assert recorder.numbers == [1]
 
 
 # -------------------------------------------------------------------------------- attempts
@@ -451,11 +447,11 @@ def test_an_error_costs_an_attempt_and_the_task_is_tried_again(queue: Executor) 
 
     def fail_once(task: Task, attempt: Attempt) -> None:
         if attempt.number == 1:
-            raise ValueError("this time not")
+            raise ValueError("first attempt")
 
-    diary = Diary(fail_once)
-    queue.run_tasks(diary, burst("worker-a"))
-    assert diary.begun == [(tasks(1)[0], Attempt(n, "worker-a")) for n in (1, 2)]
+    recorder = Recorder(fail_once)
+    queue.run_tasks(recorder, burst("worker-a"))
+    assert recorder.started == [(tasks(1)[0], Attempt(n, "worker-a")) for n in (1, 2)]
     assert queue.counts(JOB) == Counts()
 
 
@@ -465,11 +461,11 @@ def test_a_task_that_failed_is_tried_again_after_all_others(queue: Executor) -> 
 
     def fail_once(task: Task, attempt: Attempt) -> None:
         if task == first and attempt.number == 1:
-            raise ValueError("this time not")
+            raise ValueError("first attempt")
 
-    diary = Diary(fail_once)
-    queue.run_tasks(diary, burst())
-    assert diary.tasks == [first, *others, first]
+    recorder = Recorder(fail_once)
+    queue.run_tasks(recorder, burst())
+    assert recorder.tasks == [first, *others, first]
 
 
 @pytest.mark.transport
@@ -482,261 +478,261 @@ def test_a_task_that_fails_every_attempt_ends_failed_and_the_others_are_done(
         if task.chunk == (1, 0):
             raise ValueError("never")
 
-    diary = Diary(fail_second)
-    queue.run_tasks(diary, burst())
-    tries = [attempt for task, attempt in diary.begun if task.chunk == (1, 0)]
+    recorder = Recorder(fail_second)
+    queue.run_tasks(recorder, burst())
+    tries = [attempt for task, attempt in recorder.started if task.chunk == (1, 0)]
     assert [attempt.number for attempt in tries] == [*range(1, MAX_ATTEMPTS + 1)]
     assert [attempt.is_last for attempt in tries] == [False, False, True]
-    assert len(diary.ended) == 3
+    assert len(recorder.finished) == 3
     assert queue.counts(JOB) == Counts(failed=1)
     assert queue.failed(JOB) == [Task("infer", JOB, (1, 0))]
 
 
 @pytest.mark.parametrize("error", [ModelError("no such network"), JobError("no such job")])
-def test_an_error_that_would_strike_every_chunk_is_raised_and_costs_no_attempt(
+def test_an_error_that_affects_every_chunk_is_raised_and_costs_no_attempt(
     queue: Executor, error: Exception
 ) -> None:
     queue.submit(tasks(5))
-    diary = Diary(raises(error))
+    recorder = Recorder(raises(error))
     with pytest.raises(type(error), match="no such"):
-        queue.run_tasks(diary, options("worker-a", depth=2))
-    assert 1 <= len(diary.begun) <= 2
+        queue.run_tasks(recorder, options("worker-a", depth=2))
+    assert 1 <= len(recorder.started) <= 2
     assert queue.counts(JOB) == Counts(queued=5)
-    second = Diary()
+    second = Recorder()
     queue.run_tasks(second, burst())
     assert second.numbers == [1] * 5
 
 
-def test_a_job_that_cannot_be_done_is_set_aside_and_the_others_are_done_first(
+def test_a_job_that_cannot_run_is_skipped_and_other_jobs_finish_first(
     queue: Executor,
 ) -> None:
     queue.submit([*tasks(5), *tasks(3, OTHER_JOB)])
 
-    def refuse(task: Task, attempt: Attempt) -> None:
+    def reject(task: Task, attempt: Attempt) -> None:
         if task.job == JOB:
             raise ModelError("no such network")
 
-    diary = Diary(refuse)
+    recorder = Recorder(reject)
     with pytest.raises(ModelError, match="no such network"):
-        queue.run_tasks(diary, burst())
-    assert set(diary.ended) == set(tasks(3, OTHER_JOB))
-    assert len(diary.begun) == 4
+        queue.run_tasks(recorder, burst())
+    assert set(recorder.finished) == set(tasks(3, OTHER_JOB))
+    assert len(recorder.started) == 4
     assert queue.jobs() == {JOB: Counts(queued=5)}
 
 
 @pytest.mark.transport
-def test_a_dead_workers_tasks_are_begun_again_at_once_when_it_is_released(
+def test_tasks_of_a_dead_worker_are_available_immediately_after_release(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    vanish_holding(url, "dead")
+    lease_and_disappear(url, "dead")
     assert queue.counts(JOB) == Counts(running=1)
-    assert queue.release("somebody else") == 0
+    assert queue.release("another worker") == 0
     assert queue.release("dead") == 1
     assert queue.counts(JOB) == Counts(queued=1)
-    diary, before = Diary(), time.monotonic()
-    queue.run_tasks(diary, burst("heir"))
-    assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
+    recorder, before = Recorder(), time.monotonic()
+    queue.run_tasks(recorder, burst("heir"))
+    assert recorder.started == [(tasks(1)[0], Attempt(2, "heir"))]
     assert time.monotonic() - before < 5
 
 
 def test_a_task_that_kills_every_worker_ends_failed(queue: Executor, url: str) -> None:
     queue.submit(tasks(1))
     for number in range(MAX_ATTEMPTS):
-        vanish_holding(url, f"dead-{number}")
+        lease_and_disappear(url, f"dead-{number}")
         queue.release(f"dead-{number}")
-    diary = Diary()
-    queue.run_tasks(diary, burst())
-    assert diary.begun == []
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst())
+    assert recorder.started == []
     assert queue.counts(JOB) == Counts(failed=1)
     assert queue.failed(JOB) == tasks(1)
 
 
-def test_a_worker_told_to_stop_hands_back_without_counting_however_often_it_is_said(
+def test_releasing_a_stopped_worker_repeatedly_counts_no_attempts(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
     for number in range(2):
-        vanish_holding(url, f"told-{number}")
+        lease_and_disappear(url, f"stopped-{number}")
         for _ in range(3):
-            queue.release(f"told-{number}", counted=False)
-    diary = Diary(raises(ValueError("no")))
-    queue.run_tasks(diary, burst())
-    assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)]
+            queue.release(f"stopped-{number}", counted=False)
+    recorder = Recorder(raises(ValueError("no")))
+    queue.run_tasks(recorder, burst())
+    assert recorder.numbers == [*range(1, MAX_ATTEMPTS + 1)]
 
 
 @pytest.mark.processes
-def test_a_killed_worker_process_has_begun_its_task_and_holds_it_until_released(
-    queue: Executor, url: str
-) -> None:
+def test_a_killed_worker_process_holds_its_task_until_released(queue: Executor, url: str) -> None:
     queue.submit(tasks(1))
-    process = SPAWN.Process(target=begin_and_die, args=(url, "dead"))
+    process = SPAWN.Process(target=start_task_and_die, args=(url, "dead"))
     process.start()
     process.join(TIMEOUT)
     assert process.exitcode == 9
     assert queue.counts(JOB) == Counts(running=1)
     assert queue.release("dead") == 1
-    diary = Diary()
-    queue.run_tasks(diary, burst("heir"))
-    assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst("heir"))
+    assert recorder.started == [(tasks(1)[0], Attempt(2, "heir"))]
 
 
 @pytest.mark.transport
-def test_a_vanished_workers_task_goes_to_another_when_its_lease_runs_out(
+def test_the_task_of_a_lost_worker_runs_again_when_its_lease_expires(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    vanish_holding(url, "dead", SHORT_LEASE)
-    wait_until(lambda: queue.counts(JOB) == Counts(queued=1), "the lease has run out")
+    lease_and_disappear(url, "dead", SHORT_LEASE)
+    wait_until(lambda: queue.counts(JOB) == Counts(queued=1), "the lease expires")
     assert queue.running(JOB) == []
-    diary = Diary()
-    queue.run_tasks(diary, burst("heir"))
-    assert diary.begun == [(tasks(1)[0], Attempt(2, "heir"))]
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst("heir"))
+    assert recorder.started == [(tasks(1)[0], Attempt(2, "heir"))]
     assert queue.counts(JOB) == Counts()
 
 
-def test_a_lease_that_its_worker_never_received_runs_out(queue: Executor) -> None:
-    """The answer of a server may be lost on the way; the worker renews only what it holds."""
+def test_a_lease_that_its_worker_never_received_expires(queue: Executor) -> None:
+    """If the response to `reserve` is lost, the worker does not renew the lease."""
     assert isinstance(queue, LeaseQueue)
     queue.submit(tasks(2))
     worker = options(settings=SHORT_LEASE)
     assert queue.reserve(worker) is not None  # lost
-    held = queue.reserve(worker)
-    assert held is not None
+    lease = queue.reserve(worker)
+    assert lease is not None
 
-    def only_the_other_is_running() -> bool:
-        queue.renew(worker, [held])
-        return [item.task for item in queue.running(JOB)] == [held.task]
+    def only_the_other_task_runs() -> bool:
+        queue.renew(worker, [lease])
+        return [item.task for item in queue.running(JOB)] == [lease.task]
 
-    wait_until(only_the_other_is_running, "the lost lease has run out")
+    wait_until(only_the_other_task_runs, "the lost lease expires")
     assert queue.counts(JOB) == Counts(queued=1, running=1)
 
 
 @pytest.mark.transport
-def test_a_long_task_keeps_its_lease_as_long_as_its_worker_lives(queue: Executor, url: str) -> None:
+def test_a_long_task_keeps_its_lease_while_its_worker_runs(queue: Executor, url: str) -> None:
     queue.submit(tasks(1))
     slow_worker = burst("slow", settings=SHORT_LEASE)
-    with hand(url, slow_worker, lambda *given: time.sleep(3 * SHORT_LEASE.lease)) as slow:
-        wait_until(lambda: slow.diary.begun, "the task is begun")
+    with blocked_worker(
+        url, slow_worker, lambda *arguments: time.sleep(3 * SHORT_LEASE.lease)
+    ) as slow:
+        wait_until(lambda: slow.recorder.started, "the task is started")
         slow.go.set()
-        diary = Diary()
-        queue.run_tasks(diary, burst("eager"))
-    assert diary.begun == []
-    assert slow.diary.numbers == [1]
+        recorder = Recorder()
+        queue.run_tasks(recorder, burst("eager"))
+    assert recorder.started == []
+    assert slow.recorder.numbers == [1]
 
 
-def test_a_worker_that_lost_its_task_to_another_cannot_end_it_for_them(
+def test_a_worker_cannot_end_a_task_that_is_leased_to_another_worker_now(
     queue: Executor, url: str
 ) -> None:
     queue.submit(tasks(1))
-    with hand(url, options("slow")) as slow:
-        wait_until(lambda: slow.diary.begun, "the task is begun")
+    with blocked_worker(url, options("slow")) as slow:
+        wait_until(lambda: slow.recorder.started, "the task is started")
         queue.release("slow")
-        with hand(url, burst("heir")) as heir:
-            wait_until(lambda: heir.diary.begun, "the task is begun again")
+        with blocked_worker(url, burst("heir")) as heir:
+            wait_until(lambda: heir.recorder.started, "the task is started again")
             slow.go.set()
-            wait_until(lambda: slow.diary.ended, "the slow one is through")
+            wait_until(lambda: slow.recorder.finished, "the slow worker finishes")
             time.sleep(MOMENT)
             assert [item.worker for item in queue.running(JOB)] == ["heir"]
             heir.end()
     assert queue.counts(JOB) == Counts()
 
 
-# --------------------------------------------------------------------------------- a options
+# --------------------------------------------------------------------------------- workers
 
 
-def test_a_burst_ends_at_once_on_an_empty_queue(queue: Executor) -> None:
+def test_a_burst_ends_immediately_on_an_empty_queue(queue: Executor) -> None:
     before = time.monotonic()
-    queue.run_tasks(Diary(), burst())
+    queue.run_tasks(Recorder(), burst())
     queue.submit(tasks(1, OTHER_JOB))
-    queue.run_tasks(Diary(), burst(job=JOB))
+    queue.run_tasks(Recorder(), burst(job=JOB))
     assert time.monotonic() - before < 5
 
 
-def test_a_burst_waits_for_what_others_run_since_it_may_come_back(
-    queue: Executor, url: str
-) -> None:
+def test_a_burst_waits_for_running_tasks_of_other_workers(queue: Executor, url: str) -> None:
     queue.submit(tasks(1))
     error = raises(ValueError("no"))
-    with hand(url, options("first"), error) as first:
-        wait_until(lambda: first.diary.begun, "the task is begun")
-        with hand(url, burst("second")) as second:
+    with blocked_worker(url, options("first"), error) as first:
+        wait_until(lambda: first.recorder.started, "the task is started")
+        with blocked_worker(url, burst("second")) as second:
             second.go.set()
             time.sleep(MOMENT)
             assert second.is_working
-            assert second.diary.begun == []
+            assert second.recorder.started == []
             first.go.set()
             wait_until(lambda: not second.is_working, "the burst ends")
-    numbers = first.diary.numbers + second.diary.numbers
+    numbers = first.recorder.numbers + second.recorder.numbers
     assert sorted(numbers) == [*range(1, len(numbers) + 1)]
     assert len(numbers) >= 2
 
 
-def test_without_burst_a_worker_waits_for_more_until_it_is_stopped(
+def test_without_burst_a_worker_waits_for_tasks_until_it_is_stopped(
     queue: Executor, url: str
 ) -> None:
     worker = options("patient")
-    with hand(url, worker) as helper:
-        helper.go.set()
+    with blocked_worker(url, worker) as blocked:
+        blocked.go.set()
         time.sleep(MOMENT)
-        assert helper.is_working
+        assert blocked.is_working
         queue.submit(tasks(1))
-        wait_until(lambda: helper.diary.ended, "the late task is done")
+        wait_until(lambda: blocked.recorder.finished, "the late task is done")
         worker.stop.set()
-        wait_until(lambda: not helper.is_working, "the worker stops")
+        wait_until(lambda: not blocked.is_working, "the worker stops")
 
 
-def test_as_many_tasks_are_in_flight_as_the_shift_is_deep(queue: Executor) -> None:
+def test_depth_tasks_are_in_flight_at_once(queue: Executor) -> None:
     depth = 4
     queue.submit(tasks(2 * depth))
-    together = threading.Barrier(depth)
+    barrier = threading.Barrier(depth)
 
-    def meet(task: Task, attempt: Attempt) -> None:
-        # Passes only when `depth` tasks are here at the same time.
-        together.wait(TIMEOUT)
+    def wait_for_others(task: Task, attempt: Attempt) -> None:
+        # Returns when `depth` tasks wait at the same time.
+        barrier.wait(TIMEOUT)
 
-    diary = Diary(meet)
-    queue.run_tasks(diary, burst(depth=depth))
-    assert len(diary.ended) == 2 * depth
-    assert set(diary.numbers) == {1}
+    recorder = Recorder(wait_for_others)
+    queue.run_tasks(recorder, burst(depth=depth))
+    assert len(recorder.finished) == 2 * depth
+    assert set(recorder.numbers) == {1}
 
 
-def test_stopping_finishes_what_is_in_flight_and_begins_no_more(queue: Executor, url: str) -> None:
+def test_a_stopped_worker_finishes_tasks_in_flight_and_starts_no_more(
+    queue: Executor, url: str
+) -> None:
     queue.submit(tasks(6))
     worker = options("worker-b", depth=2)
-    with hand(url, worker) as helper:
-        wait_until(lambda: len(helper.diary.begun) == 2, "two tasks are begun")
+    with blocked_worker(url, worker) as blocked:
+        wait_until(lambda: len(blocked.recorder.started) == 2, "two tasks are started")
         worker.stop.set()
-        helper.end()
-    assert len(helper.diary.ended) == 2
-    assert len(helper.diary.begun) == 2
+        blocked.end()
+    assert len(blocked.recorder.finished) == 2
+    assert len(blocked.recorder.started) == 2
     assert queue.counts(JOB) == Counts(queued=4)
 
 
-def test_before_its_deadline_a_worker_begins_nothing_that_will_not_fit(queue: Executor) -> None:
+def test_a_worker_starts_no_task_that_would_end_after_its_deadline(queue: Executor) -> None:
     queue.submit(tasks(30))
     seconds, deadline = 0.25, time.time() + 1.0
-    begun = []
+    started = []
 
-    def take_a_while(task: Task, attempt: Attempt) -> None:
-        begun.append(time.time())
+    def run_for_a_while(task: Task, attempt: Attempt) -> None:
+        started.append(time.time())
         time.sleep(seconds)
 
-    queue.run_tasks(take_a_while, options("worker-a", deadline=deadline))
-    # Lateness of this machine makes tasks longer, never a late one begun.
-    assert begun
-    assert max(begun) + seconds < deadline + 0.05
-    assert queue.counts(JOB) == Counts(queued=30 - len(begun))
+    queue.run_tasks(run_for_a_while, options("worker-a", deadline=deadline))
+    # A slow machine makes tasks longer, but starts none too late.
+    assert started
+    assert max(started) + seconds < deadline + 0.05
+    assert queue.counts(JOB) == Counts(queued=30 - len(started))
 
 
-def test_a_worker_whose_time_is_already_up_begins_nothing(queue: Executor) -> None:
+def test_a_worker_past_its_deadline_starts_no_task(queue: Executor) -> None:
     queue.submit(tasks(1))
-    diary = Diary()
-    queue.run_tasks(diary, options("worker-a", deadline=time.time() - 1))
-    assert diary.begun == []
+    recorder = Recorder()
+    queue.run_tasks(recorder, options("worker-a", deadline=time.time() - 1))
+    assert recorder.started == []
 
 
-# -------------------------------------------------------------- failing alike, all too long
+# ------------------------------------------------------- repeated failures and time limits
 
 
 def fails_in(job: str, error: Callable[[Task], Exception]) -> Handler:
@@ -751,27 +747,28 @@ def unreadable(task: Task) -> Exception:
     return OSError("volume.zarr: input/output error\nsecond line")
 
 
-def test_chunks_failing_alike_set_their_job_aside_and_the_others_are_done_first(
+def test_a_job_whose_chunks_fail_with_one_error_is_skipped_and_other_jobs_finish_first(
     queue: Executor, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue.submit([*tasks(10), *tasks(3, OTHER_JOB)])
-    diary = Diary(fails_in(JOB, unreadable))
+    recorder = Recorder(fails_in(JOB, unreadable))
     with pytest.raises(SameFailureError) as failure:
-        queue.run_tasks(diary, burst())
+        queue.run_tasks(recorder, burst())
     first, line = QUICK.same_failures_at_first, str(failure.value)
-    assert line.startswith(f"/data/brain.zarr: {first} chunks in a row failed alike")
+    assert failure.value.code is ErrorCode.REPEATED_FAILURE
+    assert line.startswith(f"/data/brain.zarr: {first} ")
     assert "(OSError: volume.zarr: input/output error)" in line
     assert len(line.splitlines()) == 1
     assert [record.getMessage() for record in caplog.records].count(line) == 1
-    assert [task.chunk[0] for task in diary.tasks if task.job == JOB] == [*range(first)]
-    assert diary.ended == tasks(3, OTHER_JOB)
+    assert [task.chunk[0] for task in recorder.tasks if task.job == JOB] == [*range(first)]
+    assert recorder.finished == tasks(3, OTHER_JOB)
     assert queue.jobs() == {JOB: Counts(queued=10)}
-    again = Diary()
+    again = Recorder()
     queue.run_tasks(again, burst())
     assert sorted(again.numbers) == [1] * (10 - first) + [2] * first
 
 
-def test_after_a_success_it_takes_many_more_chunks_failing_alike(
+def test_after_a_success_more_failures_with_one_error_are_tolerated(
     queue: Executor,
 ) -> None:
     settings = replace(QUICK, same_failures_at_first=2, same_failures_later=6)
@@ -781,13 +778,13 @@ def test_after_a_success_it_takes_many_more_chunks_failing_alike(
         if task.chunk[0] > 0:
             raise unreadable(task)
 
-    diary = Diary(succeed_first)
-    with pytest.raises(SameFailureError, match="6 chunks in a row"):
-        queue.run_tasks(diary, burst(settings=settings))
-    assert len(diary.begun) == 1 + 6
+    recorder = Recorder(succeed_first)
+    with pytest.raises(SameFailureError, match=r"brain\.zarr: 6 "):
+        queue.run_tasks(recorder, burst(settings=settings))
+    assert len(recorder.started) == 1 + 6
 
 
-def test_chunks_that_never_ran_the_network_are_no_success(
+def test_chunks_that_did_not_run_the_network_are_not_a_success(
     queue: Executor,
 ) -> None:
     settings = replace(QUICK, same_failures_at_first=3)
@@ -798,12 +795,12 @@ def test_chunks_that_never_ran_the_network_are_no_success(
             raise unreadable(task)
         return TaskResult(ran=False)
 
-    with pytest.raises(SameFailureError, match="3 chunks in a row"):
+    with pytest.raises(SameFailureError, match=r"brain\.zarr: 3 "):
         queue.run_tasks(run_every_second, burst(settings=settings))
     assert queue.counts(JOB) == Counts(queued=7)
 
 
-def test_a_success_in_between_begins_the_count_anew(
+def test_a_success_resets_the_count_of_failures(
     queue: Executor,
 ) -> None:
     settings = replace(QUICK, same_failures_later=3)
@@ -813,23 +810,23 @@ def test_a_success_in_between_begins_the_count_anew(
         if task.chunk[0] % 3 > 0 and attempt.number == 1:
             raise unreadable(task)
 
-    diary = Diary(succeed_every_third)
-    queue.run_tasks(diary, burst(settings=settings))
-    assert len(diary.begun) == 12 + 8
+    recorder = Recorder(succeed_every_third)
+    queue.run_tasks(recorder, burst(settings=settings))
+    assert len(recorder.started) == 12 + 8
     assert queue.jobs() == {}
 
 
 @pytest.mark.parametrize(
     "errors",
     [(OSError("no disk"), OSError("no network")), (ValueError("no"), KeyError("no"))],
-    ids=["told apart by what they say", "told apart by their kind"],
+    ids=["different messages", "different classes"],
 )
 def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception, ...]) -> None:
     count = 4 * QUICK.same_failures_at_first
     queue.submit(tasks(count))
-    diary = Diary(fails_in(JOB, lambda task: errors[task.chunk[0] % 2]))
-    queue.run_tasks(diary, burst())
-    assert len(diary.begun) == MAX_ATTEMPTS * count
+    recorder = Recorder(fails_in(JOB, lambda task: errors[task.chunk[0] % 2]))
+    queue.run_tasks(recorder, burst())
+    assert len(recorder.started) == MAX_ATTEMPTS * count
     assert queue.counts(JOB) == Counts(failed=count)
 
 
@@ -837,12 +834,12 @@ def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
     count = QUICK.same_failures_at_first - 1
     queue.submit(tasks(count))
     queue.submit(Task("infer", OTHER_JOB, (number, 1)) for number in range(count))
-    diary = Diary(raises(unreadable(tasks(1)[0])))
-    queue.run_tasks(diary, burst())
+    recorder = Recorder(raises(unreadable(tasks(1)[0])))
+    queue.run_tasks(recorder, burst())
     assert queue.jobs() == {JOB: Counts(failed=count), OTHER_JOB: Counts(failed=count)}
 
 
-def test_one_poisonous_chunk_never_sets_its_job_aside(
+def test_one_failing_chunk_never_skips_its_job(
     queue: Executor,
 ) -> None:
     settings = replace(QUICK, same_failures_at_first=2)
@@ -852,10 +849,10 @@ def test_one_poisonous_chunk_never_sets_its_job_aside(
     def fail(task: Task, attempt: Attempt) -> None:
         raise unreadable(task)
 
-    diary = Diary(fail)
+    recorder = Recorder(fail)
 
-    class Insistent(WorkerOptions):
-        """Before it ends, somebody queues the failed chunk again, a few times."""
+    class RetryingOptions(WorkerOptions):
+        """Options of a worker whose failed chunk is queued again a few times before it ends."""
 
         def can_start(self) -> bool:
             nonlocal retries
@@ -863,13 +860,13 @@ def test_one_poisonous_chunk_never_sets_its_job_aside(
                 retries -= queue.retry(JOB)
             return super().can_start()
 
-    queue.run_tasks(diary, Insistent("worker-a", burst=True, settings=settings))
+    queue.run_tasks(recorder, RetryingOptions("worker-a", burst=True, settings=settings))
     assert retries == 0
-    assert diary.numbers == [*range(1, MAX_ATTEMPTS + 1)] * 5
+    assert recorder.numbers == [*range(1, MAX_ATTEMPTS + 1)] * 5
     assert queue.counts(JOB) == Counts(failed=1)
 
 
-def test_failures_that_differ_only_in_where_they_happened_are_alike(queue: Executor) -> None:
+def test_failures_that_differ_only_in_coordinates_count_as_one_error(queue: Executor) -> None:
     chunks = [(i, j) for i in range(4) for j in range(4)]
     queue.submit(Task("infer", JOB, chunk) for chunk in chunks)
 
@@ -877,18 +874,18 @@ def test_failures_that_differ_only_in_where_they_happened_are_alike(queue: Execu
         low = [64 * i for i in task.chunk]
         return PredictionError(f"the network gave NaN for the patch that reads {low}")
 
-    diary = Diary(fails_in(JOB, not_finite))
+    recorder = Recorder(fails_in(JOB, not_finite))
     with pytest.raises(SameFailureError):
-        queue.run_tasks(diary, burst())
-    assert len(diary.begun) == QUICK.same_failures_at_first
+        queue.run_tasks(recorder, burst())
+    assert len(recorder.started) == QUICK.same_failures_at_first
 
 
-def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
+def test_a_worker_that_skips_a_job_ends_when_no_other_tasks_remain(
     queue: Executor, url: str
 ) -> None:
     queue.submit([*tasks(2), *tasks(2, OTHER_JOB)])
 
-    def refuse(task: Task, attempt: Attempt) -> None:
+    def reject(task: Task, attempt: Attempt) -> None:
         if task.job == JOB:
             raise ModelError("no such network")
         time.sleep(0.05)
@@ -898,7 +895,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
     def work() -> None:
         executor = open_executor(url)
         try:
-            executor.run_tasks(refuse, worker)
+            executor.run_tasks(reject, worker)
         except ModelError as error:
             errors.append(error)
         executor.close()
@@ -916,7 +913,7 @@ def test_a_worker_that_set_a_job_aside_ends_when_nothing_else_is_left(
 
 @contextmanager
 def hanging() -> Iterator[threading.Event]:
-    """What tasks may hang on; at the end they are let go, and their threads waited for."""
+    """Yield an event that tasks wait for; at the end set it and join their threads."""
     go = threading.Event()
     try:
         yield go
@@ -927,55 +924,54 @@ def hanging() -> Iterator[threading.Event]:
                 thread.join(TIMEOUT)
 
 
-def test_a_task_over_its_time_limit_costs_it_an_attempt_and_hands_the_others_back(
+def test_a_task_over_its_time_limit_costs_an_attempt_and_requeues_the_others(
     queue: Executor,
 ) -> None:
     limit = 1.5
     hangs, short, late, *never = tasks(5)
     queue.submit(tasks(5))
-    begun = []
+    started = []
     with hanging() as go:
 
         def handler(task: Task, attempt: Attempt) -> None:
-            begun.append(task)
+            started.append(task)
             if task == short:
                 time.sleep(limit * 2 / 3)
             else:
                 go.wait(TIMEOUT)
 
         worker = options("slow", depth=2, time_limit=limit)
-        with pytest.raises(
-            TaskTimeoutError, match=r"infer chunk 0\.0 ran for more than"
-        ) as overrun:
+        with pytest.raises(TaskTimeoutError, match=r"infer chunk 0\.0\b") as timeout:
             queue.run_tasks(handler, worker)
-        assert len(str(overrun.value).splitlines()) == 1
-        assert [lease.task for lease in overrun.value.leases] == [hangs]
-        assert [lease.attempt for lease in overrun.value.leases] == [Attempt(1, "slow")]
+        assert timeout.value.code is ErrorCode.TASK_TIMEOUT
+        assert len(str(timeout.value).splitlines()) == 1
+        assert [lease.task for lease in timeout.value.leases] == [hangs]
+        assert [lease.attempt for lease in timeout.value.leases] == [Attempt(1, "slow")]
         assert queue.counts(JOB) == Counts(queued=4)
         time.sleep(MOMENT)
-        assert set(begun) == {hangs, short, late}
-        diary = Diary()
-        queue.run_tasks(diary, burst("heir"))
-        assert {task: attempt.number for task, attempt in diary.begun} == {
+        assert set(started) == {hangs, short, late}
+        recorder = Recorder()
+        queue.run_tasks(recorder, burst("heir"))
+        assert {task: attempt.number for task, attempt in recorder.started} == {
             hangs: 2,
             late: 1,
             **dict.fromkeys(never, 1),
         }
 
 
-def test_a_task_that_waits_for_another_of_its_process_is_not_held_to_the_limit(
+def test_the_time_limit_does_not_apply_to_a_task_that_waits_for_another_one(
     queue: Executor,
 ) -> None:
     hangs, waits = tasks(2)
     queue.submit(tasks(2))
     with hanging() as go:
-        worker = options("slow", depth=2, time_limit=0.3, waits=lambda task: task == waits)
-        with pytest.raises(TaskTimeoutError) as overrun:
+        worker = options("slow", depth=2, time_limit=0.3, is_waiting=lambda task: task == waits)
+        with pytest.raises(TaskTimeoutError) as timeout:
             queue.run_tasks(lambda task, attempt: wait_for(go), worker)
-        assert [lease.task for lease in overrun.value.leases] == [hangs]
-        diary = Diary()
-        queue.run_tasks(diary, burst("heir"))
-        assert {task: attempt.number for task, attempt in diary.begun} == {hangs: 2, waits: 1}
+        assert [lease.task for lease in timeout.value.leases] == [hangs]
+        recorder = Recorder()
+        queue.run_tasks(recorder, burst("heir"))
+        assert {task: attempt.number for task, attempt in recorder.started} == {hangs: 2, waits: 1}
 
 
 def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None:
@@ -998,26 +994,26 @@ def test_the_time_limit_follows_the_longest_task_seen(
 ) -> None:
     settings = replace(SHORT_LEASE, least_time_limit=0.1, time_limit_factor=3.0)
     queue.submit(tasks(3))
-    seconds, begun = {0: 0.3, 1: 0.5}, {}
+    seconds, started = {0: 0.3, 1: 0.5}, {}
     with hanging() as go:
 
         def handler(task: Task, attempt: Attempt) -> None:
-            begun[task.chunk[0]] = time.monotonic()
+            started[task.chunk[0]] = time.monotonic()
             if task.chunk[0] in seconds:
                 time.sleep(seconds[task.chunk[0]])
             else:
                 go.wait(TIMEOUT)
 
-        with pytest.raises(TaskTimeoutError) as overrun:
+        with pytest.raises(TaskTimeoutError) as timeout:
             queue.run_tasks(handler, options("slow", settings=settings))
-        assert [lease.task.chunk[0] for lease in overrun.value.leases] == [2]
-        assert time.monotonic() - begun[2] >= 3.0 * seconds[1]
+        assert [lease.task.chunk[0] for lease in timeout.value.leases] == [2]
+        assert time.monotonic() - started[2] >= 3.0 * seconds[1]
 
 
 @pytest.mark.parametrize(
     ("jobs", "hung"), [((JOB,), 0), ((JOB, OTHER_JOB), 1)], ids=["the first", "another job's first"]
 )
-def test_a_jobs_first_task_has_a_time_limit_of_its_own(
+def test_the_first_task_of_a_job_has_a_separate_time_limit(
     queue: Executor, jobs: tuple[str, ...], hung: int
 ) -> None:
     settings = replace(SHORT_LEASE, first_time_limit=0.5)
@@ -1029,95 +1025,104 @@ def test_a_jobs_first_task_has_a_time_limit_of_its_own(
                 go.wait(TIMEOUT)
 
         before = time.monotonic()
-        with pytest.raises(TaskTimeoutError) as overrun:
+        with pytest.raises(TaskTimeoutError) as timeout:
             queue.run_tasks(handler, options("slow", settings=settings))
-        assert [lease.task.job for lease in overrun.value.leases] == [jobs[hung]]
+        assert [lease.task.job for lease in timeout.value.leases] == [jobs[hung]]
         assert time.monotonic() - before < 10
 
 
-# --------------------------------------------------------------- blocks that become complete
+# -------------------------------------------------------------------------- complete blocks
 
 
-def finalizing(*blocks: tuple[int, ...], job: str = JOB) -> list[Task]:
+def finalize_tasks(*blocks: tuple[int, ...], job: str = JOB) -> list[Task]:
     return [Task("finalize", job, block) for block in blocks]
 
 
-def of_eight(block: tuple[int, ...], *members: int) -> list[BlockContribution]:
+def contributions_of_eight(block: tuple[int, ...], *members: int) -> list[BlockContribution]:
     return [BlockContribution(block, member, 8) for member in members]
 
 
 @pytest.mark.transport
-def test_each_complete_block_is_given_once_to_one_caller_whoever_commits_last(
-    queue: Executor, url: str
-) -> None:
-    blocks, crew = [(n, 0, n) for n in range(25)], 4
+def test_each_complete_block_is_returned_once_to_one_caller(queue: Executor, url: str) -> None:
+    blocks, threads_count = [(n, 0, n) for n in range(25)], 4
     contributions = [BlockContribution(block, member, 8) for block in blocks for member in range(8)]
-    # Some commit again and again: workers that lost their lease, chunks begun twice.
-    contributions += [mark for mark in contributions if mark.member == 3] * 2
+    # Some commit repeatedly, like workers whose lease expired.
+    contributions += [c for c in contributions if c.member == 3] * 2
     random.Random(1).shuffle(contributions)
-    together, given, owners = threading.Barrier(crew), [], [queue, open_executor(url)]
+    barrier, complete = threading.Barrier(threads_count), []
+    executors = [queue, open_executor(url)]
 
     def commit(number: int) -> None:
-        together.wait(TIMEOUT)
-        mine = contributions[number::crew]
-        for first in range(0, len(mine), 3):
-            given.extend(owners[number % 2].record_contributions(JOB, mine[first : first + 3]))
+        barrier.wait(TIMEOUT)
+        share, executor = contributions[number::threads_count], executors[number % 2]
+        for first in range(0, len(share), 3):
+            complete.extend(executor.record_contributions(JOB, share[first : first + 3]))
 
     queue.submit(tasks(1))
-    threads = [threading.Thread(target=commit, args=(n,)) for n in range(crew)]
+    threads = [threading.Thread(target=commit, args=(n,)) for n in range(threads_count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(TIMEOUT)
-    owners[1].close()
-    assert Counter(given) == Counter(finalizing(*blocks))
+    executors[1].close()
+    assert Counter(complete) == Counter(finalize_tasks(*blocks))
 
 
-def test_a_block_is_not_complete_however_often_the_same_chunks_commit(queue: Executor) -> None:
+def test_repeated_commits_of_the_same_chunks_do_not_complete_a_block(queue: Executor) -> None:
     block = (1, 2, 3)
     queue.submit(tasks(1))
     for member in (0, 5, 5, 7, 0, 1, 2, 3, 4, 4, 3, 2, 1):
-        assert queue.record_contributions(JOB, of_eight(block, member)) == []
-    assert queue.record_contributions(OTHER_JOB, of_eight(block, 6)) == []
-    assert queue.record_contributions(JOB, of_eight((1, 2, 4), 6)) == []
-    assert queue.record_contributions(JOB, of_eight(block, 6)) == finalizing(block)
-    assert queue.record_contributions(JOB, of_eight(block, 6)) == []
+        assert queue.record_contributions(JOB, contributions_of_eight(block, member)) == []
+    assert queue.record_contributions(OTHER_JOB, contributions_of_eight(block, 6)) == []
+    assert queue.record_contributions(JOB, contributions_of_eight((1, 2, 4), 6)) == []
+    assert queue.record_contributions(JOB, contributions_of_eight(block, 6)) == finalize_tasks(
+        block
+    )
+    assert queue.record_contributions(JOB, contributions_of_eight(block, 6)) == []
 
 
-def test_a_complete_block_is_never_given_again(queue: Executor) -> None:
+def test_a_complete_block_is_never_returned_again(queue: Executor) -> None:
     queue.submit(tasks(1))
-    given = [queue.record_contributions(JOB, of_eight((0, 0), *range(8))) for _ in range(2)]
-    given += [queue.record_contributions(JOB, [BlockContribution((1, 1), 0, 1)]) for _ in range(2)]
-    assert sum(map(len, given)) == 2
+    returned = [
+        queue.record_contributions(JOB, contributions_of_eight((0, 0), *range(8))) for _ in range(2)
+    ]
+    returned += [
+        queue.record_contributions(JOB, [BlockContribution((1, 1), 0, 1)]) for _ in range(2)
+    ]
+    assert sum(map(len, returned)) == 2
 
 
-def test_a_jobs_blocks_are_forgotten_when_it_is_cancelled(queue: Executor) -> None:
+def test_cancel_deletes_the_blocks_of_a_job(queue: Executor) -> None:
     for job in (JOB, OTHER_JOB):
         queue.submit(tasks(1, job))
-        assert queue.record_contributions(job, of_eight((0,), *range(7))) == []
+        assert queue.record_contributions(job, contributions_of_eight((0,), *range(7))) == []
     queue.cancel(JOB)
     queue.submit(tasks(1))
-    assert queue.record_contributions(JOB, of_eight((0,), 7)) == []
-    assert queue.record_contributions(OTHER_JOB, of_eight((0,), 7)) == finalizing(
+    assert queue.record_contributions(JOB, contributions_of_eight((0,), 7)) == []
+    assert queue.record_contributions(OTHER_JOB, contributions_of_eight((0,), 7)) == finalize_tasks(
         (0,), job=OTHER_JOB
     )
-    assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == finalizing((0,))
+    assert queue.record_contributions(
+        JOB, contributions_of_eight((0,), *range(7))
+    ) == finalize_tasks((0,))
 
 
-def test_nothing_is_remembered_of_a_job_that_has_no_task_left(queue: Executor) -> None:
-    last = of_eight((0,), 7)
+def test_nothing_is_stored_for_a_job_without_tasks(queue: Executor) -> None:
+    last = contributions_of_eight((0,), 7)
     queue.submit(tasks(1))
-    assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == []
+    assert queue.record_contributions(JOB, contributions_of_eight((0,), *range(7))) == []
     queue.run_tasks(lambda task, attempt: None, burst("worker-a"))
     assert queue.record_contributions(JOB, last) == []
     queue.submit(tasks(1))
     assert queue.record_contributions(JOB, last) == []
-    assert queue.record_contributions(JOB, of_eight((0,), *range(7))) == finalizing((0,))
+    assert queue.record_contributions(
+        JOB, contributions_of_eight((0,), *range(7))
+    ) == finalize_tasks((0,))
 
 
 @dataclass
-class Completing:
-    """A handler: chunks contribute to the blocks `to` names; `block` is what a block comes to."""
+class BlockHandler:
+    """A handler whose chunks contribute to the blocks `to`; `block` handles finalize tasks."""
 
     queue: Executor
     to: Sequence[tuple[int, ...]]
@@ -1138,10 +1143,10 @@ def test_a_worker_completes_the_blocks_that_its_chunk_was_the_last_to_contribute
     queue: Executor,
 ) -> None:
     queue.submit(tasks(3))
-    handler = Completing(queue, to=[(7, 7), (8, 8)])
+    handler = BlockHandler(queue, to=[(7, 7), (8, 8)])
     queue.run_tasks(handler, burst("worker-a"))
-    assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalizing((7, 7), (8, 8))]
-    # Until its blocks are through the chunk is not: who dies now has it begun again.
+    assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalize_tasks((7, 7), (8, 8))]
+    # The chunk is running until its blocks are finalized, so a crash queues it again.
     assert handler.running == [Counts(running=1)] * 2
     assert queue.jobs() == {}
 
@@ -1150,24 +1155,26 @@ def test_an_error_in_completing_a_block_costs_nothing_and_the_other_blocks_are_c
     queue: Executor, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue.submit(tasks(3))
-    handler = Completing(queue, [(7, 7), (8, 8)], block=raises(OSError("no space left")))
+    handler = BlockHandler(queue, [(7, 7), (8, 8)], block=raises(OSError("no space left")))
     queue.run_tasks(handler, burst("worker-a"))
-    expected = finalizing((7, 7), (8, 8))
+    expected = finalize_tasks((7, 7), (8, 8))
     assert [task for task, _ in handler.blocks] == expected
-    left = [r for r in caplog.records if "left to the finalizer" in r.getMessage()]
-    assert len(left) == len(expected)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == len(expected)
+    assert "7.7" in warnings[0]
+    assert "8.8" in warnings[1]
     assert queue.jobs() == {}
 
 
-# ------------------------------------------------------------------- more than a queue holds
+# ------------------------------------------------------------------------------ full queues
 
 
 @dataclass
 class Producer:
-    """Submits tasks in a thread, to a queue that takes no more than three and a bit."""
+    """A thread that submits tasks to a small queue. `results` holds the result of `submit`."""
 
     thread: threading.Thread
-    told: list[int]
+    results: list[int]
 
     @property
     def is_waiting(self) -> bool:
@@ -1176,23 +1183,23 @@ class Producer:
 
 @contextmanager
 def producer(url: str, count: int) -> Iterator[Producer]:
-    told: list[int] = []
+    results: list[int] = []
 
     def produce() -> None:
         executor = open_executor(url)
-        told.append(executor.submit(tasks(count)))
+        results.append(executor.submit(tasks(count)))
         executor.close()
 
     thread = threading.Thread(target=produce)
     thread.start()
     try:
-        yield Producer(thread, told)
+        yield Producer(thread, results)
     finally:
         limit = time.monotonic() + TIMEOUT
         with open_queue(url) as executor:
             while thread.is_alive():
                 assert time.monotonic() < limit
-                executor.run_tasks(Diary(), burst("last"))
+                executor.run_tasks(Recorder(), burst("last"))
                 thread.join(0.1)
 
 
@@ -1203,7 +1210,7 @@ def open_queue(url: str) -> Iterator[Executor]:
     executor.close()
 
 
-def take_and_finish(queue: Executor, count: int) -> None:
+def run_and_ack(queue: Executor, count: int) -> None:
     assert isinstance(queue, LeaseQueue)
     for _ in range(count):
         lease = queue.reserve(options("worker-a"))
@@ -1213,14 +1220,14 @@ def take_and_finish(queue: Executor, count: int) -> None:
 
 @pytest.fixture
 def small_queue(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A queue that is full with three tasks, filled two at a time."""
+    """A queue that is full with three tasks, with batches of two."""
     monkeypatch.setattr(rq_executor, "MAX_QUEUED", 3)
     monkeypatch.setattr(rq_executor, "BATCH", 2)
     url: str = request.getfixturevalue("redis").url
     return url
 
 
-def test_a_producer_waits_while_a_server_holds_plenty_until_workers_took_some(
+def test_a_producer_waits_while_the_queue_is_full(
     small_queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with producer(small_queue, 6) as filler, open_queue(small_queue) as queue:
@@ -1228,29 +1235,29 @@ def test_a_producer_waits_while_a_server_holds_plenty_until_workers_took_some(
         time.sleep(MOMENT)
         assert filler.is_waiting
         assert queue.counts(JOB) == Counts(queued=4)
-        [record] = [r for r in caplog.records if "plenty" in r.getMessage()]
-        assert record.levelname == "WARNING"
-        take_and_finish(queue, 1)
+        [record] = [r for r in caplog.records if r.levelname == "WARNING"]
+        assert "produce --resume" in record.getMessage()
+        run_and_ack(queue, 1)
         time.sleep(3 * MOMENT)
         assert filler.is_waiting
         assert queue.counts(JOB) == Counts(queued=3)
-        take_and_finish(queue, 1)
+        run_and_ack(queue, 1)
         wait_until(lambda: queue.counts(JOB).queued == 4, "the rest is queued")
-        take_and_finish(queue, 2)
-        wait_until(lambda: not filler.is_waiting, "the producer is through")
-    assert filler.told == [6]
+        run_and_ack(queue, 2)
+        wait_until(lambda: not filler.is_waiting, "the producer ends")
+    assert filler.results == [6]
 
 
-def test_a_producer_that_has_to_wait_says_so_once(
+def test_a_waiting_producer_logs_one_warning(
     small_queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with producer(small_queue, 8) as filler, open_queue(small_queue) as queue:
         for _ in range(2):
             wait_until(lambda: queue.counts(JOB).queued == 4, "the queue is full")
-            take_and_finish(queue, 2)
+            run_and_ack(queue, 2)
         wait_until(lambda: queue.counts(JOB).queued == 4, "all is queued")
-    assert filler.told == [8]
-    assert len([r for r in caplog.records if "plenty" in r.getMessage()]) == 1
+    assert filler.results == [8]
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
 
 
 def test_a_producer_does_not_wait_once_all_is_queued(small_queue: str) -> None:
@@ -1260,7 +1267,7 @@ def test_a_producer_does_not_wait_once_all_is_queued(small_queue: str) -> None:
         assert not filler.is_waiting
 
 
-# ----------------------------------------------------------------------------------- trust
+# ------------------------------------------------------------------------ foreign messages
 
 
 FOREIGN: dict[str, str | bytes] = {
@@ -1276,35 +1283,34 @@ FOREIGN: dict[str, str | bytes] = {
     "null": "null",
     "half a message": '{"kind": "infer", "jo',
     "nothing": "",
-    "far too deep": "[" * 100_000,
+    "deep nesting": "[" * 100_000,
 }
 
 
 @pytest.mark.parametrize("message", FOREIGN.values(), ids=FOREIGN.keys())
-def test_a_message_that_is_no_task_of_ours_is_refused(message: str | bytes) -> None:
-    with pytest.raises(QueueError, match="not a chunkq task") as refusal:
+def test_a_message_that_is_not_a_task_is_rejected(message: str | bytes) -> None:
+    with pytest.raises(QueueError) as error:
         Task.from_json(message)  # type: ignore[arg-type]
-    assert len(str(refusal.value).splitlines()) == 1
-    assert len(str(refusal.value)) < 1000
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("name", ["a pickle", "a dotted path", "an entry point", "far too deep"])
+@pytest.mark.parametrize("name", ["a pickle", "a dotted path", "an entry point", "deep nesting"])
 @pytest.mark.transport
-def test_a_foreign_message_on_the_queue_is_never_run_and_hinders_nothing(
+def test_a_foreign_message_on_the_queue_is_deleted_and_never_run(
     queue: Executor, url: str, backend: Backend, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend.smuggle(url, FOREIGN[name])
+    backend.insert(url, FOREIGN[name])
     queue.submit(tasks(1))
-    diary = Diary()
-    queue.run_tasks(diary, burst())
-    assert diary.tasks == tasks(1)
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst())
+    assert recorder.tasks == tasks(1)
     assert queue.jobs() == {}
-    [record] = [r for r in caplog.records if "not a chunkq task" in r.getMessage()]
-    assert record.levelname == "ERROR"
+    [record] = [r for r in caplog.records if r.levelname == "ERROR"]
     assert len(record.getMessage()) < 1000
 
 
-def test_only_two_kinds_of_task_exist_and_both_lead_into_this_project() -> None:
+def test_the_entry_points_of_tasks_are_functions_of_chunkq() -> None:
     assert set(ENTRY_POINTS) == {"infer", "finalize"}
     assert all(target.startswith("chunkq") for target in ENTRY_POINTS.values())
     with pytest.raises(TypeError):
@@ -1315,22 +1321,22 @@ def test_only_two_kinds_of_task_exist_and_both_lead_into_this_project() -> None:
 
 
 @pytest.mark.processes
-def test_many_processes_share_a_queue_and_no_task_is_given_twice(
+def test_many_processes_share_a_queue_and_no_task_runs_twice(
     queue: Executor, url: str, tmp_path: Path
 ) -> None:
-    crew, count, start = 4, 300, tmp_path / "start"
+    workers, count, start = 4, 300, tmp_path / "start"
     queue.submit(tasks(count))
-    arguments = [(url, n, str(tmp_path / "notes"), str(start)) for n in range(crew)]
-    processes = [SPAWN.Process(target=note_every_task, args=each) for each in arguments]
+    arguments = [(url, n, str(tmp_path / "log"), str(start)) for n in range(workers)]
+    processes = [SPAWN.Process(target=log_every_task, args=values) for values in arguments]
     for process in processes:
         process.start()
-    wait_until(lambda: len(list(tmp_path.glob("start.*"))) == crew, "all processes are ready")
+    wait_until(lambda: len(list(tmp_path.glob("start.*"))) == workers, "all processes are ready")
     start.touch()
     for process in processes:
         process.join(TIMEOUT)
-    assert [process.exitcode for process in processes] == [0] * crew
-    lines = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+    assert [process.exitcode for process in processes] == [0] * workers
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert Counter(task for _, task, _ in lines) == Counter(task.id for task in tasks(count))
     assert {number for _, _, number in lines} == {"1"}
-    assert len({process for process, _, _ in lines}) == crew
+    assert len({process for process, _, _ in lines}) == workers
     assert queue.counts(JOB) == Counts()

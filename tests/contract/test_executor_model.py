@@ -1,7 +1,7 @@
-"""Leasing against a model of it: any order of calls, by any worker, with leases old and new.
+"""Model-based test of leases: any sequence of calls by any worker, with old and new leases.
 
-The model knows nothing of the order in which tasks come, which is each queue's own affair, nor
-whether a queue takes a lease back as it runs out or only when it looks; both are left open.
+The model allows any order of tasks. It also allows a queue to end an expired lease immediately or
+in the next `reserve`.
 """
 
 import os
@@ -40,9 +40,9 @@ from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB, paramet
 JOBS = (JOB, OTHER_JOB)
 WORKERS = ("worker-a", "worker-b", "worker-c")
 TASKS = [Task("infer", JOB, (0,)), Task("finalize", JOB, (0,)), Task("infer", OTHER_JOB, (0,))]
-"""So few that attempts are used up, and that leases of one task meet."""
+"""Few tasks, so that attempts are used up and a task has several leases."""
 NEVER = 1000.0
-"""A lease so long that none runs out but by `let_run_out`, however slow the machine."""
+"""A lease (s) that only `expire` ends, even on a slow machine."""
 NEVER_EXPIRES = WorkerSettings(lease=NEVER)
 THOROUGH = settings(
     max_examples=80,
@@ -54,10 +54,10 @@ THOROUGH = settings(
 )
 
 
-# ------------------------------------------------------------------ behind the queues' backs
+# -------------------------------------------------------------- direct access to the queues
 
 
-def let_run_out_in_sqlite(url: str, lease: Lease) -> None:
+def expire_in_sqlite(url: str, lease: Lease) -> None:
     with closing(sqlite3.connect(url.removeprefix("sqlite://"), timeout=60)) as database:
         database.execute(
             "UPDATE tasks SET lease_until = 0 WHERE id = ? AND state = 'running'", (lease.task.id,)
@@ -65,18 +65,18 @@ def let_run_out_in_sqlite(url: str, lease: Lease) -> None:
         database.commit()
 
 
-def let_run_out_in_redis(url: str, lease: Lease) -> None:
+def expire_in_redis(url: str, lease: Lease) -> None:
     entry = f"{lease.task.id}:{lease.token}"
     with redis.Redis.from_url(url) as client:
         client.zadd(f"rq:wip:{queue_name(lease.task.job)}", {entry: 1}, xx=True)
 
 
-def left_in_sqlite(url: str) -> set[str]:
+def remaining_in_sqlite(url: str) -> set[str]:
     with closing(sqlite3.connect(url.removeprefix("sqlite://"), timeout=60)) as database:
         return {name for (name,) in database.execute("SELECT id FROM tasks")}
 
 
-def left_in_redis(url: str) -> set[str]:
+def remaining_in_redis(url: str) -> set[str]:
     with redis.Redis.from_url(url) as client:
         return {key.decode() for key in client.scan_iter()} - {"chunkq:seen", "chunkq:grace"}
 
@@ -86,33 +86,33 @@ def options(worker: str, **more: Any) -> WorkerOptions:
 
 
 @dataclass(frozen=True)
-class Leasing:
-    """How to let a lease run out, and to see what is left of tasks that are gone.
+class QueueAccess:
+    """Functions that expire a lease, and return the remaining keys of a queue.
 
-    `by_worker`: a late end of an attempt counts for a newer one of the same worker.
+    `by_worker`: a late end of an attempt also ends a newer attempt of the same worker.
     """
 
-    let_run_out: Callable[[str, Lease], None]
-    left: Callable[[str], set[str]]
+    expire: Callable[[str, Lease], None]
+    remaining: Callable[[str], set[str]]
     by_worker: bool = False
 
 
-def let_run_out_in_process(url: str, lease: Lease) -> None:
+def expire_in_process(url: str, lease: Lease) -> None:
     queue = open_executor(url)
     assert isinstance(queue, InProcessExecutor)
     queue.renew(WorkerOptions(lease.attempt.worker, settings=WorkerSettings(lease=-1)), [lease])
 
 
-def left_in_process(url: str) -> set[str]:
+def remaining_in_process(url: str) -> set[str]:
     queue = open_executor(url)
     assert isinstance(queue, InProcessExecutor)
-    return set(queue._memory.jobs)
+    return set(queue._queue.jobs)
 
 
-LEASING = {
-    "inprocess": Leasing(let_run_out_in_process, left_in_process),
-    "sqlite": Leasing(let_run_out_in_sqlite, left_in_sqlite, by_worker=True),
-    "rq": Leasing(let_run_out_in_redis, left_in_redis),
+QUEUE_ACCESS = {
+    "inprocess": QueueAccess(expire_in_process, remaining_in_process),
+    "sqlite": QueueAccess(expire_in_sqlite, remaining_in_sqlite, by_worker=True),
+    "rq": QueueAccess(expire_in_redis, remaining_in_redis),
 }
 
 
@@ -120,88 +120,90 @@ LEASING = {
 
 
 @dataclass
-class Known:
-    """What must be true of one task.
+class TaskModel:
+    """Expected state of one task.
 
-    `begun` are the numbers of attempts that it may have used up. A lease that ran out is `lost`;
-    once somebody has looked for work since, the queue `may` have taken it `back`.
+    `attempts` are the possible numbers of used attempts. `expired` is whether the lease has
+    expired; after the next `reserve` the queue may have requeued the task (`maybe_requeued`).
     """
 
     state: str = "queued"
-    begun: set[int] = field(default_factory=lambda: {0})
+    attempts: set[int] = field(default_factory=lambda: {0})
     lease: Lease | None = None
-    lost: bool = False
-    maybe_back: bool = False
+    expired: bool = False
+    maybe_requeued: bool = False
     last_worker: str | None = None
 
-    def put_back(self, begun: set[int]) -> None:
-        self.state, self.begun = "queued", begun
-        self.lease, self.lost, self.maybe_back = None, False, False
+    def requeue(self, attempts: set[int]) -> None:
+        self.state, self.attempts = "queued", attempts
+        self.lease, self.expired, self.maybe_requeued = None, False, False
 
-    def give_up(self) -> None:
-        self.put_back(self.begun)
+    def fail(self) -> None:
+        self.requeue(self.attempts)
         self.state = "failed"
 
     def end_counted(self) -> None:
-        if max(self.begun) >= MAX_ATTEMPTS:
-            self.give_up()
+        if max(self.attempts) >= MAX_ATTEMPTS:
+            self.fail()
         else:
-            self.put_back(self.begun)
+            self.requeue(self.attempts)
 
     def end_uncounted(self) -> None:
-        less = {number - 1 for number in self.begun}
-        # If the queue had taken it back before, the attempt had been counted then.
-        self.put_back(less | self.begun if self.maybe_back else less)
+        fewer = {number - 1 for number in self.attempts}
+        # If the queue had already requeued the task, it counted the attempt.
+        self.requeue(fewer | self.attempts if self.maybe_requeued else fewer)
 
     @property
-    def may_begin(self) -> bool:
-        # The last attempt has been used up by a lease that ran out.
-        return self.state == "queued" or (self.lost and max(self.begun) < MAX_ATTEMPTS)
+    def can_start(self) -> bool:
+        # An expired lease uses up the last attempt.
+        return self.state == "queued" or (self.expired and max(self.attempts) < MAX_ATTEMPTS)
 
 
 class Model(RuleBasedStateMachine):
-    """Two connections to one queue, used in turn, and what the queue must hold."""
+    """Two connections to one queue, used in turn, and the expected state of the queue."""
 
     url: str
     queues: tuple[LeaseQueue, LeaseQueue]
-    leasing: Leasing
+    access: QueueAccess
     leases = Bundle("leases")
 
     def __init__(self) -> None:
         super().__init__()
         self._turns = cycle(self.queues)
-        self._looked_at = cycle(JOBS)
-        self._shifts = cycle([options("w"), options("w", job=JOB), options("w", set_aside={JOB})])
-        self.known: dict[Task, Known] = {}
-        self.unended: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
+        self._counted_jobs = cycle(JOBS)
+        self._options = cycle(
+            [options("w"), options("w", job=JOB), options("w", skipped_jobs={JOB})]
+        )
+        self.models: dict[Task, TaskModel] = {}
+        self.unfinished: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
 
     @property
     def queue(self) -> LeaseQueue:
         return next(self._turns)
 
-    def of(self, job: str) -> dict[Task, Known]:
-        return {task: known for task, known in self.known.items() if task.job == job}
+    def of(self, job: str) -> dict[Task, TaskModel]:
+        return {task: model for task, model in self.models.items() if task.job == job}
 
-    def held(self, lease: Lease) -> Known | None:
-        """Return what is known of a lease's task if it is still this lease's."""
-        known = self.known.get(lease.task)
-        return known if known is not None and known.lease is lease else None
+    def current(self, lease: Lease) -> TaskModel | None:
+        """Return the model of the task of a lease if the lease is its current one."""
+        model = self.models.get(lease.task)
+        return model if model is not None and model.lease is lease else None
 
-    def confuses(self, lease: Lease) -> bool:
-        """Tell whether the queue cannot know that a lease is not its worker's newest."""
-        known = self.known.get(lease.task)
-        if known is None or known.lease is lease or not self.leasing.by_worker:
+    def is_ambiguous(self, lease: Lease) -> bool:
+        """Return whether the queue cannot distinguish a lease from a newer one of its worker."""
+        model = self.models.get(lease.task)
+        if model is None or model.lease is lease or not self.access.by_worker:
             return False
-        return known.last_worker == lease.attempt.worker
+        return model.last_worker == lease.attempt.worker
 
-    def look(self) -> None:
-        """Learn which last attempts the queue has given up: failed tasks are listed."""
-        for task, known in self.known.items():
-            if known.maybe_back and max(known.begun) >= MAX_ATTEMPTS:
+    def update_failed(self) -> None:
+        """Update the tasks whose last attempt the queue has expired, from the failed tasks."""
+        for task, model in self.models.items():
+            if model.maybe_requeued and max(model.attempts) >= MAX_ATTEMPTS:
                 if task in self.queue.failed(task.job):
-                    known.give_up()
+                    model.fail()
                 else:
-                    known.maybe_back = False
+                    model.maybe_requeued = False
 
     # ------------------------------------------------------------------------------- rules
 
@@ -214,139 +216,143 @@ class Model(RuleBasedStateMachine):
         self.submit(chosen)
 
     def submit(self, chosen: list[Task]) -> None:
-        fresh = 0
+        new = 0
         for task in chosen:
-            known = self.known.get(task)
-            if known is None or known.state == "failed":
-                self.known[task] = Known()
-                fresh += 1
-        assert self.queue.submit(iter(chosen)) == fresh
+            model = self.models.get(task)
+            if model is None or model.state == "failed":
+                self.models[task] = TaskModel()
+                new += 1
+        assert self.queue.submit(iter(chosen)) == new
 
     @rule(
         target=leases,
         worker=st.sampled_from(WORKERS),
         only=st.sampled_from([None, *JOBS]),
-        aside=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
+        skipped=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
     )
-    def take_chosen(self, worker: str, only: str | None, aside: tuple[str, ...]) -> object:
-        return self.take(options(worker, job=only, set_aside=set(aside))) or multiple()
+    def reserve_selected(self, worker: str, only: str | None, skipped: tuple[str, ...]) -> object:
+        return self.reserve(options(worker, job=only, skipped_jobs=set(skipped))) or multiple()
 
     @rule(target=leases, worker=st.sampled_from(WORKERS))
-    def take_any(self, worker: str) -> object:
-        return self.take(options(worker)) or multiple()
+    def reserve_any(self, worker: str) -> object:
+        return self.reserve(options(worker)) or multiple()
 
     @rule(
         target=leases,
         worker=st.sampled_from(WORKERS),
         job=st.sampled_from(JOBS),
-        ends=st.lists(st.sampled_from(["fail", "lose"]), min_size=2, max_size=MAX_ATTEMPTS + 1),
+        ends=st.lists(st.sampled_from(["nack", "expire"]), min_size=2, max_size=MAX_ATTEMPTS + 1),
     )
     def use_up_attempts(self, worker: str, job: str, ends: list[str]) -> object:
-        """Go where single steps seldom lead: to the last attempt and beyond."""
-        taken = []
+        """Use up all attempts, which single steps rarely do."""
+        leases = []
         for how in ends:
-            lease = self.take(options(worker, job=job))
+            lease = self.reserve(options(worker, job=job))
             if lease is None:
                 break
-            if how == "fail":
+            if how == "nack":
                 self.end_lease(lease, how)
             else:
-                self.lose(lease)
-            taken.append(lease)
-        return multiple(*taken[-1:])
+                self.expire_lease(lease)
+            leases.append(lease)
+        return multiple(*leases[-1:])
 
-    def take(self, options: WorkerOptions) -> Lease | None:
-        able = {t for t, known in self.chosen(options).items() if known.may_begin}
+    def reserve(self, options: WorkerOptions) -> Lease | None:
+        able = {task for task, model in self.selected(options).items() if model.can_start}
         lease = self.queue.reserve(options)
-        for known in self.known.values():
-            known.maybe_back = known.lost
+        for model in self.models.values():
+            model.maybe_requeued = model.expired
         if lease is None:
             assert not able
-            # Who finds nothing has seen what ran out on its last attempt.
-            for task, known in self.chosen(options).items():
-                assert not known.lost or task in self.queue.failed(task.job)
+            # `reserve` has failed the tasks whose last attempt expired.
+            for task, model in self.selected(options).items():
+                assert not model.expired or task in self.queue.failed(task.job)
         else:
             assert lease.task in able
-            known = self.known[lease.task]
+            model = self.models[lease.task]
             assert lease.attempt.worker == options.worker
-            assert lease.attempt.number - 1 in known.begun
-            known.put_back({lease.attempt.number})
-            known.state, known.lease, known.last_worker = "running", lease, options.worker
-            self.unended[options.worker].append(lease)
-        self.look()
+            assert lease.attempt.number - 1 in model.attempts
+            model.requeue({lease.attempt.number})
+            model.state, model.lease, model.last_worker = "running", lease, options.worker
+            self.unfinished[options.worker].append(lease)
+        self.update_failed()
         return lease
 
-    def chosen(self, options: WorkerOptions) -> dict[Task, Known]:
+    def selected(self, options: WorkerOptions) -> dict[Task, TaskModel]:
         if options.job is not None:
             return self.of(options.job)
-        return {t: k for t, k in self.known.items() if t.job not in options.skipped_jobs}
+        return {
+            task: model
+            for task, model in self.models.items()
+            if task.job not in options.skipped_jobs
+        }
 
     @precondition(lambda self: self.running())
-    @rule(which=st.integers(0, 5), how=st.sampled_from(["fail", "fail", "hand_back", "finish"]))
+    @rule(which=st.integers(0, 5), how=st.sampled_from(["nack", "nack", "requeue", "ack"]))
     def end(self, which: int, how: str) -> None:
         running = self.running()
         self.end_lease(running[which % len(running)], how)
 
-    @rule(lease=leases, how=st.sampled_from(["fail", "hand_back", "finish"]))
-    def end_perhaps_again(self, lease: Lease, how: str) -> None:
-        if not self.confuses(lease):
+    @rule(lease=leases, how=st.sampled_from(["nack", "requeue", "ack"]))
+    def end_again(self, lease: Lease, how: str) -> None:
+        if not self.is_ambiguous(lease):
             self.end_lease(lease, how)
 
     def end_lease(self, lease: Lease, how: str) -> None:
-        known, before = self.held(lease), self.total(lease.task.job)
-        if how == "fail":
+        model, before = self.current(lease), self.total(lease.task.job)
+        if how == "nack":
             self.queue.nack(lease, ValueError("no"))
-        elif how == "hand_back":
+        elif how == "requeue":
             self.queue.requeue(lease)
         else:
             self.queue.ack(lease)
         worker = lease.attempt.worker
-        self.unended[worker] = [other for other in self.unended[worker] if other is not lease]
-        if known is None:
+        self.unfinished[worker] = [other for other in self.unfinished[worker] if other is not lease]
+        if model is None:
             return
-        if how == "fail":
-            known.end_counted()
-        elif how == "hand_back":
-            known.end_uncounted()
-        elif known.maybe_back and self.total(lease.task.job) == before:
-            known.put_back(known.begun)
+        if how == "nack":
+            model.end_counted()
+        elif how == "requeue":
+            model.end_uncounted()
+        elif model.maybe_requeued and self.total(lease.task.job) == before:
+            model.requeue(model.attempts)
         else:
-            del self.known[lease.task]
+            del self.models[lease.task]
 
     def running(self) -> list[Lease]:
-        """Return the leases that their tasks are held by, also those that ran out."""
-        return [known.lease for known in self.known.values() if known.lease is not None]
+        """Return the current leases, including expired ones."""
+        return [model.lease for model in self.models.values() if model.lease is not None]
 
     @rule(worker=st.sampled_from(WORKERS), counted=st.booleans())
     def release(self, worker: str, counted: bool) -> None:
-        mine = [k for k in self.known.values() if k.lease and k.lease.attempt.worker == worker]
-        unsure = sum(known.maybe_back for known in mine)
+        models = [m for m in self.models.values() if m.lease and m.lease.attempt.worker == worker]
+        unsure = sum(model.maybe_requeued for model in models)
         released = self.queue.release(worker, counted=counted)
-        assert len(mine) - unsure <= released <= len(mine)
-        for known in mine:
-            known.end_counted() if counted else known.end_uncounted()
-            known.last_worker = None
+        assert len(models) - unsure <= released <= len(models)
+        for model in models:
+            model.end_counted() if counted else model.end_uncounted()
+            model.last_worker = None
 
     @rule(worker=st.sampled_from(WORKERS))
     def renew(self, worker: str) -> None:
-        believed = self.unended[worker]
-        self.queue.renew(options(worker), believed)
-        for lease in believed:
-            known = self.held(lease)
-            if known is not None and known.lost:
-                if not known.maybe_back or self.is_running(lease):
-                    known.lost = known.maybe_back = False
+        leases = self.unfinished[worker]
+        self.queue.renew(options(worker), leases)
+        for lease in leases:
+            model = self.current(lease)
+            if model is not None and model.expired:
+                if not model.maybe_requeued or self.is_running(lease):
+                    model.expired = model.maybe_requeued = False
                 else:
-                    known.put_back(known.begun)
+                    model.requeue(model.attempts)
 
     @precondition(lambda self: self.running())
     @rule(which=st.integers(0, 5))
-    def let_run_out(self, which: int) -> None:
-        self.lose(self.running()[which % len(self.running())])
+    def expire(self, which: int) -> None:
+        self.expire_lease(self.running()[which % len(self.running())])
 
-    def lose(self, lease: Lease) -> None:
-        self.leasing.let_run_out(self.url, lease)
-        self.known[lease.task].lost = True
+    def expire_lease(self, lease: Lease) -> None:
+        self.access.expire(self.url, lease)
+        self.models[lease.task].expired = True
 
     @rule(job=st.sampled_from(JOBS), cancel=st.sampled_from([False, False, True]))
     def manage(self, job: str, cancel: bool) -> None:
@@ -356,17 +362,17 @@ class Model(RuleBasedStateMachine):
             self.retry(job)
 
     def retry(self, job: str) -> None:
-        failed = [known for known in self.of(job).values() if known.state == "failed"]
+        failed = [model for model in self.of(job).values() if model.state == "failed"]
         assert self.queue.retry(job) == len(failed)
-        for known in failed:
-            known.put_back({0})
+        for model in failed:
+            model.requeue({0})
 
     def cancel(self, job: str) -> None:
         assert self.queue.cancel(job) == len(self.of(job))
         for task in self.of(job):
-            del self.known[task]
+            del self.models[task]
 
-    # ------------------------------------------------------------------------- what is seen
+    # --------------------------------------------------------------------------- invariants
 
     def total(self, job: str) -> int:
         counts = self.queue.counts(job)
@@ -376,44 +382,46 @@ class Model(RuleBasedStateMachine):
         return lease.task in {item.task for item in self.queue.running(lease.task.job)}
 
     def expected(self, job: str) -> Counts:
-        states = [("queued" if k.lost else k.state) for k in self.of(job).values()]
+        states = [("queued" if model.expired else model.state) for model in self.of(job).values()]
         return Counts(*(states.count(state) for state in ("queued", "running", "failed")))
 
     @invariant()
     def every_task_is_counted_once(self) -> None:
         expected = {job: self.expected(job) for job in JOBS}
         assert self.queue.jobs() == {job: c for job, c in expected.items() if c != Counts()}
-        job = next(self._looked_at)
+        job = next(self._counted_jobs)
         assert self.queue.counts(job) == expected[job]
 
     @invariant()
-    def what_runs_and_what_failed_is_listed(self) -> None:
+    def running_and_failed_tasks_are_listed(self) -> None:
         for job in JOBS:
             running = {(item.task, item.worker) for item in self.queue.running(job)}
             assert running == {
-                (task, known.lease.attempt.worker)
-                for task, known in self.of(job).items()
-                if known.lease is not None and not known.lost
+                (task, model.lease.attempt.worker)
+                for task, model in self.of(job).items()
+                if model.lease is not None and not model.expired
             }
             failed = self.queue.failed(job)
             assert len(failed) == len(set(failed))
-            assert set(failed) == {t for t, k in self.of(job).items() if k.state == "failed"}
+            assert set(failed) == {
+                task for task, model in self.of(job).items() if model.state == "failed"
+            }
 
     @invariant()
-    def a_queue_is_drained_when_nothing_waits_or_runs(self) -> None:
-        chosen = next(self._shifts)
-        left = {known.state for known in self.chosen(chosen).values()} - {"failed"}
-        assert self.queue.is_drained(chosen) == (not left)
+    def a_queue_without_queued_or_running_tasks_is_drained(self) -> None:
+        worker = next(self._options)
+        states = {model.state for model in self.selected(worker).values()} - {"failed"}
+        assert self.queue.is_drained(worker) == (not states)
 
     @invariant()
-    def nothing_is_left_of_tasks_that_are_gone(self) -> None:
-        if not self.known:
-            assert self.leasing.left(self.url) == set()
+    def deleted_tasks_leave_no_keys(self) -> None:
+        if not self.models:
+            assert self.access.remaining(self.url) == set()
 
     def teardown(self) -> None:
         for job in JOBS:
             self.queue.cancel(job)
-        assert self.leasing.left(self.url) == set()
+        assert self.access.remaining(self.url) == set()
 
 
 # ------------------------------------------------------------------------------------- tests
@@ -424,13 +432,13 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[type[Model
     url = request.param.make_url(tmp_path, request)
     pair = open_executor(url), open_executor(url)
     assert all(isinstance(queue, LeaseQueue) for queue in pair)
-    values = {"url": url, "queues": pair, "leasing": LEASING[request.param.name]}
+    values = {"url": url, "queues": pair, "access": QUEUE_ACCESS[request.param.name]}
     yield type("Model", (Model,), values)
     for queue in pair:
         queue.close()
 
 
-def test_leasing_agrees_with_its_model_whatever_is_called_in_whatever_order(
+def test_leases_agree_with_the_model_for_any_sequence_of_calls(
     model: type[Model],
 ) -> None:
     run_state_machine_as_test(model, settings=THOROUGH)

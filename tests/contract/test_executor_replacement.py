@@ -13,7 +13,7 @@ from tests.contract.test_executor_contract import (
     JOB,
     OTHER_JOB,
     QUICK,
-    Diary,
+    Recorder,
     burst,
     options,
     tasks,
@@ -21,7 +21,7 @@ from tests.contract.test_executor_contract import (
 from tests.harness.waiting import TIMEOUT, wait_until
 
 pytest_generate_tests = contract.pytest_generate_tests
-url, queue = contract.url, contract.queue  # its fixtures
+url, queue = contract.url, contract.queue  # fixtures
 
 
 def conflict_in_other_job(task: Task, attempt: Attempt) -> None:
@@ -30,38 +30,38 @@ def conflict_in_other_job(task: Task, attempt: Attempt) -> None:
 
 
 @pytest.mark.parametrize("ends_when_drained", [False, True])
-def test_a_job_that_needs_a_new_process_stays_untouched_and_all_others_are_done_first(
+def test_a_job_that_needs_a_new_process_stays_queued_until_all_other_jobs_are_done(
     queue: Executor, ends_when_drained: bool
 ) -> None:
     queue.submit(tasks(2, OTHER_JOB))
     queue.submit(tasks(6, JOB))
-    diary = Diary(conflict_in_other_job)
+    recorder = Recorder(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.run_tasks(diary, options("worker-a", depth=2, burst=ends_when_drained))
-    assert sorted(diary.ended, key=lambda task: task.chunk) == tasks(6, JOB)
+        queue.run_tasks(recorder, options("worker-a", depth=2, burst=ends_when_drained))
+    assert sorted(recorder.finished, key=lambda task: task.chunk) == tasks(6, JOB)
     assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
-    fresh = Diary()
+    fresh = Recorder()
     queue.run_tasks(fresh, burst("worker-b"))
     assert sorted(fresh.tasks, key=lambda task: task.chunk) == tasks(2, OTHER_JOB)
     assert fresh.numbers == [1, 1]
 
 
-def test_after_a_while_a_job_that_needs_a_new_process_waits_no_longer_for_others(
+def test_a_job_that_needs_a_new_process_waits_for_other_jobs_for_a_limited_time(
     queue: Executor,
 ) -> None:
     settings = replace(QUICK, longest_replacement_delay=0.0)
     queue.submit(tasks(1, OTHER_JOB))
     queue.submit(tasks(20, JOB))
-    diary = Diary(conflict_in_other_job)
+    recorder = Recorder(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
-        queue.run_tasks(diary, options(settings=settings))
-    assert diary.tasks[-1].job == OTHER_JOB
+        queue.run_tasks(recorder, options(settings=settings))
+    assert recorder.tasks[-1].job == OTHER_JOB
     assert queue.counts(OTHER_JOB) == Counts(queued=1)
-    assert queue.counts(JOB) == Counts(queued=20 - len(diary.ended))
+    assert queue.counts(JOB) == Counts(queued=20 - len(recorder.finished))
 
 
-def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) -> None:
-    go, orders = threading.Event(), options(depth=2)
+def test_a_process_to_be_replaced_finishes_tasks_in_flight(queue: Executor) -> None:
+    go, worker_options = threading.Event(), options(depth=2)
     errors: list[BaseException] = []
 
     def handle(task: Task, attempt: Attempt) -> None:
@@ -70,7 +70,7 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
 
     def work() -> None:
         try:
-            queue.run_tasks(handle, orders)
+            queue.run_tasks(handle, worker_options)
         except FrameworkConflictError as error:
             errors.append(error)
 
@@ -80,24 +80,24 @@ def test_a_process_to_be_replaced_finishes_what_is_in_flight(queue: Executor) ->
     try:
         wait_until(lambda: queue.counts(JOB).running, "a task is in flight")
         queue.submit(tasks(1, OTHER_JOB))
-        assert orders.stop.wait(TIMEOUT)
+        assert worker_options.stop.wait(TIMEOUT)
         assert queue.jobs() == {JOB: Counts(running=1), OTHER_JOB: Counts(queued=1)}
         assert worker.is_alive()
     finally:
         go.set()
-        orders.stop.set()
+        worker_options.stop.set()
         worker.join(TIMEOUT)
     assert len(errors) == 1
     assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
 
 
-def test_a_worker_that_is_told_to_stop_meanwhile_ends_well(queue: Executor) -> None:
-    orders = options()
+def test_a_worker_that_is_stopped_during_a_conflict_ends_without_error(queue: Executor) -> None:
+    worker_options = options()
 
     def handle(task: Task, attempt: Attempt) -> None:
-        orders.stop.set()
+        worker_options.stop.set()
         conflict_in_other_job(task, attempt)
 
     queue.submit(tasks(1, OTHER_JOB))
-    queue.run_tasks(handle, orders)
+    queue.run_tasks(handle, worker_options)
     assert queue.counts(OTHER_JOB) == Counts(queued=1)

@@ -1,4 +1,4 @@
-"""The embedded queue's own promises: one host's disk, one file, one line when it cannot be."""
+"""Tests of the SQLite queue: local disks only, one file, errors of one line with a code."""
 
 import os
 import sqlite3
@@ -24,80 +24,82 @@ Mounts = Callable[[list[tuple[str, str]]], None]
 
 @pytest.fixture
 def mounts(monkeypatch: pytest.MonkeyPatch) -> Mounts:
-    """Make the machine look as if these (mount point, file system) were mounted, in order."""
+    """Return a function that replaces the mounts: (mount point, file system) in order."""
 
-    def pretend(found: list[tuple[str, str]]) -> None:
-        monkeypatch.setattr(sqlite, "_mounts", lambda: found)
+    def set_mounts(mounts: list[tuple[str, str]]) -> None:
+        monkeypatch.setattr(sqlite, "_mounts", lambda: mounts)
 
-    return pretend
+    return set_mounts
 
 
-def refusal(path: Path) -> str:
+def open_error(path: Path) -> QueueError:
+    """Return the error of opening a queue: one line that contains the file or its folder."""
     with pytest.raises(QueueError) as error:
         open_executor(f"sqlite://{path}")
     line = str(error.value)
     assert len(line.splitlines()) == 1
     assert line.startswith("queue: ")
     assert str(path.name) in line or str(path.parent) in line
-    return line
+    return error.value
 
 
 @pytest.mark.parametrize("kind", sorted(NETWORK_FILESYSTEMS))
-def test_a_file_on_a_network_file_system_is_refused_with_the_way_out(
+def test_a_file_on_a_network_file_system_is_rejected(
     tmp_path: Path, mounts: Mounts, kind: str
 ) -> None:
     mounts([("/", "ext4"), (str(tmp_path), kind)])
-    line = refusal(tmp_path / "queue.db")
-    assert f"lies on {kind}" in line
-    assert "--queue sqlite:///" in line
+    error = open_error(tmp_path / "queue.db")
+    assert error.code is ErrorCode.QUEUE_UNSUPPORTED
+    assert f" {kind};" in str(error)
+    assert "--queue sqlite:///" in str(error)
     assert not (tmp_path / "queue.db").exists()
 
 
-def test_the_innermost_mount_decides(tmp_path: Path, mounts: Mounts) -> None:
+def test_the_innermost_mount_is_used(tmp_path: Path, mounts: Mounts) -> None:
     (tmp_path / "local").mkdir()
     mounts([(str(tmp_path / "local"), "xfs"), (str(tmp_path), "lustre"), ("/", "ext4")])
     SqliteExecutor(f"sqlite://{tmp_path / 'local' / 'queue.db'}").close()
-    refusal(tmp_path / "queue.db")
-    # A name that only begins alike lies elsewhere.
+    open_error(tmp_path / "queue.db")
+    # A path that only starts with the same characters is on another file system.
     SqliteExecutor(f"sqlite://{tmp_path}-more/queue.db").close()
 
 
-def test_of_two_mounts_on_one_point_the_later_one_counts(tmp_path: Path, mounts: Mounts) -> None:
+def test_of_two_mounts_on_one_point_the_later_one_is_used(tmp_path: Path, mounts: Mounts) -> None:
     mounts([("/", "ext4"), (str(tmp_path), "autofs"), (str(tmp_path), "nfs4")])
-    refusal(tmp_path / "queue.db")
+    open_error(tmp_path / "queue.db")
 
 
-def test_a_link_into_a_network_file_system_is_seen_through(tmp_path: Path, mounts: Mounts) -> None:
+def test_a_link_into_a_network_file_system_is_followed(tmp_path: Path, mounts: Mounts) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "home").symlink_to(tmp_path / "far")
     mounts([("/", "ext4"), (str(tmp_path / "far"), "gpfs")])
-    refusal(tmp_path / "home" / "queue.db")
+    open_error(tmp_path / "home" / "queue.db")
 
 
-def test_missing_folders_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     SqliteExecutor(f"sqlite://{tmp_path / 'a' / 'b' / 'queue.db'}").close()
     assert (tmp_path / "a" / "b" / "queue.db").is_file()
 
 
-def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refusal(tmp_path / "file" / "queue.db")
+    open_error(tmp_path / "file" / "queue.db")
 
 
-def test_a_place_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "queue.db").mkdir()
-    assert "unable to open" in refusal(tmp_path / "queue.db")
+    assert open_error(tmp_path / "queue.db").code is ErrorCode.QUEUE_UNAVAILABLE
 
 
-def test_a_file_that_is_no_database_gives_one_line_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_rejected_and_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "queue.db"
     content = b"my thesis, the only copy\n" * 100
     file.write_bytes(content)
-    refusal(file)
+    assert open_error(file).code is ErrorCode.QUEUE_DAMAGED
     assert file.read_bytes() == content
 
 
-def test_a_queue_damaged_in_its_middle_gives_one_line(tmp_path: Path) -> None:
+def test_a_damaged_queue_is_an_error_of_one_line(tmp_path: Path) -> None:
     file = tmp_path / "queue.db"
     queue = SqliteExecutor(f"sqlite://{file}")
     queue.submit(Task("infer", "/data/out.zarr.chunkq", (n,)) for n in range(2000))
@@ -109,16 +111,17 @@ def test_a_queue_damaged_in_its_middle_gives_one_line(tmp_path: Path) -> None:
     with closing(open_executor(f"sqlite://{file}")) as queue:
         with pytest.raises(QueueError) as error:
             queue.run_tasks(lambda task, attempt: None, WorkerOptions("w", burst=True))
-        wait_until(lambda: threading.active_count() == threads, "its threads have ended")
+        wait_until(lambda: threading.active_count() == threads, "its threads end")
+    assert error.value.code is ErrorCode.QUEUE_DAMAGED
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_database_of_something_else_gives_one_line(tmp_path: Path) -> None:
+def test_a_database_with_other_tables_is_rejected(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "queue.db")
     database.execute("CREATE TABLE tasks (title TEXT)")
     database.commit()
     database.close()
-    refusal(tmp_path / "queue.db")
+    open_error(tmp_path / "queue.db")
 
 
 def test_readers_and_writers_do_not_block_each_other(tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ def test_readers_and_writers_do_not_block_each_other(tmp_path: Path) -> None:
     assert outside.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     outside.execute("BEGIN")
     assert outside.execute("SELECT count(*) FROM tasks").fetchone() == (1,)
-    # In the default mode the open reader would keep this from being committed.
+    # In the default journal mode the open reader would block this commit.
     assert queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))]) == 1
     outside.close()
     queue.close()
@@ -144,9 +147,10 @@ def test_the_default_queue_is_a_file_in_the_users_state_folder(
 
 
 @pytest.mark.parametrize("url", ["sqllite:///q.db", "mongodb://host", "queue.db", ""])
-def test_a_url_of_no_known_queue_gives_one_line_that_names_the_known_ones(url: str) -> None:
+def test_an_unknown_scheme_is_an_error_that_lists_the_known_schemes(url: str) -> None:
     with pytest.raises(JobError, match="sqlite://") as error:
         open_executor(url)
+    assert error.value.code is ErrorCode.QUEUE_ADDRESS_INVALID
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -181,43 +185,35 @@ def test_processes_that_open_a_new_queue_at_once_wait_for_each_other(tmp_path: P
         for number in range(4)
     ]
     pipes = [(process.stdin, process.stdout) for process in processes]
-    for _, out in pipes:
-        assert out is not None
-        assert out.readline() == "ready\n"
+    for _, stdout in pipes:
+        assert stdout is not None
+        assert stdout.readline() == "ready\n"
     for queue in range(20):
-        for into, _ in pipes:
-            assert into is not None
-            into.write(f"{queue}\n")
-            into.flush()
-        said = [out.readline() for _, out in pipes if out is not None]
-        if said != ["done\n"] * 4:
+        for stdin, _ in pipes:
+            assert stdin is not None
+            stdin.write(f"{queue}\n")
+            stdin.flush()
+        answers = [stdout.readline() for _, stdout in pipes if stdout is not None]
+        if answers != ["done\n"] * 4:
             pytest.fail("".join(process.communicate()[1] for process in processes))
-        opened = SqliteExecutor(f"sqlite://{tmp_path}/{queue}.db")
-        assert opened.counts("/data/out.zarr.chunkq").queued == 12
-        opened.close()
+        executor = SqliteExecutor(f"sqlite://{tmp_path}/{queue}.db")
+        assert executor.counts("/data/out.zarr.chunkq").queued == 12
+        executor.close()
     for process in processes:
         assert process.communicate() == ("", "")
 
 
-def test_a_queue_locked_for_too_long_gives_one_line(
+def test_a_queue_that_is_locked_for_too_long_is_reported_as_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table_schema, "BUSY_SECONDS", 0.1)
     holder = sqlite3.connect(tmp_path / "queue.db")
     holder.execute("BEGIN EXCLUSIVE")
-    assert refused_with(tmp_path / "queue.db") is ErrorCode.QUEUE_BUSY
+    assert open_error(tmp_path / "queue.db").code is ErrorCode.QUEUE_BUSY
     holder.close()
 
 
-def refused_with(path: Path) -> ErrorCode:
-    """The code of the one-line error with which a queue cannot be opened."""
-    refusal(path)
-    with pytest.raises(QueueError) as error:
-        open_executor(f"sqlite://{path}")
-    return error.value.code
-
-
-def test_a_queue_of_before_versions_were_stored_is_upgraded_with_its_tasks(tmp_path: Path) -> None:
+def test_a_queue_without_a_stored_version_is_upgraded_with_its_tasks(tmp_path: Path) -> None:
     file = tmp_path / "queue.db"
     queue = SqliteExecutor(f"sqlite://{file}")
     queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))])
@@ -242,13 +238,13 @@ def version_of(file: Path) -> int:
     return version
 
 
-def test_a_queue_of_a_newer_version_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_queue_of_a_newer_version_is_rejected_and_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "queue.db"
     SqliteExecutor(f"sqlite://{file}").close()
     newer = sqlite3.connect(file)
     newer.execute(f"PRAGMA user_version = {table_schema.VERSION + 1}")
     newer.close()
-    assert refused_with(file) is ErrorCode.QUEUE_UNSUPPORTED
+    assert open_error(file).code is ErrorCode.QUEUE_UNSUPPORTED
     assert version_of(file) == table_schema.VERSION + 1
 
 
@@ -266,11 +262,11 @@ def test_only_the_owner_can_open_a_new_queue(tmp_path: Path) -> None:
 
 @contextmanager
 def file_system(folder: Path, options: str) -> Iterator[None]:
-    """Mount a file system in memory on a folder."""
+    """Mount a tmpfs on a folder while the context is open."""
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        reason = f"only root can mount a file system: {mounted.stderr}"
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = f"only root can mount a file system: {result.stderr}"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -280,15 +276,15 @@ def file_system(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_queue_on_a_read_only_file_system_is_refused(tmp_path: Path) -> None:
+def test_a_queue_on_a_read_only_file_system_is_rejected(tmp_path: Path) -> None:
     with file_system(tmp_path, "size=4m"):
         SqliteExecutor(f"sqlite://{tmp_path}/queue.db").close()
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
         for name in ("queue.db", "new.db", "new/queue.db"):
-            assert refused_with(tmp_path / name) is ErrorCode.QUEUE_READ_ONLY
+            assert open_error(tmp_path / name).code is ErrorCode.QUEUE_READ_ONLY
 
 
-def test_a_full_disk_is_one_line_and_what_is_queued_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_of_one_line_and_queued_tasks_remain(tmp_path: Path) -> None:
     tasks = [Task("infer", "/data/out.zarr.chunkq", (n,)) for n in range(20_000)]
     with file_system(tmp_path, "size=1m"):
         queue = SqliteExecutor(f"sqlite://{tmp_path}/queue.db")
@@ -301,4 +297,4 @@ def test_a_full_disk_is_one_line_and_what_is_queued_stays(tmp_path: Path) -> Non
         (tmp_path / "filler").write_bytes(b"")
         with suppress(OSError):
             (tmp_path / "filler").write_bytes(b"0" * (1 << 20))
-        assert refused_with(tmp_path / "another.db") is ErrorCode.QUEUE_FULL
+        assert open_error(tmp_path / "another.db").code is ErrorCode.QUEUE_FULL

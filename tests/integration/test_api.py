@@ -837,7 +837,7 @@ def test_functions_raise_the_errors_that_commands_print(workspace: Workspace) ->
             function(workspace.folder / "gone.yaml")
     with pytest.raises(JobError, match=r"--resume.*--overwrite"):
         chunkq.produce(workspace.values, resume=True, overwrite=True)
-    with pytest.raises(JobError, match=r"^queue: .*amqp"):
+    with pytest.raises(JobError, match="amqp://x"):
         chunkq.produce(workspace.values, queue="amqp://x", output=workspace.folder / "other.zarr")
     chunkq.produce(workspace.values)
     status = chunkq.status(workspace.output, queue=f"sqlite://{workspace.folder}/in.zarr")

@@ -1,4 +1,4 @@
-"""The same job on every engine: the same commands, the same bytes, the same story in `status`."""
+"""Run the same job on every engine: commands, output and `status` must be the same."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ SERVERS_ONLY = pytest.mark.parametrize(
     ],
     indirect=True,
 )
-"""On clusters these tests are proofs: the contract suite holds their rules there too."""
+"""On clusters these tests are optional, because the contract tests cover the same rules."""
 FIXTURES = {"rq": "redis", "dask": "dask", "ray": "ray"}
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
@@ -33,22 +33,22 @@ def workspace(
     tmp_path: Path,
     undisturbed: StandardWorkspace,
 ) -> StandardWorkspace:
-    """The job in a folder of its own, on an engine's queue."""
+    """Return a workspace with the job and the queue of an engine."""
     url = None
     if request.param in FIXTURES:
-        found = request.getfixturevalue(FIXTURES[request.param])
-        url = getattr(found, "url", found)
+        server = request.getfixturevalue(FIXTURES[request.param])
+        url = getattr(server, "url", server)
     return standard_job.workspace(tmp_path, url=url)
 
 
-def test_the_job_gives_the_same_bytes(
+def test_the_output_is_byte_identical(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     assert workspace.counts().queued == CHUNKS
     with workspace.start(*ON_CPU, "-w", "2") as cli:
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
+        result = cli.wait()
+    assert result.code == 0, result.err
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
     assert set(workspace.computed().values()) == {1}
@@ -56,36 +56,36 @@ def test_the_job_gives_the_same_bytes(
 
 
 @SERVERS_ONLY
-def test_a_worker_process_killed_in_the_middle_loses_nothing(
+def test_a_killed_worker_process_loses_no_committed_chunks(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     with workspace.start(*ON_CPU, "--depth", "2", NET_HOLD="piece", NET_AFTER="4") as cli:
-        held = workspace.wait_until_stopped()
+        pid = workspace.wait_until_stopped()
         workspace.wait_for_chunks_in_flight(2)
         committed = set(workspace.done())
-        os.kill(held, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         workspace.open_gate()
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
-    assert "requeued" in ended.err
+        result = cli.wait()
+    assert result.code == 0, result.err
+    assert "signal 9" in result.err
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
-    ours = workspace.patches()
-    again = {patch for patch, times in workspace.computed().items() if times > 1}
-    assert not any(again & ours[name] for name in committed)
+    patches = workspace.patches()
+    repeated = {patch for patch, times in workspace.computed().items() if times > 1}
+    assert not any(repeated & patches[name] for name in committed)
     cli.wait_for_children()
 
 
 @SERVERS_ONLY
-def test_failures_and_retries_look_the_same_in_status(
+def test_status_reports_failures_and_retries(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     poison = workspace.folder / "poison"
     poison.touch()
     workspace.produce()
-    ended = workspace.work(NET_POISON=str(poison))
-    assert ended.code == 3, ended.err
+    result = workspace.work(NET_POISON=str(poison))
+    assert result.code == 3, result.err
     status = workspace.status()
     assert {key: status[key] for key in ("chunks", "done", "running", "queued", "failed")} == {
         "chunks": CHUNKS, "done": CHUNKS - 1, "running": 0, "queued": 0, "failed": 1
@@ -109,17 +109,17 @@ def test_failures_and_retries_look_the_same_in_status(
 
 
 @SERVERS_ONLY
-def test_ctrl_c_finishes_what_is_in_flight_and_the_same_again_goes_on(
+def test_ctrl_c_finishes_chunks_in_flight_and_the_same_command_continues(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     with workspace.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="3") as cli:
         workspace.wait_until_stopped()
         cli.process.send_signal(signal.SIGINT)
-        wait_until(lambda: "stopping" in cli.output(), "it has heard")
+        wait_until(lambda: "stopping" in cli.output(), "the worker stops")
         workspace.open_gate()
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
+        result = cli.wait()
+    assert result.code == 0, result.err
     done = len(workspace.done())
     assert 3 < done < CHUNKS
     counts = workspace.counts()

@@ -1,4 +1,4 @@
-"""`inprocess://`: a queue for the threads of one process, through the API and the commands."""
+"""Tests of the queue `inprocess://` through the Python API and the commands."""
 
 import threading
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import chunkq
+from chunkq.errors import ErrorCode
 from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_TASK_TIMEOUT, Counts, WorkerOptions
 from chunkq.executors.settings import WorkerSettings
@@ -32,18 +33,17 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path, values)
 
 
-def test_a_job_run_in_this_process_has_the_bytes_that_worker_processes_write(
+def test_a_job_in_this_process_has_the_same_output_as_in_worker_processes(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     other = workspace.write_job("other.json", output=str(tmp_path / "other.zarr"))
     assert workspace.run("run", other).code == 0
     report = chunkq.run(workspace.write_job(), queue="inprocess://")
     assert report["chunks"] == 4
-    ours, theirs = read_output(tmp_path / "out.zarr"), read_output(tmp_path / "other.zarr")
-    assert np.array_equal(ours, theirs)
+    assert np.array_equal(read_output(tmp_path / "out.zarr"), read_output(tmp_path / "other.zarr"))
 
 
-def test_the_run_command_works_in_its_own_process(workspace: Workspace) -> None:
+def test_the_run_command_runs_tasks_in_its_own_process(workspace: Workspace) -> None:
     answer = workspace.call("run", workspace.write_job(), "--queue", "inprocess://").ok()
     assert "Traceback" not in answer.err
     assert workspace.ledger.read_report() is not None
@@ -51,7 +51,7 @@ def test_the_run_command_works_in_its_own_process(workspace: Workspace) -> None:
     assert record.job.queue is None  # the queue ended with the command
 
 
-def test_chunks_that_fail_end_an_inprocess_run_with_their_list(workspace: Workspace) -> None:
+def test_an_inprocess_run_with_failed_chunks_exits_with_code_3(workspace: Workspace) -> None:
     workspace.write_job(model=toy_model(workspace.folder, (4, 4), poison=0.0))
     answer = workspace.call("run", workspace.folder / "job.json", "--queue", "inprocess://")
     assert answer.code == 3
@@ -59,30 +59,32 @@ def test_chunks_that_fail_end_an_inprocess_run_with_their_list(workspace: Worksp
     assert open_executor("inprocess://").counts(str(workspace.job_folder)) == Counts(failed=4)
 
 
-def test_more_than_one_worker_in_one_process_is_refused_before_anything_is_written(
+def test_several_workers_in_one_process_are_rejected_before_anything_is_written(
     workspace: Workspace,
 ) -> None:
     answer = workspace.call("run", workspace.write_job(), "--queue", "inprocess://", "-w", "2")
-    answer.refused(2, "workers", "inprocess://")
+    answer.refused(2, ErrorCode.JOB_INVALID, "workers", "inprocess://")
     assert not workspace.job_folder.exists()
 
 
 @pytest.mark.parametrize("command", [["produce", "job.json"], ["work", "--burst"], ["jobs"]])
-def test_a_command_that_leaves_its_queue_to_others_refuses_an_inprocess_one(
+def test_a_command_that_shares_its_queue_rejects_an_inprocess_queue(
     workspace: Workspace, command: list[str]
 ) -> None:
     workspace.write_job()
-    workspace.call(*command, "--queue", "inprocess://").refused(2, "inprocess://", "sqlite://")
+    workspace.call(*command, "--queue", "inprocess://").refused(
+        2, ErrorCode.QUEUE_ADDRESS_INVALID, "inprocess://", "sqlite://"
+    )
 
 
-def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(workspace: Workspace) -> None:
+def test_tasks_produced_in_a_process_are_run_by_its_threads(workspace: Workspace) -> None:
     url = f"inprocess://{workspace.folder}"
     chunkq.produce(workspace.write_job(), queue=url)
     job = str(workspace.job_folder)
-    shifts = [WorkerOptions(f"worker-{n}", burst=True) for n in range(2)]
+    worker_options = [WorkerOptions(f"worker-{n}", burst=True) for n in range(2)]
     threads = [
         threading.Thread(target=open_executor(url).run_worker, args=(options,))
-        for options in shifts
+        for options in worker_options
     ]
     for thread in threads:
         thread.start()
@@ -93,14 +95,14 @@ def test_tasks_produced_in_a_process_are_worked_off_by_its_threads(workspace: Wo
     assert chunkq.finalize(workspace.output)["chunks"] == 4
 
 
-def test_queues_of_two_names_are_two_queues(tmp_path: Path) -> None:
+def test_queues_with_different_names_are_separate(tmp_path: Path) -> None:
     one, other = (open_executor(f"inprocess://{tmp_path}/{name}") for name in "ab")
     one.submit([Task("infer", "/data/out.zarr.chunkq", (0,))])
     assert other.jobs() == {}
     assert list(open_executor(one.url).jobs()) == ["/data/out.zarr.chunkq"]
 
 
-def test_a_chunk_that_hangs_ends_the_worker_and_not_the_process(
+def test_a_chunk_that_hangs_ends_the_worker_but_not_the_process(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
@@ -108,8 +110,8 @@ def test_a_chunk_that_hangs_ends_the_worker_and_not_the_process(
     queue = open_executor(f"inprocess://{workspace.folder}")
     queue.submit([Task("infer", str(workspace.job_folder), (0, 0))])
     settings = WorkerSettings(lease=0.3)
-    ended = queue.run_worker(WorkerOptions("slow", burst=True, time_limit=0.1, settings=settings))
+    status = queue.run_worker(WorkerOptions("slow", burst=True, time_limit=0.1, settings=settings))
     go.set()
-    assert ended.code == EXIT_TASK_TIMEOUT
-    assert len(ended.lines) == 1
+    assert status.code == EXIT_TASK_TIMEOUT
+    assert len(status.lines) == 1
     assert queue.counts(str(workspace.job_folder)) == Counts(queued=1)

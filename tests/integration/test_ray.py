@@ -1,6 +1,5 @@
-"""Ray: a real cluster, in a network of its own; what it does when something is amiss or dies."""
+"""Tests of the Ray queue with real clusters in separate network namespaces, and killed actors."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from chunkq.errors import ErrorCode
 from tests.harness.network_namespace import NetworkNamespace
 from tests.harness.networks import NETWORK
 from tests.harness.processes import CommandResult, RunningCommand, is_alive
@@ -24,7 +24,7 @@ from tests.harness.waiting import TIMEOUT, wait_until
 CHUNKS = 24
 ON_CPU = ("work", "--gpus", "none", "--burst")
 CLIENT = "ray://127.0.0.1:10001"
-NOBODY = ("ray://auto?address=127.0.0.1:6399", "ray://127.0.0.1:10009")
+UNREACHABLE = ("ray://auto?address=127.0.0.1:6399", "ray://127.0.0.1:10009")
 RUNNING = {
     "cluster": "running",
     "hardware": "cpu_only",
@@ -34,11 +34,11 @@ RUNNING = {
 NOT_INSTALLED = """
 from importlib.machinery import PathFinder
 
-found = PathFinder.find_spec
+original = PathFinder.find_spec
 
 
 def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] == "ray" else found(name, path, target)
+    return None if name.partition(".")[0] == "ray" else original(name, path, target)
 
 
 PathFinder.find_spec = staticmethod(find_spec)
@@ -54,44 +54,44 @@ class Finder:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 
-if "chunkq" not in sys.orig_argv:  # but the commands themselves, `-m chunkq`
+if "chunkq" not in sys.orig_argv:  # all processes except `-m chunkq`
     sys.meta_path.insert(0, Finder)
 """
 OTHER_CHUNKQ = """
 import importlib.metadata
 
-true = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.0.1" if name == "chunkq" else true(name)
+original = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.0.1" if name == "chunkq" else original(name)
 """
 OTHER_RAY = """
 import ray
 
 ray.__version__ = "2.40.0"
 """
-MORTAL = """
+CRASHING_SERVER = """
 import os
 import signal
 import sys
 
 
-def hurry():  # else Ray's proxy listens to a dead server for up to a minute
+def shorten_timeouts():  # by default the proxy of Ray waits for a dead server for a minute
     proxier = sys.modules["ray.util.client.server.proxier"]
-    patience = (1, 1) if os.listdir({deaths!r}) else (30, 5)
-    proxier.CHECK_CHANNEL_TIMEOUT_S, proxier.LOGSTREAM_RETRIES = patience
+    timeouts = (1, 1) if os.listdir({crashes!r}) else (30, 5)
+    proxier.CHECK_CHANNEL_TIMEOUT_S, proxier.LOGSTREAM_RETRIES = timeouts
 
 
-def die():
-    for name in os.listdir({deaths!r}):
-        os.unlink(os.path.join({deaths!r}, name))
+def crash():
+    for name in os.listdir({crashes!r}):
+        os.unlink(os.path.join({crashes!r}, name))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 if "--mode=proxy" in sys.orig_argv:
-    os.register_at_fork(before=hurry, after_in_child=die)
+    os.register_at_fork(before=shorten_timeouts, after_in_child=crash)
 """
 DEVICES = """
 
-class Telling(Net):
+class RecordingNet(Net):
     def forward(self, x):
         with open(os.environ["NET_DEVICES"], "a") as file:
             file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')!r}\\n")
@@ -101,13 +101,13 @@ class Telling(Net):
 
 @pytest.fixture
 def workspace(standard_job: StandardJob, tmp_path: Path, ray: str) -> StandardWorkspace:
-    """The job in a folder of its own, on the cluster that the tests share."""
+    """Return a workspace on the shared cluster."""
     return standard_job.workspace(tmp_path, url=ray)
 
 
 @pytest.fixture
-def alone(standard_job: StandardJob, tmp_path: Path) -> Iterator[StandardWorkspace]:
-    """The job in a folder of its own, in an empty network."""
+def isolated(standard_job: StandardJob, tmp_path: Path) -> Iterator[StandardWorkspace]:
+    """Yield a workspace in a new network namespace without a cluster."""
     network = NetworkNamespace()
     with network.inside():
         yield standard_job.workspace(tmp_path, url="ray://")
@@ -115,11 +115,11 @@ def alone(standard_job: StandardJob, tmp_path: Path) -> Iterator[StandardWorkspa
 
 
 @pytest.fixture(scope="module")
-def peculiar(
+def gpu_cluster(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[NetworkNamespace, str, Path]]:
-    """A cluster of two emulated GPUs, whose Python finds no chunkq while a file is there."""
-    folder = tmp_path_factory.mktemp("peculiar")
+    """Yield a cluster with two emulated GPUs, which cannot import chunkq while a file exists."""
+    folder = tmp_path_factory.mktemp("gpu-cluster")
     marker = folder / "marker"
     paths = hook(folder, NO_CHUNKQ.format(marker=str(marker)))
     network = NetworkNamespace()
@@ -129,535 +129,551 @@ def peculiar(
 
 
 @pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[NetworkNamespace, Path]]:
-    """A cluster whose servers for clients die at birth, as often as there are files in a folder."""
-    folder = tmp_path_factory.mktemp("outside")
-    deaths = folder / "deaths"
-    deaths.mkdir()
-    told = hook(folder, MORTAL.format(deaths=str(deaths))) | {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+def crashing_cluster(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[NetworkNamespace, Path]]:
+    """Yield a cluster whose servers for clients crash once for each file in a folder."""
+    folder = tmp_path_factory.mktemp("crashing-cluster")
+    crashes = folder / "crashes"
+    crashes.mkdir()
+    environment = hook(folder, CRASHING_SERVER.format(crashes=str(crashes))) | {
+        "GRPC_ENABLE_FORK_SUPPORT": "0"
+    }
     network = NetworkNamespace()
-    with mock.patch.dict(os.environ, told), ray_cluster(network):
-        yield network, deaths
+    with mock.patch.dict(os.environ, environment), ray_cluster(network):
+        yield network, crashes
     network.close()
 
 
 def hook(folder: Path, code: str) -> dict[str, str]:
-    """Have real processes start with some code; returns what to add to their environment."""
+    """Write code that Python processes run at their start; return their environment."""
     (folder / "hook").mkdir()
     (folder / "hook" / "sitecustomize.py").write_text(code)
-    return {"PYTHONPATH": str(folder / "hook")}
+    paths = [str(folder / "hook"), os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def only_line(ended: CommandResult) -> str:
-    """The one line that a refused command says, besides what Ray says of a missing Internet."""
-    assert "Traceback" not in ended.err
-    lines = [line for line in ended.err.splitlines() if "local IP via external" not in line]
-    assert len(lines) == 1, ended.err
-    assert lines[0].startswith("chunkq: ")
+def refused(workspace: StandardWorkspace, *arguments: str, **environment: str) -> str:
+    """Run a command that fails; return its line, without the warnings of Ray."""
+    with workspace.start(*arguments, **environment) as cli:
+        result = cli.wait(30)
+    assert result.code == 1, result.err
+    assert "Traceback" not in result.err
+    lines = [line for line in result.err.splitlines() if "local IP via external" not in line]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("chunkq: queue: ")
     return lines[0]
 
 
-def refused(
-    workspace: StandardWorkspace, *arguments: str, code: int = 1, **environment: str
-) -> str:
-    with workspace.start(*arguments, **environment) as cli:
-        ended = cli.wait(30)
-    assert ended.code == code, ended.err
-    return only_line(ended)
+def has_code(line: str, code: ErrorCode) -> bool:
+    return line.endswith(f" [{code}]")
 
 
-def done(workspace: StandardWorkspace, *arguments: str) -> CommandResult:
-    """Run a command for real. One process is never at home in two networks, because of Ray."""
+def run_ok(workspace: StandardWorkspace, *arguments: str) -> CommandResult:
+    """Run a command in a new process, because Ray does not support two networks in one."""
     with workspace.start(*arguments) as cli:
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
-    assert "Traceback" not in ended.err
-    return ended
+        result = cli.wait()
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err
+    return result
 
 
-def mates(title: str = "") -> list[psutil.Process]:
-    """The living processes of this network, whose command line begins so; without this one."""
-    here = os.stat("/proc/thread-self/ns/net").st_ino
-    found = []
+def processes_here(title: str = "") -> list[psutil.Process]:
+    """Return other processes of this network namespace, selected by their command line."""
+    namespace = os.stat("/proc/thread-self/ns/net").st_ino
+    processes = []
     for process in psutil.process_iter():
         try:
-            inside = os.stat(f"/proc/{process.pid}/ns/net").st_ino == here
+            is_inside = os.stat(f"/proc/{process.pid}/ns/net").st_ino == namespace
             line = " ".join(process.cmdline())
         except (OSError, psutil.Error):
             continue
-        ours = inside and process.pid != os.getpid() and line.startswith(title)
-        if ours and is_alive(process.pid):
-            found.append(process)
-    return found
+        is_selected = is_inside and process.pid != os.getpid() and line.startswith(title)
+        if is_selected and is_alive(process.pid):
+            processes.append(process)
+    return processes
 
 
-def kill_the_keeper() -> None:
-    """Kill the actor that keeps the queue."""
-    [keeper] = mates("ray::QueueHost")
-    keeper.kill()
-    keeper.wait(10)
+def kill_queue_actor() -> None:
+    [actor] = processes_here("ray::QueueHost")
+    actor.kill()
+    actor.wait(10)
 
 
-def left_to_do(workspace: StandardWorkspace) -> int:
+def count_missing(workspace: StandardWorkspace) -> int:
     return CHUNKS - len(workspace.done())
 
 
-def not_computed_again(workspace: StandardWorkspace, committed: set[str]) -> None:
-    ours = workspace.patches()
-    again = {patch for patch, times in workspace.computed().items() if times > 1}
-    assert not any(again & ours[name] for name in committed)
+def assert_not_repeated(workspace: StandardWorkspace, committed: set[str]) -> None:
+    patches = workspace.patches()
+    repeated = {patch for patch, times in workspace.computed().items() if times > 1}
+    assert not any(repeated & patches[name] for name in committed)
 
 
-# --------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("url", NOBODY)
-def test_a_cluster_that_is_away_is_one_line_within_seconds(
-    alone: StandardWorkspace, url: str
+@pytest.mark.parametrize("url", UNREACHABLE)
+def test_an_unreachable_cluster_is_reported_within_seconds(
+    isolated: StandardWorkspace, url: str
 ) -> None:
-    begun = time.monotonic()
-    for command in (("produce", str(alone.job_file)), ("work",)):
-        line = refused(alone, *command, "--queue", url)
-        assert line.startswith(f"chunkq: queue: no Ray cluster answers at {url} (")
-    assert time.monotonic() - begun < 20
+    start = time.monotonic()
+    for command in (("produce", str(isolated.job_file)), ("work",)):
+        line = refused(isolated, *command, "--queue", url)
+        assert line.startswith(f"chunkq: queue: {url}: ")
+        assert has_code(line, ErrorCode.QUEUE_UNAVAILABLE)
+    assert time.monotonic() - start < 20
 
 
-def test_status_tells_what_the_ledger_knows_while_the_cluster_is_away(
+def test_status_reports_the_ledger_while_the_cluster_is_unreachable(
     standard_job: StandardJob, tmp_path: Path
 ) -> None:
     standard_job.workspace(tmp_path).produce()
-    status = standard_job.workspace(tmp_path, url=NOBODY[0]).status()
+    status = standard_job.workspace(tmp_path, url=UNREACHABLE[0]).status()
     assert (status["chunks"], status["done"]) == (CHUNKS, 0)
-    assert "no Ray cluster answers" in json.dumps(status)
+    assert UNREACHABLE[0] in status["queue_problem"]
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "fragment"),
     [
-        ("ray://host", "ray://host is no address of a Ray cluster; write ray://auto"),
-        ("ray://host:port", "ray://host:port is no address of a Ray cluster"),
-        ("ray://auto?adress=h:1", "is no address of a Ray cluster"),
-        ("ray://", "ray:// alone is a cluster that `chunkq run` makes for itself"),
+        ("ray://host", "ray://host: "),
+        ("ray://host:port", "ray://host:port: "),
+        ("ray://auto?adress=h:1", "ray://auto?adress=h:1: "),
+        ("ray://", "`chunkq run`"),
     ],
 )
-def test_an_address_that_is_none_is_one_line(
-    standard_job: StandardJob, tmp_path: Path, url: str, says: str
+def test_an_invalid_address_is_an_error_of_one_line(
+    standard_job: StandardJob, tmp_path: Path, url: str, fragment: str
 ) -> None:
     workspace = standard_job.workspace(tmp_path, url=url)
     for command in (("produce", str(workspace.job_file)), ("work",)):
-        ended = workspace.call(*command)
-        assert (ended.code, len(ended.err.splitlines())) == (2, 1)
-        assert says in ended.err
+        result = workspace.call(*command)
+        result.refused(2, ErrorCode.QUEUE_ADDRESS_INVALID, "ray://HOST:10001", fragment)
+        assert len(result.err.splitlines()) == 1
 
 
-def test_a_running_cluster_without_an_address_is_asked_for(
-    standard_job: StandardJob, tmp_path: Path
-) -> None:
+def test_a_running_cluster_needs_an_address(standard_job: StandardJob, tmp_path: Path) -> None:
     workspace = standard_job.workspace(tmp_path, {"cluster": "running"}, url="ray://")
-    ended = workspace.call("run", "-e", "ray", str(workspace.job_file))
-    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
-    assert "Give ray_config.address or --queue ray://…" in ended.err
+    result = workspace.call("run", "-e", "ray", str(workspace.job_file))
+    result.refused(2, ErrorCode.JOB_INVALID, "cluster: ", "ray_config.address", "--queue ray://")
+    assert len(result.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", [("produce",), ("run", "-e", "ray")], ids=["produce", "run"])
-def test_without_the_package_the_extra_is_named(
+def test_the_error_for_a_missing_package_names_the_extra(
     standard_job: StandardJob, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     url = "ray://auto" if command == ("produce",) else "ray://"
     workspace = standard_job.workspace(tmp_path, url=url)
     line = refused(workspace, *command, str(workspace.job_file), **hook(tmp_path, NOT_INSTALLED))
-    assert line.endswith("ray:// needs a package that is not installed; pip install 'chunkq[ray]'")
+    assert "ray://" in line
+    assert "pip install 'chunkq[ray]'" in line
+    assert has_code(line, ErrorCode.PACKAGE_MISSING)
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        (OTHER_CHUNKQ, "and here is chunkq 0.0.1; install one version everywhere"),
-        (OTHER_RAY, "runs other versions than this process"),
-    ],
+    ("code", "version"),
+    [(OTHER_CHUNKQ, "chunkq 0.0.1"), (OTHER_RAY, "2.40.0")],
     ids=["chunkq", "ray"],
 )
-def test_another_version_is_one_line(workspace: StandardWorkspace, code: str, says: str) -> None:
+def test_another_version_is_an_error_of_one_line(
+    workspace: StandardWorkspace, code: str, version: str
+) -> None:
     workspace.produce()
     environment = hook(workspace.folder, code)
-    assert says in refused(workspace, "produce", str(workspace.job_file), **environment)
-    assert says in refused(workspace, "work", **environment)
+    for command in (("produce", str(workspace.job_file)), ("work",)):
+        line = refused(workspace, *command, **environment)
+        assert version in line
+        assert has_code(line, ErrorCode.QUEUE_VERSION_MISMATCH)
 
 
 @pytest.mark.proof("ray")
-def test_machines_without_chunkq_are_one_line(
-    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
+def test_machines_without_chunkq_are_an_error_of_one_line(
+    standard_job: StandardJob, tmp_path: Path, gpu_cluster: tuple[NetworkNamespace, str, Path]
 ) -> None:
-    network, url, marker = peculiar
+    network, url, marker = gpu_cluster
     workspace = standard_job.workspace(tmp_path, url=url)
     with network.inside():
         marker.touch()
-        says = f"chunkq: queue: the Ray cluster at {url} has no chunkq, which keeps the queue there"
-        assert refused(workspace, "produce", str(workspace.job_file)).startswith(says)
+        line = refused(workspace, "produce", str(workspace.job_file))
+        assert line.startswith(f"chunkq: queue: {url}: ")
+        assert has_code(line, ErrorCode.PACKAGE_MISSING)
         marker.unlink()
-        done(workspace, "produce", str(workspace.job_file))
+        run_ok(workspace, "produce", str(workspace.job_file))
         marker.touch()
         line = refused(workspace, *ON_CPU, "--quiet")
-        assert line.startswith("chunkq: queue: a machine of the Ray cluster has no chunkq; pip")
+        assert "pip install 'chunkq[ray]'" in line
         marker.unlink()
-        assert f"{CHUNKS} queued" in done(workspace, "status", str(workspace.output)).err
+        assert f"{CHUNKS} queued" in run_ok(workspace, "status", str(workspace.output)).err
 
 
 # --------------------------------------------------------------------------- the queue is lost
 
 
-def test_a_killed_keeper_costs_nothing_that_is_committed(
+def test_a_killed_queue_actor_loses_no_committed_chunks(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     with workspace.start(*ON_CPU, NET_HOLD="piece", NET_AFTER="4") as cli:
         workspace.wait_until_stopped()
-        kill_the_keeper()
+        kill_queue_actor()
         workspace.open_gate()
-        ended = cli.wait()
-    assert "Traceback" not in ended.err
-    committed, left = set(workspace.done()), left_to_do(workspace)
-    assert 0 < left < CHUNKS
-    again = workspace.produce("--resume")
-    assert f"{left} newly queued" in again.out
-    assert workspace.counts().queued == left
+        result = cli.wait()
+    assert "Traceback" not in result.err
+    committed, missing = set(workspace.done()), count_missing(workspace)
+    assert 0 < missing < CHUNKS
+    resumed = workspace.produce("--resume")
+    assert f"{missing} newly queued" in resumed.out
+    assert workspace.counts().queued == missing
     assert workspace.work().code == 0
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
-    not_computed_again(workspace, committed)
+    assert_not_repeated(workspace, committed)
 
 
 # --------------------------------------------------------------------------- devices
 
 
-def granted(devices: Path) -> dict[str, str]:
-    """What each process saw of the devices when it ran the network, by process id."""
+def visible_devices(devices: Path) -> dict[str, str]:
+    """Return the visible devices of each process that ran the network, by process id."""
     lines = devices.read_text().splitlines() if devices.exists() else []
     return dict(line.split(maxsplit=1) for line in lines)
 
 
-def test_each_worker_is_an_actor_with_the_device_that_ray_granted_it(
-    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
+def test_each_worker_is_an_actor_with_the_gpu_that_ray_assigns(
+    standard_job: StandardJob, tmp_path: Path, gpu_cluster: tuple[NetworkNamespace, str, Path]
 ) -> None:
-    network, url, _ = peculiar
-    (tmp_path / "told.py").write_text(NETWORK + DEVICES)
-    model = {"class_file": str(tmp_path / "told.py"), "class_name": "Telling", "device": "cpu"}
+    network, url, _ = gpu_cluster
+    (tmp_path / "network.py").write_text(NETWORK + DEVICES)
+    model = {
+        "class_file": str(tmp_path / "network.py"),
+        "class_name": "RecordingNet",
+        "device": "cpu",
+    }
     workspace = standard_job.workspace(tmp_path, {"model": model}, url=url)
     devices = tmp_path / "devices"
-    told = {
+    environment = {
         "CUDA_VISIBLE_DEVICES": "0,1,2",
         "NET_DEVICES": str(devices),
         "NET_HOLD": "piece",
         "NET_AFTER": "4",
     }
     with network.inside():
-        done(workspace, "produce", str(workspace.job_file))
-        with workspace.start("work", "--burst", "--gpus", "0,1,2", **told) as cli:
+        run_ok(workspace, "produce", str(workspace.job_file))
+        with workspace.start("work", "--burst", "--gpus", "0,1,2", **environment) as cli:
             workspace.wait_until_stopped()
-            assert len(mates("ray::WorkerActor")) == 2
-            wait_until(lambda: "has not granted" in cli.output(), "it says that one waits")
-            wait_until(lambda: len(granted(devices)) == 2, "both have computed")
+            assert len(processes_here("ray::WorkerActor")) == 2
+            wait_until(lambda: "not yet assigned" in cli.output(), "a warning for the third worker")
+            wait_until(lambda: len(visible_devices(devices)) == 2, "both workers run the network")
             workspace.open_gate()
-            ended = cli.wait()
-        assert ended.code == 0, ended.err
-        assert ended.err.count("has not granted this worker its device") == 1
-        done(workspace, "finalize", str(workspace.output))
-    assert set(granted(devices).values()) == {"'0'", "'1'"}
+            result = cli.wait()
+        assert result.code == 0, result.err
+        assert result.err.count("not yet assigned") == 1
+        run_ok(workspace, "finalize", str(workspace.output))
+    assert set(visible_devices(devices).values()) == {"'0'", "'1'"}
 
 
 @pytest.mark.proof("ray")
-def test_an_actor_without_a_gpu_sees_none(
-    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
+def test_an_actor_without_a_gpu_has_no_visible_gpus(
+    standard_job: StandardJob, tmp_path: Path, gpu_cluster: tuple[NetworkNamespace, str, Path]
 ) -> None:
-    network, url, _ = peculiar
-    (tmp_path / "told.py").write_text(NETWORK + DEVICES)
-    model = {"class_file": str(tmp_path / "told.py"), "class_name": "Telling"}
+    network, url, _ = gpu_cluster
+    (tmp_path / "network.py").write_text(NETWORK + DEVICES)
+    model = {"class_file": str(tmp_path / "network.py"), "class_name": "RecordingNet"}
     workspace = standard_job.workspace(tmp_path, {"model": model}, url=url)
     devices = tmp_path / "devices"
     with network.inside():
-        done(workspace, "produce", str(workspace.job_file))
-        ended = workspace.work(NET_DEVICES=str(devices), CUDA_VISIBLE_DEVICES="0,1")
-    assert ended.code == 0, ended.err
-    assert set(granted(devices).values()) == {"''"}
+        run_ok(workspace, "produce", str(workspace.job_file))
+        result = workspace.work(NET_DEVICES=str(devices), CUDA_VISIBLE_DEVICES="0,1")
+    assert result.code == 0, result.err
+    assert set(visible_devices(devices).values()) == {"''"}
 
 
 @pytest.mark.proof("ray")
 def test_a_worker_that_waits_for_its_device_can_be_stopped(
-    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
+    standard_job: StandardJob, tmp_path: Path, gpu_cluster: tuple[NetworkNamespace, str, Path]
 ) -> None:
-    network, url, _ = peculiar
+    network, url, _ = gpu_cluster
     workspace = standard_job.workspace(tmp_path, url=url)
     with network.inside():
-        done(workspace, "produce", str(workspace.job_file))
+        run_ok(workspace, "produce", str(workspace.job_file))
         three = {"CUDA_VISIBLE_DEVICES": "0,1,2"}
         with workspace.start("work", "--gpus", "0,1,2", "--max-time", "1h", **three) as cli:
-            wait_until(lambda: len(workspace.done()) == CHUNKS, "all is done")
+            wait_until(lambda: len(workspace.done()) == CHUNKS, "all chunks are done")
             cli.process.send_signal(signal.SIGINT)
-            ended = cli.wait()
-        assert ended.code == 0, ended.err
+            result = cli.wait()
+        assert result.code == 0, result.err
         cli.wait_for_children()
-        wait_until(lambda: not mates("ray::WorkerActor"), "its actors are gone")
+        wait_until(lambda: not processes_here("ray::WorkerActor"), "its actors end")
 
 
-# --------------------------------------------------------------------------- run, by itself
+# --------------------------------------------------------------------------- temporary clusters
 
 
 def own_run(workspace: StandardWorkspace) -> tuple[str, ...]:
     return ("run", "-e", "ray", "--gpus", "none", "-w", "2", str(workspace.job_file))
 
 
-def nothing_is_left() -> None:
-    wait_until(lambda: not mates(), "every process of it is gone")
+def wait_for_no_processes() -> None:
+    wait_until(lambda: not processes_here(), "all processes end")
 
 
-def test_run_has_a_cluster_of_its_own_that_ends_with_it(
-    alone: StandardWorkspace, undisturbed: StandardWorkspace
+def test_run_starts_a_cluster_that_ends_with_it(
+    isolated: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
-        alone.wait_until_stopped()
+    with isolated.start(*own_run(isolated), NET_HOLD="piece", NET_AFTER="4") as cli:
+        isolated.wait_until_stopped()
         [worker] = [
-            p for p in mates(sys.executable) if "chunkq_worker.worker_process" in p.cmdline()
+            p
+            for p in processes_here(sys.executable)
+            if "chunkq_worker.worker_process" in p.cmdline()
         ][:1]
-        stranger = worker.environ()["CHUNKQ_QUEUE"]
-        with alone.start("work", "--queue", stranger) as other:
-            turned_away = other.wait()
-        assert turned_away.code == 1
-        assert "Traceback" not in turned_away.err
-        # Before it, Ray's core says once a second that a token is missing.
-        [line] = turned_away.messages
-        assert line.endswith("and the token if it asks for one")
-        alone.open_gate()
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
-    assert "Traceback" not in ended.err
-    assert alone.stored() == undisturbed.stored()
-    nothing_is_left()
+        url = worker.environ()["CHUNKQ_QUEUE"]
+        with isolated.start("work", "--queue", url) as other:
+            rejected = other.wait()
+        assert rejected.code == 1
+        assert "Traceback" not in rejected.err
+        # Ray also logs a missing token every second.
+        [line] = rejected.messages
+        assert "token" in line
+        assert has_code(line, ErrorCode.QUEUE_UNAVAILABLE)
+        isolated.open_gate()
+        result = cli.wait()
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err
+    assert isolated.stored() == undisturbed.stored()
+    wait_for_no_processes()
 
 
 @pytest.mark.proof("ray")
-def test_ctrl_c_of_run_and_the_same_again_continues(
-    alone: StandardWorkspace, undisturbed: StandardWorkspace
+def test_after_ctrl_c_the_same_run_continues(
+    isolated: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
-    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
-        alone.wait_until_stopped()
+    with isolated.start(*own_run(isolated), NET_HOLD="piece", NET_AFTER="4") as cli:
+        isolated.wait_until_stopped()
         cli.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-        alone.open_gate()
-        ended = cli.wait()
-    assert ended.code == 130, ended.err
-    assert ended.messages[-1].endswith("[interrupted]")
-    nothing_is_left()
-    committed = set(alone.done())
+        isolated.open_gate()
+        result = cli.wait()
+    assert result.code == 130, result.err
+    assert "the same command" in result.messages[-1]
+    wait_for_no_processes()
+    committed = set(isolated.done())
     assert 4 <= len(committed) < CHUNKS
-    with alone.start(*own_run(alone)) as cli:
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
-    assert alone.stored() == undisturbed.stored()
-    not_computed_again(alone, committed)
+    with isolated.start(*own_run(isolated)) as cli:
+        result = cli.wait()
+    assert result.code == 0, result.err
+    assert isolated.stored() == undisturbed.stored()
+    assert_not_repeated(isolated, committed)
 
 
 @pytest.mark.proof("ray")
-def test_a_run_killed_with_9_leaves_no_process_of_rays(alone: StandardWorkspace) -> None:
-    with alone.start(*own_run(alone), NET_HOLD="piece", NET_AFTER="4") as cli:
-        alone.wait_until_stopped()
-        assert mates("ray::")
+def test_a_killed_run_leaves_no_processes_of_ray(isolated: StandardWorkspace) -> None:
+    with isolated.start(*own_run(isolated), NET_HOLD="piece", NET_AFTER="4") as cli:
+        isolated.wait_until_stopped()
+        assert processes_here("ray::")
         cli.process.kill()
         cli.process.wait()
-        alone.open_gate()
-        nothing_is_left()
+        isolated.open_gate()
+        wait_for_no_processes()
 
 
 # --------------------------------------------------------------------------- a running cluster
 
 
-def hired_place(
-    standard_job: StandardJob, folder: Path, url: str, **told: str
+def workspace_for_cluster(
+    standard_job: StandardJob, folder: Path, url: str, **environment: str
 ) -> StandardWorkspace:
-    """The job for a running cluster's own workers, which are told through the network's file."""
-    told |= {
+    """Return a workspace for remote workers, whose environment is set in the network file."""
+    environment |= {
         "NET_TRACE": str(folder / "trace"),
         "NET_JOB": str(folder / "out.zarr.chunkq"),
         "NET_GATE": str(folder / "gate"),
     }
-    (folder / "told.py").write_text(f"import os\nos.environ.update({told!r})\n" + NETWORK)
-    model = {"class_file": str(folder / "told.py")}
+    code = f"import os\nos.environ.update({environment!r})\n"
+    (folder / "network.py").write_text(code + NETWORK)
+    model = {"class_file": str(folder / "network.py")}
     return standard_job.workspace(folder, RUNNING | {"model": model}, url=url)
 
 
 def voxels(workspace: StandardWorkspace) -> dict[str, bytes]:
-    """What is stored, save the metadata: they name the network's file by its hash."""
+    """Return the stored files without the metadata, which contain the hash of the network file."""
     return {name: data for name, data in workspace.stored().items() if not name.endswith(".json")}
 
 
 @contextmanager
-def run_there(workspace: StandardWorkspace) -> Iterator[RunningCommand]:
+def run_on_cluster(workspace: StandardWorkspace) -> Iterator[RunningCommand]:
     with workspace.start("run", "-e", "ray", str(workspace.job_file), CHUNKQ_QUEUE="") as cli:
         yield cli
 
 
-def no_hired_actor_remains() -> None:
-    wait_until(lambda: not mates("ray::WorkerActor"), "the hired actors are gone")
+def wait_for_no_remote_workers() -> None:
+    wait_until(lambda: not processes_here("ray::WorkerActor"), "the remote workers end")
 
 
-def test_run_on_a_running_cluster_gives_the_same_bytes(
+def test_run_on_a_running_cluster_has_byte_identical_output(
     standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
-    workspace = hired_place(standard_job, tmp_path, ray)
-    with run_there(workspace) as cli:
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
+    workspace = workspace_for_cluster(standard_job, tmp_path, ray)
+    with run_on_cluster(workspace) as cli:
+        result = cli.wait()
+    assert result.code == 0, result.err
     assert voxels(workspace) == voxels(undisturbed)
     assert set(workspace.computed().values()) == {1}
-    no_hired_actor_remains()
+    wait_for_no_remote_workers()
 
 
-def test_hired_actors_outlive_the_client_and_their_own_death(
+def test_remote_workers_continue_after_the_client_ends_and_after_a_crash(
     standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
-    workspace = hired_place(standard_job, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
+    workspace = workspace_for_cluster(standard_job, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
     with workspace.start("produce", str(workspace.job_file), CHUNKQ_QUEUE="") as cli:
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
-    assert "workers are running in the cluster" in ended.err
-    held = workspace.wait_until_stopped()
+        result = cli.wait()
+    assert result.code == 0, result.err
+    assert "workers" in result.err
+    pid = workspace.wait_until_stopped()
     committed = set(workspace.done())
-    os.kill(held, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     workspace.open_gate()
-    wait_until(lambda: workspace.status()["done"] == CHUNKS, "Ray's own actors have done it")
+    wait_until(
+        lambda: workspace.status()["done"] == CHUNKS, "the remote workers have computed all chunks"
+    )
     workspace.finalize().ok()
     assert voxels(workspace) == voxels(undisturbed)
-    not_computed_again(workspace, committed)
-    no_hired_actor_remains()
+    assert_not_repeated(workspace, committed)
+    wait_for_no_remote_workers()
 
 
 @pytest.mark.proof("ray")
-def test_a_network_that_always_fails_is_told_and_nobody_remains(
+def test_a_run_reports_a_network_that_always_fails_and_ends_the_remote_workers(
     standard_job: StandardJob, tmp_path: Path, ray: str
 ) -> None:
     broken = tmp_path / "broken"
     broken.touch()
-    workspace = hired_place(standard_job, tmp_path, ray, NET_BROKEN=str(broken))
-    with run_there(workspace) as cli:
-        ended = cli.wait()
-    assert ended.code == 1, ended.err
-    assert "Traceback" not in ended.err
-    assert any("failed alike (ArithmeticError: broken for" in line for line in ended.messages)
-    no_hired_actor_remains()
+    workspace = workspace_for_cluster(standard_job, tmp_path, ray, NET_BROKEN=str(broken))
+    with run_on_cluster(workspace) as cli:
+        result = cli.wait()
+    assert result.code == 1, result.err
+    assert "Traceback" not in result.err
+    assert any("(ArithmeticError: broken for" in line for line in result.messages)
+    wait_for_no_remote_workers()
 
 
 @pytest.mark.proof("ray")
-def test_ctrl_c_of_a_run_there_has_the_hired_leave(
+def test_ctrl_c_of_a_run_stops_its_remote_workers(
     standard_job: StandardJob, tmp_path: Path, ray: str, undisturbed: StandardWorkspace
 ) -> None:
-    workspace = hired_place(standard_job, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
-    with run_there(workspace) as cli:
+    workspace = workspace_for_cluster(standard_job, tmp_path, ray, NET_HOLD="piece", NET_AFTER="4")
+    with run_on_cluster(workspace) as cli:
         workspace.wait_until_stopped()
         cli.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         workspace.open_gate()
-        ended = cli.wait()
-    assert ended.code == 130, ended.err
-    no_hired_actor_remains()
+        result = cli.wait()
+    assert result.code == 130, result.err
+    wait_for_no_remote_workers()
     assert 4 <= len(workspace.done()) < CHUNKS
-    with run_there(workspace) as cli:
-        ended = cli.wait()
-    assert ended.code == 0, ended.err
+    with run_on_cluster(workspace) as cli:
+        result = cli.wait()
+    assert result.code == 0, result.err
     assert voxels(workspace) == voxels(undisturbed)
     assert set(workspace.computed().values()) == {1}
 
 
 @pytest.mark.proof("ray")
-def test_ctrl_c_ends_a_run_for_which_the_cluster_has_no_room(
-    standard_job: StandardJob, tmp_path: Path, peculiar: tuple[NetworkNamespace, str, Path]
+def test_ctrl_c_ends_a_run_that_waits_for_free_cores(
+    standard_job: StandardJob, tmp_path: Path, gpu_cluster: tuple[NetworkNamespace, str, Path]
 ) -> None:
-    network, url, _ = peculiar
-    workspace = hired_place(standard_job, tmp_path, url)
-    hog = "import ray, sys, time; ray.init(sys.argv[1]); " + (
+    network, url, _ = gpu_cluster
+    workspace = workspace_for_cluster(standard_job, tmp_path, url)
+    blocker = "import ray, sys, time; ray.init(sys.argv[1]); " + (
         "f = ray.remote(num_cpus=8)(lambda: time.sleep(99)); f.remote(); print(flush=True); "
         "time.sleep(99)"
     )
-    command = [sys.executable, "-c", hog, url.partition("=")[2]]
+    command = [sys.executable, "-c", blocker, url.partition("=")[2]]
     with (
         network.inside(),
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as other,
     ):
         assert other.stdout is not None
         other.stdout.readline()
-        with run_there(workspace) as cli:
-            wait_until((workspace.job_folder / "job.json").exists, "it is produced")
+        with run_on_cluster(workspace) as cli:
+            wait_until((workspace.job_folder / "job.json").exists, "the job is produced")
             time.sleep(3)
             cli.process.send_signal(signal.SIGINT)
-            ended = cli.wait()
+            result = cli.wait()
         other.kill()
-    assert ended.code == 130, ended.err
+    assert result.code == 130, result.err
     assert not workspace.done()
 
 
 # --------------------------------------------------------------------------- Ray Client
 
 
-def let_die(deaths: Path, count: int) -> None:
-    """Have so many of the servers that are born next die at once."""
+def crash_servers(crashes: Path, count: int) -> None:
+    """Make the next `count` servers for clients crash at their start."""
     for number in range(1, count + 1):
-        (deaths / str(number)).touch()
+        (crashes / str(number)).touch()
 
 
 @pytest.mark.proof("ray")
-def test_all_commands_work_from_outside_the_cluster(
+def test_all_commands_support_ray_client(
     standard_job: StandardJob,
     tmp_path: Path,
-    outside: tuple[NetworkNamespace, Path],
+    crashing_cluster: tuple[NetworkNamespace, Path],
     undisturbed: StandardWorkspace,
 ) -> None:
     workspace = standard_job.workspace(tmp_path, url=CLIENT)
-    with outside[0].inside():
-        said = done(workspace, "produce", str(workspace.job_file)).err
-        said += done(workspace, *ON_CPU).err
-        told = done(workspace, "status", str(workspace.output)).err
-        said += done(workspace, "finalize", str(workspace.output)).err
-    assert f"{CHUNKS}/{CHUNKS} chunks done" in told
-    assert "trying again" not in said + told
+    with crashing_cluster[0].inside():
+        output = run_ok(workspace, "produce", str(workspace.job_file)).err
+        output += run_ok(workspace, *ON_CPU).err
+        status = run_ok(workspace, "status", str(workspace.output)).err
+        output += run_ok(workspace, "finalize", str(workspace.output)).err
+    assert f"{CHUNKS}/{CHUNKS} chunks done" in status
+    assert "retrying" not in output + status
     assert workspace.stored() == undisturbed.stored()
 
 
 @pytest.mark.proof("ray")
-def test_a_server_for_a_client_that_dies_at_birth_is_asked_for_again(
-    standard_job: StandardJob, tmp_path: Path, outside: tuple[NetworkNamespace, Path]
+def test_a_crash_of_the_server_for_a_client_is_retried(
+    standard_job: StandardJob, tmp_path: Path, crashing_cluster: tuple[NetworkNamespace, Path]
 ) -> None:
-    network, deaths = outside
+    network, crashes = crashing_cluster
     workspace = standard_job.workspace(tmp_path, url=CLIENT)
-    let_die(deaths, 2)
+    crash_servers(crashes, 2)
     with (
         network.inside(),
         workspace.start(
             "produce", str(workspace.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2"
         ) as cli,
     ):
-        ended = cli.wait(2 * TIMEOUT)
-    assert ended.code == 0, ended.err
-    assert ended.err.count("could not start its server for this process; trying again") == 2
-    assert not list(deaths.iterdir())
+        result = cli.wait(2 * TIMEOUT)
+    assert result.code == 0, result.err
+    assert result.err.count("retrying") == 2
+    assert not list(crashes.iterdir())
 
 
 @pytest.mark.proof("ray")
-def test_a_cluster_that_cannot_serve_a_client_is_one_line(
-    standard_job: StandardJob, tmp_path: Path, outside: tuple[NetworkNamespace, Path]
+def test_repeated_crashes_of_the_server_for_a_client_are_an_error_of_one_line(
+    standard_job: StandardJob, tmp_path: Path, crashing_cluster: tuple[NetworkNamespace, Path]
 ) -> None:
-    network, deaths = outside
+    network, crashes = crashing_cluster
     workspace = standard_job.workspace(tmp_path, url=CLIENT)
-    let_die(deaths, 3)
+    crash_servers(crashes, 3)
     with (
         network.inside(),
         workspace.start(
             "produce", str(workspace.job_file), RAY_CLIENT_RECONNECT_GRACE_PERIOD="2"
         ) as cli,
     ):
-        ended = cli.wait(2 * TIMEOUT)
-    assert ended.code == 1, ended.err
-    assert "Traceback" not in ended.err
-    [line] = ended.messages
-    says = f"chunkq: queue: the Ray cluster at {CLIENT} failed 3 times to start its server for this"
-    assert line.startswith(says)
-    assert "start its head with GRPC_ENABLE_FORK_SUPPORT=0 in the environment" in line
-    assert not list(deaths.iterdir())
+        result = cli.wait(2 * TIMEOUT)
+    assert result.code == 1, result.err
+    assert "Traceback" not in result.err
+    [line] = result.messages
+    assert line.startswith(f"chunkq: queue: {CLIENT}: ")
+    assert "3 times" in line
+    assert "GRPC_ENABLE_FORK_SUPPORT=0" in line
+    assert has_code(line, ErrorCode.QUEUE_UNAVAILABLE)
+    assert not list(crashes.iterdir())
     assert not workspace.job_folder.exists()

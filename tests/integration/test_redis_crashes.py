@@ -1,7 +1,8 @@
-"""Workers, their supervisors and Redis itself are killed: nothing is lost, no byte changes."""
+"""Kill workers, supervisors and Redis: no results are lost, the output is byte-identical."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import pytest
 import zarr
 
+from chunkq.errors import ErrorCode
 from chunkq.executors.base import MAX_ATTEMPTS, Counts, WorkerOptions
 from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import RqExecutor
@@ -35,17 +37,17 @@ CHUNKS = 24
 DEPTH = 4
 ON_CPU = ("work", "--gpus", "none", "--depth", str(DEPTH))
 SHORT_LEASE = '{"lease": 1}'
-"""Seconds; the real one is longer than most tests should be."""
-RECOVERED_WITHIN = 30.0
-ABSENCE = 20.0
-"""Seconds for which Redis is away; the length of a lease."""
+"""Lease in seconds, shorter than the default."""
+MAX_RECOVERY_SECONDS = 30.0
+OUTAGE_SECONDS = 20.0
+"""Outage of Redis, as long as a lease."""
 
 
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    """A Redis of the test's own, to be killed as it likes."""
-    with redis_server() as running:
-        yield running
+    """Yield a Redis server for one test, which may kill it."""
+    with redis_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -55,13 +57,13 @@ def workspace(standard_job: StandardJob, tmp_path: Path, server: RedisServer) ->
 
 def assert_same_bytes(workspace: StandardWorkspace, undisturbed: StandardWorkspace) -> None:
     """Compare every file of the output."""
-    found, expected = workspace.stored(), undisturbed.stored()
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
+    files, expected = workspace.stored(), undisturbed.stored()
+    assert files.keys() == expected.keys()
+    assert [name for name in files if files[name] != expected[name]] == []
 
 
-def assert_ends_like(workspace: StandardWorkspace, undisturbed: StandardWorkspace) -> None:
-    """Finalize, and compare every file of the output; the queue must have forgotten the job."""
+def assert_finalized_like(workspace: StandardWorkspace, undisturbed: StandardWorkspace) -> None:
+    """Finalize, compare every file of the output, and check that the queue has no keys of it."""
     workspace.finalize().ok()
     status = workspace.status()
     assert status["sealed"]
@@ -69,30 +71,30 @@ def assert_ends_like(workspace: StandardWorkspace, undisturbed: StandardWorkspac
     assert len(workspace.done()) == CHUNKS
     assert_same_bytes(workspace, undisturbed)
     assert workspace.pieces() == []
-    assert left_in_redis(workspace) == []
+    assert remaining_keys(workspace) == []
 
 
-def left_in_redis(workspace: StandardWorkspace) -> list[str]:
-    """Every key that names the job, where something is left of it on the queue."""
+def remaining_keys(workspace: StandardWorkspace) -> list[str]:
+    """Return the keys of the job, and all queues."""
     key = job_key(str(workspace.job_folder))
     with administrator(workspace.queue_url) as client:
         names = [name.decode() for name in client.keys(f"*{key}*")]
         return sorted(names + [n.decode() for n in client.zrange("chunkq:queues", 0, -1)])
 
 
-def begun(workspace: StandardWorkspace) -> dict[str, int]:
-    """How often each task still on the queue was begun, by chunk name."""
-    found = {}
+def used_attempts(workspace: StandardWorkspace) -> dict[str, int]:
+    """Return the number of used attempts of each task on the queue, by chunk name."""
+    counts = {}
     with administrator(workspace.queue_url) as client:
         for key in client.keys(f"rq:job:{job_key(str(workspace.job_folder))}-infer-*"):
-            left, status = client.hmget(key, "retries_left", "status")
+            retries, status = client.hmget(key, "retries_left", "status")
             name = key.decode().rpartition("-")[2].replace("_", ".")
-            found[name] = MAX_ATTEMPTS - 1 - int(left) + (status != b"queued")
-    return found
+            counts[name] = MAX_ATTEMPTS - 1 - int(retries) + (status != b"queued")
+    return counts
 
 
 def records(workspace: StandardWorkspace, kind: str = "infer") -> dict[str, dict[str, Any]]:
-    """The commit records by chunk name."""
+    """Return the commit records by chunk name."""
     return {name: json.loads(content) for name, (content, _) in workspace.done(kind).items()}
 
 
@@ -100,62 +102,64 @@ def attempts(workspace: StandardWorkspace) -> dict[str, int]:
     return {name: record["attempt"] for name, record in records(workspace).items()}
 
 
-def in_hand(workspace: StandardWorkspace) -> set[str]:
-    """The chunks in flight now."""
+def running_chunks(workspace: StandardWorkspace) -> set[str]:
+    """Return the names of the chunks in flight."""
     return {chunk_name(item.task.chunk) for item in workspace.running()}
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """What was done and what was in flight at the moment of a disturbance."""
+class Snapshot:
+    """Committed chunks and chunks in flight at the time of a fault."""
 
     workspace: StandardWorkspace
-    when: float
+    time: float
     done: dict[str, tuple[bytes, int]]
     computed: Counter[int]
     in_flight: frozenset[str]
 
     @classmethod
-    def now(cls, workspace: StandardWorkspace) -> "Disturbance":
+    def now(cls, workspace: StandardWorkspace) -> "Snapshot":
         done = workspace.done()
-        in_flight = frozenset(in_hand(workspace)) - done.keys()
+        in_flight = frozenset(running_chunks(workspace)) - done.keys()
         return cls(workspace, time.time(), done, workspace.computed(), in_flight)
 
-    def cost_nothing_done(self) -> None:
-        """Assert that what was committed is untouched, and none of its patches was run since."""
+    def assert_commits_kept(self) -> None:
+        """Assert that commits are unchanged, and their patches were not run again."""
         after, computed, patches = (
             self.workspace.done(),
             self.workspace.computed(),
             self.workspace.patches(),
         )
         assert {name: after[name] for name in self.done} == self.done
-        mine = {crc for name in self.done for crc in patches[name]}
-        assert {crc: computed[crc] for crc in mine} == {crc: self.computed[crc] for crc in mine}
+        committed = {crc for name in self.done for crc in patches[name]}
+        expected = {crc: self.computed[crc] for crc in committed}
+        assert {crc: computed[crc] for crc in committed} == expected
 
-    def cost_only_what_was_in_flight(self) -> None:
-        """Assert besides that nothing else was run twice either."""
-        self.cost_nothing_done()
+    def assert_only_in_flight_repeated(self) -> None:
+        """Assert that only patches of chunks in flight were run twice."""
+        self.assert_commits_kept()
         computed, patches = self.workspace.computed(), self.workspace.patches()
         assert computed.keys() == set().union(*patches.values())
-        twice = {name for name, own in patches.items() if any(computed[crc] > 1 for crc in own)}
-        assert twice <= self.in_flight
+        repeated = {name for name, crcs in patches.items() if any(computed[c] > 1 for c in crcs)}
+        assert repeated <= self.in_flight
 
     def seconds_to_recover(self) -> float:
-        """From the disturbance until the first chunk that was in flight was committed."""
+        """Return the time (s) from the fault to the commit of the first chunk in flight."""
         done = self.workspace.done()
-        return min(done[name][1] for name in self.in_flight) / 1e9 - self.when
+        return min(done[name][1] for name in self.in_flight) / 1e9 - self.time
 
 
-def hold_with_full_hands(workspace: StandardWorkspace) -> int:
-    """Wait until a worker stands at the gate and has all it may in flight; returns its id."""
-    holder = workspace.wait_until_stopped()
+def wait_for_full_worker(workspace: StandardWorkspace) -> int:
+    """Wait until a worker is blocked with DEPTH chunks in flight; return its process id."""
+    pid = workspace.wait_until_stopped()
     wait_until(
-        lambda: len(in_hand(workspace) - workspace.done().keys()) == DEPTH, "its hands are full"
+        lambda: len(running_chunks(workspace) - workspace.done().keys()) == DEPTH,
+        "all its chunks are in flight",
     )
-    return holder
+    return pid
 
 
-def told_to_stop(cli: RunningCommand) -> CommandResult:
+def stop_worker(cli: RunningCommand) -> CommandResult:
     cli.children()
     cli.process.send_signal(signal.SIGTERM)
     return cli.wait()
@@ -165,17 +169,17 @@ def wait_for_all(workspace: StandardWorkspace) -> None:
     wait_until(lambda: len(workspace.done()) == CHUNKS, "all chunks are done")
 
 
-# --------------------------------------- two long stories, which go on behind the other tests
+# --------------------------------------------------- two long scenarios in the background
 
 
 @dataclass(frozen=True)
 class Orphaned:
-    """Four chunks whose supervisor was killed together with its child, and another worker."""
+    """A killed supervisor with four chunks in flight, and another worker."""
 
     workspace: StandardWorkspace
-    disturbance: Disturbance
+    snapshot: Snapshot
     killed: CommandResult
-    heirs: RunningCommand
+    other: RunningCommand
 
 
 @pytest.fixture(scope="module")
@@ -186,27 +190,29 @@ def orphaned(
         workspace = standard_job.workspace(tmp_path_factory.mktemp("orphaned"), url=server.url)
         workspace.produce()
         with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER="4") as cli:
-            hold_with_full_hands(workspace)
-            before = Disturbance.now(workspace)
+            wait_for_full_worker(workspace)
+            before = Snapshot.now(workspace)
             cli.children()
-            with workspace.start(*ON_CPU, "--burst") as heirs:
-                wait_until(lambda: len(in_hand(workspace)) > DEPTH, "another worker is there")
+            with workspace.start(*ON_CPU, "--burst") as other:
+                wait_until(
+                    lambda: len(running_chunks(workspace)) > DEPTH, "another worker is running"
+                )
                 cli.process.kill()
-                disturbance = replace(before, when=time.time())
+                snapshot = replace(before, time=time.time())
                 killed = cli.wait()
                 cli.wait_for_children()
-                yield Orphaned(workspace, disturbance, killed, heirs)
+                yield Orphaned(workspace, snapshot, killed, other)
 
 
 @dataclass(frozen=True)
 class Stranded:
-    """Two workers, one of them in the middle of a chunk, whose Redis is gone."""
+    """Two workers during an outage of Redis, one of them blocked in a chunk."""
 
     workspace: StandardWorkspace
     server: RedisServer
     cli: RunningCommand
     processes: list[int]
-    disturbance: Disturbance
+    snapshot: Snapshot
 
 
 @pytest.fixture(scope="module")
@@ -221,23 +227,24 @@ def stranded(
         with workspace.start(*command, **slowly) as cli:
             workspace.wait_until_stopped()
             wait_until(lambda: len(workspace.running()) == 4, "both workers are busy")
-            disturbance = Disturbance.now(workspace)
+            snapshot = Snapshot.now(workspace)
             server.kill()
-            yield Stranded(workspace, server, cli, cli.children(), disturbance)
+            yield Stranded(workspace, server, cli, cli.children(), snapshot)
 
 
-def test_no_child_outlives_a_killed_supervisor(orphaned: Orphaned) -> None:
+def test_worker_processes_end_with_a_killed_supervisor(orphaned: Orphaned) -> None:
     assert orphaned.killed.code == -signal.SIGKILL
-    assert len(orphaned.disturbance.in_flight) == DEPTH
-    assert orphaned.disturbance.in_flight <= in_hand(orphaned.workspace)
+    assert len(orphaned.snapshot.in_flight) == DEPTH
+    assert orphaned.snapshot.in_flight <= running_chunks(orphaned.workspace)
 
 
-def test_while_redis_is_away_workers_finish_what_they_have_and_wait(stranded: Stranded) -> None:
-    disturbance = stranded.disturbance
-    # One worker stands still, the other one goes on.
-    assert len(disturbance.in_flight) > 2
+def test_during_an_outage_of_redis_workers_finish_their_chunks_and_wait(stranded: Stranded) -> None:
+    snapshot = stranded.snapshot
+    # One worker is blocked, the other one continues.
+    assert len(snapshot.in_flight) > 2
     wait_until(
-        lambda: disturbance.in_flight & stranded.workspace.done().keys(), "one of them commits"
+        lambda: snapshot.in_flight & stranded.workspace.done().keys(),
+        "one chunk in flight is committed",
     )
     assert stranded.cli.process.poll() is None
     assert sorted(stranded.cli.children()) == sorted(stranded.processes)
@@ -246,61 +253,64 @@ def test_while_redis_is_away_workers_finish_what_they_have_and_wait(stranded: St
 # ---------------------------------------------------------------------------- dead workers
 
 
-def test_a_worker_killed_with_four_chunks_in_flight_is_replaced_and_they_are_handed_back(
+def test_a_killed_worker_is_replaced_and_its_chunks_are_requeued(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     hold = {"NET_HOLD": "forward", "NET_AFTER": "6"}
     with workspace.start(*ON_CPU, "--burst", **hold) as cli:
-        victim = hold_with_full_hands(workspace)
-        killed = Disturbance.now(workspace)
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: "chunks requeued" in cli.output(), "they are requeued")
-        # Well before the lease ends.
-        assert time.time() - killed.when < 10
+        pid = wait_for_full_worker(workspace)
+        killed = Snapshot.now(workspace)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "signal 9" in cli.output(), "the chunks are requeued")
+        # Long before the leases expire.
+        assert time.time() - killed.time < 10
         assert cli.wait().code == 0
-    assert f"was killed by signal 9; {DEPTH} chunks requeued" in cli.output()
+    assert re.search(rf"signal 9\b.*\b{DEPTH} chunks", cli.output())
     assert len(killed.in_flight) == DEPTH
-    assert killed.seconds_to_recover() < RECOVERED_WITHIN
-    killed.cost_only_what_was_in_flight()
-    again = {name for name, number in attempts(workspace).items() if number > 1}
-    assert again == killed.in_flight
+    assert killed.seconds_to_recover() < MAX_RECOVERY_SECONDS
+    killed.assert_only_in_flight_repeated()
+    repeated = {name for name, number in attempts(workspace).items() if number > 1}
+    assert repeated == killed.in_flight
     assert set(attempts(workspace).values()) == {1, 2}
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
-def test_signals_lose_nothing_and_cost_no_attempt(
+def test_signals_lose_no_chunks_and_count_no_attempts(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
-    politely = stop(workspace, 5, 1)
-    assert len(politely.in_flight) == DEPTH
-    assert workspace.done().keys() == politely.done.keys() | politely.in_flight
-    assert set(begun(workspace).values()) == {0}
+    graceful = stop(workspace, 5, 1)
+    assert len(graceful.in_flight) == DEPTH
+    assert workspace.done().keys() == graceful.done.keys() | graceful.in_flight
+    assert set(used_attempts(workspace).values()) == {0}
 
-    at_once = stop(workspace, 10, 2)
-    assert len(at_once.in_flight) == DEPTH
-    assert workspace.done() == at_once.done
-    assert workspace.counts() == Counts(queued=CHUNKS - len(at_once.done))
-    assert set(begun(workspace).values()) == {0}
+    immediate = stop(workspace, 10, 2)
+    assert len(immediate.in_flight) == DEPTH
+    assert workspace.done() == immediate.done
+    assert workspace.counts() == Counts(queued=CHUNKS - len(immediate.done))
+    assert set(used_attempts(workspace).values()) == {0}
 
     assert workspace.work().code == 0
-    politely.cost_nothing_done()
-    at_once.cost_only_what_was_in_flight()
+    graceful.assert_commits_kept()
+    immediate.assert_only_in_flight_repeated()
     assert set(attempts(workspace).values()) == {1}
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
-def stop(workspace: StandardWorkspace, after: int, signals: int) -> Disturbance:
-    """Send a worker with its hands full so many signals; one signal lets it finish."""
-    says = ["stopping after the chunks in flight", "requeueing the chunks in flight"]
+def stop(workspace: StandardWorkspace, after: int, signals: int) -> Snapshot:
+    """Send signals to a worker with DEPTH chunks in flight. With one signal it finishes them."""
     with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER=str(after)) as cli:
-        hold_with_full_hands(workspace)
-        stopped = Disturbance.now(workspace)
+        wait_for_full_worker(workspace)
+        stopped = Snapshot.now(workspace)
         cli.children()
-        for line in says[:signals]:
+        before = cli.output().count("in flight")
+        for number in range(1, signals + 1):
             cli.process.send_signal(signal.SIGTERM)
-            wait_until(lambda line=line: line in cli.output(), line)  # type: ignore[misc]
+            wait_until(
+                lambda number=number: cli.output().count("in flight") == before + number,  # type: ignore[misc]
+                f"message {number}",
+            )
         if signals == 1:
             workspace.open_gate()
         assert cli.wait().code == 0
@@ -310,112 +320,118 @@ def stop(workspace: StandardWorkspace, after: int, signals: int) -> Disturbance:
     return stopped
 
 
-# ----------------------- how the long stories end, long before workers give Redis up
+# ------------------------------------------------------- the end of the long scenarios
 
 
-def test_chunks_of_a_killed_supervisor_are_taken_over_within_half_a_minute(
+def test_chunks_of_a_killed_supervisor_are_run_again_within_half_a_minute(
     orphaned: Orphaned, undisturbed: StandardWorkspace
 ) -> None:
-    assert orphaned.heirs.wait().code == 0
-    workspace, disturbance = orphaned.workspace, orphaned.disturbance
-    assert disturbance.seconds_to_recover() < RECOVERED_WITHIN
-    disturbance.cost_only_what_was_in_flight()
-    assert {n for n, number in attempts(workspace).items() if number == 2} == disturbance.in_flight
+    assert orphaned.other.wait().code == 0
+    workspace, snapshot = orphaned.workspace, orphaned.snapshot
+    assert snapshot.seconds_to_recover() < MAX_RECOVERY_SECONDS
+    snapshot.assert_only_in_flight_repeated()
+    assert {n for n, number in attempts(workspace).items() if number == 2} == snapshot.in_flight
     assert set(attempts(workspace).values()) == {1, 2}
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
-def test_after_redis_was_away_for_twenty_seconds_the_same_processes_go_on(
+def test_after_an_outage_of_twenty_seconds_the_same_processes_continue(
     stranded: Stranded, undisturbed: StandardWorkspace
 ) -> None:
     workspace, cli = stranded.workspace, stranded.cli
-    wait_until(lambda: time.time() - stranded.disturbance.when > ABSENCE, "that time is over")
+    wait_until(
+        lambda: time.time() - stranded.snapshot.time > OUTAGE_SECONDS, "the end of the outage"
+    )
     assert len(workspace.done()) < CHUNKS - 2
     stranded.server.start()
-    back = time.time()
-    wait_until(lambda: len(workspace.done()) >= CHUNKS - 2, "the other worker has done all it can")
-    assert time.time() - back < RECOVERED_WITHIN
-    wait_until(lambda: workspace.counts().queued == 0, "nothing waits")
+    restart = time.time()
+    wait_until(
+        lambda: len(workspace.done()) >= CHUNKS - 2,
+        "the other worker has computed all other chunks",
+    )
+    assert time.time() - restart < MAX_RECOVERY_SECONDS
+    wait_until(lambda: workspace.counts().queued == 0, "no task is queued")
     assert sorted(cli.children()) == sorted(stranded.processes)
     workspace.open_gate()
     assert cli.wait().code == 0
     assert cli.known == set(stranded.processes)
-    # Leases ran out meanwhile, and nobody used that: who held them could not renew them.
+    # Expired leases are extended after an outage, so no task was reserved again.
     assert set(workspace.computed().values()) == {1}
     assert set(attempts(workspace).values()) == {1}
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
-# ------------------------------------------------------------- zombies and bad chunks
+# ------------------------------------------------- suspended workers and failing chunks
 
 
-def test_a_worker_that_wakes_up_after_others_finished_everything_changes_no_byte(
+def test_a_worker_that_was_suspended_until_the_job_was_done_changes_no_byte(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     hold = {"NET_HOLD": "piece", "NET_AFTER": "4", "CHUNKQ_WORKER_SETTINGS": SHORT_LEASE}
     with workspace.start(*ON_CPU, "--burst", **hold) as cli:
-        sleeper = hold_with_full_hands(workspace)
-        os.kill(sleeper, signal.SIGSTOP)
-        asleep = Disturbance.now(workspace)
+        suspended = wait_for_full_worker(workspace)
+        os.kill(suspended, signal.SIGSTOP)
+        snapshot = Snapshot.now(workspace)
         assert workspace.work(CHUNKQ_WORKER_SETTINGS=SHORT_LEASE).code == 0
-        assert asleep.seconds_to_recover() < RECOVERED_WITHIN
-        assert_ends_like(workspace, undisturbed)
+        assert snapshot.seconds_to_recover() < MAX_RECOVERY_SECONDS
+        assert_finalized_like(workspace, undisturbed)
         done, blocks = workspace.done(), workspace.done("finalize")
         workspace.open_gate()
-        os.kill(sleeper, signal.SIGCONT)
+        os.kill(suspended, signal.SIGCONT)
         assert cli.wait().code == 0
-    assert len(asleep.in_flight) == DEPTH
-    # It really did compute and write: the network saw its chunks' patches twice.
+    assert len(snapshot.in_flight) == DEPTH
+    # The suspended worker did compute its chunks: the network ran their patches twice.
     assert max(workspace.computed().values()) == 2
-    asleep.cost_only_what_was_in_flight()
+    snapshot.assert_only_in_flight_repeated()
     assert workspace.pieces() == []
     assert (workspace.done(), workspace.done("finalize")) == (done, blocks)
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
-def test_pieces_can_be_written_while_another_tidies_up_after_their_block(tmp_path: Path) -> None:
-    ledger, over = Ledger(str(tmp_path / "out.zarr.chunkq"), "0a1b2c3d"), threading.Event()
+def test_pieces_can_be_written_while_another_process_deletes_pieces_of_their_block(
+    tmp_path: Path,
+) -> None:
+    ledger, end = Ledger(str(tmp_path / "out.zarr.chunkq"), "0a1b2c3d"), threading.Event()
 
-    def tidy_up() -> None:
-        while not over.wait(0.001):
+    def delete_pieces() -> None:
+        while not end.wait(0.001):
             ledger.delete_pieces((0, 0))
 
     with ThreadPoolExecutor(1) as other:
-        tidying = other.submit(tidy_up)
+        future = other.submit(delete_pieces)
         try:
             for _ in range(300):
                 ledger.put_piece((0, 0), "own", [np.zeros(1)])
         finally:
-            over.set()
-        tidying.result()
+            end.set()
+        future.result()
 
 
-def test_a_hung_chunk_ends_its_process_and_only_it_has_used_up_an_attempt(
+def test_a_hung_chunk_ends_its_process_and_only_it_uses_an_attempt(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
-    # Loading the network takes longer than this limit, and is not what this is about.
+    # Load the network first, because that takes longer than this limit.
     hang = {"NET_HOLD": "forward", "NET_AFTER": "6", "TEST_PRELOAD": "1"}
     with workspace.start(*ON_CPU, "--burst", "--time-limit", "3s", **hang) as cli:
-        hold_with_full_hands(workspace)
-        hung = Disturbance.now(workspace)
-        ended = cli.wait()
-    assert ended.code == 0
+        wait_for_full_worker(workspace)
+        hung = Snapshot.now(workspace)
+        result = cli.wait()
+    assert result.code == 0
     assert len(hung.in_flight) == DEPTH
-    assert "ended because a chunk exceeded its time limit" in ended.err
-    [line] = [line for line in ended.messages if "ran for more than its time limit" in line]
-    assert "infer chunk" in line
-    hung.cost_only_what_was_in_flight()
-    again = [name for name, number in attempts(workspace).items() if number > 1]
-    # Those that merely waited for the device cannot be blamed.
-    assert 1 <= len(again) < DEPTH
-    assert all(name in line for name in again)
-    assert {attempts(workspace)[name] for name in again} == {2}
-    assert_ends_like(workspace, undisturbed)
+    [line] = [line for line in result.messages if "infer chunk" in line]
+    assert " 3 s" in line
+    hung.assert_only_in_flight_repeated()
+    repeated = [name for name, number in attempts(workspace).items() if number > 1]
+    # Chunks that waited for the device use no attempt.
+    assert 1 <= len(repeated) < DEPTH
+    assert all(name in line for name in repeated)
+    assert {attempts(workspace)[name] for name in repeated} == {2}
+    assert_finalized_like(workspace, undisturbed)
 
 
-def test_a_poisonous_chunk_fails_alone_and_after_mending_the_bytes_are_the_same(
+def test_one_failing_chunk_can_be_retried_and_the_output_is_byte_identical(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     poison = workspace.folder / "poison"
@@ -423,12 +439,12 @@ def test_a_poisonous_chunk_fails_alone_and_after_mending_the_bytes_are_the_same(
     workspace.produce()
     with workspace.start(*ON_CPU, NET_POISON=str(poison)) as cli:
         wait_until(lambda: workspace.counts() == Counts(failed=1), "one chunk has failed")
-        said = cli.output()
-        assert [f"attempt {n}" in said for n in range(1, MAX_ATTEMPTS + 2)] == [
+        output = cli.output()
+        assert [f"attempt {n}" in output for n in range(1, MAX_ATTEMPTS + 2)] == [
             *[True] * MAX_ATTEMPTS,
             False,
         ]
-        poisoned = Disturbance.now(workspace)
+        poisoned = Snapshot.now(workspace)
         assert len(poisoned.done) == CHUNKS - 1
         status = workspace.status()
         assert (status["done"], status["failed"], status["queued"]) == (CHUNKS - 1, 1, 0)
@@ -437,19 +453,17 @@ def test_a_poisonous_chunk_fails_alone_and_after_mending_the_bytes_are_the_same(
         assert group["chunks"] == ["1.2.2"]
         assert 'raise ArithmeticError("a poisonous voxel")' in group["traceback"]
 
-        refused = workspace.finalize()
-        assert refused.code == 3
-        assert refused.messages == ["chunkq: 1 chunk is not computed yet: 1.2.2; run a worker"]
+        workspace.finalize().refused(3, ErrorCode.JOB_INCOMPLETE, "1.2.2")
 
         poison.unlink()
-        assert workspace.call("retry", str(workspace.output)).out == "1 chunks queued again\n"
+        assert re.match(r"1\b", workspace.call("retry", str(workspace.output)).ok().out)
         wait_until(lambda: workspace.counts() == Counts(), "the queue is empty")
-        assert told_to_stop(cli).code == 0
+        assert stop_worker(cli).code == 0
     assert workspace.status()["failures"] == []
-    poisoned.cost_nothing_done()
-    # The last contributor came late: the workers have completed every block all the same.
+    poisoned.assert_commits_kept()
+    # The workers complete every block, although the last contributor was late.
     assert workspace.done("finalize").keys() == undisturbed.done("finalize").keys()
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
 def test_a_network_that_fails_on_every_chunk_stops_the_worker_after_a_few(
@@ -459,25 +473,25 @@ def test_a_network_that_fails_on_every_chunk_stops_the_worker_after_a_few(
     broken.touch()
     workspace.produce()
     with workspace.start(*ON_CPU, NET_BROKEN=str(broken)) as cli:
-        ended = cli.wait()
+        result = cli.wait()
         cli.wait_for_children()
-    assert ended.code == 1
-    [line] = ended.messages[1:]
-    assert "chunks in a row failed alike" in line
+    assert result.code == 1
+    [line] = result.messages[1:]
+    limit = WorkerSettings().same_failures_at_first
+    assert limit <= int(re.search(r"out\.zarr: (\d+) ", line)[1]) < limit + DEPTH  # type: ignore[index]
     assert "ArithmeticError: broken for every chunk" in line
-    assert "Traceback" not in ended.err
-    # Chunks that own no patch run no network.
+    assert "Traceback" not in result.err
+    # Only chunks without patches succeed.
     assert [name for name in workspace.done() if workspace.patches()[name]] == []
     assert workspace.counts() == Counts(queued=CHUNKS - len(workspace.done()))
-    spent = Counter(begun(workspace).values())
-    assert spent.keys() == {0, 1}
-    enough = WorkerSettings().same_failures_at_first
-    assert enough <= spent[1] < enough + DEPTH
+    used = Counter(used_attempts(workspace).values())
+    assert used.keys() == {0, 1}
+    assert limit <= used[1] < limit + DEPTH
     [group] = workspace.status()["failures"]
-    assert len(group["chunks"]) == spent[1]
+    assert len(group["chunks"]) == used[1]
 
 
-# ------------------------------------------------------------------------ Redis in trouble
+# -------------------------------------------------------------------- outages of Redis
 
 
 def kill_and_restart(server: RedisServer) -> None:
@@ -487,39 +501,41 @@ def kill_and_restart(server: RedisServer) -> None:
 
 def freeze(server: RedisServer) -> None:
     os.kill(server.pid, signal.SIGSTOP)
-    # Longer than clients wait for an answer: they ask again, and all of it is read in the end.
+    # Longer than the timeout of clients, which repeat their requests.
     time.sleep(2.5)
     os.kill(server.pid, signal.SIGCONT)
 
 
-TROUBLES = {"killed and started again": kill_and_restart, "frozen for a while": freeze}
+OUTAGES = {"killed and restarted": kill_and_restart, "frozen": freeze}
 
 
-@pytest.mark.parametrize("disturb", TROUBLES.values(), ids=TROUBLES.keys())
-def test_workers_ride_out_that_redis_is(
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES.keys())
+def test_workers_survive_that_redis_is(
     workspace: StandardWorkspace,
     server: RedisServer,
     undisturbed: StandardWorkspace,
-    disturb: Callable[[RedisServer], None],
+    outage: Callable[[RedisServer], None],
 ) -> None:
     workspace.produce()
-    impatient = {"CHUNKQ_WORKER_SETTINGS": '{"server_answer": 1, "lease": 3}'}
-    with workspace.start(*ON_CPU, "--burst", NET_HOLD="forward", NET_AFTER="6", **impatient) as cli:
-        hold_with_full_hands(workspace)
-        disturbed = Disturbance.now(workspace)
+    short_timeout = {"CHUNKQ_WORKER_SETTINGS": '{"server_answer": 1, "lease": 3}'}
+    with workspace.start(
+        *ON_CPU, "--burst", NET_HOLD="forward", NET_AFTER="6", **short_timeout
+    ) as cli:
+        wait_for_full_worker(workspace)
+        disturbed = Snapshot.now(workspace)
         workspace.open_gate()
-        disturb(server)
+        outage(server)
         assert cli.wait().code == 0
     assert len(disturbed.in_flight) == DEPTH
-    assert disturbed.seconds_to_recover() < RECOVERED_WITHIN
+    assert disturbed.seconds_to_recover() < MAX_RECOVERY_SECONDS
     assert len(workspace.done()) == CHUNKS
-    # One name means one process: every new one gets a name of its own.
+    # Every process has a unique name, so none was restarted.
     assert len({record["worker"] for record in records(workspace).values()}) == 1
     assert set(workspace.computed().values()) == {1}
-    assert_ends_like(workspace, undisturbed)
+    assert_finalized_like(workspace, undisturbed)
 
 
-def test_a_worker_that_is_back_first_does_not_take_what_others_still_work_on(
+def test_the_first_worker_after_an_outage_cannot_reserve_running_tasks_of_others(
     server: RedisServer,
 ) -> None:
     workers = {
@@ -529,16 +545,16 @@ def test_a_worker_that_is_back_first_does_not_take_what_others_still_work_on(
     job = "/data/out.zarr.chunkq"
     with queue_on(server) as queue:
         queue.submit(Task("infer", job, (n,)) for n in range(2))
-        held = {name: queue.reserve(worker) for name, worker in workers.items()}
-        assert None not in held.values()
+        leases = {name: queue.reserve(worker) for name, worker in workers.items()}
+        assert None not in leases.values()
         server.kill()
-        away = time.time()
-        wait_until(lambda: time.time() - away > 1, "the leases ran out")
+        outage = time.time()
+        wait_until(lambda: time.time() - outage > 1, "the leases expire")
         server.start()
-        # The first beat of a heart after the absence comes from one of them; the other is asleep.
-        queue.renew(workers["first"], [held["first"]])  # type: ignore[list-item]
+        # After the outage one worker renews its lease before the other one.
+        queue.renew(workers["first"], [leases["first"]])  # type: ignore[list-item]
         assert queue.reserve(workers["first"]) is None
-        queue.renew(workers["second"], [held["second"]])  # type: ignore[list-item]
+        queue.renew(workers["second"], [leases["second"]])  # type: ignore[list-item]
         assert queue.counts(job) == Counts(running=2)
 
 
@@ -549,13 +565,13 @@ def queue_on(server: RedisServer) -> Iterator[LeaseQueue]:
     queue.close()
 
 
-def test_after_redis_was_wiped_resuming_completes_the_job_and_workers_what_blocks_are_left(
+def test_after_redis_was_flushed_resume_completes_the_job_and_its_blocks(
     workspace: StandardWorkspace, server: RedisServer, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER="8") as cli:
-        hold_with_full_hands(workspace)
-        wiped = Disturbance.now(workspace)
+        wait_for_full_worker(workspace)
+        wiped = Snapshot.now(workspace)
         with server.client as client:
             client.flushall()
         resumed = workspace.produce("--resume")
@@ -564,21 +580,21 @@ def test_after_redis_was_wiped_resuming_completes_the_job_and_workers_what_block
         wait_for_all(workspace)
         wait_until(lambda: workspace.counts() == Counts(), "the queue is empty")
         assert len(wiped.in_flight) == DEPTH
-        wiped.cost_only_what_was_in_flight()
+        wiped.assert_only_in_flight_repeated()
 
-        # Who had contributed to which block was forgotten with all else.
+        # The contributions to blocks were deleted, too.
         blocks = undisturbed.done("finalize").keys()
         before = workspace.done("finalize")
         assert before.keys() < blocks
-        ended = workspace.call("finalize", str(workspace.output), "--distribute")
-        assert ended.code == 0, ended.err
+        result = workspace.call("finalize", str(workspace.output), "--distribute")
+        assert result.code == 0, result.err
         after = workspace.done("finalize")
         assert after.keys() == blocks
         assert {name: after[name] for name in before} == before
         [worker] = {record["worker"] for record in records(workspace).values()}
         assert {record["worker"] for record in records(workspace, "finalize").values()} == {worker}
-        assert told_to_stop(cli).code == 0
-    assert_ends_like(workspace, undisturbed)
+        assert stop_worker(cli).code == 0
+    assert_finalized_like(workspace, undisturbed)
 
 
 # ------------------------------------------------------------------- completing the blocks
@@ -593,35 +609,35 @@ def test_when_the_last_chunk_is_committed_all_blocks_are_complete(
     assert len(workspace.done("finalize")) > CHUNKS / 2
     blocks = workspace.done("finalize")
     assert workspace.pieces() == []
-    assert left_in_redis(workspace) == []
-    assert_ends_like(workspace, undisturbed)
+    assert remaining_keys(workspace) == []
+    assert_finalized_like(workspace, undisturbed)
     assert workspace.done("finalize") == blocks
     assert set(workspace.computed().values()) == {1}
 
 
-def test_a_block_whose_last_contributor_died_before_it_was_complete_is_left_to_finalize(
+def test_finalize_completes_the_blocks_of_a_contributor_that_was_killed(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
     hold = {"NET_HOLD": "block", "NET_AFTER": "12"}
     with workspace.start(*ON_CPU, "--burst", **hold) as cli:
-        victim = workspace.wait_until_stopped()
-        killed = Disturbance.now(workspace)
+        pid = workspace.wait_until_stopped()
+        killed = Snapshot.now(workspace)
         blocks = workspace.done("finalize")
-        os.kill(victim, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         assert cli.wait().code == 0
     assert len(workspace.done()) == CHUNKS
-    killed.cost_nothing_done()
-    left = undisturbed.done("finalize").keys() - workspace.done("finalize").keys()
-    assert 1 <= len(left) <= 2 * DEPTH
-    assert {path.parent.name for path in workspace.pieces()} == left
-    assert_ends_like(workspace, undisturbed)
+    killed.assert_commits_kept()
+    missing = undisturbed.done("finalize").keys() - workspace.done("finalize").keys()
+    assert 1 <= len(missing) <= 2 * DEPTH
+    assert {path.parent.name for path in workspace.pieces()} == missing
+    assert_finalized_like(workspace, undisturbed)
     after = records(workspace, "finalize")
-    assert {name for name in after if ":" not in after[name]["worker"]} == left
+    assert {name for name in after if ":" not in after[name]["worker"]} == missing
     assert {name: workspace.done("finalize")[name] for name in blocks} == blocks
 
 
-def test_on_the_embedded_queue_too_all_blocks_are_complete_after_the_last_chunk(
+def test_on_the_embedded_queue_all_blocks_are_complete_after_the_last_chunk(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace
 ) -> None:
     workspace = standard_job.workspace(tmp_path)
@@ -636,7 +652,7 @@ def test_on_the_embedded_queue_too_all_blocks_are_complete_after_the_last_chunk(
     database.close()
 
 
-def test_workers_complete_the_blocks_that_the_embedded_queue_knew_nothing_of_when_asked(
+def test_distribute_completes_blocks_that_the_embedded_queue_has_lost(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace
 ) -> None:
     workspace = standard_job.workspace(tmp_path)
@@ -652,9 +668,9 @@ def test_workers_complete_the_blocks_that_the_embedded_queue_knew_nothing_of_whe
         wait_until(lambda: workspace.counts() == Counts(), "the queue is empty")
         before = workspace.done("finalize")
         assert before.keys() < blocks
-        ended = workspace.call("finalize", str(workspace.output), "--distribute")
-        assert ended.code == 0, ended.err
-        assert told_to_stop(cli).code == 0
+        result = workspace.call("finalize", str(workspace.output), "--distribute")
+        assert result.code == 0, result.err
+        assert stop_worker(cli).code == 0
     [worker] = {record["worker"] for record in records(workspace).values()}
     assert {record["worker"] for record in records(workspace, "finalize").values()} == {worker}
     after = workspace.done("finalize")
@@ -667,7 +683,7 @@ def test_workers_complete_the_blocks_that_the_embedded_queue_knew_nothing_of_whe
 # ----------------------------------------------------------------------- jobs side by side
 
 
-def test_two_jobs_on_one_redis_leave_each_other_alone(
+def test_two_jobs_on_one_redis_are_independent(
     standard_job: StandardJob,
     tmp_path: Path,
     server: RedisServer,
@@ -676,11 +692,9 @@ def test_two_jobs_on_one_redis_leave_each_other_alone(
 ) -> None:
     (tmp_path / "other").mkdir()
     labels = standard_job.workspace(tmp_path / "other", {"combine": "soft"}, server.url)
-    for each in (workspace, labels):
-        each.produce()
-    assert workspace.call("cancel", str(workspace.output)).out.startswith(
-        f"{CHUNKS} chunks taken off"
-    )
+    for one in (workspace, labels):
+        one.produce()
+    assert workspace.call("cancel", str(workspace.output)).out.startswith(f"{CHUNKS} ")
     assert (workspace.counts(), labels.counts()) == (Counts(), Counts(queued=CHUNKS))
     workspace.produce("--resume")
 
@@ -688,12 +702,12 @@ def test_two_jobs_on_one_redis_leave_each_other_alone(
     assert len(labels.done()) == CHUNKS
     assert workspace.done() == {}
     assert workspace.counts() == Counts(queued=CHUNKS)
-    assert set(begun(workspace).values()) == {0}
+    assert set(used_attempts(workspace).values()) == {0}
 
     assert workspace.work().code == 0
     labels.finalize().ok()
-    assert_ends_like(workspace, undisturbed)
-    # Each label is the class whose average, which the other job stores, is the largest.
+    assert_finalized_like(workspace, undisturbed)
+    # Each label is the class with the largest average, which the other job stores.
     assert np.array_equal(voxels(labels), voxels(undisturbed).argmax(0))
     assert labels.done("finalize").keys() == undisturbed.done("finalize").keys()
     assert labels.pieces() == []

@@ -1,4 +1,4 @@
-"""Redis servers that cannot hold a queue: one line and a code, from every command."""
+"""Redis servers that are unsupported as queues: every command reports one line with a code."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,15 +19,15 @@ from tests.harness.waiting import wait_until
 
 
 class ClusterNode(RedisServer):
-    """The one node of a cluster, which at first has no slots."""
+    """A cluster of one node, which has no slots at first."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, extra="cluster-enabled yes\n")
-        # Its bus listens 10 000 ports further up.
+        # The cluster bus listens on this port + 10 000.
         port = next(port for port in iter(free_port, None) if port < 50_000)
         self.settings = replace(self.settings, port=port)
 
-    def take_all_slots(self) -> None:
+    def assign_all_slots(self) -> None:
         with self.client as client:
             for first in range(0, 16384, 4096):
                 client.execute_command("CLUSTER", "ADDSLOTS", *range(first, first + 4096))
@@ -39,7 +39,7 @@ class ClusterNode(RedisServer):
 
 
 class Sentinel(RedisServer):
-    """A Sentinel that monitors nothing. Its configuration must be a file."""
+    """A Sentinel that monitors no server. It requires a configuration file."""
 
     @property
     def command(self) -> list[str]:
@@ -59,7 +59,7 @@ def running(kind: type[RedisServer], *, slots: bool = False) -> Iterator[str]:
         server.start()
         try:
             if isinstance(server, ClusterNode) and slots:
-                server.take_all_slots()
+                server.assign_all_slots()
             yield server.url
         finally:
             server.kill()
@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[Callable[[], AbstractContextManager[str]], ErrorCode]] = 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_cannot_hold_a_queue_is_refused_by_every_command(
+def test_every_command_rejects_an_unsupported_server(
     kind: str, standard_job: StandardJob, tmp_path: Path
 ) -> None:
     server, code = KINDS[kind]
@@ -90,10 +90,10 @@ def test_a_server_that_cannot_hold_a_queue_is_refused_by_every_command(
             ("produce", str(workspace.job_file)),
             ("run", str(workspace.job_file)),
             ("work", "--gpus", "none"),
-            *([] if kind == "replica" else [("jobs",)]),  # a replica answers questions
+            *([] if kind == "replica" else [("jobs",)]),  # a replica supports reads
         ):
             answer = workspace.call(*command)
-            answer.refused(1, "chunkq: queue: ", kind.partition(" ")[0])
+            answer.refused(1, code, "chunkq: queue: ", kind.partition(" ")[0])
             assert len(answer.err.splitlines()) == 1
         with pytest.raises(QueueError) as error:
             open_executor(url).ready()
@@ -101,14 +101,14 @@ def test_a_server_that_cannot_hold_a_queue_is_refused_by_every_command(
         assert not workspace.job_folder.exists()
 
 
-def test_a_database_number_on_a_cluster_is_refused_likewise() -> None:
+def test_a_database_number_on_a_cluster_is_rejected() -> None:
     with running(ClusterNode, slots=True) as url, pytest.raises(QueueError) as error:
         open_executor(url.replace("/0", "/1"))
     assert error.value.code is ErrorCode.QUEUE_UNSUPPORTED
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "ending"),
+    ("error", "code", "exit_code"),
     [
         ("ClusterCrossSlotError", ErrorCode.QUEUE_UNSUPPORTED, EXIT_REFUSED),
         ("ClusterDownError", ErrorCode.QUEUE_UNSUPPORTED, EXIT_REFUSED),
@@ -118,10 +118,10 @@ def test_a_database_number_on_a_cluster_is_refused_likewise() -> None:
         ("ConnectionError", ErrorCode.QUEUE_UNAVAILABLE, EXIT_QUEUE_UNREACHABLE),
     ],
 )
-def test_a_worker_waits_for_a_server_that_may_return_and_for_no_other(
-    error: str, code: ErrorCode, ending: int
+def test_a_worker_waits_only_for_a_server_that_may_become_usable(
+    error: str, code: ErrorCode, exit_code: int
 ) -> None:
     with pytest.raises(QueueError) as raised, translated_errors("redis://host"):
-        raise getattr(redis_client.exceptions, error)("said by the server")
+        raise getattr(redis_client.exceptions, error)("message of the server")
     assert raised.value.code is code
-    assert ExitStatus.from_error(raised.value).code == ending
+    assert ExitStatus.from_error(raised.value).code == exit_code

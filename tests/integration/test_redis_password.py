@@ -1,14 +1,14 @@
-"""A queue's password from a file: `CHUNKQ_QUEUE_PASSWORD_FILE`, as container secrets give it."""
+"""Tests of CHUNKQ_QUEUE_PASSWORD_FILE, which reads the password of a queue from a file."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 from urllib.parse import quote
 
 import pytest
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.rq.connect import PASSWORD_VARIABLE
 from tests.harness.files import files_below
@@ -20,7 +20,7 @@ from tests.integration.test_redis_command import command_lines
 
 SECRET = "s3cr3t"
 PASSWORD = f"{SECRET} p%40@{SECRET}/{SECRET}#{SECRET}?{SECRET}:ü"
-"""Nothing in it is %-coded, and every part that an address could be cut at is recognised."""
+"""An unescaped password. Every part between two delimiters of a URL contains SECRET."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def guarded() -> Iterator[RedisServer]:
 
 
 def address(server: RedisServer, user: str = "") -> str:
-    """The server's address, which holds no password."""
+    """Return the address of a server without a password."""
     return f"redis://{user}127.0.0.1:{server.settings.port}/0"
 
 
@@ -68,10 +68,10 @@ def workspace(tmp_path: Path, guarded: RedisServer, secret: Path) -> Workspace:
     return workspace
 
 
-def test_a_whole_job_runs_with_the_password_in_a_file_and_it_shows_nowhere(
+def test_a_job_with_the_password_in_a_file_does_not_reveal_it(
     workspace: Workspace, guarded: RedisServer
 ) -> None:
-    said = ""
+    output = ""
     for command in (
         ("produce", "job.json"),
         ("status", "out.zarr"),
@@ -79,27 +79,27 @@ def test_a_whole_job_runs_with_the_password_in_a_file_and_it_shows_nowhere(
         ("jobs",),
     ):
         answer = workspace.call(*command).ok()
-        said += answer.out + answer.err
-    seen = ""
+        output += answer.out + answer.err
+    arguments = ""
     with workspace.start("work", "--burst", "--gpus", "none", "-w", "2") as cli:
         while cli.process.poll() is None:
-            seen += command_lines()
-        heard = cli.wait().ok().err
-    assert "python" in seen
+            arguments += command_lines()
+        output += cli.wait().ok().err
+    assert "python" in arguments
     answer = workspace.call("finalize", "out.zarr").ok()
-    said += heard + answer.out + answer.err
+    output += answer.out + answer.err
     assert "complete: " in answer.out
-    assert SECRET not in said + seen
-    holding = [
+    assert SECRET not in output + arguments
+    files = [
         n for n, content in files_below(workspace.folder).items() if SECRET.encode() in content
     ]
-    assert holding == []
-    # The address itself is no secret, so that `status` finds the queue by itself next time.
+    assert files == []
+    # The address is stored, so that `status` can connect to the queue without an option.
     assert address(guarded) in (workspace.job_folder / "job.json").read_text()
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\n\n"])
-def test_line_ends_after_the_password_do_not_count(
+def test_line_ends_after_the_password_are_ignored(
     ending: str, guarded: RedisServer, secret: Path
 ) -> None:
     secret.write_bytes((PASSWORD + ending).encode())
@@ -110,17 +110,18 @@ def test_line_ends_after_the_password_do_not_count(
     executor.close()
 
 
-def test_a_user_in_the_address_goes_with_the_password_in_the_file(
+def test_a_user_in_the_address_is_combined_with_the_password_in_the_file(
     guarded: RedisServer, secret: Path
 ) -> None:
     with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: str(secret)}):
         open_executor(address(guarded, "scientist@")).close()
-        with pytest.raises(QueueError, match="refuses user or password"):
+        with pytest.raises(QueueError, match=str(secret)) as error:
             open_executor(address(guarded, "stranger@"))
+        assert error.value.code is ErrorCode.QUEUE_DENIED
 
 
 @pytest.mark.parametrize("option", [False, True], ids=["before the host", "as an option"])
-def test_a_password_in_the_address_comes_first(
+def test_a_password_in_the_address_takes_precedence(
     option: bool, guarded: RedisServer, secret: Path
 ) -> None:
     secret.write_text("another\n")
@@ -137,18 +138,18 @@ def test_an_empty_password_in_the_address_means_none(redis: RedisServer) -> None
         open_executor(address(redis, ":@")).close()
 
 
-def test_an_empty_variable_names_no_file(redis: RedisServer) -> None:
+def test_an_empty_variable_is_ignored(redis: RedisServer) -> None:
     with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: ""}):
         open_executor(address(redis)).close()
 
 
 def test_a_socket_or_another_queue_does_not_read_the_file(tmp_path: Path) -> None:
-    place = tmp_path / "redis.sock"
+    path = tmp_path / "redis.sock"
     with (
-        redis_server(extra=f"unixsocket {place}\n"),
+        redis_server(extra=f"unixsocket {path}\n"),
         mock.patch.dict(os.environ, {PASSWORD_VARIABLE: "/nowhere"}),
     ):
-        open_executor(f"unix://{place}").close()
+        open_executor(f"unix://{path}").close()
         open_executor(f"sqlite://{tmp_path}/queue.db").close()
 
 
@@ -183,32 +184,38 @@ def wrong(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("replace_file", "fragment"),
     [
-        (missing, "no file"),
-        (empty, "is empty"),
+        (missing, "missing file"),
+        (empty, "empty"),
         (folder, "Is a directory"),
-        (several_lines, "must hold one line"),
-        (no_text, "is no text file"),
-        (endless, "must hold one line"),
-        (wrong, "refuses user or password"),
+        (several_lines, "one line"),
+        (no_text, "UTF-8"),
+        (endless, "one line"),
+        (wrong, "invalid user or password"),
     ],
 )
 @pytest.mark.parametrize("command", ["produce", "work"])
-def test_a_file_that_does_not_hold_the_password_is_one_clear_line(
-    command: str, spoil: object, words: str, workspace: Workspace, secret: Path
+def test_an_unusable_password_file_is_an_error_of_one_line(
+    command: str,
+    replace_file: Callable[[Path], None],
+    fragment: str,
+    workspace: Workspace,
+    secret: Path,
 ) -> None:
-    assert callable(spoil)
-    spoil(secret)
+    replace_file(secret)
     arguments = {"produce": ("produce", "job.json"), "work": ("work", "--gpus", "none")}[command]
     answer = workspace.call(*arguments)
-    answer.refused(1, "chunkq: queue: ", PASSWORD_VARIABLE, str(secret), words)
+    answer.refused(
+        1, ErrorCode.QUEUE_DENIED, "chunkq: queue: ", PASSWORD_VARIABLE, str(secret), fragment
+    )
     assert len(answer.err.splitlines()) == 1, answer.err
     assert SECRET not in answer.err + answer.out
     assert not workspace.output.exists()
 
 
-def test_without_any_password_the_line_names_both_ways_to_give_it(guarded: RedisServer) -> None:
-    with pytest.raises(QueueError, match="wants a password; write it into the") as refused:
+def test_the_error_for_a_missing_password_names_address_and_file(guarded: RedisServer) -> None:
+    with pytest.raises(QueueError, match="redis://:password@host") as error:
         open_executor(address(guarded))
-    assert PASSWORD_VARIABLE in str(refused.value)
+    assert error.value.code is ErrorCode.QUEUE_DENIED
+    assert PASSWORD_VARIABLE in str(error.value)

@@ -1,4 +1,4 @@
-"""A Redis that is away, refuses or is full: one clear line within seconds, without a password."""
+"""An unusable Redis server is reported in one line, within seconds and without the password."""
 
 import contextlib
 import ipaddress
@@ -20,36 +20,37 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors import open_executor
 from chunkq.job_handle import open_job
 from chunkq.ledger import Failure
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
+from tests.harness.processes import CommandResult
 from tests.harness.servers.redis import RedisServer, free_port, redis_server
 from tests.harness.standard_job import StandardJob
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace
 
-LONGEST_ANSWER = 5.0
-LONGEST_PROCESS = 30.0
-"""The same for a process of its own, whose start takes seconds on a busy machine."""
+MAX_CALL_SECONDS = 5.0
+MAX_PROCESS_SECONDS = 30.0
+"""For a command in a new process, which takes seconds to start on a busy machine."""
 SECRET = "s3cr3t"
 PASSWORD = "s3cr3t-p%40@s3cr3t/s3cr3t#s3cr3t?s3cr3t:s3cr3t"
-"""Whatever an address is cut at, each part of it can be recognised."""
+"""Every part between two delimiters of a URL contains SECRET."""
 CODED = quote(PASSWORD, safe="")
 COMMANDS = ("produce", "work", "status", "retry", "cancel", "jobs", "run", "finalize")
 WRITING = ("produce", "retry", "cancel", "run", "finalize")
-"""Commands that change the queue and end; `work`, which goes on, is a process in its own tests."""
+"""Commands that change the queue and end. `work` does not end, so it has separate tests."""
 
-WELL_TRIED = mock.Mock(error=None)
-"""What trying the network came to, which takes seconds in real."""
+MODEL_CHECK_RESULT = mock.Mock(error=None)
+"""Result of a successful model check, which takes seconds."""
 
 
 @dataclass(frozen=True)
 class Servers:
-    """One server that wants a password or a certificate and has weak users; and a replica."""
+    """A server with a password, TLS and users with few permissions; and a replica."""
 
     guarded: RedisServer
     replica: RedisServer
@@ -64,7 +65,7 @@ class Servers:
 
 
 def make_certificate(folder: Path) -> str:
-    """Write a certificate for 127.0.0.1 that nobody has signed; returns the server's settings."""
+    """Write a self-signed certificate for 127.0.0.1; return the settings of the server."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -111,7 +112,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs for every command: one to produce, one whose chunks are all done, one with a failure."""
+    """A workspace with three jobs: not produced, all chunks done, one failed chunk."""
 
     workspace: Workspace
 
@@ -136,33 +137,33 @@ class Stage:
             "finalize": ["finalize", done, "--distribute"],
         }[command]
 
-    def refuses(self, command: str, url: str, *words: str) -> str:
-        """Run a command in this process; it must end soon with one clear line, and no secret."""
-        began = time.monotonic()
-        with mock.patch("chunkq_producer.commands.run.check_model", return_value=WELL_TRIED):
+    def assert_refused(self, command: str, url: str, *fragments: str) -> None:
+        """Run a command; assert that it ends soon with one line that does not have the secret."""
+        start = time.monotonic()
+        with mock.patch(
+            "chunkq_producer.commands.run.check_model", return_value=MODEL_CHECK_RESULT
+        ):
             answer = self.workspace.call(*self.arguments(command), "--queue", url)
-        took = time.monotonic() - began
-        answer.refused(1, "chunkq: queue: ", *words)
+        seconds = time.monotonic() - start
+        answer.refused(1, "chunkq: queue: ", *fragments)
         assert len(answer.err.splitlines()) == 1, answer.err
         assert answer.out == ""
-        assert took < LONGEST_ANSWER
+        assert seconds < MAX_CALL_SECONDS
         assert SECRET not in answer.err
-        assert not holds_secret(self.folder)
-        return answer.err
+        assert not files_with_secret(self.folder)
 
-    def leaves_all_as_it_was(self, command: str, url: str, *words: str) -> str:
+    def assert_refused_without_writes(self, command: str, url: str, *fragments: str) -> None:
         before = everything_below(self.folder)
-        said = self.refuses(command, url, *words)
+        self.assert_refused(command, url, *fragments)
         assert everything_below(self.folder) == before
-        return said
 
-    def forget_new(self) -> None:
+    def delete_new_job(self) -> None:
         for name in ("new.zarr", "new.zarr.chunkq"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
-def holds_secret(folder: Path) -> list[str]:
-    """The files below a folder that contain a part of the password."""
+def files_with_secret(folder: Path) -> list[str]:
+    """Return the files below a folder that contain a part of the password."""
     return [name for name, content in files_below(folder).items() if SECRET.encode() in content]
 
 
@@ -185,8 +186,8 @@ def stage_of_module(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     workspace.compute_inline()
     assert len(workspace.commits()) == 4
     workspace.call("produce", workspace.write_job("failing.json", output="failing.zarr")).ok()
-    told = Failure("infer", (0, 1), 3, "a:cpu:b", "ValueError", "no such voxel", "Traceback …")
-    open_job(f"{folder}/failing.zarr.chunkq").ledger.record_failure(told)
+    failure = Failure("infer", (0, 1), 3, "a:cpu:b", "ValueError", "no such voxel", "Traceback …")
+    open_job(f"{folder}/failing.zarr.chunkq").ledger.record_failure(failure)
     workspace.write_job("new.json", output="new.zarr")
     return Stage(workspace)
 
@@ -194,31 +195,31 @@ def stage_of_module(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 @pytest.fixture
 def stage(stage_of_module: Stage) -> Iterator[Stage]:
     yield stage_of_module
-    stage_of_module.forget_new()
+    stage_of_module.delete_new_job()
 
 
 @contextlib.contextmanager
-def quick_to_give_up() -> Iterator[None]:
-    """Wait for an answer a twentieth of the time; what the real time is, other tests measure."""
+def short_timeout() -> Iterator[None]:
+    """Reduce the timeout of responses. Another test measures the actual one."""
     with mock.patch("chunkq.executors.rq.connect.ANSWER_SECONDS", 0.2):
         yield
 
 
 @contextlib.contextmanager
 def black_hole() -> Iterator[int]:
-    """A port whose host seems not to be there: connecting to it is never answered."""
+    """Yield a port that does not respond to connection requests."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
-        with socket.create_connection(listener.getsockname()):  # the one that it has room for
+        with socket.create_connection(listener.getsockname()):  # fills the backlog
             yield listener.getsockname()[1]
 
 
 @contextlib.contextmanager
-def speaker(answer: bytes) -> Iterator[int]:
-    """A port on which something says `answer` to whatever it is sent; b"" keeps it silent."""
+def answering_port(answer: bytes) -> Iterator[int]:
+    """Yield a port of a server that sends `answer` to every request; b"" sends nothing."""
 
-    def talk(connection: socket.socket) -> None:
+    def respond(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             while connection.recv(1 << 16):
                 connection.sendall(answer)
@@ -227,7 +228,7 @@ def speaker(answer: bytes) -> Iterator[int]:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
-                threading.Thread(target=talk, args=(connection,), daemon=True).start()
+                threading.Thread(target=respond, args=(connection,), daemon=True).start()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=listen, daemon=True)
@@ -239,98 +240,118 @@ def speaker(answer: bytes) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class State:
-    """One way in which a queue is of no use: its address, and what must be said about it."""
+    """An unusable queue: its address, and the code and fragments of the error."""
 
     name: str
     url: Callable[[Servers, contextlib.ExitStack], str]
-    words: tuple[str, ...]
+    code: ErrorCode
+    fragments: tuple[str, ...]
     commands: tuple[str, ...] = COMMANDS
     writes: bool = field(default=False)
-    """Whether the job folder may be there before the queue is found to refuse."""
+    """Whether the job folder may be created before the error is detected."""
 
 
 STATES = (
     State(
         "nothing listens",
         lambda servers, stack: f"redis://:{CODED}@127.0.0.1:{free_port()}/0",
-        ("127.0.0.1", "Connection refused", "is it running"),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("127.0.0.1", "Connection refused"),
     ),
     State(
         "the host name is wrong",
         lambda servers, stack: f"redis://:{CODED}@no-such-host.invalid:6379/0",
-        ("no-such-host.invalid", "are host and port right"),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("no-such-host.invalid",),
     ),
     State(
-        "no packet comes back",
+        "no packet is returned",
         lambda servers, stack: f"redis://:{CODED}@127.0.0.1:{stack.enter_context(black_hole())}",
-        ("does not answer", "is the host right"),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("Timeout",),
     ),
     State(
-        "it never answers",
-        lambda servers, stack: f"redis://:{CODED}@127.0.0.1:{stack.enter_context(speaker(b''))}",
-        ("does not answer", "is it running"),
+        "the server never responds",
+        lambda servers, stack: (
+            f"redis://:{CODED}@127.0.0.1:{stack.enter_context(answering_port(b''))}"
+        ),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("Timeout",),
     ),
     State(
-        "it is no Redis",
+        "the server is not Redis",
         lambda servers, stack: "redis://:{}@127.0.0.1:{}".format(
-            CODED, stack.enter_context(speaker(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+            CODED, stack.enter_context(answering_port(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
         ),
-        ("HTTP/1.1 400 Bad Request", "port right"),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("HTTP/1.1 400 Bad Request",),
     ),
     State(
-        "it is still loading",
+        "the server is loading",
         lambda servers, stack: "redis://127.0.0.1:{}".format(
-            stack.enter_context(speaker(b"-LOADING Redis is loading the dataset in memory\r\n"))
+            stack.enter_context(
+                answering_port(b"-LOADING Redis is loading the dataset in memory\r\n")
+            )
         ),
-        ("is still loading", "try again"),
+        ErrorCode.QUEUE_BUSY,
+        ("loading the dataset",),
     ),
     State(
         "the password is wrong",
         lambda servers, stack: f"redis://{servers.address(password=CODED + 'x')}",
-        ("refuses user or password", "redis://user:password@host"),
+        ErrorCode.QUEUE_DENIED,
+        ("redis://user:password@host",),
     ),
     State(
         "the user is unknown",
         lambda servers, stack: f"redis://{servers.address(user='nobody')}",
-        ("refuses user or password", "redis://user:password@host"),
+        ErrorCode.QUEUE_DENIED,
+        ("redis://user:password@host",),
     ),
     State(
         "the password is missing",
         lambda servers, stack: f"redis://127.0.0.1:{servers.guarded.settings.port}/0",
-        ("write", "into the address", "password@host"),
+        ErrorCode.QUEUE_DENIED,
+        ("redis://:password@host",),
     ),
     State(
         "the user may only ping",
         lambda servers, stack: f"redis://{servers.address(user='pinger')}",
-        ("this user may not do that", "rq:* and chunkq:*"),
+        ErrorCode.QUEUE_DENIED,
+        ("rq:* and chunkq:*",),
         writes=True,
     ),
     State(
         "the user may only read",
         lambda servers, stack: f"redis://{servers.address(user='reader')}",
-        ("this user may not do that", "rq:* and chunkq:*"),
+        ErrorCode.QUEUE_DENIED,
+        ("rq:* and chunkq:*",),
         WRITING,
         writes=True,
     ),
     State(
         "the keys are not the user's",
         lambda servers, stack: f"redis://{servers.address(user='stranger')}",
-        ("this user may not do that", "rq:* and chunkq:*"),
+        ErrorCode.QUEUE_DENIED,
+        ("rq:* and chunkq:*",),
         writes=True,
     ),
     State(
-        "TLS is spoken there",
+        "the port uses TLS",
         lambda servers, stack: f"redis://{servers.address(port=servers.tls_port)}",
-        ("a TLS port wants rediss://",),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("rediss://",),
     ),
     State(
-        "no TLS is spoken there",
+        "the port does not use TLS",
         lambda servers, stack: f"rediss://{servers.address()}",
+        ErrorCode.QUEUE_UNAVAILABLE,
         ("TLS", "redis://"),
     ),
     State(
         "the certificate is not trusted",
         lambda servers, stack: f"rediss://{servers.address(port=servers.tls_port)}",
+        ErrorCode.QUEUE_UNAVAILABLE,
         ("TLS", "self-signed certificate", "?ssl_ca_certs=FILE"),
     ),
     State(
@@ -339,6 +360,7 @@ STATES = (
             f"rediss://{servers.address(host='localhost', port=servers.tls_port)}"
             f"?ssl_ca_certs={servers.certificate}"
         ),
+        ErrorCode.QUEUE_UNAVAILABLE,
         ("TLS", "not valid for 'localhost'"),
     ),
     State(
@@ -346,24 +368,28 @@ STATES = (
         lambda servers, stack: (
             f"rediss://{servers.address(port=servers.tls_port)}?ssl_ca_certs=/nowhere/ca.pem"
         ),
-        ("ssl_ca_certs: no file /nowhere/ca.pem",),
+        ErrorCode.QUEUE_ADDRESS_INVALID,
+        ("ssl_ca_certs: ", "/nowhere/ca.pem"),
     ),
     State(
-        "it is a replica",
+        "the server is a replica",
         lambda servers, stack: servers.replica.url,
-        ("only reads", "name the primary"),
+        ErrorCode.QUEUE_READ_ONLY,
+        ("read-only", "primary"),
         WRITING,
         writes=True,
     ),
     State(
         "the socket is missing",
         lambda servers, stack: "unix:///nowhere/redis.sock",
-        ("/nowhere/redis.sock", "No such file", "is it running"),
+        ErrorCode.QUEUE_UNAVAILABLE,
+        ("/nowhere/redis.sock", "No such file"),
     ),
     State(
-        "the socket wants a password",
+        "the socket needs a password",
         lambda servers, stack: f"unix://{servers.socket}?password={CODED}x",
-        ("refuses user or password", "?password=***"),
+        ErrorCode.QUEUE_DENIED,
+        ("?password=***",),
     ),
 )
 CASES = [
@@ -375,105 +401,107 @@ every_state = pytest.mark.parametrize("state", STATES, ids=lambda state: state.n
 
 
 @pytest.mark.parametrize(("state", "command"), CASES)
-def test_a_queue_of_no_use_is_refused_in_one_line(
+def test_an_unusable_queue_is_an_error_of_one_line(
     state: State, command: str, stage: Stage, servers: Servers
 ) -> None:
-    with contextlib.ExitStack() as stack, quick_to_give_up():
-        refuses = stage.refuses if state.writes else stage.leaves_all_as_it_was
-        refuses(command, state.url(servers, stack), *state.words)
+    with contextlib.ExitStack() as stack, short_timeout():
+        check = stage.assert_refused if state.writes else stage.assert_refused_without_writes
+        check(command, state.url(servers, stack), state.code, *state.fragments)
 
 
 @every_state
-def test_status_of_a_job_tells_what_the_ledger_knows_and_what_ails_the_queue(
+def test_status_reports_the_ledger_and_the_problem_of_the_queue(
     state: State, stage: Stage, servers: Servers
 ) -> None:
     before = everything_below(stage.folder)
-    with contextlib.ExitStack() as stack, quick_to_give_up():
+    with contextlib.ExitStack() as stack, short_timeout():
         queue = ("--queue", state.url(servers, stack))
-        shown = stage.workspace.call("status", stage.failing, *queue).ok()
-        told = stage.workspace.call("status", stage.failing, "--json", *queue).ok()
-    found = json.loads(told.out)
-    assert (found["chunks"], found["done"], len(found["failures"])) == (4, 0, 1)
-    assert "0/4 chunks done" in shown.out
-    assert "no such voxel" in shown.out
-    assert shown.err + told.err == ""
-    assert SECRET not in shown.out + told.out
+        text = stage.workspace.call("status", stage.failing, *queue).ok()
+        answer = stage.workspace.call("status", stage.failing, "--json", *queue).ok()
+    status = json.loads(answer.out)
+    assert (status["chunks"], status["done"], len(status["failures"])) == (4, 0, 1)
+    assert "0/4 chunks done" in text.out
+    assert "no such voxel" in text.out
+    assert text.err + answer.err == ""
+    assert SECRET not in text.out + answer.out
     assert everything_below(stage.folder) == before
-    if state.name == "it is a replica":  # which answers questions like any other
-        assert (found["queue_problem"], found["queued"]) == (None, 0)
+    if state.name == "the server is a replica":  # which supports reads
+        assert (status["queue_problem"], status["queued"]) == (None, 0)
         return
-    problem = found["queue_problem"]
+    problem = status["queue_problem"]
     assert problem.startswith("queue: ")
     assert len(problem.splitlines()) == 1
-    assert all(word in problem for word in state.words), problem
-    assert "".join(problem.split()) in "".join(shown.out.split())
-    assert (found["queued"], found["running"], found["failed"]) == (None, None, None)
+    assert all(fragment in problem for fragment in state.fragments), problem
+    assert "".join(problem.split()) in "".join(text.out.split())
+    assert (status["queued"], status["running"], status["failed"]) == (None, None, None)
 
 
 @pytest.mark.parametrize("command", ["status", "jobs"])
-def test_who_may_not_run_scripts_cannot_list_jobs(
+def test_a_user_who_may_not_run_scripts_cannot_list_jobs(
     command: str, stage: Stage, servers: Servers
 ) -> None:
     admin = ("--queue", f"redis://{servers.address()}")
     stage.workspace.call("produce", "new.json", *admin).ok()
     reader = f"redis://{servers.address(user='reader')}"
     try:
-        stage.refuses(command, reader, "this user may not do that", "scripts")
+        stage.assert_refused(command, reader, ErrorCode.QUEUE_DENIED, "scripts")
     finally:
         stage.workspace.call("cancel", stage.folder / "new.zarr", *admin).ok()
 
 
-@pytest.mark.parametrize("who", ["a user that may only read", "a replica"])
-def test_a_worker_ends_at_once_if_it_may_not_write(
-    who: str, stage: Stage, servers: Servers
+@pytest.mark.parametrize("server", ["a user that may only read", "a replica"])
+def test_a_worker_ends_immediately_if_it_may_not_write(
+    server: str, stage: Stage, servers: Servers
 ) -> None:
     reader = f"redis://{servers.address(user='reader')}"
-    url = servers.replica.url if who == "a replica" else reader
+    url = servers.replica.url if server == "a replica" else reader
     with stage.workspace.start(*stage.arguments("work"), CHUNKQ_QUEUE=url) as cli:
         try:
-            ended = cli.wait(LONGEST_PROCESS)
+            result = cli.wait(MAX_PROCESS_SECONDS)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"it still runs, its output: {cli.output()}")
-    complaints = [line for line in ended.messages if line.startswith("chunkq: queue: ")]
-    assert (ended.code, len(complaints)) == (1, 1), ended.err
-    assert SECRET not in ended.err
+            pytest.fail(f"the worker still runs: {cli.output()}")
+    errors = [line for line in result.messages if line.startswith("chunkq: queue: ")]
+    assert (result.code, len(errors)) == (1, 1), result.err
+    assert SECRET not in result.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_as_a_process_of_its_own_says_so_within_seconds(
+def test_every_command_reports_an_unreachable_queue_within_seconds(
     command: str, stage: Stage
 ) -> None:
     url = f"redis://:{CODED}@127.0.0.1:{free_port()}/0"
-    began = time.monotonic()
+    start = time.monotonic()
     answer = stage.workspace.run(*stage.arguments(command), CHUNKQ_QUEUE=url)
-    assert time.monotonic() - began < LONGEST_PROCESS
-    answer.refused(1, "cannot be reached")
+    assert time.monotonic() - start < MAX_PROCESS_SECONDS
+    answer.refused(1, ErrorCode.QUEUE_UNAVAILABLE, "Connection refused")
     assert (answer.out, len(answer.err.splitlines())) == ("", 1)
 
 
-def test_run_asks_the_queue_before_it_tries_the_network(stage: Stage) -> None:
-    with mock.patch("chunkq_producer.commands.run.check_model", return_value=WELL_TRIED) as probe:
+def test_run_connects_to_the_queue_before_it_checks_the_model(stage: Stage) -> None:
+    with mock.patch(
+        "chunkq_producer.commands.run.check_model", return_value=MODEL_CHECK_RESULT
+    ) as check_model:
         queue = f"redis://127.0.0.1:{free_port()}/0"
         stage.workspace.call(*stage.arguments("run"), "--queue", queue).refused(
-            1, "cannot be reached"
+            1, ErrorCode.QUEUE_UNAVAILABLE, "Connection refused"
         )
-    probe.assert_not_called()
+    check_model.assert_not_called()
 
 
-def test_silence_is_told_within_five_seconds(servers: Servers) -> None:
+def test_a_silent_server_is_reported_within_five_seconds(servers: Servers) -> None:
     def seconds_until_refused(url: str) -> float:
-        began = time.monotonic()
-        with pytest.raises(QueueError, match="does not answer"):
+        start = time.monotonic()
+        with pytest.raises(QueueError, match="Timeout"):
             open_executor(url)
-        return time.monotonic() - began
+        return time.monotonic() - start
 
-    with black_hole() as nobody, speaker(b"") as silent, ThreadPoolExecutor() as pool:
-        urls = (f"redis://127.0.0.1:{nobody}", f"redis://127.0.0.1:{silent}")
+    with black_hole() as unreachable, answering_port(b"") as silent, ThreadPoolExecutor() as pool:
+        urls = (f"redis://127.0.0.1:{unreachable}", f"redis://127.0.0.1:{silent}")
         no_tls = f"rediss://{servers.address()}"
-        assert max(pool.map(seconds_until_refused, (*urls, no_tls))) < LONGEST_ANSWER
+        assert max(pool.map(seconds_until_refused, (*urls, no_tls))) < MAX_CALL_SECONDS
 
 
-# Addresses that are none, and passwords that were not encoded.
+# Invalid addresses, and passwords that are not encoded.
 
 
 @pytest.mark.parametrize("command", ["produce", "jobs"])
@@ -496,11 +524,13 @@ def test_silence_is_told_within_five_seconds(servers: Servers) -> None:
         f"redis://:{SECRET}",
     ],
 )
-def test_an_address_that_is_none_is_refused_with_the_form_of_one(
+def test_the_error_for_an_invalid_address_shows_the_expected_form(
     url: str, command: str, stage: Stage
 ) -> None:
     form = "redis://[user:password@]host[:port]"
-    stage.leaves_all_as_it_was(command, url, "is no Redis address", form, "%-codes")
+    stage.assert_refused_without_writes(
+        command, url, ErrorCode.QUEUE_ADDRESS_INVALID, form, "%-codes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -513,17 +543,17 @@ def test_an_address_that_is_none_is_refused_with_the_form_of_one(
         f"rediss+tls://me:{SECRET}/{SECRET}@host",
     ],
 )
-def test_a_misspelt_kind_of_queue_does_not_show_the_password(url: str, stage: Stage) -> None:
+def test_the_error_for_an_unknown_scheme_does_not_show_the_password(url: str, stage: Stage) -> None:
     answer = stage.workspace.call("jobs", "--queue", url)
-    answer.refused(2, "is no queue this version knows", "redis://")
+    answer.refused(2, ErrorCode.QUEUE_ADDRESS_INVALID, "redis://")
     assert SECRET not in answer.err
 
 
-# What works.
+# Supported servers and addresses.
 
 
 @pytest.mark.parametrize("password", ["", PASSWORD])
-def test_a_socket_is_a_queue_as_any_other(password: str, stage: Stage, tmp_path: Path) -> None:
+def test_a_unix_socket_is_supported(password: str, stage: Stage, tmp_path: Path) -> None:
     with redis_server(password or None, f"unixsocket {tmp_path}/redis.sock\n"):
         secret = f"?password={quote(password, safe='')}" if password else ""
         queue = ("--queue", f"unix://{tmp_path}/redis.sock{secret}")
@@ -536,37 +566,35 @@ def test_a_socket_is_a_queue_as_any_other(password: str, stage: Stage, tmp_path:
     assert "4 queued, 0 running, 0 failed" in answers[1].out
     assert "4 chunks taken off the queue" in answers[2].out
     assert SECRET not in str(answers)
-    assert not holds_secret(stage.folder)
+    assert not files_with_secret(stage.folder)
 
 
 @pytest.mark.parametrize("password", ["s3cr3t+~!$&'()*,;=", "s3cr3t@s3cr3t", "s3cr3t:s3cr3t"])
-def test_a_password_that_need_not_be_encoded_works_and_does_not_show(
-    password: str, stage: Stage
-) -> None:
+def test_a_password_without_encoding_works_and_is_not_shown(password: str, stage: Stage) -> None:
     with redis_server(password) as server:
         answer = stage.workspace.call("produce", "new.json", "--queue", server.url).ok()
     assert "4 newly queued" in answer.out
     assert SECRET not in answer.out + answer.err
-    assert not holds_secret(stage.folder)
+    assert not files_with_secret(stage.folder)
 
 
-def test_a_job_over_tls_shows_its_password_nowhere(
+def test_a_job_over_tls_does_not_reveal_the_password(
     servers: Servers, standard_job: StandardJob, tmp_path: Path
 ) -> None:
     host = servers.address(port=servers.tls_port)
     url = f"rediss://{host}?ssl_ca_certs={servers.certificate}"
     workspace = standard_job.workspace(tmp_path, url=url)
-    said = []
+    outputs = []
     command = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1")
     with workspace.start(*command, NET_HOLD="forward", NET_AFTER="5") as cli:
         worker = workspace.wait_until_stopped()
         assert worker in cli.children()
-        everyone = [cli.process.pid, *cli.known]
-        said += [" ".join(psutil.Process(pid).cmdline()) for pid in everyone]
+        pids = [cli.process.pid, *cli.known]
+        outputs += [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
         for arguments in (("status",), ("jobs",), ("status", str(workspace.output), "--json")):
             answer = workspace.call(*arguments)
             assert answer.code == 0, answer.err
-            said.append(answer.out + answer.err)
+            outputs.append(answer.out + answer.err)
         workspace.open_gate()
         assert cli.wait().code == 0, cli.output()
     assert "complete: " in cli.output()
@@ -576,14 +604,14 @@ def test_a_job_over_tls_shows_its_password_nowhere(
     ):
         answer = workspace.call(*arguments)
         assert answer.code == 0, answer.err
-        said.append(answer.out + answer.err)
+        outputs.append(answer.out + answer.err)
     assert "queue" not in json.loads((workspace.job_folder / "job.json").read_text())["job"]
     assert (workspace.epoch_folder / "report.json").exists()
-    assert SECRET not in "\n".join(said)
-    assert not holds_secret(tmp_path)
+    assert SECRET not in "\n".join(outputs)
+    assert not files_with_secret(tmp_path)
 
 
-# Full.
+# A full server.
 
 
 @pytest.fixture
@@ -592,7 +620,7 @@ def own_redis() -> Iterator[RedisServer]:
         yield server
 
 
-def test_produce_into_a_full_redis_is_refused_and_the_rest_follows(
+def test_produce_on_a_full_redis_fails_and_resume_queues_the_rest(
     stage: Stage, own_redis: RedisServer
 ) -> None:
     queue = ("--queue", own_redis.url)
@@ -601,28 +629,28 @@ def test_produce_into_a_full_redis_is_refused_and_the_rest_follows(
         "large.json", input="large.zarr", output="new.zarr", chunksize=[8, 8]
     )
     with own_redis.client as client:
-        # About 2 MB in all, which is some room beyond what an empty server takes.
+        # 1 MB more than an empty server uses.
         client.config_set("maxmemory", client.info("memory")["used_memory"] + 1_000_000)
         answer = stage.workspace.call("produce", job, *queue)
-        answer.refused(1, "has no memory left", "maxmemory", "chunkq produce --resume")
+        answer.refused(1, ErrorCode.QUEUE_FULL, "maxmemory", "chunkq produce --resume")
         assert len(answer.err.splitlines()) == 1, answer.err
-        found = json.loads(
+        status = json.loads(
             stage.workspace.call("status", stage.folder / "new.zarr", "--json", *queue).ok().out
         )
-        assert 0 < found["queued"] < found["chunks"] == 3600
+        assert 0 < status["queued"] < status["chunks"] == 3600
         client.config_set("maxmemory", 0)
         answer = stage.workspace.call("produce", job, "--resume", *queue).ok()
-        assert f"3600 chunks, 0 done, {3600 - found['queued']} newly queued" in answer.out
+        assert f"3600 chunks, 0 done, {3600 - status['queued']} newly queued" in answer.out
         (name,) = client.keys("rq:queue:*")
         assert len(set(client.lrange(name, 0, -1))) == client.llen(name) == 3600
 
 
-def test_a_full_redis_lets_jobs_be_cancelled(stage: Stage, own_redis: RedisServer) -> None:
+def test_jobs_on_a_full_redis_can_be_cancelled(stage: Stage, own_redis: RedisServer) -> None:
     queue = ("--queue", own_redis.url)
     stage.workspace.call("produce", "new.json", *queue).ok()
     with own_redis.client as client:
         client.config_set("maxmemory", "100kb")
-        stage.refuses("finalize", own_redis.url, "has no memory left", "maxmemory")
+        stage.assert_refused("finalize", own_redis.url, ErrorCode.QUEUE_FULL, "maxmemory")
         answer = stage.workspace.call("cancel", stage.folder / "new.zarr", *queue).ok()
     assert "4 chunks taken off the queue" in answer.out
 
@@ -636,50 +664,49 @@ def test_workers_empty_a_full_redis(
         client.config_set("maxmemory", "100kb")
     with workspace.start("work", "--burst", "--gpus", "none") as cli:
 
-        def complains() -> bool:
-            return "has no memory left" in cli.output()
+        def reports_full_queue() -> bool:
+            return "maxmemory" in cli.output()
 
-        wait_until(lambda: complains() or cli.process.poll() is not None, "it ends or complains")
-        assert not complains(), cli.output()
+        wait_until(lambda: reports_full_queue() or cli.process.poll() is not None, "it ends")
+        assert not reports_full_queue(), cli.output()
         assert cli.wait().code == 0
     assert len(workspace.done()) == 24
 
 
-# Not the queue's fault.
+# Errors with other causes.
 
 
 @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
-def test_a_job_outside_allow_is_refused_and_stays_on_the_queue(
+def test_a_job_outside_allow_is_rejected_and_stays_on_the_queue(
     quiet: tuple[str, ...], stage: Stage, redis: RedisServer
 ) -> None:
     stage.workspace.call("produce", "new.json", "--queue", redis.url).ok()
     allowed = stage.folder / "new.zarr.chunkq-not"
     work = (*stage.arguments("work"), "--allow", allowed, *quiet)
     with stage.workspace.start(*work, CHUNKQ_QUEUE=redis.url) as cli:
-        ended = cli.wait(60)
-    code, said = ended.code, ended.err
-    complaints = [line for line in said.splitlines() if "this worker only runs" in line]
-    assert (code, len(complaints)) == (1, 1), said
-    assert complaints[0].startswith("chunkq: "), said
-    assert f"from below {allowed}; found outside: job folder" in complaints[0]
-    assert f"--allow {stage.folder} too, or set CHUNKQ_ALLOW" in complaints[0]
-    assert "Traceback" not in said
+        result = cli.wait(60)
+    errors = [line for line in result.err.splitlines() if "CHUNKQ_ALLOW" in line]
+    assert (result.code, len(errors)) == (1, 1), result.err
+    assert errors[0].startswith("chunkq: "), result.err
+    assert str(allowed) in errors[0]
+    assert f"--allow {stage.folder}" in errors[0]
+    assert "Traceback" not in result.err
     with contextlib.closing(open_executor(redis.url)) as executor:
         counts = executor.counts(str(stage.folder / "new.zarr.chunkq"))
     assert (counts.queued, counts.running, counts.failed) == (4, 0, 0)
 
 
-def test_without_the_extra_one_line_names_it(stage: Stage) -> None:
+def test_the_error_for_a_missing_package_names_the_extra(stage: Stage) -> None:
     hide = "import sys; sys.modules['rq'] = None; from chunkq.cli import main; sys.exit(main())"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", hide, "jobs", "--queue", f"redis://:{CODED}@127.0.0.1"],
         env=stage.workspace.env,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "chunkq: queue: redis:// needs a package that is not installed; "
-        "pip install 'chunkq[redis]'\n"
+    assert result.stdout == ""
+    CommandResult(result.returncode, result.stdout, result.stderr).refused(
+        1, ErrorCode.PACKAGE_MISSING, "redis://", "package rq", "pip install 'chunkq[redis]'"
     )
+    assert len(result.stderr.splitlines()) == 1

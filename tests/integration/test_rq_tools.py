@@ -1,4 +1,4 @@
-"""RQ's own tools see the true state of chunkq's queues, and whatever they do there does no harm."""
+"""Tests with the tools of RQ, which show the state of chunkq's queues and change it safely."""
 
 import base64
 import json
@@ -37,12 +37,12 @@ from tests.harness.waiting import wait_until
 RQ = Path(sys.executable).parent / "rq"
 JOB = "/data/brain.zarr.chunkq"
 CHUNKS = 24
-"""Of the real job."""
+"""Chunks of the standard job."""
 
 
 def rq(url: str, *arguments: str) -> str:
-    """Run RQ's command; returns what it prints."""
-    done = subprocess.run(
+    """Run the command `rq` and return its output."""
+    result = subprocess.run(
         [RQ, *arguments],
         env=os.environ | {"RQ_REDIS_URL": url, "COLUMNS": "200"},
         stdin=subprocess.DEVNULL,
@@ -50,14 +50,14 @@ def rq(url: str, *arguments: str) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert arguments[0] == "worker" or "Traceback" not in done.stderr, done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stderr
+    assert arguments[0] == "worker" or "Traceback" not in result.stderr, result.stderr
+    return result.stdout
 
 
 def every_value(client: redis_client.Redis) -> dict[str, list[bytes]]:
-    """All that a database holds, by key."""
-    found = {}
+    """Return all values of a database by key."""
+    all_values = {}
     for key in client.scan_iter():
         kind = client.type(key)
         if kind == b"string":
@@ -75,27 +75,27 @@ def every_value(client: redis_client.Redis) -> dict[str, list[bytes]]:
             values = [
                 part for _, row in client.xrange(key) for pair in row.items() for part in pair
             ]
-        found[key.decode()] = values
-    return found
+        all_values[key.decode()] = values
+    return all_values
 
 
-def holds_pickle(value: bytes) -> bool:
-    """Tell whether a value is a pickle of any protocol since 2, packed as RQ packs or not."""
-    packed = [value]
+def is_pickle(value: bytes) -> bool:
+    """Return whether a value is a pickle (protocol 2 or later), encoded or compressed by RQ."""
+    candidates = [value]
     with suppress(ValueError):
-        packed.append(base64.b64decode(value, validate=True))
-    for one in tuple(packed):
+        candidates.append(base64.b64decode(value, validate=True))
+    for candidate in tuple(candidates):
         with suppress(zlib.error):
-            packed.append(zlib.decompress(one))
-    return any(one.startswith(b"\x80") and one.endswith(b".") for one in packed)
+            candidates.append(zlib.decompress(candidate))
+    return any(c.startswith(b"\x80") and c.endswith(b".") for c in candidates)
 
 
-# A real worker, watched through RQ.
+# A worker, observed with RQ.
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What RQ's tools told about a real job, before, while, and after its chunks were done."""
+class Observation:
+    """Output of RQ's tools for a job: before, during and after the run of its worker."""
 
     workspace: StandardWorkspace
     server: RedisServer
@@ -109,10 +109,10 @@ class Watched:
     stored: dict[str, list[bytes]]
     resumed: str
     code: int
-    left: dict[str, list[bytes]]
+    remaining: dict[str, list[bytes]]
 
 
-def look_at_workers(client: redis_client.Redis) -> list[dict[str, Any]]:
+def worker_states(client: redis_client.Redis) -> list[dict[str, Any]]:
     return [
         {
             "name": worker.name,
@@ -129,7 +129,7 @@ def look_at_workers(client: redis_client.Redis) -> list[dict[str, Any]]:
     ]
 
 
-def look_at_queues(client: redis_client.Redis) -> dict[str, int]:
+def queue_counts(client: redis_client.Redis) -> dict[str, int]:
     (queue,) = Queue.all(client, serializer=JSONSerializer)
     return {
         "queued": queue.count,
@@ -143,7 +143,7 @@ def look_at_queues(client: redis_client.Redis) -> dict[str, int]:
     }
 
 
-def look_at_job(client: redis_client.Redis, job_id: str) -> dict[str, Any]:
+def job_state(client: redis_client.Redis, job_id: str) -> dict[str, Any]:
     job = Job.fetch(job_id, client, serializer=JSONSerializer)
     return {
         "status": job.get_status(),
@@ -158,16 +158,16 @@ def look_at_job(client: redis_client.Redis, job_id: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def watched(
+def observed(
     standard_job: StandardJob, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Watched]:
-    """Hold a worker with two chunks in flight, look around, delete two tasks, let it go on."""
-    folder = tmp_path_factory.mktemp("watched")
+) -> Iterator[Observation]:
+    """Block a worker with two chunks in flight, observe it, delete two tasks, let it continue."""
+    folder = tmp_path_factory.mktemp("observed")
     with redis_server() as server, server.client as client:
         workspace = standard_job.workspace(folder, url=server.url)
         workspace.produce()
         info = {"before": rq(server.url, "info", "--raw")}
-        counts = {"before": look_at_queues(client)}
+        counts = {"before": queue_counts(client)}
         jobs, workers = {}, {}
         work = ("work", "--gpus", "none", "--depth", "2")
         with workspace.start(
@@ -176,34 +176,37 @@ def watched(
             workspace.wait_until_stopped()
             workspace.wait_for_chunks_in_flight(2)
             (queue,) = Queue.all(client, serializer=JSONSerializer)
-            # Its first heartbeat may not have known yet what it holds; the next one does.
+            # The first heartbeat may precede the leases, the next one does not.
             with suppress(AssertionError):
-                wait_until(lambda: look_at_workers(client)[0]["state"] == "busy", "it is busy", 6)
+                wait_until(
+                    lambda: worker_states(client)[0]["state"] == "busy", "the worker is busy", 6
+                )
             running = queue.started_job_registry.get_job_ids()
             last = queue.job_ids[-1]
             info["while"] = rq(server.url, "info", "--raw")
             info["of workers"] = rq(server.url, "info", "--raw", "--by-queue")
-            counts["while"] = look_at_queues(client)
-            workers["while"] = look_at_workers(client)
-            jobs = {i: look_at_job(client, i) for i in (*running, last)}
+            counts["while"] = queue_counts(client)
+            workers["while"] = worker_states(client)
+            jobs = {i: job_state(client, i) for i in (*running, last)}
             stored = every_value(client)
             deleted = {"running": running[0], "queued": last}
             for job_id in deleted.values():
                 Job.fetch(job_id, client, serializer=JSONSerializer).delete()
             workspace.open_gate()
-            wait_until(lambda: len(workspace.done()) == CHUNKS - 1, "all but the deleted are done")
             wait_until(
-                lambda: look_at_workers(client)[0]["state"] == "idle", "the worker is at rest"
+                lambda: len(workspace.done()) == CHUNKS - 1,
+                "all chunks but the deleted one are done",
             )
-            workers["at rest"] = look_at_workers(client)
+            wait_until(lambda: worker_states(client)[0]["state"] == "idle", "the worker is idle")
+            workers["idle"] = worker_states(client)
             resumed = workspace.produce("--resume").out
-            wait_until(lambda: len(workspace.done()) == CHUNKS, "the deleted one is done too")
+            wait_until(lambda: len(workspace.done()) == CHUNKS, "the deleted chunk is done")
             wait_until(lambda: not client.exists("chunkq:queues"), "the queue is empty")
             cli.process.send_signal(signal.SIGTERM)
             code = cli.wait().code
-        workers["after"] = look_at_workers(client)
+        workers["after"] = worker_states(client)
         info["after"] = rq(server.url, "info", "--raw")
-        yield Watched(
+        yield Observation(
             workspace=workspace,
             server=server,
             name=queue.name,
@@ -216,70 +219,70 @@ def watched(
             stored=stored,
             resumed=resumed,
             code=code,
-            left=every_value(client),
+            remaining=every_value(client),
         )
 
 
 def test_each_job_is_a_queue_named_after_its_output_with_the_right_counts(
-    watched: Watched,
+    observed: Observation,
 ) -> None:
     none = {"finished": 0, "deferred": 0, "scheduled": 0, "failed": 0}
-    some = {"queued": CHUNKS, "listed": CHUNKS, "fetched": CHUNKS, "started": 0}
-    assert watched.counts["before"] == some | none
+    all_queued = {"queued": CHUNKS, "listed": CHUNKS, "fetched": CHUNKS, "started": 0}
+    assert observed.counts["before"] == all_queued | none
     fewer = dict.fromkeys(("queued", "listed", "fetched"), CHUNKS - 2)
-    assert watched.counts["while"] == fewer | {"started": 2} | none
-    assert watched.name.startswith("out.zarr-")
+    assert observed.counts["while"] == fewer | {"started": 2} | none
+    assert observed.name.startswith("out.zarr-")
 
 
-def test_rq_info_shows_the_queue_and_its_worker(watched: Watched) -> None:
-    queue = f"queue {watched.name} {CHUNKS}, 0 executing, 0 finished, 0 failed"
-    assert watched.info["before"].split("\n") == [queue, ""]
-    first, second, *rest = watched.info["while"].split("\n")
-    assert first == f"queue {watched.name} {CHUNKS - 2}, 2 executing, 0 finished, 0 failed"
-    (worker,) = watched.workers["while"]
+def test_rq_info_shows_the_queue_and_its_worker(observed: Observation) -> None:
+    queue = f"queue {observed.name} {CHUNKS}, 0 executing, 0 finished, 0 failed"
+    assert observed.info["before"].split("\n") == [queue, ""]
+    first, second, *rest = observed.info["while"].split("\n")
+    assert first == f"queue {observed.name} {CHUNKS - 2}, 2 executing, 0 finished, 0 failed"
+    (worker,) = observed.workers["while"]
     assert second.startswith(f"worker {worker['name']} (")
-    assert f"{worker['pid']}) busy {watched.name}." in second
+    assert f"{worker['pid']}) busy {observed.name}." in second
     assert second.endswith("jobs: 0 finished, 0 failed")
     assert rest == [""]
-    assert f"{watched.name}: {worker['name']} (busy)" in watched.info["of workers"]
-    assert watched.info["after"] == ""
+    assert f"{observed.name}: {worker['name']} (busy)" in observed.info["of workers"]
+    assert observed.info["after"] == ""
 
 
-def test_a_busy_worker_is_listed_with_its_current_job(watched: Watched) -> None:
-    (worker,) = watched.workers["while"]
-    assert (worker["state"], worker["queues"]) == ("busy", [watched.name])
-    assert worker["job"] in watched.running
+def test_a_busy_worker_is_listed_with_its_current_job(observed: Observation) -> None:
+    (worker,) = observed.workers["while"]
+    assert (worker["state"], worker["queues"]) == ("busy", [observed.name])
+    assert worker["job"] in observed.running
     assert (worker["done"], worker["failed"]) == (0, 0)
     assert worker["host"] == os.uname().nodename
     assert worker["name"].startswith(f"{worker['host']}:cpu:")
 
 
-def test_a_worker_at_rest_is_listed_as_idle(watched: Watched) -> None:
-    (worker,), (before,) = watched.workers["at rest"], watched.workers["while"]
+def test_an_idle_worker_is_listed_as_idle(observed: Observation) -> None:
+    (worker,), (before,) = observed.workers["idle"], observed.workers["while"]
     assert (worker["state"], worker["job"]) == ("idle", None)
     assert (worker["name"], worker["pid"]) == (before["name"], before["pid"])
     assert worker["seen"] > before["seen"]
-    # All but the one deleted before it was begun; what was deleted meanwhile may not be counted.
+    # Not the task that was deleted while queued; the one deleted while running may be missing, too.
     assert CHUNKS - 2 <= worker["done"] <= CHUNKS - 1
     assert worker["failed"] == 0
 
 
-def test_a_worker_that_has_left_is_not_listed(watched: Watched) -> None:
-    assert watched.code == 0
-    assert watched.workers["after"] == []
+def test_a_worker_that_has_ended_is_not_listed(observed: Observation) -> None:
+    assert observed.code == 0
+    assert observed.workers["after"] == []
 
 
-def test_jobs_can_be_fetched_and_read(watched: Watched) -> None:
-    (worker,) = watched.workers["while"]
-    plan = watched.workspace.job.plan
-    for job_id, job in watched.jobs.items():
+def test_jobs_can_be_fetched_and_read(observed: Observation) -> None:
+    (worker,) = observed.workers["while"]
+    plan = observed.workspace.job.plan
+    for job_id, job in observed.jobs.items():
         assert job["function"] == "chunkq.infer"
         (task,) = job["arguments"]
-        assert (task["kind"], task["job"]) == ("infer", str(watched.workspace.job_folder))
+        assert (task["kind"], task["job"]) == ("infer", str(observed.workspace.job_folder))
         assert tuple(task["chunk"]) in set(plan.indices())
-        assert job["origin"] == watched.name
+        assert job["origin"] == observed.name
         assert job["enqueued"] is not None
-        if job_id in watched.running:
+        if job_id in observed.running:
             assert (job["status"], job["worker"]) == (JobStatus.STARTED, worker["name"])
             assert job["started"] >= job["enqueued"]
             assert job["position"] is None
@@ -288,36 +291,36 @@ def test_jobs_can_be_fetched_and_read(watched: Watched) -> None:
             assert job["position"] == CHUNKS - 3
 
 
-def test_what_is_deleted_while_it_runs_is_done_and_what_is_deleted_before_can_be_resumed(
-    watched: Watched,
+def test_a_task_deleted_while_running_completes_and_one_deleted_while_queued_can_be_resumed(
+    observed: Observation,
 ) -> None:
-    assert f"{CHUNKS} chunks, {CHUNKS - 1} done, 1 newly queued" in watched.resumed
-    assert set(watched.deleted) == {"running", "queued"}
-    assert len(watched.workspace.done()) == CHUNKS
-    assert set(watched.workspace.computed().values()) == {1}
-    assert watched.workspace.finalize().code == 0
-    assert watched.workspace.report()["missing"] == []
+    assert f"{CHUNKS} chunks, {CHUNKS - 1} done, 1 newly queued" in observed.resumed
+    assert set(observed.deleted) == {"running", "queued"}
+    assert len(observed.workspace.done()) == CHUNKS
+    assert set(observed.workspace.computed().values()) == {1}
+    assert observed.workspace.finalize().code == 0
+    assert observed.workspace.report()["missing"] == []
 
 
-def test_after_a_job_redis_holds_nothing_of_it(watched: Watched) -> None:
-    (worker,) = watched.workers["while"]
-    # What RQ remembers of a worker for a minute, and the server's last sign of life.
-    assert set(watched.left) == {f"rq:worker:{worker['name']}", "chunkq:seen"}
-    with watched.server.client as client:
+def test_a_finished_job_leaves_no_keys_in_redis(observed: Observation) -> None:
+    (worker,) = observed.workers["while"]
+    # RQ keeps the entry of a worker for a minute.
+    assert set(observed.remaining) == {f"rq:worker:{worker['name']}", "chunkq:seen"}
+    with observed.server.client as client:
         assert 0 < client.ttl(f"rq:worker:{worker['name']}") <= 60
 
 
-def test_nothing_stored_is_a_pickle(watched: Watched) -> None:
-    assert len(watched.stored) > CHUNKS
-    for key, values in (watched.stored | watched.left).items():
-        assert not any(map(holds_pickle, values)), key
-    # The test can fail: this is how RQ itself would have stored it.
-    with watched.server.client as client:
-        usual = Job.create(print, ("x",), connection=client).to_dict()["data"]
-    assert holds_pickle(usual)
+def test_no_stored_value_is_a_pickle(observed: Observation) -> None:
+    assert len(observed.stored) > CHUNKS
+    for key, values in (observed.stored | observed.remaining).items():
+        assert not any(map(is_pickle, values)), key
+    # Verify the check with a job in the default format of RQ.
+    with observed.server.client as client:
+        pickled = Job.create(print, ("x",), connection=client).to_dict()["data"]
+    assert is_pickle(pickled)
 
 
-# What RQ's tools change.
+# Changes by the tools of RQ.
 
 
 @pytest.fixture
@@ -343,32 +346,29 @@ def tasks(count: int) -> list[Task]:
     return [Task("infer", JOB, (number, 0)) for number in range(count)]
 
 
-def work_off(executor: RqExecutor, handler: Handler | None = None) -> list[Task]:
-    """Work until nothing is left; returns what was begun, in order."""
-    begun: list[Task] = []
+def run_all_tasks(executor: RqExecutor, handler: Handler | None = None) -> list[Task]:
+    """Run a worker until no task is queued; return the started tasks in order."""
+    started: list[Task] = []
 
     def run(task: Task, attempt: Attempt) -> None:
-        begun.append(task)
+        started.append(task)
         if handler is not None:
             handler(task, attempt)
 
     with suppress(ChunkqError):
         executor.run_tasks(run, WorkerOptions("host:cpu:worker", burst=True))
-    return begun
+    return started
 
 
 def fails(task: Task, attempt: Attempt) -> None:
     raise ArithmeticError(f"a poisonous voxel in {task.chunk}")
 
 
-def take_and_vanish(executor: RqExecutor, seconds: float = 0.05) -> Lease:
-    """Begin a task as a worker that is not heard of again; returns once its lease has run out.
-
-    RQ's clock ticks in whole seconds.
-    """
+def reserve_and_expire(executor: RqExecutor, seconds: float = 0.05) -> Lease:
+    """Lease a task and wait until the lease expires, in units of a second as RQ does."""
     lease = executor.reserve(WorkerOptions("host:cpu:gone", settings=WorkerSettings(lease=seconds)))
     assert lease is not None
-    wait_until(lambda: int(time.time()) > lease.since + seconds, "the lease has run out")
+    wait_until(lambda: int(time.time()) > lease.since + seconds, "the lease expires")
     return lease
 
 
@@ -376,7 +376,7 @@ def test_a_failed_job_has_its_traceback_in_its_latest_result(
     executor: RqExecutor, queue: Queue, client: redis_client.Redis, redis: RedisServer
 ) -> None:
     executor.submit(tasks(1))
-    assert len(work_off(executor, fails)) == MAX_ATTEMPTS
+    assert len(run_all_tasks(executor, fails)) == MAX_ATTEMPTS
     (job_id,) = queue.failed_job_registry.get_job_ids()
     job = Job.fetch(job_id, client, serializer=JSONSerializer)
     assert (job.get_status(), job.is_failed) == (JobStatus.FAILED, True)
@@ -387,20 +387,20 @@ def test_a_failed_job_has_its_traceback_in_its_latest_result(
     assert "ArithmeticError: a poisonous voxel in (0, 0)" in result.exc_string
     assert "0 executing, 0 finished, 1 failed" in rq(redis.url, "info", "--raw")
     for key, values in every_value(client).items():
-        assert not any(map(holds_pickle, values)), key
+        assert not any(map(is_pickle, values)), key
 
 
 @pytest.mark.parametrize("how", ["rq requeue --all", "rq requeue ID", "requeue", "registry"])
-def test_what_rq_requeues_is_done(
+def test_a_task_that_rq_requeues_is_run(
     how: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis, redis: RedisServer
 ) -> None:
     executor.submit(tasks(2))
-    work_off(executor, fails)
+    run_all_tasks(executor, fails)
     failed = sorted(queue.failed_job_registry.get_job_ids())
     assert len(failed) == 2
     if how == "rq requeue --all":
-        said = rq(redis.url, "requeue", "--all", "--queue", queue.name)
-        assert "Requeueing 2 jobs from failed queue" in said
+        output = rq(redis.url, "requeue", "--all", "--queue", queue.name)
+        assert "Requeueing 2 jobs from failed queue" in output
     elif how == "rq requeue ID":
         rq(redis.url, "requeue", "--queue", queue.name, *failed)
     else:
@@ -410,26 +410,26 @@ def test_what_rq_requeues_is_done(
             else:
                 Job.fetch(job_id, client, serializer=JSONSerializer).requeue()
     assert executor.counts(JOB) == Counts(queued=2)
-    assert sorted(work_off(executor), key=lambda task: task.chunk) == tasks(2)
+    assert sorted(run_all_tasks(executor), key=lambda task: task.chunk) == tasks(2)
     assert executor.counts(JOB) == Counts()
     assert not client.keys("rq:job:*")
 
 
-def test_what_rq_requeues_and_fails_again_is_failed_again(
+def test_a_task_that_rq_requeues_can_fail_again(
     executor: RqExecutor, queue: Queue, redis: RedisServer
 ) -> None:
     executor.submit(tasks(1))
-    work_off(executor, fails)
+    run_all_tasks(executor, fails)
     rq(redis.url, "requeue", "--all", "--queue", queue.name)
-    assert set(work_off(executor, fails)) == set(tasks(1))
+    assert set(run_all_tasks(executor, fails)) == set(tasks(1))
     assert executor.counts(JOB) == Counts(failed=1)
     assert executor.failed(JOB) == tasks(1)
     assert executor.retry(JOB) == 1
-    assert work_off(executor) == tasks(1)
+    assert run_all_tasks(executor) == tasks(1)
 
 
 def clean(how: str, queue: Queue, url: str) -> None:
-    """Have RQ look for jobs whose workers are gone, as several of its tools do in passing."""
+    """Make RQ requeue the jobs of lost workers, as several of its tools do."""
     if how == "rq info":
         rq(url, "info")
     elif how == "a count":
@@ -442,24 +442,24 @@ HOW_TO_CLEAN = pytest.mark.parametrize("how", ["rq info", "a count", "clean_regi
 
 
 @HOW_TO_CLEAN
-def test_a_lease_that_ran_out_is_requeued_by_rq_and_the_chunk_is_done(
+def test_an_expired_lease_is_requeued_by_rq_and_the_task_is_run(
     how: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis, redis: RedisServer
 ) -> None:
     executor.submit(tasks(2))
-    lost = take_and_vanish(executor)
+    lost = reserve_and_expire(executor)
     clean(how, queue, redis.url)
     assert queue.count == 2
     assert executor.counts(JOB) == Counts(queued=2)
     attempts = {}
-    begun = work_off(executor, lambda task, attempt: attempts.update({task: attempt.number}))
-    assert set(begun) == set(tasks(2))
+    started = run_all_tasks(executor, lambda task, attempt: attempts.update({task: attempt.number}))
+    assert set(started) == set(tasks(2))
     assert attempts[lost.task] == 2
-    executor.ack(lost)  # its worker was only asleep
+    executor.ack(lost)  # the worker was suspended
     assert executor.counts(JOB) == Counts()
     assert not client.keys("rq:job:*")
 
 
-def test_a_lease_that_holds_is_left_alone_by_rq(
+def test_rq_does_not_change_a_valid_lease(
     executor: RqExecutor, queue: Queue, redis: RedisServer
 ) -> None:
     executor.submit(tasks(2))
@@ -473,7 +473,7 @@ def test_a_lease_that_holds_is_left_alone_by_rq(
 
 
 @HOW_TO_CLEAN
-def test_a_chunk_whose_last_lease_ran_out_is_failed_by_rq_and_can_be_retried(
+def test_a_task_whose_last_lease_expires_is_failed_by_rq_and_can_be_retried(
     how: str, executor: RqExecutor, queue: Queue, redis: RedisServer
 ) -> None:
     executor.submit(tasks(1))
@@ -481,17 +481,17 @@ def test_a_chunk_whose_last_lease_ran_out_is_failed_by_rq_and_can_be_retried(
         lease = executor.reserve(WorkerOptions("host:cpu:worker"))
         assert lease is not None
         executor.nack(lease, ArithmeticError("once more"))
-    take_and_vanish(executor)
+    reserve_and_expire(executor)
     clean(how, queue, redis.url)
     assert executor.counts(JOB) == Counts(failed=1)
     assert executor.failed(JOB) == tasks(1)
     assert executor.retry(JOB) == 1
-    assert work_off(executor) == tasks(1)
+    assert run_all_tasks(executor) == tasks(1)
     assert executor.counts(JOB) == Counts()
 
 
 @pytest.mark.parametrize("how", ["rq empty", "empty", "delete"])
-def test_an_emptied_queue_leaves_what_runs_and_can_be_filled_again(
+def test_an_emptied_queue_keeps_running_tasks_and_can_be_filled_again(
     how: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis, redis: RedisServer
 ) -> None:
     executor.submit(tasks(4))
@@ -510,13 +510,13 @@ def test_an_emptied_queue_leaves_what_runs_and_can_be_filled_again(
     assert executor.counts(JOB) == Counts()
     assert executor.jobs() == {}
     assert executor.submit(tasks(4)) == 4
-    assert work_off(executor) == tasks(4)
+    assert run_all_tasks(executor) == tasks(4)
     assert set(every_value(client)) == {"rq:worker:host:cpu:worker", "chunkq:seen"}
 
 
 @pytest.mark.parametrize("how", ["delete", "cancel"])
-@pytest.mark.parametrize("ends", ["finish", "fail", "hand_back", "release"])
-def test_a_job_taken_away_while_it_runs_ends_without_a_trace(
+@pytest.mark.parametrize("ends", ["ack", "nack", "requeue", "release"])
+def test_a_task_removed_while_running_leaves_no_keys(
     how: str, ends: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(3))
@@ -525,7 +525,7 @@ def test_a_job_taken_away_while_it_runs_ends_without_a_trace(
     job = Job.fetch(lease.task.id, client, serializer=JSONSerializer)
     getattr(job, how)()
     executor.renew(WorkerOptions("host:cpu:worker"), [lease])
-    if ends == "fail":
+    if ends == "nack":
         executor.nack(lease, ArithmeticError("too late"))
     elif ends == "release":
         executor.release("host:cpu:worker")
@@ -533,58 +533,58 @@ def test_a_job_taken_away_while_it_runs_ends_without_a_trace(
         getattr(executor, ends)(lease)
     counts = executor.counts(JOB)
     assert (counts.running, counts.failed) == (0, 0)
-    # Resumed, it is queued once, however it ended.
+    # After resubmission each task is queued once.
     executor.submit(tasks(3))
     assert executor.counts(JOB) == Counts(queued=3)
-    begun = work_off(executor)
-    assert sorted(begun, key=lambda task: task.chunk) == tasks(3)
+    started = run_all_tasks(executor)
+    assert sorted(started, key=lambda task: task.chunk) == tasks(3)
     assert queue.count == 0
     assert executor.jobs() == {}
 
 
 @pytest.mark.parametrize("how", ["delete", "cancel"])
-def test_a_job_taken_away_while_it_waits_is_not_begun(
+def test_a_task_removed_while_queued_is_not_started(
     how: str, executor: RqExecutor, queue: Queue, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(3))
     getattr(Job.fetch(queue.job_ids[1], client, serializer=JSONSerializer), how)()
     assert executor.counts(JOB) == Counts(queued=2)
-    assert work_off(executor) == [tasks(3)[0], tasks(3)[2]]
+    assert run_all_tasks(executor) == [tasks(3)[0], tasks(3)[2]]
     assert executor.submit(tasks(3)) == 3
-    assert work_off(executor) == tasks(3)
+    assert run_all_tasks(executor) == tasks(3)
 
 
-def listed(client: redis_client.Redis) -> tuple[str, str | None]:
-    """State and current job of the only worker; reading them must not fail."""
+def only_worker(client: redis_client.Redis) -> tuple[str, str | None]:
+    """Return the state and the current job of the only worker."""
     (worker,) = Worker.all(client, serializer=JSONSerializer)
     job = worker.get_current_job()
     return worker.get_state(), None if job is None else job.id
 
 
-def test_a_worker_is_listed_as_busy_as_long_as_it_holds_a_chunk(
+def test_a_worker_with_a_lease_is_listed_as_busy(
     executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(1))
     options = WorkerOptions("host:cpu:worker")
     with executor.registered(options):
         executor.renew(options, [])
-        assert listed(client) == ("idle", None)
+        assert only_worker(client) == ("idle", None)
         lease = executor.reserve(options)
         assert lease is not None
-        assert listed(client) == ("busy", lease.task.id)
-        executor.renew(options, [])  # from just before it was begun
+        assert only_worker(client) == ("busy", lease.task.id)
+        executor.renew(options, [])  # a heartbeat from before the lease
         executor.renew(options, [lease])
-        assert listed(client) == ("busy", lease.task.id)
+        assert only_worker(client) == ("busy", lease.task.id)
         client.delete("rq:worker:host:cpu:worker")
         executor.renew(options, [lease])
-        assert listed(client) == ("busy", lease.task.id)
+        assert only_worker(client) == ("busy", lease.task.id)
         executor.ack(lease)
         executor.renew(options, [])
-        assert listed(client) == ("idle", None)
+        assert only_worker(client) == ("idle", None)
     assert Worker.all(client) == []
 
 
-def test_a_workers_current_job_is_never_one_that_is_gone(
+def test_the_current_job_of_a_worker_always_exists(
     executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(2))
@@ -594,43 +594,43 @@ def test_a_workers_current_job_is_never_one_that_is_gone(
         assert first is not None
         assert second is not None
         executor.ack(second)
-        assert listed(client) in [("busy", None), ("busy", first.task.id)]
+        assert only_worker(client) in [("busy", None), ("busy", first.task.id)]
         executor.renew(options, [first])
-        assert listed(client) == ("busy", first.task.id)
+        assert only_worker(client) == ("busy", first.task.id)
         executor.ack(first)
-        assert listed(client)[1] is None
+        assert only_worker(client)[1] is None
 
 
-def test_an_id_that_is_listed_twice_is_begun_once(executor: RqExecutor, queue: Queue) -> None:
+def test_an_id_that_is_listed_twice_is_started_once(executor: RqExecutor, queue: Queue) -> None:
     executor.submit(tasks(2))
     first, second = queue.job_ids
     queue.push_job_id(first)
     queue.push_job_id(second, at_front=True)
-    leases_taken = [executor.reserve(WorkerOptions("host:cpu:worker")) for _ in range(4)]
-    begun = [lease.task.id for lease in leases_taken if lease is not None]
-    assert sorted(begun) == sorted([first, second])
+    leases = [executor.reserve(WorkerOptions("host:cpu:worker")) for _ in range(4)]
+    ids = [lease.task.id for lease in leases if lease is not None]
+    assert sorted(ids) == sorted([first, second])
 
 
-def test_an_id_whose_task_is_gone_is_passed_over(
+def test_the_id_of_a_deleted_task_is_skipped(
     executor: RqExecutor, queue: Queue, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(2))
     job = Job.fetch(queue.job_ids[0], client, serializer=JSONSerializer)
     job.delete(remove_from_queue=False)
     assert queue.count == 2
-    assert work_off(executor) == tasks(2)[1:]
+    assert run_all_tasks(executor) == tasks(2)[1:]
     assert not client.keys("rq:job:*")
 
 
-@pytest.mark.parametrize("ends", ["fail", "hand_back"])
-def test_a_task_that_is_gone_is_not_put_back(
+@pytest.mark.parametrize("ends", ["nack", "requeue"])
+def test_a_deleted_task_is_not_requeued(
     ends: str, executor: RqExecutor, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(1))
     lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
     client.delete(f"rq:job:{lease.task.id}")
-    arguments = (ArithmeticError("too late"),) if ends == "fail" else ()
+    arguments = (ArithmeticError("too late"),) if ends == "nack" else ()
     getattr(executor, ends)(lease, *arguments)
     assert executor.counts(JOB) == Counts()
     assert not client.keys("rq:job:*")
@@ -638,19 +638,19 @@ def test_a_task_that_is_gone_is_not_put_back(
 
 
 @pytest.mark.parametrize("serializer", ["DefaultSerializer", "JSONSerializer"])
-def test_an_ordinary_rq_worker_runs_nothing_and_retry_mends_it(
+def test_a_worker_of_rq_runs_no_task_and_retry_queues_them_again(
     serializer: str, executor: RqExecutor, queue: Queue, redis: RedisServer
 ) -> None:
     executor.submit(tasks(2))
-    rq_with = ("worker", "--burst", "--quiet", "--serializer", f"rq.serializers.{serializer}")
-    rq(redis.url, *rq_with, "--worker-class", "rq.SimpleWorker", queue.name)
+    command = ("worker", "--burst", "--quiet", "--serializer", f"rq.serializers.{serializer}")
+    rq(redis.url, *command, "--worker-class", "rq.SimpleWorker", queue.name)
     assert executor.counts(JOB) == Counts(failed=2)
     assert sorted(executor.failed(JOB), key=lambda task: task.chunk) == tasks(2)
     assert executor.retry(JOB) == 2
-    assert sorted(work_off(executor), key=lambda task: task.chunk) == tasks(2)
+    assert sorted(run_all_tasks(executor), key=lambda task: task.chunk) == tasks(2)
 
 
-def test_a_packed_message_that_is_none_of_ours_is_dropped(
+def test_a_compressed_message_that_is_not_a_task_is_deleted(
     executor: RqExecutor, queue: Queue, client: redis_client.Redis
 ) -> None:
     executor.submit(tasks(1))
@@ -661,6 +661,6 @@ def test_a_packed_message_that_is_none_of_ours_is_dropped(
         b"x\x9c",
     ):
         client.hset(f"rq:job:{job_id}", "data", stored)
-        assert work_off(executor) == []
+        assert run_all_tasks(executor) == []
         assert executor.counts(JOB) == Counts()
         executor.submit(tasks(1))

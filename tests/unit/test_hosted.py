@@ -1,4 +1,4 @@
-"""The queue that a cluster's head keeps in its memory, asked as its clients ask it."""
+"""Tests of the queue in the head process of a cluster, through the requests of its clients."""
 
 import json
 import time
@@ -8,55 +8,59 @@ from typing import Any
 
 import pytest
 
+from chunkq.errors import ErrorCode
 from chunkq.executors import tables
-from chunkq.executors.hosted import LOST_NODE_LEASE, VERSION, QueueHost
+from chunkq.executors.hosted import LOST_WORKER_LEASE, VERSION, QueueHost
 
 JOB = "/data/brain.zarr.chunkq"
 LONG = 1000.0
 
 
-def ask(host: QueueHost, name: str, *values: Any, version: str = VERSION) -> dict[str, Any]:
-    request = {"do": name, "with": values, "version": version}
-    answer: dict[str, Any] = json.loads(host.answer(json.dumps(request)))
-    return answer
+def request(host: QueueHost, name: str, *values: Any, version: str = VERSION) -> dict[str, Any]:
+    values_sent = {"method": name, "params": values, "version": version}
+    response: dict[str, Any] = json.loads(host.answer(json.dumps(values_sent)))
+    return response
 
 
 @pytest.fixture
 def host() -> Iterator[QueueHost]:
-    """Two tasks are leased: by a worker whose home is "node", and by one without a home."""
+    """Return a host with two leases: of a worker with the owner "node", and one without."""
     host = QueueHost()
-    ask(host, "submit", [[name, JOB, f"message {name}"] for name in ("a", "b")])
-    ask(host, "register_worker", "worker-1", "node")
+    request(host, "submit", [[name, JOB, f"message {name}"] for name in ("a", "b")])
+    request(host, "register_worker", "worker-1", "node")
     for worker in ("worker-1", "worker-2"):
-        assert ask(host, "reserve", worker, LONG, None, [])["is"][2] == 1
+        assert request(host, "reserve", worker, LONG, None, [])["result"][2] == 1
     yield host
     host.close()
 
 
-def test_releasing_a_home_releases_the_tasks_of_its_workers_once(host: QueueHost) -> None:
-    assert ask(host, "release", "node", True) == {"is": 1}
-    assert ask(host, "counts", JOB) == {"is": {"queued": 1, "running": 1}}
-    assert ask(host, "release", "node", True) == {"is": 0}
+def test_releasing_an_owner_releases_the_tasks_of_its_workers_once(host: QueueHost) -> None:
+    assert request(host, "release", "node", True) == {"result": 1}
+    assert request(host, "counts", JOB) == {"result": {"queued": 1, "running": 1}}
+    assert request(host, "release", "node", True) == {"result": 0}
 
 
-def test_leases_of_a_vanished_home_end_soon_and_others_hold(
+def test_leases_of_a_lost_owner_are_shortened_and_others_remain(
     host: QueueHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host.node_lost("node")
-    assert ask(host, "counts", JOB) == {"is": {"running": 2}}
-    later = time.time() + LOST_NODE_LEASE + 1
+    host.expire_workers("node")
+    assert request(host, "counts", JOB) == {"result": {"running": 2}}
+    later = time.time() + LOST_WORKER_LEASE + 1
     monkeypatch.setattr(tables, "time", SimpleNamespace(time=lambda: later))
-    assert ask(host, "counts", JOB) == {"is": {"queued": 1, "running": 1}}
-    assert ask(host, "running", JOB)["is"][0][1] == "worker-2"
+    assert request(host, "counts", JOB) == {"result": {"queued": 1, "running": 1}}
+    assert request(host, "running", JOB)["result"][0][1] == "worker-2"
 
 
-def test_another_version_is_refused_and_changes_nothing(host: QueueHost) -> None:
-    answer = ask(host, "cancel", JOB, version="0.0.0")
-    assert f"chunkq {VERSION}" in answer["error"]
-    assert "0.0.0" in answer["error"]
-    assert ask(host, "counts", JOB) == {"is": {"running": 2}}
+def test_a_request_of_another_version_is_rejected_and_changes_nothing(host: QueueHost) -> None:
+    response = request(host, "cancel", JOB, version="0.0.0")
+    assert response["code"] == ErrorCode.QUEUE_VERSION_MISMATCH
+    assert VERSION in response["error"]
+    assert "0.0.0" in response["error"]
+    assert request(host, "counts", JOB) == {"result": {"running": 2}}
 
 
-def test_only_operations_of_the_queue_can_be_asked_for(host: QueueHost) -> None:
+def test_only_operations_of_the_queue_are_supported(host: QueueHost) -> None:
     for name in ("close", "answer", "__init__", "_change"):
-        assert ask(host, name) == {"error": f"knows no {name!r}"}
+        response = request(host, name)
+        assert response["code"] == ErrorCode.QUEUE_UNAVAILABLE
+        assert repr(name) in response["error"]

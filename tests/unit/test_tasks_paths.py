@@ -228,7 +228,8 @@ def test_the_password_of_a_storage_url_is_masked(scheme: str, secret: str) -> No
 def test_the_error_for_an_invalid_redis_url_masks_the_password(secret: str, location: str) -> None:
     with pytest.raises(QueueError) as error:
         connect(f"redis://:{quote(secret, safe='')}@{location}")
-    assert str(error.value).startswith(f"queue: redis://:***@{location}")
+    assert error.value.code is ErrorCode.QUEUE_ADDRESS_INVALID
+    assert str(error.value).startswith(f"queue: redis://:***@{location}: ")
 
 
 CLOSED_PORT = "127.0.0.1:1"

@@ -1,4 +1,4 @@
-"""Redis as the queue, laid out as RQ lays it out, so that RQ's own tools see the true state."""
+"""Queue in Redis with the data layout of RQ, so that the tools of RQ show the state of tasks."""
 
 from chunkq.executors.rq.executor import RqExecutor
 

@@ -1,4 +1,4 @@
-"""Connections to Redis, and its errors in one line each."""
+"""Connect to Redis, and translate its errors into messages of one line."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 
 ANSWER_SECONDS = 3.0
-"""How long an impatient connection waits for an answer."""
-LONGEST_PASSWORD = 4096
-"""Characters; what is longer is another file."""
+"""Timeout of a connection that is not patient."""
+MAX_PASSWORD_LENGTH = 4096
+"""Characters. A longer file is not a password file."""
 DEFAULT_PORT = 6379
 PASSWORD_VARIABLE = "CHUNKQ_QUEUE_PASSWORD_FILE"
-"""Names a file that holds the password of an address without one, as container secrets do."""
-FILES = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
+"""Variable with the path of a file that holds the password, for addresses without one."""
+FILE_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 PATIENT_TRIES = 60
-"""Tries of a patient connection, up to 5 s apart: it rides out five minutes of absence."""
+"""Retries of a patient connection, up to 5 s apart: about five minutes."""
 
 
 def connect(url: str, *, patient: bool = False) -> Redis:
-    """Return a client; nothing is sent yet.
+    """Return a client, without connecting yet.
 
-    A patient one, for workers, tries again and again while the server is away; the other, for
-    commands, says at once that it is. An address without a password takes it from the file that
-    the environment names, else from the credentials of a server that `chunkq redis` has started.
-    Raises QueueError for a URL that is none, or a file that holds none.
+    A `patient` client, for workers, retries while the server is unreachable. Other clients, for
+    commands, raise immediately. If the URL has no password, it is read from the file named by
+    PASSWORD_VARIABLE, else from the credentials that `chunkq redis` stored for the address.
+    Raises QueueError for an invalid URL or password file.
     """
     answer = WorkerSettings.from_environment().server_answer if patient else ANSWER_SECONDS
     backoff = ExponentialBackoff(cap=5, base=0.2) if patient else NoBackoff()
@@ -57,24 +57,28 @@ def connect(url: str, *, patient: bool = False) -> Redis:
         elif provider := LocalServerPassword.at(url):
             settings["credential_provider"] = provider
         client = Redis.from_url(url, **settings)
-        client.connection_pool.make_connection()  # options that it does not know
+        client.connection_pool.make_connection()  # raises for unknown options
     except (ValueError, TypeError):
-        # The original message may hold a part of the password.
+        # The original message may contain a part of the password.
         raise QueueError(
-            f"queue: {without_secret(url)} is no Redis address; write "
+            f"queue: {without_secret(url)}: invalid address; use "
             "redis://[user:password@]host[:port][/number], rediss://… for TLS or unix:///path, "
-            "with %-codes for special characters in the password"
+            "with %-codes for special characters in the password",
+            code=ErrorCode.QUEUE_ADDRESS_INVALID,
         ) from None
     for name, file in parse_qsl(urlsplit(url).query):
-        if name in FILES and not Path(file).is_file():
-            raise QueueError(f"queue: {without_secret(url)}: {name}: no file {file}")
+        if name in FILE_OPTIONS and not Path(file).is_file():
+            raise QueueError(
+                f"queue: {without_secret(url)}: {name}: missing file {file}",
+                code=ErrorCode.QUEUE_ADDRESS_INVALID,
+            )
     return client
 
 
 def _check(url: str) -> None:
-    """Raise ValueError for an address of which redis-py would leave out a part.
+    """Raise ValueError for an address of which redis-py would ignore a part.
 
-    A password with `/`, `?` or `#` as they are would end the host's name there.
+    An unescaped `/`, `?` or `#` in a password ends the host name.
     """
     parts = urlsplit(url)
     options = [option for option in parts.query.split("&") if option]
@@ -88,26 +92,26 @@ def _check(url: str) -> None:
 
 
 def _password_file(url: str) -> str | None:
-    """Return the file that the environment names for this address; None if it needs none."""
+    """Return the password file for an address, or None if the address or none is set."""
     return (os.environ.get(PASSWORD_VARIABLE) or None) if _lacks_password(url) else None
 
 
 def _lacks_password(url: str) -> bool:
-    """Return whether an address over the network holds no password."""
+    """Return whether an address of a network server has no password."""
     parts = urlsplit(url)
-    given = parts.password is not None or "password" in dict(parse_qsl(parts.query, True))
-    return not given and parts.scheme in ("redis", "rediss")
+    has_password = parts.password is not None or "password" in dict(parse_qsl(parts.query, True))
+    return not has_password and parts.scheme in ("redis", "rediss")
 
 
 class LocalServerPassword(CredentialProvider):
-    """The password of a server that this user has started, read anew for each connection."""
+    """Password of a server that this user started, read again for each connection."""
 
     def __init__(self, file: str, host: str, port: int) -> None:
         self.file, self._host, self._port = file, host, port
 
     @classmethod
     def at(cls, url: str) -> Self | None:
-        """Return the password's source for an address without one, None if there is none."""
+        """Return the provider for an address without a password, or None if none is stored."""
         parts = urlsplit(url)
         if not _lacks_password(url) or parts.username:
             return None
@@ -116,60 +120,63 @@ class LocalServerPassword(CredentialProvider):
         return cls(str(file), host, port) if file else None
 
     def get_credentials(self) -> tuple[str]:
-        """Return the password. Raises QueueError if another user's server has its port."""
+        """Return the password. Raises QueueError if another user listens on the port."""
         credentials.require_own_listener(self._host, self._port)
         return (_password_in(self.file, "password"),)
 
 
 def _password_in(file: str, name: str) -> str:
-    """Return a file's one line. Raises QueueError where there is none, without what is there."""
+    """Return the single line of a file. Raises QueueError, without the content, if invalid."""
     try:
-        with open(file, encoding="utf-8", newline="") as opened:
-            password = opened.read(LONGEST_PASSWORD + 1).rstrip("\r\n")
+        with open(file, encoding="utf-8", newline="") as stream:
+            password = stream.read(MAX_PASSWORD_LENGTH + 1).rstrip("\r\n")
     except FileNotFoundError:
-        problem = f"no file {file}"
+        problem = f"missing file {file}"
     except UnicodeDecodeError:
-        problem = f"{file} is no text file"
+        problem = f"{file}: expected a UTF-8 text file"
     except OSError as error:
-        problem = f"{file} cannot be read: {error.strerror or error}"
+        problem = f"{file}: cannot read the file: {error.strerror or error}"
     else:
-        if password and len(password) <= LONGEST_PASSWORD and not set("\r\n") & set(password):
+        if password and len(password) <= MAX_PASSWORD_LENGTH and not set("\r\n") & set(password):
             return password
-        problem = f"{file} must hold one line, the password" if password else f"{file} is empty"
+        content = f"several lines or over {MAX_PASSWORD_LENGTH} characters"
+        problem = (
+            f"{file}: expected one line with the password, found "
+            f"{content if password else 'an empty file'}"
+        )
     raise QueueError(f"queue: {name}: {problem}", code=ErrorCode.QUEUE_DENIED)
 
 
 def check_server(client: Redis, url: str) -> None:
-    """Raise QueueError for a server that cannot hold a queue: a cluster's node, or a Sentinel.
+    """Raise QueueError for a node of a Redis cluster and for a Sentinel.
 
-    A queue's scripts use keys of several hash slots. HELLO is allowed for every user.
+    The scripts of a queue use keys of several hash slots. Every user may run HELLO.
     """
     try:
         answer = client.execute_command("HELLO")
     except redis_errors.ResponseError:
-        return  # before Redis 6, or a proxy that does not pass it on
+        return  # Redis before 6, or a proxy that does not forward HELLO
     if not isinstance(answer, dict):
         answer = dict(zip(answer[::2], answer[1::2], strict=False))
     mode = next((v for k, v in answer.items() if k in (b"mode", "mode")), b"")
     mode = mode.decode() if isinstance(mode, bytes) else mode
     if mode in _UNSUPPORTED:
         raise QueueError(
-            f"queue: {without_secret(url)} {_UNSUPPORTED[mode]}", code=ErrorCode.QUEUE_UNSUPPORTED
+            f"queue: {without_secret(url)}: {_UNSUPPORTED[mode]}", code=ErrorCode.QUEUE_UNSUPPORTED
         )
 
 
 _UNSUPPORTED = {
-    "cluster": "is a node of a Redis cluster, and chunkq needs a server that holds all keys; "
-    "use a Redis without cluster mode",
-    "sentinel": "is a Redis Sentinel, which holds no data; use the address of the primary "
-    "that it monitors (`redis-cli -p PORT sentinel masters`)",
+    "cluster": "unsupported node of a Redis cluster; use a Redis server without cluster mode",
+    "sentinel": "unsupported Redis Sentinel; use the address of the primary that it monitors "
+    "(`redis-cli -p PORT sentinel masters`)",
 }
-"""Mode of a server that cannot hold a queue, as HELLO reports it -> what is wrong, what to do."""
+"""Mode of an unsupported server, as returned by HELLO -> message."""
 
 
 @contextmanager
 def translated_errors(url: str) -> Iterator[None]:
-    """Turn Redis's errors into QueueErrors of one line, without the password."""
+    """Translate errors of Redis into QueueErrors with one line and without the password."""
     try:
         yield
     except (redis_errors.RedisError, OSError) as error:
@@ -178,64 +185,68 @@ def translated_errors(url: str) -> Iterator[None]:
 
 
 def _diagnosis(error: Exception, url: str) -> tuple[ErrorCode, str]:
-    said = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
+    message = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
     if isinstance(error, redis_errors.AuthenticationError):
-        return ErrorCode.QUEUE_DENIED, _about_password(said, url)
-    if _NO_KEY_IN_SCRIPT.search(said):
-        error = redis_errors.NoPermissionError(said)
-    is_replica = isinstance(error, redis_errors.MasterDownError)  # a ClusterError for redis-py
-    if (isinstance(error, _OF_CLUSTER) and not is_replica) or _IN_CLUSTER.search(said):
-        return ErrorCode.QUEUE_UNSUPPORTED, f"{_UNSUPPORTED['cluster']} ({said})"
-    if _NOT_SAVED.search(said):
-        return ErrorCode.QUEUE_FULL, f"cannot save its data ({said}); free its disk, see its log"
-    for kind, (code, told) in _TOLD.items():
+        return ErrorCode.QUEUE_DENIED, _password_problem(message, url)
+    if _NO_KEY_IN_SCRIPT.search(message):
+        error = redis_errors.NoPermissionError(message)
+    is_replica = isinstance(error, redis_errors.MasterDownError)  # a ClusterError in redis-py
+    if (isinstance(error, _CLUSTER_ERRORS) and not is_replica) or _IN_CLUSTER.search(message):
+        return ErrorCode.QUEUE_UNSUPPORTED, f"{_UNSUPPORTED['cluster']} ({message})"
+    if _NOT_SAVED.search(message):
+        return ErrorCode.QUEUE_FULL, (
+            f"cannot save its data ({message}); free disk space on the server, see its log"
+        )
+    for kind, (code, text) in _DIAGNOSES.items():
         if isinstance(error, kind):
             hint = ""
             if isinstance(error, redis_errors.TimeoutError) and url.startswith("rediss:"):
-                hint = "; does that port speak TLS? one that does not wants redis://"
-            return code, told.format(said=said) + hint
-    return ErrorCode.QUEUE_UNAVAILABLE, _about_connection(error, said, url)
+                hint = "; if the port does not use TLS, use redis://"
+            return code, text.format(message=message) + hint
+    return ErrorCode.QUEUE_UNAVAILABLE, _connection_problem(error, message, url)
 
 
-def _about_connection(error: Exception, said: str, url: str) -> str:
+def _connection_problem(error: Exception, message: str, url: str) -> str:
     if isinstance(error, redis_errors.InvalidResponse):
-        return f"does not speak Redis ({said}); are host and port right?"
-    if _is_about_tls(error):
+        return f"the server does not use the Redis protocol ({message}); check host and port"
+    if _is_tls_error(error):
         return (
-            f"TLS fails ({said}); is it a TLS port, and is its certificate known here? "
-            "rediss:// speaks TLS, redis:// does not; ?ssl_ca_certs=FILE names the authority"
+            f"TLS connection failed ({message}); use rediss:// for a TLS port only, and "
+            "?ssl_ca_certs=FILE for the certificate of its authority"
         )
     if isinstance(error, (redis_errors.ConnectionError, OSError)):
-        closed = "closed" in said or "reset" in said or isinstance(error, ConnectionResetError)
-        hint = "; a TLS port wants rediss://" if closed and url.startswith("redis:") else ""
-        where = "is the path right" if url.startswith("unix:") else "are host and port right"
-        return f"cannot be reached ({said}){hint}; is it running, and {where}?"
-    return said
-
-
-def _about_password(said: str, url: str) -> str:
-    if file := _password_file(url):
-        return f"refuses user or password ({said}); {PASSWORD_VARIABLE} names {file}"
-    if own := LocalServerPassword.at(url):
-        return (
-            f"refuses the password of the server that `chunkq redis` started there ({said}); if "
-            f"another server has that address now, remove {own.file}"
+        closed = (
+            "closed" in message or "reset" in message or isinstance(error, ConnectionResetError)
         )
-    user = "" if _WANTED.search(said) else "user"
-    hint = f"into the address: redis://{user}:password@host, with %-codes"
+        hint = "; use rediss:// for a TLS port" if closed and url.startswith("redis:") else ""
+        parts = "the path" if url.startswith("unix:") else "host and port"
+        return f"server unreachable ({message}){hint}; start the server, or check {parts}"
+    return message
+
+
+def _password_problem(message: str, url: str) -> str:
+    if file := _password_file(url):
+        return f"invalid user or password ({message}); fix {file}, named by {PASSWORD_VARIABLE}"
+    if stored := LocalServerPassword.at(url):
+        return (
+            f"invalid password in {stored.file}, stored by `chunkq redis` ({message}); if another "
+            "server uses this address now, remove the file"
+        )
+    user = "" if _PASSWORD_MISSING.search(message) else "user"
+    hint = f"redis://{user}:password@host with %-codes for special characters"
     if not url.startswith("unix:"):
-        hint += f", or the password into a file that {PASSWORD_VARIABLE} names"
+        hint += f", or set {PASSWORD_VARIABLE} to a file with the password"
     if not user:
-        return f"wants a password; write it {hint}"
-    return f"refuses user or password ({said}); write them {hint}"
+        return f"missing password; use {hint}"
+    return f"invalid user or password ({message}); use {hint}"
 
 
 _NOISE = re.compile(
     r"Error \d+ |Command # \d+ \(.*?\) of pipeline caused error: | script: [0-9a-f]{40}, on @\S+"
 )
-"""What redis-py and Redis add, and no user wants to read."""
-_WANTED = re.compile("HELLO must be called|[Aa]uthentication required|NOAUTH")
-_OF_CLUSTER = (
+"""Parts of messages of redis-py and Redis that do not help users."""
+_PASSWORD_MISSING = re.compile("HELLO must be called|[Aa]uthentication required|NOAUTH")
+_CLUSTER_ERRORS = (
     redis_errors.ClusterError,
     redis_errors.AskError,
     redis_errors.ClusterCrossSlotError,
@@ -243,41 +254,42 @@ _OF_CLUSTER = (
 _NO_KEY_IN_SCRIPT = re.compile(
     "can't access at least one of the keys|No permissions to access a key"
 )
-"""What Redis 7 and Redis 8 say of a script that uses a key of others."""
+"""Messages of Redis 7 and Redis 8 for a script that uses a forbidden key."""
 _IN_CLUSTER = re.compile("in cluster mode|in a cluster node|hash to the same slot")
-"""What a cluster's node says that has no error class in redis-py."""
+"""Messages of cluster nodes without an error class in redis-py."""
 _NOT_SAVED = re.compile("MISCONF|Errors writing to the AOF|No space left on device")
-_TOLD: dict[type[Exception], tuple[ErrorCode, str]] = {
+_DIAGNOSES: dict[type[Exception], tuple[ErrorCode, str]] = {
     redis_errors.BusyLoadingError: (
         ErrorCode.QUEUE_BUSY,
-        "is still loading its data ({said}); try again in a moment",
+        "the server is loading its data ({message}); run the command again later",
     ),
     redis_errors.NoPermissionError: (
         ErrorCode.QUEUE_DENIED,
-        "this user may not do that ({said}); "
-        "chunkq needs the keys rq:* and chunkq:*, scripts and the usual data commands",
+        "the user has no permission ({message}); "
+        "allow the keys rq:* and chunkq:*, scripts and data commands",
     ),
     redis_errors.OutOfMemoryError: (
         ErrorCode.QUEUE_FULL,
-        "has no memory left ({said}); raise its maxmemory or let "
-        "workers take some chunks, then go on with `chunkq produce --resume`",
+        "the server has no memory left ({message}); increase its maxmemory or start "
+        "workers, then run `chunkq produce --resume`",
     ),
     redis_errors.MasterDownError: (
         ErrorCode.QUEUE_READ_ONLY,
-        "is a replica whose primary is away ({said}); name the primary",
+        "unsupported replica, whose primary is unreachable ({message}); use the address of the "
+        "primary",
     ),
     redis_errors.ReadOnlyError: (
         ErrorCode.QUEUE_READ_ONLY,
-        "is a replica that only reads ({said}); name the primary",
+        "unsupported read-only replica ({message}); use the address of the primary",
     ),
     redis_errors.TimeoutError: (
         ErrorCode.QUEUE_UNAVAILABLE,
-        "does not answer ({said}); is it running, and is the host right?",
+        "no response ({message}); start the server, or check the host",
     ),
 }
 
 
-def _is_about_tls(error: BaseException | None) -> bool:
+def _is_tls_error(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, ssl.SSLError):
             return True

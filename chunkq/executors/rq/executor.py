@@ -1,8 +1,8 @@
-"""Tasks as RQ jobs: one RQ queue per chunkq job, all of them in one Redis database.
+"""Tasks as RQ jobs: one RQ queue per chunkq job, all in one Redis database.
 
-Reading goes through plain commands, every change through one Lua script. RQ's own worker moves
-a job in several steps and deletes it by name; killed between two steps, or woken after its
-lease, it would hold up or end what is another's.
+Reads use plain commands. Every change is one Lua script, because the worker of RQ moves a job in
+several commands and deletes it by id. If it were killed between two commands, the task would be
+stuck; if it were suspended past its lease, it would end the attempt of another worker.
 """
 
 from __future__ import annotations
@@ -45,75 +45,75 @@ from chunkq.tasks import Task, chunk_name, job_key, parse_chunk
 log = logging.getLogger("chunkq.queue")
 
 BATCH = 1000
-"""Tasks that one script queues, and so the longest that others wait for it: some 10 ms."""
+"""Tasks per script. A script blocks other clients for about 10 ms."""
 MAX_QUEUED = 1_000_000
-"""Queued tasks of one job beyond which its producer waits for workers; about 500 MB."""
+"""Queued tasks of one job at which the producer waits for workers; about 500 MB in Redis."""
 WORKER_TTL = 60
-LONGEST_MESSAGE = 1 << 16
+MAX_MESSAGE_BYTES = 1 << 16
 ORDER, JOBS = "chunkq:queues", "chunkq:jobs"
 
 
 class RqExecutor(LeaseQueue):
-    """`redis://`, `rediss://` for TLS, or `unix://`; any number of hosts."""
+    """Queue `redis://`, `rediss://` for TLS, or `unix://`, for workers on any number of hosts."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._quick = connect(url)
-        self._ask = Scripts(self._quick)
-        self._card: SimpleWorker | None = None
+        self._client = connect(url)
+        self._scripts = Scripts(self._client)
+        self._rq_worker: SimpleWorker | None = None
         with translated_errors(url):
-            self._quick.ping()
-            check_server(self._quick, url)
+            self._client.ping()
+            check_server(self._client, url)
 
     @cached_property
     def _retrying_scripts(self) -> Scripts:
-        """For workers and long filling: waits while the server is away."""
+        """Scripts on a connection that retries while the server is unreachable, for workers."""
         return Scripts(connect(self.url, patient=True))
 
     def ready(self) -> None:
-        """Check that this user may run scripts that write, and that this is no replica."""
+        """Raise QueueError for a replica, or a user who may not run scripts that write."""
         with translated_errors(self.url):
-            self._ask("ready")
+            self._scripts("ready")
 
     def submit(self, tasks: Iterable[Task]) -> int:
-        """Queue tasks a thousand at a time; waits for workers while very many are queued."""
-        queued, stream, full, told = 0, iter(tasks), "", False
+        """Queue tasks in batches. Wait for workers while MAX_QUEUED tasks of a job are queued."""
+        queued, stream, full_job, has_logged = 0, iter(tasks), "", False
         while batch := list(islice(stream, BATCH)):
-            if full:
-                self._wait_for_workers(full, quietly=told)
-                full, told = "", True
+            if full_job:
+                self._wait_for_workers(full_job, quiet=has_logged)
+                full_job, has_logged = "", True
             by_job: dict[str, list[Task]] = {}
             for task in batch:
                 by_job.setdefault(task.job, []).append(task)
-            for job, some in by_job.items():
-                pairs = [part for task in some for part in (task.id, _message(task))]
+            for job, job_tasks in by_job.items():
+                pairs = [part for task in job_tasks for part in (task.id, _message(task))]
                 arguments = (queue_name(job), job, utcformat(now()), MAX_ATTEMPTS, *pairs)
                 with translated_errors(self.url):
-                    fresh, waiting = self._ask("submit", *arguments)
-                queued += fresh
-                if waiting >= MAX_QUEUED:
-                    full = job
+                    new, total = self._scripts("submit", *arguments)
+                queued += new
+                if total >= MAX_QUEUED:
+                    full_job = job
         return queued
 
     def counts(self, job: str) -> Counts:
-        """Count a job's tasks by state; one whose lease ran out waits again."""
+        """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with translated_errors(self.url):
-            return Counts(*self._ask("counts", queue_name(job)))
+            return Counts(*self._scripts("counts", queue_name(job)))
 
     def jobs(self) -> dict[str, Counts]:
-        """Count the tasks of every job on the queue."""
+        """Return the numbers of tasks of every job on the queue."""
         with translated_errors(self.url):
-            found = _texts(self._quick.hvals(JOBS))
-        counted = {job: self.counts(job) for job in sorted(found)}
-        return {job: counts for job, counts in counted.items() if counts != Counts()}
+            jobs = _texts(self._client.hvals(JOBS))
+        all_counts = {job: self.counts(job) for job in sorted(jobs)}
+        return {job: counts for job, counts in all_counts.items() if counts != Counts()}
 
     def running(self, job: str) -> list[Running]:
-        """List a job's tasks whose lease holds."""
+        """Return the tasks of a job whose leases have not expired."""
         name = queue_name(job)
         with translated_errors(self.url):
-            seconds, micros = self._quick.time()
-            held = self._quick.zrangebyscore(f"rq:wip:{name}", seconds + micros / 1e6, "+inf")
-            ids = [entry.rpartition(":")[0] for entry in _texts(held)]
+            seconds, micros = self._client.time()
+            entries = self._client.zrangebyscore(f"rq:wip:{name}", seconds + micros / 1e6, "+inf")
+            ids = [entry.rpartition(":")[0] for entry in _texts(entries)]
             rows = self._fields(ids, "data", "worker_name", "started_at")
         return [
             Running(task, (worker or b"").decode(), utcparse(since.decode()).timestamp())
@@ -122,53 +122,51 @@ class RqExecutor(LeaseQueue):
         ]
 
     def failed(self, job: str) -> list[Task]:
-        """List a job's failed tasks."""
+        """Return the failed tasks of a job."""
         with translated_errors(self.url):
-            ids = _texts(self._quick.zrange(f"rq:failed:{queue_name(job)}", 0, -1))
+            ids = _texts(self._client.zrange(f"rq:failed:{queue_name(job)}", 0, -1))
             rows = self._fields(ids, "data")
         return [task for (message,) in rows if (task := _task(message)) is not None]
 
     def retry(self, job: str) -> int:
-        """Queue a job's failed tasks afresh."""
-        return self._in_parts("retry", queue_name(job), MAX_ATTEMPTS, BATCH)
+        """Queue the failed tasks of a job with all their attempts."""
+        return self._run_in_batches("retry", queue_name(job), MAX_ATTEMPTS, BATCH)
 
     def cancel(self, job: str) -> int:
-        """Take a job off the queue."""
-        return self._in_parts("cancel", queue_name(job), BATCH)
+        """Remove all tasks of a job."""
+        return self._run_in_batches("cancel", queue_name(job), BATCH)
 
     def release(self, worker: str, *, counted: bool = True) -> int:
-        """End a worker's leases; its tasks are nobody's then, so saying it twice counts once."""
+        """End the leases of a worker. A second call has no effect."""
         with translated_errors(self.url):
-            held = self._ask("held", worker)
-            if not held:
+            leases = self._scripts("leases", worker)
+            if not leases:
                 return 0
             stamp = utcformat(now())
-            return int(self._ask("end_attempt", int(counted), stamp, worker, *held))
+            return int(self._scripts("end_attempt", int(counted), stamp, worker, *leases))
 
     def record_contributions(
         self, job: str, contributions: Sequence[BlockContribution]
     ) -> list[Task]:
-        """Mark a chunk as contributor of blocks; return the finalize tasks of complete ones."""
-        parts = [part for m in contributions for part in (chunk_name(m.block), m.member, m.of)]
+        """Record a contributor of blocks; return tasks to finalize the complete ones."""
+        parts = [part for c in contributions for part in (chunk_name(c.block), c.member, c.of)]
         with translated_errors(self.url):
-            found = map(
-                parse_chunk,
-                _texts(self._retrying_scripts("record_contributions", queue_name(job), *parts)),
-            )
-        return [Task("finalize", job, block) for block in found if block is not None]
+            names = self._retrying_scripts("record_contributions", queue_name(job), *parts)
+        blocks = map(parse_chunk, _texts(names))
+        return [Task("finalize", job, block) for block in blocks if block is not None]
 
     def close(self) -> None:
-        """Let go of the connections."""
-        self._quick.close()
-        if "_steady" in self.__dict__:
+        """Close the connections."""
+        self._client.close()
+        if "_retrying_scripts" in self.__dict__:
             self._retrying_scripts.close()
 
     def reserve(self, options: WorkerOptions) -> Lease | None:
-        """Begin one task, or return None if there is none to begin now."""
+        """Lease one task, or return None if no task is available."""
         while True:
             attempt, stamp = uuid.uuid4().hex, utcformat(now())
             with translated_errors(self.url):
-                begun = self._retrying_scripts(
+                reserved = self._retrying_scripts(
                     "reserve",
                     options.worker,
                     stamp,
@@ -176,131 +174,132 @@ class RqExecutor(LeaseQueue):
                     options.settings.lease,
                     *_job_filter(options),
                 )
-            if begun is None:
+            if reserved is None:
                 return None
-            name, task_id, message, left = begun
+            name, task_id, message, retries_left = reserved
             task = _task(message)
             if task is not None and task.id.encode() == task_id:
-                number = max(1, MAX_ATTEMPTS - int(left))
+                number = max(1, MAX_ATTEMPTS - int(retries_left))
                 return Lease(task, Attempt(number, options.worker), attempt)
-            log.error("dropped from the queue: not a chunkq task: %r", message[:200])
+            log.error("deleted from the queue: not a chunkq task: %r", message[:200])
             with translated_errors(self.url):
                 self._retrying_scripts("ack", name, task_id, attempt, options.worker, 0)
 
     def ack(self, lease: Lease) -> None:
-        """Take a finished task off the queue."""
-        took = time.time() - lease.since
+        """Delete a finished task."""
+        seconds = time.time() - lease.since
         with translated_errors(self.url):
-            self._retrying_scripts("ack", *_names(lease), lease.attempt.worker, took)
+            self._retrying_scripts("ack", *_names(lease), lease.attempt.worker, seconds)
 
     def nack(self, lease: Lease, error: BaseException) -> None:
-        """End an attempt; after the last one RQ's tools show the traceback."""
+        """End an unsuccessful attempt. After the last one store the traceback for RQ's tools."""
         stamp, worker = utcformat(now()), lease.attempt.worker
         with translated_errors(self.url):
             ended = self._retrying_scripts("end_attempt", 1, stamp, worker, *_names(lease))
             if ended and lease.attempt.is_last:
-                job = Job(lease.task.id, self._quick, JSONSerializer)
-                told = "".join(traceback.format_exception(error))
-                with suppress(OutOfMemoryError):  # the ledger has it
-                    Result.create_failure(job, -1, told, worker_name=worker)
+                job = Job(lease.task.id, self._client, JSONSerializer)
+                text = "".join(traceback.format_exception(error))
+                with suppress(OutOfMemoryError):  # the ledger has the traceback, too
+                    Result.create_failure(job, -1, text, worker_name=worker)
 
     def requeue(self, lease: Lease) -> None:
-        """Put a task back as if it had not been begun."""
+        """Queue a task first, without counting the attempt."""
         with translated_errors(self.url):
             self._retrying_scripts(
                 "end_attempt", 0, utcformat(now()), lease.attempt.worker, *_names(lease)
             )
 
     def is_drained(self, options: WorkerOptions) -> bool:
-        """Tell whether what a options works on has neither queued nor running tasks."""
+        """Return whether the jobs of a worker have neither queued nor running tasks."""
         with translated_errors(self.url):
             return bool(self._retrying_scripts("drained", *_job_filter(options)))
 
-    def renew(self, options: WorkerOptions, held: Sequence[Lease]) -> None:
-        """Put off the end of leases, and let RQ's tools see that the worker lives."""
+    def renew(self, options: WorkerOptions, leases: Sequence[Lease]) -> None:
+        """Extend leases of a worker, and update its heartbeat for RQ's tools."""
         with translated_errors(self.url):
-            names = [part for lease in held for part in _names(lease)]
+            names = [part for lease in leases for part in _names(lease)]
             self._retrying_scripts("renew", options.settings.lease, *names)
-            if self._card is not None:
+            if self._rq_worker is not None:
                 with suppress(OutOfMemoryError):
-                    self._show(self._card, held)
+                    self._update_entry(self._rq_worker, leases)
 
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
-        """Be listed among RQ's workers."""
+        """Register the worker in RQ while the context is open."""
         with translated_errors(self.url):
-            card = self._card = SimpleWorker(
+            rq_worker = self._rq_worker = SimpleWorker(
                 [],
                 name=options.worker,
                 connection=connect(self.url, patient=True),
                 serializer=JSONSerializer,
                 worker_ttl=WORKER_TTL,
             )
-            with suppress(OutOfMemoryError):  # listed or not, a worker empties a full Redis
-                card.register_birth()
+            with suppress(OutOfMemoryError):  # an unregistered worker can still empty a full Redis
+                rq_worker.register_birth()
         try:
             yield
         finally:
-            self._card = None
+            self._rq_worker = None
             with suppress(QueueError), translated_errors(self.url):
-                card.register_death()
-            card.connection.close()
+                rq_worker.register_death()
+            rq_worker.connection.close()
 
-    def _show(self, card: SimpleWorker, held: Sequence[Lease]) -> None:
-        """Refresh a worker's entry; written anew each time, as Redis may have been emptied."""
-        names = _texts(card.connection.zrange(ORDER, 0, -1))
-        card.queues = [Queue(n, connection=card.connection) for n in names]
-        for queue in card.queues:
+    def _update_entry(self, rq_worker: SimpleWorker, leases: Sequence[Lease]) -> None:
+        """Write the complete entry of a worker, in case Redis lost its data meanwhile."""
+        connection = rq_worker.connection
+        names = _texts(connection.zrange(ORDER, 0, -1))
+        rq_worker.queues = [Queue(n, connection=connection) for n in names]
+        for queue in rq_worker.queues:
             clean_worker_registry(queue)
-        with card.connection.pipeline() as pipeline:
-            card.heartbeat(pipeline=pipeline)
-            pipeline.hset(card.key, mapping=card.serialize())
-            pipeline.expire(card.key, WORKER_TTL + 60)
-            register(card, pipeline)
-            card.set_state("busy" if held else "idle", pipeline=pipeline)
-            card.set_current_job_id(held[-1].task.id if held else None, pipeline=pipeline)
+        with connection.pipeline() as pipeline:
+            rq_worker.heartbeat(pipeline=pipeline)
+            pipeline.hset(rq_worker.key, mapping=rq_worker.serialize())
+            pipeline.expire(rq_worker.key, WORKER_TTL + 60)
+            register(rq_worker, pipeline)
+            rq_worker.set_state("busy" if leases else "idle", pipeline=pipeline)
+            rq_worker.set_current_job_id(leases[-1].task.id if leases else None, pipeline=pipeline)
             pipeline.execute()
 
-    def _wait_for_workers(self, job: str, *, quietly: bool) -> None:
-        if not quietly:
+    def _wait_for_workers(self, job: str, *, quiet: bool) -> None:
+        if not quiet:
             log.warning(
-                "%d chunks are queued, which is plenty; the rest follows as workers take them "
-                "(stopped here, `chunkq produce --resume` queues it)",
+                "%d chunks are queued; waiting for workers before queueing the rest "
+                "(if interrupted, continue with `chunkq produce --resume`)",
                 MAX_QUEUED,
             )
         while self.counts(job).queued >= MAX_QUEUED:
             time.sleep(1)
 
     def _fields(self, ids: Sequence[str], *fields: str) -> list[Any]:
-        with self._quick.pipeline(transaction=False) as pipeline:
+        with self._client.pipeline(transaction=False) as pipeline:
             for task_id in ids:
                 pipeline.hmget(f"rq:job:{task_id}", fields)
             return pipeline.execute()
 
-    def _in_parts(self, script: str, *arguments: str | int) -> int:
+    def _run_in_batches(self, script: str, *arguments: str | int) -> int:
         total = 0
         with translated_errors(self.url):
-            while changed := self._ask(script, *arguments):
+            while changed := self._scripts(script, *arguments):
                 total += changed
         return total
 
 
 def queue_name(job: str) -> str:
-    """Return the RQ queue of a job folder's URI: the output's name, and a key to tell it apart."""
+    """Return the name of the RQ queue for the URI of a job folder: output name and unique key."""
     output = job.rstrip("/").rpartition("/")[2].removesuffix(".chunkq")
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', output)[:40]}-{job_key(job)}"
 
 
 def _message(task: Task) -> bytes:
-    """Encode as RQ encodes a call of a function; the name is shown and never looked up."""
+    """Encode a task like a function call of RQ. The function name is for display only."""
     return json.dumps([f"chunkq.{task.kind}", None, [task.as_dict()], {}]).encode()
 
 
 def _task(message: bytes | None) -> Task | None:
-    """Decode a message; None if it is none of ours. RQ's own tools pack what they requeue."""
+    """Decode a message, or return None if it is not a task. RQ's tools compress on requeue."""
     try:
         with suppress(zlib.error):
-            message = zlib.decompressobj().decompress(message or b"", LONGEST_MESSAGE)
+            message = zlib.decompressobj().decompress(message or b"", MAX_MESSAGE_BYTES)
         _, _, (values,), _ = json.loads(message or b"")
         return Task.from_dict(values)
     except (ValueError, TypeError, RecursionError, QueueError):
@@ -316,7 +315,7 @@ def _names(lease: Lease) -> tuple[str, str, str]:
 
 
 def _job_filter(options: WorkerOptions) -> tuple[str, ...]:
-    """Return what of the queue a options may begin, as the scripts take it."""
+    """Return the arguments of the Lua function `selected_queues`."""
     if options.job is not None:
         return ("only", queue_name(options.job))
     return ("except", *(queue_name(job) for job in sorted(options.skipped_jobs)))

@@ -1,4 +1,4 @@
-"""The Lua scripts that change the queue, each atomic."""
+"""Lua scripts that change the queue. Redis runs each script atomically."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ PRELUDE = "prelude"
 
 
 class Scripts:
-    """Calls the scripts of `lua/` by name on one connection."""
+    """Run the scripts in `lua/` by name on one connection."""
 
     def __init__(self, connection: Redis) -> None:
         self._connection = connection
-        self._known: dict[str, Script] = {}
+        self._scripts: dict[str, Script] = {}
 
     def __call__(self, name: str, *arguments: str | bytes | float) -> Any:
-        """Run a script and return what it returns."""
-        script = self._known.get(name)
+        """Run a script and return its result."""
+        script = self._scripts.get(name)
         if script is None:
-            script = self._known[name] = self._connection.register_script(_source(name))
+            script = self._scripts[name] = self._connection.register_script(_source(name))
         return script(args=list(arguments))
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._connection.close()
 
 

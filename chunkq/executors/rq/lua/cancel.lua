@@ -1,27 +1,27 @@
--- Forget some tasks of a job, queued, failed and running ones; returns how many, 0 at the end.
--- ARGV: queue name, most at a time.
-local name, most, gone = ARGV[1], tonumber(ARGV[2]), 0
-while gone < most do
+-- Delete queued, failed and running tasks of a job; return how many, 0 when none remain.
+-- ARGV: queue name, maximum number of queued and failed tasks.
+local name, limit, deleted = ARGV[1], tonumber(ARGV[2]), 0
+while deleted < limit do
   local id = redis.call('LPOP', queue(name))
   if not id then break end
-  forget(id)
-  gone = gone + 1
+  delete_task(id)
+  deleted = deleted + 1
 end
-if gone < most then
-  for _, id in ipairs(redis.call('ZRANGE', failed(name), 0, most - gone - 1)) do
+if deleted < limit then
+  for _, id in ipairs(redis.call('ZRANGE', failed(name), 0, limit - deleted - 1)) do
     redis.call('ZREM', failed(name), id)
-    forget(id)
-    gone = gone + 1
+    delete_task(id)
+    deleted = deleted + 1
   end
 end
-if gone < most then
+if deleted < limit then
   for _, entry in ipairs(redis.call('ZRANGE', started(name), 0, -1)) do
     local id, attempt = entry:match('^(.*):(.-)$')
     end_attempt(name, id, attempt)
-    forget(id)
-    gone = gone + 1
+    delete_task(id)
+    deleted = deleted + 1
   end
 end
 redis.call('DEL', blocks(name))
-forget_if_empty(name)
-return gone
+delete_if_empty(name)
+return deleted

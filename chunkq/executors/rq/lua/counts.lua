@@ -1,8 +1,9 @@
--- Return queued, running and failed; what lost its lease waits again. ARGV: queue name.
+-- Return the numbers of queued, running and failed tasks. A task with an expired lease is queued.
+-- ARGV: queue name.
 local name, now = ARGV[1], clock()
-local lost = redis.call('ZCOUNT', started(name), 0, now)
+local expired = redis.call('ZCOUNT', started(name), 0, now)
 return {
-  redis.call('LLEN', queue(name)) + lost,
-  redis.call('ZCARD', started(name)) - lost,
+  redis.call('LLEN', queue(name)) + expired,
+  redis.call('ZCARD', started(name)) - expired,
   redis.call('ZCARD', failed(name)),
 }

@@ -1,9 +1,9 @@
--- Mark a chunk as contributor of blocks, one digit each; returns the blocks that are complete now.
--- ARGV: queue name, then block, number of the contributor from 0, and how many there are, of each.
+-- Record a committed contributor of blocks, as one digit per contributor; return the blocks that
+-- this completes. ARGV: queue name, then block, number (from 0) and total number of contributors.
 local complete = {}
--- A worker that wakes up after its job is done must leave nothing behind.
+-- A worker that was suspended until its job was done must not create keys.
 if redis.call('HEXISTS', JOBS, ARGV[1]) == 0 then return complete end
-begin()
+allow_when_full()
 for n = 2, #ARGV, 3 do
   local block, member, of = ARGV[n], tonumber(ARGV[n + 1]), tonumber(ARGV[n + 2])
   local marks = redis.call('HGET', blocks(ARGV[1]), block) or string.rep('0', of)

@@ -1,6 +1,6 @@
--- Put off the end of leases that still hold. ARGV: lease (s), then queue, id and attempt of each.
+-- Extend leases that have not ended. ARGV: lease (s), then queue, id and attempt of each task.
 local lease, now = tonumber(ARGV[1]), clock()
-begin()
+allow_when_full()
 grace_until(now, lease)
 for n = 2, #ARGV, 3 do
   local name, id, attempt = ARGV[n], ARGV[n + 1], ARGV[n + 2]

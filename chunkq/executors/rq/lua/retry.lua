@@ -1,4 +1,5 @@
--- Queue some failed tasks afresh; returns how many. ARGV: queue name, attempts, most at a time.
+-- Queue failed tasks with all their attempts; return how many.
+-- ARGV: queue name, maximum number of attempts, maximum number of tasks.
 local name, moved = ARGV[1], 0
 for _, id in ipairs(redis.call('ZRANGE', failed(name), 0, tonumber(ARGV[3]) - 1)) do
   redis.call('ZREM', failed(name), id)
