@@ -22,6 +22,7 @@ def _current() -> int:
 
 def _enter(descriptor: int) -> None:
     if LIBC.setns(descriptor, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 class NetworkNamespace:

@@ -156,7 +156,7 @@ def reach(step):
     resumed.clear()
     with open(gate + "/partial", "w") as file:
         file.write(str(os.getpid()))
-    os.rename(gate + "/partial", gate + "/held")
+    os.rename(gate + "/partial", gate + "/stopped")
     while not os.path.exists(gate + "/open"):
         time.sleep(0.005)
     resumed.set()
@@ -164,9 +164,9 @@ def reach(step):
 
 def wait_for_holder(gate):
     """Wait until the gate opens or the process that stopped at it ends."""
-    while not os.path.exists(gate + "/held"):
+    while not os.path.exists(gate + "/stopped"):
         time.sleep(0.005)
-    with open(gate + "/held") as file:
+    with open(gate + "/stopped") as file:
         holder = int(file.read())
     while not os.path.exists(gate + "/open"):
         try:

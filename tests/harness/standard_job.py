@@ -115,7 +115,7 @@ class StandardWorkspace(Workspace):
 
     def wait_until_stopped(self) -> int:
         """Wait until a process stops at the gate; return its process id."""
-        gate = self.folder / "gate" / "held"
+        gate = self.folder / "gate" / "stopped"
         wait_until(gate.exists, "a process stops at the gate")
         return int(gate.read_text())
 

@@ -122,7 +122,7 @@ class RedisServer:
 
 @contextmanager
 def redis_server(password: str | None = None, extra: str = "") -> Iterator[RedisServer]:
-    """Run a server in a new folder and stop it at the end; `extra` is added to its configuration."""
+    """Run a server in a new folder; stop it at the end. `extra` is added to its configuration."""
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder), password, extra)
         server.start()

@@ -298,9 +298,10 @@ def programs() -> dict[str, str]:
             f"{', '.join(missing)} missing; run apt-get install munge slurm-client slurmctld slurmd"
         )
     elif os.geteuid() != 0:
-        reason = "SLURM's daemons and the device nodes of the GPUs need root; run the tests as root"
+        reason = "SLURM's daemons and the GPU device nodes need root; run the tests as root"
     elif not _host_is_local():
-        reason = f"host name {socket.gethostname()} is not an address of this machine; add it to /etc/hosts"
+        name = socket.gethostname()
+        reason = f"host name {name} is not an address of this machine; add it to /etc/hosts"
     if reason and os.environ.get("CI"):
         pytest.fail(reason)
     if reason:
