@@ -82,8 +82,8 @@ class HangError(BaseException):
 
 
 @dataclass(frozen=True)
+class DamagedJob:
     """A case: a damaged job below `work` and the command to run on it."""
-    """One case, brought about below `work`: what was damaged, and the command to run."""
 
     seed: int
     stage: str
