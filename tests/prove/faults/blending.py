@@ -1,4 +1,4 @@
-"""Faults in the arithmetic: weights, their normalisation, sums, votes and decisions."""
+"""Faults in the arithmetic: weights, their normalization, sums, votes and labels."""
 
 from tests.prove.fault import Fault, named
 

@@ -1,4 +1,4 @@
-"""Faults in the geometry: which patches there are, who owns them, what they read and write."""
+"""Faults in the geometry: the grid of patches, which chunk owns them, what they read and write."""
 
 from tests.prove.fault import Fault, named
 

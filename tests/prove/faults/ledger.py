@@ -1,4 +1,4 @@
-"""Faults in the job folder: commits, pieces, digests, and what a resume does with them."""
+"""Faults in the job folder: commits, pieces, digests and how a resume uses them."""
 
 from tests.prove.fault import Fault, named
 

@@ -1,4 +1,4 @@
-"""Faults in leases and queues: who has a task, for how long, how often it is tried."""
+"""Faults in leases and queues: which worker has a task, for how long, and how often it is tried."""
 
 from tests.prove.fault import MODEL, Fault, contract
 

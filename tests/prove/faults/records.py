@@ -1,9 +1,9 @@
-"""Faults in what a process verifies before it trusts what is stored, and before it writes."""
+"""Faults in the checks that a process makes before it reads stored data and before it writes."""
 
 from tests.prove.fault import Fault, named
 
 LEDGER, RECORD, OUTPUT = "chunkq/ledger.py", "chunkq/record.py", "chunkq/output.py"
-FINALIZE, OPENED, OBJECTS = "chunkq/finalize.py", "chunkq/job_handle.py", "chunkq/objects.py"
+FINALIZE, JOB_HANDLE, OBJECTS = "chunkq/finalize.py", "chunkq/job_handle.py", "chunkq/objects.py"
 INFER, SUBMIT = "worker/chunkq_worker/infer.py", "producer/chunkq_producer/submit.py"
 RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
 PIECES = "tests/unit/test_pieces.py"
@@ -126,7 +126,7 @@ FAULTS = (
     ),
     Fault(
         "error-of-a-replaced-job-kept",
-        OPENED,
+        JOB_HANDLE,
         "        except Exception:\n            self.check_unchanged()\n",
         "        except Exception:\n",
         "an error of a replaced job is shown as an error of the new one",

@@ -1,4 +1,4 @@
-"""Faults in the workers: a chunk's task, batches, and the supervisor of processes."""
+"""Faults in the workers: tasks, batches, and the supervisor of worker processes."""
 
 from tests.prove.fault import Fault, named
 
@@ -6,7 +6,7 @@ INFER, RUN = "worker/chunkq_worker/infer.py", "worker/chunkq_worker/run_task.py"
 BATCHING, SUPERVISOR = "worker/chunkq_worker/batching.py", "worker/chunkq_worker/supervisor.py"
 ONCE, RESUME = "tests/integration/test_exactly_once.py", "tests/integration/test_resume.py"
 TORCH = "tests/integration/test_torch_runtime.py"
-NURSERY = "tests/integration/test_workers.py"
+WORKERS = "tests/integration/test_workers.py"
 
 FAULTS = (
     Fault(
@@ -128,7 +128,7 @@ FAULTS = (
         "counted=True)",
         "counted=False)",
         "a chunk that kills its worker is tried without end",
-        named(NURSERY, "dead_child"),
+        named(WORKERS, "dead_child"),
     ),
     Fault(
         "late-deaths-add-up",
@@ -136,7 +136,7 @@ FAULTS = (
         ".deaths + 1 if instant else 1",
         ".deaths + 1",
         "a supervisor gives up after a few deaths over days",
-        named(NURSERY, "lived_long"),
+        named(WORKERS, "lived_long"),
     ),
     Fault(
         "pause-does-not-grow",
@@ -144,7 +144,7 @@ FAULTS = (
         "2 ** min(times - 1, 10)",
         "2 ** min(times, 0)",
         "a worker process that ends at once is restarted as fast as possible",
-        named(NURSERY, "pause"),
+        named(WORKERS, "pause"),
     ),
     Fault(
         "exit-code-hides-a-given-up-slot",
@@ -152,7 +152,7 @@ FAULTS = (
         "return 1 if any(",
         "return 1 if all(",
         "a script mistakes a worker with a broken GPU for a healthy one",
-        named(NURSERY, "given_up"),
+        named(WORKERS, "given_up"),
     ),
     Fault(
         "refusal-is-restarted",
@@ -160,6 +160,6 @@ FAULTS = (
         "code == EXIT_REFUSED",
         "code == -EXIT_REFUSED",
         "a wrong checkpoint path is tried without end",
-        named(NURSERY, "refuses"),
+        named(WORKERS, "refuses"),
     ),
 )
