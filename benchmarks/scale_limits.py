@@ -118,7 +118,6 @@ def advise(row: Row, rows: Sequence[Row], inputs: Inputs) -> str:
     """Return what to set: a better chunk size if one was simulated, else what raises the limit."""
     same_workers = [r for r in rows if (r.executor, r.workers) == (row.executor, row.workers)]
     best = min(same_workers, key=lambda r: r.total)
-    best = min(beside, key=lambda r: r.total)
     if best.total < 0.9 * row.total:
         return f"chunksize {best.chunk}: {hours(best.total)} h in total"
     if row.busy >= BUSY and row.limit != "sealing":
