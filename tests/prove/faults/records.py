@@ -154,7 +154,7 @@ FAULTS = (
         "any(age < CLAIM_SECONDS for age in ages)",
         "bool(ages)",
         "after a producer is killed at the wrong moment the output can never be replaced",
-        named(RECORDS, "died"),
+        named(RECORDS, "unknown_process"),
     ),
     Fault(
         "input-not-compared-before-the-write",
