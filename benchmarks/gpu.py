@@ -285,7 +285,7 @@ def measure(setup: Setup, names: Sequence[str], rounds: int) -> Figures:
             parts[name] = {"patches": runs[name]()}  # a first run, which is not measured
         except (ImportError, ModelError) as error:
             runs.pop(name, None)
-            parts[name] = {"left out": str(error).splitlines()[0]}
+            parts[name] = {"skipped": str(error).splitlines()[0]}
     turns = [
         {name: seconds_of(run, setup.device) for name, run in runs.items()} for _ in range(rounds)
     ]

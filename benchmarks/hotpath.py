@@ -38,10 +38,10 @@ WATCHED = (
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.batching", "is_finite"),
     ("device", "activation, votes", "chunkq_worker.batching", "Batcher._usable"),
-    ("device", "weights, until kept", "chunkq.weights", "ProductWeights.normalized"),
+    ("device", "weights, until cached", "chunkq.weights", "ProductWeights.normalized"),
     ("device", "blend", "chunkq.blend", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),
-    ("device", "decide", "chunkq.blend", "Accumulator.sums"),
+    ("device", "reduce", "chunkq.blend", "Accumulator.sums"),
     ("device", "cut into core, band, pieces", "chunkq_worker.inference_engine", "contribution"),
     (
         "device",
@@ -53,7 +53,7 @@ WATCHED = (
     ("others", "write the output", "chunkq.job_handle", "JobHandle.write"),
     ("others", "write pieces", "chunkq.ledger", "Ledger.put_piece"),
     ("others", "commit", "chunkq.ledger", "Ledger.commit"),
-    ("others", "complete blocks, their writes too", "chunkq_worker.inline", "complete_block"),
+    ("others", "complete blocks, including writes", "chunkq_worker.inline", "complete_block"),
     ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
 )
 """Thread, label, module and name of each timed function."""
@@ -153,7 +153,7 @@ def main() -> None:
     seconds = profile()
     figures["profile"] = {"all": seconds.pop("all"), "rows": []}
     for thread, label, *_ in WATCHED:
-        row = {"thread": thread, "what": label, "seconds": seconds.get(label, 0.0)}
+        row = {"thread": thread, "label": label, "seconds": seconds.get(label, 0.0)}
         figures["profile"]["rows"].append(row)
         print(f"{thread:8}{label:32}{row['seconds']:8.3f} s")
     print(f"all {figures['profile']['all']:.3f} s")

@@ -136,9 +136,9 @@ def headers(job: JobHandle) -> int:
             for p in plan.outgoing_pieces(chunk)
         ]
         if chunk.has_band:
-            own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
+            bands = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
             rest = [(plan.output_dtype.str, (*channels, *b.shape)) for b in chunk.rest_boxes]
-            pieces.append((chunk.index, OWN_PIECE, [*own, *rest]))
+            pieces.append((chunk.index, OWN_PIECE, [*bands, *rest]))
         for block, name, arrays in pieces:
             path = f"pieces/{ITEM}/{chunk_name(block)}/{name}"
             line = len(json.dumps([epoch, path, arrays])) + 1

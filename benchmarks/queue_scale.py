@@ -81,7 +81,7 @@ def measure(queue: str, servers: QueueServers, count: int) -> list[Figure]:
     assert not counts.failed
     return [
         Figure("scale", queue, f"submit {count:,} tasks", rate, "tasks/s"),
-        Figure("scale", queue, f"held for {count:,} tasks", size / count, "B/task"),
+        Figure("scale", queue, f"size for {count:,} tasks", size / count, "B/task"),
         Figure("scale", queue, f"drain from {count:,} tasks", run / seconds, "tasks/s"),
     ]
 

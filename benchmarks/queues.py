@@ -64,7 +64,7 @@ class Figure:
 
     part: str
     queue: str
-    what: str
+    label: str
     value: float
     unit: str
     least: float | None = None
@@ -287,8 +287,8 @@ def memory(queue: str, servers: QueueServers) -> list[Figure]:
     return [figure, _per_task("disk of queued tasks, log rewritten", queue, disk, FILLED)]
 
 
-def _per_task(what: str, queue: str, amount: int, count: int) -> Figure:
-    return Figure("memory", queue, what, amount / count, "B/task")
+def _per_task(label: str, queue: str, amount: int, count: int) -> Figure:
+    return Figure("memory", queue, label, amount / count, "B/task")
 
 
 def _bytes_below(folder: Path, start: str) -> int:
@@ -358,9 +358,9 @@ def draining(queue: str, servers: QueueServers) -> list[Figure]:
         servers.empty_queue(queue)
     fill(url, DRAINED)
     measured = rate(DRAINED, drain)
-    what = f"{DRAINED:,} tasks that do nothing, {PROCESSES} processes, depth {DEPTH}"
+    label = f"{DRAINED:,} tasks that do nothing, {PROCESSES} processes, depth {DEPTH}"
     return [
-        Figure("drain", queue, what, measured, "tasks/s", least=300, bare=bare,
+        Figure("drain", queue, label, measured, "tasks/s", least=300, bare=bare,
                ratio=None if bare is None else measured / bare)
     ]  # fmt: skip
 
@@ -396,8 +396,8 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
         assert executor.jobs() == {}
     shutil.rmtree(job.path)
     rate = len(indices) / (seconds - start_seconds)
-    what = f"`chunkq work -w {PROCESSES}`, {len(indices):,} chunks committed before"
-    return [Figure("work", queue, what, rate, "tasks/s")]
+    label = f"`chunkq work -w {PROCESSES}`, {len(indices):,} chunks committed before"
+    return [Figure("work", queue, label, rate, "tasks/s")]
 
 
 class StagedChunks:
@@ -464,7 +464,7 @@ def idle_worker(barrier: Any, answers: Any, url: str) -> None:
     after = _resources(url)
     options.stop.set()
     worker.join()
-    answers.put({what: (after[what] - before[what]) / IDLE_SECONDS for what in after})
+    answers.put({label: (after[label] - before[label]) / IDLE_SECONDS for label in after})
 
 
 def _resources(url: str) -> dict[str, float]:
@@ -487,13 +487,13 @@ def idle(queue: str, servers: QueueServers) -> list[Figure]:
     (spent,) = run_together(1, idle_worker, servers.empty_queue(queue))
     names = {
         "processor": ("processor of an idle worker, depth {}", "ms/s"),
-        "commands": ("Redis commands of an idle worker, depth {}, those of scripts too", "1/s"),
+        "commands": ("Redis commands of an idle worker, depth {}, including those of scripts", "1/s"),
         "scripts": ("scripts among them", "1/s"),
-        "log": ("growth of Redis's log meanwhile", "B/s"),
+        "log": ("growth of the Redis log", "B/s"),
     }
     return [
-        Figure("idle", queue, names[what][0].format(DEPTH), value, names[what][1])
-        for what, value in spent.items()
+        Figure("idle", queue, names[label][0].format(DEPTH), value, names[label][1])
+        for label, value in spent.items()
     ]
 
 
@@ -510,13 +510,13 @@ QUEUES = ("sqlite", "rq", *CLUSTERS)
 
 def table(figures: Sequence[Figure]) -> Table:
     """Return a table with one row per figure."""
-    rows = Table("part", "queue", "what", title="Queues")
+    rows = Table("part", "queue", "label", title="Queues")
     for name in ("value", "unit", "target", "", "bare", "ratio"):
         rows.add_column(name, justify="right" if name in ("value", "bare", "ratio") else "left")
     for f in figures:
         bare = "" if f.bare is None else _number(f.bare)
         ratio = "" if f.ratio is None else f"{f.ratio:.2f}"
-        row = (f.part, f.queue, f.what, _number(f.value), f.unit, f.target, f.verdict, bare, ratio)
+        row = (f.part, f.queue, f.label, _number(f.value), f.unit, f.target, f.verdict, bare, ratio)
         rows.add_row(*row)
     return rows
 

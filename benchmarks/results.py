@@ -94,7 +94,7 @@ def hotpath(results: Values, folder: Path) -> list[str]:
     """Return the profile and the memory bandwidth."""
     total = results["profile"]["all"]
     rows = [
-        (row["thread"], row["what"], f"{row['seconds']:.3f}", f"{row['seconds'] / total:.1%}")
+        (row["thread"], row["label"], f"{row['seconds']:.3f}", f"{row['seconds'] / total:.1%}")
         for row in results["profile"]["rows"]
     ]
     lines = table(("thread", "function", "s", "share of the run"), rows)
@@ -103,7 +103,7 @@ def hotpath(results: Values, folder: Path) -> list[str]:
     return lines + table(
         heads,
         [
-            (channels, *(f"{rates[what]:.1f}" for what in ("copy", "gather", "blend")))
+            (channels, *(f"{rates[label]:.1f}" for label in ("copy", "gather", "blend")))
             for channels, rates in results["bandwidth"].items()
         ],
     )
@@ -193,25 +193,25 @@ def queues(results: Values, folder: Path) -> list[str]:
         target = f"at least {f['least']:g}" if f["least"] is not None else ""
         target = f"at most {f['most']:g}" if f["most"] is not None else target
         met = "**missed**" if f["verdict"] == "MISSED" else f["verdict"]
-        rows.append((f["part"], f["queue"], f["what"], number(f["value"]), f["unit"], target, met))
+        rows.append((f["part"], f["queue"], f["label"], number(f["value"]), f["unit"], target, met))
     return table(heads, rows)
 
 
 def queue_scale(results: Values, folder: Path) -> list[str]:
     """Return the figures of the queues at three sizes."""
     names = list(dict.fromkeys(f["queue"] for f in results))
-    whats = list(dict.fromkeys(f["what"] for f in results))
-    values = {(f["queue"], f["what"]): f for f in results}
+    labels = list(dict.fromkeys(f["label"] for f in results))
+    values = {(f["queue"], f["label"]): f for f in results}
     rows = [
-        (what, unit_of(results, what), *(number(values[name, what]["value"]) for name in names))
-        for what in whats
+        (label, unit_of(results, label), *(number(values[name, label]["value"]) for name in names))
+        for label in labels
     ]
     return table(("measured", "unit", *names), rows)
 
 
-def unit_of(results: Values, what: str) -> str:
+def unit_of(results: Values, label: str) -> str:
     """Return the unit of the first figure with a label."""
-    return str(next(f["unit"] for f in results if f["what"] == what))
+    return str(next(f["unit"] for f in results if f["label"] == label))
 
 
 def planning(results: Values, folder: Path) -> list[str]:
@@ -229,11 +229,11 @@ def predictions(results: Values, folder: Path) -> list[str]:
     """Return the predicted and the measured costs."""
     rows = []
     for job, figures in results.items():
-        for what, value in figures.items():
+        for label, value in figures.items():
             if isinstance(value, dict) and value["ratio"] is not None:
                 good = abs(value["ratio"] - 1) <= 0.1
                 numbers = (f"{value['predicted']:,}", f"{value['measured']:,}")
-                rows.append((job, what, *numbers, f"{value['ratio']:.3f}", verdict(good)))
+                rows.append((job, label, *numbers, f"{value['ratio']:.3f}", verdict(good)))
     return table(("job", "quantity", "predicted", "measured", "ratio", "within 10 %"), rows)
 
 
@@ -257,7 +257,7 @@ def scale(results: Values, folder: Path) -> list[str]:
         "sealing h", "what to set, with the most workers",
     )  # fmt: skip
     assumed = [
-        (f["what"], quantity(f["value"], f["unit"]), f"`--{name.replace('_', '-')}`")
+        (f["label"], quantity(f["value"], f["unit"]), f"`--{name.replace('_', '-')}`")
         for name, f in results["inputs"].items()
         if f["from"] == "ASSUMED"
     ]
@@ -306,8 +306,8 @@ def chunk_sizes(results: Values, depth: int) -> list[str]:
             (f"queueing all (h): {names}", *each("enqueue_hours")),
             (f"queue size, at most (GB): {names}", *each("queue_bytes", 1e-9)),
             *(
-                (f"workers until {what} alone is the limit", *until(what))
-                for what in (*(f"queue {q}" for q in queues), "enqueueing", "store", "commits")
+                (f"workers until {label} alone is the limit", *until(label))
+                for label in (*(f"queue {q}" for q in queues), "enqueueing", "store", "commits")
             ),
             ("workers until sealing takes longer than the chunks", *until("sealing")),
         ],

@@ -47,14 +47,14 @@ MANY_RECORDS = 10_000_000
 
 def input_table(collected: Collected) -> Table:
     """Return a table of all inputs and their sources; assumptions are highlighted."""
-    table = Table("figure", "what", "from", title="Inputs of the simulation")
+    table = Table("figure", "label", "from", title="Inputs of the simulation")
     table.add_column("value", justify="right")
     table.add_column("unit")
     for f in fields(Inputs):
         source = collected.sources[f.name]
         mark = f"[yellow]{source}[/]" if source == ASSUMED else source
         value = f"{getattr(collected.inputs, f.name):,.6g}"
-        table.add_row(f.name, f.metadata["what"], mark, value, f.metadata["unit"])
+        table.add_row(f.name, f.metadata["label"], mark, value, f.metadata["unit"])
     return table
 
 
@@ -191,8 +191,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     options.add_argument("--measured", type=Path, default=MEASURED, help="folder of JSON files")
     for f in fields(Inputs):
-        kind, what = f.metadata["unit"], f.metadata["what"]
-        options.add_argument(f"--{f.name.replace('_', '-')}", type=float, metavar=kind, help=what)
+        kind, label = f.metadata["unit"], f.metadata["label"]
+        options.add_argument(f"--{f.name.replace('_', '-')}", type=float, metavar=kind, help=label)
     return options
 
 
@@ -263,7 +263,7 @@ def as_dict(
             f.name: {
                 "value": getattr(collected.inputs, f.name),
                 "unit": f.metadata["unit"],
-                "what": f.metadata["what"],
+                "label": f.metadata["label"],
                 "from": collected.sources[f.name],
             }
             for f in fields(Inputs)

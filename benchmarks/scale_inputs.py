@@ -19,20 +19,20 @@ QUEUE_FIGURES = {
     "enqueue": "enqueue_per_s",
     "submit": "enqueue_per_s",
     "memory": "task_bytes",
-    "held": "task_bytes",
+    "size": "task_bytes",
 }
 """Input of a queue for a part of queues.py or for the first word of a queue_scale.py figure."""
 ASSUMED = "ASSUMED"
 
 
-def _measured(default: float, unit: str, what: str) -> Any:
+def _measured(default: float, unit: str, label: str) -> Any:
     """Return a field that a benchmark measures; the default is the value in README.md."""
-    return field(default=default, metadata={"unit": unit, "what": what, "source": "README.md"})
+    return field(default=default, metadata={"unit": unit, "label": label, "source": "README.md"})
 
 
-def _assumed(default: float, unit: str, what: str) -> Any:
+def _assumed(default: float, unit: str, label: str) -> Any:
     """Return a field that no benchmark measures."""
-    return field(default=default, metadata={"unit": unit, "what": what, "source": ASSUMED})
+    return field(default=default, metadata={"unit": unit, "label": label, "source": ASSUMED})
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Inputs:
         8000, "1/s", "commit records that sealing reads, sixteen at a time"
     )
 
-    def queue(self, executor: str, what: str) -> float:
+    def queue(self, executor: str, label: str) -> float:
         """Return a queue's `tasks_per_s`, `enqueue_per_s` or `task_bytes`."""
-        return float(getattr(self, f"{executor}_{what}"))
+        return float(getattr(self, f"{executor}_{label}"))
 
     @classmethod
     def unlimited(cls) -> Inputs:
@@ -154,11 +154,11 @@ def from_queues(figures: list[dict[str, Any]]) -> dict[str, tuple[int, float]]:
     """
     inputs: dict[str, tuple[int, float]] = {}
     for figure in figures:
-        part, queue, what = figure["part"], figure["queue"], figure["what"]
-        name = QUEUE_FIGURES.get(what.split()[0] if part == "scale" else part)
-        if name is None or (what.startswith("disk") and queue != "sqlite"):
+        part, queue, label = figure["part"], figure["queue"], figure["label"]
+        name = QUEUE_FIGURES.get(label.split()[0] if part == "scale" else part)
+        if name is None or (label.startswith("disk") and queue != "sqlite"):
             continue
-        counted = re.search(r"([\d,]+) tasks", what)
+        counted = re.search(r"([\d,]+) tasks", label)
         count = int(counted[1].replace(",", "")) if counted else FILLED
         key = f"{queue}_{name}"
         inputs[key] = max(inputs.get(key, (0, 0.0)), (count, float(figure["value"])))

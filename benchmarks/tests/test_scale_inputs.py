@@ -8,8 +8,8 @@ from benchmarks.scale_limits import Row, regimes
 ROW = Row("rq", 512, 1, 4, 1.0, {"device": 1.0, "queue": 0.1}, 0.1, 0.0, 9.0, 0.5)
 
 
-def figure(part: str, queue: str, what: str, value: float) -> dict[str, object]:
-    return {"part": part, "queue": queue, "what": what, "value": value}
+def figure(part: str, queue: str, label: str, value: float) -> dict[str, object]:
+    return {"part": part, "queue": queue, "label": label, "value": value}
 
 
 def test_of_a_queues_figures_the_one_with_most_tasks_is_used() -> None:
@@ -17,7 +17,7 @@ def test_of_a_queues_figures_the_one_with_most_tasks_is_used() -> None:
         [
             figure("scale", "ray", "drain from 1,000,000 tasks", 300.0),
             figure("scale", "ray", "drain from 10,000 tasks", 900.0),
-            figure("scale", "ray", "held for 10,000 tasks", 700.0),
+            figure("scale", "ray", "size for 10,000 tasks", 700.0),
             figure("memory", "rq", "memory of queued tasks", 500.0),
             figure("memory", "rq", "disk of queued tasks, log rewritten", 400.0),
             figure("work", "rq", "`chunkq work -w 2`, 1,728 chunks committed before", 200.0),

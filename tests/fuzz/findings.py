@@ -36,9 +36,9 @@ def of_error(error: BaseException, reason: str = "") -> Finding:
     frames = list(traceback.extract_tb(error.__traceback__))
     product_frames = [frame for frame in frames if frame.filename.startswith(PARTS)]
     last = (product_frames or frames or [None])[-1]
-    place = "" if last is None else f" in {last.filename.removeprefix(ROOT + '/')}:{last.name}"
+    location = "" if last is None else f" in {last.filename.removeprefix(ROOT + '/')}:{last.name}"
     detail = "".join(traceback.format_exception(error, limit=-12))
-    return Finding(f"{reason or type(error).__name__}{place}", detail[-MAX_DETAIL:])
+    return Finding(f"{reason or type(error).__name__}{location}", detail[-MAX_DETAIL:])
 
 
 def of_text(reason: str, text: str) -> Finding:

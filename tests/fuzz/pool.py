@@ -104,8 +104,8 @@ def of_stacks(text: str) -> Finding:
     """Return the finding for a hang, named after the main thread's innermost product line."""
     main = text.rpartition("Current thread")[2]
     lines = [line for line in main.splitlines() if "/chunkq" in line and "/tests/" not in line]
-    place = lines[0].strip().replace(ROOT + "/", "") if lines else "unknown"
-    return Finding(f"hang: {place}", text[-3000:])
+    location = lines[0].strip().replace(ROOT + "/", "") if lines else "unknown"
+    return Finding(f"hang: {location}", text[-3000:])
 
 
 def child_env(folder: Path) -> dict[str, str]:
