@@ -128,8 +128,8 @@ FAULTS = (
     Fault(
         "pieces-for-any-overlap",
         "chunkq/plan.py",
-        "if all(spill[a]",
-        "if any(spill[a]",
+        "if up[a])",
+        "if up[a] and a == 0)",
         "chunks write pieces that no block reads",
         (PLAN,),
     ),
