@@ -226,7 +226,7 @@ CONTESTANTS: dict[str, Callable[[Setup], Run]] = {
     "onnx, through the host": lambda setup: _onnx(setup, bound=False),
 }
 REHEARSED = ("chunkq", "bare", "without the next batch ahead", "channels_last", "autocast bfloat16")
-BESIDE = {"onnx, through the host": "onnx, bound"}
+BASELINES = {"onnx, through the host": "onnx, bound"}
 """Contestant to compare with, if it is not plain chunkq."""
 
 
@@ -290,14 +290,14 @@ def measure(setup: Setup, names: Sequence[str], rounds: int) -> Figures:
         {name: seconds_of(run, setup.device) for name, run in runs.items()} for _ in range(rounds)
     ]
     for name, run in runs.items():
-        other = BESIDE.get(name, "chunkq")
+        other = BASELINES.get(name, "chunkq")
         seconds = statistics.median(turn[name] for turn in turns)
         ratios = [turn[other] / turn[name] for turn in turns if other in turn]
         parts[name] |= {
             "seconds": seconds,
             "patches_per_second": parts[name]["patches"] / seconds,
-            "beside": other,
-            "times_as_fast": statistics.median(ratios) if ratios else None,
+            "compared_with": other,
+            "speedup": statistics.median(ratios) if ratios else None,
             "rounds": ratios,
             "busy": busy_share(run) if setup.device == "cuda" else None,
         }

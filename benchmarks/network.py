@@ -118,7 +118,9 @@ def contest(job: Path, others: Sequence[str], rounds: int) -> Figures:
         "patches": results[0]["chunkq"]["patches"],
         "seconds": {name: turns.median_seconds(results, name) for name in names},
         "ratios": {other: turns.ratios(results, "chunkq", other) for other in others},
-        "cpu_ratios": {other: turns.ratios(results, "chunkq", other, of="cpu") for other in others},
+        "cpu_ratios": {
+            other: turns.ratios(results, "chunkq", other, key="cpu") for other in others
+        },
     }
 
 

@@ -487,7 +487,10 @@ def idle(queue: str, servers: QueueServers) -> list[Figure]:
     (spent,) = run_together(1, idle_worker, servers.empty_queue(queue))
     names = {
         "processor": ("processor of an idle worker, depth {}", "ms/s"),
-        "commands": ("Redis commands of an idle worker, depth {}, including those of scripts", "1/s"),
+        "commands": (
+            "Redis commands of an idle worker, depth {}, including those of scripts",
+            "1/s",
+        ),
         "scripts": ("scripts among them", "1/s"),
         "log": ("growth of the Redis log", "B/s"),
     }

@@ -112,7 +112,8 @@ def hotpath(results: Values, folder: Path) -> list[str]:
 def borders(results: Values, folder: Path) -> list[str]:
     """Return the comparison of border protocols for each chunk size."""
     sizes = [
-        (" × ".join(map(str, of["chunk_voxels"])), of["protocols"]) for of in results["chunks"]
+        (" × ".join(map(str, item["chunk_voxels"])), item["protocols"])
+        for item in results["chunks"]
     ]
     borders_plot(sizes, folder / "borders.png")
     rows = [
@@ -245,12 +246,12 @@ def scale(results: Values, folder: Path) -> list[str]:
 
     rows = [
         (
-            of["chunk"], between(of["workers"], "d"), of["limit"], ", ".join(of["executors"]),
-            between(of["device_busy"], ".0%"), between(of["queue_use"], ".0%"),
-            between(of["store_use"], ".0%"), between(of["hours"], ",.0f"),
-            f"{of['seal_hours']:.2g}", of["what_to_set"],
+            item["chunk"], between(item["workers"], "d"), item["limit"], ", ".join(item["executors"]),
+            between(item["device_busy"], ".0%"), between(item["queue_use"], ".0%"),
+            between(item["store_use"], ".0%"), between(item["hours"], ",.0f"),
+            f"{item['seal_hours']:.2g}", item["what_to_set"],
         )
-        for of in results["limits"]
+        for item in results["limits"]
     ]  # fmt: skip
     heads = (
         "chunk", "workers", "limit", "queues", "device busy", "queue used", "store used", "hours",
@@ -286,22 +287,22 @@ def chunk_sizes(results: Values, depth: int) -> list[str]:
     queues = list(results[0]["queue_bytes"])
 
     def each(name: str, unit: float = 1.0) -> list[str]:
-        return [" / ".join(number(of[name][q] * unit) for q in queues) for of in results]
+        return [" / ".join(number(item[name][q] * unit) for q in queues) for item in results]
 
     def until(start: str) -> list[str]:
         return [
-            number(min(v for k, v in of["workers_until_limit"].items() if k.startswith(start)))
-            for of in results
+            number(min(v for k, v in item["workers_until_limit"].items() if k.startswith(start)))
+            for item in results
         ]
 
     names = " / ".join(queues)
     return table(
-        ("for any number of workers", *(f"chunk {of['chunk']}" for of in results)),
+        ("for any number of workers", *(f"chunk {item['chunk']}" for item in results)),
         [
-            ("chunks (millions)", *(number(of["chunks"] / 1e6) for of in results)),
+            ("chunks (millions)", *(number(item["chunks"] / 1e6) for item in results)),
             (
                 f"memory of a worker, depth {depth} (GB)",
-                *(number(of["worker_bytes"] / 1e9) for of in results),
+                *(number(item["worker_bytes"] / 1e9) for item in results),
             ),
             (f"queueing all (h): {names}", *each("enqueue_hours")),
             (f"queue size, at most (GB): {names}", *each("queue_bytes", 1e-9)),

@@ -129,20 +129,20 @@ def costs_of(inputs: Inputs, case: Case, depth: int) -> dict[str, Any]:
 def costs_table(costs: Sequence[dict[str, Any]]) -> Table:
     """Return a table with a column of costs for each chunk size."""
 
-    def column(of: dict[str, Any]) -> dict[str, str]:
-        queueing = {f"queueing on {q} (h)": hours(h) for q, h in of["enqueue_hours"].items()}
-        queues = {f"queue on {q} (GB)": f"{b / 1e9:.1f}" for q, b in of["queue_bytes"].items()}
+    def column(item: dict[str, Any]) -> dict[str, str]:
+        queueing = {f"queueing on {q} (h)": hours(h) for q, h in item["enqueue_hours"].items()}
+        queues = {f"queue on {q} (GB)": f"{b / 1e9:.1f}" for q, b in item["queue_bytes"].items()}
         until = {
             f"workers until {name} is the limit": f"{count:,.0f}"
-            for name, count in of["workers_until_limit"].items()
+            for name, count in item["workers_until_limit"].items()
         }
-        listing = {"listing of all records (s)": f"{of['list_hours'] * 3600:,.0f}"}
-        return queueing | queues | listing | {"sealing (h)": hours(of["seal_hours"])} | until
+        listing = {"listing of all records (s)": f"{item['list_hours'] * 3600:,.0f}"}
+        return queueing | queues | listing | {"sealing (h)": hours(item["seal_hours"])} | until
 
     table = Table("chunksize", title="Costs for any number of workers, and workers until the limit")
-    for of in costs:
-        table.add_column(str(of["chunk"]), justify="right")
-    columns = [column(of) for of in costs]
+    for item in costs:
+        table.add_column(str(item["chunk"]), justify="right")
+    columns = [column(item) for item in costs]
     for name in columns[0]:
         table.add_row(name, *(values[name] for values in columns))
     return table

@@ -94,7 +94,7 @@ def row_for(inputs: Inputs, case: Case, executor: str, workers: int, depth: int)
     """Simulate one number of workers."""
     work = case.work
     setup = setup_for(inputs, work, executor, workers, depth)
-    enqueued, drained = (inputs.queue(executor, of) for of in ("enqueue_per_s", "tasks_per_s"))
+    enqueued, drained = (inputs.queue(executor, name) for name in ("enqueue_per_s", "tasks_per_s"))
     bounds = setup.bounds() | {"enqueueing": enqueued}
     rate = 0.0
     if setup.queue_per_s:  # otherwise heartbeats alone exceed the queue's rate

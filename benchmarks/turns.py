@@ -73,6 +73,6 @@ def median_seconds(turns: Sequence[Turn], name: str) -> float:
     return float(statistics.median(turn[name]["seconds"] for turn in turns))
 
 
-def ratios(turns: Sequence[Turn], name: str, other: str, of: str = "seconds") -> list[float]:
+def ratios(turns: Sequence[Turn], name: str, other: str, key: str = "seconds") -> list[float]:
     """Return the first contestant's figure divided by the other's, for each round."""
-    return [turn[name][of] / turn[other][of] for turn in turns]
+    return [turn[name][key] / turn[other][key] for turn in turns]
