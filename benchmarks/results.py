@@ -246,9 +246,10 @@ def scale(results: Values, folder: Path) -> list[str]:
 
     rows = [
         (
-            item["chunk"], between(item["workers"], "d"), item["limit"], ", ".join(item["executors"]),
-            between(item["device_busy"], ".0%"), between(item["queue_use"], ".0%"),
-            between(item["store_use"], ".0%"), between(item["hours"], ",.0f"),
+            item["chunk"], between(item["workers"], "d"), item["limit"],
+            ", ".join(item["executors"]), between(item["device_busy"], ".0%"),
+            between(item["queue_use"], ".0%"), between(item["store_use"], ".0%"),
+            between(item["hours"], ",.0f"),
             f"{item['seal_hours']:.2g}", item["what_to_set"],
         )
         for item in results["limits"]
