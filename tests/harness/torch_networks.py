@@ -1,4 +1,4 @@
-"""A small network for 2-D patches in every form that the torch runtime loads."""
+"""What the tests of the torch runtime share: a small network for 2-D patches, in any form."""
 
 import warnings
 from pathlib import Path
@@ -40,21 +40,19 @@ PATCH = (8, 8)
 
 
 def namespace() -> dict[str, Any]:
-    """Return the names that the network's source file defines."""
     names: dict[str, Any] = {"__name__": "user"}
     exec(CLASS, names)
     return names
 
 
 def trained() -> torch.nn.Module:
-    """Return the network `Net` with fixed random weights."""
     torch.manual_seed(3)
     module: torch.nn.Module = namespace()["Net"](width=3)
     return module
 
 
 def scripted(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a module as TorchScript, by tracing, because the class has no source file to script."""
+    """Script and save; by tracing, as the class has no source file to script from."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.trace(module, torch.zeros((2, 1, *PATCH), dtype=dtype)).save(str(path))
@@ -62,9 +60,8 @@ def scripted(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.flo
 
 
 def plan_of(
-    folder: Path, shape: tuple[int, int] = (32, 16), dtype: str = "float32", **changes: Any
+    folder: Path, shape: tuple[int, int] = (32, 16), dtype: str = "float32", **more: Any
 ) -> Plan:
-    """Write the network's files; return the plan of a job of 16 x 16 chunks that uses them."""
     (folder / "net.py").write_text(CLASS)
     (folder / "kwargs.py").write_text("kwargs = {'width': 3}\n")
     model = {
@@ -76,30 +73,29 @@ def plan_of(
         "model_input_shape": [1, *PATCH],
         "model_output_shape": [3, *PATCH],
         "max_batch_size": 4,
-    } | changes.pop("model", {})
-    values = {"input": "/in.zarr", "output": "/out.zarr", "chunksize": [16, 16]} | changes
+    } | more.pop("model", {})
+    values = {"input": "/in.zarr", "output": "/out.zarr", "chunksize": [16, 16]} | more
     return resolve(parse_job({**values, "model_config": model}), Volume(shape, dtype))
 
 
 def load(plan: Plan, steps: Steps | None = None) -> Runtime:
-    """Load the network of a plan's job with one thread."""
     return load_runtime(plan.job.model, steps or Steps(), 1)
 
 
 def predictions(plan: Plan, runtime: Any = None, steps: Steps | None = None) -> npt.NDArray[Any]:
-    """Return the predictions of chunk 0.0's patches for a fixed input: (patches, C, *Q)."""
+    """The predictions of chunk 0.0's patches over a fixed input: (patches, C, *Q)."""
     chunk = plan.chunk((0, 0))
     values = np.random.default_rng(1).random(chunk.halo.shape)
     region = (values if plan.volume.dtype.startswith("float") else values * 100).astype(
         plan.volume.dtype
     )
     batcher = Batcher(plan, runtime or load(plan), steps or Steps())
-    results = batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start)
-    return np.stack([np.asarray(prediction).copy() for _, prediction in results])
+    found = batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start)
+    return np.stack([np.asarray(prediction).copy() for _, prediction in found])
 
 
 class Fake(Runtime):
-    """A runtime that records its batches and fails with `error` above `fits` items."""
+    """A network that notes its batches; runs out of memory above `fits` items."""
 
     device = "cpu"
 
@@ -127,25 +123,21 @@ class Fake(Runtime):
 
 
 def of_cpu() -> None:
-    """Raise torch's error for CPU memory that cannot be allocated."""
     torch.empty(1 << 55, dtype=torch.uint8)
 
 
-def as_file(path: Path, **changes: Any) -> dict[str, Any]:
-    """Return changes to `model_config` that load a pickled module."""
-    unset = {"class_file": None, "class_name": None, "kwargs_file": None}
-    return {"type": "file", "model_file": str(path), "trusted": True} | unset | changes
+def as_file(path: Path, **more: Any) -> dict[str, Any]:
+    """The changes to a job that name a whole pickled module."""
+    nothing = {"class_file": None, "class_name": None, "kwargs_file": None}
+    return {"type": "file", "model_file": str(path), "trusted": True} | nothing | more
 
 
-def as_script(path: Path, **changes: Any) -> dict[str, Any]:
-    """Return changes to `model_config` that load a TorchScript file."""
-    script = {"type": "torchscript", "ts_file": str(path), "model_file": None}
-    return as_file(path) | script | changes
+def as_script(path: Path, **more: Any) -> dict[str, Any]:
+    return as_file(path) | {"type": "torchscript", "ts_file": str(path), "model_file": None} | more
 
 
-def as_program(path: Path, **changes: Any) -> dict[str, Any]:
-    """Return changes to `model_config` that load an exported program."""
-    return as_file(path) | {"type": "exported", "trusted": False} | changes
+def as_program(path: Path, **more: Any) -> dict[str, Any]:
+    return as_file(path) | {"type": "exported", "trusted": False} | more
 
 
 def program(
@@ -154,16 +146,16 @@ def program(
     shape: tuple[int, ...] = (4, 1, *PATCH),
     **limits: int,
 ) -> Path:
-    """Export a module for batches of one shape, or with `limits` for a range of batch sizes."""
+    """Export a module for batches of the shape, or with `limits` for any batch size in them."""
     sizes = {"x": {0: torch.export.Dim("batch", **limits)}} if limits else None
     module = (module or trained()).eval().requires_grad_(False)
-    exported = torch.export.export(module, (torch.zeros(shape),), dynamic_shapes=sizes)
-    torch.export.save(exported, path)
+    made = torch.export.export(module, (torch.zeros(shape),), dynamic_shapes=sizes)
+    torch.export.save(made, path)
     return path
 
 
 def refused(folder: Path, **model: Any) -> str:
-    """Return the one-line ModelError of a network that cannot be loaded or run."""
+    """The line with which a network is refused, when it is loaded or tried."""
     plan = plan_of(folder, model=model)
     with pytest.raises(ModelError) as caught:
         Batcher(plan, load(plan), Steps()).warm_up()
@@ -174,13 +166,13 @@ def refused(folder: Path, **model: Any) -> str:
 
 
 def conv() -> torch.nn.Module:
-    """Return a network of torch's own classes, with fixed random weights."""
+    """A network of torch's own classes."""
     torch.manual_seed(3)
     return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Dropout(0.5))
 
 
 class TrainedNet(Fake):
-    """The network of `trained`, called without a runtime."""
+    """The trained network, called without a runtime."""
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
         with torch.inference_mode():
