@@ -37,11 +37,11 @@ def test_mutated_job_files_and_damaged_jobs_end_in_a_plan_or_a_message(tmp_path:
     assert cases == []
 
 
-def problems(path: Path) -> list[str]:
+def problems(path: Path, code: ErrorCode = ErrorCode.JOB_INVALID) -> list[str]:
     """Prepare an invalid job; return the lines of its JobError, which must be printable."""
     with pytest.raises(JobError) as caught:
         submit.prepare(load_job(path))
-    assert caught.value.code is ErrorCode.JOB_INVALID
+    assert caught.value.code is code
     assert all(line.isprintable() and 0 < len(line) < 2000 for line in caught.value.problems)
     return list(caught.value.problems)
 
