@@ -313,10 +313,10 @@ def run_process(stages: Stages, command: str, *options: str) -> Result:
     return Result(process.returncode, out, err)
 
 
-def _arguments(stages: Stages, words: tuple[str, ...], options: tuple[str, ...]) -> list[str]:
+def _arguments(stages: Stages, command: tuple[str, ...], options: tuple[str, ...]) -> list[str]:
     """Return the command's arguments with the paths of the output and the job file."""
     paths = {"OUT": str(stages.output), "JOB": str(stages.work / "job.yaml")}
-    return [paths.get(word, word) for word in (*words, *options)]
+    return [paths.get(part, part) for part in (*command, *options)]
 
 
 @contextmanager

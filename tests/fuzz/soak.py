@@ -86,14 +86,14 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 class Running:
     """A running command, and the signals that it or its descendants received."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     process: subprocess.Popen[bytes]
     log: Path
     signals: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        return f"chunkq {' '.join(self.words)} ({', '.join(self.signals) or 'no signal'})"
+        return f"chunkq {' '.join(self.arguments)} ({', '.join(self.signals) or 'no signal'})"
 
 
 @dataclass
@@ -157,8 +157,8 @@ def stored_files(output: Path) -> dict[str, bytes]:
     return files | {"zarr.json": json.dumps(values, sort_keys=True).encode()}
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "chunkq", *words]
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "chunkq", *arguments]
 
 
 def environment(folder: Path, url: str, token: str) -> dict[str, str]:
@@ -217,7 +217,7 @@ class Round:
             time.sleep(self.rng.uniform(0.05, 0.6))  # part of the disturbance; no event to wait for
 
     def _start(self) -> None:
-        words = self.rng.choice(COMMANDS)
+        arguments = self.rng.choice(COMMANDS)
         number = self.rng.randrange(len(self.jobs))
         names = {"JOB": str(self.jobs[number]), "OUT": str(self.folder / f"out{number}.zarr")}
         self.started += 1
@@ -225,7 +225,7 @@ class Round:
         sleep = {"NET_SLEEP": str(self.rng.choice((0, 0.01, 0.05)))}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                command(*(names.get(word, word) for word in words)),
+                command(*(names.get(part, part) for part in arguments)),
                 cwd=self.folder,
                 env=self.env | sleep,
                 stdin=subprocess.DEVNULL,
@@ -233,8 +233,8 @@ class Round:
                 stderr=stream,
                 start_new_session=True,
             )
-        self.running.append(Running(words, process, log))
-        self.report.commands[words[0]] += 1
+        self.running.append(Running(arguments, process, log))
+        self.report.commands[arguments[0]] += 1
 
     def _signal(self) -> None:
         """Send a signal to a random command or one of its descendants."""
