@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Each makes its own environment first.
+# Two commands: `make demo` and `make test`. Each installs its environment first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,11 +12,11 @@ MINUTES := 30
 PROOFS := mutations dask frameworks oldest ray slurm soak tune
 OLDEST := $(VENV)/oldest
 
-# Tests import ONNX Runtime themselves; chunkq sets this, too.
+# The tests import ONNX Runtime directly; chunkq also sets this variable.
 export ORT_DISABLE_TELEMETRY := 1
-# Whatever the user's pip.conf says: installs go into the virtual environment.
+# Install into the virtual environment, whatever the user's pip.conf says.
 export PIP_USER := 0
-# A proxy is for the network, not for the servers that run on this machine.
+# No proxy for the servers that run on this machine.
 comma := ,
 export no_proxy := $(addsuffix $(comma),$(or $(no_proxy),$(NO_PROXY)))localhost,127.0.0.1,::1
 export NO_PROXY := $(no_proxy)
@@ -24,26 +24,26 @@ export NO_PROXY := $(no_proxy)
 .PHONY: help demo check test prove fuzz lint dist docs containers bench picture clean
 
 help:
-	@echo "make demo    install, run the brain demo, show what came out (first time: minutes)"
+	@echo "make demo    install, run the brain demo, show the result (first time: minutes)"
 	@echo "make check   lint, types and the tests without a server (2 minutes)"
-	@echo "make test    install all that the tests need, check and test everything (12 minutes)"
+	@echo "make test    install all requirements of the tests, check and test all (12 minutes)"
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
 	@echo "make fuzz    mutated job files and damaged jobs (10 minutes)"
-	@echo "make bench   measure all that benchmarks/RESULTS.md says, and write that (an hour)"
-	@echo "make containers  run a job in containers, where an engine has the images of deploy/compose"
+	@echo "make bench   run all benchmarks and write benchmarks/RESULTS.md (an hour)"
+	@echo "make containers  run a job in containers, if an engine has the images of deploy/compose"
 	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
 	@echo "make docs    build the documentation into site/, check its links (first time: a minute)"
 	@echo "make clean   remove the environment, the demo's files, the packages and the documentation"
 
 $(VENV)/made:
 	@command -v $(PYTHON) >/dev/null || \
-	  { echo "$(PYTHON) is missing; install Python 3.11 or newer, or set make PYTHON=…"; exit 1; }
+	  { echo "$(PYTHON) is missing; install Python 3.11 or newer, or run make PYTHON=…"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is too old; install Python 3.11 or newer and set make PYTHON=python3.11"; \
+	  { echo "$(PYTHON) is too old; install Python 3.11 or newer and run make PYTHON=python3.11"; \
 	    exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) has no venv; on Debian and Ubuntu run apt-get install python3-venv"; exit 1; }
-	@echo "making a virtual environment in $(VENV)"
+	@echo "creating a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -52,9 +52,9 @@ $(VENV)/demo-installed: $(VENV)/made pyproject.toml constraints.txt
 	@$(INSTALL) --editable '.[demo]' || $(NOT_INSTALLED)
 	@touch $@
 
-# Beside the environment, not in it: only nilearn's data files are wanted, and none of its needs.
+# In a separate folder: only nilearn's data files are needed, without its dependencies.
 $(VENV)/template/made: $(VENV)/made constraints.txt
-	@echo "fetching the brain template (nilearn's data files, downloads 12 MB)"
+	@echo "downloading the brain template (nilearn's data files, 12 MB)"
 	@$(INSTALL) --no-deps --upgrade --target $(VENV)/template nilearn || $(NOT_INSTALLED)
 	@touch $@
 
@@ -69,21 +69,21 @@ $(VENV)/docs-installed: $(VENV)/made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test-installed: $(VENV)/made pyproject.toml constraints.txt
-	@echo "installing chunkq and all that the tests need (downloads 3.3 GB, 7.2 GB on disk)"
+	@echo "installing chunkq and all requirements of the tests (downloads 3.3 GB, 7.2 GB on disk)"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
-# The queue lies in the temporary folder: a checkout may be on NFS, where SQLite cannot lock.
+# The queue is in the temporary folder: a checkout may be on NFS, where SQLite cannot lock.
 demo: $(VENV)/demo-installed $(VENV)/template/made
 	@echo "1. the volume: the MNI152 head template as OME-Zarr"
 	@PYTHONPATH=$(VENV)/template $(BIN)/python examples/brain/prepare.py $(DEMO)/brain.zarr
-	@echo "2. what the job will cost"
+	@echo "2. the cost of the job"
 	@$(BIN)/chunkq plan examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr
 	@echo "3. the job: 8 chunks, 2 workers, the embedded queue"
 	@queue=$$(mktemp -d) && trap 'rm -rf "$$queue"' EXIT && \
 	  $(BIN)/chunkq run examples/brain/job.yaml -i $(DEMO)/brain.zarr -o $(DEMO)/tissues.zarr \
 	  -w 2 --queue "sqlite://$$queue/queue.db"
-	@echo "4. how good it is"
+	@echo "4. the score"
 	@$(BIN)/python examples/brain/score.py $(DEMO)/tissues.zarr $(DEMO)/brain.zarr \
 	  $(DEMO)/brain_truth.zarr $(DEMO)/tissues.png
 	@echo "picture: $(DEMO)/tissues.png"
@@ -94,7 +94,7 @@ lint: $(VENV)/test-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Groups of tests, the longest first: tests/harness/groups.py.
+# Groups of tests, longest first: see tests/harness/groups.py.
 PYTEST := $(BIN)/python -m pytest -n 2
 
 check: lint
@@ -104,7 +104,7 @@ check: lint
 test: lint
 	$(PYTEST) --durations-file=$(VENV)/durations.json
 
-# The lowest versions that pyproject.toml allows, in an environment of their own.
+# The lowest versions that pyproject.toml allows, in a separate environment.
 $(OLDEST)/installed: $(VENV)/made pyproject.toml constraints-oldest.txt
 	@echo "installing the lowest versions (downloads 3.3 GB, 7 GB on disk)"
 	@$(PYTHON) -m venv $(OLDEST)
@@ -132,7 +132,7 @@ fuzz: $(VENV)/test-installed
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
-# One part alone: make bench PARTS=network
+# One part: make bench PARTS=network
 PARTS := network hotpath borders workers predictions planning queues queue_scale gpu
 
 bench: $(VENV)/test-installed
@@ -151,8 +151,8 @@ dist: $(VENV)/dist-installed
 	@$(BIN)/python -m twine check --strict dist/*
 	@missing=$$(git ls-files 2>/dev/null | grep -vxF "$$(tar tzf dist/*.tar.gz | sed 's,^[^/]*/,,')"); \
 	  test -z "$$missing" || \
-	  { echo "missing in the sdist: $$missing; add it to its include in pyproject.toml"; exit 1; }
-	@echo "the demo with the wheel alone, in an environment of its own"
+	  { echo "missing in the sdist: $$missing; add them to include in pyproject.toml"; exit 1; }
+	@echo "the demo with the wheel alone, in a new environment"
 	@.ci/try-wheel $(BIN)/python dist/*.whl
 
 # Warnings, such as a link to a page or heading that does not exist, are errors.

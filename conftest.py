@@ -1,4 +1,4 @@
-"""The temporary folder of a test session, its guardian, and how tests share processes."""
+"""Test session: temporary folder, its guardian process, and distribution over processes."""
 
 import os
 import signal
@@ -23,37 +23,37 @@ PROXIES = ("all_proxy", "ftp_proxy", "http_proxy", "https_proxy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add options of our own."""
+    """Add this project's options."""
     parser.addoption("--proof", help="run the tests of this proof, and no others")
     parser.addoption("--durations-file", type=Path, help="write the durations as JSON")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Put all files of the session into one folder, which a guardian process removes."""
+    """Put all files of the session into one folder that a guardian process removes."""
     if hasattr(config, "workerinput"):
-        return  # a worker of pytest-xdist has the controller's environment
+        return  # a pytest-xdist worker inherits the controller's environment
     config.pluginmanager.register(DurationsReport(config.getoption("--durations-file")))
     guardian = SessionGuardian()
     config.stash[GUARDIAN] = guardian
     folder = guardian.folder
     os.environ["TEST_SESSION"] = os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     config.option.basetemp = config.option.basetemp or folder / "tests"
-    # Folders that libraries otherwise use below the home folder and in the checkout.
+    # Libraries use these folders, which are otherwise in the home folder or the checkout.
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
     os.environ["KERAS_HOME"] = str(folder / "keras")
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
-    if os.environ.get("HYPOTHESIS_PROFILE") != "explore":  # which keeps what it finds
+    if os.environ.get("HYPOTHESIS_PROFILE") != "explore":  # that profile keeps its examples
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
     if " " in sys.prefix:  # torch's compiler and Ray split paths at spaces
         (folder / "venv").symlink_to(sys.prefix)
         sys.executable = str(folder / "venv" / "bin" / Path(sys.executable).name)
-    # A shell's background jobs ignore Ctrl-C, and their children would too.
+    # A shell's background jobs ignore SIGINT, and their child processes inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Hundreds of processes would each compile chunkq anew.
+    # Otherwise hundreds of processes would each compile chunkq.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    # No test talks to anything but this machine.
+    # Tests connect only to this machine.
     for name in [name for name in os.environ if name.lower() in PROXIES]:
         del os.environ[name]
     processes = getattr(config.option, "numprocesses", None)
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tell the scheduler which tests belong together."""
+    """Write the groups of the tests for the scheduler."""
     if hasattr(session.config, "workerinput"):
         write_groups(session.items)
 
@@ -88,7 +88,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Kill the processes that the tests have left, and name them."""
+    """Kill the processes that tests left running, and print their command lines."""
     guardian = config.stash.get(GUARDIAN, None)
     if guardian is not None:
         for line in guardian.close():

@@ -1,11 +1,11 @@
-"""Border protocols side by side: chunkq's bands, recomputing, temporary layers, stored patches.
+"""Compare border protocols: chunkq's pieces, recomputing, temporary layers, stored patches.
 
-Run: python benchmarks/borders.py [--chunks 96 192] [--rounds N] [--size small] [--json FILE]. One
-network, one volume, one size of patch, chunks of several sizes; each protocol of protocols.py runs
-store to store in a process of its own, with the settings that chunkq gives its workers. Seconds are
-medians, ratios medians of those taken round by round beside chunkq with the same chunks. Every
-output is compared with the weighted average of all patches over the whole volume, in float64.
-chunkflow comes from the package index into a folder of its own.
+Run: python benchmarks/borders.py [--chunks 96 192] [--rounds N] [--size small] [--json FILE]. All
+protocols of protocols.py use one network, one volume and one patch size, with chunks of several
+sizes. Each runs from store to store in a separate process with the environment of chunkq's workers.
+Seconds are medians; ratios are medians of the ratios to chunkq of each round, with equal chunks.
+Every output is compared with the weighted average of all patches over the volume in float64.
+chunkflow is installed from the package index into a separate folder.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from chunkq.weights import built_in
 ROUNDS = 2
 CHUNKFLOW = Path(__file__).with_name("chunkflow.txt")
 BYTES = (
-    "those of uncompressed voxels: of every box asked of a store and every box given to one, "
+    "those of uncompressed voxels: all boxes read from a store and all boxes written to one, "
     "temporary stores included"
 )
 F64 = npt.NDArray[np.float64]
 
 
 def full(folder: Path) -> Path:
-    """The U-Net of the brain demo over 288 × 288 × 96 voxels: 128 patches of 64³.
+    """Write the job of the brain demo's U-Net over 288 × 288 × 96 voxels: 128 patches of 64³.
 
-    Chunks of 96³ and of 192 × 192 × 96 both have borders along two axes; along each there are half
-    as many for the larger ones, as in a volume without end.
+    Chunks of 96³ and of 192 × 192 × 96 both have borders along two axes. Along each axis the larger
+    chunks have half as many borders, as in an unbounded volume.
     """
     return make_job(folder, (288, 288, 96), combine="weighted_avg")
 
 
 def small(folder: Path) -> Path:
-    """One convolution over patches of 16³."""
+    """Write the job of one convolution over patches of 16³."""
     torch.manual_seed(0)
     layer = torch.nn.Conv3d(1, 3, 3, padding=1)
     with torch.no_grad():
-        layer.weight /= 100  # voxels are up to 254
+        layer.weight /= 100  # voxel values go up to 254
     path = folder / "tiny.ts"
     torch.jit.save(torch.jit.script(torch.nn.Sequential(layer, torch.nn.Softmax(1))), path)
     return make_job(
@@ -78,11 +78,11 @@ def small(folder: Path) -> Path:
 
 
 SIZES = {"full": (full, (96, 192)), "small": (small, (24, 48))}
-"""How a job is made, and the edges of its chunks unless others are asked for."""
+"""Function that writes the job, and default edges of its chunks."""
 
 
-def cut(job_file: Path, edge: int) -> Path:
-    """The same job with chunks of another size, no larger than the volume."""
+def with_chunks(job_file: Path, edge: int) -> Path:
+    """Write the job with another chunk size, limited to the volume; return its path."""
     job = yaml.safe_load(job_file.read_text())
     volume = stored(load_job(job_file).input[0]).shape
     job["chunksize"] = [min(edge, n) for n in volume]
@@ -92,10 +92,10 @@ def cut(job_file: Path, edge: int) -> Path:
 
 
 def whole_volume(job: Job) -> F64:
-    """Return the weighted average of all patches over the whole volume, float64 (C, *V).
+    """Return the weighted average of all patches over the volume, float64 (C, *V).
 
-    The plan supplies the patches and chunkq the profiles of the weights. Everything between them
-    and the average is computed here: without chunks, pieces or normalised weights.
+    The plan supplies the patches and chunkq the weight profiles. The rest is computed here,
+    without chunks, pieces or normalized weights.
     """
     plan, volume = resolve(job, find_source(job.input[0]).volume), read(job.input[0])
     profiles = built_in(job.weight_function[0], plan.output_patch, plan.margin).profiles
@@ -111,23 +111,23 @@ def whole_volume(job: Job) -> F64:
 
 
 def compare(job_file: Path, edges: Sequence[int], rounds: int) -> Figures:
-    """Let all protocols take turns on chunks of each size; returns what each took and did."""
+    """Run all protocols in turns with each chunk size; return their figures."""
     job = load_job(job_file)
-    meant = whole_volume(job)
-    jobs = {edge: cut(job_file, edge) for edge in edges}
+    expected = whole_volume(job)
+    jobs = {edge: with_chunks(job_file, edge) for edge in edges}
 
     def run(contestant: str) -> Figures:
         name, edge = contestant.split()
         script, output = Path(__file__).with_name("protocols.py"), job_file.parent / f"{name}.zarr"
-        figures = turns.ask(script, name, jobs[int(edge)], output, child_env(THREADS))
-        return figures | {"difference": float(np.abs(read(str(output)) - meant).max())}
+        figures = turns.run_contestant(script, name, jobs[int(edge)], output, child_env(THREADS))
+        return figures | {"difference": float(np.abs(read(str(output)) - expected).max())}
 
-    run(f"chunkq {edges[0]}")  # whatever the system keeps of the files is kept for all
-    crew = [f"{name} {edge}" for edge in edges for name in PROTOCOLS]
-    taken = turns.take_turns(crew, rounds, run)
+    run(f"chunkq {edges[0]}")  # fills the file cache for all contestants
+    contestants = [f"{name} {edge}" for edge in edges for name in PROTOCOLS]
+    results = turns.take_turns(contestants, rounds, run)
     return {
-        "volume_voxels": list(meant.shape[1:]),
-        "channels": len(meant),
+        "volume_voxels": list(expected.shape[1:]),
+        "channels": len(expected),
         "patch_voxels": list(job.model.model_input_shape[1:]),
         "strides_voxels": list(job.strides or ()),
         "threads": THREADS,
@@ -136,67 +136,68 @@ def compare(job_file: Path, edges: Sequence[int], rounds: int) -> Figures:
         "chunks": [
             {
                 "chunk_voxels": list(load_job(jobs[edge]).chunksize or ()),
-                "protocols": {name: summary(taken, name, edge) for name in PROTOCOLS},
+                "protocols": {name: summary(results, name, edge) for name in PROTOCOLS},
             }
             for edge in edges
         ],
     }
 
 
-def summary(taken: list[Turn], name: str, edge: int) -> Figures:
-    """One protocol's figures over all rounds, with chunks of one size."""
+def summary(results: list[Turn], name: str, edge: int) -> Figures:
+    """Return the figures of one protocol over all rounds, with one chunk size."""
     contestant = f"{name} {edge}"
-    own = [turn[contestant] for turn in taken]
-    ratios = turns.ratios(taken, contestant, f"chunkq {edge}")
+    figures = [turn[contestant] for turn in results]
+    ratios = turns.ratios(results, contestant, f"chunkq {edge}")
     return {
-        "patches_computed": own[0]["patches"],
-        "bytes_read": own[0]["read"],
-        "bytes_written": own[0]["written"],
-        "seconds_median": turns.median_seconds(taken, contestant),
+        "patches_computed": figures[0]["patches"],
+        "bytes_read": figures[0]["read"],
+        "bytes_written": figures[0]["written"],
+        "seconds_median": turns.median_seconds(results, contestant),
         "seconds_by_chunkqs_median": statistics.median(ratios),
         "seconds_by_chunkqs_of_each_round": ratios,
-        "peak_memory_mb": max(figures["peak"] for figures in own) / 1024,
-        "memory_before_mb": max(figures["before"] for figures in own) / 1024,
-        "largest_difference": max(figures["difference"] for figures in own),
+        "peak_memory_mb": max(one["peak"] for one in figures) / 1024,
+        "memory_before_mb": max(one["before"] for one in figures) / 1024,
+        "largest_difference": max(one["difference"] for one in figures),
     }
 
 
-def show(found: Figures) -> None:
-    """Print a table for chunks of each size."""
+def show(results: Figures) -> None:
+    """Print a table for each chunk size."""
     row = "{:<13}{:>8}{:>12}{:>12}{:>10}{:>9}{:>10}{:>12}"
     heads = ("patches", "read MB", "written MB", "seconds", "ratio", "peak MB", "difference")
-    for of in found["chunks"]:
-        print(row.format("×".join(map(str, of["chunk_voxels"])), *heads))
-        for name, own in of["protocols"].items():
+    for size in results["chunks"]:
+        print(row.format("×".join(map(str, size["chunk_voxels"])), *heads))
+        for name, figures in size["protocols"].items():
             print(
                 row.format(
                     name,
-                    own["patches_computed"],
-                    f"{own['bytes_read'] / 1e6:.1f}",
-                    f"{own['bytes_written'] / 1e6:.1f}",
-                    f"{own['seconds_median']:.2f}",
-                    f"{own['seconds_by_chunkqs_median']:.2f}",
-                    f"{own['peak_memory_mb']:.0f}",
-                    f"{own['largest_difference']:.1e}",
+                    figures["patches_computed"],
+                    f"{figures['bytes_read'] / 1e6:.1f}",
+                    f"{figures['bytes_written'] / 1e6:.1f}",
+                    f"{figures['seconds_median']:.2f}",
+                    f"{figures['seconds_by_chunkqs_median']:.2f}",
+                    f"{figures['peak_memory_mb']:.0f}",
+                    f"{figures['largest_difference']:.1e}",
                 )
             )
 
 
 def main() -> None:
+    """Run the comparison that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--chunks", type=int, nargs="+", metavar="EDGE", help="edges of chunks")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     turns.fetch("chunkflow", "--requirement", str(CHUNKFLOW))
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
-        make, edges = SIZES[asked.size]
-        found = compare(make(Path(folder)), asked.chunks or edges, asked.rounds)
-    show(found)
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_job, edges = SIZES[arguments.size]
+        results = compare(write_job(Path(folder)), arguments.chunks or edges, arguments.rounds)
+    show(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

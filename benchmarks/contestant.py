@@ -1,7 +1,7 @@
-"""One way to run a network over a stored volume, in a process of its own; prints its figures.
+"""Run a network over a stored volume in one of several ways; print the figures as JSON.
 
-Run by network.py: python contestant.py NAME JOB OUTPUT. Seconds count from the moment when
-libraries are imported, and include loading the network. borders.py has contestants of its own.
+network.py starts it as: python contestant.py NAME JOB OUTPUT. The clock starts after the libraries
+are imported and before the network is loaded. borders.py has its own contestants.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from chunkq.resolve import resolve
 from chunkq.stores import find_source
 
 Contestant = Callable[[Job, str], Callable[[], Figures]]
-"""Takes a job and where to write; returns what to time, which gives at least the patches run."""
+"""Function of a job and an output path; returns the timed function, whose figures name patches."""
 
 
 def read(path: str) -> np.ndarray[Any, Any]:
-    """A whole volume, in memory."""
+    """Return a stored volume as an array in memory."""
     return np.asarray(stored(path).read().result())
 
 
 def stored(path: str) -> Any:
-    """A volume's array, through tensorstore."""
-    place = {"driver": "file", "path": find_source(path).array_path}
-    return ts.open({"driver": "zarr3", "kvstore": place}).result()
+    """Open a stored volume with tensorstore."""
+    store = {"driver": "file", "path": find_source(path).array_path}
+    return ts.open({"driver": "zarr3", "kvstore": store}).result()
 
 
 def create(
@@ -49,9 +49,9 @@ def create(
     chunks: Sequence[int],
     *,
     context: Any = None,
-    **more: Any,
+    **metadata: Any,
 ) -> Any:
-    """An array of zeros in place of what was there; `more` is metadata, such as codecs."""
+    """Create an array of zeros and delete what exists; `metadata` is added, such as codecs."""
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": path},
@@ -59,32 +59,31 @@ def create(
             "shape": list(shape),
             "data_type": dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
-            **more,
+            **metadata,
         },
     }
     return ts.open(spec, create=True, delete_existing=True, context=context).result()
 
 
-def beside(path: str) -> Any:
-    """An array of the same kind as what chunkq wrote into the same folder."""
-    written = stored(str(Path(path).with_name("chunkq.zarr") / "0"))
-    place = {"driver": "file", "path": path}
+def like_chunkq(path: str) -> Any:
+    """Create an array with the metadata of chunkq's output in the same folder."""
+    output = stored(str(Path(path).with_name("chunkq.zarr") / "0"))
     spec = {
         "driver": "zarr3",
-        "kvstore": place,
-        "metadata": written.spec().to_json()["metadata"],
+        "kvstore": {"driver": "file", "path": path},
+        "metadata": output.spec().to_json()["metadata"],
     }
     return ts.open(spec, create=True).result()
 
 
 def batched(patches: Sequence[Patch], size: int) -> Iterator[Sequence[Patch]]:
-    """Runs of `size` patches; the last has what is left."""
+    """Yield batches of `size` patches; the last one may be smaller."""
     for first in range(0, len(patches), size):
         yield patches[first : first + size]
 
 
 def batches(plan: Plan) -> Iterator[Sequence[Patch]]:
-    """The batches that chunkq runs: of one chunk each."""
+    """Yield chunkq's batches, each with patches of one chunk."""
     for index in plan.indices():
         yield from batched([*plan.patches(plan.chunk(index))], plan.job.model.max_batch_size)
 
@@ -96,25 +95,26 @@ def predictions(
     values: np.ndarray[Any, Any],
     origin: Sequence[int] = (0, 0, 0),
 ) -> Iterator[tuple[Patch, torch.Tensor]]:
-    """Each patch with what the network gives for it, in the batches that chunkq runs for a chunk.
+    """Yield each patch with its prediction, in chunkq's batches for a chunk.
 
-    `values` are the input from `origin` on.
+    `values` is the input from the index `origin` on.
     """
     size, slot = job.model.max_batch_size, job.model.model_input_shape
     batch = np.zeros((size, *slot), np.float32)
-    for some in batched(patches, size):
-        for row, patch in zip(batch, some, strict=False):
+    for group in batched(patches, size):
+        for row, patch in zip(batch, group, strict=False):
             row[...] = values[patch.source.slices(origin)].reshape(slot)
-        yield from zip(some, net(torch.from_numpy(batch[: len(some)])), strict=True)
+        yield from zip(group, net(torch.from_numpy(batch[: len(group)])), strict=True)
 
 
 def network(job: Job) -> Any:
+    """Load the job's TorchScript network."""
     jit: Any = torch.jit
     return jit.load(job.model.ts_file).eval()
 
 
 def bare(job: Job, output: str) -> Callable[[], Figures]:
-    """The forward loop alone, over the same patches in the same batches; nothing is kept."""
+    """Run only the forward loop, over the same patches in the same batches; keep no output."""
     source = find_source(job.input[0])
     plan, volume = resolve(job, source.volume), read(job.input[0])
 
@@ -130,9 +130,9 @@ def bare(job: Job, output: str) -> Callable[[], Figures]:
 
 
 def chunkq(job: Job, output: str) -> Callable[[], Figures]:
-    """Store to store, in this process; `read` and `written` are bytes, as its report says."""
-    for late in ("chunkq_producer.runner", "chunkq_worker.runtimes.torch", "zarr"):
-        importlib.import_module(late)  # as all libraries are before the clock starts
+    """Run chunkq store to store in this process; `read` and `written` are bytes of its report."""
+    for module in ("chunkq_producer.runner", "chunkq_worker.runtimes.torch", "zarr"):
+        importlib.import_module(module)  # all libraries are imported before the clock starts
     from chunkq import Predictor
 
     values = job.as_dict()
@@ -153,7 +153,7 @@ def chunkq(job: Job, output: str) -> Callable[[], Figures]:
 
 
 def monai(job: Job, output: str) -> Callable[[], Figures]:
-    """MONAI's sliding window: read the store, infer in memory, write the store as chunkq does."""
+    """Run MONAI's sliding window in memory, between reading and writing the stores."""
     from monai.inferers import sliding_window_inference  # type: ignore[import-not-found]
 
     patch = job.model.model_input_shape[-3:]
@@ -177,20 +177,21 @@ def monai(job: Job, output: str) -> Callable[[], Figures]:
                 overlap=0.5,
                 mode="gaussian",
             )
-            beside(output).write(result[0].argmax(0).to(torch.uint8).numpy()).result()
+            labels = result[0].argmax(0).to(torch.uint8).numpy()
+            like_chunkq(output).write(labels).result()
         return {"patches": done}
 
     return run
 
 
 def copy(job: Job, output: str) -> Callable[[], Figures]:
-    """A plain copy by tensorstore, chunk by chunk, into what chunkq wrote beside: the limit."""
+    """Copy the input with tensorstore, chunk by chunk, into an array like chunkq's: the limit."""
     source = stored(job.input[0])
     edge = job.chunksize or source.shape
 
     def run() -> Figures:
-        target = beside(output)
-        target = target[0] if target.rank > source.rank else target  # an axis for one channel
+        target = like_chunkq(output)
+        target = target[0] if target.rank > source.rank else target  # a channel axis of length 1
         for low in np.ndindex(*(-(-n // c) for n, c in zip(source.shape, edge, strict=True))):
             box = tuple(
                 slice(i * c, min((i + 1) * c, n))
@@ -211,9 +212,9 @@ CONTESTANTS: dict[str, Contestant] = {
 
 
 def peak_memory() -> int:
-    """This process's largest resident memory so far (KB).
+    """Return the peak resident memory of this process (KB).
 
-    On Linux, getrusage's would be at least that of the process that started this one.
+    On Linux, the value of getrusage would include the peak of the parent process.
     """
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
@@ -223,22 +224,21 @@ def peak_memory() -> int:
 
 
 def compete(contestants: Mapping[str, Contestant]) -> None:
-    """Run the contestant of the command line and print its figures.
+    """Run the contestant that the command line names and print its figures.
 
-    Seconds that went by and of processor time, memory (KB), and what it says itself.
+    They are wall-clock and CPU seconds, memory (KB), and the figures of the contestant.
     """
     name, job_file, output = sys.argv[1:]
     torch.set_num_threads(THREADS)
-    for old in (output, f"{output}.chunkq"):
-        shutil.rmtree(old, ignore_errors=True)  # deleting is not part of it
+    for path in (output, f"{output}.chunkq"):
+        shutil.rmtree(path, ignore_errors=True)  # deletion is not measured
     run = contestants[name](load_job(job_file), output)
     before = peak_memory()
-    begun, used = time.perf_counter(), time.process_time()
+    started, cpu = time.perf_counter(), time.process_time()
     figures = run()
-    seconds, used = time.perf_counter() - begun, time.process_time() - used
-    peak = peak_memory()
-    taken = {"seconds": seconds, "cpu": used, "peak": peak, "before": before}
-    print(json.dumps(taken | figures))
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    resources = {"seconds": seconds, "cpu": cpu, "peak": peak_memory(), "before": before}
+    print(json.dumps(resources | figures))
 
 
 if __name__ == "__main__":

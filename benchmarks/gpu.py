@@ -1,9 +1,9 @@
-"""What a GPU is busy with, beside a bare forward loop, and what each option gains.
+"""Compare chunkq on a GPU with a bare forward loop, and measure the gain of each option.
 
-Run: python benchmarks/gpu.py [--rounds N] [--json FILE]. All contestants run over the same patches
-of one volume in memory, in one process, and take turns; each ratio is the median of those taken
-round by round. Without a CUDA device it says so and has no figures; `--rehearse` runs a few patches
-on the CPU, to see that the script works.
+Run: python benchmarks/gpu.py [--rounds N] [--json FILE]. All contestants run in turns in one
+process over the same patches of one volume in memory. A ratio is the median of the ratios of each
+round. Without a CUDA device there are no figures; `--rehearse` runs a few patches on the CPU to
+test the script.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ import torch
 from torch import nn
 
 
-def block(given, made):
+def block(n_in, n_out):
     layers = []
-    for one, other in ((given, made), (made, made)):
-        layers += [nn.Conv3d(one, other, 3, padding=1), nn.BatchNorm3d(other), nn.ReLU()]
+    for inner in (n_in, n_out):
+        layers += [nn.Conv3d(inner, n_out, 3, padding=1), nn.BatchNorm3d(n_out), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 class UNet(nn.Module):
-    """Three levels, as small as such networks are."""
+    """A small U-Net of three levels."""
 
     def __init__(self, width=16, classes=3):
         super().__init__()
@@ -55,25 +55,25 @@ class UNet(nn.Module):
         self.last = nn.Conv3d(width, classes, 1)
 
     def forward(self, x):
-        x, kept = x / 255, []
+        x, skips = x / 255, []
         for part in self.down:
             x = part(x)
-            kept.append(x)
+            skips.append(x)
             x = nn.functional.max_pool3d(x, 2)
         x = self.deep(x)
         for part in self.up:
             x = nn.functional.interpolate(x, scale_factor=2.0)
-            x = part(torch.cat([x, kept.pop()], 1))
+            x = part(torch.cat([x, skips.pop()], 1))
         return self.last(x)
 '''
 
 Figures = dict[str, Any]
 Run = Callable[[], int]
-"""Runs all patches; returns how many."""
+"""Function that runs all patches and returns their number."""
 
 
-class Ground:
-    """The network's files, the volume and the device that all contestants share."""
+class Setup:
+    """Network files, volume and device that all contestants share."""
 
     def __init__(self, folder: Path, device: str, edge: int, patch: int) -> None:
         self.folder, self.device, self.patch = folder, device, patch
@@ -84,13 +84,15 @@ class Ground:
         torch.save(self.network().state_dict(), folder / "unet.pt")
 
     def network(self) -> torch.nn.Module:
+        """Return the network in eval mode, with new random weights."""
         names: dict[str, Any] = {"__name__": "unet"}
         exec(NETWORK, names)
-        made: torch.nn.Module = names["UNet"]()
-        return made.eval()
+        module: torch.nn.Module = names["UNet"]()
+        return module.eval()
 
     def plan(self, **model: Any) -> Plan:
-        own = {
+        """Return the plan of the job; `model` overrides keys of `model_config`."""
+        torch_keys = {
             "runtime": "torch",
             "type": "class",
             "class_file": str(self.folder / "unet.py"),
@@ -106,7 +108,7 @@ class Ground:
             "combine": "soft",
             "chunksize": [self.shape[0] // 2] * 3,
             "model_config": {
-                **(own if model.get("runtime", "torch") == "torch" else {}),
+                **(torch_keys if model.get("runtime", "torch") == "torch" else {}),
                 "model_input_shape": [1, *(self.patch,) * 3],
                 "model_output_shape": [3, *(self.patch,) * 3],
                 "max_batch_size": BATCH,
@@ -117,49 +119,48 @@ class Ground:
         return resolve(parse_job(values), Volume(self.shape, "uint8"))
 
 
-def chunkq(ground: Ground, **model: Any) -> tuple[InferenceEngine, Run]:
-    """Read-to-write's middle: each chunk of the volume becomes arrays on the host."""
-    plan = ground.plan(**model)
+def chunkq(setup: Setup, **model: Any) -> tuple[InferenceEngine, Run]:
+    """Return an engine, and a function that computes every chunk from memory to host arrays."""
+    plan = setup.plan(**model)
     hashes = JobRecord.create(plan.job, ()).file_hashes
     engine = InferenceEngine(JobRecord(plan.job, (), hashes), plan)
-    chunks = [plan.chunk(index) for index in plan.indices()]
-    active = [chunk for chunk in chunks if chunk.is_active]
-    halos = [_padded(ground.values, chunk.halo) for chunk in active]
+    chunks = [chunk for chunk in map(plan.chunk, plan.indices()) if chunk.is_active]
+    halos = [_padded(setup.values, chunk.halo) for chunk in chunks]
 
     def run() -> int:
-        before, waiting = engine.batcher.patches_run, None
-        for chunk, halo in zip(active, halos, strict=True):
-            arrived = engine.start(chunk, [halo])
-            if waiting is not None:
-                waiting()  # as the chunk's own thread does meanwhile
-            waiting = arrived
-        if waiting is not None:
-            waiting()
+        before, previous = engine.batcher.patches_run, None
+        for chunk, halo in zip(chunks, halos, strict=True):
+            finish = engine.start(chunk, [halo])
+            if previous is not None:
+                previous()  # overlaps with this chunk, as in the chunk's own thread
+            previous = finish
+        if previous is not None:
+            previous()
         return engine.batcher.patches_run - before
 
     return engine, run
 
 
 def _padded(values: np.ndarray[Any, Any], box: Any) -> np.ndarray[Any, Any]:
-    """The box of the volume, zeros where it reaches beyond."""
-    found = np.zeros(box.shape, values.dtype)
+    """Return the voxels of a box, with zeros outside the volume."""
+    voxels = np.zeros(box.shape, values.dtype)
     inside = [
         (max(low, 0), min(high, n))
         for low, high, n in zip(box.start, box.stop, values.shape, strict=True)
     ]
-    there = tuple(slice(low, high) for low, high in inside)
-    here = tuple(
+    source = tuple(slice(low, high) for low, high in inside)
+    target = tuple(
         slice(low - start, high - start)
         for (low, high), start in zip(inside, box.start, strict=True)
     )
-    found[here] = values[there]
-    return found
+    voxels[target] = values[source]
+    return voxels
 
 
-def bare(ground: Ground) -> Run:
-    """The forward loop alone on batches that lie in pinned memory; nothing is kept."""
-    plan = ground.plan()
-    net, on_cuda = ground.network().to(ground.device), ground.device == "cuda"
+def bare(setup: Setup) -> Run:
+    """Run only the forward loop on batches in pinned memory; keep no output."""
+    plan = setup.plan()
+    net, on_cuda = setup.network().to(setup.device), setup.device == "cuda"
     shape = (BATCH, *plan.job.model.model_input_shape)
     batch = torch.randint(0, 255, shape, dtype=torch.uint8)
     batch = batch.pin_memory() if on_cuda else batch
@@ -170,102 +171,103 @@ def bare(ground: Ground) -> Run:
             for chunk in map(plan.chunk, plan.indices()):
                 for first in range(0, chunk.patches, BATCH):
                     count = min(BATCH, chunk.patches - first)
-                    net(batch[:count].to(ground.device, non_blocking=True).float())
+                    net(batch[:count].to(setup.device, non_blocking=True).float())
                     done += count
         return done
 
     return run
 
 
-def _unstaged(ground: Ground) -> Run:
-    engine, run = chunkq(ground)
+def _unstaged(setup: Setup) -> Run:
+    engine, run = chunkq(setup)
     with mock.patch.object(engine.runtime, "feed", BatchFeed):
         engine.batcher = engine.batcher.of_size(engine.batcher.size)
     return run
 
 
-def _not_ahead(ground: Ground) -> Run:
-    engine, run = chunkq(ground)
+def _not_ahead(setup: Setup) -> Run:
+    engine, run = chunkq(setup)
     engine.batcher._feed.ahead = False
     return run
 
 
-def _onnx(ground: Ground, *, bound: bool) -> Run:
-    """The same network by ONNX Runtime, its batches bound on the device or given on the host."""
+def _onnx(setup: Setup, *, bound: bool) -> Run:
+    """Run the network with ONNX Runtime; batches are bound on the device or come from the host."""
     from chunkq_worker.runtimes import onnx_cuda
 
-    path = ground.folder / "unet.onnx"
+    path = setup.folder / "unet.onnx"
     if not path.exists():
-        example = torch.zeros((2, 1, *(ground.patch,) * 3))
+        example = torch.zeros((2, 1, *(setup.patch,) * 3))
         sizes = {"x": {0: torch.export.Dim("batch")}}
         torch.onnx.export(
-            ground.network(), (example,), path, dynamo=True, dynamic_shapes=sizes, verbose=False
+            setup.network(), (example,), path, dynamo=True, dynamic_shapes=sizes, verbose=False
         )
     keys = {"runtime": "onnx", "type": "file", "model_file": str(path)}
     if bound:
-        return chunkq(ground, **keys)[1]
+        return chunkq(setup, **keys)[1]
     with mock.patch.object(onnx_cuda, "_free_bytes", return_value=None):
-        return chunkq(ground, **keys)[1]
+        return chunkq(setup, **keys)[1]
 
 
-CONTESTANTS: dict[str, Callable[[Ground], Run]] = {
-    "chunkq": lambda ground: chunkq(ground)[1],
+CONTESTANTS: dict[str, Callable[[Setup], Run]] = {
+    "chunkq": lambda setup: chunkq(setup)[1],
     "bare": bare,
     "without pinned staging": _unstaged,
     "without the next batch ahead": _not_ahead,
-    "channels_last": lambda ground: chunkq(ground, channels_last=True)[1],
-    "autocast bfloat16": lambda ground: chunkq(ground, autocast="bfloat16")[1],
-    "autocast float16": lambda ground: chunkq(ground, autocast="float16")[1],
-    "compile": lambda ground: chunkq(ground, compile=True)[1],
-    "cuda_graph": lambda ground: chunkq(ground, cuda_graph=True)[1],
-    "bfloat16, channels_last, compile": lambda ground: chunkq(
-        ground, autocast="bfloat16", channels_last=True, compile=True
+    "channels_last": lambda setup: chunkq(setup, channels_last=True)[1],
+    "autocast bfloat16": lambda setup: chunkq(setup, autocast="bfloat16")[1],
+    "autocast float16": lambda setup: chunkq(setup, autocast="float16")[1],
+    "compile": lambda setup: chunkq(setup, compile=True)[1],
+    "cuda_graph": lambda setup: chunkq(setup, cuda_graph=True)[1],
+    "bfloat16, channels_last, compile": lambda setup: chunkq(
+        setup, autocast="bfloat16", channels_last=True, compile=True
     )[1],
-    "onnx, bound": lambda ground: _onnx(ground, bound=True),
-    "onnx, through the host": lambda ground: _onnx(ground, bound=False),
+    "onnx, bound": lambda setup: _onnx(setup, bound=True),
+    "onnx, through the host": lambda setup: _onnx(setup, bound=False),
 }
 REHEARSED = ("chunkq", "bare", "without the next batch ahead", "channels_last", "autocast bfloat16")
-BESIDE = {"onnx, through the host": "onnx, bound"}
-"""What a contestant is compared with, unless it is plain chunkq."""
+BASELINES = {"onnx, through the host": "onnx, bound"}
+"""Contestant to compare with, if it is not plain chunkq."""
 
 
 def seconds_of(run: Run, device: str) -> float:
+    """Return the seconds of a run, the work of the device included."""
     with _idle(device):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
 
 @contextmanager
 def _idle(device: str) -> Iterator[None]:
-    """Begin when nothing is left to do."""
+    """Wait until the device has no work before the block starts."""
     if device == "cuda":
         torch.cuda.synchronize()
     yield
 
 
 def busy_share(run: Run) -> Figures:
-    """The shares of the time from first to last of a run in which kernels ran, or copies did."""
+    """Return the shares of a run's time in which kernels and copies run on the device."""
     from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
-    found = [e for e in profiled.events() if e.device_type == DeviceType.CUDA]
-    spans = [(e.name, e.time_range.start, e.time_range.end) for e in found]
+    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
     if not spans:
         return {"kernels": None, "copies": None}
-    whole = max(end for *_, end in spans) - min(start for _, start, _ in spans)
+    total = max(end for *_, end in spans) - min(start for _, start, _ in spans)
     copies = [(a, b) for name, a, b in spans if name.startswith("Mem")]
     kernels = [(a, b) for name, a, b in spans if not name.startswith("Mem")]
-    return {"kernels": covered(kernels) / whole, "copies": covered(copies) / whole}
+    return {"kernels": covered(kernels) / total, "copies": covered(copies) / total}
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """The length of what at least one of the spans covers."""
+    """Return the length of the union of the spans."""
     length, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         length += max(0.0, end - max(start, reached))
@@ -273,58 +275,60 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return length
 
 
-def measure(ground: Ground, names: Sequence[str], rounds: int) -> Figures:
+def measure(setup: Setup, names: Sequence[str], rounds: int) -> Figures:
+    """Return the figures of each contestant; one that cannot run has the reason instead."""
     runs: dict[str, Run] = {}
     parts: dict[str, Figures] = {}
     for name in names:
         try:
-            runs[name] = CONTESTANTS[name](ground)
-            parts[name] = {"patches": runs[name]()}  # so that nothing is done for the first time
+            runs[name] = CONTESTANTS[name](setup)
+            parts[name] = {"patches": runs[name]()}  # a first run, which is not measured
         except (ImportError, ModelError) as error:
             runs.pop(name, None)
-            parts[name] = {"left out": str(error).splitlines()[0]}
+            parts[name] = {"skipped": str(error).splitlines()[0]}
     turns = [
-        {name: seconds_of(run, ground.device) for name, run in runs.items()} for _ in range(rounds)
+        {name: seconds_of(run, setup.device) for name, run in runs.items()} for _ in range(rounds)
     ]
     for name, run in runs.items():
-        other = BESIDE.get(name, "chunkq")
+        other = BASELINES.get(name, "chunkq")
         seconds = statistics.median(turn[name] for turn in turns)
         ratios = [turn[other] / turn[name] for turn in turns if other in turn]
         parts[name] |= {
             "seconds": seconds,
             "patches_per_second": parts[name]["patches"] / seconds,
-            "beside": other,
-            "times_as_fast": statistics.median(ratios) if ratios else None,
+            "compared_with": other,
+            "speedup": statistics.median(ratios) if ratios else None,
             "rounds": ratios,
-            "busy": busy_share(run) if ground.device == "cuda" else None,
+            "busy": busy_share(run) if setup.device == "cuda" else None,
         }
     return parts
 
 
 def main() -> None:
+    """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rehearse", action="store_true")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     figures: Figures = {"device": None}
-    if asked.rehearse or torch.cuda.is_available():
-        device = "cpu" if asked.rehearse else "cuda"
-        names = REHEARSED if asked.rehearse else tuple(CONTESTANTS)
+    if arguments.rehearse or torch.cuda.is_available():
+        device = "cpu" if arguments.rehearse else "cuda"
+        names = REHEARSED if arguments.rehearse else tuple(CONTESTANTS)
         with tempfile.TemporaryDirectory() as folder:
-            ground = Ground(Path(folder), device, *((16, 8) if asked.rehearse else (256, 64)))
-            parts = measure(ground, names, asked.rounds)
+            setup = Setup(Path(folder), device, *((16, 8) if arguments.rehearse else (256, 64)))
+            parts = measure(setup, names, arguments.rounds)
         figures = {
-            "device": None if asked.rehearse else torch.cuda.get_device_name(),
+            "device": None if arguments.rehearse else torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "parts": parts,
         }
-        for name, found in parts.items():
-            print(name, json.dumps(found), flush=True)
+        for name, part in parts.items():
+            print(name, json.dumps(part), flush=True)
     else:
-        print("no CUDA device is found here, so there is nothing to measure")
-    if asked.json:
-        asked.json.write_text(json.dumps(figures, indent=1) + "\n")
+        print("no CUDA device: nothing measured; use --rehearse to test the script on the CPU")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

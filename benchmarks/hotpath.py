@@ -1,9 +1,9 @@
-"""Where the seconds of a run go, by function; gather and blend beside the memory's bandwidth.
+"""Measure the seconds of a run by function, and the bandwidth of gathering and blending.
 
-Run: python benchmarks/hotpath.py [--json FILE]. One process, the job of network.py, two threads.
-Functions are timed by the clock; those of one thread do not overlap each other, those of the
-device's thread go on beside those of the others. Run it with chunkq's own malloc settings (see
-chunkq_worker.child_env): it starts itself again with them.
+Run: python benchmarks/hotpath.py [--json FILE]. One process runs the job of network.py with two
+threads. Functions are timed by the wall clock. Those of one thread do not overlap; those of the
+device's thread overlap with those of other threads. The script restarts itself with the environment
+of chunkq's workers (chunkq_worker.child_env).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ WATCHED = (
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.batching", "is_finite"),
     ("device", "activation, votes", "chunkq_worker.batching", "Batcher._activate"),
-    ("device", "weights, until kept", "chunkq.weights", "ProductWeights.normalized"),
+    ("device", "weights, until cached", "chunkq.weights", "ProductWeights.normalized"),
     ("device", "blend", "chunkq.blend", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),
-    ("device", "decide", "chunkq.blend", "Accumulator.sums"),
+    ("device", "reduce", "chunkq.blend", "Accumulator.sums"),
     ("device", "cut into core, band, pieces", "chunkq_worker.inference_engine", "contribution"),
     (
         "device",
@@ -53,14 +53,14 @@ WATCHED = (
     ("others", "write the output", "chunkq.job_handle", "JobHandle.write"),
     ("others", "write pieces", "chunkq.ledger", "Ledger.put_piece"),
     ("others", "commit", "chunkq.ledger", "Ledger.commit"),
-    ("others", "complete blocks, their writes too", "chunkq_worker.inline", "complete_block"),
+    ("others", "complete blocks, including writes", "chunkq_worker.inline", "complete_block"),
     ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
 )
-"""Thread, label, module and name of what is timed."""
+"""Thread, label, module and name of each timed function."""
 
 
 def watch(seconds: dict[str, float]) -> None:
-    """Have every watched function add its seconds."""
+    """Wrap every watched function so that it adds its time to `seconds`."""
 
     def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def watch(seconds: dict[str, float]) -> None:
 
 
 def profile() -> dict[str, float]:
-    """Seconds by label of one run, after one that warms the file cache; `all` is the whole."""
+    """Return the seconds by label of one run after a warm-up; `all` is the time of the run."""
     seconds: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as name:
         job = load_job(str(make_job(Path(name), SHAPE)))
@@ -95,7 +95,7 @@ def profile() -> dict[str, float]:
 
 
 def rate(work: Callable[[], object], amount: float, rounds: int = 15) -> float:
-    """Median GB/s of moving `amount` bytes."""
+    """Return the median rate in GB/s of `amount` bytes."""
     times = []
     for _ in range(rounds):
         before = time.perf_counter()
@@ -105,29 +105,29 @@ def rate(work: Callable[[], object], amount: float, rounds: int = 15) -> float:
 
 
 def bandwidth(channels: int) -> dict[str, float]:
-    """GB/s of a plain copy, of gathering a batch and of blending patches, bytes in and out.
+    """Return GB/s, bytes read and written, of copying, of gathering a batch and of blending.
 
-    Patches of 64³ lie in a region of 128³ that no cache holds. A copy reads and writes each byte;
-    gathering reads and writes integers; blending reads prediction, weights and sums and writes the
-    sums.
+    Patches of 64³ are in a region of 128³, which is larger than the caches. A copy reads and writes
+    each byte. Gathering reads and writes integers. Blending reads prediction, weights and sums and
+    writes the sums.
     """
     edge, region = 64, 128
     values = np.random.default_rng(0).integers(0, 255, (region,) * 3, dtype=np.uint8)
     batch = np.zeros((8, 1, edge, edge, edge), np.uint8)
     corners = [(a, b, c) for a in (0, 60) for b in (0, 60) for c in (0, 60)]
-    places = [tuple(slice(low, low + edge) for low in corner) for corner in corners]
+    slots = [tuple(slice(low, low + edge) for low in corner) for corner in corners]
 
     def gather() -> None:
-        for row, place in zip(batch, places, strict=True):
-            row[...] = values[place].reshape(1, edge, edge, edge)
+        for row, slot in zip(batch, slots, strict=True):
+            row[...] = values[slot].reshape(1, edge, edge, edge)
 
     sums = torch.zeros((channels, region, region, region))
     predictions = torch.rand((8, channels, edge, edge, edge))
     weights = torch.rand((edge,) * 3)
 
     def blend() -> None:
-        for prediction, place in zip(predictions, places, strict=True):
-            add_weighted(sums[(slice(None), *place)], weights, prediction)
+        for prediction, slot in zip(predictions, slots, strict=True):
+            add_weighted(sums[(slice(None), *slot)], weights, prediction)
 
     source, target = torch.rand(1 << 25), torch.empty(1 << 25)
     voxels = 8 * edge**3
@@ -139,27 +139,27 @@ def bandwidth(channels: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
-    given = options.parse_args()
-    settings = child_env(THREADS)
-    if any(os.environ.get(name) != value for name, value in settings.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+    arguments = options.parse_args()
+    environment = child_env(THREADS)
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
     torch.set_num_threads(THREADS)
     figures: dict[str, Any] = {
         "bandwidth": {str(channels): bandwidth(channels) for channels in (1, 3, 21)}
     }
-    found = profile()
-    figures["profile"] = {"all": found.pop("all"), "rows": []}
+    seconds = profile()
+    figures["profile"] = {"all": seconds.pop("all"), "rows": []}
     for thread, label, *_ in WATCHED:
-        row = {"thread": thread, "what": label, "seconds": found.get(label, 0.0)}
+        row = {"thread": thread, "label": label, "seconds": seconds.get(label, 0.0)}
         figures["profile"]["rows"].append(row)
         print(f"{thread:8}{label:32}{row['seconds']:8.3f} s")
     print(f"all {figures['profile']['all']:.3f} s")
     print(json.dumps(figures["bandwidth"]))
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

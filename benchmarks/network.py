@@ -1,12 +1,12 @@
-"""chunkq beside a bare forward loop, MONAI's sliding window and a plain copy, store to store.
+"""Compare chunkq with a bare forward loop, MONAI's sliding window and a plain copy of the arrays.
 
-Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants take turns in
-processes of their own, with two threads each and the malloc settings that chunkq gives its workers;
-a figure is the median of the ratios taken round by round. `small` has 96 patches in 12 chunks of
-96³, `large` 605 patches in 4 chunks of 192³, nearer to what a real job has; `basic` has 27 patches
-and MONAI's BasicUNet, which takes several times as long for a patch as the demo's U-Net. MONAI
-comes from the package index into a folder of its own. In FILE, parts that are not asked for stay as
-they were.
+Run: python benchmarks/network.py [PART ...] [--rounds N] [--json FILE]. Contestants run from store
+to store, in turns, in separate processes, with two threads each and the malloc settings of chunkq's
+workers. A figure is the median of the ratios of each round. `small` has 96 patches in 12 chunks of
+96³. `large` has 605 patches in 4 chunks of 192³, which is closer to a real job. `basic` has 27
+patches and MONAI's BasicUNet, which takes several times as long per patch as the demo's U-Net.
+MONAI is installed from the package index into a separate folder. Parts that are not run keep their
+figures in FILE.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZES = {
     "large": ((384, 384, 192), 192),
     "basic": ((128, 128, 128), 96),
 }
-"""Volume, and edge of chunks."""
+"""Shape of the volume, and edge of the chunks."""
 PARTS = (*SIZES, "memory", "copy")
 BASIC = """
 import sys, torch
@@ -46,7 +46,7 @@ torch.manual_seed(0)
 network = BasicUNet(spatial_dims=3, in_channels=1, out_channels=3).eval()
 torch.jit.save(torch.jit.trace(network, torch.zeros(1, 1, 64, 64, 64)), sys.argv[1])
 """
-"""Writes MONAI's BasicUNet, as it is by default, with random weights."""
+"""Script that writes MONAI's BasicUNet with default settings and random weights."""
 
 
 def make_job(
@@ -57,7 +57,7 @@ def make_job(
     network: Path = UNET,
     **keys: Any,
 ) -> Path:
-    """A job over a volume of noise: the brain demo's U-Net, windows of 64³ that overlap by half."""
+    """Write a job over a volume of noise: the brain demo's U-Net, half-overlapping 64³ windows."""
     values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8).astype(dtype)
     zarr.create_array(folder / "in.zarr", shape=shape, chunks=(edge,) * 3, dtype=dtype)[:] = values
     job: dict[str, Any] = {
@@ -85,7 +85,7 @@ def make_job(
 
 
 def identity(folder: Path) -> Path:
-    """A network that costs nothing: it returns what it is given."""
+    """Write a network without cost, which returns its input; return its path."""
     import torch
 
     path = folder / "identity.ts"
@@ -94,6 +94,7 @@ def identity(folder: Path) -> Path:
 
 
 def basic_unet(folder: Path) -> Path:
+    """Write MONAI's BasicUNet as TorchScript; return its path."""
     path = folder / "basic.ts"
     settings = os.environ | {"PYTHONPATH": str(turns.PEERS)}
     command = [sys.executable, "-W", "ignore", "-c", BASIC, str(path)]
@@ -101,28 +102,30 @@ def basic_unet(folder: Path) -> Path:
     return path
 
 
-def ask(name: str, job: Path) -> Figures:
-    """Run one contestant."""
+def run(name: str, job: Path) -> Figures:
+    """Run one contestant in a separate process; return its figures."""
     script = Path(__file__).with_name("contestant.py")
     output = job.parent / f"{name}.zarr"
-    return turns.ask(script, name, job, output, child_env(THREADS))
+    return turns.run_contestant(script, name, job, output, child_env(THREADS))
 
 
 def contest(job: Path, others: Sequence[str], rounds: int) -> Figures:
-    """Have chunkq and others take turns; ratios are of chunkq's seconds by the others'."""
-    ask("chunkq", job)  # whatever the system keeps of the files is kept for all
+    """Run chunkq and others in turns; ratios are chunkq's seconds divided by the others'."""
+    run("chunkq", job)  # fills the file cache for all contestants
     names = ("chunkq", *others)
-    taken = turns.take_turns(names, rounds, lambda name: ask(name, job))
+    results = turns.take_turns(names, rounds, lambda name: run(name, job))
     return {
-        "patches": taken[0]["chunkq"]["patches"],
-        "seconds": {name: turns.median_seconds(taken, name) for name in names},
-        "ratios": {other: turns.ratios(taken, "chunkq", other) for other in others},
-        "cpu_ratios": {other: turns.ratios(taken, "chunkq", other, of="cpu") for other in others},
+        "patches": results[0]["chunkq"]["patches"],
+        "seconds": {name: turns.median_seconds(results, name) for name in names},
+        "ratios": {other: turns.ratios(results, "chunkq", other) for other in others},
+        "cpu_ratios": {
+            other: turns.ratios(results, "chunkq", other, key="cpu") for other in others
+        },
     }
 
 
-def beside_networks(size: str, rounds: int) -> Figures:
-    """The same patches by the bare network and by MONAI."""
+def compare_networks(size: str, rounds: int) -> Figures:
+    """Compare chunkq with the bare network and with MONAI on the same patches."""
     shape, chunk = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         network = basic_unet(Path(folder)) if size == "basic" else UNET
@@ -130,23 +133,23 @@ def beside_networks(size: str, rounds: int) -> Figures:
         return {"volume": shape, "chunk": chunk} | contest(job, ("bare", "monai"), rounds)
 
 
-def peaks() -> Figures:
-    """The most memory taken (MB) over a volume and one four times as large."""
-    found: Figures = {}
+def memory_peaks() -> Figures:
+    """Return the peak memory (MB) for a volume and for one four times as large."""
+    peaks: Figures = {}
     for name, shape in (("small", (160, 160, 160)), ("large", (640, 160, 160))):
         with tempfile.TemporaryDirectory() as folder:
             job = make_job(Path(folder), shape)
-            found[name] = {who: ask(who, job)["peak"] / 1024 for who in ("chunkq", "monai")}
-    growth = {who: found["large"][who] - found["small"][who] for who in ("chunkq", "monai")}
-    return found | {"growth": growth}
+            peaks[name] = {other: run(other, job)["peak"] / 1024 for other in ("chunkq", "monai")}
+    growth = {name: peaks["large"][name] - peaks["small"][name] for name in ("chunkq", "monai")}
+    return peaks | {"growth": growth}
 
 
-def copying(rounds: int) -> Figures:
-    """A network that costs nothing, without overlap, beside a plain copy of the arrays."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+def compare_copies(rounds: int) -> Figures:
+    """Compare chunkq without overlap and with a network without cost with a plain array copy."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         job = make_job(
-            place,
+            folder,
             (384, 384, 384),
             "float32",
             64,
@@ -159,7 +162,7 @@ def copying(rounds: int) -> Figures:
             model_config={
                 "runtime": "torch",
                 "type": "torchscript",
-                "ts_file": str(identity(place)),
+                "ts_file": str(identity(folder)),
                 "model_input_shape": [1, 64, 64, 64],
                 "max_batch_size": 8,
             },
@@ -168,26 +171,27 @@ def copying(rounds: int) -> Figures:
 
 
 def main() -> None:
+    """Run the parts that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    parts = asked.parts or list(PARTS)
+    arguments = parser.parse_args()
+    parts = arguments.parts or list(PARTS)
     if set(parts) != {"copy"}:
         turns.fetch("monai", MONAI)
     figures: Figures = {}
     for part in parts:
         if part == "memory":
-            figures[part] = peaks()
+            figures[part] = memory_peaks()
         elif part == "copy":
-            figures[part] = copying(asked.rounds or ROUNDS[part])
+            figures[part] = compare_copies(arguments.rounds or ROUNDS[part])
         else:
-            figures[part] = beside_networks(part, asked.rounds or ROUNDS[part])
+            figures[part] = compare_networks(part, arguments.rounds or ROUNDS[part])
         print(part, json.dumps(figures[part]), flush=True)
-    if asked.json:
-        kept = json.loads(asked.json.read_text()) if asked.json.exists() else {}
-        asked.json.write_text(json.dumps(kept | figures, indent=1) + "\n")
+    if arguments.json:
+        earlier = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        arguments.json.write_text(json.dumps(earlier | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Planning, enqueueing and status at scale, each beside the bare minimum it cannot beat.
+"""Measure planning, enqueueing and status at scale, each against a bare lower bound.
 
-Run: python benchmarks/planning.py [--json FILE]. Every figure is the median of interleaved
-rounds; the ratio is taken round by round.
+Run: python benchmarks/planning.py [--json FILE]. Every figure is the median of interleaved rounds;
+a ratio is the median of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from chunkq.tasks import Task, chunk_name
 ROUNDS, EPOCH = 5, "0a1b2c3d"
 
 
-def job_over(edge: int, inputs: str = "/nowhere/in.zarr") -> Plan:
-    """A half-overlapping job of edge³ chunks of 128³ voxels."""
+def job_over(edge: int, path: str = "/missing/in.zarr") -> Plan:
+    """Return the plan of a half-overlapping job of edge³ chunks of 128³ voxels."""
     job = parse_job(
         {
-            "input": inputs,
-            "output": "/nowhere/out.zarr",
+            "input": path,
+            "output": "/missing/out.zarr",
             "inference_type": "sliding_window",
             "strides": [32, 32, 32],
             "weight_function": ["weight_gaussian"],
@@ -51,7 +51,7 @@ def job_over(edge: int, inputs: str = "/nowhere/in.zarr") -> Plan:
             "model_config": {
                 "runtime": "torch",
                 "type": "torchscript",
-                "ts_file": "/nowhere/model.ts",
+                "ts_file": "/missing/model.ts",
                 "model_input_shape": [1, 64, 64, 64],
                 "model_output_shape": [3, 64, 64, 64],
             },
@@ -61,14 +61,15 @@ def job_over(edge: int, inputs: str = "/nowhere/in.zarr") -> Plan:
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
     before = time.perf_counter()
     work()
     return time.perf_counter() - before
 
 
-def paired(ours: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of both, and the median of the ratios of interleaved rounds."""
-    rounds = [(seconds(ours), seconds(bare)) for _ in range(ROUNDS)]
+def paired(measured: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, float]:
+    """Return the median seconds of both, and the median ratio of interleaved rounds."""
+    rounds = [(seconds(measured), seconds(bare)) for _ in range(ROUNDS)]
     return {
         "seconds": statistics.median(a for a, _ in rounds),
         "bare_seconds": statistics.median(b for _, b in rounds),
@@ -77,41 +78,41 @@ def paired(ours: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, float]
 
 
 def walk(plan: Plan) -> int:
-    """Cost a job and visit every chunk's index, as `produce` does."""
+    """Compute the costs of a job and visit every chunk's index, as `produce` does; count them."""
     assert plan.costs.patches > 0
     return sum(1 for _ in plan.indices())
 
 
 def planning() -> dict[str, float]:
-    """10.08 million chunks, beside a bare triple loop over as many indices."""
+    """Plan 10.08 million chunks, against a bare triple loop over as many indices."""
     edge = 216
-    found = paired(
+    figures = paired(
         lambda: walk(job_over(edge)),
         lambda: sum(1 for _ in product(range(edge), repeat=3)),
     )
-    return {"chunks": float(edge**3), **found}
+    return {"chunks": float(edge**3), **figures}
 
 
 def planning_memory() -> dict[str, float]:
-    """Peak resident memory (bytes) of planning 10⁴ and 10⁷ chunks, in fresh processes."""
+    """Return the peak memory (bytes) of planning 10⁴ and 10⁷ chunks, in new processes."""
     peaks = {}
     for name, edge in (("peak_at_10648_chunks", 22), ("peak_at_10077696_chunks", 216)):
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, __file__, "--peak", str(edge)],
             capture_output=True,
             text=True,
             check=True,
         )
-        peaks[name] = float(done.stdout)
+        peaks[name] = float(result.stdout)
     return {**peaks, "ratio": peaks["peak_at_10077696_chunks"] / peaks["peak_at_10648_chunks"]}
 
 
 def enqueueing(folder: Path) -> dict[str, float]:
-    """100 000 tasks into the embedded queue, beside one bare transaction of the same rows."""
-    tasks = [Task("infer", "/nowhere/out.zarr.chunkq", (i,)) for i in range(100_000)]
+    """Submit 100 000 tasks to the embedded queue, against one transaction of the same rows."""
+    tasks = [Task("infer", "/missing/out.zarr.chunkq", (i,)) for i in range(100_000)]
     number = iter(range(1000))
 
-    def ours() -> None:
+    def submit() -> None:
         queue = SqliteExecutor(f"sqlite://{folder}/queue-{next(number)}.db")
         assert queue.submit(tasks) == len(tasks)
         queue.close()
@@ -125,13 +126,13 @@ def enqueueing(folder: Path) -> dict[str, float]:
         database.commit()
         database.close()
 
-    return {"tasks": 100_000.0, **paired(ours, bare)}
+    return {"tasks": 100_000.0, **paired(submit, bare)}
 
 
 def status(folder: Path) -> dict[str, float]:
-    """Status of 100 000 chunks, all but 1000 done, beside a bare listing of the same files.
+    """Compute the status of 100 000 chunks, 1000 unfinished, against a listing of the same files.
 
-    `command_…` is the whole `chunkq status`, beside the same of a job of one chunk.
+    The figures `command_…` are for `chunkq status`, against the same command on a one-chunk job.
     """
     edge = 47
     plan = job_over(edge)
@@ -144,11 +145,11 @@ def status(folder: Path) -> dict[str, float]:
             "infer", index, 1, f"host-{number % 8}", number, number + 1.0,
             {"read": 0.1, "wait": 0.1, "compute": 0.7, "write": 0.1},
         )  # fmt: skip
-        # Straight to the file system: a hundred thousand flushes to disk are not the point.
+        # Without flushing each file to the disk, which is not measured.
         (done / chunk_name(index)).write_bytes(commit.to_json(EPOCH))
     queue = SqliteExecutor(f"sqlite://{folder}/status.db")
     queue.submit(Task("infer", job.folder.path, index) for index in indices[:1000])
-    found = paired(
+    figures = paired(
         lambda: job_status(job, queue),
         lambda: sum(entry.stat().st_mtime for entry in os.scandir(done)),
     )
@@ -158,33 +159,33 @@ def status(folder: Path) -> dict[str, float]:
     command = paired(lambda: show(folder / "out.zarr", queue.url), lambda: show(small, queue.url))
     return {
         "chunks": float(len(indices)),
-        **found,
+        **figures,
         **{f"command_{key}": value for key, value in command.items()},
     }
 
 
 def create(output: Path, plan: Plan) -> JobHandle:
     """Create a job folder without an output."""
-    source = Source("/nowhere/in.zarr", plan.volume, Space.plain(3))
+    source = Source("/missing/in.zarr", plan.volume, Space.plain(3))
     folder = JobFolder(folder_of(str(output)))
     folder.create_record(JobRecord(plan.job, (source,), {}, ("",), EPOCH))
     return open_job(folder.path)
 
 
 def show(output: Path, queue: str) -> None:
-    """Run the command as a user would."""
+    """Run `chunkq status`."""
     command = [sys.executable, "-m", "chunkq", "status", str(output), "--queue", queue]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where asked."""
+    """Measure, print a table, and write JSON if requested."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
     options.add_argument("--peak", type=int, help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.peak:
-        walk(job_over(given.peak))
+    arguments = options.parse_args()
+    if arguments.peak:
+        walk(job_over(arguments.peak))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     with tempfile.TemporaryDirectory() as name:
@@ -198,8 +199,8 @@ def main() -> None:
     for label, figures in results.items():
         row = ", ".join(f"{key} {value:,.4g}" for key, value in figures.items())
         print(f"{label}: {row}")
-    if given.json:
-        given.json.write_text(json.dumps(results, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What `chunkq plan --check-model` foretells beside what real worker processes then take.
+"""Compare what `chunkq plan --check-model` predicts with what worker processes use.
 
-Run: python benchmarks/predictions.py [JOB ...] [--json FILE]. Each job is planned, produced, worked
-off by one fresh process of `chunkq work` and sealed by `chunkq finalize`. Then its chunks are
-computed once more past the queue, which leaves all blocks to `chunkq finalize`. Counts and bytes
-are to be equal, memory within a tenth; a ratio is predicted by measured.
+Run: python benchmarks/predictions.py [JOB ...] [--json FILE]. Each job is planned, produced,
+computed by one new process of `chunkq work` and sealed by `chunkq finalize`. Then its chunks are
+computed again without a queue, which leaves all blocks to `chunkq finalize`. Counts and bytes must
+be equal, memory must agree within 10 %. A ratio is predicted divided by measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 
 class Tiny(torch.nn.Module):
-    """Costs nothing but its arrays."""
+    """A network whose only cost is its arrays."""
 
     def __init__(self, channels):
         super().__init__()
@@ -55,15 +55,15 @@ child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, used = os.wait4(child.pid, 0)
 print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024]))
 """
-"""Small itself: a process's largest memory counts what its parent had when it was started."""
-PAST_THE_QUEUE = """
+"""Starts a command from a small process: the peak memory of a process includes its parent's."""
+WITHOUT_QUEUE = """
 import sys
 from chunkq_worker.run_task import run_task
 from chunkq.executors.base import Attempt
 from chunkq.job_handle import open_job
 from chunkq.tasks import Task
 for index in open_job(sys.argv[1]).plan.indices():
-    run_task(Task("infer", sys.argv[1], index), Attempt(1, "alone"))
+    run_task(Task("infer", sys.argv[1], index), Attempt(1, "inline"))
 """
 JOBS: dict[str, dict[str, Any]] = {
     "32³, 1 channel, average, depth 1": {"volume": 96, "chunk": 32, "depth": 1},
@@ -93,7 +93,7 @@ def make_job(
     network: str = "Tiny",
     depth: int = 2,
 ) -> int:
-    """Write a job over a cube of noise; returns its depth."""
+    """Write a job over a cube of noise; return its depth."""
     shape = (volume,) * 3
     noise = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
     zarr.create_array(folder / "in.zarr", shape=shape, chunks=(32,) * 3, dtype=dtype)[:] = noise
@@ -124,9 +124,9 @@ def make_job(
 
 
 def headers(job: JobHandle) -> int:
-    """Bytes of the pieces that are not voxels: what `Ledger.put_piece` writes around them."""
+    """Return the bytes that `Ledger.put_piece` writes in addition to the voxels of the pieces."""
     plan, epoch = job.plan, job.record.epoch
-    stored = (plan.channels,) if plan.channel_axis else ()
+    channels = (plan.channels,) if plan.channel_axis else ()
     total = 0
     for chunk in map(plan.chunk, plan.indices()):
         if not chunk.is_active:
@@ -136,9 +136,9 @@ def headers(job: JobHandle) -> int:
             for p in plan.outgoing_pieces(chunk)
         ]
         if chunk.has_band:
-            own = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
-            rest = [(plan.output_dtype.str, (*stored, *b.shape)) for b in chunk.rest_boxes]
-            pieces.append((chunk.index, OWN_PIECE, [*own, *rest]))
+            bands = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
+            rest = [(plan.output_dtype.str, (*channels, *b.shape)) for b in chunk.rest_boxes]
+            pieces.append((chunk.index, OWN_PIECE, [*bands, *rest]))
         for block, name, arrays in pieces:
             path = f"pieces/{ITEM}/{chunk_name(block)}/{name}"
             line = len(json.dumps([epoch, path, arrays])) + 1
@@ -146,84 +146,85 @@ def headers(job: JobHandle) -> int:
     return total
 
 
-def command(folder: Path, *words: str) -> str:
-    """Run a chunkq command; returns what it printed."""
-    return _run(folder, [sys.executable, "-m", "chunkq", *words])
+def command(folder: Path, *arguments: str) -> str:
+    """Run a chunkq command; return its stdout."""
+    return _run(folder, [sys.executable, "-m", "chunkq", *arguments])
 
 
-def _run(folder: Path, words: list[str]) -> str:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CHUNKQ")}
-    environment = {**kept, "CHUNKQ_QUEUE": f"sqlite://{folder}/queue.db"}
-    done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
+def _run(folder: Path, arguments: list[str]) -> str:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CHUNKQ")}
+    environment = {**inherited, "CHUNKQ_QUEUE": f"sqlite://{folder}/queue.db"}
+    result = subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}: {done.stderr}")
-    return done.stdout
+    if result.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: {result.stderr}")
+    return result.stdout
 
 
 def finalize(folder: Path) -> int:
-    """Finalize; returns the largest resident memory of the command."""
-    words = [sys.executable, "-m", "chunkq", "finalize", "out.zarr"]
-    out = _run(folder, [sys.executable, "-I", "-S", "-c", LAUNCHER, *words])
+    """Run `chunkq finalize`; return its peak memory in bytes."""
+    arguments = [sys.executable, "-m", "chunkq", "finalize", "out.zarr"]
+    out = _run(folder, [sys.executable, "-I", "-S", "-c", LAUNCHER, *arguments])
     code, peak = json.loads(out.splitlines()[-1])
     if code:
-        raise SystemExit(f"finalize ended with {code}")
+        raise SystemExit(f"finalize exited with {code}")
     return int(peak)
 
 
 def figures(folder: Path, depth: int) -> Figures:
-    """Foretell a job and run it."""
-    words = ("plan", "job.json", "--check-model", "--depth", str(depth), "--json")
-    foretold = json.loads(command(folder, *words))
-    probe = foretold["model_check"]
+    """Predict the costs of a job, run it, and compare."""
+    options = ("--check-model", "--depth", str(depth), "--json")
+    predicted = json.loads(command(folder, "plan", "job.json", *options))
+    check = predicted["model_check"]
     command(folder, "produce", "job.json")
     command(folder, "work", "--burst", "--gpus", "none", "--depth", str(depth), "--quiet")
     command(folder, "finalize", "out.zarr")
     report = json.loads(command(folder, "report", "out.zarr", "--json"))
     command(folder, "produce", "job.json", "--overwrite")
-    _run(folder, [sys.executable, "-c", PAST_THE_QUEUE, str(folder / "out.zarr.chunkq")])
+    _run(folder, [sys.executable, "-c", WITHOUT_QUEUE, str(folder / "out.zarr.chunkq")])
     peak = finalize(folder)
-    around = headers(open_job(str(folder / "out.zarr.chunkq")))
-    moved = report["bytes"]
+    header_bytes = headers(open_job(str(folder / "out.zarr.chunkq")))
+    measured = report["bytes"]
     pairs = {
-        "patches": (foretold["patches"], report["patches"]),
-        "input_bytes": (foretold["input_bytes"], moved["input"]),
-        "output_bytes": (foretold["output_bytes"], moved["output"]),
-        "piece_bytes": (foretold["piece_bytes"], moved["pieces_written"] - around),
-        "piece_bytes_read": (foretold["piece_bytes"], moved["pieces_read"] - around),
-        "worker_peak": (probe["worker_bytes"], report["peak_rss_bytes"]),
-        "finalizer_peak": (probe["finalizer_bytes"], peak),
+        "patches": (predicted["patches"], report["patches"]),
+        "input_bytes": (predicted["input_bytes"], measured["input"]),
+        "output_bytes": (predicted["output_bytes"], measured["output"]),
+        "piece_bytes": (predicted["piece_bytes"], measured["pieces_written"] - header_bytes),
+        "piece_bytes_read": (predicted["piece_bytes"], measured["pieces_read"] - header_bytes),
+        "worker_peak": (check["worker_bytes"], report["peak_rss_bytes"]),
+        "finalizer_peak": (check["finalizer_bytes"], peak),
     }
-    found: Figures = {
+    results: Figures = {
         key: {"predicted": p, "measured": m, "ratio": p / m if m else 1.0 if p == m else None}
         for key, (p, m) in pairs.items()
-        if p is not None  # there is nothing to finalize
+        if p is not None  # None: the job has nothing to finalize
     }
-    found["array_bytes"] = foretold["array_bytes"]
-    found["loaded_bytes"] = probe["loaded_bytes"]
-    return found
+    results["array_bytes"] = predicted["array_bytes"]
+    results["loaded_bytes"] = check["loaded_bytes"]
+    return results
 
 
 def main() -> None:
+    """Run the jobs that the command line names, print the comparison, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", nargs="*", type=int, help="numbers, from 0 on; else all")
+    parser.add_argument("jobs", nargs="*", type=int, help="numbers of jobs from 0; default: all")
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    names = [list(JOBS)[number] for number in asked.jobs] or list(JOBS)
+    arguments = parser.parse_args()
+    names = [list(JOBS)[number] for number in arguments.jobs] or list(JOBS)
     all_figures: Figures = {}
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             depth = make_job(Path(folder), **JOBS[name])
-            all_figures[name] = found = figures(Path(folder), depth)
+            all_figures[name] = results = figures(Path(folder), depth)
         print(name)
-        for key, value in found.items():
+        for key, value in results.items():
             if isinstance(value, dict):
-                shown = "-" if value["ratio"] is None else f"{value['ratio']:.4f}"
-                print(f"  {key:18}{value['predicted']:>14}{value['measured']:>14}  {shown}")
-        print(f"  arrays alone, at most {found['array_bytes']}", flush=True)
-    if asked.json:
-        asked.json.write_text(json.dumps(all_figures, indent=1) + "\n")
+                ratio = "-" if value["ratio"] is None else f"{value['ratio']:.4f}"
+                print(f"  {key:18}{value['predicted']:>14}{value['measured']:>14}  {ratio}")
+        print(f"  arrays only, at most {results['array_bytes']}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(all_figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Ways to treat the patches that cross chunk borders, store to store, in a process of its own.
+"""Border protocols: ways to compute patches that cross chunk borders, from store to store.
 
-Run by borders.py: python protocols.py NAME JOB OUTPUT. The peers' ways are written with the same
-parts: the same network in the same batches, the same weights, an output of the same form, the next
-chunk's input read ahead, writing in the background. Temporary arrays are neither compressed nor
-synced to the disk, and are removed in the end.
+borders.py starts it in a separate process: python protocols.py NAME JOB OUTPUT. The protocols of
+other programs use the same parts: the same network and batches, the same weights, an output with
+the same metadata, prefetched input, and writing in the background. Temporary arrays are neither
+compressed nor synced to the disk, and are removed at the end.
 
-`read` and `written` are bytes of uncompressed voxels: of every box asked of a store, and of every
-box given to one, temporary ones included.
+`read` and `written` are bytes of uncompressed voxels: of all boxes read from a store and of all
+boxes written to one, temporary arrays included.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from chunkq.user_code import load_blend_weights
 from chunkq.weights import built_in
 
 PENDING = 64 << 20
-"""Bytes whose writing may be under way."""
+"""Limit of the bytes that are being written."""
 RAW = {"name": "bytes", "configuration": {"endian": "little"}}
 LZ4 = {
     "name": "blosc",
@@ -50,45 +50,45 @@ LZ4 = {
         "blocksize": 0,
     },
 }
-"""As chunkq compresses its output."""
+"""The compression of chunkq's output."""
 Voxels = npt.NDArray[Any]
 
 
 @dataclass
 class Stores:
-    """What is asked of stores and given to them; at most PENDING bytes are being written."""
+    """Counts bytes read and written; at most PENDING bytes are being written."""
 
     read: int = 0
     written: int = 0
-    _flying: deque[tuple[int, Any]] = field(default_factory=deque)
+    _writes: deque[tuple[int, Any]] = field(default_factory=deque)
     _pending: int = 0
 
-    def get(self, array: Any, where: Any) -> Any:
-        """Start to read; returns a future of the values."""
-        part = array[where]
+    def get(self, array: Any, index: Any) -> Any:
+        """Start to read; return a future of the values."""
+        part = array[index]
         self.read += part.size * part.dtype.numpy_dtype.itemsize
         return part.read()
 
-    def put(self, array: Any, where: Any, values: Voxels) -> None:
-        """Start to write values that nobody changes any more."""
-        self._flying.append((values.nbytes, array[where].write(values)))
+    def put(self, array: Any, index: Any, values: Voxels) -> None:
+        """Start to write values, which must not change afterwards."""
+        self._writes.append((values.nbytes, array[index].write(values)))
         self._pending += values.nbytes
         self.written += values.nbytes
         self._wait(PENDING)
 
     def flush(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         self._wait(0)
 
-    def _wait(self, most: int) -> None:
-        while self._pending > most:
-            size, future = self._flying.popleft()
+    def _wait(self, limit: int) -> None:
+        while self._pending > limit:
+            size, future = self._writes.popleft()
             future.result()
             self._pending -= size
 
 
 class Work:
-    """One run: the network, the input, an output like chunkq's, and what has been done so far."""
+    """One run: network, input, an output like chunkq's, and counters."""
 
     def __init__(self, job: Job, output: str) -> None:
         volume = find_source(job.input[0]).volume
@@ -109,35 +109,36 @@ class Work:
         return [self.plan.chunk(index) for index in self.plan.indices()]
 
     def weights(self, plan: Plan) -> WeightCache:
-        """Weights already divided by their sum over all patches at a voxel."""
+        """Return the weights divided by their sum over all patches at a voxel."""
         return WeightCache(plan, load_blend_weights(plan), torch.from_numpy)
 
     def temporary(
-        self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], **more: Any
+        self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], **metadata: Any
     ) -> Any:
-        """A scratch array of float32; losing it in a power cut loses only time."""
+        """Create a temporary float32 array, not synced because losing it costs only time."""
         path = f"{self.output}.{name}"
         self._temporary.append(path)
         scratch = ts.Context({"file_io_sync": False})
-        return create(path, shape, "float32", chunks, context=scratch, **more)
+        return create(path, shape, "float32", chunks, context=scratch, **metadata)
 
     def inputs(self, boxes: list[Box]) -> Iterator[Voxels]:
-        """The input in each box, the next one being read meanwhile."""
+        """Yield the input in each box; read the next one meanwhile."""
         return pipelined(lambda box: self.stores.get(self.source, _at(box)), boxes, 2)
 
     def forward(
         self, patches: list[Patch], values: Voxels, origin: tuple[int, ...]
     ) -> Iterator[tuple[Patch, torch.Tensor]]:
+        """Yield each patch with its prediction; count the patches."""
         self.patches += len(patches)
         return predictions(self.job, self.net, patches, values, origin)
 
     def finish(self) -> Figures:
-        """Wait for the output, remove what was temporary, and tell what was done."""
+        """Wait for the output, remove temporary arrays, and return the counters."""
         self.stores.flush()
         for path in self._temporary:
             shutil.rmtree(path)
-        done = self.stores
-        return {"patches": self.patches, "read": done.read, "written": done.written}
+        counts = self.stores
+        return {"patches": self.patches, "read": counts.read, "written": counts.written}
 
 
 def _at(box: Box) -> tuple[slice, ...]:
@@ -149,11 +150,11 @@ def _in_channels(box: Box, origin: tuple[int, ...] | None = None) -> tuple[slice
 
 
 def checkerboard(job: Job, output: str) -> Callable[[], Figures]:
-    """Eight temporary layers, as zetta_utils has them, one for each parity of the block's index.
+    """Write sums to eight temporary layers, as zetta_utils does, one per parity of the block index.
 
-    A first pass writes every chunk's weighted sums, with what they spill into the next blocks,
-    to the layer where no neighbour writes; a second one adds up the layers block by block. Unlike
-    there, no patch is computed twice, and what is stored is weighted already.
+    A first pass writes every chunk's weighted sums, including the overlap with the next blocks, to
+    the layer in which no neighbor writes. A second pass adds the layers block by block. In contrast
+    to zetta_utils, no patch is computed twice, and the stored values are already weighted.
     """
 
     @torch.inference_mode()
@@ -182,20 +183,20 @@ def checkerboard(job: Job, output: str) -> Callable[[], Figures]:
         stores.flush()
 
         def parts(chunk: Chunk) -> list[tuple[Box, Any]]:
-            """The sums that lie in a block, each in another layer."""
-            found = []
+            """Return the sums inside a block, each from another layer."""
+            reads = []
             for down in product((0, 1), repeat=plan.rank):
                 index = tuple(i - d for i, d in zip(chunk.index, down, strict=True))
                 if index in active:
                     box = chunk.block & active[index].region
                     if box.size:
                         future = stores.get(layer(active[index]), _in_channels(box))
-                        found.append((box, future))
-            return found
+                        reads.append((box, future))
+            return reads
 
-        for chunk, found in _one_ahead(work.chunks(), parts):
+        for chunk, reads in _prefetched(work.chunks(), parts):
             total = np.zeros((plan.channels, *chunk.block.shape), np.float32)
-            for box, future in found:
+            for box, future in reads:
                 total[_in_channels(box, chunk.block.start)] += future.result()
             stores.put(work.target, _in_channels(chunk.block), total)
         return work.finish()
@@ -204,10 +205,10 @@ def checkerboard(job: Job, output: str) -> Callable[[], Figures]:
 
 
 def every_patch(job: Job, output: str) -> Callable[[], Figures]:
-    """Every patch's prediction is stored, as vesuvius does, and a second pass blends them.
+    """Store every patch's prediction, as vesuvius does, and blend them in a second pass.
 
-    An object holds one patch, in parts the size of the output's storage chunks, so that a block
-    reads only what lies in it (there, whole patches). Predictions are float32 (there, float16).
+    An object has one patch, in parts of the size of the output's storage chunks, so a block reads
+    only its voxels (vesuvius: complete patches). Predictions are float32 (vesuvius: float16).
     """
 
     @torch.inference_mode()
@@ -215,37 +216,37 @@ def every_patch(job: Job, output: str) -> Callable[[], Figures]:
         work = Work(job, output)
         plan, stores = work.plan, work.stores
         chunks = work.chunks()
-        kept: dict[tuple[int, ...], tuple[int, Patch]] = {}
+        slots: dict[tuple[int, ...], tuple[int, Patch]] = {}
         for chunk in chunks:
             for patch in plan.patches(chunk):
-                kept[patch.numbers] = (len(kept), patch)
+                slots[patch.numbers] = (len(slots), patch)
         item = (plan.channels, *plan.output_patch)
         inner = (1, plan.channels, *map(math.gcd, plan.storage_chunks, plan.output_patch))
         shards = {"name": "sharding_indexed"} | {
             "configuration": {"chunk_shape": inner, "codecs": [RAW]}
         }
-        scratch = work.temporary("patches", (len(kept), *item), (1, *item), codecs=[shards])
+        scratch = work.temporary("patches", (len(slots), *item), (1, *item), codecs=[shards])
         active = [chunk for chunk in chunks if chunk.is_active]
         for chunk, halo in zip(active, work.inputs([c.halo for c in active]), strict=True):
             for patch, values in work.forward([*plan.patches(chunk)], halo, chunk.halo.start):
-                stores.put(scratch, kept[patch.numbers][0], values.numpy())
+                stores.put(scratch, slots[patch.numbers][0], values.numpy())
         stores.flush()
 
         def parts(chunk: Chunk) -> list[tuple[Patch, Box, Any]]:
-            """What lies in a block of the patches that meet it."""
+            """Return the voxels of a block in the patches that intersect it."""
             axes = zip(plan.axes, chunk.block.start, chunk.block.stop, strict=True)
-            meeting = product(*(a.grids[0].touching(low, high) for a, low, high in axes))
-            found = []
-            for number, patch in (kept[numbers] for numbers in meeting):
+            intersecting = product(*(a.grids[0].touching(low, high) for a, low, high in axes))
+            reads = []
+            for number, patch in (slots[numbers] for numbers in intersecting):
                 box = chunk.block & patch.target
-                where = (number, *_in_channels(box, patch.source.start))
-                found.append((patch, box, stores.get(scratch, where)))
-            return found
+                index = (number, *_in_channels(box, patch.source.start))
+                reads.append((patch, box, stores.get(scratch, index)))
+            return reads
 
         weights = work.weights(plan)
-        for chunk, found in _one_ahead(chunks, parts):
+        for chunk, reads in _prefetched(chunks, parts):
             total = torch.zeros((plan.channels, *chunk.block.shape))
-            for patch, box, future in found:
+            for patch, box, future in reads:
                 weight = weights.weights(patch)[box.slices(patch.target.start)]
                 part = total[_in_channels(box, chunk.block.start)]
                 part.addcmul_(weight, torch.from_numpy(future.result()))
@@ -255,40 +256,40 @@ def every_patch(job: Job, output: str) -> Callable[[], Figures]:
     return run
 
 
-def _one_ahead(
+def _prefetched(
     chunks: list[Chunk], start: Callable[[Chunk], list[Any]]
 ) -> Iterator[tuple[Chunk, list[Any]]]:
-    """Each chunk with the reads begun for it, those of the next one being begun as well."""
-    later: deque[tuple[Chunk, list[Any]]] = deque()
+    """Yield each chunk with the reads started for it, after those of the next one have started."""
+    queue: deque[tuple[Chunk, list[Any]]] = deque()
     for chunk in chunks:
-        later.append((chunk, start(chunk)))
-        if len(later) > 1:
-            yield later.popleft()
-    yield from later
+        queue.append((chunk, start(chunk)))
+        if len(queue) > 1:
+            yield queue.popleft()
+    yield from queue
 
 
 def cutouts(plan: Plan) -> list[tuple[Box, Box]]:
-    """Each block with the box around it that reaches one overlap further, inside the volume.
+    """Return each block with its cutout: the block and one overlap around it, inside the volume.
 
-    With less, its outermost voxels would lack some of their patches.
+    With a smaller cutout, the outermost voxels of the block would lack some of their patches.
     """
     strides = (axis.grids[0].stride for axis in plan.axes)
     margin = [p - s for p, s in zip(plan.output_patch, strides, strict=True)]
-    found = []
+    pairs = []
     for index in plan.indices():
         block = plan.chunk(index).block
         low = tuple(max(0, a - m) for a, m in zip(block.start, margin, strict=True))
         axes = zip(block.stop, margin, plan.volume.shape, strict=True)
         high = tuple(min(b + m, v) for b, m, v in axes)
-        found.append((block, Box(low, high)))
-    return found
+        pairs.append((block, Box(low, high)))
+    return pairs
 
 
 def recompute(job: Job, output: str) -> Callable[[], Figures]:
-    """Each chunk reads a margin, runs all patches over chunk and margin, and crops.
+    """Read each chunk with a margin, run all patches over it, crop; as daisy and chunkflow do.
 
-    The way of daisy and chunkflow. The patches are laid from the cutout's corner; here every
-    cutout starts on the grid of the whole volume, which is kind to this way.
+    They start the patches at the cutout's corner. Here every cutout starts on the grid of the
+    volume, which favors this protocol.
     """
 
     @torch.inference_mode()
@@ -296,34 +297,34 @@ def recompute(job: Job, output: str) -> Callable[[], Figures]:
         work = Work(job, output)
 
         @cache
-        def over(shape: tuple[int, ...]) -> tuple[Plan, WeightCache]:
-            whole = parse_job(job.as_dict() | {"chunksize": list(shape)})
-            plan = resolve(whole, Volume(shape, work.plan.volume.dtype))
+        def plan_for(shape: tuple[int, ...]) -> tuple[Plan, WeightCache]:
+            cutout_job = parse_job(job.as_dict() | {"chunksize": list(shape)})
+            plan = resolve(cutout_job, Volume(shape, work.plan.volume.dtype))
             return plan, work.weights(plan)
 
         boxes = cutouts(work.plan)
         for (block, cutout), values in zip(boxes, work.inputs([c for _, c in boxes]), strict=True):
-            plan, weights = over(cutout.shape)
+            plan, weights = plan_for(cutout.shape)
             chunk = plan.chunk((0,) * plan.rank)
             zeros = torch.zeros((plan.channels, *cutout.shape))
             sums = Accumulator(plan, chunk, weights, zeros)
             for patch, prediction in work.forward([*plan.patches(chunk)], values, chunk.halo.start):
                 sums.add(patch, prediction)
-            kept = np.ascontiguousarray(zeros.numpy()[_in_channels(block, cutout.start)])
-            work.stores.put(work.target, _in_channels(block), kept)
+            cropped = np.ascontiguousarray(zeros.numpy()[_in_channels(block, cutout.start)])
+            work.stores.put(work.target, _in_channels(block), cropped)
         return work.finish()
 
     return run
 
 
 class PatchInferencer:
-    """What chunkflow's Inferencer calls: batch (N, 1, *P) to weighted predictions (N, C, *P)."""
+    """Callable for chunkflow's Inferencer: batch (N, 1, *P) -> weighted predictions (N, C, *P)."""
 
     compute_device = "cpu"
 
     def __init__(self, net: Any, weights: npt.NDArray[np.float32]) -> None:
         self._net, self._weights, self.patches = net, torch.from_numpy(weights), 0
-        self.output_patch_mask_numpy = weights  # chunkflow's name; it divides by their sum
+        self.output_patch_mask_numpy = weights  # chunkflow's name; it divides by the sum of masks
 
     def __call__(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         self.patches += len(batch)
@@ -334,10 +335,10 @@ class PatchInferencer:
 
 
 def chunkflow(job: Job, output: str) -> Callable[[], Figures]:
-    """chunkflow's own Inferencer over the same cutouts as `recompute`, cropped alike.
+    """Run chunkflow's Inferencer over the cutouts of `recompute`, with the same cropping.
 
-    Chunks, patches, weighted sums and their normalisation are its own; the network and the
-    weights are handed to it, reading and writing are as for everybody.
+    Chunks, patches, weighted sums and their normalization are chunkflow's. The network, the
+    weights, and reading and writing are those of the other protocols.
     """
     from chunkflow.chunk import Chunk as Cutout  # type: ignore[import-not-found]
     from chunkflow.flow.divid_conquer.inferencer import Inferencer  # type: ignore[import-not-found]
@@ -362,9 +363,9 @@ def chunkflow(job: Job, output: str) -> Callable[[], Figures]:
         )
         boxes = cutouts(plan)
         for (block, cutout), values in zip(boxes, work.inputs([c for _, c in boxes]), strict=True):
-            # It would scale integers to 0..1.
-            given = Cutout(values.astype(np.float32), voxel_offset=cutout.start)
-            result = infer(given).array[_in_channels(block, cutout.start)]
+            # float32, because chunkflow scales integers to 0..1.
+            chunk = Cutout(values.astype(np.float32), voxel_offset=cutout.start)
+            result = infer(chunk).array[_in_channels(block, cutout.start)]
             work.stores.put(work.target, _in_channels(block), np.ascontiguousarray(result))
         work.patches = forward.patches
         return work.finish()

@@ -1,4 +1,4 @@
-"""The queues at 10⁴, 10⁵ and 10⁶ tasks: filling them, what they hold, working from the full one.
+"""Measure the queues at 10⁴, 10⁵ and 10⁶ tasks: filling, size, and running tasks of a full queue.
 
 Run: python benchmarks/queue_scale.py [--queue NAME] [--most N] [--json FILE].
 """
@@ -20,89 +20,88 @@ from rich.console import Console
 from benchmarks.queues import (
     CLUSTERS,
     DEPTH,
-    PATIENCE,
     PROCESSES,
     QUEUES,
+    TIMEOUT,
     Figure,
-    Places,
+    QueueServers,
     fill,
-    places,
+    queue_servers,
+    run_together,
     table,
-    together,
 )
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, WorkerOptions
 from chunkq.tasks import Task
 
 SIZES = (10**4, 10**5, 10**6)
-TAKEN = 2000
-"""Tasks that each of the processes works off."""
+TASKS_PER_PROCESS = 2000
 
 
-def take_some(barrier: Any, answers: Any, url: str) -> None:
-    """Work off a number of tasks that do nothing; answer when that began and ended."""
-    executor, lock, left = open_executor(url), threading.Lock(), TAKEN
+def run_some(barrier: Any, answers: Any, url: str) -> None:
+    """Run TASKS_PER_PROCESS tasks that do nothing; answer with start and end."""
+    executor, lock, remaining = open_executor(url), threading.Lock(), TASKS_PER_PROCESS
     options = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
 
     def count(task: Task, attempt: Attempt) -> None:
-        nonlocal left
+        nonlocal remaining
         with lock:
-            left -= 1
-            if left <= 0:
+            remaining -= 1
+            if remaining <= 0:
                 options.stop.set()
 
-    barrier.wait(PATIENCE)
-    began = time.time()
+    barrier.wait(TIMEOUT)
+    started = time.time()
     executor.run_tasks(count, options)
-    answers.put((began, time.time()))
+    answers.put((started, time.time()))
 
 
-def held(queue: str, at: Places, url: str) -> int:
-    """Bytes that a queue takes: of memory in its server, of disk if it is a file."""
+def queue_bytes(queue: str, servers: QueueServers, url: str) -> int:
+    """Return the size of a queue (bytes): on disk for SQLite, otherwise in the server's memory."""
     if queue == "sqlite":
         path = Path(url.removeprefix("sqlite://"))
         return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     if queue in CLUSTERS:
-        return int(at.keeper(queue).memory_info().rss)
-    return int(at.redis.info("memory")["used_memory"])
+        return int(servers.server_process(queue).memory_info().rss)
+    return int(servers.redis.info("memory")["used_memory"])
 
 
-def at_size(queue: str, at: Places, count: int) -> list[Figure]:
-    """Fill a fresh queue, look at it, and work off its first tasks."""
-    url = at.fresh(queue)
-    before = held(queue, at, url)
-    filling = fill(url, count)
-    size = held(queue, at, url) - before
-    spans = together(PROCESSES, take_some, url)
-    seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
+def measure(queue: str, servers: QueueServers, count: int) -> list[Figure]:
+    """Fill an empty queue, measure its size, and run its first tasks."""
+    url = servers.empty_queue(queue)
+    before = queue_bytes(queue, servers, url)
+    rate = fill(url, count)
+    size = queue_bytes(queue, servers, url) - before
+    spans = run_together(PROCESSES, run_some, url)
+    seconds = max(end for _, end in spans) - min(start for start, _ in spans)
     with closing(open_executor(url)) as executor:
         [counts] = executor.jobs().values()
-    taken = count - counts.queued
+    run = count - counts.queued
     assert not counts.running
     assert not counts.failed
     return [
-        Figure("scale", queue, f"submit {count:,} tasks", filling, "tasks/s"),
-        Figure("scale", queue, f"held for {count:,} tasks", size / count, "B/task"),
-        Figure("scale", queue, f"drain from {count:,} tasks", taken / seconds, "tasks/s"),
+        Figure("scale", queue, f"submit {count:,} tasks", rate, "tasks/s"),
+        Figure("scale", queue, f"size for {count:,} tasks", size / count, "B/task"),
+        Figure("scale", queue, f"drain from {count:,} tasks", run / seconds, "tasks/s"),
     ]
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where asked."""
+    """Measure, print a table, and write JSON if requested."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--queue", choices=QUEUES)
     options.add_argument("--most", type=int, default=SIZES[-1])
     options.add_argument("--json", type=Path)
-    given = options.parse_args()
+    arguments = options.parse_args()
     figures: list[Figure] = []
-    with places() as at:
-        for queue in QUEUES if given.queue is None else (given.queue,):
+    with queue_servers() as servers:
+        for queue in QUEUES if arguments.queue is None else (arguments.queue,):
             for count in SIZES:
-                if count <= given.most:
-                    figures += at_size(queue, at, count)
+                if count <= arguments.most:
+                    figures += measure(queue, servers, count)
     Console(width=150).print(table(figures))
-    if given.json:
-        given.json.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The queues: filling, memory, draining, a device kept busy, and what an idle worker costs.
+"""Measure the queues: filling, memory, draining, a busy device, and the cost of an idle worker.
 
-Run: python benchmarks/queues.py [PART …] [--queue NAME] [--json FILE]. Redis is a server of its
-own, with the shipped settings, in a temporary folder; it ends with the run.
+Run: python benchmarks/queues.py [PART …] [--queue NAME] [--json FILE]. The script starts a Redis
+server with chunkq's settings in a temporary folder and stops it at the end.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ DRAINED, BARE_DRAINED, PROCESSES, DEPTH = 20_000, 1000, 2, 4
 COMMITTED_EDGE = 12
 STAGE_SECONDS, STAGED = 0.1, 48
 SETTLING_SECONDS = 4.0
-IDLE_SECONDS = 2 * WorkerSettings().lease / 3  # two heartbeats, wherever the first one falls
-PATIENCE = 120.0
+IDLE_SECONDS = 2 * WorkerSettings().lease / 3  # two heartbeats, at any phase of the first one
+TIMEOUT = 120.0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value, what it is asked to be, and the same of a bare baseline."""
+    """One measured value, its target, and the value of a bare baseline."""
 
     part: str
     queue: str
-    what: str
+    label: str
     value: float
     unit: str
     least: float | None = None
@@ -74,6 +74,7 @@ class Figure:
 
     @property
     def verdict(self) -> str:
+        """`met` or `MISSED`; empty without a target."""
         if self.least is None and self.most is None:
             return ""
         good = self.value >= (self.least or 0) and self.value <= (self.most or float("inf"))
@@ -81,15 +82,16 @@ class Figure:
 
     @property
     def target(self) -> str:
+        """The target as text; empty without one."""
         if self.least is not None:
             return f"at least {self.least:g}"
         return "" if self.most is None else f"at most {self.most:g}"
 
 
-class Places:
-    """Where the queues are: fresh SQLite files in a folder, the others emptied each time.
+class QueueServers:
+    """Servers of the queues: SQLite files in a folder, Redis, and clusters that start on first use.
 
-    The Dask scheduler and the Ray head are started when first asked for, and end with `stack`.
+    The Dask scheduler and the Ray head stop when `stack` is closed.
     """
 
     def __init__(self, folder: Path, port: int, stack: ExitStack) -> None:
@@ -99,7 +101,7 @@ class Places:
         self._redis_url = f"redis://127.0.0.1:{port}/0"
         self._files = iter(range(10**6))
 
-    def fresh(self, queue: str) -> str:
+    def empty_queue(self, queue: str) -> str:
         """Return the URL of an empty queue."""
         if queue == "rq":
             self.redis.flushall()
@@ -127,14 +129,14 @@ class Places:
         self._clusters[queue] = url
         return url
 
-    def keeper(self, queue: str) -> psutil.Process:
-        """Return the process that keeps a cluster's queue."""
+    def server_process(self, queue: str) -> psutil.Process:
+        """Return the process that stores the queue of a cluster."""
         mark = "chunkq.executors.dask_scheduler" if queue == "dask" else "ray::QueueHost"
-        [found] = [p for p in psutil.process_iter() if any(mark in word for word in _words(p))]
-        return found
+        [process] = [p for p in psutil.process_iter() if any(mark in word for word in _cmdline(p))]
+        return process
 
 
-def _words(process: psutil.Process) -> list[str]:
+def _cmdline(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.Error:
@@ -142,8 +144,8 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 @contextmanager
-def places() -> Iterator[Places]:
-    """A folder and a Redis server with the shipped settings; both are gone at the end."""
+def queue_servers() -> Iterator[QueueServers]:
+    """Start Redis with chunkq's settings in a temporary folder; stop all servers at the end."""
     with (
         tempfile.TemporaryDirectory() as name,
         socket.socket() as probe,
@@ -159,18 +161,18 @@ def places() -> Iterator[Places]:
         server = Server(data, port).start(find_server(), log)
         os.close(log)
         try:
-            found = Places(folder, port, stack)
-            _wait_for(found.redis, data / "log")
-            # It is emptied again and again: never somebody else's.
-            assert found.redis.info("server")["process_id"] == server.pid, "port already taken"
-            yield found
+            servers = QueueServers(folder, port, stack)
+            _wait_for(servers.redis, data / "log")
+            # The benchmarks flush it, so it must be the server started above.
+            assert servers.redis.info("server")["process_id"] == server.pid, "port already taken"
+            yield servers
         finally:
             server.terminate()
-            server.wait(PATIENCE)
+            server.wait(TIMEOUT)
 
 
 def _wait_for(client: redis.Redis, log: Path) -> None:
-    limit = time.monotonic() + PATIENCE
+    limit = time.monotonic() + TIMEOUT
     while True:
         try:
             client.ping()
@@ -182,42 +184,42 @@ def _wait_for(client: redis.Redis, log: Path) -> None:
 
 
 def tasks(count: int, job: str = JOB) -> Iterator[Task]:
-    """Tasks as a volume of 64 × 64 chunks a slice has them."""
+    """Yield tasks in the order of a volume with 64 × 64 chunks per slice."""
     indices = product(range(10**6), range(64), range(64))
     return (Task("infer", job, index) for index in islice(indices, count))
 
 
 def fill(url: str, count: int, job: str = JOB) -> float:
-    """Submit tasks; returns how many a second."""
+    """Submit tasks; return the rate (tasks/s)."""
     with closing(open_executor(url)) as executor:
-        given = list(tasks(count, job))
+        batch = list(tasks(count, job))
         before = time.perf_counter()
-        assert executor.submit(given) == count
+        assert executor.submit(batch) == count
         return count / (time.perf_counter() - before)
 
 
 def fill_bare_sqlite(url: str, count: int) -> float:
-    """Put the same rows into a plain table in one transaction."""
+    """Insert the same rows into a plain table in one transaction; return the rate (tasks/s)."""
     import sqlite3
 
-    given = list(tasks(count))
+    batch = list(tasks(count))
     with closing(sqlite3.connect(url.removeprefix("sqlite://"))) as database:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("CREATE TABLE tasks (id TEXT UNIQUE, job TEXT, message TEXT)")
         before = time.perf_counter()
-        rows = ((task.id, task.job, task.to_json()) for task in given)
+        rows = ((task.id, task.job, task.to_json()) for task in batch)
         database.executemany("INSERT INTO tasks VALUES (?, ?, ?)", rows)
         database.commit()
         return count / (time.perf_counter() - before)
 
 
 def fill_bare_rq(url: str, count: int, function: str = "chunkq.infer") -> float:
-    """Queue the same messages with RQ's own `enqueue_many`; every job may be tried three times."""
-    given = iter(list(tasks(count)))
+    """Queue the same messages with RQ's `enqueue_many`, three tries each; return the rate."""
+    messages = iter(list(tasks(count)))
     with closing(redis.Redis.from_url(url)) as client:
         queue = Queue("bare", connection=client, serializer=JSONSerializer)
         before = time.perf_counter()
-        while batch := list(islice(given, BARE_BATCH)):
+        while batch := list(islice(messages, BARE_BATCH)):
             queue.enqueue_many(
                 Queue.prepare_data(
                     function, [task.as_dict()], job_id=task.id, timeout=-1, result_ttl=0,
@@ -228,16 +230,16 @@ def fill_bare_rq(url: str, count: int, function: str = "chunkq.infer") -> float:
         return count / (time.perf_counter() - before)
 
 
-def enqueueing(queue: str, at: Places) -> list[Figure]:
-    """Tasks a second of `submit`, round by round beside the bare baseline."""
+def enqueueing(queue: str, servers: QueueServers) -> list[Figure]:
+    """Measure `submit` (tasks/s), in each round against the bare baseline."""
     pairs = []
     for _ in range(ROUNDS):
-        ours = fill(at.fresh(queue), FILLED)
+        rate = fill(servers.empty_queue(queue), FILLED)
         if queue == "rq":
-            bare = fill_bare_rq(at.fresh(queue), BARE_FILLED)
-        else:  # the table of the others lies in memory, so that this is a bound, no equal
-            bare = fill_bare_sqlite(at.fresh("sqlite"), FILLED)
-        pairs.append((ours, bare))
+            bare = fill_bare_rq(servers.empty_queue(queue), BARE_FILLED)
+        else:  # tables of clusters are in memory, so SQLite is a bound, not an equal
+            bare = fill_bare_sqlite(servers.empty_queue("sqlite"), FILLED)
+        pairs.append((rate, bare))
     return [
         Figure(
             "enqueue", queue, f"submit {FILLED:,} tasks", statistics.median(a for a, _ in pairs),
@@ -248,129 +250,129 @@ def enqueueing(queue: str, at: Places) -> list[Figure]:
     ]  # fmt: skip
 
 
-def memory(queue: str, at: Places) -> list[Figure]:
-    """What queued tasks take: Redis's memory, beside RQ's own, and its disk; SQLite's disk."""
+def memory(queue: str, servers: QueueServers) -> list[Figure]:
+    """Measure the size of queued tasks: Redis's memory against RQ's, and disk; SQLite's disk."""
     if queue == "sqlite":
-        with closing(open_executor(at.fresh(queue))) as executor:
+        with closing(open_executor(servers.empty_queue(queue))) as executor:
             executor.submit(tasks(FILLED))
             database = executor.url.removeprefix("sqlite://")
             written = _bytes_below(Path(database).parent, Path(database).name)
         return [_per_task("disk of queued tasks, the log included", queue, written, FILLED)]
     if queue in CLUSTERS:
-        url = at.fresh(queue)
-        keeper = at.keeper(queue)
-        before = keeper.memory_info().rss
+        url = servers.empty_queue(queue)
+        process = servers.server_process(queue)
+        before = process.memory_info().rss
         fill(url, FILLED)
-        taken = keeper.memory_info().rss - before
+        size = process.memory_info().rss - before
         return [
-            _per_task(
-                "memory of queued tasks, in the process that keeps them", queue, taken, FILLED
-            )
+            _per_task("memory of queued tasks, in the process that keeps them", queue, size, FILLED)
         ]
 
     def used() -> int:
-        return int(at.redis.info("memory")["used_memory"])
+        return int(servers.redis.info("memory")["used_memory"])
 
-    url = at.fresh(queue)
+    url = servers.empty_queue(queue)
     empty = used()
     fill_bare_rq(url, BARE_FILLED)
     bare = (used() - empty) / BARE_FILLED
-    at.fresh(queue)
+    servers.empty_queue(queue)
     empty = used()
     with closing(open_executor(url)) as executor:
         executor.submit(tasks(FILLED))
         figure = _per_task("memory of queued tasks", queue, used() - empty, FILLED)
     figure = replace(figure, most=700, bare=bare, ratio=figure.value / bare)
-    at.redis.bgrewriteaof()
-    _until(lambda: not at.redis.info("persistence")["aof_rewrite_in_progress"])
-    disk = _bytes_below(at.folder / "redis", "")
+    servers.redis.bgrewriteaof()
+    _until(lambda: not servers.redis.info("persistence")["aof_rewrite_in_progress"])
+    disk = _bytes_below(servers.folder / "redis", "")
     return [figure, _per_task("disk of queued tasks, log rewritten", queue, disk, FILLED)]
 
 
-def _per_task(what: str, queue: str, amount: int, count: int) -> Figure:
-    return Figure("memory", queue, what, amount / count, "B/task")
+def _per_task(label: str, queue: str, amount: int, count: int) -> Figure:
+    return Figure("memory", queue, label, amount / count, "B/task")
 
 
 def _bytes_below(folder: Path, start: str) -> int:
-    found = (path for path in folder.rglob(f"{start}*") if path.is_file())
-    return sum(path.stat().st_size for path in found)
+    files = (path for path in folder.rglob(f"{start}*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
 
 
 def _until(done: Callable[[], bool]) -> None:
-    limit = time.monotonic() + PATIENCE
+    limit = time.monotonic() + TIMEOUT
     while not done():
         assert time.monotonic() < limit
         time.sleep(0.05)
 
 
-def together(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
-    """Run a function in fresh processes, begun at once; returns what each puts as its answer.
+def run_together(count: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Run a function in new processes that start at once; return their answers.
 
-    It is given a barrier to pass when it is ready, and a queue for its answer.
+    The function receives a barrier to wait at when it is ready, and a queue for its answer.
     """
     context = get_context("spawn")
     barrier, answers = context.Barrier(count), context.Queue()
-    crew = [context.Process(target=work, args=(barrier, answers, *arguments)) for _ in range(count)]
-    for process in crew:
+    processes = [
+        context.Process(target=work, args=(barrier, answers, *arguments)) for _ in range(count)
+    ]
+    for process in processes:
         process.start()
     try:
-        return [answers.get(timeout=PATIENCE) for _ in crew]
+        return [answers.get(timeout=TIMEOUT) for _ in processes]
     finally:
-        for process in crew:
+        for process in processes:
             process.join(10)
             process.kill()
 
 
 def drain(barrier: Any, answers: Any, url: str) -> None:
-    """Work off a queue whose tasks do nothing; answer when that began and ended."""
+    """Run a queue of tasks that do nothing until it is empty; answer with start and end."""
     executor = open_executor(url)
-    barrier.wait(PATIENCE)
-    began = time.time()
+    barrier.wait(TIMEOUT)
+    started = time.time()
     executor.run_tasks(
         lambda task, attempt: None, WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH, burst=True)
     )
-    answers.put((began, time.time()))
+    answers.put((started, time.time()))
 
 
 def drain_bare_rq(barrier: Any, answers: Any, url: str) -> None:
-    """The same with RQ's own worker that does not fork."""
+    """Run a queue with RQ's SimpleWorker until it is empty; answer with start and end."""
     client = redis.Redis.from_url(url)
     worker = SimpleWorker(["bare"], connection=client, serializer=JSONSerializer)
-    barrier.wait(PATIENCE)
-    began = time.time()
+    barrier.wait(TIMEOUT)
+    started = time.time()
     worker.work(burst=True, logging_level="WARNING")
-    answers.put((began, time.time()))
+    answers.put((started, time.time()))
 
 
-def draining(queue: str, at: Places) -> list[Figure]:
-    """Tasks a second that two processes of depth 4 lease and finish."""
+def draining(queue: str, servers: QueueServers) -> list[Figure]:
+    """Measure the rate (tasks/s) at which two processes of depth 4 reserve and ack tasks."""
 
     def rate(count: int, work: Callable[..., None]) -> float:
-        spans = together(PROCESSES, work, url)
-        return count / (max(end for _, end in spans) - min(begin for begin, _ in spans))
+        spans = run_together(PROCESSES, work, url)
+        return count / (max(end for _, end in spans) - min(start for start, _ in spans))
 
-    url, bare = at.fresh(queue), None
+    url, bare = servers.empty_queue(queue), None
     if queue == "rq":
         fill_bare_rq(url, BARE_DRAINED, "operator.not_")
         bare = rate(BARE_DRAINED, drain_bare_rq)
-        at.fresh(queue)
+        servers.empty_queue(queue)
     fill(url, DRAINED)
-    ours = rate(DRAINED, drain)
-    what = f"{DRAINED:,} tasks that do nothing, {PROCESSES} processes, depth {DEPTH}"
+    measured = rate(DRAINED, drain)
+    label = f"{DRAINED:,} tasks that do nothing, {PROCESSES} processes, depth {DEPTH}"
     return [
-        Figure("drain", queue, what, ours, "tasks/s", least=300, bare=bare,
-               ratio=None if bare is None else ours / bare)
+        Figure("drain", queue, label, measured, "tasks/s", least=300, bare=bare,
+               ratio=None if bare is None else measured / bare)
     ]  # fmt: skip
 
 
-def working(queue: str, at: Places) -> list[Figure]:
-    """`chunkq work` over chunks and blocks that all have commit records: its start taken off.
+def working(queue: str, servers: QueueServers) -> list[Figure]:
+    """Measure `chunkq work` on chunks and blocks with commit records, less its start-up time.
 
-    Each chunk is looked up in the ledger and its blocks are counted; nothing is computed.
+    The worker reads the ledger and counts the blocks of each chunk; it computes nothing.
     """
-    plan, url = job_over(COMMITTED_EDGE), at.fresh(queue)
-    job = JobFolder(folder_of(str(at.folder / f"{queue}.zarr")))
-    source = Source("/nowhere/in.zarr", plan.volume, Space.plain(3))
+    plan, url = job_over(COMMITTED_EDGE), servers.empty_queue(queue)
+    job = JobFolder(folder_of(str(servers.folder / f"{queue}.zarr")))
+    source = Source("/missing/in.zarr", plan.volume, Space.plain(3))
     record = job.create_record(JobRecord(plan.job, (source,), {}, ("",), "0a1b2c3d"))
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):
@@ -387,19 +389,19 @@ def working(queue: str, at: Places) -> list[Figure]:
         subprocess.run(command, check=True)
         return time.perf_counter() - before
 
-    start = work()
+    start_seconds = work()
     with closing(open_executor(url)) as executor:
         executor.submit(Task("infer", job.path, index) for index in indices)
-        whole = work()
+        seconds = work()
         assert executor.jobs() == {}
     shutil.rmtree(job.path)
-    rate = len(indices) / (whole - start)
-    what = f"`chunkq work -w {PROCESSES}`, {len(indices):,} chunks committed before"
-    return [Figure("work", queue, what, rate, "tasks/s")]
+    rate = len(indices) / (seconds - start_seconds)
+    label = f"`chunkq work -w {PROCESSES}`, {len(indices):,} chunks committed before"
+    return [Figure("work", queue, label, rate, "tasks/s")]
 
 
 class StagedChunks:
-    """A handler that sleeps for read, network and write; the network in one device thread."""
+    """Handler that sleeps for reading, the network and writing, the network in a device thread."""
 
     def __init__(self) -> None:
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
@@ -417,85 +419,88 @@ class StagedChunks:
 
 
 def run_stages(barrier: Any, answers: Any, url: str, depths: Sequence[int]) -> None:
-    """Work off the same chunks at each depth; answer with the device's busy shares."""
+    """Run the same chunks at each depth; answer with the device's busy shares."""
     shares = []
     for depth in depths:
         chunks, executor = StagedChunks(), open_executor(url)
         executor.submit(tasks(STAGED))
         before = time.perf_counter()
         executor.run_tasks(chunks, WorkerOptions(f"bench:cpu:{depth}", depth, burst=True))
-        whole = time.perf_counter() - before
+        total = time.perf_counter() - before
         assert len(chunks.spans) == STAGED
         executor.close()
-        busy = sum(end - begin for begin, end in chunks.spans)
-        shares.append((busy / (chunks.spans[-1][1] - chunks.spans[0][0]), busy / whole))
+        busy = sum(end - start for start, end in chunks.spans)
+        shares.append((busy / (chunks.spans[-1][1] - chunks.spans[0][0]), busy / total))
     answers.put(shares)
 
 
-def device(queue: str, at: Places) -> list[Figure]:
-    """Share of the time in which the device is busy, at depths 1 to 4 of one worker process.
+def device(queue: str, servers: QueueServers) -> list[Figure]:
+    """Measure the busy share of the device at depths 1 to 4 of one worker process.
 
-    Between stages: busy seconds / (end of the last network stage - begin of the first). Of the
-    whole run, reading the first chunk, writing the last and looking for more count too.
+    Between stages: busy seconds / (end of the last network stage - start of the first). The share
+    of the complete run includes reading the first chunk, writing the last and polling the queue.
     """
     depths = range(1, DEPTH + 1)
-    ((shares),) = together(1, run_stages, at.fresh(queue), depths)
+    ((shares),) = run_together(1, run_stages, servers.empty_queue(queue), depths)
     figures = []
-    for depth, (between, whole) in zip(depths, shares, strict=True):
+    for depth, (between, total) in zip(depths, shares, strict=True):
         least = 0.97 if depth == DEPTH else None
         figures += [
             Figure("device", queue, f"busy between stages, depth {depth}", between, "", least),
-            Figure("device", queue, f"busy in the whole run, depth {depth}", whole, ""),
+            Figure("device", queue, f"busy in the whole run, depth {depth}", total, ""),
         ]
     return figures
 
 
 def idle_worker(barrier: Any, answers: Any, url: str) -> None:
-    """Wait for tasks that never come; answer with what that costs a second."""
+    """Wait on an empty queue; answer with the resources used per second."""
     executor = open_executor(url)
     options = WorkerOptions(f"bench:cpu:{os.getpid()}", DEPTH)
     worker = threading.Thread(target=executor.run_tasks, args=(lambda task, attempt: None, options))
     worker.start()
     time.sleep(SETTLING_SECONDS)
-    before = _spent(url)
+    before = _resources(url)
     time.sleep(IDLE_SECONDS)
-    after = _spent(url)
+    after = _resources(url)
     options.stop.set()
     worker.join()
-    answers.put({what: (after[what] - before[what]) / IDLE_SECONDS for what in after})
+    answers.put({label: (after[label] - before[label]) / IDLE_SECONDS for label in after})
 
 
-def _spent(url: str) -> dict[str, float]:
-    """Return what this process and its Redis have done so far; asking is not counted."""
+def _resources(url: str) -> dict[str, float]:
+    """Return the resources that this process and its Redis have used, without this query."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent = {"processor": (used.ru_utime + used.ru_stime) * 1000}
     if url.startswith("redis"):
         with closing(redis.Redis.from_url(url)) as client:
-            ran, persistence = client.info("commandstats"), client.info("persistence")
-        calls = {name.removeprefix("cmdstat_"): row["calls"] for name, row in ran.items()}
-        asking = ("info", "client|setinfo", "client", "hello")
-        spent["commands"] = sum(count for name, count in calls.items() if name not in asking)
+            commands, persistence = client.info("commandstats"), client.info("persistence")
+        calls = {name.removeprefix("cmdstat_"): row["calls"] for name, row in commands.items()}
+        excluded = ("info", "client|setinfo", "client", "hello")
+        spent["commands"] = sum(count for name, count in calls.items() if name not in excluded)
         spent["scripts"] = calls.get("evalsha", 0)
         spent["log"] = persistence["aof_current_size"]
     return spent
 
 
-def idle(queue: str, at: Places) -> list[Figure]:
-    """What one worker that waits costs, once it looks as seldom as it ever does."""
-    (spent,) = together(1, idle_worker, at.fresh(queue))
+def idle(queue: str, servers: QueueServers) -> list[Figure]:
+    """Measure the cost of one idle worker, at its longest polling interval."""
+    (spent,) = run_together(1, idle_worker, servers.empty_queue(queue))
     names = {
         "processor": ("processor of an idle worker, depth {}", "ms/s"),
-        "commands": ("Redis commands of an idle worker, depth {}, those of scripts too", "1/s"),
+        "commands": (
+            "Redis commands of an idle worker, depth {}, including those of scripts",
+            "1/s",
+        ),
         "scripts": ("scripts among them", "1/s"),
-        "log": ("growth of Redis's log meanwhile", "B/s"),
+        "log": ("growth of the Redis log", "B/s"),
     }
     return [
-        Figure("idle", queue, names[what][0].format(DEPTH), value, names[what][1])
-        for what, value in spent.items()
+        Figure("idle", queue, names[label][0].format(DEPTH), value, names[label][1])
+        for label, value in spent.items()
     ]
 
 
-PARTS: dict[str, Callable[[str, Places], list[Figure]]] = {
+PARTS: dict[str, Callable[[str, QueueServers], list[Figure]]] = {
     "memory": memory,
     "enqueue": enqueueing,
     "drain": draining,
@@ -507,16 +512,16 @@ QUEUES = ("sqlite", "rq", *CLUSTERS)
 
 
 def table(figures: Sequence[Figure]) -> Table:
-    """Lay the figures out, one a row."""
-    shown = Table("part", "queue", "what", title="Queues")
-    for name in ("value", "unit", "asked for", "", "bare", "ratio"):
-        shown.add_column(name, justify="right" if name in ("value", "bare", "ratio") else "left")
+    """Return a table with one row per figure."""
+    rows = Table("part", "queue", "label", title="Queues")
+    for name in ("value", "unit", "target", "", "bare", "ratio"):
+        rows.add_column(name, justify="right" if name in ("value", "bare", "ratio") else "left")
     for f in figures:
         bare = "" if f.bare is None else _number(f.bare)
         ratio = "" if f.ratio is None else f"{f.ratio:.2f}"
-        row = (f.part, f.queue, f.what, _number(f.value), f.unit, f.target, f.verdict, bare, ratio)
-        shown.add_row(*row)
-    return shown
+        row = (f.part, f.queue, f.label, _number(f.value), f.unit, f.target, f.verdict, bare, ratio)
+        rows.add_row(*row)
+    return rows
 
 
 def _number(value: float) -> str:
@@ -524,26 +529,26 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where asked."""
+    """Measure, print a table, and write JSON if requested."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    options.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)}")
     options.add_argument("--queue", choices=QUEUES)
     options.add_argument("--json", type=Path)
-    given = options.parse_args()
+    arguments = options.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if unknown := set(given.parts) - set(PARTS):
-        options.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(arguments.parts) - set(PARTS):
+        options.error(f"invalid part {', '.join(sorted(unknown))}; use one of {', '.join(PARTS)}")
     figures: list[Figure] = []
     before = time.perf_counter()
-    with places() as at:
-        for part in given.parts or PARTS:
-            for queue in QUEUES if given.queue is None else (given.queue,):
-                figures += PARTS[part](queue, at)
+    with queue_servers() as servers:
+        for part in arguments.parts or PARTS:
+            for queue in QUEUES if arguments.queue is None else (arguments.queue,):
+                figures += PARTS[part](queue, servers)
     Console(width=150).print(table(figures))
-    print(f"{time.perf_counter() - before:.0f} s in all")
-    if given.json:
+    print(f"{time.perf_counter() - before:.0f} s in total")
+    if arguments.json:
         rows = [{**asdict(f), "verdict": f.verdict} for f in figures]
-        given.json.write_text(json.dumps(rows, indent=1))
+        arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""RESULTS.md and its plots, from the JSON files that the benchmarks wrote.
+"""Write RESULTS.md and its plots from the JSON files of the benchmarks.
 
-Run: python benchmarks/results.py FOLDER. What has no file there is named as not measured.
+Run: python benchmarks/results.py FOLDER. A benchmark without a file is listed as not measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from chunkq import __version__
 
 PAGE = Path(__file__).with_name("RESULTS.md")
 LONG = {
-    "chunkq": "chunkq's bands",
+    "chunkq": "chunkq's pieces",
     "recompute": "recompute and crop",
     "chunkflow": "chunkflow 1.2.0",
     "checkerboard": "eight checkerboard layers",
@@ -34,105 +34,108 @@ Values = Any
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
 def verdict(good: bool) -> str:
-    """Whether a target was met, as a word that stands out where not."""
+    """Return whether a target was met, with emphasis if not."""
     return "met" if good else "**missed**"
 
 
-def network(found: Values, folder: Path) -> list[str]:
-    """Beside the bare network, MONAI and a copy."""
+def network(results: Values, folder: Path) -> list[str]:
+    """Return the comparison with the bare network, MONAI and a copy."""
     rows = []
     for size in ("small", "large", "basic"):
-        if size in found:
-            own = found[size]
+        if size in results:
+            figures = results[size]
             net = "MONAI's BasicUNet, " if size == "basic" else ""
-            job = f"{net}{own['patches']} patches, chunks of {own['chunk']}³"
-            rows.append(_beside(own, "bare", f"the bare forward loop, {job}", 1.03))
-            rows.append(_beside(own, "monai", f"MONAI, in memory, {job}", 0.95))
-    if copied := found.get("copy"):
-        rows.append(_beside(copied, "copy", "a plain tensorstore copy", 1 / 0.6))
+            job = f"{net}{figures['patches']} patches, chunks of {figures['chunk']}³"
+            rows.append(_comparison(figures, "bare", f"the bare forward loop, {job}", 1.03))
+            rows.append(_comparison(figures, "monai", f"MONAI, in memory, {job}", 0.95))
+    if copied := results.get("copy"):
+        rows.append(_comparison(copied, "copy", "a plain tensorstore copy", 1 / 0.6))
     heads = (
-        "beside", "chunkq", "the other", "ratio", "rounds", "of processor time", "at most", "",
+        "compared with", "chunkq", "other", "ratio", "rounds", "CPU time ratio", "at most", "",
     )  # fmt: skip
     lines = table(heads, rows)
-    if memory := found.get("memory"):
-        lines += ["", "Peak memory of the process (MB), over a volume and one four times as large:"]
+    if memory := results.get("memory"):
+        lines += ["", "Peak memory of the process (MB) for a volume and one four times as large:"]
         lines += [
             "",
             *table(
                 ("", "160³", "640 × 160 × 160", "growth"),
                 [
-                    (who, *(f"{memory[size][who]:.0f}" for size in ("small", "large", "growth")))
-                    for who in ("chunkq", "monai")
+                    (name, *(f"{memory[size][name]:.0f}" for size in ("small", "large", "growth")))
+                    for name in ("chunkq", "monai")
                 ],
             ),
         ]
     return lines
 
 
-def _beside(found: Values, other: str, label: str, most: float) -> tuple[str, ...]:
-    """A row of chunkq's seconds beside another's, with the ratio that is asked for."""
-    seconds, ratios = found["seconds"], found["ratios"][other]
+def _comparison(results: Values, other: str, label: str, target: float) -> tuple[str, ...]:
+    """Return a row of chunkq's seconds against another's, with the largest ratio of the target."""
+    seconds, ratios = results["seconds"], results["ratios"][other]
     ratio = statistics.median(ratios)
     return (
         label,
-        *(f"{seconds[who]:.2f} s" for who in ("chunkq", other)),
+        *(f"{seconds[name]:.2f} s" for name in ("chunkq", other)),
         f"{ratio:.3f}",
         f"{len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}",
-        f"{statistics.median(found['cpu_ratios'][other]):.3f}",
-        f"{most:.2f}",
-        verdict(ratio <= most),
+        f"{statistics.median(results['cpu_ratios'][other]):.3f}",
+        f"{target:.2f}",
+        verdict(ratio <= target),
     )
 
 
-def hotpath(found: Values, folder: Path) -> list[str]:
-    """The profile, and the memory's bandwidth."""
-    whole = found["profile"]["all"]
+def hotpath(results: Values, folder: Path) -> list[str]:
+    """Return the profile and the memory bandwidth."""
+    total = results["profile"]["all"]
     rows = [
-        (row["thread"], row["what"], f"{row['seconds']:.3f}", f"{row['seconds'] / whole:.1%}")
-        for row in found["profile"]["rows"]
+        (row["thread"], row["label"], f"{row['seconds']:.3f}", f"{row['seconds'] / total:.1%}")
+        for row in results["profile"]["rows"]
     ]
-    lines = table(("thread", "what", "s", "of the whole"), rows)
-    lines += ["", f"The whole run took {whole:.2f} s. Bandwidth (GB/s, bytes in and out):", ""]
+    lines = table(("thread", "function", "s", "share of the run"), rows)
+    lines += ["", f"The run took {total:.2f} s. Bandwidth (GB/s, bytes read and written):", ""]
     heads = ("channels", "plain copy", "gather", "blend")
     return lines + table(
         heads,
         [
-            (channels, *(f"{rates[what]:.1f}" for what in ("copy", "gather", "blend")))
-            for channels, rates in found["bandwidth"].items()
+            (channels, *(f"{rates[label]:.1f}" for label in ("copy", "gather", "blend")))
+            for channels, rates in results["bandwidth"].items()
         ],
     )
 
 
-def borders(found: Values, folder: Path) -> list[str]:
-    """The border protocols side by side, for chunks of each size."""
-    sizes = [(" × ".join(map(str, of["chunk_voxels"])), of["protocols"]) for of in found["chunks"]]
+def borders(results: Values, folder: Path) -> list[str]:
+    """Return the comparison of border protocols for each chunk size."""
+    sizes = [
+        (" × ".join(map(str, item["chunk_voxels"])), item["protocols"])
+        for item in results["chunks"]
+    ]
     borders_plot(sizes, folder / "borders.png")
     rows = [
         (
-            size, LONG[name], own["patches_computed"], f"{own['bytes_read'] / 1e6:.0f}",
-            f"{own['bytes_written'] / 1e6:.0f}", f"{own['seconds_median']:.1f}",
-            f"{own['seconds_by_chunkqs_median']:.2f}", f"{own['peak_memory_mb']:.0f}",
-            f"{own['largest_difference']:.1e}",
+            size, LONG[name], figures["patches_computed"], f"{figures['bytes_read'] / 1e6:.0f}",
+            f"{figures['bytes_written'] / 1e6:.0f}", f"{figures['seconds_median']:.1f}",
+            f"{figures['seconds_by_chunkqs_median']:.2f}", f"{figures['peak_memory_mb']:.0f}",
+            f"{figures['largest_difference']:.1e}",
         )
         for size, protocols in sizes
-        for name, own in protocols.items()
+        for name, figures in protocols.items()
     ]  # fmt: skip
     heads = (
-        "chunks", "protocol", "patches", "read MB", "written MB", "s", "by chunkq's", "peak MB",
+        "chunks", "protocol", "patches", "read MB", "written MB", "s", "ratio to chunkq", "peak MB",
         "largest difference",
     )  # fmt: skip
     volume, patch, stride = (
-        " × ".join(map(str, found[f"{name}_voxels"])) for name in ("volume", "patch", "strides")
+        " × ".join(map(str, results[f"{name}_voxels"])) for name in ("volume", "patch", "strides")
     )
     return [
-        f"Volume {volume}, patches {patch} every {stride}, rounds: {found['rounds']}. MB are "
-        f"{found['bytes_are']}. Ratios are to chunkq with the same chunks.",
+        f"Volume {volume}, patches {patch} every {stride}, rounds: {results['rounds']}. MB are "
+        f"{results['bytes_are']}. Ratios are to chunkq with the same chunks.",
         "",
         *table(heads, rows),
         "",
@@ -141,26 +144,26 @@ def borders(found: Values, folder: Path) -> list[str]:
 
 
 def borders_plot(sizes: Sequence[tuple[str, Values]], path: Path) -> None:
-    """Bars for each protocol, one for each chunk size, the larger the darker."""
-    wanted = (
+    """Draw bars for each protocol and chunk size; larger chunks are darker."""
+    quantities = (
         ("patches_computed", 1.0, "patches computed"),
         ("bytes_read", 1e-6, "MB read"),
         ("bytes_written", 1e-6, "MB written"),
         ("seconds_median", 1.0, "wall (s)"),
     )
-    figure, panels = pyplot.subplots(1, len(wanted), figsize=(13, 4), layout="constrained")
+    figure, panels = pyplot.subplots(1, len(quantities), figsize=(13, 4), layout="constrained")
     names, high = list(sizes[0][1]), 0.8 / len(sizes)
-    places = range(len(names))
-    for panel, (key, unit, title) in zip(panels, wanted, strict=True):
+    slots = range(len(names))
+    for panel, (key, unit, title) in zip(panels, quantities, strict=True):
         for n, (_, protocols) in enumerate(sizes):
-            at = [place + (n - (len(sizes) - 1) / 2) * high for place in places]
-            colours = [BLUE if name == "chunkq" else GREY for name in names]
+            at = [slot + (n - (len(sizes) - 1) / 2) * high for slot in slots]
+            colors = [BLUE if name == "chunkq" else GREY for name in names]
             values = [protocols[name][key] * unit for name in names]
             alpha = (n + 1) / len(sizes)
-            bars = panel.barh(at, values, high, color=colours, alpha=alpha)
+            bars = panel.barh(at, values, high, color=colors, alpha=alpha)
             panel.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
         panel.set_title(title, fontsize=10)
-        panel.set_yticks(places, [LONG[name] for name in names] if panel is panels[0] else [])
+        panel.set_yticks(slots, [LONG[name] for name in names] if panel is panels[0] else [])
         panel.margins(x=0.18)
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
@@ -171,161 +174,167 @@ def borders_plot(sizes: Sequence[tuple[str, Values]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def workers(found: Values, folder: Path) -> list[str]:
-    """One worker and two."""
-    own, bare = found["chunkq"], found["bare"]
+def workers(results: Values, folder: Path) -> list[str]:
+    """Return the comparison of one worker process with two."""
+    speedup, bare = results["chunkq"], results["bare"]
     return table(
-        ("", "1 → 2 processes", "asked for", ""),
+        ("", "1 → 2 processes", "target", ""),
         [
-            ("chunkq", f"{own:.2f} ×", "at least 1.85 ×", verdict(own >= 1.85)),
-            ("bare forward loops: what the machine gives", f"{bare:.2f} ×", "", ""),
+            ("chunkq", f"{speedup:.2f} ×", "at least 1.85 ×", verdict(speedup >= 1.85)),
+            ("bare forward loops: the machine's limit", f"{bare:.2f} ×", "", ""),
         ],
     )
 
 
-def queues(found: Values, folder: Path) -> list[str]:
-    """Queue figures; busy shares of the device among them."""
-    heads = ("part", "queue", "what", "value", "unit", "asked for", "")
+def queues(results: Values, folder: Path) -> list[str]:
+    """Return the figures of the queues, including busy shares of the device."""
+    heads = ("part", "queue", "measured", "value", "unit", "target", "")
     rows = []
-    for f in found:
-        asked = f"at least {f['least']:g}" if f["least"] is not None else ""
-        asked = f"at most {f['most']:g}" if f["most"] is not None else asked
-        shown = "**missed**" if f["verdict"] == "MISSED" else f["verdict"]
-        rows.append((f["part"], f["queue"], f["what"], number(f["value"]), f["unit"], asked, shown))
+    for f in results:
+        target = f"at least {f['least']:g}" if f["least"] is not None else ""
+        target = f"at most {f['most']:g}" if f["most"] is not None else target
+        met = "**missed**" if f["verdict"] == "MISSED" else f["verdict"]
+        rows.append((f["part"], f["queue"], f["label"], number(f["value"]), f["unit"], target, met))
     return table(heads, rows)
 
 
-def queue_scale(found: Values, folder: Path) -> list[str]:
-    """Queues at three sizes."""
-    names = list(dict.fromkeys(f["queue"] for f in found))
-    whats = list(dict.fromkeys(f["what"] for f in found))
-    values = {(f["queue"], f["what"]): f for f in found}
+def queue_scale(results: Values, folder: Path) -> list[str]:
+    """Return the figures of the queues at three sizes."""
+    names = list(dict.fromkeys(f["queue"] for f in results))
+    labels = list(dict.fromkeys(f["label"] for f in results))
+    values = {(f["queue"], f["label"]): f for f in results}
     rows = [
-        (what, found_unit(found, what), *(number(values[name, what]["value"]) for name in names))
-        for what in whats
+        (label, unit_of(results, label), *(number(values[name, label]["value"]) for name in names))
+        for label in labels
     ]
-    return table(("what", "unit", *names), rows)
+    return table(("measured", "unit", *names), rows)
 
 
-def found_unit(found: Values, what: str) -> str:
-    return str(next(f["unit"] for f in found if f["what"] == what))
+def unit_of(results: Values, label: str) -> str:
+    """Return the unit of the first figure with a label."""
+    return str(next(f["unit"] for f in results if f["label"] == label))
 
 
-def planning(found: Values, folder: Path) -> list[str]:
-    """Planning, as planning.py prints it."""
+def planning(results: Values, folder: Path) -> list[str]:
+    """Return the figures of planning.py."""
     return table(
-        ("what", "figures"),
+        ("step", "figures"),
         [
             (label, ", ".join(f"{key} {number(value)}" for key, value in figures.items()))
-            for label, figures in found.items()
+            for label, figures in results.items()
         ],
     )
 
 
-def predictions(found: Values, folder: Path) -> list[str]:
-    """What plan says and what came."""
+def predictions(results: Values, folder: Path) -> list[str]:
+    """Return the predicted and the measured costs."""
     rows = []
-    for job, figures in found.items():
-        for what, value in figures.items():
+    for job, figures in results.items():
+        for label, value in figures.items():
             if isinstance(value, dict) and value["ratio"] is not None:
                 good = abs(value["ratio"] - 1) <= 0.1
                 numbers = (f"{value['predicted']:,}", f"{value['measured']:,}")
-                rows.append((job, what, *numbers, f"{value['ratio']:.3f}", verdict(good)))
-    return table(("job", "what", "predicted", "measured", "ratio", "within 10 %"), rows)
+                rows.append((job, label, *numbers, f"{value['ratio']:.3f}", verdict(good)))
+    return table(("job", "quantity", "predicted", "measured", "ratio", "within 10 %"), rows)
 
 
-def scale(found: Values, folder: Path) -> list[str]:
-    """Where the simulation's limit changes, from how many workers each could be one, its plot."""
+def scale(results: Values, folder: Path) -> list[str]:
+    """Return the simulated limits, the workers until each limit, and the plot."""
 
     def between(pair: Sequence[float], form: str) -> str:
         return " to ".join(dict.fromkeys(format(value, form) for value in pair))
 
     rows = [
         (
-            of["chunk"], between(of["workers"], "d"), of["limit"], ", ".join(of["executors"]),
-            between(of["device_busy"], ".0%"), between(of["queue_use"], ".0%"),
-            between(of["store_use"], ".0%"), between(of["hours"], ",.0f"),
-            f"{of['seal_hours']:.2g}", of["what_to_set"],
+            item["chunk"], between(item["workers"], "d"), item["limit"],
+            ", ".join(item["executors"]), between(item["device_busy"], ".0%"),
+            between(item["queue_use"], ".0%"), between(item["store_use"], ".0%"),
+            between(item["hours"], ",.0f"),
+            f"{item['seal_hours']:.2g}", item["what_to_set"],
         )
-        for of in found["limits"]
+        for item in results["limits"]
     ]  # fmt: skip
     heads = (
         "chunk", "workers", "limit", "queues", "device busy", "queue used", "store used", "hours",
         "sealing h", "what to set, with the most workers",
     )  # fmt: skip
     assumed = [
-        (f["what"], quantity(f["value"], f["unit"]), f"`--{name.replace('_', '-')}`")
-        for name, f in found["inputs"].items()
+        (f["label"], quantity(f["value"], f["unit"]), f"`--{name.replace('_', '-')}`")
+        for name, f in results["inputs"].items()
         if f["from"] == "ASSUMED"
     ]
-    files = sorted({f["from"] for f in found["inputs"].values()} - {"ASSUMED", "option"})
+    files = sorted({f["from"] for f in results["inputs"].values()} - {"ASSUMED", "option"})
     return [
-        "Where the limit changes: from the smallest crew that meets it to the largest of those "
-        "tried. Workers complete blocks meanwhile; sealing comes after the last chunk.",
+        "Where the limit changes, for the fewest and the most simulated workers that meet it. "
+        "Workers complete blocks meanwhile; sealing comes after the last chunk.",
         "",
         *table(heads, rows),
         "",
-        *chunk_sizes(found["chunk_sizes"], found["job"]["depth"]),
+        *chunk_sizes(results["chunk_sizes"], results["job"]["depth"]),
         "",
-        f"![how busy devices are]({folder.name}/scale.png)",
+        f"![busy share of devices]({folder.name}/scale.png)",
         "",
-        *(f"- {note}" for note in found["notes"]),
+        *(f"- {note}" for note in results["notes"]),
         "",
-        f"Figures come from {', '.join(files)}; all crews tried are in {folder.name}/scale.json. "
-        "Assumed, not measured:",
+        f"Figures come from {', '.join(files)}. {folder.name}/scale.json has all numbers of "
+        "workers. Assumed, not measured:",
         "",
-        *table(("what", "value", "option"), assumed),
+        *table(("input", "value", "option"), assumed),
     ]
 
 
-def chunk_sizes(found: Values, depth: int) -> list[str]:
-    """What a chunk size means, and from how many workers on what all share is the limit."""
-    queues = list(found[0]["queue_bytes"])
+def chunk_sizes(results: Values, depth: int) -> list[str]:
+    """Return the costs of each chunk size, and the workers until each shared resource limits."""
+    queues = list(results[0]["queue_bytes"])
 
     def each(name: str, unit: float = 1.0) -> list[str]:
-        return [" / ".join(number(of[name][q] * unit) for q in queues) for of in found]
+        return [" / ".join(number(item[name][q] * unit) for q in queues) for item in results]
 
     def until(start: str) -> list[str]:
         return [
-            number(min(v for k, v in of["workers_until_limit"].items() if k.startswith(start)))
-            for of in found
+            number(min(v for k, v in item["workers_until_limit"].items() if k.startswith(start)))
+            for item in results
         ]
 
-    named = " / ".join(queues)
+    names = " / ".join(queues)
     return table(
-        ("whatever the number of workers", *(f"chunk {of['chunk']}" for of in found)),
+        ("for any number of workers", *(f"chunk {item['chunk']}" for item in results)),
         [
-            ("chunks (millions)", *(number(of["chunks"] / 1e6) for of in found)),
+            ("chunks (millions)", *(number(item["chunks"] / 1e6) for item in results)),
             (
                 f"memory of a worker, depth {depth} (GB)",
-                *(number(of["worker_bytes"] / 1e9) for of in found),
+                *(number(item["worker_bytes"] / 1e9) for item in results),
             ),
-            (f"queueing all (h): {named}", *each("enqueue_hours")),
-            (f"the queue, at most (GB): {named}", *each("queue_bytes", 1e-9)),
+            (f"queueing all (h): {names}", *each("enqueue_hours")),
+            (f"queue size, at most (GB): {names}", *each("queue_bytes", 1e-9)),
             *(
-                (f"workers from which {what} would be the limit, were it alone", *until(what))
-                for what in (*(f"queue {q}" for q in queues), "enqueueing", "store", "commits")
+                (f"workers until {label} alone is the limit", *until(label))
+                for label in (*(f"queue {q}" for q in queues), "enqueueing", "store", "commits")
             ),
-            ("workers from which sealing takes longer than the chunks", *until("sealing")),
+            ("workers until sealing takes longer than the chunks", *until("sealing")),
         ],
     )
 
 
-def gpu(found: Values, folder: Path) -> list[str]:
-    """A GPU's figures, if there was one."""
-    if found["device"] is None:
-        return ["No GPU was to be had: nothing is measured on one, and the CUDA path has not run."]
-    parts = ((name, f"`{json.dumps(part)}`") for name, part in found["parts"].items())
-    return [f"{found['device']}, torch {found['torch']}", "", *table(("part", "figures"), parts)]
+def gpu(results: Values, folder: Path) -> list[str]:
+    """Return the figures of a GPU, if there was one."""
+    if results["device"] is None:
+        return ["Not measured: no GPU was available, and the CUDA path has not been run."]
+    parts = ((name, f"`{json.dumps(part)}`") for name, part in results["parts"].items())
+    return [
+        f"{results['device']}, torch {results['torch']}",
+        "",
+        *table(("part", "figures"), parts),
+    ]
 
 
 def number(value: float) -> str:
-    """A number in few digits."""
+    """Format a number with three digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def quantity(value: float, unit: str) -> str:
-    """A number with its unit, bytes in GB, MB or kB."""
+    """Format a number with its unit, bytes in GB, MB or kB."""
     if unit.startswith("B"):
         for name, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
             if value >= size:
@@ -346,15 +355,15 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     "scale": ("1 to 4096 workers on 1 PB, simulated", scale),
     "gpu": ("On a GPU", gpu),
 }
-"""A JSON file's name without its end -> its title, and what writes its lines."""
+"""Title and function of the section for each JSON file, by its name without suffix."""
 
 
 def notes(name: str) -> list[str]:
-    """What is to be said of a part, by hand, from notes.md: its section of that name."""
+    """Return the comments on a part: the section of notes.md with its name."""
     path = Path(__file__).with_name("notes.md")
     parts = path.read_text().split("\n## ") if path.exists() else []
-    found = [part.partition("\n")[2].strip() for part in parts if part.split("\n")[0] == name]
-    return ["", *found] if found else []
+    sections = [part.partition("\n")[2].strip() for part in parts if part.split("\n")[0] == name]
+    return ["", *sections] if sections else []
 
 
 def main() -> None:
@@ -364,9 +373,9 @@ def main() -> None:
         "# Results",
         "",
         f"Written by `make bench` (chunkq {__version__}, Python {platform.python_version()}). "
-        "Ratios are medians of interleaved rounds on a virtual machine with two shared cores, "
-        "whose speed drifts by a third within minutes: trust ratios, not seconds of two tables. "
-        "How each is measured is said in [README.md](README.md) and at the top of each program.",
+        "Ratios are medians of interleaved rounds on a virtual machine with two shared cores. Its "
+        "speed varies by a third within minutes, so compare ratios, not seconds of two tables. "
+        "[README.md](README.md) and the top of each program describe the measurements.",
     ]
     for name, (title, section) in SECTIONS.items():
         path = folder / f"{name}.json"

@@ -1,4 +1,4 @@
-"""What a crew of workers comes to, what its limit is, where that changes, and what to set then."""
+"""Throughput of a number of workers, its limit, where the limit changes, and what to set."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from benchmarks.scale_work import Case
 
 SHARED = ("rq", "dask", "ray")
 BUSY = 0.95
-"""Share of the time that a device should be busy."""
-MOST_SIMULATED = 1024
-"""Workers simulated one by one; of a larger crew, a slice of so many."""
+"""Target for the share of time in which a device is busy."""
+MAX_SIMULATED = 1024
+"""Largest number of workers to simulate; for more, a slice of this size is simulated."""
 SEED = 1
 STORE = ("store bandwidth", "store reads", "store writes", "commits")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What so many workers come to; shares of 1.
+    """Result for a number of workers; shares are fractions of 1.
 
-    `uses` are the shares that are used of what each resource allows.
+    `uses` has the used share of each resource.
     """
 
     executor: str
@@ -41,32 +41,32 @@ class Row:
 
     @property
     def limit(self) -> str:
-        """Name of the resource that is used most; sealing, if it takes longer than all chunks."""
+        """The most used resource; `sealing` if that takes longer than all chunks."""
         if self.seal_hours > self.hours:
             return "sealing"
         return max(self.uses, key=self.uses.__getitem__)
 
     @property
     def busy(self) -> float:
-        """Share of the time in which a device computes, until the last chunk is done."""
+        """Share of time in which a device computes, until the last chunk is done."""
         return self.uses["device"]
 
     @property
     def store_use(self) -> float:
-        """Share used of what the store can do at most, of bytes or of requests."""
+        """Largest used share of the store's resources: bandwidth, reads, writes, commits."""
         return max(self.uses[name] for name in STORE)
 
     @property
     def total(self) -> float:
-        """Hours from the first chunk to the sealed output."""
+        """Hours from the first chunk until the output is sealed."""
         return self.hours + self.seal_hours
 
 
 @dataclass(frozen=True)
 class Regime:
-    """Crews on chunks of one size that meet one limit: from the smallest to the largest of them.
+    """A range of worker numbers with one chunk size and one limit, from `fewest` to `most`.
 
-    Of several queues on which it is the same, the rows of the one that is used most.
+    Of several queues with the same range and limit, the rows are those of the most used queue.
     """
 
     executors: tuple[str, ...]
@@ -74,7 +74,7 @@ class Regime:
     most: Row
 
     def as_dict(self) -> dict[str, object]:
-        """Return plain values; pairs are those of the smallest and of the largest crew."""
+        """Return JSON values; pairs are for the fewest and the most workers."""
         ends = (self.fewest, self.most)
         return {
             "chunk": self.most.chunk,
@@ -91,14 +91,14 @@ class Regime:
 
 
 def row_for(inputs: Inputs, case: Case, executor: str, workers: int, depth: int) -> Row:
-    """Simulate one crew."""
+    """Simulate one number of workers."""
     work = case.work
     setup = setup_for(inputs, work, executor, workers, depth)
-    enqueued, whole = (inputs.queue(executor, of) for of in ("enqueue_per_s", "tasks_per_s"))
+    enqueued, drained = (inputs.queue(executor, name) for name in ("enqueue_per_s", "tasks_per_s"))
     bounds = setup.bounds() | {"enqueueing": enqueued}
     rate = 0.0
-    if setup.queue_per_s:  # else heartbeats alone are more than the queue can take
-        part, share = setup.slice(MOST_SIMULATED)
+    if setup.queue_per_s:  # otherwise heartbeats alone exceed the queue's rate
+        part, share = setup.slice(MAX_SIMULATED)
         rate = min(Simulation(part, SEED).steady() / share, enqueued)
     return Row(
         executor=executor,
@@ -107,89 +107,89 @@ def row_for(inputs: Inputs, case: Case, executor: str, workers: int, depth: int)
         depth=depth,
         chunks_per_s=rate,
         uses={name: rate / bound if bound else 1.0 for name, bound in bounds.items()},
-        queue_use=1 - (setup.queue_per_s - rate * setup.queue_requests) / whole,
-        heartbeats=1 - setup.queue_per_s / whole,
+        queue_use=1 - (setup.queue_per_s - rate * setup.queue_requests) / drained,
+        heartbeats=1 - setup.queue_per_s / drained,
         hours=work.chunks / rate / 3600 if rate else math.inf,
         seal_hours=case.seal_hours(inputs),
     )
 
 
 def advise(row: Row, rows: Sequence[Row], inputs: Inputs) -> str:
-    """Say what to set: the better chunk size if one was simulated, else what lifts the limit."""
-    beside = [r for r in rows if (r.executor, r.workers) == (row.executor, row.workers)]
-    best = min(beside, key=lambda r: r.total)
+    """Return what to set: a better chunk size if one was simulated, else what raises the limit."""
+    same_workers = [r for r in rows if (r.executor, r.workers) == (row.executor, row.workers)]
+    best = min(same_workers, key=lambda r: r.total)
     if best.total < 0.9 * row.total:
-        return f"chunksize {best.chunk}: {hours(best.total)} h in all"
+        return f"chunksize {best.chunk}: {hours(best.total)} h in total"
     if row.busy >= BUSY and row.limit != "sealing":
         return "nothing; more devices make it faster"
     if row.limit == "queue":
         return advise_on_queue(row, inputs)
-    wanted = BUSY * row.uses.get(row.limit, 1.0) / row.busy
+    factor = BUSY * row.uses.get(row.limit, 1.0) / row.busy
     return {
         "device": f"--depth {row.depth + 1}, or larger chunks",
-        "depth": f"--depth {math.ceil(row.depth * wanted)}",
+        "depth": f"--depth {math.ceil(row.depth * factor)}",
         "enqueueing": "larger chunks, or a job for each part of the volume",
-        "store bandwidth": f"a store of {wanted * inputs.store_bytes_per_s / 1e9:,.0f} GB/s, "
+        "store bandwidth": f"a store of {factor * inputs.store_bytes_per_s / 1e9:,.0f} GB/s, "
         "or wider strides",
-        "store reads": f"{wanted:.1f} times the reads/s, or larger storage chunks of the input",
-        "store writes": f"{wanted:.1f} times the writes/s, or larger storage_chunks",
-        "commits": f"{wanted:.1f} times the writes/s in a folder, or larger chunks",
-        "worker's link": f"{wanted * inputs.worker_bytes_per_s / 1e9:.1f} GB/s for each worker",
-        "worker's codec": f"{wanted:.1f} times the cores of a worker",
+        "store reads": f"{factor:.1f} times the reads/s, or larger storage chunks of the input",
+        "store writes": f"{factor:.1f} times the writes/s, or larger storage_chunks",
+        "commits": f"{factor:.1f} times the writes/s in a folder, or larger chunks",
+        "worker's link": f"{factor * inputs.worker_bytes_per_s / 1e9:.1f} GB/s for each worker",
+        "worker's codec": f"{factor:.1f} times the cores of a worker",
         "sealing": "larger chunks, or a job for each part of the volume",
     }[row.limit]
 
 
 def advise_on_queue(row: Row, inputs: Inputs) -> str:
-    """Say what to set where the queue is the limit."""
+    """Return what to set if the queue is the limit."""
     if not row.busy:
-        return "fewer workers: heartbeats alone are more than the queue takes"
+        return "fewer workers: heartbeats alone exceed the queue's rate"
     fastest = max(SHARED, key=lambda name: inputs.queue(name, "tasks_per_s"))
-    elsewhere = "" if row.executor == fastest else f"{fastest}, or "
+    alternative = "" if row.executor == fastest else f"{fastest}, or "
     if row.heartbeats > 0.5:
-        return f"{elsewhere}fewer workers: {row.heartbeats:.0%} of the queue is heartbeats"
-    wanted = BUSY * row.uses["queue"] / row.busy
-    return f"{elsewhere}{wanted:.1f} times as many voxels in a chunk"
+        return f"{alternative}fewer workers: {row.heartbeats:.0%} of the queue is heartbeats"
+    factor = BUSY * row.uses["queue"] / row.busy
+    return f"{alternative}{factor:.1f} times as many voxels in a chunk"
 
 
 def regimes(rows: Sequence[Row]) -> list[Regime]:
-    """Return where the limit changes, by chunk size and workers; queues that agree together."""
-    found: dict[tuple[int, int, int, str], list[tuple[Row, Row]]] = {}
+    """Return the regimes, by chunk size and workers; queues with equal regimes are merged."""
+    ranges: dict[tuple[int, int, int, str], list[tuple[Row, Row]]] = {}
     order = {name: n for n, name in enumerate(SHARED)}
-    chosen = [row for row in rows if row.executor in order]
-    chosen.sort(key=lambda row: (row.chunk, order[row.executor], row.workers))
-    for _, alike in groupby(chosen, key=lambda row: (row.chunk, row.executor, row.limit)):
-        run = list(alike)
+    shared = [row for row in rows if row.executor in order]
+    shared.sort(key=lambda row: (row.chunk, order[row.executor], row.workers))
+    for _, group in groupby(shared, key=lambda row: (row.chunk, row.executor, row.limit)):
+        run = list(group)
         first, last = run[0], run[-1]
-        place = (first.chunk, first.workers, last.workers, first.limit)
-        found.setdefault(place, []).append((first, last))
+        key = (first.chunk, first.workers, last.workers, first.limit)
+        ranges.setdefault(key, []).append((first, last))
     return [
         Regime(
             tuple(first.executor for first, _ in ends),
             *max(ends, key=lambda pair: pair[1].queue_use),
         )
-        for _, ends in sorted(found.items())
+        for _, ends in sorted(ranges.items())
     ]
 
 
 def enough_for(inputs: Inputs, case: Case, depth: int) -> dict[str, float]:
-    """Return from how many workers on each thing that all share is the limit, were it alone.
+    """Return for each shared resource the number of workers from which it alone is the limit.
 
-    Sealing is from where the chunks are done in less time than it takes.
+    For sealing it is the number from which the chunks take less time than sealing.
     """
 
     setups = {name: setup_for(inputs, case.work, name, 1, depth) for name in SHARED}
     bounds = setups[SHARED[0]].bounds()
-    each = bounds["device"]
-    found = {name: bounds[name] / each for name in STORE}
+    rate = bounds["device"]
+    workers = {name: bounds[name] / rate for name in STORE}
     for name, setup in setups.items():
-        taken = each * setup.queue_requests + HEARTBEATS_PER_S * RENEW
-        found[f"queue {name}"] = inputs.queue(name, "tasks_per_s") / taken
-        found[f"enqueueing {name}"] = inputs.queue(name, "enqueue_per_s") / each
-    found["sealing"] = case.work.chunks / each / 3600 / case.seal_hours(inputs)
-    return found
+        requests = rate * setup.queue_requests + HEARTBEATS_PER_S * RENEW
+        workers[f"queue {name}"] = inputs.queue(name, "tasks_per_s") / requests
+        workers[f"enqueueing {name}"] = inputs.queue(name, "enqueue_per_s") / rate
+    workers["sealing"] = case.work.chunks / rate / 3600 / case.seal_hours(inputs)
+    return workers
 
 
 def hours(number: float) -> str:
-    """Write hours with three digits."""
+    """Format hours with three digits."""
     return "never" if math.isinf(number) else f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -1,4 +1,4 @@
-"""A picture of how busy devices are: over workers, by chunk size and executor, limits marked."""
+"""Plot how busy devices are by number of workers, for each chunk size and queue, with limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES = {
     "dask": ("#00798c", "--", 9),
     "ray": ("#e09f1f", ":", 5.5),
 }
-"""Colour, line and size of marks; sizes differ, so that marks on one spot are all seen."""
+"""Color, line and marker size; sizes differ so that overlapping markers are all visible."""
 MARKS = {
     "device": "o",
     "queue": "s",
@@ -34,7 +34,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Point:
-    """How busy devices are with so many workers, and what keeps them from more."""
+    """Busy share of the devices for a number of workers, and the limit."""
 
     executor: str
     chunk: int
@@ -44,7 +44,7 @@ class Point:
 
 
 def picture(points: Sequence[Point], path: Path) -> None:
-    """Draw a panel for each chunk size, and write them as one PNG."""
+    """Draw a panel for each chunk size; write them as one PNG."""
     chunks = sorted({point.chunk for point in points})
     figure = Figure(figsize=(2 + 4 * len(chunks), 5), layout="constrained")
     panels = figure.subplots(1, len(chunks), sharey=True, squeeze=False)[0]
@@ -58,18 +58,19 @@ def picture(points: Sequence[Point], path: Path) -> None:
     handles += [Line2D([], [], marker=MARKS[n], markersize=8, color=INK, ls="") for n in limits]
     labels = [*executors, *(f"limit: {name}" for name in limits)]
     figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
-    figure.suptitle("How busy devices are, simulated; marks say what the limit is")
+    figure.suptitle("Busy share of devices, simulated; markers show the limit")
     figure.savefig(path, dpi=110)
 
 
 def _panel(axes: Axes, points: Sequence[Point]) -> None:
-    for executor, (colour, line, size) in STYLES.items():
-        own = sorted((p for p in points if p.executor == executor), key=lambda p: p.workers)
-        axes.plot([p.workers for p in own], [p.busy for p in own], line, color=colour, lw=2.2)
-        for point in own:
+    for executor, (color, line, size) in STYLES.items():
+        selected = sorted((p for p in points if p.executor == executor), key=lambda p: p.workers)
+        x, y = [p.workers for p in selected], [p.busy for p in selected]
+        axes.plot(x, y, line, color=color, lw=2.2)
+        for point in selected:
             axes.plot(
                 point.workers, point.busy, MARKS[point.limit],
-                color=colour, markersize=size, markeredgecolor="white", clip_on=False, zorder=3,
+                color=color, markersize=size, markeredgecolor="white", clip_on=False, zorder=3,
             )  # fmt: skip
     workers = sorted({point.workers for point in points})
     axes.set_xscale("log", base=2)

@@ -1,7 +1,7 @@
-"""What a job's tasks need of the store and the device, and what comes before and after them.
+"""Needs of a job's tasks for store and device, and the steps before and after the tasks.
 
-Bytes and patches are the totals of the job's `Plan` divided by its chunks, numbers of objects those
-of a chunk in the middle of the volume.
+Bytes and patches are the totals of the job's `Plan` divided by its chunks. Numbers of objects are
+those of a chunk in the middle of the volume.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 
-ASKED, SETTLED = 7, 2
-"""Small requests of `infer_chunk`, one after another: the job's record and the chunk's commit
-record, at the start, before the write and before the commit, and the input's metadata; then the
-commit, and the removal of an earlier failure."""
-ASKED_OF_BLOCK = 3
-"""The same of `complete_block`: the commit record, and the job's record before write and commit."""
+SMALL_READS, SMALL_WRITES = 7, 2
+"""Sequential small requests of `infer_chunk`. It reads the job's record and the chunk's commit
+record at the start, before the write and before the commit, and the input's metadata. It writes
+the commit and removes an earlier failure."""
+BLOCK_SMALL_READS = 3
+"""Small reads of `complete_block`: commit record, and job record before write and commit."""
 
 
 def plan_of(edge: int, chunk: int, *, patch: int, stride: int, storage: int) -> Plan:
-    """A job of three classes over edge³ voxels of one byte each, with cubes all through."""
+    """Return the plan of a job of three classes over edge³ voxels of one byte, with cubes only."""
     cube = [patch] * 3
     job = parse_job(
         {
-            "input": "/nowhere/in.zarr",
-            "output": "/nowhere/out.zarr",
+            "input": "/missing/in.zarr",
+            "output": "/missing/out.zarr",
             "inference_type": "sliding_window",
             "strides": [stride] * 3,
             "weight_function": ["weight_gaussian"],
@@ -40,7 +40,7 @@ def plan_of(edge: int, chunk: int, *, patch: int, stride: int, storage: int) -> 
             "model_config": {
                 "runtime": "torch",
                 "type": "torchscript",
-                "ts_file": "/nowhere/model.ts",
+                "ts_file": "/missing/model.ts",
                 "model_input_shape": [1, *cube],
                 "model_output_shape": [3, *cube],
             },
@@ -51,7 +51,7 @@ def plan_of(edge: int, chunk: int, *, patch: int, stride: int, storage: int) -> 
 
 @dataclass(frozen=True)
 class Load:
-    """What is read or written at once: bytes, the objects they lie in, bytes to (de)code."""
+    """Data read or written at once: bytes, number of objects, bytes to decode or encode."""
 
     bytes: float = 0.0
     objects: float = 0.0
@@ -60,7 +60,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Task:
-    """What one task needs, on average. `small` requests to the store come one after another."""
+    """Average needs of one task. Requests in `small_…` are sequential."""
 
     read: Load = Load()
     patches: float = 0.0
@@ -86,13 +86,13 @@ class Task:
 
     @property
     def writes(self) -> float:
-        """Requests that make or remove an object."""
+        """Requests that create or delete an object."""
         return self.write.objects + self.small_writes
 
 
 @dataclass(frozen=True)
 class Work:
-    """A job's two kinds of tasks: how many of each, and what one of them needs."""
+    """The two kinds of tasks of a job: their numbers and the needs of one task."""
 
     chunks: int
     infer: Task
@@ -101,13 +101,13 @@ class Work:
 
     @classmethod
     def of(cls, plan: Plan, input_storage: int) -> Work:
-        """Take a plan's totals; the input lies in cubes of `input_storage`, read as a whole.
+        """Compute the needs from a plan; complete input cubes of edge `input_storage` are read.
 
         Bytes are those of uncompressed voxels.
         """
         costs, chunk = plan.costs, plan.chunk(tuple(n // 2 for n in plan.blocks))
-        sent, awaited = len(plan.outgoing_pieces(chunk)), len(plan.incoming_pieces(chunk))
-        own = int(chunk.has_band)
+        outgoing, incoming = len(plan.outgoing_pieces(chunk)), len(plan.incoming_pieces(chunk))
+        own_piece = int(chunk.has_band)
         pieces = costs.piece_bytes / costs.chunks
         final = costs.finalized_voxels / math.prod(plan.volume.shape)
         output = costs.output_bytes / costs.chunks
@@ -121,16 +121,18 @@ class Work:
         infer = Task(
             read=Load(read, math.prod(objects), read),
             patches=costs.patches / costs.chunks,
-            write=Load(output * (1 - final) + pieces, core + sent + own, output * (1 - final)),
-            small_reads=ASKED,
-            small_writes=SETTLED,
+            write=Load(
+                output * (1 - final) + pieces, core + outgoing + own_piece, output * (1 - final)
+            ),
+            small_reads=SMALL_READS,
+            small_writes=SMALL_WRITES,
             commits=1,
         )
         block = Task(
-            read=Load(pieces, awaited + own),
+            read=Load(pieces, incoming + own_piece),
             write=Load(output * final, stored - core, output * final),
-            small_reads=ASKED_OF_BLOCK,
-            small_writes=SETTLED + awaited + own,
+            small_reads=BLOCK_SMALL_READS,
+            small_writes=SMALL_WRITES + incoming + own_piece,
             commits=1,
         )
         return cls(costs.chunks, infer, costs.finalized_blocks, block)
@@ -142,7 +144,7 @@ def _objects(shape: Sequence[int], storage: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A job of one chunk size (voxels along each axis), and what comes before and after work."""
+    """A job with one chunk size (edge in voxels), and the steps before and after its tasks."""
 
     chunk: int
     plan: Plan
@@ -150,23 +152,23 @@ class Case:
 
     @property
     def records(self) -> int:
-        """Commit records, of chunks and of blocks."""
+        """Number of commit records, of chunks and blocks."""
         return self.work.chunks + self.work.blocks
 
     def list_hours(self, inputs: Inputs) -> float:
-        """Hours in which all commit records are listed."""
+        """Return the hours for listing all commit records."""
         return self.records / inputs.list_records_per_s / 3600
 
     def seal_hours(self, inputs: Inputs) -> float:
-        """Hours from the last chunk to the sealed output: records are listed, then read."""
+        """Return the hours from the last chunk to the sealed output: list and read the records."""
         return self.list_hours(inputs) + self.records / inputs.seal_records_per_s / 3600
 
     def enqueue_hours(self, inputs: Inputs, executor: str) -> float:
-        """Hours that `produce` takes; workers have begun long before it ends."""
+        """Return the hours of `produce`; workers start long before it ends."""
         rates = inputs.plan_chunks_per_s, inputs.queue(executor, "enqueue_per_s")
         return sum(self.work.chunks / rate for rate in rates) / 3600
 
     def queue_bytes(self, inputs: Inputs, executor: str) -> float:
-        """Bytes of the tasks that are queued at once."""
+        """Return the bytes of the tasks that are queued at once."""
         queued = min(self.work.chunks, MAX_QUEUED) if executor == "rq" else self.work.chunks
         return queued * inputs.queue(executor, "task_bytes")

@@ -1,4 +1,4 @@
-"""Contestants take turns in processes of their own; a figure is the median of paired ratios."""
+"""Run contestants in turns in separate processes; compare them by medians of paired ratios."""
 
 from __future__ import annotations
 
@@ -13,64 +13,66 @@ from pathlib import Path
 from typing import Any
 
 PEERS = Path(tempfile.gettempdir()) / "chunkq-peers"
-"""Where other people's programs are installed, away from the project's environment."""
+"""Folder of other projects' programs, separate from the environment of chunkq."""
 THREADS = 2
 
 Figures = dict[str, Any]
 Turn = dict[str, Figures]
-"""What each contestant said in one round."""
+"""Figures of each contestant in one round."""
 
 
-def fetch(package: str, *wanted: str) -> None:
-    """Install a peer into PEERS unless it is there; `wanted` names all it needs, for pip."""
+def fetch(package: str, *requirements: str) -> None:
+    """Install a package into PEERS unless it is installed; `requirements` are pip's arguments."""
     if (PEERS / package).exists():
         return
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    if subprocess.run([*install, "--target", str(PEERS), *wanted], check=False).returncode:
-        raise SystemExit(f"{package}: pip cannot fetch it; see above, and try again")
+    command = [*install, "--target", str(PEERS), *requirements]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{package}: pip failed; see its message above and run again")
 
 
-def ask(
-    script: Path, name: str, job: Path, output: Path, settings: Mapping[str, str] | None = None
+def run_contestant(
+    script: Path, name: str, job: Path, output: Path, environment: Mapping[str, str] | None = None
 ) -> Figures:
-    """Run one contestant of a script; returns what it prints last, a line of JSON.
+    """Run a contestant of a script; return the figures that it prints as JSON in its last line.
 
-    `settings` are added to its environment. Raises SystemExit with its complaint if it fails.
+    `environment` is added to that of this process. Raise SystemExit with its stderr if it fails.
     """
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), name, str(job), str(output)],
         env={
             **os.environ,
             "PYTHONPATH": str(PEERS),
             "OMP_NUM_THREADS": str(THREADS),
-            **(settings or {}),
+            **(environment or {}),
         },
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr}")
-    found: Figures = json.loads(done.stdout.splitlines()[-1])
-    return found
+    if result.returncode:
+        raise SystemExit(f"{name}: {result.stderr}")
+    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    return figures
 
 
 def take_turns(names: Iterable[str], rounds: int, run: Callable[[str], Figures]) -> list[Turn]:
-    """Have everybody run once in each round, one after the other; each round another begins.
+    """Run every contestant once per round; rotate the order from round to round.
 
-    Where the machine grows slower or faster meanwhile, nobody is always the first to see it.
+    The rotation cancels slow changes of the machine's speed.
     """
-    order, taken = list(names), []
+    order, results = list(names), []
     for _ in range(rounds):
-        taken.append({name: run(name) for name in order})
+        results.append({name: run(name) for name in order})
         order.append(order.pop(0))
-    return taken
+    return results
 
 
 def median_seconds(turns: Sequence[Turn], name: str) -> float:
+    """Return the median seconds of a contestant."""
     return float(statistics.median(turn[name]["seconds"] for turn in turns))
 
 
-def ratios(turns: Sequence[Turn], name: str, other: str, of: str = "seconds") -> list[float]:
-    """The first's figure by the other's, round by round; take their median."""
-    return [turn[name][of] / turn[other][of] for turn in turns]
+def ratios(turns: Sequence[Turn], name: str, other: str, key: str = "seconds") -> list[float]:
+    """Return the first contestant's figure divided by the other's, for each round."""
+    return [turn[name][key] / turn[other][key] for turn in turns]

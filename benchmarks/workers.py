@@ -1,7 +1,7 @@
-"""One worker process and two, of one thread each: the same job, from first chunk to last.
+"""Compare one worker process with two, of one thread each, on the same job.
 
-Run: python benchmarks/workers.py [--rounds N] [--json FILE]. Beside it bare forward loops in one
-process and in two, each with its half of the same chunks: what the machine itself gives.
+Run: python benchmarks/workers.py [--rounds N] [--json FILE]. For comparison, bare forward loops run
+in one process and in two, each on its share of the same chunks. They show the machine's limit.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from benchmarks.network import make_job
 from chunkq.job import load_job
 from chunkq.job_handle import open_job
 
-ROUNDS, SHAPE, EDGE, PATIENCE = 5, (224, 160, 160), 64, 600.0
+ROUNDS, SHAPE, EDGE, TIMEOUT = 5, (224, 160, 160), 64, 600.0
 
 
 def chunkq(job: Path, workers: int) -> float:
-    """Seconds from the first chunk's start to the last one's end, as the job's report has them.
+    """Return the seconds from the first chunk's start to the last chunk's end, from the report.
 
-    Less those in which a worker loaded libraries and network, which bare loops have done before.
+    The seconds in which workers load libraries and network are subtracted, because the bare loops
+    load them before the clock starts.
     """
     output = job.parent / f"out-{workers}.zarr"
     command = [sys.executable, "-m", "chunkq", "run", str(job), "-o", str(output), "--overwrite"]
     command += ["-w", str(workers), "--queue", f"sqlite://{job.parent}/queue.db"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.stderr)
     report = open_job(f"{output}.chunkq").ledger.read_report()
     if report is None:
         raise SystemExit(f"{output}: no report")
-    crew = report["workers"].values()
-    loading = max(one["shares"]["load"] * one["seconds"] for one in crew)
+    workers_report = report["workers"].values()
+    loading = max(worker["shares"]["load"] * worker["seconds"] for worker in workers_report)
     return float(report["work_seconds"] - loading)
 
 
-def loop(barrier: Any, answers: Any, job: str, number: int, of: int) -> None:
-    """Every `of`-th chunk from `number` on, with one thread; answer with begin and end."""
+def loop(barrier: Any, answers: Any, job: str, number: int, count: int) -> None:
+    """Run every `count`-th chunk from `number` on with one thread; answer with start and end."""
     import torch
 
     from benchmarks.contestant import network, predictions, read
@@ -58,52 +59,53 @@ def loop(barrier: Any, answers: Any, job: str, number: int, of: int) -> None:
     loaded = load_job(job)
     volume = read(loaded.input[0])
     plan, net = resolve(loaded, find_source(loaded.input[0]).volume), network(loaded)
-    mine = [list(plan.patches(plan.chunk(index))) for index in plan.indices()][number::of]
-    barrier.wait(PATIENCE)
-    began = time.time()
+    indices = list(plan.indices())[number::count]
+    chunks = [list(plan.patches(plan.chunk(index))) for index in indices]
+    barrier.wait(TIMEOUT)
+    started = time.time()
     with torch.inference_mode():
-        for patches in mine:
+        for patches in chunks:
             for _ in predictions(loaded, net, patches, volume):
                 pass
-    answers.put((began, time.time()))
+    answers.put((started, time.time()))
 
 
 def bare(job: Path, workers: int) -> float:
-    """Seconds of the bare loops, from the first one's begin to the last one's end."""
+    """Return the seconds from the first start of the bare loops to the last end."""
     context = get_context("spawn")
     barrier, answers = context.Barrier(workers), context.Queue()
-    crew = [
+    processes = [
         context.Process(target=loop, args=(barrier, answers, str(job), number, workers))
         for number in range(workers)
     ]
-    os.environ.update(child_env(1))  # as chunkq's workers have it
-    for process in crew:
+    os.environ.update(child_env(1))  # the environment of chunkq's workers
+    for process in processes:
         process.start()
-    spans = [answers.get(timeout=PATIENCE) for _ in crew]
-    for process in crew:
+    spans = [answers.get(timeout=TIMEOUT) for _ in processes]
+    for process in processes:
         process.join()
-    return float(max(end for _, end in spans) - min(begin for begin, _ in spans))
+    return float(max(end for _, end in spans) - min(start for start, _ in spans))
 
 
 def main() -> None:
-    """Measure, print, and write JSON where asked."""
+    """Measure, print, and write JSON if requested."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=ROUNDS)
     options.add_argument("--json", type=Path)
-    given = options.parse_args()
+    arguments = options.parse_args()
     turns: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as name:
-        job = make_job(Path(name), SHAPE, threads=1, chunksize=[EDGE] * 3)
-        for _ in range(given.rounds):
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder), SHAPE, threads=1, chunksize=[EDGE] * 3)
+        for _ in range(arguments.rounds):
             turn = {f"chunkq {n}": chunkq(job, n) for n in (1, 2)}
             turns.append(turn | {f"bare {n}": bare(job, n) for n in (1, 2)})
             print(json.dumps(turns[-1]), flush=True)
     figures: dict[str, Any] = {"seconds": turns}
-    for who in ("chunkq", "bare"):
-        figures[who] = statistics.median(turn[f"{who} 1"] / turn[f"{who} 2"] for turn in turns)
-    print(json.dumps({who: figures[who] for who in ("chunkq", "bare")}))
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+    for name in ("chunkq", "bare"):
+        figures[name] = statistics.median(turn[f"{name} 1"] / turn[f"{name} 2"] for turn in turns)
+    print(json.dumps({name: figures[name] for name in ("chunkq", "bare")}))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def redis_of_session() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def redis(redis_of_session: RedisServer) -> RedisServer:
-    """A Redis with nothing in it."""
+    """An empty Redis."""
     with redis_of_session.client as client:
         client.flushall()
     return redis_of_session
@@ -35,7 +35,7 @@ def dask_of_session() -> Iterator[str]:
 
 @pytest.fixture
 def dask(dask_of_session: str) -> str:
-    """The queue of a Dask scheduler, with nothing in it."""
+    """The URL of an empty queue in a Dask scheduler."""
     empty(dask_of_session)
     return dask_of_session
 
@@ -50,7 +50,7 @@ def ray_of_session() -> Iterator[tuple[NetworkNamespace, str]]:
 
 @pytest.fixture
 def ray(ray_of_session: tuple[NetworkNamespace, str]) -> Iterator[str]:
-    """The queue of a Ray cluster, with nothing in it; the test is inside the cluster's network."""
+    """The URL of an empty queue in a Ray cluster; the test runs in the cluster's network."""
     network, url = ray_of_session
     with network.inside():
         empty(url)
@@ -58,7 +58,7 @@ def ray(ray_of_session: tuple[NetworkNamespace, str]) -> Iterator[str]:
 
 
 def empty(url: str) -> None:
-    """Take every job off a queue."""
+    """Cancel every job of a queue."""
     executor = open_executor(url)
     for job in executor.jobs():
         executor.cancel(job)

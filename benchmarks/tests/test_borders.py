@@ -1,4 +1,4 @@
-"""What the border protocols are compared with is what chunkq writes."""
+"""The reference average of the border protocols agrees with chunkq's output."""
 
 from pathlib import Path
 
@@ -12,13 +12,11 @@ from chunkq.job import load_job
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 ROUNDING = 1e-6
-"""chunkq sums in float32; the averages lie between 0 and 1."""
+"""Tolerance for chunkq's float32 sums; the averages are between 0 and 1."""
 
 
 @pytest.mark.parametrize("weight", ["weight_gaussian", "weight_linear"])
-def test_the_average_over_the_whole_volume_is_what_chunkq_writes(
-    tmp_path: Path, weight: str
-) -> None:
+def test_the_reference_average_agrees_with_chunkqs_output(tmp_path: Path, weight: str) -> None:
     job = load_job(small(tmp_path))
     job = job.model_copy(update={"weight_function": (weight,), "chunksize": (24, 24, 24)})
     output = str(tmp_path / "chunkq.zarr")

@@ -1,11 +1,11 @@
-"""The network of the example: a 3-D U-Net small enough for two CPU cores."""
+"""The example's network: a 3-D U-Net small enough for two CPU cores."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 CLASSES = ("background", "grey matter", "white matter")
-# Two levels of pooling: spatial sizes must be multiples of 4.
+# Two levels of pooling, so spatial sizes must be multiples of 4.
 WIDTHS = (8, 16, 32)
 
 
@@ -21,7 +21,7 @@ class ConvBlock(nn.Module):
         return y
 
     def fold(self) -> None:
-        """Move the batch norm's (then constant) scale and shift into the convolution."""
+        """Fold the batch norm's constant scale and shift into the convolution."""
         if isinstance(self.conv, nn.Conv3d) and isinstance(self.norm, nn.BatchNorm3d):
             self.conv = fuse_conv_bn_eval(self.conv, self.norm)
             self.norm = nn.Identity()
@@ -32,11 +32,11 @@ def double_block(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class UNet3d(nn.Module):
-    """(N, 1, D, H, W) float32 raw 0..255 intensities -> (N, 3, D, H, W) probabilities.
+    """U-Net: (N, 1, D, H, W) float32 raw intensities 0..255 -> (N, 3, D, H, W) probabilities.
 
-    A voxel's result depends on its receptive field and on nothing else of the patch: no instance
-    or group norm (those would mix in the whole patch's statistics, so overlapping patches would
-    disagree everywhere), and batch norm is a constant once the network is in eval mode.
+    The result of a voxel depends only on its receptive field. So there is no instance or group
+    norm: these use statistics of the complete patch, and overlapping patches would disagree
+    everywhere. Batch norm is a constant once the network is in eval mode.
     """
 
     def __init__(self) -> None:
@@ -61,18 +61,18 @@ class UNet3d(nn.Module):
         return y1
 
     def forward(self, raw: Tensor) -> Tensor:
-        # Probabilities, not logits: chunkq averages what overlapping patches say, and an average
-        # of probabilities is one, whereas one patch's huge logit would outvote its neighbours.
+        # Probabilities, not logits: chunkq averages the predictions of overlapping patches. An
+        # average of probabilities is a probability, but one patch's large logit would dominate.
         return torch.softmax(self.logits(raw), 1)
 
     def settle(self) -> None:
-        """Keep the batch norms' statistics as they are from now on; training may go on."""
+        """Freeze the statistics of all batch norms; training may continue."""
         for module in self.modules():
             if isinstance(module, nn.BatchNorm3d):
                 module.eval()
 
     def fold(self) -> "UNet3d":
-        """Fold every batch norm into its convolution, for export (eval mode only)."""
+        """Fold every batch norm into its convolution, for export; requires eval mode."""
         for module in self.modules():
             if isinstance(module, ConvBlock):
                 module.fold()

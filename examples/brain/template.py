@@ -1,7 +1,7 @@
-"""The data of the example: the MNI152 T1 template and its tissue maps, from the nilearn wheel.
+"""The example's data: the MNI152 T1 template and its tissue maps, from the nilearn wheel.
 
-nilearn itself is never imported (it would pull in scikit-learn and more): only its data files
-are read, so `pip install --no-deps nilearn` is enough.
+Only nilearn's data files are read. The package is not imported, so its dependencies are not
+needed: `pip install --no-deps nilearn`.
 """
 
 import importlib.util
@@ -13,13 +13,13 @@ import numpy.typing as npt
 Volume = npt.NDArray[np.uint8]
 
 AXES = ("z", "y", "x")
-# Along y, from the back of the head to the front. Voxels y < SPLIT train the network, the rest is
-# held out. Never left against right: the template is exactly symmetric, the halves are equal.
+# Along y, from the back of the head to the front. Voxels with y < SPLIT train the network, the
+# others are held out. Left and right cannot be split: the template is exactly symmetric.
 SPLIT_AXIS = 1
 SPLIT = 116
 
 _FILE = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
-_MISSING = "the MNI152 template comes with nilearn's wheel: pip install --no-deps nilearn"
+_MISSING = "MNI152 template is missing; run pip install --no-deps nilearn"
 
 
 class TemplateMissingError(Exception):
@@ -27,16 +27,17 @@ class TemplateMissingError(Exception):
 
 
 def data_folder() -> Path:
+    """Return nilearn's folder of data files; raise TemplateMissingError without one."""
     spec = importlib.util.find_spec("nilearn")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        folder = Path(place) / "datasets" / "data"
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(location) / "datasets" / "data"
         if all((folder / _FILE.format(name)).is_file() for name in ("t1", "gm", "wm")):
             return folder
     raise TemplateMissingError(_MISSING)
 
 
 def read_map(name: str) -> Volume:
-    """One of the maps t1, gm, wm as stored in the wheel, its axes turned to z, y, x."""
+    """Return one of the maps t1, gm, wm, uint8 with axes z, y, x."""
     from nibabel.nifti1 import Nifti1Image
 
     path = data_folder() / _FILE.format(name)
@@ -49,7 +50,7 @@ def load_t1() -> Volume:
 
 
 def load_labels() -> Volume:
-    """0 background, 1 grey, 2 white: the most probable one, background being what is left over."""
+    """Return the most probable class: 0 background, 1 grey matter, 2 white matter."""
     grey = read_map("gm").astype(np.int16)
     white = read_map("wm").astype(np.int16)
     labels: Volume = np.argmax([255 - grey - white, grey, white], axis=0).astype(np.uint8)
@@ -65,6 +66,6 @@ def held_out_half(volume: Volume) -> Volume:
 
 
 def dice(result: Volume, truth: Volume, label: int) -> float:
-    """Twice the shared voxels over the sum of both: 1 is perfect."""
-    ours, theirs = result == label, truth == label
-    return float(2 * np.count_nonzero(ours & theirs) / max(1, ours.sum() + theirs.sum()))
+    """Return the Dice coefficient of a label: twice the intersection over the sum of both sizes."""
+    a, b = result == label, truth == label
+    return float(2 * np.count_nonzero(a & b) / max(1, a.sum() + b.sum()))

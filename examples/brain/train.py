@@ -1,10 +1,10 @@
 """Train the example's network on the back half of the template; export it for chunkq.
 
     python train.py [--out FOLDER] [--check]    writes unet.ts and unet.onnx
-    python train.py --weights unet.ts           writes unet.onnx again, without training
+    python train.py --weights unet.ts           writes only unet.onnx, without training
 
-The front half (y >= SPLIT) plays no part in it; --check scores both halves afterwards.
-Needs `pip install "chunkq[demo,export]"`.
+The front half (y >= SPLIT) is not used for training. --check scores both halves afterwards.
+Requires `pip install "chunkq[demo,export]"`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from template import dice
 from torch import Tensor, nn
 
 STEPS = 360
-SETTLED = 0.6  # of the steps, after which batch norm no longer changes
+FREEZE_AT = 0.6  # share of the steps after which batch norm no longer changes
 BATCH = 4
 PATCH = 40
 LEARNING_RATE = 1e-2
@@ -37,7 +37,7 @@ SCRIPT, GRAPH = "unet.ts", "unet.onnx"
 
 
 def random_patches(t1: Tensor, truth: Tensor, rng: np.random.Generator) -> Iterator[list[Tensor]]:
-    """Endless batches of raw patches and their tissue maps, each centred on brain."""
+    """Yield endless batches of raw patches and their tissue maps, each centered on brain."""
     corners = np.maximum(np.argwhere(t1[0].numpy() > 0) - PATCH // 2, 0)
     corners = np.minimum(corners, np.array(t1.shape[1:]) - PATCH)
     while True:
@@ -49,19 +49,19 @@ def random_patches(t1: Tensor, truth: Tensor, rng: np.random.Generator) -> Itera
 
 
 def augment(raw: Tensor, truth: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror freely and vary the gain a little (scanners would vary more)."""
+    """Mirror randomly and vary the gain by 2 % (scanners vary more)."""
     flips = tuple(axis for axis in (1, 2, 3) if rng.random() < 0.5)
     gain = rng.uniform(0.98, 1.02)
     return (raw.flip(flips) * gain).clamp(0, 255), truth.flip(flips)
 
 
 def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross entropy with the tissue maps themselves: a voxel that is 60 % grey should say so."""
+    """Return the cross entropy with the tissue maps as soft labels, e.g. 60 % grey matter."""
     return nn.functional.cross_entropy(logits, truth)
 
 
 def training_data() -> tuple[Tensor, Tensor]:
-    """T1 and the three tissue maps of the back half, channels first."""
+    """Return T1 and the three tissue maps of the back half, channels first."""
     grey, white = (template.training_half(template.read_map(name)) for name in ("gm", "wm"))
     maps = np.stack([255 - grey - white, grey, white]).astype(np.float32) / 255
     t1 = template.training_half(template.load_t1()).astype(np.float32)
@@ -69,11 +69,12 @@ def training_data() -> tuple[Tensor, Tensor]:
 
 
 def train(steps: int) -> UNet3d:
+    """Train on the back half with fixed seeds; return the network in eval mode."""
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     t1, truth = training_data()
 
-    # The layout makes convolutions of few channels about twice as fast; the weights keep it.
+    # With this memory layout, convolutions of few channels are about twice as fast.
     net: UNet3d = UNet3d().train()
     net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     adam = torch.optim.AdamW(net.parameters(), LEARNING_RATE)
@@ -82,8 +83,8 @@ def train(steps: int) -> UNet3d:
     for step, (raw, target) in enumerate(
         itertools.islice(random_patches(t1, truth, rng), steps), 1
     ):
-        if step == int(SETTLED * steps):
-            # From here on the network trains as what it is exported as: with constant norms.
+        if step == int(FREEZE_AT * steps):
+            # From now on train the network with constant norms, as it is exported.
             net.settle()
         loss = loss_of(net.logits(raw), target)
         adam.zero_grad()
@@ -106,16 +107,16 @@ def load_weights(path: Path) -> UNet3d:
 
 def write_torchscript(net: UNet3d, path: Path) -> None:
     """Write a folded network as TorchScript; the same weights give the same bytes."""
-    whole, cleaned = io.BytesIO(), io.BytesIO()
-    # Traced, not scripted: a script lists its constants in the random order of a set.
+    traced_file, cleaned = io.BytesIO(), io.BytesIO()
+    # Traced, not scripted: a script stores its constants in the random order of a set.
     sample = torch.zeros(1, 1, WINDOW, WINDOW, WINDOW)
     with torch.no_grad():
         traced = torch.jit.trace(net, sample)  # type: ignore[no-untyped-call]
-    torch.jit.save(traced, whole)
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(cleaned, "w") as target:
+    torch.jit.save(traced, traced_file)
+    with zipfile.ZipFile(traced_file) as source, zipfile.ZipFile(cleaned, "w") as target:
         for entry in source.infolist():
-            # Debug entries hold the paths of the machine that trained, the id a hash over them;
-            # loading needs neither.
+            # Debug entries contain paths of the training machine, and the id is a hash over
+            # them; loading does not need them.
             if not entry.filename.endswith((".debug_pkl", "/serialization_id")):
                 target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
     replace_file(path, cleaned.getvalue())
@@ -123,7 +124,7 @@ def write_torchscript(net: UNet3d, path: Path) -> None:
 
 def write_onnx(net: UNet3d, path: Path) -> None:
     """Write a folded network as ONNX for batches of any size, weights included."""
-    sample = torch.zeros(2, 1, WINDOW, WINDOW, WINDOW)  # a batch of 1 would count as fixed
+    sample = torch.zeros(2, 1, WINDOW, WINDOW, WINDOW)  # the exporter would fix a batch size of 1
     program = torch.onnx.export(
         net,
         (sample,),
@@ -135,7 +136,7 @@ def write_onnx(net: UNet3d, path: Path) -> None:
     )
     assert program is not None
     model = program.model_proto
-    # Each node's metadata holds the stack trace of the machine that exported.
+    # The metadata of nodes contains stack traces of the exporting machine.
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
         del part.metadata_props[:]
     for tensor in (*model.graph.input, *model.graph.output, *model.graph.initializer):
@@ -144,19 +145,19 @@ def write_onnx(net: UNet3d, path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     os.replace(partial, path)
 
 
 def window_starts(size: int) -> list[int]:
-    """Half overlapping windows, the last one moved back to end with the volume."""
+    """Return the starts of half-overlapping windows; the last one ends with the volume."""
     return [*range(0, size - WINDOW, WINDOW // 2), size - WINDOW]
 
 
 def predict(path: Path, t1: template.Volume) -> template.Volume:
-    """The job of job.yaml in a few lines and one process: the result chunkq has to reproduce."""
+    """Compute the job of job.yaml without chunkq in one process, as its expected result."""
     net = torch.jit.load(str(path)).eval()  # type: ignore[no-untyped-call]
     profile = torch.exp(-((torch.arange(WINDOW) - (WINDOW - 1) / 2) ** 2) / (2 * (WINDOW / 8) ** 2))
     weight = profile[:, None, None] * profile[:, None] * profile
@@ -166,15 +167,16 @@ def predict(path: Path, t1: template.Volume) -> template.Volume:
         raw = torch.from_numpy(t1[z, y, x].astype(np.float32))
         with torch.inference_mode():
             total[:, z, y, x] += weight * net(raw[None, None])[0]
-    # No division by the summed weights: it is the same for all classes of a voxel.
+    # Not divided by the summed weights, which are equal for all classes of a voxel.
     labels: template.Volume = total.numpy().argmax(0).astype(np.uint8)
     return labels
 
 
 def check(path: Path) -> None:
+    """Predict the volume and print the Dice of both halves."""
     started = time.perf_counter()
     result, truth = predict(path, template.load_t1()), template.load_labels()
-    print(f"whole volume predicted in {time.perf_counter() - started:.0f} s")
+    print(f"volume predicted in {time.perf_counter() - started:.0f} s")
     halves = {"training": template.training_half, "held-out": template.held_out_half}
     for name, half in halves.items():
         grey, white = (dice(half(result), half(truth), label) for label in (1, 2))
@@ -185,8 +187,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the example's network.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--weights", type=Path, help="write a trained unet.ts as ONNX only")
-    parser.add_argument("--check", action="store_true", help="predict everything, print Dice")
+    parser.add_argument("--weights", type=Path, help="only write this trained unet.ts as ONNX")
+    parser.add_argument("--check", action="store_true", help="predict the volume, print Dice")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""deploy/compose as it runs, where an engine has its images: `make containers`."""
+"""Run the compose file with a container engine that has its images: `make containers`."""
 
 import http.client
 import os
@@ -17,31 +17,31 @@ from tests.harness.workspace import Workspace
 
 
 @contextmanager
-def asked_for_health() -> Iterator[None]:
-    """Have podman ask containers for their health, which it leaves to systemd elsewhere."""
-    place, over = os.environ.get("DOCKER_HOST", ""), threading.Event()
+def polled_health() -> Iterator[None]:
+    """Request the health check of Redis every second: podman leaves that to systemd."""
+    address, ended = os.environ.get("DOCKER_HOST", ""), threading.Event()
 
-    def ask() -> None:
-        while place.startswith("unix://") and not over.wait(1):
-            line = http.client.HTTPConnection("engine", timeout=5)
-            line.sock = socket.socket(socket.AF_UNIX)
+    def poll() -> None:
+        while address.startswith("unix://") and not ended.wait(1):
+            connection = http.client.HTTPConnection("engine", timeout=5)
+            connection.sock = socket.socket(socket.AF_UNIX)
             with suppress(OSError, http.client.HTTPException):
-                line.sock.connect(place.removeprefix("unix://"))
+                connection.sock.connect(address.removeprefix("unix://"))
                 name = f"chunkq-test-{os.getpid()}-redis-1"
-                line.request("GET", f"/v4.0.0/libpod/containers/{name}/healthcheck")
-                line.getresponse().read()
-            line.close()
+                connection.request("GET", f"/v4.0.0/libpod/containers/{name}/healthcheck")
+                connection.getresponse().read()
+            connection.close()
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    thread = threading.Thread(target=poll)
+    thread.start()
     try:
         yield
     finally:
-        over.set()
-        asking.join()
+        ended.set()
+        thread.join()
 
 
-def test_a_job_in_containers_gives_the_bytes_of_one_without(tmp_path: Path) -> None:
+def test_a_job_in_containers_gives_the_same_bytes_as_without(tmp_path: Path) -> None:
     stack = make_stack(tmp_path)
     data = Path(stack.settings["CHUNKQ_DATA"])
     stack.settings.update(
@@ -67,16 +67,16 @@ def test_a_job_in_containers_gives_the_bytes_of_one_without(tmp_path: Path) -> N
     expected = files_below(workspace.output)
     for path in (workspace.output, workspace.job_folder):
         path.rename(stack.folder / path.name)
-    # Containers that are not root's must get through the test's folders.
+    # Containers with another user id need access to the test's folders.
     for path in [data, *data.rglob("*")]:
         os.chown(path, int(stack.settings["CHUNKQ_UID"]), int(stack.settings["CHUNKQ_GID"]))
     try:
-        with asked_for_health():
-            done = stack.call("cpu", "run", "--rm", "finalizer")
-        said = done.stdout + done.stderr + stack.call("cpu", "logs").stdout
-        assert done.returncode == 0, said
-        assert "complete: " in said
-        assert "s3cr3t" not in said
+        with polled_health():
+            result = stack.call("cpu", "run", "--rm", "finalizer")
+        output = result.stdout + result.stderr + stack.call("cpu", "logs").stdout
+        assert result.returncode == 0, output
+        assert "complete: " in output
+        assert "s3cr3t" not in output
     finally:
         stack.call("cpu", "down", "--volumes")
     assert files_below(workspace.output) == expected

@@ -1,6 +1,7 @@
-"""A process that runs one case after another: requests on stdin, answers on stdout, as JSON lines.
+"""Child process that runs cases: JSON requests on stdin, JSON answers on stdout, one per line.
 
-An interpreter per case would cost a second each. A child that hangs or dies is replaced.
+Starting an interpreter for each case would take a second. The pool replaces a child process that
+hangs or ends.
 """
 
 import faulthandler
@@ -17,11 +18,11 @@ from tests.fuzz import damaged, job_files
 from tests.fuzz.findings import Finding, of_text
 
 MEMORY = 3 << 30
-"""Bytes of address space that a case may take beyond what the imports took."""
+"""Address space in bytes that a case may use in addition to the imports."""
 
 
 def main(folder: Path) -> None:
-    """Answer requests until stdin ends. The log takes what is written to file descriptor 2."""
+    """Answer requests until stdin ends. Output to file descriptor 2 goes to the log."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -37,30 +38,31 @@ def main(folder: Path) -> None:
         start = log.stat().st_size
         if part == "job_files":
             limit_memory()
-            what, finding = f"job file {seed}", job_files.judge(seed, folder / "lab")
+            case_text, finding = f"job file {seed}", job_files.judge(seed, folder / "lab")
         else:
-            case = damaged.case_of(seed, stages)
-            what, finding = case.text, damaged.judge(case, stages)
+            case = damaged.create_case(seed, stages)
+            case_text, finding = case.text, damaged.judge(case, stages)
         sys.stderr.flush()
-        text = log.read_bytes()[start:].decode(errors="replace")
-        if finding is None and ("Traceback" in text or "Warning" in text):
-            finding = of_text("said on stderr", text)
-        answers.write(json.dumps([what, None if finding is None else asdict(finding)]) + "\n")
+        output = log.read_bytes()[start:].decode(errors="replace")
+        if finding is None and ("Traceback" in output or "Warning" in output):
+            finding = of_text("output on stderr", output)
+        answer = [case_text, None if finding is None else asdict(finding)]
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 def limit_memory() -> None:
-    """Let allocations fail that no job file should need."""
+    """Limit the address space, so that allocations fail that no job file should need."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def answer_of(line: str) -> tuple[str, Finding | None]:
-    """Decode an answer: what was done, and what went wrong."""
-    what, finding = json.loads(line)
-    return what, None if finding is None else Finding(**finding)
+def parse_answer(line: str) -> tuple[str, Finding | None]:
+    """Parse an answer; return the text of the case and its finding."""
+    case_text, finding = json.loads(line)
+    return case_text, None if finding is None else Finding(**finding)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Commands on damaged jobs: no traceback, no hang, and nothing wrong is sealed.
+"""Run commands on damaged jobs: none may raise, hang or seal wrong data.
 
-What counts as wrong:
-- an exception that reaches the user, a traceback or a Python warning on stderr;
-- an exit code other than 0, 1, 2, 3 and 130; one other than 0 without a line that says why;
-- JSON asked for, exit code 0 and anything but one JSON value on stdout;
-- an output that says `complete` and cannot be read, or has other voxels than the reference.
+A command fails the check if
+- an exception reaches the user, or a traceback or a Python warning is on stderr;
+- its exit code is not 0, 1, 2, 3 or 130, or is not 0 without a line on stderr;
+- it has `--json`, exits with 0 and prints anything but one JSON value on stdout;
+- an output with the state `complete` cannot be read or differs from the reference.
 
-Damage to stored voxels of the output is not held against a command: no command reads back what
-a commit record vouches for. So after such damage the voxels are not compared, unless the job
-starts again with --overwrite. Metadata of a sealed output is held against the commands that seal.
+Damaged voxels of the output do not count, because no command reads back the voxels of a committed
+chunk. After such damage the voxels are compared only if the job restarts with --overwrite. Damaged
+metadata of a sealed output counts for the commands that seal.
 
-Every command is followed by `run` of the same job: it completes the job, or says what is wrong.
-If it does not complete the job, `run --overwrite` does, or names the path that is in the way.
+After every command, `run` of the same job must complete it or report what is wrong. If it does not
+complete the job, `run --overwrite` must complete it or name the path that prevents this.
 """
 
 import contextlib
@@ -44,11 +44,11 @@ from tests.harness.volumes import read_output
 
 CODES = frozenset({0, 1, 2, 3, 130})
 SECONDS = 30
-"""Wall-clock time of one command in this process after which it counts as a hang."""
+"""Wall-clock seconds after which a command in this process counts as a hang."""
 PROCESS_SECONDS = 80
 METADATA = frozenset({"zarr.json", ".zgroup", ".zattrs", ".zarray", ".zmetadata"})
-EVERY_PROCESS = 25
-"""One case of so many runs its command as processes."""
+PROCESS_INTERVAL = 25
+"""Every such case runs its command in a separate process."""
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "status": ("status", "OUT"),
@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "work and finalize": ("work", "finalize"),
 }
 SEALS = frozenset({"finalize", "work and finalize", "run", "run --overwrite"})
-"""Commands that vouch for a whole output. Others need not notice damage to a sealed one."""
+"""Commands that verify a complete output. Others need not detect damage to a sealed one."""
 COMMON = ("work and finalize", "work and finalize", "finalize", "run")
 PROCESSES: dict[str, tuple[str, ...]] = {
     "run": ("run", "JOB", "-w", "1", "--gpus", "none", "--depth", "1"),
@@ -77,13 +77,13 @@ PROCESSES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Hang(BaseException):
-    """A command took longer than it ever should."""
+class HangError(BaseException):
+    """A command took longer than its time limit."""
 
 
 @dataclass(frozen=True)
 class DamagedJob:
-    """One case, brought about below `work`: what was damaged, and the command to run."""
+    """A case: a damaged job below `work` and the command to run on it."""
 
     seed: int
     stage: str
@@ -94,12 +94,12 @@ class DamagedJob:
     @property
     def text(self) -> str:
         damages = "; ".join(damage.text for damage in self.damages)
-        how = " as processes" if self.as_process else ""
-        return f"{self.stage}; {damages}; chunkq {self.command}{how}"
+        mode = " as processes" if self.as_process else ""
+        return f"{self.stage}; {damages}; chunkq {self.command}{mode}"
 
     @property
     def is_voxel_damage(self) -> bool:
-        """Tell whether stored voxels of the output were changed."""
+        """Whether stored voxels of the output were changed."""
         paths = [path for damage in self.damages if damage.changes_content for path in damage.paths]
         return any(
             path.startswith(f"{OUTPUT}/") and Path(path).name not in METADATA for path in paths
@@ -107,15 +107,16 @@ class DamagedJob:
 
     @property
     def is_output_damage(self) -> bool:
+        """Whether a file or folder of the output was damaged."""
         return any(path.startswith(OUTPUT) and not path.startswith(f"{OUTPUT}.")
                    for damage in self.damages for path in damage.paths)  # fmt: skip
 
 
-def case_of(seed: int, stages: Stages) -> DamagedJob:
-    """Bring about the damage of a seed in a fresh copy of its stage."""
+def create_case(seed: int, stages: Stages) -> DamagedJob:
+    """Restore the seed's stage and damage it."""
     rng = Random(f"damage {seed}")
     stage = rng.choice(STAGES)
-    as_process = seed % EVERY_PROCESS == 0
+    as_process = seed % PROCESS_INTERVAL == 0
     command = rng.choice(list(PROCESSES if as_process else (*COMMANDS, *COMMON)))
     stages.restore(stage)
     damages = []
@@ -126,7 +127,7 @@ def case_of(seed: int, stages: Stages) -> DamagedJob:
 
 
 def _targets(rng: Random, work: Path) -> tuple[list[str], list[str]]:
-    """Return the files and folders of one part of the job, so that voxels are not most of all."""
+    """Return the files of one part of the job, and its folders; most files store voxels."""
     files = [
         name for name in files_of(work) if not name.startswith(("in.zarr", "net.py", "job.yaml"))
     ]
@@ -135,22 +136,22 @@ def _targets(rng: Random, work: Path) -> tuple[list[str], list[str]]:
     queue = [n for n in files if n.startswith(QUEUE)]
     ledger = [n for n in files if n.startswith(f"{OUTPUT}.")]
     parts: dict[str, list[str]] = {}
-    for name in ledger:  # by what follows the job folder's name, whatever the layout
+    for name in ledger:  # groups by the path below the job folder, for any layout
         parts.setdefault("/".join(Path(name).parts[1:3])[:12], []).append(name)
     parts |= {"voxels": voxels, "metadata": metadata, "queue": queue, "queue again": queue}
-    chosen = rng.choice([names for names in parts.values() if names] or [files])
+    selected = rng.choice([names for names in parts.values() if names] or [files])
     folders = [n for n in folders_of(work) if not n.startswith("in.zarr")]
-    return chosen, [name for name in folders if rng.random() < 0.7] or folders
+    return selected, [name for name in folders if rng.random() < 0.7] or folders
 
 
 def judge(case: DamagedJob, stages: Stages) -> Finding | None:
-    """Run a case's command and those that follow; return what went wrong, if anything did."""
+    """Run a case's command and the commands after it; return the first finding."""
     finding = _judge_one(case, stages, case.command, as_process=case.as_process)
     return finding or _judge_following(case, stages)
 
 
 def _judge_following(case: DamagedJob, stages: Stages) -> Finding | None:
-    """Judge what `run` makes of the job after the command, and `run --overwrite` where it fails."""
+    """Judge `run` after the case's command, and `run --overwrite` if the job is incomplete."""
     finding = _judge_one(case, stages, "run")
     if finding is not None or (_last.code == 0 and is_complete(stages.output)):
         return finding
@@ -179,32 +180,32 @@ def _judge_one(
     *options: str,
     as_process: bool = False,
 ) -> Finding | None:
-    shown = " ".join((command, *options))
+    text = " ".join((command, *options))
     try:
         result = (run_process if as_process else call)(stages, command, *options)
     except subprocess.TimeoutExpired as error:
-        return of_text(f"hang of {shown}", str(error.stderr or error))
+        return of_text(f"hang of {text}", str(error.stderr or error))
     except BaseException as error:
         return of_error(error)
     _last.__dict__.update(result.__dict__)
-    finding = judge_result(result, shown)
+    finding = judge_result(result, text)
     if finding is None and is_complete(stages.output):
-        fresh = "--overwrite" in shown
-        looked_only = command not in SEALS and case.stage == "sealed"
-        named = result.code != 0 and not fresh
-        excused = (case.is_voxel_damage and not fresh) or (
-            case.is_output_damage and (looked_only or named)
+        overwrites = "--overwrite" in text
+        only_reads = command not in SEALS and case.stage == "sealed"
+        reports_damage = result.code != 0 and not overwrites
+        is_excused = (case.is_voxel_damage and not overwrites) or (
+            case.is_output_damage and (only_reads or reports_damage)
         )
-        finding = None if excused else judge_output(stages, shown)
+        finding = None if is_excused else judge_output(stages, text)
     if finding is None and command == "run" and result.code == 0 and not is_complete(stages.output):
-        finding = Finding(f"{shown}: exit code 0 without a complete output", result.err)
+        finding = Finding(f"{text}: exit code 0 without a complete output", result.err)
     return finding
 
 
 def judge_result(result: Result, command: str) -> Finding | None:
-    """Return what is wrong with a command's end."""
+    """Return the finding for the exit code and the output of a command."""
     text = result.out + result.err
-    # `status` shows the tracebacks of failed chunks on stdout.
+    # `status` prints the tracebacks of failed chunks on stdout.
     if "Traceback (most recent call last)" in result.err or "Warning: " in result.err:
         return of_text("traceback", result.err)
     if result.code not in CODES:
@@ -220,7 +221,7 @@ def judge_result(result: Result, command: str) -> Finding | None:
 
 
 def judge_output(stages: Stages, command: str) -> Finding | None:
-    """Compare an output that says it is complete with the reference."""
+    """Compare an output whose state is `complete` with the reference."""
     try:
         voxels = read_output(stages.output)
     except Exception as error:
@@ -231,7 +232,7 @@ def judge_output(stages: Stages, command: str) -> Finding | None:
 
 
 def is_complete(output: Path) -> bool:
-    """Tell whether an output's attributes say that it is complete."""
+    """Return whether the attributes of an output have the state `complete`."""
     try:
         values = json.loads((output / "zarr.json").read_bytes())
         return bool(values["attributes"]["chunkq"]["state"] == "complete")
@@ -244,7 +245,7 @@ def is_complete(output: Path) -> bool:
 
 def call(stages: Stages, command: str, *options: str) -> Result:
     """Run a command in this process."""
-    chunkq.job_handle._cache.clear()  # a new process has no open jobs
+    chunkq.job_handle._cache.clear()  # a new process has no open job
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),
@@ -272,22 +273,22 @@ def _main(arguments: list[str]) -> int:
 
 
 def _work(url: str) -> int:
-    """Work off the queue as a worker process does."""
+    """Run the tasks of the queue as a worker process does."""
     try:
         executor = open_executor(url)
         try:
-            ended = executor.run_worker(WorkerOptions("fuzz-host:3", burst=True))
+            status = executor.run_worker(WorkerOptions("fuzz-host:3", burst=True))
         finally:
             executor.close()
     except ChunkqError as error:
         sys.stderr.write(f"chunkq: {error}\n")
         return error.exit_code
-    sys.stderr.writelines(f"chunkq: {line}\n" for line in ended.lines)
-    return 1 if ended.code else 0
+    sys.stderr.writelines(f"chunkq: {line}\n" for line in status.lines)
+    return 1 if status.code else 0
 
 
 def run_process(stages: Stages, command: str, *options: str) -> Result:
-    """Run a command as a process with all that it starts; raises TimeoutExpired."""
+    """Run a command in a separate process; raise TimeoutExpired after PROCESS_SECONDS."""
     arguments = _arguments(stages, PROCESSES.get(command, COMMANDS.get(command, ())), options)
     process = subprocess.Popen(
         [sys.executable, "-m", "chunkq", *arguments],
@@ -312,22 +313,23 @@ def run_process(stages: Stages, command: str, *options: str) -> Result:
     return Result(process.returncode, out, err)
 
 
-def _arguments(stages: Stages, words: tuple[str, ...], options: tuple[str, ...]) -> list[str]:
-    names = {"OUT": str(stages.output), "JOB": str(stages.work / "job.yaml")}
-    return [names.get(word, word) for word in (*words, *options)]
+def _arguments(stages: Stages, command: tuple[str, ...], options: tuple[str, ...]) -> list[str]:
+    """Return the command's arguments with the paths of the output and the job file."""
+    paths = {"OUT": str(stages.output), "JOB": str(stages.work / "job.yaml")}
+    return [paths.get(part, part) for part in (*command, *options)]
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise Hang in a block that takes too long."""
+    """Raise HangError in a block that exceeds its time limit."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Hang(f"more than {seconds} s")
+        raise HangError(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
+    previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)

@@ -1,24 +1,24 @@
-"""Damages to a folder of files: what disks, people, file managers and backups do to them."""
+"""Damage files in a folder as disks, people, file managers and backups do."""
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-STRANGERS = (
+FOREIGN_NAMES = (
     ".DS_Store", "._0.0", ".nfs000000000000001", "Thumbs.db", "desktop.ini", "0.0 (copy)", "0.0~",
     ".#0.0", "0.0.swp", ".snapshot", "lost+found", "README.txt", "0", "99.99", "-1.0", "a\nb", "é",
 )  # fmt: skip
-"""Names that file managers, editors, NFS and people leave in folders."""
+"""Names that file managers, editors, NFS and people create in folders."""
 TIMES = (0, 1, 4_102_444_800, 32_503_680_000)
-"""1970, 2100 and the year 3000."""
+"""Seconds since 1970: 1970, 2100 and the year 3000."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to which files, by their paths relative to the folder."""
+    """A description of a damage, and the damaged paths relative to the folder."""
 
     text: str
     paths: tuple[str, ...]
@@ -26,21 +26,24 @@ class Damage:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the relative path of every file below a folder that can be changed, sorted."""
-    found = (Path(top, name) for top, _, names in os.walk(folder) for name in names)
-    kept = (path for path in found if not path.is_symlink() and os.access(path, os.R_OK | os.W_OK))
-    return sorted(str(path.relative_to(folder)) for path in kept)
+    """Return the sorted relative paths of all writable files below a folder."""
+    paths = (Path(top, name) for top, _, names in os.walk(folder) for name in names)
+    return _writable(folder, paths)
 
 
 def folders_of(folder: Path) -> list[str]:
-    """Return the relative path of every folder below a folder that can be changed, sorted."""
-    found = (Path(top, name) for top, names, _ in os.walk(folder) for name in names)
-    kept = (path for path in found if not path.is_symlink() and os.access(path, os.R_OK | os.W_OK))
-    return sorted(str(path.relative_to(folder)) for path in kept)
+    """Return the sorted relative paths of all writable folders below a folder."""
+    paths = (Path(top, name) for top, names, _ in os.walk(folder) for name in names)
+    return _writable(folder, paths)
+
+
+def _writable(folder: Path, paths: Iterable[Path]) -> list[str]:
+    writable = (p for p in paths if not p.is_symlink() and os.access(p, os.R_OK | os.W_OK))
+    return sorted(str(path.relative_to(folder)) for path in writable)
 
 
 def damage(rng: Random, folder: Path, targets: Sequence[str], folders: Sequence[str]) -> Damage:
-    """Damage one of the target files, or a folder that holds some."""
+    """Damage one of the target files or one of the folders."""
     return rng.choice(DAMAGES)(rng, folder, targets, folders)
 
 
@@ -112,11 +115,11 @@ def _swap(rng: Random, folder: Path, targets: Targets, folders: Targets) -> Dama
     return Damage(f"{one} and {other} swapped", (one, other), first != second)
 
 
-def _stranger(rng: Random, folder: Path, targets: Targets, folders: Targets) -> Damage:
-    name = f"{rng.choice(folders)}/{rng.choice(STRANGERS)}"
+def _add_foreign(rng: Random, folder: Path, targets: Targets, folders: Targets) -> Damage:
+    name = f"{rng.choice(folders)}/{rng.choice(FOREIGN_NAMES)}"
     path = folder / name
     if os.path.lexists(path):
-        return Damage(f"nothing: {name!r} is there", (), False)
+        return Damage(f"nothing: {name!r} exists", (), False)
     if rng.random() < 0.25:
         path.mkdir()
         (path / "file").write_text("x")
@@ -176,12 +179,12 @@ def _clock(rng: Random, folder: Path, targets: Targets, folders: Targets) -> Dam
     names = (*targets, *folders) if rng.random() < 0.4 else (rng.choice((*targets, *folders)),)
     for name in names:
         os.utime(folder / name, (moment, moment))
-    shown = names[0] if len(names) == 1 else f"{len(names)} files"
-    return Damage(f"{shown} modified at {moment}", (), False)
+    text = names[0] if len(names) == 1 else f"{len(names)} files"
+    return Damage(f"{text} modified at {moment}", (), False)
 
 
 DAMAGES: tuple[Callable[[Random, Path, Targets, Targets], Damage], ...] = (
     _flip, _flip, _flip, _truncate, _truncate, _truncate, _zero, _append, _replace, _replace,
-    _delete, _delete, _delete_folder, _swap, _stranger, _stranger, _file_to_folder,
+    _delete, _delete, _delete_folder, _swap, _add_foreign, _add_foreign, _file_to_folder,
     _folder_to_file, _deny, _link, _clock,
 )  # fmt: skip

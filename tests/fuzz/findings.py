@@ -1,4 +1,4 @@
-"""What a case found wrong, and the groups of findings with one cause."""
+"""Findings of failed cases, grouped by cause."""
 
 import re
 import traceback
@@ -9,12 +9,13 @@ from pathlib import Path
 
 ROOT = str(Path(__file__).parents[2])
 PARTS = tuple(f"{ROOT}/{part}/" for part in ("chunkq", "producer", "worker"))
-LONGEST_DETAIL = 3000
+MAX_DETAIL = 3000
+"""Characters of a finding's detail."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that went wrong: `cause` is what findings with one cause share."""
+    """An error that a case revealed; findings with the same `cause` form a group."""
 
     cause: str
     detail: str
@@ -22,33 +23,33 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """One case that failed: what was done, and how to run it alone."""
+    """A failed case: its text, and the part and seed that reproduce it."""
 
     part: str
     seed: int
-    what: str
+    text: str
     finding: Finding
 
 
 def of_error(error: BaseException, reason: str = "") -> Finding:
-    """Return a finding named by an exception's class and the product's innermost line."""
+    """Return a finding named after the exception class and the innermost frame of the product."""
     frames = list(traceback.extract_tb(error.__traceback__))
-    ours = [frame for frame in frames if frame.filename.startswith(PARTS)]
-    last = (ours or frames or [None])[-1]
-    where = "" if last is None else f" in {last.filename.removeprefix(ROOT + '/')}:{last.name}"
+    product_frames = [frame for frame in frames if frame.filename.startswith(PARTS)]
+    last = (product_frames or frames or [None])[-1]
+    location = "" if last is None else f" in {last.filename.removeprefix(ROOT + '/')}:{last.name}"
     detail = "".join(traceback.format_exception(error, limit=-12))
-    return Finding(f"{reason or type(error).__name__}{where}", detail[-LONGEST_DETAIL:])
+    return Finding(f"{reason or type(error).__name__}{location}", detail[-MAX_DETAIL:])
 
 
 def of_text(reason: str, text: str) -> Finding:
-    """Return a finding named by a text's last line that says something, without its numbers."""
+    """Return a finding named after the last non-empty line of a text, with numbers masked."""
     lines = [line for line in text.splitlines() if line.strip()]
     last = re.sub(r"'[^']*'|/\S+|\d+", "#", lines[-1] if lines else "")
-    return Finding(f"{reason}: {last[:160]}", text[-LONGEST_DETAIL:])
+    return Finding(f"{reason}: {last[:160]}", text[-MAX_DETAIL:])
 
 
 def by_cause(cases: Iterable[Case]) -> dict[str, list[Case]]:
-    """Return cases by cause, the most frequent first."""
+    """Return the cases grouped by cause, the most frequent cause first."""
     groups: defaultdict[str, list[Case]] = defaultdict(list)
     for case in cases:
         groups[case.finding.cause].append(case)

@@ -1,4 +1,4 @@
-"""Mutated job files: every one is planned, or refused with lines that each name one mistake."""
+"""Run mutated job files: each must be planned or rejected with one line per mistake."""
 
 import contextlib
 import io
@@ -27,9 +27,9 @@ from tests.fuzz.mutations import encode, mutated_text, mutated_values, odd_file
 from tests.harness.standard_job import JOB
 
 CPU_SECONDS = 10
-"""CPU time after which loading and planning one job file counts as a hang."""
+"""CPU seconds after which loading and planning a job file counts as a hang."""
 MAX_LINE_LENGTH = 2000
-"""Characters of one message that a user can still read."""
+"""Characters of a message that a user can read."""
 ROOT = Path(__file__).parents[2]
 
 CODE = """
@@ -47,12 +47,12 @@ class Net:
 """
 
 
-class Hang(BaseException):
-    """A case took more CPU time than any job file should."""
+class HangError(BaseException):
+    """A case used more CPU time than its limit."""
 
 
 def create_lab(folder: Path) -> None:
-    """Write the volumes and files that the base job files name, and what mutations put instead."""
+    """Write the volumes and files that base job files and mutations refer to."""
     import zarr
 
     folder.mkdir(parents=True)
@@ -81,7 +81,7 @@ def create_lab(folder: Path) -> None:
 
 
 def bases() -> list[dict[str, Any]]:
-    """Return valid job files of every kind, and those that the project ships."""
+    """Return valid job files of every kind, including the one in examples/."""
     standard = JOB | {"input": "in3.zarr", "output": "out.zarr"}
     standard["model_config"] = JOB["model_config"] | {"class_file": "net.py"}
     model = standard["model_config"]
@@ -136,20 +136,20 @@ BASES = bases()
 
 
 def write_case(seed: int, lab: Path) -> Path:
-    """Write the job file of a seed into a lab; return its path."""
+    """Write the job file of a seed into the lab folder; return its path."""
     rng = Random(f"job file {seed}")
     if rng.random() < 0.01:
         return odd_file(rng, lab)
     suffix = rng.choice((".yaml", ".yaml", ".json", ".yml", ""))
     values = rng.choice(BASES)
-    in_text = rng.random() < 0.35
-    if not in_text or rng.random() < 0.2:
+    mutates_text = rng.random() < 0.35
+    if not mutates_text or rng.random() < 0.2:
         values = mutated_values(rng, values)
     try:
         text = encode(rng, values, suffix)
-    except (yaml.YAMLError, UnicodeError, RecursionError):  # YAML cannot hold every text
+    except (yaml.YAMLError, UnicodeError, RecursionError):  # YAML cannot store every string
         text = encode(rng, values, ".json")
-    if in_text:
+    if mutates_text:
         text = mutated_text(rng, text)
     path = lab / f"job{suffix}"
     path.write_bytes(text)
@@ -157,19 +157,19 @@ def write_case(seed: int, lab: Path) -> Path:
 
 
 def judge(seed: int, lab: Path) -> Finding | None:
-    """Load, prepare and plan the job file of a seed; return what went wrong, if anything did."""
+    """Load, prepare and plan the job file of a seed; return a finding if that misbehaves."""
     path = write_case(seed, lab)
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited():
-            # No argument of a command holds a null character.
+            # A command-line argument cannot contain a null character.
             by_command = seed % 10 == 0 and "\0" not in str(path)
-            found = _judge_command(path) if by_command else _judge_call(path)
+            finding = _judge_command(path) if by_command else _judge_call(path)
     except BaseException as error:
         return of_error(error)
-    if found is None and err.getvalue():
-        return of_text("said on stderr", err.getvalue())
-    return found
+    if finding is None and err.getvalue():
+        return of_text("output on stderr", err.getvalue())
+    return finding
 
 
 def _judge_call(path: Path) -> Finding | None:
@@ -178,16 +178,16 @@ def _judge_call(path: Path) -> Finding | None:
     except ChunkqError as error:
         return judge_error(error)
     record = prepared.record
-    again = JobRecord.from_json(record.to_json())
-    if again.digest != record.digest or again.plan().costs != prepared.plan.costs:
-        return Finding("stored record differs", "the record read back gives another job")
+    stored = JobRecord.from_json(record.to_json())
+    if stored.digest != record.digest or stored.plan().costs != prepared.plan.costs:
+        return Finding("stored record differs", "the record read back has another digest or plan")
     if footprint(prepared.plan).peak_bytes(2) < 0:
         return Finding("negative footprint", str(prepared.plan.chunksize))
     return None
 
 
 def _judge_command(path: Path) -> Finding | None:
-    """Plan with the command; its messages are on stderr, a line each."""
+    """Plan with the command line; its messages must be on stderr, one per line."""
     err = io.StringIO()
     arguments = ["chunkq", "plan", str(path), "--json"]
     with mock.patch.object(sys, "argv", arguments), contextlib.redirect_stderr(err):
@@ -195,16 +195,17 @@ def _judge_command(path: Path) -> Finding | None:
     if code not in (0, 1, 2):
         return Finding(f"exit code {code}", err.getvalue())
     lines = err.getvalue().splitlines()
-    strange = [
+    unexpected = [
         line for line in lines if not line.startswith(("chunkq: ", "Usage: ", "Try ", "Error: "))
     ]
-    if (code == 0) != (not lines) or any(line for line in strange):
-        return of_text("strange lines on stderr", "\n".join(strange) or f"{code} {err.getvalue()}")
+    if (code == 0) != (not lines) or any(line for line in unexpected):
+        detail = "\n".join(unexpected) or f"{code} {err.getvalue()}"
+        return of_text("unexpected lines on stderr", detail)
     return None
 
 
 def judge_error(error: ChunkqError) -> Finding | None:
-    """Return what is wrong with a refusal: its code, or a line of its text."""
+    """Return a finding if an error has no code or no line, or a line is invalid."""
     if not isinstance(error.code, ErrorCode):
         return Finding("no code", repr(error))
     lines = error.problems if isinstance(error, JobError) else [str(error)]
@@ -217,7 +218,7 @@ def judge_error(error: ChunkqError) -> Finding | None:
 
 
 def _line_fault(line: str) -> str:
-    """Return what makes a message unfit for a terminal, or an empty string."""
+    """Return why a message cannot be printed as one line, or an empty string."""
     if not line.strip():
         return "empty message"
     if len(line) > MAX_LINE_LENGTH:
@@ -229,15 +230,15 @@ def _line_fault(line: str) -> str:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Raise Hang in a block that takes too much CPU time."""
+    """Raise HangError in a block that exceeds its CPU time limit."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Hang(f"more than {CPU_SECONDS} s of CPU time")
+        raise HangError(f"more than {CPU_SECONDS} s of CPU time")
 
-    before = signal.signal(signal.SIGPROF, interrupt)
+    previous = signal.signal(signal.SIGPROF, interrupt)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.signal(signal.SIGPROF, previous)

@@ -1,4 +1,4 @@
-"""Mutations of a valid job file's values and of its text; all follow one random generator."""
+"""Mutate the values and the text of a valid job file with one random generator."""
 
 import copy
 import json
@@ -50,8 +50,8 @@ PATHS: tuple[str, ...] = (
     "webhdfs://127.0.0.1:9/x", "hf://x", "cached://x", "memory://", "a::b",
     "http://user:secret@127.0.0.1:9/a.zarr",
 )  # fmt: skip
-"""Paths of a lab (tests/fuzz/job_files.py), of the machine, and URLs that no server answers."""
-UNKNOWN = (
+"""Paths in the lab (tests/fuzz/job_files.py) and on the machine, and URLs without a server."""
+UNKNOWN_KEYS = (
     "stride",
     "pad_with",
     "xyzzy",
@@ -79,7 +79,7 @@ FRAGMENTS: tuple[bytes, ...] = (
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
-"""The billion laughs: a few lines of YAML that stand for 10^11 values."""
+"""The billion laughs attack: a few lines of YAML that expand to 10^11 values."""
 
 
 def mutated_values(rng: Random, values: Values) -> Values:
@@ -91,7 +91,7 @@ def mutated_values(rng: Random, values: Values) -> Values:
 
 
 def encode(rng: Random, values: Values, suffix: str) -> bytes:
-    """Return a job file's text: JSON for `.json`, otherwise YAML or JSON, which is YAML too."""
+    """Return the text of a job file: JSON for `.json`, otherwise YAML or JSON, which is YAML."""
     if suffix == ".json" or rng.random() < 0.2:
         return json.dumps(values, indent=rng.choice((None, 1))).encode()
     text: str = yaml.safe_dump(values, default_flow_style=rng.choice((None, None, True)))
@@ -109,17 +109,17 @@ def mutated_text(rng: Random, text: bytes) -> bytes:
 
 
 def _keys(value: Any, prefix: Key = ()) -> list[Key]:
-    """Return the path of every value below a mapping or list."""
+    """Return the path of every value below a mapping or a list, up to six levels deep."""
     items: Sequence[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list):
         items = list(enumerate(value[:50]))
-    found = []
+    keys = []
     if len(prefix) < 6:
         for key, item in items:
-            found += [(*prefix, key), *_keys(item, (*prefix, key))]
-    return found
+            keys += [(*prefix, key), *_keys(item, (*prefix, key))]
+    return keys
 
 
 def _get(values: Any, key: Key) -> Any:
@@ -190,12 +190,12 @@ def _swap(rng: Random, values: Values) -> None:
 def _add_key(rng: Random, values: Values) -> None:
     targets = [values, *(v for v in values.values() if isinstance(v, dict))]
     value = rng.choice(rng.choice((NUMBERS, STRINGS, OTHERS)))
-    rng.choice(targets)[rng.choice(UNKNOWN)] = copy.deepcopy(value)
+    rng.choice(targets)[rng.choice(UNKNOWN_KEYS)] = copy.deepcopy(value)
 
 
 def _add_known_key(rng: Random, values: Values) -> None:
-    """Set a key that the base file leaves out."""
-    known: dict[str, tuple[Any, ...]] = {
+    """Set a key that the base job file does not have."""
+    top_level: dict[str, tuple[Any, ...]] = {
         "pad_value": (0, -1, 255, 256, 0.5, 1e300, float("nan"), float("inf")),
         "pad_mode": ("reflect", "edge", "wrap"),
         "pad_width": ([0], [1, 1], [10**9] * 3, [10**18] * 3, [2**62] * 2),
@@ -235,13 +235,13 @@ def _add_known_key(rng: Random, values: Values) -> None:
         "channels_last": (True,),
         "trusted": (True, "yes"),
     }
-    inner = values.get("model_config")
-    if isinstance(inner, dict) and rng.random() < 0.5:
+    section = values.get("model_config")
+    if isinstance(section, dict) and rng.random() < 0.5:
         name = rng.choice(list(model))
-        inner[name] = copy.deepcopy(rng.choice(model[name]))
+        section[name] = copy.deepcopy(rng.choice(model[name]))
     else:
-        name = rng.choice(list(known))
-        values[name] = copy.deepcopy(rng.choice(known[name]))
+        name = rng.choice(list(top_level))
+        values[name] = copy.deepcopy(rng.choice(top_level[name]))
 
 
 def _nest(rng: Random, values: Values) -> None:
@@ -295,15 +295,15 @@ def _flip(rng: Random, text: bytes) -> bytes:
 
 
 def _insert(rng: Random, text: bytes) -> bytes:
-    at = rng.randrange(len(text) + 1)
-    return text[:at] + rng.choice(FRAGMENTS) + text[at:]
+    position = rng.randrange(len(text) + 1)
+    return text[:position] + rng.choice(FRAGMENTS) + text[position:]
 
 
 def _insert_line(rng: Random, text: bytes) -> bytes:
     lines = text.split(b"\n")
-    at = rng.randrange(len(lines) + 1)
+    position = rng.randrange(len(lines) + 1)
     key = rng.choice((b"", b"roi: ", b"input: ", b"offsets: ", b"threads: ", b"xyzzy: "))
-    return b"\n".join([*lines[:at], key + rng.choice(FRAGMENTS), *lines[at:]])
+    return b"\n".join([*lines[:position], key + rng.choice(FRAGMENTS), *lines[position:]])
 
 
 def _repeat_line(rng: Random, text: bytes) -> bytes:
@@ -320,8 +320,8 @@ def _delete_line(rng: Random, text: bytes) -> bytes:
 
 def _indent(rng: Random, text: bytes) -> bytes:
     lines = text.split(b"\n")
-    at = rng.randrange(len(lines))
-    lines[at] = rng.choice((b" ", b"\t", b"    ", b"- ")) + lines[at]
+    position = rng.randrange(len(lines))
+    lines[position] = rng.choice((b" ", b"\t", b"    ", b"- ")) + lines[position]
     return b"\n".join(lines)
 
 
@@ -362,7 +362,7 @@ TEXT_MUTATIONS: tuple[Callable[[Random, bytes], bytes], ...] = (
 
 
 def odd_file(rng: Random, lab: Path) -> Path:
-    """Return the path of something that is no job file."""
+    """Return the path of something that is not a job file."""
     names = ("missing.yaml", "folder", "loop", "dangling", "garbage.bin", "empty", "in3.zarr")
     devices = ("/dev/null", "/dev/zero", "/dev/full", "/", "/proc/self/mem", "/dev/fd/99")
     path = rng.choice((*names, *devices, "a" * 300, "a\0b", ""))

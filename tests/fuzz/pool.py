@@ -1,4 +1,4 @@
-"""Runs cases in a few child processes; one that hangs or dies costs its case and is replaced."""
+"""Run cases in a few child processes; replace a child process that hangs or ends."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from tests.fuzz.child import answer_of
+from tests.fuzz.child import parse_answer
 from tests.fuzz.findings import ROOT, Case, Finding, of_text
 
 SECONDS = 90.0
-"""Wall-clock time of one case after which it counts as a hang."""
+"""Wall-clock seconds after which a case counts as a hang."""
 START_SECONDS = 60.0
 CASES_PER_CHILD = 400
-"""A child is replaced after so many cases, so that what leaks in one process does not add up."""
+"""Cases after which a child process is replaced, so that leaks do not accumulate."""
 
 
 class Child:
-    """One child process with a folder of its own."""
+    """One child process with its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Child:
         self._cases = 0
 
     def run(self, part: str, seed: int) -> Case | None:
-        """Run one case; return it if it failed."""
+        """Run one case; return it if it fails."""
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -50,15 +50,15 @@ class Child:
             ready = [process.stdout]
         line = process.stdout.readline() if ready else ""
         if line:
-            what, finding = answer_of(line)
+            text, finding = parse_answer(line)
         else:
-            what, finding = f"{part} {seed}", self._failure(hangs=not ready)
+            text, finding = f"{part} {seed}", self._failure(hangs=not ready)
         if not line or self._cases >= CASES_PER_CHILD:
             self.close()
-        return None if finding is None else Case(part, seed, what, finding)
+        return None if finding is None else Case(part, seed, text, finding)
 
     def close(self) -> None:
-        """Kill the child and every process that it has started."""
+        """Kill the child process and its descendants."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -83,37 +83,37 @@ class Child:
         return self._process
 
     def _failure(self, *, hangs: bool) -> Finding:
-        """Return what is known of a child that gave no answer."""
+        """Return the finding for a child process that did not answer."""
         assert self._process is not None
         if hangs:
             self._process.send_signal(signal.SIGUSR1)
-            time.sleep(1)  # the interpreter writes its stacks
+            time.sleep(1)  # the interpreter writes its stacks meanwhile
             return of_stacks(self._log.read_text(errors="replace")[-6000:])
         code = self._process.wait()
         return of_text(f"process ended with {code}", self._log.read_text(errors="replace"))
 
 
 def unprivileged() -> list[str]:
-    """Return what starts a command for which permissions count, also if this process is root's."""
+    """Return the prefix of a command that makes file permissions apply to root, too."""
     if os.geteuid() or not (program := shutil.which("setpriv")):
         return []
     return [program, "--bounding-set=-dac_override,-dac_read_search"]
 
 
 def of_stacks(text: str) -> Finding:
-    """Return a hang, named by the product's innermost line of the main thread."""
+    """Return the finding for a hang, named after the main thread's innermost product line."""
     main = text.rpartition("Current thread")[2]
-    ours = [line for line in main.splitlines() if "/chunkq" in line and "/tests/" not in line]
-    where = ours[0].strip().replace(ROOT + "/", "") if ours else "unknown"
-    return Finding(f"hang: {where}", text[-3000:])
+    lines = [line for line in main.splitlines() if "/chunkq" in line and "/tests/" not in line]
+    location = lines[0].strip().replace(ROOT + "/", "") if lines else "unknown"
+    return Finding(f"hang: {location}", text[-3000:])
 
 
 def child_env(folder: Path) -> dict[str, str]:
-    """Return a child's environment: no settings of the user, its files in its own folder."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS", "CHUNKQ", "NET_"))}
-    places = (ROOT, f"{ROOT}/producer", f"{ROOT}/worker")
-    paths = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return kept | {
+    """Return the environment of a child process: no settings of the user, files in `folder`."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS", "CHUNKQ", "NET_"))}
+    folders = (ROOT, f"{ROOT}/producer", f"{ROOT}/worker")
+    paths = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return inherited | {
         "PYTHONPATH": paths,
         "TMPDIR": str(folder),
         "XDG_STATE_HOME": str(folder / "state"),
@@ -125,7 +125,7 @@ def child_env(folder: Path) -> dict[str, str]:
 
 
 class Pool:
-    """A few children that share the cases."""
+    """A few child processes that share the cases."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self._folder, self._size = folder, size
@@ -148,9 +148,9 @@ class Pool:
     def run(
         self, part: str, seeds: Iterable[int], progress: Callable[[int], None] = lambda done: None
     ) -> Iterator[Case]:
-        """Run the cases of the seeds; yield those that failed."""
+        """Run the cases of the seeds; yield those that fail."""
 
-        def one(seed: int) -> Case | None:
+        def run_case(seed: int) -> Case | None:
             child = self._idle.get()
             try:
                 return child.run(part, seed)
@@ -159,9 +159,9 @@ class Pool:
 
         threads = ThreadPoolExecutor(self._size)
         try:
-            for done, case in enumerate(threads.map(one, seeds), start=1):
+            for done, case in enumerate(threads.map(run_case, seeds), start=1):
                 progress(done)
                 if case is not None:
                     yield case
-        finally:  # interrupted, the cases that have not started are dropped
+        finally:  # after an interrupt, drop the cases that have not started
             threads.shutdown(cancel_futures=True)

@@ -1,14 +1,14 @@
-"""`python -m tests.fuzz.soak`: small jobs under random kills, suspensions and concurrent commands.
+"""Run small jobs under random kills, suspensions and concurrent commands.
 
-A round has two jobs on one queue. Commands start and are signalled at random for a while. Then all
-of them are asked to stop, and `chunkq run` finishes each job. What counts as wrong:
-- a traceback, or an exit code other than 0, 1, 2, 3 and 130 of a command that got no signal;
-- a command that does not end after SIGTERM, and a process that outlives its command;
-- a last `run` that does not complete its job, or one that is on the queue afterwards;
-- an output whose files differ from those of an undisturbed run;
-- pieces, partial files and locks beside an output, and files in the temporary folder that the last
-  `run` leaves;
-- file descriptors of a worker that serves all rounds, if their number grows.
+A round has two jobs on one queue. For a while, commands start and receive signals at random. Then
+all commands are stopped, and `chunkq run` finishes each job. A soak fails if
+- a command prints a traceback or, without a signal, exits with a code other than 0, 1, 2, 3, 130;
+- a command does not end after SIGTERM, or a process outlives its command;
+- the last `run` does not complete its job, or the job is still on the queue after it;
+- an output's files differ from those of an undisturbed run;
+- pieces, partial files or locks remain beside an output;
+- the last `run` leaves files in the temporary folder;
+- the number of file descriptors of a worker that runs through all rounds grows.
 """
 
 import argparse
@@ -47,15 +47,15 @@ ROUND_SECONDS = 25.0
 AT_ONCE = 4
 """Commands of a round that run at the same time."""
 SIGNAL_SHARE = 0.25
-"""Probability of a signal at a moment at which no command starts."""
-GROWN_UP = 1.0
-"""Seconds after which a process may get a signal: most have imported chunkq by then."""
+"""Probability of a signal in a step that starts no command."""
+MIN_AGE = 1.0
+"""Seconds after which a process may receive a signal: most have imported chunkq by then."""
 STOP_SECONDS = 60.0
 RUN_SECONDS = 180.0
-FIRST_ROUNDS = 3
-"""Rounds after which the descriptors of the long-lived worker are first counted."""
-GROWTH = 24
-"""Descriptors that may come and go: connections, files just being written."""
+WARM_UP_ROUNDS = 3
+"""Rounds before the first count of the long-lived worker's descriptors."""
+MAX_GROWTH = 24
+"""Descriptors that may come and go: connections and files that are being written."""
 TOKEN = "CHUNKQ_SOAK_TOKEN"
 SETTINGS = {
     "lease": 1.5, "shortest_poll": 0.02, "longest_poll": 0.1, "restart_delay": 0.1,
@@ -84,21 +84,21 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 
 @dataclass
 class Running:
-    """A command that runs, and the signals that reached it or a process below it."""
+    """A running command, and the signals that it or its descendants received."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     process: subprocess.Popen[bytes]
     log: Path
     signals: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        return f"chunkq {' '.join(self.words)} ({', '.join(self.signals) or 'no signal'})"
+        return f"chunkq {' '.join(self.arguments)} ({', '.join(self.signals) or 'no signal'})"
 
 
 @dataclass
 class Report:
-    """What happened in a soak."""
+    """Counts and findings of a soak."""
 
     rounds: int = 0
     commands: Counter[str] = field(default_factory=Counter)
@@ -106,7 +106,7 @@ class Report:
     signals: Counter[str] = field(default_factory=Counter)
     descriptors: dict[str, list[int]] = field(default_factory=dict)
     left_by_killed: int = 0
-    """Entries of the temporary folder that killed commands left."""
+    """Entries that killed commands left in the temporary folder."""
     findings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Report:
 
 
 class Bench:
-    """The input, the network, and the files of undisturbed outputs; shared by all rounds."""
+    """Input, network and expected output files, shared by all rounds."""
 
     def __init__(self, folder: Path, jobs: int = len(CHANGES)) -> None:
         self.folder = folder
@@ -125,6 +125,7 @@ class Bench:
         self.references = [self._reference(number) for number in range(jobs)]
 
     def write_job(self, number: int, folder: Path) -> Path:
+        """Write job file `number` into a folder; return its path."""
         model = JOB["model_config"] | {"class_file": str(self.folder / "net.py")}
         paths = {"input": str(self.folder / "in.zarr"), "output": f"out{number}.zarr"}
         path = folder / f"job{number}.yaml"
@@ -136,36 +137,37 @@ class Bench:
         folder.mkdir()
         env = environment(folder, f"sqlite://{folder}/queue.db", "reference")
         job = self.write_job(number, folder)
-        done = subprocess.run(
+        result = subprocess.run(
             command("run", str(job), "-w", "1"),
             env=env,
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise SystemExit(f"the undisturbed job fails: {done.stderr}")
+        if result.returncode:
+            raise SystemExit(f"the undisturbed job failed: {result.stderr}")
         return stored_files(folder / f"out{number}.zarr")
 
 
 def stored_files(output: Path) -> dict[str, bytes]:
-    """Return every file of an output, without the name of the job's epoch in its attributes."""
+    """Return every file of an output, without the job's epoch in its attributes."""
     files = files_below(output)
     values = json.loads(files["zarr.json"])
     values["attributes"]["chunkq"].pop("epoch", None)
     return files | {"zarr.json": json.dumps(values, sort_keys=True).encode()}
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "chunkq", *words]
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "chunkq", *arguments]
 
 
 def environment(folder: Path, url: str, token: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS", "CHUNKQ", "NET_"))}
+    """Return the environment of a command: no settings of the user, files in `folder`."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS", "CHUNKQ", "NET_"))}
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     paths = [ROOT, f"{ROOT}/producer", f"{ROOT}/worker", os.environ.get("PYTHONPATH", "")]
-    return kept | {
+    return inherited | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TMPDIR": str(temporary),
         "XDG_STATE_HOME": str(folder / "state"),
@@ -177,7 +179,7 @@ def environment(folder: Path, url: str, token: str) -> dict[str, str]:
 
 
 class Round:
-    """One round in a folder of its own."""
+    """One round in its own folder."""
 
     def __init__(self, bench: Bench, folder: Path, url: str, seed: int, report: Report) -> None:
         self.rng = Random(f"round {seed}")
@@ -187,19 +189,19 @@ class Round:
         self.jobs = [bench.write_job(n, folder) for n in range(len(bench.references))]
         self.env = environment(folder, url, self.token)
         self.running: list[Running] = []
-        self.stopped: dict[int, float] = {}
+        self.suspended: dict[int, float] = {}
         self.started = 0
         self.title = f"seed {seed}, {url.partition(':')[0]}"
 
     def run(self, seconds: float) -> None:
-        """Disturb, stop, finish, check."""
+        """Disturb the jobs, stop the commands, finish the jobs and check the result."""
         try:
             self._disturb(seconds)
             self._stop()
             self._finish()
         finally:
-            for process in self._alive():
-                self._find(f"process outlives its command: {' '.join(process.cmdline())[-200:]}")
+            for process in self._remaining():
+                self._report(f"process outlives its command: {' '.join(process.cmdline())[-200:]}")
                 process.kill()
         self._check_queue()
 
@@ -211,11 +213,11 @@ class Round:
                 self._start()
             elif self.rng.random() < SIGNAL_SHARE:
                 self._signal()
-            self._wake()
-            time.sleep(self.rng.uniform(0.05, 0.6))  # the disturbance itself: nothing is awaited
+            self._resume()
+            time.sleep(self.rng.uniform(0.05, 0.6))  # part of the disturbance; no event to wait for
 
     def _start(self) -> None:
-        words = self.rng.choice(COMMANDS)
+        arguments = self.rng.choice(COMMANDS)
         number = self.rng.randrange(len(self.jobs))
         names = {"JOB": str(self.jobs[number]), "OUT": str(self.folder / f"out{number}.zarr")}
         self.started += 1
@@ -223,7 +225,7 @@ class Round:
         sleep = {"NET_SLEEP": str(self.rng.choice((0, 0.01, 0.05)))}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                command(*(names.get(word, word) for word in words)),
+                command(*(names.get(part, part) for part in arguments)),
                 cwd=self.folder,
                 env=self.env | sleep,
                 stdin=subprocess.DEVNULL,
@@ -231,19 +233,19 @@ class Round:
                 stderr=stream,
                 start_new_session=True,
             )
-        self.running.append(Running(words, process, log))
-        self.report.commands[words[0]] += 1
+        self.running.append(Running(arguments, process, log))
+        self.report.commands[arguments[0]] += 1
 
     def _signal(self) -> None:
-        """Send a signal to a command or a process below one."""
+        """Send a signal to a random command or one of its descendants."""
         if not self.running:
             return
         target = self.rng.choice(self.running)
         number = self.rng.choice(SIGNALS)
         with suppress(psutil.NoSuchProcess):
             top = psutil.Process(target.process.pid)
-            below = [top, *top.children(recursive=True)]
-            old = [p for p in below if time.time() - p.create_time() > GROWN_UP]
+            processes = [top, *top.children(recursive=True)]
+            old = [p for p in processes if time.time() - p.create_time() > MIN_AGE]
             if not old:
                 return
             process = self.rng.choice(old)
@@ -251,14 +253,16 @@ class Round:
             target.signals.append(number.name)
             self.report.signals[number.name] += 1
             if number == signal.SIGSTOP:
-                self.stopped[process.pid] = time.monotonic() + self.rng.choice((0.3, 1.0, 3.0, 5.0))
+                pause = self.rng.choice((0.3, 1.0, 3.0, 5.0))
+                self.suspended[process.pid] = time.monotonic() + pause
 
-    def _wake(self, *, all_of_them: bool = False) -> None:
-        for pid, until in list(self.stopped.items()):
-            if all_of_them or time.monotonic() > until:
+    def _resume(self, *, all_processes: bool = False) -> None:
+        """Continue the suspended processes whose pause is over, or all of them."""
+        for pid, until in list(self.suspended.items()):
+            if all_processes or time.monotonic() > until:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-                del self.stopped[pid]
+                del self.suspended[pid]
 
     def _reap(self) -> None:
         for item in list(self.running):
@@ -272,12 +276,12 @@ class Round:
         text = item.log.read_text(errors="replace")
         interrupted = "SIGINT" in item.signals and "KeyboardInterrupt" in text
         if "Traceback (most recent call last)" in text and not interrupted:
-            self._find(f"traceback of {item.text}: {text[-1500:]}")
+            self._report(f"traceback of {item.text}: {text[-1500:]}")
         elif code not in CODES and not item.signals:
-            self._find(f"exit code {code} of {item.text}: {text[-500:]}")
+            self._report(f"exit code {code} of {item.text}: {text[-500:]}")
 
     def _stop(self) -> None:
-        self._wake(all_of_them=True)
+        self._resume(all_processes=True)
         for item in self.running:
             with suppress(ProcessLookupError):
                 item.process.terminate()
@@ -287,7 +291,7 @@ class Round:
             try:
                 item.process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self._find(f"does not end after SIGTERM: {item.text}")
+                self._report(f"does not end after SIGTERM: {item.text}")
                 item.process.kill()
                 item.process.wait()
             self._judge(item)
@@ -300,7 +304,7 @@ class Round:
         for number, job in enumerate(self.jobs):
             output = self.folder / f"out{number}.zarr"
             try:
-                done = subprocess.run(
+                result = subprocess.run(
                     command("run", str(job), "-w", "2"),
                     cwd=self.folder,
                     env=self.env,
@@ -311,63 +315,65 @@ class Round:
                     check=False,
                 )
             except subprocess.TimeoutExpired as error:
-                self._find(f"the last run hangs: {error.stderr!r}")
+                self._report(f"the last run hangs: {error.stderr!r}")
                 continue
-            if done.returncode or "Traceback" in done.stderr:
-                self._find(f"the last run ends with {done.returncode}: {done.stderr[-1500:]}")
+            if result.returncode or "Traceback" in result.stderr:
+                self._report(
+                    f"the last run exits with {result.returncode}: {result.stderr[-1500:]}"
+                )
                 continue
             self._check_files(number, output)
-        left = set(os.listdir(temporary)) - before
-        if left:
-            self._find(f"the last run leaves in the temporary folder: {sorted(left)}")
+        remaining = set(os.listdir(temporary)) - before
+        if remaining:
+            self._report(f"the last run leaves in the temporary folder: {sorted(remaining)}")
 
     def _check_files(self, number: int, output: Path) -> None:
         stored, expected = stored_files(output), self.bench.references[number]
-        strange = sorted(stored.keys() - expected.keys())
+        leaked = sorted(stored.keys() - expected.keys())
         missing = sorted(expected.keys() - stored.keys())
         differing = sorted(n for n in stored.keys() & expected.keys() if stored[n] != expected[n])
-        for what, names in {"leaked": strange, "missing": missing, "DIFFERENT": differing}.items():
+        for kind, names in {"leaked": leaked, "missing": missing, "DIFFERENT": differing}.items():
             if names:
-                self._find(f"output files {what}: {len(names)}, such as {names[:3]}")
+                self._report(f"output files {kind}: {len(names)}, such as {names[:3]}")
         folder = Path(f"{output}.chunkq")
-        left = [n for n in files_below(folder) if "pieces" in Path(n).parts or ".partial-" in n]
+        leaked = [n for n in files_below(folder) if "pieces" in Path(n).parts or ".partial-" in n]
         epochs = [path.name for path in folder.iterdir() if path.is_dir()]
-        if left or len(epochs) > 1:
-            shown = left[:3] or epochs
-            self._find(f"job folder keeps {len(left)} files, {len(epochs)} folders: {shown}")
+        if leaked or len(epochs) > 1:
+            names = leaked[:3] or epochs
+            self._report(f"job folder keeps {len(leaked)} files, {len(epochs)} folders: {names}")
 
     def _check_queue(self) -> None:
         executor = open_executor(self.url)
         try:
-            left = {
+            jobs = {
                 job: counts for job, counts in executor.jobs().items() if str(self.folder) in job
             }
         finally:
             executor.close()
-        if left:
-            self._find(f"still on the queue: {left}")
+        if jobs:
+            self._report(f"still on the queue: {jobs}")
 
-    def _alive(self) -> Iterator[psutil.Process]:
-        """Yield the processes of this round that still run, after they had time to end."""
+    def _remaining(self) -> Iterator[psutil.Process]:
+        """Yield the processes of this round that still run after 10 s."""
         until = time.monotonic() + 10
-        while (found := list(self._own())) and time.monotonic() < until:
+        while (processes := list(self._processes())) and time.monotonic() < until:
             time.sleep(0.05)
-        yield from found
+        yield from processes
 
-    def _own(self) -> Iterator[psutil.Process]:
+    def _processes(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
                 running = process.status() != psutil.STATUS_ZOMBIE
                 if running and process.environ().get(TOKEN) == self.token:
                     yield process
 
-    def _find(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self.report.findings.append(f"{self.title}: {text}")
-        _say(f"  FOUND {self.title}: {text}")
+        _print(f"  FINDING {self.title}: {text}")
 
 
 class LongLived:
-    """A worker that serves all rounds of a queue, and its file descriptors after each."""
+    """A worker that runs through all rounds of a queue; counts its file descriptors."""
 
     def __init__(self, folder: Path, url: str) -> None:
         folder.mkdir()
@@ -385,33 +391,34 @@ class LongLived:
         self.counts: list[int] = []
 
     def count(self) -> None:
+        """Append the current number of descriptors to `counts`."""
         with suppress(psutil.NoSuchProcess):
             top = psutil.Process(self._process.pid)
             self.counts.append(sum(p.num_fds() for p in (top, *top.children(recursive=True))))
 
     def close(self) -> list[str]:
-        """Stop it; return what was wrong."""
-        found = []
+        """Stop the worker; return its findings."""
+        findings = []
         if self._process.poll() is not None:
-            found.append(f"the long-lived worker ended: {self._log.read_text()[-1500:]}")
+            findings.append(f"the long-lived worker ended: {self._log.read_text()[-1500:]}")
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            found.append("the long-lived worker does not end after SIGTERM")
+            findings.append("the long-lived worker does not end after SIGTERM")
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         if "Traceback" in self._log.read_text():
-            found.append(f"traceback of the long-lived worker: {self._log.read_text()[-1500:]}")
-        later = self.counts[FIRST_ROUNDS:]
-        if later and later[-1] > later[0] + GROWTH:
-            found.append(f"descriptors of the long-lived worker grow: {self.counts}")
-        return found
+            findings.append(f"traceback of the long-lived worker: {self._log.read_text()[-1500:]}")
+        later = self.counts[WARM_UP_ROUNDS:]
+        if later and later[-1] > later[0] + MAX_GROWTH:
+            findings.append(f"descriptors of the long-lived worker grow: {self.counts}")
+        return findings
 
 
 @contextmanager
 def queues(folder: Path, backends: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Yield the URL of a queue of each kind."""
+    """Yield the URL of one queue for each backend."""
     urls = {"sqlite": f"sqlite://{folder}/queue.db"}
     if "redis" not in backends:
         yield {name: urls[name] for name in backends}
@@ -428,26 +435,27 @@ def soak(
     round_seconds: float = ROUND_SECONDS,
     jobs: int = len(CHANGES),
 ) -> Report:
-    """Run rounds, alternately on each backend, until the time is up; at least one of each."""
+    """Run rounds on each backend in turn until `seconds` have passed; at least one round each."""
     report = Report()
     folder = Path(tempfile.mkdtemp(prefix="chunkq-soak-"))
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         bench = Bench(folder, jobs)
         with queues(folder, backends) as urls:
             workers = {name: LongLived(folder / f"worker-{name}", urls[name]) for name in backends}
             try:
-                while report.rounds < len(backends) or time.monotonic() - begun < seconds:
+                while report.rounds < len(backends) or time.monotonic() - started < seconds:
                     name = backends[report.rounds % len(backends)]
                     number = seed + report.rounds
-                    found = len(report.findings)
+                    earlier = len(report.findings)
                     Round(bench, folder / f"round{number}", urls[name], number, report).run(
                         round_seconds
                     )
                     workers[name].count()
                     report.rounds += 1
-                    _say(f"round {report.rounds} ({name}): {len(report.findings) - found} findings")
-                    if len(report.findings) == found:
+                    count = len(report.findings) - earlier
+                    _print(f"round {report.rounds} ({name}): {count} findings")
+                    if not count:
                         shutil.rmtree(folder / f"round{number}")
             finally:
                 for name, worker in workers.items():
@@ -458,28 +466,29 @@ def soak(
     return report
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def main() -> int:
+    """Run the soak that the command line describes; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first round")
-    parser.add_argument("--backend", choices=BACKENDS, help="one queue; both by default")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    asked = parser.parse_args()
-    backends = (asked.backend,) if asked.backend else BACKENDS
+    parser.add_argument("--backend", choices=BACKENDS, help="use one queue; default: both")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    arguments = parser.parse_args()
+    backends = (arguments.backend,) if arguments.backend else BACKENDS
     guardian = SessionGuardian()
     tempfile.tempdir = str(guardian.folder)
-    report = soak(asked.minutes * 60, asked.seed, backends)
+    report = soak(arguments.minutes * 60, arguments.seed, backends)
     report.findings += [f"outlives the soak: {process}" for process in guardian.close()]
-    values = {"minutes": asked.minutes, "seed": asked.seed} | report.as_dict()
-    _say(json.dumps({k: v for k, v in values.items() if k != "findings"}, indent=1))
-    _say(f"{len(report.findings)} findings")
-    if asked.json:
-        asked.json.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    values = {"minutes": arguments.minutes, "seed": arguments.seed} | report.as_dict()
+    _print(json.dumps({k: v for k, v in values.items() if k != "findings"}, indent=1))
+    _print(f"{len(report.findings)} findings")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     return 1 if report.findings else 0
 
 

@@ -1,4 +1,4 @@
-"""A tiny job at each stage of its life, as folders that can be brought back any number of times."""
+"""A tiny job at each stage of its run, stored as folders that can be restored repeatedly."""
 
 import contextlib
 import os
@@ -54,21 +54,21 @@ JOB: dict[str, Any] = {
         "max_batch_size": 8,
     },
 }
-"""4 chunks, 3 blocks that several of them share."""
+"""A job of 4 chunks with 3 blocks that several chunks contribute to."""
 
 
 class Stages:
-    """The stages of one job below a folder, and `work`, where one of them is brought back.
+    """The stages of one job below a folder, and `work`, the folder for restored copies.
 
-    All are made in `work`, because stored paths are absolute.
+    The stages are created in `work` because stored paths are absolute.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.work = folder, folder / "work"
-        if not (folder / "made").exists():
+        if not (folder / "created").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            self._make()
-            (folder / "made").touch()
+            self._create()
+            (folder / "created").touch()
 
     @property
     def output(self) -> Path:
@@ -80,15 +80,15 @@ class Stages:
 
     @cached_property
     def reference(self) -> npt.NDArray[Any]:
-        """The voxels of the undamaged output."""
+        """The voxels of the intact output."""
         return read_output(self.folder / "sealed" / OUTPUT)
 
     def restore(self, stage: str) -> None:
-        """Bring back the files of a stage."""
+        """Replace `work` by a copy of a stage."""
         remove(self.work)
         shutil.copytree(self.folder / stage, self.work, symlinks=True)
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         self.work.mkdir(parents=True)
         write_zarr(self.work / "in.zarr", random_volume(SHAPE), (8, 8))
         (self.work / "net.py").write_text(NETWORK)
@@ -98,29 +98,30 @@ class Stages:
         assert isinstance(executor, LeaseQueue)
         options = WorkerOptions("fuzz-host:1")
         path = f"{self.output}.chunkq"
-        self._keep("produced")
+        self._save("produced")
         for _ in range(2):
             self._run_next(executor, options)
         self._fail_next(executor, options)
-        executor.reserve(WorkerOptions("killed-host:2"))  # the lease of a worker that was killed
-        self._keep("half inferred")
+        executor.reserve(WorkerOptions("killed-host:2"))  # the lease of a killed worker
+        self._save("half inferred")
         executor.cancel(path)
         executor.submit(Task("infer", path, index) for index in open_job(path).plan.indices())
         while self._run_next(executor, options):
             pass
-        self._keep("inferred")
+        self._save("inferred")
         first = next(iter(open_job(path).plan.to_finalize()))
         executor.submit([Task("finalize", path, first)])
         lease = executor.reserve(options)
         assert lease is not None
         finalize_block(lease.task, lease.attempt)
         executor.ack(lease)
-        self._keep("half finalized")
+        self._save("half finalized")
         executor.close()
         self._command("finalize", str(self.output))
-        self._keep("sealed")
+        self._save("sealed")
 
     def _run_next(self, executor: LeaseQueue, options: WorkerOptions) -> bool:
+        """Run the next task and ack it; return whether the queue had one."""
         lease = executor.reserve(options)
         if lease is not None:
             run_task(lease.task, lease.attempt)
@@ -128,6 +129,7 @@ class Stages:
         return lease is not None
 
     def _fail_next(self, executor: LeaseQueue, options: WorkerOptions) -> None:
+        """Run the next task with a network that raises, and nack it."""
         lease = executor.reserve(options)
         assert lease is not None
         with mock.patch.dict(os.environ, {"NET_BROKEN": "1"}):
@@ -143,12 +145,12 @@ class Stages:
         ):
             assert main() == 0
 
-    def _keep(self, stage: str) -> None:
+    def _save(self, stage: str) -> None:
         shutil.copytree(self.work, self.folder / stage)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder whose permissions may have been changed."""
+    """Remove a folder whose permissions may have changed."""
     for top, names, _ in os.walk(folder):
         os.chmod(top, 0o700)
         for name in names:

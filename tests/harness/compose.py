@@ -1,4 +1,4 @@
-"""Docker Compose v2: one on this machine, or Debian's package unpacked into a cache folder."""
+"""Docker Compose v2, from this machine or from Debian's package in a cache folder."""
 
 import json
 import os
@@ -15,23 +15,23 @@ import pytest
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "compose"
 PASSWORD = 's3cr3t"\\$x y'
-"""Whatever a shell, a Redis configuration or an address could trip over."""
+"""A password with characters that a shell, a Redis configuration or a URL must quote."""
 RUN_SECONDS = 300
 OLDEST = (2, 24)
-"""The first with an `env_file` that may be missing."""
+"""The first version that supports an optional `env_file`."""
 SUITE = "trixie"
-"""The first Debian whose package docker-compose is Compose v2."""
+"""The first Debian release whose package docker-compose is Compose v2."""
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PROGRAM = Path("usr/libexec/docker/cli-plugins/docker-compose")
 DOWNLOAD_SECONDS = 300
 
 
 class NoComposeError(Exception):
-    """There is no Compose, and none can be had."""
+    """Docker Compose is missing and cannot be downloaded."""
 
 
 def compose() -> list[str]:
-    """The command that Compose is; without one a laptop skips, CI fails."""
+    """Return the Compose command; without one, skip the test, or fail it in CI."""
     try:
         return find_compose()
     except NoComposeError as error:
@@ -41,70 +41,76 @@ def compose() -> list[str]:
 
 
 def find_compose() -> list[str]:
-    """Return the command of a Compose on this machine, or of one fetched for these tests."""
+    """Return the command of an installed Compose, or of one downloaded for these tests."""
     for command in (["docker", "compose"], ["docker-compose"]):
         if is_new_enough(command):
             return command
-    kept = platformdirs.user_cache_path("chunkq") / f"compose-{SUITE}" / PROGRAM
-    if not kept.exists():
-        fetch(kept.parents[len(PROGRAM.parts) - 1])
-    if not is_new_enough([str(kept)]):
-        raise NoComposeError(f"Debian's Compose does not run here: {kept}")
-    return [str(kept)]
+    program = platformdirs.user_cache_path("chunkq") / f"compose-{SUITE}" / PROGRAM
+    if not program.exists():
+        fetch(program.parents[len(PROGRAM.parts) - 1])
+    if not is_new_enough([str(program)]):
+        raise NoComposeError(f"Debian's Compose does not run on this machine: {program}")
+    return [str(program)]
 
 
 def is_new_enough(command: list[str]) -> bool:
+    """Return whether a Compose command runs and its version is at least `OLDEST`."""
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             [*command, "version", "--short"], capture_output=True, text=True, check=False
         )
     except OSError:
         return False
-    found = re.match(r"v?(\d+)\.(\d+)", said.stdout)
-    return said.returncode == 0 and found is not None and tuple(map(int, found.groups())) >= OLDEST
+    version = re.match(r"v?(\d+)\.(\d+)", result.stdout)
+    if result.returncode != 0 or version is None:
+        return False
+    return tuple(map(int, version.groups())) >= OLDEST
 
 
 def fetch(folder: Path) -> None:
-    """Unpack Debian's package into a folder; nothing is installed, no setting of apt changes."""
+    """Unpack Debian's package into a folder, without installing it or changing apt's settings."""
     if shutil.which("apt-get") is None or not KEYS.exists():
-        raise NoComposeError("there is no Docker Compose 2.24 here; install the plugin of docker")
+        raise NoComposeError("Docker Compose 2.24 is missing; install docker's Compose plugin")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        place = Path(name)
-        (place / "sources.list").write_text(f"deb [signed-by={KEYS}] {archive()} {SUITE} main\n")
+        work = Path(name)
+        (work / "sources.list").write_text(f"deb [signed-by={KEYS}] {archive()} {SUITE} main\n")
         for part in ("lists/partial", "cache/archives/partial"):
-            (place / part).mkdir(parents=True)
+            (work / part).mkdir(parents=True)
         private = {
-            "Dir::Etc::SourceList": place / "sources.list",
+            "Dir::Etc::SourceList": work / "sources.list",
             "Dir::Etc::SourceParts": "-",
-            "Dir::State::Lists": place / "lists",
-            "Dir::Cache": place / "cache",
+            "Dir::State::Lists": work / "lists",
+            "Dir::Cache": work / "cache",
             "Acquire::Languages": "none",
-            "APT::Sandbox::User": "root",  # apt's own user may not write here
+            "APT::Sandbox::User": "root",  # apt's own user has no access to this folder
         }
         apt = ["apt-get", "-qq", *(f"-o{key}={value}" for key, value in private.items())]
-        run([*apt, "update"], place)
-        run([*apt, "download", "docker-compose"], place)
-        (package,) = place.glob("docker-compose_*.deb")
-        run(["dpkg-deb", "-x", str(package), "unpacked"], place)
+        run([*apt, "update"], work)
+        run([*apt, "download", "docker-compose"], work)
+        (package,) = work.glob("docker-compose_*.deb")
+        run(["dpkg-deb", "-x", str(package), "unpacked"], work)
         if not folder.exists():
-            (place / "unpacked").rename(folder)
+            (work / "unpacked").rename(folder)
 
 
 def archive() -> str:
     """Return the address of the Debian archive that this machine installs from."""
     columns = "$(ORIGIN) $(CODENAME) $(REPO_URI)"
-    asked = ["apt-get", "indextargets", "--format", columns, "Created-By: Packages"]
-    for line in run(asked, Path.cwd()).splitlines():
+    command = ["apt-get", "indextargets", "--format", columns, "Created-By: Packages"]
+    for line in run(command, Path.cwd()).splitlines():
         origin, codename, address = line.split(" ", 2)
         if origin == "Debian" and "security" not in codename:
             return address
-    raise NoComposeError("apt knows no Debian archive here; install docker's Compose plugin")
+    raise NoComposeError(
+        "apt has no Debian archive on this machine; install docker's Compose plugin"
+    )
 
 
 def run(command: list[str], folder: Path) -> str:
+    """Run a command in a folder and return its stdout; raise NoComposeError if it fails."""
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command,
             cwd=folder,
             capture_output=True,
@@ -112,22 +118,23 @@ def run(command: list[str], folder: Path) -> str:
             timeout=DOWNLOAD_SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired as error:
-        raise NoComposeError(f"{command[0]} takes too long: {error}") from None
-    if done.returncode:
-        raise NoComposeError(f"Docker Compose cannot be fetched: {done.stderr.strip()}")
-    return done.stdout
+    except subprocess.TimeoutExpired:
+        raise NoComposeError(f"{command[0]} timed out after {DOWNLOAD_SECONDS} s") from None
+    if result.returncode:
+        raise NoComposeError(f"Docker Compose cannot be downloaded: {result.stderr.strip()}")
+    return result.stdout
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The shipped compose file with settings and a secret of a test's own."""
+    """The project's compose file with a test's settings and secret."""
 
     folder: Path
     settings: dict[str, str]
 
     def call(self, profile: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CHUNKQ", "COMPOSE"))}
+        """Run `docker compose` with these settings; do not check its exit code."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("CHUNKQ", "COMPOSE"))}
         (self.folder / "env").write_text("".join(f"{k}={v}\n" for k, v in self.settings.items()))
         return subprocess.run(
             [
@@ -138,7 +145,7 @@ class Stack:
                 *("--profile", profile),
                 *arguments,
             ],
-            env=kept,
+            env=env,
             capture_output=True,
             text=True,
             timeout=RUN_SECONDS,
@@ -146,14 +153,15 @@ class Stack:
         )
 
     def services(self, profile: str) -> dict[str, Any]:
-        done = self.call(profile, "config", "--format", "json")
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)["services"]
-        return found
+        """Return the services of a profile, as Compose resolves them."""
+        result = self.call(profile, "config", "--format", "json")
+        assert result.returncode == 0, result.stderr
+        services: dict[str, Any] = json.loads(result.stdout)["services"]
+        return services
 
 
 def make_stack(folder: Path) -> Stack:
-    """Settings, a data folder and a secret in an empty folder."""
+    """Write settings, a data folder and a secret into an empty folder."""
     data = folder / "data"
     data.mkdir()
     secret = folder / "secret"

@@ -1,4 +1,4 @@
-"""How long each part of the suite took, beside what it may take: tests/budget.toml."""
+"""Report how long each part of the test suite took, against its budget in tests/budget.toml."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SLOWEST = 40
 
 
 class DurationsReport:
-    """Sums the seconds of setup, call and teardown of every test, and writes them to a file.
+    """Sums the seconds of setup, call and teardown of every test and writes them to a file.
 
-    With several processes the sum is larger than the time that passed.
+    With several processes the sum is larger than the elapsed time.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -32,7 +32,7 @@ class DurationsReport:
         self._seconds[report.nodeid] += report.duration
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Name the parts that took longer than their budget; write the file."""
+        """Print the parts that exceeded their budget; write the file."""
         parts: defaultdict[str, float] = defaultdict(float)
         budgets = tomllib.loads(BUDGET.read_text())["seconds"]
         for name, seconds in self._seconds.items():
@@ -40,7 +40,7 @@ class DurationsReport:
         for part, seconds in sorted(parts.items()):
             if seconds > budgets.get(part, math.inf):
                 terminalreporter.write_line(
-                    f"{part} took {seconds:.0f} s of its budget of {budgets[part]} s"
+                    f"{part} took {seconds:.0f} s; its budget is {budgets[part]} s"
                 )
         if self._file is not None:
             slowest = sorted(self._seconds, key=lambda name: -self._seconds[name])[:SLOWEST]
@@ -54,7 +54,7 @@ class DurationsReport:
             self._file.write_text(json.dumps(summary, indent=1) + "\n")
 
     def _groups(self) -> dict[str, float]:
-        """Return the seconds of each group of tests/harness/groups.py, the longest first."""
+        """Return the seconds of each group of tests/harness/groups.py, longest first."""
         groups: defaultdict[str, float] = defaultdict(float)
         group_of = read_groups()
         for name, seconds in self._seconds.items():
@@ -64,7 +64,7 @@ class DurationsReport:
 
 
 def _sums(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return the seconds of each test file, the largest first."""
+    """Return the seconds of each test file, longest first."""
     files: defaultdict[str, float] = defaultdict(float)
     for name, duration in seconds.items():
         files[name.partition("::")[0]] += duration
@@ -72,7 +72,7 @@ def _sums(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _part(name: str, parts: list[str]) -> str:
-    """Return the longest budgeted path that a test lies below; `other` if there is none."""
+    """Return the longest budgeted path that contains a test; `other` if there is none."""
     path = name.partition("::")[0]
-    fitting = [part for part in parts if path == part or path.startswith(part.rstrip("/") + "/")]
-    return max(fitting, key=len, default="other")
+    matching = [part for part in parts if path == part or path.startswith(part.rstrip("/") + "/")]
+    return max(matching, key=len, default="other")

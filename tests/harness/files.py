@@ -1,4 +1,4 @@
-"""The content of folders, to compare it."""
+"""Read the content of folders, to compare them."""
 
 from pathlib import Path
 

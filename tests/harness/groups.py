@@ -1,4 +1,4 @@
-"""Groups of tests that run in the same process of pytest-xdist: tests/harness/scheduling.py."""
+"""Groups of tests that run in the same pytest-xdist process; see tests/harness/scheduling.py."""
 
 import json
 import os
@@ -30,9 +30,9 @@ SECONDS = {
     "inputs": 26,
     "predictions": 23,
 }
-"""Durations of the long groups, from `groups` in the file of --durations-file.
+"""Durations in seconds of the long groups, from `groups` in the file of --durations-file.
 
-Only their order counts: the longest group starts first, groups without a number start last.
+Only the order matters: the longest group starts first, groups without a number start last.
 """
 
 SERVERS = frozenset(
@@ -42,28 +42,28 @@ SERVERS = frozenset(
 
 
 def select_proof(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of the proof asked for by --proof; without it, those of no proof."""
-    chosen = config.getoption("--proof")
+    """Keep the tests of the proof that --proof names; without it, keep those of no proof."""
+    selected = config.getoption("--proof")
     names = [
         marker.args[0] if (marker := item.get_closest_marker("proof")) else None for item in items
     ]
     config.hook.pytest_deselected(
-        items=[item for item, name in zip(items, names, strict=True) if name != chosen]
+        items=[item for item, name in zip(items, names, strict=True) if name != selected]
     )
-    items[:] = [item for item, name in zip(items, names, strict=True) if name == chosen]
+    items[:] = [item for item, name in zip(items, names, strict=True) if name == selected]
 
 
 def mark_servers(items: list[pytest.Item]) -> None:
-    """Mark the tests that use a server's fixture; parameters that do are marked where they are."""
+    """Mark the tests that use a server's fixture; parameters carry the mark themselves."""
     for item in items:
         if SERVERS.intersection(getattr(item, "fixturenames", [])):
             item.add_marker(pytest.mark.server)
 
 
 def group_of(item: pytest.Item) -> str:
-    """Return the group of a test: its server if that is expensive, otherwise its file.
+    """Return the group of a test: its server if starting it is slow, otherwise its file.
 
-    A SLURM or Ray cluster starts once per session this way. Fixtures of a file are made once too.
+    So a SLURM or Ray cluster starts once per session, and the fixtures of a file run once.
     """
     fixtures: list[str] = getattr(item, "fixturenames", [])
     params = getattr(getattr(item, "callspec", None), "params", {}).values()
@@ -75,24 +75,24 @@ def group_of(item: pytest.Item) -> str:
 
 
 def _name(value: object) -> object:
-    """Return a parameter that is a text, or the name of one that has a name."""
+    """Return a parameter that is a string, or the `name` of one that has a name."""
     return value if isinstance(value, str) else getattr(value, "name", None)
 
 
 def sort_groups(items: list[pytest.Item]) -> None:
-    """Sort the tests by group, the longest group first; tests of a group keep their order."""
+    """Sort the tests by group, longest group first; keep the order within a group."""
     items.sort(key=lambda item: -SECONDS.get(group_of(item), 0))
 
 
 def write_groups(items: list[pytest.Item]) -> None:
-    """Write the group of every test; each process of a session writes the same."""
+    """Write the group of every test; all processes of a session write the same file."""
     partial = _file().with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({item.nodeid: group_of(item) for item in items}))
     partial.replace(_file())
 
 
 def read_groups() -> dict[str, str]:
-    """Return the group of every test by its node id; empty without pytest-xdist."""
+    """Return the group of every test by node id; empty without pytest-xdist."""
     if not _file().exists():
         return {}
     groups: dict[str, str] = json.loads(_file().read_text())

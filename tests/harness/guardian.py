@@ -1,9 +1,9 @@
-"""End every process and remove every file of a test session when its pytest process ends.
+"""Kill every process and remove every file of a test session when its pytest process ends.
 
-`SessionGuardian` runs in pytest. It starts this file as a process of its own, which outlives
-pytest even when that is killed with SIGKILL. A process belongs to the session if the path of the
-session's folder occurs in its environment, command line, working directory or open files, or if
-its parent belongs to the session. Linux only: elsewhere the guardian only removes the folder.
+`SessionGuardian` runs in pytest. It starts this file as a separate process, which keeps running
+when pytest is killed with SIGKILL. A process belongs to the session if the path of the session's
+folder occurs in its environment, command line, working directory or open files, or if its parent
+belongs to the session. On systems other than Linux the guardian only removes the folder.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from typing import Any
 
 POLL_SECONDS = 0.2
 SWEEP_SECONDS = 20.0
-"""How long the guardian tries to end the processes, and to remove the folder."""
-LONGEST_TEMPORARY = 12
-"""Characters of a temporary folder in which the paths of Ray's sockets still fit (107 bytes)."""
+"""Time limit for killing the processes and removing the folder."""
+MAX_TEMPORARY_LENGTH = 12
+"""Longest temporary folder, in characters, for which Ray's socket paths fit into 107 bytes."""
 TEST = b"PYTEST_CURRENT_TEST="
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
-"""Python's own helper, which ends after the processes that it watches: not a leak."""
+"""Python's helper process. It ends after the processes that it watches, so it is not a leak."""
 TRACKER_SECONDS = 3.0
-"""How long the guardian waits for resource trackers to end by themselves."""
+"""Time limit for resource trackers to end by themselves."""
 
 
 class SessionGuardian:
-    """The temporary folder of a test session and the process that removes it."""
+    """Temporary folder of a test session, and the process that removes it."""
 
     def __init__(self) -> None:
-        usual = tempfile.gettempdir()
-        base = usual if len(usual) <= LONGEST_TEMPORARY else "/tmp"
+        default = tempfile.gettempdir()
+        base = default if len(default) <= MAX_TEMPORARY_LENGTH else "/tmp"
         self.folder = Path(tempfile.mkdtemp(prefix="ct-", dir=base)).resolve()
-        # Without site-packages: it starts at once, and no hook of a test runs in it.
+        # Isolated and without site-packages: it starts fast and runs no test's hook.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
@@ -53,7 +53,7 @@ class SessionGuardian:
     def close(self) -> list[str]:
         """Kill the processes that still run; return the command line and the test of each.
 
-        The folder is removed when pytest has ended, as exit handlers may still use it.
+        The folder is removed after pytest has ended, because exit handlers may use it.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -64,23 +64,23 @@ class SessionGuardian:
 
 
 def main() -> None:
-    """Wait until pytest says goodbye or ends; kill what is left, then remove the folder."""
-    folder, pytest, spared = os.environ["FOLDER"], int(os.environ["PYTEST"]), {os.getpid()}
+    """Wait until pytest calls `close` or ends; kill the remaining processes, remove the folder."""
+    folder, pytest, excluded = os.environ["FOLDER"], int(os.environ["PYTEST"]), {os.getpid()}
     if is_alive(pytest, until_readable=True) and sys.stdin.readline():
-        leaked = kill_members(folder, spared | _ancestors(pytest))
+        leaked = kill_members(folder, excluded | _ancestors(pytest))
         sys.stdout.write(json.dumps(leaked) + "\n")
         sys.stdout.flush()
         is_alive(pytest, until_readable=False)
     limit = time.monotonic() + SWEEP_SECONDS
     while os.path.exists(folder) and time.monotonic() < limit:
-        kill_members(folder, spared)
-        end_trackers(folder, spared)
+        kill_members(folder, excluded)
+        end_trackers(folder, excluded)
         shutil.rmtree(folder, onerror=_make_writable)
 
 
 def is_alive(parent: int, *, until_readable: bool) -> bool:
-    """Wait until the parent process ends, or until it writes; return whether it still lives."""
-    # End of file is not enough: a forked child can hold the pipe open.
+    """Wait until the parent process ends or writes; return whether it is still alive."""
+    # End of file is not enough: a forked child process can keep the pipe open.
     while os.getppid() == parent:
         readable = select.select([sys.stdin] if until_readable else [], [], [], POLL_SECONDS)[0]
         if readable:
@@ -88,49 +88,49 @@ def is_alive(parent: int, *, until_readable: bool) -> bool:
     return False
 
 
-def kill_members(folder: str, spared: set[int]) -> list[str]:
-    """Kill every process of the session but resource trackers; return how each is described."""
+def kill_members(folder: str, excluded: set[int]) -> list[str]:
+    """Kill every process of the session except resource trackers; return their descriptions."""
     killed: dict[int, str] = {}
     limit = time.monotonic() + SWEEP_SECONDS
     while time.monotonic() < limit:
-        lines = {pid: _describe(pid) for pid in members(folder, spared)}
-        found = {pid: line for pid, line in lines.items() if RESOURCE_TRACKER not in line}
-        if not found:
+        lines = {pid: _describe(pid) for pid in members(folder, excluded)}
+        running = {pid: line for pid, line in lines.items() if RESOURCE_TRACKER not in line}
+        if not running:
             break
-        for pid, line in found.items():
+        for pid, line in running.items():
             killed.setdefault(pid, line)
             _kill(pid)
         time.sleep(0.02)
     return list(killed.values())
 
 
-def end_trackers(folder: str, spared: set[int]) -> None:
-    """Let resource trackers remove what the killed processes left in /dev/shm; kill them then."""
+def end_trackers(folder: str, excluded: set[int]) -> None:
+    """Wait until resource trackers have cleaned /dev/shm and ended; kill those that remain."""
     limit = time.monotonic() + TRACKER_SECONDS
-    while (found := members(folder, spared)) and time.monotonic() < limit:
+    while (trackers := members(folder, excluded)) and time.monotonic() < limit:
         time.sleep(0.02)
-    for pid in found:
+    for pid in trackers:
         _kill(pid)
 
 
-def members(folder: str, spared: set[int]) -> set[int]:
-    """Return the ids of the living processes that belong to the session."""
+def members(folder: str, excluded: set[int]) -> set[int]:
+    """Return the ids of the running processes that belong to the session."""
     parents = {pid: _parent(pid) for pid in _pids()}
-    living = {
+    running = {
         pid: parent
         for pid, parent in parents.items()
         if parent is not None and not _is_guardian(pid)
     }
-    found = {pid for pid in living if pid not in spared and _is_marked(pid, folder.encode())}
+    pids = {pid for pid in running if pid not in excluded and _is_marked(pid, folder.encode())}
     size = -1
-    while size < len(found):
-        size = len(found)
-        found |= {pid for pid, parent in living.items() if parent in found and pid not in spared}
-    return found
+    while size < len(pids):
+        size = len(pids)
+        pids |= {pid for pid, parent in running.items() if parent in pids and pid not in excluded}
+    return pids
 
 
 def _is_guardian(pid: int) -> bool:
-    """Return whether a process is the guardian of a session inside of this one."""
+    """Return whether a process is the guardian of a session that a test started."""
     try:
         return os.fsencode(__file__) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -138,6 +138,7 @@ def _is_guardian(pid: int) -> bool:
 
 
 def _is_marked(pid: int, folder: bytes) -> bool:
+    """Return whether the folder's path occurs in what /proc lists of a process."""
     process = Path(f"/proc/{pid}")
     with contextlib.suppress(OSError):
         if any(folder in (process / name).read_bytes() for name in ("environ", "cmdline")):
@@ -161,24 +162,24 @@ def _pids() -> list[int]:
 
 
 def _parent(pid: int) -> int | None:
-    """Return the parent's id, or None if the process does not live any more."""
+    """Return the parent's id, or None if the process has ended."""
     try:
         line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    # The name before the last bracket can contain anything.
+    # The process name, which ends at the last bracket, can contain anything.
     state, parent = line.rpartition(")")[2].split()[:2]
     return None if state in "ZX" else int(parent)
 
 
 def _ancestors(pid: int) -> set[int]:
-    """Return a process's id and those of its parents."""
-    found: set[int] = set()
+    """Return the ids of a process and its ancestors."""
+    pids: set[int] = set()
     parent: int | None = pid
     while parent:
-        found.add(parent)
+        pids.add(parent)
         parent = _parent(parent)
-    return found
+    return pids
 
 
 def _kill(pid: int) -> None:
@@ -187,7 +188,7 @@ def _kill(pid: int) -> None:
 
 
 def _describe(pid: int) -> str:
-    """Return a process's command line and the test that started it."""
+    """Return the command line of a process and the test that started it."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -199,7 +200,7 @@ def _describe(pid: int) -> str:
 
 
 def _make_writable(_function: Any, path: str, _error: Any) -> None:
-    """Give a folder back its permissions, so that the next attempt can empty it."""
+    """Restore write permission on a folder, so that the next attempt can empty it."""
     with contextlib.suppress(OSError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
             os.chmod(path, stat.S_IRWXU)

@@ -1,4 +1,4 @@
-"""A network of one's own, with nothing in it but loopback: for servers that listen everywhere."""
+"""A separate network namespace with only loopback, for servers that listen on all interfaces."""
 
 import ctypes
 import fcntl
@@ -15,38 +15,39 @@ SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 0x8914, 0x1, 0x40
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _here() -> int:
+def _current() -> int:
+    """Return a file descriptor of the current thread's network namespace."""
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
 
-def _enter(place: int) -> None:
-    if LIBC.setns(place, CLONE_NEWNET):
+def _enter(descriptor: int) -> None:
+    if LIBC.setns(descriptor, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
 
 
 class NetworkNamespace:
-    """Made with the first use; threads and processes started inside stay inside."""
+    """Network namespace; threads and processes that start inside it stay inside it."""
 
     def __init__(self) -> None:
-        outside = _here()
+        outside = _current()
         if LIBC.unshare(CLONE_NEWNET):
             os.close(outside)
-            reason = "Ray listens on all interfaces, and only root can give it a network of its own"
+            reason = "Ray listens on all interfaces; run the tests as root to isolate its network"
             if os.environ.get("CI"):
                 raise PermissionError(ctypes.get_errno(), reason)
             pytest.skip(reason)
         with socket.socket() as any_socket:
             up = struct.pack("16sh", b"lo", IFF_UP | IFF_RUNNING)
             fcntl.ioctl(any_socket, SIOCSIFFLAGS, up)
-        self._place = _here()
+        self._descriptor = _current()
         _enter(outside)
         os.close(outside)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Be in this network for a while; of this process only the current thread is."""
-        outside = _here()
-        _enter(self._place)
+        """Move the current thread into the namespace for the duration of the block."""
+        outside = _current()
+        _enter(self._descriptor)
         try:
             yield
         finally:
@@ -54,4 +55,4 @@ class NetworkNamespace:
             os.close(outside)
 
     def close(self) -> None:
-        os.close(self._place)
+        os.close(self._descriptor)

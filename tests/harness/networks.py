@@ -1,4 +1,4 @@
-"""Source files of small networks: for the runtimes numpy and torch, with the same values."""
+"""Source files of small networks for the runtimes numpy and torch; both give the same values."""
 
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,15 @@ class Toy:
 TOYS = {"numpy": NUMPY_TOY, "torch": TORCH_TOY}
 
 TRACE = '''
-"""A network that records its patches, and stops, sleeps or fails as NET_ variables say."""
+"""A network that records its patches and stops, sleeps or fails according to NET_ variables."""
 import json
 import os
 import threading
 import time
 import zlib
 
-go_on = threading.Event()
-go_on.set()
+resumed = threading.Event()
+resumed.set()
 
 
 def record(lines):
@@ -129,7 +129,7 @@ def record(lines):
 
 
 def commits():
-    """Count the chunks that are committed in the job's present epoch."""
+    """Count the chunks that are committed in the job's current epoch."""
     try:
         with open(os.environ["NET_JOB"] + "/job.json") as file:
             epoch = json.load(file)["epoch"]
@@ -139,8 +139,11 @@ def commits():
 
 
 def reach(step):
-    """Stop the first process that comes here once enough chunks are committed; all its threads."""
-    go_on.wait(300)
+    """Stop this process if NET_HOLD names the step and NET_AFTER chunks are committed.
+
+    Only the first process that arrives stops, with all its threads, until the gate opens.
+    """
+    resumed.wait(300)
     if os.environ.get("NET_HOLD") != step or commits() < int(os.environ.get("NET_AFTER", 0)):
         return
     gate = os.environ["NET_GATE"]
@@ -150,20 +153,20 @@ def reach(step):
         if "NET_OTHERS_WAIT" in os.environ:
             wait_for_holder(gate)
         return
-    go_on.clear()
+    resumed.clear()
     with open(gate + "/partial", "w") as file:
         file.write(str(os.getpid()))
-    os.rename(gate + "/partial", gate + "/held")
+    os.rename(gate + "/partial", gate + "/stopped")
     while not os.path.exists(gate + "/open"):
         time.sleep(0.005)
-    go_on.set()
+    resumed.set()
 
 
 def wait_for_holder(gate):
-    """Wait until the process at the gate goes on or ends."""
-    while not os.path.exists(gate + "/held"):
+    """Wait until the gate opens or the process that stopped at it ends."""
+    while not os.path.exists(gate + "/stopped"):
         time.sleep(0.005)
-    with open(gate + "/held") as file:
+    with open(gate + "/stopped") as file:
         holder = int(file.read())
     while not os.path.exists(gate + "/open"):
         try:
@@ -173,7 +176,7 @@ def wait_for_holder(gate):
         time.sleep(0.005)
 
 
-def wrap_folder():
+def patch_ledger():
     from chunkq.ledger import Ledger
 
     put_piece, commit = Ledger.put_piece, Ledger.commit
@@ -207,7 +210,7 @@ class Net(torch.nn.Module):
                 steps = torch.arange(values.numel(), dtype=torch.float32)
                 values.copy_(torch.sin(steps + number).reshape(values.shape))
         if "NET_HOLD" in os.environ:
-            wrap_folder()
+            patch_ledger()
 
     def forward(self, x):
         real = [item for item in x if bool(item.any())]
@@ -234,7 +237,7 @@ class Net:
         weights = np.sin(np.arange(54, dtype=np.float32)).reshape(2, 27)
         self.weights, self.bias = weights, np.sin(np.arange(2, dtype=np.float32) + 1)
         if "NET_HOLD" in os.environ:
-            wrap_folder()
+            patch_ledger()
 
     def __call__(self, x):
         return self.forward(x)
@@ -262,7 +265,7 @@ class Net:
 '''
 
 NETWORK = TRACE + {"numpy": NUMPY_NET, "torch": TORCH_NET}[RUNTIME]
-"""The standard job's network: it records its patches, and waits, sleeps or fails on request."""
+"""The standard job's network: it records its patches, and stops, sleeps or fails on request."""
 
 
 def toy_model(
@@ -276,7 +279,7 @@ def toy_model(
     poison: float | None = None,
     runtime: str = RUNTIME,
 ) -> dict[str, Any]:
-    """Write the toy network's files; returns the `model_config` that names them."""
+    """Write the toy network's files; return the `model_config` that names them."""
     output = output or patch
     (folder / "network.py").write_text(TOYS[runtime])
     kwargs = {

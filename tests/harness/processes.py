@@ -1,4 +1,4 @@
-"""Commands in processes of their own, and how they end."""
+"""Run commands in separate processes and check how they end."""
 
 import contextlib
 import subprocess
@@ -18,7 +18,7 @@ from tests.harness.waiting import TIMEOUT, wait_until
 
 @dataclass(frozen=True)
 class CommandResult:
-    """Exit code and output of a command; `out` is empty where both streams went into one file."""
+    """Exit code and output of a command; `out` is empty if both streams went into one file."""
 
     code: int
     out: str
@@ -26,17 +26,20 @@ class CommandResult:
 
     @property
     def messages(self) -> list[str]:
-        """The lines on stderr that chunkq itself writes."""
+        """The lines on stderr that chunkq writes."""
         return [line for line in self.err.splitlines() if line.startswith("chunkq: ")]
 
     def ok(self) -> Self:
-        """Assert success."""
+        """Assert exit code 0 and no traceback; return self."""
         assert self.code == 0, (self.code, self.out, self.err)
         assert "Traceback" not in self.err, self.err
         return self
 
     def refused(self, code: int, *fragments: str) -> None:
-        """Assert an error: exit code, one line per message, and their error codes and texts."""
+        """Assert a failure: its exit code, only `chunkq: ` lines on stderr, and their content.
+
+        A fragment is an `ErrorCode` that a line must end with, or a text that must occur.
+        """
         assert self.code == code, (self.code, self.out, self.err)
         lines = self.err.splitlines()
         assert lines, "nothing on stderr"
@@ -49,19 +52,19 @@ class CommandResult:
 
 @dataclass
 class RunningCommand:
-    """A command in a process of its own, with all processes that it starts."""
+    """A command in a separate process, with all processes that it starts."""
 
     process: subprocess.Popen[str]
     log: Path
     known: set[int] = field(default_factory=set)
-    """Every process that `children` has ever returned."""
+    """Every process that `children` has returned so far."""
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def children(self) -> list[int]:
-        """Return the living processes below the command."""
+        """Return the ids of the running descendants of the command."""
         try:
             children = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -79,11 +82,11 @@ class RunningCommand:
         return CommandResult(code, "", self.output())
 
     def wait_for_children(self) -> None:
-        """Wait until all processes ever seen below the command have ended."""
-        wait_until(lambda: not any(map(is_alive, self.known)), "its processes are gone")
+        """Wait until all descendants that `children` has returned have ended."""
+        wait_until(lambda: not any(map(is_alive, self.known)), "its processes have ended")
 
     def kill(self) -> None:
-        """Kill the command and every process below it, from the top."""
+        """Kill the command and all its descendants, from the top."""
         self.children()
         kill_all([self.process.pid, *self.known])
         self.process.wait()
@@ -93,9 +96,9 @@ class RunningCommand:
 def running(
     command: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> Iterator[RunningCommand]:
-    """Run a command in a folder; kill what is left of it at the end.
+    """Run a command in a folder; at the end, kill it and its descendants.
 
-    The log is outside of the folder and stays until the test session ends.
+    The log is outside the folder and is kept until the test session ends.
     """
     number, name = tempfile.mkstemp(prefix="log-")
     with open(number, "w") as stream:
@@ -119,6 +122,7 @@ def running(
 
 
 def is_alive(pid: int) -> bool:
+    """Return whether a process exists and is not a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -126,9 +130,9 @@ def is_alive(pid: int) -> bool:
 
 
 def kill_all(pids: Iterable[int]) -> None:
-    """Kill processes, but for Python's resource trackers.
+    """Kill processes, except Python's resource trackers.
 
-    A tracker ends by itself after the others and removes the semaphores that they leave.
+    A tracker ends by itself after the others and removes the semaphores that they leave behind.
     """
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):

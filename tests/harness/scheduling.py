@@ -1,8 +1,8 @@
-"""How pytest-xdist distributes the groups of tests over its processes.
+"""Distribute groups of tests over the processes of pytest-xdist.
 
-pytest-xdist's own `--dist loadgroup` needs a private attribute of pytest's items that pytest 9.2
-has no longer; without it every test is silently a group of its own. Here each process writes down
-the group of every test that it has collected, and the scheduler reads that.
+The `--dist loadgroup` of pytest-xdist needs a private attribute that pytest 9.2 removed. Without
+it, every test is silently its own group. Instead, each process writes the group of every test
+that it collects, and the scheduler reads these.
 """
 
 from functools import cached_property
@@ -15,10 +15,10 @@ from tests.harness.groups import read_groups
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """Give whole groups to the processes, in the order in which they are collected."""
+    """Assign whole groups to the processes, in collection order."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
-        config.option.loadscopereorder = False  # by number of tests, which says nothing here
+        config.option.loadscopereorder = False  # the number of tests does not predict the time
         super().__init__(config, log)
 
     @cached_property

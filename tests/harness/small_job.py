@@ -1,4 +1,4 @@
-"""A job of six small chunks with bands along both axes."""
+"""A job of six small chunks that overlap along both axes."""
 
 from pathlib import Path
 

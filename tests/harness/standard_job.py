@@ -1,4 +1,4 @@
-"""The job of most tests on queues and crashes; its network records its patches and can stop."""
+"""The job of most queue and crash tests; its network records its patches and can stop."""
 
 import os
 import zlib
@@ -20,7 +20,7 @@ from tests.harness.workspace import Workspace
 
 SHAPE = (24, 36, 40)
 POISONOUS = (20, 30, 35)
-"""The one voxel of the input that is 255."""
+"""Index of the only input voxel with value 255."""
 
 HOOKS = """
 import os
@@ -52,12 +52,13 @@ JOB: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StandardJob:
-    """The files that all workspaces of a session share: input volume and network."""
+    """Files that all workspaces of a session share: input volume and network."""
 
     folder: Path
 
     @classmethod
     def create(cls, folder: Path) -> Self:
+        """Write the input, the network and the hooks into a folder."""
         job = cls(folder)
         write_zarr(folder / "in.zarr", job.volume, (8, 8, 8))
         (folder / "net.py").write_text(NETWORK)
@@ -67,12 +68,13 @@ class StandardJob:
 
     @cached_property
     def volume(self) -> npt.NDArray[np.uint8]:
+        """The input volume: random values in 1 to 199, and 255 at `POISONOUS`."""
         volume = np.random.default_rng(0).integers(1, 200, SHAPE, dtype=np.uint8)
         volume[POISONOUS] = 255
         return volume
 
     def values(self, **changes: Any) -> dict[str, Any]:
-        """Return the keys of the job file; `model` is merged into `model_config`."""
+        """Return the keys of the job file with changes; `model` is merged into `model_config`."""
         model = JOB["model_config"] | {"class_file": str(self.folder / "net.py")}
         model |= changes.pop("model", {})
         files = {"input": str(self.folder / "in.zarr"), "output": "out.zarr"}
@@ -81,12 +83,12 @@ class StandardJob:
     def workspace(
         self, folder: Path, changes: Mapping[str, Any] | None = None, url: str | None = None
     ) -> "StandardWorkspace":
-        """Return a workspace for this job, some keys changed, in a folder."""
+        """Return a workspace in a folder for this job with some keys changed."""
         values = self.values(**(changes or {}))
         return StandardWorkspace(folder, values, url=url, standard_job=self)
 
     def run_undisturbed(self, folder: Path) -> "StandardWorkspace":
-        """Run the whole job with one worker on the embedded queue."""
+        """Run the job without disturbance, with one worker on the embedded queue."""
         workspace = self.workspace(folder)
         workspace.produce()
         workspace.work().ok()
@@ -96,12 +98,13 @@ class StandardJob:
 
 @dataclass(frozen=True)
 class StandardWorkspace(Workspace):
-    """A workspace for the standard job, with what its network records and where it stops."""
+    """Workspace for the standard job, with the records of its network and the gate it stops at."""
 
     standard_job: StandardJob = field(kw_only=True)
 
     @property
     def process_env(self) -> dict[str, str]:
+        """The environment of a command in a separate process, with the network's variables."""
         paths = [str(self.standard_job.folder / "hooks"), os.environ.get("PYTHONPATH", "")]
         return super().process_env | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -111,16 +114,17 @@ class StandardWorkspace(Workspace):
         }
 
     def wait_until_stopped(self) -> int:
-        """Wait until a process stops at the gate; return its id."""
-        gate = self.folder / "gate" / "held"
-        wait_until(gate.exists, "a process holds")
+        """Wait until a process stops at the gate; return its process id."""
+        gate = self.folder / "gate" / "stopped"
+        wait_until(gate.exists, "a process stops at the gate")
         return int(gate.read_text())
 
     def open_gate(self) -> None:
+        """Let the process at the gate continue."""
         (self.folder / "gate" / "open").touch()
 
     def wait_for_chunks_in_flight(self, depth: int) -> None:
-        """Wait until every worker that has tasks has `depth` of them to commit."""
+        """Wait until every worker that has tasks has `depth` uncommitted ones."""
 
         def is_full() -> bool:
             running, done = self.running(), self.done()
@@ -130,13 +134,13 @@ class StandardWorkspace(Workspace):
         wait_until(is_full, f"{depth} chunks are in flight")
 
     def computed(self) -> Counter[int]:
-        """Return how often the network got each patch, by the CRC-32 of the patch's voxels."""
+        """Return how often the network received each patch, by the CRC-32 of its voxels."""
         trace = self.folder / "trace"
         lines = trace.read_text().splitlines() if trace.exists() else []
         return Counter(int(line.split()[1]) for line in lines)
 
     def patches(self) -> dict[str, set[int]]:
-        """Return the CRC-32 of every patch that each chunk owns, cut here with NumPy."""
+        """Return the CRC-32 of every patch that each chunk owns, computed with NumPy."""
         plan, volume = self.job.plan, self.standard_job.volume
         return {
             ".".join(map(str, index)): {

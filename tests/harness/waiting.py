@@ -1,4 +1,4 @@
-"""How long a test waits for what is bound to come, and how it waits."""
+"""Wait for a condition, with one time limit for all tests."""
 
 import time
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 TIMEOUT = 120.0
-"""Seconds until a test that waits for something gives up: longer than anything should take."""
+"""Seconds until a waiting test fails: longer than anything should take."""
 
 
-def wait_until(find: Callable[[], T], what: str, patience: float = TIMEOUT) -> T:
-    """Return the first true value of `find`; fails after a while."""
-    limit = time.monotonic() + patience
-    while not (found := find()):
-        assert time.monotonic() < limit, f"waited in vain until {what}"
+def wait_until(find: Callable[[], T], condition: str, timeout: float = TIMEOUT) -> T:
+    """Return the first true value of `find`; raise AssertionError after `timeout` seconds."""
+    limit = time.monotonic() + timeout
+    while not (value := find()):
+        assert time.monotonic() < limit, f"timed out waiting until {condition}"
         time.sleep(0.005)
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""A folder with a job in it, and the commands that are run there."""
+"""A folder with a job, and the commands that tests run on it."""
 
 import contextlib
 import io
@@ -34,14 +34,14 @@ from tests.harness.waiting import TIMEOUT
 GROUP_DOCUMENTS = {"zarr.json", ".zgroup", ".zattrs"}
 EPOCH = re.compile(rb'(?<="epoch": ")[0-9a-f]{8}(?=")')
 FOREIGN = ("AWS", "CHUNKQ", "NET_")
-"""Variables of whoever runs the tests that no command must see."""
+"""Prefixes of environment variables that no command of a test may inherit."""
 
 
 @dataclass(frozen=True)
 class Workspace:
     """A folder with a job, its output and a queue; `values` are the keys of the job file.
 
-    The queue is an embedded one in the folder unless `url` is another.
+    The queue is an embedded one in the folder unless `url` names another.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Workspace:
 
     @property
     def job_file(self) -> Path:
-        """The job as YAML, written at the first use."""
+        """The job as YAML, written at first use."""
         path = self.folder / "job.yaml"
         return path if path.exists() else self.write_job(path.name)
 
@@ -88,18 +88,18 @@ class Workspace:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of a command in this process."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS", "CHUNKQ"))}
-        return {**kept, "CHUNKQ_QUEUE": self.queue_url, **self.environment}
+        """The environment of a command that runs in this process."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS", "CHUNKQ"))}
+        return {**inherited, "CHUNKQ_QUEUE": self.queue_url, **self.environment}
 
     @property
     def process_env(self) -> dict[str, str]:
-        """The environment of a command in a process of its own."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
-        return {**kept, "CHUNKQ_QUEUE": self.queue_url, **self.environment}
+        """The environment of a command that runs in a separate process."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
+        return {**inherited, "CHUNKQ_QUEUE": self.queue_url, **self.environment}
 
     def call(self, *arguments: str | Path) -> CommandResult:
-        """Run a light command in this process; a traceback fails the test."""
+        """Run a light command in this process; let a traceback fail the test."""
         out, err = io.StringIO(), io.StringIO()
         with (
             mock.patch.object(sys, "argv", ["chunkq", *map(str, arguments)]),
@@ -114,8 +114,8 @@ class Workspace:
     def run(
         self, *arguments: str | Path, timeout: float = TIMEOUT, **environment: str
     ) -> CommandResult:
-        """Run a command as a process of its own, with stdout and stderr apart."""
-        ended = subprocess.run(
+        """Run a command in a separate process; capture stdout and stderr separately."""
+        result = subprocess.run(
             _command(arguments),
             cwd=self.folder,
             env=self.process_env | environment,
@@ -125,11 +125,11 @@ class Workspace:
             timeout=timeout,
             check=False,
         )
-        return CommandResult(ended.returncode, ended.stdout, ended.stderr)
+        return CommandResult(result.returncode, result.stdout, result.stderr)
 
     @contextmanager
     def start(self, *arguments: str | Path, **environment: str) -> Iterator[RunningCommand]:
-        """Start a command as a process of its own; at the end, kill what is left of it."""
+        """Start a command in a separate process; at the end, kill it and its descendants."""
         with running(_command(arguments), self.folder, self.process_env | environment) as command:
             yield command
 
@@ -138,14 +138,16 @@ class Workspace:
         return self.call("produce", self.job_file, *arguments).ok()
 
     def finalize(self) -> CommandResult:
+        """Finalize the output; do not check the exit code."""
         return self.call("finalize", self.output)
 
     def status(self) -> dict[str, Any]:
+        """Return what `chunkq status --json` prints."""
         status: dict[str, Any] = json.loads(self.call("status", self.output, "--json").ok().out)
         return status
 
     def work(self, *arguments: str, **environment: str) -> CommandResult:
-        """Run workers until no task is left."""
+        """Run workers until the queue is empty; do not check the exit code."""
         with self.start("work", "--burst", "--gpus", "none", *arguments, **environment) as command:
             return command.wait()
 
@@ -154,26 +156,29 @@ class Workspace:
         only: Callable[[tuple[int, ...]], bool] = lambda index: True,
         output: str | None = None,
     ) -> None:
-        """Compute uncommitted chunks in this process without a queue; failures stay recorded."""
+        """Compute uncommitted chunks in this process without a queue; ignore errors of tasks."""
         with mock.patch.dict(os.environ, self.env, clear=True):
             job = open_job(f"{output or self.output}.chunkq")
             for index in filter(only, job.plan.indices()):
                 with contextlib.suppress(Exception):
-                    run_task(Task("infer", job.folder.path, index), Attempt(1, "here"))
+                    run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
 
     # ------------------------------------------------------------------------- the queue
 
     @contextmanager
     def queue(self) -> Iterator[Executor]:
+        """Open the queue for the duration of the block."""
         executor = open_executor(self.queue_url)
         yield executor
         executor.close()
 
     def counts(self) -> Counts:
+        """Return the queue's task counts of this job."""
         with self.queue() as queue:
             return queue.counts(str(self.job_folder))
 
     def running(self) -> list[Running]:
+        """Return the running tasks of this job."""
         with self.queue() as queue:
             return queue.running(str(self.job_folder))
 
@@ -192,7 +197,7 @@ class Workspace:
 
     @property
     def epoch_folder(self) -> Path:
-        """The part of the job folder that belongs to the job's epoch."""
+        """The subfolder of the job folder for the job's epoch."""
         return self.job_folder / JobFolder(str(self.job_folder)).require_record().epoch
 
     @property
@@ -201,16 +206,16 @@ class Workspace:
 
     @property
     def array(self) -> Path:
-        """The output array, under the name that it has now."""
+        """The output array, under its current name."""
         sealed = self.output / "0"
         return sealed if sealed.exists() else self.output / self.job.record.array
 
     def commits(self, kind: str = "infer") -> list[Commit]:
-        """Return the commit records of all finished chunks."""
+        """Return the commit records of all committed tasks of a kind."""
         return self.ledger.commits(kind, self.ledger.committed(kind))
 
     def done(self, kind: str = "infer") -> dict[str, tuple[bytes, int]]:
-        """Return content and time of every commit record, by chunk name; none without a job."""
+        """Return content and mtime of every commit record, by chunk name; none without a job."""
         if not (self.job_folder / "job.json").exists():
             return {}
         folder = self.done_folder(kind)
@@ -218,9 +223,11 @@ class Workspace:
         return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in records}
 
     def done_folder(self, kind: str = "infer") -> Path:
+        """Return the folder of the commit records."""
         return self.epoch_folder / "done" / kind / ITEM
 
     def pieces_folder(self) -> Path:
+        """Return the folder of the pieces."""
         return self.epoch_folder / "pieces" / ITEM
 
     def record(self, name: str) -> dict[str, Any]:
@@ -229,20 +236,22 @@ class Workspace:
         return record
 
     def pieces(self) -> list[Path]:
+        """Return the files of all pieces."""
         return [path for path in (self.epoch_folder / "pieces").rglob("*") if path.is_file()]
 
     def report(self) -> dict[str, Any]:
-        """Return what `report.json` holds; its checksum must fit."""
+        """Return the content of `report.json`; assert that its checksum is valid."""
         report = documents.decode((self.epoch_folder / "report.json").read_bytes())
         assert report is not None
         return report
 
     def stored(self) -> dict[str, bytes]:
+        """Return the files of the output as `output_files` does."""
         return output_files(self.output)
 
 
 def output_files(output: Path) -> dict[str, bytes]:
-    """Return every file of an output; in the group's metadata the job's epoch is left out."""
+    """Return every file of an output, without the job's epoch in the group's metadata."""
     files = files_below(output)
     group = {name: EPOCH.sub(b"", files[name]) for name in GROUP_DOCUMENTS & files.keys()}
     return files | group
@@ -250,12 +259,12 @@ def output_files(output: Path) -> dict[str, bytes]:
 
 def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
-    queue = mock.create_autospec(Executor, instance=True, url="sqlite:///nowhere/queue.db")
+    queue = mock.create_autospec(Executor, instance=True, url="sqlite:///missing/queue.db")
     produced = submit.produce(submit.prepare(load_job(values)), queue)
     job = open_job(produced.folder.path)
     for index in job.plan.indices():
-        run_task(Task("infer", job.folder.path, index), Attempt(1, "here"))
-    return job, finalize_job(job, worker="here")
+        run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
+    return job, finalize_job(job, worker="inline")
 
 
 def _command(arguments: tuple[str | Path, ...]) -> list[str]:

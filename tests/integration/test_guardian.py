@@ -1,4 +1,4 @@
-"""A test session: it leaves no process and no file, and keeps a file's tests together."""
+"""A test session leaves no process and no file, and runs a file's tests in one process."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def test_that_starts_processes(redis, tmp_path):
 
 
 def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str]:
-    """Start pytest on two tests, in a file each, that leave processes behind."""
+    """Start pytest on two files with a test each that leaves processes behind."""
     values = {"ready": str(folder), "stubborn": STUBBORN, "daemon": DAEMON, "sleep": sleep}
     for number in range(2):
         (folder / f"test_{number}.py").write_text(TESTS.format(number=number, **values))
@@ -56,7 +56,7 @@ def start(folder: Path, *options: str, sleep: int = 600) -> subprocess.Popen[str
 
 
 def start_pytest(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """Start pytest on the test files of a folder, with this repository's session and fixtures."""
+    """Start pytest on the test files of a folder with this repository's fixtures."""
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", f"--rootdir={folder}"]
     command += ["-p", "conftest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
     return subprocess.Popen(
@@ -70,8 +70,8 @@ def start_pytest(folder: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def session(folder: Path) -> tuple[Path, set[int]]:
-    """Wait until both tests have started their processes; return session folder and workers."""
+def wait_for_session(folder: Path) -> tuple[Path, set[int]]:
+    """Wait until both tests have started their processes; return session folder and worker pids."""
     wait_until(lambda: len(list(folder.glob("*.ready"))) == 2, "both tests run")
     lines = [path.read_text().split() for path in folder.glob("*.ready")]
     assert len({path for path, _ in lines}) == 1
@@ -86,22 +86,22 @@ def kill(pids: set[int]) -> None:
 @pytest.mark.parametrize("killed", ["controller", "worker and controller", "all"])
 def test_a_killed_session_leaves_no_process_and_no_file(tmp_path: Path, killed: str) -> None:
     pytest_process = start(tmp_path, "-n", "2")
-    temporary, workers = session(tmp_path)
+    temporary, workers = wait_for_session(tmp_path)
     assert len(workers) == 2
 
-    def left() -> tuple[list[int], list[int]]:
-        found = members(str(temporary), set())
+    def processes() -> tuple[list[int], list[int]]:
+        pids = members(str(temporary), set())
         return (
-            [pid for pid in found if STUBBORN in command(pid)],
-            [pid for pid in found if "os.fork" in command(pid)],
+            [pid for pid in pids if STUBBORN in command(pid)],
+            [pid for pid in pids if "os.fork" in command(pid)],
         )
 
-    # A daemon that forks for the last time is two processes for a moment, or seems to be none.
-    wait_until(lambda: [len(pids) for pids in left()] == [2, 2], "all processes are there")
-    stubborn, daemons = left()
+    # During its last fork, a daemon is two processes for a moment or is in no list.
+    wait_until(lambda: [len(pids) for pids in processes()] == [2, 2], "all processes run")
+    stubborn, daemons = processes()
     assert len(list(tmp_path.glob("*.name"))) == 2
-    chosen = {"controller": set(), "worker and controller": {min(workers)}, "all": workers}
-    kill(chosen[killed] | {pytest_process.pid})
+    targets = {"controller": set(), "worker and controller": {min(workers)}, "all": workers}
+    kill(targets[killed] | {pytest_process.pid})
     pytest_process.communicate()
     semaphores = [
         Path("/dev/shm") / f"sem.{path.read_text().strip('/')}" for path in tmp_path.glob("*.name")
@@ -117,15 +117,15 @@ def test_a_killed_session_leaves_no_process_and_no_file(tmp_path: Path, killed: 
     assert not [pid for pid in {*stubborn, *daemons} if command(pid)]
 
 
-def test_a_session_that_ends_names_the_processes_that_it_leaves(tmp_path: Path) -> None:
+def test_a_session_prints_the_processes_that_it_leaves(tmp_path: Path) -> None:
     pytest_process = start(tmp_path, sleep=0)
     output, _ = pytest_process.communicate(timeout=TIMEOUT)
-    temporary, _ = session(tmp_path)
+    temporary, _ = wait_for_session(tmp_path)
     assert pytest_process.returncode == 0, output
     leaked = [line for line in output.splitlines() if line.startswith("leaked process: ")]
     assert len(leaked) == 4, output
     assert sum("test_0.py::test_that_starts_processes (call)" in line for line in leaked) == 1
-    wait_until(lambda: not temporary.exists(), "the folder is gone", SECONDS_TO_END)
+    wait_until(lambda: not temporary.exists(), "the folder is removed", SECONDS_TO_END)
 
 
 def test_the_tests_of_a_file_run_in_one_process(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_tests_of_a_file_run_in_one_process(tmp_path: Path) -> None:
 
 
 def command(pid: int) -> str:
-    """Return the command line of a process; a process that has ended has none."""
+    """Return the command line of a process, empty if it has ended."""
     try:
         return " ".join(psutil.Process(pid).cmdline())
     except psutil.NoSuchProcess:

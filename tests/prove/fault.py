@@ -1,4 +1,4 @@
-"""A hand-made fault in chunkq's code, and the tests that have to catch it."""
+"""A fault for the mutation proof: an edit of chunkq's code, and the tests that must detect it."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ MODEL = "tests/contract/test_executor_model.py"
 class Fault:
     """One edit of one file.
 
-    `old` occurs exactly once in `file` and is replaced by `new`. `harm` says what goes wrong for a
-    user. `tests` are arguments of pytest, a file or a file and `-k` with words: the smallest
-    selection that must fail with the fault.
+    `old` must occur exactly once in `file` and is replaced by `new`. `harm` describes the effect
+    on a user. `tests` are arguments of pytest: a file, or a file, `-k` and an expression. They are
+    the smallest selection that must fail with the fault.
     """
 
     id: str
@@ -23,11 +23,11 @@ class Fault:
     tests: tuple[str, ...]
 
 
-def contract(queue: str, words: str) -> tuple[str, ...]:
-    """The contract tests of one kind of queue whose name has these words."""
-    return CONTRACT, "-k", f"{queue} and {words}"
+def contract(queue: str, name: str) -> tuple[str, ...]:
+    """Select the executor contract tests of one queue whose name contains `name`."""
+    return CONTRACT, "-k", f"{queue} and {name}"
 
 
-def named(file: str, words: str) -> tuple[str, ...]:
-    """The tests of a file whose name has these words."""
-    return file, "-k", words
+def named(file: str, expression: str) -> tuple[str, ...]:
+    """Select the tests of a file that match an expression of `-k`."""
+    return file, "-k", expression

@@ -1,4 +1,4 @@
-"""Dask's own scheduler and workers for tests, on loopback."""
+"""A Dask scheduler and Dask workers for tests, on loopback."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ WORKER = "distributed.cli.dask_worker"
 
 
 class DaskCluster:
-    """Dask's own commands on this machine's loopback, in a folder for their files."""
+    """Dask's command-line programs on loopback, in a folder for their files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,17 +29,17 @@ class DaskCluster:
         return f"dask://{HOST}:{self.port}"
 
     def scheduler(self, **environment: str) -> RunningCommand:
-        """Start the scheduler, always on the same port, and wait until it listens."""
+        """Start the scheduler, always on the same port; wait until it listens."""
         options = ["--host", HOST, "--port", str(self.port), "--no-dashboard"]
         options += ["--dashboard-address", f"{HOST}:0"]
-        started = self._start(SCHEDULER, *options, **environment)
-        wait_until(lambda: self._listens(started), "the scheduler listens")
-        return started
+        process = self._start(SCHEDULER, *options, **environment)
+        wait_until(lambda: self._listens(process), "the scheduler listens")
+        return process
 
     def worker(
         self, workspace: StandardWorkspace, threads: int = 1, **environment: str
     ) -> RunningCommand:
-        """Start a worker under its nanny; its environment instructs the network."""
+        """Start a worker under its nanny, with the environment of the workspace's network."""
         options = [f"tcp://{HOST}:{self.port}", "--host", HOST, "--no-dashboard"]
         options += ["--nthreads", str(threads), "--memory-limit", "0"]
         options += ["--local-directory", str(self.folder)]
@@ -51,13 +51,14 @@ class DaskCluster:
         return self._start(WORKER, *options, **(variables | environment))
 
     def has_workers(self, count: int) -> None:
-        """Wait until so many workers have joined."""
+        """Wait until `count` workers have joined."""
         import distributed
 
         with distributed.Client(f"tcp://{HOST}:{self.port}", set_as_default=False) as client:
             client.wait_for_workers(count, 30)
 
     def kill(self) -> None:
+        """Kill every process that was started."""
         for process in self.processes:
             process.kill()
 
@@ -77,7 +78,7 @@ class DaskCluster:
         self.processes.append(RunningCommand(process, log))
         return self.processes[-1]
 
-    def _listens(self, started: RunningCommand) -> bool:
-        assert started.process.poll() is None, started.output()
-        with socket.socket() as probe:
-            return probe.connect_ex((HOST, self.port)) == 0
+    def _listens(self, command: RunningCommand) -> bool:
+        assert command.process.poll() is None, command.output()
+        with socket.socket() as connection:
+            return connection.connect_ex((HOST, self.port)) == 0

@@ -1,4 +1,4 @@
-"""An S3 server for tests: moto in a process of its own, on a free loopback port."""
+"""An S3 server for tests: moto in a separate process, on a free loopback port."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ sys.stdin.read()
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """Run an empty server; yields its URL."""
+    """Run an empty server; yield its URL."""
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         stdin=subprocess.PIPE,

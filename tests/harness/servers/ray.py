@@ -1,4 +1,4 @@
-"""A real Ray cluster for tests, of one machine, in a network of its own."""
+"""A Ray cluster of one machine for tests, in a separate network namespace."""
 
 import signal
 import subprocess
@@ -17,7 +17,7 @@ from tests.harness.waiting import TIMEOUT
 
 @contextmanager
 def ray_cluster(network: NetworkNamespace, cpus: int = 8, gpus: int = 0) -> Iterator[str]:
-    """A head with nothing else; gives the queue's URL, and ends every process of it."""
+    """Start a Ray head; yield the queue's URL; kill all its processes at the end."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         command = [
             sys.executable,
@@ -43,12 +43,12 @@ def ray_cluster(network: NetworkNamespace, cpus: int = 8, gpus: int = 0) -> Iter
                 time.sleep(0.1)
             yield "ray://auto?address=127.0.0.1:6379"
         finally:
-            below = psutil.Process(process.pid).children(recursive=True)
+            descendants = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
-            _, left = psutil.wait_procs(below, timeout=3)
-            for other in left:
+            _, running = psutil.wait_procs(descendants, timeout=3)
+            for other in running:
                 with suppress(psutil.NoSuchProcess):
                     other.kill()
-            psutil.wait_procs(left, timeout=TIMEOUT)
+            psutil.wait_procs(running, timeout=TIMEOUT)
             process.kill()
             process.wait()

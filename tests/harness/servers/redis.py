@@ -1,4 +1,4 @@
-"""A real Redis for tests, on a free loopback port, stopped by its pid."""
+"""A Redis server for tests, on a free loopback port."""
 
 import hashlib
 import os
@@ -20,14 +20,15 @@ from tests.harness.waiting import TIMEOUT
 
 
 def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def program() -> str:
-    """The server's program; without one a laptop skips, CI fails."""
+def server_program() -> str:
+    """Return the path of redis-server; without one, skip the test, or fail it in CI."""
     try:
         return find_server()
     except QueueError as error:
@@ -40,14 +41,14 @@ ADMIN = "admin"
 
 
 def administrator(url: str) -> redis.Redis:
-    """Return a connection with all permissions to a server of tests that has no password."""
+    """Return a client with all permissions for a test server without a password."""
     return redis.Redis.from_url(url, username=ADMIN, password="any")
 
 
 class RedisServer:
-    """One server with the shipped settings, which can be killed and started again.
+    """A server with chunkq's settings that can be killed and started again.
 
-    chunkq's own commands have the shipped permissions, and tests those of `ADMIN`.
+    chunkq's commands use the restricted default user. Tests can connect as `ADMIN`.
     """
 
     def __init__(self, folder: Path, password: str | None = None, extra: str = "") -> None:
@@ -61,7 +62,7 @@ class RedisServer:
 
     @property
     def client(self) -> redis.Redis:
-        """A connection with all permissions."""
+        """A client with all permissions."""
         return redis.Redis(
             port=self.settings.port, username=ADMIN, password=self.settings.password or "any"
         )
@@ -69,10 +70,11 @@ class RedisServer:
     @property
     def command(self) -> list[str]:
         """The server's command, which reads its configuration from standard input."""
-        return [program(), "-"]
+        return [server_program(), "-"]
 
     @property
     def configuration(self) -> str:
+        """chunkq's configuration, the users, and `extra`."""
         password = self.settings.password
         secret = f"#{hashlib.sha256(password.encode()).hexdigest()}" if password else "nopass"
         users = [f"user {ADMIN} on {secret} ~* &* +@all"]
@@ -86,7 +88,7 @@ class RedisServer:
         return self._process.pid
 
     def start(self) -> None:
-        """Start it, on the same port and data as before, and wait until it answers."""
+        """Start the server, on the same port and data as before; wait until it answers."""
         log = os.open(self.settings.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._process = subprocess.Popen(
             self.command,
@@ -111,7 +113,7 @@ class RedisServer:
                 time.sleep(0.02)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """End the server by a signal, and wait for its end."""
+        """Send a signal to the server and wait until it ends."""
         if self._process is not None:
             self._process.send_signal(number)
             self._process.wait(TIMEOUT)
@@ -120,7 +122,7 @@ class RedisServer:
 
 @contextmanager
 def redis_server(password: str | None = None, extra: str = "") -> Iterator[RedisServer]:
-    """A running server with a folder of its own, gone at the end; `extra` is configuration."""
+    """Run a server in a new folder; stop it at the end. `extra` is added to its configuration."""
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder), password, extra)
         server.start()

@@ -1,4 +1,4 @@
-"""A real SLURM for tests: controller and two nodes on this host, on free loopback ports."""
+"""A SLURM cluster for tests: controller and two nodes on this host, on free loopback ports."""
 
 import os
 import re
@@ -22,21 +22,21 @@ from tests.harness.waiting import TIMEOUT, wait_until
 
 NODES = ("n1", "n2")
 GPUS = 2
-"""Emulated GPUs per node: device nodes that SLURM grants, and no CUDA behind them."""
+"""Emulated GPUs per node: device nodes that SLURM allocates, without CUDA."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "TIMEOUT",
 }  # fmt: skip
 FOREIGN = ("CHUNKQ_", "CUDA_", "NET_", "SBATCH_", "SLURM", "SRUN_")
-"""Variables of whoever runs the tests, perhaps inside a SLURM job, which no job must see."""
+"""Prefixes of environment variables that no job may inherit; tests may run in a SLURM job."""
 
-# What each key is for:
-# - loopback only, in a network namespace too: the addresses and CommunicationParameters;
-# - no privileges but root's: linuxproc, task/none, no accounting, no MPI;
-# - small machines: config_overrides, since the nodes claim more than there is;
-# - no idle waiting: the scheduler's intervals, KillWait, and cred_expire, which is also how long a
-#   requeued job waits (120 s by default; less than 5 is ignored).
+# Purpose of the keys:
+# - loopback only, also in a network namespace: the addresses and CommunicationParameters;
+# - no privileges other than root's: linuxproc, task/none, no accounting, no MPI;
+# - small machines: config_overrides, because the nodes declare more resources than exist;
+# - no idle waiting: the scheduler's intervals, KillWait and cred_expire. The last is also the
+#   delay of a requeued job (120 s by default; SLURM ignores less than 5).
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -65,16 +65,16 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sc
 KillWait=5
 ReturnToService=2
 GresTypes=gpu
-NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} {has}
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {has}
+NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} {resources}
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} {resources}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-HAS = f"CPUs=64 RealMemory=512000 Gres=gpu:{GPUS}"
+RESOURCES = f"CPUs=64 RealMemory=512000 Gres=gpu:{GPUS}"
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What SLURM says of one job, or of one task of an array, by scontrol's names."""
+    """State of one job, or of one task of an array, under the names that scontrol prints."""
 
     values: dict[str, str]
 
@@ -98,7 +98,7 @@ class JobState:
 
 @dataclass
 class SlurmCluster:
-    """Two nodes, `NODES`, which share this host's name; `SLURMD_NODENAME` tells them apart."""
+    """A cluster of two nodes, `NODES`, on this host; `SLURMD_NODENAME` identifies a node."""
 
     folder: Path
     programs: dict[str, str]
@@ -106,14 +106,14 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What SLURM's commands need, without anything of the tests' own surroundings."""
-        own = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
-        return own | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        """The environment of SLURM's commands, without the variables in `FOREIGN`."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
+        return inherited | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(
         self, program: str, *arguments: str, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run one of SLURM's commands, or another program beside it, to its end."""
+        """Run a SLURM command or another program in the cluster's environment."""
         return subprocess.run(
             [self.programs.get(program, program), *arguments],
             cwd=cwd,
@@ -126,10 +126,10 @@ class SlurmCluster:
         )
 
     def ask(self, program: str, *arguments: str) -> str:
-        """Run a command that must succeed; returns what it prints."""
-        ended = self.run(program, *arguments)
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
+        """Run a command, assert exit code 0 and return its stdout."""
+        result = self.run(program, *arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     def sbatch(
         self,
@@ -139,50 +139,50 @@ class SlurmCluster:
         cwd: Path | None = None,
         **environment: str,
     ) -> str:
-        """Submit a script from the folder `cwd`, where its logs go; returns the job's id."""
+        """Submit a script from the folder `cwd`, where its logs go; return the job's id."""
         command = ("--parsable", *options, str(script), *arguments)
-        ended = self.run("sbatch", *command, cwd=cwd or script.parent, **environment)
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout.strip()
+        result = self.run("sbatch", *command, cwd=cwd or script.parent, **environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
     def states(self, job: str) -> list[JobState]:
-        """What SLURM says of a job, or of each task of an array, in their order."""
+        """Return the state of a job, or of each task of an array, in task order."""
         lines = self.ask("scontrol", "--oneliner", "show", "job", job).splitlines()
-        found = [dict(re.findall(r"(?:^| )(\w+)=(.*?)(?= \w+=|$)", line)) for line in lines]
+        tasks = [dict(re.findall(r"(?:^| )(\w+)=(.*?)(?= \w+=|$)", line)) for line in lines]
         # Tasks that have not started yet are one entry, `0-3`.
-        order = [int(re.findall(r"\d+", values.get("ArrayTaskId", "0"))[0]) for values in found]
+        order = [int(re.findall(r"\d+", values.get("ArrayTaskId", "0"))[0]) for values in tasks]
         return [
             JobState(values)
-            for _, values in sorted(zip(order, found, strict=True), key=itemgetter(0))
+            for _, values in sorted(zip(order, tasks, strict=True), key=itemgetter(0))
         ]
 
-    def wait(self, job: str, patience: float = TIMEOUT) -> list[JobState]:
-        """Wait until a job has ended, all tasks of it, requeued ones included."""
-        limit = time.monotonic() + patience
+    def wait(self, job: str, timeout: float = TIMEOUT) -> list[JobState]:
+        """Wait until a job and all its tasks have ended; requeued ones run again first."""
+        limit = time.monotonic() + timeout
         while any(one.state not in ENDED for one in self.states(job)):
             if time.monotonic() > limit:
-                raise AssertionError(f"waited in vain for job {job}\n{self.told(job)}")
+                raise AssertionError(f"timed out waiting for job {job}\n{self._describe(job)}")
             time.sleep(0.1)
         return self.states(job)
 
-    def succeeded(self, job: str, patience: float = TIMEOUT) -> list[JobState]:
-        """Wait until a job has ended, and as it should."""
-        states = self.wait(job, patience)
+    def succeeded(self, job: str, timeout: float = TIMEOUT) -> list[JobState]:
+        """Wait until a job has ended; assert that it completed."""
+        states = self.wait(job, timeout)
         if any(one.state != "COMPLETED" for one in states):
-            raise AssertionError(self.told(job))
+            raise AssertionError(self._describe(job))
         return states
 
     def empty(self) -> None:
-        """Cancel every job and wait until none of their processes is left."""
+        """Cancel every job and wait until the queue is empty."""
         self.run("scancel", "--full", "--user", "root")
         wait_until(lambda: not self.ask("squeue", "--noheader"), "SLURM has no job")
 
-    def told(self, job: str) -> str:
-        """All that is known of a job, for a failed test's message."""
+    def _describe(self, job: str) -> str:
+        """Return all state and logs of a job, for the message of a failed test."""
         return "\n".join(f"{one.values}\n{one.log}" for one in self.states(job))
 
     def start(self) -> None:
-        """Start the daemons and wait until both nodes take jobs."""
+        """Start the daemons and wait until both nodes accept jobs."""
         folder, host = self.folder, socket.gethostname()
         (folder / "state").mkdir()
         for node in NODES:
@@ -196,11 +196,16 @@ class SlurmCluster:
         ports = [free_port() for _ in NODES]
         (folder / "slurm.conf").write_text(
             CONFIGURATION.format(
-                host=host, folder=folder, nodes=NODES, ports=ports, controller=free_port(), has=HAS
+                host=host,
+                folder=folder,
+                nodes=NODES,
+                ports=ports,
+                controller=free_port(),
+                resources=RESOURCES,
             )
         )
-        self._switch_cgroups_off(folder)
-        # Forced, since it would have the socket's folder open to other users.
+        self._disable_cgroups(folder)
+        # --force, because munged otherwise requires that other users can read the socket's folder.
         files = {"socket": "munge", "key": "key", "pid": "pid", "seed": "seed", "log": "munge.log"}
         plural = {"key": "key-file", "pid": "pid-file", "seed": "seed-file", "log": "log-file"}
         options = (f"--{plural.get(k, k)}={folder / name}" for k, name in files.items())
@@ -211,11 +216,11 @@ class SlurmCluster:
             self._start("slurmd", "-D", "-N", node)
         self._until(self._is_ready, "slurmctld")
 
-    def _switch_cgroups_off(self, folder: Path) -> None:
-        """Have SLURM run where no cgroup file system is mounted, which it wants since 23.11."""
+    def _disable_cgroups(self, folder: Path) -> None:
+        """Disable cgroups, which SLURM 23.11 and later require otherwise."""
         command = [self.programs["slurmd"], "-V"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        version = tuple(int(part) for part in re.findall(r"\d+", said)[:2])
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        version = tuple(int(part) for part in re.findall(r"\d+", output)[:2])
         if version >= (23, 11):
             (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
@@ -224,12 +229,12 @@ class SlurmCluster:
         return len(re.findall(r" State=IDLE ", states)) == len(NODES)
 
     def _start(self, program: str, *arguments: str) -> None:
-        with (self.folder / f"{program}.said").open("ab") as said:
+        with (self.folder / f"{program}.out").open("ab") as output:
             process = subprocess.Popen(
                 [self.programs[program], *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 env=self.environment,
                 start_new_session=True,
             )
@@ -238,13 +243,13 @@ class SlurmCluster:
     def _until(self, is_true: Callable[[], bool], program: str) -> None:
         limit = time.monotonic() + TIMEOUT
         while not is_true():
-            said = "\n".join(path.read_text() for path in self.folder.glob("*.said"))
-            assert all(daemon.poll() is None for daemon in self._daemons), said
-            assert time.monotonic() < limit, f"{program} is not ready\n{said}"
+            output = "\n".join(path.read_text() for path in self.folder.glob("*.out"))
+            assert all(daemon.poll() is None for daemon in self._daemons), output
+            assert time.monotonic() < limit, f"{program} is not ready\n{output}"
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """End everything that was started in it, the jobs' own processes included."""
+        """Stop the daemons and kill every process of the cluster and its jobs."""
         if all(daemon.poll() is None for daemon in self._daemons):
             with suppress(AssertionError, subprocess.TimeoutExpired):
                 self.empty()
@@ -261,49 +266,47 @@ class SlurmCluster:
                 process.kill()
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that belongs to this SLURM, told by its environment."""
-        mine = f"SLURM_CONF={self.folder}".encode()
-        found = []
+        """Return every process with this cluster's SLURM_CONF in its environment."""
+        variable = f"SLURM_CONF={self.folder}".encode()
+        processes = []
         for process in psutil.process_iter():
             # As bytes: slurmstepd writes its title over the start of its environment.
             with suppress(OSError):
-                if mine in Path(f"/proc/{process.pid}/environ").read_bytes():
-                    found.append(process)
-        return found
+                if variable in Path(f"/proc/{process.pid}/environ").read_bytes():
+                    processes.append(process)
+        return processes
 
     def job_processes(self) -> list[psutil.Process]:
-        """Every living process that a job has started; daemons and their helpers are none of it."""
+        """Return every process that a job started, without the daemons and their children."""
         daemons = {daemon.pid for daemon in self._daemons}
-        found = []
+        processes = []
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 if not daemons & {process.pid, process.ppid()}:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
 
 def programs() -> dict[str, str]:
-    """SLURM's programs by name; without them, or without root, a laptop skips, CI fails."""
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-    found = {name: shutil.which(name, path=path) for name in PROGRAMS}
-    missing = [name for name, place in found.items() if place is None]
+    """Return the paths of SLURM's programs; without them or root, skip the test, or fail in CI."""
+    search_path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    paths = {name: shutil.which(name, path=search_path) for name in PROGRAMS}
+    missing = [name for name, path in paths.items() if path is None]
     reason = ""
     if missing:
         reason = (
-            f"no {', '.join(missing)} on this machine: apt-get install munge slurm-client "
-            "slurmctld slurmd"
+            f"{', '.join(missing)} missing; run apt-get install munge slurm-client slurmctld slurmd"
         )
     elif os.geteuid() != 0:
-        reason = "SLURM's daemons need root, as do the device nodes that stand for GPUs"
+        reason = "SLURM's daemons and the GPU device nodes need root; run the tests as root"
     elif not _host_is_local():
-        reason = (
-            f"this host's name, {socket.gethostname()}, is no address of its own: SLURM needs it"
-        )
+        name = socket.gethostname()
+        reason = f"host name {name} is not an address of this machine; add it to /etc/hosts"
     if reason and os.environ.get("CI"):
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
-    return {name: place for name, place in found.items() if place is not None}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def _host_is_local() -> bool:
@@ -315,30 +318,30 @@ def _host_is_local() -> bool:
 
 @contextmanager
 def resolvable_loopback() -> Iterator[None]:
-    """Let SLURM resolve 127.0.0.1 where only `lo` is up, as in a fresh network namespace.
+    """Let SLURM resolve 127.0.0.1 where only `lo` is up, as in a new network namespace.
 
-    It asks glibc for addresses of configured kinds only, and 127.0.0.1 alone counts as none.
+    SLURM calls getaddrinfo with AI_ADDRCONFIG, which does not count 127.0.0.1 as configured.
     """
     try:
         socket.getaddrinfo("127.0.0.1", 1, socket.AF_INET, flags=socket.AI_ADDRCONFIG)
-        also: list[str] = []
+        address: list[str] = []
     except socket.gaierror:
-        also = ["127.0.0.2/8", "dev", "lo"]
-        subprocess.run(["ip", "address", "add", *also], check=True, timeout=TIMEOUT)
+        address = ["127.0.0.2/8", "dev", "lo"]
+        subprocess.run(["ip", "address", "add", *address], check=True, timeout=TIMEOUT)
     try:
         yield
     finally:
-        if also:
-            subprocess.run(["ip", "address", "del", *also], check=True, timeout=TIMEOUT)
+        if address:
+            subprocess.run(["ip", "address", "del", *address], check=True, timeout=TIMEOUT)
 
 
 @contextmanager
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """A running SLURM in a folder of its own; nothing of it is left at the end."""
-    found = programs()
+    """Run a SLURM cluster in a new folder; stop it and all its processes at the end."""
+    paths = programs()
     # Not pytest's folder: a socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, resolvable_loopback():
-        cluster = SlurmCluster(Path(folder), found)
+        cluster = SlurmCluster(Path(folder), paths)
         try:
             cluster.start()
             yield cluster
