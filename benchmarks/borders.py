@@ -32,7 +32,7 @@ from benchmarks.turns import THREADS, Figures, Turn
 from chunkq.job import Job, load_job
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
-from chunkq.weights import built_in
+from chunkq.weights import built_in_weights
 
 ROUNDS = 2
 CHUNKFLOW = Path(__file__).with_name("chunkflow.txt")
@@ -98,7 +98,7 @@ def whole_volume(job: Job) -> F64:
     without chunks, pieces or normalized weights.
     """
     plan, volume = resolve(job, find_source(job.input[0]).volume), read(job.input[0])
-    profiles = built_in(job.weight_function[0], plan.output_patch, plan.margin).profiles
+    profiles = built_in_weights(job.weight_function[0], plan.output_patch, plan.margin).profiles
     weights: F64 = np.exp(reduce(np.add.outer, profiles))
     sums, total = np.zeros((plan.channels, *volume.shape)), np.zeros(volume.shape)
     patches = [patch for index in plan.indices() for patch in plan.patches(plan.chunk(index))]

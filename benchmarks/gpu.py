@@ -187,7 +187,7 @@ def _unstaged(setup: Setup) -> Run:
 
 def _not_ahead(setup: Setup) -> Run:
     engine, run = chunkq(setup)
-    engine.batcher._feed.ahead = False
+    engine.batcher._feed.double_buffered = False
     return run
 
 

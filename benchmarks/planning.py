@@ -26,7 +26,7 @@ from chunkq_producer.job_status import job_status
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import parse_job
 from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
+from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
 from chunkq.ome import Space
 from chunkq.plan import Plan, Volume
 from chunkq.record import JobRecord
@@ -167,7 +167,7 @@ def status(folder: Path) -> dict[str, float]:
 def create(output: Path, plan: Plan) -> JobHandle:
     """Create a job folder without an output."""
     source = Source("/missing/in.zarr", plan.volume, Space.plain(3))
-    folder = JobFolder(folder_of(str(output)))
+    folder = JobFolder(job_folder_of(str(output)))
     folder.create_record(JobRecord(plan.job, (source,), {}, ("",), EPOCH))
     return open_job(folder.path)
 

@@ -35,7 +35,7 @@ from chunkq.plan import Chunk, Patch, Plan, Volume
 from chunkq.resolve import resolve
 from chunkq.stores import find_source
 from chunkq.user_code import load_blend_weights
-from chunkq.weights import built_in
+from chunkq.weights import built_in_weights
 
 PENDING = 64 << 20
 """Limit of the bytes that are being written."""
@@ -347,7 +347,7 @@ def chunkflow(job: Job, output: str) -> Callable[[], Figures]:
     def run() -> Figures:
         work = Work(job, output)
         plan = work.plan
-        profiles = built_in(job.weight_function[0], plan.output_patch, plan.margin).profiles
+        profiles = built_in_weights(job.weight_function[0], plan.output_patch, plan.margin).profiles
         weights = np.exp(reduce(np.add.outer, profiles)).astype(np.float32)
         forward = PatchInferencer(work.net, weights)
         strides = (axis.grids[0].stride for axis in plan.axes)

@@ -40,7 +40,7 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, WorkerOptions
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
-from chunkq.ledger import ITEM, Commit, JobFolder, folder_of
+from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
 from chunkq.ome import Space
 from chunkq.record import JobRecord
 from chunkq.stores import Source
@@ -371,7 +371,7 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
     The worker reads the ledger and counts the blocks of each chunk; it computes nothing.
     """
     plan, url = job_over(COMMITTED_EDGE), servers.empty_queue(queue)
-    job = JobFolder(folder_of(str(servers.folder / f"{queue}.zarr")))
+    job = JobFolder(job_folder_of(str(servers.folder / f"{queue}.zarr")))
     source = Source("/missing/in.zarr", plan.volume, Space.plain(3))
     record = job.create_record(JobRecord(plan.job, (source,), {}, ("",), "0a1b2c3d"))
     indices = list(plan.indices())

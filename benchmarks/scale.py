@@ -28,7 +28,7 @@ from benchmarks.scale_inputs import ASSUMED, Collected, Inputs, collect
 from benchmarks.scale_limits import SHARED, Regime, Row, advise, enough_for, hours, regimes, row_for
 from benchmarks.scale_plot import Point, picture
 from benchmarks.scale_work import Case, Work, plan_of
-from chunkq.executors.base import DEPTH_ON_GPU
+from chunkq.executors.base import DEFAULT_DEPTH_GPU
 from chunkq.footprint import footprint
 
 MEASURED = Path(__file__).with_name("results")
@@ -182,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--plot", type=Path, help="write a plot to this file (PNG)")
     options.add_argument("--workers", type=numbers, default=WORKERS)
     options.add_argument("--chunks", type=numbers, default=CHUNKS, help="edges of the chunks")
-    options.add_argument("--depth", type=int, default=DEPTH_ON_GPU)
+    options.add_argument("--depth", type=int, default=DEFAULT_DEPTH_GPU)
     options.add_argument("--edge", type=int, default=EDGE, help="edge of the volume in voxels")
     options.add_argument("--patch", type=int, default=128, help="edge of a patch")
     options.add_argument("--stride", type=int, help="default: half of the patch")

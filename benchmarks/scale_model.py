@@ -27,7 +27,7 @@ import simpy
 
 from benchmarks.scale_inputs import Inputs
 from benchmarks.scale_work import Load, Task, Work
-from chunkq.executors.base import DEPTH_ON_GPU
+from chunkq.executors.base import DEFAULT_DEPTH_GPU
 from chunkq.executors.settings import WorkerSettings
 
 RESERVE = ACK = RENEW = RECORD_CONTRIBUTIONS = 0.5
@@ -52,7 +52,7 @@ class Setup:
     inputs: Inputs
     task: Task
     workers: int
-    depth: int = DEPTH_ON_GPU
+    depth: int = DEFAULT_DEPTH_GPU
     block: Task | None = None
     tasks_per_s: float = math.inf
 
@@ -327,7 +327,7 @@ class _Worker:
 
 
 def setup_for(
-    inputs: Inputs, work: Work, executor: str, workers: int, depth: int = DEPTH_ON_GPU
+    inputs: Inputs, work: Work, executor: str, workers: int, depth: int = DEFAULT_DEPTH_GPU
 ) -> Setup:
     """Return the setup of workers on a job's chunks, and on its blocks if it has any."""
     block = _scaled(work.block, work.blocks / work.chunks) if work.blocks else None

@@ -30,7 +30,7 @@ class AllowedPaths:
     prefixes: tuple[str, ...]
 
     @classmethod
-    def of(cls, prefixes: Iterable[str], base: Path, source: str = OPTION) -> AllowedPaths:
+    def parse(cls, prefixes: Iterable[str], base: Path, source: str = OPTION) -> AllowedPaths:
         """Convert prefixes to canonical form; make local ones absolute against `base`.
 
         `source` is the option or variable to name in errors. Raises JobError if a prefix has no
@@ -71,7 +71,7 @@ class AllowedPaths:
                     "use an absolute path or a URL",
                     code=ErrorCode.PATH_INVALID,
                 )
-        return cls.of(lines, base or Path("/"), ALLOW_VARIABLE)
+        return cls.parse(lines, base or Path("/"), ALLOW_VARIABLE)
 
     def to_environment(self) -> None:
         """Set CHUNKQ_ALLOW for this process and its child processes."""
@@ -145,7 +145,7 @@ class AllowedPaths:
         return os.path.dirname(path if is_url(path) else next(iter(self._outside(path)), path))
 
 
-def accepted_job(job: str) -> str:
+def allowed_job_path(job: str) -> str:
     """Return the path at which a worker opens the job folder of a task.
 
     Raises JobError unless `job` is in canonical form and allowed.
@@ -155,7 +155,7 @@ def accepted_job(job: str) -> str:
     return job if allowed is None else allowed.locate_job(job)
 
 
-def accepted_files(job: Job, folder: str) -> Job:
+def with_allowed_files(job: Job, folder: str) -> Job:
     """Return the job with each file's path replaced by the path at which to open it.
 
     `folder` is the path of the job folder. Raises JobError if a file is not allowed.

@@ -48,7 +48,7 @@ class Contribution:
     """
 
     core: npt.NDArray[Any]
-    own: OwnBlock | None
+    own_block: OwnBlock | None
     pieces: tuple[tuple[Piece, npt.NDArray[np.float32]], ...]
 
 
@@ -162,7 +162,7 @@ def contribution(plan: Plan, chunk: Chunk, parts: Sequence[npt.NDArray[Any]]) ->
         own_block = OwnBlock(tuple(sums[:bands]), tuple(rest))
     return Contribution(
         core=_cut(plan, interior, chunk.interior, chunk.core),
-        own=own_block,
+        own_block=own_block,
         pieces=tuple(zip(plan.outgoing_pieces(chunk), sums[bands:], strict=True)),
     )
 

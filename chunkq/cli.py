@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from chunkq import __version__
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, nearest
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
 from chunkq.tasks import chunk_name
 
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Resolve a command; the error for an unknown one suggests the nearest name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no command {args[0]!r}{nearest(args[0], list(COMMANDS))}")
+            ctx.fail(f"no command {args[0]!r}{suggestion(args[0], list(COMMANDS))}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -195,7 +195,7 @@ class FrameworkConflictError(ChunkqError):
     code = ErrorCode.FRAMEWORK_CONFLICT
 
 
-class SameFailureError(ChunkqError):
+class RepeatedFailureError(ChunkqError):
     """Consecutive chunks failed with the same cause. The worker skips the job from now on."""
 
     code = ErrorCode.REPEATED_FAILURE
@@ -261,7 +261,7 @@ def printable(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def cause(error: str, message: str) -> tuple[str, str]:
+def failure_key(error: str, message: str) -> tuple[str, str]:
     """Return a key that is equal for errors with the same cause.
 
     The key is the error's class name and its message with `#` in place of each number, because
@@ -270,7 +270,7 @@ def cause(error: str, message: str) -> tuple[str, str]:
     return error, re.sub(r"\d+", "#", message)
 
 
-def nearest(word: str, legal: Sequence[str]) -> str:
+def suggestion(word: str, legal: Sequence[str]) -> str:
     """Return the hint `; did you mean 'x'?` for the legal name closest to `word`, or ''."""
     completions = [name for name in legal if len(word) > 2 and name.startswith(word)]
     matches = completions or get_close_matches(word, legal, n=1, cutoff=0.6)

@@ -56,7 +56,7 @@ def complete_block(job: JobHandle, index: Index, attempt: Attempt) -> None:
     deletes the commit records of their chunks, which must be computed again. Raises
     MissingJobError if the job was replaced.
     """
-    with job.unless_replaced():
+    with job.check_replaced_on_error():
         _complete_block(job, index, attempt)
 
 
@@ -161,7 +161,7 @@ def finalize_job(
     attempt, done = Attempt(1, worker), 0
     lost: dict[Index, str] = {}
     progress(done, len(ready))
-    with ThreadPoolExecutor(threads or blocks_at_once(job.plan)) as pool:
+    with ThreadPoolExecutor(threads or max_concurrent_blocks(job.plan)) as pool:
         for first in range(0, len(ready), BATCH_SIZE):
             batch = ready[first : first + BATCH_SIZE]
             futures = [pool.submit(complete_block, job, index, attempt) for index in batch]
@@ -177,7 +177,7 @@ def finalize_job(
                 for future in futures:
                     future.cancel()
                 raise
-    with job.unless_replaced():
+    with job.check_replaced_on_error():
         _raise_if_lost(lost)
         return _seal(job, completion.unfinished, warnings)
 
@@ -207,9 +207,9 @@ def _raise_if_lost(lost: Mapping[Index, str]) -> None:
         )
 
 
-def blocks_at_once(plan: Plan) -> int:
+def max_concurrent_blocks(plan: Plan) -> int:
     """Return how many blocks to complete concurrently within `FINALIZER_BYTES` of memory."""
-    max_blocks = FINALIZER_BYTES // max(1, footprint(plan).completing)
+    max_blocks = FINALIZER_BYTES // max(1, footprint(plan).finalizing)
     return max(1, min(FINALIZER_THREADS, max_blocks))
 
 
@@ -251,7 +251,7 @@ def _seal(job: JobHandle, missing: tuple[Index, ...], warnings: Sequence[str]) -
     report, inferred, finalized = _report(job, missing, warnings)
     _check_records(job, inferred, finalized, missing)
     if missing:
-        job.output.describe_incomplete(check_unchanged=job.check_unchanged)
+        job.output.mark_incomplete(check_unchanged=job.check_unchanged)
     else:
         job.check_unchanged()
         job.ledger.seal()

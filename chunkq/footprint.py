@@ -23,12 +23,12 @@ class Footprint:
     waiting: int
     computing: int
     writing: int
-    completing: int
+    finalizing: int
 
     def peak_bytes(self, depth: int) -> int:
         """Return the peak of `depth` chunks in flight, of which one at a time is on the device."""
-        others = max(self.waiting, self.writing, self.completing)
-        return max(self.computing + (depth - 1) * others, depth * self.completing)
+        others = max(self.waiting, self.writing, self.finalizing)
+        return max(self.computing + (depth - 1) * others, depth * self.finalizing)
 
 
 def footprint(plan: Plan) -> Footprint:
@@ -38,7 +38,7 @@ def footprint(plan: Plan) -> Footprint:
         max(chunk.waiting for chunk in footprints),
         max(chunk.computing for chunk in footprints),
         max(chunk.writing for chunk in footprints),
-        max(chunk.completing for chunk in footprints),
+        max(chunk.finalizing for chunk in footprints),
     )
 
 

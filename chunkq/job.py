@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from chunkq.combine import Activation, Combine
-from chunkq.errors import ErrorCode, JobError, nearest
+from chunkq.errors import ErrorCode, JobError, suggestion
 from chunkq.grids import Edge
 from chunkq.job_path import canonical, path_problem, printable_path
 from chunkq.padding import PadMode
@@ -424,14 +424,14 @@ def _message(error: Any) -> str:
     path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        hint = nearest(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
+        hint = suggestion(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
         return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
     if kind == "missing":
         return f"{path}: missing; set it (run `chunkq init` for an example)"
     value = _printed(error["input"])
     if kind == "literal_error":
         legal = str(context["expected"]).replace(" or ", ", ")
-        hint = nearest(value.strip("'"), legal.replace("'", "").split(", "))
+        hint = suggestion(value.strip("'"), legal.replace("'", "").split(", "))
         return f"{path}: invalid value {value}; expected one of {legal}{hint}"
     if kind in _EXPECTED:
         return f"{path}: expected {_EXPECTED[kind].format(**context)}, found {value}"
@@ -498,7 +498,7 @@ def _weight_problems(job: Job) -> list[str]:
     if len(names) > 2:
         return [f"weight_function: expected [name] or [file.py, function], found {_printed(names)}"]
     if len(names) == 1 and names[0] not in LOG_PROFILES:
-        hint = nearest(names[0], list(LOG_PROFILES))
+        hint = suggestion(names[0], list(LOG_PROFILES))
         return [
             f"weight_function: invalid value {_printed(names[0])}; "
             f"expected one of {', '.join(LOG_PROFILES)}{hint}"

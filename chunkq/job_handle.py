@@ -68,7 +68,7 @@ class JobHandle:
             )
 
     @contextmanager
-    def unless_replaced(self) -> Iterator[None]:
+    def check_replaced_on_error(self) -> Iterator[None]:
         """Raise MissingJobError instead of any other error if the job was replaced."""
         try:
             yield

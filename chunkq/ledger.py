@@ -46,7 +46,7 @@ BATCH_SIZE = 1000
 """Commit records that are read at once."""
 
 
-def folder_of(output: str) -> str:
+def job_folder_of(output: str) -> str:
     """Return the job folder of an output path. The path of a job folder stays unchanged."""
     output = output.rstrip("/")
     return output if output.endswith(SUFFIX) else output + SUFFIX

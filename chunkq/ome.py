@@ -34,7 +34,7 @@ def first_image(attributes: dict[str, Any]) -> dict[str, Any] | None:
     return image
 
 
-def space_of(image: dict[str, Any], rank: int) -> Space:
+def read_space(image: dict[str, Any], rank: int) -> Space:
     """Return the space of level 0 of an image with `rank` spatial axes.
 
     Entries that are missing or have another length are those of `Space.plain`.

@@ -145,7 +145,7 @@ class Output:
         name = self._record.array
         self.check(name if not self._local or self._exists(name) else SEALED_NAME)
 
-    def describe_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
+    def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
         """Write the group metadata of an output that will be read before it is complete."""
         check_unchanged()
         self._write_group("incomplete", self._record.array)

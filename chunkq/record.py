@@ -71,7 +71,7 @@ class JobRecord:
             raise JobError(problems)
         return cls(job, tuple(sources), hashes, tuple(map(_identity, sources)))
 
-    def on_queue(self, url: str) -> JobRecord:
+    def with_queue(self, url: str) -> JobRecord:
         """Return the record with the URL of its queue.
 
         The record stores no URL that contains a password or is a queue inside this process.

@@ -22,7 +22,7 @@ MAX_CHUNK_BYTES = 512 << 20
 """Upper limit for the memory of one chunk in flight with the default chunk size."""
 MAX_PATCH_VALUES = 1 << 31
 """Upper limit for the values of one patch, channels included."""
-CHUNKS_WANTED = 32
+MIN_CHUNKS = 32
 """Smallest number of chunks with the default chunk size, so that several workers share the job."""
 
 
@@ -271,7 +271,7 @@ class _Shapes:
             larger = [c * 2 if a == smallest else c for a, c in enumerate(chunks)]
             voxels = prod(c + p for c, p in zip(larger, self.patch, strict=True))
             count = prod(-(-v // c) for v, c in zip(volume, larger, strict=True))
-            if voxels * bytes_per_voxel > MAX_CHUNK_BYTES or count < CHUNKS_WANTED:
+            if voxels * bytes_per_voxel > MAX_CHUNK_BYTES or count < MIN_CHUNKS:
                 return tuple(chunks)
             chunks = larger
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import JobFolder, folder_of
+from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.output import new_record
 from chunkq.record import JobRecord
 
 
-def recreate_job(record: JobRecord, folder: str) -> JobHandle:
+def copy_job(record: JobRecord, folder: str) -> JobHandle:
     """Create the job with an empty output below a local folder, and return its handle."""
     output = f"{folder}/out.zarr"
     copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
-    JobFolder(folder_of(output)).create_record(new_record(copy, copy.plan(), replaces=False))
-    job = open_job(folder_of(output))
+    JobFolder(job_folder_of(output)).create_record(new_record(copy, copy.plan(), replaces=False))
+    job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
     return job

@@ -47,7 +47,7 @@ def delete_abandoned(base: Path | None = None) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_own() -> None:
+def delete_own_folders() -> None:
     """Delete the folders of this process, which is about to end without leaving its contexts."""
     for folder in tuple(_own_folders):
         _remove(folder)

@@ -25,7 +25,7 @@ from typing_extensions import override
 from chunkq import buffers
 from chunkq.box import Box
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
-from chunkq.ome import Space, first_image, space_of
+from chunkq.ome import Space, first_image, read_space
 from chunkq.padding import PadMode, source_indices, source_range
 from chunkq.paths import is_url, join, open_filesystem, read_bytes, without_secret
 from chunkq.plan import Volume
@@ -196,7 +196,7 @@ def find_source(path: str) -> Source:
             code=ErrorCode.STORE_UNSUPPORTED,
         )
     level = find_source(join(path, image["datasets"][0]["path"]))
-    space = space_of(image, len(level.volume.shape))
+    space = read_space(image, len(level.volume.shape))
     return Source(level.array_path, level.volume, space)
 
 

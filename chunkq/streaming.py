@@ -28,7 +28,7 @@ def regions(
     for chunk, contribution in computed:
         own_block = None
         if contribution is not None:
-            own_block = contribution.own
+            own_block = contribution.own_block
             for piece, sums in contribution.pieces:
                 # A view would keep the sums of the whole chunk in memory.
                 copy = sums if sums.flags.owndata else sums.copy()

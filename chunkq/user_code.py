@@ -20,7 +20,7 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.job_path import printable_path
 from chunkq.paths import is_url, read_bytes
 from chunkq.plan import Plan
-from chunkq.weights import ArrayWeights, Weights, built_in
+from chunkq.weights import ArrayWeights, Weights, built_in_weights
 
 MODULE_PREFIX = "chunkq_user_"
 
@@ -126,7 +126,7 @@ def load_blend_weights(plan: Plan) -> Weights:
     names = plan.job.weight_function
     if len(names) == 1:
         try:
-            return built_in(names[0], plan.output_patch, plan.margin)
+            return built_in_weights(names[0], plan.output_patch, plan.margin)
         except MemoryError:
             shape = list(plan.output_patch)
             raise JobError(

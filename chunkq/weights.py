@@ -149,7 +149,9 @@ class ArrayWeights:
 Weights = ProductWeights | ArrayWeights
 
 
-def built_in(name: str, output_patch: Sequence[int], margin: Sequence[int]) -> ProductWeights:
+def built_in_weights(
+    name: str, output_patch: Sequence[int], margin: Sequence[int]
+) -> ProductWeights:
     """Return the built-in weights of an output patch, cropped by its margin."""
     profile = LOG_PROFILES[name]
     return ProductWeights(

@@ -377,7 +377,7 @@ class Form:
 
     name: str
     runtime: str
-    within: float
+    tolerance: float
     dtypes: tuple[str, ...]
     casts: bool = False
     fixed: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from types import MappingProxyType
 
-from chunkq.errors import ErrorCode, JobError, QueueError, nearest
+from chunkq.errors import ErrorCode, JobError, QueueError, suggestion
 from chunkq.executors.base import Executor
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
@@ -49,7 +49,7 @@ def open_executor(url: str) -> Executor:
     """
     scheme = url.partition("://")[0]
     if "://" not in url or scheme not in BACKENDS:
-        hint = nearest(scheme, list(BACKENDS))
+        hint = suggestion(scheme, list(BACKENDS))
         printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
             f"queue: {printed}: unknown scheme; "

@@ -18,13 +18,13 @@ from chunkq.tasks import Task, run_worker
 MAX_ATTEMPTS = 3
 """A task fails for good after this many unsuccessful attempts; `retry` queues it again."""
 
-DEPTH_ON_CPU, DEPTH_ON_GPU = 3, 4
+DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU = 3, 4
 """Chunks in flight by default: one is read, one computed, one written.
 
 A GPU process has a fourth, so that the GPU does not wait for a late read or write.
 """
 
-EXIT_DIED = 1
+EXIT_CRASHED = 1
 EXIT_REFUSED = 4
 """The error affects every chunk, so the supervisor does not restart the process."""
 EXIT_QUEUE_UNREACHABLE = 6
@@ -51,8 +51,8 @@ class BlockContribution(NamedTuple):
     """Contribution of a committed chunk to a block: number `member` (from 0) of `of` in total."""
 
     block: tuple[int, ...]
-    member: int
-    of: int
+    contributor: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class TaskResult(NamedTuple):
     """
 
     contributions: Sequence[BlockContribution] = ()
-    ran: bool = True
+    ran_network: bool = True
 
 
 Handler = Callable[[Task, Attempt], TaskResult | None]
@@ -96,7 +96,7 @@ Handler = Callable[[Task, Attempt], TaskResult | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class TaskCounts:
     """Numbers of the tasks of one job on the queue. Finished tasks are in the ledger only."""
 
     queued: int = 0
@@ -105,7 +105,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningTask:
     """A running task, the name of its worker and its start time (s, Unix)."""
 
     task: Task
@@ -115,7 +115,7 @@ class Running:
 
 def default_depth(*, gpu: bool) -> int:
     """Return the default number of chunks in flight in each worker process."""
-    return DEPTH_ON_GPU if gpu else DEPTH_ON_CPU
+    return DEFAULT_DEPTH_GPU if gpu else DEFAULT_DEPTH_CPU
 
 
 @dataclass
@@ -196,7 +196,7 @@ class Executor(ABC):
     owns_process: bool = True
     """Whether each worker is a separate process, which can end when a task hangs."""
 
-    def ready(self) -> None:
+    def check_ready(self) -> None:
         """Raise QueueError unless tasks can be submitted and reserved."""
         self.jobs()
 
@@ -205,15 +205,15 @@ class Executor(ABC):
         """Queue tasks from an iterator in batches; return how many are newly queued."""
 
     @abstractmethod
-    def counts(self, job: str) -> Counts:
+    def counts(self, job: str) -> TaskCounts:
         """Return the numbers of tasks of a job by state."""
 
     @abstractmethod
-    def jobs(self) -> dict[str, Counts]:
+    def jobs(self) -> dict[str, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
 
     @abstractmethod
-    def running(self, job: str) -> list[Running]:
+    def running(self, job: str) -> list[RunningTask]:
         """Return the running tasks of a job."""
 
     @abstractmethod

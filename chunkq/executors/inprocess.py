@@ -17,8 +17,8 @@ from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
     BlockContribution,
-    Counts,
-    Running,
+    RunningTask,
+    TaskCounts,
     WorkerOptions,
 )
 from chunkq.executors.leases import Lease, LeaseQueue
@@ -50,9 +50,9 @@ class _JobQueue:
     failed: dict[str, str] = field(default_factory=dict)
     blocks: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
 
-    def counts(self, now: float) -> Counts:
+    def counts(self, now: float) -> TaskCounts:
         expired = sum(leased.expires < now for leased in self.leased.values())
-        return Counts(len(self.queued) + expired, len(self.leased) - expired, len(self.failed))
+        return TaskCounts(len(self.queued) + expired, len(self.leased) - expired, len(self.failed))
 
     def end_attempt(self, id: str, *, counted: bool) -> None:
         """End the lease of a task: fail it after its last attempt, else queue it.
@@ -129,21 +129,21 @@ class InProcessExecutor(LeaseQueue):
                 count += 1
         return count
 
-    def counts(self, job: str) -> Counts:
+    def counts(self, job: str) -> TaskCounts:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with self._queue.lock:
             return self._queue.job(job).counts(time.time())
 
-    def jobs(self) -> dict[str, Counts]:
+    def jobs(self) -> dict[str, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
         with self._queue.lock:
             return {name: job.counts(time.time()) for name, job in self._queue.jobs.items()}
 
-    def running(self, job: str) -> list[Running]:
+    def running(self, job: str) -> list[RunningTask]:
         """Return the tasks of a job whose leases have not expired."""
         with self._queue.lock:
             return [
-                Running(Task.from_json(leased.message), leased.attempt.worker, leased.since)
+                RunningTask(Task.from_json(leased.message), leased.attempt.worker, leased.since)
                 for leased in self._queue.job(job).leased.values()
                 if leased.expires >= time.time()
             ]

@@ -15,9 +15,9 @@ from chunkq.errors import (
     FrameworkConflictError,
     JobError,
     ModelError,
-    SameFailureError,
+    RepeatedFailureError,
     TaskTimeoutError,
-    cause,
+    failure_key,
 )
 from chunkq.executors.base import Attempt, Executor, Handler, TaskResult, WorkerOptions
 from chunkq.executors.settings import WorkerSettings
@@ -108,7 +108,7 @@ class _JobHistory:
 
     def record_failure(self, task: Task, error: BaseException, settings: WorkerSettings) -> bool:
         """Record a failure; return whether enough chunks failed with one cause to skip the job."""
-        new_cause = cause(type(error).__name__, str(error))
+        new_cause = failure_key(type(error).__name__, str(error))
         if new_cause != self.cause:
             self.cause = new_cause
             self.failed_chunks.clear()
@@ -241,7 +241,7 @@ class _TaskLoops:
                 self._complete(
                     lease, self._queue.record_contributions(lease.task.job, result.contributions)
                 )
-            if result.ran:
+            if result.ran_network:
                 history.record_success(time.time() - lease.since)
             self._queue.ack(lease)
 
@@ -276,10 +276,10 @@ class _TaskLoops:
             log.error("%s", error)
 
 
-def _same_failure(task: Task, history: _JobHistory, error: BaseException) -> SameFailureError:
+def _same_failure(task: Task, history: _JobHistory, error: BaseException) -> RepeatedFailureError:
     message = str(error) or type(error).__name__
     output = without_secret(task.job).removesuffix(".chunkq")
-    return SameFailureError(
+    return RepeatedFailureError(
         f"{output}: {len(history.failed_chunks)} consecutive chunks failed with the same error "
         f"({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips this "
         "job; read the traceback with `chunkq status`, fix the cause, then restart the worker"

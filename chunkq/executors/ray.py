@@ -19,7 +19,7 @@ from ray._private.services import get_ray_address_from_environment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chunkq.errors import ErrorCode, JobError, QueueError
-from chunkq.executors.base import EXIT_DIED, EXIT_REFUSED, ExitStatus, WorkerName, WorkerOptions
+from chunkq.executors.base import EXIT_CRASHED, EXIT_REFUSED, ExitStatus, WorkerName, WorkerOptions
 from chunkq.executors.hosted import (
     HostedQueue,
     QueueHost,
@@ -198,7 +198,7 @@ class RayExecutor(HostedQueue):
         except ray.exceptions.RayActorError as error:
             if "creation task" in str(error):
                 return ExitStatus(EXIT_REFUSED, [_start_problem(error)])
-            return ExitStatus(EXIT_DIED, ["the worker's actor died: " + _first_line(error)])
+            return ExitStatus(EXIT_CRASHED, ["the worker's actor died: " + _first_line(error)])
         finally:
             with suppress(Exception):
                 ray.kill(actor)

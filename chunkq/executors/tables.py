@@ -21,8 +21,8 @@ from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
     BlockContribution,
-    Counts,
-    Running,
+    RunningTask,
+    TaskCounts,
     WorkerOptions,
 )
 from chunkq.executors.leases import Lease, LeaseQueue
@@ -327,18 +327,20 @@ class TableQueue(LeaseQueue):
             queued += self.table.submit([(task.id, task.job, task.to_json()) for task in batch])
         return queued
 
-    def counts(self, job: str) -> Counts:
+    def counts(self, job: str) -> TaskCounts:
         """Return the numbers of tasks of a job by state."""
-        return Counts(**self.table.counts(job))
+        return TaskCounts(**self.table.counts(job))
 
-    def jobs(self) -> dict[str, Counts]:
+    def jobs(self) -> dict[str, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
-        return {job: Counts(**counts) for job, counts in self.table.jobs().items()}
+        return {job: TaskCounts(**counts) for job, counts in self.table.jobs().items()}
 
-    def running(self, job: str) -> list[Running]:
+    def running(self, job: str) -> list[RunningTask]:
         """Return the tasks of a job whose leases have not expired."""
         rows = self.table.running(job)
-        return [Running(Task.from_json(message), worker, since) for message, worker, since in rows]
+        return [
+            RunningTask(Task.from_json(message), worker, since) for message, worker, since in rows
+        ]
 
     def failed(self, job: str) -> list[Task]:
         """Return the failed tasks of a job."""
@@ -385,7 +387,7 @@ class TableQueue(LeaseQueue):
         self, job: str, contributions: Sequence[BlockContribution]
     ) -> list[Task]:
         """Record a contributor of blocks; return tasks to finalize the complete ones."""
-        rows = [(chunk_name(c.block), c.member, c.of) for c in contributions]
+        rows = [(chunk_name(c.block), c.contributor, c.total) for c in contributions]
         blocks = map(parse_chunk, self.table.record_contributions(job, rows))
         return [Task("finalize", job, block) for block in blocks if block is not None]
 

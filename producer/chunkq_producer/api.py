@@ -17,7 +17,7 @@ from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job
 from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
-from chunkq.ledger import folder_of
+from chunkq.ledger import job_folder_of
 from chunkq_producer import submit
 from chunkq_producer.cluster import queue_of
 from chunkq_producer.distribute import distribute as finalize_on_workers
@@ -160,7 +160,7 @@ def _load(job: JobSource, input: PathOrUrl | None, output: PathOrUrl | None) -> 
 
 def _folder(output: PathOrUrl) -> str:
     """Return the path of an output's job folder."""
-    return folder_of(output_path(str(output), Path.cwd()))
+    return job_folder_of(output_path(str(output), Path.cwd()))
 
 
 @contextmanager

@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from chunkq.box import Box
 from chunkq.executors.base import Attempt
-from chunkq.finalize import OWN_PIECE, blocks_at_once, complete_block
+from chunkq.finalize import OWN_PIECE, complete_block, max_concurrent_blocks
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
 from chunkq.parent_death_signal import with_parent_death_signal
 from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
-from chunkq.sample_job import recreate_job
+from chunkq.sample_job import copy_job
 from chunkq.scratch import scratch_folder
 from chunkq.tasks import chunk_name, parse_chunk
 
@@ -36,7 +36,7 @@ MAX_BLOCKS = 8
 def measure_finalizer_memory(record: JobRecord) -> int | None:
     """Return the peak resident memory (bytes) of a finalizer process; None if it failed."""
     with scratch_folder("finalizer") as folder:
-        job = recreate_job(record, str(folder))
+        job = copy_job(record, str(folder))
         blocks = sample_blocks(job.plan)
         for index in blocks:
             _write_noise_pieces(job, job.plan.chunk(index))
@@ -60,7 +60,7 @@ def main() -> None:
     path, *names = sys.argv[1:]
     job = open_job(path)
     blocks = [index for index in map(parse_chunk, names) if index is not None]
-    with ThreadPoolExecutor(blocks_at_once(job.plan)) as pool:
+    with ThreadPoolExecutor(max_concurrent_blocks(job.plan)) as pool:
         for _ in pool.map(lambda i: complete_block(job, i, Attempt(1, "finalizer")), blocks):
             pass
     sys.stdout.write(f"{peak_bytes()}\n")

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from chunkq.errors import QueueError, cause
-from chunkq.executors.base import Counts, Executor, WorkerName
+from chunkq.errors import QueueError, failure_key
+from chunkq.executors.base import Executor, TaskCounts, WorkerName
 from chunkq.job_handle import JobHandle
 from chunkq.ledger import Failure, RecentCommits
 from chunkq.paths import without_secret
@@ -86,7 +86,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     folder, ledger, plan = job.folder, job.ledger, job.plan
     recent = ledger.recent_commits("infer", RECENT_COMMITS)
     done, finalized = recent.total, ledger.count("finalize")
-    counts, running, failed_tasks = Counts(), [], []
+    counts, running, failed_tasks = TaskCounts(), [], []
     if executor is not None:
         try:
             counts = executor.counts(folder.path)
@@ -190,7 +190,9 @@ def _failure_groups(
     """Group recorded failures by cause; `unexplained` chunks failed without a record."""
     failures_by_cause: dict[tuple[str, str], list[Failure]] = {}
     for failure in failures:
-        failures_by_cause.setdefault(cause(failure.error, failure.message), []).append(failure)
+        failures_by_cause.setdefault(failure_key(failure.error, failure.message), []).append(
+            failure
+        )
     groups = [
         FailureGroup(
             error=error,

@@ -17,7 +17,7 @@ from chunkq.executors.hosted import HostedQueue
 from chunkq.finalize import finalize_job
 from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import folder_of
+from chunkq.ledger import job_folder_of
 from chunkq.record import JobRecord
 from chunkq.tasks import chunk_name
 from chunkq_producer import submit
@@ -126,7 +126,7 @@ def run_job(
     with cluster_for(job, engine, url, step, options.workers) as cluster:
         if engine != "sqlite":  # report an unreachable server before loading the network
             with closing(open_executor(cluster.url)) as executor:
-                executor.ready()
+                executor.check_ready()
         if not cluster.launches_remote_workers or step is not None:
             check = reporter.check_model(prepared.record)
             if check.error is not None:
@@ -261,7 +261,7 @@ def _follow(
 ) -> RunResult:
     """Run workers on this node until the leading process has finished the job."""
     leader = wait_for_leader(job.output, step)
-    handle = open_job(folder_of(job.output))
+    handle = open_job(job_folder_of(job.output))
 
     def is_over() -> bool:
         return has_ended(job.output, step)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.ledger import folder_of
+from chunkq.ledger import job_folder_of
 from chunkq.objects import ObjectFolder
 
 POLL_SECONDS = 1.0
@@ -84,7 +84,7 @@ def announce(output: str, step: Step | None) -> Iterator[Callable[[Announcement]
     if step is None:
         yield lambda announcement: None
         return
-    folder = ObjectFolder(folder_of(output))
+    folder = ObjectFolder(job_folder_of(output))
     published = False
 
     def publish(announcement: Announcement) -> None:
@@ -102,7 +102,7 @@ def announce(output: str, step: Step | None) -> Iterator[Callable[[Announcement]
 def wait_for_leader(output: str, step: Step) -> Announcement:
     """Wait for the leader's announcement and return it. Raises ChunkqError after a timeout."""
     deadline = time.monotonic() + LEADER_TIMEOUT
-    while (content := ObjectFolder(folder_of(output)).get(step.name)) is None:
+    while (content := ObjectFolder(job_folder_of(output)).get(step.name)) is None:
         if time.monotonic() > deadline:
             raise ChunkqError(
                 f"cluster: the first task of this step has not started the cluster within "
@@ -115,4 +115,4 @@ def wait_for_leader(output: str, step: Step) -> Announcement:
 
 def has_ended(output: str, step: Step) -> bool:
     """Return whether the leader has withdrawn its announcement."""
-    return not ObjectFolder(folder_of(output)).exists(step.name)
+    return not ObjectFolder(job_folder_of(output)).exists(step.name)

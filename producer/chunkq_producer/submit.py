@@ -12,7 +12,7 @@ from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.executors.base import Executor
 from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import RECORD, JobFolder, folder_of
+from chunkq.ledger import RECORD, JobFolder, job_folder_of
 from chunkq.objects import ObjectFolder
 from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
@@ -55,7 +55,7 @@ def prepare(job: Job) -> PreparedJob:
     record = JobRecord.create(job, sources)
     plan = record.plan()
     load_blend_weights(plan)
-    if folder_of(job.output) == job.output:
+    if job_folder_of(job.output) == job.output:
         raise JobError(
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "
             "folders; choose another path"
@@ -80,7 +80,7 @@ def check_existing_job(
     output = prepared.record.job.output
     if resume and overwrite:
         raise JobError("--resume: conflicts with --overwrite; use one of them")
-    folder = JobFolder(folder_of(output))
+    folder = JobFolder(job_folder_of(output))
     if overwrite:
         exists = folder.objects.exists(RECORD)  # the record may be damaged
         _check_overwritable(output, is_job=exists)
@@ -121,8 +121,8 @@ def produce(
     `store_queue`, the job record contains the URL of the queue for later commands.
     """
     check_existing_job(prepared, resume=resume, overwrite=overwrite)
-    folder = JobFolder(folder_of(prepared.record.job.output))
-    record = prepared.record.on_queue(executor.url) if store_queue else prepared.record
+    folder = JobFolder(job_folder_of(prepared.record.job.output))
+    record = prepared.record.with_queue(executor.url) if store_queue else prepared.record
     with _storage_errors(folder.path):
         if overwrite:
             _replace(folder, record, prepared.plan, executor)

@@ -27,7 +27,7 @@ from chunkq.errors import (
     ModelError,
     PredictionError,
     QueueError,
-    SameFailureError,
+    RepeatedFailureError,
     TaskTimeoutError,
 )
 from chunkq.executors import open_executor
@@ -35,9 +35,9 @@ from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
     BlockContribution,
-    Counts,
     Executor,
     Handler,
+    TaskCounts,
     TaskResult,
     WorkerOptions,
 )
@@ -311,11 +311,11 @@ def test_a_task_is_on_the_queue_once_even_if_submitted_repeatedly(
     other = open_executor(url)
     assert other.submit(tasks(7)) == 2
     other.close()
-    assert queue.counts(JOB) == Counts(queued=7)
+    assert queue.counts(JOB) == TaskCounts(queued=7)
     recorder = Recorder()
     queue.run_tasks(recorder, burst())
     assert sorted(recorder.tasks, key=lambda task: task.chunk) == tasks(7)
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()
 
 
 def test_submit_queues_the_first_tasks_before_it_reads_the_last_one(
@@ -341,9 +341,9 @@ def test_submitting_a_running_task_again_changes_nothing(queue: Executor, url: s
         before = queue.running(JOB)
         assert queue.submit(tasks(1)) == 0
         assert queue.running(JOB) == before
-        assert queue.counts(JOB) == Counts(running=1)
+        assert queue.counts(JOB) == TaskCounts(running=1)
         blocked.end()
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()
     assert blocked.recorder.numbers == [1]
 
 
@@ -352,9 +352,9 @@ def test_a_failed_task_submitted_again_has_all_its_attempts(
 ) -> None:
     queue.submit(tasks(1))
     queue.run_tasks(Recorder(raises(ValueError("no"))), burst())
-    assert queue.counts(JOB) == Counts(failed=1)
+    assert queue.counts(JOB) == TaskCounts(failed=1)
     assert queue.submit(tasks(2)) == 2
-    assert queue.counts(JOB) == Counts(queued=2)
+    assert queue.counts(JOB) == TaskCounts(queued=2)
     recorder = Recorder(raises(ValueError("no")))
     queue.run_tasks(recorder, burst())
     assert sorted(recorder.numbers) == sorted([*range(1, MAX_ATTEMPTS + 1)] * 2)
@@ -366,13 +366,13 @@ def test_a_failed_task_submitted_again_has_all_its_attempts(
 @pytest.mark.transport
 def test_tasks_of_several_jobs_are_counted_separately(queue: Executor, url: str) -> None:
     assert queue.jobs() == {}
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()
     queue.submit(tasks(3))
     queue.submit(tasks(2, OTHER_JOB))
     queue.run_tasks(Recorder(raises(ValueError("no"))), burst(job=OTHER_JOB))
     with blocked_worker(url, options("worker-b", job=JOB)) as blocked:
         wait_until(lambda: blocked.recorder.started, "a task is started")
-        expected = {JOB: Counts(queued=2, running=1), OTHER_JOB: Counts(failed=2)}
+        expected = {JOB: TaskCounts(queued=2, running=1), OTHER_JOB: TaskCounts(failed=2)}
         assert queue.jobs() == expected
         assert {job: queue.counts(job) for job in expected} == expected
         assert queue.failed(JOB) == []
@@ -399,7 +399,7 @@ def test_a_worker_of_one_job_runs_no_tasks_of_other_jobs(queue: Executor) -> Non
     recorder = Recorder()
     queue.run_tasks(recorder, burst(job=OTHER_JOB))
     assert set(recorder.tasks) == set(tasks(2, OTHER_JOB))
-    assert queue.jobs() == {JOB: Counts(queued=2)}
+    assert queue.jobs() == {JOB: TaskCounts(queued=2)}
 
 
 @pytest.mark.transport
@@ -408,7 +408,7 @@ def test_retry_queues_the_failed_tasks_of_one_job_with_all_attempts(queue: Execu
     queue.run_tasks(Recorder(raises(ValueError("no"))), burst())
     queue.submit([Task("infer", JOB, (9, 9))])
     assert queue.retry(JOB) == 2
-    assert queue.jobs() == {JOB: Counts(queued=3), OTHER_JOB: Counts(failed=1)}
+    assert queue.jobs() == {JOB: TaskCounts(queued=3), OTHER_JOB: TaskCounts(failed=1)}
     assert queue.retry(JOB) == 0
     recorder = Recorder()
     queue.run_tasks(recorder, burst())
@@ -423,7 +423,7 @@ def test_cancel_removes_one_job_and_lets_running_tasks_finish(queue: Executor, u
         assert queue.cancel(JOB) in (2, 3)
         blocked.end()
     assert len(blocked.recorder.finished) == 1
-    assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
+    assert queue.jobs() == {OTHER_JOB: TaskCounts(queued=1)}
 
 
 def test_a_cancelled_task_can_be_submitted_and_started_while_it_still_runs(
@@ -452,7 +452,7 @@ def test_an_error_costs_an_attempt_and_the_task_is_tried_again(queue: Executor) 
     recorder = Recorder(fail_once)
     queue.run_tasks(recorder, burst("worker-a"))
     assert recorder.started == [(tasks(1)[0], Attempt(n, "worker-a")) for n in (1, 2)]
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()
 
 
 def test_a_task_that_failed_is_tried_again_after_all_others(queue: Executor) -> None:
@@ -484,7 +484,7 @@ def test_a_task_that_fails_every_attempt_ends_failed_and_the_others_are_done(
     assert [attempt.number for attempt in tries] == [*range(1, MAX_ATTEMPTS + 1)]
     assert [attempt.is_last for attempt in tries] == [False, False, True]
     assert len(recorder.finished) == 3
-    assert queue.counts(JOB) == Counts(failed=1)
+    assert queue.counts(JOB) == TaskCounts(failed=1)
     assert queue.failed(JOB) == [Task("infer", JOB, (1, 0))]
 
 
@@ -497,7 +497,7 @@ def test_an_error_that_affects_every_chunk_is_raised_and_costs_no_attempt(
     with pytest.raises(type(error), match="no such"):
         queue.run_tasks(recorder, options("worker-a", depth=2))
     assert 1 <= len(recorder.started) <= 2
-    assert queue.counts(JOB) == Counts(queued=5)
+    assert queue.counts(JOB) == TaskCounts(queued=5)
     second = Recorder()
     queue.run_tasks(second, burst())
     assert second.numbers == [1] * 5
@@ -517,7 +517,7 @@ def test_a_job_that_cannot_run_is_skipped_and_other_jobs_finish_first(
         queue.run_tasks(recorder, burst())
     assert set(recorder.finished) == set(tasks(3, OTHER_JOB))
     assert len(recorder.started) == 4
-    assert queue.jobs() == {JOB: Counts(queued=5)}
+    assert queue.jobs() == {JOB: TaskCounts(queued=5)}
 
 
 @pytest.mark.transport
@@ -526,10 +526,10 @@ def test_tasks_of_a_dead_worker_are_available_immediately_after_release(
 ) -> None:
     queue.submit(tasks(1))
     lease_and_disappear(url, "dead")
-    assert queue.counts(JOB) == Counts(running=1)
+    assert queue.counts(JOB) == TaskCounts(running=1)
     assert queue.release("another worker") == 0
     assert queue.release("dead") == 1
-    assert queue.counts(JOB) == Counts(queued=1)
+    assert queue.counts(JOB) == TaskCounts(queued=1)
     recorder, before = Recorder(), time.monotonic()
     queue.run_tasks(recorder, burst("heir"))
     assert recorder.started == [(tasks(1)[0], Attempt(2, "heir"))]
@@ -544,7 +544,7 @@ def test_a_task_that_kills_every_worker_ends_failed(queue: Executor, url: str) -
     recorder = Recorder()
     queue.run_tasks(recorder, burst())
     assert recorder.started == []
-    assert queue.counts(JOB) == Counts(failed=1)
+    assert queue.counts(JOB) == TaskCounts(failed=1)
     assert queue.failed(JOB) == tasks(1)
 
 
@@ -568,7 +568,7 @@ def test_a_killed_worker_process_holds_its_task_until_released(queue: Executor, 
     process.start()
     process.join(TIMEOUT)
     assert process.exitcode == 9
-    assert queue.counts(JOB) == Counts(running=1)
+    assert queue.counts(JOB) == TaskCounts(running=1)
     assert queue.release("dead") == 1
     recorder = Recorder()
     queue.run_tasks(recorder, burst("heir"))
@@ -581,12 +581,12 @@ def test_the_task_of_a_lost_worker_runs_again_when_its_lease_expires(
 ) -> None:
     queue.submit(tasks(1))
     lease_and_disappear(url, "dead", SHORT_LEASE)
-    wait_until(lambda: queue.counts(JOB) == Counts(queued=1), "the lease expires")
+    wait_until(lambda: queue.counts(JOB) == TaskCounts(queued=1), "the lease expires")
     assert queue.running(JOB) == []
     recorder = Recorder()
     queue.run_tasks(recorder, burst("heir"))
     assert recorder.started == [(tasks(1)[0], Attempt(2, "heir"))]
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()
 
 
 def test_a_lease_that_its_worker_never_received_expires(queue: Executor) -> None:
@@ -603,7 +603,7 @@ def test_a_lease_that_its_worker_never_received_expires(queue: Executor) -> None
         return [item.task for item in queue.running(JOB)] == [lease.task]
 
     wait_until(only_the_other_task_runs, "the lost lease expires")
-    assert queue.counts(JOB) == Counts(queued=1, running=1)
+    assert queue.counts(JOB) == TaskCounts(queued=1, running=1)
 
 
 @pytest.mark.transport
@@ -635,7 +635,7 @@ def test_a_worker_cannot_end_a_task_that_is_leased_to_another_worker_now(
             time.sleep(MOMENT)
             assert [item.worker for item in queue.running(JOB)] == ["heir"]
             heir.end()
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()
 
 
 # --------------------------------------------------------------------------------- workers
@@ -706,7 +706,7 @@ def test_a_stopped_worker_finishes_tasks_in_flight_and_starts_no_more(
         blocked.end()
     assert len(blocked.recorder.finished) == 2
     assert len(blocked.recorder.started) == 2
-    assert queue.counts(JOB) == Counts(queued=4)
+    assert queue.counts(JOB) == TaskCounts(queued=4)
 
 
 def test_a_worker_starts_no_task_that_would_end_after_its_deadline(queue: Executor) -> None:
@@ -722,7 +722,7 @@ def test_a_worker_starts_no_task_that_would_end_after_its_deadline(queue: Execut
     # A slow machine makes tasks longer, but starts none too late.
     assert started
     assert max(started) + seconds < deadline + 0.05
-    assert queue.counts(JOB) == Counts(queued=30 - len(started))
+    assert queue.counts(JOB) == TaskCounts(queued=30 - len(started))
 
 
 def test_a_worker_past_its_deadline_starts_no_task(queue: Executor) -> None:
@@ -752,7 +752,7 @@ def test_a_job_whose_chunks_fail_with_one_error_is_skipped_and_other_jobs_finish
 ) -> None:
     queue.submit([*tasks(10), *tasks(3, OTHER_JOB)])
     recorder = Recorder(fails_in(JOB, unreadable))
-    with pytest.raises(SameFailureError) as failure:
+    with pytest.raises(RepeatedFailureError) as failure:
         queue.run_tasks(recorder, burst())
     first, line = QUICK.same_failures_at_first, str(failure.value)
     assert failure.value.code is ErrorCode.REPEATED_FAILURE
@@ -762,7 +762,7 @@ def test_a_job_whose_chunks_fail_with_one_error_is_skipped_and_other_jobs_finish
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     assert [task.chunk[0] for task in recorder.tasks if task.job == JOB] == [*range(first)]
     assert recorder.finished == tasks(3, OTHER_JOB)
-    assert queue.jobs() == {JOB: Counts(queued=10)}
+    assert queue.jobs() == {JOB: TaskCounts(queued=10)}
     again = Recorder()
     queue.run_tasks(again, burst())
     assert sorted(again.numbers) == [1] * (10 - first) + [2] * first
@@ -779,7 +779,7 @@ def test_after_a_success_more_failures_with_one_error_are_tolerated(
             raise unreadable(task)
 
     recorder = Recorder(succeed_first)
-    with pytest.raises(SameFailureError, match=r"brain\.zarr: 6 "):
+    with pytest.raises(RepeatedFailureError, match=r"brain\.zarr: 6 "):
         queue.run_tasks(recorder, burst(settings=settings))
     assert len(recorder.started) == 1 + 6
 
@@ -793,11 +793,11 @@ def test_chunks_that_did_not_run_the_network_are_not_a_success(
     def run_every_second(task: Task, attempt: Attempt) -> TaskResult:
         if task.chunk[0] % 2:
             raise unreadable(task)
-        return TaskResult(ran=False)
+        return TaskResult(ran_network=False)
 
-    with pytest.raises(SameFailureError, match=r"brain\.zarr: 3 "):
+    with pytest.raises(RepeatedFailureError, match=r"brain\.zarr: 3 "):
         queue.run_tasks(run_every_second, burst(settings=settings))
-    assert queue.counts(JOB) == Counts(queued=7)
+    assert queue.counts(JOB) == TaskCounts(queued=7)
 
 
 def test_a_success_resets_the_count_of_failures(
@@ -827,7 +827,7 @@ def test_different_causes_do_not_add_up(queue: Executor, errors: tuple[Exception
     recorder = Recorder(fails_in(JOB, lambda task: errors[task.chunk[0] % 2]))
     queue.run_tasks(recorder, burst())
     assert len(recorder.started) == MAX_ATTEMPTS * count
-    assert queue.counts(JOB) == Counts(failed=count)
+    assert queue.counts(JOB) == TaskCounts(failed=count)
 
 
 def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
@@ -836,7 +836,7 @@ def test_failures_of_two_jobs_do_not_add_up(queue: Executor) -> None:
     queue.submit(Task("infer", OTHER_JOB, (number, 1)) for number in range(count))
     recorder = Recorder(raises(unreadable(tasks(1)[0])))
     queue.run_tasks(recorder, burst())
-    assert queue.jobs() == {JOB: Counts(failed=count), OTHER_JOB: Counts(failed=count)}
+    assert queue.jobs() == {JOB: TaskCounts(failed=count), OTHER_JOB: TaskCounts(failed=count)}
 
 
 def test_one_failing_chunk_never_skips_its_job(
@@ -863,7 +863,7 @@ def test_one_failing_chunk_never_skips_its_job(
     queue.run_tasks(recorder, RetryingOptions("worker-a", burst=True, settings=settings))
     assert retries == 0
     assert recorder.numbers == [*range(1, MAX_ATTEMPTS + 1)] * 5
-    assert queue.counts(JOB) == Counts(failed=1)
+    assert queue.counts(JOB) == TaskCounts(failed=1)
 
 
 def test_failures_that_differ_only_in_coordinates_count_as_one_error(queue: Executor) -> None:
@@ -875,7 +875,7 @@ def test_failures_that_differ_only_in_coordinates_count_as_one_error(queue: Exec
         return PredictionError(f"the network gave NaN for the patch that reads {low}")
 
     recorder = Recorder(fails_in(JOB, not_finite))
-    with pytest.raises(SameFailureError):
+    with pytest.raises(RepeatedFailureError):
         queue.run_tasks(recorder, burst())
     assert len(recorder.started) == QUICK.same_failures_at_first
 
@@ -906,7 +906,7 @@ def test_a_worker_that_skips_a_job_ends_when_no_other_tasks_remain(
     ended = not thread.is_alive()
     worker.stop.set()
     thread.join(TIMEOUT)
-    assert queue.jobs() == {JOB: Counts(queued=2)}
+    assert queue.jobs() == {JOB: TaskCounts(queued=2)}
     assert len(errors) == 1
     assert ended
 
@@ -947,7 +947,7 @@ def test_a_task_over_its_time_limit_costs_an_attempt_and_requeues_the_others(
         assert len(str(timeout.value).splitlines()) == 1
         assert [lease.task for lease in timeout.value.leases] == [hangs]
         assert [lease.attempt for lease in timeout.value.leases] == [Attempt(1, "slow")]
-        assert queue.counts(JOB) == Counts(queued=4)
+        assert queue.counts(JOB) == TaskCounts(queued=4)
         time.sleep(MOMENT)
         assert set(started) == {hangs, short, late}
         recorder = Recorder()
@@ -982,7 +982,7 @@ def test_a_task_that_hangs_on_every_attempt_ends_failed(queue: Executor) -> None
                 queue.run_tasks(
                     lambda task, attempt: wait_for(go), options(f"w{number}", time_limit=0.1)
                 )
-        assert queue.counts(JOB) == Counts(failed=1)
+        assert queue.counts(JOB) == TaskCounts(failed=1)
 
 
 def wait_for(event: threading.Event) -> None:
@@ -1047,7 +1047,7 @@ def test_each_complete_block_is_returned_once_to_one_caller(queue: Executor, url
     blocks, threads_count = [(n, 0, n) for n in range(25)], 4
     contributions = [BlockContribution(block, member, 8) for block in blocks for member in range(8)]
     # Some commit repeatedly, like workers whose lease expired.
-    contributions += [c for c in contributions if c.member == 3] * 2
+    contributions += [c for c in contributions if c.contributor == 3] * 2
     random.Random(1).shuffle(contributions)
     barrier, complete = threading.Barrier(threads_count), []
     executors = [queue, open_executor(url)]
@@ -1128,7 +1128,7 @@ class BlockHandler:
     to: Sequence[tuple[int, ...]]
     block: Handler = lambda task, attempt: None
     blocks: list[tuple[Task, Attempt]] = field(default_factory=list)
-    running: list[Counts] = field(default_factory=list)
+    running: list[TaskCounts] = field(default_factory=list)
 
     def __call__(self, task: Task, attempt: Attempt) -> TaskResult | None:
         if task.kind == "infer":
@@ -1147,7 +1147,7 @@ def test_a_worker_completes_the_blocks_that_its_chunk_was_the_last_to_contribute
     queue.run_tasks(handler, burst("worker-a"))
     assert handler.blocks == [(b, Attempt(1, "worker-a")) for b in finalize_tasks((7, 7), (8, 8))]
     # The chunk is running until its blocks are finalized, so a crash queues it again.
-    assert handler.running == [Counts(running=1)] * 2
+    assert handler.running == [TaskCounts(running=1)] * 2
     assert queue.jobs() == {}
 
 
@@ -1234,13 +1234,13 @@ def test_a_producer_waits_while_the_queue_is_full(
         wait_until(lambda: queue.counts(JOB).queued == 4, "the queue is full")
         time.sleep(MOMENT)
         assert filler.is_waiting
-        assert queue.counts(JOB) == Counts(queued=4)
+        assert queue.counts(JOB) == TaskCounts(queued=4)
         [record] = [r for r in caplog.records if r.levelname == "WARNING"]
         assert "produce --resume" in record.getMessage()
         run_and_ack(queue, 1)
         time.sleep(3 * MOMENT)
         assert filler.is_waiting
-        assert queue.counts(JOB) == Counts(queued=3)
+        assert queue.counts(JOB) == TaskCounts(queued=3)
         run_and_ack(queue, 1)
         wait_until(lambda: queue.counts(JOB).queued == 4, "the rest is queued")
         run_and_ack(queue, 2)
@@ -1339,4 +1339,4 @@ def test_many_processes_share_a_queue_and_no_task_runs_twice(
     assert Counter(task for _, task, _ in lines) == Counter(task.id for task in tasks(count))
     assert {number for _, _, number in lines} == {"1"}
     assert len({process for process, _, _ in lines}) == workers
-    assert queue.counts(JOB) == Counts()
+    assert queue.counts(JOB) == TaskCounts()

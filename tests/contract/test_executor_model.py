@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 )
 
 from chunkq.executors import open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, Counts, WorkerOptions
+from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts, WorkerOptions
 from chunkq.executors.inprocess import InProcessExecutor
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.executor import queue_name
@@ -381,14 +381,14 @@ class Model(RuleBasedStateMachine):
     def is_running(self, lease: Lease) -> bool:
         return lease.task in {item.task for item in self.queue.running(lease.task.job)}
 
-    def expected(self, job: str) -> Counts:
+    def expected(self, job: str) -> TaskCounts:
         states = [("queued" if model.expired else model.state) for model in self.of(job).values()]
-        return Counts(*(states.count(state) for state in ("queued", "running", "failed")))
+        return TaskCounts(*(states.count(state) for state in ("queued", "running", "failed")))
 
     @invariant()
     def every_task_is_counted_once(self) -> None:
         expected = {job: self.expected(job) for job in JOBS}
-        assert self.queue.jobs() == {job: c for job, c in expected.items() if c != Counts()}
+        assert self.queue.jobs() == {job: c for job, c in expected.items() if c != TaskCounts()}
         job = next(self._counted_jobs)
         assert self.queue.counts(job) == expected[job]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from chunkq.errors import FrameworkConflictError
-from chunkq.executors.base import Attempt, Counts, Executor
+from chunkq.executors.base import Attempt, Executor, TaskCounts
 from chunkq.tasks import Task
 from tests.contract import test_executor_contract as contract
 from tests.contract.test_executor_contract import (
@@ -39,7 +39,7 @@ def test_a_job_that_needs_a_new_process_stays_queued_until_all_other_jobs_are_do
     with pytest.raises(FrameworkConflictError):
         queue.run_tasks(recorder, options("worker-a", depth=2, burst=ends_when_drained))
     assert sorted(recorder.finished, key=lambda task: task.chunk) == tasks(6, JOB)
-    assert queue.jobs() == {OTHER_JOB: Counts(queued=2)}
+    assert queue.jobs() == {OTHER_JOB: TaskCounts(queued=2)}
     fresh = Recorder()
     queue.run_tasks(fresh, burst("worker-b"))
     assert sorted(fresh.tasks, key=lambda task: task.chunk) == tasks(2, OTHER_JOB)
@@ -56,8 +56,8 @@ def test_a_job_that_needs_a_new_process_waits_for_other_jobs_for_a_limited_time(
     with pytest.raises(FrameworkConflictError):
         queue.run_tasks(recorder, options(settings=settings))
     assert recorder.tasks[-1].job == OTHER_JOB
-    assert queue.counts(OTHER_JOB) == Counts(queued=1)
-    assert queue.counts(JOB) == Counts(queued=20 - len(recorder.finished))
+    assert queue.counts(OTHER_JOB) == TaskCounts(queued=1)
+    assert queue.counts(JOB) == TaskCounts(queued=20 - len(recorder.finished))
 
 
 def test_a_process_to_be_replaced_finishes_tasks_in_flight(queue: Executor) -> None:
@@ -81,14 +81,14 @@ def test_a_process_to_be_replaced_finishes_tasks_in_flight(queue: Executor) -> N
         wait_until(lambda: queue.counts(JOB).running, "a task is in flight")
         queue.submit(tasks(1, OTHER_JOB))
         assert worker_options.stop.wait(TIMEOUT)
-        assert queue.jobs() == {JOB: Counts(running=1), OTHER_JOB: Counts(queued=1)}
+        assert queue.jobs() == {JOB: TaskCounts(running=1), OTHER_JOB: TaskCounts(queued=1)}
         assert worker.is_alive()
     finally:
         go.set()
         worker_options.stop.set()
         worker.join(TIMEOUT)
     assert len(errors) == 1
-    assert queue.jobs() == {OTHER_JOB: Counts(queued=1)}
+    assert queue.jobs() == {OTHER_JOB: TaskCounts(queued=1)}
 
 
 def test_a_worker_that_is_stopped_during_a_conflict_ends_without_error(queue: Executor) -> None:
@@ -100,4 +100,4 @@ def test_a_worker_that_is_stopped_during_a_conflict_ends_without_error(queue: Ex
 
     queue.submit(tasks(1, OTHER_JOB))
     queue.run_tasks(handle, worker_options)
-    assert queue.counts(OTHER_JOB) == Counts(queued=1)
+    assert queue.counts(OTHER_JOB) == TaskCounts(queued=1)

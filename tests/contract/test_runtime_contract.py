@@ -171,7 +171,7 @@ def test_predictions_equal_those_of_the_torch_class(factory: RuntimeFactory, for
     outputs = to_numpy(factory.runtime(form)(values))
     assert outputs.shape == (4, CHANNELS, *PATCH)
     assert outputs.dtype in (np.float32, np.float64)
-    np.testing.assert_allclose(outputs, models.predict(values), rtol=0, atol=form.within)
+    np.testing.assert_allclose(outputs, models.predict(values), rtol=0, atol=form.tolerance)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_every_dtype_of_the_job_reaches_the_network(
     factory: RuntimeFactory, form: Form, dtype: str
 ) -> None:
     outputs = to_numpy(factory.runtime(form, dtype)(batch()))
-    tolerance = form.within
+    tolerance = form.tolerance
     if form.casts:
         tolerance = models.LOW_PRECISION_TOLERANCE.get(dtype, tolerance)
     np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=tolerance)
@@ -194,7 +194,7 @@ def test_every_dtype_of_the_job_reaches_the_network(
 )
 def test_every_dtype_of_a_volume_is_cast(factory: RuntimeFactory, form: Form, dtype: str) -> None:
     outputs = to_numpy(factory.runtime(form)(batch(dtype=dtype)))
-    np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=form.within)
+    np.testing.assert_allclose(outputs, models.predict(batch()), rtol=0, atol=form.tolerance)
 
 
 @each_form
@@ -279,7 +279,7 @@ def test_protected_steps_get_the_arrays_of_the_runtime(factory: RuntimeFactory, 
     input_shape, output_shape = (4, 1, *PATCH), (4, CHANNELS, *PATCH)
     assert inputs == [(array_type, input_shape, "float32"), (array_type, output_shape, "float32")]
     expected = models.predict(batch() * 2 - 10) * 0.5 + 1
-    np.testing.assert_allclose(outputs, expected, rtol=0, atol=form.within)
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=form.tolerance)
 
 
 # ----------------------------------------------------------------------------------- memory

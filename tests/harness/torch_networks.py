@@ -59,7 +59,7 @@ def scripted(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.flo
     return path
 
 
-def plan_of(
+def create_plan(
     folder: Path, shape: tuple[int, int] = (32, 16), dtype: str = "float32", **more: Any
 ) -> Plan:
     (folder / "net.py").write_text(CLASS)
@@ -94,7 +94,7 @@ def predictions(plan: Plan, runtime: Any = None, steps: Steps | None = None) -> 
     return np.stack([np.asarray(prediction).copy() for _, prediction in pairs])
 
 
-class Fake(Runtime):
+class FakeRuntime(Runtime):
     """A runtime that records its batches. Raise `error` for more than `max_items` items."""
 
     device = "cpu"
@@ -157,7 +157,7 @@ def program(
 
 def load_error(folder: Path, code: ErrorCode = ErrorCode.MODEL_UNUSABLE, /, **model: Any) -> str:
     """Return the message of the ModelError that loading or warming up a network raises."""
-    plan = plan_of(folder, model=model)
+    plan = create_plan(folder, model=model)
     with pytest.raises(ModelError) as caught:
         Batcher(plan, load(plan), Steps()).warm_up()
     line = str(caught.value)
@@ -173,7 +173,7 @@ def conv() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.Dropout(0.5))
 
 
-class TrainedNet(Fake):
+class TrainedNet(FakeRuntime):
     """Calls the trained network directly."""
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:

@@ -21,7 +21,7 @@ from chunkq_worker.run_task import run_task
 from chunkq import documents
 from chunkq.cli import main
 from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, Counts, Executor, Running
+from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
 from chunkq.job_handle import JobHandle, open_job
@@ -172,12 +172,12 @@ class Workspace:
         yield executor
         executor.close()
 
-    def counts(self) -> Counts:
+    def counts(self) -> TaskCounts:
         """Return the queue's task counts of this job."""
         with self.queue() as queue:
             return queue.counts(str(self.job_folder))
 
-    def running(self) -> list[Running]:
+    def running(self) -> list[RunningTask]:
         """Return the running tasks of this job."""
         with self.queue() as queue:
             return queue.running(str(self.job_folder))

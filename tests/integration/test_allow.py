@@ -8,7 +8,7 @@ import pytest
 
 from chunkq.errors import ErrorCode
 from chunkq.executors import open_executor
-from chunkq.executors.base import Counts
+from chunkq.executors.base import TaskCounts
 from chunkq.tasks import Task
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
@@ -55,9 +55,9 @@ def test_a_worker_with_allow_computes_only_allowed_jobs_and_runs_no_other_code(
     with workspace.queue() as queue:
         counts = queue.jobs()
     rejected = {
-        str(other / "far.zarr.chunkq"): Counts(queued=2),
-        str(allowed / "code.zarr.chunkq"): Counts(queued=2),
-        forged: Counts(queued=2),
+        str(other / "far.zarr.chunkq"): TaskCounts(queued=2),
+        str(allowed / "code.zarr.chunkq"): TaskCounts(queued=2),
+        forged: TaskCounts(queued=2),
     }
     assert counts == rejected
     assert result.code == 1
@@ -85,9 +85,9 @@ def test_every_spelling_of_an_output_names_the_same_job(workspace: Workspace) ->
         assert '"queued": 2' in workspace.call("status", spelling, "--json").ok().out
     workspace.call("produce", workspace.job_file, "-o", f"file://{workspace.output}/").ok()
     with workspace.queue() as queue:
-        assert queue.jobs() == {str(workspace.job_folder): Counts(queued=2)}
+        assert queue.jobs() == {str(workspace.job_folder): TaskCounts(queued=2)}
     workspace.call("cancel", f"FILE:///{workspace.output}").ok()
-    assert workspace.counts() == Counts()
+    assert workspace.counts() == TaskCounts()
 
 
 def test_jobs_with_forged_paths_are_listed_in_one_line_each_and_can_be_cancelled(

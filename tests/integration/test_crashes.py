@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode
-from chunkq.executors.base import MAX_ATTEMPTS, Counts
+from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts
 from chunkq.tasks import Task
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.standard_job import POISONOUS, StandardJob, StandardWorkspace
@@ -181,7 +181,7 @@ class Stop:
     before: Snapshot
     result: CommandResult
     after: Snapshot
-    counts: Counts
+    counts: TaskCounts
     attempts: list[int]
 
 
@@ -253,7 +253,7 @@ def test_one_signal_stops_a_worker_after_the_chunks_in_flight(stopped: StoppedJo
     assert stop.result.code == 0
     assert len(stop.before.records) >= 3
     assert len(stop.after.records) == len(stop.before.records) + DEPTH
-    assert stop.counts == Counts(queued=CHUNKS - len(stop.after.records))
+    assert stop.counts == TaskCounts(queued=CHUNKS - len(stop.after.records))
     assert set(stop.attempts) == {0}
 
 
@@ -261,7 +261,7 @@ def test_a_second_signal_requeues_the_chunks_in_flight(stopped: StoppedJob) -> N
     stop = stopped.two_signals
     assert stop.result.code == 0
     assert stop.after.records == stop.before.records
-    assert stop.counts == Counts(queued=CHUNKS - len(stop.after.records))
+    assert stop.counts == TaskCounts(queued=CHUNKS - len(stop.after.records))
     assert set(stop.attempts) == {0}
 
 
@@ -339,7 +339,7 @@ def test_one_failing_chunk_does_not_stop_the_others_and_can_be_retried(
     ]
     before = Snapshot.take(workspace)
     assert len(before.records) == CHUNKS - 1
-    assert workspace.counts() == Counts(failed=1)
+    assert workspace.counts() == TaskCounts(failed=1)
     status = workspace.status()
     assert (status["done"], status["failed"], status["queued"]) == (CHUNKS - 1, 1, 0)
     [group] = status["failures"]
@@ -378,7 +378,7 @@ def test_a_network_that_cannot_be_loaded_stops_the_worker_without_using_attempts
     assert len([line for line in result.messages if "Missing" in line]) == 1
     assert "Traceback" not in result.err
     assert "class_name" in result.messages[-1]
-    assert workspace.counts() == Counts(queued=CHUNKS)
+    assert workspace.counts() == TaskCounts(queued=CHUNKS)
     assert workspace.attempts() == [0] * CHUNKS
     assert workspace.done() == {}
     assert workspace.status()["failures"] == []

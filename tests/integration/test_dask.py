@@ -484,7 +484,7 @@ def test_a_running_cluster_computes_the_job_in_its_own_workers(
 ) -> None:
     workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_SLEEP="0.1") as workers:
-        cluster.has_workers(2)
+        cluster.wait_for_workers(2)
         with workspace.start("run", "job.yaml", "-e", "dask", CHUNKQ_QUEUE="dask://") as cli:
             wait_until(lambda: len(workspace.running()) == 3, "each thread has a chunk")
             result = cli.wait()
@@ -503,7 +503,7 @@ def test_a_cluster_continues_after_the_producer_has_ended(
 ) -> None:
     workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_HOLD="piece", NET_AFTER="2"):
-        cluster.has_workers(2)
+        cluster.wait_for_workers(2)
         [produced] = run_all(workspace, ("produce", "job.yaml"))
         assert produced.code == 0, produced.err
         assert "workers" in produced.err
@@ -523,7 +523,7 @@ def test_a_killed_dask_worker_loses_no_committed_chunks(
 ) -> None:
     workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_HOLD="piece", NET_AFTER="4", NET_SLEEP="0.1"):
-        cluster.has_workers(2)
+        cluster.wait_for_workers(2)
         with workspace.start("run", "job.yaml") as cli:
             pid = workspace.wait_until_stopped()
             committed = set(workspace.done())
@@ -544,7 +544,7 @@ def test_a_run_reports_errors_of_remote_workers(
     workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
     (tmp_path / "broken").touch()
     with running_cluster(cluster, workspace, NET_BROKEN=str(tmp_path / "broken")):
-        cluster.has_workers(2)
+        cluster.wait_for_workers(2)
         [result] = run_all(workspace, ("run", "job.yaml"))
     assert result.code == 1
     assert "ArithmeticError: broken for every chunk" in result.err
@@ -558,7 +558,7 @@ def test_a_run_reports_the_death_of_the_scheduler(
     workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
     hook = startup_hook(tmp_path, SHORT_TIMEOUT)
     with running_cluster(cluster, workspace, NET_SLEEP="0.2"):
-        cluster.has_workers(2)
+        cluster.wait_for_workers(2)
         with workspace.start("run", "job.yaml", PYTHONPATH=hook) as cli:
             wait_until(lambda: len(workspace.done()) >= 2, "some chunks are done")
             cluster.processes[0].kill()
@@ -574,7 +574,7 @@ def test_ctrl_c_stops_the_remote_workers_and_the_same_command_continues(
 ) -> None:
     workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
     with running_cluster(cluster, workspace, NET_SLEEP="0.2"):
-        cluster.has_workers(2)
+        cluster.wait_for_workers(2)
         with workspace.start("run", "job.yaml") as cli:
             wait_until(lambda: len(workspace.done()) >= 3, "some chunks are done")
             cli.process.send_signal(signal.SIGINT)

@@ -74,7 +74,7 @@ def test_one_network_gives_the_same_output_in_every_form(
     output, expected = run(form, tmp_path, make_folder), by_torch_class(make_folder)
     assert output.shape == (CHANNELS, *SHAPE)
     assert output.dtype == np.float32
-    np.testing.assert_allclose(output, expected, rtol=0, atol=form.within)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=form.tolerance)
 
 
 def test_the_output_of_the_torch_class_equals_the_reference(
@@ -128,7 +128,7 @@ def test_every_step_works_on_every_runtime(
     model = steps_file(tmp_path, {name: STEPS[name] for name in names})
     output = run(form, tmp_path, tmp_path_factory.mktemp, model=model)
     expected = expected_average(with_steps(names))
-    np.testing.assert_allclose(output, expected, rtol=0, atol=max(form.within, 1e-5))
+    np.testing.assert_allclose(output, expected, rtol=0, atol=max(form.tolerance, 1e-5))
 
 
 Mistake = tuple[str, str, type[ChunkqError], str]

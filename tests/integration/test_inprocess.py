@@ -9,7 +9,7 @@ import pytest
 import chunkq
 from chunkq.errors import ErrorCode
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_TASK_TIMEOUT, Counts, WorkerOptions
+from chunkq.executors.base import EXIT_TASK_TIMEOUT, TaskCounts, WorkerOptions
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
 from tests.harness.networks import toy_model
@@ -56,7 +56,7 @@ def test_an_inprocess_run_with_failed_chunks_exits_with_code_3(workspace: Worksp
     answer = workspace.call("run", workspace.folder / "job.json", "--queue", "inprocess://")
     assert answer.code == 3
     assert "Traceback" not in answer.err
-    assert open_executor("inprocess://").counts(str(workspace.job_folder)) == Counts(failed=4)
+    assert open_executor("inprocess://").counts(str(workspace.job_folder)) == TaskCounts(failed=4)
 
 
 def test_several_workers_in_one_process_are_rejected_before_anything_is_written(
@@ -90,7 +90,7 @@ def test_tasks_produced_in_a_process_are_run_by_its_threads(workspace: Workspace
         thread.start()
     for thread in threads:
         thread.join()
-    assert open_executor(url).counts(job) == Counts()
+    assert open_executor(url).counts(job) == TaskCounts()
     assert len(workspace.commits()) == 4
     assert chunkq.finalize(workspace.output)["chunks"] == 4
 
@@ -114,4 +114,4 @@ def test_a_chunk_that_hangs_ends_the_worker_but_not_the_process(
     go.set()
     assert status.code == EXIT_TASK_TIMEOUT
     assert len(status.lines) == 1
-    assert queue.counts(str(workspace.job_folder)) == Counts(queued=1)
+    assert queue.counts(str(workspace.job_folder)) == TaskCounts(queued=1)

@@ -11,7 +11,7 @@ import pytest
 from chunkq_producer.commands.plan import peak_memory, size
 from chunkq_producer.model_check import ModelCheck
 
-from chunkq.executors.base import DEPTH_ON_CPU
+from chunkq.executors.base import DEFAULT_DEPTH_CPU
 from chunkq.ledger import CRC_BYTES
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
@@ -120,7 +120,7 @@ def test_the_plan_prints_the_memory_of_arrays_and_its_depth(tmp_path: Path) -> N
     default = json.loads(workspace.call("plan", "job.json", "--json").ok().out)
     (line,) = [line for line in text.splitlines() if line.startswith("memory")]
     assert size(default["array_bytes"]) in line
-    assert f"{DEPTH_ON_CPU} chunks in flight" in line
+    assert f"{DEFAULT_DEPTH_CPU} chunks in flight" in line
     assert "--check-model" in line
     assert "peak memory" not in text
     deeper = json.loads(workspace.call("plan", "job.json", "--depth", "4", "--json").ok().out)

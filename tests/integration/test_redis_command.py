@@ -24,7 +24,7 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors import open_executor
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult, is_alive
-from tests.harness.servers.redis import free_port, program
+from tests.harness.servers.redis import free_port, server_program
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import TIMEOUT, wait_until
 from tests.harness.workspace import Workspace
@@ -89,7 +89,7 @@ class RedisCommand:
 
 @pytest.fixture(autouse=True)
 def needs_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program()
+    server_program()
     # The server of another test may use a port for which this user has stored a password.
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
@@ -368,7 +368,7 @@ def test_other_machines_connect_with_a_password_that_only_private_files_contain(
 ) -> None:
     folder, arguments = tmp_path / "queue", tmp_path / "arguments"
     # Record the arguments, because Redis changes its command line after the start.
-    script = f'#!/bin/sh\necho "$0 $@" >> {arguments}\nexec {program()} "$@"\n'
+    script = f'#!/bin/sh\necho "$0 $@" >> {arguments}\nexec {server_program()} "$@"\n'
     path = server_on_path(tmp_path / "bin", script)
     with redis_command(folder, "--bind", "0.0.0.0", PATH=path) as cli:
         password = (folder / "password").read_text().strip()

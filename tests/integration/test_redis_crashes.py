@@ -22,14 +22,14 @@ import pytest
 import zarr
 
 from chunkq.errors import ErrorCode
-from chunkq.executors.base import MAX_ATTEMPTS, Counts, WorkerOptions
+from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts, WorkerOptions
 from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import Ledger
 from chunkq.tasks import Task, chunk_name, job_key
 from tests.harness.processes import CommandResult, RunningCommand
-from tests.harness.servers.redis import RedisServer, administrator, redis_server
+from tests.harness.servers.redis import RedisServer, admin_client, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
@@ -77,7 +77,7 @@ def assert_finalized_like(workspace: StandardWorkspace, undisturbed: StandardWor
 def remaining_keys(workspace: StandardWorkspace) -> list[str]:
     """Return the keys of the job, and all queues."""
     key = job_key(str(workspace.job_folder))
-    with administrator(workspace.queue_url) as client:
+    with admin_client(workspace.queue_url) as client:
         names = [name.decode() for name in client.keys(f"*{key}*")]
         return sorted(names + [n.decode() for n in client.zrange("chunkq:queues", 0, -1)])
 
@@ -85,7 +85,7 @@ def remaining_keys(workspace: StandardWorkspace) -> list[str]:
 def used_attempts(workspace: StandardWorkspace) -> dict[str, int]:
     """Return the number of used attempts of each task on the queue, by chunk name."""
     counts = {}
-    with administrator(workspace.queue_url) as client:
+    with admin_client(workspace.queue_url) as client:
         for key in client.keys(f"rq:job:{job_key(str(workspace.job_folder))}-infer-*"):
             retries, status = client.hmget(key, "retries_left", "status")
             name = key.decode().rpartition("-")[2].replace("_", ".")
@@ -288,7 +288,7 @@ def test_signals_lose_no_chunks_and_count_no_attempts(
     immediate = stop(workspace, 10, 2)
     assert len(immediate.in_flight) == DEPTH
     assert workspace.done() == immediate.done
-    assert workspace.counts() == Counts(queued=CHUNKS - len(immediate.done))
+    assert workspace.counts() == TaskCounts(queued=CHUNKS - len(immediate.done))
     assert set(used_attempts(workspace).values()) == {0}
 
     assert workspace.work().code == 0
@@ -438,7 +438,7 @@ def test_one_failing_chunk_can_be_retried_and_the_output_is_byte_identical(
     poison.touch()
     workspace.produce()
     with workspace.start(*ON_CPU, NET_POISON=str(poison)) as cli:
-        wait_until(lambda: workspace.counts() == Counts(failed=1), "one chunk has failed")
+        wait_until(lambda: workspace.counts() == TaskCounts(failed=1), "one chunk has failed")
         output = cli.output()
         assert [f"attempt {n}" in output for n in range(1, MAX_ATTEMPTS + 2)] == [
             *[True] * MAX_ATTEMPTS,
@@ -457,7 +457,7 @@ def test_one_failing_chunk_can_be_retried_and_the_output_is_byte_identical(
 
         poison.unlink()
         assert re.match(r"1\b", workspace.call("retry", str(workspace.output)).ok().out)
-        wait_until(lambda: workspace.counts() == Counts(), "the queue is empty")
+        wait_until(lambda: workspace.counts() == TaskCounts(), "the queue is empty")
         assert stop_worker(cli).code == 0
     assert workspace.status()["failures"] == []
     poisoned.assert_commits_kept()
@@ -483,7 +483,7 @@ def test_a_network_that_fails_on_every_chunk_stops_the_worker_after_a_few(
     assert "Traceback" not in result.err
     # Only chunks without patches succeed.
     assert [name for name in workspace.done() if workspace.patches()[name]] == []
-    assert workspace.counts() == Counts(queued=CHUNKS - len(workspace.done()))
+    assert workspace.counts() == TaskCounts(queued=CHUNKS - len(workspace.done()))
     used = Counter(used_attempts(workspace).values())
     assert used.keys() == {0, 1}
     assert limit <= used[1] < limit + DEPTH
@@ -555,7 +555,7 @@ def test_the_first_worker_after_an_outage_cannot_reserve_running_tasks_of_others
         queue.renew(workers["first"], [leases["first"]])  # type: ignore[list-item]
         assert queue.reserve(workers["first"]) is None
         queue.renew(workers["second"], [leases["second"]])  # type: ignore[list-item]
-        assert queue.counts(job) == Counts(running=2)
+        assert queue.counts(job) == TaskCounts(running=2)
 
 
 @contextmanager
@@ -578,7 +578,7 @@ def test_after_redis_was_flushed_resume_completes_the_job_and_its_blocks(
         assert f"{len(wiped.done)} done, {CHUNKS - len(wiped.done)} newly queued" in resumed.out
         workspace.open_gate()
         wait_for_all(workspace)
-        wait_until(lambda: workspace.counts() == Counts(), "the queue is empty")
+        wait_until(lambda: workspace.counts() == TaskCounts(), "the queue is empty")
         assert len(wiped.in_flight) == DEPTH
         wiped.assert_only_in_flight_repeated()
 
@@ -665,7 +665,7 @@ def test_distribute_completes_blocks_that_the_embedded_queue_has_lost(
         database.close()
         workspace.open_gate()
         wait_for_all(workspace)
-        wait_until(lambda: workspace.counts() == Counts(), "the queue is empty")
+        wait_until(lambda: workspace.counts() == TaskCounts(), "the queue is empty")
         before = workspace.done("finalize")
         assert before.keys() < blocks
         result = workspace.call("finalize", str(workspace.output), "--distribute")
@@ -695,13 +695,13 @@ def test_two_jobs_on_one_redis_are_independent(
     for one in (workspace, labels):
         one.produce()
     assert workspace.call("cancel", str(workspace.output)).out.startswith(f"{CHUNKS} ")
-    assert (workspace.counts(), labels.counts()) == (Counts(), Counts(queued=CHUNKS))
+    assert (workspace.counts(), labels.counts()) == (TaskCounts(), TaskCounts(queued=CHUNKS))
     workspace.produce("--resume")
 
     assert labels.work("--job", str(labels.output)).code == 0
     assert len(labels.done()) == CHUNKS
     assert workspace.done() == {}
-    assert workspace.counts() == Counts(queued=CHUNKS)
+    assert workspace.counts() == TaskCounts(queued=CHUNKS)
     assert set(used_attempts(workspace).values()) == {0}
 
     assert workspace.work().code == 0

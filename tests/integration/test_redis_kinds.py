@@ -13,7 +13,7 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_QUEUE_UNREACHABLE, EXIT_REFUSED, ExitStatus
 from chunkq.executors.rq.connect import translated_errors
-from tests.harness.servers.redis import RedisServer, free_port, program, redis_server
+from tests.harness.servers.redis import RedisServer, free_port, redis_server, server_program
 from tests.harness.standard_job import StandardJob
 from tests.harness.waiting import wait_until
 
@@ -45,7 +45,7 @@ class Sentinel(RedisServer):
     def command(self) -> list[str]:
         file = self.settings.folder / "sentinel.conf"
         file.write_text(f"port {self.settings.port}\nbind 127.0.0.1\n")
-        return [program(), str(file), "--sentinel"]
+        return [server_program(), str(file), "--sentinel"]
 
     @property
     def client(self) -> redis_client.Redis:
@@ -96,7 +96,7 @@ def test_every_command_rejects_an_unsupported_server(
             answer.refused(1, code, "chunkq: queue: ", kind.partition(" ")[0])
             assert len(answer.err.splitlines()) == 1
         with pytest.raises(QueueError) as error:
-            open_executor(url).ready()
+            open_executor(url).check_ready()
         assert error.value.code is code
         assert not workspace.job_folder.exists()
 

@@ -105,7 +105,7 @@ def test_line_ends_after_the_password_are_ignored(
     secret.write_bytes((PASSWORD + ending).encode())
     with mock.patch.dict(os.environ, {PASSWORD_VARIABLE: str(secret)}):
         executor = open_executor(address(guarded))
-    executor.ready()
+    executor.check_ready()
     assert SECRET not in executor.url + repr(executor) + repr(vars(executor))
     executor.close()
 

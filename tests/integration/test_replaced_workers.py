@@ -11,7 +11,7 @@ import pytest
 
 import chunkq
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_RESTART, Counts
+from chunkq.executors.base import EXIT_RESTART, TaskCounts
 from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import JobFolder
 from chunkq.tasks import Task
@@ -37,7 +37,7 @@ def test_a_process_that_asks_for_a_restart_is_restarted_at_once_and_counts_as_no
     # Its chunks are requeued without counting an attempt.
     expected = [[task.id, 1] for task in tasks]
     assert [record["tasks"] for record in records] == [expected] * (restarts + 1)
-    assert fake_workers.queue.counts(JOB) == Counts(queued=2)
+    assert fake_workers.queue.counts(JOB) == TaskCounts(queued=2)
     lines = [line for line in capfd.readouterr().err.splitlines() if "new process" in line]
     assert len(lines) == restarts
     for record, line in zip(records, lines, strict=False):

@@ -24,7 +24,7 @@ from rq.serializers import JSONSerializer
 
 from chunkq.errors import ChunkqError
 from chunkq.executors import open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Counts, Handler, WorkerOptions
+from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Handler, TaskCounts, WorkerOptions
 from chunkq.executors.leases import Lease
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.rq.executor import queue_name
@@ -409,9 +409,9 @@ def test_a_task_that_rq_requeues_is_run(
                 queue.failed_job_registry.requeue(job_id)
             else:
                 Job.fetch(job_id, client, serializer=JSONSerializer).requeue()
-    assert executor.counts(JOB) == Counts(queued=2)
+    assert executor.counts(JOB) == TaskCounts(queued=2)
     assert sorted(run_all_tasks(executor), key=lambda task: task.chunk) == tasks(2)
-    assert executor.counts(JOB) == Counts()
+    assert executor.counts(JOB) == TaskCounts()
     assert not client.keys("rq:job:*")
 
 
@@ -422,7 +422,7 @@ def test_a_task_that_rq_requeues_can_fail_again(
     run_all_tasks(executor, fails)
     rq(redis.url, "requeue", "--all", "--queue", queue.name)
     assert set(run_all_tasks(executor, fails)) == set(tasks(1))
-    assert executor.counts(JOB) == Counts(failed=1)
+    assert executor.counts(JOB) == TaskCounts(failed=1)
     assert executor.failed(JOB) == tasks(1)
     assert executor.retry(JOB) == 1
     assert run_all_tasks(executor) == tasks(1)
@@ -449,13 +449,13 @@ def test_an_expired_lease_is_requeued_by_rq_and_the_task_is_run(
     lost = reserve_and_expire(executor)
     clean(how, queue, redis.url)
     assert queue.count == 2
-    assert executor.counts(JOB) == Counts(queued=2)
+    assert executor.counts(JOB) == TaskCounts(queued=2)
     attempts = {}
     started = run_all_tasks(executor, lambda task, attempt: attempts.update({task: attempt.number}))
     assert set(started) == set(tasks(2))
     assert attempts[lost.task] == 2
     executor.ack(lost)  # the worker was suspended
-    assert executor.counts(JOB) == Counts()
+    assert executor.counts(JOB) == TaskCounts()
     assert not client.keys("rq:job:*")
 
 
@@ -467,9 +467,9 @@ def test_rq_does_not_change_a_valid_lease(
     assert lease is not None
     clean_registries(queue)
     rq(redis.url, "info")
-    assert executor.counts(JOB) == Counts(queued=1, running=1)
+    assert executor.counts(JOB) == TaskCounts(queued=1, running=1)
     executor.ack(lease)
-    assert executor.counts(JOB) == Counts(queued=1)
+    assert executor.counts(JOB) == TaskCounts(queued=1)
 
 
 @HOW_TO_CLEAN
@@ -483,11 +483,11 @@ def test_a_task_whose_last_lease_expires_is_failed_by_rq_and_can_be_retried(
         executor.nack(lease, ArithmeticError("once more"))
     reserve_and_expire(executor)
     clean(how, queue, redis.url)
-    assert executor.counts(JOB) == Counts(failed=1)
+    assert executor.counts(JOB) == TaskCounts(failed=1)
     assert executor.failed(JOB) == tasks(1)
     assert executor.retry(JOB) == 1
     assert run_all_tasks(executor) == tasks(1)
-    assert executor.counts(JOB) == Counts()
+    assert executor.counts(JOB) == TaskCounts()
 
 
 @pytest.mark.parametrize("how", ["rq empty", "empty", "delete"])
@@ -503,11 +503,11 @@ def test_an_emptied_queue_keeps_running_tasks_and_can_be_filled_again(
         queue.empty()
     else:
         queue.delete(delete_jobs=True)
-    assert executor.counts(JOB) == Counts(running=1)
+    assert executor.counts(JOB) == TaskCounts(running=1)
     executor.renew(WorkerOptions("host:cpu:worker"), [lease])
-    assert executor.counts(JOB) == Counts(running=1)
+    assert executor.counts(JOB) == TaskCounts(running=1)
     executor.ack(lease)
-    assert executor.counts(JOB) == Counts()
+    assert executor.counts(JOB) == TaskCounts()
     assert executor.jobs() == {}
     assert executor.submit(tasks(4)) == 4
     assert run_all_tasks(executor) == tasks(4)
@@ -535,7 +535,7 @@ def test_a_task_removed_while_running_leaves_no_keys(
     assert (counts.running, counts.failed) == (0, 0)
     # After resubmission each task is queued once.
     executor.submit(tasks(3))
-    assert executor.counts(JOB) == Counts(queued=3)
+    assert executor.counts(JOB) == TaskCounts(queued=3)
     started = run_all_tasks(executor)
     assert sorted(started, key=lambda task: task.chunk) == tasks(3)
     assert queue.count == 0
@@ -548,7 +548,7 @@ def test_a_task_removed_while_queued_is_not_started(
 ) -> None:
     executor.submit(tasks(3))
     getattr(Job.fetch(queue.job_ids[1], client, serializer=JSONSerializer), how)()
-    assert executor.counts(JOB) == Counts(queued=2)
+    assert executor.counts(JOB) == TaskCounts(queued=2)
     assert run_all_tasks(executor) == [tasks(3)[0], tasks(3)[2]]
     assert executor.submit(tasks(3)) == 3
     assert run_all_tasks(executor) == tasks(3)
@@ -632,7 +632,7 @@ def test_a_deleted_task_is_not_requeued(
     client.delete(f"rq:job:{lease.task.id}")
     arguments = (ArithmeticError("too late"),) if ends == "nack" else ()
     getattr(executor, ends)(lease, *arguments)
-    assert executor.counts(JOB) == Counts()
+    assert executor.counts(JOB) == TaskCounts()
     assert not client.keys("rq:job:*")
     assert executor.jobs() == {}
 
@@ -644,7 +644,7 @@ def test_a_worker_of_rq_runs_no_task_and_retry_queues_them_again(
     executor.submit(tasks(2))
     command = ("worker", "--burst", "--quiet", "--serializer", f"rq.serializers.{serializer}")
     rq(redis.url, *command, "--worker-class", "rq.SimpleWorker", queue.name)
-    assert executor.counts(JOB) == Counts(failed=2)
+    assert executor.counts(JOB) == TaskCounts(failed=2)
     assert sorted(executor.failed(JOB), key=lambda task: task.chunk) == tasks(2)
     assert executor.retry(JOB) == 2
     assert sorted(run_all_tasks(executor), key=lambda task: task.chunk) == tasks(2)
@@ -662,5 +662,5 @@ def test_a_compressed_message_that_is_not_a_task_is_deleted(
     ):
         client.hset(f"rq:job:{job_id}", "data", stored)
         assert run_all_tasks(executor) == []
-        assert executor.counts(JOB) == Counts()
+        assert executor.counts(JOB) == TaskCounts()
         executor.submit(tasks(1))

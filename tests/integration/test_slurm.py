@@ -31,7 +31,7 @@ def slurm_of_module() -> Iterator[SlurmCluster]:
 def slurm(slurm_of_module: SlurmCluster) -> Iterator[SlurmCluster]:
     """Yield a SLURM cluster without jobs."""
     yield slurm_of_module
-    slurm_of_module.empty()
+    slurm_of_module.cancel_all()
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,9 @@ def test_workers_use_the_granted_gpus_and_read_the_queue_url_from_a_file(
     assert sorted(site.pins().values()) == EVERY_GPU
     assert "chunkq work --burst" in command_lines()
     assert "test-slurm-secret" not in command_lines()
-    assert "test-slurm-secret" not in site.slurm.ask("scontrol", "show", "job", job)
+    assert "test-slurm-secret" not in site.slurm.check_output("scontrol", "show", "job", job)
     workspace.open_gate()
-    (slurm_job,) = site.slurm.succeeded(job)
+    (slurm_job,) = site.slurm.wait_for_success(job)
     assert "2 worker processes on GPUs 0, 1" in slurm_job.log
     assert "test-slurm-secret" not in slurm_job.log
 
@@ -119,7 +119,7 @@ def test_a_job_can_start_its_own_redis_and_leaves_only_the_output(
         REDIS_BIND="127.0.0.2",
         REDIS_PORT=str(port),
     )
-    (slurm_job,) = site.slurm.succeeded(job)
+    (slurm_job,) = site.slurm.wait_for_success(job)
     assert f"Redis on 127.0.0.2, port {port}" in slurm_job.log
     assert "complete: " in slurm_job.log
     assert "redis://:***@127.0.0.2" in slurm_job.log
@@ -142,7 +142,7 @@ def test_each_task_of_an_array_uses_its_own_gpu(
         CHUNKQ_QUEUE_FILE=str(site.address),
         NET_SLEEP="0.1",
     )
-    slurm_jobs = site.slurm.succeeded(job)
+    slurm_jobs = site.slurm.wait_for_success(job)
     assert [slurm_job.restarts for slurm_job in slurm_jobs] == [0, 0, 0, 0]
     assert sorted(site.pins().values()) == EVERY_GPU
     workspace.finalize().ok()
@@ -179,7 +179,7 @@ def test_a_job_at_its_time_limit_requeues_itself_and_computes_nothing_twice(
     done_at_stop = workspace.done()
     assert 5 <= len(before) < len(done_at_stop) < len(workspace.patches())
 
-    (slurm_job,) = site.slurm.succeeded(job)
+    (slurm_job,) = site.slurm.wait_for_success(job)
     assert slurm_job.restarts >= 1
     assert {name: workspace.done()[name] for name in done_at_stop} == done_at_stop
     assert workspace.counts().failed == 0
@@ -202,7 +202,7 @@ def test_a_job_that_receives_sigterm_requeues_itself_and_computes_nothing_twice(
         NET_AFTER="5",
     )
     workspace.wait_until_stopped()
-    site.slurm.ask("scancel", "--signal=TERM", "--batch", job)
+    site.slurm.check_output("scancel", "--signal=TERM", "--batch", job)
     stopping = "stopping"
     wait_until(lambda: stopping in site.slurm.states(job)[0].log, "the worker is stopping")
     before = workspace.done()
@@ -214,7 +214,7 @@ def test_a_job_that_receives_sigterm_requeues_itself_and_computes_nothing_twice(
     assert len(before) < len(done_at_stop) < len(workspace.patches())
 
     # Do not set StartTime=now: within cred_expire a node refuses the old credential of the job.
-    (slurm_job,) = site.slurm.succeeded(job)
+    (slurm_job,) = site.slurm.wait_for_success(job)
     assert slurm_job.restarts == 1
     assert {name: workspace.done()[name] for name in done_at_stop} == done_at_stop
     workspace.finalize().ok()
@@ -235,7 +235,7 @@ def test_the_next_job_continues_a_cancelled_one(
     }
     job = site.submit(*arguments, options=options, **environment, NET_HOLD="forward", NET_AFTER="5")
     workspace.wait_until_stopped()
-    site.slurm.ask("scancel", job)
+    site.slurm.check_output("scancel", job)
     (slurm_job,) = site.slurm.wait(job)
     assert slurm_job.state == "CANCELLED"
     wait_until(lambda: not site.alive(), "all processes of the job have ended")
@@ -244,7 +244,7 @@ def test_the_next_job_continues_a_cancelled_one(
 
     # The chunks of the killed process are reserved until their lease expires.
     next_job = site.submit(*arguments, options=options, **environment)
-    site.slurm.succeeded(next_job)
+    site.slurm.wait_for_success(next_job)
     assert {name: workspace.done()[name] for name in done_at_stop} == done_at_stop
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
@@ -265,7 +265,7 @@ def test_a_cancelled_array_does_not_requeue_itself(site: SlurmWorkspace) -> None
         NET_AFTER="5",
     )
     workspace.wait_until_stopped()
-    site.slurm.ask("scancel", job)
+    site.slurm.check_output("scancel", job)
     workspace.open_gate()
     (slurm_job,) = site.slurm.wait(job)
     assert (slurm_job.state, slurm_job.restarts) == ("CANCELLED", 0)
@@ -282,8 +282,11 @@ def test_the_pipeline_runs_produce_work_and_finalize_in_this_order(
     )
     assert result.returncode == 0, result.stderr
     produce, work, finalize = result.stdout.split()
-    (finalize_job,) = site.slurm.succeeded(finalize)
-    (produce_job,), work_jobs = site.slurm.succeeded(produce), site.slurm.succeeded(work)
+    (finalize_job,) = site.slurm.wait_for_success(finalize)
+    (produce_job,), work_jobs = (
+        site.slurm.wait_for_success(produce),
+        site.slurm.wait_for_success(work),
+    )
     assert "24 newly queued" in produce_job.log
     assert "complete: " in finalize_job.log
     produced = time_of(produce_job, "EndTime")

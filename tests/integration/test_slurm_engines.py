@@ -26,7 +26,7 @@ def slurm(slurm_of_module: tuple[NetworkNamespace, SlurmCluster]) -> Iterator[Sl
     network, cluster = slurm_of_module
     with network.inside():
         yield cluster
-        cluster.empty()
+        cluster.cancel_all()
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def test_a_job_starts_its_own_cluster_in_one_allocation(
         options=f"--nodes={len(NODES)} --gres=gpu:{GPUS}",
         NET_SLEEP="0.2",
     )
-    (slurm_job,) = site.slurm.succeeded(job)
+    (slurm_job,) = site.slurm.wait_for_success(job)
     assert slurm_job.log.count("complete: ") == 1
     assert site.workspace.stored() == undisturbed.stored()
     assert set(site.workspace.computed().values()) == {1}
     assert site.computing_nodes() == set(NODES)
-    site.slurm.empty()
+    site.slurm.cancel_all()
     wait_until(lambda: not site.slurm.job_processes(), "all processes of the job have ended")
 
 
@@ -64,16 +64,16 @@ def test_the_next_allocation_continues_a_cancelled_one(
     options = f"--nodes={len(NODES)} --gres=gpu:{GPUS}"
     job = site.submit(*arguments, options=options, NET_HOLD="forward", NET_AFTER="5")
     workspace.wait_until_stopped()
-    site.slurm.ask("scancel", job)
+    site.slurm.check_output("scancel", job)
     (slurm_job,) = site.slurm.wait(job)
     assert slurm_job.state == "CANCELLED"
-    site.slurm.empty()
+    site.slurm.cancel_all()
     wait_until(lambda: not site.slurm.job_processes(), "all processes of the job have ended")
     done_at_cancel = workspace.done()
     assert 5 <= len(done_at_cancel) < len(undisturbed.done())
 
     next_job = site.submit(*arguments, options=options)
-    site.slurm.succeeded(next_job)
+    site.slurm.wait_for_success(next_job)
     assert {name: workspace.done()[name] for name in done_at_cancel} == done_at_cancel
     assert workspace.stored() == undisturbed.stored()
     computed, patches = workspace.computed(), workspace.patches()

@@ -21,7 +21,7 @@ from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job import ModelConfig
 from chunkq.plan import Plan
 from tests.harness.networks import toy_model
-from tests.harness.torch_networks import Fake, conv, plan_of
+from tests.harness.torch_networks import FakeRuntime, conv, create_plan
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import run_inline
 from tests.simulated_device import SimulatedDevice
@@ -113,7 +113,7 @@ def test_a_job_with_processing_steps_writes_the_same_bytes_as_on_the_host(
 # ------------------------------------------------------------------------ one batch ahead
 
 
-class RecordingNetwork(Fake):
+class RecordingNetwork(FakeRuntime):
     """Record when batches are sent and run; the feed sends one batch ahead."""
 
     any_batch = True
@@ -146,7 +146,9 @@ class RecordingFeed(BatchFeed):
 
 def six_patches(folder: Path, **more: Any) -> tuple[Plan, npt.NDArray[np.float32]]:
     """Return the plan of one chunk of six patches in three rows; the n-th row has the value n."""
-    plan = plan_of(folder, shape=(24, 16), chunksize=[24, 16], model={"max_batch_size": 2}, **more)
+    plan = create_plan(
+        folder, shape=(24, 16), chunksize=[24, 16], model={"max_batch_size": 2}, **more
+    )
     return plan, np.repeat(np.arange(1, 4, dtype=np.float32), 8)[:, None].repeat(16, 1)
 
 
@@ -210,7 +212,7 @@ class SynchronizingNetwork(torch.nn.Module):
 
 
 def test_a_network_that_cannot_be_captured_is_an_error_of_one_line(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, model={"device": "cuda", "cuda_graph": True})
+    plan = create_plan(tmp_path, model={"device": "cuda", "cuda_graph": True})
     loaded = LoadedNetwork(SynchronizingNetwork())
     runtime = TorchRuntime(loaded, plan.job.model, Steps(), None, SimulatedDevice())
     with pytest.raises(ModelError, match=r"^model_config\.cuda_graph: ") as error:
@@ -220,7 +222,7 @@ def test_a_network_that_cannot_be_captured_is_an_error_of_one_line(tmp_path: Pat
 
 
 def test_the_last_batch_of_a_captured_network_is_padded(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, model={"device": "cuda", "cuda_graph": True})
+    plan = create_plan(tmp_path, model={"device": "cuda", "cuda_graph": True})
     model, loaded = plan.job.model, LoadedNetwork(conv().eval())
     assert not TorchRuntime(loaded, model, Steps(), None, SimulatedDevice()).any_batch
     uncaptured = model.model_copy(update={"cuda_graph": False})

@@ -23,10 +23,10 @@ from tests.harness.torch_networks import (
     as_file,
     as_program,
     conv,
+    create_plan,
     exhaust_cpu_memory,
     load,
     load_error,
-    plan_of,
     predictions,
     program,
     scripted,
@@ -42,8 +42,8 @@ def test_weights_under_the_usual_keys_of_training_scripts_are_loaded(
     bare, nested = tmp_path / "bare.pt", tmp_path / "nested.pt"
     torch.save(module.state_dict(), bare)
     torch.save({"epoch": 3, key: module.state_dict(), "optimizer": {"lr": 0.1}}, nested)
-    first = predictions(plan_of(tmp_path, model={"checkpoint": str(bare)}))
-    second = predictions(plan_of(tmp_path, model={"checkpoint": str(nested)}))
+    first = predictions(create_plan(tmp_path, model={"checkpoint": str(bare)}))
+    second = predictions(create_plan(tmp_path, model={"checkpoint": str(nested)}))
     np.testing.assert_array_equal(first, second)
 
 
@@ -52,8 +52,8 @@ def test_the_prefix_of_data_parallel_training_is_removed(tmp_path: Path) -> None
     state = OrderedDict((f"module.{k}", v) for k, v in module.state_dict().items())
     torch.save(module.state_dict(), tmp_path / "bare.pt")
     torch.save({"state_dict": state}, tmp_path / "wrapped.pt")
-    first = predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "bare.pt")}))
-    second = predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "wrapped.pt")}))
+    first = predictions(create_plan(tmp_path, model={"checkpoint": str(tmp_path / "bare.pt")}))
+    second = predictions(create_plan(tmp_path, model={"checkpoint": str(tmp_path / "wrapped.pt")}))
     np.testing.assert_array_equal(first, second)
 
 
@@ -61,15 +61,17 @@ def test_a_class_with_its_checkpoint_and_its_torchscript_predict_the_same(tmp_pa
     module = trained()
     torch.save(module.state_dict(), tmp_path / "weights.pt")
     path = scripted(module, tmp_path / "net.ts")
-    by_class = predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")}))
+    by_class = predictions(
+        create_plan(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")})
+    )
     script = {"type": "torchscript", "ts_file": str(path)}
-    by_script = predictions(plan_of(tmp_path, model=script))
+    by_script = predictions(create_plan(tmp_path, model=script))
     assert by_class.shape == (4, 3, *PATCH)
     np.testing.assert_allclose(by_class, by_script, rtol=0, atol=1e-6)
 
 
 def test_a_network_in_training_mode_is_set_to_inference_mode(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
+    plan = create_plan(tmp_path)
     with_dropout = CLASS.replace(
         "return self.layer(x)", "return torch.dropout(self.layer(x), 0.5, self.training)"
     )
@@ -85,7 +87,7 @@ def test_a_network_in_training_mode_is_set_to_inference_mode(tmp_path: Path) -> 
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"epoch": 3, "model": m}])
 def test_a_pickled_module_is_used_if_it_is_trusted(tmp_path: Path, wrap: Any) -> None:
     torch.save(wrap(conv()), tmp_path / "pickled.pt")
-    outputs = predictions(plan_of(tmp_path, model=as_file(tmp_path / "pickled.pt")))
+    outputs = predictions(create_plan(tmp_path, model=as_file(tmp_path / "pickled.pt")))
     torch.save(conv()[0].state_dict(), tmp_path / "weights.pt")
     (tmp_path / "conv.py").write_text("from torch.nn import Conv2d\n")
     (tmp_path / "conv_kwargs.py").write_text(
@@ -97,7 +99,7 @@ def test_a_pickled_module_is_used_if_it_is_trusted(tmp_path: Path, wrap: Any) ->
         "kwargs_file": str(tmp_path / "conv_kwargs.py"),
         "checkpoint": str(tmp_path / "weights.pt"),
     }
-    np.testing.assert_array_equal(outputs, predictions(plan_of(tmp_path, model=model)))
+    np.testing.assert_array_equal(outputs, predictions(create_plan(tmp_path, model=model)))
 
 
 class FileCreator:
@@ -167,8 +169,8 @@ def test_the_advice_for_such_a_checkpoint_works(tmp_path: Path) -> None:
     exec(advice.replace("'weights.pt'", repr(str(tmp_path / "weights.pt"))), {"torch": torch})
     torch.save(trained().state_dict(), tmp_path / "bare.pt")
     np.testing.assert_array_equal(
-        predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")})),
-        predictions(plan_of(tmp_path, model={"checkpoint": str(tmp_path / "bare.pt")})),
+        predictions(create_plan(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")})),
+        predictions(create_plan(tmp_path, model={"checkpoint": str(tmp_path / "bare.pt")})),
     )
 
 
@@ -183,7 +185,7 @@ def test_prefixes_of_wrappers_are_removed_but_not_those_of_the_network(
         folder.mkdir()
     torch.save({prefix + k: v for k, v in trained().state_dict().items()}, first / "weights.pt")
     torch.save(state, second / "weights.pt")
-    plans = [plan_of(f, model={"checkpoint": str(f / "weights.pt")}) for f in (first, second)]
+    plans = [create_plan(f, model={"checkpoint": str(f / "weights.pt")}) for f in (first, second)]
     (second / "net.py").write_text(wrapped)
     np.testing.assert_array_equal(predictions(plans[0]), predictions(plans[1]))
 
@@ -207,7 +209,7 @@ def test_the_error_for_an_unsupported_batch_size_names_the_size_to_set(
     line = load_error(tmp_path, **as_program(path))
     assert line.startswith(f"model_config.max_batch_size: {path} ")
     assert_contains(line, supported, "found 4", f"set it to {size}", "dynamic_shapes")
-    plan = plan_of(tmp_path, model=as_program(path, max_batch_size=size))
+    plan = create_plan(tmp_path, model=as_program(path, max_batch_size=size))
     np.testing.assert_allclose(
         predictions(plan), predictions(plan, TrainedNet()), rtol=0, atol=1e-6
     )
@@ -216,7 +218,7 @@ def test_the_error_for_an_unsupported_batch_size_names_the_size_to_set(
 def test_a_fixed_batch_that_does_not_fit_in_memory_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(tmp_path, model=as_program(program(tmp_path / "net.pt2")))
+    plan = create_plan(tmp_path, model=as_program(program(tmp_path / "net.pt2")))
     runtime: Any = load(plan)
     run = runtime._run
 
@@ -297,7 +299,7 @@ def test_a_program_with_a_pickle_is_not_loaded_without_trust(tmp_path: Path) -> 
         line = load_error(tmp_path, ErrorCode.MODEL_UNTRUSTED, **model)
         assert line.startswith("model_config.trusted: missing; ")
         assert not (tmp_path / "created").exists()
-    assert load(plan_of(tmp_path, model=as_program(rewrite_zip(path, keep)))).device == "cpu"
+    assert load(create_plan(tmp_path, model=as_program(rewrite_zip(path, keep)))).device == "cpu"
 
 
 def test_the_error_for_another_dtype_names_the_dtype_to_set(tmp_path: Path) -> None:
@@ -310,5 +312,5 @@ def test_the_error_for_another_dtype_names_the_dtype_to_set(tmp_path: Path) -> N
     line = load_error(tmp_path, **as_program(tmp_path / "int16.pt2"))
     assert line.startswith("model_config.dtype: ")
     assert_contains(line, "float32", "dtype: int16")
-    plan = plan_of(tmp_path, model=as_program(tmp_path / "int16.pt2", dtype="int16"))
+    plan = create_plan(tmp_path, model=as_program(tmp_path / "int16.pt2", dtype="int16"))
     Batcher(plan, load(plan), Steps()).warm_up()

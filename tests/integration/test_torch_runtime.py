@@ -23,15 +23,15 @@ from chunkq.job import load_job
 from tests.harness.assertions import assert_contains
 from tests.harness.torch_networks import (
     PATCH,
-    Fake,
+    FakeRuntime,
     TrainedNet,
     as_file,
     as_program,
     as_script,
+    create_plan,
     exhaust_cpu_memory,
     load,
     load_error,
-    plan_of,
     predictions,
     program,
     scripted,
@@ -41,24 +41,24 @@ from tests.harness.volumes import random_volume, write_zarr
 
 
 def test_the_last_batch_of_a_chunk_has_the_remaining_patches(tmp_path: Path) -> None:
-    plan, fake = plan_of(tmp_path, shape=(24, 16), chunksize=[24, 16]), Fake()
+    plan, fake = create_plan(tmp_path, shape=(24, 16), chunksize=[24, 16]), FakeRuntime()
     fake.any_batch = True
-    padded = predictions(plan, Fake())
+    padded = predictions(plan, FakeRuntime())
     np.testing.assert_array_equal(predictions(plan, fake), padded)
     assert [len(batch) for batch in fake.batches] == [4, 2]
     assert all(batch.all() for batch in fake.batches)
 
 
 def test_exported_programs_do_not_accept_any_batch_size(tmp_path: Path) -> None:
-    assert load(plan_of(tmp_path)).any_batch
+    assert load(create_plan(tmp_path)).any_batch
     script = as_script(scripted(trained(), tmp_path / "net.ts"))
-    assert load(plan_of(tmp_path, model=script)).any_batch
+    assert load(create_plan(tmp_path, model=script)).any_batch
     exported = as_program(program(tmp_path / "net.pt2"))
-    assert not load(plan_of(tmp_path, model=exported)).any_batch
+    assert not load(create_plan(tmp_path, model=exported)).any_batch
 
 
 def test_batches_are_padded_with_zeros_for_a_network_of_one_batch_size(tmp_path: Path) -> None:
-    plan, fake = plan_of(tmp_path, shape=(24, 16), chunksize=[24, 16]), Fake()
+    plan, fake = create_plan(tmp_path, shape=(24, 16), chunksize=[24, 16]), FakeRuntime()
     assert len(predictions(plan, fake)) == 6
     assert [len(batch) for batch in fake.batches] == [4, 4]
     assert not fake.batches[1][2:].any()
@@ -66,7 +66,7 @@ def test_batches_are_padded_with_zeros_for_a_network_of_one_batch_size(tmp_path:
 
 
 def test_a_batch_contains_patches_of_one_chunk_only(tmp_path: Path) -> None:
-    plan, fake = plan_of(tmp_path, shape=(24, 16), chunksize=[16, 16]), Fake()
+    plan, fake = create_plan(tmp_path, shape=(24, 16), chunksize=[16, 16]), FakeRuntime()
     batcher = Batcher(plan, fake, Steps())
     for number, index in enumerate(plan.indices(), start=1):
         chunk = plan.chunk(index)
@@ -78,7 +78,7 @@ def test_a_batch_contains_patches_of_one_chunk_only(tmp_path: Path) -> None:
 
 def test_a_prediction_does_not_depend_on_the_other_patches_of_its_batch(tmp_path: Path) -> None:
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
-    plan = plan_of(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")})
+    plan = create_plan(tmp_path, model={"checkpoint": str(tmp_path / "weights.pt")})
     chunk = plan.chunk((0, 0))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     patches = list(plan.patches(chunk))
@@ -96,9 +96,9 @@ def test_a_prediction_does_not_depend_on_the_other_patches_of_its_batch(tmp_path
 def test_out_of_memory_halves_the_batch_size_once_and_permanently(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = plan_of(tmp_path, shape=(64, 16), chunksize=[64, 16], model={"max_batch_size": 8})
-    expected = predictions(plan, Fake())
-    fake, chunk = Fake(max_items=4), plan.chunk((0, 0))
+    plan = create_plan(tmp_path, shape=(64, 16), chunksize=[64, 16], model={"max_batch_size": 8})
+    expected = predictions(plan, FakeRuntime())
+    fake, chunk = FakeRuntime(max_items=4), plan.chunk((0, 0))
     batcher, patches = Batcher(plan, fake, Steps()), list(plan.patches(chunk))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
@@ -112,7 +112,7 @@ def test_out_of_memory_halves_the_batch_size_once_and_permanently(
 
 
 def test_too_little_memory_for_one_patch_is_an_error(tmp_path: Path) -> None:
-    batcher = Batcher(plan_of(tmp_path), Fake(max_items=0), Steps())
+    batcher = Batcher(create_plan(tmp_path), FakeRuntime(max_items=0), Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
@@ -120,8 +120,8 @@ def test_too_little_memory_for_one_patch_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_network_that_fails_for_zeros_is_unusable(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path)
-    fake = Fake(max_items=0, error=ZeroDivisionError("message of the network"))
+    plan = create_plan(tmp_path)
+    fake = FakeRuntime(max_items=0, error=ZeroDivisionError("message of the network"))
     batcher = Batcher(plan, fake, Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
@@ -132,7 +132,7 @@ def test_a_network_that_fails_for_zeros_is_unusable(tmp_path: Path) -> None:
         predictions(plan, fake)
 
 
-class FailsForPatches(Fake):
+class FailsForPatches(FakeRuntime):
     """Raise an error for every batch that is not zero."""
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
@@ -144,10 +144,10 @@ class FailsForPatches(Fake):
 
 def test_an_error_for_some_patches_is_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="these patches"):
-        predictions(plan_of(tmp_path), FailsForPatches())
+        predictions(create_plan(tmp_path), FailsForPatches())
 
 
-class ReturnsNonFinite(Fake):
+class ReturnsNonFinite(FakeRuntime):
     """Set the first class of the second item to a value that is not finite."""
 
     def __init__(self, value: float) -> None:
@@ -165,7 +165,7 @@ def test_the_error_for_a_prediction_that_is_not_finite_names_the_patch(
     tmp_path: Path, value: float
 ) -> None:
     with pytest.raises(PredictionError) as caught:
-        predictions(plan_of(tmp_path), ReturnsNonFinite(value))
+        predictions(create_plan(tmp_path), ReturnsNonFinite(value))
     assert caught.value.code is ErrorCode.PREDICTION_INVALID
     assert_contains(str(caught.value), "[0, 8]", "[8, 16]")
 
@@ -175,7 +175,7 @@ def test_the_error_for_a_prediction_that_is_not_finite_names_the_patch(
 def test_nan_zero_replaces_non_finite_values_after_the_activation(
     tmp_path: Path, value: float, activation: str
 ) -> None:
-    plan = plan_of(tmp_path, nan="zero", activation=activation)
+    plan = create_plan(tmp_path, nan="zero", activation=activation)
     outputs = predictions(plan, ReturnsNonFinite(value))
     assert np.isfinite(outputs).all()
     assert not outputs[1, 0].any()
@@ -184,13 +184,13 @@ def test_nan_zero_replaces_non_finite_values_after_the_activation(
 
 
 def test_non_finite_values_in_the_padding_of_a_batch_are_ignored(tmp_path: Path) -> None:
-    class NanForZeros(Fake):
+    class NanForZeros(FakeRuntime):
         def __call__(self, batch: npt.NDArray[Any]) -> Any:
             outputs = super().__call__(batch)
             outputs[(batch == 0).all(axis=(1, 2, 3))] = np.nan
             return outputs
 
-    plan = plan_of(tmp_path, shape=(24, 16), chunksize=[24, 16])
+    plan = create_plan(tmp_path, shape=(24, 16), chunksize=[24, 16])
     assert np.isfinite(predictions(plan, NanForZeros())).all()
 
 
@@ -198,7 +198,7 @@ def test_non_finite_values_in_the_padding_of_a_batch_are_ignored(tmp_path: Path)
 def test_the_error_for_another_output_shape_than_declared_names_both_shapes(
     tmp_path: Path, declared: list[int]
 ) -> None:
-    plan = plan_of(tmp_path, model={"model_output_shape": declared}, pad_width=[0, 1])
+    plan = create_plan(tmp_path, model={"model_output_shape": declared}, pad_width=[0, 1])
     batcher = Batcher(plan, load(plan), Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
@@ -208,7 +208,7 @@ def test_the_error_for_another_output_shape_than_declared_names_both_shapes(
 
 
 def test_a_network_that_does_not_return_a_tensor_is_an_error(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, model={"class_name": "Other", "kwargs_file": None})
+    plan = create_plan(tmp_path, model={"class_name": "Other", "kwargs_file": None})
     runtime = load(plan)
     with pytest.raises(ModelError) as caught:
         runtime(np.zeros((4, 1, *PATCH), np.float32))
@@ -221,9 +221,9 @@ def test_a_network_that_does_not_return_a_tensor_is_an_error(tmp_path: Path) -> 
     ["uint8", "int8", "uint16", "int16", "uint32", "int32", "int64", "float16", "float64", "bool"],
 )
 def test_every_input_dtype_reaches_the_network_with_its_values(tmp_path: Path, dtype: str) -> None:
-    plan = plan_of(tmp_path, dtype=dtype)
+    plan = create_plan(tmp_path, dtype=dtype)
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
-    plan = plan_of(tmp_path, dtype=dtype, model={"checkpoint": str(tmp_path / "weights.pt")})
+    plan = create_plan(tmp_path, dtype=dtype, model={"checkpoint": str(tmp_path / "weights.pt")})
     values = np.random.default_rng(1).random((32, 16))
     values = values if np.dtype(dtype).kind == "f" else values * np.iinfo(np.int8).max
     volume = values.astype(dtype)
@@ -250,13 +250,13 @@ def test_batches_are_cast_to_the_dtype_of_the_job(tmp_path: Path, name: str) -> 
         "        return torch.cat([x, x / 2, x / 3], 1)\n"
     )
     model = {"class_file": str(tmp_path / "checks_dtype.py"), "kwargs_file": None, "dtype": name}
-    outputs = predictions(plan_of(tmp_path, dtype="uint8", model=model))
+    outputs = predictions(create_plan(tmp_path, dtype="uint8", model=model))
     assert outputs.dtype == np.float32
     assert outputs.max() > 50
 
 
 def test_wide_unsigned_values_do_not_overflow(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, dtype="uint16", model={"dtype": "float64"})
+    plan = create_plan(tmp_path, dtype="uint16", model={"dtype": "float64"})
     runtime = load(plan)
     assert runtime.to_device(np.array([65535], np.uint16)).tolist() == [65535]
     assert runtime.to_device(np.array([4294967295], np.uint32)).tolist() == [4294967295]
@@ -274,7 +274,7 @@ def test_wide_unsigned_values_do_not_overflow(tmp_path: Path) -> None:
     ids=["read-only", "negative strides", "big-endian", "uint64", "Fortran order"],
 )
 def test_to_device_keeps_the_values_of_any_array(tmp_path: Path, array: npt.NDArray[Any]) -> None:
-    tensor = load(plan_of(tmp_path)).to_device(array)
+    tensor = load(create_plan(tmp_path)).to_device(array)
     np.testing.assert_array_equal(tensor.to(torch.float32).numpy(), array.astype(np.float32))
 
 
@@ -293,7 +293,7 @@ def test_a_network_that_modifies_and_returns_its_batch_does_not_change_the_input
         "model_output_shape": [1, *PATCH],
         "max_batch_size": 2,
     }
-    plan = plan_of(tmp_path, dtype="float32", combine="weighted_avg", model=model)
+    plan = create_plan(tmp_path, dtype="float32", combine="weighted_avg", model=model)
     batcher = Batcher(plan, load(plan), Steps())
     chunk = plan.chunk((0,) * plan.rank)
     patches = list(plan.patches(chunk))
@@ -342,7 +342,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 def test_failed_allocations_are_out_of_memory(tmp_path: Path, fail: Callable[[], None]) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of several classes
         fail()
-    assert load(plan_of(tmp_path)).is_out_of_memory(caught.value)
+    assert load(create_plan(tmp_path)).is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -356,16 +356,16 @@ def test_failed_allocations_are_out_of_memory(tmp_path: Path, fail: Callable[[],
     ids=str,
 )
 def test_other_errors_are_not_out_of_memory(tmp_path: Path, error: Exception) -> None:
-    assert not load(plan_of(tmp_path)).is_out_of_memory(error)
+    assert not load(create_plan(tmp_path)).is_out_of_memory(error)
 
 
 def test_a_later_job_with_the_same_network_starts_with_the_batch_size_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fakes: list[Fake] = []
+    fakes: list[FakeRuntime] = []
 
-    def load_fake(*_: object) -> Fake:
-        fakes.append(Fake(max_items=3))
+    def load_fake(*_: object) -> FakeRuntime:
+        fakes.append(FakeRuntime(max_items=3))
         return fakes[-1]
 
     monkeypatch.setattr(inference_engine, "load_runtime", load_fake)
@@ -375,7 +375,7 @@ def test_a_later_job_with_the_same_network_starts_with_the_batch_size_that_fits(
     def batch_size(output: str, max_batch_size: int) -> int:
         checkpoint = str(tmp_path / "weights.pt")
         model = {"checkpoint": checkpoint, "max_batch_size": max_batch_size}
-        job = plan_of(tmp_path, model=model).job.as_dict()
+        job = create_plan(tmp_path, model=model).job.as_dict()
         paths = {"input": str(tmp_path / "in.zarr"), "output": str(tmp_path / output)}
         record = submit.prepare(load_job(job | paths)).record
         return InferenceEngine(record, record.plan()).batcher.size
@@ -439,7 +439,7 @@ NAN_CAUSES: dict[str, tuple[Steps, float, str]] = {
 }
 
 
-class NanAbove(Fake):
+class NanAbove(FakeRuntime):
     """Return NaN for values above 20."""
 
     def __call__(self, batch: npt.NDArray[Any]) -> Any:
@@ -451,7 +451,7 @@ class NanAbove(Fake):
 @pytest.mark.parametrize("cause", NAN_CAUSES)
 def test_the_error_for_nan_names_the_first_stage_that_has_it(tmp_path: Path, cause: str) -> None:
     steps, value, start = NAN_CAUSES[cause]
-    plan = plan_of(tmp_path)
+    plan = create_plan(tmp_path)
     chunk = plan.chunk((0, 0))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     region[9, 2] = value
@@ -467,7 +467,7 @@ def test_the_error_for_nan_names_the_first_stage_that_has_it(tmp_path: Path, cau
 
 def test_nan_zero_also_replaces_values_of_steps(tmp_path: Path) -> None:
     steps = Steps(postprocessing=lambda batch: np.where(batch > 0.1, np.nan, batch))
-    outputs = predictions(plan_of(tmp_path, nan="zero"), Fake(), steps)
+    outputs = predictions(create_plan(tmp_path, nan="zero"), FakeRuntime(), steps)
     assert np.isfinite(outputs).all()
     assert (outputs == 0).any()
     assert (outputs > 0).any()
@@ -497,15 +497,15 @@ def test_the_weights_of_a_class_are_cast_to_the_dtype_of_the_job(
 ) -> None:
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
     model = {"checkpoint": str(tmp_path / "weights.pt"), "dtype": dtype}
-    expected = predictions(plan_of(tmp_path), TrainedNet())
-    outputs = predictions(plan_of(tmp_path, model=model))
+    expected = predictions(create_plan(tmp_path), TrainedNet())
+    outputs = predictions(create_plan(tmp_path, model=model))
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6 if dtype == "float64" else 2e-2)
 
 
 def test_a_network_in_half_precision_accepts_half_precision(tmp_path: Path) -> None:
     path = scripted(trained().bfloat16(), tmp_path / "half.ts", torch.bfloat16)
-    outputs = predictions(plan_of(tmp_path, model=as_script(path, dtype="bfloat16")))
-    expected = predictions(plan_of(tmp_path), TrainedNet())
+    outputs = predictions(create_plan(tmp_path, model=as_script(path, dtype="bfloat16")))
+    expected = predictions(create_plan(tmp_path), TrainedNet())
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=2e-2)
     assert "dtype: bfloat16" in load_error(tmp_path, **as_script(path))
 
@@ -519,8 +519,8 @@ def test_autocast_computes_in_half_precision(tmp_path: Path, dtype: str, form: s
         model = as_script(scripted(trained(), tmp_path / "net.ts"))
     elif form == "exported":
         model = as_program(program(tmp_path / "net.pt2"))
-    expected = predictions(plan_of(tmp_path, model=model))
-    outputs = predictions(plan_of(tmp_path, model=model | {"autocast": dtype}))
+    expected = predictions(create_plan(tmp_path, model=model))
+    outputs = predictions(create_plan(tmp_path, model=model | {"autocast": dtype}))
     assert np.abs(outputs - expected).max() > 1e-5
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=2e-2)
 
@@ -555,7 +555,7 @@ def test_channels_last_sets_the_layout_of_batches_and_weights(tmp_path: Path, ra
     (tmp_path / "layout.py").write_text(LAYOUT)
     (tmp_path / "rank.py").write_text(f"kwargs = {{'rank': {rank}}}\n")
     model = {"class_file": str(tmp_path / "layout.py"), "kwargs_file": str(tmp_path / "rank.py")}
-    runtime = load(plan_of(tmp_path, model=model | {"channels_last": True}))
+    runtime = load(create_plan(tmp_path, model=model | {"channels_last": True}))
     batch = np.random.default_rng(0).random((4, 2, *[8] * rank), np.float32)
     assert tuple(runtime(batch).shape) == (4, 3, *[8] * rank)
 
@@ -563,8 +563,8 @@ def test_channels_last_sets_the_layout_of_batches_and_weights(tmp_path: Path, ra
 def test_channels_last_does_not_change_results(tmp_path: Path) -> None:
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
     model = {"checkpoint": str(tmp_path / "weights.pt")}
-    expected = predictions(plan_of(tmp_path, model=model))
-    outputs = predictions(plan_of(tmp_path, model=model | {"channels_last": True}))
+    expected = predictions(create_plan(tmp_path, model=model))
+    outputs = predictions(create_plan(tmp_path, model=model | {"channels_last": True}))
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
 
 
@@ -589,8 +589,8 @@ def test_compiled_networks_return_the_same(tmp_path: Path, monkeypatch: pytest.M
         {"checkpoint": str(tmp_path / "weights.pt")},
         as_program(program(tmp_path / "net.pt2")),
     ):
-        expected = predictions(plan_of(tmp_path, model=model))
-        outputs = predictions(plan_of(tmp_path, model=model | {"compile": True}))
+        expected = predictions(create_plan(tmp_path, model=model))
+        outputs = predictions(create_plan(tmp_path, model=model | {"compile": True}))
         np.testing.assert_allclose(outputs, expected, rtol=0, atol=1e-6)
     assert len(calls) == 2
 
@@ -649,18 +649,18 @@ class Norms(torch.nn.Module):
 
 def test_layers_that_normalize_with_statistics_of_the_patch_are_listed(tmp_path: Path) -> None:
     torch.save(Norms(), tmp_path / "pickled.pt")
-    runtime = load(plan_of(tmp_path, model=as_file(tmp_path / "pickled.pt")))
+    runtime = load(create_plan(tmp_path, model=as_file(tmp_path / "pickled.pt")))
     kinds = ["GroupNorm", "InstanceNorm2d", "BatchNorm2d", "LayerNorm"]
     names = ["group", "instance", "batch", "layer"]
     assert list(runtime.tile_norms()) == [f"{n} ({k})" for n, k in zip(names, kinds, strict=True)]
-    exported = load(plan_of(tmp_path, model=as_program(program(tmp_path / "n.pt2", Norms()))))
+    exported = load(create_plan(tmp_path, model=as_program(program(tmp_path / "n.pt2", Norms()))))
     operators = [name.rpartition("(aten.")[2].partition(".")[0] for name in exported.tile_norms()]
     assert operators == ["group_norm", "instance_norm", "batch_norm", "layer_norm"]
     script = tmp_path / "norms.ts"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Norms()).save(str(script))
-    scripted_norms = load(plan_of(tmp_path, model=as_script(script))).tile_norms()
+    scripted_norms = load(create_plan(tmp_path, model=as_script(script))).tile_norms()
     assert [name.partition(" ")[0] for name in scripted_norms] == names
-    assert load(plan_of(tmp_path)).tile_norms() == ()
+    assert load(create_plan(tmp_path)).tile_norms() == ()
     assert runtime.device_bytes() is None

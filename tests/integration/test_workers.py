@@ -18,7 +18,7 @@ from chunkq_worker.supervisor import Supervisor
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_REFUSED, Counts, Executor
+from chunkq.executors.base import EXIT_REFUSED, Executor, TaskCounts
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import Task
 
@@ -156,7 +156,7 @@ def test_a_crashed_worker_process_is_restarted_and_its_chunks_are_requeued_at_on
         [[task.id, attempt] for task in tasks] for attempt in (1, 2, 3)
     ]
     # The last process ended with 0, so its chunks are requeued without counting an attempt.
-    assert fake_workers.queue.counts(JOB) == Counts(queued=3)
+    assert fake_workers.queue.counts(JOB) == TaskCounts(queued=3)
     names = [record["options"]["worker"] for record in fake_workers.records]
     assert len(set(names)) == 3
     lines = [line for line in capfd.readouterr().err.splitlines() if "; 3 chunks" in line]

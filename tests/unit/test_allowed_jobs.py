@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from chunkq_producer import submit
-from chunkq_worker.commands import _lost
+from chunkq_worker.commands import _lost_jobs
 from chunkq_worker.inference_engine import Device, waits_for_device
 from chunkq_worker.inline import NoQueue
 from chunkq_worker.run_task import record_failure, run_task
 
-from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, accepted_files, accepted_job
+from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path, with_allowed_files
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
-from chunkq.executors.base import Attempt, Counts
+from chunkq.executors.base import Attempt, TaskCounts
 from chunkq.job import ModelConfig, load_job, parse_job
 from chunkq.ledger import JobFolder, Ledger
 from chunkq.record import JobRecord
@@ -208,10 +208,10 @@ def test_prefixes_are_compared_by_whole_path_components(
 ) -> None:
     allow(monkeypatch, prefix)
     for path in inside:
-        assert accepted_job(f"{path}.chunkq") == f"{path}.chunkq"
+        assert allowed_job_path(f"{path}.chunkq") == f"{path}.chunkq"
     for path in outside:
         with pytest.raises(JobError) as error:
-            accepted_job(f"{path}.chunkq")
+            allowed_job_path(f"{path}.chunkq")
         assert error.value.code in (ErrorCode.PATH_INVALID, ErrorCode.PATH_NOT_ALLOWED)
 
 
@@ -247,7 +247,7 @@ def test_a_worker_opens_the_checked_path_even_if_a_link_outside_changes(
     job = lab.produce()
     link.symlink_to(lab.team)
     alias = link / job.name
-    assert accepted_job(str(alias)) == str(job)
+    assert allowed_job_path(str(alias)) == str(job)
     run(alias)
     assert os.readlink(link) == "/nowhere"
     assert ledger(job).is_committed("infer", (0,))
@@ -256,7 +256,7 @@ def test_a_worker_opens_the_checked_path_even_if_a_link_outside_changes(
     # The class file is also opened below the allowed folder, not through the link.
     record = JobFolder(str(job)).require_record()
     through_link = record.job.with_files({"model_config.class_file": f"{link}/net.py"})
-    assert accepted_files(through_link, str(job)).model.class_file == f"{lab.team}/net.py"
+    assert with_allowed_files(through_link, str(job)).model.class_file == f"{lab.team}/net.py"
 
 
 def test_waiting_tasks_and_failures_are_recorded_for_the_resolved_job_folder(
@@ -348,12 +348,12 @@ def test_every_file_that_a_job_loads_must_be_allowed(
     model = {"runtime": "torch", "model_input_shape": [8], **model, key: path}
     job = parse_job({"input": "/in.npy", "output": "/out.zarr", "model_config": model})
     with pytest.raises(JobError) as error:
-        accepted_files(job, f"{lab.team}/out.zarr.chunkq")
+        with_allowed_files(job, f"{lab.team}/out.zarr.chunkq")
     assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
     assert f"model_config.{key} {path}" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     inside = job.with_files({f"model_config.{key}": f"{lab.team}/net.py"})
-    assert accepted_files(inside, f"{lab.team}/out.zarr.chunkq") == inside
+    assert with_allowed_files(inside, f"{lab.team}/out.zarr.chunkq") == inside
 
 
 CODE = {
@@ -412,10 +412,10 @@ def test_every_file_in_the_folder_of_a_model_must_be_allowed(lab: Lab, name: str
     model = {"runtime": "tensorflow", "type": "file", "model_file": f"{lab.team}/saved"}
     values = {"input": "/in.npy", "output": "/out.zarr"}
     job = parse_job({**values, "model_config": {**model, "model_input_shape": [8]}})
-    assert accepted_files(job, "/out.zarr.chunkq") == job
+    assert with_allowed_files(job, "/out.zarr.chunkq") == job
     (lab.team / "saved" / name).symlink_to(lab.other)
     with pytest.raises(JobError, match=name) as error:
-        accepted_files(job, "/out.zarr.chunkq")
+        with_allowed_files(job, "/out.zarr.chunkq")
     assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
 
 
@@ -426,11 +426,11 @@ def test_every_file_of_a_tensorflow_checkpoint_must_be_allowed(lab: Lab) -> None
     model |= {"class_file": f"{lab.team}/net.py", "class_name": "Net"}
     values = {"input": "/in.npy", "output": "/out.zarr"}
     job = parse_job({**values, "model_config": {**model, "model_input_shape": [8]}})
-    assert accepted_files(job, "/out.zarr.chunkq") == job
+    assert with_allowed_files(job, "/out.zarr.chunkq") == job
     (lab.team / "model.index").unlink()
     (lab.team / "model.index").symlink_to(lab.other / "in.npy")
     with pytest.raises(JobError, match=r"checkpoint .*model\.index") as error:
-        accepted_files(job, "/out.zarr.chunkq")
+        with_allowed_files(job, "/out.zarr.chunkq")
     assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
 
 
@@ -510,7 +510,7 @@ def test_relative_prefixes_of_the_option_are_relative_to_the_working_directory(
 ) -> None:
     monkeypatch.setenv(ALLOW_VARIABLE, "")
     home = os.path.expanduser("~")
-    AllowedPaths.of([".", "a/../b", "~/c", "file:///d"], Path("/base")).to_environment()
+    AllowedPaths.parse([".", "a/../b", "~/c", "file:///d"], Path("/base")).to_environment()
     expected = AllowedPaths(("/base", "/base/b", f"{home}/c", "/d"))
     assert AllowedPaths.from_environment() == expected
     allow(monkeypatch, "jobs")
@@ -520,7 +520,7 @@ def test_relative_prefixes_of_the_option_are_relative_to_the_working_directory(
 @pytest.mark.parametrize("prefix", ["", " ", "s3://", "/a\n/", "s3://b/../c", "dir::file:///a"])
 def test_an_invalid_option_is_rejected(prefix: str) -> None:
     with pytest.raises(JobError, match=r"^--allow: ") as error:
-        AllowedPaths.of([prefix], Path("/base"))
+        AllowedPaths.parse([prefix], Path("/base"))
     assert error.value.code == ErrorCode.PATH_INVALID
 
 
@@ -544,8 +544,8 @@ def test_the_network_is_loaded_from_the_path_that_was_checked(lab: Lab) -> None:
 
 def test_a_rejected_job_is_not_opened_to_report_a_lost_queue(lab: Lab) -> None:
     inside, outside = str(lab.produce()), str(lab.produce(lab.other))
-    before = {job: Counts(queued=1) for job in (inside, outside, f"file://{inside}")}
-    assert _lost(before, {}) == [f"{lab.team}/out.zarr"]
+    before = {job: TaskCounts(queued=1) for job in (inside, outside, f"file://{inside}")}
+    assert _lost_jobs(before, {}) == [f"{lab.team}/out.zarr"]
 
 
 @pytest.mark.parametrize("name", ["../../other/x", "/x", "a/../../x", "..", "", "a//x"])

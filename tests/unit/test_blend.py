@@ -102,7 +102,7 @@ def run(
         write(plan.chunk(index).core, result.core)
     for index in plan.to_finalize():
         chunk = plan.chunk(index)
-        own_block = results[index].own if index in results else None
+        own_block = results[index].own_block if index in results else None
         incoming = {piece: pieces.pop(piece) for piece in plan.incoming_pieces(chunk)}
         for box, values in finalize_sums(plan, chunk, own_block, incoming):
             write(box, values)
@@ -422,7 +422,7 @@ def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
     predict = ref.predictor("position_dependent", 1, (6, 6))
     cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
     results = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
-    chunk, own_block = plan.chunk((1, 1)), results[1, 1].own
+    chunk, own_block = plan.chunk((1, 1)), results[1, 1].own_block
     incoming = [
         (piece, sums)
         for result in results.values()
@@ -458,12 +458,12 @@ def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:
         for piece, sums in result.pieces:
             assert (sums.shape, sums.dtype) == ((3, *piece.box.shape), np.dtype(np.float32))
         if index == (0, 0):
-            assert result.own is None
+            assert result.own_block is None
             continue
-        assert result.own is not None
-        assert [a.shape for a in result.own.band] == [(3, *b.shape) for b in chunk.band_boxes]
-        assert [a.shape for a in result.own.rest] == [b.shape for b in chunk.rest_boxes]
-        assert {a.dtype for a in result.own.rest} <= {np.dtype(np.uint8)}
+        assert result.own_block is not None
+        assert [a.shape for a in result.own_block.band] == [(3, *b.shape) for b in chunk.band_boxes]
+        assert [a.shape for a in result.own_block.rest] == [b.shape for b in chunk.rest_boxes]
+        assert {a.dtype for a in result.own_block.rest} <= {np.dtype(np.uint8)}
 
 
 class RecordingWeights:

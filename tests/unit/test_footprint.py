@@ -48,11 +48,11 @@ def test_the_footprint_of_writing_equals_the_arrays_of_a_contribution(
     zeros = np.zeros((channels, *chunk.region.shape), np.float32)
     weights = WeightCache(plan, load_blend_weights(plan), np.asarray)
     result = Accumulator(plan, chunk, weights, zeros).contribution()
-    assert result.own is not None
+    assert result.own_block is not None
     pieces = [sums for _, sums in result.pieces]
-    bases = map(base_array, [result.core, *result.own.band, *result.own.rest, *pieces])
+    bases = map(base_array, [result.core, *result.own_block.band, *result.own_block.rest, *pieces])
     allocated = {id(base): base.nbytes for base in bases}
-    copied = max(result.core.nbytes, sum(values.nbytes for values in result.own.rest))
+    copied = max(result.core.nbytes, sum(values.nbytes for values in result.own_block.rest))
     planned = chunk_footprint(plan, chunk)
     assert planned.writing == sum(allocated.values()) + copied
     assert planned.computing > planned.waiting + zeros.nbytes
@@ -77,7 +77,7 @@ def test_the_footprint_of_completing_is_within_15_percent_of_the_traced_peak(
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    planned = chunk_footprint(plan, chunk).completing
+    planned = chunk_footprint(plan, chunk).finalizing
     assert planned == pytest.approx(sum(array.nbytes for array in arrays) + peak, rel=0.15)
 
 
@@ -85,5 +85,5 @@ def test_each_additional_chunk_in_flight_adds_the_same_memory() -> None:
     largest = footprint(plan_of("weighted_avg", 3, "float32"))
     assert largest.waiting == footprint(plan_of("weighted_avg", 3)).waiting * 4
     steps = np.diff([largest.peak_bytes(depth) for depth in (1, 2, 3, 4)])
-    assert set(steps) == {max(largest.waiting, largest.writing, largest.completing)}
+    assert set(steps) == {max(largest.waiting, largest.writing, largest.finalizing)}
     assert largest.peak_bytes(1) == largest.computing

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.footprint import footprint
-from chunkq.resolve import CHUNKS_WANTED, MAX_CHUNK_BYTES
+from chunkq.resolve import MAX_CHUNK_BYTES, MIN_CHUNKS
 from tests import reference as ref
 from tests.strategies import Case, cases, plan_for
 
@@ -340,7 +340,7 @@ def test_the_default_chunk_size_is_valid_and_deterministic(
 
 def test_the_default_chunk_size_limits_memory_and_leaves_enough_chunks() -> None:
     plan = plan_for((3000, 3000, 3000), (64, 64, 64), "uint16")
-    assert plan.costs.chunks >= CHUNKS_WANTED
+    assert plan.costs.chunks >= MIN_CHUNKS
     assert MAX_CHUNK_BYTES / 8 < footprint(plan).computing <= MAX_CHUNK_BYTES
 
 

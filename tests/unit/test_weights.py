@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from chunkq.blend import WeightCache
 from chunkq.plan import Patch, Plan
-from chunkq.weights import ArrayWeights, Float64, Neighbors, Weights, built_in, neighbors
+from chunkq.weights import ArrayWeights, Float64, Neighbors, Weights, built_in_weights, neighbors
 from tests import reference as ref
 from tests.strategies import BUILT_INS, Case, cases, plan_for, user_weights, without_margin
 
 
 def profile(name: str, n: int) -> Float64:
-    return np.exp(built_in(name, (n,), (0,)).profiles[0])
+    return np.exp(built_in_weights(name, (n,), (0,)).profiles[0])
 
 
 def all_patches(plan: Plan) -> Iterator[Patch]:
@@ -28,7 +28,7 @@ def weights_of(plan: Plan, name: str) -> tuple[Weights, Float64]:
         array = without_margin(user_weights(plan.output_patch), plan.margin)
         return ArrayWeights(array), np.log(array)
     logs = without_margin(ref.log_weights(name, plan.output_patch), plan.margin)
-    return built_in(name, plan.output_patch, plan.margin), logs
+    return built_in_weights(name, plan.output_patch, plan.margin), logs
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_the_sigma_of_the_gaussian_is_an_eighth_of_the_patch() -> None:
 @pytest.mark.parametrize("name", BUILT_INS)
 @pytest.mark.parametrize("n", [1, 2, 7, 128, 1000])
 def test_built_in_weights_are_symmetric_and_nonzero(name: str, n: int) -> None:
-    logs = built_in(name, (n,), (0,)).profiles[0]
+    logs = built_in_weights(name, (n,), (0,)).profiles[0]
     assert np.isfinite(logs).all()
     assert logs == pytest.approx(logs[::-1], abs=1e-9 * np.abs(logs).max())
 
 
 def test_a_margin_crops_the_weights_of_the_output_patch() -> None:
-    weights = built_in("weight_linear", (6, 5), (2, 1))
+    weights = built_in_weights("weight_linear", (6, 5), (2, 1))
     assert np.exp(weights.profiles[0]) == pytest.approx([3, 3])
     assert np.exp(weights.profiles[1]) == pytest.approx([2, 3, 2])
 
@@ -162,7 +162,7 @@ def test_normalized_bump_weights_are_exact_in_the_corner_of_a_128_cube() -> None
 def test_bump_weights_along_four_axes_do_not_underflow_with_several_grids() -> None:
     # The sum of each grid in the corner is about exp(-4·n/4), which underflows float64 for n > 750.
     shape = (800, 1, 1, 1)
-    wide = built_in("weight_bump", (800, 800, 800, 800), (0,) * 4)
+    wide = built_in_weights("weight_bump", (800, 800, 800, 800), (0,) * 4)
     corner = [Neighbors(0, n, ((0,), (0,))) for n in shape]
     assert sum(p[0] for p in wide.profiles) < math.log(5e-324)
     assert wide.normalized(0, corner) == pytest.approx(np.full(shape, 0.5))

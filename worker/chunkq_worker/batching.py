@@ -149,7 +149,7 @@ class Batcher:
 
     def _send_ahead(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         """Send the next batch; return None if it cannot be sent before the current one is done."""
-        if not batch or not self._feed.ahead:
+        if not batch or not self._feed.double_buffered:
             return None
         try:
             return self._send(batch, halos, origin)

@@ -14,15 +14,21 @@ from pathlib import Path
 
 import click
 
-from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, accepted_job
+from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, Counts, Executor, default_depth
+from chunkq.executors.base import (
+    DEFAULT_DEPTH_CPU,
+    DEFAULT_DEPTH_GPU,
+    Executor,
+    TaskCounts,
+    default_depth,
+)
 from chunkq.executors.settings import override_settings
 from chunkq.finalize import job_completion
 from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
-from chunkq.ledger import folder_of
+from chunkq.ledger import job_folder_of
 from chunkq.paths import without_secret
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
@@ -45,7 +51,8 @@ from chunkq_worker.supervisor import Supervisor
 )  # fmt: skip
 @click.option(
     "--depth", type=click.IntRange(1),
-    help=f"Chunks in flight per process; default {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}.",
+    help="Chunks in flight per process "
+    f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
 @click.option("--burst", is_flag=True, help="Exit when the queue is empty.")
 @click.option(
@@ -91,7 +98,7 @@ def work(
     requeue them and exit at once.
     """
     base = Path.cwd()
-    allowed = AllowedPaths.of(allow, base) if allow else AllowedPaths.from_environment(base)
+    allowed = AllowedPaths.parse(allow, base) if allow else AllowedPaths.from_environment(base)
     if allowed is not None:
         allowed.to_environment()
     if lease is not None:
@@ -101,10 +108,10 @@ def work(
     deadline = None if max_time is None else time.time() + parse_duration("--max-time", max_time)
     limit = None if time_limit is None else parse_duration("--time-limit", time_limit)
     executor = open_shared(url)
-    executor.ready()
+    executor.check_ready()
     if lifeline:
         threading.Thread(target=_stop_when_stdin_closes, daemon=True).start()
-    folder = None if job is None else folder_of(output_path(job, base))
+    folder = None if job is None else job_folder_of(output_path(job, base))
     before = _jobs(executor, folder)
     supervisor = Supervisor(
         queue=url,
@@ -122,7 +129,7 @@ def work(
     after = _jobs(executor, folder)
     executor.close()
     failed = _failed(after) - _failed(before)
-    lost = _lost(before, after) if burst and supervisor.queue_was_unreachable else []
+    lost = _lost_jobs(before, after) if burst and supervisor.queue_was_unreachable else []
     if lost and code == 0:
         raise IncompleteError(
             "the queue was lost, with chunks of "
@@ -140,25 +147,25 @@ def work(
     sys.exit(code)
 
 
-def _jobs(executor: Executor, job: str | None) -> dict[str, Counts]:
+def _jobs(executor: Executor, job: str | None) -> dict[str, TaskCounts]:
     """Return job folder -> task counts, of one job or of all jobs on the queue."""
     return executor.jobs() if job is None else {job: executor.counts(job)}
 
 
-def _failed(jobs: Mapping[str, Counts]) -> int:
+def _failed(jobs: Mapping[str, TaskCounts]) -> int:
     return sum(counts.failed for counts in jobs.values())
 
 
-def _lost(before: Mapping[str, Counts], after: Mapping[str, Counts]) -> list[str]:
+def _lost_jobs(before: Mapping[str, TaskCounts], after: Mapping[str, TaskCounts]) -> list[str]:
     """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
     lost = []
     for path, counts in before.items():
-        now = after.get(path, Counts())
+        now = after.get(path, TaskCounts())
         if not counts.queued + counts.running or now.queued + now.running:
             continue
         # Skip jobs whose folder was removed, and jobs that this worker does not accept.
         with suppress(MissingJobError, JobError):
-            job = open_job(accepted_job(path))
+            job = open_job(allowed_job_path(path))
             if len(job_completion(job).unfinished) > now.failed:
                 lost.append(job.folder.output)
     return lost

@@ -28,9 +28,9 @@ def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:
     patches = 0
     if not job.ledger.is_committed("infer", task.chunk):
         framework_rule.check(job.plan.job.model)  # checked again before the network is loaded
-        with job.unless_replaced():
+        with job.check_replaced_on_error():
             patches = _compute(job, task, attempt)
-    return TaskResult(_contributions(job, task.chunk), ran=patches > 0)
+    return TaskResult(_contributions(job, task.chunk), ran_network=patches > 0)
 
 
 def _contributions(job: JobHandle, index: Index) -> list[BlockContribution]:
@@ -99,8 +99,8 @@ def _write_results(
 ) -> None:
     result, pieces = computed.contribution, 0
     bytes_moved["output"] = job.write(chunk.core, result.core)
-    if result.own is not None:
-        arrays = (*result.own.band, *result.own.rest)
+    if result.own_block is not None:
+        arrays = (*result.own_block.band, *result.own_block.rest)
         info = job.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
         pieces += info.size
         checksums[OWN_PIECE] = info.crc32c

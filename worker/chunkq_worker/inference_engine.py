@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from chunkq.allowed_paths import accepted_files, accepted_job
+from chunkq.allowed_paths import allowed_job_path, with_allowed_files
 from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
 from chunkq.combine import to_numpy
 from chunkq.errors import JobError, ModelError
@@ -156,7 +156,7 @@ class Device:
             framework_rule.check(job.plan.job.model)
             while len(self._engines) >= ENGINES_CACHED:
                 self._engines.popitem(last=False)[1].close()
-            accepted = accepted_files(job.record.job, job.folder.path)
+            accepted = with_allowed_files(job.record.job, job.folder.path)
             self._engines[key] = InferenceEngine(job.record, replace(job.plan, job=accepted))
         self._engines.move_to_end(key)
         return self._engines[key]
@@ -192,7 +192,9 @@ _lock = threading.Lock()
 def waits_for_device(task: Task) -> bool:
     """Return whether a task of this process waits for the device while others are computed."""
     try:
-        accepted_task = replace(task, job=accepted_job(task.job))  # the path that `run_task` uses
+        accepted_task = replace(
+            task, job=allowed_job_path(task.job)
+        )  # the path that `run_task` uses
     except JobError:
         return False
     return _device is not None and _device.is_awaited_by(accepted_task)

@@ -13,16 +13,16 @@ from typing_extensions import override
 from chunkq.executors.base import (
     Attempt,
     BlockContribution,
-    Counts,
     Executor,
     Handler,
-    Running,
+    RunningTask,
+    TaskCounts,
     TaskResult,
     WorkerName,
     WorkerOptions,
     default_depth,
 )
-from chunkq.finalize import blocks_at_once, complete_block, job_completion
+from chunkq.finalize import complete_block, job_completion, max_concurrent_blocks
 from chunkq.job_handle import JobHandle
 from chunkq.plan import Index
 from chunkq.tasks import Task
@@ -46,15 +46,15 @@ class NoQueue(Executor):
         return 0
 
     @override
-    def counts(self, job: str) -> Counts:
-        return Counts()
+    def counts(self, job: str) -> TaskCounts:
+        return TaskCounts()
 
     @override
-    def jobs(self) -> dict[str, Counts]:
+    def jobs(self) -> dict[str, TaskCounts]:
         return {}
 
     @override
-    def running(self, job: str) -> list[Running]:
+    def running(self, job: str) -> list[RunningTask]:
         return []
 
     @override
@@ -105,7 +105,7 @@ class Contributions:
             return [
                 contribution.block
                 for contribution in contributions
-                if self._counts[contribution.block] == contribution.of
+                if self._counts[contribution.block] == contribution.total
             ]
 
 
@@ -124,7 +124,7 @@ def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
     contributions = Contributions()
     blocks: list[Future[None]] = []
     finalizers, depth = (
-        blocks_at_once(job.plan),
+        max_concurrent_blocks(job.plan),
         default_depth(gpu=job.plan.job.model.device == "cuda"),
     )
     with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(finalizers) as finalizer:

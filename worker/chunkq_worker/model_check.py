@@ -30,7 +30,7 @@ from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
 from chunkq.plan import Patch, Plan
 from chunkq.record import JobRecord
-from chunkq.sample_job import recreate_job
+from chunkq.sample_job import copy_job
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import child_env
@@ -117,7 +117,7 @@ def run_check(
     result.loaded_bytes = peak_bytes()
     if depth is not None and folder is not None:
         result.depth = depth
-        _measure_memory(result, engine, recreate_job(record, folder))
+        _measure_memory(result, engine, copy_job(record, folder))
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
     result.load_seconds += time.perf_counter() - before

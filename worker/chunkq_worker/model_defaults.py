@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from chunkq.errors import JobError, ModelError, nearest
+from chunkq.errors import JobError, ModelError, suggestion
 from chunkq.job import Job, ModelConfig
 from chunkq.paths import is_url, read_bytes, without_secret
 from chunkq_worker.runtimes.formats import format_of
@@ -80,7 +80,7 @@ def _is_of_model(key: str) -> bool:
     top, model = list(Job.model_fields), list(ModelConfig.model_fields)
     if key in top or key in model:
         return key in model
-    return not nearest(key, top) and bool(nearest(key, model))
+    return not suggestion(key, top) and bool(suggestion(key, model))
 
 
 def _model_keys(path: str, runtime: str | None, kind: str | None) -> dict[str, Any]:

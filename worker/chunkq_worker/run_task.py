@@ -7,7 +7,7 @@ import time
 import traceback
 from dataclasses import replace
 
-from chunkq.allowed_paths import accepted_files, accepted_job, is_restricted
+from chunkq.allowed_paths import allowed_job_path, is_restricted, with_allowed_files
 from chunkq.errors import (
     ChunkqError,
     ErrorCode,
@@ -32,11 +32,11 @@ def run_task(task: Task, attempt: Attempt) -> TaskResult:
     the worker does not accept the job folder (see `chunkq.allowed_paths`).
     """
     # From this line on, only the checked path is opened.
-    task = replace(task, job=accepted_job(task.job))
+    task = replace(task, job=allowed_job_path(task.job))
     started = time.time()
     try:
         if is_restricted():
-            accepted_files(open_job(task.job).record.job, task.job)
+            with_allowed_files(open_job(task.job).record.job, task.job)
         result: TaskResult = entry_point(task.kind)(task, attempt) or TaskResult()
     except (JobError, ModelError, FrameworkConflictError) as error:
         if error.code == ErrorCode.PATH_NOT_ALLOWED:
@@ -72,7 +72,7 @@ def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
         traceback="".join(traceback.format_exception(error)),
     )
     try:
-        folder = JobFolder(accepted_job(task.job))
+        folder = JobFolder(allowed_job_path(task.job))
         record = folder.read_record()
         if record is not None:
             folder.ledger(record.epoch).record_failure(failure)

@@ -8,7 +8,7 @@ import threading
 
 from chunkq.errors import ChunkqError, TaskTimeoutError
 from chunkq.executors.base import EXIT_TASK_TIMEOUT, Executor, ExitStatus, WorkerOptions
-from chunkq.scratch import remove_own
+from chunkq.scratch import delete_own_folders
 
 LEDGER_SECONDS = 5.0
 """Time to record a timeout in the ledger before the process ends."""
@@ -52,5 +52,5 @@ def _exit_with_hanging_threads(error: TaskTimeoutError) -> None:
     recorder = threading.Thread(target=record_failures, daemon=True)
     recorder.start()
     recorder.join(LEDGER_SECONDS)
-    remove_own()
+    delete_own_folders()
     os._exit(EXIT_TASK_TIMEOUT)

@@ -21,7 +21,7 @@ from types import FrameType
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
-from chunkq.scratch import remove_own
+from chunkq.scratch import delete_own_folders
 
 EXIT_REQUEUED = 5
 
@@ -81,7 +81,7 @@ def main() -> int:
 def _end_with_supervisor() -> None:
     """Wait until the supervisor's pipe closes, then end this process."""
     sys.stdin.read()
-    remove_own()
+    delete_own_folders()
     os._exit(1)
 
 
@@ -94,7 +94,7 @@ def _handle_signals(options: WorkerOptions, executor: Executor) -> None:
     def requeue_and_exit() -> None:
         with suppress(QueueError):  # then the supervisor requeues the chunks
             executor.release(options.worker, counted=False)
-        remove_own()
+        delete_own_folders()
         os._exit(EXIT_REQUEUED)
 
     first_signal = 0.0

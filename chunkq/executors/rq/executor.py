@@ -33,8 +33,8 @@ from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
     BlockContribution,
-    Counts,
-    Running,
+    RunningTask,
+    TaskCounts,
     WorkerOptions,
 )
 from chunkq.executors.leases import Lease, LeaseQueue
@@ -70,7 +70,7 @@ class RqExecutor(LeaseQueue):
         """Scripts on a connection that retries while the server is unreachable, for workers."""
         return Scripts(connect(self.url, patient=True))
 
-    def ready(self) -> None:
+    def check_ready(self) -> None:
         """Raise QueueError for a replica, or a user who may not run scripts that write."""
         with translated_errors(self.url):
             self._scripts("ready")
@@ -95,19 +95,19 @@ class RqExecutor(LeaseQueue):
                     full_job = job
         return queued
 
-    def counts(self, job: str) -> Counts:
+    def counts(self, job: str) -> TaskCounts:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with translated_errors(self.url):
-            return Counts(*self._scripts("counts", queue_name(job)))
+            return TaskCounts(*self._scripts("counts", queue_name(job)))
 
-    def jobs(self) -> dict[str, Counts]:
+    def jobs(self) -> dict[str, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
         with translated_errors(self.url):
             jobs = _texts(self._client.hvals(JOBS))
         all_counts = {job: self.counts(job) for job in sorted(jobs)}
-        return {job: counts for job, counts in all_counts.items() if counts != Counts()}
+        return {job: counts for job, counts in all_counts.items() if counts != TaskCounts()}
 
-    def running(self, job: str) -> list[Running]:
+    def running(self, job: str) -> list[RunningTask]:
         """Return the tasks of a job whose leases have not expired."""
         name = queue_name(job)
         with translated_errors(self.url):
@@ -116,7 +116,7 @@ class RqExecutor(LeaseQueue):
             ids = [entry.rpartition(":")[0] for entry in _texts(entries)]
             rows = self._fields(ids, "data", "worker_name", "started_at")
         return [
-            Running(task, (worker or b"").decode(), utcparse(since.decode()).timestamp())
+            RunningTask(task, (worker or b"").decode(), utcparse(since.decode()).timestamp())
             for message, worker, since in rows
             if since and (task := _task(message)) is not None
         ]
@@ -149,7 +149,9 @@ class RqExecutor(LeaseQueue):
         self, job: str, contributions: Sequence[BlockContribution]
     ) -> list[Task]:
         """Record a contributor of blocks; return tasks to finalize the complete ones."""
-        parts = [part for c in contributions for part in (chunk_name(c.block), c.member, c.of)]
+        parts = [
+            part for c in contributions for part in (chunk_name(c.block), c.contributor, c.total)
+        ]
         with translated_errors(self.url):
             names = self._retrying_scripts("record_contributions", queue_name(job), *parts)
         blocks = map(parse_chunk, _texts(names))

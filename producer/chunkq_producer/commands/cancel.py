@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from chunkq.errors import JobError, StoreError
-from chunkq.ledger import JobFolder, folder_of
+from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.paths import without_secret
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
 
@@ -18,7 +18,7 @@ def cancel(output: str, queue: str | None) -> None:
 
     Computed chunks are kept. Chunks that are running may finish.
     """
-    unchecked_path = folder_of(output)
+    unchecked_path = job_folder_of(output)
     try:
         folder = folder_at(output)
     except (JobError, StoreError):  # the path has no canonical form or an unsupported protocol

@@ -12,7 +12,7 @@ from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.job_path import output_path
-from chunkq.ledger import JobFolder, folder_of
+from chunkq.ledger import JobFolder, job_folder_of
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option("-i", "--input", "input_", help="Input volume; overrides the job's.")
@@ -33,7 +33,7 @@ def queue_of(queue: str | None, job_queue: str | None = None) -> Iterator[Execut
 
 def folder_at(output: str) -> JobFolder:
     """Return the job folder of an output path; relative paths start at the current folder."""
-    return JobFolder(folder_of(output_path(output, Path.cwd())))
+    return JobFolder(job_folder_of(output_path(output, Path.cwd())))
 
 
 def job_at(output: str) -> JobHandle:

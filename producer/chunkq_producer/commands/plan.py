@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from chunkq.errors import ModelError
-from chunkq.executors.base import DEPTH_ON_CPU, DEPTH_ON_GPU, default_depth
+from chunkq.executors.base import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Costs, Plan
@@ -36,7 +36,8 @@ MAX_SHARE_TO_FINALIZE = 0.9
 )
 @click.option(
     "--depth", type=click.IntRange(1),
-    help=f"Chunks in flight per process (default: {DEPTH_ON_GPU} on a GPU, else {DEPTH_ON_CPU}).",
+    help="Chunks in flight per process "
+    f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
 @json_option
 def plan(

@@ -43,7 +43,7 @@ def produce(
     submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
     url = queue_of(loaded_job, queue)
     with closing(open_shared(url)) as executor:
-        executor.ready()
+        executor.check_ready()
         with ProgressBar("queueing chunks") as progress_bar:
             result = submit.produce(
                 prepared, executor, resume=resume, overwrite=overwrite, progress=progress_bar

@@ -50,7 +50,7 @@ class DaskCluster:
         }
         return self._start(WORKER, *options, **(variables | environment))
 
-    def has_workers(self, count: int) -> None:
+    def wait_for_workers(self, count: int) -> None:
         """Wait until `count` workers have joined."""
         import distributed
 

@@ -40,7 +40,7 @@ def server_program() -> str:
 ADMIN = "admin"
 
 
-def administrator(url: str) -> redis.Redis:
+def admin_client(url: str) -> redis.Redis:
     """Return a client with all permissions for a test server without a password."""
     return redis.Redis.from_url(url, username=ADMIN, password="any")
 

@@ -125,7 +125,7 @@ class SlurmCluster:
             check=False,
         )
 
-    def ask(self, program: str, *arguments: str) -> str:
+    def check_output(self, program: str, *arguments: str) -> str:
         """Run a command, assert exit code 0 and return its stdout."""
         result = self.run(program, *arguments)
         assert result.returncode == 0, result.stderr
@@ -147,7 +147,7 @@ class SlurmCluster:
 
     def states(self, job: str) -> list[JobState]:
         """Return the state of a job, or of each task of an array, in task order."""
-        lines = self.ask("scontrol", "--oneliner", "show", "job", job).splitlines()
+        lines = self.check_output("scontrol", "--oneliner", "show", "job", job).splitlines()
         tasks = [dict(re.findall(r"(?:^| )(\w+)=(.*?)(?= \w+=|$)", line)) for line in lines]
         # Tasks that have not started yet are one entry, `0-3`.
         order = [int(re.findall(r"\d+", values.get("ArrayTaskId", "0"))[0]) for values in tasks]
@@ -165,17 +165,17 @@ class SlurmCluster:
             time.sleep(0.1)
         return self.states(job)
 
-    def succeeded(self, job: str, timeout: float = TIMEOUT) -> list[JobState]:
+    def wait_for_success(self, job: str, timeout: float = TIMEOUT) -> list[JobState]:
         """Wait until a job has ended; assert that it completed."""
         states = self.wait(job, timeout)
         if any(one.state != "COMPLETED" for one in states):
             raise AssertionError(self._describe(job))
         return states
 
-    def empty(self) -> None:
+    def cancel_all(self) -> None:
         """Cancel every job and wait until the queue is empty."""
         self.run("scancel", "--full", "--user", "root")
-        wait_until(lambda: not self.ask("squeue", "--noheader"), "SLURM has no job")
+        wait_until(lambda: not self.check_output("squeue", "--noheader"), "SLURM has no job")
 
     def _describe(self, job: str) -> str:
         """Return all state and logs of a job, for the message of a failed test."""
@@ -252,7 +252,7 @@ class SlurmCluster:
         """Stop the daemons and kill every process of the cluster and its jobs."""
         if all(daemon.poll() is None for daemon in self._daemons):
             with suppress(AssertionError, subprocess.TimeoutExpired):
-                self.empty()
+                self.cancel_all()
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:

@@ -26,7 +26,7 @@ class BatchFeed:
     This class serves runtimes that read host memory: it has one buffer and copies nothing.
     """
 
-    ahead: bool = False
+    double_buffered: bool = False
     """Whether a batch can be written and sent while the previous one is computed."""
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:

@@ -21,10 +21,10 @@ from rich.filesize import decimal
 
 from chunkq import __version__
 from chunkq.allowed_paths import ALLOW_VARIABLE
-from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, nearest
+from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
 from chunkq.executors.base import default_depth
 from chunkq.job import Job, load_job
-from chunkq.ledger import JobFolder, folder_of
+from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.paths import is_url, without_secret
 from chunkq.record import JobRecord
 from chunkq.stores import find_source
@@ -216,7 +216,7 @@ def _parse_names(option: str, text: str | None, allowed: Sequence[str]) -> list[
         if name not in allowed:
             raise JobError(
                 f"{option}: invalid value {name!r}; expected one of {', '.join(allowed)}"
-                f"{nearest(name, allowed)}"
+                f"{suggestion(name, allowed)}"
             )
     return names
 
@@ -263,7 +263,7 @@ def _check_editable(file: JobFile, space: SearchSpace) -> None:
 
 def _check_not_started(path: Path, record: JobRecord) -> None:
     """Raise JobError if the job is produced and not finished; it needs the same settings."""
-    folder = JobFolder(folder_of(record.job.output))
+    folder = JobFolder(job_folder_of(record.job.output))
     existing = folder.read_record()
     is_sealed = existing is not None and folder.ledger(existing.epoch).is_sealed()
     if existing is None or existing.digest != record.digest or is_sealed:

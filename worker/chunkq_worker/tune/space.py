@@ -15,7 +15,7 @@ from chunkq.footprint import footprint
 from chunkq.job import Job, parse_job
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
-from chunkq.resolve import CHUNKS_WANTED
+from chunkq.resolve import MIN_CHUNKS
 from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]
@@ -96,7 +96,7 @@ class SearchSpace:
         All are multiples of the output's storage chunks, which do not change. At least
         `min_chunks` chunks remain, so that workers can share the job.
         """
-        min_chunks = min(CHUNKS_WANTED, self._plan.costs.chunks)
+        min_chunks = min(MIN_CHUNKS, self._plan.costs.chunks)
         shapes: list[Shape | None] = [None]
         for larger in (False, True):
             shape = self._plan.chunksize
