@@ -146,7 +146,7 @@ def finalize_job(
 
     With `allow_missing`, blocks that need a missing chunk stay empty and the output is marked as
     incomplete. `progress` is called with the number of complete blocks and their total. `threads`
-    blocks are completed concurrently (default: `blocks_at_once`).
+    blocks are completed concurrently (default: `max_concurrent_blocks`).
 
     Raises IncompleteError with the missing chunks, unless `allow_missing`. Raises IncompleteError
     with the code RESULTS_LOST if pieces or commit records are damaged: all other blocks are

@@ -258,7 +258,7 @@ class _Shapes:
         """Return the default chunk shape, a power-of-two multiple of the smallest legal one.
 
         The axis with the fewest patches per chunk is doubled until the next step would exceed
-        `MAX_CHUNK_BYTES` or leave fewer than `CHUNKS_WANTED` chunks.
+        `MAX_CHUNK_BYTES` or leave fewer than `MIN_CHUNKS` chunks.
         """
         volume = self.volume.shape
         bytes_per_voxel = 4 * self.channels + 8 + self.volume.voxel_bytes

@@ -154,7 +154,7 @@ def test_weights_that_do_not_fit_into_memory_are_rejected(
     def fail(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(user_code, "built_in", fail)
+    monkeypatch.setattr(user_code, "built_in_weights", fail)
     path = lab / "weights.yaml"
     path.write_text(yaml.safe_dump(BASES[0]))
     [line] = problems(path)

@@ -131,7 +131,7 @@ FAULTS = (
     Fault(
         "incomplete-output-called-complete",
         FINALIZE,
-        "job.output.describe_incomplete(",
+        "job.output.mark_incomplete(",
         "job.output.seal(",
         "readers mistake an output with holes for a complete one",
         named(RESUME, "missing"),
