@@ -46,7 +46,7 @@ FAULTS = (
         "(content,), _link)",
         "(content,), os.replace)",
         "the report counts a chunk's second, superseded run",
-        named(STORAGE, "writers_of_a_new_object"),
+        named(STORAGE, "keeps_the_object_of_the_first"),
     ),
     Fault(
         "objects-written-in-place",
@@ -54,7 +54,7 @@ FAULTS = (
         'temporary = os.path.join(self._root, f"{PARTIAL}{uuid.uuid4().hex}")',
         "temporary = target",
         "a writer killed in the middle leaves half a commit record",
-        named(STORAGE, "killed_in_the_middle"),
+        named(STORAGE, "killed_while_it_writes"),
     ),
     Fault(
         "partial-files-listed",
@@ -62,7 +62,7 @@ FAULTS = (
         "not entry.name.startswith(PARTIAL) and ",
         "",
         "a killed writer's partial files are listed as objects",
-        named("tests/integration/test_storage.py", "torn_object"),
+        named("tests/integration/test_storage.py", "killed_while_it_writes"),
     ),
     Fault(
         "replaced-job-not-detected",
@@ -102,7 +102,7 @@ FAULTS = (
         'ledger.delete_commits("infer", problems)',
         'ledger.delete_commits("finalize", problems)',
         "a chunk with a damaged piece is never computed again, contrary to the message",
-        named(RESUME, "unfit"),
+        named(RESUME, "missing_or_damaged_piece"),
     ),
     Fault(
         "wrong-chunk-blamed",
@@ -110,7 +110,7 @@ FAULTS = (
         "problems[piece.source] = ",
         "problems[chunk.index] = ",
         "the wrong chunk is computed again, and the damage remains",
-        named(RESUME, "unfit"),
+        named(RESUME, "missing_or_damaged_piece"),
     ),
     Fault(
         "blocks-beside-missing-chunks",
@@ -159,7 +159,7 @@ FAULTS = (
         '    committed = job.ledger.committed("infer")\n'
         "    committed |= {f.chunk: f.when for f in job.ledger.failures()}\n",
         "after a lost queue the failed chunks are never tried again",
-        named(RESUME, "chunk_that_failed"),
+        named(RESUME, "failed_chunk_is_recorded"),
     ),
     Fault(
         "another-job-resumes",
@@ -183,6 +183,6 @@ FAULTS = (
         "    if running:\n",
         "    if len(running) > 1:\n",
         "--overwrite deletes the output under a worker that writes it",
-        named(RESUME, "overwrite_is_refused"),
+        named(RESUME, "overwrite_is_rejected"),
     ),
 )

@@ -23,7 +23,7 @@ FAULTS = (
         "except (JobError, ModelError) as error:\n            self._queue.requeue(lease)",
         "except (JobError, ModelError) as error:\n            self._queue.nack(lease, error)",
         "a wrong checkpoint path uses up the attempts of every chunk",
-        contract("inprocess", "strike_every_chunk"),
+        contract("inprocess", "affects_every_chunk"),
     ),
     Fault(
         "failures-add-up-over-causes",
@@ -39,7 +39,7 @@ FAULTS = (
         "        self.cause = None\n",
         "        return\n",
         "a worker skips a job although chunks succeed in between",
-        contract("inprocess", "begins_the_count_anew"),
+        contract("inprocess", "resets_the_count"),
     ),
     Fault(
         "timeout-counts-for-the-others",
@@ -55,7 +55,7 @@ FAULTS = (
         " and self._queue.is_drained(self._options):",
         ":",
         "workers end while a task of a dying worker may still return to the queue",
-        contract("inprocess", "waits_for_what_others_run"),
+        contract("inprocess", "waits_for_running_tasks"),
     ),
     Fault(
         "ack-before-its-blocks",
@@ -87,7 +87,7 @@ FAULTS = (
         '"id = ? AND worker = ?", (id, worker)',
         '"id = ?", (id,)',
         "a worker that was suspended deletes another worker's task",
-        contract("sqlite", "cannot_end_it_for_them"),
+        contract("sqlite", "leased_to_another_worker"),
     ),
     Fault(
         "stale-lease-is-requeued",
@@ -111,7 +111,7 @@ FAULTS = (
         "0 if counted else 1, worker",
         "0, worker",
         "stopping workers three times marks their chunks as failed",
-        contract("sqlite", "hands_back_without_counting"),
+        contract("sqlite", "releasing_a_stopped_worker"),
     ),
     Fault(
         "release-includes-tasks-that-do-not-run",
@@ -151,7 +151,7 @@ FAULTS = (
         "state IN ('queued', 'running')",
         "state IN ('queued')",
         "workers end while a task of a dying worker may still return to the queue",
-        contract("sqlite", "waits_for_what_others_run"),
+        contract("sqlite", "waits_for_running_tasks"),
     ),
     Fault(
         "worker-runs-other-jobs",
@@ -159,7 +159,7 @@ FAULTS = (
         '"AND job = :job", {',
         '"", {',
         "chunkq run computes the chunks of other jobs on the same queue",
-        contract("sqlite", "leaves_the_others_alone"),
+        contract("sqlite", "runs_no_tasks_of_other_jobs"),
     ),
     Fault(
         "retry-keeps-the-attempts",
@@ -175,7 +175,7 @@ FAULTS = (
         "if before == COMPLETE:",
         'if before == "":',
         "a block is completed again after its pieces are deleted",
-        contract("sqlite", "never_given_again"),
+        contract("sqlite", "never_returned_again"),
     ),
     Fault(
         "contribution-of-the-wrong-chunk",
@@ -199,7 +199,7 @@ FAULTS = (
         " and leased.attempt is lease.attempt",
         "",
         "a thread that lost its lease ends another thread's task",
-        contract("inprocess", "cannot_end_it_for_them"),
+        contract("inprocess", "leased_to_another_worker"),
     ),
     Fault(
         "redis-stale-lease-ends-anothers-task",
@@ -207,7 +207,7 @@ FAULTS = (
         "if redis.call('ZREM', started(name), id .. ':' .. attempt) == 0 then return false end",
         "redis.call('ZREM', started(name), id .. ':' .. attempt)",
         "on Redis a worker that was suspended deletes another worker's task",
-        contract("rq", "cannot_end_it_for_them"),
+        contract("rq", "leased_to_another_worker"),
     ),
     Fault(
         "redis-attempts-not-counted",
@@ -223,7 +223,7 @@ FAULTS = (
         "now > grace",
         "now < grace",
         "on Redis the chunks of a lost machine are never computed",
-        contract("rq", "vanished_workers_task"),
+        contract("rq", "task_of_a_lost_worker"),
     ),
     Fault(
         "redis-renews-to-now",
@@ -239,7 +239,7 @@ FAULTS = (
         " + redis.call('ZCARD', started(name))",
         "",
         "on Redis workers end while a task of a dying worker may still return to the queue",
-        contract("rq", "waits_for_what_others_run"),
+        contract("rq", "waits_for_running_tasks"),
     ),
     Fault(
         "redis-listed-twice-run-twice",

@@ -34,7 +34,7 @@ FAULTS = (
         " == _checksum(values) else",
         " else",
         "a damaged job or commit record is accepted as valid",
-        named(RECORDS, "value_changed"),
+        named(RECORDS, "changed_value"),
     ),
     Fault(
         "epoch-of-a-commit-not-compared",
@@ -66,7 +66,7 @@ FAULTS = (
         "(epoch, stored_path) != (self.epoch, path)",
         "epoch != self.epoch",
         "a misplaced piece is added to the wrong block",
-        named(PIECES, "place_of_another"),
+        named(PIECES, "name_of_another"),
     ),
     Fault(
         "piece-of-an-earlier-job-accepted",
@@ -82,7 +82,7 @@ FAULTS = (
         'else f"{SEALED_NAME}.{epoch}"',
         "else SEALED_NAME",
         "a suspended worker of the replaced job writes its voxels into the new one's output",
-        named(SUSPENDED, "cannot_reach_the_voxels"),
+        named(SUSPENDED, "does_not_change_the_new_job"),
     ),
     Fault(
         "replaced-before-the-write",
@@ -111,7 +111,7 @@ FAULTS = (
     Fault(
         "strays-of-a-later-job-removed",
         OUTPUT,
-        "        allowed()\n        if strays:\n",
+        "        check_unchanged()\n        if strays:\n",
         "        if strays:\n",
         "a suspended finalizer deletes the array of the job that replaced its own",
         named(SUSPENDED, "while_it_seals"),
@@ -119,7 +119,7 @@ FAULTS = (
     Fault(
         "group-of-a-later-job-written",
         OUTPUT,
-        '        allowed()\n        self._write_group("complete"',
+        '        check_unchanged()\n        self._write_group("complete"',
         '        self._write_group("complete"',
         "a suspended finalizer marks the new job's output as complete",
         named(SUSPENDED, "while_it_seals"),
@@ -178,7 +178,7 @@ FAULTS = (
         "        self.check(self._record.array)\n        return open_array(",
         "        return open_array(",
         "chunks are written into an array with another codec or fill value",
-        named(DAMAGE, "another_program_changed"),
+        named(DAMAGE, "changed_metadata"),
     ),
     Fault(
         "stray-arrays-stay",
@@ -186,7 +186,7 @@ FAULTS = (
         "self._objects.discard(*strays)",
         "pass",
         "arrays that suspended workers wrote remain in the output",
-        named(SUSPENDED, "produce_removes"),
+        named(SUSPENDED, "produce_deletes"),
     ),
     Fault(
         "ledgers-of-earlier-jobs-stay",
@@ -194,7 +194,7 @@ FAULTS = (
         "        job.folder.delete_earlier_epochs(job.record.epoch)\n",
         "",
         "pieces of every replaced job remain on the disk",
-        named(SUSPENDED, "produce_removes"),
+        named(SUSPENDED, "produce_deletes"),
     ),
     Fault(
         "damaged-commit-sealed",
@@ -202,7 +202,7 @@ FAULTS = (
         "    _check_records(job, inferred, finalized, missing)\n",
         "",
         "an output is sealed although one of its chunks has no valid commit record",
-        named(DAMAGE, "damaged_commit_record_means"),
+        named(DAMAGE, "damaged_commit_record_is"),
     ),
     Fault(
         "superseded-worker-writes",

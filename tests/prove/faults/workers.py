@@ -40,7 +40,7 @@ FAULTS = (
         'if job.ledger.is_committed("finalize", target):',
         "if target:",
         "a superseded worker deletes pieces that a block still needs",
-        named(RESUME, "overtaken"),
+        named(RESUME, "another_worker_commits"),
     ),
     Fault(
         "contributions-without-the-neighbors",
@@ -48,7 +48,7 @@ FAULTS = (
         "for block in [index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]:",
         "for block in [index]:",
         "workers leave most blocks to the finalizer",
-        named(RESUME, "marks_itself"),
+        named(RESUME, "records_its_contribution"),
     ),
     Fault(
         "bytes-of-the-padding-counted",
@@ -72,7 +72,7 @@ FAULTS = (
         "        record_failure(task, attempt, error)\n        raise\n",
         "        raise\n",
         "status and report do not show why a chunk failed",
-        named(RESUME, "chunk_that_failed"),
+        named(RESUME, "failed_chunk_is_recorded"),
     ),
     Fault(
         "padding-of-a-batch-not-zeroed",
@@ -128,7 +128,7 @@ FAULTS = (
         "counted=True)",
         "counted=False)",
         "a chunk that kills its worker is tried without end",
-        named(WORKERS, "dead_child"),
+        named(WORKERS, "crashed_worker_process"),
     ),
     Fault(
         "late-deaths-add-up",
@@ -136,7 +136,7 @@ FAULTS = (
         ".started < self.settings.early_death",
         ".started < 1e9",
         "a supervisor gives up after a few deaths over days",
-        named(WORKERS, "lived_long"),
+        named(WORKERS, "long_after_the_start"),
     ),
     Fault(
         "pause-does-not-grow",
@@ -144,7 +144,7 @@ FAULTS = (
         " - 1, 10)",
         " * 0, 10)",
         "a worker process that ends at once is restarted as fast as possible",
-        named(WORKERS, "pause"),
+        named(WORKERS, "delay_before_a_restart"),
     ),
     Fault(
         "exit-code-hides-a-given-up-slot",
@@ -152,7 +152,7 @@ FAULTS = (
         "return 1 if any(",
         "return 1 if all(",
         "a script mistakes a worker with a broken GPU for a healthy one",
-        named(WORKERS, "given_up"),
+        named(WORKERS, "slot_that_has_failed"),
     ),
     Fault(
         "refusal-is-restarted",
