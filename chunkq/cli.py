@@ -119,8 +119,23 @@ def _as_chunkq_error(error: Exception) -> ChunkqError:
     """Return the error to report. Re-raise an error that comes from a bug in chunkq."""
     if isinstance(error, ChunkqError):
         return error
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_package(error)
     package = type(error).__module__.partition(".")[0]
     if not isinstance(error, OSError) and package not in STORAGE_CLIENTS:
         raise error
     reason = " ".join(str(error).split()) or type(error).__name__
     return ChunkqError(f"storage: {reason}", code=ErrorCode.STORAGE_FAILED)
+
+
+def _missing_package(error: ModuleNotFoundError) -> ChunkqError:
+    """Return the error for a package that an extra of chunkq installs; re-raise for any other."""
+    from chunkq.executors import EXTRAS
+
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        raise error
+    return ChunkqError(
+        f"{package}: missing package; install it with `pip install 'chunkq[{EXTRAS[package]}]'`",
+        code=ErrorCode.PACKAGE_MISSING,
+    )

@@ -14,7 +14,7 @@ class Footprint:
     waiting      while the chunk waits for the device: its input
     computing    while it is on the device
     writing      while its results are written
-    completing   while its block is finalized; 0 if the block has no band
+    finalizing   while its block is finalized; 0 if the block has no band
 
     Not counted are the network, its batches, and the few storage chunks that are decoded or
     compressed at a time.

@@ -60,28 +60,28 @@ def patch(scheme: str) -> str:
         model_config={"model_input_shape": [40, 40], "model_output_shape": [32, 32]},
     )
     first = cropped.chunk((0, 0))
-    shown = next(p for p in cropped.patches(first) if min(p.target.start) > 0)
-    given = shown.source
+    patch = next(p for p in cropped.patches(first) if min(p.target.start) > 0)
+    source = patch.source
     inset = [(p - q) // 2 for p, q in zip((40, 40), cropped.output_patch, strict=True)]
     output = Box(
-        tuple(s + i for s, i in zip(given.start, inset, strict=True)),
-        tuple(s - i for s, i in zip(given.stop, inset, strict=True)),
+        tuple(s + i for s, i in zip(source.start, inset, strict=True)),
+        tuple(s - i for s, i in zip(source.stop, inset, strict=True)),
     )
     with _figure(scheme, 4.4, 4.4) as (axes, svg):
-        _box(axes, given, BLUE, alpha=0.15)
+        _box(axes, source, BLUE, alpha=0.15)
         _box(axes, output, ORANGE, alpha=0.2)
-        _box(axes, shown.target, GREEN, alpha=0.35)
-        _text(axes, given, f"input patch {_size(given)}", BLUE, "top")
+        _box(axes, patch.target, GREEN, alpha=0.35)
+        _text(axes, source, f"input patch {_size(source)}", BLUE, "top")
         _text(axes, output, f"output patch {_size(output)}", ORANGE, "top")
-        _text(axes, shown.target, f"kept {_size(shown.target)}", GREEN, "middle")
+        _text(axes, patch.target, f"kept {_size(patch.target)}", GREEN, "middle")
         axes.annotate(
             "margin 4",
             xy=(output.stop[1] - 2, np.mean([output.start[0], output.stop[0]])),
-            xytext=(given.stop[1] + 3, np.mean([output.start[0], output.stop[0]])),
+            xytext=(source.stop[1] + 3, np.mean([output.start[0], output.stop[0]])),
             va="center",
             arrowprops={"arrowstyle": "->", "color": SCHEMES[scheme]},
         )
-        _frame(axes, given, right=16)
+        _frame(axes, source, right=16)
     return svg[0]
 
 
@@ -152,7 +152,7 @@ def pieces(scheme: str) -> str:
         colours = (ORANGE, GREEN, PURPLE)
         entries = [(BLUE, "block of chunk (0, 0)")]
         middle = np.mean([own.block.start, own.block.stop], axis=0)
-        for sent, colour in zip(sliding.leaves(own), colours, strict=True):
+        for sent, colour in zip(sliding.outgoing_pieces(own), colours, strict=True):
             _box(axes, sent.box, colour, alpha=0.45)
             end = np.mean([sent.box.start, sent.box.stop], axis=0)
             axes.annotate(

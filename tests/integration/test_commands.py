@@ -347,6 +347,19 @@ def test_a_usage_error_has_exit_code_2(workspace: Workspace, command: tuple[str,
     assert "Traceback" not in result.err
 
 
+def test_a_command_whose_package_is_not_installed_names_the_extra() -> None:
+    script = (
+        "import sys; sys.modules['redis'] = None; sys.argv = ['chunkq', 'redis', '--help']; "
+        "from chunkq.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.endswith(f"[{ErrorCode.PACKAGE_MISSING}]")
+    assert "chunkq[redis]" in line
+
+
 @pytest.mark.parametrize("value", ["soon", "", "h", "1.5h", "-5"])
 def test_an_invalid_time_is_refused(workspace: Workspace, value: str) -> None:
     workspace.call("work", "--burst", "--max-time", value).refused(
