@@ -3,7 +3,7 @@
 A chunk owns the patches whose kept voxels, clipped to the volume, start in its block. Each patch is
 therefore computed exactly once, and a chunk's patches end in its block or in the next block along
 each axis. The band of a block is the part at its low sides that lower neighbors also predict.
-See docs/design.md, section 4.
+See docs/design.md, sections "Geometry" and "Blocks and pieces".
 """
 
 from __future__ import annotations

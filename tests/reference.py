@@ -1,9 +1,10 @@
-"""Naive reference implementation of a job, after docs/design.md, section 3.
+"""Naive reference implementation of a job, after the documentation.
 
 Computes the whole volume in memory, one patch after another, in float64 and without chunks. It is
-derived from the document alone and imports nothing from chunkq. Spatial axes have the order of the
-volume. Predictions are channels first: (C, *Q). A box is (start, stop) in voxels of the volume,
-with one integer per axis each and an exclusive stop. Create a `Setup`, then call `reference`.
+derived from the sections "Geometry" and "Blending" of docs/design.md and the profiles in
+docs/concepts.md alone, and imports nothing from chunkq. Spatial axes have the order of the volume.
+Predictions are channels first: (C, *Q). A box is (start, stop) in voxels of the volume, with one
+integer per axis each and an exclusive stop. Create a `Setup`, then call `reference`.
 """
 
 import itertools

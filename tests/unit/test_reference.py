@@ -1,4 +1,4 @@
-"""Compare the naive reference with values computed by hand from docs/design.md, section 3."""
+"""Compare the naive reference with values computed by hand from docs/design.md."""
 
 import math
 from typing import Any
