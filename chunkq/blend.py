@@ -42,9 +42,9 @@ class OwnBlock:
 class Contribution:
     """The result of one chunk.
 
-    core     final output values ([C,] *chunk.core.shape) in the output's dtype
-    own      sums and values for finalizing the chunk's own block; None if the block has no band
-    pieces   float32 sums (C, *piece.box.shape) for the upper neighbors
+    core        final output values ([C,] *chunk.core.shape) in the output's dtype
+    own_block   sums and values for finalizing the chunk's own block; None if the block has no band
+    pieces      float32 sums (C, *piece.box.shape) for the upper neighbors
     """
 
     core: npt.NDArray[Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 STAGES = ("read", "wait", "load", "compute", "write")
 """Stages of a chunk, in the order in which it passes them; `wait` is for the device."""
-WAITING_STAGES = ("compute", "load", "read", "write", "finalize", "other", "idle")
+TIME_PARTS = ("compute", "load", "read", "write", "finalize", "other", "idle")
 """Parts of a worker's time. Each moment belongs to the first one that is in progress."""
 BINS = 60
 """Number of bins of a timeline."""
@@ -24,7 +24,7 @@ class Worker:
     """Timing of one worker process, from the start of its first chunk to the end of its last.
 
     stage_seconds   seconds by stage, summed over its chunks, which overlap in time
-    shares          shares of its time by `WAITING_STAGES`; they add up to 1. `compute`: the device
+    shares          shares of its time by `TIME_PARTS`; they add up to 1. `compute`: the device
                     computes. `load`: it loads the network. Otherwise the device is idle while a
                     chunk is read (`read`) or written (`write`), a block is finalized (`finalize`),
                     another task is in flight (`other`), or no task is in flight (`idle`)
@@ -126,7 +126,7 @@ class Timing:
     seconds                    seconds by stage, summed over all chunks, and `finalize`
     planned_array_bytes        planned peak of the arrays of `chunks_in_flight` chunks
     one_more_in_flight_bytes   planned increase of that peak per additional chunk in flight
-    worker_time_shares         shares of the time and tails of all workers by `WAITING_STAGES` and
+    worker_time_shares         shares of the time and tails of all workers by `TIME_PARTS` and
                                `tail`; they add up to 1
     """
 

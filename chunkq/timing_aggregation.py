@@ -28,7 +28,7 @@ from chunkq.timing import (
     STAGES,
     STRAGGLER_FACTOR,
     STRAGGLER_SECONDS,
-    WAITING_STAGES,
+    TIME_PARTS,
     Durations,
     FinalizeTiming,
     Straggler,
@@ -229,17 +229,16 @@ class _JobTiming:
         if finalizer >= 0:
             peaks.append(self.blocks.by_worker[finalizer].peak_rss)
         layers = [
-            *(self._stage(stage, rows) for stage in WAITING_STAGES[:4]),
+            *(self._stage(stage, rows) for stage in TIME_PARTS[:4]),
             (self.block_start[block_rows], self.block_stop[block_rows]),
             (start, stop),
         ]
         seconds = attribute_time(layers, first, last)
         total_seconds = sum(seconds)
-        shares = dict.fromkeys(WAITING_STAGES, 0.0) | {"other": 1.0}
+        shares = dict.fromkeys(TIME_PARTS, 0.0) | {"other": 1.0}
         if total_seconds:
             shares = {
-                stage: time / total_seconds
-                for stage, time in zip(WAITING_STAGES, seconds, strict=True)
+                stage: time / total_seconds for stage, time in zip(TIME_PARTS, seconds, strict=True)
             }
         worker = WorkerName.parse(name)
         return Worker(
@@ -334,7 +333,7 @@ class _JobTiming:
 
 def _worker_time_shares(workers: Iterable[Worker]) -> dict[str, float]:
     """Return the shares of the time and tails of all workers; they add up to 1."""
-    seconds = dict.fromkeys((*WAITING_STAGES, "tail"), 0.0)
+    seconds = dict.fromkeys((*TIME_PARTS, "tail"), 0.0)
     for worker in workers:
         seconds["tail"] += worker.tail_seconds
         for stage, share in worker.shares.items():

@@ -24,7 +24,7 @@ from chunkq.resolve import resolve
 from chunkq.weights import LOG_PROFILES
 
 SCHEMES = MappingProxyType({"light": "#22252b", "dark": "#e2e4e9"})
-"""Scheme of the site -> colour of lines and text."""
+"""Scheme of the site -> color of lines and text."""
 BLUE, ORANGE, GREEN, PURPLE = "#4c83d6", "#e07b24", "#3f9c5a", "#9a6bc9"
 VOLUME, CHUNK, STORAGE, PATCH, STRIDE = 96, 48, 16, 24, 12
 
@@ -143,17 +143,17 @@ def band(scheme: str) -> str:
 
 
 def pieces(scheme: str) -> str:
-    """Draw the pieces that chunk (0, 0) sends to its upper neighbours."""
+    """Draw the pieces that chunk (0, 0) sends to its upper neighbors."""
     sliding = plan()
     own = sliding.chunk((0, 0))
     with _figure(scheme, 4.4, 4.4) as (axes, svg):
         _blocks(axes, sliding, scheme)
         _box(axes, own.block, BLUE, alpha=0.2)
-        colours = (ORANGE, GREEN, PURPLE)
+        colors = (ORANGE, GREEN, PURPLE)
         entries = [(BLUE, "block of chunk (0, 0)")]
         middle = np.mean([own.block.start, own.block.stop], axis=0)
-        for sent, colour in zip(sliding.outgoing_pieces(own), colours, strict=True):
-            _box(axes, sent.box, colour, alpha=0.45)
+        for sent, color in zip(sliding.outgoing_pieces(own), colors, strict=True):
+            _box(axes, sent.box, color, alpha=0.45)
             end = np.mean([sent.box.start, sent.box.stop], axis=0)
             axes.annotate(
                 "",
@@ -161,14 +161,14 @@ def pieces(scheme: str) -> str:
                 xytext=(middle[1], middle[0]),
                 arrowprops={"arrowstyle": "->", "color": SCHEMES[scheme]},
             )
-            entries.append((colour, f"piece {sent.name} for block {sent.target}"))
+            entries.append((color, f"piece {sent.name} for block {sent.target}"))
         _legend(axes, entries)
         _frame(axes, Box((0, 0), (VOLUME, VOLUME)), VOLUME)
     return svg[0]
 
 
 def weights(scheme: str) -> str:
-    """Draw the built-in profiles, and the normalised weights of overlapping patches."""
+    """Draw the built-in profiles, and the normalized weights of overlapping patches."""
     with _style(scheme):
         figure = Figure(figsize=(8.6, 3.0), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -199,11 +199,11 @@ FIGURES: MappingProxyType[str, Callable[[str], str]] = MappingProxyType(
 
 @contextmanager
 def _style(scheme: str) -> Iterator[None]:
-    """Draw in the colours of a scheme; the same input gives the same bytes."""
+    """Draw in the colors of a scheme; the same input gives the same bytes."""
     ink = SCHEMES[scheme]
     keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    colours = dict.fromkeys(keys, ink)
-    with mpl.rc_context({**colours, "font.size": 9, "svg.hashsalt": "chunkq"}):
+    colors = dict.fromkeys(keys, ink)
+    with mpl.rc_context({**colors, "font.size": 9, "svg.hashsalt": "chunkq"}):
         yield
 
 
@@ -229,14 +229,14 @@ def _svg(figure: Figure) -> str:
 
 
 def _box(
-    axes: Axes, box: Box, colour: str, *, alpha: float, width: float = 1.4, line: str = "-"
+    axes: Axes, box: Box, color: str, *, alpha: float, width: float = 1.4, line: str = "-"
 ) -> None:
     """Draw a box of voxels: filled with `alpha`, outlined `width` points wide."""
     corner, (rows, columns) = (box.start[1], box.start[0]), box.shape
-    axes.add_patch(Rectangle(corner, columns, rows, facecolor=colour, alpha=alpha, linewidth=0))
+    axes.add_patch(Rectangle(corner, columns, rows, facecolor=color, alpha=alpha, linewidth=0))
     axes.add_patch(
         Rectangle(
-            corner, columns, rows, fill=False, edgecolor=colour, linewidth=width, linestyle=line
+            corner, columns, rows, fill=False, edgecolor=color, linewidth=width, linestyle=line
         )
     )
 
@@ -249,10 +249,10 @@ def _blocks(axes: Axes, of: Plan, scheme: str) -> None:
         axes.text(block.stop[1] - 2, block.stop[0] - 2, str(index), ha="right", va="bottom")
 
 
-def _text(axes: Axes, box: Box, text: str, colour: str, where: str) -> None:
+def _text(axes: Axes, box: Box, text: str, color: str, where: str) -> None:
     middle = np.mean([box.start, box.stop], axis=0)
     row = box.start[0] + 1 if where == "top" else middle[0]
-    axes.text(middle[1], row, text, color=colour, ha="center", va=where.replace("middle", "center"))
+    axes.text(middle[1], row, text, color=color, ha="center", va=where.replace("middle", "center"))
 
 
 def _size(box: Box) -> str:
@@ -260,7 +260,7 @@ def _size(box: Box) -> str:
 
 
 def _legend(axes: Axes, entries: list[tuple[str, str]]) -> None:
-    handles = [Rectangle((0, 0), 1, 1, color=colour, label=text) for colour, text in entries]
+    handles = [Rectangle((0, 0), 1, 1, color=color, label=text) for color, text in entries]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 
 

@@ -48,7 +48,7 @@ class Attempt:
 
 
 class BlockContribution(NamedTuple):
-    """Contribution of a committed chunk to a block: number `member` (from 0) of `of` in total."""
+    """Contribution of a committed chunk to a block: number `contributor` (from 0) of `total`."""
 
     block: tuple[int, ...]
     contributor: int
@@ -83,7 +83,7 @@ class WorkerName:
 class TaskResult(NamedTuple):
     """Result of a task: one contribution for each block that the chunk contributes to.
 
-    `ran` is False if the task did not run the network. Its duration is then not used for the
+    `ran_network` is False if the task did not run the network. Its duration is then not used for the
     time limit of later tasks.
     """
 

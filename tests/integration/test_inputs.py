@@ -1,4 +1,4 @@
-"""Slices with neighbours, several inputs, and the job file of SPINN."""
+"""Slices with neighbors, several inputs, and the job file of SPINN."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ class Case:
 
 SLICE, WITH_NEIGHBOURS = (6, 1, 6), (6, 5, 6)
 CASES = {
-    "a slice with its neighbours": Case(
+    "a slice with its neighbors": Case(
         {"model_input_shape": [6, 5, 6], "model_output_shape": [2, 6, 1, 6], "lost_dim": 1},
         axis=2,
         count=5,
@@ -158,7 +158,7 @@ def job_of(case: Case, folder: Path, volumes: list[npt.NDArray[Any]]) -> dict[st
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_slices_with_neighbours_and_several_inputs_equal_the_reference(
+def test_slices_with_neighbors_and_several_inputs_equal_the_reference(
     tmp_path: Path, case: Case
 ) -> None:
     dtypes = ["uint8", "int16", "float32"][: case.inputs]
@@ -174,7 +174,7 @@ def test_slices_with_neighbours_and_several_inputs_equal_the_reference(
 
 
 def test_model_output_shape_may_be_omitted_for_slices(tmp_path: Path) -> None:
-    case = CASES["a slice with its neighbours"]
+    case = CASES["a slice with its neighbors"]
     values = job_of(case, tmp_path, [random_volume(SHAPE)])
     del values["model_config"]["model_output_shape"]
     (tmp_path / "kwargs.py").write_text(

@@ -513,7 +513,7 @@ def test_a_silent_server_is_reported_within_five_seconds(servers: Servers) -> No
         "redis://[::1",
         "redis://127.0.0.1:1/myqueue",
         "redis://127.0.0.1:1/0?socket_timeout=soon",
-        "redis://127.0.0.1:1/0?colour=red",
+        "redis://127.0.0.1:1/0?color=red",
         f"redis://127.0.0.1:1/0?ssl_password={SECRET}",
         f"redis://:{SECRET}/w#x@host",
         f"redis://:{SECRET}#{SECRET}@127.0.0.1:1",

@@ -12,7 +12,7 @@ from chunkq.diagnosis import LOSSES, REMEDIES, advice, conclusion
 from chunkq.executors.base import WorkerName
 from chunkq.intervals import attribute_time, covered_seconds, max_overlap, spread
 from chunkq.ledger import Commit
-from chunkq.timing import BINS, STAGES, WAITING_STAGES, Timing
+from chunkq.timing import BINS, STAGES, TIME_PARTS, Timing
 from chunkq.timing_aggregation import aggregate_timing
 from tests.strategies import plan_for
 
@@ -142,7 +142,7 @@ def test_timing_adds_up_to_the_records(commits: list[Commit]) -> None:
 def test_shares_add_up_to_one(commits: list[Commit]) -> None:
     timing = aggregate_timing(PLAN, commits)
     for worker in timing.workers.values():
-        assert set(worker.shares) == set(WAITING_STAGES)
+        assert set(worker.shares) == set(TIME_PARTS)
         assert sum(worker.shares.values()) == pytest.approx(1)
         assert min(worker.shares.values()) >= 0
         assert worker.device_busy_share + worker.device_wait_share == pytest.approx(1)
@@ -178,7 +178,7 @@ def test_every_job_has_a_conclusion(commits: list[Commit]) -> None:
 
 
 def test_every_loss_has_a_description_and_a_remedy() -> None:
-    assert set(LOSSES) == set(REMEDIES) == {*WAITING_STAGES, "tail"} - {"compute"}
+    assert set(LOSSES) == set(REMEDIES) == {*TIME_PARTS, "tail"} - {"compute"}
 
 
 def test_reading_and_writing_during_computation_is_no_loss() -> None:

@@ -16,7 +16,7 @@ def child_env(threads: int) -> dict[str, str]:
     on a CPU. One arena for all threads uses a third less memory than one arena per thread.
 
     The thread cache and the fast bins are off, so that small freed blocks merge with their
-    neighbours at once. glibc before 2.38 splits small blocks off both ends of torch's aligned
+    neighbors at once. glibc before 2.38 splits small blocks off both ends of torch's aligned
     allocations. If they are kept for reuse, the space of one batch is too small for the next one,
     and the heap grows with every chunk, by up to a quarter of all memory within a few chunks.
     """

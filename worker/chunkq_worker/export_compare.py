@@ -54,7 +54,7 @@ class Network:
     def _random_values(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if not getattr(torch, self.model.dtype).is_floating_point:
             return np.asarray(self._random.integers(0, 100, shape), self.model.dtype)
-        spread = float(self._random.choice([1.0, 255.0]))  # like normalised and raw images
+        spread = float(self._random.choice([1.0, 255.0]))  # like normalized and raw images
         return (self._random.random(shape) * spread).astype(np.float32)
 
     def __call__(self, batch: torch.Tensor) -> npt.NDArray[np.float64]:

@@ -35,7 +35,7 @@ from chunkq_worker.inline import Contributions
 from chunkq_worker.runtimes.base import Runtime
 
 MAX_CHUNKS = 27
-"""Largest number of sample chunks: in 3-D, one chunk and all its neighbours."""
+"""Largest number of sample chunks: in 3-D, one chunk and all its neighbors."""
 MAX_SECONDS = 20.0
 """Time after which no chunk is started, except those needed to fill the pipeline."""
 POLL_SECONDS = 0.002
@@ -176,7 +176,7 @@ def measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> Memor
 
 
 def select_chunks(plan: Plan) -> list[Index]:
-    """Return up to MAX_CHUNKS active chunks: all of the job, or the middle one and its neighbours.
+    """Return up to MAX_CHUNKS active chunks: all of the job, or the middle one and its neighbors.
 
     The middle chunk comes first, then the other contributors of its block.
     """

@@ -25,7 +25,11 @@ from chunkq_producer.job_status import duration
 
 @click.command()
 @output_argument
-@click.option("--allow-missing", is_flag=True, help="Seal the output even if chunks are missing.")
+@click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Finalize although chunks are missing; the output is marked incomplete.",
+)
 @click.option("--distribute", is_flag=True, help="Complete blocks on the workers of the queue.")
 @click.option(
     "--threads", type=click.IntRange(1),
@@ -85,7 +89,7 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         click.echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
-        click.echo(f"sealed WITHOUT {len(report['missing'])} chunks: {output}")
+        click.echo(f"incomplete, {len(report['missing'])} chunks are missing: {output}")
         return
     click.echo(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from chunkq.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, WAITING_STAGES, Timing
+from chunkq.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, TIME_PARTS, Timing
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import BYTES, STAGE_LABELS
 from chunkq_producer.reports.units import PREFIXES, seconds, si
@@ -93,7 +93,7 @@ def time_share_chart(report: JobReport) -> str:
     figure = Figure(figsize=(FIGURE_WIDTH, 1.1 + 0.17 * max(2, len(rows))), layout="constrained")
     axes = figure.subplots()
     offsets = np.zeros(len(rows))
-    for stage in WAITING_STAGES:
+    for stage in TIME_PARTS:
         widths = np.array([100 * worker.shares[stage] for _, worker in ordered])
         if widths.max() >= 0.05:
             axes.barh(rows, widths, 0.8, offsets, color=COLORS[stage], label=STAGE_LABELS[stage])

@@ -42,7 +42,9 @@ class JobReport:
         """Progress of the job in one line."""
         timing = self.timing
         if self.sealed:
-            return "complete" if not self.missing else f"sealed WITHOUT {self.missing} chunks"
+            return (
+                "complete" if not self.missing else f"incomplete, {self.missing} chunks are missing"
+            )
         blocks = f"{timing.finalized_blocks} of {timing.planned_blocks} blocks finalized"
         return f"so far: {timing.chunks} of {timing.planned_chunks} chunks done, {blocks}"
 

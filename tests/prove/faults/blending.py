@@ -58,7 +58,7 @@ FAULTS = (
         (WEIGHTS,),
     ),
     Fault(
-        "prediction-not-centred",
+        "prediction-not-centered",
         "chunkq/blend.py",
         "s + o for s, o",
         "s + 0 * o for s, o",
@@ -78,7 +78,7 @@ FAULTS = (
         "chunkq/blend.py",
         " += pieces[piece]",
         " = pieces[piece]",
-        "at chunk borders only one neighbour's sums count",
+        "at chunk borders only one neighbor's sums count",
         (BLEND,),
     ),
     Fault(
