@@ -83,8 +83,8 @@ class WorkerName:
 class TaskResult(NamedTuple):
     """Result of a task: one contribution for each block that the chunk contributes to.
 
-    `ran_network` is False if the task did not run the network. Its duration is then not used for the
-    time limit of later tasks.
+    `ran_network` is False if the task did not run the network. Its duration is then not used for
+    the time limit of later tasks.
     """
 
     contributions: Sequence[BlockContribution] = ()

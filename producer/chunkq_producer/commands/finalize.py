@@ -28,7 +28,7 @@ from chunkq_producer.job_status import duration
 @click.option(
     "--allow-missing",
     is_flag=True,
-    help="Finalize although chunks are missing; the output is marked incomplete.",
+    help="Finalize an output with missing chunks; mark it incomplete.",
 )
 @click.option("--distribute", is_flag=True, help="Complete blocks on the workers of the queue.")
 @click.option(
