@@ -677,7 +677,7 @@ def test_runtime_and_type_keywords_override_the_detection(tmp_path: Path) -> Non
     ]:
         model = job_for_model(path, keywords)["model_config"]
         assert (model["runtime"], model["type"]) == expected
-    with pytest.raises(JobError, match=r"^model_config\..*tensorflow.*torchscript"):
+    with pytest.raises(JobError, match=r"^model_config\.type: .*torchscript.*tensorflow"):
         chunkq.Predictor.from_model(
             save_script(tmp_path / "s.pt"), model_input_shape=[8], runtime="tensorflow"
         )

@@ -37,7 +37,7 @@ def test_mutated_job_files_and_damaged_jobs_end_in_a_plan_or_a_message(tmp_path:
     assert cases == []
 
 
-def problems(path: Path, code: ErrorCode = ErrorCode.JOB_FILE_UNREADABLE) -> list[str]:
+def problems(path: Path, code: ErrorCode = ErrorCode.JOB_INVALID) -> list[str]:
     """Prepare an invalid job; return the lines of its JobError, which must be printable."""
     with pytest.raises(JobError) as caught:
         submit.prepare(load_job(path))
@@ -92,12 +92,12 @@ def test_a_file_that_is_not_a_job_is_rejected_with_one_line_per_problem(
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "folder", "a" * 300, "a\0b", "/"])
 def test_a_path_that_is_not_a_file_is_rejected_as_a_job_file(lab: Path, name: str) -> None:
-    problems(lab / name)
+    problems(lab / name, ErrorCode.JOB_FILE_UNREADABLE)
 
 
 def test_a_terminal_is_rejected_as_a_job_file() -> None:
     master, slave = os.openpty()  # a read would block until someone types
-    assert problems(Path(os.ttyname(slave)))
+    assert problems(Path(os.ttyname(slave)), ErrorCode.JOB_FILE_UNREADABLE)
     os.close(master)
     os.close(slave)
 

@@ -163,7 +163,7 @@ def test_numpy_and_onnx_share_the_base_class_for_host_arrays(tmp_path: Path) -> 
     ("options", "fragments"),
     [
         ({"checkpoint": "/net.npz"}, ("numpy", "class_file")),
-        ({"device": "cuda"}, ("numpy", "device: cpu")),
+        ({"device": "cuda"}, ("numpy", "model_config.device", "cpu")),
         ({"dtype": "bfloat16"}, ("numpy", "bfloat16", "float32")),
         ({"type": "file"}, ("numpy", "file", "class")),
         ({"class_name": None}, ("missing", "class")),

@@ -131,7 +131,7 @@ class RecordingNetwork(FakeRuntime):
 
 
 class RecordingFeed(BatchFeed):
-    ahead = True
+    double_buffered = True
 
     def __init__(self, events: list[str], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._events, self._shape, self._dtype = events, shape, dtype

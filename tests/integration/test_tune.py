@@ -281,7 +281,7 @@ def test_a_trial_ends_when_the_command_is_killed(workspace: Workspace) -> None:
             ErrorCode.JOB_INVALID,
             ("model_config.max_batch_sise: ", "'max_batch_size'"),
         ),
-        (("input: in.zarr", "input: no.zarr"), ErrorCode.STORE_UNUSABLE, ("no.zarr",)),
+        (("input: in.zarr", "input: no.zarr"), ErrorCode.STORE_MISSING, ("no.zarr",)),
         (
             ("class_file: 'net.py'", "class_file: 'no.py'"),
             ErrorCode.JOB_INVALID,

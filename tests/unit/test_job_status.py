@@ -40,7 +40,7 @@ def test_recent_commits_of_few_records_are_the_newest_ones(tmp_path: Path) -> No
 def test_recent_commits_of_many_records_count_all_and_read_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "SAMPLE", 16)
+    monkeypatch.setattr(ledger_module, "SAMPLE_SIZE", 16)
     recent = ledger_with_commits(tmp_path).recent_commits("infer", 64)
     assert (recent.total, recent.step, len(recent.records)) == (CHUNKS, 4, 12)
     times = [record.finished for record in recent.records]

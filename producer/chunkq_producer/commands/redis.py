@@ -170,7 +170,7 @@ def _check_port(bind: str, port: int) -> None:
         except OSError as error:
             raise QueueError(
                 f"redis: cannot listen on {bind}, port {port}: {error.strerror or error}; use "
-                "the Redis server that runs there or choose another port"
+                "the Redis server that runs there or choose another --port"
             ) from None
 
 

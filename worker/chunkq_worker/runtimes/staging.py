@@ -188,7 +188,7 @@ class SentBatch:
 class StagedFeed(BatchFeed):
     """Alternates between pinned buffers and copies batches to the device on `stream`."""
 
-    ahead = True
+    double_buffered = True
 
     def __init__(
         self,
