@@ -177,19 +177,19 @@ def test_a_dry_run_with_json_prints_the_table_and_writes_nothing(workspace: Work
     assert everything_below(workspace.folder) == before
     assert job_text(workspace) == text
     first, *rest = result["table"]
-    assert (first["batch"], first["stage"], first["verdict"]) == (1, "network", "ok")
+    assert (first["batch"], first["stage"], first["status"]) == (1, "network", "ok")
     assert first["difference"] == 0
     assert first["patches_per_second"] > 0
     assert first["peak_bytes"] > 50_000_000
     assert (first["chunks"], first["patches"]) == (9, 9)
     assert first["job_seconds"] > first["patches"] / first["patches_per_second"]
     [other] = [row for row in rest if row["patch"] == [6, 6]]
-    assert other["verdict"] == "failed"
+    assert other["status"] == "failed"
     assert "RuntimeError: shape " in other["note"]
     reduced = [r for r in rest if r["precision"] and r["stage"] == "network"]
     assert [r["precision"] for r in reduced] == [{"autocast": "bfloat16"}, {"dtype": "bfloat16"}]
     assert all(1e-4 < row["difference"] < 0.1 for row in reduced)
-    assert all(row["verdict"] == "ok" for row in reduced)
+    assert all(row["status"] == "ok" for row in reduced)
     assert result["choice"] in result["table"]
     assert result["choice"]["patch"] is None
     assert set(result["changes"]) <= {"model_config.autocast", "model_config.dtype"}
@@ -202,12 +202,12 @@ def test_a_setting_above_the_memory_limit_is_listed_and_not_chosen(workspace: Wo
     (workspace.folder / "job.yaml").write_text(text)
     options = ("--keep", "depth,chunksize,compile", "--memory", "1GiB", "--json", *LONG_TIME)
     result = json.loads(workspace.run("tune", "job.yaml", *options, timeout=200).ok().out)
-    verdicts = {row["batch"]: row["verdict"] for row in result["table"]}
+    statuses = {row["batch"]: row["status"] for row in result["table"]}
     choice = result["choice"]
-    assert verdicts[4] == "too large"
+    assert statuses[4] == "too large"
     assert choice["batch"] < 4
     assert choice["peak_bytes"] <= 1 << 30
-    assert all(row["peak_bytes"] <= 1 << 30 for row in result["table"] if row["verdict"] == "ok")
+    assert all(row["peak_bytes"] <= 1 << 30 for row in result["table"] if row["status"] == "ok")
     assert load_job(workspace.folder / "job.yaml").model.max_batch_size == choice["batch"]
     assert result["written"] == "job.yaml"
 

@@ -129,7 +129,7 @@ def row_as_dict(row: Row) -> dict[str, Any]:
         "patch": None if setting.patch is None else list(setting.patch),
         "chunksize": list(cost.chunksize),
         "depth": setting.depth if row.stage == "pipeline" else None,
-        "verdict": measurement.status,
+        "status": measurement.status,
         "note": measurement.note or None,
         "patches_per_second": measurement.rate or None,
         "peak_bytes": measurement.peak_bytes or None,
