@@ -296,6 +296,15 @@ def test_the_last_block_may_own_no_patch() -> None:
     assert (plan.costs.patches, plan.costs.piece_bytes) == (3, 4)
 
 
+def test_no_block_expects_a_piece_from_a_chunk_without_patches() -> None:
+    # Along axis 0 block 1 owns no patch, so chunk (1, 0) sends nothing to block (1, 1).
+    plan = plan_for(
+        (9, 9), (4, 4), inference_type="sliding_window", strides=[4, 3], chunksize=[8, 5]
+    )
+    assert not plan.chunk((1, 0)).is_active
+    assert [piece.source for piece in plan.incoming_pieces(plan.chunk((1, 1)))] == [(0, 1), (0, 0)]
+
+
 @pytest.mark.parametrize(
     "keys",
     [
