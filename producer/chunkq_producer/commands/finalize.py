@@ -25,15 +25,11 @@ from chunkq_producer.job_status import duration
 
 @click.command()
 @output_argument
-@click.option(
-    "--allow-missing",
-    is_flag=True,
-    help="Finalize an output with missing chunks; mark it incomplete.",
-)
-@click.option("--distribute", is_flag=True, help="Complete blocks on the workers of the queue.")
+@click.option("--allow-missing", is_flag=True, help="Finish even if chunks are missing.")
+@click.option("--distribute", is_flag=True, help="Let the workers of the queue merge the overlaps.")
 @click.option(
     "--threads", type=click.IntRange(1),
-    help="Blocks completed in parallel (default: 2 if they fit into 2 GiB).",
+    help="Overlaps merged in parallel (default: 2 if they fit into 2 GiB).",
 )  # fmt: skip
 @queue_option
 @json_option
@@ -45,10 +41,10 @@ def finalize(
     queue: str | None,
     as_json: bool,
 ) -> None:
-    """Merge the overlaps between chunks and mark OUTPUT complete.
+    """Merge the overlaps between chunks and mark OUTPUT, such as labels.zarr, as complete.
 
-    If chunks are missing, the exit code is 3 and the chunks are listed. With --allow-missing the
-    blocks of these chunks stay empty and the output's attributes mark it as incomplete.
+    If chunks are missing, the command lists them and the exit code is 3. With --allow-missing,
+    the blocks that need them stay 0 and the output is marked as incomplete.
     """
     job = job_at(output)
     if distribute:

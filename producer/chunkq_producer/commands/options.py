@@ -15,10 +15,12 @@ from chunkq.job_path import output_path
 from chunkq.ledger import JobFolder, job_folder_of
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
-input_option = click.option("-i", "--input", "input_", help="Input volume; overrides the job's.")
-output_option = click.option("-o", "--output", help="Output path; overrides the job's.")
+input_option = click.option(
+    "-i", "--input", "input_", help="Input volume; replaces the job file's."
+)
+output_option = click.option("-o", "--output", help="Output path; replaces the job file's.")
 queue_option = click.option(
-    "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then the embedded queue)."
+    "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then the job's, then a local file)."
 )
 output_argument = click.argument("output")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -32,11 +32,11 @@ MAX_SHARE_TO_FINALIZE = 0.9
     "--check-model",
     "with_model_check",
     is_flag=True,
-    help="Run the network on patches of the volume and measure memory with whole chunks.",
+    help="Load the network, run it on a few patches and chunks, and measure time and memory.",
 )
 @click.option(
     "--depth", type=click.IntRange(1),
-    help="Chunks in flight per process "
+    help="Chunks per process that are read, computed or written at the same time "
     f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
 @json_option
@@ -48,7 +48,10 @@ def plan(
     depth: int | None,
     as_json: bool,
 ) -> None:
-    """Check JOB and estimate its cost without writing anything."""
+    """Check JOB, a YAML or JSON job file, and print its cost. Nothing is written.
+
+    Without --check-model the network is not loaded.
+    """
     prepared = submit.prepare(load_job(job, input=input_, output=output))
     check = None
     if depth is None:
