@@ -101,7 +101,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
-        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input"
+        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input, whose "
+        f"shape is {list(volume.shape)}"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -110,7 +111,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
-                "set one per axis of the input, after the number of channels if there is one"
+                f"set one per axis of the input, whose shape is {list(volume.shape)}, after the "
+                "number of channels if there is one"
             )
         elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
             problems.append(
@@ -118,6 +120,14 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
                 f"{MAX_PATCH_VALUES}"
             )
     return problems
+
+
+def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
+    expected = [shape[-1], *shape[:-1]]
+    return (
+        f"model_config.{key}: {list(shape)} looks channels-last; expected channels first, "
+        f"{expected}; if the network needs channels last, move the axis in {step}"
+    )
 
 
 class _Shapes:
@@ -151,11 +161,14 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
+        if problems := self._channels_last_problems():
+            return problems  # all others follow from these
         problems = self._lost_axis_problems()
         if self.input_channels != 1:
             problems.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are "
-                "unsupported; use 1"
+                "unsupported; use 1, or store each channel as a volume, list the volumes in input "
+                "and set join_dim"
             )
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
@@ -171,6 +184,20 @@ class _Shapes:
                     f"margin: {m} along axis {axis} removes the whole output patch ({q}); "
                     f"use at most {(q - 1) // 2}"
                 )
+        return problems
+
+    def _channels_last_problems(self) -> list[str]:
+        """Return a line for each shape of the network that has its channels last."""
+        rank = len(self.volume.shape)
+        model = self.job.model
+        problems, patch = [], self.patch
+        shape = model.model_input_shape
+        if len(shape) > rank and shape[-1] == 1 < shape[0]:
+            problems.append(_channels_last("model_input_shape", shape, "preprocessing_protected"))
+            patch = shape[:-1]
+        shape = model.model_output_shape or ()
+        if len(shape) > rank and shape[:-1] == patch != shape[1:]:
+            problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
         return problems
 
     def _lost_axis_problems(self) -> list[str]:

@@ -144,6 +144,24 @@ def test_strides_and_margin_must_have_one_entry_per_axis(key: dict[str, Any]) ->
     assert_problem(line, name, f"{len(key[name])} entries", 2)
 
 
+@pytest.mark.parametrize(
+    ("model_input", "model_output", "expected"),
+    [
+        ((8, 8), [8, 8, 3], {"model_output_shape": [3, 8, 8]}),
+        ((1, 8, 8), [8, 8, 3], {"model_output_shape": [3, 8, 8]}),
+        ((8, 8, 1), [3, 8, 8], {"model_input_shape": [1, 8, 8]}),
+        ((8, 8, 1), [8, 8, 3], {"model_input_shape": [1, 8, 8], "model_output_shape": [3, 8, 8]}),
+    ],
+)
+def test_shapes_with_channels_last_are_reported_with_the_right_order(
+    model_input: tuple[int, ...], model_output: list[int], expected: dict[str, list[int]]
+) -> None:
+    lines = problems((16, 16), model_input, model={"model_output_shape": model_output})
+    for line, (key, shape) in zip(lines, expected.items(), strict=True):
+        assert_problem(line, f"model_config.{key}")
+        assert f"expected channels first, {shape};" in line
+
+
 def test_one_input_channel_is_accepted_and_several_are_rejected() -> None:
     assert plan_for((8, 8), (1, 4, 4)).input_patch == (4, 4)
     (line,) = problems((8, 8), (3, 4, 4))
