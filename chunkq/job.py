@@ -554,7 +554,7 @@ def _model_problems(model: ModelConfig) -> list[str]:
     if model.type not in legal:
         problems = [
             f"model_config.type: unsupported value {model.type!r} for runtime {runtime}; "
-            f"expected one of {', '.join(legal)}"
+            f"expected {'one of ' if len(legal) > 1 else ''}{', '.join(legal)}"
         ]
     if runtime != "torch":
         problems += [

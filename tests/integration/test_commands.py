@@ -179,7 +179,7 @@ def test_watching_a_sealed_job_in_a_log_prints_one_plain_line_and_ends(
     text = sealed.run("status", "out.zarr", "--watch").ok().out
     [line] = text.splitlines()
     assert "6/6 chunks done, 5/5 blocks finalized" in line
-    assert line.endswith("sealed")
+    assert line.endswith("complete")
     assert line.isprintable()
     text = sealed.call("status", "out.zarr", "--watch", "--json").ok().out
     assert json.loads(text)["sealed"] is True

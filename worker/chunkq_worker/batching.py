@@ -22,6 +22,8 @@ from chunkq_worker.steps import KEY, Steps
 
 Halos = Sequence[npt.NDArray[Any]]
 """For each input, the array that a chunk's patches read; all have one shape."""
+MESSAGE_LENGTH = 300
+"""Characters of a framework's message in an error of chunkq."""
 log = logging.getLogger("chunkq.worker")
 _ceilings: dict[Hashable, int] = {}
 """Network -> batch size, for networks that ran out of memory in this process."""
@@ -76,9 +78,10 @@ class Batcher:
         except ModelError:
             raise
         except Exception as error:
-            text = " ".join(str(error).split())[-300:]
             raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: {text}"
+                f"the network raised {type(error).__name__} on a batch of zeros: "
+                f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
+                "model_input_shape and the network"
             ) from error
         self._has_run = True
 
@@ -277,6 +280,12 @@ def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:
     full = (*channels, *plan.output_patch)
     axis = model.lost_dim - len(model.model_input_shape) + plan.rank + len(channels)
     return [full, full[:axis] + full[axis + 1 :]]
+
+
+def _end_of(text: str) -> str:
+    """Return the last words of a long message; frameworks name the cause at the end."""
+    text = " ".join(text.split())
+    return text if len(text) <= MESSAGE_LENGTH else f"… {text[-MESSAGE_LENGTH:].partition(' ')[2]}"
 
 
 def _format_box(box: Box) -> str:

@@ -12,6 +12,7 @@ from chunkq.finalize import finalize_job
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
 from chunkq.progress import ProgressBar
+from chunkq.tasks import chunk_count
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
     job_at,
@@ -85,7 +86,7 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         click.echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
-        click.echo(f"incomplete, {len(report['missing'])} chunks are missing: {output}")
+        click.echo(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
     click.echo(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from chunkq.errors import MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
 from chunkq.job_handle import JobHandle, open_job
@@ -34,7 +35,14 @@ def queue_of(queue: str | None, job_queue: str | None = None) -> Iterator[Execut
 
 
 def folder_at(output: str) -> JobFolder:
-    """Return the job folder of an output path; relative paths start at the current folder."""
+    """Return the job folder of an output path; relative paths start at the current folder.
+
+    Raises MissingJobError if the path is that of a job file.
+    """
+    if output.endswith((".yaml", ".yml", ".json")) and Path(output).is_file():
+        raise MissingJobError(
+            f"{output}: found a job file; expected the path of an output, such as labels.zarr"
+        )
     return JobFolder(job_folder_of(output_path(output, Path.cwd())))
 
 

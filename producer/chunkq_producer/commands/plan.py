@@ -13,6 +13,7 @@ from chunkq.executors.base import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_
 from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Costs, Plan
+from chunkq.tasks import chunk_count
 from chunkq_producer import submit
 from chunkq_producer.cluster import is_cpu_only
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
@@ -160,7 +161,7 @@ def peak_memory(check: ModelCheck, *, finalizes: bool) -> str:
         parts = [
             f"{size(check.worker_bytes)} in total per worker process with {check.depth} chunks in "
             f"flight ({size(check.loaded_bytes)} of it libraries and network), "
-            f"measured on {check.chunks} chunks"
+            f"measured on {chunk_count(check.chunks)}"
         ]
     if check.finalizer_bytes is not None:
         parts.append(f"{size(check.finalizer_bytes)} in total to finalize blocks")
