@@ -200,8 +200,9 @@ def _raise_if_lost(lost: Mapping[Index, str]) -> None:
     if lost:
         chunks = sorted(lost)
         raise IncompleteError(
-            f"results of {chunk_count(len(chunks))} are lost: {_names(chunks)} ({lost[chunks[0]]}); "
-            "run `chunkq run` again, or `chunkq produce --resume` and a worker",
+            f"results of {chunk_count(len(chunks))} are lost: {_names(chunks)} "
+            f"({lost[chunks[0]]}); run `chunkq run` again, or `chunkq produce --resume` and a "
+            "worker",
             chunks,
             code=ErrorCode.RESULTS_LOST,
         )

@@ -31,8 +31,8 @@ def cancel(output: str, queue: str | None) -> None:
         count = sum(executor.cancel(path) for path in job_paths)
     if count:
         click.echo(
-            f"{chunk_count(count)} taken off the queue; run `chunkq produce --resume` with the job file "
-            "to queue them again"
+            f"{chunk_count(count)} taken off the queue; run `chunkq produce --resume` with the job "
+            "file to queue them again"
         )
     else:
         click.echo(f"no chunk of this job is on the queue {without_secret(executor.url)}")
