@@ -35,13 +35,11 @@ def resolve(job: Job, volume: Volume) -> Plan:
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume)
-    problems = shapes.problems()
-    if problems:
-        raise JobError(problems)
+    if problems := shapes.problems():
+        raise JobError(shapes.channels_last_problems() or problems)
     axes = shapes.axes()
-    problems = [*_coverage_problems(axes, shapes.lead), *_chunk_problems(axes)]
-    if problems:
-        raise JobError(problems)
+    if problems := [*_coverage_problems(axes, shapes.lead), *_chunk_problems(axes)]:
+        raise JobError(shapes.channels_last_problems() or problems)
     return shapes.plan(axes)
 
 
@@ -161,8 +159,6 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        if problems := self._channels_last_problems():
-            return problems  # all others follow from these
         problems = self._lost_axis_problems()
         if self.input_channels != 1:
             problems.append(
@@ -186,9 +182,14 @@ class _Shapes:
                 )
         return problems
 
-    def _channels_last_problems(self) -> list[str]:
-        """Return a line for each shape of the network that has its channels last."""
+    def channels_last_problems(self) -> list[str]:
+        """Return a line for each shape of a network that seems to have its channels last.
+
+        Some valid shapes look the same, so this explains other problems and is none by itself.
+        """
         rank = len(self.volume.shape)
+        if rank == 1:
+            return []
         model = self.job.model
         problems, patch = [], self.patch
         shape = model.model_input_shape

@@ -110,7 +110,7 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     (
         {"model": {"runtime": "onnx", "type": "torchscript"}},
         "model_config.type",
-        ("'torchscript'", "onnx", "one of file"),
+        ("'torchscript'", "onnx", "expected file"),
     ),
     (
         {"model": {"type": "json", "json_file": "/m.json"}},
