@@ -152,8 +152,8 @@ def pieces(scheme: str) -> str:
         colors = (ORANGE, GREEN, PURPLE)
         entries = [(BLUE, "block of chunk (0, 0)")]
         middle = np.mean([own.block.start, own.block.stop], axis=0)
-        for sent, colour in zip(sliding.outgoing_pieces(own), colours, strict=True):
-            _box(axes, sent.box, colour, alpha=0.45)
+        for sent, color in zip(sliding.outgoing_pieces(own), colors, strict=True):
+            _box(axes, sent.box, color, alpha=0.45)
             end = np.mean([sent.box.start, sent.box.stop], axis=0)
             axes.annotate(
                 "",
