@@ -254,6 +254,13 @@ def test_status_suggests_a_command_for_chunks_that_are_on_no_queue(workspace: Wo
     assert (status["lost_from_queue"], status["seconds_left"]) == (True, None)
 
 
+@pytest.mark.parametrize("command", ["status", "finalize", "report", "retry", "cancel"])
+def test_a_job_file_in_place_of_an_output_is_reported(workspace: Workspace, command: str) -> None:
+    workspace.call(command, "job.json").refused(
+        2, ErrorCode.JOB_MISSING, "job.json: found a job file"
+    )
+
+
 def test_retry_queues_only_failed_chunks(workspace: Workspace) -> None:
     workspace.call("produce", "job.json").ok()
     assert workspace.call("retry", "out.zarr").ok().out == "no failed chunk\n"

@@ -81,7 +81,7 @@ class Batcher:
             raise ModelError(
                 f"the network raised {type(error).__name__} on a batch of zeros: "
                 f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
-                "model_input_shape and the network"
+                f"model_input_shape and the network{self._channel_hint()}"
             ) from error
         self._has_run = True
 
@@ -194,7 +194,7 @@ class Batcher:
         expected = {(count, *declared) for declared in self._declared_shapes}
         if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
-            remedy = "fix model_output_shape or the network"
+            remedy = f"fix model_output_shape or the network{self._channel_hint()}"
             if shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
@@ -204,6 +204,12 @@ class Batcher:
             )
         with_channels = (count, self._plan.channels, *self._plan.output_patch)
         return outputs.reshape(with_channels)[:used]
+
+    def _channel_hint(self) -> str:
+        """Return what to try if the declared input has no channel axis, else nothing."""
+        if len(self._slot) > self._plan.rank or self._plan.job.model.lost_dim is not None:
+            return ""
+        return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 
     def _run(self, sent: Any) -> Array:
         outputs, step = self._runtime(sent), self._steps.postprocessing
