@@ -471,6 +471,13 @@ class Toy(torch.nn.Module):
     def forward(self, x):
         raise ValueError("too small")
 """
+CONVOLUTION = """
+import torch
+
+class Toy(torch.nn.Conv2d):
+    def __init__(self, **kwargs):
+        super().__init__(1, 3, 1)
+"""
 NETWORKS: dict[str, tuple[Change, str]] = {
     "a pickled module as ts_file": (
         torchscript("module"),
@@ -516,7 +523,7 @@ NETWORKS: dict[str, tuple[Change, str]] = {
         "returned shape [4, 3, 8, 8]",
     ),
     "an input shape without the network's channel axis": (
-        lambda workspace: {"model_input_shape": [8, 8], "model_output_shape": [3, 8, 8]},
+        file("class_file", CONVOLUTION, model_input_shape=[8, 8], model_output_shape=[3, 8, 8]),
         "use model_input_shape [1, 8, 8]",
     ),
     "a network that raises": (
