@@ -18,11 +18,11 @@ from chunkq.tasks import chunk_name
 COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
-        "plan": ("chunkq_producer.commands.plan:plan", "Estimate a job's memory and storage."),
+        "plan": ("chunkq_producer.commands.plan:plan", "Check a job, estimate memory and storage."),
         "tune": ("chunkq_worker.tune.command:tune", "Find a job's fastest settings."),
         "produce": (
             "chunkq_producer.commands.produce:produce",
-            "Create a job and queue its chunks.",
+            "Check a job and queue its chunks.",
         ),
         "work": ("chunkq_worker.commands:work", "Compute the chunks on a queue."),
         "status": ("chunkq_producer.commands.status:status", "Show job progress."),
@@ -31,7 +31,7 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
             "Merge overlaps and mark the output complete.",
         ),
         "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
-        "run": ("chunkq_producer.commands.run:run", "Produce, work and finalize in one command."),
+        "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
         "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
@@ -78,7 +78,11 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="chunkq")
 def cli() -> None:
-    """Run neural-network inference on volumes that are larger than one machine's memory."""
+    """Run neural-network inference on volumes that are larger than one machine's memory.
+
+    On one machine, use init, plan and run. On several machines, replace run by produce, work on
+    each machine, and finalize.
+    """
 
 
 def main() -> int:

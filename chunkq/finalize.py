@@ -18,7 +18,7 @@ from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import Commit
 from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk, Index, Piece, Plan
-from chunkq.tasks import Task, chunk_name
+from chunkq.tasks import Task, chunk_count, chunk_name
 from chunkq.timing_aggregation import aggregate_timing
 
 OWN_PIECE = "own"
@@ -200,8 +200,9 @@ def _raise_if_lost(lost: Mapping[Index, str]) -> None:
     if lost:
         chunks = sorted(lost)
         raise IncompleteError(
-            f"results of {_count(chunks)} are lost: {_names(chunks)} ({lost[chunks[0]]}); "
-            "run `chunkq run` again, or `chunkq produce --resume` and a worker",
+            f"results of {chunk_count(len(chunks))} are lost: {_names(chunks)} "
+            f"({lost[chunks[0]]}); run `chunkq run` again, or `chunkq produce --resume` and a "
+            "worker",
             chunks,
             code=ErrorCode.RESULTS_LOST,
         )
@@ -319,11 +320,7 @@ def _collect(commits: Iterable[Commit], chunks: set[Index]) -> Iterator[Commit]:
 
 def _not_computed(missing: Sequence[Index]) -> str:
     verb = "is" if len(missing) == 1 else "are"
-    return f"{_count(missing)} {verb} not computed yet: {_names(missing)}; run a worker"
-
-
-def _count(chunks: Sequence[Index]) -> str:
-    return f"{len(chunks)} chunk{'' if len(chunks) == 1 else 's'}"
+    return f"{chunk_count(len(missing))} {verb} not computed yet: {_names(missing)}; run a worker"
 
 
 def _names(chunks: Sequence[Index]) -> str:

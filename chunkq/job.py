@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -286,7 +287,15 @@ def _combination_problems(
     try:
         Job.model_validate(valid)
     except JobError as error:
-        return [line for line in error.problems if line.partition(":")[0] not in reported]
+        # A line such as "strides: unsupported for inference_type patch" may come from the default
+        # that replaced an invalid inference_type.
+        keys = "|".join(re.escape(str(location[-1])) for location in invalid) or "(?!)"
+        reason = re.compile(rf"\bfor ({keys})\b")
+        return [
+            line
+            for line in error.problems
+            if line.partition(":")[0] not in reported and not reason.search(line)
+        ]
     except ValidationError:
         pass
     return []
@@ -315,8 +324,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         position = f"line {error.lineno}, column {error.colno}"
         raise _unreadable(path, f"not JSON: {error.msg} at {position}; fix the syntax") from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise _unreadable(path, f"not YAML: {reason}; fix the syntax") from None
+        raise _unreadable(path, f"not YAML: {_yaml_reason(error)}") from None
     except RecursionError:
         raise _unreadable(path, "lists or mappings are nested too deeply; remove levels") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -324,13 +332,27 @@ def _read_file(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise _unreadable(path, f"a value cannot be read: {reason}; fix the value") from None
     if not isinstance(values, dict):
+        content = "no content" if values is None else _printed(values)
         raise _unreadable(
             path,
-            f"expected a mapping of keys to values, found {_printed(values)}; "
+            f"expected a mapping of keys to values, found {content}; "
             "run `chunkq init` to write a job file",
         )
     _check_size(path, values)
     return values
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Return what is wrong with a YAML file, where, and what to do."""
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return f"{' '.join(str(error).split())}; fix the syntax"
+    position = f"line {mark.line + 1}, column {mark.column + 1}"
+    if r"'\t'" in problem:
+        return f"tab at {position}; use spaces"
+    context = getattr(error, "context", None)
+    return f"{f'{context}: ' if context else ''}{problem} at {position}; fix the syntax"
 
 
 def _unreadable(path: Path, problem: str) -> JobError:
@@ -532,7 +554,7 @@ def _model_problems(model: ModelConfig) -> list[str]:
     if model.type not in legal:
         problems = [
             f"model_config.type: unsupported value {model.type!r} for runtime {runtime}; "
-            f"expected one of {', '.join(legal)}"
+            f"expected {'one of ' if len(legal) > 1 else ''}{', '.join(legal)}"
         ]
     if runtime != "torch":
         problems += [

@@ -35,13 +35,11 @@ def resolve(job: Job, volume: Volume) -> Plan:
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume)
-    problems = shapes.problems()
-    if problems:
-        raise JobError(problems)
+    if problems := shapes.problems():
+        raise JobError(shapes.channels_last_problems() or problems)
     axes = shapes.axes()
-    problems = [*_coverage_problems(axes, shapes.lead), *_chunk_problems(axes)]
-    if problems:
-        raise JobError(problems)
+    if problems := [*_coverage_problems(axes, shapes.lead), *_chunk_problems(axes)]:
+        raise JobError(shapes.channels_last_problems() or problems)
     return shapes.plan(axes)
 
 
@@ -101,7 +99,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
-        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input"
+        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input, whose "
+        f"shape is {list(volume.shape)}"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -110,7 +109,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
-                "set one per axis of the input, after the number of channels if there is one"
+                f"set one per axis of the input, whose shape is {list(volume.shape)}, after the "
+                "number of channels if there is one"
             )
         elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
             problems.append(
@@ -118,6 +118,14 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
                 f"{MAX_PATCH_VALUES}"
             )
     return problems
+
+
+def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
+    expected = [shape[-1], *shape[:-1]]
+    return (
+        f"model_config.{key}: {list(shape)} looks channels-last; expected channels first, "
+        f"{expected}; if the network needs channels last, move the axis in {step}"
+    )
 
 
 class _Shapes:
@@ -155,7 +163,8 @@ class _Shapes:
         if self.input_channels != 1:
             problems.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are "
-                "unsupported; use 1"
+                "unsupported; use 1, or store each channel as a volume, list the volumes in input "
+                "and set join_dim"
             )
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
@@ -171,6 +180,25 @@ class _Shapes:
                     f"margin: {m} along axis {axis} removes the whole output patch ({q}); "
                     f"use at most {(q - 1) // 2}"
                 )
+        return problems
+
+    def channels_last_problems(self) -> list[str]:
+        """Return a line for each shape of a network that seems to have its channels last.
+
+        Some valid shapes look the same, so this explains other problems and is none by itself.
+        """
+        rank = len(self.volume.shape)
+        if rank == 1:
+            return []
+        model = self.job.model
+        problems, patch = [], self.patch
+        shape = model.model_input_shape
+        if len(shape) > rank and shape[-1] == 1 < shape[0]:
+            problems.append(_channels_last("model_input_shape", shape, "preprocessing_protected"))
+            patch = shape[:-1]
+        shape = model.model_output_shape or ()
+        if len(shape) > rank and shape[:-1] == patch != shape[1:]:
+            problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
         return problems
 
     def _lost_axis_problems(self) -> list[str]:

@@ -361,7 +361,8 @@ def _open_node(path: str, mode: Any = "r") -> Any:
                 raise _missing_error(path)
             raise StoreError(
                 f"input: {printed_path} is a file; "
-                "expected a Zarr store or a .npy file; convert the file",
+                "expected a Zarr store or a .npy file; convert it, for example with "
+                "zarr.create_array('volume.zarr', data=array)",
                 code=ErrorCode.STORE_UNSUPPORTED,
             )
         if is_url(path):

@@ -103,6 +103,11 @@ def chunk_name(index: tuple[int, ...]) -> str:
     return ".".join(map(str, index))
 
 
+def chunk_count(count: int) -> str:
+    """Return a number of chunks for a message: `1 chunk`, `3 chunks`."""
+    return f"{count} {'chunk' if count == 1 else 'chunks'}"
+
+
 def parse_chunk(name: str) -> tuple[int, ...] | None:
     """Return the index of a `chunk_name`, or None if `name` is not one."""
     return tuple(map(int, name.split("."))) if CHUNK_NAME.fullmatch(name) else None

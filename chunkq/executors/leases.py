@@ -282,7 +282,8 @@ def _same_failure(task: Task, history: _JobHistory, error: BaseException) -> Rep
     return RepeatedFailureError(
         f"{output}: {len(history.failed_chunks)} consecutive chunks failed with the same error "
         f"({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips this "
-        "job; read the traceback with `chunkq status`, fix the cause, then restart the worker"
+        "job; read the traceback with `chunkq status --json`, fix the cause, then restart the "
+        "worker"
     )
 
 

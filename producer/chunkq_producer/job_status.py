@@ -228,7 +228,7 @@ def status_line(status: JobStatus) -> str:
     if status.seconds_left is not None:
         parts.append(f"{duration(status.seconds_left)} left")
     if status.sealed:
-        parts.append("sealed")
+        parts.append("complete")
     return ", ".join(parts)
 
 

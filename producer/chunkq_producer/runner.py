@@ -19,7 +19,7 @@ from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import job_folder_of
 from chunkq.record import JobRecord
-from chunkq.tasks import chunk_name
+from chunkq.tasks import chunk_count, chunk_name
 from chunkq_producer import submit
 from chunkq_producer.cluster import (
     Cluster,
@@ -144,7 +144,9 @@ def run_job(
                 lost = len({*map(chunk_name, error.missing)} - failed)
                 if is_last or not lost:
                     raise _with_notes(error, causes) from None
-                reporter.message(f"chunkq: results of {lost} chunks are lost; computing them again")
+                reporter.message(
+                    f"chunkq: results of {chunk_count(lost)} are lost; computing them again"
+                )
                 overwrite = False
             else:
                 break

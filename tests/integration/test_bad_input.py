@@ -340,7 +340,7 @@ def test_a_queue_with_an_unknown_scheme_is_rejected(workspace: Workspace, queue:
         ("job.yaml", "input: [in.zarr\nstrides: 4", ErrorCode.JOB_FILE_UNREADABLE, "YAML"),
         ("job.yaml", "input:\tin.zarr\n\tx: 1", ErrorCode.JOB_FILE_UNREADABLE, "YAML"),
         ("job.yaml", "- just\n- a list\n", ErrorCode.JOB_FILE_UNREADABLE, "['just', 'a list']"),
-        ("job.yaml", "", ErrorCode.JOB_FILE_UNREADABLE, "None"),
+        ("job.yaml", "", ErrorCode.JOB_FILE_UNREADABLE, "no content"),
         ("job.yaml", "1: 2\n", ErrorCode.JOB_INVALID, "1"),
         ("job.json", '{"input": ', ErrorCode.JOB_FILE_UNREADABLE, "JSON"),
         ("job.json", "[1]", ErrorCode.JOB_FILE_UNREADABLE, "[1]"),
@@ -471,6 +471,13 @@ class Toy(torch.nn.Module):
     def forward(self, x):
         raise ValueError("too small")
 """
+CONVOLUTION = """
+import torch
+
+class Toy(torch.nn.Conv2d):
+    def __init__(self, **kwargs):
+        super().__init__(1, 3, 1)
+"""
 NETWORKS: dict[str, tuple[Change, str]] = {
     "a pickled module as ts_file": (
         torchscript("module"),
@@ -514,6 +521,10 @@ NETWORKS: dict[str, tuple[Change, str]] = {
     "another number of classes": (
         lambda workspace: {"model_output_shape": [4, 8, 8]},
         "returned shape [4, 3, 8, 8]",
+    ),
+    "an input shape without the network's channel axis": (
+        file("class_file", CONVOLUTION, model_input_shape=[8, 8], model_output_shape=[3, 8, 8]),
+        "use model_input_shape [1, 8, 8]",
     ),
     "a network that raises": (
         file(

@@ -179,7 +179,7 @@ def test_watching_a_sealed_job_in_a_log_prints_one_plain_line_and_ends(
     text = sealed.run("status", "out.zarr", "--watch").ok().out
     [line] = text.splitlines()
     assert "6/6 chunks done, 5/5 blocks finalized" in line
-    assert line.endswith("sealed")
+    assert line.endswith("complete")
     assert line.isprintable()
     text = sealed.call("status", "out.zarr", "--watch", "--json").ok().out
     assert json.loads(text)["sealed"] is True
@@ -252,6 +252,13 @@ def test_status_suggests_a_command_for_chunks_that_are_on_no_queue(workspace: Wo
     assert "`chunkq produce`" in suggestion
     status = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)
     assert (status["lost_from_queue"], status["seconds_left"]) == (True, None)
+
+
+@pytest.mark.parametrize("command", ["status", "finalize", "report", "retry", "cancel"])
+def test_a_job_file_in_place_of_an_output_is_reported(workspace: Workspace, command: str) -> None:
+    workspace.call(command, "job.json").refused(
+        2, ErrorCode.JOB_MISSING, "job.json: found a job file"
+    )
 
 
 def test_retry_queues_only_failed_chunks(workspace: Workspace) -> None:

@@ -355,7 +355,7 @@ def test_one_failing_chunk_does_not_stop_the_others_and_can_be_retried(
     assert not workspace.status()["sealed"]
 
     poison.unlink()
-    assert workspace.call("retry", str(workspace.output)).out == "1 chunks queued again\n"
+    assert workspace.call("retry", str(workspace.output)).out == "1 chunk queued again\n"
     assert workspace.work(NET_POISON=str(poison)).code == 0
     assert workspace.status()["failures"] == []
     before.assert_unchanged(workspace)

@@ -19,7 +19,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
         shown_as="/home/me/tutorial",
         has_begun=lambda: any(stopped.glob("*/done/infer/*/*")),
     )
-    assert commands == 9
+    assert commands == 10
     labels = zarr.open_array(tmp_path / "labels.zarr" / "0", mode="r")
     volume = zarr.open_array(tmp_path / "volume.zarr", mode="r")
     assert labels.shape == volume.shape

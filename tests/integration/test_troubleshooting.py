@@ -56,7 +56,7 @@ def in_python(function: Callable[[], object]) -> str:
     """Return the message of the error that a call raises, as a command prints it."""
     with pytest.raises(chunkq.ChunkqError) as caught:
         function()
-    return f"chunkq: {caught.value}\n"
+    return f"chunkq: {caught.value} [{caught.value.code}]\n"
 
 
 def predict(workspace: Workspace) -> str:

@@ -110,7 +110,7 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     (
         {"model": {"runtime": "onnx", "type": "torchscript"}},
         "model_config.type",
-        ("'torchscript'", "onnx", "one of file"),
+        ("'torchscript'", "onnx", "expected file"),
     ),
     (
         {"model": {"type": "json", "json_file": "/m.json"}},
@@ -226,6 +226,21 @@ def test_a_misspelt_key_and_the_missing_key_are_both_reported() -> None:
     assert missing.startswith("model_config.ts_file: missing for type torchscript")
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"inference_type": "sliding", "strides": [4]},
+        {"inference_type": "crop", "margin": [1]},
+        {"combine": "weighted", "output_dtype": "float16"},
+    ],
+)
+def test_an_invalid_choice_has_no_second_line_about_a_key_that_depends_on_it(
+    mistake: dict[str, Any],
+) -> None:
+    (line,) = problems(values(**mistake))
+    assert line.startswith(f"{next(iter(mistake))}: ")
+
+
 def test_a_key_with_a_wrong_type_is_reported_once() -> None:
     job = values(inference_type="sliding_window", strides="2")
     assert keys(problems(job)) == ["strides"]
@@ -308,7 +323,8 @@ def test_a_folder_is_not_a_job_file(tmp_path: Path) -> None:
         ("j.json", "input: a", "JSON: Expecting value at line 1, column 1"),
         ("j.yaml", "input: [a", "YAML: while parsing a flow sequence"),
         ("j.yaml", "a: b: c", "YAML: mapping values are not allowed here"),
-        ("j.yaml", "", "found None"),
+        ("j.yaml", "a:\n\tb: 1", "tab at line 2, column 1"),
+        ("j.yaml", "", "found no content"),
         ("j.yaml", "- input", "found ['input']"),
         ("j.json", "[1]", "found [1]"),
         ("j.yaml", b"\xff\xfe\xff", "utf-8"),

@@ -128,12 +128,12 @@ def test_every_list_without_one_entry_per_axis_is_reported() -> None:
     )
     parts = [line.partition(": ") for line in lines]
     assert [(key, numbers_in(text)) for key, _, text in parts] == [
-        ("chunksize", ["1", "2"]),
-        ("pad_width", ["3", "2"]),
-        ("storage_chunks", ["1", "2"]),
-        ("offsets.1", ["1", "2"]),
-        ("model_config.model_input_shape", ["1", "2", "3"]),
-        ("model_config.model_output_shape", ["4", "2", "3"]),
+        ("chunksize", ["1", "2", "8", "8"]),
+        ("pad_width", ["3", "2", "8", "8"]),
+        ("storage_chunks", ["1", "2", "8", "8"]),
+        ("offsets.1", ["1", "2", "8", "8"]),
+        ("model_config.model_input_shape", ["1", "2", "3", "8", "8"]),
+        ("model_config.model_output_shape", ["4", "2", "3", "8", "8"]),
     ]
 
 
@@ -142,6 +142,29 @@ def test_strides_and_margin_must_have_one_entry_per_axis(key: dict[str, Any]) ->
     name = "strides" if "strides" in key else "margin"
     (line,) = problems((8, 8), (4, 4), **key)
     assert_problem(line, name, f"{len(key[name])} entries", 2)
+
+
+@pytest.mark.parametrize(
+    ("model_input", "model_output", "expected"),
+    [
+        ((8, 8), [8, 8, 3], {"model_output_shape": [3, 8, 8]}),
+        ((1, 8, 8), [8, 8, 3], {"model_output_shape": [3, 8, 8]}),
+        ((8, 8, 1), [3, 8, 8], {"model_input_shape": [1, 8, 8]}),
+        ((8, 8, 1), [8, 8, 3], {"model_input_shape": [1, 8, 8], "model_output_shape": [3, 8, 8]}),
+    ],
+)
+def test_shapes_with_channels_last_are_reported_with_the_right_order(
+    model_input: tuple[int, ...], model_output: list[int], expected: dict[str, list[int]]
+) -> None:
+    lines = problems((16, 16), model_input, model={"model_output_shape": model_output})
+    for line, (key, shape) in zip(lines, expected.items(), strict=True):
+        assert_problem(line, f"model_config.{key}")
+        assert f"expected channels first, {shape};" in line
+
+
+def test_a_valid_shape_that_looks_like_channels_last_is_accepted() -> None:
+    plan = plan_for((16, 16), (8, 8), pad_width=[0, 2], model={"model_output_shape": [8, 8, 4]})
+    assert (plan.channels, plan.output_patch) == (8, (8, 4))
 
 
 def test_one_input_channel_is_accepted_and_several_are_rejected() -> None:

@@ -22,6 +22,8 @@ from chunkq_worker.steps import KEY, Steps
 
 Halos = Sequence[npt.NDArray[Any]]
 """For each input, the array that a chunk's patches read; all have one shape."""
+MESSAGE_LENGTH = 300
+"""Characters of a framework's message in an error of chunkq."""
 log = logging.getLogger("chunkq.worker")
 _ceilings: dict[Hashable, int] = {}
 """Network -> batch size, for networks that ran out of memory in this process."""
@@ -76,9 +78,10 @@ class Batcher:
         except ModelError:
             raise
         except Exception as error:
-            text = " ".join(str(error).split())[-300:]
             raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: {text}"
+                f"the network raised {type(error).__name__} on a batch of zeros: "
+                f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
+                f"model_input_shape and the network{self._channel_hint()}"
             ) from error
         self._has_run = True
 
@@ -191,7 +194,7 @@ class Batcher:
         expected = {(count, *declared) for declared in self._declared_shapes}
         if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
-            remedy = "fix model_output_shape or the network"
+            remedy = f"fix model_output_shape or the network{self._channel_hint()}"
             if shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
@@ -201,6 +204,12 @@ class Batcher:
             )
         with_channels = (count, self._plan.channels, *self._plan.output_patch)
         return outputs.reshape(with_channels)[:used]
+
+    def _channel_hint(self) -> str:
+        """Return what to try if the declared input has no channel axis, else nothing."""
+        if len(self._slot) > self._plan.rank or self._plan.job.model.lost_dim is not None:
+            return ""
+        return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 
     def _run(self, sent: Any) -> Array:
         outputs, step = self._runtime(sent), self._steps.postprocessing
@@ -277,6 +286,12 @@ def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:
     full = (*channels, *plan.output_patch)
     axis = model.lost_dim - len(model.model_input_shape) + plan.rank + len(channels)
     return [full, full[:axis] + full[axis + 1 :]]
+
+
+def _end_of(text: str) -> str:
+    """Return the last words of a long message; frameworks name the cause at the end."""
+    text = " ".join(text.split())
+    return text if len(text) <= MESSAGE_LENGTH else f"… {text[-MESSAGE_LENGTH:].partition(' ')[2]}"
 
 
 def _format_box(box: Box) -> str:

@@ -36,14 +36,14 @@ from chunkq_worker.supervisor import Supervisor
 
 @click.command()
 @click.option(
-    "--queue", help=f"Queue URL. Default: ${QUEUE_VARIABLE} if set, else the embedded queue.",
+    "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then a local file).",
 )  # fmt: skip
 @click.option(
-    "--gpus", default="all", show_default=True, help="GPUs to use: all, none, or a list like 0,1.",
+    "--gpus", default="all", show_default=True, help="GPUs to use: all, none, or 0,1.",
 )  # fmt: skip
 @click.option(
     "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
-    help="Worker processes per GPU; without a GPU, worker processes in total.",
+    help="Worker processes per GPU; without a GPU, in total.",
 )  # fmt: skip
 @click.option(
     "--per-node", type=click.IntRange(1),
@@ -51,10 +51,12 @@ from chunkq_worker.supervisor import Supervisor
 )  # fmt: skip
 @click.option(
     "--depth", type=click.IntRange(1),
-    help="Chunks in flight per process "
+    help="Chunks per process that are read, computed or written at the same time "
     f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
-@click.option("--burst", is_flag=True, help="Exit when the queue is empty.")
+@click.option(
+    "--burst", is_flag=True, help="Exit when no chunk is left, instead of waiting for more."
+)
 @click.option(
     "--max-time",
     help="Exit after this time, and start no chunk that would exceed it: seconds, or 90m, 2h, "
@@ -69,7 +71,7 @@ from chunkq_worker.supervisor import Supervisor
     "--lease", type=click.FloatRange(0.5),
     help="Seconds without a heartbeat after which a worker's chunks are requeued; default 20.",
 )  # fmt: skip
-@click.option("--job", help="Only work on the job with this output.")
+@click.option("--job", help="Only compute chunks of the job with this output.")
 @click.option(
     "--allow", multiple=True,
     help="Only accept jobs and code below this path; can be repeated. "
@@ -92,10 +94,10 @@ def work(
     quiet: bool,
     lifeline: bool,
 ) -> None:
-    """Take chunks from the queue and compute them: one process per GPU, or on the CPU.
+    """Compute the chunks on a queue, with one process per GPU, or one on the CPU.
 
-    Press Ctrl-C (or send SIGTERM) to finish the chunks in flight and exit. Press it again to
-    requeue them and exit at once.
+    The command waits for more chunks until Ctrl-C or SIGTERM. It then finishes the chunks that
+    it has started. A second Ctrl-C requeues them and exits at once.
     """
     base = Path.cwd()
     allowed = AllowedPaths.parse(allow, base) if allow else AllowedPaths.from_environment(base)

@@ -24,6 +24,7 @@ from chunkq.executors.base import (
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
 from chunkq.scratch import delete_abandoned
+from chunkq.tasks import chunk_count
 from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import VISIBLE, Slot, cores
 from chunkq_worker.worker_process import WorkerProcessOptions
@@ -147,7 +148,7 @@ class Supervisor:
         reason = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         if code == EXIT_TASK_TIMEOUT:
             reason = "ended because a chunk exceeded its time limit"
-        self._log(f"worker {slot.worker} {reason}; {returned} chunks requeued")
+        self._log(f"worker {slot.worker} {reason}; {chunk_count(returned)} requeued")
         if slot.crashes >= self.settings.early_deaths:
             self._log(
                 f"giving up: the worker process crashed {slot.crashes} times in a row within "
@@ -196,7 +197,7 @@ class Supervisor:
         for worker, counted in pending.items():
             returned = self._requeue(worker, counted=counted)
             if returned:
-                self._log(f"worker {worker}: {returned} chunks requeued")
+                self._log(f"worker {worker}: {chunk_count(returned)} requeued")
 
     def _start(self, slot: _WorkerSlot) -> None:
         slot.worker = WorkerName.new(slot.device.gpu or "cpu").name

@@ -7,6 +7,7 @@ import click
 from chunkq.errors import JobError, StoreError
 from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.paths import without_secret
+from chunkq.tasks import chunk_count
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
 
 
@@ -29,7 +30,10 @@ def cancel(output: str, queue: str | None) -> None:
     with queue_of(queue, job_queue) as executor:
         count = sum(executor.cancel(path) for path in job_paths)
     if count:
-        click.echo(f"{count} chunks taken off the queue; `chunkq produce --resume` puts them back")
+        click.echo(
+            f"{chunk_count(count)} taken off the queue; run `chunkq produce --resume` with the job "
+            "file to queue them again"
+        )
     else:
         click.echo(f"no chunk of this job is on the queue {without_secret(executor.url)}")
 

@@ -12,6 +12,7 @@ from chunkq.finalize import finalize_job
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
 from chunkq.progress import ProgressBar
+from chunkq.tasks import chunk_count
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
     job_at,
@@ -25,15 +26,11 @@ from chunkq_producer.job_status import duration
 
 @click.command()
 @output_argument
-@click.option(
-    "--allow-missing",
-    is_flag=True,
-    help="Finalize an output with missing chunks; mark it incomplete.",
-)
-@click.option("--distribute", is_flag=True, help="Complete blocks on the workers of the queue.")
+@click.option("--allow-missing", is_flag=True, help="Finish even if chunks are missing.")
+@click.option("--distribute", is_flag=True, help="Let the workers of the queue merge the overlaps.")
 @click.option(
     "--threads", type=click.IntRange(1),
-    help="Blocks completed in parallel (default: 2 if they fit into 2 GiB).",
+    help="Overlaps merged in parallel (default: 2 if they fit into 2 GiB).",
 )  # fmt: skip
 @queue_option
 @json_option
@@ -45,10 +42,10 @@ def finalize(
     queue: str | None,
     as_json: bool,
 ) -> None:
-    """Merge the overlaps between chunks and mark OUTPUT complete.
+    """Merge the overlaps between chunks and mark OUTPUT, such as labels.zarr, as complete.
 
-    If chunks are missing, the exit code is 3 and the chunks are listed. With --allow-missing the
-    blocks of these chunks stay empty and the output's attributes mark it as incomplete.
+    If chunks are missing, the command lists them and the exit code is 3. With --allow-missing,
+    the blocks that need them stay 0 and the output is marked as incomplete.
     """
     job = job_at(output)
     if distribute:
@@ -89,7 +86,7 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         click.echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
-        click.echo(f"incomplete, {len(report['missing'])} chunks are missing: {output}")
+        click.echo(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
     click.echo(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from chunkq.errors import MissingJobError
 from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.executors.base import Executor
 from chunkq.job_handle import JobHandle, open_job
@@ -15,10 +16,12 @@ from chunkq.job_path import output_path
 from chunkq.ledger import JobFolder, job_folder_of
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
-input_option = click.option("-i", "--input", "input_", help="Input volume; overrides the job's.")
-output_option = click.option("-o", "--output", help="Output path; overrides the job's.")
+input_option = click.option(
+    "-i", "--input", "input_", help="Input volume; replaces the job file's."
+)
+output_option = click.option("-o", "--output", help="Output path; replaces the job file's.")
 queue_option = click.option(
-    "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then the embedded queue)."
+    "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then the job's, then a local file)."
 )
 output_argument = click.argument("output")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -32,7 +35,14 @@ def queue_of(queue: str | None, job_queue: str | None = None) -> Iterator[Execut
 
 
 def folder_at(output: str) -> JobFolder:
-    """Return the job folder of an output path; relative paths start at the current folder."""
+    """Return the job folder of an output path; relative paths start at the current folder.
+
+    Raises MissingJobError if the path is that of a job file.
+    """
+    if output.endswith((".yaml", ".yml", ".json")) and Path(output).is_file():
+        raise MissingJobError(
+            f"{output}: found a job file; expected the path of an output, such as labels.zarr"
+        )
     return JobFolder(job_folder_of(output_path(output, Path.cwd())))
 
 

@@ -13,6 +13,7 @@ from chunkq.executors.base import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_
 from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Costs, Plan
+from chunkq.tasks import chunk_count
 from chunkq_producer import submit
 from chunkq_producer.cluster import is_cpu_only
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
@@ -32,11 +33,11 @@ MAX_SHARE_TO_FINALIZE = 0.9
     "--check-model",
     "with_model_check",
     is_flag=True,
-    help="Run the network on patches of the volume and measure memory with whole chunks.",
+    help="Load the network, run it on a few patches and chunks, and measure time and memory.",
 )
 @click.option(
     "--depth", type=click.IntRange(1),
-    help="Chunks in flight per process "
+    help="Chunks per process that are read, computed or written at the same time "
     f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
 @json_option
@@ -48,7 +49,10 @@ def plan(
     depth: int | None,
     as_json: bool,
 ) -> None:
-    """Check JOB and estimate its cost without writing anything."""
+    """Check JOB, a YAML or JSON job file, and print its cost. Nothing is written.
+
+    Without --check-model the network is not loaded.
+    """
     prepared = submit.prepare(load_job(job, input=input_, output=output))
     check = None
     if depth is None:
@@ -157,7 +161,7 @@ def peak_memory(check: ModelCheck, *, finalizes: bool) -> str:
         parts = [
             f"{size(check.worker_bytes)} in total per worker process with {check.depth} chunks in "
             f"flight ({size(check.loaded_bytes)} of it libraries and network), "
-            f"measured on {check.chunks} chunks"
+            f"measured on {chunk_count(check.chunks)}"
         ]
     if check.finalizer_bytes is not None:
         parts.append(f"{size(check.finalizer_bytes)} in total to finalize blocks")

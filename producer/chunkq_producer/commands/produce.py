@@ -37,7 +37,10 @@ def produce(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Check JOB, write its job folder and queue every chunk that is not computed."""
+    """Check JOB, write its job folder and queue every chunk that is not computed.
+
+    JOB is a YAML or JSON job file. Next, start `chunkq work` on each machine.
+    """
     loaded_job = load_job(job, input=input_, output=output)
     prepared = submit.prepare(loaded_job)
     submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from chunkq.tasks import Task
+from chunkq.tasks import Task, chunk_count
 from chunkq_producer.commands.options import job_at, output_argument, queue_of, queue_option
 
 
@@ -19,4 +19,4 @@ def retry(output: str, queue: str | None) -> None:
         # A queue that was lost has no failed tasks; the ledger still lists them.
         failures = [f for f in job.ledger.failures() if f.kind == "infer"]
         count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in failures)
-    click.echo(f"{count} chunks queued again" if count else "no failed chunk")
+    click.echo(f"{chunk_count(count)} queued again" if count else "no failed chunk")

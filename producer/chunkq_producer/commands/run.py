@@ -31,13 +31,22 @@ from chunkq_producer.runner import ProgressReporter, RunOptions, run_job
 
 @click.command()
 @job_argument
-@click.option("-e", "--executor", "engine", type=click.Choice(list(ENGINES)), help="Queue engine.")
+@click.option(
+    "-e", "--executor", "engine", type=click.Choice(list(ENGINES)),
+    help="Kind of queue (default: sqlite, a local file). dask and ray start a local cluster.",
+)  # fmt: skip
 @queue_option
 @input_option
 @output_option
-@click.option("-w", "--workers", type=click.IntRange(1), help="Worker processes per device.")
-@click.option("--gpus", default="all", show_default=True, help="all, none, or indices such as 0,1.")
-@click.option("--depth", type=click.IntRange(1), help="Chunks in flight per process.")
+@click.option(
+    "-w", "--workers", type=click.IntRange(1),
+    help="Worker processes per GPU; without a GPU, in total (default: 1).",
+)  # fmt: skip
+@click.option("--gpus", default="all", show_default=True, help="GPUs to use: all, none, or 0,1.")
+@click.option(
+    "--depth", type=click.IntRange(1),
+    help="Chunks per process that are read, computed or written at the same time.",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Delete the output and start again.")
 def run(
     job: Path,
@@ -50,9 +59,9 @@ def run(
     depth: int | None,
     overwrite: bool,
 ) -> None:
-    """Produce, compute and finalize JOB on this machine.
+    """Run JOB, a YAML or JSON job file, on this machine: produce, work and finalize.
 
-    An interrupted run continues with the same command.
+    To continue an interrupted run, use the same command again.
     """
     result = run_job(
         load_job(job, input=input_, output=output),

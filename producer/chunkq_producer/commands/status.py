@@ -23,10 +23,13 @@ LINE_SECONDS = 10.0
 @click.command()
 @click.argument("output", required=False)
 @queue_option
-@click.option("--watch", is_flag=True, help="Update the status until the output is sealed.")
+@click.option("--watch", is_flag=True, help="Update the status until the output is complete.")
 @json_option
 def status(output: str | None, queue: str | None, watch: bool, as_json: bool) -> None:
-    """Show the progress of OUTPUT's job, or of all jobs on the queue without OUTPUT."""
+    """Show the progress and failures of the job of OUTPUT, such as labels.zarr.
+
+    Without OUTPUT, list all jobs on the queue.
+    """
     if output is None:
         list_jobs(queue, as_json=as_json)
         return

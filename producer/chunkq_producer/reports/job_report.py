@@ -9,6 +9,7 @@ from typing import Any
 from chunkq.finalize import job_completion, job_report
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
+from chunkq.tasks import chunk_count
 from chunkq.timing import Timing, Worker
 
 
@@ -43,7 +44,9 @@ class JobReport:
         timing = self.timing
         if self.sealed:
             return (
-                "complete" if not self.missing else f"incomplete, {self.missing} chunks are missing"
+                "complete"
+                if not self.missing
+                else f"incomplete, {chunk_count(self.missing)} missing"
             )
         blocks = f"{timing.finalized_blocks} of {timing.planned_blocks} blocks finalized"
         return f"so far: {timing.chunks} of {timing.planned_chunks} chunks done, {blocks}"
