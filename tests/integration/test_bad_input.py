@@ -281,7 +281,7 @@ def test_every_missing_model_file_is_reported(workspace: Workspace) -> None:
         (
             {"model": {"runtime": "onnx", "type": "torchscript", "ts_file": "m.pt"}},
             "model_config.type",
-            ("'torchscript'", "onnx", "one of file"),
+            ("'torchscript'", "onnx", "expected file"),
         ),
         (
             {"model": {"runtime": "tensorflow", "type": "exported", "model_file": "m.pt2"}},
