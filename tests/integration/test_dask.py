@@ -497,6 +497,20 @@ def test_a_running_cluster_computes_the_job_in_its_own_workers(
     assert len({line.split()[0] for line in lines}) == 2
 
 
+def test_a_cluster_that_a_user_started_without_tls_runs_the_code_of_any_client(
+    standard_job: StandardJob, tmp_path: Path, cluster: DaskCluster
+) -> None:
+    import distributed
+
+    workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
+    cluster.scheduler()
+    worker = cluster.worker(workspace)
+    cluster.wait_for_workers(1)
+    with distributed.Client(f"tcp://{HOST}:{cluster.port}", set_as_default=False) as client:
+        pid = client.submit(os.getpid).result(60)
+    assert pid in worker.children()
+
+
 @pytest.mark.proof("dask")
 def test_a_cluster_continues_after_the_producer_has_ended(
     standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
