@@ -19,6 +19,7 @@ from typing import Any
 
 from tests import models
 from tests.harness.files import files_below
+from tests.harness.guardian import SessionGuardian
 from tests.harness.servers.redis import redis_server
 from tests.harness.volumes import random_volume, write_zarr
 
@@ -154,8 +155,10 @@ def main() -> int:
     parser.add_argument("file", type=Path, help="where to write the hashes")
     parser.add_argument("--compare", type=Path, help="hashes of the other version")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        hashes = run_jobs(Path(folder))
+    guardian = SessionGuardian()
+    tempfile.tempdir = str(guardian.folder)
+    hashes = run_jobs(Path(tempfile.mkdtemp()))
+    guardian.close()
     arguments.file.write_text(json.dumps(hashes, indent=1) + "\n")
     if arguments.compare is None:
         return 0
