@@ -134,12 +134,9 @@ def _as_chunkq_error(error: Exception) -> ChunkqError:
 
 def _missing_package(error: ModuleNotFoundError) -> ChunkqError:
     """Return the error for a package that an extra of chunkq installs; re-raise for any other."""
-    from chunkq.executors import EXTRAS
+    from chunkq.executors import install_hint
 
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS:
+    hint = install_hint(error)
+    if hint is None:
         raise error
-    return ChunkqError(
-        f"{package}: missing package; install it with `pip install 'chunkq[{EXTRAS[package]}]'`",
-        code=ErrorCode.PACKAGE_MISSING,
-    )
+    return ChunkqError(f"missing package {hint}", code=ErrorCode.PACKAGE_MISSING)

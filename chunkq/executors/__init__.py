@@ -76,13 +76,19 @@ def load_backend(scheme: str) -> Callable[[str], Executor]:
     try:
         backend: Callable[[str], Executor] = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        extra = EXTRAS.get(package)
-        if extra is None:
+        hint = install_hint(error)
+        if hint is None:
             raise
         raise QueueError(
-            f"queue: {scheme}:// needs the package {package}, which is not installed; "
-            f"run pip install 'chunkq[{extra}]'",
+            f"queue: {scheme}:// needs the package {hint}",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return backend
+
+
+def install_hint(error: ModuleNotFoundError) -> str | None:
+    """Return how to install a missing package, or None if no extra of chunkq installs it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return f"{package}; run pip install 'chunkq[{EXTRAS[package]}]'"
