@@ -51,10 +51,10 @@ def _largest_chunks(plan: Plan) -> set[Index]:
 
 def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     """Return the footprint of one chunk."""
-    output_voxel = plan.stored_channels * plan.output_dtype.itemsize
+    output_voxel = plan.output.voxel_bytes
     sums_voxel = 4 * plan.channels
     sums = sums_voxel * chunk.region.size
-    labels = plan.job.combine != "weighted_avg"
+    labels = not plan.output.is_average
     # A float32 average is stored as it is, so the output is a view of the sums.
     is_view = not labels and plan.output_dtype == "float32"
     interior = 0 if is_view else chunk.interior.size * output_voxel

@@ -151,7 +151,7 @@ class AxisBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class AxisGeometry:
     """One axis of the volume: its blocks, and the patches of every grid along it.
 
     A block is `chunk` voxels long, a storage chunk of the output `storage` voxels. Invariant: the
@@ -220,7 +220,7 @@ class Axis:
 
 
 @lru_cache(maxsize=BLOCKS_CACHED)
-def _axis_block(axis: Axis, number: int) -> AxisBlock:
+def _axis_block(axis: AxisGeometry, number: int) -> AxisBlock:
     block = np.asarray(number, dtype=np.int64)
     low, high = axis.halo(block)
     return AxisBlock(

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from chunkq.box import Box
-from chunkq.combine import label_dtype
-from chunkq.grids import Axis
+from chunkq.grid_spec import GridSpec
+from chunkq.grids import AxisGeometry
 from chunkq.job import Job
+from chunkq.outputs import OutputSpec
 from chunkq.padding import IntArray
 
 Index = tuple[int, ...]
@@ -157,20 +158,51 @@ class Costs:
 
 @dataclass(frozen=True)
 class Plan:
-    """The geometry of one job; a pure function of the job and of the volume's shape and dtype.
+    """The chunks, patches, pieces and costs of one item of a job.
 
-    `channels` is the number of channels that the network returns. `channel_axis` is true if they
-    are the first axis of the output.
+    `grid` determines the geometry, `outputs` what is stored of each prediction. `volume` has the
+    shape of the grid.
     """
 
     job: Job
     volume: Volume
-    axes: tuple[Axis, ...]
-    input_patch: tuple[int, ...]
-    output_patch: tuple[int, ...]
-    margin: tuple[int, ...]
-    channels: int
-    channel_axis: bool
+    grid: GridSpec
+    outputs: tuple[OutputSpec, ...]
+
+    @property
+    def axes(self) -> tuple[AxisGeometry, ...]:
+        """The blocks and patches along each axis."""
+        return self.grid.axes
+
+    @property
+    def output(self) -> OutputSpec:
+        """The only output; several outputs are refused in this version."""
+        return self.outputs[0]
+
+    @property
+    def input_patch(self) -> tuple[int, ...]:
+        """Shape of the input patch."""
+        return self.grid.patch
+
+    @property
+    def output_patch(self) -> tuple[int, ...]:
+        """Shape of the output patch."""
+        return self.grid.output_patch
+
+    @property
+    def margin(self) -> tuple[int, ...]:
+        """Voxels that are cropped from each side of the output patch."""
+        return self.grid.margin
+
+    @property
+    def channels(self) -> int:
+        """Number of channels that the network returns."""
+        return self.output.channels
+
+    @property
+    def channel_axis(self) -> bool:
+        """Whether the channels are the first axis of the output."""
+        return self.output.channel_axis
 
     @property
     def rank(self) -> int:
@@ -180,12 +212,12 @@ class Plan:
     @property
     def chunksize(self) -> tuple[int, ...]:
         """Block shape in voxels; the last block along an axis can be smaller."""
-        return tuple(axis.chunk for axis in self.axes)
+        return self.grid.chunk
 
     @property
     def storage_chunks(self) -> tuple[int, ...]:
         """Shape of an output storage chunk along the spatial axes."""
-        return tuple(axis.storage for axis in self.axes)
+        return self.grid.storage
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -195,14 +227,12 @@ class Plan:
     @property
     def output_dtype(self) -> np.dtype[Any]:
         """Dtype of the output volume."""
-        if self.job.combine == "weighted_avg":
-            return np.dtype(self.job.output_dtype or "float32")
-        return label_dtype(max(2, self.channels))
+        return self.output.dtype
 
     @property
     def stored_channels(self) -> int:
         """Number of values stored per voxel of the output."""
-        return self.channels if self.job.combine == "weighted_avg" else 1
+        return self.output.stored_channels
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -323,7 +353,7 @@ def _subsets(rank: int) -> list[Index]:
 class _AxisTotals:
     """Sums over the blocks of one axis. A total over the volume is a product of such sums."""
 
-    def __init__(self, axis: Axis) -> None:
+    def __init__(self, axis: AxisGeometry) -> None:
         self.sums = dict.fromkeys(
             ("length", "interior", "core", "without_band", "active", "upper_overlap", "read"), 0
         )
@@ -332,7 +362,7 @@ class _AxisTotals:
             high = min(low + BLOCKS_PER_BATCH, axis.blocks)
             self._add(axis, np.arange(low, high, dtype=np.int64))
 
-    def _add(self, axis: Axis, blocks: IntArray) -> None:
+    def _add(self, axis: AxisGeometry, blocks: IntArray) -> None:
         length = axis.stop(blocks) - axis.start(blocks)
         band = axis.band(blocks)
         halo_low, halo_high = axis.halo(blocks)
@@ -361,7 +391,7 @@ def _costs(plan: Plan) -> Costs:
         return prod(t.sums[key] for t in totals)
 
     sums_bytes = 4 * plan.channels
-    stored_bytes = plan.stored_channels * plan.output_dtype.itemsize
+    stored_bytes = plan.output.voxel_bytes
     chunks = prod(plan.blocks)
     piece_voxels = sum(
         prod(t.sums["upper_overlap" if u else "active"] for t, u in zip(totals, up, strict=True))

@@ -10,8 +10,9 @@ import numpy as np
 
 from chunkq.box import Box
 from chunkq.errors import JobError
-from chunkq.grids import Axis, AxisGrid
+from chunkq.grid_spec import GridSpec
 from chunkq.job import Job
+from chunkq.outputs import OutputSpec
 from chunkq.plan import Plan, Volume
 
 STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
@@ -37,10 +38,10 @@ def resolve(job: Job, volume: Volume) -> Plan:
     shapes = _Shapes(job, volume)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
-    axes = shapes.axes()
-    if problems := [*_coverage_problems(axes, shapes.lead), *_chunk_problems(axes)]:
+    grid = shapes.grid()
+    if problems := [*_coverage_problems(grid), *_chunk_problems(grid)]:
         raise JobError(shapes.channels_last_problems() or problems)
-    return shapes.plan(axes)
+    return Plan(job, volume, grid, (shapes.output_spec(),))
 
 
 def _volume_problems(job: Job, volume: Volume) -> list[str]:
@@ -225,10 +226,9 @@ class _Shapes:
             )
         return problems
 
-    def axes(self) -> tuple[Axis, ...]:
-        """Return the axes of the plan, with one grid per offset."""
+    def grid(self) -> GridSpec:
+        """Return the geometry, with one grid per offset."""
         job, rank = self.job, len(self.volume.shape)
-        strides = job.strides or self.kept
         pads = job.pad_width
         if pads is None:
             pads = self.lead if job.inference_type == "crop_margin" else (0,) * rank
@@ -236,40 +236,32 @@ class _Shapes:
                 pads = tuple(
                     self.lead[a] if a == self.lost_axis else pad for a, pad in enumerate(pads)
                 )
-        offsets = ((0,) * rank, *job.offsets)
-        grids = [
-            tuple(
-                AxisGrid.create(
-                    volume=self.volume.shape[a],
-                    patch=self.patch[a],
-                    kept=self.kept[a],
-                    lead=self.lead[a],
-                    stride=strides[a],
-                    pad=pads[a],
-                    offset=offset[a],
-                    edge=job.step_edge,
-                )
-                for offset in offsets
-            )
-            for a in range(rank)
-        ]
-        chunks, storage = self._chunks_and_storage()
-        return tuple(
-            Axis(self.volume.shape[a], chunks[a], storage[a], grids[a], job.pad_mode)
-            for a in range(rank)
-        )
-
-    def plan(self, axes: tuple[Axis, ...]) -> Plan:
-        """Return the plan with these axes."""
-        return Plan(
-            job=self.job,
-            volume=self.volume,
-            axes=axes,
-            input_patch=self.patch,
+        chunk, storage = self._chunks_and_storage()
+        return GridSpec(
+            shape=self.volume.shape,
+            patch=self.patch,
             output_patch=self.output,
             margin=self.margin,
+            strides=job.strides or self.kept,
+            pads=pads,
+            offsets=((0,) * rank, *job.offsets),
+            edge=job.step_edge,
+            pad_mode=job.pad_mode,
+            chunk=chunk,
+            storage=storage,
+        )
+
+    def output_spec(self) -> OutputSpec:
+        """Return the job's only output."""
+        job = self.job
+        return OutputSpec(
+            name="",
             channels=self.channels,
             channel_axis=self.channel_axis,
+            activation=job.activation,
+            combine=job.combine,
+            average_dtype=job.output_dtype or "float32",
+            nan=job.nan,
         )
 
     def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -318,9 +310,9 @@ def _divisor_near(number: int, target: int) -> int:
     return min({*small, *(number // d for d in small)}, key=lambda d: (abs(log(d / target)), -d))
 
 
-def _chunk_problems(axes: tuple[Axis, ...]) -> list[str]:
+def _chunk_problems(grid: GridSpec) -> list[str]:
     problems = []
-    for number, axis in enumerate(axes):
+    for number, axis in enumerate(grid.axes):
         kept = axis.grids[0].kept
         if axis.chunk < min(kept, axis.volume):
             problems.append(
@@ -335,9 +327,9 @@ def _chunk_problems(axes: tuple[Axis, ...]) -> list[str]:
     return problems
 
 
-def _coverage_problems(axes: tuple[Axis, ...], lead: tuple[int, ...]) -> list[str]:
+def _coverage_problems(spec: GridSpec) -> list[str]:
     """Return one line for each axis along which a voxel lies in no output patch."""
-    problems = []
+    problems, axes = [], spec.axes
     for number, axis in enumerate(axes):
         grid = axis.grids[0]
         gap = grid.gap()
@@ -364,6 +356,6 @@ def _coverage_problems(axes: tuple[Axis, ...], lead: tuple[int, ...]) -> list[st
             voxel = uncovered[0].start[number]
             problems.append(
                 f"pad_width: no output patch covers voxel {voxel} along axis {number}; "
-                f"use {lead[number]} along this axis"
+                f"use {spec.lead[number]} along this axis"
             )
     return problems

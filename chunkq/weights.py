@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq import buffers
-from chunkq.grids import Axis
+from chunkq.grids import AxisGeometry
 
 NEIGHBORS_CACHED = 1 << 14
 """Entries in the cache of neighbors; adjacent patches share them along all but one axis."""
@@ -76,7 +76,7 @@ class Neighbors:
 
 
 @lru_cache(maxsize=NEIGHBORS_CACHED)
-def neighbors(axis: Axis, grid: int, number: int) -> Neighbors:
+def neighbors(axis: AxisGeometry, grid: int, number: int) -> Neighbors:
     """Return the neighbors of patch `number` of grid `grid` along the axis."""
     own_grid = axis.grids[grid]
     start = own_grid.start(number) + own_grid.lead

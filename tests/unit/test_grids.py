@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.grids import Axis, AxisGrid
+from chunkq.grids import AxisGeometry, AxisGrid
 from chunkq.padding import source_indices
 from tests import reference as ref
 from tests.strategies import PAD_MODES, divisors
@@ -31,7 +31,7 @@ Drawn = tuple[AxisGrid, dict[str, int], Literal["pad", "shift"]]
 
 
 @st.composite
-def axes(draw: st.DrawFn) -> Axis:
+def axes(draw: st.DrawFn) -> AxisGeometry:
     """An axis that `resolve` accepts: 1 to 3 grids, of which the first covers the volume."""
     volume, kept, lead = draw(st.integers(1, 30)), draw(st.integers(1, 7)), draw(st.integers(0, 2))
     chunk = draw(st.integers(min(kept, volume), 12))
@@ -51,7 +51,7 @@ def axes(draw: st.DrawFn) -> Axis:
         for offset in (0, *draw(st.lists(st.integers(-9, 9), max_size=2)))
     )
     storage = draw(st.sampled_from(divisors(chunk)))
-    return Axis(volume, chunk, storage, grids, draw(st.sampled_from(PAD_MODES)))
+    return AxisGeometry(volume, chunk, storage, grids, draw(st.sampled_from(PAD_MODES)))
 
 
 def grid_of(volume: int, patch: int, stride: int, *, pad: int = 0, offset: int = 0) -> AxisGrid:
@@ -194,7 +194,7 @@ def test_a_grid_of_10_to_the_13_patches_is_computed_in_closed_form() -> None:
     assert list(grid.touching(64 * 10**12, 64 * 10**12 + 1)) == [10**12 - 1, 10**12]
 
 
-def owned_ranges(axis: Axis, block: int) -> list[tuple[int, int]]:
+def owned_ranges(axis: AxisGeometry, block: int) -> list[tuple[int, int]]:
     """Clipped start and stop of every patch that a block owns, by exhaustive search."""
     ranges = []
     for grid in axis.grids:
@@ -206,7 +206,7 @@ def owned_ranges(axis: Axis, block: int) -> list[tuple[int, int]]:
 
 
 @given(axes())
-def test_blocks_tile_the_axis(axis: Axis) -> None:
+def test_blocks_tile_the_axis(axis: AxisGeometry) -> None:
     blocks = np.arange(axis.blocks)
     edges = [0, *axis.stop(blocks).tolist()]
     assert axis.start(blocks).tolist() == edges[:-1]
@@ -216,7 +216,7 @@ def test_blocks_tile_the_axis(axis: Axis) -> None:
 
 @settings(max_examples=200)
 @given(axes())
-def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(axis: Axis) -> None:
+def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(axis: AxisGeometry) -> None:
     blocks = np.arange(axis.blocks)
     stops = axis.stop(blocks)
     overlap = axis.upper_overlap(blocks).tolist()
@@ -228,7 +228,7 @@ def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(axis:
 
 
 @given(axes())
-def test_an_aligned_band_is_the_fewest_storage_chunks_or_the_whole_block(axis: Axis) -> None:
+def test_an_aligned_band_is_the_fewest_storage_chunks_or_the_whole_block(axis: AxisGeometry) -> None:
     blocks = np.arange(axis.blocks)
     lengths = axis.stop(blocks) - axis.start(blocks)
     numbers = zip(axis.band(blocks), axis.aligned_band(blocks), lengths, strict=True)
@@ -239,7 +239,7 @@ def test_an_aligned_band_is_the_fewest_storage_chunks_or_the_whole_block(axis: A
 
 @settings(max_examples=200)
 @given(axes())
-def test_the_halo_is_the_smallest_window_that_the_owned_patches_read(axis: Axis) -> None:
+def test_the_halo_is_the_smallest_window_that_the_owned_patches_read(axis: AxisGeometry) -> None:
     blocks = np.arange(axis.blocks)
     low, high = axis.halo(blocks)
     real_low, real_high = axis.read(blocks)
@@ -261,7 +261,7 @@ def test_the_halo_is_the_smallest_window_that_the_owned_patches_read(axis: Axis)
 
 
 @given(axes())
-def test_values_of_one_block_equal_those_of_an_array_of_blocks(axis: Axis) -> None:
+def test_values_of_one_block_equal_those_of_an_array_of_blocks(axis: AxisGeometry) -> None:
     blocks = np.arange(axis.blocks)
     functions = (axis.start, axis.stop, axis.band, axis.aligned_band, axis.upper_overlap)
     for function in functions:
