@@ -598,12 +598,7 @@ def _numpy_problems(model: ModelConfig) -> list[str]:
 def _input_problems(job: Job) -> list[str]:
     model, join = job.model, job.model.join_dim
     if join is None:
-        if len(job.input) == 1:
-            return []
-        return [
-            f"input: found {len(job.input)} volumes without model_config.join_dim; "
-            "set it to the axis along which to stack them"
-        ]
+        return []
     shape = model.model_input_shape
     if not 1 <= join <= len(shape):
         return [

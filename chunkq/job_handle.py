@@ -1,4 +1,4 @@
-"""Per-process cache of open jobs: folder, plan and arrays."""
+"""Per-process cache of open jobs: folder, items, plans and arrays."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import Any
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, StoreError
-from chunkq.ledger import JobFolder, Ledger
+from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError, StoreError
+from chunkq.items import Item
+from chunkq.ledger import ItemLedger, JobFolder, Ledger
 from chunkq.output import Output
 from chunkq.paths import without_secret
-from chunkq.plan import Chunk, Plan
+from chunkq.plan import Chunk, Index, Plan
 from chunkq.record import JobRecord
 from chunkq.stores import Array, input_identity, open_array, read_padded
+from chunkq.tasks import chunk_name
 
 JOBS_CACHED = 8
 
 
 @dataclass(frozen=True)
 class JobHandle:
-    """The folder, record and plan of a job. Inputs and output are opened on first use."""
+    """The folder, record and items of a job."""
 
     folder: JobFolder
     record: JobRecord
-    plan: Plan
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -43,19 +44,24 @@ class JobHandle:
         return Output(self.folder.output, self.record)
 
     @cached_property
-    def sources(self) -> tuple[Array, ...]:
-        """The input arrays in the order of the job. Raises ChunkReadError if one was replaced."""
-        self.check_inputs()
-        try:
-            return tuple(open_array(source.array_path) for source in self.record.sources)
-        except StoreError as error:
-            raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
+    def items(self) -> tuple[ItemHandle, ...]:
+        """The items of the job."""
+        return tuple(ItemHandle(self, item) for item in self.record.items)
 
-    @cached_property
-    def target(self) -> Array:
-        """The output array for writing. Raises MissingJobError if the job was replaced."""
-        self.check_unchanged()
-        return self.output.open()
+    def item(self, number: int) -> ItemHandle:
+        """Return an item. Raises QueueError if a task names one that the job does not have."""
+        if number >= len(self.items):
+            raise QueueError(
+                f"{without_secret(self.folder.output)}: a task of item {number}, but the job has "
+                f"{len(self.items)}; use a queue that only chunkq writes to",
+                code=ErrorCode.TASK_INVALID,
+            )
+        return self.items[number]
+
+    def chunk_name(self, item: int, chunk: Index) -> str:
+        """Return the name of a chunk for messages: `0.3.1`, with several items `ITEM/0.3.1`."""
+        name = chunk_name(chunk)
+        return name if len(self.record.items) == 1 else f"{item}/{name}"
 
     def check_unchanged(self) -> None:
         """Raise MissingJobError if the job folder was deleted or belongs to another job."""
@@ -77,11 +83,55 @@ class JobHandle:
             raise
 
     def check_inputs(self) -> None:
+        """Raise ChunkReadError if an input of an item was replaced. See `ItemHandle`."""
+        for item in self.items:
+            item.check_inputs()
+
+
+@dataclass(frozen=True)
+class ItemHandle:
+    """One item of an open job. Its plan and its arrays are made on first use."""
+
+    job: JobHandle
+    item: Item
+
+    @property
+    def number(self) -> int:
+        """Number of the item in its job."""
+        return self.item.number
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The geometry of the item."""
+        return self.job.record.plan(self.item)
+
+    @cached_property
+    def ledger(self) -> ItemLedger:
+        """The commit records and pieces of the item."""
+        return self.job.ledger.item(self.number)
+
+    @cached_property
+    def sources(self) -> tuple[Array, ...]:
+        """The input arrays in the order of the job. Raises ChunkReadError if one was replaced."""
+        self.check_inputs()
+        try:
+            return tuple(open_array(source.array_path) for source in self.item.sources)
+        except StoreError as error:
+            raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
+
+    @cached_property
+    def target(self) -> Array:
+        """The output array for writing. Raises MissingJobError if the job was replaced."""
+        self.job.check_unchanged()
+        return self.job.output.image(self.item).open()
+
+    def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
 
         Compares metadata (`stores.input_identity`), so it does not detect changed voxels.
         """
-        for source, identity in zip(self.record.sources, self.record.identities, strict=True):
+        identities = self.job.record.identities[self.number]
+        for source, identity in zip(self.item.sources, identities, strict=True):
             path = without_secret(source.array_path)
             current = input_identity(source.array_path)
             if current is None:
@@ -100,7 +150,7 @@ class JobHandle:
 
         Each array has the shape `chunk.halo.shape` and the dtype of its input.
         """
-        job = self.plan.job
+        job = self.job.record.job
         return tuple(
             read_padded(source, chunk.halo, job.pad_mode, job.pad_value) for source in self.sources
         )
@@ -132,8 +182,7 @@ def open_job(path: str) -> JobHandle:
     with _lock:
         handle = _cache.get(path)
         if handle is None or handle.record.epoch != record.epoch:
-            handle = JobHandle(folder, record, record.plan())
-            _cache[path] = handle
+            handle = _cache[path] = JobHandle(folder, record)
         _cache.move_to_end(path)
         while len(_cache) > JOBS_CACHED:
             _cache.popitem(last=False)

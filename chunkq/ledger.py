@@ -31,14 +31,12 @@ from chunkq.objects import ObjectFolder
 from chunkq.paths import without_secret
 from chunkq.plan import Index
 from chunkq.record import EPOCH_DIGITS, JobRecord
-from chunkq.tasks import ENTRY_POINTS, chunk_name, parse_chunk
+from chunkq.tasks import chunk_name, parse_chunk
 
 log = logging.getLogger("chunkq.job")
 
 RECORD = "job.json"
 EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
-ITEM = "0"
-"""Item number in the names of stored objects; a job has one item."""
 CRC_BYTES, ALIGNMENT = 4, 16
 SAMPLE_SIZE = 8192
 """Maximum number of commit records whose times `recent_commits` reads."""
@@ -54,13 +52,14 @@ def job_folder_of(output: str) -> str:
 
 @dataclass(frozen=True)
 class Commit:
-    """Record of a finished task.
+    """Record of a finished task of an item.
 
     `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
     and `checksums` each piece to its CRC-32C. `started` and `finished` are Unix times (s).
     """
 
     kind: str
+    item: int
     chunk: Index
     attempt: int
     worker: str
@@ -74,14 +73,14 @@ class Commit:
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""
-        return documents.encode({"epoch": epoch, "item": int(ITEM), **asdict(self)})
+        return documents.encode({"epoch": epoch, **asdict(self)})
 
     @classmethod
     def from_json(cls, content: bytes, epoch: str) -> Commit | None:
         """Decode a record. Return None if it is damaged or belongs to another epoch."""
         values = documents.decode(content)
         try:
-            if values is None or values.pop("epoch") != epoch or values.pop("item") != int(ITEM):
+            if values is None or values.pop("epoch") != epoch:
                 return None
             return cls(**{**values, "chunk": tuple(values["chunk"])})
         except (KeyError, TypeError):
@@ -99,9 +98,10 @@ class RecentCommits:
 
 @dataclass(frozen=True)
 class Failure:
-    """The last error of a task."""
+    """The last error of a task of an item."""
 
     kind: str
+    item: int
     chunk: Index
     attempt: int
     worker: str
@@ -242,10 +242,9 @@ class JobFolder:
 
 
 class Ledger:
-    """Progress of one epoch of a job: commit records, failure records and pieces.
+    """Progress of one epoch of a job: the ledgers of its items, the report and the seal.
 
-    Objects with other names are ignored, and so are damaged ones: a task with a damaged commit
-    record is not done. Every method raises OSError if the storage fails.
+    Every method raises OSError if the storage fails.
     """
 
     def __init__(self, job_folder: str, epoch: str) -> None:
@@ -253,126 +252,14 @@ class Ledger:
         self.path = f"{job_folder}/{epoch}"
         self.objects = ObjectFolder(self.path)
 
-    def commit(self, record: Commit) -> None:
-        """Store a commit record unless the task has a valid one; delete its failure record."""
-        name = _done(record.kind, record.chunk)
-        content = record.to_json(self.epoch)
-        if not self.objects.put_new(name, content) and not self.is_committed(
-            record.kind, record.chunk
-        ):
-            self.objects.put(name, content)  # the existing record is damaged
-        self.objects.delete(_failed(record.kind, record.chunk))
+    def item(self, number: int) -> ItemLedger:
+        """Return the ledger of an item."""
+        return ItemLedger(self.objects, self.epoch, number)
 
-    def is_committed(self, kind: str, chunk: Index) -> bool:
-        """Return whether a task is done."""
-        content = self.objects.get(_done(kind, chunk))
-        return content is not None and self._commit(content, kind, chunk) is not None
-
-    def committed(self, kind: str) -> dict[Index, float]:
-        """Return the finished chunks of a kind, and when each was committed (Unix time, s).
-
-        Lists the names of the records only. `read_commits` skips the damaged ones.
-        """
-        entries = ((parse_chunk(e.name), e) for e in self.objects.list(_done(kind)) if e.size)
-        return {chunk: entry.modified for chunk, entry in entries if chunk is not None}
-
-    def count(self, kind: str) -> int:
-        """Count the finished tasks of a kind."""
-        return self.recent_commits(kind, 0).total
-
-    def recent_commits(self, kind: str, count: int) -> RecentCommits:
-        """Count the finished tasks of a kind and return the newest `count` records of a sample.
-
-        Much cheaper than `committed`, because it reads the times of a sample only.
-        """
-        total, step, entries = self.objects.sample(_done(kind), SAMPLE_SIZE, _is_chunk)
-        newest = nlargest(count, entries, key=attrgetter("modified"))
-        chunks = [chunk for e in newest if (chunk := parse_chunk(e.name)) is not None]
-        return RecentCommits(total, step, tuple(self.commits(kind, chunks)))
-
-    def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
-        """Return the valid commit records of these chunks."""
-        names = {_done(kind, chunk): chunk for chunk in chunks}
-        contents = self.objects.get_many(list(names))
-        commits = (self._commit(content, kind, names[name]) for name, content in contents.items())
-        return [commit for commit in commits if commit is not None]
-
-    def read_commits(self, kind: str) -> Iterator[Commit]:
-        """Yield all valid commit records of a kind; read them in batches."""
-        chunks = iter(self.committed(kind))
-        while batch := list(islice(chunks, BATCH_SIZE)):
-            yield from self.commits(kind, batch)
-
-    def delete_commits(self, kind: str, chunks: Iterable[Index]) -> None:
-        """Delete the commit records of these chunks, so that their tasks run again."""
-        for chunk in chunks:
-            self.objects.delete(_done(kind, chunk))
-
-    def record_failure(self, failure: Failure) -> None:
-        """Store the last error of a task."""
-        name = _failed(failure.kind, failure.chunk)
-        self.objects.put(name, documents.encode(asdict(failure)))
-
-    def failures(self) -> list[Failure]:
-        """Return the last error of every task that failed and has not succeeded since."""
-        names = [
-            f"failed/{kind}/{ITEM}/{entry.name}"
-            for kind in ENTRY_POINTS
-            for entry in self.objects.list(f"failed/{kind}/{ITEM}")
-        ]
-        failures = map(Failure.from_json, self.objects.get_many(names).values())
-        return [failure for failure in failures if failure is not None]
-
-    def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> PieceInfo:
-        """Store arrays as a piece of a block: a JSON header line, their bytes, a CRC-32C.
-
-        The header has the epoch and the name of the piece, and [dtype, shape] of each array.
-
-        The format is not `.npy`: NumPy parses its header as Python code, which is not thread-safe
-        in CPython before 3.13. The write is not synchronized with the disk, because most pieces
-        are deleted before they reach it. A piece that a crash of the machine damages fails its
-        CRC, and its chunk is computed again.
-        """
-        path = _piece(target, name)
-        shapes = [(array.dtype.str, array.shape) for array in arrays]
-        header = json.dumps([self.epoch, path, shapes]).encode()
-        header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
-        parts = [np.frombuffer(header, np.uint8), *(_bytes_of(array) for array in arrays)]
-        checksum = reduce(google_crc32c.extend, parts, 0)
-        trailer = checksum.to_bytes(CRC_BYTES, "little")
-        self.objects.put(path, *(part.data for part in parts), trailer, durable=False)
-        return PieceInfo(sum(map(len, parts)) + CRC_BYTES, checksum)
-
-    def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
-        """Return the arrays of a piece and its size (bytes).
-
-        Raises PieceError if it is missing or damaged.
-        """
-        path = _piece(target, name)
-        content = self.objects.get_array(path)
-        if content is None:
-            raise PieceError(f"{without_secret(self.path)}/{path} is missing")
-        damaged = PieceError(f"{without_secret(self.path)}/{path} is damaged")
-        if not _has_valid_checksum(content):
-            raise damaged
-        ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
-        offset = next(end for end in ends if content[end - 1] == ord("\n"))
-        epoch, stored_path, shapes = json.loads(content[:offset].tobytes())
-        if (epoch, stored_path) != (self.epoch, path):  # a copy of another piece
-            raise damaged
-        arrays = []
-        for dtype, shape in shapes:
-            array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
-            arrays.append(array)
-            offset += array.nbytes
-        return arrays, len(content)
-
-    def delete_pieces(self, target: Index | None = None) -> None:
-        """Delete the pieces of a block. Without a block, delete all pieces and partial files."""
-        folder = "pieces" if target is None else f"pieces/{ITEM}/{chunk_name(target)}"
-        self.objects.delete_folder(folder)
-        if target is None:
-            self.objects.delete_partial_files()
+    def delete_pieces(self) -> None:
+        """Delete the pieces of all items, and partial files."""
+        self.objects.delete_folder("pieces")
+        self.objects.delete_partial_files()
 
     def write_report(self, report: dict[str, Any]) -> None:
         """Write `report.json`."""
@@ -399,24 +286,155 @@ class Ledger:
         content = self.objects.get(name)
         return None if content is None else documents.decode(content)
 
+
+class ItemLedger:
+    """Progress of one item of a job: commit records, failure records and pieces.
+
+    Objects with other names are ignored, and so are damaged ones: a task with a damaged commit
+    record is not done. Every method raises OSError if the storage fails.
+    """
+
+    def __init__(self, objects: ObjectFolder, epoch: str, item: int) -> None:
+        self.objects, self.epoch, self.item = objects, epoch, item
+
+    def commit(self, record: Commit) -> None:
+        """Store a commit record unless the task has a valid one; delete its failure record."""
+        name = self._done(record.kind, record.chunk)
+        content = record.to_json(self.epoch)
+        if not self.objects.put_new(name, content) and not self.is_committed(
+            record.kind, record.chunk
+        ):
+            self.objects.put(name, content)  # the existing record is damaged
+        self.objects.delete(self._failed(record.kind, record.chunk))
+
+    def is_committed(self, kind: str, chunk: Index) -> bool:
+        """Return whether a task is done."""
+        content = self.objects.get(self._done(kind, chunk))
+        return content is not None and self._commit(content, kind, chunk) is not None
+
+    def committed(self, kind: str) -> dict[Index, float]:
+        """Return the finished chunks of a kind, and when each was committed (Unix time, s).
+
+        Lists the names of the records only. `read_commits` skips the damaged ones.
+        """
+        entries = ((parse_chunk(e.name), e) for e in self.objects.list(self._done(kind)) if e.size)
+        return {chunk: entry.modified for chunk, entry in entries if chunk is not None}
+
+    def count(self, kind: str) -> int:
+        """Count the finished tasks of a kind."""
+        return self.recent_commits(kind, 0).total
+
+    def recent_commits(self, kind: str, count: int) -> RecentCommits:
+        """Count the finished tasks of a kind and return the newest `count` records of a sample.
+
+        Much cheaper than `committed`, because it reads the times of a sample only.
+        """
+        total, step, entries = self.objects.sample(self._done(kind), SAMPLE_SIZE, _is_chunk)
+        newest = nlargest(count, entries, key=attrgetter("modified"))
+        chunks = [chunk for e in newest if (chunk := parse_chunk(e.name)) is not None]
+        return RecentCommits(total, step, tuple(self.commits(kind, chunks)))
+
+    def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
+        """Return the valid commit records of these chunks."""
+        names = {self._done(kind, chunk): chunk for chunk in chunks}
+        contents = self.objects.get_many(list(names))
+        commits = (self._commit(content, kind, names[name]) for name, content in contents.items())
+        return [commit for commit in commits if commit is not None]
+
+    def read_commits(self, kind: str) -> Iterator[Commit]:
+        """Yield all valid commit records of a kind; read them in batches."""
+        chunks = iter(self.committed(kind))
+        while batch := list(islice(chunks, BATCH_SIZE)):
+            yield from self.commits(kind, batch)
+
+    def delete_commits(self, kind: str, chunks: Iterable[Index]) -> None:
+        """Delete the commit records of these chunks, so that their tasks run again."""
+        for chunk in chunks:
+            self.objects.delete(self._done(kind, chunk))
+
+    def record_failure(self, failure: Failure) -> None:
+        """Store the last error of a task."""
+        name = self._failed(failure.kind, failure.chunk)
+        self.objects.put(name, documents.encode(asdict(failure)))
+
+    def failures(self, kinds: Iterable[str]) -> list[Failure]:
+        """Return the last error of every task of these kinds that failed and is not done."""
+        names = [
+            f"{folder}/{entry.name}"
+            for kind in kinds
+            for folder in [f"failed/{kind}/{self.item}"]
+            for entry in self.objects.list(folder)
+        ]
+        failures = map(Failure.from_json, self.objects.get_many(names).values())
+        return [failure for failure in failures if failure is not None]
+
+    def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> PieceInfo:
+        """Store arrays as a piece of a block: a JSON header line, their bytes, a CRC-32C.
+
+        The header has the epoch and the name of the piece, and [dtype, shape] of each array.
+
+        The format is not `.npy`: NumPy parses its header as Python code, which is not thread-safe
+        in CPython before 3.13. The write is not synchronized with the disk, because most pieces
+        are deleted before they reach it. A piece that a crash of the machine damages fails its
+        CRC, and its chunk is computed again.
+        """
+        path = self._piece(target, name)
+        shapes = [(array.dtype.str, array.shape) for array in arrays]
+        header = json.dumps([self.epoch, path, shapes]).encode()
+        header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
+        parts = [np.frombuffer(header, np.uint8), *(_bytes_of(array) for array in arrays)]
+        checksum = reduce(google_crc32c.extend, parts, 0)
+        trailer = checksum.to_bytes(CRC_BYTES, "little")
+        self.objects.put(path, *(part.data for part in parts), trailer, durable=False)
+        return PieceInfo(sum(map(len, parts)) + CRC_BYTES, checksum)
+
+    def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
+        """Return the arrays of a piece and its size (bytes).
+
+        Raises PieceError if it is missing or damaged.
+        """
+        path = self._piece(target, name)
+        content = self.objects.get_array(path)
+        if content is None:
+            raise PieceError(f"{without_secret(self.objects.path)}/{path} is missing")
+        damaged = PieceError(f"{without_secret(self.objects.path)}/{path} is damaged")
+        if not _has_valid_checksum(content):
+            raise damaged
+        ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
+        offset = next(end for end in ends if content[end - 1] == ord("\n"))
+        epoch, stored_path, shapes = json.loads(content[:offset].tobytes())
+        if (epoch, stored_path) != (self.epoch, path):  # a copy of another piece
+            raise damaged
+        arrays = []
+        for dtype, shape in shapes:
+            array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
+            arrays.append(array)
+            offset += array.nbytes
+        return arrays, len(content)
+
+    def delete_pieces(self, target: Index) -> None:
+        """Delete the pieces of a block."""
+        self.objects.delete_folder(f"pieces/{self.item}/{chunk_name(target)}")
+
+    def _done(self, kind: str, chunk: Index | None = None) -> str:
+        folder = f"done/{kind}/{self.item}"
+        return folder if chunk is None else f"{folder}/{chunk_name(chunk)}"
+
+    def _failed(self, kind: str, chunk: Index) -> str:
+        return f"failed/{kind}/{self.item}/{chunk_name(chunk)}.json"
+
+    def _piece(self, block: Index, name: str) -> str:
+        return f"pieces/{self.item}/{chunk_name(block)}/{name}"
+
     def _commit(self, content: bytes, kind: str, chunk: Index) -> Commit | None:
         """Decode a record. Return None if it is damaged or belongs to another task."""
         commit = Commit.from_json(content, self.epoch)
-        is_same_task = commit is not None and (commit.kind, commit.chunk) == (kind, chunk)
+        is_same_task = commit is not None and (commit.kind, commit.item, commit.chunk) == (
+            kind,
+            self.item,
+            chunk,
+        )
         return commit if is_same_task else None
-
-
-def _done(kind: str, chunk: Index | None = None) -> str:
-    folder = f"done/{kind}/{ITEM}"
-    return folder if chunk is None else f"{folder}/{chunk_name(chunk)}"
-
-
-def _failed(kind: str, chunk: Index) -> str:
-    return f"failed/{kind}/{ITEM}/{chunk_name(chunk)}.json"
-
-
-def _piece(block: Index, name: str) -> str:
-    return f"pieces/{ITEM}/{chunk_name(block)}/{name}"
 
 
 def _is_chunk(entry_name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from chunkq import __version__, documents
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.items import Item, items_of
 from chunkq.job import Job, parse_job
 from chunkq.ome import Space
 from chunkq.paths import file_hash, without_secret
@@ -19,7 +20,7 @@ from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 from chunkq.stores import Source, input_identity
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of the job folder's layout. Folders of other versions are unsupported."""
 EPOCH_DIGITS = 8
 KEYS_WITHOUT_EFFECT = (
@@ -32,25 +33,25 @@ KEYS_WITHOUT_EFFECT = (
 class JobRecord:
     """Content of `job.json`.
 
-    `epoch` distinguishes successive jobs on one output path. It is empty until the job is created.
-    `array` is the name of the output array while the job runs. `metadata` maps the names of the
-    array's metadata documents in the output to their content. `identities` has the
-    `stores.input_identity` of each source; it changes when the source's array is replaced.
+    `items` are the images of the job. `epoch` distinguishes successive jobs on one output path. It is empty until the job is created.
+    `array` is the name of each output array while the job runs. `metadata` maps the names of the
+    arrays' metadata documents in the output to their content. `identities` has for each item the
+    `stores.input_identity` of its sources; it changes when the array is replaced.
     """
 
     job: Job
-    sources: tuple[Source, ...]
+    items: tuple[Item, ...]
     file_hashes: dict[str, str]
-    identities: tuple[str, ...] = ()
+    identities: tuple[tuple[str, ...], ...] = ()
     epoch: str = ""
     array: str = "0"
     metadata: dict[str, str] = field(default_factory=dict)
     version: str = __version__
 
     @property
-    def source(self) -> Source:
-        """The first input. All inputs have its shape."""
-        return self.sources[0]
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of all items, in order."""
+        return tuple(source for item in self.items for source in item.sources)
 
     @classmethod
     def create(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
@@ -69,7 +70,9 @@ class JobRecord:
                 problems.append(f"{key}: {reason} {without_secret(path)}; fix the path")
         if problems:
             raise JobError(problems)
-        return cls(job, tuple(sources), hashes, tuple(map(_identity, sources)))
+        items = items_of(sources, joined=job.model.join_dim is not None)
+        identities = (tuple(map(_identity, item.sources)) for item in items)
+        return cls(job, items, hashes, tuple(identities))
 
     def with_queue(self, url: str) -> JobRecord:
         """Return the record with the URL of its queue.
@@ -101,12 +104,25 @@ class JobRecord:
     def digest(self) -> str:
         """SHA-256 of everything that determines the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
-        content = [values, [asdict(source) for source in self.sources], self.file_hashes]
+        content = [values, [asdict(item) for item in self.items], self.file_hashes]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def plan(self) -> Plan:
-        """Return the job's plan without reading the volumes."""
-        return resolve(self.job, Volume.joined([source.volume for source in self.sources]))
+    def plan(self, item: Item) -> Plan:
+        """Return the plan of an item without reading its arrays. Raises JobError."""
+        inputs = self.job.input
+        return resolve(self.job, item.volume, inputs if item.is_alone else [inputs[item.number]])
+
+    def plans(self) -> list[Plan]:
+        """Return the plans of all items. Raises JobError with the problems of all items."""
+        plans, problems = [], []
+        for item in self.items:
+            try:
+                plans.append(self.plan(item))
+            except JobError as error:
+                problems += [line for line in error.problems if line not in problems]
+        if problems:
+            raise JobError(problems)
+        return plans
 
     def to_json(self) -> bytes:
         """Encode the record as a document with a checksum."""
@@ -117,7 +133,7 @@ class JobRecord:
             "epoch": self.epoch,
             "array": self.array,
             "job": self.job.as_dict(),
-            "sources": [asdict(source) for source in self.sources],
+            "items": [asdict(item) for item in self.items],
             "identities": list(self.identities),
             "file_hashes": self.file_hashes,
             "metadata": self.metadata,
@@ -146,15 +162,11 @@ class JobRecord:
             record = cls(
                 parse_job(values["job"]),
                 tuple(
-                    Source(
-                        source["array_path"],
-                        Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"]),
-                        Space.from_dict(source["space"]),
-                    )
-                    for source in values["sources"]
+                    Item(item["number"], item["name"], tuple(map(_source, item["sources"])))
+                    for item in values["items"]
                 ),
                 values["file_hashes"],
-                tuple(values["identities"]),
+                tuple(map(tuple, values["identities"])),
                 values["epoch"],
                 values["array"],
                 values["metadata"],
@@ -181,9 +193,15 @@ def _identity(source: Source) -> str:
     return identity
 
 
+def _source(values: dict[str, Any]) -> Source:
+    volume = Volume(tuple(values["volume"]["shape"]), values["volume"]["dtype"])
+    return Source(values["array_path"], volume, Space.from_dict(values["space"]))
+
+
 def _stays_in_folders(record: JobRecord) -> bool:
     """Return whether the names in a record stay inside the output and the job folder."""
-    names = (record.epoch or "-", record.array, *record.metadata)
+    items = [item.name for item in record.items if not item.is_alone]
+    names = (record.epoch or "-", record.array, *record.metadata, *items)
     parts = [part for name in names for part in name.split("/")]
     return not {"", ".", ".."}.intersection(parts)
 

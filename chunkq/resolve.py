@@ -27,12 +27,13 @@ MIN_CHUNKS = 32
 """Smallest number of chunks with the default chunk size, so that several workers share the job."""
 
 
-def resolve(job: Job, volume: Volume) -> Plan:
-    """Return the plan of a job over a volume; pure and deterministic.
+def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
+    """Return the plan of a job over one of its volumes; pure and deterministic.
 
-    Raises JobError with one line per mistake.
+    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
+    JobError with one line per mistake.
     """
-    problems = _volume_problems(job, volume) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths or job.input) or _length_problems(job, volume)
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume)
@@ -44,19 +45,19 @@ def resolve(job: Job, volume: Volume) -> Plan:
     return Plan(job, volume, grid, (shapes.output_spec(),))
 
 
-def _volume_problems(job: Job, volume: Volume) -> list[str]:
+def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
         return [
-            f"input: {job.input[0]} has {rank} axes; expected 1 to 4; "
+            f"input: {paths[0]} has {rank} axes; expected 1 to 4; "
             "use an array of spatial axes only"
         ]
     if min(volume.shape) == 0:
         return [
-            f"input: {job.input[0]} has shape {list(volume.shape)} and no voxels; "
+            f"input: {paths[0]} has shape {list(volume.shape)} and no voxels; "
             "use a volume with at least one voxel"
         ]
-    for path, name in zip(job.input, volume.dtypes or (volume.dtype,), strict=True):
+    for path, name in zip(paths, volume.dtypes or (volume.dtype,), strict=True):
         try:
             dtype = np.dtype(name)
         except TypeError:  # the name of a structured or string dtype
