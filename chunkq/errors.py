@@ -97,6 +97,8 @@ class ErrorCode(StrEnum):
     """An exported file computes other values than the network."""
     FRAMEWORK_CONFLICT = auto()
     """The worker process already uses another deep-learning framework."""
+    STAGE_NOT_READY = auto()
+    """A task was started before the stages that it needs were complete."""
     REPEATED_FAILURE = auto()
     """Consecutive chunks failed with the same cause."""
     TASK_TIMEOUT = auto()
@@ -195,6 +197,12 @@ class FrameworkConflictError(ChunkqError):
     code = ErrorCode.FRAMEWORK_CONFLICT
 
 
+class GateClosedError(ChunkqError):
+    """An earlier stage of the job is incomplete. The task is handed back and waits."""
+
+    code = ErrorCode.STAGE_NOT_READY
+
+
 class RepeatedFailureError(ChunkqError):
     """Consecutive chunks failed with the same cause. The worker skips the job from now on."""
 
@@ -237,13 +245,13 @@ class PieceError(ChunkqError):
 
 
 class IncompleteError(ChunkqError):
-    """The job is not finished. `missing` lists the chunks that must be computed."""
+    """The job is not finished. `missing` has the names of the chunks that must be computed."""
 
     exit_code = 3
     code = ErrorCode.JOB_INCOMPLETE
 
     def __init__(
-        self, message: str, missing: Sequence[tuple[int, ...]], *, code: ErrorCode | None = None
+        self, message: str, missing: Sequence[str], *, code: ErrorCode | None = None
     ) -> None:
         super().__init__(message, code=code)
         self.missing = tuple(missing)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 from chunkq.plan import Chunk, Index, Plan
 
@@ -39,6 +40,14 @@ def footprint(plan: Plan) -> Footprint:
         max(chunk.computing for chunk in footprints),
         max(chunk.writing for chunk in footprints),
         max(chunk.finalizing for chunk in footprints),
+    )
+
+
+def largest_footprint(plans: Iterable[Plan]) -> Footprint:
+    """Return the largest value of each stage over the items of a job."""
+    footprints = [footprint(plan) for plan in plans]
+    return Footprint(
+        *(max(getattr(f, field.name) for f in footprints) for field in fields(Footprint))
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,6 @@ from itertools import chain, count
 
 from chunkq.plan import Volume
 from chunkq.stores import Source
-
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""

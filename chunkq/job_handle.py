@@ -18,10 +18,10 @@ from chunkq.items import Item
 from chunkq.ledger import ItemLedger, JobFolder, Ledger
 from chunkq.output import Output
 from chunkq.paths import without_secret
-from chunkq.plan import Chunk, Index, Plan
+from chunkq.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.record import JobRecord
 from chunkq.stores import Array, input_identity, open_array, read_padded
-from chunkq.tasks import chunk_name
+from chunkq.tasks import JobId, Task, chunk_name
 
 JOBS_CACHED = 8
 
@@ -47,6 +47,16 @@ class JobHandle:
     def items(self) -> tuple[ItemHandle, ...]:
         """The items of the job."""
         return tuple(ItemHandle(self, item) for item in self.record.items)
+
+    @cached_property
+    def id(self) -> JobId:
+        """The job of its tasks on a queue."""
+        return JobId(self.folder.path, self.record.epoch)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The costs of all items."""
+        return total_costs(item.plan for item in self.items)
 
     def item(self, number: int) -> ItemHandle:
         """Return an item. Raises QueueError if a task names one that the job does not have."""
@@ -99,6 +109,14 @@ class ItemHandle:
     def number(self) -> int:
         """Number of the item in its job."""
         return self.item.number
+
+    def task(self, kind: str, chunk: Index) -> Task:
+        """Return a task of the item."""
+        return Task(kind, self.job.folder.path, self.job.record.epoch, self.number, chunk)
+
+    def chunk_name(self, chunk: Index) -> str:
+        """Return the name of a chunk for messages."""
+        return self.job.chunk_name(self.number, chunk)
 
     @cached_property
     def plan(self) -> Plan:

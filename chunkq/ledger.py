@@ -13,18 +13,18 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from heapq import nlargest
 from itertools import islice
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from chunkq import documents
+from chunkq import documents, json_values
 from chunkq.errors import ErrorCode, JobError, MissingJobError, PieceError
 from chunkq.job_path import SUFFIX
 from chunkq.objects import ObjectFolder
@@ -34,6 +34,7 @@ from chunkq.record import EPOCH_DIGITS, JobRecord
 from chunkq.tasks import chunk_name, parse_chunk
 
 log = logging.getLogger("chunkq.job")
+T = TypeVar("T")
 
 RECORD = "job.json"
 EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
@@ -73,18 +74,15 @@ class Commit:
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""
-        return documents.encode({"epoch": epoch, **asdict(self)})
+        return documents.encode({"epoch": epoch, **json_values.to_values(self)})
 
     @classmethod
     def from_json(cls, content: bytes, epoch: str) -> Commit | None:
         """Decode a record. Return None if it is damaged or belongs to another epoch."""
         values = documents.decode(content)
-        try:
-            if values is None or values.pop("epoch") != epoch:
-                return None
-            return cls(**{**values, "chunk": tuple(values["chunk"])})
-        except (KeyError, TypeError):
+        if values is None or values.pop("epoch", None) != epoch:
             return None
+        return _decoded(cls, values)
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,7 @@ class Failure:
     def from_json(cls, content: bytes) -> Failure | None:
         """Decode a record. Return None if it is damaged."""
         values = documents.decode(content)
-        try:
-            return None if values is None else cls(**{**values, "chunk": tuple(values["chunk"])})
-        except (KeyError, TypeError):
-            return None
+        return None if values is None else _decoded(cls, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +350,7 @@ class ItemLedger:
     def record_failure(self, failure: Failure) -> None:
         """Store the last error of a task."""
         name = self._failed(failure.kind, failure.chunk)
-        self.objects.put(name, documents.encode(asdict(failure)))
+        self.objects.put(name, documents.encode(json_values.to_values(failure)))
 
     def failures(self, kinds: Iterable[str]) -> list[Failure]:
         """Return the last error of every task of these kinds that failed and is not done."""
@@ -435,6 +430,14 @@ class ItemLedger:
             chunk,
         )
         return commit if is_same_task else None
+
+
+def _decoded(cls: type[T], values: dict[str, Any]) -> T | None:
+    """Return a record of decoded values, or None if they do not match it."""
+    try:
+        return json_values.from_values(cls, values)
+    except ValueError:
+        return None
 
 
 def _is_chunk(entry_name: str) -> bool:

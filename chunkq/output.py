@@ -1,4 +1,4 @@
-"""Output of a job: create, check and seal its array and metadata.
+"""Outputs of a job: create, check and seal their arrays and metadata.
 
 On a local disk the array is named `0.<epoch>` while the job runs, and is renamed to `0` when the
 job is sealed. A suspended process of an earlier job on the same path therefore cannot write into
@@ -13,13 +13,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.items import Item
 from chunkq.objects import ObjectFolder
 from chunkq.ome import axis_names, image_metadata
 from chunkq.paths import is_url, join, without_secret
@@ -42,34 +43,117 @@ LOCK = ".__lock"
 """Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
 
 
-def new_record(record: JobRecord, plan: Plan, *, replaces: bool) -> JobRecord:
-    """Return the record of a new job, with an epoch and the metadata of its array.
+def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> JobRecord:
+    """Return the record of a new job, with an epoch and the metadata of its arrays.
+
+    `plans` are the plans of its items.
 
     Set `replaces` if the output path may have content of an earlier job or program.
     """
     epoch = record.new_epoch()
     has_final_name = is_url(record.job.output) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
-    shape, channels = plan.output_shape, ((1,) if plan.channel_axis else ())
-    chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
-    metadata = array_metadata(
-        name,
-        shape=shape,
-        chunks=(*channels, *chunks),
-        dtype=plan.output_dtype,
-        zarr_format=record.job.zarr_format,
-        axes=axis_names(len(shape), len(channels)),
-    )
+    metadata: dict[str, str] = {}
+    for item, plan in zip(record.items, plans, strict=True):
+        shape, channels = plan.output_shape, ((1,) if plan.channel_axis else ())
+        chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
+        documents = array_metadata(
+            name,
+            shape=shape,
+            chunks=(*channels, *chunks),
+            dtype=plan.output_dtype,
+            zarr_format=record.job.zarr_format,
+            axes=axis_names(len(shape), len(channels)),
+        )
+        metadata |= {_below(item, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
+def _below(item: Item, name: str) -> str:
+    """Return the name in the output of a document of an item's image."""
+    return name if item.is_alone else f"{item.name}/{name}"
+
+
 class Output:
-    """The output store of a job. Methods raise StoreError, and OSError if the storage fails."""
+    """The output store of a job: one image, or a group with one image per item.
+
+    Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
+    `check_unchanged`, which raises if the job was replaced, before each change.
+    """
 
     def __init__(self, path: str, record: JobRecord) -> None:
-        self.path = path
-        self._record = record
-        self._objects = ObjectFolder(path)
+        self._images = tuple(ImageOutput(path, record, item) for item in record.items)
+        is_group = not all(item.is_alone for item in record.items)
+        self._group = ImageGroup(path, record) if is_group else None
+
+    def image(self, item: Item) -> ImageOutput:
+        """Return the image of an item."""
+        return self._images[item.number]
+
+    @property
+    def has_final_name(self) -> bool:
+        """Whether an array was renamed to its final name."""
+        return any(image.has_final_name for image in self._images)
+
+    def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
+        """Create the missing parts of the output of a running job; delete those of earlier jobs.
+
+        Works from any interrupted state. Raises StoreError if the metadata of an array changed, or
+        if an array is missing although chunks are committed (`anything_done`).
+        """
+        if self._group is not None:
+            self._group.prepare(check_unchanged)
+        for image in self._images:
+            image.prepare(anything_done=anything_done, check_unchanged=check_unchanged)
+
+    def unseal(self) -> None:
+        """Rename sealed arrays back to the name that they have while the job runs.
+
+        Only the process that holds the claim on the job's record may call this: the name `0` has
+        no epoch, so the array could otherwise belong to a later job.
+        """
+        for image in self._images:
+            image.unseal()
+
+    def check_array(self) -> None:
+        """Raise StoreError unless every array, under its current name, is the one created."""
+        for image in self._images:
+            image.check_array()
+
+    def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Write the group metadata of an output that will be read before it is complete."""
+        for image in self._images:
+            image.mark_incomplete(check_unchanged=check_unchanged)
+        if self._group is not None:
+            self._group.write("incomplete", check_unchanged)
+
+    def seal(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Mark the output as complete; rename local arrays to their final name. Idempotent."""
+        for image in self._images:
+            image.seal(check_unchanged=check_unchanged)
+        if self._group is not None:
+            self._group.write("complete", check_unchanged)
+
+    def is_sealed(self) -> bool:
+        """Return whether the group metadata mark this job as complete."""
+        if self._group is not None:
+            return self._group.is_described("complete")
+        return all(image.is_sealed() for image in self._images)
+
+
+class ImageOutput:
+    """The image of one item. Methods raise StoreError, and OSError if the storage fails."""
+
+    def __init__(self, path: str, record: JobRecord, item: Item) -> None:
+        self.path = path if item.is_alone else join(path, item.name)
+        self._record, self._item = record, item
+        prefix = _below(item, "")
+        self._metadata = {
+            name.removeprefix(prefix): text
+            for name, text in record.metadata.items()
+            if name.startswith(prefix)
+        }
+        self._objects = ObjectFolder(self.path)
         self._local = not is_url(path)
         self._format = record.job.zarr_format
 
@@ -92,7 +176,7 @@ class Output:
             check_unchanged()
             for document in OTHER_FORMAT[self._format]:
                 self._objects.delete(document)
-            self._put(self._record.metadata)
+            self._put(self._metadata)
         self.check(name)
         self._delete_stray_arrays(check_unchanged)
         if self._local:
@@ -126,7 +210,7 @@ class Output:
         """
         document = ARRAY[self._format]
         stored = _parsed(self._objects.get(f"{name}/{document}"))
-        created = json.loads(self._record.metadata[f"{self._record.array}/{document}"])
+        created = json.loads(self._metadata[f"{self._record.array}/{document}"])
         differences = sorted(
             key
             for key in (stored or {}).keys() | created.keys()
@@ -173,11 +257,8 @@ class Output:
 
     def _is_described(self, state: str, name: str) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
-        stored = _parsed(self._objects.get(GROUP[self._format])) or {}
-        attributes = stored.get("attributes") if self._format == 3 else stored
-        return isinstance(attributes, dict) and _key_values(attributes) == _key_values(
-            self._attributes(state, name)
-        )
+        attributes = _group_attributes(self._objects, self._format)
+        return _key_values(attributes) == _key_values(self._attributes(state, name))
 
     def _exists(self, name: str) -> bool:
         return self._objects.exists(f"{name}/{ARRAY[self._format]}")
@@ -214,53 +295,106 @@ class Output:
 
     def _write_group(self, state: str, name: str) -> None:
         """Write the group metadata unless they are current; keep the user's attributes."""
-        if self._is_described(state, name):
-            return
-        attributes = self._attributes(state, name)
-        if self._format == 2:
-            stored = _parsed(self._objects.get(".zattrs")) or {}
-            self._put(
-                {
-                    ".zgroup": json.dumps({"zarr_format": 2}),
-                    ".zattrs": _to_text(stored | attributes),
-                }
-            )
-            return
-        stored = _parsed(self._objects.get("zarr.json")) or {}
-        existing = stored.get("attributes")
-        existing = existing if isinstance(existing, dict) else {}
-        ome = existing.get("ome")
-        if isinstance(ome, dict) and "ome" in attributes:
-            attributes["ome"] = ome | attributes["ome"]
-        group = {"zarr_format": 3, "node_type": "group", "attributes": existing | attributes}
-        self._put({"zarr.json": _to_text(group)})
+        if not self._is_described(state, name):
+            self._put(_group_documents(self._objects, self._format, self._attributes(state, name)))
 
     def _attributes(self, state: str, name: str) -> dict[str, Any]:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
-        status = {
-            "state": state,
-            "array": name,
-            "digest": record.digest,
-            "epoch": record.epoch,
-            "version": __version__,
-        }
-        document = json.loads(record.metadata[f"{record.array}/{ARRAY[self._format]}"])
-        rank, spatial = len(document["shape"]), len(record.source.volume.shape)
+        status = _status(record, state) | {"array": name}
+        document = json.loads(self._metadata[f"{record.array}/{ARRAY[self._format]}"])
+        rank, spatial = len(document["shape"]), len(self._item.volume.shape)
         names = axis_names(rank, rank - spatial)
-        image = {} if names is None else image_metadata(names, record.source.space, self._format)
+        image = (
+            {}
+            if names is None
+            else image_metadata(names, self._item.sources[0].space, self._format)
+        )
         _name_datasets(image, name)
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
-        try:
-            for name, text in documents.items():
-                self._objects.put(name, text.encode())
-        except OSError as error:
-            reason = error.strerror or error
-            raise StoreError(
-                f"output: {without_secret(self.path)} cannot be written: {reason}"
-            ) from error
+        _put(self._objects, documents)
+
+
+class ImageGroup:
+    """The group of a job with several items, laid out as bioformats2raw does (layout 3)."""
+
+    def __init__(self, path: str, record: JobRecord) -> None:
+        self._record, self._format = record, record.job.zarr_format
+        self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
+
+    def prepare(self, check_unchanged: Callable[[], None]) -> None:
+        """Write the metadata of a running job."""
+        check_unchanged()
+        for document in OTHER_FORMAT[self._format]:
+            self._objects.delete(document)
+        series: dict[str, Any] = {"series": [item.name for item in self._record.items]}
+        if self._format == 3:
+            series = {"ome": {"version": "0.5", **series}}
+        _put(self._series, _group_documents(self._series, self._format, series))
+        self.write("incomplete", check_unchanged)
+
+    def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
+        """Write the group metadata unless they are current; keep the user's attributes."""
+        check_unchanged()
+        if not self.is_described(state):
+            documents = _group_documents(self._objects, self._format, self._attributes(state))
+            _put(self._objects, documents)
+
+    def is_described(self, state: str) -> bool:
+        """Return whether the group metadata are those of this job; other keys are ignored."""
+        attributes = _group_attributes(self._objects, self._format)
+        return attributes.get(ATTRIBUTE) == self._attributes(state)[ATTRIBUTE]
+
+    def _attributes(self, state: str) -> dict[str, Any]:
+        layout: dict[str, Any] = {"bioformats2raw.layout": 3}
+        if self._format == 3:
+            layout = {"ome": {"version": "0.5", **layout}}
+        return {**layout, ATTRIBUTE: _status(self._record, state)}
+
+
+def _status(record: JobRecord, state: str) -> dict[str, Any]:
+    """Return the attribute that names the job and its state."""
+    return {
+        "state": state,
+        "digest": record.digest,
+        "epoch": record.epoch,
+        "version": __version__,
+    }
+
+
+def _group_attributes(objects: ObjectFolder, zarr_format: int) -> dict[str, Any]:
+    """Return the attributes of a group; empty if it has none or its document is damaged."""
+    stored = _parsed(objects.get(GROUP[zarr_format])) or {}
+    attributes = stored.get("attributes") if zarr_format == 3 else stored
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _group_documents(
+    objects: ObjectFolder, zarr_format: int, attributes: dict[str, Any]
+) -> dict[str, str]:
+    """Return the documents of a group with these attributes and the user's own."""
+    stored = _group_attributes(objects, zarr_format)
+    ome = stored.get("ome")
+    if isinstance(ome, dict) and "ome" in attributes:
+        attributes = attributes | {"ome": ome | attributes["ome"]}
+    merged = stored | attributes
+    if zarr_format == 2:
+        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": _to_text(merged)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": merged}
+    return {"zarr.json": _to_text(group)}
+
+
+def _put(objects: ObjectFolder, documents: dict[str, str]) -> None:
+    try:
+        for name, text in documents.items():
+            objects.put(name, text.encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(
+            f"output: {without_secret(objects.path)} cannot be written: {reason}"
+        ) from error
 
 
 def delete_stale_locks(path: str, older_than: float = math.inf) -> None:

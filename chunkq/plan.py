@@ -8,8 +8,8 @@ See docs/design.md, sections "Geometry" and "Blocks and pieces".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -154,6 +154,12 @@ class Costs:
     def store_bytes(self) -> int:
         """Bytes read and written: input with halos, output, and each piece twice."""
         return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
+
+
+def total_costs(plans: Iterable[Plan]) -> Costs:
+    """Return the sums of the costs of several plans."""
+    rows = [astuple(plan.costs) for plan in plans]
+    return Costs(*map(sum, zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
-from chunkq import __version__, documents
+from chunkq import __version__, documents, json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
 from chunkq.items import Item, items_of
 from chunkq.job import Job, parse_job
-from chunkq.ome import Space
 from chunkq.paths import file_hash, without_secret
-from chunkq.plan import Plan, Volume
+from chunkq.plan import Plan
 from chunkq.resolve import resolve
 from chunkq.stores import Source, input_identity
 
@@ -33,10 +33,11 @@ KEYS_WITHOUT_EFFECT = (
 class JobRecord:
     """Content of `job.json`.
 
-    `items` are the images of the job. `epoch` distinguishes successive jobs on one output path. It is empty until the job is created.
-    `array` is the name of each output array while the job runs. `metadata` maps the names of the
-    arrays' metadata documents in the output to their content. `identities` has for each item the
-    `stores.input_identity` of its sources; it changes when the array is replaced.
+    `items` are the images of the job. `epoch` distinguishes successive jobs on one output path. It
+    is empty until the job is created. `array` is the name of each output array while the job runs.
+    `metadata` maps the names of the arrays' metadata documents in the output to their content.
+    `identities` has for each item the `stores.input_identity` of its sources; it changes when the
+    array is replaced.
     """
 
     job: Job
@@ -104,11 +105,13 @@ class JobRecord:
     def digest(self) -> str:
         """SHA-256 of everything that determines the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
-        content = [values, [asdict(item) for item in self.items], self.file_hashes]
+        content = [values, [json_values.to_values(item) for item in self.items], self.file_hashes]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def plan(self, item: Item) -> Plan:
-        """Return the plan of an item without reading its arrays. Raises JobError."""
+    def plan(self, item: Item | None = None) -> Plan:
+        """Return the plan of an item, by default of the largest one. Raises JobError."""
+        if item is None:
+            item = max(self.items, key=lambda item: prod(item.volume.shape))
         inputs = self.job.input
         return resolve(self.job, item.volume, inputs if item.is_alone else [inputs[item.number]])
 
@@ -133,7 +136,7 @@ class JobRecord:
             "epoch": self.epoch,
             "array": self.array,
             "job": self.job.as_dict(),
-            "items": [asdict(item) for item in self.items],
+            "items": [json_values.to_values(item) for item in self.items],
             "identities": list(self.identities),
             "file_hashes": self.file_hashes,
             "metadata": self.metadata,
@@ -161,10 +164,7 @@ class JobRecord:
                 raise ValueError
             record = cls(
                 parse_job(values["job"]),
-                tuple(
-                    Item(item["number"], item["name"], tuple(map(_source, item["sources"])))
-                    for item in values["items"]
-                ),
+                tuple(json_values.from_values(Item, item) for item in values["items"]),
                 values["file_hashes"],
                 tuple(map(tuple, values["identities"])),
                 values["epoch"],
@@ -191,11 +191,6 @@ def _identity(source: Source) -> str:
             code=ErrorCode.INPUT_MISSING,
         )
     return identity
-
-
-def _source(values: dict[str, Any]) -> Source:
-    volume = Volume(tuple(values["volume"]["shape"]), values["volume"]["dtype"])
-    return Source(values["array_path"], volume, Space.from_dict(values["space"]))
 
 
 def _stays_in_folders(record: JobRecord) -> bool:

@@ -49,8 +49,7 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
         return [
-            f"input: {paths[0]} has {rank} axes; expected 1 to 4; "
-            "use an array of spatial axes only"
+            f"input: {paths[0]} has {rank} axes; expected 1 to 4; use an array of spatial axes only"
         ]
     if min(volume.shape) == 0:
         return [

@@ -14,7 +14,7 @@ def copy_job(record: JobRecord, folder: str) -> JobHandle:
     """Create the job with an empty output below a local folder, and return its handle."""
     output = f"{folder}/out.zarr"
     copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
-    JobFolder(job_folder_of(output)).create_record(new_record(copy, copy.plan(), replaces=False))
+    JobFolder(job_folder_of(output)).create_record(new_record(copy, copy.plans(), replaces=False))
     job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
     return job

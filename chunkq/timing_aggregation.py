@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from chunkq.executors.base import WorkerName
-from chunkq.footprint import footprint
+from chunkq.footprint import largest_footprint
 from chunkq.intervals import (
     Intervals,
     Numbers,
@@ -21,7 +21,7 @@ from chunkq.intervals import (
     spread,
 )
 from chunkq.ledger import Commit
-from chunkq.plan import Plan
+from chunkq.plan import Plan, total_costs
 from chunkq.tasks import chunk_name
 from chunkq.timing import (
     BINS,
@@ -44,18 +44,18 @@ MAX_STRAGGLERS = 20
 
 
 def aggregate_timing(
-    plan: Plan, infer: Iterable[Commit], finalize: Iterable[Commit] = ()
+    plans: Sequence[Plan], infer: Iterable[Commit], finalize: Iterable[Commit] = ()
 ) -> Timing:
     """Return the timing of a job from its commit records of inference and finalizing.
 
-    Reads each record once and holds about 50 bytes of it.
+    `plans` are the plans of its items. Reads each record once and holds about 50 bytes of it.
     """
-    chunks, blocks = _Columns(plan), _Columns(plan)
+    chunks, blocks = _Columns(plans), _Columns(plans)
     for commit in infer:
         chunks.add(commit)
     for commit in finalize:
         blocks.add(commit)
-    return _JobTiming(plan, chunks, blocks).timing()
+    return _JobTiming(plans, chunks, blocks).timing()
 
 
 @dataclass
@@ -83,15 +83,16 @@ class _Totals:
 class _Columns:
     """Commit records as columns.
 
-    `flat_index` is the C-order index of the chunk, `worker` a number into `names`, whose totals are
-    in `by_worker`.
+    `item` is the number of the item, `flat_index` the C-order index of the chunk. `worker` is a
+    number into `names`, whose totals are in `by_worker`.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._blocks = plan.blocks
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._blocks = [plan.blocks for plan in plans]
         self.started, self.finished = array("d"), array("d")
         self.stages = {stage: array("f") for stage in STAGES}
         self.flat_index, self.attempt, self.worker = array("q"), array("H"), array("l")
+        self.item = array("l")
         self.names: dict[str, int] = {}
         self.total = _Totals()
         self.by_worker: list[_Totals] = []
@@ -103,7 +104,7 @@ class _Columns:
             self.by_worker.append(_Totals())
         self.by_worker[number].add(commit)
         flat_index = 0
-        for index, count in zip(commit.chunk, self._blocks, strict=True):
+        for index, count in zip(commit.chunk, self._blocks[commit.item], strict=True):
             flat_index = flat_index * count + index
         self.started.append(commit.started)
         # The clock can be set back during a task; its interval must not be negative.
@@ -111,6 +112,7 @@ class _Columns:
         for stage, column in self.stages.items():
             column.append(max(0.0, commit.seconds.get(stage, 0.0)))
         self.flat_index.append(flat_index)
+        self.item.append(commit.item)
         self.attempt.append(min(commit.attempt, 0xFFFF))
         self.worker.append(number)
 
@@ -121,8 +123,8 @@ class _JobTiming:
     `duration` and `own_duration` are the times `whole` and `own` of `Durations`.
     """
 
-    def __init__(self, plan: Plan, chunks: _Columns, blocks: _Columns) -> None:
-        self.plan, self.columns, self.blocks = plan, chunks, blocks
+    def __init__(self, plans: Sequence[Plan], chunks: _Columns, blocks: _Columns) -> None:
+        self.plans, self.columns, self.blocks = plans, chunks, blocks
         begins = [min(c.started) for c in (chunks, blocks) if c.started]
         self.origin = min(begins, default=0.0)
         self.start, self.stop = self._intervals(chunks)
@@ -141,14 +143,27 @@ class _JobTiming:
         self.duration = self.stop - self.start
         computing = self.duration - self.stages["wait"] - self.stages["load"]
         self.own_duration = np.maximum(computing, 0.0)
-        self.indices = np.unravel_index(np.array(chunks.flat_index, np.int64), plan.blocks)
+        self.item = np.array(chunks.item, np.int64)
+        self.flat_index = np.array(chunks.flat_index, np.int64)
         self.voxels = np.ones(len(self.start))
-        for axis, blocks_along in zip(plan.axes, self.indices, strict=True):
-            self.voxels *= axis.stop(blocks_along) - axis.start(blocks_along)
+        for number, plan in enumerate(plans):
+            rows = np.flatnonzero(self.item == number)
+            for axis, along in zip(plan.axes, self._indices(number, rows), strict=True):
+                self.voxels[rows] *= axis.stop(along) - axis.start(along)
+
+    def _indices(self, item: int, rows: Any) -> tuple[Numbers, ...]:
+        """Return the indices of the chunks of an item in these rows, one array per axis."""
+        return np.unravel_index(self.flat_index[rows], self.plans[item].blocks)
+
+    def _name(self, row: int) -> str:
+        """Return the name of the chunk in a row."""
+        item = int(self.item[row])
+        name = chunk_name(tuple(int(along) for along in self._indices(item, row)))
+        return name if len(self.plans) == 1 else f"{item}/{name}"
 
     def timing(self) -> Timing:
         """Return the timing of the job."""
-        plan, total, costs = self.plan, self.columns.total, self.plan.costs
+        total, costs = self.columns.total, total_costs(self.plans)
         workers = {name: self._worker(name) for name in sorted(self.columns.names)}
         ends = np.concatenate([self.stop, self.block_stop])
         begins = np.concatenate([self.start, self.block_start])
@@ -157,7 +172,7 @@ class _JobTiming:
         voxels = round(float(self.voxels.sum()))
         moved, finalize_moved = total.moved, self.blocks.total.moved
         in_flight = max((w.chunks_in_flight for w in workers.values()), default=0)
-        arrays = footprint(plan)
+        arrays = largest_footprint(self.plans)
         return Timing(
             chunks=total.count,
             planned_chunks=costs.chunks,
@@ -314,7 +329,7 @@ class _JobTiming:
             excess = {s: float(values[number]) - medians[s] for s, values in stages.items()}
             stage = max(excess, key=lambda s: excess[s])
             return Straggler(
-                chunk_name(tuple(int(along[number]) for along in self.indices)),
+                self._name(number),
                 names[self.worker[number]],
                 self.columns.attempt[number],
                 float(durations[number]),

@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
-from chunkq.executors.base import Executor
+from chunkq.executors.base import Executor, jobs_at
 from chunkq.job import Job
-from chunkq.job_handle import JobHandle, open_job
+from chunkq.job_handle import ItemHandle, JobHandle, open_job
 from chunkq.ledger import RECORD, JobFolder, job_folder_of
 from chunkq.objects import ObjectFolder
 from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
-from chunkq.plan import Index, Plan
+from chunkq.plan import Index, Plan, total_costs
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
+from chunkq.stages.completion import uncommitted
+from chunkq.stages.registry import stage_of
 from chunkq.stores import Source, find_source
 from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
@@ -29,10 +31,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A valid job: its record and plan."""
+    """A valid job: its record and the plans of its items."""
 
     record: JobRecord
-    plan: Plan
+    plans: list[Plan]
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ def prepare(job: Job) -> PreparedJob:
     Raises JobError or StoreError with one line per problem.
     """
     sources = [find_source(path) for path in job.input]
-    _check_shapes(job, sources)
+    if job.model.join_dim is not None:
+        _check_shapes(job, sources)
     record = JobRecord.create(job, sources)
-    plan = record.plan()
-    load_blend_weights(plan)
+    plans = record.plans()
+    load_blend_weights(plans[0])
     if job_folder_of(job.output) == job.output:
         raise JobError(
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "
@@ -66,7 +69,7 @@ def prepare(job: Job) -> PreparedJob:
                 f"output: {without_secret(job.output)} would overwrite the input "
                 f"{without_secret(source.array_path)}; choose another output"
             )
-    return PreparedJob(record, plan)
+    return PreparedJob(record, plans)
 
 
 def check_existing_job(
@@ -125,21 +128,22 @@ def produce(
     record = prepared.record.with_queue(executor.url) if store_queue else prepared.record
     with _storage_errors(folder.path):
         if overwrite:
-            _replace(folder, record, prepared.plan, executor)
+            _replace(folder, record, prepared.plans, executor)
         else:
-            _create(folder, record, prepared.plan)
+            _create(folder, record, prepared.plans)
     job = open_job(folder.path)
     _check_same(job.record, record)
     remaining, done = _prepare_output(job)
     progress(0, len(remaining))
 
     def tasks() -> Iterator[Task]:
-        for count, index in enumerate(remaining, start=1):
-            yield Task("infer", folder.path, index)
+        for count, (item, index) in enumerate(remaining, start=1):
+            yield item.task("infer", index)
             if count % 1000 == 0 or count == len(remaining):
                 progress(count, len(remaining))
 
-    return ProduceResult(folder, prepared.plan.costs.chunks, done, executor.submit(tasks()))
+    chunks = total_costs(prepared.plans).chunks
+    return ProduceResult(folder, chunks, done, executor.submit(tasks()))
 
 
 def _check_same(stored: JobRecord, record: JobRecord) -> None:
@@ -151,7 +155,7 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
             "another output, or use --overwrite",
             code=ErrorCode.OUTPUT_OF_OTHER_JOB,
         )
-    pairs = zip(stored.sources, stored.identities, record.identities, strict=True)
+    pairs = zip(stored.sources, _flat_identities(stored), _flat_identities(record), strict=True)
     problems = [
         f"input: {without_secret(source.array_path)} was replaced since {output} was produced; "
         "restore it, or use --overwrite to start again"
@@ -162,11 +166,11 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         raise JobError(problems, code=ErrorCode.INPUT_CHANGED)
 
 
-def _create(folder: JobFolder, record: JobRecord, plan: Plan) -> None:
+def _create(folder: JobFolder, record: JobRecord, plans: list[Plan]) -> None:
     """Create the job record. If there is one already, update only its queue."""
     content = folder.objects.get(RECORD)
     if content is None:
-        folder.create_record(new_record(record, plan, replaces=False))
+        folder.create_record(new_record(record, plans, replaces=False))
         return
     stored = folder.require_record()
     if stored.job.queue != record.job.queue:
@@ -174,9 +178,9 @@ def _create(folder: JobFolder, record: JobRecord, plan: Plan) -> None:
         folder.replace_record(content, replace(stored, job=job))
 
 
-def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executor) -> None:
+def _replace(folder: JobFolder, record: JobRecord, plans: list[Plan], executor: Executor) -> None:
     """Replace the job by a new one. The old record may be damaged or missing."""
-    running = executor.running(folder.path)
+    running = [t for job in jobs_at(executor, folder.path) for t in executor.running(job)]
     if running:
         raise JobError(
             f"output: {without_secret(folder.output)} is in use by worker {running[0].worker}; "
@@ -184,7 +188,7 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
             code=ErrorCode.OUTPUT_IN_USE,
         )
     old_content = folder.objects.get(RECORD)
-    new = new_record(record, plan, replaces=True)
+    new = new_record(record, plans, replaces=True)
 
     def clear() -> None:
         # Delete commits first: after an interruption, the old job then starts from its beginning.
@@ -192,14 +196,15 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
         ObjectFolder(folder.output).clear()
 
     folder.replace_record(old_content, new, prepare=clear)
-    executor.cancel(folder.path)
+    for job in jobs_at(executor, folder.path):
+        executor.cancel(job)
 
 
-def _prepare_output(job: JobHandle) -> tuple[list[Index], int]:
+def _prepare_output(job: JobHandle) -> tuple[list[tuple[ItemHandle, Index]], int]:
     """Create, unseal or seal the output; return the remaining chunks and the number computed."""
-    committed = job.ledger.committed("infer")
-    remaining = [index for index in job.plan.indices() if index not in committed]
-    done = job.plan.costs.chunks - len(remaining)
+    stage = stage_of("infer")
+    remaining = [(item, index) for item in job.items for index in uncommitted(item, stage)]
+    done = job.costs.chunks - len(remaining)
     with _storage_errors(job.folder.output):
         job.folder.delete_earlier_epochs(job.record.epoch)
         if remaining:
@@ -226,6 +231,10 @@ def _storage_errors(path: str) -> Iterator[None]:
             f"output: {without_secret(path)} cannot be written: {error.strerror or error}; fix the "
             "storage, or choose another output"
         ) from error
+
+
+def _flat_identities(record: JobRecord) -> list[str]:
+    return [identity for identities in record.identities for identity in identities]
 
 
 def _check_shapes(job: Job, sources: Sequence[Source]) -> None:

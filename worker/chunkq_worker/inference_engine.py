@@ -17,8 +17,8 @@ from chunkq.allowed_paths import allowed_job_path, with_allowed_files
 from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
 from chunkq.combine import to_numpy
 from chunkq.errors import JobError, ModelError
-from chunkq.job_handle import JobHandle
-from chunkq.plan import Chunk, Index, Plan
+from chunkq.job_handle import ItemHandle, JobHandle
+from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
@@ -47,10 +47,11 @@ class InferenceEngine:
                 "it, or produce the job again with --overwrite"
             )
         share = os.environ.get(THREADS_VARIABLE, "")
-        threads = plan.job.threads or (int(share) if share.isdecimal() else None)
+        self._job = job = record.job
+        threads = job.threads or (int(share) if share.isdecimal() else None)
         self._network_key = _network_key(record)
-        self._steps = Steps.load(plan.job.model.processing_steps)
-        self.runtime: Runtime = load_runtime(plan.job.model, self._steps, threads)
+        self._steps = Steps.load(job.model.processing_steps)
+        self.runtime: Runtime = load_runtime(job.model, self._steps, threads)
         self._allocate(plan)
 
     def for_plan(self, plan: Plan) -> InferenceEngine:
@@ -61,7 +62,8 @@ class InferenceEngine:
 
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
-        self._weights = WeightCache(plan, load_blend_weights(plan), self.runtime.to_device)
+        weights = load_blend_weights(replace(plan, job=self._job))
+        self._weights = WeightCache(plan, weights, self.runtime.to_device)
         self.batcher = Batcher(plan, self.runtime, self._steps, self._network_key)
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
             self.batcher.warm_up()
@@ -104,11 +106,11 @@ class Device:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
         self._borrowed: dict[str, InferenceEngine] = {}
-        self._waiting: set[tuple[str, Index]] = set()
+        self._waiting: set[Task] = set()
 
     def is_awaited_by(self, task: Task) -> bool:
         """Return whether a task waits for the device."""
-        return (task.job, task.chunk) in self._waiting
+        return task in self._waiting
 
     def run(self, work: Callable[[], T]) -> Future[T]:
         """Run a function on the device thread."""
@@ -123,24 +125,25 @@ class Device:
         finally:
             self._borrowed.pop(_job_key(job), None)
 
-    def compute(self, job: JobHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
+    def compute(self, item: ItemHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
         """Wait for the device and compute one chunk; raise the errors of the engine."""
         requested = time.time()
-        self._waiting.add((job.folder.path, chunk.index))
+        task = item.task("infer", chunk.index)
+        self._waiting.add(task)
         fetch_result, patches, seconds = self._thread.submit(
-            self._compute, job, chunk, halos, requested
+            self._compute, item, task, halos, requested
         ).result()
         return ComputedChunk(fetch_result(), patches, seconds)
 
     def _compute(
-        self, job: JobHandle, chunk: Chunk, halos: Halos, requested: float
+        self, item: ItemHandle, task: Task, halos: Halos, requested: float
     ) -> tuple[Callable[[], Contribution], int, dict[str, float]]:
         acquired = time.time()
-        self._waiting.discard((job.folder.path, chunk.index))
-        engine = self._engine(job)
+        self._waiting.discard(task)
+        engine, chunk = self._engine(item), item.plan.chunk(task.chunk)
         started, before = time.time(), engine.batcher.patches_run
         fetch_result = engine.start(chunk, halos)
-        framework_rule.record(job.plan.job.model)
+        framework_rule.record(item.job.record.job.model)
         seconds = {
             "wait": acquired - requested,
             "load": started - acquired,
@@ -148,18 +151,24 @@ class Device:
         }
         return fetch_result, engine.batcher.patches_run - before, seconds
 
-    def _engine(self, job: JobHandle) -> InferenceEngine:
+    def _engine(self, item: ItemHandle) -> InferenceEngine:
+        job, plan = item.job, item.plan
         key = _job_key(job)
-        if key in self._borrowed:
-            return self._borrowed[key]
-        if key not in self._engines:
-            framework_rule.check(job.plan.job.model)
+        engine = self._borrowed.get(key) or self._engines.get(key)
+        if engine is None:
+            framework_rule.check(job.record.job.model)
             while len(self._engines) >= ENGINES_CACHED:
                 self._engines.popitem(last=False)[1].close()
             accepted = with_allowed_files(job.record.job, job.folder.path)
-            self._engines[key] = InferenceEngine(job.record, replace(job.plan, job=accepted))
-        self._engines.move_to_end(key)
-        return self._engines[key]
+            engine = InferenceEngine(replace(job.record, job=accepted), plan)
+        elif engine.plan != plan:  # another item of the job
+            engine = engine.for_plan(plan)
+        if key in self._borrowed:
+            self._borrowed[key] = engine
+        else:
+            self._engines[key] = engine
+            self._engines.move_to_end(key)
+        return engine
 
 
 def _network_key(record: JobRecord) -> Hashable:

@@ -6,153 +6,90 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import attrgetter
 from typing import TypeVar
 
-from typing_extensions import override
-
-from chunkq.executors.base import (
-    Attempt,
-    BlockContribution,
-    Executor,
-    Handler,
-    RunningTask,
-    TaskCounts,
-    TaskResult,
-    WorkerName,
-    WorkerOptions,
-    default_depth,
-)
-from chunkq.finalize import complete_block, job_completion, max_concurrent_blocks
+from chunkq.events import Sink, StageProgress
+from chunkq.executors.base import Attempt, Contribution, TaskResult, WorkerName, default_depth
+from chunkq.finalize import max_concurrent_blocks
 from chunkq.job_handle import JobHandle
-from chunkq.plan import Index
+from chunkq.stages.completion import queued_tasks
+from chunkq.stages.registry import stages
 from chunkq.tasks import Task
 from chunkq_worker.run_task import run_task
 
-Item = TypeVar("Item")
+PROGRESS_STAGE = "computing chunks"
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-class NoQueue(Executor):
-    """An executor that stores no tasks; the ledger alone records which chunks are committed.
-
-    `url` is the queue that the job record names, used when an unfinished job is produced again.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    @override
-    def submit(self, tasks: Iterable[Task]) -> int:
-        return 0
-
-    @override
-    def counts(self, job: str) -> TaskCounts:
-        return TaskCounts()
-
-    @override
-    def jobs(self) -> dict[str, TaskCounts]:
-        return {}
-
-    @override
-    def running(self, job: str) -> list[RunningTask]:
-        return []
-
-    @override
-    def failed(self, job: str) -> list[Task]:
-        return []
-
-    @override
-    def retry(self, job: str) -> int:
-        return 0
-
-    @override
-    def cancel(self, job: str) -> int:
-        return 0
-
-    @override
-    def release(self, worker: str, *, counted: bool = True) -> int:
-        return 0
-
-    @override
-    def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
-        return
-
-    @override
-    def record_contributions(
-        self, job: str, contributions: Sequence[BlockContribution]
-    ) -> list[Task]:
-        return []
-
-    @override
-    def close(self) -> None:
-        return
-
-
 class Contributions:
-    """Count the committed contributors of each block in this process. Thread-safe."""
+    """Count the committed prerequisites of each task in this process. Thread-safe."""
 
     def __init__(self) -> None:
-        self._counts: Counter[Index] = Counter()
+        self._counts: Counter[Task] = Counter()
         self._lock = threading.Lock()
 
-    def record(self, contributions: Sequence[BlockContribution]) -> list[Index]:
-        """Count the contributions of a committed chunk; return the blocks that are now complete.
+    def record(self, contributions: Sequence[Contribution]) -> list[Task]:
+        """Count the contributions of a committed task; return the tasks that can now run.
 
-        Call it once per chunk.
+        Call it once per committed task.
         """
         with self._lock:
-            self._counts.update(contribution.block for contribution in contributions)
-            return [
-                contribution.block
-                for contribution in contributions
-                if self._counts[contribution.block] == contribution.total
-            ]
+            self._counts.update(contribution.task for contribution in contributions)
+            return [c.task for c in contributions if self._counts[c.task] == c.total]
 
 
-def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
+def compute_inline(job: JobHandle, emit: Sink) -> str:
     """Compute every chunk that is not committed, in index order; return this worker's name.
 
     A block is finalized as soon as all its contributors have committed in this call. Blocks with
     contributors from an earlier run are left to the finalizer. The first error of a chunk is
-    recorded in the ledger and raised; committed chunks stay committed. `progress` is called with
-    (committed chunks, all chunks).
+    recorded in the ledger and raised; committed chunks stay committed.
     """
-    worker = WorkerName.new(job.plan.job.model.device).name
-    unfinished, total = job_completion(job).unfinished, job.plan.costs.chunks
-    committed = total - len(unfinished)
-    progress(committed, total)
+    device = job.record.job.model.device
+    worker, depth = WorkerName.new(device).name, default_depth(gpu=device == "cuda")
     contributions = Contributions()
-    blocks: list[Future[None]] = []
-    finalizers, depth = (
-        max_concurrent_blocks(job.plan),
-        default_depth(gpu=job.plan.job.model.device == "cuda"),
-    )
-    with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(finalizers) as finalizer:
+    later: list[Future[None]] = []
+    with (
+        ThreadPoolExecutor(depth) as pool,
+        ThreadPoolExecutor(max_concurrent_blocks(job)) as finalizer,
+    ):
 
-        def start(index: Index) -> Future[TaskResult]:
-            task = Task("infer", job.folder.path, index)
+        def start(task: Task) -> Future[TaskResult]:
             return pool.submit(run_task, task, Attempt(1, worker))
 
-        for done, result in enumerate(pipelined(start, unfinished, depth), start=committed + 1):
-            for block in contributions.record(result.contributions):
-                blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
-            progress(done, total)
-        for future in blocks:
-            future.result()
+        def continue_with(result: TaskResult) -> None:
+            for task in contributions.record(result.contributions):
+                later.append(finalizer.submit(run_later, task))
+
+        def run_later(task: Task) -> None:
+            continue_with(run_task(task, Attempt(1, worker)))
+
+        for stage in filter(attrgetter("is_queued"), stages()):
+            tasks = list(queued_tasks(job, stage))
+            total = sum(stage.count(item) for item in job.items)
+            committed = total - len(tasks)
+            emit(StageProgress(PROGRESS_STAGE, committed, total))
+            for done, result in enumerate(pipelined(start, tasks, depth), start=committed + 1):
+                continue_with(result)
+                emit(StageProgress(PROGRESS_STAGE, done, total))
+            for future in later:  # the list grows while its tasks run
+                future.result()
     return worker
 
 
 def pipelined(
-    start: Callable[[Item], Future[Result]], items: Iterable[Item], depth: int
+    start: Callable[[Argument], Future[Result]], arguments: Iterable[Argument], depth: int
 ) -> Iterator[Result]:
-    """Start items with up to `depth` in flight, and yield their results in order.
+    """Start calls with up to `depth` in flight, and yield their results in order.
 
     At the end, or if the caller stops early, futures that have not started are cancelled.
     """
     in_flight: deque[Future[Result]] = deque()
     try:
-        for item in items:
-            in_flight.append(start(item))
+        for argument in arguments:
+            in_flight.append(start(argument))
             if len(in_flight) == depth:
                 yield in_flight.popleft().result()
         while in_flight:

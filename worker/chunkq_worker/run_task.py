@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import traceback
 from dataclasses import replace
@@ -12,71 +11,110 @@ from chunkq.errors import (
     ChunkqError,
     ErrorCode,
     FrameworkConflictError,
+    GateClosedError,
+    IncompleteError,
     JobError,
     MissingJobError,
     ModelError,
 )
+from chunkq.events import Message, Sink, TaskEnded, TaskFailed, write_log
 from chunkq.executors.base import Attempt, TaskResult
-from chunkq.job_handle import open_job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.job_path import output_of, printable_path
 from chunkq.ledger import Failure, JobFolder
-from chunkq.tasks import Task, chunk_name, entry_point
+from chunkq.paths import without_secret
+from chunkq.stages import registry
+from chunkq.stages.base import TaskKey
+from chunkq.stages.completion import contributions, missing_prerequisites
+from chunkq.tasks import Task, chunk_name
+from chunkq_worker.infer import ComputingStage
 
-log = logging.getLogger("chunkq.worker")
+registry.register(ComputingStage())
 
 
-def run_task(task: Task, attempt: Attempt) -> TaskResult:
-    """Run one task; do nothing if it is committed. Thread-safe.
+def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult:
+    """Run one task unless it is committed; return its contributions to other tasks. Thread-safe.
 
     Record an error in the ledger and raise it again. Raise JobError, without opening a file, if
-    the worker does not accept the job folder (see `chunkq.allowed_paths`).
+    the worker does not accept the job folder (see `chunkq.allowed_paths`). Raise MissingJobError
+    if the folder belongs to another job.
     """
     # From this line on, only the checked path is opened.
     task = replace(task, job=allowed_job_path(task.job))
     started = time.time()
     try:
+        job = _open_job(task)
         if is_restricted():
-            with_allowed_files(open_job(task.job).record.job, task.job)
-        result: TaskResult = entry_point(task.kind)(task, attempt) or TaskResult()
+            with_allowed_files(job.record.job, task.job)
+        result = _run(job, task, attempt)
     except (JobError, ModelError, FrameworkConflictError) as error:
         if error.code == ErrorCode.PATH_NOT_ALLOWED:
             raise  # its message names the job
         # Every chunk of the job would fail like this; the worker skips the job and logs it.
         output = printable_path(output_of(task.job))
         raise type(error)(f"{output}: {error}", code=error.code) from error
+    except (MissingJobError, GateClosedError):
+        raise  # the task is put back; it has not failed
     except (Exception, SystemExit) as error:
-        record_failure(task, attempt, error)
+        record_failure(task, attempt, error, emit)
         raise
-    name = chunk_name(task.chunk)
-    log.info("%s chunk %s done in %.1f s", task.kind, name, time.time() - started)
+    emit(TaskEnded(task, time.time() - started))
     return result
 
 
-def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
-    """Log an error and record it in the ledger; only log it if the ledger cannot be written."""
+def _open_job(task: Task) -> JobHandle:
+    """Return the job of a task. Raises MissingJobError if its folder belongs to another job."""
+    job = open_job(task.job)
+    if job.record.epoch != task.epoch:
+        raise MissingJobError(
+            f"{without_secret(job.folder.output)}: another job has replaced this one",
+            code=ErrorCode.JOB_REPLACED,
+        )
+    return job
+
+
+def _run(job: JobHandle, task: Task, attempt: Attempt) -> TaskResult:
+    stage, item, ran_network = registry.stage_of(task.kind), job.item(task.item), False
+    if not item.ledger.is_committed(task.kind, task.chunk):
+        if missing := missing_prerequisites(item, stage, task.chunk):
+            names = [item.chunk_name(key.chunk) for key in missing]
+            raise IncompleteError(
+                f"{task.kind} {item.chunk_name(task.chunk)}: chunks {', '.join(names)} are not "
+                "computed yet",
+                names,
+            )
+        ran_network = stage.run(item, task.chunk, attempt)
+    return TaskResult(list(contributions(item, TaskKey(task.kind, task.chunk))), ran_network)
+
+
+def record_failure(
+    task: Task, attempt: Attempt, error: BaseException, emit: Sink = write_log
+) -> None:
+    """Emit an error and record it in the ledger; only emit it if the ledger cannot be written."""
     message = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):
         message = f"{type(error).__name__}: {message}"
-    log.error(
-        "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, message
-    )
-    if isinstance(error, MissingJobError):
-        return  # a record would create the removed job folder again
+    emit(TaskFailed(task, attempt.number, message))
     failure = Failure(
         kind=task.kind,
+        item=task.item,
         chunk=task.chunk,
         attempt=attempt.number,
         worker=attempt.worker,
         error=type(error).__name__,
-        message=message,
-        traceback="".join(traceback.format_exception(error)),
+        message=_valid_text(message),
+        traceback=_valid_text("".join(traceback.format_exception(error))),
     )
     try:
         folder = JobFolder(allowed_job_path(task.job))
         record = folder.read_record()
-        if record is not None:
-            folder.ledger(record.epoch).record_failure(failure)
+        if record is not None and record.epoch == task.epoch:
+            folder.ledger(task.epoch).item(task.item).record_failure(failure)
     except (OSError, JobError) as write_error:
-        log.error(
-            "the failure of chunk %s cannot be recorded: %s", chunk_name(task.chunk), write_error
-        )
+        name = chunk_name(task.chunk)
+        emit(Message(f"the failure of chunk {name} cannot be recorded: {write_error}"))
+
+
+def _valid_text(text: str) -> str:
+    """Return text without surrogates, which a name of a file can contain and JSON cannot."""
+    return text.encode("utf-8", "replace").decode()

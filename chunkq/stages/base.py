@@ -1,0 +1,59 @@
+"""Interface of a stage: one kind of task of a job."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+from chunkq.executors.base import Attempt
+from chunkq.job_handle import ItemHandle
+from chunkq.plan import Index
+
+
+class TaskKey(NamedTuple):
+    """A task of an item: the kind of its stage, and its chunk."""
+
+    kind: str
+    chunk: Index
+
+
+class Stage(ABC):
+    """One kind of task: the tasks of each item, and for each task those that it waits for.
+
+    The tasks of a queued stage are put on the queue by `enqueue`. A task of another stage runs in
+    the worker that commits the last task that it waits for. If that worker is killed, the
+    finalizer runs it.
+
+    A stage that follows another one as a whole (`after`) is queued behind a gate, which opens when
+    every task of that stage has a commit record.
+
+    A task writes its results, then its commit record. Running it again writes the same bytes.
+    """
+
+    kind: ClassVar[str]
+    is_queued: ClassVar[bool] = False
+    after: ClassVar[str | None] = None
+
+    @abstractmethod
+    def chunks(self, item: ItemHandle) -> Iterator[Index]:
+        """Yield the chunks of the stage's tasks of an item, in a fixed order."""
+
+    @abstractmethod
+    def count(self, item: ItemHandle) -> int:
+        """Return the number of the stage's tasks of an item, without enumerating them."""
+
+    def waits_for(self, item: ItemHandle, chunk: Index) -> Sequence[TaskKey]:
+        """Return the tasks of the item that must be committed before this one, in a fixed order."""
+        return ()
+
+    def awaiting(self, item: ItemHandle, committed: TaskKey) -> Sequence[Index]:
+        """Return the chunks of the stage's tasks that wait for a task; inverse of `waits_for`."""
+        return ()
+
+    @abstractmethod
+    def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
+        """Run one task and commit it; return whether the network ran.
+
+        All tasks that it waits for are committed. Thread-safe.
+        """

@@ -1,0 +1,135 @@
+"""Progress of a job through its stages: which tasks are not committed, and which can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from chunkq.errors import IncompleteError
+from chunkq.executors.base import Contribution, GateState
+from chunkq.job_handle import ItemHandle, JobHandle
+from chunkq.plan import Index
+from chunkq.stages.base import Stage, TaskKey
+from chunkq.stages.registry import stage_of, stages
+from chunkq.tasks import Task, chunk_count
+
+Pending = Sequence[tuple[ItemHandle, Index]]
+"""Tasks of one stage: the item and the chunk of each."""
+NAMES_SHOWN = 20
+
+
+def uncommitted(item: ItemHandle, stage: Stage) -> list[Index]:
+    """Return the chunks of a stage's tasks without a commit record. Makes one listing."""
+    committed = item.ledger.committed(stage.kind)
+    return [chunk for chunk in stage.chunks(item) if chunk not in committed]
+
+
+@dataclass(frozen=True)
+class JobCompletion:
+    """The tasks of a job without a commit record, by kind of stage."""
+
+    job: JobHandle
+    pending: dict[str, Pending]
+
+    def missing(self) -> Pending:
+        """Return the tasks of queued stages, which workers have to run."""
+        return [task for s in stages() if s.is_queued for task in self.pending[s.kind]]
+
+    def without(self, stage: Stage, tasks: Pending) -> JobCompletion:
+        """Return the progress after these tasks of a stage are committed."""
+        done = {(item.number, chunk) for item, chunk in tasks}
+        rest = [
+            (item, chunk)
+            for item, chunk in self.pending[stage.kind]
+            if (item.number, chunk) not in done
+        ]
+        return JobCompletion(self.job, {**self.pending, stage.kind: rest})
+
+    def ready(self, stage: Stage) -> Pending:
+        """Return the tasks of a stage all of whose prerequisites are committed."""
+        absent = {
+            (item.number, TaskKey(kind, chunk))
+            for kind, tasks in self.pending.items()
+            for item, chunk in tasks
+            if kind != stage.kind
+        }
+        if not absent:
+            return self.pending[stage.kind]
+        return [
+            (item, chunk)
+            for item, chunk in self.pending[stage.kind]
+            if not any((item.number, key) in absent for key in stage.waits_for(item, chunk))
+        ]
+
+
+def job_completion(job: JobHandle) -> JobCompletion:
+    """Compare the plans with the ledger. Makes one listing per item and stage."""
+    return JobCompletion(
+        job,
+        {
+            stage.kind: [
+                (item, chunk) for item in job.items for chunk in uncommitted(item, stage)
+            ]
+            for stage in stages()
+        },
+    )
+
+
+def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompletion:
+    """Return the progress of a job before it is finalized.
+
+    Raises IncompleteError with the missing chunks, unless `allow_missing`.
+    """
+    completion = job_completion(job)
+    missing = names_of(completion.missing())
+    if missing and not allow_missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise IncompleteError(
+            f"{chunk_count(len(missing))} {verb} not computed yet: {shortened(missing)}; run a "
+            "worker",
+            missing,
+        )
+    return completion
+
+
+def names_of(tasks: Pending) -> list[str]:
+    """Return the names of the tasks' chunks."""
+    return [item.chunk_name(chunk) for item, chunk in tasks]
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    text = ", ".join(names[:NAMES_SHOWN])
+    return text + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+
+
+def missing_prerequisites(item: ItemHandle, stage: Stage, chunk: Index) -> list[TaskKey]:
+    """Return the tasks that a task waits for and that are not committed."""
+    keys = stage.waits_for(item, chunk)
+    return [key for key in keys if not item.ledger.is_committed(key.kind, key.chunk)]
+
+
+def contributions(item: ItemHandle, committed: TaskKey) -> Iterator[Contribution]:
+    """Yield the tasks that wait for a committed task, and its number among what they wait for."""
+    for stage in stages():
+        for chunk in stage.awaiting(item, committed):
+            keys = list(stage.waits_for(item, chunk))
+            task = item.task(stage.kind, chunk)
+            yield Contribution(task, keys.index(committed), len(keys))
+
+
+def gate_state(job: JobHandle, kind: str) -> GateState:
+    """Return whether the tasks of a gated stage may start, judged by the commit records."""
+    before = stage_of(kind).after
+    if before is None:
+        return GateState.OPEN
+    stage = stage_of(before)
+    is_complete = not any(uncommitted(item, stage) for item in job.items)
+    return GateState.OPEN if is_complete else GateState.BLOCKED
+
+
+def queued_tasks(job: JobHandle, stage: Stage) -> Iterator[Task]:
+    """Yield the tasks of a stage without a commit record."""
+    for item in job.items:
+        for chunk in uncommitted(item, stage):
+            yield item.task(stage.kind, chunk)

@@ -1,0 +1,33 @@
+"""The stage that runs the network: one task per chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from typing_extensions import override
+
+from chunkq.errors import ChunkqError
+from chunkq.executors.base import Attempt
+from chunkq.job_handle import ItemHandle
+from chunkq.plan import Index
+from chunkq.stages.base import Stage
+
+
+class InferStage(Stage):
+    """The chunks of the plan. Worker processes replace this stage by one that can run them."""
+
+    kind: ClassVar[str] = "infer"
+    is_queued: ClassVar[bool] = True
+
+    @override
+    def chunks(self, item: ItemHandle) -> Iterator[Index]:
+        return item.plan.indices()
+
+    @override
+    def count(self, item: ItemHandle) -> int:
+        return item.plan.costs.chunks
+
+    @override
+    def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
+        raise ChunkqError("only a worker process runs the network; start `chunkq work`")
