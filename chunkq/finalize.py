@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from chunkq import __version__
+from chunkq import __version__, json_values
 from chunkq.blend import OwnBlock, finalize_sums
 from chunkq.diagnosis import advice, conclusion
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
@@ -306,7 +306,7 @@ def _report(
         "warnings": list(warnings),
         "conclusion": conclusion(timing),
         "advice": advice(timing),
-        **timing.as_dict(),
+        **json_values.to_values(timing),
     }
     return report, inferred, finalized
 
