@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from chunkq import __version__
+from chunkq import __version__, json_values
 from chunkq.diagnosis import advice, conclusion
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.events import Sink, StageProgress, ignore
@@ -191,7 +191,7 @@ def _report(
         "warnings": list(warnings),
         "conclusion": conclusion(timing),
         "advice": advice(timing),
-        **timing.as_dict(),
+        **json_values.to_values(timing),
     }
 
 

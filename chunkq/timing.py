@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 STAGES = ("read", "wait", "load", "compute", "write")
 """Stages of a chunk, in the order in which it passes them; `wait` is for the device."""
@@ -158,32 +156,3 @@ class Timing:
     durations: Durations
     stragglers: Stragglers
     workers: dict[str, Worker]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the timing as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Timing:
-        """Return the timing from the output of `as_dict`; other keys are ignored.
-
-        Raises KeyError or TypeError if keys are missing or unknown.
-        """
-        fields = {name: values[name] for name in cls.__dataclass_fields__}
-        stragglers = fields["stragglers"]
-        worst = tuple(Straggler(**straggler) for straggler in stragglers["worst"])
-        return cls(
-            **fields
-            | {
-                "finalizing": FinalizeTiming(**fields["finalizing"]),
-                "timeline": Timeline(**_lists_to_tuples(fields["timeline"])),
-                "durations": Durations(**_lists_to_tuples(fields["durations"])),
-                "stragglers": Stragglers(**stragglers | {"worst": worst}),
-                "workers": {name: Worker(**worker) for name, worker in fields["workers"].items()},
-            }
-        )
-
-
-def _lists_to_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object whose lists are replaced by tuples."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}

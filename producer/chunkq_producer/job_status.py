@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -72,10 +72,6 @@ class JobStatus:
     queue_problem: str | None = None
     lost_from_queue: bool = False
     """Whether chunks are not done, not failed and not on this queue, and the job is not active."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
 
 
 def job_status(job: JobHandle, executor: Executor | None, problem: str | None = None) -> JobStatus:

@@ -5,14 +5,14 @@ All tasks run the same command. They communicate through the job folder, which a
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
 
+from chunkq import json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.ledger import job_folder_of
 from chunkq.objects import ObjectFolder
@@ -89,7 +89,7 @@ def announce(output: str, step: Step | None) -> Iterator[Callable[[Announcement]
 
     def publish(announcement: Announcement) -> None:
         nonlocal published
-        folder.put(step.name, json.dumps(asdict(announcement)).encode(), private=True)
+        folder.put(step.name, json_values.encode(announcement), private=True)
         published = True
 
     try:
@@ -110,7 +110,7 @@ def wait_for_leader(output: str, step: Step) -> Announcement:
                 code=ErrorCode.CLUSTER_UNAVAILABLE,
             )
         time.sleep(POLL_SECONDS)
-    return Announcement(**json.loads(content))
+    return json_values.decode(Announcement, content)
 
 
 def has_ended(output: str, step: Step) -> bool:

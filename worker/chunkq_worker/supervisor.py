@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
+from chunkq import json_values
 from chunkq.errors import QueueError
 from chunkq.executors.base import (
     EXIT_QUEUE_UNREACHABLE,
@@ -45,7 +46,7 @@ class _WorkerSlot:
     """
 
     device: Slot
-    process: subprocess.Popen[str] | None = None
+    process: subprocess.Popen[bytes] | None = None
     worker: str = ""
     started: float = 0.0
     not_before: float = 0.0
@@ -220,13 +221,12 @@ class Supervisor:
             [sys.executable, "-m", "chunkq_worker.worker_process"],
             stdin=subprocess.PIPE,
             env=env,
-            text=True,
             start_new_session=True,
         )
         pipe = slot.process.stdin
         if pipe is not None:
             try:
-                pipe.write(options.to_json() + "\n")
+                pipe.write(json_values.encode(options) + b"\n")
                 pipe.flush()
             except BrokenPipeError:
                 pass  # it has ended already; the next check handles that

@@ -7,7 +7,6 @@ ends too.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -15,9 +14,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import FrameType
 
+from chunkq import json_values
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
@@ -39,14 +39,10 @@ class WorkerProcessOptions:
     time_limit: float | None
     quiet: bool
 
-    def to_json(self) -> str:
-        """Encode on one line."""
-        return json.dumps(asdict(self))
-
 
 def main() -> int:
     """Read the options, run tasks until the worker ends, and return the exit code."""
-    process_options = WorkerProcessOptions(**json.loads(sys.stdin.readline()))
+    process_options = json_values.decode(WorkerProcessOptions, sys.stdin.buffer.readline())
     # INFO for chunkq only: clients of object stores log the source of their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if process_options.quiet else logging.INFO)
     logging.basicConfig(

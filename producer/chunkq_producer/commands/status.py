@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from chunkq import json_values
 from chunkq.errors import QueueError
 from chunkq.executors.base import Executor
 from chunkq_producer.commands.jobs import list_jobs
@@ -50,7 +51,7 @@ def print_json(poller: StatusPoller, watch: bool) -> None:
     """Print the status as JSON. With `watch`, print one object per line until it is sealed."""
     while True:
         job_status = poller()
-        click.echo(json.dumps(job_status.as_dict(), indent=None if watch else 1))
+        click.echo(json.dumps(json_values.to_values(job_status), indent=None if watch else 1))
         if not watch or job_status.sealed:
             return
         time.sleep(poller.pause(REFRESH_SECONDS))

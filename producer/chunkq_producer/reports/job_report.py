@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from chunkq import json_values
 from chunkq.finalize import job_completion, job_report
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
@@ -71,14 +72,21 @@ def load_job_report(job: JobHandle) -> JobReport:
     report = job.ledger.read_report()
     if report is not None:
         try:
-            return JobReport(output, True, report, Timing.from_dict(report))
-        except (KeyError, TypeError):  # written by an older version
+            return JobReport(output, True, report, _timing(report))
+        except ValueError:  # written by an older version
             missing = report["missing"]
             values = job_report(job) | {"missing": missing}
-            return JobReport(output, True, values, Timing.from_dict(values))
+            return JobReport(output, True, values, _timing(values))
     values = job_report(job, job_completion(job).unfinished)
     sealed = job.ledger.is_sealed() and job.output.is_sealed()  # only the report is damaged
-    return JobReport(output, sealed, values, Timing.from_dict(values))
+    return JobReport(output, sealed, values, _timing(values))
+
+
+def _timing(report: dict[str, Any]) -> Timing:
+    """Return the timing in a report, which has other keys too. Raise ValueError if it has none."""
+    names = {field.name for field in fields(Timing)}
+    values = {name: value for name, value in report.items() if name in names}
+    return json_values.from_values(Timing, values)
 
 
 def _worker_label(worker: Worker) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,13 +10,14 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from chunkq import json_values
 from chunkq_worker.tune.search import Measurement, Setting, Stage
 from chunkq_worker.tune.space import SearchSpace
 from chunkq_worker.tune.trial import TrialOptions
@@ -92,7 +92,7 @@ class Trials:
                 pipe = process.stdin
                 if pipe is not None:
                     with suppress(BrokenPipeError):  # it has ended, which `_watch` handles
-                        pipe.write(json.dumps(asdict(options)).encode() + b"\n")
+                        pipe.write(json_values.encode(options) + b"\n")
                         pipe.flush()
                 failure = self._watch(process, limit)
             finally:
@@ -100,8 +100,8 @@ class Trials:
             answer, error_line = _last_line(stdout_file), _last_line(stderr_file)
         if failure is not None:
             return failure
-        with suppress(ValueError, TypeError):
-            return Measurement(**json.loads(answer))
+        with suppress(ValueError):
+            return json_values.decode(Measurement, answer)
         if process.returncode == -signal.SIGKILL:
             return Measurement("too large", note="killed by the system, out of memory")
         return Measurement("failed", note=error_line or f"ended with code {process.returncode}")

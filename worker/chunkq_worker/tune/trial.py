@@ -6,7 +6,6 @@ writes the fields of a `Measurement` as one line of JSON. It ends when its stand
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 import chunkq
+from chunkq import json_values
 from chunkq.blend import Accumulator, WeightCache
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
@@ -71,7 +71,7 @@ class TooLargeError(Exception):
 
 def main() -> None:
     """Run the trial and write its measurement to standard output."""
-    options = TrialOptions(**json.loads(sys.stdin.readline()))
+    options = json_values.decode(TrialOptions, sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stages: dict[Stage, Callable[[TrialOptions, JobRecord], Measurement]] = {
         "network": _measure_network,
@@ -85,8 +85,9 @@ def main() -> None:
         if not isinstance(error, ChunkqError):
             reason = f"the trial raised {type(error).__name__}: {reason}"
         status: TrialStatus = "too large" if _is_out_of_memory(error) else "failed"
-        measurement = Measurement(status, note=reason)
-    sys.stdout.write("\n" + json.dumps(asdict(measurement)) + "\n")
+        # A file name in the message may be invalid Unicode, which JSON cannot store.
+        measurement = Measurement(status, note=reason.encode(errors="replace").decode())
+    sys.stdout.buffer.write(b"\n%b\n" % json_values.encode(measurement))
     sys.stdout.flush()
     os._exit(0)  # do not wait for a compiler's helper processes or reader threads
 
