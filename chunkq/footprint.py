@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from chunkq.plan import Chunk, Index, Plan
+from chunkq.box import Box
+from chunkq.plan import Chunk, Plan
+from chunkq.sample_chunks import sample_chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,9 @@ class Footprint:
 
 
 def footprint(plan: Plan) -> Footprint:
-    """Return the largest value of each stage over the chunks of a plan."""
-    footprints = [chunk_footprint(plan, plan.chunk(index)) for index in _largest_chunks(plan)]
+    """Return the largest value of each stage over the sample chunks of a plan."""
+    one_per_shape = {_shapes(chunk): chunk for chunk in sample_chunks(plan)}
+    footprints = [chunk_footprint(plan, chunk) for chunk in one_per_shape.values()]
     return Footprint(
         max(chunk.waiting for chunk in footprints),
         max(chunk.computing for chunk in footprints),
@@ -51,11 +54,10 @@ def largest_footprint(plans: Iterable[Plan]) -> Footprint:
     )
 
 
-def _largest_chunks(plan: Plan) -> set[Index]:
-    """Return the indices at which a chunk can be largest: middle, next to the first, first."""
-    middle = tuple(blocks // 2 for blocks in plan.blocks)
-    low = tuple(min(1, blocks - 1) for blocks in plan.blocks)
-    return {middle, low, (0,) * plan.rank}
+def _shapes(chunk: Chunk) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a chunk's boxes, which determine its footprint."""
+    boxes: tuple[Box, ...] = (chunk.block, chunk.interior, chunk.core, chunk.region, chunk.halo)
+    return tuple(box.shape for box in boxes)
 
 
 def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
@@ -67,7 +69,8 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     # A float32 average is stored as it is, so the output is a view of the sums.
     is_view = not labels and plan.output_dtype == "float32"
     interior = 0 if is_view else chunk.interior.size * output_voxel
-    bands = sum(box.size for box in chunk.band_boxes) * sums_voxel
+    # A chunk without patches stores no sums; its whole block is band.
+    bands = sum(box.size for box in chunk.band_boxes) * sums_voxel if chunk.is_active else 0
     outgoing = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * sums_voxel
     waiting = chunk.halo.size * plan.volume.voxel_bytes
     # The argmax holds the largest value before and after a channel, and two arrays of winners.

@@ -55,7 +55,8 @@ def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> J
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
     for item, plan in zip(record.items, plans, strict=True):
-        shape, channels = plan.output_shape, ((1,) if plan.channel_axis else ())
+        shape = plan.output_shape
+        channels = (1,) * (len(shape) - plan.rank)
         chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
         documents = array_metadata(
             name,

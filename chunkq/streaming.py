@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chunkq import buffers
 from chunkq.blend import Contribution, finalize_sums
 from chunkq.box import Box
 from chunkq.plan import Chunk, Index, Piece, Plan
@@ -31,15 +32,8 @@ def regions(
             own_block = contribution.own_block
             for piece, sums in contribution.pieces:
                 # A view would keep the sums of the whole chunk in memory.
-                copy = sums if sums.flags.owndata else sums.copy()
-                pending.setdefault(piece.target, {})[piece] = copy
+                pending.setdefault(piece.target, {})[piece] = buffers.compact(sums)
             if chunk.core.size:
                 yield chunk.core, contribution.core
         if chunk.has_band:
             yield from finalize_sums(plan, chunk, own_block, pending.pop(chunk.index, {}))
-
-
-def output_slices(plan: Plan, box: Box) -> tuple[slice, ...]:
-    """Return the slices that select a box of voxels in an array of shape `plan.output_shape`."""
-    spatial = box.slices((0,) * plan.rank)
-    return (slice(0, plan.channels), *spatial) if plan.channel_axis else spatial

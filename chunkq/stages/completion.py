@@ -67,9 +67,7 @@ def job_completion(job: JobHandle) -> JobCompletion:
     return JobCompletion(
         job,
         {
-            stage.kind: [
-                (item, chunk) for item in job.items for chunk in uncommitted(item, stage)
-            ]
+            stage.kind: [(item, chunk) for item in job.items for chunk in uncommitted(item, stage)]
             for stage in stages()
         },
     )

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +21,9 @@ from chunkq.finalize import OWN_PIECE, complete_block, max_concurrent_blocks
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
 from chunkq.parent_death_signal import with_parent_death_signal
-from chunkq.plan import Chunk, Index, Plan
+from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
+from chunkq.sample_chunks import sample_chunks
 from chunkq.sample_job import copy_job
 from chunkq.scratch import scratch_folder
 from chunkq.tasks import chunk_name, parse_chunk
@@ -38,9 +38,9 @@ def measure_finalizer_memory(record: JobRecord) -> int | None:
     with scratch_folder("finalizer") as folder:
         job = copy_job(record, str(folder))
         blocks = sample_blocks(job.plan)
-        for index in blocks:
-            _write_noise_pieces(job, job.plan.chunk(index))
-        names = map(chunk_name, blocks)
+        for chunk in blocks:
+            _write_noise_pieces(job, chunk)
+        names = [chunk_name(chunk.index) for chunk in blocks]
         completed = subprocess.run(
             with_parent_death_signal(
                 [sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL
@@ -66,11 +66,10 @@ def main() -> None:
     sys.stdout.write(f"{peak_bytes()}\n")
 
 
-def sample_blocks(plan: Plan) -> list[Index]:
-    """Return up to MAX_BLOCKS blocks with a band, those with the largest pieces first."""
-    positions = [sorted({0, min(1, n - 1), n // 2, max(0, n - 2), n - 1}) for n in plan.blocks]
-    blocks = [index for index in product(*positions) if plan.has_band(index)]
-    return sorted(blocks, key=lambda i: -_voxels_to_read(plan, plan.chunk(i)))[:MAX_BLOCKS]
+def sample_blocks(plan: Plan) -> list[Chunk]:
+    """Return up to MAX_BLOCKS sample chunks with a band, those with the largest pieces first."""
+    blocks = [chunk for chunk in sample_chunks(plan) if chunk.has_band]
+    return sorted(blocks, key=lambda chunk: -_voxels_to_read(plan, chunk))[:MAX_BLOCKS]
 
 
 def _voxels_to_read(plan: Plan, chunk: Chunk) -> int:
@@ -84,10 +83,9 @@ def _write_noise_pieces(job: JobHandle, chunk: Chunk) -> None:
     The values are not zero because blocks of zeros are not stored.
     """
     plan, rng = job.plan, np.random.default_rng(0)
-    channel_shape = (plan.channels,) if plan.channel_axis else ()
     if chunk.is_active:
         band = [_sums(plan, box, rng) for box in chunk.band_boxes]
-        shapes = [(*channel_shape, *box.shape) for box in chunk.rest_boxes]
+        shapes = [plan.output_box(box).shape for box in chunk.rest_boxes]
         rest = [rng.integers(0, 200, shape, np.uint8) for shape in shapes]
         job.ledger.put_piece(
             chunk.index, OWN_PIECE, [*band, *(values.astype(plan.output_dtype) for values in rest)]

@@ -87,3 +87,18 @@ def test_each_additional_chunk_in_flight_adds_the_same_memory() -> None:
     steps = np.diff([largest.peak_bytes(depth) for depth in (1, 2, 3, 4)])
     assert set(steps) == {max(largest.waiting, largest.writing, largest.finalizing)}
     assert largest.peak_bytes(1) == largest.computing
+
+
+def test_a_chunk_without_patches_holds_only_the_pieces_of_others() -> None:
+    plan = plan_for(
+        (33,), (8,), inference_type="sliding_window", strides=[8], chunksize=[16],
+        storage_chunks=[4], pad_width=[4],
+    )  # fmt: skip
+    chunk = plan.chunk((2,))
+    assert not chunk.is_active
+    voxels = chunk.block.size
+    [piece] = plan.incoming_pieces(chunk)
+    assert piece.box == chunk.block
+    planned = chunk_footprint(plan, chunk)
+    # The piece, the sum of the pieces and its output value, and the block, all in 4 bytes.
+    assert (planned.waiting, planned.finalizing) == (0, voxels * (4 + 4 + 4 + 4))

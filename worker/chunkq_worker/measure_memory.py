@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from math import ceil
 from typing import Any
 
@@ -27,7 +26,8 @@ from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block
 from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
-from chunkq.plan import Index, Plan
+from chunkq.plan import Chunk
+from chunkq.sample_chunks import sample_chunks
 from chunkq.tasks import Task
 from chunkq_worker.infer import infer_chunk
 from chunkq_worker.inference_engine import InferenceEngine, get_device
@@ -119,16 +119,16 @@ class ChunksInFlight:
         with self._lock:
             return sum(not device.is_awaited_by(task) for task in self._tasks) > 1
 
-    def run(self, chunks: Sequence[Index]) -> None:
+    def run(self, chunks: Sequence[Chunk]) -> None:
         """Compute chunks until MAX_SECONDS are over, and finalize blocks; raise their errors."""
         deadline = time.perf_counter() + MAX_SECONDS
         # At least enough chunks to fill the pipeline and to finalize one block.
-        min_chunks = max(self._depth + 2, len(self._job.plan.contributors(chunks[0])))
+        min_chunks = max(self._depth + 2, len(self._job.plan.contributors(chunks[0].index)))
 
         def compute(number: int) -> None:
             if number >= min_chunks and time.perf_counter() > deadline:
                 return
-            task = Task("infer", self._job.folder.path, chunks[number])
+            task = Task("infer", self._job.folder.path, chunks[number].index)
             with self._lock:
                 self._tasks.add(task)
             attempt = Attempt(1, "memory measurement")
@@ -159,10 +159,10 @@ def measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> Memor
 
     `engine` must not have computed before. Errors of the chunks are raised.
     """
-    chunks = select_chunks(job.plan)
+    chunks = [chunk for chunk in sample_chunks(job.plan) if chunk.is_active][:MAX_CHUNKS]
     in_flight = ChunksInFlight(job, depth)
     network = engine.runtime
-    batches = [-(-job.plan.chunk(i).patches // engine.batcher.size) for i in chunks]
+    batches = [-(-chunk.patches // engine.batcher.size) for chunk in chunks]
     device = get_device()
     # `for_plan` creates a batcher for the engine's current runtime.
     engine.runtime = replay = ReplayRuntime(network, max(batches), sum(batches), in_flight)
@@ -173,24 +173,3 @@ def measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> Memor
     with device.compute_with(job, measuring_engine):
         in_flight.run(chunks)
     return MemoryMeasurement(in_flight.finished, peak_bytes() - replay.kept_bytes)
-
-
-def select_chunks(plan: Plan) -> list[Index]:
-    """Return up to MAX_CHUNKS active chunks: all of the job, or the middle one and its neighbors.
-
-    The middle chunk comes first, then the other contributors of its block.
-    """
-    middle = tuple(blocks // 2 for blocks in plan.blocks)
-    nearby = [
-        range(max(0, centre - 1), min(blocks, centre + 2))
-        for centre, blocks in zip(middle, plan.blocks, strict=True)
-    ]
-    has_few_chunks = plan.costs.chunks <= MAX_CHUNKS
-    indices = [
-        i
-        for i in (plan.indices() if has_few_chunks else product(*nearby))
-        if plan.chunk(i).is_active
-    ]
-    contributors = set(plan.contributors(middle))
-    indices.sort(key=lambda i: (i != middle, i not in contributors, i))
-    return indices[:MAX_CHUNKS]

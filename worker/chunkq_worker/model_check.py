@@ -28,8 +28,9 @@ from chunkq.box import Box
 from chunkq.errors import ChunkqError
 from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
-from chunkq.plan import Patch, Plan
+from chunkq.plan import Patch
 from chunkq.record import JobRecord
+from chunkq.sample_chunks import fullest_chunk
 from chunkq.sample_job import copy_job
 from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
@@ -38,8 +39,6 @@ from chunkq_worker.devices import cores
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.measure_memory import measure_memory
 
-MAX_CHUNKS_SEARCHED = 1000
-"""Of a job with more chunks, only the middle and the first chunk are candidates."""
 ROUNDS = 3
 """Number of timed batches; the median is reported."""
 
@@ -145,7 +144,8 @@ def _measure_memory(result: ModelCheckResult, engine: InferenceEngine, job: JobH
 
 
 def _run_patches(result: ModelCheckResult, engine: InferenceEngine, record: JobRecord) -> None:
-    patches = middle_patches(engine.plan, engine.batcher.size)
+    plan, size = engine.plan, engine.batcher.size
+    patches = list(islice(plan.patches(fullest_chunk(plan, enough=size)), size))
     window = _bounding_box(patches)
     job = record.job
     halos = [
@@ -153,24 +153,6 @@ def _run_patches(result: ModelCheckResult, engine: InferenceEngine, record: JobR
         for source in record.sources
     ]
     _time_and_compare(result, engine, patches, halos, window.start)
-
-
-def middle_patches(plan: Plan, max_patches: int) -> list[Patch]:
-    """Return up to `max_patches` patches of one chunk.
-
-    The chunk has at least that many if one does, and is the nearest to the middle among those.
-    """
-    middle = tuple(blocks // 2 for blocks in plan.blocks)
-    few = plan.costs.chunks <= MAX_CHUNKS_SEARCHED
-    candidates = map(plan.chunk, plan.indices() if few else [middle, (0,) * plan.rank])
-    chunk = min(
-        candidates,
-        key=lambda chunk: (
-            -min(max_patches, chunk.patches),
-            sum(abs(i - m) for i, m in zip(chunk.index, middle, strict=True)),
-        ),
-    )
-    return list(islice(plan.patches(chunk), max_patches))
 
 
 def _bounding_box(patches: Sequence[Patch]) -> Box:

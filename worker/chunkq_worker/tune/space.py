@@ -6,23 +6,19 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
-from itertools import product
-from math import prod
 from typing import Any
 
 from chunkq.errors import JobError
 from chunkq.footprint import footprint
 from chunkq.job import Job, parse_job
-from chunkq.plan import Chunk, Plan
+from chunkq.plan import Plan
 from chunkq.record import JobRecord
 from chunkq.resolve import MIN_CHUNKS
+from chunkq.sample_chunks import fullest_chunk
 from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]
 """Key path in the job file -> new value."""
-MAX_CHUNKS_SEARCHED = 1000
-SEARCH_RADIUS = 3
-"""Of a job with more chunks, only so many blocks on each side of the middle are candidates."""
 CHUNK_SIZE_STEPS = 3
 """Number of smaller and of larger chunk shapes."""
 
@@ -171,27 +167,6 @@ class SearchSpace:
         return changes
 
 
-def near_middle(plan: Plan) -> list[Chunk]:
-    """Return the active chunks sorted by their distance from the middle of the volume."""
-    middle = [blocks // 2 for blocks in plan.blocks]
-    ranges = [range(blocks) for blocks in plan.blocks]
-    if prod(plan.blocks) > MAX_CHUNKS_SEARCHED:
-        ranges = [
-            range(max(0, m - SEARCH_RADIUS), min(blocks, m + SEARCH_RADIUS + 1))
-            for m, blocks in zip(middle, plan.blocks, strict=True)
-        ]
-    chunks = [chunk for index in product(*ranges) if (chunk := plan.chunk(index)).is_active]
-    return sorted(
-        chunks,
-        key=lambda chunk: sum(abs(i - m) for i, m in zip(chunk.index, middle, strict=True)),
-    )
-
-
-def fullest(plan: Plan) -> Chunk:
-    """Return the chunk near the middle with the most patches; the nearest one if several do."""
-    return max(near_middle(plan), key=lambda chunk: chunk.patches)
-
-
 def _cost(plan: Plan) -> Cost:
     costs = plan.costs
     return Cost(
@@ -199,7 +174,7 @@ def _cost(plan: Plan) -> Cost:
         patches=costs.patches,
         piece_bytes=costs.piece_bytes,
         footprint=footprint(plan),
-        chunk_patches=fullest(plan).patches,
+        chunk_patches=fullest_chunk(plan).patches,
         chunksize=plan.chunksize,
     )
 

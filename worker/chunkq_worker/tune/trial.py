@@ -31,6 +31,7 @@ from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
+from chunkq.sample_chunks import fullest_chunk, sample_chunks
 from chunkq.stores import open_array, read_padded
 from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
@@ -39,7 +40,6 @@ from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.inline import NoQueue
 from chunkq_worker.run_task import run_task
 from chunkq_worker.tune.search import Measurement, Stage, TrialStatus
-from chunkq_worker.tune.space import fullest, near_middle
 
 ROUNDS = 3
 """Number of timed rounds in stage `network`; the median is reported."""
@@ -123,7 +123,7 @@ def _measure_network(options: TrialOptions, record: JobRecord) -> Measurement:
     """Time the network and the blending on patches of one chunk in the middle of the volume."""
     engine, load_seconds = _load_engine(record)
     job, plan = record.job, engine.plan
-    chunk = fullest(plan)
+    chunk = fullest_chunk(plan)
     halos = [
         read_padded(open_array(source.array_path), chunk.halo, job.pad_mode, job.pad_value)
         for source in record.sources
@@ -178,8 +178,8 @@ def _measure_pipeline(options: TrialOptions, record: JobRecord) -> Measurement:
 
 
 def _patches_per_second(job: JobHandle, options: TrialOptions) -> float:
-    """Return patches per second over chunks from the middle outwards, `depth` in flight."""
-    chunks = near_middle(job.plan)
+    """Return patches per second over sample chunks, the middle one first, `depth` in flight."""
+    chunks = [chunk for chunk in sample_chunks(job.plan) if chunk.is_active]
 
     def compute(chunk: Chunk) -> int:
         run_task(Task("infer", job.folder.path, chunk.index), Attempt(1, "tune"))
