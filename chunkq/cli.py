@@ -115,7 +115,7 @@ def _as_document(error: ChunkqError) -> dict[str, Any]:
     """Return an error as the JSON document of `--json`, with the missing chunks if any."""
     document: dict[str, Any] = {"error": {"code": error.code, "message": str(error)}}
     if isinstance(error, IncompleteError):
-        document["missing"] = [chunk_name(index) for index in error.missing]
+        document["missing"] = list(error.missing)
     return document
 
 

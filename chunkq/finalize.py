@@ -74,7 +74,8 @@ def _run_tasks(
     pool: ThreadPoolExecutor, stage: Stage, tasks: Pending, attempt: Attempt, emit: Sink
 ) -> Lost:
     """Run tasks of a stage in the pool; return the chunks whose results are damaged."""
-    done, lost = 0, {}
+    done = 0
+    lost: Lost = {}
     emit(StageProgress(PROGRESS_STAGE, done, len(tasks)))
     for first in range(0, len(tasks), BATCH_SIZE):
         batch = tasks[first : first + BATCH_SIZE]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import nlargest
+from operator import attrgetter
 from typing import Any
 
 import numpy.typing as npt
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from chunkq.box import Box
 from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError, StoreError
 from chunkq.items import Item
-from chunkq.ledger import ItemLedger, JobFolder, Ledger
+from chunkq.ledger import ItemLedger, JobFolder, Ledger, RecentCommits
 from chunkq.output import Output
 from chunkq.paths import without_secret
 from chunkq.plan import Chunk, Costs, Index, Plan, total_costs
@@ -72,6 +74,16 @@ class JobHandle:
         """Return the name of a chunk for messages: `0.3.1`, with several items `ITEM/0.3.1`."""
         name = chunk_name(chunk)
         return name if len(self.record.items) == 1 else f"{item}/{name}"
+
+    def recent_commits(self, kind: str, count: int) -> RecentCommits:
+        """Count the finished tasks of a kind, and return the newest `count` records of a sample."""
+        recent = [item.ledger.recent_commits(kind, count) for item in self.items]
+        records = [commit for one in recent for commit in one.records]
+        return RecentCommits(
+            sum(one.total for one in recent),
+            max(one.step for one in recent),
+            tuple(nlargest(count, records, key=attrgetter("finished"))),
+        )
 
     def check_unchanged(self) -> None:
         """Raise MissingJobError if the job folder was deleted or belongs to another job."""

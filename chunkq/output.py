@@ -346,7 +346,7 @@ class ImageGroup:
     def is_described(self, state: str) -> bool:
         """Return whether the group metadata are those of this job; other keys are ignored."""
         attributes = _group_attributes(self._objects, self._format)
-        return attributes.get(ATTRIBUTE) == self._attributes(state)[ATTRIBUTE]
+        return bool(attributes.get(ATTRIBUTE) == self._attributes(state)[ATTRIBUTE])
 
     def _attributes(self, state: str) -> dict[str, Any]:
         layout: dict[str, Any] = {"bioformats2raw.layout": 3}

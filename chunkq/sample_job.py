@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
-from chunkq.job_handle import JobHandle, open_job
+from chunkq.job_handle import ItemHandle, JobHandle, open_job
 from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.output import new_record
 from chunkq.record import JobRecord
+
+
+def largest_item(job: JobHandle) -> ItemHandle:
+    """Return the item with the most voxels, which stands for all."""
+    return max(job.items, key=lambda item: prod(item.item.volume.shape))
 
 
 def copy_job(record: JobRecord, folder: str) -> JobHandle:

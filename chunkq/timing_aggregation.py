@@ -21,6 +21,7 @@ from chunkq.intervals import (
     spread,
 )
 from chunkq.ledger import Commit
+from chunkq.padding import IntArray
 from chunkq.plan import Plan, total_costs
 from chunkq.tasks import chunk_name
 from chunkq.timing import (
@@ -151,7 +152,7 @@ class _JobTiming:
             for axis, along in zip(plan.axes, self._indices(number, rows), strict=True):
                 self.voxels[rows] *= axis.stop(along) - axis.start(along)
 
-    def _indices(self, item: int, rows: Any) -> tuple[Numbers, ...]:
+    def _indices(self, item: int, rows: Any) -> tuple[IntArray, ...]:
         """Return the indices of the chunks of an item in these rows, one array per axis."""
         return np.unravel_index(self.flat_index[rows], self.plans[item].blocks)
 

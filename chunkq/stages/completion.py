@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from chunkq.errors import IncompleteError
 from chunkq.executors.base import Contribution, GateState
 from chunkq.job_handle import ItemHandle, JobHandle
+from chunkq.ledger import Failure
 from chunkq.plan import Index
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stage_of, stages
@@ -88,6 +89,12 @@ def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompl
             missing,
         )
     return completion
+
+
+def failures(job: JobHandle) -> list[Failure]:
+    """Return the last error of every task that failed and has not succeeded since."""
+    kinds = [stage.kind for stage in stages()]
+    return [failure for item in job.items for failure in item.ledger.failures(kinds)]
 
 
 def names_of(tasks: Pending) -> list[str]:

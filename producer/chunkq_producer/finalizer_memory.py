@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from chunkq.box import Box
 from chunkq.executors.base import Attempt
-from chunkq.finalize import OWN_PIECE, complete_block, max_concurrent_blocks
-from chunkq.job_handle import JobHandle, open_job
+from chunkq.finalize import max_concurrent_blocks
+from chunkq.job_handle import ItemHandle, open_job
 from chunkq.memory import peak_bytes
 from chunkq.parent_death_signal import with_parent_death_signal
 from chunkq.plan import Chunk, Plan
@@ -37,9 +37,10 @@ def measure_finalizer_memory(record: JobRecord) -> int | None:
     """Return the peak resident memory (bytes) of a finalizer process; None if it failed."""
     with scratch_folder("finalizer") as folder:
         job = copy_job(record, str(folder))
-        blocks = sample_blocks(job.plan)
+        item = largest_item(job)
+        blocks = sample_blocks(item.plan)
         for chunk in blocks:
-            _write_noise_pieces(job, chunk)
+            _write_noise_pieces(item, chunk)
         names = [chunk_name(chunk.index) for chunk in blocks]
         completed = subprocess.run(
             with_parent_death_signal(
@@ -60,8 +61,9 @@ def main() -> None:
     path, *names = sys.argv[1:]
     job = open_job(path)
     blocks = [index for index in map(parse_chunk, names) if index is not None]
-    with ThreadPoolExecutor(max_concurrent_blocks(job.plan)) as pool:
-        for _ in pool.map(lambda i: complete_block(job, i, Attempt(1, "finalizer")), blocks):
+    stage, item = stage_of("finalize"), largest_item(job)
+    with ThreadPoolExecutor(max_concurrent_blocks(job)) as pool:
+        for _ in pool.map(lambda i: stage.run(item, i, Attempt(1, "finalizer")), blocks):
             pass
     sys.stdout.write(f"{peak_bytes()}\n")
 
@@ -77,21 +79,21 @@ def _voxels_to_read(plan: Plan, chunk: Chunk) -> int:
     return chunk.block.size + sum(piece.box.size for piece in plan.incoming_pieces(chunk))
 
 
-def _write_noise_pieces(job: JobHandle, chunk: Chunk) -> None:
+def _write_noise_pieces(item: ItemHandle, chunk: Chunk) -> None:
     """Write all pieces that a block's contributors write, with random values.
 
     The values are not zero because blocks of zeros are not stored.
     """
-    plan, rng = job.plan, np.random.default_rng(0)
+    plan, rng = item.plan, np.random.default_rng(0)
     if chunk.is_active:
         band = [_sums(plan, box, rng) for box in chunk.band_boxes]
         shapes = [plan.output_box(box).shape for box in chunk.rest_boxes]
         rest = [rng.integers(0, 200, shape, np.uint8) for shape in shapes]
-        job.ledger.put_piece(
+        item.ledger.put_piece(
             chunk.index, OWN_PIECE, [*band, *(values.astype(plan.output_dtype) for values in rest)]
         )
     for piece in plan.incoming_pieces(chunk):
-        job.ledger.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, rng)])
+        item.ledger.put_piece(chunk.index, piece.name, [_sums(plan, piece.box, rng)])
 
 
 def _sums(plan: Plan, box: Box, rng: np.random.Generator) -> npt.NDArray[np.float32]:

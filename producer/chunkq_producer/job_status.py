@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkq.errors import QueueError, failure_key
-from chunkq.executors.base import Executor, TaskCounts, WorkerName
+from chunkq.executors.base import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.job_handle import JobHandle
 from chunkq.ledger import Failure, RecentCommits
 from chunkq.paths import without_secret
-from chunkq.tasks import chunk_name
+from chunkq.stages import completion
+from chunkq.tasks import Task
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -79,23 +80,23 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
 
     `problem` is the reason why there is no `executor`.
     """
-    folder, ledger, plan = job.folder, job.ledger, job.plan
-    recent = ledger.recent_commits("infer", RECENT_COMMITS)
-    done, finalized = recent.total, ledger.count("finalize")
+    costs = job.costs
+    recent = job.recent_commits("infer", RECENT_COMMITS)
+    done, finalized = recent.total, job.recent_commits("finalize", 0).total
     counts, running, failed_tasks = TaskCounts(), [], []
     if executor is not None:
         try:
-            counts = executor.counts(folder.path)
-            running = executor.running(folder.path)
-            failed_tasks = executor.failed(folder.path) if counts.failed else []
+            counts = executor.counts(job.id)
+            running = executor.running(job.id)
+            failed_tasks = executor.failed(job.id) if counts.failed else []
         except QueueError as error:
             executor, problem = None, str(error)
     rate = _chunks_per_second(recent)
-    remaining = plan.costs.chunks - done
-    voxels = prod(plan.volume.shape)
-    failures = ledger.failures()
-    recorded = {failure.chunk for failure in failures}
-    unexplained = [task.chunk for task in failed_tasks if task.chunk not in recorded]
+    remaining = costs.chunks - done
+    voxels = sum(prod(item.plan.volume.shape) for item in job.items)
+    failures = completion.failures(job)
+    recorded = {(failure.item, failure.chunk) for failure in failures}
+    unexplained = [task for task in failed_tasks if (task.item, task.chunk) not in recorded]
     reachable = executor is not None
     # A run with its own cluster uses another queue than this one.
     last_commit = max((commit.finished for commit in recent.records), default=0.0)
@@ -103,19 +104,19 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     on_queue = counts.queued + counts.running + counts.failed
     lost_from_queue = reachable and remaining > on_queue and not is_active
     return JobStatus(
-        output=without_secret(folder.output),
-        chunks=plan.costs.chunks,
+        output=without_secret(job.folder.output),
+        chunks=costs.chunks,
         done=done,
         running=counts.running if reachable else None,
         queued=counts.queued if reachable else None,
         failed=counts.failed if reachable else None,
-        blocks_to_finalize=plan.costs.finalized_blocks,
+        blocks_to_finalize=costs.finalized_blocks,
         blocks_finalized=finalized,
-        sealed=ledger.is_sealed() and job.output.is_sealed(),
-        voxels_per_second=rate and rate * voxels / plan.costs.chunks,
+        sealed=job.ledger.is_sealed() and job.output.is_sealed(),
+        voxels_per_second=rate and rate * voxels / costs.chunks,
         seconds_left=remaining / rate if rate and remaining and not lost_from_queue else None,
-        workers=_workers(running, recent),
-        failures=_failure_groups(failures, unexplained),
+        workers=_workers(job, running, recent),
+        failures=_failure_groups(job, failures, unexplained),
         queue_problem=problem,
         lost_from_queue=lost_from_queue,
     )
@@ -151,10 +152,13 @@ def _chunks_per_second(recent: RecentCommits) -> float | None:
     return len(recent.records) * recent.step / span if span > 0 else None
 
 
-def _workers(running: list[Any], recent: RecentCommits) -> tuple[WorkerState, ...]:
+def _workers(
+    job: JobHandle, running: list[RunningTask], recent: RecentCommits
+) -> tuple[WorkerState, ...]:
     now_running: dict[str, list[str]] = {}
-    for item in running:
-        now_running.setdefault(item.worker, []).append(chunk_name(item.task.chunk))
+    for entry in running:
+        name = job.chunk_name(entry.task.item, entry.task.chunk)
+        now_running.setdefault(entry.worker, []).append(name)
     names = sorted({c.worker for c in recent.records} | now_running.keys())
     return tuple(_worker_state(name, now_running.get(name, []), recent) for name in names)
 
@@ -181,9 +185,13 @@ def _worker_state(name: str, running: list[str], recent: RecentCommits) -> Worke
 
 
 def _failure_groups(
-    failures: list[Failure], unexplained: list[tuple[int, ...]]
+    job: JobHandle, failures: list[Failure], unexplained: list[Task]
 ) -> tuple[FailureGroup, ...]:
-    """Group recorded failures by cause; `unexplained` chunks failed without a record."""
+    """Group recorded failures by cause; `unexplained` tasks failed without a record."""
+
+    def names(tasks: Iterable[Failure | Task]) -> tuple[str, ...]:
+        return tuple(job.chunk_name(*key) for key in sorted((t.item, t.chunk) for t in tasks))
+
     failures_by_cause: dict[tuple[str, str], list[Failure]] = {}
     for failure in failures:
         failures_by_cause.setdefault(failure_key(failure.error, failure.message), []).append(
@@ -193,7 +201,7 @@ def _failure_groups(
         FailureGroup(
             error=error,
             message=members[0].message,
-            chunks=tuple(chunk_name(f.chunk) for f in sorted(members, key=lambda f: f.chunk)),
+            chunks=names(members),
             traceback=members[-1].traceback,
         )
         for (error, _), members in failures_by_cause.items()
@@ -203,7 +211,7 @@ def _failure_groups(
             FailureGroup(
                 error="WorkerVanished",
                 message="the worker process was killed in every attempt, possibly out of memory",
-                chunks=tuple(chunk_name(chunk) for chunk in sorted(unexplained)),
+                chunks=names(unexplained),
                 traceback="",
             )
         )

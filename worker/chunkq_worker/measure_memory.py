@@ -23,15 +23,15 @@ from typing_extensions import override
 from chunkq import buffers
 from chunkq.combine import Array, to_numpy
 from chunkq.executors.base import Attempt
-from chunkq.finalize import complete_block
-from chunkq.job_handle import JobHandle
+from chunkq.job_handle import ItemHandle, JobHandle
 from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk
 from chunkq.sample_chunks import sample_chunks
+from chunkq.sample_job import largest_item
 from chunkq.tasks import Task
-from chunkq_worker.infer import infer_chunk
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.inline import Contributions
+from chunkq_worker.run_task import run_task
 from chunkq_worker.runtimes.base import Runtime
 
 MAX_CHUNKS = 27
@@ -106,8 +106,8 @@ class ReplayRuntime(Runtime):
 class ChunksInFlight:
     """Compute chunks of a job with up to `depth` in flight; `finished` counts them."""
 
-    def __init__(self, job: JobHandle, depth: int) -> None:
-        self._job, self._depth = job, depth
+    def __init__(self, item: ItemHandle, depth: int) -> None:
+        self._item, self._depth = item, depth
         self._tasks: set[Task] = set()
         self._lock = threading.Lock()
         self._contributions = Contributions()
@@ -123,19 +123,19 @@ class ChunksInFlight:
         """Compute chunks until MAX_SECONDS are over, and finalize blocks; raise their errors."""
         deadline = time.perf_counter() + MAX_SECONDS
         # At least enough chunks to fill the pipeline and to finalize one block.
-        min_chunks = max(self._depth + 2, len(self._job.plan.contributors(chunks[0].index)))
+        min_chunks = max(self._depth + 2, len(self._item.plan.contributors(chunks[0].index)))
 
         def compute(number: int) -> None:
             if number >= min_chunks and time.perf_counter() > deadline:
                 return
-            task = Task("infer", self._job.folder.path, chunks[number].index)
+            task = self._item.task("infer", chunks[number].index)
             with self._lock:
                 self._tasks.add(task)
             attempt = Attempt(1, "memory measurement")
             try:
-                result = infer_chunk(task, attempt)
+                result = run_task(task, attempt)
                 for block in self._contributions.record(result.contributions):
-                    complete_block(self._job, block, attempt)
+                    run_task(block, attempt)
             finally:
                 with self._lock:
                     self._tasks.discard(task)
@@ -159,15 +159,16 @@ def measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> Memor
 
     `engine` must not have computed before. Errors of the chunks are raised.
     """
-    chunks = [chunk for chunk in sample_chunks(job.plan) if chunk.is_active][:MAX_CHUNKS]
-    in_flight = ChunksInFlight(job, depth)
+    item = largest_item(job)
+    chunks = [chunk for chunk in sample_chunks(item.plan) if chunk.is_active][:MAX_CHUNKS]
+    in_flight = ChunksInFlight(item, depth)
     network = engine.runtime
     batches = [-(-chunk.patches // engine.batcher.size) for chunk in chunks]
     device = get_device()
     # `for_plan` creates a batcher for the engine's current runtime.
     engine.runtime = replay = ReplayRuntime(network, max(batches), sum(batches), in_flight)
     try:
-        measuring_engine = device.run(lambda: engine.for_plan(job.plan)).result()
+        measuring_engine = device.run(lambda: engine.for_plan(item.plan)).result()
     finally:
         engine.runtime = network
     with device.compute_with(job, measuring_engine):

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from chunkq import json_values
-from chunkq.finalize import job_completion, job_report
+from chunkq.finalize import job_report
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
+from chunkq.stages.completion import job_completion
 from chunkq.tasks import chunk_count
 from chunkq.timing import Timing, Worker
 
@@ -77,7 +78,7 @@ def load_job_report(job: JobHandle) -> JobReport:
             missing = report["missing"]
             values = job_report(job) | {"missing": missing}
             return JobReport(output, True, values, _timing(values))
-    values = job_report(job, job_completion(job).unfinished)
+    values = job_report(job, job_completion(job).missing())
     sealed = job.ledger.is_sealed() and job.output.is_sealed()  # only the report is damaged
     return JobReport(output, sealed, values, _timing(values))
 

@@ -179,10 +179,11 @@ def _measure_pipeline(options: TrialOptions, record: JobRecord) -> Measurement:
 
 def _patches_per_second(job: JobHandle, options: TrialOptions) -> float:
     """Return patches per second over sample chunks, the middle one first, `depth` in flight."""
-    chunks = [chunk for chunk in sample_chunks(job.plan) if chunk.is_active]
+    item = largest_item(job)
+    chunks = [chunk for chunk in sample_chunks(item.plan) if chunk.is_active]
 
     def compute(chunk: Chunk) -> int:
-        run_task(Task("infer", job.folder.path, chunk.index), Attempt(1, "tune"))
+        run_task(item.task("infer", chunk.index), Attempt(1, "tune"))
         return chunk.patches
 
     if len(chunks) > options.depth:  # with fewer chunks, all of them have to be timed
