@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from chunkq import __version__
 from chunkq.blend import OwnBlock, finalize_sums
 from chunkq.diagnosis import advice, conclusion
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
+from chunkq.events import Sink, StageProgress, ignore
 from chunkq.executors.base import Attempt
 from chunkq.footprint import footprint
 from chunkq.job_handle import JobHandle, open_job
@@ -21,6 +22,7 @@ from chunkq.plan import Chunk, Index, Piece, Plan
 from chunkq.tasks import Task, chunk_count, chunk_name
 from chunkq.timing_aggregation import aggregate_timing
 
+STAGE = "finalizing blocks"
 OWN_PIECE = "own"
 """Name of the piece that a chunk stores for its own block."""
 BATCH_SIZE = 1000
@@ -140,13 +142,12 @@ def finalize_job(
     worker: str,
     allow_missing: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    emit: Sink = ignore,
 ) -> dict[str, Any]:
     """Complete every block that is ready, seal the output, and return the report.
 
     With `allow_missing`, blocks that need a missing chunk stay empty and the output is marked as
-    incomplete. `progress` is called with the number of complete blocks and their total. `threads`
-    blocks are completed concurrently (default: `max_concurrent_blocks`).
+    incomplete. `threads` blocks are completed concurrently (default: `max_concurrent_blocks`).
 
     Raises IncompleteError with the missing chunks, unless `allow_missing`. Raises IncompleteError
     with the code RESULTS_LOST if pieces or commit records are damaged: all other blocks are
@@ -160,7 +161,7 @@ def finalize_job(
     ready = ready_blocks(job, completion)
     attempt, done = Attempt(1, worker), 0
     lost: dict[Index, str] = {}
-    progress(done, len(ready))
+    emit(StageProgress(STAGE, done, len(ready)))
     with ThreadPoolExecutor(threads or max_concurrent_blocks(job.plan)) as pool:
         for first in range(0, len(ready), BATCH_SIZE):
             batch = ready[first : first + BATCH_SIZE]
@@ -172,7 +173,7 @@ def finalize_job(
                     except PieceError as error:
                         lost |= dict.fromkeys(error.sources, str(error))
                     done += 1
-                    progress(done, len(ready))
+                    emit(StageProgress(STAGE, done, len(ready)))
             except BaseException:
                 for future in futures:
                     future.cancel()

@@ -8,18 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from typing_extensions import override
-
+from chunkq.events import Sink, StageProgress
 from chunkq.executors.base import (
     Attempt,
     BlockContribution,
-    Executor,
-    Handler,
-    RunningTask,
-    TaskCounts,
     TaskResult,
     WorkerName,
-    WorkerOptions,
     default_depth,
 )
 from chunkq.finalize import complete_block, job_completion, max_concurrent_blocks
@@ -28,64 +22,9 @@ from chunkq.plan import Index
 from chunkq.tasks import Task
 from chunkq_worker.run_task import run_task
 
+STAGE = "computing chunks"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class NoQueue(Executor):
-    """An executor that stores no tasks; the ledger alone records which chunks are committed.
-
-    `url` is the queue that the job record names, used when an unfinished job is produced again.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    @override
-    def submit(self, tasks: Iterable[Task]) -> int:
-        return 0
-
-    @override
-    def counts(self, job: str) -> TaskCounts:
-        return TaskCounts()
-
-    @override
-    def jobs(self) -> dict[str, TaskCounts]:
-        return {}
-
-    @override
-    def running(self, job: str) -> list[RunningTask]:
-        return []
-
-    @override
-    def failed(self, job: str) -> list[Task]:
-        return []
-
-    @override
-    def retry(self, job: str) -> int:
-        return 0
-
-    @override
-    def cancel(self, job: str) -> int:
-        return 0
-
-    @override
-    def release(self, worker: str, *, counted: bool = True) -> int:
-        return 0
-
-    @override
-    def run_tasks(self, handler: Handler, options: WorkerOptions) -> None:
-        return
-
-    @override
-    def record_contributions(
-        self, job: str, contributions: Sequence[BlockContribution]
-    ) -> list[Task]:
-        return []
-
-    @override
-    def close(self) -> None:
-        return
 
 
 class Contributions:
@@ -109,18 +48,17 @@ class Contributions:
             ]
 
 
-def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
+def compute_inline(job: JobHandle, emit: Sink) -> str:
     """Compute every chunk that is not committed, in index order; return this worker's name.
 
     A block is finalized as soon as all its contributors have committed in this call. Blocks with
     contributors from an earlier run are left to the finalizer. The first error of a chunk is
-    recorded in the ledger and raised; committed chunks stay committed. `progress` is called with
-    (committed chunks, all chunks).
+    recorded in the ledger and raised; committed chunks stay committed.
     """
     worker = WorkerName.new(job.plan.job.model.device).name
     unfinished, total = job_completion(job).unfinished, job.plan.costs.chunks
     committed = total - len(unfinished)
-    progress(committed, total)
+    emit(StageProgress(STAGE, committed, total))
     contributions = Contributions()
     blocks: list[Future[None]] = []
     finalizers, depth = (
@@ -136,7 +74,7 @@ def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
         for done, result in enumerate(pipelined(start, unfinished, depth), start=committed + 1):
             for block in contributions.record(result.contributions):
                 blocks.append(finalizer.submit(complete_block, job, block, Attempt(1, worker)))
-            progress(done, total)
+            emit(StageProgress(STAGE, done, total))
         for future in blocks:
             future.result()
     return worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import traceback
 from dataclasses import replace
@@ -16,16 +15,15 @@ from chunkq.errors import (
     MissingJobError,
     ModelError,
 )
+from chunkq.events import Message, Sink, TaskEnded, TaskFailed, write_log
 from chunkq.executors.base import Attempt, TaskResult
 from chunkq.job_handle import open_job
 from chunkq.job_path import output_of, printable_path
 from chunkq.ledger import Failure, JobFolder
 from chunkq.tasks import Task, chunk_name, entry_point
 
-log = logging.getLogger("chunkq.worker")
 
-
-def run_task(task: Task, attempt: Attempt) -> TaskResult:
+def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult:
     """Run one task; do nothing if it is committed. Thread-safe.
 
     Record an error in the ledger and raise it again. Raise JobError, without opening a file, if
@@ -45,21 +43,20 @@ def run_task(task: Task, attempt: Attempt) -> TaskResult:
         output = printable_path(output_of(task.job))
         raise type(error)(f"{output}: {error}", code=error.code) from error
     except (Exception, SystemExit) as error:
-        record_failure(task, attempt, error)
+        record_failure(task, attempt, error, emit)
         raise
-    name = chunk_name(task.chunk)
-    log.info("%s chunk %s done in %.1f s", task.kind, name, time.time() - started)
+    emit(TaskEnded(task, time.time() - started))
     return result
 
 
-def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
-    """Log an error and record it in the ledger; only log it if the ledger cannot be written."""
+def record_failure(
+    task: Task, attempt: Attempt, error: BaseException, emit: Sink = write_log
+) -> None:
+    """Emit an error and record it in the ledger; only emit it if the ledger cannot be written."""
     message = str(error) or type(error).__name__
     if not isinstance(error, ChunkqError):
         message = f"{type(error).__name__}: {message}"
-    log.error(
-        "%s chunk %s, attempt %d: %s", task.kind, chunk_name(task.chunk), attempt.number, message
-    )
+    emit(TaskFailed(task, attempt.number, message))
     if isinstance(error, MissingJobError):
         return  # a record would create the removed job folder again
     failure = Failure(
@@ -77,6 +74,5 @@ def record_failure(task: Task, attempt: Attempt, error: BaseException) -> None:
         if record is not None:
             folder.ledger(record.epoch).record_failure(failure)
     except (OSError, JobError) as write_error:
-        log.error(
-            "the failure of chunk %s cannot be recorded: %s", chunk_name(task.chunk), write_error
-        )
+        name = chunk_name(task.chunk)
+        emit(Message(f"the failure of chunk {name} cannot be recorded: {write_error}"))
