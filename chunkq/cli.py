@@ -5,42 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib import import_module
-from types import MappingProxyType
 from typing import Any
 
 import click
 
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
+from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
 from chunkq.tasks import chunk_name
-
-COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
-    {
-        "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
-        "plan": ("chunkq_producer.commands.plan:plan", "Check a job, estimate memory and storage."),
-        "tune": ("chunkq_worker.tune.command:tune", "Find a job's fastest settings."),
-        "produce": (
-            "chunkq_producer.commands.produce:produce",
-            "Check a job and queue its chunks.",
-        ),
-        "work": ("chunkq_worker.commands:work", "Compute the chunks on a queue."),
-        "status": ("chunkq_producer.commands.status:status", "Show job progress."),
-        "finalize": (
-            "chunkq_producer.commands.finalize:finalize",
-            "Merge overlaps and mark the output complete.",
-        ),
-        "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
-        "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
-        "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
-        "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
-        "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
-        "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
-        "export": ("chunkq_worker.export_command:export", "Write a network as ONNX or .pt2."),
-        "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
-    }
-)
-"""Command -> (`module:function`, help line). `--help` imports no command."""
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
@@ -55,17 +27,18 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a command, or None for an unknown name."""
-        if cmd_name not in COMMANDS:
+        targets = {name: target for name, (target, _) in COMMANDS.items()} | INTERNAL_COMMANDS
+        if cmd_name not in targets:
             return None
-        module, _, name = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), name)
+        command: click.Command = load(targets[cmd_name])
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Resolve a command; the error for an unknown one suggests the nearest name."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        known = {*COMMANDS, *INTERNAL_COMMANDS}
+        if args and args[0] not in known and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{suggestion(args[0], list(COMMANDS))}")
         return super().resolve_command(ctx, args)
 

@@ -8,9 +8,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
+from chunkq.create import check_job, check_output
+from chunkq.enqueue import EnqueueResult
 from chunkq.errors import QueueError
+from chunkq.events import Event, Sink, fan_out, progress_sink, write_log
 from chunkq.executors import open_executor, queue_url
 from chunkq.executors.base import Executor
 from chunkq.finalize import finalize_job
@@ -18,12 +19,12 @@ from chunkq.job import Job, load_job
 from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import job_folder_of
-from chunkq_producer import submit
-from chunkq_producer.cluster import queue_of
 from chunkq_producer.distribute import distribute as finalize_on_workers
-from chunkq_producer.job_status import JobStatus, StatusPoller, job_status
-from chunkq_producer.runner import ProgressReporter, RunOptions, launch_cluster_workers, run_job
-from chunkq_producer.submit import ProduceResult
+from chunkq_producer.engine import queue_of
+from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status
+from chunkq_producer.produce import produce_job
+from chunkq_producer.runner import run_job
+from chunkq_producer.workers import RunOptions, launch_cluster_workers
 
 JobSource = str | Path | Mapping[str, Any]
 """A job file, or a mapping with the same keys."""
@@ -66,7 +67,7 @@ def run(
         queue=queue,
         options=RunOptions(workers, gpus, depth),
         overwrite=overwrite,
-        reporter=_StatusReporter(progress),
+        emit=write_log if progress is None else fan_out(write_log, _status_sink(progress)),
     ).report
 
 
@@ -79,7 +80,7 @@ def produce(
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = _ignore_progress,
-) -> ProduceResult:
+) -> EnqueueResult:
     """Check a job, write its job folder and queue every chunk that is not computed.
 
     Equivalent to `chunkq produce`. `queue` is a URL or an open queue, which stays open. It
@@ -90,14 +91,15 @@ def produce(
     path holds something else, and QueueError if the queue cannot be reached.
     """
     loaded_job = _load(job, input, output)
-    prepared = submit.prepare(loaded_job)
-    submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
+    checked = check_job(loaded_job)
+    check_output(checked, resume=resume, overwrite=overwrite)
     queue_or_url = queue if isinstance(queue, Executor) else queue_of(loaded_job, queue)
     with _queue(queue_or_url, None) as executor:
-        result = submit.produce(
-            prepared, executor, resume=resume, overwrite=overwrite, progress=progress
+        result = produce_job(
+            checked, executor, resume=resume, overwrite=overwrite, emit=progress_sink(progress)
         )
-        launch_cluster_workers(executor, result)
+        if result.done < result.chunks:
+            launch_cluster_workers(executor, result.job)
     return result
 
 
@@ -129,25 +131,21 @@ def finalize(
     `allow_missing`, and MissingJobError if there is no job.
     """
     job = open_job(_folder(output))
+    emit = progress_sink(progress)
     if distribute:
         with _queue(queue, job.record.job.queue) as executor:
-            finalize_on_workers(job, executor, allow_missing=allow_missing, progress=progress)
-    return finalize_job(
-        job, worker=socket.gethostname(), allow_missing=allow_missing, progress=progress
-    )
+            finalize_on_workers(job, executor, allow_missing=allow_missing, emit=emit)
+    return finalize_job(job, worker=socket.gethostname(), allow_missing=allow_missing, emit=emit)
 
 
-class _StatusReporter(ProgressReporter):
-    """Call a function, if any, with the job's status."""
+def _status_sink(function: Callable[[JobStatus], None]) -> Sink:
+    """Return a sink that calls a user's function with the job's status while workers run."""
 
-    def __init__(self, progress: Callable[[JobStatus], None] | None) -> None:
-        self._progress = progress
+    def emit(event: Event) -> None:
+        if isinstance(event, WorkersRunning):
+            function(event.poller())
 
-    @override
-    @contextmanager
-    def watch(self) -> Iterator[Callable[[StatusPoller], None]]:
-        progress = self._progress
-        yield (lambda poller: None) if progress is None else (lambda poller: progress(poller()))
+    return emit
 
 
 def _load(job: JobSource, input: PathOrUrl | None, output: PathOrUrl | None) -> Job:

@@ -1,4 +1,4 @@
-"""Select the engine and queue of a run, and start or join its cluster."""
+"""Start or join the cluster of a run."""
 
 from __future__ import annotations
 
@@ -7,28 +7,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from urllib.parse import urlencode, urlsplit
 
-from chunkq.errors import JobError, QueueError
-from chunkq.executors import BACKENDS, QUEUE_VARIABLE, credentials, load_backend, queue_url
-from chunkq.job import DaskConfig, Job, RayConfig
-from chunkq.paths import without_secret
+from chunkq.errors import QueueError
+from chunkq.executors import credentials, load_backend, queue_url
+from chunkq.job import DaskConfig, Job
 from chunkq.private_files import write_private
 from chunkq.scratch import scratch_folder
-from chunkq_producer.slurm import Announcement, Step, announce
+from chunkq_producer.engine import CLUSTERS, Engine, is_cpu_only, ray_url
+from chunkq_producer.slurm import Announcement, announce
 
 log = logging.getLogger("chunkq.run")
-
-ENGINES: MappingProxyType[str, str] = MappingProxyType(
-    {"sqlite": "sqlite", "inprocess": "inprocess", "rq": "redis", "dask": "dask", "ray": "ray"}
-)
-"""Value of --executor -> scheme of the queue URL."""
-DEFAULT_QUEUES = MappingProxyType(
-    {"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"}
-)
-CLUSTERS = ("dask", "ray")
-"""Engines that start their own cluster or use the workers of a running one."""
 
 
 @dataclass(frozen=True)
@@ -54,122 +42,28 @@ class Cluster:
     has_died: Callable[[], bool] = field(default=lambda: False)
 
 
-def engine_of(engine: str | None, job: Job, queue: str | None) -> tuple[str, str | None]:
-    """Return the engine of a run and its queue URL, None if the engine starts its own queue.
-
-    `engine` and `queue` are the values of --executor and --queue. Raises JobError if they
-    contradict each other or the job.
-    """
-    url = queue or os.environ.get(QUEUE_VARIABLE) or job.queue
-    if engine is None:
-        url = queue_url(queue, job.queue)
-        scheme = url.partition("://")[0]
-        engines = [n for n, s in ENGINES.items() if BACKENDS.get(s) == BACKENDS.get(scheme)]
-        engine = engines[0] if engines else "sqlite"
-    else:
-        scheme = (url or ENGINES[engine] + "://").partition("://")[0]
-        if BACKENDS.get(scheme) != BACKENDS[ENGINES[engine]]:
-            source = (
-                "--queue"
-                if queue
-                else QUEUE_VARIABLE
-                if QUEUE_VARIABLE in os.environ
-                else "the job's queue"
-            )
-            raise JobError(
-                f"--executor: {engine} cannot use the queue {scheme}:// from {source}; "
-                f"set --queue {ENGINES[engine]}://… or remove --executor"
-            )
-    if engine in CLUSTERS:
-        if url is None or url.partition("://")[2] == "":
-            return engine, _url_of_running_cluster(engine, job)
-        if job.cluster == "slurm":
-            raise JobError(
-                f"cluster: slurm starts a new {engine} cluster, found the queue "
-                f"{without_secret(url)}; remove the queue, or set cluster: running to use its "
-                "cluster"
-            )
-    if url is None:
-        url = DEFAULT_QUEUES.get(engine) or queue_url(None)
-    return engine, url
-
-
-def queue_of(job: Job, queue: str | None) -> str:
-    """Return the URL of the queue that a job is submitted to; `queue` is the value of --queue.
-
-    Raises JobError for `cluster: running` without exactly one address.
-    """
-    url = queue or os.environ.get(QUEUE_VARIABLE) or job.queue
-    if job.cluster != "running" or (url and url.partition("://")[2]):
-        return queue_url(queue, job.queue)
-    addresses = {"dask": job.dask_config.address, "ray": job.ray_config.address}
-    scheme = url.partition("://")[0] if url else None
-    engines = [name for name, address in addresses.items() if address and scheme in (None, name)]
-    if len(engines) != 1:
-        raise JobError(
-            f"cluster: running needs the address of one cluster, found {len(engines)}; set "
-            "dask_config.address, ray_config.address or --queue"
-        )
-    return _url_of_running_cluster(engines[0], job) or queue_url(None)
-
-
-def _url_of_running_cluster(engine: str, job: Job) -> str | None:
-    """Return the queue URL of a job's running cluster; None unless `cluster: running`."""
-    if job.cluster != "running":
-        return None
-    address = job.dask_config.address if engine == "dask" else job.ray_config.address
-    if address is None:
-        raise JobError(
-            f"cluster: running needs the address of the cluster; set {engine}_config.address or "
-            f"--queue {engine}://HOST:PORT"
-        )
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise JobError(
-            f"{engine}_config.address: invalid address {address!r}; expected HOST:PORT"
-        ) from None
-    host = f"[{host}]" if ":" in host else host
-    if engine == "ray":
-        return (
-            address if parts.scheme == "ray" else _ray_url(f"{host}:{port or job.ray_config.port}")
-        )
-    config = job.dask_config
-    protocol: str = parts.scheme if parts.scheme in ("tls", "ucx") else config.protocol
-    options = {"protocol": protocol} if protocol != "tcp" else {}
-    options |= {"interface": config.interface} if config.interface else {}
-    query = f"?{urlencode(options)}" if options else ""
-    return f"dask://{host}:{port or config.scheduler_port}{query}"
-
-
-def _ray_url(address: str) -> str:
-    return f"ray://auto?address={address}"
-
-
 @contextmanager
-def cluster_for(
-    job: Job, engine: str, url: str | None, step: Step | None, workers: int | None = None
-) -> Iterator[Cluster]:
+def cluster_for(job: Job, engine: Engine, workers: int | None = None) -> Iterator[Cluster]:
     """Yield the cluster of a run. A cluster that is started here stops at the end."""
-    config = job.dask_config if engine == "dask" else DaskConfig()
+    name, url, step = engine.name, engine.url, engine.step
+    config = job.dask_config if name == "dask" else DaskConfig()
     per_node, depth = config.n_workers, config.threads_per_worker
-    if engine not in CLUSTERS or url is not None:
+    if name not in CLUSTERS or url is not None:
         yield Cluster(
             url or queue_url(None),
-            launches_remote_workers=engine in CLUSTERS and job.cluster == "running",
+            launches_remote_workers=name in CLUSTERS and job.cluster == "running",
             per_node=per_node,
             depth=depth,
-            is_temporary=engine == "inprocess",
+            is_temporary=name == "inprocess",
         )
         return
     single_node = step is None
-    start = _dask(config, single_node) if engine == "dask" else _ray(job, single_node, workers)
+    start = _dask(config, single_node) if name == "dask" else _ray(job, single_node, workers)
     with start as own_cluster, announce(job.output, step) as publish:
         yield Cluster(
             own_cluster.url,
             # Ray distributes actors over its nodes; Dask workers are started on each node.
-            launches_remote_workers=engine == "ray" and not single_node,
+            launches_remote_workers=name == "ray" and not single_node,
             per_node=per_node,
             depth=depth,
             is_temporary=True,
@@ -234,7 +128,7 @@ def _ray(job: Job, single_node: bool, workers: int | None) -> Iterator[_OwnClust
         address,
         token,
     ):
-        yield _OwnCluster(_ray_url(address), address, token)
+        yield _OwnCluster(ray_url(address), address, token)
 
 
 @contextmanager
@@ -266,21 +160,3 @@ def _with_certificate(leader: Announcement) -> Iterator[str]:
     with scratch_folder("dask") as folder:
         file = write_private(folder / "cluster.pem", leader.secret)
         yield replace(Address.parse(leader.address), protocol="tls", tls=str(file)).url
-
-
-def is_cpu_only(job: Job) -> bool:
-    """Return whether a job uses no GPU."""
-    return job.model.device == "cpu" or job.hardware == "cpu_only"
-
-
-def unused_sections(job: Job, engine: str) -> list[str]:
-    """Return one line for each section of the job that applies to another engine."""
-    sections = {
-        "dask": job.dask_config != DaskConfig(),
-        "ray": job.ray_config != RayConfig(),
-    }
-    return [
-        f"{name}_config: unused with --executor {engine}; remove it or use --executor {name}"
-        for name, is_set in sections.items()
-        if is_set and name != engine
-    ]

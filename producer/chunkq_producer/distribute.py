@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from chunkq.errors import ChunkqError, ErrorCode
+from chunkq.events import Sink, StageProgress, ignore
 from chunkq.executors.base import Executor
 from chunkq.finalize import check_completion, ready_blocks
 from chunkq.job_handle import JobHandle
@@ -14,6 +14,7 @@ from chunkq.tasks import Task, chunk_name
 
 log = logging.getLogger("chunkq.queue")
 
+STAGE = "finalizing blocks on workers"
 POLL_SECONDS = 1.0
 IDLE_SECONDS = 30.0
 """Time without a reserved task after which a warning is logged."""
@@ -24,7 +25,7 @@ def distribute(
     executor: Executor,
     *,
     allow_missing: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    emit: Sink = ignore,
 ) -> None:
     """Submit every block that can be completed and wait until workers have completed them.
 
@@ -38,7 +39,7 @@ def distribute(
     while True:
         counts = executor.counts(path)
         done = min(total, job.ledger.count("finalize") - before)
-        progress(done, total)
+        emit(StageProgress(STAGE, done, total))
         if not counts.queued and not counts.running:
             break
         if (done, counts) != last_state or counts.running:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkq.errors import QueueError, failure_key
+from chunkq.events import Event
 from chunkq.executors.base import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.job_handle import JobHandle
 from chunkq.ledger import Failure, RecentCommits
@@ -142,6 +143,13 @@ class StatusPoller:
     def pause(self, min_seconds: float) -> float:
         """Return the seconds to wait before the next poll, so that polling stays cheap."""
         return max(min_seconds, self.seconds * MIN_PAUSE_FACTOR)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersRunning(Event):
+    """Workers run a job. This event is repeated; a sink that shows the status calls `poller`."""
+
+    poller: StatusPoller
 
 
 def _chunks_per_second(recent: RecentCommits) -> float | None:

@@ -11,13 +11,36 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 
-from chunkq.errors import QueueError
-from chunkq.executors.base import Executor, WorkerOptions
-from chunkq.executors.hosted import RemoteWorkers
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
+from chunkq.events import Message, Sink, write_log
+from chunkq.executors import QUEUE_VARIABLE
+from chunkq.executors.base import Executor, WorkerName, WorkerOptions, default_depth
+from chunkq.executors.hosted import HostedQueue, RemoteWorkers
+from chunkq.job_handle import JobHandle
+from chunkq_producer.cluster import Cluster
+from chunkq_producer.engine import is_cpu_only
+from chunkq_producer.job_status import FailureGroup, StatusPoller, WorkersRunning
 
-PrintLine = Callable[[str], None]
+REFRESH_SECONDS = 0.5
+
+
+class InterruptedRunError(ChunkqError):
+    """A signal stopped the run. Computed chunks are kept."""
+
+    exit_code = 130
+    code = ErrorCode.INTERRUPTED
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The user's options for the workers of a run. None selects the job's value or a default."""
+
+    workers: int | None = None
+    gpus: str = "all"
+    depth: int | None = None
 
 
 class Workers(ABC):
@@ -43,6 +66,11 @@ class Workers(ABC):
     def exit_code(self) -> int:
         """Exit code of `chunkq work`, or its equivalent; valid after the workers have ended."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether a worker ended with an error other than failed chunks."""
+        return self.exit_code not in (0, IncompleteError.exit_code)
+
     def kill(self) -> None:  # noqa: B027 -- remote workers continue without this process
         """Kill workers that cannot continue without this process."""
 
@@ -54,9 +82,7 @@ class WorkerCommand(Workers):
     can read command lines.
     """
 
-    def __init__(
-        self, options: Sequence[str], environment: Mapping[str, str], print_line: PrintLine
-    ) -> None:
+    def __init__(self, options: Sequence[str], environment: Mapping[str, str], emit: Sink) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", "--lifeline", *options],
             env={**os.environ, **environment},
@@ -65,7 +91,7 @@ class WorkerCommand(Workers):
             text=True,
             start_new_session=True,
         )
-        self._print_line = print_line
+        self._emit = emit
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._forward_stderr, daemon=True)
         self._reader.start()
@@ -104,14 +130,14 @@ class WorkerCommand(Workers):
         with self._process.stderr as lines:
             for line in lines:
                 self._lines.append(line.rstrip("\n"))
-                self._print_line(self._lines[-1])
+                self._emit(Message(self._lines[-1]))
 
 
 class ClusterWorkers(Workers):
     """Remote workers inside a Dask or Ray cluster."""
 
-    def __init__(self, remote_workers: RemoteWorkers, print_line: PrintLine) -> None:
-        self._remote_workers, self._print_line = remote_workers, print_line
+    def __init__(self, remote_workers: RemoteWorkers, emit: Sink) -> None:
+        self._remote_workers, self._emit = remote_workers, emit
 
     def have_ended(self) -> bool:
         """Return whether all workers have ended; False while the queue cannot be reached."""
@@ -134,15 +160,15 @@ class ClusterWorkers(Workers):
         """1 if any worker ended with an error, else 0."""
         self.messages = [f"chunkq: {line}" for line in self._remote_workers.messages()]
         for line in self.messages:
-            self._print_line(line)
+            self._emit(Message(line))
         return 1 if self.messages else 0
 
 
 class WorkerThread(Workers):
     """One worker in a thread of this process."""
 
-    def __init__(self, executor: Executor, options: WorkerOptions, print_line: PrintLine) -> None:
-        self._executor, self._options, self._print_line = executor, options, print_line
+    def __init__(self, executor: Executor, options: WorkerOptions, emit: Sink) -> None:
+        self._executor, self._options, self._emit = executor, options, emit
         self._exit_code = 0
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
@@ -174,7 +200,102 @@ class WorkerThread(Workers):
         self._exit_code = status.code
         self.messages = [f"chunkq: {line}" for line in status.lines]
         for line in self.messages:
-            self._print_line(line)
+            self._emit(Message(line))
+
+
+def run_workers(
+    executor: Executor,
+    job: JobHandle,
+    cluster: Cluster,
+    options: RunOptions,
+    rerun: str,
+    emit: Sink,
+) -> Sequence[FailureGroup]:
+    """Start the workers of a job and wait until they end; return the failures.
+
+    `rerun` is what the user does to continue a run that was cut off. Raises InterruptedRunError
+    after a signal, and ChunkqError if the cluster or a worker ended with an error.
+    """
+    poller = StatusPoller(job, executor)
+
+    def poll() -> float:
+        try:
+            emit(WorkersRunning(poller))
+        except Exception as error:  # a failure to read the status must not stop the run
+            reason = " ".join(str(error).split())
+            line = f"chunkq: the progress cannot be read: {reason}; the run continues"
+            emit(Message(line))
+        return poller.pause(REFRESH_SECONDS)
+
+    workers = start_workers(executor, job, cluster, options, emit)
+    if wait_for_workers(workers, poll, cluster.has_died):
+        raise InterruptedRunError(f"run: interrupted; {rerun} to continue")
+    if cluster.has_died():
+        raise ChunkqError(
+            f"run: the cluster that this run started has ended; {rerun} to continue",
+            code=ErrorCode.CLUSTER_UNAVAILABLE,
+        )
+    if workers.failed:
+        raise with_notes(
+            ChunkqError(
+                f"run: a worker ended with an error; fix the cause above, then {rerun}",
+                code=ErrorCode.WORKER_FAILED,
+            ),
+            workers.messages,
+        )
+    return poller().failures
+
+
+def launch_cluster_workers(executor: Executor, job: JobHandle) -> bool:
+    """Start remote workers for a job with `cluster: running`; return whether any were started.
+
+    Other jobs need `chunkq work`. Raises QueueError if the cluster has no worker processes.
+    """
+    config = job.record.job
+    if config.cluster != "running" or not isinstance(executor, HostedQueue):
+        return False
+    depth = config.dask_config.threads_per_worker
+    cluster = Cluster(executor.url, launches_remote_workers=True, depth=depth)
+    start_workers(executor, job, cluster, RunOptions(), write_log)
+    return True
+
+
+def start_workers(
+    executor: Executor,
+    job: JobHandle,
+    cluster: Cluster,
+    options: RunOptions,
+    emit: Sink,
+) -> Workers:
+    """Start the workers of a job. The user's options have precedence over the job's."""
+    config = job.record.job
+    depth = options.depth or cluster.depth
+    if cluster.launches_remote_workers and isinstance(executor, HostedQueue):
+        gpu = not is_cpu_only(config)
+        depth = depth or default_depth(gpu=gpu)
+        remote_workers = executor.launch_remote_workers(
+            job.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes
+        )
+        return ClusterWorkers(remote_workers, emit)
+    if not executor.owns_process:
+        return _worker_thread(executor, job, depth, emit)
+    gpus = "none" if is_cpu_only(config) else options.gpus
+    arguments = ["--gpus", gpus, "--job", job.folder.output]
+    if options.workers:
+        arguments += ["-w", str(options.workers)]
+    elif cluster.per_node:
+        arguments += ["--per-node", str(cluster.per_node)]
+    arguments += ["--depth", str(depth)] if depth else []
+    return WorkerCommand(arguments, {QUEUE_VARIABLE: cluster.url}, emit)
+
+
+def _worker_thread(executor: Executor, job: JobHandle, depth: int | None, emit: Sink) -> Workers:
+    """Start the worker of a queue that exists only in this process."""
+    device = job.record.job.model.device
+    worker = WorkerName.new(device).name
+    depth = depth or default_depth(gpu=device == "cuda")
+    options = WorkerOptions(worker, depth=depth, burst=True, job=job.folder.path)
+    return WorkerThread(executor, options, emit)
 
 
 def wait_for_workers(
@@ -220,3 +341,10 @@ def _forward_signals(workers: Workers, interrupted: threading.Event) -> Iterator
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def with_notes(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
+    """Return the error with each line as a note."""
+    for line in lines:
+        error.add_note(line)
+    return error

@@ -15,9 +15,9 @@ from unittest import mock
 
 import numpy as np
 import yaml
-from chunkq_producer import submit
 
 from chunkq.cli import main
+from chunkq.create import check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.footprint import footprint
 from chunkq.job import load_job
@@ -174,7 +174,7 @@ def judge(seed: int, lab: Path) -> Finding | None:
 
 def _judge_call(path: Path) -> Finding | None:
     try:
-        prepared = submit.prepare(load_job(path))
+        prepared = check_job(load_job(path))
     except ChunkqError as error:
         return judge_error(error)
     record = prepared.record

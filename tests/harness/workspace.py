@@ -15,11 +15,11 @@ from typing import Any
 from unittest import mock
 
 import yaml
-from chunkq_producer import submit
 from chunkq_worker.run_task import run_task
 
 from chunkq import documents
 from chunkq.cli import main
+from chunkq.create import check_job, create_job
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.finalize import finalize_job
@@ -259,9 +259,7 @@ def output_files(output: Path) -> dict[str, bytes]:
 
 def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
-    queue = mock.create_autospec(Executor, instance=True, url="sqlite:///missing/queue.db")
-    produced = submit.produce(submit.prepare(load_job(values)), queue)
-    job = open_job(produced.folder.path)
+    job = create_job(check_job(load_job(values)))
     for index in job.plan.indices():
         run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
     return job, finalize_job(job, worker="inline")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from chunkq_producer import submit
 from chunkq_worker import model_check
 
+from chunkq.create import check_job
 from chunkq.errors import ErrorCode
 from chunkq.job import load_job
 from tests.harness.files import everything_below
@@ -548,7 +548,7 @@ def test_a_network_that_cannot_be_used_is_reported_in_one_line(
     change, fragment = NETWORKS[mistake]
     job = load_job(workspace.write_job(model=change(workspace)))
     before = everything_below(workspace.folder)
-    record = submit.prepare(job).record
+    record = check_job(job).record
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(record.to_json())))
     model_check.main()
     error = json.loads(capsys.readouterr().out)["error"]

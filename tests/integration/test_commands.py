@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from chunkq.cli import COMMANDS
 from chunkq.errors import ErrorCode
 from chunkq.executors.base import WorkerOptions
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.job import load_job
+from chunkq.lazy_imports import COMMANDS
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chunkq_producer import submit
-from chunkq_worker.inline import NoQueue
 
 from chunkq import documents
+from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
@@ -471,13 +470,12 @@ def test_exactly_one_of_two_jobs_produced_at_the_same_time_onto_one_output_succe
     tmp_path: Path, options: dict[str, bool]
 ) -> None:
     workspace = make_workspace(tmp_path)
-    queue = NoQueue("sqlite:///nowhere/queue.db")
     for attempt in range(10):
         output = str(tmp_path / f"race{attempt}.zarr")
         files = [workspace.write_job(f"{n}.json", strides=[n, n]) for n in (4, 6)]
-        jobs = [submit.prepare(load_job(file, output=output)) for file in files]
+        jobs = [check_job(load_job(file, output=output)) for file in files]
         if options:
-            submit.produce(jobs[0], queue)
+            create_job(jobs[0])
         produced, codes = _race(jobs, options)
         stored = JobFolder(f"{output}.chunkq").require_record()
         if options:  # the second may start after the first has ended, and replace it
@@ -489,16 +487,14 @@ def test_exactly_one_of_two_jobs_produced_at_the_same_time_onto_one_output_succe
             assert codes in ([ErrorCode.OUTPUT_OF_OTHER_JOB], [ErrorCode.JOB_REPLACED])
 
 
-def _race(
-    jobs: list[submit.PreparedJob], options: dict[str, bool]
-) -> tuple[list[int], list[ErrorCode]]:
+def _race(jobs: list[CheckedJob], options: dict[str, bool]) -> tuple[list[int], list[ErrorCode]]:
     """Produce all jobs at the same time; return the numbers of the produced, and other errors."""
     barrier = threading.Barrier(len(jobs), timeout=TIMEOUT)
 
     def produce(number: int) -> int | ErrorCode:
         barrier.wait()
         try:
-            submit.produce(jobs[number], NoQueue("sqlite:///nowhere/queue.db"), **options)
+            create_job(jobs[number], **options)
         except ChunkqError as error:
             return error.code
         return number

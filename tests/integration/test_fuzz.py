@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from chunkq_producer import submit
 
 from chunkq import user_code
+from chunkq.create import check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.job import MAX_FILE_BYTES, MAX_INTEGER, load_job
 from tests.fuzz.job_files import BASES, create_lab
@@ -27,7 +27,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_job_files_that_are_mutated_can_be_planned(lab: Path, number: int) -> None:
     path = lab / "base.yaml"
     path.write_text(yaml.safe_dump(BASES[number]))
-    assert submit.prepare(load_job(path)).plan.costs.chunks >= 1
+    assert check_job(load_job(path)).plan.costs.chunks >= 1
 
 
 def test_mutated_job_files_and_damaged_jobs_end_in_a_plan_or_a_message(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_mutated_job_files_and_damaged_jobs_end_in_a_plan_or_a_message(tmp_path:
 def problems(path: Path, code: ErrorCode = ErrorCode.JOB_INVALID) -> list[str]:
     """Prepare an invalid job; return the lines of its JobError, which must be printable."""
     with pytest.raises(JobError) as caught:
-        submit.prepare(load_job(path))
+        check_job(load_job(path))
     assert caught.value.code is code
     assert all(line.isprintable() and 0 < len(line) < 2000 for line in caught.value.problems)
     return list(caught.value.problems)

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from chunkq_producer import submit
-from chunkq_worker.inline import NoQueue
 from chunkq_worker.run_task import run_task
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -31,6 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
@@ -206,8 +205,7 @@ class Suspensions(RuleBasedStateMachine):
 
     def produce(self, number: int, *, overwrite: bool = False) -> None:
         job = load_job(self.jobs.job(number, self.output))
-        queue = NoQueue("sqlite:///nowhere/queue.db")
-        submit.produce(submit.prepare(job), queue, overwrite=overwrite)
+        create_job(check_job(job), overwrite=overwrite)
 
     def open(self) -> JobHandle:
         return open_job(self.path)

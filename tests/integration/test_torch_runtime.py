@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from chunkq_producer import submit
 from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.steps import Steps
 
+from chunkq.create import check_job
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job import load_job
 from tests.harness.assertions import assert_contains
@@ -377,7 +377,7 @@ def test_a_later_job_with_the_same_network_starts_with_the_batch_size_that_fits(
         model = {"checkpoint": checkpoint, "max_batch_size": max_batch_size}
         job = create_plan(tmp_path, model=model).job.as_dict()
         paths = {"input": str(tmp_path / "in.zarr"), "output": str(tmp_path / output)}
-        record = submit.prepare(load_job(job | paths)).record
+        record = check_job(load_job(job | paths)).record
         return InferenceEngine(record, record.plan()).batcher.size
 
     def logged_sizes() -> list[str]:

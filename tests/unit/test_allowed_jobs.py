@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chunkq_producer import submit
 from chunkq_worker.commands import _lost_jobs
 from chunkq_worker.inference_engine import Device, waits_for_device
-from chunkq_worker.inline import NoQueue
 from chunkq_worker.run_task import record_failure, run_task
 
 from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path, with_allowed_files
+from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt, TaskCounts
 from chunkq.job import ModelConfig, load_job, parse_job
@@ -112,7 +111,7 @@ class Lab:
         output = (folder or self.team) / "out.zarr"
         values = {"input": str(self.other / "in.npy"), "output": str(output), "chunksize": [8]}
         values |= {"model_config": model | changes.pop("model", {})} | changes
-        submit.produce(submit.prepare(load_job(values)), NoQueue("sqlite:///unused"))
+        create_job(check_job(load_job(values)))
         for marker in self.ran():
             marker.unlink()
         return Path(f"{output}.chunkq")

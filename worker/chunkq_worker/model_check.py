@@ -1,33 +1,28 @@
-"""Check a job's network in a separate process.
+"""The command `chunkq check-model`, which the producer starts as a separate process.
 
-`python -m chunkq_worker.model_check [--depth DEPTH --folder FOLDER]` reads a job record on standard
-input and writes the fields of a `ModelCheckResult` as one line of JSON. Without `--depth` it loads
-the network and runs a batch of zeros. With `--depth` it also runs patches from the middle of the
-volume in different batches, and computes chunks, DEPTH in flight, to measure the memory of a
-worker process.
+It reads a job record on standard input and prints a `ModelCheck` as one line of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import islice
 from statistics import median
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 
+from chunkq import json_values
 from chunkq.box import Box
-from chunkq.errors import ChunkqError
 from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
+from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan import Patch
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import fullest_chunk
@@ -43,68 +38,24 @@ ROUNDS = 3
 """Number of timed batches; the median is reported."""
 
 
-@dataclass
-class ModelCheckResult:
-    """What was measured; None where the check was not run.
+@click.command("check-model", hidden=True)
+@click.option("--depth", type=click.IntRange(1), help="Chunks in flight; default: compute none.")
+@click.option("--folder", help="Empty folder for the chunks; the caller removes it.")
+@click.option("--json", "as_json", is_flag=True, help="Print errors as JSON too.")
+def check_model(depth: int | None, folder: str | None, as_json: bool) -> None:
+    """Load the network of the job record on standard input, and run a batch of zeros.
 
-    `load_seconds` includes the first batch.
-
-    Of real patches: `batch_seconds`; `lowest` and `highest` raw output value; whether all outputs
-    are `finite`; the largest difference of a patch's output between two positions in the batch
-    (`by_position`) and between two batch sizes (`by_batch_size`). The second size is `other_size`,
-    or None if the network supports one size only. `tile_norms` are layers that normalize by
-    statistics of the patch.
-
-    Memory in bytes: `peak_bytes` and `device_bytes` are the peak resident memory of the process and
-    the peak on the device at the end, `loaded_bytes` the resident peak with the network loaded, and
-    `worker_bytes` the resident peak after computing `chunks` chunks with `depth` in flight.
-    `memory_error` is the error that prevented measuring `worker_bytes`.
+    With --depth, also run patches from the middle of the volume in different batches, and compute
+    chunks, DEPTH in flight, to measure the memory of a worker process.
     """
-
-    error: str | None = None
-    batch: int | None = None
-    load_seconds: float | None = None
-    batch_seconds: float | None = None
-    patches: int | None = None
-    finite: bool | None = None
-    lowest: float | None = None
-    highest: float | None = None
-    by_position: float | None = None
-    by_batch_size: float | None = None
-    other_size: int | None = None
-    tile_norms: tuple[str, ...] = ()
-    peak_bytes: int | None = None
-    device_bytes: int | None = None
-    device: str | None = None
-    depth: int | None = None
-    chunks: int | None = None
-    loaded_bytes: int | None = None
-    worker_bytes: int | None = None
-    memory_error: str | None = None
+    logging.getLogger("chunkq").setLevel(logging.ERROR)
+    _restart_with_worker_env()
+    record = JobRecord.from_json(sys.stdin.buffer.read())
+    click.echo(json_values.encode(run_check(record, depth, folder)))
 
 
-def main(*argv: str) -> None:
-    """Run the check and write its result to standard output."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--depth", type=int, help="chunks in flight; default: compute no chunks")
-    parser.add_argument("--folder", help="empty folder for the chunks; the caller removes it")
-    arguments = parser.parse_args(argv)
-    result = ModelCheckResult()
-    try:
-        record = JobRecord.from_json(sys.stdin.buffer.read())
-        run_check(result, record, arguments.depth, arguments.folder)
-    except ChunkqError as error:
-        result.error = str(error)
-    sys.stdout.write(json.dumps(asdict(result)) + "\n")
-
-
-def run_check(
-    result: ModelCheckResult,
-    record: JobRecord,
-    depth: int | None = None,
-    folder: str | None = None,
-) -> None:
-    """Load the network and fill in the result; raise ChunkqError if it cannot be used.
+def run_check(record: JobRecord, depth: int | None = None, folder: str | None = None) -> ModelCheck:
+    """Load and run the network; raise ChunkqError if it cannot be used.
 
     With `depth`, also run patches, and compute chunks in the empty `folder`, `depth` in flight.
     """
@@ -112,19 +63,28 @@ def run_check(
     on_device = get_device().run
     before = time.perf_counter()
     engine = on_device(lambda: InferenceEngine(record, record.plan())).result()
-    result.load_seconds = time.perf_counter() - before
-    result.loaded_bytes = peak_bytes()
+    load_seconds = time.perf_counter() - before
+    loaded_bytes = peak_bytes()
+    memory = None
     if depth is not None and folder is not None:
-        result.depth = depth
-        _measure_memory(result, engine, copy_job(record, folder))
+        memory = _measure_memory(engine, copy_job(record, folder), depth)
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
-    result.load_seconds += time.perf_counter() - before
-    result.batch, result.device = engine.batcher.size, engine.runtime.device
+    load_seconds += time.perf_counter() - before
+    patches = None
     if depth is not None:
-        on_device(lambda: _run_patches(result, engine, record)).result()
-    result.tile_norms = engine.runtime.tile_norms()
-    result.peak_bytes, result.device_bytes = peak_bytes(), engine.runtime.device_bytes()
+        patches = on_device(lambda: _run_patches(engine, record)).result()
+    return ModelCheck(
+        batch=engine.batcher.size,
+        device=engine.runtime.device,
+        load_seconds=load_seconds,
+        loaded_bytes=loaded_bytes,
+        peak_bytes=peak_bytes(),
+        device_bytes=engine.runtime.device_bytes(),
+        tile_norms=tuple(engine.runtime.tile_norms()),
+        patches=patches,
+        memory=memory,
+    )
 
 
 def _restart_with_worker_env() -> None:
@@ -134,16 +94,16 @@ def _restart_with_worker_env() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 
 
-def _measure_memory(result: ModelCheckResult, engine: InferenceEngine, job: JobHandle) -> None:
+def _measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> MemoryCheck:
     try:
-        measurement = measure_memory(engine, job, result.depth or 1)
+        measurement = measure_memory(engine, job, depth)
     except Exception as error:  # errors of the network are raised by the batch of zeros after this
-        result.memory_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    else:
-        result.chunks, result.worker_bytes = measurement.chunks, measurement.worker_bytes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return MemoryCheck(depth, error=reason)
+    return MemoryCheck(depth, measurement.chunks, measurement.worker_bytes)
 
 
-def _run_patches(result: ModelCheckResult, engine: InferenceEngine, record: JobRecord) -> None:
+def _run_patches(engine: InferenceEngine, record: JobRecord) -> PatchCheck:
     plan, size = engine.plan, engine.batcher.size
     patches = list(islice(plan.patches(fullest_chunk(plan, enough=size)), size))
     window = _bounding_box(patches)
@@ -152,7 +112,7 @@ def _run_patches(result: ModelCheckResult, engine: InferenceEngine, record: JobR
         read_padded(open_array(source.array_path), window, job.pad_mode, job.pad_value)
         for source in record.sources
     ]
-    _time_and_compare(result, engine, patches, halos, window.start)
+    return _time_and_compare(engine, patches, halos, window.start)
 
 
 def _bounding_box(patches: Sequence[Patch]) -> Box:
@@ -164,35 +124,50 @@ def _bounding_box(patches: Sequence[Patch]) -> Box:
 
 
 def _time_and_compare(
-    result: ModelCheckResult,
-    engine: InferenceEngine,
-    patches: list[Patch],
-    halos: Halos,
-    origin: tuple[int, ...],
-) -> None:
-    """Time the network, and compare its outputs for other batches; fill in the result."""
+    engine: InferenceEngine, patches: list[Patch], halos: Halos, origin: tuple[int, ...]
+) -> PatchCheck:
+    """Time the network, and compare its outputs for other batches."""
     seconds, first = [], _raw_outputs(engine.batcher, patches, halos, origin)
     for _ in range(ROUNDS):
         before = time.perf_counter()
         _raw_outputs(engine.batcher, patches, halos, origin)
         seconds.append(time.perf_counter() - before)
-    result.batch_seconds, result.patches = median(seconds), len(patches)
-    result.finite = bool(np.isfinite(first).all())
-    result.lowest, result.highest = float(np.nanmin(first)), float(np.nanmax(first))
+    by_position = None
     if len(patches) > 1:
         rotated = _raw_outputs(engine.batcher, [*patches[1:], patches[0]], halos, origin)
-        result.by_position = _max_difference(np.roll(rotated, 1, axis=0), first)
-    size = engine.batcher.size
-    if size > 1:
-        smaller_batcher = engine.batcher.of_size(max(1, size // 2))
-        try:
-            smaller_outputs = _raw_outputs(
-                smaller_batcher, patches[: smaller_batcher.size], halos, origin
-            )
-        except Exception:
-            return  # the network supports one batch size only, which is allowed
-        result.other_size = smaller_batcher.size
-        result.by_batch_size = _max_difference(smaller_outputs, first[: len(smaller_outputs)])
+        by_position = _max_difference(np.roll(rotated, 1, axis=0), first)
+    other_size, by_batch_size = _compare_sizes(engine.batcher, patches, halos, origin, first)
+    return PatchCheck(
+        patches=len(patches),
+        batch_seconds=median(seconds),
+        finite=bool(np.isfinite(first).all()),
+        lowest=float(np.nanmin(first)),
+        highest=float(np.nanmax(first)),
+        by_position=by_position,
+        by_batch_size=by_batch_size,
+        other_size=other_size,
+    )
+
+
+def _compare_sizes(
+    batcher: Batcher,
+    patches: list[Patch],
+    halos: Halos,
+    origin: tuple[int, ...],
+    outputs: npt.NDArray[Any],
+) -> tuple[int, float] | tuple[None, None]:
+    """Return half the batch size, and the largest difference of the outputs with it.
+
+    The values are None if the network supports one batch size only, which is allowed.
+    """
+    if batcher.size == 1:
+        return None, None
+    smaller_batcher = batcher.of_size(max(1, batcher.size // 2))
+    try:
+        smaller = _raw_outputs(smaller_batcher, patches[: smaller_batcher.size], halos, origin)
+    except Exception:
+        return None, None
+    return smaller_batcher.size, _max_difference(smaller, outputs[: len(smaller)])
 
 
 def _raw_outputs(
@@ -207,9 +182,3 @@ def _raw_outputs(
 def _max_difference(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     count = min(len(a), len(b))
     return float(np.nanmax(np.abs(a[:count] - b[:count]), initial=0.0))
-
-
-if __name__ == "__main__":
-    logging.getLogger("chunkq").setLevel(logging.ERROR)
-    _restart_with_worker_env()
-    main(*sys.argv[1:])

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import chunkq
 from chunkq.blend import Contribution
 from chunkq.combine import label_dtype, reduce_and_cast
+from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError, ModelError
+from chunkq.events import progress_sink
 from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job, parse_job
-from chunkq.job_handle import open_job
 from chunkq.paths import absolute
 from chunkq.plan import Chunk, Index, Plan, Volume
 from chunkq.prediction import Prediction
@@ -28,7 +28,7 @@ from chunkq.resolve import resolve
 from chunkq.stores import Array, read_padded
 from chunkq.streaming import regions
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine, get_device
-from chunkq_worker.inline import NoQueue, compute_inline, pipelined
+from chunkq_worker.inline import compute_inline, pipelined
 from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
 from chunkq_worker.model_defaults import half_strides, job_for_model
 
@@ -186,9 +186,10 @@ class Predictor:
         output = str(output)
         with as_paths(volume, arrays, output) as paths:
             values = self._job_for(paths, len(arrays[0].shape)).as_dict()
-            queue = NoQueue(queue_url(None, self._job.queue))
-            produced = chunkq.produce(values, output=output, queue=queue, overwrite=overwrite)
-            job = open_job(produced.folder.path)
+            checked = check_job(load_job(values, output=output))
+            # The queue for the chunks that remain if this call is interrupted.
+            queue = queue_url(None, self._job.queue)
+            job = create_job(checked, queue=queue, overwrite=overwrite)
             if job.record.file_hashes != self._hashes:
                 raise ModelError(
                     "the model's files have changed since the predictor was created; create a new "
@@ -197,7 +198,7 @@ class Predictor:
             device = get_device()
             engine = device.run(lambda: self._engine(job.plan)).result()
             with device.compute_with(job, engine):
-                worker = compute_inline(job, progress)
+                worker = compute_inline(job, progress_sink(progress))
             return finalize_job(job, worker=worker)
 
     def close(self) -> None:

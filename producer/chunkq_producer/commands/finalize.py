@@ -11,7 +11,7 @@ import click
 from chunkq.finalize import finalize_job
 from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
-from chunkq.progress import ProgressBar
+from chunkq.progress import ProgressDisplay
 from chunkq.tasks import chunk_count
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
@@ -61,22 +61,22 @@ def complete_on_workers(job: JobHandle, queue: str | None, *, allow_missing: boo
     """Queue the blocks on the job's queue and wait until workers have completed them."""
     with (
         queue_of(queue, job.record.job.queue) as executor,
-        ProgressBar("finalizing blocks on workers") as progress_bar,
+        ProgressDisplay() as display,
     ):
-        distribution.distribute(job, executor, allow_missing=allow_missing, progress=progress_bar)
+        distribution.distribute(job, executor, allow_missing=allow_missing, emit=display)
 
 
 def finalize_and_seal(
     job: JobHandle, *, allow_missing: bool = False, threads: int | None = None
 ) -> dict[str, Any]:
     """Finalize and seal with a progress bar; return the report."""
-    with ProgressBar("finalizing blocks") as progress_bar:
+    with ProgressDisplay() as display:
         return finalize_job(
             job,
             worker=socket.gethostname(),
             allow_missing=allow_missing,
             threads=threads,
-            progress=progress_bar,
+            emit=display,
         )
 
 

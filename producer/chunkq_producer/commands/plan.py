@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from chunkq import json_values
+from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
 from chunkq.executors.base import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.footprint import footprint
 from chunkq.job import load_job
+from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan import Costs, Plan
 from chunkq.tasks import chunk_count
-from chunkq_producer import submit
-from chunkq_producer.cluster import is_cpu_only
+from chunkq_producer.check_model import check_model
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
+from chunkq_producer.engine import is_cpu_only
 from chunkq_producer.finalizer_memory import measure_finalizer_memory
 from chunkq_producer.job_status import duration
-from chunkq_producer.model_check import ModelCheck, check_model, warnings
 
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to finalize above which the plan recommends larger chunks."""
@@ -53,25 +56,56 @@ def plan(
 
     Without --check-model the network is not loaded.
     """
-    prepared = submit.prepare(load_job(job, input=input_, output=output))
-    check = None
+    checked = check_job(load_job(job, input=input_, output=output))
     if depth is None:
-        depth = default_depth(gpu=not is_cpu_only(prepared.record.job))
-    if with_model_check:
-        check = check_model(prepared.record, depth=depth)
-        if check.error is not None:
-            raise ModelError(check.error)
-        check.finalizer_bytes = None
-        if prepared.plan.costs.finalized_blocks:
-            check.finalizer_bytes = measure_finalizer_memory(prepared.record)
+        depth = default_depth(gpu=not is_cpu_only(checked.record.job))
+    trial = _run_trial(checked, depth) if with_model_check else None
     if as_json:
-        click.echo(json.dumps(_values(prepared.plan, depth, check), indent=1))
+        click.echo(json.dumps(_values(checked.plan, depth, trial), indent=1))
     else:
-        for label, value in _rows(prepared.plan, depth, check):
+        for label, value in _rows(checked.plan, depth, trial):
             click.echo(f"{label:<20}{value}")
 
 
-def _values(plan: Plan, depth: int, check: ModelCheck | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trial:
+    """A check of the network with patches and chunks, and the peak memory of the finalizer.
+
+    `finalizer_bytes` is None if no block is finalized, or if it could not be measured.
+    """
+
+    check: ModelCheck
+    patches: PatchCheck
+    memory: MemoryCheck
+    finalizer_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values without nesting."""
+        values = json_values.to_values(self.check)
+        values |= values.pop("patches")
+        memory = values.pop("memory")
+        memory_error = memory.pop("error")
+        return {
+            "error": None,
+            **values,
+            **memory,
+            "memory_error": memory_error,
+            "finalizer_bytes": self.finalizer_bytes,
+            "warnings": self.check.warnings(),
+        }
+
+
+def _run_trial(job: CheckedJob, depth: int) -> Trial:
+    """Run the network on patches, and whole chunks. Raises ModelError."""
+    check = check_model(job.record, depth=depth)
+    if check.patches is None or check.memory is None:
+        raise ModelError("model_config: the check of the network ran no patches")
+    has_blocks = job.plan.costs.finalized_blocks > 0
+    finalizer_bytes = measure_finalizer_memory(job.record) if has_blocks else None
+    return Trial(check, check.patches, check.memory, finalizer_bytes)
+
+
+def _values(plan: Plan, depth: int, trial: Trial | None) -> dict[str, Any]:
     costs = plan.costs
     values: dict[str, Any] = {
         "volume": list(plan.volume.shape),
@@ -92,12 +126,12 @@ def _values(plan: Plan, depth: int, check: ModelCheck | None) -> dict[str, Any]:
         "depth": depth,
         "array_bytes": footprint(plan).peak_bytes(depth),
     }
-    if check is not None:
-        values["model_check"] = {**vars(check), "warnings": warnings(check)}
+    if trial is not None:
+        values["model_check"] = trial.as_dict()
     return values
 
 
-def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, str]]:
+def _rows(plan: Plan, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
     costs = plan.costs
     per_voxel = costs.patches * _voxels(plan.output_patch) / _voxels(plan.volume.shape)
     share = costs.finalized_voxels / _voxels(plan.volume.shape)
@@ -122,11 +156,11 @@ def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, s
             "memory",
             f"at most {size(footprint(plan).peak_bytes(depth))} of arrays per worker process with "
             f"{depth} chunks in flight, plus libraries and network"
-            + ("" if check else " (--check-model measures the total)"),
+            + ("" if trial else " (--check-model measures the total)"),
         ),
     ]
-    if check is not None:
-        rows += _model_check_rows(costs, check)
+    if trial is not None:
+        rows += _trial_rows(costs, trial)
     if share > MAX_SHARE_TO_FINALIZE:
         rows.append(
             (
@@ -138,8 +172,9 @@ def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, s
     return rows
 
 
-def _model_check_rows(costs: Costs, check: ModelCheck) -> list[tuple[str, str]]:
-    seconds_per_patch = check.batch_seconds / check.batch
+def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:
+    check, patches = trial.check, trial.patches
+    seconds_per_patch = patches.batch_seconds / check.batch
     rows = [
         ("network", f"on {check.device}, loaded in {check.load_seconds:.3g} s; shapes are valid"),
         ("one patch", f"{seconds_per_patch:.3g} s, in batches of {check.batch}"),
@@ -147,24 +182,25 @@ def _model_check_rows(costs: Costs, check: ModelCheck) -> list[tuple[str, str]]:
             "network alone",
             f"{duration(max(1, costs.patches * seconds_per_patch))} for all patches on one device",
         ),
-        ("peak memory", peak_memory(check, finalizes=costs.finalized_blocks > 0)),
-        ("output range", f"{check.lowest:.4g} to {check.highest:.4g}, before any activation"),
+        ("peak memory", peak_memory(trial, finalizes=costs.finalized_blocks > 0)),
+        ("output range", f"{patches.lowest:.4g} to {patches.highest:.4g}, before any activation"),
     ]
-    return rows + [("warning", line) for line in warnings(check)]
+    return rows + [("warning", line) for line in check.warnings()]
 
 
-def peak_memory(check: ModelCheck, *, finalizes: bool) -> str:
+def peak_memory(trial: Trial, *, finalizes: bool) -> str:
     """Return the peak memory of a worker process, the finalizer and the device as text."""
-    if check.worker_bytes is None:
-        parts = [f"of a worker process: unknown, chunks could not be run ({check.memory_error})"]
+    check, memory = trial.check, trial.memory
+    if memory.worker_bytes is None or memory.chunks is None:
+        parts = [f"of a worker process: unknown, chunks could not be run ({memory.error})"]
     else:
         parts = [
-            f"{size(check.worker_bytes)} in total per worker process with {check.depth} chunks in "
-            f"flight ({size(check.loaded_bytes)} of it libraries and network), "
-            f"measured on {chunk_count(check.chunks)}"
+            f"{size(memory.worker_bytes)} in total per worker process with {memory.depth} chunks "
+            f"in flight ({size(check.loaded_bytes)} of it libraries and network), "
+            f"measured on {chunk_count(memory.chunks)}"
         ]
-    if check.finalizer_bytes is not None:
-        parts.append(f"{size(check.finalizer_bytes)} in total to finalize blocks")
+    if trial.finalizer_bytes is not None:
+        parts.append(f"{size(trial.finalizer_bytes)} in total to finalize blocks")
     elif finalizes:
         parts.append("of finalizing: unknown, blocks could not be completed")
     if check.device_bytes is not None:

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import click
 
+from chunkq.create import check_job, check_output
 from chunkq.executors import open_shared, queue_url
 from chunkq.job import load_job
 from chunkq.paths import without_secret
-from chunkq.progress import ProgressBar
-from chunkq_producer import submit
-from chunkq_producer.cluster import queue_of
+from chunkq.progress import ProgressDisplay
 from chunkq_producer.commands.options import (
     input_option,
     job_argument,
     output_option,
     queue_option,
 )
-from chunkq_producer.runner import launch_cluster_workers
+from chunkq_producer.engine import queue_of
+from chunkq_producer.produce import produce_job
+from chunkq_producer.workers import launch_cluster_workers
 
 
 @click.command()
@@ -42,16 +43,17 @@ def produce(
     JOB is a YAML or JSON job file. Next, start `chunkq work` on each machine.
     """
     loaded_job = load_job(job, input=input_, output=output)
-    prepared = submit.prepare(loaded_job)
-    submit.check_existing_job(prepared, resume=resume, overwrite=overwrite)
+    checked = check_job(loaded_job)
+    check_output(checked, resume=resume, overwrite=overwrite)
     url = queue_of(loaded_job, queue)
     with closing(open_shared(url)) as executor:
         executor.check_ready()
-        with ProgressBar("queueing chunks") as progress_bar:
-            result = submit.produce(
-                prepared, executor, resume=resume, overwrite=overwrite, progress=progress_bar
+        with ProgressDisplay() as display:
+            result = produce_job(
+                checked, executor, resume=resume, overwrite=overwrite, emit=display
             )
-        workers_started = launch_cluster_workers(executor, result)
+        is_done = result.done == result.chunks
+        workers_started = not is_done and launch_cluster_workers(executor, result.job)
     output_name = without_secret(loaded_job.output)
     click.echo(
         f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
@@ -61,5 +63,5 @@ def produce(
         click.echo(f"next: chunkq status {output_name} --watch, then chunkq finalize {output_name}")
         return
     work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
-    next_command = work if result.done < result.chunks else f"finalize {output_name}"
+    next_command = f"finalize {output_name}" if is_done else work
     click.echo(f"next: chunkq {next_command}")

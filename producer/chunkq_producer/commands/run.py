@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.live import Live
 from typing_extensions import override
 
+from chunkq.events import Event
 from chunkq.job import load_job
-from chunkq.progress import ProgressBar
-from chunkq.record import JobRecord
-from chunkq_producer.cluster import ENGINES
+from chunkq.progress import ProgressDisplay
 from chunkq_producer.commands.finalize import print_result
 from chunkq_producer.commands.options import (
     input_option,
@@ -23,10 +18,10 @@ from chunkq_producer.commands.options import (
     output_option,
     queue_option,
 )
-from chunkq_producer.commands.status import LINE_SECONDS
-from chunkq_producer.job_status import StatusPoller, status_line, status_screen
-from chunkq_producer.model_check import ModelCheck, check_model
-from chunkq_producer.runner import ProgressReporter, RunOptions, run_job
+from chunkq_producer.engine import ENGINES
+from chunkq_producer.job_status import StatusPoller, WorkersRunning, status_line, status_screen
+from chunkq_producer.runner import run_job
+from chunkq_producer.workers import RunOptions
 
 
 @click.command()
@@ -63,53 +58,43 @@ def run(
 
     To continue an interrupted run, use the same command again.
     """
-    result = run_job(
-        load_job(job, input=input_, output=output),
-        engine=engine,
-        queue=queue,
-        options=RunOptions(workers, gpus, depth),
-        overwrite=overwrite,
-        reporter=_TerminalReporter(),
-    )
+    with RunDisplay() as display:
+        result = run_job(
+            load_job(job, input=input_, output=output),
+            engine=engine,
+            queue=queue,
+            options=RunOptions(workers, gpus, depth),
+            overwrite=overwrite,
+            emit=display,
+        )
     if result.is_leader:
         print_result(result.job, result.report)
 
 
-class _TerminalReporter(ProgressReporter):
-    """Show progress live on a terminal, otherwise one line every LINE_SECONDS."""
+class RunDisplay(ProgressDisplay):
+    """Show the status of the job while its workers run: live on a terminal, otherwise as lines."""
+
+    STAGE = "computing chunks"
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        super().__init__()
+        self._live: Live | None = None
 
     @override
-    def message(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case WorkersRunning(poller):
+                self._show(poller)
+            case _:
+                super().__call__(event)
 
-    @override
-    def check_model(self, record: JobRecord) -> ModelCheck:
-        with self._console.status("checking the network on one batch"):
-            return check_model(record)
-
-    @override
-    def progress(self, label: str) -> ProgressBar:
-        return ProgressBar(label, self._console)
-
-    @override
-    @contextmanager
-    def watch(self) -> Iterator[Callable[[StatusPoller], None]]:
-        console = self._console
-        if console.is_terminal:
-            with Live(console=console, auto_refresh=False, transient=True) as live:
-                yield lambda poller: live.update(
-                    status_screen(poller(), console.width), refresh=True
-                )
+    def _show(self, poller: StatusPoller) -> None:
+        begins, console = self.begin(self.STAGE), self.console
+        if not console.is_terminal:
+            if self.is_line_due():
+                self.print(status_line(poller()))
             return
-        last_line = time.monotonic()
-
-        def print_line(poller: StatusPoller) -> None:
-            nonlocal last_line
-            if time.monotonic() - last_line >= LINE_SECONDS:
-                last_line = time.monotonic()
-                self.message(status_line(poller()))
-
-        yield print_line
+        if begins or self._live is None:
+            live = Live(console=console, auto_refresh=False, transient=True)
+            self._live = self.show(live)
+        self._live.update(status_screen(poller(), console.width), refresh=True)

@@ -3,7 +3,7 @@
 from tests.prove.fault import Fault, named
 
 LEDGER, OBJECTS, RECORD = "chunkq/ledger.py", "chunkq/objects.py", "chunkq/record.py"
-FINALIZE, SUBMIT = "chunkq/finalize.py", "producer/chunkq_producer/submit.py"
+FINALIZE, CREATE = "chunkq/finalize.py", "chunkq/create.py"
 RESUME, ONCE = "tests/integration/test_resume.py", "tests/integration/test_exactly_once.py"
 STORAGE = "tests/integration/test_storage.py"
 
@@ -146,7 +146,7 @@ FAULTS = (
     ),
     Fault(
         "resume-computes-all-again",
-        SUBMIT,
+        CREATE,
         "[index for index in job.plan.indices() if index not in committed]",
         "list(job.plan.indices())",
         "resume costs as much as starting again",
@@ -154,7 +154,7 @@ FAULTS = (
     ),
     Fault(
         "resume-skips-failed-chunks",
-        SUBMIT,
+        CREATE,
         '    committed = job.ledger.committed("infer")\n',
         '    committed = job.ledger.committed("infer")\n'
         "    committed |= {f.chunk: f.when for f in job.ledger.failures()}\n",
@@ -163,7 +163,7 @@ FAULTS = (
     ),
     Fault(
         "another-job-resumes",
-        SUBMIT,
+        CREATE,
         ".digest != record.digest:",
         ".job.output != record.job.output:",
         "half of the output is from each of two jobs",
@@ -171,7 +171,7 @@ FAULTS = (
     ),
     Fault(
         "report-of-a-reopened-job-stays",
-        SUBMIT,
+        CREATE,
         "            job.ledger.unseal()\n",
         "",
         "a reopened job still shows the report of its incomplete output",
@@ -179,7 +179,7 @@ FAULTS = (
     ),
     Fault(
         "overwrite-under-running-workers",
-        SUBMIT,
+        CREATE,
         "    if running:\n",
         "    if len(running) > 1:\n",
         "--overwrite deletes the output under a worker that writes it",

@@ -4,7 +4,7 @@ from tests.prove.fault import Fault, named
 
 LEDGER, RECORD, OUTPUT = "chunkq/ledger.py", "chunkq/record.py", "chunkq/output.py"
 FINALIZE, JOB_HANDLE, OBJECTS = "chunkq/finalize.py", "chunkq/job_handle.py", "chunkq/objects.py"
-INFER, SUBMIT = "worker/chunkq_worker/infer.py", "producer/chunkq_producer/submit.py"
+INFER, CREATE = "worker/chunkq_worker/infer.py", "chunkq/create.py"
 RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
 PIECES = "tests/unit/test_pieces.py"
 DAMAGE = "tests/integration/test_damage.py"
@@ -166,7 +166,7 @@ FAULTS = (
     ),
     Fault(
         "input-not-compared-when-resumed",
-        SUBMIT,
+        CREATE,
         "raise JobError(problems, code=ErrorCode.INPUT_CHANGED)",
         "pass",
         "a job is resumed over an input that was replaced by one of the same shape",
@@ -190,7 +190,7 @@ FAULTS = (
     ),
     Fault(
         "ledgers-of-earlier-jobs-stay",
-        SUBMIT,
+        CREATE,
         "        job.folder.delete_earlier_epochs(job.record.epoch)\n",
         "",
         "pieces of every replaced job remain on the disk",

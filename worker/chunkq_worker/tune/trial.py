@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import chunkq
 from chunkq import json_values
 from chunkq.blend import Accumulator, WeightCache
+from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
-from chunkq.job_handle import JobHandle, open_job
+from chunkq.job import load_job
+from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
@@ -37,7 +38,6 @@ from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Halos
 from chunkq_worker.inference_engine import InferenceEngine, get_device
-from chunkq_worker.inline import NoQueue
 from chunkq_worker.run_task import run_task
 from chunkq_worker.tune.search import Measurement, Stage, TrialStatus
 
@@ -46,7 +46,6 @@ ROUNDS = 3
 SAMPLE_PATCHES = 2
 """Number of patches whose outputs are compared with those of other settings."""
 MAX_TIMED_PATCHES = 10_000
-UNUSED_QUEUE_URL = "sqlite:///nowhere/queue.db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +167,8 @@ def _sample_outputs(
 def _measure_pipeline(options: TrialOptions, record: JobRecord) -> Measurement:
     """Time entire chunks of the job, with its output in a temporary folder."""
     output = str(Path(options.folder) / "out.zarr")
-    produced = chunkq.produce(record.job.as_dict(), output=output, queue=NoQueue(UNUSED_QUEUE_URL))
-    job, device = open_job(produced.folder.path), get_device()
+    job = create_job(check_job(load_job(record.job.as_dict(), output=output)))
+    device = get_device()
     engine, load_seconds = device.run(lambda: _load_engine(job.record)).result()
     with device.compute_with(job, engine):
         rate = _patches_per_second(job, options)

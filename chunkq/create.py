@@ -1,53 +1,40 @@
-"""Produce a job: check it, write the job folder, queue the remaining chunks."""
+"""Create a job: check it, write its job folder and its output. No queue is involved."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
-from chunkq.executors.base import Executor, jobs_at
 from chunkq.job import Job
-from chunkq.job_handle import ItemHandle, JobHandle, open_job
+from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import RECORD, JobFolder, job_folder_of
 from chunkq.objects import ObjectFolder
 from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
-from chunkq.plan import Index, Plan, total_costs
+from chunkq.plan import Plan
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
-from chunkq.stages.completion import uncommitted
-from chunkq.stages.registry import stage_of
+from chunkq.stages.completion import job_completion
+from chunkq.stages.registry import stages
 from chunkq.stores import Source, find_source
-from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 """Zarr format -> metadata files of the output's group and array."""
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class PreparedJob:
+class CheckedJob:
     """A valid job: its record and the plans of its items."""
 
     record: JobRecord
     plans: list[Plan]
 
 
-@dataclass(frozen=True)
-class ProduceResult:
-    """Job folder and numbers of chunks: total, already computed, newly queued."""
-
-    folder: JobFolder
-    chunks: int
-    done: int
-    queued: int
-
-
-def prepare(job: Job) -> PreparedJob:
+def check_job(job: Job) -> CheckedJob:
     """Check a job against its volumes and files without writing anything.
 
     Raises JobError or StoreError with one line per problem.
@@ -69,29 +56,27 @@ def prepare(job: Job) -> PreparedJob:
                 f"output: {without_secret(job.output)} would overwrite the input "
                 f"{without_secret(source.array_path)}; choose another output"
             )
-    return PreparedJob(record, plans)
+    return CheckedJob(record, plans)
 
 
-def check_existing_job(
-    prepared: PreparedJob, *, resume: bool = False, overwrite: bool = False
-) -> bool:
-    """Return whether the job already exists at its output path. Write nothing.
+def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check that a job can be created or continued at its output path. Write nothing.
 
     Raises JobError or StoreError if the path holds something else, or if `resume` and there is no
     job.
     """
-    output = prepared.record.job.output
+    output = job.record.job.output
     if resume and overwrite:
         raise JobError("--resume: conflicts with --overwrite; use one of them")
     folder = JobFolder(job_folder_of(output))
     if overwrite:
-        exists = folder.objects.exists(RECORD)  # the record may be damaged
-        _check_overwritable(output, is_job=exists)
-        return exists
+        # The record may be damaged.
+        _check_overwritable(output, is_job=folder.objects.exists(RECORD))
+        return
     stored_record = folder.read_record()
     if stored_record is not None:
-        _check_same(stored_record, prepared.record)
-        return True
+        _check_same(stored_record, job.record)
+        return
     if resume:
         raise JobError(
             f"output: {without_secret(output)} has no job to resume; run `chunkq produce` without "
@@ -105,45 +90,30 @@ def check_existing_job(
             f"(missing {without_secret(folder.path)}); choose another output, or use --overwrite",
             code=ErrorCode.OUTPUT_EXISTS,
         )
-    return False
 
 
-def produce(
-    prepared: PreparedJob,
-    executor: Executor,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    store_queue: bool = True,
-    progress: Progress = lambda done, total: None,
-) -> ProduceResult:
-    """Create the job and its output, or continue it; then queue every chunk without a commit.
+def create_job(
+    job: CheckedJob, *, queue: str | None = None, resume: bool = False, overwrite: bool = False
+) -> JobHandle:
+    """Create the job folder and the output of a job, or continue the job; return its handle.
 
-    Producing the same job again is safe, also after the queue was lost. If several processes
-    create different jobs on one output, one succeeds and the others raise JobError. With
-    `store_queue`, the job record contains the URL of the queue for later commands.
+    Creating the same job again is safe. If several processes create different jobs on one output,
+    one succeeds and the others raise JobError. The job record contains `queue`, the URL of the
+    queue for later commands; None keeps the one of the job file. Raises the errors of
+    `check_output`.
     """
-    check_existing_job(prepared, resume=resume, overwrite=overwrite)
-    folder = JobFolder(job_folder_of(prepared.record.job.output))
-    record = prepared.record.with_queue(executor.url) if store_queue else prepared.record
+    check_output(job, resume=resume, overwrite=overwrite)
+    folder = JobFolder(job_folder_of(job.record.job.output))
+    record = job.record if queue is None else job.record.with_queue(queue)
     with _storage_errors(folder.path):
         if overwrite:
-            _replace(folder, record, prepared.plans, executor)
+            _replace(folder, record, job.plans)
         else:
-            _create(folder, record, prepared.plans)
-    job = open_job(folder.path)
-    _check_same(job.record, record)
-    remaining, done = _prepare_output(job)
-    progress(0, len(remaining))
-
-    def tasks() -> Iterator[Task]:
-        for count, (item, index) in enumerate(remaining, start=1):
-            yield item.task("infer", index)
-            if count % 1000 == 0 or count == len(remaining):
-                progress(count, len(remaining))
-
-    chunks = total_costs(prepared.plans).chunks
-    return ProduceResult(folder, chunks, done, executor.submit(tasks()))
+            _create(folder, record, job.plans)
+    handle = open_job(folder.path)
+    _check_same(handle.record, record)
+    _prepare_output(handle)
+    return handle
 
 
 def _check_same(stored: JobRecord, record: JobRecord) -> None:
@@ -178,15 +148,8 @@ def _create(folder: JobFolder, record: JobRecord, plans: list[Plan]) -> None:
         folder.replace_record(content, replace(stored, job=job))
 
 
-def _replace(folder: JobFolder, record: JobRecord, plans: list[Plan], executor: Executor) -> None:
+def _replace(folder: JobFolder, record: JobRecord, plans: list[Plan]) -> None:
     """Replace the job by a new one. The old record may be damaged or missing."""
-    running = [t for job in jobs_at(executor, folder.path) for t in executor.running(job)]
-    if running:
-        raise JobError(
-            f"output: {without_secret(folder.output)} is in use by worker {running[0].worker}; "
-            "stop the workers before --overwrite",
-            code=ErrorCode.OUTPUT_IN_USE,
-        )
     old_content = folder.objects.get(RECORD)
     new = new_record(record, plans, replaces=True)
 
@@ -196,15 +159,12 @@ def _replace(folder: JobFolder, record: JobRecord, plans: list[Plan], executor: 
         ObjectFolder(folder.output).clear()
 
     folder.replace_record(old_content, new, prepare=clear)
-    for job in jobs_at(executor, folder.path):
-        executor.cancel(job)
 
 
-def _prepare_output(job: JobHandle) -> tuple[list[tuple[ItemHandle, Index]], int]:
-    """Create, unseal or seal the output; return the remaining chunks and the number computed."""
-    stage = stage_of("infer")
-    remaining = [(item, index) for item in job.items for index in uncommitted(item, stage)]
-    done = job.costs.chunks - len(remaining)
+def _prepare_output(job: JobHandle) -> None:
+    """Create, unseal or seal the output."""
+    remaining = len(job_completion(job).missing())
+    done = sum(s.count(item) for s in stages() if s.is_queued for item in job.items) - remaining
     with _storage_errors(job.folder.output):
         job.folder.delete_earlier_epochs(job.record.epoch)
         if remaining:
@@ -218,7 +178,6 @@ def _prepare_output(job: JobHandle) -> tuple[list[tuple[ItemHandle, Index]], int
             job.output.seal(check_unchanged=job.check_unchanged)
         else:
             job.output.check_array()
-    return remaining, done
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""Names that are imported on first use: commands, and the public names of the package.
+
+This table is the only place where the core names functions of the producer and of the worker. It
+holds strings for two reasons: `chunkq --help` and `import chunkq` take a fraction of a second
+because they import neither NumPy nor a framework, and the core can be imported without either side.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
+    {
+        "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
+        "plan": ("chunkq_producer.commands.plan:plan", "Check a job, estimate memory and storage."),
+        "tune": ("chunkq_worker.tune.command:tune", "Find a job's fastest settings."),
+        "produce": (
+            "chunkq_producer.commands.produce:produce",
+            "Check a job and queue its chunks.",
+        ),
+        "work": ("chunkq_worker.commands:work", "Compute the chunks on a queue."),
+        "status": ("chunkq_producer.commands.status:status", "Show job progress."),
+        "finalize": (
+            "chunkq_producer.commands.finalize:finalize",
+            "Merge overlaps and mark the output complete.",
+        ),
+        "report": ("chunkq_producer.commands.report:report", "Show timings of a finished job."),
+        "run": ("chunkq_producer.commands.run:run", "Run a whole job on this machine."),
+        "retry": ("chunkq_producer.commands.retry:retry", "Queue failed chunks again."),
+        "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
+        "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
+        "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
+        "export": ("chunkq_worker.export_command:export", "Write a network as ONNX or .pt2."),
+        "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
+    }
+)
+"""Command -> (`module:function`, help line)."""
+
+INTERNAL_COMMANDS: MappingProxyType[str, str] = MappingProxyType(
+    {"check-model": "chunkq_worker.model_check:check_model"}
+)
+"""Command that chunkq starts as a separate process, not shown to users -> `module:function`."""
+
+API: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "Predictor": "chunkq_worker.predictor:Predictor",
+        "Prediction": "chunkq.prediction:Prediction",
+        "run": "chunkq_producer.api:run",
+        "produce": "chunkq_producer.api:produce",
+        "status": "chunkq_producer.api:status",
+        "finalize": "chunkq_producer.api:finalize",
+        "ChunkqError": "chunkq.errors:ChunkqError",
+        "JobError": "chunkq.errors:JobError",
+        "ModelError": "chunkq.errors:ModelError",
+        "IncompleteError": "chunkq.errors:IncompleteError",
+    }
+)
+"""Public name of the package `chunkq` -> `module:attribute`. `__init__.pyi` has the types."""
+
+
+def load(target: str) -> Any:
+    """Import and return `module:attribute`."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,96 @@
+"""Result of a trial of a network: what was measured, and what of it can spoil the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_DEVIATION = 1e-5
+"""Largest normal change of a result with its batch, as a fraction of the largest output value."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchCheck:
+    """Batches of `patches` real patches, timed and compared.
+
+    `batch_seconds` is the time of one batch. `lowest` and `highest` are the raw output values,
+    and `finite` whether all are. `by_position` is the largest difference of a patch's output
+    between two positions in the batch, and `by_batch_size` between two batch sizes. The second
+    size is `other_size`, or None if the network supports one size only.
+    """
+
+    patches: int
+    batch_seconds: float
+    finite: bool
+    lowest: float
+    highest: float
+    by_position: float | None = None
+    by_batch_size: float | None = None
+    other_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCheck:
+    """Peak resident memory (bytes) after computing `chunks` chunks with `depth` in flight.
+
+    `error` is the reason why it could not be measured.
+    """
+
+    depth: int
+    chunks: int | None = None
+    worker_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCheck:
+    """A network that was loaded and has run a batch of zeros of `batch` patches.
+
+    `load_seconds` includes the first batch. `loaded_bytes` is the peak resident memory with the
+    network loaded, `peak_bytes` the one at the end, and `device_bytes` the peak on the device.
+    `tile_norms` are layers that normalize by statistics of the patch. `patches` and `memory` are
+    None where the check was not run.
+    """
+
+    batch: int
+    device: str
+    load_seconds: float
+    loaded_bytes: int
+    peak_bytes: int
+    device_bytes: int | None = None
+    tile_norms: tuple[str, ...] = ()
+    patches: PatchCheck | None = None
+    memory: MemoryCheck | None = None
+
+    def warnings(self) -> list[str]:
+        """Return one line for each property of the network that can spoil the output."""
+        lines = [] if self.patches is None else _patch_warnings(self.patches)
+        if self.tile_norms:
+            names = ", ".join(self.tile_norms[:4]) + (" …" if len(self.tile_norms) > 4 else "")
+            lines.append(
+                f"{len(self.tile_norms)} layers normalize by the statistics of the patch "
+                f"({names}): results depend on the size and position of the patch, so tiles may "
+                "differ visibly; use large patches and small strides"
+            )
+        return lines
+
+
+def _patch_warnings(check: PatchCheck) -> list[str]:
+    lines = []
+    limit = MAX_DEVIATION * max(abs(check.highest), abs(check.lowest), 1e-30)
+    if not check.finite:
+        lines.append(
+            "the network returns NaN or infinity for patches of this volume; fix the network, or "
+            "set nan: zero"
+        )
+    if check.by_position is not None and check.by_position > limit:
+        lines.append(
+            f"a patch's result depends on its position in the batch (by {check.by_position:.3g}): "
+            "a layer mixes the items of a batch, such as batch norm in training mode; fix the "
+            "network"
+        )
+    if check.by_batch_size is not None and check.by_batch_size > limit:
+        lines.append(
+            f"results depend on the batch size (by {check.by_batch_size:.3g}): a layer mixes the "
+            "items of a batch; fix the network, or do not change max_batch_size"
+        )
+    return lines

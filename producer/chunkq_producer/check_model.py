@@ -1,0 +1,58 @@
+"""Check the network in a separate process, so that this one does not load its libraries."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+from chunkq import json_values
+from chunkq.errors import ModelError
+from chunkq.events import Sink, StageProgress, ignore
+from chunkq.model_check import ModelCheck
+from chunkq.parent_death_signal import with_parent_death_signal
+from chunkq.record import JobRecord
+from chunkq.scratch import scratch_folder
+
+STAGE = "checking the network on one batch"
+
+
+def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ignore) -> ModelCheck:
+    """Load a job's network on this machine and run a batch of zeros.
+
+    With `depth`, also run patches of the volume and whole chunks, `depth` chunks in flight. Raises
+    ModelError if the network cannot be used.
+    """
+    emit(StageProgress(STAGE))
+    # The folder is created here: the system may kill the other process for its memory use.
+    with scratch_folder("model-check") as folder:
+        options = ["--depth", str(depth), "--folder", str(folder)] if depth else []
+        completed = subprocess.run(
+            with_parent_death_signal(
+                [sys.executable, "-m", "chunkq", "check-model", "--json", *options], signal.SIGKILL
+            ),
+            input=record.to_json(),
+            capture_output=True,
+            check=False,
+        )
+    lines = completed.stdout.decode(errors="replace").strip().splitlines()
+    if completed.returncode == 0 and lines:
+        return json_values.decode(ModelCheck, lines[-1])
+    raise ModelError(_reported_error(lines) or _crash(completed))
+
+
+def _reported_error(lines: list[str]) -> str | None:
+    """Return the message of the error that the command printed as JSON; None if it crashed."""
+    try:
+        return str(json.loads(lines[-1])["error"]["message"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _crash(completed: subprocess.CompletedProcess[bytes]) -> str:
+    last_line = completed.stderr.decode(errors="replace").strip().splitlines()[-1:]
+    return (
+        f"model_config: the check of the network ended with exit code {completed.returncode}: "
+        f"{' '.join(last_line) or 'no output'}"
+    )

@@ -1,0 +1,30 @@
+"""Produce a job: create it, then queue its remaining chunks."""
+
+from __future__ import annotations
+
+from chunkq.create import CheckedJob, create_job
+from chunkq.enqueue import EnqueueResult, check_not_running, enqueue
+from chunkq.events import Sink, ignore
+from chunkq.executors.base import Executor
+from chunkq.ledger import job_folder_of
+
+
+def produce_job(
+    job: CheckedJob,
+    executor: Executor,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    store_queue: bool = True,
+    emit: Sink = ignore,
+) -> EnqueueResult:
+    """Create the job and its output, or continue it; then queue every chunk without a commit.
+
+    With `store_queue`, the job record contains the URL of the queue for later commands. Raises
+    the errors of `create_job`, and JobError if a worker runs the job that is to be replaced.
+    """
+    if overwrite:
+        check_not_running(job_folder_of(job.record.job.output), executor)
+    queue = executor.url if store_queue else None
+    handle = create_job(job, queue=queue, resume=resume, overwrite=overwrite)
+    return enqueue(handle, executor, replaces=overwrite, emit=emit)
