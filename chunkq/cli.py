@@ -12,7 +12,6 @@ import click
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
-from chunkq.tasks import chunk_name
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""

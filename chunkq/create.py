@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
@@ -15,11 +16,12 @@ from chunkq.ledger import RECORD, JobFolder, job_folder_of
 from chunkq.objects import ObjectFolder
 from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
-from chunkq.plan import Plan
+from chunkq.plan import Costs, Plan, total_costs
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
 from chunkq.stores import Source, find_source
+from chunkq.tasks import JobId
 from chunkq.user_code import load_blend_weights
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
@@ -32,6 +34,16 @@ class CheckedJob:
 
     record: JobRecord
     plans: list[Plan]
+
+    @property
+    def costs(self) -> Costs:
+        """The costs of all items."""
+        return total_costs(self.plans)
+
+    @property
+    def largest(self) -> Plan:
+        """The plan of the item with the most voxels."""
+        return max(self.plans, key=lambda plan: prod(plan.volume.shape))
 
 
 def check_job(job: Job) -> CheckedJob:
@@ -114,6 +126,15 @@ def create_job(
     _check_same(handle.record, record)
     _prepare_output(handle)
     return handle
+
+
+def stored_job(job_folder: str) -> JobId | None:
+    """Return the job in a folder, or None if there is none or its record is damaged."""
+    try:
+        record = JobFolder(job_folder).read_record()
+    except JobError:
+        return None
+    return None if record is None else JobId(job_folder, record.epoch)
 
 
 def _check_same(stored: JobRecord, record: JobRecord) -> None:

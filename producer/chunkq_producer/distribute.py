@@ -8,13 +8,13 @@ import time
 from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.events import Sink, StageProgress, ignore
 from chunkq.executors.base import Executor
-from chunkq.finalize import check_completion, ready_blocks
 from chunkq.job_handle import JobHandle
-from chunkq.tasks import Task, chunk_name
+from chunkq.stages.completion import Pending, check_completion
+from chunkq.stages.registry import stages
 
 log = logging.getLogger("chunkq.queue")
 
-STAGE = "finalizing blocks on workers"
+PROGRESS_STAGE = "finalizing blocks on workers"
 POLL_SECONDS = 1.0
 IDLE_SECONDS = 30.0
 """Time without a reserved task after which a warning is logged."""
@@ -31,15 +31,25 @@ def distribute(
 
     Raises IncompleteError like `finalize_job`, and ChunkqError if blocks fail on every attempt.
     """
-    blocks = ready_blocks(job, check_completion(job, allow_missing=allow_missing))
-    path = job.folder.path
-    executor.submit(Task("finalize", path, index) for index in blocks)
-    before, total = job.ledger.count("finalize"), len(blocks)
+    completion = check_completion(job, allow_missing=allow_missing)
+    for stage in stages():
+        if not stage.is_queued:
+            ready = completion.ready(stage)
+            _run_on_workers(job, executor, stage.kind, ready, emit)
+            completion = completion.without(stage, ready)
+
+
+def _run_on_workers(
+    job: JobHandle, executor: Executor, kind: str, tasks: Pending, emit: Sink
+) -> None:
+    """Submit tasks of a stage and wait until workers have run them."""
+    before, total = job.recent_commits(kind, 0).total, len(tasks)
+    executor.submit(item.task(kind, chunk) for item, chunk in tasks)
     last_change, warned, last_state = time.monotonic(), False, None
     while True:
-        counts = executor.counts(path)
-        done = min(total, job.ledger.count("finalize") - before)
-        emit(StageProgress(STAGE, done, total))
+        counts = executor.counts(job.id)
+        done = min(total, job.recent_commits(kind, 0).total - before)
+        emit(StageProgress(PROGRESS_STAGE, done, total))
         if not counts.queued and not counts.running:
             break
         if (done, counts) != last_state or counts.running:
@@ -53,9 +63,9 @@ def distribute(
                 IDLE_SECONDS,
             )
         time.sleep(POLL_SECONDS)
-    failed = [task.chunk for task in executor.failed(path) if task.kind == "finalize"]
+    failed = [task for task in executor.failed(job.id) if task.kind == kind]
     if failed:
-        names = ", ".join(chunk_name(index) for index in failed[:6])
+        names = ", ".join(job.chunk_name(task.item, task.chunk) for task in failed[:6])
         raise ChunkqError(
             f"finalize: {len(failed)} blocks failed ({names}); see `chunkq status`, fix the cause, "
             "then run `chunkq retry` and this command again",

@@ -24,8 +24,10 @@ from chunkq.parent_death_signal import with_parent_death_signal
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import sample_chunks
-from chunkq.sample_job import copy_job
+from chunkq.sample_job import copy_job, largest_item
 from chunkq.scratch import scratch_folder
+from chunkq.stages.finalize import OWN_PIECE
+from chunkq.stages.registry import stage_of
 from chunkq.tasks import chunk_name, parse_chunk
 
 MODULE = "chunkq_producer.finalizer_memory"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkq.create import CheckedJob, create_job
+from chunkq.create import CheckedJob, create_job, stored_job
 from chunkq.enqueue import EnqueueResult, check_not_running, enqueue
 from chunkq.events import Sink, ignore
 from chunkq.executors.base import Executor
@@ -23,8 +23,11 @@ def produce_job(
     With `store_queue`, the job record contains the URL of the queue for later commands. Raises
     the errors of `create_job`, and JobError if a worker runs the job that is to be replaced.
     """
+    replaced = None
     if overwrite:
-        check_not_running(job_folder_of(job.record.job.output), executor)
+        folder = job_folder_of(job.record.job.output)
+        check_not_running(folder, executor)
+        replaced = stored_job(folder)
     queue = executor.url if store_queue else None
     handle = create_job(job, queue=queue, resume=resume, overwrite=overwrite)
-    return enqueue(handle, executor, replaces=overwrite, emit=emit)
+    return enqueue(handle, executor, replaced=replaced, emit=emit)

@@ -17,7 +17,7 @@ from chunkq.finalize import finalize_job
 from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import job_folder_of
-from chunkq.tasks import chunk_count, chunk_name
+from chunkq.tasks import chunk_count
 from chunkq_producer.check_model import check_model
 from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
 from chunkq_producer.engine import Engine, select_engine
@@ -121,7 +121,7 @@ def _raise_unless_lost(
     Chunks are lost if they are missing although they did not fail.
     """
     failed = {chunk for group in failures for chunk in group.chunks}
-    lost = len({*map(chunk_name, error.missing)} - failed)
+    lost = len({*error.missing} - failed)
     if is_last or not lost:
         raise with_notes(error, [*map(_failure_line, failures)]) from None
     line = f"chunkq: results of {chunk_count(lost)} are lost; computing them again"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from chunkq.blend import Contribution
 from chunkq.combine import label_dtype, reduce_and_cast
 from chunkq.create import check_job, create_job
-from chunkq.errors import ChunkqError, ModelError
+from chunkq.errors import ChunkqError, JobError, ModelError
 from chunkq.events import progress_sink
 from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
@@ -196,7 +196,7 @@ class Predictor:
                     "predictor"
                 )
             device = get_device()
-            engine = device.run(lambda: self._engine(job.plan)).result()
+            engine = device.run(lambda: self._engine(job.items[0].plan)).result()
             with device.compute_with(job, engine):
                 worker = compute_inline(job, progress_sink(progress))
             return finalize_job(job, worker=worker)
@@ -225,6 +225,11 @@ class Predictor:
 
     def _plan(self, arrays: Sequence[Array]) -> Plan:
         names = [array.path for array in arrays]
+        if len(names) > 1 and self._job.model.join_dim is None:
+            raise JobError(
+                f"volume: found {len(names)} volumes without model_config.join_dim; set it to the "
+                "axis along which to stack them, or predict the volumes one by one"
+            )
         return resolve(self._job_for(names, len(arrays[0].shape)), volume_of(arrays))
 
     def _stream(self, plan: Plan, arrays: Sequence[Array], progress: Progress) -> Regions:

@@ -13,10 +13,10 @@ from chunkq import json_values
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
 from chunkq.executors.base import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
-from chunkq.footprint import footprint
+from chunkq.footprint import largest_footprint
 from chunkq.job import load_job
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
-from chunkq.plan import Costs, Plan
+from chunkq.plan import Costs
 from chunkq.tasks import chunk_count
 from chunkq_producer.check_model import check_model
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
@@ -61,9 +61,9 @@ def plan(
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None
     if as_json:
-        click.echo(json.dumps(_values(checked.plan, depth, trial), indent=1))
+        click.echo(json.dumps(_values(checked, depth, trial), indent=1))
     else:
-        for label, value in _rows(checked.plan, depth, trial):
+        for label, value in _rows(checked, depth, trial):
             click.echo(f"{label:<20}{value}")
 
 
@@ -100,13 +100,14 @@ def _run_trial(job: CheckedJob, depth: int) -> Trial:
     check = check_model(job.record, depth=depth)
     if check.patches is None or check.memory is None:
         raise ModelError("model_config: the check of the network ran no patches")
-    has_blocks = job.plan.costs.finalized_blocks > 0
+    has_blocks = job.costs.finalized_blocks > 0
     finalizer_bytes = measure_finalizer_memory(job.record) if has_blocks else None
     return Trial(check, check.patches, check.memory, finalizer_bytes)
 
 
-def _values(plan: Plan, depth: int, trial: Trial | None) -> dict[str, Any]:
-    costs = plan.costs
+def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
+    """Return the plan as JSON values; the shapes are those of the largest item."""
+    plan, costs = job.largest, job.costs
     values: dict[str, Any] = {
         "volume": list(plan.volume.shape),
         "dtype": plan.volume.dtype,
@@ -124,25 +125,32 @@ def _values(plan: Plan, depth: int, trial: Trial | None) -> dict[str, Any]:
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
         "depth": depth,
-        "array_bytes": footprint(plan).peak_bytes(depth),
+        "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
+        "items": [
+            {"name": item.name, "volume": list(plan.volume.shape), "chunks": plan.costs.chunks}
+            for item, plan in zip(job.record.items, job.plans, strict=True)
+        ],
     }
     if trial is not None:
         values["model_check"] = trial.as_dict()
     return values
 
 
-def _rows(plan: Plan, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
-    costs = plan.costs
-    per_voxel = costs.patches * _voxels(plan.output_patch) / _voxels(plan.volume.shape)
-    share = costs.finalized_voxels / _voxels(plan.volume.shape)
+def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
+    plan, costs, count = job.largest, job.costs, len(job.plans)
+    voxels = sum(_voxels(plan.volume.shape) for plan in job.plans)
+    per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
+    share = costs.finalized_voxels / voxels
+    several = f"{count} volumes, the largest " if count > 1 else ""
+    blocks = f" ({_shape(plan.blocks)})" if count == 1 else ""
     rows = [
-        ("input", f"{_shape(plan.volume.shape)} {plan.volume.dtype}"),
+        ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         (
             "output",
             f"{_shape(plan.output_shape)} {plan.output_dtype}, "
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
-        ("chunks", f"{costs.chunks} ({_shape(plan.blocks)}) of {_shape(plan.chunksize)}"),
+        ("chunks", f"{costs.chunks}{blocks} of {_shape(plan.chunksize)}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
         (
             "to finalize",
@@ -154,7 +162,7 @@ def _rows(plan: Plan, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
         ("pieces", f"{size(costs.piece_bytes)} of temporary files"),
         (
             "memory",
-            f"at most {size(footprint(plan).peak_bytes(depth))} of arrays per worker process with "
+            f"at most {size(largest_footprint(job.plans).peak_bytes(depth))} of arrays per worker process with "
             f"{depth} chunks in flight, plus libraries and network"
             + ("" if trial else " (--check-model measures the total)"),
         ),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from chunkq.tasks import Task, chunk_count
+from chunkq.stages.completion import failures
+from chunkq.stages.registry import stage_of
+from chunkq.tasks import chunk_count
 from chunkq_producer.commands.options import job_at, output_argument, queue_of, queue_option
 
 
@@ -15,8 +17,11 @@ def retry(output: str, queue: str | None) -> None:
     """Queue the failed chunks of OUTPUT's job again, with all attempts."""
     job = job_at(output)
     with queue_of(queue, job.record.job.queue) as executor:
-        count = executor.retry(job.folder.path)
+        count = executor.retry(job.id)
         # A queue that was lost has no failed tasks; the ledger still lists them.
-        failures = [f for f in job.ledger.failures() if f.kind == "infer"]
-        count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in failures)
+        count += executor.submit(
+            job.item(failure.item).task(failure.kind, failure.chunk)
+            for failure in failures(job)
+            if stage_of(failure.kind).is_queued
+        )
     click.echo(f"{chunk_count(count)} queued again" if count else "no failed chunk")

@@ -33,8 +33,8 @@ from chunkq.memory import peak_bytes
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import fullest_chunk, sample_chunks
+from chunkq.sample_job import largest_item
 from chunkq.stores import open_array, read_padded
-from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Halos
 from chunkq_worker.inference_engine import InferenceEngine, get_device
