@@ -24,9 +24,8 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import ITEM, Commit, JobFolder, Ledger
-from chunkq.tasks import Task
+from chunkq.job_handle import ItemHandle, JobHandle, open_job
+from chunkq.ledger import Commit, ItemLedger, JobFolder
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
 from tests.harness.waiting import TIMEOUT
@@ -159,9 +158,9 @@ class Workspace:
         """Compute uncommitted chunks in this process without a queue; ignore errors of tasks."""
         with mock.patch.dict(os.environ, self.env, clear=True):
             job = open_job(f"{output or self.output}.chunkq")
-            for index in filter(only, job.plan.indices()):
+            for index in filter(only, job.items[0].plan.indices()):
                 with contextlib.suppress(Exception):
-                    run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
+                    run_task(job.items[0].task("infer", index), Attempt(1, "inline"))
 
     # ------------------------------------------------------------------------- the queue
 
@@ -201,8 +200,13 @@ class Workspace:
         return self.job_folder / JobFolder(str(self.job_folder)).require_record().epoch
 
     @property
-    def ledger(self) -> Ledger:
-        return self.job.ledger
+    def item(self) -> ItemHandle:
+        """The first item, which is the only one of most jobs."""
+        return self.job.items[0]
+
+    @property
+    def ledger(self) -> ItemLedger:
+        return self.item.ledger
 
     @property
     def array(self) -> Path:
@@ -224,11 +228,11 @@ class Workspace:
 
     def done_folder(self, kind: str = "infer") -> Path:
         """Return the folder of the commit records."""
-        return self.epoch_folder / "done" / kind / ITEM
+        return self.epoch_folder / "done" / kind / "0"
 
     def pieces_folder(self) -> Path:
         """Return the folder of the pieces."""
-        return self.epoch_folder / "pieces" / ITEM
+        return self.epoch_folder / "pieces" / "0"
 
     def record(self, name: str) -> dict[str, Any]:
         """Return the commit record of a chunk."""
@@ -260,8 +264,8 @@ def output_files(output: Path) -> dict[str, bytes]:
 def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     job = create_job(check_job(load_job(values)))
-    for index in job.plan.indices():
-        run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
+    for index in job.items[0].plan.indices():
+        run_task(job.items[0].task("infer", index), Attempt(1, "inline"))
     return job, finalize_job(job, worker="inline")
 
 
