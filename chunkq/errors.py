@@ -97,6 +97,8 @@ class ErrorCode(StrEnum):
     """An exported file computes other values than the network."""
     FRAMEWORK_CONFLICT = auto()
     """The worker process already uses another deep-learning framework."""
+    STAGE_NOT_READY = auto()
+    """A task was started before the stages that it needs were complete."""
     REPEATED_FAILURE = auto()
     """Consecutive chunks failed with the same cause."""
     TASK_TIMEOUT = auto()
@@ -193,6 +195,12 @@ class FrameworkConflictError(ChunkqError):
     """The job needs a different deep-learning framework than this worker process uses."""
 
     code = ErrorCode.FRAMEWORK_CONFLICT
+
+
+class GateClosedError(ChunkqError):
+    """An earlier stage of the job is incomplete. The task is handed back and waits."""
+
+    code = ErrorCode.STAGE_NOT_READY
 
 
 class RepeatedFailureError(ChunkqError):

@@ -20,6 +20,7 @@ from chunkq.paths import without_secret
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.stores import Array, input_identity, open_array, read_padded
+from chunkq.tasks import JobId
 
 JOBS_CACHED = 8
 
@@ -31,6 +32,11 @@ class JobHandle:
     folder: JobFolder
     record: JobRecord
     plan: Plan
+
+    @property
+    def id(self) -> JobId:
+        """Path of the folder, and epoch: what queues know the job by."""
+        return JobId(self.folder.path, self.record.epoch)
 
     @cached_property
     def ledger(self) -> Ledger:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +29,14 @@ from chunkq.job_path import SUFFIX
 from chunkq.objects import ObjectFolder
 from chunkq.paths import without_secret
 from chunkq.plan import Index
-from chunkq.record import EPOCH_DIGITS, JobRecord
-from chunkq.tasks import ENTRY_POINTS, chunk_name, parse_chunk
+from chunkq.record import JobRecord
+from chunkq.tasks import EPOCH, chunk_name, parse_chunk
 
 log = logging.getLogger("chunkq.job")
 
 RECORD = "job.json"
-EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
+KINDS = ("infer", "finalize")
+"""Kinds of tasks that have commit and failure records."""
 ITEM = "0"
 """Item number in the names of stored objects; a job has one item."""
 CRC_BYTES, ALIGNMENT = 4, 16
@@ -317,7 +317,7 @@ class Ledger:
         """Return the last error of every task that failed and has not succeeded since."""
         names = [
             f"failed/{kind}/{ITEM}/{entry.name}"
-            for kind in ENTRY_POINTS
+            for kind in KINDS
             for entry in self.objects.list(f"failed/{kind}/{ITEM}")
         ]
         failures = map(Failure.from_json, self.objects.get_many(names).values())

@@ -1,43 +1,65 @@
-"""Queue messages, and the functions that a message can run."""
+"""Queue messages: a unit of work, and the job that it belongs to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from chunkq.errors import ErrorCode, QueueError
 
-ENTRY_POINTS: MappingProxyType[str, str] = MappingProxyType(
-    {"infer": "chunkq_worker.infer:infer_chunk", "finalize": "chunkq.finalize:finalize_block"}
-)
-"""Kind of task -> the function that runs it. A message cannot run any other code."""
 CHUNK_NAME = re.compile(r"(0|[1-9][0-9]{0,17})(\.(0|[1-9][0-9]{0,17}))*")
-WORKER_MAIN = "chunkq_worker.worker_main:serve"
-"""Function that runs a worker in a process started by Dask, Ray or another engine."""
+KIND = re.compile(r"[a-z]+")
+EPOCH_DIGITS = 8
+EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
+
+
+class JobId(NamedTuple):
+    """One job: the URI of its folder, and its epoch (see `JobRecord`)."""
+
+    path: str
+    epoch: str
+
+    @property
+    def key(self) -> str:
+        """A short stable key: 16 hexadecimal digits of a hash of the path, `-`, the epoch."""
+        return f"{path_key(self.path)}-{self.epoch}"
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A unit of queued work: the kind, the job folder's URI and the chunk index."""
+    """A unit of queued work: one chunk of one item in a stage (`kind`) of a job.
+
+    `job` and `epoch` are the fields of a `JobId`. The stage defines the meaning of `chunk`.
+    """
 
     kind: str
     job: str
+    epoch: str
+    item: int
     chunk: tuple[int, ...]
 
     @property
+    def job_id(self) -> JobId:
+        """The job of the task."""
+        return JobId(self.job, self.epoch)
+
+    @property
     def id(self) -> str:
-        """Stable identifier of the task; contains only letters, digits, `-` and `_`."""
-        return f"{job_key(self.job)}-{self.kind}-{'_'.join(map(str, self.chunk))}"
+        """`KIND/ITEM/CHUNK`, unique in its job; contains only letters, digits, `/` and `.`."""
+        return f"{self.kind}/{self.item}/{chunk_name(self.chunk)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the task as a mapping of JSON values."""
-        return {"kind": self.kind, "job": self.job, "chunk": list(self.chunk)}
+        return {
+            "kind": self.kind,
+            "job": self.job,
+            "epoch": self.epoch,
+            "item": self.item,
+            "chunk": list(self.chunk),
+        }
 
     def to_json(self) -> str:
         """Encode the task as a message."""
@@ -56,15 +78,18 @@ class Task:
     def from_dict(cls, values: Any) -> Task:
         """Return the task of a decoded message. Raises QueueError if it is not a chunkq task."""
         try:
-            kind, job, chunk = values["kind"], values["job"], values["chunk"]
+            kind, job, epoch = values["kind"], values["job"], values["epoch"]
+            item, chunk = values["item"], values["chunk"]
             if (
-                kind in ENTRY_POINTS
+                KIND.fullmatch(kind)
+                and EPOCH.fullmatch(epoch)
                 and isinstance(job, str)
                 and isinstance(chunk, list)
-                and all(type(i) is int and i >= 0 for i in chunk)  # not isinstance: excludes bool
+                and chunk
+                and all(type(i) is int and i >= 0 for i in (item, *chunk))  # excludes bool
                 and job.encode()
             ):
-                return cls(kind, job, tuple(chunk))
+                return cls(kind, job, epoch, item, tuple(chunk))
         except (KeyError, TypeError, UnicodeEncodeError):
             pass
         raise _not_a_task(str(values))
@@ -77,25 +102,9 @@ def _not_a_task(message: str) -> QueueError:
     )
 
 
-def job_key(job: str) -> str:
+def path_key(path: str) -> str:
     """Return a short stable key for a job folder's URI: 16 hexadecimal digits."""
-    return hashlib.blake2b(job.encode(), digest_size=8).hexdigest()
-
-
-def entry_point(kind: str) -> Callable[..., Any]:
-    """Import and return the function that runs tasks of this kind."""
-    return _import_function(ENTRY_POINTS[kind])
-
-
-def run_worker(executor: Any, options: Any) -> Any:
-    """Run a worker on an executor in this process; return its `ExitStatus`."""
-    return _import_function(WORKER_MAIN)(executor, options)
-
-
-def _import_function(target: str) -> Callable[..., Any]:
-    module, _, name = target.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
-    return function
+    return hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
 
 
 def chunk_name(index: tuple[int, ...]) -> str:

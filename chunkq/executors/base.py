@@ -9,11 +9,18 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import NamedTuple
 
-from chunkq.errors import ChunkqError, ErrorCode, FrameworkConflictError, QueueError
+from chunkq.errors import (
+    ChunkqError,
+    ErrorCode,
+    FrameworkConflictError,
+    IncompleteError,
+    QueueError,
+)
 from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import Task, run_worker
+from chunkq.tasks import JobId, Task
 
 MAX_ATTEMPTS = 3
 """A task fails for good after this many unsuccessful attempts; `retry` queues it again."""
@@ -25,6 +32,8 @@ A GPU process has a fourth, so that the GPU does not wait for a late read or wri
 """
 
 EXIT_CRASHED = 1
+EXIT_INCOMPLETE = IncompleteError.exit_code
+"""Tasks wait for a stage of their job that cannot be completed."""
 EXIT_REFUSED = 4
 """The error affects every chunk, so the supervisor does not restart the process."""
 EXIT_QUEUE_UNREACHABLE = 6
@@ -47,12 +56,23 @@ class Attempt:
         return self.number >= MAX_ATTEMPTS
 
 
-class BlockContribution(NamedTuple):
-    """Contribution of a committed chunk to a block: number `contributor` (from 0) of `total`."""
+class Contribution(NamedTuple):
+    """A committed task is number `number` (from 0) of the `total` tasks that `task` waits for."""
 
-    block: tuple[int, ...]
-    contributor: int
+    task: Task
+    number: int
     total: int
+
+
+class GateState(Enum):
+    """Whether the stages before the tasks behind a gate are complete."""
+
+    OPEN = auto()
+    """All are committed."""
+    CLOSED = auto()
+    """Another process completes them."""
+    BLOCKED = auto()
+    """A task has failed, or is missing and not on the queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +101,13 @@ class WorkerName:
 
 
 class TaskResult(NamedTuple):
-    """Result of a task: one contribution for each block that the chunk contributes to.
+    """Result of a task: one contribution for each task that waits for it.
 
     `ran_network` is False if the task did not run the network. Its duration is then not used for
     the time limit of later tasks.
     """
 
-    contributions: Sequence[BlockContribution] = ()
+    contributions: Sequence[Contribution] = ()
     ran_network: bool = True
 
 
@@ -97,11 +117,15 @@ Handler = Callable[[Task, Attempt], TaskResult | None]
 
 @dataclass(frozen=True, slots=True)
 class TaskCounts:
-    """Numbers of the tasks of one job on the queue. Finished tasks are in the ledger only."""
+    """Numbers of the tasks of one job on the queue. Finished tasks are in the ledger only.
+
+    `waiting` tasks are behind a closed gate and not among the `queued` ones.
+    """
 
     queued: int = 0
     running: int = 0
     failed: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +148,19 @@ class WorkerOptions:
 
     - `depth`: number of tasks in flight.
     - `burst`: end when the job, or the whole queue, has neither queued nor running tasks.
-    - `job`: run tasks of this job only.
+    - `job`: run tasks of the job folder with this path only, whatever their epoch.
     - `deadline` (s, Unix): start no task that would end later, judged by the longest task so far.
     - `time_limit` (s): limit of every task; None derives it from the tasks so far.
     - `is_waiting`: return whether a task waits for another task of this process to free the
       device. The time limit does not apply to such a task.
+    - `check_gate`: look into a job folder whether the tasks of a kind may start. It is called when
+      such tasks wait and their job has neither queued nor running tasks.
     - `replaceable`: the supervisor starts a new process when this one ends with EXIT_RESTART.
     - `stop`: when set, the worker finishes the tasks in flight and reserves no more.
     - `settings`: default to those of the environment.
     - `longest_task` (s): duration of the longest task so far.
-    - `skipped_jobs`: jobs that failed as a whole; the worker reserves no more tasks of them.
+    - `skipped_jobs`: jobs that failed as a whole or were replaced; the worker reserves no more
+      tasks of them.
     """
 
     worker: str
@@ -143,11 +170,12 @@ class WorkerOptions:
     deadline: float | None = None
     time_limit: float | None = None
     is_waiting: Callable[[Task], bool] = lambda task: False
+    check_gate: Callable[[JobId, str], GateState] = lambda job, kind: GateState.CLOSED
     replaceable: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
     longest_task: float = 0.0
-    skipped_jobs: set[str] = field(default_factory=set)
+    skipped_jobs: set[JobId] = field(default_factory=set)
 
     def can_start(self) -> bool:
         """Return whether the worker may reserve another task."""
@@ -171,9 +199,15 @@ class ExitStatus(NamedTuple):
         """
         if isinstance(error, FrameworkConflictError):
             return cls(EXIT_RESTART)
+        if isinstance(error, IncompleteError):
+            return cls(EXIT_INCOMPLETE, str(error).splitlines())
         may_return = isinstance(error, QueueError) and error.code is not ErrorCode.QUEUE_UNSUPPORTED
         code = EXIT_QUEUE_UNREACHABLE if may_return else EXIT_REFUSED
         return cls(code, str(error).splitlines())
+
+
+Serve = Callable[["Executor", WorkerOptions], ExitStatus]
+"""Run a worker in this process until its options or an error end it."""
 
 
 class Executor(ABC):
@@ -185,6 +219,9 @@ class Executor(ABC):
       task whose last attempt is unsuccessful is failed.
     - The tasks of a worker that disappears are queued again when their leases expire, or
       immediately by `release`.
+    - Tasks of successive jobs on one path (`JobId`) are separate, also if their ids are equal.
+    - A task whose kind has a closed gate is waiting: it is not reserved and not counted as queued.
+      It is queued when the gate opens. The gates of a job are deleted with its last task.
     - A message that is not a task of chunkq is never run. It is deleted and logged.
     - A lost queue loses no results: the ledger stores which chunks are done.
 
@@ -205,28 +242,50 @@ class Executor(ABC):
         """Queue tasks from an iterator in batches; return how many are newly queued."""
 
     @abstractmethod
-    def counts(self, job: str) -> TaskCounts:
+    def counts(self, job: JobId) -> TaskCounts:
         """Return the numbers of tasks of a job by state."""
 
     @abstractmethod
-    def jobs(self) -> dict[str, TaskCounts]:
+    def jobs(self) -> dict[JobId, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
 
     @abstractmethod
-    def running(self, job: str) -> list[RunningTask]:
+    def running(self, job: JobId) -> list[RunningTask]:
         """Return the running tasks of a job."""
 
     @abstractmethod
-    def failed(self, job: str) -> list[Task]:
+    def failed(self, job: JobId) -> list[Task]:
         """Return the failed tasks of a job."""
 
     @abstractmethod
-    def retry(self, job: str) -> int:
+    def retry(self, job: JobId) -> int:
         """Queue the failed tasks of a job with all their attempts; return how many."""
 
     @abstractmethod
-    def cancel(self, job: str) -> int:
-        """Remove all tasks of a job; running ones may finish. Return how many were removed."""
+    def cancel(self, job: JobId) -> int:
+        """Remove all tasks and gates of a job; running tasks may finish. Return how many tasks."""
+
+    @abstractmethod
+    def close_gate(self, job: JobId, kind: str) -> None:
+        """Make the queued tasks of a kind, and those submitted later, wait.
+
+        Running tasks are not affected; they wait if their attempt is unsuccessful.
+        """
+
+    @abstractmethod
+    def open_gate(self, job: JobId, kind: str) -> None:
+        """Queue the waiting tasks of a kind in batches.
+
+        A repeated call has no effect. If the caller dies, another call queues the rest.
+        """
+
+    @abstractmethod
+    def waiting(self, options: WorkerOptions) -> list[tuple[JobId, str]]:
+        """Return the jobs of a worker that have waiting tasks, but neither queued nor running ones.
+
+        Each has the kind of its first gate with waiting tasks, in the order in which the gates
+        were closed.
+        """
 
     @abstractmethod
     def release(self, worker: str, *, counted: bool = True) -> int:
@@ -245,6 +304,14 @@ class Executor(ABC):
         the job is skipped. A job is also skipped if consecutive chunks fail with one cause. The
         error is raised once no other job has tasks.
 
+        MissingJobError means that the job was deleted or replaced. The task is requeued without
+        counting the attempt, the job is skipped, and the worker goes on with the others.
+        GateClosedError means that an earlier stage is incomplete. The task is handed back without
+        counting the attempt, and the gate of its kind is closed.
+
+        If tasks wait, `options.check_gate` decides: the worker opens the gate, or, if an earlier
+        stage cannot be completed, a burst raises IncompleteError once nothing else is left.
+
         FrameworkConflictError means that only a new process can run the task. The task is
         requeued without counting the attempt, and the worker continues with the other jobs. Once
         these have no task to reserve, or after `settings.longest_replacement_delay`, it finishes
@@ -255,24 +322,28 @@ class Executor(ABC):
         ends.
         """
 
-    def run_worker(self, options: WorkerOptions) -> ExitStatus:
-        """Run tasks until the worker ends; return its exit status.
+    def run_worker(self, serve: Serve, options: WorkerOptions) -> ExitStatus:
+        """Run a worker with `serve` until it ends; return its exit status.
 
-        Tasks run in this process, unless the engine runs workers in processes that it manages.
+        It runs in this process, unless the engine runs workers in processes that it manages.
         """
-        status: ExitStatus = run_worker(self, options)
-        return status
+        return serve(self, options)
 
     @abstractmethod
-    def record_contributions(
-        self, job: str, contributions: Sequence[BlockContribution]
-    ) -> list[Task]:
-        """Record the contributions of a committed chunk; return tasks to finalize complete blocks.
+    def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
+        """Record the contributions of a committed task; return the tasks that this completes.
 
-        Each task is returned to one caller only. If that caller crashes, the task is lost, and the
-        finalizer completes the block. Nothing is stored for a job without tasks on the queue.
+        A task is complete when all tasks that it waits for are committed. It is returned to one
+        caller only. If that caller crashes, the task is lost, and the finalizer runs it. Nothing
+        is stored for a job without tasks on the queue.
         """
 
     @abstractmethod
     def close(self) -> None:
         """Close the connections."""
+
+
+def jobs_at(executor: Executor, path: str) -> dict[JobId, TaskCounts]:
+    """Return the jobs on the queue that have the same folder, in the order of their epochs."""
+    jobs = executor.jobs()
+    return {job: jobs[job] for job in sorted(jobs) if job.path == path}

@@ -11,18 +11,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from chunkq.errors import QueueError
 from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
-    BlockContribution,
+    Contribution,
     RunningTask,
     TaskCounts,
     WorkerOptions,
 )
 from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 
 log = logging.getLogger("chunkq.queue")
 
@@ -39,20 +40,52 @@ class _Leased:
 
 @dataclass(slots=True)
 class _JobQueue:
-    """Tasks of one job by id, each in one of three states, and the contributors of its blocks.
+    """Tasks of one job by id, each in one of four states, and what they wait for.
 
-    `queued` maps an id to its message and the number of attempts so far. `blocks` maps a block to
-    the contributors that have not committed yet; an empty set marks a complete block.
+    `queued` and `waiting` map an id to its message and the number of attempts so far. `gates` has
+    the kinds with a closed gate, in the order in which these were closed. `missing` maps a task to
+    the numbers of its contributors that have not committed; it is empty for a complete task.
     """
 
     queued: OrderedDict[str, tuple[str, int]] = field(default_factory=OrderedDict)
     leased: dict[str, _Leased] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    blocks: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
+    waiting: dict[str, tuple[str, int]] = field(default_factory=dict)
+    gates: dict[str, None] = field(default_factory=dict)
+    missing: dict[Task, set[int]] = field(default_factory=dict)
 
     def counts(self, now: float) -> TaskCounts:
-        expired = sum(leased.expires < now for leased in self.leased.values())
-        return TaskCounts(len(self.queued) + expired, len(self.leased) - expired, len(self.failed))
+        expired = [_kind(id) for id, leased in self.leased.items() if leased.expires < now]
+        behind_gates = sum(kind in self.gates for kind in expired)
+        return TaskCounts(
+            len(self.queued) + len(expired) - behind_gates,
+            len(self.leased) - len(expired),
+            len(self.failed),
+            len(self.waiting) + behind_gates,
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether tasks are queued or running."""
+        return bool(self.queued or self.leased)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.is_active or self.failed or self.waiting)
+
+    @property
+    def first_waiting_kind(self) -> str | None:
+        kinds = {_kind(id) for id in self.waiting}
+        return next((kind for kind in self.gates if kind in kinds), None)
+
+    def add(self, id: str, message: str, attempts: int) -> None:
+        """Queue a task last, or let it wait if its gate is closed."""
+        tasks = self.waiting if _kind(id) in self.gates else self.queued
+        tasks[id] = message, attempts
+
+    def move(self, kind: str, source: dict[str, Any], target: dict[str, Any]) -> None:
+        for id in [id for id in source if _kind(id) == kind]:
+            target[id] = source.pop(id)
 
     def end_attempt(self, id: str, *, counted: bool) -> None:
         """End the lease of a task: fail it after its last attempt, else queue it.
@@ -64,8 +97,8 @@ class _JobQueue:
         if counted and attempts >= MAX_ATTEMPTS:
             self.failed[id] = leased.message
             return
-        self.queued[id] = leased.message, attempts
-        if not counted:
+        self.add(id, leased.message, attempts)
+        if not counted and id in self.queued:
             self.queued.move_to_end(id, last=False)
 
     def expire(self, now: float) -> None:
@@ -81,22 +114,25 @@ class _Queue:
     """One named queue: its jobs in the order of their first task, guarded by `lock`."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
-    jobs: dict[str, _JobQueue] = field(default_factory=dict)
+    jobs: dict[JobId, _JobQueue] = field(default_factory=dict)
 
-    def job(self, job: str) -> _JobQueue:
+    def job(self, job: JobId) -> _JobQueue:
         return self.jobs.get(job) or _JobQueue()
 
-    def select(self, options: WorkerOptions) -> Iterator[_JobQueue]:
+    def select(self, options: WorkerOptions) -> Iterator[tuple[JobId, _JobQueue]]:
         """Yield the jobs that a worker may reserve tasks of."""
-        for name, job in self.jobs.items():
-            if name == options.job or (options.job is None and name not in options.skipped_jobs):
-                yield job
+        for id, job in list(self.jobs.items()):
+            if options.job in (None, id.path) and id not in options.skipped_jobs:
+                yield id, job
 
-    def remove_empty(self) -> None:
-        """Delete jobs without tasks, with their blocks."""
-        for name, job in list(self.jobs.items()):
-            if not (job.queued or job.leased or job.failed):
-                del self.jobs[name]
+    def remove_if_empty(self, job: JobId) -> None:
+        """Delete a job without tasks, with its gates."""
+        if self.job(job).is_empty:
+            self.jobs.pop(job, None)
+
+
+def _kind(id: str) -> str:
+    return id.partition("/")[0]
 
 
 _queues: dict[str, _Queue] = {}
@@ -121,25 +157,29 @@ class InProcessExecutor(LeaseQueue):
         count = 0
         for task in tasks:
             with self._queue.lock:
-                job = self._queue.jobs.setdefault(task.job, _JobQueue())
-                if task.id in job.queued or task.id in job.leased:
+                job = self._queue.jobs.setdefault(task.job_id, _JobQueue())
+                if any(task.id in tasks for tasks in (job.queued, job.leased, job.waiting)):
                     continue
                 job.failed.pop(task.id, None)
-                job.queued[task.id] = task.to_json(), 0
+                job.add(task.id, task.to_json(), 0)
                 count += 1
         return count
 
-    def counts(self, job: str) -> TaskCounts:
+    def counts(self, job: JobId) -> TaskCounts:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with self._queue.lock:
             return self._queue.job(job).counts(time.time())
 
-    def jobs(self) -> dict[str, TaskCounts]:
+    def jobs(self) -> dict[JobId, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
         with self._queue.lock:
-            return {name: job.counts(time.time()) for name, job in self._queue.jobs.items()}
+            return {
+                id: job.counts(time.time())
+                for id, job in self._queue.jobs.items()
+                if not job.is_empty
+            }
 
-    def running(self, job: str) -> list[RunningTask]:
+    def running(self, job: JobId) -> list[RunningTask]:
         """Return the tasks of a job whose leases have not expired."""
         with self._queue.lock:
             return [
@@ -148,25 +188,49 @@ class InProcessExecutor(LeaseQueue):
                 if leased.expires >= time.time()
             ]
 
-    def failed(self, job: str) -> list[Task]:
+    def failed(self, job: JobId) -> list[Task]:
         """Return the failed tasks of a job."""
         with self._queue.lock:
             return [Task.from_json(message) for message in self._queue.job(job).failed.values()]
 
-    def retry(self, job: str) -> int:
+    def retry(self, job: JobId) -> int:
         """Queue the failed tasks of a job with all their attempts."""
         with self._queue.lock:
             tasks = self._queue.job(job)
-            retried = {id: (message, 0) for id, message in tasks.failed.items()}
-            tasks.queued.update(retried)
-            tasks.failed.clear()
+            retried, tasks.failed = tasks.failed, {}
+            for id, message in retried.items():
+                tasks.add(id, message, 0)
             return len(retried)
 
-    def cancel(self, job: str) -> int:
-        """Remove the tasks and the blocks of a job."""
+    def cancel(self, job: JobId) -> int:
+        """Remove the tasks and the gates of a job."""
         with self._queue.lock:
-            removed = self._queue.jobs.pop(job, _JobQueue())
-            return len(removed.queued) + len(removed.leased) + len(removed.failed)
+            removed = self._queue.jobs.pop(job, _JobQueue()).counts(time.time())
+            return removed.queued + removed.running + removed.failed + removed.waiting
+
+    def close_gate(self, job: JobId, kind: str) -> None:
+        """Make the queued tasks of a kind wait."""
+        with self._queue.lock:
+            tasks = self._queue.jobs.setdefault(job, _JobQueue())
+            tasks.gates.setdefault(kind)
+            tasks.move(kind, tasks.queued, tasks.waiting)
+
+    def open_gate(self, job: JobId, kind: str) -> None:
+        """Queue the waiting tasks of a kind."""
+        with self._queue.lock:
+            tasks = self._queue.job(job)
+            tasks.gates.pop(kind, None)
+            tasks.move(kind, tasks.waiting, tasks.queued)
+            self._queue.remove_if_empty(job)
+
+    def waiting(self, options: WorkerOptions) -> list[tuple[JobId, str]]:
+        """Return the jobs of a worker whose tasks only wait, with the first waiting kind."""
+        with self._queue.lock:
+            return [
+                (id, kind)
+                for id, job in self._queue.select(options)
+                if not job.is_active and (kind := job.first_waiting_kind) is not None
+            ]
 
     def release(self, worker: str, *, counted: bool = True) -> int:
         """End the leases of a worker."""
@@ -181,20 +245,18 @@ class InProcessExecutor(LeaseQueue):
                 job.end_attempt(id, counted=counted)
             return len(leases)
 
-    def record_contributions(
-        self, job: str, contributions: Sequence[BlockContribution]
-    ) -> list[Task]:
-        """Record a contributor of blocks; return tasks to finalize the complete ones."""
+    def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
+        """Record contributions of a committed task; return the tasks that this completes."""
         complete = []
         with self._queue.lock:
-            if job not in self._queue.jobs:
+            tasks = self._queue.job(job)
+            if tasks.is_empty:
                 return []
-            blocks = self._queue.jobs[job].blocks
-            for block, member, of in contributions:
-                missing = blocks.setdefault(block, set(range(of)))
-                if missing and not missing - {member}:
-                    complete.append(Task("finalize", job, block))
-                missing.discard(member)
+            for task, number, total in contributions:
+                missing = tasks.missing.setdefault(task, set(range(total)))
+                if missing and not missing - {number}:
+                    complete.append(task)
+                missing.discard(number)
         return complete
 
     def reserve(self, options: WorkerOptions) -> Lease | None:
@@ -203,19 +265,19 @@ class InProcessExecutor(LeaseQueue):
             now = time.time()
             for job in self._queue.jobs.values():
                 job.expire(now)
-            for job in self._queue.select(options):
+            for job_id, job in self._queue.select(options):
                 while job.queued:
                     id, (message, attempts) = job.queued.popitem(last=False)
                     try:
                         task = Task.from_json(message)
                     except QueueError as error:
                         log.error("deleted from the queue: %s", error)
+                        self._queue.remove_if_empty(job_id)
                         continue
                     attempt = Attempt(attempts + 1, options.worker)
                     expires = now + options.settings.lease
                     job.leased[id] = _Leased(message, attempt, now, expires)
                     return Lease(task, attempt, since=now)
-            self._queue.remove_empty()
         return None
 
     def ack(self, lease: Lease) -> None:
@@ -224,7 +286,7 @@ class InProcessExecutor(LeaseQueue):
             job = self._leased_job(lease)
             if job is not None:
                 del job.leased[lease.task.id]
-                self._queue.remove_empty()
+                self._queue.remove_if_empty(lease.task.job_id)
 
     def nack(self, lease: Lease, error: BaseException) -> None:
         """End an unsuccessful attempt."""
@@ -237,7 +299,7 @@ class InProcessExecutor(LeaseQueue):
     def is_drained(self, options: WorkerOptions) -> bool:
         """Return whether the jobs of a worker have neither queued nor running tasks."""
         with self._queue.lock:
-            return not any(job.queued or job.leased for job in self._queue.select(options))
+            return not any(job.is_active for _, job in self._queue.select(options))
 
     def renew(self, options: WorkerOptions, leases: Sequence[Lease]) -> None:
         """Extend leases of a worker."""
@@ -252,7 +314,7 @@ class InProcessExecutor(LeaseQueue):
 
     def _leased_job(self, lease: Lease) -> _JobQueue | None:
         """Return the job of a lease, or None if the task is leased to another worker."""
-        job = self._queue.job(lease.task.job)
+        job = self._queue.job(lease.task.job_id)
         leased = job.leased.get(lease.task.id)
         return job if leased is not None and leased.attempt is lease.attempt else None
 

@@ -13,16 +13,20 @@ from dataclasses import dataclass, field
 
 from chunkq.errors import (
     FrameworkConflictError,
+    GateClosedError,
+    IncompleteError,
     JobError,
+    MissingJobError,
     ModelError,
     RepeatedFailureError,
     TaskTimeoutError,
     failure_key,
 )
 from chunkq.executors.base import Attempt, Executor, Handler, TaskResult, WorkerOptions
+from chunkq.executors.gates import GateWatch
 from chunkq.executors.settings import WorkerSettings
 from chunkq.paths import without_secret
-from chunkq.tasks import Task, chunk_name
+from chunkq.tasks import JobId, Task, chunk_name
 
 log = logging.getLogger("chunkq.queue")
 
@@ -95,26 +99,26 @@ class LeaseQueue(Executor):
 
 @dataclass
 class _JobHistory:
-    """Longest successful task (s) of one job, and the chunks that last failed with one cause."""
+    """Longest successful task (s) of one job, and the tasks that last failed with one cause."""
 
     longest_task: float | None = None
     cause: tuple[str, str] | None = None
-    failed_chunks: set[tuple[int, ...]] = field(default_factory=set)
+    failed_tasks: set[str] = field(default_factory=set)
 
     def record_success(self, seconds: float) -> None:
         self.longest_task = max(self.longest_task or 0.0, seconds)
         self.cause = None
-        self.failed_chunks.clear()
+        self.failed_tasks.clear()
 
     def record_failure(self, task: Task, error: BaseException, settings: WorkerSettings) -> bool:
-        """Record a failure; return whether enough chunks failed with one cause to skip the job."""
+        """Record a failure; return whether enough tasks failed with one cause to skip the job."""
         new_cause = failure_key(type(error).__name__, str(error))
         if new_cause != self.cause:
             self.cause = new_cause
-            self.failed_chunks.clear()
-        self.failed_chunks.add(task.chunk)
+            self.failed_tasks.clear()
+        self.failed_tasks.add(task.id)
         first, later = settings.same_failures_at_first, settings.same_failures_later
-        return len(self.failed_chunks) >= (first if self.longest_task is None else later)
+        return len(self.failed_tasks) >= (first if self.longest_task is None else later)
 
     def time_limit(self, settings: WorkerSettings) -> float:
         if self.longest_task is None:
@@ -128,10 +132,11 @@ class _TaskLoops:
     def __init__(self, queue: LeaseQueue, handler: Handler, options: WorkerOptions) -> None:
         self._queue, self._handler, self._options = queue, handler, options
         self._leases: dict[int, Lease] = {}
-        self._jobs: defaultdict[str, _JobHistory] = defaultdict(_JobHistory)
+        self._jobs: defaultdict[JobId, _JobHistory] = defaultdict(_JobHistory)
         self._lock, self._reserve_lock = threading.Lock(), threading.Lock()
         self._settings = options.settings
         self._pause = self._settings.shortest_poll
+        self._gates = GateWatch(queue, options)
         self._conflict: FrameworkConflictError | None = None
         self._conflict_since = 0.0
         self.error: Exception | None = None
@@ -171,13 +176,30 @@ class _TaskLoops:
                     self._options.stop.set()
                     return None
                 ends_when_drained = self._options.burst or self.error is not None
-                if ends_when_drained and self._queue.is_drained(self._options):
+                is_drained = ends_when_drained and self._queue.is_drained(self._options)
+                if self._gates.open_ready(at_once=is_drained):
+                    continue
+                # Another worker may have opened a gate meanwhile.
+                is_over = is_drained and not self._gates.is_opening
+                if is_over and self._queue.is_drained(self._options):
+                    self.error = self.error or self._incomplete_job()
                     return None
                 self._options.stop.wait(self._pause)
                 # Redis treats a gap of half a lease between requests as an outage of the server.
                 longest = min(self._settings.longest_poll, self._settings.lease / 8)
                 self._pause = min(longest, 1.5 * self._pause)
         return None
+
+    def _incomplete_job(self) -> IncompleteError | None:
+        """Return the error for jobs whose waiting tasks cannot start, or None."""
+        if not self._gates.blocked:
+            return None
+        outputs = sorted({_output(job) for job, _ in self._gates.blocked})
+        return IncompleteError(
+            f"{', '.join(outputs)}: tasks wait for chunks that failed or are missing; run `chunkq "
+            "status OUT` to see why, then `chunkq retry OUT` or `chunkq produce --resume`",
+            [],
+        )
 
     def _add_lease(self, lease: Lease) -> None:
         with self._lock:
@@ -189,7 +211,7 @@ class _TaskLoops:
         over = [
             lease
             for lease in leases
-            if now - lease.since > self._limit(lease.task.job)
+            if now - lease.since > self._limit(lease.task.job_id)
             and not self._options.is_waiting(lease.task)
         ]
         if not over:
@@ -198,7 +220,8 @@ class _TaskLoops:
         names = ", ".join(chunk_name(lease.task.chunk) for lease in over)
         error = TaskTimeoutError(
             f"{over[0].task.kind} chunk {names}: exceeded the time limit of "
-            f"{self._limit(over[0].task.job):.0f} s; this process ends, the chunk is tried again",
+            f"{self._limit(over[0].task.job_id):.0f} s; this process ends, the chunk is tried "
+            "again",
             over,
         )
         for lease in leases:
@@ -208,7 +231,7 @@ class _TaskLoops:
                 self._queue.requeue(lease)
         raise error
 
-    def _limit(self, job: str) -> float:
+    def _limit(self, job: JobId) -> float:
         fixed = self._options.time_limit
         return self._jobs[job].time_limit(self._settings) if fixed is None else fixed
 
@@ -222,39 +245,50 @@ class _TaskLoops:
             self._options.longest_task = max(self._options.longest_task, seconds)
 
     def _run_one(self, lease: Lease) -> None:
-        history = self._jobs[lease.task.job]
+        job = lease.task.job_id
+        history = self._jobs[job]
         try:
             result = self._handler(lease.task, lease.attempt) or TaskResult()
         except FrameworkConflictError as error:
-            self._restart_for_job(lease.task.job, error)
+            self._restart_for_job(job, error)
+            self._queue.requeue(lease)
+        except MissingJobError as error:
+            self._queue.requeue(lease)
+            self._set_aside(job, error)
+        except GateClosedError as error:
+            log.info("%s", error)
+            self._queue.close_gate(job, lease.task.kind)  # first, so that the task waits, too
             self._queue.requeue(lease)
         except (JobError, ModelError) as error:
             self._queue.requeue(lease)
-            self._skip_job(lease.task.job, error)
+            self._skip_job(job, error)
         except (Exception, SystemExit) as error:
             # The handler has recorded the error in the ledger; the queue counts attempts only.
             self._queue.nack(lease, error)
             if history.record_failure(lease.task, error, self._settings):
-                self._skip_job(lease.task.job, _same_failure(lease.task, history, error))
+                self._skip_job(job, _same_failure(job, history, error))
         else:
             if result.contributions:
-                self._complete(
-                    lease, self._queue.record_contributions(lease.task.job, result.contributions)
-                )
+                self._complete(lease, self._queue.record_contributions(job, result.contributions))
             if result.ran_network:
                 history.record_success(time.time() - lease.since)
             self._queue.ack(lease)
+            self._gates.reset(job)
 
-    def _complete(self, lease: Lease, blocks: Sequence[Task]) -> None:
-        """Finalize the blocks for which a chunk was the last missing contributor."""
-        for block in blocks:
+    def _complete(self, lease: Lease, tasks: Sequence[Task]) -> None:
+        """Run the tasks for which a task was the last one that they waited for."""
+        for task in tasks:
             try:
-                self._handler(block, lease.attempt)
+                self._handler(task, lease.attempt)
             except Exception:
                 # The ledger has the error, and the finalizer completes every block.
-                log.warning("block %s is left to the finalizer", chunk_name(block.chunk))
+                log.warning(
+                    "%s %s is left to the finalizer",
+                    "block" if task.kind == "finalize" else f"{task.kind} task",
+                    chunk_name(task.chunk),
+                )
 
-    def _restart_for_job(self, job: str, error: FrameworkConflictError) -> None:
+    def _restart_for_job(self, job: JobId, error: FrameworkConflictError) -> None:
         """Skip a job; `_next` ends the worker when no other job has tasks."""
         self._options.skipped_jobs.add(job)
         if self._conflict is None:
@@ -265,7 +299,19 @@ class _TaskLoops:
         waited = time.time() - self._conflict_since
         return self._conflict is not None and waited > self._settings.longest_replacement_delay
 
-    def _skip_job(self, job: str, error: Exception) -> None:
+    def _set_aside(self, job: JobId, error: MissingJobError) -> None:
+        """Reserve no more tasks of a job that does not exist; this is no error of the worker."""
+        with self._lock:
+            is_new = job not in self._options.skipped_jobs
+            self._options.skipped_jobs.add(job)
+        if is_new:
+            log.warning(
+                "%s; skipping its tasks on the queue (epoch %s), `chunkq cancel` removes them",
+                error,
+                job.epoch,
+            )
+
+    def _skip_job(self, job: JobId, error: Exception) -> None:
         """Reserve no more tasks of a job; the loops end when no other job has tasks."""
         was_skipped = job in self._options.skipped_jobs
         self._options.skipped_jobs.add(job)
@@ -276,13 +322,16 @@ class _TaskLoops:
             log.error("%s", error)
 
 
-def _same_failure(task: Task, history: _JobHistory, error: BaseException) -> RepeatedFailureError:
+def _output(job: JobId) -> str:
+    return without_secret(job.path).removesuffix(".chunkq")
+
+
+def _same_failure(job: JobId, history: _JobHistory, error: BaseException) -> RepeatedFailureError:
     message = str(error) or type(error).__name__
-    output = without_secret(task.job).removesuffix(".chunkq")
     return RepeatedFailureError(
-        f"{output}: {len(history.failed_chunks)} consecutive chunks failed with the same error "
-        f"({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips this "
-        "job; read the traceback with `chunkq status --json`, fix the cause, then restart the "
+        f"{_output(job)}: {len(history.failed_tasks)} consecutive chunks failed with the same "
+        f"error ({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips "
+        "this job; read the traceback with `chunkq status --json`, fix the cause, then restart the "
         "worker"
     )
 

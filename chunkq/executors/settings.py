@@ -19,6 +19,8 @@ class WorkerSettings:
 
     - A worker that does not renew its leases for `lease` loses its tasks.
     - An idle worker polls the queue every `shortest_poll`, later every `longest_poll`.
+    - An idle worker looks for waiting tasks every `waiting_poll`, and into the folder of a job
+      whose tasks wait at the same interval, later every `longest_gate_pause`.
     - The first task of a job in a process, which also loads the network, may take
       `first_time_limit`. Later tasks may take `time_limit_factor` times the longest one so far,
       but not less than `least_time_limit`.
@@ -38,6 +40,8 @@ class WorkerSettings:
     lease: float = 20.0
     shortest_poll: float = 0.1
     longest_poll: float = 0.5
+    waiting_poll: float = 1.0
+    longest_gate_pause: float = 30.0
     first_time_limit: float = 3600.0
     least_time_limit: float = 600.0
     time_limit_factor: float = 10.0

@@ -31,12 +31,11 @@ def distribute(
     Raises IncompleteError like `finalize_job`, and ChunkqError if blocks fail on every attempt.
     """
     blocks = ready_blocks(job, check_completion(job, allow_missing=allow_missing))
-    path = job.folder.path
-    executor.submit(Task("finalize", path, index) for index in blocks)
+    executor.submit(Task("finalize", *job.id, 0, index) for index in blocks)
     before, total = job.ledger.count("finalize"), len(blocks)
     last_change, warned, last_state = time.monotonic(), False, None
     while True:
-        counts = executor.counts(path)
+        counts = executor.counts(job.id)
         done = min(total, job.ledger.count("finalize") - before)
         progress(done, total)
         if not counts.queued and not counts.running:
@@ -52,7 +51,7 @@ def distribute(
                 IDLE_SECONDS,
             )
         time.sleep(POLL_SECONDS)
-    failed = [task.chunk for task in executor.failed(path) if task.kind == "finalize"]
+    failed = [task.chunk for task in executor.failed(job.id) if task.kind == "finalize"]
     if failed:
         names = ", ".join(chunk_name(index) for index in failed[:6])
         raise ChunkqError(

@@ -89,9 +89,9 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     counts, running, failed_tasks = TaskCounts(), [], []
     if executor is not None:
         try:
-            counts = executor.counts(folder.path)
-            running = executor.running(folder.path)
-            failed_tasks = executor.failed(folder.path) if counts.failed else []
+            counts = executor.counts(job.id)
+            running = executor.running(job.id)
+            failed_tasks = executor.failed(job.id) if counts.failed else []
         except QueueError as error:
             executor, problem = None, str(error)
     rate = _chunks_per_second(recent)
@@ -104,7 +104,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     # A run with its own cluster uses another queue than this one.
     last_commit = max((commit.finished for commit in recent.records), default=0.0)
     is_active = last_commit > time.time() - ACTIVE_SECONDS
-    on_queue = counts.queued + counts.running + counts.failed
+    on_queue = counts.queued + counts.running + counts.failed + counts.waiting
     lost_from_queue = reachable and remaining > on_queue and not is_active
     return JobStatus(
         output=without_secret(folder.output),

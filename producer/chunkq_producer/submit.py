@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
-from chunkq.executors.base import Executor
+from chunkq.executors.base import Executor, jobs_at
 from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import RECORD, JobFolder, job_folder_of
@@ -19,8 +20,10 @@ from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.plan import Index, Plan
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.stores import Source, find_source
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 from chunkq.user_code import load_blend_weights
+
+log = logging.getLogger("chunkq.job")
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 """Zarr format -> metadata files of the output's group and array."""
@@ -130,12 +133,13 @@ def produce(
             _create(folder, record, prepared.plan)
     job = open_job(folder.path)
     _check_same(job.record, record)
+    _warn_of_other_epochs(job, executor)
     remaining, done = _prepare_output(job)
     progress(0, len(remaining))
 
     def tasks() -> Iterator[Task]:
         for count, index in enumerate(remaining, start=1):
-            yield Task("infer", folder.path, index)
+            yield Task("infer", *job.id, 0, index)
             if count % 1000 == 0 or count == len(remaining):
                 progress(count, len(remaining))
 
@@ -176,14 +180,16 @@ def _create(folder: JobFolder, record: JobRecord, plan: Plan) -> None:
 
 def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executor) -> None:
     """Replace the job by a new one. The old record may be damaged or missing."""
-    running = executor.running(folder.path)
+    old_content = folder.objects.get(RECORD)
+    old = _job_of_record(folder, old_content)
+    jobs = [old] if old else list(jobs_at(executor, folder.path))
+    running = [task for job in jobs for task in executor.running(job)]
     if running:
         raise JobError(
             f"output: {without_secret(folder.output)} is in use by worker {running[0].worker}; "
             "stop the workers before --overwrite",
             code=ErrorCode.OUTPUT_IN_USE,
         )
-    old_content = folder.objects.get(RECORD)
     new = new_record(record, plan, replaces=True)
 
     def clear() -> None:
@@ -192,7 +198,30 @@ def _replace(folder: JobFolder, record: JobRecord, plan: Plan, executor: Executo
         ObjectFolder(folder.output).clear()
 
     folder.replace_record(old_content, new, prepare=clear)
-    executor.cancel(folder.path)
+    if old is not None:
+        executor.cancel(old)
+
+
+def _job_of_record(folder: JobFolder, content: bytes | None) -> JobId | None:
+    """Return the job of a stored record; None if the record is missing or damaged."""
+    try:
+        epoch = JobRecord.from_json(content).epoch if content else None
+    except JobError:
+        return None
+    return None if epoch is None else JobId(folder.path, epoch)
+
+
+def _warn_of_other_epochs(job: JobHandle, executor: Executor) -> None:
+    """Log one line if the queue has tasks of jobs that were replaced by this one."""
+    others = [id for id in jobs_at(executor, job.folder.path) if id != job.id]
+    if others:
+        log.warning(
+            "%s: the queue also has tasks of %s that this one replaced (epoch %s); workers skip "
+            "them, `chunkq cancel` removes them and those of this job",
+            without_secret(job.folder.output),
+            "a job" if len(others) == 1 else f"{len(others)} jobs",
+            ", ".join(id.epoch for id in others),
+        )
 
 
 def _prepare_output(job: JobHandle) -> tuple[list[Index], int]:

@@ -15,7 +15,8 @@ from types import FrameType
 
 from chunkq.errors import QueueError
 from chunkq.executors.base import Executor, WorkerOptions
-from chunkq.executors.hosted import RemoteWorkers
+from chunkq.executors.remote_workers import load_serve
+from chunkq.executors.worker_group import RemoteWorkers
 
 PrintLine = Callable[[str], None]
 
@@ -170,7 +171,7 @@ class WorkerThread(Workers):
         self._thread.join()
 
     def _work(self) -> None:
-        status = self._executor.run_worker(self._options)
+        status = self._executor.run_worker(load_serve(), self._options)
         self._exit_code = status.code
         self.messages = [f"chunkq: {line}" for line in status.lines]
         for line in self.messages:

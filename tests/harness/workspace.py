@@ -161,7 +161,7 @@ class Workspace:
             job = open_job(f"{output or self.output}.chunkq")
             for index in filter(only, job.plan.indices()):
                 with contextlib.suppress(Exception):
-                    run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
+                    run_task(Task("infer", *job.id, 0, index), Attempt(1, "inline"))
 
     # ------------------------------------------------------------------------- the queue
 
@@ -175,12 +175,12 @@ class Workspace:
     def counts(self) -> TaskCounts:
         """Return the queue's task counts of this job."""
         with self.queue() as queue:
-            return queue.counts(str(self.job_folder))
+            return queue.counts(self.job.id)
 
     def running(self) -> list[RunningTask]:
         """Return the running tasks of this job."""
         with self.queue() as queue:
-            return queue.running(str(self.job_folder))
+            return queue.running(self.job.id)
 
     def attempts(self) -> list[int]:
         """Return how often each task of the embedded queue was started."""
@@ -263,7 +263,7 @@ def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     produced = submit.produce(submit.prepare(load_job(values)), queue)
     job = open_job(produced.folder.path)
     for index in job.plan.indices():
-        run_task(Task("infer", job.folder.path, index), Attempt(1, "inline"))
+        run_task(Task("infer", *job.id, 0, index), Attempt(1, "inline"))
     return job, finalize_job(job, worker="inline")
 
 

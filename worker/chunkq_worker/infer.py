@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from chunkq.executors.base import Attempt, BlockContribution, TaskResult
+from chunkq.executors.base import Attempt, Contribution, TaskResult
 from chunkq.finalize import OWN_PIECE
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import Commit
@@ -33,14 +33,15 @@ def infer_chunk(task: Task, attempt: Attempt) -> TaskResult:
     return TaskResult(_contributions(job, task.chunk), ran_network=patches > 0)
 
 
-def _contributions(job: JobHandle, index: Index) -> list[BlockContribution]:
+def _contributions(job: JobHandle, index: Index) -> list[Contribution]:
     chunk = job.plan.chunk(index)
     contributions = []
     for block in [index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]:
         if not job.plan.has_band(block):
             continue
         contributors = job.plan.contributors(block)
-        contributions.append(BlockContribution(block, contributors.index(index), len(contributors)))
+        task = Task("finalize", *job.id, 0, block)
+        contributions.append(Contribution(task, contributors.index(index), len(contributors)))
     return contributions
 
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from chunkq.executors.base import (
     Attempt,
-    BlockContribution,
+    Contribution,
     Executor,
     Handler,
     RunningTask,
@@ -25,7 +25,7 @@ from chunkq.executors.base import (
 from chunkq.finalize import complete_block, job_completion, max_concurrent_blocks
 from chunkq.job_handle import JobHandle
 from chunkq.plan import Index
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 from chunkq_worker.run_task import run_task
 
 Item = TypeVar("Item")
@@ -46,27 +46,27 @@ class NoQueue(Executor):
         return 0
 
     @override
-    def counts(self, job: str) -> TaskCounts:
+    def counts(self, job: JobId) -> TaskCounts:
         return TaskCounts()
 
     @override
-    def jobs(self) -> dict[str, TaskCounts]:
+    def jobs(self) -> dict[JobId, TaskCounts]:
         return {}
 
     @override
-    def running(self, job: str) -> list[RunningTask]:
+    def running(self, job: JobId) -> list[RunningTask]:
         return []
 
     @override
-    def failed(self, job: str) -> list[Task]:
+    def failed(self, job: JobId) -> list[Task]:
         return []
 
     @override
-    def retry(self, job: str) -> int:
+    def retry(self, job: JobId) -> int:
         return 0
 
     @override
-    def cancel(self, job: str) -> int:
+    def cancel(self, job: JobId) -> int:
         return 0
 
     @override
@@ -78,9 +78,19 @@ class NoQueue(Executor):
         return
 
     @override
-    def record_contributions(
-        self, job: str, contributions: Sequence[BlockContribution]
-    ) -> list[Task]:
+    def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
+        return []
+
+    @override
+    def close_gate(self, job: JobId, kind: str) -> None:
+        return
+
+    @override
+    def open_gate(self, job: JobId, kind: str) -> None:
+        return
+
+    @override
+    def waiting(self, options: WorkerOptions) -> list[tuple[JobId, str]]:
         return []
 
     @override
@@ -95,17 +105,17 @@ class Contributions:
         self._counts: Counter[Index] = Counter()
         self._lock = threading.Lock()
 
-    def record(self, contributions: Sequence[BlockContribution]) -> list[Index]:
+    def record(self, contributions: Sequence[Contribution]) -> list[Index]:
         """Count the contributions of a committed chunk; return the blocks that are now complete.
 
         Call it once per chunk.
         """
         with self._lock:
-            self._counts.update(contribution.block for contribution in contributions)
+            self._counts.update(contribution.task.chunk for contribution in contributions)
             return [
-                contribution.block
+                contribution.task.chunk
                 for contribution in contributions
-                if self._counts[contribution.block] == contribution.total
+                if self._counts[contribution.task.chunk] == contribution.total
             ]
 
 
@@ -130,7 +140,7 @@ def compute_inline(job: JobHandle, progress: Callable[[int, int], None]) -> str:
     with ThreadPoolExecutor(depth) as pool, ThreadPoolExecutor(finalizers) as finalizer:
 
         def start(index: Index) -> Future[TaskResult]:
-            task = Task("infer", job.folder.path, index)
+            task = Task("infer", *job.id, 0, index)
             return pool.submit(run_task, task, Attempt(1, worker))
 
         for done, result in enumerate(pipelined(start, unfinished, depth), start=committed + 1):

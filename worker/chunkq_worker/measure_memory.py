@@ -128,7 +128,7 @@ class ChunksInFlight:
         def compute(number: int) -> None:
             if number >= min_chunks and time.perf_counter() > deadline:
                 return
-            task = Task("infer", self._job.folder.path, chunks[number])
+            task = Task("infer", *self._job.id, 0, chunks[number])
             with self._lock:
                 self._tasks.add(task)
             attempt = Attempt(1, "memory measurement")

@@ -15,8 +15,8 @@ def retry(output: str, queue: str | None) -> None:
     """Queue the failed chunks of OUTPUT's job again, with all attempts."""
     job = job_at(output)
     with queue_of(queue, job.record.job.queue) as executor:
-        count = executor.retry(job.folder.path)
+        count = executor.retry(job.id)
         # A queue that was lost has no failed tasks; the ledger still lists them.
         failures = [f for f in job.ledger.failures() if f.kind == "infer"]
-        count += executor.submit(Task("infer", job.folder.path, f.chunk) for f in failures)
+        count += executor.submit(Task("infer", *job.id, 0, f.chunk) for f in failures)
     click.echo(f"{chunk_count(count)} queued again" if count else "no failed chunk")

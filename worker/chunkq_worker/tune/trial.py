@@ -181,7 +181,7 @@ def _patches_per_second(job: JobHandle, options: TrialOptions) -> float:
     chunks = near_middle(job.plan)
 
     def compute(chunk: Chunk) -> int:
-        run_task(Task("infer", job.folder.path, chunk.index), Attempt(1, "tune"))
+        run_task(Task("infer", *job.id, 0, chunk.index), Attempt(1, "tune"))
         return chunk.patches
 
     if len(chunks) > options.depth:  # with fewer chunks, all of them have to be timed
