@@ -148,7 +148,7 @@ def status(folder: Path) -> dict[str, float]:
         # Without flushing each file to the disk, which is not measured.
         (done / chunk_name(index)).write_bytes(commit.to_json(EPOCH))
     queue = SqliteExecutor(f"sqlite://{folder}/status.db")
-    queue.submit(Task("infer", job.folder.path, index) for index in indices[:1000])
+    queue.submit(Task("infer", *job.id, 0, index) for index in indices[:1000])
     figures = paired(
         lambda: job_status(job, queue),
         lambda: sum(entry.stat().st_mtime for entry in os.scandir(done)),

@@ -186,7 +186,7 @@ def _wait_for(client: redis.Redis, log: Path) -> None:
 def tasks(count: int, job: str = JOB) -> Iterator[Task]:
     """Yield tasks in the order of a volume with 64 × 64 chunks per slice."""
     indices = product(range(10**6), range(64), range(64))
-    return (Task("infer", job, index) for index in islice(indices, count))
+    return (Task("infer", *job, 0, index) for index in islice(indices, count))
 
 
 def fill(url: str, count: int, job: str = JOB) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.events import Sink, StageProgress, ignore
+from chunkq.events import Message, Sink, StageProgress, ignore
 from chunkq.executors.base import Executor, GateState, jobs_at
 from chunkq.job_handle import JobHandle
 from chunkq.job_path import output_of
@@ -45,6 +45,7 @@ def enqueue(
     """
     if replaced is not None:
         executor.cancel(replaced)
+    _warn_of_other_epochs(job, executor, emit)
     completion = job_completion(job)
     total = len(completion.missing())
     emit(StageProgress(PROGRESS_STAGE, 0, total))
@@ -67,9 +68,27 @@ def enqueue(
     return EnqueueResult(job, chunks, chunks - total, queued)
 
 
-def check_not_running(job_folder: str, executor: Executor) -> None:
-    """Raise JobError if a worker runs a task of the job, which must not be replaced then."""
-    running = [task for job in jobs_at(executor, job_folder) for task in executor.running(job)]
+def _warn_of_other_epochs(job: JobHandle, executor: Executor, emit: Sink) -> None:
+    """Report if the queue has tasks of jobs that were replaced by this one."""
+    others = [id for id in jobs_at(executor, job.folder.path) if id != job.id]
+    if others:
+        emit(
+            Message(
+                f"{without_secret(job.folder.output)}: the queue also has tasks of "
+                f"{'a job' if len(others) == 1 else f'{len(others)} jobs'} that this one replaced "
+                f"(epoch {', '.join(id.epoch for id in others)}); workers skip them, "
+                "`chunkq cancel` removes them and those of this job"
+            )
+        )
+
+
+def check_not_running(job_folder: str, replaced: JobId | None, executor: Executor) -> None:
+    """Raise JobError if a worker runs a task of the job that is to be replaced.
+
+    Without it, because its record is damaged, all jobs of the folder are looked at.
+    """
+    jobs = [replaced] if replaced else list(jobs_at(executor, job_folder))
+    running = [task for job in jobs for task in executor.running(job)]
     if running:
         raise JobError(
             f"output: {without_secret(output_of(job_folder))} is in use by worker "

@@ -35,6 +35,11 @@ class JobHandle:
     folder: JobFolder
     record: JobRecord
 
+    @property
+    def id(self) -> JobId:
+        """Path of the folder, and epoch: what queues know the job by."""
+        return JobId(self.folder.path, self.record.epoch)
+
     @cached_property
     def ledger(self) -> Ledger:
         """The ledger of the job's epoch."""
@@ -49,11 +54,6 @@ class JobHandle:
     def items(self) -> tuple[ItemHandle, ...]:
         """The items of the job."""
         return tuple(ItemHandle(self, item) for item in self.record.items)
-
-    @cached_property
-    def id(self) -> JobId:
-        """The job of its tasks on a queue."""
-        return JobId(self.folder.path, self.record.epoch)
 
     @cached_property
     def costs(self) -> Costs:

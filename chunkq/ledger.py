@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,14 +29,13 @@ from chunkq.job_path import SUFFIX
 from chunkq.objects import ObjectFolder
 from chunkq.paths import without_secret
 from chunkq.plan import Index
-from chunkq.record import EPOCH_DIGITS, JobRecord
-from chunkq.tasks import chunk_name, parse_chunk
+from chunkq.record import JobRecord
+from chunkq.tasks import EPOCH, chunk_name, parse_chunk
 
 log = logging.getLogger("chunkq.job")
 T = TypeVar("T")
 
 RECORD = "job.json"
-EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
 CRC_BYTES, ALIGNMENT = 4, 16
 SAMPLE_SIZE = 8192
 """Maximum number of commit records whose times `recent_commits` reads."""

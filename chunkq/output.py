@@ -25,8 +25,9 @@ from chunkq.objects import ObjectFolder
 from chunkq.ome import axis_names, image_metadata
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan import Plan
-from chunkq.record import EPOCH_DIGITS, JobRecord
+from chunkq.record import JobRecord
 from chunkq.stores import Array, array_metadata, open_array
+from chunkq.tasks import EPOCH_DIGITS
 
 SEALED_NAME = "0"
 ATTRIBUTE = "chunkq"

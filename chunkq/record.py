@@ -19,10 +19,10 @@ from chunkq.paths import file_hash, without_secret
 from chunkq.plan import Plan
 from chunkq.resolve import resolve
 from chunkq.stores import Source, input_identity
+from chunkq.tasks import EPOCH_DIGITS
 
 LAYOUT = 3
 """Version of the job folder's layout. Folders of other versions are unsupported."""
-EPOCH_DIGITS = 8
 KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
 )  # fmt: skip

@@ -12,7 +12,8 @@ from chunkq.errors import ErrorCode, QueueError
 
 CHUNK_NAME = re.compile(r"(0|[1-9][0-9]{0,17})(\.(0|[1-9][0-9]{0,17}))*")
 KIND = re.compile(r"[a-z]+")
-EPOCH = re.compile(r"[0-9a-f]{8}")
+EPOCH_DIGITS = 8
+EPOCH = re.compile(f"[0-9a-f]{{{EPOCH_DIGITS}}}")
 
 
 class JobId(NamedTuple):

@@ -1,11 +1,15 @@
-"""Queue backends, selected by the scheme of the URL and imported on first use."""
+"""Queue backends, selected by the scheme of the URL and imported on first use.
+
+Another package adds a backend with an entry point in the group `chunkq.queues`: its name is the
+scheme, its value a class with the interface `Executor`.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable
-from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from chunkq.errors import ErrorCode, JobError, QueueError, suggestion
@@ -22,7 +26,8 @@ BACKENDS: MappingProxyType[str, str] = MappingProxyType(
         "ray": "chunkq.executors.ray:RayExecutor",
     }
 )
-"""URL scheme -> class."""
+"""URL scheme -> class, of the backends of chunkq."""
+ENTRY_POINT_GROUP = "chunkq.queues"
 EXTRAS: MappingProxyType[str, str] = MappingProxyType(
     {"rq": "redis", "redis": "redis", "distributed": "dask", "dask": "dask", "ray": "ray"}
 )
@@ -48,12 +53,13 @@ def open_executor(url: str) -> Executor:
     Raises JobError for an unknown scheme, QueueError if the queue cannot be reached or used.
     """
     scheme = url.partition("://")[0]
-    if "://" not in url or scheme not in BACKENDS:
-        hint = suggestion(scheme, list(BACKENDS))
+    if "://" not in url or _find_backend(scheme) is None:
+        known = schemes()
+        hint = suggestion(scheme, known)
         printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
             f"queue: {printed}: unknown scheme; "
-            f"use one of {', '.join(name + '://' for name in BACKENDS)}{hint}",
+            f"use one of {', '.join(name + '://' for name in known)}{hint}",
             code=ErrorCode.QUEUE_ADDRESS_INVALID,
         )
     return load_backend(scheme)(url)
@@ -70,11 +76,19 @@ def open_shared(url: str) -> Executor:
     return open_executor(url)
 
 
+def schemes() -> list[str]:
+    """Return the schemes of all installed backends."""
+    others = (entry_point.name for entry_point in entry_points(group=ENTRY_POINT_GROUP))
+    return [*BACKENDS, *sorted(others)]
+
+
 def load_backend(scheme: str) -> Callable[[str], Executor]:
     """Import the class for a scheme. Raises QueueError if a package that it needs is missing."""
-    module, _, name = BACKENDS[scheme].partition(":")
+    entry_point = _find_backend(scheme)
+    if entry_point is None:
+        raise ValueError(f"no queue backend has the scheme {scheme!r}")
     try:
-        backend: Callable[[str], Executor] = getattr(import_module(module), name)
+        backend: Callable[[str], Executor] = entry_point.load()
     except ModuleNotFoundError as error:
         hint = install_hint(error)
         if hint is None:
@@ -84,6 +98,13 @@ def load_backend(scheme: str) -> Callable[[str], Executor]:
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return backend
+
+
+def _find_backend(scheme: str) -> EntryPoint | None:
+    """Return where the class for a scheme is; chunkq's own backends take precedence."""
+    if scheme in BACKENDS:
+        return EntryPoint(scheme, BACKENDS[scheme], ENTRY_POINT_GROUP)
+    return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=scheme)), None)
 
 
 def install_hint(error: ModuleNotFoundError) -> str | None:

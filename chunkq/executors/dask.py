@@ -30,14 +30,11 @@ from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors import credentials
 from chunkq.executors.base import WorkerName, WorkerOptions
 from chunkq.executors.dask_tls import configured_security, load_security
-from chunkq.executors.hosted import (
-    HostedQueue,
-    QueueHost,
-    RemoteWorkers,
-    current_device,
-    new_group_name,
-    run_remote_worker,
-)
+from chunkq.executors.hosted import HostedQueue
+from chunkq.executors.queue_host import QueueHost
+from chunkq.executors.remote_table import RemoteTable
+from chunkq.executors.remote_workers import current_device, run_remote_worker
+from chunkq.executors.worker_group import RemoteWorkers, new_group_name
 from chunkq.scratch import scratch_folder
 
 OPERATION = "chunkq"
@@ -278,7 +275,7 @@ class DaskExecutor(HostedQueue):
                 worker = client.sync(self._join, options, stop, str(folder))
             except UNREACHABLE_ERRORS as error:
                 raise self._unreachable(error) from None
-            self.host.register_worker(options.worker, worker.address)
+            self.table.register_worker(options.worker, worker.address)
             try:
                 yield
             finally:
@@ -345,7 +342,7 @@ class DaskExecutor(HostedQueue):
             for n in range(count)
         ]
         distributed.fire_and_forget(futures)
-        return _DaskRemoteWorkers(self, group, futures)
+        return _DaskRemoteWorkers(self.table, group, futures)
 
     def close(self) -> None:
         """Disconnect from the scheduler."""
@@ -359,8 +356,8 @@ class _DaskRemoteWorkers(RemoteWorkers):
     A thread whose Dask worker died too often has ended, too.
     """
 
-    def __init__(self, queue: HostedQueue, name: str, futures: list[Any]) -> None:
-        super().__init__(queue, name, len(futures))
+    def __init__(self, table: RemoteTable, name: str, futures: list[Any]) -> None:
+        super().__init__(table, name, len(futures))
         self._futures = futures
 
     def have_ended(self) -> bool:
@@ -387,7 +384,7 @@ class _WorkerSideExecutor(DaskExecutor):
 
     @contextmanager
     def registered(self, options: WorkerOptions) -> Iterator[None]:
-        self.host.register_worker(options.worker, self._dask_worker)
+        self.table.register_worker(options.worker, self._dask_worker)
         yield
 
 

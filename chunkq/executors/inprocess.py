@@ -55,12 +55,13 @@ class _JobQueue:
     missing: dict[Task, set[int]] = field(default_factory=dict)
 
     def counts(self, now: float) -> TaskCounts:
-        expired = sum(leased.expires < now for leased in self.leased.values())
+        expired = [_kind(id) for id, leased in self.leased.items() if leased.expires < now]
+        behind_gates = sum(kind in self.gates for kind in expired)
         return TaskCounts(
-            len(self.queued) + expired,
-            len(self.leased) - expired,
+            len(self.queued) + len(expired) - behind_gates,
+            len(self.leased) - len(expired),
             len(self.failed),
-            len(self.waiting),
+            len(self.waiting) + behind_gates,
         )
 
     @property

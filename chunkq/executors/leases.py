@@ -220,7 +220,8 @@ class _TaskLoops:
         names = ", ".join(chunk_name(lease.task.chunk) for lease in over)
         error = TaskTimeoutError(
             f"{over[0].task.kind} chunk {names}: exceeded the time limit of "
-            f"{self._limit(over[0].task.job_id):.0f} s; this process ends, the chunk is tried again",
+            f"{self._limit(over[0].task.job_id):.0f} s; this process ends, the chunk is tried "
+            "again",
             over,
         )
         for lease in leases:
@@ -328,9 +329,9 @@ def _output(job: JobId) -> str:
 def _same_failure(job: JobId, history: _JobHistory, error: BaseException) -> RepeatedFailureError:
     message = str(error) or type(error).__name__
     return RepeatedFailureError(
-        f"{_output(job)}: {len(history.failed_tasks)} consecutive chunks failed with the same error "
-        f"({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips this "
-        "job; read the traceback with `chunkq status --json`, fix the cause, then restart the "
+        f"{_output(job)}: {len(history.failed_tasks)} consecutive chunks failed with the same "
+        f"error ({type(error).__name__}: {message.splitlines()[0][:300]}), so the worker skips "
+        "this job; read the traceback with `chunkq status --json`, fix the cause, then restart the "
         "worker"
     )
 

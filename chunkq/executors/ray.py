@@ -4,117 +4,48 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
 
 import ray
-from ray._private.services import get_ray_address_from_environment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from chunkq.errors import ErrorCode, JobError, QueueError
-from chunkq.executors.base import EXIT_CRASHED, EXIT_REFUSED, ExitStatus, WorkerName, WorkerOptions
-from chunkq.executors.hosted import (
-    HostedQueue,
-    QueueHost,
-    RemoteWorkers,
-    current_device,
-    new_group_name,
-    run_remote_worker,
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.executors.base import (
+    EXIT_CRASHED,
+    EXIT_REFUSED,
+    ExitStatus,
+    Serve,
+    WorkerName,
+    WorkerOptions,
 )
-from chunkq.tasks import run_worker
+from chunkq.executors.hosted import HostedQueue
+from chunkq.executors.queue_host import QueueHost
+from chunkq.executors.ray_connection import (
+    CLIENT_SERVER_ERROR,
+    CLIENT_TRIES,
+    NAMESPACE,
+    Address,
+    Connection,
+)
+from chunkq.executors.ray_errors import INSTALL_HINT, first_line, last_line, start_problem
+from chunkq.executors.ray_workers import RayRemoteWorkers, new_actor
+from chunkq.executors.remote_workers import current_device, load_serve, run_remote_worker
+from chunkq.executors.worker_group import RemoteWorkers, new_group_name
 
 log = logging.getLogger("chunkq.queue")
 
-NAMESPACE = "chunkq"
 QUEUE_ACTOR = "queue"
 ANSWER_SECONDS = 30.0
-CONNECT_SECONDS = 5.0
 POLL_SECONDS = 0.2
 JOIN_SECONDS = 120.0
 GRANT_SECONDS = 15.0
 """Time after which a worker that waits for its device logs a warning."""
-ACTOR_START_SECONDS = 5.0
-"""Time in which a running actor answers a ping."""
-CLIENT_TRIES = 3
-"""Attempts to connect with `ray://HOST:PORT`."""
-CLIENT_SERVER_ERROR = "client/server/proxier.py"
-"""Part of the error of Ray when the server process that it started for a client died."""
-INSTALL_HINT = "run pip install 'chunkq[ray]' on its machines"
-START_ENV_PREFIXES = ("MALLOC_", "GLIBC_TUNABLES")
-"""Prefixes of environment variables that take effect only at the start of an actor's process."""
 EXCLUDED_ENV_PREFIXES = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
 """Prefixes of environment variables that are not copied to an actor."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """Address of a cluster: `ray://auto` on its machines, `ray://HOST:10001` on other machines.
-
-    `ray://auto?address=HOST:6379` selects one of several clusters on this machine.
-    """
-
-    text: str
-
-    @classmethod
-    def parse(cls, url: str) -> Self:
-        """Parse the URL of a queue. Raises JobError if it is invalid."""
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-            options = parse_qs(parts.query)
-        except ValueError:
-            host, port, options = None, None, {}
-        if url.rstrip("/") == "ray:":
-            raise JobError(
-                "queue: ray:// has no host; use ray://auto or ray://HOST:10001 for a running "
-                "cluster, or `chunkq run` to start a temporary one",
-                code=ErrorCode.QUEUE_ADDRESS_INVALID,
-            )
-        if host == "auto" and port is None and not options.keys() - {"address"}:
-            return cls(options.get("address", ["auto"])[0])
-        if host is None or port is None or options:
-            raise JobError(
-                f"queue: {url}: invalid address; use ray://auto on a machine of the Ray cluster, "
-                "or ray://HOST:10001",
-                code=ErrorCode.QUEUE_ADDRESS_INVALID,
-            )
-        return cls(f"ray://{host}:{port}")
-
-
-class _Connection:
-    """Connection to a Ray cluster, shared by all executors of a process: Ray allows one only."""
-
-    _lock = threading.Lock()
-    _users: ClassVar[int] = 0
-    _address: ClassVar[str | None] = None
-
-    @classmethod
-    def open(cls, address: str) -> None:
-        """Connect unless connected. Raises OSError, RuntimeError or ValueError."""
-        with cls._lock:
-            if not ray.is_initialized():
-                _check_listening(address)
-                _connect(address)
-                cls._address = address
-            elif cls._address not in (None, address):
-                raise ValueError(f"this process is connected to {cls._address} already")
-            cls._users += 1
-
-    @classmethod
-    def close(cls) -> None:
-        """Disconnect when the last executor closes, unless another library connected."""
-        with cls._lock:
-            cls._users -= 1
-            if not cls._users and cls._address is not None:
-                cls._address = None
-                ray.shutdown()
 
 
 class RayExecutor(HostedQueue):
@@ -125,7 +56,7 @@ class RayExecutor(HostedQueue):
         address = Address.parse(url)
         self._actor: Any = None
         try:
-            _Connection.open(address.text)
+            Connection.open(address.text)
         except Exception as error:  # Ray raises many types, also those of gRPC
             raise self._unreachable(error) from None
         try:
@@ -136,7 +67,7 @@ class RayExecutor(HostedQueue):
 
     def check_version(self) -> None:
         """Raise QueueError if the queue actor runs another version of chunkq."""
-        self.host.group_status("")
+        self.table.group_status("")
 
     def request(self, request: str) -> str:
         """Send a request to the queue actor, which is created if needed; return its response."""
@@ -167,7 +98,7 @@ class RayExecutor(HostedQueue):
         if isinstance(error, ConnectionAbortedError) and CLIENT_SERVER_ERROR in str(error):
             return QueueError(
                 f"queue: {self.url}: the Ray cluster failed {CLIENT_TRIES} times to start its "
-                f"server for this process ({_last_line(error)}); start its head with "
+                f"server for this process ({last_line(error)}); start its head with "
                 "GRPC_ENABLE_FORK_SUPPORT=0 in the environment, or see its ray_client_server*.err"
             )
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -182,14 +113,17 @@ class RayExecutor(HostedQueue):
             "`ray start --head`, or check the address, and the token if it requires one"
         )
 
-    def run_worker(self, options: WorkerOptions) -> ExitStatus:
-        """Run the worker in an actor on this machine, to which Ray assigns a GPU."""
+    def run_worker(self, serve: Serve, options: WorkerOptions) -> ExitStatus:
+        """Run the worker in an actor on this machine, to which Ray assigns a GPU.
+
+        The actor uses the function that is installed in its environment, not `serve`.
+        """
         name = WorkerName.parse(options.worker)
         this_node = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=not self.url.startswith("ray://auto")
         )
-        actor = _actor(
-            name.device != "cpu", scheduling_strategy=this_node, max_concurrency=3
+        actor = new_actor(
+            WorkerActor, name.device != "cpu", scheduling_strategy=this_node, max_concurrency=3
         ).remote()
         try:
             if not self._wait_for_start(actor, options):
@@ -197,8 +131,8 @@ class RayExecutor(HostedQueue):
             return self._wait_until_done(actor, options)
         except ray.exceptions.RayActorError as error:
             if "creation task" in str(error):
-                return ExitStatus(EXIT_REFUSED, [_start_problem(error)])
-            return ExitStatus(EXIT_CRASHED, ["the worker's actor died: " + _first_line(error)])
+                return ExitStatus(EXIT_REFUSED, [start_problem(error)])
+            return ExitStatus(EXIT_CRASHED, ["the worker's actor died: " + first_line(error)])
         finally:
             with suppress(Exception):
                 ray.kill(actor)
@@ -258,7 +192,8 @@ class RayExecutor(HostedQueue):
             )
         group = new_group_name()
         actors = [
-            _actor(
+            new_actor(
+                WorkerActor,
                 gpu,
                 name=f"worker-{group}-{number}",
                 namespace=NAMESPACE,
@@ -268,53 +203,11 @@ class RayExecutor(HostedQueue):
             ).remote(group, job, depth)
             for number in range(count)
         ]
-        return _RayRemoteWorkers(self, group, actors)
+        return RayRemoteWorkers(self.table, group, actors)
 
     def close(self) -> None:
         """Disconnect from the cluster."""
-        _Connection.close()
-
-
-class _RayRemoteWorkers(RemoteWorkers):
-    """Remote workers in actors, of which some may fail to start."""
-
-    def __init__(self, queue: HostedQueue, group: str, actors: Sequence[Any]) -> None:
-        super().__init__(queue, group, len(actors))
-        self._actors = actors
-        self._pings = {actor.ping.remote(): actor for actor in actors}
-        self._lines: list[str] = []
-
-    def have_ended(self) -> bool:
-        """Return whether all workers have ended or failed to start."""
-        self._collect_answers(0)
-        return super().have_ended()
-
-    def messages(self) -> list[str]:
-        """Return the error messages of workers that ended or failed to start."""
-        return super().messages() + self._lines
-
-    def stop(self) -> None:
-        """Make running workers finish their tasks and end; kill actors that have not started."""
-        super().stop()
-        self._pings = {actor.ping.remote(): actor for actor in self._actors}
-        self._collect_answers(ACTOR_START_SECONDS)
-        while self._pings:
-            ray.kill(self._pings.popitem()[1])
-            self.count -= 1
-
-    def _collect_answers(self, seconds: float) -> None:
-        """Wait up to `seconds` for answers to pings; record the actors that failed to start."""
-        pings = list(self._pings)
-        if not pings:
-            return
-        for answer in ray.wait(pings, num_returns=len(pings), timeout=seconds)[0]:
-            try:
-                ray.get(answer)
-            except ray.exceptions.RayActorError as error:
-                if answer in self._pings and "creation task" in str(error):
-                    self.count -= 1
-                    self._lines = [_start_problem(error)]
-            self._pings.pop(answer, None)
+        Connection.close()
 
 
 class WorkerActor:
@@ -345,8 +238,8 @@ class WorkerActor:
         self._options = WorkerOptions(
             WorkerName.new(current_device()).name, replaceable=True, **values
         )
-        queue.host.register_worker(self._options.worker, parent)
-        code, lines = run_worker(queue, self._options)
+        queue.table.register_worker(self._options.worker, parent)
+        code, lines = load_serve()(queue, self._options)
         queue.close()
         return code, list(lines)
 
@@ -366,17 +259,10 @@ class WorkerActor:
             try:
                 run_remote_worker(queue, group, WorkerName.new(current_device()).name, job, depth)
             except Exception as error:
-                queue.host.record_exit(group, [f"{type(error).__name__}: {_first_line(error)}"])
+                queue.table.record_exit(group, [f"{type(error).__name__}: {first_line(error)}"])
                 raise
         finally:  # an idle actor would keep its device
             ray.kill(actor, no_restart=True)
-
-
-def _actor(gpu: bool, **options: Any) -> Any:
-    start_env = {k: v for k, v in os.environ.items() if k.startswith(START_ENV_PREFIXES)}
-    return ray.remote(WorkerActor).options(
-        num_gpus=1 if gpu else 0, num_cpus=1, runtime_env={"env_vars": start_env}, **options
-    )
 
 
 def _queue_actor() -> Any:
@@ -399,51 +285,7 @@ def _queue_actor() -> Any:
     )
 
 
-def _check_listening(address: str) -> None:
-    """Raise OSError if no server listens at an address. Ray itself would retry for minutes."""
-    resolved = get_ray_address_from_environment(address, None) if address == "auto" else address
-    host, _, port = (resolved or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-
-
-def _connect(address: str) -> None:
-    """Connect this process; retry if the server process that Ray starts for it crashes.
-
-    Ray forks that server from a process with active gRPC threads, so it sometimes crashes.
-    """
-    for remaining in reversed(range(CLIENT_TRIES)):
-        try:
-            ray.init(
-                address,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )
-        except ConnectionAbortedError as error:
-            if not remaining or CLIENT_SERVER_ERROR not in str(error):
-                raise
-            log.warning("Ray failed to start its server for this process; retrying")
-        else:
-            return
-
-
 def _hide_ungranted_gpus() -> None:
     """Hide all GPUs from an actor without one. By default Ray makes all GPUs visible to it."""
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def _start_problem(error: BaseException) -> str:
-    """Return the message for an actor that failed to start."""
-    if "No module named 'chunkq" in str(error):
-        return f"queue: chunkq is not installed on a machine of the Ray cluster; {INSTALL_HINT}"
-    return f"queue: cannot start a worker on a machine of the Ray cluster: {_last_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

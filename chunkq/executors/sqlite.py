@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.executors.tables import TableQueue, TaskTable
+from chunkq.executors.table_queue import TableQueue
+from chunkq.executors.task_table import TaskTable
 
 NETWORK_FILESYSTEMS = frozenset(
     [

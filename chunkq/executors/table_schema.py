@@ -10,8 +10,8 @@ import time
 
 from chunkq.errors import ErrorCode, QueueError
 
-VERSION = 1
-"""Version of the schema, stored as `user_version`. It is 0 in files of older versions."""
+VERSION = 2
+"""Version of the schema, stored as `user_version`. It is 0 in new files, and in the oldest ones."""
 BUSY_SECONDS = 60.0
 """How long a statement waits for other processes."""
 MAX_PAUSE = 0.05
@@ -19,11 +19,21 @@ MIN_FREE_BYTES = 1 << 20
 """Free bytes below which an I/O error is reported as a full disk."""
 
 STATEMENTS = (
+    "DROP TABLE IF EXISTS tasks",
+    "DROP TABLE IF EXISTS blocks",
     """
-    CREATE TABLE IF NOT EXISTS tasks (
+    CREATE TABLE jobs (
         number INTEGER PRIMARY KEY,
-        id TEXT NOT NULL UNIQUE,
-        job TEXT NOT NULL,
+        path TEXT NOT NULL,
+        epoch TEXT NOT NULL,
+        UNIQUE (path, epoch)
+    )
+    """,
+    """
+    CREATE TABLE tasks (
+        number INTEGER PRIMARY KEY,
+        job INTEGER NOT NULL,
+        id TEXT NOT NULL,
         message TEXT NOT NULL,
         state TEXT NOT NULL DEFAULT 'queued',
         attempts INTEGER NOT NULL DEFAULT 0,
@@ -32,15 +42,25 @@ STATEMENTS = (
         lease_until REAL
     )
     """,
-    "CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state)",
-    "CREATE INDEX IF NOT EXISTS tasks_by_job ON tasks (job, state)",
+    "CREATE UNIQUE INDEX tasks_by_id ON tasks (job, id)",
+    "CREATE INDEX tasks_by_state ON tasks (job, state)",
+    "CREATE INDEX leases ON tasks (lease_until) WHERE state = 'running'",
     """
-    CREATE TABLE IF NOT EXISTS blocks (
-        job TEXT NOT NULL,
-        block TEXT NOT NULL,
+    CREATE TABLE contributions (
+        job INTEGER NOT NULL,
+        task TEXT NOT NULL,
         marks TEXT NOT NULL,
-        PRIMARY KEY (job, block)
+        PRIMARY KEY (job, task)
     ) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE gates (
+        number INTEGER PRIMARY KEY,
+        job INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        is_closed INTEGER NOT NULL DEFAULT TRUE,
+        UNIQUE (job, kind)
+    )
     """,
 )
 
@@ -59,9 +79,10 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 def prepare(database: sqlite3.Connection) -> None:
-    """Create or upgrade the tables, unless another process has done it.
+    """Create the tables, unless another process has done it.
 
-    Raises sqlite3.Error, and QueueError if a newer version of chunkq wrote the file.
+    Raises sqlite3.Error, and QueueError if a newer version of chunkq wrote the file, or if an
+    older one left tasks in it.
     """
     _switch_to_wal(database)
     if _version(database) == VERSION:
@@ -70,6 +91,7 @@ def prepare(database: sqlite3.Connection) -> None:
     database.execute("BEGIN IMMEDIATE")
     try:
         if _version(database) != VERSION:
+            _check_replaceable(database)
             for statement in STATEMENTS:
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {VERSION}")
@@ -89,6 +111,20 @@ def _version(database: sqlite3.Connection) -> int:
             code=ErrorCode.QUEUE_UNSUPPORTED,
         )
     return version
+
+
+def _check_replaceable(database: sqlite3.Connection) -> None:
+    """Raise QueueError unless the file has no table of tasks, or an empty one of version 1."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    if "tasks" not in tables:
+        return
+    if _version(database) == 0 or database.execute("SELECT 1 FROM tasks LIMIT 1").fetchone():
+        raise QueueError(
+            "has tasks in the schema of another program or of an older chunkq; use another file "
+            "with --queue sqlite:///…, or remove it, then `chunkq produce --resume` queues what is "
+            "not done",
+            code=ErrorCode.QUEUE_UNSUPPORTED,
+        )
 
 
 def _switch_to_wal(database: sqlite3.Connection) -> None:

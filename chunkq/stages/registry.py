@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import ErrorCode, JobError
 from chunkq.stages.base import Stage
 from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
@@ -32,11 +32,11 @@ def stages() -> list[Stage]:
 
 
 def stage_of(kind: str) -> Stage:
-    """Return the stage of a kind of task. Raises QueueError if this process does not know it."""
+    """Return the stage of a kind of task. Raises JobError if this process does not know it."""
     try:
         return _registry()[kind]
     except KeyError:
-        raise QueueError(
+        raise JobError(
             f"not a task of this version: kind {kind!r}, expected one of "
             f"{', '.join(_registry())}; install the version of chunkq that queued it",
             code=ErrorCode.TASK_INVALID,

@@ -102,7 +102,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     # A run with its own cluster uses another queue than this one.
     last_commit = max((commit.finished for commit in recent.records), default=0.0)
     is_active = last_commit > time.time() - ACTIVE_SECONDS
-    on_queue = counts.queued + counts.running + counts.failed
+    on_queue = counts.queued + counts.running + counts.failed + counts.waiting
     lost_from_queue = reachable and remaining > on_queue and not is_active
     return JobStatus(
         output=without_secret(job.folder.output),

@@ -26,8 +26,8 @@ def produce_job(
     replaced = None
     if overwrite:
         folder = job_folder_of(job.record.job.output)
-        check_not_running(folder, executor)
         replaced = stored_job(folder)
+        check_not_running(folder, replaced, executor)
     queue = executor.url if store_queue else None
     handle = create_job(job, queue=queue, resume=resume, overwrite=overwrite)
     return enqueue(handle, executor, replaced=replaced, emit=emit)

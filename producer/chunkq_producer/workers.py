@@ -18,7 +18,9 @@ from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
 from chunkq.events import Message, Sink, write_log
 from chunkq.executors import QUEUE_VARIABLE
 from chunkq.executors.base import Executor, WorkerName, WorkerOptions, default_depth
-from chunkq.executors.hosted import HostedQueue, RemoteWorkers
+from chunkq.executors.hosted import HostedQueue
+from chunkq.executors.remote_workers import load_serve
+from chunkq.executors.worker_group import RemoteWorkers
 from chunkq.job_handle import JobHandle
 from chunkq_producer.cluster import Cluster
 from chunkq_producer.engine import is_cpu_only
@@ -196,7 +198,7 @@ class WorkerThread(Workers):
         self._thread.join()
 
     def _work(self) -> None:
-        status = self._executor.run_worker(self._options)
+        status = self._executor.run_worker(load_serve(), self._options)
         self._exit_code = status.code
         self.messages = [f"chunkq: {line}" for line in status.lines]
         for line in self.messages:

@@ -32,14 +32,21 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts, WorkerOptions
 from chunkq.executors.inprocess import InProcessExecutor
 from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.executors.rq.executor import queue_name
+from chunkq.executors.rq.names import queue_name, rq_id
 from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB, parameters
 
-JOBS = (JOB, OTHER_JOB)
+REPLACED_JOB = JobId(JOB.path, "ffffffff")
+JOBS = (JOB, REPLACED_JOB, OTHER_JOB)
+KINDS = ("infer", "finalize")
 WORKERS = ("worker-a", "worker-b", "worker-c")
-TASKS = [Task("infer", JOB, (0,)), Task("finalize", JOB, (0,)), Task("infer", OTHER_JOB, (0,))]
+TASKS = [
+    Task("infer", *JOB, 0, (0,)),
+    Task("finalize", *JOB, 0, (0,)),
+    Task("infer", *REPLACED_JOB, 0, (0,)),
+    Task("infer", *OTHER_JOB, 0, (0,)),
+]
 """Few tasks, so that attempts are used up and a task has several leases."""
 NEVER = 1000.0
 """A lease (s) that only `expire` ends, even on a slow machine."""
@@ -60,20 +67,23 @@ THOROUGH = settings(
 def expire_in_sqlite(url: str, lease: Lease) -> None:
     with closing(sqlite3.connect(url.removeprefix("sqlite://"), timeout=60)) as database:
         database.execute(
-            "UPDATE tasks SET lease_until = 0 WHERE id = ? AND state = 'running'", (lease.task.id,)
+            "UPDATE tasks SET lease_until = 0 WHERE id = ? AND state = 'running' AND job = "
+            "(SELECT number FROM jobs WHERE path = ? AND epoch = ?)",
+            (lease.task.id, *lease.task.job_id),
         )
         database.commit()
 
 
 def expire_in_redis(url: str, lease: Lease) -> None:
-    entry = f"{lease.task.id}:{lease.token}"
+    entry = f"{rq_id(lease.task)}:{lease.token}"
     with redis.Redis.from_url(url) as client:
-        client.zadd(f"rq:wip:{queue_name(lease.task.job)}", {entry: 1}, xx=True)
+        client.zadd(f"rq:wip:{queue_name(lease.task.job_id)}", {entry: 1}, xx=True)
 
 
 def remaining_in_sqlite(url: str) -> set[str]:
     with closing(sqlite3.connect(url.removeprefix("sqlite://"), timeout=60)) as database:
-        return {name for (name,) in database.execute("SELECT id FROM tasks")}
+        names = ("jobs", "tasks", "contributions", "gates")
+        return {n for n in names if database.execute(f"SELECT 1 FROM {n} LIMIT 1").fetchone()}
 
 
 def remaining_in_redis(url: str) -> set[str]:
@@ -106,7 +116,7 @@ def expire_in_process(url: str, lease: Lease) -> None:
 def remaining_in_process(url: str) -> set[str]:
     queue = open_executor(url)
     assert isinstance(queue, InProcessExecutor)
-    return set(queue._queue.jobs)
+    return {job.path for job in queue._queue.jobs}
 
 
 QUEUE_ACCESS = {
@@ -125,6 +135,7 @@ class TaskModel:
 
     `attempts` are the possible numbers of used attempts. `expired` is whether the lease has
     expired; after the next `reserve` the queue may have requeued the task (`maybe_requeued`).
+    A `queued` task waits while the gate of its kind is closed.
     """
 
     state: str = "queued"
@@ -154,7 +165,7 @@ class TaskModel:
         self.requeue(fewer | self.attempts if self.maybe_requeued else fewer)
 
     @property
-    def can_start(self) -> bool:
+    def may_start(self) -> bool:
         # An expired lease uses up the last attempt.
         return self.state == "queued" or (self.expired and max(self.attempts) < MAX_ATTEMPTS)
 
@@ -172,17 +183,37 @@ class Model(RuleBasedStateMachine):
         self._turns = cycle(self.queues)
         self._counted_jobs = cycle(JOBS)
         self._options = cycle(
-            [options("w"), options("w", job=JOB), options("w", skipped_jobs={JOB})]
+            [options("w"), options("w", job=JOB.path), options("w", skipped_jobs={JOB})]
         )
         self.models: dict[Task, TaskModel] = {}
+        self.gates: dict[JobId, list[str]] = {job: [] for job in JOBS}
         self.unfinished: dict[str, list[Lease]] = {worker: [] for worker in WORKERS}
 
     @property
     def queue(self) -> LeaseQueue:
         return next(self._turns)
 
-    def of(self, job: str) -> dict[Task, TaskModel]:
-        return {task: model for task, model in self.models.items() if task.job == job}
+    def of(self, job: JobId) -> dict[Task, TaskModel]:
+        return {task: model for task, model in self.models.items() if task.job_id == job}
+
+    def is_closed(self, task: Task) -> bool:
+        return task.kind in self.gates[task.job_id]
+
+    def state(self, task: Task) -> str:
+        """Return the state that the queue reports."""
+        model = self.models[task]
+        state = "queued" if model.expired else model.state
+        return "waiting" if state == "queued" and self.is_closed(task) else state
+
+    def is_unsure(self, task: Task) -> bool:
+        """Return whether the queue treats a task as running until its next `reserve`."""
+        return self.models[task].expired and self.is_closed(task)
+
+    def delete(self, task: Task) -> None:
+        """Delete a task, and the gates of its job with the last one."""
+        del self.models[task]
+        if not self.of(task.job_id):
+            self.gates[task.job_id].clear()
 
     def current(self, lease: Lease) -> TaskModel | None:
         """Return the model of the task of a lease if the lease is its current one."""
@@ -200,7 +231,7 @@ class Model(RuleBasedStateMachine):
         """Update the tasks whose last attempt the queue has expired, from the failed tasks."""
         for task, model in self.models.items():
             if model.maybe_requeued and max(model.attempts) >= MAX_ATTEMPTS:
-                if task in self.queue.failed(task.job):
+                if task in self.queue.failed(task.job_id):
                     model.fail()
                 else:
                     model.maybe_requeued = False
@@ -227,10 +258,10 @@ class Model(RuleBasedStateMachine):
     @rule(
         target=leases,
         worker=st.sampled_from(WORKERS),
-        only=st.sampled_from([None, *JOBS]),
+        only=st.sampled_from([None, JOB.path, OTHER_JOB.path]),
         skipped=st.sampled_from([(), *((job,) for job in JOBS), JOBS]),
     )
-    def reserve_selected(self, worker: str, only: str | None, skipped: tuple[str, ...]) -> object:
+    def reserve_selected(self, worker: str, only: str | None, skipped: tuple[JobId, ...]) -> object:
         return self.reserve(options(worker, job=only, skipped_jobs=set(skipped))) or multiple()
 
     @rule(target=leases, worker=st.sampled_from(WORKERS))
@@ -243,11 +274,11 @@ class Model(RuleBasedStateMachine):
         job=st.sampled_from(JOBS),
         ends=st.lists(st.sampled_from(["nack", "expire"]), min_size=2, max_size=MAX_ATTEMPTS + 1),
     )
-    def use_up_attempts(self, worker: str, job: str, ends: list[str]) -> object:
+    def use_up_attempts(self, worker: str, job: JobId, ends: list[str]) -> object:
         """Use up all attempts, which single steps rarely do."""
         leases = []
         for how in ends:
-            lease = self.reserve(options(worker, job=job))
+            lease = self.reserve(options(worker, job=job.path))
             if lease is None:
                 break
             if how == "nack":
@@ -258,7 +289,11 @@ class Model(RuleBasedStateMachine):
         return multiple(*leases[-1:])
 
     def reserve(self, options: WorkerOptions) -> Lease | None:
-        able = {task for task, model in self.selected(options).items() if model.can_start}
+        able = {
+            task
+            for task, model in self.selected(options).items()
+            if model.may_start and not self.is_closed(task)
+        }
         lease = self.queue.reserve(options)
         for model in self.models.values():
             model.maybe_requeued = model.expired
@@ -266,7 +301,8 @@ class Model(RuleBasedStateMachine):
             assert not able
             # `reserve` has failed the tasks whose last attempt expired.
             for task, model in self.selected(options).items():
-                assert not model.expired or task in self.queue.failed(task.job)
+                is_expired = model.expired and not self.is_closed(task)
+                assert not is_expired or task in self.queue.failed(task.job_id)
         else:
             assert lease.task in able
             model = self.models[lease.task]
@@ -279,12 +315,10 @@ class Model(RuleBasedStateMachine):
         return lease
 
     def selected(self, options: WorkerOptions) -> dict[Task, TaskModel]:
-        if options.job is not None:
-            return self.of(options.job)
         return {
             task: model
             for task, model in self.models.items()
-            if task.job not in options.skipped_jobs
+            if options.job in (None, task.job) and task.job_id not in options.skipped_jobs
         }
 
     @precondition(lambda self: self.running())
@@ -299,7 +333,7 @@ class Model(RuleBasedStateMachine):
             self.end_lease(lease, how)
 
     def end_lease(self, lease: Lease, how: str) -> None:
-        model, before = self.current(lease), self.total(lease.task.job)
+        model, before = self.current(lease), self.total(lease.task.job_id)
         if how == "nack":
             self.queue.nack(lease, ValueError("no"))
         elif how == "requeue":
@@ -314,10 +348,10 @@ class Model(RuleBasedStateMachine):
             model.end_counted()
         elif how == "requeue":
             model.end_uncounted()
-        elif model.maybe_requeued and self.total(lease.task.job) == before:
+        elif model.maybe_requeued and self.total(lease.task.job_id) == before:
             model.requeue(model.attempts)
         else:
-            del self.models[lease.task]
+            self.delete(lease.task)
 
     def running(self) -> list[Lease]:
         """Return the current leases, including expired ones."""
@@ -354,36 +388,48 @@ class Model(RuleBasedStateMachine):
         self.access.expire(self.url, lease)
         self.models[lease.task].expired = True
 
+    @rule(job=st.sampled_from(JOBS), kind=st.sampled_from(KINDS), close=st.booleans())
+    def change_gate(self, job: JobId, kind: str, close: bool) -> None:
+        if close:
+            self.queue.close_gate(job, kind)
+            if kind not in self.gates[job]:
+                self.gates[job].append(kind)
+        else:
+            self.queue.open_gate(job, kind)
+            if kind in self.gates[job]:
+                self.gates[job].remove(kind)
+
     @rule(job=st.sampled_from(JOBS), cancel=st.sampled_from([False, False, True]))
-    def manage(self, job: str, cancel: bool) -> None:
+    def manage(self, job: JobId, cancel: bool) -> None:
         if cancel:
             self.cancel(job)
         else:
             self.retry(job)
 
-    def retry(self, job: str) -> None:
+    def retry(self, job: JobId) -> None:
         failed = [model for model in self.of(job).values() if model.state == "failed"]
         assert self.queue.retry(job) == len(failed)
         for model in failed:
             model.requeue({0})
 
-    def cancel(self, job: str) -> None:
+    def cancel(self, job: JobId) -> None:
         assert self.queue.cancel(job) == len(self.of(job))
         for task in self.of(job):
-            del self.models[task]
+            self.delete(task)
+        self.gates[job].clear()
 
     # --------------------------------------------------------------------------- invariants
 
-    def total(self, job: str) -> int:
+    def total(self, job: JobId) -> int:
         counts = self.queue.counts(job)
-        return counts.queued + counts.running + counts.failed
+        return counts.queued + counts.running + counts.failed + counts.waiting
 
     def is_running(self, lease: Lease) -> bool:
-        return lease.task in {item.task for item in self.queue.running(lease.task.job)}
+        return lease.task in {item.task for item in self.queue.running(lease.task.job_id)}
 
-    def expected(self, job: str) -> TaskCounts:
-        states = [("queued" if model.expired else model.state) for model in self.of(job).values()]
-        return TaskCounts(*(states.count(state) for state in ("queued", "running", "failed")))
+    def expected(self, job: JobId) -> TaskCounts:
+        states = [self.state(task) for task in self.of(job)]
+        return TaskCounts(*map(states.count, ("queued", "running", "failed", "waiting")))
 
     @invariant()
     def every_task_is_counted_once(self) -> None:
@@ -410,12 +456,30 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def a_queue_without_queued_or_running_tasks_is_drained(self) -> None:
         worker = next(self._options)
-        states = {model.state for model in self.selected(worker).values()} - {"failed"}
-        assert self.queue.is_drained(worker) == (not states)
+        tasks = [task for task in self.selected(worker) if not self.is_unsure(task)]
+        states = {self.models[task].state for task in tasks if self.state(task) != "waiting"}
+        if states - {"failed"}:
+            assert not self.queue.is_drained(worker)
+        elif len(tasks) == len(self.selected(worker)):
+            assert self.queue.is_drained(worker)
+
+    @invariant()
+    def jobs_whose_tasks_only_wait_are_listed_with_the_gate_that_was_closed_first(self) -> None:
+        worker, expected, unsure = next(self._options), {}, set()
+        for job in JOBS:
+            tasks = [task for task in self.of(job) if task in self.selected(worker)]
+            states = {self.state(task) for task in tasks}
+            kinds = {task.kind for task in tasks if self.state(task) == "waiting"}
+            if any(self.models[task].expired for task in tasks):
+                unsure.add(job)  # until the next `reserve`
+            elif kinds and not states & {"queued", "running"}:
+                expected[job] = next(kind for kind in self.gates[job] if kind in kinds)
+        listed = {job: kind for job, kind in self.queue.waiting(worker) if job not in unsure}
+        assert listed == expected
 
     @invariant()
     def deleted_tasks_leave_no_keys(self) -> None:
-        if not self.models:
+        if not self.models and not any(self.gates.values()):
             assert self.access.remaining(self.url) == set()
 
     def teardown(self) -> None:

@@ -25,7 +25,7 @@ url, queue = contract.url, contract.queue  # fixtures
 
 
 def conflict_in_other_job(task: Task, attempt: Attempt) -> None:
-    if task.job == OTHER_JOB:
+    if task.job_id == OTHER_JOB:
         raise FrameworkConflictError("another framework")
 
 
@@ -55,7 +55,7 @@ def test_a_job_that_needs_a_new_process_waits_for_other_jobs_for_a_limited_time(
     recorder = Recorder(conflict_in_other_job)
     with pytest.raises(FrameworkConflictError):
         queue.run_tasks(recorder, options(settings=settings))
-    assert recorder.tasks[-1].job == OTHER_JOB
+    assert recorder.tasks[-1].job_id == OTHER_JOB
     assert queue.counts(OTHER_JOB) == TaskCounts(queued=1)
     assert queue.counts(JOB) == TaskCounts(queued=20 - len(recorder.finished))
 

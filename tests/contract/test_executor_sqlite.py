@@ -14,9 +14,10 @@ import pytest
 
 from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors import default_url, open_executor, sqlite, table_schema
-from chunkq.executors.base import BlockContribution, WorkerOptions
+from chunkq.executors.base import Contribution, WorkerOptions
 from chunkq.executors.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
 from chunkq.tasks import Task
+from tests.contract.test_executor_contract import JOB
 from tests.harness.waiting import wait_until
 
 Mounts = Callable[[list[tuple[str, str]]], None]
@@ -102,7 +103,7 @@ def test_a_file_that_is_no_database_is_rejected_and_unchanged(tmp_path: Path) ->
 def test_a_damaged_queue_is_an_error_of_one_line(tmp_path: Path) -> None:
     file = tmp_path / "queue.db"
     queue = SqliteExecutor(f"sqlite://{file}")
-    queue.submit(Task("infer", "/data/out.zarr.chunkq", (n,)) for n in range(2000))
+    queue.submit(Task("infer", *JOB, 0, (n,)) for n in range(2000))
     queue.close()
     size, threads = file.stat().st_size, threading.active_count()
     with file.open("r+b") as stream:
@@ -126,13 +127,13 @@ def test_a_database_with_other_tables_is_rejected(tmp_path: Path) -> None:
 
 def test_readers_and_writers_do_not_block_each_other(tmp_path: Path) -> None:
     queue = SqliteExecutor(f"sqlite://{tmp_path / 'queue.db'}")
-    queue.submit([Task("infer", "/data/out.zarr.chunkq", (0,))])
+    queue.submit([Task("infer", *JOB, 0, (0,))])
     outside = sqlite3.connect(tmp_path / "queue.db", timeout=0)
     assert outside.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     outside.execute("BEGIN")
     assert outside.execute("SELECT count(*) FROM tasks").fetchone() == (1,)
     # In the default journal mode the open reader would block this commit.
-    assert queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))]) == 1
+    assert queue.submit([Task("infer", *JOB, 0, (1,))]) == 1
     outside.close()
     queue.close()
 
@@ -167,7 +168,7 @@ first, count, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 print("ready", flush=True)
 for line in sys.stdin:
     queue = open_executor(f"sqlite://{folder}/{line.strip()}.db")
-    queue.submit(Task("infer", "/data/out.zarr.chunkq", (first, n)) for n in range(count))
+    queue.submit(Task("infer", *JOB, 0, (first, n)) for n in range(count))
     queue.close()
     print("done", flush=True)
 """
@@ -197,7 +198,7 @@ def test_processes_that_open_a_new_queue_at_once_wait_for_each_other(tmp_path: P
         if answers != ["done\n"] * 4:
             pytest.fail("".join(process.communicate()[1] for process in processes))
         executor = SqliteExecutor(f"sqlite://{tmp_path}/{queue}.db")
-        assert executor.counts("/data/out.zarr.chunkq").queued == 12
+        assert executor.counts(JOB).queued == 12
         executor.close()
     for process in processes:
         assert process.communicate() == ("", "")
@@ -216,16 +217,16 @@ def test_a_queue_that_is_locked_for_too_long_is_reported_as_busy(
 def test_a_queue_without_a_stored_version_is_upgraded_with_its_tasks(tmp_path: Path) -> None:
     file = tmp_path / "queue.db"
     queue = SqliteExecutor(f"sqlite://{file}")
-    queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))])
+    queue.submit([Task("infer", *JOB, 0, (1,))])
     queue.close()
     old = sqlite3.connect(file)
     old.execute("DROP TABLE blocks")
     old.execute("PRAGMA user_version = 0")
     old.close()
     queue = SqliteExecutor(f"sqlite://{file}")
-    assert queue.counts("/data/out.zarr.chunkq").queued == 1
+    assert queue.counts(JOB).queued == 1
     assert (
-        queue.record_contributions("/data/out.zarr.chunkq", [BlockContribution((1,), 0, 1)]) != []
+        queue.record_contributions(JOB, [Contribution(Task("finalize", *JOB, 0, (1,)), 0, 1)]) != []
     )
     queue.close()
     assert version_of(file) == table_schema.VERSION
@@ -252,7 +253,7 @@ def test_only_the_owner_can_open_a_new_queue(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         queue = SqliteExecutor(f"sqlite://{tmp_path}/queue.db")
-        queue.submit([Task("infer", "/data/out.zarr.chunkq", (1,))])
+        queue.submit([Task("infer", *JOB, 0, (1,))])
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
         queue.close()
     finally:
@@ -285,14 +286,14 @@ def test_a_queue_on_a_read_only_file_system_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_of_one_line_and_queued_tasks_remain(tmp_path: Path) -> None:
-    tasks = [Task("infer", "/data/out.zarr.chunkq", (n,)) for n in range(20_000)]
+    tasks = [Task("infer", *JOB, 0, (n,)) for n in range(20_000)]
     with file_system(tmp_path, "size=1m"):
         queue = SqliteExecutor(f"sqlite://{tmp_path}/queue.db")
         with pytest.raises(QueueError) as error:
             queue.submit(tasks)
         assert error.value.code is ErrorCode.QUEUE_FULL
         assert len(str(error.value).splitlines()) == 1
-        assert queue.counts("/data/out.zarr.chunkq").queued % 1000 == 0
+        assert queue.counts(JOB).queued % 1000 == 0
         queue.close()
         (tmp_path / "filler").write_bytes(b"")
         with suppress(OSError):

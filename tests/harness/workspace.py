@@ -174,12 +174,12 @@ class Workspace:
     def counts(self) -> TaskCounts:
         """Return the queue's task counts of this job."""
         with self.queue() as queue:
-            return queue.counts(str(self.job_folder))
+            return queue.counts(self.job.id)
 
     def running(self) -> list[RunningTask]:
         """Return the running tasks of this job."""
         with self.queue() as queue:
-            return queue.running(str(self.job_folder))
+            return queue.running(self.job.id)
 
     def attempts(self) -> list[int]:
         """Return how often each task of the embedded queue was started."""

@@ -106,8 +106,8 @@ def test_the_output_does_not_depend_on_the_order_of_the_chunks(
     order = list(workspace.job.plan.indices())
     random.Random(1).shuffle(order)
     with workspace.queue() as queue:
-        queue.cancel(str(workspace.job_folder))
-        queue.submit(Task("infer", str(workspace.job_folder), index) for index in order)
+        queue.cancel(workspace.job.id)
+        queue.submit(Task("infer", *workspace.job.id, 0, index) for index in order)
     assert workspace.work("--depth", "1").code == 0
     commit_times = {name: time for name, (_, time) in workspace.done().items()}
     assert sorted(commit_times, key=commit_times.__getitem__) == [

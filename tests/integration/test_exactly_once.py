@@ -66,7 +66,7 @@ class MeasuredJob:
 
 def infer_all(workspace: StandardWorkspace, attempt: int = 1) -> None:
     for index in workspace.job.plan.indices():
-        run_task(Task("infer", workspace.job.folder.path, index), Attempt(attempt, "worker"))
+        run_task(Task("infer", *workspace.job.id, 0, index), Attempt(attempt, "worker"))
 
 
 def pieces_of(workspace: StandardWorkspace) -> dict[str, bytes]:
@@ -227,7 +227,7 @@ def test_a_zombie_overtaken_while_it_computes_or_writes_deletes_its_pieces(
         return is_committed(ledger, kind, chunk)
 
     monkeypatch.setattr(Ledger, "is_committed", is_committed_later)
-    run_task(Task("infer", workspace.job.folder.path, index), Attempt(2, "zombie"))
+    run_task(Task("infer", *workspace.job.id, 0, index), Attempt(2, "zombie"))
     assert checks == committed_at_check
     assert workspace.computed().total() > computed.total()
     assert workspace.done() == records

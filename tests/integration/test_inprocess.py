@@ -11,10 +11,12 @@ from chunkq.errors import ErrorCode
 from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_TASK_TIMEOUT, TaskCounts, WorkerOptions
 from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace
+
+JOB = JobId("/data/out.zarr.chunkq", "0a1b2c3d")
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_an_inprocess_run_with_failed_chunks_exits_with_code_3(workspace: Worksp
     answer = workspace.call("run", workspace.folder / "job.json", "--queue", "inprocess://")
     assert answer.code == 3
     assert "Traceback" not in answer.err
-    assert open_executor("inprocess://").counts(str(workspace.job_folder)) == TaskCounts(failed=4)
+    assert open_executor("inprocess://").counts(workspace.job.id) == TaskCounts(failed=4)
 
 
 def test_several_workers_in_one_process_are_rejected_before_anything_is_written(
@@ -97,9 +99,9 @@ def test_tasks_produced_in_a_process_are_run_by_its_threads(workspace: Workspace
 
 def test_queues_with_different_names_are_separate(tmp_path: Path) -> None:
     one, other = (open_executor(f"inprocess://{tmp_path}/{name}") for name in "ab")
-    one.submit([Task("infer", "/data/out.zarr.chunkq", (0,))])
+    one.submit([Task("infer", *JOB, 0, (0,))])
     assert other.jobs() == {}
-    assert list(open_executor(one.url).jobs()) == ["/data/out.zarr.chunkq"]
+    assert list(open_executor(one.url).jobs()) == [JOB]
 
 
 def test_a_chunk_that_hangs_ends_the_worker_but_not_the_process(
@@ -108,10 +110,10 @@ def test_a_chunk_that_hangs_ends_the_worker_but_not_the_process(
     go = threading.Event()
     monkeypatch.setattr("chunkq_worker.run_task.run_task", lambda task, attempt: go.wait())
     queue = open_executor(f"inprocess://{workspace.folder}")
-    queue.submit([Task("infer", str(workspace.job_folder), (0, 0))])
+    queue.submit([Task("infer", *workspace.job.id, 0, (0, 0))])
     settings = WorkerSettings(lease=0.3)
     status = queue.run_worker(WorkerOptions("slow", burst=True, time_limit=0.1, settings=settings))
     go.set()
     assert status.code == EXIT_TASK_TIMEOUT
     assert len(status.lines) == 1
-    assert queue.counts(str(workspace.job_folder)) == TaskCounts(queued=1)
+    assert queue.counts(workspace.job.id) == TaskCounts(queued=1)

@@ -544,7 +544,7 @@ def test_the_first_worker_after_an_outage_cannot_reserve_running_tasks_of_others
     }
     job = "/data/out.zarr.chunkq"
     with queue_on(server) as queue:
-        queue.submit(Task("infer", job, (n,)) for n in range(2))
+        queue.submit(Task("infer", *job, 0, (n,)) for n in range(2))
         leases = {name: queue.reserve(worker) for name, worker in workers.items()}
         assert None not in leases.values()
         server.kill()

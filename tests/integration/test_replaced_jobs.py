@@ -212,7 +212,7 @@ class Suspensions(RuleBasedStateMachine):
 
     def infer(self, job: JobHandle, *chunks: tuple[int, ...]) -> None:
         for chunk in chunks:
-            run_task(Task("infer", job.folder.path, chunk), Attempt(1, "worker"))
+            run_task(Task("infer", *job.id, 0, chunk), Attempt(1, "worker"))
 
     def work(self, operation: str, chunk: tuple[int, int]) -> Callable[[], object]:
         """Return the function with which an actor runs the operation on the current job."""

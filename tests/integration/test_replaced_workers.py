@@ -27,7 +27,7 @@ def test_a_process_that_asks_for_a_restart_is_restarted_at_once_and_counts_as_no
     fake_workers: FakeWorkers, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake_workers.settings = WorkerSettings(restart_delay=100.0)
-    tasks = [Task("infer", JOB, (number,)) for number in range(2)]
+    tasks = [Task("infer", *JOB, 0, (number,)) for number in range(2)]
     fake_workers.queue.submit(tasks)
     fake_workers.patch.setenv("FAKE_RESERVES", "1")
     restarts = 2 * fake_workers.settings.early_deaths

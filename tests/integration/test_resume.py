@@ -68,7 +68,7 @@ def queued(workspace: Workspace) -> set[tuple[int, ...]]:
     options, chunks = WorkerOptions("test"), set()
     while lease := queue.reserve(options):
         chunks.add(lease.task.chunk)
-    queue.cancel(str(workspace.job_folder))
+    queue.cancel(workspace.job.id)
     queue.close()
     return chunks
 
@@ -150,7 +150,7 @@ def test_computing_a_chunk_again_after_the_end_changes_no_byte(
     assert_complete(workspace, reference)
     before = files_below(workspace.folder)
     for index in CHUNKS:
-        run_task(Task("infer", str(workspace.job_folder), index), Attempt(2, "late"))
+        run_task(Task("infer", *workspace.job.id, 0, index), Attempt(2, "late"))
     assert files_below(workspace.folder) == before
 
 
@@ -439,7 +439,7 @@ def test_partial_files_of_a_killed_writer_in_the_ledger_are_ignored(
 
 
 def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> TaskResult:
-    return run_task(Task("infer", str(workspace.job_folder), index), Attempt(1, "worker"))
+    return run_task(Task("infer", *workspace.job.id, 0, index), Attempt(1, "worker"))
 
 
 @pytest.mark.parametrize(("owner", "name"), [(JobHandle, "write"), (Ledger, "put_piece")])

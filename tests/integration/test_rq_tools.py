@@ -27,15 +27,15 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Handler, TaskCounts, WorkerOptions
 from chunkq.executors.leases import Lease
 from chunkq.executors.rq import RqExecutor
-from chunkq.executors.rq.executor import queue_name
+from chunkq.executors.rq.names import queue_name, rq_id
 from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 from tests.harness.servers.redis import RedisServer, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
 RQ = Path(sys.executable).parent / "rq"
-JOB = "/data/brain.zarr.chunkq"
+JOB = JobId("/data/brain.zarr.chunkq", "0a1b2c3d")
 CHUNKS = 24
 """Chunks of the standard job."""
 
@@ -343,7 +343,7 @@ def queue(client: redis_client.Redis) -> Queue:
 
 
 def tasks(count: int) -> list[Task]:
-    return [Task("infer", JOB, (number, 0)) for number in range(count)]
+    return [Task("infer", *JOB, 0, (number, 0)) for number in range(count)]
 
 
 def run_all_tasks(executor: RqExecutor, handler: Handler | None = None) -> list[Task]:
@@ -522,7 +522,7 @@ def test_a_task_removed_while_running_leaves_no_keys(
     executor.submit(tasks(3))
     lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
-    job = Job.fetch(lease.task.id, client, serializer=JSONSerializer)
+    job = Job.fetch(rq_id(lease.task), client, serializer=JSONSerializer)
     getattr(job, how)()
     executor.renew(WorkerOptions("host:cpu:worker"), [lease])
     if ends == "nack":
@@ -571,13 +571,13 @@ def test_a_worker_with_a_lease_is_listed_as_busy(
         assert only_worker(client) == ("idle", None)
         lease = executor.reserve(options)
         assert lease is not None
-        assert only_worker(client) == ("busy", lease.task.id)
+        assert only_worker(client) == ("busy", rq_id(lease.task))
         executor.renew(options, [])  # a heartbeat from before the lease
         executor.renew(options, [lease])
-        assert only_worker(client) == ("busy", lease.task.id)
+        assert only_worker(client) == ("busy", rq_id(lease.task))
         client.delete("rq:worker:host:cpu:worker")
         executor.renew(options, [lease])
-        assert only_worker(client) == ("busy", lease.task.id)
+        assert only_worker(client) == ("busy", rq_id(lease.task))
         executor.ack(lease)
         executor.renew(options, [])
         assert only_worker(client) == ("idle", None)
@@ -594,9 +594,9 @@ def test_the_current_job_of_a_worker_always_exists(
         assert first is not None
         assert second is not None
         executor.ack(second)
-        assert only_worker(client) in [("busy", None), ("busy", first.task.id)]
+        assert only_worker(client) in [("busy", None), ("busy", rq_id(first.task))]
         executor.renew(options, [first])
-        assert only_worker(client) == ("busy", first.task.id)
+        assert only_worker(client) == ("busy", rq_id(first.task))
         executor.ack(first)
         assert only_worker(client)[1] is None
 
@@ -607,7 +607,7 @@ def test_an_id_that_is_listed_twice_is_started_once(executor: RqExecutor, queue:
     queue.push_job_id(first)
     queue.push_job_id(second, at_front=True)
     leases = [executor.reserve(WorkerOptions("host:cpu:worker")) for _ in range(4)]
-    ids = [lease.task.id for lease in leases if lease is not None]
+    ids = [rq_id(lease.task) for lease in leases if lease is not None]
     assert sorted(ids) == sorted([first, second])
 
 
@@ -629,7 +629,7 @@ def test_a_deleted_task_is_not_requeued(
     executor.submit(tasks(1))
     lease = executor.reserve(WorkerOptions("host:cpu:worker"))
     assert lease is not None
-    client.delete(f"rq:job:{lease.task.id}")
+    client.delete(f"rq:job:{rq_id(lease.task)}")
     arguments = (ArithmeticError("too late"),) if ends == "nack" else ()
     getattr(executor, ends)(lease, *arguments)
     assert executor.counts(JOB) == TaskCounts()

@@ -86,7 +86,7 @@ def assert_replaced(call: Callable[[], object]) -> None:
 
 
 def infer(workspace: Workspace, index: tuple[int, ...] = BLOCK) -> None:
-    run_task(Task("infer", str(workspace.job_folder), index), Attempt(1, "worker"))
+    run_task(Task("infer", *workspace.job.id, 0, index), Attempt(1, "worker"))
 
 
 def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(

@@ -20,9 +20,9 @@ from chunkq.errors import ErrorCode, JobError
 from chunkq.executors import open_executor
 from chunkq.executors.base import EXIT_REFUSED, Executor, TaskCounts
 from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 
-JOB = "/data/out.zarr.chunkq"
+JOB = JobId("/data/out.zarr.chunkq", "0a1b2c3d")
 FAKE_WORKER_PROCESS = '''
 """Record the start, reserve queued tasks, and end as the next line of `ends` says."""
 import glob, json, os, signal, sys, time
@@ -100,7 +100,7 @@ class FakeWorkers:
             worker_slots,
             depth=2,
             burst=True,
-            job=JOB,
+            job=JOB.path,
             settings=self.settings,
         )
         return supervisor.run()
@@ -141,14 +141,14 @@ def test_worker_processes_get_the_options_and_unique_names(fake_workers: FakeWor
     fake_workers.supervise("0", processes=2)
     options = [record["options"] for record in fake_workers.records]
     assert len({values.pop("worker") for values in options}) == 2
-    expected = {"queue": fake_workers.queue_url, "depth": 2, "burst": True, "job": JOB}
+    expected = {"queue": fake_workers.queue_url, "depth": 2, "burst": True, "job": JOB.path}
     assert options == [{**expected, "deadline": None, "time_limit": None, "quiet": False}] * 2
 
 
 def test_a_crashed_worker_process_is_restarted_and_its_chunks_are_requeued_at_once(
     fake_workers: FakeWorkers, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tasks = [Task("infer", JOB, (number,)) for number in range(3)]
+    tasks = [Task("infer", *JOB, 0, (number,)) for number in range(3)]
     fake_workers.queue.submit(tasks)
     fake_workers.patch.setenv("FAKE_RESERVES", "1")
     assert fake_workers.supervise("killed", "3", "0") == 0

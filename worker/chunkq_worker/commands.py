@@ -23,6 +23,7 @@ from chunkq.executors.base import (
     Executor,
     TaskCounts,
     default_depth,
+    jobs_at,
 )
 from chunkq.executors.settings import override_settings
 from chunkq.finalize import job_completion
@@ -30,6 +31,7 @@ from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import job_folder_of
 from chunkq.paths import without_secret
+from chunkq.tasks import JobId
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
 
@@ -132,7 +134,7 @@ def work(
     executor.close()
     failed = _failed(after) - _failed(before)
     lost = _lost_jobs(before, after) if burst and supervisor.queue_was_unreachable else []
-    if lost and code == 0:
+    if lost and code in (0, IncompleteError.exit_code):
         raise IncompleteError(
             "the queue was lost, with chunks of "
             f"{', '.join(without_secret(output) for output in lost)}; run `chunkq produce "
@@ -140,7 +142,7 @@ def work(
             [],
             code=ErrorCode.QUEUE_LOST,
         )
-    if failed > 0 and code == 0:
+    if failed > 0 and code in (0, IncompleteError.exit_code):
         raise IncompleteError(
             f"{failed} {'chunk' if failed == 1 else 'chunks'} failed; run `chunkq status OUT` to "
             "see why, and `chunkq retry OUT` to queue them again",
@@ -149,26 +151,27 @@ def work(
     sys.exit(code)
 
 
-def _jobs(executor: Executor, job: str | None) -> dict[str, TaskCounts]:
-    """Return job folder -> task counts, of one job or of all jobs on the queue."""
-    return executor.jobs() if job is None else {job: executor.counts(job)}
+def _jobs(executor: Executor, path: str | None) -> dict[JobId, TaskCounts]:
+    """Return the task counts of the jobs with one folder, or of all jobs on the queue."""
+    return executor.jobs() if path is None else jobs_at(executor, path)
 
 
-def _failed(jobs: Mapping[str, TaskCounts]) -> int:
+def _failed(jobs: Mapping[JobId, TaskCounts]) -> int:
     return sum(counts.failed for counts in jobs.values())
 
 
-def _lost_jobs(before: Mapping[str, TaskCounts], after: Mapping[str, TaskCounts]) -> list[str]:
+def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]) -> list[str]:
     """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
     lost = []
-    for path, counts in before.items():
-        now = after.get(path, TaskCounts())
-        if not counts.queued + counts.running or now.queued + now.running:
+    for id, counts in before.items():
+        now = after.get(id, TaskCounts())
+        was_active = counts.queued + counts.running + counts.waiting
+        if not was_active or now.queued + now.running + now.waiting:
             continue
         # Skip jobs whose folder was removed, and jobs that this worker does not accept.
         with suppress(MissingJobError, JobError):
-            job = open_job(allowed_job_path(path))
-            if len(job_completion(job).unfinished) > now.failed:
+            job = open_job(allowed_job_path(id.path))
+            if job.record.epoch == id.epoch and len(job_completion(job).unfinished) > now.failed:
                 lost.append(job.folder.output)
     return lost
 

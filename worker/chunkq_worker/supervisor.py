@@ -15,6 +15,7 @@ from types import FrameType
 from chunkq import json_values
 from chunkq.errors import QueueError
 from chunkq.executors.base import (
+    EXIT_INCOMPLETE,
     EXIT_QUEUE_UNREACHABLE,
     EXIT_REFUSED,
     EXIT_RESTART,
@@ -42,7 +43,7 @@ class _WorkerSlot:
     `crashes` counts consecutive crashes; all but the first came soon after a start. Since
     `unreachable_since` (s, Unix), `reconnects` processes have ended because they lost the queue.
     `not_before` (s, Unix) is the earliest restart. A slot that is `done` is not restarted; it
-    `has_failed` if that is an error.
+    `has_failed` if that is an error, and `is_incomplete` if tasks wait for failed ones.
     """
 
     device: Slot
@@ -55,6 +56,7 @@ class _WorkerSlot:
     reconnects: int = 0
     done: bool = False
     has_failed: bool = False
+    is_incomplete: bool = False
 
 
 @dataclass
@@ -82,7 +84,10 @@ class Supervisor:
     _next_requeue: float = field(default=0.0, init=False)
 
     def run(self) -> int:
-        """Run until all worker processes have finished; return 0, or 1 if one has failed."""
+        """Run until all worker processes have finished; return the exit code of the command.
+
+        It is 1 if a process has failed, else EXIT_INCOMPLETE if tasks wait for failed ones, else 0.
+        """
         signal.signal(signal.SIGTERM, self._count_signal)
         signal.signal(signal.SIGINT, self._count_signal)
         slots = [_WorkerSlot(device) for device in self.slots]
@@ -96,7 +101,9 @@ class Supervisor:
                 if self._pending_requeues and time.time() >= self._next_requeue:
                     self._send_pending_requeues()
                 time.sleep(POLL_SECONDS)
-            return 1 if any(slot.has_failed for slot in slots) else 0
+            if any(slot.has_failed for slot in slots):
+                return 1
+            return EXIT_INCOMPLETE if any(slot.is_incomplete for slot in slots) else 0
         finally:
             self._stop_all(slots)
 
@@ -127,9 +134,9 @@ class Supervisor:
         if code is None:
             return
         _close_streams(slot)
-        if code == 0 or self._signals:
+        if code in (0, EXIT_INCOMPLETE) or self._signals:
             self._requeue(slot.worker, counted=False)
-            slot.done = True
+            slot.done, slot.is_incomplete = True, code == EXIT_INCOMPLETE
         elif code == EXIT_REFUSED:
             self._requeue(slot.worker, counted=False)
             slot.done = slot.has_failed = True

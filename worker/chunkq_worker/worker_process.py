@@ -22,6 +22,7 @@ from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
 from chunkq.scratch import delete_own_folders
+from chunkq_worker.worker_main import serve
 
 EXIT_REQUEUED = 5
 
@@ -67,7 +68,7 @@ def main() -> int:
         status = ExitStatus.from_error(error)
     else:
         _handle_signals(options, executor)
-        status = executor.run_worker(options)
+        status = executor.run_worker(serve, options)
         executor.close()
     for line in status.lines:
         sys.stderr.write(f"chunkq: {line}\n")

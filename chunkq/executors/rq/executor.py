@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 import traceback
 import uuid
@@ -32,15 +31,16 @@ from chunkq.errors import QueueError
 from chunkq.executors.base import (
     MAX_ATTEMPTS,
     Attempt,
-    BlockContribution,
+    Contribution,
     RunningTask,
     TaskCounts,
     WorkerOptions,
 )
 from chunkq.executors.leases import Lease, LeaseQueue
 from chunkq.executors.rq.connect import check_server, connect, translated_errors
+from chunkq.executors.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
 from chunkq.executors.rq.scripts import Scripts
-from chunkq.tasks import Task, chunk_name, job_key, parse_chunk
+from chunkq.tasks import JobId, Task
 
 log = logging.getLogger("chunkq.queue")
 
@@ -77,37 +77,39 @@ class RqExecutor(LeaseQueue):
 
     def submit(self, tasks: Iterable[Task]) -> int:
         """Queue tasks in batches. Wait for workers while MAX_QUEUED tasks of a job are queued."""
-        queued, stream, full_job, has_logged = 0, iter(tasks), "", False
+        queued, stream, has_logged = 0, iter(tasks), False
+        full_job: JobId | None = None
         while batch := list(islice(stream, BATCH)):
-            if full_job:
+            if full_job is not None:
                 self._wait_for_workers(full_job, quiet=has_logged)
-                full_job, has_logged = "", True
-            by_job: dict[str, list[Task]] = {}
+                full_job, has_logged = None, True
+            by_job: dict[JobId, list[Task]] = {}
             for task in batch:
-                by_job.setdefault(task.job, []).append(task)
+                by_job.setdefault(task.job_id, []).append(task)
             for job, job_tasks in by_job.items():
-                pairs = [part for task in job_tasks for part in (task.id, _message(task))]
-                arguments = (queue_name(job), job, utcformat(now()), MAX_ATTEMPTS, *pairs)
+                prefix = f"{job.key}-"
+                pairs = [part for t in job_tasks for part in (rq_id(t, prefix), _message(t))]
+                head = (queue_name(job), stored_job(job), utcformat(now()), MAX_ATTEMPTS)
                 with translated_errors(self.url):
-                    new, total = self._scripts("submit", *arguments)
+                    new, total = self._scripts("submit", *head, *pairs)
                 queued += new
                 if total >= MAX_QUEUED:
                     full_job = job
         return queued
 
-    def counts(self, job: str) -> TaskCounts:
+    def counts(self, job: JobId) -> TaskCounts:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with translated_errors(self.url):
             return TaskCounts(*self._scripts("counts", queue_name(job)))
 
-    def jobs(self) -> dict[str, TaskCounts]:
+    def jobs(self) -> dict[JobId, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
         with translated_errors(self.url):
-            jobs = _texts(self._client.hvals(JOBS))
-        all_counts = {job: self.counts(job) for job in sorted(jobs)}
+            stored = _texts(self._client.hvals(JOBS))
+        all_counts = {job: self.counts(job) for job in sorted(map(job_of, stored))}
         return {job: counts for job, counts in all_counts.items() if counts != TaskCounts()}
 
-    def running(self, job: str) -> list[RunningTask]:
+    def running(self, job: JobId) -> list[RunningTask]:
         """Return the tasks of a job whose leases have not expired."""
         name = queue_name(job)
         with translated_errors(self.url):
@@ -121,20 +123,41 @@ class RqExecutor(LeaseQueue):
             if since and (task := _task(message)) is not None
         ]
 
-    def failed(self, job: str) -> list[Task]:
+    def failed(self, job: JobId) -> list[Task]:
         """Return the failed tasks of a job."""
         with translated_errors(self.url):
             ids = _texts(self._client.zrange(f"rq:failed:{queue_name(job)}", 0, -1))
             rows = self._fields(ids, "data")
         return [task for (message,) in rows if (task := _task(message)) is not None]
 
-    def retry(self, job: str) -> int:
+    def retry(self, job: JobId) -> int:
         """Queue the failed tasks of a job with all their attempts."""
         return self._run_in_batches("retry", queue_name(job), MAX_ATTEMPTS, BATCH)
 
-    def cancel(self, job: str) -> int:
-        """Remove all tasks of a job."""
+    def cancel(self, job: JobId) -> int:
+        """Remove all tasks and gates of a job."""
         return self._run_in_batches("cancel", queue_name(job), BATCH)
+
+    def close_gate(self, job: JobId, kind: str) -> None:
+        """Make the queued tasks of a kind wait. Each script looks at one batch of queued tasks."""
+        with translated_errors(self.url):
+            left = self._retrying_scripts("close_gate", queue_name(job), kind, 0)
+            while left > 0:
+                size = min(left, BATCH)
+                left -= size
+                self._retrying_scripts("close_gate", queue_name(job), kind, size)
+
+    def open_gate(self, job: JobId, kind: str) -> None:
+        """Queue the waiting tasks of a kind."""
+        with translated_errors(self.url):
+            while self._retrying_scripts("open_gate", queue_name(job), kind, BATCH):
+                pass
+
+    def waiting(self, options: WorkerOptions) -> list[tuple[JobId, str]]:
+        """Return the jobs of a worker whose tasks only wait, with the first waiting kind."""
+        with translated_errors(self.url):
+            rows = _texts(self._retrying_scripts("waiting", *_job_filter(options)))
+        return [(job_of(job), kind) for job, kind in zip(rows[::2], rows[1::2], strict=True)]
 
     def release(self, worker: str, *, counted: bool = True) -> int:
         """End the leases of a worker. A second call has no effect."""
@@ -145,17 +168,13 @@ class RqExecutor(LeaseQueue):
             stamp = utcformat(now())
             return int(self._scripts("end_attempt", int(counted), stamp, worker, *leases))
 
-    def record_contributions(
-        self, job: str, contributions: Sequence[BlockContribution]
-    ) -> list[Task]:
-        """Record a contributor of blocks; return tasks to finalize the complete ones."""
-        parts = [
-            part for c in contributions for part in (chunk_name(c.block), c.contributor, c.total)
-        ]
+    def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
+        """Record contributions of a committed task; return the tasks that this completes."""
+        tasks = {c.task.id: c.task for c in contributions}
+        parts = [part for c in contributions for part in (c.task.id, c.number, c.total)]
         with translated_errors(self.url):
-            names = self._retrying_scripts("record_contributions", queue_name(job), *parts)
-        blocks = map(parse_chunk, _texts(names))
-        return [Task("finalize", job, block) for block in blocks if block is not None]
+            ids = self._retrying_scripts("record_contributions", queue_name(job), *parts)
+        return [tasks[id] for id in _texts(ids)]
 
     def close(self) -> None:
         """Close the connections."""
@@ -180,7 +199,7 @@ class RqExecutor(LeaseQueue):
                 return None
             name, task_id, message, retries_left = reserved
             task = _task(message)
-            if task is not None and task.id.encode() == task_id:
+            if task is not None and rq_id(task).encode() == task_id:
                 number = max(1, MAX_ATTEMPTS - int(retries_left))
                 return Lease(task, Attempt(number, options.worker), attempt)
             log.error("deleted from the queue: not a chunkq task: %r", message[:200])
@@ -199,7 +218,7 @@ class RqExecutor(LeaseQueue):
         with translated_errors(self.url):
             ended = self._retrying_scripts("end_attempt", 1, stamp, worker, *_names(lease))
             if ended and lease.attempt.is_last:
-                job = Job(lease.task.id, self._client, JSONSerializer)
+                job = Job(rq_id(lease.task), self._client, JSONSerializer)
                 text = "".join(traceback.format_exception(error))
                 with suppress(OutOfMemoryError):  # the ledger has the traceback, too
                     Result.create_failure(job, -1, text, worker_name=worker)
@@ -259,17 +278,18 @@ class RqExecutor(LeaseQueue):
             pipeline.expire(rq_worker.key, WORKER_TTL + 60)
             register(rq_worker, pipeline)
             rq_worker.set_state("busy" if leases else "idle", pipeline=pipeline)
-            rq_worker.set_current_job_id(leases[-1].task.id if leases else None, pipeline=pipeline)
+            current = rq_id(leases[-1].task) if leases else None
+            rq_worker.set_current_job_id(current, pipeline=pipeline)
             pipeline.execute()
 
-    def _wait_for_workers(self, job: str, *, quiet: bool) -> None:
+    def _wait_for_workers(self, job: JobId, *, quiet: bool) -> None:
         if not quiet:
             log.warning(
                 "%d chunks are queued; waiting for workers before queueing the rest "
                 "(if interrupted, continue with `chunkq produce --resume`)",
                 MAX_QUEUED,
             )
-        while self.counts(job).queued >= MAX_QUEUED:
+        while (counts := self.counts(job)).queued + counts.waiting >= MAX_QUEUED:
             time.sleep(1)
 
     def _fields(self, ids: Sequence[str], *fields: str) -> list[Any]:
@@ -284,12 +304,6 @@ class RqExecutor(LeaseQueue):
             while changed := self._scripts(script, *arguments):
                 total += changed
         return total
-
-
-def queue_name(job: str) -> str:
-    """Return the name of the RQ queue for the URI of a job folder: output name and unique key."""
-    output = job.rstrip("/").rpartition("/")[2].removesuffix(".chunkq")
-    return f"{re.sub(r'[^A-Za-z0-9.-]+', '_', output)[:40]}-{job_key(job)}"
 
 
 def _message(task: Task) -> bytes:
@@ -313,11 +327,10 @@ def _texts(values: Any) -> list[str]:
 
 
 def _names(lease: Lease) -> tuple[str, str, str]:
-    return queue_name(lease.task.job), lease.task.id, lease.token
+    return queue_name(lease.task.job_id), rq_id(lease.task), lease.token
 
 
 def _job_filter(options: WorkerOptions) -> tuple[str, ...]:
     """Return the arguments of the Lua function `selected_queues`."""
-    if options.job is not None:
-        return ("only", queue_name(options.job))
-    return ("except", *(queue_name(job) for job in sorted(options.skipped_jobs)))
+    prefix = "" if options.job is None else queue_prefix(options.job)
+    return (prefix, *(queue_name(job) for job in sorted(options.skipped_jobs)))

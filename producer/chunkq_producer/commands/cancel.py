@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from chunkq.errors import JobError, StoreError
+from chunkq.executors.base import jobs_at
 from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.paths import without_secret
 from chunkq.tasks import chunk_count
@@ -15,7 +16,7 @@ from chunkq_producer.commands.options import folder_at, output_argument, queue_o
 @output_argument
 @queue_option
 def cancel(output: str, queue: str | None) -> None:
-    """Remove the job of OUTPUT from the queue.
+    """Remove the job of OUTPUT, and jobs that it replaced, from the queue.
 
     Computed chunks are kept. Chunks that are running may finish.
     """
@@ -28,7 +29,8 @@ def cancel(output: str, queue: str | None) -> None:
         # Tasks may contain the path in the form that the user wrote; workers refuse such tasks.
         job_paths, job_queue = {folder.path, unchecked_path}, _queue_of_job(folder)
     with queue_of(queue, job_queue) as executor:
-        count = sum(executor.cancel(path) for path in job_paths)
+        jobs = [job for path in sorted(job_paths) for job in jobs_at(executor, path)]
+        count = sum(executor.cancel(job) for job in jobs)
     if count:
         click.echo(
             f"{chunk_count(count)} taken off the queue; run `chunkq produce --resume` with the job "

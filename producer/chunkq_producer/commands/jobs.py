@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 
 import click
 
+from chunkq.errors import ChunkqError
 from chunkq.job_path import output_of, printable_path
+from chunkq.ledger import JobFolder
+from chunkq.tasks import JobId
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
 
 
@@ -23,9 +29,15 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
     """Print each job on the queue with the numbers of its chunks by state."""
     with queue_of(queue) as executor:
         counts_by_job = executor.jobs()
+    states = _states(counts_by_job.keys())
     if as_json:
         rows = [
-            {"output": printable_path(output_of(job)), **asdict(counts)}
+            {
+                "output": printable_path(output_of(job.path)),
+                "epoch": job.epoch,
+                "is_current": states.get(job),
+                **asdict(counts),
+            }
             for job, counts in counts_by_job.items()
         ]
         click.echo(json.dumps(rows, indent=1))
@@ -33,7 +45,32 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
     if not counts_by_job:
         click.echo("no job has chunks on this queue")
     for job, counts in sorted(counts_by_job.items()):
-        click.echo(
-            f"{printable_path(output_of(job))}: {counts.queued} queued, "
+        line = (
+            f"{printable_path(output_of(job.path))}: {counts.queued} queued, "
             f"{counts.running} running, {counts.failed} failed"
         )
+        line += f", {counts.waiting} waiting" if counts.waiting else ""
+        click.echo(line + _label(job, states))
+
+
+def _states(jobs: Collection[JobId]) -> dict[JobId, bool]:
+    """Return whether a job is the current one of its folder, for jobs that share a folder.
+
+    A folder that cannot be read is left out.
+    """
+    epochs = Counter(job.path for job in jobs)
+    states = {}
+    for path in [path for path, count in epochs.items() if count > 1]:
+        with suppress(ChunkqError, OSError):
+            record = JobFolder(path).read_record()
+            for job in jobs:
+                if job.path == path:
+                    states[job] = record is not None and job.epoch == record.epoch
+    return states
+
+
+def _label(job: JobId, states: Mapping[JobId, bool]) -> str:
+    """Return the end of a line: which of several jobs with one folder it is."""
+    if job not in states:
+        return ""
+    return f" (epoch {job.epoch}, {'the current job' if states[job] else 'replaced'})"

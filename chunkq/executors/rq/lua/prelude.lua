@@ -1,10 +1,14 @@
--- Keys of RQ 2.12, and the two keys of chunkq: ORDER ranks the queues by the time of their first
--- task, JOBS maps a queue to its job. Every script is atomic, so a killed process loses nothing.
+-- Keys of RQ 2.12, and those of chunkq: ORDER ranks the queues by the time of their first task, JOBS
+-- maps a queue to its job. The gates of a job are a sorted set of kinds with a number each, in the
+-- order in which they were closed; it is negative while a gate opens. Each gate has a list of waiting
+-- tasks, which RQ's tools show as deferred. Every script is atomic, so a killed process loses nothing.
 local ORDER, JOBS = 'chunkq:queues', 'chunkq:jobs'
 local function queue(name) return 'rq:queue:' .. name end
 local function started(name) return 'rq:wip:' .. name end
 local function failed(name) return 'rq:failed:' .. name end
-local function blocks(name) return 'chunkq:blocks:' .. name end
+local function contributions(name) return 'chunkq:contributions:' .. name end
+local function gates(name) return 'chunkq:gates:' .. name end
+local function waiting(name, kind) return 'chunkq:waiting:' .. name .. ':' .. kind end
 local function task(id) return 'rq:job:' .. id end
 
 -- Return the time of the server (s, Unix). The clocks of workers may differ.
@@ -26,18 +30,49 @@ local function grace_until(now, lease)
   return tonumber(redis.call('GET', 'chunkq:grace') or 0)
 end
 
--- Return the queues that a worker reserves tasks from, ordered by job age. Mode 'only' selects the
--- queues in ARGV from index `first`, 'except' all others.
-local function selected_queues(mode, first)
-  local names = {}
-  for n = first, #ARGV do names[#names + 1] = ARGV[n] end
-  if mode == 'only' then return names end
+-- Return the queues that a worker reserves tasks from, ordered by job age: those whose names begin
+-- with `prefix`, without the queues in ARGV from index `first`.
+local function selected_queues(prefix, first)
   local skipped, selected = {}, {}
-  for _, name in ipairs(names) do skipped[name] = true end
+  for n = first, #ARGV do skipped[ARGV[n]] = true end
   for _, name in ipairs(redis.call('ZRANGE', ORDER, 0, -1)) do
-    if not skipped[name] then selected[#selected + 1] = name end
+    if not skipped[name] and name:sub(1, #prefix) == prefix then selected[#selected + 1] = name end
   end
   return selected
+end
+
+-- Return the kind of a task, from its id.
+local function kind_of(id) return id:match('^%x+%-%x+%-(%l+)%-') or '' end
+
+-- Return whether the gate of a kind is closed.
+local function is_closed(name, kind)
+  return (tonumber(redis.call('ZSCORE', gates(name), kind) or 0)) > 0
+end
+
+-- Return the number of waiting tasks of a queue, and the first kind that has any.
+local function count_waiting(name)
+  local total, first, least = 0, nil, nil
+  local entries = redis.call('ZRANGE', gates(name), 0, -1, 'WITHSCORES')
+  for n = 1, #entries, 2 do
+    local count, number = redis.call('LLEN', waiting(name, entries[n])), tonumber(entries[n + 1])
+    total = total + count
+    if count > 0 and (not least or math.abs(number) < least) then
+      first, least = entries[n], math.abs(number)
+    end
+  end
+  return total, first
+end
+
+-- Queue a task with `command`, LPUSH or RPUSH, or let it wait if its gate is closed.
+local function enqueue(name, id, command)
+  local kind = kind_of(id)
+  if is_closed(name, kind) then
+    redis.call('HSET', task(id), 'status', 'deferred')
+    redis.call('RPUSH', waiting(name, kind), id)
+  else
+    redis.call('HSET', task(id), 'status', 'queued')
+    redis.call(command, queue(name), id)
+  end
 end
 
 -- Delete all keys of a task.
@@ -45,15 +80,22 @@ local function delete_task(id)
   redis.call('DEL', task(id), 'rq:executions:' .. id, 'rq:results:' .. id)
 end
 
+-- Create a queue unless it exists.
+local function create_queue(name, job)
+  redis.call('SADD', 'rq:queues', queue(name))
+  redis.call('ZADD', ORDER, 'NX', clock(), name)
+  redis.call('HSET', JOBS, name, job)
+end
+
 -- Delete all keys of a queue without tasks.
 local function delete_if_empty(name)
   local total = redis.call('LLEN', queue(name)) + redis.call('ZCARD', started(name))
-    + redis.call('ZCARD', failed(name))
+    + redis.call('ZCARD', failed(name)) + count_waiting(name)
   if total == 0 then
     redis.call('ZREM', ORDER, name)
     redis.call('HDEL', JOBS, name)
     redis.call('SREM', 'rq:queues', queue(name))
-    redis.call('DEL', blocks(name), 'rq:workers:' .. name)
+    redis.call('DEL', contributions(name), gates(name), 'rq:workers:' .. name)
   end
 end
 
@@ -72,11 +114,10 @@ local function requeue(name, id, counted, stamp)
   if redis.call('EXISTS', key) == 0 then return end
   local retries = tonumber(redis.call('HGET', key, 'retries_left')) or 0
   if not counted then
-    redis.call('HSET', key, 'status', 'queued')
-    redis.call('LPUSH', queue(name), id)
+    enqueue(name, id, 'LPUSH')
   elseif retries > 0 then
-    redis.call('HSET', key, 'status', 'queued', 'retries_left', retries - 1)
-    redis.call('RPUSH', queue(name), id)
+    redis.call('HSET', key, 'retries_left', retries - 1)
+    enqueue(name, id, 'RPUSH')
   else
     redis.call('HSET', key, 'status', 'failed', 'ended_at', stamp)
     redis.call('ZADD', failed(name), -1, id)

@@ -16,8 +16,11 @@ for _, name in ipairs(selected_queues(ARGV[5], 6)) do
     local id = redis.call('LPOP', queue(name))
     if not id then break end
     local key = task(id)
-    -- RQ's own tools can list an id twice, or keep the id of a deleted task.
-    if redis.call('HGET', key, 'status') == 'queued' then
+    if is_closed(name, kind_of(id)) then
+      -- RQ's own tools queue a task without regard to its gate.
+      if redis.call('HGET', key, 'status') == 'queued' then enqueue(name, id, 'RPUSH') end
+    -- They can also list an id twice, or keep the id of a deleted task.
+    elseif redis.call('HGET', key, 'status') == 'queued' then
       local entry, worker_key = id .. ':' .. attempt, 'rq:worker:' .. worker
       redis.call('HSET', key, 'status', 'started', 'started_at', stamp, 'last_heartbeat', stamp,
         'worker_name', worker)

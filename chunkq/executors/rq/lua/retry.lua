@@ -4,9 +4,9 @@ local name, moved = ARGV[1], 0
 for _, id in ipairs(redis.call('ZRANGE', failed(name), 0, tonumber(ARGV[3]) - 1)) do
   redis.call('ZREM', failed(name), id)
   if redis.call('EXISTS', task(id)) == 1 then
-    redis.call('HSET', task(id), 'status', 'queued', 'retries_left', tonumber(ARGV[2]) - 1)
+    redis.call('HSET', task(id), 'retries_left', tonumber(ARGV[2]) - 1)
     redis.call('DEL', 'rq:results:' .. id)
-    redis.call('RPUSH', queue(name), id)
+    enqueue(name, id, 'RPUSH')
     moved = moved + 1
   end
 end

@@ -1,0 +1,22 @@
+"""Errors of Ray in one line."""
+
+from __future__ import annotations
+
+INSTALL_HINT = "run pip install 'chunkq[ray]' on its machines"
+
+
+def start_problem(error: BaseException) -> str:
+    """Return the message for an actor that failed to start."""
+    if "No module named 'chunkq" in str(error):
+        return f"queue: chunkq is not installed on a machine of the Ray cluster; {INSTALL_HINT}"
+    return f"queue: cannot start a worker on a machine of the Ray cluster: {last_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
