@@ -216,7 +216,9 @@ def test_blocks_tile_the_axis(axis: AxisGeometry) -> None:
 
 @settings(max_examples=200)
 @given(axes())
-def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(axis: AxisGeometry) -> None:
+def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(
+    axis: AxisGeometry,
+) -> None:
     blocks = np.arange(axis.blocks)
     stops = axis.stop(blocks)
     overlap = axis.upper_overlap(blocks).tolist()
@@ -228,7 +230,9 @@ def test_the_upper_overlap_ends_with_the_patches_and_within_the_next_block(axis:
 
 
 @given(axes())
-def test_an_aligned_band_is_the_fewest_storage_chunks_or_the_whole_block(axis: AxisGeometry) -> None:
+def test_an_aligned_band_is_the_fewest_storage_chunks_or_the_whole_block(
+    axis: AxisGeometry,
+) -> None:
     blocks = np.arange(axis.blocks)
     lengths = axis.stop(blocks) - axis.start(blocks)
     numbers = zip(axis.band(blocks), axis.aligned_band(blocks), lengths, strict=True)
