@@ -16,10 +16,11 @@ from chunkq.box import Box
 from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, StoreError
 from chunkq.ledger import JobFolder, Ledger
 from chunkq.output import Output
+from chunkq.padded_reading import read_padded
 from chunkq.paths import without_secret
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
-from chunkq.stores import Array, input_identity, open_array, read_padded
+from chunkq.storage.array import Array
 
 JOBS_CACHED = 8
 
@@ -47,7 +48,7 @@ class JobHandle:
         """The input arrays in the order of the job. Raises ChunkReadError if one was replaced."""
         self.check_inputs()
         try:
-            return tuple(open_array(source.array_path) for source in self.record.sources)
+            return tuple(source.open() for source in self.record.sources)
         except StoreError as error:
             raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
 
@@ -79,11 +80,11 @@ class JobHandle:
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
 
-        Compares metadata (`stores.input_identity`), so it does not detect changed voxels.
+        Compares metadata (`ImageSource.identity`), so it does not detect changed voxels.
         """
         for source, identity in zip(self.record.sources, self.record.identities, strict=True):
-            path = without_secret(source.array_path)
-            current = input_identity(source.array_path)
+            path = without_secret(source.path)
+            current = source.identity()
             if current is None:
                 raise ChunkReadError(
                     f"input: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING

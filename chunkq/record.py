@@ -10,22 +10,25 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from chunkq import __version__, documents
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.images import ImageSource
 from chunkq.job import Job, parse_job
-from chunkq.ome import Space
 from chunkq.paths import file_hash, without_secret
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
-from chunkq.stores import Source, input_identity
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of the job folder's layout. Folders of other versions are unsupported."""
 EPOCH_DIGITS = 8
 KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
 )  # fmt: skip
 """Keys of a job that do not affect its result."""
+SOURCES = TypeAdapter(tuple[ImageSource, ...])
+"""The sources of a job, for decoding."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class JobRecord:
     `epoch` distinguishes successive jobs on one output path. It is empty until the job is created.
     `array` is the name of the output array while the job runs. `metadata` maps the names of the
     array's metadata documents in the output to their content. `identities` has the
-    `stores.input_identity` of each source; it changes when the source's array is replaced.
+    `ImageSource.identity` of each source; it changes when the source's array is replaced.
     """
 
     job: Job
-    sources: tuple[Source, ...]
+    sources: tuple[ImageSource, ...]
     file_hashes: dict[str, str]
     identities: tuple[str, ...] = ()
     epoch: str = ""
@@ -48,12 +51,12 @@ class JobRecord:
     version: str = __version__
 
     @property
-    def source(self) -> Source:
+    def source(self) -> ImageSource:
         """The first input. All inputs have its shape."""
         return self.sources[0]
 
     @classmethod
-    def create(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
+    def create(cls, job: Job, sources: Sequence[ImageSource]) -> JobRecord:
         """Create the record of a job. Read and hash each file of the job once.
 
         Raises JobError with one line per file that cannot be read, and StoreError if an input is
@@ -145,14 +148,7 @@ class JobRecord:
                 raise ValueError
             record = cls(
                 parse_job(values["job"]),
-                tuple(
-                    Source(
-                        source["array_path"],
-                        Volume(tuple(source["volume"]["shape"]), source["volume"]["dtype"]),
-                        Space.from_dict(source["space"]),
-                    )
-                    for source in values["sources"]
-                ),
+                SOURCES.validate_python(values["sources"]),
                 values["file_hashes"],
                 tuple(values["identities"]),
                 values["epoch"],
@@ -171,11 +167,11 @@ class JobRecord:
         return record
 
 
-def _identity(source: Source) -> str:
-    identity = input_identity(source.array_path)
+def _identity(source: ImageSource) -> str:
+    identity = source.identity()
     if identity is None:
         raise StoreError(
-            f"input: {without_secret(source.array_path)} is missing; restore it or fix the path",
+            f"input: {without_secret(source.path)} is missing; restore it or fix the path",
             code=ErrorCode.INPUT_MISSING,
         )
     return identity

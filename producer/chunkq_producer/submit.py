@@ -10,6 +10,7 @@ from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.executors.base import Executor
+from chunkq.images import ImageSource, find_source
 from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import RECORD, JobFolder, job_folder_of
@@ -18,7 +19,6 @@ from chunkq.output import new_record
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.plan import Index, Plan
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
-from chunkq.stores import Source, find_source
 from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 
@@ -61,10 +61,10 @@ def prepare(job: Job) -> PreparedJob:
             "folders; choose another path"
         )
     for source in sources:
-        if _overlap(job.output, source.array_path):
+        if _overlap(job.output, source.path):
             raise JobError(
                 f"output: {without_secret(job.output)} would overwrite the input "
-                f"{without_secret(source.array_path)}; choose another output"
+                f"{without_secret(source.path)}; choose another output"
             )
     return PreparedJob(record, plan)
 
@@ -153,7 +153,7 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         )
     pairs = zip(stored.sources, stored.identities, record.identities, strict=True)
     problems = [
-        f"input: {without_secret(source.array_path)} was replaced since {output} was produced; "
+        f"input: {without_secret(source.path)} was replaced since {output} was produced; "
         "restore it, or use --overwrite to start again"
         for source, identity_then, identity_now in pairs
         if identity_then != identity_now
@@ -228,14 +228,14 @@ def _storage_errors(path: str) -> Iterator[None]:
         ) from error
 
 
-def _check_shapes(job: Job, sources: Sequence[Source]) -> None:
+def _check_shapes(job: Job, sources: Sequence[ImageSource]) -> None:
     """Raise JobError if the inputs have different shapes."""
-    expected = sources[0].volume.shape
+    expected = sources[0].shape
     problems = [
-        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.volume.shape)}, "
+        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.shape)}, "
         f"expected {list(expected)} like the first input; use inputs of one shape"
         for n, source in enumerate(sources)
-        if source.volume.shape != expected
+        if source.shape != expected
     ]
     if problems:
         raise JobError(problems)

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import pytest
 
 from chunkq import documents
+from chunkq.axes import plain_axes
 from chunkq.errors import ErrorCode, JobError
+from chunkq.images import ImageSource
 from chunkq.ledger import JobFolder
 from chunkq.objects import CLAIM_SECONDS, ObjectFolder
-from chunkq.ome import Space
 from chunkq.record import JobRecord
-from chunkq.stores import Source
 from tests.strategies import plan_for
 
 EPOCH = "0a1b2c3d"
@@ -26,7 +26,7 @@ EPOCH = "0a1b2c3d"
 
 def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
     plan = plan_for(volume, (10,), **more)
-    source = Source("/in.zarr", plan.volume, Space.plain(1))
+    source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
     hashes = {"model_config.ts_file": "00"}
     metadata = {f"0.{EPOCH}/zarr.json": "{}"}
     return JobRecord(plan.job, (source,), hashes, ("identity",), EPOCH, f"0.{EPOCH}", metadata)
@@ -48,7 +48,7 @@ def changed(key: str) -> dict[str, Any]:
         "epoch": "ffffffff",
         "array": "0",
         "job": {**values["job"], "pad_value": 7},
-        "sources": [{**values["sources"][0], "array_path": "/other.zarr"}],
+        "sources": [{**values["sources"][0], "path": "/other.zarr"}],
         "identities": ["another"],
         "file_hashes": {"model_config.ts_file": "01"},
         "metadata": {f"0.{EPOCH}/zarr.json": "[]"},

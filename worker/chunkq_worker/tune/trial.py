@@ -29,9 +29,9 @@ from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
+from chunkq.padded_reading import read_padded
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
-from chunkq.stores import open_array, read_padded
 from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Halos
@@ -124,7 +124,7 @@ def _measure_network(options: TrialOptions, record: JobRecord) -> Measurement:
     job, plan = record.job, engine.plan
     chunk = fullest(plan)
     halos = [
-        read_padded(open_array(source.array_path), chunk.halo, job.pad_mode, job.pad_value)
+        read_padded(source.open(), chunk.halo, job.pad_mode, job.pad_value)
         for source in record.sources
     ]
     patches = list(islice(plan.patches(chunk), MAX_TIMED_PATCHES))
