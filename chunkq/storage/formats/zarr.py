@@ -107,11 +107,11 @@ class ZarrFormat(Format):
 
         try:
             node = zarr.open(path, mode=mode)
-        except (ValueError, KeyError) as error:
-            raise _metadata_error(path, error) from error
-        except Exception as error:
-            if isinstance(error, FileNotFoundError) and not self.detects(path):
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+            if not self.detects(path):
                 raise missing_error(path) from error
+            raise _metadata_error(path, error) from error
+        except Exception as error:  # each file system raises different errors
             raise unreadable_error(path, error) from error
         _check_codecs(node, path)
         return node
