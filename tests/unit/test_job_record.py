@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from chunkq.record import JobRecord
 from tests.strategies import plan_for
 
 EPOCH = "0a1b2c3d"
+AXIS = {"name": "y", "kind": "time", "unit": "nm", "scale": 2.0, "translation": 3.0}
 
 
 def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
@@ -93,6 +95,24 @@ def test_a_record_of_another_layout_is_unsupported_not_damaged() -> None:
     assert code_of(documents.encode(values | {"layout": 99})) == ErrorCode.JOB_RECORD_UNSUPPORTED
     del values["layout"]  # the first versions wrote no checksum
     assert code_of(json.dumps(values).encode()) == ErrorCode.JOB_RECORD_UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "npy"},
+        {"path": "/other.zarr"},
+        {"dtype": "uint16"},
+        {"options": {"zarr_format": 2}},
+        {"axes": plain_axes((41,))},
+        *({"axes": (replace(*plain_axes((40,)), **{key: value}),)} for key, value in AXIS.items()),
+    ],
+    ids=str,
+)
+def test_the_digest_depends_on_everything_that_a_source_has(change: dict[str, Any]) -> None:
+    record = record_for()
+    source = replace(record.source, **change)
+    assert replace(record, sources=(source,)).digest != record.digest
 
 
 # --------------------------------------------------------------------------- several creators
