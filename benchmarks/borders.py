@@ -29,9 +29,9 @@ from benchmarks.contestant import network, predictions, read, stored
 from benchmarks.network import make_job
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.turns import THREADS, Figures, Turn
+from chunkq.images import find_source
 from chunkq.job import Job, load_job
 from chunkq.resolve import resolve
-from chunkq.stores import find_source
 from chunkq.weights import built_in_weights
 
 ROUNDS = 2

@@ -22,10 +22,10 @@ import tensorstore as ts
 import torch
 
 from benchmarks.turns import THREADS, Figures
+from chunkq.images import find_source
 from chunkq.job import Job, load_job
 from chunkq.plan import Patch, Plan
 from chunkq.resolve import resolve
-from chunkq.stores import find_source
 
 Contestant = Callable[[Job, str], Callable[[], Figures]]
 """Function of a job and an output path; returns the timed function, whose figures name patches."""
@@ -38,7 +38,7 @@ def read(path: str) -> np.ndarray[Any, Any]:
 
 def stored(path: str) -> Any:
     """Open a stored volume with tensorstore."""
-    store = {"driver": "file", "path": find_source(path).array_path}
+    store = {"driver": "file", "path": find_source(path).path}
     return ts.open({"driver": "zarr3", "kvstore": store}).result()
 
 

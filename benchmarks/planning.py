@@ -23,15 +23,15 @@ from typing import Any
 
 from chunkq_producer.job_status import job_status
 
+from chunkq.axes import plain_axes
 from chunkq.executors.sqlite import SqliteExecutor
+from chunkq.images import ImageSource
 from chunkq.job import parse_job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
-from chunkq.ome import Space
 from chunkq.plan import Plan, Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
-from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name
 
 ROUNDS, EPOCH = 5, "0a1b2c3d"
@@ -166,7 +166,9 @@ def status(folder: Path) -> dict[str, float]:
 
 def create(output: Path, plan: Plan) -> JobHandle:
     """Create a job folder without an output."""
-    source = Source("/missing/in.zarr", plan.volume, Space.plain(3))
+    source = ImageSource(
+        "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
+    )
     folder = JobFolder(job_folder_of(str(output)))
     folder.create_record(JobRecord(plan.job, (source,), {}, ("",), EPOCH))
     return open_job(folder.path)

@@ -30,10 +30,10 @@ from benchmarks.contestant import Contestant, chunkq, compete, create, network, 
 from benchmarks.turns import Figures
 from chunkq.blend import Accumulator, WeightCache
 from chunkq.box import Box
+from chunkq.images import find_source
 from chunkq.job import Job, parse_job
 from chunkq.plan import Chunk, Patch, Plan, Volume
 from chunkq.resolve import resolve
-from chunkq.stores import find_source
 from chunkq.user_code import load_blend_weights
 from chunkq.weights import built_in_weights
 

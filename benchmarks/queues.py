@@ -36,14 +36,14 @@ from rq import Queue, Retry, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from benchmarks.planning import job_over
+from chunkq.axes import plain_axes
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, WorkerOptions
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
+from chunkq.images import ImageSource
 from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
-from chunkq.ome import Space
 from chunkq.record import JobRecord
-from chunkq.stores import Source
 from chunkq.tasks import Task, chunk_name
 
 CLUSTERS = ("dask", "ray")
@@ -372,7 +372,9 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
     """
     plan, url = job_over(COMMITTED_EDGE), servers.empty_queue(queue)
     job = JobFolder(job_folder_of(str(servers.folder / f"{queue}.zarr")))
-    source = Source("/missing/in.zarr", plan.volume, Space.plain(3))
+    source = ImageSource(
+        "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
+    )
     record = job.create_record(JobRecord(plan.job, (source,), {}, ("",), "0a1b2c3d"))
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):

@@ -52,8 +52,8 @@ def loop(barrier: Any, answers: Any, job: str, number: int, count: int) -> None:
     import torch
 
     from benchmarks.contestant import network, predictions, read
+    from chunkq.images import find_source
     from chunkq.resolve import resolve
-    from chunkq.stores import find_source
 
     torch.set_num_threads(1)
     loaded = load_job(job)

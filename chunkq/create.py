@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
+from chunkq.images import ImageSource, find_source
 from chunkq.job import Job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import RECORD, JobFolder, job_folder_of
@@ -20,7 +21,6 @@ from chunkq.plan import Costs, Plan, total_costs
 from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
-from chunkq.stores import Source, find_source
 from chunkq.tasks import JobId
 from chunkq.user_code import load_blend_weights
 
@@ -63,10 +63,10 @@ def check_job(job: Job) -> CheckedJob:
             "folders; choose another path"
         )
     for source in sources:
-        if _overlap(job.output, source.array_path):
+        if _overlap(job.output, source.path):
             raise JobError(
                 f"output: {without_secret(job.output)} would overwrite the input "
-                f"{without_secret(source.array_path)}; choose another output"
+                f"{without_secret(source.path)}; choose another output"
             )
     return CheckedJob(record, plans)
 
@@ -148,7 +148,7 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         )
     pairs = zip(stored.sources, _flat_identities(stored), _flat_identities(record), strict=True)
     problems = [
-        f"input: {without_secret(source.array_path)} was replaced since {output} was produced; "
+        f"input: {without_secret(source.path)} was replaced since {output} was produced; "
         "restore it, or use --overwrite to start again"
         for source, identity_then, identity_now in pairs
         if identity_then != identity_now
@@ -217,14 +217,14 @@ def _flat_identities(record: JobRecord) -> list[str]:
     return [identity for identities in record.identities for identity in identities]
 
 
-def _check_shapes(job: Job, sources: Sequence[Source]) -> None:
+def _check_shapes(job: Job, sources: Sequence[ImageSource]) -> None:
     """Raise JobError if the inputs have different shapes."""
-    expected = sources[0].volume.shape
+    expected = sources[0].shape
     problems = [
-        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.volume.shape)}, "
+        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.shape)}, "
         f"expected {list(expected)} like the first input; use inputs of one shape"
         for n, source in enumerate(sources)
-        if source.volume.shape != expected
+        if source.shape != expected
     ]
     if problems:
         raise JobError(problems)

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import chain, count
 
 from chunkq.plan import Volume
-from chunkq.stores import Source
+from chunkq.images import ImageSource
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""
@@ -28,7 +28,7 @@ class Item:
 
     number: int
     name: str
-    sources: tuple[Source, ...]
+    sources: tuple[ImageSource, ...]
 
     @property
     def is_alone(self) -> bool:
@@ -41,7 +41,7 @@ class Item:
         return Volume.joined([source.volume for source in self.sources])
 
 
-def items_of(sources: Sequence[Source], *, joined: bool) -> tuple[Item, ...]:
+def items_of(sources: Sequence[ImageSource], *, joined: bool) -> tuple[Item, ...]:
     """Return the items of a job with these sources.
 
     Sources are the inputs of one item if they are `joined`, else one item each. Several items have
@@ -49,7 +49,7 @@ def items_of(sources: Sequence[Source], *, joined: bool) -> tuple[Item, ...]:
     """
     if joined or len(sources) == 1:
         return (Item(0, "", tuple(sources)),) if sources else ()
-    names = _distinct([_stem(source.array_path) for source in sources])
+    names = _distinct([_stem(source.path) for source in sources])
     return tuple(
         Item(number, name, (source,))
         for number, (name, source) in enumerate(zip(names, sources, strict=True))

@@ -19,10 +19,11 @@ from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError
 from chunkq.items import Item
 from chunkq.ledger import ItemLedger, JobFolder, Ledger, RecentCommits
 from chunkq.output import Output
+from chunkq.padded_reading import read_padded
 from chunkq.paths import without_secret
 from chunkq.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.record import JobRecord
-from chunkq.stores import Array, input_identity, open_array, read_padded
+from chunkq.storage.array import Array
 from chunkq.tasks import JobId, Task, chunk_name
 
 JOBS_CACHED = 8
@@ -145,7 +146,7 @@ class ItemHandle:
         """The input arrays in the order of the job. Raises ChunkReadError if one was replaced."""
         self.check_inputs()
         try:
-            return tuple(open_array(source.array_path) for source in self.item.sources)
+            return tuple(source.open() for source in self.item.sources)
         except StoreError as error:
             raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
 
@@ -158,12 +159,12 @@ class ItemHandle:
     def check_inputs(self) -> None:
         """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
 
-        Compares metadata (`stores.input_identity`), so it does not detect changed voxels.
+        Compares metadata (`ImageSource.identity`), so it does not detect changed voxels.
         """
         identities = self.job.record.identities[self.number]
         for source, identity in zip(self.item.sources, identities, strict=True):
-            path = without_secret(source.array_path)
-            current = input_identity(source.array_path)
+            path = without_secret(source.path)
+            current = source.identity()
             if current is None:
                 raise ChunkReadError(
                     f"input: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING

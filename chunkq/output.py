@@ -13,20 +13,22 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from chunkq import __version__
+from chunkq.axes import Axis, channel_axis
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.items import Item
 from chunkq.objects import ObjectFolder
-from chunkq.ome import axis_names, image_metadata
+from chunkq.ome import image_metadata, is_image
 from chunkq.paths import is_url, join, without_secret
 from chunkq.plan import Plan
 from chunkq.record import JobRecord
-from chunkq.stores import Array, array_metadata, open_array
+from chunkq.storage.array import Array
+from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
 from chunkq.tasks import EPOCH_DIGITS
 
 SEALED_NAME = "0"
@@ -57,6 +59,7 @@ def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> J
     metadata: dict[str, str] = {}
     for item, plan in zip(record.items, plans, strict=True):
         shape = plan.output_shape
+        axes = _axes(item, shape)
         channels = (1,) * (len(shape) - plan.rank)
         chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
         documents = array_metadata(
@@ -65,7 +68,7 @@ def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> J
             chunks=(*channels, *chunks),
             dtype=plan.output_dtype,
             zarr_format=record.job.zarr_format,
-            axes=axis_names(len(shape), len(channels)),
+            axes=[axis.name for axis in axes] if is_image(axes) else None,
         )
         metadata |= {_below(item, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
@@ -203,7 +206,8 @@ class ImageOutput:
     def open(self) -> Array:
         """Open the array of a running job for writing. Raises StoreError if it was changed."""
         self.check(self._record.array)
-        return open_array(join(self.path, self._record.array), write=True)
+        path = join(self.path, self._record.array)
+        return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
 
     def check(self, name: str) -> None:
         """Raise StoreError unless the array's metadata are those that were created.
@@ -305,14 +309,7 @@ class ImageOutput:
         record = self._record
         status = _status(record, state) | {"array": name}
         document = json.loads(self._metadata[f"{record.array}/{ARRAY[self._format]}"])
-        rank, spatial = len(document["shape"]), len(self._item.volume.shape)
-        names = axis_names(rank, rank - spatial)
-        image = (
-            {}
-            if names is None
-            else image_metadata(names, self._item.sources[0].space, self._format)
-        )
-        _name_datasets(image, name)
+        image = image_metadata(_axes(self._item, document["shape"]), self._format, name)
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
@@ -421,11 +418,10 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
 
 
-def _name_datasets(image: dict[str, Any], name: str) -> None:
-    """Set the path of the first dataset of each OME-Zarr multiscale image."""
-    multiscales: Iterable[dict[str, Any]] = image.get("ome", image).get("multiscales", ())
-    for multiscale in multiscales:
-        multiscale["datasets"][0]["path"] = name
+def _axes(item: Item, shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Return the axes of an output array of this shape: any channels, then those of the input."""
+    spatial = item.sources[0].axes
+    return (*map(channel_axis, shape[: len(shape) - len(spatial)]), *spatial)
 
 
 def _parsed(content: bytes | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from glob import escape, glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from chunkq.errors import ErrorCode, StoreError
 
@@ -171,3 +171,15 @@ def without_secret(url: str) -> str:
         return url
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def mask_secrets(text: str, url: str) -> str:
+    """Return a text, such as an error about `url`, without the passwords of the URL."""
+    masked = without_secret(url)
+    if masked == url:
+        return text
+    text = text.replace(url, masked)
+    authority = re.findall(r"^\w+://[^/]*?:([^/@]+)@", url)
+    for password in (*authority, *re.findall(r"[?&](?:\w+_)?password=([^&]+)", url)):
+        text = text.replace(unquote(password), "***").replace(password, "***")
+    return text

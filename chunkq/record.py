@@ -13,12 +13,12 @@ from typing import Any
 
 from chunkq import __version__, documents, json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.images import ImageSource
 from chunkq.items import Item, items_of
 from chunkq.job import Job, parse_job
 from chunkq.paths import file_hash, without_secret
 from chunkq.plan import Plan
 from chunkq.resolve import resolve
-from chunkq.stores import Source, input_identity
 from chunkq.tasks import EPOCH_DIGITS
 
 LAYOUT = 3
@@ -36,7 +36,7 @@ class JobRecord:
     `items` are the images of the job. `epoch` distinguishes successive jobs on one output path. It
     is empty until the job is created. `array` is the name of each output array while the job runs.
     `metadata` maps the names of the arrays' metadata documents in the output to their content.
-    `identities` has for each item the `stores.input_identity` of its sources; it changes when the
+    `identities` has for each item the `ImageSource.identity` of its sources; it changes when the
     array is replaced.
     """
 
@@ -50,12 +50,12 @@ class JobRecord:
     version: str = __version__
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[ImageSource, ...]:
         """The sources of all items, in order."""
         return tuple(source for item in self.items for source in item.sources)
 
     @classmethod
-    def create(cls, job: Job, sources: Sequence[Source]) -> JobRecord:
+    def create(cls, job: Job, sources: Sequence[ImageSource]) -> JobRecord:
         """Create the record of a job. Read and hash each file of the job once.
 
         Raises JobError with one line per file that cannot be read, and StoreError if an input is
@@ -183,11 +183,11 @@ class JobRecord:
         return record
 
 
-def _identity(source: Source) -> str:
-    identity = input_identity(source.array_path)
+def _identity(source: ImageSource) -> str:
+    identity = source.identity()
     if identity is None:
         raise StoreError(
-            f"input: {without_secret(source.array_path)} is missing; restore it or fix the path",
+            f"input: {without_secret(source.path)} is missing; restore it or fix the path",
             code=ErrorCode.INPUT_MISSING,
         )
     return identity

@@ -15,7 +15,7 @@ import zarr
 from chunkq.box import Box
 from chunkq.finalize import finalize_job
 from chunkq.output import LOCK_AGE, delete_stale_locks
-from chunkq.stores import open_array
+from chunkq.storage.formats.zarr import ZarrFormat
 from tests.harness.files import files_below
 from tests.harness.volumes import write_zarr
 from tests.harness.waiting import TIMEOUT, wait_until
@@ -25,9 +25,9 @@ WRITE_FOREVER = """
 import sys
 import numpy as np
 from chunkq.box import Box
-from chunkq.stores import open_array
+from chunkq.storage.formats.zarr import ZarrFormat
 
-array = open_array(sys.argv[1], write=True)
+array = ZarrFormat().open_for_writing(sys.argv[1], {"zarr_format": 3})
 values = np.ones(array.shape, array.dtype)
 for _ in iter(int, 1):
     array.write(Box.of_shape(array.shape), values)
@@ -37,7 +37,8 @@ STOPS = 25
 
 def test_a_writer_that_is_suspended_while_it_writes_blocks_no_other_writer(tmp_path: Path) -> None:
     path = write_zarr(tmp_path / "out.zarr", np.zeros((64, 64, 64), np.uint8), (64, 64, 64))
-    array, box = open_array(str(path), write=True), Box.of_shape((64, 64, 64))
+    array = ZarrFormat().open_for_writing(str(path), {"zarr_format": 3})
+    box = Box.of_shape((64, 64, 64))
     values = np.full((64, 64, 64), 2, np.uint8)
     with ThreadPoolExecutor(1) as pool:
         writer = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(path)])

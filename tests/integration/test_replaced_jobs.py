@@ -37,7 +37,7 @@ from chunkq.job import load_job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.objects import ObjectFolder
 from chunkq.record import JobRecord
-from chunkq.stores import TensorStoreArray
+from chunkq.storage.formats.zarr_arrays import TensorStoreArray
 from chunkq.tasks import Task
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr

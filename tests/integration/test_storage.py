@@ -19,9 +19,11 @@ import zarr
 from chunkq.box import Box
 from chunkq.errors import ChunkqError, ChunkReadError, ErrorCode
 from chunkq.finalize import finalize_job
+from chunkq.images import find_source
 from chunkq.job_handle import open_job
 from chunkq.objects import PARTIAL, ObjectFolder
-from chunkq.stores import TensorStoreArray, ZarrPythonArray, find_source, open_array
+from chunkq.storage.formats.zarr import ZarrFormat
+from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from tests import reference as ref
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
@@ -191,7 +193,7 @@ def test_an_input_with_a_codec_that_can_run_code_is_rejected(
         (folder / ".zgroup").write_text('{"zarr_format": 2}')
         (folder / ".zattrs").write_text('{"multiscales": [{"datasets": [{"path": "0"}]}]}')
     with pytest.raises(ChunkqError) as error:
-        open_array(find_source(str(folder)).array_path).read(Box((0,), (8,)))
+        find_source(str(folder)).open().read(Box((0,), (8,)))
     assert not (tmp_path / "ran").exists()
     assert error.value.code == ErrorCode.CODEC_UNSAFE
 
@@ -226,11 +228,12 @@ def test_level_0_of_an_image_is_the_input_with_its_scale_and_units(
     tmp_path: Path, version: str
 ) -> None:
     source = find_source(str(write_ome(tmp_path / "in.zarr", random_volume(SHAPE), version)))
-    assert source.array_path.endswith("in.zarr/level0")
-    assert source.volume.shape == SHAPE
-    assert source.space.scale == tuple(SPACE["scale"])
-    assert source.space.translation == tuple(SPACE["translation"])
-    assert source.space.units == tuple(SPACE["units"])
+    assert source.path.endswith("in.zarr/level0")
+    assert source.shape == SHAPE
+    assert [axis.name for axis in source.axes] == ["z", "y", "x"]
+    assert [axis.scale for axis in source.axes] == SPACE["scale"]
+    assert [axis.translation for axis in source.axes] == SPACE["translation"]
+    assert [axis.unit for axis in source.axes] == SPACE["units"]
 
 
 def output_of(folder: Path, source: str | Path, rank: int = 3, **more: Any) -> Path:
@@ -473,7 +476,7 @@ def test_tensorstore_and_zarr_python_read_and_write_the_same_box(tmp_path: Path)
     values = random_volume((20, 17), "float32")
     path = str(write_zarr(tmp_path / "in.zarr", values, (8, 8)))
     box = Box((3, 5), (14, 16))
-    array = open_array(path, write=True)
+    array = ZarrFormat().open_for_writing(path, {"zarr_format": 3})
     assert isinstance(array, TensorStoreArray)
     zarr_array = ZarrPythonArray(path, zarr.open_array(path))
     np.testing.assert_array_equal(array.read(box), values[3:14, 5:16])
@@ -489,7 +492,7 @@ def test_the_error_for_a_truncated_input_has_the_voxels(tmp_path: Path, form: st
     name = {"zarr v2": "0.0.0", "zarr v3": "c/0/0/0", "npy": ""}[form]
     file = source / name if name else source
     file.write_bytes(file.read_bytes()[:-30])
-    array = open_array(str(source))
+    array = find_source(str(source)).open()
     with pytest.raises(ChunkReadError, match=r"\[0, 0, 0\] to \[13, 10, 11\]") as error:
         array.read(Box.of_shape(SHAPE))
     assert error.value.code is ErrorCode.INPUT_UNREADABLE
@@ -504,5 +507,5 @@ def test_npy_files_at_a_url_are_read_in_ranges_with_the_same_voxels(tmp_path: Pa
         file.write(local.read_bytes())
     box = Box((3, 2, 5), (11, 10, 9))
     for path in (str(local), url):
-        np.testing.assert_array_equal(open_array(path).read(box), values[3:11, 2:10, 5:9])
+        np.testing.assert_array_equal(find_source(path).open().read(box), values[3:11, 2:10, 5:9])
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)

@@ -23,12 +23,12 @@ from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_outp
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.images import find_source
 from chunkq.job import ModelConfig, load_job, parse_job
 from chunkq.paths import file_hash
 from chunkq.plan import Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
-from chunkq.stores import find_source
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_inline

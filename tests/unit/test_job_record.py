@@ -7,26 +7,28 @@ import sys
 import time
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from chunkq import documents
+from chunkq.axes import plain_axes
 from chunkq.errors import ErrorCode, JobError
+from chunkq.images import ImageSource
 from chunkq.ledger import JobFolder
 from chunkq.objects import CLAIM_SECONDS, ObjectFolder
-from chunkq.ome import Space
 from chunkq.record import JobRecord
-from chunkq.stores import Source
 from tests.strategies import plan_for
 
 EPOCH = "0a1b2c3d"
+AXIS = {"name": "y", "kind": "time", "unit": "nm", "scale": 2.0, "translation": 3.0}
 
 
 def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
     plan = plan_for(volume, (10,), **more)
-    source = Source("/in.zarr", plan.volume, Space.plain(1))
+    source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
     hashes = {"model_config.ts_file": "00"}
     metadata = {f"0.{EPOCH}/zarr.json": "{}"}
     return JobRecord(plan.job, (source,), hashes, ("identity",), EPOCH, f"0.{EPOCH}", metadata)
@@ -48,7 +50,7 @@ def changed(key: str) -> dict[str, Any]:
         "epoch": "ffffffff",
         "array": "0",
         "job": {**values["job"], "pad_value": 7},
-        "sources": [{**values["sources"][0], "array_path": "/other.zarr"}],
+        "sources": [{**values["sources"][0], "path": "/other.zarr"}],
         "identities": ["another"],
         "file_hashes": {"model_config.ts_file": "01"},
         "metadata": {f"0.{EPOCH}/zarr.json": "[]"},
@@ -93,6 +95,24 @@ def test_a_record_of_another_layout_is_unsupported_not_damaged() -> None:
     assert code_of(documents.encode(values | {"layout": 99})) == ErrorCode.JOB_RECORD_UNSUPPORTED
     del values["layout"]  # the first versions wrote no checksum
     assert code_of(json.dumps(values).encode()) == ErrorCode.JOB_RECORD_UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "npy"},
+        {"path": "/other.zarr"},
+        {"dtype": "uint16"},
+        {"options": {"zarr_format": 2}},
+        {"axes": plain_axes((41,))},
+        *({"axes": (replace(*plain_axes((40,)), **{key: value}),)} for key, value in AXIS.items()),
+    ],
+    ids=str,
+)
+def test_the_digest_depends_on_everything_that_a_source_has(change: dict[str, Any]) -> None:
+    record = record_for()
+    source = replace(record.source, **change)
+    assert replace(record, sources=(source,)).digest != record.digest
 
 
 # --------------------------------------------------------------------------- several creators

@@ -7,11 +7,11 @@ import pytest
 from chunkq_producer.job_status import job_status
 
 from chunkq import ledger as ledger_module
+from chunkq.axes import plain_axes
+from chunkq.images import ImageSource
 from chunkq.job_handle import JobHandle
 from chunkq.ledger import Commit, JobFolder, Ledger, RecentCommits
-from chunkq.ome import Space
 from chunkq.record import JobRecord
-from chunkq.stores import Source
 from tests.strategies import plan_for
 
 CHUNKS, EPOCH = 48, "0a1b2c3d"
@@ -57,7 +57,7 @@ def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
 ) -> None:
     ledger_with_commits(tmp_path)
     plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
-    source = Source("/in.zarr", plan.volume, Space.plain(1))
+    source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
     record = JobRecord(plan.job, (source,), {}, epoch=EPOCH)
     job = JobHandle(JobFolder(str(tmp_path / "out.zarr.chunkq")), record, plan)
     # The file system decides which records are sampled, so sample every step-th one explicitly.

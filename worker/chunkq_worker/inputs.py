@@ -17,9 +17,10 @@ from typing_extensions import override
 from chunkq.box import Box
 from chunkq.combine import to_numpy
 from chunkq.errors import JobError, StoreError
+from chunkq.images import find_source
 from chunkq.paths import absolute, is_url, without_secret
 from chunkq.plan import Volume
-from chunkq.stores import Array, find_source, open_array
+from chunkq.storage.array import Array
 
 Input = Any
 """One volume: an argument of `np.asarray`, an array that yields such when sliced, or a path."""
@@ -102,7 +103,7 @@ def as_paths(
 
 def _open_input(volume: Input, name: str) -> Array:
     if isinstance(volume, (str, Path)):
-        return open_array(find_source(absolute(str(volume), Path.cwd())).array_path)
+        return find_source(absolute(str(volume), Path.cwd())).open()
     try:
         if hasattr(volume, "detach"):  # a torch tensor, on any device
             return MemoryArray(to_numpy(volume), name)

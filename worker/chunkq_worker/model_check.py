@@ -23,11 +23,11 @@ from chunkq.box import Box
 from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
+from chunkq.padded_reading import read_padded
 from chunkq.plan import Patch
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import fullest_chunk
 from chunkq.sample_job import copy_job
-from chunkq.stores import open_array, read_padded
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import cores
@@ -109,8 +109,7 @@ def _run_patches(engine: InferenceEngine, record: JobRecord) -> PatchCheck:
     window = _bounding_box(patches)
     job = record.job
     halos = [
-        read_padded(open_array(source.array_path), window, job.pad_mode, job.pad_value)
-        for source in record.sources
+        read_padded(source.open(), window, job.pad_mode, job.pad_value) for source in record.sources
     ]
     return _time_and_compare(engine, patches, halos, window.start)
 

@@ -20,12 +20,13 @@ from chunkq.events import progress_sink
 from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
 from chunkq.job import Job, load_job, parse_job
+from chunkq.padded_reading import read_padded
 from chunkq.paths import absolute
 from chunkq.plan import Chunk, Index, Plan, Volume
 from chunkq.prediction import Prediction
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
-from chunkq.stores import Array, read_padded
+from chunkq.storage.array import Array
 from chunkq.streaming import regions
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine, get_device
 from chunkq_worker.inline import compute_inline, pipelined

@@ -162,8 +162,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         ("pieces", f"{size(costs.piece_bytes)} of temporary files"),
         (
             "memory",
-            f"at most {size(largest_footprint(job.plans).peak_bytes(depth))} of arrays per worker process with "
-            f"{depth} chunks in flight, plus libraries and network"
+            f"at most {size(largest_footprint(job.plans).peak_bytes(depth))} of arrays per worker "
+            f"process with {depth} chunks in flight, plus libraries and network"
             + ("" if trial else " (--check-model measures the total)"),
         ),
     ]

@@ -175,8 +175,8 @@ FAULTS = (
     Fault(
         "output-metadata-not-compared",
         OUTPUT,
-        "        self.check(self._record.array)\n        return open_array(",
-        "        return open_array(",
+        "        self.check(self._record.array)\n        path = join(",
+        "        path = join(",
         "chunks are written into an array with another codec or fill value",
         named(DAMAGE, "changed_metadata"),
     ),

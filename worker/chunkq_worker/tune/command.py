@@ -23,11 +23,11 @@ from chunkq import __version__
 from chunkq.allowed_paths import ALLOW_VARIABLE
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
 from chunkq.executors.base import default_depth
+from chunkq.images import find_source
 from chunkq.job import Job, load_job
 from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.paths import is_url, without_secret
 from chunkq.record import JobRecord
-from chunkq.stores import find_source
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands import parse_duration

@@ -30,11 +30,11 @@ from chunkq.executors.base import Attempt
 from chunkq.job import load_job
 from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
+from chunkq.padded_reading import read_padded
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import fullest_chunk, sample_chunks
 from chunkq.sample_job import largest_item
-from chunkq.stores import open_array, read_padded
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Halos
 from chunkq_worker.inference_engine import InferenceEngine, get_device
@@ -124,7 +124,7 @@ def _measure_network(options: TrialOptions, record: JobRecord) -> Measurement:
     job, plan = record.job, engine.plan
     chunk = fullest_chunk(plan)
     halos = [
-        read_padded(open_array(source.array_path), chunk.halo, job.pad_mode, job.pad_value)
+        read_padded(source.open(), chunk.halo, job.pad_mode, job.pad_value)
         for source in record.sources
     ]
     patches = list(islice(plan.patches(chunk), MAX_TIMED_PATCHES))

@@ -1,0 +1,1 @@
+"""Stored arrays and the formats that hold them."""

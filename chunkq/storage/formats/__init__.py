@@ -1,0 +1,1 @@
+"""Formats of stored arrays: one module per format, behind the contract in `base`."""

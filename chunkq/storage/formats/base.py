@@ -1,0 +1,106 @@
+"""The contract of a format of stored arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from chunkq.axes import Axis
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.paths import mask_secrets, without_secret
+from chunkq.storage.array import Array
+
+Options = Mapping[str, str | int | bool]
+"""What a format needs, besides the path, to open an array that it has found."""
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """One array of a format: its path, all its axes in stored order, and its native dtype.
+
+    The path is that of the array itself, after groups and resolution levels are resolved. `options`
+    is passed to `Format.open` and must be JSON scalars.
+    """
+
+    path: str
+    axes: tuple[Axis, ...]
+    dtype: str
+    options: Options = field(default_factory=dict)
+
+
+class Format(ABC):
+    """A format of stored arrays. Instances have no state; all methods are thread-safe.
+
+    To add a format, subclass this class and run `tests/contract/test_format_contract.py` for it. A
+    package outside chunkq registers the class as an entry point of the group `chunkq.formats`. The
+    name of the entry point is stored in job records and must not change.
+
+    - `detects` decides by the name of the path, or by a few small requests. It opens no files of
+      other formats. The first format that detects a path gets it, built-in formats first.
+    - `find` is called once, when a job is created. `open` and `identity` are called in every
+      process of the job with what `find` returned. They must not search again, and must not depend
+      on the working directory.
+    - Arrays satisfy the contract of `Array`. In particular `read` returns native byte order
+      whatever the stored order is, returns the fill value for missing storage chunks, and raises
+      ChunkReadError for damaged or truncated ones.
+    - A mistake of the user is a StoreError of one line, which begins with `input: PATH`. It has no
+      password of a URL: print paths with `without_secret`, and other errors with `mask_secrets`.
+    - Stored bytes never run code. A format that could, such as pickled objects, is refused with
+      `ErrorCode.CODEC_UNSAFE` or `STORE_UNSUPPORTED`.
+    """
+
+    @abstractmethod
+    def detects(self, path: str) -> bool:
+        """Return whether a path belongs to this format.
+
+        False if there is nothing at the path, unless its name can only be of this format. Raises
+        OSError if the path cannot be examined.
+        """
+
+    @abstractmethod
+    def find(self, path: str) -> ArrayInfo:
+        """Return the array at a path that `detects` accepts, without reading voxels.
+
+        Raises StoreError with the code STORE_MISSING if the path does not exist, and
+        STORE_UNSUPPORTED or CODEC_UNSAFE if it is not an array that the format can read.
+        """
+
+    @abstractmethod
+    def open(self, path: str, options: Options) -> Array:
+        """Open an array for reading. Raises StoreError if it cannot be opened."""
+
+    @abstractmethod
+    def identity(self, path: str, options: Options) -> str | None:
+        """Return a string that changes when the array is replaced; None if it is missing.
+
+        Reads metadata only, so the string need not change with single voxels. It is the same for
+        every process and machine that opens the array. Raises OSError.
+        """
+
+    def open_for_writing(self, path: str, options: Options) -> Array:
+        """Open an existing array for reading and writing. Raises StoreError."""
+        raise StoreError(f"{without_secret(path)}: this format is read-only; use a Zarr array")
+
+
+def native_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return a dtype in native byte order."""
+    stored: np.dtype[Any] = np.dtype(dtype)
+    return stored if stored.isnative else stored.newbyteorder("=")
+
+
+def missing_error(path: str) -> StoreError:
+    """Return the error for a path that does not exist."""
+    return StoreError(
+        f"input: {without_secret(path)} does not exist; fix the path",
+        code=ErrorCode.STORE_MISSING,
+    )
+
+
+def unreadable_error(path: str, error: Exception) -> StoreError:
+    """Return the error for a path whose storage reports an error."""
+    reason = mask_secrets(str(error) or type(error).__name__, path)
+    return StoreError(f"input: {without_secret(path)} cannot be opened: {reason}")

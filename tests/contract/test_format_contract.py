@@ -1,0 +1,420 @@
+"""The contract of every format of inputs; see chunkq/storage/formats/base.py.
+
+A new format is a function that writes an array and an entry of FORMS. All tests then run for it.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numcodecs
+import numpy as np
+import numpy.typing as npt
+import pytest
+import zarr
+from pydantic import TypeAdapter
+from zarr.codecs import BytesCodec
+
+from chunkq.box import Box
+from chunkq.errors import ChunkReadError, ErrorCode, StoreError
+from chunkq.images import ImageSource, find_source
+from chunkq.storage.formats.registry import BUILT_IN
+from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
+from tests.harness.volumes import random_volume
+
+OUTSIDE = Path(__file__).parents[1] / "outside_format"
+SECRET = "geheim42"
+SHAPE = (13, 10, 11)
+BOXES = [
+    Box((0, 0, 0), (1, 1, 1)),
+    Box((12, 9, 10), (13, 10, 11)),
+    Box((0, 0, 10), (13, 1, 11)),
+    Box((3, 2, 5), (11, 9, 10)),
+    Box((4, 4, 4), (8, 8, 8)),
+    Box.of_shape(SHAPE),
+]
+Voxels = npt.NDArray[Any]
+
+
+def write_npy(path: str, values: Voxels) -> None:
+    with fsspec.open(path, "wb") as file:
+        np.save(file, values)
+
+
+def write_zarr(
+    path: str,
+    values: Voxels,
+    *,
+    zarr_format: int = 3,
+    attributes: dict[str, Any] | None = None,
+    name: str | None = None,
+    **options: Any,
+) -> None:
+    """Write an array, at a name inside an OME-Zarr image if `attributes` describe one."""
+    if attributes is not None:
+        zarr.create_group(path, zarr_format=zarr_format, attributes=attributes, overwrite=True)
+    native = values.dtype.newbyteorder("=")
+    if zarr_format == 3:
+        options["serializer"] = BytesCodec(endian="little" if values.dtype == native else "big")
+    array = zarr.create_array(
+        path,
+        name=name,
+        shape=values.shape,
+        chunks=(4, 4, 4),
+        dtype=native if zarr_format == 3 else values.dtype,
+        zarr_format=zarr_format,
+        fill_value=7,
+        overwrite=True,
+        **options,
+    )
+    array[...] = values
+
+
+def write_sharded(path: str, values: Voxels) -> None:
+    write_zarr(path, values, shards=(8, 8, 8))
+
+
+def write_v2(path: str, values: Voxels) -> None:
+    write_zarr(path, values, zarr_format=2)
+
+
+def write_filtered(path: str, values: Voxels) -> None:
+    write_zarr(path, values, zarr_format=2, filters=[numcodecs.Shuffle(values.dtype.itemsize)])
+
+
+def write_image(path: str, values: Voxels) -> None:
+    image = {"axes": [{"name": name, "type": "space"} for name in "zyx"]}
+    image["datasets"] = [{"path": "full"}]  # type: ignore[list-item]
+    attributes = {"ome": {"version": "0.5", "multiscales": [image]}}
+    write_zarr(path, values, attributes=attributes, name="full")
+
+
+def write_toy(path: str, values: Voxels) -> None:
+    import toy
+
+    toy.write_toy(Path(path), values)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to store an array: its format, the start and end of its path, and how to write it.
+
+    `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing.
+    """
+
+    format: str
+    suffix: str
+    write: Callable[[str, Voxels], None]
+    scheme: str = ""
+    array: type | None = None
+    has_chunks: bool = True
+
+
+FORMS = {
+    "npy": Form("npy", ".npy", write_npy, has_chunks=False),
+    "npy at a URL": Form("npy", ".npy", write_npy, "memory://", has_chunks=False),
+    "zarr v2": Form("zarr", ".zarr", write_v2, array=TensorStoreArray),
+    "zarr v3": Form("zarr", ".zarr", write_zarr, array=TensorStoreArray),
+    "sharded zarr": Form("zarr", ".zarr", write_sharded, array=TensorStoreArray),
+    "ome-zarr": Form("zarr", ".zarr", write_image, array=TensorStoreArray),
+    "zarr with a filter": Form("zarr", ".zarr", write_filtered, array=ZarrPythonArray),
+    "zarr v2 at a URL": Form("zarr", ".zarr", write_v2, "memory://", ZarrPythonArray),
+    "zarr v3 at a URL": Form("zarr", ".zarr", write_zarr, "memory://", ZarrPythonArray),
+    "toy of another package": Form("toy", ".toy", write_toy, has_chunks=False),
+}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@pytest.fixture(autouse=True)
+def outside_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(OUTSIDE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    memory = fsspec.filesystem("memory")
+    if memory.exists(str(tmp_path)):
+        memory.rm(str(tmp_path), recursive=True)
+
+
+def path_of(form: Form, folder: Path, name: str = "in") -> str:
+    return f"{form.scheme}{folder}/{name}{form.suffix}"
+
+
+def written(form: Form, folder: Path, values: Voxels) -> ImageSource:
+    form.write(path_of(form, folder), values)
+    return find_source(path_of(form, folder))
+
+
+def voxel_files(source: ImageSource) -> tuple[Any, list[str]]:
+    """Return the file system of a source and its files, without metadata documents."""
+    filesystem, inner = fsspec.core.url_to_fs(source.path)
+    files = [path for path in filesystem.find(inner) if not path.endswith((".json", ".zarray"))]
+    return filesystem, [path for path in files if not path.endswith(".zattrs")]
+
+
+def truncate(source: ImageSource) -> None:
+    filesystem, files = voxel_files(source)
+    for path in files:
+        filesystem.pipe_file(path, filesystem.cat_file(path)[:-5])
+
+
+def read_whole(source: ImageSource) -> Voxels:
+    return source.open().read(Box.of_shape(source.shape))
+
+
+# ------------------------------------------------------------------------- finding and reading
+
+
+@each_form
+def test_a_source_has_the_shape_dtype_and_axes_of_its_array(form: Form, folder: Path) -> None:
+    source = written(form, folder, random_volume(SHAPE, "uint16"))
+    array = source.open()
+    assert source.format == form.format
+    assert (source.shape, source.dtype) == (SHAPE, "uint16")
+    assert (array.shape, array.dtype) == (SHAPE, np.dtype("uint16"))
+    assert [axis.name for axis in source.axes] == ["z", "y", "x"]
+    assert {axis.kind for axis in source.axes} == {"space"}
+    if form.array is not None:
+        assert type(array) is form.array
+
+
+@each_form
+def test_a_source_is_equal_after_a_round_trip_through_json(form: Form, folder: Path) -> None:
+    values = random_volume(SHAPE)
+    source = written(form, folder, values)
+    stored = json.loads(json.dumps(asdict(source)))
+    decoded = TypeAdapter(ImageSource).validate_python(stored)
+    assert decoded == source
+    assert hash(decoded) == hash(source)
+    np.testing.assert_array_equal(read_whole(decoded), values)
+
+
+@each_form
+@pytest.mark.parametrize("dtype", ["uint8", ">i4", "<f4"])
+def test_every_box_has_the_voxels_that_were_written_in_native_byte_order(
+    form: Form, folder: Path, dtype: str
+) -> None:
+    values = random_volume(SHAPE, dtype)
+    source = written(form, folder, values)
+    array = source.open()
+    assert source.dtype == str(array.dtype) == values.dtype.newbyteorder("=").name
+    for box in BOXES:
+        region = array.read(box)
+        assert region.dtype == array.dtype
+        assert region.dtype.isnative
+        np.testing.assert_array_equal(region, values[box.slices((0, 0, 0))])
+
+
+@each_form
+def test_threads_that_read_at_the_same_time_get_their_own_voxels(form: Form, folder: Path) -> None:
+    values = random_volume(SHAPE, "float32")
+    array = written(form, folder, values).open()
+    with ThreadPoolExecutor(8) as pool:
+        regions = list(pool.map(array.read, BOXES * 8))
+    for box, region in zip(BOXES * 8, regions, strict=True):
+        np.testing.assert_array_equal(region, values[box.slices((0, 0, 0))])
+
+
+@each_form
+def test_missing_storage_chunks_are_read_as_the_fill_value(form: Form, folder: Path) -> None:
+    source = written(form, folder, random_volume(SHAPE))
+    if not form.has_chunks:
+        return
+    filesystem, files = voxel_files(source)
+    for path in files:
+        filesystem.rm_file(path)
+    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, 7, np.uint8))
+
+
+@each_form
+def test_a_path_is_detected_by_its_own_format_only(form: Form, folder: Path) -> None:
+    source = written(form, folder, random_volume(SHAPE))
+    detected = [name for name, built_in in BUILT_IN.items() if built_in.detects(source.path)]
+    assert detected == [name for name in BUILT_IN if name == form.format]
+
+
+# ------------------------------------------------------------------------- identity and damage
+
+
+@each_form
+def test_the_identity_changes_when_the_array_is_replaced_and_not_when_it_is_read(
+    form: Form, folder: Path
+) -> None:
+    source = written(form, folder, random_volume(SHAPE))
+    identity = source.identity()
+    assert identity is not None
+    read_whole(source)
+    assert source.identity() == find_source(path_of(form, folder)).identity() == identity
+    other = written(form, folder, random_volume(SHAPE, "uint16"))
+    assert other.path == source.path
+    assert source.identity() == other.identity() != identity
+
+
+@each_form
+def test_the_identity_of_a_missing_array_is_none(form: Form, folder: Path) -> None:
+    source = written(form, folder, random_volume(SHAPE))
+    filesystem, inner = fsspec.core.url_to_fs(source.path)
+    filesystem.rm(inner, recursive=True)
+    assert source.identity() is None
+    with pytest.raises(StoreError) as error:
+        read_whole(source)
+    assert error.value.code is ErrorCode.STORE_MISSING
+
+
+@each_form
+def test_truncated_voxels_raise_an_error_with_their_box(form: Form, folder: Path) -> None:
+    source = written(form, folder, random_volume(SHAPE))
+    truncate(source)
+    with pytest.raises(ChunkReadError, match=r"\[0, 0, 0\] to \[13, 10, 11\]") as error:
+        read_whole(source)
+    assert error.value.code is ErrorCode.INPUT_UNREADABLE
+    assert source.path in str(error.value)
+
+
+@pytest.mark.parametrize("stop", [12, 13])
+def test_a_npy_file_at_a_url_with_missing_rows_is_truncated(folder: Path, stop: int) -> None:
+    source = written(FORMS["npy at a URL"], folder, random_volume(SHAPE))
+    filesystem, [path] = voxel_files(source)
+    row = SHAPE[1] * SHAPE[2]
+    filesystem.pipe_file(path, filesystem.cat_file(path)[: -row * 2])
+    with pytest.raises(ChunkReadError):
+        source.open().read(Box((10, 0, 0), (stop, 10, 11)))
+
+
+@each_form
+def test_a_path_with_nothing_is_missing(form: Form, folder: Path) -> None:
+    path = path_of(form, folder, "nothing")
+    with pytest.raises(StoreError) as error:
+        find_source(path)
+    assert error.value.code is ErrorCode.STORE_MISSING
+    assert path in str(error.value)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS.values() if form.scheme])
+def test_errors_have_no_password_of_the_url(form: Form, folder: Path) -> None:
+    values, path = random_volume(SHAPE), f"memory://{folder}/x?password={SECRET}/in{form.suffix}"
+    messages = []
+    with pytest.raises(StoreError) as missing:
+        find_source(path)
+    messages.append(missing.value)
+    form.write(path, values)
+    source = find_source(path)
+    truncate(source)
+    with pytest.raises(ChunkReadError) as damaged:
+        read_whole(source)
+    messages.append(damaged.value)
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    for name in filesystem.find(inner):
+        filesystem.pipe_file(name, b"{")
+    with pytest.raises(StoreError) as invalid:
+        find_source(path)
+    messages.append(invalid.value)
+    for message in messages:
+        assert SECRET not in str(message)
+        assert "***" in str(message)
+
+
+# ------------------------------------------------------------------------- paths of no format
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"zarr_format": 3, "node_type": "array"}'])
+def test_damaged_zarr_metadata_are_invalid_and_not_missing(folder: Path, content: bytes) -> None:
+    (folder / "zarr.json").write_bytes(content)
+    with pytest.raises(StoreError, match="invalid Zarr metadata") as error:
+        find_source(str(folder))
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+
+
+def test_a_path_that_cannot_be_examined_is_not_missing(folder: Path) -> None:
+    with pytest.raises(StoreError) as error:
+        find_source(f"{folder}/{'n' * 300}")
+    assert error.value.code is ErrorCode.STORE_UNUSABLE
+
+
+def test_a_zarr_array_in_a_folder_with_the_suffix_npy_is_a_zarr_array(folder: Path) -> None:
+    values = random_volume(SHAPE)
+    write_zarr(f"{folder}/in.npy", values)
+    source = find_source(f"{folder}/in.npy")
+    assert source.format == "zarr"
+    np.testing.assert_array_equal(read_whole(source), values)
+
+
+@pytest.mark.parametrize("level", ["", ".", "../in.zarr"])
+def test_an_image_whose_level_is_a_group_is_rejected(folder: Path, level: str) -> None:
+    attributes = {"ome": {"multiscales": [{"datasets": [{"path": level}]}]}}
+    zarr.create_group(f"{folder}/in.zarr", attributes=attributes)
+    with pytest.raises(StoreError) as error:
+        find_source(f"{folder}/in.zarr")
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED
+
+
+@pytest.mark.parametrize("path", ["in.npy", "in.zarr"])
+def test_formats_of_built_in_names_are_found_without_loading_other_packages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    package(folder / "site", "broken", "broken = missing_module:Format")
+    monkeypatch.syspath_prepend(folder / "site")
+    values = random_volume(SHAPE)
+    (write_npy if path == "in.npy" else write_zarr)(f"{folder}/{path}", values)
+    np.testing.assert_array_equal(read_whole(find_source(f"{folder}/{path}")), values)
+
+
+# ------------------------------------------------------------------------- other packages
+
+
+def package(site: Path, name: str, *lines: str) -> None:
+    """Install a package that registers formats in a folder of `sys.path`."""
+    info = site / f"{name}-2.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("\n".join(["[chunkq.formats]", *lines]))
+
+
+@pytest.mark.parametrize(
+    "line", ["broken = missing_module:Format", "broken = json:Format", "broken = builtins:dict"]
+)
+def test_a_format_that_cannot_be_loaded_is_one_line_with_its_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    package(folder / "site", "broken-package", line)
+    monkeypatch.syspath_prepend(folder / "site")
+    with pytest.raises(StoreError, match="broken-package") as error:
+        find_source(f"{folder}/in.tif")
+    assert error.value.code is ErrorCode.PACKAGE_MISSING
+    assert "\n" not in str(error.value)
+    toy = written(FORMS["toy of another package"], folder, random_volume(SHAPE))
+    assert toy.format == "toy"
+
+
+@pytest.mark.parametrize("name", ["zarr", "toy"])
+def test_a_format_with_the_name_of_another_one_is_rejected(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    package(folder / "site", "second-package", f"{name} = toy:ToyFormat")
+    monkeypatch.syspath_prepend(folder / "site")
+    with pytest.raises(StoreError, match="second-package"):
+        find_source(f"{folder}/in.toy")
+
+
+def test_a_source_of_a_format_that_is_not_installed_names_the_format(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = written(FORMS["toy of another package"], folder, random_volume(SHAPE))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(OUTSIDE)])
+    for use in (source.open, source.identity):
+        with pytest.raises(StoreError, match="'toy'") as error:
+            use()
+        assert error.value.code is ErrorCode.PACKAGE_MISSING
+
+
+def test_a_built_in_format_that_cannot_write_raises_an_error(folder: Path) -> None:
+    write_npy(f"{folder}/in.npy", random_volume(SHAPE))
+    with pytest.raises(StoreError):
+        BUILT_IN["npy"].open_for_writing(f"{folder}/in.npy", {})
