@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count
 
-from chunkq.plan import Volume
 from chunkq.images import ImageSource
+from chunkq.plan import Volume
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""

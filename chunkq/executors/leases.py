@@ -269,17 +269,22 @@ class _TaskLoops:
                 self._skip_job(job, _same_failure(job, history, error))
         else:
             if result.contributions:
-                self._complete(lease, self._queue.record_contributions(job, result.contributions))
+                self._continue(lease, result)
             if result.ran_network:
                 history.record_success(time.time() - lease.since)
             self._queue.ack(lease)
             self._gates.reset(job)
 
-    def _complete(self, lease: Lease, tasks: Sequence[Task]) -> None:
-        """Run the tasks for which a task was the last one that they waited for."""
-        for task in tasks:
+    def _continue(self, lease: Lease, result: TaskResult) -> None:
+        """Run the tasks for which a task was the last one that they waited for, and so on."""
+        job = lease.task.job_id
+        tasks = self._queue.record_contributions(job, result.contributions)
+        while tasks:
+            task = tasks.pop(0)
             try:
-                self._handler(task, lease.attempt)
+                result = self._handler(task, lease.attempt) or TaskResult()
+                if result.contributions:
+                    tasks += self._queue.record_contributions(job, result.contributions)
             except Exception:
                 # The ledger has the error, and the finalizer completes every block.
                 log.warning(

@@ -26,11 +26,11 @@ from chunkq.executors.base import (
     jobs_at,
 )
 from chunkq.executors.settings import override_settings
-from chunkq.finalize import job_completion
 from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import job_folder_of
 from chunkq.paths import without_secret
+from chunkq.stages.completion import job_completion
 from chunkq.tasks import JobId
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
@@ -171,7 +171,7 @@ def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCou
         # Skip jobs whose folder was removed, and jobs that this worker does not accept.
         with suppress(MissingJobError, JobError):
             job = open_job(allowed_job_path(id.path))
-            if job.record.epoch == id.epoch and len(job_completion(job).unfinished) > now.failed:
+            if job.record.epoch == id.epoch and len(job_completion(job).missing()) > now.failed:
                 lost.append(job.folder.output)
     return lost
 

@@ -18,15 +18,20 @@ from chunkq.errors import (
     ModelError,
 )
 from chunkq.events import Message, Sink, TaskEnded, TaskFailed, write_log
-from chunkq.executors.base import Attempt, TaskResult
+from chunkq.executors.base import Attempt, GateState, TaskResult
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.job_path import output_of, printable_path
 from chunkq.ledger import Failure, JobFolder
 from chunkq.paths import without_secret
 from chunkq.stages import registry
 from chunkq.stages.base import TaskKey
-from chunkq.stages.completion import contributions, missing_prerequisites
-from chunkq.tasks import Task, chunk_name
+from chunkq.stages.completion import (
+    contributions,
+    gate_state,
+    job_completion,
+    missing_prerequisites,
+)
+from chunkq.tasks import JobId, Task, chunk_name
 from chunkq_worker.infer import ComputingStage
 
 registry.register(ComputingStage())
@@ -43,7 +48,7 @@ def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult
     task = replace(task, job=allowed_job_path(task.job))
     started = time.time()
     try:
-        job = _open_job(task)
+        job = _open_job(task.job, task.epoch)
         if is_restricted():
             with_allowed_files(job.record.job, task.job)
         result = _run(job, task, attempt)
@@ -62,10 +67,10 @@ def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult
     return result
 
 
-def _open_job(task: Task) -> JobHandle:
-    """Return the job of a task. Raises MissingJobError if its folder belongs to another job."""
-    job = open_job(task.job)
-    if job.record.epoch != task.epoch:
+def _open_job(path: str, epoch: str) -> JobHandle:
+    """Return the job in a folder. Raises MissingJobError if it has another epoch."""
+    job = open_job(path)
+    if job.record.epoch != epoch:
         raise MissingJobError(
             f"{without_secret(job.folder.output)}: another job has replaced this one",
             code=ErrorCode.JOB_REPLACED,
@@ -85,6 +90,20 @@ def _run(job: JobHandle, task: Task, attempt: Attempt) -> TaskResult:
             )
         ran_network = stage.run(item, task.chunk, attempt)
     return TaskResult(list(contributions(item, TaskKey(task.kind, task.chunk))), ran_network)
+
+
+def check_gate(job_id: JobId, kind: str, *, worker: str) -> GateState:
+    """Return whether the tasks of a gated stage may start, judged by the job folder.
+
+    Tasks of the stage before that no queue has, because the worker that was to run them was
+    killed, are run here.
+    """
+    job = _open_job(allowed_job_path(job_id.path), job_id.epoch)
+    before = registry.stage_of(kind).after
+    if before is not None and not registry.stage_of(before).is_queued:
+        for item, chunk in job_completion(job).ready(registry.stage_of(before)):
+            run_task(item.task(before, chunk), Attempt(1, worker))
+    return gate_state(job, kind)
 
 
 def record_failure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from functools import partial
 
 from chunkq.errors import ChunkqError, TaskTimeoutError
 from chunkq.executors.base import EXIT_TASK_TIMEOUT, Executor, ExitStatus, WorkerOptions
@@ -22,10 +23,11 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
     # Imported here so that signals are handled while the network's libraries load.
     from chunkq_worker.frameworks import framework_rule
     from chunkq_worker.inference_engine import waits_for_device
-    from chunkq_worker.run_task import run_task
+    from chunkq_worker.run_task import check_gate, run_task
 
     framework_rule.enforced = options.replaceable
     options.is_waiting = waits_for_device
+    options.check_gate = partial(check_gate, worker=options.worker)
     try:
         executor.run_tasks(run_task, options)
     except TaskTimeoutError as error:
