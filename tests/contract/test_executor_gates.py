@@ -1,7 +1,7 @@
 """The contract of every queue backend, of tasks that wait for an earlier stage of their job."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
@@ -192,6 +192,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.processes
 def test_opening_a_gate_goes_on_where_a_killed_process_stopped(
     queue: Executor, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,12 +216,9 @@ def test_opening_a_gate_goes_on_where_a_killed_process_stopped(
 def stop_after_one_batch(killed: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a call of `open_gate` end after its first batch, like that of a killed process."""
     owner, name = {
-        "InProcessExecutor": (None, ""),
         "SqliteExecutor": (task_table.TaskTable, "open_gate"),
         "RqExecutor": (rq_executor.Scripts, "__call__"),
     }[type(killed).__name__]
-    if owner is None:
-        pytest.skip("opens a gate in one step")
     original = getattr(owner, name)
 
     def call_and_die(*arguments: object) -> object:
@@ -376,28 +374,37 @@ def test_a_gate_that_opens_too_early_is_opened_again_after_a_pause(queue: Execut
     assert queue.jobs() == {}
 
 
-@pytest.mark.parametrize("error", [MissingJobError("replaced"), OSError("no disk")])
-def test_a_job_folder_that_cannot_be_read_stops_no_other_job(
-    queue: Executor, error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    for job in (JOB, OTHER_JOB):
-        queue.close_gate(job, "infer")
-        queue.submit(stage("infer", 1, job))
-
+def unreadable(error: Exception) -> Callable[[JobId, str], GateState]:
     def look(job: JobId, kind: str) -> GateState:
         if job == JOB:
             raise error
         return GateState.OPEN
 
+    return look
+
+
+def test_waiting_tasks_of_a_replaced_job_are_set_aside(
+    queue: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    for job in (JOB, OTHER_JOB):
+        queue.close_gate(job, "infer")
+        queue.submit(stage("infer", 1, job))
     recorder = Recorder()
-    ends = incomplete() if isinstance(error, OSError) else iter([None])
-    for _ in ends:
-        queue.run_tasks(recorder, burst(check_gate=look, settings=GATES))
+    worker = burst(check_gate=unreadable(MissingJobError("replaced")), settings=GATES)
+    queue.run_tasks(recorder, worker)
+    assert recorder.tasks == stage("infer", 1, OTHER_JOB)
+    assert worker.skipped_jobs == {JOB}
+    assert queue.jobs() == {JOB: TaskCounts(waiting=1)}
+    [line] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert JOB.epoch in line
+
+
+def test_a_burst_ends_incomplete_if_a_job_folder_cannot_be_read(queue: Executor) -> None:
+    for job in (JOB, OTHER_JOB):
+        queue.close_gate(job, "infer")
+        queue.submit(stage("infer", 1, job))
+    recorder, worker = Recorder(), burst(check_gate=unreadable(OSError("no disk")), settings=GATES)
+    with pytest.raises(IncompleteError):
+        queue.run_tasks(recorder, worker)
     assert recorder.tasks == stage("infer", 1, OTHER_JOB)
     assert queue.jobs() == {JOB: TaskCounts(waiting=1)}
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
-
-
-def incomplete() -> Iterable[None]:
-    with pytest.raises(IncompleteError):
-        yield
