@@ -24,6 +24,7 @@ from typing import Any
 from chunkq_producer.job_status import job_status
 
 from chunkq.axes import plain_axes
+from chunkq.executors.rq.names import rq_id
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.images import ImageSource
 from chunkq.job import parse_job
@@ -109,7 +110,7 @@ def planning_memory() -> dict[str, float]:
 
 def enqueueing(folder: Path) -> dict[str, float]:
     """Submit 100 000 tasks to the embedded queue, against one transaction of the same rows."""
-    tasks = [Task("infer", "/missing/out.zarr.chunkq", (i,)) for i in range(100_000)]
+    tasks = [Task("infer", "/missing/out.zarr.chunkq", EPOCH, 0, (i,)) for i in range(100_000)]
     number = iter(range(1000))
 
     def submit() -> None:
@@ -121,7 +122,7 @@ def enqueueing(folder: Path) -> dict[str, float]:
         database = sqlite3.connect(folder / f"bare-{next(number)}.db")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("CREATE TABLE tasks (id TEXT UNIQUE, job TEXT, message TEXT)")
-        rows = ((task.id, task.job, task.to_json()) for task in tasks)
+        rows = ((rq_id(task), task.job, task.to_json()) for task in tasks)
         database.executemany("INSERT INTO tasks VALUES (?, ?, ?)", rows)
         database.commit()
         database.close()

@@ -62,8 +62,9 @@ from chunkq_worker.run_task import run_task
 from chunkq.executors.base import Attempt
 from chunkq.job_handle import open_job
 from chunkq.tasks import Task
-for index in open_job(sys.argv[1]).plan.indices():
-    run_task(Task("infer", sys.argv[1], index), Attempt(1, "inline"))
+job = open_job(sys.argv[1])
+for index in job.plan.indices():
+    run_task(Task("infer", *job.id, 0, index), Attempt(1, "inline"))
 """
 JOBS: dict[str, dict[str, Any]] = {
     "32³, 1 channel, average, depth 1": {"volume": 96, "chunk": 32, "depth": 1},

@@ -39,15 +39,16 @@ from benchmarks.planning import job_over
 from chunkq.axes import plain_axes
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, WorkerOptions
+from chunkq.executors.rq.names import rq_id
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
 from chunkq.images import ImageSource
 from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
 from chunkq.record import JobRecord
-from chunkq.tasks import Task, chunk_name
+from chunkq.tasks import JobId, Task, chunk_name
 
 CLUSTERS = ("dask", "ray")
-JOB = "s3://lab-volumes/2024/mouse-07/stack-03/nuclei.zarr.chunkq"
+JOB = JobId("s3://lab-volumes/2024/mouse-07/stack-03/nuclei.zarr.chunkq", "0a1b2c3d")
 FILLED, ROUNDS = 100_000, 3
 BARE_FILLED, BARE_BATCH = 5000, 1000
 DRAINED, BARE_DRAINED, PROCESSES, DEPTH = 20_000, 1000, 2, 4
@@ -183,13 +184,13 @@ def _wait_for(client: redis.Redis, log: Path) -> None:
             time.sleep(0.05)
 
 
-def tasks(count: int, job: str = JOB) -> Iterator[Task]:
+def tasks(count: int, job: JobId = JOB) -> Iterator[Task]:
     """Yield tasks in the order of a volume with 64 × 64 chunks per slice."""
     indices = product(range(10**6), range(64), range(64))
     return (Task("infer", *job, 0, index) for index in islice(indices, count))
 
 
-def fill(url: str, count: int, job: str = JOB) -> float:
+def fill(url: str, count: int, job: JobId = JOB) -> float:
     """Submit tasks; return the rate (tasks/s)."""
     with closing(open_executor(url)) as executor:
         batch = list(tasks(count, job))
@@ -207,7 +208,7 @@ def fill_bare_sqlite(url: str, count: int) -> float:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("CREATE TABLE tasks (id TEXT UNIQUE, job TEXT, message TEXT)")
         before = time.perf_counter()
-        rows = ((task.id, task.job, task.to_json()) for task in batch)
+        rows = ((rq_id(task), task.job, task.to_json()) for task in batch)
         database.executemany("INSERT INTO tasks VALUES (?, ?, ?)", rows)
         database.commit()
         return count / (time.perf_counter() - before)
@@ -222,7 +223,7 @@ def fill_bare_rq(url: str, count: int, function: str = "chunkq.infer") -> float:
         while batch := list(islice(messages, BARE_BATCH)):
             queue.enqueue_many(
                 Queue.prepare_data(
-                    function, [task.as_dict()], job_id=task.id, timeout=-1, result_ttl=0,
+                    function, [task.as_dict()], job_id=rq_id(task), timeout=-1, result_ttl=0,
                     failure_ttl=-1, retry=Retry(max=2),
                 )
                 for task in batch
@@ -393,7 +394,7 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
 
     start_seconds = work()
     with closing(open_executor(url)) as executor:
-        executor.submit(Task("infer", job.path, index) for index in indices)
+        executor.submit(Task("infer", job.path, record.epoch, 0, index) for index in indices)
         seconds = work()
         assert executor.jobs() == {}
     shutil.rmtree(job.path)

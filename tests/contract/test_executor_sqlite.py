@@ -164,6 +164,7 @@ from chunkq.executors import open_executor
 from chunkq.tasks import Task
 from tests.harness.waiting import wait_until
 
+JOB = "/data/brain.zarr.chunkq", "0a1b2c3d"
 first, count, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -214,22 +215,34 @@ def test_a_queue_that_is_locked_for_too_long_is_reported_as_busy(
     holder.close()
 
 
-def test_a_queue_without_a_stored_version_is_upgraded_with_its_tasks(tmp_path: Path) -> None:
-    file = tmp_path / "queue.db"
-    queue = SqliteExecutor(f"sqlite://{file}")
-    queue.submit([Task("infer", *JOB, 0, (1,))])
-    queue.close()
-    old = sqlite3.connect(file)
-    old.execute("DROP TABLE blocks")
-    old.execute("PRAGMA user_version = 0")
-    old.close()
-    queue = SqliteExecutor(f"sqlite://{file}")
-    assert queue.counts(JOB).queued == 1
-    assert (
-        queue.record_contributions(JOB, [Contribution(Task("finalize", *JOB, 0, (1,)), 0, 1)]) != []
-    )
-    queue.close()
-    assert version_of(file) == table_schema.VERSION
+def old_queue(file: Path, version: int, *rows: str) -> None:
+    """Write a queue file as older versions of chunkq did."""
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("CREATE TABLE tasks (id TEXT NOT NULL UNIQUE, job TEXT NOT NULL)")
+        database.execute("CREATE TABLE blocks (job TEXT NOT NULL, block TEXT NOT NULL)")
+        database.executemany("INSERT INTO tasks VALUES (?, 'job')", ((row,) for row in rows))
+        database.execute(f"PRAGMA user_version = {version}")
+        database.commit()
+
+
+def test_an_empty_queue_of_an_older_version_is_replaced(tmp_path: Path) -> None:
+    old_queue(tmp_path / "queue.db", 1)
+    with closing(SqliteExecutor(f"sqlite://{tmp_path}/queue.db")) as queue:
+        assert queue.submit([Task("infer", *JOB, 0, (1,))]) == 1
+        contribution = Contribution(Task("finalize", *JOB, 0, (1,)), 0, 1)
+        assert queue.record_contributions(JOB, [contribution]) == [contribution.task]
+    assert version_of(tmp_path / "queue.db") == table_schema.VERSION
+
+
+@pytest.mark.parametrize(("version", "rows"), [(1, ["a task"]), (0, []), (0, ["a task"])])
+def test_a_queue_of_an_older_version_with_tasks_is_rejected_and_unchanged(
+    tmp_path: Path, version: int, rows: list[str]
+) -> None:
+    old_queue(tmp_path / "queue.db", version, *rows)
+    assert open_error(tmp_path / "queue.db").code is ErrorCode.QUEUE_UNSUPPORTED
+    assert version_of(tmp_path / "queue.db") == version
+    with closing(sqlite3.connect(tmp_path / "queue.db")) as database:
+        assert [name for (name,) in database.execute("SELECT id FROM tasks")] == rows
 
 
 def version_of(file: Path) -> int:

@@ -346,7 +346,9 @@ class Round:
         executor = open_executor(self.url)
         try:
             jobs = {
-                job: counts for job, counts in executor.jobs().items() if str(self.folder) in job
+                job: counts
+                for job, counts in executor.jobs().items()
+                if str(self.folder) in job.path
             }
         finally:
             executor.close()

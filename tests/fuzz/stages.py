@@ -104,13 +104,14 @@ class Stages:
         self._fail_next(executor, options)
         executor.reserve(WorkerOptions("killed-host:2"))  # the lease of a killed worker
         self._save("half inferred")
-        executor.cancel(path)
-        executor.submit(Task("infer", path, index) for index in open_job(path).plan.indices())
+        job = open_job(path)
+        executor.cancel(job.id)
+        executor.submit(Task("infer", *job.id, 0, index) for index in job.plan.indices())
         while self._run_next(executor, options):
             pass
         self._save("inferred")
-        first = next(iter(open_job(path).plan.to_finalize()))
-        executor.submit([Task("finalize", path, first)])
+        first = next(iter(job.plan.to_finalize()))
+        executor.submit([Task("finalize", *job.id, 0, first)])
         lease = executor.reserve(options)
         assert lease is not None
         finalize_block(lease.task, lease.attempt)

@@ -14,6 +14,9 @@ from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
+EPOCH = "0a1b2c3d"
+"""Epoch of tasks with a forged path."""
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
@@ -46,14 +49,16 @@ def test_a_worker_with_allow_computes_only_allowed_jobs_and_runs_no_other_code(
         workspace.call("produce", job).ok()
     forged = f"file://{allowed}/../other/far.zarr.chunkq"
     with workspace.queue() as queue:
-        queue.submit([Task("infer", forged, (0,)), Task("finalize", forged, (1,))])
+        queue.submit(
+            [Task("infer", forged, EPOCH, 0, (0,)), Task("finalize", forged, EPOCH, 0, (1,))]
+        )
     for marker in root.glob("ran-*"):
         marker.unlink()
     result = workspace.work("--allow", ".")
     assert [path.name for path in root.glob("ran-*")] == ["ran-allowed"]
     assert len(workspace.done()) == 2
     with workspace.queue() as queue:
-        counts = queue.jobs()
+        counts = {job.path: counts for job, counts in queue.jobs().items()}
     rejected = {
         str(other / "far.zarr.chunkq"): TaskCounts(queued=2),
         str(allowed / "code.zarr.chunkq"): TaskCounts(queued=2),
@@ -85,7 +90,7 @@ def test_every_spelling_of_an_output_names_the_same_job(workspace: Workspace) ->
         assert '"queued": 2' in workspace.call("status", spelling, "--json").ok().out
     workspace.call("produce", workspace.job_file, "-o", f"file://{workspace.output}/").ok()
     with workspace.queue() as queue:
-        assert queue.jobs() == {str(workspace.job_folder): TaskCounts(queued=2)}
+        assert queue.jobs() == {workspace.job.id: TaskCounts(queued=2)}
     workspace.call("cancel", f"FILE:///{workspace.output}").ok()
     assert workspace.counts() == TaskCounts()
 
@@ -100,7 +105,7 @@ def test_jobs_with_forged_paths_are_listed_in_one_line_each_and_can_be_cancelled
         f"file://{workspace.output}",
     ]
     with closing(open_executor(workspace.queue_url)) as queue:
-        queue.submit([Task("infer", f"{output}.chunkq", (0,)) for output in forged])
+        queue.submit([Task("infer", f"{path}.chunkq", EPOCH, 0, (0,)) for path in forged])
     lines = workspace.call("jobs").ok().out.splitlines()
     assert len(lines) == len(forged)
     assert all(

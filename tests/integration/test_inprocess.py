@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chunkq_worker.worker_main import serve
 
 import chunkq
 from chunkq.errors import ErrorCode
@@ -82,17 +83,16 @@ def test_a_command_that_shares_its_queue_rejects_an_inprocess_queue(
 def test_tasks_produced_in_a_process_are_run_by_its_threads(workspace: Workspace) -> None:
     url = f"inprocess://{workspace.folder}"
     chunkq.produce(workspace.write_job(), queue=url)
-    job = str(workspace.job_folder)
     worker_options = [WorkerOptions(f"worker-{n}", burst=True) for n in range(2)]
     threads = [
-        threading.Thread(target=open_executor(url).run_worker, args=(options,))
+        threading.Thread(target=open_executor(url).run_worker, args=(serve, options))
         for options in worker_options
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert open_executor(url).counts(job) == TaskCounts()
+    assert open_executor(url).counts(workspace.job.id) == TaskCounts()
     assert len(workspace.commits()) == 4
     assert chunkq.finalize(workspace.output)["chunks"] == 4
 
@@ -110,10 +110,11 @@ def test_a_chunk_that_hangs_ends_the_worker_but_not_the_process(
     go = threading.Event()
     monkeypatch.setattr("chunkq_worker.run_task.run_task", lambda task, attempt: go.wait())
     queue = open_executor(f"inprocess://{workspace.folder}")
-    queue.submit([Task("infer", *workspace.job.id, 0, (0, 0))])
+    queue.submit([Task("infer", *JOB, 0, (0, 0))])
     settings = WorkerSettings(lease=0.3)
-    status = queue.run_worker(WorkerOptions("slow", burst=True, time_limit=0.1, settings=settings))
+    slow = WorkerOptions("slow", burst=True, time_limit=0.1, settings=settings)
+    status = queue.run_worker(serve, slow)
     go.set()
     assert status.code == EXIT_TASK_TIMEOUT
     assert len(status.lines) == 1
-    assert queue.counts(workspace.job.id) == TaskCounts(queued=1)
+    assert queue.counts(JOB) == TaskCounts(queued=1)

@@ -27,7 +27,7 @@ from chunkq.executors.leases import LeaseQueue
 from chunkq.executors.rq import RqExecutor
 from chunkq.executors.settings import WorkerSettings
 from chunkq.ledger import Ledger
-from chunkq.tasks import Task, chunk_name, job_key
+from chunkq.tasks import JobId, Task, chunk_name, path_key
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.redis import RedisServer, admin_client, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
@@ -76,7 +76,7 @@ def assert_finalized_like(workspace: StandardWorkspace, undisturbed: StandardWor
 
 def remaining_keys(workspace: StandardWorkspace) -> list[str]:
     """Return the keys of the job, and all queues."""
-    key = job_key(str(workspace.job_folder))
+    key = path_key(str(workspace.job_folder))
     with admin_client(workspace.queue_url) as client:
         names = [name.decode() for name in client.keys(f"*{key}*")]
         return sorted(names + [n.decode() for n in client.zrange("chunkq:queues", 0, -1)])
@@ -86,7 +86,7 @@ def used_attempts(workspace: StandardWorkspace) -> dict[str, int]:
     """Return the number of used attempts of each task on the queue, by chunk name."""
     counts = {}
     with admin_client(workspace.queue_url) as client:
-        for key in client.keys(f"rq:job:{job_key(str(workspace.job_folder))}-infer-*"):
+        for key in client.keys(f"rq:job:{workspace.job.id.key}-infer-*"):
             retries, status = client.hmget(key, "retries_left", "status")
             name = key.decode().rpartition("-")[2].replace("_", ".")
             counts[name] = MAX_ATTEMPTS - 1 - int(retries) + (status != b"queued")
@@ -542,7 +542,7 @@ def test_the_first_worker_after_an_outage_cannot_reserve_running_tasks_of_others
         name: WorkerOptions(name, settings=WorkerSettings(lease=0.5))
         for name in ("first", "second")
     }
-    job = "/data/out.zarr.chunkq"
+    job = JobId("/data/out.zarr.chunkq", "0a1b2c3d")
     with queue_on(server) as queue:
         queue.submit(Task("infer", *job, 0, (n,)) for n in range(2))
         leases = {name: queue.reserve(worker) for name, worker in workers.items()}

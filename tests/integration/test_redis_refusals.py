@@ -22,6 +22,7 @@ import pytest
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.executors import open_executor
+from chunkq.executors.base import jobs_at
 from chunkq.job_handle import open_job
 from chunkq.ledger import Failure
 from tests.harness.files import everything_below, files_below
@@ -692,7 +693,7 @@ def test_a_job_outside_allow_is_rejected_and_stays_on_the_queue(
     assert f"--allow {stage.folder}" in errors[0]
     assert "Traceback" not in result.err
     with contextlib.closing(open_executor(redis.url)) as executor:
-        counts = executor.counts(str(stage.folder / "new.zarr.chunkq"))
+        [counts] = jobs_at(executor, str(stage.folder / "new.zarr.chunkq")).values()
     assert (counts.queued, counts.running, counts.failed) == (4, 0, 0)
 
 

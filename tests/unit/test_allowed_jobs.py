@@ -14,14 +14,15 @@ from chunkq_worker.commands import _lost_jobs
 from chunkq_worker.inference_engine import Device, waits_for_device
 from chunkq_worker.run_task import record_failure, run_task
 
+from chunkq import documents
 from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path, with_allowed_files
 from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt, TaskCounts
 from chunkq.job import ModelConfig, load_job, parse_job
-from chunkq.ledger import JobFolder, Ledger
+from chunkq.ledger import RECORD, JobFolder, Ledger
 from chunkq.record import JobRecord
-from chunkq.tasks import Task
+from chunkq.tasks import JobId, Task
 from chunkq.user_code import load_names
 
 NETWORK = """
@@ -52,8 +53,15 @@ def allow(monkeypatch: pytest.MonkeyPatch, *prefixes: str | Path) -> None:
     monkeypatch.setenv(ALLOW_VARIABLE, "\n".join(map(str, prefixes)))
 
 
+def epoch_of(job: str | Path) -> str:
+    """Return the epoch of a job folder; any epoch if it does not exist."""
+    record = Path(job) / RECORD
+    values = documents.decode(record.read_bytes()) if record.exists() else None
+    return "0a1b2c3d" if values is None else str(values["epoch"])
+
+
 def run(job: str | Path, kind: str = "infer") -> None:
-    run_task(Task(kind, str(job), (0,)), Attempt(1, "worker"))
+    run_task(Task(kind, str(job), epoch_of(job), 0, (0,)), Attempt(1, "worker"))
 
 
 def refused(job: str | Path, kind: str = "infer") -> JobError:
@@ -263,7 +271,7 @@ def test_waiting_tasks_and_failures_are_recorded_for_the_resolved_job_folder(
 ) -> None:
     job = lab.produce()
     (lab.other / "link").symlink_to(lab.team)
-    task = Task("infer", f"{lab.other}/link/{job.name}", (0,))
+    task = Task("infer", f"{lab.other}/link/{job.name}", epoch_of(job), 0, (0,))
     device = Device()
     device._waiting.add((str(job), (0,)))
     monkeypatch.setattr("chunkq_worker.inference_engine._device", device)
@@ -273,7 +281,7 @@ def test_waiting_tasks_and_failures_are_recorded_for_the_resolved_job_folder(
 
 
 def test_no_failure_is_recorded_for_a_rejected_job(lab: Lab) -> None:
-    task = Task("infer", f"{lab.other}/out.zarr.chunkq", (0,))
+    task = Task("infer", f"{lab.other}/out.zarr.chunkq", "0a1b2c3d", 0, (0,))
     record_failure(task, Attempt(1, "worker"), ValueError("broken"))
     assert not waits_for_device(task)
     assert not (lab.other / "out.zarr.chunkq").exists()
@@ -543,7 +551,9 @@ def test_the_network_is_loaded_from_the_path_that_was_checked(lab: Lab) -> None:
 
 def test_a_rejected_job_is_not_opened_to_report_a_lost_queue(lab: Lab) -> None:
     inside, outside = str(lab.produce()), str(lab.produce(lab.other))
-    before = {job: TaskCounts(queued=1) for job in (inside, outside, f"file://{inside}")}
+    paths = (inside, outside, f"file://{inside}")
+    before = {JobId(path, epoch_of(inside)): TaskCounts(queued=1) for path in paths}
+    before[JobId(inside, "ffffffff")] = TaskCounts(queued=1)  # replaced
     assert _lost_jobs(before, {}) == [f"{lab.team}/out.zarr"]
 
 

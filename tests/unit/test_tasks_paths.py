@@ -4,6 +4,7 @@ import json
 import re
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -15,11 +16,16 @@ from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import WorkerName
 from chunkq.executors.rq.connect import connect
+from chunkq.executors.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
 from chunkq.paths import without_secret
-from chunkq.tasks import ENTRY_POINTS, Task, chunk_name, job_key, parse_chunk
+from chunkq.tasks import JobId, Task, chunk_name, parse_chunk
 
 chunks = st.lists(st.integers(0, 10**9), min_size=1, max_size=4).map(tuple)
-tasks = st.builds(Task, st.sampled_from(sorted(ENTRY_POINTS)), st.text(min_size=1), chunks)
+epochs = st.text("0123456789abcdef", min_size=8, max_size=8)
+paths = st.text(st.characters(exclude_categories=("Cs",)), min_size=1)
+job_ids = st.builds(JobId, paths, epochs)
+kinds = st.sampled_from(["infer", "finalize", "stats"])
+tasks = st.builds(Task, kinds, paths, epochs, st.integers(0, 10**6), chunks)
 values = st.recursive(
     st.none() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
@@ -29,6 +35,8 @@ almost = st.fixed_dictionaries(
     {},
     optional={
         "kind": st.sampled_from(["infer", "finalize", "os.system"]) | values,
+        "epoch": st.sampled_from(["0a1b2c3d", "0A1B2C3D", "0a1b2c3", "0a1b2c3d4"]) | values,
+        "item": st.integers(-1, 2) | values,
         "job": st.just("/data/out.zarr.chunkq") | values,
         "chunk": st.lists(st.integers(-1, 3), max_size=4) | values,
         "more": values,
@@ -46,20 +54,56 @@ def test_a_task_is_equal_after_a_round_trip_through_a_message(task: Task) -> Non
 
 
 @given(tasks, tasks)
-def test_tasks_have_the_same_id_only_if_they_are_equal(one: Task, other: Task) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_-]+", one.id)
-    assert one.id.startswith(job_key(one.job))
-    assert (one.id == other.id) == (one == other)
-    assert len({one.id, Task(one.kind, one.job, (*one.chunk, 0)).id}) == 2
+def test_tasks_have_the_same_id_only_if_they_are_equal_apart_from_the_job(
+    one: Task, other: Task
+) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9/.-]+", one.id)
+    assert (one.id == other.id) == (replace(one, job=other.job, epoch=other.epoch) == other)
+    assert one.id != replace(one, chunk=(*one.chunk, 0)).id
+    assert one.id != replace(one, item=one.item + 1).id
+
+
+@given(tasks, tasks)
+def test_tasks_have_the_same_id_in_redis_only_if_they_are_equal(one: Task, other: Task) -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", rq_id(one))  # RQ rejects other characters
+    assert (rq_id(one) == rq_id(other)) == (one == other)
+    changed = [replace(one, epoch="f" * 8), replace(one, job=one.job + "/"), replace(one, item=9)]
+    assert rq_id(one) not in [rq_id(task) for task in changed if task != one]
+
+
+@given(job_ids, job_ids)
+def test_queues_in_redis_have_the_same_prefix_only_if_their_jobs_have_the_same_path(
+    one: JobId, other: JobId
+) -> None:
+    assert job_of(stored_job(one)) == one
+    assert (queue_name(one) == queue_name(other)) == (one == other)
+    assert queue_name(one).startswith(queue_prefix(one.path))
+    assert queue_name(other).startswith(queue_prefix(one.path)) == (one.path == other.path)
+
+
+def matches(pattern: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def task_message(**changes: Any) -> dict[str, Any]:
+    task = Task("infer", "/data/out.zarr.chunkq", "0a1b2c3d", 0, (0,))
+    return {**task.as_dict(), **changes}
 
 
 def is_task(message: Any) -> bool:
     return (
         isinstance(message, dict)
-        and message.get("kind") in ("infer", "finalize")
+        and matches("[a-z]+", message.get("kind"))
+        and matches("[0-9a-f]{8}", message.get("epoch"))
         and isinstance(message.get("job"), str)
+        and is_number(message.get("item"))
         and isinstance(message.get("chunk"), list)
-        and all(type(number) is int and number >= 0 for number in message["chunk"])
+        and message["chunk"] != []
+        and all(map(is_number, message["chunk"]))
     )
 
 
@@ -72,17 +116,24 @@ def assert_no_task(decode: Callable[[Any], Task], message: Any) -> None:
 
 
 @given(almost | values)
-@example({"kind": "infer", "job": "j", "chunk": [0, 0.0]})
-@example({"kind": "infer", "job": "j", "chunk": [None]})
-@example({"kind": "infer", "job": "j", "chunk": {"0": 0}})
-@example({"kind": {}, "job": "j", "chunk": [0]})
+@example(task_message())
+@example(task_message(chunk=[0, 0.0]))
+@example(task_message(chunk=[None]))
+@example(task_message(chunk=[]))
+@example(task_message(chunk={"0": 0}))
+@example(task_message(kind={}))
+@example(task_message(kind="infer\n"))
+@example(task_message(epoch="0a1b2c3d\n"))
+@example(task_message(epoch=10000000))
+@example(task_message(item=False))
+@example(task_message(item=0.0))
 @example(["kind", "job", "chunk"])
 @example("kind job chunk")
 def test_a_decoded_message_is_a_task_or_an_error_of_one_line(value: Any) -> None:
     for decode, message in ((Task.from_dict, value), (Task.from_json, json.dumps(value))):
         if is_task(value):
             task = decode(message)
-            assert task == Task(value["kind"], value["job"], tuple(value["chunk"]))
+            assert task.as_dict() == {name: value[name] for name in task_message()}
         else:
             assert_no_task(decode, message)
 
@@ -93,15 +144,15 @@ def test_a_message_that_is_not_json_is_rejected(message: str | bytes) -> None:
 
 
 def test_a_number_that_python_cannot_parse_is_rejected() -> None:
-    assert_no_task(Task.from_json, '{"kind": "infer", "job": "j", "chunk": [' + "9" * 5000 + "]}")
+    assert_no_task(Task.from_json, json.dumps(task_message()).replace("[0]", f"[{'9' * 5000}]"))
 
 
 def test_a_boolean_is_not_a_chunk_number() -> None:
-    assert_no_task(Task.from_json, '{"kind": "infer", "job": "j", "chunk": [true]}')
+    assert_no_task(Task.from_json, json.dumps(task_message(chunk=[True])))
 
 
 def test_a_job_that_cannot_be_encoded_is_rejected() -> None:
-    assert_no_task(Task.from_json, '{"kind": "infer", "job": "\\ud800", "chunk": [0]}')
+    assert_no_task(Task.from_json, json.dumps(task_message(job="\ud800")))
 
 
 # ----------------------------------------------------------------------------------- names
