@@ -14,11 +14,11 @@ from chunkq.footprint import footprint
 from chunkq.job import load_job
 from chunkq.plan import Costs, Plan
 from chunkq.tasks import chunk_count
+from chunkq.units import duration, si
 from chunkq_producer import submit
 from chunkq_producer.cluster import is_cpu_only
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
 from chunkq_producer.finalizer_memory import measure_finalizer_memory
-from chunkq_producer.job_status import duration
 from chunkq_producer.model_check import ModelCheck, check_model, warnings
 
 MAX_SHARE_TO_FINALIZE = 0.9
@@ -115,13 +115,13 @@ def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, s
             f"{costs.finalized_blocks} of {costs.chunks} blocks with overlaps, {share:.0%} of the "
             "voxels",
         ),
-        ("read", f"{size(costs.input_bytes)} of input"),
-        ("write", f"{size(costs.output_bytes)} of output"),
-        ("pieces", f"{size(costs.piece_bytes)} of temporary files"),
+        ("read", f"{si(costs.input_bytes, 'B')} of input"),
+        ("write", f"{si(costs.output_bytes, 'B')} of output"),
+        ("pieces", f"{si(costs.piece_bytes, 'B')} of temporary files"),
         (
             "memory",
-            f"at most {size(footprint(plan).peak_bytes(depth))} of arrays per worker process with "
-            f"{depth} chunks in flight, plus libraries and network"
+            f"at most {si(footprint(plan).peak_bytes(depth), 'B')} of arrays per worker process "
+            f"with {depth} chunks in flight, plus libraries and network"
             + ("" if check else " (--check-model measures the total)"),
         ),
     ]
@@ -159,16 +159,16 @@ def peak_memory(check: ModelCheck, *, finalizes: bool) -> str:
         parts = [f"of a worker process: unknown, chunks could not be run ({check.memory_error})"]
     else:
         parts = [
-            f"{size(check.worker_bytes)} in total per worker process with {check.depth} chunks in "
-            f"flight ({size(check.loaded_bytes)} of it libraries and network), "
+            f"{si(check.worker_bytes, 'B')} in total per worker process with {check.depth} chunks "
+            f"in flight ({si(check.loaded_bytes, 'B')} of it libraries and network), "
             f"measured on {chunk_count(check.chunks)}"
         ]
     if check.finalizer_bytes is not None:
-        parts.append(f"{size(check.finalizer_bytes)} in total to finalize blocks")
+        parts.append(f"{si(check.finalizer_bytes, 'B')} in total to finalize blocks")
     elif finalizes:
         parts.append("of finalizing: unknown, blocks could not be completed")
     if check.device_bytes is not None:
-        parts.append(f"{size(check.device_bytes)} on the device")
+        parts.append(f"{si(check.device_bytes, 'B')} on the device")
     return "; ".join(parts)
 
 
@@ -181,12 +181,3 @@ def _voxels(shape: tuple[int, ...]) -> float:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
-
-
-def size(number: float) -> str:
-    """Return bytes as `3.2 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} PB"

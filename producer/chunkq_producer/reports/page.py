@@ -9,6 +9,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from chunkq.units import seconds
 from chunkq_producer.reports import charts
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
@@ -19,7 +20,6 @@ from chunkq_producer.reports.rows import (
     straggler_rows,
     worker_rows,
 )
-from chunkq_producer.reports.units import seconds
 
 MAX_WORKERS = 1000
 
