@@ -7,6 +7,7 @@ from math import ceil
 from types import MappingProxyType
 
 from chunkq.timing import Timing
+from chunkq.units import si
 
 MIN_ADVISED_SECONDS = 20.0
 """Time of all workers below which there is no advice."""
@@ -105,13 +106,13 @@ def _storage(timing: Timing, loss: str) -> str:
         return (
             f"A worker had at most {timing.chunks_in_flight} chunks in flight. Set `--depth "
             f"{depth}` to read and write while the network computes; each additional chunk needs "
-            f"{timing.one_more_in_flight_bytes / 1e6:.0f} MB of memory."
+            f"{si(timing.one_more_in_flight_bytes, 'B')} of memory."
         )
     volume, direction = ("input", "Reading") if loss == "read" else ("output", "Writing")
     moved = timing.bytes["input"] if loss == "read" else _written_by_chunks(timing)
-    speed = moved / seconds[loss] / 1e6 if seconds[loss] else 0.0
+    speed = moved / seconds[loss] if seconds[loss] else 0.0
     return (
-        f"{direction} is the limit, at {speed:.0f} MB/s per chunk in flight. Use faster storage "
+        f"{direction} is the limit, at {si(speed, 'B/s')} per chunk in flight. Use faster storage "
         f"for the {volume}, or cheaper compression; more devices do not help."
     )
 

@@ -21,6 +21,7 @@ from chunkq.ledger import Failure, RecentCommits
 from chunkq.paths import without_secret
 from chunkq.stages import completion
 from chunkq.tasks import Task
+from chunkq.units import duration, si
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -236,7 +237,7 @@ def status_line(status: JobStatus) -> str:
     if status.blocks_finalized:
         parts.append(f"{status.blocks_finalized}/{status.blocks_to_finalize} blocks finalized")
     if status.voxels_per_second and status.done < status.chunks:
-        parts.append(f"{_si(status.voxels_per_second)}voxels/s")
+        parts.append(si(status.voxels_per_second, "voxels/s"))
     if status.seconds_left is not None:
         parts.append(f"{duration(status.seconds_left)} left")
     if status.sealed:
@@ -286,21 +287,5 @@ def _worker_table(workers: tuple[WorkerState, ...]) -> Table:
     return table
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as `1 h 02 min`, `3 min 05 s` or `12 s`."""
-    rounded = round(seconds)
-    if rounded >= 3600:
-        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
-    return f"{rounded // 60} min {rounded % 60:02d} s" if rounded >= 60 else f"{rounded} s"
-
-
 def _ago(moment: float | None) -> str:
     return "" if moment is None else f"idle {duration(max(0.0, time.time() - moment))}"
-
-
-def _si(value: float) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}"
-        value /= 1000
-    return f"{value:.3g} T"

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chunkq_producer.commands.plan import peak_memory, size
+from chunkq_producer.commands.plan import peak_memory
 from chunkq_producer.model_check import ModelCheck
 
 from chunkq.executors.base import DEFAULT_DEPTH_CPU
 from chunkq.ledger import CRC_BYTES
+from chunkq.units import si
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
@@ -88,7 +89,7 @@ def test_predicted_counts_and_bytes_are_exact_and_memory_is_within_10_percent(
     text = peak_memory(ModelCheck(**check), finalizes=True)
     assert f"{depth} chunks in flight" in text
     for key in ("worker_bytes", "loaded_bytes", "finalizer_bytes"):
-        assert size(check[key]) in text
+        assert si(check[key], "B") in text
     unmeasured = ModelCheck(**check | {"finalizer_bytes": None})
     assert "finalizing: unknown" in peak_memory(unmeasured, finalizes=True)
     assert "finalizing" not in peak_memory(unmeasured, finalizes=False)
@@ -119,7 +120,7 @@ def test_the_plan_prints_the_memory_of_arrays_and_its_depth(tmp_path: Path) -> N
     text = workspace.call("plan", "job.json").ok().out
     default = json.loads(workspace.call("plan", "job.json", "--json").ok().out)
     (line,) = [line for line in text.splitlines() if line.startswith("memory")]
-    assert size(default["array_bytes"]) in line
+    assert si(default["array_bytes"], "B") in line
     assert f"{DEFAULT_DEPTH_CPU} chunks in flight" in line
     assert "--check-model" in line
     assert "peak memory" not in text

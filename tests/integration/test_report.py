@@ -2,11 +2,16 @@
 
 import json
 import math
+import re
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chunkq_producer.reports.job_report import load_job_report
+from chunkq_producer.reports.page import page as html_page
 
 from chunkq.errors import ErrorCode
 from tests.harness.networks import toy_model
@@ -168,6 +173,17 @@ def test_the_page_escapes_the_name_of_the_output(tmp_path: Path) -> None:
     content = (folder / "page.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt; &amp; c" in content
     assert "b" not in Page(content).counts
+
+
+def test_the_page_shows_code_in_the_advice_and_escapes_the_rest(sealed: Workspace) -> None:
+    job_report = load_job_report(sealed.job)
+    without_charts = replace(job_report.timing, chunks=0)
+    values = job_report.values | {"advice": 'Set `a<b>` & "c" <d>.'}
+    content = html_page(replace(job_report, values=values, timing=without_charts))
+    Page(content)
+    [advice] = re.findall('<p class="advice">(.*)</p>', content)
+    assert advice.startswith("Set <code>a&lt;b&gt;</code> &amp; ")
+    assert unescape(advice) == 'Set <code>a<b></code> & "c" <d>.'
 
 
 def test_the_report_of_an_unfinished_job_covers_the_chunks_so_far(workspace: Workspace) -> None:

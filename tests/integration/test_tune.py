@@ -219,7 +219,7 @@ def test_a_memory_limit_below_one_patch_is_an_error(workspace: Workspace) -> Non
         1,
         ErrorCode.LIMIT_TOO_SMALL,
         "--memory: ",
-        "30.0 MB",
+        "30 MB",
         options=("--memory", "30MB"),
     )
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from chunkq_worker.tune.file import FIRST_LINE, LAST_LINE, JobFile
 from chunkq_worker.tune.space import Changes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
@@ -120,30 +122,97 @@ def test_json_keeps_its_layout(tmp_path: Path, indent: Any) -> None:
     assert all(line in new_text for line in unchanged)
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(["max_batch_size", "compile", "dtype", "autocast"]),
-        st.one_of(st.integers(1, 4096), st.booleans(), st.sampled_from(["float16", "bfloat16"])),
-    ),
-    st.sampled_from([None, True, False]),
-    st.sampled_from([2, 4]),
+JOB: dict[str, Any] = {
+    "input": "in.zarr",
+    "note": "a 'quoted' # word",
+    "offsets": [[1, 2], [3, 4]],
+    "chunksize": [16, 16],
+    "model_config": {
+        "runtime": "torch",
+        "model_input_shape": [1, 8, 8],
+        "max_batch_size": 4,
+        "dtype": "float32",
+        "options": {"a": 1.5, "b": [True, None]},
+    },
+}
+ALL_CHANGES: Changes = {
+    ("offsets",): [[5, 6], [7, 8]],
+    ("chunksize",): [32, 64],
+    ("storage_chunks",): [8, 8],
+    ("model_config", "max_batch_size"): 128,
+    ("model_config", "dtype"): "bfloat16",
+    ("model_config", "model_input_shape"): [1, 4, 4],
+    ("model_config", "compile"): True,
+}
+LINE_COMMENTS = st.sampled_from(["", "", "  # small", " # [1, {2}: x", "    #", "   # 'a' # \"b\""])
+LINES_BETWEEN = st.sampled_from(
+    ["", "", "\n", "# on its own\n", "\n   # a: b\n\n#c\n", "    # - d\n"]
 )
-def test_the_new_text_parses_to_the_old_values_with_the_changes(
-    tmp_path_factory: pytest.TempPathFactory, model: dict[str, Any], flow: bool | None, indent: int
+
+
+@st.composite
+def job_texts(draw: st.DrawFn) -> str:
+    """Return JOB as YAML in a random order and layout, with comments in all places."""
+
+    def flow(value: Any, column: int) -> str:
+        if isinstance(value, list):
+            comma = st.sampled_from(
+                [", ", ",", " , ", f",\n{' ' * column}", f", # x\n{' ' * column}"]
+            )
+            return f"[{draw(comma).join(flow(item, column + 1) for item in value)}]"
+        quoted = isinstance(value, str) and draw(st.booleans())
+        return value if isinstance(value, str) and value.isalnum() and not quoted else dumps(value)
+
+    def entry(key: str, value: Any, column: int) -> str:
+        indent, comment = " " * column, draw(LINE_COMMENTS)
+        start = draw(LINES_BETWEEN) + indent + draw(st.sampled_from([key, f'"{key}"'])) + ":"
+        if isinstance(value, dict):
+            items = draw(st.permutations(list(value.items())))
+            if draw(st.booleans()):
+                inner = column + draw(st.sampled_from([1, 2, 4]))
+                return f"{start}{comment}\n" + "".join(entry(k, v, inner) for k, v in items)
+            items = [item for item in items if not isinstance(item[1], dict)]
+            gap = draw(st.sampled_from([", ", f",\n  {indent}", f", # x\n  {indent}"]))
+            inside = gap.join(f"{k}: {flow(v, column + 3)}" for k, v in items)
+            return f"{start} {{{inside}}}{comment}\n"
+        if isinstance(value, list) and draw(st.booleans()):
+            dash = indent + draw(st.sampled_from(["- ", "  - ", "-   "]))
+            lines = (draw(LINES_BETWEEN) + dash + flow(v, column + 9) for v in value)
+            return f"{start}{comment}\n" + "".join(f"{x}{draw(LINE_COMMENTS)}\n" for x in lines)
+        return f"{start}{draw(st.sampled_from([' ', '   ']))}{flow(value, column + 1)}{comment}\n"
+
+    entries = [entry(key, value, 0) for key, value in draw(st.permutations(list(JOB.items())))]
+    return draw(st.sampled_from(["", "---\n"])) + "".join(entries) + draw(LINES_BETWEEN)
+
+
+@settings(max_examples=60)
+@given(job_texts(), st.sets(st.sampled_from(sorted(ALL_CHANGES))), st.sampled_from(["\n", "\r\n"]))
+def test_every_comment_and_every_other_value_survives(
+    tmp_path_factory: pytest.TempPathFactory, text: str, keys: set[tuple[str, ...]], newline: str
 ) -> None:
-    folder = tmp_path_factory.mktemp("job")
-    text = yaml.safe_dump(yaml.safe_load(BLOCK), default_flow_style=flow, indent=indent)
-    changes: Changes = {("model_config", key): value for key, value in model.items()}
-    new_text = changed(folder, text, changes)
-    expected = yaml.safe_load(BLOCK)
-    expected["model_config"] |= model
+    expected = yaml.safe_load(text)
+    for *sections, key in keys:
+        section = expected
+        for name in sections:
+            section = section[name]
+        section[key] = ALL_CHANGES[*sections, key]
+    changes = {key: ALL_CHANGES[key] for key in sorted(keys)}
+    new_text = changed(tmp_path_factory.mktemp("job"), text.replace("\n", newline), changes)
     assert yaml.safe_load(new_text) == expected
+    without_header = new_text.removeprefix(HEADER.replace("\n", newline)).replace(newline, "\n")
+    assert layout(without_header) == layout(text)
+
+
+def layout(text: str) -> str:
+    """Return a text without what ALL_CHANGES inserts and with equal values for what it changes."""
+    text = re.sub(r"(storage_chunks: \[8, 8\]|compile: true)(\n *|, )", "", text)
+    return re.sub(r"\d+", "0", re.sub(r'"?b?float\d+"?', "float", text))
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "a: &n 4\nmodel_config: {model_input_shape: [8], max_batch_size: *n}\n",
+        "a: &n 4\nother: *n\nmodel_config: {model_input_shape: [8], max_batch_size: 4}\n",
         "a: &n [4, 4]\nother: *n\nmodel_config: {model_input_shape: [8], max_batch_size: 4}\n",
     ],
     ids=["number", "list"],

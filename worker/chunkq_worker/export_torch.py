@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.units import si
 from chunkq_worker.runtimes.torch_files import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
@@ -108,7 +109,7 @@ def _check_size(module: Any) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > ONNX_LIMIT:
         raise ModelError(
-            f"the network's weights have {size / 1e9:.1f} GB, an ONNX file at most 2 GB; write .pt2"
+            f"the network's weights have {si(size, 'B')}, an ONNX file at most 2 GB; write .pt2"
         )
 
 

@@ -13,6 +13,7 @@ from chunkq.job_handle import JobHandle
 from chunkq.paths import without_secret
 from chunkq.progress import ProgressDisplay
 from chunkq.tasks import chunk_count
+from chunkq.units import duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
     job_at,
@@ -21,7 +22,6 @@ from chunkq_producer.commands.options import (
     queue_of,
     queue_option,
 )
-from chunkq_producer.job_status import duration
 
 
 @click.command()
@@ -106,5 +106,5 @@ def time_summary(report: dict[str, Any]) -> str:
     average = sum(busy) / len(busy) if busy else 0.0
     return (
         f"time: {shares}; devices busy {average:.0%}; finalizing {finalizing:.1f} s; "
-        f"at most {report['peak_rss_bytes'] / 1e6:.0f} MB per worker"
+        f"at most {si(report['peak_rss_bytes'], 'B')} per worker"
     )

@@ -18,11 +18,11 @@ from chunkq.job import load_job
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan import Costs
 from chunkq.tasks import chunk_count
+from chunkq.units import duration, si
 from chunkq_producer.check_model import check_model
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
 from chunkq_producer.engine import is_cpu_only
 from chunkq_producer.finalizer_memory import measure_finalizer_memory
-from chunkq_producer.job_status import duration
 
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to finalize above which the plan recommends larger chunks."""
@@ -157,12 +157,12 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             f"{costs.finalized_blocks} of {costs.chunks} blocks with overlaps, {share:.0%} of the "
             "voxels",
         ),
-        ("read", f"{size(costs.input_bytes)} of input"),
-        ("write", f"{size(costs.output_bytes)} of output"),
-        ("pieces", f"{size(costs.piece_bytes)} of temporary files"),
+        ("read", f"{si(costs.input_bytes, 'B')} of input"),
+        ("write", f"{si(costs.output_bytes, 'B')} of output"),
+        ("pieces", f"{si(costs.piece_bytes, 'B')} of temporary files"),
         (
             "memory",
-            f"at most {size(largest_footprint(job.plans).peak_bytes(depth))} of arrays per worker "
+            f"at most {si(largest_footprint(job.plans).peak_bytes(depth), 'B')} of arrays per worker "
             f"process with {depth} chunks in flight, plus libraries and network"
             + ("" if trial else " (--check-model measures the total)"),
         ),
@@ -203,16 +203,16 @@ def peak_memory(trial: Trial, *, finalizes: bool) -> str:
         parts = [f"of a worker process: unknown, chunks could not be run ({memory.error})"]
     else:
         parts = [
-            f"{size(memory.worker_bytes)} in total per worker process with {memory.depth} chunks "
-            f"in flight ({size(check.loaded_bytes)} of it libraries and network), "
+            f"{si(memory.worker_bytes, 'B')} in total per worker process with {memory.depth} chunks "
+            f"in flight ({si(check.loaded_bytes, 'B')} of it libraries and network), "
             f"measured on {chunk_count(memory.chunks)}"
         ]
     if trial.finalizer_bytes is not None:
-        parts.append(f"{size(trial.finalizer_bytes)} in total to finalize blocks")
+        parts.append(f"{si(trial.finalizer_bytes, 'B')} in total to finalize blocks")
     elif finalizes:
         parts.append("of finalizing: unknown, blocks could not be completed")
     if check.device_bytes is not None:
-        parts.append(f"{size(check.device_bytes)} on the device")
+        parts.append(f"{si(check.device_bytes, 'B')} on the device")
     return "; ".join(parts)
 
 
@@ -225,12 +225,3 @@ def _voxels(shape: tuple[int, ...]) -> float:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
-
-
-def size(number: float) -> str:
-    """Return bytes as `3.2 GB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} PB"

@@ -6,18 +6,18 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from html import escape
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from chunkq.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, TIME_PARTS, Timing
+from chunkq.units import PREFIXES, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import BYTES, STAGE_LABELS
-from chunkq_producer.reports.units import PREFIXES, seconds, si
 
 FIGURE_WIDTH = 8.0
 """Inches."""
@@ -51,7 +51,7 @@ def style() -> AbstractContextManager[None]:
     return rc_context(STYLE)
 
 
-def speed_chart(timing: Timing) -> str:
+def speed_chart(timing: Timing) -> Markup:
     """Plot over time the speed, the workers at work and the devices that compute."""
     timeline = timing.timeline
     unit, name = _time_unit(timing.work_seconds)
@@ -83,7 +83,7 @@ def speed_chart(timing: Timing) -> str:
     )
 
 
-def time_share_chart(report: JobReport) -> str:
+def time_share_chart(report: JobReport) -> Markup:
     """Plot the time shares of each worker, the least busy one on top."""
     labels = report.labels()
     ordered = sorted(report.timing.workers.items(), key=lambda item: item[1].device_busy_share)
@@ -111,7 +111,7 @@ def time_share_chart(report: JobReport) -> str:
     return _svg(figure, f"Time shares of each worker. All workers together: {summary}.")
 
 
-def duration_chart(timing: Timing) -> str:
+def duration_chart(timing: Timing) -> Markup:
     """Plot a histogram of the time per chunk, without waiting for the device and loading."""
     durations, median = timing.durations, timing.stragglers.median
     limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
@@ -146,7 +146,7 @@ def duration_chart(timing: Timing) -> str:
     )
 
 
-def bytes_chart(timing: Timing) -> str:
+def bytes_chart(timing: Timing) -> Markup:
     """Plot the measured and the planned bytes of input, output and pieces."""
     rows = np.arange(len(BYTES))
     measured = [timing.bytes[key] for key in BYTES]
@@ -169,7 +169,7 @@ def bytes_chart(timing: Timing) -> str:
     return _svg(figure, f"Measured and planned bytes: {summary}.")
 
 
-def _svg(figure: Figure, alt: str) -> str:
+def _svg(figure: Figure, alt: str) -> Markup:
     """Return a figure as an SVG element with an alternative text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -178,7 +178,7 @@ def _svg(figure: Figure, alt: str) -> str:
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # not needed inside an HTML page
     svg = re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1))
 
 
 def _time_unit(span: float) -> tuple[float, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from chunkq.timing import STAGES, Timing, Worker
+from chunkq.units import count, seconds, si
 from chunkq_producer.reports.job_report import JobReport
-from chunkq_producer.reports.units import count, percent_of_plan, seconds, si
 
 Rows = list[tuple[str, ...]]
 BYTES = {
@@ -34,11 +34,11 @@ def plan_rows(timing: Timing) -> Rows:
         "blocks finalized": (timing.finalized_blocks, timing.planned_blocks),
     }
     rows: Rows = [
-        (label, *map(count, pair), percent_of_plan(*pair)) for label, pair in counts.items()
+        (label, *map(count, pair), _percent_of_plan(*pair)) for label, pair in counts.items()
     ]
     for key, label in BYTES.items():
         moved, planned = timing.bytes[key], timing.planned_bytes[key]
-        rows.append((label, si(moved, "B"), si(planned, "B"), percent_of_plan(moved, planned)))
+        rows.append((label, si(moved, "B"), si(planned, "B"), _percent_of_plan(moved, planned)))
     return rows
 
 
@@ -103,6 +103,11 @@ def headlines(timing: Timing) -> Rows:
     if timing.paused_seconds > 0.01 * timing.wall_seconds:
         rows.append(("paused", seconds(timing.paused_seconds)))
     return rows
+
+
+def _percent_of_plan(measured: float, planned: float) -> str:
+    """Return the measured value as a percentage of the planned one."""
+    return f"{measured / planned:.1%}" if planned else "as planned" if not measured else "unplanned"
 
 
 def _worker_columns(worker: Worker) -> tuple[str, ...]:

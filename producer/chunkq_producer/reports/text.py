@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from chunkq.units import seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
     STAGE_LABELS,
@@ -20,7 +21,6 @@ from chunkq_producer.reports.rows import (
     straggler_rows,
     worker_rows,
 )
-from chunkq_producer.reports.units import seconds, si
 
 MAX_WORKERS, MAX_STRAGGLERS = 12, 8
 BARS = "▁▂▃▄▅▆▇█"

@@ -17,7 +17,6 @@ from typing import Any
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
-from rich.filesize import decimal
 
 from chunkq import __version__
 from chunkq.allowed_paths import ALLOW_VARIABLE
@@ -28,6 +27,7 @@ from chunkq.job import Job, load_job
 from chunkq.ledger import JobFolder, job_folder_of
 from chunkq.paths import is_url, without_secret
 from chunkq.record import JobRecord
+from chunkq.units import duration, si
 from chunkq.user_code import load_blend_weights
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands import parse_duration
@@ -51,7 +51,6 @@ from chunkq_worker.tune.table import (
     build_table,
     comment_lines,
     describe,
-    format_duration,
     legend_lines,
     row_as_dict,
 )
@@ -361,7 +360,7 @@ def _require_best(result: SearchResult, limits: Limits) -> Row:
         raise ModelError(first.note)
     if first.status == "no time":
         raise ChunkqError(
-            f"--max-time: {format_duration(limits.seconds)} is too short to load and run the "
+            f"--max-time: {duration(max(1.0, limits.seconds))} is too short to load and run the "
             "network; use a longer time",
             code=ErrorCode.LIMIT_TOO_SMALL,
         )
@@ -369,7 +368,7 @@ def _require_best(result: SearchResult, limits: Limits) -> Row:
     if chunks is not None and chunks.status == "failed":
         raise ChunkqError(f"the chunks of the job cannot be computed: {chunks.note}")
     if result.best is None:
-        memory = "no limit" if limits.memory is None else decimal(limits.memory)
+        memory = "no limit" if limits.memory is None else si(limits.memory, "B")
         raise ChunkqError(
             f"--memory: a batch of one patch needs more than {memory}; use a higher limit or "
             "smaller patches",

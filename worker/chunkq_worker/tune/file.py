@@ -1,7 +1,7 @@
 """Change values of a job file in place and write a comment at its top.
 
-Values are replaced in the text at the positions that PyYAML's parser reports. All comments, blank
-lines and quotes are preserved, unlike when the parsed file is serialized again.
+yaml-edit changes the text of the values only. Comments, blank lines, quotes and indentation of
+everything else stay byte-identical. JSON is edited the same way, as YAML in flow style.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq_worker.tune.space import Changes
 
+if TYPE_CHECKING:
+    from yaml_edit import Document, Mapping, Node
+
 FIRST_LINE, LAST_LINE = "# chunkq tune: ", "# end of chunkq tune"
 BACKUP_SUFFIX = ".before-tune"
 UNEDITABLE = "values cannot be changed without changing other keys (YAML anchors?)"
 BYTE_ORDER_MARK = "\ufeff"
 """Stays the first character of the file."""
+NEIGHBORS = ("model_config", "model_input_shape")
+"""A new key is inserted before the one of these that its mapping has, else before the first key."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class JobFile:
         """
         is_json = self.path.suffix == ".json"
         text = self.content.decode()
-        text = _apply_edits(text, changes, is_json=is_json)
+        with suppress(ValueError, KeyError):  # then `_check` raises
+            text = _with_changes(text, changes, is_json=is_json)
         if not is_json:
             text = _with_comment(text, title, table)
         self._check(text, changes, is_json=is_json)
@@ -109,7 +115,8 @@ class JobFile:
             is_equal = False
         if not is_equal:
             assignments = "; ".join(
-                f"{'.'.join(k)}: {_to_flow_style(v)}" for k, v in changes.items()
+                f"{'.'.join(k)}: {v if isinstance(v, str) else json.dumps(v)}"
+                for k, v in changes.items()
             )
             raise ChunkqError(
                 f"{self.path}: {UNEDITABLE}; set them by hand: {assignments}",
@@ -133,58 +140,46 @@ def _write(path: Path, content: bytes, template: Path) -> None:
         raise
 
 
-def _apply_edits(text: str, changes: Changes, *, is_json: bool) -> str:
-    """Return the text with values replaced and new keys inserted."""
-    # PyYAML rejects tabs between the tokens of JSON; a space has the same length.
-    readable = text.replace("\t", " ") if is_json else text
-    newline = "\r\n" if "\r\n" in text else "\n"
-    edits: list[tuple[int, int, str]] = []
+def _with_changes(text: str, changes: Changes, *, is_json: bool) -> str:
+    """Return the text with values replaced and new keys inserted. Raise ValueError if it cannot."""
+    from yaml_edit import YamlFile  # imported here because only this function edits files
+
+    file = YamlFile.parse(text)
     for (*sections, key), value in changes.items():
-        node = yaml.compose(readable, Loader=yaml.SafeLoader)
+        mapping = _mapping(file.document())
         for name in sections:
-            node = _mapping_entries(node)[name][1]
-        entries = _mapping_entries(node)
-        if key in entries:
-            edits += _replacement_edits(entries[key][1], value, is_json=is_json)
+            mapping = _mapping(mapping[name])
+        if key in mapping:
+            _replace(mapping, key, value, is_json=is_json)
         else:
-            edits.append(_insertion_edit(node, key, value, newline, is_json=is_json))
-    for start, stop, new in sorted(edits, reverse=True):
-        text = text[:start] + new + text[stop:]
-    return text
+            neighbor = next(name for name in (*NEIGHBORS, *mapping) if name in mapping)
+            mapping.insert_before(neighbor, key, _node(value, is_json=is_json))
+    return str(file)
 
 
-def _mapping_entries(node: Any) -> dict[str, tuple[Any, Any]]:
-    """Return key -> (node of the key, node of the value)."""
-    return {key.value: (key, value) for key, value in node.value}
+def _mapping(node: Document | Node | None) -> Mapping:
+    """Return a node as a mapping. Raise ValueError for another node, such as a YAML alias."""
+    mapping = None if node is None else node.as_mapping()
+    if mapping is None:
+        raise ValueError("not a mapping")
+    return mapping
 
 
-def _replacement_edits(node: Any, value: Any, *, is_json: bool) -> list[tuple[int, int, str]]:
-    """Return edits (start, stop, text) that replace a value; lists are edited item by item."""
-    if isinstance(node, yaml.SequenceNode) and len(node.value) == len(value):
-        pairs = zip(node.value, value, strict=True)
-        nested = [_replacement_edits(item, new, is_json=is_json) for item, new in pairs]
-        return [edit for edits in nested for edit in edits]
-    return [(node.start_mark.index, node.end_mark.index, _to_flow_style(value, quoted=is_json))]
+def _replace(container: Any, key: str | int, value: Any, *, is_json: bool) -> None:
+    """Replace the value of a key or an item. Lists are replaced item by item."""
+    sequence = container[key].as_sequence()
+    if sequence is not None and isinstance(value, list) and len(sequence) == len(value):
+        for number, item in enumerate(value):
+            _replace(sequence, number, item, is_json=is_json)
+    else:
+        container[key] = _node(value, is_json=is_json)
 
 
-def _insertion_edit(
-    node: Any, key: str, value: Any, newline: str, *, is_json: bool
-) -> tuple[int, int, str]:
-    """Return the edit that inserts a key before `model_config`, `model_input_shape`, or the first.
+def _node(value: Any, *, is_json: bool) -> Any:
+    """Return what yaml-edit writes as a value: lists in flow style, strings of JSON in quotes."""
+    from yaml_edit import Document
 
-    These keys are at the top level and in `model_config`.
-    """
-    entries = _mapping_entries(node)
-    neighbor = entries.get("model_config") or entries.get("model_input_shape")
-    position = (neighbor or next(iter(entries.values())))[0].start_mark
-    entry = f"{_to_flow_style(key, quoted=is_json)}: {_to_flow_style(value, quoted=is_json)}"
-    gap = ", " if node.flow_style else newline + " " * position.column
-    return position.index, position.index, entry + gap
-
-
-def _to_flow_style(value: Any, *, quoted: bool = False) -> str:
-    """Return a value on one line in YAML's flow style; with `quoted`, strings are valid JSON."""
-    return value if isinstance(value, str) and not quoted else json.dumps(value)
+    return Document.parse(json.dumps(value)).root() if is_json or isinstance(value, list) else value
 
 
 def _with_comment(text: str, title: str, table: Sequence[str]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.filesize import decimal
 from rich.table import Table
 
+from chunkq.units import duration, si
 from chunkq_worker.tune.search import ALLOWED_CHANGE, Row, SearchResult, Setting, Stage
 
 COMMENT_WIDTH = 112
@@ -65,9 +65,9 @@ def build_table(result: SearchResult, width: int) -> Table:
 def _cells(row: Row, result: SearchResult) -> list[str]:
     measurement, cost = row.measurement, row.cost
     usable = row.seconds < inf
-    memory = decimal(measurement.peak_bytes) if measurement.peak_bytes else ""
+    memory = si(measurement.peak_bytes, "B") if measurement.peak_bytes else ""
     if measurement.device_bytes is not None:
-        memory += f" + {decimal(measurement.device_bytes)} GPU"
+        memory += f" + {si(measurement.device_bytes, 'B')} GPU"
     remarks: list[str] = []
     if measurement.status != "ok":
         note = f": {measurement.note[:200]}" if measurement.note else ""
@@ -80,9 +80,9 @@ def _cells(row: Row, result: SearchResult) -> list[str]:
         "  " + describe(row.setting, row.stage, cost.chunksize),
         _format_rate(measurement.rate) if usable else "",
         memory,
-        format_duration(row.seconds) if usable else "",
+        duration(max(1.0, row.seconds)) if usable else "",
         str(cost.chunks),
-        decimal(cost.piece_bytes),
+        si(cost.piece_bytes, "B"),
         "" if measurement.difference is None else f"{measurement.difference:.1g}",
         ", ".join(remarks),
     ]
@@ -151,11 +151,3 @@ def _format_rate(rate: float) -> str:
 def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as `64×64×32`."""
     return "×".join(map(str, shape))
-
-
-def format_duration(seconds: float) -> str:
-    """Return seconds as `1 h 02 min`, `3 min 05 s` or `12 s`."""
-    total = max(1, round(seconds))
-    if total >= 3600:
-        return f"{total // 3600} h {total % 3600 // 60:02d} min"
-    return f"{total // 60} min {total % 60:02d} s" if total >= 60 else f"{total} s"

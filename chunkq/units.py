@@ -1,22 +1,28 @@
-"""Format numbers for people."""
+"""Format quantities for people: bytes, rates, durations and counts."""
 
 from __future__ import annotations
-
-from chunkq_producer.job_status import duration
 
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def si(value: float, unit: str) -> str:
-    """Return a value with an SI prefix: `3.2 GB`, `850 voxels/s`."""
+    """Return a value with three digits and an SI prefix: `3.2 GB`, `850 voxels/s`."""
     for factor, prefix in PREFIXES:
         if abs(value) >= 0.9995 * factor:
             return f"{_three_digits(value / factor)} {prefix}{unit}"
     return f"{_three_digits(value)} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """Return whole seconds: `1 h 02 min`, `3 min 05 s`, `12 s`."""
+    rounded = round(seconds)
+    if rounded >= 3600:
+        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+    return f"{rounded // 60} min {rounded % 60:02d} s" if rounded >= 60 else f"{rounded} s"
+
+
 def seconds(value: float) -> str:
-    """Return a duration: `0.25 s`, `12.3 s`, `3 min 05 s`."""
+    """Return a duration with up to three digits: `51 ms`, `0.25 s`, `12.3 s`, `3 min 05 s`."""
     if value >= 99.5:
         return duration(value)
     if 5e-5 <= value < 0.0995:
@@ -27,11 +33,6 @@ def seconds(value: float) -> str:
 def count(value: float) -> str:
     """Return an integer with thousands separated."""
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def percent_of_plan(measured: float, planned: float) -> str:
-    """Return the measured value as a percentage of the planned one."""
-    return f"{measured / planned:.1%}" if planned else "as planned" if not measured else "unplanned"
 
 
 def _three_digits(value: float) -> str:
