@@ -126,7 +126,6 @@ def make_job(
 def headers(job: JobHandle) -> int:
     """Return the bytes that `Ledger.put_piece` writes in addition to the voxels of the pieces."""
     plan, epoch = job.plan, job.record.epoch
-    channels = (plan.channels,) if plan.channel_axis else ()
     total = 0
     for chunk in map(plan.chunk, plan.indices()):
         if not chunk.is_active:
@@ -137,7 +136,7 @@ def headers(job: JobHandle) -> int:
         ]
         if chunk.has_band:
             bands = [("<f4", (plan.channels, *box.shape)) for box in chunk.band_boxes]
-            rest = [(plan.output_dtype.str, (*channels, *b.shape)) for b in chunk.rest_boxes]
+            rest = [(plan.output_dtype.str, plan.output_box(b).shape) for b in chunk.rest_boxes]
             pieces.append((chunk.index, OWN_PIECE, [*bands, *rest]))
         for block, name, arrays in pieces:
             path = f"pieces/{ITEM}/{chunk_name(block)}/{name}"

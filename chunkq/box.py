@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import EllipsisType
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,13 @@ class Box:
         return tuple(
             slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True)
         )
+
+    def index(self, origin: Sequence[int]) -> tuple[slice | EllipsisType, ...]:
+        """Return the index that selects this box in an array (…, *S) whose first voxel is `origin`.
+
+        Leading axes, such as channels, are kept whole. The result of indexing is a view.
+        """
+        return (..., *self.slices(origin))
 
     def without_corner(self, corner: Sequence[int]) -> Iterator[Box]:
         """Yield disjoint, non-empty boxes that cover exactly `self` without `[corner, stop)`.

@@ -112,9 +112,7 @@ class JobHandle:
         """
         if not box.size:
             return 0
-        if self.plan.channel_axis:
-            box = Box((0, *box.start), (self.plan.channels, *box.stop))
-        self.target.write(box, values)
+        self.target.write(self.plan.output_box(box), values)
         return values.nbytes
 
 

@@ -50,7 +50,8 @@ def new_record(record: JobRecord, plan: Plan, *, replaces: bool) -> JobRecord:
     epoch = record.new_epoch()
     has_final_name = is_url(record.job.output) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
-    shape, channels = plan.output_shape, ((1,) if plan.channel_axis else ())
+    shape = plan.output_shape
+    channels = (1,) * (len(shape) - plan.rank)
     chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
     metadata = array_metadata(
         name,

@@ -207,7 +207,13 @@ class Plan:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the output: ([C,] *S)."""
-        return (self.channels, *self.volume.shape) if self.channel_axis else self.volume.shape
+        return self.output_box(Box.of_shape(self.volume.shape)).shape
+
+    def output_box(self, box: Box) -> Box:
+        """Return the box of the output array ([C,] *S) that holds all values of a box of voxels."""
+        if not self.channel_axis:
+            return box
+        return Box((0, *box.start), (self.channels, *box.stop))
 
     def indices(self) -> Iterator[Index]:
         """Yield the index of every chunk in C order (last axis fastest)."""

@@ -31,15 +31,10 @@ def regions(
             own_block = contribution.own_block
             for piece, sums in contribution.pieces:
                 # A view would keep the sums of the whole chunk in memory.
-                copy = sums if sums.flags.owndata else sums.copy()
-                pending.setdefault(piece.target, {})[piece] = copy
+                pending.setdefault(piece.target, {})[piece] = (
+                    sums if sums.flags.owndata else sums.copy()
+                )
             if chunk.core.size:
                 yield chunk.core, contribution.core
         if chunk.has_band:
             yield from finalize_sums(plan, chunk, own_block, pending.pop(chunk.index, {}))
-
-
-def output_slices(plan: Plan, box: Box) -> tuple[slice, ...]:
-    """Return the slices that select a box of voxels in an array of shape `plan.output_shape`."""
-    spatial = box.slices((0,) * plan.rank)
-    return (slice(0, plan.channels), *spatial) if plan.channel_axis else spatial

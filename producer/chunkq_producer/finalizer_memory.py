@@ -83,10 +83,9 @@ def _write_noise_pieces(job: JobHandle, chunk: Chunk) -> None:
     The values are not zero because blocks of zeros are not stored.
     """
     plan, rng = job.plan, np.random.default_rng(0)
-    channel_shape = (plan.channels,) if plan.channel_axis else ()
     if chunk.is_active:
         band = [_sums(plan, box, rng) for box in chunk.band_boxes]
-        shapes = [(*channel_shape, *box.shape) for box in chunk.rest_boxes]
+        shapes = [plan.output_box(box).shape for box in chunk.rest_boxes]
         rest = [rng.integers(0, 200, shape, np.uint8) for shape in shapes]
         job.ledger.put_piece(
             chunk.index, OWN_PIECE, [*band, *(values.astype(plan.output_dtype) for values in rest)]

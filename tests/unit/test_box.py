@@ -101,6 +101,26 @@ def test_slices_select_the_box_in_an_array_with_an_origin(
     assert {tuple(int(i) for i in position) for position in selected} == voxels(box)
 
 
+@given(two_boxes(), st.lists(st.integers(0, 3), max_size=2))
+def test_an_index_selects_the_box_in_every_leading_entry(
+    pair: tuple[Box, Box], leading: list[int]
+) -> None:
+    outer, box = pair
+    box = box & outer
+    positions = np.indices(outer.shape).transpose(*range(1, len(outer.shape) + 1), 0)
+    array = np.broadcast_to(positions, (*leading, *positions.shape))
+    for axis in range(len(outer.shape)):
+        selected = array[..., axis][box.index(outer.start)]
+        assert selected.shape == (*leading, *box.shape)
+        assert (selected == positions[..., axis][box.slices(outer.start)]).all()
+
+
+def test_indexing_with_a_box_returns_a_view() -> None:
+    array = np.zeros((2, 3, 4))
+    array[Box((1,), (3,)).index((0,))] = 1
+    assert array.sum() == 2 * 3 * 2
+
+
 def _mask(outer: Box, box: Box) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     array = np.zeros(outer.shape, dtype=np.bool_)
     array[box.slices(outer.start)] = True

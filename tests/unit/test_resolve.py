@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkq.box import Box
 from chunkq.errors import ErrorCode, JobError
 from chunkq.footprint import footprint
 from chunkq.resolve import MAX_CHUNK_BYTES, MIN_CHUNKS
@@ -406,3 +407,6 @@ def test_only_weighted_averages_are_stored_with_channels(
     plan = plan_for((8, 9), (4, 4), **keys)
     assert (plan.output_dtype, plan.output_shape) == (np.dtype(dtype), shape)
     assert plan.stored_channels == (shape[0] if len(shape) == 3 else 1)
+    box = Box((2, 3), (4, 9))
+    channels = Box.of_shape(shape[: len(shape) - 2])
+    assert plan.output_box(box) == Box(channels.start + box.start, channels.stop + box.stop)

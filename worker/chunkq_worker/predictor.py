@@ -26,7 +26,7 @@ from chunkq.prediction import Prediction
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
 from chunkq.stores import Array, read_padded
-from chunkq.streaming import output_slices, regions
+from chunkq.streaming import regions
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine, get_device
 from chunkq_worker.inline import NoQueue, compute_inline, pipelined
 from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
@@ -142,7 +142,7 @@ class Predictor:
         for region, values in self._stream(plan, arrays, progress):
             stored[region] = values
             if is_averaged:
-                averages = values if plan.channel_axis else values[np.newaxis]
+                averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
                 labels[region[-plan.rank :]] = reduce_and_cast(averages, "soft", dtype)
         inputs = tuple(read_all(array) for array in arrays)
         probabilities = stored.reshape(plan.channels, *plan.volume.shape) if is_averaged else None
@@ -229,7 +229,8 @@ class Predictor:
     def _stream(self, plan: Plan, arrays: Sequence[Array], progress: Progress) -> Regions:
         self._check_open()
         for box, values in regions(plan, self._computed(plan, arrays, progress)):
-            yield output_slices(plan, box), values
+            region = plan.output_box(box)
+            yield region.slices((0,) * len(region.shape)), values
 
     def _computed(
         self, plan: Plan, arrays: Sequence[Array], progress: Progress
