@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,27 @@ def zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 def contiguous(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the array if it is in C order, else a copy that is, allocated by `zeros`."""
     return array if array.flags.c_contiguous else cast(array, array.dtype)
+
+
+def compact(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array if it is all of the memory that it keeps, else a copy in C order.
+
+    A view keeps the whole memory of the array that it shows. The copy is allocated by `zeros`.
+    """
+    return array if _kept_bytes(array) <= array.nbytes else cast(array, array.dtype)
+
+
+def _kept_bytes(array: npt.NDArray[Any]) -> float:
+    """Return the size of the memory that an array keeps; infinity if its owner does not say it."""
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if owner.base is None:
+        return owner.nbytes
+    try:
+        return memoryview(owner.base).nbytes
+    except TypeError:  # such as a tensor, which can itself be a view
+        return inf
 
 
 def cast(array: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

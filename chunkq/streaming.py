@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chunkq import buffers
 from chunkq.blend import Contribution, finalize_sums
 from chunkq.box import Box
 from chunkq.plan import Chunk, Index, Piece, Plan
@@ -31,9 +32,7 @@ def regions(
             own_block = contribution.own_block
             for piece, sums in contribution.pieces:
                 # A view would keep the sums of the whole chunk in memory.
-                pending.setdefault(piece.target, {})[piece] = (
-                    sums if sums.flags.owndata else sums.copy()
-                )
+                pending.setdefault(piece.target, {})[piece] = buffers.compact(sums)
             if chunk.core.size:
                 yield chunk.core, contribution.core
         if chunk.has_band:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import hypothesis.extra.numpy as arrays_of
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,3 +85,31 @@ def resident_bytes() -> int:
     """Return the resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+class Storage:
+    """Memory that NumPy can show but that does not say its size, such as a tensor."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array = array
+        self.__array_interface__ = array.__array_interface__
+
+
+@pytest.mark.parametrize("edge", [4, buffers.LARGE_BYTES])  # on the heap, in a mapping
+def test_only_an_array_that_keeps_other_memory_is_copied_to_be_compact(edge: int) -> None:
+    array = buffers.zeros((2, edge), np.float32)
+    for same in (array, array.T, array.reshape(edge, 2), array[:], array[::-1]):
+        assert buffers.compact(same) is same
+    for view in (array[:1], array[:1].reshape(-1)[:], array[:, 1:]):
+        copy = buffers.compact(view)
+        assert not np.shares_memory(copy, array)
+        assert buffers.compact(copy) is copy
+        assert (copy.shape, copy.dtype) == (view.shape, view.dtype)
+        assert (copy == view).all()
+
+
+def test_an_array_over_memory_of_unknown_size_is_copied_to_be_compact() -> None:
+    array = np.arange(4)
+    shown = np.asarray(Storage(array))
+    assert np.shares_memory(shown, array)
+    assert not np.shares_memory(buffers.compact(shown), array)
