@@ -20,7 +20,7 @@ from chunkq.executors.base import Attempt
 from chunkq.finalize import OWN_PIECE, complete_block, max_concurrent_blocks
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.memory import peak_bytes
-from chunkq.parent_death_signal import with_parent_death_signal
+from chunkq.parent_process import with_parent_death_signal
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import sample_chunks

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from chunkq.parent_death_signal import with_parent_death_signal
+from chunkq.parent_process import with_parent_death_signal
 from chunkq.record import JobRecord
 from chunkq.scratch import scratch_folder
 

@@ -21,6 +21,7 @@ from types import FrameType
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
+from chunkq.parent_process import when_parent_ends
 from chunkq.scratch import delete_own_folders
 
 EXIT_REQUEUED = 5
@@ -55,7 +56,7 @@ def main() -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    when_parent_ends(_abort)
     options = WorkerOptions(
         worker=process_options.worker,
         depth=process_options.depth,
@@ -78,9 +79,7 @@ def main() -> int:
     return status.code
 
 
-def _end_with_supervisor() -> None:
-    """Wait until the supervisor's pipe closes, then end this process."""
-    sys.stdin.read()
+def _abort() -> None:
     delete_own_folders()
     os._exit(1)
 
