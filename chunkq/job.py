@@ -128,6 +128,21 @@ class ModelConfig(Section):
         )
         return {key: path for key in keys if (path := getattr(self, key)) is not None}
 
+    def lost_axis(self, rank: int) -> int | None:
+        """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
+
+        `rank` is the number of spatial axes, which are the last entries of `model_input_shape`.
+        The result is out of their range if `lost_dim` names no spatial axis.
+        """
+        return None if self.lost_dim is None else self.lost_dim - len(self.model_input_shape) + rank
+
+    def output_patch(self, rank: int) -> tuple[int, ...]:
+        """Return the shape that the network returns along the `rank` spatial axes."""
+        if self.model_output_shape is not None:
+            return self.model_output_shape[-rank:]
+        lost = self.lost_axis(rank)
+        return tuple(1 if a == lost else p for a, p in enumerate(self.model_input_shape[-rank:]))
+
 
 class Job(Section):
     """A job: a network, the volumes and how overlapping predictions are combined.

@@ -145,11 +145,8 @@ class _Shapes:
         model_output = job.model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
         self.patch = model_input[-rank:]
-        self.output = model_output[-rank:]
-        lost = job.model.lost_dim
-        self.lost_axis = None if lost is None else lost - (len(model_input) - rank)
-        if self.lost_axis is not None and job.model.model_output_shape is None:
-            self.output = tuple(1 if a == self.lost_axis else q for a, q in enumerate(self.output))
+        self.output = job.model.output_patch(rank)
+        self.lost_axis = job.model.lost_axis(rank)
         self.channels = model_output[0] if len(model_output) > rank else 1
         self.channel_axis = len(model_output) > rank and job.combine == "weighted_avg"
         self.margin = job.margin or (0,) * rank

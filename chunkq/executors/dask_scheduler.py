@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from chunkq.errors import QueueError
 from chunkq.executors import credentials
 from chunkq.executors.dask import Address, QueuePlugin, check_protocol, silence_dask
 from chunkq.executors.dask_tls import load_security
+from chunkq.parent_process import when_parent_ends
 from chunkq.scratch import delete_abandoned
 
 
@@ -100,9 +100,7 @@ def _print_answer(answer: dict[str, str]) -> None:
     sys.stdout.flush()
 
 
-def _end_with_parent() -> None:
-    """Wait for the end of standard input, which means that the parent ended; clean up and exit."""
-    sys.stdin.read()
+def _clean_up_and_exit() -> None:
     for clean_up in _cleanups:
         clean_up()
     os._exit(0)
@@ -113,5 +111,5 @@ _cleanups: list[Callable[[], None]] = [delete_abandoned]
 
 if __name__ == "__main__":
     silence_dask()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    when_parent_ends(_clean_up_and_exit)
     asyncio.run(_serve(json.loads(sys.argv[1])))

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.parent_process import when_parent_ends
 from chunkq.scratch import delete_abandoned, scratch_folder
 
 MAX_FOLDER_LENGTH = 24
@@ -148,9 +149,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_parent() -> None:
-    """Wait for the end of standard input, which means that the parent ended; then end Ray."""
-    sys.stdin.read()
+def _kill_node() -> None:
+    """Kill Ray and this process, and delete Ray's temporary files."""
     processes = psutil.Process().children(recursive=True)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -163,5 +163,5 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     from ray.scripts.scripts import main
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    when_parent_ends(_kill_node)
     main()

@@ -20,7 +20,7 @@ from chunkq.executors.base import Attempt
 from chunkq.finalize import max_concurrent_blocks
 from chunkq.job_handle import ItemHandle, open_job
 from chunkq.memory import peak_bytes
-from chunkq.parent_death_signal import with_parent_death_signal
+from chunkq.parent_process import with_parent_death_signal
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import sample_chunks

@@ -14,7 +14,7 @@ from chunkq_worker.predictor import Predictor
 from chunkq_worker.runtimes import base
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.host_runtime import HostRuntime
-from chunkq_worker.runtimes.onnx import OnnxRuntime
+from chunkq_worker.runtimes.onnx_host import OnnxRuntime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, JobError, ModelError

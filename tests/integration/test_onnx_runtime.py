@@ -20,8 +20,7 @@ import onnxruntime
 import pytest
 import torch
 from chunkq_worker.batching import Batcher
-from chunkq_worker.runtimes import onnx as onnx_runtime
-from chunkq_worker.runtimes import onnx_cuda
+from chunkq_worker.runtimes import onnx_cuda, onnx_host
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
@@ -776,6 +775,6 @@ def test_layers_that_normalize_with_statistics_of_the_patch_are_listed(
 
 def test_close_releases_the_session(network: Path) -> None:
     runtime = load(network)
-    assert isinstance(runtime, onnx_runtime.OnnxRuntime)
+    assert isinstance(runtime, onnx_host.OnnxRuntime)
     runtime.close()
     assert runtime._session is None

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job import Job, job_schema, load_job, parse_job
+from chunkq.job import Job, ModelConfig, job_schema, load_job, parse_job
 from tests.strategies import job_values
 
 CLASS = {"runtime": "torch", "type": "class", "model_input_shape": [4, 4]}
@@ -505,3 +505,29 @@ def test_the_schema_has_the_key_names_of_the_job_file() -> None:
     assert set(schema["properties"]) >= {"input", "output", "model_config", "strides"}
     assert set(schema["required"]) == {"input", "output", "model_config"}
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("shapes", "lost_axis", "output_patch"),
+    [
+        ({"model_input_shape": [5, 8, 9]}, None, (5, 8, 9)),
+        ({"model_input_shape": [1, 5, 8, 9]}, None, (5, 8, 9)),
+        ({"model_input_shape": [5, 8, 9], "lost_dim": 0}, 0, (1, 8, 9)),
+        ({"model_input_shape": [1, 5, 8, 9], "lost_dim": 1}, 0, (1, 8, 9)),
+        ({"model_input_shape": [1, 8, 9, 5], "lost_dim": 3}, 2, (8, 9, 1)),
+        # The declared shape holds, also where it contradicts `lost_dim`, which `resolve` reports.
+        (
+            {"model_input_shape": [5, 8, 9], "model_output_shape": [2, 3, 4, 7], "lost_dim": 0},
+            0,
+            (3, 4, 7),
+        ),
+        # `lost_dim` names the channel axis, which `resolve` reports.
+        ({"model_input_shape": [1, 5, 8, 9], "lost_dim": 0}, -1, (5, 8, 9)),
+    ],
+)
+def test_the_lost_axis_counts_spatial_axes_and_has_one_slice(
+    shapes: dict[str, Any], lost_axis: int | None, output_patch: tuple[int, ...]
+) -> None:
+    model = ModelConfig(runtime="numpy", type="class", **shapes)
+    assert model.lost_axis(3) == lost_axis
+    assert model.output_patch(3) == output_patch

@@ -280,11 +280,12 @@ def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:
     """Return the allowed shapes of an output item: as declared, and without axis `lost_dim`."""
     model = plan.job.model
     declared = model.model_output_shape or model.model_input_shape
-    if model.lost_dim is None:
+    lost_axis = model.lost_axis(plan.rank)
+    if lost_axis is None:
         return [declared]
     channels = declared[: -plan.rank]
     full = (*channels, *plan.output_patch)
-    axis = model.lost_dim - len(model.model_input_shape) + plan.rank + len(channels)
+    axis = len(channels) + lost_axis
     return [full, full[:axis] + full[axis + 1 :]]
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +28,7 @@ from chunkq.executors.settings import override_settings
 from chunkq.job_handle import open_job
 from chunkq.job_path import output_path
 from chunkq.ledger import job_folder_of
+from chunkq.parent_process import when_parent_ends
 from chunkq.paths import without_secret
 from chunkq.stages.completion import job_completion
 from chunkq.tasks import JobId
@@ -114,7 +114,7 @@ def work(
     executor = open_shared(url)
     executor.check_ready()
     if lifeline:
-        threading.Thread(target=_stop_when_stdin_closes, daemon=True).start()
+        when_parent_ends(_stop)
     folder = None if job is None else job_folder_of(output_path(job, base))
     before = _jobs(executor, folder)
     supervisor = Supervisor(
@@ -188,8 +188,7 @@ def parse_duration(option: str, text: str) -> float:
     return float(hours * 3600 + minutes * 60 + seconds)
 
 
-def _stop_when_stdin_closes() -> None:
-    sys.stdin.read()
+def _stop() -> None:
     for _ in range(2):  # the second signal requeues what is still in flight
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)

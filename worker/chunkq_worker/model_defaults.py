@@ -66,11 +66,7 @@ def job_for_model(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def half_strides(model: ModelConfig, rank: int) -> list[int]:
     """Return half the output patch along each spatial axis, at least 1."""
-    shape = (model.model_output_shape or model.model_input_shape)[-rank:]
-    strides = [max(1, n // 2) for n in shape]
-    if model.lost_dim is not None and model.model_output_shape is None:
-        axis = model.lost_dim - len(model.model_input_shape) + rank
-        strides = [1 if a == axis else n for a, n in enumerate(strides)]
+    strides = [max(1, n // 2) for n in model.output_patch(rank)]
     # If the shapes do not match the volume, report that instead of an error about strides.
     return strides if len(strides) == rank else [1] * rank
 

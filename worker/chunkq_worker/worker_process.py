@@ -21,6 +21,7 @@ from chunkq import json_values
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.executors import open_executor
 from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
+from chunkq.parent_process import when_parent_ends
 from chunkq.scratch import delete_own_folders
 from chunkq_worker.worker_main import serve
 
@@ -52,7 +53,7 @@ def main() -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    threading.Thread(target=_end_with_supervisor, daemon=True).start()
+    when_parent_ends(_abort)
     options = WorkerOptions(
         worker=process_options.worker,
         depth=process_options.depth,
@@ -75,9 +76,7 @@ def main() -> int:
     return status.code
 
 
-def _end_with_supervisor() -> None:
-    """Wait until the supervisor's pipe closes, then end this process."""
-    sys.stdin.read()
+def _abort() -> None:
     delete_own_folders()
     os._exit(1)
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.parent_death_signal import with_parent_death_signal
+from chunkq.parent_process import with_parent_death_signal
 
 
 @dataclass(frozen=True)

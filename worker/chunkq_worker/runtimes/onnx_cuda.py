@@ -13,8 +13,8 @@ from typing_extensions import override
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.onnx import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_graph import Graph
+from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.steps import Steps
 

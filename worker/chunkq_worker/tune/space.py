@@ -82,7 +82,7 @@ class SearchSpace:
             raise JobError(
                 f"--patch-sizes: {printed} has {len(lengths)} lengths, expected 1 or {rank}"
             )
-        lost_axis = self._lost_axis
+        lost_axis = self._record.job.model.lost_axis(rank)
         return tuple(current[a] if a == lost_axis else lengths[0] for a in range(rank))
 
     @cached_property
@@ -116,19 +116,13 @@ class SearchSpace:
                 lengths.append(min(chunk, -(-min(chunk, length) // 2 // storage) * storage))
         return tuple(lengths)
 
-    @property
-    def _lost_axis(self) -> int | None:
-        model = self._record.job.model
-        if model.lost_dim is None:
-            return None
-        return model.lost_dim - (len(model.model_input_shape) - self._plan.rank)
-
     def _patch_changes(self, patch: Shape) -> Changes:
         """Return the changes for another patch with the same margin and relative overlap."""
         job, plan = self._record.job, self._plan
         model, rank = job.model, plan.rank
+        lost_axis = model.lost_axis(rank)
         outputs = tuple(
-            q if a == self._lost_axis else new - (p - q)
+            q if a == lost_axis else new - (p - q)
             for a, (new, p, q) in enumerate(
                 zip(patch, plan.input_patch, plan.output_patch, strict=True)
             )

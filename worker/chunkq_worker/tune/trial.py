@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -31,6 +30,7 @@ from chunkq.job import load_job
 from chunkq.job_handle import JobHandle
 from chunkq.memory import peak_bytes
 from chunkq.padded_reading import read_padded
+from chunkq.parent_process import when_parent_ends
 from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import fullest_chunk, sample_chunks
@@ -71,7 +71,7 @@ class TooLargeError(Exception):
 def main() -> None:
     """Run the trial and write its measurement to standard output."""
     options = json_values.decode(TrialOptions, sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    when_parent_ends(lambda: os._exit(1))
     stages: dict[Stage, Callable[[TrialOptions, JobRecord], Measurement]] = {
         "network": _measure_network,
         "pipeline": _measure_pipeline,
@@ -89,11 +89,6 @@ def main() -> None:
     sys.stdout.buffer.write(b"\n%b\n" % json_values.encode(measurement))
     sys.stdout.flush()
     os._exit(0)  # do not wait for a compiler's helper processes or reader threads
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

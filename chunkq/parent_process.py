@@ -1,0 +1,53 @@
+"""End child processes with their parent, also if the parent is killed.
+
+A process of this package watches its standard input: its parent holds the other end of the pipe,
+which closes when the parent ends. Any other program gets a signal from the kernel.
+
+As a script, `python -I -S parent_process.py PARENT SIGNAL PROGRAM [ARGUMENT…]` requests the signal
+(`PR_SET_PDEATHSIG`) and replaces itself with PROGRAM. On systems other than Linux the program runs
+without the signal.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+PR_SET_PDEATHSIG = 1
+
+
+def when_parent_ends(end: Callable[[], object]) -> None:
+    """Call a function, which ends this process, in a new thread once standard input is closed.
+
+    The parent starts this process with `stdin=PIPE`, may write to the pipe before this call, and
+    keeps it open.
+    """
+
+    def wait() -> None:
+        sys.stdin.read()
+        end()
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def with_parent_death_signal(command: Sequence[str], number: int) -> list[str]:
+    """Wrap a command so that the child gets signal `number` when the calling thread ends."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(int(number)), *command]
+
+
+def main(parent: int, number: int, command: list[str]) -> None:
+    """Request the signal and replace this process with the command.
+
+    Exit with status 1 if the process `parent` has already ended.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+        if os.getppid() != parent:  # the parent ended before the request
+            sys.exit(1)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,88 @@
+"""ONNX Runtime with batches and results in host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from chunkq.combine import Array
+from chunkq.job import ModelConfig
+from chunkq_worker.runtimes.host_runtime import HostRuntime
+from chunkq_worker.runtimes.onnx_file import open_session
+from chunkq_worker.runtimes.onnx_graph import Graph
+from chunkq_worker.runtimes.onnx_import import onnxruntime
+from chunkq_worker.steps import Steps
+
+TILE_NORMS = frozenset({"InstanceNormalization", "GroupNormalization"})
+"""Operators that normalize with the mean and variance of the current patch."""
+OUT_OF_MEMORY = (
+    "Failed to allocate memory",
+    "is smaller than requested bytes",  # "Available memory of …": the limit of the arena
+    "std::bad_alloc",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA failure 2: out of memory",
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+)
+"""Parts of ONNX Runtime's messages for a failed allocation, on the host or on the device."""
+log = logging.getLogger("chunkq.worker")
+
+
+class OnnxRuntime(HostRuntime):
+    """Runs a graph on batches in host memory; results are in host memory too.
+
+    If the graph runs on a GPU, ONNX Runtime copies batches and results between host and GPU.
+    """
+
+    def __init__(self, session: Any, graph: Graph, model: ModelConfig, steps: Steps) -> None:
+        super().__init__(model, steps)
+        self._session, self._graph = session, graph
+        self.any_batch = bool(graph.axes) and graph.axes[0] is None
+
+    @override
+    def _run(self, inputs: Array) -> Array:
+        self._graph.check_batch(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
+        return self._run_session(inputs)
+
+    def _run_session(self, inputs: Array) -> Array:
+        """Return the output of the graph for a batch that `Graph.check_batch` accepts."""
+        feed = {self._graph.input: np.ascontiguousarray(inputs)}
+        return self._session.run([self._graph.output], feed)[0]
+
+    @override
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        # Runs with I/O bindings raise RuntimeError, other runs raise classes of onnxruntime.
+        from_onnxruntime = type(error).__module__.startswith("onnxruntime")
+        can_match = from_onnxruntime or type(error) is RuntimeError
+        return super().is_out_of_memory(error) or (
+            can_match and any(text in str(error) for text in OUT_OF_MEMORY)
+        )
+
+    @override
+    def tile_norms(self) -> tuple[str, ...]:
+        assignment_info = getattr(self._session, "get_provider_graph_assignment_info", None)
+        if assignment_info is None:  # an older ONNX Runtime
+            return ()
+        nodes = (node for subgraph in assignment_info() for node in subgraph.get_nodes())
+        return tuple(f"{n.name} ({n.op_type})" for n in nodes if n.op_type in TILE_NORMS)
+
+    @override
+    def close(self) -> None:
+        self._session = None
+
+
+def open_graph(
+    model: ModelConfig, steps: Steps, threads: int | None, providers: Sequence[Any] = ()
+) -> tuple[Any, Graph]:
+    """Open the graph that the job names and validate it against `model_config`."""
+    path = model.model_file or ""
+    session = open_session(path, threads, providers)
+    graph = Graph.from_session(session, path)
+    graph.check_config(model, steps)
+    provider_names = ", ".join(session.get_providers())
+    log.info("onnxruntime %s runs %s with %s", onnxruntime.__version__, path, provider_names)
+    return session, graph
