@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from enum import StrEnum, auto
-from typing import Any
+from typing import Any, Self
 
 MAX_LINE_LENGTH = 1000
 """Characters of one line of a message; `printable` shortens longer lines."""
@@ -138,6 +138,12 @@ class ChunkqError(Exception):
         super().__init__(self._to_printable(message))
         if code is not None:
             self.code = code
+
+    def with_notes(self, lines: Iterable[str]) -> Self:
+        """Add each line as a note, such as the cause of a failure; return the error."""
+        for line in lines:
+            self.add_note(line)
+        return self
 
     @staticmethod
     def _to_printable(message: str) -> str:

@@ -22,9 +22,9 @@ from chunkq.ledger import job_folder_of
 from chunkq_producer.distribute import distribute as finalize_on_workers
 from chunkq_producer.engine import queue_of
 from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status
-from chunkq_producer.produce import produce_job
+from chunkq_producer.produce import launch_cluster_workers, produce_job
 from chunkq_producer.runner import run_job
-from chunkq_producer.workers import RunOptions, launch_cluster_workers
+from chunkq_producer.workers import RunOptions
 
 JobSource = str | Path | Mapping[str, Any]
 """A job file, or a mapping with the same keys."""
@@ -98,8 +98,7 @@ def produce(
         result = produce_job(
             checked, executor, resume=resume, overwrite=overwrite, emit=progress_sink(progress)
         )
-        if result.done < result.chunks:
-            launch_cluster_workers(executor, result.job)
+        launch_cluster_workers(executor, result)
     return result
 
 

@@ -11,7 +11,7 @@ from chunkq import json_values
 from chunkq.errors import ModelError
 from chunkq.events import Sink, StageProgress, ignore
 from chunkq.model_check import ModelCheck
-from chunkq.parent_death_signal import with_parent_death_signal
+from chunkq.parent_process import with_parent_death_signal
 from chunkq.record import JobRecord
 from chunkq.scratch import scratch_folder
 

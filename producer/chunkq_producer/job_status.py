@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from rich.console import Group, RenderableType
@@ -124,26 +124,24 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     )
 
 
+@dataclass
 class StatusPoller:
-    """Callable that returns the current status of one job."""
+    """Callable that returns the current status of one job.
 
-    def __init__(
-        self, job: JobHandle, executor: Executor | None, problem: str | None = None
-    ) -> None:
-        self._job, self._executor, self._problem = job, executor, problem
-        self.seconds = 0.0
-        """Duration of the last poll."""
+    `min_pause` is the time (s) to wait before the next call, so that polling stays cheap.
+    """
+
+    job: JobHandle
+    executor: Executor | None
+    problem: str | None = None
+    min_pause: float = field(default=0.0, init=False)
 
     def __call__(self) -> JobStatus:
         """Return the job's status now."""
         started = time.monotonic()
-        status = job_status(self._job, self._executor, self._problem)
-        self.seconds = time.monotonic() - started
+        status = job_status(self.job, self.executor, self.problem)
+        self.min_pause = MIN_PAUSE_FACTOR * (time.monotonic() - started)
         return status
-
-    def pause(self, min_seconds: float) -> float:
-        """Return the seconds to wait before the next poll, so that polling stays cheap."""
-        return max(min_seconds, self.seconds * MIN_PAUSE_FACTOR)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from chunkq.create import CheckedJob, create_job, stored_job
 from chunkq.enqueue import EnqueueResult, check_not_running, enqueue
-from chunkq.events import Sink, ignore
+from chunkq.events import Sink, ignore, write_log
 from chunkq.executors.base import Executor
+from chunkq.executors.hosted import HostedQueue
 from chunkq.ledger import job_folder_of
+from chunkq_producer.cluster import Cluster
+from chunkq_producer.workers import RunOptions, start_workers
 
 
 def produce_job(
@@ -31,3 +34,19 @@ def produce_job(
     queue = executor.url if store_queue else None
     handle = create_job(job, queue=queue, resume=resume, overwrite=overwrite)
     return enqueue(handle, executor, replaced=replaced, emit=emit)
+
+
+def launch_cluster_workers(executor: Executor, produced: EnqueueResult) -> bool:
+    """Start remote workers for a job with `cluster: running`; return whether any were started.
+
+    Other jobs need `chunkq work`. Raises QueueError if the cluster has no worker processes.
+    """
+    job = produced.job.record.job
+    if produced.done == produced.chunks or job.cluster != "running":
+        return False
+    if not isinstance(executor, HostedQueue):
+        return False
+    depth = job.dask_config.threads_per_worker
+    cluster = Cluster(executor.url, launches_remote_workers=True, depth=depth)
+    start_workers(executor, produced.job, cluster, RunOptions(), write_log)
+    return True

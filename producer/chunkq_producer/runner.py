@@ -30,7 +30,6 @@ from chunkq_producer.workers import (
     run_workers,
     start_workers,
     wait_for_workers,
-    with_notes,
 )
 
 MAX_RECOVERIES = 2
@@ -123,7 +122,7 @@ def _raise_unless_lost(
     failed = {chunk for group in failures for chunk in group.chunks}
     lost = len({*error.missing} - failed)
     if is_last or not lost:
-        raise with_notes(error, [*map(_failure_line, failures)]) from None
+        raise error.with_notes(map(_failure_line, failures)) from None
     line = f"chunkq: results of {chunk_count(lost)} are lost; computing them again"
     emit(Message(line))
 

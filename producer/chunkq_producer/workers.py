@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
-from chunkq.events import Message, Sink, write_log
+from chunkq.events import Message, Sink
 from chunkq.executors import QUEUE_VARIABLE
 from chunkq.executors.base import Executor, WorkerName, WorkerOptions, default_depth
 from chunkq.executors.hosted import HostedQueue
@@ -227,7 +227,7 @@ def run_workers(
             reason = " ".join(str(error).split())
             line = f"chunkq: the progress cannot be read: {reason}; the run continues"
             emit(Message(line))
-        return poller.pause(REFRESH_SECONDS)
+        return max(REFRESH_SECONDS, poller.min_pause)
 
     workers = start_workers(executor, job, cluster, options, emit)
     if wait_for_workers(workers, poll, cluster.has_died):
@@ -238,28 +238,11 @@ def run_workers(
             code=ErrorCode.CLUSTER_UNAVAILABLE,
         )
     if workers.failed:
-        raise with_notes(
-            ChunkqError(
-                f"run: a worker ended with an error; fix the cause above, then {rerun}",
-                code=ErrorCode.WORKER_FAILED,
-            ),
-            workers.messages,
-        )
+        raise ChunkqError(
+            f"run: a worker ended with an error; fix the cause above, then {rerun}",
+            code=ErrorCode.WORKER_FAILED,
+        ).with_notes(workers.messages)
     return poller().failures
-
-
-def launch_cluster_workers(executor: Executor, job: JobHandle) -> bool:
-    """Start remote workers for a job with `cluster: running`; return whether any were started.
-
-    Other jobs need `chunkq work`. Raises QueueError if the cluster has no worker processes.
-    """
-    config = job.record.job
-    if config.cluster != "running" or not isinstance(executor, HostedQueue):
-        return False
-    depth = config.dask_config.threads_per_worker
-    cluster = Cluster(executor.url, launches_remote_workers=True, depth=depth)
-    start_workers(executor, job, cluster, RunOptions(), write_log)
-    return True
 
 
 def start_workers(
@@ -343,10 +326,3 @@ def _forward_signals(workers: Workers, interrupted: threading.Event) -> Iterator
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def with_notes(error: ChunkqError, lines: Sequence[str]) -> ChunkqError:
-    """Return the error with each line as a note."""
-    for line in lines:
-        error.add_note(line)
-    return error

@@ -30,7 +30,6 @@ from types import FrameType
 from unittest import mock
 
 import numpy as np
-from chunkq_producer.model_check import ModelCheck
 
 import chunkq.job_handle
 from chunkq.cli import main
@@ -249,7 +248,7 @@ def call(stages: Stages, command: str, *options: str) -> Result:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),
-        mock.patch("chunkq_producer.commands.run.check_model", return_value=ModelCheck(error=None)),
+        mock.patch("chunkq_producer.runner.check_model"),
         contextlib.chdir(stages.folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

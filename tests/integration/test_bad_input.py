@@ -1,9 +1,7 @@
 """Invalid input is reported in one line with an exit code and an error code; nothing is written."""
 
-import io
 import json
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from chunkq_worker import model_check
+from chunkq_worker.model_check import run_check
 
 from chunkq.create import check_job
-from chunkq.errors import ErrorCode
+from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.job import load_job
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
@@ -538,10 +536,7 @@ NETWORKS: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("mistake", NETWORKS)
 def test_a_network_that_cannot_be_used_is_reported_in_one_line(
-    workspace: Workspace,
-    mistake: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    workspace: Workspace, mistake: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run the model check of `chunkq run` and `plan --check-model` in this process."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -549,11 +544,10 @@ def test_a_network_that_cannot_be_used_is_reported_in_one_line(
     job = load_job(workspace.write_job(model=change(workspace)))
     before = everything_below(workspace.folder)
     record = check_job(job).record
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(record.to_json())))
-    model_check.main()
-    error = json.loads(capsys.readouterr().out)["error"]
-    assert fragment in error, error
-    assert "\n" not in error
+    with pytest.raises(ChunkqError) as raised:
+        run_check(record)
+    assert fragment in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert everything_below(workspace.folder) == before
 
 

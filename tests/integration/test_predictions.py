@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chunkq_producer.commands.plan import peak_memory
-from chunkq_producer.model_check import ModelCheck
+from chunkq_producer.commands.plan import Trial, peak_memory
 
 from chunkq.executors.base import DEFAULT_DEPTH_CPU
 from chunkq.ledger import CRC_BYTES
+from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.units import si
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
@@ -68,6 +69,15 @@ def piece_and_header_bytes(workspace: Workspace) -> tuple[int, int]:
     return sum(map(len, pieces)), headers
 
 
+def trial_of(values: dict[str, Any]) -> Trial:
+    """Return the trial that `chunkq plan --json` has printed."""
+    parts = [
+        cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        for cls in (ModelCheck, PatchCheck, MemoryCheck)
+    ]
+    return Trial(*parts, values["finalizer_bytes"])
+
+
 @pytest.mark.parametrize(
     ("dtype", "channels", "depth", "keys"),
     [
@@ -86,11 +96,12 @@ def test_predicted_counts_and_bytes_are_exact_and_memory_is_within_10_percent(
     assert check["memory_error"] is None
     assert check["depth"] == planned["depth"] == depth
     assert not workspace.output.exists()
-    text = peak_memory(ModelCheck(**check), finalizes=True)
+    trial = trial_of(check)
+    text = peak_memory(trial, finalizes=True)
     assert f"{depth} chunks in flight" in text
     for key in ("worker_bytes", "loaded_bytes", "finalizer_bytes"):
         assert si(check[key], "B") in text
-    unmeasured = ModelCheck(**check | {"finalizer_bytes": None})
+    unmeasured = replace(trial, finalizer_bytes=None)
     assert "finalizing: unknown" in peak_memory(unmeasured, finalizes=True)
     assert "finalizing" not in peak_memory(unmeasured, finalizes=False)
 

@@ -19,8 +19,7 @@ from chunkq_producer.commands.options import (
     queue_option,
 )
 from chunkq_producer.engine import queue_of
-from chunkq_producer.produce import produce_job
-from chunkq_producer.workers import launch_cluster_workers
+from chunkq_producer.produce import launch_cluster_workers, produce_job
 
 
 @click.command()
@@ -52,8 +51,7 @@ def produce(
             result = produce_job(
                 checked, executor, resume=resume, overwrite=overwrite, emit=display
             )
-        is_done = result.done == result.chunks
-        workers_started = not is_done and launch_cluster_workers(executor, result.job)
+        workers_started = launch_cluster_workers(executor, result)
     output_name = without_secret(loaded_job.output)
     click.echo(
         f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
@@ -63,5 +61,5 @@ def produce(
         click.echo(f"next: chunkq status {output_name} --watch, then chunkq finalize {output_name}")
         return
     work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
-    next_command = f"finalize {output_name}" if is_done else work
+    next_command = work if result.done < result.chunks else f"finalize {output_name}"
     click.echo(f"next: chunkq {next_command}")

@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.live import Live
-from typing_extensions import override
 
-from chunkq.events import Event
 from chunkq.job import load_job
-from chunkq.progress import ProgressDisplay
 from chunkq_producer.commands.finalize import print_result
 from chunkq_producer.commands.options import (
     input_option,
@@ -19,7 +15,7 @@ from chunkq_producer.commands.options import (
     queue_option,
 )
 from chunkq_producer.engine import ENGINES
-from chunkq_producer.job_status import StatusPoller, WorkersRunning, status_line, status_screen
+from chunkq_producer.run_display import RunDisplay
 from chunkq_producer.runner import run_job
 from chunkq_producer.workers import RunOptions
 
@@ -69,32 +65,3 @@ def run(
         )
     if result.is_leader:
         print_result(result.job, result.report)
-
-
-class RunDisplay(ProgressDisplay):
-    """Show the status of the job while its workers run: live on a terminal, otherwise as lines."""
-
-    STAGE = "computing chunks"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._live: Live | None = None
-
-    @override
-    def __call__(self, event: Event) -> None:
-        match event:
-            case WorkersRunning(poller):
-                self._show(poller)
-            case _:
-                super().__call__(event)
-
-    def _show(self, poller: StatusPoller) -> None:
-        begins, console = self.begin(self.STAGE), self.console
-        if not console.is_terminal:
-            if self.is_line_due():
-                self.print(status_line(poller()))
-            return
-        if begins or self._live is None:
-            live = Live(console=console, auto_refresh=False, transient=True)
-            self._live = self.show(live)
-        self._live.update(status_screen(poller(), console.width), refresh=True)

@@ -54,7 +54,7 @@ def print_json(poller: StatusPoller, watch: bool) -> None:
         click.echo(json.dumps(json_values.to_values(job_status), indent=None if watch else 1))
         if not watch or job_status.sealed:
             return
-        time.sleep(poller.pause(REFRESH_SECONDS))
+        time.sleep(max(REFRESH_SECONDS, poller.min_pause))
 
 
 def watch_status(poller: StatusPoller, console: Console) -> None:
@@ -65,12 +65,12 @@ def watch_status(poller: StatusPoller, console: Console) -> None:
             click.echo(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
             if job_status.sealed:
                 return
-            time.sleep(poller.pause(LINE_SECONDS))
+            time.sleep(max(LINE_SECONDS, poller.min_pause))
             job_status = poller()
     screen = status_screen(job_status, console.width)
     with Live(screen, console=console, auto_refresh=False) as live:
         while not job_status.sealed:
-            time.sleep(poller.pause(REFRESH_SECONDS))
+            time.sleep(max(REFRESH_SECONDS, poller.min_pause))
             job_status = poller()
             live.update(status_screen(job_status, console.width), refresh=True)
 

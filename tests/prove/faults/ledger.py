@@ -3,7 +3,7 @@
 from tests.prove.fault import Fault, named
 
 LEDGER, OBJECTS, RECORD = "chunkq/ledger.py", "chunkq/objects.py", "chunkq/record.py"
-FINALIZE, CREATE = "chunkq/finalize.py", "chunkq/create.py"
+FINALIZE, CREATE, ENQUEUE = "chunkq/finalize.py", "chunkq/create.py", "chunkq/enqueue.py"
 RESUME, ONCE = "tests/integration/test_resume.py", "tests/integration/test_exactly_once.py"
 STORAGE = "tests/integration/test_storage.py"
 
@@ -179,7 +179,7 @@ FAULTS = (
     ),
     Fault(
         "overwrite-under-running-workers",
-        CREATE,
+        ENQUEUE,
         "    if running:\n",
         "    if len(running) > 1:\n",
         "--overwrite deletes the output under a worker that writes it",

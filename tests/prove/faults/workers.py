@@ -69,7 +69,7 @@ FAULTS = (
     Fault(
         "error-not-recorded",
         RUN,
-        "        record_failure(task, attempt, error)\n        raise\n",
+        "        record_failure(task, attempt, error, emit)\n        raise\n",
         "        raise\n",
         "status and report do not show why a chunk failed",
         named(RESUME, "failed_chunk_is_recorded"),

@@ -1,0 +1,39 @@
+"""Show a run on standard error."""
+
+from __future__ import annotations
+
+from rich.live import Live
+from typing_extensions import override
+
+from chunkq.events import Event
+from chunkq.progress import ProgressDisplay
+from chunkq_producer.job_status import StatusPoller, WorkersRunning, status_line, status_screen
+
+STAGE = "computing chunks"
+
+
+class RunDisplay(ProgressDisplay):
+    """Show the status of the job while its workers run: live on a terminal, otherwise as lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: Live | None = None
+
+    @override
+    def __call__(self, event: Event) -> None:
+        match event:
+            case WorkersRunning(poller):
+                self._show(poller)
+            case _:
+                super().__call__(event)
+
+    def _show(self, poller: StatusPoller) -> None:
+        begins, console = self.begin(STAGE), self.console
+        if not console.is_terminal:
+            if self.is_line_due():
+                self.print(status_line(poller()))
+            return
+        if begins or self._live is None:
+            live = Live(console=console, auto_refresh=False, transient=True)
+            self._live = self.show(live)
+        self._live.update(status_screen(poller(), console.width), refresh=True)

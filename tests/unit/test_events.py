@@ -1,0 +1,101 @@
+"""Sinks of events: log, callbacks of users, progress display."""
+
+import io
+import logging
+
+import pytest
+from chunkq_producer.run_display import RunDisplay
+from rich.console import Console
+
+from chunkq import progress
+from chunkq.events import (
+    Event,
+    Message,
+    StageProgress,
+    TaskEnded,
+    TaskFailed,
+    fan_out,
+    ignore,
+    progress_sink,
+    write_log,
+)
+from chunkq.progress import ProgressDisplay
+from chunkq.tasks import Task
+
+TASK = Task("infer", "/data/out.zarr.chunkq", (0, 3))
+EVENTS = (
+    Message("a warning"),
+    StageProgress("loading"),
+    StageProgress("queueing", 1, 2),
+    TaskEnded(TASK, 1.25),
+    TaskFailed(TASK, 2, "broken"),
+)
+
+
+def test_the_log_has_messages_and_tasks_at_their_levels_but_no_progress(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "chunkq")
+    for event in EVENTS:
+        write_log(event)
+    records = [(r.name, r.levelno) for r in caplog.records]
+    assert records == [
+        ("chunkq.run", logging.WARNING),
+        ("chunkq.worker", logging.INFO),
+        ("chunkq.worker", logging.ERROR),
+    ]
+    message, ended, failed = caplog.messages
+    assert message == "a warning"
+    assert "0.3" in ended
+    assert "0.3" in failed
+    assert "broken" in failed
+
+
+def test_a_user_receives_the_numbers_of_stages_that_count_items() -> None:
+    received: list[tuple[int, int]] = []
+    emit = progress_sink(lambda done, total: received.append((done, total)))
+    for event in EVENTS:
+        emit(event)
+    assert received == [(1, 2)]
+
+
+def test_each_sink_receives_every_event_in_order() -> None:
+    received: list[tuple[str, Event]] = []
+    emit = fan_out(
+        lambda event: received.append(("a", event)),
+        ignore,
+        lambda event: received.append(("b", event)),
+    )
+    for event in EVENTS:
+        emit(event)
+    assert received == [(name, event) for event in EVENTS for name in "ab"]
+
+
+def test_without_a_terminal_progress_is_a_line_per_interval(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ProgressDisplay() as display:
+        display(StageProgress("queueing", 1, 3))  # within the first interval of the stage
+        monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", 0.0)
+        display(StageProgress("queueing", 2, 3))
+        display(StageProgress("loading"))
+        display(Message("[a] line"))
+    assert capsys.readouterr().err.splitlines() == ["queueing: 2/3", "[a] line"]
+
+
+@pytest.mark.parametrize("display_type", [ProgressDisplay, RunDisplay])
+def test_a_terminal_shows_one_stage_at_a_time_and_nothing_at_the_end(
+    display_type: type[ProgressDisplay],
+) -> None:
+    screen = io.StringIO()
+    with display_type() as display:
+        display.console = Console(file=screen, force_terminal=True, width=80)
+        display(StageProgress("loading"))
+        display(StageProgress("queueing", 1, 3))
+        display(StageProgress("finalizing", 0, 2))
+        display(Message("a warning"))
+    text = screen.getvalue()
+    positions = [text.index(word) for word in ("loading", "queueing", "finalizing", "a warning")]
+    assert positions == sorted(positions)
+    assert "queueing" not in text[positions[2] :]
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 3  # the cursor is visible again
