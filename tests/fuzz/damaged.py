@@ -30,6 +30,7 @@ from types import FrameType
 from unittest import mock
 
 import numpy as np
+from chunkq_worker.worker_main import serve
 
 import chunkq.job_handle
 from chunkq.cli import main
@@ -276,7 +277,7 @@ def _work(url: str) -> int:
     try:
         executor = open_executor(url)
         try:
-            status = executor.run_worker(WorkerOptions("fuzz-host:3", burst=True))
+            status = executor.run_worker(serve, WorkerOptions("fuzz-host:3", burst=True))
         finally:
             executor.close()
     except ChunkqError as error:

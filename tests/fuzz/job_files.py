@@ -19,8 +19,9 @@ import yaml
 from chunkq.cli import main
 from chunkq.create import check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.footprint import footprint
+from chunkq.footprint import largest_footprint
 from chunkq.job import load_job
+from chunkq.plan import total_costs
 from chunkq.record import JobRecord
 from tests.fuzz.findings import Finding, of_error, of_text
 from tests.fuzz.mutations import encode, mutated_text, mutated_values, odd_file
@@ -179,10 +180,10 @@ def _judge_call(path: Path) -> Finding | None:
         return judge_error(error)
     record = prepared.record
     stored = JobRecord.from_json(record.to_json())
-    if stored.digest != record.digest or stored.plan().costs != prepared.plan.costs:
+    if stored.digest != record.digest or total_costs(stored.plans()) != prepared.costs:
         return Finding("stored record differs", "the record read back has another digest or plan")
-    if footprint(prepared.plan).peak_bytes(2) < 0:
-        return Finding("negative footprint", str(prepared.plan.chunksize))
+    if largest_footprint(prepared.plans).peak_bytes(2) < 0:
+        return Finding("negative footprint", str(prepared.largest.chunksize))
     return None
 
 

@@ -16,7 +16,6 @@ from chunkq.cli import main
 from chunkq.executors import open_executor
 from chunkq.executors.base import WorkerOptions
 from chunkq.executors.leases import LeaseQueue
-from chunkq.finalize import finalize_block
 from chunkq.job_handle import open_job
 from chunkq.tasks import Task
 from tests.harness.volumes import random_volume, read_output, write_zarr
@@ -106,15 +105,15 @@ class Stages:
         self._save("half inferred")
         job = open_job(path)
         executor.cancel(job.id)
-        executor.submit(Task("infer", *job.id, 0, index) for index in job.plan.indices())
+        executor.submit(Task("infer", *job.id, 0, index) for index in job.items[0].plan.indices())
         while self._run_next(executor, options):
             pass
         self._save("inferred")
-        first = next(iter(job.plan.to_finalize()))
+        first = next(iter(job.items[0].plan.to_finalize()))
         executor.submit([Task("finalize", *job.id, 0, first)])
         lease = executor.reserve(options)
         assert lease is not None
-        finalize_block(lease.task, lease.attempt)
+        run_task(lease.task, lease.attempt)
         executor.ack(lease)
         self._save("half finalized")
         executor.close()

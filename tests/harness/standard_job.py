@@ -141,7 +141,7 @@ class StandardWorkspace(Workspace):
 
     def patches(self) -> dict[str, set[int]]:
         """Return the CRC-32 of every patch that each chunk owns, computed with NumPy."""
-        plan, volume = self.job.plan, self.standard_job.volume
+        plan, volume = self.job.items[0].plan, self.standard_job.volume
         return {
             ".".join(map(str, index)): {
                 zlib.crc32(volume[patch.source.slices((0, 0, 0))].tobytes())

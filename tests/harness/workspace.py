@@ -25,7 +25,8 @@ from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
 from chunkq.job_handle import ItemHandle, JobHandle, open_job
-from chunkq.ledger import Commit, ItemLedger, JobFolder
+from chunkq.ledger import Commit, Failure, ItemLedger, JobFolder
+from chunkq.stages.completion import failures
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
 from tests.harness.waiting import TIMEOUT
@@ -207,6 +208,10 @@ class Workspace:
     @property
     def ledger(self) -> ItemLedger:
         return self.item.ledger
+
+    def failures(self) -> list[Failure]:
+        """Return the failure records of the job."""
+        return failures(self.job)
 
     @property
     def array(self) -> Path:

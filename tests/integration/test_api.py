@@ -159,17 +159,17 @@ def assert_same_as_job(
         plan = predictor.plan(volumes[0].shape, [v.dtype for v in volumes])
         regions_and_values = list(predictor.predict_streaming(argument))
         store_report = predictor.predict_to_store(argument, folder / "stored.zarr")
-    assert plan.costs == job.plan.costs
+    assert plan.costs == job.costs
     assert (plan.output_shape, plan.output_dtype) == (stored.shape, stored.dtype)
 
-    is_averaged = job.plan.job.combine == "weighted_avg"
+    is_averaged = job.items[0].plan.output.is_average
     result = prediction.probabilities if is_averaged else prediction.labels
     assert result is not None
     assert result.dtype == stored.dtype
     assert result.tobytes() == stored.tobytes()
     assert prediction.labels.shape == volumes[0].shape
     if is_averaged:
-        assert result.shape == (job.plan.channels, *volumes[0].shape)
+        assert result.shape == (job.items[0].plan.channels, *volumes[0].shape)
         np.testing.assert_array_equal(
             prediction.labels, reduce_and_cast(result, "soft", "uint8"), "labels of the average"
         )

@@ -607,7 +607,7 @@ def test_a_nan_prediction_fails_only_its_chunk_and_reports_the_patch(
     assert {commit.chunk for commit in workspace.commits()} == {
         (i, j) for i in range(2) for j in range(3)
     } - {(1, 1)}
-    [failure] = workspace.ledger.failures()
+    [failure] = workspace.failures()
     assert failure.error == "PredictionError"
     assert failure.attempt == 3
     [group] = json.loads(workspace.call("status", "out.zarr", "--json").ok().out)["failures"]
@@ -619,7 +619,7 @@ def test_with_nan_zero_the_job_completes_with_zero_for_nan(tmp_path: Path) -> No
     workspace = poisoned(tmp_path, nan="zero")
     workspace.call("produce", "job.json").ok()
     workspace.compute_inline()
-    assert workspace.ledger.failures() == []
+    assert workspace.failures() == []
     workspace.call("finalize", "out.zarr").ok()
     output = read_output(workspace.output)
     assert np.isfinite(output).all()
@@ -638,7 +638,7 @@ def test_a_corrupt_storage_chunk_fails_only_the_chunks_that_read_it_and_is_repor
     workspace.compute_inline()
     workspace.call("finalize", "out.zarr").refused(3, ErrorCode.JOB_INCOMPLETE, ": 1.1;")
     assert {commit.chunk for commit in workspace.commits()} == {(0, 0), (0, 1), (1, 0)}
-    [failure] = workspace.ledger.failures()
+    [failure] = workspace.failures()
     assert failure.error == "ChunkReadError"
     assert failure.message.startswith(f"{workspace.folder}/in.zarr: voxels [")
     assert "3/2" in failure.message
@@ -656,7 +656,7 @@ def test_a_retry_after_the_cause_is_fixed_completes_the_job(workspace: Workspace
     stored.write_bytes(content)
     workspace.compute_inline()
     workspace.call("finalize", "out.zarr").ok()
-    assert workspace.ledger.failures() == []
+    assert workspace.failures() == []
 
 
 @pytest.mark.parametrize("key", ["input", "output"])

@@ -103,7 +103,7 @@ def test_the_output_does_not_depend_on_the_order_of_the_chunks(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
-    order = list(workspace.job.plan.indices())
+    order = list(workspace.item.plan.indices())
     random.Random(1).shuffle(order)
     with workspace.queue() as queue:
         queue.cancel(workspace.job.id)
@@ -324,8 +324,8 @@ def test_one_failing_chunk_does_not_stop_the_others_and_can_be_retried(
     # POISONOUS is a voxel of exactly one chunk.
     assert {
         ".".join(map(str, index))
-        for index in workspace.job.plan.indices()
-        for patch in workspace.job.plan.patches(workspace.job.plan.chunk(index))
+        for index in workspace.item.plan.indices()
+        for patch in workspace.item.plan.patches(workspace.item.plan.chunk(index))
         if all(low <= at < high for low, at, high in zip(*bounds(patch.source), strict=True))
     } == {"1.2.2"}
 

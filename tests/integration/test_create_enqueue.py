@@ -72,10 +72,11 @@ def test_exactly_the_chunks_without_a_commit_record_are_queued(
 def test_a_job_that_replaces_another_has_only_its_own_tasks(
     workspace: Workspace, queue: Executor
 ) -> None:
-    enqueue(create_job(checked(workspace)), queue)
+    old = create_job(checked(workspace))
+    enqueue(old, queue)
     new = create_job(checked(workspace, chunksize=[16, 24]), overwrite=True)
-    assert enqueue(new, queue, replaces=True).queued == 2
-    assert queue.counts(new.folder.path) == TaskCounts(queued=2)
+    assert enqueue(new, queue, replaced=old.id).queued == 2
+    assert queue.counts(new.id) == TaskCounts(queued=2)
     assert reserved(queue) == {(0, 0), (1, 0)}
 
 
@@ -84,10 +85,10 @@ def test_a_job_with_a_running_task_is_not_to_be_replaced(
 ) -> None:
     job = create_job(checked(workspace))
     enqueue(job, queue)
-    check_not_running(job.folder.path, queue)
+    check_not_running(job.folder.path, job.id, queue)
     reserve(queue)
     with pytest.raises(JobError) as raised:
-        check_not_running(job.folder.path, queue)
+        check_not_running(job.folder.path, job.id, queue)
     assert raised.value.code is ErrorCode.OUTPUT_IN_USE
     assert "worker-1" in str(raised.value)
 

@@ -187,7 +187,7 @@ def test_an_output_array_with_changed_metadata_is_not_written_and_not_sealed(
     voxels = {name: data for name, data in files_below(inferred.array).items() if "/" in name}
     job = inferred.job
     assert code_of(lambda: finalize_job(job, worker="finalizer")) == ErrorCode.OUTPUT_CHANGED
-    assert code_of(job.output.open) == ErrorCode.OUTPUT_CHANGED
+    assert code_of(inferred.job.output.image(inferred.item.item).open) == ErrorCode.OUTPUT_CHANGED
     inferred.call("finalize", "out.zarr").refused(
         2, ErrorCode.OUTPUT_CHANGED, f"({next(iter(changes))})"
     )
@@ -305,7 +305,7 @@ def test_a_commit_record_of_an_earlier_job_is_damaged(inferred: Workspace) -> No
 @pytest.mark.parametrize("damage", SMALL_DAMAGES)
 def test_a_damaged_report_is_treated_as_missing(sealed: Workspace, damage: str) -> None:
     SMALL_DAMAGES[damage](sealed.epoch_folder / "report.json")
-    assert sealed.ledger.read_report() is None
+    assert sealed.job.ledger.read_report() is None
     assert sealed.status()["sealed"]
     assert json.loads(sealed.call("report", "out.zarr", "--json").ok().out)["chunks"] == len(CHUNKS)
 
@@ -314,7 +314,7 @@ def test_a_damaged_report_is_treated_as_missing(sealed: Workspace, damage: str) 
 def test_a_damaged_failure_record_is_skipped(produced: Workspace, damage: str) -> None:
     for chunk in [(0, 0), (0, 1)]:
         produced.ledger.record_failure(
-            Failure("infer", chunk, 1, "worker", "OSError", "no space left", "")
+            Failure("infer", 0, chunk, 1, "worker", "OSError", "no space left", "")
         )
     SMALL_DAMAGES[damage](produced.epoch_folder / "failed" / "infer" / "0" / "0.0.json")
     [group] = produced.status()["failures"]
@@ -357,7 +357,7 @@ def test_a_folder_with_the_name_of_a_commit_record_is_reported(produced: Workspa
     folder.mkdir(parents=True)
     produced.compute_inline()
     assert {commit.chunk for commit in produced.commits()} == CHUNKS - {(1, 1)}
-    [failure] = produced.ledger.failures()
+    [failure] = produced.failures()
     assert str(folder) in failure.message
 
 
@@ -393,14 +393,14 @@ def test_an_input_that_is_replaced_before_work_starts_fails_every_chunk(
     assert code_of(produced.job.check_inputs) == ErrorCode.INPUT_CHANGED
     produced.compute_inline()
     assert produced.commits() == []
-    assert {failure.chunk for failure in produced.ledger.failures()} == CHUNKS
+    assert {failure.chunk for failure in produced.failures()} == CHUNKS
 
 
 def test_an_input_that_is_replaced_while_a_chunk_is_computed_fails_the_chunk(
     produced: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = produced.job
-    read_halos = type(job).read_halos
+    item = produced.item
+    read_halos = type(item).read_halos
 
     def read_and_replace(self: object, chunk: object) -> object:
         halos = read_halos(self, chunk)  # type: ignore[arg-type]
@@ -408,7 +408,7 @@ def test_an_input_that_is_replaced_while_a_chunk_is_computed_fails_the_chunk(
         return halos
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(job), "read_halos", read_and_replace)
+        patch.setattr(type(item), "read_halos", read_and_replace)
         produced.compute_inline(only={(0, 0)}.__contains__)
     assert produced.commits() == []
     assert produced.pieces() == []

@@ -96,7 +96,7 @@ def test_status_reports_failures_and_retries(
     assert failure["traceback"].endswith("ArithmeticError: a poisonous voxel\n")
     [worker] = status["workers"]
     assert (worker["device"], worker["recent_chunks"]) == ("cpu", CHUNKS - 1)
-    [recorded] = workspace.ledger.failures()
+    [recorded] = workspace.failures()
     assert (recorded.chunk, recorded.attempt) == ((1, 2, 2), 3)
     unfinished = workspace.finalize()
     assert unfinished.code == 3

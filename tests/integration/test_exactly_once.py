@@ -13,9 +13,10 @@ import zarr
 from chunkq_worker.run_task import run_task
 
 from chunkq.executors.base import Attempt
-from chunkq.finalize import complete_block, finalize_job
-from chunkq.ledger import CRC_BYTES, Ledger
+from chunkq.finalize import finalize_job
+from chunkq.ledger import CRC_BYTES, ItemLedger
 from chunkq.plan import Costs, Index
+from chunkq.stages.finalize import FinalizeStage
 from chunkq.tasks import Task, chunk_name
 from tests.harness.files import files_below
 from tests.harness.standard_job import StandardJob, StandardWorkspace
@@ -65,7 +66,7 @@ class MeasuredJob:
 
 
 def infer_all(workspace: StandardWorkspace, attempt: int = 1) -> None:
-    for index in workspace.job.plan.indices():
+    for index in workspace.item.plan.indices():
         run_task(Task("infer", *workspace.job.id, 0, index), Attempt(attempt, "worker"))
 
 
@@ -112,7 +113,7 @@ def measured(
     before = Traffic.so_far()
     workspace.finalize().ok()
     finalizing = Traffic.so_far().since(before)
-    costs = workspace.job.plan.costs
+    costs = workspace.item.plan.costs
     return MeasuredJob(
         workspace, costs, plan_command, inferring, finalizing, pieces, workspace.stored()
     )
@@ -161,7 +162,7 @@ def test_moved_bytes_are_at_most_input_with_halos_output_and_twice_the_pieces(
 
 
 def test_every_piece_has_one_writer_and_one_reader(measured: MeasuredJob) -> None:
-    plan = measured.workspace.job.plan
+    plan = measured.workspace.item.plan
     chunks = [plan.chunk(index) for index in plan.indices()]
     outgoing = [
         f"{chunk_name(p.target)}/{p.name}" for chunk in chunks for p in plan.outgoing_pieces(chunk)
@@ -216,9 +217,9 @@ def test_a_zombie_overtaken_while_it_computes_or_writes_deletes_its_pieces(
     committed_at_check = {"computes": 2, "writes": 3}[stage]
     workspace, checks = measured.workspace, 0
     records, computed = workspace.done(), workspace.computed()
-    is_committed = Ledger.is_committed
+    is_committed = ItemLedger.is_committed
 
-    def is_committed_later(ledger: Ledger, kind: str, chunk: Index) -> bool:
+    def is_committed_later(ledger: ItemLedger, kind: str, chunk: Index) -> bool:
         nonlocal checks
         if kind == "infer" and chunk == index:
             checks += 1
@@ -226,7 +227,7 @@ def test_a_zombie_overtaken_while_it_computes_or_writes_deletes_its_pieces(
                 return False
         return is_committed(ledger, kind, chunk)
 
-    monkeypatch.setattr(Ledger, "is_committed", is_committed_later)
+    monkeypatch.setattr(ItemLedger, "is_committed", is_committed_later)
     run_task(Task("infer", *workspace.job.id, 0, index), Attempt(2, "zombie"))
     assert checks == committed_at_check
     assert workspace.computed().total() > computed.total()
@@ -272,7 +273,7 @@ def test_killed_and_concurrent_finalizers_produce_the_same_bytes(
 ) -> None:
     pieces = pieces_of(inferred)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "delete_pieces", raise_killed)
+        patch.setattr(ItemLedger, "delete_pieces", raise_killed)
         with pytest.raises(Killed):
             finalize_job(inferred.job, worker="killed", threads=1)
     assert inferred.done("finalize")
@@ -296,7 +297,7 @@ def test_a_finalizer_that_runs_again_changes_no_record_and_no_output_byte(
 ) -> None:
     workspace = measured.workspace
     records, blocks = workspace.done(), workspace.done("finalize")
-    for index in workspace.job.plan.to_finalize():
-        complete_block(workspace.job, index, Attempt(2, "late"))
+    for index in workspace.item.plan.to_finalize():
+        FinalizeStage().run(workspace.item, index, Attempt(2, "late"))
     assert (workspace.done(), workspace.done("finalize")) == (records, blocks)
     assert workspace.stored() == measured.output

@@ -49,7 +49,7 @@ def test_a_job_in_this_process_has_the_same_output_as_in_worker_processes(
 def test_the_run_command_runs_tasks_in_its_own_process(workspace: Workspace) -> None:
     answer = workspace.call("run", workspace.write_job(), "--queue", "inprocess://").ok()
     assert "Traceback" not in answer.err
-    assert workspace.ledger.read_report() is not None
+    assert workspace.job.ledger.read_report() is not None
     record = workspace.job.record
     assert record.job.queue is None  # the queue ended with the command
 

@@ -31,7 +31,7 @@ def test_a_run_over_the_format_of_another_package_has_the_output_of_the_same_vox
     zarr.produce()
     zarr.compute_inline()
     zarr.finalize().ok()
-    assert toy.job.record.source.format == "toy"
+    assert [source.format for source in toy.job.record.sources] == ["toy"]
     np.testing.assert_array_equal(read_output(toy.output), read_output(zarr.output))
 
 
@@ -43,5 +43,5 @@ def test_a_worker_without_the_package_of_a_format_raises_an_error(
         patch.syspath_prepend(OUTSIDE)
         workspace.produce()
     with pytest.raises(StoreError, match="'toy'") as error:
-        _ = workspace.job.sources
+        _ = workspace.item.sources
     assert error.value.code is ErrorCode.PACKAGE_MISSING

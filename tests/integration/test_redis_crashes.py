@@ -392,7 +392,7 @@ def test_a_worker_that_was_suspended_until_the_job_was_done_changes_no_byte(
 def test_pieces_can_be_written_while_another_process_deletes_pieces_of_their_block(
     tmp_path: Path,
 ) -> None:
-    ledger, end = Ledger(str(tmp_path / "out.zarr.chunkq"), "0a1b2c3d"), threading.Event()
+    ledger, end = Ledger(str(tmp_path / "out.zarr.chunkq"), "0a1b2c3d").item(0), threading.Event()
 
     def delete_pieces() -> None:
         while not end.wait(0.001):

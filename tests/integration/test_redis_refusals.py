@@ -187,8 +187,10 @@ def stage_of_module(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     workspace.compute_inline()
     assert len(workspace.commits()) == 4
     workspace.call("produce", workspace.write_job("failing.json", output="failing.zarr")).ok()
-    failure = Failure("infer", (0, 1), 3, "a:cpu:b", "ValueError", "no such voxel", "Traceback …")
-    open_job(f"{folder}/failing.zarr.chunkq").ledger.record_failure(failure)
+    failure = Failure(
+        "infer", 0, (0, 1), 3, "a:cpu:b", "ValueError", "no such voxel", "Traceback …"
+    )
+    open_job(f"{folder}/failing.zarr.chunkq").items[0].ledger.record_failure(failure)
     workspace.write_job("new.json", output="new.zarr")
     return Stage(workspace)
 

@@ -331,7 +331,7 @@ def test_a_process_that_is_suspended_before_a_change_does_not_change_a_later_job
             case.compute()
         elif operation == "produce":  # a sealed job that lost a result has the most changes
             case.complete_job()
-            case.open().ledger.delete_commits("infer", [(1, 1)])
+            case.open().items[0].ledger.delete_commits("infer", [(1, 1)])
         actor = Actor(case.work(operation, (0, 0)))
         actor.step_before(CHANGES, times)
         if actor.is_over:

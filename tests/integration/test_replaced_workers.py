@@ -125,9 +125,9 @@ def test_one_worker_runs_jobs_of_both_frameworks_in_separate_processes(
     assert {loaded for _, loaded in lines} == {"tensorflow", "torch"}  # never both in a process
     for name in names:
         folder = JobFolder(str(tmp_path / f"{name}.zarr.chunkq"))
-        ledger = folder.ledger(folder.require_record().epoch)
+        ledger = folder.ledger(folder.require_record().epoch).item(0)
         assert [commit.attempt for commit in ledger.read_commits("infer")] == [1, 1]
-        assert ledger.failures() == []
+        assert ledger.failures(["infer"]) == []
         chunkq.finalize(folder.output)
         import zarr
 

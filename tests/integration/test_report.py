@@ -211,10 +211,10 @@ def test_a_report_of_an_older_version_is_computed_from_the_commit_records(
     stored = sealed.report()
     old_keys = ("chunkq_version", "digest", "chunks", "missing", "patches", "seconds", "workers")
     try:
-        sealed.ledger.write_report({key: stored[key] for key in old_keys})
+        sealed.job.ledger.write_report({key: stored[key] for key in old_keys})
         figures = values(sealed)
     finally:
-        sealed.ledger.write_report(stored)
+        sealed.job.ledger.write_report(stored)
     assert figures == {"output": str(sealed.output), "sealed": True, **stored}
 
 

@@ -16,8 +16,8 @@ from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
 from chunkq.executors.base import Attempt, TaskResult, WorkerOptions
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import ITEM, Ledger
+from chunkq.job_handle import ItemHandle, open_job
+from chunkq.ledger import ItemLedger
 from chunkq.tasks import Task
 from tests.harness.files import everything_below, files_below
 from tests.harness.small_job import CHUNKS, SHAPE, small_workspace
@@ -393,7 +393,7 @@ def test_finalizing_continues_after_a_finalizer_is_killed_at_any_point(
         original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, name, lambda self, *args: kill(*args))
+        patch.setattr(ItemLedger, name, lambda self, *args: kill(*args))
         with pytest.raises(Killed):
             finalize_job(job, worker="killed")
     assert state(workspace) == "incomplete"
@@ -425,7 +425,7 @@ def test_partial_files_of_a_killed_writer_in_the_ledger_are_ignored(
     workspace.compute_inline(only={(0, 0)}.__contains__)
     done = workspace.done_folder()
     (done / ".partial-1234-1.1").write_bytes(b'{"kind"')
-    failed = workspace.epoch_folder / "failed" / "infer" / ITEM
+    failed = workspace.epoch_folder / "failed" / "infer" / "0"
     failed.mkdir(parents=True)
     (failed / ".partial-1234-1.1.json").write_bytes(b"{")
     assert produce(workspace).startswith("6 chunks, 1 done, 0 newly queued")
@@ -442,7 +442,7 @@ def run_chunk(workspace: Workspace, index: tuple[int, ...]) -> TaskResult:
     return run_task(Task("infer", *workspace.job.id, 0, index), Attempt(1, "worker"))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(JobHandle, "write"), (Ledger, "put_piece")])
+@pytest.mark.parametrize(("owner", "name"), [(ItemHandle, "write"), (ItemLedger, "put_piece")])
 def test_a_worker_killed_while_it_writes_commits_nothing(
     workspace: Workspace,
     reference: Workspace,
@@ -472,10 +472,10 @@ def test_a_failed_chunk_is_recorded_and_queued_again_after_the_queue_is_lost(
     produce(workspace)
     workspace.compute_inline(only={(0, 0)}.__contains__)
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "put_piece", raise_disk_full)
+        patch.setattr(ItemLedger, "put_piece", raise_disk_full)
         with pytest.raises(OSError, match="no space left"):
             run_chunk(workspace, (1, 1))
-    [failure] = workspace.ledger.failures()
+    [failure] = workspace.failures()
     assert (failure.chunk, failure.error) == ((1, 1), "OSError")
     assert "no space left" in failure.message
     for file in workspace.folder.glob("queue.db*"):
@@ -483,7 +483,7 @@ def test_a_failed_chunk_is_recorded_and_queued_again_after_the_queue_is_lost(
     assert produce(workspace, "--resume").startswith("6 chunks, 1 done, 5 newly queued")
     assert queued(workspace) == CHUNKS - {(0, 0)}
     workspace.compute_inline()
-    assert workspace.ledger.failures() == []
+    assert workspace.failures() == []
     assert_complete(workspace, reference)
 
 
@@ -491,9 +491,10 @@ def test_a_chunk_records_its_contribution_to_every_block(workspace: Workspace) -
     produce(workspace)
     recorded: dict[tuple[int, ...], set[tuple[int, int]]] = {}
     for index in CHUNKS:
-        for block, number, total in run_chunk(workspace, index).contributions:
-            recorded.setdefault(block, set()).add((number, total))
-    plan = open_job(str(workspace.job_folder)).plan
+        for task, number, total in run_chunk(workspace, index).contributions:
+            assert task == workspace.item.task("finalize", task.chunk)
+            recorded.setdefault(task.chunk, set()).add((number, total))
+    plan = open_job(str(workspace.job_folder)).items[0].plan
     expected = {block: len(plan.contributors(block)) for block in plan.to_finalize()}
     assert max(expected.values()) == 4
     assert recorded == {
@@ -510,7 +511,7 @@ def test_a_worker_of_a_replaced_job_raises_before_it_writes(workspace: Workspace
     with pytest.raises(MissingJobError) as error:
         old.check_unchanged()
     assert error.value.code is ErrorCode.JOB_REPLACED
-    assert open_job(str(workspace.job_folder)).plan.job.strides == (6, 6)
+    assert workspace.item.plan.grid.strides == (6, 6)
 
 
 @pytest.mark.parametrize("checks_before", [1, 2], ids=["while-it-computes", "while-it-writes"])
@@ -520,13 +521,13 @@ def test_a_worker_whose_chunk_another_worker_commits_keeps_the_pieces_of_unfinis
     produce(workspace)
     workspace.compute_inline()
     commits, pieces = workspace.commits(), workspace.pieces()
-    original, checks = Ledger.is_committed, count()
+    original, checks = ItemLedger.is_committed, count()
 
     def is_committed_later(*args: Any) -> bool:
         return next(checks) >= checks_before and original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "is_committed", is_committed_later)
+        patch.setattr(ItemLedger, "is_committed", is_committed_later)
         run_chunk(workspace, (1, 1))
     assert next(checks) > checks_before
     assert workspace.commits() == commits
@@ -538,7 +539,7 @@ def test_padding_is_not_counted_as_input_bytes(workspace: Workspace) -> None:
     workspace.write_job(pad_width=[3, 2])
     produce(workspace)
     workspace.compute_inline()
-    plan = workspace.job.plan
+    plan = workspace.item.plan
     assert plan.chunk((0, 0)).halo.start == (-3, -2)
     read = sum(commit.moved["input"] for commit in workspace.commits())
     assert read == plan.costs.input_bytes

@@ -274,7 +274,7 @@ def test_a_worker_that_has_ended_is_not_listed(observed: Observation) -> None:
 
 def test_jobs_can_be_fetched_and_read(observed: Observation) -> None:
     (worker,) = observed.workers["while"]
-    plan = observed.workspace.job.plan
+    plan = observed.workspace.item.plan
     for job_id, job in observed.jobs.items():
         assert job["function"] == "chunkq.infer"
         (task,) = job["arguments"]

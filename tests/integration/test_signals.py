@@ -51,4 +51,4 @@ def test_no_process_of_a_killed_run_keeps_running(workspace: StandardWorkspace) 
         command.process.kill()
         command.process.wait()
         command.wait_for_children()
-    assert workspace.done().keys() <= {".".join(map(str, i)) for i in workspace.job.plan.indices()}
+    assert workspace.done().keys() <= {".".join(map(str, i)) for i in workspace.item.plan.indices()}

@@ -12,10 +12,11 @@ from chunkq_worker.run_task import run_task
 from chunkq import output as output_module
 from chunkq.errors import ErrorCode, MissingJobError, StoreError
 from chunkq.executors.base import Attempt
-from chunkq.finalize import complete_block, finalize_job
+from chunkq.finalize import finalize_job
 from chunkq.job_handle import JobHandle
 from chunkq.ledger import Ledger
 from chunkq.output import Output
+from chunkq.stages.finalize import FinalizeStage
 from chunkq.tasks import Task
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace
@@ -65,7 +66,7 @@ def replace_when_called(
 def assert_new_job_unchanged(workspace: Workspace, new_output: dict[str, bytes]) -> None:
     """Assert that the new job was not changed, run it, and compare its output."""
     assert workspace.commits() == workspace.commits("finalize") == []
-    assert workspace.ledger.failures() == []
+    assert workspace.failures() == []
     assert set(files_below(workspace.output / workspace.job.record.array)) == {"zarr.json"}
     workspace.compute_inline()
     workspace.finalize().ok()
@@ -93,7 +94,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, new_output: dict[str, bytes]
 ) -> None:
     earlier = workspace.epoch_folder
-    array = workspace.job.target.shape  # open the output before the replacement
+    array = workspace.item.target.shape  # open the output before the replacement
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, JobHandle, "read_halos")
         assert_replaced(lambda: infer(workspace))
@@ -101,7 +102,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     assert {path.name for path in workspace.output.iterdir()} == {
         "zarr.json", workspace.job.record.array
     }  # fmt: skip
-    assert workspace.job.target.shape == array
+    assert workspace.item.target.shape == array
     assert_new_job_unchanged(workspace, new_output)
 
 
@@ -119,7 +120,7 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 ) -> None:
     earlier = workspace.epoch_folder
     if is_open:
-        assert workspace.job.target.shape == (3, *SHAPE)
+        assert workspace.item.target.shape == (3, *SHAPE)
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, owner, name)
         assert_replaced(lambda: infer(workspace))
@@ -141,7 +142,7 @@ def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(
     job, earlier = workspace.job, workspace.epoch_folder
     with monkeypatch.context() as patch:
         replace_when_called(workspace, patch, owner, name)
-        assert_replaced(lambda: complete_block(job, BLOCK, Attempt(1, "finalizer")))
+        assert_replaced(lambda: FinalizeStage().run(job.items[0], BLOCK, Attempt(1, "finalizer")))
     assert not (earlier / "done").exists()
     assert_new_job_unchanged(workspace, new_output)
 

@@ -20,7 +20,7 @@ from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.executors.base import Attempt, TaskCounts
 from chunkq.job import ModelConfig, load_job, parse_job
-from chunkq.ledger import RECORD, JobFolder, Ledger
+from chunkq.ledger import RECORD, ItemLedger, JobFolder
 from chunkq.record import JobRecord
 from chunkq.tasks import JobId, Task
 from chunkq.user_code import load_names
@@ -72,9 +72,9 @@ def refused(job: str | Path, kind: str = "infer") -> JobError:
     return error.value
 
 
-def ledger(job: Path) -> Ledger:
+def ledger(job: Path) -> ItemLedger:
     folder = JobFolder(str(job))
-    return folder.ledger(folder.require_record().epoch)
+    return folder.ledger(folder.require_record().epoch).item(0)
 
 
 def is_accepted(job: str | Path) -> bool:
@@ -273,11 +273,13 @@ def test_waiting_tasks_and_failures_are_recorded_for_the_resolved_job_folder(
     (lab.other / "link").symlink_to(lab.team)
     task = Task("infer", f"{lab.other}/link/{job.name}", epoch_of(job), 0, (0,))
     device = Device()
-    device._waiting.add((str(job), (0,)))
+    device._waiting.add(replace(task, job=str(job)))
     monkeypatch.setattr("chunkq_worker.inference_engine._device", device)
     assert waits_for_device(task)
     record_failure(task, Attempt(1, "worker"), ValueError("broken"))
-    assert [failure.message for failure in ledger(job).failures()] == ["ValueError: broken"]
+    assert [failure.message for failure in ledger(job).failures(["infer"])] == [
+        "ValueError: broken"
+    ]
 
 
 def test_no_failure_is_recorded_for_a_rejected_job(lab: Lab) -> None:
@@ -380,7 +382,7 @@ def test_no_code_outside_the_allowed_folders_runs(lab: Lab, key: str, kind: str)
     assert f"model_config.{key} {lab.other}/code.py" in str(error)
     assert f"--allow {lab.other} " in str(error)
     assert lab.ran() == []
-    assert ledger(job).failures() == []  # the job is rejected, but no chunk has failed
+    assert ledger(job).failures(["infer"]) == []  # the job is rejected, but no chunk has failed
 
 
 @pytest.mark.parametrize("kind", ["infer", "finalize"])

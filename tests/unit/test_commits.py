@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from chunkq.ledger import Commit, Ledger
+from chunkq.ledger import Commit, ItemLedger, Ledger
 
 EPOCH, LATER = "0a1b2c3d", "1b2c3d4e"
-COMMIT = Commit("infer", (0, 1), 2, "host-1", 1.0, 2.0, {"read": 0.5}, {"input": 64}, {"own": 7})
+COMMIT = Commit("infer", 0, (0, 1), 2, "host-1", 1.0, 2.0, {"read": 0.5}, {"input": 64}, {"own": 7})
 
 
-def record_path(ledger: Ledger, name: str, kind: str = "infer") -> Path:
-    return Path(ledger.path, "done", kind, "0", name)
+def record_path(ledger: ItemLedger, name: str, kind: str = "infer") -> Path:
+    return Path(ledger.objects.path, "done", kind, "0", name)
 
 
 def truncate(record: Path) -> None:
@@ -34,7 +34,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 def test_a_commit_record_is_read_as_it_was_written(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.commit(COMMIT)
     assert ledger.is_committed("infer", (0, 1))
     assert ledger.commits("infer", [(0, 1)]) == [COMMIT]
@@ -44,7 +44,7 @@ def test_a_commit_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_damaged_record_is_ignored_and_replaced_by_the_next_commit(
     tmp_path: Path, damage: str
 ) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.commit(COMMIT)
     DAMAGE[damage](record_path(ledger, "0.1"))
     assert not ledger.is_committed("infer", (0, 1))
@@ -54,9 +54,9 @@ def test_a_damaged_record_is_ignored_and_replaced_by_the_next_commit(
 
 
 def test_a_record_of_an_earlier_job_is_ignored(tmp_path: Path) -> None:
-    earlier, ledger = (Ledger(str(tmp_path), epoch) for epoch in (EPOCH, LATER))
+    earlier, ledger = (Ledger(str(tmp_path), epoch).item(0) for epoch in (EPOCH, LATER))
     earlier.commit(COMMIT)
-    Path(earlier.path).rename(ledger.path)
+    Path(earlier.path).rename(ledger.objects.path)
     assert record_path(ledger, "0.1").exists()
     assert not ledger.is_committed("infer", (0, 1))
     assert list(ledger.read_commits("infer")) == []
@@ -66,7 +66,7 @@ def test_a_record_of_an_earlier_job_is_ignored(tmp_path: Path) -> None:
 def test_a_record_of_another_task_is_ignored(
     tmp_path: Path, kind: str, chunk: tuple[int, ...]
 ) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.commit(COMMIT)
     moved = record_path(ledger, ".".join(map(str, chunk)), kind)
     moved.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def test_a_record_of_another_task_is_ignored(
 
 
 def test_the_first_of_two_valid_records_is_kept(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.commit(COMMIT)
-    ledger.commit(Commit("infer", (0, 1), 3, "host-2", 5.0, 6.0))
+    ledger.commit(Commit("infer", 0, (0, 1), 3, "host-2", 5.0, 6.0))
     assert ledger.commits("infer", [(0, 1)]) == [COMMIT]

@@ -22,7 +22,7 @@ from chunkq.events import (
 from chunkq.progress import ProgressDisplay
 from chunkq.tasks import Task
 
-TASK = Task("infer", "/data/out.zarr.chunkq", (0, 3))
+TASK = Task("infer", "/data/out.zarr.chunkq", "0a1b2c3d", 0, (0, 3))
 EVENTS = (
     Message("a warning"),
     StageProgress("loading"),

@@ -17,6 +17,7 @@ from chunkq import documents
 from chunkq.axes import plain_axes
 from chunkq.errors import ErrorCode, JobError
 from chunkq.images import ImageSource
+from chunkq.items import Item
 from chunkq.ledger import JobFolder
 from chunkq.objects import CLAIM_SECONDS, ObjectFolder
 from chunkq.record import JobRecord
@@ -31,7 +32,9 @@ def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
     source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
     hashes = {"model_config.ts_file": "00"}
     metadata = {f"0.{EPOCH}/zarr.json": "{}"}
-    return JobRecord(plan.job, (source,), hashes, ("identity",), EPOCH, f"0.{EPOCH}", metadata)
+    return JobRecord(
+        plan.job, (Item(0, "", (source,)),), hashes, (("identity",),), EPOCH, f"0.{EPOCH}", metadata
+    )
 
 
 def code_of(content: bytes) -> ErrorCode:
@@ -50,8 +53,8 @@ def changed(key: str) -> dict[str, Any]:
         "epoch": "ffffffff",
         "array": "0",
         "job": {**values["job"], "pad_value": 7},
-        "sources": [{**values["sources"][0], "path": "/other.zarr"}],
-        "identities": ["another"],
+        "items": [{**values["items"][0], "number": 1}],
+        "identities": [["another"]],
         "file_hashes": {"model_config.ts_file": "01"},
         "metadata": {f"0.{EPOCH}/zarr.json": "[]"},
     }[key]
@@ -59,7 +62,7 @@ def changed(key: str) -> dict[str, Any]:
 
 
 KEYS = [
-    "checksum", "chunkq_version", "digest", "epoch", "array", "job", "sources", "identities",
+    "checksum", "chunkq_version", "digest", "epoch", "array", "job", "items", "identities",
     "file_hashes", "metadata",
 ]  # fmt: skip
 
@@ -75,7 +78,7 @@ def test_a_record_with_a_changed_value_is_damaged(key: str) -> None:
     assert code_of(json.dumps(changed(key)).encode()) == ErrorCode.JOB_RECORD_DAMAGED
 
 
-@pytest.mark.parametrize("key", ["digest", "job", "sources", "file_hashes"])
+@pytest.mark.parametrize("key", ["digest", "job", "items", "file_hashes"])
 def test_changed_values_with_a_valid_checksum_are_detected_by_the_digest(
     key: str,
 ) -> None:
@@ -111,8 +114,9 @@ def test_a_record_of_another_layout_is_unsupported_not_damaged() -> None:
 )
 def test_the_digest_depends_on_everything_that_a_source_has(change: dict[str, Any]) -> None:
     record = record_for()
-    source = replace(record.source, **change)
-    assert replace(record, sources=(source,)).digest != record.digest
+    [source] = record.sources
+    item = Item(0, "", (replace(source, **change),))
+    assert replace(record, items=(item,)).digest != record.digest
 
 
 # --------------------------------------------------------------------------- several creators

@@ -9,25 +9,26 @@ from chunkq_producer.job_status import job_status
 from chunkq import ledger as ledger_module
 from chunkq.axes import plain_axes
 from chunkq.images import ImageSource
+from chunkq.items import Item
 from chunkq.job_handle import JobHandle
-from chunkq.ledger import Commit, JobFolder, Ledger, RecentCommits
+from chunkq.ledger import Commit, ItemLedger, JobFolder, Ledger, RecentCommits
 from chunkq.record import JobRecord
 from tests.strategies import plan_for
 
 CHUNKS, EPOCH = 48, "0a1b2c3d"
 
 
-def ledger_in(path: Path) -> Ledger:
-    return Ledger(str(path / "out.zarr.chunkq"), EPOCH)
+def ledger_in(path: Path) -> ItemLedger:
+    return Ledger(str(path / "out.zarr.chunkq"), EPOCH).item(0)
 
 
-def ledger_with_commits(path: Path) -> Ledger:
+def ledger_with_commits(path: Path) -> ItemLedger:
     """Return a ledger with one commit per second of a worker whose device is busy half the time."""
     ledger = ledger_in(path)
     for n in range(CHUNKS):
         seconds = {"read": 0.5, "compute": 0.5}
-        ledger.commit(Commit("infer", (n,), 1, "host-1", float(n), n + 1.0, seconds))
-        os.utime(Path(ledger.path, "done", "infer", "0", str(n)), (n + 1.0, n + 1.0))
+        ledger.commit(Commit("infer", 0, (n,), 1, "host-1", float(n), n + 1.0, seconds))
+        os.utime(Path(ledger.objects.path, "done", "infer", "0", str(n)), (n + 1.0, n + 1.0))
     return ledger
 
 
@@ -58,10 +59,10 @@ def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
     ledger_with_commits(tmp_path)
     plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
     source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
-    record = JobRecord(plan.job, (source,), {}, epoch=EPOCH)
-    job = JobHandle(JobFolder(str(tmp_path / "out.zarr.chunkq")), record, plan)
+    record = JobRecord(plan.job, (Item(0, "", (source,)),), {}, epoch=EPOCH)
+    job = JobHandle(JobFolder(str(tmp_path / "out.zarr.chunkq")), record)
     # The file system decides which records are sampled, so sample every step-th one explicitly.
-    records = tuple(job.ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
+    records = tuple(job.items[0].ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
     assert len(records) == CHUNKS // step
     monkeypatch.setattr(
         job.ledger, "recent_commits", lambda kind, count: RecentCommits(CHUNKS, step, records)

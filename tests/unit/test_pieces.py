@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, PieceError
-from chunkq.ledger import Ledger
+from chunkq.ledger import ItemLedger, Ledger
 
 EPOCH = "0a1b2c3d"
 DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2"]).map(np.dtype)
@@ -25,7 +25,7 @@ ARRAYS = numpy_strategies.arrays(
 def test_arrays_are_read_as_they_were_stored(
     tmp_path_factory: pytest.TempPathFactory, arrays: list[np.ndarray]
 ) -> None:
-    ledger = Ledger(str(tmp_path_factory.mktemp("job")), EPOCH)
+    ledger = Ledger(str(tmp_path_factory.mktemp("job")), EPOCH).item(0)
     info = ledger.put_piece((1, 2), "own", arrays)
     read_arrays, size = ledger.get_piece((1, 2), "own")
     assert size == info.size
@@ -35,27 +35,27 @@ def test_arrays_are_read_as_they_were_stored(
 
 
 def test_an_array_in_fortran_order_keeps_its_shape_and_values(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     array = np.arange(24, dtype="<f4").reshape(2, 3, 4).T
     ledger.put_piece((0,), "own", [array])
     np.testing.assert_array_equal(ledger.get_piece((0,), "own")[0][0], array)
 
 
-def assert_damaged(ledger: Ledger) -> None:
+def assert_damaged(ledger: ItemLedger) -> None:
     with pytest.raises(PieceError) as error:
         ledger.get_piece((0,), "own")
     assert error.value.code is ErrorCode.PIECE_DAMAGED
-    assert f"{ledger.path}/pieces/0/0/own is damaged" in str(error.value)
+    assert f"{ledger.objects.path}/pieces/0/0/own is damaged" in str(error.value)
 
 
 def test_a_missing_piece_is_detected(tmp_path: Path) -> None:
     with pytest.raises(PieceError, match="pieces/0/0/own is missing"):
-        Ledger(str(tmp_path), EPOCH).get_piece((0,), "own")
+        Ledger(str(tmp_path), EPOCH).item(0).get_piece((0,), "own")
 
 
 @pytest.mark.parametrize("byte", [0, 3, 4, 10, 30, -1])
 def test_a_changed_byte_is_detected(tmp_path: Path, byte: int) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.put_piece((0,), "own", [np.arange(8, dtype="<f4")])
     path = tmp_path / EPOCH / "pieces" / "0" / "0" / "own"
     content = bytearray(path.read_bytes())
@@ -66,7 +66,7 @@ def test_a_changed_byte_is_detected(tmp_path: Path, byte: int) -> None:
 
 @pytest.mark.parametrize("length", [0, 3, 4, 40])
 def test_a_truncated_piece_is_detected(tmp_path: Path, length: int) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.put_piece((0,), "own", [np.zeros(8, "<f4")])
     path = tmp_path / EPOCH / "pieces" / "0" / "0" / "own"
     path.write_bytes(path.read_bytes()[:length] if length != 4 else bytes(4))
@@ -76,7 +76,7 @@ def test_a_truncated_piece_is_detected(tmp_path: Path, length: int) -> None:
 def test_pieces_are_read_without_the_parser_of_python_which_is_not_thread_safe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     ledger.put_piece((0,), "own", [np.ones(3, "<f4")])
 
     def parse(*_: object, **__: object) -> None:
@@ -88,7 +88,7 @@ def test_pieces_are_read_without_the_parser_of_python_which_is_not_thread_safe(
 
 @pytest.mark.parametrize("name", ["own", "01"])
 def test_a_piece_under_the_name_of_another_is_detected(tmp_path: Path, name: str) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
     for block, piece in [((0,), "own"), ((1,), name)]:
         ledger.put_piece(block, piece, [np.zeros(8, "<f4")])
     pieces = tmp_path / EPOCH / "pieces" / "0"
@@ -97,7 +97,7 @@ def test_a_piece_under_the_name_of_another_is_detected(tmp_path: Path, name: str
 
 
 def test_a_piece_of_an_earlier_job_is_detected(tmp_path: Path) -> None:
-    earlier, ledger = (Ledger(str(tmp_path), epoch) for epoch in (EPOCH, "4e5f6071"))
+    earlier, ledger = (Ledger(str(tmp_path), epoch).item(0) for epoch in (EPOCH, "4e5f6071"))
     earlier.put_piece((0,), "own", [np.zeros(8, "<f4")])
     (tmp_path / earlier.epoch).rename(tmp_path / ledger.epoch)
     assert_damaged(ledger)

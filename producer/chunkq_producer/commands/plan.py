@@ -162,8 +162,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         ("pieces", f"{si(costs.piece_bytes, 'B')} of temporary files"),
         (
             "memory",
-            f"at most {si(largest_footprint(job.plans).peak_bytes(depth), 'B')} of arrays per worker "
-            f"process with {depth} chunks in flight, plus libraries and network"
+            f"at most {si(largest_footprint(job.plans).peak_bytes(depth), 'B')} of arrays per "
+            f"worker process with {depth} chunks in flight, plus libraries and network"
             + ("" if trial else " (--check-model measures the total)"),
         ),
     ]
@@ -203,8 +203,8 @@ def peak_memory(trial: Trial, *, finalizes: bool) -> str:
         parts = [f"of a worker process: unknown, chunks could not be run ({memory.error})"]
     else:
         parts = [
-            f"{si(memory.worker_bytes, 'B')} in total per worker process with {memory.depth} chunks "
-            f"in flight ({si(check.loaded_bytes, 'B')} of it libraries and network), "
+            f"{si(memory.worker_bytes, 'B')} in total per worker process with {memory.depth} "
+            f"chunks in flight ({si(check.loaded_bytes, 'B')} of it libraries and network), "
             f"measured on {chunk_count(memory.chunks)}"
         ]
     if trial.finalizer_bytes is not None:

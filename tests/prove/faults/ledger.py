@@ -115,7 +115,7 @@ FAULTS = (
     Fault(
         "blocks-beside-missing-chunks",
         FINALIZE,
-        "if not missing.intersection(job.plan.contributors(i))",
+        "if not missing.intersection(job.items[0].plan.contributors(i))",
         "if i not in missing",
         "finalize --allow-missing fails at the first block beside a missing chunk",
         named(RESUME, "missing"),
@@ -147,8 +147,8 @@ FAULTS = (
     Fault(
         "resume-computes-all-again",
         CREATE,
-        "[index for index in job.plan.indices() if index not in committed]",
-        "list(job.plan.indices())",
+        "[index for index in job.items[0].plan.indices() if index not in committed]",
+        "list(job.items[0].plan.indices())",
         "resume costs as much as starting again",
         named(RESUME, "queue_is_lost"),
     ),

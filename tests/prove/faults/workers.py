@@ -45,7 +45,7 @@ FAULTS = (
     Fault(
         "contributions-without-the-neighbors",
         INFER,
-        "for block in [index, *(piece.target for piece in job.plan.outgoing_pieces(chunk))]:",
+        "for block in [index, *(piece.target for piece in job.items[0].plan.outgoing_pieces(chunk))]:",
         "for block in [index]:",
         "workers leave most blocks to the finalizer",
         named(RESUME, "records_its_contribution"),
