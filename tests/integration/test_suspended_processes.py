@@ -13,9 +13,9 @@ from chunkq import output as output_module
 from chunkq.errors import ErrorCode, MissingJobError, StoreError
 from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
-from chunkq.job_handle import JobHandle
-from chunkq.ledger import Ledger
-from chunkq.output import Output
+from chunkq.job_handle import ItemHandle
+from chunkq.ledger import ItemLedger, Ledger
+from chunkq.output import ImageOutput, Output
 from chunkq.stages.finalize import FinalizeStage
 from chunkq.tasks import Task
 from tests.harness.files import files_below
@@ -96,7 +96,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
     earlier = workspace.epoch_folder
     array = workspace.item.target.shape  # open the output before the replacement
     with monkeypatch.context() as patch:
-        replace_when_called(workspace, patch, JobHandle, "read_halos")
+        replace_when_called(workspace, patch, ItemHandle, "read_halos")
         assert_replaced(lambda: infer(workspace))
     assert not earlier.exists()
     assert {path.name for path in workspace.output.iterdir()} == {
@@ -108,7 +108,7 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["output-open", "output-not-yet-open"])
 @pytest.mark.parametrize(
-    ("owner", "name"), [(JobHandle, "write"), (Ledger, "put_piece")], ids=["write", "put_piece"]
+    ("owner", "name"), [(ItemHandle, "write"), (ItemLedger, "put_piece")], ids=["write", "put_piece"]
 )
 def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
     workspace: Workspace,
@@ -129,7 +129,7 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Ledger, "get_piece"), (JobHandle, "write")], ids=["get_piece", "write"]
+    ("owner", "name"), [(ItemLedger, "get_piece"), (ItemHandle, "write")], ids=["get_piece", "write"]
 )
 def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(
     workspace: Workspace,
@@ -150,11 +150,11 @@ def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (Ledger, "read_commits"),
+        (ItemLedger, "read_commits"),
         (Ledger, "seal"),
         (Output, "seal"),
-        (Output, "_rename_to_final"),
-        (Output, "_delete_stray_arrays"),
+        (ImageOutput, "_rename_to_final"),
+        (ImageOutput, "_delete_stray_arrays"),
         (output_module, "delete_stale_locks"),
     ],
     ids=["records", "ledger", "output", "rename", "strays", "locks"],

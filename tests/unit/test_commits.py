@@ -56,7 +56,7 @@ def test_a_damaged_record_is_ignored_and_replaced_by_the_next_commit(
 def test_a_record_of_an_earlier_job_is_ignored(tmp_path: Path) -> None:
     earlier, ledger = (Ledger(str(tmp_path), epoch).item(0) for epoch in (EPOCH, LATER))
     earlier.commit(COMMIT)
-    Path(earlier.path).rename(ledger.objects.path)
+    Path(earlier.objects.path).rename(ledger.objects.path)
     assert record_path(ledger, "0.1").exists()
     assert not ledger.is_committed("infer", (0, 1))
     assert list(ledger.read_commits("infer")) == []

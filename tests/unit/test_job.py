@@ -106,7 +106,6 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         ("missing", "torchscript"),
     ),
     ({"roi": [[0, 1], [0, 1]]}, "roi", ("unsupported",)),
-    ({"input": ["/a", "/b"]}, "input", ("2", "model_config.join_dim")),
     (
         {"model": {"runtime": "onnx", "type": "torchscript"}},
         "model_config.type",
