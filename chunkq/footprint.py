@@ -42,6 +42,16 @@ def footprint(plan: Plan) -> Footprint:
     )
 
 
+def extra_device_bytes(plan: Plan) -> int:
+    """Return the bytes on an accelerator of one more chunk in flight: its input and its results."""
+    results_voxel = 4 * plan.channels
+    chunks = [plan.chunk(index) for index in _largest_chunks(plan)]
+    return max(
+        chunk.halo.size * plan.volume.voxel_bytes + chunk.region.size * results_voxel
+        for chunk in chunks
+    )
+
+
 def _largest_chunks(plan: Plan) -> set[Index]:
     """Return the indices at which a chunk can be largest: middle, next to the first, first."""
     middle = tuple(blocks // 2 for blocks in plan.blocks)

@@ -34,6 +34,7 @@ from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 from tests.harness.assertions import assert_contains
+from tests.harness.predictions import each_prediction
 
 PATCH = (8, 8)
 ANY = ("batch", 1, *PATCH)
@@ -229,7 +230,7 @@ def test_the_batcher_predicts_every_patch_of_a_chunk(network: Path) -> None:
     region = np.random.default_rng(1).integers(0, 255, chunk.halo.shape, np.uint8)
     batcher = Batcher(plan, load_runtime(plan.job.model, Steps(), 1), Steps())
     patches = list(plan.patches(chunk))
-    pairs = list(batcher.predictions(patches, [region], chunk.halo.start))
+    pairs = list(each_prediction(batcher, patches, [region], chunk.halo.start))
     assert len(pairs) == 8
     for patch, prediction in pairs:
         item = region[patch.source.slices(chunk.halo.start)][None, None]
@@ -306,13 +307,14 @@ from chunkq.resolve import resolve
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
+from tests.harness.predictions import each_prediction
 
 plan = resolve(Job.model_validate_json({plan.job.model_dump_json(by_alias=True)!r}),
                Volume((32, 16), "float32"))
 batcher = Batcher(plan, load_runtime(plan.job.model, Steps(), 1), Steps())
 chunk = plan.chunk((0, 0))
 halo = np.ones(chunk.halo.shape, np.float32)
-print(len(list(batcher.predictions(list(plan.patches(chunk)), [halo], chunk.halo.start))))
+print(len(list(each_prediction(batcher, list(plan.patches(chunk)), [halo], chunk.halo.start))))
 """
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
@@ -609,6 +611,7 @@ import numpy as np
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
+from tests.harness.predictions import each_prediction
 from tests.integration.test_onnx_runtime import plan_of
 
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -620,7 +623,7 @@ with open("/proc/self/statm") as file:
 resource.setrlimit(resource.RLIMIT_AS, (used + (250 << 20),) * 2)
 chunk = plan.chunk((0, 0))
 region = np.random.default_rng(0).random(chunk.halo.shape).astype(np.float32)
-pairs = list(batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start))
+pairs = list(each_prediction(batcher, list(plan.patches(chunk)), [region], chunk.halo.start))
 for patch, prediction in pairs:
     expected = 1 / (1 + np.exp(-region[patch.source.slices(chunk.halo.start)]))
     assert np.allclose(prediction[0], expected, rtol=0, atol=1e-4)

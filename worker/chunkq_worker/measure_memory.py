@@ -55,6 +55,8 @@ class ReplayRuntime(Runtime):
         self, network: Runtime, chunk: int, batches: int, in_flight: ChunksInFlight
     ) -> None:
         self.device, self.any_batch = network.device, network.any_batch
+        self.accelerator = network.accelerator
+        self.reads_device_memory = network.reads_device_memory
         self._network, self._chunk, self._batches = network, chunk, batches
         self._interval, self._in_flight = chunk, in_flight
         self._calls = 0
@@ -63,7 +65,7 @@ class ReplayRuntime(Runtime):
         self.kept_bytes = 0
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: Array) -> Array:
         is_long_enough = self._answer is not None and len(self._answer) >= len(batch)
         self._calls += 1
         if not is_long_enough or (self._calls - 1) % self._interval == 0:
