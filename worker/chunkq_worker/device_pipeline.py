@@ -27,7 +27,7 @@ from chunkq_worker.runtimes.device_chunk import (
     DeviceSums,
     FiniteFlag,
     InputUploader,
-    ProfileTables,
+    RunWeights,
 )
 from chunkq_worker.runtimes.staging import Accelerator, Event, fetch
 
@@ -54,10 +54,10 @@ class DevicePipeline(ChunkPipeline):
     ) -> None:
         self.plan, self.batcher, self.accelerator = plan, batcher, accelerator
         self.weights = PatchWeights(plan, weights, runtime.to_device)
-        self.tables = ProfileTables(accelerator, self.weights)
+        self.run_weights = RunWeights(accelerator, self.weights)
         self.download_stream = accelerator.stream()
         self._runtime, self._in_flight = runtime, deque[Event]()
-        self._max_in_flight: int | None = None  # unknown before the first chunk
+        self.max_in_flight: int | None = None  # unknown before the first chunk
         self._uploader: InputUploader | None = None
         if batcher.is_resident:
             self._uploader = InputUploader(accelerator, accelerator.stream(), plan, MAX_IN_FLIGHT)
@@ -65,7 +65,7 @@ class DevicePipeline(ChunkPipeline):
 
     @override
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
-        while len(self._in_flight) >= (self._max_in_flight or 1):
+        while len(self._in_flight) >= (self.max_in_flight or 1):
             self.accelerator.wait(self._in_flight.popleft())
         uploaded = None
         if self._uploader is not None:
@@ -89,13 +89,13 @@ class DevicePipeline(ChunkPipeline):
     def enqueued(self, done: Event) -> None:
         """Count a chunk as in flight until `done` is complete."""
         self._in_flight.append(done)
-        if self._max_in_flight is None:
+        if self.max_in_flight is None:
             is_enough = self.accelerator.free_bytes() >= extra_device_bytes(self.plan)
-            self._max_in_flight = MAX_IN_FLIGHT if is_enough else 1
+            self.max_in_flight = MAX_IN_FLIGHT if is_enough else 1
 
     def _use_one_chunk(self) -> bool:
         """Keep one chunk on the device from here on; return False if that is so already."""
-        several, self._max_in_flight = (self._max_in_flight or 1) > 1, 1
+        several, self.max_in_flight = (self.max_in_flight or 1) > 1, 1
         if not several:
             return False
         while self._in_flight:
@@ -131,7 +131,7 @@ class DeviceRun(ChunkRun):
         self._uploaded = uploaded
         accelerator = pipeline.accelerator
         self._sums = DeviceSums(
-            pipeline.plan, chunk, pipeline.weights, pipeline.tables, accelerator
+            pipeline.plan, chunk, pipeline.weights, pipeline.run_weights, accelerator
         )
         self._flag = None if checked else FiniteFlag(accelerator)
 

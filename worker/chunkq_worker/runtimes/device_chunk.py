@@ -172,16 +172,38 @@ class FiniteFlag:
         self.total.add_(outputs.sum(dtype=torch.float32))
 
 
-class ProfileTables:
-    """Profiles of the patches of a chunk along one axis, on the device."""
+class RunWeights:
+    """Normalized weights of runs of patches on the device, from tables of profiles."""
 
     def __init__(self, accelerator: Accelerator, weights: PatchWeights) -> None:
         self._accelerator, self._weights = accelerator, weights
         self._tables: dict[tuple[int, tuple[Neighbors, ...]], torch.Tensor] = {}
+        self._last: tuple[tuple[tuple[Neighbors, ...], ...], torch.Tensor] | None = None
 
-    def table(self, axis: int, near: Sequence[Neighbors]) -> torch.Tensor:
-        """Return one row per patch with its profile (n, kept), float32; see `PatchWeights`."""
-        key = axis, tuple(near)
+    def product(self, near: tuple[tuple[Neighbors, ...], ...]) -> torch.Tensor:
+        """Return w / Σw of the kept voxels, 0 outside the volume, (n, 1, *kept).
+
+        `near` has the neighbors of the patches along each axis, one entry where all patches have
+        the same. The last product is kept, because most runs of a chunk share it.
+        """
+        if self._last is None or self._last[0] != near:
+            self._last = None  # release its memory first
+            product = self._factor(0, near)
+            for axis in range(1, len(near)):
+                product = product * self._factor(axis, near)
+            self._last = near, product
+        return self._last[1]
+
+    def _factor(self, axis: int, near: tuple[tuple[Neighbors, ...], ...]) -> torch.Tensor:
+        """Return the profiles along one axis, to be multiplied with those of other axes."""
+        table = self._table(axis, near[axis])
+        shape = [1] * len(near)
+        shape[axis] = table.shape[1]
+        return table.view(len(near[axis]), 1, *shape)
+
+    def _table(self, axis: int, near: tuple[Neighbors, ...]) -> torch.Tensor:
+        """Return one row per patch with its profile along an axis (n, kept), float32."""
+        key = axis, near
         if key not in self._tables:
             while len(self._tables) >= TABLES_CACHED:
                 del self._tables[next(iter(self._tables))]
@@ -202,10 +224,11 @@ class DeviceSums:
         plan: Plan,
         chunk: Chunk,
         weights: PatchWeights,
-        tables: ProfileTables,
+        run_weights: RunWeights,
         accelerator: Accelerator,
     ) -> None:
-        self._plan, self._chunk, self._weights, self._tables = plan, chunk, weights, tables
+        self._plan, self._chunk = plan, chunk
+        self._weights, self._run_weights = weights, run_weights
         grids = [axis.grids[0] for axis in plan.axes]
         self._lead = [grid.lead for grid in grids]
         self._kept = [grid.kept for grid in grids]
@@ -237,27 +260,15 @@ class DeviceSums:
         return [interior, *sums]
 
     def _add_run(self, run: PatchRun, patches: Sequence[Patch], values: torch.Tensor) -> None:
-        weights = self._run_weights(run, patches)
+        near = zip(*map(self._weights.neighbors, patches), strict=True)
+        weights = self._run_weights.product(tuple(_shared(along) for along in near))
         # Patches that do not overlap along the axis are added by one kernel.
         phases = min(run.count, -(-self._kept[run.axis] // run.step))
         for phase in range(phases):
             part = slice(phase, run.count, phases)
             every = PatchRun(0, len(range(phase, run.count, phases)), run.axis, run.step * phases)
-            self._windows(every, patches[phase]).addcmul_(weights[part], values[part])
-
-    def _run_weights(self, run: PatchRun, patches: Sequence[Patch]) -> torch.Tensor:
-        """Return w / Σw of the kept voxels, 0 outside the volume, (n, 1, *kept)."""
-        near = [self._weights.neighbors(patch) for patch in patches]
-        product: torch.Tensor | None = None
-        for axis in range(self._plan.rank):
-            along = [n[axis] for n in (near if axis == run.axis else near[:1])]
-            shape = [1] * self._plan.rank
-            shape[axis] = self._kept[axis]
-            factor = self._tables.table(axis, along).view(len(along), 1, *shape)
-            product = factor if product is None else product * factor
-        if product is None:
-            raise ValueError("a plan has at least one axis")
-        return product
+            used = weights if len(weights) == 1 else weights[part]
+            self._windows(every, patches[phase]).addcmul_(used, values[part])
 
     def _add_patches(self, patches: Sequence[Patch], predictions: torch.Tensor) -> None:
         for patch, prediction in zip(patches, predictions, strict=True):
@@ -277,6 +288,11 @@ class DeviceSums:
 
     def _view(self, box: Box) -> torch.Tensor:
         return self._sums[(slice(None), *box.slices(self._box.start))]
+
+
+def _shared(near: tuple[Neighbors, ...]) -> tuple[Neighbors, ...]:
+    """Return one entry if all entries are equal."""
+    return near[:1] if near.count(near[0]) == len(near) else near
 
 
 def sums_box(plan: Plan, chunk: Chunk) -> Box:
