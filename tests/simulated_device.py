@@ -9,6 +9,7 @@ one stream. Code that forgets to wait therefore fails in every run.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,11 +72,8 @@ class Block:
     """A block of device memory. It returns to the pool with the last tensor that uses it."""
 
     def __init__(self, size: int, memory: Memory) -> None:
-        self._memory, self._size = memory, size
         self.bytes = memory.allocate(size)
-
-    def __del__(self) -> None:
-        self._memory.free(self._size, self.bytes)
+        weakref.finalize(self, memory.free, size, self.bytes)
 
 
 @dataclass
@@ -84,6 +82,7 @@ class Counts:
 
     uploaded, downloaded   bytes of copies from and to pinned memory
     launches               operations enqueued in the compute stream, except copies and events
+    done                   operations and events of any stream that have run
     synchronizations       operations that return a value to the host
     waits                  events for which the host waited
     """
@@ -91,6 +90,7 @@ class Counts:
     uploaded: int = 0
     downloaded: int = 0
     launches: int = 0
+    done: int = 0
     synchronizations: int = 0
     waits: int = 0
 
@@ -287,6 +287,7 @@ class SimulatedDevice(Accelerator):
             with torch.inference_mode():
                 first()
         stream.done += 1
+        self.counts.done += 1
 
 
 def _uninitialized(size: int) -> torch.Tensor:

@@ -63,6 +63,11 @@ class DevicePipeline(ChunkPipeline):
             self._uploader = InputUploader(accelerator, accelerator.stream(), plan, MAX_IN_FLIGHT)
         batcher.release_memory = self._use_one_chunk
 
+    @property
+    def is_resident(self) -> bool:
+        """Return whether inputs are on the device."""
+        return self._uploader is not None
+
     @override
     def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
         while len(self._in_flight) >= (self.max_in_flight or 1):
@@ -77,14 +82,20 @@ class DevicePipeline(ChunkPipeline):
         patches, patches_run = list(self.plan.patches(chunk)), self.batcher.patches_run
         while True:
             try:
-                run = self.open(chunk, halos, checked=checked)
-                run.add(patches)
-                return run.finish()
+                return self._start(chunk, halos, patches, checked=checked)
             except Exception as error:
                 if not self._runtime.is_out_of_memory(error):
                     raise
                 self._use_less_memory(error)
                 self.batcher.patches_run = patches_run
+
+    def _start(
+        self, chunk: Chunk, halos: Halos, patches: Sequence[Patch], *, checked: bool
+    ) -> Finish:
+        # If memory is exhausted, the run and its memory are released with this frame.
+        run = self.open(chunk, halos, checked=checked)
+        run.add(patches)
+        return run.finish()
 
     def enqueued(self, done: Event) -> None:
         """Count a chunk as in flight until `done` is complete."""
