@@ -48,14 +48,19 @@ class SimulatedEvent:
 
 
 class Memory:
-    """Device memory of `limit` bytes. Freed blocks are reused at once."""
+    """Device memory of `limit` bytes. Freed blocks are reused at once.
+
+    The next `failures` allocations fail, as if something else used the memory.
+    """
 
     def __init__(self, limit: int | None) -> None:
-        self.limit, self.used, self.peak = limit, 0, 0
+        self.limit, self.used, self.peak, self.failures = limit, 0, 0, 0
         self._pools: dict[int, list[torch.Tensor]] = {}
 
     def allocate(self, size: int) -> torch.Tensor:
-        if self.limit is not None and self.used + size > self.limit:
+        is_full = self.limit is not None and self.used + size > self.limit
+        if is_full or self.failures:
+            self.failures = max(0, self.failures - 1)
             raise torch.cuda.OutOfMemoryError("simulated: out of memory")
         self.used += size
         self.peak = max(self.peak, self.used)

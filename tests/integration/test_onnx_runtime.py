@@ -733,8 +733,14 @@ def test_bound_graphs_support_every_dtype(tmp_path: Path, bound: Any, dtype: str
     model = identity(kind=DTYPES[dtype], out=DTYPES[dtype])
     batch = random_batch(dtype="uint8")
     outputs = bound(save(tmp_path / "net.onnx", model), dtype=dtype)(batch)
-    assert outputs.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    kept = {"float64": torch.float64, "float16": torch.float16}
+    assert outputs.dtype == kept.get(dtype, torch.float32)
     np.testing.assert_array_equal(outputs.numpy(), batch)
+
+
+def test_a_bound_graph_takes_tensors(network: Path, bound: Any) -> None:
+    runtime, batch = bound(network), random_batch()
+    assert torch.equal(runtime(torch.from_numpy(batch)), runtime(batch))
 
 
 def test_protected_steps_of_a_bound_graph_get_tensors_and_can_return_views(
