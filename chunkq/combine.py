@@ -84,6 +84,17 @@ def copy_into(total: Array, values: Array) -> None:
         total[...] = values
 
 
+def as_float32(values: Array) -> Array:
+    """Return the values as float32, without a copy if they are."""
+    xp = namespace(values)
+    return xp.astype(values, xp.float32, copy=False)
+
+
+def as_float(values: Array) -> Array:
+    """Return the values as float32 or float64, which NumPy can represent, unlike bfloat16."""
+    return values if values.dtype == namespace(values).float64 else as_float32(values)
+
+
 def is_finite(values: Array) -> bool:
     """Return whether all values are finite; can be False for finite values whose sum overflows."""
     if _is_host_array(values):

@@ -1,6 +1,5 @@
 """Chunks on a simulated device: what is copied, launched and awaited, and what results are."""
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 

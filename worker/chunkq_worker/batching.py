@@ -14,7 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, is_finite, namespace, to_numpy, to_votes
+from chunkq.combine import (
+    Array,
+    activate,
+    as_float,
+    as_float32,
+    is_finite,
+    namespace,
+    to_numpy,
+    to_votes,
+)
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
@@ -140,7 +149,7 @@ class Batcher:
         Q is the output patch. Return None if batches have to be smaller.
         """
         outputs = self._attempt(batch, halos, origin, None)
-        return None if outputs is None else np.array(to_numpy(_as_float(outputs)))
+        return None if outputs is None else np.array(to_numpy(as_float(outputs)))
 
     def _fill(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -203,7 +212,7 @@ class Batcher:
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Array:
         """Return activated predictions; raise PredictionError if the job requires finite ones."""
-        xp, outputs = namespace(outputs), _as_float32(outputs)
+        xp, outputs = namespace(outputs), as_float32(outputs)
         finite = None
         if not is_finite(outputs):
             finite = xp.isfinite(outputs)
@@ -214,10 +223,10 @@ class Batcher:
     def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> Array:
         """Return activated predictions without waiting for the device; see `predictions`."""
         if self._plan.job.nan == "zero":
-            outputs = _as_float32(outputs)
+            outputs = as_float32(outputs)
             return self._activate(outputs, namespace(outputs).isfinite(outputs))
         if outputs.dtype == namespace(outputs).float64:
-            outputs = _as_float32(outputs)  # the conversion can overflow
+            outputs = as_float32(outputs)  # the conversion can overflow
         flag.add(outputs)
         return self._activate(outputs, None)
 
@@ -338,16 +347,6 @@ class Batcher:
             dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
             self._feed = self._runtime.feed((self._size, *self._item), dtype)
         return self._feed
-
-
-def _as_float32(outputs: Array) -> Array:
-    xp = namespace(outputs)
-    return xp.astype(outputs, xp.float32, copy=False)
-
-
-def _as_float(outputs: Array) -> Array:
-    """Return outputs as float32 or float64."""
-    return outputs if outputs.dtype == namespace(outputs).float64 else _as_float32(outputs)
 
 
 def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq import buffers
-from chunkq.combine import Array, to_numpy
+from chunkq.combine import Array, as_float, to_numpy
 from chunkq.executors.base import Attempt
 from chunkq.finalize import complete_block
 from chunkq.job_handle import JobHandle
@@ -84,7 +84,7 @@ class ReplayRuntime(Runtime):
 
     def _keep(self, answer: Array) -> None:
         """Store an answer outside the allocator's heap, so that the heap is not changed by it."""
-        values = to_numpy(answer)
+        values = to_numpy(as_float(answer))
         self._answer = buffers.cast(values, values.dtype)
         self.kept_bytes += values.nbytes
 
