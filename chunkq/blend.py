@@ -6,10 +6,8 @@ Functions take and return arrays and do no I/O. Sums are added in the order of `
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,12 +16,8 @@ import numpy.typing as npt
 from chunkq import buffers
 from chunkq.box import Box
 from chunkq.combine import Array, add_weighted, cast_output, copy_into, reduce, to_numpy
+from chunkq.patch_weights import PatchWeights
 from chunkq.plan import Chunk, Patch, Piece, Plan
-from chunkq.weights import Neighbors, Weights, neighbors
-
-WEIGHT_CACHE_BYTES = 256 << 20
-NeighborsPerAxis = tuple[Neighbors, ...]
-"""The neighbors of one patch, one entry per axis."""
 
 
 @dataclass(frozen=True)
@@ -52,108 +46,54 @@ class Contribution:
     pieces: tuple[tuple[Piece, npt.NDArray[np.float32]], ...]
 
 
-class WeightCache:
-    """LRU cache of normalized patch weights; most patches of a grid share the same weights.
-
-    Holds at most `WEIGHT_CACHE_BYTES`. Not thread-safe: use it only in the thread that holds the
-    device.
-    """
-
-    def __init__(self, plan: Plan, weights: Weights, to_device: Callable[[Any], Array]) -> None:
-        self._plan, self._weights, self._to_device = plan, weights, to_device
-        self._cache: OrderedDict[tuple[int, NeighborsPerAxis], Array] = OrderedDict()
-        self._bytes = 0
-
-    def prepare(self, patches: Iterable[Patch]) -> None:
-        """Compute the weights of the first of these patches, as many as fit in the cache.
-
-        Allocated during inference, these small, long-lived arrays would fragment the heap.
-        """
-        prepared, free_bytes = set(), WEIGHT_CACHE_BYTES
-        for patch in patches:
-            key = patch.grid, self._neighbors(patch)
-            if key in prepared or _has_no_overlap(key[1]):
-                continue
-            prepared.add(key)
-            free_bytes -= patch.target.size * 4
-            if free_bytes < 0:
-                return
-            self._get(key)
-
-    def weights(self, patch: Patch) -> Array:
-        """Return w / Σw over the patch's target: shape `patch.target.shape`, float32."""
-        return self._get((patch.grid, self._neighbors(patch)))
-
-    def has_no_overlap(self, patch: Patch) -> bool:
-        """Return whether no other patch covers the patch's target; its weights are then all 1."""
-        return _has_no_overlap(self._neighbors(patch))
-
-    def _get(self, key: tuple[int, NeighborsPerAxis]) -> Array:
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        weights = self._to_device(self._weights.normalized(*key))
-        self._cache[key] = weights
-        self._bytes += prod(weights.shape) * 4
-        while self._bytes > WEIGHT_CACHE_BYTES and len(self._cache) > 1:
-            _, evicted = self._cache.popitem(last=False)
-            self._bytes -= prod(evicted.shape) * 4
-        return weights
-
-    def _neighbors(self, patch: Patch) -> NeighborsPerAxis:
-        return tuple(
-            neighbors(axis, patch.grid, number)
-            for axis, number in zip(self._plan.axes, patch.numbers, strict=True)
-        )
-
-
-def _has_no_overlap(neighbors: NeighborsPerAxis) -> bool:
-    """Return whether a patch has no neighbor except itself."""
-    starts_per_grid = zip(*(near.starts for near in neighbors), strict=True)
-    return sum(prod(map(len, starts)) for starts in starts_per_grid) == 1
-
-
 class Accumulator:
-    """Weighted sums over one chunk's region, float32 (C, *region)."""
+    """Weighted sums over one chunk's region, float32 (C, *region). Patches are added one by one."""
 
-    def __init__(self, plan: Plan, chunk: Chunk, weights: WeightCache, zeros: Array) -> None:
+    def __init__(self, plan: Plan, chunk: Chunk, weights: PatchWeights, zeros: Array) -> None:
         """Use `zeros`, zeros of shape (C, *chunk.region.shape), as storage for the sums."""
         self._plan, self._chunk, self._weights, self._sums = plan, chunk, weights, zeros
 
-    def add(self, patch: Patch, prediction: Array) -> None:
-        """Add one prediction (C, *output patch), float32, after activation and voting."""
-        offset = [
-            (p - q) // 2
-            for p, q in zip(self._plan.input_patch, self._plan.output_patch, strict=True)
-        ]
-        origin = [s + o for s, o in zip(patch.source.start, offset, strict=True)]
-        used = prediction[(slice(None), *patch.target.slices(origin))]
-        sums = self._view(patch.target)
-        if self._weights.has_no_overlap(patch):
-            copy_into(sums, used)
-        else:
-            add_weighted(sums, self._weights.weights(patch), used)
+    def add(self, batch: Sequence[Patch], predictions: Array) -> None:
+        """Add predictions (n, C, *output patch), float32, after activation and voting."""
+        for patch, prediction in zip(batch, predictions, strict=True):
+            used = prediction[(slice(None), *target_slices(self._plan, patch))]
+            sums = self._view(patch.target)
+            if self._weights.has_no_overlap(patch):
+                copy_into(sums, used)
+            else:
+                add_weighted(sums, self._weights.weights(patch), used)
 
-    def sums(self) -> list[Array]:
-        """Return the arrays from which `contribution` is made, on the device.
-
-        The first one is the reduced interior, the others are sums of bands, then of pieces. They
-        can be views of the accumulator.
-        """
-        plan, chunk = self._plan, self._chunk
-        interior = reduce(self._view(chunk.interior), plan.job.combine)
-        return [interior, *map(self._view, _shared_boxes(plan, chunk))]
+    def results(self) -> list[Array]:
+        """Return the arrays from which `contribution` is made; they can be views of the sums."""
+        return chunk_results(self._plan, self._chunk, self._view)
 
     def contribution(self) -> Contribution:
         """Return the result of the chunk as NumPy arrays."""
-        return contribution(self._plan, self._chunk, [to_numpy(part) for part in self.sums()])
+        parts = [to_numpy(part) for part in self.results()]
+        return contribution(self._plan, self._chunk, parts)
 
     def _view(self, box: Box) -> Array:
         return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
 
 
+def target_slices(plan: Plan, patch: Patch) -> tuple[slice, ...]:
+    """Return the slices that select a patch's target in its prediction (*output patch)."""
+    axes = zip(patch.source.start, plan.input_patch, plan.output_patch, strict=True)
+    return patch.target.slices([start + (p - q) // 2 for start, p, q in axes])
+
+
+def chunk_results(plan: Plan, chunk: Chunk, sums_of: Callable[[Box], Array]) -> list[Array]:
+    """Return the arrays from which `contribution` is made, in the memory of the sums.
+
+    The first one is the reduced interior, the others are sums of bands, then of pieces. `sums_of`
+    returns the sums (C, *box.shape) of a box of voxels.
+    """
+    interior = reduce(sums_of(chunk.interior), plan.job.combine)
+    return [interior, *map(sums_of, _shared_boxes(plan, chunk))]
+
+
 def contribution(plan: Plan, chunk: Chunk, parts: Sequence[npt.NDArray[Any]]) -> Contribution:
-    """Return the result of a chunk from its `Accumulator.sums`, converted to NumPy arrays."""
+    """Return the result of a chunk from its `chunk_results`, converted to NumPy arrays."""
     interior = _to_output(plan, parts[0])
     sums = [buffers.contiguous(part) for part in parts[1:]]
     own_block, bands = None, len(chunk.band_boxes) if chunk.has_band else 0

@@ -34,6 +34,9 @@ def activate(raw: Array, activation: Activation) -> Array:
     if activation == "none":
         return raw
     xp = namespace(raw)
+    if not _is_host_array(raw):  # one kernel
+        raw = xp.astype(raw, xp.float32, copy=False)
+        return xp.sigmoid(raw) if activation == "sigmoid" else xp.softmax(raw, dim=1)
     if activation == "sigmoid":
         # tanh does not overflow where exp(-x) would.
         return (xp.tanh(raw / 2) + 1) / 2
@@ -50,6 +53,9 @@ def to_votes(predictions: Array) -> Array:
     xp = namespace(predictions)
     if predictions.shape[1] == 1:
         return xp.astype(predictions >= 0.5, predictions.dtype)
+    if not _is_host_array(predictions):  # few kernels; `argmax` is slow on the host only
+        winner = xp.argmax(predictions, axis=1, keepdims=True)
+        return xp.zeros_like(predictions).scatter_(1, winner, 1)
     winners = _largest(predictions, axis=1)
     votes = [
         xp.astype(winners == channel, predictions.dtype) for channel in range(predictions.shape[1])
@@ -76,6 +82,17 @@ def copy_into(total: Array, values: Array) -> None:
         np.copyto(to_numpy(total), to_numpy(values))
     else:
         total[...] = values
+
+
+def as_float32(values: Array) -> Array:
+    """Return the values as float32, without a copy if they are."""
+    xp = namespace(values)
+    return xp.astype(values, xp.float32, copy=False)
+
+
+def as_float(values: Array) -> Array:
+    """Return the values as float32 or float64, which NumPy can represent, unlike bfloat16."""
+    return values if values.dtype == namespace(values).float64 else as_float32(values)
 
 
 def is_finite(values: Array) -> bool:

@@ -54,6 +54,15 @@ def largest_footprint(plans: Iterable[Plan]) -> Footprint:
     )
 
 
+def extra_device_bytes(plan: Plan) -> int:
+    """Return the bytes on an accelerator of one more chunk in flight: its input and its results."""
+    results_voxel = 4 * plan.channels
+    return max(
+        chunk.halo.size * plan.volume.voxel_bytes + chunk.region.size * results_voxel
+        for chunk in sample_chunks(plan)
+    )
+
+
 def _shapes(chunk: Chunk) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a chunk's boxes, which determine its footprint."""
     boxes: tuple[Box, ...] = (chunk.block, chunk.interior, chunk.core, chunk.region, chunk.halo)

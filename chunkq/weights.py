@@ -100,6 +100,17 @@ class ProductWeights:
 
     profiles: tuple[Float64, ...]
 
+    def share(self, axis: int, near: Neighbors) -> Float32:
+        """Return w / Σw along one axis of a patch of the only grid.
+
+        The array has the length of the patch's part inside the volume. The normalized weights of
+        the patch are the product of its shares along all axes.
+        """
+        profile = self.profiles[axis]
+        [log_sum] = _log_sums(profile, near)
+        share: Float32 = np.exp(profile[near.low : near.high] - log_sum).astype(np.float32)
+        return share
+
     def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
         """Return w / Σw of a patch of grid `grid`; `neighbors` has one entry per axis.
 
@@ -108,11 +119,9 @@ class ProductWeights:
         pairs = list(zip(self.profiles, neighbors, strict=True))
         logs = [profile[near.low : near.high] for profile, near in pairs]
         sums = [_log_sums(profile, near) for profile, near in pairs]
-        ratio = _outer_sum([log - s[grid] for log, s in zip(logs, sums, strict=True)])
-        grids = len(neighbors[0].starts)
-        if grids > 1:
-            totals = np.stack([_outer_sum([s[g] for s in sums]) for g in range(grids)])
-            ratio += totals[grid] - np.logaddexp.reduce(totals, axis=0)
+        totals = np.stack([_outer_sum(terms) for terms in zip(*sums, strict=True)])
+        ratio = _outer_sum(logs)
+        ratio -= np.logaddexp.reduce(totals, axis=0)
         return buffers.cast(np.exp(ratio, out=ratio), np.float32)
 
 
@@ -147,6 +156,19 @@ class ArrayWeights:
 
 
 Weights = ProductWeights | ArrayWeights
+
+
+def multiply_out(factors: Sequence[Float32], out: Float32) -> None:
+    """Write the outer product of one factor per axis to `out`, which has one axis per factor.
+
+    The factors are multiplied from the first to the last, so that other implementations of this
+    product can give the same bytes.
+    """
+    *leading, last = factors
+    product = np.ones((), np.float32)
+    for factor in leading:
+        product = product[..., np.newaxis] * factor
+    np.multiply(product[..., np.newaxis], last, out=out)
 
 
 def built_in_weights(

@@ -9,6 +9,7 @@ one stream. Code that forgets to wait therefore fails in every run.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,16 +47,57 @@ class SimulatedEvent:
         return self.stream.done >= self.number
 
 
+class Memory:
+    """Device memory of `limit` bytes. Freed blocks are reused at once.
+
+    The next `failures` allocations fail, as if something else used the memory.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit, self.used, self.peak, self.failures = limit, 0, 0, 0
+        self._pools: dict[int, list[torch.Tensor]] = {}
+
+    def allocate(self, size: int) -> torch.Tensor:
+        is_full = self.limit is not None and self.used + size > self.limit
+        if is_full or self.failures:
+            self.failures = max(0, self.failures - 1)
+            raise torch.cuda.OutOfMemoryError("simulated: out of memory")
+        self.used += size
+        self.peak = max(self.peak, self.used)
+        pool = self._pools.setdefault(size, [])
+        with torch.inference_mode(False):
+            return pool.pop() if pool else _uninitialized(size)
+
+    def free(self, size: int, memory: torch.Tensor) -> None:
+        self.used -= size
+        self._pools[size].append(memory)
+
+
 class Block:
     """A block of device memory. It returns to the pool with the last tensor that uses it."""
 
-    def __init__(self, size: int, pool: dict[int, list[torch.Tensor]]) -> None:
-        self._pool = pool.setdefault(size, [])
-        with torch.inference_mode(False):
-            self.bytes = self._pool.pop() if self._pool else _uninitialized(size)
+    def __init__(self, size: int, memory: Memory) -> None:
+        self.bytes = memory.allocate(size)
+        weakref.finalize(self, memory.free, size, self.bytes)
 
-    def __del__(self) -> None:
-        self._pool.append(self.bytes)
+
+@dataclass
+class Counts:
+    """What a device was asked to do.
+
+    uploaded, downloaded   bytes of copies from and to pinned memory
+    launches               operations enqueued in the compute stream, except copies and events
+    done                   operations and events of any stream that have run
+    synchronizations       operations that return a value to the host
+    waits                  events for which the host waited
+    """
+
+    uploaded: int = 0
+    downloaded: int = 0
+    launches: int = 0
+    done: int = 0
+    synchronizations: int = 0
+    waits: int = 0
 
 
 class DeviceTensor(torch.Tensor):
@@ -97,18 +139,19 @@ class SimulatedDevice(Accelerator):
 
     With `early`, copying streams run as early as events allow, otherwise as late as possible.
     `ignore` names a method, `wait_on_stream` or `wait`, that does nothing: it simulates code that
-    forgets this synchronization.
+    forgets this synchronization. `memory_bytes` limits the memory.
     """
 
-    def __init__(self, *, early: bool = False, ignore: str = "") -> None:
+    def __init__(
+        self, *, early: bool = False, ignore: str = "", memory_bytes: int | None = None
+    ) -> None:
         self._early, self._ignore = early, ignore
         self._compute_stream = SimulatedStream()
         self._streams = [self._compute_stream]
-        self._pool: dict[int, list[torch.Tensor]] = {}
+        self.memory, self.counts = Memory(memory_bytes), Counts()
         self._captured_operations: list[Operation] | None = None
         self._captured_tensors: list[Any] = []
         self._lock = threading.RLock()
-        self.copies = 0
 
     # ------------------------------------------------------------ interface of Accelerator
 
@@ -126,7 +169,10 @@ class SimulatedDevice(Accelerator):
         return self._compute_stream
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, stream: SimulatedStream) -> None:
-        self.copies += 1
+        if isinstance(target, DeviceTensor):
+            self.counts.uploaded += source.nbytes
+        else:
+            self.counts.downloaded += source.nbytes
         # The closure keeps the tensors alive, so that their memory is not reused meanwhile.
         self._enqueue(lambda: _memory(target).copy_(_memory(source)), stream)
 
@@ -137,7 +183,12 @@ class SimulatedDevice(Accelerator):
         if self._ignore != "wait_on_stream":
             self._enqueue(event, stream)
 
+    def free_bytes(self) -> int:
+        limit = self.memory.limit
+        return 1 << 40 if limit is None else limit - self.memory.peak
+
     def wait(self, event: SimulatedEvent) -> None:
+        self.counts.waits += 1
         if self._ignore != "wait":
             self._complete(event)
 
@@ -151,6 +202,7 @@ class SimulatedDevice(Accelerator):
             self._captured_operations = None
 
         def replay() -> None:
+            self.counts.launches += 1
             for operation in operations:
                 self._enqueue(operation, self._compute_stream)
 
@@ -168,6 +220,7 @@ class SimulatedDevice(Accelerator):
         if func is torch.ops.aten._local_scalar_dense.default or is_copy_to_host:
             return self._run_synchronously(lambda: func(*host_args, **host_kwargs))
         if func._schema.is_mutable:
+            self.counts.launches += 1
             self._enqueue(lambda: func(*host_args, **host_kwargs), self._compute_stream)
             return kwargs.get("out", args[0])
         if any(r.alias_info is not None for r in func._schema.returns):  # a view reads no values
@@ -175,13 +228,14 @@ class SimulatedDevice(Accelerator):
             return tree_map(lambda view: DeviceTensor.create(view, args[0].block, self), views)
         shapes = func(*tree_map(_shape_only, host_args), **tree_map(_shape_only, host_kwargs))
         output = tree_map(self._allocate, shapes)
+        self.counts.launches += 1
         target = output.memory  # operations with several outputs are not supported
         self._enqueue(lambda: target.copy_(func(*host_args, **host_kwargs)), self._compute_stream)
         return output
 
     def _allocate(self, like: torch.Tensor) -> DeviceTensor:
         """Return an uninitialized tensor with the shape and dtype of `like`."""
-        block = Block(like.numel() * like.itemsize, self._pool)
+        block = Block(like.numel() * like.itemsize, self.memory)
         dense_strides = torch.empty_like(like).stride()
         with torch.inference_mode(False):
             memory = block.bytes.view(like.dtype).as_strided(like.shape, dense_strides)
@@ -192,6 +246,7 @@ class SimulatedDevice(Accelerator):
 
     def _run_synchronously(self, operation: Callable[[], Any]) -> Any:
         """Wait for the compute stream, then run an operation that returns a host value."""
+        self.counts.synchronizations += 1
         if self._captured_operations is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
         with self._lock:
@@ -237,6 +292,7 @@ class SimulatedDevice(Accelerator):
             with torch.inference_mode():
                 first()
         stream.done += 1
+        self.counts.done += 1
 
 
 def _uninitialized(size: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 from tests import models
+from tests.harness.predictions import each_prediction
 from tests.models import CHANNELS, FORMS, PATCH, Form
 
 FORM_BY_RUNTIME = [
@@ -314,7 +315,7 @@ class LimitedMemoryRuntime(Runtime):
 def predictions(batcher: Batcher, plan: Plan) -> npt.NDArray[Any]:
     chunk = plan.chunk((0, 0, 0))
     values = np.random.default_rng(1).uniform(0, 100, chunk.halo.shape).astype(np.float32)
-    pairs = batcher.predictions(list(plan.patches(chunk)), [values], chunk.halo.start)
+    pairs = each_prediction(batcher, list(plan.patches(chunk)), [values], chunk.halo.start)
     return np.stack([np.array(to_numpy(prediction)) for _, prediction in pairs])
 
 

@@ -16,6 +16,7 @@ from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
+from tests.harness.predictions import each_prediction
 
 CLASS = """\
 import torch
@@ -90,7 +91,7 @@ def predictions(plan: Plan, runtime: Any = None, steps: Steps | None = None) -> 
         plan.volume.dtype
     )
     batcher = Batcher(plan, runtime or load(plan), steps or Steps())
-    pairs = batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start)
+    pairs = each_prediction(batcher, list(plan.patches(chunk)), [region], chunk.halo.start)
     return np.stack([np.asarray(prediction).copy() for _, prediction in pairs])
 
 

@@ -33,6 +33,7 @@ from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
 from tests.harness.assertions import assert_contains
+from tests.harness.predictions import each_prediction
 
 PATCH = (8, 8)
 ANY = ("batch", 1, *PATCH)
@@ -228,7 +229,7 @@ def test_the_batcher_predicts_every_patch_of_a_chunk(network: Path) -> None:
     region = np.random.default_rng(1).integers(0, 255, chunk.halo.shape, np.uint8)
     batcher = Batcher(plan, load_runtime(plan.job.model, Steps(), 1), Steps())
     patches = list(plan.patches(chunk))
-    pairs = list(batcher.predictions(patches, [region], chunk.halo.start))
+    pairs = list(each_prediction(batcher, patches, [region], chunk.halo.start))
     assert len(pairs) == 8
     for patch, prediction in pairs:
         item = region[patch.source.slices(chunk.halo.start)][None, None]
@@ -305,13 +306,14 @@ from chunkq.resolve import resolve
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
+from tests.harness.predictions import each_prediction
 
 plan = resolve(Job.model_validate_json({plan.job.model_dump_json(by_alias=True)!r}),
                Volume((32, 16), "float32"))
 batcher = Batcher(plan, load_runtime(plan.job.model, Steps(), 1), Steps())
 chunk = plan.chunk((0, 0))
 halo = np.ones(chunk.halo.shape, np.float32)
-print(len(list(batcher.predictions(list(plan.patches(chunk)), [halo], chunk.halo.start))))
+print(len(list(each_prediction(batcher, list(plan.patches(chunk)), [halo], chunk.halo.start))))
 """
     process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
@@ -608,6 +610,7 @@ import numpy as np
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
+from tests.harness.predictions import each_prediction
 from tests.integration.test_onnx_runtime import plan_of
 
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -619,7 +622,7 @@ with open("/proc/self/statm") as file:
 resource.setrlimit(resource.RLIMIT_AS, (used + (250 << 20),) * 2)
 chunk = plan.chunk((0, 0))
 region = np.random.default_rng(0).random(chunk.halo.shape).astype(np.float32)
-pairs = list(batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start))
+pairs = list(each_prediction(batcher, list(plan.patches(chunk)), [region], chunk.halo.start))
 for patch, prediction in pairs:
     expected = 1 / (1 + np.exp(-region[patch.source.slices(chunk.halo.start)]))
     assert np.allclose(prediction[0], expected, rtol=0, atol=1e-4)
@@ -729,8 +732,14 @@ def test_bound_graphs_support_every_dtype(tmp_path: Path, bound: Any, dtype: str
     model = identity(kind=DTYPES[dtype], out=DTYPES[dtype])
     batch = random_batch(dtype="uint8")
     outputs = bound(save(tmp_path / "net.onnx", model), dtype=dtype)(batch)
-    assert outputs.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    kept = {"float64": torch.float64, "float16": torch.float16}
+    assert outputs.dtype == kept.get(dtype, torch.float32)
     np.testing.assert_array_equal(outputs.numpy(), batch)
+
+
+def test_a_bound_graph_takes_tensors(network: Path, bound: Any) -> None:
+    runtime, batch = bound(network), random_batch()
+    assert torch.equal(runtime(torch.from_numpy(batch)), runtime(batch))
 
 
 def test_protected_steps_of_a_bound_graph_get_tensors_and_can_return_views(

@@ -108,7 +108,9 @@ def test_a_worker_whose_job_is_replaced_while_it_computes_writes_nothing(
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["output-open", "output-not-yet-open"])
 @pytest.mark.parametrize(
-    ("owner", "name"), [(ItemHandle, "write"), (ItemLedger, "put_piece")], ids=["write", "put_piece"]
+    ("owner", "name"),
+    [(ItemHandle, "write"), (ItemLedger, "put_piece")],
+    ids=["write", "put_piece"],
 )
 def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
     workspace: Workspace,
@@ -129,7 +131,9 @@ def test_a_worker_suspended_before_it_writes_does_not_change_the_new_job(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(ItemLedger, "get_piece"), (ItemHandle, "write")], ids=["get_piece", "write"]
+    ("owner", "name"),
+    [(ItemLedger, "get_piece"), (ItemHandle, "write")],
+    ids=["get_piece", "write"],
 )
 def test_a_finalizer_suspended_in_a_block_does_not_change_the_new_job(
     workspace: Workspace,

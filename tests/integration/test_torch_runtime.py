@@ -21,6 +21,7 @@ from chunkq.create import check_job
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job import load_job
 from tests.harness.assertions import assert_contains
+from tests.harness.predictions import each_prediction
 from tests.harness.torch_networks import (
     PATCH,
     FakeRuntime,
@@ -71,7 +72,7 @@ def test_a_batch_contains_patches_of_one_chunk_only(tmp_path: Path) -> None:
     for number, index in enumerate(plan.indices(), start=1):
         chunk = plan.chunk(index)
         region = np.full(chunk.halo.shape, number, np.float32)
-        list(batcher.predictions(list(plan.patches(chunk)), [region], chunk.halo.start))
+        list(each_prediction(batcher, list(plan.patches(chunk)), [region], chunk.halo.start))
     assert [set(np.unique(batch)) - {0} for batch in fake.batches] == [{1}, {2}]
     assert batcher.patches_run == plan.costs.patches == 6
 
@@ -83,12 +84,16 @@ def test_a_prediction_does_not_depend_on_the_other_patches_of_its_batch(tmp_path
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     patches = list(plan.patches(chunk))
     batcher = Batcher(plan, load(plan), Steps())
-    expected = [np.asarray(p).copy() for _, p in batcher.predictions(patches, [region], (0, 0))]
+    expected = [
+        np.asarray(p).copy() for _, p in each_prediction(batcher, patches, [region], (0, 0))
+    ]
     # The batch size stays the same: processors use other kernels for other sizes.
     for position, patch in enumerate(patches):
         batch = [patches[position - 1]] * len(patches)
         batch[position] = patch
-        outputs = [np.asarray(p).copy() for _, p in batcher.predictions(batch, [region], (0, 0))]
+        outputs = [
+            np.asarray(p).copy() for _, p in each_prediction(batcher, batch, [region], (0, 0))
+        ]
         np.testing.assert_array_equal(outputs[position], expected[position])
         assert not np.array_equal(outputs[position - 1], outputs[position])
 
@@ -103,7 +108,9 @@ def test_out_of_memory_halves_the_batch_size_once_and_permanently(
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
         for _ in range(2):
-            outputs = [np.asarray(p) for _, p in batcher.predictions(patches, [region], (0, 0))]
+            outputs = [
+                np.asarray(p) for _, p in each_prediction(batcher, patches, [region], (0, 0))
+            ]
     np.testing.assert_allclose(np.stack(outputs), expected, rtol=0, atol=1e-6)
     assert batcher.size == 4
     assert {len(batch) for batch in fake.batches} == {4}
@@ -229,7 +236,7 @@ def test_every_input_dtype_reaches_the_network_with_its_values(tmp_path: Path, d
     volume = values.astype(dtype)
     chunk = plan.chunk((0, 0))
     batcher = Batcher(plan, load(plan), Steps())
-    pairs = list(batcher.predictions(list(plan.patches(chunk)), [volume[:16]], (0, 0)))
+    pairs = list(each_prediction(batcher, list(plan.patches(chunk)), [volume[:16]], (0, 0)))
     assert len(pairs) == 4
     with torch.inference_mode():
         for patch, prediction in pairs:
@@ -301,7 +308,7 @@ def test_a_network_that_modifies_and_returns_its_batch_does_not_change_the_input
     halo = np.random.default_rng(0).random(chunk.halo.shape, np.float32)
     copy = halo.copy()
     for _ in range(2):
-        for patch, prediction in batcher.predictions(patches, [halo], chunk.halo.start):
+        for patch, prediction in each_prediction(batcher, patches, [halo], chunk.halo.start):
             values = halo[patch.source.slices(chunk.halo.start)]
             np.testing.assert_array_equal(prediction[0].numpy(), values + 1)
     np.testing.assert_array_equal(halo, copy)
@@ -457,7 +464,7 @@ def test_the_error_for_nan_names_the_first_stage_that_has_it(tmp_path: Path, cau
     region[9, 2] = value
     batcher = Batcher(plan, NanAbove(), steps)
     with pytest.raises(PredictionError) as caught:
-        list(batcher.predictions(list(plan.patches(chunk)), [region], (0, 0)))
+        list(each_prediction(batcher, list(plan.patches(chunk)), [region], (0, 0)))
     assert caught.value.code is ErrorCode.PREDICTION_INVALID
     line = str(caught.value)
     assert line.startswith(start)

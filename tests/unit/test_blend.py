@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq import blend
-from chunkq.blend import Accumulator, Contribution, WeightCache, finalize_sums
+from chunkq.blend import Accumulator, Contribution, finalize_sums
 from chunkq.box import Box
 from chunkq.combine import activate, to_votes
 from chunkq.padding import source_indices
-from chunkq.plan import Index, Patch, Plan
+from chunkq.patch_weights import PatchWeights
+from chunkq.plan import Index, Plan
 from chunkq.user_code import load_blend_weights
-from chunkq.weights import ArrayWeights, Neighbors, Weights
+from chunkq.weights import ArrayWeights, Weights
 from tests import reference as ref
 from tests.strategies import (
     BUILT_INS,
@@ -55,7 +55,7 @@ def window(plan: Plan, volume: Array, source: Box) -> Array:
 def infer(
     plan: Plan,
     index: Index,
-    cache: WeightCache,
+    cache: PatchWeights,
     volume: Array,
     predict: ref.Predict,
     to_device: ToDevice,
@@ -70,7 +70,7 @@ def infer(
         y = activate(y, plan.job.activation)
         if plan.job.combine == "hard":
             y = to_votes(y)
-        sums.add(patch, y[0])
+        sums.add([patch], y)
     return sums.contribution()
 
 
@@ -82,7 +82,7 @@ def run(
     to_device: ToDevice = in_numpy,
 ) -> Array:
     """Return the output of the job; assert that every voxel is written exactly once."""
-    cache = WeightCache(plan, weights or load_blend_weights(plan), to_device)
+    cache = PatchWeights(plan, weights or load_blend_weights(plan), to_device)
     out = np.zeros(plan.output_shape, plan.output_dtype)
     writes = np.zeros(plan.volume.shape, dtype=int)
 
@@ -420,7 +420,7 @@ def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
     plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
     volume = np.random.default_rng(0).integers(0, 6, (12, 12)).astype(np.uint8)
     predict = ref.predictor("position_dependent", 1, (6, 6))
-    cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
+    cache = PatchWeights(plan, load_blend_weights(plan), in_numpy)
     results = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
     chunk, own_block = plan.chunk((1, 1)), results[1, 1].own_block
     incoming = [
@@ -448,7 +448,7 @@ def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:
         model={"model_output_shape": [3, 6, 6]},
     )
     volume = np.zeros((14, 14), np.uint8)
-    cache = WeightCache(plan, load_blend_weights(plan), in_numpy)
+    cache = PatchWeights(plan, load_blend_weights(plan), in_numpy)
     for index in plan.indices():
         chunk = plan.chunk(index)
         predict = ref.predictor("pointwise", 3, (6, 6))
@@ -464,75 +464,3 @@ def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:
         assert [a.shape for a in result.own_block.band] == [(3, *b.shape) for b in chunk.band_boxes]
         assert [a.shape for a in result.own_block.rest] == [b.shape for b in chunk.rest_boxes]
         assert {a.dtype for a in result.own_block.rest} <= {np.dtype(np.uint8)}
-
-
-class RecordingWeights:
-    """Weights that record the calls of `normalized`."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.calls: list[tuple[int, tuple[Neighbors, ...]]] = []
-        self._weights = weights
-
-    def normalized(self, grid: int, neighbors: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
-        self.calls.append((grid, neighbors))
-        return self._weights.normalized(grid, neighbors)
-
-
-def all_patches(plan: Plan) -> list[Patch]:
-    return [p for i in plan.indices() for p in plan.patches(plan.chunk(i))]
-
-
-def all_weights(plan: Plan, cache: WeightCache) -> list[tuple[Patch, Array]]:
-    return [(patch, cache.weights(patch)) for patch in all_patches(plan)]
-
-
-def test_patches_with_equal_neighbors_share_their_weights() -> None:
-    plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
-    recorder = RecordingWeights(load_blend_weights(plan))
-    weights_by_patch = all_weights(plan, WeightCache(plan, recorder, in_numpy))  # type: ignore[arg-type]
-    assert len(set(recorder.calls)) == len(recorder.calls) < len(weights_by_patch) / 2
-    assert all(weights.shape == patch.target.shape for patch, weights in weights_by_patch)
-
-
-def test_a_full_cache_evicts_weights_and_returns_the_same_values(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
-    unlimited = all_weights(plan, WeightCache(plan, load_blend_weights(plan), in_numpy))
-    # Two patches fit in the cache.
-    monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
-    recorder = RecordingWeights(load_blend_weights(plan))
-    limited = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
-    for _ in range(2):
-        for (_, expected), (_, weights) in zip(unlimited, all_weights(plan, limited), strict=True):
-            assert np.array_equal(weights, expected)
-    # The first weights were evicted before the second round, so all are computed twice.
-    assert len(recorder.calls) == 2 * len(set(recorder.calls))
-
-
-def test_prepared_weights_are_not_computed_again() -> None:
-    plan = sliding((100, 20), (8, 8), [3, 4], weight_function=["weight_hann"])
-    recorder = RecordingWeights(load_blend_weights(plan))
-    cache = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
-    cache.prepare(all_patches(plan))
-    prepared = list(recorder.calls)
-    all_weights(plan, cache)
-    assert recorder.calls == prepared
-    assert len(set(prepared)) == len(prepared) > 0
-
-
-def test_no_more_weights_are_prepared_than_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = sliding((40,), (8,), [3], weight_function=["weight_hann"])
-    monkeypatch.setattr(blend, "WEIGHT_CACHE_BYTES", 64)
-    recorder = RecordingWeights(load_blend_weights(plan))
-    cache = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
-    cache.prepare(all_patches(plan))
-    assert len(recorder.calls) == 2
-
-
-def test_no_weights_are_prepared_for_patches_without_overlap() -> None:
-    plan = sliding((24,), (8,), [8], weight_function=["weight_hann"])
-    recorder = RecordingWeights(load_blend_weights(plan))
-    cache = WeightCache(plan, recorder, in_numpy)  # type: ignore[arg-type]
-    cache.prepare(all_patches(plan))
-    assert recorder.calls == []

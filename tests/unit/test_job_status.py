@@ -65,7 +65,9 @@ def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
     records = tuple(job.items[0].ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))
     assert len(records) == CHUNKS // step
     monkeypatch.setattr(
-        job.items[0].ledger, "recent_commits", lambda kind, count: RecentCommits(CHUNKS, step, records)
+        job.items[0].ledger,
+        "recent_commits",
+        lambda kind, count: RecentCommits(CHUNKS, step, records),
     )
     status = job_status(job, None)
     assert (status.chunks, status.done) == (CHUNKS + 10, CHUNKS)

@@ -100,7 +100,7 @@ def test_results_are_wrong_on_a_device_that_ignores_synchronization(
 ) -> None:
     device = SimulatedDevice(ignore=ignore, early=early)
     total = device.to_device(torch.ones(5)) * 3
-    [result] = fetch(device, device.stream(), [total])()
+    [result] = fetch(device, device.stream(), [total]).wait()
     assert result.tolist() != [3] * 5
 
 
@@ -201,16 +201,16 @@ def test_results_are_correct_while_the_device_computes_the_next(
         total.addcmul_(device.to_device(torch.ones(4, 4)), total)
         pending.append(fetch(device, download_stream, [total, total[1:3, 1:3]]))
         del total  # the sums of the next chunk reuse this memory
-    for number, wait_for_results in enumerate(pending):
-        full, part = wait_for_results()
+    for number, results in enumerate(pending):
+        full, part = results.wait()
         assert part.tolist() == [[2 * number] * 2] * 2
         assert full.sum() == 8 * 2 * number
 
 
 def test_another_thread_can_wait_for_results(device: SimulatedDevice) -> None:
-    wait_for_results = fetch(device, device.stream(), [device.to_device(torch.ones(3)) + 1])
+    pending = fetch(device, device.stream(), [device.to_device(torch.ones(3)) + 1])
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(wait_for_results()))
+    thread = threading.Thread(target=lambda: results.extend(pending.wait()))
     thread.start()
     thread.join()
     assert_all_equal(results, [np.full(3, 2, np.float32)])

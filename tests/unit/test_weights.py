@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.blend import WeightCache
+from chunkq.patch_weights import PatchWeights
 from chunkq.plan import Patch, Plan
 from chunkq.weights import ArrayWeights, Float64, Neighbors, Weights, built_in_weights, neighbors
 from tests import reference as ref
@@ -80,7 +80,7 @@ def test_a_margin_crops_the_weights_of_the_output_patch() -> None:
 def test_the_weights_of_all_patches_over_a_voxel_sum_to_one(name: str, case: Case) -> None:
     plan = case.plan
     weights, _ = weights_of(plan, name)
-    cache = WeightCache(plan, weights, lambda array: array)
+    cache = PatchWeights(plan, weights, lambda array: array)
     total = np.zeros(case.volume)
     for patch in all_patches(plan):
         part = cache.weights(patch)
@@ -96,7 +96,7 @@ def test_normalized_weights_equal_the_weights_divided_by_the_sum_over_all_grids(
 ) -> None:
     plan = case.plan
     weights, logs = weights_of(plan, name)
-    cache = WeightCache(plan, weights, lambda array: array)
+    cache = PatchWeights(plan, weights, lambda array: array)
     kept = [axis.grids[0] for axis in plan.axes]
 
     def log_weights_of(patch: Patch) -> Float64:
@@ -118,7 +118,7 @@ def test_normalized_weights_equal_the_weights_divided_by_the_sum_over_all_grids(
 def test_the_weight_of_a_voxel_that_one_patch_covers_is_exactly_one(name: str, case: Case) -> None:
     plan = case.plan
     weights, _ = weights_of(plan, name)
-    cache = WeightCache(plan, weights, lambda array: array)
+    cache = PatchWeights(plan, weights, lambda array: array)
     count = np.zeros(case.volume, dtype=int)
     for patch in all_patches(plan):
         count[patch.target.slices((0,) * plan.rank)] += 1
@@ -133,7 +133,7 @@ def test_the_weights_of_a_single_patch_are_one_also_in_its_corners(name: str) ->
     plan = plan_for((32, 32, 32), (32, 32, 32))
     weights, _ = weights_of(plan, name)
     (patch,) = all_patches(plan)
-    assert (WeightCache(plan, weights, lambda array: array).weights(patch) == 1.0).all()
+    assert (PatchWeights(plan, weights, lambda array: array).weights(patch) == 1.0).all()
 
 
 def test_normalized_bump_weights_are_exact_in_the_corner_of_a_128_cube() -> None:
@@ -142,8 +142,8 @@ def test_normalized_bump_weights_are_exact_in_the_corner_of_a_128_cube() -> None
         (192, 128, 128), (128, 128, 128), inference_type="sliding_window", strides=[64, 64, 64]
     )
     weights, _ = weights_of(plan, "weight_bump")
-    cache = WeightCache(plan, weights, lambda array: array)
-    low, high = (cache.weights(patch) for patch in all_patches(plan))
+    cache = PatchWeights(plan, weights, lambda array: array)
+    low, high = (cache.weights(patch).copy() for patch in all_patches(plan))
     assert np.isfinite(low).all()
     assert np.isfinite(high).all()
     assert low[0, 0, 0] == low[63, 127, 0] == high[64, 0, 0] == high[127, 127, 127] == 1.0

@@ -6,19 +6,31 @@ The batches depend only on the plan and the batch size, not on the worker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from chunkq.box import Box
-from chunkq.combine import Array, activate, is_finite, namespace, to_numpy, to_votes
+from chunkq.combine import (
+    Array,
+    activate,
+    as_float,
+    as_float32,
+    is_finite,
+    namespace,
+    to_numpy,
+    to_votes,
+)
 from chunkq.errors import ModelError, PredictionError
 from chunkq.plan import Patch, Plan
-from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.steps import KEY, Steps
+
+if TYPE_CHECKING:
+    from chunkq_worker.runtimes.device_chunk import DeviceInput, FiniteFlag
 
 Halos = Sequence[npt.NDArray[Any]]
 """For each input, the array that a chunk's patches read; all have one shape."""
@@ -39,7 +51,9 @@ class Batcher:
 
     If a batch runs out of memory, the size is halved. Later batchers of the same `network` in
     this process start with the smaller size; `network` is any hashable that identifies the
-    network, or None to not remember it. `patches_run` counts the patches that were computed.
+    network, or None to not remember it. First `release_memory` is called. If it returns True, it
+    has released memory of the device, and the batch is tried again in the same size.
+    `patches_run` counts the patches that were computed.
     """
 
     def __init__(
@@ -56,8 +70,17 @@ class Batcher:
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
+        self._feed: BatchFeed | None
         self.patches_run = 0
+        self.release_memory: Callable[[], bool] = lambda: False
         self._has_run = False
+
+    @property
+    def is_resident(self) -> bool:
+        """Return whether batches can be cut on the device, where no step needs NumPy arrays."""
+        runtime, steps = self._runtime, self._steps
+        has_host_step = steps.preprocessing is not None or steps.postprocessing is not None
+        return runtime.accelerator is not None and runtime.reads_device_memory and not has_host_step
 
     @property
     def size(self) -> int:
@@ -73,7 +96,7 @@ class Batcher:
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
         try:
-            while self._attempt((), (), ()) is None:
+            while self._attempt((), (), (), None, self._zeros_on_device()) is None:
                 pass
         except ModelError:
             raise
@@ -86,26 +109,37 @@ class Batcher:
         self._has_run = True
 
     def predictions(
-        self, patches: Sequence[Patch], halos: Halos, origin: Sequence[int]
-    ) -> Iterator[tuple[Patch, Array]]:
-        """Yield each patch with its prediction (C, *output patch) after activation and voting.
+        self,
+        patches: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        uploaded: DeviceInput | None = None,
+        flag: FiniteFlag | None = None,
+    ) -> Iterator[tuple[Sequence[Patch], Array]]:
+        """Yield each batch with its predictions (n, C, *output patch) after activation and voting.
 
-        `halos` contain the inputs from voxel `origin` on. A prediction is float32 on the device
-        and valid until the next one is requested.
+        `halos` contain the inputs from voxel `origin` on, `uploaded` the same on the device.
+        Predictions are on the device and valid until the next ones are requested. They are float32
+        without a `flag`. With a flag, which the caller reads at the end, nothing waits for the
+        device, values that are not finite raise no error, and predictions have any dtype that is
+        promoted to float32.
         """
         done, sent = 0, None
         while done < len(patches):
             batch = patches[done : done + self.size]
-            outputs = self._outputs(batch, halos, origin, sent)
+            outputs = self._outputs(batch, halos, origin, uploaded, sent)
             sent = None
             if outputs is None:
                 continue
             done += len(batch)
-            # The check below waits for the device, so the next batch is sent before it.
-            sent = self._send_ahead(patches[done : done + self.size], halos, origin)
-            outputs = self._to_predictions(outputs, batch, halos, origin)
+            if uploaded is None:  # the checks below can wait for the device
+                sent = self._send_ahead(patches[done : done + self.size], halos, origin)
+            if flag is not None:
+                predictions = self._to_unchecked_predictions(outputs, flag)
+            else:
+                predictions = self._to_predictions(outputs, batch, halos, origin)
             self.patches_run += len(batch)
-            yield from zip(batch, outputs, strict=True)
+            yield batch, predictions
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -114,14 +148,14 @@ class Batcher:
 
         Q is the output patch. Return None if batches have to be smaller.
         """
-        outputs = self._attempt(batch, halos, origin)
-        return None if outputs is None else np.array(to_numpy(outputs))
+        outputs = self._attempt(batch, halos, origin, None)
+        return None if outputs is None else np.array(to_numpy(as_float(outputs)))
 
     def _fill(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> npt.NDArray[Any]:
         """Copy patches into the feed's buffer; return its items before any preprocessing."""
-        items = self._feed.buffer()[: self._count(len(batch))]
+        items = self._open_feed().buffer()[: self._count(len(batch))]
         for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
                 channel: Any = ...
@@ -131,14 +165,29 @@ class Batcher:
         items[len(batch) :] = 0
         return items
 
+    def _zeros_on_device(self) -> Array | None:
+        """Return a batch of zeros on the device; None if batches are cut on the host.
+
+        The buffers of a feed are not needed in the first case.
+        """
+        accelerator = self._runtime.accelerator
+        if accelerator is None or not self.is_resident:
+            return None
+        return accelerator.zeros((self._count(0), *self._item))
+
     def _count(self, used: int) -> int:
         return used if used and self._runtime.any_batch else self.size
 
     def _outputs(
-        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int], sent: Any
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        uploaded: DeviceInput | None,
+        sent: Any,
     ) -> Array | None:
         try:
-            outputs = self._attempt(batch, halos, origin, sent)
+            outputs = self._attempt(batch, halos, origin, uploaded, sent)
         except Exception:
             if not self._has_run:
                 self.warm_up()  # raises ModelError if the network fails for any input
@@ -148,11 +197,11 @@ class Batcher:
 
     def _send(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         items, step = self._fill(batch, halos, origin), self._steps.preprocessing
-        return self._feed.send(items if step is None else np.asarray(step(items)))
+        return self._open_feed().send(items if step is None else np.asarray(step(items)))
 
     def _send_ahead(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         """Send the next batch; return None if it cannot be sent before the current one is done."""
-        if not batch or not self._feed.double_buffered:
+        if not batch or not self._open_feed().double_buffered:
             return None
         try:
             return self._send(batch, halos, origin)
@@ -163,8 +212,7 @@ class Batcher:
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Array:
         """Return activated predictions; raise PredictionError if the job requires finite ones."""
-        xp = namespace(outputs)
-        outputs = xp.astype(outputs, xp.float32, copy=False)
+        xp, outputs = namespace(outputs), as_float32(outputs)
         finite = None
         if not is_finite(outputs):
             finite = xp.isfinite(outputs)
@@ -172,8 +220,23 @@ class Batcher:
                 self._raise_nonfinite(finite, batch, halos, origin)
         return self._activate(outputs, finite)
 
+    def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> Array:
+        """Return activated predictions without waiting for the device; see `predictions`."""
+        if self._plan.job.nan == "zero":
+            outputs = as_float32(outputs)
+            return self._activate(outputs, namespace(outputs).isfinite(outputs))
+        if outputs.dtype == namespace(outputs).float64:
+            outputs = as_float32(outputs)  # the conversion can overflow
+        flag.add(outputs)
+        return self._activate(outputs, None)
+
     def _attempt(
-        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int], sent: Any = None
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        uploaded: DeviceInput | None,
+        sent: Any = None,
     ) -> Array | None:
         """Run a batch and return its raw output (n, C, *Q), or None if it does not fit.
 
@@ -182,13 +245,16 @@ class Batcher:
         """
         used, count = len(batch), self._count(len(batch))
         try:
+            if uploaded is not None:
+                sent = uploaded.batch(batch, count)
             outputs = self._run(self._send(batch, halos, origin) if sent is None else sent)
         except ModelError:
             raise
         except Exception as error:
             if not self._runtime.is_out_of_memory(error):
                 raise
-            self._halve(error)
+            if not self.release_memory():
+                self.halve(error)
             return None
         shape = tuple(outputs.shape)
         expected = {(count, *declared) for declared in self._declared_shapes}
@@ -218,11 +284,12 @@ class Batcher:
         result = np.asarray(step(to_numpy(outputs)))
         return self._runtime.to_device(np.ascontiguousarray(result, dtype=np.float32))
 
-    def _halve(self, error: Exception) -> None:
+    def halve(self, error: Exception) -> None:
+        """Use half of the batch size from here on; raise ModelError if it is 1."""
         if self.size == 1:
             raise ModelError(
-                "the network runs out of memory with a batch of one patch; use smaller patches "
-                f"or a larger device: {str(error).partition(chr(10))[0][:200]}"
+                "the network runs out of memory with a batch of one patch; use smaller patches or "
+                f"chunks, or a larger device: {str(error).partition(chr(10))[0][:200]}"
             ) from error
         self._resize(self.size // 2)
         if self._network is not None:
@@ -272,8 +339,14 @@ class Batcher:
         return f"{network} returned"
 
     def _resize(self, size: int) -> None:
-        dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
-        self._size, self._feed = size, self._runtime.feed((size, *self._item), dtype)
+        self._size, self._feed = size, None
+
+    def _open_feed(self) -> BatchFeed:
+        """Return the feed; its buffers are allocated at the first call."""
+        if self._feed is None:
+            dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
+            self._feed = self._runtime.feed((self._size, *self._item), dtype)
+        return self._feed
 
 
 def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:

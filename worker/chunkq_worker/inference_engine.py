@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from chunkq.allowed_paths import allowed_job_path, with_allowed_files
-from chunkq.blend import Accumulator, Contribution, WeightCache, contribution
-from chunkq.combine import to_numpy
+from chunkq.blend import Contribution
 from chunkq.errors import JobError, ModelError
 from chunkq.job_handle import ItemHandle, JobHandle
+from chunkq.patch_weights import PatchWeights
 from chunkq.plan import Chunk, Plan
 from chunkq.record import JobRecord
 from chunkq.tasks import Task
 from chunkq.user_code import load_blend_weights
+from chunkq.weights import Weights
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
+from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
 from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
@@ -62,37 +64,44 @@ class InferenceEngine:
 
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
-        weights = load_blend_weights(replace(plan, job=self._job))
-        self._weights = WeightCache(plan, weights, self.runtime.to_device)
         self.batcher = Batcher(plan, self.runtime, self._steps, self._network_key)
+        self.pipeline = self._create_pipeline(load_blend_weights(replace(plan, job=self._job)))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
             self.batcher.warm_up()
 
+    def _create_pipeline(self, weights: Weights) -> ChunkPipeline:
+        accelerator = self.runtime.accelerator
+        if accelerator is None:
+            patch_weights = PatchWeights(self.plan, weights, self.runtime.to_device)
+            return HostPipeline(self.plan, self.runtime, self.batcher, patch_weights)
+        from chunkq_worker.device_pipeline import DevicePipeline  # imports torch
+
+        return DevicePipeline(self.plan, self.runtime, self.batcher, weights, accelerator)
+
     def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
-        """Run all patches of a chunk and return its sums.
+        """Run all patches of a chunk, wait for the results and return them.
 
         `halos` contain one array (*chunk.halo.shape) per input.
         """
-        return self.start(chunk, halos)()
+        result = self.start(chunk, halos)()
+        return self.check(chunk, halos) if result is None else result
 
-    def start(self, chunk: Chunk, halos: Halos) -> Callable[[], Contribution]:
-        """Compute a chunk; return a function that waits for the results to reach the host.
+    def start(self, chunk: Chunk, halos: Halos) -> Finish:
+        """Compute a chunk; return a function that waits for its results.
 
-        Any thread may call that function, while the device thread continues with the next chunk.
+        The device thread continues with the next chunk. If the function returns None, call `check`.
         """
-        plan = self.plan
-        zeros = self.runtime.zeros((plan.channels, *chunk.region.shape))
-        sums = Accumulator(plan, chunk, self._weights, zeros)
-        patches = list(plan.patches(chunk))
-        self._weights.prepare(patches)
-        for patch, prediction in self.batcher.predictions(patches, halos, chunk.halo.start):
-            sums.add(patch, prediction)
-        results = sums.sums()
-        fetched = self.runtime.fetch(results)
-        if fetched is not None:
-            return lambda: contribution(plan, chunk, fetched())
-        result = contribution(plan, chunk, [to_numpy(part) for part in results])
-        return lambda: result
+        return self.pipeline.start(chunk, halos)
+
+    def check(self, chunk: Chunk, halos: Halos) -> Contribution:
+        """Compute a chunk and check each output; raise PredictionError for one that is not finite.
+
+        Returns the results if all are finite.
+        """
+        result = self.pipeline.start(chunk, halos, checked=True)()
+        if result is None:
+            raise RuntimeError("a checked chunk returned no result")
+        return result
 
     def close(self) -> None:
         """Release the network and the device's memory."""
@@ -107,6 +116,8 @@ class Device:
         self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
         self._borrowed: dict[str, InferenceEngine] = {}
         self._waiting: set[Task] = set()
+        self._lock = threading.Lock()
+        self._finished = 0.0
 
     def is_awaited_by(self, task: Task) -> bool:
         """Return whether a task waits for the device."""
@@ -125,31 +136,57 @@ class Device:
         finally:
             self._borrowed.pop(_job_key(job), None)
 
+    def start(
+        self, engine: Callable[[], InferenceEngine], chunk: Chunk, halos: Halos
+    ) -> Future[Callable[[], Contribution]]:
+        """Start a chunk on the device thread, where `engine` is called.
+
+        The result is a function that waits for the chunk. Do not call it on the device thread.
+        """
+        return self.run(lambda: self._start(engine(), chunk, halos))
+
+    def _start(
+        self, engine: InferenceEngine, chunk: Chunk, halos: Halos
+    ) -> Callable[[], Contribution]:
+        finish = engine.start(chunk, halos)
+
+        def finish_or_check() -> Contribution:
+            result = finish()
+            if result is None:
+                result = self.run(lambda: engine.check(chunk, halos)).result()
+            return result
+
+        return finish_or_check
+
     def compute(self, item: ItemHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
         """Wait for the device and compute one chunk; raise the errors of the engine."""
         requested = time.time()
         task = item.task("infer", chunk.index)
         self._waiting.add(task)
-        fetch_result, patches, seconds = self._thread.submit(
-            self._compute, item, task, halos, requested
-        ).result()
-        return ComputedChunk(fetch_result(), patches, seconds)
+        acquired = started = requested
 
-    def _compute(
-        self, item: ItemHandle, task: Task, halos: Halos, requested: float
-    ) -> tuple[Callable[[], Contribution], int, dict[str, float]]:
-        acquired = time.time()
-        self._waiting.discard(task)
-        engine, chunk = self._engine(item), item.plan.chunk(task.chunk)
-        started, before = time.time(), engine.batcher.patches_run
-        fetch_result = engine.start(chunk, halos)
-        framework_rule.record(item.job.record.job.model)
+        def start() -> Callable[[], Contribution]:
+            nonlocal acquired, started
+            acquired = time.time()
+            self._waiting.discard(task)
+            engine = self._engine(item)
+            started = time.time()
+            finish = self._start(engine, chunk, halos)
+            framework_rule.record(item.job.record.job.model)
+            return finish
+
+        result = self.run(start).result()()
+        load_seconds = started - acquired
+        finished = time.time()
+        with self._lock:  # chunks in flight at the same time share the device
+            begun = max(started, min(self._finished, finished))
+            self._finished = finished
         seconds = {
-            "wait": acquired - requested,
-            "load": started - acquired,
-            "compute": time.time() - started,
+            "wait": begun - load_seconds - requested,
+            "load": load_seconds,
+            "compute": finished - begun,
         }
-        return fetch_result, engine.batcher.patches_run - before, seconds
+        return ComputedChunk(result, chunk.patches, seconds)
 
     def _engine(self, item: ItemHandle) -> InferenceEngine:
         job, plan = item.job, item.plan
@@ -186,7 +223,7 @@ class ComputedChunk:
     """A chunk's contribution, the number of patches computed, and seconds per stage.
 
     `wait` is the time until the device was free, `load` the time to load the network (first
-    chunk of a job), and `compute` the time on the device.
+    chunk of a job), and `compute` the time on the device, without that of other chunks.
     """
 
     contribution: Contribution

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq import buffers
-from chunkq.combine import Array, to_numpy
+from chunkq.combine import Array, as_float, to_numpy
 from chunkq.executors.base import Attempt
 from chunkq.job_handle import ItemHandle, JobHandle
 from chunkq.memory import peak_bytes
@@ -55,6 +55,8 @@ class ReplayRuntime(Runtime):
         self, network: Runtime, chunk: int, batches: int, in_flight: ChunksInFlight
     ) -> None:
         self.device, self.any_batch = network.device, network.any_batch
+        self.accelerator = network.accelerator
+        self.reads_device_memory = network.reads_device_memory
         self._network, self._chunk, self._batches = network, chunk, batches
         self._interval, self._in_flight = chunk, in_flight
         self._calls = 0
@@ -63,7 +65,7 @@ class ReplayRuntime(Runtime):
         self.kept_bytes = 0
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: Array) -> Array:
         is_long_enough = self._answer is not None and len(self._answer) >= len(batch)
         self._calls += 1
         if not is_long_enough or (self._calls - 1) % self._interval == 0:
@@ -82,7 +84,7 @@ class ReplayRuntime(Runtime):
 
     def _keep(self, answer: Array) -> None:
         """Store an answer outside the allocator's heap, so that the heap is not changed by it."""
-        values = to_numpy(answer)
+        values = to_numpy(as_float(answer))
         self._answer = buffers.cast(values, values.dtype)
         self.kept_bytes += values.nbytes
 

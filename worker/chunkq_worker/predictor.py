@@ -46,6 +46,10 @@ def _quiet(done: int, total: int) -> None:
     pass
 
 
+def _nothing() -> None:
+    """Return the result of a chunk without patches."""
+
+
 class Predictor:
     """A network that predicts volumes of any shape, with the keys of a job file.
 
@@ -248,18 +252,19 @@ class Predictor:
         """
         job, device, total = plan.job, get_device(), plan.costs.chunks
 
-        def start(index: Index) -> Future[tuple[Chunk, Contribution | None]]:
+        def start(index: Index) -> Future[Any]:
             chunk = plan.chunk(index)
             if not chunk.is_active:
-                return device.run(lambda: (chunk, None))
+                return device.run(lambda: _nothing)
             halos = [
                 read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays
             ]
-            return device.run(lambda: (chunk, self._engine(plan).compute(chunk, halos)))
+            return device.start(lambda: self._engine(plan), chunk, halos)
 
         progress(0, total)
-        for done, result in enumerate(pipelined(start, plan.indices(), IN_FLIGHT), start=1):
-            yield result
+        started = pipelined(start, plan.indices(), IN_FLIGHT)
+        for done, (index, finish) in enumerate(zip(plan.indices(), started, strict=True), start=1):
+            yield plan.chunk(index), finish()
             progress(done, total)
 
     def _engine(self, plan: Plan) -> InferenceEngine:

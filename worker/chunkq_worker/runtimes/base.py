@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
 from chunkq_worker.steps import Steps
 
-PendingResults = Callable[[], list[npt.NDArray[Any]]]
-"""Waits for results that are being copied to the host and returns them. Safe in any thread."""
+if TYPE_CHECKING:
+    from chunkq_worker.runtimes.staging import Accelerator
 
 
 class BatchFeed:
@@ -50,11 +50,15 @@ class BatchFeed:
 class Runtime(ABC):
     """One loaded network on one device. Used by one thread at a time.
 
-    Batches start in host memory. All other arrays are NumPy arrays or torch tensors and stay on
-    the device; `chunkq.combine` accepts both.
+    Arrays are NumPy arrays or torch tensors; `chunkq.combine` accepts both. With an `accelerator`,
+    results are torch tensors in its memory, and batches can be if `reads_device_memory`.
     """
 
     device: str
+    accelerator: Accelerator | None = None
+    """The memory and streams of the device; None if results are in host memory."""
+    reads_device_memory: bool = True
+    """Whether batches can be in the memory of the `accelerator`."""
     any_batch: bool = False
     """Whether smaller batches cost less, because the network is not compiled for one batch size."""
 
@@ -62,14 +66,15 @@ class Runtime(ABC):
     def __call__(self, batch: Any) -> Array:
         """Run the protected steps and the network on a batch (N, *model_input_shape), any dtype.
 
-        `batch` is an array in host memory or the return value of this runtime's `BatchFeed.send`.
-        It is cast to the model's dtype on the device. Networks and steps may modify it in place.
-        Returns float32 or float64 of any shape; the result may share memory with the batch.
+        `batch` is an array in host memory, the return value of this runtime's `BatchFeed.send`, or
+        a tensor in the memory of the `accelerator`. It is cast to the model's dtype on the device.
+        Networks and steps may modify it in place. Returns float32 or float64 of any shape, with an
+        `accelerator` any float dtype. The result may share memory with the batch.
         """
 
     @abstractmethod
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        """Return float32 zeros on the device."""
+        """Return float32 zeros in host memory, in the kind of array that the runtime returns."""
 
     @abstractmethod
     def to_device(self, array: npt.NDArray[Any]) -> Array:
@@ -78,10 +83,6 @@ class Runtime(ABC):
     def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
         """Return a feed for batches of at most this shape. Its buffers start as zeros."""
         return BatchFeed(shape, dtype)
-
-    def fetch(self, arrays: Sequence[Array]) -> PendingResults | None:
-        """Start copying results to the host. Return None if the device is the host."""
-        return None
 
     @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:

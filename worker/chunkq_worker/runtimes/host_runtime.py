@@ -31,7 +31,7 @@ class HostRuntime(Runtime):
         self._dtype = np.dtype(model.dtype)
 
     @override
-    def __call__(self, batch: npt.NDArray[Any]) -> Array:
+    def __call__(self, batch: Array) -> Array:
         inputs = self._cast(batch)
         if self._steps.preprocessing_protected is not None:
             inputs = self._steps.preprocessing_protected(inputs)
@@ -40,7 +40,7 @@ class HostRuntime(Runtime):
             outputs = self._steps.postprocessing_protected(outputs)
         return self._as_float(outputs)
 
-    def _cast(self, batch: npt.NDArray[Any]) -> Array:
+    def _cast(self, batch: Array) -> Array:
         """Return a batch in the job's dtype, copied if a protected step gets it."""
         # Steps may modify the array in place.
         convert = np.asarray if self._steps.preprocessing_protected is None else np.array

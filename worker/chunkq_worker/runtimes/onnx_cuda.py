@@ -93,16 +93,19 @@ class OnnxOnTorch(OnnxRuntime):
     ) -> None:
         import torch
 
+        from chunkq_worker.runtimes.staging import Cuda
+
         super().__init__(session, graph, model, steps)
         self._torch, self._device = torch, device
         self._device_address = (device.type, device.index or 0)
         self._output_dtype = np.dtype(graph.output_dtype)
         self._output_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._initial_free_bytes = free_bytes
+        self.accelerator = Cuda()
 
     @override
-    def _cast(self, batch: npt.NDArray[Any]) -> Array:
-        tensor: torch.Tensor = self.to_device(batch)
+    def _cast(self, batch: Array) -> Array:
+        tensor = batch if isinstance(batch, self._torch.Tensor) else self.to_device(batch)
         return tensor.to(getattr(self._torch, self._dtype.name))
 
     @override
@@ -154,11 +157,7 @@ class OnnxOnTorch(OnnxRuntime):
 
     @override
     def _as_float(self, outputs: Array) -> Array:
-        return outputs if outputs.dtype == self._torch.float64 else outputs.float()
-
-    @override
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return self._torch.zeros(shape, dtype=self._torch.float32, device=self._device)
+        return outputs if outputs.dtype.is_floating_point else outputs.float()
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:

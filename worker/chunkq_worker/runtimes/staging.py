@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from chunkq_worker.runtimes.base import BatchFeed, PendingResults
+from chunkq_worker.runtimes.base import BatchFeed
 
 SLOTS = 2
 """Buffers of a feed: one batch is computed while the next is written."""
@@ -80,6 +80,14 @@ class Accelerator(ABC):
         A replay runs on the current stream. It reads the current contents of `batch` and writes to
         the same output tensor, which is uninitialized before the first replay.
         """
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Return the bytes of device memory that were free when torch used the most of it."""
+
+    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
+        """Return float32 zeros on the device, for the current stream."""
+        return self.empty(shape, torch.float32).zero_()
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device, for the current stream. `host` can be reused at once."""
@@ -153,6 +161,11 @@ class Cuda(Accelerator):
                 raise error.__context__ from None  # the first error is the cause
             raise
         return graph.replay, output
+
+    @override
+    def free_bytes(self) -> int:
+        free_bytes, _ = torch.cuda.mem_get_info()
+        return free_bytes + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
 
 
 class Slot:
@@ -261,6 +274,18 @@ class GraphReplay:
         self._captured.clear()
 
 
+class PendingResults:
+    """Results that are being copied to the host; `done` is the event after the last copy."""
+
+    def __init__(self, accelerator: Accelerator, pinned: list[torch.Tensor], done: Event) -> None:
+        self._accelerator, self._pinned, self.done = accelerator, pinned, done
+
+    def wait(self) -> list[npt.NDArray[Any]]:
+        """Wait for the copies and return the results. Safe in any thread."""
+        self._accelerator.wait(self.done)
+        return [target.numpy() for target in self._pinned]
+
+
 def fetch(
     accelerator: Accelerator, stream: Stream, arrays: Sequence[torch.Tensor]
 ) -> PendingResults:
@@ -270,13 +295,7 @@ def fetch(
     pinned = [accelerator.pinned(array.shape, array.dtype) for array in arrays]
     for target, source in zip(pinned, arrays, strict=True):
         accelerator.copy(target, source, stream)
-    done = accelerator.record(stream)
-
-    def wait_for_results() -> list[npt.NDArray[Any]]:
-        accelerator.wait(done)
-        return [target.numpy() for target in pinned]
-
-    return wait_for_results
+    return PendingResults(accelerator, pinned, accelerator.record(stream))
 
 
 def as_signed(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,8 @@ class TensorFlowRuntime(Runtime):
     the host.
     """
 
+    reads_device_memory = False
+
     def __init__(self, network: Network, model: ModelConfig, steps: Steps) -> None:
         self.device, self._steps = model.device, steps
         self._network: Network | None = network
@@ -46,6 +48,10 @@ class TensorFlowRuntime(Runtime):
         self._tf_device = "/GPU:0" if model.device == "cuda" else "/CPU:0"
         self._torch = _torch_with_cuda() if model.device == "cuda" else None
         self._traced: tuple[Any, Any] = (None, None)
+        if self._torch is not None:
+            from chunkq_worker.runtimes.staging import Cuda
+
+            self.accelerator = Cuda()
 
     def prepare(self, batch: npt.NDArray[Any]) -> None:
         """Build the network with a batch (N, *model_input_shape) and load its weights."""
@@ -118,8 +124,6 @@ class TensorFlowRuntime(Runtime):
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        if self._torch is not None:
-            return self._torch.zeros(shape, dtype=self._torch.float32, device="cuda")
         return buffers.zeros(shape, np.float32)
 
     @override

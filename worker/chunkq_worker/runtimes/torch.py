@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,13 @@ from chunkq import buffers
 from chunkq.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job import ModelConfig
-from chunkq_worker.runtimes.base import BatchFeed, PendingResults, Runtime, not_one_array
+from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
     GraphReplay,
     SentBatch,
     StagedFeed,
-    fetch,
 )
 from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork, reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
@@ -73,20 +72,21 @@ class TorchRuntime(Runtime):
             with _compiler_context():
                 # The batch size changes only if a batch does not fit in memory.
                 self._run = torch.compile(self._module, dynamic=False)
-        self._accelerator, self._graph_replay = accelerator, None
+        self.accelerator, self._graph_replay = accelerator, None
         if accelerator is not None:
             self._upload_stream = accelerator.stream()
-            self._download_stream = accelerator.stream()
             if model.cuda_graph:
                 self._graph_replay = GraphReplay(accelerator, self._run_uncaptured)
 
     @override
-    def __call__(self, batch: npt.NDArray[Any] | SentBatch) -> Array:
+    def __call__(self, batch: npt.NDArray[Any] | SentBatch | torch.Tensor) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process can use another
         with torch.inference_mode():
             if isinstance(batch, SentBatch):
                 inputs = batch.take(self._dtype)
+            elif isinstance(batch, torch.Tensor):
+                inputs = batch.to(self._dtype)
             else:
                 inputs = self.to_device(batch).to(self._dtype)
             if self._steps.preprocessing_protected is not None:
@@ -96,7 +96,11 @@ class TorchRuntime(Runtime):
                 raise not_one_array(outputs, "tensor")
             if self._steps.postprocessing_protected is not None:
                 outputs = self._steps.postprocessing_protected(outputs)
-            return outputs if outputs.dtype == torch.float64 else outputs.float()
+            if outputs.dtype == torch.float64:
+                return outputs
+            # On an accelerator, the first kernel that reads low precision converts it.
+            is_kept = self.accelerator is not None and outputs.dtype.is_floating_point
+            return outputs if is_kept else outputs.float()
 
     def _forward(self, inputs: torch.Tensor) -> Any:
         """Run the network. Raise ModelError for an error that the job file causes."""
@@ -151,21 +155,13 @@ class TorchRuntime(Runtime):
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        if self._accelerator is None:
-            return torch.from_numpy(buffers.zeros(shape, np.float32))
-        return self._accelerator.empty(shape, torch.float32).zero_()
+        return torch.from_numpy(buffers.zeros(shape, np.float32))
 
     @override
     def feed(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> BatchFeed:
-        if self._accelerator is None:
+        if self.accelerator is None:
             return BatchFeed(shape, dtype)
-        return StagedFeed(self._accelerator, self._upload_stream, shape, dtype)
-
-    @override
-    def fetch(self, arrays: Sequence[Array]) -> PendingResults | None:
-        if self._accelerator is None:
-            return None
-        return fetch(self._accelerator, self._download_stream, arrays)
+        return StagedFeed(self.accelerator, self._upload_stream, shape, dtype)
 
     @override
     def to_device(self, array: npt.NDArray[Any]) -> Array:
@@ -178,7 +174,7 @@ class TorchRuntime(Runtime):
         if not array.flags.writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()  # torch cannot share the views that some steps return
         tensor = torch.from_numpy(array)
-        return tensor if self._accelerator is None else self._accelerator.to_device(tensor)
+        return tensor if self.accelerator is None else self.accelerator.to_device(tensor)
 
     @override
     def is_out_of_memory(self, error: BaseException) -> bool:

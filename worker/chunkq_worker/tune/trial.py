@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq import json_values
-from chunkq.blend import Accumulator, WeightCache
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
 from chunkq.executors.base import Attempt
@@ -35,7 +34,6 @@ from chunkq.plan import Chunk, Patch
 from chunkq.record import JobRecord
 from chunkq.sample_chunks import fullest_chunk, sample_chunks
 from chunkq.sample_job import largest_item
-from chunkq.user_code import load_blend_weights
 from chunkq_worker.batching import Halos
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.run_task import run_task
@@ -124,14 +122,12 @@ def _measure_network(options: TrialOptions, record: JobRecord) -> Measurement:
     ]
     patches = list(islice(plan.patches(chunk), MAX_TIMED_PATCHES))
     np.save(options.sample, _sample_outputs(engine, patches, halos, chunk))
-    weights = WeightCache(plan, load_blend_weights(plan), engine.runtime.to_device)
-    zeros = engine.runtime.zeros((plan.channels, *chunk.region.shape))
-    sums = Accumulator(plan, chunk, weights, zeros)
+    chunk_run = engine.pipeline.open(chunk, halos)
 
     def run(batch_patches: list[Patch]) -> float:
         before = time.perf_counter()
-        for patch, prediction in engine.batcher.predictions(batch_patches, halos, chunk.halo.start):
-            sums.add(patch, prediction)
+        chunk_run.add(batch_patches)
+        chunk_run.wait()
         return time.perf_counter() - before
 
     size = engine.batcher.size
@@ -140,7 +136,7 @@ def _measure_network(options: TrialOptions, record: JobRecord) -> Measurement:
     timed_patches = patches[: max(1, int(options.seconds / ROUNDS / batch_seconds)) * size]
     repeats = max(1, int(options.seconds / ROUNDS / batch_seconds * size / len(timed_patches)))
     seconds = [sum(run(timed_patches) for _ in range(repeats)) for _ in range(ROUNDS)]
-    sums.contribution()  # included in the peak memory
+    chunk_run.finish()()  # included in the peak memory
     _check_batch(engine, record)
     rate = len(timed_patches) * repeats / max(median(seconds), 1e-9)
     return _measurement(engine, rate, load_seconds)

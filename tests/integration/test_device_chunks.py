@@ -1,0 +1,415 @@
+"""Chunks on a simulated device: what is copied, launched and awaited, and what results are."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from chunkq_worker.batching import Batcher
+from chunkq_worker.chunk_pipeline import ChunkPipeline, HostPipeline
+from chunkq_worker.device_pipeline import DevicePipeline
+from chunkq_worker.runtimes.torch import TorchRuntime
+from chunkq_worker.runtimes.torch_files import LoadedNetwork
+from chunkq_worker.steps import Steps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkq.blend import Contribution
+from chunkq.errors import ErrorCode, ModelError, PredictionError
+from chunkq.footprint import extra_device_bytes
+from chunkq.job import parse_job
+from chunkq.patch_weights import PatchWeights
+from chunkq.plan import Chunk, Plan, Volume
+from chunkq.resolve import resolve
+from chunkq.streaming import output_slices, regions
+from chunkq.user_code import load_blend_weights
+from chunkq.weights import ArrayWeights, Weights
+from tests import reference as ref
+from tests.simulated_device import Counts, SimulatedDevice
+from tests.strategies import (
+    BUILT_INS,
+    Case,
+    cases,
+    job_values,
+    plan_for,
+    user_weights,
+    without_margin,
+)
+from tests.unit.test_blend import assert_as_reference, window, with_weights
+
+Array = npt.NDArray[Any]
+BATCH = {"max_batch_size": 5, "device": "cuda", "dtype": "float32"}
+
+
+class Affine(torch.nn.Module):
+    """Return x · factor + factor / 2 with a factor per voxel of the output patch and channel."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        model = plan.job.model
+        self._item = tuple(model.model_output_shape or model.model_input_shape)
+        self._patch, self._output = plan.input_patch, plan.output_patch
+        self._factors = factors(plan)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        center = [
+            slice((p - q) // 2, (p + q) // 2)
+            for p, q in zip(self._patch, self._output, strict=True)
+        ]
+        patches = batch.reshape(len(batch), 1, *self._patch)[(slice(None), slice(None), *center)]
+        factors = torch.from_numpy(self._factors.astype(np.float32))
+        if hasattr(batch, "owner"):
+            factors = batch.owner.to_device(factors)
+        return (patches * factors + factors / 2).reshape(len(batch), *self._item)
+
+
+def factors(plan: Plan) -> Array:
+    shape = (plan.channels, *plan.output_patch)
+    return np.random.default_rng(0).random(shape).astype(np.float32).astype(np.float64)
+
+
+def predictor(plan: Plan) -> ref.Predict:
+    """Return the function of `Affine` in float64."""
+
+    def predict(x: ref.F64, _start: ref.Shape) -> ref.F64:
+        center = ref.center_crop(x[np.newaxis], plan.output_patch)
+        return center * factors(plan) + factors(plan) / 2
+
+    return predict
+
+
+def pipeline_for(
+    plan: Plan,
+    device: SimulatedDevice,
+    weights: Weights | None = None,
+    network: torch.nn.Module | None = None,
+    steps: Steps | None = None,
+) -> DevicePipeline:
+    steps = steps or Steps()
+    loaded = LoadedNetwork((network or Affine(plan)).eval())
+    runtime = TorchRuntime(loaded, plan.job.model, steps, 1, device)
+    batcher = Batcher(plan, runtime, steps)
+    return DevicePipeline(plan, runtime, batcher, weights or load_blend_weights(plan), device)
+
+
+def host_pipeline_for(plan: Plan, network: torch.nn.Module | None = None) -> HostPipeline:
+    model = plan.job.model.model_copy(update={"device": "cpu", "cuda_graph": False})
+    loaded = LoadedNetwork((network or Affine(plan)).eval())
+    runtime = TorchRuntime(loaded, model, Steps(), 1)
+    weights = PatchWeights(plan, load_blend_weights(plan), runtime.to_device)
+    return HostPipeline(plan, runtime, Batcher(plan, runtime, Steps()), weights)
+
+
+def compute(
+    pipeline: ChunkPipeline, plan: Plan, volume: Array
+) -> Iterator[tuple[Chunk, Contribution | None]]:
+    """Compute each chunk; it is finished after the next one has started, as in a worker."""
+    started: list[tuple[Chunk, Callable[[], Contribution | None]]] = []
+    for chunk in map(plan.chunk, plan.indices()):
+        halos = [window(plan, volume, chunk.halo)]
+        started.append((chunk, pipeline.start(chunk, halos) if chunk.is_active else lambda: None))
+        if len(started) > 1:
+            previous, finish = started.pop(0)
+            yield previous, finish()
+    for chunk, finish in started:
+        yield chunk, finish()
+
+
+def output_of(pipeline: ChunkPipeline, plan: Plan, volume: Array) -> Array:
+    output = np.zeros(plan.output_shape, plan.output_dtype)
+    for box, values in regions(plan, compute(pipeline, plan, volume)):
+        output[output_slices(plan, box)] = values
+    return output
+
+
+def random_volume(plan: Plan, seed: int = 0) -> Array:
+    values = np.random.default_rng(seed).integers(0, 6, plan.volume.shape)
+    return values.astype(plan.volume.dtype)
+
+
+def on_device(case: Case, **more: Any) -> Case:
+    model = case.keys["model"] | BATCH
+    return Case(case.volume, case.patch, case.output, case.keys | {"model": model} | more)
+
+
+def half_overlap(
+    volume: tuple[int, ...] = (30, 26, 22), patch: int = 8, channels: int = 3, **more: Any
+) -> Plan:
+    model = {"model_output_shape": [channels, *(patch,) * len(volume)]}
+    model |= BATCH | more.pop("model", {})
+    keys = {"weight_function": ["weight_gaussian"], "chunksize": [16] * len(volume)} | more
+    return plan_for(
+        volume,
+        (patch,) * len(volume),
+        inference_type="sliding_window",
+        strides=[patch // 2] * len(volume),
+        model=model,
+        **keys,
+    )
+
+
+# ------------------------------------------------------------------------------------ results
+
+
+@settings(max_examples=120)
+@given(
+    cases(), st.sampled_from((*BUILT_INS, "user")), st.integers(0, 99), st.booleans(), st.booleans()
+)
+def test_any_job_equals_the_reference(
+    case: Case, weight: str, seed: int, early: bool, zero: bool
+) -> None:
+    case = on_device(case if weight == "user" else with_weights(case, weight))
+    case.keys["nan"] = "zero" if zero else "fail"
+    plan, weights = case.plan, None
+    if weight == "user":
+        weights = ArrayWeights(without_margin(user_weights(case.output), plan.margin))
+    volume = random_volume(plan, seed)
+    output = output_of(pipeline_for(plan, SimulatedDevice(early=early), weights), plan, volume)
+    expected = ref.reference(
+        case.setup,
+        volume,
+        predictor(plan),
+        case.keys["combine"],
+        user_weights if weight == "user" else weight,
+        activation=case.keys["activation"],
+    )
+    assert_as_reference(plan, output, expected)
+
+
+class Summed(torch.nn.Module):
+    """Return the sum of the joined inputs, without the axis of `lost_dim`."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        model = plan.job.model
+        self._join, self._lost = model.join_dim, model.lost_dim
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        if self._join is not None:
+            batch = batch.sum(self._join, keepdim=True)
+        return batch if self._lost is None else batch.sum(self._lost + 1)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "model"),
+    [
+        (["uint8"], {"model_input_shape": [1, 5, 6], "lost_dim": 1}),
+        (["uint16"], {}),
+        (["uint32"], {"max_batch_size": 4, "cuda_graph": True}),
+        ([">f4"], {}),
+        (["float64"], {"dtype": "float64"}),
+        (["float16", "float16"], {"join_dim": 1}),
+        (["uint8", "int16"], {"join_dim": 1}),
+        (["uint16", "uint8"], {"join_dim": 1}),
+        (["uint16", "float32"], {"join_dim": 1}),
+    ],
+    ids=str,
+)
+def test_inputs_of_every_dtype_and_layout_give_the_results_of_the_host(
+    dtypes: list[str], model: dict[str, Any]
+) -> None:
+    model = BATCH | {"model_input_shape": [1, 5, 6]} | model
+    values = job_values((5, 6), inference_type="sliding_window", strides=[3, 4], model=model)
+    if "lost_dim" in model:
+        values["strides"] = [1, 4]
+    values |= {"input": [f"/{n}.zarr" for n in range(len(dtypes))], "chunksize": [12, 10]}
+    volume = Volume.joined([Volume((24, 21), np.dtype(dtype).name) for dtype in dtypes])
+    plan = resolve(parse_job(values), volume)
+    rng = np.random.default_rng(1)
+    inputs = [rng.integers(0, 60000, (24, 21)).astype(dtype) for dtype in dtypes]
+    device, network = SimulatedDevice(), Summed(plan)
+    pipeline = pipeline_for(plan, device, network=network)
+    host = host_pipeline_for(plan, network)
+    for chunk in map(plan.chunk, plan.indices()):
+        halos = [window(plan, array, chunk.halo) for array in inputs]
+        result, expected = (p.start(chunk, halos)() for p in (pipeline, host))
+        assert result is not None
+        assert expected is not None
+        assert result.core == pytest.approx(expected.core, rel=1e-5)
+    assert pipeline.is_resident
+
+
+# ------------------------------------------------------------- copies, launches and waiting
+
+
+class Repeated(torch.nn.Module):
+    """Return the input as every channel, as a view: no operation of the device."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self._channels = channels
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.expand(-1, self._channels, *batch.shape[2:])
+
+
+def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, Plan, Counts]:
+    """Return the pipeline of a network without operations, for chunks of 7 x 7 patches."""
+    model = more.pop("model", {}) | {"model_input_shape": [1, 32, 32]}
+    plan = half_overlap(
+        (256, 224), 32, channels, dtype="uint16", chunksize=[128, 128], model=model, **more
+    )
+    device = SimulatedDevice()
+    return pipeline_for(plan, device, network=Repeated(channels)), plan, device.counts
+
+
+@pytest.mark.parametrize(
+    ("combine", "channels", "dtype"),
+    [
+        ("weighted_avg", 1, "float32"),
+        ("weighted_avg", 3, "float32"),
+        ("weighted_avg", 3, "float16"),
+        ("soft", 1, None),
+        ("soft", 300, None),
+        ("hard", 4, None),
+    ],
+)
+def test_inputs_and_results_are_copied_once(combine: str, channels: int, dtype: str | None) -> None:
+    pipeline, plan, counts = repeated(channels, combine=combine, output_dtype=dtype)
+    chunks = [chunk for chunk in map(plan.chunk, plan.indices()) if chunk.is_active]
+    inputs = sum(chunk.halo.size for chunk in chunks) * plan.volume.voxel_bytes
+    results = 0
+    for _, result in compute(pipeline, plan, random_volume(plan)):
+        if result is not None:
+            own = result.own_block
+            stored = () if own is None else (*own.band, *own.rest)
+            arrays = [result.core, *stored, *(sums for _, sums in result.pieces)]
+            results += sum(array.nbytes for array in arrays)
+    assert inputs <= counts.uploaded <= 1.05 * inputs
+    assert results <= counts.downloaded <= 1.05 * results
+
+
+@pytest.mark.parametrize("nan", ["fail", "zero"])
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
+def test_nothing_waits_for_the_device_within_a_chunk(combine: str, nan: str) -> None:
+    pipeline, plan, counts = repeated(3, combine=combine, nan=nan, activation="softmax")
+    chunk = plan.chunk((0, 0))
+    finish = pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
+    assert counts.launches > 0
+    assert (counts.synchronizations, counts.waits, counts.done) == (0, 0, 0)
+    assert finish() is not None
+    assert (counts.synchronizations, counts.waits) == (0, 1)
+
+
+def test_few_operations_are_launched_per_patch() -> None:
+    pipeline, plan, counts = repeated(model={"max_batch_size": 8})
+    chunk = plan.chunk((0, 0))
+    assert chunk.patches == 64
+    pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
+    assert counts.launches <= 1.5 * chunk.patches
+
+
+# --------------------------------------------------------------------------------- memory
+
+
+def chunks_of(
+    pipeline: DevicePipeline, plan: Plan, device: SimulatedDevice, failures: int = 0
+) -> list[bytes]:
+    """Compute all chunks; so many allocations fail when the second one starts."""
+    results = []
+    for number, chunk in enumerate(map(plan.chunk, plan.indices())):
+        device.memory.failures = failures if number == 1 else 0
+        if chunk.is_active:
+            results.append(pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)]))
+    bytes_of = []
+    for finish in results:
+        result = finish()
+        assert result is not None
+        arrays = [result.core, *(sums for _, sums in result.pieces)]
+        bytes_of.append(b"".join(array.tobytes() for array in arrays))
+    return bytes_of
+
+
+def test_fewer_chunks_in_flight_and_batches_of_the_host_give_the_same_bytes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = half_overlap((40, 24), 8, 1, chunksize=[20, 24], model={"max_batch_size": 4})
+    device = SimulatedDevice()
+    expected = chunks_of(pipeline_for(plan, device), plan, device)
+    states = []
+    for failures in range(4):
+        caplog.clear()
+        device = SimulatedDevice()
+        pipeline = pipeline_for(plan, device)
+        results = chunks_of(pipeline, plan, device, failures)
+        states.append((pipeline.max_in_flight, pipeline.is_resident, pipeline.batcher.size))
+        assert len(caplog.records) == failures
+        assert (results == expected) or failures == 3  # smaller batches can change the last bit
+    assert states == [(2, True, 4), (1, True, 4), (1, False, 4), (1, False, 2)]
+
+
+def test_one_chunk_is_in_flight_if_the_first_one_leaves_too_little_memory(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = half_overlap((40, 24), 8, 1, chunksize=[20, 24])
+    device, chunk = SimulatedDevice(), plan.chunk((0, 0))
+    pipeline_for(plan, device).start(chunk, [window(plan, random_volume(plan), chunk.halo)])
+    needed = device.memory.peak + extra_device_bytes(plan)
+    for memory_bytes, in_flight in ((2 * needed, 2), (needed - 1, 1)):
+        device = SimulatedDevice(memory_bytes=memory_bytes)
+        pipeline = pipeline_for(plan, device)
+        chunks_of(pipeline, plan, device)
+        assert pipeline.max_in_flight == in_flight
+    assert not caplog.records
+
+
+def test_memory_that_is_too_small_for_a_batch_of_one_patch_is_an_error_of_one_line() -> None:
+    plan = half_overlap((24, 24), 8, 1)
+    pipeline = pipeline_for(plan, SimulatedDevice(memory_bytes=1 << 10))
+    chunk = plan.chunk((0, 0))
+    with pytest.raises(ModelError) as caught:
+        pipeline.start(chunk, [window(plan, random_volume(plan), chunk.halo)])
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------- values that are not finite
+
+
+class NanAbove(torch.nn.Module):
+    """Return the input as three channels, with NaN for values above 900."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.masked_fill(batch > 900, float("nan")).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("activation", ["none", "softmax", "sigmoid"])
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
+def test_a_nan_in_one_batch_is_the_error_of_the_host(combine: str, activation: str) -> None:
+    model = {"model_input_shape": [1, 8, 8]}
+    keys: dict[str, Any] = {"combine": combine, "activation": activation, "model": model}
+    plan = half_overlap((32, 32), 8, 3, **keys, dtype="uint16", chunksize=[32, 32])
+    chunk, volume = plan.chunk((0, 0)), random_volume(plan)
+    volume[22, 9] = 1000
+    pipeline = pipeline_for(plan, SimulatedDevice(), network=NanAbove())
+    assert pipeline.start(chunk, [volume])() is None
+    errors = []
+    for checked in (pipeline, host_pipeline_for(plan, NanAbove())):
+        with pytest.raises(PredictionError) as caught:
+            checked.start(chunk, [volume], checked=True)()
+        errors.append((caught.value.code, str(caught.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][0] is ErrorCode.PREDICTION_INVALID
+
+    plan = half_overlap((32, 32), 8, 3, **keys, dtype="uint16", chunksize=[32, 32], nan="zero")
+    results = []
+    for replacing in (
+        pipeline_for(plan, SimulatedDevice(), network=NanAbove()),
+        host_pipeline_for(plan, NanAbove()),
+    ):
+        result = replacing.start(chunk, [volume])()
+        assert result is not None
+        results.append(result.core)
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+
+
+def test_finite_outputs_whose_sum_overflows_are_no_error() -> None:
+    plan = half_overlap((16, 16), 8, 1, dtype="float32", model={"model_input_shape": [1, 8, 8]})
+    pipeline = pipeline_for(plan, SimulatedDevice(), network=Repeated(1))
+    chunk, volume = plan.chunk((0, 0)), np.full((16, 16), 3e38, np.float32)
+    assert pipeline.start(chunk, [volume])() is None
+    result = pipeline.start(chunk, [volume], checked=True)()
+    assert result is not None
+    assert result.core[0] == pytest.approx(volume, rel=1e-6)

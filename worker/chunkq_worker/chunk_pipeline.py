@@ -1,0 +1,106 @@
+"""Compute the chunks of a plan: run their patches, blend the predictions, return the results."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from typing_extensions import override
+
+from chunkq.blend import Accumulator, Contribution
+from chunkq.patch_weights import PatchWeights
+from chunkq.plan import Chunk, Patch, Plan
+from chunkq_worker.batching import Batcher, Halos
+from chunkq_worker.runtimes.base import Runtime
+
+Finish = Callable[[], Contribution | None]
+"""Waits for a chunk's results. Any thread may call it.
+
+Returns None if an output of the network may not be finite. The caller then starts the chunk again
+with `checked=True`, which raises the error, or returns the same results if there is none.
+"""
+
+
+class ChunkRun(ABC):
+    """One chunk that is computed. Use it in the thread of its pipeline."""
+
+    @abstractmethod
+    def add(self, patches: Sequence[Patch]) -> None:
+        """Run patches of the chunk and blend their predictions."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until the device has done what was added so far."""
+
+    @abstractmethod
+    def finish(self) -> Finish:
+        """Return the function that waits for the results. Call nothing else afterwards."""
+
+
+class ChunkPipeline(ABC):
+    """Computes chunks of one plan, one after the other."""
+
+    @abstractmethod
+    def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
+        """Return a run of a chunk without patches; `halos` contain one array per input.
+
+        If `checked`, `add` raises PredictionError for outputs that are not finite, unless the job
+        replaces them.
+        """
+
+    @abstractmethod
+    def start(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> Finish:
+        """Compute all patches of a chunk."""
+
+
+class HostPipeline(ChunkPipeline):
+    """Computes chunks with a runtime whose results are in host memory; each output is checked."""
+
+    def __init__(
+        self, plan: Plan, runtime: Runtime, batcher: Batcher, weights: PatchWeights
+    ) -> None:
+        self._plan, self._runtime = plan, runtime
+        self._batcher, self._weights = batcher, weights
+
+    @override
+    def open(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> ChunkRun:
+        zeros = self._runtime.zeros((self._plan.channels, *chunk.region.shape))
+        sums = Accumulator(self._plan, chunk, self._weights, zeros)
+        return HostRun(self._batcher, self._weights, sums, chunk, halos)
+
+    @override
+    def start(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> Finish:
+        run = self.open(chunk, halos)
+        run.add(list(self._plan.patches(chunk)))
+        return run.finish()
+
+
+class HostRun(ChunkRun):
+    """A chunk whose sums are in host memory."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        weights: PatchWeights,
+        sums: Accumulator,
+        chunk: Chunk,
+        halos: Halos,
+    ) -> None:
+        self._batcher, self._weights, self._sums = batcher, weights, sums
+        self._chunk, self._halos = chunk, halos
+
+    @override
+    def add(self, patches: Sequence[Patch]) -> None:
+        self._weights.prepare(patches)
+        origin = self._chunk.halo.start
+        for batch, predictions in self._batcher.predictions(patches, self._halos, origin):
+            self._sums.add(batch, predictions)
+
+    @override
+    def wait(self) -> None:
+        pass
+
+    @override
+    def finish(self) -> Finish:
+        result = self._sums.contribution()
+        return lambda: result

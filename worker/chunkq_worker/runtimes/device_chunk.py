@@ -1,0 +1,308 @@
+"""One chunk in the memory of an accelerator: its input, its sums, and whether it is finite.
+
+The input is copied to the device once. Batches are cut from it there, and predictions are blended
+there. No function waits for the device. A batch is processed run by run (`patch_runs`), so the
+number of kernels grows with the rows of patches, not with the patches. The order of additions
+depends only on the plan and on the batch size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from chunkq.blend import chunk_results, target_slices
+from chunkq.box import Box
+from chunkq.combine import Array
+from chunkq.patch_weights import PatchWeights
+from chunkq.plan import Chunk, Patch, Plan
+from chunkq.weights import Neighbors
+from chunkq_worker.patch_runs import PatchRun, patch_runs
+from chunkq_worker.runtimes.staging import SIGNED_DTYPES, Accelerator, Slot, Stream, as_signed
+
+TABLES_CACHED = 1 << 10
+"""Tables of profiles on the device; most chunks share theirs."""
+
+
+class InputUploader:
+    """Copies the inputs of chunks to the device on `stream`, through buffers that take turns.
+
+    `chunks` is the number of chunks whose inputs can be on the device at the same time.
+    """
+
+    def __init__(self, accelerator: Accelerator, stream: Stream, plan: Plan, chunks: int) -> None:
+        self._accelerator, self._stream, self._plan = accelerator, stream, plan
+        self._turns: deque[list[Slot]] = deque([] for _ in range(chunks))
+
+    def keep_one(self) -> None:
+        """Release the buffers of all chunks but the last one."""
+        self._turns = deque([self._turns[0]])
+
+    @torch.inference_mode()
+    def upload(self, halos: Sequence[npt.NDArray[Any]], origin: Sequence[int]) -> DeviceInput:
+        """Start the copy of a chunk's inputs; the current stream waits for it."""
+        self._turns.rotate(-1)
+        slots, accelerator = self._turns[0], self._accelerator
+        for number, halo in enumerate(halos):
+            _reserve(accelerator, slots, number, halo)
+        tensors = []
+        for slot, halo in zip(slots, halos, strict=True):
+            if slot.sent is not None:
+                accelerator.wait(slot.sent)  # the copy of an earlier chunk, two chunks ago
+            np.copyto(slot.array[: halo.size].reshape(halo.shape), halo)
+            accelerator.wait_on_stream(self._stream, slot.consumed)
+            accelerator.copy(slot.device[: halo.size], slot.host[: halo.size], self._stream)
+            slot.sent = accelerator.record(self._stream)
+            accelerator.wait_on_stream(accelerator.current(), slot.sent)
+            tensors.append(slot.device[: halo.size].view(halo.shape))
+        return DeviceInput(accelerator, slots, tensors, origin, self._plan)
+
+
+def _reserve(
+    accelerator: Accelerator, slots: list[Slot], number: int, halo: npt.NDArray[Any]
+) -> None:
+    """Make slot `number` large enough for an input; keep it if it is."""
+    dtype = halo.dtype.newbyteorder("=")
+    if number < len(slots):
+        if slots[number].array.dtype == dtype and slots[number].array.size >= halo.size:
+            return
+        del slots[number:]  # release memory before more is allocated
+    slots.append(Slot(accelerator, (halo.size,), torch.from_numpy(np.empty(0, dtype)).dtype))
+
+
+class DeviceInput:
+    """The inputs of one chunk on the device. Call `release` after the last `batch`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        slots: Sequence[Slot],
+        tensors: Sequence[torch.Tensor],
+        origin: Sequence[int],
+        plan: Plan,
+    ) -> None:
+        model = plan.job.model
+        self._accelerator, self._slots, self._tensors = accelerator, slots, tensors
+        self._origin, self._patch = origin, plan.input_patch
+        self._slot_shape, self._item = model.model_input_shape, list(model.model_input_shape)
+        self._join_axis = model.join_dim
+        if model.join_dim is not None:
+            self._item[model.join_dim - 1] = len(tensors)
+        self._dtype = _batch_dtype(tensors, plan)
+
+    @torch.inference_mode()
+    def batch(self, patches: Sequence[Patch], count: int) -> torch.Tensor:
+        """Return a new batch of `count` items that starts with the patches, else zeros.
+
+        It is in the model's dtype, or in the common dtype of inputs of several dtypes.
+        """
+        batch = self._accelerator.empty((count, *self._item), self._dtype)
+        for run in patch_runs(patches):
+            items = batch[run.first : run.first + run.count]
+            for number, tensor in enumerate(self._tensors):
+                part = items
+                if self._join_axis is not None:
+                    part = items.narrow(self._join_axis, number, 1)
+                windows = self._windows(tensor, patches[run.first], run)
+                part.copy_(as_signed(windows).view(run.count, *self._slot_shape))
+        if count > len(patches):
+            batch[len(patches) :].zero_()
+        return batch
+
+    def release(self) -> None:
+        """Allow later uploads to overwrite the inputs, after all work enqueued so far."""
+        consumed = self._accelerator.record(self._accelerator.current())
+        for slot in self._slots:
+            slot.consumed = consumed
+
+    def _windows(self, tensor: torch.Tensor, patch: Patch, run: PatchRun) -> torch.Tensor:
+        """Return the input patches of a run (count, *P) as a view."""
+        start = [s - o for s, o in zip(patch.source.start, self._origin, strict=True)]
+        return _windows(tensor, start, self._patch, run.axis, run.step, run.count)
+
+
+def _batch_dtype(tensors: Sequence[torch.Tensor], plan: Plan) -> torch.dtype:
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        dtype: torch.dtype = getattr(torch, plan.job.model.dtype)
+        return dtype
+    common = torch.from_numpy(np.empty(0, plan.volume.dtype)).dtype
+    return SIGNED_DTYPES.get(common, (common, common))[1]
+
+
+def _windows(
+    tensor: torch.Tensor,
+    start: Sequence[int],
+    shape: Sequence[int],
+    axis: int,
+    step: int,
+    count: int,
+) -> torch.Tensor:
+    """Return `count` windows as a view (count, ..., *shape), `step` voxels apart along `axis`.
+
+    `start` is the first voxel of the first window in the last axes of the tensor.
+    """
+    leading = tensor.dim() - len(shape)
+    strides = tensor.stride()
+    spatial = strides[leading:]
+    offset = sum(n * stride for n, stride in zip(start, spatial, strict=True))
+    return tensor.as_strided(
+        (count, *tensor.shape[:leading], *shape),
+        (step * spatial[axis], *strides),
+        tensor.storage_offset() + offset,
+    )
+
+
+class FiniteFlag:
+    """A sum of all outputs of a chunk: finite only if each of them is.
+
+    It can also overflow for finite outputs. The caller then has to check them one by one.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.total = accelerator.zeros((1,))
+
+    @torch.inference_mode()
+    def add(self, outputs: torch.Tensor) -> None:
+        """Include the outputs of a batch."""
+        self.total.add_(outputs.sum(dtype=torch.float32))
+
+
+class RunWeights:
+    """Normalized weights of runs of patches on the device, from tables of profiles."""
+
+    def __init__(self, accelerator: Accelerator, weights: PatchWeights) -> None:
+        self._accelerator, self._weights = accelerator, weights
+        self._tables: dict[tuple[int, tuple[Neighbors, ...]], torch.Tensor] = {}
+        self._last: tuple[tuple[tuple[Neighbors, ...], ...], torch.Tensor] | None = None
+
+    def product(self, near: tuple[tuple[Neighbors, ...], ...]) -> torch.Tensor:
+        """Return w / Σw of the kept voxels, 0 outside the volume, (n, 1, *kept).
+
+        `near` has the neighbors of the patches along each axis, one entry where all patches have
+        the same. The last product is kept, because most runs of a chunk share it.
+        """
+        if self._last is None or self._last[0] != near:
+            self._last = None  # release its memory first
+            product = self._factor(0, near)
+            for axis in range(1, len(near)):
+                product = product * self._factor(axis, near)
+            self._last = near, product
+        return self._last[1]
+
+    def _factor(self, axis: int, near: tuple[tuple[Neighbors, ...], ...]) -> torch.Tensor:
+        """Return the profiles along one axis, to be multiplied with those of other axes."""
+        table = self._table(axis, near[axis])
+        shape = [1] * len(near)
+        shape[axis] = table.shape[1]
+        return table.view(len(near[axis]), 1, *shape)
+
+    def _table(self, axis: int, near: tuple[Neighbors, ...]) -> torch.Tensor:
+        """Return one row per patch with its profile along an axis (n, kept), float32."""
+        key = axis, near
+        if key not in self._tables:
+            while len(self._tables) >= TABLES_CACHED:
+                del self._tables[next(iter(self._tables))]
+            rows = np.stack([self._weights.profile(axis, n) for n in near])
+            self._tables[key] = self._accelerator.to_device(torch.from_numpy(rows))
+        return self._tables[key]
+
+
+class DeviceSums:
+    """Weighted sums of one chunk on the device, float32.
+
+    They also cover the voxels outside the volume that patches reach, so that no patch is clipped.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        plan: Plan,
+        chunk: Chunk,
+        weights: PatchWeights,
+        run_weights: RunWeights,
+        accelerator: Accelerator,
+    ) -> None:
+        self._plan, self._chunk = plan, chunk
+        self._weights, self._run_weights = weights, run_weights
+        grids = [axis.grids[0] for axis in plan.axes]
+        self._lead = [grid.lead for grid in grids]
+        self._kept = [grid.kept for grid in grids]
+        self._box = sums_box(plan, chunk)
+        self._sums = accelerator.zeros((plan.channels, *self._box.shape))
+
+    @torch.inference_mode()
+    def add(self, batch: Sequence[Patch], predictions: torch.Tensor) -> None:
+        """Add predictions (n, C, *output patch), of a dtype that is promoted to float32."""
+        kept = predictions[(slice(None), slice(None), *self._kept_slices())]
+        for run in patch_runs(batch):
+            patches = batch[run.first : run.first + run.count]
+            values = kept[run.first : run.first + run.count]
+            if all(map(self._weights.has_no_overlap, patches)):
+                self._windows(run, patches[0]).copy_(values)
+            elif self._weights.is_product:
+                self._add_run(run, patches, values)
+            else:
+                self._add_patches(patches, predictions[run.first : run.first + run.count])
+
+    @torch.inference_mode()
+    def results(self) -> list[Array]:
+        """Return the arrays from which `contribution` is made, as small as they are stored."""
+        interior, *sums = chunk_results(self._plan, self._chunk, self._view)
+        if self._plan.output_dtype == np.float16:
+            interior = interior.to(torch.float16)
+        elif self._plan.output_dtype == np.uint16:
+            interior = interior.to(torch.int16)  # keeps the lowest 16 bits
+        return [interior, *sums]
+
+    def _add_run(self, run: PatchRun, patches: Sequence[Patch], values: torch.Tensor) -> None:
+        near = zip(*map(self._weights.neighbors, patches), strict=True)
+        weights = self._run_weights.product(tuple(_shared(along) for along in near))
+        # Patches that do not overlap along the axis are added by one kernel.
+        phases = min(run.count, -(-self._kept[run.axis] // run.step))
+        for phase in range(phases):
+            part = slice(phase, run.count, phases)
+            every = PatchRun(0, len(range(phase, run.count, phases)), run.axis, run.step * phases)
+            used = weights if len(weights) == 1 else weights[part]
+            self._windows(every, patches[phase]).addcmul_(used, values[part])
+
+    def _add_patches(self, patches: Sequence[Patch], predictions: torch.Tensor) -> None:
+        for patch, prediction in zip(patches, predictions, strict=True):
+            used = prediction[(slice(None), *target_slices(self._plan, patch))]
+            self._view(patch.target).addcmul_(self._weights.weights(patch), used)
+
+    def _windows(self, run: PatchRun, patch: Patch) -> torch.Tensor:
+        """Return the sums of the kept voxels of a run that starts with a patch, (n, C, *kept)."""
+        origin = self._box.start
+        start = [
+            s + lead - o for s, lead, o in zip(patch.source.start, self._lead, origin, strict=True)
+        ]
+        return _windows(self._sums, start, self._kept, run.axis, run.step, run.count)
+
+    def _kept_slices(self) -> tuple[slice, ...]:
+        return tuple(slice(m, m + n) for m, n in zip(self._plan.margin, self._kept, strict=True))
+
+    def _view(self, box: Box) -> torch.Tensor:
+        return self._sums[(slice(None), *box.slices(self._box.start))]
+
+
+def _shared(near: tuple[Neighbors, ...]) -> tuple[Neighbors, ...]:
+    """Return one entry if all entries are equal."""
+    return near[:1] if near.count(near[0]) == len(near) else near
+
+
+def sums_box(plan: Plan, chunk: Chunk) -> Box:
+    """Return the voxels of a chunk's region and those outside the volume that its patches reach."""
+    start, stop = list(chunk.region.start), list(chunk.region.stop)
+    for number, owned in enumerate(chunk.owned):
+        if not all(owned):
+            continue
+        for a, (axis, numbers) in enumerate(zip(plan.axes, owned, strict=True)):
+            grid = axis.grids[number]
+            start[a] = min(start[a], grid.start(numbers[0]) + grid.lead)
+            stop[a] = max(stop[a], grid.start(numbers[-1]) + grid.lead + grid.kept)
+    return Box(tuple(start), tuple(stop))
