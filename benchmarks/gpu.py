@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks import gpu_cases, gpu_commands
 from benchmarks.gpu_cases import CASES, Case
 from benchmarks.gpu_server import HERE, RequestError, Server
+from benchmarks.gpu_table import table
 
 Figures = dict[str, Any]
 START_SECONDS = 180.0
@@ -200,7 +201,7 @@ def per_unit(figures: Figures) -> Figures:
 def large(session: Session) -> Figures:
     """Run the demo's U-Net over half a gigavoxel."""
     names = session.contestants("chunkq", "bare", "monai")
-    return race(session, "unet", "large", names, 2, 130.0, warm_up=False)
+    return race(session, "unet", "large", names, 2, 100.0, warm_up=False)
 
 
 def host_sums(session: Session) -> Figures:
@@ -271,72 +272,19 @@ def variants(session: Session, case: str) -> Figures:
 
 Part = Callable[[Session], Figures]
 PARTS: dict[str, tuple[float, Part]] = {
-    "unet": (45.0, lambda session: speed(session, "unet", 5, 60.0)),
-    "nnunet": (45.0, lambda session: speed(session, "nnunet", 3, 75.0)),
-    "unet counts": (15.0, lambda session: counts(session, "unet", 30.0)),
-    "nnunet counts": (15.0, lambda session: counts(session, "nnunet", 30.0)),
-    "large": (60.0, large),
-    "same bytes": (60.0, same_bytes),
+    "unet": (45.0, lambda session: speed(session, "unet", 5, 40.0)),
+    "nnunet": (45.0, lambda session: speed(session, "nnunet", 3, 55.0)),
+    "unet counts": (15.0, lambda session: counts(session, "unet", 20.0)),
+    "nnunet counts": (15.0, lambda session: counts(session, "nnunet", 20.0)),
     "precision": (20.0, precision),
+    "same bytes": (60.0, same_bytes),
+    "large": (60.0, large),
     "command": (45.0, command),
     "host sums": (25.0, host_sums),
     "unet variants": (60.0, lambda session: variants(session, "unet")),
     "nnunet variants": (60.0, lambda session: variants(session, "nnunet")),
 }
 """Seconds that must be left for a part to start, and the part."""
-
-
-def table(parts: Mapping[str, Figures]) -> str:
-    """Return the most important figures as plain text."""
-    lines: list[str] = []
-    for name, part in parts.items():
-        if "error" in part:
-            lines.append(f"{name}: failed: {str(part['error']).strip().splitlines()[-1]}")
-        elif "contestants" in part:
-            lines += [f"{name}: {part['voxels'] / 1e6:.0f} Mvoxel, {part['rounds']} rounds"]
-            lines += _race_lines(part)
-        elif name.endswith("variants"):
-            lines.append(f"{name}: seconds by chunkq's own; labels equal to the first's")
-            lines += [_variant_line(label, one) for label, one in part.items()]
-        elif name.endswith("counts"):
-            lines.append(f"{name}:")
-            lines += [f"  {who:<8} {_short(one)}" for who, one in part.items()]
-        else:
-            lines.append(f"{name}: {json.dumps(part)[:1500]}")
-    return "\n".join(lines) + "\n"
-
-
-def _race_lines(part: Figures) -> list[str]:
-    lines = []
-    for name, one in part["contestants"].items():
-        ratio = part["ratios"].get(name, {}).get("median")
-        beside = f"  chunkq/{name} {ratio:.3f}" if ratio else ""
-        if one:
-            memory = one.get("device_bytes", 0) / 1e9
-            lines.append(
-                f"  {name:<8} {one['seconds']:8.2f} s {one['patches_per_second']:8.0f} patches/s "
-                f"{memory:6.2f} GB{beside}"
-            )
-    return lines + [f"  {name:<8} failed" for name in part["errors"]]
-
-
-def _variant_line(label: str, part: Figures) -> str:
-    ratios = [one for name, one in part["ratios"].items() if name != "plain"]
-    if not ratios or ratios[0]["median"] is None:
-        return f"  {label:<55} failed"
-    plain = part["ratios"].get("plain", {}).get("median")
-    equal = part.get("agreement", {}).get("equal", float("nan"))
-    beside = f"  own/plain {plain:.3f}" if plain else ""
-    return f"  {label:<55} {1 / ratios[0]['median']:.3f}  {equal:.5f}{beside}"
-
-
-def _short(figures: Figures) -> str:
-    keys = (
-        "busy", "busy_between", "kernels_per_patch", "launches_per_patch", "syncs",
-        "syncs_per_chunk", "syncs_elsewhere_per_chunk", "synchronizing_calls", "up_per_byte_read",
-        "down_per_byte_written",
-    )  # fmt: skip
-    return "  ".join(f"{key} {figures[key]:.3g}" for key in keys if figures.get(key) is not None)
 
 
 def write_inputs(session: Session) -> None:

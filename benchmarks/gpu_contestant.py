@@ -272,12 +272,11 @@ class Contestants:
         return net.eval().to(self.device)
 
     def _forward(self, net: torch.nn.Module, batch: torch.Tensor, precision: str) -> torch.Tensor:
-        if not precision.endswith("16"):
-            result: torch.Tensor = net(batch)
-            return result
-        with torch.autocast(self.device, dtype=getattr(torch, precision)):
-            result = net(batch)
-        return result
+        is_half = precision.endswith("16")
+        dtype = getattr(torch, precision) if is_half else None
+        with torch.autocast(self.device, dtype=dtype, enabled=is_half):
+            outputs: torch.Tensor = net(batch)
+        return outputs
 
     def _average(self, case: Case, volume: str, dtype: torch.dtype) -> torch.Tensor:
         """Return the weighted average of all patches, with a network of a dtype."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -14,6 +15,8 @@ from typing import Any
 from chunkq_worker.child_env import child_env
 
 HERE = Path(__file__).parents[1]
+RESTART_SECONDS = 60.0
+"""Added to the time limit of a request for which the process starts again."""
 Figures = dict[str, Any]
 
 
@@ -45,15 +48,16 @@ class Server:
         """Send a request and return its answer; raise RequestError after `seconds`."""
         if self._process.poll() is not None:
             self._start()
+            seconds += RESTART_SECONDS
+        line = None
         try:
-            self._stdin.write(json.dumps(request) + "\n")
-            self._stdin.flush()
-            line = self._lines.get(timeout=seconds)
+            with contextlib.suppress(BrokenPipeError):
+                self._stdin.write(json.dumps(request) + "\n")
+                self._stdin.flush()
+                line = self._lines.get(timeout=seconds)
         except queue.Empty:
             self.close()
             raise RequestError(f"no answer within {seconds:.0f} s") from None
-        except OSError as error:
-            line = str(error) and None
         if line is None:
             raise RequestError(f"the process ended with exit status {self._process.wait()}")
         answer: Figures = json.loads(line)
