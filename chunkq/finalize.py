@@ -302,6 +302,7 @@ def _report(
     report = {
         "chunkq_version": __version__,
         "digest": job.record.digest,
+        "precision": job.plan.job.model.effective_precision,
         "missing": [chunk_name(index) for index in missing],
         "warnings": list(warnings),
         "conclusion": conclusion(timing),

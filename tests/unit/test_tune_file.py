@@ -122,7 +122,7 @@ def test_json_keeps_its_layout(tmp_path: Path, indent: Any) -> None:
 
 @given(
     st.dictionaries(
-        st.sampled_from(["max_batch_size", "compile", "dtype", "autocast"]),
+        st.sampled_from(["max_batch_size", "compile", "dtype", "precision"]),
         st.one_of(st.integers(1, 4096), st.booleans(), st.sampled_from(["float16", "bfloat16"])),
     ),
     st.sampled_from([None, True, False]),

@@ -89,6 +89,7 @@ def _values(plan: Plan, depth: int, check: ModelCheck | None) -> dict[str, Any]:
         "output_bytes": costs.output_bytes,
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
+        "precision": plan.job.model.effective_precision,
         "depth": depth,
         "array_bytes": footprint(plan).peak_bytes(depth),
     }
@@ -109,6 +110,7 @@ def _rows(plan: Plan, depth: int, check: ModelCheck | None) -> list[tuple[str, s
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
         ("chunks", f"{costs.chunks} ({_shape(plan.blocks)}) of {_shape(plan.chunksize)}"),
+        ("precision", f"{plan.job.model.effective_precision}, on {plan.job.model.device}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
         (
             "to finalize",

@@ -116,6 +116,7 @@ def _body(report: JobReport) -> list[str]:
         _figure(charts.bytes_chart(timing)),
         _table(("", "measured", "planned", "share"), plan_rows(timing)),
         f"<p>Memory: {escape(memory(timing))}.</p>",
+        f"<p>Precision: {escape(report.precision)}.</p>",
         "<h2>Workers</h2>",
         f"<details><summary>List {scope} {len(timing.workers)}, the least busy first</summary>",
         _table(("worker", "chunks", "time", "busy", "losses"), workers, text=(4,)),
