@@ -216,14 +216,14 @@ def precision(session: Session) -> Figures:
     result: Figures = {}
     server = session.servers["now"]
     for case in CASES:
-        for name in ("float32",) if session.device == "cpu" else ("float32", "tf32"):
-            try:
-                result[f"{case} {name}"] = server.ask(
-                    60.0, do="precision", case=case, volume="check", precision=name
-                )
-            except RequestError as error:
-                result[f"{case} {name}"] = {"error": str(error)}
-                print(f"precision {case} {name}:\n{error}", flush=True)
+        names = ["float32"] if session.device == "cpu" else ["float32", "tf32"]
+        try:
+            result[case] = server.ask(
+                60.0, do="precision", case=case, volume="check", precisions=names
+            )
+        except RequestError as error:
+            result[case] = {"error": str(error)}
+            print(f"precision {case}:\n{error}", flush=True)
     return result
 
 
@@ -276,8 +276,8 @@ PARTS: dict[str, tuple[float, Part]] = {
     "nnunet": (45.0, lambda session: speed(session, "nnunet", 3, 55.0)),
     "unet counts": (15.0, lambda session: counts(session, "unet", 20.0)),
     "nnunet counts": (15.0, lambda session: counts(session, "nnunet", 20.0)),
+    "same bytes": (50.0, same_bytes),
     "precision": (20.0, precision),
-    "same bytes": (60.0, same_bytes),
     "large": (60.0, large),
     "command": (45.0, command),
     "host sums": (25.0, host_sums),

@@ -102,31 +102,36 @@ class Contestants:
         first, second = (_open(Path(path) / "0").read().result() for path in (one, other))
         return {"equal": float(np.mean(first == second))}
 
-    def precision(self, case: str, volume: str, precision: str) -> Figures:
-        """Compare chunkq's averages with those of all patches, summed in float64.
+    def precision(self, case: str, volume: str, precisions: list[str]) -> Figures:
+        """Compare chunkq's averages in each precision with those of all patches.
 
-        The reference runs the network once in float32 without TF32, and once in float64.
-        A difference is divided by max(1, |y|).
+        The reference sums in float64. It runs the network once in float32 without TF32, and once
+        in float64. A difference is divided by max(1, |y|).
         """
-        run, close = self._chunkq(
-            self.case(case), {"precision": precision, "combine": "weighted_avg"}
-        )
-        output = Path(run(volume)["output"])
-        close()
-        values = torch.from_numpy(_open(output / "0").read().result()).double()
+        averages = {}
+        for precision in precisions:
+            run, close = self._chunkq(
+                self.case(case), {"precision": precision, "combine": "weighted_avg"}
+            )
+            stored = _open(Path(run(volume)["output"]) / "0").read().result()
+            averages[precision] = torch.from_numpy(stored).to(self.device)
+            close()
         figures: Figures = {}
-        for dtype in (torch.float32, torch.float64):
-            _set_float32("float32")
-            expected = self._average(self.case(case), volume, dtype).cpu()
+        for dtype, precision in product((torch.float32, torch.float64), precisions):
+            if precision == precisions[0]:
+                _set_float32("float32")
+                expected = self._average(self.case(case), volume, dtype)
+            values = averages[precision].double()
             scale = expected.abs().clamp_min(1.0)
             top = expected.topk(2, 0).values
             is_wrong = values.argmax(0) != expected.argmax(0)
-            figures[str(dtype).removeprefix("torch.")] = {
+            reference = str(dtype).removeprefix("torch.")
+            figures[f"{precision} against {reference}"] = {
                 "largest_difference": float(((values - expected).abs() / scale).max()),
                 "other_labels": int(is_wrong.sum()),
                 "other_labels_beyond_1e-5": int((is_wrong & (top[0] - top[1] > 1e-5)).sum()),
             }
-        return figures | {"precision": precision, "voxels": values[0].numel()}
+        return figures | {"voxels": values[0].numel()}
 
     def _measured(self, run: Run, volume: str) -> Figures:
         on_cuda = self.device == "cuda"

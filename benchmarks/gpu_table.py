@@ -57,6 +57,6 @@ def _short(figures: Figures) -> str:
     keys = (
         "busy", "busy_between", "kernels_per_patch", "launches_per_patch", "syncs",
         "syncs_per_chunk", "syncs_elsewhere_per_chunk", "synchronizing_calls", "up_per_byte_read",
-        "down_per_byte_written",
+        "down_per_byte_written", "outside_seconds", "gap_seconds",
     )  # fmt: skip
     return "  ".join(f"{key} {figures[key]:.3g}" for key in keys if figures.get(key) is not None)

@@ -15,6 +15,8 @@ SYNCHRONIZATIONS = (
     "cuEventSynchronize",
     "cuCtxSynchronize",
 )
+LONG_GAP = 100.0
+"""Microseconds without a kernel that launching the next one does not explain."""
 Event = Mapping[str, Any]
 
 
@@ -22,8 +24,9 @@ def counts(events: Iterable[Event], seconds: float) -> dict[str, Any]:
     """Return the counts of a run that took `seconds`; `events` are those of a Chrome trace.
 
     `busy` is the length of the union of all kernels divided by `seconds`; `busy_between` divides
-    by the time from the first kernel's start to the last one's end. `syncs` are blocking calls of
-    the thread that launches most kernels, `syncs_elsewhere` those of other threads. `up` and `down`
+    by the time from the first kernel's start to the last one's end, and `outside_seconds` are the
+    rest of the run. `gap_seconds` is the sum of gaps between kernels of at least LONG_GAP. `syncs`
+    are blocking calls of the thread that launches most kernels, `syncs_elsewhere` of others. `up` and `down`
     are bytes copied to and from the device, `pageable` those of both from or to unpinned memory.
     Without launches in the trace, the thread is unknown, and both are None.
     """
@@ -57,6 +60,8 @@ def counts(events: Iterable[Event], seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "busy": union / 1e6 / seconds,
         "busy_between": union / window if window else None,
+        "outside_seconds": seconds - window / 1e6,
+        "gap_seconds": sum(gap for gap in gaps(kernels) if gap >= LONG_GAP) / 1e6,
         "kernel_seconds": union / 1e6,
         "kernels": len(kernels),
         "launches": sum(launches.values()),
@@ -66,6 +71,16 @@ def counts(events: Iterable[Event], seconds: float) -> dict[str, Any]:
         "copies": number_of_copies,
         **{key: copies[key] for key in ("up", "down", "pageable")},
     }
+
+
+def gaps(spans: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the lengths between the spans that no span covers."""
+    result, reached = [], float("inf")
+    for start, end in sorted(spans):
+        if start > reached:
+            result.append(start - reached)
+        reached = end if reached == float("inf") else max(reached, end)
+    return result
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

@@ -32,6 +32,12 @@ def test_the_busy_share_counts_parallel_kernels_once() -> None:
     assert result["kernel_seconds"] == pytest.approx(0.2)
     assert result["busy"] == pytest.approx(0.5)
     assert result["busy_between"] == pytest.approx(2 / 3)
+    assert result["outside_seconds"] == pytest.approx(0.1)
+
+
+def test_short_gaps_between_kernels_are_left_out() -> None:
+    events = [kernel(0, 1000), kernel(200, 100), kernel(1050, 1000), kernel(2250, 1000)]
+    assert counts(events, 1.0)["gap_seconds"] == pytest.approx(200e-6)
 
 
 def test_bytes_are_counted_by_direction_and_kind_of_host_memory() -> None:
