@@ -26,8 +26,9 @@ def counts(events: Iterable[Event], seconds: float) -> dict[str, Any]:
     `busy` is the length of the union of all kernels divided by `seconds`; `busy_between` divides
     by the time from the first kernel's start to the last one's end, and `outside_seconds` are the
     rest of the run. `gap_seconds` is the sum of gaps between kernels of at least LONG_GAP. `syncs`
-    are blocking calls of the thread that launches most kernels, `syncs_elsewhere` of others. `up` and `down`
-    are bytes copied to and from the device, `pageable` those of both from or to unpinned memory.
+    are blocking calls of the thread that launches most kernels, `syncs_elsewhere` of others. `up`
+    and `down` are bytes copied to and from the device, `pageable` those of both from or to unpinned
+    memory.
     Without launches in the trace, the thread is unknown, and both are None.
     """
     kernels: list[tuple[float, float]] = []
