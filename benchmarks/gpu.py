@@ -1,334 +1,371 @@
-"""Compare chunkq on a GPU with a bare forward loop, and measure the gain of each option.
+"""Measure what a user gets on a GPU: jobs from store to store, beside a bare loop and MONAI.
 
-Run: python benchmarks/gpu.py [--rounds N] [--json FILE]. All contestants run in turns in one
-process over the same patches of one volume in memory. A ratio is the median of the ratios of each
-round. Without a CUDA device there are no figures; `--rehearse` runs a few patches on the CPU to
-test the script.
+Run: python benchmarks/gpu.py [PART ...] [--tree PATH] [--json FILE]. Contestants take turns on one
+GPU. Those of this tree share a process; `before` is chunkq from another checkout, in a second
+process. A ratio is the median of the ratios of each round. Parts that do not fit into --seconds are
+left out. The JSON file and a table beside it (.txt) are written after every part. Without a CUDA
+device there are no figures; --rehearse runs tiny cases on the CPU to test the script.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import torch
-from chunkq_worker.inference_engine import InferenceEngine
-from chunkq_worker.runtimes.base import BatchFeed
 
-from chunkq.errors import ModelError
-from chunkq.job import parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.record import JobRecord
-from chunkq.resolve import resolve
-
-ROUNDS = 5
-BATCH = 8
-NETWORK = '''\
-import torch
-from torch import nn
-
-
-def block(n_in, n_out):
-    layers = []
-    for inner in (n_in, n_out):
-        layers += [nn.Conv3d(inner, n_out, 3, padding=1), nn.BatchNorm3d(n_out), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-class UNet(nn.Module):
-    """A small U-Net of three levels."""
-
-    def __init__(self, width=16, classes=3):
-        super().__init__()
-        self.down = nn.ModuleList([block(1, width), block(width, 2 * width)])
-        self.deep = block(2 * width, 4 * width)
-        self.up = nn.ModuleList([block(6 * width, 2 * width), block(3 * width, width)])
-        self.last = nn.Conv3d(width, classes, 1)
-
-    def forward(self, x):
-        x, skips = x / 255, []
-        for part in self.down:
-            x = part(x)
-            skips.append(x)
-            x = nn.functional.max_pool3d(x, 2)
-        x = self.deep(x)
-        for part in self.up:
-            x = nn.functional.interpolate(x, scale_factor=2.0)
-            x = part(torch.cat([x, skips.pop()], 1))
-        return self.last(x)
-'''
+from benchmarks import gpu_cases, gpu_commands
+from benchmarks.gpu_cases import CASES, Case
+from benchmarks.gpu_server import HERE, RequestError, Server
+from benchmarks.gpu_table import table
 
 Figures = dict[str, Any]
-Run = Callable[[], int]
-"""Function that runs all patches and returns their number."""
+START_SECONDS = 180.0
+SECONDS = 345.0
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"precision": "float32"},
+    {"precision": "bfloat16"},
+    {"precision": "float16"},
+    {"channels_last": True},
+    {"cuda_graph": True},
+    {"compile": True},
+    {"precision": "float16", "channels_last": True},
+    {"precision": "float16", "compile": True},
+    {"precision": "float16", "channels_last": True, "compile": True},
+)
+"""Options of chunkq that are compared with the case's own."""
+VARIANT_ROUNDS = 2
 
 
-class Setup:
-    """Network files, volume and device that all contestants share."""
+class Session:
+    """The processes, folder and remaining time of one call of this program."""
 
-    def __init__(self, folder: Path, device: str, edge: int, patch: int) -> None:
-        self.folder, self.device, self.patch = folder, device, patch
-        self.shape = (edge,) * 3
-        self.values = np.random.default_rng(0).integers(0, 255, self.shape, dtype=np.uint8)
-        (folder / "unet.py").write_text(NETWORK)
-        torch.manual_seed(0)
-        torch.save(self.network().state_dict(), folder / "unet.pt")
-
-    def network(self) -> torch.nn.Module:
-        """Return the network in eval mode, with new random weights."""
-        names: dict[str, Any] = {"__name__": "unet"}
-        exec(NETWORK, names)
-        module: torch.nn.Module = names["UNet"]()
-        return module.eval()
-
-    def plan(self, **model: Any) -> Plan:
-        """Return the plan of the job; `model` overrides keys of `model_config`."""
-        torch_keys = {
-            "runtime": "torch",
-            "type": "class",
-            "class_file": str(self.folder / "unet.py"),
-            "class_name": "UNet",
-            "checkpoint": str(self.folder / "unet.pt"),
+    def __init__(
+        self, folder: Path, device: str, tree: Path | None, seconds: float, *, is_rehearsal: bool
+    ) -> None:
+        self.folder, self.device, self._is_rehearsal = folder, device, is_rehearsal
+        self._end = time.monotonic() + seconds
+        trees = {"now": HERE} | ({"before": tree.resolve()} if tree else {})
+        self.servers = {
+            name: Server(path, folder, device, is_rehearsal=is_rehearsal)
+            for name, path in trees.items()
         }
-        values = {
-            "input": "memory",
-            "output": "memory",
-            "inference_type": "sliding_window",
-            "strides": [self.patch // 2] * 3,
-            "weight_function": ["weight_gaussian"],
-            "combine": "soft",
-            "chunksize": [self.shape[0] // 2] * 3,
-            "model_config": {
-                **(torch_keys if model.get("runtime", "torch") == "torch" else {}),
-                "model_input_shape": [1, *(self.patch,) * 3],
-                "model_output_shape": [3, *(self.patch,) * 3],
-                "max_batch_size": BATCH,
-                "device": self.device,
-                **model,
-            },
-        }
-        return resolve(parse_job(values), Volume(self.shape, "uint8"))
+
+    def left(self) -> float:
+        """Return the seconds left."""
+        return self._end - time.monotonic()
+
+    def case(self, name: str) -> Case:
+        case = CASES[name]
+        return gpu_cases.rehearsed(case) if self._is_rehearsal else case
+
+    def ask(self, do: str, name: str, case: str, volume: str, limit: float, **options: Any) -> Any:
+        """Ask the process that has a contestant; `before` is chunkq of the other tree."""
+        server = self.servers["before" if name == "before" else "now"]
+        if name == "before":
+            name, options = "chunkq", options | {"tree": "before"}
+        return server.ask(limit, do=do, name=name, case=case, volume=volume, **options)
+
+    def contestants(self, *names: str) -> list[str]:
+        """Return the names with `before` after `chunkq`, if there is another tree."""
+        has_before = "before" in self.servers
+        return [n for name in names for n in (name, *(["before"] if name == "chunkq" else []))
+                if n != "before" or has_before]  # fmt: skip
 
 
-def chunkq(setup: Setup, **model: Any) -> tuple[InferenceEngine, Run]:
-    """Return an engine, and a function that computes every chunk from memory to host arrays."""
-    plan = setup.plan(**model)
-    hashes = JobRecord.create(plan.job, ()).file_hashes
-    engine = InferenceEngine(JobRecord(plan.job, (), hashes), plan)
-    chunks = [chunk for chunk in map(plan.chunk, plan.indices()) if chunk.is_active]
-    halos = [_padded(setup.values, chunk.halo) for chunk in chunks]
+def race(
+    session: Session,
+    case: str,
+    volume: str,
+    names: Sequence[str],
+    rounds: int,
+    seconds: float,
+    *,
+    warm_up: bool,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Figures:
+    """Run contestants in turns; return their figures and chunkq's ratios to the others.
 
-    def run() -> int:
-        before, previous = engine.batcher.patches_run, None
-        for chunk, halo in zip(chunks, halos, strict=True):
-            finish = engine.start(chunk, [halo])
-            if previous is not None:
-                previous()  # overlaps with this chunk, as in the chunk's own thread
-            previous = finish
-        if previous is not None:
-            previous()
-        return engine.batcher.patches_run - before
+    A contestant that fails has its traceback instead. Rounds stop after `seconds`.
+    """
+    end = time.monotonic() + min(seconds, session.left())
+    turns: list[dict[str, Figures]] = []
+    errors: Figures = {}
+    order = list(names)
+    for number in range(rounds + warm_up):
+        turn: dict[str, Figures] = {}
+        for name in order:
+            if name in errors or (turns and time.monotonic() > end):
+                continue
+            own = dict((options or {}).get(name, {}))
+            contestant = own.pop("contestant", name)
+            try:
+                limit = max(10.0, end - time.monotonic() + 10)
+                turn[name] = session.ask("run", contestant, case, volume, limit, **own)
+            except RequestError as error:
+                errors[name] = str(error)
+                print(f"{case} {volume} {name}:\n{error}", flush=True)
+        if number or not warm_up:
+            turns.append(turn)
+        order.append(order.pop(0))
+        if time.monotonic() > end:
+            break
+    return {
+        "voxels": session.case(case).edges[volume] ** 3,
+        "rounds": len(turns),
+        "contestants": {name: summary(turns, name) for name in names if name not in errors},
+        "ratios": {
+            other: compared(turns, "chunkq", other)
+            for other in names
+            if other != "chunkq" and other not in errors and "chunkq" in names
+        },
+        "errors": errors,
+    }
 
-    return engine, run
+
+def summary(turns: Sequence[Mapping[str, Figures]], name: str) -> Figures:
+    """Return the median seconds of a contestant and the other figures of its last run."""
+    figures = [turn[name] for turn in turns if name in turn]
+    if not figures:
+        return {}
+    seconds = [one["seconds"] for one in figures]
+    return figures[-1] | {
+        "seconds": statistics.median(seconds),
+        "seconds_of_each_round": seconds,
+        "patches_per_second": figures[-1]["patches"] / statistics.median(seconds),
+    }
 
 
-def _padded(values: np.ndarray[Any, Any], box: Any) -> np.ndarray[Any, Any]:
-    """Return the voxels of a box, with zeros outside the volume."""
-    voxels = np.zeros(box.shape, values.dtype)
-    inside = [
-        (max(low, 0), min(high, n))
-        for low, high, n in zip(box.start, box.stop, values.shape, strict=True)
+def compared(turns: Sequence[Mapping[str, Figures]], name: str, other: str) -> Figures:
+    """Return the median and the values of the ratios of seconds in each round with both."""
+    ratios = [
+        turn[name]["seconds"] / turn[other]["seconds"]
+        for turn in turns
+        if name in turn and other in turn
     ]
-    source = tuple(slice(low, high) for low, high in inside)
-    target = tuple(
-        slice(low - start, high - start)
-        for (low, high), start in zip(inside, box.start, strict=True)
-    )
-    voxels[target] = values[source]
-    return voxels
+    return {"median": statistics.median(ratios) if ratios else None, "of_each_round": ratios}
 
 
-def bare(setup: Setup) -> Run:
-    """Run only the forward loop on batches in pinned memory; keep no output."""
-    plan = setup.plan()
-    net, on_cuda = setup.network().to(setup.device), setup.device == "cuda"
-    shape = (BATCH, *plan.job.model.model_input_shape)
-    batch = torch.randint(0, 255, shape, dtype=torch.uint8)
-    batch = batch.pin_memory() if on_cuda else batch
-
-    def run() -> int:
-        done = 0
-        with torch.inference_mode():
-            for chunk in map(plan.chunk, plan.indices()):
-                for first in range(0, chunk.patches, BATCH):
-                    count = min(BATCH, chunk.patches - first)
-                    net(batch[:count].to(setup.device, non_blocking=True).float())
-                    done += count
-        return done
-
-    return run
+def speed(session: Session, case: str, rounds: int, seconds: float) -> Figures:
+    """Run all contestants over the middle volume, after one untimed run each."""
+    names = session.contestants("bare", "chunkq", "monai", "plain")
+    return race(session, case, "middle", names, rounds, seconds, warm_up=True)
 
 
-def _unstaged(setup: Setup) -> Run:
-    engine, run = chunkq(setup)
-    with mock.patch.object(engine.runtime, "feed", BatchFeed):
-        engine.batcher = engine.batcher.of_size(engine.batcher.size)
-    return run
-
-
-def _not_ahead(setup: Setup) -> Run:
-    engine, run = chunkq(setup)
-    engine.batcher._feed.double_buffered = False
-    return run
-
-
-def _onnx(setup: Setup, *, bound: bool) -> Run:
-    """Run the network with ONNX Runtime; batches are bound on the device or come from the host."""
-    from chunkq_worker.runtimes import onnx_cuda
-
-    path = setup.folder / "unet.onnx"
-    if not path.exists():
-        example = torch.zeros((2, 1, *(setup.patch,) * 3))
-        sizes = {"x": {0: torch.export.Dim("batch")}}
-        torch.onnx.export(
-            setup.network(), (example,), path, dynamo=True, dynamic_shapes=sizes, verbose=False
-        )
-    keys = {"runtime": "onnx", "type": "file", "model_file": str(path)}
-    if bound:
-        return chunkq(setup, **keys)[1]
-    with mock.patch.object(onnx_cuda, "_free_bytes", return_value=None):
-        return chunkq(setup, **keys)[1]
-
-
-CONTESTANTS: dict[str, Callable[[Setup], Run]] = {
-    "chunkq": lambda setup: chunkq(setup)[1],
-    "bare": bare,
-    "without pinned staging": _unstaged,
-    "without the next batch ahead": _not_ahead,
-    "channels_last": lambda setup: chunkq(setup, channels_last=True)[1],
-    "autocast bfloat16": lambda setup: chunkq(setup, autocast="bfloat16")[1],
-    "autocast float16": lambda setup: chunkq(setup, autocast="float16")[1],
-    "compile": lambda setup: chunkq(setup, compile=True)[1],
-    "cuda_graph": lambda setup: chunkq(setup, cuda_graph=True)[1],
-    "bfloat16, channels_last, compile": lambda setup: chunkq(
-        setup, autocast="bfloat16", channels_last=True, compile=True
-    )[1],
-    "onnx, bound": lambda setup: _onnx(setup, bound=True),
-    "onnx, through the host": lambda setup: _onnx(setup, bound=False),
-}
-REHEARSED = ("chunkq", "bare", "without the next batch ahead", "channels_last", "autocast bfloat16")
-BASELINES = {"onnx, through the host": "onnx, bound"}
-"""Contestant to compare with, if it is not plain chunkq."""
-
-
-def seconds_of(run: Run, device: str) -> float:
-    """Return the seconds of a run, the work of the device included."""
-    with _idle(device):
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-
-@contextmanager
-def _idle(device: str) -> Iterator[None]:
-    """Wait until the device has no work before the block starts."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    yield
-
-
-def busy_share(run: Run) -> Figures:
-    """Return the shares of a run's time in which kernels and copies run on the device."""
-    from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA]
-    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
-    if not spans:
-        return {"kernels": None, "copies": None}
-    total = max(end for *_, end in spans) - min(start for _, start, _ in spans)
-    copies = [(a, b) for name, a, b in spans if name.startswith("Mem")]
-    kernels = [(a, b) for name, a, b in spans if not name.startswith("Mem")]
-    return {"kernels": covered(kernels) / total, "copies": covered(copies) / total}
-
-
-def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the length of the union of the spans."""
-    length, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length
-
-
-def measure(setup: Setup, names: Sequence[str], rounds: int) -> Figures:
-    """Return the figures of each contestant; one that cannot run has the reason instead."""
-    runs: dict[str, Run] = {}
-    parts: dict[str, Figures] = {}
-    for name in names:
+def counts(session: Session, case: str, seconds: float) -> Figures:
+    """Return launches, copies, synchronizations and the busy share of each contestant."""
+    result: Figures = {}
+    end = time.monotonic() + min(seconds, session.left())
+    for name in session.contestants("chunkq", "bare", "monai"):
+        if result and time.monotonic() > end:
+            break
         try:
-            runs[name] = CONTESTANTS[name](setup)
-            parts[name] = {"patches": runs[name]()}  # a first run, which is not measured
-        except (ImportError, ModelError) as error:
-            runs.pop(name, None)
-            parts[name] = {"skipped": str(error).splitlines()[0]}
-    turns = [
-        {name: seconds_of(run, setup.device) for name, run in runs.items()} for _ in range(rounds)
-    ]
-    for name, run in runs.items():
-        other = BASELINES.get(name, "chunkq")
-        seconds = statistics.median(turn[name] for turn in turns)
-        ratios = [turn[other] / turn[name] for turn in turns if other in turn]
-        parts[name] |= {
-            "seconds": seconds,
-            "patches_per_second": parts[name]["patches"] / seconds,
-            "compared_with": other,
-            "speedup": statistics.median(ratios) if ratios else None,
-            "rounds": ratios,
-            "busy": busy_share(run) if setup.device == "cuda" else None,
+            limit = max(20.0, end - time.monotonic() + 20)
+            figures = session.ask("profile", name, case, "middle", limit)
+        except RequestError as error:
+            result[name] = {"error": str(error)}
+            print(f"{case} counts {name}:\n{error}", flush=True)
+            continue
+        result[name] = figures | (per_unit(figures) if "kernels" in figures else {})
+    return result
+
+
+def per_unit(figures: Figures) -> Figures:
+    """Return the counts of a trace per patch, chunk, input byte and output byte."""
+    patches = figures["patches"]
+    result: Figures = {
+        "kernels_per_patch": figures["kernels"] / patches,
+        "launches_per_patch": figures["launches"] / patches,
+    }
+    if "bytes" in figures:
+        moved, chunks = figures["bytes"], figures["chunks"]
+        if figures["syncs"] is not None:
+            result["syncs_per_chunk"] = figures["syncs"] / chunks
+            result["syncs_elsewhere_per_chunk"] = figures["syncs_elsewhere"] / chunks
+        result |= {
+            "up_per_byte_read": figures["up"] / moved["input"],
+            "down_per_byte_written": figures["down"] / (moved["output"] + moved["pieces_written"]),
         }
-    return parts
+    return result
+
+
+def large(session: Session) -> Figures:
+    """Run the demo's U-Net over half a gigavoxel."""
+    names = session.contestants("chunkq", "bare", "monai")
+    return race(session, "unet", "large", names, 2, 100.0, warm_up=False)
+
+
+def host_sums(session: Session) -> Figures:
+    """Compare with MONAI's sums on the host, over a small volume."""
+    options = {"monai": {"sums": "cpu"}}
+    names = ("chunkq", "monai")
+    return race(session, "unet", "small", names, 2, 40.0, warm_up=True, options=options)
+
+
+def precision(session: Session) -> Figures:
+    """Compare float32 and tf32 averages with whole-volume references."""
+    result: Figures = {}
+    server = session.servers["now"]
+    for case in CASES:
+        names = ["float32"] if session.device == "cpu" else ["float32", "tf32"]
+        try:
+            result[case] = server.ask(
+                60.0, do="precision", case=case, volume="check", precisions=names
+            )
+        except RequestError as error:
+            result[case] = {"error": str(error)}
+            print(f"precision {case}:\n{error}", flush=True)
+    return result
+
+
+def same_bytes(session: Session) -> Figures:
+    """Compare the bytes of one worker, of two, and of a killed one: real commands."""
+    case = session.case("unet")
+    return gpu_commands.same_bytes(case, "small", session.folder, session.device, 120.0)
+
+
+def command(session: Session) -> Figures:
+    """Time the command `chunkq run` on the large volume."""
+    case = session.case("unet")
+    return gpu_commands.timed(case, "large", session.folder, session.device, 120.0)
+
+
+def variants(session: Session, case: str) -> Figures:
+    """Compare options of chunkq with the case's own, and their labels with those of float32."""
+    result: Figures = {}
+    server, reference = session.servers["now"], ""
+    own = session.case(case).precision
+    usable = [
+        variant
+        for variant in VARIANTS
+        if session.device == "cuda"
+        or not (variant.get("cuda_graph") or variant.get("precision") == "float16")
+    ]
+    for variant in usable:
+        if session.left() < 30 or variant == {"precision": own}:
+            continue
+        label = ", ".join(f"{key}: {value}" for key, value in variant.items())
+        options = {label: {"contestant": "chunkq", **variant}, "plain": {}}
+        names = ("chunkq", label) if reference else ("chunkq", label, "plain")
+        figures = race(
+            session, case, "middle", names, VARIANT_ROUNDS, 90.0, warm_up=True, options=options
+        )
+        result[label] = figures
+        output = figures["contestants"].get(label, {}).get("output")
+        reference = reference or output
+        if output:
+            figures["agreement"] = server.ask(
+                30.0, do="agreement", one=str(reference), other=str(output)
+            )
+            server.ask(30.0, do="release", name="chunkq", case=case, **variant)
+    return result
+
+
+Part = Callable[[Session], Figures]
+PARTS: dict[str, tuple[float, Part]] = {
+    "unet": (45.0, lambda session: speed(session, "unet", 5, 40.0)),
+    "nnunet": (45.0, lambda session: speed(session, "nnunet", 3, 55.0)),
+    "unet counts": (15.0, lambda session: counts(session, "unet", 20.0)),
+    "nnunet counts": (15.0, lambda session: counts(session, "nnunet", 20.0)),
+    "same bytes": (50.0, same_bytes),
+    "precision": (20.0, precision),
+    "large": (60.0, large),
+    "command": (45.0, command),
+    "host sums": (25.0, host_sums),
+    "unet variants": (60.0, lambda session: variants(session, "unet")),
+    "nnunet variants": (60.0, lambda session: variants(session, "nnunet")),
+}
+"""Seconds that must be left for a part to start, and the part."""
+
+
+def write_inputs(session: Session) -> None:
+    """Write all volumes and the networks' files."""
+    gpu_cases.write_networks(session.folder)
+    cases = [session.case(name) for name in CASES]
+    volumes = {case.edges[name]: (case, name) for case in cases for name in case.edges}
+    with ThreadPoolExecutor(4) as pool:
+        futures = [
+            pool.submit(gpu_cases.write_volume, case, name, session.folder)
+            for case, name in volumes.values()
+        ]
+        for future in futures:
+            future.result()
+
+
+def measure(session: Session, names: Sequence[str], save: Callable[[Figures], None]) -> Figures:
+    """Run parts while time is left; save all figures after each."""
+    parts: Figures = {}
+    figures: Figures = {"device": None, "parts": parts, "seconds": {}}
+    write_inputs(session)
+    for name, server in session.servers.items():
+        if name == "now":
+            setup = server.ask(START_SECONDS, do="setup")
+            figures |= {"device": setup["gpu"], "torch": setup["torch"], "numpy": np.__version__}
+    print(f"{session.left():.0f} s left after the start", flush=True)
+    for name in names:
+        needed, part = PARTS[name]
+        if session.left() < needed:
+            parts[name] = {"error": f"{session.left():.0f} s left, {needed:.0f} s needed"}
+            continue
+        started = time.monotonic()
+        try:
+            parts[name] = part(session)
+        except Exception:
+            parts[name] = {"error": traceback.format_exc()}
+            traceback.print_exc()
+        figures["seconds"][name] = time.monotonic() - started
+        print(table({name: parts[name]}), end="", flush=True)
+        print(f"  part {figures['seconds'][name]:.0f} s, {session.left():.0f} s left", flush=True)
+        save(figures)
+    return figures
 
 
 def main() -> None:
     """Measure, print, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []])
+    parser.add_argument("--tree", type=Path, help="another checkout, measured as `before`")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, help="where volumes and outputs go")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
-    figures: Figures = {"device": None}
-    if arguments.rehearse or torch.cuda.is_available():
-        device = "cpu" if arguments.rehearse else "cuda"
-        names = REHEARSED if arguments.rehearse else tuple(CONTESTANTS)
-        with tempfile.TemporaryDirectory() as folder:
-            setup = Setup(Path(folder), device, *((16, 8) if arguments.rehearse else (256, 64)))
-            parts = measure(setup, names, arguments.rounds)
-        figures = {
-            "device": None if arguments.rehearse else torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "parts": parts,
-        }
-        for name, part in parts.items():
-            print(name, json.dumps(part), flush=True)
-    else:
+
+    def save(figures: Figures) -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+            arguments.json.with_suffix(".txt").write_text(table(figures.get("parts", {})))
+
+    if not arguments.rehearse and not _has_gpu():
         print("no CUDA device: nothing measured; use --rehearse to test the script on the CPU")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        save({"device": None})
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        session = Session(
+            Path(folder),
+            "cpu" if arguments.rehearse else "cuda",
+            arguments.tree,
+            arguments.seconds,
+            is_rehearsal=arguments.rehearse,
+        )
+        try:
+            save(measure(session, arguments.parts or list(PARTS), save))
+        finally:
+            for server in session.servers.values():
+                server.close()
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi") is not None
 
 
 if __name__ == "__main__":

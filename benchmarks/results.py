@@ -19,6 +19,7 @@ mpl.use("Agg")
 from matplotlib import pyplot
 from matplotlib.patches import Patch
 
+from benchmarks.gpu_table import table as gpu_table
 from chunkq import __version__
 
 PAGE = Path(__file__).with_name("RESULTS.md")
@@ -319,12 +320,13 @@ def chunk_sizes(results: Values, depth: int) -> list[str]:
 def gpu(results: Values, folder: Path) -> list[str]:
     """Return the figures of a GPU, if there was one."""
     if results["device"] is None:
-        return ["Not measured: no GPU was available, and the CUDA path has not been run."]
-    parts = ((name, f"`{json.dumps(part)}`") for name, part in results["parts"].items())
+        return ["Not measured: no GPU was available."]
     return [
         f"{results['device']}, torch {results['torch']}",
         "",
-        *table(("part", "figures"), parts),
+        "```text",
+        *gpu_table(results["parts"]).splitlines(),
+        "```",
     ]
 
 

@@ -188,6 +188,7 @@ def _report(
     return {
         "chunkq_version": __version__,
         "digest": job.record.digest,
+        "precision": job.record.job.model.effective_precision,
         "missing": names_of(missing),
         "warnings": list(warnings),
         "conclusion": conclusion(timing),

@@ -88,6 +88,12 @@ class RayConfig(Section):
     port: Positive = 6379
 
 
+HALF_PRECISIONS = ("bfloat16", "float16")
+"""Precisions in which torch's autocast runs a float32 network."""
+_FLOATING_DTYPES = ("float16", "bfloat16", "float64")
+"""Dtypes of networks with floating-point weights other than float32."""
+
+
 class ModelConfig(Section):
     """The network: its files, its input and output shapes, and how to run it."""
 
@@ -109,10 +115,31 @@ class ModelConfig(Section):
     ts_file: str | None = None
     json_file: str | None = None
     trusted: bool = False
-    autocast: Literal["float16", "bfloat16"] | None = None
+    precision: Literal["tf32", "float32", "bfloat16", "float16"] | None = None
     compile: bool = False
     channels_last: bool = False
     cuda_graph: bool = False
+
+    @property
+    def effective_precision(self) -> str:
+        """Precision of the network's arithmetic: `precision`, or its default.
+
+        The default is the dtype of a network that is not float32, else tf32 for torch on a GPU,
+        else float32.
+        """
+        if self.precision is not None:
+            return self.precision
+        if self.dtype in _FLOATING_DTYPES:
+            return self.dtype
+        return "tf32" if self.runtime == "torch" and self.device == "cuda" else "float32"
+
+    @property
+    def allows_tf32(self) -> bool:
+        """Whether a GPU may round the factors of float32 products to TF32.
+
+        Where a network computes in 16 bits, its remaining float32 operations may.
+        """
+        return self.effective_precision in ("tf32", *HALF_PRECISIONS)
 
     @property
     def files(self) -> dict[str, str]:
@@ -453,6 +480,8 @@ _EXPECTED = {
     "too_short": "a list of at least {min_length} item",
 }
 """pydantic's error type -> the expected value."""
+_REPLACED_KEYS = {"model_config.autocast": "precision"}
+"""Key of an earlier version -> the key that has its values."""
 
 
 def _message(error: Any) -> str:
@@ -461,6 +490,8 @@ def _message(error: Any) -> str:
     path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
+        if path in _REPLACED_KEYS:
+            return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
         hint = suggestion(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
         return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
     if kind == "missing":
@@ -556,7 +587,7 @@ _TYPES = {
     "onnx": ("file",),
     "numpy": ("class",),
 }
-_TORCH_ONLY = ("autocast", "compile", "channels_last", "cuda_graph")
+_TORCH_ONLY = ("compile", "channels_last", "cuda_graph")
 
 
 def _model_problems(model: ModelConfig) -> list[str]:
@@ -590,12 +621,29 @@ def _model_problems(model: ModelConfig) -> list[str]:
         )
     if runtime == "numpy":
         problems += _numpy_problems(model)
-    if model.autocast is not None and not model.dtype.startswith(("float", "bfloat")):
-        problems.append(
-            f"model_config.autocast: unsupported for dtype {model.dtype}; "
-            "remove it, or use a floating-point dtype"
-        )
-    return problems
+    return problems + _precision_problems(model)
+
+
+def _precision_problems(model: ModelConfig) -> list[str]:
+    key, value = "model_config.precision", model.precision
+    if value is None:
+        return []
+    if value in HALF_PRECISIONS and model.runtime != "torch":
+        return [
+            f"{key}: unsupported value {value!r} for runtime {model.runtime}; use float32, or use "
+            "runtime torch"
+        ]
+    if value == "tf32" and model.device == "cpu":
+        return [f"{key}: unsupported value 'tf32' for device cpu; use float32, or use device cuda"]
+    is_float32 = model.dtype == "float32" or (
+        model.dtype not in _FLOATING_DTYPES and value not in HALF_PRECISIONS
+    )
+    if not is_float32 and model.dtype != value:
+        return [
+            f"{key}: {value} requires a float32 network, found dtype {model.dtype}; use dtype: "
+            "float32, or remove precision"
+        ]
+    return []
 
 
 def _numpy_problems(model: ModelConfig) -> list[str]:

@@ -229,7 +229,7 @@ def _add_known_key(rng: Random, values: Values) -> None:
         "max_batch_size": (1, 10**18),
         "model_input_shape": ([8, 8, 8], [1, 10**9, 10**9, 10**9], [1], [10**18] * 3, [2, 8, 8, 8]),
         "model_output_shape": ([1, 1, 1], [10**9, 8, 8, 8], [8, 8, 8], [2, 6, 6, 6], [10**18]),
-        "autocast": ("float16", "int8"),
+        "precision": ("float32", "tf32", "float16", "int8"),
         "compile": (True, 1),
         "cuda_graph": (True,),
         "channels_last": (True,),

@@ -549,10 +549,10 @@ def test_inputs_with_join_dim_are_exported_as_channels(workspace: Workspace) -> 
 
 
 def test_a_job_for_a_gpu_is_exported_on_a_machine_without_one(workspace: Workspace) -> None:
-    workspace.write_job(model={"device": "cuda", "channels_last": True, "autocast": "bfloat16"})
+    workspace.write_job(model={"device": "cuda", "channels_last": True, "precision": "bfloat16"})
     values = exported(workspace, "net.pt2")
     assert values["model_config"]["device"] == "cuda"
-    assert [note.split()[0] for note in values["notes"]] == ["autocast", "channels_last"]
+    assert [note.split()[0] for note in values["notes"]] == ["precision", "channels_last"]
 
 
 def test_a_class_without_a_checkpoint_is_noted(workspace: Workspace) -> None:

@@ -170,7 +170,7 @@ def test_numpy_and_onnx_share_the_base_class_for_host_arrays(tmp_path: Path) -> 
         *(
             ({key: value}, ("torch", "numpy"))
             for key, value in {
-                "autocast": "bfloat16",
+                "precision": "bfloat16",
                 "compile": True,
                 "channels_last": True,
                 "cuda_graph": True,

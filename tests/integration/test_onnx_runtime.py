@@ -657,6 +657,14 @@ def test_cuda_without_a_cuda_provider_is_an_error(network: Path) -> None:
     assert_contains(line, "no CUDA provider", "pip install 'chunkq[onnx-gpu]'", "device: cpu")
 
 
+@pytest.mark.parametrize(("precision", "expected"), [(None, "0"), ("float32", "0"), ("tf32", "1")])
+def test_the_cuda_provider_uses_tf32_only_if_the_job_says_so(
+    network: Path, precision: str | None, expected: str
+) -> None:
+    model = config(network, device="cuda", precision=precision)
+    assert onnx_cuda.provider_options(model)["use_tf32"] == expected
+
+
 def test_a_cuda_provider_that_fails_to_load_is_an_error(
     network: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

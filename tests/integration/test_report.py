@@ -114,6 +114,17 @@ def test_the_measured_figures_match_the_plan(sealed: Workspace) -> None:
     assert figures["planned_array_bytes"] == plan["array_bytes"]
 
 
+def test_plan_and_report_name_the_precision(sealed: Workspace, tmp_path: Path) -> None:
+    plan = json.loads(sealed.call("plan", "job.json", "--json").ok().out)
+    assert plan["precision"] == values(sealed)["precision"] == "float32"
+    assert ["precision", "float32,"] in [
+        line.split()[:2] for line in sealed.call("plan", "job.json").ok().out.splitlines()
+    ]
+    assert "precision: float32" in report(sealed).ok().out.splitlines()
+    report(sealed, "--html", tmp_path / "report.html").ok()
+    assert "Precision: float32." in Page((tmp_path / "report.html").read_text()).texts
+
+
 def test_json_equals_the_stored_report(sealed: Workspace) -> None:
     figures = values(sealed)
     stored = sealed.report()

@@ -442,6 +442,32 @@ def test_the_error_for_channels_first_with_a_channels_last_network_names_the_fix
         )
 
 
+@pytest.mark.parametrize(
+    ("precision", "expected"), [(None, False), ("float32", False), ("tf32", True)]
+)
+def test_each_batch_runs_with_the_precision_of_its_job(
+    model_files: Path, precision: str | None, expected: bool
+) -> None:
+    """A program that uses chunkq keeps its setting."""
+    settings, during = tf.config.experimental, []
+
+    def record(batch: Any) -> Any:
+        during.append(settings.tensor_float_32_execution_enabled())
+        return batch
+
+    model = config(model_files, **file_of("net.keras"))
+    model = model.model_copy(update={"precision": precision})  # tf32 needs a GPU
+    runtime = load_runtime(model, Steps(preprocessing_protected=record), 1)
+    original = settings.tensor_float_32_execution_enabled()
+    try:
+        settings.enable_tensor_float_32_execution(not expected)
+        runtime(batch())
+        assert settings.tensor_float_32_execution_enabled() is not expected
+    finally:
+        settings.enable_tensor_float_32_execution(original)
+    assert during == [expected]
+
+
 def test_protected_steps_can_move_the_channels(
     model_files: Path, expected: npt.NDArray[Any], tmp_path: Path
 ) -> None:

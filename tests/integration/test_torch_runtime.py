@@ -3,6 +3,8 @@
 import functools
 import logging
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
 from chunkq_worker.inference_engine import InferenceEngine
+from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.create import check_job
@@ -519,7 +522,7 @@ def test_a_network_in_half_precision_accepts_half_precision(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["class", "torchscript", "exported"])
-def test_autocast_computes_in_half_precision(tmp_path: Path, dtype: str, form: str) -> None:
+def test_half_precision_is_torchs_autocast(tmp_path: Path, dtype: str, form: str) -> None:
     torch.save(trained().state_dict(), tmp_path / "weights.pt")
     model: dict[str, Any] = {"checkpoint": str(tmp_path / "weights.pt")}
     if form == "torchscript":
@@ -527,16 +530,75 @@ def test_autocast_computes_in_half_precision(tmp_path: Path, dtype: str, form: s
     elif form == "exported":
         model = as_program(program(tmp_path / "net.pt2"))
     expected = predictions(create_plan(tmp_path, model=model))
-    outputs = predictions(create_plan(tmp_path, model=model | {"autocast": dtype}))
+    outputs = predictions(create_plan(tmp_path, model=model | {"precision": dtype}))
     assert np.abs(outputs - expected).max() > 1e-5
     np.testing.assert_allclose(outputs, expected, rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_autocast_requires_a_float32_network(tmp_path: Path, dtype: str) -> None:
-    line = load_error(tmp_path, autocast="bfloat16", dtype=dtype)
-    assert line.startswith("model_config.autocast: bfloat16")
-    assert_contains(line, dtype, "dtype: float32")
+def tf32_settings() -> tuple[bool, str]:
+    """Return torch's settings for convolutions and for matrix products."""
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        (None, (False, "highest")),
+        ("float32", (False, "highest")),
+        ("tf32", (True, "high")),
+        ("bfloat16", (True, "high")),
+    ],
+)
+def test_each_batch_runs_with_the_precision_of_its_job(
+    tmp_path: Path, precision: str | None, expected: tuple[bool, str]
+) -> None:
+    """A program that uses chunkq keeps its settings, also if the network raises an error."""
+    plan, during = create_plan(tmp_path), []
+
+    def record(batch: torch.Tensor) -> torch.Tensor:
+        during.append(tf32_settings())
+        if batch.isnan().any():
+            raise ValueError("NaN")
+        return batch
+
+    model = plan.job.model.model_copy(update={"precision": precision})  # tf32 needs a GPU
+    runtime = load_runtime(model, Steps(preprocessing_protected=record), 1)
+    before = (True, "medium") if expected[0] is False else (False, "medium")
+    original = tf32_settings()
+    batch = np.ones((2, 1, *PATCH), np.float32)
+    try:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+        runtime(batch)
+        assert tf32_settings() == before
+        with pytest.raises(ValueError, match="NaN"):
+            runtime(batch * np.nan)
+        assert tf32_settings() == before
+    finally:
+        torch.backends.cudnn.allow_tf32 = original[0]
+        torch.set_float32_matmul_precision(original[1])
+    assert during == [expected, expected]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch < 2.9")
+def test_the_precision_overrides_settings_per_operation() -> None:
+    """In another process: torch cannot return to its initial state."""
+    code = """
+import torch
+from chunkq_worker.runtimes.torch_tf32 import tf32
+
+torch.backends.fp32_precision = "tf32"
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+operations = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+before = [one.fp32_precision for one in operations]
+assert set(before) == {"tf32", "ieee"}
+for allowed, expected in ((False, "ieee"), (True, "tf32")):
+    with tf32(allowed=allowed):
+        assert [one.fp32_precision for one in operations] == [expected] * 3
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    assert [one.fp32_precision for one in operations] == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 LAYOUT = """\

@@ -187,12 +187,12 @@ def test_a_dry_run_with_json_prints_the_table_and_writes_nothing(workspace: Work
     assert other["status"] == "failed"
     assert "RuntimeError: shape " in other["note"]
     reduced = [r for r in rest if r["precision"] and r["stage"] == "network"]
-    assert [r["precision"] for r in reduced] == [{"autocast": "bfloat16"}, {"dtype": "bfloat16"}]
+    assert [r["precision"] for r in reduced] == [{"precision": "bfloat16"}, {"dtype": "bfloat16"}]
     assert all(1e-4 < row["difference"] < 0.1 for row in reduced)
     assert all(row["status"] == "ok" for row in reduced)
     assert result["choice"] in result["table"]
     assert result["choice"]["patch"] is None
-    assert set(result["changes"]) <= {"model_config.autocast", "model_config.dtype"}
+    assert set(result["changes"]) <= {"model_config.precision", "model_config.dtype"}
 
 
 @pytest.mark.proof("tune")

@@ -41,6 +41,7 @@ UNKNOWN_KEYS = [
     ({"model": {"max_batchsize": 3}}, "model_config.max_batchsize", "'max_batch_size'"),
     # Names of other sections are not suggested: chunksize is a key of the job.
     ({"model": {"chunksize": [1]}}, "model_config.chunksize", "chunkq schema"),
+    ({"model": {"autocast": "bfloat16"}}, "model_config.autocast", "'precision'"),
     ({"dask_config": {"adress": "x"}}, "dask_config.adress", "'address'"),
     ({"ray_config": {"prot": 1}}, "ray_config.prot", "'port'"),
 ]
@@ -117,9 +118,33 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         ("'json'", "torch", "one of class, file, torchscript, exported"),
     ),
     (
-        {"model": {"autocast": "float16", "dtype": "int8"}},
-        "model_config.autocast",
-        ("int8", "floating-point"),
+        {"model": {"precision": "float16", "dtype": "int8"}},
+        "model_config.precision",
+        ("float16", "dtype int8", "float32"),
+    ),
+    (
+        {"model": {"precision": "bfloat16", "dtype": "float64"}},
+        "model_config.precision",
+        ("bfloat16", "dtype float64", "dtype: float32"),
+    ),
+    (
+        {"model": {"precision": "float32", "dtype": "float16"}},
+        "model_config.precision",
+        ("float32", "dtype float16", "remove precision"),
+    ),
+    (
+        {"model": {"precision": "tf32"}},
+        "model_config.precision",
+        ("'tf32'", "device cpu", "float32", "device cuda"),
+    ),
+    *(
+        (
+            {"model": {"runtime": runtime, "type": "file", "model_file": "/m", "precision": name}},
+            "model_config.precision",
+            (repr(name), f"runtime {runtime}", "float32", "runtime torch"),
+        )
+        for runtime in ("onnx", "tensorflow")
+        for name in ("bfloat16", "float16")
     ),
     ({"model": {"cuda_graph": True}}, "model_config.cuda_graph", ("device cpu", "device cuda")),
     (
@@ -167,6 +192,28 @@ def test_options_that_the_numpy_runtime_does_not_support_are_reported(
     (line,) = problems(values(model={**NUMPY, **change}))
     assert line.startswith(f"{key}: unsupported")
     assert "numpy" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({}, "float32"),
+        ({"device": "cuda"}, "tf32"),
+        ({"device": "cuda", "dtype": "int8"}, "tf32"),  # of the batches: the network is float32
+        ({"device": "cuda", "dtype": "float16"}, "float16"),
+        ({"dtype": "float64"}, "float64"),
+        ({"device": "cuda", "precision": "float32"}, "float32"),
+        ({"device": "cuda", "precision": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16", "precision": "bfloat16"}, "bfloat16"),
+        ({"device": "cuda", "runtime": "onnx", "type": "file", "model_file": "/m"}, "float32"),
+        (
+            {"device": "cuda", "runtime": "tensorflow", "type": "file", "model_file": "/m"},
+            "float32",
+        ),
+    ],
+)
+def test_a_job_has_a_precision_also_without_the_key(model: dict[str, Any], expected: str) -> None:
+    assert parse_job(values(model=model)).model.effective_precision == expected
 
 
 @pytest.mark.parametrize("key", ["input", "output", "model_config"])

@@ -127,7 +127,7 @@ OPTIONS = st.builds(
     batches=st.booleans(),
     depths=st.booleans(),
     compile=st.booleans(),
-    precisions=st.sampled_from([(), (("autocast", "bfloat16"),)]),
+    precisions=st.sampled_from([(), (("precision", "bfloat16"),)]),
     patches=st.sampled_from([(), ((16,),), ((16,), (32,))]),
     chunks=st.just(CHUNKS),
 )
@@ -315,7 +315,7 @@ def test_a_setting_whose_output_differs_by_nan_is_not_chosen() -> None:
 
 def test_a_requested_precision_may_change_results() -> None:
     machine = SimulatedMachine(rate={4: 10, 8: 5, 16: 5, 2: 5})
-    fast = ("autocast", "bfloat16")
+    fast = ("precision", "bfloat16")
 
     def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
         measurement = SimulatedMachine.measure(machine, setting, stage, seconds)

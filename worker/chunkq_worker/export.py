@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from chunkq.errors import ErrorCode, JobError, ModelError
-from chunkq.job import Job, ModelConfig, load_job
+from chunkq.job import HALF_PRECISIONS, Job, ModelConfig, load_job
 from chunkq_worker import export_torch
 from chunkq_worker.export_compare import Network, difference
 from chunkq_worker.runtimes.base import load_runtime
@@ -28,7 +28,7 @@ RUNTIMES = {".onnx": ("onnx", "file"), ".pt2": ("torch", "exported")}
 """File suffix -> runtime and type of a job that uses the file."""
 MAX_BATCH_TESTED = 8
 """Items in the largest batch that a file with a dynamic batch size is tested with."""
-UNSUPPORTED_KEYS = ("autocast", "compile", "channels_last", "cuda_graph")
+UNSUPPORTED_KEYS = ("compile", "channels_last", "cuda_graph")
 """Keys of `model_config` that do not apply to the file."""
 REPLACED_KEYS = frozenset(ModelConfig.model_fields) & {
     *("class_file", "class_name", "kwargs_file", "checkpoint"),
@@ -229,13 +229,20 @@ def _model_config(model: ModelConfig, file: Path, batch: int | None) -> dict[str
     runtime, kind = RUNTIMES[file.suffix]
     values = {"runtime": runtime, "type": kind, "model_file": str(file)}
     for key, value in model.model_dump(mode="json", exclude_none=True).items():
-        if key not in {*values, *REPLACED_KEYS, *UNSUPPORTED_KEYS}:
+        if key not in {*values, *REPLACED_KEYS, *_omitted_keys(model)}:
             values[key] = value
     return values if batch is None else {**values, "max_batch_size": batch}
 
 
+def _omitted_keys(model: ModelConfig) -> list[str]:
+    """Return the keys that the job sets and that a job with the file does not have."""
+    uses_autocast = model.precision in HALF_PRECISIONS
+    keys = [key for key in UNSUPPORTED_KEYS if getattr(model, key)]
+    return ["precision", *keys] if uses_autocast else keys
+
+
 def _notes(model: ModelConfig, steps: Steps, file: Path) -> list[str]:
-    notes = [f"{key} is omitted" for key in UNSUPPORTED_KEYS if getattr(model, key)]
+    notes = [f"{key} is omitted" for key in _omitted_keys(model)]
     if model.type == "class" and model.checkpoint is None:
         notes.append("the job names no checkpoint: the file has the initial weights of the class")
     protected = (steps.preprocessing_protected, steps.postprocessing_protected)

@@ -124,6 +124,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "output_bytes": costs.output_bytes,
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
+        "precision": job.record.job.model.effective_precision,
         "depth": depth,
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
         "items": [
@@ -143,6 +144,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     share = costs.finalized_voxels / voxels
     several = f"{count} volumes, the largest " if count > 1 else ""
     blocks = f" ({_shape(plan.blocks)})" if count == 1 else ""
+    model = job.record.job.model
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         (
@@ -151,6 +153,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
         ("chunks", f"{costs.chunks}{blocks} of {_shape(plan.chunksize)}"),
+        ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
         (
             "to finalize",

@@ -36,6 +36,11 @@ class JobReport:
         return advice
 
     @property
+    def precision(self) -> str:
+        """Precision of the network's arithmetic."""
+        return str(self.values["precision"])
+
+    @property
     def missing(self) -> int:
         """Number of chunks that are not computed."""
         return len(self.values["missing"])

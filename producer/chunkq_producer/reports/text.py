@@ -57,6 +57,7 @@ def text(report: JobReport) -> RenderableType:
     parts += _stragglers(report)
     parts += _section("", _table(("", "measured", "planned", ""), plan_rows(timing)))
     parts += _section("", Text(f"memory: {memory(timing)}"))
+    parts.append(Text(f"precision: {report.precision}"))
     return Group(*parts)
 
 

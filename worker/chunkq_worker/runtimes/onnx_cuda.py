@@ -23,17 +23,12 @@ if TYPE_CHECKING:
 
 CUDA = "CUDAExecutionProvider"
 INSTALL = "pip uninstall onnxruntime && pip install 'chunkq[onnx-gpu]'"
-PROVIDERS = (
-    (
-        CUDA,
-        {
-            # A search by timing can choose another algorithm in the next worker and change bytes.
-            "cudnn_conv_algo_search": "HEURISTIC",
-            # The arrays of the blending need memory on the same device.
-            "arena_extend_strategy": "kSameAsRequested",
-        },
-    ),
-)
+OPTIONS = {
+    # A search by timing can choose another algorithm in the next worker and change bytes.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # The arrays of the blending need memory on the same device.
+    "arena_extend_strategy": "kSameAsRequested",
+}
 
 
 def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
@@ -52,7 +47,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
         # It prints missing libraries to standard output, which is reserved for the command.
         with contextlib.redirect_stdout(io.StringIO()):
             preload()
-    session, graph = open_graph(model, steps, threads, PROVIDERS)
+    session, graph = open_graph(model, steps, threads, [(CUDA, provider_options(model))])
     if CUDA not in session.get_providers():
         # ONNX Runtime only logs that its libraries failed to load.
         raise ModelError(
@@ -65,6 +60,11 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
 
     device = torch.device("cuda", torch.cuda.current_device())
     return OnnxOnTorch(session, graph, model, steps, device, free_bytes)
+
+
+def provider_options(model: ModelConfig) -> dict[str, str]:
+    """Return the options of the CUDA provider. By default, the provider allows TF32."""
+    return OPTIONS | {"use_tf32": str(int(model.allows_tf32))}
 
 
 def _free_bytes() -> int | None:

@@ -46,6 +46,7 @@ class TensorFlowRuntime(Runtime):
         self._network: Network | None = network
         self._dtype = tf.dtypes.as_dtype(model.dtype)
         self._tf_device = "/GPU:0" if model.device == "cuda" else "/CPU:0"
+        self._allows_tf32 = model.allows_tf32
         self._torch = _torch_with_cuda() if model.device == "cuda" else None
         self._traced: tuple[Any, Any] = (None, None)
         if self._torch is not None:
@@ -65,7 +66,7 @@ class TensorFlowRuntime(Runtime):
         if self._torch is not None:
             # torch may still read the last result, whose memory TensorFlow can reuse.
             self._torch.cuda.current_stream().synchronize()
-        with tf.device(self._tf_device):
+        with tf.device(self._tf_device), _tf32(allowed=self._allows_tf32):
             inputs = self._cast(batch)
             if self._steps.preprocessing_protected is not None:
                 inputs = tf.convert_to_tensor(self._steps.preprocessing_protected(inputs))
@@ -227,6 +228,18 @@ def _single_tensor(outputs: Any) -> Any:
     if not tf.is_tensor(tensor) or not tensor.shape.rank:
         raise not_one_array(outputs, "tensor")
     return tensor
+
+
+@contextmanager
+def _tf32(*, allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 on a GPU inside a `with` block, then restore the process's setting."""
+    settings = tf.config.experimental
+    previous = settings.tensor_float_32_execution_enabled()
+    settings.enable_tensor_float_32_execution(allowed)
+    try:
+        yield
+    finally:
+        settings.enable_tensor_float_32_execution(previous)
 
 
 def _shape_hint(input_spec: Any, batch_shape: Any) -> str:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from chunkq import buffers
 from chunkq.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job import ModelConfig
+from chunkq.job import HALF_PRECISIONS, ModelConfig
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
 from chunkq_worker.runtimes.staging import (
     Accelerator,
@@ -26,6 +26,7 @@ from chunkq_worker.runtimes.staging import (
     StagedFeed,
 )
 from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork, reason
+from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
 
@@ -82,7 +83,7 @@ class TorchRuntime(Runtime):
     def __call__(self, batch: npt.NDArray[Any] | SentBatch | torch.Tensor) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process can use another
-        with torch.inference_mode():
+        with torch.inference_mode(), tf32(allowed=self._model.allows_tf32):
             if isinstance(batch, SentBatch):
                 inputs = batch.take(self._dtype)
             elif isinstance(batch, torch.Tensor):
@@ -121,10 +122,10 @@ class TorchRuntime(Runtime):
 
     @contextlib.contextmanager
     def _execution_context(self) -> Iterator[None]:
-        """Apply autocast and the warning filters of torch.compile inside a `with` block."""
+        """Apply the precision and the warning filters of torch.compile inside a `with` block."""
         with contextlib.ExitStack() as stack:
-            if self._model.autocast is not None:
-                dtype = getattr(torch, self._model.autocast)
+            if self._model.precision in HALF_PRECISIONS:
+                dtype = getattr(torch, self._model.precision)
                 stack.enter_context(torch.autocast(self.device, dtype=dtype))
             if self._model.compile:
                 stack.enter_context(_compiler_context())
@@ -218,11 +219,6 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
         raise ModelError(
             "model_config.compile: unsupported for type: torchscript, which is compiled already; "
             "remove compile, or use type: class"
-        )
-    if model.autocast is not None and model.dtype not in ("float32", model.autocast):
-        raise ModelError(
-            f"model_config.autocast: {model.autocast} requires a float32 network, found dtype "
-            f"{model.dtype}; set dtype: float32 or remove autocast"
         )
     loaded = LOADERS[model.type](model)
     hide_triton_after_tensorflow()  # the user's code can import TensorFlow

@@ -296,7 +296,7 @@ def _search(
 ) -> SearchResult:
     uses_gpu, model = job.model.device == "cuda", job.model
     start = space.start(default_depth(gpu=uses_gpu))
-    current = model.dtype, model.autocast
+    current = model.dtype, model.precision
     options = Options(
         batches="batch" not in request.kept,
         depths="depth" not in request.kept,
@@ -307,8 +307,8 @@ def _search(
         precisions=[
             (key, name)
             for name in request.precisions
-            for key in ("autocast", "dtype")
-            if name not in current and not (key == "dtype" and model.autocast is not None)
+            for key in ("precision", "dtype")
+            if name not in current and not (key == "dtype" and model.precision is not None)
         ],
         patches=[space.patch(lengths) for lengths in request.patches],
         chunks=(None,) if "chunksize" in request.kept else space.chunk_shapes,

@@ -32,7 +32,7 @@ ALLOWED_CHANGE = 1e-4
 class Setting:
     """One way to run a job. None for `patch`, `chunk` or `precision` keeps the job's value.
 
-    `precision` is a key of `model_config` and its value, such as ("autocast", "bfloat16").
+    `precision` is a key of `model_config` and its value, such as ("precision", "bfloat16").
     """
 
     batch: int
