@@ -27,9 +27,10 @@ from chunkq.axes import plain_axes
 from chunkq.executors.rq.names import rq_id
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.images import ImageSource
+from chunkq.items import items_of
 from chunkq.job import parse_job
 from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
+from chunkq.ledger import Commit, JobFolder, job_folder_of
 from chunkq.plan import Plan, Volume
 from chunkq.record import JobRecord
 from chunkq.resolve import resolve
@@ -138,12 +139,12 @@ def status(folder: Path) -> dict[str, float]:
     edge = 47
     plan = job_over(edge)
     job = create(folder / "out.zarr", plan)
-    done = Path(job.ledger.path) / "done" / "infer" / ITEM
+    done = Path(job.ledger.path) / "done" / "infer" / "0"
     done.mkdir(parents=True)
     indices = list(plan.indices())
     for number, index in enumerate(indices[1000:]):
         commit = Commit(
-            "infer", index, 1, f"host-{number % 8}", number, number + 1.0,
+            "infer", 0, index, 1, f"host-{number % 8}", number, number + 1.0,
             {"read": 0.1, "wait": 0.1, "compute": 0.7, "write": 0.1},
         )  # fmt: skip
         # Without flushing each file to the disk, which is not measured.
@@ -171,7 +172,7 @@ def create(output: Path, plan: Plan) -> JobHandle:
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
     folder = JobFolder(job_folder_of(str(output)))
-    folder.create_record(JobRecord(plan.job, (source,), {}, ("",), EPOCH))
+    folder.create_record(JobRecord(plan.job, items_of([source], joined=False), {}, (("",),), EPOCH))
     return open_job(folder.path)
 
 

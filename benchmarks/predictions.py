@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from chunkq.finalize import OWN_PIECE
 from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import ALIGNMENT, CRC_BYTES, ITEM
+from chunkq.ledger import ALIGNMENT, CRC_BYTES
+from chunkq.stages.finalize import OWN_PIECE
 from chunkq.tasks import chunk_name
 
 NETWORKS = '''
@@ -63,7 +63,7 @@ from chunkq.executors.base import Attempt
 from chunkq.job_handle import open_job
 from chunkq.tasks import Task
 job = open_job(sys.argv[1])
-for index in job.plan.indices():
+for index in job.items[0].plan.indices():
     run_task(Task("infer", *job.id, 0, index), Attempt(1, "inline"))
 """
 JOBS: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def make_job(
 
 def headers(job: JobHandle) -> int:
     """Return the bytes that `Ledger.put_piece` writes in addition to the voxels of the pieces."""
-    plan, epoch = job.plan, job.record.epoch
+    plan, epoch = job.items[0].plan, job.record.epoch
     total = 0
     for chunk in map(plan.chunk, plan.indices()):
         if not chunk.is_active:
@@ -140,7 +140,7 @@ def headers(job: JobHandle) -> int:
             rest = [(plan.output_dtype.str, plan.output_box(b).shape) for b in chunk.rest_boxes]
             pieces.append((chunk.index, OWN_PIECE, [*bands, *rest]))
         for block, name, arrays in pieces:
-            path = f"pieces/{ITEM}/{chunk_name(block)}/{name}"
+            path = f"pieces/0/{chunk_name(block)}/{name}"
             line = len(json.dumps([epoch, path, arrays])) + 1
             total += line + -line % ALIGNMENT + CRC_BYTES
     return total

@@ -43,7 +43,8 @@ from chunkq.executors.rq.names import rq_id
 from chunkq.executors.rq.server import Server, find_server
 from chunkq.executors.settings import WorkerSettings
 from chunkq.images import ImageSource
-from chunkq.ledger import ITEM, Commit, JobFolder, job_folder_of
+from chunkq.items import items_of
+from chunkq.ledger import Commit, JobFolder, job_folder_of
 from chunkq.record import JobRecord
 from chunkq.tasks import JobId, Task, chunk_name
 
@@ -376,13 +377,13 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
     source = ImageSource(
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
-    record = job.create_record(JobRecord(plan.job, (source,), {}, ("",), "0a1b2c3d"))
+    record = job.create_record(JobRecord(plan.job, items_of([source], joined=False), {}, (("",),), "0a1b2c3d"))
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):
-        folder = Path(job.ledger(record.epoch).path) / "done" / kind / ITEM
+        folder = Path(job.ledger(record.epoch).path) / "done" / kind / "0"
         folder.mkdir(parents=True)
         for index in indices:
-            commit = Commit(kind, index, 1, "bench", 0.0, 1.0)
+            commit = Commit(kind, 0, index, 1, "bench", 0.0, 1.0)
             (folder / chunk_name(index)).write_bytes(commit.to_json(record.epoch))
 
     def work() -> float:

@@ -41,7 +41,7 @@ def test_a_worker_without_the_package_of_a_format_raises_an_error(
     workspace = workspace_with_toy_input(tmp_path)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(OUTSIDE)
-        workspace.produce()
+        workspace.call("produce", "job.json").ok()
     with pytest.raises(StoreError, match="'toy'") as error:
         _ = workspace.item.sources
     assert error.value.code is ErrorCode.PACKAGE_MISSING

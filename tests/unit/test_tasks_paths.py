@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pytest
 from hypothesis import assume, example, given
@@ -17,7 +17,7 @@ from chunkq.executors import open_executor
 from chunkq.executors.base import WorkerName
 from chunkq.executors.rq.connect import connect
 from chunkq.executors.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
-from chunkq.paths import without_secret
+from chunkq.paths import mask_secrets, without_secret
 from chunkq.tasks import JobId, Task, chunk_name, parse_chunk
 
 chunks = st.lists(st.integers(0, 10**9), min_size=1, max_size=4).map(tuple)
@@ -244,6 +244,30 @@ def test_two_passwords_in_a_url_are_masked(one: str, other: str) -> None:
     assume("&" not in one)
     url = f"redis://:{one}@host/0?password={quote(other, safe='')}"
     assert without_secret(url) == "redis://:***@host/0?password=***"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:geheim@host/in.zarr",
+        "https://user:ge%2Fheim@host/in.zarr",
+        "https://host/in.zarr?password=geheim",
+        "https://host/in.zarr?a=b&key_password=geheim&c=d",
+    ],
+)
+def test_a_text_about_a_url_has_no_password_of_it_in_any_form(url: str) -> None:
+    inner = url.partition("://")[2]
+    text = f"no {url}, {inner} or {unquote(inner)}: 'geheim' and 'ge/heim'"
+    masked = mask_secrets(text, url)
+    password = "ge/heim" if "%2F" in url else "geheim"
+    assert password not in masked
+    assert quote(password, safe="") not in masked
+    assert without_secret(url) in masked
+
+
+@pytest.mark.parametrize("url", ["/data/geheim.zarr", "s3://geheim/in.zarr"])
+def test_a_text_about_a_path_without_a_password_is_unchanged(url: str) -> None:
+    assert mask_secrets(f"no geheim at {url}", url) == f"no geheim at {url}"
 
 
 @pytest.mark.parametrize(
