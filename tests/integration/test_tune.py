@@ -334,7 +334,8 @@ def test_a_job_file_that_cannot_be_edited_is_an_error_before_measuring(
     path.symlink_to(workspace.folder / "real.yaml")
     assert_error(workspace, 2, ErrorCode.JOB_INVALID, "job.yaml: ", "link", "real.yaml")
     path.unlink()
-    path.write_text(JOB.replace("threads: 1", "threads: &n 1").replace("size: 4 ", "size: *n "))
+    shared = JOB.replace("threads: 1\n", "").replace("size: 4 ", "size: &n 4 ")
+    path.write_text(shared + "threads: *n\n")
     assert_error(workspace, 2, ErrorCode.JOB_FILE_UNEDITABLE, "job.yaml: ", "--dry-run")
 
 

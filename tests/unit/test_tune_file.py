@@ -144,6 +144,7 @@ ALL_CHANGES: Changes = {
     ("model_config", "model_input_shape"): [1, 4, 4],
     ("model_config", "compile"): True,
 }
+LONGER: Changes = {("chunksize",): [1, 2, 3]}
 LINE_COMMENTS = st.sampled_from(["", "", "  # small", " # [1, {2}: x", "    #", "   # 'a' # \"b\""])
 LINES_BETWEEN = st.sampled_from(
     ["", "", "\n", "# on its own\n", "\n   # a: b\n\n#c\n", "    # - d\n"]
@@ -226,6 +227,17 @@ def test_a_value_that_an_anchor_shares_with_another_key_is_an_error_with_the_new
     assert error.value.code is ErrorCode.JOB_FILE_UNEDITABLE
     assert str(error.value).startswith(f"{tmp_path / 'job.yaml'}: ")
     assert "model_config.max_batch_size: 8; a: [3, 3]" in str(error.value)
+
+
+def test_an_alias_is_replaced_without_changing_the_value_that_it_refers_to(tmp_path: Path) -> None:
+    text = "a: &n 4\nmodel_config: {model_input_shape: [8], max_batch_size: *n}  # x\n"
+    new_text = changed(tmp_path, text, {("model_config", "max_batch_size"): 8})
+    assert new_text == HEADER + text.replace("*n", "8")
+
+
+def test_a_list_is_replaced_by_one_of_another_length(tmp_path: Path) -> None:
+    new_text = changed(tmp_path, "chunksize:  # work\n- 8\n- 8\n# next\nthreads: 1\n", LONGER)
+    assert new_text == HEADER + "chunksize: [1, 2, 3]  # work\n# next\nthreads: 1\n"
 
 
 def test_the_file_is_replaced_with_its_permissions_and_the_old_content_is_kept(

@@ -43,6 +43,7 @@ def test_the_value_with_its_prefix_is_within_half_a_percent(value: float) -> Non
         (185, "3 min 05 s"),
         (3599.6, "1 h 00 min"),
         (3725, "1 h 02 min"),
+        (7199, "1 h 59 min"),
         (360_000, "100 h 00 min"),
     ],
 )
