@@ -491,8 +491,9 @@ def test_a_chunk_records_its_contribution_to_every_block(workspace: Workspace) -
     produce(workspace)
     recorded: dict[tuple[int, ...], set[tuple[int, int]]] = {}
     for index in CHUNKS:
-        for block, number, total in run_chunk(workspace, index).contributions:
-            recorded.setdefault(block, set()).add((number, total))
+        for task, number, total in run_chunk(workspace, index).contributions:
+            assert task == Task("finalize", *workspace.job.id, 0, task.chunk)
+            recorded.setdefault(task.chunk, set()).add((number, total))
     plan = open_job(str(workspace.job_folder)).plan
     expected = {block: len(plan.contributors(block)) for block in plan.to_finalize()}
     assert max(expected.values()) == 4
