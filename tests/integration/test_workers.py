@@ -18,7 +18,7 @@ from chunkq_worker.supervisor import Supervisor
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_REFUSED, Executor, TaskCounts
+from chunkq.executors.base import EXIT_INCOMPLETE, EXIT_REFUSED, Executor, TaskCounts
 from chunkq.executors.settings import WorkerSettings
 from chunkq.tasks import JobId, Task
 
@@ -137,6 +137,13 @@ def test_a_worker_process_that_ends_with_0_is_not_restarted(fake_workers: FakeWo
     assert len(fake_workers.records) == 2
 
 
+def test_a_worker_process_whose_tasks_wait_for_failed_ones_is_not_restarted(
+    fake_workers: FakeWorkers,
+) -> None:
+    assert fake_workers.supervise(str(EXIT_INCOMPLETE), "0", processes=2) == EXIT_INCOMPLETE
+    assert len(fake_workers.records) == 2
+
+
 def test_worker_processes_get_the_options_and_unique_names(fake_workers: FakeWorkers) -> None:
     fake_workers.supervise("0", processes=2)
     options = [record["options"] for record in fake_workers.records]
@@ -151,7 +158,7 @@ def test_a_crashed_worker_process_is_restarted_and_its_chunks_are_requeued_at_on
     tasks = [Task("infer", *JOB, 0, (number,)) for number in range(3)]
     fake_workers.queue.submit(tasks)
     fake_workers.patch.setenv("FAKE_RESERVES", "1")
-    assert fake_workers.supervise("killed", "3", "0") == 0
+    assert fake_workers.supervise("killed", "9", "0") == 0
     assert [record["tasks"] for record in fake_workers.records] == [
         [[task.id, attempt] for task in tasks] for attempt in (1, 2, 3)
     ]
@@ -161,7 +168,7 @@ def test_a_crashed_worker_process_is_restarted_and_its_chunks_are_requeued_at_on
     assert len(set(names)) == 3
     lines = [line for line in capfd.readouterr().err.splitlines() if "; 3 chunks" in line]
     assert [
-        (name in line, "signal 9" in line, "code 3" in line)
+        (name in line, "signal 9" in line, "code 9" in line)
         for name, line in zip(names[:2], lines, strict=True)
     ] == [(True, True, False), (True, False, True)]
 
