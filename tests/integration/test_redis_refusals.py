@@ -45,9 +45,6 @@ COMMANDS = ("produce", "work", "status", "retry", "cancel", "jobs", "run", "fina
 WRITING = ("produce", "retry", "cancel", "run", "finalize")
 """Commands that change the queue and end. `work` does not end, so it has separate tests."""
 
-MODEL_CHECK_RESULT = mock.Mock(error=None)
-"""Result of a successful model check, which takes seconds."""
-
 
 @dataclass(frozen=True)
 class Servers:
@@ -141,9 +138,7 @@ class Stage:
     def assert_refused(self, command: str, url: str, *fragments: str) -> None:
         """Run a command; assert that it ends soon with one line that does not have the secret."""
         start = time.monotonic()
-        with mock.patch(
-            "chunkq_producer.commands.run.check_model", return_value=MODEL_CHECK_RESULT
-        ):
+        with mock.patch("chunkq_producer.runner.check_model"):
             answer = self.workspace.call(*self.arguments(command), "--queue", url)
         seconds = time.monotonic() - start
         answer.refused(1, "chunkq: queue: ", *fragments)
@@ -481,9 +476,7 @@ def test_every_command_reports_an_unreachable_queue_within_seconds(
 
 
 def test_run_connects_to_the_queue_before_it_checks_the_model(stage: Stage) -> None:
-    with mock.patch(
-        "chunkq_producer.commands.run.check_model", return_value=MODEL_CHECK_RESULT
-    ) as check_model:
+    with mock.patch("chunkq_producer.runner.check_model") as check_model:
         queue = f"redis://127.0.0.1:{free_port()}/0"
         stage.workspace.call(*stage.arguments("run"), "--queue", queue).refused(
             1, ErrorCode.QUEUE_UNAVAILABLE, "Connection refused"
