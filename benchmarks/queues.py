@@ -377,7 +377,9 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
     source = ImageSource(
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
-    record = job.create_record(JobRecord(plan.job, items_of([source], joined=False), {}, (("",),), "0a1b2c3d"))
+    record = job.create_record(
+        JobRecord(plan.job, items_of([source], joined=False), {}, (("",),), "0a1b2c3d")
+    )
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):
         folder = Path(job.ledger(record.epoch).path) / "done" / kind / "0"

@@ -220,6 +220,8 @@ class SimulatedDevice(Accelerator):
         if func is torch.ops.aten._local_scalar_dense.default or is_copy_to_host:
             return self._run_synchronously(lambda: func(*host_args, **host_kwargs))
         if func._schema.is_mutable:
+            if _may_overlap(_memory(kwargs.get("out", args[0]))):
+                raise RuntimeError("the threads of one kernel would write to the same memory")
             self.counts.launches += 1
             self._enqueue(lambda: func(*host_args, **host_kwargs), self._compute_stream)
             return kwargs.get("out", args[0])
@@ -293,6 +295,17 @@ class SimulatedDevice(Accelerator):
                 first()
         stream.done += 1
         self.counts.done += 1
+
+
+def _may_overlap(tensor: torch.Tensor) -> bool:
+    """Return whether two elements of a view can have the same address."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _uninitialized(size: int) -> torch.Tensor:

@@ -153,7 +153,7 @@ def half_overlap(
 # ------------------------------------------------------------------------------------ results
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(
     cases(), st.sampled_from((*BUILT_INS, "user")), st.integers(0, 99), st.booleans(), st.booleans()
 )

@@ -111,6 +111,19 @@ def test_a_job_with_processing_steps_writes_the_same_bytes_as_on_the_host(
     assert output_files(values, tmp_path / "device.zarr", SimulatedDevice(early=early)) == expected
 
 
+def test_a_nan_in_the_input_is_the_error_of_the_host(tmp_path: Path) -> None:
+    volume = random_volume((24, 16, 20), "float32")
+    volume[13, 9, 11] = np.nan
+    write_zarr(tmp_path / "in.zarr", volume, (8, 8, 8))
+    errors = []
+    for device in (None, SimulatedDevice()):
+        with pytest.raises(PredictionError) as caught:
+            output_files(job(tmp_path), tmp_path / f"{device is None}.zarr", device)
+        errors.append((caught.value.code, str(caught.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][0] is ErrorCode.PREDICTION_INVALID
+
+
 # ------------------------------------------------------------------------ one batch ahead
 
 

@@ -45,8 +45,8 @@ FAULTS = (
     Fault(
         "contributions-without-the-neighbors",
         INFER,
-        "for block in [index, *(piece.target for piece in job.items[0].plan.outgoing_pieces(chunk))]:",
-        "for block in [index]:",
+        "return [block for block in (index, *targets) if plan.has_band(block)]",
+        "return [block for block in (index,) if plan.has_band(block)]",
         "workers leave most blocks to the finalizer",
         named(RESUME, "records_its_contribution"),
     ),
