@@ -82,10 +82,10 @@ def batched(patches: Sequence[Patch], size: int) -> Iterator[Sequence[Patch]]:
         yield patches[first : first + size]
 
 
-def batches(plan: Plan) -> Iterator[Sequence[Patch]]:
-    """Yield chunkq's batches, each with patches of one chunk."""
+def batches(plan: Plan, size: int) -> Iterator[Sequence[Patch]]:
+    """Yield chunkq's batches of at most `size` patches, each with patches of one chunk."""
     for index in plan.indices():
-        yield from batched([*plan.patches(plan.chunk(index))], plan.job.model.max_batch_size)
+        yield from batched([*plan.patches(plan.chunk(index))], size)
 
 
 def predictions(

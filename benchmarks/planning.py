@@ -28,7 +28,7 @@ from chunkq.executors.rq.names import rq_id
 from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.images import ImageSource
 from chunkq.items import items_of
-from chunkq.job import parse_job
+from chunkq.job import Job, parse_job
 from chunkq.job_handle import JobHandle, open_job
 from chunkq.ledger import Commit, JobFolder, job_folder_of
 from chunkq.plan import Plan, Volume
@@ -39,9 +39,14 @@ from chunkq.tasks import Task, chunk_name
 ROUNDS, EPOCH = 5, "0a1b2c3d"
 
 
-def job_over(edge: int, path: str = "/missing/in.zarr") -> Plan:
-    """Return the plan of a half-overlapping job of edge³ chunks of 128³ voxels."""
-    job = parse_job(
+def plan_over(edge: int) -> Plan:
+    """Return the plan of `job_over` over edge³ chunks."""
+    return resolve(job_over(), Volume((edge * 128,) * 3, "uint8"))
+
+
+def job_over(path: str = "/missing/in.zarr") -> Job:
+    """Return a half-overlapping job with chunks of 128³ voxels."""
+    return parse_job(
         {
             "input": path,
             "output": "/missing/out.zarr",
@@ -59,7 +64,6 @@ def job_over(edge: int, path: str = "/missing/in.zarr") -> Plan:
             },
         }
     )
-    return resolve(job, Volume((edge * 128,) * 3, "uint8"))
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -89,7 +93,7 @@ def planning() -> dict[str, float]:
     """Plan 10.08 million chunks, against a bare triple loop over as many indices."""
     edge = 216
     figures = paired(
-        lambda: walk(job_over(edge)),
+        lambda: walk(plan_over(edge)),
         lambda: sum(1 for _ in product(range(edge), repeat=3)),
     )
     return {"chunks": float(edge**3), **figures}
@@ -137,7 +141,7 @@ def status(folder: Path) -> dict[str, float]:
     The figures `command_…` are for `chunkq status`, against the same command on a one-chunk job.
     """
     edge = 47
-    plan = job_over(edge)
+    plan = plan_over(edge)
     job = create(folder / "out.zarr", plan)
     done = Path(job.ledger.path) / "done" / "infer" / "0"
     done.mkdir(parents=True)
@@ -157,7 +161,7 @@ def status(folder: Path) -> dict[str, float]:
     )
     queue.close()
     small = folder / "small.zarr"
-    create(small, job_over(1))
+    create(small, plan_over(1))
     command = paired(lambda: show(folder / "out.zarr", queue.url), lambda: show(small, queue.url))
     return {
         "chunks": float(len(indices)),
@@ -172,7 +176,9 @@ def create(output: Path, plan: Plan) -> JobHandle:
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
     folder = JobFolder(job_folder_of(str(output)))
-    folder.create_record(JobRecord(plan.job, items_of([source], joined=False), {}, (("",),), EPOCH))
+    folder.create_record(
+        JobRecord(job_over(), items_of([source], joined=False), {}, (("",),), EPOCH)
+    )
     return open_job(folder.path)
 
 
@@ -189,7 +195,7 @@ def main() -> None:
     options.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.peak:
-        walk(job_over(arguments.peak))
+        walk(plan_over(arguments.peak))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     with tempfile.TemporaryDirectory() as name:

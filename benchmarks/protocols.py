@@ -28,10 +28,11 @@ from chunkq_worker.inline import pipelined
 
 from benchmarks.contestant import Contestant, chunkq, compete, create, network, predictions, stored
 from benchmarks.turns import Figures
-from chunkq.blend import Accumulator, WeightCache
+from chunkq.blend import Accumulator
 from chunkq.box import Box
 from chunkq.images import find_source
 from chunkq.job import Job, parse_job
+from chunkq.patch_weights import PatchWeights
 from chunkq.plan import Chunk, Patch, Plan, Volume
 from chunkq.resolve import resolve
 from chunkq.user_code import load_blend_weights
@@ -108,9 +109,11 @@ class Work:
     def chunks(self) -> list[Chunk]:
         return [self.plan.chunk(index) for index in self.plan.indices()]
 
-    def weights(self, plan: Plan) -> WeightCache:
+    def weights(self, plan: Plan) -> PatchWeights:
         """Return the weights divided by their sum over all patches at a voxel."""
-        return WeightCache(plan, load_blend_weights(plan), torch.from_numpy)
+        return PatchWeights(
+            plan, load_blend_weights(self.job.weight_function, plan), torch.from_numpy
+        )
 
     def temporary(
         self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], **metadata: Any
@@ -297,7 +300,7 @@ def recompute(job: Job, output: str) -> Callable[[], Figures]:
         work = Work(job, output)
 
         @cache
-        def plan_for(shape: tuple[int, ...]) -> tuple[Plan, WeightCache]:
+        def plan_for(shape: tuple[int, ...]) -> tuple[Plan, PatchWeights]:
             cutout_job = parse_job(job.as_dict() | {"chunksize": list(shape)})
             plan = resolve(cutout_job, Volume(shape, work.plan.volume.dtype))
             return plan, work.weights(plan)

@@ -35,7 +35,7 @@ from rich.table import Table
 from rq import Queue, Retry, SimpleWorker
 from rq.serializers import JSONSerializer
 
-from benchmarks.planning import job_over
+from benchmarks.planning import job_over, plan_over
 from chunkq.axes import plain_axes
 from chunkq.executors import open_executor
 from chunkq.executors.base import Attempt, WorkerOptions
@@ -372,13 +372,13 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
 
     The worker reads the ledger and counts the blocks of each chunk; it computes nothing.
     """
-    plan, url = job_over(COMMITTED_EDGE), servers.empty_queue(queue)
+    plan, url = plan_over(COMMITTED_EDGE), servers.empty_queue(queue)
     job = JobFolder(job_folder_of(str(servers.folder / f"{queue}.zarr")))
     source = ImageSource(
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
     record = job.create_record(
-        JobRecord(plan.job, items_of([source], joined=False), {}, (("",),), "0a1b2c3d")
+        JobRecord(job_over(), items_of([source], joined=False), {}, (("",),), "0a1b2c3d")
     )
     indices = list(plan.indices())
     for kind in ("infer", "finalize"):

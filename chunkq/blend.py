@@ -88,7 +88,7 @@ def chunk_results(plan: Plan, chunk: Chunk, sums_of: Callable[[Box], Array]) -> 
     The first one is the reduced interior, the others are sums of bands, then of pieces. `sums_of`
     returns the sums (C, *box.shape) of a box of voxels.
     """
-    interior = reduce(sums_of(chunk.interior), plan.job.combine)
+    interior = reduce(sums_of(chunk.interior), plan.output.combine)
     return [interior, *map(sums_of, _shared_boxes(plan, chunk))]
 
 
@@ -124,7 +124,7 @@ def finalize_sums(
     The values are ([C,] *box.shape) in the output's dtype. `own_block` is None if the chunk owns no
     patch. `pieces` holds the sums of all `Plan.incoming_pieces`.
     """
-    combine = plan.job.combine
+    combine = plan.output.combine
     channels = (plan.channels,) if plan.channel_axis else ()
     block = buffers.zeros((*channels, *chunk.block.shape), plan.output_dtype)
     if own_block is not None:
@@ -147,8 +147,8 @@ def finalize_sums(
 
 def _to_output(plan: Plan, reduced: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the output values ([C,] *S) of a result of `reduce`."""
-    values = cast_output(reduced, plan.job.combine, plan.output_dtype)
-    drop_channel = plan.job.combine == "weighted_avg" and not plan.channel_axis
+    values = cast_output(reduced, plan.output.combine, plan.output_dtype)
+    drop_channel = plan.output.is_average and not plan.channel_axis
     return values[0] if drop_channel else values
 
 

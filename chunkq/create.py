@@ -56,7 +56,7 @@ def check_job(job: Job) -> CheckedJob:
         _check_shapes(job, sources)
     record = JobRecord.create(job, sources)
     plans = record.plans()
-    load_blend_weights(plans[0])
+    load_blend_weights(job.weight_function, plans[0])
     if job_folder_of(job.output) == job.output:
         raise JobError(
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "

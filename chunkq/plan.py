@@ -20,7 +20,6 @@ import numpy as np
 from chunkq.box import Box
 from chunkq.grid_spec import GridSpec
 from chunkq.grids import AxisGeometry
-from chunkq.job import Job
 from chunkq.outputs import OutputSpec
 from chunkq.padding import IntArray
 
@@ -47,6 +46,11 @@ class Volume:
         if len(dtypes) == 1:
             return volumes[0]
         return cls(volumes[0].shape, np.result_type(*dtypes).name, dtypes)
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return len(self.dtypes) or 1
 
     @property
     def voxel_bytes(self) -> int:
@@ -170,7 +174,6 @@ class Plan:
     shape of the grid.
     """
 
-    job: Job
     volume: Volume
     grid: GridSpec
     outputs: tuple[OutputSpec, ...]

@@ -42,7 +42,7 @@ def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
     grid = shapes.grid()
     if problems := [*_coverage_problems(grid), *_chunk_problems(grid)]:
         raise JobError(shapes.channels_last_problems() or problems)
-    return Plan(job, volume, grid, (shapes.output_spec(),))
+    return Plan(volume, grid, (shapes.output_spec(),))
 
 
 def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:

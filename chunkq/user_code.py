@@ -117,13 +117,14 @@ def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
     return names[name]
 
 
-def load_blend_weights(plan: Plan) -> Weights:
+def load_blend_weights(names: Sequence[str], plan: Plan) -> Weights:
     """Return the blend weights of the plan's patches: built in, or from the user's function.
+
+    `names` are those of `Job.weight_function`.
 
     The user's function gets the shape of the output patch and returns an array of this shape.
     Raises JobError if it raises, or if the weights are not finite and positive.
     """
-    names = plan.job.weight_function
     if len(names) == 1:
         try:
             return built_in_weights(names[0], plan.output_patch, plan.margin)

@@ -4,14 +4,16 @@ Every drawn case is valid by construction, so a JobError from `resolve` is a tes
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from hypothesis import strategies as st
 
-from chunkq.job import parse_job
+from chunkq.job import Job, parse_job
 from chunkq.plan import Plan, Volume
 from chunkq.resolve import resolve
+from chunkq.user_code import load_blend_weights
+from chunkq.weights import Weights
 from tests import reference as ref
 
 PAD_MODES = ("constant", "reflect", "symmetric", "edge")
@@ -37,11 +39,28 @@ def job_values(patch: tuple[int, ...], **more: Any) -> dict[str, Any]:
     return {"input": "/in.zarr", "output": "/out.zarr", "model_config": model} | more
 
 
+@dataclass(frozen=True)
+class JobPlan(Plan):
+    """A plan with its job."""
+
+    job: Job
+
+    @classmethod
+    def of(cls, job: Job, volume: Volume) -> Self:
+        """Return the plan of a job over a volume."""
+        plan = resolve(job, volume)
+        return cls(plan.volume, plan.grid, plan.outputs, job)
+
+    def blend_weights(self) -> Weights:
+        """Return the blend weights of the job."""
+        return load_blend_weights(self.job.weight_function, self)
+
+
 def plan_for(
     volume: tuple[int, ...], patch: tuple[int, ...], dtype: str = "uint8", **more: Any
-) -> Plan:
+) -> JobPlan:
     """Return the plan of `job_values` over a volume."""
-    return resolve(parse_job(job_values(patch, **more)), Volume(volume, dtype))
+    return JobPlan.of(parse_job(job_values(patch, **more)), Volume(volume, dtype))
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class Case:
     keys: dict[str, Any]
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> JobPlan:
         """The plan of the job."""
         return plan_for(self.volume, self.patch, **self.keys)
 

@@ -26,10 +26,10 @@ from chunkq.combine import activate, add_weighted, reduce_and_cast, to_numpy, to
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
 from tests import models
 from tests.harness.predictions import each_prediction
 from tests.models import CHANNELS, FORMS, PATCH, Form
+from tests.strategies import JobPlan
 
 FORM_BY_RUNTIME = [
     next(form for form in FORMS if form.runtime == name)
@@ -116,7 +116,7 @@ class RuntimeFactory:
             "chunksize": [32, 32, 8],
             "model_config": self.keys(form) | options,
         }
-        return resolve(parse_job(values), Volume((32, 32, 8), "float32"))
+        return JobPlan.of(parse_job(values), Volume((32, 32, 8), "float32"))
 
 
 @pytest.fixture
@@ -325,12 +325,12 @@ def test_out_of_memory_halves_the_batch_size_logs_it_once_and_is_remembered(
 ) -> None:
     plan = factory.plan(form, max_batch_size=16)
     runtime = factory.runtime(form, max_batch_size=16)
-    expected = predictions(Batcher(plan, runtime, Steps()), plan)
+    expected = predictions(Batcher(plan, plan.job.model, runtime, Steps()), plan)
     limited = LimitedMemoryRuntime(runtime, traits(form).exhaust_memory, max_items=5)
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
-        first = Batcher(plan, limited, Steps(), network=("net", form))
+        first = Batcher(plan, plan.job.model, limited, Steps(), network=("net", form))
         first.warm_up()
-        second = Batcher(plan, limited, Steps(), network=("net", form))
+        second = Batcher(plan, plan.job.model, limited, Steps(), network=("net", form))
         second.warm_up()
         outputs = predictions(second, plan)
     assert limited.sizes == [16, 8, 4, 4, *[4] * 4]

@@ -14,9 +14,9 @@ from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
+from chunkq.plan import Volume
 from tests.harness.predictions import each_prediction
+from tests.strategies import JobPlan
 
 CLASS = """\
 import torch
@@ -62,7 +62,7 @@ def scripted(module: torch.nn.Module, path: Path, dtype: torch.dtype = torch.flo
 
 def create_plan(
     folder: Path, shape: tuple[int, int] = (32, 16), dtype: str = "float32", **more: Any
-) -> Plan:
+) -> JobPlan:
     (folder / "net.py").write_text(CLASS)
     (folder / "kwargs.py").write_text("kwargs = {'width': 3}\n")
     model = {
@@ -76,21 +76,21 @@ def create_plan(
         "max_batch_size": 4,
     } | more.pop("model", {})
     values = {"input": "/in.zarr", "output": "/out.zarr", "chunksize": [16, 16]} | more
-    return resolve(parse_job({**values, "model_config": model}), Volume(shape, dtype))
+    return JobPlan.of(parse_job({**values, "model_config": model}), Volume(shape, dtype))
 
 
-def load(plan: Plan, steps: Steps | None = None) -> Runtime:
+def load(plan: JobPlan, steps: Steps | None = None) -> Runtime:
     return load_runtime(plan.job.model, steps or Steps(), 1)
 
 
-def predictions(plan: Plan, runtime: Any = None, steps: Steps | None = None) -> npt.NDArray[Any]:
+def predictions(plan: JobPlan, runtime: Any = None, steps: Steps | None = None) -> npt.NDArray[Any]:
     """Return the predictions (patches, C, *Q) of chunk 0.0 for a fixed input."""
     chunk = plan.chunk((0, 0))
     values = np.random.default_rng(1).random(chunk.halo.shape)
     region = (values if plan.volume.dtype.startswith("float") else values * 100).astype(
         plan.volume.dtype
     )
-    batcher = Batcher(plan, runtime or load(plan), steps or Steps())
+    batcher = Batcher(plan, plan.job.model, runtime or load(plan), steps or Steps())
     pairs = each_prediction(batcher, list(plan.patches(chunk)), [region], chunk.halo.start)
     return np.stack([np.asarray(prediction).copy() for _, prediction in pairs])
 
@@ -160,7 +160,7 @@ def load_error(folder: Path, code: ErrorCode = ErrorCode.MODEL_UNUSABLE, /, **mo
     """Return the message of the ModelError that loading or warming up a network raises."""
     plan = create_plan(folder, model=model)
     with pytest.raises(ModelError) as caught:
-        Batcher(plan, load(plan), Steps()).warm_up()
+        Batcher(plan, plan.job.model, load(plan), Steps()).warm_up()
     line = str(caught.value)
     assert caught.value.code is code, line
     assert "\n" not in line

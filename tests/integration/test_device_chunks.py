@@ -21,16 +21,15 @@ from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.footprint import extra_device_bytes
 from chunkq.job import parse_job
 from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Plan, Volume
-from chunkq.resolve import resolve
-from chunkq.streaming import output_slices, regions
-from chunkq.user_code import load_blend_weights
+from chunkq.plan import Chunk, Volume
+from chunkq.streaming import regions
 from chunkq.weights import ArrayWeights, Weights
 from tests import reference as ref
 from tests.simulated_device import Counts, SimulatedDevice
 from tests.strategies import (
     BUILT_INS,
     Case,
+    JobPlan,
     cases,
     job_values,
     plan_for,
@@ -46,7 +45,7 @@ BATCH = {"max_batch_size": 5, "device": "cuda", "dtype": "float32"}
 class Affine(torch.nn.Module):
     """Return x · factor + factor / 2 with a factor per voxel of the output patch and channel."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: JobPlan) -> None:
         super().__init__()
         model = plan.job.model
         self._item = tuple(model.model_output_shape or model.model_input_shape)
@@ -65,12 +64,12 @@ class Affine(torch.nn.Module):
         return (patches * factors + factors / 2).reshape(len(batch), *self._item)
 
 
-def factors(plan: Plan) -> Array:
+def factors(plan: JobPlan) -> Array:
     shape = (plan.channels, *plan.output_patch)
     return np.random.default_rng(0).random(shape).astype(np.float32).astype(np.float64)
 
 
-def predictor(plan: Plan) -> ref.Predict:
+def predictor(plan: JobPlan) -> ref.Predict:
     """Return the function of `Affine` in float64."""
 
     def predict(x: ref.F64, _start: ref.Shape) -> ref.F64:
@@ -81,7 +80,7 @@ def predictor(plan: Plan) -> ref.Predict:
 
 
 def pipeline_for(
-    plan: Plan,
+    plan: JobPlan,
     device: SimulatedDevice,
     weights: Weights | None = None,
     network: torch.nn.Module | None = None,
@@ -90,20 +89,26 @@ def pipeline_for(
     steps = steps or Steps()
     loaded = LoadedNetwork((network or Affine(plan)).eval())
     runtime = TorchRuntime(loaded, plan.job.model, steps, 1, device)
-    batcher = Batcher(plan, runtime, steps)
-    return DevicePipeline(plan, runtime, batcher, weights or load_blend_weights(plan), device)
+    batcher = Batcher(plan, plan.job.model, runtime, steps)
+    return DevicePipeline(
+        plan,
+        runtime,
+        batcher,
+        weights or plan.blend_weights(),
+        device,
+    )
 
 
-def host_pipeline_for(plan: Plan, network: torch.nn.Module | None = None) -> HostPipeline:
+def host_pipeline_for(plan: JobPlan, network: torch.nn.Module | None = None) -> HostPipeline:
     model = plan.job.model.model_copy(update={"device": "cpu", "cuda_graph": False})
     loaded = LoadedNetwork((network or Affine(plan)).eval())
     runtime = TorchRuntime(loaded, model, Steps(), 1)
-    weights = PatchWeights(plan, load_blend_weights(plan), runtime.to_device)
-    return HostPipeline(plan, runtime, Batcher(plan, runtime, Steps()), weights)
+    weights = PatchWeights(plan, plan.blend_weights(), runtime.to_device)
+    return HostPipeline(plan, runtime, Batcher(plan, plan.job.model, runtime, Steps()), weights)
 
 
 def compute(
-    pipeline: ChunkPipeline, plan: Plan, volume: Array
+    pipeline: ChunkPipeline, plan: JobPlan, volume: Array
 ) -> Iterator[tuple[Chunk, Contribution | None]]:
     """Compute each chunk; it is finished after the next one has started, as in a worker."""
     started: list[tuple[Chunk, Callable[[], Contribution | None]]] = []
@@ -117,14 +122,14 @@ def compute(
         yield chunk, finish()
 
 
-def output_of(pipeline: ChunkPipeline, plan: Plan, volume: Array) -> Array:
+def output_of(pipeline: ChunkPipeline, plan: JobPlan, volume: Array) -> Array:
     output = np.zeros(plan.output_shape, plan.output_dtype)
     for box, values in regions(plan, compute(pipeline, plan, volume)):
-        output[output_slices(plan, box)] = values
+        output[plan.output_box(box).slices((0,) * output.ndim)] = values
     return output
 
 
-def random_volume(plan: Plan, seed: int = 0) -> Array:
+def random_volume(plan: JobPlan, seed: int = 0) -> Array:
     values = np.random.default_rng(seed).integers(0, 6, plan.volume.shape)
     return values.astype(plan.volume.dtype)
 
@@ -136,7 +141,7 @@ def on_device(case: Case, **more: Any) -> Case:
 
 def half_overlap(
     volume: tuple[int, ...] = (30, 26, 22), patch: int = 8, channels: int = 3, **more: Any
-) -> Plan:
+) -> JobPlan:
     model = {"model_output_shape": [channels, *(patch,) * len(volume)]}
     model |= BATCH | more.pop("model", {})
     keys = {"weight_function": ["weight_gaussian"], "chunksize": [16] * len(volume)} | more
@@ -181,7 +186,7 @@ def test_any_job_equals_the_reference(
 class Summed(torch.nn.Module):
     """Return the sum of the joined inputs, without the axis of `lost_dim`."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: JobPlan) -> None:
         super().__init__()
         model = plan.job.model
         self._join, self._lost = model.join_dim, model.lost_dim
@@ -216,7 +221,7 @@ def test_inputs_of_every_dtype_and_layout_give_the_results_of_the_host(
         values["strides"] = [1, 4]
     values |= {"input": [f"/{n}.zarr" for n in range(len(dtypes))], "chunksize": [12, 10]}
     volume = Volume.joined([Volume((24, 21), np.dtype(dtype).name) for dtype in dtypes])
-    plan = resolve(parse_job(values), volume)
+    plan = JobPlan.of(parse_job(values), volume)
     rng = np.random.default_rng(1)
     inputs = [rng.integers(0, 60000, (24, 21)).astype(dtype) for dtype in dtypes]
     device, network = SimulatedDevice(), Summed(plan)
@@ -245,7 +250,7 @@ class Repeated(torch.nn.Module):
         return batch.expand(-1, self._channels, *batch.shape[2:])
 
 
-def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, Plan, Counts]:
+def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, JobPlan, Counts]:
     """Return the pipeline of a network without operations, for chunks of 7 x 7 patches."""
     model = more.pop("model", {}) | {"model_input_shape": [1, 32, 32]}
     plan = half_overlap(
@@ -305,7 +310,7 @@ def test_few_operations_are_launched_per_patch() -> None:
 
 
 def chunks_of(
-    pipeline: DevicePipeline, plan: Plan, device: SimulatedDevice, failures: int = 0
+    pipeline: DevicePipeline, plan: JobPlan, device: SimulatedDevice, failures: int = 0
 ) -> list[bytes]:
     """Compute all chunks; so many allocations fail when the second one starts."""
     results = []

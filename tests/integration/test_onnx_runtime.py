@@ -31,9 +31,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job import ModelConfig, parse_job
 from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction
+from tests.strategies import JobPlan
 
 PATCH = (8, 8)
 ANY = ("batch", 1, *PATCH)
@@ -114,7 +114,7 @@ def load(path: Path | str, steps: Steps | None = None, **overrides: Any) -> Runt
 def plan_of(path: Path, dtype: str = "float32", **overrides: Any) -> Plan:
     model = config(path, **overrides).model_dump(exclude_none=True)
     values = {"input": "/in.zarr", "output": "/out.zarr", "chunksize": [32, 16]}
-    return resolve(parse_job({**values, "model_config": model}), Volume((32, 16), dtype))
+    return JobPlan.of(parse_job({**values, "model_config": model}), Volume((32, 16), dtype))
 
 
 def random_batch(count: int = 4, dtype: str = "float32", seed: int = 0) -> npt.NDArray[Any]:
@@ -227,7 +227,7 @@ def test_the_batcher_predicts_every_patch_of_a_chunk(network: Path) -> None:
     plan = plan_of(network, "uint8")
     chunk = plan.chunk((0, 0))
     region = np.random.default_rng(1).integers(0, 255, chunk.halo.shape, np.uint8)
-    batcher = Batcher(plan, load_runtime(plan.job.model, Steps(), 1), Steps())
+    batcher = Batcher(plan, plan.job.model, load_runtime(plan.job.model, Steps(), 1), Steps())
     patches = list(plan.patches(chunk))
     pairs = list(each_prediction(batcher, patches, [region], chunk.halo.start))
     assert len(pairs) == 8
@@ -308,9 +308,9 @@ from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 from tests.harness.predictions import each_prediction
 
-plan = resolve(Job.model_validate_json({plan.job.model_dump_json(by_alias=True)!r}),
+plan = JobPlan.of(Job.model_validate_json({plan.job.model_dump_json(by_alias=True)!r}),
                Volume((32, 16), "float32"))
-batcher = Batcher(plan, load_runtime(plan.job.model, Steps(), 1), Steps())
+batcher = Batcher(plan, plan.job.model, load_runtime(plan.job.model, Steps(), 1), Steps())
 chunk = plan.chunk((0, 0))
 halo = np.ones(chunk.halo.shape, np.float32)
 print(len(list(each_prediction(batcher, list(plan.patches(chunk)), [halo], chunk.halo.start))))
@@ -616,7 +616,7 @@ from tests.integration.test_onnx_runtime import plan_of
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
 plan = plan_of({str(path)!r}, max_batch_size=8, model_output_shape=[1, 8, 8])
 runtime = load_runtime(plan.job.model, Steps(), 1)
-batcher = Batcher(plan, runtime, Steps())
+batcher = Batcher(plan, plan.job.model, runtime, Steps())
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (250 << 20),) * 2)

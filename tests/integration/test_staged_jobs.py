@@ -170,7 +170,9 @@ def test_one_batch_is_sent_while_the_one_before_it_is_computed(tmp_path: Path) -
     plan, halo = six_patches(tmp_path)
     runtime = RecordingNetwork()
     patches = list(plan.patches(plan.chunk((0, 0))))
-    for _ in each_prediction(Batcher(plan, runtime, Steps()), patches, [halo], (0, 0)):
+    for _ in each_prediction(
+        Batcher(plan, plan.job.model, runtime, Steps()), patches, [halo], (0, 0)
+    ):
         runtime.events.append("use")
     use = ["use", "use"]
     steps = [["send 1", "run 1", "send 2"], use, ["run 2", "send 3"], use, ["run 3"], use]
@@ -189,7 +191,9 @@ def test_an_error_of_a_batch_is_raised_before_an_error_of_the_next_batch(
             raise ValueError("two")
         return batch
 
-    batcher = Batcher(plan, RecordingNetwork(), Steps(preprocessing=fail_for_the_second))
+    batcher = Batcher(
+        plan, plan.job.model, RecordingNetwork(), Steps(preprocessing=fail_for_the_second)
+    )
     with pytest.raises(PredictionError, match=r"input.*NaN") as error:
         list(each_prediction(batcher, patches, [halo], (0, 0)))
     assert error.value.code is ErrorCode.PREDICTION_INVALID
@@ -207,7 +211,9 @@ def test_a_batch_sent_ahead_that_is_too_large_is_sent_again(tmp_path: Path) -> N
     plan, halo = six_patches(tmp_path)
     patches = list(plan.patches(plan.chunk((0, 0))))
     runtime = Shrinking()
-    results = list(each_prediction(Batcher(plan, runtime, Steps()), patches, [halo], (0, 0)))
+    results = list(
+        each_prediction(Batcher(plan, plan.job.model, runtime, Steps()), patches, [halo], (0, 0))
+    )
     assert [patch for patch, _ in results] == patches
     assert [float(p[0, 0, 0]) for _, p in results] == pytest.approx(
         [n / 7 for n in (1, 1, 2, 2, 3, 3)]
@@ -230,7 +236,7 @@ def test_a_network_that_cannot_be_captured_is_an_error_of_one_line(tmp_path: Pat
     loaded = LoadedNetwork(SynchronizingNetwork())
     runtime = TorchRuntime(loaded, plan.job.model, Steps(), None, SimulatedDevice())
     with pytest.raises(ModelError, match=r"^model_config\.cuda_graph: ") as error:
-        Batcher(plan, runtime, Steps()).warm_up()
+        Batcher(plan, plan.job.model, runtime, Steps()).warm_up()
     assert error.value.code is ErrorCode.MODEL_UNUSABLE
     assert "\n" not in str(error.value)
 

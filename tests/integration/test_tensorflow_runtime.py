@@ -28,10 +28,10 @@ from chunkq.job import ModelConfig, load_job, parse_job
 from chunkq.paths import file_hash
 from chunkq.plan import Volume
 from chunkq.record import JobRecord
-from chunkq.resolve import resolve
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_inline
+from tests.strategies import JobPlan
 
 # The number of threads can be set only before TensorFlow starts.
 tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -541,8 +541,8 @@ def batcher_of(model_files: Path, steps: Steps, keys: dict[str, Any]) -> Batcher
     """Return a batcher for patches without a channel axis and predictions of three channels."""
     model = config(model_files, PATCH, **keys, model_output_shape=[3, *PATCH])
     values = {"input": "/in.zarr", "output": "/out.zarr", "model_config": model.model_dump()}
-    plan = resolve(parse_job(values), Volume((16, 16), "float32"))
-    return Batcher(plan, load_runtime(model, steps, 1), steps)
+    plan = JobPlan.of(parse_job(values), Volume((16, 16), "float32"))
+    return Batcher(plan, plan.job.model, load_runtime(model, steps, 1), steps)
 
 
 CHANNELS_FIRST = Steps(

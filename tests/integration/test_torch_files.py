@@ -229,7 +229,7 @@ def test_a_fixed_batch_that_does_not_fit_in_memory_is_an_error(
 
     monkeypatch.setattr(runtime, "_run", run_with_limited_memory)
     with pytest.raises(ModelError) as caught:
-        Batcher(plan, runtime, Steps()).warm_up()
+        Batcher(plan, plan.job.model, runtime, Steps()).warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     line = str(caught.value)
     assert line.startswith("model_config.max_batch_size: ")
@@ -313,4 +313,4 @@ def test_the_error_for_another_dtype_names_the_dtype_to_set(tmp_path: Path) -> N
     assert line.startswith("model_config.dtype: ")
     assert_contains(line, "float32", "dtype: int16")
     plan = create_plan(tmp_path, model=as_program(tmp_path / "int16.pt2", dtype="int16"))
-    Batcher(plan, load(plan), Steps()).warm_up()
+    Batcher(plan, plan.job.model, load(plan), Steps()).warm_up()

@@ -71,7 +71,7 @@ def test_batches_are_padded_with_zeros_for_a_network_of_one_batch_size(tmp_path:
 
 def test_a_batch_contains_patches_of_one_chunk_only(tmp_path: Path) -> None:
     plan, fake = create_plan(tmp_path, shape=(24, 16), chunksize=[16, 16]), FakeRuntime()
-    batcher = Batcher(plan, fake, Steps())
+    batcher = Batcher(plan, plan.job.model, fake, Steps())
     for number, index in enumerate(plan.indices(), start=1):
         chunk = plan.chunk(index)
         region = np.full(chunk.halo.shape, number, np.float32)
@@ -86,7 +86,7 @@ def test_a_prediction_does_not_depend_on_the_other_patches_of_its_batch(tmp_path
     chunk = plan.chunk((0, 0))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     patches = list(plan.patches(chunk))
-    batcher = Batcher(plan, load(plan), Steps())
+    batcher = Batcher(plan, plan.job.model, load(plan), Steps())
     expected = [
         np.asarray(p).copy() for _, p in each_prediction(batcher, patches, [region], (0, 0))
     ]
@@ -107,7 +107,7 @@ def test_out_of_memory_halves_the_batch_size_once_and_permanently(
     plan = create_plan(tmp_path, shape=(64, 16), chunksize=[64, 16], model={"max_batch_size": 8})
     expected = predictions(plan, FakeRuntime())
     fake, chunk = FakeRuntime(max_items=4), plan.chunk((0, 0))
-    batcher, patches = Batcher(plan, fake, Steps()), list(plan.patches(chunk))
+    batcher, patches = Batcher(plan, plan.job.model, fake, Steps()), list(plan.patches(chunk))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     with caplog.at_level(logging.INFO, logger="chunkq.worker"):
         for _ in range(2):
@@ -122,7 +122,8 @@ def test_out_of_memory_halves_the_batch_size_once_and_permanently(
 
 
 def test_too_little_memory_for_one_patch_is_an_error(tmp_path: Path) -> None:
-    batcher = Batcher(create_plan(tmp_path), FakeRuntime(max_items=0), Steps())
+    plan = create_plan(tmp_path)
+    batcher = Batcher(plan, plan.job.model, FakeRuntime(max_items=0), Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
@@ -132,7 +133,7 @@ def test_too_little_memory_for_one_patch_is_an_error(tmp_path: Path) -> None:
 def test_a_network_that_fails_for_zeros_is_unusable(tmp_path: Path) -> None:
     plan = create_plan(tmp_path)
     fake = FakeRuntime(max_items=0, error=ZeroDivisionError("message of the network"))
-    batcher = Batcher(plan, fake, Steps())
+    batcher = Batcher(plan, plan.job.model, fake, Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
@@ -209,7 +210,7 @@ def test_the_error_for_another_output_shape_than_declared_names_both_shapes(
     tmp_path: Path, declared: list[int]
 ) -> None:
     plan = create_plan(tmp_path, model={"model_output_shape": declared}, pad_width=[0, 1])
-    batcher = Batcher(plan, load(plan), Steps())
+    batcher = Batcher(plan, plan.job.model, load(plan), Steps())
     with pytest.raises(ModelError) as caught:
         batcher.warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
@@ -238,7 +239,7 @@ def test_every_input_dtype_reaches_the_network_with_its_values(tmp_path: Path, d
     values = values if np.dtype(dtype).kind == "f" else values * np.iinfo(np.int8).max
     volume = values.astype(dtype)
     chunk = plan.chunk((0, 0))
-    batcher = Batcher(plan, load(plan), Steps())
+    batcher = Batcher(plan, plan.job.model, load(plan), Steps())
     pairs = list(each_prediction(batcher, list(plan.patches(chunk)), [volume[:16]], (0, 0)))
     assert len(pairs) == 4
     with torch.inference_mode():
@@ -304,7 +305,7 @@ def test_a_network_that_modifies_and_returns_its_batch_does_not_change_the_input
         "max_batch_size": 2,
     }
     plan = create_plan(tmp_path, dtype="float32", combine="weighted_avg", model=model)
-    batcher = Batcher(plan, load(plan), Steps())
+    batcher = Batcher(plan, plan.job.model, load(plan), Steps())
     chunk = plan.chunk((0,) * plan.rank)
     patches = list(plan.patches(chunk))
     assert len(patches) == 2 * batcher.size
@@ -465,7 +466,7 @@ def test_the_error_for_nan_names_the_first_stage_that_has_it(tmp_path: Path, cau
     chunk = plan.chunk((0, 0))
     region = np.random.default_rng(1).random(chunk.halo.shape).astype(np.float32)
     region[9, 2] = value
-    batcher = Batcher(plan, NanAbove(), steps)
+    batcher = Batcher(plan, plan.job.model, NanAbove(), steps)
     with pytest.raises(PredictionError) as caught:
         list(each_prediction(batcher, list(plan.patches(chunk)), [region], (0, 0)))
     assert caught.value.code is ErrorCode.PREDICTION_INVALID

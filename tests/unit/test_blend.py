@@ -15,14 +15,14 @@ from chunkq.box import Box
 from chunkq.combine import activate, to_votes
 from chunkq.padding import source_indices
 from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Index, Plan
-from chunkq.user_code import load_blend_weights
+from chunkq.plan import Index
 from chunkq.weights import ArrayWeights, Weights
 from tests import reference as ref
 from tests.strategies import (
     BUILT_INS,
     PAD_MODES,
     Case,
+    JobPlan,
     cases,
     plan_for,
     user_weights,
@@ -41,7 +41,7 @@ def in_torch(array: Array) -> Any:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def window(plan: Plan, volume: Array, source: Box) -> Array:
+def window(plan: JobPlan, volume: Array, source: Box) -> Array:
     """Return the input patch at `source`, padded one axis at a time."""
     for axis, size in enumerate(plan.volume.shape):
         indices = source_indices(source.start[axis], source.stop[axis], size, plan.job.pad_mode)
@@ -53,7 +53,7 @@ def window(plan: Plan, volume: Array, source: Box) -> Array:
 
 
 def infer(
-    plan: Plan,
+    plan: JobPlan,
     index: Index,
     cache: PatchWeights,
     volume: Array,
@@ -75,14 +75,14 @@ def infer(
 
 
 def run(
-    plan: Plan,
+    plan: JobPlan,
     volume: Array,
     predict: ref.Predict,
     weights: Weights | None = None,
     to_device: ToDevice = in_numpy,
 ) -> Array:
     """Return the output of the job; assert that every voxel is written exactly once."""
-    cache = PatchWeights(plan, weights or load_blend_weights(plan), to_device)
+    cache = PatchWeights(plan, weights or plan.blend_weights(), to_device)
     out = np.zeros(plan.output_shape, plan.output_dtype)
     writes = np.zeros(plan.volume.shape, dtype=int)
 
@@ -112,7 +112,7 @@ def run(
 
 
 def assert_as_reference(
-    plan: Plan, out: Array, expected: ref.Reference, tolerance: float = 1e-5
+    plan: JobPlan, out: Array, expected: ref.Reference, tolerance: float = 1e-5
 ) -> None:
     if plan.job.combine == "weighted_avg":
         scale = max(1.0, float(np.abs(expected.average).max()))
@@ -201,7 +201,7 @@ def by_start(values: dict[int, float], length: int) -> ref.Predict:
 
 def sliding(
     volume: tuple[int, ...], patch: tuple[int, ...], strides: list[int], **more: Any
-) -> Plan:
+) -> JobPlan:
     return plan_for(volume, patch, inference_type="sliding_window", strides=strides, **more)
 
 
@@ -420,7 +420,7 @@ def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
     plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
     volume = np.random.default_rng(0).integers(0, 6, (12, 12)).astype(np.uint8)
     predict = ref.predictor("position_dependent", 1, (6, 6))
-    cache = PatchWeights(plan, load_blend_weights(plan), in_numpy)
+    cache = PatchWeights(plan, plan.blend_weights(), in_numpy)
     results = {i: infer(plan, i, cache, volume, predict, in_numpy) for i in plan.indices()}
     chunk, own_block = plan.chunk((1, 1)), results[1, 1].own_block
     incoming = [
@@ -448,7 +448,7 @@ def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:
         model={"model_output_shape": [3, 6, 6]},
     )
     volume = np.zeros((14, 14), np.uint8)
-    cache = PatchWeights(plan, load_blend_weights(plan), in_numpy)
+    cache = PatchWeights(plan, plan.blend_weights(), in_numpy)
     for index in plan.indices():
         chunk = plan.chunk(index)
         predict = ref.predictor("pointwise", 3, (6, 6))

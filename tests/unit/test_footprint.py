@@ -12,7 +12,6 @@ from chunkq.blend import Accumulator, OwnBlock, finalize_sums
 from chunkq.footprint import chunk_footprint, footprint
 from chunkq.patch_weights import PatchWeights
 from chunkq.plan import Plan
-from chunkq.user_code import load_blend_weights
 from tests.strategies import plan_for
 
 
@@ -47,7 +46,7 @@ def test_the_footprint_of_writing_equals_the_arrays_of_a_contribution(
     plan = plan_of(combine, channels)
     chunk = plan.chunk((1, 1))
     zeros = np.zeros((channels, *chunk.region.shape), np.float32)
-    weights = PatchWeights(plan, load_blend_weights(plan), np.asarray)
+    weights = PatchWeights(plan, plan.blend_weights(), np.asarray)
     result = Accumulator(plan, chunk, weights, zeros).contribution()
     assert result.own_block is not None
     pieces = [sums for _, sums in result.pieces]

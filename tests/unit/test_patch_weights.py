@@ -8,10 +8,9 @@ import pytest
 
 from chunkq import patch_weights
 from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Patch, Plan
-from chunkq.user_code import load_blend_weights
+from chunkq.plan import Patch
 from chunkq.weights import ArrayWeights, Neighbors, Weights
-from tests.strategies import BUILT_INS, plan_for, user_weights
+from tests.strategies import BUILT_INS, JobPlan, plan_for, user_weights
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +19,7 @@ def in_numpy(array: Array) -> Any:
     return array
 
 
-def sliding(volume: tuple[int, ...], patch: tuple[int, ...], strides: list[int]) -> Plan:
+def sliding(volume: tuple[int, ...], patch: tuple[int, ...], strides: list[int]) -> JobPlan:
     return plan_for(
         volume,
         patch,
@@ -30,7 +29,7 @@ def sliding(volume: tuple[int, ...], patch: tuple[int, ...], strides: list[int])
     )
 
 
-def weights_of(plan: Plan) -> Weights:
+def weights_of(plan: JobPlan) -> Weights:
     """Return weights that are no product."""
     return ArrayWeights(user_weights(plan.output_patch))
 
@@ -47,11 +46,11 @@ class RecordingWeights:
         return self._weights.normalized(grid, neighbors)
 
 
-def all_patches(plan: Plan) -> list[Patch]:
+def all_patches(plan: JobPlan) -> list[Patch]:
     return [p for i in plan.indices() for p in plan.patches(plan.chunk(i))]
 
 
-def all_weights(plan: Plan, cache: PatchWeights) -> list[tuple[Patch, Array]]:
+def all_weights(plan: JobPlan, cache: PatchWeights) -> list[tuple[Patch, Array]]:
     return [(patch, cache.weights(patch)) for patch in all_patches(plan)]
 
 
@@ -91,7 +90,7 @@ def test_the_product_of_the_profiles_is_the_normalized_weight(weight: str) -> No
         pad_width=[2, 0],
         weight_function=[weight],
     )
-    built_in = load_blend_weights(plan)
+    built_in = plan.blend_weights()
     weights = PatchWeights(plan, built_in, in_numpy)
     assert weights.is_product
     for patch in all_patches(plan):
@@ -108,7 +107,7 @@ def test_the_product_of_the_profiles_is_the_normalized_weight(weight: str) -> No
 
 def test_weights_of_several_grids_and_of_users_are_no_product() -> None:
     plan = plan_for((20,), (4,), offsets=[[2]], weight_function=["weight_hann"])
-    assert not PatchWeights(plan, load_blend_weights(plan), in_numpy).is_product
+    assert not PatchWeights(plan, plan.blend_weights(), in_numpy).is_product
     plan = sliding((20,), (4,), [2])
     assert not PatchWeights(plan, weights_of(plan), in_numpy).is_product
 

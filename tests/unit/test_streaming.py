@@ -10,17 +10,17 @@ import numpy.typing as npt
 import pytest
 
 from chunkq import buffers
-from chunkq.blend import Accumulator, Contribution, WeightCache
-from chunkq.plan import Chunk, Plan
+from chunkq.blend import Accumulator, Contribution
+from chunkq.patch_weights import PatchWeights
+from chunkq.plan import Chunk
 from chunkq.streaming import regions
-from chunkq.user_code import load_blend_weights
-from tests.strategies import plan_for
+from tests.strategies import JobPlan, plan_for
 
 WIDTH = 4096
 """Voxels along the last axis, for which 64 rows of sums in float32 have the size of a mapping."""
 
 
-def plan_of(channels: int) -> Plan:
+def plan_of(channels: int) -> JobPlan:
     """Return a plan of four chunks, of which three send a piece of at least 1 MiB to the next."""
     return plan_for(
         (512, WIDTH),
@@ -37,9 +37,9 @@ def plan_of(channels: int) -> Plan:
 class ComputedChunks:
     """The chunks of a plan, each computed when it is needed; `sums` refers to their sums."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: JobPlan) -> None:
         self._plan = plan
-        self._weights = WeightCache(plan, load_blend_weights(plan), np.asarray)
+        self._weights = PatchWeights(plan, plan.blend_weights(), np.asarray)
         self.sums: list[weakref.ref[npt.NDArray[Any]]] = []
 
     def __iter__(self) -> Iterator[tuple[Chunk, Contribution]]:
@@ -56,13 +56,13 @@ class ComputedChunks:
         return chunk, accumulator.contribution()
 
 
-def piece_bytes(plan: Plan) -> list[int]:
+def piece_bytes(plan: JobPlan) -> list[int]:
     chunks = map(plan.chunk, plan.indices())
     pieces = [piece for chunk in chunks for piece in plan.outgoing_pieces(chunk)]
     return [4 * plan.channels * piece.box.size for piece in pieces]
 
 
-def consume(plan: Plan, computed: Any) -> None:
+def consume(plan: JobPlan, computed: Any) -> None:
     """Produce the volume; assert that all voxels are the average of ones."""
     voxels = 0
     for box, values in regions(plan, computed):

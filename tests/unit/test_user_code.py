@@ -6,23 +6,26 @@ import numpy as np
 import pytest
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.plan import Plan
 from chunkq.user_code import load_blend_weights, load_names, select_name
-from chunkq.weights import ArrayWeights, ProductWeights
-from tests.strategies import plan_for
+from chunkq.weights import ArrayWeights, ProductWeights, Weights
+from tests.strategies import JobPlan, plan_for
 
 
-def weights_plan(path: Path, text: str | None, name: str = "blend") -> Plan:
+def weights_plan(path: Path, text: str | None, name: str = "blend") -> JobPlan:
     """Return a plan with patches of 4 × 6 voxels whose weights come from a file with this text."""
     if text is not None:
         path.write_text(text)
     return plan_for((9, 9), (4, 6), weight_function=[str(path), name])
 
 
-def problem(plan: Plan) -> str:
+def load(plan: JobPlan) -> Weights:
+    return load_blend_weights(plan.job.weight_function, plan)
+
+
+def problem(plan: JobPlan) -> str:
     """Return the only problem of a weight function that cannot be used."""
     with pytest.raises(JobError) as error:
-        load_blend_weights(plan)
+        load(plan)
     assert error.value.code is ErrorCode.JOB_INVALID
     (line,) = error.value.problems
     assert "\n" not in line
@@ -41,7 +44,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_users_function_gets_the_shape_of_the_output_patch(path: Path) -> None:
     text = "import numpy as np\ndef blend(shape):\n    return np.arange(1, 25).reshape(shape)"
-    weights = load_blend_weights(weights_plan(path, text))
+    weights = load(weights_plan(path, text))
     assert isinstance(weights, ArrayWeights)
     assert np.array_equal(weights.array, np.arange(1, 25).reshape(4, 6))
     assert weights.array.dtype == np.float64
@@ -58,19 +61,19 @@ def test_the_margin_is_cropped_from_the_users_weights(path: Path) -> None:
         margin=[1, 2],
         weight_function=[str(path), "blend"],
     )
-    weights = load_blend_weights(plan)
+    weights = load(plan)
     assert isinstance(weights, ArrayWeights)
     assert weights.array.tolist() == [[9, 10], [15, 16]]
 
 
 def test_the_users_function_may_return_nested_lists(path: Path) -> None:
-    weights = load_blend_weights(weights_plan(path, "def blend(shape):\n    return [[1] * 6] * 4"))
+    weights = load(weights_plan(path, "def blend(shape):\n    return [[1] * 6] * 4"))
     assert isinstance(weights, ArrayWeights)
     assert weights.array.tolist() == [[1] * 6] * 4
 
 
 def test_a_built_in_weight_function_needs_no_file() -> None:
-    weights = load_blend_weights(plan_for((9,), (3,), weight_function=["weight_linear"]))
+    weights = load(plan_for((9,), (3,), weight_function=["weight_linear"]))
     assert isinstance(weights, ProductWeights)
     assert np.exp(weights.profiles[0]) == pytest.approx([1, 2, 1])
 

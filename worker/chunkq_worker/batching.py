@@ -25,6 +25,7 @@ from chunkq.combine import (
     to_votes,
 )
 from chunkq.errors import ModelError, PredictionError
+from chunkq.job import ModelConfig
 from chunkq.plan import Patch, Plan
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.steps import KEY, Steps
@@ -57,16 +58,21 @@ class Batcher:
     """
 
     def __init__(
-        self, plan: Plan, runtime: Runtime, steps: Steps, network: Hashable = None
+        self,
+        plan: Plan,
+        model: ModelConfig,
+        runtime: Runtime,
+        steps: Steps,
+        network: Hashable = None,
     ) -> None:
-        model = plan.job.model
+        self.model = model
         self._plan, self._runtime, self._steps = plan, runtime, steps
         self._slot = model.model_input_shape
         self._item, self._join_axis = list(self._slot), None
         if model.join_dim is not None:
             self._join_axis = model.join_dim - 1
-            self._item[self._join_axis] = len(plan.job.input)
-        self._declared_shapes = _declared_shapes(plan)
+            self._item[self._join_axis] = plan.volume.inputs
+        self._declared_shapes = _declared_shapes(plan, model)
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
@@ -216,13 +222,13 @@ class Batcher:
         finite = None
         if not is_finite(outputs):
             finite = xp.isfinite(outputs)
-            if self._plan.job.nan == "fail" and not bool(xp.all(finite)):
+            if self._plan.output.nan == "fail" and not bool(xp.all(finite)):
                 self._raise_nonfinite(finite, batch, halos, origin)
         return self._activate(outputs, finite)
 
     def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> Array:
         """Return activated predictions without waiting for the device; see `predictions`."""
-        if self._plan.job.nan == "zero":
+        if self._plan.output.nan == "zero":
             outputs = as_float32(outputs)
             return self._activate(outputs, namespace(outputs).isfinite(outputs))
         if outputs.dtype == namespace(outputs).float64:
@@ -273,7 +279,7 @@ class Batcher:
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
-        if len(self._slot) > self._plan.rank or self._plan.job.model.lost_dim is not None:
+        if len(self._slot) > self._plan.rank or self.model.lost_dim is not None:
             return ""
         return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 
@@ -298,13 +304,13 @@ class Batcher:
 
     def _activate(self, outputs: Array, finite: Array | None) -> Array:
         """Return activated predictions, or votes; zeros where `finite` is not None and False."""
-        job, xp = self._plan.job, namespace(outputs)
+        output, xp = self._plan.output, namespace(outputs)
         if finite is not None:
             outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
-        predictions = activate(outputs, job.activation)
+        predictions = activate(outputs, output.activation)
         if finite is not None:
             predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
-        if job.combine == "hard":
+        if output.combine == "hard":
             predictions = to_votes(predictions)
         return predictions
 
@@ -349,9 +355,8 @@ class Batcher:
         return self._feed
 
 
-def _declared_shapes(plan: Plan) -> list[tuple[int, ...]]:
+def _declared_shapes(plan: Plan, model: ModelConfig) -> list[tuple[int, ...]]:
     """Return the allowed shapes of an output item: as declared, and without axis `lost_dim`."""
-    model = plan.job.model
     declared = model.model_output_shape or model.model_input_shape
     lost_axis = model.lost_axis(plan.rank)
     if lost_axis is None:

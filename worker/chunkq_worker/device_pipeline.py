@@ -60,7 +60,9 @@ class DevicePipeline(ChunkPipeline):
         self.max_in_flight: int | None = None  # unknown before the first chunk
         self._uploader: InputUploader | None = None
         if batcher.is_resident:
-            self._uploader = InputUploader(accelerator, accelerator.stream(), plan, MAX_IN_FLIGHT)
+            self._uploader = InputUploader(
+                accelerator, accelerator.stream(), plan, batcher.model, MAX_IN_FLIGHT
+            )
         batcher.release_memory = self._use_one_chunk
 
     @property

@@ -51,7 +51,7 @@ class InferenceEngine:
         share = os.environ.get(THREADS_VARIABLE, "")
         self._job = job = record.job
         threads = job.threads or (int(share) if share.isdecimal() else None)
-        self._network_key = _network_key(record)
+        self._network_key = _network_key(record, plan)
         self._steps = Steps.load(job.model.processing_steps)
         self.runtime: Runtime = load_runtime(job.model, self._steps, threads)
         self._allocate(plan)
@@ -64,8 +64,8 @@ class InferenceEngine:
 
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
-        self.batcher = Batcher(plan, self.runtime, self._steps, self._network_key)
-        self.pipeline = self._create_pipeline(load_blend_weights(replace(plan, job=self._job)))
+        self.batcher = Batcher(plan, self._job.model, self.runtime, self._steps, self._network_key)
+        self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
             self.batcher.warm_up()
 
@@ -208,10 +208,10 @@ class Device:
         return engine
 
 
-def _network_key(record: JobRecord) -> Hashable:
+def _network_key(record: JobRecord, plan: Plan) -> Hashable:
     """Return a key that is equal for networks whose batches need the same memory."""
     model = record.job.model.model_copy(update={"max_batch_size": 1})
-    return model, len(record.job.input), tuple(sorted(record.file_hashes.items()))
+    return model, plan.volume.inputs, tuple(sorted(record.file_hashes.items()))
 
 
 def _job_key(job: JobHandle) -> str:

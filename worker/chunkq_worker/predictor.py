@@ -140,7 +140,7 @@ class Predictor:
         """
         arrays = open_inputs(volume)
         plan = self._plan(arrays)
-        is_averaged = plan.job.combine == "weighted_avg"
+        is_averaged = plan.output.is_average
         dtype = label_dtype(max(2, plan.channels))
         stored = np.zeros(plan.output_shape, plan.output_dtype)
         labels = np.zeros(plan.volume.shape, dtype) if is_averaged else stored
@@ -250,7 +250,7 @@ class Predictor:
 
         The contribution is None for a chunk without patches.
         """
-        job, device, total = plan.job, get_device(), plan.costs.chunks
+        job, device, total = self._job, get_device(), plan.costs.chunks
 
         def start(index: Index) -> Future[Any]:
             chunk = plan.chunk(index)
@@ -275,7 +275,7 @@ class Predictor:
             if self._engines:
                 engine = next(iter(self._engines.values())).for_plan(plan)
             else:
-                engine = InferenceEngine(JobRecord(plan.job, (), self._hashes), plan)
+                engine = InferenceEngine(JobRecord(self._job, (), self._hashes), plan)
             self._engines[plan.volume] = engine
         self._engines.move_to_end(plan.volume)
         while len(self._engines) > ENGINES_CACHED:

@@ -19,6 +19,7 @@ import torch
 from chunkq.blend import chunk_results, target_slices
 from chunkq.box import Box
 from chunkq.combine import Array
+from chunkq.job import ModelConfig
 from chunkq.patch_weights import PatchWeights
 from chunkq.plan import Chunk, Patch, Plan
 from chunkq.weights import Neighbors
@@ -35,8 +36,16 @@ class InputUploader:
     `chunks` is the number of chunks whose inputs can be on the device at the same time.
     """
 
-    def __init__(self, accelerator: Accelerator, stream: Stream, plan: Plan, chunks: int) -> None:
-        self._accelerator, self._stream, self._plan = accelerator, stream, plan
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        stream: Stream,
+        plan: Plan,
+        model: ModelConfig,
+        chunks: int,
+    ) -> None:
+        self._accelerator, self._stream = accelerator, stream
+        self._plan, self._model = plan, model
         self._turns: deque[list[Slot]] = deque([] for _ in range(chunks))
 
     def keep_one(self) -> None:
@@ -60,7 +69,7 @@ class InputUploader:
             slot.sent = accelerator.record(self._stream)
             accelerator.wait_on_stream(accelerator.current(), slot.sent)
             tensors.append(slot.device[: halo.size].view(halo.shape))
-        return DeviceInput(accelerator, slots, tensors, origin, self._plan)
+        return DeviceInput(accelerator, slots, tensors, origin, self._plan, self._model)
 
 
 def _reserve(
@@ -85,15 +94,15 @@ class DeviceInput:
         tensors: Sequence[torch.Tensor],
         origin: Sequence[int],
         plan: Plan,
+        model: ModelConfig,
     ) -> None:
-        model = plan.job.model
         self._accelerator, self._slots, self._tensors = accelerator, slots, tensors
         self._origin, self._patch = origin, plan.input_patch
         self._slot_shape, self._item = model.model_input_shape, list(model.model_input_shape)
         self._join_axis = model.join_dim
         if model.join_dim is not None:
             self._item[model.join_dim - 1] = len(tensors)
-        self._dtype = _batch_dtype(tensors, plan)
+        self._dtype = _batch_dtype(tensors, plan, model)
 
     @torch.inference_mode()
     def batch(self, patches: Sequence[Patch], count: int) -> torch.Tensor:
@@ -126,9 +135,9 @@ class DeviceInput:
         return _windows(tensor, start, self._patch, run.axis, run.step, run.count)
 
 
-def _batch_dtype(tensors: Sequence[torch.Tensor], plan: Plan) -> torch.dtype:
+def _batch_dtype(tensors: Sequence[torch.Tensor], plan: Plan, model: ModelConfig) -> torch.dtype:
     if len({tensor.dtype for tensor in tensors}) == 1:
-        dtype: torch.dtype = getattr(torch, plan.job.model.dtype)
+        dtype: torch.dtype = getattr(torch, model.dtype)
         return dtype
     common = torch.from_numpy(np.empty(0, plan.volume.dtype)).dtype
     return SIGNED_DTYPES.get(common, (common, common))[1]

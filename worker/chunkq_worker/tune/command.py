@@ -240,7 +240,7 @@ def _record(job: Job) -> JobRecord:
     if len(sources) > 1:
         open_inputs(list(job.input))
     record = JobRecord.create(job, sources)
-    load_blend_weights(record.plan())
+    load_blend_weights(record.job.weight_function, record.plan())
     return record
 
 
