@@ -52,7 +52,7 @@ class ComputedChunks:
         self.sums.append(weakref.ref(zeros.base))  # the array that all views of the sums refer to
         accumulator = Accumulator(plan, chunk, self._weights, zeros)
         for patch in plan.patches(chunk):
-            accumulator.add(patch, np.ones((plan.channels, *plan.output_patch), np.float32))
+            accumulator.add([patch], np.ones((1, plan.channels, *plan.output_patch), np.float32))
         return chunk, accumulator.contribution()
 
 
