@@ -29,10 +29,10 @@ from benchmarks.contestant import network, predictions, read, stored
 from benchmarks.network import make_job
 from benchmarks.protocols import PROTOCOLS
 from benchmarks.turns import THREADS, Figures, Turn
-from chunkq.images import find_source
-from chunkq.job import Job, load_job
-from chunkq.resolve import resolve
-from chunkq.weights import built_in_weights
+from chunkq.blend.weights import built_in_weights
+from chunkq.job.job_file import Job, load_job
+from chunkq.job.resolve import resolve
+from chunkq.storage.images import find_source
 
 ROUNDS = 2
 CHUNKFLOW = Path(__file__).with_name("chunkflow.txt")

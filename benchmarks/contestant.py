@@ -22,10 +22,10 @@ import tensorstore as ts
 import torch
 
 from benchmarks.turns import THREADS, Figures
-from chunkq.images import find_source
-from chunkq.job import Job, load_job
-from chunkq.plan import Patch, Plan
-from chunkq.resolve import resolve
+from chunkq.job.job_file import Job, load_job
+from chunkq.job.resolve import resolve
+from chunkq.plan.plan import Patch, Plan
+from chunkq.storage.images import find_source
 
 Contestant = Callable[[Job, str], Callable[[], Figures]]
 """Function of a job and an output path; returns the timed function, whose figures name patches."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 CHUNK, STEP = 128, 8

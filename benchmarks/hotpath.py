@@ -28,8 +28,8 @@ from chunkq_worker.child_env import child_env
 from benchmarks.contestant import chunkq
 from benchmarks.network import make_job
 from benchmarks.turns import THREADS
-from chunkq.combine import add_weighted
-from chunkq.job import load_job
+from chunkq.blend.combine import add_weighted
+from chunkq.job.job_file import load_job
 
 SHAPE = (224, 160, 160)
 WATCHED = (
@@ -38,10 +38,10 @@ WATCHED = (
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.batching", "is_finite"),
     ("device", "activation, votes", "chunkq_worker.batching", "Batcher._activate"),
-    ("device", "weights, until cached", "chunkq.weights", "ProductWeights.normalized"),
-    ("device", "blend", "chunkq.blend", "add_weighted"),
+    ("device", "weights, until cached", "chunkq.blend.weights", "ProductWeights.normalized"),
+    ("device", "blend", "chunkq.blend.sums", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),
-    ("device", "reduce", "chunkq.blend", "Accumulator.sums"),
+    ("device", "reduce", "chunkq.blend.sums", "Accumulator.sums"),
     ("device", "cut into core, band, pieces", "chunkq_worker.inference_engine", "contribution"),
     (
         "device",
@@ -49,10 +49,10 @@ WATCHED = (
         "chunkq_worker.inference_engine",
         "InferenceEngine.start",
     ),
-    ("others", "read the input", "chunkq.job_handle", "JobHandle.read_halos"),
-    ("others", "write the output", "chunkq.job_handle", "JobHandle.write"),
-    ("others", "write pieces", "chunkq.ledger", "Ledger.put_piece"),
-    ("others", "commit", "chunkq.ledger", "Ledger.commit"),
+    ("others", "read the input", "chunkq.job.job_handle", "JobHandle.read_halos"),
+    ("others", "write the output", "chunkq.job.job_handle", "JobHandle.write"),
+    ("others", "write pieces", "chunkq.job.ledger", "Ledger.put_piece"),
+    ("others", "commit", "chunkq.job.ledger", "Ledger.commit"),
     ("others", "complete blocks, including writes", "chunkq_worker.inline", "complete_block"),
     ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
 )

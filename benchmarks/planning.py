@@ -23,18 +23,18 @@ from typing import Any
 
 from chunkq_producer.job_status import job_status
 
-from chunkq.axes import plain_axes
-from chunkq.executors.rq.names import rq_id
-from chunkq.executors.sqlite import SqliteExecutor
-from chunkq.images import ImageSource
-from chunkq.items import items_of
-from chunkq.job import Job, parse_job
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import Commit, JobFolder, job_folder_of
-from chunkq.plan import Plan, Volume
-from chunkq.record import JobRecord
-from chunkq.resolve import resolve
-from chunkq.tasks import Task, chunk_name
+from chunkq.geometry.axes import plain_axes
+from chunkq.job.items import items_of
+from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.ledger import Commit, JobFolder, job_folder_of
+from chunkq.job.record import JobRecord
+from chunkq.job.resolve import resolve
+from chunkq.job.tasks import Task, chunk_name
+from chunkq.plan.plan import Plan, Volume
+from chunkq.queue.backends.rq.names import rq_id
+from chunkq.queue.backends.sqlite import SqliteExecutor
+from chunkq.storage.images import ImageSource
 
 ROUNDS, EPOCH = 5, "0a1b2c3d"
 

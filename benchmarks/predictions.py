@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import ALIGNMENT, CRC_BYTES
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.ledger import ALIGNMENT, CRC_BYTES
+from chunkq.job.tasks import chunk_name
 from chunkq.stages.finalize import OWN_PIECE
-from chunkq.tasks import chunk_name
 
 NETWORKS = '''
 import torch
@@ -59,9 +59,9 @@ print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024]))
 WITHOUT_QUEUE = """
 import sys
 from chunkq_worker.run_task import run_task
-from chunkq.executors.base import Attempt
-from chunkq.job_handle import open_job
-from chunkq.tasks import Task
+from chunkq.queue.contract.executor import Attempt
+from chunkq.job.job_handle import open_job
+from chunkq.job.tasks import Task
 job = open_job(sys.argv[1])
 for index in job.items[0].plan.indices():
     run_task(Task("infer", *job.id, 0, index), Attempt(1, "inline"))

@@ -28,15 +28,15 @@ from chunkq_worker.inline import pipelined
 
 from benchmarks.contestant import Contestant, chunkq, compete, create, network, predictions, stored
 from benchmarks.turns import Figures
-from chunkq.blend import Accumulator
-from chunkq.box import Box
-from chunkq.images import find_source
-from chunkq.job import Job, parse_job
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Patch, Plan, Volume
-from chunkq.resolve import resolve
-from chunkq.user_code import load_blend_weights
-from chunkq.weights import built_in_weights
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import Accumulator
+from chunkq.blend.weights import built_in_weights
+from chunkq.geometry.box import Box
+from chunkq.job.job_file import Job, parse_job
+from chunkq.job.resolve import resolve
+from chunkq.job.user_code import load_blend_weights
+from chunkq.plan.plan import Chunk, Patch, Plan, Volume
+from chunkq.storage.images import find_source
 
 PENDING = 64 << 20
 """Limit of the bytes that are being written."""

@@ -30,9 +30,9 @@ from benchmarks.queues import (
     run_together,
     table,
 )
-from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, WorkerOptions
-from chunkq.tasks import Task
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import Attempt, WorkerOptions
+from chunkq.queue.registry import open_executor
 
 SIZES = (10**4, 10**5, 10**6)
 TASKS_PER_PROCESS = 2000

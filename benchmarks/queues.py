@@ -36,17 +36,17 @@ from rq import Queue, Retry, SimpleWorker
 from rq.serializers import JSONSerializer
 
 from benchmarks.planning import job_over, plan_over
-from chunkq.axes import plain_axes
-from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, WorkerOptions
-from chunkq.executors.rq.names import rq_id
-from chunkq.executors.rq.server import Server, find_server
-from chunkq.executors.settings import WorkerSettings
-from chunkq.images import ImageSource
-from chunkq.items import items_of
-from chunkq.ledger import Commit, JobFolder, job_folder_of
-from chunkq.record import JobRecord
-from chunkq.tasks import JobId, Task, chunk_name
+from chunkq.geometry.axes import plain_axes
+from chunkq.job.items import items_of
+from chunkq.job.ledger import Commit, JobFolder, job_folder_of
+from chunkq.job.record import JobRecord
+from chunkq.job.tasks import JobId, Task, chunk_name
+from chunkq.queue.backends.rq.names import rq_id
+from chunkq.queue.backends.rq.server import Server, find_server
+from chunkq.queue.contract.executor import Attempt, WorkerOptions
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.registry import open_executor
+from chunkq.storage.images import ImageSource
 
 CLUSTERS = ("dask", "ray")
 JOB = JobId("s3://lab-volumes/2024/mouse-07/stack-03/nuclei.zarr.chunkq", "0a1b2c3d")
@@ -118,13 +118,13 @@ class QueueServers:
 
     def _start(self, queue: str) -> str:
         if queue == "dask":
-            from chunkq.executors.dask_scheduler import start_scheduler
+            from chunkq.queue.backends.dask.scheduler import start_scheduler
 
             process, url = start_scheduler("127.0.0.1")
             self._stack.callback(process.communicate)
             self._stack.callback(process.kill)
         else:
-            from chunkq.executors.ray_head import start_head
+            from chunkq.queue.backends.ray.head import start_head
 
             address = self._stack.enter_context(start_head(alone=True, cpus=PROCESSES, gpus=False))
             url = f"ray://auto?address={address}"
@@ -133,7 +133,7 @@ class QueueServers:
 
     def server_process(self, queue: str) -> psutil.Process:
         """Return the process that stores the queue of a cluster."""
-        mark = "chunkq.executors.dask_scheduler" if queue == "dask" else "ray::QueueHost"
+        mark = "chunkq.queue.backends.dask.scheduler" if queue == "dask" else "ray::QueueHost"
         [process] = [p for p in psutil.process_iter() if any(mark in word for word in _cmdline(p))]
         return process
 

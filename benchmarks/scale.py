@@ -28,8 +28,8 @@ from benchmarks.scale_inputs import ASSUMED, Collected, Inputs, collect
 from benchmarks.scale_limits import SHARED, Regime, Row, advise, enough_for, hours, regimes, row_for
 from benchmarks.scale_plot import Point, picture
 from benchmarks.scale_work import Case, Work, plan_of
-from chunkq.executors.base import DEFAULT_DEPTH_GPU
-from chunkq.footprint import footprint
+from chunkq.plan.footprint import footprint
+from chunkq.queue.contract.executor import DEFAULT_DEPTH_GPU
 
 MEASURED = Path(__file__).with_name("results")
 EDGE = 100_000

@@ -27,8 +27,8 @@ import simpy
 
 from benchmarks.scale_inputs import Inputs
 from benchmarks.scale_work import Load, Task, Work
-from chunkq.executors.base import DEFAULT_DEPTH_GPU
-from chunkq.executors.settings import WorkerSettings
+from chunkq.queue.contract.executor import DEFAULT_DEPTH_GPU
+from chunkq.queue.contract.settings import WorkerSettings
 
 RESERVE = ACK = RENEW = RECORD_CONTRIBUTIONS = 0.5
 """Requests in units of a drained task, which is one reserve and one ack."""

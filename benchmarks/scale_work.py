@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.scale_inputs import Inputs
-from chunkq.executors.rq.executor import MAX_QUEUED
-from chunkq.job import parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
+from chunkq.job.job_file import parse_job
+from chunkq.job.resolve import resolve
+from chunkq.plan.plan import Plan, Volume
+from chunkq.queue.backends.rq.executor import MAX_QUEUED
 
 SMALL_READS, SMALL_WRITES = 7, 2
 """Sequential small requests of `infer_chunk`. It reads the job's record and the chunk's commit

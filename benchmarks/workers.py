@@ -21,8 +21,8 @@ from typing import Any
 from chunkq_worker.child_env import child_env
 
 from benchmarks.network import make_job
-from chunkq.job import load_job
-from chunkq.job_handle import open_job
+from chunkq.job.job_file import load_job
+from chunkq.job.job_handle import open_job
 
 ROUNDS, SHAPE, EDGE, TIMEOUT = 5, (224, 160, 160), 64, 600.0
 
@@ -52,8 +52,8 @@ def loop(barrier: Any, answers: Any, job: str, number: int, count: int) -> None:
     import torch
 
     from benchmarks.contestant import network, predictions, read
-    from chunkq.images import find_source
-    from chunkq.resolve import resolve
+    from chunkq.job.resolve import resolve
+    from chunkq.storage.images import find_source
 
     torch.set_num_threads(1)
     loaded = load_job(job)

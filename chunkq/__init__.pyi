@@ -7,11 +7,11 @@ from chunkq_producer.api import run as run
 from chunkq_producer.api import status as status
 from chunkq_worker.predictor import Predictor as Predictor
 
+from chunkq.blend.prediction import Prediction as Prediction
 from chunkq.errors import ChunkqError as ChunkqError
 from chunkq.errors import IncompleteError as IncompleteError
 from chunkq.errors import JobError as JobError
 from chunkq.errors import ModelError as ModelError
-from chunkq.prediction import Prediction as Prediction
 
 __version__: str
 API: Mapping[str, str]

@@ -106,7 +106,7 @@ def _as_chunkq_error(error: Exception) -> ChunkqError:
 
 def _missing_package(error: ModuleNotFoundError) -> ChunkqError:
     """Return the error for a package that an extra of chunkq installs; re-raise for any other."""
-    from chunkq.executors import install_hint
+    from chunkq.queue.registry import install_hint
 
     hint = install_hint(error)
     if hint is None:

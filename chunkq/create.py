@@ -10,19 +10,19 @@ from math import prod
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
-from chunkq.images import ImageSource, find_source
-from chunkq.job import Job
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import RECORD, JobFolder, job_folder_of
-from chunkq.objects import ObjectFolder
-from chunkq.output import new_record
+from chunkq.job.job_file import Job
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.ledger import RECORD, JobFolder, job_folder_of
+from chunkq.job.output import new_record
+from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
+from chunkq.job.tasks import JobId
+from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, open_filesystem, without_secret
-from chunkq.plan import Costs, Plan, total_costs
-from chunkq.record import KEYS_WITHOUT_EFFECT, JobRecord
+from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
-from chunkq.tasks import JobId
-from chunkq.user_code import load_blend_weights
+from chunkq.storage.images import ImageSource, find_source
+from chunkq.storage.objects import ObjectFolder
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 """Zarr format -> metadata files of the output's group and array."""

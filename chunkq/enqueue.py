@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.events import Message, Sink, StageProgress, ignore
-from chunkq.executors.base import Executor, GateState, jobs_at
-from chunkq.job_handle import JobHandle
-from chunkq.job_path import output_of
+from chunkq.job.events import Message, Sink, StageProgress, ignore
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_path import output_of
+from chunkq.job.tasks import JobId, Task
 from chunkq.paths import without_secret
+from chunkq.queue.contract.executor import Executor, GateState, jobs_at
 from chunkq.stages.completion import gate_state, job_completion
 from chunkq.stages.registry import stages
-from chunkq.tasks import JobId, Task
 
 PROGRESS_STAGE = "queueing chunks"
 PROGRESS_STEP = 1000

@@ -8,19 +8,19 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from chunkq import __version__, json_values
-from chunkq.diagnosis import advice, conclusion
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
-from chunkq.events import Sink, StageProgress, ignore
-from chunkq.executors.base import Attempt
-from chunkq.footprint import largest_footprint
-from chunkq.job_handle import JobHandle
-from chunkq.ledger import Commit
-from chunkq.plan import Index
+from chunkq.job.events import Sink, StageProgress, ignore
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.ledger import Commit
+from chunkq.job.tasks import chunk_count
+from chunkq.plan.footprint import largest_footprint
+from chunkq.plan.plan import Index
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.completion import Pending, check_completion, names_of, shortened
 from chunkq.stages.registry import stage_of, stages
-from chunkq.tasks import chunk_count
-from chunkq.timing_aggregation import aggregate_timing
+from chunkq.timing.aggregation import aggregate_timing
+from chunkq.timing.diagnosis import advice, conclusion
 
 PROGRESS_STAGE = "finalizing blocks"
 BATCH_SIZE = 1000

@@ -15,12 +15,12 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("chunkq_producer.commands.init:init", "Write a commented job file."),
         "plan": ("chunkq_producer.commands.plan:plan", "Check a job, estimate memory and storage."),
-        "tune": ("chunkq_worker.tune.command:tune", "Find a job's fastest settings."),
+        "tune": ("chunkq_worker.commands.tune:tune", "Find a job's fastest settings."),
         "produce": (
             "chunkq_producer.commands.produce:produce",
             "Check a job and queue its chunks.",
         ),
-        "work": ("chunkq_worker.commands:work", "Compute the chunks on a queue."),
+        "work": ("chunkq_worker.commands.work:work", "Compute the chunks on a queue."),
         "status": ("chunkq_producer.commands.status:status", "Show job progress."),
         "finalize": (
             "chunkq_producer.commands.finalize:finalize",
@@ -32,7 +32,7 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "cancel": ("chunkq_producer.commands.cancel:cancel", "Remove a job from the queue."),
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
         "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
-        "export": ("chunkq_worker.export_command:export", "Write a network as ONNX or .pt2."),
+        "export": ("chunkq_worker.commands.export:export", "Write a network as ONNX or .pt2."),
         "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
     }
 )
@@ -46,7 +46,7 @@ INTERNAL_COMMANDS: MappingProxyType[str, str] = MappingProxyType(
 API: MappingProxyType[str, str] = MappingProxyType(
     {
         "Predictor": "chunkq_worker.predictor:Predictor",
-        "Prediction": "chunkq.prediction:Prediction",
+        "Prediction": "chunkq.blend.prediction:Prediction",
         "run": "chunkq_producer.api:run",
         "produce": "chunkq_producer.api:produce",
         "status": "chunkq_producer.api:status",

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from chunkq.box import Box
-from chunkq.job import parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
-from chunkq.weights import LOG_PROFILES
+from chunkq.blend.weights import LOG_PROFILES
+from chunkq.geometry.box import Box
+from chunkq.job.job_file import parse_job
+from chunkq.job.resolve import resolve
+from chunkq.plan.plan import Plan, Volume
 
 SCHEMES = MappingProxyType({"light": "#22252b", "dark": "#e2e4e9"})
 """Scheme of the site -> color of lines and text."""

@@ -23,8 +23,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from chunkq import errors
-from chunkq.executors.settings import WorkerSettings
-from chunkq.job import job_schema
+from chunkq.job.job_file import job_schema
+from chunkq.queue.contract.settings import WorkerSettings
 
 DESCRIPTIONS = Path(__file__).with_name("job_keys.yaml")
 PACKAGES = ("chunkq", "producer", "worker")

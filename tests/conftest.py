@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from chunkq.executors import open_executor
-from chunkq.executors.dask_scheduler import start_scheduler
+from chunkq.queue.backends.dask.scheduler import start_scheduler
+from chunkq.queue.registry import open_executor
 from tests.harness.network_namespace import NetworkNamespace
 from tests.harness.servers.ray import ray_cluster
 from tests.harness.servers.redis import RedisServer, redis_server

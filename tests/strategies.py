@@ -9,11 +9,11 @@ from typing import Any, Self
 import numpy as np
 from hypothesis import strategies as st
 
-from chunkq.job import Job, parse_job
-from chunkq.plan import Plan, Volume
-from chunkq.resolve import resolve
-from chunkq.user_code import load_blend_weights
-from chunkq.weights import Weights
+from chunkq.blend.weights import Weights
+from chunkq.job.job_file import Job, parse_job
+from chunkq.job.resolve import resolve
+from chunkq.job.user_code import load_blend_weights
+from chunkq.plan.plan import Plan, Volume
 from tests import reference as ref
 
 PAD_MODES = ("constant", "reflect", "symmetric", "edge")

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
-from chunkq.executors.base import Attempt
-from chunkq.job_handle import ItemHandle
-from chunkq.plan import Index
+from chunkq.job.job_handle import ItemHandle
+from chunkq.plan.plan import Index
+from chunkq.queue.contract.executor import Attempt
 
 
 class TaskKey(NamedTuple):

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from chunkq.errors import IncompleteError
-from chunkq.executors.base import Contribution, GateState
-from chunkq.job_handle import ItemHandle, JobHandle
-from chunkq.ledger import Failure
-from chunkq.plan import Index
+from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.ledger import Failure
+from chunkq.job.tasks import Task, chunk_count
+from chunkq.plan.plan import Index
+from chunkq.queue.contract.executor import Contribution, GateState
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stage_of, stages
-from chunkq.tasks import Task, chunk_count
 
 Pending = Sequence[tuple[ItemHandle, Index]]
 """Tasks of one stage: the item and the chunk of each."""

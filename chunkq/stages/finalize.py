@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from chunkq.blend import OwnBlock, finalize_sums
+from chunkq.blend.sums import OwnBlock, finalize_sums
 from chunkq.errors import PieceError
-from chunkq.executors.base import Attempt
-from chunkq.job_handle import ItemHandle
-from chunkq.ledger import Commit
-from chunkq.memory import peak_bytes
-from chunkq.plan import Chunk, Index, Piece
+from chunkq.job.job_handle import ItemHandle
+from chunkq.job.ledger import Commit
+from chunkq.plan.plan import Chunk, Index, Piece
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
+from chunkq.system.memory import peak_bytes
 
 OWN_PIECE = "own"
 """Name of the piece that a chunk stores for its own block."""

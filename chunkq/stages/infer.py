@@ -8,9 +8,9 @@ from typing import ClassVar
 from typing_extensions import override
 
 from chunkq.errors import ChunkqError
-from chunkq.executors.base import Attempt
-from chunkq.job_handle import ItemHandle
-from chunkq.plan import Index
+from chunkq.job.job_handle import ItemHandle
+from chunkq.plan.plan import Index
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.box import Box
 from chunkq.errors import StoreError
+from chunkq.geometry.box import Box
 from chunkq.paths import mask_secrets, without_secret
 
 Voxels = npt.NDArray[Any]

@@ -11,14 +11,14 @@ from typing import Any
 from chunkq.create import check_job, check_output
 from chunkq.enqueue import EnqueueResult
 from chunkq.errors import QueueError
-from chunkq.events import Event, Sink, fan_out, progress_sink, write_log
-from chunkq.executors import open_executor, queue_url
-from chunkq.executors.base import Executor
 from chunkq.finalize import finalize_job
-from chunkq.job import Job, load_job
-from chunkq.job_handle import open_job
-from chunkq.job_path import output_path
-from chunkq.ledger import job_folder_of
+from chunkq.job.events import Event, Sink, fan_out, progress_sink, write_log
+from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_handle import open_job
+from chunkq.job.job_path import output_path
+from chunkq.job.ledger import job_folder_of
+from chunkq.queue.contract.executor import Executor
+from chunkq.queue.registry import open_executor, queue_url
 from chunkq_producer.distribute import distribute as finalize_on_workers
 from chunkq_producer.engine import queue_of
 from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status

@@ -9,11 +9,11 @@ import sys
 
 from chunkq import json_values
 from chunkq.errors import ModelError
-from chunkq.events import Sink, StageProgress, ignore
+from chunkq.job.events import Sink, StageProgress, ignore
+from chunkq.job.record import JobRecord
 from chunkq.model_check import ModelCheck
-from chunkq.parent_process import with_parent_death_signal
-from chunkq.record import JobRecord
-from chunkq.scratch import scratch_folder
+from chunkq.system.parent_process import with_parent_death_signal
+from chunkq.system.scratch import scratch_folder
 
 STAGE = "checking the network on one batch"
 

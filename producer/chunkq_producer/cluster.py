@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from chunkq.errors import QueueError
-from chunkq.executors import credentials, load_backend, queue_url
-from chunkq.job import DaskConfig, Job
-from chunkq.private_files import write_private
-from chunkq.scratch import scratch_folder
+from chunkq.job.job_file import DaskConfig, Job
+from chunkq.queue.backends import credentials
+from chunkq.queue.registry import load_backend, queue_url
+from chunkq.system.private_files import write_private
+from chunkq.system.scratch import scratch_folder
 from chunkq_producer.engine import CLUSTERS, Engine, is_cpu_only, ray_url
 from chunkq_producer.slurm import Announcement, announce
 
@@ -87,9 +88,9 @@ class _OwnCluster:
 def _dask(config: DaskConfig, single_node: bool) -> Iterator[_OwnCluster]:
     """Run a Dask scheduler."""
     load_backend("dask")  # raises a one-line error if Dask is not installed
-    from chunkq.executors.dask import Address
-    from chunkq.executors.dask_scheduler import local_address, start_scheduler
-    from chunkq.executors.dask_tls import create_certificate
+    from chunkq.queue.backends.dask.executor import Address
+    from chunkq.queue.backends.dask.scheduler import local_address, start_scheduler
+    from chunkq.queue.backends.dask.tls import create_certificate
 
     port = config.scheduler_port if "scheduler_port" in config.model_fields_set else 0
     host = "127.0.0.1" if single_node else local_address(config.interface)
@@ -119,7 +120,7 @@ def _dask(config: DaskConfig, single_node: bool) -> Iterator[_OwnCluster]:
 @contextmanager
 def _ray(job: Job, single_node: bool, workers: int | None) -> Iterator[_OwnCluster]:
     """Run a Ray head node."""
-    from chunkq.executors.ray_head import start_head
+    from chunkq.queue.backends.ray.head import start_head
 
     port = job.ray_config.port if "port" in job.ray_config.model_fields_set else 0
     # No other job uses a cluster of this run, so more workers than cores may be requested.
@@ -138,7 +139,7 @@ def join_cluster(engine: str, leader: Announcement, job: Job) -> Iterator[Cluste
     Yields None if the leader starts the workers of this node.
     """
     if engine == "ray":
-        from chunkq.executors.ray_head import join_cluster
+        from chunkq.queue.backends.ray.head import join_cluster
 
         with join_cluster(leader.address, leader.secret, gpus=not is_cpu_only(job)):
             yield None
@@ -155,7 +156,7 @@ def _with_certificate(leader: Announcement) -> Iterator[str]:
         yield leader.address
         return
     load_backend("dask")
-    from chunkq.executors.dask import Address
+    from chunkq.queue.backends.dask.executor import Address
 
     with scratch_folder("dask") as folder:
         file = write_private(folder / "cluster.pem", leader.secret)

@@ -6,9 +6,9 @@ import logging
 import time
 
 from chunkq.errors import ChunkqError, ErrorCode
-from chunkq.events import Sink, StageProgress, ignore
-from chunkq.executors.base import Executor
-from chunkq.job_handle import JobHandle
+from chunkq.job.events import Sink, StageProgress, ignore
+from chunkq.job.job_handle import JobHandle
+from chunkq.queue.contract.executor import Executor
 from chunkq.stages.completion import Pending, check_completion
 from chunkq.stages.registry import stages
 

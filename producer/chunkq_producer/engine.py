@@ -10,9 +10,9 @@ from types import MappingProxyType
 from urllib.parse import urlencode, urlsplit
 
 from chunkq.errors import JobError
-from chunkq.executors import BACKENDS, QUEUE_VARIABLE, queue_url
-from chunkq.job import DaskConfig, Job, RayConfig
+from chunkq.job.job_file import DaskConfig, Job, RayConfig
 from chunkq.paths import without_secret
+from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE, queue_url
 from chunkq_producer.slurm import OUTSIDE_SLURM, Step
 
 ENGINES: MappingProxyType[str, str] = MappingProxyType(

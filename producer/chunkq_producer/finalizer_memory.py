@@ -15,20 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.box import Box
-from chunkq.executors.base import Attempt
 from chunkq.finalize import max_concurrent_blocks
-from chunkq.job_handle import ItemHandle, open_job
-from chunkq.memory import peak_bytes
-from chunkq.parent_process import with_parent_death_signal
-from chunkq.plan import Chunk, Plan
-from chunkq.record import JobRecord
-from chunkq.sample_chunks import sample_chunks
-from chunkq.sample_job import copy_job, largest_item
-from chunkq.scratch import scratch_folder
+from chunkq.geometry.box import Box
+from chunkq.job.job_handle import ItemHandle, open_job
+from chunkq.job.record import JobRecord
+from chunkq.job.sample_job import copy_job, largest_item
+from chunkq.job.tasks import chunk_name, parse_chunk
+from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.sample_chunks import sample_chunks
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE
 from chunkq.stages.registry import stage_of
-from chunkq.tasks import chunk_name, parse_chunk
+from chunkq.system.memory import peak_bytes
+from chunkq.system.parent_process import with_parent_death_signal
+from chunkq.system.scratch import scratch_folder
 
 MODULE = "chunkq_producer.finalizer_memory"
 MAX_BLOCKS = 8

@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkq.errors import QueueError, failure_key
-from chunkq.events import Event
-from chunkq.executors.base import Executor, RunningTask, TaskCounts, WorkerName
-from chunkq.job_handle import JobHandle
-from chunkq.ledger import Failure, RecentCommits
+from chunkq.job.events import Event
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.ledger import Failure, RecentCommits
+from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
+from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion
-from chunkq.tasks import Task
 from chunkq.units import duration, si
 
 ACTIVE_SECONDS = 60.0

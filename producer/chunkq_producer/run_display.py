@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.live import Live
 from typing_extensions import override
 
-from chunkq.events import Event
-from chunkq.progress import ProgressDisplay
+from chunkq.job.events import Event
+from chunkq.progress_bar import ProgressDisplay
 from chunkq_producer.job_status import StatusPoller, WorkersRunning, status_line, status_screen
 
 STAGE = "computing chunks"

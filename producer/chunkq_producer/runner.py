@@ -11,13 +11,13 @@ from typing import Any
 
 from chunkq.create import CheckedJob, check_job, check_output
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
-from chunkq.events import Message, Sink
-from chunkq.executors import open_executor
 from chunkq.finalize import finalize_job
-from chunkq.job import Job
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.ledger import job_folder_of
-from chunkq.tasks import chunk_count
+from chunkq.job.events import Message, Sink
+from chunkq.job.job_file import Job
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.ledger import job_folder_of
+from chunkq.job.tasks import chunk_count
+from chunkq.queue.registry import open_executor
 from chunkq_producer.check_model import check_model
 from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
 from chunkq_producer.engine import Engine, select_engine

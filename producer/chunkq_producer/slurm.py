@@ -14,8 +14,8 @@ from typing import Self
 
 from chunkq import json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.ledger import job_folder_of
-from chunkq.objects import ObjectFolder
+from chunkq.job.ledger import job_folder_of
+from chunkq.storage.objects import ObjectFolder
 
 POLL_SECONDS = 1.0
 LEADER_TIMEOUT = 900.0

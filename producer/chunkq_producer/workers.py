@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from types import FrameType
 
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
-from chunkq.events import Message, Sink
-from chunkq.executors import QUEUE_VARIABLE
-from chunkq.executors.base import Executor, WorkerName, WorkerOptions, default_depth
-from chunkq.executors.hosted import HostedQueue
-from chunkq.executors.remote_workers import load_serve
-from chunkq.executors.worker_group import RemoteWorkers
-from chunkq.job_handle import JobHandle
+from chunkq.job.events import Message, Sink
+from chunkq.job.job_handle import JobHandle
+from chunkq.queue.backends.hosted.hosted import HostedQueue
+from chunkq.queue.backends.hosted.remote_workers import load_serve
+from chunkq.queue.backends.hosted.worker_group import RemoteWorkers
+from chunkq.queue.contract.executor import Executor, WorkerName, WorkerOptions, default_depth
+from chunkq.queue.registry import QUEUE_VARIABLE
 from chunkq_producer.cluster import Cluster
 from chunkq_producer.engine import is_cpu_only
 from chunkq_producer.job_status import FailureGroup, StatusPoller, WorkersRunning

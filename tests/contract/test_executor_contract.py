@@ -1,4 +1,4 @@
-"""Contract tests of all queue backends; the contract is in chunkq/executors/base.py.
+"""Contract tests of all queue backends; the contract is in chunkq/queue/contract/executor.py.
 
 A new backend adds an entry to LOCAL or CLUSTERS and runs all tests. Tests use the interface
 `Executor` only; the entry has the functions that access the backend directly.
@@ -30,8 +30,12 @@ from chunkq.errors import (
     RepeatedFailureError,
     TaskTimeoutError,
 )
-from chunkq.executors import open_executor
-from chunkq.executors.base import (
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.backends.hosted.hosted import HostedQueue
+from chunkq.queue.backends.inprocess import InProcessExecutor, _JobQueue
+from chunkq.queue.backends.rq import executor as rq_executor
+from chunkq.queue.backends.rq.names import queue_name, stored_job
+from chunkq.queue.contract.executor import (
     MAX_ATTEMPTS,
     Attempt,
     Contribution,
@@ -41,13 +45,9 @@ from chunkq.executors.base import (
     TaskResult,
     WorkerOptions,
 )
-from chunkq.executors.hosted import HostedQueue
-from chunkq.executors.inprocess import InProcessExecutor, _JobQueue
-from chunkq.executors.leases import LeaseQueue
-from chunkq.executors.rq import executor as rq_executor
-from chunkq.executors.rq.names import queue_name, stored_job
-from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import JobId, Task
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.leases.task_loop import LeaseQueue
+from chunkq.queue.registry import open_executor
 from tests.harness.waiting import TIMEOUT, wait_until
 
 MOMENT = 0.2

@@ -3,8 +3,8 @@
 import pytest
 
 from chunkq.errors import ErrorCode, MissingJobError
-from chunkq.executors.base import Attempt, Contribution, Executor, TaskCounts, jobs_at
-from chunkq.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.contract.executor import Attempt, Contribution, Executor, TaskCounts, jobs_at
 from tests.contract import test_executor_contract as contract
 from tests.contract.test_executor_contract import (
     JOB,

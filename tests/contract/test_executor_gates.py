@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from chunkq.errors import ErrorCode, GateClosedError, IncompleteError, MissingJobError
-from chunkq.executors import open_executor, task_table
-from chunkq.executors.base import (
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.backends.rq import executor as rq_executor
+from chunkq.queue.backends.tables import task_table
+from chunkq.queue.contract.executor import (
     EXIT_INCOMPLETE,
     Attempt,
     Executor,
@@ -18,9 +20,8 @@ from chunkq.executors.base import (
     TaskCounts,
     WorkerOptions,
 )
-from chunkq.executors.leases import LeaseQueue
-from chunkq.executors.rq import executor as rq_executor
-from chunkq.tasks import JobId, Task
+from chunkq.queue.leases.task_loop import LeaseQueue
+from chunkq.queue.registry import open_executor
 from tests.contract import test_executor_contract as contract
 from tests.contract.test_executor_contract import (
     JOB,

@@ -28,13 +28,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chunkq.executors import open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts, WorkerOptions
-from chunkq.executors.inprocess import InProcessExecutor
-from chunkq.executors.leases import Lease, LeaseQueue
-from chunkq.executors.rq.names import queue_name, rq_id
-from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.backends.inprocess import InProcessExecutor
+from chunkq.queue.backends.rq.names import queue_name, rq_id
+from chunkq.queue.contract.executor import MAX_ATTEMPTS, TaskCounts, WorkerOptions
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.leases.task_loop import Lease, LeaseQueue
+from chunkq.queue.registry import open_executor
 from tests.contract.test_executor_contract import JOB, LOCAL, OTHER_JOB, parameters
 
 REPLACED_JOB = JobId(JOB.path, "ffffffff")

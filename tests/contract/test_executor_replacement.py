@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from chunkq.errors import FrameworkConflictError
-from chunkq.executors.base import Attempt, Executor, TaskCounts
-from chunkq.tasks import Task
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import Attempt, Executor, TaskCounts
 from tests.contract import test_executor_contract as contract
 from tests.contract.test_executor_contract import (
     JOB,

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode, JobError, QueueError
-from chunkq.executors import default_url, open_executor, sqlite, table_schema
-from chunkq.executors.base import Contribution, WorkerOptions
-from chunkq.executors.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
-from chunkq.tasks import Task
+from chunkq.job.tasks import Task
+from chunkq.queue.backends import sqlite
+from chunkq.queue.backends.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
+from chunkq.queue.backends.tables import schema as table_schema
+from chunkq.queue.contract.executor import Contribution, WorkerOptions
+from chunkq.queue.registry import default_url, open_executor
 from tests.contract.test_executor_contract import JOB
 from tests.harness.waiting import wait_until
 
@@ -160,8 +162,8 @@ def test_an_unknown_scheme_is_an_error_that_lists_the_known_schemes(url: str) ->
 OPEN = """
 import sys
 import threading
-from chunkq.executors import open_executor
-from chunkq.tasks import Task
+from chunkq.queue.registry import open_executor
+from chunkq.job.tasks import Task
 from tests.harness.waiting import wait_until
 
 JOB = "/data/brain.zarr.chunkq", "0a1b2c3d"

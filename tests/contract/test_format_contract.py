@@ -20,11 +20,11 @@ import zarr
 from pydantic import TypeAdapter
 from zarr.codecs import BytesCodec
 
-from chunkq.box import Box
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
-from chunkq.images import ImageSource, find_source
+from chunkq.geometry.box import Box
 from chunkq.storage.formats.registry import BUILT_IN
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
+from chunkq.storage.images import ImageSource, find_source
 from tests.harness.volumes import random_volume
 
 OUTSIDE = Path(__file__).parents[1] / "outside_format"

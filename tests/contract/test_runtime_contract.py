@@ -22,10 +22,10 @@ from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
-from chunkq.combine import activate, add_weighted, reduce_and_cast, to_numpy, to_votes
+from chunkq.blend.combine import activate, add_weighted, reduce_and_cast, to_numpy, to_votes
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job import ModelConfig, parse_job
-from chunkq.plan import Plan, Volume
+from chunkq.job.job_file import ModelConfig, parse_job
+from chunkq.plan.plan import Plan, Volume
 from tests import models
 from tests.harness.predictions import each_prediction
 from tests.models import CHANNELS, FORMS, PATCH, Form

@@ -32,11 +32,11 @@ from unittest import mock
 import numpy as np
 from chunkq_worker.worker_main import serve
 
-import chunkq.job_handle
+import chunkq.job.job_handle
 from chunkq.cli import main
 from chunkq.errors import ChunkqError
-from chunkq.executors import open_executor
-from chunkq.executors.base import WorkerOptions
+from chunkq.queue.contract.executor import WorkerOptions
+from chunkq.queue.registry import open_executor
 from tests.fuzz.damages import Damage, damage, files_of, folders_of
 from tests.fuzz.findings import Finding, of_error, of_text
 from tests.fuzz.stages import OUTPUT, QUEUE, STAGES, Stages
@@ -245,7 +245,7 @@ def is_complete(output: Path) -> bool:
 
 def call(stages: Stages, command: str, *options: str) -> Result:
     """Run a command in this process."""
-    chunkq.job_handle._cache.clear()  # a new process has no open job
+    chunkq.job.job_handle._cache.clear()  # a new process has no open job
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),

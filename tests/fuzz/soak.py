@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 import yaml
 
-from chunkq.executors import open_executor
+from chunkq.queue.registry import open_executor
 from tests.fuzz.damaged import CODES
 from tests.fuzz.findings import ROOT
 from tests.fuzz.stages import JOB

@@ -13,11 +13,11 @@ import yaml
 from chunkq_worker.run_task import run_task
 
 from chunkq.cli import main
-from chunkq.executors import open_executor
-from chunkq.executors.base import WorkerOptions
-from chunkq.executors.leases import LeaseQueue
-from chunkq.job_handle import open_job
-from chunkq.tasks import Task
+from chunkq.job.job_handle import open_job
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import WorkerOptions
+from chunkq.queue.leases.task_loop import LeaseQueue
+from chunkq.queue.registry import open_executor
 from tests.harness.volumes import random_volume, read_output, write_zarr
 
 STAGES = ("produced", "half inferred", "inferred", "half finalized", "sealed")

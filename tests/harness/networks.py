@@ -177,7 +177,7 @@ def wait_for_holder(gate):
 
 
 def patch_ledger():
-    from chunkq.ledger import Ledger
+    from chunkq.job.ledger import Ledger
 
     put_piece, commit = Ledger.put_piece, Ledger.commit
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.tasks import chunk_name
+from chunkq.job.tasks import chunk_name
 from tests.harness.networks import NETWORK, RUNTIME
 from tests.harness.volumes import write_zarr
 from tests.harness.waiting import wait_until

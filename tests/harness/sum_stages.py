@@ -12,10 +12,10 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from chunkq.executors.base import Attempt
-from chunkq.job_handle import ItemHandle
-from chunkq.ledger import Commit
-from chunkq.plan import Index
+from chunkq.job.job_handle import ItemHandle
+from chunkq.job.ledger import Commit
+from chunkq.plan.plan import Index
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
 
 

@@ -17,16 +17,16 @@ from unittest import mock
 import yaml
 from chunkq_worker.run_task import run_task
 
-from chunkq import documents
 from chunkq.cli import main
 from chunkq.create import check_job, create_job
-from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.finalize import finalize_job
-from chunkq.job import load_job
-from chunkq.job_handle import ItemHandle, JobHandle, open_job
-from chunkq.ledger import Commit, Failure, ItemLedger, JobFolder
+from chunkq.job.job_file import load_job
+from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
+from chunkq.job.ledger import Commit, Failure, ItemLedger, JobFolder
+from chunkq.queue.contract.executor import Attempt, Executor, RunningTask, TaskCounts
+from chunkq.queue.registry import open_executor
 from chunkq.stages.completion import failures
+from chunkq.storage import documents
 from tests.harness.files import files_below
 from tests.harness.processes import CommandResult, RunningCommand, running
 from tests.harness.waiting import TIMEOUT

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from chunkq.errors import ErrorCode
-from chunkq.executors import open_executor
-from chunkq.executors.base import TaskCounts
-from chunkq.tasks import Task
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import TaskCounts
+from chunkq.queue.registry import open_executor
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace

@@ -29,8 +29,9 @@ from chunkq_worker import inputs as input_volumes
 from chunkq_worker.model_defaults import job_for_model
 
 import chunkq
-from chunkq.blend import Contribution, OwnBlock
-from chunkq.combine import reduce_and_cast
+from chunkq.blend.combine import reduce_and_cast
+from chunkq.blend.streaming import regions
+from chunkq.blend.sums import Contribution, OwnBlock
 from chunkq.errors import (
     ChunkqError,
     ErrorCode,
@@ -41,10 +42,9 @@ from chunkq.errors import (
     PredictionError,
     StoreError,
 )
-from chunkq.job import Job
-from chunkq.job_handle import open_job
-from chunkq.plan import Chunk
-from chunkq.streaming import regions
+from chunkq.job.job_file import Job
+from chunkq.job.job_handle import open_job
+from chunkq.plan.plan import Chunk
 from tests import reference as ref
 from tests.harness.documents import code_block
 from tests.harness.files import everything_below, files_below

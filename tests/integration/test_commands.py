@@ -12,10 +12,10 @@ import torch
 import yaml
 
 from chunkq.errors import ErrorCode
-from chunkq.executors.base import WorkerOptions
-from chunkq.executors.sqlite import SqliteExecutor
-from chunkq.job import load_job
+from chunkq.job.job_file import load_job
 from chunkq.lazy_imports import COMMANDS
+from chunkq.queue.backends.sqlite import SqliteExecutor
+from chunkq.queue.contract.executor import WorkerOptions
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode
-from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts
-from chunkq.tasks import Task
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import MAX_ATTEMPTS, TaskCounts
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.standard_job import POISONOUS, StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until

@@ -10,11 +10,11 @@ import pytest
 from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.enqueue import check_not_running, enqueue
 from chunkq.errors import ErrorCode, JobError
-from chunkq.events import Event, StageProgress
-from chunkq.executors import open_executor
-from chunkq.executors.base import Executor, TaskCounts, WorkerOptions
-from chunkq.executors.leases import LeaseQueue
-from chunkq.job import load_job
+from chunkq.job.events import Event, StageProgress
+from chunkq.job.job_file import load_job
+from chunkq.queue.contract.executor import Executor, TaskCounts, WorkerOptions
+from chunkq.queue.leases.task_loop import LeaseQueue
+from chunkq.queue.registry import open_executor
 from tests.harness.small_job import CHUNKS, small_workspace
 from tests.harness.workspace import Workspace
 

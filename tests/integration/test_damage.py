@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chunkq import documents
 from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
-from chunkq.job import load_job
-from chunkq.ledger import Failure, JobFolder
-from chunkq.objects import ObjectFolder
+from chunkq.job.job_file import load_job
+from chunkq.job.ledger import Failure, JobFolder
+from chunkq.storage import documents
+from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr

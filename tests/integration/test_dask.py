@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from chunkq.errors import ErrorCode
-from chunkq.executors.dask_tls import create_certificate
+from chunkq.queue.backends.dask.tls import create_certificate
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.dask import HOST, DaskCluster
 from tests.harness.servers.redis import free_port
@@ -49,9 +49,9 @@ original = distributed.versions.get_package_info
 distributed.versions.get_package_info = lambda names: original(names) | {"python": "3.99.0.final.0"}
 """
 SHORT_TIMEOUT = """
-import chunkq.executors.dask
+import chunkq.queue.backends.dask.executor
 
-chunkq.executors.dask.CONNECT_SECONDS = 1.0
+chunkq.queue.backends.dask.executor.CONNECT_SECONDS = 1.0
 """
 
 

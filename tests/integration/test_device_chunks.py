@@ -16,14 +16,14 @@ from chunkq_worker.steps import Steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.blend import Contribution
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.streaming import regions
+from chunkq.blend.sums import Contribution
+from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.errors import ErrorCode, ModelError, PredictionError
-from chunkq.footprint import extra_device_bytes
-from chunkq.job import parse_job
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Volume
-from chunkq.streaming import regions
-from chunkq.weights import ArrayWeights, Weights
+from chunkq.job.job_file import parse_job
+from chunkq.plan.footprint import extra_device_bytes
+from chunkq.plan.plan import Chunk, Volume
 from tests import reference as ref
 from tests.simulated_device import Counts, SimulatedDevice
 from tests.strategies import (

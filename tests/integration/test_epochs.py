@@ -8,8 +8,8 @@ import pytest
 from chunkq_worker.run_task import record_failure, run_task
 
 from chunkq.errors import ErrorCode, JobError, MissingJobError, TaskTimeoutError
-from chunkq.executors.base import Attempt, TaskCounts
-from chunkq.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.contract.executor import Attempt, TaskCounts
 from tests.harness.files import everything_below, files_below
 from tests.harness.small_job import CHUNKS, small_workspace
 from tests.harness.workspace import Workspace

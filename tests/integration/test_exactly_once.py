@@ -12,12 +12,12 @@ import tensorstore
 import zarr
 from chunkq_worker.run_task import run_task
 
-from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
-from chunkq.ledger import CRC_BYTES, ItemLedger
-from chunkq.plan import Costs, Index
+from chunkq.job.ledger import CRC_BYTES, ItemLedger
+from chunkq.job.tasks import Task, chunk_name
+from chunkq.plan.plan import Costs, Index
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import FinalizeStage
-from chunkq.tasks import Task, chunk_name
 from tests.harness.files import files_below
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import TIMEOUT

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 import torch
-from chunkq_worker import export_torch
+from chunkq_worker.export import torch as export_torch
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
 from tests.harness.files import everything_below
 from tests.harness.processes import CommandResult
 from tests.harness.volumes import random_volume, read_output, write_zarr

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from chunkq import user_code
 from chunkq.create import check_job
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job import MAX_FILE_BYTES, MAX_INTEGER, load_job
+from chunkq.job import user_code
+from chunkq.job.job_file import MAX_FILE_BYTES, MAX_INTEGER, load_job
 from tests.fuzz.job_files import BASES, create_lab
 from tests.fuzz.mutations import LAUGHS
 from tests.fuzz.pool import Pool

@@ -9,10 +9,10 @@ from chunkq_worker.worker_main import serve
 
 import chunkq
 from chunkq.errors import ErrorCode
-from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_TASK_TIMEOUT, TaskCounts, WorkerOptions
-from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.contract.executor import EXIT_TASK_TIMEOUT, TaskCounts, WorkerOptions
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.registry import open_executor
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace

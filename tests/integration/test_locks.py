@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import zarr
 
-from chunkq.box import Box
 from chunkq.finalize import finalize_job
-from chunkq.output import LOCK_AGE, delete_stale_locks
+from chunkq.geometry.box import Box
+from chunkq.job.output import LOCK_AGE, delete_stale_locks
 from chunkq.storage.formats.zarr import ZarrFormat
 from tests.harness.files import files_below
 from tests.harness.volumes import write_zarr
@@ -24,7 +24,7 @@ from tests.integration.test_damage import make_workspace
 WRITE_FOREVER = """
 import sys
 import numpy as np
-from chunkq.box import Box
+from chunkq.geometry.box import Box
 from chunkq.storage.formats.zarr import ZarrFormat
 
 array = ZarrFormat().open_for_writing(sys.argv[1], {"zarr_format": 3})

@@ -24,7 +24,7 @@ from chunkq_worker.steps import Steps
 from onnx import TensorProto, helper, numpy_helper
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job import parse_job
+from chunkq.job.job_file import parse_job
 
 SHAPE = (8, 8, 1)
 Change = Callable[[str, bytes], bytes]
@@ -496,7 +496,7 @@ class Ordinary(torch.nn.Module):
 @pytest.fixture
 def scripts(tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Load the classes from a file; torch.jit.script reads their source code."""
-    from chunkq.user_code import load_names
+    from chunkq.job.user_code import load_names
 
     (tmp_path / "scripts.py").write_text(SCRIPTS.format(path=str(ran)))
     return load_names(str(tmp_path / "scripts.py"), "class_file")

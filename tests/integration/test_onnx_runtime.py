@@ -29,8 +29,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job import ModelConfig, parse_job
-from chunkq.plan import Plan, Volume
+from chunkq.job.job_file import ModelConfig, parse_job
+from chunkq.plan.plan import Plan, Volume
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction
 from tests.strategies import JobPlan
@@ -300,9 +300,9 @@ def test_the_runtime_works_without_torch(network: Path) -> None:
 import sys
 sys.modules["torch"] = None
 import numpy as np
-from chunkq.job import Job
-from chunkq.plan import Volume
-from chunkq.resolve import resolve
+from chunkq.job.job_file import Job
+from chunkq.plan.plan import Volume
+from chunkq.job.resolve import resolve
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from chunkq_producer.commands.plan import Trial, peak_memory
 
-from chunkq.executors.base import DEFAULT_DEPTH_CPU
-from chunkq.ledger import CRC_BYTES
+from chunkq.job.ledger import CRC_BYTES
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
+from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU
 from chunkq.units import si
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.executors import open_executor
+from chunkq.queue.registry import open_executor
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult, is_alive
 from tests.harness.servers.redis import free_port, server_program

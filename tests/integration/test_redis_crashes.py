@@ -22,12 +22,12 @@ import pytest
 import zarr
 
 from chunkq.errors import ErrorCode
-from chunkq.executors.base import MAX_ATTEMPTS, TaskCounts, WorkerOptions
-from chunkq.executors.leases import LeaseQueue
-from chunkq.executors.rq import RqExecutor
-from chunkq.executors.settings import WorkerSettings
-from chunkq.ledger import Ledger
-from chunkq.tasks import JobId, Task, chunk_name, path_key
+from chunkq.job.ledger import Ledger
+from chunkq.job.tasks import JobId, Task, chunk_name, path_key
+from chunkq.queue.backends.rq import RqExecutor
+from chunkq.queue.contract.executor import MAX_ATTEMPTS, TaskCounts, WorkerOptions
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.leases.task_loop import LeaseQueue
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.redis import RedisServer, admin_client, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace

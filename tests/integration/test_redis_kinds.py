@@ -10,9 +10,9 @@ import pytest
 import redis as redis_client
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_QUEUE_UNREACHABLE, EXIT_REFUSED, ExitStatus
-from chunkq.executors.rq.connect import translated_errors
+from chunkq.queue.backends.rq.connect import translated_errors
+from chunkq.queue.contract.executor import EXIT_QUEUE_UNREACHABLE, EXIT_REFUSED, ExitStatus
+from chunkq.queue.registry import open_executor
 from tests.harness.servers.redis import RedisServer, free_port, redis_server, server_program
 from tests.harness.standard_job import StandardJob
 from tests.harness.waiting import wait_until

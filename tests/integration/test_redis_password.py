@@ -9,8 +9,8 @@ from urllib.parse import quote
 import pytest
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.executors import open_executor
-from chunkq.executors.rq.connect import PASSWORD_VARIABLE
+from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE
+from chunkq.queue.registry import open_executor
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.servers.redis import RedisServer, redis_server

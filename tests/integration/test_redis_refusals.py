@@ -21,10 +21,10 @@ import psutil
 import pytest
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.executors import open_executor
-from chunkq.executors.base import jobs_at
-from chunkq.job_handle import open_job
-from chunkq.ledger import Failure
+from chunkq.job.job_handle import open_job
+from chunkq.job.ledger import Failure
+from chunkq.queue.contract.executor import jobs_at
+from chunkq.queue.registry import open_executor
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
@@ -199,7 +199,7 @@ def stage(stage_of_module: Stage) -> Iterator[Stage]:
 @contextlib.contextmanager
 def short_timeout() -> Iterator[None]:
     """Reduce the timeout of responses. Another test measures the actual one."""
-    with mock.patch("chunkq.executors.rq.connect.ANSWER_SECONDS", 0.2):
+    with mock.patch("chunkq.queue.backends.rq.connect.ANSWER_SECONDS", 0.2):
         yield
 
 

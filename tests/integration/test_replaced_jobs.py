@@ -31,14 +31,14 @@ from hypothesis.stateful import (
 
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
-from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
-from chunkq.job import load_job
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.objects import ObjectFolder
-from chunkq.record import JobRecord
+from chunkq.job.job_file import load_job
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.record import JobRecord
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import Attempt
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray
-from chunkq.tasks import Task
+from chunkq.storage.objects import ObjectFolder
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.waiting import TIMEOUT

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import chunkq
-from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_RESTART, TaskCounts
-from chunkq.executors.settings import WorkerSettings
-from chunkq.ledger import JobFolder
-from chunkq.tasks import Task
+from chunkq.job.ledger import JobFolder
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import EXIT_RESTART, TaskCounts
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.registry import open_executor
 from tests.integration import test_workers
 from tests.integration.test_workers import JOB, FakeWorkers
 

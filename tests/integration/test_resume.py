@@ -13,12 +13,12 @@ import zarr
 from chunkq_worker.run_task import run_task
 
 from chunkq.errors import ErrorCode, IncompleteError, MissingJobError
-from chunkq.executors.base import Attempt, TaskResult, WorkerOptions
-from chunkq.executors.sqlite import SqliteExecutor
 from chunkq.finalize import finalize_job
-from chunkq.job_handle import ItemHandle, open_job
-from chunkq.ledger import ItemLedger
-from chunkq.tasks import Task
+from chunkq.job.job_handle import ItemHandle, open_job
+from chunkq.job.ledger import ItemLedger
+from chunkq.job.tasks import Task
+from chunkq.queue.backends.sqlite import SqliteExecutor
+from chunkq.queue.contract.executor import Attempt, TaskResult, WorkerOptions
 from tests.harness.files import everything_below, files_below
 from tests.harness.small_job import CHUNKS, SHAPE, small_workspace
 from tests.harness.volumes import random_volume, read_output, write_zarr

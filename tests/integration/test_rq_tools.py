@@ -23,13 +23,13 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from chunkq.errors import ChunkqError
-from chunkq.executors import open_executor
-from chunkq.executors.base import MAX_ATTEMPTS, Attempt, Handler, TaskCounts, WorkerOptions
-from chunkq.executors.leases import Lease
-from chunkq.executors.rq import RqExecutor
-from chunkq.executors.rq.names import queue_name, rq_id
-from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.backends.rq import RqExecutor
+from chunkq.queue.backends.rq.names import queue_name, rq_id
+from chunkq.queue.contract.executor import MAX_ATTEMPTS, Attempt, Handler, TaskCounts, WorkerOptions
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.leases.task_loop import Lease
+from chunkq.queue.registry import open_executor
 from tests.harness.servers.redis import RedisServer, redis_server
 from tests.harness.standard_job import StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until

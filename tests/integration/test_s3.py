@@ -13,7 +13,7 @@ import pytest
 import s3fs
 
 from chunkq.errors import ErrorCode
-from chunkq.objects import ObjectFolder
+from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult

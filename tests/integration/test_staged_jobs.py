@@ -18,8 +18,8 @@ from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError, PredictionError
-from chunkq.job import ModelConfig
-from chunkq.plan import Plan
+from chunkq.job.job_file import ModelConfig
+from chunkq.plan.plan import Plan
 from tests.harness.networks import toy_model
 from tests.harness.predictions import each_prediction
 from tests.harness.torch_networks import FakeRuntime, conv, create_plan

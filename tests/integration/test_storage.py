@@ -16,14 +16,14 @@ import pytest
 import tensorstore as ts
 import zarr
 
-from chunkq.box import Box
 from chunkq.errors import ChunkqError, ChunkReadError, ErrorCode
 from chunkq.finalize import finalize_job
-from chunkq.images import find_source
-from chunkq.job_handle import open_job
-from chunkq.objects import PARTIAL, ObjectFolder
+from chunkq.geometry.box import Box
+from chunkq.job.job_handle import open_job
 from chunkq.storage.formats.zarr import ZarrFormat
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
+from chunkq.storage.images import find_source
+from chunkq.storage.objects import PARTIAL, ObjectFolder
 from tests import reference as ref
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
@@ -369,7 +369,7 @@ def test_a_sealed_job_has_no_partial_files_and_no_pieces(tmp_path: Path) -> None
 
 PUT_FOREVER = """
 import sys
-from chunkq.objects import ObjectFolder
+from chunkq.storage.objects import ObjectFolder
 
 folder, content = ObjectFolder(sys.argv[1]), bytes(range(256)) * (1 << 16)
 for _ in iter(int, 1):

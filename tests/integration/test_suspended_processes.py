@@ -9,15 +9,15 @@ import pytest
 import zarr
 from chunkq_worker.run_task import run_task
 
-from chunkq import output as output_module
 from chunkq.errors import ErrorCode, MissingJobError, StoreError
-from chunkq.executors.base import Attempt
 from chunkq.finalize import finalize_job
-from chunkq.job_handle import ItemHandle
-from chunkq.ledger import ItemLedger, Ledger
-from chunkq.output import ImageOutput, Output
+from chunkq.job import output as output_module
+from chunkq.job.job_handle import ItemHandle
+from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.output import ImageOutput, Output
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import FinalizeStage
-from chunkq.tasks import Task
 from tests.harness.files import files_below
 from tests.harness.small_job import SHAPE, small_workspace
 from tests.harness.volumes import random_volume, write_zarr

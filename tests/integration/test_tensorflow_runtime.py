@@ -23,11 +23,11 @@ from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_outp
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.images import find_source
-from chunkq.job import ModelConfig, load_job, parse_job
+from chunkq.job.job_file import ModelConfig, load_job, parse_job
+from chunkq.job.record import JobRecord
 from chunkq.paths import file_hash
-from chunkq.plan import Volume
-from chunkq.record import JobRecord
+from chunkq.plan.plan import Volume
+from chunkq.storage.images import find_source
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_inline
@@ -776,7 +776,7 @@ LOAD_AND_RUN = """\
 import sys
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
 model = ModelConfig(runtime="tensorflow", type="file", model_file=sys.argv[1],
                     model_input_shape=(8, 8, 1))
 import numpy as np

@@ -16,9 +16,9 @@ from chunkq_worker.tune.search import Setting
 from chunkq_worker.tune.space import SearchSpace
 
 from chunkq.errors import ErrorCode
-from chunkq.images import find_source
-from chunkq.job import load_job
-from chunkq.record import JobRecord
+from chunkq.job.job_file import load_job
+from chunkq.job.record import JobRecord
+from chunkq.storage.images import find_source
 from tests.harness.files import everything_below
 from tests.harness.processes import is_alive
 from tests.harness.volumes import random_volume, read_output, write_zarr

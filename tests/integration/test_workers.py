@@ -17,10 +17,10 @@ from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.executors import open_executor
-from chunkq.executors.base import EXIT_INCOMPLETE, EXIT_REFUSED, Executor, TaskCounts
-from chunkq.executors.settings import WorkerSettings
-from chunkq.tasks import JobId, Task
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.contract.executor import EXIT_INCOMPLETE, EXIT_REFUSED, Executor, TaskCounts
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.queue.registry import open_executor
 
 JOB = JobId("/data/out.zarr.chunkq", "0a1b2c3d")
 FAKE_WORKER_PROCESS = '''
@@ -45,8 +45,8 @@ try:
     end = ends[min(number, len(ends) - 1)]
     record["tasks"] = []
     if os.environ.get("FAKE_RESERVES"):
-        from chunkq.executors import open_executor
-        from chunkq.executors.base import WorkerOptions
+        from chunkq.queue.registry import open_executor
+        from chunkq.queue.contract.executor import WorkerOptions
         queue = open_executor(options["queue"])
         while lease := queue.reserve(WorkerOptions(options["worker"])):
             record["tasks"].append([lease.task.id, lease.attempt.number])

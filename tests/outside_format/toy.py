@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.axes import plain_axes
-from chunkq.box import Box
 from chunkq.errors import ChunkReadError, StoreError
+from chunkq.geometry.axes import plain_axes
+from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
 from chunkq.storage.formats.base import ArrayInfo, Format, Options, missing_error, native_dtype
 

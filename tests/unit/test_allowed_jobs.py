@@ -10,20 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chunkq_worker.commands import _lost_jobs
+from chunkq_worker.commands.work import _lost_jobs
 from chunkq_worker.inference_engine import Device, waits_for_device
 from chunkq_worker.run_task import record_failure, run_task
 
-from chunkq import documents
-from chunkq.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path, with_allowed_files
 from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
-from chunkq.executors.base import Attempt, TaskCounts
-from chunkq.job import ModelConfig, load_job, parse_job
-from chunkq.ledger import RECORD, ItemLedger, JobFolder
-from chunkq.record import JobRecord
-from chunkq.tasks import JobId, Task
-from chunkq.user_code import load_names
+from chunkq.job.allowed_paths import (
+    ALLOW_VARIABLE,
+    AllowedPaths,
+    allowed_job_path,
+    with_allowed_files,
+)
+from chunkq.job.job_file import ModelConfig, load_job, parse_job
+from chunkq.job.ledger import RECORD, ItemLedger, JobFolder
+from chunkq.job.record import JobRecord
+from chunkq.job.tasks import JobId, Task
+from chunkq.job.user_code import load_names
+from chunkq.queue.contract.executor import Attempt, TaskCounts
+from chunkq.storage import documents
 
 NETWORK = """
 from pathlib import Path

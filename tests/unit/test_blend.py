@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.blend import Accumulator, Contribution, finalize_sums
-from chunkq.box import Box
-from chunkq.combine import activate, to_votes
-from chunkq.padding import source_indices
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Index
-from chunkq.weights import ArrayWeights, Weights
+from chunkq.blend.combine import activate, to_votes
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import Accumulator, Contribution, finalize_sums
+from chunkq.blend.weights import ArrayWeights, Weights
+from chunkq.geometry.box import Box
+from chunkq.geometry.padding import source_indices
+from chunkq.plan.plan import Index
 from tests import reference as ref
 from tests.strategies import (
     BUILT_INS,

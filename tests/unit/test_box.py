@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.box import Box
+from chunkq.geometry.box import Box
 
 Voxels = set[tuple[int, ...]]
 

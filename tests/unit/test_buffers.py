@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq import buffers
+from chunkq.system import buffers
 
 DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2", "|b1"]).map(np.dtype)
 SHAPES = arrays_of.array_shapes(min_dims=1, max_dims=5, min_side=0)

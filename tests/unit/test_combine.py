@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from chunkq.combine import (
+from chunkq.blend.combine import (
     activate,
     add_weighted,
     copy_into,

@@ -7,8 +7,8 @@ import pytest
 from chunkq_producer.run_display import RunDisplay
 from rich.console import Console
 
-from chunkq import progress
-from chunkq.events import (
+from chunkq import progress_bar as progress
+from chunkq.job.events import (
     Event,
     Message,
     StageProgress,
@@ -19,8 +19,8 @@ from chunkq.events import (
     progress_sink,
     write_log,
 )
-from chunkq.progress import ProgressDisplay
-from chunkq.tasks import Task
+from chunkq.job.tasks import Task
+from chunkq.progress_bar import ProgressDisplay
 
 TASK = Task("infer", "/data/out.zarr.chunkq", "0a1b2c3d", 0, (0, 3))
 EVENTS = (

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from chunkq import buffers
-from chunkq.blend import Accumulator, OwnBlock, finalize_sums
-from chunkq.footprint import chunk_footprint, footprint
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Plan
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import Accumulator, OwnBlock, finalize_sums
+from chunkq.plan.footprint import chunk_footprint, footprint
+from chunkq.plan.plan import Plan
+from chunkq.system import buffers
 from tests.strategies import plan_for
 
 

@@ -14,8 +14,8 @@ from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, FrameworkConflictError, ModelError
-from chunkq.executors.base import EXIT_RESTART, ExitStatus
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
+from chunkq.queue.contract.executor import EXIT_RESTART, ExitStatus
 
 
 def model(runtime: str, **more: Any) -> ModelConfig:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.grids import AxisGeometry, AxisGrid
-from chunkq.padding import source_indices
+from chunkq.geometry.grids import AxisGeometry, AxisGrid
+from chunkq.geometry.padding import source_indices
 from tests import reference as ref
 from tests.strategies import PAD_MODES, divisors
 

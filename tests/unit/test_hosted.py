@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from chunkq.errors import ErrorCode
-from chunkq.executors import task_table
-from chunkq.executors.queue_host import LOST_WORKER_LEASE, VERSION, QueueHost
-from chunkq.tasks import JobId
+from chunkq.job.tasks import JobId
+from chunkq.queue.backends.hosted.queue_host import LOST_WORKER_LEASE, VERSION, QueueHost
+from chunkq.queue.backends.tables import task_table
 
 JOB = JobId("/data/brain.zarr.chunkq", "0a1b2c3d")
 LONG = 1000.0

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from chunkq import documents
-from chunkq.axes import plain_axes
 from chunkq.errors import ErrorCode, JobError
-from chunkq.images import ImageSource
-from chunkq.items import Item
-from chunkq.ledger import JobFolder
-from chunkq.objects import CLAIM_SECONDS, ObjectFolder
-from chunkq.record import JobRecord
+from chunkq.geometry.axes import plain_axes
+from chunkq.job.items import Item
+from chunkq.job.ledger import JobFolder
+from chunkq.job.record import JobRecord
+from chunkq.storage import documents
+from chunkq.storage.images import ImageSource
+from chunkq.storage.objects import CLAIM_SECONDS, ObjectFolder
 from tests.strategies import plan_for
 
 EPOCH = "0a1b2c3d"
@@ -190,7 +190,7 @@ def test_the_claim_of_an_unknown_process_is_valid_for_a_minute(
 
 CLAIM_FOREVER = """
 import sys, time
-from chunkq.objects import ObjectFolder
+from chunkq.storage.objects import ObjectFolder
 
 with ObjectFolder(sys.argv[1]).claim("job.json", b"before") as claimed:
     print(claimed, flush=True)

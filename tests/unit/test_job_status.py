@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from chunkq_producer.job_status import job_status
 
-from chunkq import ledger as ledger_module
-from chunkq.axes import plain_axes
-from chunkq.images import ImageSource
-from chunkq.items import Item
-from chunkq.job_handle import JobHandle
-from chunkq.ledger import Commit, ItemLedger, JobFolder, Ledger, RecentCommits
-from chunkq.record import JobRecord
+from chunkq.geometry.axes import plain_axes
+from chunkq.job import ledger as ledger_module
+from chunkq.job.items import Item
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.ledger import Commit, ItemLedger, JobFolder, Ledger, RecentCommits
+from chunkq.job.record import JobRecord
+from chunkq.storage.images import ImageSource
 from tests.strategies import plan_for
 
 CHUNKS, EPOCH = 48, "0a1b2c3d"

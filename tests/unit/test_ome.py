@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from chunkq.axes import Axis, as_spatial, channel_axis, plain_axes
-from chunkq.ome import first_image, image_metadata, read_axes
+from chunkq.geometry.axes import Axis, as_spatial, channel_axis, plain_axes
+from chunkq.storage.ome import first_image, image_metadata, read_axes
 
 
 def axes_of(shape: tuple[int, ...], axes: list[Any], **level: Any) -> tuple[Axis, ...]:

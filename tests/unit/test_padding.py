@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.padding import PadMode, source_indices, source_range
+from chunkq.geometry.padding import PadMode, source_indices, source_range
 from tests.strategies import PAD_MODES
 
 MODES = st.sampled_from(PAD_MODES)

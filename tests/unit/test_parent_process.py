@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from chunkq import parent_process
+from chunkq.system import parent_process
 
 TIMEOUT = 20.0
 CHILD = """
 import os, sys, threading, time
-from chunkq.parent_process import when_parent_ends
+from chunkq.system.parent_process import when_parent_ends
 
 print(sys.stdin.readline().strip(), flush=True)
 when_parent_ends(lambda: (print("ended", flush=True), os._exit(0)))
@@ -24,7 +24,7 @@ time.sleep(1000)
 """
 PARENT = """
 import signal, subprocess, sys
-from chunkq.parent_process import with_parent_death_signal
+from chunkq.system.parent_process import with_parent_death_signal
 
 kind, child = sys.argv[1:]
 command = [sys.executable, "-c", child]

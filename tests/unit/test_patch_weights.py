@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from chunkq import patch_weights
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Patch
-from chunkq.weights import ArrayWeights, Neighbors, Weights
+from chunkq.blend import patch_weights
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.weights import ArrayWeights, Neighbors, Weights
+from chunkq.plan.plan import Patch
 from tests.strategies import BUILT_INS, JobPlan, plan_for, user_weights
 
 Array = npt.NDArray[Any]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, PieceError
-from chunkq.ledger import ItemLedger, Ledger
+from chunkq.job.ledger import ItemLedger, Ledger
 
 EPOCH = "0a1b2c3d"
 DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2"]).map(np.dtype)

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 
-from chunkq.box import Box
-from chunkq.plan import Chunk, Index, Patch, Piece, Plan
+from chunkq.geometry.box import Box
+from chunkq.plan.plan import Chunk, Index, Patch, Piece, Plan
 from tests import reference as ref
 from tests.strategies import Case, cases, plan_for
 

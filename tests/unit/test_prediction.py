@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from chunkq.blend.prediction import Prediction
 from chunkq.errors import ChunkqError
-from chunkq.prediction import Prediction
 
 SHAPE = (6, 8, 10)
 
@@ -105,7 +105,7 @@ def test_a_missing_package_is_an_error_with_the_extra_to_install(tmp_path: Path)
     ):
         prediction_of().to("cpu")
     with (
-        mock.patch.dict(sys.modules, {"matplotlib": None, "chunkq.plot": None}),
+        mock.patch.dict(sys.modules, {"matplotlib": None, "chunkq.blend.plot": None}),
         pytest.raises(ChunkqError, match=r"pip install 'chunkq\[plot\]'") as error,
     ):
         prediction_of().plot(tmp_path / "never.png")

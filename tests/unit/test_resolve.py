@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.box import Box
 from chunkq.errors import ErrorCode, JobError
-from chunkq.footprint import footprint
-from chunkq.resolve import MAX_CHUNK_BYTES, MIN_CHUNKS
+from chunkq.geometry.box import Box
+from chunkq.job.resolve import MAX_CHUNK_BYTES, MIN_CHUNKS
+from chunkq.plan.footprint import footprint
 from tests import reference as ref
 from tests.strategies import Case, cases, plan_for
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from chunkq.scratch import scratch_folder
+from chunkq.system.scratch import scratch_folder
 
 OWNER = """
 import pathlib, sys, time
-from chunkq.scratch import scratch_folder
+from chunkq.system.scratch import scratch_folder
 with scratch_folder("test", pathlib.Path(sys.argv[1])) as folder:
     print(folder, flush=True)
     time.sleep(600)

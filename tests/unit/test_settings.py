@@ -6,7 +6,7 @@ import os
 import pytest
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.executors.settings import SETTINGS_VARIABLE, WorkerSettings, override_settings
+from chunkq.queue.contract.settings import SETTINGS_VARIABLE, WorkerSettings, override_settings
 
 
 def test_the_environment_overrides_settings_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from chunkq import buffers
-from chunkq.blend import Accumulator, Contribution
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk
-from chunkq.streaming import regions
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.streaming import regions
+from chunkq.blend.sums import Accumulator, Contribution
+from chunkq.plan.plan import Chunk
+from chunkq.system import buffers
 from tests.strategies import JobPlan, plan_for
 
 WIDTH = 4096

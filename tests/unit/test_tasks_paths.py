@@ -13,12 +13,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError, QueueError
-from chunkq.executors import open_executor
-from chunkq.executors.base import WorkerName
-from chunkq.executors.rq.connect import connect
-from chunkq.executors.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
+from chunkq.job.tasks import JobId, Task, chunk_name, parse_chunk
 from chunkq.paths import mask_secrets, without_secret
-from chunkq.tasks import JobId, Task, chunk_name, parse_chunk
+from chunkq.queue.backends.rq.connect import connect
+from chunkq.queue.backends.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
+from chunkq.queue.contract.executor import WorkerName
+from chunkq.queue.registry import open_executor
 
 chunks = st.lists(st.integers(0, 10**9), min_size=1, max_size=4).map(tuple)
 epochs = st.text("0123456789abcdef", min_size=8, max_size=8)

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq import json_values
-from chunkq.diagnosis import LOSSES, REMEDIES, advice, conclusion
-from chunkq.executors.base import WorkerName
-from chunkq.intervals import attribute_time, covered_seconds, max_overlap, spread
-from chunkq.ledger import Commit
-from chunkq.timing import BINS, STAGES, TIME_PARTS, Timing
-from chunkq.timing_aggregation import aggregate_timing
+from chunkq.job.ledger import Commit
+from chunkq.queue.contract.executor import WorkerName
+from chunkq.timing.aggregation import aggregate_timing
+from chunkq.timing.diagnosis import LOSSES, REMEDIES, advice, conclusion
+from chunkq.timing.intervals import attribute_time, covered_seconds, max_overlap, spread
+from chunkq.timing.timing import BINS, STAGES, TIME_PARTS, Timing
 from tests.strategies import plan_for
 
 START = 1.7e9
@@ -121,7 +121,7 @@ def test_attributed_time_does_not_depend_on_the_batch_size(monkeypatch: pytest.M
     rng = np.random.default_rng(1)
     layers = [arrays(list(zip(*rng.uniform(0, 9, (2, 50)), strict=True))) for _ in range(3)]
     in_one_batch = attribute_time(layers, 1.0, 12.0)
-    monkeypatch.setattr("chunkq.intervals.BATCH_SIZE", 7)
+    monkeypatch.setattr("chunkq.timing.intervals.BATCH_SIZE", 7)
     assert attribute_time(layers, 1.0, 12.0) == pytest.approx(in_one_batch)
 
 

@@ -24,7 +24,7 @@ from chunkq_worker.tune.search import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkq.footprint import Footprint
+from chunkq.plan.footprint import Footprint
 
 START = Setting(batch=4, depth=2)
 CHUNKS = ((8,), None, (32,))

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from chunkq.blend.weights import ArrayWeights, ProductWeights, Weights
 from chunkq.errors import ErrorCode, JobError
-from chunkq.user_code import load_blend_weights, load_names, select_name
-from chunkq.weights import ArrayWeights, ProductWeights, Weights
+from chunkq.job.user_code import load_blend_weights, load_names, select_name
 from tests.strategies import JobPlan, plan_for
 
 

@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Patch, Plan
-from chunkq.weights import ArrayWeights, Float64, Neighbors, Weights, built_in_weights, neighbors
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.weights import (
+    ArrayWeights,
+    Float64,
+    Neighbors,
+    Weights,
+    built_in_weights,
+    neighbors,
+)
+from chunkq.plan.plan import Patch, Plan
 from tests import reference as ref
 from tests.strategies import BUILT_INS, Case, cases, plan_for, user_weights, without_margin
 

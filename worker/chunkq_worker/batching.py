@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.box import Box
-from chunkq.combine import (
+from chunkq.blend.combine import (
     Array,
     activate,
     as_float,
@@ -25,8 +24,9 @@ from chunkq.combine import (
     to_votes,
 )
 from chunkq.errors import ModelError, PredictionError
-from chunkq.job import ModelConfig
-from chunkq.plan import Patch, Plan
+from chunkq.geometry.box import Box
+from chunkq.job.job_file import ModelConfig
+from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.steps import KEY, Steps
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
-from chunkq.blend import Accumulator, Contribution
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Patch, Plan
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import Accumulator, Contribution
+from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.runtimes.base import Runtime
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from chunkq.blend import Contribution, contribution
-from chunkq.footprint import extra_device_bytes
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Patch, Plan
-from chunkq.weights import Weights
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import Contribution, contribution
+from chunkq.blend.weights import Weights
+from chunkq.plan.footprint import extra_device_bytes
+from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.chunk_pipeline import ChunkPipeline, ChunkRun, Finish
 from chunkq_worker.runtimes.base import Runtime

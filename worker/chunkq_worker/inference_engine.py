@@ -13,16 +13,16 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from chunkq.allowed_paths import allowed_job_path, with_allowed_files
-from chunkq.blend import Contribution
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import Contribution
+from chunkq.blend.weights import Weights
 from chunkq.errors import JobError, ModelError
-from chunkq.job_handle import ItemHandle, JobHandle
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Plan
-from chunkq.record import JobRecord
-from chunkq.tasks import Task
-from chunkq.user_code import load_blend_weights
-from chunkq.weights import Weights
+from chunkq.job.allowed_paths import allowed_job_path, with_allowed_files
+from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.record import JobRecord
+from chunkq.job.tasks import Task
+from chunkq.job.user_code import load_blend_weights
+from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
 from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline

@@ -9,13 +9,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
 from typing import TypeVar
 
-from chunkq.events import Sink, StageProgress
-from chunkq.executors.base import Attempt, Contribution, TaskResult, WorkerName, default_depth
 from chunkq.finalize import max_concurrent_blocks
-from chunkq.job_handle import JobHandle
+from chunkq.job.events import Sink, StageProgress
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.tasks import Task
+from chunkq.queue.contract.executor import (
+    Attempt,
+    Contribution,
+    TaskResult,
+    WorkerName,
+    default_depth,
+)
 from chunkq.stages.completion import queued_tasks
 from chunkq.stages.registry import stages
-from chunkq.tasks import Task
 from chunkq_worker.run_task import run_task
 
 PROGRESS_STAGE = "computing chunks"

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq.box import Box
-from chunkq.combine import to_numpy
+from chunkq.blend.combine import to_numpy
 from chunkq.errors import JobError, StoreError
-from chunkq.images import find_source
+from chunkq.geometry.box import Box
 from chunkq.paths import absolute, is_url, without_secret
-from chunkq.plan import Volume
+from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
+from chunkq.storage.images import find_source
 
 Input = Any
 """One volume: an argument of `np.asarray`, an array that yields such when sliced, or a path."""

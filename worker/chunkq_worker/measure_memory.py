@@ -20,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq import buffers
-from chunkq.combine import Array, as_float, to_numpy
-from chunkq.executors.base import Attempt
-from chunkq.job_handle import ItemHandle, JobHandle
-from chunkq.memory import peak_bytes
-from chunkq.plan import Chunk
-from chunkq.sample_chunks import sample_chunks
-from chunkq.sample_job import largest_item
-from chunkq.tasks import Task
+from chunkq.blend.combine import Array, as_float, to_numpy
+from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.sample_job import largest_item
+from chunkq.job.tasks import Task
+from chunkq.plan.plan import Chunk
+from chunkq.plan.sample_chunks import sample_chunks
+from chunkq.queue.contract.executor import Attempt
+from chunkq.system import buffers
+from chunkq.system.memory import peak_bytes
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.inline import Contributions
 from chunkq_worker.run_task import run_task

@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq import json_values
-from chunkq.box import Box
-from chunkq.job_handle import JobHandle
-from chunkq.memory import peak_bytes
+from chunkq.geometry.box import Box
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.record import JobRecord
+from chunkq.job.sample_job import copy_job
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
-from chunkq.padded_reading import read_padded
-from chunkq.plan import Patch
-from chunkq.record import JobRecord
-from chunkq.sample_chunks import fullest_chunk
-from chunkq.sample_job import copy_job
+from chunkq.plan.plan import Patch
+from chunkq.plan.sample_chunks import fullest_chunk
+from chunkq.storage.padded_reading import read_padded
+from chunkq.system.memory import peak_bytes
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import cores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chunkq.plan import Patch
+from chunkq.plan.plan import Patch
 
 
 @dataclass(frozen=True, slots=True)

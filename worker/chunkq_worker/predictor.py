@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.blend import Contribution
-from chunkq.combine import label_dtype, reduce_and_cast
+from chunkq.blend.combine import reduce_and_cast
+from chunkq.blend.prediction import Prediction
+from chunkq.blend.streaming import regions
+from chunkq.blend.sums import Contribution
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError, JobError, ModelError
-from chunkq.events import progress_sink
-from chunkq.executors import queue_url
 from chunkq.finalize import finalize_job
-from chunkq.job import Job, load_job, parse_job
-from chunkq.padded_reading import read_padded
+from chunkq.job.events import progress_sink
+from chunkq.job.job_file import Job, load_job, parse_job
+from chunkq.job.record import JobRecord
+from chunkq.job.resolve import resolve
 from chunkq.paths import absolute
-from chunkq.plan import Chunk, Index, Plan, Volume
-from chunkq.prediction import Prediction
-from chunkq.record import JobRecord
-from chunkq.resolve import resolve
+from chunkq.plan.plan import Chunk, Index, Plan, Volume
+from chunkq.queue.registry import queue_url
 from chunkq.storage.array import Array
-from chunkq.streaming import regions
+from chunkq.storage.padded_reading import read_padded
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine, get_device
 from chunkq_worker.inline import compute_inline, pipelined
 from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
@@ -141,7 +141,7 @@ class Predictor:
         arrays = open_inputs(volume)
         plan = self._plan(arrays)
         is_averaged = plan.output.is_average
-        dtype = label_dtype(max(2, plan.channels))
+        dtype = plan.output.label_dtype
         stored = np.zeros(plan.output_shape, plan.output_dtype)
         labels = np.zeros(plan.volume.shape, dtype) if is_averaged else stored
         for region, values in self._stream(plan, arrays, progress):

@@ -6,7 +6,6 @@ import time
 import traceback
 from dataclasses import replace
 
-from chunkq.allowed_paths import allowed_job_path, is_restricted, with_allowed_files
 from chunkq.errors import (
     ChunkqError,
     ErrorCode,
@@ -17,12 +16,14 @@ from chunkq.errors import (
     MissingJobError,
     ModelError,
 )
-from chunkq.events import Message, Sink, TaskEnded, TaskFailed, write_log
-from chunkq.executors.base import Attempt, GateState, TaskResult
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.job_path import output_of, printable_path
-from chunkq.ledger import Failure, JobFolder
+from chunkq.job.allowed_paths import allowed_job_path, is_restricted, with_allowed_files
+from chunkq.job.events import Message, Sink, TaskEnded, TaskFailed, write_log
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_path import output_of, printable_path
+from chunkq.job.ledger import Failure, JobFolder
+from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
+from chunkq.queue.contract.executor import Attempt, GateState, TaskResult
 from chunkq.stages import registry
 from chunkq.stages.base import TaskKey
 from chunkq.stages.completion import (
@@ -31,7 +32,6 @@ from chunkq.stages.completion import (
     job_completion,
     missing_prerequisites,
 )
-from chunkq.tasks import JobId, Task, chunk_name
 from chunkq_worker.infer import ComputingStage
 
 registry.register(ComputingStage())
@@ -41,8 +41,8 @@ def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult
     """Run one task unless it is committed; return its contributions to other tasks. Thread-safe.
 
     Record an error in the ledger and raise it again. Raise JobError, without opening a file, if
-    the worker does not accept the job folder (see `chunkq.allowed_paths`). Raise MissingJobError
-    if the folder belongs to another job.
+    the worker does not accept the job folder (see `chunkq.job.allowed_paths`). Raise
+    MissingJobError if the folder belongs to another job.
     """
     # From this line on, only the checked path is opened.
     task = replace(task, job=allowed_job_path(task.job))

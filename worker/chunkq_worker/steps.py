@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from chunkq.errors import JobError, ModelError
-from chunkq.user_code import load_names
+from chunkq.job.user_code import load_names
 
 KEY = "model_config.processing_steps"
 Step = Callable[[Any], Any]

@@ -14,7 +14,9 @@ from types import FrameType
 
 from chunkq import json_values
 from chunkq.errors import QueueError
-from chunkq.executors.base import (
+from chunkq.job.tasks import chunk_count
+from chunkq.paths import without_secret
+from chunkq.queue.contract.executor import (
     EXIT_INCOMPLETE,
     EXIT_QUEUE_UNREACHABLE,
     EXIT_REFUSED,
@@ -23,10 +25,8 @@ from chunkq.executors.base import (
     Executor,
     WorkerName,
 )
-from chunkq.executors.settings import WorkerSettings
-from chunkq.paths import without_secret
-from chunkq.scratch import delete_abandoned
-from chunkq.tasks import chunk_count
+from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.system.scratch import delete_abandoned
 from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import VISIBLE, Slot, cores
 from chunkq_worker.worker_process import WorkerProcessOptions

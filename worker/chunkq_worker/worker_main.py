@@ -8,8 +8,8 @@ import threading
 from functools import partial
 
 from chunkq.errors import ChunkqError, TaskTimeoutError
-from chunkq.executors.base import EXIT_TASK_TIMEOUT, Executor, ExitStatus, WorkerOptions
-from chunkq.scratch import delete_own_folders
+from chunkq.queue.contract.executor import EXIT_TASK_TIMEOUT, Executor, ExitStatus, WorkerOptions
+from chunkq.system.scratch import delete_own_folders
 
 LEDGER_SECONDS = 5.0
 """Time to record a timeout in the ledger before the process ends."""

@@ -19,10 +19,10 @@ from types import FrameType
 
 from chunkq import json_values
 from chunkq.errors import ChunkqError, QueueError
-from chunkq.executors import open_executor
-from chunkq.executors.base import Executor, ExitStatus, WorkerOptions
-from chunkq.parent_process import when_parent_ends
-from chunkq.scratch import delete_own_folders
+from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
+from chunkq.queue.registry import open_executor
+from chunkq.system.parent_process import when_parent_ends
+from chunkq.system.scratch import delete_own_folders
 from chunkq_worker.worker_main import serve
 
 EXIT_REQUEUED = 5

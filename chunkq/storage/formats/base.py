@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from chunkq.axes import Axis
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.axes import Axis
 from chunkq.paths import mask_secrets, without_secret
 from chunkq.storage.array import Array
 

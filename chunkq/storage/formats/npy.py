@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from chunkq import buffers
-from chunkq.axes import plain_axes
-from chunkq.box import Box
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
+from chunkq.geometry.axes import plain_axes
+from chunkq.geometry.box import Box
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.base import (
@@ -25,6 +24,7 @@ from chunkq.storage.formats.base import (
     native_dtype,
     unreadable_error,
 )
+from chunkq.system import buffers
 
 HEADER_LOCK = threading.Lock()
 """Lock for reading a header. NumPy parses it as Python code, which is not thread-safe in CPython

@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq.axes import Axis, plain_axes
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.ome import MultiscaleImage, first_image, read_axes
+from chunkq.geometry.axes import Axis, plain_axes
 from chunkq.paths import is_url, join, mask_secrets, open_filesystem, read_bytes, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
@@ -30,6 +29,7 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
+from chunkq.storage.ome import MultiscaleImage, first_image, read_axes
 
 METADATA = ("zarr.json", ".zarray", ".zgroup")
 """Names of the documents of which each Zarr node has one."""

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from chunkq import buffers
-from chunkq.box import Box
 from chunkq.errors import ChunkReadError
+from chunkq.geometry.box import Box
 from chunkq.paths import is_url
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.base import native_dtype
+from chunkq.system import buffers
 
 NO_LOCKS = {"mode": "none"}
 """tensorstore's option to write without file locks. Every object has one writer, and a lock of a

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from chunkq.errors import JobError, StoreError
-from chunkq.executors.base import jobs_at
-from chunkq.ledger import JobFolder, job_folder_of
+from chunkq.job.ledger import JobFolder, job_folder_of
+from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
-from chunkq.tasks import chunk_count
+from chunkq.queue.contract.executor import jobs_at
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from chunkq.finalize import finalize_job
-from chunkq.job_handle import JobHandle
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
-from chunkq.progress import ProgressDisplay
-from chunkq.tasks import chunk_count
+from chunkq.progress_bar import ProgressDisplay
 from chunkq.units import duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (

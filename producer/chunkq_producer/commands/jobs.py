@@ -11,9 +11,9 @@ from dataclasses import asdict
 import click
 
 from chunkq.errors import ChunkqError
-from chunkq.job_path import output_of, printable_path
-from chunkq.ledger import JobFolder
-from chunkq.tasks import JobId
+from chunkq.job.job_path import output_of, printable_path
+from chunkq.job.ledger import JobFolder
+from chunkq.job.tasks import JobId
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 
 from chunkq.errors import MissingJobError
-from chunkq.executors import QUEUE_VARIABLE, open_shared, queue_url
-from chunkq.executors.base import Executor
-from chunkq.job_handle import JobHandle, open_job
-from chunkq.job_path import output_path
-from chunkq.ledger import JobFolder, job_folder_of
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_path import output_path
+from chunkq.job.ledger import JobFolder, job_folder_of
+from chunkq.queue.contract.executor import Executor
+from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option(

@@ -12,12 +12,12 @@ import click
 from chunkq import json_values
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
-from chunkq.executors.base import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
-from chunkq.footprint import largest_footprint
-from chunkq.job import load_job
+from chunkq.job.job_file import load_job
+from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
-from chunkq.plan import Costs
-from chunkq.tasks import chunk_count
+from chunkq.plan.footprint import largest_footprint
+from chunkq.plan.plan import Costs
+from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.units import duration, si
 from chunkq_producer.check_model import check_model
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option

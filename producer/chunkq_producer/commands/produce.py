@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from chunkq.create import check_job, check_output
-from chunkq.executors import open_shared, queue_url
-from chunkq.job import load_job
+from chunkq.job.job_file import load_job
 from chunkq.paths import without_secret
-from chunkq.progress import ProgressDisplay
+from chunkq.progress_bar import ProgressDisplay
+from chunkq.queue.registry import open_shared, queue_url
 from chunkq_producer.commands.options import (
     input_option,
     job_argument,

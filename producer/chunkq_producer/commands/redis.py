@@ -21,10 +21,11 @@ import click
 import platformdirs
 
 from chunkq.errors import ErrorCode, QueueError
-from chunkq.executors import QUEUE_VARIABLE, credentials, open_executor
-from chunkq.executors.rq.connect import PASSWORD_VARIABLE
-from chunkq.executors.rq.server import Server, find_server
-from chunkq.private_files import (
+from chunkq.queue.backends import credentials
+from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE
+from chunkq.queue.backends.rq.server import Server, find_server
+from chunkq.queue.registry import QUEUE_VARIABLE, open_executor
+from chunkq.system.private_files import (
     is_private,
     is_replaceable_by_others,
     make_private_folder,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
+from chunkq.job.tasks import chunk_count
 from chunkq.stages.completion import failures
 from chunkq.stages.registry import stage_of
-from chunkq.tasks import chunk_count
 from chunkq_producer.commands.options import job_at, output_argument, queue_of, queue_option
 
 

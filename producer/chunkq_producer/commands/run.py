@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from chunkq.job import load_job
+from chunkq.job.job_file import load_job
 from chunkq_producer.commands.finalize import print_result
 from chunkq_producer.commands.options import (
     input_option,

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from chunkq.job import job_schema
+from chunkq.job.job_file import job_schema
 
 
 @click.command()

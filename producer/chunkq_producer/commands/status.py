@@ -12,7 +12,7 @@ from rich.live import Live
 
 from chunkq import json_values
 from chunkq.errors import QueueError
-from chunkq.executors.base import Executor
+from chunkq.queue.contract.executor import Executor
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
 from chunkq_producer.job_status import StatusPoller, status_line, status_screen

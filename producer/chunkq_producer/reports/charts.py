@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from chunkq.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, TIME_PARTS, Timing
+from chunkq.timing.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, TIME_PARTS, Timing
 from chunkq.units import PREFIXES, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import BYTES, STAGE_LABELS

@@ -8,11 +8,11 @@ from typing import Any
 
 from chunkq import json_values
 from chunkq.finalize import job_report
-from chunkq.job_handle import JobHandle
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.stages.completion import job_completion
-from chunkq.tasks import chunk_count
-from chunkq.timing import Timing, Worker
+from chunkq.timing.timing import Timing, Worker
 
 
 @dataclass(frozen=True)

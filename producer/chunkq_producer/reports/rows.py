@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkq.timing import STAGES, Timing, Worker
+from chunkq.timing.timing import STAGES, Timing, Worker
 from chunkq.units import count, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 

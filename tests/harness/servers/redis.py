@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from chunkq.errors import QueueError
-from chunkq.executors.rq.server import Server, find_server, permissions
+from chunkq.queue.backends.rq.server import Server, find_server, permissions
 from tests.harness.waiting import TIMEOUT
 
 

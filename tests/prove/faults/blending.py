@@ -11,7 +11,7 @@ WEIGHTS, BLEND, COMBINE = (
 FAULTS = (
     Fault(
         "weights-not-normalized",
-        "chunkq/weights.py",
+        "chunkq/blend/weights.py",
         "- s[grid] for",
         "- 0 * s[grid] for",
         "overlapping patches add up to more than their average",
@@ -19,7 +19,7 @@ FAULTS = (
     ),
     Fault(
         "sum-of-weights-is-a-maximum",
-        "chunkq/weights.py",
+        "chunkq/blend/weights.py",
         "np.logaddexp(view",
         "np.maximum(view",
         "seams where patches overlap",
@@ -27,7 +27,7 @@ FAULTS = (
     ),
     Fault(
         "grids-share-the-first-sum",
-        "chunkq/weights.py",
+        "chunkq/blend/weights.py",
         "totals[grid] - np",
         "totals[0] - np",
         "patches of offset grids are weighted by the first grid's sum",
@@ -35,7 +35,7 @@ FAULTS = (
     ),
     Fault(
         "users-weights-overwrite",
-        "chunkq/weights.py",
+        "chunkq/blend/weights.py",
         ")] += self.",
         ")] = self.",
         "seams with a user's weight function",
@@ -43,7 +43,7 @@ FAULTS = (
     ),
     Fault(
         "gaussian-twice-as-wide",
-        "chunkq/weights.py",
+        "chunkq/blend/weights.py",
         "n / 8",
         "n / 4",
         "weight_gaussian gives a patch's edge more weight than documented",
@@ -51,7 +51,7 @@ FAULTS = (
     ),
     Fault(
         "margin-shrinks-the-profile",
-        "chunkq/weights.py",
+        "chunkq/blend/weights.py",
         "profile(q)[m : q - m]",
         "profile(q - 2 * m)",
         "with a margin the weights are those of a smaller patch",
@@ -59,7 +59,7 @@ FAULTS = (
     ),
     Fault(
         "prediction-not-centered",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         "s + o for s, o",
         "s + 0 * o for s, o",
         "predictions smaller than the input patch are written at the wrong position",
@@ -67,7 +67,7 @@ FAULTS = (
     ),
     Fault(
         "overlap-overwritten",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         ") == 1\n",
         ") <= 2\n",
         "where two patches overlap the later one replaces the earlier one: a seam",
@@ -75,7 +75,7 @@ FAULTS = (
     ),
     Fault(
         "piece-overwrites",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         " += pieces[piece]",
         " = pieces[piece]",
         "at chunk borders only one neighbor's sums count",
@@ -83,7 +83,7 @@ FAULTS = (
     ),
     Fault(
         "own-sums-dropped",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         ".band[number]",
         ".band[number] * 0",
         "at chunk borders the block's own patches do not count",
@@ -91,7 +91,7 @@ FAULTS = (
     ),
     Fault(
         "sum-in-order-of-arrival",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         "in plan.incoming_pieces(chunk):",
         "in pieces:",
         "the output's bytes depend on the order in which workers finish",
@@ -99,7 +99,7 @@ FAULTS = (
     ),
     Fault(
         "border-sums-in-half-precision",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         "*box.shape), np.float32)",
         "*box.shape), np.float16)",
         "averages at chunk borders lose digits or overflow",
@@ -107,7 +107,7 @@ FAULTS = (
     ),
     Fault(
         "weights-cached-without-the-grid",
-        "chunkq/blend.py",
+        "chunkq/blend/sums.py",
         "(patch.grid, self._",
         "(0, self._",
         "patches of offset grids get the first grid's weights",
@@ -115,7 +115,7 @@ FAULTS = (
     ),
     Fault(
         "softmax-over-the-batch",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         "xp.sum(powers, axis=1",
         "xp.sum(powers, axis=0",
         "a prediction depends on the other patches in its batch",
@@ -123,7 +123,7 @@ FAULTS = (
     ),
     Fault(
         "softmax-overflows",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         " - xp.max(raw, axis=1, keepdims=True)",
         "",
         "large logits become NaN",
@@ -131,7 +131,7 @@ FAULTS = (
     ),
     Fault(
         "a-half-is-no-vote",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         "predictions >= 0.5",
         "predictions > 0.5",
         "a single-channel prediction of exactly 0.5 counts as background",
@@ -139,7 +139,7 @@ FAULTS = (
     ),
     Fault(
         "a-half-is-background",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         "average[0] >= 0.5",
         "average[0] > 0.5",
         "an average of exactly 0.5 is background",
@@ -147,7 +147,7 @@ FAULTS = (
     ),
     Fault(
         "ties-go-to-the-highest",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         "channel > best",
         "channel >= best",
         "equal classes give another label than numpy.argmax",
@@ -155,7 +155,7 @@ FAULTS = (
     ),
     Fault(
         "labels-wrap-at-257",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         "classes <= 256",
         "classes <= 257",
         "label 256 is stored as 0",
@@ -163,7 +163,7 @@ FAULTS = (
     ),
     Fault(
         "float16-overflow-is-stored",
-        "chunkq/combine.py",
+        "chunkq/blend/combine.py",
         "not np.isfinite(",
         "np.isnan(",
         "averages above the range of float16 are stored as infinity without an error",

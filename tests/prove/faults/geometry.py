@@ -7,7 +7,7 @@ GRIDS, PLAN = "tests/unit/test_grids.py", "tests/unit/test_plan.py"
 FAULTS = (
     Fault(
         "grid-count-rounds-down",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "-(-(volume + pad - patch - first) // stride)",
         "(volume + pad - patch - first) // stride",
         "the last voxels along an axis are never predicted",
@@ -15,7 +15,7 @@ FAULTS = (
     ),
     Fault(
         "shift-ignores-the-pad",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "last = volume + pad - patch",
         "last = volume - patch",
         "with edge: shift and a pad, the last patch is at the wrong position",
@@ -23,7 +23,7 @@ FAULTS = (
     ),
     Fault(
         "owned-range-ends-early",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "((block + 1) * size)",
         "((block + 1) * size - 1)",
         "a patch that starts at a block's last voxel is never computed",
@@ -31,7 +31,7 @@ FAULTS = (
     ),
     Fault(
         "owned-range-starts-early",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "self.count_below(block * size)",
         "self.count_below(block * size - 1)",
         "a patch that starts at a block's last voxel is computed and summed twice",
@@ -39,7 +39,7 @@ FAULTS = (
     ),
     Fault(
         "below-counts-the-position-itself",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "self.last + self.lead < position",
         "self.last + self.lead <= position",
         "a shifted last patch at a block's border belongs to the wrong block",
@@ -47,7 +47,7 @@ FAULTS = (
     ),
     Fault(
         "overlap-ignores-the-lead",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "(high - 1) + grid.lead + grid.kept",
         "(high - 1) + grid.kept",
         "where the output patch is smaller than the input patch, sums for the next block are lost",
@@ -55,7 +55,7 @@ FAULTS = (
     ),
     Fault(
         "halo-is-as-wide-as-the-output",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "(end - 1) + grid.patch",
         "(end - 1) + grid.kept",
         "a chunk reads too little input for networks with a smaller output",
@@ -63,7 +63,7 @@ FAULTS = (
     ),
     Fault(
         "touching-misses-the-first",
-        "chunkq/grids.py",
+        "chunkq/geometry/grids.py",
         "(start - self.kept + 1)",
         "(start - self.kept + 2)",
         "a patch that touches by one voxel is missing from the sum of the weights: a seam",
@@ -71,7 +71,7 @@ FAULTS = (
     ),
     Fault(
         "reflect-repeats-the-edge",
-        "chunkq/padding.py",
+        "chunkq/geometry/padding.py",
         "% (2 * size - 2)",
         "% (2 * size - 1)",
         "pad_mode: reflect gives other voxels than np.pad beyond the first fold",
@@ -79,7 +79,7 @@ FAULTS = (
     ),
     Fault(
         "symmetric-skips-the-edge",
-        "chunkq/padding.py",
+        "chunkq/geometry/padding.py",
         "2 * size - 1 - folded",
         "2 * size - 2 - folded",
         "pad_mode: symmetric mirrors as reflect does",
@@ -87,7 +87,7 @@ FAULTS = (
     ),
     Fault(
         "mirror-range-off-by-one",
-        "chunkq/padding.py",
+        "chunkq/geometry/padding.py",
         "2 * size - skip - stop",
         "2 * size - stop",
         "the plan's input bytes differ from those that workers read",
@@ -95,7 +95,7 @@ FAULTS = (
     ),
     Fault(
         "corner-boxes-overlap",
-        "chunkq/box.py",
+        "chunkq/geometry/box.py",
         "(*corner[:axis], *self.start[axis:])",
         "self.start",
         "the corners of a band are summed and written twice",
@@ -103,7 +103,7 @@ FAULTS = (
     ),
     Fault(
         "difference-ignores-the-high-side",
-        "chunkq/box.py",
+        "chunkq/geometry/box.py",
         "            stop[axis] = edge\n",
         "",
         "a voxel without a patch is counted in several boxes, or in none",
@@ -111,7 +111,7 @@ FAULTS = (
     ),
     Fault(
         "core-starts-at-the-band",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "p.start + p.aligned_band",
         "p.start + p.band",
         "two tasks write one storage chunk, and the later one overwrites the other's voxels",
@@ -119,7 +119,7 @@ FAULTS = (
     ),
     Fault(
         "target-reaches-past-the-volume",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "min(k + grid.kept, grid.volume)",
         "k + grid.kept",
         "a padded patch writes past the end of the volume",
@@ -127,7 +127,7 @@ FAULTS = (
     ),
     Fault(
         "pieces-for-any-overlap",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "if up[a])",
         "if up[a] and a == 0)",
         "chunks write pieces that no block reads",
@@ -135,7 +135,7 @@ FAULTS = (
     ),
     Fault(
         "pieces-expected-of-empty-chunks",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "else halo[a] > 0",
         "else True",
         "a block waits for a piece that no chunk writes, and the job never ends",
@@ -143,7 +143,7 @@ FAULTS = (
     ),
     Fault(
         "band-needs-every-axis",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "return any(axis.block(i).band",
         "return all(axis.block(i).band",
         "workers leave most blocks uncompleted",
@@ -151,7 +151,7 @@ FAULTS = (
     ),
     Fault(
         "patches-in-another-order",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "in product(*ranges):",
         "in (n[::-1] for n in product(*ranges[::-1])):",
         "sums are taken in another order than documented, and the output's bytes change",
@@ -159,7 +159,7 @@ FAULTS = (
     ),
     Fault(
         "input-bytes-of-one-axis",
-        "chunkq/plan.py",
+        "chunkq/plan/plan.py",
         "read_high - read_low",
         "halo_high - halo_low",
         "the plan predicts more input bytes than workers read at the volume's border",
@@ -167,7 +167,7 @@ FAULTS = (
     ),
     Fault(
         "margin-cut-from-one-side",
-        "chunkq/resolve.py",
+        "chunkq/job/resolve.py",
         "q - 2 * m for",
         "q - m for",
         "crop_margin keeps the margin on one side of each patch",
@@ -175,7 +175,7 @@ FAULTS = (
     ),
     Fault(
         "lead-ignores-the-margin",
-        "chunkq/resolve.py",
+        "chunkq/job/resolve.py",
         "(p - q) // 2 + m for",
         "(p - q) // 2 for",
         "crop_margin writes each patch at the wrong position",
@@ -183,7 +183,7 @@ FAULTS = (
     ),
     Fault(
         "storage-chunks-need-not-divide",
-        "chunkq/resolve.py",
+        "chunkq/job/resolve.py",
         "axis.chunk % axis.storage",
         "axis.chunk < axis.storage",
         "two chunks write one storage chunk at once and lose voxels",

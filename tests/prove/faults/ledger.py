@@ -2,7 +2,11 @@
 
 from tests.prove.fault import Fault, named
 
-LEDGER, OBJECTS, RECORD = "chunkq/ledger.py", "chunkq/objects.py", "chunkq/record.py"
+LEDGER, OBJECTS, RECORD = (
+    "chunkq/job/ledger.py",
+    "chunkq/storage/objects.py",
+    "chunkq/job/record.py",
+)
 FINALIZE, CREATE, ENQUEUE = "chunkq/finalize.py", "chunkq/create.py", "chunkq/enqueue.py"
 RESUME, ONCE = "tests/integration/test_resume.py", "tests/integration/test_exactly_once.py"
 STORAGE = "tests/integration/test_storage.py"
@@ -66,7 +70,7 @@ FAULTS = (
     ),
     Fault(
         "replaced-job-not-detected",
-        "chunkq/job_handle.py",
+        "chunkq/job/job_handle.py",
         ".epoch != self.record.epoch:",
         '.epoch == "":',
         "a worker of the old job writes into the output of the new one",
@@ -74,7 +78,7 @@ FAULTS = (
     ),
     Fault(
         "old-plan-of-a-replaced-job",
-        "chunkq/job_handle.py",
+        "chunkq/job/job_handle.py",
         ".record.epoch != record.epoch:",
         '.record.epoch == "":',
         "a worker that keeps running computes the new job with the old one's plan",

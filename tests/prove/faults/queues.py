@@ -2,11 +2,11 @@
 
 from tests.prove.fault import MODEL, Fault, contract
 
-LEASES = "chunkq/executors/leases.py"
-TABLES = "chunkq/executors/tables.py"
-MEMORY = "chunkq/executors/inprocess.py"
-LUA = "chunkq/executors/rq/lua/"
-HOSTED = "chunkq/executors/hosted.py"
+LEASES = "chunkq/queue/leases/task_loop.py"
+TABLES = "chunkq/queue/tables.py"
+MEMORY = "chunkq/queue/backends/inprocess.py"
+LUA = "chunkq/queue/backends/rq/lua/"
+HOSTED = "chunkq/queue/backends/hosted/hosted.py"
 
 FAULTS = (
     Fault(
@@ -259,7 +259,7 @@ FAULTS = (
     ),
     Fault(
         "sqlite-uses-the-hidden-mount",
-        "chunkq/executors/sqlite.py",
+        "chunkq/queue/backends/sqlite.py",
         "in reversed(mounts) if target",
         "in mounts if target",
         "a queue file on NFS is accepted, and two hosts corrupt it",
@@ -267,7 +267,7 @@ FAULTS = (
     ),
     Fault(
         "sqlite-does-not-follow-links",
-        "chunkq/executors/sqlite.py",
+        "chunkq/queue/backends/sqlite.py",
         "Path(os.path.realpath(path))",
         "path.absolute()",
         "a queue file on NFS behind a link is accepted, and two hosts corrupt it",

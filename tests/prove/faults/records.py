@@ -2,8 +2,12 @@
 
 from tests.prove.fault import Fault, named
 
-LEDGER, RECORD, OUTPUT = "chunkq/ledger.py", "chunkq/record.py", "chunkq/output.py"
-FINALIZE, JOB_HANDLE, OBJECTS = "chunkq/finalize.py", "chunkq/job_handle.py", "chunkq/objects.py"
+LEDGER, RECORD, OUTPUT = "chunkq/job/ledger.py", "chunkq/job/record.py", "chunkq/job/output.py"
+FINALIZE, JOB_HANDLE, OBJECTS = (
+    "chunkq/finalize.py",
+    "chunkq/job/job_handle.py",
+    "chunkq/storage/objects.py",
+)
 INFER, CREATE = "worker/chunkq_worker/infer.py", "chunkq/create.py"
 RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
 PIECES = "tests/unit/test_pieces.py"
@@ -30,7 +34,7 @@ FAULTS = (
     ),
     Fault(
         "checksum-not-compared",
-        "chunkq/documents.py",
+        "chunkq/storage/documents.py",
         " == _checksum(values) else",
         " else",
         "a damaged job or commit record is accepted as valid",

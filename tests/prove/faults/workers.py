@@ -60,7 +60,7 @@ FAULTS = (
     ),
     Fault(
         "allowed-prefix-without-its-slash",
-        "chunkq/allowed_paths.py",
+        "chunkq/job/allowed_paths.py",
         'f"{path}/".startswith(f"{prefix.rstrip(\'/\')}/")',
         'path.startswith(prefix.rstrip("/"))',
         "a worker allowed below /data/a also runs jobs below /data/abc",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.combine import Array
+from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
 from chunkq_worker.steps import Steps
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class BatchFeed:
 class Runtime(ABC):
     """One loaded network on one device. Used by one thread at a time.
 
-    Arrays are NumPy arrays or torch tensors; `chunkq.combine` accepts both. With an `accelerator`,
-    results are torch tensors in its memory, and batches can be if `reads_device_memory`.
+    Arrays are NumPy arrays or torch tensors; `chunkq.blend.combine` accepts both. With an
+    `accelerator`, results are torch tensors in its memory, and batches can be if
+    `reads_device_memory`.
     """
 
     device: str

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from chunkq.errors import JobError, ModelError
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
+from chunkq.job.user_code import load_names, select_name, sibling_imports
 from chunkq.paths import read_bytes
-from chunkq.user_code import load_names, select_name, sibling_imports
 from chunkq_worker.runtimes.formats import USES, format_of
 
 CLASS_FILE = "model_config.class_file"

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from chunkq.blend import chunk_results, target_slices
-from chunkq.box import Box
-from chunkq.combine import Array
-from chunkq.job import ModelConfig
-from chunkq.patch_weights import PatchWeights
-from chunkq.plan import Chunk, Patch, Plan
-from chunkq.weights import Neighbors
+from chunkq.blend.combine import Array
+from chunkq.blend.patch_weights import PatchWeights
+from chunkq.blend.sums import chunk_results, target_slices
+from chunkq.blend.weights import Neighbors
+from chunkq.geometry.box import Box
+from chunkq.job.job_file import ModelConfig
+from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.patch_runs import PatchRun, patch_runs
 from chunkq_worker.runtimes.staging import SIGNED_DTYPES, Accelerator, Slot, Stream, as_signed
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq import buffers
-from chunkq.combine import Array
+from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
+from chunkq.system import buffers
 from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.steps import Steps
 

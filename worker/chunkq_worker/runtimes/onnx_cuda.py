@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq.combine import Array
+from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from chunkq.combine import Array
-from chunkq.job import ModelConfig
+from chunkq.blend.combine import Array
+from chunkq.job.job_file import ModelConfig
 from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph

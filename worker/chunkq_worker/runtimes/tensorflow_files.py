@@ -16,8 +16,8 @@ from typing import Any
 from typing_extensions import override
 
 from chunkq.errors import JobError, ModelError
-from chunkq.job import ModelConfig
-from chunkq.user_code import load_names
+from chunkq.job.job_file import ModelConfig
+from chunkq.job.user_code import load_names
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
 from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of

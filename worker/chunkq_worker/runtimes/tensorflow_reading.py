@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from chunkq.errors import ModelError
 from chunkq.paths import is_url, open_filesystem
-from chunkq.scratch import scratch_folder
+from chunkq.system.scratch import scratch_folder
 
 MESSAGE = re.compile(r"(?:\x1b|\\x1b)\[1m(.*?)(?:\x1b|\\x1b)\[0m", re.DOTALL)
 """The message of a layer's error: the bold part of Keras's message."""

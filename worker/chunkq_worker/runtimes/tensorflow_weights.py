@@ -9,7 +9,7 @@ import zipfile
 from typing import Any
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.scratch import scratch_folder
+from chunkq.system.scratch import scratch_folder
 from chunkq_worker.runtimes import hdf5_files
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.tensorflow_import import h5py, tf

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
-from chunkq import buffers
-from chunkq.combine import Array
+from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job import HALF_PRECISIONS, ModelConfig
+from chunkq.job.job_file import HALF_PRECISIONS, ModelConfig
+from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
 from chunkq_worker.runtimes.staging import (
     Accelerator,

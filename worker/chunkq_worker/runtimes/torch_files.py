@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job import ModelConfig
+from chunkq.job.job_file import ModelConfig
+from chunkq.job.user_code import sibling_imports
 from chunkq.paths import read_bytes
-from chunkq.user_code import sibling_imports
 from chunkq_worker.runtimes import exported_program, torchscript_code
 from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of

@@ -8,7 +8,7 @@ from functools import partial
 from math import inf
 from typing import Literal
 
-from chunkq.footprint import Footprint
+from chunkq.plan.footprint import Footprint
 
 Shape = tuple[int, ...]
 Stage = Literal["network", "pipeline"]

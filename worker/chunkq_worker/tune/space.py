@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from chunkq.errors import JobError
-from chunkq.footprint import footprint
-from chunkq.job import Job, parse_job
-from chunkq.plan import Plan
-from chunkq.record import JobRecord
-from chunkq.resolve import MIN_CHUNKS
-from chunkq.sample_chunks import fullest_chunk
+from chunkq.job.job_file import Job, parse_job
+from chunkq.job.record import JobRecord
+from chunkq.job.resolve import MIN_CHUNKS
+from chunkq.plan.footprint import footprint
+from chunkq.plan.plan import Plan
+from chunkq.plan.sample_chunks import fullest_chunk
 from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]

@@ -24,16 +24,16 @@ import numpy.typing as npt
 from chunkq import json_values
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError
-from chunkq.executors.base import Attempt
-from chunkq.job import load_job
-from chunkq.job_handle import JobHandle
-from chunkq.memory import peak_bytes
-from chunkq.padded_reading import read_padded
-from chunkq.parent_process import when_parent_ends
-from chunkq.plan import Chunk, Patch
-from chunkq.record import JobRecord
-from chunkq.sample_chunks import fullest_chunk, sample_chunks
-from chunkq.sample_job import largest_item
+from chunkq.job.job_file import load_job
+from chunkq.job.job_handle import JobHandle
+from chunkq.job.record import JobRecord
+from chunkq.job.sample_job import largest_item
+from chunkq.plan.plan import Chunk, Patch
+from chunkq.plan.sample_chunks import fullest_chunk, sample_chunks
+from chunkq.queue.contract.executor import Attempt
+from chunkq.storage.padded_reading import read_padded
+from chunkq.system.memory import peak_bytes
+from chunkq.system.parent_process import when_parent_ends
 from chunkq_worker.batching import Halos
 from chunkq_worker.inference_engine import InferenceEngine, get_device
 from chunkq_worker.run_task import run_task

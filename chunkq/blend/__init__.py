@@ -1,0 +1,1 @@
+"""Arithmetic of overlapping predictions: weights, sums, votes and labels. No I/O."""

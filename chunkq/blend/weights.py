@@ -1,0 +1,205 @@
+"""Blend weights of patches, normalized from the geometry of the plan.
+
+The weights of a patch are divided by the sum of the weights of all patches that cover the voxel.
+Partial sums of different chunks therefore add up to the weighted average. Built-in weights are
+products of 1-D profiles. They are stored as logarithms, because the product can underflow float64
+(`weight_bump` at 128³) while the normalized weight does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.geometry.grids import AxisGeometry
+from chunkq.system import buffers
+
+NEIGHBORS_CACHED = 1 << 14
+"""Entries in the cache of neighbors; adjacent patches share them along all but one axis."""
+Float64 = npt.NDArray[np.float64]
+Float32 = npt.NDArray[np.float32]
+
+
+def _uniform(n: int) -> Float64:
+    return np.zeros(n)
+
+
+def _gaussian(n: int) -> Float64:
+    sigma = n / 8
+    distance = np.arange(n, dtype=np.float64) - (n - 1) / 2
+    return -np.square(distance) / (2 * sigma**2)
+
+
+def _linear(n: int) -> Float64:
+    i = np.arange(n)
+    return np.log(np.minimum(i + 1, n - i))
+
+
+def _hann(n: int) -> Float64:
+    return 2 * np.log(np.sin(np.pi * (np.arange(n) + 1) / (n + 1)))
+
+
+def _bump(n: int) -> Float64:
+    t = (2 * np.arange(n) + 1) / n - 1
+    return -1 / (1 - t**2)
+
+
+LOG_PROFILES: MappingProxyType[str, Callable[[int], Float64]] = MappingProxyType(
+    {
+        "weight_uniform": _uniform,
+        "weight_gaussian": _gaussian,
+        "weight_linear": _linear,
+        "weight_hann": _hann,
+        "weight_bump": _bump,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbors:
+    """The patches that overlap one patch along one axis, itself included.
+
+    Positions are relative to the first kept voxel of the patch. `[low, high)` is the part of its
+    kept voxels inside the volume. `starts[g]` holds the first kept voxels of the patches of grid g
+    whose kept voxels intersect that part. Normalized weights depend on nothing else.
+    """
+
+    low: int
+    high: int
+    starts: tuple[tuple[int, ...], ...]
+
+
+@lru_cache(maxsize=NEIGHBORS_CACHED)
+def neighbors(axis: AxisGeometry, grid: int, number: int) -> Neighbors:
+    """Return the neighbors of patch `number` of grid `grid` along the axis."""
+    own_grid = axis.grids[grid]
+    start = own_grid.start(number) + own_grid.lead
+    low, high = max(0, -start), min(own_grid.kept, axis.volume - start)
+    starts = tuple(
+        tuple(
+            other.start(k) + other.lead - start for k in other.touching(start + low, start + high)
+        )
+        for other in axis.grids
+    )
+    return Neighbors(low, high, starts)
+
+
+@dataclass(frozen=True)
+class ProductWeights:
+    """Weights that are the product of one profile per axis.
+
+    `profiles[a]` holds the natural logarithm of the weights of the kept voxels along axis a,
+    shape (kept[a],), float64.
+    """
+
+    profiles: tuple[Float64, ...]
+
+    def share(self, axis: int, near: Neighbors) -> Float32:
+        """Return w / Σw along one axis of a patch of the only grid.
+
+        The array has the length of the patch's part inside the volume. The normalized weights of
+        the patch are the product of its shares along all axes.
+        """
+        profile = self.profiles[axis]
+        [log_sum] = _log_sums(profile, near)
+        share: Float32 = np.exp(profile[near.low : near.high] - log_sum).astype(np.float32)
+        return share
+
+    def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
+        """Return w / Σw of a patch of grid `grid`; `neighbors` has one entry per axis.
+
+        The array has the shape of the patch's part inside the volume, float32, C order.
+        """
+        pairs = list(zip(self.profiles, neighbors, strict=True))
+        logs = [profile[near.low : near.high] for profile, near in pairs]
+        sums = [_log_sums(profile, near) for profile, near in pairs]
+        totals = np.stack([_outer_sum(terms) for terms in zip(*sums, strict=True)])
+        ratio = _outer_sum(logs)
+        ratio -= np.logaddexp.reduce(totals, axis=0)
+        return buffers.cast(np.exp(ratio, out=ratio), np.float32)
+
+
+@dataclass(frozen=True)
+class ArrayWeights:
+    """Weights from a user's function: a positive float64 array of the shape of the kept voxels."""
+
+    array: Float64
+
+    @cached_property
+    def scaled(self) -> Float64:
+        """The weights divided by the largest one, so that their sums do not overflow."""
+        scaled: Float64 = self.array / self.array.max()
+        return scaled
+
+    def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
+        """Return w / Σw of a patch; `neighbors` has one entry per axis.
+
+        The array has the shape of the patch's part inside the volume, float32, C order.
+        """
+        total = np.zeros([near.high - near.low for near in neighbors])
+        for g in range(len(neighbors[0].starts)):
+            for offsets in product(*(near.starts[g] for near in neighbors)):
+                in_patch, in_neighbor = [], []
+                for near, offset, kept in zip(neighbors, offsets, self.scaled.shape, strict=True):
+                    low, high = max(near.low, offset), min(near.high, offset + kept)
+                    in_patch.append(slice(low - near.low, high - near.low))
+                    in_neighbor.append(slice(low - offset, high - offset))
+                total[tuple(in_patch)] += self.scaled[tuple(in_neighbor)]
+        weights = self.scaled[tuple(slice(near.low, near.high) for near in neighbors)]
+        return buffers.cast(np.divide(weights, total, out=total), np.float32)
+
+
+Weights = ProductWeights | ArrayWeights
+
+
+def multiply_out(factors: Sequence[Float32], out: Float32) -> None:
+    """Write the outer product of one factor per axis to `out`, which has one axis per factor.
+
+    The factors are multiplied from the first to the last, so that other implementations of this
+    product can give the same bytes.
+    """
+    *leading, last = factors
+    product = np.ones((), np.float32)
+    for factor in leading:
+        product = product[..., np.newaxis] * factor
+    np.multiply(product[..., np.newaxis], last, out=out)
+
+
+def built_in_weights(
+    name: str, output_patch: Sequence[int], margin: Sequence[int]
+) -> ProductWeights:
+    """Return the built-in weights of an output patch, cropped by its margin."""
+    profile = LOG_PROFILES[name]
+    return ProductWeights(
+        tuple(profile(q)[m : q - m] for q, m in zip(output_patch, margin, strict=True))
+    )
+
+
+def _log_sums(profile: Float64, near: Neighbors) -> list[Float64]:
+    """Return for each grid log Σ_k w_k along one axis, over the patch's part inside the volume.
+
+    The value is -inf where the grid has no patch.
+    """
+    sums = []
+    for starts in near.starts:
+        total = np.full(near.high - near.low, -np.inf)
+        for offset in starts:
+            low, high = max(near.low, offset), min(near.high, offset + len(profile))
+            view = total[low - near.low : high - near.low]
+            np.logaddexp(view, profile[low - offset : high - offset], out=view)
+        sums.append(total)
+    return sums
+
+
+def _outer_sum(terms: Sequence[Float64]) -> Float64:
+    """Return the array t[i, j, …] = Σ_a terms[a][i_a]."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total[..., np.newaxis] + term
+    return total.copy()

@@ -1,5 +1,0 @@
-"""Queue in Redis with the data layout of RQ, so that the tools of RQ show the state of tasks."""
-
-from chunkq.executors.rq.executor import RqExecutor
-
-__all__ = ["RqExecutor"]

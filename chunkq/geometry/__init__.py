@@ -1,0 +1,1 @@
+"""Integer geometry along axes: boxes, padding, grids of patches."""

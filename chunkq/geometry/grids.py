@@ -1,0 +1,236 @@
+"""Patch positions and block ownership along one axis, in integers.
+
+Every value is a closed form of the patch number or the block number, so memory and time do not
+depend on the length of the axis. Functions of block or patch numbers work elementwise on int64
+arrays of any shape, also 0-d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, overload
+
+import numpy as np
+
+from chunkq.geometry.padding import IntArray, PadMode, source_range
+
+Edge = Literal["pad", "shift"]
+EMPTY_RANGE = 1 << 61
+"""Start of a range without elements; larger than any position."""
+BLOCKS_CACHED = 1 << 14
+"""Entries in the cache of axis blocks; adjacent chunks share all but one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisGrid:
+    """The patches of one grid along one axis, by ascending start.
+
+    Patch k reads `[start(k), start(k) + patch)` and predicts the `kept` voxels from
+    `start(k) + lead` on. Only patches `[first_kept, end_kept)` predict voxels of the volume
+    `[0, volume)`.
+    """
+
+    volume: int
+    patch: int
+    kept: int
+    lead: int
+    stride: int
+    first: int
+    last: int
+    count: int
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        volume: int,
+        patch: int,
+        kept: int,
+        lead: int,
+        stride: int,
+        pad: int,
+        offset: int,
+        edge: Edge,
+    ) -> AxisGrid:
+        """Return the grid whose first patch starts at `offset - pad`.
+
+        Its last patch is the first one that reaches `volume + pad`. With `edge == "shift"` the last
+        patch is moved back to end exactly there, unless it is also the first.
+        """
+        first = offset - pad
+        count = max(0, -(-(volume + pad - patch - first) // stride)) + 1
+        last = first + (count - 1) * stride
+        if edge == "shift" and count > 1:
+            last = volume + pad - patch
+        return cls(volume, patch, kept, lead, stride, first, last, count)
+
+    @overload
+    def start(self, number: int) -> int: ...
+    @overload
+    def start(self, number: IntArray) -> IntArray: ...
+    def start(self, number: int | IntArray) -> int | IntArray:
+        """Return the first voxel of input patch `number`; it can lie outside the volume."""
+        if isinstance(number, int):
+            return self.last if number == self.count - 1 else self.first + number * self.stride
+        regular = self.first + number * self.stride
+        return np.where(number == self.count - 1, self.last, regular).astype(np.int64)
+
+    def count_below(self, position: IntArray) -> IntArray:
+        """Return the number of patches whose kept voxels start before `position`."""
+        origin = self.first + self.lead
+        regular = np.clip(-(-(position - origin) // self.stride), 0, self.count - 1)
+        return regular + (self.last + self.lead < position)
+
+    @property
+    def first_kept(self) -> int:
+        """Number of the first patch whose kept voxels intersect the volume."""
+        return int(self.count_below(np.asarray(1 - self.kept)))
+
+    @property
+    def end_kept(self) -> int:
+        """One past the number of the last patch whose kept voxels intersect the volume."""
+        return max(self.first_kept, int(self.count_below(np.asarray(self.volume))))
+
+    def owned(self, block: IntArray, size: int) -> tuple[IntArray, IntArray]:
+        """Return the range of patches that block `block` owns.
+
+        A block owns the patches whose kept voxels, clipped to the volume, start in it. Blocks are
+        `size` voxels long, the first starts at 0. The ranges of all blocks partition
+        `[first_kept, end_kept)`.
+        """
+        low = np.where(block == 0, self.first_kept, self.count_below(block * size))
+        low = np.clip(low, self.first_kept, self.end_kept)
+        high = np.clip(self.count_below((block + 1) * size), low, self.end_kept)
+        return low, high
+
+    def touching(self, start: int, stop: int) -> range:
+        """Return the numbers of the patches whose kept voxels intersect `[start, stop)`."""
+        low = int(self.count_below(np.asarray(start - self.kept + 1)))
+        high = int(self.count_below(np.asarray(stop)))
+        return range(low, max(low, high))
+
+    def gap(self) -> int | None:
+        """Return an uncovered voxel between the first and the last kept patch, or None."""
+        low, high = self.first_kept, self.end_kept
+        if high - low > 1:
+            for number in (low, high - 2):
+                end = self.start(number) + self.lead + self.kept
+                if self.start(number + 1) + self.lead > end:
+                    return end
+        return None
+
+    def span(self) -> tuple[int, int]:
+        """Return the range of volume voxels from the first to the last kept patch.
+
+        The range is (0, 0) if no patch is kept.
+        """
+        if self.first_kept == self.end_kept:
+            return 0, 0
+        low = self.start(self.first_kept) + self.lead
+        high = self.start(self.end_kept - 1) + self.lead + self.kept
+        return max(0, low), min(self.volume, high)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisBlock:
+    """One block along one axis; all lengths are in voxels.
+
+    `band` and `aligned_band` start at the block's low side, `upper_overlap` at its stop. `halo` is
+    the input window, empty if the block owns no patch. `owned[g]` holds the numbers of its patches
+    of grid g.
+    """
+
+    start: int
+    stop: int
+    band: int
+    aligned_band: int
+    upper_overlap: int
+    halo: tuple[int, int]
+    owned: tuple[range, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisGeometry:
+    """One axis of the volume: its blocks, and the patches of every grid along it.
+
+    A block is `chunk` voxels long, a storage chunk of the output `storage` voxels. Invariant: the
+    kept voxels of a patch end in the block that owns it or in the next one.
+    """
+
+    volume: int
+    chunk: int
+    storage: int
+    grids: tuple[AxisGrid, ...]
+    pad_mode: PadMode
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; they cover `[0, volume)` exactly once."""
+        return -(-self.volume // self.chunk)
+
+    def block(self, number: int) -> AxisBlock:
+        """Return block `number`."""
+        return _axis_block(self, number)
+
+    def start(self, block: IntArray) -> IntArray:
+        """Return the first voxel of each block."""
+        return block * self.chunk
+
+    def stop(self, block: IntArray) -> IntArray:
+        """Return the end of each block, exclusive; the last block ends with the volume."""
+        return np.minimum((block + 1) * self.chunk, self.volume)
+
+    def upper_overlap(self, block: IntArray) -> IntArray:
+        """Return how many voxels of the next block the patches of each block predict."""
+        patches_end = self.stop(block)
+        for grid in self.grids:
+            low, high = grid.owned(block, self.chunk)
+            end = np.minimum(grid.start(high - 1) + grid.lead + grid.kept, self.volume)
+            patches_end = np.maximum(patches_end, np.where(high > low, end, 0))
+        stop = self.stop(block)
+        return np.where(stop < self.volume, patches_end - stop, 0)
+
+    def band(self, block: IntArray) -> IntArray:
+        """Return how many voxels at each block's low side the lower neighbor also predicts."""
+        below: IntArray = np.maximum(block - 1, 0)
+        return np.where(block > 0, self.upper_overlap(below), 0)
+
+    def aligned_band(self, block: IntArray) -> IntArray:
+        """Return the band rounded up to whole storage chunks, at most the block's length."""
+        rounded: IntArray = -(-self.band(block) // self.storage) * self.storage
+        length = self.stop(block) - self.start(block)
+        return np.where(rounded < length, rounded, length)
+
+    def halo(self, block: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the input window that the owned patches read; (0, 0) if none is owned."""
+        low = np.full_like(block, EMPTY_RANGE)
+        high = np.full_like(block, -EMPTY_RANGE)
+        for grid in self.grids:
+            begin, end = grid.owned(block, self.chunk)
+            owns_patches = end > begin
+            low = np.where(owns_patches, np.minimum(low, grid.start(begin)), low)
+            high = np.where(owns_patches, np.maximum(high, grid.start(end - 1) + grid.patch), high)
+        is_empty = low == EMPTY_RANGE
+        return np.where(is_empty, 0, low), np.where(is_empty, 0, high)
+
+    def read(self, block: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the range of the volume's voxels from which the halo is read or padded."""
+        return source_range(*self.halo(block), self.volume, self.pad_mode)
+
+
+@lru_cache(maxsize=BLOCKS_CACHED)
+def _axis_block(axis: AxisGeometry, number: int) -> AxisBlock:
+    block = np.asarray(number, dtype=np.int64)
+    low, high = axis.halo(block)
+    return AxisBlock(
+        start=int(axis.start(block)),
+        stop=int(axis.stop(block)),
+        band=int(axis.band(block)),
+        aligned_band=int(axis.aligned_band(block)),
+        upper_overlap=int(axis.upper_overlap(block)),
+        halo=(int(low), int(high)),
+        owned=tuple(
+            range(*(int(end) for end in grid.owned(block, axis.chunk))) for grid in axis.grids
+        ),
+    )

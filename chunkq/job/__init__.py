@@ -1,0 +1,1 @@
+"""A job: its file, record, items, ledger and output."""

@@ -1,0 +1,710 @@
+"""Job file: strict, frozen pydantic models. Validation does not read the volumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from reprlib import Repr
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from chunkq.errors import ErrorCode, JobError, suggestion
+from chunkq.geometry.grids import Edge
+from chunkq.geometry.padding import PadMode
+from chunkq.job.job_path import canonical, path_problem, printable_path
+from chunkq.paths import absolute, without_secret
+from chunkq.plan.outputs import Activation, Combine
+
+InferenceType = Literal["patch", "sliding_window", "crop_margin"]
+Dtype = Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_nested_tuple(value: object) -> object:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def _as_tuple_of_names(value: object) -> object:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+MAX_INTEGER = 1 << 40
+"""Largest integer in a job file. Sums of several such lengths stay exact in 64-bit arithmetic."""
+MAX_FILE_BYTES = 1 << 20
+"""Maximum size of a job file. A larger file is something else."""
+MAX_VALUES = 100_000
+"""Maximum number of values in a job file; each repetition by a YAML alias counts."""
+
+Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Offset = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
+Names = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple_of_names, json_schema_input_type=str | tuple[str, ...]),
+]
+
+
+class Section(BaseModel):
+    """Section of the job file: immutable, without unknown keys and type conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class DaskConfig(Section):
+    """Options to connect to a Dask cluster or to start one."""
+
+    address: str | None = None
+    protocol: Literal["tcp", "tls", "ucx"] = "tcp"
+    interface: str | None = None
+    scheduler_port: Positive = 8786
+    n_workers: Positive | None = None
+    threads_per_worker: Positive | None = None
+
+
+class RayConfig(Section):
+    """Options to connect to a Ray cluster or to start one."""
+
+    address: str | None = None
+    port: Positive = 6379
+
+
+HALF_PRECISIONS = ("bfloat16", "float16")
+"""Precisions in which torch's autocast runs a float32 network."""
+_FLOATING_DTYPES = ("float16", "bfloat16", "float64")
+"""Dtypes of networks with floating-point weights other than float32."""
+
+
+class ModelConfig(Section):
+    """The network: its files, its input and output shapes, and how to run it."""
+
+    runtime: Literal["torch", "tensorflow", "onnx", "numpy"]
+    type: Literal["class", "file", "torchscript", "exported", "json"]
+    model_input_shape: Shape
+    model_output_shape: Shape | None = None
+    dtype: Dtype = "float32"
+    max_batch_size: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    processing_steps: str | None = None
+    lost_dim: NonNegative | None = None
+    join_dim: NonNegative | None = None
+    class_file: str | None = None
+    class_name: str | None = None
+    kwargs_file: str | None = None
+    checkpoint: str | None = None
+    model_file: str | None = None
+    ts_file: str | None = None
+    json_file: str | None = None
+    trusted: bool = False
+    precision: Literal["tf32", "float32", "bfloat16", "float16"] | None = None
+    compile: bool = False
+    channels_last: bool = False
+    cuda_graph: bool = False
+
+    @property
+    def effective_precision(self) -> str:
+        """Precision of the network's arithmetic: `precision`, or its default.
+
+        The default is the dtype of a network that is not float32, else tf32 for torch on a GPU,
+        else float32.
+        """
+        if self.precision is not None:
+            return self.precision
+        if self.dtype in _FLOATING_DTYPES:
+            return self.dtype
+        return "tf32" if self.runtime == "torch" and self.device == "cuda" else "float32"
+
+    @property
+    def allows_tf32(self) -> bool:
+        """Whether a GPU may round the factors of float32 products to TF32.
+
+        Where a network computes in 16 bits, its remaining float32 operations may.
+        """
+        return self.effective_precision in ("tf32", *HALF_PRECISIONS)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files of the network, by key."""
+        keys = (
+            "class_file",
+            "kwargs_file",
+            "checkpoint",
+            "ts_file",
+            "model_file",
+            "json_file",
+            "processing_steps",
+        )
+        return {key: path for key in keys if (path := getattr(self, key)) is not None}
+
+    def lost_axis(self, rank: int) -> int | None:
+        """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
+
+        `rank` is the number of spatial axes, which are the last entries of `model_input_shape`.
+        The result is out of their range if `lost_dim` names no spatial axis.
+        """
+        return None if self.lost_dim is None else self.lost_dim - len(self.model_input_shape) + rank
+
+    def output_patch(self, rank: int) -> tuple[int, ...]:
+        """Return the shape that the network returns along the `rank` spatial axes."""
+        if self.model_output_shape is not None:
+            return self.model_output_shape[-rank:]
+        lost = self.lost_axis(rank)
+        return tuple(1 if a == lost else p for a, p in enumerate(self.model_input_shape[-rank:]))
+
+
+class Job(Section):
+    """A job: a network, the volumes and how overlapping predictions are combined.
+
+    Lists have one entry per spatial axis of the volume, in storage order; lengths are in voxels.
+    """
+
+    input: Names
+    output: str
+    queue: str | None = None
+    cluster: Literal["local", "slurm", "running"] = "local"
+    hardware: Literal["gpu", "cpu_only"] = "gpu"
+    combine: Combine = "weighted_avg"
+    inference_type: InferenceType = "patch"
+    chunksize: Shape | None = None
+    pad_mode: PadMode = "constant"
+    pad_value: float = 0
+    pad_width: Widths | None = None
+    offsets: Offsets = ()
+    strides: Shape | None = None
+    margin: Widths | None = None
+    edge: Edge | None = None
+    weight_function: Names = ("weight_uniform",)
+    activation: Activation = "none"
+    nan: Literal["fail", "zero"] = "fail"
+    output_dtype: Literal["float32", "float16"] | None = None
+    zarr_format: Literal[2, 3] = 3
+    storage_chunks: Shape | None = None
+    roi: Any = None
+    threads: Positive | None = None
+    dask_config: DaskConfig = DaskConfig()
+    ray_config: RayConfig = RayConfig()
+    model: ModelConfig = Field(alias="model_config")
+
+    @model_validator(mode="after")
+    def _check_key_combinations(self) -> Job:
+        problems = [
+            *_geometry_problems(self),
+            *_weight_problems(self),
+            *_model_problems(self.model),
+            *_input_problems(self),
+            *_unsupported_keys(self),
+            *_path_problems(self),
+            *_credential_problems(self),
+        ]
+        if problems:
+            raise JobError(problems)
+        return self
+
+    @property
+    def step_edge(self) -> Edge:
+        """Placement of the last patch: `edge`, or the default of the inference type."""
+        return self.edge or ("shift" if self.inference_type == "sliding_window" else "pad")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Files other than the volumes that determine the result, by key path."""
+        files = {f"model_config.{key}": path for key, path in self.model.files.items()}
+        if len(self.weight_function) == 2:
+            files["weight_function"] = self.weight_function[0]
+        return files
+
+    def with_files(self, paths: Mapping[str, str]) -> Job:
+        """Return a copy of the job with the paths of some `files` replaced, by key path."""
+        section = "model_config."
+        model = {k.removeprefix(section): p for k, p in paths.items() if k.startswith(section)}
+        update: dict[str, Any] = {"model": self.model.model_copy(update=model)}
+        if "weight_function" in paths:
+            update["weight_function"] = (paths["weight_function"], *self.weight_function[1:])
+        return self.model_copy(update=update)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the job as JSON values with the key names of the job file."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def load_job(
+    source: str | Path | Mapping[str, Any],
+    *,
+    input: str | None = None,
+    output: str | None = None,
+) -> Job:
+    """Read a job from a YAML file, a JSON file or a mapping, and make its paths absolute.
+
+    Paths in a file are relative to the file's folder. Paths in a mapping, and the arguments
+    `input` and `output`, which replace those of the job, are relative to the working directory.
+    Raises JobError with one line per mistake.
+    """
+    if isinstance(source, Mapping):
+        values, base = dict(source), Path.cwd()
+    else:
+        path = Path(source)
+        values, base = _read_file(path), path.absolute().parent
+    _make_absolute(values, base)
+    if input is not None:
+        values["input"] = absolute(input, Path.cwd())
+    if output is not None:
+        values["output"] = canonical(output, Path.cwd())
+    return _parse_with_output(values)
+
+
+def _parse_with_output(values: Mapping[str, Any]) -> Job:
+    """Validate a mapping, including the canonical form of its output path.
+
+    Raises JobError with one line per mistake.
+    """
+    output = values.get("output")
+    problem = path_problem(output) if isinstance(output, str) else None
+    lines = [] if problem is None else [f"output: {printable_path(str(output))} {problem}"]
+    try:
+        job = parse_job(values)
+    except JobError as error:
+        if any(problem.startswith("output: ") for problem in error.problems):
+            raise
+        raise JobError([*error.problems, *lines], code=error.code) from None
+    if lines:
+        raise JobError(lines, code=ErrorCode.PATH_INVALID)
+    return job
+
+
+def parse_job(values: Mapping[str, Any]) -> Job:
+    """Validate a mapping with absolute paths. Raises JobError with one line per mistake."""
+    try:
+        return Job.model_validate(dict(values))
+    except ValidationError as error:
+        errors = error.errors()
+    lines = [_message(error) for error in errors]
+    raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
+
+
+PLACEHOLDER_MODEL = MappingProxyType(
+    {"runtime": "torch", "type": "torchscript", "model_input_shape": [1]}
+)
+
+
+def _combination_problems(
+    values: Mapping[str, Any], invalid: list[tuple[int | str, ...]]
+) -> list[str]:
+    """Check the combinations of the valid keys; placeholders replace required invalid keys.
+
+    pydantic skips these checks if any key is invalid. `invalid` has the locations of these keys.
+    """
+    invalid = [location for location in invalid if location]
+    model = values.get("model_config")
+    model = dict(model) if isinstance(model, dict) else {"ts_file": "/"}
+    valid = dict(values)
+    for section, *inner in invalid:
+        if section == "model_config" and inner:
+            model.pop(str(inner[0]), None)
+        else:
+            valid.pop(str(section), None)
+    if "type" not in model:
+        model["ts_file"] = "/"
+    valid = {"input": "/", "output": "/", **valid, "model_config": {**PLACEHOLDER_MODEL, **model}}
+    reported = {".".join(map(str, location[:2])) for location in invalid}
+    reported |= {str(location[0]) for location in invalid if location[0] != "model_config"}
+    try:
+        Job.model_validate(valid)
+    except JobError as error:
+        # A line such as "strides: unsupported for inference_type patch" may come from the default
+        # that replaced an invalid inference_type.
+        keys = "|".join(re.escape(str(location[-1])) for location in invalid) or "(?!)"
+        reason = re.compile(rf"\bfor ({keys})\b")
+        return [
+            line
+            for line in error.problems
+            if line.partition(":")[0] not in reported and not reason.search(line)
+        ]
+    except ValidationError:
+        pass
+    return []
+
+
+def job_schema() -> dict[str, Any]:
+    """Return the JSON schema of the job file."""
+    return Job.model_json_schema(by_alias=True)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = _read_content(path).decode()
+    except FileNotFoundError:
+        raise JobError(
+            f"{path}: no such job file; fix the path, or run `chunkq init` to write a job file",
+            code=ErrorCode.JOB_FILE_MISSING,
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
+        raise _unreadable(path, f"cannot be read: {error}; use a YAML or JSON file") from None
+    import yaml  # imported here because most commands read no job file
+
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        position = f"line {error.lineno}, column {error.colno}"
+        raise _unreadable(path, f"not JSON: {error.msg} at {position}; fix the syntax") from None
+    except yaml.YAMLError as error:
+        raise _unreadable(path, f"not YAML: {_yaml_reason(error)}") from None
+    except RecursionError:
+        raise _unreadable(path, "lists or mappings are nested too deeply; remove levels") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML and json raise these for a date such as 2001-99-99 or a number of 5000 digits.
+        reason = " ".join(str(error).split())
+        raise _unreadable(path, f"a value cannot be read: {reason}; fix the value") from None
+    if not isinstance(values, dict):
+        content = "no content" if values is None else _printed(values)
+        raise _unreadable(
+            path,
+            f"expected a mapping of keys to values, found {content}; "
+            "run `chunkq init` to write a job file",
+        )
+    _check_size(path, values)
+    return values
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Return what is wrong with a YAML file, where, and what to do."""
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return f"{' '.join(str(error).split())}; fix the syntax"
+    position = f"line {mark.line + 1}, column {mark.column + 1}"
+    if r"'\t'" in problem:
+        return f"tab at {position}; use spaces"
+    context = getattr(error, "context", None)
+    return f"{f'{context}: ' if context else ''}{problem} at {position}; fix the syntax"
+
+
+def _unreadable(path: Path, problem: str) -> JobError:
+    return JobError(f"{path}: {problem}", code=ErrorCode.JOB_FILE_UNREADABLE)
+
+
+def _read_content(path: Path) -> bytes:
+    """Return the content of a job file. Raises OSError if it is too large or not a file."""
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # reading a device may never end
+            raise OSError("not a regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+    return content
+
+
+def _check_size(path: Path, values: Any) -> None:
+    """Raise JobError if there are more than `MAX_VALUES` values.
+
+    YAML aliases can expand a few lines into 10^11 values, or into a list that contains itself.
+    """
+    count, pending = 0, [values]
+    while pending:
+        value = pending.pop()
+        count += 1
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple, set)):
+            pending.extend(value)
+        if count + len(pending) > MAX_VALUES:
+            raise _unreadable(
+                path,
+                f"contains more than {MAX_VALUES} values, or an alias that contains itself; "
+                "remove values or aliases",
+            )
+
+
+def _make_absolute(values: dict[str, Any], base: Path) -> None:
+    """Make every path in the mapping absolute, in place. Values of a wrong type stay unchanged."""
+    if isinstance(output := values.get("output"), str):
+        values["output"] = canonical(output, base)
+    inputs = values.get("input")
+    if isinstance(inputs, str):
+        values["input"] = absolute(inputs, base)
+    elif isinstance(inputs, (list, tuple)):
+        values["input"] = [absolute(v, base) if isinstance(v, str) else v for v in inputs]
+    weights = values.get("weight_function")
+    if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
+        values["weight_function"] = [absolute(weights[0], base), weights[1]]
+    model = values.get("model_config")
+    if isinstance(model, dict):
+        paths = {"processing_steps"} | {k for k in ModelConfig.model_fields if k.endswith("_file")}
+        values["model_config"] = {
+            key: absolute(value, base)
+            if key in paths | {"checkpoint"} and isinstance(value, str)
+            else value
+            for key, value in model.items()
+        }
+
+
+def _legal_names(location: Iterable[int | str]) -> list[str]:
+    sections: dict[str, type[Section]] = {
+        "model_config": ModelConfig,
+        "dask_config": DaskConfig,
+        "ray_config": RayConfig,
+    }
+    section = sections.get(str(next(iter(location), "")), Job)
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "greater_than": "a number greater than {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than_equal": "a number of at most {le}",
+    "too_short": "a list of at least {min_length} item",
+}
+"""pydantic's error type -> the expected value."""
+_REPLACED_KEYS = {"model_config.autocast": "precision"}
+"""Key of an earlier version -> the key that has its values."""
+
+
+def _message(error: Any) -> str:
+    """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
+    location = error["loc"]
+    path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        if path in _REPLACED_KEYS:
+            return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
+        hint = suggestion(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
+        return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
+    if kind == "missing":
+        return f"{path}: missing; set it (run `chunkq init` for an example)"
+    value = _printed(error["input"])
+    if kind == "literal_error":
+        legal = str(context["expected"]).replace(" or ", ", ")
+        hint = suggestion(value.strip("'"), legal.replace("'", "").split(", "))
+        return f"{path}: invalid value {value}; expected one of {legal}{hint}"
+    if kind in _EXPECTED:
+        return f"{path}: expected {_EXPECTED[kind].format(**context)}, found {value}"
+    message = str(error["msg"])
+    return f"{path}: {message[0].lower()}{message[1:]}, found {value}"
+
+
+def _printed(value: object) -> str:
+    """Return a value for a message: shortened, with the password of a URL masked."""
+    return VALUES.repr(without_secret(value) if isinstance(value, str) else value)
+
+
+class _ShortRepr(Repr):
+    """Representation of a value with at most 8 entries per list and 3 levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxlevel, self.maxstring, self.maxlong = 3, 120, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Format an integer. Python cannot format one of more than 4300 digits."""
+        return super().repr_int(x, level) if abs(x) < 10**1000 else "a number of over 1000 digits"
+
+
+VALUES = _ShortRepr()
+
+
+def _geometry_problems(job: Job) -> list[str]:
+    kind = job.inference_type
+    problems = []
+    if kind == "sliding_window" and job.strides is None:
+        problems.append(
+            "strides: missing for inference_type sliding_window; set the step along each axis"
+        )
+    if kind != "sliding_window" and job.strides is not None:
+        problems.append(_wrong_inference_type("strides", "sliding_window", kind))
+    if kind != "patch" and job.offsets:
+        problems.append(_wrong_inference_type("offsets", "patch", kind))
+    if kind == "crop_margin" and job.margin is None:
+        problems.append(
+            "margin: missing for inference_type crop_margin; set the margin to crop along each axis"
+        )
+    if kind != "crop_margin" and job.margin is not None:
+        problems.append(_wrong_inference_type("margin", "crop_margin", kind))
+    if job.combine != "weighted_avg" and job.output_dtype is not None:
+        problems.append(
+            f"output_dtype: unsupported for combine {job.combine}, whose output has labels; "
+            "remove it, or use combine weighted_avg"
+        )
+    return problems
+
+
+def _wrong_inference_type(key: str, expected: InferenceType, kind: InferenceType) -> str:
+    return (
+        f"{key}: unsupported for inference_type {kind}; remove it, or use inference_type {expected}"
+    )
+
+
+def _weight_problems(job: Job) -> list[str]:
+    from chunkq.blend.weights import LOG_PROFILES
+
+    names = job.weight_function
+    if len(names) > 2:
+        return [f"weight_function: expected [name] or [file.py, function], found {_printed(names)}"]
+    if len(names) == 1 and names[0] not in LOG_PROFILES:
+        hint = suggestion(names[0], list(LOG_PROFILES))
+        return [
+            f"weight_function: invalid value {_printed(names[0])}; "
+            f"expected one of {', '.join(LOG_PROFILES)}{hint}"
+        ]
+    return []
+
+
+_REQUIRED_KEYS = {
+    "class": ("class_file", "class_name"),
+    "torchscript": ("ts_file",),
+    "file": ("model_file",),
+    "exported": ("model_file",),
+    "json": ("json_file",),
+}
+_TYPES = {
+    "torch": ("class", "file", "torchscript", "exported"),
+    "tensorflow": ("class", "file", "json"),
+    "onnx": ("file",),
+    "numpy": ("class",),
+}
+_TORCH_ONLY = ("compile", "channels_last", "cuda_graph")
+
+
+def _model_problems(model: ModelConfig) -> list[str]:
+    runtime, legal = model.runtime, _TYPES[model.runtime]
+    problems = [
+        f"model_config.{key}: missing for type {model.type}; set it"
+        for key in _REQUIRED_KEYS[model.type]
+        if getattr(model, key) is None
+    ]
+    if model.type not in legal:
+        problems = [
+            f"model_config.type: unsupported value {model.type!r} for runtime {runtime}; "
+            f"expected {'one of ' if len(legal) > 1 else ''}{', '.join(legal)}"
+        ]
+    if runtime != "torch":
+        problems += [
+            f"model_config.{key}: unsupported for runtime {runtime}; "
+            "remove it, or use runtime torch"
+            for key in _TORCH_ONLY
+            if getattr(model, key)
+        ]
+        if model.dtype == "bfloat16":
+            problems.append(
+                f"model_config.dtype: unsupported value 'bfloat16' for runtime {runtime}; "
+                "use float32"
+            )
+    elif model.cuda_graph and model.device != "cuda":
+        problems.append(
+            f"model_config.cuda_graph: unsupported for device {model.device}; "
+            "remove it, or use device cuda"
+        )
+    if runtime == "numpy":
+        problems += _numpy_problems(model)
+    return problems + _precision_problems(model)
+
+
+def _precision_problems(model: ModelConfig) -> list[str]:
+    key, value = "model_config.precision", model.precision
+    if value is None:
+        return []
+    if value in HALF_PRECISIONS and model.runtime != "torch":
+        return [
+            f"{key}: unsupported value {value!r} for runtime {model.runtime}; use float32, or use "
+            "runtime torch"
+        ]
+    if value == "tf32" and model.device == "cpu":
+        return [f"{key}: unsupported value 'tf32' for device cpu; use float32, or use device cuda"]
+    is_float32 = model.dtype == "float32" or (
+        model.dtype not in _FLOATING_DTYPES and value not in HALF_PRECISIONS
+    )
+    if not is_float32 and model.dtype != value:
+        return [
+            f"{key}: {value} requires a float32 network, found dtype {model.dtype}; use dtype: "
+            "float32, or remove precision"
+        ]
+    return []
+
+
+def _numpy_problems(model: ModelConfig) -> list[str]:
+    problems = []
+    if model.checkpoint is not None:
+        problems.append(
+            "model_config.checkpoint: unsupported for runtime numpy; "
+            "remove it, and load the weights in class_file"
+        )
+    if model.device == "cuda":
+        problems.append("model_config.device: unsupported value 'cuda' for runtime numpy; use cpu")
+    return problems
+
+
+def _input_problems(job: Job) -> list[str]:
+    model, join = job.model, job.model.join_dim
+    if join is None:
+        return []
+    shape = model.model_input_shape
+    if not 1 <= join <= len(shape):
+        return [
+            f"model_config.join_dim: {join} is not an axis of a batch (N, {str(shape)[1:-1]}); "
+            f"use 1 to {len(shape)}"
+        ]
+    if shape[join - 1] != 1:
+        return [
+            f"model_config.join_dim: found length {shape[join - 1]} at axis {join - 1} of "
+            f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"
+        ]
+    return []
+
+
+def _paths(job: Job) -> dict[str, str]:
+    """Return every path of a job by its key."""
+    is_numbered = len(job.input) > 1
+    paths = {f"input.{n}" if is_numbered else "input": path for n, path in enumerate(job.input)}
+    return paths | {"output": job.output} | job.files
+
+
+def _path_problems(job: Job) -> list[str]:
+    """Return the problems of paths that no system call accepts: with NUL or not Unicode."""
+    problems = []
+    for key, path in _paths(job).items():
+        try:
+            if b"\0" not in path.encode():
+                continue
+        except UnicodeEncodeError:
+            pass
+        problems.append(f"{key}: invalid path {path!r}; remove NUL and surrogate characters")
+    return problems
+
+
+def _credential_problems(job: Job) -> list[str]:
+    """Return the problems of paths with credentials. Paths are stored and printed."""
+    return [
+        f"{key}: {without_secret(path)} contains credentials; set them in the environment"
+        for key, path in _paths(job).items()
+        if without_secret(path) != path
+    ]
+
+
+def _unsupported_keys(job: Job) -> list[str]:
+    """Return the problems of keys that are reserved for a later version."""
+    return [] if job.roi is None else ["roi: unsupported in this version; remove it"]

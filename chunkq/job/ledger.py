@@ -1,0 +1,455 @@
+"""Job folder: the job's record, commit records, failure records and pieces.
+
+The job folder stores the progress of a job. A commit record is written after all other results of
+its task, so a chunk without a valid commit record is computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from heapq import nlargest
+from itertools import islice
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from chunkq import json_values
+from chunkq.errors import ErrorCode, JobError, MissingJobError, PieceError
+from chunkq.job.job_path import SUFFIX
+from chunkq.job.record import JobRecord
+from chunkq.job.tasks import EPOCH, chunk_name, parse_chunk
+from chunkq.paths import without_secret
+from chunkq.plan.plan import Index
+from chunkq.storage import documents
+from chunkq.storage.objects import ObjectFolder
+
+log = logging.getLogger("chunkq.job")
+T = TypeVar("T")
+
+RECORD = "job.json"
+CRC_BYTES, ALIGNMENT = 4, 16
+SAMPLE_SIZE = 8192
+"""Maximum number of commit records whose times `recent_commits` reads."""
+BATCH_SIZE = 1000
+"""Commit records that are read at once."""
+
+
+def job_folder_of(output: str) -> str:
+    """Return the job folder of an output path. The path of a job folder stays unchanged."""
+    output = output.rstrip("/")
+    return output if output.endswith(SUFFIX) else output + SUFFIX
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Record of a finished task of an item.
+
+    `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
+    and `checksums` each piece to its CRC-32C. `started` and `finished` are Unix times (s).
+    """
+
+    kind: str
+    item: int
+    chunk: Index
+    attempt: int
+    worker: str
+    started: float
+    finished: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+    patches: int = 0
+    peak_rss: int = 0
+
+    def to_json(self, epoch: str) -> bytes:
+        """Encode the record for an epoch of the job."""
+        return documents.encode({"epoch": epoch, **json_values.to_values(self)})
+
+    @classmethod
+    def from_json(cls, content: bytes, epoch: str) -> Commit | None:
+        """Decode a record. Return None if it is damaged or belongs to another epoch."""
+        values = documents.decode(content)
+        if values is None or values.pop("epoch", None) != epoch:
+            return None
+        return _decoded(cls, values)
+
+
+@dataclass(frozen=True)
+class RecentCommits:
+    """Number of finished tasks, and the newest records of a sample of every `step`-th task."""
+
+    total: int
+    step: int
+    records: tuple[Commit, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last error of a task of an item."""
+
+    kind: str
+    item: int
+    chunk: Index
+    attempt: int
+    worker: str
+    error: str
+    message: str
+    traceback: str
+    when: float = field(default_factory=time.time)
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Failure | None:
+        """Decode a record. Return None if it is damaged."""
+        values = documents.decode(content)
+        return None if values is None else _decoded(cls, values)
+
+
+@dataclass(frozen=True, slots=True)
+class PieceInfo:
+    """Size (bytes) and CRC-32C of a stored piece."""
+
+    size: int
+    crc32c: int
+
+
+class JobFolder:
+    """A job folder: the job record and one ledger per epoch.
+
+    Every method raises OSError if the storage fails.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.objects = ObjectFolder(path)
+
+    @property
+    def output(self) -> str:
+        """Path of the output."""
+        return self.path.removesuffix(SUFFIX)
+
+    def read_record(self) -> JobRecord | None:
+        """Return the record in `job.json`, or None if there is no job.
+
+        Raises JobError if it is damaged.
+        """
+        content = self.objects.get(RECORD)
+        return None if content is None else self._decode(content)
+
+    def require_record(self) -> JobRecord:
+        """Return the record in `job.json`. Raises MissingJobError if there is no job."""
+        record = self.read_record()
+        if record is None:
+            raise MissingJobError(
+                f"{without_secret(self.output)}: no job at this path, "
+                f"{without_secret(self.path)}/job.json is missing; "
+                "fix the path, or run `chunkq produce` to create a job"
+            )
+        return record
+
+    def create_record(self, record: JobRecord) -> JobRecord:
+        """Write `job.json` unless it exists, and return the stored record.
+
+        If several processes create a job at the same time, exactly one succeeds.
+        """
+        content = record.to_json()
+        if not self.objects.put_new(RECORD, content):
+            return self.require_record()
+        if not self.objects.is_exclusive:
+            log.warning(
+                "output: %s: this storage has no exclusive creation of objects; run only one "
+                "process at a time that creates this job",
+                without_secret(self.output),
+            )
+        # Without exclusive creation, another process may have overwritten the record.
+        stored = self.objects.get(RECORD)
+        return self.require_record() if stored is None else self._decode(stored)
+
+    def replace_record(
+        self,
+        before: bytes | None,
+        record: JobRecord,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Claim `job.json`, whose content is `before`, call `prepare`, and replace the record.
+
+        Raises JobError if another process has claimed or replaced it.
+        """
+        with self.claim(before):
+            prepare()
+            if not self.objects.replace(RECORD, before, record.to_json()):
+                raise self._replaced_error()
+
+    @contextmanager
+    def claim(self, content: bytes | None) -> Iterator[None]:
+        """Hold the claim to replace the job record that has this content.
+
+        Raises JobError if another process holds the claim, or if the record has other content.
+        """
+        with self.objects.claim(RECORD, content) as is_claimed:
+            if not is_claimed:
+                raise self._replaced_error()
+            yield
+
+    def _replaced_error(self) -> JobError:
+        return JobError(
+            f"output: {without_secret(self.output)}: another process is creating or changing this "
+            "job; wait until it has ended, or for a minute if it was killed, then run the command "
+            "again",
+            code=ErrorCode.JOB_REPLACED,
+        )
+
+    def ledger(self, epoch: str) -> Ledger:
+        """Return the ledger of an epoch."""
+        return Ledger(self.path, epoch)
+
+    def delete_earlier_epochs(self, epoch: str) -> None:
+        """Delete the ledgers of earlier jobs if the current job has this epoch."""
+        # List first: a later job writes its record before its ledger, so none is in this list.
+        names = self._epochs()
+        record = self.read_record()
+        if record is not None and record.epoch == epoch:
+            for name in names:
+                if name != epoch:
+                    self.objects.delete_folder(name)
+            self.objects.delete_partial_files()
+
+    def delete_epochs(self) -> None:
+        """Delete the ledgers of all jobs."""
+        for name in self._epochs():
+            self.objects.delete_folder(name)
+
+    def _epochs(self) -> list[str]:
+        return [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
+
+    def _decode(self, content: bytes) -> JobRecord:
+        return JobRecord.from_json(content, f"{self.path}/{RECORD}")
+
+
+class Ledger:
+    """Progress of one epoch of a job: the ledgers of its items, the report and the seal.
+
+    Every method raises OSError if the storage fails.
+    """
+
+    def __init__(self, job_folder: str, epoch: str) -> None:
+        self.epoch = epoch
+        self.path = f"{job_folder}/{epoch}"
+        self.objects = ObjectFolder(self.path)
+
+    def item(self, number: int) -> ItemLedger:
+        """Return the ledger of an item."""
+        return ItemLedger(self.objects, self.epoch, number)
+
+    def delete_pieces(self) -> None:
+        """Delete the pieces of all items, and partial files."""
+        self.objects.delete_folder("pieces")
+        self.objects.delete_partial_files()
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """Write `report.json`."""
+        self.objects.put("report.json", documents.encode(report, indent=1))
+
+    def read_report(self) -> dict[str, Any] | None:
+        """Return `report.json`, or None if the job is not sealed or the report is damaged."""
+        return self._document("report.json")
+
+    def seal(self) -> None:
+        """Write `sealed.json`, which marks that every block is complete."""
+        self.objects.put("sealed.json", documents.encode({"epoch": self.epoch}))
+
+    def is_sealed(self) -> bool:
+        """Return whether sealing has started; `Output.is_sealed` returns whether it has ended."""
+        return (self._document("sealed.json") or {}).get("epoch") == self.epoch
+
+    def unseal(self) -> None:
+        """Delete the seal and the report."""
+        self.objects.delete("sealed.json")
+        self.objects.delete("report.json")
+
+    def _document(self, name: str) -> dict[str, Any] | None:
+        content = self.objects.get(name)
+        return None if content is None else documents.decode(content)
+
+
+class ItemLedger:
+    """Progress of one item of a job: commit records, failure records and pieces.
+
+    Objects with other names are ignored, and so are damaged ones: a task with a damaged commit
+    record is not done. Every method raises OSError if the storage fails.
+    """
+
+    def __init__(self, objects: ObjectFolder, epoch: str, item: int) -> None:
+        self.objects, self.epoch, self.item = objects, epoch, item
+
+    def commit(self, record: Commit) -> None:
+        """Store a commit record unless the task has a valid one; delete its failure record."""
+        name = self._done(record.kind, record.chunk)
+        content = record.to_json(self.epoch)
+        if not self.objects.put_new(name, content) and not self.is_committed(
+            record.kind, record.chunk
+        ):
+            self.objects.put(name, content)  # the existing record is damaged
+        self.objects.delete(self._failed(record.kind, record.chunk))
+
+    def is_committed(self, kind: str, chunk: Index) -> bool:
+        """Return whether a task is done."""
+        content = self.objects.get(self._done(kind, chunk))
+        return content is not None and self._commit(content, kind, chunk) is not None
+
+    def committed(self, kind: str) -> dict[Index, float]:
+        """Return the finished chunks of a kind, and when each was committed (Unix time, s).
+
+        Lists the names of the records only. `read_commits` skips the damaged ones.
+        """
+        entries = ((parse_chunk(e.name), e) for e in self.objects.list(self._done(kind)) if e.size)
+        return {chunk: entry.modified for chunk, entry in entries if chunk is not None}
+
+    def count(self, kind: str) -> int:
+        """Count the finished tasks of a kind."""
+        return self.recent_commits(kind, 0).total
+
+    def recent_commits(self, kind: str, count: int) -> RecentCommits:
+        """Count the finished tasks of a kind and return the newest `count` records of a sample.
+
+        Much cheaper than `committed`, because it reads the times of a sample only.
+        """
+        total, step, entries = self.objects.sample(self._done(kind), SAMPLE_SIZE, _is_chunk)
+        newest = nlargest(count, entries, key=attrgetter("modified"))
+        chunks = [chunk for e in newest if (chunk := parse_chunk(e.name)) is not None]
+        return RecentCommits(total, step, tuple(self.commits(kind, chunks)))
+
+    def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
+        """Return the valid commit records of these chunks."""
+        names = {self._done(kind, chunk): chunk for chunk in chunks}
+        contents = self.objects.get_many(list(names))
+        commits = (self._commit(content, kind, names[name]) for name, content in contents.items())
+        return [commit for commit in commits if commit is not None]
+
+    def read_commits(self, kind: str) -> Iterator[Commit]:
+        """Yield all valid commit records of a kind; read them in batches."""
+        chunks = iter(self.committed(kind))
+        while batch := list(islice(chunks, BATCH_SIZE)):
+            yield from self.commits(kind, batch)
+
+    def delete_commits(self, kind: str, chunks: Iterable[Index]) -> None:
+        """Delete the commit records of these chunks, so that their tasks run again."""
+        for chunk in chunks:
+            self.objects.delete(self._done(kind, chunk))
+
+    def record_failure(self, failure: Failure) -> None:
+        """Store the last error of a task."""
+        name = self._failed(failure.kind, failure.chunk)
+        self.objects.put(name, documents.encode(json_values.to_values(failure)))
+
+    def failures(self, kinds: Iterable[str]) -> list[Failure]:
+        """Return the last error of every task of these kinds that failed and is not done."""
+        names = [
+            f"{folder}/{entry.name}"
+            for kind in kinds
+            for folder in [f"failed/{kind}/{self.item}"]
+            for entry in self.objects.list(folder)
+        ]
+        failures = map(Failure.from_json, self.objects.get_many(names).values())
+        return [failure for failure in failures if failure is not None]
+
+    def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> PieceInfo:
+        """Store arrays as a piece of a block: a JSON header line, their bytes, a CRC-32C.
+
+        The header has the epoch and the name of the piece, and [dtype, shape] of each array.
+
+        The format is not `.npy`: NumPy parses its header as Python code, which is not thread-safe
+        in CPython before 3.13. The write is not synchronized with the disk, because most pieces
+        are deleted before they reach it. A piece that a crash of the machine damages fails its
+        CRC, and its chunk is computed again.
+        """
+        path = self._piece(target, name)
+        shapes = [(array.dtype.str, array.shape) for array in arrays]
+        header = json.dumps([self.epoch, path, shapes]).encode()
+        header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
+        parts = [np.frombuffer(header, np.uint8), *(_bytes_of(array) for array in arrays)]
+        checksum = reduce(google_crc32c.extend, parts, 0)
+        trailer = checksum.to_bytes(CRC_BYTES, "little")
+        self.objects.put(path, *(part.data for part in parts), trailer, durable=False)
+        return PieceInfo(sum(map(len, parts)) + CRC_BYTES, checksum)
+
+    def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
+        """Return the arrays of a piece and its size (bytes).
+
+        Raises PieceError if it is missing or damaged.
+        """
+        path = self._piece(target, name)
+        content = self.objects.get_array(path)
+        if content is None:
+            raise PieceError(f"{without_secret(self.objects.path)}/{path} is missing")
+        damaged = PieceError(f"{without_secret(self.objects.path)}/{path} is damaged")
+        if not _has_valid_checksum(content):
+            raise damaged
+        ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
+        offset = next(end for end in ends if content[end - 1] == ord("\n"))
+        epoch, stored_path, shapes = json.loads(content[:offset].tobytes())
+        if (epoch, stored_path) != (self.epoch, path):  # a copy of another piece
+            raise damaged
+        arrays = []
+        for dtype, shape in shapes:
+            array = np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape)
+            arrays.append(array)
+            offset += array.nbytes
+        return arrays, len(content)
+
+    def delete_pieces(self, target: Index) -> None:
+        """Delete the pieces of a block."""
+        self.objects.delete_folder(f"pieces/{self.item}/{chunk_name(target)}")
+
+    def _done(self, kind: str, chunk: Index | None = None) -> str:
+        folder = f"done/{kind}/{self.item}"
+        return folder if chunk is None else f"{folder}/{chunk_name(chunk)}"
+
+    def _failed(self, kind: str, chunk: Index) -> str:
+        return f"failed/{kind}/{self.item}/{chunk_name(chunk)}.json"
+
+    def _piece(self, block: Index, name: str) -> str:
+        return f"pieces/{self.item}/{chunk_name(block)}/{name}"
+
+    def _commit(self, content: bytes, kind: str, chunk: Index) -> Commit | None:
+        """Decode a record. Return None if it is damaged or belongs to another task."""
+        commit = Commit.from_json(content, self.epoch)
+        is_same_task = commit is not None and (commit.kind, commit.item, commit.chunk) == (
+            kind,
+            self.item,
+            chunk,
+        )
+        return commit if is_same_task else None
+
+
+def _decoded(cls: type[T], values: dict[str, Any]) -> T | None:
+    """Return a record of decoded values, or None if they do not match it."""
+    try:
+        return json_values.from_values(cls, values)
+    except ValueError:
+        return None
+
+
+def _is_chunk(entry_name: str) -> bool:
+    return parse_chunk(entry_name) is not None
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _has_valid_checksum(content: npt.NDArray[np.uint8]) -> bool:
+    """Return whether the last bytes are the CRC-32C of those before."""
+    if len(content) <= CRC_BYTES:  # the CRC-32C of no bytes is 0, so four zeros would be valid
+        return False
+    body, trailer = content[:-CRC_BYTES], content[-CRC_BYTES:].tobytes()
+    return bool(google_crc32c.value(body) == int.from_bytes(trailer, "little"))

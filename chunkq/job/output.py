@@ -1,0 +1,436 @@
+"""Outputs of a job: create, check and seal their arrays and metadata.
+
+On a local disk the array is named `0.<epoch>` while the job runs, and is renamed to `0` when the
+job is sealed. A suspended process of an earlier job on the same path therefore cannot write into
+the array of a later job. A bucket cannot rename objects. There the first job writes `0`, and a job
+that replaces another one writes `0.<epoch>` and keeps this name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from chunkq import __version__
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.axes import Axis, channel_axis
+from chunkq.job.items import Item
+from chunkq.job.record import JobRecord
+from chunkq.job.tasks import EPOCH_DIGITS
+from chunkq.paths import is_url, join, without_secret
+from chunkq.plan.plan import Plan
+from chunkq.storage.array import Array
+from chunkq.storage.formats.zarr import ZARR_FORMAT, ZarrFormat, array_metadata
+from chunkq.storage.objects import ObjectFolder
+from chunkq.storage.ome import image_metadata, is_image
+
+SEALED_NAME = "0"
+ATTRIBUTE = "chunkq"
+GROUP = {2: ".zattrs", 3: "zarr.json"}
+"""Zarr format -> name of the document with a group's attributes."""
+ARRAY = {2: ".zarray", 3: "zarr.json"}
+"""Zarr format -> name of an array's metadata document."""
+OTHER_FORMAT = {2: ("zarr.json",), 3: (".zgroup", ".zattrs", ".zarray", ".zmetadata")}
+"""Zarr format -> documents of the other format in the root of a store."""
+LOCK_AGE = 120.0
+"""Age (s) from which a temporary file of tensorstore belongs to a killed writer."""
+EPOCH_NAME = re.compile(rf"{SEALED_NAME}\.[0-9a-f]{{{EPOCH_DIGITS}}}")
+LOCK = ".__lock"
+"""Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
+
+
+def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> JobRecord:
+    """Return the record of a new job, with an epoch and the metadata of its arrays.
+
+    `plans` are the plans of its items.
+
+    Set `replaces` if the output path may have content of an earlier job or program.
+    """
+    epoch = record.new_epoch()
+    has_final_name = is_url(record.job.output) and not replaces
+    name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
+    metadata: dict[str, str] = {}
+    for item, plan in zip(record.items, plans, strict=True):
+        shape = plan.output_shape
+        axes = _axes(item, shape)
+        channels = (1,) * (len(shape) - plan.rank)
+        chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
+        documents = array_metadata(
+            name,
+            shape=shape,
+            chunks=(*channels, *chunks),
+            dtype=plan.output_dtype,
+            zarr_format=record.job.zarr_format,
+            axes=[axis.name for axis in axes] if is_image(axes) else None,
+        )
+        metadata |= {_below(item, path): text for path, text in documents.items()}
+    return replace(record, epoch=epoch, array=name, metadata=metadata)
+
+
+def _below(item: Item, name: str) -> str:
+    """Return the name in the output of a document of an item's image."""
+    return name if item.is_alone else f"{item.name}/{name}"
+
+
+class Output:
+    """The output store of a job: one image, or a group with one image per item.
+
+    Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
+    `check_unchanged`, which raises if the job was replaced, before each change.
+    """
+
+    def __init__(self, path: str, record: JobRecord) -> None:
+        self._images = tuple(ImageOutput(path, record, item) for item in record.items)
+        is_group = not all(item.is_alone for item in record.items)
+        self._group = ImageGroup(path, record) if is_group else None
+
+    def image(self, item: Item) -> ImageOutput:
+        """Return the image of an item."""
+        return self._images[item.number]
+
+    @property
+    def has_final_name(self) -> bool:
+        """Whether an array was renamed to its final name."""
+        return any(image.has_final_name for image in self._images)
+
+    def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
+        """Create the missing parts of the output of a running job; delete those of earlier jobs.
+
+        Works from any interrupted state. Raises StoreError if the metadata of an array changed, or
+        if an array is missing although chunks are committed (`anything_done`).
+        """
+        if self._group is not None:
+            self._group.prepare(check_unchanged)
+        for image in self._images:
+            image.prepare(anything_done=anything_done, check_unchanged=check_unchanged)
+
+    def unseal(self) -> None:
+        """Rename sealed arrays back to the name that they have while the job runs.
+
+        Only the process that holds the claim on the job's record may call this: the name `0` has
+        no epoch, so the array could otherwise belong to a later job.
+        """
+        for image in self._images:
+            image.unseal()
+
+    def check_array(self) -> None:
+        """Raise StoreError unless every array, under its current name, is the one created."""
+        for image in self._images:
+            image.check_array()
+
+    def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Write the group metadata of an output that will be read before it is complete."""
+        for image in self._images:
+            image.mark_incomplete(check_unchanged=check_unchanged)
+        if self._group is not None:
+            self._group.write("incomplete", check_unchanged)
+
+    def seal(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Mark the output as complete; rename local arrays to their final name. Idempotent."""
+        for image in self._images:
+            image.seal(check_unchanged=check_unchanged)
+        if self._group is not None:
+            self._group.write("complete", check_unchanged)
+
+    def is_sealed(self) -> bool:
+        """Return whether the group metadata mark this job as complete."""
+        if self._group is not None:
+            return self._group.is_described("complete")
+        return all(image.is_sealed() for image in self._images)
+
+
+class ImageOutput:
+    """The image of one item. Methods raise StoreError, and OSError if the storage fails."""
+
+    def __init__(self, path: str, record: JobRecord, item: Item) -> None:
+        self.path = path if item.is_alone else join(path, item.name)
+        self._record, self._item = record, item
+        prefix = _below(item, "")
+        self._metadata = {
+            name.removeprefix(prefix): text
+            for name, text in record.metadata.items()
+            if name.startswith(prefix)
+        }
+        self._objects = ObjectFolder(self.path)
+        self._local = not is_url(path)
+        self._format = record.job.zarr_format
+
+    def prepare(self, *, anything_done: bool, check_unchanged: Callable[[], None]) -> None:
+        """Create the missing parts of the output of a running job; delete those of earlier jobs.
+
+        Works from any interrupted state. Calls `check_unchanged`, which raises if the job was
+        replaced, before each change. Raises StoreError if the array's metadata changed, or if the
+        array is missing although chunks are committed (`anything_done`).
+        """
+        name = self._record.array
+        if not self._exists(name):
+            if anything_done:
+                raise StoreError(
+                    f"output: {without_secret(self.path)}/{name}/{ARRAY[self._format]} is missing "
+                    "although chunks are committed; restore the file, or use --overwrite to start "
+                    "again",
+                    code=ErrorCode.OUTPUT_CHANGED,
+                )
+            check_unchanged()
+            for document in OTHER_FORMAT[self._format]:
+                self._objects.delete(document)
+            self._put(self._metadata)
+        self.check(name)
+        self._delete_stray_arrays(check_unchanged)
+        if self._local:
+            delete_stale_locks(self.path, time.time() - LOCK_AGE)
+        check_unchanged()
+        self._write_group("incomplete", name)
+
+    @property
+    def has_final_name(self) -> bool:
+        """Whether the array was renamed to its final name."""
+        return self._local and not self._exists(self._record.array) and self._exists(SEALED_NAME)
+
+    def unseal(self) -> None:
+        """Rename a sealed array back to the name it has while the job runs.
+
+        Only the process that holds the claim on the job's record may call this: the name `0` has
+        no epoch, so the array could otherwise belong to a later job.
+        """
+        if self.has_final_name:
+            os.rename(join(self.path, SEALED_NAME), join(self.path, self._record.array))
+
+    def open(self) -> Array:
+        """Open the array of a running job for writing. Raises StoreError if it was changed."""
+        self.check(self._record.array)
+        path = join(self.path, self._record.array)
+        return ZarrFormat().open_for_writing(path, {ZARR_FORMAT: self._format})
+
+    def check(self, name: str) -> None:
+        """Raise StoreError unless the array's metadata are those that were created.
+
+        Attributes are not compared, because users may add their own.
+        """
+        document = ARRAY[self._format]
+        stored = _parsed(self._objects.get(f"{name}/{document}"))
+        created = json.loads(self._metadata[f"{self._record.array}/{document}"])
+        differences = sorted(
+            key
+            for key in (stored or {}).keys() | created.keys()
+            if key != "attributes" and (stored or {}).get(key) != created.get(key)
+        )
+        if stored is None or differences:
+            reason = f"changed ({', '.join(differences)})" if stored and differences else "damaged"
+            raise StoreError(
+                f"output: {without_secret(self.path)}/{name}/{document}: {reason} since the job "
+                "was produced; restore the file, or use --overwrite to start again",
+                code=ErrorCode.OUTPUT_CHANGED,
+            )
+
+    def check_array(self) -> None:
+        """Raise StoreError unless the array, under its current name, is the one created."""
+        name = self._record.array
+        self.check(name if not self._local or self._exists(name) else SEALED_NAME)
+
+    def mark_incomplete(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Write the group metadata of an output that will be read before it is complete."""
+        check_unchanged()
+        self._write_group("incomplete", self._record.array)
+
+    def seal(self, *, check_unchanged: Callable[[], None]) -> None:
+        """Mark the output as complete; rename a local array to its final name. Idempotent."""
+        name = self._record.array
+        if self._local:
+            if self._exists(name):
+                self.check(name)
+                check_unchanged()
+                self._rename_to_final(name)
+            name = SEALED_NAME
+        self.check(name)
+        self._delete_stray_arrays(check_unchanged)
+        if self._local:
+            delete_stale_locks(join(self.path, name))
+        check_unchanged()
+        self._write_group("complete", name)
+        check_unchanged()  # raises if this process was suspended above and the job was replaced
+
+    def is_sealed(self) -> bool:
+        """Return whether the group metadata mark this job as complete."""
+        return self._is_described("complete", SEALED_NAME if self._local else self._record.array)
+
+    def _is_described(self, state: str, name: str) -> bool:
+        """Return whether the group metadata are those of this job; other keys are ignored."""
+        attributes = _group_attributes(self._objects, self._format)
+        return _key_values(attributes) == _key_values(self._attributes(state, name))
+
+    def _exists(self, name: str) -> bool:
+        return self._objects.exists(f"{name}/{ARRAY[self._format]}")
+
+    def _rename_to_final(self, name: str) -> None:
+        final = join(self.path, SEALED_NAME)
+        if os.path.lexists(final) and self._exists(name):
+            raise StoreError(
+                f"output: {final} was created by another job or program; remove it, then run the "
+                "command again",
+                code=ErrorCode.OUTPUT_CHANGED,
+            )
+        try:
+            os.rename(join(self.path, name), final)
+        except FileNotFoundError:
+            if not self._exists(SEALED_NAME):  # else another finalizer has renamed it
+                raise
+
+    def _delete_stray_arrays(self, check_unchanged: Callable[[], None]) -> None:
+        """Delete arrays that processes of earlier jobs wrote after they were replaced."""
+        # List before the check, so that the list has no array of a later job.
+        strays = [name for name in self._objects.folders() if self._is_stray(name)]
+        check_unchanged()
+        if strays:
+            self._objects.discard(*strays)
+        self._objects.delete_partial_files()
+
+    def _is_stray(self, name: str) -> bool:
+        if name == self._record.array:
+            return self._local and self.has_final_name
+        if name == SEALED_NAME:  # on a local disk it may belong to a later job
+            return not self._local
+        return EPOCH_NAME.fullmatch(name) is not None
+
+    def _write_group(self, state: str, name: str) -> None:
+        """Write the group metadata unless they are current; keep the user's attributes."""
+        if not self._is_described(state, name):
+            self._put(_group_documents(self._objects, self._format, self._attributes(state, name)))
+
+    def _attributes(self, state: str, name: str) -> dict[str, Any]:
+        """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
+        record = self._record
+        status = _status(record, state) | {"array": name}
+        document = json.loads(self._metadata[f"{record.array}/{ARRAY[self._format]}"])
+        image = image_metadata(_axes(self._item, document["shape"]), self._format, name)
+        return {**image, ATTRIBUTE: status}
+
+    def _put(self, documents: dict[str, str]) -> None:
+        _put(self._objects, documents)
+
+
+class ImageGroup:
+    """The group of a job with several items, laid out as bioformats2raw does (layout 3)."""
+
+    def __init__(self, path: str, record: JobRecord) -> None:
+        self._record, self._format = record, record.job.zarr_format
+        self._objects, self._series = ObjectFolder(path), ObjectFolder(join(path, "OME"))
+
+    def prepare(self, check_unchanged: Callable[[], None]) -> None:
+        """Write the metadata of a running job."""
+        check_unchanged()
+        for document in OTHER_FORMAT[self._format]:
+            self._objects.delete(document)
+        series: dict[str, Any] = {"series": [item.name for item in self._record.items]}
+        if self._format == 3:
+            series = {"ome": {"version": "0.5", **series}}
+        _put(self._series, _group_documents(self._series, self._format, series))
+        self.write("incomplete", check_unchanged)
+
+    def write(self, state: str, check_unchanged: Callable[[], None]) -> None:
+        """Write the group metadata unless they are current; keep the user's attributes."""
+        check_unchanged()
+        if not self.is_described(state):
+            documents = _group_documents(self._objects, self._format, self._attributes(state))
+            _put(self._objects, documents)
+
+    def is_described(self, state: str) -> bool:
+        """Return whether the group metadata are those of this job; other keys are ignored."""
+        attributes = _group_attributes(self._objects, self._format)
+        return bool(attributes.get(ATTRIBUTE) == self._attributes(state)[ATTRIBUTE])
+
+    def _attributes(self, state: str) -> dict[str, Any]:
+        layout: dict[str, Any] = {"bioformats2raw.layout": 3}
+        if self._format == 3:
+            layout = {"ome": {"version": "0.5", **layout}}
+        return {**layout, ATTRIBUTE: _status(self._record, state)}
+
+
+def _status(record: JobRecord, state: str) -> dict[str, Any]:
+    """Return the attribute that names the job and its state."""
+    return {
+        "state": state,
+        "digest": record.digest,
+        "epoch": record.epoch,
+        "version": __version__,
+    }
+
+
+def _group_attributes(objects: ObjectFolder, zarr_format: int) -> dict[str, Any]:
+    """Return the attributes of a group; empty if it has none or its document is damaged."""
+    stored = _parsed(objects.get(GROUP[zarr_format])) or {}
+    attributes = stored.get("attributes") if zarr_format == 3 else stored
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _group_documents(
+    objects: ObjectFolder, zarr_format: int, attributes: dict[str, Any]
+) -> dict[str, str]:
+    """Return the documents of a group with these attributes and the user's own."""
+    stored = _group_attributes(objects, zarr_format)
+    ome = stored.get("ome")
+    if isinstance(ome, dict) and "ome" in attributes:
+        attributes = attributes | {"ome": ome | attributes["ome"]}
+    merged = stored | attributes
+    if zarr_format == 2:
+        return {".zgroup": json.dumps({"zarr_format": 2}), ".zattrs": _to_text(merged)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": merged}
+    return {"zarr.json": _to_text(group)}
+
+
+def _put(objects: ObjectFolder, documents: dict[str, str]) -> None:
+    try:
+        for name, text in documents.items():
+            objects.put(name, text.encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(
+            f"output: {without_secret(objects.path)} cannot be written: {reason}"
+        ) from error
+
+
+def delete_stale_locks(path: str, older_than: float = math.inf) -> None:
+    """Delete tensorstore's temporary files below a local path that are older than a Unix time."""
+    for folder, _, files in os.walk(path):
+        for file in files:
+            name = os.path.join(folder, file)
+            with suppress(FileNotFoundError):
+                if LOCK in file and os.stat(name).st_mtime < older_than:
+                    os.unlink(name)
+
+
+def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the attributes of a group that identify the job and its state."""
+    status = attributes.get(ATTRIBUTE)
+    status = status if isinstance(status, dict) else {}
+    ome = attributes.get("ome", attributes)
+    try:
+        path = ome["multiscales"][0]["datasets"][0]["path"]
+    except (KeyError, IndexError, TypeError):
+        path = None
+    return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
+
+
+def _axes(item: Item, shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Return the axes of an output array of this shape: any channels, then those of the input."""
+    spatial = item.sources[0].axes
+    return (*map(channel_axis, shape[: len(shape) - len(spatial)]), *spatial)
+
+
+def _parsed(content: bytes | None) -> dict[str, Any] | None:
+    try:
+        values = json.loads(content or b"")
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _to_text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2)

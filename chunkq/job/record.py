@@ -1,0 +1,214 @@
+"""Job record, `job.json`: the validated job file and everything that determines its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from chunkq import __version__, json_values
+from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.job.items import Item, items_of
+from chunkq.job.job_file import Job, parse_job
+from chunkq.job.resolve import resolve
+from chunkq.job.tasks import EPOCH_DIGITS
+from chunkq.paths import file_hash, without_secret
+from chunkq.plan.plan import Plan
+from chunkq.storage import documents
+from chunkq.storage.images import ImageSource
+
+LAYOUT = 3
+"""Version of the job folder's layout. Folders of other versions are unsupported."""
+KEYS_WITHOUT_EFFECT = (
+    "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
+)  # fmt: skip
+"""Keys of a job that do not affect its result."""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """Content of `job.json`.
+
+    `items` are the images of the job. `epoch` distinguishes successive jobs on one output path. It
+    is empty until the job is created. `array` is the name of each output array while the job runs.
+    `metadata` maps the names of the arrays' metadata documents in the output to their content.
+    `identities` has for each item the `ImageSource.identity` of its sources; it changes when the
+    array is replaced.
+    """
+
+    job: Job
+    items: tuple[Item, ...]
+    file_hashes: dict[str, str]
+    identities: tuple[tuple[str, ...], ...] = ()
+    epoch: str = ""
+    array: str = "0"
+    metadata: dict[str, str] = field(default_factory=dict)
+    version: str = __version__
+
+    @property
+    def sources(self) -> tuple[ImageSource, ...]:
+        """The sources of all items, in order."""
+        return tuple(source for item in self.items for source in item.sources)
+
+    @classmethod
+    def create(cls, job: Job, sources: Sequence[ImageSource]) -> JobRecord:
+        """Create the record of a job. Read and hash each file of the job once.
+
+        Raises JobError with one line per file that cannot be read, and StoreError if an input is
+        missing.
+        """
+        hashes, problems = {}, []
+        for key, path in job.files.items():
+            try:
+                hashes[key] = file_hash(path)
+            except OSError as error:
+                is_missing = isinstance(error, FileNotFoundError)
+                reason = "no file" if is_missing else "cannot read"
+                problems.append(f"{key}: {reason} {without_secret(path)}; fix the path")
+        if problems:
+            raise JobError(problems)
+        items = items_of(sources, joined=job.model.join_dim is not None)
+        identities = (tuple(map(_identity, item.sources)) for item in items)
+        return cls(job, items, hashes, tuple(identities))
+
+    def with_queue(self, url: str) -> JobRecord:
+        """Return the record with the URL of its queue.
+
+        The record stores no URL that contains a password or is a queue inside this process.
+        """
+        is_storable = without_secret(url) == url and not url.startswith("inprocess:")
+        queue = url if is_storable else None
+        return replace(self, job=self.job.model_copy(update={"queue": queue}))
+
+    def new_epoch(self) -> str:
+        """Return a new epoch for this job, from its digest and the time: 8 hexadecimal digits."""
+        text = f"{self.digest} {time.time_ns()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:EPOCH_DIGITS]
+
+    def changed_files(self) -> list[str]:
+        """Return the keys of the files whose content no longer has the recorded hash."""
+        changed = []
+        for key, path in self.job.files.items():
+            try:
+                is_same = file_hash(path) == self.file_hashes[key]
+            except OSError:
+                is_same = False
+            if not is_same:
+                changed.append(key)
+        return changed
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that determines the output's bytes, as hexadecimal digits."""
+        values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
+        content = [values, [json_values.to_values(item) for item in self.items], self.file_hashes]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def plan(self, item: Item | None = None) -> Plan:
+        """Return the plan of an item, by default of the largest one. Raises JobError."""
+        if item is None:
+            item = max(self.items, key=lambda item: prod(item.volume.shape))
+        inputs = self.job.input
+        return resolve(self.job, item.volume, inputs if item.is_alone else [inputs[item.number]])
+
+    def plans(self) -> list[Plan]:
+        """Return the plans of all items. Raises JobError with the problems of all items."""
+        plans, problems = [], []
+        for item in self.items:
+            try:
+                plans.append(self.plan(item))
+            except JobError as error:
+                problems += [line for line in error.problems if line not in problems]
+        if problems:
+            raise JobError(problems)
+        return plans
+
+    def to_json(self) -> bytes:
+        """Encode the record as a document with a checksum."""
+        values = {
+            "layout": LAYOUT,
+            "chunkq_version": self.version,
+            "digest": self.digest,
+            "epoch": self.epoch,
+            "array": self.array,
+            "job": self.job.as_dict(),
+            "items": [json_values.to_values(item) for item in self.items],
+            "identities": list(self.identities),
+            "file_hashes": self.file_hashes,
+            "metadata": self.metadata,
+        }
+        return documents.encode(values, indent=1)
+
+    @classmethod
+    def from_json(cls, content: bytes, path: str = "job record") -> JobRecord:
+        """Decode the record stored at `path`.
+
+        Raises JobError if the record has another layout or is damaged. The stored digest must
+        equal the computed one, so a manually edited record counts as damaged.
+        """
+        printed_path = without_secret(path)
+        hint = "run `chunkq produce --overwrite` to start again"
+        values = documents.decode(content)
+        if _has_other_layout(content, values):
+            raise JobError(
+                f"{printed_path}: unsupported layout, expected {LAYOUT}; use the version of chunkq "
+                f"that created the job, or {hint}",
+                code=ErrorCode.JOB_RECORD_UNSUPPORTED,
+            )
+        try:
+            if values is None:
+                raise ValueError
+            record = cls(
+                parse_job(values["job"]),
+                tuple(json_values.from_values(Item, item) for item in values["items"]),
+                values["file_hashes"],
+                tuple(map(tuple, values["identities"])),
+                values["epoch"],
+                values["array"],
+                values["metadata"],
+                values["chunkq_version"],
+            )
+            if values["digest"] != record.digest or not _stays_in_folders(record):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, ChunkqError):
+            raise JobError(
+                f"{printed_path}: damaged, the checksum or digest does not match the content; "
+                f"restore the file, or {hint}",
+                code=ErrorCode.JOB_RECORD_DAMAGED,
+            ) from None
+        return record
+
+
+def _identity(source: ImageSource) -> str:
+    identity = source.identity()
+    if identity is None:
+        raise StoreError(
+            f"input: {without_secret(source.path)} is missing; restore it or fix the path",
+            code=ErrorCode.INPUT_MISSING,
+        )
+    return identity
+
+
+def _stays_in_folders(record: JobRecord) -> bool:
+    """Return whether the names in a record stay inside the output and the job folder."""
+    items = [item.name for item in record.items if not item.is_alone]
+    names = (record.epoch or "-", record.array, *record.metadata, *items)
+    parts = [part for name in names for part in name.split("/")]
+    return not {"", ".", ".."}.intersection(parts)
+
+
+def _has_other_layout(content: bytes, values: dict[str, Any] | None) -> bool:
+    """Return whether the content is a record that has another layout."""
+    if values is not None:
+        return values.get("layout") != LAYOUT
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    # The first versions wrote records without a layout and without a checksum.
+    return isinstance(values, dict) and "chunkq_version" in values and "layout" not in values

@@ -1,0 +1,358 @@
+"""Resolve a job over a volume to its plan, or report every mistake in the job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log, prod
+from typing import Any
+
+import numpy as np
+
+from chunkq.errors import JobError
+from chunkq.geometry.box import Box
+from chunkq.geometry.grid_spec import GridSpec
+from chunkq.job.job_file import Job
+from chunkq.plan.outputs import OutputSpec
+from chunkq.plan.plan import Plan, Volume
+
+STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
+"""Default edge of an output storage chunk in voxels, by the number of spatial axes."""
+MIN_STORAGE_EDGE = 16
+"""Smallest default edge of a storage chunk in voxels, if it divides the chunk."""
+MAX_CHUNK_BYTES = 512 << 20
+"""Upper limit for the memory of one chunk in flight with the default chunk size."""
+MAX_PATCH_VALUES = 1 << 31
+"""Upper limit for the values of one patch, channels included."""
+MIN_CHUNKS = 32
+"""Smallest number of chunks with the default chunk size, so that several workers share the job."""
+
+
+def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
+    """Return the plan of a job over one of its volumes; pure and deterministic.
+
+    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
+    JobError with one line per mistake.
+    """
+    problems = _volume_problems(job, volume, paths or job.input) or _length_problems(job, volume)
+    if problems:
+        raise JobError(problems)
+    shapes = _Shapes(job, volume)
+    if problems := shapes.problems():
+        raise JobError(shapes.channels_last_problems() or problems)
+    grid = shapes.grid()
+    if problems := [*_coverage_problems(grid), *_chunk_problems(grid)]:
+        raise JobError(shapes.channels_last_problems() or problems)
+    return Plan(volume, grid, (shapes.output_spec(),))
+
+
+def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
+    rank = len(volume.shape)
+    if not 1 <= rank <= 4:
+        return [
+            f"input: {paths[0]} has {rank} axes; expected 1 to 4; use an array of spatial axes only"
+        ]
+    if min(volume.shape) == 0:
+        return [
+            f"input: {paths[0]} has shape {list(volume.shape)} and no voxels; "
+            "use a volume with at least one voxel"
+        ]
+    for path, name in zip(paths, volume.dtypes or (volume.dtype,), strict=True):
+        try:
+            dtype = np.dtype(name)
+        except TypeError:  # the name of a structured or string dtype
+            dtype = np.dtype(object)
+        if dtype == np.uint64:
+            return [f"input: {path} has unsupported dtype uint64; convert it to uint32 or float32"]
+        if dtype.kind not in "biuf":
+            return [f"input: {path} has unsupported dtype {name}; convert it to real numbers"]
+        if problems := _pad_value_problems(job, dtype):
+            return problems
+    return []
+
+
+def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
+    """Return a problem if the dtype, of kind b, i, u or f, cannot hold the job's pad value."""
+    value = float(job.pad_value)
+    if dtype.kind in "iu":
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        fits = low <= value <= high and value == int(value)
+        legal = f"an integer from {low} to {high}"
+    elif dtype.kind == "b":
+        fits, legal = value in (0, 1), "0 or 1"
+    else:
+        largest = float(np.finfo(dtype).max)
+        fits = not np.isfinite(value) or abs(value) <= largest
+        legal = f"a value from {-largest:g} to {largest:g}"
+    if fits:
+        return []
+    printed = int(value) if value.is_integer() else value
+    return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
+
+
+def _length_problems(job: Job, volume: Volume) -> list[str]:
+    rank = len(volume.shape)
+    lists: dict[str, Sequence[int] | None] = {
+        "chunksize": job.chunksize,
+        "pad_width": job.pad_width,
+        "strides": job.strides,
+        "margin": job.margin,
+        "storage_chunks": job.storage_chunks,
+    }
+    lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
+    problems = [
+        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input, whose "
+        f"shape is {list(volume.shape)}"
+        for key, value in lists.items()
+        if value is not None and len(value) != rank
+    ]
+    for key in ("model_input_shape", "model_output_shape"):
+        shape = getattr(job.model, key)
+        if shape is not None and len(shape) not in (rank, rank + 1):
+            problems.append(
+                f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
+                f"set one per axis of the input, whose shape is {list(volume.shape)}, after the "
+                "number of channels if there is one"
+            )
+        elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
+            problems.append(
+                f"model_config.{key}: {prod(shape)} values per patch are unsupported; use at most "
+                f"{MAX_PATCH_VALUES}"
+            )
+    return problems
+
+
+def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
+    expected = [shape[-1], *shape[:-1]]
+    return (
+        f"model_config.{key}: {list(shape)} looks channels-last; expected channels first, "
+        f"{expected}; if the network needs channels last, move the axis in {step}"
+    )
+
+
+class _Shapes:
+    """Patch shapes and grids of a job over a volume.
+
+    `_volume_problems` and `_length_problems` of the job must be empty. `patch` is the input patch,
+    `output` the output patch, `kept` the output patch without its margin, and `lead` the offset of
+    the kept voxels in the input patch; each has one entry per spatial axis. `lost_axis` is the
+    spatial axis that the network reduces to one slice, or None.
+    """
+
+    def __init__(self, job: Job, volume: Volume) -> None:
+        self.job, self.volume = job, volume
+        rank = len(volume.shape)
+        model_input = job.model.model_input_shape
+        model_output = job.model.model_output_shape or model_input
+        self.input_channels = model_input[0] if len(model_input) > rank else 1
+        self.patch = model_input[-rank:]
+        self.output = job.model.output_patch(rank)
+        self.lost_axis = job.model.lost_axis(rank)
+        self.channels = model_output[0] if len(model_output) > rank else 1
+        self.channel_axis = len(model_output) > rank and job.combine == "weighted_avg"
+        self.margin = job.margin or (0,) * rank
+        self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
+        self.lead = tuple(
+            (p - q) // 2 + m for p, q, m in zip(self.patch, self.output, self.margin, strict=True)
+        )
+
+    def problems(self) -> list[str]:
+        """Return one line per mistake in the patch shapes and the margin."""
+        problems = self._lost_axis_problems()
+        if self.input_channels != 1:
+            problems.append(
+                f"model_config.model_input_shape: {self.input_channels} input channels are "
+                "unsupported; use 1, or store each channel as a volume, list the volumes in input "
+                "and set join_dim"
+            )
+        for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
+            if axis == self.lost_axis:
+                continue
+            if q > p or (p - q) % 2:
+                problems.append(
+                    f"model_config.model_output_shape: {q} along axis {axis} cannot be centered in "
+                    f"the input patch ({p}); use {p}, or less by an even number"
+                )
+        for axis, (m, q, kept) in enumerate(zip(self.margin, self.output, self.kept, strict=True)):
+            if kept < 1:
+                problems.append(
+                    f"margin: {m} along axis {axis} removes the whole output patch ({q}); "
+                    f"use at most {(q - 1) // 2}"
+                )
+        return problems
+
+    def channels_last_problems(self) -> list[str]:
+        """Return a line for each shape of a network that seems to have its channels last.
+
+        Some valid shapes look the same, so this explains other problems and is none by itself.
+        """
+        rank = len(self.volume.shape)
+        if rank == 1:
+            return []
+        model = self.job.model
+        problems, patch = [], self.patch
+        shape = model.model_input_shape
+        if len(shape) > rank and shape[-1] == 1 < shape[0]:
+            problems.append(_channels_last("model_input_shape", shape, "preprocessing_protected"))
+            patch = shape[:-1]
+        shape = model.model_output_shape or ()
+        if len(shape) > rank and shape[:-1] == patch != shape[1:]:
+            problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
+        return problems
+
+    def _lost_axis_problems(self) -> list[str]:
+        axis, lost = self.lost_axis, self.job.model.lost_dim
+        if axis is None:
+            return []
+        if not 0 <= axis < len(self.patch):
+            shape = self.job.model.model_input_shape
+            first = len(shape) - len(self.patch)
+            return [
+                f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
+                f"{list(shape)}; use {first} to {len(shape) - 1}"
+            ]
+        problems = []
+        if self.patch[axis] % 2 == 0:
+            problems.append(
+                f"model_config.lost_dim: model_input_shape has {self.patch[axis]} slices along "
+                f"entry {lost}; use an odd number, one slice and its neighbors on both sides"
+            )
+        if self.output[axis] != 1:
+            problems.append(
+                f"model_config.lost_dim: model_output_shape has {self.output[axis]} slices along "
+                "this axis; use 1"
+            )
+        return problems
+
+    def grid(self) -> GridSpec:
+        """Return the geometry, with one grid per offset."""
+        job, rank = self.job, len(self.volume.shape)
+        pads = job.pad_width
+        if pads is None:
+            pads = self.lead if job.inference_type == "crop_margin" else (0,) * rank
+            if self.lost_axis is not None:
+                pads = tuple(
+                    self.lead[a] if a == self.lost_axis else pad for a, pad in enumerate(pads)
+                )
+        chunk, storage = self._chunks_and_storage()
+        return GridSpec(
+            shape=self.volume.shape,
+            patch=self.patch,
+            output_patch=self.output,
+            margin=self.margin,
+            strides=job.strides or self.kept,
+            pads=pads,
+            offsets=((0,) * rank, *job.offsets),
+            edge=job.step_edge,
+            pad_mode=job.pad_mode,
+            chunk=chunk,
+            storage=storage,
+        )
+
+    def output_spec(self) -> OutputSpec:
+        """Return the job's only output."""
+        job = self.job
+        return OutputSpec(
+            name="",
+            channels=self.channels,
+            channel_axis=self.channel_axis,
+            activation=job.activation,
+            combine=job.combine,
+            average_dtype=job.output_dtype or "float32",
+            nan=job.nan,
+        )
+
+    def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of chunks and storage chunks, with defaults for those not set."""
+        edge = STORAGE_EDGE[len(self.volume.shape)]
+        storage = self.job.storage_chunks
+        if self.job.chunksize is not None:
+            chunks = self.job.chunksize
+            return chunks, storage or tuple(_storage_edge(c, edge) for c in chunks)
+        storage = storage or tuple(min(edge, v) for v in self.volume.shape)
+        return self._default_chunks(storage), storage
+
+    def _default_chunks(self, storage: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the default chunk shape, a power-of-two multiple of the smallest legal one.
+
+        The axis with the fewest patches per chunk is doubled until the next step would exceed
+        `MAX_CHUNK_BYTES` or leave fewer than `MIN_CHUNKS` chunks.
+        """
+        volume = self.volume.shape
+        bytes_per_voxel = 4 * self.channels + 8 + self.volume.voxel_bytes
+        chunks = [-(-k // s) * s for k, s in zip(self.kept, storage, strict=True)]
+        while True:
+            growing = [a for a, v in enumerate(volume) if chunks[a] < v]
+            if not growing:
+                return tuple(chunks)
+            smallest = min(growing, key=lambda a: chunks[a] / self.kept[a])
+            larger = [c * 2 if a == smallest else c for a, c in enumerate(chunks)]
+            voxels = prod(c + p for c, p in zip(larger, self.patch, strict=True))
+            count = prod(-(-v // c) for v, c in zip(volume, larger, strict=True))
+            if voxels * bytes_per_voxel > MAX_CHUNK_BYTES or count < MIN_CHUNKS:
+                return tuple(chunks)
+            chunks = larger
+
+
+def _storage_edge(chunk: int, max_edge: int) -> int:
+    """Return the default edge of a storage chunk: a divisor of `chunk`, about a quarter of it.
+
+    Bands would intersect every storage chunk of a block if these were much larger.
+    """
+    return _divisor_near(chunk, min(max_edge, max(MIN_STORAGE_EDGE, chunk // 4)))
+
+
+def _divisor_near(number: int, target: int) -> int:
+    """Return the divisor of `number` whose ratio to `target` is closest to 1."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return min({*small, *(number // d for d in small)}, key=lambda d: (abs(log(d / target)), -d))
+
+
+def _chunk_problems(grid: GridSpec) -> list[str]:
+    problems = []
+    for number, axis in enumerate(grid.axes):
+        kept = axis.grids[0].kept
+        if axis.chunk < min(kept, axis.volume):
+            problems.append(
+                f"chunksize: {axis.chunk} along axis {number} is smaller than the output patch "
+                f"({kept}); use at least {min(kept, axis.volume)}"
+            )
+        if axis.chunk < axis.volume and axis.chunk % axis.storage:
+            problems.append(
+                f"storage_chunks: {axis.storage} along axis {number} does not divide the chunk "
+                f"({axis.chunk}); use a divisor of {axis.chunk}"
+            )
+    return problems
+
+
+def _coverage_problems(spec: GridSpec) -> list[str]:
+    """Return one line for each axis along which a voxel lies in no output patch."""
+    problems, axes = [], spec.axes
+    for number, axis in enumerate(axes):
+        grid = axis.grids[0]
+        gap = grid.gap()
+        if gap is None and grid.stride > grid.kept and grid.span()[1] < axis.volume:
+            gap = grid.span()[1]  # the next patch would start beyond the volume
+        if gap is not None and len(axis.grids) == 1:
+            problems.append(
+                f"strides: {grid.stride} along axis {number} is larger than the output patch "
+                f"({grid.kept}) and leaves voxel {gap} without a prediction; "
+                f"use at most {grid.kept}"
+            )
+    if problems:
+        return problems
+    uncovered = [Box.of_shape([axis.volume for axis in axes])]
+    for g in range(len(axes[0].grids)):
+        spans = [axis.grids[g].span() for axis in axes]
+        covered = Box(tuple(s[0] for s in spans), tuple(s[1] for s in spans))
+        uncovered = [rest for box in uncovered for rest in box.minus(covered)]
+    if not uncovered:
+        return []
+    for number, axis in enumerate(axes):
+        low, high = axis.grids[0].span()
+        if (low, high) != (0, axis.volume):
+            voxel = uncovered[0].start[number]
+            problems.append(
+                f"pad_width: no output patch covers voxel {voxel} along axis {number}; "
+                f"use {spec.lead[number]} along this axis"
+            )
+    return problems

@@ -1,0 +1,26 @@
+"""Copy a job into another folder to run some of its chunks as a sample."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
+from chunkq.job.ledger import JobFolder, job_folder_of
+from chunkq.job.output import new_record
+from chunkq.job.record import JobRecord
+
+
+def largest_item(job: JobHandle) -> ItemHandle:
+    """Return the item with the most voxels, which stands for all."""
+    return max(job.items, key=lambda item: prod(item.item.volume.shape))
+
+
+def copy_job(record: JobRecord, folder: str) -> JobHandle:
+    """Create the job with an empty output below a local folder, and return its handle."""
+    output = f"{folder}/out.zarr"
+    copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
+    JobFolder(job_folder_of(output)).create_record(new_record(copy, copy.plans(), replaces=False))
+    job = open_job(job_folder_of(output))
+    job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
+    return job

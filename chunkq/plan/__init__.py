@@ -1,0 +1,1 @@
+"""The plan of an item: chunks, patches, pieces and costs. No I/O."""

@@ -1,0 +1,95 @@
+"""Estimate the memory that the arrays of a worker's chunks need, from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from chunkq.geometry.box import Box
+from chunkq.plan.plan import Chunk, Plan
+from chunkq.plan.sample_chunks import sample_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of the arrays of one chunk, by stage.
+
+    waiting      while the chunk waits for the device: its input
+    computing    while it is on the device
+    writing      while its results are written
+    finalizing   while its block is finalized; 0 if the block has no band
+
+    Not counted are the network, its batches, and the few storage chunks that are decoded or
+    compressed at a time.
+    """
+
+    waiting: int
+    computing: int
+    writing: int
+    finalizing: int
+
+    def peak_bytes(self, depth: int) -> int:
+        """Return the peak of `depth` chunks in flight, of which one at a time is on the device."""
+        others = max(self.waiting, self.writing, self.finalizing)
+        return max(self.computing + (depth - 1) * others, depth * self.finalizing)
+
+
+def footprint(plan: Plan) -> Footprint:
+    """Return the largest value of each stage over the sample chunks of a plan."""
+    one_per_shape = {_shapes(chunk): chunk for chunk in sample_chunks(plan)}
+    footprints = [chunk_footprint(plan, chunk) for chunk in one_per_shape.values()]
+    return Footprint(
+        max(chunk.waiting for chunk in footprints),
+        max(chunk.computing for chunk in footprints),
+        max(chunk.writing for chunk in footprints),
+        max(chunk.finalizing for chunk in footprints),
+    )
+
+
+def largest_footprint(plans: Iterable[Plan]) -> Footprint:
+    """Return the largest value of each stage over the items of a job."""
+    footprints = [footprint(plan) for plan in plans]
+    return Footprint(
+        *(max(getattr(f, field.name) for f in footprints) for field in fields(Footprint))
+    )
+
+
+def extra_device_bytes(plan: Plan) -> int:
+    """Return the bytes on an accelerator of one more chunk in flight: its input and its results."""
+    results_voxel = 4 * plan.channels
+    return max(
+        chunk.halo.size * plan.volume.voxel_bytes + chunk.region.size * results_voxel
+        for chunk in sample_chunks(plan)
+    )
+
+
+def _shapes(chunk: Chunk) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a chunk's boxes, which determine its footprint."""
+    boxes: tuple[Box, ...] = (chunk.block, chunk.interior, chunk.core, chunk.region, chunk.halo)
+    return tuple(box.shape for box in boxes)
+
+
+def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
+    """Return the footprint of one chunk."""
+    output_voxel = plan.output.voxel_bytes
+    sums_voxel = 4 * plan.channels
+    sums = sums_voxel * chunk.region.size
+    labels = not plan.output.is_average
+    # A float32 average is stored as it is, so the output is a view of the sums.
+    is_view = not labels and plan.output_dtype == "float32"
+    interior = 0 if is_view else chunk.interior.size * output_voxel
+    # A chunk without patches stores no sums; its whole block is band.
+    bands = sum(box.size for box in chunk.band_boxes) * sums_voxel if chunk.is_active else 0
+    outgoing = sum(piece.box.size for piece in plan.outgoing_pieces(chunk)) * sums_voxel
+    waiting = chunk.halo.size * plan.volume.voxel_bytes
+    # The argmax holds the largest value before and after a channel, and two arrays of winners.
+    argmax = chunk.interior.size * (4 + 4 + 1 + 1) if labels and plan.channels > 1 else 0
+    results = interior + bands + outgoing
+    computing = waiting + sums + max(argmax, results)
+    rest = sum(box.size for box in chunk.rest_boxes) * output_voxel
+    writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
+    incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
+    largest_band = max((box.size for box in chunk.band_boxes), default=0)
+    adding = largest_band * (sums_voxel + output_voxel)
+    completing = bands + rest + incoming + adding + chunk.block.size * output_voxel
+    return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)

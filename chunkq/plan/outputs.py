@@ -1,0 +1,63 @@
+"""The outputs of a job: what is stored of the network's predictions, and how they are combined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Combine = Literal["weighted_avg", "soft", "hard"]
+Activation = Literal["none", "softmax", "sigmoid"]
+
+
+def label_dtype(classes: int) -> np.dtype[Any]:
+    """Return the dtype of labels: uint8 for up to 256 classes, else uint16."""
+    return np.dtype(np.uint8 if classes <= 256 else np.uint16)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One output of a job.
+
+    name           name of the output; empty for the only output of a job without names
+    channels       number of channels that the network returns for it
+    channel_axis   whether the stored array has the channels as its first axis
+    activation     applied to each prediction
+    combine        how overlapping predictions are combined
+    average_dtype  dtype of averages; labels have the smallest dtype that holds them
+    nan            whether a non-finite prediction fails the chunk or counts as zero
+    """
+
+    name: str
+    channels: int
+    channel_axis: bool
+    activation: Activation
+    combine: Combine
+    average_dtype: str = "float32"
+    nan: Literal["fail", "zero"] = "fail"
+
+    @property
+    def is_average(self) -> bool:
+        """Whether averages are stored, and not labels."""
+        return self.combine == "weighted_avg"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the stored array."""
+        return np.dtype(self.average_dtype) if self.is_average else self.label_dtype
+
+    @property
+    def label_dtype(self) -> np.dtype[Any]:
+        """Dtype of labels of the output's channels."""
+        return label_dtype(max(2, self.channels))
+
+    @property
+    def stored_channels(self) -> int:
+        """Number of values stored per voxel."""
+        return self.channels if self.is_average else 1
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes stored per voxel."""
+        return self.stored_channels * self.dtype.itemsize

@@ -1,0 +1,426 @@
+"""The plan of a job: chunks, patches, pieces and costs, computed on demand and without I/O.
+
+A chunk owns the patches whose kept voxels, clipped to the volume, start in its block. Each patch is
+therefore computed exactly once, and a chunk's patches end in its block or in the next block along
+each axis. The band of a block is the part at its low sides that lower neighbors also predict.
+See docs/design.md, sections "Geometry" and "Blocks and pieces".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from chunkq.geometry.box import Box
+from chunkq.geometry.grid_spec import GridSpec
+from chunkq.geometry.grids import AxisGeometry
+from chunkq.geometry.padding import IntArray
+from chunkq.plan.outputs import OutputSpec
+
+Index = tuple[int, ...]
+BLOCKS_PER_BATCH = 1 << 16
+"""Blocks of one axis that are summed in one array operation; bounds the planner's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """Shape in voxels and dtype name of the input.
+
+    For several inputs, `dtype` is their common dtype and `dtypes` lists the dtype of each.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    dtypes: tuple[str, ...] = ()
+
+    @classmethod
+    def joined(cls, volumes: Sequence[Volume]) -> Volume:
+        """Return one volume for several inputs, which have the same shape."""
+        dtypes = tuple(volume.dtype for volume in volumes)
+        if len(dtypes) == 1:
+            return volumes[0]
+        return cls(volumes[0].shape, np.result_type(*dtypes).name, dtypes)
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return len(self.dtypes) or 1
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes per voxel, summed over the inputs."""
+        return sum(np.dtype(dtype).itemsize for dtype in self.dtypes or (self.dtype,))
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One patch: its grid and its number along each axis.
+
+    `source` is the input window. `target` holds the kept voxels inside the volume, those that the
+    patch predicts.
+    """
+
+    grid: int
+    numbers: tuple[int, ...]
+    source: Box
+    target: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Partial sums that chunk `source` stores for block `target`.
+
+    `box` is the part of the target's block that they cover. `name` is unique among the pieces of
+    one target.
+    """
+
+    source: Index
+    target: Index
+    box: Box
+
+    @property
+    def name(self) -> str:
+        """One digit per axis: 1 if the target is one block above the source, else 0."""
+        return "".join(str(t - s) for s, t in zip(self.source, self.target, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One unit of work.
+
+    block      output voxels that the chunk owns
+    interior   part of the block that no other chunk predicts; ends where the block ends
+    core       part of the interior whose storage chunks contain no voxel of the band; ends where
+               the block ends
+    region     voxels that the chunk's patches predict: the block and the upper overlap
+    halo       input window of its patches; can extend beyond the volume
+    owned      `owned[g][a]` is the range of its patch numbers of grid g along axis a
+    """
+
+    index: Index
+    block: Box
+    interior: Box
+    core: Box
+    region: Box
+    halo: Box
+    owned: tuple[tuple[range, ...], ...]
+
+    @property
+    def is_active(self) -> bool:
+        """Return whether the chunk owns a patch; if not, its whole block is band."""
+        return self.halo.size > 0
+
+    @property
+    def patches(self) -> int:
+        """Number of patches that the chunk owns."""
+        return sum(prod(len(numbers) for numbers in grid) for grid in self.owned)
+
+    @property
+    def has_band(self) -> bool:
+        """Return whether other chunks contribute to the block, which must then be finalized."""
+        return self.interior != self.block
+
+    @property
+    def band_boxes(self) -> tuple[Box, ...]:
+        """The band as disjoint boxes: the block without its interior."""
+        return tuple(self.block.without_corner(self.interior.start))
+
+    @property
+    def rest_boxes(self) -> tuple[Box, ...]:
+        """The interior voxels whose storage chunks contain band voxels, as disjoint boxes."""
+        return tuple(self.interior.without_corner(self.core.start))
+
+    @property
+    def touched_boxes(self) -> tuple[Box, ...]:
+        """The storage chunks that contain band voxels, as disjoint boxes: block without core."""
+        return tuple(self.block.without_corner(self.core.start))
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Work and data volume of a job; bytes count uncompressed voxels."""
+
+    chunks: int
+    finalized_blocks: int
+    finalized_voxels: int
+    patches: int
+    input_bytes: int
+    output_bytes: int
+    piece_bytes: int
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes read and written: input with halos, output, and each piece twice."""
+        return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
+
+
+def total_costs(plans: Iterable[Plan]) -> Costs:
+    """Return the sums of the costs of several plans."""
+    rows = [astuple(plan.costs) for plan in plans]
+    return Costs(*map(sum, zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chunks, patches, pieces and costs of one item of a job.
+
+    `grid` determines the geometry, `outputs` what is stored of each prediction. `volume` has the
+    shape of the grid.
+    """
+
+    volume: Volume
+    grid: GridSpec
+    outputs: tuple[OutputSpec, ...]
+
+    @property
+    def axes(self) -> tuple[AxisGeometry, ...]:
+        """The blocks and patches along each axis."""
+        return self.grid.axes
+
+    @property
+    def output(self) -> OutputSpec:
+        """The only output; several outputs are refused in this version."""
+        return self.outputs[0]
+
+    @property
+    def input_patch(self) -> tuple[int, ...]:
+        """Shape of the input patch."""
+        return self.grid.patch
+
+    @property
+    def output_patch(self) -> tuple[int, ...]:
+        """Shape of the output patch."""
+        return self.grid.output_patch
+
+    @property
+    def margin(self) -> tuple[int, ...]:
+        """Voxels that are cropped from each side of the output patch."""
+        return self.grid.margin
+
+    @property
+    def channels(self) -> int:
+        """Number of channels that the network returns."""
+        return self.output.channels
+
+    @property
+    def channel_axis(self) -> bool:
+        """Whether the channels are the first axis of the output."""
+        return self.output.channel_axis
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.axes)
+
+    @property
+    def chunksize(self) -> tuple[int, ...]:
+        """Block shape in voxels; the last block along an axis can be smaller."""
+        return self.grid.chunk
+
+    @property
+    def storage_chunks(self) -> tuple[int, ...]:
+        """Shape of an output storage chunk along the spatial axes."""
+        return self.grid.storage
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Number of blocks along each axis."""
+        return tuple(axis.blocks for axis in self.axes)
+
+    @property
+    def output_dtype(self) -> np.dtype[Any]:
+        """Dtype of the output volume."""
+        return self.output.dtype
+
+    @property
+    def stored_channels(self) -> int:
+        """Number of values stored per voxel of the output."""
+        return self.output.stored_channels
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the output: ([C,] *S)."""
+        return self.output_box(Box.of_shape(self.volume.shape)).shape
+
+    def output_box(self, box: Box) -> Box:
+        """Return the box of the output array ([C,] *S) that holds all values of a box of voxels."""
+        if not self.channel_axis:
+            return box
+        return Box((0, *box.start), (self.channels, *box.stop))
+
+    def indices(self) -> Iterator[Index]:
+        """Yield the index of every chunk in C order (last axis fastest)."""
+        return product(*(range(n) for n in self.blocks))
+
+    def chunk(self, index: Index) -> Chunk:
+        """Return the chunk at `index`."""
+        parts = [axis.block(i) for axis, i in zip(self.axes, index, strict=True)]
+        start, stop = tuple(p.start for p in parts), tuple(p.stop for p in parts)
+        return Chunk(
+            index=index,
+            block=Box(start, stop),
+            interior=Box(tuple(p.start + p.band for p in parts), stop),
+            core=Box(tuple(p.start + p.aligned_band for p in parts), stop),
+            region=Box(start, tuple(p.stop + p.upper_overlap for p in parts)),
+            halo=Box(tuple(p.halo[0] for p in parts), tuple(p.halo[1] for p in parts)),
+            owned=tuple(tuple(p.owned[g] for p in parts) for g in range(len(self.axes[0].grids))),
+        )
+
+    def patches(self, chunk: Chunk) -> Iterator[Patch]:
+        """Yield the patches of a chunk, grid by grid, each grid in C order (last axis fastest)."""
+        for g, ranges in enumerate(chunk.owned):
+            grids = [axis.grids[g] for axis in self.axes]
+            for numbers in product(*ranges):
+                pairs = list(zip(grids, numbers, strict=True))
+                begin = tuple(grid.start(k) for grid, k in pairs)
+                kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
+                yield Patch(
+                    g,
+                    numbers,
+                    Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
+                    Box(
+                        tuple(max(0, k) for k in kept),
+                        tuple(
+                            min(k + grid.kept, grid.volume)
+                            for k, (grid, _) in zip(kept, pairs, strict=True)
+                        ),
+                    ),
+                )
+
+    def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
+        """Return the pieces that a chunk stores for its upper neighbors, in a fixed order."""
+        if not chunk.is_active:
+            return []
+        overlap = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
+        return [
+            Piece(chunk.index, target, box)
+            for up in _subsets(self.rank)
+            if all(overlap[a] for a in range(self.rank) if up[a])
+            for target, box in [self._upper_neighbor(chunk, up)]
+        ]
+
+    def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
+        """Return the pieces that lower neighbors store for a chunk's block, in a fixed order."""
+        block, inner, halo = chunk.block, chunk.interior.start, chunk.halo.shape
+        pieces = []
+        for up in _subsets(self.rank):
+            has_piece = all(
+                inner[a] > block.start[a] if up[a] else halo[a] > 0 for a in range(self.rank)
+            )
+            if has_piece:
+                source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
+                stop = tuple(
+                    low if u else high for u, low, high in zip(up, inner, block.stop, strict=True)
+                )
+                pieces.append(Piece(source, chunk.index, Box(block.start, stop)))
+        return pieces
+
+    def contributors(self, index: Index) -> list[Index]:
+        """Return the chunks that must be committed before the block can be finalized."""
+        return [index, *(piece.source for piece in self.incoming_pieces(self.chunk(index)))]
+
+    def has_band(self, index: Index) -> bool:
+        """Return whether the block has a band and must therefore be finalized."""
+        return any(axis.block(i).band > 0 for axis, i in zip(self.axes, index, strict=True))
+
+    def to_finalize(self) -> Iterator[Index]:
+        """Yield the blocks that have a band in C order (last axis fastest)."""
+        has_band = []
+        for axis in self.axes:
+            numbers = np.arange(axis.blocks, dtype=np.int64)
+            has_band.append((axis.band(numbers) > 0).tolist())
+        for index in self.indices():
+            if any(flags[i] for flags, i in zip(has_band, index, strict=True)):
+                yield index
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Exact totals over all chunks. Takes time linear in the blocks along one axis."""
+        return _costs(self)
+
+    def _upper_neighbor(self, chunk: Chunk, up: Index) -> tuple[Index, Box]:
+        """Return the index of an upper neighbor and the part of its block that the chunk predicts.
+
+        `up` has a 1 for each axis along which the neighbor is one block above the chunk.
+        """
+        target = tuple(i + u for i, u in zip(chunk.index, up, strict=True))
+        block, region = chunk.block, chunk.region
+        start = tuple(
+            high if u else low for u, low, high in zip(up, block.start, block.stop, strict=True)
+        )
+        stop = tuple(
+            high if u else low for u, low, high in zip(up, block.stop, region.stop, strict=True)
+        )
+        return target, Box(start, stop)
+
+
+def _subsets(rank: int) -> list[Index]:
+    """Return all non-empty sets of axes as tuples of 0 and 1, in binary counting order."""
+    return list(product((0, 1), repeat=rank))[1:]
+
+
+class _AxisTotals:
+    """Sums over the blocks of one axis. A total over the volume is a product of such sums."""
+
+    def __init__(self, axis: AxisGeometry) -> None:
+        self.sums = dict.fromkeys(
+            ("length", "interior", "core", "without_band", "active", "upper_overlap", "read"), 0
+        )
+        self.patches = [0] * len(axis.grids)
+        for low in range(0, axis.blocks, BLOCKS_PER_BATCH):
+            high = min(low + BLOCKS_PER_BATCH, axis.blocks)
+            self._add(axis, np.arange(low, high, dtype=np.int64))
+
+    def _add(self, axis: AxisGeometry, blocks: IntArray) -> None:
+        length = axis.stop(blocks) - axis.start(blocks)
+        band = axis.band(blocks)
+        halo_low, halo_high = axis.halo(blocks)
+        read_low, read_high = axis.read(blocks)
+        active = halo_high > halo_low
+        sums = {
+            "length": length,
+            "interior": length - band,
+            "core": length - axis.aligned_band(blocks),
+            "without_band": band == 0,
+            "active": np.where(active, length, 0),
+            "upper_overlap": axis.upper_overlap(blocks),
+            "read": read_high - read_low,
+        }
+        for key, values in sums.items():
+            self.sums[key] += int(values.sum())
+        for g, grid in enumerate(axis.grids):
+            low, high = grid.owned(blocks, axis.chunk)
+            self.patches[g] += int((high - low).sum())
+
+
+def _costs(plan: Plan) -> Costs:
+    totals = [_AxisTotals(axis) for axis in plan.axes]
+
+    def over_axes(key: str) -> int:
+        return prod(t.sums[key] for t in totals)
+
+    sums_bytes = 4 * plan.channels
+    stored_bytes = plan.output.voxel_bytes
+    chunks = prod(plan.blocks)
+    piece_voxels = sum(
+        prod(t.sums["upper_overlap" if u else "active"] for t, u in zip(totals, up, strict=True))
+        for up in _subsets(plan.rank)
+    )
+    band_voxels = over_axes("active") - over_axes("interior")
+    rest_voxels = over_axes("interior") - over_axes("core")
+    itemsize = plan.volume.voxel_bytes
+    return Costs(
+        chunks=chunks,
+        finalized_blocks=chunks - over_axes("without_band"),
+        finalized_voxels=over_axes("length") - over_axes("core"),
+        patches=sum(prod(t.patches[g] for t in totals) for g in range(len(totals[0].patches))),
+        input_bytes=over_axes("read") * itemsize,
+        output_bytes=prod(plan.volume.shape) * stored_bytes,
+        piece_bytes=(piece_voxels + band_voxels) * sums_bytes + rest_voxels * stored_bytes,
+    )

@@ -1,0 +1,95 @@
+"""Show events on standard error: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from chunkq.job.events import Event, Message, StageProgress
+
+T = TypeVar("T")
+LINE_INTERVAL_SECONDS = 10.0
+
+
+class ProgressDisplay:
+    """Sink that shows messages, and the progress of one stage at a time.
+
+    Context manager: at its end, the bar disappears.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._stage = ""
+        self._bar: Progress | None = None
+        self._shown = ExitStack()
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._shown.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Message(line):
+                self.print(line)
+            case StageProgress(stage):
+                if self.begin(stage) and self.console.is_terminal:
+                    self._start(event)
+                self._update(event)
+
+    def print(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, display: AbstractContextManager[T]) -> T:
+        """Start a display, such as a bar; it ends with the stage."""
+        return self._shown.enter_context(display)
+
+    def begin(self, stage: str) -> bool:
+        """Remove the display of another stage; return whether there was one."""
+        if stage == self._stage:
+            return False
+        self._shown.close()
+        self._stage, self._bar, self._last_line = stage, None, time.monotonic()
+        return True
+
+    def is_line_due(self) -> bool:
+        """Return whether the interval between two lines is over; start the next one if so."""
+        is_due = time.monotonic() - self._last_line >= LINE_INTERVAL_SECONDS
+        if is_due:
+            self._last_line = time.monotonic()
+        return is_due
+
+    def _start(self, event: StageProgress) -> None:
+        if event.total is None:
+            self.show(self.console.status(event.stage))
+            return
+        self._bar = Progress(
+            TextColumn(event.stage),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(event.stage, total=None)
+        self.show(self._bar)
+
+    def _update(self, event: StageProgress) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=event.done, total=event.total)
+        elif not self.console.is_terminal and event.total is not None and self.is_line_due():
+            self.print(f"{event.stage}: {event.done}/{event.total}")

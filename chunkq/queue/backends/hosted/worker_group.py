@@ -1,0 +1,46 @@
+"""Groups of workers in processes of a cluster, which outlive the process that started them."""
+
+from __future__ import annotations
+
+import uuid
+
+from chunkq.queue.backends.hosted.remote_table import RemoteTable
+from chunkq.queue.contract.executor import WorkerOptions
+
+
+def new_group_name() -> str:
+    """Return a new name for a group of remote workers."""
+    return uuid.uuid4().hex[:8]
+
+
+class RemoteWorkerOptions(WorkerOptions):
+    """Options of a remote worker, which ends when its job is done or its group is stopped."""
+
+    def __init__(self, table: RemoteTable, group: str, worker: str, job: str, depth: int) -> None:
+        super().__init__(worker=worker, job=job, depth=depth, burst=True)
+        self._table, self._group = table, group
+
+    def can_start(self) -> bool:
+        """Return whether the worker may reserve another task."""
+        if self._table.group_status(self._group).is_stopped:
+            self.stop.set()
+        return super().can_start()
+
+
+class RemoteWorkers:
+    """A group of `count` remote workers."""
+
+    def __init__(self, table: RemoteTable, name: str, count: int) -> None:
+        self._table, self.name, self.count = table, name, count
+
+    def have_ended(self) -> bool:
+        """Return whether all workers have ended."""
+        return self._table.group_status(self.name).ended >= self.count
+
+    def messages(self) -> list[str]:
+        """Return the error messages of workers that ended."""
+        return self._table.group_status(self.name).messages
+
+    def stop(self) -> None:
+        """Make the workers finish their tasks in flight and end."""
+        self._table.stop_group(self.name)

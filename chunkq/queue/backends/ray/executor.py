@@ -1,0 +1,295 @@
+"""Queue in a detached Ray actor. Workers are actors, so that Ray assigns their GPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.queue.backends.hosted.hosted import HostedQueue
+from chunkq.queue.backends.hosted.queue_host import QueueHost
+from chunkq.queue.backends.hosted.remote_workers import (
+    current_device,
+    load_serve,
+    run_remote_worker,
+)
+from chunkq.queue.backends.hosted.worker_group import RemoteWorkers, new_group_name
+from chunkq.queue.backends.ray.connection import (
+    CLIENT_SERVER_ERROR,
+    CLIENT_TRIES,
+    NAMESPACE,
+    Address,
+    Connection,
+)
+from chunkq.queue.backends.ray.errors import INSTALL_HINT, first_line, last_line, start_problem
+from chunkq.queue.backends.ray.workers import RayRemoteWorkers, new_actor
+from chunkq.queue.contract.executor import (
+    EXIT_CRASHED,
+    EXIT_REFUSED,
+    ExitStatus,
+    Serve,
+    WorkerName,
+    WorkerOptions,
+)
+
+log = logging.getLogger("chunkq.queue")
+
+QUEUE_ACTOR = "queue"
+ANSWER_SECONDS = 30.0
+POLL_SECONDS = 0.2
+JOIN_SECONDS = 120.0
+GRANT_SECONDS = 15.0
+"""Time after which a worker that waits for its device logs a warning."""
+EXCLUDED_ENV_PREFIXES = ("CUDA_VISIBLE_DEVICES", "RAY_", "CHUNKQ_QUEUE")
+"""Prefixes of environment variables that are not copied to an actor."""
+
+
+class RayExecutor(HostedQueue):
+    """Queue `ray://auto` or `ray://HOST:10001` in a cluster that has chunkq installed."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        address = Address.parse(url)
+        self._actor: Any = None
+        try:
+            Connection.open(address.text)
+        except Exception as error:  # Ray raises many types, also those of gRPC
+            raise self._unreachable(error) from None
+        try:
+            self.check_version()
+        except QueueError:
+            self.close()
+            raise
+
+    def check_version(self) -> None:
+        """Raise QueueError if the queue actor runs another version of chunkq."""
+        self.table.group_status("")
+
+    def request(self, request: str) -> str:
+        """Send a request to the queue actor, which is created if needed; return its response."""
+        try:
+            if self._actor is None:
+                self._actor = _queue_actor()
+            response: str = ray.get(self._actor.answer.remote(request), timeout=ANSWER_SECONDS)
+        except ray.exceptions.GetTimeoutError as error:
+            raise self._unreachable(error) from None
+        except ray.exceptions.RayActorError as error:
+            self._actor = None
+            if "No module named 'chunkq" in str(error):
+                raise QueueError(
+                    f"queue: {self.url}: chunkq is not installed in the Ray cluster; "
+                    f"{INSTALL_HINT}",
+                    code=ErrorCode.PACKAGE_MISSING,
+                ) from None
+            raise QueueError(
+                f"queue: {self.url}: the Ray cluster lost the queue; "
+                "run `chunkq produce --resume` to queue the remaining chunks",
+                code=ErrorCode.QUEUE_LOST,
+            ) from None
+        except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+            raise self._unreachable(error) from None
+        return response
+
+    def _unreachable(self, error: BaseException) -> QueueError:
+        if isinstance(error, ConnectionAbortedError) and CLIENT_SERVER_ERROR in str(error):
+            return QueueError(
+                f"queue: {self.url}: the Ray cluster failed {CLIENT_TRIES} times to start its "
+                f"server for this process ({last_line(error)}); start its head with "
+                "GRPC_ENABLE_FORK_SUPPORT=0 in the environment, or see its ray_client_server*.err"
+            )
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "ersion mismatch" in reason:
+            return QueueError(
+                f"queue: {self.url}: the Ray cluster and this process run different versions "
+                f"({reason[:300]}); install the same versions everywhere",
+                code=ErrorCode.QUEUE_VERSION_MISMATCH,
+            )
+        return QueueError(
+            f"queue: {self.url}: the Ray cluster is unreachable ({reason[:200]}); start one with "
+            "`ray start --head`, or check the address, and the token if it requires one"
+        )
+
+    def run_worker(self, serve: Serve, options: WorkerOptions) -> ExitStatus:
+        """Run the worker in an actor on this machine, to which Ray assigns a GPU.
+
+        The actor uses the function that is installed in its environment, not `serve`.
+        """
+        name = WorkerName.parse(options.worker)
+        this_node = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=not self.url.startswith("ray://auto")
+        )
+        actor = new_actor(
+            WorkerActor, name.device != "cpu", scheduling_strategy=this_node, max_concurrency=3
+        ).remote()
+        try:
+            if not self._wait_for_start(actor, options):
+                return ExitStatus()
+            return self._wait_until_done(actor, options)
+        except ray.exceptions.RayActorError as error:
+            if "creation task" in str(error):
+                return ExitStatus(EXIT_REFUSED, [start_problem(error)])
+            return ExitStatus(EXIT_CRASHED, ["the worker's actor died: " + first_line(error)])
+        finally:
+            with suppress(Exception):
+                ray.kill(actor)
+
+    def _wait_for_start(self, actor: Any, options: WorkerOptions) -> bool:
+        """Wait until Ray starts an actor; return False if its worker is no longer needed."""
+        answer, start, late = actor.ping.remote(), time.monotonic(), False
+        while not ray.wait([answer], timeout=POLL_SECONDS)[0]:
+            if not options.can_start() or (late and options.burst and self.is_drained(options)):
+                return False
+            if not late and time.monotonic() - start > GRANT_SECONDS:
+                late = True
+                log.warning("Ray has not yet assigned a device and a core to this worker; waiting")
+        return True
+
+    def _wait_until_done(self, actor: Any, options: WorkerOptions) -> ExitStatus:
+        values = {
+            "depth": options.depth,
+            "burst": options.burst,
+            "job": options.job,
+            "deadline": options.deadline,
+            "time_limit": options.time_limit,
+        }
+        # An argument, because any user of the cluster can read the runtime environment of an actor.
+        environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(EXCLUDED_ENV_PREFIXES)
+        }
+        result = actor.serve.remote(self.url, options.worker, values, environment)
+        stopped = False
+        while not ray.wait([result], timeout=POLL_SECONDS)[0]:
+            if options.stop.is_set() and not stopped:
+                stopped = True
+                actor.stop.remote()
+        code, lines = ray.get(result)
+        return ExitStatus(code, lines)
+
+    def launch_remote_workers(
+        self, job: str, *, gpu: bool, depth: int, nodes: int = 1
+    ) -> RemoteWorkers:
+        """Start detached actors on all machines of the cluster: one per GPU, or one per machine."""
+        until = time.monotonic() + JOIN_SECONDS
+        while len(alive := [node for node in ray.nodes() if node["Alive"]]) < nodes:
+            if time.monotonic() > until:
+                log.warning(
+                    "only %d of %d nodes joined the Ray cluster; continuing without the others",
+                    len(alive),
+                    nodes,
+                )
+                break
+            time.sleep(POLL_SECONDS)
+        count = sum(int(node["Resources"].get("GPU", 0)) for node in alive) if gpu else len(alive)
+        if not count:
+            raise QueueError(
+                f"queue: {self.url}: the Ray cluster has no GPU for this job; use a cluster with "
+                "GPUs, or `device: cpu` in the job file",
+                code=ErrorCode.QUEUE_NO_WORKERS,
+            )
+        group = new_group_name()
+        actors = [
+            new_actor(
+                WorkerActor,
+                gpu,
+                name=f"worker-{group}-{number}",
+                namespace=NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                scheduling_strategy="SPREAD",
+            ).remote(group, job, depth)
+            for number in range(count)
+        ]
+        return RayRemoteWorkers(self.table, group, actors)
+
+    def close(self) -> None:
+        """Disconnect from the cluster."""
+        Connection.close()
+
+
+class WorkerActor:
+    """Worker process as an actor.
+
+    With a `group` it is a remote worker: it runs the job without a call, also after Ray restarts
+    it, and ends itself. Otherwise `serve` runs it.
+    """
+
+    def __init__(self, group: str | None = None, job: str = "", depth: int = 1) -> None:
+        self._options: WorkerOptions | None = None
+        if group is not None:
+            actor = ray.get_runtime_context().current_actor
+            threading.Thread(target=self._run_remote, args=(group, job, depth, actor)).start()
+
+    def serve(
+        self, url: str, parent: str, values: dict[str, Any], environment: dict[str, str]
+    ) -> tuple[int, list[str]]:
+        """Run the worker until it ends; return its exit code and messages.
+
+        `parent` is the name of the worker process that waits for it, `values` are the arguments of
+        `WorkerOptions`.
+        """
+        os.environ.update(environment)
+        _hide_ungranted_gpus()
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+        queue = RayExecutor(url)
+        self._options = WorkerOptions(
+            WorkerName.new(current_device()).name, replaceable=True, **values
+        )
+        queue.table.register_worker(self._options.worker, parent)
+        code, lines = load_serve()(queue, self._options)
+        queue.close()
+        return code, list(lines)
+
+    def ping(self) -> bool:
+        """Return True. Ray delays the answer until the actor has started."""
+        return True
+
+    def stop(self) -> None:
+        """Make the worker finish its tasks in flight and end."""
+        if self._options is not None:
+            self._options.stop.set()
+
+    def _run_remote(self, group: str, job: str, depth: int, actor: Any) -> None:
+        _hide_ungranted_gpus()
+        try:
+            queue = RayExecutor("ray://auto")
+            try:
+                run_remote_worker(queue, group, WorkerName.new(current_device()).name, job, depth)
+            except Exception as error:
+                queue.table.record_exit(group, [f"{type(error).__name__}: {first_line(error)}"])
+                raise
+        finally:  # an idle actor would keep its device
+            ray.kill(actor, no_restart=True)
+
+
+def _queue_actor() -> Any:
+    """Return the queue actor of the cluster. Create it on the head if it does not exist."""
+    heads = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
+    options: dict[str, Any] = {}
+    if heads:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(heads[0], soft=True)
+    return (
+        ray.remote(QueueHost)
+        .options(
+            name=QUEUE_ACTOR,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            **options,
+        )
+        .remote()
+    )
+
+
+def _hide_ungranted_gpus() -> None:
+    """Hide all GPUs from an actor without one. By default Ray makes all GPUs visible to it."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,0 +1,1 @@
+"""What every queue backend promises, and the types that it shares with workers."""

@@ -1,0 +1,1 @@
+"""The task loop of a worker on a queue that leases tasks."""

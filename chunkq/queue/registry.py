@@ -1,0 +1,115 @@
+"""Queue backends, selected by the scheme of the URL and imported on first use.
+
+Another package adds a backend with an entry point in the group `chunkq.queues`: its name is the
+scheme, its value a class with the interface `Executor`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+
+from chunkq.errors import ErrorCode, JobError, QueueError, suggestion
+from chunkq.queue.contract.executor import Executor
+
+BACKENDS: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "inprocess": "chunkq.queue.backends.inprocess:InProcessExecutor",
+        "sqlite": "chunkq.queue.backends.sqlite:SqliteExecutor",
+        "redis": "chunkq.queue.backends.rq:RqExecutor",
+        "rediss": "chunkq.queue.backends.rq:RqExecutor",
+        "unix": "chunkq.queue.backends.rq:RqExecutor",
+        "dask": "chunkq.queue.backends.dask.executor:DaskExecutor",
+        "ray": "chunkq.queue.backends.ray.executor:RayExecutor",
+    }
+)
+"""URL scheme -> class, of the backends of chunkq."""
+ENTRY_POINT_GROUP = "chunkq.queues"
+EXTRAS: MappingProxyType[str, str] = MappingProxyType(
+    {"rq": "redis", "redis": "redis", "distributed": "dask", "dask": "dask", "ray": "ray"}
+)
+"""Package -> the extra of chunkq that installs it."""
+QUEUE_VARIABLE = "CHUNKQ_QUEUE"
+
+
+def default_url() -> str:
+    """Return the URL of the embedded queue: a SQLite file in the state folder of the user."""
+    import platformdirs
+
+    return f"sqlite:///{platformdirs.user_state_path('chunkq') / 'queue.db'}"
+
+
+def queue_url(option: str | None, job_url: str | None = None) -> str:
+    """Return the first URL that is set: option, environment, job file, embedded queue."""
+    return option or os.environ.get(QUEUE_VARIABLE) or job_url or default_url()
+
+
+def open_executor(url: str) -> Executor:
+    """Connect to a queue.
+
+    Raises JobError for an unknown scheme, QueueError if the queue cannot be reached or used.
+    """
+    scheme = url.partition("://")[0]
+    if "://" not in url or _find_backend(scheme) is None:
+        known = schemes()
+        hint = suggestion(scheme, known)
+        printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
+        raise JobError(
+            f"queue: {printed}: unknown scheme; "
+            f"use one of {', '.join(name + '://' for name in known)}{hint}",
+            code=ErrorCode.QUEUE_ADDRESS_INVALID,
+        )
+    return load_backend(scheme)(url)
+
+
+def open_shared(url: str) -> Executor:
+    """Connect to a queue that other processes can reach. Raises JobError for `inprocess://`."""
+    if url.startswith("inprocess:"):
+        raise JobError(
+            "queue: inprocess:// is not shared with other processes; use `chunkq run` for a job in "
+            "one process, or a queue such as sqlite:///path/queue.db",
+            code=ErrorCode.QUEUE_ADDRESS_INVALID,
+        )
+    return open_executor(url)
+
+
+def schemes() -> list[str]:
+    """Return the schemes of all installed backends."""
+    others = (entry_point.name for entry_point in entry_points(group=ENTRY_POINT_GROUP))
+    return [*BACKENDS, *sorted(others)]
+
+
+def load_backend(scheme: str) -> Callable[[str], Executor]:
+    """Import the class for a scheme. Raises QueueError if a package that it needs is missing."""
+    entry_point = _find_backend(scheme)
+    if entry_point is None:
+        raise ValueError(f"no queue backend has the scheme {scheme!r}")
+    try:
+        backend: Callable[[str], Executor] = entry_point.load()
+    except ModuleNotFoundError as error:
+        hint = install_hint(error)
+        if hint is None:
+            raise
+        raise QueueError(
+            f"queue: {scheme}:// needs the package {hint}",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from None
+    return backend
+
+
+def _find_backend(scheme: str) -> EntryPoint | None:
+    """Return where the class for a scheme is; chunkq's own backends take precedence."""
+    if scheme in BACKENDS:
+        return EntryPoint(scheme, BACKENDS[scheme], ENTRY_POINT_GROUP)
+    return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=scheme)), None)
+
+
+def install_hint(error: ModuleNotFoundError) -> str | None:
+    """Return how to install a missing package, or None if no extra of chunkq installs it."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return f"{package}; run pip install 'chunkq[{EXTRAS[package]}]'"

@@ -1,0 +1,125 @@
+"""Read the axes of an OME-Zarr image, and create the OME-Zarr metadata of an output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, Field, FiniteFloat
+
+from chunkq.geometry.axes import Axis, AxisKind, plain_axes
+
+KIND_OF_TYPE: dict[str, AxisKind] = {"space": "space", "channel": "channel", "time": "time"}
+"""OME-Zarr type of an axis -> kind."""
+KIND_OF_NAME: dict[str, AxisKind] = {"c": "channel", "t": "time"}
+"""Name of an axis without a type -> kind. All others are spatial."""
+
+
+class OmeAxis(BaseModel):
+    """Entry of `axes`. Before version 0.4 it is the name alone."""
+
+    name: str
+    type: str | None = None
+    unit: str | None = None
+
+    @property
+    def kind(self) -> AxisKind:
+        """The kind of the axis; spatial if its type is unknown."""
+        if self.type is None:
+            return KIND_OF_NAME.get(self.name, "space")
+        return KIND_OF_TYPE.get(self.type, "space")
+
+
+class Transformation(BaseModel):
+    """Entry of `coordinateTransformations`. Types other than scale and translation are ignored."""
+
+    type: str | None = None
+    scale: tuple[FiniteFloat, ...] = ()
+    translation: tuple[FiniteFloat, ...] = ()
+
+
+class Dataset(BaseModel):
+    """One resolution level of an image."""
+
+    path: str
+    transformations: tuple[Transformation, ...] = Field((), alias="coordinateTransformations")
+
+
+class MultiscaleImage(BaseModel):
+    """The parts of an OME-Zarr multiscale image that chunkq reads."""
+
+    axes: tuple[OmeAxis | str, ...] = ()
+    datasets: tuple[Dataset, ...] = ()
+
+
+class OmeAttributes(BaseModel):
+    """The parts of the attributes of a Zarr group that chunkq reads."""
+
+    multiscales: tuple[MultiscaleImage, ...] = ()
+
+
+def first_image(attributes: dict[str, Any]) -> MultiscaleImage | None:
+    """Return the first multiscale image in the attributes of a Zarr group, or None.
+
+    Raises ValueError if the metadata are invalid.
+    """
+    images = OmeAttributes.model_validate(attributes.get("ome") or attributes).multiscales
+    return images[0] if images and images[0].datasets else None
+
+
+def read_axes(image: MultiscaleImage, shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Return the axes of level 0 of an image, which has this shape.
+
+    Entries that are missing or have another length are those of `plain_axes`, and so are names that
+    are ambiguous in an output.
+    """
+    rank, plain = len(shape), plain_axes(shape)
+    scale, translation = (1.0,) * rank, (0.0,) * rank
+    for transformation in image.datasets[0].transformations:
+        if transformation.type == "scale" and len(transformation.scale) == rank:
+            scale = transformation.scale
+        elif transformation.type == "translation" and len(transformation.translation) == rank:
+            translation = transformation.translation
+    described = tuple(OmeAxis(name=a) if isinstance(a, str) else a for a in image.axes)
+    if len(described) != rank:
+        described = tuple(OmeAxis(name=axis.name, type=axis.kind) for axis in plain)
+    use_names = _are_unambiguous(described)
+    return tuple(
+        Axis(axis.name if use_names else default.name, axis.kind, default.size, axis.unit, *numbers)
+        for axis, default, *numbers in zip(described, plain, scale, translation, strict=True)
+    )
+
+
+def _are_unambiguous(axes: Sequence[OmeAxis]) -> bool:
+    """Return whether the names differ, also from those of the axes that an output can add."""
+    names = {axis.name for axis in axes}
+    spatial = {axis.name for axis in axes if axis.kind == "space"}
+    return len(names) == len(axes) and not spatial & {"", *KIND_OF_NAME}
+
+
+def is_image(axes: Sequence[Axis]) -> bool:
+    """Return whether OME-Zarr has images with these axes: two or three are spatial."""
+    return sum(axis.kind == "space" for axis in axes) in (2, 3)
+
+
+def image_metadata(axes: Sequence[Axis], zarr_format: int, path: str) -> dict[str, Any]:
+    """Return the group attributes of an image whose only level is the array `path`.
+
+    They are of OME-Zarr 0.5 for Zarr v3, of 0.4 for v2, and empty if OME-Zarr has no such image.
+    """
+    if not is_image(axes):
+        return {}
+    transforms: list[dict[str, Any]] = [{"type": "scale", "scale": [axis.scale for axis in axes]}]
+    translation = [axis.translation for axis in axes]
+    if any(translation):
+        transforms.append({"type": "translation", "translation": translation})
+    image: dict[str, Any] = {
+        "axes": [
+            {"name": axis.name, "type": axis.kind} | ({"unit": axis.unit} if axis.unit else {})
+            for axis in axes
+        ],
+        "datasets": [{"path": path, "coordinateTransformations": transforms}],
+    }
+    if zarr_format == 3:
+        return {"ome": {"version": "0.5", "multiscales": [image]}}
+    return {"multiscales": [{"version": "0.4", **image}]}

@@ -1,0 +1,1 @@
+"""Timing of a job from its commit records."""

@@ -1,0 +1,194 @@
+"""The command `chunkq work`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
+from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
+from chunkq.job.job_handle import open_job
+from chunkq.job.job_path import output_path
+from chunkq.job.ledger import job_folder_of
+from chunkq.job.tasks import JobId
+from chunkq.paths import without_secret
+from chunkq.queue.contract.executor import (
+    DEFAULT_DEPTH_CPU,
+    DEFAULT_DEPTH_GPU,
+    Executor,
+    TaskCounts,
+    default_depth,
+    jobs_at,
+)
+from chunkq.queue.contract.settings import override_settings
+from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
+from chunkq.stages.completion import job_completion
+from chunkq.system.parent_process import when_parent_ends
+from chunkq_worker.devices import Slot, slots
+from chunkq_worker.supervisor import Supervisor
+
+
+@click.command()
+@click.option(
+    "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then a local file).",
+)  # fmt: skip
+@click.option(
+    "--gpus", default="all", show_default=True, help="GPUs to use: all, none, or 0,1.",
+)  # fmt: skip
+@click.option(
+    "-w", "--workers", default=1, show_default=True, type=click.IntRange(1),
+    help="Worker processes per GPU; without a GPU, in total.",
+)  # fmt: skip
+@click.option(
+    "--per-node", type=click.IntRange(1),
+    help="Worker processes in total, distributed over the GPUs.",
+)  # fmt: skip
+@click.option(
+    "--depth", type=click.IntRange(1),
+    help="Chunks per process that are read, computed or written at the same time "
+    f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
+)  # fmt: skip
+@click.option(
+    "--burst", is_flag=True, help="Exit when no chunk is left, instead of waiting for more."
+)
+@click.option(
+    "--max-time",
+    help="Exit after this time, and start no chunk that would exceed it: seconds, or 90m, 2h, "
+    "1h30m.",
+)
+@click.option(
+    "--time-limit",
+    help="Restart a process in which one chunk takes longer: seconds, or 90m, 2h. Default: ten "
+    "times the longest chunk so far, at least 10 minutes.",
+)
+@click.option(
+    "--lease", type=click.FloatRange(0.5),
+    help="Seconds without a heartbeat after which a worker's chunks are requeued; default 20.",
+)  # fmt: skip
+@click.option("--job", help="Only compute chunks of the job with this output.")
+@click.option(
+    "--allow", multiple=True,
+    help="Only accept jobs and code below this path; can be repeated. "
+    f"Default: the lines of ${ALLOW_VARIABLE}, else every path.",
+)  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="Only log warnings and errors.")
+@click.option("--lifeline", is_flag=True, hidden=True, help="Stop when standard input closes.")
+def work(
+    queue: str | None,
+    gpus: str,
+    workers: int,
+    per_node: int | None,
+    depth: int | None,
+    burst: bool,
+    max_time: str | None,
+    time_limit: str | None,
+    lease: float | None,
+    job: str | None,
+    allow: tuple[str, ...],
+    quiet: bool,
+    lifeline: bool,
+) -> None:
+    """Compute the chunks on a queue, with one process per GPU, or one on the CPU.
+
+    The command waits for more chunks until Ctrl-C or SIGTERM. It then finishes the chunks that
+    it has started. A second Ctrl-C requeues them and exits at once.
+    """
+    base = Path.cwd()
+    allowed = AllowedPaths.parse(allow, base) if allow else AllowedPaths.from_environment(base)
+    if allowed is not None:
+        allowed.to_environment()
+    if lease is not None:
+        override_settings(lease=lease)
+    url = queue_url(queue)
+    worker_slots = slots(gpus, workers, per_node)
+    deadline = None if max_time is None else time.time() + parse_duration("--max-time", max_time)
+    limit = None if time_limit is None else parse_duration("--time-limit", time_limit)
+    executor = open_shared(url)
+    executor.check_ready()
+    if lifeline:
+        when_parent_ends(_stop)
+    folder = None if job is None else job_folder_of(output_path(job, base))
+    before = _jobs(executor, folder)
+    supervisor = Supervisor(
+        queue=url,
+        executor=executor,
+        slots=worker_slots,
+        depth=depth or default_depth(gpu=worker_slots[0] != Slot(None)),
+        burst=burst,
+        job=folder,
+        deadline=deadline,
+        time_limit=limit,
+        quiet=quiet,
+        hide_gpus=gpus == "none",
+    )
+    code = supervisor.run()
+    after = _jobs(executor, folder)
+    executor.close()
+    failed = _failed(after) - _failed(before)
+    lost = _lost_jobs(before, after) if burst and supervisor.queue_was_unreachable else []
+    if lost and code in (0, IncompleteError.exit_code):
+        raise IncompleteError(
+            "the queue was lost, with chunks of "
+            f"{', '.join(without_secret(output) for output in lost)}; run `chunkq produce "
+            "--resume` with the job to queue them again",
+            [],
+            code=ErrorCode.QUEUE_LOST,
+        )
+    if failed > 0 and code in (0, IncompleteError.exit_code):
+        raise IncompleteError(
+            f"{failed} {'chunk' if failed == 1 else 'chunks'} failed; run `chunkq status OUT` to "
+            "see why, and `chunkq retry OUT` to queue them again",
+            [],
+        )
+    sys.exit(code)
+
+
+def _jobs(executor: Executor, path: str | None) -> dict[JobId, TaskCounts]:
+    """Return the task counts of the jobs with one folder, or of all jobs on the queue."""
+    return executor.jobs() if path is None else jobs_at(executor, path)
+
+
+def _failed(jobs: Mapping[JobId, TaskCounts]) -> int:
+    return sum(counts.failed for counts in jobs.values())
+
+
+def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]) -> list[str]:
+    """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
+    lost = []
+    for id, counts in before.items():
+        now = after.get(id, TaskCounts())
+        was_active = counts.queued + counts.running + counts.waiting
+        if not was_active or now.queued + now.running + now.waiting:
+            continue
+        # Skip jobs whose folder was removed, and jobs that this worker does not accept.
+        with suppress(MissingJobError, JobError):
+            job = open_job(allowed_job_path(id.path))
+            if job.record.epoch == id.epoch and len(job_completion(job).missing()) > now.failed:
+                lost.append(job.folder.output)
+    return lost
+
+
+def parse_duration(option: str, text: str) -> float:
+    """Return the seconds of `90`, `90s`, `15m`, `2h` or `1h30m`; raise JobError otherwise."""
+    text = text.strip()
+    if text.isdecimal():
+        text += "s"
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not match or not text:
+        raise JobError(f"{option}: invalid duration {text!r}; use 90, 15m, 2h or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
+def _stop() -> None:
+    for _ in range(2):  # the second signal requeues what is still in flight
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)

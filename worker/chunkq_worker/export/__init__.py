@@ -1,0 +1,1 @@
+"""Write networks to files of another format."""

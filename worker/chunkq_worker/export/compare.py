@@ -1,0 +1,117 @@
+"""Run the network of a torch job on random batches, and compare its outputs with a file's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from chunkq.errors import ErrorCode, ModelError
+from chunkq.job.job_file import Job
+from chunkq_worker.runtimes.base import not_one_array
+from chunkq_worker.runtimes.torch_files import LOADERS, reason
+from chunkq_worker.steps import Steps
+
+
+class Network:
+    """The network of a torch job on the CPU, with random batches as its input."""
+
+    def __init__(self, job: Job) -> None:
+        model = job.model.model_copy(update={"device": "cpu"})
+        self.model, self.steps = model, Steps.load(model.processing_steps)
+        self.module = LOADERS[model.type](model).module
+        self._item = list(model.model_input_shape)
+        if model.join_dim is not None:
+            self._item[model.join_dim - 1] = len(job.input)
+        self._random = np.random.default_rng(0)
+
+    def batch(self, size: int) -> torch.Tensor:
+        """Return a random batch (size, ...) after the processing steps before the network.
+
+        Raise ModelError if a step fails.
+        """
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        values: Any = self._random_values((size, *self._item))
+        try:
+            if self.steps.preprocessing is not None:
+                values = self.steps.preprocessing(values)
+            values = torch.from_numpy(np.array(values, order="C")).to(dtype)
+            if self.steps.preprocessing_protected is not None:
+                values = self.steps.preprocessing_protected(values)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"model_config.processing_steps: raised {type(error).__name__} on random input: "
+                f"{reason(error)}"
+            ) from error
+        return torch.as_tensor(values)
+
+    def _random_values(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        if not getattr(torch, self.model.dtype).is_floating_point:
+            return np.asarray(self._random.integers(0, 100, shape), self.model.dtype)
+        spread = float(self._random.choice([1.0, 255.0]))  # like normalized and raw images
+        return (self._random.random(shape) * spread).astype(np.float32)
+
+    def __call__(self, batch: torch.Tensor) -> npt.NDArray[np.float64]:
+        """Return the network's output for a batch; raise ModelError if it fails."""
+        try:
+            with torch.inference_mode():
+                outputs = self.module(batch.clone())
+        except Exception as error:
+            raise ModelError(
+                f"the network raised {type(error).__name__} on a batch of {list(batch.shape)}: "
+                f"{reason(error)}"
+            ) from error
+        if not isinstance(outputs, torch.Tensor):
+            raise not_one_array(outputs, "tensor")
+        values: npt.NDArray[np.float64] = outputs.double().numpy()
+        return values
+
+
+def difference(
+    file: Path,
+    expected: Sequence[npt.NDArray[np.float64]],
+    actual: Sequence[npt.NDArray[np.float64]],
+    allowed: float,
+) -> tuple[float, float]:
+    """Return the largest absolute and the largest relative difference over all batches.
+
+    A relative difference is divided by the range of its batch's `expected` values. Raise
+    ModelError if the largest one exceeds `allowed`, or if shapes or non-finite values differ.
+    """
+    largest_deviation = relative = 0.0
+    worst_batch = 0
+    for reference, output in zip(expected, actual, strict=True):
+        if reference.shape != output.shape:
+            raise ModelError(
+                f"{file} returned shape {list(output.shape)}, expected {list(reference.shape)} as "
+                "from the network",
+                code=ErrorCode.EXPORT_DIFFERS,
+            )
+        finite = np.isfinite(reference)
+        if not finite.any():
+            raise ModelError("the network returned no finite value for random input")
+        if not np.array_equal(finite, np.isfinite(output)):
+            raise ModelError(
+                f"{file} returned NaN or infinity where the network does not",
+                code=ErrorCode.EXPORT_DIFFERS,
+            )
+        values = reference[finite]
+        deviation = float(np.abs(values - output[finite]).max())
+        fraction = deviation / (float(np.ptp(values)) or float(np.abs(values).max()) or 1.0)
+        largest_deviation = max(largest_deviation, deviation)
+        if fraction > relative:
+            relative, worst_batch = fraction, len(reference)
+    if relative > allowed:
+        raise ModelError(
+            f"{file} differs from the network by up to {largest_deviation:.2g}: {relative:.1g} of "
+            f"the range of its outputs in a batch of {worst_batch}, expected at most "
+            f"{allowed:.1g}; a network with state or random numbers cannot be exported",
+            code=ErrorCode.EXPORT_DIFFERS,
+        )
+    return largest_deviation, relative
