@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chunkq.blend import SLAB_BYTES
 from chunkq.plan import Chunk, Index, Plan
 
 
@@ -79,6 +80,6 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
     incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
-    adding = largest_band * (sums_voxel + output_voxel)
+    adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
     completing = bands + rest + incoming + adding + chunk.block.size * output_voxel
     return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)

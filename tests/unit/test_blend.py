@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkq.blend import Accumulator, Contribution, finalize_sums
+from chunkq import blend
+from chunkq.blend import Accumulator, Contribution, OwnBlock, finalize_sums
 from chunkq.box import Box
 from chunkq.combine import activate, to_votes
 from chunkq.padding import source_indices
@@ -435,6 +436,50 @@ def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
         for pieces in (dict(incoming), dict(reversed(incoming)), dict(incoming))
     ]
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft"])
+def test_the_size_of_slabs_does_not_change_the_bytes_of_a_block(
+    monkeypatch: pytest.MonkeyPatch, combine: str
+) -> None:
+    plan = sliding(
+        (12, 12),
+        (6, 6),
+        [2, 3],
+        combine=combine,
+        chunksize=[6, 6],
+        storage_chunks=[3, 2],
+        model={"model_output_shape": [3, 6, 6]},
+    )
+    chunk, rng = plan.chunk((1, 1)), np.random.default_rng(0)
+
+    def sums(box: Box) -> npt.NDArray[np.float32]:
+        # Random magnitudes: another order of additions would change the bytes.
+        values = rng.normal(size=(3, *box.shape)) * 10.0 ** rng.integers(-6, 6, (3, *box.shape))
+        return values.astype(np.float32)
+
+    own_block = OwnBlock(
+        tuple(map(sums, chunk.band_boxes)),
+        tuple(
+            np.full((*((3,) if plan.channel_axis else ()), *box.shape), 1, plan.output_dtype)
+            for box in chunk.rest_boxes
+        ),
+    )
+    pieces = {piece: sums(piece.box) for piece in plan.incoming_pieces(chunk)}
+    blocks = []
+    for slab_bytes in (1 << 20, 3 * 4 * 7, 1):
+        monkeypatch.setattr(blend, "SLAB_BYTES", slab_bytes)
+        boxes = finalize_sums(plan, chunk, own_block, pieces)
+        blocks.append([(box, values.tobytes()) for box, values in boxes])
+    assert blocks[0] == blocks[1] == blocks[2]
+
+
+def test_a_block_without_own_sums_adds_those_of_its_neighbors() -> None:
+    plan = sliding((12,), (6,), [3], chunksize=[6], storage_chunks=[3])
+    chunk = plan.chunk((1,))
+    pieces = {p: np.full((1, *p.box.shape), -0.0, "<f4") for p in plan.incoming_pieces(chunk)}
+    [(box, values)] = finalize_sums(plan, chunk, None, pieces)
+    assert (box, values.tobytes()) == (chunk.touched_boxes[0], bytes(4 * box.size))
 
 
 def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:
