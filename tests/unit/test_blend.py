@@ -474,6 +474,33 @@ def test_the_size_of_slabs_does_not_change_the_bytes_of_a_block(
     assert blocks[0] == blocks[1] == blocks[2]
 
 
+def test_the_own_sums_of_a_block_are_added_first_then_the_pieces_in_their_order() -> None:
+    plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
+    chunk = plan.chunk((1, 1))
+    incoming = plan.incoming_pieces(chunk)
+    assert len(incoming) == 3
+    # In float32, 1 is lost beside 1e8 unless the large terms have cancelled before.
+    terms = np.array([1, 1e8, -1e8, 1], np.float32)
+    expected = np.float32(0)
+    for term in terms:
+        expected += term
+    assert expected == 1
+    band = [np.full((1, *box.shape), terms[0]) for box in chunk.band_boxes]
+    rest = [np.zeros(box.shape, np.float32) for box in chunk.rest_boxes]
+    pieces = {
+        piece: np.full((1, *piece.box.shape), term)
+        for piece, term in zip(incoming, terms[1:], strict=True)
+    }
+    corner = Box(chunk.block.start, chunk.interior.start)
+    values = {
+        voxel: value
+        for box, block in finalize_sums(plan, chunk, OwnBlock(tuple(band), tuple(rest)), pieces)
+        for voxel, value in zip(np.ndindex(box.shape), block.ravel(), strict=True)
+        if box.start == corner.start
+    }
+    assert values[(0, 0)] == expected
+
+
 def test_a_block_without_own_sums_adds_those_of_its_neighbors() -> None:
     plan = sliding((12,), (6,), [3], chunksize=[6], storage_chunks=[3])
     chunk = plan.chunk((1,))
