@@ -27,7 +27,7 @@ BATCH_SIZE = 1000
 """Number of blocks submitted to the thread pool at a time; bounds memory."""
 FINALIZER_BYTES = 2 << 30
 """Memory limit (bytes) for blocks that are finalized concurrently; one block may exceed it."""
-FINALIZER_THREADS = 2
+FINALIZER_THREADS = 4
 """Maximum number of blocks that are finalized concurrently by default."""
 Lost = dict[tuple[int, Index], str]
 """Item and chunk of each lost result, with the reason."""

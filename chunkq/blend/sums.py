@@ -16,6 +16,7 @@ import numpy.typing as npt
 from chunkq.blend.combine import Array, add_weighted, cast_output, copy_into, reduce, to_numpy
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.geometry.box import Box
+from chunkq.plan.footprint import SLAB_BYTES
 from chunkq.plan.plan import Chunk, Patch, Piece, Plan
 from chunkq.system import buffers
 
@@ -130,19 +131,30 @@ def finalize_sums(
     if own_block is not None:
         for box, values in zip(chunk.rest_boxes, own_block.rest, strict=True):
             _cut(plan, block, chunk.block, box)[...] = values
-    for number, box in enumerate(chunk.band_boxes):
-        total = buffers.zeros((plan.channels, *box.shape), np.float32)
-        if own_block is not None:
-            total += own_block.band[number]
-        for piece in plan.incoming_pieces(chunk):
-            shared = box & piece.box
-            if shared.size:
-                in_band = (slice(None), *shared.slices(box.start))
-                in_piece = (slice(None), *shared.slices(piece.box.start))
-                total[in_band] += pieces[piece][in_piece]
-        _cut(plan, block, chunk.block, box)[...] = _to_output(plan, reduce(total, combine))
+    stored = [(piece.box, pieces[piece]) for piece in plan.incoming_pieces(chunk)]
+    for number, band in enumerate(chunk.band_boxes):
+        own = [] if own_block is None else [(band, own_block.band[number])]
+        for box in band.slabs(SLAB_BYTES // (plan.channels * 4)):
+            total = _total(plan, box, [*own, *stored])
+            _cut(plan, block, chunk.block, box)[...] = _to_output(plan, reduce(total, combine))
     for box in chunk.touched_boxes:
         yield box, _cut(plan, block, chunk.block, box)
+
+
+def _total(
+    plan: Plan, box: Box, stored: Sequence[tuple[Box, npt.NDArray[np.float32]]]
+) -> npt.NDArray[np.float32]:
+    """Return the sums of a box of voxels (C, *box.shape), added in the order of `stored`.
+
+    `stored` has boxes and their sums. Voxels outside of all of them are 0.
+    """
+    total: npt.NDArray[np.float32] = np.zeros((plan.channels, *box.shape), np.float32)
+    for outer, sums in stored:
+        shared = box & outer
+        if shared.size:
+            in_box = total[(slice(None), *shared.slices(box.start))]
+            in_box += sums[(slice(None), *shared.slices(outer.start))]
+    return total
 
 
 def _to_output(plan: Plan, reduced: npt.NDArray[Any]) -> npt.NDArray[Any]:

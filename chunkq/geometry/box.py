@@ -72,6 +72,26 @@ class Box:
         """
         return (..., *self.slices(origin))
 
+    def slabs(self, max_size: int) -> Iterator[Box]:
+        """Yield disjoint, non-empty boxes of at most `max_size` voxels that cover exactly this box.
+
+        They follow each other in C order. `max_size` is at least 1.
+        """
+        if self.size <= max(1, max_size):
+            if self.size:
+                yield self
+            return
+        axis = next(a for a, length in enumerate(self.shape) if length > 1)
+        step = max(1, max_size * self.shape[axis] // self.size)
+        low, high = self.start[axis], self.stop[axis]
+        for start in range(low, high, step):
+            stop = min(start + step, high)
+            part = Box(
+                (*self.start[:axis], start, *self.start[axis + 1 :]),
+                (*self.stop[:axis], stop, *self.stop[axis + 1 :]),
+            )
+            yield from part.slabs(max_size)
+
     def without_corner(self, corner: Sequence[int]) -> Iterator[Box]:
         """Yield disjoint, non-empty boxes that cover exactly `self` without `[corner, stop)`.
 

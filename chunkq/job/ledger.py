@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from heapq import nlargest
 from itertools import islice
 from operator import attrgetter
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 from chunkq import json_values
 from chunkq.errors import ErrorCode, JobError, MissingJobError, PieceError
@@ -31,13 +31,16 @@ from chunkq.job.tasks import EPOCH, chunk_name, parse_chunk
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Index
 from chunkq.storage import documents
-from chunkq.storage.objects import ObjectFolder
+from chunkq.storage.objects import PART_BYTES, ObjectFolder
+from chunkq.system import buffers
 
 log = logging.getLogger("chunkq.job")
 T = TypeVar("T")
 
 RECORD = "job.json"
 CRC_BYTES, ALIGNMENT = 4, 16
+CRC_RESIDUE = 0x48674BC7
+"""CRC-32C of any bytes followed by their own CRC-32C in little-endian order."""
 SAMPLE_SIZE = 8192
 """Maximum number of commit records whose times `recent_commits` reads."""
 BATCH_SIZE = 1000
@@ -376,11 +379,9 @@ class ItemLedger:
         shapes = [(array.dtype.str, array.shape) for array in arrays]
         header = json.dumps([self.epoch, path, shapes]).encode()
         header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
-        parts = [np.frombuffer(header, np.uint8), *(_bytes_of(array) for array in arrays)]
-        checksum = reduce(google_crc32c.extend, parts, 0)
-        trailer = checksum.to_bytes(CRC_BYTES, "little")
-        self.objects.put(path, *(part.data for part in parts), trailer, durable=False)
-        return PieceInfo(sum(map(len, parts)) + CRC_BYTES, checksum)
+        content = _Checksummed([np.frombuffer(header, np.uint8), *arrays])
+        self.objects.put_parts(path, content, durable=False)
+        return PieceInfo(content.size, content.crc32c)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
         """Return the arrays of a piece and its size (bytes).
@@ -388,11 +389,18 @@ class ItemLedger:
         Raises PieceError if it is missing or damaged.
         """
         path = self._piece(target, name)
-        content = self.objects.get_array(path)
+        crc32c = 0
+
+        def update(part: npt.NDArray[np.uint8]) -> None:
+            nonlocal crc32c
+            crc32c = google_crc32c.extend(crc32c, part)
+
+        content = self.objects.get_array(path, update)
         if content is None:
             raise PieceError(f"{without_secret(self.objects.path)}/{path} is missing")
         damaged = PieceError(f"{without_secret(self.objects.path)}/{path} is damaged")
-        if not _has_valid_checksum(content):
+        # The CRC-32C of no bytes is 0, so four zeros would be valid.
+        if len(content) <= CRC_BYTES or crc32c != CRC_RESIDUE:
             raise damaged
         ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
         offset = next(end for end in ends if content[end - 1] == ord("\n"))
@@ -443,13 +451,24 @@ def _is_chunk(entry_name: str) -> bool:
     return parse_chunk(entry_name) is not None
 
 
-def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+class _Checksummed:
+    """The bytes of arrays in parts, then their CRC-32C.
 
+    Checksum and write alternate. Each part is then in the CPU's cache for both, and other threads
+    run Python code meanwhile: a write releases the GIL, and a checksum does not. `crc32c` is valid
+    after an iteration.
+    """
 
-def _has_valid_checksum(content: npt.NDArray[np.uint8]) -> bool:
-    """Return whether the last bytes are the CRC-32C of those before."""
-    if len(content) <= CRC_BYTES:  # the CRC-32C of no bytes is 0, so four zeros would be valid
-        return False
-    body, trailer = content[:-CRC_BYTES], content[-CRC_BYTES:].tobytes()
-    return bool(google_crc32c.value(body) == int.from_bytes(trailer, "little"))
+    def __init__(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        self._arrays, self.crc32c = arrays, 0
+        self.size = sum(array.nbytes for array in arrays) + CRC_BYTES
+
+    def __iter__(self) -> Iterator[Buffer]:
+        self.crc32c = 0
+        for array in self._arrays:
+            content = buffers.contiguous(array).reshape(-1).view(np.uint8)
+            for start in range(0, len(content), PART_BYTES):
+                part = content[start : start + PART_BYTES]
+                self.crc32c = google_crc32c.extend(self.crc32c, part)
+                yield part.data
+        yield self.crc32c.to_bytes(CRC_BYTES, "little")

@@ -9,6 +9,9 @@ from chunkq.geometry.box import Box
 from chunkq.plan.plan import Chunk, Plan
 from chunkq.plan.sample_chunks import sample_chunks
 
+SLAB_BYTES = 1 << 20
+"""Bytes of sums that are added and reduced at a time, while they are in the CPU's cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -90,6 +93,6 @@ def chunk_footprint(plan: Plan, chunk: Chunk) -> Footprint:
     writing = (sums if is_view else 0) + results + max(chunk.core.size * output_voxel, rest)
     incoming = sum(piece.box.size for piece in plan.incoming_pieces(chunk)) * sums_voxel
     largest_band = max((box.size for box in chunk.band_boxes), default=0)
-    adding = largest_band * (sums_voxel + output_voxel)
+    adding = min(largest_band * (sums_voxel + output_voxel), 2 * SLAB_BYTES)
     completing = bands + rest + incoming + adding + chunk.block.size * output_voxel
     return Footprint(waiting, computing, writing, completing if chunk.has_band else 0)

@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -31,6 +31,8 @@ NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, er
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 MAX_READERS = 16
 """Files that are read concurrently; parallel file systems need several requests."""
+PART_BYTES = 1 << 18
+"""Bytes of a large object that are read or written at a time. They fit into the CPU's cache."""
 MAX_ATTEMPTS = 20
 """Attempts to write into a folder that others delete, or to delete one that others write into."""
 MIN_PAUSE, MAX_PAUSE = 0.001, 0.1
@@ -77,6 +79,12 @@ class ObjectFolder:
         object that is not durable may be missing, short or damaged. Only this user can read a
         `private` local object; `private` has no effect at a URL.
         """
+        self.put_parts(name, parts, durable=durable, private=private)
+
+    def put_parts(
+        self, name: str, parts: Iterable[Buffer], *, durable: bool = True, private: bool = False
+    ) -> None:
+        """Write an object like `put`. Iterate over `parts` once for each attempt to write them."""
         target = join(self._root, name)
         if self._local:
             self._write(target, parts, os.replace, durable, 0o600 if private else 0o666)
@@ -167,7 +175,7 @@ class ObjectFolder:
     def _write(
         self,
         target: str,
-        parts: Sequence[Buffer],
+        parts: Iterable[Buffer],
         move: Callable[[str, str], None],
         durable: bool = True,
         mode: int = 0o666,
@@ -201,15 +209,28 @@ class ObjectFolder:
         except NO_FILE:
             return None
 
-    def get_array(self, name: str) -> npt.NDArray[np.uint8] | None:
-        """Read an object into a new buffer (`buffers.zeros`); return None if it does not exist."""
+    def get_array(
+        self, name: str, receive: Callable[[npt.NDArray[np.uint8]], None] = lambda part: None
+    ) -> npt.NDArray[np.uint8] | None:
+        """Read an object into a new buffer (`buffers.zeros`); return None if it does not exist.
+
+        `receive` is called with each part in order, while the part is in the CPU's cache.
+        """
         if not self._local:
             content = self.get(name)
-            return None if content is None else np.frombuffer(content, np.uint8)
+            if content is None:
+                return None
+            array = np.frombuffer(content, np.uint8)
+            receive(array)
+            return array
         try:
-            with open(join(self._root, name), "rb") as file:
+            with open(join(self._root, name), "rb", buffering=0) as file:
                 buffer = buffers.zeros((os.fstat(file.fileno()).st_size,), np.uint8)
-                return buffer[: file.readinto(buffer.data)]
+                size = 0
+                while count := file.readinto(buffer[size : size + PART_BYTES].data):
+                    receive(buffer[size : size + count])
+                    size += count
+                return buffer[:size]
         except NO_FILE:
             return None
 
@@ -345,7 +366,7 @@ class ObjectFolder:
             _remove(self._root)
 
 
-def _write_file(path: str, parts: Sequence[Buffer], durable: bool, mode: int) -> None:
+def _write_file(path: str, parts: Iterable[Buffer], durable: bool, mode: int) -> None:
     """Write a file with a mode less the umask. If `durable`, flush it to the disk."""
     with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.writelines(parts)

@@ -53,7 +53,7 @@ ACCESSES = [
     (ObjectFolder, "exists"),
     (ObjectFolder, "list"),
     (ObjectFolder, "folders"),
-    (ObjectFolder, "put"),
+    (ObjectFolder, "put_parts"),
     (ObjectFolder, "put_new"),
     (ObjectFolder, "delete"),
     (ObjectFolder, "delete_folder"),
@@ -62,12 +62,12 @@ ACCESSES = [
     (os, "replace"),
     (os, "link"),
 ]
-CHANGES = frozenset(["put", "link", "delete", "delete_folder", "write", "rename", "replace"])
+CHANGES = frozenset(["put_parts", "link", "delete", "delete_folder", "write", "rename", "replace"])
 STOPS = [
-    *itertools.product(["infer"], ["write", "put", "link", "delete"]),
-    *itertools.product(["finalize"], ["write", "put", "link", "delete", "rename", "replace"]),
-    *itertools.product(["produce"], ["put", "link", "delete", "delete_folder", "rename"]),
-    *itertools.product(["overwrite"], ["put", "link", "delete", "rename", "replace"]),
+    *itertools.product(["infer"], ["write", "put_parts", "link", "delete"]),
+    *itertools.product(["finalize"], ["write", "put_parts", "link", "delete", "rename", "replace"]),
+    *itertools.product(["produce"], ["put_parts", "link", "delete", "delete_folder", "rename"]),
+    *itertools.product(["overwrite"], ["put_parts", "link", "delete", "rename", "replace"]),
 ]
 """(operation of an actor, access before which it is suspended first)."""
 

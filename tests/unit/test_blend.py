@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkq.blend import sums as blend
 from chunkq.blend.combine import activate, to_votes
 from chunkq.blend.patch_weights import PatchWeights
-from chunkq.blend.sums import Accumulator, Contribution, finalize_sums
+from chunkq.blend.sums import Accumulator, Contribution, OwnBlock, finalize_sums
 from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.geometry.box import Box
 from chunkq.geometry.padding import source_indices
@@ -435,6 +436,77 @@ def test_finalizing_again_gives_the_same_bytes_in_any_order_of_pieces() -> None:
         for pieces in (dict(incoming), dict(reversed(incoming)), dict(incoming))
     ]
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft"])
+def test_the_size_of_slabs_does_not_change_the_bytes_of_a_block(
+    monkeypatch: pytest.MonkeyPatch, combine: str
+) -> None:
+    plan = sliding(
+        (12, 12),
+        (6, 6),
+        [2, 3],
+        combine=combine,
+        chunksize=[6, 6],
+        storage_chunks=[3, 2],
+        model={"model_output_shape": [3, 6, 6]},
+    )
+    chunk, rng = plan.chunk((1, 1)), np.random.default_rng(0)
+
+    def sums(box: Box) -> npt.NDArray[np.float32]:
+        # Random magnitudes: another order of additions would change the bytes.
+        values = rng.normal(size=(3, *box.shape)) * 10.0 ** rng.integers(-6, 6, (3, *box.shape))
+        return values.astype(np.float32)
+
+    own_block = OwnBlock(
+        tuple(map(sums, chunk.band_boxes)),
+        tuple(
+            np.full((*((3,) if plan.channel_axis else ()), *box.shape), 1, plan.output_dtype)
+            for box in chunk.rest_boxes
+        ),
+    )
+    pieces = {piece: sums(piece.box) for piece in plan.incoming_pieces(chunk)}
+    blocks = []
+    for slab_bytes in (1 << 20, 3 * 4 * 7, 1):
+        monkeypatch.setattr(blend, "SLAB_BYTES", slab_bytes)
+        boxes = finalize_sums(plan, chunk, own_block, pieces)
+        blocks.append([(box, values.tobytes()) for box, values in boxes])
+    assert blocks[0] == blocks[1] == blocks[2]
+
+
+def test_the_own_sums_of_a_block_are_added_first_then_the_pieces_in_their_order() -> None:
+    plan = sliding((12, 12), (6, 6), [2, 3], chunksize=[6, 6], storage_chunks=[3, 2])
+    chunk = plan.chunk((1, 1))
+    incoming = plan.incoming_pieces(chunk)
+    assert len(incoming) == 3
+    # In float32, 1 is lost beside 1e8 unless the large terms have cancelled before.
+    terms = np.array([1, 1e8, -1e8, 1], np.float32)
+    expected = np.float32(0)
+    for term in terms:
+        expected += term
+    assert expected == 1
+    band = [np.full((1, *box.shape), terms[0]) for box in chunk.band_boxes]
+    rest = [np.zeros(box.shape, np.float32) for box in chunk.rest_boxes]
+    pieces = {
+        piece: np.full((1, *piece.box.shape), term)
+        for piece, term in zip(incoming, terms[1:], strict=True)
+    }
+    corner = Box(chunk.block.start, chunk.interior.start)
+    values = {
+        voxel: value
+        for box, block in finalize_sums(plan, chunk, OwnBlock(tuple(band), tuple(rest)), pieces)
+        for voxel, value in zip(np.ndindex(box.shape), block.ravel(), strict=True)
+        if box.start == corner.start
+    }
+    assert values[(0, 0)] == expected
+
+
+def test_a_block_without_own_sums_adds_those_of_its_neighbors() -> None:
+    plan = sliding((12,), (6,), [3], chunksize=[6], storage_chunks=[3])
+    chunk = plan.chunk((1,))
+    pieces = {p: np.full((1, *p.box.shape), -0.0, "<f4") for p in plan.incoming_pieces(chunk)}
+    [(box, values)] = finalize_sums(plan, chunk, None, pieces)
+    assert (box, values.tobytes()) == (chunk.touched_boxes[0], bytes(4 * box.size))
 
 
 def test_a_contribution_has_the_documented_shapes_and_dtypes() -> None:

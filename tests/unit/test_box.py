@@ -40,6 +40,16 @@ def assert_partition(parts: list[Box], expected: Voxels) -> None:
     assert set().union(*map(voxels, parts)) == expected
 
 
+@given(boxes(), st.integers(1, 30))
+def test_slabs_cover_a_box_once_in_c_order_and_are_no_larger_than_asked(
+    box: Box, max_size: int
+) -> None:
+    slabs = list(box.slabs(max_size))
+    assert_partition(slabs, voxels(box))
+    assert all(slab.size <= max_size for slab in slabs)
+    assert [slab.start for slab in slabs] == sorted(slab.start for slab in slabs)
+
+
 @given(boxes())
 def test_size_is_the_number_of_voxels_and_shape_the_lengths(box: Box) -> None:
     assert box.size == len(voxels(box))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
+import google_crc32c
 import hypothesis.extra.numpy as numpy_strategies
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import chunkq.job.ledger
+import chunkq.storage.objects
 from chunkq.errors import ErrorCode, PieceError
-from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.ledger import ItemLedger, Ledger, PieceInfo
 
 EPOCH = "0a1b2c3d"
 DTYPES = st.sampled_from(["<f4", "|u1", "<u2", "<f2"]).map(np.dtype)
@@ -39,6 +44,64 @@ def test_an_array_in_fortran_order_keeps_its_shape_and_values(tmp_path: Path) ->
     array = np.arange(24, dtype="<f4").reshape(2, 3, 4).T
     ledger.put_piece((0,), "own", [array])
     np.testing.assert_array_equal(ledger.get_piece((0,), "own")[0][0], array)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (chunkq.job.ledger, chunkq.storage.objects):
+        monkeypatch.setattr(module, "PART_BYTES", 7)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_piece_of_several_parts_is_read_as_it_was_stored(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
+    arrays = [np.arange(24, dtype="<f4").reshape(2, 3, 4)[:, :, ::2], np.arange(9, dtype="|u1")]
+    info = ledger.put_piece((0,), "own", arrays)
+    content = (tmp_path / EPOCH / "pieces" / "0" / "0" / "own").read_bytes()
+    assert info == PieceInfo(len(content), google_crc32c.value(content[:-4]))
+    assert content[-4:] == info.crc32c.to_bytes(4, "little")
+    read_arrays, size = ledger.get_piece((0,), "own")
+    assert size == len(content)
+    for array, stored in zip(read_arrays, arrays, strict=True):
+        np.testing.assert_array_equal(array, stored)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_no_checksum_covers_more_than_a_part_so_that_other_threads_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    extend = google_crc32c.extend
+
+    def recorded(checksum: int, part: npt.NDArray[np.uint8]) -> int:
+        sizes.append(len(part))
+        return extend(checksum, part)
+
+    monkeypatch.setattr(google_crc32c, "extend", recorded)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
+    info = ledger.put_piece((0,), "own", [np.ones(30, "<f4")])
+    assert (max(sizes), sum(sizes)) == (7, info.size - 4)
+    sizes.clear()
+    ledger.get_piece((0,), "own")
+    assert (max(sizes), sum(sizes)) == (7, info.size)
+
+
+def test_a_piece_is_written_again_if_another_process_deletes_the_unfinished_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, deleted = os.replace, list[str]()
+
+    def delete_first(source: str, target: str) -> None:
+        if not deleted:
+            deleted.append(source)
+            os.unlink(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", delete_first)
+    ledger = Ledger(str(tmp_path), EPOCH).item(0)
+    ledger.put_piece((0,), "own", [np.arange(8, dtype="<f4")])
+    assert len(deleted) == 1
+    assert ledger.get_piece((0,), "own")[0][0].tolist() == list(range(8))
 
 
 def assert_damaged(ledger: ItemLedger) -> None:

@@ -25,10 +25,11 @@ from chunkq.queue.contract.settings import WorkerSettings
 MAX_ATTEMPTS = 3
 """A task fails for good after this many unsuccessful attempts; `retry` queues it again."""
 
-DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU = 3, 4
+DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU = 3, 6
 """Chunks in flight by default: one is read, one computed, one written.
 
-A GPU process has a fourth, so that the GPU does not wait for a late read or write.
+Two chunks at a time are on a GPU. The other four are read, written or finalized, which together
+take up to twice as long as the GPU computes a chunk.
 """
 
 EXIT_CRASHED = 1

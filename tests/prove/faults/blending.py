@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "piece-overwrites",
         "chunkq/blend/sums.py",
-        " += pieces[piece]",
-        " = pieces[piece]",
+        "in_box += sums[",
+        "in_box[...] = sums[",
         "at chunk borders only one neighbor's sums count",
         (BLEND,),
     ),
@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "sum-in-order-of-arrival",
         "chunkq/blend/sums.py",
-        "in plan.incoming_pieces(chunk):",
-        "in pieces:",
+        "for piece in plan.incoming_pieces(chunk)]\n    for",
+        "for piece in pieces]\n    for",
         "the output's bytes depend on the order in which workers finish",
         named(BLEND, "same_bytes_in_any_order"),
     ),
