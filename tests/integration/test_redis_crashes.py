@@ -82,11 +82,15 @@ def remaining_keys(workspace: StandardWorkspace) -> list[str]:
         return sorted(names + [n.decode() for n in client.zrange("chunkq:queues", 0, -1)])
 
 
+def rq_prefix(workspace: StandardWorkspace) -> str:
+    return f"{path_key(str(workspace.job_folder))}-{workspace.job.id.epoch}"
+
+
 def used_attempts(workspace: StandardWorkspace) -> dict[str, int]:
     """Return the number of used attempts of each task on the queue, by chunk name."""
     counts = {}
     with admin_client(workspace.queue_url) as client:
-        for key in client.keys(f"rq:job:{workspace.job.id.key}-infer-*"):
+        for key in client.keys(f"rq:job:{rq_prefix(workspace)}-infer-*"):
             retries, status = client.hmget(key, "retries_left", "status")
             name = key.decode().rpartition("-")[2].replace("_", ".")
             counts[name] = MAX_ATTEMPTS - 1 - int(retries) + (status != b"queued")
