@@ -652,7 +652,7 @@ def test_on_the_embedded_queue_all_blocks_are_complete_after_the_last_chunk(
     workspace.finalize().ok()
     assert_same_bytes(workspace, undisturbed)
     with sqlite3.connect(tmp_path / "queue.db") as database:
-        assert database.execute("SELECT count(*) FROM blocks").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM contributions").fetchone() == (0,)
     database.close()
 
 
@@ -665,7 +665,7 @@ def test_distribute_completes_blocks_that_the_embedded_queue_has_lost(
     with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER="8") as cli:
         workspace.wait_until_stopped()
         with sqlite3.connect(tmp_path / "queue.db") as database:
-            database.execute("DELETE FROM blocks")
+            database.execute("DELETE FROM contributions")
         database.close()
         workspace.open_gate()
         wait_for_all(workspace)
