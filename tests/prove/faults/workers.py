@@ -149,8 +149,8 @@ FAULTS = (
     Fault(
         "exit-code-hides-a-given-up-slot",
         SUPERVISOR,
-        "return 1 if any(",
-        "return 1 if all(",
+        "if any(slot.has_failed",
+        "if all(slot.has_failed",
         "a script mistakes a worker with a broken GPU for a healthy one",
         named(WORKERS, "slot_that_has_failed"),
     ),
