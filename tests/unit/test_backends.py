@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode, JobError, QueueError
-from chunkq.executors import load_backend, open_executor, schemes
-from chunkq.executors.inprocess import InProcessExecutor
-from chunkq.executors.remote_workers import load_serve
+from chunkq.queue.backends.hosted.remote_workers import load_serve
+from chunkq.queue.backends.inprocess import InProcessExecutor
+from chunkq.queue.registry import load_backend, open_executor, schemes
 
 Install = Callable[[str], None]
 
@@ -29,7 +29,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_a_package_adds_a_queue_backend_by_an_entry_point(install: Install) -> None:
-    install("[chunkq.queues]\nshelf = chunkq.executors.inprocess:InProcessExecutor\n")
+    install("[chunkq.queues]\nshelf = chunkq.queue.backends.inprocess:InProcessExecutor\n")
     assert isinstance(open_executor("shelf://a"), InProcessExecutor)
     assert schemes()[-1] == "shelf"
     with pytest.raises(JobError, match=r"shelf://.*did you mean 'shelf'") as error:
