@@ -62,8 +62,8 @@ FAULTS = (
     Fault(
         "ack-before-its-blocks",
         LEASES,
-        "self._queue.record_contributions(",
-        "self._queue.ack(lease) or self._queue.record_contributions(",
+        "        tasks = self._queue.record_contributions(",
+        "        tasks = self._queue.ack(lease) or self._queue.record_contributions(",
         "the last chunk's blocks are deleted with its job, and no worker completes them",
         contract("inprocess", "completes_the_blocks"),
     ),
@@ -318,7 +318,7 @@ FAULTS = (
     Fault(
         "epoch-of-a-task-is-not-checked",
         "worker/chunkq_worker/run_task.py",
-        "if job.record.epoch != task.epoch:",
+        "if job.record.epoch != epoch:",
         "if not job.record.epoch:",
         "leftover tasks of a replaced job compute chunks of the new one",
         named("tests/integration/test_epochs.py", "replaced_job_is_refused"),
@@ -326,7 +326,7 @@ FAULTS = (
     Fault(
         "overwrite-clears-the-queue-of-no-job",
         "chunkq/enqueue.py",
-        "        executor.cancel(old)\n",
+        "        executor.cancel(replaced)\n",
         "        pass\n",
         "workers reserve the tasks of a job that was overwritten",
         named("tests/integration/test_epochs.py", "overwrite_clears"),
