@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from chunkq.errors import ErrorCode, QueueError
@@ -21,11 +22,6 @@ class JobId(NamedTuple):
 
     path: str
     epoch: str
-
-    @property
-    def key(self) -> str:
-        """A short stable key: 16 hexadecimal digits of a hash of the path, `-`, the epoch."""
-        return f"{path_key(self.path)}-{self.epoch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +98,7 @@ def _not_a_task(message: str) -> QueueError:
     )
 
 
+@lru_cache(maxsize=64)
 def path_key(path: str) -> str:
     """Return a short stable key for a job folder's URI: 16 hexadecimal digits."""
     return hashlib.blake2b(path.encode(), digest_size=8).hexdigest()

@@ -319,6 +319,14 @@ def test_a_task_is_on_the_queue_once_even_if_submitted_repeatedly(
     assert queue.counts(JOB) == TaskCounts()
 
 
+def test_jobs_that_are_submitted_together_run_in_their_order(queue: Executor) -> None:
+    submitted = [task for n in range(8) for task in tasks(2, JobId(f"/data/{n}.chunkq", JOB.epoch))]
+    queue.submit(submitted)
+    recorder = Recorder()
+    queue.run_tasks(recorder, burst())
+    assert recorder.tasks == submitted
+
+
 def test_submit_queues_the_first_tasks_before_it_reads_the_last_one(
     queue: Executor, url: str
 ) -> None:

@@ -177,9 +177,9 @@ def wait_for_holder(gate):
 
 
 def patch_ledger():
-    from chunkq.job.ledger import Ledger
+    from chunkq.job.ledger import ItemLedger
 
-    put_piece, commit = Ledger.put_piece, Ledger.commit
+    put_piece, commit = ItemLedger.put_piece, ItemLedger.commit
 
     def put_piece_and_stop(self, *args):
         written = put_piece(self, *args)
@@ -193,7 +193,7 @@ def patch_ledger():
             reach("block")
         return commit(self, record)
 
-    Ledger.put_piece, Ledger.commit = put_piece_and_stop, stop_and_commit
+    ItemLedger.put_piece, ItemLedger.commit = put_piece_and_stop, stop_and_commit
 '''
 
 TORCH_NET = """

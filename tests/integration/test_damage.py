@@ -16,6 +16,9 @@ from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.ledger import Failure, JobFolder
+from chunkq.job.output import ImageOutput
+from chunkq.job.tasks import chunk_name
+from chunkq.queue.contract.executor import TaskCounts
 from chunkq.storage import documents
 from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
@@ -134,7 +137,8 @@ def test_cancel_and_overwrite_work_with_a_damaged_record(
 ) -> None:
     flip_bit(produced.job_folder / "job.json")
     produced.call("cancel", "out.zarr").ok()
-    assert produced.counts().queued == 0
+    with produced.queue() as queue:
+        assert queue.jobs() == {}
     produced.call("produce", "job.json", "--overwrite").ok()
     produced.compute_inline()
     produced.call("finalize", "out.zarr").ok()
@@ -142,12 +146,13 @@ def test_cancel_and_overwrite_work_with_a_damaged_record(
 
 
 def test_a_worker_computes_no_chunk_of_a_job_with_a_damaged_record(produced: Workspace) -> None:
-    path = produced.job_folder / "job.json"
+    path, job = produced.job_folder / "job.json", produced.job.id
     with_other_strides(path)
     answer = produced.work()
     assert answer.code != 0
     assert f"{path}: damaged" in answer.err
-    assert produced.counts().queued == len(CHUNKS)
+    with produced.queue() as queue:
+        assert queue.jobs() == {job: TaskCounts(queued=len(CHUNKS))}
 
 
 def test_a_job_folder_of_an_earlier_version_is_rejected(produced: Workspace) -> None:
@@ -239,7 +244,7 @@ def test_interrupted_sealing_is_finished_by_the_next_command(
     job = inferred.job
     for method in ("_rename_to_final", "_write_group"):
         with monkeypatch.context() as patch:
-            patch.setattr(type(job.output), method, _kill)
+            patch.setattr(ImageOutput, method, _kill)
             with pytest.raises(KeyboardInterrupt):
                 finalize_job(job, worker="killed")
         assert not inferred.status()["sealed"]
@@ -368,7 +373,7 @@ def test_after_all_pieces_are_deleted_one_run_computes_them_again(
     with pytest.raises(IncompleteError) as error:
         finalize_job(inferred.job, worker="finalizer")
     assert error.value.code == ErrorCode.RESULTS_LOST
-    assert set(error.value.missing) == CHUNKS
+    assert set(error.value.missing) == set(map(chunk_name, CHUNKS))
     assert inferred.commits() == []
     inferred.call("produce", "job.json").ok()
     inferred.compute_inline()

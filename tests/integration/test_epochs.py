@@ -10,6 +10,7 @@ from chunkq_worker.run_task import record_failure, run_task
 from chunkq.errors import ErrorCode, JobError, MissingJobError, TaskTimeoutError
 from chunkq.job.tasks import JobId, Task
 from chunkq.queue.contract.executor import Attempt, TaskCounts
+from chunkq.stages.completion import failures
 from tests.harness.files import everything_below, files_below
 from tests.harness.small_job import CHUNKS, small_workspace
 from tests.harness.workspace import Workspace
@@ -70,9 +71,9 @@ def test_a_task_of_a_replaced_job_that_hangs_is_no_failure_of_the_new_job(
     old = replace_job(workspace)
     hung = TaskTimeoutError("too long", [])
     record_failure(Task("infer", *old, 0, (0, 0)), ATTEMPT, hung)
-    assert workspace.job.ledger.failures() == []
+    assert failures(workspace.job) == []
     record_failure(Task("infer", *workspace.job.id, 0, (0, 1)), ATTEMPT, hung)
-    assert [failure.chunk for failure in workspace.job.ledger.failures()] == [(0, 1)]
+    assert [failure.chunk for failure in failures(workspace.job)] == [(0, 1)]
 
 
 def test_a_task_of_an_unknown_kind_is_refused_without_a_recorded_failure(
@@ -86,14 +87,13 @@ def test_a_task_of_an_unknown_kind_is_refused_without_a_recorded_failure(
 
 
 def test_overwrite_clears_the_tasks_of_the_job_that_it_replaces_only(
-    workspace: Workspace, caplog: pytest.LogCaptureFixture
+    workspace: Workspace,
 ) -> None:
     stranger = JobId(workspace.job.id.path, "ffffffff")
     with workspace.queue() as queue:
         queue.submit([Task("infer", *stranger, 0, (0, 0))])
-    workspace.call("produce", "job.json", "--overwrite").ok()
-    [line] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert stranger.epoch in line
+    result = workspace.call("produce", "job.json", "--overwrite").ok()
+    [line] = [line for line in result.err.splitlines() if stranger.epoch in line]
     assert workspace.job.id.epoch not in line
     with workspace.queue() as queue:
         assert queue.jobs() == {
@@ -138,6 +138,6 @@ def test_a_worker_computes_the_current_job_and_sets_the_replaced_one_aside(
     result = workspace.work()
     assert result.code == 0, result.err
     assert len([line for line in result.err.splitlines() if old.epoch in line]) == 1
-    assert set(workspace.job.ledger.committed("infer")) == set(CHUNKS)
+    assert set(workspace.item.ledger.committed("infer")) == set(CHUNKS)
     with workspace.queue() as queue:
         assert queue.jobs() == {old: TaskCounts(queued=len(CHUNKS))}

@@ -82,11 +82,15 @@ def remaining_keys(workspace: StandardWorkspace) -> list[str]:
         return sorted(names + [n.decode() for n in client.zrange("chunkq:queues", 0, -1)])
 
 
+def rq_prefix(workspace: StandardWorkspace) -> str:
+    return f"{path_key(str(workspace.job_folder))}-{workspace.job.id.epoch}"
+
+
 def used_attempts(workspace: StandardWorkspace) -> dict[str, int]:
     """Return the number of used attempts of each task on the queue, by chunk name."""
     counts = {}
     with admin_client(workspace.queue_url) as client:
-        for key in client.keys(f"rq:job:{workspace.job.id.key}-infer-*"):
+        for key in client.keys(f"rq:job:{rq_prefix(workspace)}-infer-*"):
             retries, status = client.hmget(key, "retries_left", "status")
             name = key.decode().rpartition("-")[2].replace("_", ".")
             counts[name] = MAX_ATTEMPTS - 1 - int(retries) + (status != b"queued")
@@ -648,7 +652,7 @@ def test_on_the_embedded_queue_all_blocks_are_complete_after_the_last_chunk(
     workspace.finalize().ok()
     assert_same_bytes(workspace, undisturbed)
     with sqlite3.connect(tmp_path / "queue.db") as database:
-        assert database.execute("SELECT count(*) FROM blocks").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM contributions").fetchone() == (0,)
     database.close()
 
 
@@ -661,7 +665,7 @@ def test_distribute_completes_blocks_that_the_embedded_queue_has_lost(
     with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER="8") as cli:
         workspace.wait_until_stopped()
         with sqlite3.connect(tmp_path / "queue.db") as database:
-            database.execute("DELETE FROM blocks")
+            database.execute("DELETE FROM contributions")
         database.close()
         workspace.open_gate()
         wait_for_all(workspace)

@@ -383,17 +383,17 @@ def test_finalizing_continues_after_a_finalizer_is_killed_at_any_point(
     workspace.compute_inline()
     job, lock, count = open_job(str(workspace.job_folder)), threading.Lock(), [0]
     name = "commit" if moment == "before the commit" else "delete_pieces"
-    original = getattr(job.ledger, name)
+    original = getattr(ItemLedger, name)
 
-    def kill(*args: Any) -> None:
+    def kill_or_run(ledger: ItemLedger, *args: Any) -> None:
         with lock:
             count[0] += 1
             if count[0] > blocks:
                 raise Killed
-        original(*args)
+        original(ledger, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ItemLedger, name, lambda self, *args: kill(*args))
+        patch.setattr(ItemLedger, name, kill_or_run)
         with pytest.raises(Killed):
             finalize_job(job, worker="killed")
     assert state(workspace) == "incomplete"
@@ -410,7 +410,7 @@ def test_a_finalizer_completes_the_other_blocks_if_a_piece_is_missing(
     job = open_job(str(workspace.job_folder))
     with pytest.raises(IncompleteError) as error:
         finalize_job(job, worker="one")
-    assert (error.value.code, error.value.missing) == (ErrorCode.RESULTS_LOST, ((1, 1),))
+    assert (error.value.code, error.value.missing) == (ErrorCode.RESULTS_LOST, ("1.1",))
     for file in workspace.folder.glob("queue.db*"):
         file.unlink()
     produce(workspace, "--resume")

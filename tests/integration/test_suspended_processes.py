@@ -187,7 +187,7 @@ def test_group_metadata_written_by_a_suspended_finalizer_are_replaced(
     workspace.compute_inline()
     job = workspace.job
     with monkeypatch.context() as patch:
-        replace_when_called(workspace, patch, Output, "_write_group")
+        replace_when_called(workspace, patch, ImageOutput, "_write_group")
         with pytest.raises(MissingJobError):
             finalize_job(job, worker="finalizer", threads=1)
     assert attributes(workspace)["epoch"] == job.record.epoch != workspace.job.record.epoch

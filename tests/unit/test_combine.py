@@ -13,12 +13,12 @@ from chunkq.blend.combine import (
     add_weighted,
     copy_into,
     is_finite,
-    label_dtype,
     reduce_and_cast,
     to_numpy,
     to_votes,
 )
 from chunkq.errors import ErrorCode, PredictionError
+from chunkq.plan.outputs import label_dtype
 
 Library = Callable[[Any], Any]
 

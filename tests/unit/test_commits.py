@@ -12,7 +12,7 @@ COMMIT = Commit("infer", 0, (0, 1), 2, "host-1", 1.0, 2.0, {"read": 0.5}, {"inpu
 
 
 def record_path(ledger: ItemLedger, name: str, kind: str = "infer") -> Path:
-    return Path(ledger.objects.path, "done", kind, "0", name)
+    return Path(ledger.objects.path, "done", kind, str(ledger.item), name)
 
 
 def truncate(record: Path) -> None:
@@ -62,17 +62,21 @@ def test_a_record_of_an_earlier_job_is_ignored(tmp_path: Path) -> None:
     assert list(ledger.read_commits("infer")) == []
 
 
-@pytest.mark.parametrize(("kind", "chunk"), [("infer", (1, 1)), ("finalize", (0, 1))])
+@pytest.mark.parametrize(
+    ("kind", "item", "chunk"),
+    [("infer", 0, (1, 1)), ("finalize", 0, (0, 1)), ("infer", 1, (0, 1))],
+    ids=["chunk", "kind", "item"],
+)
 def test_a_record_of_another_task_is_ignored(
-    tmp_path: Path, kind: str, chunk: tuple[int, ...]
+    tmp_path: Path, kind: str, item: int, chunk: tuple[int, ...]
 ) -> None:
-    ledger = Ledger(str(tmp_path), EPOCH).item(0)
-    ledger.commit(COMMIT)
-    moved = record_path(ledger, ".".join(map(str, chunk)), kind)
+    ledger = Ledger(str(tmp_path), EPOCH)
+    ledger.item(0).commit(COMMIT)
+    moved = record_path(ledger.item(item), ".".join(map(str, chunk)), kind)
     moved.parent.mkdir(parents=True, exist_ok=True)
-    record_path(ledger, "0.1").rename(moved)
-    assert not ledger.is_committed(kind, chunk)
-    assert list(ledger.read_commits(kind)) == []
+    record_path(ledger.item(0), "0.1").rename(moved)
+    assert not ledger.item(item).is_committed(kind, chunk)
+    assert list(ledger.item(item).read_commits(kind)) == []
 
 
 def test_the_first_of_two_valid_records_is_kept(tmp_path: Path) -> None:

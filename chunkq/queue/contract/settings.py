@@ -40,7 +40,7 @@ class WorkerSettings:
     lease: float = 20.0
     shortest_poll: float = 0.1
     longest_poll: float = 0.5
-    waiting_poll: float = 1.0
+    waiting_poll: float = 2.0
     longest_gate_pause: float = 30.0
     first_time_limit: float = 3600.0
     least_time_limit: float = 600.0

@@ -49,10 +49,14 @@ class GateWatch:
         return GateState.OPEN in self.waiting.values()
 
     def reset(self, job: JobId) -> None:
-        """Look at once when no task can be reserved: a stage of the job may be complete."""
+        """Look at once when no task can be reserved: a stage of the job may be complete.
+
+        Other threads may call this during `open_ready`.
+        """
         self._next = 0.0
-        for gate in [gate for gate in self._checks if gate[0] == job]:
-            self._checks.pop(gate, None)
+        for gate in list(self._checks):
+            if gate[0] == job:
+                self._checks.pop(gate, None)
 
     def open_ready(self, *, at_once: bool) -> bool:
         """Open the gates that may open; return whether any was opened.

@@ -8,6 +8,7 @@ LEDGER, OBJECTS, RECORD = (
     "chunkq/job/record.py",
 )
 FINALIZE, CREATE, ENQUEUE = "chunkq/finalize.py", "chunkq/create.py", "chunkq/enqueue.py"
+FINALIZE_STAGE, COMPLETION = "chunkq/stages/finalize.py", "chunkq/stages/completion.py"
 RESUME, ONCE = "tests/integration/test_resume.py", "tests/integration/test_exactly_once.py"
 STORAGE = "tests/integration/test_storage.py"
 
@@ -23,15 +24,15 @@ FAULTS = (
     Fault(
         "digest-ignores-the-files",
         RECORD,
-        "in self.sources], self.file_hashes]",
-        "in self.sources]]",
+        "in self.items], self.file_hashes]",
+        "in self.items]]",
         "a job is resumed with another checkpoint, and half of the output is of each",
         named("tests/integration/test_commands.py", "changed_checkpoint"),
     ),
     Fault(
         "digest-ignores-the-input",
         RECORD,
-        "[values, [asdict(source) for source in self.sources]",
+        "[values, [json_values.to_values(item) for item in self.items]",
         "[values, []",
         "a job is resumed over an input that was replaced by one of another shape",
         named(RESUME, "changed_job"),
@@ -39,7 +40,7 @@ FAULTS = (
     Fault(
         "failure-outlives-success",
         LEDGER,
-        "        self.objects.delete(_failed(record.kind, record.chunk))\n",
+        "        self.objects.delete(self._failed(record.kind, record.chunk))\n",
         "",
         "status shows an error of a chunk that was computed since",
         named("tests/integration/test_bad_input.py", "retry_after_the_cause"),
@@ -86,15 +87,15 @@ FAULTS = (
     ),
     Fault(
         "pieces-deleted-before-the-write",
-        FINALIZE,
+        FINALIZE_STAGE,
         "in finalize_sums(",
-        "in job.ledger.delete_pieces(index) or finalize_sums(",
+        "in item.ledger.delete_pieces(index) or finalize_sums(",
         "a finalizer killed in the middle costs a second run of all contributors",
         named(RESUME, "killed_at_any_point"),
     ),
     Fault(
         "late-finalizer-deletes-commits",
-        FINALIZE,
+        FINALIZE_STAGE,
         'if not ledger.is_committed("finalize", chunk.index):',
         "if chunk.index:",
         "of two finalizers at once, the later one has finished chunks computed again",
@@ -102,7 +103,7 @@ FAULTS = (
     ),
     Fault(
         "invalid-piece-keeps-its-commit",
-        FINALIZE,
+        FINALIZE_STAGE,
         'ledger.delete_commits("infer", problems)',
         'ledger.delete_commits("finalize", problems)',
         "a chunk with a damaged piece is never computed again, contrary to the message",
@@ -110,7 +111,7 @@ FAULTS = (
     ),
     Fault(
         "wrong-chunk-blamed",
-        FINALIZE,
+        FINALIZE_STAGE,
         "problems[piece.source] = ",
         "problems[chunk.index] = ",
         "the wrong chunk is computed again, and the damage remains",
@@ -118,17 +119,17 @@ FAULTS = (
     ),
     Fault(
         "blocks-beside-missing-chunks",
-        FINALIZE,
-        "if not missing.intersection(job.items[0].plan.contributors(i))",
-        "if i not in missing",
+        COMPLETION,
+        "if not any((item.number, key) in absent",
+        "if not all((item.number, key) in absent",
         "finalize --allow-missing fails at the first block beside a missing chunk",
         named(RESUME, "missing"),
     ),
     Fault(
         "missing-chunks-not-refused",
-        FINALIZE,
-        ".unfinished and not allow_missing:",
-        ".unfinished[1:] and not allow_missing:",
+        COMPLETION,
+        "if missing and not allow_missing:",
+        "if missing[1:] and not allow_missing:",
         "an output with a hole is sealed without an error",
         named(RESUME, "before_the_end or missing"),
     ),
@@ -150,18 +151,19 @@ FAULTS = (
     ),
     Fault(
         "resume-computes-all-again",
-        CREATE,
-        "[index for index in job.items[0].plan.indices() if index not in committed]",
-        "list(job.items[0].plan.indices())",
+        ENQUEUE,
+        "in completion.pending[kind]:",
+        "in [(i, c) for s in stages() if s.kind == kind for i in job.items for c in s.chunks(i)]:",
         "resume costs as much as starting again",
         named(RESUME, "queue_is_lost"),
     ),
     Fault(
         "resume-skips-failed-chunks",
-        CREATE,
-        '    committed = job.ledger.committed("infer")\n',
-        '    committed = job.ledger.committed("infer")\n'
-        "    committed |= {f.chunk: f.when for f in job.ledger.failures()}\n",
+        ENQUEUE,
+        "in completion.pending[kind]:\n",
+        "in completion.pending[kind]:\n"
+        "            if chunk in [failure.chunk for failure in item.ledger.failures([kind])]:\n"
+        "                continue\n",
         "after a lost queue the failed chunks are never tried again",
         named(RESUME, "failed_chunk_is_recorded"),
     ),

@@ -3,8 +3,9 @@
 from tests.prove.fault import Fault, named
 
 LEDGER, RECORD, OUTPUT = "chunkq/job/ledger.py", "chunkq/job/record.py", "chunkq/job/output.py"
-FINALIZE, JOB_HANDLE, OBJECTS = (
+FINALIZE, FINALIZE_STAGE, JOB_HANDLE, OBJECTS = (
     "chunkq/finalize.py",
+    "chunkq/stages/finalize.py",
     "chunkq/job/job_handle.py",
     "chunkq/storage/objects.py",
 )
@@ -43,17 +44,25 @@ FAULTS = (
     Fault(
         "epoch-of-a-commit-not-compared",
         LEDGER,
-        'values.pop("epoch") != epoch',
-        'values.pop("epoch") == ""',
+        'values.pop("epoch", None) != epoch',
+        'values.pop("epoch", None) == ""',
         "a commit of the replaced job counts as a commit of the new one",
         named(COMMITS, "earlier_job"),
     ),
     Fault(
         "commit-of-another-task-accepted",
         LEDGER,
-        " and (commit.kind, commit.chunk) == (kind, chunk)",
-        "",
+        "commit if is_same_task else None",
+        "commit",
         "a misplaced commit record leaves a hole in the output",
+        named(COMMITS, "another_task"),
+    ),
+    Fault(
+        "commit-of-another-item-accepted",
+        LEDGER,
+        "            self.item,\n            chunk,\n",
+        "            commit and commit.item,\n            chunk,\n",
+        "a commit record of another image leaves a hole in the output",
         named(COMMITS, "another_task"),
     ),
     Fault(
@@ -99,15 +108,15 @@ FAULTS = (
     Fault(
         "replaced-before-the-commit",
         INFER,
-        "    job.check_unchanged()\n    job.ledger.commit(",
-        "    job.ledger.commit(",
+        "    job.check_unchanged()\n    ledger.commit(",
+        "    ledger.commit(",
         "workers of a replaced job continue as if it was the current one",
         named(SUSPENDED, "before_it_writes"),
     ),
     Fault(
         "replaced-before-a-blocks-commit",
-        FINALIZE,
-        "finished = time.time()\n        job.check_unchanged()\n",
+        FINALIZE_STAGE,
+        "finished = time.time()\n        item.job.check_unchanged()\n",
         "finished = time.time()\n",
         "finalizers of a replaced job continue as if it was the current one",
         named(SUSPENDED, "in_a_block"),
@@ -163,7 +172,7 @@ FAULTS = (
     Fault(
         "input-not-compared-before-the-write",
         INFER,
-        "        job.check_inputs()\n",
+        "        item.check_inputs()\n",
         "",
         "half of the output is computed from an input that was replaced during the job",
         named(DAMAGE, "input_that_is_replaced_while"),
@@ -203,7 +212,7 @@ FAULTS = (
     Fault(
         "damaged-commit-sealed",
         FINALIZE,
-        "    _check_records(job, inferred, finalized, missing)\n",
+        "    _check_records(job, valid, missing)\n",
         "",
         "an output is sealed although one of its chunks has no valid commit record",
         named(DAMAGE, "damaged_commit_record_is"),
@@ -211,8 +220,8 @@ FAULTS = (
     Fault(
         "superseded-worker-writes",
         INFER,
-        'if job.ledger.is_committed("infer", task.chunk):\n            return',
-        "if not task.chunk:\n            return",
+        'if ledger.is_committed("infer", chunk.index):\n            return',
+        "if not chunk.index:\n            return",
         "a superseded worker writes its chunk into an array that is already sealed",
         named(ONCE, "overtaken_while_it_computes"),
     ),

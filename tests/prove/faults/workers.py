@@ -11,8 +11,8 @@ WORKERS = "tests/integration/test_workers.py"
 FAULTS = (
     Fault(
         "committed-chunk-computed-again",
-        INFER,
-        'if not job.ledger.is_committed("infer", task.chunk):',
+        RUN,
+        "if not item.ledger.is_committed(task.kind, task.chunk):",
         "if task.chunk:",
         "after a crash finished chunks are computed again",
         named(ONCE, "committed_chunk_run_again"),
@@ -21,7 +21,7 @@ FAULTS = (
         "commit-before-the-write",
         INFER,
         "        job.check_unchanged()\n        _write",
-        '        job.ledger.commit(Commit("infer", task.chunk, 1, "", started, started))\n'
+        '        ledger.commit(Commit("infer", 0, chunk.index, 1, "", started, started))\n'
         "        _write",
         "a worker that is killed while it writes leaves a hole in the output",
         named(RESUME, "killed_while_it_writes"),
@@ -29,7 +29,7 @@ FAULTS = (
     Fault(
         "late-pieces-stay",
         INFER,
-        "job.ledger.delete_pieces(target)",
+        "item.ledger.delete_pieces(target)",
         "pass",
         "pieces of a superseded worker remain in the job folder",
         named(ONCE, "overtaken"),
@@ -37,16 +37,16 @@ FAULTS = (
     Fault(
         "late-worker-deletes-pieces-in-use",
         INFER,
-        'if job.ledger.is_committed("finalize", target):',
+        'if item.ledger.is_committed("finalize", target):',
         "if target:",
         "a superseded worker deletes pieces that a block still needs",
         named(RESUME, "another_worker_commits"),
     ),
     Fault(
         "contributions-without-the-neighbors",
-        INFER,
-        "return [block for block in (index, *targets) if plan.has_band(block)]",
-        "return [block for block in (index,) if plan.has_band(block)]",
+        "chunkq/stages/finalize.py",
+        "in (index, *targets) if plan",
+        "in (index,) if plan",
         "workers leave most blocks to the finalizer",
         named(RESUME, "records_its_contribution"),
     ),
@@ -149,8 +149,8 @@ FAULTS = (
     Fault(
         "exit-code-hides-a-given-up-slot",
         SUPERVISOR,
-        "return 1 if any(",
-        "return 1 if all(",
+        "if any(slot.has_failed",
+        "if all(slot.has_failed",
         "a script mistakes a worker with a broken GPU for a healthy one",
         named(WORKERS, "slot_that_has_failed"),
     ),

@@ -87,8 +87,7 @@ class RqExecutor(LeaseQueue):
             for task in batch:
                 by_job.setdefault(task.job_id, []).append(task)
             for job, job_tasks in by_job.items():
-                prefix = f"{job.key}-"
-                pairs = [part for t in job_tasks for part in (rq_id(t, prefix), _message(t))]
+                pairs = [part for task in job_tasks for part in (rq_id(task), _message(task))]
                 head = (queue_name(job), stored_job(job), utcformat(now()), MAX_ATTEMPTS)
                 with translated_errors(self.url):
                     new, total = self._scripts("submit", *head, *pairs)

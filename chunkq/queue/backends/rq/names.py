@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from chunkq.job.tasks import JobId, Task, path_key
 
 
+@lru_cache(maxsize=64)
 def queue_prefix(path: str) -> str:
     """Return the common start of the names of the queues for a job folder's path."""
     output = path.rstrip("/").rpartition("/")[2].removesuffix(".chunkq")
@@ -18,14 +20,13 @@ def queue_name(job: JobId) -> str:
     return f"{queue_prefix(job.path)}{job.epoch}"
 
 
-def rq_id(task: Task, prefix: str | None = None) -> str:
+def rq_id(task: Task) -> str:
     """Return the id of a task's RQ job, unique in Redis: `PATH_KEY-EPOCH-KIND-ITEM-CHUNK`.
 
-    It contains only letters, digits, `-` and `_`, because RQ rejects other characters. `prefix` is
-    the part before the kind, if the caller knows it.
+    It contains only letters, digits, `-` and `_`, because RQ rejects other characters.
     """
-    prefix = f"{task.job_id.key}-" if prefix is None else prefix
-    return f"{prefix}{task.kind}-{task.item}-{'_'.join(map(str, task.chunk))}"
+    chunk = "_".join(map(str, task.chunk))
+    return f"{path_key(task.job)}-{task.epoch}-{task.kind}-{task.item}-{chunk}"
 
 
 def stored_job(job: JobId) -> str:

@@ -142,9 +142,8 @@ class TaskTable(Table):
     @override
     def submit(self, rows: Sequence[tuple[str, str, str, str]]) -> int:
         with self._transaction() as database:
-            numbers = {
-                job: _create_job(database, *job) for job in {(row[0], row[1]) for row in rows}
-            }
+            jobs = dict.fromkeys((path, epoch) for path, epoch, _, _ in rows)  # in their order
+            numbers = {job: _create_job(database, *job) for job in jobs}
             closed = set(database.execute("SELECT job, kind FROM gates WHERE is_closed"))
             before = database.total_changes
             database.executemany(SUBMIT, (_new_task(row, numbers, closed) for row in rows))
