@@ -269,8 +269,9 @@ def output_files(output: Path) -> dict[str, bytes]:
 def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     job = create_job(check_job(load_job(values)))
-    for index in job.items[0].plan.indices():
-        run_task(job.items[0].task("infer", index), Attempt(1, "inline"))
+    for item in job.items:
+        for index in item.plan.indices():
+            run_task(item.task("infer", index), Attempt(1, "inline"))
     return job, finalize_job(job, worker="inline")
 
 

@@ -520,9 +520,8 @@ def test_a_predictor_needs_only_a_model_file_and_its_shapes(tmp_path: Path) -> N
     volume = random_volume((13, 5, 16))
     with chunkq.Predictor.from_model(script, **shapes, threads=1) as predictor:
         prediction = predictor.predict(volume)
-        job = predictor.plan(volume.shape).job
-    assert job.strides == (3, 1, 3)
-    assert (job.model.runtime, job.model.type) == ("torch", "torchscript")
+        assert predictor.plan(volume.shape).grid.strides == (3, 1, 3)
+    assert (predictor.job.model.runtime, predictor.job.model.type) == ("torch", "torchscript")
     explicit = {
         "inference_type": "sliding_window",
         "strides": [3, 1, 3],
@@ -565,9 +564,9 @@ def test_keywords_are_job_keys_and_override_defaults(tmp_path: Path) -> None:
 def test_default_strides_are_half_the_patch_along_the_axes_of_the_volume(tmp_path: Path) -> None:
     script = save_script(tmp_path / "model.pt")
 
-    def strides(shape: tuple[int, ...], **more: Any) -> tuple[int, ...] | None:
+    def strides(shape: tuple[int, ...], **more: Any) -> tuple[int, ...]:
         predictor = chunkq.Predictor.from_model(script, **more)
-        return predictor.plan(shape).job.strides
+        return predictor.plan(shape).grid.strides
 
     # [1, 8, 8] is a slice of a volume or an image with a channel axis, depending on the volume.
     assert strides((9, 20, 20), model_input_shape=[1, 8, 8]) == (1, 4, 4)

@@ -297,7 +297,6 @@ def test_every_missing_model_file_is_reported(workspace: Workspace) -> None:
             "model_config.processing_steps",
             ("steps.py",),
         ),
-        ({"input": ["in.zarr", "in.zarr"]}, "input", ("2", "model_config.join_dim")),
         ({"roi": [[0, 4], [0, 4]]}, "roi", ()),
         (
             {"model": {"runtime": "onnx", "type": "file", "model_file": "m.onnx", "compile": True}},

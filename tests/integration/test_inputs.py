@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import load_job
 from tests import reference as ref
+from tests.harness.files import files_below
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace, run_inline
 
@@ -188,6 +189,35 @@ def test_model_output_shape_may_be_omitted_for_slices(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_output(job.folder.output), expected, rtol=0, atol=1e-3)
 
 
+def test_each_input_of_a_list_without_join_dim_is_an_image_of_the_output_group(
+    tmp_path: Path,
+) -> None:
+    case = CASES["overlapping slices with more padding"]
+    volumes = {"scan": random_volume(SHAPE), "scan_2": random_volume((9, 12, 8), "float32")}
+    alone = []
+    for name, volume in volumes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        alone.append(job_of(case, folder, [volume]))
+        source = folder / "scan.zarr"  # both inputs have the same name
+        Path(alone[-1]["input"]).rename(source)
+        alone[-1]["input"] = str(source)
+    output = tmp_path / "both.zarr"
+    _, report = run_inline(
+        alone[0] | {"input": [job["input"] for job in alone], "output": str(output)}
+    )
+
+    series = json.loads((output / "OME" / "zarr.json").read_text())["attributes"]["ome"]["series"]
+    assert series == list(volumes)
+    reports = []
+    for job, (name, volume) in zip(alone, volumes.items(), strict=True):
+        reports.append(run_inline(job)[1])
+        assert files_below(output / name / "0") == files_below(Path(job["output"]) / "0")
+        expected = truth(replace(case, setup=replace(case.setup, volume=volume.shape)), [volume])
+        np.testing.assert_allclose(read_output(output / name), expected.average, rtol=0, atol=1e-3)
+    assert report["patches"] == sum(alone["patches"] for alone in reports)
+
+
 # ------------------------------------------------------------------------- invalid inputs
 
 
@@ -204,7 +234,6 @@ def problems(tmp_path: Path, **model: Any) -> list[str]:
 
 
 INVALID: dict[str, tuple[dict[str, Any], str, str]] = {
-    "several inputs without an axis to stack them": ({"join_dim": None}, "input", "3"),
     "an axis that a batch does not have": ({"join_dim": 4}, "model_config.join_dim", "4"),
     "the batch axis": ({"join_dim": 0}, "model_config.join_dim", "0"),
     "an axis with more than one entry": ({"join_dim": 2}, "model_config.join_dim", "6"),

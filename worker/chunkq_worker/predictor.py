@@ -232,7 +232,7 @@ class Predictor:
         names = [array.path for array in arrays]
         if len(names) > 1 and self._job.model.join_dim is None:
             raise JobError(
-                f"volume: found {len(names)} volumes without model_config.join_dim; set it to the "
+                f"input: found {len(names)} volumes without model_config.join_dim; set it to the "
                 "axis along which to stack them, or predict the volumes one by one"
             )
         return resolve(self._job_for(names, len(arrays[0].shape)), volume_of(arrays))
