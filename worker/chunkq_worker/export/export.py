@@ -229,7 +229,7 @@ def _model_config(model: ModelConfig, file: Path, batch: int | None) -> dict[str
     runtime, kind = RUNTIMES[file.suffix]
     values = {"runtime": runtime, "type": kind, "model_file": str(file)}
     for key, value in model.model_dump(mode="json", exclude_none=True).items():
-        if key not in {*values, *REPLACED_KEYS, *_omitted_keys(model)}:
+        if key not in {*values, *REPLACED_KEYS, *UNSUPPORTED_KEYS, *_omitted_keys(model)}:
             values[key] = value
     return values if batch is None else {**values, "max_batch_size": batch}
 
