@@ -11,6 +11,7 @@ from chunkq import json_values
 from chunkq.errors import ModelError
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.record import JobRecord
+from chunkq.job.sample_job import copy_job
 from chunkq.model_check import ModelCheck
 from chunkq.system.parent_process import with_parent_death_signal
 from chunkq.system.scratch import scratch_folder
@@ -25,9 +26,13 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
     ModelError if the network cannot be used.
     """
     emit(StageProgress(STAGE))
-    # The folder is created here: the system may kill the other process for its memory use.
+    # The system may kill the other process for its memory use, so the folder is created here. The
+    # job is too, because a worker does not import the libraries that create arrays.
     with scratch_folder("model-check") as folder:
-        options = ["--depth", str(depth), "--folder", str(folder)] if depth else []
+        options = []
+        if depth:
+            job = copy_job(record, str(folder))
+            options = ["--depth", str(depth), "--job", job.folder.path]
         completed = subprocess.run(
             with_parent_death_signal(
                 [sys.executable, "-m", "chunkq", "check-model", "--json", *options], signal.SIGKILL

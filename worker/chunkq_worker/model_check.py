@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from chunkq import json_values
 from chunkq.geometry.box import Box
-from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
-from chunkq.job.sample_job import copy_job
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan.plan import Patch
 from chunkq.plan.sample_chunks import fullest_chunk
@@ -40,9 +39,9 @@ ROUNDS = 3
 
 @click.command("check-model", hidden=True)
 @click.option("--depth", type=click.IntRange(1), help="Chunks in flight; default: compute none.")
-@click.option("--folder", help="Empty folder for the chunks; the caller removes it.")
+@click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
 @click.option("--json", "as_json", is_flag=True, help="Print errors as JSON too.")
-def check_model(depth: int | None, folder: str | None, as_json: bool) -> None:
+def check_model(depth: int | None, job_folder: str | None, as_json: bool) -> None:
     """Load the network of the job record on standard input, and run a batch of zeros.
 
     With --depth, also run patches from the middle of the volume in different batches, and compute
@@ -51,13 +50,16 @@ def check_model(depth: int | None, folder: str | None, as_json: bool) -> None:
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
     record = JobRecord.from_json(sys.stdin.buffer.read())
-    click.echo(json_values.encode(run_check(record, depth, folder)))
+    click.echo(json_values.encode(run_check(record, depth, job_folder)))
 
 
-def run_check(record: JobRecord, depth: int | None = None, folder: str | None = None) -> ModelCheck:
+def run_check(
+    record: JobRecord, depth: int | None = None, job_folder: str | None = None
+) -> ModelCheck:
     """Load and run the network; raise ChunkqError if it cannot be used.
 
-    With `depth`, also run patches, and compute chunks in the empty `folder`, `depth` in flight.
+    With `depth`, also run patches, and compute chunks of the job in `job_folder`, `depth` in
+    flight. That job is a copy of the record's job with an empty output.
     """
     # Load on the device thread, as a worker does: libraries allocate memory per calling thread.
     on_device = get_device().run
@@ -66,8 +68,8 @@ def run_check(record: JobRecord, depth: int | None = None, folder: str | None = 
     load_seconds = time.perf_counter() - before
     loaded_bytes = peak_bytes()
     memory = None
-    if depth is not None and folder is not None:
-        memory = _measure_memory(engine, copy_job(record, folder), depth)
+    if depth is not None and job_folder is not None:
+        memory = _measure_memory(engine, open_job(job_folder), depth)
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
     load_seconds += time.perf_counter() - before
