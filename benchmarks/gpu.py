@@ -198,6 +198,21 @@ def per_unit(figures: Figures) -> Figures:
     return result
 
 
+def depths(session: Session, case: str) -> Figures:
+    """Compare numbers of chunks in flight, and of threads that finalize blocks."""
+    pairs = ((4, 2), (6, 4), (8, 6), (12, 8))
+    options = {
+        f"{depth} in flight, {threads} finalizing": {
+            "contestant": "chunkq",
+            "depth": depth,
+            "finalizers": threads,
+        }
+        for depth, threads in pairs
+    }
+    names = ("bare", *options)
+    return race(session, case, "middle", names, 3, 40.0, warm_up=True, options=options)
+
+
 def large(session: Session) -> Figures:
     """Run the demo's U-Net over half a gigavoxel."""
     names = session.contestants("chunkq", "bare", "monai")
@@ -274,6 +289,8 @@ Part = Callable[[Session], Figures]
 PARTS: dict[str, tuple[float, Part]] = {
     "unet": (45.0, lambda session: speed(session, "unet", 5, 40.0)),
     "nnunet": (45.0, lambda session: speed(session, "nnunet", 3, 55.0)),
+    "unet depths": (30.0, lambda session: depths(session, "unet")),
+    "nnunet depths": (40.0, lambda session: depths(session, "nnunet")),
     "unet counts": (15.0, lambda session: counts(session, "unet", 20.0)),
     "nnunet counts": (15.0, lambda session: counts(session, "nnunet", 20.0)),
     "same bytes": (50.0, same_bytes),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import shutil
@@ -160,17 +161,25 @@ class Contestants:
 
     def _chunkq(self, case: Case, options: dict[str, Any]) -> tuple[Run, Callable[[], None]]:
         """Run chunkq in this process, on the path that a worker uses."""
+        from chunkq_worker import inline
+
         from chunkq import Predictor
+
+        finalizing = importlib.import_module("chunkq.finalize")
 
         options = dict(options)
         tree = options.pop("tree", "now")
+        depth, finalizers = options.pop("depth", None), options.pop("finalizers", None)
         precision = options.get("precision", case.precision)
         values = gpu_cases.job(case, self.folder, self.device, **options)
         predictor = Predictor.from_config(values)
         label = "-".join([tree, *(f"{key}={value}" for key, value in options.items())])
+        usual_depth, usual_threads = inline.default_depth, finalizing.FINALIZER_THREADS
 
         def run(volume: str) -> Figures:
             _set_float32(precision)
+            inline.default_depth = usual_depth if depth is None else lambda gpu: depth
+            finalizing.FINALIZER_THREADS = finalizers or usual_threads
             output = self.folder / f"{case.name}-{volume}-{label}.zarr"
             _delete(output)
             source = volume_path(case, volume, self.folder)
@@ -184,6 +193,8 @@ class Contestants:
                 "chunks": plan.costs.chunks,
                 "chunksize": list(plan.chunksize),
                 "bytes": report["bytes"],
+                "stages": report["seconds"],
+                "finalizing": report["finalizing"],
                 "output": str(output),
             }
 

@@ -59,7 +59,8 @@ def enqueue(
             if done % PROGRESS_STEP == 0 or done == total:
                 emit(StageProgress(PROGRESS_STAGE, done, total))
 
-    for stage in stages():
+    # Gates go with a job's last task, so the tasks behind them are queued first.
+    for stage in sorted(stages(), key=lambda stage: stage.after is None):
         if stage.is_queued and completion.pending[stage.kind]:
             if gate_state(job, stage.kind) is not GateState.OPEN:
                 executor.close_gate(job.id, stage.kind)

@@ -228,8 +228,7 @@ class SimulatedDevice(Accelerator):
         if any(r.alias_info is not None for r in func._schema.returns):  # a view reads no values
             views = func(*host_args, **host_kwargs)
             return tree_map(lambda view: DeviceTensor.create(view, args[0].block, self), views)
-        shapes = func(*tree_map(_shape_only, host_args), **tree_map(_shape_only, host_kwargs))
-        output = tree_map(self._allocate, shapes)
+        output = tree_map(self._allocate, _shapes(func, host_args, host_kwargs))
         self.counts.launches += 1
         target = output.memory  # operations with several outputs are not supported
         self._enqueue(lambda: target.copy_(func(*host_args, **host_kwargs)), self._compute_stream)
@@ -314,6 +313,26 @@ def _uninitialized(size: int) -> torch.Tensor:
 
 def _memory(value: Any) -> Any:
     return value.memory if isinstance(value, DeviceTensor) else value
+
+
+_SHAPES: dict[tuple[Any, ...], Any] = {}
+
+
+def _shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return what an operation returns, on torch's device `meta`. Computed once per signature."""
+    key = func, _signature(args), _signature(tuple(kwargs.items()))
+    if key not in _SHAPES:
+        _SHAPES[key] = func(*tree_map(_shape_only, args), **tree_map(_shape_only, kwargs))
+    return _SHAPES[key]
+
+
+def _signature(value: Any) -> Any:
+    """Return a key that is equal for arguments of which operations return the same shapes."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_signature, value))
+    return type(value), value
 
 
 def _shape_only(value: Any) -> Any:

@@ -14,30 +14,34 @@ GROUP = "chunkq.stages"
 """Entry points of other packages, each the class of a stage. They follow the built-in stages."""
 
 
+_replacements: dict[str, Stage] = {}
+"""Kind -> the stage that this process uses in place of the one that was found."""
+
+
 @cache
-def _registry() -> dict[str, Stage]:
-    stages: list[Stage] = [InferStage(), FinalizeStage()]
-    stages += [point.load()() for point in sorted(entry_points(group=GROUP))]
-    return {stage.kind: stage for stage in stages}
+def _found() -> dict[str, Stage]:
+    """Return the stages of chunkq and of other packages; those behind a gate follow the others."""
+    added: list[Stage] = [point.load()() for point in sorted(entry_points(group=GROUP))]
+    added.sort(key=lambda stage: stage.after is not None)
+    return {stage.kind: stage for stage in (InferStage(), FinalizeStage(), *added)}
 
 
-def register(stage: Stage) -> None:
-    """Add a stage to this process, or replace the one of the same kind."""
-    _registry()[stage.kind] = stage
+def replace_stage(stage: Stage) -> None:
+    """Use a stage in place of the one of the same kind in this process."""
+    _replacements[stage.kind] = stage
 
 
 def stages() -> list[Stage]:
     """Return all stages in the order in which a job passes them."""
-    return list(_registry().values())
+    return [_replacements.get(kind, stage) for kind, stage in _found().items()]
 
 
 def stage_of(kind: str) -> Stage:
     """Return the stage of a kind of task. Raises JobError if this process does not know it."""
-    try:
-        return _registry()[kind]
-    except KeyError:
+    if kind not in _found():
         raise JobError(
-            f"not a task of this version: kind {kind!r}, expected one of "
-            f"{', '.join(_registry())}; install the version of chunkq that queued it",
+            f"tasks of the kind {kind!r} are unsupported, expected {', '.join(_found())}; install "
+            "the version of chunkq, or the package, that queued them",
             code=ErrorCode.TASK_INVALID,
-        ) from None
+        )
+    return _replacements.get(kind, _found()[kind])

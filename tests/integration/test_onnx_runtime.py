@@ -30,7 +30,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import ModelConfig, parse_job
-from chunkq.plan.plan import Plan, Volume
+from chunkq.plan.plan import Volume
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction
 from tests.strategies import JobPlan
@@ -111,7 +111,7 @@ def load(path: Path | str, steps: Steps | None = None, **overrides: Any) -> Runt
     return load_runtime(config(path, **overrides), steps or Steps(), 1)
 
 
-def plan_of(path: Path, dtype: str = "float32", **overrides: Any) -> Plan:
+def plan_of(path: Path, dtype: str = "float32", **overrides: Any) -> JobPlan:
     model = config(path, **overrides).model_dump(exclude_none=True)
     values = {"input": "/in.zarr", "output": "/out.zarr", "chunksize": [32, 16]}
     return JobPlan.of(parse_job({**values, "model_config": model}), Volume((32, 16), dtype))
@@ -302,11 +302,11 @@ sys.modules["torch"] = None
 import numpy as np
 from chunkq.job.job_file import Job
 from chunkq.plan.plan import Volume
-from chunkq.job.resolve import resolve
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 from tests.harness.predictions import each_prediction
+from tests.strategies import JobPlan
 
 plan = JobPlan.of(Job.model_validate_json({plan.job.model_dump_json(by_alias=True)!r}),
                Volume((32, 16), "float32"))

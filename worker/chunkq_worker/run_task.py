@@ -34,7 +34,7 @@ from chunkq.stages.completion import (
 )
 from chunkq_worker.infer import ComputingStage
 
-registry.register(ComputingStage())
+registry.replace_stage(ComputingStage())
 
 
 def run_task(task: Task, attempt: Attempt, emit: Sink = write_log) -> TaskResult:
