@@ -44,7 +44,7 @@ class PatchWeights:
     ) -> None:
         self._plan, self._weights, self._to_device = plan, weights, to_device
         self._map_bytes = MAP_CACHE_BYTES if map_bytes is None else map_bytes
-        self._maps: dict[tuple[int, NeighborsPerAxis], Array] = {}
+        self._maps: dict[NeighborsPerAxis, Array] = {}
         self._stored_bytes = 0
         self._product: tuple[NeighborsPerAxis, Array] | None = None
         self._scratch: npt.NDArray[np.float32] | None = None
@@ -80,7 +80,7 @@ class PatchWeights:
         If `is_product`, the array is valid until the next call.
         """
         near = self.neighbors(patch)
-        return self._multiplied(near) if self.is_product else self._map((patch.grid, near))
+        return self._multiplied(near) if self.is_product else self._map(near)
 
     def prepare(self, patches: Iterable[Patch]) -> None:
         """Compute the maps of the first of these patches, as many as fit in the cache.
@@ -91,14 +91,14 @@ class PatchWeights:
             return
         prepared, free_bytes = set(), self._map_bytes
         for patch in patches:
-            key = patch.grid, self.neighbors(patch)
-            if key in prepared or _has_no_overlap(key[1]):
+            near = self.neighbors(patch)
+            if near in prepared or _has_no_overlap(near):
                 continue
-            prepared.add(key)
+            prepared.add(near)
             free_bytes -= patch.target.size * 4
             if free_bytes < 0:
                 return
-            self._map(key)
+            self._map(near)
 
     def _multiplied(self, near: NeighborsPerAxis) -> Array:
         if self._product is None or self._product[0] != near:
@@ -112,16 +112,16 @@ class PatchWeights:
             self._product = near, self._to_device(product)
         return self._product[1]
 
-    def _map(self, key: tuple[int, NeighborsPerAxis]) -> Array:
-        if key in self._maps:
-            return self._maps[key]
-        weights = self._to_device(self._weights.normalized(*key))
+    def _map(self, near: NeighborsPerAxis) -> Array:
+        if near in self._maps:
+            return self._maps[near]
+        weights = self._to_device(self._weights.normalized(near))
         size = prod(weights.shape) * 4
         # Chunks use the maps in turns. Without the oldest, each would be evicted before its use.
         while self._maps and self._stored_bytes + size > self._map_bytes:
             _, newest = self._maps.popitem()
             self._stored_bytes -= prod(newest.shape) * 4
-        self._maps[key] = weights
+        self._maps[near] = weights
         self._stored_bytes += size
         return weights
 

@@ -111,8 +111,8 @@ class ProductWeights:
         share: Float32 = np.exp(profile[near.low : near.high] - log_sum).astype(np.float32)
         return share
 
-    def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
-        """Return w / Σw of a patch of grid `grid`; `neighbors` has one entry per axis.
+    def normalized(self, neighbors: Sequence[Neighbors]) -> Float32:
+        """Return w / Σw of a patch; `neighbors` has one entry per axis.
 
         The array has the shape of the patch's part inside the volume, float32, C order.
         """
@@ -137,7 +137,7 @@ class ArrayWeights:
         scaled: Float64 = self.array / self.array.max()
         return scaled
 
-    def normalized(self, grid: int, neighbors: Sequence[Neighbors]) -> Float32:
+    def normalized(self, neighbors: Sequence[Neighbors]) -> Float32:
         """Return w / Σw of a patch; `neighbors` has one entry per axis.
 
         The array has the shape of the patch's part inside the volume, float32, C order.

@@ -459,8 +459,8 @@ def test_input_output_and_job_folder_may_have_a_url_that_only_fsspec_supports(
         job_over(tmp_path, f"{root}/in.zarr", 2, output=f"{root}/out.zarr", **more)
     )
     local_job, _ = run_inline(job_over(tmp_path, local, 2, **more))
-    assert isinstance(remote_job.sources[0], ZarrPythonArray)
-    assert isinstance(local_job.sources[0], TensorStoreArray)
+    assert isinstance(remote_job.items[0].sources[0], ZarrPythonArray)
+    assert isinstance(local_job.items[0].sources[0], TensorStoreArray)
     assert report["missing"] == []
     np.testing.assert_array_equal(
         read_output(remote_job.folder.output), read_output(local_job.folder.output)

@@ -38,12 +38,12 @@ class RecordingWeights:
     """Weights that record the calls of `normalized`."""
 
     def __init__(self, weights: Weights) -> None:
-        self.calls: list[tuple[int, tuple[Neighbors, ...]]] = []
+        self.calls: list[tuple[Neighbors, ...]] = []
         self._weights = weights
 
-    def normalized(self, grid: int, neighbors: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
-        self.calls.append((grid, neighbors))
-        return self._weights.normalized(grid, neighbors)
+    def normalized(self, neighbors: tuple[Neighbors, ...]) -> npt.NDArray[np.float32]:
+        self.calls.append(neighbors)
+        return self._weights.normalized(neighbors)
 
 
 def all_patches(plan: JobPlan) -> list[Patch]:
@@ -95,7 +95,7 @@ def test_the_product_of_the_profiles_is_the_normalized_weight(weight: str) -> No
     assert weights.is_product
     for patch in all_patches(plan):
         near = weights.neighbors(patch)
-        expected = built_in.normalized(0, near)
+        expected = built_in.normalized(near)
         assert weights.weights(patch) == pytest.approx(expected, rel=1e-6, abs=1e-30)
         rows, columns = (weights.profile(axis, n) for axis, n in enumerate(near))
         kept = np.outer(rows, columns)

@@ -172,7 +172,7 @@ def test_bump_weights_along_four_axes_do_not_underflow_with_several_grids() -> N
     wide = built_in_weights("weight_bump", (800, 800, 800, 800), (0,) * 4)
     corner = [Neighbors(0, n, ((0,), (0,))) for n in shape]
     assert sum(p[0] for p in wide.profiles) < math.log(5e-324)
-    assert wide.normalized(0, corner) == pytest.approx(np.full(shape, 0.5))
+    assert wide.normalized(corner) == pytest.approx(np.full(shape, 0.5))
 
 
 def test_positions_of_neighbors_are_relative_to_the_first_kept_voxel() -> None:
@@ -199,8 +199,8 @@ def test_patches_far_from_the_ends_have_equal_neighbors() -> None:
 def test_user_weights_are_normalized_by_their_sum() -> None:
     # Two patches of 3, stride 2: both cover voxel 2, at their index 2 and 0.
     weights = ArrayWeights(np.array([1.0, 5.0, 3.0]))
-    first = weights.normalized(0, [Neighbors(0, 3, ((0, 2),))])
-    second = weights.normalized(0, [Neighbors(0, 3, ((-2, 0),))])
+    first = weights.normalized([Neighbors(0, 3, ((0, 2),))])
+    second = weights.normalized([Neighbors(0, 3, ((-2, 0),))])
     assert first.tolist() == [1.0, 1.0, 0.75]
     assert second.tolist() == [0.25, 1.0, 1.0]
 
@@ -208,4 +208,4 @@ def test_user_weights_are_normalized_by_their_sum() -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_user_weights_may_be_as_large_as_the_largest_float64() -> None:
     weights = ArrayWeights(np.full(2, 1e308))
-    assert weights.normalized(0, [Neighbors(0, 2, ((0,), (0,)))]).tolist() == [0.5, 0.5]
+    assert weights.normalized([Neighbors(0, 2, ((0,), (0,)))]).tolist() == [0.5, 0.5]
