@@ -38,25 +38,34 @@ WATCHED = (
     ("device", "gather a batch", "chunkq_worker.batching", "Batcher._fill"),
     ("device", "check for NaN", "chunkq_worker.batching", "is_finite"),
     ("device", "activation, votes", "chunkq_worker.batching", "Batcher._activate"),
-    ("device", "weights, until cached", "chunkq.blend.weights", "ProductWeights.normalized"),
+    ("device", "weights", "chunkq.blend.patch_weights", "PatchWeights.weights"),
     ("device", "blend", "chunkq.blend.sums", "add_weighted"),
     ("device", "clear sums", "chunkq_worker.runtimes.torch", "TorchRuntime.zeros"),
-    ("device", "reduce", "chunkq.blend.sums", "Accumulator.sums"),
-    ("device", "cut into core, band, pieces", "chunkq_worker.inference_engine", "contribution"),
+    ("device", "reduce", "chunkq.blend.sums", "chunk_results"),
+    ("device", "cut into core, band, pieces", "chunkq.blend.sums", "contribution"),
     (
         "device",
         "all of a chunk on the device",
         "chunkq_worker.inference_engine",
         "InferenceEngine.start",
     ),
-    ("others", "read the input", "chunkq.job.job_handle", "JobHandle.read_halos"),
-    ("others", "write the output", "chunkq.job.job_handle", "JobHandle.write"),
-    ("others", "write pieces", "chunkq.job.ledger", "Ledger.put_piece"),
-    ("others", "commit", "chunkq.job.ledger", "Ledger.commit"),
-    ("others", "complete blocks, including writes", "chunkq_worker.inline", "complete_block"),
+    ("others", "read the input", "chunkq.job.job_handle", "ItemHandle.read_halos"),
+    ("others", "write the output", "chunkq.job.job_handle", "ItemHandle.write"),
+    ("others", "write pieces", "chunkq.job.ledger", "ItemLedger.put_piece"),
+    ("others", "commit", "chunkq.job.ledger", "ItemLedger.commit"),
+    ("others", "finalize blocks, including writes", "chunkq.stages.finalize", "FinalizeStage.run"),
     ("end", "finalize", "chunkq_worker.predictor", "finalize_job"),
 )
 """Thread, label, module and name of each timed function."""
+
+
+def owner_of(module: str, name: str) -> tuple[Any, str]:
+    """Return the module or class that has a watched function, and the function's name there."""
+    *classes, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in classes:
+        owner = getattr(owner, part)
+    return owner, last
 
 
 def watch(seconds: dict[str, float]) -> None:
@@ -73,10 +82,7 @@ def watch(seconds: dict[str, float]) -> None:
         return run
 
     for _, label, module, name in WATCHED:
-        *classes, last = name.split(".")
-        owner: Any = importlib.import_module(module)
-        for part in classes:
-            owner = getattr(owner, part)
+        owner, last = owner_of(module, name)
         setattr(owner, last, timed(getattr(owner, last), label))
 
 

@@ -181,7 +181,7 @@ def checkerboard(job: Job, output: str) -> Callable[[], Figures]:
             zeros = torch.zeros((plan.channels, *chunk.region.shape))
             sums = Accumulator(plan, chunk, weights, zeros)
             for patch, values in work.forward([*plan.patches(chunk)], halo, chunk.halo.start):
-                sums.add(patch, values)
+                sums.add([patch], values[None])
             stores.put(layer(chunk), _in_channels(chunk.region), zeros.numpy())
         stores.flush()
 
@@ -312,7 +312,7 @@ def recompute(job: Job, output: str) -> Callable[[], Figures]:
             zeros = torch.zeros((plan.channels, *cutout.shape))
             sums = Accumulator(plan, chunk, weights, zeros)
             for patch, prediction in work.forward([*plan.patches(chunk)], values, chunk.halo.start):
-                sums.add(patch, prediction)
+                sums.add([patch], prediction[None])
             cropped = np.ascontiguousarray(zeros.numpy()[_in_channels(block, cutout.start)])
             work.stores.put(work.target, _in_channels(block), cropped)
         return work.finish()

@@ -42,7 +42,7 @@ def run_contestant(
         [sys.executable, "-W", "ignore", str(script), name, str(job), str(output)],
         env={
             **os.environ,
-            "PYTHONPATH": str(PEERS),
+            "PYTHONPATH": os.pathsep.join([str(PEERS), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": str(THREADS),
             **(environment or {}),
         },
