@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 CHUNK, STEP = 128, 8

@@ -26,10 +26,11 @@ from chunkq_producer.job_status import job_status
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.items import items_of
 from chunkq.job.job_file import Job, parse_job
+from chunkq.job.job_folder import JobFolder, job_folder_of
 from chunkq.job.job_handle import JobHandle, open_job
-from chunkq.job.ledger import Commit, JobFolder, job_folder_of
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
+from chunkq.job.task_records import Commit
 from chunkq.job.tasks import Task, chunk_name
 from chunkq.plan.plan import Plan, Volume
 from chunkq.queue.backends.rq.names import rq_id

@@ -11,7 +11,7 @@ from chunkq import __version__, json_values
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.job_handle import JobHandle
-from chunkq.job.ledger import Commit
+from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Index

@@ -10,12 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import Repr
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -24,50 +21,24 @@ from pydantic import (
 from chunkq.errors import ErrorCode, JobError, suggestion
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
+from chunkq.job.fields import (
+    InferenceType,
+    Names,
+    Offsets,
+    Positive,
+    Section,
+    Shape,
+    Widths,
+)
 from chunkq.job.job_path import canonical, path_problem, printable_path
+from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.paths import absolute, without_secret
 from chunkq.plan.outputs import Activation, Combine
 
-InferenceType = Literal["patch", "sliding_window", "crop_margin"]
-Dtype = Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"]
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _as_nested_tuple(value: object) -> object:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
-
-
-def _as_tuple_of_names(value: object) -> object:
-    return (value,) if isinstance(value, str) else _as_tuple(value)
-
-
-MAX_INTEGER = 1 << 40
-"""Largest integer in a job file. Sums of several such lengths stay exact in 64-bit arithmetic."""
 MAX_FILE_BYTES = 1 << 20
 """Maximum size of a job file. A larger file is something else."""
 MAX_VALUES = 100_000
 """Maximum number of values in a job file; each repetition by a YAML alias counts."""
-
-Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
-NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-Offset = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
-Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
-Names = Annotated[
-    tuple[str, ...],
-    Field(min_length=1),
-    BeforeValidator(_as_tuple_of_names, json_schema_input_type=str | tuple[str, ...]),
-]
-
-
-class Section(BaseModel):
-    """Section of the job file: immutable, without unknown keys and type conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class DaskConfig(Section):
@@ -86,89 +57,6 @@ class RayConfig(Section):
 
     address: str | None = None
     port: Positive = 6379
-
-
-HALF_PRECISIONS = ("bfloat16", "float16")
-"""Precisions in which torch's autocast runs a float32 network."""
-_FLOATING_DTYPES = ("float16", "bfloat16", "float64")
-"""Dtypes of networks with floating-point weights other than float32."""
-
-
-class ModelConfig(Section):
-    """The network: its files, its input and output shapes, and how to run it."""
-
-    runtime: Literal["torch", "tensorflow", "onnx", "numpy"]
-    type: Literal["class", "file", "torchscript", "exported", "json"]
-    model_input_shape: Shape
-    model_output_shape: Shape | None = None
-    dtype: Dtype = "float32"
-    max_batch_size: Positive = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    processing_steps: str | None = None
-    lost_dim: NonNegative | None = None
-    join_dim: NonNegative | None = None
-    class_file: str | None = None
-    class_name: str | None = None
-    kwargs_file: str | None = None
-    checkpoint: str | None = None
-    model_file: str | None = None
-    ts_file: str | None = None
-    json_file: str | None = None
-    trusted: bool = False
-    precision: Literal["tf32", "float32", "bfloat16", "float16"] | None = None
-    compile: bool = False
-    channels_last: bool = False
-    cuda_graph: bool = False
-
-    @property
-    def effective_precision(self) -> str:
-        """Precision of the network's arithmetic: `precision`, or its default.
-
-        The default is the dtype of a network that is not float32, else tf32 for torch on a GPU,
-        else float32.
-        """
-        if self.precision is not None:
-            return self.precision
-        if self.dtype in _FLOATING_DTYPES:
-            return self.dtype
-        return "tf32" if self.runtime == "torch" and self.device == "cuda" else "float32"
-
-    @property
-    def allows_tf32(self) -> bool:
-        """Whether a GPU may round the factors of float32 products to TF32.
-
-        Where a network computes in 16 bits, its remaining float32 operations may.
-        """
-        return self.effective_precision in ("tf32", *HALF_PRECISIONS)
-
-    @property
-    def files(self) -> dict[str, str]:
-        """Files of the network, by key."""
-        keys = (
-            "class_file",
-            "kwargs_file",
-            "checkpoint",
-            "ts_file",
-            "model_file",
-            "json_file",
-            "processing_steps",
-        )
-        return {key: path for key in keys if (path := getattr(self, key)) is not None}
-
-    def lost_axis(self, rank: int) -> int | None:
-        """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
-
-        `rank` is the number of spatial axes, which are the last entries of `model_input_shape`.
-        The result is out of their range if `lost_dim` names no spatial axis.
-        """
-        return None if self.lost_dim is None else self.lost_dim - len(self.model_input_shape) + rank
-
-    def output_patch(self, rank: int) -> tuple[int, ...]:
-        """Return the shape that the network returns along the `rank` spatial axes."""
-        if self.model_output_shape is not None:
-            return self.model_output_shape[-rank:]
-        lost = self.lost_axis(rank)
-        return tuple(1 if a == lost else p for a, p in enumerate(self.model_input_shape[-rank:]))
 
 
 class Job(Section):
@@ -209,7 +97,7 @@ class Job(Section):
         problems = [
             *_geometry_problems(self),
             *_weight_problems(self),
-            *_model_problems(self.model),
+            *model_problems(self.model),
             *_input_problems(self),
             *_unsupported_keys(self),
             *_path_problems(self),
@@ -572,90 +460,6 @@ def _weight_problems(job: Job) -> list[str]:
             f"expected one of {', '.join(LOG_PROFILES)}{hint}"
         ]
     return []
-
-
-_REQUIRED_KEYS = {
-    "class": ("class_file", "class_name"),
-    "torchscript": ("ts_file",),
-    "file": ("model_file",),
-    "exported": ("model_file",),
-    "json": ("json_file",),
-}
-_TYPES = {
-    "torch": ("class", "file", "torchscript", "exported"),
-    "tensorflow": ("class", "file", "json"),
-    "onnx": ("file",),
-    "numpy": ("class",),
-}
-_TORCH_ONLY = ("compile", "channels_last", "cuda_graph")
-
-
-def _model_problems(model: ModelConfig) -> list[str]:
-    runtime, legal = model.runtime, _TYPES[model.runtime]
-    problems = [
-        f"model_config.{key}: missing for type {model.type}; set it"
-        for key in _REQUIRED_KEYS[model.type]
-        if getattr(model, key) is None
-    ]
-    if model.type not in legal:
-        problems = [
-            f"model_config.type: unsupported value {model.type!r} for runtime {runtime}; "
-            f"expected {'one of ' if len(legal) > 1 else ''}{', '.join(legal)}"
-        ]
-    if runtime != "torch":
-        problems += [
-            f"model_config.{key}: unsupported for runtime {runtime}; "
-            "remove it, or use runtime torch"
-            for key in _TORCH_ONLY
-            if getattr(model, key)
-        ]
-        if model.dtype == "bfloat16":
-            problems.append(
-                f"model_config.dtype: unsupported value 'bfloat16' for runtime {runtime}; "
-                "use float32"
-            )
-    elif model.cuda_graph and model.device != "cuda":
-        problems.append(
-            f"model_config.cuda_graph: unsupported for device {model.device}; "
-            "remove it, or use device cuda"
-        )
-    if runtime == "numpy":
-        problems += _numpy_problems(model)
-    return problems + _precision_problems(model)
-
-
-def _precision_problems(model: ModelConfig) -> list[str]:
-    key, value = "model_config.precision", model.precision
-    if value is None:
-        return []
-    if value in HALF_PRECISIONS and model.runtime != "torch":
-        return [
-            f"{key}: unsupported value {value!r} for runtime {model.runtime}; use float32, or use "
-            "runtime torch"
-        ]
-    if value == "tf32" and model.device == "cpu":
-        return [f"{key}: unsupported value 'tf32' for device cpu; use float32, or use device cuda"]
-    is_float32 = model.dtype == "float32" or (
-        model.dtype not in _FLOATING_DTYPES and value not in HALF_PRECISIONS
-    )
-    if not is_float32 and model.dtype != value:
-        return [
-            f"{key}: {value} requires a float32 network, found dtype {model.dtype}; use dtype: "
-            "float32, or remove precision"
-        ]
-    return []
-
-
-def _numpy_problems(model: ModelConfig) -> list[str]:
-    problems = []
-    if model.checkpoint is not None:
-        problems.append(
-            "model_config.checkpoint: unsupported for runtime numpy; "
-            "remove it, and load the weights in class_file"
-        )
-    if model.device == "cuda":
-        problems.append("model_config.device: unsupported value 'cuda' for runtime numpy; use cpu")
-    return problems
 
 
 def _input_problems(job: Job) -> list[str]:

@@ -17,9 +17,11 @@ import numpy.typing as npt
 from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError, StoreError
 from chunkq.geometry.box import Box
 from chunkq.job.items import Item
-from chunkq.job.ledger import ItemLedger, JobFolder, Ledger, RecentCommits
+from chunkq.job.job_folder import JobFolder
+from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output import Output
 from chunkq.job.record import JobRecord
+from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs

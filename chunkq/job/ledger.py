@@ -1,22 +1,19 @@
-"""Job folder: the job's record, commit records, failure records and pieces.
+"""The ledger of a job: commit records, failure records and pieces.
 
-The job folder stores the progress of a job. A commit record is written after all other results of
-its task, so a chunk without a valid commit record is computed again.
+A commit record is written after all other results of its task, so a chunk without a valid commit
+record is computed again.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from heapq import nlargest
 from itertools import islice
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -24,20 +21,15 @@ import numpy.typing as npt
 from typing_extensions import Buffer
 
 from chunkq import json_values
-from chunkq.errors import ErrorCode, JobError, MissingJobError, PieceError
-from chunkq.job.job_path import SUFFIX
-from chunkq.job.record import JobRecord
-from chunkq.job.tasks import EPOCH, chunk_name, parse_chunk
+from chunkq.errors import PieceError
+from chunkq.job.task_records import Commit, Failure, RecentCommits
+from chunkq.job.tasks import chunk_name, parse_chunk
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Index
 from chunkq.storage import documents
 from chunkq.storage.objects import PART_BYTES, ObjectFolder
 from chunkq.system import buffers
 
-log = logging.getLogger("chunkq.job")
-T = TypeVar("T")
-
-RECORD = "job.json"
 CRC_BYTES, ALIGNMENT = 4, 16
 CRC_RESIDUE = 0x48674BC7
 """CRC-32C of any bytes followed by their own CRC-32C in little-endian order."""
@@ -47,195 +39,12 @@ BATCH_SIZE = 1000
 """Commit records that are read at once."""
 
 
-def job_folder_of(output: str) -> str:
-    """Return the job folder of an output path. The path of a job folder stays unchanged."""
-    output = output.rstrip("/")
-    return output if output.endswith(SUFFIX) else output + SUFFIX
-
-
-@dataclass(frozen=True)
-class Commit:
-    """Record of a finished task of an item.
-
-    `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
-    and `checksums` each piece to its CRC-32C. `started` and `finished` are Unix times (s).
-    """
-
-    kind: str
-    item: int
-    chunk: Index
-    attempt: int
-    worker: str
-    started: float
-    finished: float
-    seconds: dict[str, float] = field(default_factory=dict)
-    moved: dict[str, int] = field(default_factory=dict)
-    checksums: dict[str, int] = field(default_factory=dict)
-    patches: int = 0
-    peak_rss: int = 0
-
-    def to_json(self, epoch: str) -> bytes:
-        """Encode the record for an epoch of the job."""
-        return documents.encode({"epoch": epoch, **json_values.to_values(self)})
-
-    @classmethod
-    def from_json(cls, content: bytes, epoch: str) -> Commit | None:
-        """Decode a record. Return None if it is damaged or belongs to another epoch."""
-        values = documents.decode(content)
-        if values is None or values.pop("epoch", None) != epoch:
-            return None
-        return _decoded(cls, values)
-
-
-@dataclass(frozen=True)
-class RecentCommits:
-    """Number of finished tasks, and the newest records of a sample of every `step`-th task."""
-
-    total: int
-    step: int
-    records: tuple[Commit, ...]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The last error of a task of an item."""
-
-    kind: str
-    item: int
-    chunk: Index
-    attempt: int
-    worker: str
-    error: str
-    message: str
-    traceback: str
-    when: float = field(default_factory=time.time)
-
-    @classmethod
-    def from_json(cls, content: bytes) -> Failure | None:
-        """Decode a record. Return None if it is damaged."""
-        values = documents.decode(content)
-        return None if values is None else _decoded(cls, values)
-
-
 @dataclass(frozen=True, slots=True)
 class PieceInfo:
     """Size (bytes) and CRC-32C of a stored piece."""
 
     size: int
     crc32c: int
-
-
-class JobFolder:
-    """A job folder: the job record and one ledger per epoch.
-
-    Every method raises OSError if the storage fails.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.objects = ObjectFolder(path)
-
-    @property
-    def output(self) -> str:
-        """Path of the output."""
-        return self.path.removesuffix(SUFFIX)
-
-    def read_record(self) -> JobRecord | None:
-        """Return the record in `job.json`, or None if there is no job.
-
-        Raises JobError if it is damaged.
-        """
-        content = self.objects.get(RECORD)
-        return None if content is None else self._decode(content)
-
-    def require_record(self) -> JobRecord:
-        """Return the record in `job.json`. Raises MissingJobError if there is no job."""
-        record = self.read_record()
-        if record is None:
-            raise MissingJobError(
-                f"{without_secret(self.output)}: no job at this path, "
-                f"{without_secret(self.path)}/job.json is missing; "
-                "fix the path, or run `chunkq produce` to create a job"
-            )
-        return record
-
-    def create_record(self, record: JobRecord) -> JobRecord:
-        """Write `job.json` unless it exists, and return the stored record.
-
-        If several processes create a job at the same time, exactly one succeeds.
-        """
-        content = record.to_json()
-        if not self.objects.put_new(RECORD, content):
-            return self.require_record()
-        if not self.objects.is_exclusive:
-            log.warning(
-                "output: %s: this storage has no exclusive creation of objects; run only one "
-                "process at a time that creates this job",
-                without_secret(self.output),
-            )
-        # Without exclusive creation, another process may have overwritten the record.
-        stored = self.objects.get(RECORD)
-        return self.require_record() if stored is None else self._decode(stored)
-
-    def replace_record(
-        self,
-        before: bytes | None,
-        record: JobRecord,
-        prepare: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Claim `job.json`, whose content is `before`, call `prepare`, and replace the record.
-
-        Raises JobError if another process has claimed or replaced it.
-        """
-        with self.claim(before):
-            prepare()
-            if not self.objects.replace(RECORD, before, record.to_json()):
-                raise self._replaced_error()
-
-    @contextmanager
-    def claim(self, content: bytes | None) -> Iterator[None]:
-        """Hold the claim to replace the job record that has this content.
-
-        Raises JobError if another process holds the claim, or if the record has other content.
-        """
-        with self.objects.claim(RECORD, content) as is_claimed:
-            if not is_claimed:
-                raise self._replaced_error()
-            yield
-
-    def _replaced_error(self) -> JobError:
-        return JobError(
-            f"output: {without_secret(self.output)}: another process is creating or changing this "
-            "job; wait until it has ended, or for a minute if it was killed, then run the command "
-            "again",
-            code=ErrorCode.JOB_REPLACED,
-        )
-
-    def ledger(self, epoch: str) -> Ledger:
-        """Return the ledger of an epoch."""
-        return Ledger(self.path, epoch)
-
-    def delete_earlier_epochs(self, epoch: str) -> None:
-        """Delete the ledgers of earlier jobs if the current job has this epoch."""
-        # List first: a later job writes its record before its ledger, so none is in this list.
-        names = self._epochs()
-        record = self.read_record()
-        if record is not None and record.epoch == epoch:
-            for name in names:
-                if name != epoch:
-                    self.objects.delete_folder(name)
-            self.objects.delete_partial_files()
-
-    def delete_epochs(self) -> None:
-        """Delete the ledgers of all jobs."""
-        for name in self._epochs():
-            self.objects.delete_folder(name)
-
-    def _epochs(self) -> list[str]:
-        return [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
-
-    def _decode(self, content: bytes) -> JobRecord:
-        return JobRecord.from_json(content, f"{self.path}/{RECORD}")
 
 
 class Ledger:
@@ -437,14 +246,6 @@ class ItemLedger:
             chunk,
         )
         return commit if is_same_task else None
-
-
-def _decoded(cls: type[T], values: dict[str, Any]) -> T | None:
-    """Return a record of decoded values, or None if they do not match it."""
-    try:
-        return json_values.from_values(cls, values)
-    except ValueError:
-        return None
 
 
 def _is_chunk(entry_name: str) -> bool:

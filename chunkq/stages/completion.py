@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from chunkq.errors import IncompleteError
 from chunkq.job.job_handle import ItemHandle, JobHandle
-from chunkq.job.ledger import Failure
+from chunkq.job.task_records import Failure
 from chunkq.job.tasks import Task, chunk_count
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Contribution, GateState

@@ -11,7 +11,7 @@ from typing_extensions import override
 from chunkq.blend.sums import OwnBlock, finalize_sums
 from chunkq.errors import PieceError
 from chunkq.job.job_handle import ItemHandle
-from chunkq.job.ledger import Commit
+from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Chunk, Index, Piece
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from chunkq.geometry.padding import IntArray
-from chunkq.job.ledger import Commit
+from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_name
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Plan, total_costs

@@ -14,9 +14,9 @@ from chunkq.errors import QueueError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Event, Sink, fan_out, progress_sink, write_log
 from chunkq.job.job_file import Job, load_job
+from chunkq.job.job_folder import job_folder_of
 from chunkq.job.job_handle import open_job
 from chunkq.job.job_path import output_path
-from chunkq.job.ledger import job_folder_of
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import open_executor, queue_url
 from chunkq_producer.distribute import distribute as finalize_on_workers

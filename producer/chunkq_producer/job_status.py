@@ -16,7 +16,7 @@ from rich.text import Text
 from chunkq.errors import QueueError, failure_key
 from chunkq.job.events import Event
 from chunkq.job.job_handle import JobHandle
-from chunkq.job.ledger import Failure, RecentCommits
+from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName

@@ -14,8 +14,8 @@ from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Message, Sink
 from chunkq.job.job_file import Job
+from chunkq.job.job_folder import job_folder_of
 from chunkq.job.job_handle import JobHandle, open_job
-from chunkq.job.ledger import job_folder_of
 from chunkq.job.tasks import chunk_count
 from chunkq.queue.registry import open_executor
 from chunkq_producer.check_model import check_model

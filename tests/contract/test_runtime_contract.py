@@ -24,7 +24,8 @@ from chunkq_worker.steps import Steps
 
 from chunkq.blend.combine import activate, add_weighted, reduce_and_cast, to_numpy, to_votes
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.job_file import ModelConfig, parse_job
+from chunkq.job.job_file import parse_job
+from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Plan, Volume
 from tests import models
 from tests.harness.predictions import each_prediction

@@ -13,7 +13,7 @@ import numpy as np
 from typing_extensions import override
 
 from chunkq.job.job_handle import ItemHandle
-from chunkq.job.ledger import Commit
+from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey

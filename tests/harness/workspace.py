@@ -21,8 +21,10 @@ from chunkq.cli import main
 from chunkq.create import check_job, create_job
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
-from chunkq.job.ledger import Commit, Failure, ItemLedger, JobFolder
+from chunkq.job.ledger import ItemLedger
+from chunkq.job.task_records import Commit, Failure
 from chunkq.queue.contract.executor import Attempt, Executor, RunningTask, TaskCounts
 from chunkq.queue.registry import open_executor
 from chunkq.stages.completion import failures

@@ -17,7 +17,7 @@ from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from tests.harness.files import everything_below
 from tests.harness.processes import CommandResult
 from tests.harness.volumes import random_volume, read_output, write_zarr

@@ -18,7 +18,8 @@ from chunkq_worker.runtimes.onnx_host import OnnxRuntime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, JobError, ModelError
-from chunkq.job.job_file import ModelConfig, job_schema, parse_job
+from chunkq.job.job_file import job_schema, parse_job
+from chunkq.job.model_config import ModelConfig
 from tests.harness.assertions import assert_contains
 from tests.harness.volumes import random_volume, read_output, write_zarr
 from tests.harness.workspace import Workspace

@@ -29,7 +29,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.job_file import ModelConfig, parse_job
+from chunkq.job.job_file import parse_job
+from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Volume
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction

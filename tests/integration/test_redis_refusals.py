@@ -22,7 +22,7 @@ import pytest
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.job.job_handle import open_job
-from chunkq.job.ledger import Failure
+from chunkq.job.task_records import Failure
 from chunkq.queue.contract.executor import jobs_at
 from chunkq.queue.registry import open_executor
 from tests.harness.files import everything_below, files_below

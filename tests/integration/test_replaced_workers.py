@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import chunkq
-from chunkq.job.ledger import JobFolder
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import EXIT_RESTART, TaskCounts
 from chunkq.queue.contract.settings import WorkerSettings

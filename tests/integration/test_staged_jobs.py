@@ -9,16 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from chunkq_worker import device as device_module
 from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
-from chunkq_worker.inference_engine import Device
+from chunkq_worker.device import Device
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.runtimes.torch import TorchRuntime
 from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError, PredictionError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Plan
 from tests.harness.networks import toy_model
 from tests.harness.predictions import each_prediction
@@ -69,7 +70,7 @@ def output_files(
         model = values["model_config"] | {"device": "cuda"}
         with (
             mock.patch.object(inference_engine, "load_runtime", loader_for(device)),
-            mock.patch.object(inference_engine, "_device", Device()),
+            mock.patch.object(device_module, "_device", Device()),
         ):
             run_inline(values | {"model_config": model})
     assert len(np.unique(read_output(output))) > 1

@@ -23,7 +23,8 @@ from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_outp
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.job_file import ModelConfig, load_job, parse_job
+from chunkq.job.job_file import load_job, parse_job
+from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord
 from chunkq.paths import file_hash
 from chunkq.plan.plan import Volume
@@ -776,7 +777,7 @@ LOAD_AND_RUN = """\
 import sys
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 model = ModelConfig(runtime="tensorflow", type="file", model_file=sys.argv[1],
                     model_input_shape=(8, 8, 1))
 import numpy as np

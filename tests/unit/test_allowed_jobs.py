@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chunkq_worker.commands.work import _lost_jobs
-from chunkq_worker.inference_engine import Device, waits_for_device
+from chunkq_worker.device import Device, waits_for_device
 from chunkq_worker.run_task import record_failure, run_task
 
 from chunkq.create import check_job, create_job
@@ -22,8 +22,10 @@ from chunkq.job.allowed_paths import (
     allowed_job_path,
     with_allowed_files,
 )
-from chunkq.job.job_file import ModelConfig, load_job, parse_job
-from chunkq.job.ledger import RECORD, ItemLedger, JobFolder
+from chunkq.job.job_file import load_job, parse_job
+from chunkq.job.job_folder import RECORD, JobFolder
+from chunkq.job.ledger import ItemLedger
+from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import JobId, Task
 from chunkq.job.user_code import load_names
@@ -279,7 +281,7 @@ def test_waiting_tasks_and_failures_are_recorded_for_the_resolved_job_folder(
     task = Task("infer", f"{lab.other}/link/{job.name}", epoch_of(job), 0, (0,))
     device = Device()
     device._waiting.add(replace(task, job=str(job)))
-    monkeypatch.setattr("chunkq_worker.inference_engine._device", device)
+    monkeypatch.setattr("chunkq_worker.device._device", device)
     assert waits_for_device(task)
     record_failure(task, Attempt(1, "worker"), ValueError("broken"))
     assert [failure.message for failure in ledger(job).failures(["infer"])] == [

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from chunkq.job.ledger import Commit, ItemLedger, Ledger
+from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.task_records import Commit
 
 EPOCH, LATER = "0a1b2c3d", "1b2c3d4e"
 COMMIT = Commit("infer", 0, (0, 1), 2, "host-1", 1.0, 2.0, {"read": 0.5}, {"input": 64}, {"own": 7})

@@ -14,7 +14,7 @@ from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, FrameworkConflictError, ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.queue.contract.executor import EXIT_RESTART, ExitStatus
 
 

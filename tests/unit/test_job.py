@@ -8,7 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import Job, ModelConfig, job_schema, load_job, parse_job
+from chunkq.job.job_file import Job, job_schema, load_job, parse_job
+from chunkq.job.model_config import ModelConfig
 from tests.strategies import job_values
 
 CLASS = {"runtime": "torch", "type": "class", "model_input_shape": [4, 4]}

@@ -16,7 +16,7 @@ import pytest
 from chunkq.errors import ErrorCode, JobError
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.items import Item
-from chunkq.job.ledger import JobFolder
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.record import JobRecord
 from chunkq.storage import documents
 from chunkq.storage.images import ImageSource

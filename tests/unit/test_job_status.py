@@ -9,9 +9,11 @@ from chunkq_producer.job_status import job_status
 from chunkq.geometry.axes import plain_axes
 from chunkq.job import ledger as ledger_module
 from chunkq.job.items import Item
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle
-from chunkq.job.ledger import Commit, ItemLedger, JobFolder, Ledger, RecentCommits
+from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.record import JobRecord
+from chunkq.job.task_records import Commit, RecentCommits
 from chunkq.storage.images import ImageSource
 from tests.strategies import plan_for
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq import json_values
-from chunkq.job.ledger import Commit
+from chunkq.job.task_records import Commit
 from chunkq.queue.contract.executor import WorkerName
 from chunkq.timing.aggregation import aggregate_timing
 from chunkq.timing.diagnosis import LOSSES, REMEDIES, advice, conclusion

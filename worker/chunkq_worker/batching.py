@@ -25,7 +25,7 @@ from chunkq.blend.combine import (
 )
 from chunkq.errors import ModelError, PredictionError
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
 from chunkq_worker.steps import KEY, Steps

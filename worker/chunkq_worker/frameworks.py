@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from chunkq.errors import FrameworkConflictError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 
 BY_RUNTIME = MappingProxyType({"torch": "torch", "tensorflow": "tensorflow"})
 """Runtime -> framework; the other runtimes need no framework."""

@@ -8,14 +8,14 @@ import numpy as np
 from typing_extensions import override
 
 from chunkq.job.job_handle import ItemHandle
-from chunkq.job.ledger import Commit
+from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Chunk, Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE
 from chunkq.stages.infer import InferStage
 from chunkq.system.memory import peak_bytes
+from chunkq_worker.device import ComputedChunk, get_device
 from chunkq_worker.frameworks import framework_rule
-from chunkq_worker.inference_engine import ComputedChunk, get_device
 
 
 class ComputingStage(InferStage):

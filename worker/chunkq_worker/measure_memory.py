@@ -29,7 +29,8 @@ from chunkq.plan.sample_chunks import sample_chunks
 from chunkq.queue.contract.executor import Attempt
 from chunkq.system import buffers
 from chunkq.system.memory import peak_bytes
-from chunkq_worker.inference_engine import InferenceEngine, get_device
+from chunkq_worker.device import get_device
+from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.inline import Contributions
 from chunkq_worker.run_task import run_task
 from chunkq_worker.runtimes.base import Runtime

@@ -29,8 +29,9 @@ from chunkq.storage.padded_reading import read_padded
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import child_env
+from chunkq_worker.device import get_device
 from chunkq_worker.devices import cores
-from chunkq_worker.inference_engine import InferenceEngine, get_device
+from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
 
 ROUNDS = 3

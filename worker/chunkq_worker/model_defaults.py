@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from chunkq.errors import JobError, ModelError, suggestion
-from chunkq.job.job_file import Job, ModelConfig
+from chunkq.job.job_file import Job
+from chunkq.job.model_config import ModelConfig
 from chunkq.paths import is_url, read_bytes, without_secret
 from chunkq_worker.runtimes.formats import format_of
 

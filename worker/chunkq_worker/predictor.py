@@ -28,7 +28,8 @@ from chunkq.plan.plan import Chunk, Index, Plan, Volume
 from chunkq.queue.registry import queue_url
 from chunkq.storage.array import Array
 from chunkq.storage.padded_reading import read_padded
-from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine, get_device
+from chunkq_worker.device import get_device
+from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.inline import compute_inline, pipelined
 from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
 from chunkq_worker.model_defaults import half_strides, job_for_model

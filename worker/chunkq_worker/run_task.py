@@ -18,9 +18,10 @@ from chunkq.errors import (
 )
 from chunkq.job.allowed_paths import allowed_job_path, is_restricted, with_allowed_files
 from chunkq.job.events import Message, Sink, TaskEnded, TaskFailed, write_log
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import output_of, printable_path
-from chunkq.job.ledger import Failure, JobFolder
+from chunkq.job.task_records import Failure
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import Attempt, GateState, TaskResult

@@ -21,8 +21,8 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
     A chunk that exceeds its time limit ends this process if the worker owns it.
     """
     # Imported here so that signals are handled while the network's libraries load.
+    from chunkq_worker.device import waits_for_device
     from chunkq_worker.frameworks import framework_rule
-    from chunkq_worker.inference_engine import waits_for_device
     from chunkq_worker.run_task import check_gate, run_task
 
     framework_rule.enforced = options.replaceable

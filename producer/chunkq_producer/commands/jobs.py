@@ -11,8 +11,8 @@ from dataclasses import asdict
 import click
 
 from chunkq.errors import ChunkqError
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import output_of, printable_path
-from chunkq.job.ledger import JobFolder
 from chunkq.job.tasks import JobId
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
 

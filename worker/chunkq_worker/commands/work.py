@@ -15,9 +15,9 @@ import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
+from chunkq.job.job_folder import job_folder_of
 from chunkq.job.job_handle import open_job
 from chunkq.job.job_path import output_path
-from chunkq.job.ledger import job_folder_of
 from chunkq.job.tasks import JobId
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq_worker.steps import Steps
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from chunkq.errors import JobError, ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import load_names, select_name, sibling_imports
 from chunkq.paths import read_bytes
 from chunkq_worker.runtimes.formats import USES, format_of

@@ -21,7 +21,7 @@ from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import chunk_results, target_slices
 from chunkq.blend.weights import Neighbors
 from chunkq.geometry.box import Box
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.patch_runs import PatchRun, patch_runs
 from chunkq_worker.runtimes.staging import SIGNED_DTYPES, Accelerator, Slot, Stream, as_signed

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.steps import Steps

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.classes import instantiate, load_definition
 from chunkq_worker.runtimes.host_runtime import HostRuntime

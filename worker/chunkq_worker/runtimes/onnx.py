@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes import onnx_cuda
 from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime

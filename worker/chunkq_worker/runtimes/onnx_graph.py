@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from chunkq.errors import ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq_worker.steps import Steps
 
 DTYPES: MappingProxyType[str, str] = MappingProxyType(

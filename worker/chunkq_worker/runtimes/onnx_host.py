@@ -10,7 +10,7 @@ import numpy as np
 from typing_extensions import override
 
 from chunkq.blend.combine import Array
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes.host_runtime import HostRuntime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph

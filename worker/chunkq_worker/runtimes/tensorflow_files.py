@@ -16,7 +16,7 @@ from typing import Any
 from typing_extensions import override
 
 from chunkq.errors import JobError, ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import load_names
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
 from chunkq_worker.runtimes.classes import create_network

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
-from chunkq.job.job_file import HALF_PRECISIONS, ModelConfig
+from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
 from chunkq_worker.runtimes.staging import (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from chunkq.errors import ErrorCode, ModelError
-from chunkq.job.job_file import ModelConfig
+from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import sibling_imports
 from chunkq.paths import read_bytes
 from chunkq_worker.runtimes import exported_program, torchscript_code

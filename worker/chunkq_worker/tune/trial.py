@@ -35,7 +35,8 @@ from chunkq.storage.padded_reading import read_padded
 from chunkq.system.memory import peak_bytes
 from chunkq.system.parent_process import when_parent_ends
 from chunkq_worker.batching import Halos
-from chunkq_worker.inference_engine import InferenceEngine, get_device
+from chunkq_worker.device import get_device
+from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.run_task import run_task
 from chunkq_worker.tune.search import Measurement, Stage, TrialStatus
 

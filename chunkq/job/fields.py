@@ -1,0 +1,64 @@
+"""Types of the fields of a job file, and the base class of its sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+)
+
+InferenceType = Literal["patch", "sliding_window", "crop_margin"]
+
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_nested_tuple(value: object) -> object:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def _as_tuple_of_names(value: object) -> object:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+MAX_INTEGER = 1 << 40
+"""Largest integer in a job file. Sums of several such lengths stay exact in 64-bit arithmetic."""
+
+
+Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+
+
+NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+
+
+Offset = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+
+
+Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
+
+
+Names = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple_of_names, json_schema_input_type=str | tuple[str, ...]),
+]
+
+
+class Section(BaseModel):
+    """Section of the job file: immutable, without unknown keys and type conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

@@ -1,0 +1,167 @@
+"""The single thread of this process that uses the device, and the networks loaded there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from chunkq.blend.sums import Contribution
+from chunkq.errors import JobError
+from chunkq.job.allowed_paths import allowed_job_path, with_allowed_files
+from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.tasks import Task
+from chunkq.plan.plan import Chunk
+from chunkq_worker.batching import Halos
+from chunkq_worker.frameworks import framework_rule
+from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
+
+T = TypeVar("T")
+
+
+class Device:
+    """The single thread of this process that uses the device, with its loaded networks."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._engines: OrderedDict[str, InferenceEngine] = OrderedDict()
+        self._borrowed: dict[str, InferenceEngine] = {}
+        self._waiting: set[Task] = set()
+        self._lock = threading.Lock()
+        self._finished = 0.0
+
+    def is_awaited_by(self, task: Task) -> bool:
+        """Return whether a task waits for the device."""
+        return task in self._waiting
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Run a function on the device thread."""
+        return self._thread.submit(work)
+
+    @contextmanager
+    def compute_with(self, job: JobHandle, engine: InferenceEngine) -> Iterator[None]:
+        """Use the caller's engine for a job inside the `with` block; the caller closes it."""
+        self._borrowed[_job_key(job)] = engine
+        try:
+            yield
+        finally:
+            self._borrowed.pop(_job_key(job), None)
+
+    def start(
+        self, engine: Callable[[], InferenceEngine], chunk: Chunk, halos: Halos
+    ) -> Future[Callable[[], Contribution]]:
+        """Start a chunk on the device thread, where `engine` is called.
+
+        The result is a function that waits for the chunk. Do not call it on the device thread.
+        """
+        return self.run(lambda: self._start(engine(), chunk, halos))
+
+    def _start(
+        self, engine: InferenceEngine, chunk: Chunk, halos: Halos
+    ) -> Callable[[], Contribution]:
+        finish = engine.start(chunk, halos)
+
+        def finish_or_check() -> Contribution:
+            result = finish()
+            if result is None:
+                result = self.run(lambda: engine.check(chunk, halos)).result()
+            return result
+
+        return finish_or_check
+
+    def compute(self, item: ItemHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
+        """Wait for the device and compute one chunk; raise the errors of the engine."""
+        requested = time.time()
+        task = item.task("infer", chunk.index)
+        self._waiting.add(task)
+        acquired = started = requested
+
+        def start() -> Callable[[], Contribution]:
+            nonlocal acquired, started
+            acquired = time.time()
+            self._waiting.discard(task)
+            engine = self._engine(item)
+            started = time.time()
+            finish = self._start(engine, chunk, halos)
+            framework_rule.record(item.job.record.job.model)
+            return finish
+
+        result = self.run(start).result()()
+        load_seconds = started - acquired
+        finished = time.time()
+        with self._lock:  # chunks in flight at the same time share the device
+            begun = max(started, min(self._finished, finished))
+            self._finished = finished
+        seconds = {
+            "wait": begun - load_seconds - requested,
+            "load": load_seconds,
+            "compute": finished - begun,
+        }
+        return ComputedChunk(result, chunk.patches, seconds)
+
+    def _engine(self, item: ItemHandle) -> InferenceEngine:
+        job, plan = item.job, item.plan
+        key = _job_key(job)
+        engine = self._borrowed.get(key) or self._engines.get(key)
+        if engine is None:
+            framework_rule.check(job.record.job.model)
+            while len(self._engines) >= ENGINES_CACHED:
+                self._engines.popitem(last=False)[1].close()
+            accepted = with_allowed_files(job.record.job, job.folder.path)
+            engine = InferenceEngine(replace(job.record, job=accepted), plan)
+        elif engine.plan != plan:  # another item of the job
+            engine = engine.for_plan(plan)
+        if key in self._borrowed:
+            self._borrowed[key] = engine
+        else:
+            self._engines[key] = engine
+            self._engines.move_to_end(key)
+        return engine
+
+
+def _job_key(job: JobHandle) -> str:
+    return f"{job.folder.path} {job.record.digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedChunk:
+    """A chunk's contribution, the number of patches computed, and seconds per stage.
+
+    `wait` is the time until the device was free, `load` the time to load the network (first
+    chunk of a job), and `compute` the time on the device, without that of other chunks.
+    """
+
+    contribution: Contribution
+    patches: int
+    seconds: dict[str, float]
+
+
+_device: Device | None = None
+
+
+_lock = threading.Lock()
+
+
+def waits_for_device(task: Task) -> bool:
+    """Return whether a task of this process waits for the device while others are computed."""
+    try:
+        accepted_task = replace(
+            task, job=allowed_job_path(task.job)
+        )  # the path that `run_task` uses
+    except JobError:
+        return False
+    return _device is not None and _device.is_awaited_by(accepted_task)
+
+
+def get_device(create: Callable[[], Device] = Device) -> Device:
+    """Return the device of this process; create it at the first call."""
+    global _device  # noqa: PLW0603 - there is exactly one device per process
+    with _lock:
+        if _device is None:
+            _device = create()
+        return _device
