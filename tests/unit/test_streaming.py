@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from chunkq.blend import sums
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.streaming import regions
 from chunkq.blend.sums import Accumulator, Contribution
@@ -95,7 +96,8 @@ def test_only_pieces_that_are_views_are_copied(
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_waiting_pieces_are_not_on_the_heap(channels: int) -> None:
+def test_waiting_pieces_are_not_on_the_heap(monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    monkeypatch.setattr(sums, "SLAB_BYTES", 1 << 16)  # the sums of a slab are on the heap
     plan = plan_of(channels)
     computed = list(ComputedChunks(plan))
     assert min(piece_bytes(plan)) >= buffers.LARGE_BYTES

@@ -43,7 +43,7 @@ FAULTS = (
     ),
     Fault(
         "epoch-of-a-commit-not-compared",
-        LEDGER,
+        "chunkq/job/task_records.py",
         'values.pop("epoch", None) != epoch',
         'values.pop("epoch", None) == ""',
         "a commit of the replaced job counts as a commit of the new one",
