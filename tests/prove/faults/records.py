@@ -147,7 +147,7 @@ FAULTS = (
     ),
     Fault(
         "record-of-another-creator-lost",
-        LEDGER,
+        "chunkq/job/job_folder.py",
         "if not self.objects.put_new(RECORD, content):",
         "if self.objects.put(RECORD, content):",
         "two concurrent producers both use their own job record",
