@@ -195,4 +195,37 @@ def worker_settings() -> Iterator[str]:
         yield f"| `{field.name}` | {field.default:g} |"
 
 
-TABLES = {"job file": job_file, "error codes": error_codes, "worker settings": worker_settings}
+# ---------------------------------------------------------------------------------- modules
+
+
+def modules() -> Iterator[str]:
+    """Yield a table per package: each module, and the first sentence of its docstring."""
+    for package in PACKAGES:
+        root = DESCRIPTIONS.parents[1] / package
+        root = root if package == "chunkq" else root / f"chunkq_{package}"
+        paths = sorted(root.rglob("*.py"), key=lambda path: (path.parent, path.name))
+        for folder in dict.fromkeys(path.parent for path in paths):
+            inside = [path for path in paths if path.parent == folder]
+            name = ".".join(folder.relative_to(root.parent).parts)
+            title = next(_summary(path) for path in inside if path.name == "__init__.py")
+            yield f"## `{name}`\n\n{title}\n\n| module | contents |\n|---|---|"
+            for path in inside:
+                if path.name != "__init__.py":
+                    yield f"| `{path.stem}` | {_summary(path)} |"
+            yield ""
+
+
+def _summary(path: Path) -> str:
+    """Return the first paragraph of a module's docstring, as one line."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if docstring is None:
+        raise PluginError(f"{path}: no docstring")
+    return " ".join(docstring.partition("\n\n")[0].split()).replace("|", "\\|")
+
+
+TABLES = {
+    "job file": job_file,
+    "error codes": error_codes,
+    "worker settings": worker_settings,
+    "modules": modules,
+}
