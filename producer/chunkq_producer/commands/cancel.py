@@ -29,6 +29,7 @@ def cancel(output: str, queue: str | None) -> None:
         # Tasks may contain the path in the form that the user wrote; workers refuse such tasks.
         job_paths, job_queue = {folder.path, unchecked_path}, _queue_of_job(folder)
     with queue_of(queue, job_queue) as executor:
+        executor.check_ready()  # else a replica may report that it has no tasks of the job
         jobs = [job for path in sorted(job_paths) for job in jobs_at(executor, path)]
         count = sum(executor.cancel(job) for job in jobs)
     if count:
