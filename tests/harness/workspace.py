@@ -180,7 +180,9 @@ class Workspace:
             return queue.counts(self.job.id)
 
     def running(self) -> list[RunningTask]:
-        """Return the running tasks of this job."""
+        """Return the running tasks of this job; none before a command has created it."""
+        if JobFolder(str(self.job_folder)).read_record() is None:
+            return []
         with self.queue() as queue:
             return queue.running(self.job.id)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.harness.processes import RunningCommand
 from tests.harness.servers.redis import free_port
 from tests.harness.standard_job import StandardWorkspace
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import TIMEOUT, wait_until
 
 HOST = "127.0.0.1"
 SCHEDULER = "distributed.cli.dask_scheduler"
@@ -55,7 +55,7 @@ class DaskCluster:
         import distributed
 
         with distributed.Client(f"tcp://{HOST}:{self.port}", set_as_default=False) as client:
-            client.wait_for_workers(count, 30)
+            client.wait_for_workers(count, TIMEOUT)
 
     def kill(self) -> None:
         """Kill every process that was started."""
