@@ -251,28 +251,29 @@ class Repeated(torch.nn.Module):
 
 
 def repeated(channels: int = 1, **more: Any) -> tuple[DevicePipeline, JobPlan, Counts]:
-    """Return the pipeline of a network without operations, for chunks of 7 x 7 patches."""
-    model = more.pop("model", {}) | {"model_input_shape": [1, 16, 16]}
-    plan = half_overlap(
-        (128, 112), 16, channels, dtype="uint16", chunksize=[64, 64], model=model, **more
-    )
+    """Return the pipeline of a network without operations, for chunks of 8 x 8 patches."""
+    keys: dict[str, Any] = {"dtype": "uint16", "chunksize": [64, 64]} | more
+    keys["model"] = keys.pop("model", {}) | {"model_input_shape": [1, 16, 16]}
+    plan = half_overlap(keys.pop("volume", (128, 112)), 16, channels, **keys)
     device = SimulatedDevice()
     return pipeline_for(plan, device, network=Repeated(channels)), plan, device.counts
 
 
 @pytest.mark.parametrize(
-    ("combine", "channels", "dtype"),
+    ("channels", "keys"),
     [
-        ("weighted_avg", 1, "float32"),
-        ("weighted_avg", 3, "float32"),
-        ("weighted_avg", 3, "float16"),
-        ("soft", 1, None),
-        ("soft", 257, None),
-        ("hard", 4, None),
+        (1, {"combine": "weighted_avg"}),
+        (3, {"combine": "weighted_avg"}),
+        (3, {"combine": "weighted_avg", "output_dtype": "float16"}),
+        (1, {"combine": "soft"}),
+        # In one chunk: the sums of bands of so many channels would hide the size of the labels.
+        (257, {"combine": "soft", "volume": (224, 224), "chunksize": [224, 224]}),
+        (4, {"combine": "hard"}),
     ],
+    ids=str,
 )
-def test_inputs_and_results_are_copied_once(combine: str, channels: int, dtype: str | None) -> None:
-    pipeline, plan, counts = repeated(channels, combine=combine, output_dtype=dtype)
+def test_inputs_and_results_are_copied_once(channels: int, keys: dict[str, Any]) -> None:
+    pipeline, plan, counts = repeated(channels, **keys)
     chunks = [chunk for chunk in map(plan.chunk, plan.indices()) if chunk.is_active]
     inputs = sum(chunk.halo.size for chunk in chunks) * plan.volume.voxel_bytes
     results = 0
