@@ -21,7 +21,7 @@ from chunkq_worker.run_task import run_task
 from chunkq import documents
 from chunkq.cli import main
 from chunkq.executors import open_executor
-from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts
+from chunkq.executors.base import Attempt, Executor, RunningTask, TaskCounts, jobs_at
 from chunkq.finalize import finalize_job
 from chunkq.job import load_job
 from chunkq.job_handle import JobHandle, open_job
@@ -173,14 +173,17 @@ class Workspace:
         executor.close()
 
     def counts(self) -> TaskCounts:
-        """Return the queue's task counts of this job."""
+        """Return the queue's counts of the only job of this folder, which may not exist yet."""
         with self.queue() as queue:
-            return queue.counts(self.job.id)
+            jobs = jobs_at(queue, str(self.job_folder))
+        assert len(jobs) <= 1
+        return next(iter(jobs.values()), TaskCounts())
 
     def running(self) -> list[RunningTask]:
-        """Return the running tasks of this job."""
+        """Return the running tasks of the jobs of this folder."""
         with self.queue() as queue:
-            return queue.running(self.job.id)
+            jobs = jobs_at(queue, str(self.job_folder))
+            return [task for job in jobs for task in queue.running(job)]
 
     def attempts(self) -> list[int]:
         """Return how often each task of the embedded queue was started."""
