@@ -69,9 +69,10 @@ def test_a_task_of_a_replaced_job_that_hangs_is_no_failure_of_the_new_job(
     workspace: Workspace,
 ) -> None:
     old = replace_job(workspace)
-    hung = TaskTimeoutError("too long", [])
+    hung, before = TaskTimeoutError("too long", []), everything_below(workspace.folder)
     record_failure(Task("infer", *old, 0, (0, 0)), ATTEMPT, hung)
     assert failures(workspace.job) == []
+    assert everything_below(workspace.folder) == before
     record_failure(Task("infer", *workspace.job.id, 0, (0, 1)), ATTEMPT, hung)
     assert [failure.chunk for failure in failures(workspace.job)] == [(0, 1)]
 

@@ -308,11 +308,11 @@ FAULTS = (
         named(EPOCHS, "inprocess and set_aside"),
     ),
     Fault(
-        "hung-task-is-blamed-on-the-new-job",
+        "hung-task-leaves-files-of-a-replaced-job",
         "worker/chunkq_worker/run_task.py",
         "record is not None and record.epoch == task.epoch",
         "record is not None",
-        "a hung chunk of a replaced job is reported as a failure",
+        "a hung chunk of a replaced job creates its deleted folder again",
         named("tests/integration/test_epochs.py", "deleted_job or that_hangs"),
     ),
     Fault(
