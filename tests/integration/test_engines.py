@@ -1,6 +1,7 @@
 """Run the same job on every engine: commands, output and `status` must be the same."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def test_a_killed_worker_process_loses_no_committed_chunks(
         workspace.open_gate()
         result = cli.wait()
     assert result.code == 0, result.err
-    assert "signal 9" in result.err
+    # On Ray the killed process is the worker's actor; the worker process ends by itself.
+    assert re.search(r"(signal 9|code 1); 2 chunks", result.err)
     workspace.finalize().ok()
     assert workspace.stored() == undisturbed.stored()
     patches = workspace.patches()
