@@ -10,14 +10,14 @@ from typing import Any
 from chunkq import __version__, json_values
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.job.events import Sink, StageProgress, ignore
-from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
-from chunkq.stages.completion import Pending, check_completion, names_of, shortened
+from chunkq.stages.completion import JobCompletion, Pending, check_completion, names_of, shortened
 from chunkq.stages.registry import stage_of, stages
 from chunkq.timing.aggregation import aggregate_timing
 from chunkq.timing.diagnosis import advice, conclusion
@@ -60,41 +60,44 @@ def finalize_job(
     job.output.check_array()
     lost: Lost = {}
     with ThreadPoolExecutor(threads or max_concurrent_blocks(job)) as pool:
-        for stage in stages():
-            if not stage.is_queued:
-                ready = completion.ready(stage)
-                lost |= _run_tasks(pool, stage, ready, Attempt(1, worker), emit)
-                completion = completion.without(stage, ready)
+
+        def run(stage: Stage, tasks: Pending) -> Pending:
+            succeeded, lost_here = _run_tasks(pool, stage, tasks, Attempt(1, worker), emit)
+            lost.update(lost_here)
+            return succeeded
+
+        completion = completion.complete(run)
     with job.check_replaced_on_error():
         _raise_if_lost(job, lost)
-        return _seal(job, missing, warnings)
+        if not missing:
+            _raise_if_left(completion)
+        return _seal(completion, missing, warnings)
 
 
 def _run_tasks(
     pool: ThreadPoolExecutor, stage: Stage, tasks: Pending, attempt: Attempt, emit: Sink
-) -> Lost:
-    """Run tasks of a stage in the pool; return the chunks whose results are damaged."""
-    done = 0
+) -> tuple[Pending, Lost]:
+    """Run tasks of a stage in the pool; return those that succeeded, and the damaged results."""
+    succeeded: list[tuple[ItemHandle, Index]] = []
     lost: Lost = {}
-    emit(StageProgress(PROGRESS_STAGE, done, len(tasks)))
+    emit(StageProgress(PROGRESS_STAGE, 0, len(tasks)))
     for first in range(0, len(tasks), BATCH_SIZE):
         batch = tasks[first : first + BATCH_SIZE]
-        futures = {
-            pool.submit(stage.run, item, chunk, attempt): item.number for item, chunk in batch
-        }
+        futures = {pool.submit(stage.run, *task, attempt): task for task in batch}
         try:
-            for future in as_completed(futures):
+            for done, future in enumerate(as_completed(futures), start=first + 1):
                 try:
                     future.result()
+                    succeeded.append(futures[future])
                 except PieceError as error:
-                    lost |= {(futures[future], source): str(error) for source in error.sources}
-                done += 1
+                    item = futures[future][0].number
+                    lost |= {(item, source): str(error) for source in error.sources}
                 emit(StageProgress(PROGRESS_STAGE, done, len(tasks)))
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
-    return lost
+    return succeeded, lost
 
 
 def _check_inputs(job: JobHandle) -> list[str]:
@@ -124,17 +127,29 @@ def _raise_if_lost(job: JobHandle, lost: Mapping[tuple[int, Index], str]) -> Non
         )
 
 
+def _raise_if_left(completion: JobCompletion) -> None:
+    """Raise IncompleteError if a stage has a task that waits for one that no stage has."""
+    for kind, tasks in completion.pending.items():
+        if tasks:
+            names = names_of(tasks)
+            raise IncompleteError(
+                f"{len(names)} tasks of the stage {kind!r} wait for tasks that do not exist: "
+                f"{shortened(names)}; repair the package that provides the stage",
+                names,
+            )
+
+
 def max_concurrent_blocks(job: JobHandle) -> int:
     """Return how many blocks to complete concurrently within `FINALIZER_BYTES` of memory."""
     largest = largest_footprint(item.plan for item in job.items).finalizing
     return max(1, min(FINALIZER_THREADS, FINALIZER_BYTES // max(1, largest)))
 
 
-def _seal(job: JobHandle, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
+def _seal(completion: JobCompletion, missing: Pending, warnings: Sequence[str]) -> dict[str, Any]:
     """Verify the commit records, seal the output unless chunks are missing, write the report."""
-    valid: ValidCommits = defaultdict(set)
+    job, valid = completion.job, ValidCommits(set)
     report = _report(job, valid, missing, warnings)
-    _check_records(job, valid, missing)
+    _check_records(completion, valid)
     if missing:
         job.output.mark_incomplete(check_unchanged=job.check_unchanged)
     else:
@@ -146,23 +161,21 @@ def _seal(job: JobHandle, missing: Pending, warnings: Sequence[str]) -> dict[str
     return report
 
 
-def _check_records(job: JobHandle, valid: ValidCommits, missing: Pending) -> None:
+def _check_records(completion: JobCompletion, valid: ValidCommits) -> None:
     """Delete damaged commit records and raise IncompleteError if there are any.
 
-    A task without a valid record must run again, which needs the results of all tasks that it
-    waits for. The commit records of these are deleted, too.
+    `completion` lists the tasks that have no record. Another task without a valid record must run
+    again, which needs the results of all tasks that it waits for. The commit records of these are
+    deleted, too.
     """
-    absent = {(item.number, chunk) for item, chunk in missing}
-    lost: Lost = {}
-    for item in job.items:
-        for stage in stages():
+    job, lost = completion.job, Lost()
+    for stage in stages():
+        absent = {(item.number, chunk) for item, chunk in completion.pending[stage.kind]}
+        for item in job.items:
             for chunk in stage.chunks(item):
                 if chunk in valid[item.number, stage.kind] or (item.number, chunk) in absent:
                     continue
-                keys = stage.waits_for(item, chunk)
-                if absent.intersection((item.number, key.chunk) for key in keys):
-                    continue
-                for key in (TaskKey(stage.kind, chunk), *keys):
+                for key in (TaskKey(stage.kind, chunk), *stage.waits_for(item, chunk)):
                     item.ledger.delete_commits(key.kind, [key.chunk])
                     if stage_of(key.kind).is_queued:
                         lost[item.number, key.chunk] = "a commit record is damaged"
@@ -171,7 +184,7 @@ def _check_records(job: JobHandle, valid: ValidCommits, missing: Pending) -> Non
 
 def job_report(job: JobHandle, missing: Pending = ()) -> dict[str, Any]:
     """Aggregate all commit records into the report: timings, bytes moved, conclusion, advice."""
-    return _report(job, defaultdict(set), missing)
+    return _report(job, ValidCommits(set), missing)
 
 
 def _report(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from importlib import import_module
 from types import MappingProxyType
 
 from chunkq.errors import ErrorCode, JobError, QueueError, suggestion
+from chunkq.extensions import ExtensionPoint
 from chunkq.queue.contract.executor import Executor
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
@@ -27,7 +28,13 @@ BACKENDS: MappingProxyType[str, str] = MappingProxyType(
     }
 )
 """URL scheme -> class, of the backends of chunkq."""
-ENTRY_POINT_GROUP = "chunkq.queues"
+EXTENSIONS = ExtensionPoint(
+    "chunkq.queues",
+    Executor,
+    "queue: backend",
+    QueueError,
+    frozenset(BACKENDS),
+)
 EXTRAS: MappingProxyType[str, str] = MappingProxyType(
     {"rq": "redis", "redis": "redis", "distributed": "dask", "dask": "dask", "ray": "ray"}
 )
@@ -53,7 +60,7 @@ def open_executor(url: str) -> Executor:
     Raises JobError for an unknown scheme, QueueError if the queue cannot be reached or used.
     """
     scheme = url.partition("://")[0]
-    if "://" not in url or _find_backend(scheme) is None:
+    if "://" not in url or (scheme not in BACKENDS and scheme not in EXTENSIONS.find()):
         known = schemes()
         hint = suggestion(scheme, known)
         printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
@@ -77,18 +84,21 @@ def open_shared(url: str) -> Executor:
 
 
 def schemes() -> list[str]:
-    """Return the schemes of all installed backends."""
-    others = (entry_point.name for entry_point in entry_points(group=ENTRY_POINT_GROUP))
-    return [*BACKENDS, *sorted(others)]
+    """Return the schemes of all installed backends. Raises QueueError if two have one scheme."""
+    return [*BACKENDS, *EXTENSIONS.find()]
 
 
 def load_backend(scheme: str) -> Callable[[str], Executor]:
-    """Import the class for a scheme. Raises QueueError if a package that it needs is missing."""
-    entry_point = _find_backend(scheme)
-    if entry_point is None:
-        raise ValueError(f"no queue backend has the scheme {scheme!r}")
+    """Import the class for a scheme.
+
+    Raises QueueError if a package that it needs is missing, or if the backend of another package
+    cannot be used.
+    """
+    if scheme not in BACKENDS:
+        return EXTENSIONS.load(EXTENSIONS.find()[scheme])
+    module, name = BACKENDS[scheme].split(":")
     try:
-        backend: Callable[[str], Executor] = entry_point.load()
+        backend: Callable[[str], Executor] = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
         hint = install_hint(error)
         if hint is None:
@@ -98,13 +108,6 @@ def load_backend(scheme: str) -> Callable[[str], Executor]:
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return backend
-
-
-def _find_backend(scheme: str) -> EntryPoint | None:
-    """Return where the class for a scheme is; chunkq's own backends take precedence."""
-    if scheme in BACKENDS:
-        return EntryPoint(scheme, BACKENDS[scheme], ENTRY_POINT_GROUP)
-    return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=scheme)), None)
 
 
 def install_hint(error: ModuleNotFoundError) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from chunkq.errors import IncompleteError
@@ -61,6 +61,30 @@ class JobCompletion:
             for item, chunk in self.pending[stage.kind]
             if not any((item.number, key) in absent for key in stage.waits_for(item, chunk))
         ]
+
+    def complete(self, run: Callable[[Stage, Pending], Pending]) -> JobCompletion:
+        """Run the tasks that no queue has, each once its prerequisites are committed.
+
+        `run` runs tasks of one stage and returns those that succeeded. Return the progress after
+        them. A task that failed is not run again.
+        """
+        completion, tried = self, set[tuple[int, TaskKey]]()
+        while True:
+            any_ready = False
+            for stage in stages():
+                if stage.is_queued:
+                    continue
+                keyed = {
+                    (item.number, TaskKey(stage.kind, chunk)): (item, chunk)
+                    for item, chunk in completion.ready(stage)
+                }
+                ready = [task for key, task in keyed.items() if key not in tried]
+                if ready:
+                    any_ready = True
+                    tried.update(keyed)
+                    completion = completion.without(stage, run(stage, ready))
+            if not any_ready:
+                return completion
 
 
 def job_completion(job: JobHandle) -> JobCompletion:

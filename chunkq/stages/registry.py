@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
+from graphlib import CycleError, TopologicalSorter
 
 from chunkq.errors import ErrorCode, JobError
+from chunkq.extensions import ExtensionPoint
 from chunkq.stages.base import Stage
 from chunkq.stages.finalize import FinalizeStage
 from chunkq.stages.infer import InferStage
 
-GROUP = "chunkq.stages"
-"""Entry points of other packages, each the class of a stage. They follow the built-in stages."""
-
+BUILT_IN: tuple[type[Stage], ...] = (InferStage, FinalizeStage)
+EXTENSIONS = ExtensionPoint(
+    "chunkq.stages",
+    Stage,
+    "stage",
+    JobError,
+    frozenset(stage.kind for stage in BUILT_IN),
+)
+"""Stages of other packages; the name of each is its kind of task."""
 
 _replacements: dict[str, Stage] = {}
 """Kind -> the stage that this process uses in place of the one that was found."""
@@ -20,10 +27,32 @@ _replacements: dict[str, Stage] = {}
 
 @cache
 def _found() -> dict[str, Stage]:
-    """Return the stages of chunkq and of other packages; those behind a gate follow the others."""
-    added: list[Stage] = [point.load()() for point in sorted(entry_points(group=GROUP))]
-    added.sort(key=lambda stage: stage.after is not None)
-    return {stage.kind: stage for stage in (InferStage(), FinalizeStage(), *added)}
+    """Return the stages of chunkq and of other packages, each behind the one that it follows.
+
+    Raises JobError if a stage of another package cannot be used.
+    """
+    found: dict[str, Stage] = {stage.kind: stage() for stage in BUILT_IN}
+    extensions = EXTENSIONS.find()
+    for name, entry_point in extensions.items():
+        found[name] = stage = EXTENSIONS.create(entry_point)
+        if stage.kind != name:
+            raise EXTENSIONS.unusable(entry_point, f"its kind is {stage.kind!r}")
+    for name, entry_point in extensions.items():
+        if found[name].after not in (None, *found):
+            raise EXTENSIONS.unusable(
+                entry_point, f"it follows the stage {found[name].after!r}, which is not installed"
+            )
+    order = TopologicalSorter[str]()
+    for kind, stage in found.items():
+        order.add(kind, *([stage.after] if stage.after else []))
+    try:
+        return {kind: found[kind] for kind in order.static_order()}
+    except CycleError as error:
+        kinds = error.args[1]
+        raise EXTENSIONS.unusable(
+            extensions[next(kind for kind in kinds if kind in extensions)],
+            f"stages follow each other in a circle: {', '.join(reversed(kinds))}",
+        ) from None
 
 
 def replace_stage(stage: Stage) -> None:

@@ -25,6 +25,7 @@ from chunkq.geometry.box import Box
 from chunkq.storage.formats.registry import BUILT_IN
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import ImageSource, find_source
+from tests.harness.packages import install_package
 from tests.harness.volumes import random_volume
 
 OUTSIDE = Path(__file__).parents[1] / "outside_format"
@@ -369,16 +370,20 @@ def test_formats_of_built_in_names_are_found_without_loading_other_packages(
 # ------------------------------------------------------------------------- other packages
 
 
-def package(site: Path, name: str, *lines: str) -> None:
-    """Install a package that registers formats in a folder of `sys.path`."""
-    info = site / f"{name}-2.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0\n")
-    (info / "entry_points.txt").write_text("\n".join(["[chunkq.formats]", *lines]))
+def package(site: Path, name: str, line: str) -> None:
+    """Install a package that registers a format in a folder of `sys.path`."""
+    install_package(site, name, f"[chunkq.formats]\n{line}\n")
 
 
 @pytest.mark.parametrize(
-    "line", ["broken = missing_module:Format", "broken = json:Format", "broken = builtins:dict"]
+    "line",
+    [
+        "broken = missing_module:Format",
+        "broken = json:Format",
+        "broken = json:loads",
+        "broken = builtins:dict",
+        "broken = chunkq.storage.formats.base:Format",
+    ],
 )
 def test_a_format_that_cannot_be_loaded_is_one_line_with_its_package(
     folder: Path, monkeypatch: pytest.MonkeyPatch, line: str

@@ -1,6 +1,7 @@
 """A job of six small chunks that overlap along both axes."""
 
 from pathlib import Path
+from typing import Any
 
 from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
@@ -10,8 +11,8 @@ SHAPE = (30, 22)
 CHUNKS = {(i, j) for i in range(3) for j in range(2)}
 
 
-def small_workspace(folder: Path) -> Workspace:
-    """Write the input and the job file `job.json`."""
+def small_workspace(folder: Path, **changes: Any) -> Workspace:
+    """Write the input and the job file `job.json`, with some keys changed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_zarr(folder / "in.zarr", random_volume(SHAPE), (8, 8))
     values = {
@@ -24,7 +25,7 @@ def small_workspace(folder: Path) -> Workspace:
         "storage_chunks": [4, 4],
         "threads": 1,
         "model_config": toy_model(folder, (8, 8), scale=100.0),
-    }
+    } | changes
     workspace = Workspace(folder, values)
     workspace.write_job()
     return workspace

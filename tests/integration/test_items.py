@@ -11,7 +11,7 @@ import zarr
 
 import chunkq
 from chunkq.errors import ErrorCode, IncompleteError, JobError
-from tests.harness.networks import toy_model
+from tests.harness.small_job import small_workspace
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
@@ -23,20 +23,7 @@ def workspace_with(folder: Path, inputs: Any = None, **changes: Any) -> Workspac
     """Write the volumes and a job over all of them, or over other inputs."""
     for name, shape in SHAPES.items():
         write_zarr(folder / f"{name}.zarr", random_volume(shape), (8, 8))
-    values = {
-        "input": inputs or [f"{name}.zarr" for name in SHAPES],
-        "output": "out.zarr",
-        "inference_type": "sliding_window",
-        "strides": [4, 4],
-        "weight_function": ["weight_gaussian"],
-        "chunksize": [12, 12],
-        "storage_chunks": [4, 4],
-        "threads": 1,
-        "model_config": toy_model(folder, (8, 8), scale=100.0),
-    } | changes
-    workspace = Workspace(folder, values)
-    workspace.write_job()
-    return workspace
+    return small_workspace(folder, input=inputs or [f"{name}.zarr" for name in SHAPES], **changes)
 
 
 @pytest.fixture

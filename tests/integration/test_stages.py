@@ -12,7 +12,8 @@ from chunkq_worker.run_task import check_gate, run_task
 import chunkq
 from chunkq.enqueue import enqueue
 from chunkq.errors import ErrorCode, IncompleteError, JobError
-from chunkq.job.tasks import Task
+from chunkq.job.task_records import Commit
+from chunkq.job.tasks import Task, chunk_name
 from chunkq.queue.contract.executor import Attempt, GateState, TaskCounts
 from chunkq.stages import registry
 from tests.harness.servers.redis import RedisServer
@@ -57,6 +58,16 @@ def test_in_one_process_the_total_is_computed_after_all_sums(workspace: Workspac
     assert_total(workspace)
 
 
+def test_a_resumed_job_in_one_process_completes_the_sums_before_the_total(
+    workspace: Workspace,
+) -> None:
+    workspace.produce()
+    workspace.compute_inline()
+    assert workspace.ledger.committed("sum") == {}
+    assert chunkq.run(workspace.job_file, queue="inprocess://")["missing"] == []
+    assert_total(workspace)
+
+
 @pytest.mark.parametrize("server", ["sqlite", "redis"])
 def test_worker_processes_compute_the_total_after_all_sums(
     workspace: Workspace, server: str, request: pytest.FixtureRequest
@@ -89,6 +100,20 @@ def test_sums_of_a_killed_worker_are_computed_when_the_gate_is_checked(
     assert workspace.ledger.committed("sum") == {}
     assert check_gate(workspace.job.id, "total", worker="w") is GateState.OPEN
     assert set(workspace.ledger.committed("sum")) == CHUNKS
+
+
+def test_a_block_whose_pieces_are_damaged_has_no_sum_until_it_is_complete(
+    workspace: Workspace,
+) -> None:
+    workspace.produce()
+    workspace.compute_inline()
+    workspace.ledger.commit(Commit("total", 0, (0,), 1, "w", 0.0, 0.0))
+    block = next(iter(workspace.item.plan.to_finalize()))
+    min((workspace.pieces_folder() / chunk_name(block)).iterdir()).write_bytes(b"damaged")
+    with pytest.raises(IncompleteError) as raised:
+        chunkq.finalize(workspace.output)
+    assert raised.value.code is ErrorCode.RESULTS_LOST
+    assert set(workspace.ledger.committed("sum")) == CHUNKS - {block}
 
 
 def test_a_job_without_its_total_is_incomplete_and_names_the_task(workspace: Workspace) -> None:

@@ -150,12 +150,10 @@ _lock = threading.Lock()
 def waits_for_device(task: Task) -> bool:
     """Return whether a task of this process waits for the device while others are computed."""
     try:
-        accepted_task = replace(
-            task, job=allowed_job_path(task.job)
-        )  # the path that `run_task` uses
+        path = allowed_job_path(task.job)  # as in `run_task`
     except JobError:
         return False
-    return _device is not None and _device.is_awaited_by(accepted_task)
+    return _device is not None and _device.is_awaited_by(replace(task, job=path))
 
 
 def get_device(create: Callable[[], Device] = Device) -> Device:

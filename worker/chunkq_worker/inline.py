@@ -16,13 +16,14 @@ from chunkq.job.tasks import Task
 from chunkq.queue.contract.executor import (
     Attempt,
     Contribution,
+    GateState,
     TaskResult,
     WorkerName,
     default_depth,
 )
 from chunkq.stages.completion import queued_tasks
 from chunkq.stages.registry import stages
-from chunkq_worker.run_task import run_task
+from chunkq_worker.run_task import check_gate, run_task
 
 PROGRESS_STAGE = "computing chunks"
 Argument = TypeVar("Argument")
@@ -50,8 +51,10 @@ def compute_inline(job: JobHandle, emit: Sink) -> str:
     """Compute every chunk that is not committed, in index order; return this worker's name.
 
     A block is finalized as soon as all its contributors have committed in this call. Blocks with
-    contributors from an earlier run are left to the finalizer. The first error of a chunk is
-    recorded in the ledger and raised; committed chunks stay committed.
+    contributors from an earlier run are left to the finalizer, unless a later stage waits for
+    them. If its gate stays closed, that stage is left, too: the finalizer names what is missing.
+    The first error of a chunk is recorded in the ledger and raised; committed chunks stay
+    committed.
     """
     device = job.record.job.model.device
     worker, depth = WorkerName.new(device).name, default_depth(gpu=device == "cuda")
@@ -73,6 +76,8 @@ def compute_inline(job: JobHandle, emit: Sink) -> str:
             continue_with(run_task(task, Attempt(1, worker)))
 
         for stage in filter(attrgetter("is_queued"), stages()):
+            if stage.after and check_gate(job.id, stage.kind, worker=worker) is not GateState.OPEN:
+                break
             tasks = list(queued_tasks(job, stage))
             total = sum(stage.count(item) for item in job.items)
             committed = total - len(tasks)

@@ -26,8 +26,9 @@ from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import Attempt, GateState, TaskResult
 from chunkq.stages import registry
-from chunkq.stages.base import TaskKey
+from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.completion import (
+    Pending,
     contributions,
     gate_state,
     job_completion,
@@ -96,15 +97,28 @@ def _run(job: JobHandle, task: Task, attempt: Attempt) -> TaskResult:
 def check_gate(job_id: JobId, kind: str, *, worker: str) -> GateState:
     """Return whether the tasks of a gated stage may start, judged by the job folder.
 
-    Tasks of the stage before that no queue has, because the worker that was to run them was
-    killed, are run here.
+    Tasks of earlier stages that no queue has, because the worker that was to run them was killed,
+    are run here. Those that fail are recorded in the ledger and keep the gate closed.
     """
     job = _open_job(allowed_job_path(job_id.path), job_id.epoch)
-    before = registry.stage_of(kind).after
-    if before is not None and not registry.stage_of(before).is_queued:
-        for item, chunk in job_completion(job).ready(registry.stage_of(before)):
-            run_task(item.task(before, chunk), Attempt(1, worker))
+
+    def run(stage: Stage, tasks: Pending) -> Pending:
+        attempt = Attempt(1, worker)
+        return [(i, chunk) for i, chunk in tasks if _succeeds(i.task(stage.kind, chunk), attempt)]
+
+    job_completion(job).complete(run)
     return gate_state(job, kind)
+
+
+def _succeeds(task: Task, attempt: Attempt) -> bool:
+    """Run a task; return whether it succeeded. Raises errors that concern the whole job."""
+    try:
+        run_task(task, attempt)
+    except (JobError, MissingJobError):
+        raise
+    except (Exception, SystemExit):  # `run_task` has recorded it
+        return False
+    return True
 
 
 def record_failure(

@@ -14,6 +14,7 @@ RECORDS, COMMITS = "tests/unit/test_job_record.py", "tests/unit/test_commits.py"
 PIECES = "tests/unit/test_pieces.py"
 DAMAGE = "tests/integration/test_damage.py"
 SUSPENDED = "tests/integration/test_suspended_processes.py"
+STAGES, COMPLETION = "tests/integration/test_stages.py", "chunkq/stages/completion.py"
 ONCE = "tests/integration/test_exactly_once.py"
 
 FAULTS = (
@@ -212,10 +213,26 @@ FAULTS = (
     Fault(
         "damaged-commit-sealed",
         FINALIZE,
-        "    _check_records(job, valid, missing)\n",
+        "    _check_records(completion, valid)\n",
         "",
         "an output is sealed although one of its chunks has no valid commit record",
         named(DAMAGE, "damaged_commit_record_is"),
+    ),
+    Fault(
+        "tasks-behind-a-failed-block-run",
+        COMPLETION,
+        "completion = completion.without(stage, run(stage, ready))",
+        "run(stage, ready)\n                    completion = completion.without(stage, ready)",
+        "a stage reads a block whose pieces are damaged, and its wrong result is committed",
+        named(STAGES, "pieces_are_damaged"),
+    ),
+    Fault(
+        "gate-without-the-blocks-left-over",
+        "worker/chunkq_worker/run_task.py",
+        "    job_completion(job).complete(run)\n",
+        "",
+        "after a worker was killed, or a job resumed, the stage behind the gate never starts",
+        named(STAGES, "resumed_job"),
     ),
     Fault(
         "superseded-worker-writes",
