@@ -127,7 +127,8 @@ class QueueServers:
         else:
             from chunkq.queue.backends.ray.head import start_head
 
-            address = self._stack.enter_context(start_head(alone=True, cpus=PROCESSES, gpus=False))
+            head = start_head(alone=True, cpus=PROCESSES, gpus=False)
+            address, _ = self._stack.enter_context(head)  # the token is in the environment
             url = f"ray://auto?address={address}"
         self._clusters[queue] = url
         return url

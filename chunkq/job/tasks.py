@@ -59,7 +59,7 @@ class Task:
 
     def to_json(self) -> str:
         """Encode the task as a message."""
-        return json.dumps(self.as_dict())
+        return json.dumps(self.as_dict(), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, message: str) -> Task:

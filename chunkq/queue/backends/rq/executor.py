@@ -307,7 +307,8 @@ class RqExecutor(LeaseQueue):
 
 def _message(task: Task) -> bytes:
     """Encode a task like a function call of RQ. The function name is for display only."""
-    return json.dumps([f"chunkq.{task.kind}", None, [task.as_dict()], {}]).encode()
+    message = [f"chunkq.{task.kind}", None, [task.as_dict()], {}]
+    return json.dumps(message, separators=(",", ":")).encode()
 
 
 def _task(message: bytes | None) -> Task | None:
