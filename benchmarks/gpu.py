@@ -31,19 +31,23 @@ from benchmarks.gpu_table import table
 Figures = dict[str, Any]
 START_SECONDS = 180.0
 SECONDS = 345.0
-VARIANTS: tuple[Mapping[str, Any], ...] = (
-    {"precision": "float32"},
-    {"precision": "bfloat16"},
-    {"precision": "float16"},
-    {"channels_last": True},
-    {"cuda_graph": True},
-    {"compile": True},
+OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {},
     {"precision": "float16", "channels_last": True},
-    {"precision": "float16", "compile": True},
     {"precision": "float16", "channels_last": True, "compile": True},
+    {"precision": "bfloat16", "channels_last": True, "compile": True},
+    {"precision": "float16"},
+    {"precision": "bfloat16"},
+    {"precision": "tf32", "compile": True},
+    {"precision": "float16", "channels_last": True, "cuda_graph": True},
+    {"precision": "tf32", "channels_last": True},
+    {"precision": "tf32", "cuda_graph": True},
+    {"precision": "float32"},
 )
-"""Options of chunkq that are compared with the case's own."""
-VARIANT_ROUNDS = 2
+"""Options of chunkq that are compared with a user's loop, the most promising first."""
+OPTION_ROUNDS = 2
+GOAL_RATIO, GOAL_AGREEMENT = 0.6, 0.999
+"""Largest share of the seconds of a user's float32 loop, and least share of equal labels."""
 
 
 class Session:
@@ -254,35 +258,103 @@ def command(session: Session) -> Figures:
     return gpu_commands.timed(case, "large", session.folder, session.device, 120.0)
 
 
-def variants(session: Session, case: str) -> Figures:
-    """Compare options of chunkq with the case's own, and their labels with those of float32."""
-    result: Figures = {}
-    server, reference = session.servers["now"], ""
-    own = session.case(case).precision
-    usable = [
-        variant
-        for variant in VARIANTS
-        if session.device == "cuda"
-        or not (variant.get("cuda_graph") or variant.get("precision") == "float16")
-    ]
-    for variant in usable:
-        if session.left() < 30 or variant == {"precision": own}:
+def options(session: Session, case: str, seconds: float) -> Figures:
+    """Compare options of chunkq with a user's plain float32 loop: seconds and labels.
+
+    In each round one option runs right before the loop and one right after it, and an option's
+    ratio is the median over the rounds. Labels are compared with those of the loop without TF32.
+    Options that do not fit into `seconds` are left out.
+    """
+    end = time.monotonic() + min(seconds, session.left())
+    own = {"precision": session.case(case).precision}
+    variants = [{**own, **option} for option in OPTIONS if _is_usable(session, option)]
+    variants = [option for n, option in enumerate(variants) if option not in variants[:n]]
+    labels: dict[str, Figures] = {}
+    result: Figures = {"options": labels}
+    try:
+        # After the loop with torch's defaults, so that nothing is run for the first time.
+        session.ask("run", "plain", case, "middle", 120.0)
+        result["float32"] = session.ask("run", "plain", case, "middle", 120.0, tf32=False)
+    except RequestError as error:
+        return {"error": str(error)}
+    for first in range(0, len(variants), 2):
+        pair = {_label(option): option for option in variants[first : first + 2]}
+        if time.monotonic() > end:
+            labels |= {label: {"error": "no time was left"} for label in pair}
             continue
-        label = ", ".join(f"{key}: {value}" for key, value in variant.items())
-        options = {label: {"contestant": "chunkq", **variant}, "plain": {}}
-        names = ("chunkq", label) if reference else ("chunkq", label, "plain")
-        figures = race(
-            session, case, "middle", names, VARIANT_ROUNDS, 90.0, warm_up=True, options=options
-        )
-        result[label] = figures
-        output = figures["contestants"].get(label, {}).get("output")
-        reference = reference or output
-        if output:
-            figures["agreement"] = server.ask(
-                30.0, do="agreement", one=str(reference), other=str(output)
-            )
-            server.ask(30.0, do="release", name="chunkq", case=case, **variant)
+        labels |= _beside_the_loop(session, case, pair, result["float32"])
     return result
+
+
+def _beside_the_loop(
+    session: Session, case: str, pair: Mapping[str, Mapping[str, Any]], float32: Figures
+) -> Figures:
+    """Return the figures of one or two options; their networks are released afterwards."""
+    errors: Figures = {}
+    turns: list[dict[str, Figures]] = []
+    first, *second = pair
+    for number in range(OPTION_ROUNDS + 1):
+        turn: dict[str, Figures] = {}
+        order = [first, "plain", *second] if number % 2 else [*second, "plain", first]
+        for name in order:
+            if name in errors or (name == "plain" and not number):
+                continue
+            contestant = "plain" if name == "plain" else "chunkq"
+            try:
+                turn[name] = session.ask(
+                    "run", contestant, case, "middle", 120.0, **pair.get(name, {})
+                )
+            except RequestError as error:
+                errors[name] = str(error)
+                print(f"{case} {name}:\n{error}", flush=True)
+        if number:  # the first runs load and warm up
+            turns.append(turn)
+    result: Figures = {}
+    for label, option in pair.items():
+        figures = summary(turns, label)
+        if not figures or label in errors:
+            result[label] = {"error": errors.get(label, "was not run")}
+            continue
+        result[label] = figures | judged(
+            compared(turns, label, "plain"),
+            figures["seconds"] / float32["seconds"],
+            session.servers["now"].ask(
+                60.0, do="agreement", one=float32["output"], other=figures["output"]
+            )["equal"],
+        )
+        session.servers["now"].ask(30.0, do="release", name="chunkq", case=case, **option)
+    return result
+
+
+def judged(ratio: Figures, float32_ratio: float, equal: float) -> Figures:
+    """Return an option's ratios, its share of equal labels, and whether it reaches the goal.
+
+    `ratio` is to the loop with torch's defaults, `float32_ratio` to the loop without TF32.
+    """
+    is_fast = ratio["median"] is not None and ratio["median"] <= GOAL_RATIO
+    return {
+        "ratio": ratio,
+        "float32_ratio": float32_ratio,
+        "equal": equal,
+        "reaches_goal": is_fast and equal >= GOAL_AGREEMENT,
+    }
+
+
+def _is_usable(session: Session, option: Mapping[str, Any]) -> bool:
+    """Return whether an option is supported by the device."""
+    on_gpu_only = option.get("cuda_graph") or option.get("precision") in ("float16", "tf32")
+    return session.device == "cuda" or not on_gpu_only
+
+
+def _label(option: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in option.items())
+
+
+def tune(session: Session) -> Figures:
+    """Run the command `chunkq tune` for the demo's U-Net; return its table."""
+    seconds = 10.0 if session.device == "cpu" else 45.0
+    case = session.case("unet")
+    return gpu_commands.tuned(case, "middle", session.folder, session.device, seconds)
 
 
 Part = Callable[[Session], Figures]
@@ -298,8 +370,9 @@ PARTS: dict[str, tuple[float, Part]] = {
     "large": (60.0, large),
     "command": (45.0, command),
     "host sums": (25.0, host_sums),
-    "unet variants": (60.0, lambda session: variants(session, "unet")),
-    "nnunet variants": (60.0, lambda session: variants(session, "nnunet")),
+    "unet options": (60.0, lambda session: options(session, "unet", 90.0)),
+    "nnunet options": (60.0, lambda session: options(session, "nnunet", 120.0)),
+    "tune": (60.0, tune),
 }
 """Seconds that must be left for a part to start, and the part."""
 

@@ -1,4 +1,4 @@
-"""Run the command `chunkq run` for gpu.py: its duration, and equal bytes after a worker's death."""
+"""Run the commands `run` and `tune` for gpu.py: durations, and bytes after a worker's death."""
 
 from __future__ import annotations
 
@@ -48,6 +48,36 @@ def timed(case: Case, volume: str, folder: Path, device: str, seconds: float) ->
         "work_seconds": values["work_seconds"],
         "patches": values["patches"],
         "workers": values["workers"],
+    }
+
+
+def tuned(case: Case, volume: str, folder: Path, device: str, seconds: float) -> Figures:
+    """Run `chunkq tune` for at most about `seconds`; return its lines and the keys that it set."""
+    job, _ = write_job(case, volume, folder, device, f"tune-{case.name}-{volume}")
+    before = yaml.safe_load(job.read_text())
+    command = [sys.executable, "-W", "ignore", "-m", "chunkq", "tune", str(job)]
+    started = time.perf_counter()
+    result = subprocess.run(
+        [*command, "--max-time", f"{seconds:.0f}"],
+        env=tree_environment(HERE) | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=seconds + 60,
+        check=False,
+    )
+    total = time.perf_counter() - started
+    if result.returncode:
+        raise RuntimeError(f"chunkq tune ended with {result.returncode}: {result.stderr[-3000:]}")
+    after = yaml.safe_load(job.read_text())
+    return {
+        "seconds": total,
+        "lines": result.stdout.splitlines(),
+        "set": {
+            key: value
+            for section in ("model_config", None)
+            for key, value in (after[section] if section else after).items()
+            if key != "model_config" and value != (before[section] if section else before).get(key)
+        },
     }
 
 

@@ -222,21 +222,25 @@ class Contestants:
         return run, _nothing
 
     def _plain(self, case: Case, options: dict[str, Any]) -> tuple[Run, Callable[[], None]]:
-        """Run a user's own float32 loop with torch's defaults and sums on the device."""
-        net = self._network(case)
+        """Run a user's own float32 loop with sums on the device.
+
+        Convolutions use TF32, which is torch's default, unless the option `tf32` is false.
+        """
+        net, allows_tf32 = self._network(case), options.get("tf32", True)
+        name = "plain" if allows_tf32 else "plain-float32"
 
         def run(volume: str) -> Figures:
-            torch.backends.cudnn.allow_tf32 = True  # torch's defaults
+            torch.backends.cudnn.allow_tf32 = allows_tf32
             torch.set_float32_matmul_precision("highest")
             started = time.perf_counter()
             values = _open(volume_path(case, volume, self.folder)).read().result()
             with torch.inference_mode():
                 average = self._sums(case, volume, values, net, torch.float32)
                 labels = average.argmax(0).to(torch.uint8).cpu().numpy()
-            self._write(case, volume, "plain", labels)
+            output = self._write(case, volume, name, labels)
             seconds = time.perf_counter() - started
             self._free()
-            return {"seconds": seconds, "patches": case.patches(volume)}
+            return {"seconds": seconds, "patches": case.patches(volume), "output": str(output)}
 
         return run, _nothing
 
@@ -325,18 +329,19 @@ class Contestants:
                 total[box] += weights
         return sums / total
 
-    def _write(self, case: Case, volume: str, name: str, labels: np.ndarray[Any, Any]) -> None:
-        """Write labels with the metadata of chunkq's output of the same volume."""
+    def _write(self, case: Case, volume: str, name: str, labels: np.ndarray[Any, Any]) -> Path:
+        """Write labels with the metadata of chunkq's output of the same volume; return the path."""
         path = self.folder / f"{case.name}-{volume}-{name}.zarr"
         _delete(path)
         like = self.folder / f"{case.name}-{volume}-now.zarr" / "0"
         spec = _open(like).spec().to_json() if like.exists() else {}
         metadata = spec.get("metadata", {"shape": list(labels.shape), "data_type": "uint8"})
-        store = {"driver": "file", "path": str(path)}
+        store = {"driver": "file", "path": str(path / "0")}
         array = ts.open(
             {"driver": "zarr3", "kvstore": store, "metadata": metadata}, create=True
         ).result()
         array.write(labels).result()
+        return path
 
     def _wait(self) -> None:
         if self.device == "cuda":

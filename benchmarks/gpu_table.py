@@ -18,9 +18,12 @@ def table(parts: Mapping[str, Figures]) -> str:
         elif "contestants" in part:
             lines += [f"{name}: {part['voxels'] / 1e6:.0f} Mvoxel, {part['rounds']} rounds"]
             lines += _race_lines(part)
-        elif name.endswith("variants"):
-            lines.append(f"{name}: seconds by chunkq's own; labels equal to the first's")
-            lines += [_variant_line(label, one) for label, one in part.items()]
+        elif "options" in part:
+            lines.append(f"{name}: seconds by a plain float32 loop's (with TF32, without); labels")
+            lines += [_option_line(label, one) for label, one in part["options"].items()]
+        elif "lines" in part:
+            lines += [f"{name}: {part['seconds']:.0f} s, set {json.dumps(part['set'])}"]
+            lines += [f"  {line}" for line in part["lines"]]
         elif name.endswith("counts"):
             lines.append(f"{name}:")
             lines += [f"  {who:<8} {_short(one)}" for who, one in part.items()]
@@ -43,14 +46,12 @@ def _race_lines(part: Figures) -> list[str]:
     return lines + [f"  {name:<8} failed" for name in part["errors"]]
 
 
-def _variant_line(label: str, part: Figures) -> str:
-    ratios = [one for name, one in part["ratios"].items() if name != "plain"]
-    if not ratios or ratios[0]["median"] is None:
-        return f"  {label:<55} failed"
-    plain = part["ratios"].get("plain", {}).get("median")
-    equal = part.get("agreement", {}).get("equal", float("nan"))
-    beside = f"  own/plain {plain:.3f}" if plain else ""
-    return f"  {label:<55} {1 / ratios[0]['median']:.3f}  {equal:.5f}{beside}"
+def _option_line(label: str, part: Figures) -> str:
+    if "error" in part:
+        return f"  {label:<62} failed: {str(part['error']).strip().splitlines()[-1][:60]}"
+    ratio, other, equal = part["ratio"]["median"], part["float32_ratio"], part["equal"]
+    goal = "  reaches the goal" if part["reaches_goal"] else ""
+    return f"  {label:<62} {ratio:.3f}  {other:.3f}  {equal:.5f}{goal}"
 
 
 def _short(figures: Figures) -> str:
