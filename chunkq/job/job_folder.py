@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 from chunkq.errors import ErrorCode, JobError, MissingJobError
 from chunkq.job.job_path import SUFFIX
@@ -136,4 +137,10 @@ class JobFolder:
         return [name for name in self.objects.folders() if EPOCH.fullmatch(name)]
 
     def _decode(self, content: bytes) -> JobRecord:
-        return JobRecord.from_json(content, f"{self.path}/{RECORD}")
+        return _decoded(content, f"{self.path}/{RECORD}")
+
+
+@lru_cache(maxsize=2)
+def _decoded(content: bytes, path: str) -> JobRecord:
+    """Decode a record; every task reads it several times to see whether its job was replaced."""
+    return JobRecord.from_json(content, path)

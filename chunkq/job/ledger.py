@@ -15,10 +15,10 @@ from itertools import islice
 from operator import attrgetter
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
+from zlib_ng import zlib_ng
 
 from chunkq import json_values
 from chunkq.errors import PieceError
@@ -31,8 +31,8 @@ from chunkq.storage.objects import PART_BYTES, ObjectFolder
 from chunkq.system import buffers
 
 CRC_BYTES, ALIGNMENT = 4, 16
-CRC_RESIDUE = 0x48674BC7
-"""CRC-32C of any bytes followed by their own CRC-32C in little-endian order."""
+CRC_RESIDUE = 0x2144DF1C
+"""CRC-32 of any bytes followed by their own CRC-32 in little-endian order."""
 SAMPLE_SIZE = 8192
 """Maximum number of commit records whose times `recent_commits` reads."""
 BATCH_SIZE = 1000
@@ -41,10 +41,10 @@ BATCH_SIZE = 1000
 
 @dataclass(frozen=True, slots=True)
 class PieceInfo:
-    """Size (bytes) and CRC-32C of a stored piece."""
+    """Size (bytes) and CRC-32 of a stored piece."""
 
     size: int
-    crc32c: int
+    crc32: int
 
 
 class Ledger:
@@ -175,7 +175,7 @@ class ItemLedger:
         return [failure for failure in failures if failure is not None]
 
     def put_piece(self, target: Index, name: str, arrays: Sequence[npt.NDArray[Any]]) -> PieceInfo:
-        """Store arrays as a piece of a block: a JSON header line, their bytes, a CRC-32C.
+        """Store arrays as a piece of a block: a JSON header line, their bytes, a CRC-32.
 
         The header has the epoch and the name of the piece, and [dtype, shape] of each array.
 
@@ -190,7 +190,7 @@ class ItemLedger:
         header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
         content = _Checksummed([np.frombuffer(header, np.uint8), *arrays])
         self.objects.put_parts(path, content, durable=False)
-        return PieceInfo(content.size, content.crc32c)
+        return PieceInfo(content.size, content.crc32)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
         """Return the arrays of a piece and its size (bytes).
@@ -198,18 +198,18 @@ class ItemLedger:
         Raises PieceError if it is missing or damaged.
         """
         path = self._piece(target, name)
-        crc32c = 0
+        crc32 = 0
 
         def update(part: npt.NDArray[np.uint8]) -> None:
-            nonlocal crc32c
-            crc32c = google_crc32c.extend(crc32c, part)
+            nonlocal crc32
+            crc32 = zlib_ng.crc32(part, crc32)
 
         content = self.objects.get_array(path, update)
         if content is None:
             raise PieceError(f"{without_secret(self.objects.path)}/{path} is missing")
         damaged = PieceError(f"{without_secret(self.objects.path)}/{path} is damaged")
-        # The CRC-32C of no bytes is 0, so four zeros would be valid.
-        if len(content) <= CRC_BYTES or crc32c != CRC_RESIDUE:
+        # The CRC-32 of no bytes is 0, so four zeros would be valid.
+        if len(content) <= CRC_BYTES or crc32 != CRC_RESIDUE:
             raise damaged
         ends = range(ALIGNMENT, len(content) + 1, ALIGNMENT)
         offset = next(end for end in ends if content[end - 1] == ord("\n"))
@@ -253,23 +253,22 @@ def _is_chunk(entry_name: str) -> bool:
 
 
 class _Checksummed:
-    """The bytes of arrays in parts, then their CRC-32C.
+    """The bytes of arrays in parts, then their CRC-32.
 
-    Checksum and write alternate. Each part is then in the CPU's cache for both, and other threads
-    run Python code meanwhile: a write releases the GIL, and a checksum does not. `crc32c` is valid
-    after an iteration.
+    Checksum and write alternate, so each part is in the CPU's cache for both. Both release the
+    GIL. `crc32` is valid after an iteration.
     """
 
     def __init__(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        self._arrays, self.crc32c = arrays, 0
+        self._arrays, self.crc32 = arrays, 0
         self.size = sum(array.nbytes for array in arrays) + CRC_BYTES
 
     def __iter__(self) -> Iterator[Buffer]:
-        self.crc32c = 0
+        self.crc32 = 0
         for array in self._arrays:
             content = buffers.contiguous(array).reshape(-1).view(np.uint8)
             for start in range(0, len(content), PART_BYTES):
                 part = content[start : start + PART_BYTES]
-                self.crc32c = google_crc32c.extend(self.crc32c, part)
+                self.crc32 = zlib_ng.crc32(part, self.crc32)
                 yield part.data
-        yield self.crc32c.to_bytes(CRC_BYTES, "little")
+        yield self.crc32.to_bytes(CRC_BYTES, "little")

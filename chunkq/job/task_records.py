@@ -18,7 +18,7 @@ class Commit:
     """Record of a finished task of an item.
 
     `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
-    and `checksums` each piece to its CRC-32C. `started` and `finished` are Unix times (s).
+    and `checksums` each piece to its CRC-32. `started` and `finished` are Unix times (s).
     """
 
     kind: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from chunkq.geometry.box import Box
 from chunkq.plan.plan import Chunk, Plan
@@ -37,6 +38,7 @@ class Footprint:
         return max(self.computing + (depth - 1) * others, depth * self.finalizing)
 
 
+@lru_cache(maxsize=8)
 def footprint(plan: Plan) -> Footprint:
     """Return the largest value of each stage over the sample chunks of a plan."""
     one_per_shape = {_shapes(chunk): chunk for chunk in sample_chunks(plan)}

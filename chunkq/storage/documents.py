@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import google_crc32c
+from zlib_ng import zlib_ng
 
 KEY = "checksum"
 
@@ -26,6 +26,6 @@ def decode(content: bytes) -> dict[str, Any] | None:
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    """Return the CRC-32C of the values; whitespace and the order of keys do not affect it."""
+    """Return the CRC-32 of the values; whitespace and the order of keys do not affect it."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return f"{google_crc32c.value(text.encode()):08x}"
+    return f"{zlib_ng.crc32(text.encode()):08x}"

@@ -93,11 +93,11 @@ def _write_results(
         arrays = (*result.own_block.band, *result.own_block.rest)
         info = item.ledger.put_piece(chunk.index, OWN_PIECE, arrays)
         pieces += info.size
-        checksums[OWN_PIECE] = info.crc32c
+        checksums[OWN_PIECE] = info.crc32
     for piece, sums in result.pieces:
         info = item.ledger.put_piece(piece.target, piece.name, [sums])
         pieces += info.size
-        checksums[piece.name] = info.crc32c
+        checksums[piece.name] = info.crc32
     bytes_moved["pieces"] = pieces
 
 

@@ -16,7 +16,7 @@ FAULTS = (
     Fault(
         "damaged-piece-accepted",
         LEDGER,
-        "<= CRC_BYTES or crc32c != CRC_RESIDUE:",
+        "<= CRC_BYTES or crc32 != CRC_RESIDUE:",
         "<= CRC_BYTES:",
         "a flipped bit on the disk ends up in the output",
         ("tests/unit/test_pieces.py",),

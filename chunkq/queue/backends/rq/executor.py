@@ -307,7 +307,7 @@ class RqExecutor(LeaseQueue):
 
 def _message(task: Task) -> bytes:
     """Encode a task like a function call of RQ. The function name is for display only."""
-    message = [f"chunkq.{task.kind}", None, [task.as_dict()], {}]
+    message: list[Any] = [f"chunkq.{task.kind}", None, [task.as_dict()], {}]
     return json.dumps(message, separators=(",", ":")).encode()
 
 
