@@ -248,8 +248,10 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise _unreadable(path, f"cannot be read: {error}; use a YAML or JSON file") from None
     import yaml  # imported here because most commands read no job file
 
+    from chunkq.job import yaml_values
+
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text) if path.suffix == ".json" else yaml_values.load(text)
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}"
         raise _unreadable(path, f"not JSON: {error.msg} at {position}; fix the syntax") from None
@@ -258,7 +260,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise _unreadable(path, "lists or mappings are nested too deeply; remove levels") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        # PyYAML and json raise these for a date such as 2001-99-99 or a number of 5000 digits.
+        # PyYAML and json raise these for a number of 5000 digits, or `!!timestamp 2001-99-99`.
         reason = " ".join(str(error).split())
         raise _unreadable(path, f"a value cannot be read: {reason}; fix the value") from None
     if not isinstance(values, dict):

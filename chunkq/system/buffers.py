@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from math import inf, prod
 from typing import Any
 
@@ -37,7 +38,8 @@ def zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
             f"cannot allocate an array of shape {shape} and dtype {dtype}: {error.strerror}"
         ) from None
     if size >= HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)  # page faults of 4 KiB would take twice as long
+        with suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)  # page faults of 4 KiB would take twice as long
     # The array references the mapping, which is unmapped when the array is deleted.
     return np.frombuffer(mapping, dtype, prod(shape)).reshape(shape)
 

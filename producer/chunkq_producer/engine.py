@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from dataclasses import dataclass
 from types import MappingProxyType
 from urllib.parse import urlencode, urlsplit
@@ -13,6 +11,7 @@ from chunkq.errors import JobError
 from chunkq.job.job_file import DaskConfig, Job, RayConfig
 from chunkq.paths import without_secret
 from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE, queue_url
+from chunkq.system.gpus import visible_gpus
 from chunkq_producer.slurm import OUTSIDE_SLURM, Step
 
 ENGINES: MappingProxyType[str, str] = MappingProxyType(
@@ -168,24 +167,13 @@ def _check_machine(job: Job, engine: str) -> None:
         problems.append(
             "model_config.device: cuda conflicts with hardware: cpu_only; set device: cpu"
         )
-    elif job.model.device == "cuda" and job.cluster != "running" and not _has_gpu():
+    elif job.model.device == "cuda" and job.cluster != "running" and not visible_gpus():
         problems.append(
             "model_config.device: cuda, but no GPU was found on this machine; set device: cpu and "
             "hardware: cpu_only, or run on a machine with a GPU"
         )
     if problems:
         raise JobError(problems)
-
-
-def _has_gpu() -> bool:
-    """Return whether a CUDA device is visible, without importing a CUDA library."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return False
-    if shutil.which("nvidia-smi") is None:
-        return False
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False, timeout=30)
-    return listing.returncode == 0 and b"GPU" in listing.stdout
 
 
 def is_cpu_only(job: Job) -> bool:

@@ -127,6 +127,20 @@ def test_command_line_options_override_input_and_output(workspace: Workspace) ->
     assert not workspace.output.exists()
 
 
+def test_a_job_file_can_be_named_like_the_config_of_spinn(workspace: Workspace) -> None:
+    expected = workspace.call("plan", workspace.job_file, "--json").ok().out
+    assert workspace.call("plan", "-c", workspace.job_file, "--json").ok().out == expected
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "produce"])
+@pytest.mark.parametrize("files", [(), ("job.yaml", "-c", "job.yaml")])
+def test_a_command_needs_exactly_one_job_file(
+    workspace: Workspace, command: str, files: tuple[str, ...]
+) -> None:
+    assert workspace.job_file.name == "job.yaml"
+    assert workspace.call(command, *files).code == 2
+
+
 def test_yaml_json_and_a_mapping_define_the_same_job(workspace: Workspace) -> None:
     text = (workspace.folder / "job.json").read_text()
     (workspace.folder / "job.yaml").write_text(yaml.safe_dump(json.loads(text)))

@@ -113,3 +113,12 @@ def test_an_array_over_memory_of_unknown_size_is_copied_to_be_compact() -> None:
     shown = np.asarray(Storage(array))
     assert np.shares_memory(shown, array)
     assert not np.shares_memory(buffers.compact(shown), array)
+
+
+def test_a_kernel_that_refuses_huge_pages_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mapping(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    assert not buffers.zeros((buffers.HUGE_PAGE_BYTES,), np.uint8).any()

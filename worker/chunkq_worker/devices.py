@@ -1,15 +1,12 @@
-"""List the devices that this process may use, without importing a GPU library."""
+"""The devices and cores on which the worker processes of this machine run."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from dataclasses import dataclass
 
 from chunkq.errors import JobError
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+from chunkq.system.gpus import visible_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +32,6 @@ def slots(gpus: str, per_device: int, per_node: int | None = None) -> list[Slot]
     if not visible:
         return [Slot(None)] * per_device
     return [Slot(gpu) for gpu in visible for _ in range(per_device)]
-
-
-def visible_gpus() -> list[str]:
-    """Return the names in `CUDA_VISIBLE_DEVICES`, or the driver's list where that is unset."""
-    listed = os.environ.get(VISIBLE)
-    if listed is not None:
-        names = [name.strip() for name in listed.split(",")]
-        return [name for name in names if name and name != "-1"]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listing = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    return listing.stdout.split() if listing.returncode == 0 else []
 
 
 def cores() -> int:

@@ -26,9 +26,10 @@ from chunkq.queue.contract.executor import (
     WorkerName,
 )
 from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.system.gpus import VISIBLE
 from chunkq.system.scratch import delete_abandoned
 from chunkq_worker.child_env import child_env
-from chunkq_worker.devices import VISIBLE, Slot, cores
+from chunkq_worker.devices import Slot, cores
 from chunkq_worker.worker_process import WorkerProcessOptions
 
 POLL_SECONDS = 0.1

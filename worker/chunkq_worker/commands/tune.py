@@ -28,10 +28,11 @@ from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
 from chunkq.storage.images import find_source
+from chunkq.system.gpus import VISIBLE
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
-from chunkq_worker.devices import VISIBLE, cores, slots
+from chunkq_worker.devices import cores, slots
 from chunkq_worker.inputs import open_inputs
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
 from chunkq_worker.tune.memory import available_memory

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
+from chunkq.job import yaml_values
 from chunkq_worker.tune.space import Changes
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class JobFile:
 
     def _check(self, text: str, changes: Changes, *, is_json: bool) -> None:
         """Raise ChunkqError unless the new text parses to the old values with the changes."""
-        parse = json.loads if is_json else yaml.safe_load
+        parse = json.loads if is_json else yaml_values.load
         expected = deepcopy(parse(self.content.decode()))
         for (*sections, key), value in changes.items():
             section = expected
