@@ -143,10 +143,11 @@ def model_problems(model: ModelConfig) -> list[str]:
         )
     if runtime == "numpy":
         problems += _numpy_problems(model)
-    return problems + _precision_problems(model)
+    return problems + precision_problems(model)
 
 
-def _precision_problems(model: ModelConfig) -> list[str]:
+def precision_problems(model: ModelConfig) -> list[str]:
+    """Return one line if the network cannot compute in `precision`."""
     key, value = "model_config.precision", model.precision
     if value is None:
         return []
