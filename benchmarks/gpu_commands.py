@@ -54,13 +54,12 @@ def timed(case: Case, volume: str, folder: Path, device: str, seconds: float) ->
 def tuned(case: Case, volume: str, folder: Path, device: str, seconds: float) -> Figures:
     """Run `chunkq tune` for at most about `seconds`; return its lines and the keys that it set.
 
-    Only the options that make the network faster are tried, with 16 bits allowed.
+    Only options of the network are tried.
     """
     job, _ = write_job(case, volume, folder, device, f"tune-{case.name}-{volume}")
     before = yaml.safe_load(job.read_text())
     command = [sys.executable, "-W", "ignore", "-m", "chunkq", "tune", str(job)]
-    precision = "float16" if device == "cuda" else "bfloat16"
-    command += ["--keep", "batch,depth,chunksize", "--precision", precision]
+    command += ["--keep", "batch,depth,chunksize", "--all-options"]
     started = time.perf_counter()
     result = subprocess.run(
         [*command, "--max-time", f"{seconds:.0f}"],

@@ -19,6 +19,7 @@ from chunkq.errors import ErrorCode
 from chunkq.job.job_file import load_job
 from chunkq.job.record import JobRecord
 from chunkq.storage.images import find_source
+from tests.harness.assertions import assert_contains
 from tests.harness.files import everything_below
 from tests.harness.processes import is_alive
 from tests.harness.volumes import random_volume, read_output, write_zarr
@@ -87,7 +88,7 @@ model_config:
 
 
 LONG_TIME = ("--max-time", "3m")
-ALL_SETTINGS = "batch,compile,depth,chunksize"
+ALL_SETTINGS = "batch,compile,channels_last,cuda_graph,precision,depth,chunksize"
 
 
 @pytest.fixture
@@ -189,10 +190,36 @@ def test_a_dry_run_with_json_prints_the_table_and_writes_nothing(workspace: Work
     reduced = [r for r in rest if r["precision"] and r["stage"] == "network"]
     assert [r["precision"] for r in reduced] == [{"precision": "bfloat16"}, {"dtype": "bfloat16"}]
     assert all(1e-4 < row["difference"] < 0.1 for row in reduced)
+    assert all(0.5 < row["label_agreement"] <= 1 for row in reduced)
+    assert all(len(row["ratios"]) >= 1 for row in reduced)
     assert all(row["status"] == "ok" for row in reduced)
     assert result["choice"] in result["table"]
     assert result["choice"]["patch"] is None
     assert set(result["changes"]) <= {"model_config.precision", "model_config.dtype"}
+
+
+def test_a_precision_that_was_not_requested_is_shown_and_not_chosen(workspace: Workspace) -> None:
+    """The other options are tried on a CPU on request; those that do not apply are named."""
+    kept = ("--keep", "batch,compile,depth,chunksize", "--dry-run", "--json", *LONG_TIME)
+    result = json.loads(workspace.run("tune", "job.yaml", *kept, timeout=200).ok().out)
+    assert {row["channels_last"] for row in result["table"]} == {False}
+    assert {row["precision"] for row in result["table"]} == {None}
+    notes = "\n".join(result["notes"])
+    assert_contains(notes, "cuda_graph: ", "channels_last, precision bfloat16: ", "--all-options")
+    answer = workspace.run("tune", "job.yaml", *kept, "--all-options", timeout=200).ok()
+    result = json.loads(answer.out)
+    [note] = result["notes"]
+    assert note.startswith("cuda_graph: ")
+    rows = [row for row in result["table"] if row["stage"] == "network"]
+    assert [(row["precision"], row["channels_last"], row["status"]) for row in rows] == [
+        (None, False, "ok"),
+        (None, True, "ok"),
+        ({"precision": "bfloat16"}, rows[2]["channels_last"], "changes results"),
+    ]
+    assert (rows[0]["label_agreement"], rows[1]["label_agreement"]) == (1, 1)
+    assert rows[2]["patches_per_second"] > 0
+    assert 1e-4 < rows[2]["difference"] < 0.1
+    assert result["choice"]["precision"] is None
 
 
 @pytest.mark.proof("tune")
@@ -311,8 +338,9 @@ def test_a_mistake_in_the_job_is_an_error_of_one_line(
         ("--memory", "0", ("'0'", "8GiB")),
         ("--patch-sizes", "8,big", ("'8,big'", "64x64x32")),
         ("--patch-sizes", "8x8x8", ("8x8x8", "3 lengths", "1 or 2")),
-        ("--keep", "batches", ("'batches'", "batch, compile, depth, chunksize", "'batch'")),
+        ("--keep", "batches", ("'batches'", "batch, compile, channels_last", "'batch'")),
         ("--precision", "float15", ("'float15'", "bfloat16, float16", "'float16'")),
+        ("--precision", "tf32", ("'tf32'", "device cpu")),
     ],
 )
 def test_an_invalid_option_is_an_error_of_one_line(

@@ -64,7 +64,9 @@ class SimulatedRunner(Runner):
         self._machine, self._setting, self._stage = machine, setting, stage
         machine.now += LOAD_SECONDS
         machine.open_runners.append(self)
-        self.loaded = Measurement(machine.statuses.get(setting.batch, "ok"))
+        difference = machine.difference.get(setting.batch)
+        status = machine.statuses.get(setting.batch, "ok")
+        self.loaded = Measurement(status, difference=difference, agreement=0.5)
 
     def turn(self, seconds: float, limit: float) -> Measurement:
         return self._machine.turn(self._setting, self._stage, seconds, limit)
@@ -173,6 +175,15 @@ def test_without_the_reference_nothing_more_is_measured_in_the_stage() -> None:
     assert "it ended" in second.note
     assert len(broken.turns) == count
     assert turns(START, "pipeline", 100.0).status == "ok"
+
+
+def test_the_accuracy_of_a_setting_is_known_from_loading_it() -> None:
+    exact = machine(lambda now: 1.0)
+    exact.difference = {8: 0.25}
+    turns = Turns(exact.load, exact.clock, 5.0)
+    assert turns(START, "network", 100.0).difference is None
+    other = turns(replace(START, batch=8), "network", 100.0)
+    assert (other.difference, other.agreement) == (0.25, 0.5)
 
 
 def test_the_first_setting_that_runs_is_the_reference() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from chunkq.plan.footprint import Footprint
 
@@ -17,7 +17,9 @@ TrialStatus = Literal["ok", "too large", "failed", "no time", "changes results"]
 TIE = 0.03
 """Settings whose times differ by less than this fraction count as equally fast."""
 NETWORK_SHARE = 0.6
-"""Fraction of the time for stage `network`; the rest is for stage `pipeline`."""
+"""Fraction of the time for stage `network`; the rest is for stage `pipeline`, ..."""
+LARGE_NETWORK_SHARE = 0.8
+"""... which needs less if the search varies neither depth nor chunk size."""
 MAX_STEPS_WITHOUT_GAIN = 2
 """Consecutive larger batches without a gain after which the search for a batch size stops."""
 MAX_DEPTH = 6
@@ -165,8 +167,8 @@ class Search:
     """Measure settings one after the other until the best is found or the time is over.
 
     Stage `network` measures the network alone: the job's batch size doubled and halved, for each
-    requested patch size, then each requested precision, then the best with each precision
-    that was not requested, and with each switch set. Stage `pipeline` measures entire chunks, read,
+    requested patch size, then each requested precision, then the best with each switch set, and
+    with each precision that was not requested. Stage `pipeline` measures entire chunks, read,
     computed and written: the best settings of stage `network` with several depths and chunk sizes.
     `measure` is called with at most the remaining seconds.
     """
@@ -192,21 +194,29 @@ class Search:
         first = self._run_or_get(self._start, "network")
         if first is None or first.measurement.status in ("failed", "no time"):
             return self._result()
-        self._until = NETWORK_SHARE * self._limits.seconds
+        has_steps = self._options.depths or len(self._options.chunks) > 1
+        share = NETWORK_SHARE if has_steps else LARGE_NETWORK_SHARE
+        self._until = share * self._limits.seconds
         for patch in (None, *self._options.patches):
             self._search_batch_size(replace(self._start, patch=patch))
         if best := self._best("network"):
             for precision in self._options.precisions:
                 self._search_batch_size(replace(best.setting, precision=precision))
+        quick = [name for name in self._options.switches if name != "compile"]
+        for switch in quick:
+            self._try_on_best(**{switch: True})
         for precision in self._options.shown_precisions:
-            if best := self._best("network"):
-                self._run_or_get(replace(best.setting, precision=precision), "network")
-        for switch in self._options.switches:
-            if best := self._best("network"):
-                self._run_or_get(replace(best.setting, **{switch: True}), "network")
+            self._try_on_best(precision=precision)
+        if "compile" in self._options.switches:  # takes longest
+            self._try_on_best(compile=True)
         self._until = self._limits.seconds
         self._search_pipeline()
         return self._result()
+
+    def _try_on_best(self, **changes: Any) -> None:
+        """Run the best setting of stage `network` with changes."""
+        if best := self._best("network"):
+            self._run_or_get(replace(best.setting, **changes), "network")
 
     def _search_batch_size(self, first: Setting) -> None:
         """Double the batch size while that is faster, then halve it while that is not slower."""

@@ -20,7 +20,7 @@ class Runner(ABC):
     """A loaded setting that can be measured again and again."""
 
     loaded: Measurement
-    """The result of loading: status `ok` with `load_seconds`, or why it failed."""
+    """The result of loading: status `ok` with `load_seconds` and the accuracy, or why it failed."""
 
     @abstractmethod
     def turn(self, seconds: float, limit: float) -> Measurement:
@@ -97,7 +97,7 @@ class Turns:
                 return turns[-1]
             if 2 * self._clock() - before > until:
                 break
-        return replace(turns[-1], rate=median(turn.rate for turn in turns), ratios=(1.0,))
+        return _combined(runner, turns[-1], median(turn.rate for turn in turns), (1.0,))
 
     def _beside(self, reference: Runner, runner: Runner, until: float) -> Measurement:
         """Return the measurement of a setting whose rate follows from the median ratio."""
@@ -123,7 +123,21 @@ class Turns:
             self._failure = replace(before, note=f"the reference: {before.note or before.status}")
         if not ratios:
             return self._failure
-        return replace(last, rate=self._rate * median(ratios), ratios=tuple(ratios))
+        return _combined(runner, last, self._rate * median(ratios), tuple(ratios))
 
     def _turn(self, runner: Runner, until: float) -> Measurement:
         return runner.turn(self._seconds / TURNS, until - self._clock())
+
+
+def _combined(
+    runner: Runner, last: Measurement, rate: float, ratios: tuple[float, ...]
+) -> Measurement:
+    """Return the result of several turns: memory of the last, accuracy from loading."""
+    loaded = runner.loaded
+    return replace(
+        last,
+        rate=rate,
+        ratios=ratios,
+        difference=loaded.difference,
+        agreement=loaded.agreement,
+    )
