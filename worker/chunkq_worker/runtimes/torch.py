@@ -18,6 +18,7 @@ from chunkq.errors import ModelError
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
+from chunkq_worker.runtimes.cache_folder import use_compiler_cache
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -70,6 +71,7 @@ class TorchRuntime(Runtime):
                     weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
         self._run = self._module
         if model.compile:
+            use_compiler_cache()
             with _compiler_context():
                 # The batch size changes only if a batch does not fit in memory.
                 self._run = torch.compile(self._module, dynamic=False)
