@@ -692,7 +692,6 @@ def test_a_missing_compiler_is_reported_in_one_line(
 COMPILE = """\
 import sys
 import numpy as np
-from torch._dynamo.utils import counters
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
@@ -702,6 +701,7 @@ runtime = load_runtime(model, Steps(), 1)
 for _ in range(2):
     outputs = runtime(np.ones((2, 1, 8, 8), np.float32))
 assert outputs.tolist() == np.full((2, 1, 8, 8), 7.0).tolist()
+from torch._dynamo.utils import counters
 print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
 """
 

@@ -35,9 +35,9 @@ def cache_folder(*names: str) -> Path | None:
 
 
 def use_compiler_cache() -> None:
-    """Let torch.compile store its results in the user's cache, unless the user has set a folder.
+    """Let torch.compile store its results in the user's cache, unless a folder is set.
 
-    torch's default is a folder in the machine's temporary folder.
+    torch's default, which it sets when its compiler is imported, is in the temporary folder.
     """
     if COMPILER_VARIABLE not in os.environ and (folder := cache_folder("torch")):
         os.environ[COMPILER_VARIABLE] = str(folder)

@@ -71,7 +71,6 @@ class TorchRuntime(Runtime):
                     weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.dim()])
         self._run = self._module
         if model.compile:
-            use_compiler_cache()
             with _compiler_context():
                 # The batch size changes only if a batch does not fit in memory.
                 self._run = torch.compile(self._module, dynamic=False)
@@ -222,6 +221,8 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
             "model_config.compile: unsupported for type: torchscript, which is compiled already; "
             "remove compile, or use type: class"
         )
+    if model.compile:
+        use_compiler_cache()  # torch reads the variable when the user's code imports its compiler
     loaded = LOADERS[model.type](model)
     hide_triton_after_tensorflow()  # the user's code can import TensorFlow
     if model.compile and model.device == "cuda" and is_triton_hidden():
