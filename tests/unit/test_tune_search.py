@@ -333,6 +333,53 @@ def test_a_requested_precision_may_change_results() -> None:
     assert chosen(result).precision == fast
 
 
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ({None: 0.0, "float16": 0.01}, None),
+        ({None: 0.0, "float16": 0.9e-4}, "float16"),  # within the bound
+        # Also where the job's own settings differ as much: others need a request.
+        ({None: 0.01, "float16": 0.01}, None),
+        ({None: 0.0, "float16": inf}, None),
+    ],
+)
+def test_a_precision_that_changes_results_is_chosen_only_on_request(
+    differences: dict[str | None, float], expected: str | None
+) -> None:
+    machine = SimulatedMachine()
+
+    def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
+        measurement = SimulatedMachine.measure(machine, setting, stage, seconds)
+        name = None if setting.precision is None else setting.precision[1]
+        rate = measurement.rate * (1 if name is None else 9)
+        return replace(measurement, rate=rate, difference=differences[name])
+
+    limits, half = Limits(None, None, 1000.0), ("precision", "float16")
+    for options in (Options(shown_precisions=[half]), Options(precisions=[half])):
+        result = Search(START, options, machine.cost, measure, limits, machine.clock).run()
+        row = next(row for row in result.rows if row.setting.precision == half)
+        assert row.measurement.rate > 0  # it is shown
+        precision = chosen(result).precision
+        if options.precisions:
+            assert precision == (half if differences["float16"] < inf else None)
+        else:
+            assert precision == (None if expected is None else ("precision", expected))
+
+
+def test_a_setting_may_differ_twice_as_much_as_the_job_itself() -> None:
+    for difference, batch in ((0.0019, 8), (0.0021, 4)):
+        machine = SimulatedMachine(rate={8: 20.0, 2: 1.0}, difference={4: 0.001, 8: difference})
+        assert chosen(machine.search()).batch == batch
+
+
+def test_the_first_batch_that_fits_stands_for_the_job() -> None:
+    """With TF32 every batch size differs from float32."""
+    machine = SimulatedMachine(
+        statuses={4: "too large"}, rate={1: 9.0, 2: 10.0}, difference={1: 0.01, 2: 0.01}
+    )
+    assert chosen(machine.search()).batch == 2
+
+
 def test_without_time_for_stage_pipeline_stage_network_decides() -> None:
     machine = SimulatedMachine(rate={8: 20.0}, seconds_needed=[1, 1, 1, 1, 1, 100])
     result = machine.search(seconds=20)

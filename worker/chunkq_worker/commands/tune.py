@@ -350,6 +350,11 @@ def _search(
             start = space.start(depth)
             result = Search(start, options, space.cost, measure, limits, time.monotonic).run()
     notes = list(left_out)
+    precision = space.record(space.plain(depth)).job.model.effective_precision
+    if precision != "float32":
+        notes.append(
+            f"differs and labels are relative to {precision}: the network has no precision float32"
+        )
     if trials.plain_failure is not None:
         notes.append(
             "differs and labels are relative to the current settings, because the network does "

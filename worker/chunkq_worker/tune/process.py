@@ -156,8 +156,10 @@ class Trials:
         except BaseException:
             process.close()
             raise
-        if sample.exists():
-            process.loaded = replace(process.loaded, **self._accuracy(sample))
+        if sample.exists() and (accuracy := self._accuracy(sample)):
+            process.loaded = replace(
+                process.loaded, difference=accuracy.difference, agreement=accuracy.agreement
+            )
         return process
 
     def _load_plain(self, max_seconds: float) -> None:
@@ -186,18 +188,14 @@ class Trials:
         )
         return TrialProcess(options, folder, self._env, self._memory)
 
-    def _accuracy(self, sample: Path) -> dict[str, float]:
-        """Return fields of a measurement; the first sample becomes the reference if there is none.
+    def _accuracy(self, sample: Path) -> Accuracy | None:
+        """Compare a sample with the reference and delete it; without one it becomes the reference.
 
-        Other samples are deleted.
+        Return None if they cannot be compared.
         """
         if self._reference is None:
             self._reference = sample
-        accuracy: Accuracy | None = compare(
-            np.load(self._reference), np.load(sample), self._space.activation
-        )
+        reference, outputs = np.load(self._reference), np.load(sample)
         if sample != self._reference:
             sample.unlink()
-        if accuracy is None:
-            return {}
-        return {"difference": accuracy.difference, "agreement": accuracy.agreement}
+        return compare(reference, outputs, self._space.activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,8 @@ MAX_CANDIDATES = 3
 ALLOWED_CHANGE = 1e-4
 """Largest difference to the network in float32, per range of the outputs, of a setting that was not
 requested."""
+LARGEST_FLOAT = sys.float_info.max
+"""Largest difference of a requested setting: no output may overflow where float32 does not."""
 ALLOWED_FACTOR = 2
 """A setting in the job's own precision may also differ so many times as much as the job does."""
 
@@ -346,7 +349,7 @@ class Search:
     def _allowed_difference(self, setting: Setting) -> float:
         """Return the largest difference to float32 with which a setting can be chosen."""
         if setting.patch is not None or setting.precision in self._options.precisions:
-            return inf
+            return LARGEST_FLOAT
         if setting.precision is not None:
             return ALLOWED_CHANGE
         own = (

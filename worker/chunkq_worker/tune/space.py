@@ -47,7 +47,7 @@ class SearchSpace:
     def plain(self, depth: int) -> Setting:
         """Return the setting of the unchanged job in float32 and without options of the network.
 
-        A network that is not float32 keeps its precision.
+        A network that cannot run in float32 keeps its precision.
         """
         model = self._record.job.model
         setting = Setting(model.max_batch_size, depth)
