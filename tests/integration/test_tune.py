@@ -137,7 +137,7 @@ def test_the_best_setting_is_written_into_the_job_file_and_the_output_is_the_sam
     assert (workspace.folder / "job.yaml.before-tune").read_text() == JOB
     assert "patches/s" in answer.out
     assert "precision bfloat16" in answer.out
-    assert "\nchanges results: by more than 0.0001, " in answer.out
+    assert "\nchanges results: by more than 0.0001 and " in answer.out
     assert "\ncuda_graph: unsupported for device cpu\n" in answer.out
     assert "\x1b" not in answer.out
     assert answer.out.splitlines()[-1].startswith("wrote job.yaml; ")

@@ -343,7 +343,7 @@ class Search:
             return replace(measurement, status="too large")
         difference = measurement.difference
         if difference is not None and not difference <= self._allowed_difference(setting):
-            return replace(measurement, status="changes results")
+            return replace(measurement, status="changes results", note="")
         return measurement
 
     def _allowed_difference(self, setting: Setting) -> float:

@@ -149,9 +149,8 @@ def legend_lines(result: SearchResult) -> list[str]:
         lines.append("a patch size can change the results: validate them before you use it")
     if any(row.measurement.status == "changes results" for row in result.rows):
         lines.append(
-            f"changes results: by more than {ALLOWED_CHANGE:g}, and by more than {ALLOWED_FACTOR} "
-            "times as much as the job's own settings; not chosen without --precision or "
-            "--patch-sizes"
+            f"changes results: by more than {ALLOWED_CHANGE:g} and {ALLOWED_FACTOR} times the "
+            "current settings; not chosen without --precision or --patch-sizes"
         )
     if result.best is not None and result.best.stage == "network":
         lines.append("chunksize and depth were not compared; use a longer --max-time")
