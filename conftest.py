@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.basetemp = config.option.basetemp or folder / "tests"
     # Libraries use these folders, which are otherwise in the home folder or the checkout.
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     os.environ["XDG_CONFIG_HOME"] = str(folder / "config")
     os.environ["KERAS_HOME"] = str(folder / "keras")
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")

@@ -352,7 +352,7 @@ def _label(option: Mapping[str, Any]) -> str:
 
 def tune(session: Session) -> Figures:
     """Run the command `chunkq tune` for the demo's U-Net; return its table."""
-    seconds = 10.0 if session.device == "cpu" else 45.0
+    seconds = 10.0 if session.device == "cpu" else 55.0
     case = session.case("unet")
     return gpu_commands.tuned(case, "middle", session.folder, session.device, seconds)
 

@@ -52,10 +52,14 @@ def timed(case: Case, volume: str, folder: Path, device: str, seconds: float) ->
 
 
 def tuned(case: Case, volume: str, folder: Path, device: str, seconds: float) -> Figures:
-    """Run `chunkq tune` for at most about `seconds`; return its lines and the keys that it set."""
+    """Run `chunkq tune` for at most about `seconds`; return its lines and the keys that it set.
+
+    Only options of the network are tried.
+    """
     job, _ = write_job(case, volume, folder, device, f"tune-{case.name}-{volume}")
     before = yaml.safe_load(job.read_text())
     command = [sys.executable, "-W", "ignore", "-m", "chunkq", "tune", str(job)]
+    command += ["--keep", "batch,depth,chunksize", "--all-options"]
     started = time.perf_counter()
     result = subprocess.run(
         [*command, "--max-time", f"{seconds:.0f}"],

@@ -8,7 +8,8 @@ from chunkq.job.fields import Dtype, NonNegative, Positive, Section, Shape
 
 HALF_PRECISIONS = ("bfloat16", "float16")
 """Precisions in which torch's autocast runs a float32 network."""
-
+TENSORRT_PRECISIONS = ("tf32", "float16")
+"""Precisions that ONNX Runtime can request of TensorRT, which has TF32 on by itself."""
 
 _FLOATING_DTYPES = ("float16", "bfloat16", "float64")
 """Dtypes of networks with floating-point weights other than float32."""
@@ -36,6 +37,7 @@ class ModelConfig(Section):
     json_file: str | None = None
     trusted: bool = False
     precision: Literal["tf32", "float32", "bfloat16", "float16"] | None = None
+    provider: Literal["cuda", "tensorrt"] | None = None
     compile: bool = False
     channels_last: bool = False
     cuda_graph: bool = False
@@ -44,14 +46,15 @@ class ModelConfig(Section):
     def effective_precision(self) -> str:
         """Precision of the network's arithmetic: `precision`, or its default.
 
-        The default is the dtype of a network that is not float32, else tf32 for torch on a GPU,
-        else float32.
+        The default is the dtype of a network that is not float32, else tf32 for torch on a GPU
+        and for TensorRT, else float32.
         """
         if self.precision is not None:
             return self.precision
         if self.dtype in _FLOATING_DTYPES:
             return self.dtype
-        return "tf32" if self.runtime == "torch" and self.device == "cuda" else "float32"
+        is_torch_on_gpu = self.runtime == "torch" and self.device == "cuda"
+        return "tf32" if is_torch_on_gpu or self.provider == "tensorrt" else "float32"
 
     @property
     def allows_tf32(self) -> bool:
@@ -141,16 +144,24 @@ def model_problems(model: ModelConfig) -> list[str]:
             f"model_config.cuda_graph: unsupported for device {model.device}; "
             "remove it, or use device cuda"
         )
+    if model.provider is not None:
+        problems += _provider_problems(model)
     if runtime == "numpy":
         problems += _numpy_problems(model)
-    return problems + _precision_problems(model)
+    return problems + precision_problems(model)
 
 
-def _precision_problems(model: ModelConfig) -> list[str]:
+def precision_problems(model: ModelConfig) -> list[str]:
+    """Return one line if the network cannot compute in `precision`."""
     key, value = "model_config.precision", model.precision
     if value is None:
         return []
-    if value in HALF_PRECISIONS and model.runtime != "torch":
+    if model.provider == "tensorrt" and value not in TENSORRT_PRECISIONS:
+        return [
+            f"{key}: unsupported value {value!r} for provider tensorrt; use "
+            f"{' or '.join(TENSORRT_PRECISIONS)}, or use provider cuda"
+        ]
+    if value in HALF_PRECISIONS and model.provider != "tensorrt" and model.runtime != "torch":
         return [
             f"{key}: unsupported value {value!r} for runtime {model.runtime}; use float32, or use "
             "runtime torch"
@@ -165,6 +176,15 @@ def _precision_problems(model: ModelConfig) -> list[str]:
             f"{key}: {value} requires a float32 network, found dtype {model.dtype}; use dtype: "
             "float32, or remove precision"
         ]
+    return []
+
+
+def _provider_problems(model: ModelConfig) -> list[str]:
+    key = f"model_config.provider: unsupported value {model.provider!r} for"
+    if model.runtime != "onnx":
+        return [f"{key} runtime {model.runtime}; remove it, or use runtime onnx"]
+    if model.device != "cuda":
+        return [f"{key} device {model.device}; remove it, or use device cuda"]
     return []
 
 

@@ -231,6 +231,7 @@ def _add_known_key(rng: Random, values: Values) -> None:
         "model_output_shape": ([1, 1, 1], [10**9, 8, 8, 8], [8, 8, 8], [2, 6, 6, 6], [10**18]),
         "precision": ("float32", "tf32", "float16", "int8"),
         "compile": (True, 1),
+        "provider": ("cuda", "tensorrt", "cpu"),
         "cuda_graph": (True,),
         "channels_last": (True,),
         "trusted": (True, "yes"),

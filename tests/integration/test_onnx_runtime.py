@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 import torch
 from chunkq_worker.batching import Batcher
-from chunkq_worker.runtimes import onnx_cuda, onnx_host
+from chunkq_worker.runtimes import onnx_cuda, onnx_host, onnx_tensorrt
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
@@ -691,6 +691,99 @@ def test_a_cuda_provider_that_fails_to_load_is_an_error(
     assert_contains(line, "cuDNN", "pip install 'chunkq[onnx-gpu]'", "device: cpu")
     assert [requested[0][0], requested[1]] == [onnx_cuda.CUDA, "CPUExecutionProvider"]
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let onnxruntime list the providers of its GPU package; return what sessions are opened with.
+
+    Sessions run on the CPU, as if the libraries were missing.
+    """
+    providers = [onnx_tensorrt.TENSORRT, onnx_cuda.CUDA, "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    requested: list[Any] = []
+    session_class = onnxruntime.InferenceSession
+
+    def open_on_cpu(source: str, options: Any, providers: list[Any], **overrides: Any) -> Any:
+        requested.extend(providers)
+        session = session_class(source, options, ["CPUExecutionProvider"])
+        return mock.Mock(wraps=session, get_providers=lambda: [onnx_cuda.CUDA])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_cpu)
+    return requested
+
+
+def test_tensorrt_without_its_libraries_is_an_error_of_one_line(
+    network: Path, tensorrt: list[Any]
+) -> None:
+    line = load_error(network, device="cuda", provider="tensorrt")
+    assert line.startswith("model_config.provider: tensorrt")
+    assert_contains(line, "TensorRT", "pip install tensorrt", "provider: cuda")
+    assert [name for name, _ in tensorrt[:2]] == [onnx_tensorrt.TENSORRT, onnx_cuda.CUDA]
+    folder = Path(tensorrt[0][1]["trt_engine_cache_path"])
+    assert folder.is_dir()
+    assert folder.parents[1].stat().st_mode & 0o077 == 0
+
+
+def test_an_onnxruntime_without_tensorrt_is_an_error(
+    network: Path, monkeypatch: pytest.MonkeyPatch, tensorrt: list[Any]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [onnx_cuda.CUDA])
+    line = load_error(network, device="cuda", provider="tensorrt")
+    assert line.startswith("model_config.provider: tensorrt")
+    assert_contains(line, "no TensorRT provider", "provider: cuda")
+    assert tensorrt == []
+
+
+@pytest.mark.parametrize(("precision", "expected"), [(None, "0"), ("tf32", "0"), ("float16", "1")])
+def test_tensorrt_builds_engines_in_the_precision_of_the_job(
+    network: Path, precision: str | None, expected: str
+) -> None:
+    model = config(network, device="cuda", provider="tensorrt", precision=precision)
+    options = onnx_tensorrt.provider_options(model, Path("/cache"))
+    assert options["trt_fp16_enable"] == expected
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == "/cache"
+    assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
+    without = onnx_tensorrt.provider_options(model, None)
+    assert "trt_engine_cache_enable" not in without
+
+
+def test_engines_are_kept_apart_by_graph_weights_gpu_versions_and_precision(
+    tmp_path: Path, network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest(path: Path = network, precision: str | None = None) -> str:
+        model = config(path, device="cuda", provider="tensorrt", precision=precision)
+        return onnx_tensorrt.engine_key(model).digest()
+
+    first = digest()
+    assert first == digest()
+    digests = [first, digest(precision="float16")]
+    digests.append(digest(save(tmp_path / "other.onnx", conv(ir=9))))
+    external = tmp_path / "external.onnx"
+    onnx.save_model(
+        conv(), str(external), save_as_external_data=True, location="w", size_threshold=0
+    )
+    digests.append(digest(external))
+    content = bytearray((tmp_path / "w").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "w").write_bytes(content)
+    digests.append(digest(external))
+    monkeypatch.setattr(onnx_tensorrt, "_gpu", lambda: "NVIDIA H100 9.0")
+    digests.append(digest())
+    monkeypatch.setattr(onnx_tensorrt, "version", lambda name: "10.9")
+    digests.append(digest())
+    monkeypatch.setattr(onnxruntime, "__version__", "99")
+    digests.append(digest())
+    assert len(set(digests)) == len(digests) == 8
+
+
+def test_tensorrt_gets_batches_of_one_size(network: Path) -> None:
+    session = open_session(str(network), 1)
+    graph = Graph.from_session(session, str(network))
+    for keys, expected in (({}, True), ({"provider": "tensorrt"}, False)):
+        model = config(network, device="cuda", **keys)
+        assert onnx_host.OnnxRuntime(session, graph, model, Steps()).any_batch is expected
 
 
 @pytest.fixture

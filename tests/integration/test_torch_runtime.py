@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.runtimes.base import load_runtime
+from chunkq_worker.runtimes.cache_folder import COMPILER_VARIABLE, use_compiler_cache
 from chunkq_worker.steps import Steps
 
 from chunkq.create import check_job
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job.job_file import load_job
+from chunkq.job.model_config import ModelConfig
 from tests.harness.assertions import assert_contains
 from tests.harness.predictions import each_prediction
 from tests.harness.torch_networks import (
@@ -684,6 +687,75 @@ def test_a_missing_compiler_is_reported_in_one_line(
     line = load_error(tmp_path, compile=True, **model)
     assert line.startswith("model_config.compile: ")
     assert_contains(line, "torch.compile", "remove compile")
+
+
+COMPILE = """\
+import sys
+import numpy as np
+from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes.base import load_runtime
+from chunkq_worker.steps import Steps
+
+model = ModelConfig.model_validate_json(sys.argv[1])
+runtime = load_runtime(model, Steps(), 1)
+for _ in range(2):
+    outputs = runtime(np.ones((2, 1, 8, 8), np.float32))
+assert outputs.tolist() == np.full((2, 1, 8, 8), 7.0).tolist()
+from torch._dynamo.utils import counters
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_a_second_process_does_not_compile_the_network_again(tmp_path: Path) -> None:
+    """The compiled network is in the user's cache folder, which only the user can read."""
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return (x + 1) * 3 + x\n"
+    )
+    model = ModelConfig.model_validate(
+        {
+            "runtime": "torch",
+            "type": "class",
+            "class_file": str(tmp_path / "net.py"),
+            "class_name": "Net",
+            "model_input_shape": [1, 8, 8],
+            "max_batch_size": 2,
+            "compile": True,
+        }
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, model.model_dump_json()]
+    lines = [
+        subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert lines == [["1", "0"], ["0", "1"]]
+    folder = tmp_path / "cache" / "chunkq"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert any((folder / "torch").iterdir())
+
+
+def test_a_cache_folder_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPILER_VARIABLE, "/mine")
+    use_compiler_cache()
+    assert os.environ[COMPILER_VARIABLE] == "/mine"
+
+
+def test_a_cache_folder_that_cannot_be_created_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv(COMPILER_VARIABLE, raising=False)
+    use_compiler_cache()
+    assert COMPILER_VARIABLE not in os.environ
+    [record] = caplog.records
+    assert_contains(record.getMessage(), tmp_path / "file", "XDG_CACHE_HOME")
 
 
 def test_torchscript_cannot_be_compiled(tmp_path: Path) -> None:

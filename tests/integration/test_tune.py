@@ -87,7 +87,7 @@ model_config:
 
 
 LONG_TIME = ("--max-time", "3m")
-ALL_SETTINGS = "batch,compile,depth,chunksize"
+ALL_SETTINGS = "batch,compile,channels_last,cuda_graph,precision,depth,chunksize"
 
 
 @pytest.fixture
@@ -125,13 +125,20 @@ def assert_error(
 def test_the_best_setting_is_written_into_the_job_file_and_the_output_is_the_same(
     workspace: Workspace,
 ) -> None:
-    """Comments are preserved, no temporary file remains, and the labels are the same."""
+    """Comments are preserved, no temporary file remains, and the labels are the same.
+
+    The precision bfloat16 is shown and cannot be chosen. CUDA graphs need a GPU.
+    """
     before = everything_below(workspace.folder)
     old = load_job(workspace.folder / "job.yaml")
-    answer = workspace.run("tune", "job.yaml", "--keep", "compile", *LONG_TIME, timeout=200).ok()
+    options = ("--all-options", "--keep", "compile,channels_last", *LONG_TIME)
+    answer = workspace.run("tune", "job.yaml", *options, timeout=200).ok()
     assert sorted({*before, "job.yaml.before-tune"}) == everything_below(workspace.folder)
     assert (workspace.folder / "job.yaml.before-tune").read_text() == JOB
     assert "patches/s" in answer.out
+    assert "precision bfloat16" in answer.out
+    assert "\nchanges results: by more than 0.0001 and " in answer.out
+    assert "\ncuda_graph: unsupported for device cpu\n" in answer.out
     assert "\x1b" not in answer.out
     assert answer.out.splitlines()[-1].startswith("wrote job.yaml; ")
     assert answer.out.endswith("job.yaml.before-tune\n")
@@ -189,6 +196,8 @@ def test_a_dry_run_with_json_prints_the_table_and_writes_nothing(workspace: Work
     reduced = [r for r in rest if r["precision"] and r["stage"] == "network"]
     assert [r["precision"] for r in reduced] == [{"precision": "bfloat16"}, {"dtype": "bfloat16"}]
     assert all(1e-4 < row["difference"] < 0.1 for row in reduced)
+    assert all(0.5 < row["label_agreement"] <= 1 for row in reduced)
+    assert all(len(row["ratios"]) >= 1 for row in reduced)
     assert all(row["status"] == "ok" for row in reduced)
     assert result["choice"] in result["table"]
     assert result["choice"]["patch"] is None
@@ -311,8 +320,9 @@ def test_a_mistake_in_the_job_is_an_error_of_one_line(
         ("--memory", "0", ("'0'", "8GiB")),
         ("--patch-sizes", "8,big", ("'8,big'", "64x64x32")),
         ("--patch-sizes", "8x8x8", ("8x8x8", "3 lengths", "1 or 2")),
-        ("--keep", "batches", ("'batches'", "batch, compile, depth, chunksize", "'batch'")),
+        ("--keep", "batches", ("'batches'", "batch, compile, channels_last", "'batch'")),
         ("--precision", "float15", ("'float15'", "bfloat16, float16", "'float16'")),
+        ("--precision", "tf32", ("'tf32'", "device cpu")),
     ],
 )
 def test_an_invalid_option_is_an_error_of_one_line(

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.prove.fault import Fault
-from tests.prove.faults import blending, geometry, ledger, queues, records, workers
+from tests.prove.faults import blending, geometry, ledger, queues, records, tuning, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
@@ -38,6 +38,7 @@ FAULTS: tuple[Fault, ...] = (
     *queues.FAULTS,
     *ledger.FAULTS,
     *records.FAULTS,
+    *tuning.FAULTS,
     *workers.FAULTS,
 )
 PARALLEL_FAULTS = 2

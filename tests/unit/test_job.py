@@ -13,6 +13,13 @@ from chunkq.job.model_config import ModelConfig
 from tests.strategies import job_values
 
 CLASS = {"runtime": "torch", "type": "class", "model_input_shape": [4, 4]}
+TENSORRT = {
+    "runtime": "onnx",
+    "type": "file",
+    "model_file": "/m",
+    "device": "cuda",
+    "provider": "tensorrt",
+}
 
 
 def values(**more: Any) -> dict[str, Any]:
@@ -149,6 +156,24 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ),
     ({"model": {"cuda_graph": True}}, "model_config.cuda_graph", ("device cpu", "device cuda")),
     (
+        {"model": {"device": "cuda", "provider": "tensorrt"}},
+        "model_config.provider",
+        ("'tensorrt'", "runtime torch", "runtime onnx"),
+    ),
+    (
+        {"model": {"runtime": "onnx", "type": "file", "model_file": "/m", "provider": "cuda"}},
+        "model_config.provider",
+        ("'cuda'", "device cpu", "device cuda"),
+    ),
+    *(
+        (
+            {"model": TENSORRT | {"precision": name}},
+            "model_config.precision",
+            (repr(name), "provider tensorrt", "tf32 or float16"),
+        )
+        for name in ("float32", "bfloat16")
+    ),
+    (
         {"model": {"runtime": "onnx", "type": "file", "model_file": "/m", "cuda_graph": True}},
         "model_config.cuda_graph",
         ("runtime onnx", "runtime torch"),
@@ -207,6 +232,8 @@ def test_options_that_the_numpy_runtime_does_not_support_are_reported(
         ({"device": "cuda", "precision": "bfloat16"}, "bfloat16"),
         ({"dtype": "bfloat16", "precision": "bfloat16"}, "bfloat16"),
         ({"device": "cuda", "runtime": "onnx", "type": "file", "model_file": "/m"}, "float32"),
+        (TENSORRT, "tf32"),
+        (TENSORRT | {"precision": "float16"}, "float16"),
         (
             {"device": "cuda", "runtime": "tensorflow", "type": "file", "model_file": "/m"},
             "float32",

@@ -79,7 +79,8 @@ class SimulatedMachine:
             rate *= self.by_depth.get(setting.depth, 1.0) * self.by_chunk.get(setting.chunk, 1.0)
             memory += self.pipeline_memory * setting.depth
         difference = self.difference.get(setting.batch, 0.0)
-        return Measurement("ok", rate, self._load_seconds(setting), memory, None, difference)
+        load_seconds = self._load_seconds(setting)
+        return Measurement("ok", rate, load_seconds, memory, None, difference=difference)
 
     def _load_seconds(self, setting: Setting) -> float:
         return 0.5 + (self.compile_seconds if setting.compile else 0)
@@ -126,7 +127,8 @@ OPTIONS = st.builds(
     Options,
     batches=st.booleans(),
     depths=st.booleans(),
-    compile=st.booleans(),
+    switches=st.sampled_from([(), ("compile",), ("channels_last", "cuda_graph", "compile")]),
+    shown_precisions=st.sampled_from([(), (("precision", "float16"),)]),
     precisions=st.sampled_from([(), (("precision", "bfloat16"),)]),
     patches=st.sampled_from([(), ((16,),), ((16,), (32,))]),
     chunks=st.just(CHUNKS),
@@ -182,14 +184,16 @@ def test_only_requested_options_may_change_results(
 ) -> None:
     result = machine.search(options, None, seconds)
     for setting, _, _ in machine.requests:
-        assert options.compile or not setting.compile
+        for switch in ("compile", "channels_last", "cuda_graph"):
+            assert switch in options.switches or not getattr(setting, switch)
         assert options.batches or setting.batch == START.batch
         assert options.depths or setting.depth in (START.depth, 1)
-        assert setting.precision is None or setting.precision in options.precisions
+        shown = options.shown_precisions
+        assert setting.precision in (None, *options.precisions, *shown)
         assert setting.patch is None or setting.patch in options.patches
         assert setting.chunk not in machine.invalid_chunks
     best = result.best
-    if best is not None and not best.setting.may_change_results:
+    if best is not None and best.setting.precision is None and best.setting.patch is None:
         assert (best.measurement.difference or 0) < 1e-3
 
 
@@ -264,7 +268,7 @@ def test_the_next_best_setting_runs_if_the_best_one_is_slow_in_stage_pipeline() 
         slow = stage == "pipeline" and setting.compile
         return replace(measurement, rate=measurement.rate / 9) if slow else measurement
 
-    limits, options = Limits(None, None, 1000.0), Options(compile=True)
+    limits, options = Limits(None, None, 1000.0), Options(switches=["compile"])
     result = Search(START, options, machine.cost, measure, limits, machine.clock).run()
     assert (chosen(result).batch, chosen(result).compile) == (8, False)
 
@@ -293,7 +297,7 @@ def test_an_invalid_chunk_shape_is_not_measured() -> None:
 
 
 def test_compiling_is_chosen_only_if_the_job_is_faster_including_the_compile_time() -> None:
-    options = Options(compile=True)
+    options = Options(switches=["compile"])
     assert chosen(SimulatedMachine(compiled=2.0).search(options)).compile
     assert not chosen(SimulatedMachine(compiled=1.01).search(options)).compile
     assert not chosen(SimulatedMachine(compiled=2.0, compile_seconds=500.0).search(options)).compile
@@ -327,6 +331,53 @@ def test_a_requested_precision_may_change_results() -> None:
     options = Options(precisions=[fast])
     result = Search(START, options, machine.cost, measure, limits, machine.clock).run()
     assert chosen(result).precision == fast
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ({None: 0.0, "float16": 0.01}, None),
+        ({None: 0.0, "float16": 0.9e-4}, "float16"),  # within the bound
+        # Also where the job's own settings differ as much: others need a request.
+        ({None: 0.01, "float16": 0.01}, None),
+        ({None: 0.0, "float16": inf}, None),
+    ],
+)
+def test_a_precision_that_changes_results_is_chosen_only_on_request(
+    differences: dict[str | None, float], expected: str | None
+) -> None:
+    machine = SimulatedMachine()
+
+    def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
+        measurement = SimulatedMachine.measure(machine, setting, stage, seconds)
+        name = None if setting.precision is None else setting.precision[1]
+        rate = measurement.rate * (1 if name is None else 9)
+        return replace(measurement, rate=rate, difference=differences[name])
+
+    limits, half = Limits(None, None, 1000.0), ("precision", "float16")
+    for options in (Options(shown_precisions=[half]), Options(precisions=[half])):
+        result = Search(START, options, machine.cost, measure, limits, machine.clock).run()
+        row = next(row for row in result.rows if row.setting.precision == half)
+        assert row.measurement.rate > 0  # it is shown
+        precision = chosen(result).precision
+        if options.precisions:
+            assert precision == (half if differences["float16"] < inf else None)
+        else:
+            assert precision == (None if expected is None else ("precision", expected))
+
+
+def test_a_setting_may_differ_twice_as_much_as_the_job_itself() -> None:
+    for difference, batch in ((0.0019, 8), (0.0021, 4)):
+        machine = SimulatedMachine(rate={8: 20.0, 2: 1.0}, difference={4: 0.001, 8: difference})
+        assert chosen(machine.search()).batch == batch
+
+
+def test_the_first_batch_that_fits_stands_for_the_job() -> None:
+    """With TF32 every batch size differs from float32."""
+    machine = SimulatedMachine(
+        statuses={4: "too large"}, rate={1: 9.0, 2: 10.0}, difference={1: 0.01, 2: 0.01}
+    )
+    assert chosen(machine.search()).batch == 2
 
 
 def test_without_time_for_stage_pipeline_stage_network_decides() -> None:

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggesti
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_file import Job, load_job
 from chunkq.job.job_folder import JobFolder, job_folder_of
+from chunkq.job.model_config import precision_problems
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
@@ -36,6 +37,7 @@ from chunkq_worker.devices import cores, slots
 from chunkq_worker.inputs import open_inputs
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
 from chunkq_worker.tune.memory import available_memory
+from chunkq_worker.tune.options import with_network_options
 from chunkq_worker.tune.process import Trials
 from chunkq_worker.tune.search import (
     Limits,
@@ -55,12 +57,13 @@ from chunkq_worker.tune.table import (
     legend_lines,
     row_as_dict,
 )
+from chunkq_worker.tune.turns import Turns
 
 LOG_WIDTH = 120
-TUNABLE = ("batch", "compile", "depth", "chunksize")
-PRECISIONS = ("bfloat16", "float16")
+TUNABLE = ("batch", "compile", "channels_last", "cuda_graph", "precision", "depth", "chunksize")
+PRECISIONS = ("tf32", "bfloat16", "float16")
 TARGET_TRIALS = 100
-"""A trial measures for `--max-time` divided by this number, ..."""
+"""A trial measures for `--max-time` divided by this number, with the turns of the reference, ..."""
 MIN_TRIAL_SECONDS, MAX_TRIAL_SECONDS = 0.2, 10.0
 """... but not less and not more than these seconds."""
 
@@ -79,6 +82,7 @@ class TuneRequest:
     patches: tuple[tuple[int, ...], ...]
     precisions: tuple[str, ...]
     kept: frozenset[str]
+    has_all_options: bool
 
 
 @click.command()
@@ -98,7 +102,13 @@ class TuneRequest:
     help="Also try these patch sizes, like 64,96 or 64x64x32,96x96x48; they can change accuracy.",
 )
 @click.option(
-    "--precision", help="Also try bfloat16, float16 or both, comma-separated; they change results.",
+    "--precision",
+    help="Precisions that may be chosen although they change results, comma-separated: "
+    f"{', '.join(PRECISIONS)}.",
+)
+@click.option(
+    "--all-options", is_flag=True,
+    help="Try on a CPU all options of the network that are tried on a GPU.",
 )  # fmt: skip
 @click.option(
     "--keep", help=f"Settings not to change, comma-separated: {', '.join(TUNABLE)}.",
@@ -114,20 +124,25 @@ def tune(
     device_memory: str | None,
     patch_sizes: str | None,
     precision: str | None,
+    all_options: bool,
     keep: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Find the fastest settings for JOB on this machine, and write them into the job file.
 
-    Measures batch sizes, torch.compile, chunk sizes and depths on patches from the middle of the
-    volume, each setting in a separate process. The table is added to the job file as a comment;
-    the previous file is kept as a backup.
+    Measures batch sizes, options of the network, chunk sizes and depths on patches from the middle
+    of the volume. Each setting runs in a separate process, in turns with the job's own settings,
+    and its outputs are compared with those in float32. The table is added to the job file as a
+    comment; the previous file is kept as a backup.
     """
     base_job = load_job(job, input=input_, output=output)
     limits = _limits(base_job, max_time, memory, device_memory)
     request = TuneRequest(
-        _parse_patch_sizes(patch_sizes), _parse_precisions(precision, base_job), _parse_keep(keep)
+        _parse_patch_sizes(patch_sizes),
+        _parse_precisions(precision, base_job),
+        _parse_keep(keep),
+        all_options,
     )
     file = None if dry_run else JobFile.read(job)
     record = _record(base_job)
@@ -136,19 +151,20 @@ def tune(
         _check_editable(file, space)
         _check_not_started(job, record)
     with _interruptible(job):
-        result = _search(space, base_job, request, limits, quiet=as_json)
+        result, notes = _search(space, base_job, request, limits, quiet=as_json)
     best = _require_best(result, limits)
     changes = space.changes(best.setting)
     backup = None
     if file is not None:
         title = f"{time.strftime('%Y-%m-%d')}, chunkq {__version__}, {_machine(best.measurement)}"
-        lines = [*comment_lines(result), *_summary_lines(result, changes)]
+        lines = [*comment_lines(result), *notes, *_summary_lines(result, changes)]
         backup = file.replace(file.changed(changes, title, lines))
     if as_json:
         values = {
             "table": [row_as_dict(row) for row in result.rows],
             "before": None if result.baseline is None else row_as_dict(result.baseline),
             "choice": row_as_dict(best),
+            "notes": notes,
             "changes": {".".join(key): value for key, value in changes.items()},
             "written": None if backup is None else str(job),
             "backup": None if backup is None else str(backup),
@@ -159,7 +175,7 @@ def tune(
     if not console.is_terminal:
         console = Console(highlight=False, width=LOG_WIDTH)
     console.print(build_table(result, console.width))
-    for line in [*legend_lines(result), *_summary_lines(result, changes)]:
+    for line in [*legend_lines(result), *notes, *_summary_lines(result, changes)]:
         click.echo(line)
     if backup is None:
         click.echo(f"{job} is unchanged (--dry-run)")
@@ -223,11 +239,10 @@ def _parse_names(option: str, text: str | None, allowed: Sequence[str]) -> list[
 
 def _parse_precisions(text: str | None, job: Job) -> tuple[str, ...]:
     names = _parse_names("--precision", text, PRECISIONS)
-    if names and job.model.runtime != "torch":
-        raise JobError(
-            f"--precision: unsupported by runtime {job.model.runtime}, expected torch; export the "
-            "network in that precision instead"
-        )
+    for name in names:
+        model = job.model.model_copy(update={"precision": name, "dtype": "float32"})
+        if problems := precision_problems(model):
+            raise JobError(f"--precision: {problems[0].partition(': ')[2]}")
     return tuple(names)
 
 
@@ -253,7 +268,14 @@ def _check_editable(file: JobFile, space: SearchSpace) -> None:
     start = space.start(1)
     try:
         chunk = next((shape for shape in space.chunk_shapes if shape is not None), None)
-        other = Setting(start.batch + 1, 1, compile=not start.compile, chunk=chunk)
+        other = Setting(
+            start.batch + 1,
+            1,
+            not start.compile,
+            not start.channels_last,
+            not start.cuda_graph,
+            chunk=chunk,
+        )
         file.changed(space.changes(other), "", ())
     except ChunkqError as error:
         if error.code is not ErrorCode.JOB_FILE_UNEDITABLE:
@@ -294,46 +316,52 @@ def _interruptible(job: Path) -> Iterator[None]:
 
 def _search(
     space: SearchSpace, job: Job, request: TuneRequest, limits: Limits, *, quiet: bool
-) -> SearchResult:
-    uses_gpu, model = job.model.device == "cuda", job.model
-    start = space.start(default_depth(gpu=uses_gpu))
-    current = model.dtype, model.precision
+) -> tuple[SearchResult, list[str]]:
+    """Return the result, and one line for each option that was left out."""
+    depth = default_depth(gpu=job.model.device == "cuda")
     options = Options(
         batches="batch" not in request.kept,
         depths="depth" not in request.kept,
-        compile="compile" not in request.kept
-        and model.runtime == "torch"
-        and model.type != "torchscript"
-        and not model.compile,
-        precisions=[
-            (key, name)
-            for name in request.precisions
-            for key in ("precision", "dtype")
-            if name not in current and not (key == "dtype" and model.precision is not None)
-        ],
         patches=[space.patch(lengths) for lengths in request.patches],
         chunks=(None,) if "chunksize" in request.kept else space.chunk_shapes,
+    )
+    options, left_out = with_network_options(
+        options, job.model, request.precisions, request.kept, has_all=request.has_all_options
     )
     trial_seconds = min(MAX_TRIAL_SECONDS, max(MIN_TRIAL_SECONDS, limits.seconds / TARGET_TRIALS))
     console = Console(stderr=True, highlight=False, quiet=quiet)
     parent = _temporary_root(job.output)
     with tempfile.TemporaryDirectory(prefix=".chunkq-tune-", dir=parent) as folder:
         trials = Trials(
-            space, Path(folder), _worker_env(job), memory=limits.memory, seconds=trial_seconds
+            space, space.plain(depth), Path(folder), _worker_env(job), memory=limits.memory
         )
 
         def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:
             cost = space.cost(setting)
             description = describe(setting, stage, () if cost is None else cost.chunksize)
             with console.status(f"measuring {description}"):
-                measurement = trials(setting, stage, seconds)
+                measurement = turns(setting, stage, seconds)
             if not console.is_terminal:
                 rate = measurement.rate
                 summary = f"{rate:.3g} patches/s" if rate else measurement.status
                 console.print(f"{description}: {summary}", soft_wrap=True)
             return measurement
 
-        return Search(start, options, space.cost, measure, limits, time.monotonic).run()
+        with closing(Turns(trials.load, time.monotonic, trial_seconds)) as turns:
+            start = space.start(depth)
+            result = Search(start, options, space.cost, measure, limits, time.monotonic).run()
+    notes = list(left_out)
+    precision = space.record(space.plain(depth)).job.model.effective_precision
+    if precision != "float32":
+        notes.append(
+            f"differs and labels are relative to {precision}: the network has no precision float32"
+        )
+    if trials.plain_failure is not None:
+        notes.append(
+            "differs and labels are relative to the current settings, because the network does "
+            f"not run in float32: {trials.plain_failure}"
+        )
+    return result, notes
 
 
 def _worker_env(job: Job) -> dict[str, str]:

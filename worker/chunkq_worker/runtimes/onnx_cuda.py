@@ -13,6 +13,7 @@ from typing_extensions import override
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes import onnx_tensorrt
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime
@@ -47,13 +48,18 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
         # It prints missing libraries to standard output, which is reserved for the command.
         with contextlib.redirect_stdout(io.StringIO()):
             preload()
-    session, graph = open_graph(model, steps, threads, [(CUDA, provider_options(model))])
+    providers = [(CUDA, provider_options(model))]
+    if model.provider == "tensorrt":
+        providers.insert(0, onnx_tensorrt.provider(model))
+    session, graph = open_graph(model, steps, threads, providers)
     if CUDA not in session.get_providers():
         # ONNX Runtime only logs that its libraries failed to load.
         raise ModelError(
             "model_config.device: cuda, but onnxruntime cannot load its CUDA provider; "
             f"install CUDA and cuDNN for it ({INSTALL}) or set device: cpu"
         )
+    if model.provider == "tensorrt":
+        onnx_tensorrt.check_provider(session)
     if free_bytes is None:
         return OnnxRuntime(session, graph, model, steps)
     import torch

@@ -41,7 +41,9 @@ class OnnxRuntime(HostRuntime):
     def __init__(self, session: Any, graph: Graph, model: ModelConfig, steps: Steps) -> None:
         super().__init__(model, steps)
         self._session, self._graph = session, graph
-        self.any_batch = bool(graph.axes) and graph.axes[0] is None
+        # TensorRT builds an engine, which takes minutes, for each new batch size.
+        is_specialized = model.provider == "tensorrt"
+        self.any_batch = bool(graph.axes) and graph.axes[0] is None and not is_specialized
 
     @override
     def _run(self, inputs: Array) -> Array:

@@ -18,6 +18,7 @@ from chunkq.errors import ModelError
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
+from chunkq_worker.runtimes.cache_folder import use_compiler_cache
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -220,6 +221,8 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
             "model_config.compile: unsupported for type: torchscript, which is compiled already; "
             "remove compile, or use type: class"
         )
+    if model.compile:
+        use_compiler_cache()  # torch reads the variable when the user's code imports its compiler
     loaded = LOADERS[model.type](model)
     hide_triton_after_tensorflow()  # the user's code can import TensorFlow
     if model.compile and model.device == "cuda" and is_triton_hidden():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,140 +18,184 @@ from typing import Any
 
 import numpy as np
 import psutil
+from typing_extensions import override
 
 from chunkq import json_values
+from chunkq_worker.tune.accuracy import Accuracy, compare
 from chunkq_worker.tune.search import Measurement, Setting, Stage
 from chunkq_worker.tune.space import SearchSpace
-from chunkq_worker.tune.trial import TrialOptions
+from chunkq_worker.tune.trial import TrialOptions, Turn
+from chunkq_worker.tune.turns import Runner
 
 TRIAL_MODULE = "chunkq_worker.tune.trial"
 POLL_SECONDS = 0.05
 
 
-class Trials:
-    """Measure settings, each in a new process, with temporary files in `folder`.
+class TrialProcess(Runner):
+    """A process that has one setting loaded. Its temporary files are in `folder`.
 
-    A process whose resident memory exceeds `memory` bytes is killed. Each trial measures for
-    `seconds`, in addition to loading and the first batches.
+    A process whose resident memory exceeds `memory` bytes is killed.
+    """
+
+    def __init__(
+        self, options: TrialOptions, folder: Path, env: Mapping[str, str], memory: int | None
+    ) -> None:
+        self._folder, self._memory, self._peak = folder, memory, 0
+        self._stderr_file = (folder / "err").open("w+b")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", TRIAL_MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr_file,
+            env=dict(env),
+            start_new_session=True,
+        )
+        self._answers: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=self._read, name="answers", daemon=True).start()
+        self._send(options)
+        self.loaded = Measurement("no time")
+
+    def load(self, limit: float) -> None:
+        """Wait for at most `limit` seconds until the network is loaded, and set `loaded`."""
+        self.loaded = self._answer(limit)
+
+    @override
+    def turn(self, seconds: float, limit: float) -> Measurement:
+        self._send(Turn(min(seconds, max(limit, 0.0))))
+        return self._answer(limit)
+
+    @override
+    def release(self) -> None:
+        self._send(Turn(0.0))
+
+    @override
+    def close(self) -> None:
+        """Kill the process and those that it started, and delete its temporary files."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._stderr_file):
+            if file is not None:
+                with suppress(BrokenPipeError):
+                    file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, message: Any) -> None:
+        pipe = self._process.stdin
+        if pipe is not None:
+            with suppress(BrokenPipeError):  # it has ended, which `_answer` handles
+                pipe.write(json_values.encode(message) + b"\n")
+                pipe.flush()
+
+    def _read(self) -> None:
+        """Forward the lines of the process; an empty one means that it has ended."""
+        pipe = self._process.stdout
+        with suppress(OSError, ValueError):  # the pipe was closed
+            for line in pipe or ():
+                self._answers.put(line)
+        self._answers.put(b"")
+
+    def _answer(self, limit: float) -> Measurement:
+        """Return the next measurement; status `too large` or `no time` if it exceeds a limit."""
+        until = time.monotonic() + limit
+        while True:
+            with suppress(queue.Empty):
+                line = self._answers.get(timeout=POLL_SECONDS)
+                return json_values.decode(Measurement, line) if line else self._explain_end()
+            with suppress(psutil.Error):
+                used = psutil.Process(self._process.pid).memory_info().rss
+                self._peak = max(self._peak, used)
+            if self._memory is not None and self._peak > self._memory:
+                note = "exceeded the memory limit"
+                return Measurement("too large", peak_bytes=self._peak, note=note)
+            if time.monotonic() > until:
+                note = "exceeded the time limit"
+                return Measurement("no time", peak_bytes=self._peak, note=note)
+
+    def _explain_end(self) -> Measurement:
+        code = self._process.wait()
+        self._answers.put(b"")  # for the next request
+        if code == -signal.SIGKILL:
+            return Measurement("too large", note="killed by the system, out of memory")
+        self._stderr_file.seek(0)
+        lines = self._stderr_file.read().decode(errors="replace").strip().splitlines()
+        return Measurement("failed", note=lines[-1] if lines else f"ended with code {code}")
+
+
+class Trials:
+    """Load settings, each in a new process, with temporary files in `folder`.
+
+    The outputs of a setting are compared with those of the setting `plain`, which is loaded first.
+    If it does not run, they are compared with those of the first setting that does.
     """
 
     def __init__(
         self,
         space: SearchSpace,
+        plain: Setting,
         folder: Path,
         env: Mapping[str, str],
         *,
         memory: int | None,
-        seconds: float,
     ) -> None:
-        self._space, self._folder, self._env = space, folder, dict(env)
-        self._memory, self._seconds = memory, seconds
-        self._baseline: Path | None = None
+        self._space, self._plain, self._folder = space, plain, folder
+        self._env, self._memory = env, memory
+        self._reference: Path | None = None
         self._count = 0
+        self.plain_failure: str | None = None
 
-    def __call__(self, setting: Setting, stage: Stage, max_seconds: float) -> Measurement:
-        """Run a setting for at most `max_seconds`; kill its processes before returning."""
+    def load(self, setting: Setting, stage: Stage, max_seconds: float) -> TrialProcess:
+        """Load a setting within `max_seconds`; compare its outputs in stage `network`."""
+        until = time.monotonic() + max_seconds
+        if stage == "network" and not self._count and setting != self._plain:
+            self._load_plain(max_seconds)
+        sample = self._folder / f"{self._count}.npy"
+        process = self._start(setting, stage, sample)
+        try:
+            process.load(until - time.monotonic())
+        except BaseException:
+            process.close()
+            raise
+        if sample.exists() and (accuracy := self._accuracy(sample)):
+            process.loaded = replace(
+                process.loaded, difference=accuracy.difference, agreement=accuracy.agreement
+            )
+        return process
+
+    def _load_plain(self, max_seconds: float) -> None:
+        """Keep the outputs of the setting `plain`, or note why there are none."""
+        sample = self._folder / "plain.npy"
+        process = self._start(self._plain, "network", sample)
+        try:
+            process.load(max_seconds)
+        finally:
+            process.close()
+        if process.loaded.status == "ok":
+            self._reference = sample
+        else:
+            self.plain_failure = process.loaded.note or process.loaded.status
+
+    def _start(self, setting: Setting, stage: Stage, sample: Path) -> TrialProcess:
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
-        sample = self._folder / f"{self._count}.npy"
         options = TrialOptions(
             stage=stage,
             record=self._space.record(setting).to_json().decode(),
             depth=setting.depth,
-            seconds=min(self._seconds, max_seconds),
             folder=str(folder),
             sample=str(sample),
         )
-        try:
-            measurement = self._run(options, folder, max_seconds)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        difference = None
-        if sample.exists():
-            if self._baseline is None:
-                self._baseline = sample
-            difference = _difference(self._baseline, sample)
-            if sample != self._baseline:
-                sample.unlink()
-        return measurement if difference is None else replace(measurement, difference=difference)
+        return TrialProcess(options, folder, self._env, self._memory)
 
-    def _run(self, options: TrialOptions, folder: Path, max_seconds: float) -> Measurement:
-        limit = time.monotonic() + max_seconds
-        with (
-            (folder / "out").open("w+b") as stdout_file,
-            (folder / "err").open("w+b") as stderr_file,
-        ):
-            process = subprocess.Popen(
-                [sys.executable, "-m", TRIAL_MODULE],
-                stdin=subprocess.PIPE,
-                stdout=stdout_file,
-                stderr=stderr_file,
-                env=self._env,
-                start_new_session=True,
-            )
-            try:
-                pipe = process.stdin
-                if pipe is not None:
-                    with suppress(BrokenPipeError):  # it has ended, which `_watch` handles
-                        pipe.write(json_values.encode(options) + b"\n")
-                        pipe.flush()
-                failure = self._watch(process, limit)
-            finally:
-                _kill(process)
-            answer, error_line = _last_line(stdout_file), _last_line(stderr_file)
-        if failure is not None:
-            return failure
-        with suppress(ValueError):
-            return json_values.decode(Measurement, answer)
-        if process.returncode == -signal.SIGKILL:
-            return Measurement("too large", note="killed by the system, out of memory")
-        return Measurement("failed", note=error_line or f"ended with code {process.returncode}")
+    def _accuracy(self, sample: Path) -> Accuracy | None:
+        """Compare a sample with the reference and delete it; without one it becomes the reference.
 
-    def _watch(self, process: subprocess.Popen[bytes], limit: float) -> Measurement | None:
-        """Wait until the process ends; return a measurement if it exceeds a limit, else None."""
-        peak = 0
-        while process.poll() is None:
-            with suppress(psutil.Error):
-                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
-            if self._memory is not None and peak > self._memory:
-                return Measurement("too large", peak_bytes=peak, note="exceeded the memory limit")
-            if time.monotonic() > limit:
-                return Measurement("no time", peak_bytes=peak, note="exceeded the time limit")
-            time.sleep(POLL_SECONDS)
-        return None
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a trial and the processes that it started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin is not None:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-
-
-def _last_line(file: Any) -> str:
-    file.seek(0)
-    lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-def _difference(baseline_path: Path, sample_path: Path) -> float | None:
-    """Return the largest difference of two samples divided by the range of the first one.
-
-    Return None if the shapes differ, because the patches do, and infinity if one sample is not
-    finite where the other is.
-    """
-    baseline, sample = np.load(baseline_path), np.load(sample_path)
-    if baseline.shape != sample.shape:
-        return None
-    finite = np.isfinite(baseline)
-    if not np.array_equal(finite, np.isfinite(sample)):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    expected, actual = baseline[finite].astype(np.float64), sample[finite].astype(np.float64)
-    value_range = float(np.ptp(expected)) or float(np.abs(expected).max()) or 1.0
-    return float(np.abs(expected - actual).max()) / value_range
+        Return None if they cannot be compared.
+        """
+        if self._reference is None:
+            self._reference = sample
+        reference, outputs = np.load(self._reference), np.load(sample)
+        if sample != self._reference:
+            sample.unlink()
+        return compare(reference, outputs, self._space.activation)

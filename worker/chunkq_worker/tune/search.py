@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from chunkq.plan.footprint import Footprint
 
@@ -17,7 +18,9 @@ TrialStatus = Literal["ok", "too large", "failed", "no time", "changes results"]
 TIE = 0.03
 """Settings whose times differ by less than this fraction count as equally fast."""
 NETWORK_SHARE = 0.6
-"""Fraction of the time for stage `network`; the rest is for stage `pipeline`."""
+"""Fraction of the time for stage `network`; the rest is for stage `pipeline`, ..."""
+LARGE_NETWORK_SHARE = 0.8
+"""... which needs less if the search varies neither depth nor chunk size."""
 MAX_STEPS_WITHOUT_GAIN = 2
 """Consecutive larger batches without a gain after which the search for a batch size stops."""
 MAX_DEPTH = 6
@@ -25,7 +28,12 @@ MAX_DEPTH = 6
 MAX_CANDIDATES = 3
 """Number of settings from stage `network` that are tried in stage `pipeline` until one fits."""
 ALLOWED_CHANGE = 1e-4
-"""Largest change of an output by settings that were not requested, per range of the outputs."""
+"""Largest difference to the network in float32, per range of the outputs, of a setting that was not
+requested."""
+LARGEST_FLOAT = sys.float_info.max
+"""Largest difference of a requested setting: no output may overflow where float32 does not."""
+ALLOWED_FACTOR = 2
+"""A setting in the job's own precision may also differ so many times as much as the job does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +41,17 @@ class Setting:
     """One way to run a job. None for `patch`, `chunk` or `precision` keeps the job's value.
 
     `precision` is a key of `model_config` and its value, such as ("precision", "bfloat16").
+    `compile`, `channels_last` and `cuda_graph` are keys of `model_config`.
     """
 
     batch: int
     depth: int
     compile: bool = False
+    channels_last: bool = False
+    cuda_graph: bool = False
     precision: tuple[str, str] | None = None
     patch: Shape | None = None
     chunk: Shape | None = None
-
-    @property
-    def may_change_results(self) -> bool:
-        """Return whether the setting has a requested precision or patch size."""
-        return self.precision is not None or self.patch is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +74,10 @@ class Cost:
 class Measurement:
     """The result of running a setting; `rate` is in patches per second, memory in bytes.
 
-    `difference` is the largest change of an output value compared with the job's own settings, as
-    a fraction of the outputs' range; None if it was not or cannot be compared.
+    `ratios` are speeds divided by the reference's, one per round. `difference` is the largest
+    difference of an output value to the network in float32, as a fraction of the outputs' range.
+    `agreement` is the share of voxels with the same label. Both are None if they were not or
+    cannot be compared.
     """
 
     status: TrialStatus
@@ -77,7 +85,9 @@ class Measurement:
     load_seconds: float = 0.0
     peak_bytes: int = 0
     device_bytes: int | None = None
+    ratios: tuple[float, ...] = ()
     difference: float | None = None
+    agreement: float | None = None
     note: str = ""
 
 
@@ -124,13 +134,16 @@ class Limits:
 class Options:
     """The settings that the search may vary.
 
-    `chunks` are chunk shapes from small to large; None is the job's own shape.
+    `switches` are the boolean fields of `Setting` that can be set. `precisions` can be chosen;
+    `shown_precisions` only if they change no value by more than ALLOWED_CHANGE. `chunks` are chunk
+    shapes from small to large; None is the job's own shape.
     """
 
     batches: bool = True
     depths: bool = True
-    compile: bool = False
+    switches: Sequence[str] = ()
     precisions: Sequence[tuple[str, str]] = ()
+    shown_precisions: Sequence[tuple[str, str]] = ()
     patches: Sequence[Shape] = ()
     chunks: Sequence[Shape | None] = (None,)
 
@@ -157,9 +170,10 @@ class Search:
     """Measure settings one after the other until the best is found or the time is over.
 
     Stage `network` measures the network alone: the job's batch size doubled and halved, for each
-    requested patch size, then each requested precision, then compiled. Stage `pipeline` measures
-    entire chunks, read, computed and written: the best settings of stage `network` with several
-    depths and chunk sizes. `measure` is called with at most the remaining seconds.
+    requested patch size, then each requested precision, then the best with each switch set, and
+    with each precision that was not requested. Stage `pipeline` measures entire chunks, read,
+    computed and written: the best settings of stage `network` with several depths and chunk sizes.
+    `measure` is called with at most the remaining seconds.
     """
 
     def __init__(
@@ -183,18 +197,29 @@ class Search:
         first = self._run_or_get(self._start, "network")
         if first is None or first.measurement.status in ("failed", "no time"):
             return self._result()
-        self._until = NETWORK_SHARE * self._limits.seconds
+        has_steps = self._options.depths or len(self._options.chunks) > 1
+        share = NETWORK_SHARE if has_steps else LARGE_NETWORK_SHARE
+        self._until = share * self._limits.seconds
         for patch in (None, *self._options.patches):
             self._search_batch_size(replace(self._start, patch=patch))
         if best := self._best("network"):
             for precision in self._options.precisions:
                 self._search_batch_size(replace(best.setting, precision=precision))
-        best = self._best("network")
-        if best and self._options.compile:
-            self._run_or_get(replace(best.setting, compile=True), "network")
+        quick = [name for name in self._options.switches if name != "compile"]
+        for switch in quick:
+            self._try_on_best(**{switch: True})
+        for precision in self._options.shown_precisions:
+            self._try_on_best(precision=precision)
+        if "compile" in self._options.switches:  # takes longest
+            self._try_on_best(compile=True)
         self._until = self._limits.seconds
         self._search_pipeline()
         return self._result()
+
+    def _try_on_best(self, **changes: Any) -> None:
+        """Run the best setting of stage `network` with changes."""
+        if best := self._best("network"):
+            self._run_or_get(replace(best.setting, **changes), "network")
 
     def _search_batch_size(self, first: Setting) -> None:
         """Double the batch size while that is faster, then halve it while that is not slower."""
@@ -316,11 +341,25 @@ class Search:
         device = measurement.device_bytes
         if limits.device_memory is not None and (device or 0) > limits.device_memory:
             return replace(measurement, status="too large")
-        change = measurement.difference
-        has_changed = change is not None and not change <= ALLOWED_CHANGE
-        if has_changed and not setting.may_change_results:
-            return replace(measurement, status="changes results")
+        difference = measurement.difference
+        if difference is not None and not difference <= self._allowed_difference(setting):
+            return replace(measurement, status="changes results", note="")
         return measurement
+
+    def _allowed_difference(self, setting: Setting) -> float:
+        """Return the largest difference to float32 with which a setting can be chosen."""
+        if setting.patch is not None or setting.precision in self._options.precisions:
+            return LARGEST_FLOAT
+        if setting.precision is not None:
+            return ALLOWED_CHANGE
+        own = (
+            difference
+            for row in self.rows
+            if _is_like(row.setting, self._start)
+            and (difference := row.measurement.difference) is not None
+        )
+        # The first such setting is the job's own, or its largest batch that fits.
+        return max(ALLOWED_CHANGE, ALLOWED_FACTOR * next(own, inf))
 
     def _uses_host_memory(self) -> bool:
         return all(row.measurement.device_bytes is None for row in self.rows)
@@ -378,6 +417,11 @@ def _count_changes(setting: Setting, start: Setting) -> int:
 def _same_network_settings(one: Setting, other: Setting) -> bool:
     """Return whether two settings are equal in stage `network`."""
     return replace(one, depth=1, chunk=None) == replace(other, depth=1, chunk=None)
+
+
+def _is_like(setting: Setting, start: Setting) -> bool:
+    """Return whether only the batch size, the depth and the chunk shape may differ."""
+    return replace(setting, batch=start.batch, depth=start.depth, chunk=start.chunk) == start
 
 
 def _with_depth(setting: Setting, *, step: int) -> Setting | None:

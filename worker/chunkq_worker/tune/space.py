@@ -13,6 +13,7 @@ from chunkq.job.job_file import Job, parse_job
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import MIN_CHUNKS
 from chunkq.plan.footprint import footprint
+from chunkq.plan.outputs import Activation
 from chunkq.plan.plan import Plan
 from chunkq.plan.sample_chunks import fullest_chunk
 from chunkq_worker.tune.search import Cost, Setting, Shape
@@ -31,10 +32,29 @@ class SearchSpace:
         self._record, self._plan = record, record.plan()
         self._costs: dict[Setting, Cost | None] = {}
 
+    @property
+    def activation(self) -> Activation:
+        """Return the activation of the network's raw outputs."""
+        return self._plan.output.activation
+
     def start(self, depth: int) -> Setting:
         """Return the setting of the unchanged job with `depth` chunks in flight."""
         model = self._record.job.model
-        return Setting(model.max_batch_size, depth, compile=model.compile)
+        return Setting(
+            model.max_batch_size, depth, model.compile, model.channels_last, model.cuda_graph
+        )
+
+    def plain(self, depth: int) -> Setting:
+        """Return the setting of the unchanged job in float32 and without options of the network.
+
+        A network that cannot run in float32 keeps its precision.
+        """
+        model = self._record.job.model
+        setting = Setting(model.max_batch_size, depth)
+        if model.effective_precision == "float32":
+            return setting
+        plain = replace(setting, precision=("precision", "float32"))
+        return setting if self.cost(plain) is None else plain
 
     def record(self, setting: Setting) -> JobRecord:
         """Return the job record with a setting; raise JobError if the setting is invalid."""
@@ -57,8 +77,9 @@ class SearchSpace:
         changes: Changes = {}
         if setting.batch != model.max_batch_size:
             changes["model_config", "max_batch_size"] = setting.batch
-        if setting.compile != model.compile:
-            changes["model_config", "compile"] = setting.compile
+        for key in ("compile", "channels_last", "cuda_graph"):
+            if getattr(setting, key) != getattr(model, key):
+                changes["model_config", key] = getattr(setting, key)
         if setting.precision is not None:
             key, value = setting.precision
             changes["model_config", key] = value

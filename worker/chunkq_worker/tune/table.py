@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from math import inf
+from math import floor, inf
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -11,11 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkq.units import duration, si
-from chunkq_worker.tune.search import ALLOWED_CHANGE, Row, SearchResult, Setting, Stage
+from chunkq_worker.tune.search import (
+    ALLOWED_CHANGE,
+    ALLOWED_FACTOR,
+    Row,
+    SearchResult,
+    Setting,
+    Stage,
+)
 
 COMMENT_WIDTH = 112
-COLUMNS = ("setting", "patches/s", "memory", "job time", "chunks", "pieces", "differs", "")
-HIDDEN_WHEN_NARROW = ("chunks", "pieces", "differs")
+COLUMNS = ("setting", "patches/s", "speed", "memory", "job time", "differs", "labels", "")
+HIDDEN_WHEN_NARROW = ("job time", "differs", "labels")
 NARROW_WIDTH = 90
 MIN_WIDTH = {"setting": 14, "": 9}
 """Minimum widths of the columns with text."""
@@ -29,8 +37,12 @@ def describe(setting: Setting, stage: Stage, chunksize: tuple[int, ...]) -> str:
         parts.append(f"patch {format_shape(setting.patch)}")
     if setting.precision is not None:
         parts.append(" ".join(setting.precision))
-    if setting.compile:
-        parts.append("compiled")
+    switches = {
+        "channels last": setting.channels_last,
+        "CUDA graph": setting.cuda_graph,
+        "compiled": setting.compile,
+    }
+    parts += [name for name, is_set in switches.items() if is_set]
     if stage == "pipeline":
         parts += [f"chunk {format_shape(chunksize)}", f"depth {setting.depth}"]
     return ", ".join(parts)
@@ -64,7 +76,7 @@ def build_table(result: SearchResult, width: int) -> Table:
 
 def _cells(row: Row, result: SearchResult) -> list[str]:
     measurement, cost = row.measurement, row.cost
-    usable = row.seconds < inf
+    usable = measurement.rate > 0
     memory = si(measurement.peak_bytes, "B") if measurement.peak_bytes else ""
     if measurement.device_bytes is not None:
         memory += f" + {si(measurement.device_bytes, 'B')} GPU"
@@ -79,13 +91,37 @@ def _cells(row: Row, result: SearchResult) -> list[str]:
     return [
         "  " + describe(row.setting, row.stage, cost.chunksize),
         _format_rate(measurement.rate) if usable else "",
+        _format_speeds(relative_speeds(row, result)) if usable else "",
         memory,
-        duration(max(1.0, row.seconds)) if usable else "",
-        str(cost.chunks),
-        si(cost.piece_bytes, "B"),
+        duration(max(1.0, row.seconds)) if row.seconds < inf else "",
         "" if measurement.difference is None else f"{measurement.difference:.1g}",
+        "" if measurement.agreement is None else format_share(measurement.agreement),
         ", ".join(remarks),
     ]
+
+
+def relative_speeds(row: Row, result: SearchResult) -> tuple[float, ...]:
+    """Return how many times faster the job is than with the reference of the stage, per round.
+
+    The rounds give patches per second; other patches need another number of them.
+    """
+    reference = next((r for r in result.rows if r.stage == row.stage and r.work_seconds < inf), row)
+    return tuple(
+        ratio * reference.cost.patches / row.cost.patches for ratio in row.measurement.ratios
+    )
+
+
+def _format_speeds(speeds: tuple[float, ...]) -> str:
+    """Return the median and, of several, the smallest and the largest."""
+    if not speeds:
+        return ""
+    spread = f" ({min(speeds):.2f}-{max(speeds):.2f})" if len(speeds) > 1 else ""
+    return f"{median(speeds):.2f}{spread}"
+
+
+def format_share(share: float) -> str:
+    """Return a share as percent, 100 % only if it is all: `99.987 %`."""
+    return f"{min(floor(share * 1e5) / 1e3, 100):g} %"
 
 
 def comment_lines(result: SearchResult) -> list[str]:
@@ -99,19 +135,22 @@ def comment_lines(result: SearchResult) -> list[str]:
 def legend_lines(result: SearchResult) -> list[str]:
     """Return explanations of the table as plain lines."""
     lines = [
+        "speed: of the job relative to the first line of the stage, measured in turns with it; "
+        "median (range)",
         "job time: predicted for one worker on this machine, with loading, without finalizing",
-        "pieces: temporary bytes that chunks exchange; every patch is computed once",
-        "differs: largest change of an output value, as a fraction of the outputs' range",
+        "differs: largest difference of an output value to the network in float32, as a fraction "
+        "of the outputs' range",
+        "labels: share of voxels with the same label as the network in float32",
     ]
-    requested = [row.setting for row in result.rows if row.setting.may_change_results]
-    if any(setting.precision is not None for setting in requested):
+    settings = [row.setting for row in result.rows]
+    if any(setting.precision is not None for setting in settings):
         lines.append("a precision changes the results: validate them before you use it")
-    if any(setting.patch is not None for setting in requested):
+    if any(setting.patch is not None for setting in settings):
         lines.append("a patch size can change the results: validate them before you use it")
     if any(row.measurement.status == "changes results" for row in result.rows):
         lines.append(
-            f"changes results: by more than {ALLOWED_CHANGE:g} without --precision or "
-            "--patch-sizes; not chosen"
+            f"changes results: by more than {ALLOWED_CHANGE:g} and {ALLOWED_FACTOR} times the "
+            "current settings; not chosen without --precision or --patch-sizes"
         )
     if result.best is not None and result.best.stage == "network":
         lines.append("chunksize and depth were not compared; use a longer --max-time")
@@ -125,6 +164,8 @@ def row_as_dict(row: Row) -> dict[str, Any]:
         "stage": row.stage,
         "batch": setting.batch,
         "compile": setting.compile,
+        "channels_last": setting.channels_last,
+        "cuda_graph": setting.cuda_graph,
         "precision": None if setting.precision is None else dict([setting.precision]),
         "patch": None if setting.patch is None else list(setting.patch),
         "chunksize": list(cost.chunksize),
@@ -132,9 +173,11 @@ def row_as_dict(row: Row) -> dict[str, Any]:
         "status": measurement.status,
         "note": measurement.note or None,
         "patches_per_second": measurement.rate or None,
+        "ratios": list(measurement.ratios) or None,
         "peak_bytes": measurement.peak_bytes or None,
         "device_bytes": measurement.device_bytes,
         "difference": None if measurement.difference in (None, inf) else measurement.difference,
+        "label_agreement": measurement.agreement,
         "load_seconds": measurement.load_seconds or None,
         "job_seconds": row.seconds if row.seconds < inf else None,
         "chunks": cost.chunks,
