@@ -103,6 +103,8 @@ class ErrorCode(StrEnum):
     """Consecutive chunks failed with the same cause."""
     TASK_TIMEOUT = auto()
     """A task exceeded its time limit."""
+    DTYPE_UNSUITABLE = auto()
+    """A `dtype` cannot hold the values that are converted to it."""
     PREDICTION_INVALID = auto()
     """The predictions of a chunk cannot be used."""
     INPUT_UNREADABLE = auto()

@@ -84,9 +84,10 @@ def copy_into(total: Array, values: Array) -> None:
 
 
 def as_float32(values: Array) -> Array:
-    """Return the values as float32, without a copy if they are."""
+    """Return the values as float32, without a copy if they are; too large ones are infinite."""
     xp = namespace(values)
-    return xp.astype(values, xp.float32, copy=False)
+    with np.errstate(over="ignore"):
+        return xp.astype(values, xp.float32, copy=False)
 
 
 def as_float(values: Array) -> Array:

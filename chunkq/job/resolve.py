@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
@@ -61,13 +62,20 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
             dtype = np.dtype(name)
         except TypeError:  # the name of a structured or string dtype
             dtype = np.dtype(object)
-        if dtype == np.uint64:
-            return [f"input: {path} has unsupported dtype uint64; convert it to uint32 or float32"]
-        if dtype.kind not in "biuf":
-            return [f"input: {path} has unsupported dtype {name}; convert it to real numbers"]
+        if advice := _dtype_advice(dtype):
+            return [f"input: {path} has unsupported dtype {name}; convert it to {advice}"]
         if problems := _pad_value_problems(job, dtype):
             return problems
     return []
+
+
+def _dtype_advice(dtype: np.dtype[Any]) -> str | None:
+    """Return to what to convert an input of an unsupported dtype, None for a supported one."""
+    if dtype == np.uint64:
+        return "uint32 or float32"
+    if dtype.kind not in REAL:
+        return "real numbers"
+    return "float64" if dtype.itemsize > 8 else None
 
 
 def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
@@ -83,10 +91,16 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
         largest = float(np.finfo(dtype).max)
         fits = not np.isfinite(value) or abs(value) <= largest
         legal = f"a value from {-largest:g} to {largest:g}"
-    if fits:
-        return []
     printed = int(value) if value.is_integer() else value
-    return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
+    if not fits:
+        return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
+    # A step can convert the values before they are cast.
+    if job.model.processing_steps is None and misfit(np.array([value], dtype), job.model.dtype):
+        return [
+            f"pad_value: {printed} does not fit model_config.dtype {job.model.dtype}; use another "
+            "value or dtype"
+        ]
+    return []
 
 
 def _length_problems(job: Job, volume: Volume) -> list[str]:

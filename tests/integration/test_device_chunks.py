@@ -419,3 +419,27 @@ def test_finite_outputs_whose_sum_overflows_are_no_error() -> None:
     result = pipeline.start(chunk, [volume], checked=True)()
     assert result is not None
     assert result.core[0] == pytest.approx(volume, rel=1e-6)
+
+
+class Wide(torch.nn.Module):
+    """Return the input as float64, with a value beyond float32 where it is above 900."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.double().masked_fill(batch > 900, 1e39).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("nan", ["fail", "zero"])
+def test_an_output_beyond_float32_is_the_error_of_the_host(nan: str) -> None:
+    model = {"model_input_shape": [1, 8, 8]}
+    plan = half_overlap((32, 32), 8, 3, model=model, dtype="uint16", chunksize=[32, 32], nan=nan)
+    chunk, volume = plan.chunk((0, 0)), random_volume(plan)
+    volume[22, 9] = 1000
+    pipeline = pipeline_for(plan, SimulatedDevice(), network=Wide())
+    assert pipeline.start(chunk, [volume])() is None
+    errors = []
+    for checked in (pipeline, host_pipeline_for(plan, Wide())):
+        with pytest.raises(PredictionError) as caught:
+            checked.start(chunk, [volume], checked=True)()
+        errors.append((caught.value.code, str(caught.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][0] is ErrorCode.DTYPE_UNSUITABLE

@@ -23,11 +23,12 @@ from chunkq.blend.combine import (
     to_numpy,
     to_votes,
 )
-from chunkq.errors import ModelError, PredictionError
+from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
+from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
-from chunkq_worker.runtimes.base import BatchFeed, Runtime
+from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.steps import KEY, Steps
 
 if TYPE_CHECKING:
@@ -147,6 +148,19 @@ class Batcher:
             self.patches_run += len(batch)
             yield batch, predictions
 
+    def check_input(self, halos: Halos, origin: Sequence[int]) -> None:
+        """Raise PredictionError if the network's dtype cannot hold the inputs from `origin` on.
+
+        Values are read only if the dtypes do not decide. What `preprocessing` returns is checked
+        batch by batch.
+        """
+        if self._steps.preprocessing is not None:
+            return
+        for number, halo in enumerate(halos):
+            name = f"input {number}" if len(halos) > 1 else "the input"
+            box = Box(tuple(origin), tuple(o + n for o, n in zip(origin, halo.shape, strict=True)))
+            _check_cast(halo, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
+
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> npt.NDArray[Any] | None:
@@ -203,7 +217,25 @@ class Batcher:
 
     def _send(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         items, step = self._fill(batch, halos, origin), self._steps.preprocessing
-        return self._open_feed().send(items if step is None else np.asarray(step(items)))
+        if step is not None:
+            items = self._checked(np.asarray(step(items)), batch)
+        return self._open_feed().send(items)
+
+    def _checked(self, result: npt.NDArray[Any], batch: Sequence[Patch]) -> npt.NDArray[Any]:
+        """Return what `preprocessing` returned, in a dtype that every runtime can cast.
+
+        Raise PredictionError if the network's dtype cannot hold it.
+        """
+        if cast_kind(result.dtype, self.model.dtype) is Cast.REFUSED:
+            raise not_real(f"{KEY}: preprocessing", result.dtype)
+        for patch, values in zip(batch, result, strict=False):
+            _check_cast(
+                values,
+                self.model.dtype,
+                f"the result of preprocessing ({result.dtype}) for the patch that reads "
+                f"{_format_box(patch.source)}",
+            )
+        return _castable(result, self.model.dtype)
 
     def _send_ahead(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         """Send the next batch; return None if it cannot be sent before the current one is done."""
@@ -218,20 +250,25 @@ class Batcher:
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Array:
         """Return activated predictions; raise PredictionError if the job requires finite ones."""
-        xp, outputs = namespace(outputs), as_float32(outputs)
+        xp, raw, outputs = namespace(outputs), outputs, as_float32(outputs)
         finite = None
         if not is_finite(outputs):
             finite = xp.isfinite(outputs)
+            self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)
             if self._plan.output.nan == "fail" and not bool(xp.all(finite)):
                 self._raise_nonfinite(finite, batch, halos, origin)
         return self._activate(outputs, finite)
 
     def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> Array:
         """Return activated predictions without waiting for the device; see `predictions`."""
+        xp = namespace(outputs)
         if self._plan.output.nan == "zero":
-            outputs = as_float32(outputs)
-            return self._activate(outputs, namespace(outputs).isfinite(outputs))
-        if outputs.dtype == namespace(outputs).float64:
+            finite = xp.isfinite(outputs)
+            if outputs.dtype == xp.float64:
+                outputs = as_float32(xp.where(finite, outputs, xp.zeros_like(outputs)))
+                flag.add(outputs)  # the conversion can overflow
+            return self._activate(as_float32(outputs), finite)
+        if outputs.dtype == xp.float64:
             outputs = as_float32(outputs)  # the conversion can overflow
         flag.add(outputs)
         return self._activate(outputs, None)
@@ -287,8 +324,8 @@ class Batcher:
         outputs, step = self._runtime(sent), self._steps.postprocessing
         if step is None:
             return outputs
-        result = np.asarray(step(to_numpy(outputs)))
-        return self._runtime.to_device(np.ascontiguousarray(result, dtype=np.float32))
+        result = real_numbers(step(to_numpy(outputs)), f"{KEY}: postprocessing")
+        return self._runtime.to_device(np.ascontiguousarray(result))
 
     def halve(self, error: Exception) -> None:
         """Use half of the batch size from here on; raise ModelError if it is 1."""
@@ -313,6 +350,20 @@ class Batcher:
         if output.combine == "hard":
             predictions = to_votes(predictions)
         return predictions
+
+    def _check_overflow(self, overflow: Array, raw: Array, batch: Sequence[Patch]) -> None:
+        """Raise PredictionError for the first patch with finite values that float32 cannot hold."""
+        row = next((row for row, part in enumerate(overflow) if bool(part.any())), None)
+        if row is None:
+            return
+        values = to_numpy(raw[row])
+        raise PredictionError(
+            f"the output of the network ({values.dtype}) has "
+            f"{misfit(values, 'float32')} for the patch that reads "
+            f"{_format_box(batch[row].source)}, beyond the range of dtype float32, in which "
+            "predictions are combined; return smaller values",
+            code=ErrorCode.DTYPE_UNSUITABLE,
+        )
 
     def _raise_nonfinite(
         self, finite: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -353,6 +404,25 @@ class Batcher:
             dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
             self._feed = self._runtime.feed((self._size, *self._item), dtype)
         return self._feed
+
+
+def _check_cast(values: npt.NDArray[Any], dtype: str, source: str) -> None:
+    """Raise PredictionError if a dtype cannot hold the values of `source`."""
+    if (problem := misfit(values, dtype)) is not None:
+        raise PredictionError(
+            f"model_config.dtype: {dtype} cannot hold {problem} of {source}; set dtype: "
+            f"{proposed_dtype(values, dtype)}, or convert the values in preprocessing of {KEY}",
+            code=ErrorCode.DTYPE_UNSUITABLE,
+        )
+
+
+def _castable(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return values that fit a dtype in a dtype that every runtime supports."""
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        return values.astype(np.float64)
+    if values.dtype == np.uint64:
+        return values.astype(np.int64 if dtype.startswith("int") else np.float64)
+    return values
 
 
 def _declared_shapes(plan: Plan, model: ModelConfig) -> list[tuple[int, ...]]:

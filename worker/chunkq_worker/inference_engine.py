@@ -78,7 +78,9 @@ class InferenceEngine:
         """Compute a chunk; return a function that waits for its results.
 
         The device thread continues with the next chunk. If the function returns None, call `check`.
+        Raise PredictionError if the network's dtype cannot hold the input.
         """
+        self.batcher.check_input(halos, chunk.halo.start)
         return self.pipeline.start(chunk, halos)
 
     def check(self, chunk: Chunk, halos: Halos) -> Contribution:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.combine import Array
+from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.steps import Steps
@@ -130,6 +131,26 @@ def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runti
             f"run pip install '{package}'"
         ) from None
     return loader(model, steps, threads)
+
+
+def real_numbers(values: Any, source: str) -> npt.NDArray[Any]:
+    """Return an array of real numbers as float32 or float64; `source` is what returned it.
+
+    Wider floats are float64, limited to its range. Raise ModelError for other values.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in REAL:
+        raise not_real(source, array.dtype)
+    is_wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+    if is_wide and array.dtype.itemsize > 8:
+        limit = np.finfo(np.float64).max
+        array = np.where(np.isfinite(array), array.clip(-limit, limit), array)
+    return array.astype(np.float64 if is_wide else np.float32, copy=False)
+
+
+def not_real(source: str, dtype: Any) -> ModelError:
+    """Return the error for outputs that are no real numbers; `source` is what returned them."""
+    return ModelError(f"{source} returned dtype {dtype}, expected real numbers; return float32")
 
 
 def not_one_array(outputs: Any, kind: str) -> ModelError:

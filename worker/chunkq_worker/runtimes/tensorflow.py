@@ -16,7 +16,7 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import Runtime, not_one_array
+from chunkq_worker.runtimes.base import Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
@@ -73,6 +73,8 @@ class TensorFlowRuntime(Runtime):
             outputs = _single_tensor(self._forward(inputs))
             if self._steps.postprocessing_protected is not None:
                 outputs = tf.convert_to_tensor(self._steps.postprocessing_protected(outputs))
+            if not (outputs.dtype.is_floating or outputs.dtype.is_integer or outputs.dtype.is_bool):
+                raise not_real("the network", outputs.dtype.name)
             if outputs.dtype != tf.float64:
                 outputs = tf.cast(outputs, tf.float32)
         return self._as_array(outputs)

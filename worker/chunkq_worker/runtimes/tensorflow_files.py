@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from typing_extensions import override
 
+from chunkq.casts import Cast, cast_kind
 from chunkq.errors import JobError, ModelError
+from chunkq.job.fields import Dtype
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import load_names
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
@@ -31,6 +33,7 @@ from chunkq_worker.runtimes.tensorflow_reading import (
 )
 from chunkq_worker.runtimes.tensorflow_weights import WEIGHTS, load_checkpoint
 from chunkq_worker.runtimes.untrusted import untrusted
+from chunkq_worker.steps import KEY
 
 TILE_NORMS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization")
 SAVE_ADVICE = "save a network with one input, the batch, and one output, the prediction"
@@ -78,6 +81,8 @@ class KerasNetwork(Network):
 
     @override
     def __call__(self, batch: Any) -> Any:
+        if self.input_spec is not None:
+            _check_integers(batch.dtype, self.input_spec[1])
         with default_dtype(self._dtype):
             return self._model(batch, training=False)
 
@@ -132,15 +137,26 @@ class SavedNetwork(Network):
     def __call__(self, batch: Any) -> Any:
         shape, dtype = self.input_spec or ((), "")
         if batch.dtype.name != dtype:
-            raise ModelError(
-                f"model_config.dtype: {batch.dtype.name}, but the network expects {dtype}; set "
-                f"dtype: {dtype}"
-            )
+            raise _other_dtype(batch.dtype.name, dtype)
         if len(shape) == batch.shape.rank + 1 and shape[-1] == 1:
             batch = batch[..., None]  # Keras models do the same
         if not tf.TensorShape(shape).is_compatible_with(batch.shape) and shape != (None,):
             raise ValueError("its serving signature expects another shape")
         return self._signature(**{self._input: batch})
+
+
+def _check_integers(dtype: Any, declared: str) -> None:
+    """Raise ModelError if Keras would wrap values when it casts a batch to the declared dtype."""
+    is_integer = declared.startswith(("int", "uint", "bool"))
+    if is_integer and cast_kind(dtype.as_numpy_dtype, declared) is not Cast.EXACT:
+        raise _other_dtype(dtype.name, declared)
+
+
+def _other_dtype(dtype: str, declared: str) -> ModelError:
+    advice = f"set dtype: {declared}"
+    if declared not in get_args(Dtype):
+        advice = f"cast the batch in preprocessing_protected of {KEY}"
+    return ModelError(f"model_config.dtype: {dtype}, but the network expects {declared}; {advice}")
 
 
 def load_class(model: ModelConfig) -> Network:

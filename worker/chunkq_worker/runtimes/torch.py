@@ -17,7 +17,7 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
+from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -97,6 +97,8 @@ class TorchRuntime(Runtime):
                 raise not_one_array(outputs, "tensor")
             if self._steps.postprocessing_protected is not None:
                 outputs = self._steps.postprocessing_protected(outputs)
+            if outputs.is_complex():
+                raise not_real("the network", _dtype_name(outputs))
             if outputs.dtype == torch.float64:
                 return outputs
             # On an accelerator, the first kernel that reads low precision converts it.
