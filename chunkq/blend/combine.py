@@ -62,6 +62,15 @@ def to_votes(predictions: Array) -> Array:
     return xp.stack(votes, axis=1)
 
 
+def label_votes(labels: Array, classes: int) -> Array:
+    """Return votes (N, classes, *Q), float32 0 or 1, of labels (N, 1, *Q).
+
+    A value that is no label from 0 to `classes` - 1 votes for nothing.
+    """
+    xp, values = namespace(labels), labels[:, 0, ...]
+    return xp.stack([xp.astype(values == label, xp.float32) for label in range(classes)], axis=1)
+
+
 def add_weighted(total: Array, weights: Array, values: Array) -> None:
     """Add `weights * values` to `total` in place: weights (*S), values and total (C, *S)."""
     if isinstance(total, np.ndarray):

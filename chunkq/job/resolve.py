@@ -161,8 +161,11 @@ class _Shapes:
         self.patch = model_input[-rank:]
         self.output = job.model.output_patch(rank)
         self.lost_axis = job.model.lost_axis(rank)
-        self.channels = model_output[0] if len(model_output) > rank else 1
-        self.channel_axis = len(model_output) > rank and job.combine == "weighted_avg"
+        self.network_channels = model_output[0] if len(model_output) > rank else 1
+        self.from_labels = job.classes is not None and self.network_channels == 1
+        self.channels = job.classes if job.classes and self.from_labels else self.network_channels
+        has_channels = len(model_output) > rank or self.from_labels
+        self.channel_axis = has_channels and job.combine == "weighted_avg"
         self.margin = job.margin or (0,) * rank
         self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
         self.lead = tuple(
@@ -171,7 +174,7 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        problems = self._lost_axis_problems()
+        problems = [*self._lost_axis_problems(), *self._class_problems()]
         if self.input_channels != 1:
             problems.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are "
@@ -211,6 +214,31 @@ class _Shapes:
         shape = model.model_output_shape or ()
         if len(shape) > rank and shape[:-1] == patch != shape[1:]:
             problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
+        return problems
+
+    def _class_problems(self) -> list[str]:
+        job = self.job
+        if job.classes is None:
+            return []
+        if not self.from_labels:
+            if job.classes == self.network_channels:
+                return []
+            return [
+                f"classes: {job.classes}, but model_output_shape has {self.network_channels} "
+                f"channels; use {self.network_channels}, or remove classes"
+            ]
+        problems = []
+        if job.activation != "none":
+            problems.append(
+                f"activation: {job.activation} is unsupported for labels in one channel, which "
+                "classes declares; remove activation, or remove classes if the network returns "
+                "logits"
+            )
+        if job.classes * prod(self.output) > MAX_PATCH_VALUES:
+            problems.append(
+                f"classes: {job.classes} votes for each of {prod(self.output)} voxels of a patch "
+                f"are unsupported; use at most {MAX_PATCH_VALUES} values per patch"
+            )
         return problems
 
     def _lost_axis_problems(self) -> list[str]:
@@ -273,6 +301,7 @@ class _Shapes:
             combine=job.combine,
             average_dtype=job.output_dtype or "float32",
             nan=job.nan,
+            from_labels=self.from_labels,
         )
 
     def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

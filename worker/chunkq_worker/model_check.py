@@ -31,6 +31,8 @@ from chunkq_worker.trial_batch import TrialBatch, check_on_patches
 
 ROUNDS = 3
 """Number of timed batches; the median is reported."""
+REPEATS = 3
+"""Repetitions of a batch, of which outputs must agree. Some random layers change few of them."""
 
 
 @click.command("check-model", hidden=True)
@@ -69,6 +71,7 @@ def run_check(
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
     load_seconds += time.perf_counter() - before
+    engine.checks.repeats = REPEATS
     on_device(lambda: check_on_patches(record, engine.plan, engine.batcher)).result()
     patches = None
     if depth is not None:
@@ -81,6 +84,7 @@ def run_check(
         peak_bytes=peak_bytes(),
         device_bytes=engine.runtime.device_bytes(),
         tile_norms=tuple(engine.runtime.tile_norms()),
+        output_warnings=tuple(engine.checks.warnings),
         patches=patches,
         memory=memory,
     )

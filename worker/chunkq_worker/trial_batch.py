@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from chunkq.errors import ErrorCode, JobError, ModelError, PredictionError
@@ -18,6 +20,7 @@ from chunkq.plan.plan import Patch, Plan
 from chunkq.plan.sample_chunks import fullest_chunk
 from chunkq.storage.padded_reading import read_padded
 from chunkq_worker.batching import Batcher, Halos
+from chunkq_worker.output_checks import OutputChecks
 
 log = logging.getLogger("chunkq.worker")
 
@@ -61,13 +64,27 @@ def check_on_patches(record: JobRecord, plan: Plan, batcher: Batcher) -> None:
         batcher.check_input(batch.halos, batch.origin)
         for _ in batcher.predictions(batch.patches, batch.halos, batch.origin):
             pass
+        if batcher.checks is not None and not batcher.checks.is_repeated:
+            _repeat_noise(batcher, batcher.checks, batch)
     except (ModelError, JobError):
         raise
     except PredictionError as error:
         if error.code is ErrorCode.DTYPE_UNSUITABLE:
             raise JobError(str(error), code=error.code) from error
+        if error.code is ErrorCode.OUTPUT_IS_LABELS:
+            raise ModelError(str(error), code=error.code) from error
     except Exception as error:  # of any class, from storage, a step or the network
         log.debug("the network was not checked on patches: %s", error)
+
+
+def _repeat_noise(batcher: Batcher, checks: OutputChecks, batch: TrialBatch) -> None:
+    """Compare two runs on values that differ, because equal ones can hide what is random."""
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 2, halo.shape).astype(halo.dtype) for halo in batch.halos]
+    changed = TrialBatch(batch.patches, noise, batch.origin)
+    with suppress(PredictionError):  # a step can return what no patch of the volume gives
+        outputs = changed.raw(batcher, batch.patches)
+        checks.compare(outputs, lambda: changed.raw(batcher, batch.patches))
 
 
 def _bounding_box(patches: Sequence[Patch]) -> Box:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,8 @@ class Runtime(ABC):
     """The memory and streams of the device; None if results are in host memory."""
     reads_device_memory: bool = True
     """Whether batches can be in the memory of the `accelerator`."""
+    output_dtype: str = "float32"
+    """Name of the dtype that the network, with its protected steps, returned in the last call."""
     any_batch: bool = False
     """Whether smaller batches cost less, because the network is not compiled for one batch size."""
 
@@ -99,6 +101,18 @@ class Runtime(ABC):
 
         With such layers every output voxel depends on the whole patch.
         """
+        return ()
+
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        """Return values that the network's code has set and no file contains, with their names.
+
+        See `created_values.check_created_values`. It is called after the first batch if the network
+        is built with it.
+        """
+        return ()
+
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        """Create the network again; return the same values of the second one."""
         return ()
 
     @abstractmethod

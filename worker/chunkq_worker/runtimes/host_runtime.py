@@ -53,6 +53,8 @@ class HostRuntime(Runtime):
 
     def _as_float(self, outputs: Array) -> Array:
         """Return outputs as float32 or float64. Raise ModelError unless they are real numbers."""
+        outputs = np.asarray(outputs)
+        self.output_dtype = outputs.dtype.name
         steps = self._steps.postprocessing_protected
         return real_numbers(
             outputs, f"the network{'' if steps is None else ' with its protected steps'}"
