@@ -93,6 +93,10 @@ class ErrorCode(StrEnum):
     """The network cannot be loaded, or does not match its declaration."""
     MODEL_UNTRUSTED = auto()
     """The model file can run code or reach other files, and the job does not trust it."""
+    MODEL_RANDOM = auto()
+    """The network has random values, or returns different outputs for one batch."""
+    OUTPUT_IS_LABELS = auto()
+    """The network returns labels that the job would average, or other labels than it declares."""
     EXPORT_DIFFERS = auto()
     """An exported file computes other values than the network."""
     FRAMEWORK_CONFLICT = auto()
@@ -103,6 +107,8 @@ class ErrorCode(StrEnum):
     """Consecutive chunks failed with the same cause."""
     TASK_TIMEOUT = auto()
     """A task exceeded its time limit."""
+    DTYPE_UNSUITABLE = auto()
+    """A `dtype` cannot hold the values that are converted to it."""
     PREDICTION_INVALID = auto()
     """The predictions of a chunk cannot be used."""
     INPUT_UNREADABLE = auto()

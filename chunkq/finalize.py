@@ -11,6 +11,7 @@ from chunkq import __version__, json_values
 from chunkq.errors import ChunkReadError, ErrorCode, IncompleteError, PieceError, StoreError
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_count
 from chunkq.plan.footprint import largest_footprint
@@ -57,6 +58,8 @@ def finalize_job(
     completion = check_completion(job, allow_missing=allow_missing)
     missing = completion.missing()
     warnings = _check_inputs(job)
+    if job.record.job.model.stochastic:
+        warnings.append(STOCHASTIC)
     job.output.check_array()
     lost: Lost = {}
     with ThreadPoolExecutor(threads or max_concurrent_blocks(job)) as pool:
@@ -202,6 +205,7 @@ def _report(
         "chunkq_version": __version__,
         "digest": job.record.digest,
         "precision": job.record.job.model.effective_precision,
+        "stochastic": job.record.job.model.stochastic,
         "missing": names_of(missing),
         "warnings": list(warnings),
         "conclusion": conclusion(timing),

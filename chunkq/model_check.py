@@ -47,7 +47,8 @@ class ModelCheck:
 
     `load_seconds` includes the first batch. `loaded_bytes` is the peak resident memory with the
     network loaded, `peak_bytes` the one at the end, and `device_bytes` the peak on the device.
-    `tile_norms` are layers that normalize by statistics of the patch. `patches` and `memory` are
+    `tile_norms` are layers that normalize by statistics of the patch, and `output_warnings` what
+    the values of the output suggest. `patches` and `memory` are
     None where the check was not run.
     """
 
@@ -58,12 +59,15 @@ class ModelCheck:
     peak_bytes: int
     device_bytes: int | None = None
     tile_norms: tuple[str, ...] = ()
+    output_warnings: tuple[str, ...] = ()
     patches: PatchCheck | None = None
     memory: MemoryCheck | None = None
 
     def warnings(self) -> list[str]:
         """Return one line for each property of the network that can spoil the output."""
-        lines = [] if self.patches is None else _patch_warnings(self.patches)
+        lines = [*self.output_warnings]
+        if self.patches is not None:
+            lines += _patch_warnings(self.patches)
         if self.tile_norms:
             names = ", ".join(self.tile_norms[:4]) + (" …" if len(self.tile_norms) > 4 else "")
             lines.append(

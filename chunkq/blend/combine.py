@@ -62,6 +62,15 @@ def to_votes(predictions: Array) -> Array:
     return xp.stack(votes, axis=1)
 
 
+def label_votes(labels: Array, classes: int) -> Array:
+    """Return votes (N, classes, *Q), float32 0 or 1, of labels (N, 1, *Q).
+
+    A value that is no label from 0 to `classes` - 1 votes for nothing.
+    """
+    xp, values = namespace(labels), labels[:, 0, ...]
+    return xp.stack([xp.astype(values == label, xp.float32) for label in range(classes)], axis=1)
+
+
 def add_weighted(total: Array, weights: Array, values: Array) -> None:
     """Add `weights * values` to `total` in place: weights (*S), values and total (C, *S)."""
     if isinstance(total, np.ndarray):
@@ -84,9 +93,10 @@ def copy_into(total: Array, values: Array) -> None:
 
 
 def as_float32(values: Array) -> Array:
-    """Return the values as float32, without a copy if they are."""
+    """Return the values as float32, without a copy if they are; too large ones are infinite."""
     xp = namespace(values)
-    return xp.astype(values, xp.float32, copy=False)
+    with np.errstate(over="ignore"):
+        return xp.astype(values, xp.float32, copy=False)
 
 
 def as_float(values: Array) -> Array:

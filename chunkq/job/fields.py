@@ -36,6 +36,9 @@ MAX_INTEGER = 1 << 40
 Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
 
 
+Classes = Annotated[int, Field(ge=2, le=1 << 16)]
+
+
 NonNegative = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 

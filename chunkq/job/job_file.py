@@ -22,6 +22,7 @@ from chunkq.errors import ErrorCode, JobError, suggestion
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
+    Classes,
     InferenceType,
     Names,
     Offsets,
@@ -83,6 +84,7 @@ class Job(Section):
     weight_function: Names = ("weight_uniform",)
     activation: Activation = "none"
     nan: Literal["fail", "zero"] = "fail"
+    classes: Classes | None = None
     output_dtype: Literal["float32", "float16"] | None = None
     zarr_format: Literal[2, 3] = 3
     storage_chunks: Shape | None = None

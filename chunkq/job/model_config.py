@@ -6,6 +6,8 @@ from typing import Literal
 
 from chunkq.job.fields import Dtype, NonNegative, Positive, Section, Shape
 
+STOCHASTIC = "the network is random, so another run gives other bytes (model_config.stochastic)"
+"""What plan and report say of a job with `stochastic`."""
 HALF_PRECISIONS = ("bfloat16", "float16")
 """Precisions in which torch's autocast runs a float32 network."""
 TENSORRT_PRECISIONS = ("tf32", "float16")
@@ -36,6 +38,7 @@ class ModelConfig(Section):
     ts_file: str | None = None
     json_file: str | None = None
     trusted: bool = False
+    stochastic: bool = False
     precision: Literal["tf32", "float32", "bfloat16", "float16"] | None = None
     provider: Literal["cuda", "tensorrt"] | None = None
     compile: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
@@ -61,13 +62,20 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
             dtype = np.dtype(name)
         except TypeError:  # the name of a structured or string dtype
             dtype = np.dtype(object)
-        if dtype == np.uint64:
-            return [f"input: {path} has unsupported dtype uint64; convert it to uint32 or float32"]
-        if dtype.kind not in "biuf":
-            return [f"input: {path} has unsupported dtype {name}; convert it to real numbers"]
+        if advice := _dtype_advice(dtype):
+            return [f"input: {path} has unsupported dtype {name}; convert it to {advice}"]
         if problems := _pad_value_problems(job, dtype):
             return problems
     return []
+
+
+def _dtype_advice(dtype: np.dtype[Any]) -> str | None:
+    """Return to what to convert an input of an unsupported dtype, None for a supported one."""
+    if dtype == np.uint64:
+        return "uint32 or float32"
+    if dtype.kind not in REAL:
+        return "real numbers"
+    return "float64" if dtype.itemsize > 8 else None
 
 
 def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
@@ -83,10 +91,16 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
         largest = float(np.finfo(dtype).max)
         fits = not np.isfinite(value) or abs(value) <= largest
         legal = f"a value from {-largest:g} to {largest:g}"
-    if fits:
-        return []
     printed = int(value) if value.is_integer() else value
-    return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
+    if not fits:
+        return [f"pad_value: {printed} does not fit the input's dtype {dtype}; use {legal}"]
+    # A step can convert the values before they are cast.
+    if job.model.processing_steps is None and misfit(np.array([value], dtype), job.model.dtype):
+        return [
+            f"pad_value: {printed} does not fit model_config.dtype {job.model.dtype}; use another "
+            "value or dtype"
+        ]
+    return []
 
 
 def _length_problems(job: Job, volume: Volume) -> list[str]:
@@ -147,8 +161,11 @@ class _Shapes:
         self.patch = model_input[-rank:]
         self.output = job.model.output_patch(rank)
         self.lost_axis = job.model.lost_axis(rank)
-        self.channels = model_output[0] if len(model_output) > rank else 1
-        self.channel_axis = len(model_output) > rank and job.combine == "weighted_avg"
+        self.network_channels = model_output[0] if len(model_output) > rank else 1
+        self.from_labels = job.classes is not None and self.network_channels == 1
+        self.channels = job.classes if job.classes and self.from_labels else self.network_channels
+        has_channels = len(model_output) > rank or self.from_labels
+        self.channel_axis = has_channels and job.combine == "weighted_avg"
         self.margin = job.margin or (0,) * rank
         self.kept = tuple(q - 2 * m for q, m in zip(self.output, self.margin, strict=True))
         self.lead = tuple(
@@ -157,7 +174,7 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        problems = self._lost_axis_problems()
+        problems = [*self._lost_axis_problems(), *self._class_problems()]
         if self.input_channels != 1:
             problems.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are "
@@ -197,6 +214,31 @@ class _Shapes:
         shape = model.model_output_shape or ()
         if len(shape) > rank and shape[:-1] == patch != shape[1:]:
             problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
+        return problems
+
+    def _class_problems(self) -> list[str]:
+        job = self.job
+        if job.classes is None:
+            return []
+        if not self.from_labels:
+            if job.classes == self.network_channels:
+                return []
+            return [
+                f"classes: {job.classes}, but model_output_shape has {self.network_channels} "
+                f"channels; use {self.network_channels}, or remove classes"
+            ]
+        problems = []
+        if job.activation != "none":
+            problems.append(
+                f"activation: {job.activation} is unsupported for labels in one channel, which "
+                "classes declares; remove activation, or remove classes if the network returns "
+                "logits"
+            )
+        if job.classes * prod(self.output) > MAX_PATCH_VALUES:
+            problems.append(
+                f"classes: {job.classes} votes for each of {prod(self.output)} voxels of a patch "
+                f"are unsupported; use at most {MAX_PATCH_VALUES} values per patch"
+            )
         return problems
 
     def _lost_axis_problems(self) -> list[str]:
@@ -259,6 +301,7 @@ class _Shapes:
             combine=job.combine,
             average_dtype=job.output_dtype or "float32",
             nan=job.nan,
+            from_labels=self.from_labels,
         )
 
     def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -21,12 +21,14 @@ class OutputSpec:
     """One output of a job.
 
     name           name of the output; empty for the only output of a job without names
-    channels       number of channels that the network returns for it
+    channels       number of channels of its predictions
     channel_axis   whether the stored array has the channels as its first axis
     activation     applied to each prediction
     combine        how overlapping predictions are combined
     average_dtype  dtype of averages; labels have the smallest dtype that holds them
     nan            whether a non-finite prediction fails the chunk or counts as zero
+    from_labels    whether the network returns labels in one channel; predictions are votes, one
+                   channel per class
     """
 
     name: str
@@ -36,6 +38,12 @@ class OutputSpec:
     combine: Combine
     average_dtype: str = "float32"
     nan: Literal["fail", "zero"] = "fail"
+    from_labels: bool = False
+
+    @property
+    def network_channels(self) -> int:
+        """Number of channels that the network returns."""
+        return 1 if self.from_labels else self.channels
 
     @property
     def is_average(self) -> bool:

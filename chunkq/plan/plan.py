@@ -205,7 +205,7 @@ class Plan:
 
     @property
     def channels(self) -> int:
-        """Number of channels that the network returns."""
+        """Number of channels of a prediction."""
         return self.output.channels
 
     @property

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from chunkq import json_values
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import copy_job
@@ -20,10 +20,10 @@ STAGE = "checking the network on one batch"
 
 
 def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ignore) -> ModelCheck:
-    """Load a job's network on this machine and run a batch of zeros.
+    """Load a job's network on this machine and run a batch of zeros and one of patches.
 
-    With `depth`, also run patches of the volume and whole chunks, `depth` chunks in flight. Raises
-    ModelError if the network cannot be used.
+    With `depth`, also time patches and run whole chunks, `depth` chunks in flight. Raises
+    ModelError if the network cannot be used, and JobError if a `dtype` cannot hold the values.
     """
     emit(StageProgress(STAGE))
     # The system may kill the other process for its memory use, so the folder is created here. The
@@ -44,15 +44,22 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
     lines = completed.stdout.decode(errors="replace").strip().splitlines()
     if completed.returncode == 0 and lines:
         return json_values.decode(ModelCheck, lines[-1])
-    raise ModelError(_reported_error(lines) or _crash(completed))
+    raise _reported_error(lines) or ModelError(_crash(completed))
 
 
-def _reported_error(lines: list[str]) -> str | None:
-    """Return the message of the error that the command printed as JSON; None if it crashed."""
+def _reported_error(lines: list[str]) -> ModelError | JobError | None:
+    """Return the error that the command printed as JSON; None if it crashed.
+
+    It is a JobError if the network can be used but a `dtype` of the job cannot.
+    """
     try:
-        return str(json.loads(lines[-1])["error"]["message"])
+        error = json.loads(lines[-1])["error"]
+        code, message = ErrorCode(error["code"]), str(error["message"])
     except (IndexError, KeyError, TypeError, ValueError):
         return None
+    if code is ErrorCode.DTYPE_UNSUITABLE:
+        return JobError(message, code=code)
+    return ModelError(message, code=code)
 
 
 def _crash(completed: subprocess.CompletedProcess[bytes]) -> str:

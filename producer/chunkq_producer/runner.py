@@ -87,7 +87,8 @@ def _check_before_writing(job: CheckedJob, engine: Engine, cluster: Cluster, emi
         with closing(open_executor(cluster.url)) as executor:
             executor.check_ready()
     if not cluster.launches_remote_workers or engine.step is not None:
-        check_model(job.record, emit=emit)
+        for line in check_model(job.record, emit=emit).output_warnings:
+            emit(Message(f"chunkq: warning: {line}"))
 
 
 def _compute(

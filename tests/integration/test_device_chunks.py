@@ -419,3 +419,70 @@ def test_finite_outputs_whose_sum_overflows_are_no_error() -> None:
     result = pipeline.start(chunk, [volume], checked=True)()
     assert result is not None
     assert result.core[0] == pytest.approx(volume, rel=1e-6)
+
+
+class Wide(torch.nn.Module):
+    """Return the input as float64, with a value beyond float32 where it is above 900."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.double().masked_fill(batch > 900, 1e39).expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("nan", ["fail", "zero"])
+def test_an_output_beyond_float32_is_the_error_of_the_host(nan: str) -> None:
+    model = {"model_input_shape": [1, 8, 8]}
+    plan = half_overlap((32, 32), 8, 3, model=model, dtype="uint16", chunksize=[32, 32], nan=nan)
+    chunk, volume = plan.chunk((0, 0)), random_volume(plan)
+    volume[22, 9] = 1000
+    pipeline = pipeline_for(plan, SimulatedDevice(), network=Wide())
+    assert pipeline.start(chunk, [volume])() is None
+    errors = []
+    for checked in (pipeline, host_pipeline_for(plan, Wide())):
+        with pytest.raises(PredictionError) as caught:
+            checked.start(chunk, [volume], checked=True)()
+        errors.append((caught.value.code, str(caught.value)))
+    assert errors[0] == errors[1]
+    assert errors[0][0] is ErrorCode.DTYPE_UNSUITABLE
+
+
+class Labels(torch.nn.Module):
+    """Return the input, which consists of labels, in one channel."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.to(self._dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.float32])
+@pytest.mark.parametrize("nan", ["fail", "zero"])
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft"])
+def test_labels_are_votes_on_a_device_and_invalid_ones_the_error_of_the_host(
+    combine: str, nan: str, dtype: torch.dtype
+) -> None:
+    keys: dict[str, Any] = {"classes": 4, "combine": combine, "nan": nan}
+    keys["model"] = {"model_input_shape": [1, 8, 8]}
+    plan = half_overlap((32, 32), 8, 1, **keys, dtype="uint8", chunksize=[32, 32])
+    chunk = plan.chunk((0, 0))
+    volume = np.random.default_rng(2).integers(0, 4, (32, 32), np.uint8)
+    pipelines = (
+        pipeline_for(plan, SimulatedDevice(), network=Labels(dtype)),
+        host_pipeline_for(plan, Labels(dtype)),
+    )
+    results = [pipeline.start(chunk, [volume])() for pipeline in pipelines]
+    assert results[0] is not None
+    assert results[1] is not None
+    shares = np.float32(volume == np.arange(4)[:, None, None])
+    expected = volume if combine == "soft" else shares
+    assert results[0].core == pytest.approx(expected, abs=1e-6)
+    assert results[1].core == pytest.approx(expected, abs=1e-6)
+    volume[22, 9] = 4
+    assert pipelines[0].start(chunk, [volume])() is None
+    errors = []
+    for pipeline in pipelines:
+        with pytest.raises(PredictionError) as caught:
+            pipeline.start(chunk, [volume], checked=True)()
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]

@@ -161,6 +161,16 @@ def norms():
     return keras.Model(inputs, inner(x))
 
 
+def takes_bytes():
+    inputs = keras.Input((8, 8, 1), dtype="uint8")
+    return keras.Model(inputs, layers.Lambda(lambda x: keras.ops.cast(x, "float32") * 2)(inputs))
+
+
+class Complex(keras.Model):
+    def call(self, x):
+        return tf.complex(x, x)
+
+
 def no_network():
     return 3
 '''
@@ -411,6 +421,19 @@ def test_layers_of_a_class_compute_in_the_dtype_of_the_job(
     assert runtime(batch()).dtype == output_dtype
     assert {v.dtype for v in runtime._network._model.weights} == {dtype}  # type: ignore[attr-defined]
     assert keras.config.dtype_policy().name == "float32"
+
+
+def test_an_integer_input_that_keras_would_wrap_is_refused(model_files: Path) -> None:
+    keys = class_of("takes_bytes", dtype="int32")
+    line = load_error(model_files, "expects uint8", "preprocessing_protected", **keys)
+    assert line.startswith("model_config.dtype: int32")
+    steps = Steps(preprocessing_protected=lambda x: tf.cast(x, tf.uint8))
+    values = np.round(batch() * 100)
+    assert_close(load(model_files, steps=steps, **keys)(values), values * 2)
+
+
+def test_complex_outputs_of_a_model_are_refused(model_files: Path) -> None:
+    load_error(model_files, "complex64", "real numbers", **class_of("Complex"))
 
 
 def test_the_error_for_another_dtype_than_that_of_a_saved_model_names_the_dtype_to_set(

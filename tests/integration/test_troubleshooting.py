@@ -115,6 +115,26 @@ def untrusted(folder: Path) -> str:
     return predict(workspace_with(folder, **model, class_file=None, class_name=None))
 
 
+def random_weights(folder: Path) -> str:
+    workspace = workspace_with(folder, runtime="torch", class_name="Net")
+    code = "import torch\n\n\nclass Net(torch.nn.Conv1d):\n    def __init__(self):\n"
+    (folder / "net.py").write_text(f"{code}        super().__init__(1, 1, 3, padding=1)\n")
+    workspace.values["model_config"]["model_input_shape"] = [1, 8]
+    return predict(workspace)
+
+
+def labels(folder: Path) -> str:
+    network = "def net(batch):\n    return (batch // 20).astype('int64')\n"
+    return predict(workspace_with(folder, network))
+
+
+def dtype_too_small(folder: Path) -> str:
+    network = "def net(batch):\n    return batch.astype('float32')\n"
+    workspace = workspace_with(folder, network, dtype="int8")
+    np.save(folder / "volume.npy", np.arange(64, dtype="uint8") * 4)
+    return workspace.call("run", workspace.job_file).err
+
+
 def out_of_memory(folder: Path) -> str:
     return predict(workspace_with(folder, "def net(batch):\n    raise MemoryError('no room')\n"))
 
@@ -185,6 +205,9 @@ SCENARIOS: dict[str, Callable[[Path], str]] = {
     "Every chunk fails with the same cause": all_fail_alike,
     "The network does not fit its declaration": shapes_differ,
     "The model file is refused as untrusted": untrusted,
+    "The weights are random": random_weights,
+    "The network returns labels": labels,
+    "Values do not fit the dtype": dtype_too_small,
     "Out of memory": out_of_memory,
     "A worker process is killed": worker_killed,
     "A chunk hangs": hung,

@@ -19,15 +19,19 @@ from chunkq.blend.combine import (
     as_float,
     as_float32,
     is_finite,
+    label_votes,
     namespace,
     to_numpy,
     to_votes,
 )
-from chunkq.errors import ModelError, PredictionError
+from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
+from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
-from chunkq_worker.runtimes.base import BatchFeed, Runtime
+from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
+from chunkq_worker.output_checks import OutputChecks
+from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.steps import KEY, Steps
 
 if TYPE_CHECKING:
@@ -54,7 +58,7 @@ class Batcher:
     this process start with the smaller size; `network` is any hashable that identifies the
     network, or None to not remember it. First `release_memory` is called. If it returns True, it
     has released memory of the device, and the batch is tried again in the same size.
-    `patches_run` counts the patches that were computed.
+    `patches_run` counts the patches that were computed, and `checks` examine the first batches.
     """
 
     def __init__(
@@ -64,8 +68,9 @@ class Batcher:
         runtime: Runtime,
         steps: Steps,
         network: Hashable = None,
+        checks: OutputChecks | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.checks = model, checks
         self._plan, self._runtime, self._steps = plan, runtime, steps
         self._slot = model.model_input_shape
         self._item, self._join_axis = list(self._slot), None
@@ -80,6 +85,7 @@ class Batcher:
         self.patches_run = 0
         self.release_memory: Callable[[], bool] = lambda: False
         self._has_run = False
+        self._output_dtype = ""
 
     @property
     def is_resident(self) -> bool:
@@ -137,6 +143,8 @@ class Batcher:
             sent = None
             if outputs is None:
                 continue
+            if self.checks is not None and not self.checks.are_done:
+                self._examine(self.checks, outputs, batch, halos, origin, uploaded)
             done += len(batch)
             if uploaded is None:  # the checks below can wait for the device
                 sent = self._send_ahead(patches[done : done + self.size], halos, origin)
@@ -146,6 +154,19 @@ class Batcher:
                 predictions = self._to_predictions(outputs, batch, halos, origin)
             self.patches_run += len(batch)
             yield batch, predictions
+
+    def check_input(self, halos: Halos, origin: Sequence[int]) -> None:
+        """Raise PredictionError if the network's dtype cannot hold the inputs from `origin` on.
+
+        Values are read only if the dtypes do not decide. What `preprocessing` returns is checked
+        batch by batch.
+        """
+        if self._steps.preprocessing is not None:
+            return
+        for number, halo in enumerate(halos):
+            name = f"input {number}" if len(halos) > 1 else "the input"
+            box = Box(tuple(origin), tuple(o + n for o, n in zip(origin, halo.shape, strict=True)))
+            _check_cast(halo, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -201,9 +222,40 @@ class Batcher:
         self._has_run |= outputs is not None
         return outputs
 
+    def _examine(
+        self,
+        checks: OutputChecks,
+        outputs: Array,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        uploaded: DeviceInput | None,
+    ) -> None:
+        windows = [patch.source.slices(origin) for patch in batch]
+        inputs = [halo[window] for window in windows for halo in halos]
+        checks.examine(outputs, inputs, lambda: self._attempt(batch, halos, origin, uploaded))
+
     def _send(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         items, step = self._fill(batch, halos, origin), self._steps.preprocessing
-        return self._open_feed().send(items if step is None else np.asarray(step(items)))
+        if step is not None:
+            items = self._checked(np.asarray(step(items)), batch)
+        return self._open_feed().send(items)
+
+    def _checked(self, result: npt.NDArray[Any], batch: Sequence[Patch]) -> npt.NDArray[Any]:
+        """Return what `preprocessing` returned, in a dtype that every runtime can cast.
+
+        Raise PredictionError if the network's dtype cannot hold it.
+        """
+        if cast_kind(result.dtype, self.model.dtype) is Cast.REFUSED:
+            raise not_real(f"{KEY}: preprocessing", result.dtype)
+        for patch, values in zip(batch, result, strict=False):
+            _check_cast(
+                values,
+                self.model.dtype,
+                f"the result of preprocessing ({result.dtype}) for the patch that reads "
+                f"{_format_box(patch.source)}",
+            )
+        return _castable(result, self.model.dtype)
 
     def _send_ahead(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
         """Send the next batch; return None if it cannot be sent before the current one is done."""
@@ -218,23 +270,42 @@ class Batcher:
         self, outputs: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
     ) -> Array:
         """Return activated predictions; raise PredictionError if the job requires finite ones."""
-        xp, outputs = namespace(outputs), as_float32(outputs)
+        xp, raw, outputs = namespace(outputs), outputs, as_float32(outputs)
         finite = None
         if not is_finite(outputs):
             finite = xp.isfinite(outputs)
+            self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)
             if self._plan.output.nan == "fail" and not bool(xp.all(finite)):
                 self._raise_nonfinite(finite, batch, halos, origin)
+        if self._plan.output.from_labels:
+            self._check_labels(outputs, finite, batch)
         return self._activate(outputs, finite)
 
     def _to_unchecked_predictions(self, outputs: Array, flag: FiniteFlag) -> Array:
         """Return activated predictions without waiting for the device; see `predictions`."""
+        xp = namespace(outputs)
         if self._plan.output.nan == "zero":
-            outputs = as_float32(outputs)
-            return self._activate(outputs, namespace(outputs).isfinite(outputs))
-        if outputs.dtype == namespace(outputs).float64:
+            finite = xp.isfinite(outputs)
+            if outputs.dtype == xp.float64:
+                outputs = as_float32(xp.where(finite, outputs, xp.zeros_like(outputs)))
+                flag.add(outputs)  # the conversion can overflow
+            self._flag_invalid(outputs, finite, flag)
+            return self._activate(as_float32(outputs), finite)
+        if outputs.dtype == xp.float64:
             outputs = as_float32(outputs)  # the conversion can overflow
         flag.add(outputs)
+        self._flag_invalid(outputs, None, flag)
         return self._activate(outputs, None)
+
+    def _flag_invalid(self, outputs: Array, finite: Array | None, flag: FiniteFlag) -> None:
+        """Set the flag if the job expects labels and some finite values are none."""
+        if not self._plan.output.from_labels:
+            return
+        xp, labels = namespace(outputs), as_float32(outputs)
+        invalid = invalid_labels(labels, self._plan.channels)
+        if finite is not None:
+            invalid = invalid & finite
+        flag.add(xp.where(invalid, xp.full_like(labels, xp.nan), xp.zeros_like(labels)))
 
     def _attempt(
         self,
@@ -274,7 +345,8 @@ class Batcher:
                 f"{[count, *self._item]}, but model_config.model_output_shape declares "
                 f"{[count, *self._declared_shapes[0]]}; {remedy}"
             )
-        with_channels = (count, self._plan.channels, *self._plan.output_patch)
+        check_output_dtype(self._output_dtype, self._plan.output)
+        with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
         return outputs.reshape(with_channels)[:used]
 
     def _channel_hint(self) -> str:
@@ -285,10 +357,13 @@ class Batcher:
 
     def _run(self, sent: Any) -> Array:
         outputs, step = self._runtime(sent), self._steps.postprocessing
+        self._output_dtype = self._runtime.output_dtype
         if step is None:
             return outputs
-        result = np.asarray(step(to_numpy(outputs)))
-        return self._runtime.to_device(np.ascontiguousarray(result, dtype=np.float32))
+        returned = np.asarray(step(to_numpy(outputs)))
+        self._output_dtype = returned.dtype.name
+        result = real_numbers(returned, f"{KEY}: postprocessing")
+        return self._runtime.to_device(np.ascontiguousarray(result))
 
     def halve(self, error: Exception) -> None:
         """Use half of the batch size from here on; raise ModelError if it is 1."""
@@ -307,12 +382,46 @@ class Batcher:
         output, xp = self._plan.output, namespace(outputs)
         if finite is not None:
             outputs = xp.where(finite, outputs, xp.zeros_like(outputs))
+        if output.from_labels:
+            votes = label_votes(as_float32(outputs), output.channels)
+            return votes if finite is None else votes * xp.astype(finite, votes.dtype)
         predictions = activate(outputs, output.activation)
         if finite is not None:
             predictions = xp.where(finite, predictions, xp.zeros_like(predictions))
         if output.combine == "hard":
             predictions = to_votes(predictions)
         return predictions
+
+    def _check_overflow(self, overflow: Array, raw: Array, batch: Sequence[Patch]) -> None:
+        """Raise PredictionError for the first patch with finite values that float32 cannot hold."""
+        row = next((row for row, part in enumerate(overflow) if bool(part.any())), None)
+        if row is None:
+            return
+        values = to_numpy(raw[row])
+        raise PredictionError(
+            f"the output of the network ({values.dtype}) has "
+            f"{misfit(values, 'float32')} for the patch that reads "
+            f"{_format_box(batch[row].source)}, beyond the range of dtype float32, in which "
+            "predictions are combined; return smaller values",
+            code=ErrorCode.DTYPE_UNSUITABLE,
+        )
+
+    def _check_labels(self, labels: Array, finite: Array | None, batch: Sequence[Patch]) -> None:
+        """Raise PredictionError for the first patch with values that are no labels."""
+        classes = self._plan.channels
+        invalid = invalid_labels(labels, classes)
+        if finite is not None:
+            invalid &= finite
+        row = next((row for row, part in enumerate(invalid) if bool(part.any())), None)
+        if row is None:
+            return
+        value = to_numpy(labels[row])[to_numpy(invalid[row])][0]
+        raise PredictionError(
+            f"the network returned {value:.6g} for the patch that reads "
+            f"{_format_box(batch[row].source)}; expected labels from 0 to {classes - 1}, because "
+            f"classes is {classes}; fix classes, or remove it if the output has no labels",
+            code=ErrorCode.OUTPUT_IS_LABELS,
+        )
 
     def _raise_nonfinite(
         self, finite: Array, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -353,6 +462,25 @@ class Batcher:
             dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
             self._feed = self._runtime.feed((self._size, *self._item), dtype)
         return self._feed
+
+
+def _check_cast(values: npt.NDArray[Any], dtype: str, source: str) -> None:
+    """Raise PredictionError if a dtype cannot hold the values of `source`."""
+    if (problem := misfit(values, dtype)) is not None:
+        raise PredictionError(
+            f"model_config.dtype: {dtype} cannot hold {problem} of {source}; set dtype: "
+            f"{proposed_dtype(values, dtype)}, or convert the values in preprocessing of {KEY}",
+            code=ErrorCode.DTYPE_UNSUITABLE,
+        )
+
+
+def _castable(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return values that fit a dtype in a dtype that every runtime supports."""
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        return values.astype(np.float64)
+    if values.dtype == np.uint64:
+        return values.astype(np.int64 if dtype.startswith("int") else np.float64)
+    return values
 
 
 def _declared_shapes(plan: Plan, model: ModelConfig) -> list[tuple[int, ...]]:

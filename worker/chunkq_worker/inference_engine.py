@@ -16,6 +16,8 @@ from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
 from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
+from chunkq_worker.created_values import check_created_values
+from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import Runtime, load_runtime
 from chunkq_worker.steps import Steps
 
@@ -42,7 +44,9 @@ class InferenceEngine:
         self._network_key = _network_key(record, plan)
         self._steps = Steps.load(job.model.processing_steps)
         self.runtime: Runtime = load_runtime(job.model, self._steps, threads)
+        self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
         self._allocate(plan)
+        check_created_values(self.runtime, job.model)
 
     def for_plan(self, plan: Plan) -> InferenceEngine:
         """Return an engine for the same job and another volume; both share the network."""
@@ -52,7 +56,9 @@ class InferenceEngine:
 
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
-        self.batcher = Batcher(plan, self._job.model, self.runtime, self._steps, self._network_key)
+        self.batcher = Batcher(
+            plan, self._job.model, self.runtime, self._steps, self._network_key, self.checks
+        )
         self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
             self.batcher.warm_up()
@@ -78,7 +84,9 @@ class InferenceEngine:
         """Compute a chunk; return a function that waits for its results.
 
         The device thread continues with the next chunk. If the function returns None, call `check`.
+        Raise PredictionError if the network's dtype cannot hold the input.
         """
+        self.batcher.check_input(halos, chunk.halo.start)
         return self.pipeline.start(chunk, halos)
 
     def check(self, chunk: Chunk, halos: Halos) -> Contribution:

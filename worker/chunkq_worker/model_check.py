@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
-from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -19,23 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq import json_values
-from chunkq.geometry.box import Box
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
-from chunkq.plan.plan import Patch
-from chunkq.plan.sample_chunks import fullest_chunk
-from chunkq.storage.padded_reading import read_padded
 from chunkq.system.memory import peak_bytes
-from chunkq_worker.batching import Batcher, Halos
+from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
 from chunkq_worker.device import get_device
 from chunkq_worker.devices import cores
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
+from chunkq_worker.trial_batch import TrialBatch, check_on_patches
 
 ROUNDS = 3
 """Number of timed batches; the median is reported."""
+REPEATS = 3
+"""Repetitions of a batch, of which outputs must agree. Some random layers change few of them."""
 
 
 @click.command("check-model", hidden=True)
@@ -43,9 +40,9 @@ ROUNDS = 3
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
 @click.option("--json", "as_json", is_flag=True, help="Print errors as JSON too.")
 def check_model(depth: int | None, job_folder: str | None, as_json: bool) -> None:
-    """Load the network of the job record on standard input, and run a batch of zeros.
+    """Load the network of the job record on standard input; run a batch of zeros and of patches.
 
-    With --depth, also run patches from the middle of the volume in different batches, and compute
+    With --depth, also time patches from the middle of the volume in different batches, and compute
     chunks, DEPTH in flight, to measure the memory of a worker process.
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
@@ -74,6 +71,8 @@ def run_check(
     before = time.perf_counter()
     on_device(engine.batcher.warm_up).result()
     load_seconds += time.perf_counter() - before
+    engine.checks.repeats = REPEATS
+    on_device(lambda: check_on_patches(record, engine.plan, engine.batcher)).result()
     patches = None
     if depth is not None:
         patches = on_device(lambda: _run_patches(engine, record)).result()
@@ -85,6 +84,7 @@ def run_check(
         peak_bytes=peak_bytes(),
         device_bytes=engine.runtime.device_bytes(),
         tile_norms=tuple(engine.runtime.tile_norms()),
+        output_warnings=tuple(engine.checks.warnings),
         patches=patches,
         memory=memory,
     )
@@ -107,38 +107,22 @@ def _measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> Memo
 
 
 def _run_patches(engine: InferenceEngine, record: JobRecord) -> PatchCheck:
-    plan, size = engine.plan, engine.batcher.size
-    patches = list(islice(plan.patches(fullest_chunk(plan, enough=size)), size))
-    window = _bounding_box(patches)
-    job = record.job
-    halos = [
-        read_padded(source.open(), window, job.pad_mode, job.pad_value) for source in record.sources
-    ]
-    return _time_and_compare(engine, patches, halos, window.start)
+    return _time_and_compare(engine, TrialBatch.read(record, engine.plan, engine.batcher.size))
 
 
-def _bounding_box(patches: Sequence[Patch]) -> Box:
-    starts = [patch.source.start for patch in patches]
-    stops = [patch.source.stop for patch in patches]
-    return Box(
-        tuple(map(min, zip(*starts, strict=True))), tuple(map(max, zip(*stops, strict=True)))
-    )
-
-
-def _time_and_compare(
-    engine: InferenceEngine, patches: list[Patch], halos: Halos, origin: tuple[int, ...]
-) -> PatchCheck:
+def _time_and_compare(engine: InferenceEngine, batch: TrialBatch) -> PatchCheck:
     """Time the network, and compare its outputs for other batches."""
-    seconds, first = [], _raw_outputs(engine.batcher, patches, halos, origin)
+    patches = batch.patches
+    seconds, first = [], batch.raw(engine.batcher, patches)
     for _ in range(ROUNDS):
         before = time.perf_counter()
-        _raw_outputs(engine.batcher, patches, halos, origin)
+        batch.raw(engine.batcher, patches)
         seconds.append(time.perf_counter() - before)
     by_position = None
     if len(patches) > 1:
-        rotated = _raw_outputs(engine.batcher, [*patches[1:], patches[0]], halos, origin)
+        rotated = batch.raw(engine.batcher, [*patches[1:], patches[0]])
         by_position = _max_difference(np.roll(rotated, 1, axis=0), first)
-    other_size, by_batch_size = _compare_sizes(engine.batcher, patches, halos, origin, first)
+    other_size, by_batch_size = _compare_sizes(engine.batcher, batch, first)
     return PatchCheck(
         patches=len(patches),
         batch_seconds=median(seconds),
@@ -152,11 +136,7 @@ def _time_and_compare(
 
 
 def _compare_sizes(
-    batcher: Batcher,
-    patches: list[Patch],
-    halos: Halos,
-    origin: tuple[int, ...],
-    outputs: npt.NDArray[Any],
+    batcher: Batcher, batch: TrialBatch, outputs: npt.NDArray[Any]
 ) -> tuple[int, float] | tuple[None, None]:
     """Return half the batch size, and the largest difference of the outputs with it.
 
@@ -166,19 +146,10 @@ def _compare_sizes(
         return None, None
     smaller_batcher = batcher.of_size(max(1, batcher.size // 2))
     try:
-        smaller = _raw_outputs(smaller_batcher, patches[: smaller_batcher.size], halos, origin)
+        smaller = batch.raw(smaller_batcher, batch.patches)
     except Exception:
         return None, None
     return smaller_batcher.size, _max_difference(smaller, outputs[: len(smaller)])
-
-
-def _raw_outputs(
-    batcher: Batcher, patches: Sequence[Patch], halos: Halos, origin: tuple[int, ...]
-) -> npt.NDArray[Any]:
-    while True:
-        outputs = batcher.raw(patches[: batcher.size], halos, origin)
-        if outputs is not None:
-            return outputs
 
 
 def _max_difference(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:

@@ -13,6 +13,7 @@ from chunkq import json_values
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
 from chunkq.job.job_file import load_job
+from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan.footprint import largest_footprint
@@ -125,6 +126,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "piece_bytes": costs.piece_bytes,
         "store_bytes": costs.store_bytes,
         "precision": job.record.job.model.effective_precision,
+        "stochastic": job.record.job.model.stochastic,
         "depth": depth,
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
         "items": [
@@ -170,6 +172,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             + ("" if trial else " (--check-model measures the total)"),
         ),
     ]
+    if model.stochastic:
+        rows.append(("note", STOCHASTIC))
     if trial is not None:
         rows += _trial_rows(costs, trial)
     if share > MAX_SHARE_TO_FINALIZE:

@@ -41,6 +41,11 @@ class JobReport:
         return str(self.values["precision"])
 
     @property
+    def is_stochastic(self) -> bool:
+        """Whether the network is random."""
+        return bool(self.values["stochastic"])
+
+    @property
     def missing(self) -> int:
         """Number of chunks that are not computed."""
         return len(self.values["missing"])

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from chunkq.job.model_config import STOCHASTIC
 from chunkq.units import seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
@@ -58,6 +59,8 @@ def text(report: JobReport) -> RenderableType:
     parts += _section("", _table(("", "measured", "planned", ""), plan_rows(timing)))
     parts += _section("", Text(f"memory: {memory(timing)}"))
     parts.append(Text(f"precision: {report.precision}"))
+    if report.is_stochastic:
+        parts.append(Text(STOCHASTIC))
     return Group(*parts)
 
 

@@ -10,6 +10,30 @@ WEIGHTS, BLEND, COMBINE = (
 
 FAULTS = (
     Fault(
+        "casts-are-judged-by-kind-alone",
+        "chunkq/casts.py",
+        "return Cast.EXACT if _is_within(dtype, target) else Cast.CHECKED",
+        "return Cast.EXACT",
+        "values wrap in an integer dtype",
+        ("tests/unit/test_casts.py",),
+    ),
+    Fault(
+        "inputs-are-cast-unchecked",
+        "worker/chunkq_worker/inference_engine.py",
+        "self.batcher.check_input(halos, chunk.halo.start)",
+        "pass",
+        "values of a chunk wrap in the dtype of the network",
+        ("tests/integration/test_dtypes.py",),
+    ),
+    Fault(
+        "overflow-counts-as-infinity",
+        "worker/chunkq_worker/batching.py",
+        "self._check_overflow(xp.isfinite(raw) & ~finite, raw, batch)",
+        "pass",
+        "outputs beyond float32 become 0 with nan: zero",
+        ("tests/integration/test_dtypes.py",),
+    ),
+    Fault(
         "weights-not-normalized",
         "chunkq/blend/weights.py",
         "ratio -= np.logaddexp",

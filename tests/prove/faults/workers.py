@@ -7,8 +7,41 @@ BATCHING, SUPERVISOR = "worker/chunkq_worker/batching.py", "worker/chunkq_worker
 ONCE, RESUME = "tests/integration/test_exactly_once.py", "tests/integration/test_resume.py"
 TORCH = "tests/integration/test_torch_runtime.py"
 WORKERS = "tests/integration/test_workers.py"
+RANDOM = "tests/integration/test_random_networks.py"
 
 FAULTS = (
+    Fault(
+        "second-network-in-the-same-random-state",
+        "worker/chunkq_worker/created_values.py",
+        "return [name for (name, value), (_, other) in pairs if not _is_equal(value, other)]",
+        "return [] if [*pairs] else []",
+        "every worker computes with other random weights",
+        named(RANDOM, "values"),
+    ),
+    Fault(
+        "first-batch-not-repeated",
+        BATCHING,
+        "outputs, inputs, lambda: self._attempt(batch, halos, origin, uploaded)",
+        "outputs, inputs, lambda: outputs",
+        "dropout in training mode is not found",
+        named(RANDOM, "random_outputs"),
+    ),
+    Fault(
+        "integers-are-averaged",
+        BATCHING,
+        "check_output_dtype(self._output_dtype, self._plan.output)",
+        "pass",
+        "class numbers are averaged",
+        named("tests/integration/test_label_networks.py", "integer"),
+    ),
+    Fault(
+        "labels-beyond-the-classes-vote-for-nothing",
+        BATCHING,
+        "self._check_labels(outputs, finite, batch)",
+        "pass",
+        "labels that classes does not count disappear",
+        named("tests/integration/test_label_networks.py", "no_label"),
+    ),
     Fault(
         "committed-chunk-computed-again",
         RUN,

@@ -229,8 +229,11 @@ def _model_config(model: ModelConfig, file: Path, batch: int | None) -> dict[str
     """Return the job's `model_config` with the keys of the network's files replaced."""
     runtime, kind = RUNTIMES[file.suffix]
     values = {"runtime": runtime, "type": kind, "model_file": str(file)}
+    omitted = {*values, *REPLACED_KEYS, *UNSUPPORTED_KEYS, *_omitted_keys(model)}
+    if not model.stochastic:
+        omitted.add("stochastic")
     for key, value in model.model_dump(mode="json", exclude_none=True).items():
-        if key not in {*values, *REPLACED_KEYS, *UNSUPPORTED_KEYS, *_omitted_keys(model)}:
+        if key not in omitted:
             values[key] = value
     return values if batch is None else {**values, "max_batch_size": batch}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.combine import Array
+from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.steps import Steps
@@ -60,6 +61,8 @@ class Runtime(ABC):
     """The memory and streams of the device; None if results are in host memory."""
     reads_device_memory: bool = True
     """Whether batches can be in the memory of the `accelerator`."""
+    output_dtype: str = "float32"
+    """Name of the dtype that the network, with its protected steps, returned in the last call."""
     any_batch: bool = False
     """Whether smaller batches cost less, because the network is not compiled for one batch size."""
 
@@ -100,6 +103,18 @@ class Runtime(ABC):
         """
         return ()
 
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        """Return values that the network's code has set and no file contains, with their names.
+
+        See `created_values.check_created_values`. It is called after the first batch if the network
+        is built with it.
+        """
+        return ()
+
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        """Create the network again; return the same values of the second one."""
+        return ()
+
     @abstractmethod
     def close(self) -> None:
         """Release the network and its memory on the device."""
@@ -130,6 +145,26 @@ def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runti
             f"run pip install '{package}'"
         ) from None
     return loader(model, steps, threads)
+
+
+def real_numbers(values: Any, source: str) -> npt.NDArray[Any]:
+    """Return an array of real numbers as float32 or float64; `source` is what returned it.
+
+    Wider floats are float64, limited to its range. Raise ModelError for other values.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in REAL:
+        raise not_real(source, array.dtype)
+    is_wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+    if is_wide and array.dtype.itemsize > 8:
+        limit = np.finfo(np.float64).max
+        array = np.where(np.isfinite(array), array.clip(-limit, limit), array)
+    return array.astype(np.float64 if is_wide else np.float32, copy=False)
+
+
+def not_real(source: str, dtype: Any) -> ModelError:
+    """Return the error for outputs that are no real numbers; `source` is what returned them."""
+    return ModelError(f"{source} returned dtype {dtype}, expected real numbers; return float32")
 
 
 def not_one_array(outputs: Any, kind: str) -> ModelError:

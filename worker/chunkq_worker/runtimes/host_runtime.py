@@ -10,14 +10,10 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.blend.combine import Array
-from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.base import Runtime, real_numbers
 from chunkq_worker.steps import Steps
-
-NUMBERS = "biuf"
-"""`dtype.kind` of the supported predictions: bool, integers and floats."""
 
 
 class HostRuntime(Runtime):
@@ -58,14 +54,11 @@ class HostRuntime(Runtime):
     def _as_float(self, outputs: Array) -> Array:
         """Return outputs as float32 or float64. Raise ModelError unless they are real numbers."""
         outputs = np.asarray(outputs)
-        if outputs.dtype.kind not in NUMBERS:
-            steps = self._steps.postprocessing_protected
-            raise ModelError(
-                f"the network{'' if steps is None else ' with its protected steps'} returned "
-                f"dtype {outputs.dtype}, expected real numbers; return float32"
-            )
-        wide = outputs.dtype.kind == "f" and outputs.dtype.itemsize >= 8
-        return outputs.astype(np.float64 if wide else np.float32, copy=False)
+        self.output_dtype = outputs.dtype.name
+        steps = self._steps.postprocessing_protected
+        return real_numbers(
+            outputs, f"the network{'' if steps is None else ' with its protected steps'}"
+        )
 
     @override
     def zeros(self, shape: tuple[int, ...]) -> Array:

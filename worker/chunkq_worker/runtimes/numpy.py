@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from typing_extensions import override
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.classes import instantiate, load_definition
 from chunkq_worker.runtimes.host_runtime import HostRuntime
@@ -36,6 +37,7 @@ class NumpyRuntime(HostRuntime):
         self, network: Network, model: ModelConfig, steps: Steps, limit: ThreadLimit
     ) -> None:
         super().__init__(model, steps)
+        self._model = model
         self._network: Network | None = network
         self._limit = limit
 
@@ -54,6 +56,14 @@ class NumpyRuntime(HostRuntime):
         return outputs
 
     @override
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        return [] if self._network is None else _values(self._network)
+
+    @override
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        return _values(_network(self._model))
+
+    @override
     def close(self) -> None:
         self._network = None
 
@@ -63,6 +73,13 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     limit = ThreadLimit(threads)
     with limit.applied():
         return NumpyRuntime(_network(model), model, steps, limit)
+
+
+def _values(network: Network) -> list[tuple[str, Any]]:
+    """Return the arrays and floats of an instance or a function, and of its file's names."""
+    function: Any = network.func if isinstance(network, partial) else network
+    call = function if inspect.isfunction(function) else vars(type(function)).get("__call__")
+    return [*values_of(getattr(function, "__dict__", {}), ""), *file_values(call)]
 
 
 def _network(model: ModelConfig) -> Network:

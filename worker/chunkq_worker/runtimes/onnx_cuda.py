@@ -163,6 +163,7 @@ class OnnxOnTorch(OnnxRuntime):
 
     @override
     def _as_float(self, outputs: Array) -> Array:
+        self.output_dtype = str(outputs.dtype).removeprefix("torch.")
         return outputs if outputs.dtype.is_floating_point else outputs.float()
 
     @override

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import Runtime, not_one_array
+from chunkq_worker.runtimes.base import Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
@@ -73,6 +73,9 @@ class TensorFlowRuntime(Runtime):
             outputs = _single_tensor(self._forward(inputs))
             if self._steps.postprocessing_protected is not None:
                 outputs = tf.convert_to_tensor(self._steps.postprocessing_protected(outputs))
+            self.output_dtype = outputs.dtype.name
+            if not (outputs.dtype.is_floating or outputs.dtype.is_integer or outputs.dtype.is_bool):
+                raise not_real("the network", self.output_dtype)
             if outputs.dtype != tf.float64:
                 outputs = tf.cast(outputs, tf.float32)
         return self._as_array(outputs)
@@ -152,6 +155,15 @@ class TensorFlowRuntime(Runtime):
     @override
     def tile_norms(self) -> tuple[str, ...]:
         return self._network.tile_norms() if self._network is not None else ()
+
+    @override
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        return () if self._network is None else self._network.created_values()
+
+    @override
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        with tf.device(self._tf_device):
+            return () if self._network is None else self._network.recreated_values()
 
     @override
     def close(self) -> None:

@@ -11,13 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 from typing_extensions import override
 
+from chunkq.casts import Cast, cast_kind
 from chunkq.errors import JobError, ModelError
+from chunkq.job.fields import Dtype
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import load_names
+from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
 from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of
@@ -31,6 +35,7 @@ from chunkq_worker.runtimes.tensorflow_reading import (
 )
 from chunkq_worker.runtimes.tensorflow_weights import WEIGHTS, load_checkpoint
 from chunkq_worker.runtimes.untrusted import untrusted
+from chunkq_worker.steps import KEY
 
 TILE_NORMS = ("GroupNormalization", "InstanceNormalization", "LayerNormalization")
 SAVE_ADVICE = "save a network with one input, the batch, and one output, the prediction"
@@ -57,19 +62,36 @@ class Network(ABC):
         """Return the known layers that normalize with statistics of the current patch."""
         return ()
 
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        """Return values that code has set and no file contains; see `Runtime.created_values`."""
+        return ()
+
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        """Return the same values of a second network."""
+        return ()
+
 
 class KerasNetwork(Network):
     """A Keras model in inference mode.
 
     `prepare` builds the model, which creates its variables, and then loads `checkpoint`. `dtype` is
-    the dtype of layers that the model creates meanwhile, None for Keras's default.
+    the dtype of layers that the model creates meanwhile, None for Keras's default. `recreate`
+    creates the network again if code creates it. Its weights are those of a file if `is_saved`.
     """
 
     def __init__(
-        self, model: Any, key: str, checkpoint: str | None = None, dtype: str | None = None
+        self,
+        model: Any,
+        key: str,
+        checkpoint: str | None = None,
+        dtype: str | None = None,
+        *,
+        recreate: Callable[[], Network] | None = None,
+        is_saved: bool = False,
     ) -> None:
         self._model, self._checkpoint, self._dtype = model, checkpoint, dtype
-        self._ready = False
+        self._recreate, self._is_saved = recreate, is_saved or checkpoint is not None
+        self._built_for: tuple[Any, Any] | None = None
         inputs = getattr(model, "inputs", None) or ()
         if len(inputs) > 1:
             raise ModelError(f"{key} has {len(inputs)} inputs, expected 1; {SAVE_ADVICE}")
@@ -78,18 +100,40 @@ class KerasNetwork(Network):
 
     @override
     def __call__(self, batch: Any) -> Any:
+        if self.input_spec is not None:
+            _check_integers(batch.dtype, self.input_spec[1])
         with default_dtype(self._dtype):
             return self._model(batch, training=False)
 
     @override
     def prepare(self, batch: Any) -> None:
-        if self._ready:
+        if self._built_for is not None:
             return
         if not self._model.built:
             self(batch[:1])
         if self._checkpoint is not None:
             load_checkpoint(self._model, self._checkpoint)
-        self._ready = True
+        self._built_for = (batch.shape, batch.dtype)
+
+    @override
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        if self._recreate is None:
+            return ()
+        weights = () if self._is_saved else self._model.weights
+        values = [(weight.path, weight.numpy()) for weight in weights]
+        for layer in self._model._flatten_layers():
+            values += values_of({k: v for k, v in vars(layer).items() if _is_plain(v)}, layer.name)
+        values += file_values(vars(type(self._model)).get("call"))
+        return values if any(not isinstance(value, float) for _, value in values) else ()
+
+    @override
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        if self._recreate is None or self._built_for is None:
+            return ()
+        other = self._recreate()
+        shape, dtype = self._built_for
+        other.prepare(tf.zeros(shape, dtype))
+        return other.created_values()
 
     @override
     def tile_norms(self) -> tuple[str, ...]:
@@ -132,15 +176,26 @@ class SavedNetwork(Network):
     def __call__(self, batch: Any) -> Any:
         shape, dtype = self.input_spec or ((), "")
         if batch.dtype.name != dtype:
-            raise ModelError(
-                f"model_config.dtype: {batch.dtype.name}, but the network expects {dtype}; set "
-                f"dtype: {dtype}"
-            )
+            raise _other_dtype(batch.dtype.name, dtype)
         if len(shape) == batch.shape.rank + 1 and shape[-1] == 1:
             batch = batch[..., None]  # Keras models do the same
         if not tf.TensorShape(shape).is_compatible_with(batch.shape) and shape != (None,):
             raise ValueError("its serving signature expects another shape")
         return self._signature(**{self._input: batch})
+
+
+def _check_integers(dtype: Any, declared: str) -> None:
+    """Raise ModelError if Keras would wrap values when it casts a batch to the declared dtype."""
+    is_integer = declared.startswith(("int", "uint", "bool"))
+    if is_integer and cast_kind(dtype.as_numpy_dtype, declared) is not Cast.EXACT:
+        raise _other_dtype(dtype.name, declared)
+
+
+def _other_dtype(dtype: str, declared: str) -> ModelError:
+    advice = f"set dtype: {declared}"
+    if declared not in get_args(Dtype):
+        advice = f"cast the batch in preprocessing_protected of {KEY}"
+    return ModelError(f"model_config.dtype: {dtype}, but the network expects {declared}; {advice}")
 
 
 def load_class(model: ModelConfig) -> Network:
@@ -155,7 +210,7 @@ def load_class(model: ModelConfig) -> Network:
             f"{key} returned {type(network).__name__}, expected a keras.Model"
             + (" of Keras 3; export this Keras 2 model as SavedModel" if is_keras_2 else "")
         )
-    return KerasNetwork(network, key, model.checkpoint, dtype)
+    return KerasNetwork(network, key, model.checkpoint, dtype, recreate=lambda: load_class(model))
 
 
 def load_file(model: ModelConfig) -> Network:
@@ -189,7 +244,8 @@ def load_file(model: ModelConfig) -> Network:
             network = keras.models.load_model(
                 file, objects, compile=False, safe_mode=not model.trusted
             )
-    return KerasNetwork(network, key)
+    recreate = None if model.class_file is None else lambda: load_file(model)
+    return KerasNetwork(network, key, recreate=recreate, is_saved=True)
 
 
 def load_json(model: ModelConfig) -> Network:
@@ -222,7 +278,7 @@ def load_json(model: ModelConfig) -> Network:
             f"{key} describes a {type(network).__name__}, expected a keras.Model; create the file "
             "with model.to_json()"
         )
-    return KerasNetwork(network, key, model.checkpoint)
+    return KerasNetwork(network, key, model.checkpoint, recreate=lambda: load_json(model))
 
 
 def _read_config(content: bytes, form: str) -> tuple[Any, str | None]:
@@ -312,6 +368,13 @@ def _unknown_object(name: str) -> str:
         f"unknown layer or function {name!r}; set model_config.class_file to the Python file that "
         "defines it, or use type: class"
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether an attribute of a layer is an array, a tensor or a float, but no variable."""
+    if isinstance(value, (keras.Variable, tf.Variable)):
+        return False
+    return isinstance(value, (float, np.ndarray)) or tf.is_tensor(value)
 
 
 def _is_tile_norm(layer: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array
+from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.cache_folder import use_compiler_cache
 from chunkq_worker.runtimes.staging import (
     Accelerator,
@@ -26,7 +26,13 @@ from chunkq_worker.runtimes.staging import (
     SentBatch,
     StagedFeed,
 )
-from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork, reason
+from chunkq_worker.runtimes.torch_files import (
+    LOADERS,
+    LoadedNetwork,
+    created_values,
+    reason,
+    recreated_values,
+)
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
@@ -61,6 +67,7 @@ class TorchRuntime(Runtime):
     ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
+        self._saved = loaded.saved
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         # Compiled and captured networks are specialized for one batch size, exported ones can be.
         is_specialized = model.compile or model.cuda_graph or model.type == "exported"
@@ -98,6 +105,9 @@ class TorchRuntime(Runtime):
                 raise not_one_array(outputs, "tensor")
             if self._steps.postprocessing_protected is not None:
                 outputs = self._steps.postprocessing_protected(outputs)
+            self.output_dtype = _dtype_name(outputs)
+            if outputs.is_complex():
+                raise not_real("the network", self.output_dtype)
             if outputs.dtype == torch.float64:
                 return outputs
             # On an accelerator, the first kernel that reads low precision converts it.
@@ -201,6 +211,14 @@ class TorchRuntime(Runtime):
         nodes = graph.nodes if isinstance(graph, torch.fx.Graph) else ()  # an exported program
         names += [f"{node.name} ({node.target})" for node in nodes if _is_tile_norm_node(node)]
         return tuple(names)
+
+    @override
+    def created_values(self) -> Sequence[tuple[str, Any]]:
+        return () if self._saved is None else created_values(self._module, self._saved)
+
+    @override
+    def recreated_values(self) -> Sequence[tuple[str, Any]]:
+        return recreated_values(self._model, self._saved or frozenset())
 
     @override
     def close(self) -> None:

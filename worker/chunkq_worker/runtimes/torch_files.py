@@ -21,6 +21,7 @@ from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import sibling_imports
 from chunkq.paths import read_bytes
+from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes import exported_program, torchscript_code
 from chunkq_worker.runtimes.classes import create_network
 from chunkq_worker.runtimes.formats import USES, format_of
@@ -33,26 +34,63 @@ STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that DataParallel and torch.compile add to the names of all weights."""
 
+REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+"""Attributes of a module that hold what it has registered."""
+
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network and the batches it accepts; `limits` is None if the file does not declare them."""
+    """A network and the batches it accepts; `limits` is None if the file does not declare them.
+
+    `saved` has the names of the values that a file contains, None if it contains all of them.
+    """
 
     module: Any
     limits: Limits | None = None
+    saved: frozenset[str] | None = None
 
 
 def load_class(model: ModelConfig) -> LoadedNetwork:
     """Create an instance of the user's class and load its checkpoint."""
+    module, saved = _created(model), frozenset[str]()
+    if model.checkpoint is not None:
+        _load_state(module, model.checkpoint)
+        saved = frozenset(module.state_dict())
+    return LoadedNetwork(_prepared(module, model), saved=saved)
+
+
+def created_values(module: torch.nn.Module, saved: frozenset[str]) -> list[tuple[str, Any]]:
+    """Return parameters, buffers and other tensors of a module that are not among `saved`.
+
+    Floats are added if there are any. The value is None for a parameter that the first batch sets.
+    """
+    values: list[tuple[str, Any]] = [
+        (name, None if torch.nn.parameter.is_lazy(value) else value)
+        for values in (module.named_parameters(), module.named_buffers())
+        for name, value in values
+        if name not in saved
+    ]
+    for prefix, part in module.named_modules():
+        attributes = {k: v for k, v in vars(part).items() if k not in REGISTERED}
+        values += values_of(attributes, prefix)
+    values += file_values(getattr(type(module), "forward", None))
+    return values if any(not isinstance(value, float) for _, value in values) else []
+
+
+def recreated_values(model: ModelConfig, saved: frozenset[str]) -> list[tuple[str, Any]]:
+    """Create an instance of the user's class again; return its `created_values`."""
+    module = _created(model)
+    return created_values(_in_dtype(module, model), saved)
+
+
+def _created(model: ModelConfig) -> torch.nn.Module:
     module = create_network(model)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
             f"model_config.class_name: {model.class_name} of {model.class_file} is a "
             f"{type(module).__name__}; expected a torch.nn.Module"
         )
-    if model.checkpoint is not None:
-        _load_state(module, model.checkpoint)
-    return LoadedNetwork(_prepared(module, model))
+    return module
 
 
 def _load_state(module: torch.nn.Module, path: str) -> None:
@@ -150,8 +188,11 @@ def load_file(model: ModelConfig) -> LoadedNetwork:
 
 def _prepared(module: torch.nn.Module, model: ModelConfig) -> torch.nn.Module:
     """Return the module in inference mode, on the device, with weights in the job's dtype."""
+    return _in_dtype(module.eval().to(model.device), model)
+
+
+def _in_dtype(module: torch.nn.Module, model: ModelConfig) -> torch.nn.Module:
     dtype: torch.dtype = getattr(torch, model.dtype)
-    module = module.eval().to(model.device)
     return module.to(dtype) if dtype.is_floating_point else module
 
 

@@ -1,0 +1,98 @@
+"""Outputs that are labels: class numbers, which must not be averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.blend.combine import Array, namespace, to_numpy
+from chunkq.errors import ErrorCode, ModelError
+from chunkq.plan.outputs import OutputSpec
+
+ADVICE = (
+    "set classes to the number of classes, so that each prediction is a vote, or return the "
+    "probabilities of the classes"
+)
+MAX_BATCHES = 16
+"""Batches whose values are examined until one is neither 0 nor 1."""
+MAX_CLASSES = 256
+"""Number of distinct values above which whole numbers are amounts."""
+
+
+def check_output_dtype(dtype: str, output: OutputSpec) -> None:
+    """Raise ModelError if the dtype shows that a job would average labels.
+
+    `dtype` is that of the network's output. Integers of one channel are labels. Bool is the vote
+    for one of two classes. Integers of several channels are votes or scores of the channels.
+    """
+    if (
+        output.network_channels == 1
+        and not output.from_labels
+        and dtype.startswith(("int", "uint"))
+    ):
+        raise ModelError(
+            f"the network returns {dtype} in one channel, which are labels; {ADVICE}; if they are "
+            "amounts, return float32",
+            code=ErrorCode.OUTPUT_IS_LABELS,
+        )
+    if dtype == "bool" and output.activation != "none":
+        raise ModelError(
+            f"the network returns bool, and activation: {output.activation} expects logits; remove "
+            "activation, or return the logits",
+            code=ErrorCode.OUTPUT_IS_LABELS,
+        )
+
+
+def invalid_labels(labels: Array, classes: int) -> Array:
+    """Return where values (N, 1, *Q) are no whole numbers from 0 to `classes` - 1."""
+    xp = namespace(labels)
+    return (labels != xp.floor(labels)) | (labels < 0) | (labels >= classes)
+
+
+class LabelDetector:
+    """Detects floating-point outputs of one channel that hold labels, from the first batches."""
+
+    def __init__(self, output: OutputSpec) -> None:
+        self._output = output
+        self._batches = MAX_BATCHES
+        if output.network_channels > 1 or output.from_labels:
+            self._batches = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no further batch is examined."""
+        return self._batches == 0
+
+    def examine(self, outputs: Array, inputs: Sequence[npt.NDArray[Any]]) -> str | None:
+        """Examine the outputs of a batch; return a warning if labels are probably averaged.
+
+        `inputs` are the patches of the batch. Raise ModelError if the job compares labels with the
+        threshold 0.5. Nothing is read once a batch has decided.
+        """
+        if self._batches == 0:
+            return None
+        self._batches -= 1
+        values = to_numpy(outputs)
+        values = values[np.isfinite(values)]
+        if values.size == 0 or ((values == 0) | (values == 1)).all():
+            return None
+        self._batches = 0
+        if values.min() < 0 or (values != np.rint(values)).any():
+            return None
+        if not self._output.is_average:
+            raise ModelError(
+                f"the network returns whole numbers up to {values.max():.6g} in one channel, which "
+                f"are labels, and combine: {self._output.combine} compares one channel with 0.5; "
+                f"{ADVICE}",
+                code=ErrorCode.OUTPUT_IS_LABELS,
+            )
+        count = len(np.unique(values))
+        if count > MAX_CLASSES or 2 * count >= len(np.unique(np.stack(inputs))):
+            return None
+        return (
+            f"the network returns whole numbers from 0 to {values.max():.6g} in one channel; if "
+            f"they are labels, combine: weighted_avg averages them: {ADVICE}"
+        )

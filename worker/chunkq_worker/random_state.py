@@ -1,0 +1,35 @@
+"""The global random states of the frameworks, replaced for a while."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+SEED = 20_240_229
+"""A seed that training scripts are unlikely to use."""
+
+
+@contextmanager
+def other_random_state() -> Iterator[None]:
+    """Seed Python, NumPy and torch with SEED inside a `with` block, then restore their states.
+
+    TensorFlow draws the seeds of its initializers from Python's generator.
+    """
+    python, legacy = random.getstate(), np.random.get_state()
+    torch = sys.modules.get("torch")
+    state = None if torch is None else torch.random.get_rng_state()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    if torch is not None:
+        torch.random.default_generator.manual_seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        if torch is not None:
+            torch.random.set_rng_state(state)

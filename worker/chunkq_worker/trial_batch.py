@@ -1,0 +1,95 @@
+"""One batch of patches from the middle of a volume, on which the network is checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.errors import ErrorCode, JobError, ModelError, PredictionError
+from chunkq.geometry.box import Box
+from chunkq.job.record import JobRecord
+from chunkq.plan.plan import Patch, Plan
+from chunkq.plan.sample_chunks import fullest_chunk
+from chunkq.storage.padded_reading import read_padded
+from chunkq_worker.batching import Batcher, Halos
+from chunkq_worker.output_checks import OutputChecks
+
+log = logging.getLogger("chunkq.worker")
+
+
+@dataclass(frozen=True)
+class TrialBatch:
+    """Patches and the inputs that they read, from voxel `origin` on; see `Batcher`."""
+
+    patches: tuple[Patch, ...]
+    halos: Halos
+    origin: tuple[int, ...]
+
+    @classmethod
+    def read(cls, record: JobRecord, plan: Plan, size: int) -> TrialBatch:
+        """Read at most `size` patches of a chunk of the largest item, which has this plan."""
+        patches = tuple(islice(plan.patches(fullest_chunk(plan, enough=size)), size))
+        window, job = _bounding_box(patches), record.job
+        item = max(record.items, key=lambda item: prod(item.volume.shape))
+        halos = [
+            read_padded(source.open(), window, job.pad_mode, job.pad_value)
+            for source in item.sources
+        ]
+        return cls(patches, halos, window.start)
+
+    def raw(self, batcher: Batcher, patches: Sequence[Patch]) -> npt.NDArray[Any]:
+        """Return the network's raw outputs (n, C, *Q) for as many patches as fit into a batch."""
+        while True:
+            outputs = batcher.raw(patches[: batcher.size], self.halos, self.origin)
+            if outputs is not None:
+                return outputs
+
+
+def check_on_patches(record: JobRecord, plan: Plan, batcher: Batcher) -> None:
+    """Run a batch of real patches; raise the errors that concern the whole job.
+
+    Raise JobError if a `dtype` cannot hold values of the volume, of a step or of the network, and
+    ModelError as workers do. Workers report other errors with their chunks.
+    """
+    try:
+        batch = TrialBatch.read(record, plan, batcher.size)
+        batcher.check_input(batch.halos, batch.origin)
+        for _ in batcher.predictions(batch.patches, batch.halos, batch.origin):
+            pass
+        if batcher.checks is not None and not batcher.checks.is_repeated:
+            _repeat_noise(batcher, batcher.checks, batch)
+    except (ModelError, JobError):
+        raise
+    except PredictionError as error:
+        if error.code is ErrorCode.DTYPE_UNSUITABLE:
+            raise JobError(str(error), code=error.code) from error
+        if error.code is ErrorCode.OUTPUT_IS_LABELS:
+            raise ModelError(str(error), code=error.code) from error
+    except Exception as error:  # of any class, from storage, a step or the network
+        log.debug("the network was not checked on patches: %s", error)
+
+
+def _repeat_noise(batcher: Batcher, checks: OutputChecks, batch: TrialBatch) -> None:
+    """Compare two runs on values that differ, because equal ones can hide what is random."""
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 2, halo.shape).astype(halo.dtype) for halo in batch.halos]
+    changed = TrialBatch(batch.patches, noise, batch.origin)
+    with suppress(PredictionError):  # a step can return what no patch of the volume gives
+        outputs = changed.raw(batcher, batch.patches)
+        checks.compare(outputs, lambda: changed.raw(batcher, batch.patches))
+
+
+def _bounding_box(patches: Sequence[Patch]) -> Box:
+    starts = [patch.source.start for patch in patches]
+    stops = [patch.source.stop for patch in patches]
+    return Box(
+        tuple(map(min, zip(*starts, strict=True))), tuple(map(max, zip(*stops, strict=True)))
+    )
