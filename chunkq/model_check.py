@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from chunkq.errors import ModelError
 
 MAX_DEVIATION = 1e-5
 """Largest normal change of a result with its batch, as a fraction of the largest output value."""
@@ -72,6 +76,51 @@ class ModelCheck:
                 "differ visibly; use large patches and small strides"
             )
         return lines
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """How the check of a network ended: its result, an error, or the end of its process.
+
+    `error` is the message of a ChunkqError. `exit_code` is that of a process that ended before it
+    could report; it is negative if a signal killed the process.
+    """
+
+    check: ModelCheck | None = None
+    error: str | None = None
+    exit_code: int | None = None
+
+    def result(self, output: Sequence[str]) -> ModelCheck:
+        """Return the result of the check; raise ModelError if there is none.
+
+        `output` are the lines that a process without a report wrote to standard error.
+        """
+        if self.check is not None:
+            return self.check
+        if self.error is not None:
+            raise ModelError(self.error)
+        raise ModelError(
+            f"model_config: the check of the network ended with exit code {self.exit_code}: "
+            f"{' '.join(output[-1:]) or 'no output'}"
+        )
+
+    def write(self, descriptor: int) -> None:
+        """Write the report as one line; do nothing if its reader has ended."""
+        from chunkq import json_values  # imports pydantic, which takes long
+
+        content = json_values.encode(self) + b"\n"
+        try:
+            while content:
+                content = content[os.write(descriptor, content) :]
+        except BrokenPipeError:
+            pass
+
+    @classmethod
+    def read(cls, line: bytes) -> CheckReport | None:
+        """Decode a line; return None if its writer ended before it had written the whole line."""
+        from chunkq import json_values
+
+        return json_values.decode(cls, line) if line.endswith(b"\n") else None
 
 
 def _patch_warnings(check: PatchCheck) -> list[str]:

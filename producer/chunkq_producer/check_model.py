@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 from chunkq import json_values
-from chunkq.errors import ModelError
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import copy_job
-from chunkq.model_check import ModelCheck
+from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.system.parent_process import with_parent_death_signal
 from chunkq.system.scratch import scratch_folder
 
@@ -41,23 +40,15 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
             capture_output=True,
             check=False,
         )
+    return _report(completed).result(completed.stderr.decode(errors="replace").strip().splitlines())
+
+
+def _report(completed: subprocess.CompletedProcess[bytes]) -> CheckReport:
+    """Return the report of the process; its last line on standard output is JSON if it has one."""
     lines = completed.stdout.decode(errors="replace").strip().splitlines()
     if completed.returncode == 0 and lines:
-        return json_values.decode(ModelCheck, lines[-1])
-    raise ModelError(_reported_error(lines) or _crash(completed))
-
-
-def _reported_error(lines: list[str]) -> str | None:
-    """Return the message of the error that the command printed as JSON; None if it crashed."""
+        return CheckReport(json_values.decode(ModelCheck, lines[-1]))
     try:
-        return str(json.loads(lines[-1])["error"]["message"])
+        return CheckReport(error=str(json.loads(lines[-1])["error"]["message"]))
     except (IndexError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _crash(completed: subprocess.CompletedProcess[bytes]) -> str:
-    last_line = completed.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    return (
-        f"model_config: the check of the network ended with exit code {completed.returncode}: "
-        f"{' '.join(last_line) or 'no output'}"
-    )
+        return CheckReport(exit_code=completed.returncode)

@@ -12,21 +12,22 @@ from typing import Any
 from chunkq.create import CheckedJob, check_job, check_output
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
 from chunkq.finalize import finalize_job
-from chunkq.job.events import Message, Sink
+from chunkq.job.events import Message, Sink, StageProgress
 from chunkq.job.job_file import Job
-from chunkq.job.job_folder import job_folder_of
 from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.tasks import chunk_count
 from chunkq.queue.registry import open_executor
+from chunkq_producer.check_model import STAGE as CHECK_STAGE
 from chunkq_producer.check_model import check_model
 from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
 from chunkq_producer.engine import Engine, select_engine
 from chunkq_producer.job_status import FailureGroup
 from chunkq_producer.produce import produce_job
 from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
+from chunkq_producer.worker_command import RunOptions, WorkerCommand, early_workers
 from chunkq_producer.workers import (
     InterruptedRunError,
-    RunOptions,
     run_workers,
     start_workers,
     wait_for_workers,
@@ -63,35 +64,54 @@ def run_job(
     selected = select_engine(job, engine, queue, options.workers)
     if selected.step is not None and selected.step.rank > 0:
         return _follow(job, selected.name, selected.step, options, emit)
-    checked = check_job(job)
-    check_output(checked, overwrite=overwrite)
-    for line in selected.warnings:
-        emit(Message(f"chunkq: {line}"))
-    with cluster_for(job, selected, options.workers) as cluster:
-        _check_before_writing(checked, selected, cluster, emit)
-        for recovery in range(MAX_RECOVERIES + 1):
-            replaces = overwrite and recovery == 0
-            handle, failures = _compute(checked, cluster, options, replaces, emit)
-            try:
-                report = finalize_job(handle, worker=socket.gethostname(), emit=emit)
-            except IncompleteError as error:
-                _raise_unless_lost(error, failures, is_last=recovery == MAX_RECOVERIES, emit=emit)
-            else:
-                break
+    with early_workers(job, selected, options, emit) as early:
+        checked = check_job(job)
+        check_output(checked, overwrite=overwrite)
+        for line in selected.warnings:
+            emit(Message(f"chunkq: {line}"))
+        with cluster_for(job, selected, options.workers) as cluster:
+            _check_before_writing(checked, selected, cluster, early, emit)
+            for recovery in range(MAX_RECOVERIES + 1):
+                is_first = recovery == 0
+                handle, failures = _compute(
+                    checked,
+                    cluster,
+                    options,
+                    overwrite and is_first,
+                    early if is_first else None,
+                    emit,
+                )
+                try:
+                    report = finalize_job(handle, worker=socket.gethostname(), emit=emit)
+                except IncompleteError as error:
+                    is_last = recovery == MAX_RECOVERIES
+                    _raise_unless_lost(error, failures, is_last=is_last, emit=emit)
+                else:
+                    break
         return RunResult(handle, report)
 
 
-def _check_before_writing(job: CheckedJob, engine: Engine, cluster: Cluster, emit: Sink) -> None:
+def _check_before_writing(
+    job: CheckedJob, engine: Engine, cluster: Cluster, early: WorkerCommand | None, emit: Sink
+) -> None:
     """Raise QueueError if the queue cannot be reached, ModelError if the network is unusable."""
     if engine.name != "sqlite":
         with closing(open_executor(cluster.url)) as executor:
             executor.check_ready()
-    if not cluster.launches_remote_workers or engine.step is not None:
+    if early is not None:
+        emit(StageProgress(CHECK_STAGE))
+        early.check(job.record)
+    elif not cluster.launches_remote_workers or engine.step is not None:
         check_model(job.record, emit=emit)
 
 
 def _compute(
-    job: CheckedJob, cluster: Cluster, options: RunOptions, overwrite: bool, emit: Sink
+    job: CheckedJob,
+    cluster: Cluster,
+    options: RunOptions,
+    overwrite: bool,
+    early: WorkerCommand | None,
+    emit: Sink,
 ) -> tuple[JobHandle, Sequence[FailureGroup]]:
     """Queue the remaining chunks and run the workers; return the job and its failures."""
     with closing(open_executor(cluster.url)) as executor:
@@ -106,7 +126,7 @@ def _compute(
             return produced.job, ()
         cluster.announce()
         rerun = "run the same command" + (" without --overwrite" if overwrite else "")
-        failures = run_workers(executor, produced.job, cluster, options, rerun, emit)
+        failures = run_workers(executor, produced.job, cluster, options, rerun, emit, early)
     for line in map(_failure_line, failures):
         emit(Message(line))
     return produced.job, failures

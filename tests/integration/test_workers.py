@@ -96,14 +96,13 @@ class FakeWorkers:
         worker_slots = [Slot(gpu) for gpu in gpus] if gpus else [Slot(None)] * processes
         supervisor = Supervisor(
             self.queue_url,
-            self.queue,
             worker_slots,
             depth=2,
             burst=True,
             job=JOB.path,
             settings=self.settings,
         )
-        return supervisor.run()
+        return supervisor.run(self.queue)
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from chunkq import json_values
 from chunkq.geometry.box import Box
+from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
@@ -65,7 +66,7 @@ def run_check(
     # Load on the device thread, as a worker does: libraries allocate memory per calling thread.
     on_device = get_device().run
     before = time.perf_counter()
-    engine = on_device(lambda: InferenceEngine(record, record.plan())).result()
+    engine = get_device().load(record).result()
     load_seconds = time.perf_counter() - before
     loaded_bytes = peak_bytes()
     memory = None
@@ -91,8 +92,12 @@ def run_check(
 
 
 def _restart_with_worker_env() -> None:
-    """Restart this process with the environment of a worker process, unless it has it."""
+    """Restart this process with the environment of a worker process, unless it has it.
+
+    The user names the job, so every path is allowed.
+    """
     worker_env = {**os.environ, **child_env(cores())}
+    worker_env.pop(ALLOW_VARIABLE, None)
     if worker_env != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from chunkq.errors import MissingJobError
-from chunkq.job.job_folder import JobFolder, job_folder_of
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
-from chunkq.job.job_path import output_path
+from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
 

@@ -17,7 +17,7 @@ from chunkq_producer.commands.options import (
 from chunkq_producer.engine import ENGINES
 from chunkq_producer.run_display import RunDisplay
 from chunkq_producer.runner import run_job
-from chunkq_producer.workers import RunOptions
+from chunkq_producer.worker_command import RunOptions
 
 
 @click.command()

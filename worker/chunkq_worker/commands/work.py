@@ -15,9 +15,8 @@ import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
-from chunkq.job.job_folder import job_folder_of
 from chunkq.job.job_handle import open_job
-from chunkq.job.job_path import output_path
+from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.job.tasks import JobId
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
@@ -81,6 +80,10 @@ from chunkq_worker.supervisor import Supervisor
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Only log warnings and errors.")
 @click.option("--lifeline", is_flag=True, hidden=True, help="Stop when standard input closes.")
+@click.option(
+    "--early", type=int, hidden=True,
+    help="Check the network before the job exists, and report to this file descriptor.",
+)  # fmt: skip
 def work(
     queue: str | None,
     gpus: str,
@@ -95,6 +98,7 @@ def work(
     allow: tuple[str, ...],
     quiet: bool,
     lifeline: bool,
+    early: int | None,
 ) -> None:
     """Compute the chunks on a queue, with one process per GPU, or one on the CPU.
 
@@ -111,15 +115,9 @@ def work(
     worker_slots = slots(gpus, workers, per_node)
     deadline = None if max_time is None else time.time() + parse_duration("--max-time", max_time)
     limit = None if time_limit is None else parse_duration("--time-limit", time_limit)
-    executor = open_shared(url)
-    executor.check_ready()
-    if lifeline:
-        when_parent_ends(_stop)
     folder = None if job is None else job_folder_of(output_path(job, base))
-    before = _jobs(executor, folder)
     supervisor = Supervisor(
         queue=url,
-        executor=executor,
         slots=worker_slots,
         depth=depth or default_depth(gpu=worker_slots[0] != Slot(None)),
         burst=burst,
@@ -129,7 +127,14 @@ def work(
         quiet=quiet,
         hide_gpus=gpus == "none",
     )
-    code = supervisor.run()
+    if lifeline:
+        when_parent_ends(_stop, supervisor.receive)
+    if early is not None and not supervisor.start_early(early):
+        return
+    executor = open_shared(url)
+    executor.check_ready()
+    before = _jobs(executor, folder)
+    code = supervisor.run(executor)
     after = _jobs(executor, folder)
     executor.close()
     failed = _failed(after) - _failed(before)
