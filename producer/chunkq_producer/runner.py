@@ -28,6 +28,7 @@ from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
 from chunkq_producer.worker_command import RunOptions, WorkerCommand, early_workers
 from chunkq_producer.workers import (
     InterruptedRunError,
+    have_failed,
     run_workers,
     start_workers,
     wait_for_workers,
@@ -164,7 +165,7 @@ def _follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) 
                 workers = start_workers(executor, handle, cluster, options, emit)
             if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
                 raise InterruptedRunError(f"run: interrupted on node {step.node}")
-            if workers.failed and not is_over():
+            if have_failed(workers) and not is_over():
                 raise ChunkqError(
                     f"run: a worker on node {step.node} ended with an error; fix the cause above, "
                     "then run the same command",

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
+from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.job.events import Message, Sink
 from chunkq.job.job_file import Job
 from chunkq.model_check import CheckReport, ModelCheck
@@ -59,11 +59,6 @@ class Workers(ABC):
     @abstractmethod
     def exit_code(self) -> int:
         """Exit code of `chunkq work`, or its equivalent; valid after the workers have ended."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether a worker ended with an error other than failed chunks."""
-        return self.exit_code not in (0, IncompleteError.exit_code)
 
     def kill(self) -> None:  # noqa: B027 -- remote workers continue without this process
         """Kill workers that cannot continue without this process."""

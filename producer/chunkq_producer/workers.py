@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from chunkq.errors import ChunkqError, ErrorCode, QueueError
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
 from chunkq.job.events import Message, Sink
 from chunkq.job.job_handle import JobHandle
 from chunkq.queue.backends.hosted.hosted import HostedQueue
@@ -140,7 +140,7 @@ def run_workers(
             f"run: the cluster that this run started has ended; {rerun} to continue",
             code=ErrorCode.CLUSTER_UNAVAILABLE,
         )
-    if workers.failed:
+    if have_failed(workers):
         raise ChunkqError(
             f"run: a worker ended with an error; fix the cause above, then {rerun}",
             code=ErrorCode.WORKER_FAILED,
@@ -178,6 +178,11 @@ def _worker_thread(executor: Executor, job: JobHandle, depth: int | None, emit: 
     depth = depth or default_depth(gpu=device == "cuda")
     options = WorkerOptions(worker, depth=depth, burst=True, job=job.folder.path)
     return WorkerThread(executor, options, emit)
+
+
+def have_failed(workers: Workers) -> bool:
+    """Return whether a worker ended with an error other than failed chunks."""
+    return workers.exit_code not in (0, IncompleteError.exit_code)
 
 
 def wait_for_workers(
