@@ -7,6 +7,7 @@ the supervisor ends, the pipe closes and this process ends too.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -119,5 +120,17 @@ def _handle_signals(options: WorkerOptions, executor: Executor) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _exit_quickly(code: int) -> None:
+    """End the process without the teardown of its libraries, which takes up to a second.
+
+    Functions that libraries or the user registered for the end are called.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit_quickly(main())

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from chunkq.errors import MissingJobError
-from chunkq.job.job_folder import JobFolder
-from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
+
+if TYPE_CHECKING:
+    from chunkq.job.job_folder import JobFolder
+    from chunkq.job.job_handle import JobHandle
 
 job_argument = click.argument("job", type=click.Path(path_type=Path))
 input_option = click.option(
@@ -39,6 +42,8 @@ def folder_at(output: str) -> JobFolder:
 
     Raises MissingJobError if the path is that of a job file.
     """
+    from chunkq.job.job_folder import JobFolder  # imports NumPy, which `jobs` does not need
+
     if output.endswith((".yaml", ".yml", ".json")) and Path(output).is_file():
         raise MissingJobError(
             f"{output}: found a job file; expected the path of an output, such as labels.zarr"
@@ -48,4 +53,6 @@ def folder_at(output: str) -> JobFolder:
 
 def job_at(output: str) -> JobHandle:
     """Open the job of an output path. Raises MissingJobError if there is none."""
+    from chunkq.job.job_handle import open_job
+
     return open_job(folder_at(output).path)

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from chunkq.job.job_file import load_job
-from chunkq_producer.commands.finalize import print_result
 from chunkq_producer.commands.options import (
     input_option,
     job_argument,
@@ -64,4 +63,6 @@ def run(
             emit=display,
         )
     if result.is_leader:
+        from chunkq_producer.commands.finalize import print_result
+
         print_result(result.job, result.report)

@@ -15,7 +15,6 @@ import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
-from chunkq.job.job_handle import open_job
 from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.job.tasks import JobId
 from chunkq.paths import without_secret
@@ -29,7 +28,6 @@ from chunkq.queue.contract.executor import (
 )
 from chunkq.queue.contract.settings import override_settings
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
-from chunkq.stages.completion import job_completion
 from chunkq.system.parent_process import when_parent_ends
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
@@ -167,6 +165,10 @@ def _failed(jobs: Mapping[JobId, TaskCounts]) -> int:
 
 def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]) -> list[str]:
     """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
+    # These import NumPy and pydantic, which a supervisor does not need before its processes start.
+    from chunkq.job.job_handle import open_job
+    from chunkq.stages.completion import job_completion
+
     lost = []
     for id, counts in before.items():
         now = after.get(id, TaskCounts())
