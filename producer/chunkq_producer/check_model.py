@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 
-from chunkq import json_values
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import copy_job
@@ -32,23 +30,17 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
         if depth:
             job = copy_job(record, str(folder))
             options = ["--depth", str(depth), "--job", job.folder.path]
+        # Not standard output, to which the network may print.
+        path = folder / "report.json"
         completed = subprocess.run(
             with_parent_death_signal(
-                [sys.executable, "-m", "chunkq", "check-model", "--json", *options], signal.SIGKILL
+                [sys.executable, "-m", "chunkq", "check-model", "--report", str(path), *options],
+                signal.SIGKILL,
             ),
             input=record.to_json(),
             capture_output=True,
             check=False,
         )
-    return _report(completed).result(completed.stderr.decode(errors="replace").strip().splitlines())
-
-
-def _report(completed: subprocess.CompletedProcess[bytes]) -> CheckReport:
-    """Return the report of the process; its last line on standard output is JSON if it has one."""
-    lines = completed.stdout.decode(errors="replace").strip().splitlines()
-    if completed.returncode == 0 and lines:
-        return CheckReport(json_values.decode(ModelCheck, lines[-1]))
-    try:
-        return CheckReport(error=str(json.loads(lines[-1])["error"]["message"]))
-    except (IndexError, KeyError, TypeError, ValueError):
-        return CheckReport(exit_code=completed.returncode)
+        line = path.read_bytes() if path.exists() else b""
+    report = CheckReport.read(line) or CheckReport(exit_code=completed.returncode)
+    return report.result(completed.stderr.decode(errors="replace").strip().splitlines())

@@ -48,11 +48,11 @@ class Device:
     def load(self, record: JobRecord) -> Future[InferenceEngine]:
         """Load the network of a job, which need not exist yet, for its largest item.
 
-        The engine is kept for the chunks of the job. Raises JobError if this worker does not accept
-        the job.
+        The engine is kept for the chunks of the job. The error is JobError if this worker does not
+        accept the job.
         """
-        folder = allowed_job_path(job_folder_of(record.job.output))
-        return self.run(lambda: self._load(folder, record, record.plan()))
+        folder = job_folder_of(record.job.output)
+        return self.run(lambda: self._load(allowed_job_path(folder), record, record.plan()))
 
     @contextmanager
     def compute_with(self, job: JobHandle, engine: InferenceEngine) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from chunkq.model_check import CheckReport
 from chunkq.worker_start import Step, decode_line
 
 
@@ -21,7 +20,9 @@ def prepare(receive: Callable[[], bytes], report: int | None) -> None:
         if step is Step.IMPORT:
             _import_libraries(argument)
         elif step is Step.CHECK and report is not None:
-            _check(argument).write(report)
+            from chunkq_worker.model_check import report_check
+
+            report_check(argument.encode()).write(report)
             os.close(report)
         elif step is Step.CHECK:
             _load(argument)
@@ -33,18 +34,6 @@ def _import_libraries(runtime: str) -> None:
     from chunkq_worker.runtimes.base import import_runtime
 
     get_device().run(lambda: import_runtime(runtime)).exception()
-
-
-def _check(record: str) -> CheckReport:
-    """Check the network as `chunkq check-model` does, with the same messages."""
-    from chunkq.cli import as_chunkq_error
-    from chunkq.job.record import JobRecord
-    from chunkq_worker.model_check import run_check
-
-    try:
-        return CheckReport(run_check(JobRecord.from_json(record.encode())))
-    except Exception as error:
-        return CheckReport(error=str(as_chunkq_error(error)))
 
 
 def _load(record: str) -> None:

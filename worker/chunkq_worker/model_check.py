@@ -1,6 +1,6 @@
 """The command `chunkq check-model`, which the producer starts as a separate process.
 
-It reads a job record on standard input and prints a `ModelCheck` as one line of JSON.
+It reads a job record on standard input and writes a `CheckReport` to a file.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
 import numpy.typing as npt
 
-from chunkq import json_values
+from chunkq.cli import as_chunkq_error
 from chunkq.geometry.box import Box
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
-from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
+from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan.plan import Patch
 from chunkq.plan.sample_chunks import fullest_chunk
 from chunkq.storage.padded_reading import read_padded
@@ -42,8 +42,8 @@ ROUNDS = 3
 @click.command("check-model", hidden=True)
 @click.option("--depth", type=click.IntRange(1), help="Chunks in flight; default: compute none.")
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
-@click.option("--json", "as_json", is_flag=True, help="Print errors as JSON too.")
-def check_model(depth: int | None, job_folder: str | None, as_json: bool) -> None:
+@click.option("--report", type=click.File("wb"), required=True, help="File for the report.")
+def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> None:
     """Load the network of the job record on standard input, and run a batch of zeros.
 
     With --depth, also run patches from the middle of the volume in different batches, and compute
@@ -51,8 +51,17 @@ def check_model(depth: int | None, job_folder: str | None, as_json: bool) -> Non
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
-    record = JobRecord.from_json(sys.stdin.buffer.read())
-    click.echo(json_values.encode(run_check(record, depth, job_folder)))
+    report_check(sys.stdin.buffer.read(), depth, job_folder).write(report.fileno())
+
+
+def report_check(
+    record: bytes, depth: int | None = None, job_folder: str | None = None
+) -> CheckReport:
+    """Check the network of a job record; return the result or the error. See `run_check`."""
+    try:
+        return CheckReport(run_check(JobRecord.from_json(record), depth, job_folder))
+    except Exception as error:
+        return CheckReport(error=str(as_chunkq_error(error)))
 
 
 def run_check(
