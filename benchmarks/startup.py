@@ -35,7 +35,7 @@ from benchmarks.network import UNET, make_job
 from benchmarks.turns import THREADS, Figures
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, WATCHED_ROUNDS = 9, 5
+ROUNDS, WATCHED_ROUNDS = 9, 3
 EDGE, PATCH, STRIDE, BATCH = 96, 64, 16, 4
 TARGET_RATIO, TARGET_SECONDS = 1.15, 0.35
 COMMANDS = {
@@ -119,17 +119,19 @@ class Stage:
         """Return the environment of a contestant."""
         tree = self.trees.get(name, ROOT)
         path = os.pathsep.join(map(str, (tree, tree / "producer", tree / "worker")))
-        threads = {"OMP_NUM_THREADS": str(THREADS)}
+        settings = {
+            "OMP_NUM_THREADS": str(THREADS),
+            "CHUNKQ_QUEUE": f"sqlite://{self.folder}/{name}.db",
+        }
         own = {} if name in self.trees else child_env(THREADS)
-        return os.environ | threads | own | {"PYTHONPATH": path}
+        return os.environ | settings | own | {"PYTHONPATH": path}
 
     def command(self, name: str, *arguments: str) -> list[str]:
         """Return the command of a contestant; `arguments` are those of chunkq."""
         if name == "script":
             paths = [str(self.folder / "in.zarr"), str(UNET), str(self.folder / "script.zarr")]
             return [sys.executable, str(self.folder / "script.py"), *paths, str(time.time())]
-        queue = f"sqlite://{self.folder}/{name}.db"
-        return [sys.executable, "-m", "chunkq", *arguments, "--queue", queue]
+        return [sys.executable, "-m", "chunkq", *arguments]
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         """Start a command of a contestant."""
@@ -210,10 +212,8 @@ def command_seconds(stage: Stage, rounds: int) -> dict[str, dict[str, float]]:
         for command, (kind, *arguments) in COMMANDS.items():
             for name in stage.trees:
                 before = time.perf_counter()
-                queue = kind == "plan"  # has no option --queue
-                line = stage.command(name, kind, *arguments)
                 subprocess.run(
-                    line[:-2] if queue else line,
+                    stage.command(name, kind, *arguments),
                     cwd=stage.folder,
                     env=stage.environment(name),
                     stdout=subprocess.DEVNULL,
