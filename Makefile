@@ -133,7 +133,7 @@ containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py
 
 # One part: make bench PARTS=network
-PARTS := network hotpath borders workers predictions planning queues queue_scale gpu
+PARTS := network startup hotpath borders workers predictions planning queues queue_scale gpu
 
 bench: $(VENV)/test-installed
 	@mkdir -p $(RESULTS)

@@ -131,7 +131,7 @@ def bare(job: Job, output: str) -> Callable[[], Figures]:
 
 def chunkq(job: Job, output: str) -> Callable[[], Figures]:
     """Run chunkq store to store in this process; `read` and `written` are bytes of its report."""
-    for module in ("chunkq_producer.runner", "chunkq_worker.runtimes.torch", "zarr"):
+    for module in ("chunkq_producer.run_steps", "chunkq_worker.runtimes.torch", "zarr"):
         importlib.import_module(module)  # all libraries are imported before the clock starts
     from chunkq import Predictor
 

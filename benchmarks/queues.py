@@ -38,7 +38,8 @@ from rq.serializers import JSONSerializer
 from benchmarks.planning import job_over, plan_over
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.items import items_of
-from chunkq.job.job_folder import JobFolder, job_folder_of
+from chunkq.job.job_folder import JobFolder
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.record import JobRecord
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import JobId, Task, chunk_name

@@ -91,6 +91,43 @@ def _comparison(results: Values, other: str, label: str, target: float) -> tuple
     )
 
 
+def startup(results: Values, folder: Path) -> list[str]:
+    """Return the seconds of a small job, when each of its steps ends, and those of commands."""
+    trees = list(results["ratios"])
+    rows = []
+    for tree in trees:
+        ratios, seconds = results["ratios"][tree], results["seconds"]
+        ratio = statistics.median(ratios)
+        rows.append(
+            (
+                tree,
+                f"{seconds[tree]:.2f} s",
+                f"{seconds['script']:.2f} s",
+                f"{ratio:.2f}",
+                f"{len(ratios)}, {min(ratios):.2f} to {max(ratios):.2f}",
+                f"{results['target_ratio']:.2f}",
+                verdict(ratio <= results["target_ratio"]),
+            )
+        )
+    heads = ("one chunk, 27 patches", "chunkq", "script", "ratio", "rounds", "at most", "")
+    lines = table(heads, rows)
+    for name, marks in results["marks"].items():
+        lines += ["", f"Seconds since the start of the command, {name}:", ""]
+        ordered = sorted(marks.items(), key=lambda mark: mark[1])
+        lines += table(("moment", "s"), [(mark, f"{moment:.2f}") for mark, moment in ordered])
+    limit = results["target_seconds"]
+    commands = [
+        (
+            f"`{command}`",
+            *(f"{seconds[tree]:.2f} s" for tree in trees),
+            f"{limit:.2f} s",
+            verdict(seconds["chunkq"] <= limit),
+        )
+        for command, seconds in results["commands"].items()
+    ]
+    return [*lines, "", *table(("command", *trees, "at most", ""), commands)]
+
+
 def hotpath(results: Values, folder: Path) -> list[str]:
     """Return the profile and the memory bandwidth."""
     total = results["profile"]["all"]
@@ -347,6 +384,7 @@ def quantity(value: float, unit: str) -> str:
 Section = Callable[[Values, Path], list[str]]
 SECTIONS: dict[str, tuple[str, Section]] = {
     "network": ("Against the bare network, MONAI and a copy", network),
+    "startup": ("A small job as a whole command", startup),
     "hotpath": ("Where the seconds go", hotpath),
     "borders": ("Border protocols", borders),
     "workers": ("One worker and two", workers),

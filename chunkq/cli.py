@@ -74,7 +74,7 @@ def main() -> int:
         click.echo("chunkq: interrupted", err=True)
         return 130
     except Exception as error:
-        reported = _as_chunkq_error(error)
+        reported = as_chunkq_error(error)
         for line in str(reported).splitlines():
             click.echo(f"chunkq: {line} [{reported.code}]", err=True)
         if "--json" in sys.argv[1:]:
@@ -91,7 +91,7 @@ def _as_document(error: ChunkqError) -> dict[str, Any]:
     return document
 
 
-def _as_chunkq_error(error: Exception) -> ChunkqError:
+def as_chunkq_error(error: Exception) -> ChunkqError:
     """Return the error to report. Re-raise an error that comes from a bug in chunkq."""
     if isinstance(error, ChunkqError):
         return error

@@ -11,8 +11,9 @@ from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.job.job_file import Job
-from chunkq.job.job_folder import RECORD, JobFolder, job_folder_of
+from chunkq.job.job_folder import RECORD, JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import new_record
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from chunkq.errors import ChunkqError, ErrorCode
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Interface = TypeVar("Interface")
 
@@ -31,6 +33,8 @@ class ExtensionPoint(Generic[Interface]):
 
         Raises `error` if a name is not unique, because job records contain only the name.
         """
+        from importlib.metadata import entry_points  # imports zipfile and email
+
         found: dict[str, EntryPoint] = {}
         for entry_point in sorted(entry_points(group=self.group), key=_order):
             name = entry_point.name

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from chunkq.errors import ErrorCode, JobError, ModelError
 
 MAX_DEVIATION = 1e-5
 """Largest normal change of a result with its batch, as a fraction of the largest output value."""
@@ -48,8 +52,7 @@ class ModelCheck:
     `load_seconds` includes the first batch. `loaded_bytes` is the peak resident memory with the
     network loaded, `peak_bytes` the one at the end, and `device_bytes` the peak on the device.
     `tile_norms` are layers that normalize by statistics of the patch, and `output_warnings` what
-    the values of the output suggest. `patches` and `memory` are
-    None where the check was not run.
+    the values of the output suggest. `patches` and `memory` are None where the check was not run.
     """
 
     batch: int
@@ -76,6 +79,56 @@ class ModelCheck:
                 "differ visibly; use large patches and small strides"
             )
         return lines
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """How the check of a network ended: its result, an error, or the end of its process.
+
+    `error` and `code` are those of a ChunkqError. `exit_code` is that of a process that ended
+    before it could report; it is negative if a signal killed the process.
+    """
+
+    check: ModelCheck | None = None
+    error: str | None = None
+    code: ErrorCode = ErrorCode.MODEL_UNUSABLE
+    exit_code: int | None = None
+
+    def result(self, output: Sequence[str]) -> ModelCheck:
+        """Return the result of the check.
+
+        Raises JobError if the network can be used but a `dtype` of the job cannot, ModelError if
+        there is no result for another reason. `output` are the lines that a process without a
+        report wrote to standard error.
+        """
+        if self.check is not None:
+            return self.check
+        if self.error is not None and self.code is ErrorCode.DTYPE_UNSUITABLE:
+            raise JobError(self.error, code=self.code)
+        if self.error is not None:
+            raise ModelError(self.error, code=self.code)
+        raise ModelError(
+            f"model_config: the check of the network ended with exit code {self.exit_code}: "
+            f"{' '.join(output[-1:]) or 'no output'}"
+        )
+
+    def write(self, descriptor: int) -> None:
+        """Write the report as one line; do nothing if its reader has ended."""
+        from chunkq import json_values  # imports pydantic, which takes long
+
+        content = json_values.encode(self) + b"\n"
+        try:
+            while content:
+                content = content[os.write(descriptor, content) :]
+        except BrokenPipeError:
+            pass
+
+    @classmethod
+    def read(cls, line: bytes) -> CheckReport | None:
+        """Decode a line; return None if its writer ended before it had written the whole line."""
+        from chunkq import json_values
+
+        return json_values.decode(cls, line) if line.endswith(b"\n") else None
 
 
 def _patch_warnings(check: PatchCheck) -> list[str]:

@@ -11,11 +11,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.job.job_file import Job
 from chunkq.job.job_path import canonical, check_job_path, output_of, path_problem, printable_path
 from chunkq.paths import is_url, local_parts
+
+if TYPE_CHECKING:
+    from chunkq.job.job_file import Job
 
 ALLOW_VARIABLE = "CHUNKQ_ALLOW"
 """Environment variable with one allowed prefix per line. If unset or empty, all are allowed."""

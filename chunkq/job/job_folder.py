@@ -21,12 +21,6 @@ log = logging.getLogger("chunkq.job")
 RECORD = "job.json"
 
 
-def job_folder_of(output: str) -> str:
-    """Return the job folder of an output path. The path of a job folder stays unchanged."""
-    output = output.rstrip("/")
-    return output if output.endswith(SUFFIX) else output + SUFFIX
-
-
 class JobFolder:
     """A job folder: the job record and one ledger per epoch.
 

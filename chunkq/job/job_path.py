@@ -40,6 +40,12 @@ def canonical(path: str, base: Path) -> str:
     return f"{scheme}://{'/'.join([host, *_resolve_dots(inner)])}"
 
 
+def job_folder_of(output: str) -> str:
+    """Return the job folder of an output path. The path of a job folder stays unchanged."""
+    output = output.rstrip("/")
+    return output if output.endswith(SUFFIX) else output + SUFFIX
+
+
 def _resolve_dots(path: str) -> list[str]:
     """Return the parts of a path without `.` and `..`. A `..` that leaves the path stays."""
     parts: list[str] = []

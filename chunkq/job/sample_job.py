@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from chunkq.job.job_folder import JobFolder, job_folder_of
+from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import new_record
 from chunkq.job.record import JobRecord
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from chunkq.blend.sums import OwnBlock, finalize_sums
 from chunkq.errors import PieceError
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.task_records import Commit
@@ -16,6 +15,9 @@ from chunkq.plan.plan import Chunk, Index, Piece
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.system.memory import peak_bytes
+
+if TYPE_CHECKING:
+    from chunkq.blend.sums import OwnBlock
 
 OWN_PIECE = "own"
 """Name of the piece that a chunk stores for its own block."""
@@ -59,6 +61,9 @@ class FinalizeStage(Stage):
 
 
 def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
+    # Imported here, because commands that only count blocks do no arithmetic.
+    from chunkq.blend.sums import finalize_sums
+
     started = time.time()
     chunk = item.plan.chunk(index)
     try:
@@ -99,6 +104,8 @@ def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece
     Raises PieceError if some are missing or damaged, after deleting the commit records of the
     chunks that wrote them.
     """
+    from chunkq.blend.sums import OwnBlock
+
     ledger, total, own_block = item.ledger, 0, None
     pieces: dict[Piece, Any] = {}
     problems: dict[Index, PieceError] = {}

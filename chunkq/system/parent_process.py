@@ -14,17 +14,29 @@ import threading
 from collections.abc import Callable, Sequence
 
 PR_SET_PDEATHSIG = 1
+READ_BYTES = 1 << 20
 
 
-def when_parent_ends(end: Callable[[], object]) -> None:
+def _ignore(line: bytes) -> None:
+    pass
+
+
+def when_parent_ends(
+    end: Callable[[], object], receive: Callable[[bytes], object] = _ignore
+) -> None:
     """Call a function, which ends this process, in a new thread once standard input is closed.
 
-    The parent starts this process with `stdin=PIPE`, may write to the pipe before this call, and
-    keeps it open.
+    The parent starts this process with `stdin=PIPE` and keeps the pipe open. Each line that it
+    writes is passed to `receive` in the new thread.
     """
 
     def wait() -> None:
-        sys.stdin.read()
+        rest = b""
+        # A daemon thread that waits in `sys.stdin` would abort the interpreter at its end.
+        while data := os.read(0, READ_BYTES):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                receive(line + b"\n")
         end()
 
     threading.Thread(target=wait, name="parent", daemon=True).start()

@@ -14,9 +14,8 @@ from chunkq.errors import QueueError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Event, Sink, fan_out, progress_sink, write_log
 from chunkq.job.job_file import Job, load_job
-from chunkq.job.job_folder import job_folder_of
 from chunkq.job.job_handle import open_job
-from chunkq.job.job_path import output_path
+from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import open_executor, queue_url
 from chunkq_producer.distribute import distribute as finalize_on_workers
@@ -24,7 +23,7 @@ from chunkq_producer.engine import queue_of
 from chunkq_producer.job_status import JobStatus, WorkersRunning, job_status
 from chunkq_producer.produce import launch_cluster_workers, produce_job
 from chunkq_producer.runner import run_job
-from chunkq_producer.workers import RunOptions
+from chunkq_producer.worker_command import RunOptions
 
 JobSource = str | Path | Mapping[str, Any]
 """A job file, or a mapping with the same keys."""

@@ -39,6 +39,12 @@ class Engine:
     step: Step | None
     warnings: tuple[str, ...]
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether workers are a process of this machine, on a queue that the run does not start."""
+        scheme = (self.url or "").partition("://")[0]
+        return self.name in ("sqlite", "rq") and scheme in BACKENDS
+
 
 def select_engine(
     job: Job, engine: str | None, queue: str | None, workers: int | None = None

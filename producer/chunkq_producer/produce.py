@@ -5,11 +5,12 @@ from __future__ import annotations
 from chunkq.create import CheckedJob, create_job, stored_job
 from chunkq.enqueue import EnqueueResult, check_not_running, enqueue
 from chunkq.job.events import Sink, ignore, write_log
-from chunkq.job.job_folder import job_folder_of
+from chunkq.job.job_path import job_folder_of
 from chunkq.queue.backends.hosted.hosted import HostedQueue
 from chunkq.queue.contract.executor import Executor
 from chunkq_producer.cluster import Cluster
-from chunkq_producer.workers import RunOptions, start_workers
+from chunkq_producer.worker_command import RunOptions
+from chunkq_producer.workers import start_workers
 
 
 def produce_job(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from rich.live import Live
+from typing import TYPE_CHECKING
+
 from typing_extensions import override
 
 from chunkq.job.events import Event
 from chunkq.progress_bar import ProgressDisplay
-from chunkq_producer.job_status import StatusPoller, WorkersRunning, status_line, status_screen
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from chunkq_producer.job_status import StatusPoller
 
 STAGE = "computing chunks"
 
@@ -21,6 +26,8 @@ class RunDisplay(ProgressDisplay):
 
     @override
     def __call__(self, event: Event) -> None:
+        from chunkq_producer.job_status import WorkersRunning  # after the workers have started
+
         match event:
             case WorkersRunning(poller):
                 self._show(poller)
@@ -28,6 +35,10 @@ class RunDisplay(ProgressDisplay):
                 super().__call__(event)
 
     def _show(self, poller: StatusPoller) -> None:
+        from rich.live import Live
+
+        from chunkq_producer.job_status import status_line, status_screen
+
         begins, console = self.begin(STAGE), self.console
         if not console.is_terminal:
             if self.is_line_due():

@@ -1,48 +1,16 @@
-"""Run a job from start to end. `run_job` calls the steps in their order."""
+"""Run a job from start to end: select its engine, start its workers, then take the steps."""
 
 from __future__ import annotations
 
-import socket
-import time
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from chunkq.create import CheckedJob, check_job, check_output
-from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
-from chunkq.finalize import finalize_job
-from chunkq.job.events import Message, Sink
+from chunkq.job.events import Sink
 from chunkq.job.job_file import Job
-from chunkq.job.job_folder import job_folder_of
-from chunkq.job.job_handle import JobHandle, open_job
-from chunkq.job.tasks import chunk_count
-from chunkq.queue.registry import open_executor
-from chunkq_producer.check_model import check_model
-from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
-from chunkq_producer.engine import Engine, select_engine
-from chunkq_producer.job_status import FailureGroup
-from chunkq_producer.produce import produce_job
-from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
-from chunkq_producer.workers import (
-    InterruptedRunError,
-    RunOptions,
-    run_workers,
-    start_workers,
-    wait_for_workers,
-)
+from chunkq_producer.engine import select_engine
+from chunkq_producer.worker_command import RunOptions, early_workers
 
-MAX_RECOVERIES = 2
-"""How often one run computes lost results again."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A complete job and its report. `is_leader` is False on nodes that followed another one."""
-
-    job: JobHandle
-    report: dict[str, Any]
-    is_leader: bool = True
+if TYPE_CHECKING:
+    from chunkq_producer.run_steps import RunResult
 
 
 def run_job(
@@ -62,99 +30,11 @@ def run_job(
     """
     selected = select_engine(job, engine, queue, options.workers)
     if selected.step is not None and selected.step.rank > 0:
-        return _follow(job, selected.name, selected.step, options, emit)
-    checked = check_job(job)
-    check_output(checked, overwrite=overwrite)
-    for line in selected.warnings:
-        emit(Message(f"chunkq: {line}"))
-    with cluster_for(job, selected, options.workers) as cluster:
-        _check_before_writing(checked, selected, cluster, emit)
-        for recovery in range(MAX_RECOVERIES + 1):
-            replaces = overwrite and recovery == 0
-            handle, failures = _compute(checked, cluster, options, replaces, emit)
-            try:
-                report = finalize_job(handle, worker=socket.gethostname(), emit=emit)
-            except IncompleteError as error:
-                _raise_unless_lost(error, failures, is_last=recovery == MAX_RECOVERIES, emit=emit)
-            else:
-                break
-        return RunResult(handle, report)
+        from chunkq_producer.run_steps import follow
 
+        return follow(job, selected.name, selected.step, options, emit)
+    with early_workers(job, selected, options, emit) as early:
+        # Imported here, while the workers import their libraries.
+        from chunkq_producer.run_steps import run_steps
 
-def _check_before_writing(job: CheckedJob, engine: Engine, cluster: Cluster, emit: Sink) -> None:
-    """Raise QueueError if the queue cannot be reached, ModelError if the network is unusable."""
-    if engine.name != "sqlite":
-        with closing(open_executor(cluster.url)) as executor:
-            executor.check_ready()
-    if not cluster.launches_remote_workers or engine.step is not None:
-        for line in check_model(job.record, emit=emit).output_warnings:
-            emit(Message(f"chunkq: warning: {line}"))
-
-
-def _compute(
-    job: CheckedJob, cluster: Cluster, options: RunOptions, overwrite: bool, emit: Sink
-) -> tuple[JobHandle, Sequence[FailureGroup]]:
-    """Queue the remaining chunks and run the workers; return the job and its failures."""
-    with closing(open_executor(cluster.url)) as executor:
-        produced = produce_job(
-            job,
-            executor,
-            overwrite=overwrite,
-            store_queue=not cluster.is_temporary,
-            emit=emit,
-        )
-        if produced.done == produced.chunks:
-            return produced.job, ()
-        cluster.announce()
-        rerun = "run the same command" + (" without --overwrite" if overwrite else "")
-        failures = run_workers(executor, produced.job, cluster, options, rerun, emit)
-    for line in map(_failure_line, failures):
-        emit(Message(line))
-    return produced.job, failures
-
-
-def _raise_unless_lost(
-    error: IncompleteError, failures: Sequence[FailureGroup], *, is_last: bool, emit: Sink
-) -> None:
-    """Raise the error, with the causes as notes, unless results were lost and are computed again.
-
-    Chunks are lost if they are missing although they did not fail.
-    """
-    failed = {chunk for group in failures for chunk in group.chunks}
-    lost = len({*error.missing} - failed)
-    if is_last or not lost:
-        raise error.with_notes(map(_failure_line, failures)) from None
-    line = f"chunkq: results of {chunk_count(lost)} are lost; computing them again"
-    emit(Message(line))
-
-
-def _follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -> RunResult:
-    """Run workers on this node until the leading process has finished the job."""
-    leader = wait_for_leader(job.output, step)
-    handle = open_job(job_folder_of(job.output))
-
-    def is_over() -> bool:
-        return has_ended(job.output, step)
-
-    with join_cluster(engine, leader, job) as cluster:
-        if cluster is None:
-            while not is_over():
-                time.sleep(POLL_SECONDS)
-        else:
-            with closing(open_executor(cluster.url)) as executor:
-                workers = start_workers(executor, handle, cluster, options, emit)
-            if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
-                raise InterruptedRunError(f"run: interrupted on node {step.node}")
-            if workers.failed and not is_over():
-                raise ChunkqError(
-                    f"run: a worker on node {step.node} ended with an error; fix the cause above, "
-                    "then run the same command",
-                    code=ErrorCode.WORKER_FAILED,
-                )
-    return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
-
-
-def _failure_line(group: FailureGroup) -> str:
-    """Return the cause of some failures and their first chunks; finalizing lists all chunks."""
-    chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
-    return f"failed: chunk {chunks}: {group.message}"
+        return run_steps(job, selected, options, early, emit, overwrite=overwrite)

@@ -14,7 +14,7 @@ from typing import Self
 
 from chunkq import json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.job.job_folder import job_folder_of
+from chunkq.job.job_path import job_folder_of
 from chunkq.storage.objects import ObjectFolder
 
 POLL_SECONDS = 1.0

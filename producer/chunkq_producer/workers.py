@@ -1,17 +1,12 @@
-"""Workers of one run: a `chunkq work` process, remote workers of a cluster, or a thread."""
+"""Start the workers of one run and wait for them."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
 
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, QueueError
@@ -25,6 +20,7 @@ from chunkq.queue.registry import QUEUE_VARIABLE
 from chunkq_producer.cluster import Cluster
 from chunkq_producer.engine import is_cpu_only
 from chunkq_producer.job_status import FailureGroup, StatusPoller, WorkersRunning
+from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers, work_options
 
 REFRESH_SECONDS = 0.5
 
@@ -34,105 +30,6 @@ class InterruptedRunError(ChunkqError):
 
     exit_code = 130
     code = ErrorCode.INTERRUPTED
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The user's options for the workers of a run. None selects the job's value or a default."""
-
-    workers: int | None = None
-    gpus: str = "all"
-    depth: int | None = None
-
-
-class Workers(ABC):
-    """Workers that end on their own when the job has no more tasks."""
-
-    messages: Sequence[str] = ()
-    """Error lines of workers that ended for another reason."""
-
-    @abstractmethod
-    def have_ended(self) -> bool:
-        """Return whether all workers have ended."""
-
-    @abstractmethod
-    def wait(self, seconds: float) -> None:
-        """Wait at most `seconds` for the workers to end."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Stop after the tasks in flight. A second call requeues these tasks."""
-
-    @property
-    @abstractmethod
-    def exit_code(self) -> int:
-        """Exit code of `chunkq work`, or its equivalent; valid after the workers have ended."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether a worker ended with an error other than failed chunks."""
-        return self.exit_code not in (0, IncompleteError.exit_code)
-
-    def kill(self) -> None:  # noqa: B027 -- remote workers continue without this process
-        """Kill workers that cannot continue without this process."""
-
-
-class WorkerCommand(Workers):
-    """A `chunkq work` process on this machine.
-
-    The queue URL, which may contain a password, is passed in the environment because all users
-    can read command lines.
-    """
-
-    def __init__(self, options: Sequence[str], environment: Mapping[str, str], emit: Sink) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", "--lifeline", *options],
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._emit = emit
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._forward_stderr, daemon=True)
-        self._reader.start()
-
-    def have_ended(self) -> bool:
-        """Return whether the process has ended."""
-        return self._process.poll() is not None
-
-    def wait(self, seconds: float) -> None:
-        """Wait at most `seconds` for the process to end."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-
-    def stop(self) -> None:
-        """Send SIGTERM."""
-        self._process.terminate()
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the process."""
-        self._reader.join()
-        self.messages = self._lines
-        return self._process.wait()
-
-    def kill(self) -> None:
-        """Kill the process if it is still running."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-
-    def _forward_stderr(self) -> None:
-        """Record and print the lines that the process writes to stderr."""
-        if self._process.stderr is None:
-            return
-        with self._process.stderr as lines:
-            for line in lines:
-                self._lines.append(line.rstrip("\n"))
-                self._emit(Message(self._lines[-1]))
 
 
 class ClusterWorkers(Workers):
@@ -212,11 +109,13 @@ def run_workers(
     options: RunOptions,
     rerun: str,
     emit: Sink,
+    early: WorkerCommand | None = None,
 ) -> Sequence[FailureGroup]:
     """Start the workers of a job and wait until they end; return the failures.
 
-    `rerun` is what the user does to continue a run that was cut off. Raises InterruptedRunError
-    after a signal, and ChunkqError if the cluster or a worker ended with an error.
+    Workers that started `early` are used. `rerun` is what the user does to continue a run that was
+    cut off. Raises InterruptedRunError after a signal, and ChunkqError if the cluster or a worker
+    ended with an error.
     """
     poller = StatusPoller(job, executor)
 
@@ -229,7 +128,11 @@ def run_workers(
             emit(Message(line))
         return max(REFRESH_SECONDS, poller.min_pause)
 
-    workers = start_workers(executor, job, cluster, options, emit)
+    if early is None:
+        workers = start_workers(executor, job, cluster, options, emit)
+    else:
+        workers = early
+        early.begin()
     if wait_for_workers(workers, poll, cluster.has_died):
         raise InterruptedRunError(f"run: interrupted; {rerun} to continue")
     if cluster.has_died():
@@ -237,7 +140,7 @@ def run_workers(
             f"run: the cluster that this run started has ended; {rerun} to continue",
             code=ErrorCode.CLUSTER_UNAVAILABLE,
         )
-    if workers.failed:
+    if have_failed(workers):
         raise ChunkqError(
             f"run: a worker ended with an error; fix the cause above, then {rerun}",
             code=ErrorCode.WORKER_FAILED,
@@ -264,13 +167,7 @@ def start_workers(
         return ClusterWorkers(remote_workers, emit)
     if not executor.owns_process:
         return _worker_thread(executor, job, depth, emit)
-    gpus = "none" if is_cpu_only(config) else options.gpus
-    arguments = ["--gpus", gpus, "--job", job.folder.output]
-    if options.workers:
-        arguments += ["-w", str(options.workers)]
-    elif cluster.per_node:
-        arguments += ["--per-node", str(cluster.per_node)]
-    arguments += ["--depth", str(depth)] if depth else []
+    arguments = work_options(config, options, per_node=cluster.per_node, depth=cluster.depth)
     return WorkerCommand(arguments, {QUEUE_VARIABLE: cluster.url}, emit)
 
 
@@ -281,6 +178,11 @@ def _worker_thread(executor: Executor, job: JobHandle, depth: int | None, emit: 
     depth = depth or default_depth(gpu=device == "cuda")
     options = WorkerOptions(worker, depth=depth, burst=True, job=job.folder.path)
     return WorkerThread(executor, options, emit)
+
+
+def have_failed(workers: Workers) -> bool:
+    """Return whether a worker ended with an error other than failed chunks."""
+    return workers.exit_code not in (0, IncompleteError.exit_code)
 
 
 def wait_for_workers(

@@ -249,7 +249,7 @@ def call(stages: Stages, command: str, *options: str) -> Result:
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, {"CHUNKQ_QUEUE": stages.queue_url}),
-        mock.patch("chunkq_producer.runner.check_model"),
+        mock.patch("chunkq_producer.worker_command.WorkerCommand.check"),
         contextlib.chdir(stages.folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

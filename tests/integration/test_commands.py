@@ -327,6 +327,41 @@ def test_help_imports_no_large_package() -> None:
         assert any(line.strip().startswith(f"{name} ") for line in lines), name
 
 
+@pytest.mark.parametrize(
+    ("line", "packages"),
+    [
+        ("plan job.json", "torch zarr redis chunkq_worker rich"),
+        ("status out.zarr", "torch zarr tensorstore redis array_api_compat chunkq_worker"),
+        ("jobs", "torch zarr tensorstore redis numpy pydantic chunkq_worker"),
+        ("work --burst --gpus none", "torch zarr tensorstore redis numpy chunkq_producer"),
+    ],
+)
+def test_a_command_imports_no_large_package_that_it_does_not_need(
+    workspace: Workspace, line: str, packages: str
+) -> None:
+    workspace.call("produce", "job.json").ok()
+    workspace.call("cancel", "out.zarr").ok()  # so that `work` ends at once
+    code = (
+        "import sys\n"
+        "from chunkq.cli import main\n"
+        f"sys.argv = ['chunkq', *{line!r}.split()]\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print('IMPORTED', [n for n in {packages.split()} if n in sys.modules])\n"
+    )
+    completed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workspace.folder,
+        env=workspace.env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert completed.stdout.splitlines()[-1] == "IMPORTED []"
+
+
 def test_commands_that_run_no_network_do_not_import_torch(workspace: Workspace) -> None:
     lines = ["plan job.json", "produce job.json", "status out.zarr", "finalize out.zarr"]
     lines += ["retry out.zarr", "cancel out.zarr", "jobs", "schema"]

@@ -138,7 +138,7 @@ class Stage:
     def assert_refused(self, command: str, url: str, *fragments: str) -> None:
         """Run a command; assert that it ends soon with one line that does not have the secret."""
         start = time.monotonic()
-        with mock.patch("chunkq_producer.runner.check_model"):
+        with mock.patch("chunkq_producer.worker_command.WorkerCommand.check"):
             answer = self.workspace.call(*self.arguments(command), "--queue", url)
         seconds = time.monotonic() - start
         answer.refused(1, "chunkq: queue: ", *fragments)
@@ -476,7 +476,7 @@ def test_every_command_reports_an_unreachable_queue_within_seconds(
 
 
 def test_run_connects_to_the_queue_before_it_checks_the_model(stage: Stage) -> None:
-    with mock.patch("chunkq_producer.runner.check_model") as check_model:
+    with mock.patch("chunkq_producer.worker_command.WorkerCommand.check") as check_model:
         queue = f"redis://127.0.0.1:{free_port()}/0"
         stage.workspace.call(*stage.arguments("run"), "--queue", queue).refused(
             1, ErrorCode.QUEUE_UNAVAILABLE, "Connection refused"

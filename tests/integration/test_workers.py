@@ -96,14 +96,13 @@ class FakeWorkers:
         worker_slots = [Slot(gpu) for gpu in gpus] if gpus else [Slot(None)] * processes
         supervisor = Supervisor(
             self.queue_url,
-            self.queue,
             worker_slots,
             depth=2,
             burst=True,
             job=JOB.path,
             settings=self.settings,
         )
-        return supervisor.run()
+        return supervisor.run(self.queue)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -149,7 +148,8 @@ def test_worker_processes_get_the_options_and_unique_names(fake_workers: FakeWor
     options = [record["options"] for record in fake_workers.records]
     assert len({values.pop("worker") for values in options}) == 2
     expected = {"queue": fake_workers.queue_url, "depth": 2, "burst": True, "job": JOB.path}
-    assert options == [{**expected, "deadline": None, "time_limit": None, "quiet": False}] * 2
+    expected |= {"deadline": None, "time_limit": None, "quiet": False}
+    assert options == [{**expected, "is_early": False, "report": None}] * 2
 
 
 def test_a_crashed_worker_process_is_restarted_and_its_chunks_are_requeued_at_once(

@@ -15,8 +15,10 @@ from chunkq.blend.sums import Contribution
 from chunkq.errors import JobError
 from chunkq.job.allowed_paths import allowed_job_path, with_allowed_files
 from chunkq.job.job_handle import ItemHandle, JobHandle
+from chunkq.job.job_path import job_folder_of
+from chunkq.job.record import JobRecord
 from chunkq.job.tasks import Task
-from chunkq.plan.plan import Chunk
+from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Halos
 from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
@@ -43,14 +45,24 @@ class Device:
         """Run a function on the device thread."""
         return self._thread.submit(work)
 
+    def load(self, record: JobRecord) -> Future[InferenceEngine]:
+        """Load the network of a job, which need not exist yet, for its largest item.
+
+        The engine is kept for the chunks of the job. The error is JobError if this worker does not
+        accept the job.
+        """
+        folder = job_folder_of(record.job.output)
+        return self.run(lambda: self._load(allowed_job_path(folder), record, record.plan()))
+
     @contextmanager
     def compute_with(self, job: JobHandle, engine: InferenceEngine) -> Iterator[None]:
         """Use the caller's engine for a job inside the `with` block; the caller closes it."""
-        self._borrowed[_job_key(job)] = engine
+        key = _job_key(job.folder.path, job.record)
+        self._borrowed[key] = engine
         try:
             yield
         finally:
-            self._borrowed.pop(_job_key(job), None)
+            self._borrowed.pop(key, None)
 
     def start(
         self, engine: Callable[[], InferenceEngine], chunk: Chunk, halos: Halos
@@ -106,14 +118,10 @@ class Device:
 
     def _engine(self, item: ItemHandle) -> InferenceEngine:
         job, plan = item.job, item.plan
-        key = _job_key(job)
+        key = _job_key(job.folder.path, job.record)
         engine = self._borrowed.get(key) or self._engines.get(key)
         if engine is None:
-            framework_rule.check(job.record.job.model)
-            while len(self._engines) >= ENGINES_CACHED:
-                self._engines.popitem(last=False)[1].close()
-            accepted = with_allowed_files(job.record.job, job.folder.path)
-            engine = InferenceEngine(replace(job.record, job=accepted), plan)
+            engine = self._load(job.folder.path, job.record, plan)
         elif engine.plan != plan:  # another item of the job
             engine = engine.for_plan(plan)
         if key in self._borrowed:
@@ -123,9 +131,18 @@ class Device:
             self._engines.move_to_end(key)
         return engine
 
+    def _load(self, folder: str, record: JobRecord, plan: Plan) -> InferenceEngine:
+        framework_rule.check(record.job.model)
+        while len(self._engines) >= ENGINES_CACHED:
+            self._engines.popitem(last=False)[1].close()
+        accepted = with_allowed_files(record.job, folder)
+        engine = InferenceEngine(replace(record, job=accepted), plan)
+        self._engines[_job_key(folder, record)] = engine
+        return engine
 
-def _job_key(job: JobHandle) -> str:
-    return f"{job.folder.path} {job.record.digest}"
+
+def _job_key(folder: str, record: JobRecord) -> str:
+    return f"{folder} {record.digest}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The command `chunkq check-model`, which the producer starts as a separate process.
 
-It reads a job record on standard input and prints a `ModelCheck` as one line of JSON.
+It reads a job record on standard input and writes a `CheckReport` to a file.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import os
 import sys
 import time
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
 import numpy.typing as npt
 
-from chunkq import json_values
+from chunkq.cli import as_chunkq_error
+from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
-from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
+from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
@@ -38,17 +39,29 @@ REPEATS = 3
 @click.command("check-model", hidden=True)
 @click.option("--depth", type=click.IntRange(1), help="Chunks in flight; default: compute none.")
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
-@click.option("--json", "as_json", is_flag=True, help="Print errors as JSON too.")
-def check_model(depth: int | None, job_folder: str | None, as_json: bool) -> None:
-    """Load the network of the job record on standard input; run a batch of zeros and of patches.
+@click.option("--report", type=click.File("wb"), required=True, help="File for the report.")
+def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> None:
+    """Load the network of the job record on standard input, and run two batches.
+
+    One contains zeros, the other patches of the volume.
 
     With --depth, also time patches from the middle of the volume in different batches, and compute
     chunks, DEPTH in flight, to measure the memory of a worker process.
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
-    record = JobRecord.from_json(sys.stdin.buffer.read())
-    click.echo(json_values.encode(run_check(record, depth, job_folder)))
+    report_check(sys.stdin.buffer.read(), depth, job_folder).write(report.fileno())
+
+
+def report_check(
+    record: bytes, depth: int | None = None, job_folder: str | None = None
+) -> CheckReport:
+    """Check the network of a job record; return the result or the error. See `run_check`."""
+    try:
+        return CheckReport(run_check(JobRecord.from_json(record), depth, job_folder))
+    except Exception as error:
+        known = as_chunkq_error(error)
+        return CheckReport(error=str(known), code=known.code)
 
 
 def run_check(
@@ -62,7 +75,7 @@ def run_check(
     # Load on the device thread, as a worker does: libraries allocate memory per calling thread.
     on_device = get_device().run
     before = time.perf_counter()
-    engine = on_device(lambda: InferenceEngine(record, record.plan())).result()
+    engine = get_device().load(record).result()
     load_seconds = time.perf_counter() - before
     loaded_bytes = peak_bytes()
     memory = None
@@ -91,8 +104,12 @@ def run_check(
 
 
 def _restart_with_worker_env() -> None:
-    """Restart this process with the environment of a worker process, unless it has it."""
+    """Restart this process with the environment of a worker process, unless it has it.
+
+    The user names the job, so every path is allowed.
+    """
     worker_env = {**os.environ, **child_env(cores())}
+    worker_env.pop(ALLOW_VARIABLE, None)
     if worker_env != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from queue import Empty, SimpleQueue
 from types import FrameType
 
-from chunkq import json_values
 from chunkq.errors import QueueError
 from chunkq.job.tasks import chunk_count
+from chunkq.model_check import CheckReport
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
     EXIT_INCOMPLETE,
@@ -28,11 +31,14 @@ from chunkq.queue.contract.executor import (
 from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.scratch import delete_abandoned
+from chunkq.worker_start import Step, encode_line
 from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import Slot, cores
 from chunkq_worker.worker_process import WorkerProcessOptions
 
 POLL_SECONDS = 0.1
+WAKE, WORK = b"", encode_line(Step.WORK)
+"""What wakes the supervisor, apart from the lines of a run: a signal, or the end of a process."""
 REQUEUE_SECONDS = 1.0
 """Pause between attempts to requeue chunks on an unreachable queue."""
 
@@ -68,7 +74,6 @@ class Supervisor:
     """
 
     queue: str
-    executor: Executor
     slots: Sequence[Slot]
     depth: int
     burst: bool = False
@@ -79,19 +84,54 @@ class Supervisor:
     hide_gpus: bool = False
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
     queue_was_unreachable: bool = field(default=False, init=False)
+    executor: Executor = field(init=False)
+    _slots: Sequence[_WorkerSlot] = field(init=False)
+    _wakes: SimpleQueue[bytes] = field(default_factory=SimpleQueue, init=False)
     _signals: int = field(default=0, init=False)
     _forwarded: int = field(default=0, init=False)
     _pending_requeues: dict[str, bool] = field(default_factory=dict, init=False)
     _next_requeue: float = field(default=0.0, init=False)
 
-    def run(self) -> int:
+    def __post_init__(self) -> None:
+        self._slots = [_WorkerSlot(device) for device in self.slots]
+
+    def receive(self, line: bytes) -> None:
+        """Accept a line of the run that has started this process. Thread-safe."""
+        self._wakes.put(line)
+
+    def start_early(self, report: int) -> bool:
+        """Start the worker processes before their job exists; return whether the work begins.
+
+        They get the lines of the run, the last one by `run`. The first process writes the result of
+        its check to the descriptor `report`. If it ends before it can do that, its exit code is
+        reported. A signal ends all processes.
+        """
+        self._handle_signals()
+        first = self._slots[0]
+        for slot in self._slots:
+            self._start(slot, is_early=True, report=report if slot is first else None)
+        is_reported = False
+        while not self._signals and (line := self._wakes.get()) != WORK:
+            for slot in self._slots:
+                _send(slot, line)
+            code = None if first.process is None else first.process.poll()
+            if code is not None and not is_reported:
+                is_reported = True
+                CheckReport(exit_code=code).write(report)
+        os.close(report)
+        if self._signals:
+            _kill_all(self._slots)
+        return not self._signals
+
+    def run(self, executor: Executor) -> int:
         """Run until all worker processes have finished; return the exit code of the command.
 
         It is 1 if a process has failed, else EXIT_INCOMPLETE if tasks wait for failed ones, else 0.
         """
-        signal.signal(signal.SIGTERM, self._count_signal)
-        signal.signal(signal.SIGINT, self._count_signal)
-        slots = [_WorkerSlot(device) for device in self.slots]
+        self.executor, slots = executor, self._slots
+        self._handle_signals()
+        for slot in slots:
+            _send(slot, WORK)  # to processes that started early
         if not self.quiet:
             self._log(self._greeting())
         try:
@@ -101,7 +141,9 @@ class Supervisor:
                 self._forward_signals(slots)
                 if self._pending_requeues and time.time() >= self._next_requeue:
                     self._send_pending_requeues()
-                time.sleep(POLL_SECONDS)
+                if not all(slot.done for slot in slots):
+                    with suppress(Empty):
+                        self._wakes.get(timeout=POLL_SECONDS)
             if any(slot.has_failed for slot in slots):
                 return 1
             return EXIT_INCOMPLETE if any(slot.is_incomplete for slot in slots) else 0
@@ -118,8 +160,13 @@ class Supervisor:
             f"flight each, queue {without_secret(self.queue)}, {end}; press Ctrl-C to stop"
         )
 
+    def _handle_signals(self) -> None:
+        signal.signal(signal.SIGTERM, self._count_signal)
+        signal.signal(signal.SIGINT, self._count_signal)
+
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
+        self._wakes.put(WAKE)  # the only kind of queue that a signal handler may use
 
     def _check_slot(self, slot: _WorkerSlot) -> None:
         """Start or restart the process of a slot, or mark the slot as done."""
@@ -208,7 +255,9 @@ class Supervisor:
             if returned:
                 self._log(f"worker {worker}: {chunk_count(returned)} requeued")
 
-    def _start(self, slot: _WorkerSlot) -> None:
+    def _start(
+        self, slot: _WorkerSlot, *, is_early: bool = False, report: int | None = None
+    ) -> None:
         slot.worker = WorkerName.new(slot.device.gpu or "cpu").name
         slot.started = time.time()
         options = WorkerProcessOptions(
@@ -220,6 +269,8 @@ class Supervisor:
             deadline=self.deadline,
             time_limit=self.time_limit,
             quiet=self.quiet,
+            is_early=is_early,
+            report=report,
         )
         env = {**os.environ, **child_env(max(1, cores() // len(self.slots)))}
         if slot.device.gpu is not None or self.hide_gpus:
@@ -230,14 +281,14 @@ class Supervisor:
             stdin=subprocess.PIPE,
             env=env,
             start_new_session=True,
+            pass_fds=() if report is None else (report,),
         )
-        pipe = slot.process.stdin
-        if pipe is not None:
-            try:
-                pipe.write(json_values.encode(options) + b"\n")
-                pipe.flush()
-            except BrokenPipeError:
-                pass  # it has ended already; the next check handles that
+        _send(slot, json.dumps(asdict(options)).encode() + b"\n")
+        threading.Thread(target=self._wake_at_end, args=[slot.process], daemon=True).start()
+
+    def _wake_at_end(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._wakes.put(WAKE)
 
     def _forward_signals(self, slots: Sequence[_WorkerSlot]) -> None:
         while self._forwarded < self._signals:
@@ -257,18 +308,33 @@ class Supervisor:
                     slot.process.kill()
 
     def _stop_all(self, slots: Sequence[_WorkerSlot]) -> None:
-        for slot in slots:
-            if slot.process is not None:
-                slot.process.kill()
-                slot.process.wait()
-                _close_streams(slot)
-                self._requeue(slot.worker, counted=False)
-        delete_abandoned()  # temporary files of killed processes
+        for slot in _kill_all(slots):
+            self._requeue(slot.worker, counted=False)
         if self._pending_requeues:
             self._send_pending_requeues()
 
     def _log(self, line: str) -> None:
         sys.stderr.write(f"chunkq: {line}\n")
+
+
+def _send(slot: _WorkerSlot, line: bytes) -> None:
+    """Write a line to the process of a slot. If that has ended, the next check handles it."""
+    if slot.process is not None and slot.process.stdin is not None:
+        with suppress(BrokenPipeError):
+            slot.process.stdin.write(line)
+            slot.process.stdin.flush()
+
+
+def _kill_all(slots: Sequence[_WorkerSlot]) -> list[_WorkerSlot]:
+    """Kill all processes, and delete their temporary files; return their slots."""
+    running = [slot for slot in slots if slot.process is not None]
+    for slot in running:
+        if slot.process is not None:
+            slot.process.kill()
+            slot.process.wait()
+            _close_streams(slot)
+    delete_abandoned()
+    return running
 
 
 def _close_streams(slot: _WorkerSlot) -> None:

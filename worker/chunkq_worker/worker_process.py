@@ -1,12 +1,13 @@
 """Run one worker process of a supervisor.
 
 The supervisor starts `python -m chunkq_worker.worker_process`, writes one line of JSON to its
-standard input and keeps the pipe open. When the supervisor ends, the pipe closes and this process
-ends too.
+standard input and keeps the pipe open. Before the job exists, it passes on the lines of a run. When
+the supervisor ends, the pipe closes and this process ends too.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import FrameType
 
 from chunkq import json_values
@@ -23,6 +25,7 @@ from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
 from chunkq.system.parent_process import when_parent_ends
 from chunkq.system.scratch import delete_own_folders
+from chunkq_worker.early_start import prepare
 from chunkq_worker.worker_main import serve
 
 EXIT_REQUEUED = 5
@@ -30,7 +33,11 @@ EXIT_REQUEUED = 5
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcessOptions:
-    """The options that a supervisor sends to a worker process, see `WorkerOptions`."""
+    """The options that a supervisor sends to a worker process, see `WorkerOptions`.
+
+    A process that `is_early` starts before its job exists. It writes the result of the check of the
+    network to the descriptor `report`, unless that is None.
+    """
 
     queue: str
     worker: str
@@ -40,11 +47,15 @@ class WorkerProcessOptions:
     deadline: float | None
     time_limit: float | None
     quiet: bool
+    is_early: bool = False
+    report: int | None = None
 
 
 def main() -> int:
     """Read the options, run tasks until the worker ends, and return the exit code."""
-    process_options = json_values.decode(WorkerProcessOptions, sys.stdin.buffer.readline())
+    lines: SimpleQueue[bytes] = SimpleQueue()
+    when_parent_ends(_abort, lines.put)
+    process_options = json_values.decode(WorkerProcessOptions, lines.get())
     # INFO for chunkq only: clients of object stores log the source of their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if process_options.quiet else logging.INFO)
     logging.basicConfig(
@@ -53,7 +64,8 @@ def main() -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    when_parent_ends(_abort)
+    if process_options.is_early:
+        prepare(lines.get, process_options.report)
     options = WorkerOptions(
         worker=process_options.worker,
         depth=process_options.depth,
@@ -108,5 +120,17 @@ def _handle_signals(options: WorkerOptions, executor: Executor) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _exit_quickly(code: int) -> None:
+    """End the process without the teardown of its libraries, which takes up to a second.
+
+    Functions that libraries or the user registered for the end are called.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit_quickly(main())

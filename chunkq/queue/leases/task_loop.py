@@ -90,7 +90,7 @@ class LeaseQueue(Executor):
                 while any(thread.is_alive() for thread in threads):
                     self.renew(options, loops.leases())
                     loops.check_timeouts()
-                    _join(threads, loops.heartbeat_interval())
+                    loops.wait(threads)
             finally:
                 options.stop.set()
         if loops.error is not None:
@@ -134,6 +134,8 @@ class _TaskLoops:
         self._leases: dict[int, Lease] = {}
         self._jobs: defaultdict[JobId, _JobHistory] = defaultdict(_JobHistory)
         self._lock, self._reserve_lock = threading.Lock(), threading.Lock()
+        self._changed = threading.Event()
+        """Set when a task of this worker has ended or the worker stops; wakes an idle loop."""
         self._settings = options.settings
         self._pause = self._settings.shortest_poll
         self._gates = GateWatch(queue, options)
@@ -145,18 +147,29 @@ class _TaskLoops:
         with self._lock:
             return list(self._leases.values())
 
-    def heartbeat_interval(self) -> float:
+    def wait(self, threads: Sequence[threading.Thread]) -> None:
+        """Wait until all threads have ended, or the leases must be renewed."""
+        until = time.monotonic() + self._heartbeat_interval()
+        if self._options.stop.wait(self._heartbeat_interval()):
+            self._changed.set()
+            _join(threads, until)
+
+    def _heartbeat_interval(self) -> float:
         """Return the time (s) between two renewals."""
         limit, lease = self._options.time_limit, self._settings.lease
         return lease / 3 if limit is None else min(lease, limit) / 3
 
     def loop(self) -> None:
-        """Reserve and run tasks one after another. Several threads run this."""
+        """Reserve and run tasks one after another. Several threads run this.
+
+        What ends one loop ends them all.
+        """
         try:
             while (lease := self._next()) is not None:
                 self._run(lease)
         except Exception as error:
             self.error = error
+        finally:
             self._options.stop.set()
 
     def _next(self) -> Lease | None:
@@ -165,7 +178,7 @@ class _TaskLoops:
         One thread polls for all, so that an idle worker sends few requests.
         """
         with self._reserve_lock:
-            while self._options.can_start():
+            while self._can_start():
                 lease = None if self._is_replacement_due() else self._queue.reserve(self._options)
                 if lease is not None:
                     self._pause = self._settings.shortest_poll
@@ -184,11 +197,16 @@ class _TaskLoops:
                 if is_over and self._queue.is_drained(self._options):
                     self.error = self.error or self._incomplete_job()
                     return None
-                self._options.stop.wait(self._pause)
+                self._changed.wait(self._pause)
                 # Redis treats a gap of half a lease between requests as an outage of the server.
                 longest = min(self._settings.longest_poll, self._settings.lease / 8)
                 self._pause = min(longest, 1.5 * self._pause)
         return None
+
+    def _can_start(self) -> bool:
+        """Return whether to look for a task; `_changed` is set by what happens from now on."""
+        self._changed.clear()
+        return self._options.can_start()
 
     def _incomplete_job(self) -> IncompleteError | None:
         """Return the error for jobs whose waiting tasks cannot start, or None."""
@@ -241,6 +259,7 @@ class _TaskLoops:
         finally:
             with self._lock:
                 del self._leases[threading.get_ident()]
+            self._changed.set()
             seconds = time.time() - lease.since
             self._options.longest_task = max(self._options.longest_task, seconds)
 
@@ -341,8 +360,7 @@ def _same_failure(job: JobId, history: _JobHistory, error: BaseException) -> Rep
     )
 
 
-def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
-    """Wait until all threads end, or `seconds` have passed."""
-    until = time.monotonic() + seconds
+def _join(threads: Sequence[threading.Thread], until: float) -> None:
+    """Wait until all threads end, or until a time of the monotonic clock."""
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))

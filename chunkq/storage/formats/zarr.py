@@ -7,9 +7,11 @@ reads metadata, and all arrays that tensorstore does not support.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +56,14 @@ class ZarrFormat(Format):
 
     @override
     def find(self, path: str) -> ArrayInfo:
+        try:
+            info = None if is_url(path) else _find_local(path)
+        except (OSError, ValueError, LookupError, TypeError, StoreError):
+            info = None
+        # zarr-python says what is wrong, but importing it takes longer than anything else.
+        return info or self._find_with_zarr_python(path)
+
+    def _find_with_zarr_python(self, path: str) -> ArrayInfo:
         node = self._open_node(path)
         if _is_array(node):
             return _array_info(path, node, plain_axes(node.shape))
@@ -115,6 +125,51 @@ class ZarrFormat(Format):
             raise unreadable_error(path, error) from error
         _check_codecs(node, path)
         return node
+
+
+def _find_local(path: str) -> ArrayInfo | None:
+    """Return the array at a local path, or None if zarr-python must look at it.
+
+    Errors of documents, of tensorstore and of OME metadata are raised as they are.
+    """
+    zarr_format, attributes = _local_node(path)
+    if attributes is None:
+        return _local_array(path, zarr_format, plain_axes)
+    image = first_image(attributes)
+    if image is None:
+        return None
+    level = join(path, image.datasets[0].path)
+    zarr_format, attributes = _local_node(level)
+    if attributes is not None:
+        return None
+    return _local_array(level, zarr_format, lambda shape: read_axes(image, shape))
+
+
+def _local_node(path: str) -> tuple[int, dict[str, Any] | None]:
+    """Return the Zarr format of a node, and its attributes if it is a group.
+
+    Raises ValueError unless there is exactly one document.
+    """
+    [name] = [name for name in (*METADATA, ".zmetadata") if _exists(join(path, name))]
+    if name == "zarr.json":
+        document = json.loads(Path(path, name).read_bytes())
+        is_group = document["node_type"] == "group"
+        return 3, document.get("attributes", {}) if is_group else None
+    attributes = Path(path, ".zattrs")
+    if name == ".zgroup":
+        return 2, json.loads(attributes.read_bytes()) if attributes.exists() else {}
+    return 2, None
+
+
+def _local_array(
+    path: str, zarr_format: int, axes: Callable[[Sequence[int]], tuple[Axis, ...]]
+) -> ArrayInfo | None:
+    """Return an array that tensorstore opens; None if its dtype is not one of NumPy's."""
+    array = TensorStoreArray(path, zarr_format)
+    dtype = native_dtype(array.dtype)
+    is_numpy = dtype.isbuiltin == 1
+    options = {ZARR_FORMAT: zarr_format}
+    return ArrayInfo(path, axes(array.shape), str(dtype), options) if is_numpy else None
 
 
 def array_metadata(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from chunkq.errors import JobError, StoreError
-from chunkq.job.job_folder import JobFolder, job_folder_of
+from chunkq.job.job_folder import JobFolder
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import jobs_at

@@ -11,7 +11,6 @@ from dataclasses import asdict
 import click
 
 from chunkq.errors import ChunkqError
-from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import output_of, printable_path
 from chunkq.job.tasks import JobId
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
@@ -60,6 +59,9 @@ def _states(jobs: Collection[JobId]) -> dict[JobId, bool]:
     """
     epochs = Counter(job.path for job in jobs)
     states = {}
+    if len(epochs) < len(jobs):
+        from chunkq.job.job_folder import JobFolder  # imports NumPy
+
     for path in [path for path, count in epochs.items() if count > 1]:
         with suppress(ChunkqError, OSError):
             record = JobFolder(path).read_record()

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from chunkq.errors import MissingJobError
-from chunkq.job.job_folder import JobFolder, job_folder_of
-from chunkq.job.job_handle import JobHandle, open_job
-from chunkq.job.job_path import output_path
+from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.queue.contract.executor import Executor
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
+
+if TYPE_CHECKING:
+    from chunkq.job.job_folder import JobFolder
+    from chunkq.job.job_handle import JobHandle
 
 input_option = click.option(
     "-i", "--input", "input_", help="Input volume; replaces the job file's."
@@ -58,6 +60,8 @@ def folder_at(output: str) -> JobFolder:
 
     Raises MissingJobError if the path is that of a job file.
     """
+    from chunkq.job.job_folder import JobFolder  # imports NumPy, which `jobs` does not need
+
     if output.endswith((".yaml", ".yml", ".json")) and Path(output).is_file():
         raise MissingJobError(
             f"{output}: found a job file; expected the path of an output, such as labels.zarr"
@@ -67,4 +71,6 @@ def folder_at(output: str) -> JobFolder:
 
 def job_at(output: str) -> JobHandle:
     """Open the job of an output path. Raises MissingJobError if there is none."""
+    from chunkq.job.job_handle import open_job
+
     return open_job(folder_at(output).path)

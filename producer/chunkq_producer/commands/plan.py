@@ -20,10 +20,8 @@ from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.units import duration, si
-from chunkq_producer.check_model import check_model
 from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
 from chunkq_producer.engine import is_cpu_only
-from chunkq_producer.finalizer_memory import measure_finalizer_memory
 
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to finalize above which the plan recommends larger chunks."""
@@ -98,6 +96,9 @@ class Trial:
 
 def _run_trial(job: CheckedJob, depth: int) -> Trial:
     """Run the network on patches, and whole chunks. Raises ModelError."""
+    from chunkq_producer.check_model import check_model
+    from chunkq_producer.finalizer_memory import measure_finalizer_memory
+
     check = check_model(job.record, depth=depth)
     if check.patches is None or check.memory is None:
         raise ModelError("model_config: the check of the network ran no patches")

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from chunkq.job.job_file import load_job
-from chunkq_producer.commands.finalize import print_result
 from chunkq_producer.commands.options import (
     input_option,
     job_argument,
@@ -17,7 +16,7 @@ from chunkq_producer.commands.options import (
 from chunkq_producer.engine import ENGINES
 from chunkq_producer.run_display import RunDisplay
 from chunkq_producer.runner import run_job
-from chunkq_producer.workers import RunOptions
+from chunkq_producer.worker_command import RunOptions
 
 
 @click.command()
@@ -64,4 +63,6 @@ def run(
             emit=display,
         )
     if result.is_leader:
+        from chunkq_producer.commands.finalize import print_result
+
         print_result(result.job, result.report)

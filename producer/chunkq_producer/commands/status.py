@@ -8,7 +8,6 @@ from contextlib import ExitStack
 
 import click
 from rich.console import Console
-from rich.live import Live
 
 from chunkq import json_values
 from chunkq.errors import QueueError
@@ -67,6 +66,8 @@ def watch_status(poller: StatusPoller, console: Console) -> None:
                 return
             time.sleep(max(LINE_SECONDS, poller.min_pause))
             job_status = poller()
+    from rich.live import Live
+
     screen = status_screen(job_status, console.width)
     with Live(screen, console=console, auto_refresh=False) as live:
         while not job_status.sealed:

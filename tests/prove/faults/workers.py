@@ -8,6 +8,7 @@ ONCE, RESUME = "tests/integration/test_exactly_once.py", "tests/integration/test
 TORCH = "tests/integration/test_torch_runtime.py"
 WORKERS = "tests/integration/test_workers.py"
 RANDOM = "tests/integration/test_random_networks.py"
+EARLY = "tests/integration/test_early_start.py"
 
 FAULTS = (
     Fault(
@@ -194,5 +195,29 @@ FAULTS = (
         "code == -EXIT_REFUSED",
         "a wrong checkpoint path is tried without end",
         named(WORKERS, "refuses"),
+    ),
+    Fault(
+        "checked-network-is-dropped",
+        "worker/chunkq_worker/device.py",
+        "        self._engines[_job_key(folder, record)] = engine\n",
+        "",
+        "every worker of a run loads its network twice",
+        named(EARLY, "once"),
+    ),
+    Fault(
+        "end-of-checking-process-is-not-reported",
+        SUPERVISOR,
+        "if code is not None and not is_reported:",
+        "if code == 0:",
+        "a run whose network kills its process waits for ever",
+        named(EARLY, "refused_in_one_line and killed"),
+    ),
+    Fault(
+        "warnings-before-a-refusal-are-printed",
+        "producer/chunkq_producer/worker_command.py",
+        "self._has_begun = not is_early",
+        "self._has_begun = True",
+        "the line that says what is wrong is among those of the network",
+        named(EARLY, "refused_in_one_line and killed"),
     ),
 )

@@ -22,7 +22,8 @@ from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_file import Job, load_job
-from chunkq.job.job_folder import JobFolder, job_folder_of
+from chunkq.job.job_folder import JobFolder
+from chunkq.job.job_path import job_folder_of
 from chunkq.job.model_config import precision_problems
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights

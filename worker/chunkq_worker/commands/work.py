@@ -15,9 +15,7 @@ import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
-from chunkq.job.job_folder import job_folder_of
-from chunkq.job.job_handle import open_job
-from chunkq.job.job_path import output_path
+from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.job.tasks import JobId
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
@@ -30,7 +28,6 @@ from chunkq.queue.contract.executor import (
 )
 from chunkq.queue.contract.settings import override_settings
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
-from chunkq.stages.completion import job_completion
 from chunkq.system.parent_process import when_parent_ends
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
@@ -81,6 +78,10 @@ from chunkq_worker.supervisor import Supervisor
 )  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Only log warnings and errors.")
 @click.option("--lifeline", is_flag=True, hidden=True, help="Stop when standard input closes.")
+@click.option(
+    "--early", type=int, hidden=True,
+    help="Check the network before the job exists, and report to this file descriptor.",
+)  # fmt: skip
 def work(
     queue: str | None,
     gpus: str,
@@ -95,6 +96,7 @@ def work(
     allow: tuple[str, ...],
     quiet: bool,
     lifeline: bool,
+    early: int | None,
 ) -> None:
     """Compute the chunks on a queue, with one process per GPU, or one on the CPU.
 
@@ -111,15 +113,9 @@ def work(
     worker_slots = slots(gpus, workers, per_node)
     deadline = None if max_time is None else time.time() + parse_duration("--max-time", max_time)
     limit = None if time_limit is None else parse_duration("--time-limit", time_limit)
-    executor = open_shared(url)
-    executor.check_ready()
-    if lifeline:
-        when_parent_ends(_stop)
     folder = None if job is None else job_folder_of(output_path(job, base))
-    before = _jobs(executor, folder)
     supervisor = Supervisor(
         queue=url,
-        executor=executor,
         slots=worker_slots,
         depth=depth or default_depth(gpu=worker_slots[0] != Slot(None)),
         burst=burst,
@@ -129,7 +125,14 @@ def work(
         quiet=quiet,
         hide_gpus=gpus == "none",
     )
-    code = supervisor.run()
+    if lifeline:
+        when_parent_ends(_stop, supervisor.receive)
+    if early is not None and not supervisor.start_early(early):
+        return
+    executor = open_shared(url)
+    executor.check_ready()
+    before = _jobs(executor, folder)
+    code = supervisor.run(executor)
     after = _jobs(executor, folder)
     executor.close()
     failed = _failed(after) - _failed(before)
@@ -162,6 +165,10 @@ def _failed(jobs: Mapping[JobId, TaskCounts]) -> int:
 
 def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]) -> list[str]:
     """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
+    # These import NumPy and pydantic, which a supervisor does not need before its processes start.
+    from chunkq.job.job_handle import open_job
+    from chunkq.stages.completion import job_completion
+
     lost = []
     for id, counts in before.items():
         now = after.get(id, TaskCounts())

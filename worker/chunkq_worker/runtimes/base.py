@@ -134,17 +134,22 @@ Loader = Callable[[ModelConfig, Steps, int | None], Runtime]
 
 def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     """Load a network. Raise ModelError if it is unusable or its framework is not installed."""
-    module, _, name = RUNTIMES[model.runtime].partition(":")
+    return import_runtime(model.runtime)(model, steps, threads)
+
+
+def import_runtime(runtime: str) -> Loader:
+    """Import a runtime with its framework. Raise ModelError if that is not installed."""
+    module, _, name = RUNTIMES[runtime].partition(":")
     try:
         loader: Loader = getattr(import_module(module), name)
     except ImportError as error:
         # Runtime numpy has no extra: its packages are dependencies of chunkq.
-        package = "chunkq" if model.runtime == "numpy" else f"chunkq[{model.runtime}]"
+        package = "chunkq" if runtime == "numpy" else f"chunkq[{runtime}]"
         raise ModelError(
-            f"model_config.runtime: {model.runtime} is not installed ({error}); "
+            f"model_config.runtime: {runtime} is not installed ({error}); "
             f"run pip install '{package}'"
         ) from None
-    return loader(model, steps, threads)
+    return loader
 
 
 def real_numbers(values: Any, source: str) -> npt.NDArray[Any]:

@@ -1,0 +1,196 @@
+"""The steps of a run: check, produce, compute and finalize a job."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from chunkq.create import CheckedJob, check_job, check_output
+from chunkq.errors import ChunkqError, ErrorCode, IncompleteError
+from chunkq.finalize import finalize_job
+from chunkq.job.events import Message, Sink, StageProgress
+from chunkq.job.job_file import Job
+from chunkq.job.job_folder import JobFolder
+from chunkq.job.job_handle import JobHandle, open_job
+from chunkq.job.job_path import job_folder_of
+from chunkq.job.tasks import chunk_count
+from chunkq.queue.registry import open_executor
+from chunkq_producer.check_model import STAGE as CHECK_STAGE
+from chunkq_producer.check_model import check_model
+from chunkq_producer.cluster import Cluster, cluster_for, join_cluster
+from chunkq_producer.engine import Engine
+from chunkq_producer.job_status import FailureGroup
+from chunkq_producer.produce import produce_job
+from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
+from chunkq_producer.worker_command import RunOptions, WorkerCommand
+from chunkq_producer.workers import (
+    InterruptedRunError,
+    have_failed,
+    run_workers,
+    start_workers,
+    wait_for_workers,
+)
+
+MAX_RECOVERIES = 2
+"""How often one run computes lost results again."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A complete job and its report. `is_leader` is False on nodes that followed another one."""
+
+    job: JobHandle
+    report: dict[str, Any]
+    is_leader: bool = True
+
+
+def run_steps(
+    job: Job,
+    engine: Engine,
+    options: RunOptions,
+    early: WorkerCommand | None,
+    emit: Sink,
+    *,
+    overwrite: bool,
+) -> RunResult:
+    """Run a job, with workers that have started `early` if the engine has them.
+
+    Raises like `run_job`.
+    """
+    checked = check_job(job)
+    check_output(checked, overwrite=overwrite)
+    for line in engine.warnings:
+        emit(Message(f"chunkq: {line}"))
+    with cluster_for(job, engine, options.workers) as cluster:
+        _check_before_writing(checked, engine, cluster, early, overwrite, emit)
+        for recovery in range(MAX_RECOVERIES + 1):
+            is_first = recovery == 0
+            handle, failures = _compute(
+                checked,
+                cluster,
+                options,
+                overwrite and is_first,
+                early if is_first else None,
+                emit,
+            )
+            try:
+                report = finalize_job(handle, worker=socket.gethostname(), emit=emit)
+            except IncompleteError as error:
+                is_last = recovery == MAX_RECOVERIES
+                _raise_unless_lost(error, failures, is_last=is_last, emit=emit)
+            else:
+                break
+    return RunResult(handle, report)
+
+
+def _check_before_writing(
+    job: CheckedJob,
+    engine: Engine,
+    cluster: Cluster,
+    early: WorkerCommand | None,
+    overwrite: bool,
+    emit: Sink,
+) -> None:
+    """Raise QueueError if the queue cannot be reached, and the errors of the network's check.
+
+    The network of a complete job is not needed, so it is not checked.
+    """
+    if engine.name != "sqlite":
+        with closing(open_executor(cluster.url)) as executor:
+            executor.check_ready()
+    if not overwrite and _is_complete(job):
+        return
+    if early is not None:
+        emit(StageProgress(CHECK_STAGE))
+        check = early.check(job.record)
+    elif not cluster.launches_remote_workers or engine.step is not None:
+        check = check_model(job.record, emit=emit)
+    else:
+        return
+    for line in check.output_warnings:
+        emit(Message(f"chunkq: warning: {line}"))
+
+
+def _is_complete(job: CheckedJob) -> bool:
+    """Return whether the output of a job, which `check_output` has accepted, is complete."""
+    folder = JobFolder(job_folder_of(job.record.job.output))
+    record = folder.read_record()
+    return record is not None and folder.ledger(record.epoch).is_sealed()
+
+
+def _compute(
+    job: CheckedJob,
+    cluster: Cluster,
+    options: RunOptions,
+    overwrite: bool,
+    early: WorkerCommand | None,
+    emit: Sink,
+) -> tuple[JobHandle, Sequence[FailureGroup]]:
+    """Queue the remaining chunks and run the workers; return the job and its failures."""
+    with closing(open_executor(cluster.url)) as executor:
+        produced = produce_job(
+            job,
+            executor,
+            overwrite=overwrite,
+            store_queue=not cluster.is_temporary,
+            emit=emit,
+        )
+        if produced.done == produced.chunks:
+            return produced.job, ()
+        cluster.announce()
+        rerun = "run the same command" + (" without --overwrite" if overwrite else "")
+        failures = run_workers(executor, produced.job, cluster, options, rerun, emit, early)
+    for line in map(_failure_line, failures):
+        emit(Message(line))
+    return produced.job, failures
+
+
+def _raise_unless_lost(
+    error: IncompleteError, failures: Sequence[FailureGroup], *, is_last: bool, emit: Sink
+) -> None:
+    """Raise the error, with the causes as notes, unless results were lost and are computed again.
+
+    Chunks are lost if they are missing although they did not fail.
+    """
+    failed = {chunk for group in failures for chunk in group.chunks}
+    lost = len({*error.missing} - failed)
+    if is_last or not lost:
+        raise error.with_notes(map(_failure_line, failures)) from None
+    line = f"chunkq: results of {chunk_count(lost)} are lost; computing them again"
+    emit(Message(line))
+
+
+def follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -> RunResult:
+    """Run workers on this node until the leading process has finished the job."""
+    leader = wait_for_leader(job.output, step)
+    handle = open_job(job_folder_of(job.output))
+
+    def is_over() -> bool:
+        return has_ended(job.output, step)
+
+    with join_cluster(engine, leader, job) as cluster:
+        if cluster is None:
+            while not is_over():
+                time.sleep(POLL_SECONDS)
+        else:
+            with closing(open_executor(cluster.url)) as executor:
+                workers = start_workers(executor, handle, cluster, options, emit)
+            if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
+                raise InterruptedRunError(f"run: interrupted on node {step.node}")
+            if have_failed(workers) and not is_over():
+                raise ChunkqError(
+                    f"run: a worker on node {step.node} ended with an error; fix the cause above, "
+                    "then run the same command",
+                    code=ErrorCode.WORKER_FAILED,
+                )
+    return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
+
+
+def _failure_line(group: FailureGroup) -> str:
+    """Return the cause of some failures and their first chunks; finalizing lists all chunks."""
+    chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
+    return f"failed: chunk {chunks}: {group.message}"

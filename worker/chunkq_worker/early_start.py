@@ -1,0 +1,44 @@
+"""Load and check the network in a worker process whose job does not exist yet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from chunkq.worker_start import Step, decode_line
+
+
+def prepare(receive: Callable[[], bytes], report: int | None) -> None:
+    """Follow the lines of a run until the work begins.
+
+    `report` is the descriptor to which the result of the check is written, and then closed. Without
+    it, another process reports. An error is then raised with the first chunk.
+    """
+    step = None
+    while step is not Step.WORK:
+        step, argument = decode_line(receive())
+        if step is Step.IMPORT:
+            _import_libraries(argument)
+        elif step is Step.CHECK and report is not None:
+            from chunkq_worker.model_check import report_check
+
+            report_check(argument.encode()).write(report)
+            os.close(report)
+        elif step is Step.CHECK:
+            _load(argument)
+
+
+def _import_libraries(runtime: str) -> None:
+    """Import a runtime on the device thread; leave an error to the check."""
+    from chunkq_worker.device import get_device
+    from chunkq_worker.runtimes.base import import_runtime
+
+    get_device().run(lambda: import_runtime(runtime)).exception()
+
+
+def _load(record: str) -> None:
+    """Load the network, which the first chunk uses; leave an error to that chunk."""
+    from chunkq.job.record import JobRecord
+    from chunkq_worker.device import get_device
+
+    get_device().load(JobRecord.from_json(record.encode())).exception()
