@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from chunkq.errors import ChunkqError, ErrorCode
 
@@ -33,10 +34,9 @@ class ExtensionPoint(Generic[Interface]):
 
         Raises `error` if a name is not unique, because job records contain only the name.
         """
-        from importlib.metadata import entry_points  # imports zipfile and email
-
         found: dict[str, EntryPoint] = {}
-        for entry_point in sorted(entry_points(group=self.group), key=_order):
+        installed = _installed(tuple(sys.path)).select(group=self.group)
+        for entry_point in sorted(installed, key=_order):
             name = entry_point.name
             if name in self.built_in or name in found:
                 other = _package(found[name]) if name in found else "chunkq"
@@ -74,6 +74,14 @@ class ExtensionPoint(Generic[Interface]):
 
     def _named(self, entry_point: EntryPoint) -> str:
         return f"{self.label} {entry_point.name!r} of the package {_package(entry_point)}"
+
+
+@cache
+def _installed(path: tuple[str, ...]) -> Any:
+    """Return all entry points. Finding those of one group takes as long, so this is done once."""
+    from importlib.metadata import entry_points  # imports zipfile and email
+
+    return entry_points()
 
 
 @cache

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from types import TracebackType
-from typing import Self, TypeVar
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from chunkq.job.events import Event, Message, StageProgress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 T = TypeVar("T")
 LINE_INTERVAL_SECONDS = 10.0
@@ -23,11 +25,17 @@ class ProgressDisplay:
     """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
         self._stage = ""
         self._bar: Progress | None = None
         self._shown = ExitStack()
         self._last_line = 0.0
+
+    @cached_property
+    def console(self) -> Console:
+        """The console on standard error."""
+        from rich.console import Console  # when there is something to show
+
+        return Console(stderr=True)
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +85,14 @@ class ProgressDisplay:
         if event.total is None:
             self.show(self.console.status(event.stage))
             return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         self._bar = Progress(
             TextColumn(event.stage),
             BarColumn(),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from chunkq.create import CheckedJob, check_job, check_output
@@ -106,7 +107,9 @@ def _check_before_writing(
         return
     if early is not None:
         emit(StageProgress(CHECK_STAGE))
-        check = early.check(job.record)
+        early.start_check(job.record)
+        import_module("zarr")  # creates the output; imported while the workers load the network
+        check = early.check()
     elif not cluster.launches_remote_workers or engine.step is not None:
         check = check_model(job.record, emit=emit)
     else:

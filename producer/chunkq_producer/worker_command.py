@@ -67,8 +67,8 @@ class Workers(ABC):
 class WorkerCommand(Workers):
     """A `chunkq work` process on this machine.
 
-    With `is_early`, it starts before its job exists: call `import_runtime`, `check` and `begin` in
-    this order, or `end`. Until `begin`, what it writes to standard error is kept.
+    With `is_early`, it starts before its job exists: call `import_runtime`, `start_check`, `check`
+    and `begin` in this order, or `end`. Until `begin`, what it writes to standard error is kept.
 
     The queue URL, which may contain a password, is passed in the environment because all users
     can read command lines.
@@ -108,13 +108,16 @@ class WorkerCommand(Workers):
         """Let the workers import the libraries of a runtime."""
         self._send(Step.IMPORT, runtime)
 
-    def check(self, record: JobRecord) -> ModelCheck:
-        """Let the workers load the network; return the result of the first one's check.
+    def start_check(self, record: JobRecord) -> None:
+        """Let the workers load the network, and the first one check it."""
+        self._send(Step.CHECK, record.to_json().decode())
+
+    def check(self) -> ModelCheck:
+        """Wait for the check; return its result.
 
         Raises ModelError if the network cannot be used, and ChunkqError if the workers cannot
         start.
         """
-        self._send(Step.CHECK, record.to_json().decode())
         if self._report is None:
             raise RuntimeError("the process was not started early")
         with open(self._report, "rb") as pipe:

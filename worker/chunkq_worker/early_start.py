@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from chunkq.lazy_imports import without_collection
 from chunkq.worker_start import Step, decode_line
 
 
@@ -30,10 +31,11 @@ def prepare(receive: Callable[[], bytes], report: int | None) -> None:
 
 def _import_libraries(runtime: str) -> None:
     """Import a runtime on the device thread; leave an error to the check."""
-    from chunkq_worker.device import get_device
-    from chunkq_worker.runtimes.base import import_runtime
+    with without_collection():
+        from chunkq_worker.device import get_device
+        from chunkq_worker.runtimes.base import import_runtime
 
-    get_device().run(lambda: import_runtime(runtime)).exception()
+        get_device().run(lambda: import_runtime(runtime)).exception()
 
 
 def _load(record: str) -> None:
