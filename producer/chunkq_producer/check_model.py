@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 
 from chunkq.job.events import Sink, StageProgress, ignore
 from chunkq.job.record import JobRecord
 from chunkq.job.sample_job import copy_job
 from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.system.parent_process import with_parent_death_signal
+from chunkq.system.python_process import python_module
 from chunkq.system.scratch import scratch_folder
 
 STAGE = "checking the network on one batch"
@@ -34,7 +34,7 @@ def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ign
         path = folder / "report.json"
         completed = subprocess.run(
             with_parent_death_signal(
-                [sys.executable, "-m", "chunkq", "check-model", "--report", str(path), *options],
+                python_module("chunkq", "check-model", "--report", str(path), *options),
                 signal.SIGKILL,
             ),
             input=record.to_json(),

@@ -28,6 +28,7 @@ from chunkq.stages.finalize import OWN_PIECE
 from chunkq.stages.registry import stage_of
 from chunkq.system.memory import peak_bytes
 from chunkq.system.parent_process import with_parent_death_signal
+from chunkq.system.python_process import python_module
 from chunkq.system.scratch import scratch_folder
 
 MODULE = "chunkq_producer.finalizer_memory"
@@ -46,7 +47,7 @@ def measure_finalizer_memory(record: JobRecord) -> int | None:
         names = [chunk_name(chunk.index) for chunk in blocks]
         completed = subprocess.run(
             with_parent_death_signal(
-                [sys.executable, "-m", MODULE, job.folder.path, *names], signal.SIGKILL
+                python_module(MODULE, job.folder.path, *names), signal.SIGKILL
             ),
             capture_output=True,
             check=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import subprocess
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from chunkq.job.events import Message, Sink
 from chunkq.job.job_file import Job
 from chunkq.model_check import CheckReport, ModelCheck
 from chunkq.queue.registry import QUEUE_VARIABLE
+from chunkq.system.python_process import python_module
 from chunkq.worker_start import Step, encode_line
 from chunkq_producer.engine import Engine, is_cpu_only
 
@@ -85,7 +85,7 @@ class WorkerCommand(Workers):
         read, write = os.pipe() if is_early else (None, None)
         lifeline = ["--lifeline", *([] if write is None else ["--early", str(write)])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "chunkq", "work", "--burst", "--quiet", *lifeline, *options],
+            python_module("chunkq", "work", "--burst", "--quiet", *lifeline, *options),
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,

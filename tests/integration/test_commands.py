@@ -438,3 +438,16 @@ def test_running_a_finished_job_again_changes_nothing(sealed: Workspace) -> None
 
 def test_version_prints_the_program_name(workspace: Workspace) -> None:
     assert workspace.call("--version").ok().out.startswith("chunkq, version ")
+
+
+@pytest.mark.parametrize("name", ["statistics", "logging", "tensorstore", "chunkq_worker"])
+def test_a_file_beside_the_job_that_is_named_like_a_module_is_not_imported(
+    workspace: Workspace, name: str
+) -> None:
+    (workspace.folder / f"{name}.py").write_text("raise SystemExit('not the library')\n")
+    command = [Path(sys.executable).with_name("chunkq"), "run", "job.yaml", "-w", "1"]
+    assert workspace.job_file.name == "job.yaml"
+    result = subprocess.run(
+        command, cwd=workspace.folder, env=workspace.process_env, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -30,6 +30,7 @@ from chunkq.queue.contract.executor import (
 )
 from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.system.gpus import VISIBLE
+from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
 from chunkq.worker_start import Step, encode_line
 from chunkq_worker.child_env import child_env
@@ -277,7 +278,7 @@ class Supervisor:
             env[VISIBLE] = slot.device.gpu or ""
         # A new session, so that Ctrl-C reaches only the supervisor, which forwards it.
         slot.process = subprocess.Popen(
-            [sys.executable, "-m", "chunkq_worker.worker_process"],
+            python_module("chunkq_worker.worker_process"),
             stdin=subprocess.PIPE,
             env=env,
             start_new_session=True,

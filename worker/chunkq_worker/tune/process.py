@@ -7,7 +7,6 @@ import queue
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import psutil
 from typing_extensions import override
 
 from chunkq import json_values
+from chunkq.system.python_process import python_module
 from chunkq_worker.tune.accuracy import Accuracy, compare
 from chunkq_worker.tune.search import Measurement, Setting, Stage
 from chunkq_worker.tune.space import SearchSpace
@@ -43,7 +43,7 @@ class TrialProcess(Runner):
         self._folder, self._memory, self._peak = folder, memory, 0
         self._stderr_file = (folder / "err").open("w+b")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", TRIAL_MODULE],
+            python_module(TRIAL_MODULE),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr_file,

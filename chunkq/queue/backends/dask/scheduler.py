@@ -21,6 +21,7 @@ from chunkq.queue.backends import credentials
 from chunkq.queue.backends.dask.executor import Address, QueuePlugin, check_protocol, silence_dask
 from chunkq.queue.backends.dask.tls import load_security
 from chunkq.system.parent_process import when_parent_ends
+from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
 
 
@@ -45,7 +46,7 @@ def start_scheduler(
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
     settings |= {"protocol": "tls", "tls": str(tls)} if tls else {}
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(settings)],
+        python_module(__name__, json.dumps(settings)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

@@ -20,6 +20,7 @@ import psutil
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.system.parent_process import when_parent_ends
+from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned, scratch_folder
 
 MAX_FOLDER_LENGTH = 24
@@ -82,7 +83,7 @@ def _token_in_environment(token: str) -> Iterator[None]:
 @contextmanager
 def _node(options: Sequence[str], cpus: int | None, gpus: bool) -> Iterator[str]:
     """Run `ray start --block` while the context is open; yield its output."""
-    command = [sys.executable, "-m", __name__, "start", "--block", *options]
+    command = python_module(__name__, "start", "--block", *options)
     command += ["--disable-usage-stats"]
     command += ["--num-cpus", str(cpus or _cores())]
     granted = os.environ.get("CUDA_VISIBLE_DEVICES")
