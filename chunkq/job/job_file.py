@@ -136,6 +136,19 @@ class Job(Section):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+def select_job_file(job: Path | None, config: Path | None) -> Path:
+    """Return the job file of a command: its argument JOB, or the value of its option -c.
+
+    Raises JobError unless exactly one of them is given.
+    """
+    if job is not None and config is not None:
+        raise JobError(f"-c: found {config} beside the job file {job}; use one of them")
+    path = job or config
+    if path is None:
+        raise JobError("JOB: missing; name a YAML or JSON job file, `chunkq init` writes one")
+    return path
+
+
 def load_job(
     source: str | Path | Mapping[str, Any],
     *,

@@ -16,7 +16,7 @@ import os, sys, threading, time
 from chunkq.system.parent_process import when_parent_ends
 
 print(sys.stdin.readline().strip(), flush=True)
-when_parent_ends(lambda: (print("ended", flush=True), os._exit(0)))
+when_parent_ends(lambda: (os.write(1, b"ended\\n"), os._exit(0)))
 [waiting] = [thread for thread in threading.enumerate() if thread.name == "parent"]
 waiting.join(0.1)
 print("waiting", flush=True)
@@ -39,7 +39,7 @@ process.wait()
 SIGNALED = """
 import os, signal, time
 
-signal.signal(signal.SIGTERM, lambda number, frame: (print("ended", flush=True), os._exit(0)))
+signal.signal(signal.SIGTERM, lambda number, frame: (os.write(1, b"ended\\n"), os._exit(0)))
 print("started\\nwaiting", flush=True)
 time.sleep(1000)
 """

@@ -23,6 +23,8 @@ MAX_DIFFERENCE = 1e-3
 """Largest difference between two runs on one batch, as a fraction of the range of the output."""
 MAX_SECONDS = 5.0
 """Time after which no further repetition is started."""
+PART_VALUES = 1 << 16
+"""Values that are compared at a time; bounds the memory of a comparison."""
 log = logging.getLogger("chunkq.worker")
 Values = npt.NDArray[Any]
 
@@ -93,13 +95,18 @@ def relative_difference(first: Values, second: Values) -> float:
     It is infinite if values are finite in one array only, or differ in infinity or NaN. The range
     of a constant array is its absolute value.
     """
-    finite = np.isfinite(first)
-    if not np.array_equal(first[~finite], second[~finite], equal_nan=True):
-        return np.inf
-    a, b = first[finite].astype(np.float64), second[finite].astype(np.float64)
-    if not np.isfinite(b).all():
-        return np.inf
-    difference = float(np.abs(a - b).max(initial=0.0))
+    difference, low, high = 0.0, np.inf, -np.inf
+    flat, other = first.reshape(-1), second.reshape(-1)
+    for start in range(0, flat.size, PART_VALUES):
+        part = slice(start, start + PART_VALUES)
+        finite = np.isfinite(flat[part])
+        if not np.array_equal(flat[part][~finite], other[part][~finite], equal_nan=True):
+            return np.inf
+        a, b = (values[part][finite].astype(np.float64) for values in (flat, other))
+        if not np.isfinite(b).all():
+            return np.inf
+        difference = max(difference, float(np.abs(a - b).max(initial=0.0)))
+        low, high = min(low, a.min(initial=low)), max(high, a.max(initial=high))
     if difference == 0.0:
         return 0.0
-    return difference / (float(a.max() - a.min()) or float(np.abs(a).max()) or difference)
+    return difference / (float(high - low) or abs(float(high)) or difference)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +18,11 @@ if TYPE_CHECKING:
     from chunkq.job.job_folder import JobFolder
     from chunkq.job.job_handle import JobHandle
 
+job_argument = click.argument("job", type=click.Path(path_type=Path), required=False)
+config_option = click.option(
+    "-c", "--config", type=click.Path(path_type=Path),
+    help="The job file, in place of JOB, as for SPINN's command.",
+)  # fmt: skip
 input_option = click.option(
     "-i", "--input", "input_", help="Input volume; replaces the job file's."
 )
@@ -28,24 +32,6 @@ queue_option = click.option(
 )
 output_argument = click.argument("output")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def job_argument(command: Callable[..., None]) -> Callable[..., None]:
-    """Pass the path of the job file as `job`: the argument JOB, or `-c` as for SPINN's command."""
-
-    @click.argument("job", type=click.Path(path_type=Path), required=False)
-    @click.option(
-        "-c", "--config", type=click.Path(path_type=Path), help="The job file, in place of JOB."
-    )
-    @wraps(command)
-    def with_job(*, job: Path | None, config: Path | None, **options: Any) -> None:
-        if job is not None and config is not None:
-            raise click.UsageError(f"found two job files, {job} and -c {config}; use one of them")
-        if job is None and config is None:
-            raise click.UsageError("Missing argument 'JOB', the path of a job file.")
-        command(job=job or config, **options)
-
-    return with_job
 
 
 @contextmanager

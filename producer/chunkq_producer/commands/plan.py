@@ -12,7 +12,7 @@ import click
 from chunkq import json_values
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
-from chunkq.job.job_file import load_job
+from chunkq.job.job_file import load_job, select_job_file
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
@@ -20,7 +20,13 @@ from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.units import duration, si
-from chunkq_producer.commands.options import input_option, job_argument, json_option, output_option
+from chunkq_producer.commands.options import (
+    config_option,
+    input_option,
+    job_argument,
+    json_option,
+    output_option,
+)
 from chunkq_producer.engine import is_cpu_only
 
 MAX_SHARE_TO_FINALIZE = 0.9
@@ -29,6 +35,7 @@ MAX_SHARE_TO_FINALIZE = 0.9
 
 @click.command()
 @job_argument
+@config_option
 @input_option
 @output_option
 @click.option(
@@ -44,7 +51,8 @@ MAX_SHARE_TO_FINALIZE = 0.9
 )  # fmt: skip
 @json_option
 def plan(
-    job: Path,
+    job: Path | None,
+    config: Path | None,
     input_: str | None,
     output: str | None,
     with_model_check: bool,
@@ -55,7 +63,7 @@ def plan(
 
     Without --check-model the network is not loaded.
     """
-    checked = check_job(load_job(job, input=input_, output=output))
+    checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None

@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from chunkq.create import check_job, check_output
-from chunkq.job.job_file import load_job
+from chunkq.job.job_file import load_job, select_job_file
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.queue.registry import open_shared, queue_url
 from chunkq_producer.commands.options import (
+    config_option,
     input_option,
     job_argument,
     output_option,
@@ -24,13 +25,15 @@ from chunkq_producer.produce import launch_cluster_workers, produce_job
 
 @click.command()
 @job_argument
+@config_option
 @input_option
 @output_option
 @queue_option
 @click.option("--resume", is_flag=True, help="Continue an existing job; fail if there is none.")
 @click.option("--overwrite", is_flag=True, help="Delete the output and start again.")
 def produce(
-    job: Path,
+    job: Path | None,
+    config: Path | None,
     input_: str | None,
     output: str | None,
     queue: str | None,
@@ -41,7 +44,7 @@ def produce(
 
     JOB is a YAML or JSON job file. Next, start `chunkq work` on each machine.
     """
-    loaded_job = load_job(job, input=input_, output=output)
+    loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
     checked = check_job(loaded_job)
     check_output(checked, resume=resume, overwrite=overwrite)
     url = queue_of(loaded_job, queue)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from chunkq.job.job_file import load_job
+from chunkq.job.job_file import load_job, select_job_file
 from chunkq_producer.commands.options import (
+    config_option,
     input_option,
     job_argument,
     output_option,
@@ -21,6 +22,7 @@ from chunkq_producer.worker_command import RunOptions
 
 @click.command()
 @job_argument
+@config_option
 @click.option(
     "-e", "--executor", "engine", type=click.Choice(list(ENGINES)),
     help="Kind of queue (default: sqlite, a local file). dask and ray start a local cluster.",
@@ -39,7 +41,8 @@ from chunkq_producer.worker_command import RunOptions
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Delete the output and start again.")
 def run(
-    job: Path,
+    job: Path | None,
+    config: Path | None,
     engine: str | None,
     queue: str | None,
     input_: str | None,
@@ -55,7 +58,7 @@ def run(
     """
     with RunDisplay() as display:
         result = run_job(
-            load_job(job, input=input_, output=output),
+            load_job(select_job_file(job, config), input=input_, output=output),
             engine=engine,
             queue=queue,
             options=RunOptions(workers, gpus, depth),
