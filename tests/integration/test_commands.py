@@ -333,7 +333,7 @@ def test_help_imports_no_large_package() -> None:
         ("plan job.json", "torch zarr redis chunkq_worker rich"),
         ("status out.zarr", "torch zarr tensorstore redis array_api_compat chunkq_worker"),
         ("jobs", "torch zarr tensorstore redis numpy pydantic chunkq_worker"),
-        ("work --burst --gpus none", "torch zarr tensorstore redis numpy chunkq_producer"),
+        ("work --burst --gpus none", "torch zarr tensorstore redis numpy pydantic chunkq_producer"),
     ],
 )
 def test_a_command_imports_no_large_package_that_it_does_not_need(

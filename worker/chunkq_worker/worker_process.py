@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import FrameType
 
-from chunkq import json_values
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
@@ -53,6 +52,8 @@ class WorkerProcessOptions:
 
 def main() -> int:
     """Read the options, run tasks until the worker ends, and return the exit code."""
+    from chunkq import json_values  # imports pydantic, which the supervisor does not need
+
     lines: SimpleQueue[bytes] = SimpleQueue()
     when_parent_ends(_abort, lines.put)
     process_options = json_values.decode(WorkerProcessOptions, lines.get())

@@ -205,11 +205,11 @@ FAULTS = (
         named(EARLY, "once"),
     ),
     Fault(
-        "end-of-checking-process-is-not-reported",
+        "signal-that-ended-the-check-is-not-reported",
         SUPERVISOR,
-        "if code is not None and not is_reported:",
-        "if code == 0:",
-        "a run whose network kills its process waits for ever",
+        "CheckReport(exit_code=code)",
+        "CheckReport(exit_code=1)",
+        "a run does not say that the system killed the process of the network",
         named(EARLY, "refused_in_one_line and killed"),
     ),
     Fault(
