@@ -72,15 +72,11 @@ def load(target: str) -> Any:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Import libraries without garbage collection, which would take a tenth of the time.
-
-    What they have created is not looked at by later collections: it exists until the process ends.
-    """
+    """Import libraries without garbage collection, which would take a tenth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         if was_enabled:
             gc.enable()

@@ -53,6 +53,19 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
+def python(workspace: Workspace, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in another Python process; assert success."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=workspace.folder,
+        env=workspace.env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+
 def test_the_template_is_a_valid_job_once_its_files_exist(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     assert "wrote job.yaml" in workspace.call("init").ok().out
@@ -350,15 +363,7 @@ def test_a_command_imports_no_large_package_that_it_does_not_need(
         "finally:\n"
         f"    print('IMPORTED', [n for n in {packages.split()} if n in sys.modules])\n"
     )
-    completed = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=workspace.folder,
-        env=workspace.env,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    completed = python(workspace, code)
     assert completed.stdout.splitlines()[-1] == "IMPORTED []"
 
 
@@ -372,15 +377,7 @@ def test_commands_that_run_no_network_do_not_import_torch(workspace: Workspace) 
         "    sys.argv = ['chunkq', *line.split()]\n"
         "    print(line, main(), 'torch' in sys.modules, file=sys.stderr)\n"
     )
-    completed = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=workspace.folder,
-        env=workspace.env,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    completed = python(workspace, code)
     codes = dict.fromkeys(lines, 0) | {"finalize out.zarr": 3}
     printed = [line for line in completed.stderr.splitlines() if not line.startswith("chunkq: ")]
     assert printed == [f"{line} {code} False" for line, code in codes.items()]
