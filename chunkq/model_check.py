@@ -47,10 +47,10 @@ class MemoryCheck:
 
 @dataclass(frozen=True, slots=True)
 class ModelCheck:
-    """A network that was loaded and has run a batch of zeros of `batch` patches.
+    """A network that was loaded and has run a batch of `batch` patches.
 
-    `load_seconds` includes the first batch. `loaded_bytes` is the peak resident memory with the
-    network loaded, `peak_bytes` the one at the end, and `device_bytes` the peak on the device.
+    `load_seconds` includes the check of the first batch. `loaded_bytes` is the peak resident memory
+    with the network loaded, `peak_bytes` the one at the end, `device_bytes` the peak on the device.
     `tile_norms` are layers that normalize by statistics of the patch, and `output_warnings` what
     the values of the output suggest. `patches` and `memory` are None where the check was not run.
     """

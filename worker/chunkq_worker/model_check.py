@@ -41,9 +41,7 @@ REPEATS = 3
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
 @click.option("--report", type=click.File("wb"), required=True, help="File for the report.")
 def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> None:
-    """Load the network of the job record on standard input, and run two batches.
-
-    One contains zeros, the other patches of the volume.
+    """Load the network of the job record on standard input, and run a batch of patches.
 
     With --depth, also time patches from the middle of the volume in different batches, and compute
     chunks, DEPTH in flight, to measure the memory of a worker process.
@@ -82,10 +80,9 @@ def run_check(
     if depth is not None and job_folder is not None:
         memory = _measure_memory(engine, open_job(job_folder), depth)
     before = time.perf_counter()
-    on_device(engine.batcher.warm_up).result()
-    load_seconds += time.perf_counter() - before
     engine.checks.repeats = REPEATS
-    on_device(lambda: check_on_patches(record, engine.plan, engine.batcher)).result()
+    on_device(lambda: _run_batches(engine, record)).result()
+    load_seconds += time.perf_counter() - before
     patches = None
     if depth is not None:
         patches = on_device(lambda: _run_patches(engine, record)).result()
@@ -114,10 +111,17 @@ def _restart_with_worker_env() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 
 
+def _run_batches(engine: InferenceEngine, record: JobRecord) -> None:
+    """Run a batch of patches, or of zeros if no patch could be read."""
+    check_on_patches(record, engine.plan, engine.batcher)
+    if not engine.batcher.has_run:
+        engine.batcher.warm_up()
+
+
 def _measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> MemoryCheck:
     try:
         measurement = measure_memory(engine, job, depth)
-    except Exception as error:  # errors of the network are raised by the batch of zeros after this
+    except Exception as error:  # errors of the network are raised by the batch after this
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return MemoryCheck(depth, error=reason)
     return MemoryCheck(depth, measurement.chunks, measurement.worker_bytes)

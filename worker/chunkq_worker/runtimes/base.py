@@ -65,6 +65,8 @@ class Runtime(ABC):
     """Name of the dtype that the network, with its protected steps, returned in the last call."""
     any_batch: bool = False
     """Whether smaller batches cost less, because the network is not compiled for one batch size."""
+    draws_from_known_states: bool = False
+    """Whether random numbers come from the states of `random_state.random_states`."""
 
     @abstractmethod
     def __call__(self, batch: Any) -> Array:

@@ -57,6 +57,8 @@ class TorchRuntime(Runtime):
     The module is on the `accelerator`, or in host memory if that is None.
     """
 
+    draws_from_known_states = True
+
     def __init__(
         self,
         loaded: LoadedNetwork,
