@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.value_watch import ValueWatch
 
 if TYPE_CHECKING:
     from chunkq_worker.runtimes.device_chunk import DeviceInput, FiniteFlag
@@ -86,6 +88,7 @@ class Batcher:
         self.patches_run = 0
         self.release_memory: Callable[[], bool] = lambda: False
         self.has_run = False
+        self._watch: ValueWatch | None = None
         self._output_dtype = ""
 
     @property
@@ -105,6 +108,16 @@ class Batcher:
         other = copy(self)
         other._resize(size)
         return other
+
+    @contextmanager
+    def watched_by(self, watch: ValueWatch) -> Iterator[None]:
+        """Report the values of batches of patches to `watch` inside a `with` block."""
+        self._watch = watch
+        try:
+            with self._runtime.watched_by(watch):
+                yield
+        finally:
+            self._watch = None
 
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
@@ -364,6 +377,8 @@ class Batcher:
         try:
             if uploaded is not None:
                 sent = uploaded.batch(batch, count)
+            if self._watch is not None:
+                self._watch.start(used)
             if sent is None:
                 sent = self._send(batch, halos, origin, buffer)
             outputs = self._run(sent)
@@ -389,7 +404,10 @@ class Batcher:
             )
         check_output_dtype(self._output_dtype, self._plan.output)
         with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
-        return outputs.reshape(with_channels)[:used]
+        result = outputs.reshape(with_channels)[:used]
+        if self._watch is not None and used:
+            self._watch.send(result)
+        return result
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
