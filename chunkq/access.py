@@ -66,17 +66,17 @@ DEFAULT_ACCESS = Access()
 """With the credentials that are found; without any, anonymously."""
 
 
-def s3_filesystem(access: Access = DEFAULT_ACCESS) -> Any:
-    """Return the file system of S3.
+def s3_filesystem(access: Access = DEFAULT_ACCESS, *, asynchronous: bool = False) -> Any:
+    """Return the file system of S3, `asynchronous` for callers in an event loop of their own.
 
     Endpoint, region and credentials are those of the environment and of the AWS configuration, as
     for every tool on botocore. Without credentials, requests are anonymous. Raises ImportError if
     s3fs is missing, and botocore's errors if the configuration is invalid.
     """
-    return _s3_filesystem(access, _aws_environment())
+    return _s3_filesystem(access, asynchronous, _aws_environment())
 
 
-def tensorstore_s3(access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None:
+def tensorstore_s3(bucket: str, access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None:
     """Return the members of tensorstore's kvstore `s3` that access the same as `s3_filesystem`.
 
     None if tensorstore does not support the configuration. Raises the errors of `s3_filesystem`.
@@ -85,18 +85,32 @@ def tensorstore_s3(access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None:
     filesystem.connect()
     meta, session = filesystem.s3.meta, filesystem.session
     credentials = {"type": "anonymous"} if filesystem.anon else _tensorstore_credentials(session)
-    if credentials is None or session.get_config_variable("ca_bundle"):
+    # tensorstore's option `requester_pays` sends another header than S3 expects.
+    if credentials is None or access.requester_pays or session.get_config_variable("ca_bundle"):
         return None
     spec: dict[str, Any] = {"aws_credentials": credentials}
-    if access.requester_pays:
-        spec["requester_pays"] = True
     host = urlsplit(meta.endpoint_url).hostname or ""
     if host.endswith((".amazonaws.com", ".amazonaws.com.cn")):
         return spec  # tensorstore finds the region of the bucket
     if (meta.config.s3 or {}).get("addressing_style") == "virtual":
         return None
-    region = meta.region_name if meta.region_name != "aws-global" else None
-    return spec | {"endpoint": meta.endpoint_url, "aws_region": region or "us-east-1"}
+    region = _bucket_region(bucket, access, _aws_environment()) or meta.region_name
+    spec |= {"endpoint": meta.endpoint_url, "aws_region": region}
+    return spec | ({} if region and region != "aws-global" else {"aws_region": "us-east-1"})
+
+
+@lru_cache(maxsize=64)
+def _bucket_region(
+    bucket: str, access: Access, environment: tuple[tuple[str, str], ...]
+) -> str | None:
+    """Return the region that the server names for a bucket, or None."""
+    try:
+        response = s3_filesystem(access).call_s3("head_bucket", Bucket=bucket)
+    except OSError as error:
+        response = getattr(error.__cause__, "response", None) or {}
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region: str | None = headers.get("x-amz-bucket-region")
+    return region
 
 
 def _tensorstore_credentials(session: Any) -> dict[str, str] | None:
@@ -129,12 +143,14 @@ def is_denied(error: BaseException) -> bool:
 
 
 @lru_cache(maxsize=16)
-def _s3_filesystem(access: Access, environment: tuple[tuple[str, str], ...]) -> Any:
+def _s3_filesystem(
+    access: Access, asynchronous: bool, environment: tuple[tuple[str, str], ...]
+) -> Any:
     import fsspec
 
     # fsspec caches instances too, but not by the environment.
-    options = access.storage_options("s3")
-    return fsspec.filesystem("s3", skip_instance_cache=True, **options)
+    options = access.storage_options("s3") | {"skip_instance_cache": True}
+    return fsspec.filesystem("s3", asynchronous=asynchronous, **options)
 
 
 def _has_credentials(environment: tuple[tuple[str, str], ...]) -> bool:

@@ -92,7 +92,8 @@ def open_filesystem(path: str, access: Access = DEFAULT_ACCESS) -> tuple[Any, st
         ) from None
     except Exception as error:  # each file system raises different errors
         reason = str(error) or type(error).__name__
-        raise StoreError(f"{without_secret(path)}: {reason}") from None
+        hint = "; fix the AWS configuration" if scheme in S3_SCHEMES else ""
+        raise StoreError(f"{without_secret(path)}: {reason}{hint}") from None
     return filesystem, inner
 
 

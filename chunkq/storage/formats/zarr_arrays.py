@@ -120,5 +120,5 @@ def kvstore(path: str, access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None
     place = {"bucket": bucket, "path": f"{key}/" if key else ""}
     if scheme in GCS_SCHEMES and access == DEFAULT_ACCESS:
         return {"driver": "gcs", **place}
-    members = tensorstore_s3(access) if scheme in S3_SCHEMES else None
+    members = tensorstore_s3(bucket, access) if scheme in S3_SCHEMES else None
     return None if members is None else {"driver": "s3", **place, **members}

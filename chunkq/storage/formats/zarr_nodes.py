@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from chunkq.access import Access, is_forbidden
+from chunkq.access import S3_SCHEMES, Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import (
     is_url,
@@ -39,6 +39,8 @@ MAX_CANDIDATES = 32
 """Folders that are examined for the list of members in a message."""
 MAX_MEMBERS = 8
 """Members that a message lists."""
+MAX_DOCUMENT_BYTES = 1 << 28
+"""Bytes of a document in a bucket that are read. The consolidated metadata of a group are large."""
 NO_OBJECT = "chunkq-no-such-object"
 """Name of an object that does not exist."""
 
@@ -159,7 +161,7 @@ def first_document(
     refusal: Exception | None = None
     for name in names:
         try:
-            return name, read_bytes(join(path, name), access)
+            return name, _read(path, name, access)
         except NOTHING:
             continue
         except Exception as error:  # each file system raises different errors
@@ -174,7 +176,7 @@ def first_document(
 def read_document(path: str, name: str, access: Access) -> bytes | None:
     """Return a document of a node, or None if it is missing or a server answers 403."""
     try:
-        return read_bytes(join(path, name), access)
+        return _read(path, name, access)
     except NOTHING:
         return None
     except Exception as error:  # each file system raises different errors
@@ -183,12 +185,22 @@ def read_document(path: str, name: str, access: Access) -> bytes | None:
         raise
 
 
+def _read(path: str, name: str, access: Access) -> bytes:
+    """Return the content of a document. Raises the storage's error."""
+    if path.partition("://")[0] not in S3_SCHEMES:
+        return read_bytes(join(path, name), access)
+    # One GET. Without a range, s3fs asks for the size before, and such an error has no message.
+    filesystem, inner = open_filesystem(join(path, name), access)
+    content: bytes = filesystem.cat_file(inner, start=0, end=MAX_DOCUMENT_BYTES)
+    return content
+
+
 def forbids_missing_objects(path: str, access: Access) -> bool:
     """Return whether the server of a URL answers 403 for objects that do not exist."""
     if not is_url(path):
         return False
     try:
-        read_bytes(join(path, NO_OBJECT), access)
+        _read(path, NO_OBJECT, access)
     except Exception as error:  # each file system raises different errors
         return is_forbidden(error)
     return False

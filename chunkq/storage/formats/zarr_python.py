@@ -11,7 +11,7 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore, StorePath, WrapperStore
 
-from chunkq.access import S3_SCHEMES, Access, is_forbidden
+from chunkq.access import S3_SCHEMES, Access, is_forbidden, s3_filesystem
 from chunkq.paths import is_url
 
 
@@ -46,9 +46,11 @@ def open_store(path: str, access: Access, *, write: bool = False) -> Store:
     if not is_url(path):
         return LocalStore(path, read_only=not write)
     scheme = path.partition("://")[0]
-    options = access.storage_options(scheme)
     if scheme in S3_SCHEMES:
-        options["skip_instance_cache"] = True  # the cache does not depend on the environment
+        filesystem = s3_filesystem(access, asynchronous=True)
+        inner = filesystem._strip_protocol(path)
+        return FsspecStore(filesystem, path=inner, read_only=not write)
+    options = access.storage_options(scheme)
     return FsspecStore.from_url(path, storage_options=options, read_only=not write)
 
 
