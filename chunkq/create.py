@@ -18,7 +18,7 @@ from chunkq.job.output import new_record
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
-from chunkq.paths import is_url, open_filesystem, without_secret
+from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
@@ -62,6 +62,11 @@ def check_job(job: Job) -> CheckedJob:
         raise JobError(
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "
             "folders; choose another path"
+        )
+    if is_web(job.output):
+        raise JobError(
+            f"output: {without_secret(job.output)} is on a web server, which is read-only; use a "
+            "local path or a bucket"
         )
     for source in sources:
         if _overlap(job.output, source.path):

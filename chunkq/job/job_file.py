@@ -183,8 +183,8 @@ def load_job(
         values, base = _read_file(path), path.absolute().parent
     _make_absolute(values, base)
     if input is not None:
-        path, mapping = absolute(input, Path.cwd()), values.get("input")
-        values["input"] = {**mapping, "path": path} if isinstance(mapping, dict) else path
+        volume, mapping = absolute(input, Path.cwd()), values.get("input")
+        values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
     if output is not None:
         values["output"] = canonical(output, Path.cwd())
     return _parse_with_output(values)

@@ -24,6 +24,7 @@ from tests.harness.servers.strict_s3 import KEY, SECRET, Bucket, strict_s3
 from tests.harness.servers.web import Habits, web_server
 from tests.harness.volumes import random_volume, write_zarr
 
+pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
 SHAPE = (9, 8, 7)
 VALUES = random_volume(SHAPE)
 IMAGE = {"multiscales": [{"version": "0.4", "datasets": [{"path": "0"}]}]}

@@ -68,11 +68,14 @@ class NpyArray(Array):
             )
         self._offset, self.dtype = header.tell(), native_dtype(self._stored_dtype)
         self.shape, self._is_fortran = tuple(shape), is_fortran
-        expected = self._offset + prod(shape) * self._stored_dtype.itemsize
+
+    def check_size(self) -> None:
+        """Raise StoreError if the file is shorter than its header says."""
+        expected = self._offset + prod(self.shape) * self._stored_dtype.itemsize
         size = self._size()
         if size is not None and size < expected:
             raise self._error(
-                f"truncated, expected {expected} bytes for shape {list(shape)} and dtype "
+                f"truncated, expected {expected} bytes for shape {list(self.shape)} and dtype "
                 f"{self.dtype}, found {size}; save it again with numpy.save, or copy it again"
             )
 
@@ -155,6 +158,7 @@ class NpyFormat(Format):
     @override
     def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
         array = self._open(path, options)
+        array.check_size()
         return ArrayInfo(
             path, plain_axes(array.shape), str(array.dtype), Access.of(options).options
         )

@@ -19,7 +19,7 @@ from typing_extensions import override
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, plain_axes
-from chunkq.paths import join, read_bytes, without_secret
+from chunkq.paths import join, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
@@ -38,6 +38,7 @@ from chunkq.storage.formats.zarr_nodes import (
     ATTRIBUTES,
     ZarrNode,
     dtype_error,
+    fetch_document,
     first_document,
     forbids_missing_objects,
     member_names,
@@ -205,7 +206,7 @@ def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
     check: Callable[[], None] = lambda: None  # noqa: E731
     if is_lenient:
         store, check = lenient_store(
-            store, lambda: read_bytes(join(node.path, node.name), node.access)
+            store, lambda: fetch_document(node.path, node.name, node.access)
         )
     try:
         return ZarrPythonArray(node.path, open_array(store, metadata), check), reason

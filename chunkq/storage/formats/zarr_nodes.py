@@ -161,7 +161,7 @@ def first_document(
     refusal: Exception | None = None
     for name in names:
         try:
-            return name, _read(path, name, access)
+            return name, fetch_document(path, name, access)
         except NOTHING:
             continue
         except Exception as error:  # each file system raises different errors
@@ -176,7 +176,7 @@ def first_document(
 def read_document(path: str, name: str, access: Access) -> bytes | None:
     """Return a document of a node, or None if it is missing or a server answers 403."""
     try:
-        return _read(path, name, access)
+        return fetch_document(path, name, access)
     except NOTHING:
         return None
     except Exception as error:  # each file system raises different errors
@@ -185,8 +185,8 @@ def read_document(path: str, name: str, access: Access) -> bytes | None:
         raise
 
 
-def _read(path: str, name: str, access: Access) -> bytes:
-    """Return the content of a document. Raises the storage's error."""
+def fetch_document(path: str, name: str, access: Access) -> bytes:
+    """Return the content of a document of a node. Raises the storage's error."""
     if path.partition("://")[0] not in S3_SCHEMES:
         return read_bytes(join(path, name), access)
     # One GET. Without a range, s3fs asks for the size before, and such an error has no message.
@@ -200,7 +200,7 @@ def forbids_missing_objects(path: str, access: Access) -> bool:
     if not is_url(path):
         return False
     try:
-        _read(path, NO_OBJECT, access)
+        fetch_document(path, NO_OBJECT, access)
     except Exception as error:  # each file system raises different errors
         return is_forbidden(error)
     return False

@@ -59,7 +59,8 @@ def open_array(store: Store, metadata: Mapping[str, Any]) -> Any:
 
     Raises ValueError, KeyError or TypeError if the metadata are invalid.
     """
-    return zarr.Array(zarr.AsyncArray(metadata=dict(metadata), store_path=StorePath(store)))
+    document: Any = dict(metadata)
+    return zarr.Array(zarr.AsyncArray(metadata=document, store_path=StorePath(store)))
 
 
 def lenient_store(store: Store, check: Callable[[], Any]) -> tuple[Store, Callable[[], None]]:
