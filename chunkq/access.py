@@ -137,6 +137,17 @@ def is_forbidden(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "status", None) == 403
 
 
+def sends_parts(filesystem: Any, inner: str) -> bool:
+    """Return whether a web server sends parts of a file. Raises OSError."""
+    try:
+        with filesystem.open(inner, "rb", cache_type="none") as file:
+            file.seek(1)
+            file.read(1)
+    except ValueError:
+        return False
+    return True
+
+
 def is_denied(error: BaseException) -> bool:
     """Return whether a server refuses a request, also because of the credentials."""
     return isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)

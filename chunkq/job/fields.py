@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -90,8 +90,9 @@ def _kind_of_input(value: object) -> str:
 
 def _as_inputs(value: object) -> object:
     """Return one input or a list of inputs as a tuple."""
-    inputs = value if isinstance(value, (list, tuple)) else (value,)
-    return tuple(map(_as_path, inputs))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_as_path, value))
+    return (_as_path(value),) if isinstance(value, (str, dict, InputConfig)) else value
 
 
 def _as_path(value: object) -> object:
@@ -108,5 +109,5 @@ Input = Annotated[
 Inputs = Annotated[
     tuple[Input, ...],
     Field(min_length=1),
-    BeforeValidator(_as_inputs, json_schema_input_type=Any),
+    BeforeValidator(_as_inputs, json_schema_input_type=Input | tuple[Input, ...]),
 ]

@@ -214,9 +214,19 @@ def parse_job(values: Mapping[str, Any]) -> Job:
     try:
         return Job.model_validate(dict(values))
     except ValidationError as error:
-        errors = error.errors()
+        errors = _independent(error.errors())
     lines = [_message(error) for error in errors]
     raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
+
+
+def _independent(errors: list[Any]) -> list[Any]:
+    """Return pydantic's errors without those of lists that are too short without invalid items."""
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(e["loc"][:-1][: len(error["loc"])] == error["loc"] for e in errors)
+    ]
 
 
 PLACEHOLDER_MODEL = MappingProxyType(

@@ -316,6 +316,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     write_zarr(folder / "v3.zarr", VALUES, (4, 4, 4))
     write_zarr(folder / "v2.zarr", VALUES, (4, 4, 4), zarr_format=2)
+    write_zarr(folder / "sharded.zarr", VALUES, (4, 4, 4), shards=(8, 8, 8))
     nested = {"name": "v2", "separator": "/"}
     write_zarr(folder / "nested.zarr", VALUES, (4, 4, 4), zarr_format=2, chunk_key_encoding=nested)
     change(folder / "nested.zarr/.zarray", dimension_separator=".")
@@ -331,7 +332,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FORMS = ("v3.zarr", "v2.zarr", "nested.zarr", "img.zarr", "c.npy", "f.npy")
+FORMS = ("v3.zarr", "sharded.zarr", "v2.zarr", "nested.zarr", "img.zarr", "c.npy", "f.npy")
 
 
 @pytest.mark.parametrize("missing", [404, 403])
@@ -367,10 +368,13 @@ def test_a_server_that_starts_to_refuse_everything_gives_no_fill_values(served: 
             array.read(Box.of_shape(SHAPE))
 
 
-def test_a_server_without_ranges_is_enough_for_zarr_and_refused_for_npy(served: Path) -> None:
+def test_a_server_without_ranges_is_enough_for_zarr_and_refused_for_npy_and_shards(
+    served: Path,
+) -> None:
     with web_server(served, Habits(ranges=False)) as url:
         np.testing.assert_array_equal(read(find_source(f"{url}/v3.zarr")), VALUES)
-        refused(f"{url}/c.npy", ErrorCode.STORE_UNSUPPORTED, "download")
+        for name in ("c.npy", "sharded.zarr"):
+            refused(f"{url}/{name}", ErrorCode.STORE_UNSUPPORTED, "download")
 
 
 def test_a_server_that_is_gone_is_not_a_missing_input(served: Path) -> None:

@@ -111,7 +111,7 @@ def missing_error(path: str) -> StoreError:
 
 def unreadable_error(path: str, error: BaseException) -> StoreError:
     """Return the error for a path whose storage reports an error."""
-    reason = mask_secrets(str(error) or type(error).__name__, path)
+    reason = mask_secrets(str(error) or type(error).__name__, path).rstrip(".")
     hint = ""
     if is_url(path) and is_denied(error):
         hint = "; check the path and the credentials"

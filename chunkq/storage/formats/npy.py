@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from chunkq.access import Access
+from chunkq.access import Access, sends_parts
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
@@ -86,21 +86,12 @@ class NpyArray(Array):
 
     def _header(self) -> bytes:
         """Return the first bytes of the file. Raises OSError."""
-        if is_web(self.path):
-            self._check_ranges()
-        content: bytes = self._filesystem.cat_file(self._inner, start=0, end=MAX_HEADER_BYTES)
-        return content
-
-    def _check_ranges(self) -> None:
-        """Raise StoreError if a web server sends whole files only."""
-        try:
-            with self._filesystem.open(self._inner, "rb", cache_type="none") as file:
-                file.seek(1)
-                file.read(1)
-        except ValueError:
+        if is_web(self.path) and not sends_parts(self._filesystem, self._inner):
             raise self._error(
                 "the server does not send parts of files; download the file, or convert it to Zarr"
-            ) from None
+            )
+        content: bytes = self._filesystem.cat_file(self._inner, start=0, end=MAX_HEADER_BYTES)
+        return content
 
     def _size(self) -> int | None:
         """Return the size of the file (bytes), or None if a server does not tell it."""

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq.access import DEFAULT_ACCESS, Access
+from chunkq.access import DEFAULT_ACCESS, Access, sends_parts
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, plain_axes
-from chunkq.paths import join, without_secret
+from chunkq.paths import is_web, join, open_filesystem, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
     NO_OPTIONS,
@@ -53,6 +53,8 @@ CHUNK_KEYS = "chunk_keys"
 """Option: names of the storage chunks (`ChunkKeys`), if the metadata name them otherwise."""
 FORBIDDEN_IS_MISSING = "forbidden_is_missing"
 """Option: whether the server answers 403 for objects that do not exist."""
+SHARDING = "sharding_indexed"
+"""Codec of arrays with shards."""
 CODEC_PACKAGES = {
     "crc32c": "numcodecs[crc32c]",
     "flac": "flac-numcodecs",
@@ -152,6 +154,8 @@ def _array_info(node: ZarrNode, axes: Callable[[Sequence[int]], tuple[Axis, ...]
             path,
         )
     array, _ = _open_node(node, options)
+    if is_web(node.path) and SHARDING in node.codecs():
+        _check_parts(node)
     dtype = native_dtype(array.dtype)
     if dtype.type.__module__ != "numpy" or dtype.kind not in NUMBERS:
         raise dtype_error(join(node.path, node.name), str(dtype))
@@ -168,6 +172,21 @@ def _array_info(node: ZarrNode, axes: Callable[[Sequence[int]], tuple[Axis, ...]
             path, stored.name(first), keys.name(first),
         )  # fmt: skip
     return ArrayInfo(node.path, axes(array.shape), str(dtype), options, is_empty=keys is None)
+
+
+def _check_parts(node: ZarrNode) -> None:
+    """Raise StoreError if a web server does not send parts of files, such as chunks of a shard."""
+    document = join(node.path, node.name)
+    try:
+        is_enough = sends_parts(*open_filesystem(document, node.access))
+    except Exception as error:  # each file system raises different errors
+        raise unreadable_error(document, error) from error
+    if not is_enough:
+        raise StoreError(
+            f"input: {without_secret(node.path)}: the server does not send parts of files, which "
+            "an array with shards needs; download the array",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
 
 
 def _stored_chunks(node: ZarrNode) -> tuple[int, ...] | None:
