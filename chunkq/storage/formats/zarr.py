@@ -236,7 +236,9 @@ def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
 def _array_error(node: ZarrNode, error: Exception) -> StoreError:
     """Return the error for an array that neither tensorstore nor zarr-python opens."""
     for codec in node.codecs():
-        if type(error).__name__ == "UnknownCodecError" and codec in str(error):
+        # Older releases of zarr-python raise KeyError.
+        is_unknown = isinstance(error, KeyError) or type(error).__name__ == "UnknownCodecError"
+        if is_unknown and codec in str(error):
             name = codec.removeprefix("numcodecs.")
             package = CODEC_PACKAGES.get(name) or CODEC_PACKAGES.get(name.partition("_")[0])
             return StoreError(
