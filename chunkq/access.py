@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -153,7 +153,7 @@ def is_denied(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
 
 
-@lru_cache(maxsize=16)
+@cache  # like fsspec's: an asynchronous client that is dropped leaves its connections open
 def _s3_filesystem(
     access: Access, asynchronous: bool, environment: tuple[tuple[str, str], ...]
 ) -> Any:
