@@ -34,7 +34,9 @@ def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
     Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
     JobError with one line per mistake.
     """
-    problems = _volume_problems(job, volume, paths or job.input) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths or job.input_paths) or _length_problems(
+        job, volume
+    )
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume)
