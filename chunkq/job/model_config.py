@@ -81,6 +81,14 @@ class ModelConfig(Section):
         )
         return {key: path for key in keys if (path := getattr(self, key)) is not None}
 
+    @property
+    def class_package(self) -> str | None:
+        """Top-level package of a class or function that is imported by its full name, or None."""
+        parts = (self.class_name or "").split(".")
+        is_full_name = len(parts) > 1 and all(part.isidentifier() for part in parts)
+        is_package = self.type == "class" and self.class_file is None
+        return parts[0] if is_package and is_full_name else None
+
     def lost_axis(self, rank: int) -> int | None:
         """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
 
@@ -123,7 +131,7 @@ def model_problems(model: ModelConfig) -> list[str]:
     problems = [
         f"model_config.{key}: missing for type {model.type}; set it"
         for key in _REQUIRED_KEYS[model.type]
-        if getattr(model, key) is None
+        if getattr(model, key) is None and not (key == "class_file" and model.class_package)
     ]
     if model.type not in legal:
         problems = [

@@ -9,9 +9,10 @@ from typing import Any
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.paths import is_url, read_bytes
-from chunkq_worker.runtimes.formats import USES, format_of
+from chunkq_worker.runtimes.formats import format_of
 from chunkq_worker.runtimes.onnx_external import external_files, is_in_folder
 from chunkq_worker.runtimes.onnx_import import onnxruntime
+from chunkq_worker.runtimes.stand_ins import describe
 
 ERROR, FATAL = 3, 4
 EXPORT = "; `chunkq export` converts the network of such a job to ONNX"
@@ -120,11 +121,11 @@ def _explain_folder(path: str) -> str:
 
 
 def _other_format(content: bytes) -> str | None:
-    """Return a description of the file if it has a known format other than ONNX, else None."""
+    """Return a description of a file that is recognized as no ONNX file, else None."""
     name = format_of(content)
-    if name is None or name == "onnx":
+    if name == "onnx" or (description := describe(content)) is None:
         return None
-    return f"is {USES[name]}{EXPORT if name in TORCH_FORMATS else ''}"
+    return f"is {description}{EXPORT if name in TORCH_FORMATS else ''}"
 
 
 def _explain(error: Exception) -> str:
