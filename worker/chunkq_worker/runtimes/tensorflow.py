@@ -71,6 +71,8 @@ class TensorFlowRuntime(Runtime):
             inputs = self._cast(batch)
             if self._steps.preprocessing_protected is not None:
                 inputs = tf.convert_to_tensor(self._steps.preprocessing_protected(inputs))
+            if self._watch is not None:
+                self._watch.receive(inputs.numpy())
             has_step = self._steps.postprocessing_protected is not None
             returned = self._forward(inputs)
             outputs = prediction_in(returned, _is_tensor, "tensor", has_step=has_step)
