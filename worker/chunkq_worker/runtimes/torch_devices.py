@@ -39,17 +39,18 @@ def device_problem(error: BaseException | None, device: str) -> str | None:
 
     The result is None for other errors. `device` is the job's.
     """
+    problem = None
     while error is not None:
         if not isinstance(error, ModelError) and DEVICE_ERROR.search(str(error)):
             name, place = _named_device(error, device)
             if name is not None:
-                return (
+                problem = (
                     f"the code of the network{place} uses the device {name}, but "
-                    f"model_config.device is {device} ({reason(error)}); use the device of the "
-                    f"input there (x.device), or set model_config.device"
+                    f"model_config.device is {device} ({_first_sentence(error)}); use the device "
+                    "of the input there (x.device), or set model_config.device"
                 )
         error = error.__cause__
-    return None
+    return problem
 
 
 def _named_device(error: BaseException, device: str) -> tuple[str | None, str]:
@@ -63,6 +64,10 @@ def _named_device(error: BaseException, device: str) -> tuple[str | None, str]:
         if (named := _other_device(frame.line or "", device)) is not None and not _is_torch(frame):
             return named, f" ({frame.filename}, line {frame.lineno})"
     return name, place
+
+
+def _first_sentence(error: BaseException) -> str:
+    return re.sub(r"^[\w.]+Error: ", "", reason(error)).partition(". ")[0]
 
 
 def _is_torch(frame: traceback.FrameSummary) -> bool:
