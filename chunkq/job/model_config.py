@@ -114,6 +114,12 @@ _REQUIRED_KEYS = {
 }
 
 
+_CLASS_HINTS = {
+    "class_file": ", or set class_name to the full name of a class of an installed package, such "
+    "as monai.networks.nets.BasicUNet"
+}
+
+
 _TYPES = {
     "torch": ("class", "file", "torchscript", "exported"),
     "tensorflow": ("class", "file", "json"),
@@ -129,7 +135,7 @@ def model_problems(model: ModelConfig) -> list[str]:
     """Return one line per mistake in the combination of the keys."""
     runtime, legal = model.runtime, _TYPES[model.runtime]
     problems = [
-        f"model_config.{key}: missing for type {model.type}; set it"
+        f"model_config.{key}: missing for type {model.type}; set it{_CLASS_HINTS.get(key, '')}"
         for key in _REQUIRED_KEYS[model.type]
         if getattr(model, key) is None and not (key == "class_file" and model.class_package)
     ]

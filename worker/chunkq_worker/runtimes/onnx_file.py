@@ -140,8 +140,8 @@ def _check_allowed(path: str, subject: str) -> None:
     allowed = AllowedPaths.from_environment()
     if allowed is not None and allowed.locate(path) is None:
         raise ModelError(
-            f"{subject}, outside the paths from which this worker loads files; copy the file there, "
-            f"or use {OPTION} with its folder too",
+            f"{subject}, outside the paths from which this worker loads files; copy it there, or "
+            f"use {OPTION} with its folder too",
             code=ErrorCode.PATH_NOT_ALLOWED,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 
 from chunkq.errors import ModelError
@@ -16,6 +17,8 @@ SAVE_ADVICE = MappingProxyType(
     }
 )
 INTERPRETER = "TorchScript interpreter"
+CAUSE = re.compile(r"[\w.]*(?:Error|Exception): ")
+"""Start of the line after the traceback."""
 HERE = "<--- HERE"
 """End of the line below the code at which TorchScript failed."""
 
@@ -45,11 +48,12 @@ def check_format(expected: str, content: bytes, key: str, problem: str) -> None:
 
 def reason(error: BaseException) -> str:
     """Return the line of a message that names the cause, without a traceback of TorchScript."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()] or [""]
     if not is_torchscript_error(error):
-        return lines[0][:300]
-    last = max((n for n, line in enumerate(lines) if line.endswith(HERE)), default=-1)
-    return (lines[last + 1 :] or lines)[0 if last >= 0 else -1][:300]
+        return lines[0].strip()[:300]
+    failed = max((n for n, line in enumerate(lines) if line.endswith(HERE)), default=0)
+    causes = [line for line in lines[failed:] if CAUSE.match(line)] or lines[-1:]
+    return causes[0].strip()[:300]
 
 
 def is_torchscript_error(error: BaseException) -> bool:
