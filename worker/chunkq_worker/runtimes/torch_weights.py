@@ -156,28 +156,27 @@ def _states(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def _fits(keys: tuple[str, ...], state: Mapping[str, Any], names: NetworkNames) -> list[Fit]:
-    if (exact := _fit(keys, state, "", names, {n: n for n in names.shapes})) is not None:
+    """Return the fits of one mapping: as it is, or with wrappers and each prefix removed."""
+    own_names: Mapping[str, str] = {name: name for name in names.shapes}
+    if (exact := _fit(keys, state, "", names, own_names)) is not None:
         return [exact]
     # The network can have wrappers that the checkpoint lacks.
-    plain_state = _without_wrappers(state)
-    plain_names = _without_wrappers({name: name for name in names.shapes})
-    if plain_state is None or plain_names is None:
-        plain_state, plain_names = state, {name: name for name in names.shapes}
-    needed = [name for name in plain_names if not name.endswith(COUNTERS)]
+    without = _without_wrappers(state), _without_wrappers(own_names)
+    plain, name_of = state, own_names
+    if without[0] is not None and without[1] is not None:
+        plain, name_of = without[0], without[1]
+    needed = [name for name in name_of if not name.endswith(COUNTERS)]
     if not needed:
         return []
     longest = max(needed, key=len)
     prefixes = [
         name.removesuffix(longest)
-        for name in plain_state
+        for name in plain
         if name == longest or name.endswith(f".{longest}")
     ]
-    found = (_fit(keys, plain_state, prefix, names, plain_names) for prefix in prefixes)
-    removed = _parts(state) - _parts(plain_state)
-    wrappers = tuple(sorted(removed))
-    return [
-        Fit(keys, fit.state, wrappers, fit.prefix, fit.unused) for fit in found if fit is not None
-    ]
+    wrappers = tuple(sorted(_wrappers(state) - _wrappers(plain)))
+    fits = (_fit(keys, plain, prefix, names, name_of) for prefix in prefixes)
+    return [replace(fit, wrappers=wrappers) for fit in fits if fit is not None]
 
 
 def _fit(
@@ -224,7 +223,7 @@ def _modules(name: str) -> Iterator[str]:
         yield name
 
 
-def _parts(names: Mapping[str, Any]) -> set[str]:
+def _wrappers(names: Mapping[str, Any]) -> set[str]:
     return {part for name in names for part in name.split(".") if part in WRAPPERS}
 
 
