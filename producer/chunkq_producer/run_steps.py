@@ -116,6 +116,8 @@ def _check_before_writing(
         check = check_model(job.record, emit=emit)
     else:
         return
+    for line in check.notes:
+        emit(Message(f"chunkq: note: {line}"))
     for label, text in check.values.rows():
         emit(Message(f"chunkq: {label} of the network: {text}"))
     for line in check.value_warnings():

@@ -18,11 +18,12 @@ from chunkq.create import check_job, create_job
 from chunkq.errors import ErrorCode, JobError, MissingJobError, ModelError
 from chunkq.job.allowed_paths import (
     ALLOW_VARIABLE,
+    PACKAGES_VARIABLE,
     AllowedPaths,
     allowed_job_path,
     with_allowed_files,
 )
-from chunkq.job.job_file import load_job, parse_job
+from chunkq.job.job_file import Job, load_job, parse_job
 from chunkq.job.job_folder import RECORD, JobFolder
 from chunkq.job.ledger import ItemLedger
 from chunkq.job.model_config import ModelConfig
@@ -538,6 +539,79 @@ def test_an_invalid_option_is_rejected(prefix: str) -> None:
     with pytest.raises(JobError, match=r"^--allow: ") as error:
         AllowedPaths.parse([prefix], Path("/base"))
     assert error.value.code == ErrorCode.PATH_INVALID
+
+
+def of_package(name: str) -> Job:
+    model = {
+        "runtime": "numpy",
+        "type": "class",
+        "class_name": name,
+        "model_input_shape": [8],
+    }
+    return parse_job({"input": "/team/in.zarr", "output": "/team/out.zarr", "model_config": model})
+
+
+@pytest.mark.parametrize(
+    ("packages", "is_allowed"),
+    [
+        ("", False),
+        ("scipy", False),
+        ("scipy\nnumpy", True),
+        ("num", False),  # whole names are compared
+    ],
+)
+def test_a_job_imports_a_package_only_if_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, packages: str, is_allowed: bool
+) -> None:
+    job = of_package("numpy.linalg.norm")
+    monkeypatch.setenv(PACKAGES_VARIABLE, packages)
+    monkeypatch.setenv(ALLOW_VARIABLE, "")
+    assert with_allowed_files(job, "/team/out.zarr.chunkq") == job
+    monkeypatch.setenv(ALLOW_VARIABLE, "/team")
+    if is_allowed:
+        assert with_allowed_files(job, "/team/out.zarr.chunkq") == job
+        return
+    with pytest.raises(JobError, match="--allow-package numpy") as error:
+        with_allowed_files(job, "/team/out.zarr.chunkq")
+    assert error.value.code == ErrorCode.PATH_NOT_ALLOWED
+    assert "numpy.linalg.norm" in str(error.value)
+
+
+def test_each_option_replaces_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW_VARIABLE, "/env")
+    monkeypatch.setenv(PACKAGES_VARIABLE, "monai")
+    base = Path("/base")
+    for paths, packages, expected in (
+        ([], [], AllowedPaths(("/env",), ("monai",))),
+        (["jobs"], [], AllowedPaths(("/base/jobs",), ("monai",))),
+        ([], ["timm"], AllowedPaths(("/env",), ("timm",))),
+        (["jobs"], ["timm", "torch"], AllowedPaths(("/base/jobs",), ("timm", "torch"))),
+    ):
+        allowed = AllowedPaths.from_options(paths, packages, base)
+        assert allowed == expected
+        with monkeypatch.context() as inner:
+            inner.setenv(ALLOW_VARIABLE, "")
+            inner.setenv(PACKAGES_VARIABLE, "")
+            allowed.to_environment()  # as worker processes get it
+            assert AllowedPaths.from_environment() == expected
+
+
+def test_packages_without_paths_and_names_of_modules_are_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ALLOW_VARIABLE, "")
+    assert AllowedPaths.from_options([], [], Path("/")) is None
+    with pytest.raises(JobError, match=r"^--allow-package: monai, but without --allow"):
+        AllowedPaths.from_options([], ["monai"], Path("/"))
+    with pytest.raises(JobError, match=r"^--allow-package: monai\.networks "):
+        AllowedPaths.from_options(["/a"], ["monai.networks"], Path("/"))
+
+
+def test_a_full_name_needs_no_class_file_but_another_name_does() -> None:
+    assert of_package("numpy.linalg.norm").model.class_package == "numpy"
+    for name in ("norm", ".norm", "numpy.", "a b.c"):
+        with pytest.raises(JobError, match=r"^model_config\.class_file: missing"):
+            of_package(name)
 
 
 def test_the_digest_of_a_job_does_not_depend_on_the_allowed_paths(lab: Lab) -> None:

@@ -52,9 +52,9 @@ class Batcher:
     """Run the patches of one chunk at a time in batches of at most `size` items.
 
     The last batch of a chunk is smaller. If the runtime is prepared for one size, it is padded
-    with zeros. A batch never mixes chunks, so a prediction does not depend on the other chunks
-    that a worker computes. If the runtime's feed allows it, the next batch is written and sent
-    while the current one is computed.
+    with its last patch. A batch never mixes chunks, so a prediction does not depend on the other
+    chunks that a worker computes. If the runtime's feed allows it, the next batch is written and
+    sent while the current one is computed.
 
     If a batch runs out of memory, the size is halved. Later batchers of the same `network` in
     this process start with the smaller size; `network` is any hashable that identifies the
@@ -121,18 +121,34 @@ class Batcher:
 
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
+        if (error := self.try_zeros()) is not None:
+            raise error
+
+    def try_zeros(self) -> ModelError | None:
+        """Run one batch of zeros, which prepares the runtime for its batch size.
+
+        Return the error if the network fails, which it may do for zeros only. Raise ModelError if
+        it returns other shapes.
+        """
         try:
             while self._attempt((), (), (), None, self._zeros_on_device()) is None:
                 pass
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: "
-                f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
-                f"model_input_shape and the network{self._channel_hint()}"
-            ) from error
+            return self._failed(error, "a batch of zeros")
         self.has_run = True
+        return None
+
+    def _failed(self, error: Exception, batch: str) -> ModelError:
+        """Return the error for a network that fails; its cause is `error`."""
+        failed = ModelError(
+            f"the network raised {type(error).__name__} on {batch}: "
+            f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
+            f"model_input_shape and the network{self._channel_hint()}"
+        )
+        failed.__cause__ = error
+        return failed
 
     def predictions(
         self,
@@ -230,7 +246,7 @@ class Batcher:
                 if self._join_axis is not None:
                     channel = (*(slice(None),) * self._join_axis, slice(number, number + 1))
                 row[channel] = halo[patch.source.slices(origin)].reshape(self._slot)
-        items[len(batch) :] = 0
+        items[len(batch) :] = items[len(batch) - 1] if batch else 0
         return items
 
     def _zeros_on_device(self) -> Array | None:
@@ -256,10 +272,15 @@ class Batcher:
     ) -> Array | None:
         try:
             outputs = self._attempt(batch, halos, origin, uploaded, sent)
-        except Exception:
-            if not self.has_run:
-                self.warm_up()  # raises ModelError if the network fails for any input
+        except ModelError:
             raise
+        except Exception as error:
+            unusable = None if self.has_run else self.try_zeros()
+            if unusable is None:
+                raise
+            if str(unusable.__cause__) != str(error):  # zeros fail for a reason of their own
+                unusable = self._failed(error, "a batch of patches")
+            raise unusable from error
         self.has_run |= outputs is not None
         return outputs
 

@@ -59,7 +59,9 @@ def _source_and_advice(model: ModelConfig) -> tuple[str, str]:
         key = "checkpoint" if model.checkpoint is not None else "model_file"
         return f"model_config.{key}: {saved} is incomplete:", "save them with the weights"
     if model.runtime == "numpy":
-        return f"model_config.class_file: {model.class_file}:", "load them from a file"
+        file = "" if model.class_file is None else f"class_file: {model.class_file}"
+        name = file or f"class_name: {model.class_name}"
+        return f"model_config.{name}:", "load them from a file"
     return "model_config.checkpoint: missing:", "set checkpoint"
 
 

@@ -61,7 +61,7 @@ class InferenceEngine:
         )
         self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
-            self.batcher.warm_up()
+            self.batcher.try_zeros()  # an error can be one for zeros only; patches decide
 
     def _create_pipeline(self, weights: Weights) -> ChunkPipeline:
         accelerator = self.runtime.accelerator

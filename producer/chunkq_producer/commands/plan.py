@@ -209,6 +209,7 @@ def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:
         ("peak memory", peak_memory(trial, finalizes=costs.finalized_blocks > 0)),
         *check.values.rows(),
     ]
+    rows += [("note", line) for line in check.notes]
     return rows + [("warning", line) for line in check.warnings()]
 
 

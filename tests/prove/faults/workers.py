@@ -117,12 +117,12 @@ FAULTS = (
         named(RESUME, "failed_chunk_is_recorded"),
     ),
     Fault(
-        "padding-of-a-batch-not-zeroed",
+        "padding-of-a-batch-not-written",
         BATCHING,
-        "        items[len(batch) :] = 0\n",
+        "        items[len(batch) :] = items[len(batch) - 1] if batch else 0\n",
         "",
         "the last batch is padded with patches of the batch before it",
-        named(TORCH, "padded_with_zeros or padding"),
+        named(TORCH, "padded_with_the_last_patch"),
     ),
     Fault(
         "patch-read-from-the-volumes-corner",

@@ -14,7 +14,12 @@ from pathlib import Path
 import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
-from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
+from chunkq.job.allowed_paths import (
+    ALLOW_VARIABLE,
+    PACKAGES_VARIABLE,
+    AllowedPaths,
+    allowed_job_path,
+)
 from chunkq.job.job_path import job_folder_of, output_path
 from chunkq.job.tasks import JobId, chunk_count
 from chunkq.paths import without_secret
@@ -76,6 +81,11 @@ from chunkq_worker.supervisor import Supervisor
     help="Only accept jobs and code below this path; can be repeated. "
     f"Default: the lines of ${ALLOW_VARIABLE}, else every path.",
 )  # fmt: skip
+@click.option(
+    "--allow-package", multiple=True,
+    help="With --allow: also import this installed package, by its top-level name, for jobs that "
+    f"name a class of it; can be repeated. Default: the lines of ${PACKAGES_VARIABLE}, else none.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Only log warnings and errors.")
 @click.option("--lifeline", is_flag=True, hidden=True, help="Stop when standard input closes.")
 @click.option(
@@ -94,6 +104,7 @@ def work(
     lease: float | None,
     job: str | None,
     allow: tuple[str, ...],
+    allow_package: tuple[str, ...],
     quiet: bool,
     lifeline: bool,
     early: int | None,
@@ -104,7 +115,7 @@ def work(
     it has started. A second Ctrl-C requeues them and exits at once.
     """
     base = Path.cwd()
-    allowed = AllowedPaths.parse(allow, base) if allow else AllowedPaths.from_environment(base)
+    allowed = AllowedPaths.from_options(allow, allow_package, base)
     if allowed is not None:
         allowed.to_environment()
     if lease is not None:

@@ -108,6 +108,10 @@ class Runtime(ABC):
         """
         return ()
 
+    def notes(self) -> Sequence[str]:
+        """Return what the user should know about how the files of the network were read."""
+        return ()
+
     def created_values(self) -> Sequence[tuple[str, Any]]:
         """Return values that the network's code has set and no file contains, with their names.
 
@@ -184,12 +188,3 @@ def real_numbers(values: Any, source: str) -> npt.NDArray[Any]:
 def not_real(source: str, dtype: Any) -> ModelError:
     """Return the error for outputs that are no real numbers; `source` is what returned them."""
     return ModelError(f"{source} returned dtype {dtype}, expected real numbers; return float32")
-
-
-def not_one_array(outputs: Any, kind: str) -> ModelError:
-    """Return the error for a network that did not return exactly one tensor or array."""
-    names = f" of {', '.join(sorted(map(str, outputs)))}" if isinstance(outputs, dict) else ""
-    return ModelError(
-        f"the network returned {type(outputs).__name__}{names}, expected one {kind}; wrap it so "
-        "that it returns only the prediction"
-    )

@@ -16,7 +16,8 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import Runtime, not_one_array, not_real
+from chunkq_worker.runtimes.base import Runtime, not_real
+from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
@@ -72,7 +73,9 @@ class TensorFlowRuntime(Runtime):
                 inputs = tf.convert_to_tensor(self._steps.preprocessing_protected(inputs))
             if self._watch is not None:
                 self._watch.receive(inputs.numpy())
-            outputs = _single_tensor(self._forward(inputs))
+            has_step = self._steps.postprocessing_protected is not None
+            returned = self._forward(inputs)
+            outputs = prediction_in(returned, _is_tensor, "tensor", has_step=has_step)
             if self._steps.postprocessing_protected is not None:
                 outputs = tf.convert_to_tensor(self._steps.postprocessing_protected(outputs))
             self.output_dtype = outputs.dtype.name
@@ -232,16 +235,8 @@ def _try_set(setter: Any, *values: Any) -> bool:
     return True
 
 
-def _single_tensor(outputs: Any) -> Any:
-    """Return the single tensor of a network's outputs, which can be in a list, tuple or dict."""
-    tensor = outputs
-    if isinstance(tensor, dict):
-        tensor = list(tensor.values())
-    if isinstance(tensor, (list, tuple)) and len(tensor) == 1:
-        tensor = tensor[0]
-    if not tf.is_tensor(tensor) or not tensor.shape.rank:
-        raise not_one_array(outputs, "tensor")
-    return tensor
+def _is_tensor(value: Any) -> bool:
+    return bool(tf.is_tensor(value) and value.shape.rank)
 
 
 @contextmanager
