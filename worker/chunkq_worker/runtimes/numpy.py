@@ -18,6 +18,7 @@ from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.classes import instantiate, load_definition
 from chunkq_worker.runtimes.host_runtime import HostRuntime
+from chunkq_worker.runtimes.network_layout import ItemShapes
 from chunkq_worker.runtimes.thread_limit import ThreadLimit
 from chunkq_worker.steps import Steps
 
@@ -68,7 +69,7 @@ class NumpyRuntime(HostRuntime):
         self._network = None
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the class or function that the job names, or raise ModelError."""
     limit = ThreadLimit(threads)
     with limit.applied():

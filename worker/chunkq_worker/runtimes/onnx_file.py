@@ -13,7 +13,7 @@ from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.onnx_external import external_files, is_in_folder
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 
-ERROR, FATAL = 3, 4
+FATAL = 4
 EXPORT = "; `chunkq export` converts the network of such a job to ONNX"
 TORCH_FORMATS = frozenset({"torchscript", "exported", "torch_save"})
 EXTERNAL_WEIGHTS = (
@@ -54,7 +54,6 @@ REASONS = (
     ),
 )
 """Pattern of a message of ONNX Runtime -> explanation and advice for the user."""
-onnxruntime.set_default_logger_severity(ERROR)
 
 
 def open_session(path: str, threads: int | None, providers: Sequence[Any] = ()) -> Any:

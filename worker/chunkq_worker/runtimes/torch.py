@@ -19,6 +19,7 @@ from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.cache_folder import use_compiler_cache
+from chunkq_worker.runtimes.network_layout import ItemShapes
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -227,7 +228,7 @@ class TorchRuntime(Runtime):
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the network that the job names, or raise ModelError."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
