@@ -18,7 +18,7 @@ import torch
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes import tensorflow as tensorflow_runtime
 from chunkq_worker.runtimes.base import Runtime, load_runtime
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_output
 from chunkq_worker.steps import Steps
 
@@ -76,6 +76,12 @@ def functional(width=3, size=8):
 def sequential():
     """Declares no input, so that its variables are created with the first batch."""
     return keras.Sequential([layers.Conv2D(3, 3, padding="same"), layers.BatchNormalization()])
+
+
+def large():
+    """Declares another patch than it gets, which Keras accepts for this kind of model."""
+    inner = [layers.Conv2D(3, 3, padding="same"), layers.BatchNormalization()]
+    return keras.Sequential([keras.Input((32, 32, 1)), *inner])
 
 
 class BuildsLayers(keras.Model):
@@ -224,6 +230,9 @@ def model_files(tmp_path_factory: pytest.TempPathFactory, nets: dict[str, Any]) 
         dynamic.set_weights(model.get_weights())
         dynamic.save(folder / "dynamic.keras")
         dynamic.export(str(folder / "dynamic"), verbose=False)
+        large = nets["large"]()
+        large.set_weights(model.get_weights())
+        large.save(folder / "large.keras")
         subclass.save_weights(folder / "subclass.weights.h5")
         tf.train.Checkpoint(subclass).write(str(folder / "bare"))
         tracked = tf.train.Checkpoint(model=subclass, step=tf.Variable(3))
@@ -240,7 +249,6 @@ def model_files(tmp_path_factory: pytest.TempPathFactory, nets: dict[str, Any]) 
         nets["two_outputs"]().export(str(folder / "two_outputs"), verbose=False)
         layer = keras.saving.serialize_keras_object(keras.layers.ReLU())
     (folder / "layer.json").write_text(json.dumps(layer))
-    (folder / "large.py").write_text("kwargs = {'size': 32}\n")
     torch.save({"weight": torch.zeros(3)}, folder / "weights.pt")
     (folder / "empty").mkdir()
     return folder
@@ -483,7 +491,7 @@ LAST_NETWORKS = {
     "subclass": class_of("Net", checkpoint="subclass.weights.h5"),
     "dynamic axes": file_of("dynamic.keras"),
     "dynamic axes, saved": file_of("dynamic"),
-    "another patch": class_of("functional", kwargs_file="large.py", checkpoint="net.weights.h5"),
+    "another patch": file_of("large.keras"),
 }
 """One network with channels last, in every form."""
 
@@ -567,7 +575,7 @@ def test_the_error_for_another_patch_than_that_of_the_network_names_the_shape_to
         for shape, expected in (((1, 4, 4), [1, 8, 8]), ((4, 4, 1), [8, 8, 1])):
             model = config(model_files, shape, model_output_shape=[3, 4, 4], **file_of(name))
             with pytest.raises(ModelError) as caught:
-                load_runtime(model, Steps(), 1, ItemShapes.of(model, 2))
+                load_runtime(model, Steps(), 1, ItemShapes.of(model, 2))(np.zeros((4, 1, 4, 4)))
             assert caught.value.code is ErrorCode.MODEL_UNUSABLE
             fragments = ("(any, 8, 8, 1)", f"set model_input_shape: {expected}")
             assert_contains(str(caught.value), *fragments)
@@ -712,8 +720,8 @@ def test_a_step_that_moves_channels_behind_the_network_is_refused_unless_one_bef
         [4, 8, 3, 8],
         [4, 3, 8, 8],
         "model_config.model_output_shape",
-        "steps of model_config.processing_steps get channels first",
-        "remove",
+        "steps get channels first",
+        "remove one of model_config.processing_steps",
     )
     batcher_of(model_files, CHANNELS_FIRST, class_of("Net")).warm_up()
     batcher_of(model_files, Steps(), file_of("net.keras")).warm_up()

@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chunkq_worker.runtimes.network_layout import ItemShapes, Move, NetworkLayout
+from chunkq_worker.runtimes.axis_moves import Move
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
@@ -359,7 +361,6 @@ def test_steps_after_the_network_get_channels_first_unless_a_step_before_moves_t
 ) -> None:
     found = layout((8, 8, 1), (1, 8, 8), (3, 8, 8), steps=AFTER)
     assert found.output_move(item, move, actual) is expected
-    assert found.output_fits(actual)
 
 
 def test_steps_after_the_network_are_refused_if_the_order_of_its_output_is_not_visible() -> None:
@@ -381,8 +382,37 @@ def test_the_first_order_with_which_the_network_returns_the_declared_output_is_u
         return (8, 8, 3)
 
     moves = found.input_moves((1, 8, 8))
+    assert moves == [NONE, TO_LAST]
     assert found.choose(moves, attempt, is_final=lambda error: False) is TO_LAST
     assert tried == [NONE, TO_LAST]
     assert found.choose(moves, lambda move: (7,), is_final=lambda error: False) is NONE
     with pytest.raises(ValueError, match="channels"):
         found.choose(moves, attempt, is_final=lambda error: True)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        (((1, 8, 3), (8, 8, 5)), TO_LAST),  # a step selects 3 of 5 channels
+        (((1, 8, 3), (6, 6, 5)), NONE),  # a step crops: neither fits, and both run
+        ((None, (6, 6, 5)), TO_LAST),
+    ],
+)
+def test_steps_after_the_network_can_change_what_it_returns(
+    outputs: tuple[Shape | None, Shape], expected: Move
+) -> None:
+    def attempt(move: Move) -> Shape:
+        output = outputs[move is TO_LAST]
+        if output is None:
+            raise ValueError("another number of channels")
+        return output
+
+    found = layout(None, (1, 8, 8), (3, 8, 8), steps=AFTER)
+    moves = found.input_moves((1, 8, 8))
+    assert found.choose(moves, attempt, is_final=lambda error: False) is expected
+
+
+def test_a_cube_that_a_step_can_have_moved_is_refused() -> None:
+    found = layout((None, None, 8), (1, 8, 8), (3, 8, 8), inputs=8, steps=BEFORE, join_dim=1)
+    with pytest.raises(ModelError, match=r"^model_config\.model_input_shape: .*patch size"):
+        found.input_moves((8, 8, 8))

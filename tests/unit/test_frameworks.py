@@ -10,7 +10,7 @@ import torch
 from chunkq_worker.frameworks import FrameworkRule, framework_of
 from chunkq_worker.runtimes import torch as torch_runtime
 from chunkq_worker.runtimes import triton_import
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 

@@ -33,7 +33,7 @@ from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
-from chunkq_worker.runtimes.network_layout import output_shapes
+from chunkq_worker.runtimes.item_shapes import output_shapes
 from chunkq_worker.steps import KEY, Steps
 
 if TYPE_CHECKING:
@@ -340,10 +340,8 @@ class Batcher:
         if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
             remedy = f"fix model_output_shape or the network{self._channel_hint()}"
-            if self.model.runtime in EITHER_ORDER and self._has_step_after():
-                remedy = (
-                    f"{remedy}; steps get channels first, so remove one of {KEY} that moves axes"
-                )
+            if self.model.runtime in EITHER_ORDER:
+                remedy += self._step_hint()
             elif shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
@@ -355,13 +353,17 @@ class Batcher:
         with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
         return outputs.reshape(with_channels)[:used]
 
-    def _has_step_after(self) -> bool:
-        steps = self._steps
-        return (steps.postprocessing, steps.postprocessing_protected) != (None, None)
+    def _step_hint(self) -> str:
+        """Return what to do if a step behind the network moves axes, which chunkq does."""
+        after = (self._steps.postprocessing, self._steps.postprocessing_protected)
+        if after == (None, None):
+            return ""
+        return f"; steps get channels first, so remove one of {KEY} that moves axes"
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
-        if len(self._slot) > self._plan.rank or self.model.lost_dim is not None:
+        has_channels = len(self._slot) > self._plan.rank or self.model.lost_dim is not None
+        if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
             return ""
         return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 

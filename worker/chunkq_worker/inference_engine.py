@@ -20,7 +20,7 @@ from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
 from chunkq_worker.created_values import check_created_values
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import Runtime, load_runtime
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
 
 ENGINES_CACHED = 2

@@ -15,7 +15,7 @@ from chunkq.blend.combine import Array
 from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes.base import Runtime, not_one_array
 from chunkq_worker.runtimes.classes import instantiate, load_definition
 from chunkq_worker.runtimes.host_runtime import HostRuntime
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.thread_limit import ThreadLimit
 from chunkq_worker.steps import Steps
 

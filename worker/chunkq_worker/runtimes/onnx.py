@@ -5,7 +5,7 @@ from __future__ import annotations
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes import onnx_cuda
 from chunkq_worker.runtimes.base import Runtime
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.steps import Steps
 

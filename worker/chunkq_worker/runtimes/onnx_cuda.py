@@ -14,7 +14,8 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes import onnx_tensorrt
-from chunkq_worker.runtimes.network_layout import ItemShapes, NetworkLayout
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime

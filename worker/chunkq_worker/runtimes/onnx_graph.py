@@ -9,7 +9,9 @@ from typing import Any, Self
 
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
-from chunkq_worker.runtimes.network_layout import ItemShapes, NetworkLayout, format_axes
+from chunkq_worker.runtimes.axis_moves import format_axes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.steps import Steps
 
 DTYPES: MappingProxyType[str, str] = MappingProxyType(

@@ -11,8 +11,10 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes.axis_moves import Axes, Move
 from chunkq_worker.runtimes.host_runtime import HostRuntime
-from chunkq_worker.runtimes.network_layout import Axes, ItemShapes, Move, NetworkLayout
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime

@@ -16,14 +16,10 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
+from chunkq_worker.runtimes.axis_moves import Axes, Move, format_axes
 from chunkq_worker.runtimes.base import Runtime, not_one_array, not_real
-from chunkq_worker.runtimes.network_layout import (
-    Axes,
-    ItemShapes,
-    Move,
-    NetworkLayout,
-    format_axes,
-)
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
@@ -168,14 +164,17 @@ class TensorFlowRuntime(Runtime):
         except Exception as error:
             if self.is_out_of_memory(error):
                 raise
-            raise ModelError(shape_problem(error, inputs.shape) + self._shape_hint()) from error
+            hint = self._shape_hint(inputs.shape[0])
+            raise ModelError(shape_problem(error, inputs.shape) + hint) from error
 
-    def _shape_hint(self) -> str:
+    def _shape_hint(self, batch_size: int) -> str:
         """Return the end of a message: the shape that the network declares, and advice."""
-        axes, shape = self._layout.axes, self._layout.shape_to_set()
-        if axes is None:
+        spec = self._open_network().input_spec
+        if spec is None or spec[0] is None:
             return ""
-        hint = f"; expected {format_axes((None, *axes))}"
+        hint, shape = f"; expected {format_axes(tuple(spec[0]))}", self._layout.shape_to_set()
+        if spec[0][0] not in (None, batch_size):
+            return f"{hint}; set max_batch_size: {spec[0][0]}"
         is_set = shape in (None, list(self._shapes.written_shapes[0]))
         return hint if is_set else f"{hint}; set model_input_shape: {shape}"
 

@@ -19,7 +19,7 @@ from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.cache_folder import use_compiler_cache
-from chunkq_worker.runtimes.network_layout import ItemShapes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
