@@ -99,12 +99,12 @@ def without_log_lines(name: str) -> Iterator[None]:
 
     Nothing is removed if the user has set a log level.
     """
-    framework = FRAMEWORKS[name]
+    lines = None if FRAMEWORKS[name].is_shown else FRAMEWORKS[name].lines
     try:
-        stderr_copy = -1 if framework.is_shown or framework.lines is None else os.dup(2)
+        stderr_copy = -1 if lines is None else os.dup(2)
     except OSError:  # standard error is closed
         stderr_copy = -1
-    if stderr_copy < 0:
+    if lines is None or stderr_copy < 0:
         yield
         return
     import tempfile  # takes long to import
@@ -120,7 +120,7 @@ def without_log_lines(name: str) -> Iterator[None]:
             os.close(stderr_copy)
             captured.seek(0)
             # Other threads may have written to standard error meanwhile.
-            os.write(2, b"".join(x for x in captured if not framework.lines.match(x)))
+            os.write(2, b"".join(x for x in captured if not lines.match(x)))
 
 
 def set_log_levels(name: str, module: ModuleType) -> None:

@@ -66,7 +66,7 @@ _INVERSE = {
 }
 
 
-def format_axes(axes: Axes) -> str:
+def format_axes(axes: Sequence[int | None]) -> str:
     """Return axes as `(any, 1, 64, 64)`."""
     return f"({', '.join('any' if n is None else str(n) for n in axes)})"
 

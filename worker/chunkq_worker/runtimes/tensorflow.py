@@ -245,8 +245,9 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
     with tf.device("/GPU:0" if model.device == "cuda" else "/CPU:0"):
         runtime = TensorFlowRuntime(model, steps, shapes)
     has_step = (steps.preprocessing, steps.preprocessing_protected) != (None, None)
-    if not has_step and None not in shapes.input:  # else the first batch decides the shape
-        runtime.prepare(np.zeros((1, *shapes.input), model.dtype))
+    item = [n for n in shapes.input if n is not None]
+    if not has_step and len(item) == len(shapes.input):  # else the first batch decides the shape
+        runtime.prepare(np.zeros((1, *item), model.dtype))
     return runtime
 
 
