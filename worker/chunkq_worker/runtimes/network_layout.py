@@ -74,7 +74,7 @@ class NetworkLayout:
         shapes = self.shapes
         if not matches(item, shapes.input):  # a step has changed the batch for the network
             yield Move.NONE
-            if self.axes is not None:
+            if self.axes is not None and not self._is_moved_by_step(item):
                 yield Move.TO_LAST
             return
         moves = [Move.NONE, Move.TO_LAST] if shapes.can_move else [Move.NONE]
