@@ -1074,6 +1074,7 @@ class Conv(torch.nn.Module):
 """
 STEPS = """\
 import os
+import tensorflow as tf
 
 def preprocessing(batch):
     with open(os.environ["COMMANDS"], "ab") as file, open("/proc/self/cmdline", "rb") as line:
@@ -1081,7 +1082,6 @@ def preprocessing(batch):
     return batch
 
 def postprocessing_protected(y):
-    import tensorflow as tf
     return tf.identity(y)
 """
 SHAPE, CUBE = (20, 18, 14), (8, 8, 8)
@@ -1140,7 +1140,10 @@ def write_network_twice(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_job_with_two_workers_has_the_same_output_as_the_network_in_torch(
     tmp_path: Path,
 ) -> None:
-    """Worker processes print no log of TensorFlow. They are spawned, not forked."""
+    """Worker processes print no log of TensorFlow, which the user's file imports first.
+
+    They are spawned, not forked. The steps need not move the channels of the network.
+    """
     write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (8, 8, 8))
     torch_keys, keras_keys = write_network_twice(tmp_path)
     run_inline(job_values(tmp_path, "torch.zarr", torch_keys))
