@@ -7,7 +7,7 @@ from typing import Any
 
 from chunkq.errors import JobError, ModelError
 from chunkq.job.model_config import ModelConfig
-from chunkq.job.user_code import load_names, select_name, sibling_imports
+from chunkq.job.user_code import load_names, one_line, select_name, sibling_imports
 from chunkq.paths import read_bytes
 from chunkq_worker.runtimes.formats import USES, format_of
 
@@ -41,10 +41,9 @@ def instantiate(
         with sibling_imports(model.class_file or ""):
             return definition(**kwargs)
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"model_config.class_name: {model.class_name}(**kwargs) raised "
-            f"{type(error).__name__}: {reason}; fix the class or its kwargs {sorted(kwargs)}"
+            f"{one_line(error)[:300]}; fix the class or its kwargs {sorted(kwargs)}"
         ) from error
 
 
