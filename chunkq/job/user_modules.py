@@ -130,6 +130,7 @@ class UserPackage:
 
     def remove(self) -> None:
         """Remove the modules of the package from `sys.modules`."""
+        self._remove_aliases()
         _packages.pop(self.name, None)
         for name in list(sys.modules):
             if f"{name}.".startswith(f"{self.name}."):
@@ -148,11 +149,10 @@ class UserPackage:
             yield
         finally:
             _importing.reset(token)
-            for alias in self._aliases:
-                sys.modules.pop(alias, None)
-            self._aliases.clear()
+            self._remove_aliases()
             self._adopt_folders()
-            adopted = {*self._first_folders, *self._last_folders}
+            adopted = {self._root, self._folder, *self._first_folders, *self._last_folders}
+            adopted -= self._process_folders
             sys.path[:] = [path for path in sys.path if path not in adopted]
 
     def neighbor(self, name: str, importer: str | None = None) -> str | None:
@@ -222,11 +222,25 @@ class UserPackage:
                 return self._importlib if module is importlib else module
             if fromlist:
                 return __import__(neighbor, globals, locals, fromlist)
+            if isinstance(fromlist, list):
+                return self._import_for_c(name, neighbor)
             importlib.import_module(neighbor)
         except ImportError as error:
             error.msg = without_package(error.msg)
             raise
         return sys.modules[neighbor.removesuffix(name) + name.partition(".")[0]]
+
+    def _import_for_c(self, name: str, neighbor: str) -> ModuleType:
+        """Import a neighbor for C code such as `pickle.load`, which then looks in `sys.modules`."""
+        if self._is_installed(name.partition(".")[0]):
+            return importlib.import_module(name)
+        package = neighbor.removesuffix(name)
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            alias = ".".join(parts[:end])
+            self._aliases[alias] = package + alias
+            sys.modules[alias] = importlib.import_module(package + alias)
+        return sys.modules[name]
 
     def _search_order(self) -> Iterator[tuple[str, str]]:
         """Yield the folders in which neighbors are, each with the package for its modules."""
@@ -268,6 +282,12 @@ class UserPackage:
                 code=ErrorCode.PATH_NOT_ALLOWED,
             )
 
+    def _remove_aliases(self) -> None:
+        while self._aliases:
+            alias, neighbor = self._aliases.popitem()
+            if getattr(sys.modules.get(alias), "__name__", None) == neighbor:
+                del sys.modules[alias]
+
     def _adopt_folders(self) -> None:
         """Note the folders that the user's code has added to `sys.path`, not those of packages."""
         is_first = True
@@ -276,7 +296,8 @@ class UserPackage:
                 is_first = False
             elif os.path.isdir(path) and not INSTALLED.intersection(path.split(os.sep)):
                 folders = self._first_folders if is_first else self._last_folders
-                if path not in (*self._first_folders, *self._last_folders, self._root):
+                known = (self._root, self._folder, *self._first_folders, *self._last_folders)
+                if path not in known:
                     folders.append(path)
 
     def _is_installed(self, top: str) -> bool:
