@@ -135,7 +135,7 @@ class UserPackage:
         for name in list(sys.modules):
             if f"{name}.".startswith(f"{self.name}."):
                 del sys.modules[name]
-        vars(sys.modules[PACKAGE]).pop(self.name.removeprefix(MODULE_PREFIX), None)
+        vars(sys.modules.get(PACKAGE, ModuleType(PACKAGE))).pop(self.name.split(".")[1], None)
 
     @contextmanager
     def importing(self) -> Iterator[None]:
