@@ -23,7 +23,7 @@ def to_standard_error() -> None:
     is_open = sys.__stderr__ is not None
     os.dup2(STDERR if is_open else os.open(os.devnull, os.O_WRONLY), STDOUT)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
 
 
 def reserve() -> None:
