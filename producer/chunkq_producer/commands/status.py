@@ -12,7 +12,7 @@ from rich.console import Console
 from chunkq import json_values
 from chunkq.errors import QueueError
 from chunkq.queue.contract.executor import Executor
-from chunkq.system.standard_output import print_line
+from chunkq.system.standard_output import print_line, result_stream
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
 from chunkq_producer.job_status import StatusPoller, status_line, status_screen
@@ -41,9 +41,9 @@ def status(output: str | None, queue: str | None, watch: bool, as_json: bool) ->
         if as_json:
             print_json(poller, watch)
         elif watch:
-            watch_status(poller, Console())
+            watch_status(poller, Console(file=result_stream()))
         else:
-            console = Console()
+            console = Console(file=result_stream())
             console.print(status_screen(poller(), console.width))
 
 
