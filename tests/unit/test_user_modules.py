@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -173,10 +174,16 @@ def test_two_jobs_have_neighbors_of_the_same_name(tmp_path: Path) -> None:
     assert [first(), second(), first()] == [(True, 1), (True, 2), (True, 1)]
 
 
-def test_each_load_reads_the_neighbors_again(tmp_path: Path) -> None:
+def test_each_load_reads_the_neighbors_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bytecode does not tell files of the same second and size apart."""
-    files = {"net.py": "from neighbor import v"}
-    values = [load(tmp_path, files | {"neighbor.py": f"v = {n}"})["v"] for n in (1, 2)]
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    values = []
+    for number in (1, 2):
+        (tmp_path / "neighbor.py").write_text(f"value = {number}")
+        os.utime(tmp_path / "neighbor.py", (1e9, 1e9))
+        values.append(load(tmp_path, {"net.py": "from neighbor import value"})["value"])
     assert values == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["neighbor.py", "net.py"]
 

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from chunkq.errors import ChunkqError, ErrorCode
-from chunkq.system.standard_output import print_line
+from chunkq.system.standard_output import print_line, result_stream
 from chunkq_producer.commands.options import job_at, json_option, output_argument
 from chunkq_producer.reports.job_report import JobReport, load_job_report
 from chunkq_producer.reports.text import text
@@ -38,7 +38,7 @@ def report(output: str, html: Path | None, as_json: bool) -> None:
     elif html is not None:
         print_line(f"{job_report.conclusion}\nwrote {html}")
     else:
-        Console(highlight=False).print(text(job_report))
+        Console(file=result_stream(), highlight=False).print(text(job_report))
 
 
 def _page_writer() -> Callable[[JobReport], str]:

@@ -230,7 +230,7 @@ FAULTS = (
         named(IMPORTS, "libraries"),
     ),
     Fault(
-        "neighbors-found-only-while-a-file-is-loaded",
+        "late-imports-find-no-neighbors",
         USER_MODULES,
         '{**vars(builtins), "__import__": self._import}',
         "{**vars(builtins)}",
