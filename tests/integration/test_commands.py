@@ -361,10 +361,11 @@ def test_a_command_imports_no_large_package_that_it_does_not_need(
         "try:\n"
         "    main()\n"
         "finally:\n"
-        f"    print('IMPORTED', [n for n in {packages.split()} if n in sys.modules])\n"
+        f"    modules = [n for n in {packages.split()} if n in sys.modules]\n"
+        "    print('IMPORTED', modules, file=sys.stderr)\n"
     )
     completed = python(workspace, code)
-    assert completed.stdout.splitlines()[-1] == "IMPORTED []"
+    assert completed.stderr.splitlines()[-1] == "IMPORTED []"
 
 
 def test_commands_that_run_no_network_do_not_import_torch(workspace: Workspace) -> None:

@@ -19,6 +19,7 @@ from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
+from chunkq.system.standard_output import print_line, reserve
 from chunkq.units import duration, si
 from chunkq_producer.commands.options import (
     config_option,
@@ -63,15 +64,16 @@ def plan(
 
     Without --check-model the network is not loaded.
     """
+    reserve()
     checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None
     if as_json:
-        click.echo(json.dumps(_values(checked, depth, trial), indent=1))
+        print_line(json.dumps(_values(checked, depth, trial), indent=1))
     else:
         for label, value in _rows(checked, depth, trial):
-            click.echo(f"{label:<20}{value}")
+            print_line(f"{label:<20}{value}")
 
 
 @dataclass(frozen=True)
