@@ -16,7 +16,7 @@ from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
 SHAPES = {"left": (30, 22), "right": (17, 40), "small": (12, 12)}
-CHUNKS = 15
+CHUNKS = 8
 
 
 def workspace_with(folder: Path, inputs: Any = None, **changes: Any) -> Workspace:

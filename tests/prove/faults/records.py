@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         "replaced-before-the-write",
         INFER,
-        "        job.check_unchanged()\n        _write",
-        "        _write",
+        "    job.check_unchanged()\n    _write",
+        "    _write",
         "workers of a replaced job write an array that no reader uses",
         named(SUSPENDED, "while_it_computes"),
     ),
@@ -173,7 +173,7 @@ FAULTS = (
     Fault(
         "input-not-compared-before-the-write",
         INFER,
-        "        item.check_inputs()\n",
+        "    item.check_inputs()\n",
         "",
         "half of the output is computed from an input that was replaced during the job",
         named(DAMAGE, "input_that_is_replaced_while"),
@@ -237,8 +237,8 @@ FAULTS = (
     Fault(
         "superseded-worker-writes",
         INFER,
-        'if ledger.is_committed("infer", chunk.index):\n            return',
-        "if not chunk.index:\n            return",
+        'if ledger.is_committed("infer", chunk.index):\n        return',
+        "if not chunk.index:\n        return",
         "a superseded worker writes its chunk into an array that is already sealed",
         named(ONCE, "overtaken_while_it_computes"),
     ),
