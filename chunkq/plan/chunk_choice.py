@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def choose_chunks(spec: GridSpec, storage: Shape | None, voxel_bytes: float) -> tuple[Shape, Shape]:
-    """Return the default shapes of chunks and storage chunks; `spec` has none yet.
+    """Return the default shapes of chunks and storage chunks; those of `spec` are ignored.
 
     A chunk is a whole number of storage chunks, which are of the shape `storage` if it is set.
     Chunks need at most MAX_CHUNK_BYTES, at `voxel_bytes` per voxel of the input window, unless the
@@ -49,7 +49,8 @@ def choose_chunks(spec: GridSpec, storage: Shape | None, voxel_bytes: float) -> 
     `1 + (WORKERS - 1) * largest share of the patches`.
     """
     rank = spec.rank
-    axes = [_candidates(spec, a, storage[a] if storage else None) for a in range(rank)]
+    longest = int(MAX_CHUNK_BYTES / voxel_bytes)
+    axes = [_candidates(spec, a, storage[a] if storage else None, longest) for a in range(rank)]
 
     def over_axes(values: Callable[[_Candidates], npt.NDArray[Any]]) -> Floats:
         return reduce(np.multiply.outer, [values(axis).astype(np.float64) for axis in axes])
@@ -112,7 +113,8 @@ class _Candidates:
     objects: IntArray
 
 
-def _candidates(spec: GridSpec, a: int, storage: int | None) -> _Candidates:
+def _candidates(spec: GridSpec, a: int, storage: int | None, longest: int) -> _Candidates:
+    """Return the chunk lengths to choose from along axis `a`, at most `longest` if any fits."""
     axis = spec.axes[a]
     grid, volume, edge = axis.grids[0], axis.volume, STORAGE_EDGE[spec.rank]
     smallest = min(grid.kept, volume)
@@ -124,7 +126,7 @@ def _candidates(spec: GridSpec, a: int, storage: int | None) -> _Candidates:
     lengths: dict[int, int] = {}
     for step in steps:
         for length in _lengths(smallest, last, step):
-            if last // length > 0:
+            if length <= last and (length <= longest or not lengths):
                 lengths.setdefault(length, storage or _largest_divisor(length, edge))
     whole = storage or min(edge, volume)
     lengths[-(-volume // whole) * whole] = whole  # one block
@@ -168,8 +170,8 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 def _most_patches(grid: AxisGrid, blocks: IntArray, chunk: IntArray) -> Floats:
     """Return the largest number of patches of a grid that a block of each length owns."""
-    ends = np.stack([np.zeros_like(blocks), np.minimum(1, blocks - 1), blocks - 1])
-    ends = np.concatenate([ends, np.maximum(blocks - 2, 0)[None]])
+    first, second = np.zeros_like(blocks), np.minimum(1, blocks - 1)
+    ends = np.stack([first, second, np.maximum(blocks - 2, 0), blocks - 1])
     low, high = grid.owned(ends, chunk)
     most: Floats = (high - low).max(0).astype(np.float64)
     return most

@@ -11,7 +11,15 @@ from chunkq.plan.chunk_choice import MAX_CHUNK_BYTES, STORAGE_EDGE
 from chunkq.plan.footprint import footprint
 from tests.strategies import JobPlan, plan_for
 
-VOLUMES = [(3,), (70_000,), (521, 97), (100_000, 3000), (64, 600, 600), (3000, 3000, 3000)]
+VOLUMES = [
+    (3,),
+    (70_000,),
+    (10**12,),
+    (521, 97),
+    (100_000, 3000),
+    (64, 600, 600),
+    (3000, 3000, 3000),
+]
 
 
 def sliding(volume: tuple[int, ...], patch: int | tuple[int, ...], **keys: Any) -> JobPlan:
