@@ -147,7 +147,7 @@ FAULTS = (
         "return item.plan.active_indices()",
         "return item.plan.indices()",
         "workers get chunks without patches, and progress counts them",
-        ("tests/integration/test_create_enqueue.py",),
+        named("tests/integration/test_blocks_without_patches.py", "queued_counted"),
     ),
     Fault(
         "empty-blocks-wait-for-themselves",

@@ -242,4 +242,20 @@ FAULTS = (
         "a superseded worker writes its chunk into an array that is already sealed",
         named(ONCE, "overtaken_while_it_computes"),
     ),
+    Fault(
+        "time-left-counts-chunks",
+        "producer/chunkq_producer/job_status.py",
+        "seconds_left=patches_left / rate",
+        "seconds_left=remaining / rate",
+        "the remaining time is that of chunks, which have different numbers of patches",
+        ("tests/unit/test_job_status.py",),
+    ),
+    Fault(
+        "stragglers-ignore-their-patches",
+        "chunkq/timing/aggregation.py",
+        'patches * np.median(stages["compute"] / patches)',
+        'np.full(len(patches), np.median(stages["compute"]))',
+        "every chunk with many patches is listed as a straggler",
+        ("tests/unit/test_timing.py",),
+    ),
 )
