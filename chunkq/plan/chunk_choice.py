@@ -27,6 +27,8 @@ MAX_CHUNK_BYTES = 512 << 20
 """Upper limit for the memory of one chunk in flight with the default chunk size."""
 WORKERS = 16
 """Worker processes, or chunks in flight, that are to get even shares of the patches."""
+MIN_PATCHES = 2
+"""Patches of the fullest chunk; batches never contain patches of two chunks."""
 BLOCK_COST, OBJECT_COST = 1.0, 0.02
 """What a chunk or a block costs beside its voxels, and what a storage chunk costs, in patches."""
 READ_COST = 0.1
@@ -44,9 +46,9 @@ def choose_chunks(spec: GridSpec, storage: Shape | None, voxel_bytes: float) -> 
 
     A chunk is a whole number of storage chunks, which are of the shape `storage` if it is set.
     Chunks need at most MAX_CHUNK_BYTES, at `voxel_bytes` per voxel of the input window, unless the
-    smallest chunk needs more. Among those it is the shape that makes a job with WORKERS workers
-    fastest: the costs of halos, reads, blocks and storage chunks, times
-    `1 + (WORKERS - 1) * largest share of the patches`.
+    smallest chunk needs more, and the fullest has MIN_PATCHES patches, if such chunks fit. Among
+    those it is the shape that makes a job with WORKERS workers fastest: the costs of halos, reads,
+    blocks and storage chunks, times `1 + (WORKERS - 1) * largest share of the patches`.
     """
     rank = spec.rank
     longest = int(MAX_CHUNK_BYTES / voxel_bytes)
@@ -61,9 +63,12 @@ def choose_chunks(spec: GridSpec, storage: Shape | None, voxel_bytes: float) -> 
     objects = over_axes(lambda axis: axis.objects)
     work = over_axes(lambda axis: axis.halo) + READ_COST * over_axes(lambda axis: axis.read)
     work += (BLOCK_COST * tasks + OBJECT_COST * objects) / patches
-    cost = work * (1 + (WORKERS - 1) * over_axes(lambda axis: axis.share))
+    most = over_axes(lambda axis: axis.most)
+    cost = work * (1 + (WORKERS - 1) * most / patches)
     fits = size * voxel_bytes <= MAX_CHUNK_BYTES
-    best = np.argmin(np.where(fits, cost, np.inf)) if fits.any() else np.argmin(size)
+    has_several = fits & (most >= min(MIN_PATCHES, patches))
+    allowed = has_several if has_several.any() else fits
+    best = np.argmin(np.where(allowed, cost, np.inf)) if allowed.any() else np.argmin(size)
     numbers = np.unravel_index(best, size.shape)
     return (
         tuple(int(axis.chunk[n]) for axis, n in zip(axes, numbers, strict=True)),
@@ -95,7 +100,7 @@ class _Candidates:
     window    length of the longest halo
     blocks    number of blocks
     chunks    number of blocks that own a patch
-    share     largest number of patches of a block, divided by all
+    most      largest number of patches of a block
     halo      length of all halos, divided by the length of the axis
     read      how often the input is read if it has storage chunks of the default edge
     objects   storage chunks along the axis
@@ -107,7 +112,7 @@ class _Candidates:
     window: IntArray
     blocks: IntArray
     chunks: IntArray
-    share: Floats
+    most: IntArray
     halo: Floats
     read: Floats
     objects: IntArray
@@ -141,7 +146,7 @@ def _candidates(spec: GridSpec, a: int, storage: int | None, longest: int) -> _C
         window=halos.max(0),
         blocks=-(-volume // chunk),
         chunks=chunks,
-        share=_most_patches(grid, chunks, chunk) / patches,
+        most=_most_patches(grid, chunks, chunk),
         halo=halos.sum(0) * np.maximum(1.0, chunks / MAX_BLOCKS) / volume,
         read=np.minimum(chunks, 1 + chunks * edge / volume),
         objects=-(-volume // storage_edges),
@@ -168,12 +173,12 @@ def _largest_divisor(number: int, limit: int) -> int:
     return max(d for d in _divisors(number) if d <= limit)
 
 
-def _most_patches(grid: AxisGrid, blocks: IntArray, chunk: IntArray) -> Floats:
+def _most_patches(grid: AxisGrid, blocks: IntArray, chunk: IntArray) -> IntArray:
     """Return the largest number of patches of a grid that a block of each length owns."""
     first, second = np.zeros_like(blocks), np.minimum(1, blocks - 1)
     ends = np.stack([first, second, np.maximum(blocks - 2, 0), blocks - 1])
     low, high = grid.owned(ends, chunk)
-    most: Floats = (high - low).max(0).astype(np.float64)
+    most: IntArray = (high - low).max(0)
     return most
 
 

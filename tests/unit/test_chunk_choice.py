@@ -132,6 +132,14 @@ def test_few_patches_that_do_not_overlap_are_shared_in_chunks_of_several() -> No
     assert plan.costs.piece_bytes == 0
 
 
+@pytest.mark.parametrize("edge", [4, 8, 10, 12])
+def test_chunks_of_a_tiny_volume_have_more_than_one_patch(edge: int) -> None:
+    plan = plan_for((edge, edge), (4, 4))
+    patches = patches_per_chunk(plan)
+    assert max(patches) >= min(2, plan.costs.patches)
+    assert len(patches) >= plan.costs.patches / 4
+
+
 def test_the_default_chunk_size_does_not_depend_on_the_dtype_of_the_input() -> None:
     shapes = {
         plan_for((900, 900, 900), (64, 64, 64), dtype).chunksize
