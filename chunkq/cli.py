@@ -12,6 +12,7 @@ import click
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
+from chunkq.system.framework_logs import hide_framework_logs
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
@@ -59,6 +60,7 @@ def cli() -> None:
 
 def main() -> int:
     """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
+    hide_framework_logs()
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:

@@ -12,6 +12,7 @@ from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
+from chunkq.job.axis_order import EITHER_ORDER, LAST, WrittenOrders, channels_first, order_problems
 from chunkq.job.job_file import Job
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
@@ -34,7 +35,9 @@ def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
     Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
     JobError with one line per mistake.
     """
-    problems = _volume_problems(job, volume, paths or job.input) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths or job.input_paths) or _length_problems(
+        job, volume
+    )
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume)
@@ -149,18 +152,20 @@ class _Shapes:
     `_volume_problems` and `_length_problems` of the job must be empty. `patch` is the input patch,
     `output` the output patch, `kept` the output patch without its margin, and `lead` the offset of
     the kept voxels in the input patch; each has one entry per spatial axis. `lost_axis` is the
-    spatial axis that the network reduces to one slice, or None.
+    spatial axis that the network reduces to one slice, or None. Shapes that a job writes with
+    channels last are read with channels first.
     """
 
     def __init__(self, job: Job, volume: Volume) -> None:
         self.job, self.volume = job, volume
         rank = len(volume.shape)
-        model_input = job.model.model_input_shape
-        model_output = job.model.model_output_shape or model_input
+        model = channels_first(job.model, rank)
+        model_input = model.model_input_shape
+        model_output = model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
         self.patch = model_input[-rank:]
-        self.output = job.model.output_patch(rank)
-        self.lost_axis = job.model.lost_axis(rank)
+        self.output = model.output_patch(rank)
+        self.lost_axis = model.lost_axis(rank)
         self.network_channels = model_output[0] if len(model_output) > rank else 1
         self.from_labels = job.classes is not None and self.network_channels == 1
         self.channels = job.classes if job.classes and self.from_labels else self.network_channels
@@ -174,7 +179,8 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        problems = [*self._lost_axis_problems(), *self._class_problems()]
+        problems = order_problems(self.job.model, len(self.volume.shape))
+        problems += [*self._lost_axis_problems(), *self._class_problems()]
         if self.input_channels != 1:
             problems.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are "
@@ -202,10 +208,9 @@ class _Shapes:
 
         Some valid shapes look the same, so this explains other problems and is none by itself.
         """
-        rank = len(self.volume.shape)
-        if rank == 1:
+        rank, model = len(self.volume.shape), self.job.model
+        if rank == 1 or model.runtime in EITHER_ORDER:
             return []
-        model = self.job.model
         problems, patch = [], self.patch
         shape = model.model_input_shape
         if len(shape) > rank and shape[-1] == 1 < shape[0]:
@@ -246,11 +251,12 @@ class _Shapes:
         if axis is None:
             return []
         if not 0 <= axis < len(self.patch):
-            shape = self.job.model.model_input_shape
-            first = len(shape) - len(self.patch)
+            shape, rank = self.job.model.model_input_shape, len(self.patch)
+            is_last = WrittenOrders.of(self.job.model, rank).input is LAST
+            first = 0 if is_last else len(shape) - rank
             return [
                 f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
-                f"{list(shape)}; use {first} to {len(shape) - 1}"
+                f"{list(shape)}; use {first} to {first + rank - 1}"
             ]
         problems = []
         if self.patch[axis] % 2 == 0:

@@ -103,6 +103,8 @@ def _check_before_writing(
     if engine.name != "sqlite":
         with closing(open_executor(cluster.url)) as executor:
             executor.check_ready()
+            for line in executor.risks():
+                emit(Message(f"chunkq: warning: {line}"))
     if not overwrite and _is_complete(job):
         return
     if early is not None:

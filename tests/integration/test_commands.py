@@ -70,7 +70,7 @@ def test_the_template_is_a_valid_job_once_its_files_exist(tmp_path: Path) -> Non
     workspace = Workspace(tmp_path)
     assert "wrote job.yaml" in workspace.call("init").ok().out
     workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr")
-    write_zarr(tmp_path / "volume.zarr", np.zeros((96, 80, 64), np.uint8), (64, 64, 64))
+    write_zarr(tmp_path / "volume.zarr", np.ones((96, 80, 64), np.uint8), (64, 64, 64))
     workspace.call("plan", "job.yaml").refused(
         2, ErrorCode.JOB_INVALID, "model_config.ts_file: ", "model.ts"
     )

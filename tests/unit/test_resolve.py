@@ -168,6 +168,40 @@ def test_a_valid_shape_that_looks_like_channels_last_is_accepted() -> None:
     assert (plan.channels, plan.output_patch) == (8, (8, 4))
 
 
+KERAS = {"runtime": "tensorflow", "type": "file", "ts_file": None, "model_file": "m.keras"}
+ONNX = {"runtime": "onnx", "type": "file", "ts_file": None, "model_file": "m.onnx"}
+
+
+@pytest.mark.parametrize("runtime", [KERAS, ONNX])
+@pytest.mark.parametrize(
+    ("model_input", "model_output"),
+    [((8, 8, 1), [6, 8, 3]), ((1, 8, 8), [3, 6, 8]), ((8, 8), [6, 8, 3]), ((8, 8), [3, 6, 8])],
+)
+def test_shapes_of_keras_and_onnx_networks_give_one_plan_in_either_order(
+    runtime: dict[str, Any], model_input: tuple[int, ...], model_output: list[int]
+) -> None:
+    model = runtime | {"model_output_shape": model_output}
+    plan = plan_for((16, 16), model_input, pad_width=[1, 0], model=model)
+    assert (plan.input_patch, plan.output_patch, plan.channels) == ((8, 8), (6, 8), 3)
+    assert plan.output_shape == (3, 16, 16)
+
+
+def test_a_shape_that_can_be_read_in_both_orders_is_reported_with_those_to_set() -> None:
+    (line,) = problems((16, 16), (1, 8, 1), model=KERAS)
+    assert_problem(line, "model_config.model_input_shape")
+    for shape in ([1, 8, 1], [8, 1], [1, 8]):
+        assert str(shape) in line
+    assert plan_for((16, 16), (8, 1), model=KERAS).input_patch == (8, 1)
+
+
+def test_lost_dim_counts_the_entries_of_a_shape_with_channels_last() -> None:
+    model = KERAS | {"model_output_shape": [1, 8, 8, 3], "lost_dim": 0}
+    plan = plan_for((16, 16, 16), (5, 8, 8, 1), model=model)
+    assert (plan.input_patch, plan.output_patch) == ((5, 8, 8), (1, 8, 8))
+    (line,) = problems((16, 16, 16), (5, 8, 8, 1), model=model | {"lost_dim": 3})
+    assert_problem(line, "model_config.lost_dim", 3, "0 to 2")
+
+
 def test_one_input_channel_is_accepted_and_several_are_rejected() -> None:
     assert plan_for((8, 8), (1, 4, 4)).input_patch == (4, 4)
     (line,) = problems((8, 8), (3, 4, 4))

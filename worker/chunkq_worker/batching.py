@@ -28,11 +28,13 @@ from chunkq.blend.combine import (
 from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
+from chunkq.job.axis_order import EITHER_ORDER
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
+from chunkq_worker.runtimes.item_shapes import output_shapes
 from chunkq_worker.steps import KEY, Steps
 from chunkq_worker.value_watch import ValueWatch
 
@@ -80,7 +82,7 @@ class Batcher:
         if model.join_dim is not None:
             self._join_axis = model.join_dim - 1
             self._item[self._join_axis] = plan.volume.inputs
-        self._declared_shapes = _declared_shapes(plan, model)
+        self._declared_shapes = output_shapes(model, plan.rank)
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
@@ -416,7 +418,9 @@ class Batcher:
         if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
             remedy = f"fix model_output_shape or the network{self._channel_hint()}"
-            if shape[:1] + shape[-1:] + shape[1:-1] in expected:
+            if self.model.runtime in EITHER_ORDER:
+                remedy += self._step_hint()
+            elif shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
                 f"the network{steps} returned shape {list(shape)} for a batch of "
@@ -430,9 +434,17 @@ class Batcher:
             self._watch.send(result)
         return result
 
+    def _step_hint(self) -> str:
+        """Return what to do if a step behind the network moves axes, which chunkq does."""
+        after = (self._steps.postprocessing, self._steps.postprocessing_protected)
+        if after == (None, None):
+            return ""
+        return f"; steps get channels first, so remove one of {KEY} that moves axes"
+
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
-        if len(self._slot) > self._plan.rank or self.model.lost_dim is not None:
+        has_channels = len(self._slot) > self._plan.rank or self.model.lost_dim is not None
+        if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
             return ""
         return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 
@@ -562,18 +574,6 @@ def _castable(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     if values.dtype == np.uint64:
         return values.astype(np.int64 if dtype.startswith("int") else np.float64)
     return values
-
-
-def _declared_shapes(plan: Plan, model: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the allowed shapes of an output item: as declared, and without axis `lost_dim`."""
-    declared = model.model_output_shape or model.model_input_shape
-    lost_axis = model.lost_axis(plan.rank)
-    if lost_axis is None:
-        return [declared]
-    channels = declared[: -plan.rank]
-    full = (*channels, *plan.output_patch)
-    axis = len(channels) + lost_axis
-    return [full, full[:axis] + full[axis + 1 :]]
 
 
 def _end_of(text: str) -> str:

@@ -139,7 +139,7 @@ class Predictor:
         match the job, ModelError if the network cannot be loaded or does not match its
         declaration, and PredictionError if it returns NaN or infinity.
         """
-        arrays = open_inputs(volume)
+        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
         plan = self._plan(arrays)
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
@@ -168,7 +168,7 @@ class Predictor:
         first axis. A path or a zarr array is read chunk by chunk. The arguments are checked in
         this call, which raises like `predict`; the network runs while the generator is consumed.
         """
-        arrays = open_inputs(volume)
+        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
         return self._stream(self._plan(arrays), arrays, progress)
 
     def predict_to_store(
@@ -187,7 +187,7 @@ class Predictor:
         which deletes it first. Raise like `predict`, and StoreError if a path cannot be read or
         written.
         """
-        arrays = open_inputs(volume)
+        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
         self._plan(arrays)  # raises before an array is copied
         output = str(output)
         with as_paths(volume, arrays, output) as paths:

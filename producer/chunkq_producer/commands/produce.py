@@ -50,6 +50,8 @@ def produce(
     url = queue_of(loaded_job, queue)
     with closing(open_shared(url)) as executor:
         executor.check_ready()
+        for line in executor.risks():
+            click.echo(f"chunkq: warning: {line}", err=True)
         with ProgressDisplay() as display:
             result = produce_job(
                 checked, executor, resume=resume, overwrite=overwrite, emit=display

@@ -9,6 +9,8 @@ TORCH = "tests/integration/test_torch_runtime.py"
 WORKERS = "tests/integration/test_workers.py"
 RANDOM = "tests/integration/test_random_networks.py"
 EARLY = "tests/integration/test_early_start.py"
+LAYOUT = "worker/chunkq_worker/runtimes/network_layout.py"
+ORDER = "tests/unit/test_axis_order.py"
 
 FAULTS = (
     Fault(
@@ -34,6 +36,30 @@ FAULTS = (
         "True",
         "rare dropout is not found",
         named("tests/unit/test_output_checks.py", "drew"),
+    ),
+    Fault(
+        "cube-gets-the-order-as-written",
+        LAYOUT,
+        "if _is_cube(item) and (all(is_fixed) or self._has_steps_before):",
+        "if not item:",
+        "a network gets its channels in another order",
+        named(ORDER, "refused"),
+    ),
+    Fault(
+        "output-shape-read-in-another-order-than-the-network-has",
+        LAYOUT,
+        "        self._check_reading(order, output)\n",
+        "",
+        "channels and voxels of the output are exchanged",
+        named(ORDER, "another_order"),
+    ),
+    Fault(
+        "steps-get-an-output-that-fits-both-orders",
+        LAYOUT,
+        "if order is LAST and _is_cube(output):",
+        "if not output:",
+        "a step that moved the channels of older jobs moves them twice",
+        named(ORDER, "visible"),
     ),
     Fault(
         "integers-are-averaged",

@@ -18,6 +18,7 @@ from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes.base import Runtime
 from chunkq_worker.runtimes.classes import instantiate, load_definition, source_of
 from chunkq_worker.runtimes.host_runtime import HostRuntime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.thread_limit import ThreadLimit
 from chunkq_worker.steps import Steps
@@ -69,7 +70,7 @@ class NumpyRuntime(HostRuntime):
         self._network = None
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the class or function that the job names, or raise ModelError."""
     limit = ThreadLimit(threads)
     with limit.applied():

@@ -17,7 +17,7 @@ from chunkq_worker.runtimes.onnx_external import external_files, is_in_folder
 from chunkq_worker.runtimes.onnx_import import onnxruntime
 from chunkq_worker.runtimes.stand_ins import describe, first_stand_in
 
-ERROR, FATAL = 3, 4
+FATAL = 4
 EXPORT = "; `chunkq export` converts the network of such a job to ONNX"
 TORCH_FORMATS = frozenset({"torchscript", "exported", "torch_save"})
 EXTERNAL_WEIGHTS = (
@@ -63,7 +63,6 @@ REASONS = (
     ),
 )
 """Pattern of a message of ONNX Runtime -> explanation and advice for the user."""
-onnxruntime.set_default_logger_severity(ERROR)
 
 
 def open_session(path: str, threads: int | None, providers: Sequence[Any] = ()) -> Any:

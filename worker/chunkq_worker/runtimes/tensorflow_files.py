@@ -47,10 +47,10 @@ class Network(ABC):
     """A network that is called with a batch.
 
     `input_spec` is the (shape, dtype) that it declares, None if it declares none. Dynamic axes of
-    the shape are None.
+    the shape, which starts with the batch axis, are None. The shape is None if it is unknown.
     """
 
-    input_spec: tuple[Sequence[int | None], str] | None = None
+    input_spec: tuple[Sequence[int | None] | None, str] | None = None
 
     @abstractmethod
     def __call__(self, batch: Any) -> Any:
@@ -167,7 +167,7 @@ class SavedNetwork(Network):
                     f"{SAVE_ADVICE}"
                 )
         [(self._input, spec)] = inputs.items()
-        shape: Sequence[int | None] = (None,) if spec.shape.rank is None else tuple(spec.shape)
+        shape = None if spec.shape.rank is None else tuple(spec.shape)
         self.input_spec = (shape, spec.dtype.name)
 
     @override
@@ -176,12 +176,10 @@ class SavedNetwork(Network):
 
     @override
     def __call__(self, batch: Any) -> Any:
-        shape, dtype = self.input_spec or ((), "")
+        shape, dtype = self.input_spec or (None, "")
         if batch.dtype.name != dtype:
             raise _other_dtype(batch.dtype.name, dtype)
-        if len(shape) == batch.shape.rank + 1 and shape[-1] == 1:
-            batch = batch[..., None]  # Keras models do the same
-        if not tf.TensorShape(shape).is_compatible_with(batch.shape) and shape != (None,):
+        if not tf.TensorShape(shape).is_compatible_with(batch.shape):
             raise ValueError("its serving signature expects another shape")
         return self._signature(**{self._input: batch})
 

@@ -20,6 +20,7 @@ from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real
 from chunkq_worker.runtimes.cache_folder import use_compiler_cache
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.staging import (
     Accelerator,
@@ -263,7 +264,7 @@ class TorchRuntime(Runtime):
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the network that the job names, or raise ModelError."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
