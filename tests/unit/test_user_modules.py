@@ -21,17 +21,21 @@ from chunkq.job.user_modules import MODULE_PREFIX, PACKAGE, UserModules, _decode
 KEY = "model_config.class_file"
 
 
+def user_modules() -> set[str]:
+    return {name for name in sys.modules if name.startswith(MODULE_PREFIX)}
+
+
 @pytest.fixture(autouse=True)
 def modules() -> Iterator[UserModules]:
     """Own the user's modules of a test; see that it has changed nothing else of this process."""
     importlib.import_module(PACKAGE)
-    folders, finders = list(sys.path), list(sys.meta_path)
+    folders, finders, before = list(sys.path), list(sys.meta_path), user_modules()
     owner = UserModules()
     with owner.collect():
         yield owner
     owner.release()
     assert (sys.path, sys.meta_path) == (folders, finders)
-    assert [name for name in sys.modules if name.startswith(MODULE_PREFIX)] == []
+    assert user_modules() == before
     assert not {"neighbor", "library", "pack"} & sys.modules.keys()
 
 
@@ -266,12 +270,13 @@ def test_a_parent_package_outside_the_allowed_paths_is_refused(
 
 
 def test_released_modules_are_gone_and_their_functions_still_work(tmp_path: Path) -> None:
-    owner = UserModules()
+    owner, before = UserModules(), user_modules()
     with owner.collect():
         text = "import neighbor\ndef f():\n    return neighbor.value"
         function = load(tmp_path, NEIGHBOR | {"net.py": text})["f"]
+    assert user_modules() > before
     owner.release()
-    assert [name for name in sys.modules if name.startswith(MODULE_PREFIX)] == []
+    assert user_modules() == before
     assert function() == 2
 
 
