@@ -8,8 +8,14 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
 )
+from pydantic_core import PydanticCustomError
+
+from chunkq.geometry.axes import LETTERS
+from chunkq.storage.selection import RANGE, Selection
 
 InferenceType = Literal["patch", "sliding_window", "crop_margin"]
 
@@ -65,3 +71,76 @@ class Section(BaseModel):
     """Section of the job file: immutable, without unknown keys and type conversions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def _as_picks(value: object) -> object:
+    """Return picks with a list as a tuple. Raise PydanticCustomError if they are none."""
+    entries = _as_tuple(value)
+    is_range = isinstance(entries, str) and RANGE.fullmatch(entries) is not None
+    is_list = isinstance(entries, tuple) and all(map(_is_index_or_label, entries)) and entries
+    if is_range or is_list or (_is_index_or_label(entries) and not isinstance(entries, str)):
+        return entries
+    raise PydanticCustomError("picks", "expected a list, an index, or a range such as '0:3'")
+
+
+def _is_index_or_label(value: object) -> bool:
+    is_index = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER
+    return is_index or isinstance(value, str)
+
+
+def _as_letters(value: object) -> object:
+    is_text = isinstance(value, str) and 0 < len(value) == len(set(value)) and value.isascii()
+    if is_text and set(str(value)) <= set(LETTERS):
+        return value
+    raise PydanticCustomError("letters", f"expected different letters of {LETTERS}")
+
+
+Letters = Annotated[str, BeforeValidator(_as_letters)]
+
+
+Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
+
+
+class InputConfig(Section):
+    """An input, and what is read of it."""
+
+    path: str
+    axes: Letters | None = None
+    level: NonNegative | str | None = None
+    channels: Picks | None = None
+    time: Picks | None = None
+    order: Letters | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """What is read of the array at the path."""
+        return Selection(self.axes, self.level, self.channels, self.time, self.order)
+
+
+def _kind_of_input(value: object) -> str:
+    return "mapping" if isinstance(value, (dict, InputConfig)) else "path"
+
+
+def _as_inputs(value: object) -> object:
+    """Return one input or a list of inputs as a tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_as_path, value))
+    return (_as_path(value),) if isinstance(value, (str, dict, InputConfig)) else value
+
+
+def _as_path(value: object) -> object:
+    """Return the path of a mapping that has nothing else."""
+    return value["path"] if isinstance(value, dict) and set(value) == {"path"} else value
+
+
+Input = Annotated[
+    Annotated[str, Tag("path")] | Annotated[InputConfig, Tag("mapping")],
+    Discriminator(_kind_of_input),
+]
+
+
+Inputs = Annotated[
+    tuple[Input, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_inputs, json_schema_input_type=Input | tuple[Input, ...]),
+]

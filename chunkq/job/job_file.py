@@ -24,6 +24,8 @@ from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
     Classes,
     InferenceType,
+    InputConfig,
+    Inputs,
     Names,
     Offsets,
     Positive,
@@ -66,7 +68,7 @@ class Job(Section):
     Lists have one entry per spatial axis of the volume, in storage order; lengths are in voxels.
     """
 
-    input: Names
+    input: Inputs
     output: str
     queue: str | None = None
     cluster: Literal["local", "slurm", "running"] = "local"
@@ -108,6 +110,16 @@ class Job(Section):
         if problems:
             raise JobError(problems)
         return self
+
+    @property
+    def inputs(self) -> tuple[InputConfig, ...]:
+        """Each input with what is read of it."""
+        return tuple(InputConfig(path=i) if isinstance(i, str) else i for i in self.input)
+
+    @property
+    def input_paths(self) -> tuple[str, ...]:
+        """The path of each input."""
+        return tuple(config.path for config in self.inputs)
 
     @property
     def step_edge(self) -> Edge:
@@ -168,7 +180,8 @@ def load_job(
         values, base = _read_file(path), path.absolute().parent
     _make_absolute(values, base)
     if input is not None:
-        values["input"] = absolute(input, Path.cwd())
+        new, old = absolute(input, Path.cwd()), values.get("input")
+        values["input"] = {**old, "path": new} if isinstance(old, dict) else new
     if output is not None:
         values["output"] = canonical(output, Path.cwd())
     return _parse_with_output(values)
@@ -199,6 +212,9 @@ def parse_job(values: Mapping[str, Any]) -> Job:
         return Job.model_validate(dict(values))
     except ValidationError as error:
         errors = error.errors()
+    has_one_input = not isinstance(values.get("input"), (list, tuple))
+    for detail in errors:
+        detail["loc"] = _without_branches(detail["loc"], has_one_input=has_one_input)
     lines = [_message(error) for error in errors]
     raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
 
@@ -344,10 +360,10 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
     if isinstance(output := values.get("output"), str):
         values["output"] = canonical(output, base)
     inputs = values.get("input")
-    if isinstance(inputs, str):
-        values["input"] = absolute(inputs, base)
-    elif isinstance(inputs, (list, tuple)):
-        values["input"] = [absolute(v, base) if isinstance(v, str) else v for v in inputs]
+    if isinstance(inputs, (list, tuple)):
+        values["input"] = [_absolute_input(value, base) for value in inputs]
+    elif inputs is not None:
+        values["input"] = _absolute_input(inputs, base)
     weights = values.get("weight_function")
     if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
         values["weight_function"] = [absolute(weights[0], base), weights[1]]
@@ -362,8 +378,18 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
         }
 
 
+def _absolute_input(value: object, base: Path) -> object:
+    """Return an input with an absolute path; a value of a wrong type stays unchanged."""
+    if isinstance(value, str):
+        return absolute(value, base)
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return {**value, "path": absolute(value["path"], base)}
+    return value
+
+
 def _legal_names(location: Iterable[int | str]) -> list[str]:
     sections: dict[str, type[Section]] = {
+        "input": InputConfig,
         "model_config": ModelConfig,
         "dask_config": DaskConfig,
         "ray_config": RayConfig,
@@ -389,10 +415,20 @@ _REPLACED_KEYS = {"model_config.autocast": "precision"}
 """Key of an earlier version -> the key that has its values."""
 
 
+def _without_branches(
+    location: tuple[int | str, ...], *, has_one_input: bool
+) -> tuple[int | str, ...]:
+    """Return pydantic's location of an error without the parts that name a branch of a union."""
+    if location[:1] == ("input",):
+        first = 1 if has_one_input else 2
+        location = (*location[:first], *location[3:])
+    return tuple(part for part in location if part not in ("int", "float"))
+
+
 def _message(error: Any) -> str:
     """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
     location = error["loc"]
-    path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
+    path = ".".join(map(str, location)) or "a key"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         if path in _REPLACED_KEYS:
@@ -489,7 +525,7 @@ def _input_problems(job: Job) -> list[str]:
             f"model_config.join_dim: {join} is not an axis of a batch (N, {str(shape)[1:-1]}); "
             f"use 1 to {len(shape)}"
         ]
-    if shape[join - 1] != 1:
+    if join > 1 and shape[join - 1] != 1:  # the first axis can have the channels of an input
         return [
             f"model_config.join_dim: found length {shape[join - 1]} at axis {join - 1} of "
             f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"
@@ -499,8 +535,8 @@ def _input_problems(job: Job) -> list[str]:
 
 def _paths(job: Job) -> dict[str, str]:
     """Return every path of a job by its key."""
-    is_numbered = len(job.input) > 1
-    paths = {f"input.{n}" if is_numbered else "input": path for n, path in enumerate(job.input)}
+    inputs = job.input_paths
+    paths = {f"input.{n}" if len(inputs) > 1 else "input": path for n, path in enumerate(inputs)}
     return paths | {"output": job.output} | job.files
 
 

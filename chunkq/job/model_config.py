@@ -81,6 +81,14 @@ class ModelConfig(Section):
         )
         return {key: path for key in keys if (path := getattr(self, key)) is not None}
 
+    def input_channels(self, rank: int) -> int:
+        """Return the number of channels that the network takes, with `rank` spatial axes.
+
+        With `join_dim` along the channel axis, it is that of one input.
+        """
+        shape = self.model_input_shape
+        return shape[0] if len(shape) > rank else 1
+
     def lost_axis(self, rank: int) -> int | None:
         """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
 

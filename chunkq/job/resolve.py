@@ -28,16 +28,20 @@ MIN_CHUNKS = 32
 """Smallest number of chunks with the default chunk size, so that several workers share the job."""
 
 
-def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
+def resolve(
+    job: Job, volume: Volume, paths: Sequence[str] = (), *, by_channel: bool = False
+) -> Plan:
     """Return the plan of a job over one of its volumes; pure and deterministic.
 
-    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
+    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. If
+    `by_channel`, the volume is one channel of an image, whose output has these channels. Raises
     JobError with one line per mistake.
     """
-    problems = _volume_problems(job, volume, paths or job.input) or _length_problems(job, volume)
+    paths = paths or job.input_paths
+    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume)
     if problems:
         raise JobError(problems)
-    shapes = _Shapes(job, volume)
+    shapes = _Shapes(job, volume, paths, by_channel=by_channel)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
     grid = shapes.grid()
@@ -50,7 +54,8 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
         return [
-            f"input: {paths[0]} has {rank} axes; expected 1 to 4; use an array of spatial axes only"
+            f"input: {paths[0]} has {rank} spatial axes; expected 1 to 4; use an array with fewer, "
+            "or set axes in input if some are channels or time"
         ]
     if min(volume.shape) == 0:
         return [
@@ -152,12 +157,12 @@ class _Shapes:
     spatial axis that the network reduces to one slice, or None.
     """
 
-    def __init__(self, job: Job, volume: Volume) -> None:
-        self.job, self.volume = job, volume
+    def __init__(self, job: Job, volume: Volume, paths: Sequence[str], *, by_channel: bool) -> None:
+        self.job, self.volume, self.paths, self.by_channel = job, volume, paths, by_channel
         rank = len(volume.shape)
         model_input = job.model.model_input_shape
         model_output = job.model.model_output_shape or model_input
-        self.input_channels = model_input[0] if len(model_input) > rank else 1
+        self.input_channels = job.model.input_channels(rank)
         self.patch = model_input[-rank:]
         self.output = job.model.output_patch(rank)
         self.lost_axis = job.model.lost_axis(rank)
@@ -174,13 +179,7 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        problems = [*self._lost_axis_problems(), *self._class_problems()]
-        if self.input_channels != 1:
-            problems.append(
-                f"model_config.model_input_shape: {self.input_channels} input channels are "
-                "unsupported; use 1, or store each channel as a volume, list the volumes in input "
-                "and set join_dim"
-            )
+        problems = [*self._lost_axis_problems(), *self._class_problems(), *self._channel_problems()]
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
                 continue
@@ -215,6 +214,26 @@ class _Shapes:
         if len(shape) > rank and shape[:-1] == patch != shape[1:]:
             problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
         return problems
+
+    def _channel_problems(self) -> list[str]:
+        """Return a line if the network takes another number of channels than the inputs have."""
+        job, volume = self.job, self.volume
+        shape, path = list(job.model.model_input_shape), self.paths[0]
+        is_joined = job.model.join_dim is not None
+        found = volume.channels if is_joined else volume.channels * volume.inputs
+        if self.input_channels == found:
+            if self.by_channel and self.channel_axis and self.channels > 1:
+                return [
+                    f"input: {path} has several channels, and the network takes one and returns "
+                    f"{self.channels} for it; set channels in input to one of them"
+                ]
+            return []
+        count = f" in {len(self.job.input)} inputs" if len(self.job.input) > 1 else ""
+        each = "each input has" if is_joined else f"{path} has"
+        return [
+            f"model_config.model_input_shape: {shape} has {self.input_channels} input channels, "
+            f"but {each} {found}{count}; fix the shape, or set channels or axes in input"
+        ]
 
     def _class_problems(self) -> list[str]:
         job = self.job
@@ -296,7 +315,7 @@ class _Shapes:
         return OutputSpec(
             name="",
             channels=self.channels,
-            channel_axis=self.channel_axis,
+            channel_axis=self.channel_axis and not self.by_channel,
             activation=job.activation,
             combine=job.combine,
             average_dtype=job.output_dtype or "float32",

@@ -8,7 +8,7 @@ from chunkq_producer.job_status import job_status
 
 from chunkq.geometry.axes import plain_axes
 from chunkq.job import ledger as ledger_module
-from chunkq.job.items import Item
+from chunkq.job.items import Image
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.ledger import ItemLedger, Ledger
@@ -61,7 +61,7 @@ def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
     ledger_with_commits(tmp_path)
     plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
     source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
-    record = JobRecord(plan.job, (Item(0, "", (source,)),), {}, epoch=EPOCH)
+    record = JobRecord(plan.job, (Image(0, "", (source,)),), {}, epoch=EPOCH)
     job = JobHandle(JobFolder(str(tmp_path / "out.zarr.chunkq")), record)
     # The file system decides which records are sampled, so sample every step-th one explicitly.
     records = tuple(job.items[0].ledger.commits("infer", [(n,) for n in range(0, CHUNKS, step)]))

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, plain_axes
+from chunkq.geometry.axes import Axis, named_axes, plain_axes
 from chunkq.paths import is_url, join, mask_secrets, open_filesystem, read_bytes, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
@@ -31,16 +32,21 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
-from chunkq.storage.ome import MultiscaleImage, first_image, read_axes
+from chunkq.storage.ome import Dataset, MultiscaleImage, channel_labels, first_image, read_axes
 
 METADATA = ("zarr.json", ".zarray", ".zgroup")
 """Names of the documents of which each Zarr node has one."""
 ARRAY_METADATA = METADATA[:2]
 """Names of the documents of which each Zarr array has one."""
+XARRAY_NAMES = "_ARRAY_DIMENSIONS"
+"""Attribute in which xarray names the axes of a Zarr v2 array."""
 ZARR_FORMAT = "zarr_format"
 """Option: version of the Zarr format, 2 or 3."""
 UNSAFE_CODECS = frozenset({"pickle"})
 """Codecs of Zarr v2 that can run code from the stored bytes."""
+NAMED_BY_OME = "OME-Zarr metadata"
+PARENTS = 2
+"""Groups above an array that are searched for an image of which it is a level."""
 log = logging.getLogger("chunkq.storage")
 
 
@@ -56,23 +62,46 @@ class ZarrFormat(Format):
 
     @override
     def find(self, path: str) -> ArrayInfo:
+        return self._find(path, None)
+
+    @override
+    def find_level(self, path: str, level: int | str) -> ArrayInfo:
+        return self._find(path, level)
+
+    def _find(self, path: str, level: int | str | None) -> ArrayInfo:
         try:
-            info = None if is_url(path) else _find_local(path)
+            info = None if is_url(path) else _find_local(path, level)
         except (OSError, ValueError, LookupError, TypeError, StoreError):
             info = None
         # zarr-python says what is wrong, but importing it takes longer than anything else.
-        return info or self._find_with_zarr_python(path)
+        return info or self._find_with_zarr_python(path, level)
 
-    def _find_with_zarr_python(self, path: str) -> ArrayInfo:
+    def _find_with_zarr_python(self, path: str, level: int | str | None) -> ArrayInfo:
         node = self._open_node(path)
         if _is_array(node):
-            return _array_info(path, node, plain_axes(node.shape))
+            if level is not None:
+                raise _level_error(path, level, "is an array")
+            described = level_of(path, self._attributes) or _named_array(
+                getattr(node.metadata, "dimension_names", None), dict(node.attrs)
+            )
+            return _array_info(path, node, described)
         image = _image_of(node, path)
-        level = join(path, image.datasets[0].path)
-        array = self._open_node(level)
+        dataset = image.level(0 if level is None else level)
+        if dataset is None:
+            raise _level_error(path, level, f"has the levels {_level_names(image)}")
+        array_path = join(path, dataset.path)
+        array = self._open_node(array_path)
         if not _is_array(array):
-            raise _group_error(array, level)
-        return _array_info(level, array, read_axes(image, array.shape))
+            raise _group_error(array, array_path)
+        return _array_info(array_path, array, Level(image, dataset, channel_labels(node.attrs)))
+
+    def _attributes(self, path: str) -> dict[str, Any] | None:
+        """Return the attributes of a group, or None if there is no readable group."""
+        try:
+            node = self._open_node(path)
+        except (StoreError, OSError):
+            return None
+        return None if _is_array(node) else dict(node.attrs)
 
     @override
     def open(self, path: str, options: Options) -> Array:
@@ -127,49 +156,131 @@ class ZarrFormat(Format):
         return node
 
 
-def _find_local(path: str) -> ArrayInfo | None:
+class Level:
+    """A level of an image, which describes the axes of its array."""
+
+    named_by = NAMED_BY_OME
+
+    def __init__(self, image: MultiscaleImage, dataset: Dataset, labels: tuple[str, ...]) -> None:
+        self._image, self._dataset, self.labels = image, dataset, labels
+
+    def axes(self, shape: Sequence[int]) -> tuple[Axis, ...]:
+        """Return the axes of the array, which has this shape."""
+        return read_axes(self._image, shape, self._dataset)
+
+
+class NamedArray:
+    """An array outside of images. Its axes can have names."""
+
+    labels: tuple[str, ...] = ()
+
+    def __init__(self, names: Sequence[str | None] | None, named_by: str) -> None:
+        self._names, self.named_by = names, named_by
+
+    def axes(self, shape: Sequence[int]) -> tuple[Axis, ...]:
+        """Return the axes of the array, which has this shape."""
+        if self._names is None or len(self._names) != len(shape):
+            return plain_axes(shape)
+        return named_axes(self._names, shape)
+
+
+def _named_array(dimension_names: Any, attributes: dict[str, Any]) -> NamedArray:
+    """Return an array with the names of Zarr v3, or of xarray in Zarr v2."""
+    candidates = {
+        "dimension_names": dimension_names,
+        XARRAY_NAMES: attributes.get(XARRAY_NAMES),
+    }
+    for key, names in candidates.items():
+        is_list = isinstance(names, (list, tuple)) and any(names)
+        if is_list and all(name is None or isinstance(name, str) for name in names):
+            return NamedArray(names, key)
+    return NamedArray(None, "")
+
+
+def level_of(path: str, attributes_of: Callable[[str], dict[str, Any] | None]) -> Level | None:
+    """Return the level of an image that an array is, or None.
+
+    `attributes_of` returns the attributes of a group, or None if there is no group at a path.
+    """
+    names: list[str] = []
+    parent = path.rstrip("/")
+    for _ in range(PARENTS):
+        parent, _, name = parent.rpartition("/")
+        if not parent or parent.endswith(":/"):
+            return None
+        names.insert(0, name)
+        attributes = attributes_of(parent)
+        if attributes is None:
+            continue
+        try:
+            image = first_image(attributes)
+        except ValueError:
+            continue
+        dataset = image.level("/".join(names)) if image else None
+        if image is not None and dataset is not None:
+            return Level(image, dataset, channel_labels(attributes))
+    return None
+
+
+def _find_local(path: str, level: int | str | None) -> ArrayInfo | None:
     """Return the array at a local path, or None if zarr-python must look at it.
 
     Errors of documents, of tensorstore and of OME metadata are raised as they are.
     """
-    zarr_format, attributes = _local_node(path)
-    if attributes is None:
-        return _local_array(path, zarr_format, plain_axes)
-    image = first_image(attributes)
-    if image is None:
+    node = _LocalNode.read(path)
+    if not node.is_group:
+        if level is not None:
+            return None
+        described = level_of(path, _local_attributes)
+        return node.array(path, described or _named_array(node.dimension_names, node.attributes))
+    image = first_image(node.attributes)
+    dataset = None if image is None else image.level(0 if level is None else level)
+    if image is None or dataset is None:
         return None
-    level = join(path, image.datasets[0].path)
-    zarr_format, attributes = _local_node(level)
-    if attributes is not None:
+    array_path = join(path, dataset.path)
+    array = _LocalNode.read(array_path)
+    if array.is_group:
         return None
-    return _local_array(level, zarr_format, lambda shape: read_axes(image, shape))
+    return array.array(array_path, Level(image, dataset, channel_labels(node.attributes)))
 
 
-def _local_node(path: str) -> tuple[int, dict[str, Any] | None]:
-    """Return the Zarr format of a node, and its attributes if it is a group.
-
-    Raises ValueError unless there is exactly one document.
-    """
-    [name] = [name for name in (*METADATA, ".zmetadata") if _exists(join(path, name))]
-    if name == "zarr.json":
-        document = json.loads(Path(path, name).read_bytes())
-        is_group = document["node_type"] == "group"
-        return 3, document.get("attributes", {}) if is_group else None
-    attributes = Path(path, ".zattrs")
-    if name == ".zgroup":
-        return 2, json.loads(attributes.read_bytes()) if attributes.exists() else {}
-    return 2, None
+def _local_attributes(path: str) -> dict[str, Any] | None:
+    try:
+        node = _LocalNode.read(path)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return node.attributes if node.is_group else None
 
 
-def _local_array(
-    path: str, zarr_format: int, axes: Callable[[Sequence[int]], tuple[Axis, ...]]
-) -> ArrayInfo | None:
-    """Return an array that tensorstore opens; None if its dtype is not one of NumPy's."""
-    array = TensorStoreArray(path, zarr_format)
-    dtype = native_dtype(array.dtype)
-    is_numpy = dtype.isbuiltin == 1
-    options = {ZARR_FORMAT: zarr_format}
-    return ArrayInfo(path, axes(array.shape), str(dtype), options) if is_numpy else None
+@dataclass(frozen=True)
+class _LocalNode:
+    """A local group or array, as its documents describe it."""
+
+    zarr_format: int
+    is_group: bool
+    attributes: dict[str, Any]
+    dimension_names: Any = None
+
+    @classmethod
+    def read(cls, path: str) -> _LocalNode:
+        """Read the documents of a node. Raises ValueError unless there is exactly one document."""
+        [name] = [name for name in (*METADATA, ".zmetadata") if _exists(join(path, name))]
+        if name == "zarr.json":
+            document = json.loads(Path(path, name).read_bytes())
+            is_group = document["node_type"] == "group"
+            attributes = document.get("attributes", {})
+            return cls(3, is_group, attributes, document.get("dimension_names"))
+        file = Path(path, ".zattrs")
+        attributes = json.loads(file.read_bytes()) if file.exists() else {}
+        return cls(2, name == ".zgroup", attributes)
+
+    def array(self, path: str, described: Level | NamedArray) -> ArrayInfo | None:
+        """Return an array that tensorstore opens; None if its dtype is not one of NumPy's."""
+        array = TensorStoreArray(path, self.zarr_format)
+        dtype = native_dtype(array.dtype)
+        if dtype.isbuiltin != 1:
+            return None
+        return _info(path, array.shape, dtype, self.zarr_format, described)
 
 
 def array_metadata(
@@ -214,9 +325,26 @@ def array_metadata(
     }
 
 
-def _array_info(path: str, array: Any, axes: tuple[Axis, ...]) -> ArrayInfo:
-    options = {ZARR_FORMAT: int(array.metadata.zarr_format)}
-    return ArrayInfo(path, axes, str(native_dtype(array.dtype)), options)
+def _array_info(path: str, array: Any, described: Level | NamedArray) -> ArrayInfo:
+    zarr_format = int(array.metadata.zarr_format)
+    return _info(path, array.shape, native_dtype(array.dtype), zarr_format, described)
+
+
+def _info(
+    path: str,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    zarr_format: int,
+    described: Level | NamedArray,
+) -> ArrayInfo:
+    return ArrayInfo(
+        path,
+        described.axes(shape),
+        str(dtype),
+        {ZARR_FORMAT: zarr_format},
+        described.named_by,
+        described.labels,
+    )
 
 
 def _is_array(node: Any) -> bool:
@@ -232,6 +360,19 @@ def _image_of(group: Any, path: str) -> MultiscaleImage:
     if image is None:
         raise _group_error(group, path)
     return image
+
+
+def _level_names(image: MultiscaleImage) -> str:
+    paths = [dataset.path for dataset in image.datasets]
+    return f"0 to {len(paths) - 1} ({', '.join(paths[:8])})"
+
+
+def _level_error(path: str, level: int | str | None, reason: str) -> StoreError:
+    return StoreError(
+        f"input: {without_secret(path)} {reason}; found level {level!r}; use a level of the image, "
+        "or remove level",
+        code=ErrorCode.STORE_UNSUPPORTED,
+    )
 
 
 def _group_error(group: Any, path: str) -> StoreError:

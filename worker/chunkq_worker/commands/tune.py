@@ -21,6 +21,7 @@ from rich.console import Console
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
+from chunkq.job.items import find_sources
 from chunkq.job.job_file import Job, load_job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of
@@ -29,13 +30,11 @@ from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
-from chunkq.storage.images import find_source
 from chunkq.system.gpus import VISIBLE
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
 from chunkq_worker.devices import cores, slots
-from chunkq_worker.inputs import open_inputs
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
 from chunkq_worker.tune.memory import available_memory
 from chunkq_worker.tune.options import with_network_options
@@ -253,10 +252,7 @@ def _parse_keep(text: str | None) -> frozenset[str]:
 
 def _record(job: Job) -> JobRecord:
     """Return the job's record; raise the errors that producing the job would raise."""
-    sources = [find_source(path) for path in job.input]
-    if len(sources) > 1:
-        open_inputs(list(job.input))
-    record = JobRecord.create(job, sources)
+    record = JobRecord.create(job, find_sources(job))
     load_blend_weights(record.job.weight_function, record.plan())
     return record
 

@@ -12,6 +12,7 @@ import torch
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import Job
+from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.runtimes.base import not_one_array
 from chunkq_worker.runtimes.torch_files import LOADERS, reason
 from chunkq_worker.steps import Steps
@@ -24,9 +25,7 @@ class Network:
         model = job.model.model_copy(update={"device": "cpu"})
         self.model, self.steps = model, Steps.load(model.processing_steps)
         self.module = LOADERS[model.type](model).module
-        self._item = list(model.model_input_shape)
-        if model.join_dim is not None:
-            self._item[model.join_dim - 1] = len(job.input)
+        self._item = BatchLayout.of(model, len(job.input)).item
         self._random = np.random.default_rng(0)
 
     def batch(self, size: int) -> torch.Tensor:

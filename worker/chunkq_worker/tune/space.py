@@ -176,7 +176,7 @@ class SearchSpace:
         storage = self._plan.storage_chunks
         if self._record.job.storage_chunks is None:
             job = _apply(self._record.job, other_changes | changes)
-            default_chunks = JobRecord(job, self._record.items, {}).plan().storage_chunks
+            default_chunks = JobRecord(job, self._record.images, {}).plan().storage_chunks
             if default_chunks != storage:
                 changes["storage_chunks",] = list(storage)
         return changes
