@@ -88,6 +88,12 @@ def _is_index_or_label(value: object) -> bool:
     return is_index or isinstance(value, str)
 
 
+def _as_level(value: object) -> object:
+    if _is_index_or_label(value) and value != "":
+        return value
+    raise PydanticCustomError("level", "expected the number or path of a level")
+
+
 def _as_letters(value: object) -> object:
     is_text = isinstance(value, str) and 0 < len(value) == len(set(value)) and value.isascii()
     if is_text and set(str(value)) <= set(LETTERS):
@@ -98,6 +104,9 @@ def _as_letters(value: object) -> object:
 Letters = Annotated[str, BeforeValidator(_as_letters)]
 
 
+Level = Annotated[int | str, BeforeValidator(_as_level)]
+
+
 Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
 
 
@@ -106,7 +115,7 @@ class InputConfig(Section):
 
     path: str
     axes: Letters | None = None
-    level: NonNegative | str | None = None
+    level: Level | None = None
     channels: Picks | None = None
     time: Picks | None = None
     order: Letters | None = None
@@ -124,6 +133,8 @@ def _kind_of_input(value: object) -> str:
 def _as_inputs(value: object) -> object:
     """Return one input or a list of inputs as a tuple."""
     if isinstance(value, (list, tuple)):
+        if not value:
+            raise PydanticCustomError("inputs", "expected a list of at least 1 item")
         return tuple(map(_as_path, value))
     return (_as_path(value),) if isinstance(value, (str, dict, InputConfig)) else value
 
@@ -141,6 +152,5 @@ Input = Annotated[
 
 Inputs = Annotated[
     tuple[Input, ...],
-    Field(min_length=1),
     BeforeValidator(_as_inputs, json_schema_input_type=Input | tuple[Input, ...]),
 ]

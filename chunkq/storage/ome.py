@@ -7,7 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from chunkq.geometry.axes import Axis, AxisKind, kind_of_name, plain_axes, with_unique_names
+from chunkq.geometry.axes import (
+    LETTERS,
+    Axis,
+    AxisKind,
+    kind_of_name,
+    plain_axes,
+    with_unique_names,
+)
 
 KIND_OF_TYPE: dict[str, AxisKind] = {"space": "space", "channel": "channel", "time": "time"}
 """OME-Zarr type of an axis -> kind."""
@@ -87,6 +94,16 @@ def channel_labels(attributes: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(c.get("label") or "") if isinstance(c, dict) else "" for c in channels)
 
 
+def described_axes(image: MultiscaleImage, rank: int) -> tuple[OmeAxis, ...] | None:
+    """Return the axes that the metadata of an image name, or None.
+
+    Before OME-Zarr 0.3, images had the five axes t, c, z, y, x and no metadata of them.
+    """
+    axes = image.axes or (tuple(LETTERS) if rank == len(LETTERS) else ())
+    described = tuple(OmeAxis(name=a) if isinstance(a, str) else a for a in axes)
+    return described if len(described) == rank else None
+
+
 def read_axes(
     image: MultiscaleImage, shape: Sequence[int], level: Dataset | None = None
 ) -> tuple[Axis, ...]:
@@ -105,8 +122,8 @@ def read_axes(
         elif transformation.type == "translation" and len(transformation.translation) == rank:
             offsets = transformation.translation
             translation = [t + o for t, o in zip(translation, offsets, strict=True)]
-    described = tuple(OmeAxis(name=a) if isinstance(a, str) else a for a in image.axes)
-    if len(described) != rank:
+    described = described_axes(image, rank)
+    if described is None:
         described = tuple(OmeAxis(name=axis.name, type=axis.kind) for axis in plain)
     return with_unique_names(
         [

@@ -15,6 +15,8 @@ import zarr
 
 import chunkq
 from chunkq.errors import ErrorCode, JobError
+from chunkq.storage.images import find_source
+from chunkq.storage.selection import Selection
 from tests.harness.volumes import read_output, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace, run_inline
@@ -47,7 +49,9 @@ def values_of(names: str) -> npt.NDArray[Any]:
     return np.random.default_rng(len(names)).integers(0, 200, shape).astype(np.uint8)
 
 
-def write_image(path: Path, names: str, values: npt.NDArray[Any], version: str = "0.5") -> Path:
+def write_image(
+    path: Path | str, names: str, values: npt.NDArray[Any], version: str = "0.5"
+) -> None:
     """Write an OME-Zarr image with the levels `full` and `half`."""
     scales = [SCALES[name] for name in names]
     transforms = [
@@ -79,7 +83,6 @@ def write_image(path: Path, names: str, values: npt.NDArray[Any], version: str =
     group.create_array("full", data=values, chunks=(4,) * values.ndim)
     half = values[tuple(slice(None, None, 2 if name in "zyx" else 1) for name in names)]
     group.create_array("half", data=half, chunks=(4,) * values.ndim)
-    return path
 
 
 def workspace_over(
@@ -359,6 +362,17 @@ def test_a_level_is_read_with_its_own_voxel_size_however_it_is_named(
     axes, transforms = ome_axes(tmp_path / "out.zarr")
     assert [axis["unit"] for axis in axes] == [UNITS[name] for name in "zyx"]
     assert transforms == [{"type": "scale", "scale": [2.0, 2.0, 2.0]}]
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_level_at_a_url_has_the_axes_of_its_image(tmp_path: Path, version: str) -> None:
+    url = f"memory://{tmp_path}/in.zarr"
+    write_image(url, "xyc", values_of("xyc"), version)
+    level = find_source(f"{url}/half")
+    assert level == find_source(url, Selection(level="half"))
+    assert [axis.kind for axis in level.axes] == ["space", "space", "channel"]
+    assert [axis.scale for axis in level.spatial_axes] == [2.0, 2.0]
+    assert find_source(url, Selection(channels=("GFP",))).channels == (1,)
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])

@@ -29,10 +29,11 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.prove.fault import Fault
-from tests.prove.faults import blending, geometry, ledger, queues, records, tuning, workers
+from tests.prove.faults import axes, blending, geometry, ledger, queues, records, tuning, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
+    *axes.FAULTS,
     *geometry.FAULTS,
     *blending.FAULTS,
     *queues.FAULTS,

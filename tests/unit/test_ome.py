@@ -58,6 +58,11 @@ def test_missing_and_ambiguous_entries_are_those_of_an_array_without_metadata(
     assert axes_of((4, 5), axes, **level) == plain_axes((4, 5))
 
 
+def test_an_image_of_five_axes_without_names_is_one_of_the_first_versions() -> None:
+    kinds = ["time", "channel", "space", "space", "space"]
+    assert [axis.kind for axis in axes_of((1, 2, 3, 4, 5), [])] == kinds
+
+
 @pytest.mark.parametrize(
     "multiscales",
     [

@@ -32,7 +32,14 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
-from chunkq.storage.ome import Dataset, MultiscaleImage, channel_labels, first_image, read_axes
+from chunkq.storage.ome import (
+    Dataset,
+    MultiscaleImage,
+    channel_labels,
+    described_axes,
+    first_image,
+    read_axes,
+)
 
 METADATA = ("zarr.json", ".zarray", ".zgroup")
 """Names of the documents of which each Zarr node has one."""
@@ -159,14 +166,16 @@ class ZarrFormat(Format):
 class Level:
     """A level of an image, which describes the axes of its array."""
 
-    named_by = NAMED_BY_OME
-
     def __init__(self, image: MultiscaleImage, dataset: Dataset, labels: tuple[str, ...]) -> None:
         self._image, self._dataset, self.labels = image, dataset, labels
 
     def axes(self, shape: Sequence[int]) -> tuple[Axis, ...]:
         """Return the axes of the array, which has this shape."""
         return read_axes(self._image, shape, self._dataset)
+
+    def named_by(self, rank: int) -> str:
+        """Return what names the axes of the array; empty if nothing does."""
+        return "" if described_axes(self._image, rank) is None else NAMED_BY_OME
 
 
 class NamedArray:
@@ -175,13 +184,17 @@ class NamedArray:
     labels: tuple[str, ...] = ()
 
     def __init__(self, names: Sequence[str | None] | None, named_by: str) -> None:
-        self._names, self.named_by = names, named_by
+        self._names, self._named_by = names, named_by
 
     def axes(self, shape: Sequence[int]) -> tuple[Axis, ...]:
         """Return the axes of the array, which has this shape."""
         if self._names is None or len(self._names) != len(shape):
             return plain_axes(shape)
         return named_axes(self._names, shape)
+
+    def named_by(self, rank: int) -> str:
+        """Return what names the axes of the array; empty if nothing does."""
+        return self._named_by if self._names is not None and len(self._names) == rank else ""
 
 
 def _named_array(dimension_names: Any, attributes: dict[str, Any]) -> NamedArray:
@@ -342,7 +355,7 @@ def _info(
         described.axes(shape),
         str(dtype),
         {ZARR_FORMAT: zarr_format},
-        described.named_by,
+        described.named_by(len(shape)),
         described.labels,
     )
 

@@ -165,7 +165,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     voxels = sum(_voxels(plan.volume.shape) for plan in job.plans)
     per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
-    several = f"{_items(job)}, the largest " if count > 1 else ""
+    several = _items(job) if count > 1 else ""
     blocks = f" ({_shape(plan.blocks)})" if count == 1 else ""
     model = job.record.job.model
     rows = [
@@ -219,9 +219,9 @@ def _items(job: CheckedJob) -> str:
     """Return how many items a job has, and of which kind."""
     images = job.record.images
     if len(images) > 1:
-        return f"{len(job.plans)} volumes"
+        return f"{len(job.plans)} volumes, the largest "
     axes = [f"{axis.size} {SERIES[axis.kind]}" for axis in images[0].series_axes]
-    return " of ".join(axes)
+    return f"{' of '.join(axes)} of "
 
 
 def _axes_values(source: ImageSource) -> dict[str, Any]:
