@@ -422,5 +422,6 @@ def test_a_predictor_takes_channels_by_the_names_of_axes(tmp_path: Path) -> None
         assert raised.value.code is ErrorCode.AXES_AMBIGUOUS
         prediction = predictor.predict(values, axes="yxc")
         np.testing.assert_array_equal(prediction.probabilities, network_of(values, 2))
+        prediction.plot(tmp_path / "labels.png")
         predictor.predict_to_store(values, tmp_path / "stored.zarr", axes="yxc")
     np.testing.assert_array_equal(read_output(tmp_path / "stored.zarr"), network_of(values, 2))
