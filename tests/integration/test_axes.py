@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 import chunkq
-from chunkq.errors import ErrorCode, JobError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.storage.images import find_source
 from chunkq.storage.selection import Selection
 from tests.harness.volumes import read_output, write_zarr
@@ -362,6 +362,18 @@ def test_a_level_is_read_with_its_own_voxel_size_however_it_is_named(
     axes, transforms = ome_axes(tmp_path / "out.zarr")
     assert [axis["unit"] for axis in axes] == [UNITS[name] for name in "zyx"]
     assert transforms == [{"type": "scale", "scale": [2.0, 2.0, 2.0]}]
+
+
+@pytest.mark.parametrize("level", [2, "quarter"])
+@pytest.mark.parametrize("name", ["in.zarr", "in.zarr/full", "in.npy"])
+def test_a_level_that_does_not_exist_is_refused(
+    tmp_path: Path, name: str, level: int | str
+) -> None:
+    write_image(tmp_path / "in.zarr", "yx", values_of("yx"))
+    np.save(tmp_path / "in.npy", values_of("yx"))
+    with pytest.raises(StoreError, match="level") as raised:
+        find_source(f"{tmp_path}/{name}", Selection(level=level))
+    assert raised.value.code is ErrorCode.STORE_UNSUPPORTED
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])

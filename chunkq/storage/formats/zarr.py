@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,6 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, named_axes, plain_axes
 from chunkq.paths import is_url, join, mask_secrets, open_filesystem, read_bytes, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
@@ -32,28 +31,17 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
-from chunkq.storage.ome import (
-    Dataset,
-    MultiscaleImage,
-    channel_labels,
-    described_axes,
-    first_image,
-    read_axes,
-)
+from chunkq.storage.formats.zarr_axes import Level, NamedArray, level_of, named_array
+from chunkq.storage.ome import MultiscaleImage, channel_labels, first_image
 
 METADATA = ("zarr.json", ".zarray", ".zgroup")
 """Names of the documents of which each Zarr node has one."""
 ARRAY_METADATA = METADATA[:2]
 """Names of the documents of which each Zarr array has one."""
-XARRAY_NAMES = "_ARRAY_DIMENSIONS"
-"""Attribute in which xarray names the axes of a Zarr v2 array."""
 ZARR_FORMAT = "zarr_format"
 """Option: version of the Zarr format, 2 or 3."""
 UNSAFE_CODECS = frozenset({"pickle"})
 """Codecs of Zarr v2 that can run code from the stored bytes."""
-NAMED_BY_OME = "OME-Zarr metadata"
-PARENTS = 2
-"""Groups above an array that are searched for an image of which it is a level."""
 log = logging.getLogger("chunkq.storage")
 
 
@@ -88,7 +76,7 @@ class ZarrFormat(Format):
         if _is_array(node):
             if level is not None:
                 raise _level_error(path, level, "is an array")
-            described = level_of(path, self._attributes) or _named_array(
+            described = level_of(path, self._attributes) or named_array(
                 getattr(node.metadata, "dimension_names", None), dict(node.attrs)
             )
             return _array_info(path, node, described)
@@ -163,78 +151,6 @@ class ZarrFormat(Format):
         return node
 
 
-class Level:
-    """A level of an image, which describes the axes of its array."""
-
-    def __init__(self, image: MultiscaleImage, dataset: Dataset, labels: tuple[str, ...]) -> None:
-        self._image, self._dataset, self.labels = image, dataset, labels
-
-    def axes(self, shape: Sequence[int]) -> tuple[Axis, ...]:
-        """Return the axes of the array, which has this shape."""
-        return read_axes(self._image, shape, self._dataset)
-
-    def named_by(self, rank: int) -> str:
-        """Return what names the axes of the array; empty if nothing does."""
-        return "" if described_axes(self._image, rank) is None else NAMED_BY_OME
-
-
-class NamedArray:
-    """An array outside of images. Its axes can have names."""
-
-    labels: tuple[str, ...] = ()
-
-    def __init__(self, names: Sequence[str | None] | None, named_by: str) -> None:
-        self._names, self._named_by = names, named_by
-
-    def axes(self, shape: Sequence[int]) -> tuple[Axis, ...]:
-        """Return the axes of the array, which has this shape."""
-        if self._names is None or len(self._names) != len(shape):
-            return plain_axes(shape)
-        return named_axes(self._names, shape)
-
-    def named_by(self, rank: int) -> str:
-        """Return what names the axes of the array; empty if nothing does."""
-        return self._named_by if self._names is not None and len(self._names) == rank else ""
-
-
-def _named_array(dimension_names: Any, attributes: dict[str, Any]) -> NamedArray:
-    """Return an array with the names of Zarr v3, or of xarray in Zarr v2."""
-    candidates = {
-        "dimension_names": dimension_names,
-        XARRAY_NAMES: attributes.get(XARRAY_NAMES),
-    }
-    for key, names in candidates.items():
-        is_list = isinstance(names, (list, tuple)) and any(names)
-        if is_list and all(name is None or isinstance(name, str) for name in names):
-            return NamedArray(names, key)
-    return NamedArray(None, "")
-
-
-def level_of(path: str, attributes_of: Callable[[str], dict[str, Any] | None]) -> Level | None:
-    """Return the level of an image that an array is, or None.
-
-    `attributes_of` returns the attributes of a group, or None if there is no group at a path.
-    """
-    names: list[str] = []
-    parent = path.rstrip("/")
-    for _ in range(PARENTS):
-        parent, _, name = parent.rpartition("/")
-        if not parent or parent.endswith(":/"):
-            return None
-        names.insert(0, name)
-        attributes = attributes_of(parent)
-        if attributes is None:
-            continue
-        try:
-            image = first_image(attributes)
-        except ValueError:
-            continue
-        dataset = image.level("/".join(names)) if image else None
-        if image is not None and dataset is not None:
-            return Level(image, dataset, channel_labels(attributes))
-    return None
-
-
 def _find_local(path: str, level: int | str | None) -> ArrayInfo | None:
     """Return the array at a local path, or None if zarr-python must look at it.
 
@@ -245,7 +161,7 @@ def _find_local(path: str, level: int | str | None) -> ArrayInfo | None:
         if level is not None:
             return None
         described = level_of(path, _local_attributes)
-        return node.array(path, described or _named_array(node.dimension_names, node.attributes))
+        return node.array(path, described or named_array(node.dimension_names, node.attributes))
     image = first_image(node.attributes)
     dataset = None if image is None else image.level(0 if level is None else level)
     if image is None or dataset is None:
@@ -265,6 +181,13 @@ def _local_attributes(path: str) -> dict[str, Any] | None:
     return node.attributes if node.is_group else None
 
 
+def _mapping(attributes: Any) -> dict[str, Any]:
+    """Return the attributes of a node. Raises ValueError if they are none."""
+    if not isinstance(attributes or {}, dict):
+        raise ValueError(f"attributes: expected a mapping, found {attributes!r:.80}")
+    return attributes or {}
+
+
 @dataclass(frozen=True)
 class _LocalNode:
     """A local group or array, as its documents describe it."""
@@ -281,11 +204,11 @@ class _LocalNode:
         if name == "zarr.json":
             document = json.loads(Path(path, name).read_bytes())
             is_group = document["node_type"] == "group"
-            attributes = document.get("attributes", {})
-            return cls(3, is_group, attributes, document.get("dimension_names"))
+            names = document.get("dimension_names")
+            return cls(3, is_group, _mapping(document.get("attributes")), names)
         file = Path(path, ".zattrs")
         attributes = json.loads(file.read_bytes()) if file.exists() else {}
-        return cls(2, name == ".zgroup", attributes)
+        return cls(2, name == ".zgroup", _mapping(attributes))
 
     def array(self, path: str, described: Level | NamedArray) -> ArrayInfo | None:
         """Return an array that tensorstore opens; None if its dtype is not one of NumPy's."""
