@@ -62,7 +62,7 @@ def job_file() -> Iterator[str]:
     schema = job_schema()
     sections = {"": schema}
     for key, value in schema["properties"].items():
-        name = _section_of(value)
+        name = _inner_section(value)
         if name is not None:
             sections[key] = schema["$defs"][name]
     described = _descriptions(sections)
@@ -104,14 +104,21 @@ def _section_of(value: Mapping[str, Any]) -> str | None:
     return None if reference is None else reference.rpartition("/")[2]
 
 
+def _inner_section(value: Mapping[str, Any]) -> str | None:
+    """Return the section that a value can be, or can be a list of."""
+    inner = [*value.get("anyOf", ()), *value.get("oneOf", ()), value.get("items", {})]
+    return _section_of(value) or next(filter(None, map(_inner_section, filter(None, inner))), None)
+
+
 def _type(value: Mapping[str, Any]) -> str:
     """Return a schema's type in words."""
     if _section_of(value) is not None:
         return "section below"
     if choices := value.get("enum", [value["const"]] if "const" in value else []):
         return " \\| ".join(f"`{_shown(choice)}`" for choice in choices)
-    if "anyOf" in value:
-        options = [_type(option) for option in value["anyOf"] if option.get("type") != "null"]
+    branches = value.get("anyOf") or value.get("oneOf")
+    if branches:
+        options = [_type(option) for option in branches if option.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
     if value.get("type") == "array":
         return f"list of {_plural(_type(value.get('items', {})))}"

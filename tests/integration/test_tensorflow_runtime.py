@@ -550,7 +550,7 @@ def test_several_inputs_are_the_last_axis_of_a_network_with_channels_last(
     for shape, join_dim in (((1, *PATCH), 1), ((*PATCH, 1), 3)):
         keys = class_of("sums_channels", join_dim=join_dim)
         model = config(model_files, shape, model_output_shape=list(PATCH), **keys)
-        runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH), 2))
+        runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH), inputs=2))
         assert_close(runtime(values), values.sum(1))
 
 

@@ -8,7 +8,7 @@ from chunkq_producer.job_status import job_status, status_line
 
 from chunkq.geometry.axes import plain_axes
 from chunkq.job import ledger as ledger_module
-from chunkq.job.items import Item
+from chunkq.job.items import Image
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.ledger import ItemLedger, Ledger
@@ -27,7 +27,7 @@ def ledger_in(path: Path) -> ItemLedger:
 def job_of(path: Path, plan: JobPlan) -> JobHandle:
     """Return the job of a plan, without files."""
     source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
-    record = JobRecord(plan.job, (Item(0, "", (source,)),), {}, epoch=EPOCH)
+    record = JobRecord(plan.job, (Image(0, "", (source,)),), {}, epoch=EPOCH)
     return JobHandle(JobFolder(str(path / "out.zarr.chunkq")), record)
 
 
@@ -67,7 +67,8 @@ def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     ledger_with_commits(tmp_path)
-    job = job_of(tmp_path, plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10]))
+    plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
+    job = job_of(tmp_path, plan)
     # The file system decides which records are sampled, so sample every step-th one explicitly.
     sample = tuple((n,) for n in range(0, CHUNKS, step))
     records = tuple(job.items[0].ledger.commits("infer", sample))
