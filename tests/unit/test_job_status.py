@@ -105,13 +105,13 @@ def uneven_job(path: Path, volume: int) -> JobHandle:
 
 
 def test_the_remaining_time_is_that_of_the_remaining_patches(tmp_path: Path) -> None:
-    # The chunks own 4, 4, 4 and 1 patches.
-    status = job_status(uneven_job(tmp_path, 70), None)
+    # The chunks own 4, 4, 4 and 2 patches.
+    status = job_status(uneven_job(tmp_path, 74), None)
     assert (status.done, status.chunks) == (3, 4)
-    assert (status.patches_done, status.patches) == (12, 13)
+    assert (status.patches_done, status.patches) == (12, 14)
     assert status.patches_per_second == pytest.approx(1)
-    assert status.seconds_left == pytest.approx(1)
-    assert status_line(status) == "3/4 chunks done, 12/13 patches, 1 patches/s, 1 s left"
+    assert status.seconds_left == pytest.approx(2)
+    assert status_line(status) == "3/4 chunks done, 12/14 patches, 1 patches/s, 2 s left"
 
 
 def test_a_block_without_patches_is_no_chunk_of_the_status(tmp_path: Path) -> None:
