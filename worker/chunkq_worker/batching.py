@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,15 @@ from chunkq.blend.combine import (
 from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
+from chunkq.job.axis_order import EITHER_ORDER
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
+from chunkq_worker.runtimes.item_shapes import output_shapes
 from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.value_watch import ValueWatch
 
 if TYPE_CHECKING:
     from chunkq_worker.runtimes.device_chunk import DeviceInput, FiniteFlag
@@ -50,15 +54,16 @@ class Batcher:
     """Run the patches of one chunk at a time in batches of at most `size` items.
 
     The last batch of a chunk is smaller. If the runtime is prepared for one size, it is padded
-    with zeros. A batch never mixes chunks, so a prediction does not depend on the other chunks
-    that a worker computes. If the runtime's feed allows it, the next batch is written and sent
-    while the current one is computed.
+    with its last patch. A batch never mixes chunks, so a prediction does not depend on the other
+    chunks that a worker computes. If the runtime's feed allows it, the next batch is written and
+    sent while the current one is computed.
 
     If a batch runs out of memory, the size is halved. Later batchers of the same `network` in
     this process start with the smaller size; `network` is any hashable that identifies the
     network, or None to not remember it. First `release_memory` is called. If it returns True, it
     has released memory of the device, and the batch is tried again in the same size.
     `patches_run` counts the patches that were computed, and `checks` examine the first batches.
+    `has_run` says whether the network has computed a batch.
     """
 
     def __init__(
@@ -77,14 +82,15 @@ class Batcher:
         if model.join_dim is not None:
             self._join_axis = model.join_dim - 1
             self._item[self._join_axis] = plan.volume.inputs
-        self._declared_shapes = _declared_shapes(plan, model)
+        self._declared_shapes = output_shapes(model, plan.rank)
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
         self._feed: BatchFeed | None
         self.patches_run = 0
         self.release_memory: Callable[[], bool] = lambda: False
-        self._has_run = False
+        self.has_run = False
+        self._watch: ValueWatch | None = None
         self._output_dtype = ""
 
     @property
@@ -105,20 +111,46 @@ class Batcher:
         other._resize(size)
         return other
 
+    @contextmanager
+    def watched_by(self, watch: ValueWatch) -> Iterator[None]:
+        """Report the values of batches of patches to `watch` inside a `with` block."""
+        self._watch = watch
+        try:
+            with self._runtime.watched_by(watch):
+                yield
+        finally:
+            self._watch = None
+
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
+        if (error := self.try_zeros()) is not None:
+            raise error
+
+    def try_zeros(self) -> ModelError | None:
+        """Run one batch of zeros, which prepares the runtime for its batch size.
+
+        Return the error if the network fails, which it may do for zeros only. Raise ModelError if
+        it returns other shapes.
+        """
         try:
             while self._attempt((), (), (), None, self._zeros_on_device()) is None:
                 pass
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: "
-                f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
-                f"model_input_shape and the network{self._channel_hint()}"
-            ) from error
-        self._has_run = True
+            return self._failed(error, "a batch of zeros")
+        self.has_run = True
+        return None
+
+    def _failed(self, error: Exception, batch: str) -> ModelError:
+        """Return the error for a network that fails; its cause is `error`."""
+        failed = ModelError(
+            f"the network raised {type(error).__name__} on {batch}: "
+            f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
+            f"model_input_shape and the network{self._channel_hint()}"
+        )
+        failed.__cause__ = error
+        return failed
 
     def predictions(
         self,
@@ -139,12 +171,15 @@ class Batcher:
         done, sent = 0, None
         while done < len(patches):
             batch = patches[done : done + self.size]
+            checks = None if self.checks is None or self.checks.are_done else self.checks
+            if checks is not None:
+                checks.begin()
             outputs = self._outputs(batch, halos, origin, uploaded, sent)
             sent = None
             if outputs is None:
                 continue
-            if self.checks is not None and not self.checks.are_done:
-                self._examine(self.checks, outputs, batch, halos, origin, uploaded)
+            if checks is not None:
+                self._examine(checks, outputs, batch, halos, origin, uploaded)
             done += len(batch)
             if uploaded is None:  # the checks below can wait for the device
                 sent = self._send_ahead(patches[done : done + self.size], halos, origin)
@@ -178,18 +213,42 @@ class Batcher:
         outputs = self._attempt(batch, halos, origin, None)
         return None if outputs is None else np.array(to_numpy(as_float(outputs)))
 
+    def raw_alone(self, patch: Patch, halos: Halos, origin: Sequence[int]) -> Array | None:
+        """Return the raw output for a batch of one patch, without using the feed's buffer.
+
+        Results in host memory can share the memory of that buffer.
+        """
+        buffer = np.zeros_like(self._open_feed().buffer()[:1])
+        return self._attempt([patch], halos, origin, None, buffer=buffer)
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether one patch of a batch tells if the outputs of all are random.
+
+        The runtime draws from known random states only, and small batches cost less.
+        """
+        runtime = self._runtime
+        is_known = runtime.draws_from_known_states and runtime.accelerator is None
+        return is_known and runtime.any_batch
+
     def _fill(
-        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        buffer: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """Copy patches into the feed's buffer; return its items before any preprocessing."""
-        items = self._open_feed().buffer()[: self._count(len(batch))]
+        """Copy patches into a buffer, by default the feed's; return its items, unprocessed."""
+        if buffer is None:
+            buffer = self._open_feed().buffer()
+        items = buffer[: self._count(len(batch))]
         for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
                 channel: Any = ...
                 if self._join_axis is not None:
                     channel = (*(slice(None),) * self._join_axis, slice(number, number + 1))
                 row[channel] = halo[patch.source.slices(origin)].reshape(self._slot)
-        items[len(batch) :] = 0
+        items[len(batch) :] = items[len(batch) - 1] if batch else 0
         return items
 
     def _zeros_on_device(self) -> Array | None:
@@ -215,11 +274,16 @@ class Batcher:
     ) -> Array | None:
         try:
             outputs = self._attempt(batch, halos, origin, uploaded, sent)
-        except Exception:
-            if not self._has_run:
-                self.warm_up()  # raises ModelError if the network fails for any input
+        except ModelError:
             raise
-        self._has_run |= outputs is not None
+        except Exception as error:
+            unusable = None if self.has_run else self.try_zeros()
+            if unusable is None:
+                raise
+            if str(unusable.__cause__) != str(error):  # zeros fail for a reason of their own
+                unusable = self._failed(error, "a batch of patches")
+            raise unusable from error
+        self.has_run |= outputs is not None
         return outputs
 
     def _examine(
@@ -233,10 +297,21 @@ class Batcher:
     ) -> None:
         windows = [patch.source.slices(origin) for patch in batch]
         inputs = [halo[window] for window in windows for halo in halos]
-        checks.examine(outputs, inputs, lambda: self._attempt(batch, halos, origin, uploaded))
+        checks.examine(
+            outputs,
+            inputs,
+            lambda: self._attempt(batch, halos, origin, uploaded),
+            (lambda: self.raw_alone(batch[0], halos, origin)) if self.can_sample else None,
+        )
 
-    def _send(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
-        items, step = self._fill(batch, halos, origin), self._steps.preprocessing
+    def _send(
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        buffer: npt.NDArray[Any] | None = None,
+    ) -> Any:
+        items, step = self._fill(batch, halos, origin, buffer), self._steps.preprocessing
         if step is not None:
             items = self._checked(np.asarray(step(items)), batch)
         return self._open_feed().send(items)
@@ -314,6 +389,7 @@ class Batcher:
         origin: Sequence[int],
         uploaded: DeviceInput | None,
         sent: Any = None,
+        buffer: npt.NDArray[Any] | None = None,
     ) -> Array | None:
         """Run a batch and return its raw output (n, C, *Q), or None if it does not fit.
 
@@ -324,7 +400,11 @@ class Batcher:
         try:
             if uploaded is not None:
                 sent = uploaded.batch(batch, count)
-            outputs = self._run(self._send(batch, halos, origin) if sent is None else sent)
+            if self._watch is not None:
+                self._watch.start(used)
+            if sent is None:
+                sent = self._send(batch, halos, origin, buffer)
+            outputs = self._run(sent)
         except ModelError:
             raise
         except Exception as error:
@@ -338,7 +418,9 @@ class Batcher:
         if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
             remedy = f"fix model_output_shape or the network{self._channel_hint()}"
-            if shape[:1] + shape[-1:] + shape[1:-1] in expected:
+            if self.model.runtime in EITHER_ORDER:
+                remedy += self._step_hint()
+            elif shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
                 f"the network{steps} returned shape {list(shape)} for a batch of "
@@ -347,11 +429,22 @@ class Batcher:
             )
         check_output_dtype(self._output_dtype, self._plan.output)
         with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
-        return outputs.reshape(with_channels)[:used]
+        result = outputs.reshape(with_channels)[:used]
+        if self._watch is not None and used:
+            self._watch.send(result)
+        return result
+
+    def _step_hint(self) -> str:
+        """Return what to do if a step behind the network moves axes, which chunkq does."""
+        after = (self._steps.postprocessing, self._steps.postprocessing_protected)
+        if after == (None, None):
+            return ""
+        return f"; steps get channels first, so remove one of {KEY} that moves axes"
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
-        if len(self._slot) > self._plan.rank or self.model.lost_dim is not None:
+        has_channels = len(self._slot) > self._plan.rank or self.model.lost_dim is not None
+        if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
             return ""
         return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 
@@ -481,18 +574,6 @@ def _castable(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     if values.dtype == np.uint64:
         return values.astype(np.int64 if dtype.startswith("int") else np.float64)
     return values
-
-
-def _declared_shapes(plan: Plan, model: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the allowed shapes of an output item: as declared, and without axis `lost_dim`."""
-    declared = model.model_output_shape or model.model_input_shape
-    lost_axis = model.lost_axis(plan.rank)
-    if lost_axis is None:
-        return [declared]
-    channels = declared[: -plan.rank]
-    full = (*channels, *plan.output_patch)
-    axis = len(channels) + lost_axis
-    return [full, full[:axis] + full[axis + 1 :]]
 
 
 def _end_of(text: str) -> str:
