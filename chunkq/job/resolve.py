@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log, prod
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,12 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.axis_order import EITHER_ORDER, LAST, WrittenOrders, channels_first, order_problems
 from chunkq.job.job_file import Job
+from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
 
-STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
-"""Default edge of an output storage chunk in voxels, by the number of spatial axes."""
-MIN_STORAGE_EDGE = 16
-"""Smallest default edge of a storage chunk in voxels, if it divides the chunk."""
-MAX_CHUNK_BYTES = 512 << 20
-"""Upper limit for the memory of one chunk in flight with the default chunk size."""
 MAX_PATCH_VALUES = 1 << 31
 """Upper limit for the values of one patch, channels included."""
-MIN_CHUNKS = 32
-"""Smallest number of chunks with the default chunk size, so that several workers share the job."""
 
 
 def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
@@ -281,8 +275,7 @@ class _Shapes:
                 pads = tuple(
                     self.lead[a] if a == self.lost_axis else pad for a, pad in enumerate(pads)
                 )
-        chunk, storage = self._chunks_and_storage()
-        return GridSpec(
+        spec = GridSpec(
             shape=self.volume.shape,
             patch=self.patch,
             output_patch=self.output,
@@ -292,9 +285,10 @@ class _Shapes:
             offsets=((0,) * rank, *job.offsets),
             edge=job.step_edge,
             pad_mode=job.pad_mode,
-            chunk=chunk,
-            storage=storage,
+            chunk=self.volume.shape,
+            storage=self.volume.shape,
         )
+        return self._with_chunks(spec)
 
     def output_spec(self) -> OutputSpec:
         """Return the job's only output."""
@@ -310,50 +304,16 @@ class _Shapes:
             from_labels=self.from_labels,
         )
 
-    def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of chunks and storage chunks, with defaults for those not set."""
-        edge = STORAGE_EDGE[len(self.volume.shape)]
-        storage = self.job.storage_chunks
-        if self.job.chunksize is not None:
-            chunks = self.job.chunksize
-            return chunks, storage or tuple(_storage_edge(c, edge) for c in chunks)
-        storage = storage or tuple(min(edge, v) for v in self.volume.shape)
-        return self._default_chunks(storage), storage
-
-    def _default_chunks(self, storage: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the default chunk shape, a power-of-two multiple of the smallest legal one.
-
-        The axis with the fewest patches per chunk is doubled until the next step would exceed
-        `MAX_CHUNK_BYTES` or leave fewer than `MIN_CHUNKS` chunks.
-        """
-        volume = self.volume.shape
-        bytes_per_voxel = 4 * self.channels + 8 + self.volume.voxel_bytes
-        chunks = [-(-k // s) * s for k, s in zip(self.kept, storage, strict=True)]
-        while True:
-            growing = [a for a, v in enumerate(volume) if chunks[a] < v]
-            if not growing:
-                return tuple(chunks)
-            smallest = min(growing, key=lambda a: chunks[a] / self.kept[a])
-            larger = [c * 2 if a == smallest else c for a, c in enumerate(chunks)]
-            voxels = prod(c + p for c, p in zip(larger, self.patch, strict=True))
-            count = prod(-(-v // c) for v, c in zip(volume, larger, strict=True))
-            if voxels * bytes_per_voxel > MAX_CHUNK_BYTES or count < MIN_CHUNKS:
-                return tuple(chunks)
-            chunks = larger
-
-
-def _storage_edge(chunk: int, max_edge: int) -> int:
-    """Return the default edge of a storage chunk: a divisor of `chunk`, about a quarter of it.
-
-    Bands would intersect every storage chunk of a block if these were much larger.
-    """
-    return _divisor_near(chunk, min(max_edge, max(MIN_STORAGE_EDGE, chunk // 4)))
-
-
-def _divisor_near(number: int, target: int) -> int:
-    """Return the divisor of `number` whose ratio to `target` is closest to 1."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return min({*small, *(number // d for d in small)}, key=lambda d: (abs(log(d / target)), -d))
+    def _with_chunks(self, spec: GridSpec) -> GridSpec:
+        """Return the geometry with the shapes of chunks and storage chunks, chosen if not set."""
+        chunks, storage = self.job.chunksize, self.job.storage_chunks
+        if chunks is None:
+            # Not the input's dtype: the same voxels in another format have the same chunks.
+            voxel_bytes = 4 * self.volume.inputs + 8 * (self.channels + 1)
+            chunks, storage = choose_chunks(spec, storage, voxel_bytes)
+        elif storage is None:
+            storage = tuple(storage_edge(c, spec.rank) for c in chunks)
+        return replace(spec, chunk=chunks, storage=storage)
 
 
 def _chunk_problems(grid: GridSpec) -> list[str]:

@@ -13,6 +13,7 @@ from chunkq.errors import ModelError
 from chunkq.job.axis_order import channels_first
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
+from chunkq.job.user_modules import UserModules
 from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
@@ -44,13 +45,15 @@ class InferenceEngine:
         self._job = job = record.job
         threads = job.threads or (int(share) if share.isdecimal() else None)
         self._network_key = _network_key(record, plan)
-        self._steps = Steps.load(job.model.processing_steps)
         self._model = channels_first(job.model, plan.rank)
         shapes = ItemShapes.of(job.model, plan.rank, plan.volume.inputs)
-        self.runtime: Runtime = load_runtime(job.model, self._steps, threads, shapes)
-        self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
-        self._allocate(plan)
-        check_created_values(self.runtime, job.model)
+        self._modules = UserModules()
+        with self._modules.collect():
+            self._steps = Steps.load(job.model.processing_steps)
+            self.runtime: Runtime = load_runtime(job.model, self._steps, threads, shapes)
+            self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
+            self._allocate(plan)
+            check_created_values(self.runtime, job.model)
 
     def for_plan(self, plan: Plan) -> InferenceEngine:
         """Return an engine for the same job and another volume; both share the network."""
@@ -104,8 +107,9 @@ class InferenceEngine:
         return result
 
     def close(self) -> None:
-        """Release the network and the device's memory."""
+        """Release the network, the user's modules and the device's memory."""
         self.runtime.close()
+        self._modules.release()
 
 
 def _network_key(record: JobRecord, plan: Plan) -> Hashable:

@@ -251,7 +251,7 @@ class Predictor:
 
         The contribution is None for a chunk without patches.
         """
-        job, device, total = self._job, get_device(), plan.costs.chunks
+        job, device, total, done = self._job, get_device(), plan.costs.chunks, 0
 
         def start(index: Index) -> Future[Any]:
             chunk = plan.chunk(index)
@@ -264,9 +264,11 @@ class Predictor:
 
         progress(0, total)
         started = pipelined(start, plan.indices(), IN_FLIGHT)
-        for done, (index, finish) in enumerate(zip(plan.indices(), started, strict=True), start=1):
+        for index, finish in zip(plan.indices(), started, strict=True):
             yield plan.chunk(index), finish()
-            progress(done, total)
+            if plan.is_active(index):
+                done += 1
+                progress(done, total)
 
     def _engine(self, plan: Plan) -> InferenceEngine:
         """Return the engine for a plan's volume. Call it on the device thread only."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from chunkq.errors import JobError, ModelError
 from chunkq.job.model_config import ModelConfig
-from chunkq.job.user_code import load_names, select_name, sibling_imports
+from chunkq.job.user_code import load_names, one_line, select_name, sibling_imports
 from chunkq.paths import read_bytes
 from chunkq_worker.runtimes.formats import USES, format_of
 from chunkq_worker.runtimes.stand_ins import stand_in
@@ -57,7 +57,7 @@ def instantiate(
     except (Exception, SystemExit) as error:
         raise ModelError(
             f"{CLASS_NAME}: {model.class_name}(**kwargs) raised "
-            f"{_one_line(error)}; fix the class or its kwargs {sorted(kwargs)}"
+            f"{one_line(error)[:300]}; fix the class or its kwargs {sorted(kwargs)}"
         ) from error
 
 
@@ -96,7 +96,7 @@ def _name_of_package(full_name: str, package: str) -> Any:
         raise ModelError(f"{key}: {problem}") from error
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"{key}: importing {module} raised {_one_line(error)}; fix the installation"
+            f"{key}: importing {module} raised {one_line(error)[:300]}; fix the installation"
         ) from error
     if not hasattr(imported, name):
         raise ModelError(f"{key}: {module} has no {name!r}; fix the name")
@@ -111,7 +111,3 @@ def _kwargs(path: str | None) -> dict[str, Any]:
     if not isinstance(kwargs, dict):
         raise ModelError(f"{key}: `kwargs` in {path} is {type(kwargs).__name__}; expected a dict")
     return kwargs
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

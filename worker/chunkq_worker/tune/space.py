@@ -12,7 +12,6 @@ from chunkq.errors import JobError
 from chunkq.job.axis_order import WrittenOrders, channels_first, join, split
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import MIN_CHUNKS
 from chunkq.plan.footprint import footprint
 from chunkq.plan.outputs import Activation
 from chunkq.plan.plan import Plan
@@ -21,6 +20,8 @@ from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]
 """Key path in the job file -> new value."""
+MIN_CHUNKS = 32
+"""Smallest number of chunks that are tried, so that several workers share the job."""
 CHUNK_SIZE_STEPS = 3
 """Number of smaller and of larger chunk shapes."""
 
