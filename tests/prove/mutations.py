@@ -29,7 +29,16 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.prove.fault import Fault
-from tests.prove.faults import blending, geometry, ledger, queues, records, tuning, workers
+from tests.prove.faults import (
+    blending,
+    geometry,
+    ledger,
+    notebook,
+    queues,
+    records,
+    tuning,
+    workers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
@@ -37,6 +46,7 @@ FAULTS: tuple[Fault, ...] = (
     *blending.FAULTS,
     *queues.FAULTS,
     *ledger.FAULTS,
+    *notebook.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
     *workers.FAULTS,

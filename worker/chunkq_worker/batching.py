@@ -29,10 +29,12 @@ from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
+from chunkq_worker.cancellation import check_stopped
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.user_errors import source_of
 
 if TYPE_CHECKING:
     from chunkq_worker.runtimes.device_chunk import DeviceInput, FiniteFlag
@@ -114,7 +116,7 @@ class Batcher:
             raise
         except Exception as error:
             raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: "
+                f"{source_of(error)} raised {type(error).__name__} on a batch of zeros: "
                 f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
                 f"model_input_shape and the network{self._channel_hint()}"
             ) from error
@@ -138,6 +140,7 @@ class Batcher:
         """
         done, sent = 0, None
         while done < len(patches):
+            check_stopped()
             batch = patches[done : done + self.size]
             outputs = self._outputs(batch, halos, origin, uploaded, sent)
             sent = None

@@ -115,6 +115,9 @@ class Runtime(ABC):
         """Create the network again; return the same values of the second one."""
         return ()
 
+    def refresh(self) -> None:  # noqa: B027 - only a copy of the caller's object has something to do
+        """Use the present weights of a network that the caller has passed as an object."""
+
     @abstractmethod
     def close(self) -> None:
         """Release the network and its memory on the device."""
@@ -128,13 +131,21 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "numpy": "chunkq_worker.runtimes.numpy:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None) -> Runtime`."""
-Loader = Callable[[ModelConfig, Steps, int | None], Runtime]
+"""Name -> loader, `(ModelConfig, Steps, threads or None[, network]) -> Runtime`."""
+Loader = Callable[..., Runtime]
 
 
-def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load a network. Raise ModelError if it is unusable or its framework is not installed."""
-    return import_runtime(model.runtime)(model, steps, threads)
+def load_runtime(
+    model: ModelConfig, steps: Steps, threads: int | None, network: Any = None
+) -> Runtime:
+    """Load a network: that of the job, or the object `network`.
+
+    Raise ModelError if it is unusable or its framework is not installed. ONNX networks are files.
+    """
+    loader = import_runtime(model.runtime)
+    if network is None:
+        return loader(model, steps, threads)
+    return loader(model, steps, threads, network)
 
 
 def import_runtime(runtime: str) -> Loader:

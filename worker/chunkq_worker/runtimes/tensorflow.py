@@ -19,6 +19,7 @@ from chunkq.system import buffers
 from chunkq_worker.runtimes.base import Runtime, not_one_array, not_real
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
+from chunkq_worker.runtimes.tensorflow_objects import object_network
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
 from chunkq_worker.steps import KEY, Steps
 
@@ -172,8 +173,8 @@ class TensorFlowRuntime(Runtime):
         gc.collect()  # graphs and models form reference cycles
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load the network that the job names, or raise ModelError.
+def load(model: ModelConfig, steps: Steps, threads: int | None, network: Any = None) -> Runtime:
+    """Load the network that the job names, or use the object `network`; or raise ModelError.
 
     TensorFlow reads the number of threads and the visible GPUs once per process, at first use. A
     later job with another number of threads logs a warning and uses the first number. A later job
@@ -182,7 +183,8 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     with without_log_output():
         _configure(model.device, threads)
     with tf.device("/GPU:0" if model.device == "cuda" else "/CPU:0"):
-        runtime = TensorFlowRuntime(LOADERS[model.type](model), model, steps)
+        loaded = LOADERS[model.type](model) if network is None else object_network(network, model)
+        runtime = TensorFlowRuntime(loaded, model, steps)
     changes_input = (steps.preprocessing, steps.preprocessing_protected, model.join_dim)
     if changes_input == (None, None, None):  # else the shape is unknown before the first batch
         runtime.prepare(np.zeros((1, *model.model_input_shape), model.dtype))

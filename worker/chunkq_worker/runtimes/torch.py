@@ -33,6 +33,7 @@ from chunkq_worker.runtimes.torch_files import (
     reason,
     recreated_values,
 )
+from chunkq_worker.runtimes.torch_objects import ObjectModule
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
@@ -54,7 +55,8 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class TorchRuntime(Runtime):
     """Runs a torch module in inference mode. The protected steps get torch tensors.
 
-    The module is on the `accelerator`, or in host memory if that is None.
+    The module is on the `accelerator`, or in host memory if that is None. `source` is the object of
+    the caller from which it comes, if it is no file.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class TorchRuntime(Runtime):
         steps: Steps,
         threads: int | None,
         accelerator: Accelerator | None = None,
+        source: ObjectModule | None = None,
     ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
+        self._source = source
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
         self._saved = loaded.saved
         self._dtype: torch.dtype = getattr(torch, model.dtype)
@@ -91,13 +95,15 @@ class TorchRuntime(Runtime):
     def __call__(self, batch: npt.NDArray[Any] | SentBatch | torch.Tensor) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process can use another
-        with torch.inference_mode(), tf32(allowed=self._model.allows_tf32):
+        with self._inference(), tf32(allowed=self._model.allows_tf32):
             if isinstance(batch, SentBatch):
                 inputs = batch.take(self._dtype)
             elif isinstance(batch, torch.Tensor):
                 inputs = batch.to(self._dtype)
             else:
                 inputs = self.to_device(batch).to(self._dtype)
+            if self._source is not None and inputs.is_inference():
+                inputs = inputs.clone()  # outside of inference mode, such tensors are read-only
             if self._steps.preprocessing_protected is not None:
                 inputs = self._steps.preprocessing_protected(inputs)
             outputs = self._forward(inputs)
@@ -130,6 +136,11 @@ class TorchRuntime(Runtime):
     def _run_uncaptured(self, inputs: torch.Tensor) -> Any:
         with self._execution_context():
             return self._run(inputs)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode() if self._source is None else self._source.inference():
+            yield
 
     @contextlib.contextmanager
     def _execution_context(self) -> Iterator[None]:
@@ -221,14 +232,19 @@ class TorchRuntime(Runtime):
         return recreated_values(self._model, self._saved or frozenset())
 
     @override
+    def refresh(self) -> None:
+        if self._source is not None:
+            self._source.refresh()
+
+    @override
     def close(self) -> None:
-        self._module = self._run = self._graph_replay = None
+        self._module = self._run = self._graph_replay = self._source = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load the network that the job names, or raise ModelError."""
+def load(model: ModelConfig, steps: Steps, threads: int | None, network: Any = None) -> Runtime:
+    """Load the network that the job names, or use the module `network`; or raise ModelError."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "model_config.device: cuda, but torch finds no CUDA device; start the worker on a GPU "
@@ -241,7 +257,8 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
         )
     if model.compile:
         use_compiler_cache()  # torch reads the variable when the user's code imports its compiler
-    loaded = LOADERS[model.type](model)
+    source = None if network is None else ObjectModule(network, model)
+    loaded = LOADERS[model.type](model) if source is None else LoadedNetwork(source.module)
     hide_triton_after_tensorflow()  # the user's code can import TensorFlow
     if model.compile and model.device == "cuda" and is_triton_hidden():
         raise ModelError(
@@ -250,7 +267,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
             "process, or remove compile"
         )
     accelerator = Cuda() if model.device == "cuda" else None
-    return TorchRuntime(loaded, model, steps, threads, accelerator)
+    return TorchRuntime(loaded, model, steps, threads, accelerator, source)
 
 
 def _to_channels_last(batch: torch.Tensor) -> torch.Tensor:
