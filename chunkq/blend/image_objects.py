@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) ->
     Raise ChunkqError without an affine, or if the array has more than three spatial axes.
     """
     try:
-        import nibabel
+        nibabel: Any = import_module("nibabel")
     except ImportError as error:
         raise ChunkqError(
             f"Prediction.to_nibabel: nibabel is not installed ({error}); install it with pip "
@@ -82,7 +83,7 @@ def to_xarray(array: npt.NDArray[Any], geometry: ImageGeometry, name: str) -> An
     ChunkqError if xarray is not installed.
     """
     try:
-        import xarray
+        xarray: Any = import_module("xarray")
     except ImportError as error:
         raise ChunkqError(
             f"Prediction.to_xarray: xarray is not installed ({error}); install it with pip install "

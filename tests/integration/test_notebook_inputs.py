@@ -119,7 +119,7 @@ OBJECTS: dict[str, Callable[[Path], Any]] = {
     "TIFF path": tiff_path,
     "TiffFile": lambda folder: tifffile.TiffFile(tiff_path(folder)),
     "TIFF series": lambda folder: tifffile.TiffFile(tiff_path(folder)).series[0],
-    "ZarrTiffStore": lambda folder: tifffile.TiffFile(tiff_path(folder)).series[0].aszarr(),
+    "ZarrTiffStore": lambda folder: tifffile.imread(tiff_path(folder), aszarr=True),
     "tensor": lambda _: torch.from_numpy(volume()).requires_grad_(requires_grad=False),
     "gradient": lambda _: torch.from_numpy(volume().astype("f4")).requires_grad_(),
     "bfloat16": lambda _: torch.from_numpy(volume()).to(torch.bfloat16),
@@ -127,6 +127,9 @@ OBJECTS: dict[str, Callable[[Path], Any]] = {
     "memory map": lambda folder: np.load(saved(folder), mmap_mode="r"),
     "nested": lambda _: Nested(),
 }
+
+
+TIFF_OBJECTS = ("TiffFile", "TIFF series", "ZarrTiffStore")
 
 
 def saved(folder: Path) -> Path:
@@ -155,6 +158,8 @@ def test_an_object_gives_the_bytes_of_its_voxels(name: str, tmp_path: Path) -> N
     assert read_output(tmp_path / "out.zarr").tobytes() == expected.probabilities.tobytes()
     np.testing.assert_array_equal(prediction.input, volume())
     assert prediction.input.dtype.isnative
+    if name in TIFF_OBJECTS:
+        getattr(value, "parent", value).close()
 
 
 LAZY = ("dask", "DataArray of dask", "DataArray of a file", "zarr", "h5py", "tensorstore")
@@ -312,7 +317,11 @@ def test_coordinates_without_a_step_have_no_voxel_size(name: str) -> None:
 def test_voxel_sizes_of_a_tiff_are_those_of_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "i.tif"
     tifffile.imwrite(
-        path, volume(), imagej=True, resolution=(4.0, 2.0), metadata={"spacing": 3, "unit": "um"}
+        path,
+        volume(),
+        imagej=True,
+        resolution=(4.0, 2.0),
+        metadata={"spacing": 3, "unit": "um", "axes": "ZYX"},
     )
     with create_predictor() as predictor:
         ome, imagej = predictor.predict(tiff_path(tmp_path)), predictor.predict(path)

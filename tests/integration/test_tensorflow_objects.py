@@ -36,6 +36,7 @@ def probabilities(model: Any, **keys: Any) -> npt.NDArray[Any]:
     return np.asarray(result)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras saves
 def test_a_keras_model_gives_the_bytes_of_a_job_with_its_file(tmp_path: Path) -> None:
     model = trained()
     model.save(tmp_path / "m.keras")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ class ObjectArray(Array):
         self._rank = len(shape)
         self._kept = tuple(range(self._rank)) if kept is None else tuple(kept)
         self.shape = tuple(int(shape[axis]) for axis in self._kept)
-        self.dtype = native_dtype(dtype)
+        # NumPy arrays are shared with the caller, in their byte order.
+        self.dtype = np.dtype(dtype) if isinstance(values, np.ndarray) else native_dtype(dtype)
 
     @override
     def read(self, box: Box) -> npt.NDArray[Any]:
@@ -366,7 +368,7 @@ def _tiff_scales(file: Any) -> dict[str, tuple[float, Any]]:
 def _open_tiff_store(store: Any, name: str) -> OpenedInput:
     import zarr
 
-    node = zarr.open(store, mode="r")
+    node: Any = zarr.open(store, mode="r")
     array = node["0"] if hasattr(node, "keys") else node
     return _open_zarr(array, name)
 
@@ -400,4 +402,11 @@ def open_tiff_path(path: str, name: str) -> OpenedInput:
     """Open a TIFF file. Raise ImportError without tifffile, and its errors for a damaged file."""
     import tifffile
 
-    return _open_tiff(tifffile.TiffFile(os.fspath(path)), name)
+    file = tifffile.TiffFile(os.fspath(path))
+    try:
+        opened = _open_tiff(file, name)
+    except BaseException:
+        file.close()
+        raise
+    weakref.finalize(opened.array, file.close)
+    return opened

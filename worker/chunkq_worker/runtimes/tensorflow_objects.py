@@ -11,7 +11,7 @@ from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.fields import Dtype
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes.tensorflow_files import KerasNetwork, Network
-from chunkq_worker.runtimes.tensorflow_import import keras, tf
+from chunkq_worker.runtimes.tensorflow_import import keras
 
 
 class FunctionNetwork(Network):
@@ -66,4 +66,4 @@ def weights_of(network: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names and values of the weights of a Keras model, or of a TensorFlow module."""
     weights = getattr(network, "weights", None) or getattr(network, "variables", None) or ()
     for number, weight in enumerate(weights):
-        yield str(number), tf.convert_to_tensor(weight).numpy().tobytes()
+        yield str(number), weight.numpy().tobytes()
