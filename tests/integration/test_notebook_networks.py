@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.runtimes.torch_objects import ObjectModule
+from chunkq_worker.steps import Steps
 
 import chunkq
 from chunkq.errors import ErrorCode, JobError, ModelError
@@ -133,6 +135,14 @@ def test_an_object_gives_the_bytes_of_a_job_with_the_same_keys(
         assert found(predictor.predict(values["input"])).tobytes() == stored.tobytes()
 
 
+def test_a_network_replaces_that_of_a_job_with_its_runtime(tmp_path: Path) -> None:
+    config = job_values(tmp_path, "onnx", "x", type="file", model_file="gone.onnx")
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08")
+    for model, runtime in ((Net(), "torch"), (net, "numpy"), (tmp_path / "net.onnx", "onnx")):
+        predictor = chunkq.Predictor.from_config(config, model=model)
+        assert predictor.job.model.runtime == runtime
+
+
 def test_steps_that_are_functions_run_with_a_network_file(tmp_path: Path) -> None:
     job = job_values(tmp_path, "numpy", "net")
     file = {"runtime": "numpy", "type": "class", "class_name": "net"}
@@ -209,6 +219,18 @@ def test_the_dtype_of_a_network_is_that_of_its_weights() -> None:
     predictor = predictor_of(Net().double())
     assert (predictor.job.model.dtype, predictor.job.model.device) == ("float64", "cpu")
     assert predictor_of(net).job.model.dtype == "float32"
+
+
+def test_a_module_may_change_a_batch_that_was_made_in_inference_mode() -> None:
+    class Doubling(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2)
+
+    model = predictor_of(Doubling(), model_output_shape=None).job.model
+    runtime = load_runtime(model, Steps(), 1, Doubling())
+    with torch.inference_mode():  # as batches on a GPU are
+        batch = torch.ones((1, 1, 6, 6, 6))
+    assert torch.equal(runtime(batch), torch.full((1, 1, 6, 6, 6), 2.0))
 
 
 def test_a_copy_that_no_longer_fits_its_network_is_an_error() -> None:

@@ -138,10 +138,11 @@ class Predictor:
         if model is not None:
             for key in FILE_KEYS:
                 section.pop(key, None)
+            runtime = section.pop("runtime", None)
             if isinstance(model, (str, os.PathLike)):
                 section |= model_keys(absolute(os.fspath(model), Path.cwd()), section)
             else:
-                network = network_object(model, section.get("runtime"))
+                network = network_object(model, runtime)
                 section = network.model_config(section)
         job = load_job(values | {"model_config": section}, input=PLACEHOLDER, output=PLACEHOLDER)
         return cls(job, network=network, steps=steps)
