@@ -131,7 +131,8 @@ class Predictor:
         if model is None and steps is None:
             return cls(load_job(config, input=PLACEHOLDER, output=PLACEHOLDER))
         values = job_values(config)
-        section = dict(values.get("model_config") or {})
+        stored = values.get("model_config")
+        section = dict(stored) if isinstance(stored, Mapping) else {}
         if steps is not None:
             section["processing_steps"] = stand_in()
         network = None

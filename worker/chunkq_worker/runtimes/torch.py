@@ -33,10 +33,12 @@ from chunkq_worker.runtimes.torch_files import (
     reason,
     recreated_values,
 )
+from chunkq_worker.runtimes.torch_norms import norm_input_watched
 from chunkq_worker.runtimes.torch_objects import ObjectModule
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
+from chunkq_worker.value_watch import ValueWatch
 
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -58,6 +60,8 @@ class TorchRuntime(Runtime):
     The module is on the `accelerator`, or in host memory if that is None. `source` is the object of
     the caller from which it comes, if it is no file.
     """
+
+    draws_from_known_states = True
 
     def __init__(
         self,
@@ -106,6 +110,8 @@ class TorchRuntime(Runtime):
                 inputs = inputs.clone()  # outside of inference mode, such tensors are read-only
             if self._steps.preprocessing_protected is not None:
                 inputs = self._steps.preprocessing_protected(inputs)
+            if self._watch is not None:
+                self._watch.receive(inputs)
             outputs = self._forward(inputs)
             if not isinstance(outputs, torch.Tensor):
                 raise not_one_array(outputs, "tensor")
@@ -235,6 +241,16 @@ class TorchRuntime(Runtime):
     def refresh(self) -> None:
         if self._source is not None:
             self._source.refresh()
+
+    @override
+    @contextlib.contextmanager
+    def watched_by(self, watch: ValueWatch) -> Iterator[None]:
+        # Compiled and captured networks would contain the hooks.
+        hooks = (
+            norm_input_watched(self._module, watch) if self.any_batch else contextlib.nullcontext()
+        )
+        with super().watched_by(watch), hooks:
+            yield
 
     @override
     def close(self) -> None:
