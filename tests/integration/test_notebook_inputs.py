@@ -148,7 +148,7 @@ class Nested:
 def test_an_object_gives_the_bytes_of_its_voxels(name: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     value = OBJECTS[name](tmp_path / "in")
-    with create_predictor() as predictor:
+    with create_predictor(chunksize=[8, 8, 8]) as predictor:
         expected = predictor.predict(volume())
         prediction = predictor.predict(value)
         predictor.predict_to_store(value, tmp_path / "out.zarr")
