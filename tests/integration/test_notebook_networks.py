@@ -227,7 +227,7 @@ def test_a_module_may_change_a_batch_that_was_made_in_inference_mode() -> None:
             return x.mul_(2)
 
     model = predictor_of(Doubling(), model_output_shape=None).job.model
-    runtime = load_runtime(model, Steps(), 1, Doubling())
+    runtime = load_runtime(model, Steps(), 1, network=Doubling())
     with torch.inference_mode():  # as batches on a GPU are
         batch = torch.ones((1, 1, 6, 6, 6))
     assert torch.equal(runtime(batch), torch.full((1, 1, 6, 6, 6), 2.0))

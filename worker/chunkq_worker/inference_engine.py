@@ -49,7 +49,7 @@ class InferenceEngine:
         threads = job.threads or (int(share) if share.isdecimal() else None)
         self._network_key = _network_key(record, plan)
         self._steps = Steps.load(job.model.processing_steps) if steps is None else steps
-        self.runtime: Runtime = load_runtime(job.model, self._steps, threads, network)
+        self.runtime: Runtime = load_runtime(job.model, self._steps, threads, network=network)
         self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
         self._allocate(plan)
         check_created_values(self.runtime, job.model)

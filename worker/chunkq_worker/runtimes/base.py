@@ -145,12 +145,12 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "numpy": "chunkq_worker.runtimes.numpy:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None[, network]) -> Runtime`."""
+"""Name -> loader, `(ModelConfig, Steps, threads or None[, network=]) -> Runtime`."""
 Loader = Callable[..., Runtime]
 
 
 def load_runtime(
-    model: ModelConfig, steps: Steps, threads: int | None, network: Any = None
+    model: ModelConfig, steps: Steps, threads: int | None, *, network: Any = None
 ) -> Runtime:
     """Load a network: that of the job, or the object `network`.
 
@@ -159,7 +159,7 @@ def load_runtime(
     loader = import_runtime(model.runtime)
     if network is None:
         return loader(model, steps, threads)
-    return loader(model, steps, threads, network)
+    return loader(model, steps, threads, network=network)
 
 
 def import_runtime(runtime: str) -> Loader:

@@ -79,7 +79,7 @@ class NumpyRuntime(HostRuntime):
 
 
 def load(
-    model: ModelConfig, steps: Steps, threads: int | None, network: Network | None = None
+    model: ModelConfig, steps: Steps, threads: int | None, *, network: Network | None = None
 ) -> Runtime:
     """Load the class or function that the job names, or use `network`; or raise ModelError."""
     limit = ThreadLimit(threads)

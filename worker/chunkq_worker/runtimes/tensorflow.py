@@ -175,7 +175,7 @@ class TensorFlowRuntime(Runtime):
         gc.collect()  # graphs and models form reference cycles
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None, network: Any = None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, *, network: Any = None) -> Runtime:
     """Load the network that the job names, or use the object `network`; or raise ModelError.
 
     TensorFlow reads the number of threads and the visible GPUs once per process, at first use. A

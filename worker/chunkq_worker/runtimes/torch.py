@@ -259,7 +259,7 @@ class TorchRuntime(Runtime):
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None, network: Any = None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, *, network: Any = None) -> Runtime:
     """Load the network that the job names, or use the module `network`; or raise ModelError."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
