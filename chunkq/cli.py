@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -12,6 +11,8 @@ import click
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
+from chunkq.system.framework_logs import hide_framework_logs
+from chunkq.system.standard_output import discard_results, print_line
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
@@ -59,6 +60,7 @@ def cli() -> None:
 
 def main() -> int:
     """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
+    hide_framework_logs()
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
@@ -67,8 +69,7 @@ def main() -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        # The reader closed the pipe. Without this, the interpreter prints an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_results()
         return 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("chunkq: interrupted", err=True)
@@ -78,7 +79,7 @@ def main() -> int:
         for line in str(reported).splitlines():
             click.echo(f"chunkq: {line} [{reported.code}]", err=True)
         if "--json" in sys.argv[1:]:
-            click.echo(json.dumps(_as_document(reported)))
+            print_line(json.dumps(_as_document(reported)))
         return reported.exit_code
     return 0
 

@@ -81,6 +81,14 @@ class ModelConfig(Section):
         )
         return {key: path for key in keys if (path := getattr(self, key)) is not None}
 
+    @property
+    def class_package(self) -> str | None:
+        """Top-level package of a class or function that is imported by its full name, or None."""
+        parts = (self.class_name or "").split(".")
+        is_full_name = len(parts) > 1 and all(part.isidentifier() for part in parts)
+        is_package = self.type == "class" and self.class_file is None
+        return parts[0] if is_package and is_full_name else None
+
     def lost_axis(self, rank: int) -> int | None:
         """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
 
@@ -106,6 +114,12 @@ _REQUIRED_KEYS = {
 }
 
 
+_CLASS_HINTS = {
+    "class_file": ", or set class_name to the full name of a class of an installed package, such "
+    "as monai.networks.nets.BasicUNet"
+}
+
+
 _TYPES = {
     "torch": ("class", "file", "torchscript", "exported"),
     "tensorflow": ("class", "file", "json"),
@@ -121,9 +135,9 @@ def model_problems(model: ModelConfig) -> list[str]:
     """Return one line per mistake in the combination of the keys."""
     runtime, legal = model.runtime, _TYPES[model.runtime]
     problems = [
-        f"model_config.{key}: missing for type {model.type}; set it"
+        f"model_config.{key}: missing for type {model.type}; set it{_CLASS_HINTS.get(key, '')}"
         for key in _REQUIRED_KEYS[model.type]
-        if getattr(model, key) is None
+        if getattr(model, key) is None and not (key == "class_file" and model.class_package)
     ]
     if model.type not in legal:
         problems = [

@@ -40,9 +40,12 @@ READERS: MappingProxyType[str, str] = MappingProxyType(
 """Suffix of a file that no job reads -> what returns an object that a predictor reads."""
 
 
-def open_inputs(inputs: Input | Sequence[Input]) -> tuple[OpenedInput, ...]:
+def open_inputs(
+    inputs: Input | Sequence[Input], *, allow_empty: bool = False
+) -> tuple[OpenedInput, ...]:
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
+    A path can be to an array without any storage chunk only if `allow_empty`.
     Raise ArgumentError if one is not an array, JobError if the shapes differ or there are several
     channels or time points, and StoreError for a bad path.
     """
@@ -50,7 +53,9 @@ def open_inputs(inputs: Input | Sequence[Input]) -> tuple[OpenedInput, ...]:
     if not volumes:
         raise JobError("input: expected at least one volume, found an empty list")
     names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
-    opened = tuple(_open_input(v, name) for v, name in zip(volumes, names, strict=True))
+    opened = tuple(
+        _open_input(v, name, allow_empty) for v, name in zip(volumes, names, strict=True)
+    )
     arrays = [one.array for one in opened]
     problems = [
         f"input: {without_secret(array.path)} has shape {list(array.shape)}, expected "
@@ -107,9 +112,9 @@ def as_paths(
         yield paths
 
 
-def _open_input(volume: Input, name: str) -> OpenedInput:
+def _open_input(volume: Input, name: str, allow_empty: bool) -> OpenedInput:
     if isinstance(volume, (str, os.PathLike)):
-        return _open_path(_path(volume))
+        return _open_path(_path(volume), allow_empty)
     return open_object(volume, name)
 
 
@@ -117,10 +122,10 @@ def _path(volume: Input) -> str:
     return absolute(os.fspath(volume), Path.cwd())
 
 
-def _open_path(path: str) -> OpenedInput:
+def _open_path(path: str, allow_empty: bool) -> OpenedInput:
     """Open an input of a job, or a TIFF file."""
     try:
-        source = find_source(path)
+        source = find_source(path, allow_empty=allow_empty)
     except StoreError as error:
         if error.code is not ErrorCode.STORE_UNSUPPORTED or is_url(path):
             raise

@@ -269,7 +269,7 @@ class Predictor:
         match the job, ModelError if the network cannot be loaded or does not match its
         declaration, and PredictionError if it returns NaN or infinity.
         """
-        inputs = open_inputs(volume)
+        inputs = open_inputs(volume, allow_empty=self._job.allow_empty)
         plan = self._plan(inputs)
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
@@ -308,7 +308,7 @@ class Predictor:
         runs while the generator is consumed.
         """
         check_progress(progress)
-        inputs = open_inputs(volume)
+        inputs = open_inputs(volume, allow_empty=self._job.allow_empty)
         return self._stream(self._plan(inputs), inputs, progress)
 
     def predict_to_store(
@@ -333,7 +333,7 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
-        inputs = open_inputs(volume)
+        inputs = open_inputs(volume, allow_empty=self._job.allow_empty)
         self._plan(inputs)  # raises before an array is copied
         output = os.fspath(output)
         with as_paths(volume, inputs, output) as paths:
@@ -427,7 +427,7 @@ class Predictor:
         The contribution is None for a chunk without patches. Chunks that nobody waits for any
         longer are given up.
         """
-        job, device, total = self._job, get_device(), plan.costs.chunks
+        job, device, total, done = self._job, get_device(), plan.costs.chunks, 0
         stop = Event()
 
         def start(index: Index) -> Future[Any]:
@@ -444,11 +444,13 @@ class Predictor:
             with UserErrors():
                 device.run(lambda: self._fresh_engine(plan)).result()
             with closing(pipelined(start, plan.indices(), IN_FLIGHT)) as started:
-                for done, index in enumerate(plan.indices(), start=1):
+                for index in plan.indices():
                     with UserErrors():
                         contribution = next(started)()
                     yield plan.chunk(index), contribution
-                    emit(StageProgress(PROGRESS_STAGE, done, total))
+                    if plan.is_active(index):
+                        done += 1
+                        emit(StageProgress(PROGRESS_STAGE, done, total))
         finally:
             stop.set()
 

@@ -13,6 +13,7 @@ from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
+from chunkq.system.standard_output import print_line
 from chunkq.units import duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
@@ -52,7 +53,7 @@ def finalize(
         complete_on_workers(job, queue, allow_missing=allow_missing)
     report = finalize_and_seal(job, allow_missing=allow_missing, threads=threads)
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        print_line(json.dumps(report, indent=1))
     else:
         print_result(job, report)
 
@@ -86,13 +87,13 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     for warning in report["warnings"]:
         click.echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
-        click.echo(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
+        print_line(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
-    click.echo(
+    print_line(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
-    click.echo(time_summary(report))
+    print_line(time_summary(report))
 
 
 def time_summary(report: dict[str, Any]) -> str:

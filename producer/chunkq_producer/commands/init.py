@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from chunkq.errors import ErrorCode, JobError
+from chunkq.system.standard_output import print_line
 
 TEMPLATE = """\
 # A chunkq job. Lists follow the volume's axes in storage order; lengths are in voxels.
@@ -62,4 +63,4 @@ def init(path: Path) -> None:
             f"{path}: cannot be written: {error.strerror}; choose another path",
             code=ErrorCode.STORE_UNUSABLE,
         ) from None
-    click.echo(f"wrote {path}; edit it, then run: chunkq plan {path}")
+    print_line(f"wrote {path}; edit it, then run: chunkq plan {path}")

@@ -31,6 +31,7 @@ from chunkq.system.private_files import (
     make_private_folder,
     write_private,
 )
+from chunkq.system.standard_output import print_line
 
 START_SECONDS = 10.0
 """Seconds within which a new server must accept connections."""
@@ -89,7 +90,7 @@ def _run_server(server: Server, program: str, lock: int, host: str) -> tuple[int
         _wait_until_ready(server, process.poll, log, stopped)
         if not stopped.is_set():
             for line in _startup_lines(server, host):
-                click.echo(line)
+                print_line(line)
         code = process.wait()
     finally:
         process.terminate()

@@ -10,6 +10,7 @@ import click
 
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.paths import absolute, is_url
+from chunkq.system.standard_output import print_line, reserve
 
 if TYPE_CHECKING:
     from chunkq_worker.export.export import BatchSize, Exported
@@ -31,6 +32,7 @@ def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: 
     JOB is a job file; only its key model_config is needed. The network and the file run on random
     input, and nothing is written if their outputs differ.
     """
+    reserve()
     if is_url(output):
         raise JobError("-o: expected a local file, found a URL; write a local file and copy it")
     file = Path(absolute(output, Path.cwd()))
@@ -44,9 +46,9 @@ def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: 
         ) from None
     result = export_network(load_network_job(job), file, size, overwrite=overwrite)
     if as_json:
-        click.echo(json.dumps(_values(result), indent=1))
+        print_line(json.dumps(_values(result), indent=1))
     else:
-        click.echo(_text(result))
+        print_line(_text(result))
 
 
 def _parse_batch_size(value: str | None) -> BatchSize:

@@ -15,7 +15,7 @@ import torch
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.units import si
-from chunkq_worker.runtimes.torch_files import reason
+from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
 REQUIRED_PACKAGES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}

@@ -16,6 +16,7 @@ from chunkq.blend.combine import Array
 from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
 from chunkq_worker.value_watch import ValueWatch
 
@@ -73,11 +74,12 @@ class Runtime(ABC):
 
     @abstractmethod
     def __call__(self, batch: Any) -> Array:
-        """Run the protected steps and the network on a batch (N, *model_input_shape), any dtype.
+        """Run the protected steps and the network on a batch (N, C, *P) or (N, *P), any dtype.
 
         `batch` is an array in host memory, the return value of this runtime's `BatchFeed.send`, or
         a tensor in the memory of the `accelerator`. It is cast to the model's dtype on the device.
-        Networks and steps may modify it in place. Returns float32 or float64 of any shape, with an
+        Networks and steps may modify it in place. A network with channels last gets and returns
+        them there; the steps see channels first. Returns float32 or float64 of any shape, with an
         `accelerator` any float dtype. The result may share memory with the batch.
         """
 
@@ -106,6 +108,10 @@ class Runtime(ABC):
 
         With such layers every output voxel depends on the whole patch.
         """
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """Return what the user should know about how the files of the network were read."""
         return ()
 
     def created_values(self) -> Sequence[tuple[str, Any]]:
@@ -145,21 +151,28 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "numpy": "chunkq_worker.runtimes.numpy:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None[, network=]) -> Runtime`."""
+"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes[, network=]) -> Runtime`."""
 Loader = Callable[..., Runtime]
 
 
 def load_runtime(
-    model: ModelConfig, steps: Steps, threads: int | None, *, network: Any = None
+    model: ModelConfig,
+    steps: Steps,
+    threads: int | None,
+    shapes: ItemShapes | None = None,
+    *,
+    network: Any = None,
 ) -> Runtime:
     """Load a network: that of the job, or the object `network`.
 
-    Raise ModelError if it is unusable or its framework is not installed. ONNX networks are files.
+    Batches and results have channels first, as in `shapes`. By default, all entries of
+    `model_input_shape` are axes of the volume. Raise ModelError if the network is unusable or its
+    framework is not installed. ONNX networks are files.
     """
-    loader = import_runtime(model.runtime)
+    loader, shapes = import_runtime(model.runtime), shapes or ItemShapes.of(model)
     if network is None:
-        return loader(model, steps, threads)
-    return loader(model, steps, threads, network=network)
+        return loader(model, steps, threads, shapes)
+    return loader(model, steps, threads, shapes, network=network)
 
 
 def import_runtime(runtime: str) -> Loader:
@@ -195,12 +208,3 @@ def real_numbers(values: Any, source: str) -> npt.NDArray[Any]:
 def not_real(source: str, dtype: Any) -> ModelError:
     """Return the error for outputs that are no real numbers; `source` is what returned them."""
     return ModelError(f"{source} returned dtype {dtype}, expected real numbers; return float32")
-
-
-def not_one_array(outputs: Any, kind: str) -> ModelError:
-    """Return the error for a network that did not return exactly one tensor or array."""
-    names = f" of {', '.join(sorted(map(str, outputs)))}" if isinstance(outputs, dict) else ""
-    return ModelError(
-        f"the network returned {type(outputs).__name__}{names}, expected one {kind}; wrap it so "
-        "that it returns only the prediction"
-    )
