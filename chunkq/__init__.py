@@ -8,6 +8,7 @@ from chunkq.lazy_imports import API
 from chunkq.lazy_imports import load as _load
 
 __version__ = "0.1.0"
+__all__ = list(API)
 
 
 class _Package(ModuleType):
@@ -23,7 +24,7 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *API})
+        return sorted({*API, *(name for name in super().__dir__() if name.startswith("__"))})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -181,6 +181,10 @@ class JobError(ChunkqError):
         return message
 
 
+class ArgumentError(JobError, TypeError):
+    """An argument of a Python function has a type that the function does not accept."""
+
+
 class MissingJobError(ChunkqError):
     """The path has no job folder, or the job was replaced."""
 

@@ -1,12 +1,13 @@
-"""Show events on standard error: a bar on a terminal, a line every few seconds elsewhere."""
+"""Show events: a bar on a terminal and in a notebook, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from chunkq.job.events import Event, Message, StageProgress
 
@@ -18,6 +19,55 @@ T = TypeVar("T")
 LINE_INTERVAL_SECONDS = 10.0
 
 
+def is_notebook() -> bool:
+    """Return whether this process runs the cells of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    # A kernel has one; IPython on a terminal has none.
+    return getattr(shell, "kernel", None) is not None
+
+
+def shows_bar() -> bool:
+    """Return whether somebody sees a bar: standard error is a terminal, or this is a notebook."""
+    try:
+        return is_notebook() or sys.stderr.isatty()
+    except (AttributeError, ValueError):  # standard error is missing or closed
+        return False
+
+
+class CellBar:
+    """The bar of one stage in the output of a notebook's cell. It disappears at the end."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._handle is not None:
+            self._handle.update({"text/plain": ""}, raw=True)
+
+    def update(self, event: StageProgress) -> None:
+        """Show how many items are done."""
+        from IPython.display import display
+
+        seconds = time.monotonic() - self._started
+        text = f"{event.stage}: {event.done}/{event.total}, {seconds:.0f} s"
+        bar = f'<progress value="{event.done}" max="{event.total}"></progress> {text}'
+        content = {"text/plain": text, "text/html": bar}
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+
 class ProgressDisplay:
     """Sink that shows messages, and the progress of one stage at a time.
 
@@ -27,6 +77,7 @@ class ProgressDisplay:
     def __init__(self) -> None:
         self._stage = ""
         self._bar: Progress | None = None
+        self._cell_bar: CellBar | None = None
         self._shown = ExitStack()
         self._last_line = 0.0
 
@@ -54,8 +105,8 @@ class ProgressDisplay:
             case Message(line):
                 self.print(line)
             case StageProgress(stage):
-                if self.begin(stage) and self.console.is_terminal:
-                    self._start(event)
+                if self.begin(stage):
+                    self._begin_bar(event)
                 self._update(event)
 
     def print(self, line: str) -> None:
@@ -72,6 +123,7 @@ class ProgressDisplay:
             return False
         self._shown.close()
         self._stage, self._bar, self._last_line = stage, None, time.monotonic()
+        self._cell_bar = None
         return True
 
     def is_line_due(self) -> bool:
@@ -80,6 +132,12 @@ class ProgressDisplay:
         if is_due:
             self._last_line = time.monotonic()
         return is_due
+
+    def _begin_bar(self, event: StageProgress) -> None:
+        if self.console.is_terminal:
+            self._start(event)
+        elif is_notebook():
+            self._cell_bar = self.show(CellBar())
 
     def _start(self, event: StageProgress) -> None:
         if event.total is None:
@@ -107,5 +165,7 @@ class ProgressDisplay:
     def _update(self, event: StageProgress) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=event.done, total=event.total)
+        elif self._cell_bar is not None:
+            self._cell_bar.update(event)
         elif not self.console.is_terminal and event.total is not None and self.is_line_due():
             self.print(f"{event.stage}: {event.done}/{event.total}")

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from chunkq.blend.combine import Array, to_numpy
-from chunkq.errors import ChunkqError
+from chunkq.blend.image_objects import ImageGeometry, to_nibabel, to_xarray
+from chunkq.errors import ArgumentError, ChunkqError
+from chunkq.summaries import array_text, html_table, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+What = Literal["labels", "probabilities"]
+"""Which arrays of a prediction are converted."""
 
-@dataclass(frozen=True, eq=False)
+
+class Unread:
+    """An input that `read` returns, and that is read when it is first used."""
+
+    def __init__(self, read: Callable[[], Array | tuple[Array, ...]]) -> None:
+        self.read = read
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """The result for one volume of shape (*S), with spatial axes in the volume's order.
 
     Attributes:
         labels: `(*S)` uint8, or uint16 for more than 256 classes: the class with the largest
             probability, the lowest one in a tie; for a single channel, whether it is at least 0.5.
-        input: The input volume `([C,] *S)` in its own dtype; a tuple of them for several inputs.
+        input: The input volume `([C,] *S)` in its own dtype; a tuple of them for several inputs. An
+            input that was not in memory, such as a path or a dask array, is read at first use.
         probabilities: `(C, *S)` float32, or float16 with `output_dtype: float16`: the outputs of
             the network after activation and averaging; None with `combine` soft or hard.
+        geometry: What is known of the axes of the input: names, voxel sizes, affine.
 
     Arrays are NumPy arrays, or torch tensors after `to`.
     """
@@ -33,6 +47,64 @@ class Prediction:
     labels: Array
     input: Array | tuple[Array, ...]
     probabilities: Array | None = None
+    geometry: ImageGeometry = field(default_factory=ImageGeometry)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.input, Unread):
+            vars(self)["_unread"] = vars(self).pop("input")
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "input" or "_unread" not in vars(self):
+            raise AttributeError(f"'Prediction' object has no attribute {name!r}")
+        value = vars(self)["input"] = vars(self)["_unread"].read()
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # reads an unread input
+
+    def __repr__(self) -> str:
+        return one_line("Prediction", self._summary())
+
+    def _repr_html_(self) -> str:
+        return html_table("Prediction", self._summary())
+
+    def _summary(self) -> dict[str, str]:
+        rows = {"labels": array_text(self.labels)}
+        if self.probabilities is not None:
+            rows["probabilities"] = array_text(self.probabilities)
+        axes = self.geometry.axes
+        if any(axis.scale != 1 or axis.unit for axis in axes):
+            units = {axis.unit for axis in axes} - {None}
+            unit = f" {units.pop()}" if len(units) == 1 else ""
+            rows["voxel size"] = " × ".join(f"{axis.scale:.6g}" for axis in axes) + unit
+        return rows
+
+    @property
+    def affine(self) -> Any:
+        """The affine (4, 4) of a nibabel image that was the input, else None."""
+        return self.geometry.affine
+
+    @property
+    def voxel_size(self) -> tuple[float, ...]:
+        """Voxel size along each axis of the labels, in `geometry.axes[n].unit`."""
+        return tuple(axis.scale for axis in self.geometry.axes)
+
+    def to_nibabel(self, what: What = "labels", *, affine: Any = None) -> Any:
+        """Return the labels or the probabilities as a NIfTI image with the affine of the input.
+
+        Set `affine` (4, 4) if the input was no nibabel image; its columns are in the order of the
+        axes of the labels. Channels become the fifth axis, float16 becomes float32. Raises
+        ChunkqError if nibabel is not installed, without an affine, and for 4-D volumes.
+        """
+        return to_nibabel(self._array(what), self.geometry, affine)
+
+    def to_xarray(self, what: What = "labels") -> Any:
+        """Return the labels or the probabilities as a DataArray.
+
+        It has the dimensions and coordinates of the input, or the positions of the voxels.
+        Channels are the first dimension, `c`. Raises ChunkqError if xarray is not installed.
+        """
+        return to_xarray(self._array(what), self.geometry, what)
 
     def numpy(self) -> Prediction:
         """Return the prediction with NumPy arrays; arrays in host memory are shared, not copied."""
@@ -88,13 +160,31 @@ class Prediction:
             figure.savefig(path)
         return figure
 
+    def _array(self, what: What) -> Any:
+        """Return the labels or the probabilities as a NumPy array."""
+        if what not in ("labels", "probabilities"):
+            raise ArgumentError(f"what: expected 'labels' or 'probabilities', found {what!r}")
+        array = self.labels if what == "labels" else self.probabilities
+        if array is None:
+            raise ChunkqError(
+                "Prediction: no probabilities are stored with combine soft or hard; use "
+                "weighted_avg"
+            )
+        return to_numpy(array)
+
     def _map(self, convert: Callable[[Array], Array]) -> Prediction:
         """Return the prediction with every array converted."""
-        is_tuple = isinstance(self.input, tuple)
+
+        def convert_input(value: Any) -> Any:
+            return tuple(map(convert, value)) if isinstance(value, tuple) else convert(value)
+
+        unread = None if "input" in vars(self) else vars(self)["_unread"]
         return replace(
             self,
             labels=convert(self.labels),
-            input=tuple(map(convert, self.input)) if is_tuple else convert(self.input),
+            input=convert_input(self.input)
+            if unread is None
+            else Unread(lambda: convert_input(unread.read())),
             probabilities=None if self.probabilities is None else convert(self.probabilities),
         )
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from chunkq.access import BUCKET_SCHEMES
-from chunkq.errors import ErrorCode, JobError, suggestion
+from chunkq.errors import ArgumentError, ErrorCode, JobError, suggestion
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
@@ -176,18 +176,32 @@ def load_job(
     `input` and `output`, which replace those of the job, are relative to the working directory.
     Raises JobError with one line per mistake.
     """
-    if isinstance(source, Mapping):
-        values, base = dict(source), Path.cwd()
-    else:
-        path = Path(source)
-        values, base = _read_file(path), path.absolute().parent
-    _make_absolute(values, base)
+    values = job_values(source)
     if input is not None:
         volume, mapping = absolute(input, Path.cwd()), values.get("input")
         values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
     if output is not None:
         values["output"] = canonical(output, Path.cwd())
     return _parse_with_output(values)
+
+
+def job_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a job file or a mapping, with absolute paths and not validated.
+
+    Raises ArgumentError for a source of another type, and JobError for an unreadable file.
+    """
+    if isinstance(source, Mapping):
+        values, base = dict(source), Path.cwd()
+    elif isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        values, base = _read_file(path), path.absolute().parent
+    else:
+        raise ArgumentError(
+            "job: expected the path of a job file or a dict of its keys, found "
+            f"{type(source).__name__}"
+        )
+    _make_absolute(values, base)
+    return values
 
 
 def _parse_with_output(values: Mapping[str, Any]) -> Job:

@@ -22,6 +22,7 @@ from chunkq.geometry.grid_spec import GridSpec
 from chunkq.geometry.grids import AxisGeometry
 from chunkq.geometry.padding import IntArray
 from chunkq.plan.outputs import OutputSpec
+from chunkq.summaries import html_table, lengths, one_line
 
 Index = tuple[int, ...]
 BLOCKS_PER_BATCH = 1 << 16
@@ -188,6 +189,22 @@ class Plan:
     volume: Volume
     grid: GridSpec
     outputs: tuple[OutputSpec, ...]
+
+    def __repr__(self) -> str:
+        return one_line("Plan", self._summary())
+
+    def _repr_html_(self) -> str:
+        return html_table("Plan", self._summary())
+
+    def _summary(self) -> dict[str, str]:
+        return {
+            "volume": f"{lengths(self.volume.shape)} {self.volume.dtype}",
+            "patch": lengths(self.input_patch),
+            "strides": lengths(self.grid.strides),
+            "chunks": f"{self.costs.chunks} of {lengths(self.chunksize)}",
+            "patches": str(self.costs.patches),
+            "output": f"{lengths(self.output_shape)} {self.output_dtype}",
+        }
 
     @property
     def axes(self) -> tuple[AxisGeometry, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 from chunkq.create import check_job, check_output
 from chunkq.enqueue import EnqueueResult
-from chunkq.errors import QueueError
+from chunkq.errors import ArgumentError, QueueError
 from chunkq.finalize import finalize_job
 from chunkq.job.events import Event, Sink, fan_out, progress_sink, write_log
 from chunkq.job.job_file import Job, load_job
@@ -149,14 +150,21 @@ def _status_sink(function: Callable[[JobStatus], None]) -> Sink:
 def _load(job: JobSource, input: PathOrUrl | None, output: PathOrUrl | None) -> Job:
     return load_job(
         job,
-        input=None if input is None else str(input),
-        output=None if output is None else str(output),
+        input=None if input is None else _path("input", input),
+        output=None if output is None else _path("output", output),
     )
+
+
+def _path(name: str, value: PathOrUrl) -> str:
+    """Return the path or URL of an argument; raise ArgumentError for a value of another type."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(f"{name}: expected a path or a URL, found {type(value).__name__}")
+    return os.fspath(value)
 
 
 def _folder(output: PathOrUrl) -> str:
     """Return the path of an output's job folder."""
-    return job_folder_of(output_path(str(output), Path.cwd()))
+    return job_folder_of(output_path(_path("output", output), Path.cwd()))
 
 
 @contextmanager

@@ -354,7 +354,6 @@ INVALID_VOLUMES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no voxel": (lambda: np.zeros((0, 8, 8)), ["[0, 8, 8]"]),
     "uint64": (lambda: np.zeros(SHAPE, np.uint64), ["uint64"]),
     "complex64": (lambda: np.zeros(SHAPE, np.complex64), ["complex64"]),
-    "bfloat16": (lambda: torch.zeros(SHAPE, dtype=torch.bfloat16), ["Tensor", "BFloat16"]),
     "several volumes": (
         lambda: [np.zeros(SHAPE), np.zeros(SHAPE)],
         ["model_config.join_dim"],

@@ -290,7 +290,7 @@ def test_the_error_for_a_network_that_fails_for_zeros_names_the_cause(
     assert_contains(str(caught.value), *fragments)
 
 
-def test_an_error_in_one_batch_is_raised_unchanged(tmp_path: Path) -> None:
+def test_an_error_in_one_batch_is_the_cause_of_the_error_that_is_raised(tmp_path: Path) -> None:
     code = """
 def net(batch):
     if batch.any():
@@ -299,9 +299,10 @@ def net(batch):
 """
     with (
         Predictor.from_config(job_of(keys(tmp_path, code))) as predictor,
-        pytest.raises(ArithmeticError, match="too bright"),
+        pytest.raises(ModelError, match="ArithmeticError: too bright") as caught,
     ):
         predictor.predict(np.ones(SHAPE, np.float32))
+    assert isinstance(caught.value.__cause__, ArithmeticError)
 
 
 def test_the_error_for_a_missing_dependency_names_the_package_to_install(

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from chunkq_producer.run_display import RunDisplay
@@ -99,3 +101,45 @@ def test_a_terminal_shows_one_stage_at_a_time_and_nothing_at_the_end(
     assert positions == sorted(positions)
     assert "queueing" not in text[positions[2] :]
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 3  # the cursor is visible again
+
+
+class FakeHandle:
+    def __init__(self) -> None:
+        self.shown: list[dict[str, str]] = []
+
+    def update(self, content: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(content)
+
+
+@pytest.mark.parametrize("has_kernel", [True, False], ids=["notebook", "console"])
+def test_a_notebook_has_a_bar_in_its_cell_that_disappears(
+    has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, shell = FakeHandle(), SimpleNamespace()
+    if has_kernel:
+        shell.kernel = object()
+
+    def display(content: dict[str, str], *, raw: bool, display_id: bool) -> FakeHandle:
+        assert display_id
+        handle.update(content, raw=raw)
+        return handle
+
+    ipython = ModuleType("IPython")
+    ipython.get_ipython = lambda: shell  # type: ignore[attr-defined]
+    submodule = ModuleType("IPython.display")
+    submodule.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", submodule)
+    assert progress.shows_bar() is has_kernel
+    with ProgressDisplay() as sink:
+        for done in range(3):
+            sink(StageProgress("computing chunks", done, 2))
+    if not has_kernel:
+        assert handle.shown == []
+        return
+    assert [content["text/plain"].partition(",")[0] for content in handle.shown] == [
+        *(f"computing chunks: {done}/2" for done in range(3)),
+        "",
+    ]
+    assert 'value="2" max="2"' in handle.shown[2]["text/html"]

@@ -32,11 +32,13 @@ from chunkq.job.axis_order import EITHER_ORDER
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.batch_layout import BatchLayout
+from chunkq_worker.cancellation import check_stopped
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.runtimes.item_shapes import output_shapes
 from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.user_errors import source_of
 from chunkq_worker.value_watch import ValueWatch
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ class Batcher:
     def _failed(self, error: Exception, batch: str) -> ModelError:
         """Return the error for a network that fails; its cause is `error`."""
         failed = ModelError(
-            f"the network raised {type(error).__name__} on {batch}: "
+            f"{source_of(error)} raised {type(error).__name__} on {batch}: "
             f"{_end_of(str(error))}; the batch has shape {[self.size, *self._layout.item]}; check "
             f"model_input_shape and the network{self._channel_hint()}"
         )
@@ -167,6 +169,7 @@ class Batcher:
         """
         done, sent = 0, None
         while done < len(patches):
+            check_stopped()
             batch = patches[done : done + self.size]
             checks = None if self.checks is None or self.checks.are_done else self.checks
             if checks is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import TypeVar
 
 from chunkq.blend.sums import Contribution
@@ -20,6 +21,7 @@ from chunkq.job.record import JobRecord
 from chunkq.job.tasks import Task
 from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Halos
+from chunkq_worker.cancellation import stopped_by
 from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 
@@ -65,23 +67,32 @@ class Device:
             self._borrowed.pop(key, None)
 
     def start(
-        self, engine: Callable[[], InferenceEngine], chunk: Chunk, halos: Halos
+        self,
+        engine: Callable[[], InferenceEngine],
+        chunk: Chunk,
+        halos: Halos,
+        stop: Event | None = None,
     ) -> Future[Callable[[], Contribution]]:
         """Start a chunk on the device thread, where `engine` is called.
 
         The result is a function that waits for the chunk. Do not call it on the device thread.
+        The chunk is given up between two batches once `stop` is set.
         """
-        return self.run(lambda: self._start(engine(), chunk, halos))
+        return self.run(lambda: self._start(engine(), chunk, halos, stop))
 
     def _start(
-        self, engine: InferenceEngine, chunk: Chunk, halos: Halos
+        self, engine: InferenceEngine, chunk: Chunk, halos: Halos, stop: Event | None = None
     ) -> Callable[[], Contribution]:
-        finish = engine.start(chunk, halos)
+        def run_in_device_thread(run: Callable[[Chunk, Halos], T]) -> T:
+            with stopped_by(stop):
+                return run(chunk, halos)
+
+        finish = run_in_device_thread(engine.start)
 
         def finish_or_check() -> Contribution:
             result = finish()
             if result is None:
-                result = self.run(lambda: engine.check(chunk, halos)).result()
+                result = self.run(lambda: run_in_device_thread(engine.check)).result()
             return result
 
         return finish_or_check

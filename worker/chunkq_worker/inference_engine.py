@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from copy import copy
+from typing import Any
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution
@@ -34,8 +35,13 @@ class InferenceEngine:
     Call it from the device thread only: math libraries create one thread pool per calling thread.
     """
 
-    def __init__(self, record: JobRecord, plan: Plan) -> None:
-        """Load the network; raise ModelError or JobError if the job cannot use it."""
+    def __init__(
+        self, record: JobRecord, plan: Plan, network: Any = None, steps: Steps | None = None
+    ) -> None:
+        """Load the network; raise ModelError or JobError if the job cannot use it.
+
+        The objects `network` and `steps` replace those that the job names, if they are not None.
+        """
         if changed := record.changed_files():
             raise ModelError(
                 f"{', '.join(changed)}: the file has changed since the job was produced; restore "
@@ -50,8 +56,10 @@ class InferenceEngine:
         shapes = ItemShapes.of(job.model, plan.rank, channels, plan.volume.inputs)
         self._modules = UserModules()
         with self._modules.collect():
-            self._steps = Steps.load(job.model.processing_steps)
-            self.runtime: Runtime = load_runtime(job.model, self._steps, threads, shapes)
+            self._steps = Steps.load(job.model.processing_steps) if steps is None else steps
+            self.runtime: Runtime = load_runtime(
+                job.model, self._steps, threads, shapes, network=network
+            )
             self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
             self._allocate(plan)
             check_created_values(self.runtime, job.model)

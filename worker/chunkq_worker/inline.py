@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
 from typing import TypeVar
@@ -92,7 +92,7 @@ def compute_inline(job: JobHandle, emit: Sink) -> str:
 
 def pipelined(
     start: Callable[[Argument], Future[Result]], arguments: Iterable[Argument], depth: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Start calls with up to `depth` in flight, and yield their results in order.
 
     At the end, or if the caller stops early, futures that have not started are cancelled.

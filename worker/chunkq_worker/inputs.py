@@ -6,61 +6,61 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import override
 
-from chunkq.blend.combine import to_numpy
-from chunkq.errors import JobError, StoreError
+from chunkq.blend.image_objects import ImageGeometry
+from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
 from chunkq.paths import absolute, is_url, without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
-from chunkq.storage.axes_view import AxesView
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.selection import Selection
+from chunkq_worker.input_objects import OpenedInput, open_object, open_tiff_path
 
 Input = Any
-"""One volume: an argument of `np.asarray`, an array that yields such when sliced, or a path."""
+"""One volume: an array or image object (see `input_objects`), or a path."""
 COPY_BYTES = 64 << 20
 """Bytes written at a time when an array is copied to a file."""
-
-
-class MemoryArray(Array):
-    """An array in memory, or an array-like that returns NumPy arrays when sliced."""
-
-    def __init__(self, values: Any, name: str) -> None:
-        self.path, self.values = name, values
-        self.shape = tuple(int(n) for n in values.shape)
-        self.dtype = np.dtype(values.dtype)
-
-    @override
-    def read(self, box: Box) -> npt.NDArray[Any]:
-        return np.asarray(self.values[box.slices((0,) * len(self.shape))])
+TIFF_SUFFIXES = (".tif", ".tiff")
+READERS: MappingProxyType[str, str] = MappingProxyType(
+    {
+        ".nii": "nibabel.load(path)",
+        ".nii.gz": "nibabel.load(path)",
+        ".mgz": "nibabel.load(path)",
+        ".h5": "h5py.File(path)[name]",
+        ".hdf5": "h5py.File(path)[name]",
+    }
+)
+"""Suffix of a file that no job reads -> what returns an object that a predictor reads."""
 
 
 def open_inputs(
     inputs: Input | Sequence[Input], axes: str | None = None, *, allow_empty: bool = False
-) -> tuple[Array, ...]:
+) -> tuple[OpenedInput, ...]:
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
     `axes` has a letter of tczyx for each axis. A path can be to an array without any storage chunk
-    only if `allow_empty`. The arrays are views ([C,] *S). Raise JobError if one is not an array, if
-    the axes are not clear or if the shapes differ, StoreError for a bad path.
+    only if `allow_empty`. The arrays are views ([C,] *S). Raise ArgumentError if one is not an
+    array, JobError if the axes are not clear or the shapes differ, and StoreError for a bad path.
     """
     volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not volumes:
         raise JobError("input: expected at least one volume, found an empty list")
     names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
-    arrays = tuple(
+    opened = tuple(
         _open_input(v, name, axes, allow_empty) for v, name in zip(volumes, names, strict=True)
     )
+    arrays = [one.array for one in opened]
     problems = [
         f"input: {without_secret(array.path)} has shape {list(array.shape)}, expected "
         f"{list(arrays[0].shape)} as the first input; use inputs of the same shape"
@@ -69,12 +69,12 @@ def open_inputs(
     ]
     if problems:
         raise JobError(problems)
-    return arrays
+    return opened
 
 
-def volume_of(arrays: Sequence[Array]) -> Volume:
+def volume_of(inputs: Sequence[OpenedInput]) -> Volume:
     """Return the shape and dtype of the inputs for the planner."""
-    return Volume.joined([_volume_of(array) for array in arrays])
+    return Volume.joined([_volume_of(one.array) for one in inputs])
 
 
 def _volume_of(array: Array) -> Volume:
@@ -89,16 +89,14 @@ def read_all(array: Array) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def as_paths(
-    inputs: Input | Sequence[Input], arrays: Sequence[Array], output: str
-) -> Iterator[list[str]]:
-    """Yield one path per input; write inputs without a path to temporary files.
+def as_paths(opened: Sequence[OpenedInput], output: str) -> Iterator[list[str]]:
+    """Yield one path per input; write the views ([C,] *S) of inputs without one to temporary files.
 
-    `arrays` are the opened `inputs`. The files are created beside a local output, else in the
+    The files are created beside a local output, else in the
     system's temporary folder, and removed at the end. Raise StoreError if one cannot be written.
     """
-    volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
-    paths = [absolute(str(v), Path.cwd()) if isinstance(v, (str, Path)) else "" for v in volumes]
+    arrays = [one.array for one in opened]
+    paths = [one.path for one in opened]
     parent = os.path.dirname(absolute(output, Path.cwd()))
     directory = parent if not is_url(output) and os.path.isdir(parent) else None
     with ExitStack() as stack:
@@ -107,8 +105,7 @@ def as_paths(
                 temporary = tempfile.TemporaryDirectory(prefix=".chunkq-", dir=directory)
                 folder = stack.enter_context(temporary)
                 for number, array in enumerate(arrays):
-                    stored = array.stored if isinstance(array, AxesView) else array
-                    paths[number] = paths[number] or _write_npy(stored, f"{folder}/{number}.npy")
+                    paths[number] = paths[number] or _write_npy(array, f"{folder}/{number}.npy")
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(
@@ -118,15 +115,20 @@ def as_paths(
         yield paths
 
 
-def _open_input(volume: Input, name: str, axes: str | None, allow_empty: bool) -> Array:
-    selection = Selection(axes=axes)
-    if isinstance(volume, (str, Path)):
-        path = absolute(str(volume), Path.cwd())
-        source = find_source(path, selection, allow_empty=allow_empty)
-        return _presented(source, source.open())
-    array = _array_in_memory(volume, name)
-    info = ArrayInfo(name, plain_axes(array.shape), str(array.dtype))
-    return _presented(source_of(info, selection, name), array)
+def _open_input(volume: Input, name: str, axes: str | None, allow_empty: bool) -> OpenedInput:
+    if isinstance(volume, (str, os.PathLike)):
+        return _open_path(_path(volume), Selection(axes=axes), allow_empty)
+    return _selected(open_object(volume, name), Selection(axes=axes), name)
+
+
+def _selected(opened: OpenedInput, selection: Selection, name: str) -> OpenedInput:
+    """Return the view of an object's array that the network sees."""
+    described = opened.axes or plain_axes(opened.array.shape)
+    named_by = "the object" if opened.axes else ""
+    info = ArrayInfo(name, described, str(opened.array.dtype), named_by=named_by)
+    source = source_of(info, selection, name)
+    geometry = replace(opened.geometry, axes=source.spatial_axes)
+    return replace(opened, array=_presented(source, opened.array), geometry=geometry)
 
 
 def _presented(source: ImageSource, array: Array) -> Array:
@@ -139,27 +141,43 @@ def _presented(source: ImageSource, array: Array) -> Array:
     return source.present(array)
 
 
-def _array_in_memory(volume: Input, name: str) -> MemoryArray:
+def _path(volume: Input) -> str:
+    return absolute(os.fspath(volume), Path.cwd())
+
+
+def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInput:
+    """Open an input of a job, or a TIFF file."""
     try:
-        if hasattr(volume, "detach"):  # a torch tensor, on any device
-            return MemoryArray(to_numpy(volume), name)
-        if _is_sliceable(volume):
-            return MemoryArray(volume, name)
-        return MemoryArray(np.asarray(volume), name)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise JobError(
-            f"input: {name} ({type(volume).__name__}) is not an array: {reason}"
+        source = find_source(path, selection, allow_empty=allow_empty)
+    except StoreError as error:
+        if error.code is not ErrorCode.STORE_UNSUPPORTED or is_url(path):
+            raise
+        if path.lower().endswith(TIFF_SUFFIXES):
+            return _selected(_open_tiff(path), selection, path)
+        advice = next((text for end, text in READERS.items() if path.lower().endswith(end)), None)
+        if advice is None:
+            raise
+        raise StoreError(
+            f"input: {path} cannot be read by chunkq; pass what {advice} returns",
+            code=ErrorCode.STORE_UNSUPPORTED,
         ) from error
+    array = _presented(source, source.open())
+    return OpenedInput(array, ImageGeometry(source.spatial_axes), path=path)
 
 
-def _is_sliceable(volume: Any) -> bool:
-    """Return whether a volume can be read box by box without loading all of it."""
+def _open_tiff(path: str) -> OpenedInput:
     try:
-        np.dtype(volume.dtype)
-        return len(volume.shape) > 0 and hasattr(volume, "__getitem__")
-    except (AttributeError, TypeError):
-        return False
+        return open_tiff_path(path, path)
+    except ImportError as error:
+        raise StoreError(
+            f"input: {path} is a TIFF file, for which tifffile is needed ({error}); run pip "
+            "install tifffile zarr",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from error
+    except ChunkqError:
+        raise
+    except Exception as error:  # of any class, for a damaged file
+        raise StoreError(f"input: {path} cannot be read by tifffile: {error}") from error
 
 
 def _write_npy(array: Array, path: str) -> str:

@@ -13,6 +13,7 @@ from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
 from chunkq.paths import is_url, read_bytes, without_secret
 from chunkq.plan.plan import Volume
+from chunkq_worker.network_objects import NetworkObject
 from chunkq_worker.runtimes.formats import format_of
 
 FILE_KEYS: MappingProxyType[str, str] = MappingProxyType(
@@ -54,14 +55,34 @@ def job_for_model(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     `weight_gaussian` and `max_batch_size: 4`; `strides` is not set. Raise JobError if the file is
     missing or its format is unknown, and ModelError if it contains no network.
     """
+    model, values = _split(keys)
+    detected = model_keys(path, keys)
+    return _with_defaults(values, detected | model)
+
+
+def job_for_object(network: NetworkObject, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a job that runs a network object, with the defaults of a file's.
+
+    Raise JobError if a key describes the file of a network.
+    """
+    model, values = _split(keys)
+    return _with_defaults(values, network.model_config(model))
+
+
+def _split(keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys of `model_config`, and those of the job file."""
     if "model_config" in keys:
         raise JobError("model_config: unsupported keyword; pass each of its keys as a keyword")
-    model = _model_keys(path, keys.get("runtime"), keys.get("type")) | {
-        "max_batch_size": DEFAULT_BATCH
-    }
-    values: dict[str, Any] = {"inference_type": "sliding_window"}
+    model: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in keys.items():
         (model if _is_of_model(key) else values)[key] = value
+    return model, values
+
+
+def _with_defaults(values: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    values = {"inference_type": "sliding_window"} | values
+    model = {"max_batch_size": DEFAULT_BATCH} | model
     if values["inference_type"] == "sliding_window":
         values = {"weight_function": ["weight_gaussian"]} | values
     return values | {"model_config": model}
@@ -84,8 +105,9 @@ def _is_of_model(key: str) -> bool:
     return not suggestion(key, top) and bool(suggestion(key, model))
 
 
-def _model_keys(path: str, runtime: str | None, kind: str | None) -> dict[str, Any]:
-    """Return runtime, type and the key of the file; detect runtime or type where it is None."""
+def model_keys(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return runtime, type and the key of a model file; detect what is missing in `keys`."""
+    runtime, kind = keys.get("runtime"), keys.get("type")
     if not is_url(path) and not os.path.exists(path):
         raise JobError(f"model: no file {path}")
     runtime = runtime or RUNTIME_OF_TYPE.get(kind or "")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from chunkq.errors import JobError, ModelError
+from chunkq.errors import ArgumentError, JobError, ModelError
 from chunkq.job.user_code import load_names
 
 KEY = "model_config.processing_steps"
@@ -42,7 +42,7 @@ class Steps:
             names = load_names(path, KEY)
         except JobError as error:
             raise ModelError(str(error)) from error
-        known = [field.name for field in fields(cls)]
+        known = step_names()
         steps = {name: names[name] for name in known if name in names}
         if not steps:
             raise ModelError(
@@ -53,26 +53,51 @@ class Steps:
                 raise ModelError(
                     f"{KEY}: {name} in {path} is {type(step).__name__}, expected a function"
                 )
-        return cls(**{name: _with_check(name, step) for name, step in steps.items()})
+        return cls(**{name: CheckedStep(f"{KEY}: {name}", step) for name, step in steps.items()})
+
+    @classmethod
+    def of(cls, functions: Mapping[str, Any]) -> Steps:
+        """Return the steps that a caller passes as functions by their names; None is no step.
+
+        Raise ArgumentError for one that is not a function.
+        """
+        steps = {name: step for name, step in functions.items() if step is not None}
+        for name, step in steps.items():
+            if not callable(step):
+                raise ArgumentError(
+                    f"{name}: expected a function from a batch to a batch, found "
+                    f"{type(step).__name__}"
+                )
+        return cls(**{name: CheckedStep(name, step) for name, step in steps.items()})
 
 
-def _with_check(name: str, step: Step) -> Step:
-    """Wrap a step: raise ModelError if it returns no array or another number of items."""
+def step_names() -> list[str]:
+    """Return the names of the steps in the order in which they are applied."""
+    return [field.name for field in fields(Steps)]
 
-    def run(batch: Any) -> Any:
-        result = step(batch)
+
+class CheckedStep:
+    """A step that raises ModelError if it returns no array or another number of items.
+
+    `source` names it in messages.
+    """
+
+    def __init__(self, source: str, step: Step) -> None:
+        self.source, self._step = source, step
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the result of the step for a batch."""
+        result = self._step(batch)
         shape = tuple(getattr(result, "shape", ()))  # the shape of a TensorFlow scalar is truthy
         if not shape:
             raise ModelError(
-                f"{KEY}: {name} returned {type(result).__name__}, expected an array with the items "
+                f"{self.source} returned {type(result).__name__}, expected an array with the items "
                 "of the batch"
             )
         expected = getattr(batch, "shape", shape)[0]  # a network can return several arrays
         if shape[0] != expected:
             raise ModelError(
-                f"{KEY}: {name} returned {shape[0]} items, expected {expected}; keep the "
+                f"{self.source} returned {shape[0]} items, expected {expected}; keep the "
                 "number of items in a batch"
             )
         return result
-
-    return run

@@ -126,6 +126,9 @@ class Runtime(ABC):
         """Create the network again; return the same values of the second one."""
         return ()
 
+    def refresh(self) -> None:  # noqa: B027 - only a copy of the caller's object has something to do
+        """Use the present weights of a network that the caller has passed as an object."""
+
     @contextmanager
     def watched_by(self, watch: ValueWatch) -> Iterator[None]:
         """Report each batch that the network receives to `watch` inside a `with` block."""
@@ -148,19 +151,28 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "numpy": "chunkq_worker.runtimes.numpy:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes) -> Runtime`."""
-Loader = Callable[[ModelConfig, Steps, int | None, ItemShapes], Runtime]
+"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes[, network=]) -> Runtime`."""
+Loader = Callable[..., Runtime]
 
 
 def load_runtime(
-    model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes | None = None
+    model: ModelConfig,
+    steps: Steps,
+    threads: int | None,
+    shapes: ItemShapes | None = None,
+    *,
+    network: Any = None,
 ) -> Runtime:
-    """Load a network. Raise ModelError if it is unusable or its framework is not installed.
+    """Load a network: that of the job, or the object `network`.
 
     Batches and results have channels first, as in `shapes`. By default, all entries of
-    `model_input_shape` are axes of the volume.
+    `model_input_shape` are axes of the volume. Raise ModelError if the network is unusable or its
+    framework is not installed. ONNX networks are files.
     """
-    return import_runtime(model.runtime)(model, steps, threads, shapes or ItemShapes.of(model))
+    loader, shapes = import_runtime(model.runtime), shapes or ItemShapes.of(model)
+    if network is None:
+        return loader(model, steps, threads, shapes)
+    return loader(model, steps, threads, shapes, network=network)
 
 
 def import_runtime(runtime: str) -> Loader:

@@ -37,9 +37,16 @@ class NumpyRuntime(HostRuntime):
     draws_from_known_states = True
 
     def __init__(
-        self, network: Network, model: ModelConfig, steps: Steps, limit: ThreadLimit
+        self,
+        network: Network,
+        model: ModelConfig,
+        steps: Steps,
+        limit: ThreadLimit,
+        *,
+        is_object: bool = False,
     ) -> None:
         super().__init__(model, steps)
+        self._is_object = is_object
         self._model = model
         self._network: Network | None = network
         self._limit = limit
@@ -59,7 +66,9 @@ class NumpyRuntime(HostRuntime):
 
     @override
     def created_values(self) -> Sequence[tuple[str, Any]]:
-        return [] if self._network is None else _values(self._network)
+        if self._network is None or self._is_object:
+            return []
+        return _values(self._network)
 
     @override
     def recreated_values(self) -> Sequence[tuple[str, Any]]:
@@ -70,9 +79,19 @@ class NumpyRuntime(HostRuntime):
         self._network = None
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
-    """Load the class or function that the job names, or raise ModelError."""
+def load(
+    model: ModelConfig,
+    steps: Steps,
+    threads: int | None,
+    shapes: ItemShapes,
+    *,
+    network: Any = None,
+) -> Runtime:
+    """Load the class or function that the job names, or use `network`; or raise ModelError."""
     limit = ThreadLimit(threads)
+    if network is not None:
+        _check_call(network, {}, f"model: {model.class_name}")
+        return NumpyRuntime(network, model, steps, limit, is_object=True)
     with limit.applied():
         return NumpyRuntime(_network(model), model, steps, limit)
 
@@ -116,7 +135,8 @@ def _check_call(network: Callable[..., Any], kwargs: Mapping[str, Any], key: str
         signature.bind(None, **kwargs)
     except TypeError as error:
         names = f" and the kwargs {sorted(kwargs)}" if kwargs else ""
+        is_file = key.startswith("model_config")
         raise ModelError(
-            f"{key} cannot be called with one batch{names}: {error}; fix its parameters or "
-            "kwargs_file"
+            f"{key} cannot be called with one batch{names}: {error}; fix its parameters"
+            + (" or kwargs_file" if is_file else "")
         ) from error

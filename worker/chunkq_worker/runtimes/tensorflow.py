@@ -23,6 +23,7 @@ from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
+from chunkq_worker.runtimes.tensorflow_objects import object_network
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
 from chunkq_worker.steps import Steps
 
@@ -44,8 +45,11 @@ class TensorFlowRuntime(Runtime):
 
     reads_device_memory = False
 
-    def __init__(self, model: ModelConfig, steps: Steps, shapes: ItemShapes) -> None:
-        """Load the network on the current device."""
+    def __init__(
+        self, model: ModelConfig, steps: Steps, shapes: ItemShapes, network: Any = None
+    ) -> None:
+        """Load the network on the current device, or use the caller's object `network`."""
+        self._object = network
         self.device, self._steps, self._model, self._shapes = model.device, steps, model, shapes
         self._network: Network | None = None
         self._load_network()
@@ -61,7 +65,10 @@ class TensorFlowRuntime(Runtime):
             self.accelerator = Cuda()
 
     def _load_network(self) -> None:
-        self._network = LOADERS[self._model.type](self._model)
+        if self._object is None:
+            self._network = LOADERS[self._model.type](self._model)
+        else:
+            self._network = object_network(self._object, self._model)
         spec = self._network.input_spec
         axes = None if spec is None or spec[0] is None else tuple(spec[0][1:])
         self._layout = NetworkLayout(self._shapes, axes, self._steps)
@@ -237,12 +244,19 @@ class TensorFlowRuntime(Runtime):
     @override
     def close(self) -> None:
         """Release the network. TensorFlow keeps the memory for the next one."""
-        self._network, self._traced = None, (None, None)
+        self._network, self._object, self._traced = None, None, (None, None)
         gc.collect()  # graphs and models form reference cycles
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
-    """Load the network that the job names, or raise ModelError.
+def load(
+    model: ModelConfig,
+    steps: Steps,
+    threads: int | None,
+    shapes: ItemShapes,
+    *,
+    network: Any = None,
+) -> Runtime:
+    """Load the network that the job names, or use the object `network`; or raise ModelError.
 
     TensorFlow reads the number of threads and the visible GPUs once per process, at first use. A
     later job with another number of threads logs a warning and uses the first number. A later job
@@ -251,7 +265,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
     with without_log_output():
         _configure(model.device, threads)
     with tf.device("/GPU:0" if model.device == "cuda" else "/CPU:0"):
-        runtime = TensorFlowRuntime(model, steps, shapes)
+        runtime = TensorFlowRuntime(model, steps, shapes, network)
     has_step = (steps.preprocessing, steps.preprocessing_protected) != (None, None)
     item = [n for n in shapes.input if n is not None]
     if not has_step and len(item) == len(shapes.input):  # else the first batch decides the shape

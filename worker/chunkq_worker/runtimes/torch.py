@@ -37,6 +37,7 @@ from chunkq_worker.runtimes.torch_files import (
     recreated_values,
 )
 from chunkq_worker.runtimes.torch_norms import norm_input_watched
+from chunkq_worker.runtimes.torch_objects import ObjectModule
 from chunkq_worker.runtimes.torch_reading import is_torchscript_error, reason
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
@@ -61,7 +62,8 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 class TorchRuntime(Runtime):
     """Runs a torch module in inference mode. The protected steps get torch tensors.
 
-    The module is on the `accelerator`, or in host memory if that is None.
+    The module is on the `accelerator`, or in host memory if that is None. `source` is the object of
+    the caller from which it comes, if it is no file.
     """
 
     draws_from_known_states = True
@@ -73,8 +75,10 @@ class TorchRuntime(Runtime):
         steps: Steps,
         threads: int | None,
         accelerator: Accelerator | None = None,
+        source: ObjectModule | None = None,
     ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
+        self._source = source
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
         self._saved, self._notes = loaded.saved, loaded.notes
         self._dtype: torch.dtype = getattr(torch, model.dtype)
@@ -101,7 +105,7 @@ class TorchRuntime(Runtime):
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process can use another
         with (
-            torch.inference_mode(),
+            self._inference(),
             tf32(allowed=self._model.allows_tf32),
             device_errors(self.device),
         ):
@@ -112,6 +116,8 @@ class TorchRuntime(Runtime):
             else:
                 inputs = self.to_device(batch).to(self._dtype)
             device = inputs.device
+            if self._source is not None and inputs.is_inference():
+                inputs = inputs.clone()  # outside of inference mode, such tensors are read-only
             if self._steps.preprocessing_protected is not None:
                 inputs = self._steps.preprocessing_protected(inputs)
             if self._watch is not None:
@@ -154,6 +160,11 @@ class TorchRuntime(Runtime):
             returned = self._run(inputs)
         has_step = self._steps.postprocessing_protected is not None
         return prediction_in(returned, torch.is_tensor, "tensor", has_step=has_step)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode() if self._source is None else self._source.inference():
+            yield
 
     @contextlib.contextmanager
     def _execution_context(self) -> Iterator[None]:
@@ -249,6 +260,11 @@ class TorchRuntime(Runtime):
         return recreated_values(self._model, self._saved or frozenset())
 
     @override
+    def refresh(self) -> None:
+        if self._source is not None:
+            self._source.refresh()
+
+    @override
     @contextlib.contextmanager
     def watched_by(self, watch: ValueWatch) -> Iterator[None]:
         # Compiled and captured networks would contain the hooks.
@@ -260,13 +276,20 @@ class TorchRuntime(Runtime):
 
     @override
     def close(self) -> None:
-        self._module = self._run = self._graph_replay = None
+        self._module = self._run = self._graph_replay = self._source = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
-    """Load the network that the job names, or raise ModelError."""
+def load(
+    model: ModelConfig,
+    steps: Steps,
+    threads: int | None,
+    shapes: ItemShapes,
+    *,
+    network: Any = None,
+) -> Runtime:
+    """Load the network that the job names, or use the module `network`; or raise ModelError."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "model_config.device: cuda, but torch finds no CUDA device; start the worker on a GPU "
@@ -279,8 +302,9 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
         )
     if model.compile:
         use_compiler_cache()  # torch reads the variable when the user's code imports its compiler
+    source = None if network is None else ObjectModule(network, model)
     with device_errors(model.device):
-        loaded = LOADERS[model.type](model)
+        loaded = LOADERS[model.type](model) if source is None else LoadedNetwork(source.module)
     for note in loaded.notes:
         log.info(note)
     hide_triton_after_tensorflow()  # the user's code can import TensorFlow
@@ -291,7 +315,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
             "process, or remove compile"
         )
     accelerator = Cuda() if model.device == "cuda" else None
-    return TorchRuntime(loaded, model, steps, threads, accelerator)
+    return TorchRuntime(loaded, model, steps, threads, accelerator, source)
 
 
 def _other_device(found: torch.device, expected: torch.device) -> ModelError:
