@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
+from chunkq.install_hint import package_hint
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
+from chunkq.terminal import echo
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
+MAX_HELP_COLUMNS = 80
+MIN_LIST_COLUMNS = 60
+"""Columns below which the text of an option is below its name."""
+
+
+class HelpFormatter(click.HelpFormatter):
+    """Formatter of help texts that splits no words on narrow terminals."""
+
+    def __init__(self, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(width=width or min(columns, max_width or MAX_HELP_COLUMNS) - 2)
+
+    def write_dl(
+        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        """Write names and their texts: beside each other, or below on a narrow terminal."""
+        if self.width >= MIN_LIST_COLUMNS:
+            super().write_dl(rows, col_max, col_spacing)
+            return
+        for name, text in rows:
+            self.write(f"{'':>{self.current_indent}}{name}\n")
+            with self.indentation():
+                self.write_text(text)
+
+
+class Context(click.Context):
+    """Context of a command, with the help of `HelpFormatter`."""
+
+    formatter_class = HelpFormatter
 
 
 class LazyGroup(click.Group):
     """Click group that imports a command when it is called."""
+
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the command names in the order of `COMMANDS`."""
@@ -30,7 +67,17 @@ class LazyGroup(click.Group):
         if cmd_name not in targets:
             return None
         command: click.Command = load(targets[cmd_name])
+        command.context_class = Context
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that start with a text without importing them."""
+        commands = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -62,7 +109,9 @@ def main() -> int:
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        echo(text.getvalue().rstrip("\n"), err=True)
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -71,12 +120,12 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, click.Abort):
-        click.echo("chunkq: interrupted", err=True)
+        echo("chunkq: interrupted", err=True)
         return 130
     except Exception as error:
         reported = as_chunkq_error(error)
         for line in str(reported).splitlines():
-            click.echo(f"chunkq: {line} [{reported.code}]", err=True)
+            echo(f"chunkq: {line} [{reported.code}]", err=True)
         if "--json" in sys.argv[1:]:
             click.echo(json.dumps(_as_document(reported)))
         return reported.exit_code
@@ -106,9 +155,7 @@ def as_chunkq_error(error: Exception) -> ChunkqError:
 
 def _missing_package(error: ModuleNotFoundError) -> ChunkqError:
     """Return the error for a package that an extra of chunkq installs; re-raise for any other."""
-    from chunkq.queue.registry import install_hint
-
-    hint = install_hint(error)
+    hint = package_hint(error)
     if hint is None:
         raise error
     return ChunkqError(f"missing package {hint}", code=ErrorCode.PACKAGE_MISSING)

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.install_hint import install_command
 
 QUEUE_SCHEMES = frozenset({"redis", "rediss", "unix"})
 """Schemes of queue URLs. In these, `@` always ends the password."""
@@ -74,9 +75,9 @@ def open_filesystem(path: str) -> tuple[Any, str]:
         # A cached listing would not show what other machines have written since.
         filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except ImportError:
-        extra = "chunkq[s3]" if scheme == "s3" else f"the fsspec package for {scheme}://"
+        hint = f"run `{install_command('s3')}`" if scheme == "s3" else "install its fsspec package"
         raise StoreError(
-            f"{without_secret(path)}: missing package; install {extra}",
+            f"{without_secret(path)}: missing package for {scheme}://; {hint}",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     except Exception as error:  # each file system raises different errors

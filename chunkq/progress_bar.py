@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from chunkq.job.events import Event, Message, StageProgress
+from chunkq.terminal import columns, wrapped
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
     from rich.progress import Progress
 
 T = TypeVar("T")
 LINE_INTERVAL_SECONDS = 10.0
+BAR_COLUMNS = 40
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Bar whose full and empty parts differ in their characters, so that it needs no colors.
+
+    `total` is None while it is unknown; the bar is then empty. Its width is at most `columns`.
+    """
+
+    done: float
+    total: float | None
+    columns: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        full, empty = ("#", "-") if options.ascii_only else ("█", "░")
+        width = min(self.columns, options.max_width)
+        share = 0.0 if self.total is None else self.done / self.total if self.total else 1.0
+        count = int(width * min(1.0, share))
+        yield Text.assemble((full * count, "green"), empty * (width - count), end="")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(min(4, self.columns), self.columns)
+
+
+def is_live(console: Console) -> bool:
+    """Return whether a display can change on a console: not in a log or with TERM=dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class ProgressDisplay:
@@ -54,13 +90,14 @@ class ProgressDisplay:
             case Message(line):
                 self.print(line)
             case StageProgress(stage):
-                if self.begin(stage) and self.console.is_terminal:
+                if self.begin(stage) and is_live(self.console):
                     self._start(event)
                 self._update(event)
 
     def print(self, line: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Print one line above the bar. On a terminal it breaks between words."""
+        text = wrapped(line, columns(sys.stderr))
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, display: AbstractContextManager[T]) -> T:
         """Start a display, such as a bar; it ends with the stage."""
@@ -86,12 +123,17 @@ class ProgressDisplay:
             self.show(self.console.status(event.stage))
             return
         from rich.progress import (
-            BarColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
+            Task,
             TextColumn,
             TimeRemainingColumn,
         )
+
+        class BarColumn(ProgressColumn):
+            def render(self, task: Task) -> Bar:
+                return Bar(task.completed, task.total, BAR_COLUMNS)
 
         self._bar = Progress(
             TextColumn(event.stage),
@@ -107,5 +149,5 @@ class ProgressDisplay:
     def _update(self, event: StageProgress) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=event.done, total=event.total)
-        elif not self.console.is_terminal and event.total is not None and self.is_line_due():
+        elif not is_live(self.console) and event.total is not None and self.is_line_due():
             self.print(f"{event.stage}: {event.done}/{event.total}")

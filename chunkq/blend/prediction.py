@@ -11,6 +11,7 @@ import numpy as np
 
 from chunkq.blend.combine import Array, to_numpy
 from chunkq.errors import ChunkqError
+from chunkq.install_hint import install_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,8 +53,7 @@ class Prediction:
             import torch
         except ImportError as error:
             raise ChunkqError(
-                f"Prediction.to: torch is not installed ({error}); "
-                "install it with pip install 'chunkq[torch]'"
+                f"Prediction.to: torch is not installed ({error}); run `{install_command('torch')}`"
             ) from None
         try:
             target = torch.device(device)
@@ -79,7 +79,7 @@ class Prediction:
         except ImportError as error:
             raise ChunkqError(
                 f"Prediction.plot: matplotlib is not installed ({error}); "
-                "install it with pip install 'chunkq[plot]'"
+                f"run `{install_command('plot')}`"
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
         figure = draw(to_numpy(first), to_numpy(self.labels), at)

@@ -1,8 +1,8 @@
-"""Types of the fields of a job file, and the base class of its sections."""
+"""Types of the fields of a job file, what each key means, and the base class of its sections."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -10,6 +10,42 @@ from pydantic import (
     ConfigDict,
     Field,
 )
+
+Group = Literal[
+    "Input and output",
+    "Patches",
+    "Combination",
+    "Chunks and workers",
+    "Network",
+    "Batches",
+    "Device and speed",
+    "Cluster",
+]
+"""Heading under which the reference lists a key, in this order."""
+UNIT, OMITTED, SEE, GROUP = "x-unit", "x-omitted", "x-see", "x-group"
+"""Keywords of the JSON schema that hold the arguments of `key_doc`."""
+
+
+def key_doc(
+    group: Group,
+    description: str,
+    *,
+    example: object,
+    unit: str | None,
+    omitted: str | None = None,
+    see: str | None = None,
+) -> Any:
+    """Return the metadata of a key of the job file, for `Annotated`.
+
+    The JSON schema, `chunkq explain` and the page reference/job-file.md are made of them.
+    `omitted` is what applies without the key, where its default is None. `see` is a page below
+    docs/, with an anchor. The first sentence of the description is shown in lists.
+    """
+    extra: dict[str, Any] = {GROUP: group, UNIT: unit}
+    extra |= {} if omitted is None else {OMITTED: omitted}
+    extra |= {} if see is None else {SEE: see}
+    return Field(description=description, examples=[example], json_schema_extra=extra)
+
 
 InferenceType = Literal["patch", "sliding_window", "crop_margin"]
 

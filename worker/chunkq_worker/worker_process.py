@@ -24,6 +24,7 @@ from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
 from chunkq.system.parent_process import when_parent_ends
 from chunkq.system.scratch import delete_own_folders
+from chunkq.terminal import columns, wrapped
 from chunkq_worker.early_start import prepare
 from chunkq_worker.worker_main import serve
 
@@ -85,7 +86,7 @@ def main() -> int:
         status = executor.run_worker(serve, options)
         executor.close()
     for line in status.lines:
-        sys.stderr.write(f"chunkq: {line}\n")
+        sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
     return status.code
 
 

@@ -13,6 +13,7 @@ from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
+from chunkq.terminal import echo
 from chunkq.units import duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
@@ -84,15 +85,15 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     """Print warnings, the state of the output and a summary of the time."""
     output = without_secret(job.folder.output)
     for warning in report["warnings"]:
-        click.echo(f"chunkq: warning: {warning}", err=True)
+        echo(f"chunkq: warning: {warning}", err=True)
     if report["missing"]:
-        click.echo(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
+        echo(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
-    click.echo(
+    echo(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
-    click.echo(time_summary(report))
+    echo(time_summary(report))
 
 
 def time_summary(report: dict[str, Any]) -> str:

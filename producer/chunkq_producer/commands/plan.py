@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from chunkq import json_values
+from chunkq import json_values, terminal
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
 from chunkq.job.job_file import load_job, select_job_file
@@ -29,6 +30,8 @@ from chunkq_producer.commands.options import (
 )
 from chunkq_producer.engine import is_cpu_only
 
+LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
+"""Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to finalize above which the plan recommends larger chunks."""
 
@@ -70,8 +73,9 @@ def plan(
     if as_json:
         click.echo(json.dumps(_values(checked, depth, trial), indent=1))
     else:
-        for label, value in _rows(checked, depth, trial):
-            click.echo(f"{label:<20}{value}")
+        width = terminal.columns(sys.stdout)
+        label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
+        click.echo("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
 
 
 @dataclass(frozen=True)

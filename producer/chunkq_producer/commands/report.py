@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 
 from chunkq.errors import ChunkqError, ErrorCode
+from chunkq.install_hint import install_command
+from chunkq.terminal import echo
 from chunkq_producer.commands.options import job_at, json_option, output_argument
 from chunkq_producer.reports.job_report import JobReport, load_job_report
 from chunkq_producer.reports.text import text
@@ -20,7 +22,7 @@ from chunkq_producer.reports.text import text
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write an HTML page with plots to this file; requires chunkq[plot].",
+    help="Write an HTML page with plots to this file; requires the extra plot (matplotlib).",
 )
 @json_option
 def report(output: str, html: Path | None, as_json: bool) -> None:
@@ -35,7 +37,7 @@ def report(output: str, html: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(job_report.as_dict(), indent=1))
     elif html is not None:
-        click.echo(f"{job_report.conclusion}\nwrote {html}")
+        echo(f"{job_report.conclusion}\nwrote {html}")
     else:
         Console(highlight=False).print(text(job_report))
 
@@ -46,7 +48,7 @@ def _page_writer() -> Callable[[JobReport], str]:
         from chunkq_producer.reports.page import page
     except ImportError as error:
         raise ChunkqError(
-            f"--html: matplotlib is missing ({error}); run `pip install 'chunkq[plot]'`",
+            f"--html: matplotlib is missing ({error}); run `{install_command('plot')}`",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return page

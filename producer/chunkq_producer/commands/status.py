@@ -11,7 +11,9 @@ from rich.console import Console
 
 from chunkq import json_values
 from chunkq.errors import QueueError
+from chunkq.progress_bar import is_live
 from chunkq.queue.contract.executor import Executor
+from chunkq.terminal import echo
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
 from chunkq_producer.job_status import StatusPoller, status_line, status_screen
@@ -59,9 +61,9 @@ def print_json(poller: StatusPoller, watch: bool) -> None:
 def watch_status(poller: StatusPoller, console: Console) -> None:
     """Show the status until the output is sealed: live on a terminal, otherwise line by line."""
     job_status = poller()
-    if not console.is_terminal:
+    if not is_live(console):
         while True:
-            click.echo(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
+            echo(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
             if job_status.sealed:
                 return
             time.sleep(max(LINE_SECONDS, poller.min_pause))

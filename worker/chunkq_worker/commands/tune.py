@@ -31,6 +31,7 @@ from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
 from chunkq.storage.images import find_source
 from chunkq.system.gpus import VISIBLE
+from chunkq.terminal import echo
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
@@ -177,12 +178,12 @@ def tune(
         console = Console(highlight=False, width=LOG_WIDTH)
     console.print(build_table(result, console.width))
     for line in [*legend_lines(result), *notes, *_summary_lines(result, changes)]:
-        click.echo(line)
+        echo(line)
     if backup is None:
-        click.echo(f"{job} is unchanged (--dry-run)")
+        echo(f"{job} is unchanged (--dry-run)")
     else:
         note = " (without the table, JSON has no comments)" if job.suffix == ".json" else ""
-        click.echo(f"wrote {job}{note}; backup: {backup}")
+        echo(f"wrote {job}{note}; backup: {backup}")
 
 
 def _limits(job: Job, max_time: str, memory: str | None, device_memory: str | None) -> Limits:
