@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -34,7 +34,7 @@ class HelpFormatter(click.HelpFormatter):
         super().__init__(width=width or min(columns, max_width or MAX_HELP_COLUMNS) - 2)
 
     def write_dl(
-        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
     ) -> None:
         """Write names and their texts: beside each other, or below on a narrow terminal."""
         if self.width >= MIN_LIST_COLUMNS:

@@ -197,9 +197,9 @@ class Job(Section):
         Combine,
         key_doc(
             "Combination",
-            "How overlapping predictions become one value: the weighted average of the scores "
-            "(`weighted_avg`), the label with the largest weighted average (`soft`), or the label "
-            "with the largest weighted share of votes (`hard`).",
+            "How overlapping predictions become one value. `weighted_avg`: the averaged scores. "
+            "`soft`: labels of the averaged scores. `hard`: labels by majority vote. Averages and "
+            "votes are weighted by `weight_function`.",
             example="soft",
             unit=None,
             see="concepts.md#combination",
@@ -739,9 +739,9 @@ def _message(error: Any) -> str:
         if path in _REPLACED_KEYS:
             return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
         hint = suggestion(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
-        return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
+        return f"{path}: unknown key{hint or '; run `chunkq explain` to list all keys'}"
     if kind == "missing":
-        return f"{path}: missing; set it (run `chunkq init` for an example)"
+        return f"{path}: missing; set it (`chunkq explain {path}` has an example)"
     value = _printed(error["input"])
     if kind == "literal_error":
         legal = str(context["expected"]).replace(" or ", ", ")

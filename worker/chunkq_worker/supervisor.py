@@ -296,8 +296,8 @@ class Supervisor:
         while self._forwarded < self._signals:
             self._forwarded += 1
             self._log(
-                "stopping after the chunks in flight; press Ctrl-C again to requeue them and stop "
-                "now"
+                "stopping after the chunks in flight; press Ctrl-C again to stop now, "
+                "unfinished chunks return to the queue"
                 if self._forwarded == 1
                 else "requeueing the chunks in flight"
             )

@@ -8,6 +8,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.extensions import ExtensionPoint
 from chunkq.paths import is_url, open_filesystem, without_secret
 from chunkq.storage.formats.base import Format, missing_error, unreadable_error
+from chunkq.storage.formats.conversion import conversion
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.zarr import ZarrFormat
 
@@ -63,6 +64,9 @@ def _unclaimed_error(path: str) -> StoreError:
     filesystem, inner = open_filesystem(path)
     if not filesystem.exists(inner):
         return missing_error(path)
+    shown = without_secret(path)
+    if advice := conversion(shown):
+        return StoreError(f"input: {shown}: {advice}", code=ErrorCode.STORE_UNSUPPORTED)
     if not is_url(path) and filesystem.isfile(inner):
         return StoreError(
             f"input: {without_secret(path)} is a file; expected a Zarr store or a .npy file; "

@@ -45,13 +45,13 @@ def explain(key: str | None) -> None:
     width = min(terminal.columns(sys.stdout) or MAX_COLUMNS, MAX_COLUMNS)
     if key is None:
         entries = key_reference.all_keys()
-        lines = [*_list(entries, width), "", *_closing_lines(width)]
+        lines = [*overview(entries, width), "", *_closing_lines(width)]
     else:
-        lines = list(_explanation(key_reference.find_key(key), width))
+        lines = list(explanation(key_reference.find_key(key), width))
     click.echo("\n".join(line.rstrip() for line in lines))
 
 
-def _list(entries: tuple[Key, ...], width: int) -> Iterator[str]:
+def overview(entries: tuple[Key, ...], width: int) -> Iterator[str]:
     """Yield the keys by group, each with a summary."""
     for number, ((section, group), members) in enumerate(key_reference.grouped(entries).items()):
         if number:
@@ -71,7 +71,7 @@ def _closing_lines(width: int) -> list[str]:
     return terminal.wrap(text, width)
 
 
-def _explanation(entry: Key, width: int) -> Iterator[str]:
+def explanation(entry: Key, width: int) -> Iterator[str]:
     """Yield what a key means, its values and an example."""
     yield entry.path
     yield ""
@@ -90,4 +90,4 @@ def _explanation(entry: Key, width: int) -> Iterator[str]:
     if entry.is_section:
         inside = tuple(k for k in key_reference.all_keys() if k.path.startswith(f"{entry.path}."))
         yield ""
-        yield from _list(inside, width)
+        yield from overview(inside, width)

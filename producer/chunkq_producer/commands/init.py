@@ -41,8 +41,10 @@ pad_mode: reflect                 # constant | reflect | symmetric | edge
 
 model_config:
   runtime: torch
-  type: torchscript               # or class, with class_file, class_name, checkpoint
-  ts_file: model.ts
+  type: class                     # or torchscript, exported; see `chunkq explain type`
+  class_file: net.py              # Python file with the network
+  class_name: Net
+  checkpoint: net.pt              # torch.save(network.state_dict(), "net.pt")
   model_input_shape: [1, 64, 64, 64]    # one item of a batch; the leading 1 is the channel axis
   model_output_shape: [3, 64, 64, 64]   # classes first
   dtype: float32

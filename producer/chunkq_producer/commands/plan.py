@@ -33,7 +33,7 @@ from chunkq_producer.engine import is_cpu_only
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 MAX_SHARE_TO_FINALIZE = 0.9
-"""Share of the voxels to finalize above which the plan recommends larger chunks."""
+"""Share of the voxels to merge above which the plan recommends larger chunks."""
 
 
 @click.command()
@@ -171,8 +171,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
         (
-            "to finalize",
-            f"{costs.finalized_blocks} of {costs.chunks} blocks with overlaps, {share:.0%} of the "
+            "to merge",
+            f"overlaps of {costs.finalized_blocks} of {costs.chunks} blocks, {share:.0%} of the "
             "voxels",
         ),
         ("read", f"{si(costs.input_bytes, 'B')} of input"),
@@ -193,8 +193,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         rows.append(
             (
                 "note",
-                f"{share:.0%} of the voxels are finalized from temporary files; set a larger "
-                "chunksize or smaller storage_chunks to reduce this",
+                f"{share:.0%} of the voxels need merging ({si(costs.piece_bytes, 'B')} of "
+                "temporary files); set a larger chunksize or smaller storage_chunks",
             )
         )
     return rows

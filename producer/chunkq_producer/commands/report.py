@@ -28,7 +28,7 @@ from chunkq_producer.reports.text import text
 def report(output: str, html: Path | None, as_json: bool) -> None:
     """Show how the workers of OUTPUT's job spent their time, compared with the plan.
 
-    A sealed job shows the figures of report.json, an unfinished job those of its chunks so far.
+    For a complete output the figures are those of report.json, else those of the chunks so far.
     """
     page_writer = None if html is None else _page_writer()
     job_report = load_job_report(job_at(output))

@@ -15,7 +15,13 @@ from chunkq.progress_bar import is_live
 from chunkq.queue.contract.executor import Executor
 from chunkq.terminal import echo
 from chunkq_producer.commands.jobs import list_jobs
-from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
+from chunkq_producer.commands.options import (
+    complete_folders,
+    job_at,
+    json_option,
+    queue_of,
+    queue_option,
+)
 from chunkq_producer.job_status import StatusPoller, status_line, status_screen
 
 REFRESH_SECONDS = 1.0
@@ -23,7 +29,7 @@ LINE_SECONDS = 10.0
 
 
 @click.command()
-@click.argument("output", required=False)
+@click.argument("output", required=False, shell_complete=complete_folders)
 @queue_option
 @click.option("--watch", is_flag=True, help="Update the status until the output is complete.")
 @json_option

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
 from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
-from chunkq.job.job_path import job_folder_of, output_path
+from chunkq.job.job_path import job_folder_of, output_of, output_path
 from chunkq.job.tasks import JobId
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
@@ -135,7 +136,7 @@ def work(
     code = supervisor.run(executor)
     after = _jobs(executor, folder)
     executor.close()
-    failed = _failed(after) - _failed(before)
+    failed = _failed(before, after)
     lost = _lost_jobs(before, after) if burst and supervisor.queue_was_unreachable else []
     if lost and code in (0, IncompleteError.exit_code):
         raise IncompleteError(
@@ -145,10 +146,13 @@ def work(
             [],
             code=ErrorCode.QUEUE_LOST,
         )
-    if failed > 0 and code in (0, IncompleteError.exit_code):
+    if failed and code in (0, IncompleteError.exit_code):
+        count = sum(failed.values())
+        first, *others = failed
+        more = f" (and of {', '.join(others)})" if others else ""
         raise IncompleteError(
-            f"{failed} {'chunk' if failed == 1 else 'chunks'} failed; run `chunkq status OUT` to "
-            "see why, and `chunkq retry OUT` to queue them again",
+            f"{count} {'chunk' if count == 1 else 'chunks'} failed; run `chunkq status {first}`"
+            f"{more} to see why, and `chunkq retry {first}` to queue them again",
             [],
         )
     sys.exit(code)
@@ -159,8 +163,15 @@ def _jobs(executor: Executor, path: str | None) -> dict[JobId, TaskCounts]:
     return executor.jobs() if path is None else jobs_at(executor, path)
 
 
-def _failed(jobs: Mapping[JobId, TaskCounts]) -> int:
-    return sum(counts.failed for counts in jobs.values())
+def _failed(
+    before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]
+) -> dict[str, int]:
+    """Return the outputs with chunks that failed in the meantime, and how many."""
+    failed: Counter[str] = Counter()
+    for job, counts in after.items():
+        output = without_secret(output_of(job.path))
+        failed[output] += counts.failed - before.get(job, TaskCounts()).failed
+    return {output: count for output, count in failed.items() if count > 0}
 
 
 def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]) -> list[str]:
