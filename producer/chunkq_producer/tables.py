@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from chunkq.terminal import rows
 
-UNLIMITED = 10_000
-"""Columns without a limit, to measure a table."""
+GAP = 2
+"""Columns between two columns of a table."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,29 @@ class FittingTable:
     wraps: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = self._table()
-        unlimited = options.update(width=UNLIMITED, max_width=UNLIMITED)
-        if Measurement.get(console, unlimited, table).minimum <= options.max_width:
-            yield table
+        if self._least_width() <= options.max_width:
+            yield self._table()
             return
         for row in self.cells:
             yield Text("\n".join(self._stacked(row, options.max_width)))
 
+    def _least_width(self) -> int:
+        """Return the width at which only the column `wraps` is broken, between its words."""
+        lines = [*([self.headings] if self.headings else []), *self.cells]
+        columns = list(zip(*lines, strict=True))
+        return sum(
+            GAP
+            + max(
+                cell_len(part)
+                for cell in column
+                for part in (cell.split() or [""] if number == self.wraps else [cell])
+            )
+            for number, column in enumerate(columns)
+        )
+
     def _table(self) -> Table:
         table = Table(
-            box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(self.headings)
+            box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=bool(self.headings)
         )
         for number in range(len(self.cells[0]) if self.cells else len(self.headings)):
             table.add_column(
