@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.prove.fault import Fault
-from tests.prove.faults import blending, geometry, ledger, queues, records, tuning, workers
+from tests.prove.faults import blending, geometry, ledger, queues, records, texts, tuning, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
@@ -39,6 +39,7 @@ FAULTS: tuple[Fault, ...] = (
     *ledger.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
+    *texts.FAULTS,
     *workers.FAULTS,
 )
 PARALLEL_FAULTS = 2

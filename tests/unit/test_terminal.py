@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from chunkq.progress_bar import Bar
+from chunkq.progress_bar import Bar, is_live
 from chunkq.terminal import rows, wrap, wrapped
 
 COMMAND = "`pip install 'chunkq[redis]'`"
@@ -67,6 +67,17 @@ def test_a_full_bar_differs_from_an_empty_one_without_its_colors(
     assert len(set(full)) == len(set(empty)) == 1
     assert half == full[:5] + empty[5:]
     assert full[0] != empty[0]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "name", "live"),
+    [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)],
+)
+def test_only_terminals_that_can_move_the_cursor_show_a_changing_display(
+    terminal: bool, name: str, live: bool
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, _environ={"TERM": name})
+    assert is_live(console) == live
 
 
 @pytest.mark.parametrize("width", [24, 40, 60, 80, 120])

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import FrameType
 
+from typing_extensions import override
+
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
@@ -60,12 +62,11 @@ def main() -> int:
     process_options = json_values.decode(WorkerProcessOptions, lines.get())
     # INFO for chunkq only: clients of object stores log the source of their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if process_options.quiet else logging.INFO)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format=f"%(asctime)s {process_options.worker} %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _LineFormatter(f"%(asctime)s {process_options.worker} %(message)s", "%H:%M:%S")
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if process_options.is_early:
         prepare(lines.get, process_options.report)
     options = WorkerOptions(
@@ -88,6 +89,14 @@ def main() -> int:
     for line in status.lines:
         sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
     return status.code
+
+
+class _LineFormatter(logging.Formatter):
+    """Formatter whose lines break between words on a terminal."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return wrapped(super().format(record), columns(sys.stderr))
 
 
 def _abort() -> None:
