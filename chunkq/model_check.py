@@ -16,17 +16,16 @@ MAX_DEVIATION = 1e-5
 class PatchCheck:
     """Batches of `patches` real patches, timed and compared.
 
-    `batch_seconds` is the time of one batch. `lowest` and `highest` are the raw output values,
-    and `finite` whether all are. `by_position` is the largest difference of a patch's output
-    between two positions in the batch, and `by_batch_size` between two batch sizes. The second
-    size is `other_size`, or None if the network supports one size only.
+    `batch_seconds` is the time of one batch. `largest` is the largest absolute value of the raw
+    output, and `finite` whether all are. `by_position` is the largest difference of a patch's
+    output between two positions in the batch, and `by_batch_size` between two batch sizes. The
+    second size is `other_size`, or None if the network supports one size only.
     """
 
     patches: int
     batch_seconds: float
     finite: bool
-    lowest: float
-    highest: float
+    largest: float
     by_position: float | None = None
     by_batch_size: float | None = None
     other_size: int | None = None
@@ -46,13 +45,39 @@ class MemoryCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCheck:
-    """A network that was loaded and has run a batch of zeros of `batch` patches.
+class ValueCheck:
+    """Smallest and largest finite values of one batch of patches.
 
-    `load_seconds` includes the first batch. `loaded_bytes` is the peak resident memory with the
-    network loaded, `peak_bytes` the one at the end, and `device_bytes` the peak on the device.
+    `input_range` is that of what the network receives, after preprocessing, and `output_range` that
+    of what it returns, before any activation. They are None if there are no such values. `warnings`
+    are lines about what the values suggest.
+    """
+
+    input_range: tuple[float, float] | None = None
+    output_range: tuple[float, float] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the ranges as pairs of a label and a text."""
+        spans = (
+            ("input range", self.input_range, "after preprocessing"),
+            ("output range", self.output_range, "before any activation"),
+        )
+        return [
+            (label, f"{span[0]:.4g} to {span[1]:.4g}, {when}")
+            for label, span, when in spans
+            if span is not None
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCheck:
+    """A network that was loaded and has run a batch of `batch` patches.
+
+    `load_seconds` includes the check of the first batch. `loaded_bytes` is the peak resident memory
+    with the network loaded, `peak_bytes` the one at the end, `device_bytes` the peak on the device.
     `tile_norms` are layers that normalize by statistics of the patch, and `output_warnings` what
-    the values of the output suggest. `patches` and `memory` are None where the check was not run.
+    the outputs suggest. `patches` and `memory` are None where the check was not run.
     """
 
     batch: int
@@ -63,12 +88,17 @@ class ModelCheck:
     device_bytes: int | None = None
     tile_norms: tuple[str, ...] = ()
     output_warnings: tuple[str, ...] = ()
+    values: ValueCheck = ValueCheck()
     patches: PatchCheck | None = None
     memory: MemoryCheck | None = None
 
+    def value_warnings(self) -> list[str]:
+        """Return one line for each warning about the values of the first batch."""
+        return [*self.output_warnings, *self.values.warnings]
+
     def warnings(self) -> list[str]:
         """Return one line for each property of the network that can spoil the output."""
-        lines = [*self.output_warnings]
+        lines = self.value_warnings()
         if self.patches is not None:
             lines += _patch_warnings(self.patches)
         if self.tile_norms:
@@ -133,7 +163,7 @@ class CheckReport:
 
 def _patch_warnings(check: PatchCheck) -> list[str]:
     lines = []
-    limit = MAX_DEVIATION * max(abs(check.highest), abs(check.lowest), 1e-30)
+    limit = MAX_DEVIATION * max(check.largest, 1e-30)
     if not check.finite:
         lines.append(
             "the network returns NaN or infinity for patches of this volume; fix the network, or "

@@ -17,7 +17,7 @@ STAGE = "checking the network on one batch"
 
 
 def check_model(record: JobRecord, *, depth: int | None = None, emit: Sink = ignore) -> ModelCheck:
-    """Load a job's network on this machine and run a batch of zeros and one of patches.
+    """Load a job's network on this machine and run a batch of patches.
 
     With `depth`, also time patches and run whole chunks, `depth` chunks in flight. Raises
     ModelError if the network cannot be used, and JobError if a `dtype` cannot hold the values.

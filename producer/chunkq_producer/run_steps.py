@@ -114,7 +114,9 @@ def _check_before_writing(
         check = check_model(job.record, emit=emit)
     else:
         return
-    for line in check.output_warnings:
+    for label, text in check.values.rows():
+        emit(Message(f"chunkq: {label} of the network: {text}"))
+    for line in check.value_warnings():
         emit(Message(f"chunkq: warning: {line}"))
 
 

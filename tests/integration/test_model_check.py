@@ -61,6 +61,17 @@ class NotANumber(Plain):
         return super().forward(x).log()
 
 
+class TrainedOnShares(Plain):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm3d(2)
+        self.norm.num_batches_tracked += 1
+        self.norm.running_var *= 1e-6
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
 class Wide(Plain):
     def forward(self, x):
         return super().forward(x)[..., 1:]
@@ -103,7 +114,8 @@ def test_a_well_behaved_network_is_measured_without_warnings(workspace: Workspac
     assert check["warnings"] == []
     assert check["batch"] == check["patches"] == 4
     assert 0 < check["batch_seconds"] < check["load_seconds"]
-    assert check["lowest"] < check["highest"]
+    assert 0 <= check["input_range"][0] < check["input_range"][1]
+    assert check["output_range"][0] < check["output_range"][1]
     assert check["finite"] is True
     assert check["by_position"] < 1e-6
     assert check["by_batch_size"] < 1e-6
@@ -111,7 +123,7 @@ def test_a_well_behaved_network_is_measured_without_warnings(workspace: Workspac
     assert check["peak_bytes"] > 100e6
     assert check["device"] == "cpu"
     text = workspace.call("plan", "job.json", "--check-model").ok().out
-    for label in ("one patch", "network alone", "peak memory", "output range"):
+    for label in ("one patch", "network alone", "peak memory", "input range", "output range"):
         assert f"\n{label}" in text
     assert "warning" not in text
 
@@ -124,6 +136,7 @@ def test_a_well_behaved_network_is_measured_without_warnings(workspace: Workspac
         ("MixesItems", ["depend on the batch size", "max_batch_size"]),
         ("DependsOnPosition", ["position in the batch"]),
         ("NotANumber", ["NaN", "nan: zero"]),
+        ("TrainedOnShares", ["trained on", "layer norm has"]),
     ],
 )
 def test_a_property_that_affects_results_is_a_warning_of_one_line(

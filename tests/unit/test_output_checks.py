@@ -1,13 +1,16 @@
 """Differences between two runs on one batch, and outputs that hold labels."""
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from chunkq_worker.label_outputs import MAX_BATCHES, LabelDetector
-from chunkq_worker.output_checks import relative_difference
+from chunkq_worker.output_checks import OutputChecks, relative_difference
 
-from chunkq.errors import ModelError
+from chunkq.errors import ErrorCode, ModelError
 from chunkq.plan.outputs import OutputSpec
 
 NAN, INF = np.nan, np.inf
@@ -35,6 +38,49 @@ def test_a_difference_is_a_fraction_of_the_range_of_the_first_run(
 ) -> None:
     arrays = np.array(first, np.float32), np.array(second, np.float32)
     assert relative_difference(*arrays) == pytest.approx(difference)
+
+
+BATCH = np.arange(12, dtype=np.float32).reshape(3, 1, 4)
+DRAWS: list[Callable[[], Any]] = [random.random, np.random.rand, lambda: torch.rand(1)]
+
+
+def begun() -> OutputChecks:
+    checks = OutputChecks(OutputSpec("", 1, False, "none", "soft"), is_stochastic=False)
+    checks.begin()
+    return checks
+
+
+def unused() -> Any:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("draw", DRAWS, ids=["Python", "NumPy", "torch"])
+def test_a_batch_is_repeated_as_a_whole_if_it_drew_random_numbers(draw: Any) -> None:
+    checks = begun()
+    draw()
+    with pytest.raises(ModelError) as caught:
+        checks.compare(BATCH, lambda: BATCH[::-1], lambda: BATCH[:1])
+    assert caught.value.code is ErrorCode.MODEL_RANDOM
+
+
+def test_the_first_patch_of_a_batch_is_enough_if_nothing_was_drawn() -> None:
+    checks = begun()
+    checks.compare(BATCH, unused, lambda: BATCH[:1])
+    assert checks.is_repeated
+
+
+def test_a_patch_that_differs_alone_is_compared_in_its_batch() -> None:
+    checks = begun()
+    checks.compare(BATCH, lambda: BATCH, lambda: BATCH[1:2])
+    assert checks.is_repeated
+    with pytest.raises(ModelError):
+        begun().compare(BATCH, lambda: BATCH[::-1], lambda: BATCH[1:2])
+
+
+def test_a_constant_first_patch_does_not_stand_for_its_batch() -> None:
+    checks = begun()
+    with pytest.raises(ModelError):
+        checks.examine(BATCH, [0 * BATCH[0], *BATCH[1:]], lambda: BATCH[::-1], unused)
 
 
 def detector(combine: Any, channels: int = 1, **options: Any) -> LabelDetector:

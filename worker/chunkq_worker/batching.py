@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.value_watch import ValueWatch
 
 if TYPE_CHECKING:
     from chunkq_worker.runtimes.device_chunk import DeviceInput, FiniteFlag
@@ -59,6 +61,7 @@ class Batcher:
     network, or None to not remember it. First `release_memory` is called. If it returns True, it
     has released memory of the device, and the batch is tried again in the same size.
     `patches_run` counts the patches that were computed, and `checks` examine the first batches.
+    `has_run` says whether the network has computed a batch.
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class Batcher:
         self._feed: BatchFeed | None
         self.patches_run = 0
         self.release_memory: Callable[[], bool] = lambda: False
-        self._has_run = False
+        self.has_run = False
+        self._watch: ValueWatch | None = None
         self._output_dtype = ""
 
     @property
@@ -105,6 +109,16 @@ class Batcher:
         other._resize(size)
         return other
 
+    @contextmanager
+    def watched_by(self, watch: ValueWatch) -> Iterator[None]:
+        """Report the values of batches of patches to `watch` inside a `with` block."""
+        self._watch = watch
+        try:
+            with self._runtime.watched_by(watch):
+                yield
+        finally:
+            self._watch = None
+
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
         try:
@@ -118,7 +132,7 @@ class Batcher:
                 f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
                 f"model_input_shape and the network{self._channel_hint()}"
             ) from error
-        self._has_run = True
+        self.has_run = True
 
     def predictions(
         self,
@@ -139,12 +153,15 @@ class Batcher:
         done, sent = 0, None
         while done < len(patches):
             batch = patches[done : done + self.size]
+            checks = None if self.checks is None or self.checks.are_done else self.checks
+            if checks is not None:
+                checks.begin()
             outputs = self._outputs(batch, halos, origin, uploaded, sent)
             sent = None
             if outputs is None:
                 continue
-            if self.checks is not None and not self.checks.are_done:
-                self._examine(self.checks, outputs, batch, halos, origin, uploaded)
+            if checks is not None:
+                self._examine(checks, outputs, batch, halos, origin, uploaded)
             done += len(batch)
             if uploaded is None:  # the checks below can wait for the device
                 sent = self._send_ahead(patches[done : done + self.size], halos, origin)
@@ -178,11 +195,35 @@ class Batcher:
         outputs = self._attempt(batch, halos, origin, None)
         return None if outputs is None else np.array(to_numpy(as_float(outputs)))
 
+    def raw_alone(self, patch: Patch, halos: Halos, origin: Sequence[int]) -> Array | None:
+        """Return the raw output for a batch of one patch, without using the feed's buffer.
+
+        Results in host memory can share the memory of that buffer.
+        """
+        buffer = np.zeros_like(self._open_feed().buffer()[:1])
+        return self._attempt([patch], halos, origin, None, buffer=buffer)
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether one patch of a batch tells if the outputs of all are random.
+
+        The runtime draws from known random states only, and small batches cost less.
+        """
+        runtime = self._runtime
+        is_known = runtime.draws_from_known_states and runtime.accelerator is None
+        return is_known and runtime.any_batch
+
     def _fill(
-        self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        buffer: npt.NDArray[Any] | None = None,
     ) -> npt.NDArray[Any]:
-        """Copy patches into the feed's buffer; return its items before any preprocessing."""
-        items = self._open_feed().buffer()[: self._count(len(batch))]
+        """Copy patches into a buffer, by default the feed's; return its items, unprocessed."""
+        if buffer is None:
+            buffer = self._open_feed().buffer()
+        items = buffer[: self._count(len(batch))]
         for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
                 channel: Any = ...
@@ -216,10 +257,10 @@ class Batcher:
         try:
             outputs = self._attempt(batch, halos, origin, uploaded, sent)
         except Exception:
-            if not self._has_run:
+            if not self.has_run:
                 self.warm_up()  # raises ModelError if the network fails for any input
             raise
-        self._has_run |= outputs is not None
+        self.has_run |= outputs is not None
         return outputs
 
     def _examine(
@@ -233,10 +274,21 @@ class Batcher:
     ) -> None:
         windows = [patch.source.slices(origin) for patch in batch]
         inputs = [halo[window] for window in windows for halo in halos]
-        checks.examine(outputs, inputs, lambda: self._attempt(batch, halos, origin, uploaded))
+        checks.examine(
+            outputs,
+            inputs,
+            lambda: self._attempt(batch, halos, origin, uploaded),
+            (lambda: self.raw_alone(batch[0], halos, origin)) if self.can_sample else None,
+        )
 
-    def _send(self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]) -> Any:
-        items, step = self._fill(batch, halos, origin), self._steps.preprocessing
+    def _send(
+        self,
+        batch: Sequence[Patch],
+        halos: Halos,
+        origin: Sequence[int],
+        buffer: npt.NDArray[Any] | None = None,
+    ) -> Any:
+        items, step = self._fill(batch, halos, origin, buffer), self._steps.preprocessing
         if step is not None:
             items = self._checked(np.asarray(step(items)), batch)
         return self._open_feed().send(items)
@@ -314,6 +366,7 @@ class Batcher:
         origin: Sequence[int],
         uploaded: DeviceInput | None,
         sent: Any = None,
+        buffer: npt.NDArray[Any] | None = None,
     ) -> Array | None:
         """Run a batch and return its raw output (n, C, *Q), or None if it does not fit.
 
@@ -324,7 +377,11 @@ class Batcher:
         try:
             if uploaded is not None:
                 sent = uploaded.batch(batch, count)
-            outputs = self._run(self._send(batch, halos, origin) if sent is None else sent)
+            if self._watch is not None:
+                self._watch.start(used)
+            if sent is None:
+                sent = self._send(batch, halos, origin, buffer)
+            outputs = self._run(sent)
         except ModelError:
             raise
         except Exception as error:
@@ -347,7 +404,10 @@ class Batcher:
             )
         check_output_dtype(self._output_dtype, self._plan.output)
         with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
-        return outputs.reshape(with_channels)[:used]
+        result = outputs.reshape(with_channels)[:used]
+        if self._watch is not None and used:
+            self._watch.send(result)
+        return result
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""

@@ -18,6 +18,8 @@ ADVICE = (
 )
 MAX_BATCHES = 16
 """Batches whose values are examined until one is neither 0 nor 1."""
+PART_VALUES = 1 << 16
+"""Values that are examined at a time, of which the first part usually decides, and of a sample."""
 MAX_CLASSES = 256
 """Number of distinct values above which whole numbers are amounts."""
 
@@ -52,6 +54,20 @@ def invalid_labels(labels: Array, classes: int) -> Array:
     return (labels != xp.floor(labels)) | (labels < 0) | (labels >= classes)
 
 
+def _has_amounts(values: npt.NDArray[Any]) -> bool:
+    """Return whether some finite values are negative or no whole numbers."""
+    finite = values[np.isfinite(values)]
+    return bool(((finite < 0) | (finite != np.rint(finite))).any())
+
+
+def _distinct(values: npt.NDArray[Any]) -> int:
+    """Return the number of distinct values in a sample.
+
+    Its step is odd, so that it does not follow the rows of a patch.
+    """
+    return len(np.unique(values[:: values.size // PART_VALUES | 1]))
+
+
 class LabelDetector:
     """Detects floating-point outputs of one channel that hold labels, from the first batches."""
 
@@ -75,13 +91,14 @@ class LabelDetector:
         if self._batches == 0:
             return None
         self._batches -= 1
-        values = to_numpy(outputs)
+        values = to_numpy(outputs).reshape(-1)
+        if any(map(_has_amounts, np.split(values, range(PART_VALUES, values.size, PART_VALUES)))):
+            self._batches = 0
+            return None
         values = values[np.isfinite(values)]
         if values.size == 0 or ((values == 0) | (values == 1)).all():
             return None
         self._batches = 0
-        if values.min() < 0 or (values != np.rint(values)).any():
-            return None
         if not self._output.is_average:
             raise ModelError(
                 f"the network returns whole numbers up to {values.max():.6g} in one channel, which "
@@ -89,8 +106,8 @@ class LabelDetector:
                 f"{ADVICE}",
                 code=ErrorCode.OUTPUT_IS_LABELS,
             )
-        count = len(np.unique(values))
-        if count > MAX_CLASSES or 2 * count >= len(np.unique(np.stack(inputs))):
+        count = _distinct(values)
+        if count > MAX_CLASSES or 2 * count >= _distinct(np.stack(inputs).reshape(-1)):
             return None
         return (
             f"the network returns whole numbers from 0 to {values.max():.6g} in one channel; if "

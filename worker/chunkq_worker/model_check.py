@@ -20,7 +20,7 @@ from chunkq.cli import as_chunkq_error
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
-from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck
+from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck, ValueCheck
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
@@ -29,6 +29,7 @@ from chunkq_worker.devices import cores
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
 from chunkq_worker.trial_batch import TrialBatch, check_on_patches
+from chunkq_worker.value_watch import ValueWatch
 
 ROUNDS = 3
 """Number of timed batches; the median is reported."""
@@ -41,9 +42,7 @@ REPEATS = 3
 @click.option("--job", "job_folder", help="Folder of a copy of the job, for the chunks.")
 @click.option("--report", type=click.File("wb"), required=True, help="File for the report.")
 def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> None:
-    """Load the network of the job record on standard input, and run two batches.
-
-    One contains zeros, the other patches of the volume.
+    """Load the network of the job record on standard input, and run a batch of patches.
 
     With --depth, also time patches from the middle of the volume in different batches, and compute
     chunks, DEPTH in flight, to measure the memory of a worker process.
@@ -82,10 +81,9 @@ def run_check(
     if depth is not None and job_folder is not None:
         memory = _measure_memory(engine, open_job(job_folder), depth)
     before = time.perf_counter()
-    on_device(engine.batcher.warm_up).result()
-    load_seconds += time.perf_counter() - before
     engine.checks.repeats = REPEATS
-    on_device(lambda: check_on_patches(record, engine.plan, engine.batcher)).result()
+    values = on_device(lambda: _run_batches(engine, record)).result()
+    load_seconds += time.perf_counter() - before
     patches = None
     if depth is not None:
         patches = on_device(lambda: _run_patches(engine, record)).result()
@@ -98,6 +96,7 @@ def run_check(
         device_bytes=engine.runtime.device_bytes(),
         tile_norms=tuple(engine.runtime.tile_norms()),
         output_warnings=tuple(engine.checks.warnings),
+        values=values,
         patches=patches,
         memory=memory,
     )
@@ -114,10 +113,20 @@ def _restart_with_worker_env() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 
 
+def _run_batches(engine: InferenceEngine, record: JobRecord) -> ValueCheck:
+    """Run a batch of patches, or of zeros if no patch could be read."""
+    watch = ValueWatch(engine.plan.output)
+    with engine.batcher.watched_by(watch):
+        check_on_patches(record, engine.plan, engine.batcher)
+    if not engine.batcher.has_run:
+        engine.batcher.warm_up()
+    return watch.result()
+
+
 def _measure_memory(engine: InferenceEngine, job: JobHandle, depth: int) -> MemoryCheck:
     try:
         measurement = measure_memory(engine, job, depth)
-    except Exception as error:  # errors of the network are raised by the batch of zeros after this
+    except Exception as error:  # errors of the network are raised by the batch after this
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return MemoryCheck(depth, error=reason)
     return MemoryCheck(depth, measurement.chunks, measurement.worker_bytes)
@@ -144,8 +153,7 @@ def _time_and_compare(engine: InferenceEngine, batch: TrialBatch) -> PatchCheck:
         patches=len(patches),
         batch_seconds=median(seconds),
         finite=bool(np.isfinite(first).all()),
-        lowest=float(np.nanmin(first)),
-        highest=float(np.nanmax(first)),
+        largest=float(np.nanmax(np.abs(first), initial=0.0)),
         by_position=by_position,
         by_batch_size=by_batch_size,
         other_size=other_size,

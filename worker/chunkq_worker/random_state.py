@@ -1,4 +1,4 @@
-"""The global random states of the frameworks, replaced for a while."""
+"""The global random states of the frameworks: replaced for a while, and compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -33,3 +34,14 @@ def other_random_state() -> Iterator[None]:
         np.random.set_state(legacy)
         if torch is not None:
             torch.random.set_rng_state(state)
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of Python, NumPy and torch, on the CPU; equal if nothing was drawn."""
+    torch = sys.modules.get("torch")
+    _, *legacy = np.random.get_state()
+    return (
+        random.getstate(),
+        *(value.tobytes() if isinstance(value, np.ndarray) else value for value in legacy),
+        None if torch is None else torch.random.get_rng_state().numpy().tobytes(),
+    )

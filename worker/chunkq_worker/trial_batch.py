@@ -20,7 +20,7 @@ from chunkq.plan.plan import Patch, Plan
 from chunkq.plan.sample_chunks import fullest_chunk
 from chunkq.storage.padded_reading import read_padded
 from chunkq_worker.batching import Batcher, Halos
-from chunkq_worker.output_checks import OutputChecks
+from chunkq_worker.output_checks import OutputChecks, Repeat
 
 log = logging.getLogger("chunkq.worker")
 
@@ -44,6 +44,12 @@ class TrialBatch:
             for source in item.sources
         ]
         return cls(patches, halos, window.start)
+
+    def repeat_first(self, batcher: Batcher) -> Repeat | None:
+        """Return `OutputChecks.compare`'s argument of this name."""
+        if not batcher.can_sample:
+            return None
+        return lambda: batcher.raw_alone(self.patches[0], self.halos, self.origin)
 
     def raw(self, batcher: Batcher, patches: Sequence[Patch]) -> npt.NDArray[Any]:
         """Return the network's raw outputs (n, C, *Q) for as many patches as fit into a batch."""
@@ -83,8 +89,13 @@ def _repeat_noise(batcher: Batcher, checks: OutputChecks, batch: TrialBatch) -> 
     noise = [rng.integers(0, 2, halo.shape).astype(halo.dtype) for halo in batch.halos]
     changed = TrialBatch(batch.patches, noise, batch.origin)
     with suppress(PredictionError):  # a step can return what no patch of the volume gives
+        checks.begin()
         outputs = changed.raw(batcher, batch.patches)
-        checks.compare(outputs, lambda: changed.raw(batcher, batch.patches))
+        checks.compare(
+            outputs,
+            lambda: changed.raw(batcher, batch.patches),
+            changed.repeat_first(batcher),
+        )
 
 
 def _bounding_box(patches: Sequence[Patch]) -> Box:

@@ -93,7 +93,7 @@ class Trial:
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values without nesting."""
         values = json_values.to_values(self.check)
-        values |= values.pop("patches")
+        values |= values.pop("patches") | values.pop("values")
         memory = values.pop("memory")
         memory_error = memory.pop("error")
         return {
@@ -211,7 +211,7 @@ def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:
             f"{duration(max(1, costs.patches * seconds_per_patch))} for all patches on one device",
         ),
         ("peak memory", peak_memory(trial, finalizes=costs.finalized_blocks > 0)),
-        ("output range", f"{patches.lowest:.4g} to {patches.highest:.4g}, before any activation"),
+        *check.values.rows(),
     ]
     return rows + [("warning", line) for line in check.warnings()]
 

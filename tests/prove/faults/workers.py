@@ -22,10 +22,18 @@ FAULTS = (
     Fault(
         "first-batch-not-repeated",
         BATCHING,
-        "outputs, inputs, lambda: self._attempt(batch, halos, origin, uploaded)",
-        "outputs, inputs, lambda: outputs",
+        "            lambda: self._attempt(batch, halos, origin, uploaded),\n",
+        "            lambda: outputs,\n",
         "dropout in training mode is not found",
         named(RANDOM, "random_outputs"),
+    ),
+    Fault(
+        "one-patch-stands-for-a-batch-that-drew-random-numbers",
+        "worker/chunkq_worker/output_checks.py",
+        "self._states == random_states()",
+        "True",
+        "rare dropout is not found",
+        named("tests/unit/test_output_checks.py", "drew"),
     ),
     Fault(
         "integers-are-averaged",

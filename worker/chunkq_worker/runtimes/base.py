@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from chunkq.errors import ModelError
 from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.steps import Steps
+from chunkq_worker.value_watch import ValueWatch
 
 if TYPE_CHECKING:
     from chunkq_worker.runtimes.staging import Accelerator
@@ -66,6 +68,9 @@ class Runtime(ABC):
     """Name of the dtype that the network, with its protected steps, returned in the last call."""
     any_batch: bool = False
     """Whether smaller batches cost less, because the network is not compiled for one batch size."""
+    _watch: ValueWatch | None = None
+    draws_from_known_states: bool = False
+    """Whether random numbers come from the states of `random_state.random_states`."""
 
     @abstractmethod
     def __call__(self, batch: Any) -> Array:
@@ -115,6 +120,15 @@ class Runtime(ABC):
     def recreated_values(self) -> Sequence[tuple[str, Any]]:
         """Create the network again; return the same values of the second one."""
         return ()
+
+    @contextmanager
+    def watched_by(self, watch: ValueWatch) -> Iterator[None]:
+        """Report each batch that the network receives to `watch` inside a `with` block."""
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
 
     @abstractmethod
     def close(self) -> None:

@@ -31,6 +31,8 @@ class HostRuntime(Runtime):
         inputs = self._cast(batch)
         if self._steps.preprocessing_protected is not None:
             inputs = self._steps.preprocessing_protected(inputs)
+        if self._watch is not None:
+            self._watch.receive(inputs)
         outputs = self._run(inputs)
         if self._steps.postprocessing_protected is not None:
             outputs = self._steps.postprocessing_protected(outputs)

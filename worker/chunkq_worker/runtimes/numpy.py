@@ -32,6 +32,7 @@ class NumpyRuntime(HostRuntime):
     """
 
     any_batch = True
+    draws_from_known_states = True
 
     def __init__(
         self, network: Network, model: ModelConfig, steps: Steps, limit: ThreadLimit

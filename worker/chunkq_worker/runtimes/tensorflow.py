@@ -70,6 +70,8 @@ class TensorFlowRuntime(Runtime):
             inputs = self._cast(batch)
             if self._steps.preprocessing_protected is not None:
                 inputs = tf.convert_to_tensor(self._steps.preprocessing_protected(inputs))
+            if self._watch is not None:
+                self._watch.receive(inputs.numpy())
             outputs = _single_tensor(self._forward(inputs))
             if self._steps.postprocessing_protected is not None:
                 outputs = tf.convert_to_tensor(self._steps.postprocessing_protected(outputs))

@@ -33,9 +33,11 @@ from chunkq_worker.runtimes.torch_files import (
     reason,
     recreated_values,
 )
+from chunkq_worker.runtimes.torch_norms import norm_input_watched
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
+from chunkq_worker.value_watch import ValueWatch
 
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -56,6 +58,8 @@ class TorchRuntime(Runtime):
 
     The module is on the `accelerator`, or in host memory if that is None.
     """
+
+    draws_from_known_states = True
 
     def __init__(
         self,
@@ -100,6 +104,8 @@ class TorchRuntime(Runtime):
                 inputs = self.to_device(batch).to(self._dtype)
             if self._steps.preprocessing_protected is not None:
                 inputs = self._steps.preprocessing_protected(inputs)
+            if self._watch is not None:
+                self._watch.receive(inputs)
             outputs = self._forward(inputs)
             if not isinstance(outputs, torch.Tensor):
                 raise not_one_array(outputs, "tensor")
@@ -219,6 +225,16 @@ class TorchRuntime(Runtime):
     @override
     def recreated_values(self) -> Sequence[tuple[str, Any]]:
         return recreated_values(self._model, self._saved or frozenset())
+
+    @override
+    @contextlib.contextmanager
+    def watched_by(self, watch: ValueWatch) -> Iterator[None]:
+        # Compiled and captured networks would contain the hooks.
+        hooks = (
+            norm_input_watched(self._module, watch) if self.any_batch else contextlib.nullcontext()
+        )
+        with super().watched_by(watch), hooks:
+            yield
 
     @override
     def close(self) -> None:

@@ -1,0 +1,120 @@
+"""Values that a network receives and returns in a batch, and what they suggest about the job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from chunkq.blend.combine import Array, as_float, to_numpy
+from chunkq.model_check import ValueCheck
+from chunkq.plan.outputs import OutputSpec
+
+TOLERANCE = 1e-3
+"""Distance from 0, 1 or a constant below which values count as equal to it."""
+MAX_SHIFT = 10.0
+"""Largest usual distance of means from those of the training, in standard deviations."""
+SPREADS = (0.02, 10.0)
+"""Usual standard deviations, as a fraction of those of the training."""
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """Input of the first layer that normalizes with statistics of the training.
+
+    The numbers are medians over its channels: `shift` is the distance of the mean from that of the
+    training, `spread` the standard deviation, both in standard deviations of the training.
+    """
+
+    layer: str
+    shift: float
+    spread: float
+
+
+class ValueWatch:
+    """Collects the ranges of the first batch that a network computes after `start`."""
+
+    def __init__(self, output: OutputSpec) -> None:
+        self._output = output
+        self._patches = 0
+        self._input: tuple[float, float] | None = None
+        self._result: tuple[float, float] | None = None
+        self._suspicions: list[str] = []
+        self.norm_input: NormInput | None = None
+
+    def start(self, patches: int) -> None:
+        """Begin a batch with this number of patches; the items after them are padding."""
+        self._patches = patches
+
+    def receive(self, batch: Array) -> None:
+        """Take note of the batch that the network receives, after all preprocessing."""
+        if self._input is None:
+            self._input = _range(to_numpy(as_float(batch))[: self._patches])
+
+    def send(self, outputs: Array) -> None:
+        """Take note of raw outputs (n, C, *Q), after all postprocessing."""
+        if self._result is None:
+            values = to_numpy(as_float(outputs))
+            self._result = _range(values)
+            self._suspicions = [*_output_warnings(values, self._output)]
+
+    def result(self) -> ValueCheck:
+        """Return the ranges, with one line for each property that can be a mistake."""
+        warnings = self._suspicions if self._has_varied_input() else []
+        if self.norm_input is not None and self._input is not None:
+            warnings = [*warnings, *_norm_warnings(self.norm_input, self._input)]
+        return ValueCheck(self._input, self._result, tuple(warnings))
+
+    def _has_varied_input(self) -> bool:
+        return self._input is None or self._input[0] < self._input[1]
+
+
+def _range(values: npt.NDArray[np.floating]) -> tuple[float, float] | None:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else None
+
+
+def _output_warnings(values: npt.NDArray[np.floating], output: OutputSpec) -> Iterator[str]:
+    span = _range(values)
+    if span is None or output.from_labels:
+        return
+    low, high = span
+    is_share = low >= -TOLERANCE and high <= 1 + TOLERANCE
+    is_one_channel = output.channels == 1
+    if is_one_channel and not output.is_average and output.activation == "none" and not is_share:
+        yield (
+            f"the network returns {low:.4g} to {high:.4g} in one channel, and combine: "
+            f"{output.combine} compares it with 0.5; if the values are logits, set activation: "
+            "sigmoid"
+        )
+    sums = values.sum(1)
+    if output.activation == "softmax" and is_share and bool((abs(sums - 1) <= TOLERANCE).all()):
+        yield (
+            "the network returns probabilities, which activation: softmax makes almost equal; "
+            "remove activation"
+        )
+    if output.activation == "sigmoid" and is_share and high > low:
+        yield (
+            f"the network returns {low:.4g} to {high:.4g}; if these are probabilities, activation: "
+            "sigmoid moves them to 0.5 and above: remove activation"
+        )
+    channels = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
+    if bool((np.ptp(channels, 1) <= TOLERANCE * max(abs(low), abs(high))).all()):
+        yield (
+            f"the network returns almost the same value, {high:.4g}, for all voxels of patches "
+            "that differ; check the checkpoint and the normalization of the input"
+        )
+
+
+def _norm_warnings(norm: NormInput, received: tuple[float, float]) -> Iterable[str]:
+    least, most = SPREADS
+    if norm.shift <= MAX_SHIFT and least <= norm.spread <= most:
+        return
+    yield (
+        f"the network receives {received[0]:.4g} to {received[1]:.4g}, which is not what it was "
+        f"trained on: the input of layer {norm.layer} has {norm.spread:.3g} times the standard "
+        f"deviation of the training, and a mean {norm.shift:.3g} of its standard deviations away; "
+        "normalize the input in a preprocessing step as in training"
+    )
