@@ -88,7 +88,7 @@ def paired(measured: Callable[[], Any], bare: Callable[[], Any]) -> dict[str, fl
 def walk(plan: Plan) -> int:
     """Compute the costs of a job and visit every chunk's index, as `produce` does; count them."""
     assert plan.costs.patches > 0
-    return sum(1 for _ in plan.indices())
+    return sum(1 for _ in plan.active_indices())
 
 
 def planning() -> dict[str, float]:
@@ -147,7 +147,7 @@ def status(folder: Path) -> dict[str, float]:
     job = create(folder / "out.zarr", plan)
     done = Path(job.ledger.path) / "done" / "infer" / "0"
     done.mkdir(parents=True)
-    indices = list(plan.indices())
+    indices = list(plan.active_indices())
     for number, index in enumerate(indices[1000:]):
         commit = Commit(
             "infer", 0, index, 1, f"host-{number % 8}", number, number + 1.0,

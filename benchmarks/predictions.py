@@ -63,7 +63,7 @@ from chunkq.queue.contract.executor import Attempt
 from chunkq.job.job_handle import open_job
 from chunkq.job.tasks import Task
 job = open_job(sys.argv[1])
-for index in job.items[0].plan.indices():
+for index in job.items[0].plan.active_indices():
     run_task(Task("infer", *job.id, 0, index), Attempt(1, "inline"))
 """
 JOBS: dict[str, dict[str, Any]] = {
@@ -128,9 +128,7 @@ def headers(job: JobHandle) -> int:
     """Return the bytes that `Ledger.put_piece` writes in addition to the voxels of the pieces."""
     plan, epoch = job.items[0].plan, job.record.epoch
     total = 0
-    for chunk in map(plan.chunk, plan.indices()):
-        if not chunk.is_active:
-            continue
+    for chunk in map(plan.chunk, plan.active_indices()):
         pieces = [
             (p.target, p.name, [("<f4", (plan.channels, *p.box.shape))])
             for p in plan.outgoing_pieces(chunk)

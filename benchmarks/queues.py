@@ -383,7 +383,7 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
     record = job.create_record(
         JobRecord(job_over(), items_of([source], joined=False), {}, (("",),), "0a1b2c3d")
     )
-    indices = list(plan.indices())
+    indices = list(plan.active_indices())
     for kind in ("infer", "finalize"):
         folder = Path(job.ledger(record.epoch).path) / "done" / kind / "0"
         folder.mkdir(parents=True)

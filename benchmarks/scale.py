@@ -80,7 +80,7 @@ def case_table(cases: Sequence[Case], depth: int) -> Table:
             f"{2 * costs.piece_bytes / voxels:.1f}",
             f"{(infer.bytes + block.bytes) / 1e6:,.0f}",
             f"{infer.write.objects + block.write.objects:,.0f}",
-            f"{costs.finalized_blocks / costs.chunks:.1%}",
+            f"{costs.finalized_blocks / costs.blocks:.1%}",
             f"{footprint(case.plan).peak_bytes(depth) / 1e9:.0f}",
         )
     return table

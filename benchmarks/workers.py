@@ -59,7 +59,7 @@ def loop(barrier: Any, answers: Any, job: str, number: int, count: int) -> None:
     loaded = load_job(job)
     volume = read(loaded.input[0])
     plan, net = resolve(loaded, find_source(loaded.input[0]).volume), network(loaded)
-    indices = list(plan.indices())[number::count]
+    indices = list(plan.active_indices())[number::count]
     chunks = [list(plan.patches(plan.chunk(index))) for index in indices]
     barrier.wait(TIMEOUT)
     started = time.time()

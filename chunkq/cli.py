@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -17,7 +16,9 @@ from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
 from chunkq.install_hint import package_hint
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
-from chunkq.terminal import echo
+from chunkq.system.framework_logs import hide_framework_logs
+from chunkq.system.standard_output import discard_results, print_line
+from chunkq.terminal import print_error
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
@@ -106,28 +107,28 @@ def cli() -> None:
 
 def main() -> int:
     """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
+    hide_framework_logs()
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
         text = io.StringIO()
         error.show(text)
-        echo(text.getvalue().rstrip("\n"), err=True)
+        print_error(text.getvalue().rstrip("\n"))
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
     except BrokenPipeError:
-        # The reader closed the pipe. Without this, the interpreter prints an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_results()
         return 1
     except (KeyboardInterrupt, click.Abort):
-        echo("chunkq: interrupted", err=True)
+        print_error("chunkq: interrupted")
         return 130
     except Exception as error:
         reported = as_chunkq_error(error)
         for line in str(reported).splitlines():
-            echo(f"chunkq: {line} [{reported.code}]", err=True)
+            print_error(f"chunkq: {line} [{reported.code}]")
         if "--json" in sys.argv[1:]:
-            click.echo(json.dumps(_as_document(reported)))
+            print_line(json.dumps(_as_document(reported)))
         return reported.exit_code
     return 0
 

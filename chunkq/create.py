@@ -18,7 +18,7 @@ from chunkq.job.output import new_record
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
-from chunkq.paths import is_url, open_filesystem, without_secret
+from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
@@ -52,9 +52,9 @@ def check_job(job: Job) -> CheckedJob:
 
     Raises JobError or StoreError with one line per problem.
     """
-    sources = [find_source(path) for path in job.input]
+    sources = find_sources(job)
     if job.model.join_dim is not None:
-        _check_shapes(job, sources)
+        check_shapes(job, sources)
     record = JobRecord.create(job, sources)
     plans = record.plans()
     load_blend_weights(job.weight_function, plans[0])
@@ -63,6 +63,11 @@ def check_job(job: Job) -> CheckedJob:
             f"output: {without_secret(job.output)} ends in .chunkq, which is reserved for job "
             "folders; choose another path"
         )
+    if is_web(job.output):
+        raise JobError(
+            f"output: {without_secret(job.output)} is on a web server, which is read-only; use a "
+            "local path or a bucket"
+        )
     for source in sources:
         if _overlap(job.output, source.path):
             raise JobError(
@@ -70,6 +75,14 @@ def check_job(job: Job) -> CheckedJob:
                 f"{without_secret(source.path)}; choose another output"
             )
     return CheckedJob(record, plans)
+
+
+def find_sources(job: Job) -> list[ImageSource]:
+    """Find the arrays of a job's inputs. Raises StoreError."""
+    return [
+        find_source(config.path, config.access, allow_empty=job.allow_empty)
+        for config in job.inputs
+    ]
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -218,11 +231,11 @@ def _flat_identities(record: JobRecord) -> list[str]:
     return [identity for identities in record.identities for identity in identities]
 
 
-def _check_shapes(job: Job, sources: Sequence[ImageSource]) -> None:
+def check_shapes(job: Job, sources: Sequence[ImageSource]) -> None:
     """Raise JobError if the inputs have different shapes."""
     expected = sources[0].shape
     problems = [
-        f"input.{n}: {without_secret(job.input[n])} has shape {list(source.shape)}, "
+        f"input.{n}: {without_secret(job.input_paths[n])} has shape {list(source.shape)}, "
         f"expected {list(expected)} like the first input; use inputs of one shape"
         for n, source in enumerate(sources)
         if source.shape != expected

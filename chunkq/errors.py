@@ -115,6 +115,8 @@ class ErrorCode(StrEnum):
     """The input of a chunk cannot be read."""
     INPUT_MISSING = auto()
     """An input that existed when the job was produced is missing."""
+    INPUT_EMPTY = auto()
+    """None of an input's storage chunks exists."""
     INPUT_CHANGED = auto()
     """An input was replaced since the job was produced."""
     PIECE_DAMAGED = auto()

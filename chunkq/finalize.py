@@ -60,6 +60,7 @@ def finalize_job(
     warnings = _check_inputs(job)
     if job.record.job.model.stochastic:
         warnings.append(STOCHASTIC)
+    warnings += job.output.unlisted()
     job.output.check_array()
     lost: Lost = {}
     with ThreadPoolExecutor(threads or max_concurrent_blocks(job)) as pool:

@@ -76,8 +76,9 @@ class ModelCheck:
 
     `load_seconds` includes the check of the first batch. `loaded_bytes` is the peak resident memory
     with the network loaded, `peak_bytes` the one at the end, `device_bytes` the peak on the device.
-    `tile_norms` are layers that normalize by statistics of the patch, and `output_warnings` what
-    the outputs suggest. `patches` and `memory` are None where the check was not run.
+    `tile_norms` are layers that normalize by statistics of the patch, `notes` how the files of the
+    network were read, and `output_warnings` what the outputs suggest. `patches` and `memory` are
+    None where the check was not run.
     """
 
     batch: int
@@ -87,6 +88,7 @@ class ModelCheck:
     peak_bytes: int
     device_bytes: int | None = None
     tile_norms: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     output_warnings: tuple[str, ...] = ()
     values: ValueCheck = ValueCheck()
     patches: PatchCheck | None = None

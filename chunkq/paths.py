@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from chunkq.access import DEFAULT_ACCESS, S3_SCHEMES, Access, s3_filesystem
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.install_hint import install_command
 
@@ -22,6 +23,8 @@ QUEUE_SCHEMES = frozenset({"redis", "rediss", "unix"})
 
 LOCAL_SCHEMES = frozenset({"file", "local"})
 """Schemes of URLs that are local paths."""
+WEB_SCHEMES = frozenset({"http", "https"})
+"""Schemes of web servers."""
 MAX_FILES = 10_000
 """Maximum number of files in the folder of a network."""
 
@@ -29,6 +32,11 @@ MAX_FILES = 10_000
 def is_url(path: str) -> bool:
     """Return whether a path is a URL such as `s3://bucket/key`, not a local path."""
     return "://" in path
+
+
+def is_web(path: str) -> bool:
+    """Return whether a path is a URL of a web server, whose folders cannot be listed reliably."""
+    return path.partition("://")[0] in WEB_SCHEMES and is_url(path)
 
 
 def absolute(path: str, base: Path) -> str:
@@ -61,10 +69,11 @@ def join(base: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def open_filesystem(path: str) -> tuple[Any, str]:
+def open_filesystem(path: str, access: Access = DEFAULT_ACCESS) -> tuple[Any, str]:
     """Return the fsspec file system of a path and the path inside it.
 
-    Raises StoreError if the scheme is unsupported or its package is missing.
+    Raises StoreError if the scheme is unsupported, its package is missing, or its configuration is
+    invalid.
     """
     import fsspec
 
@@ -72,25 +81,32 @@ def open_filesystem(path: str) -> tuple[Any, str]:
         return fsspec.filesystem("file"), path
     scheme = path.partition("://")[0]
     try:
-        # A cached listing would not show what other machines have written since.
-        filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
+        if scheme in S3_SCHEMES:
+            filesystem = s3_filesystem(access)
+            return filesystem, filesystem._strip_protocol(path)
+        filesystem, inner = fsspec.core.url_to_fs(path, **access.storage_options(scheme))
     except ImportError:
-        hint = f"run `{install_command('s3')}`" if scheme == "s3" else "install its fsspec package"
+        hint = (
+            f"run `{install_command('s3')}`"
+            if scheme in S3_SCHEMES
+            else "install its fsspec package"
+        )
         raise StoreError(
             f"{without_secret(path)}: missing package for {scheme}://; {hint}",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     except Exception as error:  # each file system raises different errors
         reason = str(error) or type(error).__name__
-        raise StoreError(f"{without_secret(path)}: {reason}") from None
+        hint = "; fix the AWS configuration" if scheme in S3_SCHEMES else ""
+        raise StoreError(f"{without_secret(path)}: {reason}{hint}") from None
     return filesystem, inner
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, access: Access = DEFAULT_ACCESS) -> bytes:
     """Return the content of a file. Raises OSError."""
     if not is_url(path):
         return Path(path).read_bytes()
-    filesystem, inner = open_filesystem(path)
+    filesystem, inner = open_filesystem(path, access)
     content: bytes = filesystem.cat_file(inner)
     return content
 

@@ -32,11 +32,11 @@ def columns(stream: TextIO | None) -> int | None:
         return DEFAULT_COLUMNS
 
 
-def echo(text: str, *, err: bool = False) -> None:
-    """Print text. On a terminal, its lines break between words."""
+def print_error(text: str) -> None:
+    """Write text to standard error. On a terminal, its lines break between words."""
     import click  # worker processes need only `wrapped`
 
-    click.echo(wrapped(text, columns(sys.stderr if err else sys.stdout)), err=err)
+    click.echo(wrapped(text, columns(sys.stderr)), err=True)
 
 
 def wrapped(text: str, width: int | None) -> str:

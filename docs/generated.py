@@ -23,7 +23,7 @@ from chunkq import errors
 from chunkq.queue.contract.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("chunkq", "producer", "worker")
+PACKAGES = ("chunkq", "chunkq_user", "producer", "worker")
 MARK = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
 
 
@@ -107,16 +107,16 @@ def modules() -> Iterator[str]:
     """Yield a table per package: each module, and the first sentence of its docstring."""
     for package in PACKAGES:
         root = ROOT / package
-        root = root if package == "chunkq" else root / f"chunkq_{package}"
+        root = root if package.startswith("chunkq") else root / f"chunkq_{package}"
         paths = sorted(root.rglob("*.py"), key=lambda path: (path.parent, path.name))
         for folder in dict.fromkeys(path.parent for path in paths):
             inside = [path for path in paths if path.parent == folder]
             name = ".".join(folder.relative_to(root.parent).parts)
             title = next(_summary(path) for path in inside if path.name == "__init__.py")
-            yield f"## `{name}`\n\n{title}\n\n| module | contents |\n|---|---|"
-            for path in inside:
-                if path.name != "__init__.py":
-                    yield f"| `{path.stem}` | {_summary(path)} |"
+            yield f"## `{name}`\n\n{title}\n"
+            modules = [path for path in inside if path.name != "__init__.py"]
+            yield from ["| module | contents |", "|---|---|"] if modules else ()
+            yield from (f"| `{path.stem}` | {_summary(path)} |" for path in modules)
             yield ""
 
 

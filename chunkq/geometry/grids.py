@@ -92,7 +92,7 @@ class AxisGrid:
         """One past the number of the last patch whose kept voxels intersect the volume."""
         return max(self.first_kept, int(self.count_below(np.asarray(self.volume))))
 
-    def owned(self, block: IntArray, size: int) -> tuple[IntArray, IntArray]:
+    def owned(self, block: IntArray, size: int | IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of patches that block `block` owns.
 
         A block owns the patches whose kept voxels, clipped to the volume, start in it. Blocks are
@@ -103,6 +103,18 @@ class AxisGrid:
         low = np.clip(low, self.first_kept, self.end_kept)
         high = np.clip(self.count_below((block + 1) * size), low, self.end_kept)
         return low, high
+
+    def owners(self, size: int) -> range:
+        """Return the blocks of `size` voxels from the first to the last that owns a patch.
+
+        Every block between them owns one if the patches leave no gap and `size` is at least the
+        length of the kept voxels.
+        """
+        if self.first_kept == self.end_kept:
+            return range(0)
+        first = max(0, self.start(self.first_kept) + self.lead)
+        last = max(0, self.start(self.end_kept - 1) + self.lead)
+        return range(first // size, last // size + 1)
 
     def touching(self, start: int, stop: int) -> range:
         """Return the numbers of the patches whose kept voxels intersect `[start, stop)`."""

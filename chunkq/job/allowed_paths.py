@@ -1,15 +1,16 @@
 """Paths from which a worker may run code: `chunkq work --allow`, or CHUNKQ_ALLOW.
 
 A worker with allowed paths accepts a job only if the job folder, the output and every file that
-the job loads (`Job.files`) are below one of them, also after resolving symbolic links. Inputs are
-data and may be anywhere. `docs/security.md` describes what this protects against.
+the job loads (`Job.files`) are below one of them, also after resolving symbolic links. It imports
+an installed package for a job only if `--allow-package` or CHUNKQ_ALLOW_PACKAGES names it. Inputs
+are data and may be anywhere. `docs/security.md` describes what this protects against.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,19 @@ if TYPE_CHECKING:
 
 ALLOW_VARIABLE = "CHUNKQ_ALLOW"
 """Environment variable with one allowed prefix per line. If unset or empty, all are allowed."""
+PACKAGES_VARIABLE = "CHUNKQ_ALLOW_PACKAGES"
+"""Environment variable with one allowed package per line; used with allowed paths only."""
 OPTION = "--allow"
+PACKAGES_OPTION = "--allow-package"
 MAX_HINTS = 4
 
 
 @dataclass(frozen=True)
 class AllowedPaths:
-    """Allowed path prefixes in canonical form; at least one."""
+    """Allowed path prefixes in canonical form, at least one, and allowed top-level packages."""
 
     prefixes: tuple[str, ...]
+    packages: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, prefixes: Iterable[str], base: Path, source: str = OPTION) -> AllowedPaths:
@@ -57,11 +62,11 @@ class AllowedPaths:
 
     @classmethod
     def from_environment(cls, base: Path | None = None) -> AllowedPaths | None:
-        """Return the prefixes in CHUNKQ_ALLOW, or None if all paths are allowed.
+        """Return the values of both variables, or None if all paths are allowed.
 
         Relative prefixes are resolved against `base`. Without `base` they raise JobError, because
         worker processes have different working directories. Raises JobError for a prefix without
-        canonical form.
+        canonical form, and for an invalid name of a package.
         """
         text = os.environ.get(ALLOW_VARIABLE, "")
         if not text:
@@ -74,11 +79,51 @@ class AllowedPaths:
                     "use an absolute path or a URL",
                     code=ErrorCode.PATH_INVALID,
                 )
-        return cls.parse(lines, base or Path("/"), ALLOW_VARIABLE)
+        return cls.parse(lines, base or Path("/"), ALLOW_VARIABLE)._with_environment_packages()
+
+    @classmethod
+    def from_options(
+        cls, prefixes: Sequence[str], packages: Sequence[str], base: Path
+    ) -> AllowedPaths | None:
+        """Return the values of both options; the variable replaces an option that is not used.
+
+        The result is None if all paths are allowed. Raises JobError for invalid values, and for
+        packages without prefixes.
+        """
+        if prefixes:
+            allowed: AllowedPaths | None = cls.parse(prefixes, base)._with_environment_packages()
+        else:
+            allowed = cls.from_environment(base)
+        if not packages:
+            return allowed
+        if allowed is None:
+            raise JobError(
+                f"{PACKAGES_OPTION}: {packages[0]}, but without {OPTION} this worker imports every "
+                f"package that a job names; use {OPTION} too, or remove {PACKAGES_OPTION}",
+            )
+        return allowed.with_packages(packages, PACKAGES_OPTION)
+
+    def with_packages(self, names: Sequence[str], source: str) -> AllowedPaths:
+        """Return a copy with these packages. `source` is the option or variable of the names.
+
+        Raises JobError for a name that is no top-level package.
+        """
+        for name in names:
+            if not name.isidentifier():
+                raise JobError(
+                    f"{source}: {printable_path(name)} is no name of a top-level package; use a "
+                    "name such as monai"
+                )
+        return replace(self, packages=tuple(names))
+
+    def _with_environment_packages(self) -> AllowedPaths:
+        names = os.environ.get(PACKAGES_VARIABLE, "").split()
+        return self.with_packages(names, PACKAGES_VARIABLE)
 
     def to_environment(self) -> None:
-        """Set CHUNKQ_ALLOW for this process and its child processes."""
+        """Set both variables for this process and its child processes."""
         os.environ[ALLOW_VARIABLE] = "\n".join(self.prefixes)
+        os.environ[PACKAGES_VARIABLE] = "\n".join(self.packages)
 
     def locate(self, path: str) -> str | None:
         """Return the path at which to open a file, or None if it is not allowed.
@@ -128,6 +173,22 @@ class AllowedPaths:
             raise self._not_allowed(folder, outside)
         return locations
 
+    def check_package(self, job: Job, folder: str) -> None:
+        """Raise JobError if the job imports a package that is not allowed.
+
+        `folder` is the path of the job folder, for the message.
+        """
+        package = job.model.class_package
+        if package is None or package in self.packages:
+            return
+        names = ", ".join(self.packages) or "no package"
+        raise JobError(
+            f"{printable_path(output_of(folder))}: this worker imports {names} for jobs; found "
+            f"model_config.class_name {printable_path(job.model.class_name or '')}; if you trust "
+            f"it, use {PACKAGES_OPTION} {package} too, or set {PACKAGES_VARIABLE}",
+            code=ErrorCode.PATH_NOT_ALLOWED,
+        )
+
     def _not_allowed(self, job: str, outside: Mapping[str, list[str]]) -> JobError:
         """Return the error for a job with paths outside the prefixes. `outside` is by key."""
         keys = ", ".join(f"{key} {_describe(paths[0])}" for key, paths in outside.items())
@@ -161,10 +222,14 @@ def allowed_job_path(job: str) -> str:
 def with_allowed_files(job: Job, folder: str) -> Job:
     """Return the job with each file's path replaced by the path at which to open it.
 
-    `folder` is the path of the job folder. Raises JobError if a file is not allowed.
+    `folder` is the path of the job folder. Raises JobError if a file, or a package that the job
+    imports, is not allowed.
     """
     allowed = AllowedPaths.from_environment()
-    return job if allowed is None else job.with_files(allowed.locate_files(job, folder))
+    if allowed is None:
+        return job
+    allowed.check_package(job, folder)
+    return job.with_files(allowed.locate_files(job, folder))
 
 
 def is_restricted() -> bool:

@@ -8,8 +8,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
 )
+
+from chunkq.access import Access
 
 Group = Literal[
     "Input and output",
@@ -101,3 +105,45 @@ class Section(BaseModel):
     """Section of the job file: immutable, without unknown keys and type conversions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class InputConfig(Section):
+    """An input, and how it is accessed."""
+
+    path: str
+    anonymous: bool = False
+    requester_pays: bool = False
+
+    @property
+    def access(self) -> Access:
+        """How the path is accessed."""
+        return Access(self.anonymous, self.requester_pays)
+
+
+def _kind_of_input(value: object) -> str:
+    return "mapping" if isinstance(value, (dict, InputConfig)) else "path"
+
+
+def _as_inputs(value: object) -> object:
+    """Return one input or a list of inputs as a tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_as_path, value))
+    return (_as_path(value),) if isinstance(value, (str, dict, InputConfig)) else value
+
+
+def _as_path(value: object) -> object:
+    """Return the path of a mapping that has nothing else."""
+    return value["path"] if isinstance(value, dict) and set(value) == {"path"} else value
+
+
+Input = Annotated[
+    Annotated[str, Tag("path")] | Annotated[InputConfig, Tag("mapping")],
+    Discriminator(_kind_of_input),
+]
+
+
+Inputs = Annotated[
+    tuple[Input, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_inputs, json_schema_input_type=Input | tuple[Input, ...]),
+]

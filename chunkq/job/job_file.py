@@ -18,12 +18,15 @@ from pydantic import (
     model_validator,
 )
 
+from chunkq.access import BUCKET_SCHEMES
 from chunkq.errors import ErrorCode, JobError, suggestion
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
     Classes,
     InferenceType,
+    InputConfig,
+    Inputs,
     Names,
     Offsets,
     Positive,
@@ -32,7 +35,7 @@ from chunkq.job.fields import (
     Widths,
     key_doc,
 )
-from chunkq.job.job_path import canonical, path_problem, printable_path
+from chunkq.job.job_path import canonical, output_problem, printable_path
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.paths import absolute, without_secret
 from chunkq.plan.outputs import Activation, Combine
@@ -141,14 +144,17 @@ class Job(Section):
     """
 
     input: Annotated[
-        Names,
+        Inputs,
         key_doc(
             "Input and output",
             "Volume to read, or a list of volumes: Zarr v2 or v3, OME-Zarr (its full-resolution "
             "level) or `.npy`, as a path or a URL such as `s3://bucket/volume.zarr`. A path into "
             "a group is allowed: `volume.zarr/raw`. With `model_config.join_dim` the volumes of a "
             "list are stacked along that axis. Without it each one is computed on its own, and "
-            "`output` is a group with one image per volume, named like its file.",
+            "`output` is a group with one image per volume, named like its file. In place of a "
+            "path, a mapping says how it is accessed: `{path: s3://bucket/volume.zarr, anonymous: "
+            "true}` sends no credentials, and `requester_pays: true` accepts that your account pays "
+            "for the requests. Both are for `s3://` and `gs://`.",
             example="volume.zarr",
             unit=None,
         ),
@@ -386,6 +392,16 @@ class Job(Section):
             omitted="the whole volume",
         ),
     ] = None
+    allow_empty: Annotated[
+        bool,
+        key_doc(
+            "Input and output",
+            "Whether to accept an input without a single storage chunk. All of its voxels are the "
+            "fill value, usually because the path or the names of the chunks are wrong.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
     threads: Annotated[
         Positive | None,
         key_doc(
@@ -445,10 +461,21 @@ class Job(Section):
             *_unsupported_keys(self),
             *_path_problems(self),
             *_credential_problems(self),
+            *_access_problems(self),
         ]
         if problems:
             raise JobError(problems)
         return self
+
+    @property
+    def inputs(self) -> tuple[InputConfig, ...]:
+        """Each input with how it is accessed."""
+        return tuple(InputConfig(path=i) if isinstance(i, str) else i for i in self.input)
+
+    @property
+    def input_paths(self) -> tuple[str, ...]:
+        """The path of each input."""
+        return tuple(config.path for config in self.inputs)
 
     @property
     def step_edge(self) -> Edge:
@@ -509,7 +536,8 @@ def load_job(
         values, base = _read_file(path), path.absolute().parent
     _make_absolute(values, base)
     if input is not None:
-        values["input"] = absolute(input, Path.cwd())
+        volume, mapping = absolute(input, Path.cwd()), values.get("input")
+        values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
     if output is not None:
         values["output"] = canonical(output, Path.cwd())
     return _parse_with_output(values)
@@ -521,7 +549,7 @@ def _parse_with_output(values: Mapping[str, Any]) -> Job:
     Raises JobError with one line per mistake.
     """
     output = values.get("output")
-    problem = path_problem(output) if isinstance(output, str) else None
+    problem = output_problem(output) if isinstance(output, str) else None
     lines = [] if problem is None else [f"output: {printable_path(str(output))} {problem}"]
     try:
         job = parse_job(values)
@@ -539,9 +567,19 @@ def parse_job(values: Mapping[str, Any]) -> Job:
     try:
         return Job.model_validate(dict(values))
     except ValidationError as error:
-        errors = error.errors()
+        errors = _independent(error.errors())
     lines = [_message(error) for error in errors]
     raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
+
+
+def _independent(errors: list[Any]) -> list[Any]:
+    """Return pydantic's errors without those of lists that are too short without invalid items."""
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(e["loc"][:-1][: len(error["loc"])] == error["loc"] for e in errors)
+    ]
 
 
 PLACEHOLDER_MODEL = MappingProxyType(
@@ -685,10 +723,10 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
     if isinstance(output := values.get("output"), str):
         values["output"] = canonical(output, base)
     inputs = values.get("input")
-    if isinstance(inputs, str):
-        values["input"] = absolute(inputs, base)
-    elif isinstance(inputs, (list, tuple)):
-        values["input"] = [absolute(v, base) if isinstance(v, str) else v for v in inputs]
+    if isinstance(inputs, (list, tuple)):
+        values["input"] = [_absolute_input(value, base) for value in inputs]
+    elif inputs is not None:
+        values["input"] = _absolute_input(inputs, base)
     weights = values.get("weight_function")
     if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
         values["weight_function"] = [absolute(weights[0], base), weights[1]]
@@ -703,8 +741,18 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
         }
 
 
+def _absolute_input(value: object, base: Path) -> object:
+    """Return an input with an absolute path; a value of a wrong type stays unchanged."""
+    if isinstance(value, str):
+        return absolute(value, base)
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return {**value, "path": absolute(value["path"], base)}
+    return value
+
+
 def _legal_names(location: Iterable[int | str]) -> list[str]:
     sections: dict[str, type[Section]] = {
+        "input": InputConfig,
         "model_config": ModelConfig,
         "dask_config": DaskConfig,
         "ray_config": RayConfig,
@@ -730,10 +778,14 @@ _REPLACED_KEYS = {"model_config.autocast": "precision"}
 """Key of an earlier version -> the key that has its values."""
 
 
+BRANCHES = ("int", "float", "mapping")
+"""Parts of pydantic's locations that name a branch of a union."""
+
+
 def _message(error: Any) -> str:
     """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
     location = error["loc"]
-    path = ".".join(str(part) for part in location if part not in ("int", "float")) or "a key"
+    path = ".".join(str(part) for part in location if part not in BRANCHES) or "a key"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         if path in _REPLACED_KEYS:
@@ -840,8 +892,8 @@ def _input_problems(job: Job) -> list[str]:
 
 def _paths(job: Job) -> dict[str, str]:
     """Return every path of a job by its key."""
-    is_numbered = len(job.input) > 1
-    paths = {f"input.{n}" if is_numbered else "input": path for n, path in enumerate(job.input)}
+    inputs = job.input_paths
+    paths = {f"input.{n}" if len(inputs) > 1 else "input": path for n, path in enumerate(inputs)}
     return paths | {"output": job.output} | job.files
 
 
@@ -864,6 +916,17 @@ def _credential_problems(job: Job) -> list[str]:
         f"{key}: {without_secret(path)} contains credentials; set them in the environment"
         for key, path in _paths(job).items()
         if without_secret(path) != path
+    ]
+
+
+def _access_problems(job: Job) -> list[str]:
+    """Return the problems of inputs whose storage has no anonymous access or requester pays."""
+    schemes = "s3:// and gs://"
+    return [
+        f"input.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
+        for config in job.inputs
+        for key in config.access.options
+        if config.path.partition("://")[0] not in BUCKET_SCHEMES
     ]
 
 

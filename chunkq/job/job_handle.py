@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from heapq import nlargest
-from operator import attrgetter
 from typing import Any
 
 import numpy.typing as npt
@@ -81,12 +79,7 @@ class JobHandle:
     def recent_commits(self, kind: str, count: int) -> RecentCommits:
         """Count the finished tasks of a kind, and return the newest `count` records of a sample."""
         recent = [item.ledger.recent_commits(kind, count) for item in self.items]
-        records = [commit for one in recent for commit in one.records]
-        return RecentCommits(
-            sum(one.total for one in recent),
-            max(one.step for one in recent),
-            tuple(nlargest(count, records, key=attrgetter("finished"))),
-        )
+        return RecentCommits.merged(recent, count)
 
     def check_unchanged(self) -> None:
         """Raise MissingJobError if the job folder was deleted or belongs to another job."""

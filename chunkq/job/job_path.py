@@ -105,10 +105,25 @@ def _difference_from_canonical(path: str) -> str | None:
     return None if form == path else f"is not in canonical form; use {without_secret(form)}"
 
 
+def output_problem(path: str) -> str | None:
+    """Return why a path cannot be that of an output, like `path_problem`."""
+    return path_problem(path) or _root_problem(path)
+
+
+def _root_problem(path: str) -> str | None:
+    scheme, _, rest = path.partition("://")
+    if not is_url(path) or scheme == "memory" or "/" in rest.strip("/"):
+        return None
+    return (
+        "is a whole bucket or host, which has no place for the job folder beside it; use a path in "
+        f"it, such as {without_secret(path.rstrip('/'))}/out.zarr"
+    )
+
+
 def output_path(output: str, base: Path) -> str:
     """Return the canonical path of an output. Raises JobError if it has none."""
     path = canonical(output, base)
-    if problem := path_problem(path):
+    if problem := output_problem(path):
         raise JobError(f"output: {printable_path(path)} {problem}", code=ErrorCode.PATH_INVALID)
     return path
 
@@ -120,7 +135,7 @@ def output_of(job: str) -> str:
 
 def check_job_path(job: str) -> None:
     """Raise JobError unless `job` is the canonical path of a job folder."""
-    problem = path_problem(job)
+    problem = path_problem(job) or _root_problem(job)
     if problem is None and (not job.endswith(SUFFIX) or output_of(job).endswith(("/", "://"))):
         problem = f"is not the path of a job folder; expected OUTPUT{SUFFIX}"
     if problem is not None:

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import nlargest
 from itertools import islice
 from operator import attrgetter
 from typing import Any
@@ -136,9 +135,11 @@ class ItemLedger:
         Much cheaper than `committed`, because it reads the times of a sample only.
         """
         total, step, entries = self.objects.sample(self._done(kind), SAMPLE_SIZE, _is_chunk)
-        newest = nlargest(count, entries, key=attrgetter("modified"))
+        if not count:
+            return RecentCommits(total, step, ())
+        newest = sorted(entries, key=attrgetter("modified"), reverse=True)
         chunks = [chunk for e in newest if (chunk := parse_chunk(e.name)) is not None]
-        return RecentCommits(total, step, tuple(self.commits(kind, chunks)))
+        return RecentCommits(total, step, tuple(self.commits(kind, chunks[:count])), tuple(chunks))
 
     def commits(self, kind: str, chunks: Iterable[Index]) -> list[Commit]:
         """Return the valid commit records of these chunks."""

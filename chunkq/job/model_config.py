@@ -47,9 +47,11 @@ class ModelConfig(Section):
         key_doc(
             "Batches",
             "Shape of one item of a batch as the network receives it. One entry per axis of the "
-            "volume, or one more with a leading 1 as channel axis.",
+            "volume, or one more with a leading 1 as channel axis. With runtime `tensorflow` or "
+            "`onnx` the channel axis can also be the last.",
             example=[1, 64, 64, 64],
             unit="voxels",
+            see="guides/models.md#where-the-channels-are",
         ),
     ]
     model_output_shape: Annotated[
@@ -57,8 +59,8 @@ class ModelConfig(Section):
         key_doc(
             "Batches",
             "Shape of one item of a batch as the network returns it. One entry per axis, or one "
-            "more with the channels first. An output that is smaller than the input is centered "
-            "in it.",
+            "more with the channels first, with runtime `tensorflow` or `onnx` first or last. An "
+            "output that is smaller than the input is centered in it.",
             example=[3, 64, 64, 64],
             unit="voxels; channels for the first of one more entry",
             omitted="that of the input",
@@ -133,14 +135,15 @@ class ModelConfig(Section):
             "Python file with the class or function. For type `class`.",
             example="net.py",
             unit=None,
-            omitted="none; required for type `class`",
+            omitted="the package that `class_name` names",
         ),
     ] = None
     class_name: Annotated[
         str | None,
         key_doc(
             "Network",
-            "Name of the class or function in `class_file`.",
+            "Name of the class or function in `class_file`. Without `class_file`, the full name "
+            "of a class of an installed package.",
             example="UNet",
             unit=None,
             omitted="none; required for type `class`",
@@ -308,6 +311,14 @@ class ModelConfig(Section):
         )
         return {key: path for key in keys if (path := getattr(self, key)) is not None}
 
+    @property
+    def class_package(self) -> str | None:
+        """Top-level package of a class or function that is imported by its full name, or None."""
+        parts = (self.class_name or "").split(".")
+        is_full_name = len(parts) > 1 and all(part.isidentifier() for part in parts)
+        is_package = self.type == "class" and self.class_file is None
+        return parts[0] if is_package and is_full_name else None
+
     def lost_axis(self, rank: int) -> int | None:
         """Return the spatial axis that the network reduces to one slice, None without `lost_dim`.
 
@@ -333,6 +344,12 @@ _REQUIRED_KEYS = {
 }
 
 
+_CLASS_HINTS = {
+    "class_file": ", or set class_name to the full name of a class of an installed package, such "
+    "as monai.networks.nets.BasicUNet"
+}
+
+
 _TYPES = {
     "torch": ("class", "file", "torchscript", "exported"),
     "tensorflow": ("class", "file", "json"),
@@ -348,9 +365,9 @@ def model_problems(model: ModelConfig) -> list[str]:
     """Return one line per mistake in the combination of the keys."""
     runtime, legal = model.runtime, _TYPES[model.runtime]
     problems = [
-        f"model_config.{key}: missing for type {model.type}; set it"
+        f"model_config.{key}: missing for type {model.type}; set it{_CLASS_HINTS.get(key, '')}"
         for key in _REQUIRED_KEYS[model.type]
-        if getattr(model, key) is None
+        if getattr(model, key) is None and not (key == "class_file" and model.class_package)
     ]
     if model.type not in legal:
         problems = [

@@ -22,6 +22,7 @@ from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, channel_axis
 from chunkq.job.items import Item
+from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import is_url, join, without_secret
@@ -87,6 +88,7 @@ class Output:
     """
 
     def __init__(self, path: str, record: JobRecord) -> None:
+        self._path, self._record = path, record
         self._images = tuple(ImageOutput(path, record, item) for item in record.items)
         is_group = not all(item.is_alone for item in record.items)
         self._group = ImageGroup(path, record) if is_group else None
@@ -138,6 +140,16 @@ class Output:
             image.seal(check_unchanged=check_unchanged)
         if self._group is not None:
             self._group.write("complete", check_unchanged)
+
+    def unlisted(self) -> list[str]:
+        """Return warnings for groups that contain the output and whose readers do not find it."""
+        record = self._record
+        final = record.array if is_url(self._path) else SEALED_NAME
+        documents = {
+            name.replace(f"{record.array}/", f"{final}/"): text
+            for name, text in record.metadata.items()
+        }
+        return unlisted_in_groups(self._path, record.job.zarr_format, documents)
 
     def is_sealed(self) -> bool:
         """Return whether the group metadata mark this job as complete."""

@@ -22,10 +22,10 @@ from chunkq.plan.plan import Plan
 from chunkq.storage import documents
 from chunkq.storage.images import ImageSource
 
-LAYOUT = 3
+LAYOUT = 4
 """Version of the job folder's layout. Folders of other versions are unsupported."""
 KEYS_WITHOUT_EFFECT = (
-    "queue", "output", "cluster", "hardware", "dask_config", "ray_config",
+    "queue", "output", "cluster", "hardware", "dask_config", "ray_config", "allow_empty",
 )  # fmt: skip
 """Keys of a job that do not affect its result."""
 
@@ -113,7 +113,7 @@ class JobRecord:
         """Return the plan of an item, by default of the largest one. Raises JobError."""
         if item is None:
             item = max(self.items, key=lambda item: prod(item.volume.shape))
-        inputs = self.job.input
+        inputs = self.job.input_paths
         return resolve(self.job, item.volume, inputs if item.is_alone else [inputs[item.number]])
 
     def plans(self) -> list[Plan]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log, prod
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,14 @@ from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
+from chunkq.job.axis_order import EITHER_ORDER, LAST, WrittenOrders, channels_first, order_problems
 from chunkq.job.job_file import Job
+from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
 
-STORAGE_EDGE = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
-"""Default edge of an output storage chunk in voxels, by the number of spatial axes."""
-MIN_STORAGE_EDGE = 16
-"""Smallest default edge of a storage chunk in voxels, if it divides the chunk."""
-MAX_CHUNK_BYTES = 512 << 20
-"""Upper limit for the memory of one chunk in flight with the default chunk size."""
 MAX_PATCH_VALUES = 1 << 31
 """Upper limit for the values of one patch, channels included."""
-MIN_CHUNKS = 32
-"""Smallest number of chunks with the default chunk size, so that several workers share the job."""
 
 
 def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
@@ -34,7 +29,9 @@ def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
     Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
     JobError with one line per mistake.
     """
-    problems = _volume_problems(job, volume, paths or job.input) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths or job.input_paths) or _length_problems(
+        job, volume
+    )
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume)
@@ -149,18 +146,20 @@ class _Shapes:
     `_volume_problems` and `_length_problems` of the job must be empty. `patch` is the input patch,
     `output` the output patch, `kept` the output patch without its margin, and `lead` the offset of
     the kept voxels in the input patch; each has one entry per spatial axis. `lost_axis` is the
-    spatial axis that the network reduces to one slice, or None.
+    spatial axis that the network reduces to one slice, or None. Shapes that a job writes with
+    channels last are read with channels first.
     """
 
     def __init__(self, job: Job, volume: Volume) -> None:
         self.job, self.volume = job, volume
         rank = len(volume.shape)
-        model_input = job.model.model_input_shape
-        model_output = job.model.model_output_shape or model_input
+        model = channels_first(job.model, rank)
+        model_input = model.model_input_shape
+        model_output = model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
         self.patch = model_input[-rank:]
-        self.output = job.model.output_patch(rank)
-        self.lost_axis = job.model.lost_axis(rank)
+        self.output = model.output_patch(rank)
+        self.lost_axis = model.lost_axis(rank)
         self.network_channels = model_output[0] if len(model_output) > rank else 1
         self.from_labels = job.classes is not None and self.network_channels == 1
         self.channels = job.classes if job.classes and self.from_labels else self.network_channels
@@ -174,7 +173,8 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        problems = [*self._lost_axis_problems(), *self._class_problems()]
+        problems = order_problems(self.job.model, len(self.volume.shape))
+        problems += [*self._lost_axis_problems(), *self._class_problems()]
         if self.input_channels != 1:
             problems.append(
                 f"model_config.model_input_shape: {self.input_channels} input channels are "
@@ -202,10 +202,9 @@ class _Shapes:
 
         Some valid shapes look the same, so this explains other problems and is none by itself.
         """
-        rank = len(self.volume.shape)
-        if rank == 1:
+        rank, model = len(self.volume.shape), self.job.model
+        if rank == 1 or model.runtime in EITHER_ORDER:
             return []
-        model = self.job.model
         problems, patch = [], self.patch
         shape = model.model_input_shape
         if len(shape) > rank and shape[-1] == 1 < shape[0]:
@@ -246,11 +245,12 @@ class _Shapes:
         if axis is None:
             return []
         if not 0 <= axis < len(self.patch):
-            shape = self.job.model.model_input_shape
-            first = len(shape) - len(self.patch)
+            shape, rank = self.job.model.model_input_shape, len(self.patch)
+            is_last = WrittenOrders.of(self.job.model, rank).input is LAST
+            first = 0 if is_last else len(shape) - rank
             return [
                 f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
-                f"{list(shape)}; use {first} to {len(shape) - 1}"
+                f"{list(shape)}; use {first} to {first + rank - 1}"
             ]
         problems = []
         if self.patch[axis] % 2 == 0:
@@ -275,8 +275,7 @@ class _Shapes:
                 pads = tuple(
                     self.lead[a] if a == self.lost_axis else pad for a, pad in enumerate(pads)
                 )
-        chunk, storage = self._chunks_and_storage()
-        return GridSpec(
+        spec = GridSpec(
             shape=self.volume.shape,
             patch=self.patch,
             output_patch=self.output,
@@ -286,9 +285,10 @@ class _Shapes:
             offsets=((0,) * rank, *job.offsets),
             edge=job.step_edge,
             pad_mode=job.pad_mode,
-            chunk=chunk,
-            storage=storage,
+            chunk=self.volume.shape,
+            storage=self.volume.shape,
         )
+        return self._with_chunks(spec)
 
     def output_spec(self) -> OutputSpec:
         """Return the job's only output."""
@@ -304,50 +304,16 @@ class _Shapes:
             from_labels=self.from_labels,
         )
 
-    def _chunks_and_storage(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of chunks and storage chunks, with defaults for those not set."""
-        edge = STORAGE_EDGE[len(self.volume.shape)]
-        storage = self.job.storage_chunks
-        if self.job.chunksize is not None:
-            chunks = self.job.chunksize
-            return chunks, storage or tuple(_storage_edge(c, edge) for c in chunks)
-        storage = storage or tuple(min(edge, v) for v in self.volume.shape)
-        return self._default_chunks(storage), storage
-
-    def _default_chunks(self, storage: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the default chunk shape, a power-of-two multiple of the smallest legal one.
-
-        The axis with the fewest patches per chunk is doubled until the next step would exceed
-        `MAX_CHUNK_BYTES` or leave fewer than `MIN_CHUNKS` chunks.
-        """
-        volume = self.volume.shape
-        bytes_per_voxel = 4 * self.channels + 8 + self.volume.voxel_bytes
-        chunks = [-(-k // s) * s for k, s in zip(self.kept, storage, strict=True)]
-        while True:
-            growing = [a for a, v in enumerate(volume) if chunks[a] < v]
-            if not growing:
-                return tuple(chunks)
-            smallest = min(growing, key=lambda a: chunks[a] / self.kept[a])
-            larger = [c * 2 if a == smallest else c for a, c in enumerate(chunks)]
-            voxels = prod(c + p for c, p in zip(larger, self.patch, strict=True))
-            count = prod(-(-v // c) for v, c in zip(volume, larger, strict=True))
-            if voxels * bytes_per_voxel > MAX_CHUNK_BYTES or count < MIN_CHUNKS:
-                return tuple(chunks)
-            chunks = larger
-
-
-def _storage_edge(chunk: int, max_edge: int) -> int:
-    """Return the default edge of a storage chunk: a divisor of `chunk`, about a quarter of it.
-
-    Bands would intersect every storage chunk of a block if these were much larger.
-    """
-    return _divisor_near(chunk, min(max_edge, max(MIN_STORAGE_EDGE, chunk // 4)))
-
-
-def _divisor_near(number: int, target: int) -> int:
-    """Return the divisor of `number` whose ratio to `target` is closest to 1."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return min({*small, *(number // d for d in small)}, key=lambda d: (abs(log(d / target)), -d))
+    def _with_chunks(self, spec: GridSpec) -> GridSpec:
+        """Return the geometry with the shapes of chunks and storage chunks, chosen if not set."""
+        chunks, storage = self.job.chunksize, self.job.storage_chunks
+        if chunks is None:
+            # Not the input's dtype: the same voxels in another format have the same chunks.
+            voxel_bytes = 4 * self.volume.inputs + 8 * (self.channels + 1)
+            chunks, storage = choose_chunks(spec, storage, voxel_bytes)
+        elif storage is None:
+            storage = tuple(storage_edge(c, spec.rank) for c in chunks)
+        return replace(spec, chunk=chunks, storage=storage)
 
 
 def _chunk_problems(grid: GridSpec) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from chunkq import json_values
@@ -49,11 +52,25 @@ class Commit:
 
 @dataclass(frozen=True)
 class RecentCommits:
-    """Number of finished tasks, and the newest records of a sample of every `step`-th task."""
+    """Number of finished tasks, and the newest records of a sample of every `step`-th task.
+
+    `chunks` are all chunks of the sample; empty if no records were asked for.
+    """
 
     total: int
     step: int
     records: tuple[Commit, ...]
+    chunks: tuple[Index, ...] = ()
+
+    @classmethod
+    def merged(cls, items: Sequence[RecentCommits], count: int) -> RecentCommits:
+        """Return the sum over the items of a job, with the newest `count` records."""
+        records = [commit for recent in items for commit in recent.records]
+        return cls(
+            sum(recent.total for recent in items),
+            max(recent.step for recent in items),
+            tuple(nlargest(count, records, key=attrgetter("finished"))),
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from math import prod
 from typing import Any
@@ -113,8 +113,11 @@ class Chunk:
 
     @property
     def is_active(self) -> bool:
-        """Return whether the chunk owns a patch; if not, its whole block is band."""
-        return self.halo.size > 0
+        """Return whether the chunk owns a patch; if not, its whole block is band.
+
+        Only active chunks are tasks.
+        """
+        return any(all(grid) for grid in self.owned)
 
     @property
     def patches(self) -> int:
@@ -144,9 +147,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Work and data volume of a job; bytes count uncompressed voxels."""
+    """Work and data volume of a job; bytes count uncompressed voxels.
+
+    `chunks` own a patch and are tasks. `blocks` also counts those without patches.
+    """
 
     chunks: int
+    blocks: int
     finalized_blocks: int
     finalized_voxels: int
     patches: int
@@ -255,8 +262,56 @@ class Plan:
         return Box((0, *box.start), (self.channels, *box.stop))
 
     def indices(self) -> Iterator[Index]:
-        """Yield the index of every chunk in C order (last axis fastest)."""
+        """Yield the index of every block in C order (last axis fastest)."""
         return product(*(range(n) for n in self.blocks))
+
+    @cached_property
+    def active(self) -> tuple[Box, ...]:
+        """The indices of the chunks that own a patch, as disjoint boxes of indices.
+
+        Along each axis the blocks that own patches of a grid follow each other.
+        """
+        by_grid = []
+        for g in range(len(self.axes[0].grids)):
+            owners = [axis.grids[g].owners(axis.chunk) for axis in self.axes]
+            by_grid.append(Box(tuple(o.start for o in owners), tuple(o.stop for o in owners)))
+        disjoint: list[Box] = []
+        for box in sorted(by_grid, key=lambda box: -box.size):
+            rest = [box]
+            for other in disjoint:
+                rest = [part for outer in rest for part in outer.minus(other)]
+            disjoint += [part for part in rest if part.size]
+        return tuple(disjoint)
+
+    def is_active(self, index: Index) -> bool:
+        """Return whether the chunk at `index` exists and owns a patch."""
+        return any(
+            all(low <= i < high for low, i, high in zip(box.start, index, box.stop, strict=True))
+            for box in self.active
+        )
+
+    def active_indices(self) -> Iterator[Index]:
+        """Yield the index of every chunk that owns a patch in C order (last axis fastest)."""
+        if len(self.active) == 1:
+            (box,) = self.active
+            return product(*map(range, box.start, box.stop))
+        return filter(self.is_active, self.indices())
+
+    def count_patches(self, chunks: Sequence[Index]) -> int:
+        """Return the number of patches that chunks own together.
+
+        Indices of chunks that do not exist count as chunks without patches.
+        """
+        indices = np.array([i for i in chunks if len(i) == self.rank], np.int64)
+        indices = indices.reshape(-1, self.rank)
+        total = np.zeros(len(indices), np.int64)
+        for g in range(len(self.axes[0].grids)):
+            patches = np.ones(len(indices), np.int64)
+            for axis, along in zip(self.axes, indices.T, strict=True):
+                low, high = axis.grids[g].owned(along, axis.chunk)
+                patches *= high - low
+            total += patches
+        return int(total.sum())
 
     def chunk(self, index: Index) -> Chunk:
         """Return the chunk at `index`."""
@@ -307,14 +362,12 @@ class Plan:
 
     def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that lower neighbors store for a chunk's block, in a fixed order."""
-        block, inner, halo = chunk.block, chunk.interior.start, chunk.halo.shape
+        block, inner = chunk.block, chunk.interior.start
         pieces = []
         for up in _subsets(self.rank):
-            has_piece = all(
-                inner[a] > block.start[a] if up[a] else halo[a] > 0 for a in range(self.rank)
-            )
-            if has_piece:
-                source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
+            source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
+            has_band = all(inner[a] > block.start[a] for a in range(self.rank) if up[a])
+            if has_band and self.is_active(source):
                 stop = tuple(
                     low if u else high for u, low, high in zip(up, inner, block.stop, strict=True)
                 )
@@ -322,8 +375,12 @@ class Plan:
         return pieces
 
     def contributors(self, index: Index) -> list[Index]:
-        """Return the chunks that must be committed before the block can be finalized."""
-        return [index, *(piece.source for piece in self.incoming_pieces(self.chunk(index)))]
+        """Return the chunks that must be committed before the block can be finalized.
+
+        The block's own chunk is the first one if it owns a patch.
+        """
+        own = [index] if self.is_active(index) else []
+        return own + [piece.source for piece in self.incoming_pieces(self.chunk(index))]
 
     def has_band(self, index: Index) -> bool:
         """Return whether the block has a band and must therefore be finalized."""
@@ -366,29 +423,29 @@ def _subsets(rank: int) -> list[Index]:
 
 
 class _AxisTotals:
-    """Sums over the blocks of one axis. A total over the volume is a product of such sums."""
+    """Sums over the blocks `[first, stop)` of one axis.
 
-    def __init__(self, axis: AxisGeometry) -> None:
+    A total over a box of blocks is a product of such sums.
+    """
+
+    def __init__(self, axis: AxisGeometry, first: int, stop: int) -> None:
         self.sums = dict.fromkeys(
-            ("length", "interior", "core", "without_band", "active", "upper_overlap", "read"), 0
+            ("length", "interior", "core", "without_band", "upper_overlap", "read"), 0
         )
         self.patches = [0] * len(axis.grids)
-        for low in range(0, axis.blocks, BLOCKS_PER_BATCH):
-            high = min(low + BLOCKS_PER_BATCH, axis.blocks)
+        for low in range(first, stop, BLOCKS_PER_BATCH):
+            high = min(low + BLOCKS_PER_BATCH, stop)
             self._add(axis, np.arange(low, high, dtype=np.int64))
 
     def _add(self, axis: AxisGeometry, blocks: IntArray) -> None:
         length = axis.stop(blocks) - axis.start(blocks)
         band = axis.band(blocks)
-        halo_low, halo_high = axis.halo(blocks)
         read_low, read_high = axis.read(blocks)
-        active = halo_high > halo_low
         sums = {
             "length": length,
             "interior": length - band,
             "core": length - axis.aligned_band(blocks),
             "without_band": band == 0,
-            "active": np.where(active, length, 0),
             "upper_overlap": axis.upper_overlap(blocks),
             "read": read_high - read_low,
         }
@@ -400,27 +457,34 @@ class _AxisTotals:
 
 
 def _costs(plan: Plan) -> Costs:
-    totals = [_AxisTotals(axis) for axis in plan.axes]
+    totals = cache(_AxisTotals)
 
-    def over_axes(key: str) -> int:
-        return prod(t.sums[key] for t in totals)
+    def over(boxes: Iterable[Box], *keys: str) -> int:
+        """Return the total over boxes of blocks of the product of one sum per axis."""
+        return sum(
+            prod(
+                totals(axis, low, high).sums[key]
+                for axis, low, high, key in zip(plan.axes, box.start, box.stop, keys, strict=True)
+            )
+            for box in boxes
+        )
 
-    sums_bytes = 4 * plan.channels
-    stored_bytes = plan.output.voxel_bytes
-    chunks = prod(plan.blocks)
+    every, active, rank = (Box.of_shape(plan.blocks),), plan.active, plan.rank
+    interior, length = over(every, *["interior"] * rank), over(every, *["length"] * rank)
+    core = over(every, *["core"] * rank)
     piece_voxels = sum(
-        prod(t.sums["upper_overlap" if u else "active"] for t, u in zip(totals, up, strict=True))
-        for up in _subsets(plan.rank)
+        over(active, *("upper_overlap" if u else "length" for u in up)) for up in _subsets(rank)
     )
-    band_voxels = over_axes("active") - over_axes("interior")
-    rest_voxels = over_axes("interior") - over_axes("core")
-    itemsize = plan.volume.voxel_bytes
+    band_voxels = over(active, *["length"] * rank) - interior
+    sums_bytes, stored_bytes = 4 * plan.channels, plan.output.voxel_bytes
+    patches = [totals(axis, 0, n).patches for axis, n in zip(plan.axes, plan.blocks, strict=True)]
     return Costs(
-        chunks=chunks,
-        finalized_blocks=chunks - over_axes("without_band"),
-        finalized_voxels=over_axes("length") - over_axes("core"),
-        patches=sum(prod(t.patches[g] for t in totals) for g in range(len(totals[0].patches))),
-        input_bytes=over_axes("read") * itemsize,
+        chunks=sum(box.size for box in active),
+        blocks=prod(plan.blocks),
+        finalized_blocks=prod(plan.blocks) - over(every, *["without_band"] * rank),
+        finalized_voxels=length - core,
+        patches=sum(map(prod, zip(*patches, strict=True))),
+        input_bytes=over(active, *["read"] * rank) * plan.volume.voxel_bytes,
         output_bytes=prod(plan.volume.shape) * stored_bytes,
-        piece_bytes=(piece_voxels + band_voxels) * sums_bytes + rest_voxels * stored_bytes,
+        piece_bytes=(piece_voxels + band_voxels) * sums_bytes + (interior - core) * stored_bytes,
     )

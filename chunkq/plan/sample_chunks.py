@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from math import inf
+from math import inf, prod
 
 from chunkq.plan.plan import Chunk, Index, Plan
 
@@ -14,15 +14,15 @@ MAX_CHUNKS = 343
 def sample_chunks(plan: Plan) -> list[Chunk]:
     """Return chunks that represent a plan; chunks that own no patch are included.
 
-    These are all chunks if there are at most MAX_CHUNKS. Else they are the chunks whose index along
-    each axis is one of the first two, the middle three or the last two: along an axis, the blocks
-    beside the borders of the volume differ from the others.
+    These are the chunks of all blocks if there are at most MAX_CHUNKS. Else they are the chunks
+    whose index along each axis is one of the first two, the middle three or the last two: along an
+    axis, the blocks beside the borders of the volume differ from the others.
 
     The middle chunk is first, followed by the other contributors of its block, by its other
     neighbors, and by all others, the nearest to the middle first.
     """
     middle = tuple(blocks // 2 for blocks in plan.blocks)
-    if plan.costs.chunks <= MAX_CHUNKS:
+    if prod(plan.blocks) <= MAX_CHUNKS:
         indices = plan.indices()
     else:
         indices = product(*map(_positions, plan.blocks))

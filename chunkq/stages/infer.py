@@ -15,14 +15,17 @@ from chunkq.stages.base import Stage
 
 
 class InferStage(Stage):
-    """The chunks of the plan. Worker processes replace this stage by one that can run them."""
+    """The chunks that own a patch. Worker processes replace this stage by one that can run them.
+
+    A block whose chunk owns no patch has only a task of the stage `finalize`.
+    """
 
     kind: ClassVar[str] = "infer"
     is_queued: ClassVar[bool] = True
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:
-        return item.plan.indices()
+        return item.plan.active_indices()
 
     @override
     def count(self, item: ItemHandle) -> int:

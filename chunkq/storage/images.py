@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from chunkq.access import DEFAULT_ACCESS, Access
+from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, as_spatial
+from chunkq.paths import without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import Options
@@ -48,12 +51,21 @@ class ImageSource:
         return format_named(self.format).identity(self.path, self.options)
 
 
-def find_source(path: str) -> ImageSource:
+def find_source(
+    path: str, access: Access = DEFAULT_ACCESS, *, allow_empty: bool = False
+) -> ImageSource:
     """Find the array of an input path: an array, or level 0 of an OME-Zarr image.
 
     Jobs have spatial axes only, so every axis counts as spatial. Raises StoreError if the path does
-    not exist or is not an array in a known format.
+    not exist or is not an array in a known format, and unless `allow_empty` if none of its storage
+    chunks exists.
     """
-    name = format_of(path)
-    array = format_named(name).find(path)
+    name = format_of(path, access.options)
+    array = format_named(name).find(path, access.options)
+    if array.is_empty and not allow_empty:
+        raise StoreError(
+            f"input: {without_secret(array.path)} has no storage chunk under any name, so every "
+            "voxel would be the fill value; fix the path, or set allow_empty: true",
+            code=ErrorCode.INPUT_EMPTY,
+        )
     return ImageSource(name, array.path, as_spatial(array.axes), array.dtype, array.options)

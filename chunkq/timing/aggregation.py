@@ -6,11 +6,11 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from chunkq.geometry.padding import IntArray
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_name
 from chunkq.plan.footprint import largest_footprint
@@ -93,7 +93,7 @@ class _Columns:
         self.started, self.finished = array("d"), array("d")
         self.stages = {stage: array("f") for stage in STAGES}
         self.flat_index, self.attempt, self.worker = array("q"), array("H"), array("l")
-        self.item = array("l")
+        self.item, self.patches = array("l"), array("q")
         self.names: dict[str, int] = {}
         self.total = _Totals()
         self.by_worker: list[_Totals] = []
@@ -114,6 +114,7 @@ class _Columns:
             column.append(max(0.0, commit.seconds.get(stage, 0.0)))
         self.flat_index.append(flat_index)
         self.item.append(commit.item)
+        self.patches.append(commit.patches)
         self.attempt.append(min(commit.attempt, 0xFFFF))
         self.worker.append(number)
 
@@ -146,20 +147,13 @@ class _JobTiming:
         self.own_duration = np.maximum(computing, 0.0)
         self.item = np.array(chunks.item, np.int64)
         self.flat_index = np.array(chunks.flat_index, np.int64)
-        self.voxels = np.ones(len(self.start))
-        for number, plan in enumerate(plans):
-            rows = np.flatnonzero(self.item == number)
-            for axis, along in zip(plan.axes, self._indices(number, rows), strict=True):
-                self.voxels[rows] *= axis.stop(along) - axis.start(along)
-
-    def _indices(self, item: int, rows: Any) -> tuple[IntArray, ...]:
-        """Return the indices of the chunks of an item in these rows, one array per axis."""
-        return np.unravel_index(self.flat_index[rows], self.plans[item].blocks)
+        self.patches = np.array(chunks.patches, np.float64)
 
     def _name(self, row: int) -> str:
         """Return the name of the chunk in a row."""
         item = int(self.item[row])
-        name = chunk_name(tuple(int(along) for along in self._indices(item, row)))
+        index = np.unravel_index(self.flat_index[row], self.plans[item].blocks)
+        name = chunk_name(tuple(int(along) for along in index))
         return name if len(self.plans) == 1 else f"{item}/{name}"
 
     def timing(self) -> Timing:
@@ -170,7 +164,8 @@ class _JobTiming:
         begins = np.concatenate([self.start, self.block_start])
         wall = float(ends.max(initial=0.0))
         work = max(0.0, self.last - self.first)
-        voxels = round(float(self.voxels.sum()))
+        all_voxels = sum(prod(plan.volume.shape) for plan in self.plans)
+        voxels = round(all_voxels * total.patches / costs.patches)
         moved, finalize_moved = total.moved, self.blocks.total.moved
         in_flight = max((w.chunks_in_flight for w in workers.values()), default=0)
         arrays = largest_footprint(self.plans)
@@ -186,6 +181,7 @@ class _JobTiming:
             wall_seconds=wall,
             paused_seconds=max(0.0, wall - covered_seconds(begins, ends)),
             work_seconds=work,
+            patches_per_second=total.patches / work if work else 0.0,
             voxels_per_second=voxels / work if work else 0.0,
             seconds={stage: total.seconds[stage] for stage in STAGES}
             | {"finalize": self.blocks.total.busy},
@@ -290,7 +286,7 @@ class _JobTiming:
 
         return Timeline(
             width,
-            per_second(self.start, self.stop, self.voxels),
+            per_second(self.start, self.stop, self.patches),
             per_second(active[:, 0], active.sum(1), active[:, 1]),
             per_second(begin, end, end - begin),
         )
@@ -313,36 +309,40 @@ class _JobTiming:
         )
 
     def _stragglers(self) -> Stragglers:
-        """Return the chunks that `STRAGGLER_RULE` selects, the slowest first."""
-        durations = self.own_duration
+        """Return the chunks that `STRAGGLER_RULE` selects, those with the largest excess first."""
+        durations, patches = self.own_duration, np.maximum(self.patches, 1.0)
         if not len(durations):
             return Stragglers()
-        median = float(np.median(durations))
-        limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
-        slow = np.flatnonzero(durations > limit)
-        worst = slow[np.argsort(-durations[slow], kind="stable")][:MAX_STRAGGLERS]
-        stages = {stage: self.stages[stage] for stage in ("read", "compute", "write")}
+        timed = ("read", "compute", "write")
+        stages: dict[str, Numbers] = {s: self.stages[s].astype(np.float64) for s in timed}
         stages["other"] = np.maximum(durations - sum(stages.values()), 0.0)
-        medians = {stage: float(np.median(values)) for stage, values in stages.items()}
+        usual = {stage: np.full(len(patches), np.median(time)) for stage, time in stages.items()}
+        usual["compute"] = patches * np.median(stages["compute"] / patches)
+        expected = sum(usual.values(), np.zeros(len(patches)))
+        limit = np.maximum(expected * STRAGGLER_FACTOR, expected + STRAGGLER_SECONDS)
+        slow = np.flatnonzero(durations > limit)
+        excess = durations - expected
+        worst = slow[np.argsort(-excess[slow], kind="stable")][:MAX_STRAGGLERS]
         names = list(self.columns.names)
 
         def straggler(number: int) -> Straggler:
-            excess = {s: float(values[number]) - medians[s] for s, values in stages.items()}
-            stage = max(excess, key=lambda s: excess[s])
+            stage = max(stages, key=lambda s: float(stages[s][number] - usual[s][number]))
             return Straggler(
                 self._name(number),
                 names[self.worker[number]],
                 self.columns.attempt[number],
+                self.columns.patches[number],
                 float(durations[number]),
+                float(expected[number]),
                 stage,
                 float(stages[stage][number]),
-                medians[stage],
+                float(usual[stage][number]),
             )
 
         return Stragglers(
-            median=median,
+            median=float(np.median(durations)),
             count=len(slow),
-            excess_seconds=float((durations[slow] - median).sum()),
+            excess_seconds=float(excess[slow].sum()),
             worst=tuple(straggler(int(number)) for number in worst),
         )
 

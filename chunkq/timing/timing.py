@@ -12,8 +12,9 @@ BINS = 60
 """Number of bins of a timeline."""
 STRAGGLER_FACTOR, STRAGGLER_SECONDS = 3.0, 1.0
 STRAGGLER_RULE = (
-    f"more than {STRAGGLER_FACTOR:.0f} times the median and {STRAGGLER_SECONDS:.0f} s above it, "
-    "not counting the time to wait for the device and to load the network"
+    f"more than {STRAGGLER_FACTOR:.0f} times as long as expected for their patches, and "
+    f"{STRAGGLER_SECONDS:.0f} s longer, not counting the time to wait for the device and to load "
+    "the network"
 )
 
 
@@ -51,13 +52,13 @@ class Worker:
 class Timeline:
     """The job over time, in `BINS` equal bins from its first chunk's start to its last chunk's end.
 
-    voxels_per_second   throughput; the voxels of a chunk are spread evenly over its duration
-    workers             mean number of active workers
-    computing           mean number of devices that compute
+    patches_per_second   throughput; the patches of a chunk are spread evenly over its duration
+    workers              mean number of active workers
+    computing            mean number of devices that compute
     """
 
     bin_seconds: float = 0.0
-    voxels_per_second: tuple[float, ...] = ()
+    patches_per_second: tuple[float, ...] = ()
     workers: tuple[float, ...] = ()
     computing: tuple[float, ...] = ()
 
@@ -83,20 +84,28 @@ class Durations:
 
 @dataclass(frozen=True)
 class Straggler:
-    """A chunk that took much longer than others, and the stage that deviates most."""
+    """A chunk that took much longer than expected, and the stage that deviates most.
+
+    Computing is expected to take the median time per patch, everything else the median time.
+    """
 
     chunk: str
     worker: str
     attempt: int
+    patches: int
     seconds: float
+    expected_seconds: float
     stage: str
     stage_seconds: float
-    stage_median: float
+    stage_expected: float
 
 
 @dataclass(frozen=True)
 class Stragglers:
-    """Number of stragglers, their summed excess over the median, and the slowest of them."""
+    """Number of stragglers, their excess over what is expected, and those that exceed it most.
+
+    `median` is the median duration of all chunks, in seconds.
+    """
 
     rule: str = STRAGGLER_RULE
     median: float = 0.0
@@ -121,6 +130,8 @@ class Timing:
     wall_seconds               from the first task's start to the last task's end, with finalizing
     paused_seconds             part of `wall_seconds` without a task in flight
     work_seconds               from the first chunk's start to the last chunk's end
+    voxels                     of the output; each patch stands for an equal part of them
+    patches_per_second         speed over `work_seconds`, and so is `voxels_per_second`
     seconds                    seconds by stage, summed over all chunks, and `finalize`
     planned_array_bytes        planned peak of the arrays of `chunks_in_flight` chunks
     one_more_in_flight_bytes   planned increase of that peak per additional chunk in flight
@@ -139,6 +150,7 @@ class Timing:
     wall_seconds: float
     paused_seconds: float
     work_seconds: float
+    patches_per_second: float
     voxels_per_second: float
     seconds: dict[str, float]
     chunk_seconds_mean: float

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from chunkq.errors import QueueError, failure_key
 from chunkq.job.events import Event
-from chunkq.job.job_handle import JobHandle
+from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
@@ -58,17 +58,25 @@ class FailureGroup:
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Status of a job at one moment. Queue figures are None if the queue cannot be reached."""
+    """Status of a job at one moment. Queue figures are None if the queue cannot be reached.
+
+    Progress, speed and remaining time count patches: chunks have different numbers of them.
+    `patches_done` is an estimate while more chunks are done than are looked at. Each patch stands
+    for an equal part of the output's voxels.
+    """
 
     output: str
     chunks: int
     done: int
+    patches: int
+    patches_done: int
     running: int | None
     queued: int | None
     failed: int | None
     blocks_to_finalize: int
     blocks_finalized: int
     sealed: bool
+    patches_per_second: float | None
     voxels_per_second: float | None
     seconds_left: float | None
     workers: tuple[WorkerState, ...]
@@ -84,8 +92,10 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     `problem` is the reason why there is no `executor`.
     """
     costs = job.costs
-    recent = job.recent_commits("infer", RECENT_COMMITS)
+    by_item = [item.ledger.recent_commits("infer", RECENT_COMMITS) for item in job.items]
+    recent = RecentCommits.merged(by_item, RECENT_COMMITS)
     done, finalized = recent.total, job.recent_commits("finalize", 0).total
+    patches_done = sum(map(_patches_done, job.items, by_item))
     counts, running, failed_tasks = TaskCounts(), [], []
     if executor is not None:
         try:
@@ -94,8 +104,8 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
             failed_tasks = executor.failed(job.id) if counts.failed else []
         except QueueError as error:
             executor, problem = None, str(error)
-    rate = _chunks_per_second(recent)
-    remaining = costs.chunks - done
+    rate = _patches_per_second(recent)
+    remaining, patches_left = costs.chunks - done, costs.patches - patches_done
     voxels = sum(prod(item.plan.volume.shape) for item in job.items)
     failures = completion.failures(job)
     recorded = {(failure.item, failure.chunk) for failure in failures}
@@ -110,14 +120,17 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         output=without_secret(job.folder.output),
         chunks=costs.chunks,
         done=done,
+        patches=costs.patches,
+        patches_done=patches_done,
         running=counts.running if reachable else None,
         queued=counts.queued if reachable else None,
         failed=counts.failed if reachable else None,
         blocks_to_finalize=costs.finalized_blocks,
         blocks_finalized=finalized,
         sealed=job.ledger.is_sealed() and job.output.is_sealed(),
-        voxels_per_second=rate and rate * voxels / costs.chunks,
-        seconds_left=remaining / rate if rate and remaining and not lost_from_queue else None,
+        patches_per_second=rate,
+        voxels_per_second=rate and rate * voxels / costs.patches,
+        seconds_left=patches_left / rate if rate and remaining and not lost_from_queue else None,
         workers=_workers(job, running, recent),
         failures=_failure_groups(job, failures, unexplained),
         queue_problem=problem,
@@ -152,12 +165,21 @@ class WorkersRunning(Event):
     poller: StatusPoller
 
 
-def _chunks_per_second(recent: RecentCommits) -> float | None:
+def _patches_done(item: ItemHandle, recent: RecentCommits) -> int:
+    """Return the patches of an item's finished chunks, estimated from those of the sample."""
+    if recent.total == item.plan.costs.chunks:
+        return item.plan.costs.patches
+    patches = item.plan.count_patches(recent.chunks)
+    return round(patches * recent.total / max(1, len(recent.chunks)))
+
+
+def _patches_per_second(recent: RecentCommits) -> float | None:
     """Return the speed over the recent commits, from the start of their first chunk."""
     if not recent.records:
         return None
     span = max(c.finished for c in recent.records) - min(c.started for c in recent.records)
-    return len(recent.records) * recent.step / span if span > 0 else None
+    patches = sum(commit.patches for commit in recent.records)
+    return patches * recent.step / span if span > 0 else None
 
 
 def _workers(
@@ -228,6 +250,11 @@ def _failure_groups(
 
 def status_line(status: JobStatus) -> str:
     """Return the status as one line for a log."""
+    return ", ".join(filter(None, (_task_line(status), _speed_line(status))))
+
+
+def _task_line(status: JobStatus) -> str:
+    """Return the states of chunks and blocks."""
     parts = [f"{status.done}/{status.chunks} chunks done"]
     for label in ("running", "queued", "failed"):
         count = getattr(status, label)
@@ -235,12 +262,20 @@ def status_line(status: JobStatus) -> str:
             parts.append(f"{count} {label}")
     if status.blocks_finalized:
         parts.append(f"{status.blocks_finalized}/{status.blocks_to_finalize} blocks finalized")
-    if status.voxels_per_second and status.done < status.chunks:
-        parts.append(si(status.voxels_per_second, "voxels/s"))
-    if status.seconds_left is not None:
-        parts.append(f"{duration(status.seconds_left)} left")
     if status.sealed:
         parts.append("complete")
+    return ", ".join(parts)
+
+
+def _speed_line(status: JobStatus) -> str:
+    """Return the progress in patches, the speed and the remaining time while chunks remain."""
+    if status.done == status.chunks:
+        return ""
+    parts = [f"{status.patches_done}/{status.patches} patches"]
+    if status.patches_per_second:
+        parts.append(si(status.patches_per_second, "patches/s"))
+    if status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
     return ", ".join(parts)
 
 
@@ -248,9 +283,9 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
     """Return the status for a terminal of `width` columns."""
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
     bar = Table.grid()  # a bar outside a table does not end its line
-    bar.add_row(Bar(status.done, status.chunks, min(60, width - 2)))
+    bar.add_row(Bar(status.patches_done, status.patches, min(60, width - 2)))
     lines.append(bar)
-    lines.append(Text(status_line(status)))
+    lines += map(Text, filter(None, (_task_line(status), _speed_line(status))))
     if status.queue_problem:
         lines.append(Text(status.queue_problem, style="yellow"))
     if status.workers:

@@ -103,6 +103,8 @@ def _check_before_writing(
     if engine.name != "sqlite":
         with closing(open_executor(cluster.url)) as executor:
             executor.check_ready()
+            for line in executor.risks():
+                emit(Message(f"chunkq: warning: {line}"))
     if not overwrite and _is_complete(job):
         return
     if early is not None:
@@ -114,6 +116,8 @@ def _check_before_writing(
         check = check_model(job.record, emit=emit)
     else:
         return
+    for line in check.notes:
+        emit(Message(f"chunkq: note: {line}"))
     for label, text in check.values.rows():
         emit(Message(f"chunkq: {label} of the network: {text}"))
     for line in check.value_warnings():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 END_SECONDS = 10.0
 """Time to end processes whose work has not begun, before they are killed."""
+MAX_LINES = 1000
+"""Lines of the workers that are kept. The user's code can print any number of them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class WorkerCommand(Workers):
         self._emit = emit
         self._has_begun = not is_early
         self._lock = threading.Lock()
-        self._lines: list[str] = []
+        self._lines = deque[str](maxlen=MAX_LINES)
         self._reader = threading.Thread(target=self._forward_stderr, daemon=True)
         self._reader.start()
         self._ended = threading.Event()
@@ -127,12 +130,12 @@ class WorkerCommand(Workers):
             return report.result(())
         self.end()
         if report is not None:
-            return report.result(self._lines)
+            return report.result(list(self._lines))
         self._show_lines()
         raise ChunkqError(
             "run: a worker ended with an error; fix the cause above, then run the same command",
             code=ErrorCode.WORKER_FAILED,
-        ).with_notes(self._lines)
+        ).with_notes(list(self._lines))
 
     def begin(self) -> None:
         """Let the workers run the tasks of the job, which is now on the queue."""
@@ -166,7 +169,7 @@ class WorkerCommand(Workers):
     def exit_code(self) -> int:
         """Exit code of the process."""
         self._reader.join()
-        self.messages = self._lines
+        self.messages = list(self._lines)
         return self._process.wait()
 
     def kill(self) -> None:

@@ -47,6 +47,10 @@ def write_npy(path: str, values: Voxels) -> None:
         np.save(file, values)
 
 
+def write_fortran(path: str, values: Voxels) -> None:
+    write_npy(path, np.asfortranarray(values))
+
+
 def write_zarr(
     path: str,
     values: Voxels,
@@ -84,6 +88,31 @@ def write_v2(path: str, values: Voxels) -> None:
     write_zarr(path, values, zarr_format=2)
 
 
+def write_nested(path: str, values: Voxels) -> None:
+    """Write an array whose chunks are nested although its metadata do not say so."""
+    write_zarr(path, values, zarr_format=2, chunk_key_encoding={"name": "v2", "separator": "/"})
+    change(path, ".zarray", lambda document: document.pop("dimension_separator"))
+
+
+def write_flat(path: str, values: Voxels) -> None:
+    """Write an array whose chunks have names with dots although its metadata name slashes."""
+    write_zarr(path, values, chunk_key_encoding={"name": "default", "separator": "."})
+    encoding = {"name": "default", "configuration": {"separator": "/"}}
+    change(path, "zarr.json", lambda document: document.update(chunk_key_encoding=encoding))
+
+
+def write_v2_in_fortran_order(path: str, values: Voxels) -> None:
+    write_zarr(path, values, zarr_format=2, order="F")
+
+
+def change(path: str, name: str, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON document of an array."""
+    filesystem, inner = fsspec.core.url_to_fs(f"{path}/{name}")
+    document = json.loads(filesystem.cat_file(inner))
+    edit(document)
+    filesystem.pipe_file(inner, json.dumps(document).encode())
+
+
 def write_filtered(path: str, values: Voxels) -> None:
     write_zarr(path, values, zarr_format=2, filters=[numcodecs.Shuffle(values.dtype.itemsize)])
 
@@ -119,11 +148,23 @@ class Form:
 FORMS = {
     "npy": Form("npy", ".npy", write_npy, has_chunks=False),
     "npy at a URL": Form("npy", ".npy", write_npy, "memory://", has_chunks=False),
+    "npy in Fortran order": Form("npy", ".npy", write_fortran, has_chunks=False),
+    "npy in Fortran order at a URL": Form(
+        "npy", ".npy", write_fortran, "memory://", has_chunks=False
+    ),
     "zarr v2": Form("zarr", ".zarr", write_v2, array=TensorStoreArray),
     "zarr v3": Form("zarr", ".zarr", write_zarr, array=TensorStoreArray),
     "sharded zarr": Form("zarr", ".zarr", write_sharded, array=TensorStoreArray),
     "ome-zarr": Form("zarr", ".zarr", write_image, array=TensorStoreArray),
     "zarr with a filter": Form("zarr", ".zarr", write_filtered, array=ZarrPythonArray),
+    "zarr v2 in Fortran order": Form(
+        "zarr", ".zarr", write_v2_in_fortran_order, array=TensorStoreArray
+    ),
+    "zarr v2 with nested chunks": Form("zarr", ".zarr", write_nested, array=TensorStoreArray),
+    "zarr v3 with flat chunks": Form("zarr", ".zarr", write_flat, array=TensorStoreArray),
+    "zarr v2 with nested chunks at a URL": Form(
+        "zarr", ".zarr", write_nested, "memory://", ZarrPythonArray
+    ),
     "zarr v2 at a URL": Form("zarr", ".zarr", write_v2, "memory://", ZarrPythonArray),
     "zarr v3 at a URL": Form("zarr", ".zarr", write_zarr, "memory://", ZarrPythonArray),
     "toy of another package": Form("toy", ".toy", write_toy, has_chunks=False),
@@ -237,7 +278,7 @@ def test_missing_storage_chunks_are_read_as_the_fill_value(form: Form, folder: P
 @each_form
 def test_a_path_is_detected_by_its_own_format_only(form: Form, folder: Path) -> None:
     source = written(form, folder, random_volume(SHAPE))
-    detected = [name for name, built_in in BUILT_IN.items() if built_in.detects(source.path)]
+    detected = [name for name, built_in in BUILT_IN.items() if built_in.detects(source.path, {})]
     assert detected == [name for name in BUILT_IN if name == form.format]
 
 

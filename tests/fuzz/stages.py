@@ -105,7 +105,8 @@ class Stages:
         self._save("half inferred")
         job = open_job(path)
         executor.cancel(job.id)
-        executor.submit(Task("infer", *job.id, 0, index) for index in job.items[0].plan.indices())
+        chunks = job.items[0].plan.active_indices()
+        executor.submit(Task("infer", *job.id, 0, index) for index in chunks)
         while self._run_next(executor, options):
             pass
         self._save("inferred")

@@ -20,7 +20,8 @@ PROGRESS = re.compile(r"[\w ]*:? ?\d+/\d+( chunks done.*)?$")
 """A line about the progress of a slow run, which a log gets every ten seconds."""
 LONG = re.compile(r"\d+ (?:h \d+ min|min \d+ s)")
 CHANGING = re.compile(
-    r"\b\d[\d.]*(?:e-?\d+)?(?=%| ?(?:h|min|s|[kMGT]?B|[kMGT]? ?voxels/s)\b)|(?<=worker )\S+"
+    r"\b\d[\d.]*(?:e-?\d+)?(?=%| ?(?:h|min|s|[kMGT]?B|[kMGT]? ?(?:voxels|patches)/s)\b)"
+    r"|(?<=worker )\S+"
 )
 """What differs from run to run: times, memory, shares, speeds, names of workers."""
 

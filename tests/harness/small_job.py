@@ -7,7 +7,7 @@ from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.workspace import Workspace
 
-SHAPE = (30, 22)
+SHAPE = (32, 22)
 CHUNKS = {(i, j) for i in range(3) for j in range(2)}
 
 

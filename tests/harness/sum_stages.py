@@ -28,7 +28,7 @@ class SumStage(Stage):
 
     @override
     def count(self, item: ItemHandle) -> int:
-        return item.plan.costs.chunks
+        return item.plan.costs.blocks
 
     @override
     def waits_for(self, item: ItemHandle, chunk: Index) -> Sequence[TaskKey]:

@@ -161,7 +161,7 @@ class Workspace:
         """Compute uncommitted chunks in this process without a queue; ignore errors of tasks."""
         with mock.patch.dict(os.environ, self.env, clear=True):
             job = open_job(f"{output or self.output}.chunkq")
-            for index in filter(only, job.items[0].plan.indices()):
+            for index in filter(only, job.items[0].plan.active_indices()):
                 with contextlib.suppress(Exception):
                     run_task(job.items[0].task("infer", index), Attempt(1, "inline"))
 
@@ -274,7 +274,7 @@ def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     job = create_job(check_job(load_job(values)))
     for item in job.items:
-        for index in item.plan.indices():
+        for index in item.plan.active_indices():
             run_task(item.task("infer", index), Attempt(1, "inline"))
     return job, finalize_job(job, worker="inline")
 

@@ -114,7 +114,6 @@ def test_a_npy_file_with_other_content_is_rejected(workspace: Workspace, content
 @pytest.mark.parametrize(
     ("values", "fragment"),
     [
-        (np.asfortranarray(random_volume(SHAPE)), "Fortran order"),
         (np.zeros(SHAPE, np.complex64), "complex64"),
         (np.zeros(SHAPE, [("a", "i4"), ("b", "f4")]), "('a', '<i4')"),
         (np.zeros(SHAPE, "U3"), "<U3"),

@@ -26,7 +26,7 @@ from tests.harness.workspace import Workspace
 
 
 def create_workspace(folder: Path) -> Workspace:
-    write_zarr(folder / "in.zarr", random_volume((30, 22)), (8, 8))
+    write_zarr(folder / "in.zarr", random_volume((32, 22)), (8, 8))
     values = {
         "input": "in.zarr",
         "output": "out.zarr",
@@ -73,7 +73,7 @@ def test_the_template_is_a_valid_job_once_its_files_exist(tmp_path: Path) -> Non
     workspace = Workspace(tmp_path)
     assert "wrote job.yaml" in workspace.call("init").ok().out
     workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr")
-    write_zarr(tmp_path / "volume.zarr", np.zeros((96, 80, 64), np.uint8), (64, 64, 64))
+    write_zarr(tmp_path / "volume.zarr", np.ones((96, 80, 64), np.uint8), (64, 64, 64))
     workspace.call("plan", "job.yaml").refused(
         2, ErrorCode.JOB_INVALID, "model_config.class_file: ", "net.py"
     )
@@ -108,10 +108,10 @@ def test_plan_estimates_the_cost_and_writes_nothing(workspace: Workspace) -> Non
     assert plan["blocks"] == [3, 2]
     assert plan["patches"] == 7 * 5
     assert plan["recompute_factor"] == 1.0
-    assert plan["output_bytes"] == 3 * 30 * 22 * 4
+    assert plan["output_bytes"] == 3 * 32 * 22 * 4
     expected_bytes = plan["input_bytes"] + plan["output_bytes"] + 2 * plan["piece_bytes"]
     assert plan["store_bytes"] == expected_bytes
-    for value in ("30×22 uint8", "6 (3×2) of 12×12", "35, each computed once"):
+    for value in ("32×22 uint8", "6 (3×2) of 12×12", "35, each computed once"):
         assert value in text
 
 
@@ -365,10 +365,11 @@ def test_a_command_imports_no_large_package_that_it_does_not_need(
         "try:\n"
         "    main()\n"
         "finally:\n"
-        f"    print('IMPORTED', [n for n in {packages.split()} if n in sys.modules])\n"
+        f"    modules = [n for n in {packages.split()} if n in sys.modules]\n"
+        "    print('IMPORTED', modules, file=sys.stderr)\n"
     )
     completed = python(workspace, code)
-    assert completed.stdout.splitlines()[-1] == "IMPORTED []"
+    assert completed.stderr.splitlines()[-1] == "IMPORTED []"
 
 
 def test_commands_that_run_no_network_do_not_import_torch(workspace: Workspace) -> None:

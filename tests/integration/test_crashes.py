@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from chunkq.errors import ErrorCode
-from chunkq.job.tasks import Task
+from chunkq.job.tasks import Task, chunk_name
 from chunkq.queue.contract.executor import MAX_ATTEMPTS, TaskCounts
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.standard_job import POISONOUS, StandardJob, StandardWorkspace
 from tests.harness.waiting import wait_until
 
 CHUNKS = 24
-PATCHES = 5 * 8 * 9
+PATCHES = 5 * 8 * 12
 DEPTH = 2
 ON_CPU = ("work", "--gpus", "none", "--depth", str(DEPTH))
 SHORT_LEASE = '{"lease": 1}'
@@ -84,6 +84,24 @@ def test_two_worker_processes_write_the_same_bytes_as_one(
     assert set(workspace.computed().values()) == {1}
 
 
+def test_both_of_two_workers_get_chunks_of_the_automatic_size(
+    standard_job: StandardJob, tmp_path: Path
+) -> None:
+    changes = {"chunksize": None, "storage_chunks": None}
+    workspace = standard_job.workspace(tmp_path, changes)
+    workspace.produce()
+    hold = {"NET_HOLD": "forward", "NET_AFTER": "0"}
+    with workspace.start(*ON_CPU, "--burst", "-w", "2", **hold) as command:
+        workspace.wait_until_stopped()
+        wait_until(lambda: len(workspace.done()) > 0, "the other worker commits a chunk")
+        workspace.open_gate()
+        assert command.wait().code == 0
+    workspace.finalize().ok()
+    report = workspace.report()
+    assert all(worker["patches"] >= 8 for worker in report["workers"].values())
+    assert len(report["workers"]) == 2
+
+
 def test_the_default_depth_on_a_cpu_is_three_chunks(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
@@ -103,7 +121,7 @@ def test_the_output_does_not_depend_on_the_order_of_the_chunks(
     workspace: StandardWorkspace, undisturbed: StandardWorkspace
 ) -> None:
     workspace.produce()
-    order = list(workspace.item.plan.indices())
+    order = list(workspace.item.plan.active_indices())
     random.Random(1).shuffle(order)
     with workspace.queue() as queue:
         queue.cancel(workspace.job.id)
@@ -172,6 +190,29 @@ def test_only_chunks_in_flight_of_a_killed_worker_are_computed_again(
     assert computed_twice <= set().union(*(patches[name] for name in retried))
     finalize_and_compare(workspace, undisturbed)
     assert workspace.report()["patches"] == PATCHES
+
+
+@pytest.mark.parametrize("commits", [0, CHUNKS])
+def test_every_block_is_completed_once_if_a_worker_is_killed_before_it_commits_one(
+    workspace: StandardWorkspace, undisturbed: StandardWorkspace, commits: int
+) -> None:
+    workspace.produce()
+    plan = workspace.item.plan
+    hold = {"NET_HOLD": "block", "NET_AFTER": str(commits)}
+    with workspace.start(*ON_CPU, "--burst", "-w", "2", **hold) as command:
+        os.kill(workspace.wait_until_stopped(), signal.SIGKILL)
+        before = workspace.done("finalize")
+        assert command.wait().code == 0
+    by_workers = workspace.done("finalize")
+    finalize_and_compare(workspace, undisturbed)
+    blocks = workspace.done("finalize")
+    assert blocks.keys() == {chunk_name(index) for index in plan.to_finalize()}
+    # A block is not completed again, and no chunk without patches has a record.
+    assert before.items() <= by_workers.items() <= blocks.items()
+    assert workspace.done().keys() == {chunk_name(index) for index in plan.active_indices()}
+    without_patches = set(plan.indices()) - set(plan.active_indices())
+    assert {chunk_name(index) for index in without_patches} <= blocks.keys()
+    assert len(without_patches) == 6
 
 
 @dataclass(frozen=True)

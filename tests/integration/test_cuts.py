@@ -1,4 +1,4 @@
-"""A job with 1, 8 and 60 chunks gives the same output, which equals that of the reference."""
+"""A job with 1, 8 and 60 blocks gives the same output, which equals that of the reference."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.harness.workspace import run_inline
 SHAPE = (37, 23, 30)
 PATCH = (8, 8, 8)
 CHUNKSIZES = {1: (40, 24, 32), 8: (20, 12, 16), 60: (8, 8, 8)}
-"""Chunk size by number of chunks."""
+"""Chunk size by number of blocks, of which some own no patch."""
 SCALE = 100.0
 
 JOBS: dict[str, tuple[dict[str, Any], ref.Setup]] = {
@@ -66,7 +66,7 @@ def expected(job: str, combine: str, activation: str) -> ref.Reference:
 
 
 def results(tmp_path: Path, job: str, combine: str, activation: str) -> dict[int, npt.NDArray[Any]]:
-    """Return the output by number of chunks, computed with the functions that workers call."""
+    """Return the output by number of blocks, computed with the functions that workers call."""
     source = write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (16, 16, 16))
     outputs = {}
     for count, chunksize in CHUNKSIZES.items():
@@ -82,7 +82,8 @@ def results(tmp_path: Path, job: str, combine: str, activation: str) -> dict[int
             **JOBS[job][0],
         }
         job_handle, report = run_inline(values)
-        assert report["chunks"] == count
+        costs = job_handle.items[0].plan.costs
+        assert (costs.blocks, report["chunks"]) == (count, costs.chunks)
         assert report["missing"] == []
         outputs[count] = read_output(job_handle.folder.output)
     return outputs

@@ -66,7 +66,7 @@ class MeasuredJob:
 
 
 def infer_all(workspace: StandardWorkspace, attempt: int = 1) -> None:
-    for index in workspace.item.plan.indices():
+    for index in workspace.item.plan.active_indices():
         run_task(Task("infer", *workspace.job.id, 0, index), Attempt(attempt, "worker"))
 
 

@@ -24,6 +24,7 @@ from chunkq_worker.steps import Steps
 from onnx import TensorProto, helper, numpy_helper
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_file import parse_job
 
 SHAPE = (8, 8, 1)
@@ -57,12 +58,13 @@ def run(runtime: str, kind: str, **keys: Any) -> Any:
 
 def assert_rejected(
     runtime: str, kind: str, code: ErrorCode = ErrorCode.MODEL_UNTRUSTED, **keys: Any
-) -> None:
-    """Assert that loading and calling a network raises ModelError with the code."""
+) -> str:
+    """Assert that loading and calling a network raises ModelError; return its line."""
     with pytest.raises(ModelError) as caught:
         run(runtime, kind, **keys)
     assert caught.value.code == code, str(caught.value)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 class FolderCreator:
@@ -686,6 +688,51 @@ def test_onnx_weights_outside_the_folder_of_the_model_are_rejected(tmp_path: Pat
         path = onnx_model(location, folder / "out.onnx")
         for trusted in (False, True):
             assert_rejected("onnx", "file", model_file=path, trusted=trusted)
+
+
+def linked(tmp_path: Path, content: bytes | None) -> Path:
+    """Write a model whose weights are a link to a file outside of its folder."""
+    for name in ("model", "blobs"):
+        (tmp_path / name).mkdir()
+    if content is not None:
+        (tmp_path / "blobs" / "b").write_bytes(content)
+    (tmp_path / "model" / "weights").symlink_to("../blobs/b")
+    return onnx_model("weights", tmp_path / "model" / "net.onnx")
+
+
+def test_onnx_weights_behind_a_link_out_of_the_folder_are_read(tmp_path: Path) -> None:
+    path = linked(tmp_path, np.full(SHAPE, 3, np.float32).tobytes())
+    assert run("onnx", "file", model_file=path).max() == 4
+
+
+def test_a_worker_with_allowed_paths_follows_such_a_link_only_below_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = linked(tmp_path, np.full(SHAPE, 3, np.float32).tobytes())
+    monkeypatch.setenv(ALLOW_VARIABLE, f"{tmp_path}/model")
+    line = assert_rejected("onnx", "file", code=ErrorCode.PATH_NOT_ALLOWED, model_file=path)
+    assert f"a link to {tmp_path}/blobs/b" in line
+    monkeypatch.setenv(ALLOW_VARIABLE, f"{tmp_path}/model\n{tmp_path}/blobs")
+    assert run("onnx", "file", model_file=path).max() == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "missing"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        (bytes(3), "damaged"),
+        (b"", "damaged"),
+    ],
+    ids=["missing", "pointer", "cut off", "empty"],
+)
+def test_unusable_onnx_weights_behind_a_link_are_reported(
+    tmp_path: Path, content: bytes | None, word: str
+) -> None:
+    path = linked(tmp_path, content)
+    line = assert_rejected("onnx", "file", code=ErrorCode.MODEL_UNUSABLE, model_file=path)
+    assert word in line
+    assert "weights in another file" in line
 
 
 def test_onnx_weights_of_a_model_from_a_url_are_not_read_from_the_working_directory(

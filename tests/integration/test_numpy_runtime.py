@@ -242,8 +242,8 @@ def test_the_error_for_an_unexpected_kwarg_names_it(tmp_path: Path) -> None:
     [
         ("None", ("NoneType", "one array")),
         ("(batch, batch)", ("tuple", "one array")),
-        ("[batch]", ("list", "one array")),
-        ("{'a': batch, 'b': 1}", ("dict of a, b", "one array")),
+        ("[batch, [batch]]", ("list", "outputs[0] [", "outputs[1][0] [", "one array")),
+        ("{'a': batch, 'b': batch}", ("dict", "outputs['a'] [", "outputs['b'] [", "one array")),
         ("batch.mean()", ("float32", "one array")),
         ("batch.astype(object)", ("dtype object", "real numbers", "float32")),
         ("batch.astype(complex)", ("dtype complex128", "real numbers")),

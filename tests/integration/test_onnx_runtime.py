@@ -22,6 +22,7 @@ import torch
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes import onnx_cuda, onnx_host, onnx_tensorrt
 from chunkq_worker.runtimes.base import Runtime, load_runtime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.steps import Steps
@@ -375,12 +376,14 @@ def test_an_output_that_is_not_numeric_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("axes", "declared", "fragments"),
     [
-        (("batch", 1, 8, 8), [8, 8], ("3 axes", " 4, (any, 1, 8, 8)", "shape: [1, 8, 8]")),
-        (("batch", 1, "h", "w"), [8, 8], ("3 axes", "model_input_shape: 3 entries")),
+        (("batch", 8, 8, 8, 1), [8, 8], ("3 axes", " 5, (any, 8, 8, 8, 1)", ": [8, 8, 8, 1]")),
+        (("batch", 8, 1, "h", "w"), [8, 8], ("3 axes", "model_input_shape: 4 entries")),
         (("batch", 8, 8), [1, 8, 8], ("4 axes", " 3, (any, 8, 8)", "model_input_shape: [8, 8]")),
         (("batch", 1, 16, 16), [1, 8, 8], ("(any, 1, 16, 16)", "model_input_shape: [1, 16, 16]")),
         (("batch", 1, "h", 12), [1, 8, 8], ("(any, 1, any, 12)", "model_input_shape: [1, 8, 12]")),
         (("batch", 3, 8, 8), [1, 8, 8], ("(any, 3, 8, 8)", "model_input_shape: [3, 8, 8]")),
+        (("batch", 16, 16, 1), [8, 8, 1], ("(any, 16, 16, 1)", "input_shape: [16, 16, 1]")),
+        (("batch", 16, 16, 1), [8, 8], ("(any, 16, 16, 1)", "input_shape: [16, 16]")),
     ],
 )
 def test_the_error_for_another_patch_shape_than_that_of_the_graph_names_the_shape_to_set(
@@ -396,6 +399,82 @@ def test_dynamic_axes_accept_any_patch_shape(tmp_path: Path) -> None:
     path = save(tmp_path / "net.onnx", conv(axes=("batch", 1, "h", "w")))
     batch = np.zeros((2, 1, 12, 20), np.float32)
     assert load(path, model_input_shape=[1, 12, 20])(batch).shape == (2, 3, 12, 20)
+
+
+def keras_like(axes: Any = ("batch", *PATCH, 1)) -> onnx.ModelProto:
+    """Return `conv` as tf2onnx writes a Keras network: channels last outside, first inside."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["a"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["a", "w"], ["b"], name="conv", pads=[1] * 4),
+        helper.make_node("Transpose", ["b"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+    return model_of(nodes, axes=axes, weights={"w": WEIGHTS})
+
+
+def predictions_of(
+    path: Path, shape: list[int], output: list[int] | None = None, steps: Steps | None = None
+) -> npt.NDArray[Any]:
+    """Return what the batcher gets for `random_batch()`, channels first."""
+    model = config(path, model_input_shape=shape, model_output_shape=output or [3, *PATCH])
+    runtime = load_runtime(model, steps or Steps(), 1, ItemShapes.of(model, len(PATCH)))
+    batch = random_batch()
+    return runtime(batch if len(shape) > len(PATCH) else batch[:, 0])
+
+
+@pytest.mark.parametrize("output", [[3, *PATCH], [*PATCH, 3]])
+@pytest.mark.parametrize("shape", [[1, *PATCH], [*PATCH, 1], [*PATCH]])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("batch", *PATCH, 1),
+        ("batch", "h", "w", 1),
+        ("batch", "h", "w", "c"),
+        None,
+    ],
+    ids=["fixed", "dynamic patch", "all dynamic", "undeclared"],
+)
+def test_a_network_with_channels_last_gets_and_returns_them_there(
+    tmp_path: Path, axes: Any, shape: list[int], output: list[int]
+) -> None:
+    """A patch without channels gets them where the graph has them, if it says how many axes."""
+    path = save(tmp_path / "net.onnx", keras_like(axes))
+    outputs = predictions_of(path, shape, output)
+    np.testing.assert_allclose(outputs, convolved(random_batch()), rtol=0, atol=1e-4)
+    assert outputs.flags.c_contiguous
+
+
+@pytest.mark.parametrize("axes", [ANY, ("batch", "c", "h", "w"), None])
+@pytest.mark.parametrize("shape", [[1, *PATCH], [*PATCH, 1], [*PATCH]])
+def test_a_network_with_channels_first_accepts_shapes_in_either_order(
+    tmp_path: Path, axes: Any, shape: list[int]
+) -> None:
+    outputs = predictions_of(save(tmp_path / "net.onnx", conv(axes=axes)), shape)
+    np.testing.assert_allclose(outputs, convolved(random_batch()), rtol=0, atol=1e-4)
+
+
+def test_protected_steps_around_a_network_with_channels_last_see_channels_first(
+    tmp_path: Path,
+) -> None:
+    shapes = []
+
+    def double(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        shapes.append(batch.shape)
+        return batch * 2
+
+    steps = Steps(preprocessing_protected=double, postprocessing_protected=double)
+    path = save(tmp_path / "net.onnx", keras_like())
+    outputs = predictions_of(path, [*PATCH, 1], steps=steps)
+    np.testing.assert_allclose(outputs, convolved(random_batch() * 2) * 2, rtol=1e-5, atol=1e-3)
+    assert shapes == [(4, 1, *PATCH), (4, 3, *PATCH)]
+
+
+def test_steps_that_move_the_channels_themselves_keep_working(tmp_path: Path) -> None:
+    steps = Steps(
+        preprocessing_protected=lambda x: np.moveaxis(x, 1, -1),
+        postprocessing_protected=lambda y: np.moveaxis(y, -1, 1),
+    )
+    outputs = predictions_of(save(tmp_path / "net.onnx", keras_like()), [1, *PATCH], steps=steps)
+    np.testing.assert_allclose(outputs, convolved(random_batch()), rtol=0, atol=1e-4)
 
 
 def test_a_graph_without_a_declared_shape_accepts_any(tmp_path: Path) -> None:
@@ -784,7 +863,8 @@ def test_tensorrt_gets_batches_of_one_size(network: Path) -> None:
     graph = Graph.from_session(session, str(network))
     for keys, expected in (({}, True), ({"provider": "tensorrt"}, False)):
         model = config(network, device="cuda", **keys)
-        assert onnx_host.OnnxRuntime(session, graph, model, Steps()).any_batch is expected
+        layout = graph.layout(ItemShapes.of(model), Steps())
+        assert onnx_host.OnnxRuntime(session, graph, model, Steps(), layout).any_batch is expected
 
 
 @pytest.fixture
@@ -794,10 +874,14 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (600, 1000))
 
-    def create(path: Path, steps: Steps | None = None, **overrides: Any) -> onnx_cuda.OnnxOnTorch:
+    def create(
+        path: Path, steps: Steps | None = None, rank: int | None = None, **overrides: Any
+    ) -> onnx_cuda.OnnxOnTorch:
         session, model = open_session(str(path), 1), config(path, **overrides)
         graph, device = Graph.from_session(session, str(path)), torch.device("cpu")
-        return onnx_cuda.OnnxOnTorch(session, graph, model, steps or Steps(), device, 900)
+        steps = steps or Steps()
+        layout = graph.layout(ItemShapes.of(model, rank), steps)
+        return onnx_cuda.OnnxOnTorch(session, graph, model, steps, layout, device, 900)
 
     return create
 
@@ -810,6 +894,16 @@ def test_bound_tensors_return_the_same_values_as_arrays(network: Path, bound: An
         assert isinstance(outputs, torch.Tensor)
         assert outputs.dtype == torch.float32
         np.testing.assert_array_equal(outputs.numpy(), plain(batch))
+
+
+@pytest.mark.parametrize("shape", [[1, *PATCH], [*PATCH, 1]])
+def test_bound_tensors_of_a_network_with_channels_last_are_moved(
+    tmp_path: Path, bound: Any, shape: list[int]
+) -> None:
+    path = save(tmp_path / "net.onnx", keras_like())
+    outputs = bound(path, rank=2, model_input_shape=shape)(random_batch())
+    assert outputs.is_contiguous()
+    np.testing.assert_allclose(outputs.numpy(), convolved(random_batch()), rtol=0, atol=1e-4)
 
 
 def test_results_of_a_bound_graph_share_no_memory(network: Path, bound: Any) -> None:

@@ -478,7 +478,7 @@ def test_numpy_code_with_random_outputs_is_refused(tmp_path: Path, code: str) ->
 
 def workspace_with(folder: Path, volume: npt.NDArray[Any], keys: dict[str, Any]) -> Workspace:
     write_zarr(folder / "in.zarr", volume, (8, 8))
-    values = job_values(keys) | {"input": "in.zarr", "output": "out.zarr"}
+    values = job_values(keys) | {"input": "in.zarr", "output": "out.zarr", "allow_empty": True}
     workspace = Workspace(folder, values)
     workspace.write_job()
     return workspace

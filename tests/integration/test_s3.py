@@ -24,7 +24,7 @@ from tests.harness.workspace import Workspace
 
 SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
 PASSWORD = "hunter2hunter2"
-SHAPE = (20, 18, 12)
+SHAPE = (20, 20, 12)
 
 
 def environment(endpoint: str) -> dict[str, str]:
@@ -134,7 +134,7 @@ def test_a_job_on_s3_writes_the_same_objects_as_a_local_job(
     assert done[3].out.startswith("complete: s3://lab/out.zarr (4 chunks")
     remote = objects(bucket, "lab/out.zarr")
     assert set(remote) == set(local)
-    assert len(remote) == 4 * 3 * 2 + 2
+    assert len(remote) == 4 * 4 * 2 + 2
     assert without_digest(remote) == without_digest(local)
 
 
@@ -336,3 +336,37 @@ def test_a_job_that_replaces_another_in_a_bucket_has_a_new_array(
     record = json.loads(objects(bucket, "lab/replaced.zarr.chunkq")["job.json"])
     names = {name.partition("/")[0] for name in objects(bucket, "lab/replaced.zarr")}
     assert names == {"zarr.json", f"0.{record['epoch']}"}
+
+
+def test_a_job_on_s3_has_endpoint_and_keys_of_the_aws_configuration_files(
+    workspace: Workspace,
+    endpoint: str,
+    bucket: s3fs.S3FileSystem,
+    local: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    """The metadata are written by s3fs and the voxels by tensorstore."""
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/config").write_text(
+        f"[profile lab]\nservices = lab\n[services lab]\ns3 =\n  endpoint_url = {endpoint}\n"
+    )
+    (tmp_path / ".aws/credentials").write_text(
+        f"[lab]\naws_access_key_id = AKIAIOSFODNN7EXAMPLE\naws_secret_access_key = {SECRET}\n"
+    )
+    env = {"HOME": str(tmp_path), "AWS_PROFILE": "lab", "AWS_EC2_METADATA_DISABLED": "true"}
+    user = Workspace(workspace.folder, workspace.values, env)
+    output = "s3://lab/profile.zarr"
+    user.call("produce", "job.json", "-o", output).ok()
+    user.compute_inline(output=output)
+    user.call("finalize", output).ok()
+    assert without_digest(objects(bucket, "lab/profile.zarr")) == without_digest(local)
+
+
+@pytest.mark.parametrize("output", ["s3://lab", "s3://lab/", "s3://lab/."])
+@pytest.mark.parametrize("option", [(), ("--overwrite",)])
+def test_a_whole_bucket_is_refused_as_output_without_other_advice(
+    workspace: Workspace, output: str, option: tuple[str, ...]
+) -> None:
+    answer = workspace.call("produce", "job.json", "-o", output, *option)
+    answer.refused(2, ErrorCode.PATH_INVALID, "s3://lab/out.zarr")
+    assert "--overwrite" not in answer.err

@@ -18,8 +18,8 @@ import pytest
 import torch
 from chunkq_worker.batching import Batcher
 from chunkq_worker.runtimes import tensorflow as tensorflow_runtime
-from chunkq_worker.runtimes import tensorflow_import
 from chunkq_worker.runtimes.base import Runtime, load_runtime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_output
 from chunkq_worker.steps import Steps
 
@@ -69,8 +69,8 @@ class Larger(Net):
         return self.options(super().call(x))
 
 
-def functional(width=3):
-    inputs = keras.Input((8, 8, 1))
+def functional(width=3, size=8):
+    inputs = keras.Input((size, size, 1))
     x = layers.Dropout(0.5)(layers.Conv2D(width, 3, padding="same")(inputs))
     return keras.Model(inputs, layers.BatchNormalization()(x))
 
@@ -78,6 +78,12 @@ def functional(width=3):
 def sequential():
     """Declares no input, so that its variables are created with the first batch."""
     return keras.Sequential([layers.Conv2D(3, 3, padding="same"), layers.BatchNormalization()])
+
+
+def large():
+    """Declares another patch than it gets, which Keras accepts for this kind of model."""
+    inner = [layers.Conv2D(3, 3, padding="same"), layers.BatchNormalization()]
+    return keras.Sequential([keras.Input((32, 32, 1)), *inner])
 
 
 class BuildsLayers(keras.Model):
@@ -168,6 +174,24 @@ def takes_bytes():
     return keras.Model(inputs, layers.Lambda(lambda x: keras.ops.cast(x, "float32") * 2)(inputs))
 
 
+class Swaps(keras.Model):
+    """Has channels-first inputs and outputs, and no declared input."""
+
+    def call(self, x):
+        assert x.shape[1] == 1, x.shape
+        return keras.ops.concatenate([x, x * 2, x * 3], axis=1)
+
+
+def swapping():
+    inputs = keras.Input((1, 8, 8))
+    return keras.Model(inputs, layers.Concatenate(1)([inputs, inputs * 2, inputs * 3]))
+
+
+def sums_channels(count=2):
+    inputs = keras.Input((8, 8, count))
+    return keras.Model(inputs, keras.ops.sum(inputs, -1, keepdims=True))
+
+
 class Complex(keras.Model):
     def call(self, x):
         return tf.complex(x, x)
@@ -204,6 +228,13 @@ def model_files(tmp_path_factory: pytest.TempPathFactory, nets: dict[str, Any]) 
         tf.saved_model.save(model, str(folder / "saved"))
         tf.saved_model.save(tf.Module(), str(folder / "unsigned"))
         (folder / "net.json").write_text(model.to_json())
+        dynamic = nets["functional"](size=None)
+        dynamic.set_weights(model.get_weights())
+        dynamic.save(folder / "dynamic.keras")
+        dynamic.export(str(folder / "dynamic"), verbose=False)
+        large = nets["large"]()
+        large.set_weights(model.get_weights())
+        large.save(folder / "large.keras")
         subclass.save_weights(folder / "subclass.weights.h5")
         tf.train.Checkpoint(subclass).write(str(folder / "bare"))
         tracked = tf.train.Checkpoint(model=subclass, step=tf.Variable(3))
@@ -452,20 +483,104 @@ def test_a_channels_last_network_with_one_channel_accepts_patches_without_channe
         assert_close(load(model_files, PATCH, **file_of(name))(batch()[..., 0]), expected)
 
 
-def test_the_error_for_channels_first_with_a_channels_last_network_names_the_fix(
+LAST_NETWORKS = {
+    "keras": file_of("net.keras"),
+    "h5": file_of("net.h5"),
+    "exported": file_of("exported"),
+    "saved": file_of("saved"),
+    "json": {"type": "json", "json_file": "net.json", "checkpoint": "net.weights.h5"},
+    "functional class": class_of("functional", checkpoint="net.weights.h5"),
+    "subclass": class_of("Net", checkpoint="subclass.weights.h5"),
+    "dynamic axes": file_of("dynamic.keras"),
+    "dynamic axes, saved": file_of("dynamic"),
+    "another patch": file_of("large.keras"),
+}
+"""One network with channels last, in every form."""
+
+
+def predictions_of(
+    folder: Path,
+    shape: Item,
+    output: Item,
+    keys: dict[str, Any],
+    steps: Steps | None = None,
+) -> npt.NDArray[Any]:
+    """Return what the batcher gets for `batch()`, channels first."""
+    model = config(folder, shape, model_output_shape=list(output), **keys)
+    runtime = load_runtime(model, steps or Steps(), 1, ItemShapes.of(model, len(PATCH)))
+    inputs = batch().transpose(0, 3, 1, 2)
+    return runtime(inputs if len(shape) > len(PATCH) else inputs[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(*PATCH, 1), (1, *PATCH), PATCH])
+@pytest.mark.parametrize("name", LAST_NETWORKS)
+def test_a_network_with_channels_last_runs_whichever_way_its_shapes_are_written(
+    model_files: Path, expected: npt.NDArray[Any], name: str, shape: Item
+) -> None:
+    for output in ((*PATCH, 3), (3, *PATCH)):
+        outputs = predictions_of(model_files, shape, output, LAST_NETWORKS[name])
+        assert_close(outputs, expected.transpose(0, 3, 1, 2))
+        assert outputs.flags.c_contiguous
+
+
+@pytest.mark.parametrize("shape", [(*PATCH, 1), (1, *PATCH), PATCH])
+@pytest.mark.parametrize("name", ["Swaps", "swapping"])
+def test_a_network_with_channels_first_runs_whichever_way_its_shapes_are_written(
+    model_files: Path, nets: dict[str, Any], name: str, shape: Item
+) -> None:
+    """Like one of `data_format` channels_first, which TensorFlow supports on GPUs only."""
+    outputs = predictions_of(model_files, shape, (3, *PATCH), class_of(name))
+    assert_close(
+        outputs, np.repeat(batch().transpose(0, 3, 1, 2), 3, axis=1) * [[[1]], [[2]], [[3]]]
+    )
+
+
+def test_the_moves_are_a_part_of_the_graph(model_files: Path) -> None:
+    keys = LAST_NETWORKS["keras"]
+    model = config(model_files, (1, *PATCH), model_output_shape=[3, *PATCH], **keys)
+    runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH)))
+    runtime(batch().transpose(0, 3, 1, 2))
+    graph = runtime._traced[1]  # type: ignore[attr-defined]
+    assert [tuple(t.shape) for t in graph.inputs[:1]] == [(4, 1, *PATCH)]
+    assert tuple(graph.structured_outputs.shape) == (4, 3, *PATCH)
+
+
+def test_several_inputs_are_the_last_axis_of_a_network_with_channels_last(
+    model_files: Path,
+) -> None:
+    values = batch((2, *PATCH))
+    for shape, join_dim in (((1, *PATCH), 1), ((*PATCH, 1), 3)):
+        keys = class_of("sums_channels", join_dim=join_dim)
+        model = config(model_files, shape, model_output_shape=list(PATCH), **keys)
+        runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH), 2))
+        assert_close(runtime(values), values.sum(1))
+
+
+def test_slices_of_a_volume_are_the_last_axis_of_a_2d_network(
+    model_files: Path, nets: dict[str, Any]
+) -> None:
+    values = batch((2, *PATCH))[:, [0, 1, 0]]
+    for shape, lost_dim, count in (((3, *PATCH), 0, 3), ((1, *PATCH), 0, 1)):
+        keys = class_of("sums_channels", lost_dim=lost_dim)
+        model = config(model_files, shape, model_output_shape=[1, *PATCH], **keys)
+        (model_files / "slices.py").write_text(f"kwargs = {{'count': {count}}}\n")
+        model = model.model_copy(update={"kwargs_file": str(model_files / "slices.py")})
+        runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, 3))
+        outputs = runtime(values[:, :count])
+        assert_close(outputs.reshape(4, *PATCH), values[:, :count].sum(1))
+
+
+def test_the_error_for_another_patch_than_that_of_the_network_names_the_shape_to_set(
     model_files: Path,
 ) -> None:
     for name in ("net.keras", "saved"):
-        load_error(
-            model_files,
-            [4, 1, 8, 8],
-            ["any", 8, 8, 1],
-            "channels last",
-            "preprocessing_protected of model_config.processing_steps",
-            "model_input_shape",
-            shape=(1, *PATCH),
-            **file_of(name),
-        )
+        for shape, expected in (((1, 4, 4), [1, 8, 8]), ((4, 4, 1), [8, 8, 1])):
+            model = config(model_files, shape, model_output_shape=[3, 4, 4], **file_of(name))
+            with pytest.raises(ModelError) as caught:
+                load_runtime(model, Steps(), 1, ItemShapes.of(model, 2))(np.zeros((4, 1, 4, 4)))
+            assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+            fragments = ("(any, 8, 8, 1)", f"set model_input_shape: {expected}")
+            assert_contains(str(caught.value), *fragments)
 
 
 @pytest.mark.parametrize(
@@ -577,21 +692,41 @@ CHANNELS_FIRST = Steps(
 )
 
 
-def test_the_error_for_channels_last_predictions_names_the_step_that_moves_them(
+def test_steps_around_a_network_with_channels_last_see_channels_first(
+    model_files: Path, expected: npt.NDArray[Any]
+) -> None:
+    shapes = []
+
+    def double(batch: Any) -> Any:
+        shapes.append(tuple(batch.shape))
+        return batch * 2
+
+    steps = Steps(preprocessing_protected=lambda x: double(x) / 2, postprocessing_protected=double)
+    for name in ("keras", "saved", "subclass"):
+        outputs = predictions_of(model_files, (1, *PATCH), (3, *PATCH), LAST_NETWORKS[name], steps)
+        assert_close(outputs, expected.transpose(0, 3, 1, 2) * 2)
+    assert shapes == [(4, 1, *PATCH), (4, 3, *PATCH)] * 3
+
+
+def test_a_step_that_moves_channels_behind_the_network_is_refused_unless_one_before_it_does(
     model_files: Path,
 ) -> None:
+    move = CHANNELS_FIRST.postprocessing_protected
     with pytest.raises(ModelError) as caught:
-        batcher_of(model_files, Steps(), file_of("net.keras")).warm_up()
+        batcher_of(
+            model_files, Steps(postprocessing_protected=move), file_of("net.keras")
+        ).warm_up()
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
     assert_contains(
         str(caught.value),
-        [4, 8, 8, 3],
-        [4, 8, 8],
-        "model_config.model_output_shape",
+        [4, 8, 3, 8],
         [4, 3, 8, 8],
-        "postprocessing_protected of model_config.processing_steps",
+        "model_config.model_output_shape",
+        "steps get channels first",
+        "remove one of model_config.processing_steps",
     )
     batcher_of(model_files, CHANNELS_FIRST, class_of("Net")).warm_up()
+    batcher_of(model_files, Steps(), file_of("net.keras")).warm_up()
 
 
 def test_out_of_memory_halves_the_batch_size(
@@ -631,11 +766,14 @@ def test_only_failed_allocations_are_out_of_memory(model_files: Path) -> None:
         (class_of("Nope"), ["model_config.class_name: ", "'Nope'", "Larger, Net"]),
         (class_of("no_network"), ["model_config.class_name: no_network of ", "int", "keras.Model"]),
         (class_of("Plain"), ["model_config.class_name: Plain of ", "keras.Model"]),
-        (class_of("Raises"), ["KeyError", "[1, 8, 8, 1]", "mean"]),
+        (class_of("Raises"), ["KeyError", "[4, 8, 8, 1]", "mean"]),
         (class_of("two_inputs"), ["model_config.class_name: two_inputs of ", "2 inputs"]),
         (file_of("two_inputs.keras"), ["model_file: ", "two_inputs.keras ", "2 inputs"]),
         (file_of("two_inputs"), ["serving_default", "2 inputs (keras_tensor"]),
-        (file_of("two_outputs.keras"), ["dict of edge, mask", "one tensor"]),
+        (
+            file_of("two_outputs.keras"),
+            ["dict", "outputs['edge'] [", "outputs['mask'] [", "one tensor"],
+        ),
         (file_of("two_outputs"), ["serving_default", "2 outputs (edge, mask)"]),
         (file_of("unsigned"), ["/unsigned ", "signature", "model.export(path)"]),
         (file_of("empty"), ["/empty ", "saved_model.pb"]),
@@ -847,7 +985,7 @@ def test_only_log_lines_of_tensorflow_are_removed_and_only_without_a_log_level(
     with without_log_output():
         os.write(2, log_line + b"chunkq: message of another thread\n")
     assert capfd.readouterr().err == "chunkq: message of another thread\n"
-    monkeypatch.setattr(tensorflow_import, "SHOW_LOG", True)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
     with without_log_output():
         os.write(2, log_line)
     assert capfd.readouterr().err == log_line.decode()
@@ -941,6 +1079,7 @@ class Conv(torch.nn.Module):
 """
 STEPS = """\
 import os
+import tensorflow as tf
 
 def preprocessing(batch):
     with open(os.environ["COMMANDS"], "ab") as file, open("/proc/self/cmdline", "rb") as line:
@@ -948,8 +1087,7 @@ def preprocessing(batch):
     return batch
 
 def postprocessing_protected(y):
-    import tensorflow as tf
-    return tf.transpose(y, [0, 4, 1, 2, 3])
+    return tf.identity(y)
 """
 SHAPE, CUBE = (20, 18, 14), (8, 8, 8)
 
@@ -1007,7 +1145,10 @@ def write_network_twice(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_job_with_two_workers_has_the_same_output_as_the_network_in_torch(
     tmp_path: Path,
 ) -> None:
-    """Worker processes print no log of TensorFlow. They are spawned, not forked."""
+    """Worker processes print no log of TensorFlow, which the user's file imports first.
+
+    They are spawned, not forked. The steps need not move the channels of the network.
+    """
     write_zarr(tmp_path / "in.zarr", random_volume(SHAPE), (8, 8, 8))
     torch_keys, keras_keys = write_network_twice(tmp_path)
     run_inline(job_values(tmp_path, "torch.zarr", torch_keys))

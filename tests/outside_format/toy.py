@@ -39,10 +39,10 @@ class ToyArray(Array):
 
 
 class ToyFormat(Format):
-    def detects(self, path: str) -> bool:
+    def detects(self, path: str, options: Options) -> bool:
         return path.endswith(".toy")
 
-    def find(self, path: str) -> ArrayInfo:
+    def find(self, path: str, options: Options) -> ArrayInfo:
         array = self.open(path, {})
         return ArrayInfo(path, plain_axes(array.shape), str(array.dtype), {"header": 1})
 

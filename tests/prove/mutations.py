@@ -29,7 +29,17 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.prove.fault import Fault
-from tests.prove.faults import blending, geometry, ledger, queues, records, texts, tuning, workers
+from tests.prove.faults import (
+    blending,
+    geometry,
+    ledger,
+    queues,
+    reach,
+    records,
+    texts,
+    tuning,
+    workers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
@@ -37,6 +47,7 @@ FAULTS: tuple[Fault, ...] = (
     *blending.FAULTS,
     *queues.FAULTS,
     *ledger.FAULTS,
+    *reach.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
     *texts.FAULTS,

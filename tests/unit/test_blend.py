@@ -95,8 +95,7 @@ def run(
 
     results = {
         index: infer(plan, index, cache, volume, predict, to_device)
-        for index in plan.indices()
-        if plan.chunk(index).is_active
+        for index in plan.active_indices()
     }
     pieces = {piece: sums for result in results.values() for piece, sums in result.pieces}
     for index, result in results.items():

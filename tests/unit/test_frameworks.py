@@ -10,6 +10,7 @@ import torch
 from chunkq_worker.frameworks import FrameworkRule, framework_of
 from chunkq_worker.runtimes import torch as torch_runtime
 from chunkq_worker.runtimes import triton_import
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.torch_files import LoadedNetwork
 from chunkq_worker.steps import Steps
 
@@ -141,6 +142,6 @@ def test_compiling_for_a_gpu_without_triton_is_an_error_of_one_line(
     modules.setitem(sys.modules, "tensorflow", ModuleType("tensorflow"))
     compiled = model("torch", device="cuda", compile=True)
     with pytest.raises(ModelError, match=r"^model_config\.compile: .*triton") as error:
-        torch_runtime.load(compiled, Steps(), None)
+        torch_runtime.load(compiled, Steps(), None, ItemShapes.of(compiled))
     assert error.value.code is ErrorCode.MODEL_UNUSABLE
     assert "\n" not in str(error.value)

@@ -158,6 +158,21 @@ def test_a_block_owns_the_patches_whose_clipped_kept_voxels_start_in_it(
     assert sum(high - low) == len(owner)
 
 
+@settings(max_examples=200)
+@given(grids(), st.integers(1, 9))
+def test_the_owners_run_from_the_first_to_the_last_block_that_owns_a_patch(
+    drawn: Drawn, size: int
+) -> None:
+    grid = drawn[0]
+    blocks = np.arange(-(-grid.volume // size))
+    low, high = grid.owned(blocks, size)
+    owning, owners = np.flatnonzero(high > low), grid.owners(size)
+    assert list(owners[:1]) == list(owning[:1])
+    assert list(owners[-1:]) == list(owning[-1:])
+    if grid.gap() is None and size >= grid.kept:
+        assert list(owners) == list(owning)
+
+
 @given(grids(), st.integers(-5, 25), st.integers(1, 10))
 def test_touching_returns_the_patches_that_intersect_a_window(
     drawn: Drawn, start: int, length: int

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from chunkq.access import Access
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import Job, job_schema, load_job, parse_job
 from chunkq.job.model_config import ModelConfig
@@ -605,3 +606,21 @@ def test_the_lost_axis_counts_spatial_axes_and_has_one_slice(
     model = ModelConfig(runtime="numpy", type="class", **shapes)
     assert model.lost_axis(3) == lost_axis
     assert model.output_patch(3) == output_patch
+
+
+def test_an_input_says_how_it_is_accessed() -> None:
+    inputs = ["/a.npy", {"path": "s3://b/a.zarr", "anonymous": True}]
+    job = parse_job(values(input=inputs))
+    assert [config.access for config in job.inputs] == [Access(), Access(anonymous=True)]
+    assert parse_job(job.as_dict()).inputs == job.inputs
+
+
+@pytest.mark.parametrize("path", ["/in.zarr", "https://host/in.zarr"])
+def test_access_to_storage_without_accounts_is_refused(path: str) -> None:
+    job = values(input={"path": path, "requester_pays": True})
+    assert keys(problems(job)) == ["input.requester_pays"]
+
+
+def test_a_list_with_an_invalid_item_is_not_too_short_as_well() -> None:
+    assert keys(problems(values(chunksize=[0]))) == ["chunksize.0"]
+    assert keys(problems(values(chunksize=[]))) == ["chunksize"]

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("chunkq", "producer/chunkq_producer", "worker/chunkq_worker")
+PACKAGES = ("chunkq", "chunkq_user", "producer/chunkq_producer", "worker/chunkq_worker")
 
 
 def test_no_two_modules_have_the_same_contents() -> None:

@@ -168,10 +168,12 @@ def test_the_contributors_of_a_block_include_every_chunk_that_predicts_its_voxel
     case: Case,
 ) -> None:
     plan = case.plan
-    masks = predicted_voxels(plan)
+    masks, active = predicted_voxels(plan), set(plan.active_indices())
     for index, chunk in chunks(plan).items():
         contributors = plan.contributors(index)
-        assert len(set(contributors)) == len(contributors)
+        assert len(set(contributors)) == len(contributors) > 0
+        assert all(other in active for other in contributors)
+        assert (contributors[0] == index) == (index in active)
         block = chunk.block.slices((0,) * plan.rank)
         assert {other for other, mask in masks.items() if mask[block].any()} <= set(contributors)
         for other in contributors:
@@ -196,7 +198,8 @@ def test_costs_equal_the_sums_over_all_chunks(case: Case) -> None:
     active = [chunk for chunk in all_chunks if chunk.is_active]
     output_voxel = plan.stored_channels * plan.output_dtype.itemsize
     costs = plan.costs
-    assert costs.chunks == len(all_chunks)
+    assert costs.chunks == len(active)
+    assert costs.blocks == len(all_chunks)
     assert costs.patches == sum(chunk.patches for chunk in all_chunks)
     assert costs.finalized_blocks == sum(chunk.has_band for chunk in all_chunks)
     touched = [box for chunk in all_chunks for box in chunk.touched_boxes]
@@ -219,13 +222,44 @@ def test_costs_equal_the_sums_over_all_chunks(case: Case) -> None:
 
 @settings(max_examples=50)
 @given(cases())
-def test_a_chunk_without_patches_along_an_axis_is_all_band(case: Case) -> None:
+def test_a_block_without_patches_is_all_band_and_sends_nothing(case: Case) -> None:
     plan = case.plan
     for chunk in chunks(plan).values():
+        assert chunk.is_active == plan.is_active(chunk.index) == (chunk.patches > 0)
         if not chunk.is_active:
-            assert chunk.patches == 0
             assert chunk.interior.size == 0
+            assert plan.has_band(chunk.index)
             assert plan.outgoing_pieces(chunk) == []
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_exactly_the_chunks_that_own_patches_are_listed_in_order(case: Case) -> None:
+    plan = case.plan
+    listed = list(plan.active_indices())
+    assert listed == [index for index, chunk in chunks(plan).items() if chunk.patches]
+    assert plan.count_patches(listed) == plan.costs.patches
+    assert [plan.count_patches([i]) for i in plan.indices()] == [
+        chunk.patches for chunk in chunks(plan).values()
+    ]
+
+
+def test_chunks_that_do_not_exist_own_no_patch() -> None:
+    plan = plan_for((9, 9), (4, 4), chunksize=[4, 4])
+    assert plan.count_patches([]) == 0
+    assert plan.count_patches([(0, 99), (7, 0), (1, 1, 1), (0,)]) == 0
+    assert not plan.is_active((0, 99))
+
+
+def test_a_chunk_that_owns_starts_of_different_grids_along_each_axis_owns_no_patch() -> None:
+    # Blocks are [0, 9) and [9, 10). Only patches of grid 1 start in the second block along axis 0,
+    # only patches of grid 2 along axis 1.
+    plan = plan_for((10, 10), (4, 4), chunksize=[9, 9], offsets=[[1, 0], [0, 1]])
+    assert list(plan.active_indices()) == [(0, 0), (0, 1), (1, 0)]
+    chunk = plan.chunk((1, 1))
+    assert (chunk.patches, chunk.is_active, chunk.interior.size) == (0, False, 0)
+    assert plan.contributors((1, 1)) == [(1, 0), (0, 1), (0, 0)]
+    assert (plan.costs.chunks, plan.costs.blocks) == (3, 4)
 
 
 def test_patches_are_ordered_by_grid_then_with_the_last_axis_fastest() -> None:
@@ -290,7 +324,7 @@ def test_the_last_block_may_own_no_patch() -> None:
     assert last.halo.size == last.interior.size == last.core.size == 0
     assert last.band_boxes == last.touched_boxes == (last.block,)
     assert (last.rest_boxes, list(plan.patches(last)), plan.outgoing_pieces(last)) == ((), [], [])
-    assert plan.contributors((1,)) == [(1,), (0,)]
+    assert plan.contributors((1,)) == [(0,)]
     assert list(plan.to_finalize()) == [(1,)]
     # Chunk 0 stores sums of one voxel, 4 bytes; chunk 1 stores none.
     assert (plan.costs.patches, plan.costs.piece_bytes) == (3, 4)
@@ -330,6 +364,7 @@ def test_costs_of_ten_million_chunks_are_computed_without_enumerating_chunks(
 
     monkeypatch.setattr(Plan, "chunk", fail)
     monkeypatch.setattr(Plan, "indices", fail)
+    monkeypatch.setattr(Plan, "active_indices", fail)
     blocks = (200, 250, 200)
     volume = tuple(64 * n for n in blocks)
     plan = plan_for(
@@ -342,7 +377,7 @@ def test_costs_of_ten_million_chunks_are_computed_without_enumerating_chunks(
         storage_chunks=[32, 32, 32],
     )
     costs = plan.costs
-    assert costs.chunks == 10_000_000
+    assert costs.chunks == costs.blocks == 10_000_000
     assert costs.patches == prod((v - 32) // 16 + 1 for v in volume)
     # Every block but the last along an axis reads 16 voxels beyond its own.
     assert (
@@ -359,7 +394,7 @@ def test_costs_of_a_million_blocks_along_one_axis_are_computed_in_batches() -> N
     )
     costs = plan.costs
     # Starts 0, 2, …, 4·10⁶ - 2, the last one exactly at the end: only the first block has no band.
-    assert (costs.chunks, costs.patches) == (10**6 + 1, 2 * 10**6)
+    assert (costs.chunks, costs.blocks, costs.patches) == (10**6, 10**6 + 1, 2 * 10**6)
     assert costs.finalized_blocks == 10**6
 
 

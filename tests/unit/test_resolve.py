@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.geometry.box import Box
-from chunkq.job.resolve import MAX_CHUNK_BYTES, MIN_CHUNKS
-from chunkq.plan.footprint import footprint
 from tests import reference as ref
 from tests.strategies import Case, cases, plan_for
 
@@ -168,6 +166,40 @@ def test_a_valid_shape_that_looks_like_channels_last_is_accepted() -> None:
     assert (plan.channels, plan.output_patch) == (8, (8, 4))
 
 
+KERAS = {"runtime": "tensorflow", "type": "file", "ts_file": None, "model_file": "m.keras"}
+ONNX = {"runtime": "onnx", "type": "file", "ts_file": None, "model_file": "m.onnx"}
+
+
+@pytest.mark.parametrize("runtime", [KERAS, ONNX])
+@pytest.mark.parametrize(
+    ("model_input", "model_output"),
+    [((8, 8, 1), [6, 8, 3]), ((1, 8, 8), [3, 6, 8]), ((8, 8), [6, 8, 3]), ((8, 8), [3, 6, 8])],
+)
+def test_shapes_of_keras_and_onnx_networks_give_one_plan_in_either_order(
+    runtime: dict[str, Any], model_input: tuple[int, ...], model_output: list[int]
+) -> None:
+    model = runtime | {"model_output_shape": model_output}
+    plan = plan_for((16, 16), model_input, pad_width=[1, 0], model=model)
+    assert (plan.input_patch, plan.output_patch, plan.channels) == ((8, 8), (6, 8), 3)
+    assert plan.output_shape == (3, 16, 16)
+
+
+def test_a_shape_that_can_be_read_in_both_orders_is_reported_with_those_to_set() -> None:
+    (line,) = problems((16, 16), (1, 8, 1), model=KERAS)
+    assert_problem(line, "model_config.model_input_shape")
+    for shape in ([1, 8, 1], [8, 1], [1, 8]):
+        assert str(shape) in line
+    assert plan_for((16, 16), (8, 1), model=KERAS).input_patch == (8, 1)
+
+
+def test_lost_dim_counts_the_entries_of_a_shape_with_channels_last() -> None:
+    model = KERAS | {"model_output_shape": [1, 8, 8, 3], "lost_dim": 0}
+    plan = plan_for((16, 16, 16), (5, 8, 8, 1), model=model)
+    assert (plan.input_patch, plan.output_patch) == ((5, 8, 8), (1, 8, 8))
+    (line,) = problems((16, 16, 16), (5, 8, 8, 1), model=model | {"lost_dim": 3})
+    assert_problem(line, "model_config.lost_dim", 3, "0 to 2")
+
+
 def test_one_input_channel_is_accepted_and_several_are_rejected() -> None:
     assert plan_for((8, 8), (1, 4, 4)).input_patch == (4, 4)
     (line,) = problems((8, 8), (3, 4, 4))
@@ -264,14 +296,14 @@ def test_an_uncovered_border_is_reported_with_the_pad_width_that_covers_it(
     # 18 voxels: the output patches end before the volume for every stride above.
     (line,) = problems((18,), (8,), **keys)
     assert_problem(line, "pad_width", f"voxel {voxel}", "axis 0", f"use {cover}")
-    assert plan_for((18,), (8,), **keys | {"pad_width": [cover]}).blocks == (1,)
+    assert plan_for((18,), (8,), **keys | {"pad_width": [cover]}).costs.patches > 0
 
 
 def test_offset_grids_may_cover_voxels_that_the_first_grid_does_not() -> None:
     # Output 4 of 8. Grid 0 covers [2, 18); grid 1 starts at -4 and covers [-2, 18).
     keys: dict[str, Any] = {"model": {"model_output_shape": [4]}}
     assert problems((18,), (8,), **keys)
-    assert plan_for((18,), (8,), offsets=[[-4]], **keys).blocks == (1,)
+    assert plan_for((18,), (8,), offsets=[[-4]], **keys).costs.patches > 0
 
 
 def test_an_uncovered_high_end_is_rejected_if_an_offset_grid_covers_the_low_end() -> None:
@@ -279,7 +311,7 @@ def test_an_uncovered_high_end_is_rejected_if_an_offset_grid_covers_the_low_end(
     keys: dict[str, Any] = {"model": {"model_output_shape": [4]}, "offsets": [[-3]]}
     (line,) = problems((16,), (8,), **keys)
     assert_problem(line, "pad_width", "axis 0", "use 2")
-    assert plan_for((16,), (8,), pad_width=[2], **keys).blocks == (1,)
+    assert plan_for((16,), (8,), pad_width=[2], **keys).costs.patches > 0
 
 
 def test_the_reported_voxel_is_uncovered_in_every_grid() -> None:
@@ -336,36 +368,6 @@ def test_a_stride_that_steps_over_the_end_of_the_volume_is_reported() -> None:
     # Patches start at 0 and at 5, the end of the volume: voxel 4 is uncovered for any pad_width.
     (line,) = problems((5,), (4,), strides=[5], edge="pad", **SLIDING)
     assert_problem(line, "strides", "5 along axis 0", "voxel 4")
-
-
-VOLUMES = [(3,), (70_000,), (521, 97), (100_000, 3000), (64, 600, 600), (3000, 3000, 3000)]
-
-
-@pytest.mark.parametrize("volume", [*VOLUMES, (5, 70, 70, 70), (300, 90, 800, 800)])
-@pytest.mark.parametrize("storage", [None, 5])
-def test_the_default_chunk_size_is_valid_and_deterministic(
-    volume: tuple[int, ...], storage: int | None
-) -> None:
-    patch = (16, 24, 8, 8)[: len(volume)]
-    keys = {"storage_chunks": [storage] * len(volume)} if storage else {}
-    plan = plan_for(volume, patch, "uint16", **keys)
-    again = plan_for(volume, patch, "uint16", **keys)
-    assert plan.axes == again.axes
-    explicit = plan_for(
-        volume,
-        patch,
-        "uint16",
-        chunksize=list(plan.chunksize),
-        storage_chunks=list(plan.storage_chunks),
-    )
-    assert explicit.axes == plan.axes
-    assert all(c % s == 0 for c, s in zip(plan.chunksize, plan.storage_chunks, strict=True))
-
-
-def test_the_default_chunk_size_limits_memory_and_leaves_enough_chunks() -> None:
-    plan = plan_for((3000, 3000, 3000), (64, 64, 64), "uint16")
-    assert plan.costs.chunks >= MIN_CHUNKS
-    assert MAX_CHUNK_BYTES / 8 < footprint(plan).computing <= MAX_CHUNK_BYTES
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,19 @@ from chunkq.timing.timing import BINS, STAGES, TIME_PARTS, Timing
 from tests.strategies import plan_for
 
 START = 1.7e9
-PLAN = plan_for((100,), (10,), chunksize=[10])
+PLAN = plan_for((300,), (10,), chunksize=[30])
 SECONDS = st.floats(0, 50).map(lambda s: round(s, 3))
 INTERVALS = st.lists(st.tuples(SECONDS, SECONDS), max_size=12)
 """Intervals as pairs of start and length."""
 
 
 def commit(
-    chunk: int, begin: float, worker: str = "a:0:x", attempt: int = 1, **stages: float
+    chunk: int,
+    begin: float,
+    worker: str = "a:0:x",
+    attempt: int = 1,
+    patches: int = 3,
+    **stages: float,
 ) -> Commit:
     """Return the record of a chunk whose stages follow each other from `begin`."""
     seconds = {stage: stages.get(stage, 0.0) for stage in STAGES}
@@ -43,7 +48,7 @@ def commit(
         seconds,
         moved,
         {},
-        3,
+        patches,
         1000 + chunk,
     )
 
@@ -131,7 +136,7 @@ def test_timing_adds_up_to_the_records(commits: list[Commit]) -> None:
     workers = timing.workers.values()
     assert timing.chunks == sum(w.chunks for w in workers) == len(commits)
     assert timing.patches == sum(w.patches for w in workers) == 3 * len(commits)
-    assert timing.voxels == 10 * len(commits)
+    assert timing.voxels == 30 * len(commits)
     assert timing.retried == sum(c.attempt > 1 for c in commits)
     assert timing.peak_rss_bytes == max((c.peak_rss for c in commits), default=0)
     for stage in STAGES:
@@ -143,9 +148,11 @@ def test_timing_adds_up_to_the_records(commits: list[Commit]) -> None:
     assert sum(timing.durations.counts) == len(commits)
     timeline = timing.timeline
     if timeline.bin_seconds:
-        assert len(timeline.voxels_per_second) == len(timeline.workers) == BINS
-        voxels = sum(timeline.voxels_per_second) * timeline.bin_seconds
-        assert voxels == pytest.approx(timing.voxels)
+        assert len(timeline.patches_per_second) == len(timeline.workers) == BINS
+        patches = sum(timeline.patches_per_second) * timeline.bin_seconds
+        assert patches == pytest.approx(timing.patches)
+        assert timing.patches_per_second * timing.work_seconds == pytest.approx(timing.patches)
+        assert timing.voxels_per_second == pytest.approx(10 * timing.patches_per_second)
         worker_seconds = sum(timeline.workers) * timeline.bin_seconds
         assert worker_seconds == pytest.approx(sum(w.seconds for w in workers), abs=1e-3)
 
@@ -234,8 +241,27 @@ def test_a_straggler_has_the_slow_stage_and_load_and_wait_do_not_count() -> None
     assert stragglers.count == len(stragglers.worst) == 1
     (worst,) = stragglers.worst
     assert (worst.chunk, worst.worker, worst.attempt, worst.stage) == ("8", "a:0:x", 2, "read")
-    assert (worst.seconds, worst.stage_seconds, worst.stage_median) == pytest.approx((11, 9, 1))
+    assert (worst.seconds, worst.stage_seconds, worst.stage_expected) == pytest.approx((11, 9, 1))
     assert stragglers.excess_seconds == pytest.approx(8)
+
+
+def test_chunks_with_more_patches_are_no_stragglers() -> None:
+    patches = [1] * 6 + [64] * 3
+    commits = [
+        commit(n, 100 * n, patches=count, read=0.5, compute=count, write=0.5)
+        for n, count in enumerate(patches)
+    ]
+    assert aggregate_timing([PLAN], commits).stragglers.count == 0
+
+
+def test_a_straggler_is_slow_for_its_number_of_patches() -> None:
+    commits = [commit(n, 100 * n, patches=64, read=1, compute=64) for n in range(6)]
+    commits.append(commit(6, 600, patches=2, read=1, compute=20))
+    (worst,) = aggregate_timing([PLAN], commits).stragglers.worst
+    assert (worst.chunk, worst.patches, worst.stage) == ("6", 2, "compute")
+    # One second for reading and one per patch.
+    assert (worst.seconds, worst.expected_seconds) == pytest.approx((21, 3))
+    assert (worst.stage_seconds, worst.stage_expected) == pytest.approx((20, 2))
 
 
 @pytest.mark.parametrize(

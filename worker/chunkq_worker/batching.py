@@ -28,11 +28,13 @@ from chunkq.blend.combine import (
 from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
+from chunkq.job.axis_order import EITHER_ORDER
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
+from chunkq_worker.runtimes.item_shapes import output_shapes
 from chunkq_worker.steps import KEY, Steps
 from chunkq_worker.value_watch import ValueWatch
 
@@ -52,9 +54,9 @@ class Batcher:
     """Run the patches of one chunk at a time in batches of at most `size` items.
 
     The last batch of a chunk is smaller. If the runtime is prepared for one size, it is padded
-    with zeros. A batch never mixes chunks, so a prediction does not depend on the other chunks
-    that a worker computes. If the runtime's feed allows it, the next batch is written and sent
-    while the current one is computed.
+    with its last patch. A batch never mixes chunks, so a prediction does not depend on the other
+    chunks that a worker computes. If the runtime's feed allows it, the next batch is written and
+    sent while the current one is computed.
 
     If a batch runs out of memory, the size is halved. Later batchers of the same `network` in
     this process start with the smaller size; `network` is any hashable that identifies the
@@ -80,7 +82,7 @@ class Batcher:
         if model.join_dim is not None:
             self._join_axis = model.join_dim - 1
             self._item[self._join_axis] = plan.volume.inputs
-        self._declared_shapes = _declared_shapes(plan, model)
+        self._declared_shapes = output_shapes(model, plan.rank)
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
@@ -121,18 +123,34 @@ class Batcher:
 
     def warm_up(self) -> None:
         """Run one batch of zeros; raise ModelError if the network fails or returns other shapes."""
+        if (error := self.try_zeros()) is not None:
+            raise error
+
+    def try_zeros(self) -> ModelError | None:
+        """Run one batch of zeros, which prepares the runtime for its batch size.
+
+        Return the error if the network fails, which it may do for zeros only. Raise ModelError if
+        it returns other shapes.
+        """
         try:
             while self._attempt((), (), (), None, self._zeros_on_device()) is None:
                 pass
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(
-                f"the network raised {type(error).__name__} on a batch of zeros: "
-                f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
-                f"model_input_shape and the network{self._channel_hint()}"
-            ) from error
+            return self._failed(error, "a batch of zeros")
         self.has_run = True
+        return None
+
+    def _failed(self, error: Exception, batch: str) -> ModelError:
+        """Return the error for a network that fails; its cause is `error`."""
+        failed = ModelError(
+            f"the network raised {type(error).__name__} on {batch}: "
+            f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
+            f"model_input_shape and the network{self._channel_hint()}"
+        )
+        failed.__cause__ = error
+        return failed
 
     def predictions(
         self,
@@ -230,7 +248,7 @@ class Batcher:
                 if self._join_axis is not None:
                     channel = (*(slice(None),) * self._join_axis, slice(number, number + 1))
                 row[channel] = halo[patch.source.slices(origin)].reshape(self._slot)
-        items[len(batch) :] = 0
+        items[len(batch) :] = items[len(batch) - 1] if batch else 0
         return items
 
     def _zeros_on_device(self) -> Array | None:
@@ -256,10 +274,15 @@ class Batcher:
     ) -> Array | None:
         try:
             outputs = self._attempt(batch, halos, origin, uploaded, sent)
-        except Exception:
-            if not self.has_run:
-                self.warm_up()  # raises ModelError if the network fails for any input
+        except ModelError:
             raise
+        except Exception as error:
+            unusable = None if self.has_run else self.try_zeros()
+            if unusable is None:
+                raise
+            if str(unusable.__cause__) != str(error):  # zeros fail for a reason of their own
+                unusable = self._failed(error, "a batch of patches")
+            raise unusable from error
         self.has_run |= outputs is not None
         return outputs
 
@@ -395,7 +418,9 @@ class Batcher:
         if shape not in expected:
             steps = "" if self._steps == Steps() else " with its processing_steps"
             remedy = f"fix model_output_shape or the network{self._channel_hint()}"
-            if shape[:1] + shape[-1:] + shape[1:-1] in expected:
+            if self.model.runtime in EITHER_ORDER:
+                remedy += self._step_hint()
+            elif shape[:1] + shape[-1:] + shape[1:-1] in expected:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
                 f"the network{steps} returned shape {list(shape)} for a batch of "
@@ -409,9 +434,17 @@ class Batcher:
             self._watch.send(result)
         return result
 
+    def _step_hint(self) -> str:
+        """Return what to do if a step behind the network moves axes, which chunkq does."""
+        after = (self._steps.postprocessing, self._steps.postprocessing_protected)
+        if after == (None, None):
+            return ""
+        return f"; steps get channels first, so remove one of {KEY} that moves axes"
+
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
-        if len(self._slot) > self._plan.rank or self.model.lost_dim is not None:
+        has_channels = len(self._slot) > self._plan.rank or self.model.lost_dim is not None
+        if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
             return ""
         return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
 
@@ -541,18 +574,6 @@ def _castable(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     if values.dtype == np.uint64:
         return values.astype(np.int64 if dtype.startswith("int") else np.float64)
     return values
-
-
-def _declared_shapes(plan: Plan, model: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the allowed shapes of an output item: as declared, and without axis `lost_dim`."""
-    declared = model.model_output_shape or model.model_input_shape
-    lost_axis = model.lost_axis(plan.rank)
-    if lost_axis is None:
-        return [declared]
-    channels = declared[: -plan.rank]
-    full = (*channels, *plan.output_patch)
-    axis = len(channels) + lost_axis
-    return [full, full[:axis] + full[axis + 1 :]]
 
 
 def _end_of(text: str) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.model_config import ModelConfig
-from chunkq.job.user_code import MODULE_PREFIX
+from chunkq.job.user_modules import MODULE_PREFIX, UserModules
 from chunkq_worker.random_state import other_random_state
 from chunkq_worker.runtimes.base import Runtime
 
@@ -34,12 +34,14 @@ def check_created_values(runtime: Runtime, model: ModelConfig) -> None:
     values = runtime.created_values()
     if not values:
         return
+    modules = UserModules()
     try:
-        with other_random_state():
+        with modules.collect(), other_random_state():
             others = runtime.recreated_values()
     except Exception as error:  # code that can run only once per process
         log.debug("the network cannot be created a second time: %s", error)
         return
+    modules.release()
     names = _differing(values, others)
     if not names:
         return
@@ -59,7 +61,9 @@ def _source_and_advice(model: ModelConfig) -> tuple[str, str]:
         key = "checkpoint" if model.checkpoint is not None else "model_file"
         return f"model_config.{key}: {saved} is incomplete:", "save them with the weights"
     if model.runtime == "numpy":
-        return f"model_config.class_file: {model.class_file}:", "load them from a file"
+        file = "" if model.class_file is None else f"class_file: {model.class_file}"
+        name = file or f"class_name: {model.class_name}"
+        return f"model_config.{name}:", "load them from a file"
     return "model_config.checkpoint: missing:", "set checkpoint"
 
 

@@ -7,6 +7,7 @@ import time
 import numpy as np
 from typing_extensions import override
 
+from chunkq.errors import ErrorCode, QueueError
 from chunkq.job.job_handle import ItemHandle
 from chunkq.job.task_records import Commit
 from chunkq.plan.plan import Chunk, Index
@@ -19,47 +20,50 @@ from chunkq_worker.frameworks import framework_rule
 
 
 class ComputingStage(InferStage):
-    """The chunks of the plan, computed on the device of this process."""
+    """The chunks that own a patch, computed on the device of this process."""
 
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
         """Read one chunk, run the network on its patches, write its voxels and pieces, commit it.
 
         Several calls run in parallel threads: while one chunk is computed, others are read and
-        written.
+        written. Raises QueueError if the job has no such chunk.
         """
+        if not item.plan.is_active(chunk):
+            raise QueueError(
+                f"chunk {item.chunk_name(chunk)} is not a task of the job; use a queue that only "
+                "chunkq writes to",
+                code=ErrorCode.TASK_INVALID,
+            )
         framework_rule.check(item.job.record.job.model)  # again before the network is loaded
         with item.job.check_replaced_on_error():
-            return _compute(item, item.plan.chunk(chunk), attempt) > 0
+            _compute(item, item.plan.chunk(chunk), attempt)
+        return True
 
 
-def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> int:
-    """Compute and commit one chunk; return the number of patches computed."""
+def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> None:
+    """Compute and commit one chunk."""
     job, ledger = item.job, item.ledger
     started = time.time()
-    seconds: dict[str, float] = {}
     bytes_moved: dict[str, int] = {}
     checksums: dict[str, int] = {}
-    patches = 0
-    if chunk.is_active:
-        halos = item.read_halos(chunk)
-        seconds["read"] = time.time() - started
-        bytes_moved["input"] = _bytes_read(item, chunk)
-        computed = get_device().compute(item, chunk, halos)
-        del halos
-        seconds |= computed.seconds
-        patches = computed.patches
-        write_started = time.time()
-        if ledger.is_committed("infer", chunk.index):
-            return patches  # another worker committed it first; the output may be sealed
-        item.check_inputs()
-        job.check_unchanged()
-        _write_results(item, chunk, computed, bytes_moved, checksums)
-        seconds["write"] = time.time() - write_started
+    halos = item.read_halos(chunk)
+    seconds = {"read": time.time() - started}
+    bytes_moved["input"] = _bytes_read(item, chunk)
+    computed = get_device().compute(item, chunk, halos)
+    del halos
+    seconds |= computed.seconds
+    write_started = time.time()
+    if ledger.is_committed("infer", chunk.index):
+        return  # another worker committed it first; the output may be sealed
+    item.check_inputs()
+    job.check_unchanged()
+    _write_results(item, chunk, computed, bytes_moved, checksums)
+    seconds["write"] = time.time() - write_started
     if ledger.is_committed("infer", chunk.index):
         # Another worker also had this chunk and committed it first; its blocks may be final.
         _delete_late_pieces(item, chunk)
-        return patches
+        return
     job.check_unchanged()
     ledger.commit(
         Commit(
@@ -73,11 +77,10 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> int:
             seconds=seconds,
             moved=bytes_moved,
             checksums=checksums,
-            patches=patches,
+            patches=computed.patches,
             peak_rss=peak_bytes(),
         )
     )
-    return patches
 
 
 def _write_results(

@@ -10,8 +10,10 @@ from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution
 from chunkq.blend.weights import Weights
 from chunkq.errors import ModelError
+from chunkq.job.axis_order import channels_first
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
+from chunkq.job.user_modules import UserModules
 from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
@@ -19,6 +21,7 @@ from chunkq_worker.chunk_pipeline import ChunkPipeline, Finish, HostPipeline
 from chunkq_worker.created_values import check_created_values
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import Runtime, load_runtime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
 
 ENGINES_CACHED = 2
@@ -42,11 +45,15 @@ class InferenceEngine:
         self._job = job = record.job
         threads = job.threads or (int(share) if share.isdecimal() else None)
         self._network_key = _network_key(record, plan)
-        self._steps = Steps.load(job.model.processing_steps)
-        self.runtime: Runtime = load_runtime(job.model, self._steps, threads)
-        self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
-        self._allocate(plan)
-        check_created_values(self.runtime, job.model)
+        self._model = channels_first(job.model, plan.rank)
+        shapes = ItemShapes.of(job.model, plan.rank, plan.volume.inputs)
+        self._modules = UserModules()
+        with self._modules.collect():
+            self._steps = Steps.load(job.model.processing_steps)
+            self.runtime: Runtime = load_runtime(job.model, self._steps, threads, shapes)
+            self.checks = OutputChecks(plan.output, is_stochastic=job.model.stochastic)
+            self._allocate(plan)
+            check_created_values(self.runtime, job.model)
 
     def for_plan(self, plan: Plan) -> InferenceEngine:
         """Return an engine for the same job and another volume; both share the network."""
@@ -57,11 +64,11 @@ class InferenceEngine:
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
         self.batcher = Batcher(
-            plan, self._job.model, self.runtime, self._steps, self._network_key, self.checks
+            plan, self._model, self.runtime, self._steps, self._network_key, self.checks
         )
         self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
-            self.batcher.warm_up()
+            self.batcher.try_zeros()  # an error can be one for zeros only; patches decide
 
     def _create_pipeline(self, weights: Weights) -> ChunkPipeline:
         accelerator = self.runtime.accelerator
@@ -100,8 +107,9 @@ class InferenceEngine:
         return result
 
     def close(self) -> None:
-        """Release the network and the device's memory."""
+        """Release the network, the user's modules and the device's memory."""
         self.runtime.close()
+        self._modules.release()
 
 
 def _network_key(record: JobRecord, plan: Plan) -> Hashable:

@@ -41,16 +41,19 @@ class MemoryArray(Array):
         return np.asarray(self.values[box.slices((0,) * len(self.shape))])
 
 
-def open_inputs(inputs: Input | Sequence[Input]) -> tuple[Array, ...]:
+def open_inputs(inputs: Input | Sequence[Input], *, allow_empty: bool = False) -> tuple[Array, ...]:
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
+    A path can be to an array without any storage chunk only if `allow_empty`.
     Raise JobError if one is not an array or if the shapes differ, StoreError for a bad path.
     """
     volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not volumes:
         raise JobError("input: expected at least one volume, found an empty list")
     names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
-    arrays = tuple(_open_input(v, name) for v, name in zip(volumes, names, strict=True))
+    arrays = tuple(
+        _open_input(v, name, allow_empty) for v, name in zip(volumes, names, strict=True)
+    )
     problems = [
         f"input: {without_secret(array.path)} has shape {list(array.shape)}, expected "
         f"{list(arrays[0].shape)} as the first input; use inputs of the same shape"
@@ -101,9 +104,10 @@ def as_paths(
         yield paths
 
 
-def _open_input(volume: Input, name: str) -> Array:
+def _open_input(volume: Input, name: str, allow_empty: bool) -> Array:
     if isinstance(volume, (str, Path)):
-        return find_source(absolute(str(volume), Path.cwd())).open()
+        path = absolute(str(volume), Path.cwd())
+        return find_source(path, allow_empty=allow_empty).open()
     try:
         if hasattr(volume, "detach"):  # a torch tensor, on any device
             return MemoryArray(to_numpy(volume), name)

@@ -95,6 +95,7 @@ def run_check(
         peak_bytes=peak_bytes(),
         device_bytes=engine.runtime.device_bytes(),
         tile_norms=tuple(engine.runtime.tile_norms()),
+        notes=tuple(engine.runtime.notes()),
         output_warnings=tuple(engine.checks.warnings),
         values=values,
         patches=patches,

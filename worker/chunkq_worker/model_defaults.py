@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from chunkq.errors import JobError, ModelError, suggestion
+from chunkq.job.axis_order import channels_first
 from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
 from chunkq.paths import is_url, read_bytes, without_secret
@@ -67,7 +68,7 @@ def job_for_model(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def half_strides(model: ModelConfig, rank: int) -> list[int]:
     """Return half the output patch along each spatial axis, at least 1."""
-    strides = [max(1, n // 2) for n in model.output_patch(rank)]
+    strides = [max(1, n // 2) for n in channels_first(model, rank).output_patch(rank)]
     # If the shapes do not match the volume, report that instead of an error about strides.
     return strides if len(strides) == rank else [1] * rank
 

@@ -139,7 +139,7 @@ class Predictor:
         match the job, ModelError if the network cannot be loaded or does not match its
         declaration, and PredictionError if it returns NaN or infinity.
         """
-        arrays = open_inputs(volume)
+        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
         plan = self._plan(arrays)
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
@@ -168,7 +168,7 @@ class Predictor:
         first axis. A path or a zarr array is read chunk by chunk. The arguments are checked in
         this call, which raises like `predict`; the network runs while the generator is consumed.
         """
-        arrays = open_inputs(volume)
+        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
         return self._stream(self._plan(arrays), arrays, progress)
 
     def predict_to_store(
@@ -187,7 +187,7 @@ class Predictor:
         which deletes it first. Raise like `predict`, and StoreError if a path cannot be read or
         written.
         """
-        arrays = open_inputs(volume)
+        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
         self._plan(arrays)  # raises before an array is copied
         output = str(output)
         with as_paths(volume, arrays, output) as paths:
@@ -251,7 +251,7 @@ class Predictor:
 
         The contribution is None for a chunk without patches.
         """
-        job, device, total = self._job, get_device(), plan.costs.chunks
+        job, device, total, done = self._job, get_device(), plan.costs.chunks, 0
 
         def start(index: Index) -> Future[Any]:
             chunk = plan.chunk(index)
@@ -264,9 +264,11 @@ class Predictor:
 
         progress(0, total)
         started = pipelined(start, plan.indices(), IN_FLIGHT)
-        for done, (index, finish) in enumerate(zip(plan.indices(), started, strict=True), start=1):
+        for index, finish in zip(plan.indices(), started, strict=True):
             yield plan.chunk(index), finish()
-            progress(done, total)
+            if plan.is_active(index):
+                done += 1
+                progress(done, total)
 
     def _engine(self, plan: Plan) -> InferenceEngine:
         """Return the engine for a plan's volume. Call it on the device thread only."""

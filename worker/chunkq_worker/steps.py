@@ -21,7 +21,8 @@ class Steps:
        array. Its result is cast to the model's dtype and copied to the device.
     2. `preprocessing_protected`: from and to the runtime's arrays on the device.
     3. The network.
-    4. `postprocessing_protected`: from and to the runtime's arrays on the device.
+    4. `postprocessing_protected`: from and to the runtime's arrays on the device. If the network
+       returns several arrays, in any container, it gets all that the network returned.
     5. `postprocessing`: from and to NumPy arrays.
 
     The last result has shape (N, *model_output_shape).
@@ -66,9 +67,10 @@ def _with_check(name: str, step: Step) -> Step:
                 f"{KEY}: {name} returned {type(result).__name__}, expected an array with the items "
                 "of the batch"
             )
-        if shape[0] != batch.shape[0]:
+        expected = getattr(batch, "shape", shape)[0]  # a network can return several arrays
+        if shape[0] != expected:
             raise ModelError(
-                f"{KEY}: {name} returned {shape[0]} items, expected {batch.shape[0]}; keep the "
+                f"{KEY}: {name} returned {shape[0]} items, expected {expected}; keep the "
                 "number of items in a batch"
             )
         return result

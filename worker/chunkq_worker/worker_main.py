@@ -9,6 +9,7 @@ from functools import partial
 
 from chunkq.errors import ChunkqError, TaskTimeoutError
 from chunkq.queue.contract.executor import EXIT_TASK_TIMEOUT, Executor, ExitStatus, WorkerOptions
+from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.scratch import delete_own_folders
 
 LEDGER_SECONDS = 5.0
@@ -20,6 +21,7 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
 
     A chunk that exceeds its time limit ends this process if the worker owns it.
     """
+    hide_framework_logs()
     # Imported here so that signals are handled while the network's libraries load.
     from chunkq_worker.device import waits_for_device
     from chunkq_worker.frameworks import framework_rule

@@ -24,8 +24,10 @@ from typing_extensions import override
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
+from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.parent_process import when_parent_ends
 from chunkq.system.scratch import delete_own_folders
+from chunkq.system.standard_output import to_standard_error
 from chunkq.terminal import columns, wrapped
 from chunkq_worker.early_start import prepare
 from chunkq_worker.worker_main import serve
@@ -57,6 +59,8 @@ def main() -> int:
     """Read the options, run tasks until the worker ends, and return the exit code."""
     from chunkq import json_values  # imports pydantic, which the supervisor does not need
 
+    hide_framework_logs()
+    to_standard_error()
     lines: SimpleQueue[bytes] = SimpleQueue()
     when_parent_ends(_abort, lines.put)
     process_options = json_values.decode(WorkerProcessOptions, lines.get())

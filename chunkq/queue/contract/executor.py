@@ -238,6 +238,10 @@ class Executor(ABC):
         """Raise QueueError unless tasks can be submitted and reserved."""
         self.jobs()
 
+    def risks(self) -> list[str]:
+        """Return one line for each setting of the server that can lose tasks."""
+        return []
+
     @abstractmethod
     def submit(self, tasks: Iterable[Task]) -> int:
         """Queue tasks from an iterator in batches; return how many are newly queued."""

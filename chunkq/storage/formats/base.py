@@ -5,17 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from chunkq.access import BUCKET_SCHEMES, is_denied
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
-from chunkq.paths import mask_secrets, without_secret
+from chunkq.paths import is_url, mask_secrets, without_secret
 from chunkq.storage.array import Array
 
 Options = Mapping[str, str | int | bool]
 """What a format needs, besides the path, to open an array that it has found."""
+NUMBERS = "biufc"
+"""NumPy's kinds of dtypes of single numbers."""
+NO_OPTIONS: Options = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -23,13 +28,15 @@ class ArrayInfo:
     """One array of a format: its path, all its axes in stored order, and its native dtype.
 
     The path is that of the array itself, after groups and resolution levels are resolved. `options`
-    is passed to `Format.open` and must be JSON scalars.
+    is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
+    chunks exists, as far as the storage can tell, so that all voxels are the fill value.
     """
 
     path: str
     axes: tuple[Axis, ...]
     dtype: str
     options: Options = field(default_factory=dict)
+    is_empty: bool = False
 
 
 class Format(ABC):
@@ -54,17 +61,19 @@ class Format(ABC):
     """
 
     @abstractmethod
-    def detects(self, path: str) -> bool:
+    def detects(self, path: str, options: Options) -> bool:
         """Return whether a path belongs to this format.
 
+        `options` are what the job says about the access to it (`Access.options`).
         False if there is nothing at the path, unless its name can only be of this format. Raises
         OSError if the path cannot be examined.
         """
 
     @abstractmethod
-    def find(self, path: str) -> ArrayInfo:
+    def find(self, path: str, options: Options) -> ArrayInfo:
         """Return the array at a path that `detects` accepts, without reading voxels.
 
+        The options of the array contain those that `detects` got, as far as they are used.
         Raises StoreError with the code STORE_MISSING if the path does not exist, and
         STORE_UNSUPPORTED or CODEC_UNSAFE if it is not an array that the format can read.
         """
@@ -100,7 +109,12 @@ def missing_error(path: str) -> StoreError:
     )
 
 
-def unreadable_error(path: str, error: Exception) -> StoreError:
+def unreadable_error(path: str, error: BaseException) -> StoreError:
     """Return the error for a path whose storage reports an error."""
-    reason = mask_secrets(str(error) or type(error).__name__, path)
-    return StoreError(f"input: {without_secret(path)} cannot be opened: {reason}")
+    reason = mask_secrets(str(error) or type(error).__name__, path).rstrip(".")
+    hint = ""
+    if is_url(path) and is_denied(error):
+        hint = "; check the path and the credentials"
+        if path.partition("://")[0] in BUCKET_SCHEMES:
+            hint += ", or set anonymous or requester_pays for this input"
+    return StoreError(f"input: {without_secret(path)} cannot be opened: {reason}{hint}")

@@ -29,7 +29,7 @@ def conversion(path: str) -> str | None:
         if path.lower().endswith(suffix):
             array = reader.format(path=path)
             return (
-                f"{name} cannot be read; convert it: "
+                f"is a {name} file, which cannot be read; convert it: "
                 f"`zarr.create_array('volume.zarr', data={array})`"
             )
     return None

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from chunkq.access import Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.extensions import ExtensionPoint
 from chunkq.paths import is_url, open_filesystem, without_secret
-from chunkq.storage.formats.base import Format, missing_error, unreadable_error
+from chunkq.storage.formats.base import (
+    NO_OPTIONS,
+    Format,
+    Options,
+    missing_error,
+    unreadable_error,
+)
 from chunkq.storage.formats.conversion import conversion
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.zarr import ZarrFormat
+from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 
 BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
     {"npy": NpyFormat(), "zarr": ZarrFormat()}
@@ -21,16 +29,17 @@ EXTENSIONS = ExtensionPoint(
 )
 
 
-def format_of(path: str) -> str:
+def format_of(path: str, options: Options = NO_OPTIONS) -> str:
     """Return the name of the first format that detects a path.
 
+    `options` are what the job says about the access to it (`Access.options`).
     Other packages are searched for formats only if no built-in format detects it. Raises StoreError
     if no format does, if the storage fails, or if the format of another package cannot be loaded.
     """
     failure: StoreError | None = None
     try:
         for name, built_in in BUILT_IN.items():
-            if built_in.detects(path):
+            if built_in.detects(path, options):
                 return name
     except StoreError as error:  # for example the scheme of the URL, which another format may know
         failure = error
@@ -38,13 +47,13 @@ def format_of(path: str) -> str:
         failure = unreadable_error(path, error)
     for name, entry_point in EXTENSIONS.find().items():
         try:
-            if EXTENSIONS.create(entry_point).detects(path):
+            if EXTENSIONS.create(entry_point).detects(path, options):
                 return name
         except StoreError as error:
             failure = failure or error
         except OSError as error:
             failure = failure or unreadable_error(path, error)
-    raise failure or _unclaimed_error(path)
+    raise failure or _unclaimed_error(path, Access.of(options))
 
 
 def format_named(name: str) -> Format:
@@ -59,22 +68,23 @@ def format_named(name: str) -> Format:
     )
 
 
-def _unclaimed_error(path: str) -> StoreError:
+def _unclaimed_error(path: str, access: Access) -> StoreError:
     """Return the error for a path in no known format."""
-    filesystem, inner = open_filesystem(path)
+    filesystem, inner = open_filesystem(path, access)
     if not filesystem.exists(inner):
         return missing_error(path)
-    shown = without_secret(path)
-    if advice := conversion(shown):
-        return StoreError(f"input: {shown}: {advice}", code=ErrorCode.STORE_UNSUPPORTED)
-    if not is_url(path) and filesystem.isfile(inner):
-        return StoreError(
-            f"input: {without_secret(path)} is a file; expected a Zarr store or a .npy file; "
-            "convert it, for example with zarr.create_array('volume.zarr', data=array)",
-            code=ErrorCode.STORE_UNSUPPORTED,
-        )
-    return StoreError(
-        f"input: {without_secret(path)} holds no Zarr array; expected a Zarr store or a .npy "
-        "file; fix the path",
-        code=ErrorCode.STORE_UNSUPPORTED,
-    )
+    expected = "expected a Zarr store or a .npy file"
+    if advice := conversion(without_secret(path)):
+        reason = advice
+    elif path.endswith(".npz"):
+        reason = "is an archive of arrays; save one array with numpy.save as a .npy file"
+    elif not is_url(path) and filesystem.isfile(inner):
+        convert = "zarr.create_array('volume.zarr', data=array)"
+        reason = f"is a file; {expected}; convert it, for example with {convert}"
+    elif documents := missing_documents(path, access):
+        reason = f"lacks {documents}; restore the file"
+    elif members := member_names(path, access):
+        reason = f"is a folder without Zarr metadata; use one of {', '.join(members)} in it"
+    else:
+        reason = f"holds no Zarr array; {expected}; fix the path"
+    return StoreError(f"input: {without_secret(path)} {reason}", code=ErrorCode.STORE_UNSUPPORTED)

@@ -1,7 +1,7 @@
 """Format of Zarr v2 and v3: arrays, and level 0 of OME-Zarr images.
 
 tensorstore reads and writes voxels if it has a driver for the storage and the codec. zarr-python
-reads metadata, and all arrays that tensorstore does not support.
+reads the arrays that tensorstore does not support.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from chunkq.access import DEFAULT_ACCESS, Access, sends_parts
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, plain_axes
-from chunkq.paths import is_url, join, mask_secrets, open_filesystem, read_bytes, without_secret
+from chunkq.paths import is_web, join, open_filesystem, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
+    NO_OPTIONS,
+    NUMBERS,
     ArrayInfo,
     Format,
     Options,
@@ -31,65 +32,87 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
+from chunkq.storage.formats.zarr_chunks import ChunkKeys, existing_keys, stored_keys, with_keys
+from chunkq.storage.formats.zarr_nodes import (
+    ARRAY_METADATA,
+    ATTRIBUTES,
+    ZarrNode,
+    dtype_error,
+    fetch_document,
+    first_document,
+    forbids_missing_objects,
+    member_names,
+    metadata_error,
+    read_node,
+)
 from chunkq.storage.ome import MultiscaleImage, first_image, read_axes
 
-METADATA = ("zarr.json", ".zarray", ".zgroup")
-"""Names of the documents of which each Zarr node has one."""
-ARRAY_METADATA = METADATA[:2]
-"""Names of the documents of which each Zarr array has one."""
 ZARR_FORMAT = "zarr_format"
 """Option: version of the Zarr format, 2 or 3."""
-UNSAFE_CODECS = frozenset({"pickle"})
-"""Codecs of Zarr v2 that can run code from the stored bytes."""
+CHUNK_KEYS = "chunk_keys"
+"""Option: names of the storage chunks (`ChunkKeys`), if the metadata name them otherwise."""
+FORBIDDEN_IS_MISSING = "forbidden_is_missing"
+"""Option: whether the server answers 403 for objects that do not exist."""
+SHARDING = "sharding_indexed"
+"""Codec of arrays with shards."""
+CODEC_PACKAGES = {
+    "crc32c": "numcodecs[crc32c]",
+    "flac": "flac-numcodecs",
+    "imagecodecs": "imagecodecs",
+    "msgpack2": "numcodecs[msgpack]",
+    "pcodec": "numcodecs[pcodec]",
+    "wavpack": "wavpack-numcodecs",
+    "zfpy": "numcodecs[zfpy]",
+}
+"""Codec, or its name up to an underscore -> the package that provides it."""
 log = logging.getLogger("chunkq.storage")
 
 
 class ZarrFormat(Format):
     """Zarr arrays and OME-Zarr images, recognized by their metadata documents.
 
-    The identity is the hash of the array's metadata document, so changed chunks do not change it.
+    Each array is read with its own document, never with consolidated metadata of a group. The
+    identity is the hash of the document, so changed chunks do not change it.
     """
 
     @override
-    def detects(self, path: str) -> bool:
-        return any(_exists(join(path, name)) for name in METADATA)
+    def detects(self, path: str, options: Options = NO_OPTIONS) -> bool:
+        try:
+            return read_node(path, Access.of(options)) is not None
+        except StoreError as error:
+            if error.code is ErrorCode.STORE_UNSUPPORTED:
+                return True  # a document that is invalid
+            raise
 
     @override
-    def find(self, path: str) -> ArrayInfo:
-        try:
-            info = None if is_url(path) else _find_local(path)
-        except (OSError, ValueError, LookupError, TypeError, StoreError):
-            info = None
-        # zarr-python says what is wrong, but importing it takes longer than anything else.
-        return info or self._find_with_zarr_python(path)
-
-    def _find_with_zarr_python(self, path: str) -> ArrayInfo:
-        node = self._open_node(path)
-        if _is_array(node):
-            return _array_info(path, node, plain_axes(node.shape))
-        image = _image_of(node, path)
+    def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
+        access = Access.of(options)
+        node = _require_node(path, access)
+        if node.is_array:
+            return _array_info(node, plain_axes)
+        image = _image_of(node)
         level = join(path, image.datasets[0].path)
-        array = self._open_node(level)
-        if not _is_array(array):
-            raise _group_error(array, level)
-        return _array_info(level, array, read_axes(image, array.shape))
+        array = _require_node(level, access, f"level 0 of {without_secret(path)}")
+        if not array.is_array:
+            raise _group_error(array)
+        return _array_info(array, lambda shape: read_axes(image, shape))
 
     @override
     def open(self, path: str, options: Options) -> Array:
-        if kvstore(path) is None:
-            return ZarrPythonArray(path, self._open_array(path))
-        try:
-            return TensorStoreArray(path, int(options[ZARR_FORMAT]))
-        except ValueError as error:
-            array = self._open_array(path)
+        array, reason = _open_node(_require_node(path, Access.of(options)), options)
+        if reason:
             # tensorstore lacks the codec or dtype: zarr-python reads the same voxels, but slower.
-            log.warning("%s is read with zarr-python: %s", without_secret(path), _reason(error))
-            return ZarrPythonArray(path, array)
+            log.warning("%s is read with zarr-python: %s", without_secret(path), reason)
+        return array
 
     @override
     def open_for_writing(self, path: str, options: Options) -> Array:
         if kvstore(path) is None:
-            return ZarrPythonArray(path, self._open_array(path, "r+"))
+            from chunkq.storage.formats.zarr_python import open_array, open_store
+
+            node = _require_node(path, DEFAULT_ACCESS)
+            store = open_store(path, DEFAULT_ACCESS, write=True)
+            return ZarrPythonArray(path, open_array(store, node.metadata))
         try:
             return TensorStoreArray(path, int(options[ZARR_FORMAT]), write=True)
         except ValueError as error:
@@ -97,79 +120,133 @@ class ZarrFormat(Format):
 
     @override
     def identity(self, path: str, options: Options) -> str | None:
-        for name in ARRAY_METADATA:
-            try:
-                content = read_bytes(join(path, name))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            return hashlib.sha256(content).hexdigest()
-        return None
-
-    def _open_array(self, path: str, mode: Literal["r", "r+"] = "r") -> Any:
-        node = self._open_node(path, mode)
-        if not _is_array(node):
-            raise _group_error(node, path)
-        return node
-
-    def _open_node(self, path: str, mode: Literal["r", "r+"] = "r") -> Any:
-        """Open an array or group with zarr-python. Raises StoreError."""
-        import zarr
-
-        try:
-            node = zarr.open(path, mode=mode)
-        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-            if not self.detects(path):
-                raise missing_error(path) from error
-            raise _metadata_error(path, error) from error
-        except Exception as error:  # each file system raises different errors
-            raise unreadable_error(path, error) from error
-        _check_codecs(node, path)
-        return node
+        document = first_document(path, Access.of(options), ARRAY_METADATA)
+        return None if document is None else hashlib.sha256(document[1]).hexdigest()
 
 
-def _find_local(path: str) -> ArrayInfo | None:
-    """Return the array at a local path, or None if zarr-python must look at it.
-
-    Errors of documents, of tensorstore and of OME metadata are raised as they are.
-    """
-    zarr_format, attributes = _local_node(path)
-    if attributes is None:
-        return _local_array(path, zarr_format, plain_axes)
-    image = first_image(attributes)
-    if image is None:
-        return None
-    level = join(path, image.datasets[0].path)
-    zarr_format, attributes = _local_node(level)
-    if attributes is not None:
-        return None
-    return _local_array(level, zarr_format, lambda shape: read_axes(image, shape))
-
-
-def _local_node(path: str) -> tuple[int, dict[str, Any] | None]:
-    """Return the Zarr format of a node, and its attributes if it is a group.
-
-    Raises ValueError unless there is exactly one document.
-    """
-    [name] = [name for name in (*METADATA, ".zmetadata") if _exists(join(path, name))]
-    if name == "zarr.json":
-        document = json.loads(Path(path, name).read_bytes())
-        is_group = document["node_type"] == "group"
-        return 3, document.get("attributes", {}) if is_group else None
-    attributes = Path(path, ".zattrs")
-    if name == ".zgroup":
-        return 2, json.loads(attributes.read_bytes()) if attributes.exists() else {}
-    return 2, None
+def _require_node(path: str, access: Access, description: str = "") -> ZarrNode:
+    """Return the node at a path. Raises StoreError if there is none or it cannot be read."""
+    try:
+        node = read_node(path, access)
+    except StoreError:
+        raise
+    except Exception as error:  # each file system raises different errors
+        raise unreadable_error(path, error) from error
+    if node is None and description:
+        raise StoreError(
+            f"input: {without_secret(path)} is missing, although it is {description}; restore it",
+            code=ErrorCode.STORE_MISSING,
+        )
+    if node is None:
+        raise missing_error(path)
+    return node
 
 
-def _local_array(
-    path: str, zarr_format: int, axes: Callable[[Sequence[int]], tuple[Axis, ...]]
-) -> ArrayInfo | None:
-    """Return an array that tensorstore opens; None if its dtype is not one of NumPy's."""
-    array = TensorStoreArray(path, zarr_format)
+def _array_info(node: ZarrNode, axes: Callable[[Sequence[int]], tuple[Axis, ...]]) -> ArrayInfo:
+    """Return an array that can be opened, and whether it has storage chunks."""
+    options: dict[str, str | int | bool] = {ZARR_FORMAT: node.zarr_format, **node.access.options}
+    path = without_secret(node.path)
+    if forbids_missing_objects(node.path, node.access):
+        options[FORBIDDEN_IS_MISSING] = True
+        log.warning(
+            "%s: the server answers 403 for missing objects; chunks that it refuses are read as "
+            "the fill value",
+            path,
+        )
+    array, _ = _open_node(node, options)
+    if is_web(node.path) and SHARDING in node.codecs():
+        _check_parts(node)
     dtype = native_dtype(array.dtype)
-    is_numpy = dtype.isbuiltin == 1
-    options = {ZARR_FORMAT: zarr_format}
-    return ArrayInfo(path, axes(array.shape), str(dtype), options) if is_numpy else None
+    if dtype.type.__module__ != "numpy" or dtype.kind not in NUMBERS:
+        raise dtype_error(join(node.path, node.name), str(dtype))
+    stored = stored_keys(node)
+    try:
+        keys = existing_keys(node, array.shape, _stored_chunks(node) or array.shape)
+    except Exception as error:  # each file system raises different errors
+        raise unreadable_error(node.path, error) from error
+    if keys not in (None, stored):
+        options[CHUNK_KEYS] = str(keys)
+        first = (0,) * len(array.shape)
+        log.warning(
+            "%s: expected chunks with names such as %s, found names such as %s, which are read",
+            path, stored.name(first), keys.name(first),
+        )  # fmt: skip
+    return ArrayInfo(node.path, axes(array.shape), str(dtype), options, is_empty=keys is None)
+
+
+def _check_parts(node: ZarrNode) -> None:
+    """Raise StoreError if a web server does not send parts of files, such as chunks of a shard."""
+    document = join(node.path, node.name)
+    try:
+        is_enough = sends_parts(*open_filesystem(document, node.access))
+    except Exception as error:  # each file system raises different errors
+        raise unreadable_error(document, error) from error
+    if not is_enough:
+        raise StoreError(
+            f"input: {without_secret(node.path)}: the server does not send parts of files, which "
+            "an array with shards needs; download the array",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
+
+
+def _stored_chunks(node: ZarrNode) -> tuple[int, ...] | None:
+    """Return the shape of a storage chunk, or of a shard; None if they differ in shape."""
+    if node.zarr_format == 2:
+        return tuple(node.document["chunks"])
+    grid = node.document["chunk_grid"]
+    shape = grid.get("configuration", {}).get("chunk_shape")
+    return tuple(shape) if grid.get("name") == "regular" and shape else None
+
+
+def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
+    """Open an array, with tensorstore if possible; return it and why tensorstore did not open it.
+
+    Raises StoreError.
+    """
+    metadata, reason = node.metadata, ""
+    if CHUNK_KEYS in options:
+        metadata = with_keys(node, ChunkKeys.parse(str(options[CHUNK_KEYS])))
+    is_lenient = bool(options.get(FORBIDDEN_IS_MISSING))
+    if not is_lenient and kvstore(node.path, node.access) is not None:
+        # Not `!=`: false equals 0.
+        is_changed = json.dumps(metadata) != json.dumps(node.document)
+        changed = metadata if is_changed else None
+        try:
+            array = TensorStoreArray(
+                node.path, node.zarr_format, access=node.access, metadata=changed
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = _reason(error)
+        else:
+            return array, ""
+    from chunkq.storage.formats.zarr_python import lenient_store, open_array, open_store
+
+    store = open_store(node.path, node.access)
+    check: Callable[[], None] = lambda: None  # noqa: E731
+    if is_lenient:
+        store, check = lenient_store(
+            store, lambda: fetch_document(node.path, node.name, node.access)
+        )
+    try:
+        return ZarrPythonArray(node.path, open_array(store, metadata), check), reason
+    except Exception as error:  # zarr-python and the codecs raise different errors
+        raise _array_error(node, error) from error
+
+
+def _array_error(node: ZarrNode, error: Exception) -> StoreError:
+    """Return the error for an array that neither tensorstore nor zarr-python opens."""
+    for codec in node.codecs():
+        # Older releases of zarr-python raise KeyError.
+        is_unknown = isinstance(error, KeyError) or type(error).__name__ == "UnknownCodecError"
+        if is_unknown and codec in str(error):
+            name = codec.removeprefix("numcodecs.")
+            package = CODEC_PACKAGES.get(name) or CODEC_PACKAGES.get(name.partition("_")[0])
+            return StoreError(
+                f"input: {without_secret(join(node.path, node.name))}: codec {codec!r} is not "
+                f"installed; install {package or 'the package that provides it'}",
+                code=ErrorCode.PACKAGE_MISSING,
+            )
+    return metadata_error(node.path, node.name, f"{error}" or type(error).__name__)
 
 
 def array_metadata(
@@ -214,69 +291,27 @@ def array_metadata(
     }
 
 
-def _array_info(path: str, array: Any, axes: tuple[Axis, ...]) -> ArrayInfo:
-    options = {ZARR_FORMAT: int(array.metadata.zarr_format)}
-    return ArrayInfo(path, axes, str(native_dtype(array.dtype)), options)
-
-
-def _is_array(node: Any) -> bool:
-    return hasattr(node, "shape")
-
-
-def _image_of(group: Any, path: str) -> MultiscaleImage:
+def _image_of(group: ZarrNode) -> MultiscaleImage:
     """Return the OME-Zarr image that a group describes. Raises StoreError if there is none."""
+    name = group.name if group.zarr_format == 3 else ATTRIBUTES
     try:
-        image = first_image(dict(group.attrs))
+        image = first_image(group.attributes)
+    except StoreError:
+        raise
     except ValueError as error:
-        raise _metadata_error(path, error) from error
+        raise metadata_error(group.path, name, str(error)) from error
     if image is None:
-        raise _group_error(group, path)
+        raise _group_error(group)
     return image
 
 
-def _group_error(group: Any, path: str) -> StoreError:
-    members = ", ".join(sorted(group.keys())[:8])
+def _group_error(group: ZarrNode) -> StoreError:
+    members = member_names(group.path, group.access)
+    hint = f"use one of its members: {', '.join(members)}" if members else "the group is empty"
     return StoreError(
-        f"input: {without_secret(path)} is a Zarr group; expected an array; "
-        + (f"use one of its members: {members}" if members else "the group is empty"),
+        f"input: {without_secret(group.path)} is a Zarr group; expected an array; {hint}",
         code=ErrorCode.STORE_UNSUPPORTED,
     )
-
-
-def _metadata_error(path: str, error: Exception) -> StoreError:
-    reason = mask_secrets(" ".join(str(error).split()), path)
-    return StoreError(
-        f"input: {without_secret(path)}: invalid Zarr metadata: {reason}; restore or repair them",
-        code=ErrorCode.STORE_UNSUPPORTED,
-    )
-
-
-def _check_codecs(node: Any, path: str) -> None:
-    """Raise StoreError if the array has a codec that can run code from the stored bytes."""
-    if not _is_array(node):
-        return
-    metadata = node.metadata.to_dict()
-    codecs = [*(metadata.get("filters") or ()), metadata.get("compressor") or {}]
-    names = {codec.get("id") for codec in codecs} & UNSAFE_CODECS
-    if names:
-        raise StoreError(
-            f"input: {without_secret(path)}: unsupported codec {names.pop()!r}, which can run "
-            "code; store the array with a numeric dtype and another codec",
-            code=ErrorCode.CODEC_UNSAFE,
-        )
-
-
-def _exists(path: str) -> bool:
-    """Return whether a file exists. Raises OSError if that cannot be determined."""
-    try:
-        if not is_url(path):
-            os.stat(path)
-        else:
-            filesystem, inner = open_filesystem(path)
-            filesystem.info(inner)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def _reason(error: Exception) -> str:

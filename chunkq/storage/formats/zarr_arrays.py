@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
+from chunkq.access import DEFAULT_ACCESS, GCS_SCHEMES, S3_SCHEMES, Access, tensorstore_s3
 from chunkq.errors import ChunkReadError
 from chunkq.geometry.box import Box
 from chunkq.paths import is_url
@@ -18,26 +19,47 @@ from chunkq.system import buffers
 NO_LOCKS = {"mode": "none"}
 """tensorstore's option to write without file locks. Every object has one writer, and a lock of a
 suspended process would block all others."""
+METADATA_KEYS = {
+    2: (
+        "zarr_format", "shape", "chunks", "dtype", "compressor", "fill_value", "order", "filters",
+        "dimension_separator",
+    ),
+    3: (
+        "zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
+        "fill_value", "codecs", "dimension_names", "attributes",
+    ),
+}  # fmt: skip
+"""Zarr format -> keys of an array's metadata that tensorstore accepts from a caller."""
 
 
 class TensorStoreArray(Array):
     """Zarr array read and written by tensorstore: local files, S3, GCS.
 
-    Raises ValueError if tensorstore cannot open it, for example for lack of a codec.
+    `metadata` replaces the stored metadata. Raises ValueError, or the error of the storage, if
+    tensorstore cannot open the array, for example for lack of a codec.
     """
 
-    def __init__(self, path: str, zarr_format: int, *, write: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        zarr_format: int,
+        *,
+        write: bool = False,
+        access: Access = DEFAULT_ACCESS,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         import tensorstore as ts
 
         self.path = path
+        spec: dict[str, Any] = {
+            "driver": "zarr3" if zarr_format == 3 else "zarr",
+            "kvstore": kvstore(path, access),
+        }
+        if metadata is not None:
+            known = METADATA_KEYS[zarr_format]
+            spec["metadata"] = {key: metadata[key] for key in known if key in metadata}
         self._store = ts.open(
-            {
-                "driver": "zarr3" if zarr_format == 3 else "zarr",
-                "kvstore": kvstore(path),
-            },
-            open=True,
-            read=True,
-            write=write,
+            spec, open=True, read=True, write=write, assume_metadata=metadata is not None
         ).result()
         self.shape = tuple(self._store.shape)
         self.dtype = self._store.dtype.numpy_dtype
@@ -63,42 +85,40 @@ class TensorStoreArray(Array):
 
 
 class ZarrPythonArray(Array):
-    """Zarr array read and written by zarr-python, if tensorstore has no driver or codec."""
+    """Zarr array read and written by zarr-python, if tensorstore has no driver or codec.
 
-    def __init__(self, path: str, array: Any) -> None:
-        self.path, self._array = path, array
+    `check_access` is called after voxels were read. It raises if they can be wrong because the
+    storage refused requests.
+    """
+
+    def __init__(
+        self, path: str, array: Any, check_access: Callable[[], None] = lambda: None
+    ) -> None:
+        self.path, self._array, self._check_access = path, array, check_access
         self.shape, self.dtype = tuple(array.shape), native_dtype(array.dtype)
 
     @override
     def read(self, box: Box) -> Voxels:
         try:
-            return np.asarray(self._array[box.slices((0,) * len(self.shape))], self.dtype)
+            values = np.asarray(self._array[box.slices((0,) * len(self.shape))], self.dtype)
+            self._check_access()
         except Exception as error:
             raise ChunkReadError(box_error(self.path, box, "read", error)) from error
+        return values
 
     @override
     def write(self, box: Box, values: Voxels) -> None:
         self._array[box.slices((0,) * len(self.shape))] = values
 
 
-def kvstore(path: str) -> dict[str, Any] | None:
-    """Return tensorstore's kvstore spec of a path, or None if tensorstore has no driver."""
+def kvstore(path: str, access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None:
+    """Return tensorstore's kvstore spec of a path, or None if tensorstore cannot access it."""
     if not is_url(path):
         return {"driver": "file", "path": path + "/", "file_io_locking": NO_LOCKS}
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
-    if scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket, "path": key + "/"}
-    if scheme != "s3":
-        return None
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key + "/"}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint:
-        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-    elif region:
-        spec["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in os.environ:
-        # Without this, the AWS library logs errors about missing credential files.
-        spec["aws_credentials"] = {"type": "environment"}
-    return spec
+    place = {"bucket": bucket, "path": f"{key}/" if key else ""}
+    if scheme in GCS_SCHEMES and access == DEFAULT_ACCESS:
+        return {"driver": "gcs", **place}
+    members = tensorstore_s3(bucket, access) if scheme in S3_SCHEMES else None
+    return None if members is None else {"driver": "s3", **place, **members}

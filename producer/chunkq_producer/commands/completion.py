@@ -11,7 +11,7 @@ import platformdirs
 from click.shell_completion import get_completion_class
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_text
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_CHUNKQ_COMPLETE"
@@ -47,7 +47,7 @@ def install(shell: str | None) -> None:
             code=ErrorCode.STORE_UNUSABLE,
         ) from None
     added = f"; added a line to {startup}" if is_new else ""
-    echo(f"wrote {script}{added}; start a new {shell} to use it")
+    print_text(f"wrote {script}{added}; start a new {shell} to use it")
 
 
 @completion.command()

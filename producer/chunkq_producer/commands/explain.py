@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import click
@@ -11,6 +10,7 @@ from click.shell_completion import CompletionItem
 from chunkq import terminal
 from chunkq.job import key_reference
 from chunkq.job.key_reference import Key
+from chunkq.system.standard_output import print_line, result_stream
 
 MAX_COLUMNS = 88
 LABEL_COLUMNS, KEY_COLUMNS = 11, 24
@@ -42,13 +42,13 @@ def explain(key: str | None) -> None:
 
     The section of a key may be left out where its name is unique. Without KEY, list all keys.
     """
-    width = min(terminal.columns(sys.stdout) or MAX_COLUMNS, MAX_COLUMNS)
+    width = min(terminal.columns(result_stream()) or MAX_COLUMNS, MAX_COLUMNS)
     if key is None:
         entries = key_reference.all_keys()
         lines = [*overview(entries, width), "", *_closing_lines(width)]
     else:
         lines = list(explanation(key_reference.find_key(key), width))
-    click.echo("\n".join(line.rstrip() for line in lines))
+    print_line("\n".join(line.rstrip() for line in lines))
 
 
 def overview(entries: tuple[Key, ...], width: int) -> Iterator[str]:

@@ -13,7 +13,8 @@ from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_line, print_text
+from chunkq.terminal import print_error
 from chunkq.units import duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
@@ -53,7 +54,7 @@ def finalize(
         complete_on_workers(job, queue, allow_missing=allow_missing)
     report = finalize_and_seal(job, allow_missing=allow_missing, threads=threads)
     if as_json:
-        click.echo(json.dumps(report, indent=1))
+        print_line(json.dumps(report, indent=1))
     else:
         print_result(job, report)
 
@@ -85,15 +86,15 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     """Print warnings, the state of the output and a summary of the time."""
     output = without_secret(job.folder.output)
     for warning in report["warnings"]:
-        echo(f"chunkq: warning: {warning}", err=True)
+        print_error(f"chunkq: warning: {warning}")
     if report["missing"]:
-        echo(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
+        print_text(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
-    echo(
+    print_text(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
-    echo(time_summary(report))
+    print_text(time_summary(report))
 
 
 def time_summary(report: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import click
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import SCHEMA_FILE
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_text
 
 SCHEMA_COMMENT = "# yaml-language-server: $schema={url}\n"
 """Comment by which editors find the schema of a YAML file. Its value contains no spaces."""
@@ -69,4 +69,4 @@ def init(path: Path) -> None:
             f"{path}: cannot be written: {error.strerror}; choose another path",
             code=ErrorCode.STORE_UNUSABLE,
         ) from None
-    echo(f"wrote {path}; edit it, then run: chunkq plan {path}")
+    print_text(f"wrote {path}; edit it, then run: chunkq plan {path}")

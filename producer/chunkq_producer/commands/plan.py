@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.plan.footprint import largest_footprint
-from chunkq.plan.plan import Costs
+from chunkq.plan.plan import Costs, Plan
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
+from chunkq.system.standard_output import print_line, reserve, result_stream
 from chunkq.units import duration, si
 from chunkq_producer.commands.options import (
     config_option,
@@ -66,16 +66,17 @@ def plan(
 
     Without --check-model the network is not loaded.
     """
+    reserve()
     checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None
     if as_json:
-        click.echo(json.dumps(_values(checked, depth, trial), indent=1))
+        print_line(json.dumps(_values(checked, depth, trial), indent=1))
     else:
-        width = terminal.columns(sys.stdout)
+        width = terminal.columns(result_stream())
         label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
-        click.echo("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+        print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,6 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
     several = f"{count} volumes, the largest " if count > 1 else ""
-    blocks = f" ({_shape(plan.blocks)})" if count == 1 else ""
     model = job.record.job.model
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
@@ -167,12 +167,12 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             f"{_shape(plan.output_shape)} {plan.output_dtype}, "
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
-        ("chunks", f"{costs.chunks}{blocks} of {_shape(plan.chunksize)}"),
+        ("chunks", _chunks(plan, costs, is_alone=count == 1)),
         ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
         (
             "to merge",
-            f"overlaps of {costs.finalized_blocks} of {costs.chunks} blocks, {share:.0%} of the "
+            f"overlaps of {costs.finalized_blocks} of {costs.blocks} blocks, {share:.0%} of the "
             "voxels",
         ),
         ("read", f"{si(costs.input_bytes, 'B')} of input"),
@@ -200,6 +200,15 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     return rows
 
 
+def _chunks(plan: Plan, costs: Costs, *, is_alone: bool) -> str:
+    """Return the number of chunks and blocks of a job; `plan` is that of its largest item."""
+    shape, blocks = _shape(plan.chunksize), f" ({_shape(plan.blocks)})" if is_alone else ""
+    if costs.chunks == costs.blocks:
+        return f"{costs.chunks}{blocks} of {shape}"
+    without = costs.blocks - costs.chunks
+    return f"{costs.chunks} of {shape}; {costs.blocks} blocks{blocks}, {without} without patches"
+
+
 def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:
     check, patches = trial.check, trial.patches
     seconds_per_patch = patches.batch_seconds / check.batch
@@ -213,6 +222,7 @@ def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:
         ("peak memory", peak_memory(trial, finalizes=costs.finalized_blocks > 0)),
         *check.values.rows(),
     ]
+    rows += [("note", line) for line in check.notes]
     return rows + [("warning", line) for line in check.warnings()]
 
 

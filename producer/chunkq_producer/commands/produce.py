@@ -12,7 +12,7 @@ from chunkq.job.job_file import load_job, select_job_file
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.queue.registry import open_shared, queue_url
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_text, reserve
 from chunkq_producer.commands.options import (
     config_option,
     input_option,
@@ -45,25 +45,28 @@ def produce(
 
     JOB is a YAML or JSON job file. Next, start `chunkq work` on each machine.
     """
+    reserve()
     loaded_job = load_job(select_job_file(job, config), input=input_, output=output)
     checked = check_job(loaded_job)
     check_output(checked, resume=resume, overwrite=overwrite)
     url = queue_of(loaded_job, queue)
     with closing(open_shared(url)) as executor:
         executor.check_ready()
+        for line in executor.risks():
+            click.echo(f"chunkq: warning: {line}", err=True)
         with ProgressDisplay() as display:
             result = produce_job(
                 checked, executor, resume=resume, overwrite=overwrite, emit=display
             )
         workers_started = launch_cluster_workers(executor, result)
     output_name = without_secret(loaded_job.output)
-    echo(
+    print_text(
         f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
     )
     if workers_started:
-        echo("workers are running in the cluster; they do not need this machine")
-        echo(f"next: chunkq status {output_name} --watch, then chunkq finalize {output_name}")
+        print_text("workers are running in the cluster; they do not need this machine")
+        print_text(f"next: chunkq status {output_name} --watch, then chunkq finalize {output_name}")
         return
     work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
     next_command = work if result.done < result.chunks else f"finalize {output_name}"
-    echo(f"next: chunkq {next_command}")
+    print_text(f"next: chunkq {next_command}")

@@ -30,10 +30,10 @@ from chunkq.system.private_files import (
     make_private_folder,
     write_private,
 )
-from chunkq.terminal import echo
 
 if TYPE_CHECKING:
     from chunkq.queue.backends.rq.server import Server
+from chunkq.system.standard_output import print_text
 
 START_SECONDS = 10.0
 """Seconds within which a new server must accept connections."""
@@ -95,7 +95,7 @@ def _run_server(server: Server, program: str, lock: int, host: str) -> tuple[int
         _wait_until_ready(server, process.poll, log, stopped)
         if not stopped.is_set():
             for line in _startup_lines(server, host):
-                echo(line)
+                print_text(line)
         code = process.wait()
     finally:
         process.terminate()

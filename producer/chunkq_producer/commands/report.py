@@ -11,7 +11,7 @@ from rich.console import Console
 
 from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.install_hint import install_command
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_line, print_text, result_stream
 from chunkq_producer.commands.options import job_at, json_option, output_argument
 from chunkq_producer.reports.job_report import JobReport, load_job_report
 from chunkq_producer.reports.text import text
@@ -35,11 +35,11 @@ def report(output: str, html: Path | None, as_json: bool) -> None:
     if html is not None and page_writer is not None:
         html.write_text(page_writer(job_report), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(job_report.as_dict(), indent=1))
+        print_line(json.dumps(job_report.as_dict(), indent=1))
     elif html is not None:
-        echo(f"{job_report.conclusion}\nwrote {html}")
+        print_text(f"{job_report.conclusion}\nwrote {html}")
     else:
-        Console(highlight=False).print(text(job_report))
+        Console(file=result_stream(), highlight=False).print(text(job_report))
 
 
 def _page_writer() -> Callable[[JobReport], str]:

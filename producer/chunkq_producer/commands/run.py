@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from chunkq.job.job_file import load_job, select_job_file
+from chunkq.system.standard_output import reserve
 from chunkq_producer.commands.options import (
     config_option,
     input_option,
@@ -56,6 +57,7 @@ def run(
 
     To continue an interrupted run, use the same command again.
     """
+    reserve()
     with RunDisplay() as display:
         result = run_job(
             load_job(select_job_file(job, config), input=input_, output=output),

@@ -7,9 +7,10 @@ import json
 import click
 
 from chunkq.job.job_file import job_schema
+from chunkq.system.standard_output import print_line
 
 
 @click.command()
 def schema() -> None:
     """Print the JSON schema of the job file for editors and validators."""
-    click.echo(json.dumps(job_schema(), indent=1))
+    print_line(json.dumps(job_schema(), indent=1))

@@ -13,7 +13,7 @@ from chunkq import json_values
 from chunkq.errors import QueueError
 from chunkq.progress_bar import is_live
 from chunkq.queue.contract.executor import Executor
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_line, print_text, result_stream
 from chunkq_producer.commands.jobs import list_jobs
 from chunkq_producer.commands.options import (
     complete_folders,
@@ -48,9 +48,9 @@ def status(output: str | None, queue: str | None, watch: bool, as_json: bool) ->
         if as_json:
             print_json(poller, watch)
         elif watch:
-            watch_status(poller, Console())
+            watch_status(poller, Console(file=result_stream()))
         else:
-            console = Console()
+            console = Console(file=result_stream())
             console.print(status_screen(poller(), console.width))
 
 
@@ -58,7 +58,7 @@ def print_json(poller: StatusPoller, watch: bool) -> None:
     """Print the status as JSON. With `watch`, print one object per line until it is sealed."""
     while True:
         job_status = poller()
-        click.echo(json.dumps(json_values.to_values(job_status), indent=None if watch else 1))
+        print_line(json.dumps(json_values.to_values(job_status), indent=None if watch else 1))
         if not watch or job_status.sealed:
             return
         time.sleep(max(REFRESH_SECONDS, poller.min_pause))
@@ -69,7 +69,7 @@ def watch_status(poller: StatusPoller, console: Console) -> None:
     job_status = poller()
     if not is_live(console):
         while True:
-            echo(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
+            print_text(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
             if job_status.sealed:
                 return
             time.sleep(max(LINE_SECONDS, poller.min_pause))

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from chunkq.timing.timing import STRAGGLER_FACTOR, STRAGGLER_SECONDS, TIME_PARTS, Timing
+from chunkq.timing.timing import TIME_PARTS, Timing
 from chunkq.units import PREFIXES, seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import BYTES, STAGE_LABELS
@@ -23,7 +23,7 @@ FIGURE_WIDTH = 8.0
 """Inches."""
 MAX_BARS = 64
 """Workers in a plot; of more workers, an evenly spaced selection by utilization is plotted."""
-BLUE, GREY, RED = "#0072B2", "#8a8a8a", "#b3261e"
+BLUE = "#0072B2"
 COLORS = {
     "compute": BLUE,
     "load": "#CC79A7",
@@ -58,13 +58,13 @@ def speed_chart(timing: Timing) -> Markup:
     edges = np.arange(len(timeline.workers) + 1) * timeline.bin_seconds / unit
     figure = Figure(figsize=(FIGURE_WIDTH, 4.2), layout="constrained")
     speed, workers = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    speed.stairs(timeline.voxels_per_second, edges, fill=True, color=BLUE)
-    highest = max(timeline.voxels_per_second)
+    speed.stairs(timeline.patches_per_second, edges, fill=True, color=BLUE)
+    highest = max(timeline.patches_per_second)
     factor, prefix = next((p for p in PREFIXES if highest >= p[0]), (1.0, ""))
     speed.yaxis.set_major_locator(MaxNLocator(5))
     speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
     speed.set_ylim(bottom=0)
-    speed.set_ylabel(f"{prefix}voxels/s")
+    speed.set_ylabel(f"{prefix}patches/s")
     workers.stairs(timeline.workers, edges, fill=True, color="#d9d9d9", label="at work")
     workers.stairs(timeline.computing, edges, fill=True, color=BLUE, label="computing")
     workers.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -78,8 +78,8 @@ def speed_chart(timing: Timing) -> Markup:
     return _svg(
         figure,
         f"Speed over {seconds(timing.work_seconds)}: on average "
-        f"{si(timing.voxels_per_second, 'voxels/s')}, at most "
-        f"{si(highest, 'voxels/s')}. Below: number of workers at work and of devices that compute.",
+        f"{si(timing.patches_per_second, 'patches/s')}, at most "
+        f"{si(highest, 'patches/s')}. Below: number of workers at work and of computing devices.",
     )
 
 
@@ -114,16 +114,12 @@ def time_share_chart(report: JobReport) -> Markup:
 def duration_chart(timing: Timing) -> Markup:
     """Plot a histogram of the time per chunk, without waiting for the device and loading."""
     durations, median = timing.durations, timing.stragglers.median
-    limit = max(median * STRAGGLER_FACTOR, median + STRAGGLER_SECONDS)
     figure = Figure(figsize=(FIGURE_WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
     axes.stairs(durations.counts, durations.edges, fill=True, color=BLUE)
     axes.set_xscale("log")
     low, high = durations.edges[0], durations.edges[-1]
     axes.axvline(median, color="black", linewidth=1, label=f"median {seconds(median)}")
-    if timing.stragglers.count:
-        label = f"stragglers from {seconds(limit)}"
-        axes.axvline(limit, color=RED, linewidth=1, linestyle="--", label=label)
     axes.set_xlim(low, high)
     ticks = _log_ticks(low, high)
     axes.xaxis.set_major_locator(FixedLocator(ticks))

@@ -13,6 +13,7 @@ from chunkq.units import seconds
 from chunkq_producer.reports import charts
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
+    STRAGGLER_COLUMNS,
     headlines,
     memory,
     plan_rows,
@@ -39,6 +40,7 @@ def page(report: JobReport) -> str:
                 charts=charts,
                 headlines=headlines(timing),
                 stages=stage_rows(timing),
+                straggler_columns=STRAGGLER_COLUMNS,
                 stragglers=straggler_rows(report, len(timing.stragglers.worst)),
                 planned=plan_rows(timing),
                 memory=memory(timing),

@@ -24,6 +24,7 @@ STAGE_LABELS = {
     "tail": "waiting for the last worker",
 }
 """Labels of the parts of the workers' time."""
+STRAGGLER_COLUMNS = ("chunk", "worker", "attempt", "patches", "time", "expected", "cause")
 
 
 def plan_rows(timing: Timing) -> Rows:
@@ -65,14 +66,19 @@ def worker_rows(report: JobReport, max_rows: int) -> tuple[Rows, int]:
 
 
 def straggler_rows(report: JobReport, max_rows: int) -> Rows:
-    """Return the slowest stragglers: chunk, worker, attempt, time, stage that caused it."""
+    """Return the slowest stragglers, with the columns STRAGGLER_COLUMNS.
+
+    The last one is the stage that caused most of the delay.
+    """
     labels = report.labels()
     return [
         (
             straggler.chunk,
             labels[straggler.worker],
             str(straggler.attempt),
+            count(straggler.patches),
             seconds(straggler.seconds),
+            seconds(straggler.expected_seconds),
             f"{straggler.stage} {seconds(straggler.stage_seconds)}",
         )
         for straggler in report.timing.stragglers.worst[:max_rows]
@@ -93,7 +99,9 @@ def headlines(timing: Timing) -> Rows:
     rows: Rows = [
         ("time", seconds(timing.wall_seconds)),
         ("chunks", count(timing.chunks)),
-        ("speed", si(timing.voxels_per_second, "voxels/s")),
+        ("patches", count(timing.patches)),
+        ("speed", si(timing.patches_per_second, "patches/s")),
+        ("output", si(timing.voxels_per_second, "voxels/s")),
         ("workers", count(len(timing.workers))),
         ("devices computed", f"{timing.worker_time_shares.get('compute', 0.0):.0%}"),
         ("waiting for last worker", seconds(timing.tail_seconds)),

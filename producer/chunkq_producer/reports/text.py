@@ -13,6 +13,7 @@ from chunkq.units import seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
     STAGE_LABELS,
+    STRAGGLER_COLUMNS,
     Rows,
     headlines,
     memory,
@@ -41,9 +42,9 @@ def text(report: JobReport) -> RenderableType:
         return Group(*parts)
     parts += _section("", FittingTable((), headlines(timing), wraps=0))
     parts += _section("time of the workers", FittingTable((), _shares(report), wraps=0))
-    if timing.timeline.voxels_per_second:
-        line = Text(_sparkline(timing.timeline.voxels_per_second), no_wrap=True, overflow="crop")
-        peak = si(max(timing.timeline.voxels_per_second), "voxels/s")
+    if timing.timeline.patches_per_second:
+        line = Text(_sparkline(timing.timeline.patches_per_second), no_wrap=True, overflow="crop")
+        peak = si(max(timing.timeline.patches_per_second), "patches/s")
         parts += _section(f"speed over {seconds(timing.work_seconds)}, at most {peak}", line)
     quantiles = timing.durations.quantiles["own"]
     median, most = seconds(quantiles["0.5"]), seconds(quantiles["0.99"])
@@ -80,14 +81,14 @@ def _stragglers(report: JobReport) -> list[RenderableType]:
     if not stragglers.count:
         return _section("", Text(f"stragglers: none ({stragglers.rule})"))
     table = FittingTable(
-        ("chunk", "worker", "attempt", "time", "cause"),
+        STRAGGLER_COLUMNS,
         straggler_rows(report, MAX_STRAGGLERS),
-        left=(0, 1, 4),
-        wraps=4,
+        left=(0, 1, 6),
+        wraps=6,
     )
     heading = (
         f"stragglers: {stragglers.count} chunks ({stragglers.rule}), "
-        f"{seconds(stragglers.excess_seconds)} above the median in total"
+        f"{seconds(stragglers.excess_seconds)} longer than expected in total"
     )
     omitted = stragglers.count - MAX_STRAGGLERS
     rest: list[RenderableType] = [Text(f"and {omitted} more")] if omitted > 0 else []

@@ -64,7 +64,10 @@ class RedisServer:
     def client(self) -> redis.Redis:
         """A client with all permissions."""
         return redis.Redis(
-            port=self.settings.port, username=ADMIN, password=self.settings.password or "any"
+            port=self.settings.port,
+            username=ADMIN,
+            password=self.settings.password or "any",
+            protocol=2,  # some tests remove the command HELLO
         )
 
     @property

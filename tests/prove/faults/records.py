@@ -101,8 +101,8 @@ FAULTS = (
     Fault(
         "replaced-before-the-write",
         INFER,
-        "        job.check_unchanged()\n        _write",
-        "        _write",
+        "    job.check_unchanged()\n    _write",
+        "    _write",
         "workers of a replaced job write an array that no reader uses",
         named(SUSPENDED, "while_it_computes"),
     ),
@@ -173,7 +173,7 @@ FAULTS = (
     Fault(
         "input-not-compared-before-the-write",
         INFER,
-        "        item.check_inputs()\n",
+        "    item.check_inputs()\n",
         "",
         "half of the output is computed from an input that was replaced during the job",
         named(DAMAGE, "input_that_is_replaced_while"),
@@ -237,9 +237,25 @@ FAULTS = (
     Fault(
         "superseded-worker-writes",
         INFER,
-        'if ledger.is_committed("infer", chunk.index):\n            return',
-        "if not chunk.index:\n            return",
+        'if ledger.is_committed("infer", chunk.index):\n        return',
+        "if not chunk.index:\n        return",
         "a superseded worker writes its chunk into an array that is already sealed",
         named(ONCE, "overtaken_while_it_computes"),
+    ),
+    Fault(
+        "time-left-counts-chunks",
+        "producer/chunkq_producer/job_status.py",
+        "seconds_left=patches_left / rate",
+        "seconds_left=remaining / rate",
+        "the remaining time is that of chunks, which have different numbers of patches",
+        ("tests/unit/test_job_status.py",),
+    ),
+    Fault(
+        "stragglers-ignore-their-patches",
+        "chunkq/timing/aggregation.py",
+        'patches * np.median(stages["compute"] / patches)',
+        'np.full(len(patches), np.median(stages["compute"]))',
+        "every chunk with many patches is listed as a straggler",
+        ("tests/unit/test_timing.py",),
     ),
 )

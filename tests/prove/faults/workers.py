@@ -9,6 +9,9 @@ TORCH = "tests/integration/test_torch_runtime.py"
 WORKERS = "tests/integration/test_workers.py"
 RANDOM = "tests/integration/test_random_networks.py"
 EARLY = "tests/integration/test_early_start.py"
+LAYOUT = "worker/chunkq_worker/runtimes/network_layout.py"
+ORDER = "tests/unit/test_axis_order.py"
+USER_MODULES, IMPORTS = "chunkq/job/user_modules.py", "tests/unit/test_user_modules.py"
 
 FAULTS = (
     Fault(
@@ -34,6 +37,30 @@ FAULTS = (
         "True",
         "rare dropout is not found",
         named("tests/unit/test_output_checks.py", "drew"),
+    ),
+    Fault(
+        "cube-gets-the-order-as-written",
+        LAYOUT,
+        "if _is_cube(item) and (all(is_fixed) or self._has_steps_before):",
+        "if not item:",
+        "a network gets its channels in another order",
+        named(ORDER, "refused"),
+    ),
+    Fault(
+        "output-shape-read-in-another-order-than-the-network-has",
+        LAYOUT,
+        "        self._check_reading(order, output)\n",
+        "",
+        "channels and voxels of the output are exchanged",
+        named(ORDER, "another_order"),
+    ),
+    Fault(
+        "steps-get-an-output-that-fits-both-orders",
+        LAYOUT,
+        "if order is LAST and _is_cube(output):",
+        "if not output:",
+        "a step that moved the channels of older jobs moves them twice",
+        named(ORDER, "visible"),
     ),
     Fault(
         "integers-are-averaged",
@@ -62,9 +89,8 @@ FAULTS = (
     Fault(
         "commit-before-the-write",
         INFER,
-        "        job.check_unchanged()\n        _write",
-        '        ledger.commit(Commit("infer", 0, chunk.index, 1, "", started, started))\n'
-        "        _write",
+        "    job.check_unchanged()\n    _write",
+        '    ledger.commit(Commit("infer", 0, chunk.index, 1, "", started, started))\n    _write',
         "a worker that is killed while it writes leaves a hole in the output",
         named(RESUME, "killed_while_it_writes"),
     ),
@@ -117,12 +143,12 @@ FAULTS = (
         named(RESUME, "failed_chunk_is_recorded"),
     ),
     Fault(
-        "padding-of-a-batch-not-zeroed",
+        "padding-of-a-batch-not-written",
         BATCHING,
-        "        items[len(batch) :] = 0\n",
+        "        items[len(batch) :] = items[len(batch) - 1] if batch else 0\n",
         "",
         "the last batch is padded with patches of the batch before it",
-        named(TORCH, "padded_with_zeros or padding"),
+        named(TORCH, "padded_with_the_last_patch"),
     ),
     Fault(
         "patch-read-from-the-volumes-corner",
@@ -227,5 +253,45 @@ FAULTS = (
         "self._has_begun = True",
         "the line that says what is wrong is among those of the network",
         named(EARLY, "refused_in_one_line and killed"),
+    ),
+    Fault(
+        "libraries-import-neighbors",
+        USER_MODULES,
+        "elif _is_import_statement() or self._is_installed(name):",
+        "elif self._is_installed(name):",
+        "a library takes a file beside the job for a module that it can do without",
+        named(IMPORTS, "libraries"),
+    ),
+    Fault(
+        "late-imports-find-no-neighbors",
+        USER_MODULES,
+        '{**vars(builtins), "__import__": self._import}',
+        "{**vars(builtins)}",
+        "a forward cannot import a file of its folder",
+        named(IMPORTS, "early_and_late"),
+    ),
+    Fault(
+        "links-out-of-allowed-paths-are-followed",
+        USER_MODULES,
+        "if allowed.locate(origin) is None:",
+        "if origin is None:",
+        "a worker with --allow runs other code",
+        named(IMPORTS, "late_import"),
+    ),
+    Fault(
+        "neighbors-from-bytecode",
+        USER_MODULES,
+        "        raise OSError",
+        "        return super().path_stats(path)",
+        "a neighbor that changed within a second runs in its old version",
+        named(IMPORTS, "each_load"),
+    ),
+    Fault(
+        "prints-among-results",
+        "chunkq/system/standard_output.py",
+        "    os.dup2(STDERR if is_open else os.open(os.devnull, os.O_WRONLY), STDOUT)",
+        "    _ = is_open",
+        "the output of --json is not JSON if the user's code prints",
+        named("tests/integration/test_user_output.py", "json"),
     ),
 )

@@ -11,7 +11,7 @@ import click
 from chunkq.errors import ErrorCode, JobError, ModelError
 from chunkq.install_hint import install_command
 from chunkq.paths import absolute, is_url
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_line, print_text, reserve
 
 if TYPE_CHECKING:
     from chunkq_worker.export.export import BatchSize, Exported
@@ -33,6 +33,7 @@ def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: 
     JOB is a job file; only its key model_config is needed. The network and the file run on random
     input, and nothing is written if their outputs differ.
     """
+    reserve()
     if is_url(output):
         raise JobError("-o: expected a local file, found a URL; write a local file and copy it")
     file = Path(absolute(output, Path.cwd()))
@@ -46,10 +47,10 @@ def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: 
         ) from None
     result = export_network(load_network_job(job), file, size, overwrite=overwrite)
     if as_json:
-        click.echo(json.dumps(_values(result), indent=1))
+        print_line(json.dumps(_values(result), indent=1))
     else:
-        echo(_text(result))
-        click.echo(_config(result))
+        print_text(_text(result))
+        print_line(_config(result))
 
 
 def _parse_batch_size(value: str | None) -> BatchSize:

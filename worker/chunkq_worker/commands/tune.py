@@ -19,6 +19,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from chunkq import __version__
+from chunkq.create import check_shapes, find_sources
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_file import Job, load_job
@@ -29,14 +30,12 @@ from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
-from chunkq.storage.images import find_source
 from chunkq.system.gpus import VISIBLE
-from chunkq.terminal import echo
+from chunkq.system.standard_output import print_line, print_text, reserve, result_stream
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
 from chunkq_worker.devices import cores, slots
-from chunkq_worker.inputs import open_inputs
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
 from chunkq_worker.tune.memory import available_memory
 from chunkq_worker.tune.options import with_network_options
@@ -138,6 +137,7 @@ def tune(
     and its outputs are compared with those in float32. The table is added to the job file as a
     comment; the previous file is kept as a backup.
     """
+    reserve()
     base_job = load_job(job, input=input_, output=output)
     limits = _limits(base_job, max_time, memory, device_memory)
     request = TuneRequest(
@@ -171,19 +171,19 @@ def tune(
             "written": None if backup is None else str(job),
             "backup": None if backup is None else str(backup),
         }
-        click.echo(json.dumps(values, indent=1))
+        print_line(json.dumps(values, indent=1))
         return
-    console = Console(highlight=False)
+    console = Console(file=result_stream(), highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=LOG_WIDTH)
+        console = Console(file=result_stream(), highlight=False, width=LOG_WIDTH)
     console.print(build_table(result, console.width))
     for line in [*legend_lines(result), *notes, *_summary_lines(result, changes)]:
-        echo(line)
+        print_text(line)
     if backup is None:
-        echo(f"{job} is unchanged (--dry-run)")
+        print_text(f"{job} is unchanged (--dry-run)")
     else:
         note = " (without the table, JSON has no comments)" if job.suffix == ".json" else ""
-        echo(f"wrote {job}{note}; backup: {backup}")
+        print_text(f"wrote {job}{note}; backup: {backup}")
 
 
 def _limits(job: Job, max_time: str, memory: str | None, device_memory: str | None) -> Limits:
@@ -254,9 +254,8 @@ def _parse_keep(text: str | None) -> frozenset[str]:
 
 def _record(job: Job) -> JobRecord:
     """Return the job's record; raise the errors that producing the job would raise."""
-    sources = [find_source(path) for path in job.input]
-    if len(sources) > 1:
-        open_inputs(list(job.input))
+    sources = find_sources(job)
+    check_shapes(job, sources)
     record = JobRecord.create(job, sources)
     load_blend_weights(record.job.weight_function, record.plan())
     return record

@@ -15,9 +15,14 @@ from pathlib import Path
 import click
 
 from chunkq.errors import ErrorCode, IncompleteError, JobError, MissingJobError
-from chunkq.job.allowed_paths import ALLOW_VARIABLE, AllowedPaths, allowed_job_path
+from chunkq.job.allowed_paths import (
+    ALLOW_VARIABLE,
+    PACKAGES_VARIABLE,
+    AllowedPaths,
+    allowed_job_path,
+)
 from chunkq.job.job_path import job_folder_of, output_of, output_path
-from chunkq.job.tasks import JobId
+from chunkq.job.tasks import JobId, chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
     DEFAULT_DEPTH_CPU,
@@ -77,6 +82,11 @@ from chunkq_worker.supervisor import Supervisor
     help="Only accept jobs and code below this path; can be repeated. "
     f"Default: the lines of ${ALLOW_VARIABLE}, else every path.",
 )  # fmt: skip
+@click.option(
+    "--allow-package", multiple=True,
+    help="With --allow: also import this installed package, by its top-level name, for jobs that "
+    f"name a class of it; can be repeated. Default: the lines of ${PACKAGES_VARIABLE}, else none.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Only log warnings and errors.")
 @click.option("--lifeline", is_flag=True, hidden=True, help="Stop when standard input closes.")
 @click.option(
@@ -95,6 +105,7 @@ def work(
     lease: float | None,
     job: str | None,
     allow: tuple[str, ...],
+    allow_package: tuple[str, ...],
     quiet: bool,
     lifeline: bool,
     early: int | None,
@@ -105,7 +116,7 @@ def work(
     it has started. A second Ctrl-C requeues them and exits at once.
     """
     base = Path.cwd()
-    allowed = AllowedPaths.parse(allow, base) if allow else AllowedPaths.from_environment(base)
+    allowed = AllowedPaths.from_options(allow, allow_package, base)
     if allowed is not None:
         allowed.to_environment()
     if lease is not None:
@@ -132,17 +143,22 @@ def work(
         return
     executor = open_shared(url)
     executor.check_ready()
+    for line in () if lifeline else executor.risks():
+        click.echo(f"chunkq: warning: {line}", err=True)
     before = _jobs(executor, folder)
     code = supervisor.run(executor)
     after = _jobs(executor, folder)
     executor.close()
     failed = _failed(before, after)
-    lost = _lost_jobs(before, after) if burst and supervisor.queue_was_unreachable else []
+    # A run looks into the job's folder itself when its workers have ended.
+    looks = burst and (supervisor.queue_was_unreachable or not lifeline)
+    lost = _lost_jobs(before, after) if looks else {}
     if lost and code in (0, IncompleteError.exit_code):
         raise IncompleteError(
-            "the queue was lost, with chunks of "
-            f"{', '.join(without_secret(output) for output in lost)}; run `chunkq produce "
-            "--resume` with the job to queue them again",
+            "the queue was lost in part: "
+            + ", ".join(f"{chunk_count(n)} of {without_secret(out)}" for out, n in lost.items())
+            + " are neither done nor queued; run `chunkq produce --resume` with the job to queue "
+            "them again",
             [],
             code=ErrorCode.QUEUE_LOST,
         )
@@ -174,13 +190,15 @@ def _failed(
     return {output: count for output, count in failed.items() if count > 0}
 
 
-def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]) -> list[str]:
-    """Return the outputs of jobs with chunks that are neither committed nor on the queue."""
+def _lost_jobs(
+    before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]
+) -> dict[str, int]:
+    """Return outputs of jobs, with the number of chunks neither committed nor on the queue."""
     # These import NumPy and pydantic, which a supervisor does not need before its processes start.
     from chunkq.job.job_handle import open_job
     from chunkq.stages.completion import job_completion
 
-    lost = []
+    lost = {}
     for id, counts in before.items():
         now = after.get(id, TaskCounts())
         was_active = counts.queued + counts.running + counts.waiting
@@ -189,8 +207,9 @@ def _lost_jobs(before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCou
         # Skip jobs whose folder was removed, and jobs that this worker does not accept.
         with suppress(MissingJobError, JobError):
             job = open_job(allowed_job_path(id.path))
-            if job.record.epoch == id.epoch and len(job_completion(job).missing()) > now.failed:
-                lost.append(job.folder.output)
+            missing = len(job_completion(job).missing()) - now.failed
+            if job.record.epoch == id.epoch and missing > 0:
+                lost[job.folder.output] = missing
     return lost
 
 

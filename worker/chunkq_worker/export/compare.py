@@ -12,8 +12,9 @@ import torch
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import Job
-from chunkq_worker.runtimes.base import not_one_array
-from chunkq_worker.runtimes.torch_files import LOADERS, reason
+from chunkq_worker.runtimes.returned_values import prediction_in
+from chunkq_worker.runtimes.torch_files import LOADERS
+from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.steps import Steps
 
 
@@ -67,9 +68,8 @@ class Network:
                 f"the network raised {type(error).__name__} on a batch of {list(batch.shape)}: "
                 f"{reason(error)}"
             ) from error
-        if not isinstance(outputs, torch.Tensor):
-            raise not_one_array(outputs, "tensor")
-        values: npt.NDArray[np.float64] = outputs.double().numpy()
+        tensor = prediction_in(outputs, torch.is_tensor, "tensor", has_step=False)
+        values: npt.NDArray[np.float64] = tensor.double().numpy()
         return values
 
 

@@ -18,7 +18,7 @@ from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq_worker.export import torch as export_torch
 from chunkq_worker.export.compare import Network, difference
 from chunkq_worker.runtimes.base import load_runtime
-from chunkq_worker.runtimes.torch_files import reason
+from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.steps import Steps
 
 TOLERANCE = 1e-4

@@ -16,7 +16,7 @@ import torch
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.install_hint import install_command
 from chunkq.units import si
-from chunkq_worker.runtimes.torch_files import reason
+from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 
 REQUIRED_PACKAGES = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}

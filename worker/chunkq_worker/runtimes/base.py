@@ -17,6 +17,7 @@ from chunkq.casts import REAL
 from chunkq.errors import ModelError
 from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
 from chunkq_worker.value_watch import ValueWatch
 
@@ -74,11 +75,12 @@ class Runtime(ABC):
 
     @abstractmethod
     def __call__(self, batch: Any) -> Array:
-        """Run the protected steps and the network on a batch (N, *model_input_shape), any dtype.
+        """Run the protected steps and the network on a batch (N, C, *P) or (N, *P), any dtype.
 
         `batch` is an array in host memory, the return value of this runtime's `BatchFeed.send`, or
         a tensor in the memory of the `accelerator`. It is cast to the model's dtype on the device.
-        Networks and steps may modify it in place. Returns float32 or float64 of any shape, with an
+        Networks and steps may modify it in place. A network with channels last gets and returns
+        them there; the steps see channels first. Returns float32 or float64 of any shape, with an
         `accelerator` any float dtype. The result may share memory with the batch.
         """
 
@@ -107,6 +109,10 @@ class Runtime(ABC):
 
         With such layers every output voxel depends on the whole patch.
         """
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """Return what the user should know about how the files of the network were read."""
         return ()
 
     def created_values(self) -> Sequence[tuple[str, Any]]:
@@ -143,13 +149,19 @@ RUNTIMES: MappingProxyType[str, str] = MappingProxyType(
         "numpy": "chunkq_worker.runtimes.numpy:load",
     }
 )
-"""Name -> loader, `(ModelConfig, Steps, threads or None) -> Runtime`."""
-Loader = Callable[[ModelConfig, Steps, int | None], Runtime]
+"""Name -> loader, `(ModelConfig, Steps, threads or None, ItemShapes) -> Runtime`."""
+Loader = Callable[[ModelConfig, Steps, int | None, ItemShapes], Runtime]
 
 
-def load_runtime(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
-    """Load a network. Raise ModelError if it is unusable or its framework is not installed."""
-    return import_runtime(model.runtime)(model, steps, threads)
+def load_runtime(
+    model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes | None = None
+) -> Runtime:
+    """Load a network. Raise ModelError if it is unusable or its framework is not installed.
+
+    Batches and results have channels first, as in `shapes`. By default, all entries of
+    `model_input_shape` are axes of the volume.
+    """
+    return import_runtime(model.runtime)(model, steps, threads, shapes or ItemShapes.of(model))
 
 
 def import_runtime(runtime: str) -> Loader:
@@ -184,12 +196,3 @@ def real_numbers(values: Any, source: str) -> npt.NDArray[Any]:
 def not_real(source: str, dtype: Any) -> ModelError:
     """Return the error for outputs that are no real numbers; `source` is what returned them."""
     return ModelError(f"{source} returned dtype {dtype}, expected real numbers; return float32")
-
-
-def not_one_array(outputs: Any, kind: str) -> ModelError:
-    """Return the error for a network that did not return exactly one tensor or array."""
-    names = f" of {', '.join(sorted(map(str, outputs)))}" if isinstance(outputs, dict) else ""
-    return ModelError(
-        f"the network returned {type(outputs).__name__}{names}, expected one {kind}; wrap it so "
-        "that it returns only the prediction"
-    )

@@ -106,7 +106,7 @@ class DeviceInput:
 
     @torch.inference_mode()
     def batch(self, patches: Sequence[Patch], count: int) -> torch.Tensor:
-        """Return a new batch of `count` items that starts with the patches, else zeros.
+        """Return a new batch of `count` items: the patches, and then the last one repeated.
 
         It is in the model's dtype, or in the common dtype of inputs of several dtypes.
         """
@@ -120,7 +120,7 @@ class DeviceInput:
                 windows = self._windows(tensor, patches[run.first], run)
                 part.copy_(as_signed(windows).view(run.count, *self._slot_shape))
         if count > len(patches):
-            batch[len(patches) :].zero_()
+            batch[len(patches) :].copy_(batch[len(patches) - 1])
         return batch
 
     def release(self) -> None:

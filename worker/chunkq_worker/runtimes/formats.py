@@ -25,6 +25,8 @@ MEMBERS = MappingProxyType(
 """Part of a member name in a zip file -> format. The first match decides."""
 ONNX_FIELDS = b"\x12\x1a\x22\x28\x32\x3a\x42"
 """Protobuf tags that can follow `ir_version`, the first field of an ONNX model."""
+MAX_HEADER = 100_000_000
+"""Largest header of a safetensors file in bytes, by its specification."""
 USES = MappingProxyType(
     {
         "torchscript": "a TorchScript file; use runtime: torch, type: torchscript and ts_file",
@@ -38,6 +40,8 @@ USES = MappingProxyType(
         "type: file with model_file, or, if it contains weights, type: class or json with it as "
         "checkpoint",
         "keras_json": "a Keras JSON file; use runtime: tensorflow, type: json and json_file",
+        "safetensors": "a safetensors file, which contains weights; use runtime: torch and type: "
+        "class with it as checkpoint",
     }
 )
 """Format -> its name and the keys of the job file to use it with; the end of an error message."""
@@ -53,6 +57,8 @@ def format_of(content: bytes) -> str | None:
         return next(matches, None)
     if len(content) > 2 and content[0] == 8 and content[1] < 64 and content[2] in ONNX_FIELDS:
         return "onnx"
+    if _is_safetensors(content):
+        return "safetensors"
     return "keras_json" if _is_keras_json(content) else None
 
 
@@ -61,6 +67,12 @@ def _members(content: bytes) -> list[str]:
         return zipfile.ZipFile(io.BytesIO(content)).namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return []
+
+
+def _is_safetensors(content: bytes) -> bool:
+    """Return whether a file starts with the length of a JSON header, and the header."""
+    length = int.from_bytes(content[:8], "little")
+    return 2 <= length < MAX_HEADER and content[8:10] in (b'{"', b"{}")
 
 
 def _is_keras_json(content: bytes) -> bool:

@@ -15,9 +15,11 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.created_values import file_values, values_of
-from chunkq_worker.runtimes.base import Runtime, not_one_array
-from chunkq_worker.runtimes.classes import instantiate, load_definition
+from chunkq_worker.runtimes.base import Runtime
+from chunkq_worker.runtimes.classes import instantiate, load_definition, source_of
 from chunkq_worker.runtimes.host_runtime import HostRuntime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.thread_limit import ThreadLimit
 from chunkq_worker.steps import Steps
 
@@ -52,9 +54,8 @@ class NumpyRuntime(HostRuntime):
         if self._network is None:
             raise ModelError("the network is closed")
         outputs = self._network(np.require(inputs, requirements=["C", "W"]))
-        if not isinstance(outputs, np.ndarray):
-            raise not_one_array(outputs, "array")
-        return outputs
+        has_step = self._steps.postprocessing_protected is not None
+        return prediction_in(outputs, _is_array, "array", has_step=has_step)
 
     @override
     def created_values(self) -> Sequence[tuple[str, Any]]:
@@ -69,11 +70,15 @@ class NumpyRuntime(HostRuntime):
         self._network = None
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the class or function that the job names, or raise ModelError."""
     limit = ThreadLimit(threads)
     with limit.applied():
         return NumpyRuntime(_network(model), model, steps, limit)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
 
 
 def _values(network: Network) -> list[tuple[str, Any]]:
@@ -86,7 +91,7 @@ def _values(network: Network) -> list[tuple[str, Any]]:
 def _network(model: ModelConfig) -> Network:
     """Return an instance of the class, or the function with the kwargs bound to it."""
     definition, kwargs = load_definition(model)
-    key = f"model_config.class_name: {model.class_name} of {model.class_file}"
+    key = source_of(model)
     if not callable(definition):
         raise ModelError(f"{key} is {type(definition).__name__}; expected a class or a function")
     if not isinstance(definition, type):

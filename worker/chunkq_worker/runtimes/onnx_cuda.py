@@ -15,6 +15,8 @@ from chunkq.errors import ModelError
 from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes import onnx_tensorrt
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_host import OnnxRuntime, open_graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime
@@ -32,7 +34,7 @@ OPTIONS = {
 }
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> OnnxRuntime:
     """Load a graph with the CUDA provider, or raise ModelError if the provider is unavailable.
 
     Batches and results are in host memory if torch is not installed or cannot use the GPU.
@@ -51,7 +53,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
     providers = [(CUDA, provider_options(model))]
     if model.provider == "tensorrt":
         providers.insert(0, onnx_tensorrt.provider(model))
-    session, graph = open_graph(model, steps, threads, providers)
+    session, graph, layout = open_graph(model, steps, threads, shapes, providers)
     if CUDA not in session.get_providers():
         # ONNX Runtime only logs that its libraries failed to load.
         raise ModelError(
@@ -61,11 +63,11 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> OnnxRuntime:
     if model.provider == "tensorrt":
         onnx_tensorrt.check_provider(session)
     if free_bytes is None:
-        return OnnxRuntime(session, graph, model, steps)
+        return OnnxRuntime(session, graph, model, steps, layout)
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return OnnxOnTorch(session, graph, model, steps, device, free_bytes)
+    return OnnxOnTorch(session, graph, model, steps, layout, device, free_bytes)
 
 
 def provider_options(model: ModelConfig) -> dict[str, str]:
@@ -94,6 +96,7 @@ class OnnxOnTorch(OnnxRuntime):
         graph: Graph,
         model: ModelConfig,
         steps: Steps,
+        layout: NetworkLayout,
         device: torch.device,
         free_bytes: int,
     ) -> None:
@@ -101,7 +104,7 @@ class OnnxOnTorch(OnnxRuntime):
 
         from chunkq_worker.runtimes.staging import Cuda
 
-        super().__init__(session, graph, model, steps)
+        super().__init__(session, graph, model, steps, layout)
         self._torch, self._device = torch, device
         self._device_address = (device.type, device.index or 0)
         self._output_dtype = np.dtype(graph.output_dtype)
@@ -113,6 +116,10 @@ class OnnxOnTorch(OnnxRuntime):
     def _cast(self, batch: Array) -> Array:
         tensor = batch if isinstance(batch, self._torch.Tensor) else self.to_device(batch)
         return tensor.to(getattr(self._torch, self._dtype.name))
+
+    @override
+    def _permute(self, array: Array, axes: tuple[int, ...]) -> Array:
+        return array.permute(axes).contiguous()
 
     @override
     def _run_session(self, batch: Array) -> Array:

@@ -9,6 +9,9 @@ from typing import Any, Self
 
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes.axis_moves import format_axes
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.steps import Steps
 
 DTYPES: MappingProxyType[str, str] = MappingProxyType(
@@ -69,7 +72,11 @@ class Graph:
         dtypes = DTYPES[node_in.type], output_dtypes[node_out.type]
         return cls(path, node_in.name, node_out.name, dtypes[0], axes, dtypes[1])
 
-    def check_config(self, model: ModelConfig, steps: Steps) -> None:
+    def layout(self, shapes: ItemShapes, steps: Steps) -> NetworkLayout:
+        """Return the layout of the graph's batches for the shapes of a job."""
+        return NetworkLayout(shapes, self.axes[1:] if self.axes else None, steps)
+
+    def check_config(self, model: ModelConfig, steps: Steps, layout: NetworkLayout) -> None:
         """Validate the declared dtype and shape against the graph.
 
         A dtype or shape that a processing step can change is not checked. Raise ModelError with
@@ -83,38 +90,16 @@ class Graph:
             )
         if not self.axes:
             return
-        if steps.preprocessing is None and steps.preprocessing_protected is None:
-            self._check_input_shape(model, expects)
+        has_step = (steps.preprocessing, steps.preprocessing_protected) != (None, None)
+        problem = None if has_step else layout.input_problem(expects, self.axes)
+        if problem is not None:
+            raise ModelError(problem)
         batch_size = self.axes[0]
         if batch_size is not None and batch_size != model.max_batch_size:
             raise ModelError(
                 f"model_config.max_batch_size: {model.max_batch_size}, but {expects} batches of "
                 f"exactly {batch_size}; set max_batch_size: {batch_size}, or export it with a "
                 "dynamic batch axis"
-            )
-
-    def _check_input_shape(self, model: ModelConfig, expects: str) -> None:
-        declared, fixed = model.model_input_shape, self.axes[1:]
-        key = f"model_config.model_input_shape: {list(declared)}"
-        if len(declared) != len(fixed):
-            advice = list(fixed) if None not in fixed else f"{len(fixed)} entries"
-            raise ModelError(
-                f"{key} results in batches of {len(declared) + 1} axes, but {expects} "
-                f"{len(self.axes)}, {format_axes(self.axes)}; set model_input_shape: {advice}"
-            )
-        joined_axis = None if model.join_dim is None else model.join_dim - 1
-        fits = [
-            length is None or length == size or axis == joined_axis
-            for axis, (length, size) in enumerate(zip(fixed, declared, strict=True))
-        ]
-        if not all(fits):
-            valid_shape = [
-                size if fit or length is None else length
-                for length, size, fit in zip(fixed, declared, fits, strict=True)
-            ]
-            raise ModelError(
-                f"{key}, but {expects} {format_axes(self.axes)}; "
-                f"set model_input_shape: {valid_shape}, or export it with dynamic axes"
             )
 
     def check_batch(self, shape: Sequence[int], dtype: str) -> None:
@@ -132,11 +117,6 @@ class Graph:
             f"model_config.model_file: input {self.input!r} of {self.path} expects {self.dtype} "
             f"{format_axes(self.axes)}, found {dtype} {format_axes(shape)}; {advice}"
         )
-
-
-def format_axes(axes: Sequence[int | None]) -> str:
-    """Return axes as `(any, 1, 64, 64)`."""
-    return f"({', '.join('any' if n is None else str(n) for n in axes)})"
 
 
 def _single(nodes: Sequence[Any], subject: str, plural: str) -> Any:

@@ -11,7 +11,10 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.job.model_config import ModelConfig
+from chunkq_worker.runtimes.axis_moves import Axes, Move
 from chunkq_worker.runtimes.host_runtime import HostRuntime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
 from chunkq_worker.runtimes.onnx_file import open_session
 from chunkq_worker.runtimes.onnx_graph import Graph
 from chunkq_worker.runtimes.onnx_import import onnxruntime
@@ -38,17 +41,43 @@ class OnnxRuntime(HostRuntime):
     If the graph runs on a GPU, ONNX Runtime copies batches and results between host and GPU.
     """
 
-    def __init__(self, session: Any, graph: Graph, model: ModelConfig, steps: Steps) -> None:
+    def __init__(
+        self,
+        session: Any,
+        graph: Graph,
+        model: ModelConfig,
+        steps: Steps,
+        layout: NetworkLayout,
+    ) -> None:
         super().__init__(model, steps)
-        self._session, self._graph = session, graph
+        self._session, self._graph, self._layout = session, graph, layout
+        self._moves: dict[Axes, Move] = {}
         # TensorRT builds an engine, which takes minutes, for each new batch size.
         is_specialized = model.provider == "tensorrt"
         self.any_batch = bool(graph.axes) and graph.axes[0] is None and not is_specialized
 
     @override
     def _run(self, inputs: Array) -> Array:
-        self._graph.check_batch(tuple(inputs.shape), str(inputs.dtype).removeprefix("torch."))
-        return self._run_session(inputs)
+        item: Axes = tuple(inputs.shape[1:])
+        if item not in self._moves:
+            self._moves[item] = self._layout.choose(
+                self._layout.input_moves(item),
+                lambda move: tuple(self._run_moved(inputs, move).shape[1:]),
+                is_final=self.is_out_of_memory,
+            )
+        move = self._moves[item]
+        outputs = self._run_moved(inputs, move)
+        output_move = self._layout.output_move(item, move, tuple(outputs.shape[1:]))
+        return output_move.apply(outputs, self._permute)
+
+    def _run_moved(self, inputs: Array, move: Move) -> Array:
+        """Return the output of the graph, with its axes in the order of the graph."""
+        moved = move.apply(inputs, self._permute)
+        self._graph.check_batch(tuple(moved.shape), str(moved.dtype).removeprefix("torch."))
+        return self._run_session(moved)
+
+    def _permute(self, array: Array, axes: tuple[int, ...]) -> Array:
+        return np.ascontiguousarray(np.transpose(array, axes))
 
     def _run_session(self, inputs: Array) -> Array:
         """Return the output of the graph for a batch that `Graph.check_batch` accepts."""
@@ -78,13 +107,18 @@ class OnnxRuntime(HostRuntime):
 
 
 def open_graph(
-    model: ModelConfig, steps: Steps, threads: int | None, providers: Sequence[Any] = ()
-) -> tuple[Any, Graph]:
+    model: ModelConfig,
+    steps: Steps,
+    threads: int | None,
+    shapes: ItemShapes,
+    providers: Sequence[Any] = (),
+) -> tuple[Any, Graph, NetworkLayout]:
     """Open the graph that the job names and validate it against `model_config`."""
     path = model.model_file or ""
     session = open_session(path, threads, providers)
     graph = Graph.from_session(session, path)
-    graph.check_config(model, steps)
+    layout = graph.layout(shapes, steps)
+    graph.check_config(model, steps, layout)
     provider_names = ", ".join(session.get_providers())
     log.info("onnxruntime %s runs %s with %s", onnxruntime.__version__, path, provider_names)
-    return session, graph
+    return session, graph, layout

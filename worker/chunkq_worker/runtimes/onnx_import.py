@@ -10,6 +10,11 @@ import os
 from importlib import import_module
 from typing import Any
 
+from chunkq.system.framework_logs import set_log_levels, without_log_lines
+
+NAME = "onnxruntime"
 # ONNX Runtime reads the variable once, at its import. A value set by the user has priority.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-onnxruntime: Any = import_module("onnxruntime")
+with without_log_lines(NAME):
+    onnxruntime: Any = import_module(NAME)
+set_log_levels(NAME, onnxruntime)

@@ -16,11 +16,15 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import Runtime, not_one_array, not_real
+from chunkq_worker.runtimes.axis_moves import Axes, Move, format_axes
+from chunkq_worker.runtimes.base import Runtime, not_real
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.network_layout import NetworkLayout
+from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.tensorflow_files import LOADERS, Network
 from chunkq_worker.runtimes.tensorflow_import import tf, without_log_output
 from chunkq_worker.runtimes.tensorflow_reading import shape_problem
-from chunkq_worker.steps import KEY, Steps
+from chunkq_worker.steps import Steps
 
 OUT_OF_MEMORY = ("oom when allocating", "failed to allocate memory", "out of memory")
 """Parts of a ResourceExhaustedError for memory; TensorFlow raises it for other resources too."""
@@ -32,18 +36,20 @@ log = logging.getLogger("chunkq.worker")
 class TensorFlowRuntime(Runtime):
     """Runs a network as a graph that is traced for one batch shape at a time.
 
-    The network gets (N, *model_input_shape) unchanged. It, or `postprocessing_protected`, must
-    return (N, *model_output_shape). The protected steps run outside the graph and get eager
-    tensors. Results are NumPy arrays that share memory with the tensors. On a GPU, results are
-    torch tensors that share memory if torch with CUDA is installed; otherwise they are copied to
-    the host.
+    The graph moves the channels to where the network has them, and those of its output to the
+    front. The protected steps run outside the graph and get eager tensors. Results are NumPy arrays
+    that share memory with the tensors. On a GPU, results are torch tensors that share memory if
+    torch with CUDA is installed; otherwise they are copied to the host.
     """
 
     reads_device_memory = False
 
-    def __init__(self, network: Network, model: ModelConfig, steps: Steps) -> None:
-        self.device, self._steps = model.device, steps
-        self._network: Network | None = network
+    def __init__(self, model: ModelConfig, steps: Steps, shapes: ItemShapes) -> None:
+        """Load the network on the current device."""
+        self.device, self._steps, self._model, self._shapes = model.device, steps, model, shapes
+        self._network: Network | None = None
+        self._load_network()
+        self._moves: dict[Axes, Move] = {}
         self._dtype = tf.dtypes.as_dtype(model.dtype)
         self._tf_device = "/GPU:0" if model.device == "cuda" else "/CPU:0"
         self._allows_tf32 = model.allows_tf32
@@ -54,12 +60,20 @@ class TensorFlowRuntime(Runtime):
 
             self.accelerator = Cuda()
 
+    def _load_network(self) -> None:
+        self._network = LOADERS[self._model.type](self._model)
+        spec = self._network.input_spec
+        axes = None if spec is None or spec[0] is None else tuple(spec[0][1:])
+        self._layout = NetworkLayout(self._shapes, axes, self._steps)
+
     def prepare(self, batch: npt.NDArray[Any]) -> None:
-        """Build the network with a batch (N, *model_input_shape) and load its weights."""
+        """Build the network with a batch and load its weights, if it declares its input shape."""
         with tf.device(self._tf_device):
             inputs = self._cast(batch)
             with self._one_line_errors(inputs):
-                self._open_network().prepare(inputs)
+                moves = self._layout.input_moves(tuple(inputs.shape[1:]))
+                if len(moves) == 1:
+                    self._open_network().prepare(moves[0].apply(inputs, tf.transpose))
 
     @override
     def __call__(self, batch: npt.NDArray[Any]) -> Array:
@@ -72,7 +86,7 @@ class TensorFlowRuntime(Runtime):
                 inputs = tf.convert_to_tensor(self._steps.preprocessing_protected(inputs))
             if self._watch is not None:
                 self._watch.receive(inputs.numpy())
-            outputs = _single_tensor(self._forward(inputs))
+            outputs = self._forward(inputs)
             if self._steps.postprocessing_protected is not None:
                 outputs = tf.convert_to_tensor(self._steps.postprocessing_protected(outputs))
             self.output_dtype = outputs.dtype.name
@@ -86,20 +100,62 @@ class TensorFlowRuntime(Runtime):
         return tf.cast(tf.convert_to_tensor(batch), self._dtype)
 
     def _forward(self, inputs: Any) -> Any:
-        key = (tuple(inputs.shape), inputs.dtype)
+        key = _key(inputs)
         if self._traced[0] != key:
             self._traced = (None, None)  # release the graph of the last batch shape first
-            self._traced = (key, self._trace(inputs))
+            with self._one_line_errors(inputs):
+                move = self._move_for(inputs)
+                if self._traced[0] != key:
+                    self._trace(inputs, move)
         return self._traced[1](inputs)
 
-    def _trace(self, inputs: Any) -> Any:
-        """Build the network, load its weights and return its graph for this batch shape."""
-        network = self._open_network()
-        with self._one_line_errors(inputs):
-            network.prepare(inputs)
-            spec = tf.TensorSpec(inputs.shape, inputs.dtype)
-            # Keras, too, runs networks without autograph.
-            return tf.function(network, autograph=False).get_concrete_function(spec)
+    def _move_for(self, inputs: Any) -> Move:
+        """Return how the axes of a batch change before the network; try what it does not declare.
+
+        An attempt in another order builds a network of a class wrongly, so it is loaded again.
+        """
+
+        def reset() -> None:
+            self._traced = (None, None)
+            self._load_network()
+
+        item: Axes = tuple(inputs.shape[1:])
+        if item not in self._moves:
+            self._moves[item] = self._layout.choose(
+                self._layout.input_moves(item),
+                lambda move: self._trace(inputs, move),
+                is_final=self.is_out_of_memory,
+                reset=reset,
+            )
+        return self._moves[item]
+
+    def _trace(self, inputs: Any, move: Move) -> Axes:
+        """Build the network, load its weights and trace its graph for this batch shape.
+
+        Return the shape of an item of the network's output; unknown lengths are None.
+        """
+        network, layout, item = self._open_network(), self._layout, tuple(inputs.shape[1:])
+        has_step = self._steps.postprocessing_protected is not None
+        network.prepare(move.apply(inputs, tf.transpose))
+        output: Axes = ()
+
+        def moved(tensor: Any) -> Any:
+            nonlocal output
+            if not _is_tensor(tensor) or tensor.shape.rank is None:
+                return tensor
+            output = tuple(tensor.shape[1:])
+            return layout.output_move(item, move, output).apply(tensor, tf.transpose)
+
+        def forward(batch: Any) -> Any:
+            returned = network(move.apply(batch, tf.transpose))
+            outputs = prediction_in(returned, _is_tensor, "tensor", has_step=has_step)
+            return tf.nest.map_structure(moved, outputs)
+
+        spec = tf.TensorSpec(inputs.shape, inputs.dtype)
+        # Keras, too, runs networks without autograph.
+        graph = tf.function(forward, autograph=False).get_concrete_function(spec)
+        self._traced = (_key(inputs), graph)
+        return output
 
     def _open_network(self) -> Network:
         if self._network is None:
@@ -116,8 +172,19 @@ class TensorFlowRuntime(Runtime):
         except Exception as error:
             if self.is_out_of_memory(error):
                 raise
-            hint = _shape_hint(self._open_network().input_spec, inputs.shape)
+            hint = self._shape_hint(inputs.shape[0])
             raise ModelError(shape_problem(error, inputs.shape) + hint) from error
+
+    def _shape_hint(self, batch_size: int) -> str:
+        """Return the end of a message: the shape that the network declares, and advice."""
+        spec = self._open_network().input_spec
+        if spec is None or spec[0] is None:
+            return ""
+        hint, shape = f"; expected {format_axes(tuple(spec[0]))}", self._layout.shape_to_set()
+        if spec[0][0] not in (None, batch_size):
+            return f"{hint}; set max_batch_size: {spec[0][0]}"
+        is_set = shape in (None, list(self._shapes.written_shapes[0]))
+        return hint if is_set else f"{hint}; set model_input_shape: {shape}"
 
     def _as_array(self, outputs: Any) -> Array:
         if self._torch is not None:
@@ -174,7 +241,7 @@ class TensorFlowRuntime(Runtime):
         gc.collect()  # graphs and models form reference cycles
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the network that the job names, or raise ModelError.
 
     TensorFlow reads the number of threads and the visible GPUs once per process, at first use. A
@@ -184,10 +251,11 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
     with without_log_output():
         _configure(model.device, threads)
     with tf.device("/GPU:0" if model.device == "cuda" else "/CPU:0"):
-        runtime = TensorFlowRuntime(LOADERS[model.type](model), model, steps)
-    changes_input = (steps.preprocessing, steps.preprocessing_protected, model.join_dim)
-    if changes_input == (None, None, None):  # else the shape is unknown before the first batch
-        runtime.prepare(np.zeros((1, *model.model_input_shape), model.dtype))
+        runtime = TensorFlowRuntime(model, steps, shapes)
+    has_step = (steps.preprocessing, steps.preprocessing_protected) != (None, None)
+    item = [n for n in shapes.input if n is not None]
+    if not has_step and len(item) == len(shapes.input):  # else the first batch decides the shape
+        runtime.prepare(np.zeros((1, *item), model.dtype))
     return runtime
 
 
@@ -232,16 +300,13 @@ def _try_set(setter: Any, *values: Any) -> bool:
     return True
 
 
-def _single_tensor(outputs: Any) -> Any:
-    """Return the single tensor of a network's outputs, which can be in a list, tuple or dict."""
-    tensor = outputs
-    if isinstance(tensor, dict):
-        tensor = list(tensor.values())
-    if isinstance(tensor, (list, tuple)) and len(tensor) == 1:
-        tensor = tensor[0]
-    if not tf.is_tensor(tensor) or not tensor.shape.rank:
-        raise not_one_array(outputs, "tensor")
-    return tensor
+def _is_tensor(value: Any) -> bool:
+    return bool(tf.is_tensor(value) and value.shape.rank != 0)
+
+
+def _key(inputs: Any) -> tuple[Any, ...]:
+    """Return what the graph of a batch depends on."""
+    return tuple(inputs.shape), inputs.dtype
 
 
 @contextmanager
@@ -254,22 +319,6 @@ def _tf32(*, allowed: bool) -> Iterator[None]:
         yield
     finally:
         settings.enable_tensor_float_32_execution(previous)
-
-
-def _shape_hint(input_spec: Any, batch_shape: Any) -> str:
-    """Return the end of a message: the shape that the network declares, and advice."""
-    if input_spec is None:
-        return ""
-    expected, shape = list(input_spec[0]), list(batch_shape)
-    hint = f"; expected {[n if n else 'any' for n in expected]}"
-    moved = [shape[0], *shape[2:], *shape[1:2]]  # the batch with channels last
-    if len(expected) == len(moved) and all(
-        e in (None, n) for e, n in zip(expected, moved, strict=True)
-    ):
-        hint += f", channels last; move them with preprocessing_protected of {KEY}"
-        if expected[-1] == 1:
-            hint += ", or remove the 1 from model_input_shape"
-    return hint
 
 
 def _torch_with_cuda() -> Any:

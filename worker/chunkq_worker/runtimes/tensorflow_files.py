@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -23,8 +24,9 @@ from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import load_names
 from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes import hdf5_files, keras_config, saved_model_graph
-from chunkq_worker.runtimes.classes import create_network
-from chunkq_worker.runtimes.formats import USES, format_of
+from chunkq_worker.runtimes.classes import create_network, source_of
+from chunkq_worker.runtimes.formats import format_of
+from chunkq_worker.runtimes.stand_ins import describe, first_stand_in
 from chunkq_worker.runtimes.tensorflow_import import h5py, keras, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
     content_of,
@@ -45,10 +47,10 @@ class Network(ABC):
     """A network that is called with a batch.
 
     `input_spec` is the (shape, dtype) that it declares, None if it declares none. Dynamic axes of
-    the shape are None.
+    the shape, which starts with the batch axis, are None. The shape is None if it is unknown.
     """
 
-    input_spec: tuple[Sequence[int | None], str] | None = None
+    input_spec: tuple[Sequence[int | None] | None, str] | None = None
 
     @abstractmethod
     def __call__(self, batch: Any) -> Any:
@@ -165,7 +167,7 @@ class SavedNetwork(Network):
                     f"{SAVE_ADVICE}"
                 )
         [(self._input, spec)] = inputs.items()
-        shape: Sequence[int | None] = (None,) if spec.shape.rank is None else tuple(spec.shape)
+        shape = None if spec.shape.rank is None else tuple(spec.shape)
         self.input_spec = (shape, spec.dtype.name)
 
     @override
@@ -174,12 +176,10 @@ class SavedNetwork(Network):
 
     @override
     def __call__(self, batch: Any) -> Any:
-        shape, dtype = self.input_spec or ((), "")
+        shape, dtype = self.input_spec or (None, "")
         if batch.dtype.name != dtype:
             raise _other_dtype(batch.dtype.name, dtype)
-        if len(shape) == batch.shape.rank + 1 and shape[-1] == 1:
-            batch = batch[..., None]  # Keras models do the same
-        if not tf.TensorShape(shape).is_compatible_with(batch.shape) and shape != (None,):
+        if not tf.TensorShape(shape).is_compatible_with(batch.shape):
             raise ValueError("its serving signature expects another shape")
         return self._signature(**{self._input: batch})
 
@@ -203,7 +203,7 @@ def load_class(model: ModelConfig) -> Network:
     dtype = model.dtype if model.dtype.startswith("float") else None
     with default_dtype(dtype):
         network = create_network(model)
-    key = f"model_config.class_name: {model.class_name} of {model.class_file}"
+    key = source_of(model)
     if not isinstance(network, keras.Model):
         is_keras_2 = type(network).__module__.startswith("tf_keras")
         raise ModelError(
@@ -223,7 +223,7 @@ def load_file(model: ModelConfig) -> Network:
         content = content_of(local, key)
         name = format_of(content)
         if name not in ("keras", "keras_h5"):
-            raise ModelError(f"{key} is {_describe_format(local, content, name)}")
+            raise ModelError(f"{key} is {_describe_format(local, content)}")
         suffix = ".keras" if name == "keras" else ".h5"
         with (
             with_suffix(local, suffix) as file,
@@ -256,8 +256,8 @@ def load_json(model: ModelConfig) -> Network:
         content = content_of(local, key)
     name = format_of(content)
     if name != "keras_json":
-        problem = USES[name] if name else "not a Keras JSON file; create one with model.to_json()"
-        raise ModelError(f"{key} is {problem}")
+        problem = "not a Keras JSON file; create one with model.to_json()"
+        raise ModelError(f"{key} is {describe(content) or problem}")
     config = json.loads(content)
     # Only Keras 3 writes the module of a class.
     if "module" not in config:
@@ -304,21 +304,23 @@ def _saved_model(path: str, key: str, model: ModelConfig) -> Network:
         raise ModelError(
             f"{key} is a folder without saved_model.pb; set it to the folder of a SavedModel"
         )
+    parts = [os.path.join(path, "saved_model.pb"), *glob.glob(f"{glob.escape(path)}/variables/*")]
+    if (problem := first_stand_in(parts)) is not None:
+        raise ModelError(f"{key}: {problem}")
     with _one_line_errors(key, "the SavedModel"), suppressed_warnings():
         if not model.trusted and (part := saved_model_graph.unsafe_part(path)) is not None:
             raise untrusted(model.model_file or "", part)
         return SavedNetwork(tf.saved_model.load(path), key)
 
 
-def _describe_format(path: str, content: bytes, name: str | None) -> str:
+def _describe_format(path: str, content: bytes) -> str:
     """Return the format of a file that is not a Keras network, and advice."""
     if os.path.basename(path) == "saved_model.pb":
         return "a part of a SavedModel; set it to the folder that contains the file"
-    if name is not None:
-        return USES[name]
     if content[4:8] == b"TFL3":
         return "a TensorFlow Lite file, which is unsupported; use the file it was converted from"
-    return "not a .keras file, HDF5 file or SavedModel folder; use model.save('name.keras')"
+    unknown = "not a .keras file, HDF5 file or SavedModel folder; use model.save('name.keras')"
+    return describe(content) or unknown
 
 
 def _custom_objects(model: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.system.scratch import scratch_folder
 from chunkq_worker.runtimes import hdf5_files
-from chunkq_worker.runtimes.formats import USES, format_of
+from chunkq_worker.runtimes.formats import format_of
+from chunkq_worker.runtimes.stand_ins import describe, first_stand_in
 from chunkq_worker.runtimes.tensorflow_import import h5py, tf
 from chunkq_worker.runtimes.tensorflow_reading import (
     content_of,
@@ -50,7 +51,7 @@ def load_checkpoint(model: Any, path: str) -> None:
         content = content_of(local, key)
         name = format_of(content)
         if name not in ("keras", "keras_h5"):
-            raise ModelError(f"{key} is {USES[name] if name else NO_WEIGHTS}")
+            raise ModelError(f"{key} is {describe(content) or NO_WEIGHTS}")
         try:
             saved, expected = _read(model, local, content, zipped=name == "keras")
         except ExternalWeightsError as error:
@@ -132,6 +133,8 @@ def _prefix(path: str, key: str) -> str | None:
 
 
 def _restore(model: Any, prefix: str, key: str) -> None:
+    if (problem := first_stand_in(glob.glob(f"{glob.escape(prefix)}.*"))) is not None:
+        raise ModelError(f"{key}: {problem}")
     try:
         saved = _variables(prefix)
         attributes = {name.partition("/")[0] for name in saved}

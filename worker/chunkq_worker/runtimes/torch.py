@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,10 @@ from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
 from chunkq.job.model_config import HALF_PRECISIONS, ModelConfig
 from chunkq.system import buffers
-from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_one_array, not_real
+from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real
 from chunkq_worker.runtimes.cache_folder import use_compiler_cache
+from chunkq_worker.runtimes.item_shapes import ItemShapes
+from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.staging import (
     Accelerator,
     Cuda,
@@ -26,14 +29,15 @@ from chunkq_worker.runtimes.staging import (
     SentBatch,
     StagedFeed,
 )
+from chunkq_worker.runtimes.torch_devices import device_errors
 from chunkq_worker.runtimes.torch_files import (
     LOADERS,
     LoadedNetwork,
     created_values,
-    reason,
     recreated_values,
 )
 from chunkq_worker.runtimes.torch_norms import norm_input_watched
+from chunkq_worker.runtimes.torch_reading import is_torchscript_error, reason
 from chunkq_worker.runtimes.torch_tf32 import tf32
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow, is_triton_hidden
 from chunkq_worker.steps import Steps
@@ -50,6 +54,7 @@ OUT_OF_MEMORY = (
 CAPTURE_ERROR = re.compile(r"captur|CUDA ?[gG]raph")
 DTYPE_ERROR = re.compile(r"type|not implemented for|Half|Float|scalar")
 TILE_NORMS = ("InstanceNorm", "GroupNorm", "LayerNorm", "BatchNorm")
+log = logging.getLogger("chunkq.worker")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -71,7 +76,7 @@ class TorchRuntime(Runtime):
     ) -> None:
         self.device, self._steps, self._threads = model.device, steps, threads
         self._model, self._limits, self._module = model, loaded.limits, loaded.module
-        self._saved = loaded.saved
+        self._saved, self._notes = loaded.saved, loaded.notes
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         # Compiled and captured networks are specialized for one batch size, exported ones can be.
         is_specialized = model.compile or model.cuda_graph or model.type == "exported"
@@ -95,7 +100,11 @@ class TorchRuntime(Runtime):
     def __call__(self, batch: npt.NDArray[Any] | SentBatch | torch.Tensor) -> Array:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)  # another job of this process can use another
-        with torch.inference_mode(), tf32(allowed=self._model.allows_tf32):
+        with (
+            torch.inference_mode(),
+            tf32(allowed=self._model.allows_tf32),
+            device_errors(self.device),
+        ):
             if isinstance(batch, SentBatch):
                 inputs = batch.take(self._dtype)
             elif isinstance(batch, torch.Tensor):
@@ -107,10 +116,13 @@ class TorchRuntime(Runtime):
             if self._watch is not None:
                 self._watch.receive(inputs)
             outputs = self._forward(inputs)
-            if not isinstance(outputs, torch.Tensor):
-                raise not_one_array(outputs, "tensor")
+            is_tensor = isinstance(outputs, torch.Tensor)
             if self._steps.postprocessing_protected is not None:
                 outputs = self._steps.postprocessing_protected(outputs)
+            if not is_tensor and self._graph_replay is not None:
+                outputs = outputs.clone()  # a replay overwrites what it returned before
+            if outputs.device.type != self.device:
+                raise _other_device(outputs.device, self.device)
             self.output_dtype = _dtype_name(outputs)
             if outputs.is_complex():
                 raise not_real("the network", self.output_dtype)
@@ -131,11 +143,16 @@ class TorchRuntime(Runtime):
         except RuntimeError as error:
             if not self.is_out_of_memory(error) and (problem := self._explain(error, inputs)):
                 raise ModelError(problem) from error
+            if is_torchscript_error(error) and not self.is_out_of_memory(error):
+                raise RuntimeError(reason(error)) from error
             raise
 
     def _run_uncaptured(self, inputs: torch.Tensor) -> Any:
+        """Return the prediction of the network, or all that it returns if a step picks."""
         with self._execution_context():
-            return self._run(inputs)
+            returned = self._run(inputs)
+        has_step = self._steps.postprocessing_protected is not None
+        return prediction_in(returned, torch.is_tensor, "tensor", has_step=has_step)
 
     @contextlib.contextmanager
     def _execution_context(self) -> Iterator[None]:
@@ -219,6 +236,10 @@ class TorchRuntime(Runtime):
         return tuple(names)
 
     @override
+    def notes(self) -> Sequence[str]:
+        return self._notes
+
+    @override
     def created_values(self) -> Sequence[tuple[str, Any]]:
         return () if self._saved is None else created_values(self._module, self._saved)
 
@@ -243,7 +264,7 @@ class TorchRuntime(Runtime):
             torch.cuda.empty_cache()
 
 
-def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShapes) -> Runtime:
     """Load the network that the job names, or raise ModelError."""
     if model.device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -257,7 +278,10 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
         )
     if model.compile:
         use_compiler_cache()  # torch reads the variable when the user's code imports its compiler
-    loaded = LOADERS[model.type](model)
+    with device_errors(model.device):
+        loaded = LOADERS[model.type](model)
+    for note in loaded.notes:
+        log.info(note)
     hide_triton_after_tensorflow()  # the user's code can import TensorFlow
     if model.compile and model.device == "cuda" and is_triton_hidden():
         raise ModelError(
@@ -267,6 +291,13 @@ def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
         )
     accelerator = Cuda() if model.device == "cuda" else None
     return TorchRuntime(loaded, model, steps, threads, accelerator)
+
+
+def _other_device(found: torch.device, expected: str) -> ModelError:
+    return ModelError(
+        f"the network returned a tensor on the device {found}, expected {expected}; remove the "
+        "device from its code, or set model_config.device"
+    )
 
 
 def _to_channels_last(batch: torch.Tensor) -> torch.Tensor:

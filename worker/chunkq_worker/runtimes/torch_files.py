@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import pickle
-import re
 import warnings
 import zipfile
 import zlib
@@ -17,22 +15,25 @@ from typing import Any
 
 import torch
 
-from chunkq.errors import ErrorCode, ModelError
+from chunkq.errors import ModelError
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.user_code import sibling_imports
-from chunkq.paths import read_bytes
 from chunkq_worker.created_values import file_values, values_of
 from chunkq_worker.runtimes import exported_program, torchscript_code
-from chunkq_worker.runtimes.classes import create_network
-from chunkq_worker.runtimes.formats import USES, format_of
+from chunkq_worker.runtimes.classes import create_network, source_of
+from chunkq_worker.runtimes.formats import format_of
+from chunkq_worker.runtimes.torch_checkpoint import read_checkpoint
 from chunkq_worker.runtimes.torch_exported import Limits
+from chunkq_worker.runtimes.torch_reading import check_format, content_of, reason
+from chunkq_worker.runtimes.torch_weights import (
+    STATE_KEYS,
+    AmbiguousWeightsError,
+    NetworkNames,
+    nearest_state,
+    select_weights,
+)
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
 from chunkq_worker.runtimes.untrusted import untrusted
-
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network")
-"""Usual keys of the weights, or of the network, in the checkpoints of training scripts."""
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-"""Prefixes that DataParallel and torch.compile add to the names of all weights."""
 
 REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
 """Attributes of a module that hold what it has registered."""
@@ -43,20 +44,23 @@ class LoadedNetwork:
     """A network and the batches it accepts; `limits` is None if the file does not declare them.
 
     `saved` has the names of the values that a file contains, None if it contains all of them.
+    `notes` say which part of a file was used.
     """
 
     module: Any
     limits: Limits | None = None
     saved: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_class(model: ModelConfig) -> LoadedNetwork:
     """Create an instance of the user's class and load its checkpoint."""
-    module, saved = _created(model), frozenset[str]()
+    module, saved, note = _created(model), frozenset[str](), ""
     if model.checkpoint is not None:
-        _load_state(module, model.checkpoint)
+        note = _load_state(module, model.checkpoint)
         saved = frozenset(module.state_dict())
-    return LoadedNetwork(_prepared(module, model), saved=saved)
+    notes = (note,) if note else ()
+    return LoadedNetwork(_prepared(module, model), saved=saved, notes=notes)
 
 
 def created_values(module: torch.nn.Module, saved: frozenset[str]) -> list[tuple[str, Any]]:
@@ -87,65 +91,42 @@ def _created(model: ModelConfig) -> torch.nn.Module:
     module = create_network(model)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
-            f"model_config.class_name: {model.class_name} of {model.class_file} is a "
-            f"{type(module).__name__}; expected a torch.nn.Module"
+            f"{source_of(model)} is a {type(module).__name__}; expected a torch.nn.Module"
         )
     return module
 
 
-def _load_state(module: torch.nn.Module, path: str) -> None:
+def _load_state(module: torch.nn.Module, path: str) -> str:
+    """Load the weights of a checkpoint. Return a line about the part that was used, or ''."""
     key = f"model_config.checkpoint: {path}"
-    content = _content(path, "checkpoint")
-    _check_format("torch_save", content, key, "not a checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # for files that torch did not write
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of any class if the file has another format
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ModelError(
-                f"{key} {_more_than_weights(error, path)}", code=ErrorCode.MODEL_UNTRUSTED
-            ) from error
+    content = read_checkpoint(path)
+    if not isinstance(content, dict):
         raise ModelError(
-            f"{key} is not a checkpoint ({type(error).__name__}: {reason(error)}); save one with "
-            "torch.save(network.state_dict(), path)"
-        ) from error
-    state = _unwrap(state, dict)
-    if not isinstance(state, dict):
-        raise ModelError(
-            f"{key} contains {type(state).__name__}, expected a state_dict; save one with "
+            f"{key} contains {type(content).__name__}, expected a state_dict; save one with "
             "torch.save(network.state_dict(), path)"
         )
-    names = module.state_dict().keys()
+    names = NetworkNames.of(module)
     try:
-        module.load_state_dict({_without_wrappers(str(k), names): v for k, v in state.items()})
+        fit = select_weights(content, names)
+    except AmbiguousWeightsError as error:
+        raise ModelError(
+            f"{key} has several weights that fit the class: {error}; save those to use alone"
+        ) from error
+    # Without a fit, hooks of the network may nevertheless convert older names.
+    state = nearest_state(content, names) if fit is None else dict(fit.state)
+    try:
+        module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())
         raise ModelError(f"{key} does not fit the class: {message[:400]}") from error
+    note = "" if fit is None else fit.describe()
+    return note and f"{key}: {note}"
 
 
-def _without_wrappers(name: str, network_names: Any) -> str:
-    """Remove prefixes of wrappers from the name of a weight unless the network has that name."""
-    for prefix in WRAPPER_PREFIXES:
-        if name not in network_names:
-            name = name.removeprefix(prefix)
-    return name
-
-
-def _more_than_weights(error: Exception, path: str) -> str:
-    match = re.search(r"GLOBAL (\S+)", str(error))
-    return (
-        f"contains more than weights ({match[1] if match else reason(error)}), which can run code "
-        "when it is unpickled; if you trust it, save the weights alone, torch.save(torch.load("
-        f"{path!r}, weights_only=False)['state_dict'], 'weights.pt'), or, if it is a whole "
-        "network, use type: file with it as model_file and trusted: true"
-    )
-
-
-def _unwrap(content: Any, kind: type) -> Any:
-    """Return the object of the class `kind` under one of STATE_KEYS, else the content itself."""
+def _unwrap(content: Any) -> Any:
+    """Return the module under one of STATE_KEYS, else the content itself."""
     for key in STATE_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), kind):
+        if isinstance(content, dict) and isinstance(content.get(key), torch.nn.Module):
             content = content[key]
     return content
 
@@ -154,8 +135,8 @@ def load_file(model: ModelConfig) -> LoadedNetwork:
     """Unpickle a whole module. Raise ModelError unless the job sets `trusted: true`."""
     path = model.model_file or ""
     key = f"model_config.model_file: {path}"
-    content = _content(path, "model_file")
-    _check_format("torch_save", content, key, "not a torch.save file")
+    content = content_of(path, "model_file")
+    check_format("torch_save", content, key, "not a torch.save file")
     if not model.trusted:
         raise untrusted(
             path,
@@ -177,7 +158,7 @@ def load_file(model: ModelConfig) -> LoadedNetwork:
             f"{key} cannot be unpickled ({type(error).__name__}: {reason(error)}); save it again "
             "with torch.save"
         ) from error
-    module = _unwrap(pickled, torch.nn.Module)
+    module = _unwrap(pickled)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
             f"{key} contains {type(pickled).__name__}, expected a torch.nn.Module; if these are "
@@ -200,14 +181,14 @@ def load_torchscript(model: ModelConfig) -> LoadedNetwork:
     """Load a scripted or traced module. Its weights keep the dtype in which they were saved."""
     path = model.ts_file or ""
     key = f"model_config.ts_file: {path}"
-    content = _content(path, "ts_file")
+    content = content_of(path, "ts_file")
     if format_of(content) == "torch_save":
         raise ModelError(
             f"{key} was written by torch.save, not torch.jit.save; use type: class with it as "
             "checkpoint, or, if it contains the whole network, type: file with it as model_file "
             "and trusted: true, or save it again with torch.jit.script(network).save(path)"
         )
-    _check_format("torchscript", content, key, "not a TorchScript file")
+    check_format("torchscript", content, key, "not a TorchScript file")
     try:
         if not model.trusted and (part := torchscript_code.unsafe_part(content)) is not None:
             raise untrusted(path, part)
@@ -228,8 +209,8 @@ def load_exported(model: ModelConfig) -> LoadedNetwork:
     """Load a torch.export program. The file fixes its dtype and often its batch size."""
     path = model.model_file or ""
     key = f"model_config.model_file: {path}"
-    content = _content(path, "model_file")
-    _check_format("exported", content, key, "not a torch.export file")
+    content = content_of(path, "model_file")
+    check_format("exported", content, key, "not a torch.export file")
     try:
         if not model.trusted and (part := exported_program.unsafe_part(content)) is not None:
             raise untrusted(path, part)
@@ -261,43 +242,6 @@ def _suppressed_log(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _content(path: str, key: str) -> bytes:
-    try:
-        return read_bytes(path)
-    except OSError as error:
-        raise ModelError(f"model_config.{key}: {path} cannot be read: {error}") from error
-
-
-def _check_format(expected: str, content: bytes, key: str, problem: str) -> None:
-    """Raise ModelError if the content has another format than `expected`.
-
-    An unknown format is accepted as `torch_save` unless the content is empty.
-    """
-    detected = format_of(content)
-    if detected == expected:
-        return
-    if detected is not None:
-        raise ModelError(f"{key} is {USES[detected]}")
-    if expected != "torch_save":  # old releases wrote other formats
-        raise ModelError(f"{key} is {problem}; {SAVE_ADVICE[expected]}")
-    if not content:
-        raise ModelError(f"{key} is {problem}: the file is empty; save it again with torch.save")
-
-
-SAVE_ADVICE = MappingProxyType(
-    {
-        "torchscript": "create one with torch.jit.script or torch.jit.trace",
-        "exported": "create one with torch.export.export and torch.export.save",
-    }
-)
-
-
-def reason(error: BaseException) -> str:
-    """Return the most informative line of a message: TorchScript's last, otherwise the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return lines[-1 if "TorchScript interpreter" in lines[0] else 0][:300]
 
 
 LOADERS: MappingProxyType[str, Callable[[ModelConfig], LoadedNetwork]] = MappingProxyType(

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from chunkq.errors import JobError
+from chunkq.job.axis_order import WrittenOrders, channels_first, join, split
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import MIN_CHUNKS
 from chunkq.plan.footprint import footprint
 from chunkq.plan.outputs import Activation
 from chunkq.plan.plan import Plan
@@ -20,6 +20,8 @@ from chunkq_worker.tune.search import Cost, Setting, Shape
 
 Changes = dict[tuple[str, ...], Any]
 """Key path in the job file -> new value."""
+MIN_CHUNKS = 32
+"""Smallest number of chunks that are tried, so that several workers share the job."""
 CHUNK_SIZE_STEPS = 3
 """Number of smaller and of larger chunk shapes."""
 
@@ -103,7 +105,7 @@ class SearchSpace:
             raise JobError(
                 f"--patch-sizes: {printed} has {len(lengths)} lengths, expected 1 or {rank}"
             )
-        lost_axis = self._record.job.model.lost_axis(rank)
+        lost_axis = channels_first(self._record.job.model, rank).lost_axis(rank)
         return tuple(current[a] if a == lost_axis else lengths[0] for a in range(rank))
 
     @cached_property
@@ -141,21 +143,23 @@ class SearchSpace:
         """Return the changes for another patch with the same margin and relative overlap."""
         job, plan = self._record.job, self._plan
         model, rank = job.model, plan.rank
-        lost_axis = model.lost_axis(rank)
+        lost_axis = channels_first(model, rank).lost_axis(rank)
         outputs = tuple(
             q if a == lost_axis else new - (p - q)
             for a, (new, p, q) in enumerate(
                 zip(patch, plan.input_patch, plan.output_patch, strict=True)
             )
         )
-        changes: Changes = {
-            ("model_config", "model_input_shape"): [*model.model_input_shape[:-rank], *patch]
+        orders = WrittenOrders.of(model, rank)
+        shapes = {
+            "model_input_shape": (model.model_input_shape, orders.input, patch),
+            "model_output_shape": (model.model_output_shape, orders.output, outputs),
         }
-        if model.model_output_shape is not None:
-            changes["model_config", "model_output_shape"] = [
-                *model.model_output_shape[:-rank],
-                *outputs,
-            ]
+        changes: Changes = {
+            ("model_config", key): list(join(split(shape, order)[0], lengths, order))
+            for key, (shape, order, lengths) in shapes.items()
+            if shape is not None
+        }
 
         def scaled(lengths: Sequence[int]) -> list[int]:
             sizes = zip(lengths, outputs, plan.output_patch, strict=True)

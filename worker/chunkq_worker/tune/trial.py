@@ -38,7 +38,9 @@ from chunkq.plan.plan import Chunk, Patch
 from chunkq.plan.sample_chunks import fullest_chunk, sample_chunks
 from chunkq.queue.contract.executor import Attempt
 from chunkq.storage.padded_reading import read_padded
+from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.memory import peak_bytes
+from chunkq.system.standard_output import to_standard_error
 from chunkq_worker.device import get_device
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.run_task import run_task
@@ -115,8 +117,9 @@ class Trial(ABC):
 
 def main() -> None:
     """Load the trial, then answer each line of standard input until it closes."""
+    hide_framework_logs()
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the user's code prints is no answer
+    to_standard_error()
     lines: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:

@@ -6,19 +6,21 @@ import os
 import re
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
 from redis import CredentialProvider, Redis
 from redis import exceptions as redis_errors
-from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.paths import without_secret
 from chunkq.queue.backends import credentials
+from chunkq.queue.backends.rq.outages import Outages, PatientRetry
 from chunkq.queue.contract.settings import WorkerSettings
 
 ANSWER_SECONDS = 3.0
@@ -29,8 +31,8 @@ DEFAULT_PORT = 6379
 PASSWORD_VARIABLE = "CHUNKQ_QUEUE_PASSWORD_FILE"
 """Variable with the path of a file that holds the password, for addresses without one."""
 FILE_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
-PATIENT_TRIES = 60
-"""Retries of a patient connection, up to 5 s apart: about five minutes."""
+CERTIFICATE_CHECKS = {f"CERT_{name.upper()}": name for name in ("none", "optional", "required")}
+"""Values of `ssl_cert_reqs` as Celery and Python's `ssl` write them -> those of redis-py."""
 
 
 def connect(url: str, *, patient: bool = False) -> Redis:
@@ -42,14 +44,14 @@ def connect(url: str, *, patient: bool = False) -> Redis:
     Raises QueueError for an invalid URL or password file.
     """
     answer = WorkerSettings.from_environment().server_answer if patient else ANSWER_SECONDS
-    backoff = ExponentialBackoff(cap=5, base=0.2) if patient else NoBackoff()
     settings: dict[str, Any] = {
         "socket_connect_timeout": ANSWER_SECONDS,
         "socket_timeout": answer,
-        "retry": Retry(backoff, PATIENT_TRIES if patient else 0),
+        "retry": PatientRetry(_outages(url)) if patient else Retry(NoBackoff(), 0),
     }
     if not url.startswith("unix:"):
         settings["socket_keepalive"] = True
+    url = _with_known_checks(url)
     try:
         _check(url)
         if file := _password_file(url):
@@ -58,12 +60,13 @@ def connect(url: str, *, patient: bool = False) -> Redis:
             settings["credential_provider"] = provider
         client = Redis.from_url(url, **settings)
         client.connection_pool.make_connection()  # raises for unknown options
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, redis_errors.RedisError):
         # The original message may contain a part of the password.
         raise QueueError(
             f"queue: {without_secret(url)}: invalid address; use "
             "redis://[user:password@]host[:port][/number], rediss://… for TLS or unix:///path, "
-            "with %-codes for special characters in the password",
+            "with %-codes for special characters in the password and the options of redis-py "
+            "(?ssl_cert_reqs=none|optional|required, ?protocol=2 …)",
             code=ErrorCode.QUEUE_ADDRESS_INVALID,
         ) from None
     for name, file in parse_qsl(urlsplit(url).query):
@@ -73,6 +76,43 @@ def connect(url: str, *, patient: bool = False) -> Redis:
                 code=ErrorCode.QUEUE_ADDRESS_INVALID,
             )
     return client
+
+
+@lru_cache
+def _outages(url: str) -> Outages:
+    def describe(error: Exception) -> str:
+        return _diagnosis(error, url)[1]
+
+    return Outages(without_secret(url), describe)
+
+
+def _with_known_checks(url: str) -> str:
+    """Return the address with a value of `ssl_cert_reqs` that redis-py knows, if it has another."""
+    for theirs, ours in CERTIFICATE_CHECKS.items():
+        url = re.sub(rf"([?&]ssl_cert_reqs=){theirs}(?=&|$)", rf"\g<1>{ours}", url)
+    return url
+
+
+def server_risks(client: Redis) -> Iterator[str]:
+    """Yield one line for each setting of a server that can lose tasks, if it tells them."""
+    memory: dict[str, Any] = {}
+    disk: dict[str, Any] = {}
+    saves = None
+    # Hosted servers often have no CONFIG, and some no INFO.
+    with suppress(redis_errors.ResponseError):
+        memory, disk = client.info("memory"), client.info("persistence")
+        saves = client.config_get("save").get("save")
+    policy = str(memory.get("maxmemory_policy", ""))
+    if memory.get("maxmemory") and policy.startswith("allkeys"):
+        yield (
+            f"the server deletes keys when it is full (maxmemory-policy {policy}), so chunks can "
+            "disappear from the queue; set maxmemory-policy noeviction, or use another server"
+        )
+    if saves == "" and not disk.get("aof_enabled"):
+        yield (
+            "the server stores nothing on disk, so the queue is lost when it ends; `chunkq produce "
+            "--resume` then queues the missing chunks again"
+        )
 
 
 def _check(url: str) -> None:
@@ -188,6 +228,8 @@ def _diagnosis(error: Exception, url: str) -> tuple[ErrorCode, str]:
     message = _NOISE.sub("", " ".join(str(error).split())).rstrip(".")
     if isinstance(error, redis_errors.AuthenticationError):
         return ErrorCode.QUEUE_DENIED, _password_problem(message, url)
+    if command := _UNKNOWN_COMMAND.search(message):
+        return ErrorCode.QUEUE_UNSUPPORTED, _missing_command(command[1].upper())
     if _NO_KEY_IN_SCRIPT.search(message):
         error = redis_errors.NoPermissionError(message)
     is_replica = isinstance(error, redis_errors.MasterDownError)  # a ClusterError in redis-py
@@ -204,6 +246,15 @@ def _diagnosis(error: Exception, url: str) -> tuple[ErrorCode, str]:
                 hint = "; if the port does not use TLS, use redis://"
             return code, text.format(message=message) + hint
     return ErrorCode.QUEUE_UNAVAILABLE, _connection_problem(error, message, url)
+
+
+def _missing_command(command: str) -> str:
+    if command == "HELLO":
+        return (
+            "the server has no command HELLO; use Redis 6 or newer, or add ?protocol=2 to the "
+            "address"
+        )
+    return f"the server has no command {command}; scripts (EVALSHA, SCRIPT) must be allowed"
 
 
 def _connection_problem(error: Exception, message: str, url: str) -> str:
@@ -257,6 +308,7 @@ _NO_KEY_IN_SCRIPT = re.compile(
 """Messages of Redis 7 and Redis 8 for a script that uses a forbidden key."""
 _IN_CLUSTER = re.compile("in cluster mode|in a cluster node|hash to the same slot")
 """Messages of cluster nodes without an error class in redis-py."""
+_UNKNOWN_COMMAND = re.compile("unknown command .?([A-Za-z]+)")
 _NOT_SAVED = re.compile("MISCONF|Errors writing to the AOF|No space left on device")
 _DIAGNOSES: dict[type[Exception], tuple[ErrorCode, str]] = {
     redis_errors.BusyLoadingError: (

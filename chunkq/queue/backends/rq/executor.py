@@ -29,7 +29,12 @@ from rq.worker_registration import clean_worker_registry, register
 
 from chunkq.errors import QueueError
 from chunkq.job.tasks import JobId, Task
-from chunkq.queue.backends.rq.connect import check_server, connect, translated_errors
+from chunkq.queue.backends.rq.connect import (
+    check_server,
+    connect,
+    server_risks,
+    translated_errors,
+)
 from chunkq.queue.backends.rq.names import job_of, queue_name, queue_prefix, rq_id, stored_job
 from chunkq.queue.backends.rq.scripts import Scripts
 from chunkq.queue.contract.executor import (
@@ -75,10 +80,16 @@ class RqExecutor(LeaseQueue):
         with translated_errors(self.url):
             self._scripts("ready")
 
+    def risks(self) -> list[str]:
+        """Return that the server deletes tasks when it is full, or forgets them when it ends."""
+        with translated_errors(self.url):
+            return list(server_risks(self._client))
+
     def submit(self, tasks: Iterable[Task]) -> int:
         """Queue tasks in batches. Wait for workers while MAX_QUEUED tasks of a job are queued."""
         queued, stream, has_logged = 0, iter(tasks), False
         full_job: JobId | None = None
+        others: dict[JobId, list[str]] = {}
         while batch := list(islice(stream, BATCH)):
             if full_job is not None:
                 self._wait_for_workers(full_job, quiet=has_logged)
@@ -90,11 +101,36 @@ class RqExecutor(LeaseQueue):
                 pairs = [part for task in job_tasks for part in (rq_id(task), _message(task))]
                 head = (queue_name(job), stored_job(job), utcformat(now()), MAX_ATTEMPTS)
                 with translated_errors(self.url):
-                    new, total = self._scripts("submit", *head, *pairs)
+                    new, total, known = self._scripts("submit", *head, *pairs)
                 queued += new
+                others.setdefault(job, []).extend(_texts(known))
                 if total >= MAX_QUEUED:
                     full_job = job
-        return queued
+        return queued + sum(self._restore(job, ids) for job, ids in others.items() if ids)
+
+    def _restore(self, job: JobId, ids: Sequence[str]) -> int:
+        """Queue tasks that only look as if they were on the queue; return how many.
+
+        A server that deletes keys when it is full, or a tool, can delete the list of a queue and
+        keep the tasks. A task that leaves its list meanwhile may be queued twice, but runs once.
+        """
+        name = queue_name(job)
+        with translated_errors(self.url):
+            kinds = _texts(self._client.zrange(f"chunkq:gates:{name}", 0, -1))
+            lists = [f"rq:queue:{name}", *(f"chunkq:waiting:{name}:{kind}" for kind in kinds)]
+            counts = self.counts(job)
+            lost = dict.fromkeys(ids)
+            if counts.queued + counts.running + counts.waiting >= len(lost):
+                lost.clear()
+            for key in lists if lost else ():
+                for first in range(0, self._client.llen(key), BATCH):
+                    for id in _texts(self._client.lrange(key, first, first + BATCH - 1)):
+                        lost.pop(id, None)
+            left = list(lost)
+            return sum(
+                int(self._scripts("restore", name, stored_job(job), *left[first : first + BATCH]))
+                for first in range(0, len(left) + 1, BATCH)
+            )
 
     def counts(self, job: JobId) -> TaskCounts:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""

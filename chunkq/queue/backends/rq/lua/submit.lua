@@ -1,9 +1,9 @@
 -- Queue the tasks of one job that are neither queued, waiting nor running; return how many are new,
--- and how many are queued or waiting in total.
+-- how many are queued or waiting in total, and the ids of the others.
 -- ARGV: queue name, job, stamp, maximum number of attempts, then id and message of each task.
 local name, job, stamp, retries = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]) - 1
 local has_gates, closed, count = redis.call('EXISTS', gates(name)) == 1, {}, 0
-local lists = {}
+local lists, others = {}, {}
 for n = 5, #ARGV, 2 do
   local id, key = ARGV[n], task(ARGV[n])
   local status = redis.call('HGET', key, 'status')
@@ -28,6 +28,8 @@ for n = 5, #ARGV, 2 do
     end
     ids[#ids + 1] = id
     count = count + 1
+  else
+    others[#others + 1] = id
   end
 end
 for list, ids in pairs(lists) do
@@ -36,4 +38,4 @@ for list, ids in pairs(lists) do
   end
 end
 if count > 0 then create_queue(name, job) end
-return {count, redis.call('LLEN', queue(name)) + count_waiting(name)}
+return {count, redis.call('LLEN', queue(name)) + count_waiting(name), others}

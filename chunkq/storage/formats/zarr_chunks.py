@@ -1,0 +1,223 @@
+"""Names of the storage chunks of a Zarr array, and whether any of them exists."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from typing import Any
+
+from chunkq.access import S3_SCHEMES, is_forbidden
+from chunkq.paths import is_url, is_web, join, open_filesystem
+from chunkq.storage.formats.zarr_nodes import NOTHING, ZarrNode
+
+MAX_PROBES = 64
+"""Storage chunks that are asked for by name where objects cannot be listed."""
+PROBES_AT_ONCE = 16
+MAX_ENTRIES = 20_000
+"""Files and folders that are listed in search of a storage chunk."""
+S3_PAGE = 1000
+"""Objects in one answer of S3 to a listing."""
+
+
+@dataclass(frozen=True)
+class ChunkKeys:
+    """Names of storage chunks in the folder of an array: `chunk_key_encoding` of Zarr v3.
+
+    `encoding` is "v2" (`0.1.2`) or "default" (`c/0/1/2`), `separator` a dot or a slash.
+    """
+
+    encoding: str
+    separator: str
+
+    @classmethod
+    def parse(cls, text: str) -> ChunkKeys:
+        """Return the keys from the result of `str`."""
+        return cls(text[:-1], text[-1])
+
+    def __str__(self) -> str:
+        return f"{self.encoding}{self.separator}"
+
+    def name(self, index: Sequence[int]) -> str:
+        """Return the name of a storage chunk."""
+        prefix = ["c"] if self.encoding == "default" else []
+        return self.separator.join([*prefix, *map(str, index)])
+
+    def pattern(self, rank: int) -> re.Pattern[str]:
+        """Return a pattern that names of storage chunks match as a whole."""
+        separator = re.escape(self.separator)
+        prefix = f"c{separator}" if self.encoding == "default" else ""
+        return re.compile(prefix + separator.join([r"\d+"] * rank))
+
+
+def stored_keys(node: ZarrNode) -> ChunkKeys:
+    """Return the keys that the metadata of an array name, or imply."""
+    if node.zarr_format == 2:
+        return ChunkKeys("v2", node.document.get("dimension_separator") or ".")
+    encoding = node.document.get("chunk_key_encoding")
+    encoding = encoding if isinstance(encoding, dict) else {"name": encoding}
+    name = "v2" if encoding.get("name") == "v2" else "default"
+    configuration = encoding.get("configuration") or encoding
+    return ChunkKeys(name, configuration.get("separator") or ("." if name == "v2" else "/"))
+
+
+def with_keys(node: ZarrNode, keys: ChunkKeys) -> dict[str, Any]:
+    """Return the metadata of an array with other names of its storage chunks."""
+    if node.zarr_format == 2:
+        return {**node.metadata, "dimension_separator": keys.separator}
+    encoding = {"name": keys.encoding, "configuration": {"separator": keys.separator}}
+    return {**node.metadata, "chunk_key_encoding": encoding}
+
+
+def existing_keys(node: ZarrNode, shape: Sequence[int], chunks: Sequence[int]) -> ChunkKeys | None:
+    """Return names under which the array has storage chunks, or None if it has none.
+
+    `chunks` is the shape of what one object stores, a chunk or a shard. The names of the metadata
+    come first. They are also returned if the storage is too large to tell. Raises the storage's
+    errors.
+    """
+    stored = stored_keys(node)
+    if not shape or not prod(shape):
+        return stored
+    encodings = ("v2",) if node.zarr_format == 2 else ("default", "v2")
+    others = (ChunkKeys(encoding, separator) for encoding in encodings for separator in "/.")
+    candidates = [stored, *(keys for keys in others if keys != stored)]
+    if not is_url(node.path):
+        return _match(_walk(node.path, _list_local), len(shape), candidates)
+    grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    filesystem, inner = open_filesystem(node.path, node.access)
+    is_s3 = node.path.partition("://")[0] in S3_SCHEMES
+    if is_s3:
+        with suppress(PermissionError):
+            return _match(_list_s3(filesystem, inner), len(shape), candidates)
+    if is_s3 or is_web(node.path):
+        return _probe(filesystem, inner, grid, candidates)
+    names = _walk(inner, lambda folder: _list_remote(filesystem, folder))
+    return _match(names, len(shape), candidates)
+
+
+def _match(
+    names: Iterable[str | None], rank: int, candidates: Sequence[ChunkKeys]
+) -> ChunkKeys | None:
+    """Return the first candidate for the names of files; None in `names` ends a search early."""
+    patterns = [(keys, keys.pattern(rank)) for keys in candidates]
+    others: set[ChunkKeys] = set()
+    for name in names:
+        if name is None:
+            return candidates[0]
+        for keys, pattern in patterns:
+            if pattern.fullmatch(name):
+                if keys == candidates[0]:
+                    return keys
+                others.add(keys)
+                break
+    return next((keys for keys in candidates if keys in others), None)
+
+
+def _walk(root: str, entries: Callable[[str], Iterable[tuple[str, bool]]]) -> Iterator[str | None]:
+    """Yield the names of files below a folder, relative to it; None after `MAX_ENTRIES`.
+
+    `entries` returns the names in a folder, and whether each is a folder. Folders that cannot
+    contain storage chunks are left out. Files come before the content of folders.
+    """
+    remaining = MAX_ENTRIES
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        for name, is_folder in entries(join(root, folder) if folder else root):
+            remaining -= 1
+            if remaining < 0:
+                yield None
+                return
+            path = f"{folder}/{name}" if folder else name
+            if not is_folder:
+                yield path
+            elif re.fullmatch(r"\d+|c", name):
+                pending.append(path)
+
+
+def _list_local(folder: str) -> Iterator[tuple[str, bool]]:
+    with suppress(*NOTHING), os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry.name, entry.is_dir()
+
+
+def _list_remote(filesystem: Any, folder: str) -> Iterator[tuple[str, bool]]:
+    try:
+        entries = filesystem.ls(folder, detail=True)
+    except NOTHING:
+        return
+    for entry in entries:
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        yield name, entry["type"] == "directory"
+
+
+def _list_s3(filesystem: Any, inner: str) -> Iterator[str | None]:
+    """Yield the names of the first objects below a folder, in their order; None if there are more.
+
+    Only `.zarray`, `.zattrs` and similar documents sort before digits.
+    """
+    is_truncated = False
+    bucket, _, key = inner.partition("/")
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    for start in dict.fromkeys((prefix, f"{prefix}c")):
+        listing = filesystem.call_s3(
+            "list_objects_v2", Bucket=bucket, Prefix=start, MaxKeys=S3_PAGE, **filesystem.req_kw
+        )
+        for entry in listing.get("Contents", ()):
+            yield entry["Key"].removeprefix(prefix)
+        if listing.get("IsTruncated"):
+            is_truncated = True
+    if is_truncated:
+        yield None
+
+
+def _probe(
+    filesystem: Any, inner: str, grid: Sequence[int], candidates: Sequence[ChunkKeys]
+) -> ChunkKeys | None:
+    """Ask for some storage chunks by name: those in the middle first, then others evenly spread."""
+
+    def exists(name: str) -> bool:
+        try:
+            filesystem.info(join(inner, name))
+        except NOTHING:
+            return False
+        except Exception as error:  # each file system raises different errors
+            if is_forbidden(error):
+                return False
+            raise
+        return True
+
+    indices = _spread(grid)
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        for keys in candidates:
+            names = iter([keys.name(index) for index in indices])
+            while batch := list(islice(names, PROBES_AT_ONCE)):
+                if any(pool.map(exists, batch)):
+                    return keys
+    return None
+
+
+def _spread(grid: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return up to `MAX_PROBES` indices of storage chunks, that in the middle first."""
+    count = prod(grid)
+    middle = 0
+    for size in grid:
+        middle = middle * size + size // 2
+    probes = min(count, MAX_PROBES)
+    numbers = dict.fromkeys([middle, *(count * n // probes for n in range(probes)), count - 1])
+    return [_unravel(number, grid) for number in islice(numbers, MAX_PROBES)]
+
+
+def _unravel(number: int, grid: Sequence[int]) -> tuple[int, ...]:
+    """Return the index of a number in C order."""
+    index = []
+    for size in reversed(grid):
+        number, position = divmod(number, size)
+        index.append(position)
+    return tuple(reversed(index))

@@ -1,0 +1,179 @@
+"""Redis servers that lose keys, go away for a while, or lack a command."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import astuple
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+from chunkq.errors import ErrorCode, QueueError
+from chunkq.job.tasks import JobId, Task
+from chunkq.queue.backends.rq import executor as rq_executor
+from chunkq.queue.backends.rq.connect import connect
+from chunkq.queue.backends.rq.executor import RqExecutor
+from chunkq.queue.backends.rq.names import queue_name
+from chunkq.queue.contract.executor import WorkerOptions
+from tests.harness.servers.redis import RedisServer, redis_server
+from tests.harness.standard_job import StandardJob
+from tests.harness.waiting import wait_until
+
+JOB = JobId("/jobs/out.zarr.chunkq", "00000001")
+TASKS = [Task("infer", JOB.path, JOB.epoch, 0, (n, 0, 0)) for n in range(7)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def queue(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RqExecutor]:
+    monkeypatch.setattr(rq_executor, "BATCH", 2)
+    server.client.flushall()
+    with closing(RqExecutor(server.url)) as queue:
+        yield queue
+
+
+def reserved(queue: RqExecutor) -> list[Task]:
+    options = WorkerOptions("host:cpu:1")
+    leases = iter(lambda: queue.reserve(options), None)
+    return [lease.task for lease in leases if lease is not None]
+
+
+id_of = attrgetter("id")
+
+LOSSES = {
+    "the list": ("rq:queue:{}",),
+    "the list and the leases": ("rq:queue:{}", "rq:wip:{}"),
+    "the list and the entries of the queue": ("rq:queue:{}", "chunkq:queues", "chunkq:jobs"),
+    "the entries of the queue": ("chunkq:queues", "chunkq:jobs"),
+    "nothing": (),
+}
+
+
+@pytest.mark.parametrize("keys", LOSSES.values(), ids=LOSSES)
+def test_submitting_again_queues_the_tasks_whose_keys_are_lost_in_part(
+    queue: RqExecutor, server: RedisServer, keys: tuple[str, ...]
+) -> None:
+    queue.submit(TASKS)
+    running = [queue.reserve(WorkerOptions("host:cpu:1")) for _ in range(2)]
+    for key in keys:
+        assert server.client.delete(key.format(queue_name(JOB))) == 1
+    has_lost_list, has_lost_leases = "rq:queue:{}" in keys, "rq:wip:{}" in keys
+    assert queue.submit(TASKS) == 5 * has_lost_list + 2 * has_lost_leases
+    assert queue.submit(TASKS) == 0
+    kept = {lease.task for lease in running if lease and not has_lost_leases}
+    assert queue.counts(JOB).running == len(kept)
+    assert sorted(reserved(queue), key=id_of) == [task for task in TASKS if task not in kept]
+
+
+def test_waiting_tasks_whose_list_is_lost_wait_again(
+    queue: RqExecutor, server: RedisServer
+) -> None:
+    queue.close_gate(JOB, "infer")
+    queue.submit(TASKS)
+    assert server.client.delete(f"chunkq:waiting:{queue_name(JOB)}:infer") == 1
+    assert queue.submit(TASKS) == len(TASKS)
+    assert queue.counts(JOB).waiting == len(TASKS)
+
+
+def test_a_task_that_is_queued_twice_runs_once(queue: RqExecutor) -> None:
+    queue.submit(TASKS)
+    ids = [rq_executor.rq_id(task) for task in TASKS]
+    queue._scripts("restore", queue_name(JOB), rq_executor.stored_job(JOB), *ids)
+    assert sorted(reserved(queue), key=id_of) == TASKS
+
+
+def test_a_burst_worker_reports_the_chunks_that_the_server_has_lost(
+    standard_job: StandardJob, server: RedisServer, tmp_path: Path
+) -> None:
+    workspace = standard_job.workspace(tmp_path, url=server.url)
+    workspace.produce()
+    key = f"rq:queue:{queue_name(workspace.job.id)}"
+    lost = server.client.llen(key) - 1
+    server.client.ltrim(key, 0, 0)
+    answer = workspace.work()
+    assert answer.code == 3
+    assert f"[{ErrorCode.QUEUE_LOST}]" in answer.err
+    assert f"{lost} chunks of {workspace.output}" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "fragments"),
+    [
+        ("maxmemory 50mb\nmaxmemory-policy allkeys-lru\n", ["allkeys-lru"]),
+        ("maxmemory 50mb\nmaxmemory-policy volatile-lru\n", []),
+        ("maxmemory-policy allkeys-lru\n", []),
+        ('appendonly no\nsave ""\n', ["--resume"]),
+        ("appendonly no\nsave 900 1\n", []),
+    ],
+)
+def test_settings_of_a_server_that_can_lose_tasks_are_named(
+    extra: str, fragments: list[str]
+) -> None:
+    with redis_server(extra=extra) as server:
+        url = server.url.replace("redis://", "redis://admin:any@")
+        with closing(RqExecutor(url)) as queue:
+            risks = queue.risks()
+        with closing(RqExecutor(server.url)) as restricted:
+            assert {*restricted.risks()} <= {*risks}  # may not ask for everything
+    assert len(risks) == len(fragments)
+    assert all(map(str.__contains__, risks, fragments))
+
+
+@pytest.mark.parametrize(
+    ("command", "remedies"),
+    [("hello", ["?protocol=2"]), ("evalsha", ["scripts"]), ("script", ["scripts"])],
+)
+def test_a_server_without_a_command_is_refused_with_the_remedy(
+    command: str, remedies: list[str]
+) -> None:
+    with redis_server(extra=f'rename-command {command} ""\n') as server:
+        with (
+            pytest.raises(QueueError) as caught,
+            closing(RqExecutor(server.url)) as queue,
+        ):
+            queue.check_ready()
+        if command == "hello":
+            with closing(RqExecutor(f"{server.url}?protocol=2")) as queue:
+                queue.check_ready()
+    assert caught.value.code is ErrorCode.QUEUE_UNSUPPORTED
+    message = str(caught.value)
+    assert all(remedy in message for remedy in remedies)
+    assert "args" not in message
+
+
+@pytest.mark.parametrize("value", ["CERT_NONE", "CERT_REQUIRED", "CERT_OPTIONAL", "none"])
+def test_certificate_checks_can_be_written_as_for_other_clients(value: str) -> None:
+    client = connect(f"rediss://:pass@localhost:1/0?ssl_cert_reqs={value}&db=2")
+    settings = client.connection_pool.connection_kwargs
+    assert settings["ssl_cert_reqs"] == value.removeprefix("CERT_").lower()
+    assert settings["db"] == 2
+
+
+@pytest.mark.parametrize("option", ["ssl_cert_reqs=False", "protocol=x", "foo=1"])
+def test_an_unknown_option_is_refused_in_one_line(option: str) -> None:
+    with pytest.raises(QueueError) as caught:
+        connect(f"rediss://:pa55@localhost:1/0?{option}")
+    assert caught.value.code is ErrorCode.QUEUE_ADDRESS_INVALID
+    assert "pa55" not in str(caught.value)
+
+
+def test_workers_report_an_outage_once_and_its_end(
+    standard_job: StandardJob, tmp_path: Path
+) -> None:
+    with redis_server() as server:
+        workspace = standard_job.workspace(tmp_path, url=server.url)
+        workspace.produce()
+        with workspace.start("work", "--gpus", "none") as worker:
+            wait_until(lambda: not any(astuple(workspace.counts())), "all chunks are done")
+            server.kill()
+            wait_until(lambda: "unreachable" in worker.output(), "the outage is reported")
+            server.start()
+            wait_until(lambda: "answers again" in worker.output(), "its end is reported")
+        lines = worker.output().splitlines()
+    counts = [sum(text in line for line in lines) for text in ("unreachable", "answers again")]
+    assert counts == [1, 1]
