@@ -152,9 +152,9 @@ class Job(Section):
             "a group is allowed: `volume.zarr/raw`. With `model_config.join_dim` the volumes of a "
             "list are stacked along that axis. Without it each one is computed on its own, and "
             "`output` is a group with one image per volume, named like its file. In place of a "
-            "path, a mapping says how it is accessed: `{path: s3://bucket/volume.zarr, anonymous: "
-            "true}` sends no credentials, and `requester_pays: true` accepts that your account pays "
-            "for the requests. Both are for `s3://` and `gs://`.",
+            "path, a mapping says how it is accessed: `{path: s3://bucket/volume.zarr, "
+            "anonymous: true}` sends no credentials, and `requester_pays: true` accepts that your "
+            "account pays for the requests. Both are for `s3://` and `gs://`.",
             example="volume.zarr",
             unit=None,
         ),

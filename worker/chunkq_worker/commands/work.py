@@ -194,6 +194,8 @@ def _lost_jobs(
     before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]
 ) -> dict[str, int]:
     """Return outputs of jobs, with the number of chunks neither committed nor on the queue."""
+    if not before:
+        return {}
     # These import NumPy and pydantic, which a supervisor does not need before its processes start.
     from chunkq.job.job_handle import open_job
     from chunkq.stages.completion import job_completion
