@@ -24,7 +24,7 @@ from typing import Any
 from chunkq_producer.job_status import job_status
 
 from chunkq.geometry.axes import plain_axes
-from chunkq.job.items import items_of
+from chunkq.job.items import Image
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
@@ -178,9 +178,7 @@ def create(output: Path, plan: Plan) -> JobHandle:
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
     folder = JobFolder(job_folder_of(str(output)))
-    folder.create_record(
-        JobRecord(job_over(), items_of([source], joined=False), {}, (("",),), EPOCH)
-    )
+    folder.create_record(JobRecord(job_over(), (Image(0, "", (source,)),), {}, (("",),), EPOCH))
     return open_job(folder.path)
 
 

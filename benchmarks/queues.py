@@ -37,7 +37,7 @@ from rq.serializers import JSONSerializer
 
 from benchmarks.planning import job_over, plan_over
 from chunkq.geometry.axes import plain_axes
-from chunkq.job.items import items_of
+from chunkq.job.items import Image
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.record import JobRecord
@@ -381,7 +381,7 @@ def working(queue: str, servers: QueueServers) -> list[Figure]:
         "zarr", "/missing/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype
     )
     record = job.create_record(
-        JobRecord(job_over(), items_of([source], joined=False), {}, (("",),), "0a1b2c3d")
+        JobRecord(job_over(), (Image(0, "", (source,)),), {}, (("",),), "0a1b2c3d")
     )
     indices = list(plan.active_indices())
     for kind in ("infer", "finalize"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
+from chunkq.job.items import find_sources
 from chunkq.job.job_file import Job
 from chunkq.job.job_folder import RECORD, JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
@@ -22,7 +23,6 @@ from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
-from chunkq.storage.images import ImageSource, find_source
 from chunkq.storage.objects import ObjectFolder
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
@@ -31,7 +31,7 @@ METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 
 @dataclass(frozen=True)
 class CheckedJob:
-    """A valid job: its record and the plans of its items."""
+    """A valid job: its record, and the plans of its items."""
 
     record: JobRecord
     plans: list[Plan]
@@ -53,8 +53,6 @@ def check_job(job: Job) -> CheckedJob:
     Raises JobError or StoreError with one line per problem.
     """
     sources = find_sources(job)
-    if job.model.join_dim is not None:
-        check_shapes(job, sources)
     record = JobRecord.create(job, sources)
     plans = record.plans()
     load_blend_weights(job.weight_function, plans[0])
@@ -75,14 +73,6 @@ def check_job(job: Job) -> CheckedJob:
                 f"{without_secret(source.path)}; choose another output"
             )
     return CheckedJob(record, plans)
-
-
-def find_sources(job: Job) -> list[ImageSource]:
-    """Find the arrays of a job's inputs. Raises StoreError."""
-    return [
-        find_source(config.path, config.access, allow_empty=job.allow_empty)
-        for config in job.inputs
-    ]
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -133,9 +123,9 @@ def create_job(
     record = job.record if queue is None else job.record.with_queue(queue)
     with _storage_errors(folder.path):
         if overwrite:
-            _replace(folder, record, job.plans)
+            _replace(folder, record)
         else:
-            _create(folder, record, job.plans)
+            _create(folder, record)
     handle = open_job(folder.path)
     _check_same(handle.record, record)
     _prepare_output(handle)
@@ -171,11 +161,11 @@ def _check_same(stored: JobRecord, record: JobRecord) -> None:
         raise JobError(problems, code=ErrorCode.INPUT_CHANGED)
 
 
-def _create(folder: JobFolder, record: JobRecord, plans: list[Plan]) -> None:
+def _create(folder: JobFolder, record: JobRecord) -> None:
     """Create the job record. If there is one already, update only its queue."""
     content = folder.objects.get(RECORD)
     if content is None:
-        folder.create_record(new_record(record, plans, replaces=False))
+        folder.create_record(new_record(record, replaces=False))
         return
     stored = folder.require_record()
     if stored.job.queue != record.job.queue:
@@ -183,10 +173,10 @@ def _create(folder: JobFolder, record: JobRecord, plans: list[Plan]) -> None:
         folder.replace_record(content, replace(stored, job=job))
 
 
-def _replace(folder: JobFolder, record: JobRecord, plans: list[Plan]) -> None:
+def _replace(folder: JobFolder, record: JobRecord) -> None:
     """Replace the job by a new one. The old record may be damaged or missing."""
     old_content = folder.objects.get(RECORD)
-    new = new_record(record, plans, replaces=True)
+    new = new_record(record, replaces=True)
 
     def clear() -> None:
         # Delete commits first: after an interruption, the old job then starts from its beginning.
@@ -229,19 +219,6 @@ def _storage_errors(path: str) -> Iterator[None]:
 
 def _flat_identities(record: JobRecord) -> list[str]:
     return [identity for identities in record.identities for identity in identities]
-
-
-def check_shapes(job: Job, sources: Sequence[ImageSource]) -> None:
-    """Raise JobError if the inputs have different shapes."""
-    expected = sources[0].shape
-    problems = [
-        f"input.{n}: {without_secret(job.input_paths[n])} has shape {list(source.shape)}, "
-        f"expected {list(expected)} like the first input; use inputs of one shape"
-        for n, source in enumerate(sources)
-        if source.shape != expected
-    ]
-    if problems:
-        raise JobError(problems)
 
 
 def _overlap(output: str, array: str) -> bool:

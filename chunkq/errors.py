@@ -61,6 +61,8 @@ class ErrorCode(StrEnum):
     """A path does not exist."""
     STORE_UNSUPPORTED = auto()
     """A path is not an array in a supported format."""
+    AXES_AMBIGUOUS = auto()
+    """The axes of an input can have several meanings; the job must name them."""
     PACKAGE_MISSING = auto()
     """A Python package that the job, the queue or the command needs is not installed."""
     CODEC_UNSAFE = auto()

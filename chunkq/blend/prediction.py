@@ -24,7 +24,7 @@ class Prediction:
     Attributes:
         labels: `(*S)` uint8, or uint16 for more than 256 classes: the class with the largest
             probability, the lowest one in a tie; for a single channel, whether it is at least 0.5.
-        input: The input volume `(*S)` in its own dtype; a tuple of them for several inputs.
+        input: The input volume `([C,] *S)` in its own dtype; a tuple of them for several inputs.
         probabilities: `(C, *S)` float32, or float16 with `output_dtype: float16`: the outputs of
             the network after activation and averaging; None with `combine` soft or hard.
 
@@ -66,7 +66,7 @@ class Prediction:
             ) from None
 
     def plot(self, path: str | Path | None = None, *, at: Sequence[int] | None = None) -> Figure:
-        """Draw the labels over the input and return the figure; save it to `path` if set.
+        """Draw the labels over the first channel and return the figure; save it to `path` if set.
 
         Draws three planes through voxel `at` of a 3-D volume, all of a 2-D volume, and a line for a
         1-D volume. For a 4-D volume, draws entry `at[0]` of its first axis. `at` has one entry per
@@ -82,7 +82,8 @@ class Prediction:
                 f"run `{install_command('plot')}`"
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
-        figure = draw(to_numpy(first), to_numpy(self.labels), at)
+        image, labels = to_numpy(first), to_numpy(self.labels)
+        figure = draw(image if image.ndim == labels.ndim else image[0], labels, at)
         if path is not None:
             figure.savefig(path)
         return figure

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 AxisKind = Literal["space", "channel", "time"]
 SPATIAL_NAMES = ("z", "y", "x")
 """Default names of the last spatial axes."""
+LETTERS = "tczyx"
+"""Letters that name axes in a job file."""
+KIND_OF_NAME: dict[str, AxisKind] = {
+    "c": "channel",
+    "channel": "channel",
+    "channels": "channel",
+    "t": "time",
+    "time": "time",
+}
+"""Lower-case name of an axis -> kind. All others are spatial."""
+COLOR_SIZES = (3, 4)
+"""Sizes of a last axis that can be colour."""
+COLOR_RATIO = 16
+"""Colour is suspected if the two axes before are at least so many times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +42,11 @@ class Axis:
     translation: float = 0.0
 
 
+def kind_of_name(name: str) -> AxisKind:
+    """Return the kind of an axis that has only a name."""
+    return KIND_OF_NAME.get(name.lower(), "space")
+
+
 def plain_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
     """Return spatial axes for an array without metadata: voxel size 1, position 0, no unit.
 
@@ -42,12 +62,67 @@ def channel_axis(size: int) -> Axis:
     return Axis("c", "channel", size)
 
 
-def as_spatial(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    """Return the axes as spatial ones. If one of them is not, all get the default names."""
-    if all(axis.kind == "space" for axis in axes):
-        return axes
-    plain = plain_axes([axis.size for axis in axes])
-    return tuple(
-        replace(axis, name=default.name, kind="space")
-        for axis, default in zip(axes, plain, strict=True)
+def with_unique_names(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Return the axes with names that are unambiguous in an output.
+
+    Names are ambiguous if two are equal, if one is empty, or if a spatial axis has the name of a
+    channel or time axis. Then all spatial axes have the names of `plain_axes`, and the others t
+    and c.
+    """
+    names = [axis.name for axis in axes]
+    spatial = [axis for axis in axes if axis.kind == "space"]
+    if len(set(names)) == len(names) and all(
+        axis.name and kind_of_name(axis.name) == "space" for axis in spatial
+    ):
+        return tuple(axes)
+    plain = iter(plain_axes([axis.size for axis in spatial]))
+    defaults = {"channel": "c", "time": "t"}
+    return tuple(replace(axis, name=defaults.get(axis.kind) or next(plain).name) for axis in axes)
+
+
+def named_axes(names: Sequence[str | None], shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Return the axes of an array whose axes have names and nothing else. None is no name."""
+    return with_unique_names(
+        [
+            Axis(name or default.name, kind_of_name(name or ""), default.size)
+            for name, default in zip(names, plain_axes(shape), strict=True)
+        ]
     )
+
+
+def lettered_axes(letters: str, axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Return axes named by letters of `LETTERS`, one per axis.
+
+    An axis keeps its unit, scale and translation unless its kind changes.
+    """
+    renamed = []
+    for letter, axis in zip(letters, axes, strict=True):
+        kind = kind_of_name(letter)
+        kept = axis if axis.kind == kind else Axis(letter, kind, axis.size)
+        renamed.append(replace(kept, name=letter))
+    return tuple(renamed)
+
+
+def picked(axis: Axis, picks: Sequence[int]) -> Axis:
+    """Return the axis with some of its positions.
+
+    Positions that are not evenly spaced and ascending are numbered: scale 1, translation 0, no
+    unit.
+    """
+    steps = {after - before for before, after in pairwise(picks)} or {1}
+    step = steps.pop()
+    if steps or step < 1:
+        return Axis(axis.name, axis.kind, len(picks))
+    return replace(
+        axis,
+        size=len(picks),
+        scale=axis.scale * step,
+        translation=axis.translation + picks[0] * axis.scale,
+    )
+
+
+def looks_like_color(shape: Sequence[int]) -> bool:
+    """Return whether the last axis can be colour: 3 or 4 voxels beside two long axes."""
+    if len(shape) < 3 or shape[-1] not in COLOR_SIZES:
+        return False
+    return min(shape[-3:-1]) >= COLOR_RATIO * shape[-1]

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from chunkq.job.model_config import ModelConfig
+from chunkq.plan.plan import Volume
 
 EITHER_ORDER = ("tensorflow", "onnx")
 """Runtimes whose networks and shapes can have channels first or last."""
@@ -71,6 +72,26 @@ class WrittenOrders:
         return cls(order, output_order, len(patches) > 1, len(others) > 1)
 
 
+def input_channels(model: ModelConfig, volume: Volume) -> int:
+    """Return the number of channels that the inputs of a volume have for a network.
+
+    Inputs that `join_dim` stacks have theirs each; other inputs are together the channels.
+    """
+    return volume.channels if model.join_dim is not None else volume.channels * volume.inputs
+
+
+def declared_channels(model: ModelConfig, rank: int, possible: Sequence[int]) -> int:
+    """Return the number of channels that `model_input_shape` declares for `rank` spatial axes.
+
+    If they can be first or last, the first `possible` number that is at one end decides.
+    """
+    shape = model.model_input_shape
+    if len(shape) <= rank:
+        return 1
+    ends = (shape[0], shape[-1]) if model.runtime in EITHER_ORDER else shape[:1]
+    return next((number for number in possible if number in ends), shape[0])
+
+
 def split(shape: Sequence[int], order: AxisOrder | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the channel axis, empty without one, and the spatial axes of a shape."""
     shape = tuple(shape)
@@ -118,7 +139,7 @@ def _default(shape: Sequence[int] | None, rank: int) -> AxisOrder | None:
     return FIRST if shape is not None and len(shape) > rank else None
 
 
-def _input_orders(shape: Sequence[int], rank: int, channels: int) -> list[AxisOrder | None]:
+def _input_orders(shape: Sequence[int], rank: int, channels: int = 1) -> list[AxisOrder | None]:
     if len(shape) == rank:
         return [None]
     ends = ((FIRST, shape[0]), (LAST, shape[-1]))

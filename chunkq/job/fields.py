@@ -12,8 +12,11 @@ from pydantic import (
     Field,
     Tag,
 )
+from pydantic_core import PydanticCustomError
 
 from chunkq.access import Access
+from chunkq.geometry.axes import LETTERS
+from chunkq.storage.selection import RANGE, Selection
 
 Group = Literal[
     "Input and output",
@@ -107,17 +110,140 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-class InputConfig(Section):
-    """An input, and how it is accessed."""
+def _as_picks(value: object) -> object:
+    """Return picks with a list as a tuple. Raise PydanticCustomError if they are none."""
+    entries = _as_tuple(value)
+    is_range = isinstance(entries, str) and RANGE.fullmatch(entries) is not None
+    is_list = isinstance(entries, tuple) and all(map(_is_index_or_label, entries)) and entries
+    if is_range or is_list or (_is_index_or_label(entries) and not isinstance(entries, str)):
+        return entries
+    raise PydanticCustomError("picks", "expected a list, an index, or a range such as '0:3'")
 
-    path: str
-    anonymous: bool = False
-    requester_pays: bool = False
+
+def _is_index_or_label(value: object) -> bool:
+    is_index = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INTEGER
+    return is_index or isinstance(value, str)
+
+
+def _as_level(value: object) -> object:
+    if _is_index_or_label(value) and value != "":
+        return value
+    raise PydanticCustomError("level", "expected the number or path of a level")
+
+
+def _as_letters(value: object) -> object:
+    is_text = isinstance(value, str) and 0 < len(value) == len(set(value)) and value.isascii()
+    if is_text and set(str(value)) <= set(LETTERS):
+        return value
+    raise PydanticCustomError("letters", f"expected different letters of {LETTERS}")
+
+
+Letters = Annotated[str, BeforeValidator(_as_letters)]
+
+
+Level = Annotated[int | str, BeforeValidator(_as_level)]
+
+
+Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
+
+
+class InputConfig(Section):
+    """An input, how it is accessed, and what is read of it."""
+
+    path: Annotated[
+        str,
+        key_doc(
+            "Input and output",
+            "Path or URL of the volume.",
+            example="volume.zarr",
+            unit=None,
+        ),
+    ]
+    axes: Annotated[
+        Letters | None,
+        key_doc(
+            "Input and output",
+            "Axes of the array, one letter of `t`, `c`, `z`, `y`, `x` per axis.",
+            example="tczyx",
+            unit=None,
+            omitted="what the metadata say, else all axes are spatial",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    level: Annotated[
+        Level | None,
+        key_doc(
+            "Input and output",
+            "Resolution level of an OME-Zarr image, by number or by the path of its dataset.",
+            example=1,
+            unit=None,
+            omitted="0",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    channels: Annotated[
+        Picks | None,
+        key_doc(
+            "Input and output",
+            "Channels in the order of the network: a list of indices and OME labels, one index, or "
+            "a half-open range.",
+            example=[2, "DAPI"],
+            unit=None,
+            omitted="all",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    time: Annotated[
+        Picks | None,
+        key_doc(
+            "Input and output",
+            "Time points: a list of indices, one index, or a half-open range.",
+            example="0:10",
+            unit=None,
+            omitted="all",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    order: Annotated[
+        Letters | None,
+        key_doc(
+            "Input and output",
+            "Letters of the spatial axes in the order in which the network, the lists of the job "
+            "and the output have them.",
+            example="zyx",
+            unit=None,
+            omitted="as stored",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    anonymous: Annotated[
+        bool,
+        key_doc(
+            "Input and output",
+            "Whether to send no credentials. For `s3://` and `gs://`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+    requester_pays: Annotated[
+        bool,
+        key_doc(
+            "Input and output",
+            "Whether your account pays for the requests. For `s3://` and `gs://`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
 
     @property
     def access(self) -> Access:
         """How the path is accessed."""
         return Access(self.anonymous, self.requester_pays)
+
+    @property
+    def selection(self) -> Selection:
+        """What is read of the array at the path."""
+        return Selection(self.axes, self.level, self.channels, self.time, self.order)
 
 
 def _kind_of_input(value: object) -> str:
@@ -127,6 +253,8 @@ def _kind_of_input(value: object) -> str:
 def _as_inputs(value: object) -> object:
     """Return one input or a list of inputs as a tuple."""
     if isinstance(value, (list, tuple)):
+        if not value:
+            raise PydanticCustomError("inputs", "expected a list of at least 1 item")
         return tuple(map(_as_path, value))
     return (_as_path(value),) if isinstance(value, (str, dict, InputConfig)) else value
 
@@ -144,6 +272,5 @@ Input = Annotated[
 
 Inputs = Annotated[
     tuple[Input, ...],
-    Field(min_length=1),
     BeforeValidator(_as_inputs, json_schema_input_type=Input | tuple[Input, ...]),
 ]

@@ -1,15 +1,22 @@
-"""The items of a job: images that one job computes one by one."""
+"""The images of a job, and its items: the parts that it computes one by one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain, count, product
+from math import prod
 
+from chunkq.errors import JobError
+from chunkq.geometry.axes import Axis
+from chunkq.job.axis_order import declared_channels
+from chunkq.job.job_file import Job
+from chunkq.paths import without_secret
 from chunkq.plan.plan import Volume
-from chunkq.storage.images import ImageSource
+from chunkq.storage.array import Array
+from chunkq.storage.images import ImageSource, find_source
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""
@@ -18,42 +25,157 @@ RESERVED_NAMES = frozenset({"labels", "OME"})
 
 
 @dataclass(frozen=True)
-class Item:
-    """One image of a job, with a spatial shape of its own.
+class Image:
+    """One image that a job reads, and the one that it writes for it.
 
-    number    its number in the job, from 0; part of the names of stored objects
-    name      name of its image in the output group; empty if the output is this image
-    sources   the arrays that the network sees together; all have one shape
+    number     its number in the job, from 0
+    name       name of its image in the output group; empty if the output is this image
+    sources    the arrays that the network sees together; all have the same shape, channels and
+               time points
+    by_channel whether the network sees one channel at a time
     """
 
     number: int
     name: str
     sources: tuple[ImageSource, ...]
+    by_channel: bool = False
 
     @property
     def is_alone(self) -> bool:
-        """Whether the item is the only one of its job; all inputs of the job are then its."""
+        """Whether the image is the only one of its job; all inputs of the job are then its."""
         return not self.name
+
+    @property
+    def series_axes(self) -> tuple[Axis, ...]:
+        """The axes whose positions are computed one by one: time, then channel."""
+        time, channel = self.sources[0].time_axis, self.sources[0].channel_axis
+        axes = (time, channel if self.by_channel else None)
+        return tuple(axis for axis in axes if axis is not None and axis.size > 1)
+
+    @property
+    def spatial_axes(self) -> tuple[Axis, ...]:
+        """The spatial axes in the order of the network."""
+        return self.sources[0].spatial_axes
 
     @cached_property
     def volume(self) -> Volume:
-        """Shape and dtypes of the sources."""
-        return Volume.joined([source.volume for source in self.sources])
+        """Spatial shape, dtypes and channels of one item."""
+        volumes = [source.volume for source in self.sources]
+        joined = Volume.joined(volumes)
+        return Volume(joined.shape, joined.dtype, joined.dtypes) if self.by_channel else joined
+
+    def points(self) -> Iterator[tuple[int, ...]]:
+        """Yield the position of each item along the series axes, the last axis fastest."""
+        return product(*(range(axis.size) for axis in self.series_axes))
+
+    def open(self) -> tuple[Array, ...]:
+        """Open all of each source. Raises StoreError if one cannot be opened."""
+        return tuple(source.open() for source in self.sources)
 
 
-def items_of(sources: Sequence[ImageSource], *, joined: bool) -> tuple[Item, ...]:
-    """Return the items of a job with these sources.
+@dataclass(frozen=True)
+class Item:
+    """One volume of a job: an image, or one time point or channel of it.
 
-    Sources are the inputs of one item if they are `joined`, else one item each. Several items have
-    the names of their files without suffix; a repeated name gets a number.
+    number   its number in the job, from 0; part of the names of stored objects
+    image    the image to which it belongs
+    point    its position along the image's series axes; empty if it is the whole image
     """
-    if joined or len(sources) == 1:
-        return (Item(0, "", tuple(sources)),) if sources else ()
+
+    number: int
+    image: Image
+    point: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of its image in the output group; empty if the output is this image."""
+        return self.image.name
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Its position along each series axis, by the name of the axis."""
+        axes = self.image.series_axes
+        return {axis.name: n for axis, n in zip(axes, self.point, strict=True)}
+
+    @property
+    def volume(self) -> Volume:
+        """Spatial shape, dtypes and channels."""
+        return self.image.volume
+
+    def present(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """Return views ([C,] *S) of the opened sources of the image."""
+        kinds = {axis.kind: n for axis, n in zip(self.image.series_axes, self.point, strict=True)}
+        time, channel = kinds.get("time", 0), kinds.get("channel")
+        pairs = zip(self.image.sources, arrays, strict=True)
+        return tuple(source.present(array, time, channel) for source, array in pairs)
+
+    def open(self) -> tuple[Array, ...]:
+        """Open the views of the sources. Raises StoreError if one cannot be opened."""
+        return self.present(self.image.open())
+
+
+def find_sources(job: Job) -> list[ImageSource]:
+    """Find the array of each input of a job. Raises StoreError and JobError."""
+    return [
+        find_source(config.path, config.selection, config.access, allow_empty=job.allow_empty)
+        for config in job.inputs
+    ]
+
+
+def images_of(job: Job, sources: Sequence[ImageSource]) -> tuple[Image, ...]:
+    """Return the images of a job with these sources.
+
+    Sources are the inputs of one image if `join_dim` is set, or if the network takes as many
+    channels as there are sources of one channel each. Else each is an image. Several images have
+    the names of their files without suffix; a repeated name gets a number. Raises JobError if
+    inputs of one image differ in their axes.
+    """
+    if not sources:
+        return ()
+    found = sources[0].volume.channels
+    channels = declared_channels(job.model, len(sources[0].shape), (found, len(sources), 1))
+    is_joined = job.model.join_dim is not None
+    is_stacked = channels == len(sources) > 1 and all(s.volume.channels == 1 for s in sources)
+    if is_joined or is_stacked:
+        _check_axes(job, sources)
+    by_channel = channels == 1 and not is_joined
+    if is_joined or is_stacked or len(sources) == 1:
+        return (Image(0, "", tuple(sources), by_channel),)
     names = _distinct([_stem(source.path) for source in sources])
     return tuple(
-        Item(number, name, (source,))
+        Image(number, name, (source,), by_channel)
         for number, (name, source) in enumerate(zip(names, sources, strict=True))
     )
+
+
+def items_of(images: Sequence[Image]) -> tuple[Item, ...]:
+    """Return the items of a job: image by image, the positions of each in their order."""
+    points = [(image, point) for image in images for point in image.points()]
+    return tuple(Item(number, image, point) for number, (image, point) in enumerate(points))
+
+
+def largest_image(images: Sequence[Image]) -> Image:
+    """Return the image whose items have the most voxels."""
+    return max(images, key=lambda image: prod(image.volume.shape))
+
+
+def _check_axes(job: Job, sources: Sequence[ImageSource]) -> None:
+    """Raise JobError unless the sources have one shape and as many channels and time points."""
+    first = sources[0]
+    properties: dict[str, Callable[[ImageSource], object]] = {
+        "shape": lambda source: list(source.shape),
+        "channels": lambda source: source.volume.channels,
+        "time points": lambda source: len(source.time) or 1,
+    }
+    problems = [
+        f"input.{n}: {without_secret(job.input_paths[n])} has {key} {of(source)}, expected "
+        f"{of(first)} like the first input; use inputs of one shape"
+        for n, source in enumerate(sources)
+        for key, of in properties.items()
+        if of(source) != of(first)
+    ]
+    if problems:
+        raise JobError(problems)
 
 
 def _stem(path: str) -> str:

@@ -151,12 +151,11 @@ class Job(Section):
             "level) or `.npy`, as a path or a URL such as `s3://bucket/volume.zarr`. A path into "
             "a group is allowed: `volume.zarr/raw`. With `model_config.join_dim` the volumes of a "
             "list are stacked along that axis. Without it each one is computed on its own, and "
-            "`output` is a group with one image per volume, named like its file. In place of a "
-            "path, a mapping says how it is accessed: `{path: s3://bucket/volume.zarr, "
-            "anonymous: true}` sends no credentials, and `requester_pays: true` accepts that your "
-            "account pays for the requests. Both are for `s3://` and `gs://`.",
+            "`output` is a group with one image per volume, named like its file. A mapping "
+            "with `path` says what is read of it and how it is accessed.",
             example="volume.zarr",
             unit=None,
+            see="guides/inputs.md",
         ),
     ]
     output: Annotated[
@@ -469,7 +468,7 @@ class Job(Section):
 
     @property
     def inputs(self) -> tuple[InputConfig, ...]:
-        """Each input with how it is accessed."""
+        """Each input with how it is accessed and what is read of it."""
         return tuple(InputConfig(path=i) if isinstance(i, str) else i for i in self.input)
 
     @property
@@ -568,6 +567,9 @@ def parse_job(values: Mapping[str, Any]) -> Job:
         return Job.model_validate(dict(values))
     except ValidationError as error:
         errors = _independent(error.errors())
+    has_one_input = not isinstance(values.get("input"), (list, tuple))
+    for detail in errors:
+        detail["loc"] = _without_branches(detail["loc"], has_one_input=has_one_input)
     lines = [_message(error) for error in errors]
     raise JobError([*lines, *_combination_problems(values, [error["loc"] for error in errors])])
 
@@ -778,14 +780,20 @@ _REPLACED_KEYS = {"model_config.autocast": "precision"}
 """Key of an earlier version -> the key that has its values."""
 
 
-BRANCHES = ("int", "float", "mapping")
-"""Parts of pydantic's locations that name a branch of a union."""
+def _without_branches(
+    location: tuple[int | str, ...], *, has_one_input: bool
+) -> tuple[int | str, ...]:
+    """Return pydantic's location of an error without the parts that name a branch of a union."""
+    if location[:1] == ("input",):
+        first = 1 if has_one_input else 2
+        location = (*location[:first], *location[3:])
+    return tuple(part for part in location if part not in ("int", "float"))
 
 
 def _message(error: Any) -> str:
     """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
     location = error["loc"]
-    path = ".".join(str(part) for part in location if part not in BRANCHES) or "a key"
+    path = ".".join(map(str, location)) or "a key"
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         if path in _REPLACED_KEYS:
@@ -882,7 +890,7 @@ def _input_problems(job: Job) -> list[str]:
             f"model_config.join_dim: {join} is not an axis of a batch (N, {str(shape)[1:-1]}); "
             f"use 1 to {len(shape)}"
         ]
-    if shape[join - 1] != 1:
+    if join > 1 and shape[join - 1] != 1:  # the first axis can have the channels of an input
         return [
             f"model_config.join_dim: found length {shape[join - 1]} at axis {join - 1} of "
             f"model_input_shape; expected 1, because the {len(job.input)} inputs are stacked there"

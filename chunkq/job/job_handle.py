@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError, StoreError
 from chunkq.geometry.box import Box
-from chunkq.job.items import Item
+from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.ledger import ItemLedger, Ledger
 from chunkq.job.output import Output
@@ -100,10 +100,58 @@ class JobHandle:
             self.check_unchanged()
             raise
 
+    @cached_property
+    def images(self) -> tuple[ImageHandle, ...]:
+        """The images of the job."""
+        return tuple(ImageHandle(self, image) for image in self.record.images)
+
     def check_inputs(self) -> None:
-        """Raise ChunkReadError if an input of an item was replaced. See `ItemHandle`."""
-        for item in self.items:
-            item.check_inputs()
+        """Raise ChunkReadError if an input was replaced. See `ImageHandle`."""
+        for image in self.images:
+            image.check_inputs()
+
+
+@dataclass(frozen=True)
+class ImageHandle:
+    """One image of an open job. Its arrays are opened on first use and serve all its items."""
+
+    job: JobHandle
+    image: Image
+
+    @cached_property
+    def sources(self) -> tuple[Array, ...]:
+        """All of each input array. Raises ChunkReadError if one was replaced."""
+        self.check_inputs()
+        try:
+            return self.image.open()
+        except StoreError as error:
+            raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
+
+    @cached_property
+    def target(self) -> Array:
+        """The output array for writing. Raises MissingJobError if the job was replaced."""
+        self.job.check_unchanged()
+        return self.job.output.image(self.image).open()
+
+    def check_inputs(self) -> None:
+        """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
+
+        Compares metadata (`ImageSource.identity`), so it does not detect changed voxels.
+        """
+        identities = self.job.record.identities[self.image.number]
+        for source, identity in zip(self.image.sources, identities, strict=True):
+            path = without_secret(source.path)
+            current = source.identity()
+            if current is None:
+                raise ChunkReadError(
+                    f"input: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING
+                )
+            if current != identity:
+                raise ChunkReadError(
+                    f"input: {path} was replaced since the job was produced; restore it, or use "
+                    "--overwrite to start again",
+                    code=ErrorCode.INPUT_CHANGED,
+                )
 
 
 @dataclass(frozen=True)
@@ -136,45 +184,24 @@ class ItemHandle:
         """The commit records and pieces of the item."""
         return self.job.ledger.item(self.number)
 
+    @property
+    def image(self) -> ImageHandle:
+        """The image to which the item belongs."""
+        return self.job.images[self.item.image.number]
+
     @cached_property
     def sources(self) -> tuple[Array, ...]:
-        """The input arrays in the order of the job. Raises ChunkReadError if one was replaced."""
-        self.check_inputs()
-        try:
-            return tuple(source.open() for source in self.item.sources)
-        except StoreError as error:
-            raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
-
-    @cached_property
-    def target(self) -> Array:
-        """The output array for writing. Raises MissingJobError if the job was replaced."""
-        self.job.check_unchanged()
-        return self.job.output.image(self.item).open()
+        """Views ([C,] *S) of the input arrays. Raises ChunkReadError if one was replaced."""
+        return self.item.present(self.image.sources)
 
     def check_inputs(self) -> None:
-        """Raise ChunkReadError if an input is missing or was replaced since the job was produced.
-
-        Compares metadata (`ImageSource.identity`), so it does not detect changed voxels.
-        """
-        identities = self.job.record.identities[self.number]
-        for source, identity in zip(self.item.sources, identities, strict=True):
-            path = without_secret(source.path)
-            current = source.identity()
-            if current is None:
-                raise ChunkReadError(
-                    f"input: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING
-                )
-            if current != identity:
-                raise ChunkReadError(
-                    f"input: {path} was replaced since the job was produced; restore it, or use "
-                    "--overwrite to start again",
-                    code=ErrorCode.INPUT_CHANGED,
-                )
+        """Raise ChunkReadError if an input of the image was replaced. See `ImageHandle`."""
+        self.image.check_inputs()
 
     def read_halos(self, chunk: Chunk) -> tuple[npt.NDArray[Any], ...]:
         """Read the padded region of each input that a chunk's patches cover.
 
-        Each array has the shape `chunk.halo.shape` and the dtype of its input.
+        Each array has the shape ([C,] *chunk.halo.shape) and the dtype of its input.
         """
         job = self.job.record.job
         return tuple(
@@ -188,7 +215,9 @@ class ItemHandle:
         """
         if not box.size:
             return 0
-        self.target.write(self.plan.output_box(box), values)
+        point, inner = self.item.point, self.plan.output_box(box)
+        outer = Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
+        self.image.target.write(outer, values.reshape(outer.shape))
         return values.nbytes
 
 

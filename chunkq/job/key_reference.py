@@ -16,7 +16,7 @@ from chunkq.job.fields import GROUP, MAX_INTEGER, OMITTED, SEE, UNIT, Group
 from chunkq.job.job_file import job_schema
 
 _WORDS = {"string": "text", "number": "number", "boolean": "true or false"}
-_PLURALS = {"integer": "integers", "text": "texts", "list": "lists"}
+_PLURALS = {"integer": "integers", "text": "texts", "list": "lists", "mapping": "mappings"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _position(value: Mapping[str, Any]) -> int:
 def _key(
     path: str, value: Mapping[str, Any], inner: Mapping[str, Any] | None, *, is_required: bool
 ) -> Key:
-    is_section = inner is not None
+    is_section = _reference(value) is not None
     return Key(
         path=path,
         group=value.get(GROUP, ""),
@@ -128,17 +128,28 @@ def _key(
 
 
 def _definition(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the schema of a section that a key refers to, None for other keys."""
+    """Return the schema of a section that a value is, or can be, or can be a list of."""
+    if (name := _reference(value)) is not None:
+        definition: Mapping[str, Any] = schema["$defs"][name]
+        return definition
+    inner = [*value.get("anyOf", ()), *value.get("oneOf", ()), value.get("items", {})]
+    return next(filter(None, (_definition(schema, part) for part in inner if part)), None)
+
+
+def _reference(value: Mapping[str, Any]) -> str | None:
+    """Return the name of the definition that a schema refers to, None for other schemas."""
     reference = value.get("$ref") or next((o.get("$ref") for o in value.get("allOf", ())), None)
-    return None if reference is None else schema["$defs"][reference.rpartition("/")[2]]
+    return None if reference is None else reference.rpartition("/")[2]
 
 
 def _type(value: Mapping[str, Any]) -> str:
     """Return the values that a schema accepts, in words."""
     if choices := value.get("enum", [value["const"]] if "const" in value else []):
         return " | ".join(f"`{_text(choice)}`" for choice in choices)
-    if "anyOf" in value:
-        options = [_type(option) for option in value["anyOf"] if option.get("type") != "null"]
+    if _reference(value) is not None:
+        return "mapping"
+    if branches := value.get("anyOf") or value.get("oneOf"):
+        options = [_type(option) for option in branches if option.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
     if value.get("type") == "array":
         return f"list of {_plural(_type(value.get('items', {})))}"
@@ -176,7 +187,7 @@ def _example(path: str, examples: list[Any], inner: Mapping[str, Any] | None) ->
         return ""
     value = examples[0]
     lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate(path.split("."))]
-    if inner is None:
+    if inner is None or not isinstance(value, dict):
         return "\n".join([*lines[:-1], f"{lines[-1]} {_yaml(value)}"])
     indent = "  " * len(lines)
     names = [name for name in inner["properties"] if name in value]

@@ -46,8 +46,8 @@ class ModelConfig(Section):
         Shape,
         key_doc(
             "Batches",
-            "Shape of one item of a batch as the network receives it. One entry per axis of the "
-            "volume, or one more with a leading 1 as channel axis. With runtime `tensorflow` or "
+            "Shape of one item of a batch as the network receives it. One entry per spatial "
+            "axis, or one more with the number of channels first. With runtime `tensorflow` or "
             "`onnx` the channel axis can also be the last.",
             example=[1, 64, 64, 64],
             unit="voxels",
@@ -122,7 +122,8 @@ class ModelConfig(Section):
         NonNegative | None,
         key_doc(
             "Batches",
-            "Axis of a batch along which several inputs are stacked. The batch axis counts as 0.",
+            "Axis of a batch along which several inputs are stacked. The batch axis counts as 0. "
+            "`model_input_shape` has the length of one input there.",
             example=1,
             unit="index of an axis",
             omitted="inputs are not stacked; each one is computed on its own",

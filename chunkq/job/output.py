@@ -13,15 +13,15 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, channel_axis
-from chunkq.job.items import Item
+from chunkq.geometry.axes import Axis, channel_axis, with_unique_names
+from chunkq.job.items import Image
 from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import EPOCH_DIGITS
@@ -47,10 +47,8 @@ LOCK = ".__lock"
 """Part of the names of tensorstore's temporary files, which remain if a writer is killed."""
 
 
-def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> JobRecord:
+def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     """Return the record of a new job, with an epoch and the metadata of its arrays.
-
-    `plans` are the plans of its items.
 
     Set `replaces` if the output path may have content of an earlier job or program.
     """
@@ -58,30 +56,39 @@ def new_record(record: JobRecord, plans: Sequence[Plan], *, replaces: bool) -> J
     has_final_name = is_url(record.job.output) and not replaces
     name = SEALED_NAME if has_final_name else f"{SEALED_NAME}.{epoch}"
     metadata: dict[str, str] = {}
-    for item, plan in zip(record.items, plans, strict=True):
-        shape = plan.output_shape
-        axes = _axes(item, shape)
-        channels = (1,) * (len(shape) - plan.rank)
+    for image, plan in zip(record.images, record.image_plans(), strict=True):
+        axes = output_axes(image, plan)
+        leading = (1,) * (len(axes) - plan.rank)
         chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
         documents = array_metadata(
             name,
-            shape=shape,
-            chunks=(*channels, *chunks),
+            shape=[axis.size for axis in axes],
+            chunks=(*leading, *chunks),
             dtype=plan.output_dtype,
             zarr_format=record.job.zarr_format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
         )
-        metadata |= {_below(item, path): text for path, text in documents.items()}
+        metadata |= {_below(image, path): text for path, text in documents.items()}
     return replace(record, epoch=epoch, array=name, metadata=metadata)
 
 
-def _below(item: Item, name: str) -> str:
-    """Return the name in the output of a document of an item's image."""
-    return name if item.is_alone else f"{item.name}/{name}"
+def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
+    """Return the axes of the output array of an image, whose items have this plan.
+
+    These are the series axes of the image, the channels of the network if they are stored, and the
+    spatial axes.
+    """
+    channels = [channel_axis(plan.channels)] if plan.channel_axis else []
+    return with_unique_names([*image.series_axes, *channels, *image.spatial_axes])
+
+
+def _below(image: Image, name: str) -> str:
+    """Return the name in the output of a document of an image."""
+    return name if image.is_alone else f"{image.name}/{name}"
 
 
 class Output:
-    """The output store of a job: one image, or a group with one image per item.
+    """The output store of a job: one image, or a group of images.
 
     Methods raise StoreError, and OSError if the storage fails. Methods that change the output call
     `check_unchanged`, which raises if the job was replaced, before each change.
@@ -89,13 +96,13 @@ class Output:
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self._path, self._record = path, record
-        self._images = tuple(ImageOutput(path, record, item) for item in record.items)
-        is_group = not all(item.is_alone for item in record.items)
+        self._images = tuple(ImageOutput(path, record, image) for image in record.images)
+        is_group = not all(image.is_alone for image in record.images)
         self._group = ImageGroup(path, record) if is_group else None
 
-    def image(self, item: Item) -> ImageOutput:
-        """Return the image of an item."""
-        return self._images[item.number]
+    def image(self, image: Image) -> ImageOutput:
+        """Return the output of an image."""
+        return self._images[image.number]
 
     @property
     def has_final_name(self) -> bool:
@@ -159,12 +166,12 @@ class Output:
 
 
 class ImageOutput:
-    """The image of one item. Methods raise StoreError, and OSError if the storage fails."""
+    """The output of one image. Methods raise StoreError, and OSError if the storage fails."""
 
-    def __init__(self, path: str, record: JobRecord, item: Item) -> None:
-        self.path = path if item.is_alone else join(path, item.name)
-        self._record, self._item = record, item
-        prefix = _below(item, "")
+    def __init__(self, path: str, record: JobRecord, image: Image) -> None:
+        self.path = path if image.is_alone else join(path, image.name)
+        self._record, self._image = record, image
+        prefix = _below(image, "")
         self._metadata = {
             name.removeprefix(prefix): text
             for name, text in record.metadata.items()
@@ -320,8 +327,8 @@ class ImageOutput:
         """Return the group attributes that chunkq writes: `chunkq` and OME-Zarr metadata."""
         record = self._record
         status = _status(record, state) | {"array": name}
-        document = json.loads(self._metadata[f"{record.array}/{ARRAY[self._format]}"])
-        image = image_metadata(_axes(self._item, document["shape"]), self._format, name)
+        axes = output_axes(self._image, record.image_plan(self._image))
+        image = image_metadata(axes, self._format, name)
         return {**image, ATTRIBUTE: status}
 
     def _put(self, documents: dict[str, str]) -> None:
@@ -329,7 +336,7 @@ class ImageOutput:
 
 
 class ImageGroup:
-    """The group of a job with several items, laid out as bioformats2raw does (layout 3)."""
+    """The group of a job with several images, laid out as bioformats2raw does (layout 3)."""
 
     def __init__(self, path: str, record: JobRecord) -> None:
         self._record, self._format = record, record.job.zarr_format
@@ -340,7 +347,7 @@ class ImageGroup:
         check_unchanged()
         for document in OTHER_FORMAT[self._format]:
             self._objects.delete(document)
-        series: dict[str, Any] = {"series": [item.name for item in self._record.items]}
+        series: dict[str, Any] = {"series": [image.name for image in self._record.images]}
         if self._format == 3:
             series = {"ome": {"version": "0.5", **series}}
         _put(self._series, _group_documents(self._series, self._format, series))
@@ -428,12 +435,6 @@ def _key_values(attributes: dict[str, Any]) -> tuple[Any, ...]:
     except (KeyError, IndexError, TypeError):
         path = None
     return path, *(status.get(key) for key in ("state", "array", "digest", "epoch"))
-
-
-def _axes(item: Item, shape: Sequence[int]) -> tuple[Axis, ...]:
-    """Return the axes of an output array of this shape: any channels, then those of the input."""
-    spatial = item.sources[0].axes
-    return (*map(channel_axis, shape[: len(shape) - len(spatial)]), *spatial)
 
 
 def _parsed(content: bytes | None) -> dict[str, Any] | None:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from typing import Any
 
 from chunkq import __version__, json_values
 from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
-from chunkq.job.items import Item, items_of
+from chunkq.job.items import Image, Item, images_of, items_of, largest_image
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.tasks import EPOCH_DIGITS
@@ -34,15 +33,16 @@ KEYS_WITHOUT_EFFECT = (
 class JobRecord:
     """Content of `job.json`.
 
-    `items` are the images of the job. `epoch` distinguishes successive jobs on one output path. It
-    is empty until the job is created. `array` is the name of each output array while the job runs.
+    `images` are the images that the job reads and writes. `epoch` distinguishes successive jobs on
+    one output path. It is empty until the job is created. `array` is the name of each output array
+    while the job runs.
     `metadata` maps the names of the arrays' metadata documents in the output to their content.
-    `identities` has for each item the `ImageSource.identity` of its sources; it changes when the
+    `identities` has for each image the `ImageSource.identity` of its sources; it changes when the
     array is replaced.
     """
 
     job: Job
-    items: tuple[Item, ...]
+    images: tuple[Image, ...]
     file_hashes: dict[str, str]
     identities: tuple[tuple[str, ...], ...] = ()
     epoch: str = ""
@@ -52,8 +52,19 @@ class JobRecord:
 
     @property
     def sources(self) -> tuple[ImageSource, ...]:
-        """The sources of all items, in order."""
-        return tuple(source for item in self.items for source in item.sources)
+        """The sources of all images, in order."""
+        return tuple(source for image in self.images for source in image.sources)
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """What the job computes one by one: the images, or each position of those in series."""
+        return items_of(self.images)
+
+    @property
+    def largest_item(self) -> Item:
+        """The first of the items with the most voxels, which stands for all."""
+        largest = largest_image(self.images)
+        return next(item for item in self.items if item.image is largest)
 
     @classmethod
     def create(cls, job: Job, sources: Sequence[ImageSource]) -> JobRecord:
@@ -72,9 +83,9 @@ class JobRecord:
                 problems.append(f"{key}: {reason} {without_secret(path)}; fix the path")
         if problems:
             raise JobError(problems)
-        items = items_of(sources, joined=job.model.join_dim is not None)
-        identities = (tuple(map(_identity, item.sources)) for item in items)
-        return cls(job, items, hashes, tuple(identities))
+        images = images_of(job, sources)
+        identities = (tuple(map(_identity, image.sources)) for image in images)
+        return cls(job, images, hashes, tuple(identities))
 
     def with_queue(self, url: str) -> JobRecord:
         """Return the record with the URL of its queue.
@@ -106,27 +117,46 @@ class JobRecord:
     def digest(self) -> str:
         """SHA-256 of everything that determines the output's bytes, as hexadecimal digits."""
         values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
-        content = [values, [json_values.to_values(item) for item in self.items], self.file_hashes]
+        images = [json_values.to_values(image) for image in self.images]
+        content = [values, images, self.file_hashes]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def plan(self, item: Item | None = None) -> Plan:
         """Return the plan of an item, by default of the largest one. Raises JobError."""
-        if item is None:
-            item = max(self.items, key=lambda item: prod(item.volume.shape))
-        inputs = self.job.input_paths
-        return resolve(self.job, item.volume, inputs if item.is_alone else [inputs[item.number]])
+        return self.image_plan(largest_image(self.images) if item is None else item.image)
 
-    def plans(self) -> list[Plan]:
-        """Return the plans of all items. Raises JobError with the problems of all items."""
+    def image_plan(self, image: Image) -> Plan:
+        """Return the plan of every item of an image, always the same object. Raises JobError."""
+        if image.number not in self._plans:
+            paths = self.job.input_paths
+            self._plans[image.number] = resolve(
+                self.job,
+                image.volume,
+                paths if image.is_alone else [paths[image.number]],
+                by_channel=any(axis.kind == "channel" for axis in image.series_axes),
+            )
+        return self._plans[image.number]
+
+    @cached_property
+    def _plans(self) -> dict[int, Plan]:
+        return {}
+
+    def image_plans(self) -> list[Plan]:
+        """Return a plan for each image. Raises JobError with the problems of all images."""
         plans, problems = [], []
-        for item in self.items:
+        for image in self.images:
             try:
-                plans.append(self.plan(item))
+                plans.append(self.image_plan(image))
             except JobError as error:
                 problems += [line for line in error.problems if line not in problems]
         if problems:
             raise JobError(problems)
         return plans
+
+    def plans(self) -> list[Plan]:
+        """Return the plans of all items. Raises JobError with the problems of all images."""
+        self.image_plans()
+        return [self.plan(item) for item in self.items]
 
     def to_json(self) -> bytes:
         """Encode the record as a document with a checksum."""
@@ -137,7 +167,7 @@ class JobRecord:
             "epoch": self.epoch,
             "array": self.array,
             "job": self.job.as_dict(),
-            "items": [json_values.to_values(item) for item in self.items],
+            "images": [json_values.to_values(image) for image in self.images],
             "identities": list(self.identities),
             "file_hashes": self.file_hashes,
             "metadata": self.metadata,
@@ -165,7 +195,7 @@ class JobRecord:
                 raise ValueError
             record = cls(
                 parse_job(values["job"]),
-                tuple(json_values.from_values(Item, item) for item in values["items"]),
+                tuple(json_values.from_values(Image, image) for image in values["images"]),
                 values["file_hashes"],
                 tuple(map(tuple, values["identities"])),
                 values["epoch"],
@@ -196,8 +226,8 @@ def _identity(source: ImageSource) -> str:
 
 def _stays_in_folders(record: JobRecord) -> bool:
     """Return whether the names in a record stay inside the output and the job folder."""
-    items = [item.name for item in record.items if not item.is_alone]
-    names = (record.epoch or "-", record.array, *record.metadata, *items)
+    images = [image.name for image in record.images if not image.is_alone]
+    names = (record.epoch or "-", record.array, *record.metadata, *images)
     parts = [part for name in names for part in name.split("/")]
     return not {"", ".", ".."}.intersection(parts)
 

@@ -13,7 +13,14 @@ from chunkq.casts import REAL, misfit
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
-from chunkq.job.axis_order import EITHER_ORDER, LAST, WrittenOrders, channels_first, order_problems
+from chunkq.job.axis_order import (
+    EITHER_ORDER,
+    LAST,
+    WrittenOrders,
+    channels_first,
+    input_channels,
+    order_problems,
+)
 from chunkq.job.job_file import Job
 from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.outputs import OutputSpec
@@ -23,18 +30,20 @@ MAX_PATCH_VALUES = 1 << 31
 """Upper limit for the values of one patch, channels included."""
 
 
-def resolve(job: Job, volume: Volume, paths: Sequence[str] = ()) -> Plan:
+def resolve(
+    job: Job, volume: Volume, paths: Sequence[str] = (), *, by_channel: bool = False
+) -> Plan:
     """Return the plan of a job over one of its volumes; pure and deterministic.
 
-    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. Raises
+    Error lines name the `paths` of the volume's arrays, by default the inputs of the job. If
+    `by_channel`, the volume is one channel of an image, whose output has these channels. Raises
     JobError with one line per mistake.
     """
-    problems = _volume_problems(job, volume, paths or job.input_paths) or _length_problems(
-        job, volume
-    )
+    paths = paths or job.input_paths
+    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume)
     if problems:
         raise JobError(problems)
-    shapes = _Shapes(job, volume)
+    shapes = _Shapes(job, volume, paths, by_channel=by_channel)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
     grid = shapes.grid()
@@ -47,7 +56,8 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
         return [
-            f"input: {paths[0]} has {rank} axes; expected 1 to 4; use an array of spatial axes only"
+            f"input: {paths[0]} has {rank} spatial axes; expected 1 to 4; use an array with fewer, "
+            "or set axes in input if some are channels or time"
         ]
     if min(volume.shape) == 0:
         return [
@@ -150,10 +160,10 @@ class _Shapes:
     channels last are read with channels first.
     """
 
-    def __init__(self, job: Job, volume: Volume) -> None:
-        self.job, self.volume = job, volume
+    def __init__(self, job: Job, volume: Volume, paths: Sequence[str], *, by_channel: bool) -> None:
+        self.job, self.volume, self.paths, self.by_channel = job, volume, paths, by_channel
         rank = len(volume.shape)
-        model = channels_first(job.model, rank)
+        model = channels_first(job.model, rank, input_channels(job.model, volume))
         model_input = model.model_input_shape
         model_output = model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
@@ -173,14 +183,13 @@ class _Shapes:
 
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
-        problems = order_problems(self.job.model, len(self.volume.shape))
-        problems += [*self._lost_axis_problems(), *self._class_problems()]
-        if self.input_channels != 1:
-            problems.append(
-                f"model_config.model_input_shape: {self.input_channels} input channels are "
-                "unsupported; use 1, or store each channel as a volume, list the volumes in input "
-                "and set join_dim"
-            )
+        found = input_channels(self.job.model, self.volume)
+        problems = order_problems(self.job.model, len(self.volume.shape), found)
+        problems += [
+            *self._lost_axis_problems(),
+            *self._class_problems(),
+            *self._channel_problems(found),
+        ]
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
             if axis == self.lost_axis:
                 continue
@@ -215,6 +224,25 @@ class _Shapes:
             problems.append(_channels_last("model_output_shape", shape, "postprocessing_protected"))
         return problems
 
+    def _channel_problems(self, found: int) -> list[str]:
+        """Return a line if the network takes another number of channels than it would get."""
+        job = self.job
+        shape, path = list(job.model.model_input_shape), self.paths[0]
+        is_joined = job.model.join_dim is not None
+        if self.input_channels == found:
+            if self.by_channel and self.channel_axis and self.channels > 1:
+                return [
+                    f"input: {path} has several channels, and the network takes one and returns "
+                    f"{self.channels} for it; set channels in input to one of them"
+                ]
+            return []
+        count = f" in {len(self.job.input)} inputs" if len(self.job.input) > 1 else ""
+        each = "each input has" if is_joined else f"{path} has"
+        return [
+            f"model_config.model_input_shape: {shape} has {self.input_channels} input channels, "
+            f"but {each} {found}{count}; fix the shape, or set channels or axes in input"
+        ]
+
     def _class_problems(self) -> list[str]:
         job = self.job
         if job.classes is None:
@@ -246,7 +274,8 @@ class _Shapes:
             return []
         if not 0 <= axis < len(self.patch):
             shape, rank = self.job.model.model_input_shape, len(self.patch)
-            is_last = WrittenOrders.of(self.job.model, rank).input is LAST
+            channels = input_channels(self.job.model, self.volume)
+            is_last = WrittenOrders.of(self.job.model, rank, channels).input is LAST
             first = 0 if is_last else len(shape) - rank
             return [
                 f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
@@ -296,7 +325,7 @@ class _Shapes:
         return OutputSpec(
             name="",
             channels=self.channels,
-            channel_axis=self.channel_axis,
+            channel_axis=self.channel_axis and not self.by_channel,
             activation=job.activation,
             combine=job.combine,
             average_dtype=job.output_dtype or "float32",
@@ -309,7 +338,7 @@ class _Shapes:
         chunks, storage = self.job.chunksize, self.job.storage_chunks
         if chunks is None:
             # Not the input's dtype: the same voxels in another format have the same chunks.
-            voxel_bytes = 4 * self.volume.inputs + 8 * (self.channels + 1)
+            voxel_bytes = 4 * self.volume.channels * self.volume.inputs + 8 * (self.channels + 1)
             chunks, storage = choose_chunks(spec, storage, voxel_bytes)
         elif storage is None:
             storage = tuple(storage_edge(c, spec.rank) for c in chunks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
@@ -14,14 +13,14 @@ from chunkq.job.record import JobRecord
 
 def largest_item(job: JobHandle) -> ItemHandle:
     """Return the item with the most voxels, which stands for all."""
-    return max(job.items, key=lambda item: prod(item.item.volume.shape))
+    return job.items[job.record.largest_item.number]
 
 
 def copy_job(record: JobRecord, folder: str) -> JobHandle:
     """Create the job with an empty output below a local folder, and return its handle."""
     output = f"{folder}/out.zarr"
     copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
-    JobFolder(job_folder_of(output)).create_record(new_record(copy, copy.plans(), replaces=False))
+    JobFolder(job_folder_of(output)).create_record(new_record(copy, replaces=False))
     job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
     return job

@@ -30,22 +30,25 @@ BLOCKS_PER_BATCH = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Shape in voxels and dtype name of the input.
+    """Spatial shape in voxels and dtype name of the input.
 
-    For several inputs, `dtype` is their common dtype and `dtypes` lists the dtype of each.
+    For several inputs, `dtype` is their common dtype and `dtypes` lists the dtype of each. Each
+    input has `channels` channels.
     """
 
     shape: tuple[int, ...]
     dtype: str
     dtypes: tuple[str, ...] = ()
+    channels: int = 1
 
     @classmethod
     def joined(cls, volumes: Sequence[Volume]) -> Volume:
-        """Return one volume for several inputs, which have the same shape."""
+        """Return one volume for several inputs, which have the same shape and channels."""
         dtypes = tuple(volume.dtype for volume in volumes)
         if len(dtypes) == 1:
             return volumes[0]
-        return cls(volumes[0].shape, np.result_type(*dtypes).name, dtypes)
+        common = np.result_type(*dtypes).name
+        return cls(volumes[0].shape, common, dtypes, volumes[0].channels)
 
     @property
     def inputs(self) -> int:
@@ -54,8 +57,9 @@ class Volume:
 
     @property
     def voxel_bytes(self) -> int:
-        """Bytes per voxel, summed over the inputs."""
-        return sum(np.dtype(dtype).itemsize for dtype in self.dtypes or (self.dtype,))
+        """Bytes per voxel, summed over the channels of all inputs."""
+        itemsizes = (np.dtype(dtype).itemsize for dtype in self.dtypes or (self.dtype,))
+        return self.channels * sum(itemsizes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,11 @@ class Array(ABC):
     """A stored array.
 
     Reading and writing are thread-safe. Boxes cover all axes of the array. `dtype` is in native
-    byte order. `path` is for messages.
+    byte order. `path` is for messages. `has_channels` says whether the first axis has channels and
+    the others are spatial; else all are.
     """
 
+    has_channels: bool = False
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -6,20 +6,27 @@ from dataclasses import dataclass, field
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, as_spatial
+from chunkq.geometry.axes import Axis, picked
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
-from chunkq.storage.formats.base import Options
+from chunkq.storage.axes_view import AxesView
+from chunkq.storage.formats.base import ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
+from chunkq.storage.selection import EVERYTHING, Selection, select
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where one array is, and everything that determines its voxels.
+    """Where one array is, and everything that determines the voxels that are read of it.
 
     `path` is that of the array itself, after groups and resolution levels are resolved. `axes` are
     all axes in stored order. `dtype` is in native byte order. `options` belong to the format.
+
+    `channels` and `time` are the indices that are read along the channel and the time axis, in
+    their order; they are empty if there is no such axis. `order` has the numbers of the spatial
+    axes in the order of the network; empty for the stored order. `named_by` says what names the
+    axes; empty if nothing does.
     """
 
     format: str
@@ -27,20 +34,58 @@ class ImageSource:
     axes: tuple[Axis, ...]
     dtype: str
     options: Options = field(default_factory=dict, hash=False)
+    channels: tuple[int, ...] = ()
+    time: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+    named_by: str = ""
+
+    @property
+    def spatial_axes(self) -> tuple[Axis, ...]:
+        """The spatial axes in the order of the network."""
+        return tuple(self.axes[number] for number in self._spatial)
+
+    @property
+    def time_axis(self) -> Axis | None:
+        """The time axis with the selected time points, or None without one."""
+        number = self._number("time")
+        return None if number is None else picked(self.axes[number], self.time)
+
+    @property
+    def channel_axis(self) -> Axis | None:
+        """The channel axis with the selected channels, or None without one."""
+        number = self._number("channel")
+        return None if number is None else picked(self.axes[number], self.channels)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of the spatial axes."""
-        return tuple(axis.size for axis in self.axes if axis.kind == "space")
+        """Sizes of the spatial axes, in the order of the network."""
+        return tuple(axis.size for axis in self.spatial_axes)
 
     @property
     def volume(self) -> Volume:
-        """Spatial shape and dtype, for the planner."""
-        return Volume(self.shape, self.dtype)
+        """Spatial shape, dtype and number of channels, for the planner."""
+        return Volume(self.shape, self.dtype, channels=len(self.channels) or 1)
 
     def open(self) -> Array:
-        """Open the array for reading. Raises StoreError if it cannot be opened."""
+        """Open all of the array for reading. Raises StoreError if it cannot be opened."""
         return format_named(self.format).open(self.path, self.options)
+
+    def present(self, array: Array, time: int = 0, channel: int | None = None) -> Array:
+        """Return a view ([C,] *S) of the open array.
+
+        `time` is the number of a selected time point. `channel` is the number of a selected
+        channel, or None for all of them; a single channel has no axis.
+        """
+        fixed = {}
+        time_axis, channel_axis = self._number("time"), self._number("channel")
+        if time_axis is not None:
+            fixed[time_axis] = self.time[time]
+        if channel_axis is not None and (channel is not None or len(self.channels) == 1):
+            fixed[channel_axis] = self.channels[channel or 0]
+            channel_axis = None
+        if channel_axis is None and not fixed and self._spatial == tuple(range(len(self.axes))):
+            return array
+        return AxesView(array, self._spatial, fixed, channel_axis, self.channels)
 
     def identity(self) -> str | None:
         """Return a string that changes when the array is replaced; None if it is missing.
@@ -50,22 +95,56 @@ class ImageSource:
         """
         return format_named(self.format).identity(self.path, self.options)
 
+    @property
+    def _spatial(self) -> tuple[int, ...]:
+        stored = (number for number, axis in enumerate(self.axes) if axis.kind == "space")
+        return self.order or tuple(stored)
+
+    def _number(self, kind: str) -> int | None:
+        return next((number for number, axis in enumerate(self.axes) if axis.kind == kind), None)
+
 
 def find_source(
-    path: str, access: Access = DEFAULT_ACCESS, *, allow_empty: bool = False
+    path: str,
+    selection: Selection = EVERYTHING,
+    access: Access = DEFAULT_ACCESS,
+    *,
+    allow_empty: bool = False,
 ) -> ImageSource:
-    """Find the array of an input path: an array, or level 0 of an OME-Zarr image.
+    """Find the array of an input path: an array, or a level of an OME-Zarr image.
 
-    Jobs have spatial axes only, so every axis counts as spatial. Raises StoreError if the path does
-    not exist or is not an array in a known format, and unless `allow_empty` if none of its storage
-    chunks exists.
+    Raises StoreError if the path does not exist or is not an array in a known format, and unless
+    `allow_empty` if none of its storage chunks exists. Raises JobError if the selection does not
+    fit the array or its axes have no clear meaning.
     """
-    name = format_of(path, access.options)
-    array = format_named(name).find(path, access.options)
+    name, level = format_of(path, access.options), selection.level
+    known, options = format_named(name), access.options
+    array = known.find(path, options) if level is None else known.find_level(path, level, options)
     if array.is_empty and not allow_empty:
         raise StoreError(
             f"input: {without_secret(array.path)} has no storage chunk under any name, so every "
             "voxel would be the fill value; fix the path, or set allow_empty: true",
             code=ErrorCode.INPUT_EMPTY,
         )
-    return ImageSource(name, array.path, as_spatial(array.axes), array.dtype, array.options)
+    return source_of(array, selection, path, name)
+
+
+def source_of(
+    array: ArrayInfo, selection: Selection, path: str, format_name: str = ""
+) -> ImageSource:
+    """Return the source of an array that a format has found. `path` is the user's name of it.
+
+    Raises JobError if the selection does not fit it or its axes have no clear meaning.
+    """
+    selected = select(array, selection, without_secret(path))
+    return ImageSource(
+        format_name,
+        array.path,
+        selected.axes,
+        array.dtype,
+        array.options,
+        selected.channels,
+        selected.time,
+        selected.order,
+        selected.named_by,
+    )

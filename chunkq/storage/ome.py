@@ -7,12 +7,17 @@ from typing import Any
 
 from pydantic import BaseModel, Field, FiniteFloat
 
-from chunkq.geometry.axes import Axis, AxisKind, plain_axes
+from chunkq.geometry.axes import (
+    LETTERS,
+    Axis,
+    AxisKind,
+    kind_of_name,
+    plain_axes,
+    with_unique_names,
+)
 
 KIND_OF_TYPE: dict[str, AxisKind] = {"space": "space", "channel": "channel", "time": "time"}
 """OME-Zarr type of an axis -> kind."""
-KIND_OF_NAME: dict[str, AxisKind] = {"c": "channel", "t": "time"}
-"""Name of an axis without a type -> kind. All others are spatial."""
 
 
 class OmeAxis(BaseModel):
@@ -26,7 +31,7 @@ class OmeAxis(BaseModel):
     def kind(self) -> AxisKind:
         """The kind of the axis; spatial if its type is unknown."""
         if self.type is None:
-            return KIND_OF_NAME.get(self.name, "space")
+            return kind_of_name(self.name)
         return KIND_OF_TYPE.get(self.type, "space")
 
 
@@ -38,11 +43,14 @@ class Transformation(BaseModel):
     translation: tuple[FiniteFloat, ...] = ()
 
 
+Transformations = tuple[Transformation, ...]
+
+
 class Dataset(BaseModel):
     """One resolution level of an image."""
 
     path: str
-    transformations: tuple[Transformation, ...] = Field((), alias="coordinateTransformations")
+    transformations: Transformations = Field((), alias="coordinateTransformations")
 
 
 class MultiscaleImage(BaseModel):
@@ -50,6 +58,13 @@ class MultiscaleImage(BaseModel):
 
     axes: tuple[OmeAxis | str, ...] = ()
     datasets: tuple[Dataset, ...] = ()
+    transformations: Transformations = Field((), alias="coordinateTransformations")
+
+    def level(self, name: int | str) -> Dataset | None:
+        """Return a resolution level by its number or the path of its dataset, or None."""
+        if isinstance(name, int):
+            return self.datasets[name] if name < len(self.datasets) else None
+        return next((level for level in self.datasets if level.path.strip("/") == name), None)
 
 
 class OmeAttributes(BaseModel):
@@ -67,34 +82,55 @@ def first_image(attributes: dict[str, Any]) -> MultiscaleImage | None:
     return images[0] if images and images[0].datasets else None
 
 
-def read_axes(image: MultiscaleImage, shape: Sequence[int]) -> tuple[Axis, ...]:
-    """Return the axes of level 0 of an image, which has this shape.
+def channel_labels(attributes: dict[str, Any]) -> tuple[str, ...]:
+    """Return the labels of the channels in the attributes of a Zarr group; empty without any.
 
-    Entries that are missing or have another length are those of `plain_axes`, and so are names that
-    are ambiguous in an output.
+    A channel without a label has an empty one.
+    """
+    omero = (attributes.get("ome") or attributes).get("omero")
+    channels = omero.get("channels") if isinstance(omero, dict) else None
+    if not isinstance(channels, list):
+        return ()
+    return tuple(str(c.get("label") or "") if isinstance(c, dict) else "" for c in channels)
+
+
+def described_axes(image: MultiscaleImage, rank: int) -> tuple[OmeAxis, ...] | None:
+    """Return the axes that the metadata of an image name, or None.
+
+    Before OME-Zarr 0.3, images had the five axes t, c, z, y, x and no metadata of them.
+    """
+    axes = image.axes or (tuple(LETTERS) if rank == len(LETTERS) else ())
+    described = tuple(OmeAxis(name=a) if isinstance(a, str) else a for a in axes)
+    return described if len(described) == rank else None
+
+
+def read_axes(
+    image: MultiscaleImage, shape: Sequence[int], level: Dataset | None = None
+) -> tuple[Axis, ...]:
+    """Return the axes of a level of an image, which has this shape; by default of level 0.
+
+    The transformations of the level are followed by those of the image. Entries that are missing or
+    have another length are those of `plain_axes`, and so are names that are ambiguous in an output.
     """
     rank, plain = len(shape), plain_axes(shape)
-    scale, translation = (1.0,) * rank, (0.0,) * rank
-    for transformation in image.datasets[0].transformations:
+    scale, translation = [1.0] * rank, [0.0] * rank
+    for transformation in (*(level or image.datasets[0]).transformations, *image.transformations):
         if transformation.type == "scale" and len(transformation.scale) == rank:
-            scale = transformation.scale
+            factors = transformation.scale
+            scale = [s * f for s, f in zip(scale, factors, strict=True)]
+            translation = [t * f for t, f in zip(translation, factors, strict=True)]
         elif transformation.type == "translation" and len(transformation.translation) == rank:
-            translation = transformation.translation
-    described = tuple(OmeAxis(name=a) if isinstance(a, str) else a for a in image.axes)
-    if len(described) != rank:
+            offsets = transformation.translation
+            translation = [t + o for t, o in zip(translation, offsets, strict=True)]
+    described = described_axes(image, rank)
+    if described is None:
         described = tuple(OmeAxis(name=axis.name, type=axis.kind) for axis in plain)
-    use_names = _are_unambiguous(described)
-    return tuple(
-        Axis(axis.name if use_names else default.name, axis.kind, default.size, axis.unit, *numbers)
-        for axis, default, *numbers in zip(described, plain, scale, translation, strict=True)
+    return with_unique_names(
+        [
+            Axis(axis.name, axis.kind, size, axis.unit, *numbers)
+            for axis, size, *numbers in zip(described, shape, scale, translation, strict=True)
+        ]
     )
-
-
-def _are_unambiguous(axes: Sequence[OmeAxis]) -> bool:
-    """Return whether the names differ, also from those of the axes that an output can add."""
-    names = {axis.name for axis in axes}
-    spatial = {axis.name for axis in axes if axis.kind == "space"}
-    return len(names) == len(axes) and not spatial & {"", *KIND_OF_NAME}
 
 
 def is_image(axes: Sequence[Axis]) -> bool:

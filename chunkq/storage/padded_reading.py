@@ -11,11 +11,14 @@ from chunkq.system import buffers
 
 
 def read_padded(array: Array, window: Box, mode: PadMode, value: float) -> Voxels:
-    """Read a window of the array, padded like `np.pad` without limit; shape `window.shape`.
+    """Read a window of an array ([C,] *S), padded like `np.pad` without limit.
 
-    The window must intersect the array.
+    `window` has the spatial axes only and must intersect the array. The result has all channels,
+    ([C,] *window.shape).
     """
-    axes = list(zip(window.start, window.stop, array.shape, strict=True))
+    leading = array.shape[: len(array.shape) - len(window.shape)]
+    start, stop = (*(0 for _ in leading), *window.start), (*leading, *window.stop)
+    axes = list(zip(start, stop, array.shape, strict=True))
     bounds = [
         source_range(np.asarray(low), np.asarray(high), size, mode) for low, high, size in axes
     ]

@@ -349,7 +349,7 @@ def test_tensors_zarr_arrays_and_paths_are_accepted_as_volumes(tmp_path: Path) -
 
 INVALID_VOLUMES: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "an empty list": (lambda: [], ["volume"]),
-    "a number": (lambda: 5, ["0 axes", "1 to 4"]),
+    "a number": (lambda: 5, ["0 spatial axes", "1 to 4"]),
     "strings": (lambda: np.full(SHAPE, "x"), ["<U1"]),
     "no voxel": (lambda: np.zeros((0, 8, 8)), ["[0, 8, 8]"]),
     "uint64": (lambda: np.zeros(SHAPE, np.uint64), ["uint64"]),

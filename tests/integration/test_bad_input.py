@@ -117,9 +117,9 @@ def test_a_npy_file_with_other_content_is_rejected(workspace: Workspace, content
         (np.zeros(SHAPE, np.complex64), "complex64"),
         (np.zeros(SHAPE, [("a", "i4"), ("b", "f4")]), "('a', '<i4')"),
         (np.zeros(SHAPE, "U3"), "<U3"),
-        (np.float32(3), "0 axes"),
+        (np.float32(3), "0 spatial axes"),
         (np.zeros((0, 24)), "[0, 24]"),
-        (np.zeros((1, 1, 1, 8, 8), np.uint8), "5 axes"),
+        (np.zeros((1, 1, 1, 8, 8), np.uint8), "5 spatial axes"),
     ],
 )
 def test_arrays_that_are_not_volumes_are_rejected(

@@ -236,6 +236,56 @@ def test_inputs_of_every_dtype_and_layout_give_the_results_of_the_host(
     assert pipeline.is_resident
 
 
+class Mixed(torch.nn.Module):
+    """Return a weighted sum of the channels."""
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        factors = torch.arange(1.0, batch.shape[1] + 1)
+        if hasattr(batch, "owner"):
+            factors = batch.owner.to_device(factors)
+        return (batch * factors.reshape(-1, 1, 1)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "channels", "model"),
+    [
+        (["uint8"], 3, {"model_input_shape": [3, 5, 6]}),
+        (["uint16"], 2, {"model_input_shape": [2, 5, 6], "cuda_graph": True}),
+        (["uint8", "int16"], 2, {"model_input_shape": [2, 5, 6], "join_dim": 1}),
+        (["uint8", "uint8", "uint8"], 1, {"model_input_shape": [3, 5, 6]}),
+    ],
+    ids=str,
+)
+def test_channels_give_the_results_of_the_host_and_of_numpy(
+    dtypes: list[str], channels: int, model: dict[str, Any]
+) -> None:
+    model = BATCH | {"model_output_shape": [1, 5, 6]} | model
+    values = job_values((5, 6), inference_type="sliding_window", strides=[3, 4], model=model)
+    values |= {"input": [f"/{n}.zarr" for n in range(len(dtypes))], "chunksize": [12, 10]}
+    volumes = [Volume((24, 21), np.dtype(dtype).name, channels=channels) for dtype in dtypes]
+    plan = JobPlan.of(parse_job(values), Volume.joined(volumes))
+    rng = np.random.default_rng(1)
+    inputs = [rng.integers(0, 250, (channels, 24, 21)).astype(dtype) for dtype in dtypes]
+    stacked = np.concatenate([array.astype(np.float32) for array in inputs])
+    factors = np.arange(1, len(stacked) + 1, dtype=np.float32)
+    expected_volume = np.tensordot(factors, stacked, 1)[np.newaxis]
+    device, network = SimulatedDevice(), Mixed()
+    pipeline = pipeline_for(plan, device, network=network)
+    host = host_pipeline_for(plan, network)
+    for chunk in map(plan.chunk, plan.indices()):
+        halos = [
+            np.stack([window(plan, channel, chunk.halo) for channel in array]) for array in inputs
+        ]
+        halos = [halo if channels > 1 else halo[0] for halo in halos]
+        result, expected = (p.start(chunk, halos)() for p in (pipeline, host))
+        assert result is not None
+        assert expected is not None
+        assert result.core == pytest.approx(expected.core, rel=1e-5)
+        core = expected_volume[:, *chunk.core.slices((0, 0))]
+        assert result.core == pytest.approx(core, rel=1e-5)
+    assert pipeline.is_resident
+
+
 # ------------------------------------------------------------- copies, launches and waiting
 
 

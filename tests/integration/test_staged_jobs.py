@@ -14,6 +14,7 @@ from chunkq_worker import inference_engine
 from chunkq_worker.batching import Batcher
 from chunkq_worker.device import Device
 from chunkq_worker.runtimes.base import BatchFeed, Runtime
+from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.runtimes.torch import TorchRuntime
 from chunkq_worker.runtimes.torch_files import LOADERS, LoadedNetwork
 from chunkq_worker.steps import Steps
@@ -31,10 +32,10 @@ from tests.simulated_device import SimulatedDevice
 each_device = pytest.mark.parametrize("early", [False, True], ids=["copies late", "copies early"])
 
 
-def loader_for(device: SimulatedDevice) -> Callable[[ModelConfig, Steps, int | None], Runtime]:
+def loader_for(device: SimulatedDevice) -> Callable[..., Runtime]:
     """Return a loader that loads networks as for CUDA, but onto a simulated device."""
 
-    def load(model: ModelConfig, steps: Steps, threads: int | None) -> Runtime:
+    def load(model: ModelConfig, steps: Steps, threads: int | None, _: ItemShapes) -> Runtime:
         on_cpu = model.model_copy(update={"device": "cpu"})
         return TorchRuntime(LOADERS[model.type](on_cpu), model, steps, threads, device)
 

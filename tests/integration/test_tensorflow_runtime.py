@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -552,7 +553,7 @@ def test_several_inputs_are_the_last_axis_of_a_network_with_channels_last(
     for shape, join_dim in (((1, *PATCH), 1), ((*PATCH, 1), 3)):
         keys = class_of("sums_channels", join_dim=join_dim)
         model = config(model_files, shape, model_output_shape=list(PATCH), **keys)
-        runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH), 2))
+        runtime = load_runtime(model, Steps(), 1, ItemShapes.of(model, len(PATCH), inputs=2))
         assert_close(runtime(values), values.sum(1))
 
 
@@ -839,6 +840,24 @@ def test_the_error_for_an_architecture_of_keras_2_explains_how_to_convert_it(
     path.write_text(json.dumps(values))
     line = load_error(model_files, "2.15.0", keras.__version__, type="json", json_file=str(path))
     assert line.startswith(f"model_config.json_file: {path} ")
+    assert line.endswith("write a SavedModel with model.export(path), and use type: file")
+
+
+@pytest.mark.parametrize("package", ["keras", "tf_keras"])
+def test_the_error_for_a_keras_file_of_keras_2_explains_how_to_convert_it(
+    model_files: Path, tmp_path: Path, package: str
+) -> None:
+    path = tmp_path / "keras_2.keras"
+    with zipfile.ZipFile(model_files / "net.keras") as source, zipfile.ZipFile(path, "w") as copy:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "config.json":
+                names = {"module": f"{package}.src.engine.functional"}
+                names["registered_name"] = "Functional"
+                content = json.dumps(json.loads(content) | names).encode()
+            copy.writestr(name, content)
+    line = load_error(model_files, "Keras 2", keras.__version__, **file_of(str(path)))
+    assert line.startswith(f"model_config.model_file: {path}: ")
     assert line.endswith("write a SavedModel with model.export(path), and use type: file")
 
 

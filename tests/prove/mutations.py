@@ -30,6 +30,7 @@ from queue import SimpleQueue
 
 from tests.prove.fault import Fault
 from tests.prove.faults import (
+    axes,
     blending,
     geometry,
     ledger,
@@ -43,6 +44,7 @@ from tests.prove.faults import (
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
+    *axes.FAULTS,
     *geometry.FAULTS,
     *blending.FAULTS,
     *queues.FAULTS,

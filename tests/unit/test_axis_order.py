@@ -35,7 +35,7 @@ def layout(
     inputs: int | None = None,
     **keys: Any,
 ) -> NetworkLayout:
-    shapes = ItemShapes.of(model(shape, output, **keys), rank, inputs)
+    shapes = ItemShapes.of(model(shape, output, **keys), rank, inputs=inputs)
     return NetworkLayout(shapes, axes, steps or Steps())
 
 

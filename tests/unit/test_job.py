@@ -624,3 +624,53 @@ def test_access_to_storage_without_accounts_is_refused(path: str) -> None:
 def test_a_list_with_an_invalid_item_is_not_too_short_as_well() -> None:
     assert keys(problems(values(chunksize=[0]))) == ["chunksize.0"]
     assert keys(problems(values(chunksize=[]))) == ["chunksize"]
+
+
+# ------------------------------------------------------------------------------ inputs
+
+
+def input_of(value: Any) -> Job:
+    return load_job(job_values((4, 4)) | {"input": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "lines"),
+    [
+        (7, ["input: "]),
+        ([], ["input: "]),
+        ([7], ["input.0: "]),
+        ({"path": "a.zarr", "axs": "zyx"}, ["input.axs: "]),
+        ({"axes": "zyx"}, ["input.path: "]),
+        ({"path": "a.zarr", "axes": "zz"}, ["input.axes: "]),
+        ({"path": "a.zarr", "order": "zyq"}, ["input.order: "]),
+        ({"path": "a.zarr", "level": -1}, ["input.level: "]),
+        ({"path": "a.zarr", "channels": [1.5]}, ["input.channels: "]),
+        ({"path": "a.zarr", "channels": "DAPI"}, ["input.channels: "]),
+        ({"path": "a.zarr", "channels": []}, ["input.channels: "]),
+        ({"path": "a.zarr", "time": True}, ["input.time: "]),
+        (["a.zarr", {"path": "b.zarr", "axes": "", "level": 1.5}],
+         ["input.1.axes: ", "input.1.level: "]),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_input_is_one_line_with_its_place(value: Any, lines: list[str]) -> None:
+    with pytest.raises(JobError) as error:
+        input_of(value)
+    assert len(error.value.problems) == len(lines)
+    for problem, start in zip(error.value.problems, lines, strict=True):
+        assert problem.startswith(start)
+
+
+def test_a_mapping_with_a_path_alone_is_the_path() -> None:
+    assert input_of({"path": "/a.zarr"}).input == input_of("/a.zarr").input == ("/a.zarr",)
+
+
+def test_the_input_of_the_command_line_replaces_the_path_of_a_mapping() -> None:
+    values = job_values((4, 4)) | {"input": {"path": "a.zarr", "axes": "tyx"}}
+    [config] = load_job(values, input="/b.zarr").inputs
+    assert (config.path, config.axes) == ("/b.zarr", "tyx")
+
+
+def test_an_input_is_equal_after_a_round_trip_through_json() -> None:
+    mapping = {"path": "/a.zarr", "channels": [1, "GFP"], "time": "0:2", "level": "s1"}
+    job = input_of([mapping, "/b.zarr"])
+    assert parse_job(json.loads(json.dumps(job.as_dict()))) == job

@@ -15,7 +15,7 @@ import pytest
 
 from chunkq.errors import ErrorCode, JobError
 from chunkq.geometry.axes import plain_axes
-from chunkq.job.items import Item
+from chunkq.job.items import Image
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.record import JobRecord
 from chunkq.storage import documents
@@ -33,7 +33,13 @@ def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
     hashes = {"model_config.ts_file": "00"}
     metadata = {f"0.{EPOCH}/zarr.json": "{}"}
     return JobRecord(
-        plan.job, (Item(0, "", (source,)),), hashes, (("identity",),), EPOCH, f"0.{EPOCH}", metadata
+        plan.job,
+        (Image(0, "", (source,)),),
+        hashes,
+        (("identity",),),
+        EPOCH,
+        f"0.{EPOCH}",
+        metadata,
     )
 
 
@@ -53,7 +59,7 @@ def changed(key: str) -> dict[str, Any]:
         "epoch": "ffffffff",
         "array": "0",
         "job": {**values["job"], "pad_value": 7},
-        "items": [{**values["items"][0], "number": 1}],
+        "images": [{**values["images"][0], "number": 1}],
         "identities": [["another"]],
         "file_hashes": {"model_config.ts_file": "01"},
         "metadata": {f"0.{EPOCH}/zarr.json": "[]"},
@@ -62,7 +68,7 @@ def changed(key: str) -> dict[str, Any]:
 
 
 KEYS = [
-    "checksum", "chunkq_version", "digest", "epoch", "array", "job", "items", "identities",
+    "checksum", "chunkq_version", "digest", "epoch", "array", "job", "images", "identities",
     "file_hashes", "metadata",
 ]  # fmt: skip
 
@@ -78,7 +84,7 @@ def test_a_record_with_a_changed_value_is_damaged(key: str) -> None:
     assert code_of(json.dumps(changed(key)).encode()) == ErrorCode.JOB_RECORD_DAMAGED
 
 
-@pytest.mark.parametrize("key", ["digest", "job", "items", "file_hashes"])
+@pytest.mark.parametrize("key", ["digest", "job", "images", "file_hashes"])
 def test_changed_values_with_a_valid_checksum_are_detected_by_the_digest(
     key: str,
 ) -> None:
@@ -115,8 +121,8 @@ def test_a_record_of_another_layout_is_unsupported_not_damaged() -> None:
 def test_the_digest_depends_on_everything_that_a_source_has(change: dict[str, Any]) -> None:
     record = record_for()
     [source] = record.sources
-    item = Item(0, "", (replace(source, **change),))
-    assert replace(record, items=(item,)).digest != record.digest
+    image = Image(0, "", (replace(source, **change),))
+    assert replace(record, images=(image,)).digest != record.digest
 
 
 # --------------------------------------------------------------------------- several creators

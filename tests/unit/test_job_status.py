@@ -8,7 +8,7 @@ from chunkq_producer.job_status import job_status, status_line
 
 from chunkq.geometry.axes import plain_axes
 from chunkq.job import ledger as ledger_module
-from chunkq.job.items import Item
+from chunkq.job.items import Image
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.ledger import ItemLedger, Ledger
@@ -27,7 +27,7 @@ def ledger_in(path: Path) -> ItemLedger:
 def job_of(path: Path, plan: JobPlan) -> JobHandle:
     """Return the job of a plan, without files."""
     source = ImageSource("zarr", "/in.zarr", plain_axes(plan.volume.shape), plan.volume.dtype)
-    record = JobRecord(plan.job, (Item(0, "", (source,)),), {}, epoch=EPOCH)
+    record = JobRecord(plan.job, (Image(0, "", (source,)),), {}, epoch=EPOCH)
     return JobHandle(JobFolder(str(path / "out.zarr.chunkq")), record)
 
 
@@ -67,7 +67,8 @@ def test_speed_and_wait_share_do_not_depend_on_the_size_of_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     ledger_with_commits(tmp_path)
-    job = job_of(tmp_path, plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10]))
+    plan = plan_for((10 * (CHUNKS + 10),), (10,), chunksize=[10])
+    job = job_of(tmp_path, plan)
     # The file system decides which records are sampled, so sample every step-th one explicitly.
     sample = tuple((n,) for n in range(0, CHUNKS, step))
     records = tuple(job.items[0].ledger.commits("infer", sample))
@@ -104,13 +105,13 @@ def uneven_job(path: Path, volume: int) -> JobHandle:
 
 
 def test_the_remaining_time_is_that_of_the_remaining_patches(tmp_path: Path) -> None:
-    # The chunks own 4, 4, 4 and 1 patches.
-    status = job_status(uneven_job(tmp_path, 70), None)
+    # The chunks own 4, 4, 4 and 2 patches.
+    status = job_status(uneven_job(tmp_path, 74), None)
     assert (status.done, status.chunks) == (3, 4)
-    assert (status.patches_done, status.patches) == (12, 13)
+    assert (status.patches_done, status.patches) == (12, 14)
     assert status.patches_per_second == pytest.approx(1)
-    assert status.seconds_left == pytest.approx(1)
-    assert status_line(status) == "3/4 chunks done, 12/13 patches, 1 patches/s, 1 s left"
+    assert status.seconds_left == pytest.approx(2)
+    assert status_line(status) == "3/4 chunks done, 12/14 patches, 1 patches/s, 2 s left"
 
 
 def test_a_block_without_patches_is_no_chunk_of_the_status(tmp_path: Path) -> None:

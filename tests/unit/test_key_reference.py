@@ -35,8 +35,17 @@ def definition(path: str) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for part in path.split("."):
         value = content["properties"][part]
-        content = SCHEMA["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
+        content = section_of(value) or {}
     return value
+
+
+def section_of(value: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the schema of a section that a value is, or can be, or can be a list of."""
+    if "$ref" in value:
+        definition: dict[str, Any] = SCHEMA["$defs"][value["$ref"].rpartition("/")[2]]
+        return definition
+    parts = [*value.get("anyOf", ()), *value.get("oneOf", ()), value.get("items", {})]
+    return next(filter(None, map(section_of, filter(None, parts))), None)
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -53,8 +62,7 @@ def test_every_key_has_a_description_a_default_a_unit_and_an_example(path: str) 
 
 
 def definition_of_section(path: str) -> dict[str, Any]:
-    reference = definition(path)["$ref"] if path else ""
-    return SCHEMA["$defs"][reference.rpartition("/")[2]] if path else SCHEMA
+    return section_of(definition(path)) or {} if path else SCHEMA
 
 
 @pytest.mark.parametrize("path", [path for path in KEYS if path != "roi"])

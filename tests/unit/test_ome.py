@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from chunkq.geometry.axes import Axis, as_spatial, channel_axis, plain_axes
+from chunkq.geometry.axes import Axis, channel_axis, plain_axes
 from chunkq.storage.ome import first_image, image_metadata, read_axes
 
 
@@ -51,12 +51,16 @@ def test_the_kind_of_an_axis_is_that_of_its_type_else_of_its_name(axes: list[Any
         {"coordinateTransformations": [{"type": "scale", "path": "elsewhere"}]},
     ],
 )
-@pytest.mark.parametrize("axes", [[], ["z", "y", "x"], [{"name": "y"}], ["y", "y"], ["y", "c"]])
+@pytest.mark.parametrize("axes", [[], ["z", "y", "x"], [{"name": "y"}], ["y", "y"], ["y", ""]])
 def test_missing_and_ambiguous_entries_are_those_of_an_array_without_metadata(
     axes: list[Any], level: dict[str, Any]
 ) -> None:
-    read = as_spatial(axes_of((4, 5), axes, **level))
-    assert read == plain_axes((4, 5))
+    assert axes_of((4, 5), axes, **level) == plain_axes((4, 5))
+
+
+def test_an_image_of_five_axes_without_names_is_one_of_the_first_versions() -> None:
+    kinds = ["time", "channel", "space", "space", "space"]
+    assert [axis.kind for axis in axes_of((1, 2, 3, 4, 5), [])] == kinds
 
 
 @pytest.mark.parametrize(
@@ -107,10 +111,27 @@ def test_axes_that_ome_zarr_does_not_know_have_no_image_metadata(shape: tuple[in
     assert image_metadata(plain_axes(shape), 3, "0") == {}
 
 
-def test_axes_become_spatial_with_their_scale_and_default_names() -> None:
-    axes = (Axis("c", "channel", 3), Axis("x", "space", 9, "nm", 2.0, 5.0))
-    assert as_spatial(axes) == (Axis("y", "space", 3), Axis("x", "space", 9, "nm", 2.0, 5.0))
-    assert as_spatial(axes[1:]) == axes[1:]
+def test_the_transformations_of_the_image_follow_those_of_the_level() -> None:
+    transformations = [
+        [{"type": "scale", "scale": [1, 2, 4]}, {"type": "translation", "translation": [0, 1, 3]}],
+        [{"type": "scale", "scale": [30, 0.5, 0.5]},
+         {"type": "translation", "translation": [7, 0, 10]}],
+    ]  # fmt: skip
+    level, image = transformations
+    metadata = {
+        "axes": [{"name": "t", "type": "time", "unit": "second"}, "y", "x"],
+        "datasets": [{"path": "0"}, {"path": "s1", "coordinateTransformations": level}],
+        "coordinateTransformations": image,
+    }
+    read = first_image({"multiscales": [metadata]})
+    assert read is not None
+    assert read.level(1) == read.level("s1") == read.datasets[1]
+    assert read.level(2) is read.level("s2") is None
+    assert read_axes(read, (3, 4, 5), read.level(1)) == (
+        Axis("t", "time", 3, "second", 30.0, 7.0),
+        Axis("y", "space", 4, None, 1.0, 0.5),
+        Axis("x", "space", 5, None, 2.0, 11.5),
+    )
 
 
 def test_axes_without_metadata_have_different_names() -> None:

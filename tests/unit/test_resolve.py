@@ -51,7 +51,7 @@ def test_valid_jobs_are_resolved_to_their_shapes(case: Case) -> None:
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_volume_must_have_1_to_4_axes(rank: int) -> None:
     (line,) = problems((8,) * rank, (4,) * 4)
-    assert_problem(line, "input", "/in.zarr", f"{rank} axes", "1 to 4")
+    assert_problem(line, "input", "/in.zarr", f"{rank} spatial axes", "1 to 4")
 
 
 def test_a_volume_must_have_voxels() -> None:

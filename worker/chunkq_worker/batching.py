@@ -31,6 +31,7 @@ from chunkq.geometry.box import Box
 from chunkq.job.axis_order import EITHER_ORDER
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
+from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from chunkq_worker.runtimes.device_chunk import DeviceInput, FiniteFlag
 
 Halos = Sequence[npt.NDArray[Any]]
-"""For each input, the array that a chunk's patches read; all have one shape."""
+"""For each input, the array ([C,] *S) that a chunk's patches read; all have one shape."""
 MESSAGE_LENGTH = 300
 """Characters of a framework's message in an error of chunkq."""
 log = logging.getLogger("chunkq.worker")
@@ -77,11 +78,7 @@ class Batcher:
     ) -> None:
         self.model, self.checks = model, checks
         self._plan, self._runtime, self._steps = plan, runtime, steps
-        self._slot = model.model_input_shape
-        self._item, self._join_axis = list(self._slot), None
-        if model.join_dim is not None:
-            self._join_axis = model.join_dim - 1
-            self._item[self._join_axis] = plan.volume.inputs
+        self._layout = BatchLayout.of(model, plan.volume.inputs)
         self._declared_shapes = output_shapes(model, plan.rank)
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
@@ -146,7 +143,7 @@ class Batcher:
         """Return the error for a network that fails; its cause is `error`."""
         failed = ModelError(
             f"the network raised {type(error).__name__} on {batch}: "
-            f"{_end_of(str(error))}; the batch has shape {[self.size, *self._item]}; check "
+            f"{_end_of(str(error))}; the batch has shape {[self.size, *self._layout.item]}; check "
             f"model_input_shape and the network{self._channel_hint()}"
         )
         failed.__cause__ = error
@@ -200,7 +197,8 @@ class Batcher:
             return
         for number, halo in enumerate(halos):
             name = f"input {number}" if len(halos) > 1 else "the input"
-            box = Box(tuple(origin), tuple(o + n for o, n in zip(origin, halo.shape, strict=True)))
+            shape = halo.shape[-len(origin) :]
+            box = Box(tuple(origin), tuple(o + n for o, n in zip(origin, shape, strict=True)))
             _check_cast(halo, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
 
     def raw(
@@ -244,10 +242,8 @@ class Batcher:
         items = buffer[: self._count(len(batch))]
         for row, patch in zip(items, batch, strict=False):
             for number, halo in enumerate(halos):
-                channel: Any = ...
-                if self._join_axis is not None:
-                    channel = (*(slice(None),) * self._join_axis, slice(number, number + 1))
-                row[channel] = halo[patch.source.slices(origin)].reshape(self._slot)
+                part = halo[patch.source.index(origin)].reshape(self._layout.part)
+                row[self._layout.index(number)] = part
         items[len(batch) :] = items[len(batch) - 1] if batch else 0
         return items
 
@@ -259,7 +255,7 @@ class Batcher:
         accelerator = self._runtime.accelerator
         if accelerator is None or not self.is_resident:
             return None
-        return accelerator.zeros((self._count(0), *self._item))
+        return accelerator.zeros((self._count(0), *self._layout.item))
 
     def _count(self, used: int) -> int:
         return used if used and self._runtime.any_batch else self.size
@@ -295,7 +291,7 @@ class Batcher:
         origin: Sequence[int],
         uploaded: DeviceInput | None,
     ) -> None:
-        windows = [patch.source.slices(origin) for patch in batch]
+        windows = [patch.source.index(origin) for patch in batch]
         inputs = [halo[window] for window in windows for halo in halos]
         checks.examine(
             outputs,
@@ -424,7 +420,7 @@ class Batcher:
                 remedy = f"move its last axis first in postprocessing_protected of {KEY}"
             raise ModelError(
                 f"the network{steps} returned shape {list(shape)} for a batch of "
-                f"{[count, *self._item]}, but model_config.model_output_shape declares "
+                f"{[count, *self._layout.item]}, but model_config.model_output_shape declares "
                 f"{[count, *self._declared_shapes[0]]}; {remedy}"
             )
         check_output_dtype(self._output_dtype, self._plan.output)
@@ -443,10 +439,11 @@ class Batcher:
 
     def _channel_hint(self) -> str:
         """Return what to try if the declared input has no channel axis, else nothing."""
-        has_channels = len(self._slot) > self._plan.rank or self.model.lost_dim is not None
+        shape = self.model.model_input_shape
+        has_channels = len(shape) > self._plan.rank or self.model.lost_dim is not None
         if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
             return ""
-        return f"; if it has a channel axis, use model_input_shape {[1, *self._slot]}"
+        return f"; if it has a channel axis, use model_input_shape {[1, *shape]}"
 
     def _run(self, sent: Any) -> Array:
         outputs, step = self._runtime(sent), self._steps.postprocessing
@@ -553,7 +550,7 @@ class Batcher:
         """Return the feed; its buffers are allocated at the first call."""
         if self._feed is None:
             dtype = np.dtype(self._plan.volume.dtype).newbyteorder("=")
-            self._feed = self._runtime.feed((self._size, *self._item), dtype)
+            self._feed = self._runtime.feed((self._size, *self._layout.item), dtype)
         return self._feed
 
 

@@ -10,7 +10,7 @@ from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution
 from chunkq.blend.weights import Weights
 from chunkq.errors import ModelError
-from chunkq.job.axis_order import channels_first
+from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.job.user_modules import UserModules
@@ -45,8 +45,9 @@ class InferenceEngine:
         self._job = job = record.job
         threads = job.threads or (int(share) if share.isdecimal() else None)
         self._network_key = _network_key(record, plan)
-        self._model = channels_first(job.model, plan.rank)
-        shapes = ItemShapes.of(job.model, plan.rank, plan.volume.inputs)
+        channels = input_channels(job.model, plan.volume)
+        self._model = channels_first(job.model, plan.rank, channels)
+        shapes = ItemShapes.of(job.model, plan.rank, channels, plan.volume.inputs)
         self._modules = UserModules()
         with self._modules.collect():
             self._steps = Steps.load(job.model.processing_steps)

@@ -16,11 +16,15 @@ from typing_extensions import override
 
 from chunkq.blend.combine import to_numpy
 from chunkq.errors import JobError, StoreError
+from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
 from chunkq.paths import absolute, is_url, without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
-from chunkq.storage.images import find_source
+from chunkq.storage.axes_view import AxesView
+from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.images import ImageSource, find_source, source_of
+from chunkq.storage.selection import Selection
 
 Input = Any
 """One volume: an argument of `np.asarray`, an array that yields such when sliced, or a path."""
@@ -41,18 +45,21 @@ class MemoryArray(Array):
         return np.asarray(self.values[box.slices((0,) * len(self.shape))])
 
 
-def open_inputs(inputs: Input | Sequence[Input], *, allow_empty: bool = False) -> tuple[Array, ...]:
+def open_inputs(
+    inputs: Input | Sequence[Input], axes: str | None = None, *, allow_empty: bool = False
+) -> tuple[Array, ...]:
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
-    A path can be to an array without any storage chunk only if `allow_empty`.
-    Raise JobError if one is not an array or if the shapes differ, StoreError for a bad path.
+    `axes` has a letter of tczyx for each axis. A path can be to an array without any storage chunk
+    only if `allow_empty`. The arrays are views ([C,] *S). Raise JobError if one is not an array, if
+    the axes are not clear or if the shapes differ, StoreError for a bad path.
     """
     volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not volumes:
         raise JobError("input: expected at least one volume, found an empty list")
     names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
     arrays = tuple(
-        _open_input(v, name, allow_empty) for v, name in zip(volumes, names, strict=True)
+        _open_input(v, name, axes, allow_empty) for v, name in zip(volumes, names, strict=True)
     )
     problems = [
         f"input: {without_secret(array.path)} has shape {list(array.shape)}, expected "
@@ -67,7 +74,13 @@ def open_inputs(inputs: Input | Sequence[Input], *, allow_empty: bool = False) -
 
 def volume_of(arrays: Sequence[Array]) -> Volume:
     """Return the shape and dtype of the inputs for the planner."""
-    return Volume.joined([Volume(array.shape, str(array.dtype)) for array in arrays])
+    return Volume.joined([_volume_of(array) for array in arrays])
+
+
+def _volume_of(array: Array) -> Volume:
+    if not array.has_channels:
+        return Volume(array.shape, str(array.dtype))
+    return Volume(array.shape[1:], str(array.dtype), channels=array.shape[0])
 
 
 def read_all(array: Array) -> npt.NDArray[Any]:
@@ -94,7 +107,8 @@ def as_paths(
                 temporary = tempfile.TemporaryDirectory(prefix=".chunkq-", dir=directory)
                 folder = stack.enter_context(temporary)
                 for number, array in enumerate(arrays):
-                    paths[number] = paths[number] or _write_npy(array, f"{folder}/{number}.npy")
+                    stored = array.stored if isinstance(array, AxesView) else array
+                    paths[number] = paths[number] or _write_npy(stored, f"{folder}/{number}.npy")
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(
@@ -104,10 +118,28 @@ def as_paths(
         yield paths
 
 
-def _open_input(volume: Input, name: str, allow_empty: bool) -> Array:
+def _open_input(volume: Input, name: str, axes: str | None, allow_empty: bool) -> Array:
+    selection = Selection(axes=axes)
     if isinstance(volume, (str, Path)):
         path = absolute(str(volume), Path.cwd())
-        return find_source(path, allow_empty=allow_empty).open()
+        source = find_source(path, selection, allow_empty=allow_empty)
+        return _presented(source, source.open())
+    array = _array_in_memory(volume, name)
+    info = ArrayInfo(name, plain_axes(array.shape), str(array.dtype))
+    return _presented(source_of(info, selection, name), array)
+
+
+def _presented(source: ImageSource, array: Array) -> Array:
+    """Return the view of an array that the network sees. Raise JobError for a time series."""
+    if len(source.time) > 1:
+        raise JobError(
+            f"input: {without_secret(array.path)} has {len(source.time)} time points; predict them "
+            "one by one, or run a job"
+        )
+    return source.present(array)
+
+
+def _array_in_memory(volume: Input, name: str) -> MemoryArray:
     try:
         if hasattr(volume, "detach"):  # a torch tensor, on any device
             return MemoryArray(to_numpy(volume), name)

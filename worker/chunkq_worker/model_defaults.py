@@ -8,10 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from chunkq.errors import JobError, ModelError, suggestion
-from chunkq.job.axis_order import channels_first
+from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
 from chunkq.paths import is_url, read_bytes, without_secret
+from chunkq.plan.plan import Volume
 from chunkq_worker.runtimes.formats import format_of
 
 FILE_KEYS: MappingProxyType[str, str] = MappingProxyType(
@@ -66,9 +67,11 @@ def job_for_model(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"model_config": model}
 
 
-def half_strides(model: ModelConfig, rank: int) -> list[int]:
+def half_strides(model: ModelConfig, volume: Volume) -> list[int]:
     """Return half the output patch along each spatial axis, at least 1."""
-    strides = [max(1, n // 2) for n in channels_first(model, rank).output_patch(rank)]
+    rank = len(volume.shape)
+    first = channels_first(model, rank, input_channels(model, volume))
+    strides = [max(1, n // 2) for n in first.output_patch(rank)]
     # If the shapes do not match the volume, report that instead of an error about strides.
     return strides if len(strides) == rank else [1] * rank
 

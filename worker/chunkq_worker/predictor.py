@@ -54,11 +54,12 @@ def _nothing() -> None:
 class Predictor:
     """A network that predicts volumes of any shape, with the keys of a job file.
 
-    A volume is an array (*S) with 1 to 4 spatial axes: NumPy, torch, an argument of `np.asarray`,
-    or an array-like that returns NumPy arrays when sliced (zarr, h5py, dask). It can also be the
-    path of an array that a job can read. If `model_config.join_dim` is set, pass a list of volumes
-    of the same shape. The network is loaded onto `model_config.device` for the first volume and
-    kept until `close`; the predictor is a context manager.
+    A volume is an array (*S) with 1 to 4 spatial axes, and with channels if `axes` names them:
+    NumPy, torch, an argument of `np.asarray`, or an array-like that returns NumPy arrays when
+    sliced (zarr, h5py, dask). It can also be the path of an array that a job can read. If
+    `model_config.join_dim` is set, pass a list of volumes of the same shape. The network is loaded
+    onto `model_config.device` for the first volume and kept until `close`; the predictor is a
+    context manager.
 
     The output is byte-identical to that of a job with the same keys and number of threads.
 
@@ -128,18 +129,23 @@ class Predictor:
         length = tuple(int(n) for n in shape)
         volume = Volume.joined([Volume(length, str(np.dtype(name))) for name in dtypes])
         names = [f"array {n}" for n in range(len(dtypes))] if has_several else ["the array"]
-        return resolve(self._job_for(names, len(length)), volume)
+        return resolve(self._job_for(names, volume), volume)
 
     def predict(
-        self, volume: Input | Sequence[Input], *, progress: Progress = _quiet
+        self,
+        volume: Input | Sequence[Input],
+        *,
+        axes: str | None = None,
+        progress: Progress = _quiet,
     ) -> Prediction:
         """Run the network on an entire volume and return the result in memory.
 
+        `axes` has one letter of c, z, y, x per axis of the volume, such as "yxc" for colour.
         `progress` is called with (chunks done, all chunks). Raise JobError if the volume does not
         match the job, ModelError if the network cannot be loaded or does not match its
         declaration, and PredictionError if it returns NaN or infinity.
         """
-        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
+        arrays = open_inputs(volume, axes, allow_empty=self._job.allow_empty)
         plan = self._plan(arrays)
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
@@ -155,7 +161,11 @@ class Predictor:
         return Prediction(labels, inputs if len(inputs) > 1 else inputs[0], probabilities)
 
     def predict_streaming(
-        self, volume: Input | Sequence[Input], *, progress: Progress = _quiet
+        self,
+        volume: Input | Sequence[Input],
+        *,
+        axes: str | None = None,
+        progress: Progress = _quiet,
     ) -> Regions:
         """Return a generator that yields each region of the result as soon as it is final.
 
@@ -168,7 +178,7 @@ class Predictor:
         first axis. A path or a zarr array is read chunk by chunk. The arguments are checked in
         this call, which raises like `predict`; the network runs while the generator is consumed.
         """
-        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
+        arrays = open_inputs(volume, axes, allow_empty=self._job.allow_empty)
         return self._stream(self._plan(arrays), arrays, progress)
 
     def predict_to_store(
@@ -176,6 +186,7 @@ class Predictor:
         volume: Input | Sequence[Input],
         output: str | Path,
         *,
+        axes: str | None = None,
         overwrite: bool = False,
         progress: Progress = _quiet,
     ) -> dict[str, Any]:
@@ -187,11 +198,13 @@ class Predictor:
         which deletes it first. Raise like `predict`, and StoreError if a path cannot be read or
         written.
         """
-        arrays = open_inputs(volume, allow_empty=self._job.allow_empty)
-        self._plan(arrays)  # raises before an array is copied
+        arrays = open_inputs(volume, axes, allow_empty=self._job.allow_empty)
+        plan = self._plan(arrays)  # raises before an array is copied
         output = str(output)
         with as_paths(volume, arrays, output) as paths:
-            values = self._job_for(paths, len(arrays[0].shape)).as_dict()
+            values = self._job_for(paths, plan.volume).as_dict()
+            if axes is not None:
+                values["input"] = [{"path": path, "axes": axes} for path in paths]
             checked = check_job(load_job(values, output=output))
             # The queue for the chunks that remain if this call is interrupted.
             queue = queue_url(None, self._job.queue)
@@ -223,10 +236,10 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _job_for(self, names: Sequence[str], rank: int) -> Job:
+    def _job_for(self, names: Sequence[str], volume: Volume) -> Job:
         values = self._job.as_dict() | {"input": list(names)}
         if self._half_strides:
-            values["strides"] = half_strides(self._job.model, rank)
+            values["strides"] = half_strides(self._job.model, volume)
         return parse_job(values)
 
     def _plan(self, arrays: Sequence[Array]) -> Plan:
@@ -236,7 +249,8 @@ class Predictor:
                 f"input: found {len(names)} volumes without model_config.join_dim; set it to the "
                 "axis along which to stack them, or predict the volumes one by one"
             )
-        return resolve(self._job_for(names, len(arrays[0].shape)), volume_of(arrays))
+        volume = volume_of(arrays)
+        return resolve(self._job_for(names, volume), volume)
 
     def _stream(self, plan: Plan, arrays: Sequence[Array], progress: Progress) -> Regions:
         self._check_open()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -38,10 +37,9 @@ class TrialBatch:
         """Read at most `size` patches of a chunk of the largest item, which has this plan."""
         patches = tuple(islice(plan.patches(fullest_chunk(plan, enough=size)), size))
         window, job = _bounding_box(patches), record.job
-        item = max(record.items, key=lambda item: prod(item.volume.shape))
         halos = [
-            read_padded(source.open(), window, job.pad_mode, job.pad_value)
-            for source in item.sources
+            read_padded(array, window, job.pad_mode, job.pad_value)
+            for array in record.largest_item.open()
         ]
         return cls(patches, halos, window.start)
 

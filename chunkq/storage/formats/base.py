@@ -29,13 +29,17 @@ class ArrayInfo:
 
     The path is that of the array itself, after groups and resolution levels are resolved. `options`
     is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
-    chunks exists, as far as the storage can tell, so that all voxels are the fill value.
+    chunks exists, as far as the storage can tell, so that all voxels are the fill value. `named_by`
+    says which metadata name the axes, such as "OME-Zarr metadata"; it is empty if nothing does.
+    `labels` are the names of the channels, empty if there are none.
     """
 
     path: str
     axes: tuple[Axis, ...]
     dtype: str
     options: Options = field(default_factory=dict)
+    named_by: str = ""
+    labels: tuple[str, ...] = ()
     is_empty: bool = False
 
 
@@ -77,6 +81,16 @@ class Format(ABC):
         Raises StoreError with the code STORE_MISSING if the path does not exist, and
         STORE_UNSUPPORTED or CODEC_UNSAFE if it is not an array that the format can read.
         """
+
+    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
+        """Return a resolution level of an image, by its number or name.
+
+        Raises StoreError as `find` does, and if the image has no such level.
+        """
+        raise StoreError(
+            f"input: {without_secret(path)} has no levels; remove level",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
 
     @abstractmethod
     def open(self, path: str, options: Options) -> Array:

@@ -18,7 +18,6 @@ from typing_extensions import override
 
 from chunkq.access import DEFAULT_ACCESS, Access, sends_parts
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, plain_axes
 from chunkq.paths import is_web, join, open_filesystem, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
@@ -32,6 +31,7 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
+from chunkq.storage.formats.zarr_axes import Level, NamedArray, level_of, named_array
 from chunkq.storage.formats.zarr_chunks import ChunkKeys, existing_keys, stored_keys, with_keys
 from chunkq.storage.formats.zarr_nodes import (
     ARRAY_METADATA,
@@ -45,7 +45,7 @@ from chunkq.storage.formats.zarr_nodes import (
     metadata_error,
     read_node,
 )
-from chunkq.storage.ome import MultiscaleImage, first_image, read_axes
+from chunkq.storage.ome import MultiscaleImage, channel_labels, first_image
 
 ZARR_FORMAT = "zarr_format"
 """Option: version of the Zarr format, 2 or 3."""
@@ -86,16 +86,11 @@ class ZarrFormat(Format):
 
     @override
     def find(self, path: str, options: Options = NO_OPTIONS) -> ArrayInfo:
-        access = Access.of(options)
-        node = _require_node(path, access)
-        if node.is_array:
-            return _array_info(node, plain_axes)
-        image = _image_of(node)
-        level = join(path, image.datasets[0].path)
-        array = _require_node(level, access, f"level 0 of {without_secret(path)}")
-        if not array.is_array:
-            raise _group_error(array)
-        return _array_info(array, lambda shape: read_axes(image, shape))
+        return _find(path, None, Access.of(options))
+
+    @override
+    def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
+        return _find(path, level, Access.of(options))
 
     @override
     def open(self, path: str, options: Options) -> Array:
@@ -124,6 +119,35 @@ class ZarrFormat(Format):
         return None if document is None else hashlib.sha256(document[1]).hexdigest()
 
 
+def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
+    """Return an array, or a level of an image. Raises StoreError."""
+    node = _require_node(path, access)
+    if node.is_array:
+        if level is not None:
+            raise _level_error(path, level, "is an array")
+        described = level_of(path, lambda parent: _group_attributes(parent, access))
+        names = node.document.get("dimension_names")
+        return _array_info(node, described or named_array(names, node.attributes))
+    image = _image_of(node)
+    dataset = image.level(0 if level is None else level)
+    if dataset is None:
+        raise _level_error(path, level, f"has the levels {_level_names(image)}")
+    name = f"level {0 if level is None else level} of {without_secret(path)}"
+    array = _require_node(join(path, dataset.path), access, name)
+    if not array.is_array:
+        raise _group_error(array)
+    return _array_info(array, Level(image, dataset, channel_labels(node.attributes)))
+
+
+def _group_attributes(path: str, access: Access) -> dict[str, Any] | None:
+    """Return the attributes of a group, or None if there is no readable group."""
+    try:
+        node = read_node(path, access)
+    except Exception:  # each file system raises different errors
+        return None
+    return None if node is None or node.is_array else node.attributes
+
+
 def _require_node(path: str, access: Access, description: str = "") -> ZarrNode:
     """Return the node at a path. Raises StoreError if there is none or it cannot be read."""
     try:
@@ -142,7 +166,7 @@ def _require_node(path: str, access: Access, description: str = "") -> ZarrNode:
     return node
 
 
-def _array_info(node: ZarrNode, axes: Callable[[Sequence[int]], tuple[Axis, ...]]) -> ArrayInfo:
+def _array_info(node: ZarrNode, described: Level | NamedArray) -> ArrayInfo:
     """Return an array that can be opened, and whether it has storage chunks."""
     options: dict[str, str | int | bool] = {ZARR_FORMAT: node.zarr_format, **node.access.options}
     path = without_secret(node.path)
@@ -171,7 +195,15 @@ def _array_info(node: ZarrNode, axes: Callable[[Sequence[int]], tuple[Axis, ...]
             "%s: expected chunks with names such as %s, found names such as %s, which are read",
             path, stored.name(first), keys.name(first),
         )  # fmt: skip
-    return ArrayInfo(node.path, axes(array.shape), str(dtype), options, is_empty=keys is None)
+    return ArrayInfo(
+        node.path,
+        described.axes(array.shape),
+        str(dtype),
+        options,
+        is_empty=keys is None,
+        named_by=described.named_by(len(array.shape)),
+        labels=described.labels,
+    )
 
 
 def _check_parts(node: ZarrNode) -> None:
@@ -303,6 +335,19 @@ def _image_of(group: ZarrNode) -> MultiscaleImage:
     if image is None:
         raise _group_error(group)
     return image
+
+
+def _level_names(image: MultiscaleImage) -> str:
+    paths = [dataset.path for dataset in image.datasets]
+    return f"0 to {len(paths) - 1} ({', '.join(paths[:8])})"
+
+
+def _level_error(path: str, level: int | str | None, reason: str) -> StoreError:
+    return StoreError(
+        f"input: {without_secret(path)} {reason}; found level {level!r}; use a level of the image, "
+        "or remove level",
+        code=ErrorCode.STORE_UNSUPPORTED,
+    )
 
 
 def _group_error(group: ZarrNode) -> StoreError:

@@ -17,6 +17,7 @@ LABEL_COLUMNS, KEY_COLUMNS = 11, 24
 WIDE = 60
 """Columns from which lists show a key and its summary on one line."""
 HEADINGS = {
+    "input": "Keys of input, where it is a mapping",
     "model_config": "Keys of model_config: {group}",
     "dask_config": "Keys of dask_config",
     "ray_config": "Keys of ray_config",
@@ -87,7 +88,7 @@ def explanation(entry: Key, width: int) -> Iterator[str]:
     yield ""
     yield "  example"
     yield from (f"    {line}" for line in entry.example.splitlines())
-    if entry.is_section:
+    if any(k.path.startswith(f"{entry.path}.") for k in key_reference.all_keys()):
         inside = tuple(k for k in key_reference.all_keys() if k.path.startswith(f"{entry.path}."))
         yield ""
         yield from overview(inside, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ import click
 from chunkq import json_values, terminal
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
+from chunkq.geometry.axes import Axis
 from chunkq.job.job_file import load_job, select_job_file
 from chunkq.job.model_config import STOCHASTIC
+from chunkq.job.output import output_axes
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
+from chunkq.paths import without_secret
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs, Plan
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
+from chunkq.storage.images import ImageSource
 from chunkq.system.standard_output import print_line, reserve, result_stream
 from chunkq.units import duration, si
 from chunkq_producer.commands.options import (
@@ -32,6 +37,7 @@ from chunkq_producer.engine import is_cpu_only
 
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
+SERIES = {"time": "time points", "channel": "channels"}
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to merge above which the plan recommends larger chunks."""
 
@@ -126,7 +132,8 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
     values: dict[str, Any] = {
         "volume": list(plan.volume.shape),
         "dtype": plan.volume.dtype,
-        "output_shape": list(plan.output_shape),
+        "axes": [_axes_values(source) for source in job.record.sources],
+        "output_shape": list(_output_shape(job)),
         "output_dtype": str(plan.output_dtype),
         "chunksize": list(plan.chunksize),
         "storage_chunks": list(plan.storage_chunks),
@@ -144,7 +151,12 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "depth": depth,
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
         "items": [
-            {"name": item.name, "volume": list(plan.volume.shape), "chunks": plan.costs.chunks}
+            {
+                "name": item.name,
+                "position": item.position,
+                "volume": list(plan.volume.shape),
+                "chunks": plan.costs.chunks,
+            }
             for item, plan in zip(job.record.items, job.plans, strict=True)
         ],
     }
@@ -158,13 +170,14 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     voxels = sum(_voxels(plan.volume.shape) for plan in job.plans)
     per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
-    several = f"{count} volumes, the largest " if count > 1 else ""
+    several = _items(job) if count > 1 else ""
     model = job.record.job.model
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
+        ("axes", _axes_text(job.record.sources)),
         (
             "output",
-            f"{_shape(plan.output_shape)} {plan.output_dtype}, "
+            f"{_shape(_output_shape(job))} {plan.output_dtype}, "
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
         ("chunks", _chunks(plan, costs, is_alone=count == 1)),
@@ -207,6 +220,59 @@ def _chunks(plan: Plan, costs: Costs, *, is_alone: bool) -> str:
         return f"{costs.chunks}{blocks} of {shape}"
     without = costs.blocks - costs.chunks
     return f"{costs.chunks} of {shape}; {costs.blocks} blocks{blocks}, {without} without patches"
+
+
+def _output_shape(job: CheckedJob) -> tuple[int, ...]:
+    """Return the shape of the output image of the largest item."""
+    image = job.record.largest_item.image
+    return tuple(axis.size for axis in output_axes(image, job.largest))
+
+
+def _items(job: CheckedJob) -> str:
+    """Return how many items a job has, and of which kind."""
+    images = job.record.images
+    if len(images) > 1:
+        return f"{len(job.plans)} volumes, the largest "
+    axes = [f"{axis.size} {SERIES[axis.kind]}" for axis in images[0].series_axes]
+    return f"{' of '.join(axes)} of "
+
+
+def _axes_values(source: ImageSource) -> dict[str, Any]:
+    """Return what is read of a source, as JSON values."""
+    return {
+        "path": without_secret(source.path),
+        "names": [axis.name for axis in source.axes],
+        "kinds": [axis.kind for axis in source.axes],
+        "shape": [axis.size for axis in source.axes],
+        "channels": list(source.channels),
+        "time": list(source.time),
+        "order": [axis.name for axis in source.spatial_axes],
+        "named_by": source.named_by,
+    }
+
+
+def _axes_text(sources: Sequence[ImageSource]) -> str:
+    """Return the axes of the first source, what names them, and what is read along them."""
+    source = sources[0]
+    parts = [", ".join(f"{axis.name} {axis.size}" for axis in source.axes)]
+    parts[0] += f", named by {source.named_by}" if source.named_by else ", without names: spatial"
+    parts += [
+        f"{name} {', '.join(map(str, picks[:8]))}{', …' if len(picks) > 8 else ''}"
+        for axis, name, picks in (
+            (source.channel_axis, "channels", source.channels),
+            (source.time_axis, "time points", source.time),
+        )
+        if axis is not None and picks != tuple(range(_size(source, axis)))
+    ]
+    stored = [axis for axis in source.axes if axis.kind == "space"]
+    if list(source.spatial_axes) != stored:
+        parts.append(f"order {''.join(axis.name for axis in source.spatial_axes)}")
+    return "; ".join(parts)
+
+
+def _size(source: ImageSource, selected: Axis) -> int:
+    """Return the stored size of an axis of which positions are selected."""
+    return next(axis.size for axis in source.axes if axis.kind == selected.kind)
 
 
 def _trial_rows(costs: Costs, trial: Trial) -> list[tuple[str, str]]:

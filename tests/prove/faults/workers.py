@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "patch-read-from-the-volumes-corner",
         BATCHING,
-        "patch.source.slices(origin)]",
-        "patch.source.slices([0] * len(origin))]",
+        "halo[patch.source.index(origin)]",
+        "halo[patch.source.index([0] * len(origin))]",
         "every chunk but the first predicts the wrong voxels or fails",
         (TORCH,),
     ),

@@ -19,9 +19,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from chunkq import __version__
-from chunkq.create import check_shapes, find_sources
 from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError, suggestion
 from chunkq.job.allowed_paths import ALLOW_VARIABLE
+from chunkq.job.items import find_sources
 from chunkq.job.job_file import Job, load_job
 from chunkq.job.job_folder import JobFolder
 from chunkq.job.job_path import job_folder_of
@@ -254,9 +254,7 @@ def _parse_keep(text: str | None) -> frozenset[str]:
 
 def _record(job: Job) -> JobRecord:
     """Return the job's record; raise the errors that producing the job would raise."""
-    sources = find_sources(job)
-    check_shapes(job, sources)
-    record = JobRecord.create(job, sources)
+    record = JobRecord.create(job, find_sources(job))
     load_blend_weights(record.job.weight_function, record.plan())
     return record
 

@@ -12,6 +12,7 @@ import torch
 
 from chunkq.errors import ErrorCode, ModelError
 from chunkq.job.job_file import Job
+from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.runtimes.returned_values import prediction_in
 from chunkq_worker.runtimes.torch_files import LOADERS
 from chunkq_worker.runtimes.torch_reading import reason
@@ -25,9 +26,7 @@ class Network:
         model = job.model.model_copy(update={"device": "cpu"})
         self.model, self.steps = model, Steps.load(model.processing_steps)
         self.module = LOADERS[model.type](model).module
-        self._item = list(model.model_input_shape)
-        if model.join_dim is not None:
-            self._item[model.join_dim - 1] = len(job.input)
+        self._item = BatchLayout.of(model, len(job.input)).item
         self._random = np.random.default_rng(0)
 
     def batch(self, size: int) -> torch.Tensor:

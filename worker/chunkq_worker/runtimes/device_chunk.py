@@ -23,6 +23,7 @@ from chunkq.blend.weights import Neighbors
 from chunkq.geometry.box import Box
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq_worker.batch_layout import BatchLayout
 from chunkq_worker.patch_runs import PatchRun, patch_runs
 from chunkq_worker.runtimes.staging import SIGNED_DTYPES, Accelerator, Slot, Stream, as_signed
 
@@ -98,10 +99,7 @@ class DeviceInput:
     ) -> None:
         self._accelerator, self._slots, self._tensors = accelerator, slots, tensors
         self._origin, self._patch = origin, plan.input_patch
-        self._slot_shape, self._item = model.model_input_shape, list(model.model_input_shape)
-        self._join_axis = model.join_dim
-        if model.join_dim is not None:
-            self._item[model.join_dim - 1] = len(tensors)
+        self._layout = BatchLayout.of(model, len(tensors))
         self._dtype = _batch_dtype(tensors, plan, model)
 
     @torch.inference_mode()
@@ -110,15 +108,13 @@ class DeviceInput:
 
         It is in the model's dtype, or in the common dtype of inputs of several dtypes.
         """
-        batch = self._accelerator.empty((count, *self._item), self._dtype)
+        batch = self._accelerator.empty((count, *self._layout.item), self._dtype)
         for run in patch_runs(patches):
             items = batch[run.first : run.first + run.count]
             for number, tensor in enumerate(self._tensors):
-                part = items
-                if self._join_axis is not None:
-                    part = items.narrow(self._join_axis, number, 1)
+                part = items[(slice(None), *self._layout.index(number))]
                 windows = self._windows(tensor, patches[run.first], run)
-                part.copy_(as_signed(windows).view(run.count, *self._slot_shape))
+                part.copy_(as_signed(windows).view(run.count, *self._layout.part))
         if count > len(patches):
             batch[len(patches) :].copy_(batch[len(patches) - 1])
         return batch
@@ -130,7 +126,7 @@ class DeviceInput:
             slot.consumed = consumed
 
     def _windows(self, tensor: torch.Tensor, patch: Patch, run: PatchRun) -> torch.Tensor:
-        """Return the input patches of a run (count, *P) as a view."""
+        """Return the input patches of a run (count, [C,] *P) as a view."""
         start = [s - o for s, o in zip(patch.source.start, self._origin, strict=True)]
         return _windows(tensor, start, self._patch, run.axis, run.step, run.count)
 

@@ -31,17 +31,22 @@ class ItemShapes:
 
     @classmethod
     def of(
-        cls, model: ModelConfig, rank: int | None = None, inputs: int | None = None
+        cls,
+        model: ModelConfig,
+        rank: int | None = None,
+        channels: int = 1,
+        inputs: int | None = None,
     ) -> ItemShapes:
-        """Return the shapes for volumes of `rank` axes, of which `inputs` are stacked.
+        """Return the shapes for volumes of `rank` axes and `channels`; `inputs` are stacked.
 
         Without a rank, every entry of `model_input_shape` is an axis of the volume.
         """
         rank = len(model.model_input_shape) if rank is None else rank
-        first = channels_first(model, rank)
+        first = channels_first(model, rank, channels)
         shape: list[int | None] = list(first.model_input_shape)
         if first.join_dim is not None:
-            shape[first.join_dim - 1] = inputs
+            axis = first.join_dim - 1
+            shape[axis] = None if inputs is None else inputs * first.model_input_shape[axis]
         has_channels = len(shape) > rank
         outputs = output_shapes(first, rank)
         return cls(
@@ -50,7 +55,7 @@ class ItemShapes:
             has_channels=has_channels,
             has_output_channels=len(outputs[0]) > rank,
             can_move=has_channels or shape[0] == 1 or 0 in (first.lost_dim, _index(first.join_dim)),
-            written=WrittenOrders.of(model, rank),
+            written=WrittenOrders.of(model, rank, channels),
             written_shapes=(
                 model.model_input_shape,
                 model.model_output_shape or model.model_input_shape,

@@ -35,6 +35,9 @@ NAMESPACES = (*FUNCTIONS, "dtype_policies", "layers", "models", "optimizers", "q
 MODULE = re.compile(rf"keras(\.src)?(\.({'|'.join([*NAMESPACES, 'ops'])})(\.\w+)*)?")
 """Keras modules that define parts of networks."""
 
+KERAS_2 = ("keras.engine.", "keras.src.engine.")
+"""Modules of Keras 2 that Keras 3 does not have."""
+
 
 class UnknownObjectError(Exception):
     """Neither Keras nor class_file defines an object. The argument is its name."""
@@ -114,7 +117,7 @@ def _unsafe_class(name: str, module: Any) -> str | None:
         if name == "Functional" or any(_is_class(getattr(s, name, None)) for s in spaces):
             return None
         raise UnknownObjectError(name)
-    if not _is_of_keras(module):
+    if not _is_of_keras(module) or module.startswith(KERAS_2):
         raise UnknownObjectError(name)
     if MODULE.fullmatch(module) is None:
         return f"names {module}.{name}, which is not a part of a network"

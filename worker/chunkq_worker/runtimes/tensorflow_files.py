@@ -261,11 +261,7 @@ def load_json(model: ModelConfig) -> Network:
     config = json.loads(content)
     # Only Keras 3 writes the module of a class.
     if "module" not in config:
-        raise ModelError(
-            f"{key} was written by Keras {config.get('keras_version', '2')}, which Keras "
-            f"{keras.__version__} cannot read; load it with Keras 2 (the package tf_keras), write "
-            "a SavedModel with model.export(path), and use type: file"
-        )
+        raise ModelError(f"{key} {_written_by_keras_2(config.get('keras_version', '2'))}")
     with _one_line_errors(key, "the architecture"), suppressed_warnings():
         objects = _custom_objects(model)
         if not model.trusted:
@@ -365,7 +361,17 @@ def _one_line_errors(key: str, subject: str) -> Iterator[None]:
         raise ModelError(f"{key}: {problem}") from error
 
 
+def _written_by_keras_2(version: str) -> str:
+    return (
+        f"was written by Keras {version}, which Keras {keras.__version__} cannot read; load it "
+        "with Keras 2 (the package tf_keras), write a SavedModel with model.export(path), and use "
+        "type: file"
+    )
+
+
 def _unknown_object(name: str) -> str:
+    if name == "Functional":  # in another module since Keras 3
+        return f"the file {_written_by_keras_2('2')}"
     return (
         f"unknown layer or function {name!r}; set model_config.class_file to the Python file that "
         "defines it, or use type: class"

@@ -111,6 +111,7 @@ class TorchRuntime(Runtime):
                 inputs = batch.to(self._dtype)
             else:
                 inputs = self.to_device(batch).to(self._dtype)
+            device = inputs.device
             if self._steps.preprocessing_protected is not None:
                 inputs = self._steps.preprocessing_protected(inputs)
             if self._watch is not None:
@@ -121,8 +122,8 @@ class TorchRuntime(Runtime):
                 outputs = self._steps.postprocessing_protected(outputs)
             if not is_tensor and self._graph_replay is not None:
                 outputs = outputs.clone()  # a replay overwrites what it returned before
-            if outputs.device.type != self.device:
-                raise _other_device(outputs.device, self.device)
+            if outputs.device != device:
+                raise _other_device(outputs.device, device)
             self.output_dtype = _dtype_name(outputs)
             if outputs.is_complex():
                 raise not_real("the network", self.output_dtype)
@@ -293,7 +294,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
     return TorchRuntime(loaded, model, steps, threads, accelerator)
 
 
-def _other_device(found: torch.device, expected: str) -> ModelError:
+def _other_device(found: torch.device, expected: torch.device) -> ModelError:
     return ModelError(
         f"the network returned a tensor on the device {found}, expected {expected}; remove the "
         "device from its code, or set model_config.device"

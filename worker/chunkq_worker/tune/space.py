@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from chunkq.errors import JobError
-from chunkq.job.axis_order import WrittenOrders, channels_first, join, split
+from chunkq.job.axis_order import WrittenOrders, channels_first, input_channels, join, split
 from chunkq.job.job_file import Job, parse_job
 from chunkq.job.record import JobRecord
 from chunkq.plan.footprint import footprint
@@ -105,7 +105,8 @@ class SearchSpace:
             raise JobError(
                 f"--patch-sizes: {printed} has {len(lengths)} lengths, expected 1 or {rank}"
             )
-        lost_axis = channels_first(self._record.job.model, rank).lost_axis(rank)
+        channels = input_channels(self._record.job.model, self._plan.volume)
+        lost_axis = channels_first(self._record.job.model, rank, channels).lost_axis(rank)
         return tuple(current[a] if a == lost_axis else lengths[0] for a in range(rank))
 
     @cached_property
@@ -143,14 +144,15 @@ class SearchSpace:
         """Return the changes for another patch with the same margin and relative overlap."""
         job, plan = self._record.job, self._plan
         model, rank = job.model, plan.rank
-        lost_axis = channels_first(model, rank).lost_axis(rank)
+        channels = input_channels(model, plan.volume)
+        lost_axis = channels_first(model, rank, channels).lost_axis(rank)
         outputs = tuple(
             q if a == lost_axis else new - (p - q)
             for a, (new, p, q) in enumerate(
                 zip(patch, plan.input_patch, plan.output_patch, strict=True)
             )
         )
-        orders = WrittenOrders.of(model, rank)
+        orders = WrittenOrders.of(model, rank, channels)
         shapes = {
             "model_input_shape": (model.model_input_shape, orders.input, patch),
             "model_output_shape": (model.model_output_shape, orders.output, outputs),
@@ -180,7 +182,7 @@ class SearchSpace:
         storage = self._plan.storage_chunks
         if self._record.job.storage_chunks is None:
             job = _apply(self._record.job, other_changes | changes)
-            default_chunks = JobRecord(job, self._record.items, {}).plan().storage_chunks
+            default_chunks = JobRecord(job, self._record.images, {}).plan().storage_chunks
             if default_chunks != storage:
                 changes["storage_chunks",] = list(storage)
         return changes

@@ -201,8 +201,8 @@ class NetworkTrial(Trial):
         job, plan = record.job, self.engine.plan
         self._chunk = fullest_chunk(plan)
         self._halos = [
-            read_padded(source.open(), self._chunk.halo, job.pad_mode, job.pad_value)
-            for source in record.sources
+            read_padded(array, self._chunk.halo, job.pad_mode, job.pad_value)
+            for array in record.largest_item.open()
         ]
         self._patches = list(islice(plan.patches(self._chunk), MAX_TIMED_PATCHES))
         np.save(options.sample, self._sample())

@@ -1,0 +1,182 @@
+"""Select what a job reads of a stored array: meaning of its axes, channels and time points."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chunkq.errors import ErrorCode, JobError
+from chunkq.geometry.axes import LETTERS, Axis, lettered_axes, looks_like_color
+from chunkq.storage.formats.base import ArrayInfo
+
+Picks = int | str | tuple[int | str, ...]
+"""One index, a half-open range `START:STOP:STEP` of which all parts are optional, or a list of
+indices and labels."""
+RANGE = re.compile(r"(\d{0,12}):(\d{0,12})(?::(\d{1,12}))?")
+NAMED_BY_JOB = "the job file"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a job says of an input; None where it says nothing.
+
+    axes       one letter of t, c, z, y, x per axis of the array
+    level      resolution level, by number or name
+    channels   channels in the order of the network
+    time       time points in the order of the output
+    order      letters of the spatial axes in the order of the network
+    """
+
+    axes: str | None = None
+    level: int | str | None = None
+    channels: Picks | None = None
+    time: Picks | None = None
+    order: str | None = None
+
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True)
+class SelectedAxes:
+    """The axes of an array, and what is read along them.
+
+    `axes` are all axes in stored order. `channels` and `time` are indices along the channel and the
+    time axis, empty if there is no such axis. `order` has the numbers of the spatial axes in the
+    order of the network.
+    """
+
+    axes: tuple[Axis, ...]
+    channels: tuple[int, ...]
+    time: tuple[int, ...]
+    order: tuple[int, ...]
+    named_by: str
+
+
+def select(array: ArrayInfo, selection: Selection, path: str) -> SelectedAxes:
+    """Return the selected axes of an array. `path` is the user's name of it, for messages.
+
+    Raises JobError, with the code AXES_AMBIGUOUS if the meaning of the axes is not clear.
+    """
+    prefix = f"input: {path}"
+    axes, named_by = _named(array, selection.axes, prefix)
+    numbers = {
+        kind: [n for n, axis in enumerate(axes) if axis.kind == kind]
+        for kind in ("space", "channel", "time")
+    }
+    for kind in ("channel", "time"):
+        if len(numbers[kind]) > 1:
+            raise JobError(
+                f"{prefix} has {len(numbers[kind])} axes of type {kind} ({_listed(axes)}); set "
+                f"axes in input, one letter of {LETTERS} per axis",
+                code=ErrorCode.AXES_AMBIGUOUS,
+            )
+    if axes and not numbers["space"]:
+        raise JobError(
+            f"{prefix} has no spatial axis ({_listed(axes)}); set axes in input, one letter of "
+            f"{LETTERS} per axis",
+            code=ErrorCode.AXES_AMBIGUOUS,
+        )
+    return SelectedAxes(
+        axes,
+        _picks("channels", selection.channels, axes, numbers["channel"], array.labels, prefix),
+        _picks("time", selection.time, axes, numbers["time"], (), prefix),
+        _order(selection.order, axes, numbers["space"], prefix),
+        named_by,
+    )
+
+
+def _named(array: ArrayInfo, letters: str | None, prefix: str) -> tuple[tuple[Axis, ...], str]:
+    """Return the axes with the names of the job file, if it has any, and what names them."""
+    shape = [axis.size for axis in array.axes]
+    if letters is not None:
+        if len(letters) != len(shape):
+            raise JobError(
+                f"{prefix} has shape {shape}; expected {len(shape)} letters in axes, found "
+                f"{letters!r}; set one letter of {LETTERS} per axis"
+            )
+        return lettered_axes(letters, array.axes), NAMED_BY_JOB
+    if not array.named_by and looks_like_color(shape):
+        color = "tzyx"[-(len(shape) - 1) :] + "c"
+        other = "axes: zyx for a volume" if len(shape) == 3 else f"other letters of {LETTERS}"
+        raise JobError(
+            f"{prefix} has shape {shape}, whose last axis can be colour; set axes: {color} for "
+            f"channels, as in input: {{path: FILE, axes: {color}}}, or {other}",
+            code=ErrorCode.AXES_AMBIGUOUS,
+        )
+    return array.axes, array.named_by
+
+
+def _picks(
+    key: str,
+    picks: Picks | None,
+    axes: Sequence[Axis],
+    numbers: Sequence[int],
+    labels: Sequence[str],
+    prefix: str,
+) -> tuple[int, ...]:
+    """Return the indices that `picks` mean along the axis of a kind."""
+    if not numbers:
+        if picks is not None:
+            kind = "channel" if key == "channels" else "time"
+            raise JobError(
+                f"{prefix} has no {kind} axis ({_listed(axes)}); remove {key}, or set axes in input"
+            )
+        return ()
+    size = axes[numbers[0]].size
+    if picks is None:
+        return tuple(range(size))
+    if isinstance(picks, str):
+        return _range(key, picks, size, prefix)
+    entries = (picks,) if isinstance(picks, int) else picks
+    indices = tuple(_index(key, entry, size, labels, prefix) for entry in entries)
+    if len(set(indices)) < len(indices):
+        raise JobError(f"{prefix}: {key}: {list(entries)} names a position twice; remove one")
+    return indices
+
+
+def _range(key: str, text: str, size: int, prefix: str) -> tuple[int, ...]:
+    match = RANGE.fullmatch(text)
+    if match is None:
+        raise JobError(
+            f"{prefix}: {key}: expected a range such as '0:3', found {text!r}; use a list for "
+            "single positions"
+        )
+    start, stop, step = (int(part) if part else None for part in match.groups())
+    if (stop or 0) > size or not range(size)[start : stop : step or 1]:
+        raise JobError(f"{prefix}: {key}: {text!r} is not in 0:{size}; use positions of the axis")
+    return tuple(range(size)[start : stop : step or 1])
+
+
+def _index(key: str, entry: int | str, size: int, labels: Sequence[str], prefix: str) -> int:
+    if isinstance(entry, int):
+        if not 0 <= entry < size:
+            raise JobError(
+                f"{prefix}: {key}: expected positions from 0 to {size - 1}, found {entry}"
+            )
+        return entry
+    matches = [n for n, label in enumerate(labels[:size]) if label == entry]
+    if len(matches) != 1:
+        found = ", ".join(label for label in labels if label) or "no labels"
+        count = "several channels are" if matches else "no channel is"
+        raise JobError(f"{prefix}: {key}: {count} labelled {entry!r}; found {found}; use the index")
+    return matches[0]
+
+
+def _order(
+    order: str | None, axes: Sequence[Axis], spatial: Sequence[int], prefix: str
+) -> tuple[int, ...]:
+    if order is None:
+        return tuple(spatial)
+    number_of = {axes[number].name: number for number in spatial}
+    if sorted(order) != sorted(number_of):
+        raise JobError(
+            f"{prefix}: order: expected the spatial axes {', '.join(number_of)} in another order, "
+            f"found {order!r}; use their letters, or set axes in input"
+        )
+    return tuple(number_of[name] for name in order)
+
+
+def _listed(axes: Sequence[Axis]) -> str:
+    return ", ".join(f"{axis.name} {axis.size}" for axis in axes)
