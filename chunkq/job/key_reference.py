@@ -87,7 +87,7 @@ def nearest_paths(name: str, paths: list[str]) -> list[str]:
         return get_close_matches(name, paths, n=3, cutoff=0.75)
     parts = [path.rpartition(".")[2] for path in paths]
     begins = [part for part in parts if len(name) > 2 and part.startswith(name)]
-    alike = dict.fromkeys([*begins, *get_close_matches(name, sorted({*parts}), n=3, cutoff=0.6)])
+    alike = dict.fromkeys([*begins, *get_close_matches(name, sorted({*parts}), n=3, cutoff=0.7)])
     return [path for part in alike for path in paths if path.rpartition(".")[2] == part][:3]
 
 
