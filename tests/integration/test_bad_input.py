@@ -80,9 +80,9 @@ def test_a_path_that_is_not_inside_the_store_is_reported(workspace: Workspace) -
 
 
 def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace) -> None:
-    (workspace.folder / "volume.npz").write_bytes(b"II*\0")
-    workspace.write_job(input="volume.npz")
-    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, "volume.npz is a file")
+    (workspace.folder / "volume.bin").write_bytes(b"II*\0")
+    workspace.write_job(input="volume.bin")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, "volume.bin is a file")
 
 
 @pytest.mark.parametrize(
