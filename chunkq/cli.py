@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from chunkq import __version__
 from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
+from chunkq.install_hint import package_hint
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
 from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.standard_output import discard_results, print_line
+from chunkq.terminal import print_error
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
 """Packages whose errors mean that a bucket is unreachable or denies access."""
+MAX_HELP_COLUMNS = 80
+MIN_LIST_COLUMNS = 60
+"""Columns below which the text of an option is below its name."""
+
+
+class HelpFormatter(click.HelpFormatter):
+    """Formatter of help texts that splits no words on narrow terminals."""
+
+    def __init__(self, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(width=width or min(columns, max_width or MAX_HELP_COLUMNS) - 2)
+
+    def write_dl(
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        """Write names and their texts: beside each other, or below on a narrow terminal."""
+        if self.width >= MIN_LIST_COLUMNS:
+            super().write_dl(rows, col_max, col_spacing)
+            return
+        for name, text in rows:
+            self.write(f"{'':>{self.current_indent}}{name}\n")
+            with self.indentation():
+                self.write_text(text)
+
+
+class Context(click.Context):
+    """Context of a command, with the help of `HelpFormatter`."""
+
+    formatter_class = HelpFormatter
 
 
 class LazyGroup(click.Group):
     """Click group that imports a command when it is called."""
+
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the command names in the order of `COMMANDS`."""
@@ -31,7 +68,17 @@ class LazyGroup(click.Group):
         if cmd_name not in targets:
             return None
         command: click.Command = load(targets[cmd_name])
+        command.context_class = Context
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the commands that start with a text without importing them."""
+        commands = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -64,7 +111,9 @@ def main() -> int:
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        print_error(text.getvalue().rstrip("\n"))
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -72,12 +121,12 @@ def main() -> int:
         discard_results()
         return 1
     except (KeyboardInterrupt, click.Abort):
-        click.echo("chunkq: interrupted", err=True)
+        print_error("chunkq: interrupted")
         return 130
     except Exception as error:
         reported = as_chunkq_error(error)
         for line in str(reported).splitlines():
-            click.echo(f"chunkq: {line} [{reported.code}]", err=True)
+            print_error(f"chunkq: {line} [{reported.code}]")
         if "--json" in sys.argv[1:]:
             print_line(json.dumps(_as_document(reported)))
         return reported.exit_code
@@ -107,9 +156,7 @@ def as_chunkq_error(error: Exception) -> ChunkqError:
 
 def _missing_package(error: ModuleNotFoundError) -> ChunkqError:
     """Return the error for a package that an extra of chunkq installs; re-raise for any other."""
-    from chunkq.queue.registry import install_hint
-
-    hint = install_hint(error)
+    hint = package_hint(error)
     if hint is None:
         raise error
     return ChunkqError(f"missing package {hint}", code=ErrorCode.PACKAGE_MISSING)

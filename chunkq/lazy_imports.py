@@ -36,7 +36,12 @@ COMMANDS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
         "jobs": ("chunkq_producer.commands.jobs:jobs", "List the jobs on a queue."),
         "redis": ("chunkq_producer.commands.redis:redis", "Start a Redis server for a queue."),
         "export": ("chunkq_worker.commands.export:export", "Write a network as ONNX or .pt2."),
+        "explain": ("chunkq_producer.commands.explain:explain", "Explain a key of the job file."),
         "schema": ("chunkq_producer.commands.schema:schema", "Print the job file's JSON schema."),
+        "completion": (
+            "chunkq_producer.commands.completion:completion",
+            "Complete commands with the Tab key.",
+        ),
     }
 )
 """Command -> (`module:function`, help line)."""

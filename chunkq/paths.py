@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from chunkq.access import DEFAULT_ACCESS, S3_SCHEMES, Access, s3_filesystem
 from chunkq.errors import ErrorCode, StoreError
+from chunkq.install_hint import install_command
 
 QUEUE_SCHEMES = frozenset({"redis", "rediss", "unix"})
 """Schemes of queue URLs. In these, `@` always ends the password."""
@@ -85,9 +86,13 @@ def open_filesystem(path: str, access: Access = DEFAULT_ACCESS) -> tuple[Any, st
             return filesystem, filesystem._strip_protocol(path)
         filesystem, inner = fsspec.core.url_to_fs(path, **access.storage_options(scheme))
     except ImportError:
-        extra = "chunkq[s3]" if scheme in S3_SCHEMES else f"the fsspec package for {scheme}://"
+        hint = (
+            f"run `{install_command('s3')}`"
+            if scheme in S3_SCHEMES
+            else "install its fsspec package"
+        )
         raise StoreError(
-            f"{without_secret(path)}: missing package; install {extra}",
+            f"{without_secret(path)}: missing package for {scheme}://; {hint}",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     except Exception as error:  # each file system raises different errors

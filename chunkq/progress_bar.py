@@ -5,18 +5,53 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from chunkq.job.events import Event, Message, StageProgress
+from chunkq.terminal import columns, wrapped
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
     from rich.progress import Progress
 
 T = TypeVar("T")
 LINE_INTERVAL_SECONDS = 10.0
+BAR_COLUMNS = 40
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Bar whose full and empty parts differ in their characters, so that it needs no colors.
+
+    `total` is None while it is unknown; the bar is then empty. Its width is at most `columns`.
+    """
+
+    done: float
+    total: float | None
+    columns: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        full, empty = ("#", "-") if options.ascii_only else ("█", "░")
+        width = min(self.columns, options.max_width)
+        share = 0.0 if self.total is None else self.done / self.total if self.total else 1.0
+        count = int(width * min(1.0, share))
+        yield Text.assemble((full * count, "green"), empty * (width - count), end="")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(min(4, self.columns), self.columns)
+
+
+def is_live(console: Console) -> bool:
+    """Return whether a display can change on a console: not in a log or with TERM=dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def is_notebook() -> bool:
@@ -110,8 +145,9 @@ class ProgressDisplay:
                 self._update(event)
 
     def print(self, line: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Print one line above the bar. On a terminal it breaks between words."""
+        text = wrapped(line, columns(sys.stderr))
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, display: AbstractContextManager[T]) -> T:
         """Start a display, such as a bar; it ends with the stage."""
@@ -134,7 +170,7 @@ class ProgressDisplay:
         return is_due
 
     def _begin_bar(self, event: StageProgress) -> None:
-        if self.console.is_terminal:
+        if is_live(self.console):
             self._start(event)
         elif is_notebook():
             self._cell_bar = self.show(CellBar())
@@ -144,12 +180,17 @@ class ProgressDisplay:
             self.show(self.console.status(event.stage))
             return
         from rich.progress import (
-            BarColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
+            Task,
             TextColumn,
             TimeRemainingColumn,
         )
+
+        class BarColumn(ProgressColumn):
+            def render(self, task: Task) -> Bar:
+                return Bar(task.completed, task.total, BAR_COLUMNS)
 
         self._bar = Progress(
             TextColumn(event.stage),
@@ -167,5 +208,5 @@ class ProgressDisplay:
             self._bar.update(self._task, completed=event.done, total=event.total)
         elif self._cell_bar is not None:
             self._cell_bar.update(event)
-        elif not self.console.is_terminal and event.total is not None and self.is_line_due():
+        elif not is_live(self.console) and event.total is not None and self.is_line_due():
             self.print(f"{event.stage}: {event.done}/{event.total}")

@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import figures
 import griffe
-import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from chunkq import errors
-from chunkq.job.job_file import job_schema
 from chunkq.queue.contract.settings import WorkerSettings
 
-DESCRIPTIONS = Path(__file__).with_name("job_keys.yaml")
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("chunkq", "chunkq_user", "producer", "worker")
 MARK = re.compile(r"^<!-- generated: (.+) -->$", re.MULTILINE)
-LARGEST = 1 << 40
-"""The upper bound of every whole number in a job file; said once on the page, not in each row."""
-WORDS = {"string": "text", "number": "number", "boolean": "`true` or `false`"}
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -52,101 +45,6 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return "\n".join(TABLES[match[1]]())
 
     return MARK.sub(table, markdown)
-
-
-# ---------------------------------------------------------------------------------- job file
-
-
-def job_file() -> Iterator[str]:
-    """Yield a table per section of the job file: key, type, default, description."""
-    schema = job_schema()
-    sections = {"": schema}
-    for key, value in schema["properties"].items():
-        name = _inner_section(value)
-        if name is not None:
-            sections[key] = schema["$defs"][name]
-    described = _descriptions(sections)
-    for section, content in sections.items():
-        yield f"## {f'`{section}`' if section else 'Top level'}\n"
-        yield from _key_table(section, content, described)
-        yield ""
-
-
-def _descriptions(sections: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return what each key means; raises PluginError unless every key has one description."""
-    described: dict[str, str] = yaml.safe_load(DESCRIPTIONS.read_text(encoding="utf-8"))
-    paths = {_path(s, key): v for s, c in sections.items() for key, v in c["properties"].items()}
-    in_schema = {path: v["description"] for path, v in paths.items() if "description" in v}
-    if unknown := described.keys() - paths.keys():
-        raise PluginError(f"{DESCRIPTIONS.name}: the job file has no key {sorted(unknown)}")
-    if missing := paths.keys() - described.keys() - in_schema.keys():
-        raise PluginError(f"{DESCRIPTIONS.name}: no description of {sorted(missing)}")
-    return described | in_schema
-
-
-def _key_table(section: str, content: Any, described: Mapping[str, str]) -> Iterator[str]:
-    yield "| key | type | default | description |"
-    yield "|---|---|---|---|"
-    required = content.get("required", [])
-    for key, value in content["properties"].items():
-        default = "**required**" if key in required else _default(value)
-        path = _path(section, key)
-        name = f"`{key}`{{ #key-{path.replace('.', '-')} }}"
-        yield f"| {name} | {_type(value)} | {default} | {' '.join(described[path].split())} |"
-
-
-def _path(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
-
-
-def _section_of(value: Mapping[str, Any]) -> str | None:
-    reference = value.get("$ref") or next((o.get("$ref") for o in value.get("allOf", ())), None)
-    return None if reference is None else reference.rpartition("/")[2]
-
-
-def _inner_section(value: Mapping[str, Any]) -> str | None:
-    """Return the section that a value can be, or can be a list of."""
-    inner = [*value.get("anyOf", ()), *value.get("oneOf", ()), value.get("items", {})]
-    return _section_of(value) or next(filter(None, map(_inner_section, filter(None, inner))), None)
-
-
-def _type(value: Mapping[str, Any]) -> str:
-    """Return a schema's type in words."""
-    if _section_of(value) is not None:
-        return "section below"
-    if choices := value.get("enum", [value["const"]] if "const" in value else []):
-        return " \\| ".join(f"`{_shown(choice)}`" for choice in choices)
-    branches = value.get("anyOf") or value.get("oneOf")
-    if branches:
-        options = [_type(option) for option in branches if option.get("type") != "null"]
-        return " or ".join(dict.fromkeys(options))
-    if value.get("type") == "array":
-        return f"list of {_plural(_type(value.get('items', {})))}"
-    if value.get("type") == "integer":
-        return _integer(value)
-    return WORDS.get(value.get("type", ""), "anything")
-
-
-def _integer(value: Mapping[str, Any]) -> str:
-    if "exclusiveMinimum" in value:
-        return f"integer > {value['exclusiveMinimum']}"
-    least = value.get("minimum", -LARGEST)
-    return "integer" if least == -LARGEST else f"integer ≥ {least}"
-
-
-def _plural(kind: str) -> str:
-    plurals = {"integer": "integers", "text": "texts", "list": "lists"}
-    first, space, rest = kind.partition(" ")
-    return f"{plurals.get(first, first)}{space}{rest}"
-
-
-def _default(value: Mapping[str, Any]) -> str:
-    default = value.get("default")
-    return "" if default is None or _section_of(value) else f"`{_shown(default)}`"
-
-
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 # ---------------------------------------------------------------------------------- error codes
@@ -183,7 +81,7 @@ def _codes_raised() -> set[tuple[str, type[errors.ChunkqError]]]:
     """Return the codes that the sources pass to an error class, as (name of the code, class)."""
     classes, found = _error_classes(), set()
     for package in PACKAGES:
-        for path in (DESCRIPTIONS.parents[1] / package).rglob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
                     continue
@@ -208,7 +106,7 @@ def worker_settings() -> Iterator[str]:
 def modules() -> Iterator[str]:
     """Yield a table per package: each module, and the first sentence of its docstring."""
     for package in PACKAGES:
-        root = DESCRIPTIONS.parents[1] / package
+        root = ROOT / package
         root = root if package.startswith("chunkq") else root / f"chunkq_{package}"
         paths = sorted(root.rglob("*.py"), key=lambda path: (path.parent, path.name))
         for folder in dict.fromkeys(path.parent for path in paths):
@@ -231,7 +129,6 @@ def _summary(path: Path) -> str:
 
 
 TABLES = {
-    "job file": job_file,
     "error codes": error_codes,
     "worker settings": worker_settings,
     "modules": modules,

@@ -12,6 +12,7 @@ import numpy as np
 from chunkq.blend.combine import Array, to_numpy
 from chunkq.blend.image_objects import ImageGeometry, to_nibabel, to_xarray
 from chunkq.errors import ArgumentError, ChunkqError
+from chunkq.install_hint import install_command
 from chunkq.summaries import array_text, html_table, one_line
 
 if TYPE_CHECKING:
@@ -124,8 +125,7 @@ class Prediction:
             import torch
         except ImportError as error:
             raise ChunkqError(
-                f"Prediction.to: torch is not installed ({error}); "
-                "install it with pip install 'chunkq[torch]'"
+                f"Prediction.to: torch is not installed ({error}); run `{install_command('torch')}`"
             ) from None
         try:
             target = torch.device(device)
@@ -151,7 +151,7 @@ class Prediction:
         except ImportError as error:
             raise ChunkqError(
                 f"Prediction.plot: matplotlib is not installed ({error}); "
-                "install it with pip install 'chunkq[plot]'"
+                f"run `{install_command('plot')}`"
             ) from None
         first = self.input[0] if isinstance(self.input, tuple) else self.input
         image, labels = to_numpy(first), to_numpy(self.labels)

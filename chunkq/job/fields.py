@@ -1,8 +1,8 @@
-"""Types of the fields of a job file, and the base class of its sections."""
+"""Types of the fields of a job file, what each key means, and the base class of its sections."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,42 @@ from pydantic_core import PydanticCustomError
 from chunkq.access import Access
 from chunkq.geometry.axes import LETTERS
 from chunkq.storage.selection import RANGE, Selection
+
+Group = Literal[
+    "Input and output",
+    "Patches",
+    "Combination",
+    "Chunks and workers",
+    "Network",
+    "Batches",
+    "Device and speed",
+    "Cluster",
+]
+"""Heading under which the reference lists a key, in this order."""
+UNIT, OMITTED, SEE, GROUP = "x-unit", "x-omitted", "x-see", "x-group"
+"""Keywords of the JSON schema that hold the arguments of `key_doc`."""
+
+
+def key_doc(
+    group: Group,
+    description: str,
+    *,
+    example: object,
+    unit: str | None,
+    omitted: str | None = None,
+    see: str | None = None,
+) -> Any:
+    """Return the metadata of a key of the job file, for `Annotated`.
+
+    The JSON schema, `chunkq explain` and the page reference/job-file.md are made of them.
+    `omitted` is what applies without the key, where its default is None. `see` is a page below
+    docs/, with an anchor. The first sentence of the description is shown in lists.
+    """
+    extra: dict[str, Any] = {GROUP: group, UNIT: unit}
+    extra |= {} if omitted is None else {OMITTED: omitted}
+    extra |= {} if see is None else {SEE: see}
+    return Field(description=description, examples=[example], json_schema_extra=extra)
+
 
 InferenceType = Literal["patch", "sliding_window", "crop_margin"]
 
@@ -114,14 +150,90 @@ Picks = Annotated[int | str | tuple[int | str, ...], BeforeValidator(_as_picks)]
 class InputConfig(Section):
     """An input, how it is accessed, and what is read of it."""
 
-    path: str
-    axes: Letters | None = None
-    level: Level | None = None
-    channels: Picks | None = None
-    time: Picks | None = None
-    order: Letters | None = None
-    anonymous: bool = False
-    requester_pays: bool = False
+    path: Annotated[
+        str,
+        key_doc(
+            "Input and output",
+            "Path or URL of the volume.",
+            example="volume.zarr",
+            unit=None,
+        ),
+    ]
+    axes: Annotated[
+        Letters | None,
+        key_doc(
+            "Input and output",
+            "Axes of the array, one letter of `t`, `c`, `z`, `y`, `x` per axis.",
+            example="tczyx",
+            unit=None,
+            omitted="what the metadata say, else all axes are spatial",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    level: Annotated[
+        Level | None,
+        key_doc(
+            "Input and output",
+            "Resolution level of an OME-Zarr image, by number or by the path of its dataset.",
+            example=1,
+            unit=None,
+            omitted="0",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    channels: Annotated[
+        Picks | None,
+        key_doc(
+            "Input and output",
+            "Channels in the order of the network: a list of indices and OME labels, one index, or "
+            "a half-open range.",
+            example=[2, "DAPI"],
+            unit=None,
+            omitted="all",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    time: Annotated[
+        Picks | None,
+        key_doc(
+            "Input and output",
+            "Time points: a list of indices, one index, or a half-open range.",
+            example="0:10",
+            unit=None,
+            omitted="all",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    order: Annotated[
+        Letters | None,
+        key_doc(
+            "Input and output",
+            "Letters of the spatial axes in the order in which the network, the lists of the job "
+            "and the output have them.",
+            example="zyx",
+            unit=None,
+            omitted="as stored",
+            see="guides/inputs.md",
+        ),
+    ] = None
+    anonymous: Annotated[
+        bool,
+        key_doc(
+            "Input and output",
+            "Whether to send no credentials. For `s3://` and `gs://`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+    requester_pays: Annotated[
+        bool,
+        key_doc(
+            "Input and output",
+            "Whether your account pays for the requests. For `s3://` and `gs://`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
 
     @property
     def access(self) -> Access:

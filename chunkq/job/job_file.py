@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import Repr
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -33,6 +33,7 @@ from chunkq.job.fields import (
     Section,
     Shape,
     Widths,
+    key_doc,
 )
 from chunkq.job.job_path import canonical, output_problem, printable_path
 from chunkq.job.model_config import ModelConfig, model_problems
@@ -41,6 +42,8 @@ from chunkq.plan.outputs import Activation, Combine
 
 MAX_FILE_BYTES = 1 << 20
 """Maximum size of a job file. A larger file is something else."""
+SCHEMA_FILE = Path(__file__).with_name("job_file.schema.json")
+"""JSON schema of the job file, for editors. `docs/job_file_page.py` writes it."""
 MAX_VALUES = 100_000
 """Maximum number of values in a job file; each repetition by a YAML alias counts."""
 
@@ -48,19 +51,90 @@ MAX_VALUES = 100_000
 class DaskConfig(Section):
     """Options to connect to a Dask cluster or to start one."""
 
-    address: str | None = None
-    protocol: Literal["tcp", "tls", "ucx"] = "tcp"
-    interface: str | None = None
-    scheduler_port: Positive = 8786
-    n_workers: Positive | None = None
-    threads_per_worker: Positive | None = None
+    address: Annotated[
+        str | None,
+        key_doc(
+            "Cluster",
+            "Scheduler of a running cluster: `HOST`, `HOST:PORT` or `tcp://HOST:PORT`.",
+            example="login1:8786",
+            unit=None,
+            omitted="none; set it for `cluster: running`",
+        ),
+    ] = None
+    protocol: Annotated[
+        Literal["tcp", "tls", "ucx"],
+        key_doc(
+            "Cluster",
+            "Transport between the processes of the cluster. `ucx` needs the package "
+            "distributed-ucxx and has no encryption.",
+            example="tls",
+            unit=None,
+        ),
+    ] = "tcp"
+    interface: Annotated[
+        str | None,
+        key_doc(
+            "Cluster",
+            "Network interface between the nodes.",
+            example="ib0",
+            unit=None,
+            omitted="chosen by Dask",
+        ),
+    ] = None
+    scheduler_port: Annotated[
+        Positive,
+        key_doc(
+            "Cluster",
+            "Port of the scheduler. A cluster that `chunkq run` creates uses any free port unless "
+            "this is set.",
+            example=8787,
+            unit=None,
+        ),
+    ] = 8786
+    n_workers: Annotated[
+        Positive | None,
+        key_doc(
+            "Cluster",
+            "Worker processes on each node of a cluster that `chunkq run` creates.",
+            example=4,
+            unit="processes",
+            omitted="one per GPU, or one without GPUs",
+        ),
+    ] = None
+    threads_per_worker: Annotated[
+        Positive | None,
+        key_doc(
+            "Cluster",
+            "Chunks in flight in each worker process.",
+            example=2,
+            unit="chunks",
+            omitted="the default of `--depth`",
+        ),
+    ] = None
 
 
 class RayConfig(Section):
     """Options to connect to a Ray cluster or to start one."""
 
-    address: str | None = None
-    port: Positive = 6379
+    address: Annotated[
+        str | None,
+        key_doc(
+            "Cluster",
+            "Head of a running cluster: `HOST` or `HOST:PORT`.",
+            example="login1:6379",
+            unit=None,
+            omitted="none; set it for `cluster: running`",
+        ),
+    ] = None
+    port: Annotated[
+        Positive,
+        key_doc(
+            "Cluster",
+            "Port of the head.",
+            example=6380,
+            unit=None,
+        ),
+    ] = 6379
 
 
 class Job(Section):
@@ -69,34 +143,312 @@ class Job(Section):
     Lists have one entry per spatial axis of the volume, in storage order; lengths are in voxels.
     """
 
-    input: Inputs
-    output: str
-    queue: str | None = None
-    cluster: Literal["local", "slurm", "running"] = "local"
-    hardware: Literal["gpu", "cpu_only"] = "gpu"
-    combine: Combine = "weighted_avg"
-    inference_type: InferenceType = "patch"
-    chunksize: Shape | None = None
-    pad_mode: PadMode = "constant"
-    pad_value: float = 0
-    pad_width: Widths | None = None
-    offsets: Offsets = ()
-    strides: Shape | None = None
-    margin: Widths | None = None
-    edge: Edge | None = None
-    weight_function: Names = ("weight_uniform",)
-    activation: Activation = "none"
-    nan: Literal["fail", "zero"] = "fail"
-    classes: Classes | None = None
-    output_dtype: Literal["float32", "float16"] | None = None
-    zarr_format: Literal[2, 3] = 3
-    storage_chunks: Shape | None = None
-    roi: Any = None
-    allow_empty: bool = False
-    threads: Positive | None = None
-    dask_config: DaskConfig = DaskConfig()
-    ray_config: RayConfig = RayConfig()
-    model: ModelConfig = Field(alias="model_config")
+    input: Annotated[
+        Inputs,
+        key_doc(
+            "Input and output",
+            "Volume to read, or a list of volumes: Zarr v2 or v3, OME-Zarr (its full-resolution "
+            "level) or `.npy`, as a path or a URL such as `s3://bucket/volume.zarr`. A path into "
+            "a group is allowed: `volume.zarr/raw`. With `model_config.join_dim` the volumes of a "
+            "list are stacked along that axis. Without it each one is computed on its own, and "
+            "`output` is a group with one image per volume, named like its file. A mapping "
+            "with `path` says what is read of it and how it is accessed.",
+            example="volume.zarr",
+            unit=None,
+            see="guides/inputs.md",
+        ),
+    ]
+    output: Annotated[
+        str,
+        key_doc(
+            "Input and output",
+            "OME-Zarr image to write. The job folder is created beside it, as `OUTPUT.chunkq`.",
+            example="labels.zarr",
+            unit=None,
+        ),
+    ]
+    queue: Annotated[
+        str | None,
+        key_doc(
+            "Chunks and workers",
+            "URL of the queue. The option `--queue` and the variable `CHUNKQ_QUEUE` come first.",
+            example="redis://login1:6379",
+            unit=None,
+            omitted="the embedded queue, a file of this user",
+            see="guides/index.md",
+        ),
+    ] = None
+    cluster: Annotated[
+        Literal["local", "slurm", "running"],
+        key_doc(
+            "Chunks and workers",
+            "How a Dask or Ray cluster is created: `local` on this machine, `slurm` on the nodes "
+            "of a SLURM allocation; `running` uses one that runs.",
+            example="slurm",
+            unit=None,
+            see="guides/index.md#how-a-dask-or-ray-cluster-is-created",
+        ),
+    ] = "local"
+    hardware: Annotated[
+        Literal["gpu", "cpu_only"],
+        key_doc(
+            "Chunks and workers",
+            "Devices of the workers. With `cpu_only` they use no GPU.",
+            example="cpu_only",
+            unit=None,
+        ),
+    ] = "gpu"
+    combine: Annotated[
+        Combine,
+        key_doc(
+            "Combination",
+            "How overlapping predictions become one value. `weighted_avg`: the averaged scores. "
+            "`soft`: labels of the averaged scores. `hard`: labels by majority vote. Averages and "
+            "votes are weighted by `weight_function`.",
+            example="soft",
+            unit=None,
+            see="concepts.md#combination",
+        ),
+    ] = "weighted_avg"
+    inference_type: Annotated[
+        InferenceType,
+        key_doc(
+            "Patches",
+            "How patches are placed. `sliding_window`: every `strides` voxels. `patch`: edge to "
+            "edge, once more for each entry of `offsets`. `crop_margin`: edge to edge after "
+            "`margin` is cut from each output patch.",
+            example="sliding_window",
+            unit=None,
+            see="guides/geometry.md",
+        ),
+    ] = "patch"
+    chunksize: Annotated[
+        Shape | None,
+        key_doc(
+            "Chunks and workers",
+            "Size of a chunk, the unit of work on the queue, along each axis. At least one output "
+            "patch.",
+            example=[256, 256, 256],
+            unit="voxels",
+            omitted="chosen from volume, patch, strides and outputs; equal on every machine",
+            see="guides/geometry.md",
+        ),
+    ] = None
+    pad_mode: Annotated[
+        PadMode,
+        key_doc(
+            "Patches",
+            "Values of the voxels outside the volume, as in `np.pad`.",
+            example="reflect",
+            unit=None,
+        ),
+    ] = "constant"
+    pad_value: Annotated[
+        float,
+        key_doc(
+            "Patches",
+            "Value of the voxels outside the volume for `pad_mode` `constant`. The dtype of the "
+            "input and `model_config.dtype` must be able to hold it.",
+            example=-1000,
+            unit="value of the input",
+        ),
+    ] = 0
+    pad_width: Annotated[
+        Widths | None,
+        key_doc(
+            "Patches",
+            "Width along each axis by which patches reach beyond the border of the volume.",
+            example=[16, 16, 16],
+            unit="voxels",
+            omitted="0; with `crop_margin` and along `lost_dim`, the width that covers the border",
+        ),
+    ] = None
+    offsets: Annotated[
+        Offsets,
+        key_doc(
+            "Patches",
+            "Further grids of patches: each entry adds one that starts this many voxels later "
+            "along each axis. Negative numbers are allowed. Only for `patch`.",
+            example=[[32, 32, 32]],
+            unit="voxels",
+        ),
+    ] = ()
+    strides: Annotated[
+        Shape | None,
+        key_doc(
+            "Patches",
+            "Distance from one patch to the next along each axis, at most the output patch. Only "
+            "for `sliding_window`, and required there.",
+            example=[32, 32, 32],
+            unit="voxels",
+            omitted="none",
+        ),
+    ] = None
+    margin: Annotated[
+        Widths | None,
+        key_doc(
+            "Patches",
+            "Width that is cut from each side of every output patch along each axis. Only for "
+            "`crop_margin`, and required there.",
+            example=[8, 8, 8],
+            unit="voxels",
+            omitted="none",
+        ),
+    ] = None
+    edge: Annotated[
+        Edge | None,
+        key_doc(
+            "Patches",
+            "What happens where the last patch of an axis would extend beyond the border: `shift` "
+            "moves it back so that it ends at the border, `pad` lets it extend.",
+            example="shift",
+            unit=None,
+            omitted="`shift` for `sliding_window`, else `pad`",
+        ),
+    ] = None
+    weight_function: Annotated[
+        Names,
+        key_doc(
+            "Combination",
+            "Weights of the voxels of an output patch: one of `weight_uniform`, "
+            "`weight_gaussian`, `weight_linear`, `weight_hann`, `weight_bump`, or `[FILE.py, "
+            "FUNCTION]`. The function takes the shape of the output patch and returns finite, "
+            "positive weights of that shape.",
+            example=["weight_gaussian"],
+            unit=None,
+            see="guides/geometry.md",
+        ),
+    ] = ("weight_uniform",)
+    activation: Annotated[
+        Activation,
+        key_doc(
+            "Combination",
+            "Function that is applied to each prediction before predictions are combined.",
+            example="softmax",
+            unit=None,
+        ),
+    ] = "none"
+    nan: Annotated[
+        Literal["fail", "zero"],
+        key_doc(
+            "Combination",
+            "What happens where a network returns NaN or infinity: the chunk fails (`fail`), or "
+            "the value counts as 0 after the activation (`zero`).",
+            example="zero",
+            unit=None,
+        ),
+    ] = "fail"
+    classes: Annotated[
+        Classes | None,
+        key_doc(
+            "Combination",
+            "Number of classes of a network that returns labels: class numbers from 0 in one "
+            "channel. Each prediction is then a vote. `soft` and `hard` store the label with the "
+            "largest weighted share of votes, `weighted_avg` the shares, one channel per class. "
+            "If the network returns one channel per class, it must be their number.",
+            example=5,
+            unit="classes",
+            omitted="the network returns scores",
+            see="guides/models.md#networks-that-return-labels",
+        ),
+    ] = None
+    output_dtype: Annotated[
+        Literal["float32", "float16"] | None,
+        key_doc(
+            "Input and output",
+            "Dtype of the output. Only for `combine` `weighted_avg`.",
+            example="float16",
+            unit=None,
+            omitted="`float32`; for labels `uint8`, for more than 256 classes `uint16`",
+        ),
+    ] = None
+    zarr_format: Annotated[
+        Literal[2, 3],
+        key_doc(
+            "Input and output",
+            "Zarr version of the output: 3 is OME-Zarr 0.5, 2 is OME-Zarr 0.4.",
+            example=2,
+            unit=None,
+        ),
+    ] = 3
+    storage_chunks: Annotated[
+        Shape | None,
+        key_doc(
+            "Input and output",
+            "Size of the Zarr chunks of the output along each axis, a divisor of `chunksize`.",
+            example=[64, 64, 64],
+            unit="voxels",
+            omitted="a divisor of `chunksize`, chosen from the volume",
+        ),
+    ] = None
+    roi: Annotated[
+        Any,
+        key_doc(
+            "Patches",
+            "Region of interest. Reserved for a later version; this version refuses it.",
+            example=None,
+            unit=None,
+            omitted="the whole volume",
+        ),
+    ] = None
+    allow_empty: Annotated[
+        bool,
+        key_doc(
+            "Input and output",
+            "Whether to accept an input without a single storage chunk. All of its voxels are the "
+            "fill value, usually because the path or the names of the chunks are wrong.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+    threads: Annotated[
+        Positive | None,
+        key_doc(
+            "Chunks and workers",
+            "Threads of the network in each worker process. Set it where results must be "
+            "byte-identical between machines with different numbers of cores.",
+            example=4,
+            unit="threads",
+            omitted="the cores of the machine, divided among its worker processes",
+        ),
+    ] = None
+    dask_config: Annotated[
+        DaskConfig,
+        key_doc(
+            "Cluster",
+            "Dask cluster to use or to create.",
+            example={"n_workers": 2},
+            unit=None,
+            see="guides/dask.md",
+        ),
+    ] = DaskConfig()
+    ray_config: Annotated[
+        RayConfig,
+        key_doc(
+            "Cluster",
+            "Ray cluster to use or to create.",
+            example={"port": 6380},
+            unit=None,
+            see="guides/ray.md",
+        ),
+    ] = RayConfig()
+    model: Annotated[
+        ModelConfig,
+        key_doc(
+            "Network",
+            "Files of the network, the shapes of its batches, and how it is run.",
+            example={
+                "runtime": "torch",
+                "type": "class",
+                "class_file": "net.py",
+                "class_name": "Net",
+                "checkpoint": "net.pt",
+                "model_input_shape": [1, 64, 64, 64],
+            },
+            unit=None,
+            see="guides/models.md",
+        ),
+    ] = Field(alias="model_config")
 
     @model_validator(mode="after")
     def _check_key_combinations(self) -> Job:
@@ -461,9 +813,9 @@ def _message(error: Any) -> str:
         if path in _REPLACED_KEYS:
             return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
         hint = suggestion(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
-        return f"{path}: unknown key{hint or '; run `chunkq schema` to list the valid keys'}"
+        return f"{path}: unknown key{hint or '; run `chunkq explain` to list all keys'}"
     if kind == "missing":
-        return f"{path}: missing; set it (run `chunkq init` for an example)"
+        return f"{path}: missing; set it (`chunkq explain {path}` has an example)"
     value = _printed(error["input"])
     if kind == "literal_error":
         legal = str(context["expected"]).replace(" or ", ", ")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from chunkq.job.fields import Dtype, NonNegative, Positive, Section, Shape
+from chunkq.job.fields import Dtype, NonNegative, Positive, Section, Shape, key_doc
 
 STOCHASTIC = "the network is random, so another run gives other bytes (model_config.stochastic)"
 """What plan and report say of a job with `stochastic`."""
@@ -20,30 +20,261 @@ _FLOATING_DTYPES = ("float16", "bfloat16", "float64")
 class ModelConfig(Section):
     """The network: its files, its input and output shapes, and how to run it."""
 
-    runtime: Literal["torch", "tensorflow", "onnx", "numpy"]
-    type: Literal["class", "file", "torchscript", "exported", "json"]
-    model_input_shape: Shape
-    model_output_shape: Shape | None = None
-    dtype: Dtype = "float32"
-    max_batch_size: Positive = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    processing_steps: str | None = None
-    lost_dim: NonNegative | None = None
-    join_dim: NonNegative | None = None
-    class_file: str | None = None
-    class_name: str | None = None
-    kwargs_file: str | None = None
-    checkpoint: str | None = None
-    model_file: str | None = None
-    ts_file: str | None = None
-    json_file: str | None = None
-    trusted: bool = False
-    stochastic: bool = False
-    precision: Literal["tf32", "float32", "bfloat16", "float16"] | None = None
-    provider: Literal["cuda", "tensorrt"] | None = None
-    compile: bool = False
-    channels_last: bool = False
-    cuda_graph: bool = False
+    runtime: Annotated[
+        Literal["torch", "tensorflow", "onnx", "numpy"],
+        key_doc(
+            "Network",
+            "Framework that runs the network.",
+            example="torch",
+            unit=None,
+            see="guides/models.md",
+        ),
+    ]
+    type: Annotated[
+        Literal["class", "file", "torchscript", "exported", "json"],
+        key_doc(
+            "Network",
+            "Kind of the files that hold the network: `class`, a Python class or function, with a "
+            "checkpoint where it needs one; `file`, a model file of the runtime; `torchscript`, a "
+            "TorchScript file; `exported`, a torch.export program; `json`, Keras JSON.",
+            example="class",
+            unit=None,
+            see="guides/models.md",
+        ),
+    ]
+    model_input_shape: Annotated[
+        Shape,
+        key_doc(
+            "Batches",
+            "Shape of one item of a batch as the network receives it. One entry per spatial "
+            "axis, or one more with the number of channels first. With runtime `tensorflow` or "
+            "`onnx` the channel axis can also be the last.",
+            example=[1, 64, 64, 64],
+            unit="voxels",
+            see="guides/models.md#where-the-channels-are",
+        ),
+    ]
+    model_output_shape: Annotated[
+        Shape | None,
+        key_doc(
+            "Batches",
+            "Shape of one item of a batch as the network returns it. One entry per axis, or one "
+            "more with the channels first, with runtime `tensorflow` or `onnx` first or last. An "
+            "output that is smaller than the input is centered in it.",
+            example=[3, 64, 64, 64],
+            unit="voxels; channels for the first of one more entry",
+            omitted="that of the input",
+        ),
+    ] = None
+    dtype: Annotated[
+        Dtype,
+        key_doc(
+            "Batches",
+            "Dtype of the batches. Values that it cannot hold are refused. `bfloat16` is for "
+            "torch.",
+            example="float16",
+            unit=None,
+            see="guides/models.md#speed-and-precision",
+        ),
+    ] = "float32"
+    max_batch_size: Annotated[
+        Positive,
+        key_doc(
+            "Batches",
+            "Patches that the network computes together. A worker that runs out of memory halves "
+            "it.",
+            example=4,
+            unit="patches",
+        ),
+    ] = 1
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        key_doc(
+            "Device and speed",
+            "Device that runs the network.",
+            example="cuda",
+            unit=None,
+        ),
+    ] = "cpu"
+    processing_steps: Annotated[
+        str | None,
+        key_doc(
+            "Batches",
+            "Python file with functions that run before and after the network.",
+            example="steps.py",
+            unit=None,
+            omitted="no steps",
+            see="guides/models.md#steps-around-the-network",
+        ),
+    ] = None
+    lost_dim: Annotated[
+        NonNegative | None,
+        key_doc(
+            "Batches",
+            "Index in `model_input_shape` of the axis that is 1, or missing, in the output of a "
+            "2.5-D network.",
+            example=0,
+            unit="index of an axis",
+            omitted="the output has all axes",
+        ),
+    ] = None
+    join_dim: Annotated[
+        NonNegative | None,
+        key_doc(
+            "Batches",
+            "Axis of a batch along which several inputs are stacked. The batch axis counts as 0. "
+            "`model_input_shape` has the length of one input there.",
+            example=1,
+            unit="index of an axis",
+            omitted="inputs are not stacked; each one is computed on its own",
+        ),
+    ] = None
+    class_file: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "Python file with the class or function. For type `class`.",
+            example="net.py",
+            unit=None,
+            omitted="the package that `class_name` names",
+        ),
+    ] = None
+    class_name: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "Name of the class or function in `class_file`. Without `class_file`, the full name "
+            "of a class of an installed package.",
+            example="UNet",
+            unit=None,
+            omitted="none; required for type `class`",
+        ),
+    ] = None
+    kwargs_file: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "Python file with a dict `kwargs` of arguments for the class or function.",
+            example="kwargs.py",
+            unit=None,
+            omitted="no arguments",
+        ),
+    ] = None
+    checkpoint: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "File with the weights that are loaded into the class.",
+            example="net.pt",
+            unit=None,
+            omitted="the weights that the code sets",
+            see="guides/models.md",
+        ),
+    ] = None
+    model_file: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "Model file. For types `file` and `exported`.",
+            example="model.onnx",
+            unit=None,
+            omitted="none; required for types `file` and `exported`",
+        ),
+    ] = None
+    ts_file: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "TorchScript file. For type `torchscript`.",
+            example="model.ts",
+            unit=None,
+            omitted="none; required for type `torchscript`",
+        ),
+    ] = None
+    json_file: Annotated[
+        str | None,
+        key_doc(
+            "Network",
+            "Keras JSON file. For type `json`.",
+            example="model.json",
+            unit=None,
+            omitted="none; required for type `json`",
+        ),
+    ] = None
+    trusted: Annotated[
+        bool,
+        key_doc(
+            "Network",
+            "Whether to load a model file that can run code or reach other files.",
+            example=True,
+            unit=None,
+            see="security.md#model-files",
+        ),
+    ] = False
+    stochastic: Annotated[
+        bool,
+        key_doc(
+            "Network",
+            "Whether to permit a network that returns different outputs for one batch. Results "
+            "can then not be reproduced. Random weights are refused nevertheless.",
+            example=True,
+            unit=None,
+            see="guides/models.md#reproducible-results",
+        ),
+    ] = False
+    precision: Annotated[
+        Literal["tf32", "float32", "bfloat16", "float16"] | None,
+        key_doc(
+            "Device and speed",
+            "Precision of the network's arithmetic. `bfloat16` is for torch, `float16` for torch "
+            "and TensorRT.",
+            example="bfloat16",
+            unit=None,
+            omitted="`dtype` if that is `float16`, `bfloat16` or `float64`; `tf32` for torch on "
+            "`cuda` and for TensorRT; else `float32`",
+            see="guides/models.md#speed-and-precision",
+        ),
+    ] = None
+    provider: Annotated[
+        Literal["cuda", "tensorrt"] | None,
+        key_doc(
+            "Device and speed",
+            "Library that runs an ONNX graph on `cuda`: the kernels of ONNX Runtime (`cuda`) or "
+            "TensorRT.",
+            example="tensorrt",
+            unit=None,
+            omitted="`cuda`",
+            see="guides/models.md#tensorrt",
+        ),
+    ] = None
+    compile: Annotated[
+        bool,
+        key_doc(
+            "Device and speed",
+            "Whether to compile the network with `torch.compile`. The result is kept in the "
+            "user's cache folder.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+    channels_last: Annotated[
+        bool,
+        key_doc(
+            "Device and speed",
+            "Whether to use the memory format channels last of torch.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+    cuda_graph: Annotated[
+        bool,
+        key_doc(
+            "Device and speed",
+            "Whether to record one batch as a CUDA graph and replay it. For torch on `cuda`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
 
     @property
     def effective_precision(self) -> str:

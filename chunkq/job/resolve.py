@@ -195,8 +195,8 @@ class _Shapes:
                 continue
             if q > p or (p - q) % 2:
                 problems.append(
-                    f"model_config.model_output_shape: {q} along axis {axis} cannot be centered in "
-                    f"the input patch ({p}); use {p}, or less by an even number"
+                    f"model_config.model_output_shape: found {q} along axis {axis}; expected {p} "
+                    "as in model_input_shape, or less by an even number, half of it on each side"
                 )
         for axis, (m, q, kept) in enumerate(zip(self.margin, self.output, self.kept, strict=True)):
             if kept < 1:

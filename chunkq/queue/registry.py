@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from chunkq.errors import ErrorCode, JobError, QueueError, suggestion
 from chunkq.extensions import ExtensionPoint
+from chunkq.install_hint import package_hint
 from chunkq.queue.contract.executor import Executor
 
 BACKENDS: MappingProxyType[str, str] = MappingProxyType(
@@ -35,10 +36,6 @@ EXTENSIONS = ExtensionPoint(
     QueueError,
     frozenset(BACKENDS),
 )
-EXTRAS: MappingProxyType[str, str] = MappingProxyType(
-    {"rq": "redis", "redis": "redis", "distributed": "dask", "dask": "dask", "ray": "ray"}
-)
-"""Package -> the extra of chunkq that installs it."""
 QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 
 
@@ -100,7 +97,7 @@ def load_backend(scheme: str) -> Callable[[str], Executor]:
     try:
         backend: Callable[[str], Executor] = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        hint = install_hint(error)
+        hint = package_hint(error)
         if hint is None:
             raise
         raise QueueError(
@@ -108,11 +105,3 @@ def load_backend(scheme: str) -> Callable[[str], Executor]:
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return backend
-
-
-def install_hint(error: ModuleNotFoundError) -> str | None:
-    """Return how to install a missing package, or None if no extra of chunkq installs it."""
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS:
-        return None
-    return f"{package}; run pip install 'chunkq[{EXTRAS[package]}]'"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from chunkq.errors import IncompleteError
 from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Failure
 from chunkq.job.tasks import Task, chunk_count
+from chunkq.paths import without_secret
 from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Contribution, GateState
 from chunkq.stages.base import Stage, TaskKey
@@ -108,11 +109,25 @@ def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompl
     if missing and not allow_missing:
         verb = "is" if len(missing) == 1 else "are"
         raise IncompleteError(
-            f"{chunk_count(len(missing))} {verb} not computed yet: {shortened(missing)}; run a "
-            "worker",
+            f"{chunk_count(len(missing))} {verb} not computed yet: {shortened(missing)}; "
+            f"{_advice(job, missing)}",
             missing,
         )
     return completion
+
+
+def _advice(job: JobHandle, missing: Collection[str]) -> str:
+    """Return what to do about missing chunks, some of which may have failed."""
+    queued = {stage.kind for stage in stages() if stage.is_queued}
+    names = {job.chunk_name(f.item, f.chunk) for f in failures(job) if f.kind in queued}
+    failed = len(names & {*missing})
+    output = without_secret(job.folder.output)
+    if not failed:
+        return "run `chunkq work`"
+    return (
+        f"{failed} failed; run `chunkq status {output}` to see why, then `chunkq retry {output}` "
+        "and `chunkq work`"
+    )
 
 
 def failures(job: JobHandle) -> list[Failure]:

@@ -13,6 +13,8 @@ from typing import TextIO
 
 import click
 
+from chunkq.terminal import columns, wrapped
+
 STDOUT, STDERR = 1, 2
 _reserved: list[TextIO] = []
 """The stream of results; empty as long as that is `sys.stdout`."""
@@ -49,6 +51,12 @@ def result_stream() -> TextIO:
 def print_line(text: str) -> None:
     """Write a line, or lines, of the result."""
     click.echo(text, file=result_stream())
+
+
+def print_text(text: str) -> None:
+    """Write text for people. On a terminal, its lines break between words."""
+    stream = result_stream()
+    click.echo(wrapped(text, columns(stream)), file=stream)
 
 
 def discard_results() -> None:

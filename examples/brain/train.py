@@ -4,7 +4,7 @@
     python train.py --weights unet.ts           writes only unet.onnx, without training
 
 The front half (y >= SPLIT) is not used for training. --check scores both halves afterwards.
-Requires `pip install "chunkq[demo,export]"`.
+Requires `pip install '.[demo,export]'`.
 """
 
 import argparse

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -19,9 +18,11 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
+from chunkq.progress_bar import Bar
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion
 from chunkq.units import duration, si
+from chunkq_producer.tables import FittingTable
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -282,8 +283,7 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
     """Return the status for a terminal of `width` columns."""
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
     bar = Table.grid()  # a bar outside a table does not end its line
-    total, done = status.patches, status.patches_done
-    bar.add_row(ProgressBar(total=total, completed=done, width=min(60, width - 2)))
+    bar.add_row(Bar(status.patches_done, status.patches, min(60, width - 2)))
     lines.append(bar)
     lines += map(Text, filter(None, (_task_line(status), _speed_line(status))))
     if status.queue_problem:
@@ -307,18 +307,17 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
     return Group(*lines)
 
 
-def _worker_table(workers: tuple[WorkerState, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("host", "device", "running", "recent", "device idle", "stages"):
-        table.add_column(heading, overflow="fold", no_wrap=False)
+def _worker_table(workers: tuple[WorkerState, ...]) -> FittingTable:
+    headings = ("host", "device", "running", "recent", "device idle", "stages")
+    rows = []
     for worker in workers:
         wait = worker.device_wait_share
         stages = " ".join(f"{stage} {share:.0%}" for stage, share in worker.stage_shares.items())
         running = ", ".join(worker.running[:4]) or _ago(worker.last_seen)
         idle = "" if wait is None else f"{wait:.0%}"
         device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
-        table.add_row(worker.host, device, running, str(worker.recent_chunks), idle, stages)
-    return table
+        rows.append((worker.host, device, running, str(worker.recent_chunks), idle, stages))
+    return FittingTable(headings, rows, left=range(len(headings)), wraps=5)
 
 
 def _ago(moment: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from chunkq.job.events import Event
-from chunkq.progress_bar import ProgressDisplay
+from chunkq.progress_bar import ProgressDisplay, is_live
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -40,7 +40,7 @@ class RunDisplay(ProgressDisplay):
         from chunkq_producer.job_status import status_line, status_screen
 
         begins, console = self.begin(STAGE), self.console
-        if not console.is_terminal:
+        if not is_live(console):
             if self.is_line_due():
                 self.print(status_line(poller()))
             return

@@ -557,7 +557,7 @@ def test_keywords_are_job_keys_and_override_defaults(tmp_path: Path) -> None:
     assert problems.keys() == {"stride", "model_config.max_batchsize", "xyz"}
     assert "did you mean 'strides'?" in problems["stride"]
     assert "did you mean 'max_batch_size'?" in problems["model_config.max_batchsize"]
-    assert "`chunkq schema`" in problems["xyz"]
+    assert "`chunkq explain`" in problems["xyz"]
     with pytest.raises(JobError, match=r"^model_config: "):
         job(model_config={"device": "cuda"})
 

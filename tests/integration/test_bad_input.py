@@ -79,11 +79,23 @@ def test_a_path_that_is_not_inside_the_store_is_reported(workspace: Workspace) -
     refused(workspace, 2, ErrorCode.STORE_MISSING, "in.zarr/deeper ")
 
 
-@pytest.mark.parametrize("name", ["picture.tif", "volume.nrrd"])
-def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace, name: str) -> None:
+def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace) -> None:
+    (workspace.folder / "volume.bin").write_bytes(b"II*\0")
+    workspace.write_job(input="volume.bin")
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, "volume.bin is a file")
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [("scan.nii.gz", "nibabel.load("), ("a.TIF", "tifffile.imread("), ("a.h5", "h5py.File(")],
+)
+def test_a_file_of_another_format_is_rejected_with_the_code_that_converts_it(
+    workspace: Workspace, name: str, reader: str
+) -> None:
     (workspace.folder / name).write_bytes(b"II*\0")
     workspace.write_job(input=name)
-    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, f"{name} is a file")
+    code = "zarr.create_array('volume.zarr', data="
+    refused(workspace, 2, ErrorCode.STORE_UNSUPPORTED, name, code, reader)
 
 
 def test_a_folder_that_is_not_a_store_is_rejected(workspace: Workspace) -> None:
@@ -162,7 +174,7 @@ def test_lists_and_shapes_of_the_wrong_rank_are_reported_at_once(workspace: Work
             "model_config.max_batchsize",
             "did you mean 'max_batch_size'?",
         ),
-        ({"zzz": 1}, "zzz", "`chunkq schema`"),
+        ({"zzz": 1}, "zzz", "`chunkq explain`"),
         ({"combine": "sofd"}, "combine", "did you mean 'soft'?"),
         (
             {"weight_function": ["weight_gausian"]},
@@ -601,7 +613,8 @@ def test_a_nan_prediction_fails_only_its_chunk_and_reports_the_patch(
     answer = workspace.run("run", "job.json", "--gpus", "none")
     assert answer.code == 3
     assert "Traceback" not in answer.err
-    assert f"1.1; run a worker [{ErrorCode.JOB_INCOMPLETE}]" in answer.err
+    assert f"`chunkq retry {workspace.output}` and `chunkq work` [job_incomplete]" in answer.err
+    assert f"1 chunk failed; run `chunkq status {workspace.output}`" in answer.err
     assert "[16, 8] to [24, 16]" in answer.err
     assert {commit.chunk for commit in workspace.commits()} == {
         (i, j) for i in range(2) for j in range(3)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import jsonschema
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 import yaml
 
 from chunkq.errors import ErrorCode
+from chunkq.install_hint import EXTRAS, install_command
+from chunkq.job import key_reference
 from chunkq.job.job_file import load_job
 from chunkq.lazy_imports import COMMANDS
 from chunkq.queue.backends.sqlite import SqliteExecutor
@@ -72,9 +75,10 @@ def test_the_template_is_a_valid_job_once_its_files_exist(tmp_path: Path) -> Non
     workspace.call("plan", "job.yaml").refused(2, "input: ", "volume.zarr")
     write_zarr(tmp_path / "volume.zarr", np.ones((96, 80, 64), np.uint8), (64, 64, 64))
     workspace.call("plan", "job.yaml").refused(
-        2, ErrorCode.JOB_INVALID, "model_config.ts_file: ", "model.ts"
+        2, ErrorCode.JOB_INVALID, "model_config.class_file: ", "net.py"
     )
-    (tmp_path / "model.ts").write_bytes(b"only its hash is read")
+    for name in ("net.py", "net.pt"):
+        (tmp_path / name).write_bytes(b"# only its hash is read")
     plan = json.loads(workspace.call("plan", "job.yaml", "--json").ok().out)
     assert plan["volume"] == [96, 80, 64]
     assert plan["output_dtype"] == "uint8"
@@ -401,17 +405,133 @@ def test_a_usage_error_has_exit_code_2(workspace: Workspace, command: tuple[str,
     assert "Traceback" not in result.err
 
 
-def test_a_command_whose_package_is_not_installed_names_the_extra() -> None:
-    script = (
-        "import sys; sys.modules['redis'] = None; sys.argv = ['chunkq', 'redis', '--help']; "
-        "from chunkq.cli import main; sys.exit(main())"
+HIDDEN_EXTRAS = f"""
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {sorted(EXTRAS)}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+from chunkq.cli import main
+"""
+"""Code after which the packages of all extras are missing."""
+
+
+def test_every_command_shows_its_help_without_any_extra() -> None:
+    code = (
+        f"{HIDDEN_EXTRAS}\n"
+        f"for name in {list(COMMANDS)}:\n"
+        "    sys.argv = ['chunkq', name, '--help']\n"
+        "    print('EXIT', name, main())\n"
     )
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    [line] = result.stderr.splitlines()
-    assert line.endswith(f"[{ErrorCode.PACKAGE_MISSING}]")
-    assert "chunkq[redis]" in line
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    exits = [line for line in completed.stdout.splitlines() if line.startswith("EXIT")]
+    assert exits == [f"EXIT {name} 0" for name in COMMANDS]
+    assert completed.stderr == ""
+
+
+@pytest.mark.parametrize("missing", ["redis", "rq"])
+def test_a_redis_server_without_its_extra_ends_with_the_line_of_other_commands(
+    tmp_path: Path, missing: str
+) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from chunkq.cli import main\n"
+        f"sys.argv = ['chunkq', 'redis', '--folder', {str(tmp_path / 'redis')!r}]\n"
+        "print(main())\n"
+        "sys.argv = ['chunkq', 'jobs', '--queue', 'redis://127.0.0.1:1']\n"
+        "print(main())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.split() == ["1", "1"]
+    line, other = result.stderr.splitlines()
+    assert line == other
+    assert line.endswith(f"{missing}; run `{install_command('redis')}` [package_missing]")
+    assert not (tmp_path / "redis").exists()
+
+
+def test_explain_describes_a_key(workspace: Workspace) -> None:
+    text = workspace.call("explain", "strides").ok().out
+    for part in ("strides\n", "list of integers > 0", "voxels", "strides: [32, 32, 32]"):
+        assert part in text
+
+
+def test_explain_without_a_key_lists_all_keys_in_groups(workspace: Workspace) -> None:
+    lines = workspace.call("explain").ok().out.splitlines()
+    for entry in key_reference.all_keys():
+        assert any(line.startswith(f"  {entry.path.rpartition('.')[2]} ") for line in lines)
+    assert "Patches" in lines
+
+
+def test_explain_reports_an_unknown_key_with_the_nearest_ones(workspace: Workspace) -> None:
+    workspace.call("explain", "stride").refused(2, ErrorCode.JOB_INVALID, "stride: ", "strides?")
+
+
+def test_the_template_names_a_schema_that_exists_and_accepts_it(tmp_path: Path) -> None:
+    Workspace(tmp_path).call("init").ok()
+    text = (tmp_path / "job.yaml").read_text()
+    comment = text.splitlines()[0]
+    url = comment.removeprefix("# yaml-language-server: $schema=")
+    assert url != comment
+    assert " " not in url
+    schema = json.loads(Path(unquote(urlsplit(url).path)).read_text())
+    jsonschema.validate(yaml.safe_load(text), schema)
+
+
+SHELLS = {"bash": ".bashrc", "zsh": ".zshrc", "fish": ""}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_is_installed_once(tmp_path: Path, shell: str) -> None:
+    environment = {"HOME": str(tmp_path), "SHELL": f"/usr/bin/{shell}"}
+    workspace = Workspace(tmp_path, environment=environment)
+    for variable in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "ZDOTDIR"):
+        workspace.environment[variable] = ""
+    startup = tmp_path / SHELLS[shell] if SHELLS[shell] else None
+    if startup is not None:
+        startup.write_text("# without a line end")
+    script = Path(workspace.call("completion", "install").ok().out.split()[1].rstrip(";"))
+    assert script.read_text() == workspace.call("completion", "show").ok().out
+    assert "_CHUNKQ_COMPLETE" in script.read_text()
+    before = everything_below(tmp_path)
+    workspace.call("completion", "install").ok()
+    assert everything_below(tmp_path) == before
+    if startup is not None:
+        assert startup.read_text() == f"# without a line end\n. {script}\n"
+
+
+def test_completion_without_a_known_shell_asks_for_one(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, environment={"HOME": str(tmp_path), "SHELL": "/bin/sh"})
+    workspace.call("completion", "install").refused(2, ErrorCode.JOB_INVALID, "--shell: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("chunkq expl", {"plain,explain"}),
+        ("chunkq explain stri", {"plain,strides"}),
+        ("chunkq explain model_config.max", {"plain,model_config.max_batch_size"}),
+        ("chunkq plan jo", {"file,jo"}),
+        ("chunkq status la", {"dir,la"}),
+    ],
+)
+def test_shells_complete_commands_keys_and_files(
+    tmp_path: Path, words: str, expected: set[str]
+) -> None:
+    environment = {
+        "_CHUNKQ_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    result = Workspace(tmp_path).run(**environment)
+    assert set(result.out.split()) == expected
 
 
 @pytest.mark.parametrize("value", ["soon", "", "h", "1.5h", "-5"])

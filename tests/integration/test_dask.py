@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from chunkq.errors import ErrorCode
+from chunkq.install_hint import install_command, remote_hint
 from chunkq.queue.backends.dask.tls import create_certificate
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.dask import HOST, DaskCluster
@@ -193,7 +194,7 @@ def test_a_running_cluster_without_workers_is_an_error_of_one_line(
         (
             MISSING_PACKAGES.format(names={"chunkq"}),
             ErrorCode.PACKAGE_MISSING,
-            "pip install 'chunkq[dask]'",
+            remote_hint("dask", "there"),
         ),
         (OTHER_VERSION.format(name="chunkq"), ErrorCode.QUEUE_VERSION_MISMATCH, "chunkq 1.2.3"),
         (
@@ -235,9 +236,7 @@ def test_the_error_for_a_missing_package_names_the_extra(
         ("run", job, "-e", "dask"),
         PYTHONPATH=startup_hook(tmp_path, MISSING_PACKAGES.format(names={"distributed", "dask"})),
     ):
-        assert_refused(
-            result, 1, ErrorCode.PACKAGE_MISSING, "dask://", "pip install 'chunkq[dask]'"
-        )
+        assert_refused(result, 1, ErrorCode.PACKAGE_MISSING, "dask://", install_command("dask"))
 
 
 # A running scheduler and `chunkq work`.

@@ -17,6 +17,7 @@ from chunkq_worker.runtimes.base import load_runtime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode
+from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
 from tests.harness.files import everything_below
 from tests.harness.processes import CommandResult
@@ -654,7 +655,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(
     find = export_torch.find_spec
     monkeypatch.setattr(export_torch, "find_spec", lambda n: None if n == name else find(n))
     workspace.write_job()
-    fragments = (f": {name};", "'chunkq[export]'")
+    fragments = (f": {name};", install_command("export"))
     assert_error(workspace, "net.onnx", 1, ErrorCode.PACKAGE_MISSING, *fragments)
     exported(workspace, "net.pt2")
 
@@ -666,5 +667,5 @@ def test_a_missing_torch_is_an_error_that_names_the_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     workspace.write_job()
-    fragments = ("torch", "'chunkq[export]'")
+    fragments = ("torch", install_command("export"))
     assert_error(workspace, "net.onnx", 1, ErrorCode.PACKAGE_MISSING, *fragments)

@@ -18,6 +18,7 @@ from chunkq_worker.runtimes.onnx_host import OnnxRuntime
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, JobError, ModelError
+from chunkq.install_hint import install_command
 from chunkq.job.job_file import job_schema, parse_job
 from chunkq.job.model_config import ModelConfig
 from tests.harness.assertions import assert_contains
@@ -317,7 +318,7 @@ def test_the_error_for_a_missing_dependency_names_the_package_to_install(
     line = str(caught.value)
     assert line.startswith("model_config.runtime: numpy ")
     assert_contains(line, "threadpoolctl")
-    assert line.endswith("pip install 'chunkq'")
+    assert line.endswith(f"`{install_command()}`")
 
 
 # ------------------------------------------------------------------------------------ threads

@@ -30,6 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.install_hint import install_command
 from chunkq.job.job_file import parse_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Volume
@@ -632,7 +633,7 @@ def test_the_error_for_a_runtime_that_is_not_installed_names_the_extra(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     line = load_error(network)
     assert line.startswith("model_config.runtime: onnx ")
-    assert line.endswith("pip install 'chunkq[onnx]'")
+    assert line.endswith(f"`{install_command('onnx')}`")
 
 
 # ------------------------------------------------------------------------------ memory
@@ -734,7 +735,7 @@ def test_the_provider_is_logged(network: Path, caplog: pytest.LogCaptureFixture)
 def test_cuda_without_a_cuda_provider_is_an_error(network: Path) -> None:
     line = load_error(network, device="cuda")
     assert line.startswith("model_config.device: cuda")
-    assert_contains(line, "no CUDA provider", "pip install 'chunkq[onnx-gpu]'", "device: cpu")
+    assert_contains(line, "no CUDA provider", install_command("onnx-gpu"), "device: cpu")
 
 
 @pytest.mark.parametrize(("precision", "expected"), [(None, "0"), ("float32", "0"), ("tf32", "1")])
@@ -767,7 +768,7 @@ def test_a_cuda_provider_that_fails_to_load_is_an_error(
     )
     line = load_error(network, device="cuda")
     assert line.startswith("model_config.device: cuda")
-    assert_contains(line, "cuDNN", "pip install 'chunkq[onnx-gpu]'", "device: cpu")
+    assert_contains(line, "cuDNN", install_command("onnx-gpu"), "device: cpu")
     assert [requested[0][0], requested[1]] == [onnx_cuda.CUDA, "CPUExecutionProvider"]
     assert capsys.readouterr().out == ""
 

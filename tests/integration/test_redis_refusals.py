@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.install_hint import install_command
 from chunkq.job.job_handle import open_job
 from chunkq.job.task_records import Failure
 from chunkq.queue.contract.executor import jobs_at
@@ -703,6 +704,6 @@ def test_the_error_for_a_missing_package_names_the_extra(stage: Stage) -> None:
     )
     assert result.stdout == ""
     CommandResult(result.returncode, result.stdout, result.stderr).refused(
-        1, ErrorCode.PACKAGE_MISSING, "redis://", "package rq", "pip install 'chunkq[redis]'"
+        1, ErrorCode.PACKAGE_MISSING, "redis://", "package rq", install_command("redis")
     )
     assert len(result.stderr.splitlines()) == 1

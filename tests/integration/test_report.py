@@ -15,6 +15,7 @@ from chunkq_producer.reports.job_report import load_job_report
 from chunkq_producer.reports.page import page as html_page
 
 from chunkq.errors import ErrorCode
+from chunkq.install_hint import install_command
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
 from tests.harness.volumes import random_volume, write_zarr
@@ -262,7 +263,7 @@ def test_the_page_without_matplotlib_is_an_error_of_one_line(
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not installed')")
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     result = sealed.run("report", "out.zarr", "--html", tmp_path / "page.html", PYTHONPATH=paths)
-    result.refused(1, ErrorCode.PACKAGE_MISSING, "chunkq[plot]")
+    result.refused(1, ErrorCode.PACKAGE_MISSING, install_command("plot"))
     assert len(result.err.splitlines()) == 1
     assert not (tmp_path / "page.html").exists()
     sealed.run("report", "out.zarr", PYTHONPATH=paths).ok()  # only the page needs matplotlib

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,7 @@ from chunkq_worker.runtimes.tensorflow_import import keras, tf, without_log_outp
 from chunkq_worker.steps import Steps
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.install_hint import install_command
 from chunkq.job.job_file import load_job, parse_job
 from chunkq.job.model_config import ModelConfig
 from chunkq.job.record import JobRecord
@@ -1022,7 +1024,7 @@ def test_the_error_for_missing_tensorflow_names_the_extra(
     for name in [name for name in sys.modules if "runtimes.tensorflow" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModelError, match=r"pip install 'chunkq\[tensorflow\]'"):
+    with pytest.raises(ModelError, match=re.escape(install_command("tensorflow"))):
         load(model_files, **file_of("net.keras"))
 
 

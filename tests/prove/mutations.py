@@ -38,6 +38,7 @@ from tests.prove.faults import (
     queues,
     reach,
     records,
+    texts,
     tuning,
     workers,
 )
@@ -53,6 +54,7 @@ FAULTS: tuple[Fault, ...] = (
     *reach.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
+    *texts.FAULTS,
     *workers.FAULTS,
 )
 PARALLEL_FAULTS = 2

@@ -46,10 +46,10 @@ def keys(lines: list[str]) -> list[str]:
 UNKNOWN_KEYS = [
     ({"pad_with": [1, 1]}, "pad_with", "'pad_width'"),
     ({"stride": [1, 1]}, "stride", "'strides'"),
-    ({"xyzzy": 1}, "xyzzy", "chunkq schema"),
+    ({"xyzzy": 1}, "xyzzy", "chunkq explain"),
     ({"model": {"max_batchsize": 3}}, "model_config.max_batchsize", "'max_batch_size'"),
     # Names of other sections are not suggested: chunksize is a key of the job.
-    ({"model": {"chunksize": [1]}}, "model_config.chunksize", "chunkq schema"),
+    ({"model": {"chunksize": [1]}}, "model_config.chunksize", "chunkq explain"),
     ({"model": {"autocast": "bfloat16"}}, "model_config.autocast", "'precision'"),
     ({"dask_config": {"adress": "x"}}, "dask_config.adress", "'address'"),
     ({"ray_config": {"prot": 1}}, "ray_config.prot", "'port'"),
@@ -192,7 +192,7 @@ def test_an_unknown_key_is_reported_with_a_hint(
     (line,) = problems(values(**change))
     assert line.startswith(f"{key}: unknown key; ")
     assert hint in line.partition("; ")[2]
-    assert ("did you mean" in line) == (hint != "chunkq schema")
+    assert ("did you mean" in line) == (hint != "chunkq explain")
 
 
 @pytest.mark.parametrize(("change", "key", "fragments"), [*INVALID_VALUES, *INVALID_COMBINATIONS])
@@ -249,7 +249,7 @@ def test_a_job_has_a_precision_also_without_the_key(model: dict[str, Any], expec
 def test_a_missing_key_is_reported(key: str) -> None:
     (line,) = problems(values(**{key: None}))
     assert line.startswith(f"{key}: missing; ")
-    assert "chunkq init" in line
+    assert f"`chunkq explain {key}`" in line
 
 
 def test_type_class_requires_a_file_and_a_name() -> None:

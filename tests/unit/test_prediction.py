@@ -14,6 +14,7 @@ import torch
 
 from chunkq.blend.prediction import Prediction
 from chunkq.errors import ChunkqError
+from chunkq.install_hint import install_command
 
 SHAPE = (6, 8, 10)
 
@@ -101,12 +102,12 @@ def test_a_missing_device_is_an_error_of_one_line(device: str) -> None:
 def test_a_missing_package_is_an_error_with_the_extra_to_install(tmp_path: Path) -> None:
     with (
         mock.patch.dict(sys.modules, {"torch": None}),
-        pytest.raises(ChunkqError, match=r"pip install 'chunkq\[torch\]'"),
+        pytest.raises(ChunkqError, match=re.escape(install_command("torch"))),
     ):
         prediction_of().to("cpu")
     with (
         mock.patch.dict(sys.modules, {"matplotlib": None, "chunkq.blend.plot": None}),
-        pytest.raises(ChunkqError, match=r"pip install 'chunkq\[plot\]'") as error,
+        pytest.raises(ChunkqError, match=re.escape(install_command("plot"))) as error,
     ):
         prediction_of().plot(tmp_path / "never.png")
     assert "\n" not in str(error.value)

@@ -32,6 +32,7 @@ from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
+from chunkq.terminal import columns, wrapped
 from chunkq.worker_start import Step, encode_line
 from chunkq_worker.child_env import child_env
 from chunkq_worker.devices import Slot, cores
@@ -295,8 +296,8 @@ class Supervisor:
         while self._forwarded < self._signals:
             self._forwarded += 1
             self._log(
-                "stopping after the chunks in flight; press Ctrl-C again to requeue them and stop "
-                "now"
+                "stopping after the chunks in flight; press Ctrl-C again to stop now, "
+                "unfinished chunks return to the queue"
                 if self._forwarded == 1
                 else "requeueing the chunks in flight"
             )
@@ -315,7 +316,7 @@ class Supervisor:
             self._send_pending_requeues()
 
     def _log(self, line: str) -> None:
-        sys.stderr.write(f"chunkq: {line}\n")
+        sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
 
 
 def _send(slot: _WorkerSlot, line: bytes) -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from types import FrameType
 
+from typing_extensions import override
+
 from chunkq.errors import ChunkqError, QueueError
 from chunkq.queue.contract.executor import Executor, ExitStatus, WorkerOptions
 from chunkq.queue.registry import open_executor
@@ -26,6 +28,7 @@ from chunkq.system.framework_logs import hide_framework_logs
 from chunkq.system.parent_process import when_parent_ends
 from chunkq.system.scratch import delete_own_folders
 from chunkq.system.standard_output import to_standard_error
+from chunkq.terminal import columns, wrapped
 from chunkq_worker.early_start import prepare
 from chunkq_worker.worker_main import serve
 
@@ -63,12 +66,11 @@ def main() -> int:
     process_options = json_values.decode(WorkerProcessOptions, lines.get())
     # INFO for chunkq only: clients of object stores log the source of their credentials.
     logging.getLogger("chunkq").setLevel(logging.WARNING if process_options.quiet else logging.INFO)
-    logging.basicConfig(
-        level=logging.WARNING,
-        format=f"%(asctime)s {process_options.worker} %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _LineFormatter(f"%(asctime)s {process_options.worker} %(message)s", "%H:%M:%S")
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if process_options.is_early:
         prepare(lines.get, process_options.report)
     options = WorkerOptions(
@@ -89,8 +91,16 @@ def main() -> int:
         status = executor.run_worker(serve, options)
         executor.close()
     for line in status.lines:
-        sys.stderr.write(f"chunkq: {line}\n")
+        sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
     return status.code
+
+
+class _LineFormatter(logging.Formatter):
+    """Formatter whose lines break between words on a terminal."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return wrapped(super().format(record), columns(sys.stderr))
 
 
 def _abort() -> None:

@@ -215,7 +215,8 @@ class _TaskLoops:
         outputs = sorted({_output(job) for job, _ in self._gates.blocked})
         return IncompleteError(
             f"{', '.join(outputs)}: tasks wait for chunks that failed or are missing; run `chunkq "
-            "status OUT` to see why, then `chunkq retry OUT` or `chunkq produce --resume`",
+            f"status {outputs[0]}` to see why, then `chunkq retry {outputs[0]}` or `chunkq produce "
+            "--resume`",
             [],
         )
 

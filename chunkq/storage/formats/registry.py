@@ -15,6 +15,7 @@ from chunkq.storage.formats.base import (
     missing_error,
     unreadable_error,
 )
+from chunkq.storage.formats.conversion import conversion
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.zarr import ZarrFormat
 from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
@@ -73,7 +74,9 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
     if not filesystem.exists(inner):
         return missing_error(path)
     expected = "expected a Zarr store or a .npy file"
-    if path.endswith(".npz"):
+    if advice := conversion(without_secret(path)):
+        reason = advice
+    elif path.endswith(".npz"):
         reason = "is an archive of arrays; save one array with numpy.save as a .npy file"
     elif not is_url(path) and filesystem.isfile(inner):
         convert = "zarr.create_array('volume.zarr', data=array)"

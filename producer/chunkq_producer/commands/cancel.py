@@ -10,7 +10,7 @@ from chunkq.job.job_path import job_folder_of
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import jobs_at
-from chunkq.system.standard_output import print_line
+from chunkq.system.standard_output import print_text
 from chunkq_producer.commands.options import folder_at, output_argument, queue_of, queue_option
 
 
@@ -35,12 +35,12 @@ def cancel(output: str, queue: str | None) -> None:
         jobs = [job for path in sorted(job_paths) for job in jobs_at(executor, path)]
         count = sum(executor.cancel(job) for job in jobs)
     if count:
-        print_line(
+        print_text(
             f"{chunk_count(count)} taken off the queue; run `chunkq produce --resume` with the job "
             "file to queue them again"
         )
     else:
-        print_line(f"no chunk of this job is on the queue {without_secret(executor.url)}")
+        print_text(f"no chunk of this job is on the queue {without_secret(executor.url)}")
 
 
 def _queue_of_job(folder: JobFolder) -> str | None:

@@ -13,7 +13,8 @@ from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_count
 from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
-from chunkq.system.standard_output import print_line
+from chunkq.system.standard_output import print_line, print_text
+from chunkq.terminal import print_error
 from chunkq.units import duration, si
 from chunkq_producer import distribute as distribution
 from chunkq_producer.commands.options import (
@@ -85,15 +86,15 @@ def print_result(job: JobHandle, report: dict[str, Any]) -> None:
     """Print warnings, the state of the output and a summary of the time."""
     output = without_secret(job.folder.output)
     for warning in report["warnings"]:
-        click.echo(f"chunkq: warning: {warning}", err=True)
+        print_error(f"chunkq: warning: {warning}")
     if report["missing"]:
-        print_line(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
+        print_text(f"incomplete: {output} ({chunk_count(len(report['missing']))} missing)")
         return
-    print_line(
+    print_text(
         f"complete: {output} ({report['chunks']} chunks, {report['patches']} patches, "
         f"{report['finalized_blocks']} blocks finalized, {duration(report['wall_seconds'])})"
     )
-    print_line(time_summary(report))
+    print_text(time_summary(report))
 
 
 def time_summary(report: dict[str, Any]) -> str:

@@ -7,11 +7,15 @@ from pathlib import Path
 import click
 
 from chunkq.errors import ErrorCode, JobError
-from chunkq.system.standard_output import print_line
+from chunkq.job.job_file import SCHEMA_FILE
+from chunkq.system.standard_output import print_text
 
+SCHEMA_COMMENT = "# yaml-language-server: $schema={url}\n"
+"""Comment by which editors find the schema of a YAML file. Its value contains no spaces."""
 TEMPLATE = """\
 # A chunkq job. Lists follow the volume's axes in storage order; lengths are in voxels.
-# Relative paths are relative to this file. `chunkq schema` lists every key.
+# Relative paths are relative to this file. `chunkq explain` lists all keys, `chunkq explain KEY`
+# describes one. The first line tells editors where the descriptions are on this machine.
 
 input: volume.zarr                # Zarr v2 or v3, OME-Zarr, or .npy; a path or s3://bucket/key
 output: result.zarr               # becomes an OME-Zarr image
@@ -37,8 +41,10 @@ pad_mode: reflect                 # constant | reflect | symmetric | edge
 
 model_config:
   runtime: torch
-  type: torchscript               # or class, with class_file, class_name, checkpoint
-  ts_file: model.ts
+  type: class                     # or torchscript, exported; see `chunkq explain type`
+  class_file: net.py              # Python file with the network
+  class_name: Net
+  checkpoint: net.pt              # torch.save(network.state_dict(), "net.pt")
   model_input_shape: [1, 64, 64, 64]    # one item of a batch; the leading 1 is the channel axis
   model_output_shape: [3, 64, 64, 64]   # classes first
   dtype: float32
@@ -53,7 +59,7 @@ def init(path: Path) -> None:
     """Write a commented job file to PATH (default: job.yaml)."""
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE)
+            file.write(SCHEMA_COMMENT.format(url=SCHEMA_FILE.as_uri()) + TEMPLATE)
     except FileExistsError:
         raise JobError(
             f"{path}: the file already exists; choose another name", code=ErrorCode.OUTPUT_EXISTS
@@ -63,4 +69,4 @@ def init(path: Path) -> None:
             f"{path}: cannot be written: {error.strerror}; choose another path",
             code=ErrorCode.STORE_UNUSABLE,
         ) from None
-    print_line(f"wrote {path}; edit it, then run: chunkq plan {path}")
+    print_text(f"wrote {path}; edit it, then run: chunkq plan {path}")

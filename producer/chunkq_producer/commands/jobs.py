@@ -13,7 +13,7 @@ import click
 from chunkq.errors import ChunkqError
 from chunkq.job.job_path import output_of, printable_path
 from chunkq.job.tasks import JobId
-from chunkq.system.standard_output import print_line
+from chunkq.system.standard_output import print_line, print_text
 from chunkq_producer.commands.options import json_option, queue_of, queue_option
 
 
@@ -43,14 +43,14 @@ def list_jobs(queue: str | None, *, as_json: bool) -> None:
         print_line(json.dumps(rows, indent=1))
         return
     if not counts_by_job:
-        print_line("no job has chunks on this queue")
+        print_text("no job has chunks on this queue")
     for job, counts in sorted(counts_by_job.items()):
         line = (
             f"{printable_path(output_of(job.path))}: {counts.queued} queued, "
             f"{counts.running} running, {counts.failed} failed"
         )
         line += f", {counts.waiting} waiting" if counts.waiting else ""
-        print_line(line + _label(job, states))
+        print_text(line + _label(job, states))
 
 
 def _states(jobs: Collection[JobId]) -> dict[JobId, bool]:

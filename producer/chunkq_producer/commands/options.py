@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from chunkq.errors import MissingJobError
 from chunkq.job.job_path import job_folder_of, output_path
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from chunkq.job.job_folder import JobFolder
     from chunkq.job.job_handle import JobHandle
 
+
+def complete_folders(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let the shell complete a folder, such as an output."""
+    return [CompletionItem(incomplete, type="dir")]
+
+
 job_argument = click.argument("job", type=click.Path(path_type=Path), required=False)
 config_option = click.option(
     "-c", "--config", type=click.Path(path_type=Path),
@@ -26,11 +35,13 @@ config_option = click.option(
 input_option = click.option(
     "-i", "--input", "input_", help="Input volume; replaces the job file's."
 )
-output_option = click.option("-o", "--output", help="Output path; replaces the job file's.")
+output_option = click.option(
+    "-o", "--output", help="Output path; replaces the job file's.", shell_complete=complete_folders
+)
 queue_option = click.option(
     "--queue", help=f"Queue URL (default: ${QUEUE_VARIABLE}, then the job's, then a local file)."
 )
-output_argument = click.argument("output")
+output_argument = click.argument("output", shell_complete=complete_folders)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

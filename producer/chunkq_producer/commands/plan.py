@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from chunkq import json_values
+from chunkq import json_values, terminal
 from chunkq.create import CheckedJob, check_job
 from chunkq.errors import ModelError
 from chunkq.geometry.axes import Axis
@@ -24,7 +24,7 @@ from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs, Plan
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.storage.images import ImageSource
-from chunkq.system.standard_output import print_line, reserve
+from chunkq.system.standard_output import print_line, reserve, result_stream
 from chunkq.units import duration, si
 from chunkq_producer.commands.options import (
     config_option,
@@ -35,9 +35,11 @@ from chunkq_producer.commands.options import (
 )
 from chunkq_producer.engine import is_cpu_only
 
+LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
+"""Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 SERIES = {"time": "time points", "channel": "channels"}
 MAX_SHARE_TO_FINALIZE = 0.9
-"""Share of the voxels to finalize above which the plan recommends larger chunks."""
+"""Share of the voxels to merge above which the plan recommends larger chunks."""
 
 
 @click.command()
@@ -78,8 +80,9 @@ def plan(
     if as_json:
         print_line(json.dumps(_values(checked, depth, trial), indent=1))
     else:
-        for label, value in _rows(checked, depth, trial):
-            print_line(f"{label:<20}{value}")
+        width = terminal.columns(result_stream())
+        label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
+        print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
 
 
 @dataclass(frozen=True)
@@ -181,8 +184,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         ("precision", f"{model.effective_precision}, on {model.device}"),
         ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
         (
-            "to finalize",
-            f"{costs.finalized_blocks} of {costs.blocks} blocks with overlaps, {share:.0%} of the "
+            "to merge",
+            f"overlaps of {costs.finalized_blocks} of {costs.blocks} blocks, {share:.0%} of the "
             "voxels",
         ),
         ("read", f"{si(costs.input_bytes, 'B')} of input"),
@@ -203,8 +206,8 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
         rows.append(
             (
                 "note",
-                f"{share:.0%} of the voxels are finalized from temporary files; set a larger "
-                "chunksize or smaller storage_chunks to reduce this",
+                f"{share:.0%} of the voxels need merging ({si(costs.piece_bytes, 'B')} of "
+                "temporary files); set a larger chunksize or smaller storage_chunks",
             )
         )
     return rows

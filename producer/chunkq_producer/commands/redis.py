@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 import platformdirs
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.queue.backends import credentials
-from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE
-from chunkq.queue.backends.rq.server import Server, find_server
-from chunkq.queue.registry import QUEUE_VARIABLE, open_executor
+from chunkq.queue.registry import QUEUE_VARIABLE, load_backend, open_executor
 from chunkq.system.private_files import (
     is_private,
     is_replaceable_by_others,
     make_private_folder,
     write_private,
 )
-from chunkq.system.standard_output import print_line
+
+if TYPE_CHECKING:
+    from chunkq.queue.backends.rq.server import Server
+from chunkq.system.standard_output import print_text
 
 START_SECONDS = 10.0
 """Seconds within which a new server must accept connections."""
@@ -52,6 +54,9 @@ def redis(port: int, bind: str, folder: Path | None) -> None:
 
     Intended for laptops and login nodes that have no Redis server. The server has a password.
     """
+    load_backend("redis")
+    from chunkq.queue.backends.rq.server import Server, find_server  # needs the extra redis
+
     program = find_server()
     folder = (folder or platformdirs.user_state_path("chunkq") / "redis").absolute()
     _prepare_folder(folder)
@@ -90,7 +95,7 @@ def _run_server(server: Server, program: str, lock: int, host: str) -> tuple[int
         _wait_until_ready(server, process.poll, log, stopped)
         if not stopped.is_set():
             for line in _startup_lines(server, host):
-                print_line(line)
+                print_text(line)
         code = process.wait()
     finally:
         process.terminate()
@@ -105,6 +110,8 @@ def _startup_lines(server: Server, host: str) -> list[str]:
         "stop it, the queue is kept"
     ]
     if not credentials.is_loopback(server.bind):
+        from chunkq.queue.backends.rq.connect import PASSWORD_VARIABLE
+
         lines.append(
             f"on machines without this home folder: set {PASSWORD_VARIABLE} to a copy of "
             f"{server.folder / 'password'}"

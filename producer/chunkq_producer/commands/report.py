@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 
 from chunkq.errors import ChunkqError, ErrorCode
-from chunkq.system.standard_output import print_line, result_stream
+from chunkq.install_hint import install_command
+from chunkq.system.standard_output import print_line, print_text, result_stream
 from chunkq_producer.commands.options import job_at, json_option, output_argument
 from chunkq_producer.reports.job_report import JobReport, load_job_report
 from chunkq_producer.reports.text import text
@@ -21,13 +22,13 @@ from chunkq_producer.reports.text import text
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write an HTML page with plots to this file; requires chunkq[plot].",
+    help="Write an HTML page with plots to this file; requires the extra plot (matplotlib).",
 )
 @json_option
 def report(output: str, html: Path | None, as_json: bool) -> None:
     """Show how the workers of OUTPUT's job spent their time, compared with the plan.
 
-    A sealed job shows the figures of report.json, an unfinished job those of its chunks so far.
+    For a complete output the figures are those of report.json, else those of the chunks so far.
     """
     page_writer = None if html is None else _page_writer()
     job_report = load_job_report(job_at(output))
@@ -36,7 +37,7 @@ def report(output: str, html: Path | None, as_json: bool) -> None:
     if as_json:
         print_line(json.dumps(job_report.as_dict(), indent=1))
     elif html is not None:
-        print_line(f"{job_report.conclusion}\nwrote {html}")
+        print_text(f"{job_report.conclusion}\nwrote {html}")
     else:
         Console(file=result_stream(), highlight=False).print(text(job_report))
 
@@ -47,7 +48,7 @@ def _page_writer() -> Callable[[JobReport], str]:
         from chunkq_producer.reports.page import page
     except ImportError as error:
         raise ChunkqError(
-            f"--html: matplotlib is missing ({error}); run `pip install 'chunkq[plot]'`",
+            f"--html: matplotlib is missing ({error}); run `{install_command('plot')}`",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return page

@@ -7,7 +7,7 @@ import click
 from chunkq.job.tasks import chunk_count
 from chunkq.stages.completion import failures
 from chunkq.stages.registry import stage_of
-from chunkq.system.standard_output import print_line
+from chunkq.system.standard_output import print_text
 from chunkq_producer.commands.options import job_at, output_argument, queue_of, queue_option
 
 
@@ -25,4 +25,4 @@ def retry(output: str, queue: str | None) -> None:
             for failure in failures(job)
             if stage_of(failure.kind).is_queued
         )
-    print_line(f"{chunk_count(count)} queued again" if count else "no failed chunk")
+    print_text(f"{chunk_count(count)} queued again" if count else "no failed chunk")

@@ -11,10 +11,17 @@ from rich.console import Console
 
 from chunkq import json_values
 from chunkq.errors import QueueError
+from chunkq.progress_bar import is_live
 from chunkq.queue.contract.executor import Executor
-from chunkq.system.standard_output import print_line, result_stream
+from chunkq.system.standard_output import print_line, print_text, result_stream
 from chunkq_producer.commands.jobs import list_jobs
-from chunkq_producer.commands.options import job_at, json_option, queue_of, queue_option
+from chunkq_producer.commands.options import (
+    complete_folders,
+    job_at,
+    json_option,
+    queue_of,
+    queue_option,
+)
 from chunkq_producer.job_status import StatusPoller, status_line, status_screen
 
 REFRESH_SECONDS = 1.0
@@ -22,7 +29,7 @@ LINE_SECONDS = 10.0
 
 
 @click.command()
-@click.argument("output", required=False)
+@click.argument("output", required=False, shell_complete=complete_folders)
 @queue_option
 @click.option("--watch", is_flag=True, help="Update the status until the output is complete.")
 @json_option
@@ -60,9 +67,9 @@ def print_json(poller: StatusPoller, watch: bool) -> None:
 def watch_status(poller: StatusPoller, console: Console) -> None:
     """Show the status until the output is sealed: live on a terminal, otherwise line by line."""
     job_status = poller()
-    if not console.is_terminal:
+    if not is_live(console):
         while True:
-            print_line(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
+            print_text(f"{time.strftime('%H:%M:%S')} {status_line(job_status)}")
             if job_status.sealed:
                 return
             time.sleep(max(LINE_SECONDS, poller.min_pause))

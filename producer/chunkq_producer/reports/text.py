@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from chunkq.job.model_config import STOCHASTIC
@@ -23,6 +22,7 @@ from chunkq_producer.reports.rows import (
     straggler_rows,
     worker_rows,
 )
+from chunkq_producer.tables import FittingTable
 
 MAX_WORKERS, MAX_STRAGGLERS = 12, 8
 BARS = "▁▂▃▄▅▆▇█"
@@ -40,8 +40,8 @@ def text(report: JobReport) -> RenderableType:
         parts.append(Text(report.advice, style="green"))
     if not timing.chunks:
         return Group(*parts)
-    parts += _section("", _table((), headlines(timing)))
-    parts += _section("time of the workers", _table((), _shares(report)))
+    parts += _section("", FittingTable((), headlines(timing), wraps=0))
+    parts += _section("time of the workers", FittingTable((), _shares(report), wraps=0))
     if timing.timeline.patches_per_second:
         line = Text(_sparkline(timing.timeline.patches_per_second), no_wrap=True, overflow="crop")
         peak = si(max(timing.timeline.patches_per_second), "patches/s")
@@ -49,15 +49,16 @@ def text(report: JobReport) -> RenderableType:
     quantiles = timing.durations.quantiles["own"]
     median, most = seconds(quantiles["0.5"]), seconds(quantiles["0.99"])
     heading = f"time per chunk: median {median}, 99% at most {most}"
-    stages = _table(("stage", "total", "median", "99%", "maximum"), stage_rows(timing))
+    stages = FittingTable(("stage", "total", "median", "99%", "maximum"), stage_rows(timing))
     parts += _section(heading, stages)
     workers, omitted = worker_rows(report, MAX_WORKERS)
-    table = _table(("worker", "chunks", "time", "busy", "losses"), workers, wide=(0, 4))
+    headings = ("worker", "chunks", "time", "busy", "losses")
+    table = FittingTable(headings, workers, left=(0, 4), wraps=4)
     parts += _section("workers, the least busy first", table)
     if omitted:
         parts.append(Text(f"and {omitted} more"))
     parts += _stragglers(report)
-    parts += _section("", _table(("", "measured", "planned", ""), plan_rows(timing)))
+    parts += _section("", FittingTable(("", "measured", "planned", ""), plan_rows(timing), wraps=0))
     parts += _section("", Text(f"memory: {memory(timing)}"))
     parts.append(Text(f"precision: {report.precision}"))
     if report.is_stochastic:
@@ -79,10 +80,11 @@ def _stragglers(report: JobReport) -> list[RenderableType]:
     stragglers = report.timing.stragglers
     if not stragglers.count:
         return _section("", Text(f"stragglers: none ({stragglers.rule})"))
-    table = _table(
+    table = FittingTable(
         STRAGGLER_COLUMNS,
         straggler_rows(report, MAX_STRAGGLERS),
-        wide=(0, 1, 6),
+        left=(0, 1, 6),
+        wraps=6,
     )
     heading = (
         f"stragglers: {stragglers.count} chunks ({stragglers.rule}), "
@@ -96,24 +98,6 @@ def _stragglers(report: JobReport) -> list[RenderableType]:
 def _section(heading: str, content: RenderableType) -> list[RenderableType]:
     title: list[RenderableType] = [Text(heading, style="bold")] if heading else []
     return [Text(""), *title, Padding(content, (0, 0, 0, 2 if heading else 0), expand=False)]
-
-
-def _table(headings: Sequence[str], rows: Rows, wide: tuple[int, ...] = (0,)) -> Table:
-    """Return a table. Columns in `wide` hold text and wrap; the others are right-aligned."""
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headings), expand=False
-    )
-    for number in range(len(rows[0]) if rows else len(headings)):
-        is_wide = number in wide
-        table.add_column(
-            headings[number] if headings else "",
-            justify="left" if is_wide else "right",
-            overflow="fold",
-            no_wrap=not is_wide,
-        )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def _sparkline(values: Sequence[float]) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chunkq.errors import ErrorCode, JobError, ModelError
+from chunkq.install_hint import install_command
 from chunkq.paths import absolute, is_url
-from chunkq.system.standard_output import print_line, reserve
+from chunkq.system.standard_output import print_line, print_text, reserve
 
 if TYPE_CHECKING:
     from chunkq_worker.export.export import BatchSize, Exported
@@ -41,14 +42,15 @@ def export(job: Path, output: str, batch: str | None, overwrite: bool, as_json: 
         from chunkq_worker.export.export import export_network, load_network_job
     except ImportError as error:
         raise ModelError(
-            f"chunkq export: torch is missing ({error}); run pip install 'chunkq[export]'",
+            f"chunkq export: torch is missing ({error}); run `{install_command('export')}`",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     result = export_network(load_network_job(job), file, size, overwrite=overwrite)
     if as_json:
         print_line(json.dumps(_values(result), indent=1))
     else:
-        print_line(_text(result))
+        print_text(_text(result))
+        print_line(_config(result))
 
 
 def _parse_batch_size(value: str | None) -> BatchSize:
@@ -74,8 +76,6 @@ def _values(result: Exported) -> dict[str, Any]:
 
 
 def _text(result: Exported) -> str:
-    import yaml
-
     kind = f"batches of {result.batch} items" if result.batch else "batches of any size"
     sizes = ", ".join(map(str, result.batch_sizes))
     lines = [
@@ -85,7 +85,14 @@ def _text(result: Exported) -> str:
         *(f"note: {note}" for note in result.notes),
         "use it with these lines in the job file:",
     ]
-    config = yaml.safe_dump(
+    return "\n".join(lines)
+
+
+def _config(result: Exported) -> str:
+    """Return the section of the job file that names the exported file."""
+    import yaml
+
+    text: str = yaml.safe_dump(
         {"model_config": result.model_config}, sort_keys=False, default_flow_style=None, width=1000
     )
-    return "\n".join([*lines, config.rstrip()])
+    return text.rstrip()

@@ -31,7 +31,7 @@ from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
 from chunkq.system.gpus import VISIBLE
-from chunkq.system.standard_output import print_line, reserve, result_stream
+from chunkq.system.standard_output import print_line, print_text, reserve, result_stream
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
@@ -178,12 +178,12 @@ def tune(
         console = Console(file=result_stream(), highlight=False, width=LOG_WIDTH)
     console.print(build_table(result, console.width))
     for line in [*legend_lines(result), *notes, *_summary_lines(result, changes)]:
-        print_line(line)
+        print_text(line)
     if backup is None:
-        print_line(f"{job} is unchanged (--dry-run)")
+        print_text(f"{job} is unchanged (--dry-run)")
     else:
         note = " (without the table, JSON has no comments)" if job.suffix == ".json" else ""
-        print_line(f"wrote {job}{note}; backup: {backup}")
+        print_text(f"wrote {job}{note}; backup: {backup}")
 
 
 def _limits(job: Job, max_time: str, memory: str | None, device_memory: str | None) -> Limits:

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from chunkq.job.allowed_paths import (
     AllowedPaths,
     allowed_job_path,
 )
-from chunkq.job.job_path import job_folder_of, output_path
+from chunkq.job.job_path import job_folder_of, output_of, output_path
 from chunkq.job.tasks import JobId, chunk_count
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
@@ -148,7 +149,7 @@ def work(
     code = supervisor.run(executor)
     after = _jobs(executor, folder)
     executor.close()
-    failed = _failed(after) - _failed(before)
+    failed = _failed(before, after)
     # A run looks into the job's folder itself when its workers have ended.
     looks = burst and (supervisor.queue_was_unreachable or not lifeline)
     lost = _lost_jobs(before, after) if looks else {}
@@ -161,10 +162,13 @@ def work(
             [],
             code=ErrorCode.QUEUE_LOST,
         )
-    if failed > 0 and code in (0, IncompleteError.exit_code):
+    if failed and code in (0, IncompleteError.exit_code):
+        count = sum(failed.values())
+        first, *others = failed
+        more = f" (and of {', '.join(others)})" if others else ""
         raise IncompleteError(
-            f"{failed} {'chunk' if failed == 1 else 'chunks'} failed; run `chunkq status OUT` to "
-            "see why, and `chunkq retry OUT` to queue them again",
+            f"{count} {'chunk' if count == 1 else 'chunks'} failed; run `chunkq status {first}`"
+            f"{more} to see why, and `chunkq retry {first}` to queue them again",
             [],
         )
     sys.exit(code)
@@ -175,14 +179,23 @@ def _jobs(executor: Executor, path: str | None) -> dict[JobId, TaskCounts]:
     return executor.jobs() if path is None else jobs_at(executor, path)
 
 
-def _failed(jobs: Mapping[JobId, TaskCounts]) -> int:
-    return sum(counts.failed for counts in jobs.values())
+def _failed(
+    before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]
+) -> dict[str, int]:
+    """Return the outputs with chunks that failed in the meantime, and how many."""
+    failed: Counter[str] = Counter()
+    for job, counts in after.items():
+        output = without_secret(output_of(job.path))
+        failed[output] += counts.failed - before.get(job, TaskCounts()).failed
+    return {output: count for output, count in failed.items() if count > 0}
 
 
 def _lost_jobs(
     before: Mapping[JobId, TaskCounts], after: Mapping[JobId, TaskCounts]
 ) -> dict[str, int]:
     """Return outputs of jobs, with the number of chunks neither committed nor on the queue."""
+    if not before:
+        return {}
     # These import NumPy and pydantic, which a supervisor does not need before its processes start.
     from chunkq.job.job_handle import open_job
     from chunkq.stages.completion import job_completion

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from chunkq.errors import ErrorCode, ModelError
+from chunkq.install_hint import install_command
 from chunkq.units import si
 from chunkq_worker.runtimes.torch_reading import reason
 from chunkq_worker.runtimes.triton_import import hide_triton_after_tensorflow
@@ -30,8 +31,8 @@ def check_packages(suffix: str) -> None:
     missing = [name for name in REQUIRED_PACKAGES[suffix] if find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"-o: {suffix} files need missing packages: {', '.join(missing)}; run pip install "
-            "'chunkq[export]'",
+            f"-o: {suffix} files need missing packages: {', '.join(missing)}; run "
+            f"`{install_command('export')}`",
             code=ErrorCode.PACKAGE_MISSING,
         )
 

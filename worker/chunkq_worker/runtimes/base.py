@@ -15,6 +15,7 @@ import numpy.typing as npt
 from chunkq.blend.combine import Array
 from chunkq.casts import REAL
 from chunkq.errors import ModelError
+from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes.item_shapes import ItemShapes
 from chunkq_worker.steps import Steps
@@ -182,10 +183,9 @@ def import_runtime(runtime: str) -> Loader:
         loader: Loader = getattr(import_module(module), name)
     except ImportError as error:
         # Runtime numpy has no extra: its packages are dependencies of chunkq.
-        package = "chunkq" if runtime == "numpy" else f"chunkq[{runtime}]"
+        command = install_command("" if runtime == "numpy" else runtime)
         raise ModelError(
-            f"model_config.runtime: {runtime} is not installed ({error}); "
-            f"run pip install '{package}'"
+            f"model_config.runtime: {runtime} is not installed ({error}); run `{command}`"
         ) from None
     return loader
 

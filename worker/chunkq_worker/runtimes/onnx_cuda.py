@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from chunkq.blend.combine import Array
 from chunkq.errors import ModelError
+from chunkq.install_hint import install_command
 from chunkq.job.model_config import ModelConfig
 from chunkq_worker.runtimes import onnx_tensorrt
 from chunkq_worker.runtimes.item_shapes import ItemShapes
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 CUDA = "CUDAExecutionProvider"
-INSTALL = "pip uninstall onnxruntime && pip install 'chunkq[onnx-gpu]'"
 OPTIONS = {
     # A search by timing can choose another algorithm in the next worker and change bytes.
     "cudnn_conv_algo_search": "HEURISTIC",
@@ -42,7 +42,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
     if CUDA not in onnxruntime.get_available_providers():
         raise ModelError(
             "model_config.device: cuda, but the installed onnxruntime has no CUDA provider; "
-            f"replace it ({INSTALL}) or set device: cpu"
+            f"replace it ({_install()}) or set device: cpu"
         )
     free_bytes = _free_bytes()  # imports torch, whose CUDA libraries onnxruntime then shares
     preload = getattr(onnxruntime, "preload_dlls", None)
@@ -58,7 +58,7 @@ def load(model: ModelConfig, steps: Steps, threads: int | None, shapes: ItemShap
         # ONNX Runtime only logs that its libraries failed to load.
         raise ModelError(
             "model_config.device: cuda, but onnxruntime cannot load its CUDA provider; "
-            f"install CUDA and cuDNN for it ({INSTALL}) or set device: cpu"
+            f"install CUDA and cuDNN for it ({_install()}) or set device: cpu"
         )
     if model.provider == "tensorrt":
         onnx_tensorrt.check_provider(session)
@@ -198,3 +198,7 @@ class OnnxOnTorch(OnnxRuntime):
     def close(self) -> None:
         super().close()
         self._torch.cuda.empty_cache()
+
+
+def _install() -> str:
+    return f"`pip uninstall onnxruntime && {install_command('onnx-gpu')}`"

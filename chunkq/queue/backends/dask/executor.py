@@ -27,6 +27,7 @@ from distributed.utils import get_ip
 from distributed.versions import VersionMismatchWarning
 
 from chunkq.errors import ErrorCode, JobError, QueueError
+from chunkq.install_hint import remote_hint
 from chunkq.queue.backends import credentials
 from chunkq.queue.backends.dask.tls import configured_security, load_security
 from chunkq.queue.backends.hosted.hosted import HostedQueue
@@ -173,7 +174,7 @@ def check_protocol(name: str) -> None:
     except (ImportError, ValueError, TypeError, RuntimeError):
         raise QueueError(
             f"queue: protocol={name}: unsupported by Dask on this machine; "
-            "run pip install distributed-ucxx, or use tcp",
+            "run `pip install distributed-ucxx`, or use tcp",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
 
@@ -209,7 +210,7 @@ class DaskExecutor(HostedQueue):
             client.close()
             raise QueueError(
                 f"queue: {url}: chunkq is not installed in the environment of the Dask scheduler; "
-                "run pip install 'chunkq[dask]' there, then restart the scheduler",
+                f"{remote_hint('dask', 'there')}, then restart the scheduler",
                 code=ErrorCode.PACKAGE_MISSING,
             ) from None
         except UNREACHABLE_ERRORS as error:

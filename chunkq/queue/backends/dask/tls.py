@@ -7,6 +7,7 @@ from pathlib import Path
 from distributed.security import Security
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.install_hint import install_command
 from chunkq.system.private_files import is_private, write_private
 
 
@@ -20,7 +21,7 @@ def create_certificate(folder: Path) -> Path:
     except ImportError:
         raise QueueError(
             "queue: TLS needs the package cryptography, which is not installed; "
-            "run pip install 'chunkq[dask]'",
+            f"run `{install_command('dask')}`",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     return write_private(folder / "cluster.pem", security.tls_client_cert + security.tls_client_key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-INSTALL_HINT = "run pip install 'chunkq[ray]' on its machines"
+from chunkq.install_hint import remote_hint
+
+INSTALL_HINT = remote_hint("ray", "on its machines")
 
 
 def start_problem(error: BaseException) -> str:

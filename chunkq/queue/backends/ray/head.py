@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.install_hint import install_command
 from chunkq.system.parent_process import when_parent_ends
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned, scratch_folder
@@ -44,7 +45,7 @@ def start_head(
     if find_spec("ray") is None:
         raise QueueError(
             "queue: ray:// needs the package ray, which is not installed; "
-            "run pip install 'chunkq[ray]'",
+            f"run `{install_command('ray')}`",
             code=ErrorCode.PACKAGE_MISSING,
         )
     local = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false"] if alone else []
