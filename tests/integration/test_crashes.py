@@ -22,8 +22,8 @@ CHUNKS = 24
 PATCHES = 5 * 8 * 12
 DEPTH = 2
 ON_CPU = ("work", "--gpus", "none", "--depth", str(DEPTH))
-SHORT_LEASE = '{"lease": 1}'
-"""Seconds. The default is too long for a test."""
+SHORT_LEASE = '{"lease": 1, "same_signal": 0}'
+"""Seconds. The defaults are too long for a test."""
 
 
 def assert_same_bytes(workspace: StandardWorkspace, undisturbed: StandardWorkspace) -> None:

@@ -304,7 +304,9 @@ def test_signals_lose_no_chunks_and_count_no_attempts(
 
 def stop(workspace: StandardWorkspace, after: int, signals: int) -> Snapshot:
     """Send signals to a worker with DEPTH chunks in flight. With one signal it finishes them."""
-    with workspace.start(*ON_CPU, NET_HOLD="forward", NET_AFTER=str(after)) as cli:
+    hold = {"NET_HOLD": "forward", "NET_AFTER": str(after)}
+    settings = '{"same_signal": 0}'
+    with workspace.start(*ON_CPU, **hold, CHUNKQ_WORKER_SETTINGS=settings) as cli:
         wait_for_full_worker(workspace)
         stopped = Snapshot.now(workspace)
         cli.children()

@@ -1,5 +1,6 @@
 """Interrupted or killed `chunkq run`: no result is lost and no process keeps running."""
 
+import os
 import signal
 
 from chunkq.errors import ErrorCode
@@ -40,6 +41,24 @@ def test_ctrl_c_stops_a_run_with_130_and_the_same_command_completes_the_job(
     assert {name: done[name] for name in after_stop} == after_stop
     assert workspace.stored() == undisturbed.stored()
     assert set(workspace.computed().values()) == {1}
+
+
+def test_sigterm_to_all_processes_of_a_run_stops_it_after_the_chunks_in_flight(
+    workspace: StandardWorkspace,
+) -> None:
+    arguments = ("run", str(workspace.job_file), "--gpus", "none", "-w", "1", "--depth", "2")
+    with workspace.start(*arguments, NET_HOLD="forward", NET_AFTER="5") as command:
+        workspace.wait_until_stopped()
+        workspace.wait_for_chunks_in_flight(2)
+        before = workspace.done()
+        for pid in (command.pid, *command.children()):  # as a service manager or SLURM does
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: "stopping" in command.output(), "the worker is stopping")
+        workspace.open_gate()
+        assert command.wait().code == 130
+        command.wait_for_children()
+    assert len(workspace.done()) == len(before) + 2
+    assert set(workspace.attempts()) == {0}
 
 
 def test_no_process_of_a_killed_run_keeps_running(workspace: StandardWorkspace) -> None:

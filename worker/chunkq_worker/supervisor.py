@@ -90,6 +90,7 @@ class Supervisor:
     _slots: Sequence[_WorkerSlot] = field(init=False)
     _wakes: SimpleQueue[bytes] = field(default_factory=SimpleQueue, init=False)
     _signals: int = field(default=0, init=False)
+    _last_signal: float = field(default=0.0, init=False)
     _forwarded: int = field(default=0, init=False)
     _pending_requeues: dict[str, bool] = field(default_factory=dict, init=False)
     _next_requeue: float = field(default=0.0, init=False)
@@ -167,7 +168,10 @@ class Supervisor:
         signal.signal(signal.SIGINT, self._count_signal)
 
     def _count_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
+        now = time.monotonic()
+        if self._signals and now - self._last_signal <= self.settings.same_signal:
+            return  # sent to all processes of a run, which also passes it on
+        self._signals, self._last_signal = self._signals + 1, now
         self._wakes.put(WAKE)  # the only kind of queue that a signal handler may use
 
     def _check_slot(self, slot: _WorkerSlot) -> None:

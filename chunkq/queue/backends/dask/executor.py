@@ -56,10 +56,16 @@ class QueuePlugin(SchedulerPlugin):
     name = OPERATION
     idempotent = True
 
-    async def start(self, scheduler: distributed.Scheduler) -> None:
+    async def start(self, scheduler: Any) -> None:
         """Create the queue and register its operation."""
-        self._host = QueueHost()
-        scheduler.handlers[OPERATION] = self._host.answer
+        host = self._host = QueueHost()
+
+        def answer(request: str) -> str:
+            # An idle timeout counts tasks of Dask only, and the workers of chunkq have none.
+            scheduler.idle_since = None
+            return host.answer(request)
+
+        scheduler.handlers[OPERATION] = answer
 
     def remove_worker(self, scheduler: object, worker: str, **options: object) -> None:
         """Expire the leases of a worker that left the cluster or was lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -80,6 +81,8 @@ async def _serve(settings: dict[str, Any]) -> None:
         security = load_security(file) if file else None
         # Its web pages have no access control.
         config: dict[str, Any] = {"distributed.scheduler.http.routes": []}
+        # It ends with the run, whatever the configuration of the site.
+        config |= {"distributed.scheduler.idle-timeout": None}
         # By default Dask creates a folder and does not remove it.
         config |= {"temporary-directory": os.path.dirname(file)} if file else {}
         with dask.config.set(config):
@@ -112,5 +115,7 @@ _cleanups: list[Callable[[], None]] = [delete_abandoned]
 
 if __name__ == "__main__":
     silence_dask()
+    # A signal to all processes of a run stops its workers, which need the scheduler to the end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     when_parent_ends(_clean_up_and_exit)
     asyncio.run(_serve(json.loads(sys.argv[1])))
