@@ -17,7 +17,7 @@ from chunkq.errors import ChunkqError, ErrorCode, IncompleteError, suggestion
 from chunkq.install_hint import package_hint
 from chunkq.lazy_imports import COMMANDS, INTERNAL_COMMANDS, load
 from chunkq.system.framework_logs import hide_framework_logs
-from chunkq.system.standard_output import discard_results, print_line
+from chunkq.system.standard_output import discard_results, print_line, results_of_command
 from chunkq.terminal import print_error
 
 STORAGE_CLIENTS = frozenset({"botocore", "aiobotocore", "aiohttp"})
@@ -108,6 +108,11 @@ def cli() -> None:
 def main() -> int:
     """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
     hide_framework_logs()
+    with results_of_command():
+        return _run()
+
+
+def _run() -> int:
     try:
         cli(prog_name="chunkq", standalone_mode=False)
     except click.ClickException as error:

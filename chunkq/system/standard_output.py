@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import click
@@ -18,6 +20,8 @@ from chunkq.terminal import columns, wrapped
 STDOUT, STDERR = 1, 2
 _reserved: list[TextIO] = []
 """The stream of results; empty as long as that is `sys.stdout`."""
+_replaced: list[TextIO] = []
+"""What the caller of the current command has put in place of `sys.stdout`, if anything."""
 
 
 def to_standard_error() -> None:
@@ -26,6 +30,17 @@ def to_standard_error() -> None:
     os.dup2(STDERR if is_open else os.open(os.devnull, os.O_WRONLY), STDOUT)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
+
+
+@contextmanager
+def results_of_command() -> Iterator[None]:
+    """Write results to what `sys.stdout` is now, if the caller of a command has replaced it."""
+    before = _replaced[:]
+    _replaced[:] = [] if sys.stdout is sys.__stdout__ else [sys.stdout]
+    try:
+        yield
+    finally:
+        _replaced[:] = before
 
 
 def reserve() -> None:
@@ -45,7 +60,7 @@ def reserve() -> None:
 
 def result_stream() -> TextIO:
     """Return the stream to which results are written."""
-    return _reserved[0] if _reserved else sys.stdout
+    return (*_replaced, *_reserved, sys.stdout)[0]
 
 
 def print_line(text: str) -> None:

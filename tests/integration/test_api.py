@@ -939,6 +939,16 @@ def test_a_module_with_the_same_name_does_not_hide_a_function() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+README_NETWORK = """
+import torch
+
+
+class UNet(torch.nn.Conv3d):
+    def __init__(self):
+        super().__init__(1, 3, 1)
+"""
+
+
 def test_the_example_in_the_readme_runs_unchanged(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -947,6 +957,8 @@ def test_the_example_in_the_readme_runs_unchanged(
     volume = random_volume((192, 64, 64))
     write_zarr(folder / "volume.zarr", volume, (32, 32, 32))
     save_script(folder / "model.ts")
+    (folder / "net.py").write_text(README_NETWORK)
+    torch.save(torch.nn.Conv3d(1, 3, 1).state_dict(), folder / "unet.pt")
     (folder / "job.yaml").write_text(code_block(README, "Your own job", "yaml"))
     names: dict[str, Any] = {}
     monkeypatch.chdir(folder)

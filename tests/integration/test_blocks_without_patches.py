@@ -29,7 +29,7 @@ def test_the_plan_counts_chunks_and_blocks(workspace: Workspace) -> None:
     assert (plan["chunks"], plan["blocks"], plan["blocks_to_finalize"]) == (4, [3, 2], 5)
     text = workspace.call("plan", "job.json").ok().out
     assert "4 of 15×12; 6 blocks (3×2), 2 without patches" in text
-    assert "5 of 6 blocks with overlaps" in text
+    assert "overlaps of 5 of 6 blocks" in text
 
 
 def test_only_chunks_that_own_patches_are_queued_counted_and_cancelled(

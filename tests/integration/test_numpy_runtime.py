@@ -273,8 +273,8 @@ def test_a_protected_step_can_convert_complex_numbers_to_real_ones(tmp_path: Pat
 @pytest.mark.parametrize(
     ("body", "fragments"),
     [
-        ("return batch[:1]", ("model_output_shape", [1, 4, 4], [4, 4, 4])),
-        ("return batch[..., None]", ("model_output_shape", [4, 4, 4, 1])),
+        ("return batch[:1]", ("model_output_shape", [1, 4, 4], [2, 4, 4])),
+        ("return batch[..., None]", ("model_output_shape", [2, 4, 4, 1])),
         ("return np.zeros(())", ("model_output_shape", " [] ")),
         ("raise KeyError('weights')", ("KeyError", "zeros", "'weights'")),
     ],

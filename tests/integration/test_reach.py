@@ -39,7 +39,7 @@ def refused(
 ) -> None:
     """Assert that an input is refused in one line with a code that contains all parts."""
     with pytest.raises(StoreError) as error:
-        find_source(str(path), access)
+        find_source(str(path), access=access)
     assert error.value.code is code
     assert "\n" not in str(error.value)
     for part in parts:
@@ -459,7 +459,7 @@ def test_a_public_bucket_is_read_without_credentials(served: Path, tmp_path: Pat
             np.testing.assert_array_equal(read(find_source("s3://lab/v3.zarr")), VALUES)
         keys = {"AWS_ACCESS_KEY_ID": "of another server", "AWS_SECRET_ACCESS_KEY": "x"}
         with aws(tmp_path, AWS_ENDPOINT_URL=url, **keys):
-            source = find_source("s3://lab/v3.zarr", Access(anonymous=True))
+            source = find_source("s3://lab/v3.zarr", access=Access(anonymous=True))
             np.testing.assert_array_equal(read(source), VALUES)
             assert source.options["anonymous"] is True
     assert not any(bucket.signed)
@@ -491,7 +491,7 @@ def test_an_anonymous_input_does_not_ask_the_instance_metadata_service(
                 AWS_EC2_METADATA_SERVICE_ENDPOINT=place,
             ),
         ):
-            source = find_source("s3://lab/v3.zarr", Access(anonymous=True))
+            source = find_source("s3://lab/v3.zarr", access=Access(anonymous=True))
             np.testing.assert_array_equal(read(source), VALUES)
         service.shutdown(socket.SHUT_RDWR)
     assert requests == []
@@ -503,7 +503,7 @@ def test_a_bucket_whose_requester_pays_is_read_if_the_job_says_so(
     bucket = Bucket(served, payer=True, can_list=True)
     with strict_s3(bucket) as url, aws(tmp_path, AWS_ENDPOINT_URL=url, **VARIABLES):
         for name in ("v3.zarr", "c.npy"):
-            source = find_source(f"s3://lab/{name}", Access(requester_pays=True))
+            source = find_source(f"s3://lab/{name}", access=Access(requester_pays=True))
             np.testing.assert_array_equal(read(source), VALUES)
         refused("s3://lab/v3.zarr", ErrorCode.STORE_UNUSABLE, "requester_pays")
 

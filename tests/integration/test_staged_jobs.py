@@ -35,7 +35,9 @@ each_device = pytest.mark.parametrize("early", [False, True], ids=["copies late"
 def loader_for(device: SimulatedDevice) -> Callable[..., Runtime]:
     """Return a loader that loads networks as for CUDA, but onto a simulated device."""
 
-    def load(model: ModelConfig, steps: Steps, threads: int | None, _: ItemShapes) -> Runtime:
+    def load(
+        model: ModelConfig, steps: Steps, threads: int | None, _: ItemShapes, network: object = None
+    ) -> Runtime:
         on_cpu = model.model_copy(update={"device": "cpu"})
         return TorchRuntime(LOADERS[model.type](on_cpu), model, steps, threads, device)
 

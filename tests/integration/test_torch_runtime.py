@@ -382,7 +382,7 @@ def test_a_later_job_with_the_same_network_starts_with_the_batch_size_that_fits(
 ) -> None:
     fakes: list[FakeRuntime] = []
 
-    def load_fake(*_: object) -> FakeRuntime:
+    def load_fake(*_: object, **__: object) -> FakeRuntime:
         fakes.append(FakeRuntime(max_items=3))
         return fakes[-1]
 

@@ -49,11 +49,11 @@ FAULTS = (
         (INPUTS,),
     ),
     Fault(
-        "channels-are-spatial",
-        "worker/chunkq_worker/input_objects.py",
-        'if axis.kind != "space" and axis.size != 1',
-        'if axis.kind == "time" and axis.size != 1',
-        "the first of several channels is predicted",
+        "axes-of-objects-are-forgotten",
+        "worker/chunkq_worker/inputs.py",
+        "described = opened.axes or plain_axes",
+        "described = plain_axes",
+        "the channels that an object names are predicted as a spatial axis",
         (INPUTS,),
     ),
 )
