@@ -376,6 +376,26 @@ def second_minus_first(batch: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return batch[:, 1:] - batch[:, :1]
 
 
+def test_a_predictor_reads_what_the_input_of_its_job_selects(tmp_path: Path) -> None:
+    values = np.stack([volume(), volume()[::-1]])
+    path = write_zarr(tmp_path / "in.zarr", values, dimension_names=("c", *"zyx"))
+    (tmp_path / "net.py").write_text("def net(batch): return batch[:, 1:] - 1.0 * batch[:, :1]")
+    model = {"runtime": "numpy", "type": "class", "class_name": "net"}
+    model |= {"class_file": str(tmp_path / "net.py"), "max_batch_size": 4}
+    model |= {"model_input_shape": [2, 8, 8, 8], "model_output_shape": [1, 8, 8, 8]}
+    mapping = {"path": str(path), "channels": [1, 0]}
+    with chunkq.Predictor.from_config({"input": mapping, "model_config": model}) as predictor:
+        result = predictor.predict(path)
+        predictor.predict_to_store(path, tmp_path / "out.zarr")
+    expected = values[0].astype(np.float32) - values[1]
+    np.testing.assert_array_equal(result.probabilities[0], expected)
+    stored = zarr.open_array(tmp_path / "out.zarr" / "0", mode="r")[:]
+    np.testing.assert_array_equal(stored.reshape(SHAPE), expected)
+    with pytest.raises(JobError) as caught:
+        chunkq.Predictor.from_config({"input": [mapping, mapping], "model_config": model})
+    assert caught.value.code is ErrorCode.JOB_INVALID
+
+
 def test_channels_that_an_object_names_feed_the_network(tmp_path: Path) -> None:
     values = np.stack([volume(), volume()[::-1]], -1).astype(np.int16)
     named = xarray.DataArray(values, dims=(*"zyx", "channel"))

@@ -24,7 +24,7 @@ from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, find_source, source_of
-from chunkq.storage.selection import Selection
+from chunkq.storage.selection import EVERYTHING, Selection
 from chunkq_worker.input_objects import OpenedInput, open_object, open_tiff_path
 
 Input = Any
@@ -45,12 +45,15 @@ READERS: MappingProxyType[str, str] = MappingProxyType(
 
 
 def open_inputs(
-    inputs: Input | Sequence[Input], axes: str | None = None, *, allow_empty: bool = False
+    inputs: Input | Sequence[Input],
+    selection: Selection = EVERYTHING,
+    *,
+    allow_empty: bool = False,
 ) -> tuple[OpenedInput, ...]:
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
-    `axes` has a letter of tczyx for each axis. A path can be to an array without any storage chunk
-    only if `allow_empty`. The arrays are views ([C,] *S). Raise ArgumentError if one is not an
+    `selection` applies to each of them. A path can be to an array without any storage chunk only if
+    `allow_empty`. The arrays are views ([C,] *S). Raise ArgumentError if one is not an
     array, JobError if the axes are not clear or the shapes differ, and StoreError for a bad path.
     """
     volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
@@ -58,7 +61,7 @@ def open_inputs(
         raise JobError("input: expected at least one volume, found an empty list")
     names = [f"array {n}" for n in range(len(volumes))] if len(volumes) > 1 else ["the array"]
     opened = tuple(
-        _open_input(v, name, axes, allow_empty) for v, name in zip(volumes, names, strict=True)
+        _open_input(v, name, selection, allow_empty) for v, name in zip(volumes, names, strict=True)
     )
     arrays = [one.array for one in opened]
     problems = [
@@ -115,10 +118,10 @@ def as_paths(opened: Sequence[OpenedInput], output: str) -> Iterator[list[str]]:
         yield paths
 
 
-def _open_input(volume: Input, name: str, axes: str | None, allow_empty: bool) -> OpenedInput:
+def _open_input(volume: Input, name: str, selection: Selection, allow_empty: bool) -> OpenedInput:
     if isinstance(volume, (str, os.PathLike)):
-        return _open_path(_path(volume), Selection(axes=axes), allow_empty)
-    return _selected(open_object(volume, name), Selection(axes=axes), name)
+        return _open_path(_path(volume), selection, allow_empty)
+    return _selected(open_object(volume, name), selection, name)
 
 
 def _selected(opened: OpenedInput, selection: Selection, name: str) -> OpenedInput:

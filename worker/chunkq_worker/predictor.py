@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -36,6 +36,7 @@ from chunkq.queue.registry import queue_url
 from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource
 from chunkq.storage.padded_reading import read_padded
+from chunkq.storage.selection import Selection
 from chunkq.summaries import html_table, lengths, one_line
 from chunkq_worker.device import get_device
 from chunkq_worker.imported_classes import class_name
@@ -120,11 +121,12 @@ class Predictor:
     ) -> Predictor:
         """Create a predictor from a job: the path of a job file, or a mapping with its keys.
 
-        `input` and `output` are not used and may be missing. Relative paths are relative to the
-        job file, or for a mapping to the working directory. `model` is a network as in `from_model`
-        that replaces the one of the job; the job then needs none. Functions for the steps replace
-        the key `processing_steps`. Raise JobError with one line per mistake, and ArgumentError,
-        which is a TypeError, for an argument of a wrong type.
+        `output` and the path of `input` are not used and may be missing. What a mapping in `input`
+        says of axes, level, channels and order applies to every volume. Relative paths are relative
+        to the job file, or for a mapping to the working directory. `model` is a network as in
+        `from_model` that replaces the one of the job; the job then needs none. Functions for the
+        steps replace the key `processing_steps`. Raise JobError with one line per mistake, and
+        ArgumentError, which is a TypeError, for an argument of a wrong type.
         """
         steps = _steps(
             preprocessing=preprocessing,
@@ -132,9 +134,15 @@ class Predictor:
             postprocessing_protected=postprocessing_protected,
             postprocessing=postprocessing,
         )
-        if model is None and steps is None:
-            return cls(load_job(config, input=PLACEHOLDER, output=PLACEHOLDER))
         values = job_values(config)
+        inputs = values.get("input")
+        if isinstance(inputs, (list, tuple)) and any(isinstance(one, Mapping) for one in inputs):
+            raise JobError(
+                "input: a predictor reads all volumes in one way, and cannot use a list of "
+                "mappings; use one mapping, which applies to every volume"
+            )
+        if model is None and steps is None:
+            return cls(load_job(values, input=PLACEHOLDER, output=PLACEHOLDER))
         stored = values.get("model_config")
         section = dict(stored) if isinstance(stored, Mapping) else {}
         if steps is not None:
@@ -280,7 +288,7 @@ class Predictor:
         match the job, ModelError if the network cannot be loaded or does not match its
         declaration, and PredictionError if it returns NaN or infinity.
         """
-        inputs = open_inputs(volume, axes, allow_empty=self._job.allow_empty)
+        inputs = self._open(volume, axes)
         plan = self._plan(inputs)
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
@@ -323,7 +331,7 @@ class Predictor:
         runs while the generator is consumed.
         """
         check_progress(progress)
-        inputs = open_inputs(volume, axes, allow_empty=self._job.allow_empty)
+        inputs = self._open(volume, axes)
         return self._stream(self._plan(inputs), inputs, progress)
 
     def predict_to_store(
@@ -349,13 +357,14 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
-        inputs = open_inputs(volume, axes, allow_empty=self._job.allow_empty)
+        inputs = self._open(volume, axes)
         plan = self._plan(inputs)  # raises before an array is copied
         output = os.fspath(output)
+        selection = self._selection(axes)
         with as_paths(inputs, output) as paths:
             values = self._job_for(paths, plan.volume).as_dict()
             values["input"] = [
-                _input_of(path, one, axes) for path, one in zip(paths, inputs, strict=True)
+                _input_of(path, one, selection) for path, one in zip(paths, inputs, strict=True)
             ]
             checked = check_job(load_job(values, output=output))
             if checked.record.file_hashes != self._file_hashes:
@@ -395,6 +404,15 @@ class Predictor:
         if self._half_strides:
             values["strides"] = half_strides(self._job.model, volume)
         return parse_job(values)
+
+    def _selection(self, axes: str | None) -> Selection:
+        """Return what is read of each volume: what the job says of its input, with these axes."""
+        selection = self._job.inputs[0].selection
+        return selection if axes is None else replace(selection, axes=axes)
+
+    def _open(self, volume: Input | Sequence[Input], axes: str | None) -> tuple[OpenedInput, ...]:
+        allow_empty = self._job.allow_empty
+        return open_inputs(volume, self._selection(axes), allow_empty=allow_empty)
 
     def _object_hashes(self, *, with_weights: bool) -> dict[str, str]:
         """Return what identifies the objects of the predictor, by their names in a job record."""
@@ -522,10 +540,11 @@ def _shape(key: str, shape: Any) -> list[int]:
         ) from None
 
 
-def _input_of(path: str, opened: OpenedInput, axes: str | None) -> dict[str, Any]:
+def _input_of(path: str, opened: OpenedInput, selection: Selection) -> dict[str, Any]:
     """Return the input of a job for an opened input, whose view was written if it has no path."""
     if opened.path:
-        return {"path": path} | ({} if axes is None else {"axes": axes})
+        keys = asdict(selection).items()
+        return {"path": path} | {key: value for key, value in keys if value is not None}
     rank = len(opened.geometry.axes)
     if rank > len(SPATIAL):  # such arrays have no letters, and no channels
         return {"path": path}

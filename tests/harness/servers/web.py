@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -79,9 +80,8 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def web_server(folder: Path, habits: Habits | None = None) -> Iterator[str]:
-    """Serve the files of a folder; yield the server's URL."""
-    handler = functools.partial(Handler, habits or Habits(), directory=str(folder))
+def serving(handler: Any) -> Iterator[str]:
+    """Answer requests on a free loopback port with a request handler; yield the URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -91,3 +91,11 @@ def web_server(folder: Path, habits: Habits | None = None) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def web_server(folder: Path, habits: Habits | None = None) -> Iterator[str]:
+    """Serve the files of a folder; yield the server's URL."""
+    handler = functools.partial(Handler, habits or Habits(), directory=str(folder))
+    with serving(handler) as url:
+        yield url
