@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,6 +23,7 @@ from chunkq.paths import is_url, is_web, open_filesystem, without_secret
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
+from chunkq.storage.images import ImageSource
 from chunkq.storage.objects import ObjectFolder
 
 METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
@@ -42,17 +43,25 @@ class CheckedJob:
         return total_costs(self.plans)
 
     @property
+    def warnings(self) -> list[str]:
+        """One line for each property of the inputs that can be a mistake."""
+        lines = [line for source in self.record.sources for line in source.doubts()]
+        more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
+        return [f"{lines[0]}{more}"] if lines else []
+
+    @property
     def largest(self) -> Plan:
         """The plan of the item with the most voxels."""
         return max(self.plans, key=lambda plan: prod(plan.volume.shape))
 
 
-def check_job(job: Job) -> CheckedJob:
+def check_job(job: Job, sources: Sequence[ImageSource] | None = None) -> CheckedJob:
     """Check a job against its volumes and files without writing anything.
 
-    Raises JobError or StoreError with one line per problem.
+    `sources` are those of its inputs if they are known. Raises JobError or StoreError with one line
+    per problem.
     """
-    sources = find_sources(job)
+    sources = find_sources(job) if sources is None else sources
     record = JobRecord.create(job, sources)
     plans = record.plans()
     load_blend_weights(job.weight_function, plans[0])

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, picked
+from chunkq.geometry.axes import Axis, color_letters, picked, starts_like_color
 from chunkq.paths import without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.axes_view import AxesView
 from chunkq.storage.formats.base import ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
+from chunkq.storage.remedies import JOB_FILE, Remedies
 from chunkq.storage.selection import EVERYTHING, Selection, select
 
 
@@ -42,18 +43,18 @@ class ImageSource:
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
         """The spatial axes in the order of the network."""
-        return tuple(self.axes[number] for number in self._spatial)
+        return tuple(self.axes[number] for number in self.spatial_numbers)
 
     @property
     def time_axis(self) -> Axis | None:
         """The time axis with the selected time points, or None without one."""
-        number = self._number("time")
+        number = self.number("time")
         return None if number is None else picked(self.axes[number], self.time)
 
     @property
     def channel_axis(self) -> Axis | None:
         """The channel axis with the selected channels, or None without one."""
-        number = self._number("channel")
+        number = self.number("channel")
         return None if number is None else picked(self.axes[number], self.channels)
 
     @property
@@ -66,6 +67,17 @@ class ImageSource:
         """Spatial shape, dtype and number of channels, for the planner."""
         return Volume(self.shape, self.dtype, channels=len(self.channels) or 1)
 
+    def doubts(self, remedies: Remedies = JOB_FILE) -> tuple[str, ...]:
+        """Return a line if nothing names the axes, and the first one can be colour."""
+        shape = [axis.size for axis in self.axes]
+        if self.named_by or not starts_like_color(shape):
+            return ()
+        letters = color_letters(len(shape), first=True)
+        return (
+            f"input: {without_secret(self.path)} has shape {shape} without names of its axes, so "
+            f"all are spatial; if the first one is channels, {remedies.set_axes(letters)}",
+        )
+
     def open(self) -> Array:
         """Open all of the array for reading. Raises StoreError if it cannot be opened."""
         return format_named(self.format).open(self.path, self.options)
@@ -77,15 +89,16 @@ class ImageSource:
         channel, or None for all of them; a single channel has no axis.
         """
         fixed = {}
-        time_axis, channel_axis = self._number("time"), self._number("channel")
+        time_axis, channel_axis = self.number("time"), self.number("channel")
         if time_axis is not None:
             fixed[time_axis] = self.time[time]
         if channel_axis is not None and (channel is not None or len(self.channels) == 1):
             fixed[channel_axis] = self.channels[channel or 0]
             channel_axis = None
-        if channel_axis is None and not fixed and self._spatial == tuple(range(len(self.axes))):
+        is_stored = self.spatial_numbers == tuple(range(len(self.axes)))
+        if channel_axis is None and not fixed and is_stored:
             return array
-        return AxesView(array, self._spatial, fixed, channel_axis, self.channels)
+        return AxesView(array, self.spatial_numbers, fixed, channel_axis, self.channels)
 
     def identity(self) -> str | None:
         """Return a string that changes when the array is replaced; None if it is missing.
@@ -96,11 +109,13 @@ class ImageSource:
         return format_named(self.format).identity(self.path, self.options)
 
     @property
-    def _spatial(self) -> tuple[int, ...]:
+    def spatial_numbers(self) -> tuple[int, ...]:
+        """Numbers of the stored spatial axes, in the order of the network."""
         stored = (number for number, axis in enumerate(self.axes) if axis.kind == "space")
         return self.order or tuple(stored)
 
-    def _number(self, kind: str) -> int | None:
+    def number(self, kind: str) -> int | None:
+        """Return the number of the stored axis of a kind, or None without one."""
         return next((number for number, axis in enumerate(self.axes) if axis.kind == kind), None)
 
 
@@ -110,6 +125,7 @@ def find_source(
     access: Access = DEFAULT_ACCESS,
     *,
     allow_empty: bool = False,
+    remedies: Remedies = JOB_FILE,
 ) -> ImageSource:
     """Find the array of an input path: an array, or a level of an OME-Zarr image.
 
@@ -126,17 +142,21 @@ def find_source(
             "voxel would be the fill value; fix the path, or set allow_empty: true",
             code=ErrorCode.INPUT_EMPTY,
         )
-    return source_of(array, selection, path, name)
+    return source_of(array, selection, path, name, remedies)
 
 
 def source_of(
-    array: ArrayInfo, selection: Selection, path: str, format_name: str = ""
+    array: ArrayInfo,
+    selection: Selection,
+    path: str,
+    format_name: str = "",
+    remedies: Remedies = JOB_FILE,
 ) -> ImageSource:
     """Return the source of an array that a format has found. `path` is the user's name of it.
 
     Raises JobError if the selection does not fit it or its axes have no clear meaning.
     """
-    selected = select(array, selection, without_secret(path))
+    selected = select(array, selection, without_secret(path), remedies)
     return ImageSource(
         format_name,
         array.path,

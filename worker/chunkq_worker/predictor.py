@@ -6,10 +6,11 @@ import operator
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -25,35 +26,44 @@ from chunkq.blend.sums import Contribution
 from chunkq.create import CheckedJob, check_job, create_job
 from chunkq.errors import ArgumentError, ChunkqError, JobError, ModelError
 from chunkq.finalize import finalize_job
-from chunkq.geometry.axes import Axis
+from chunkq.geometry.axes import plain_axes
 from chunkq.job.events import Sink, StageProgress
+from chunkq.job.items import Image, Item, images_of, items_of
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
-from chunkq.plan.plan import Chunk, Index, Plan, Volume
+from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq.queue.registry import queue_url
 from chunkq.storage.array import Array
-from chunkq.storage.images import ImageSource
+from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.images import ImageSource, source_of
 from chunkq.storage.padded_reading import read_padded
-from chunkq.storage.selection import Selection
+from chunkq.storage.remedies import PYTHON
+from chunkq.storage.selection import Picks, Selection
 from chunkq.summaries import html_table, lengths, one_line
 from chunkq_worker.device import get_device
 from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.inline import PROGRESS_STAGE, compute_inline, pipelined
-from chunkq_worker.input_objects import OpenedInput
-from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
+from chunkq_worker.inputs import (
+    Input,
+    OpenedInput,
+    array_names,
+    open_inputs,
+    read_all,
+    stored_sources,
+)
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
 from chunkq_worker.progress import Progress, check_progress, progress_of
 from chunkq_worker.steps import Step, Steps
 from chunkq_worker.user_errors import UserErrors
+from chunkq_worker.user_warnings import UserWarnings
+from chunkq_worker.value_watch import ChunkWatch
 
 Regions = Generator[tuple[tuple[slice, ...], npt.NDArray[Any]], None, None]
 """Yields regions of the output as slices, with their final values."""
-SPATIAL = "zyx"
-"""Letters of spatial axes."""
 PLACEHOLDER = "memory"
 """Value of `input` and `output` in a predictor's job."""
 IN_FLIGHT = 2
@@ -64,21 +74,56 @@ def _nothing() -> None:
     """Return the result of a chunk without patches."""
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What one call predicts: an image, and the plan of each of its items."""
+
+    inputs: tuple[OpenedInput, ...]
+    job: Job
+    image: Image
+    plan: Plan
+
+    @property
+    def series(self) -> tuple[int, ...]:
+        """Lengths of the axes along which volumes are predicted one by one."""
+        return tuple(axis.size for axis in self.image.series_axes)
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The volumes that are predicted one by one."""
+        return items_of((self.image,))
+
+    def read(self) -> Any:
+        """Return what is read of the input, (*series, [C,] *S); a tuple for several inputs."""
+        views = [item.present([one.array for one in self.inputs]) for item in self.items]
+        volumes = []
+        for views_of_one in zip(*views, strict=True):
+            parts = [read_all(view) for view in views_of_one]
+            stacked = np.stack(parts) if self.series else parts[0]
+            volumes.append(stacked.reshape(*self.series, *parts[0].shape))
+        return tuple(volumes) if len(volumes) > 1 else volumes[0]
+
+
 class Predictor:
     """A network that predicts volumes of any shape, with the keys of a job file.
 
     A volume is an array ([C,] *S) with 1 to 4 spatial axes: NumPy, torch, dask, xarray, zarr, h5py,
     tensorstore, an image of nibabel or tifffile, the path of an array that a job can read or of a
     TIFF file, or any array-like that returns NumPy arrays when sliced. What is not in memory is
-    read chunk by chunk. It has channels if the object or `axes` names them. If
-    `model_config.join_dim` is set, pass a list of volumes of the same shape. The network is loaded
-    onto `model_config.device` for the first volume and kept until `close`; the predictor is a
-    context manager.
+    read chunk by chunk. It has channels and time points if the object or `axes` names them. Time
+    points are predicted one by one, and so are channels if the network takes one; the result has
+    them as its first axes. Pass a list of volumes of the same shape if `model_config.join_dim` is
+    set, or for the channels of a network that takes as many as there are volumes. The network is
+    loaded onto `model_config.device` for the first volume and kept until `close`; the predictor is
+    a context manager.
 
     The output is byte-identical to that of a job with the same keys and number of threads.
 
     `progress` of the methods is True for a bar, False for none, None for a bar on a terminal and in
     a notebook, or a function that is called with (chunks done, all chunks).
+
+    What is probably a mistake, such as logits that are compared with 0.5, is a PredictionWarning,
+    once for each cause. It is found in the chunk that the check of a job would run.
 
     An error in the code of a network or a step is a ModelError whose cause is that error. After
     Ctrl-C the predictor can be used again; the current batch is finished in the background.
@@ -105,7 +150,8 @@ class Predictor:
         self._network, self._steps, self._token = network, steps, uuid.uuid4().hex
         self._file_hashes = JobRecord.create(job, ()).file_hashes
         self._hashes = self._file_hashes | self._object_hashes(with_weights=False)
-        self._engines: OrderedDict[Volume, InferenceEngine] = OrderedDict()
+        self._engines: OrderedDict[Plan, InferenceEngine] = OrderedDict()
+        self._warnings = UserWarnings()
         self._closed = False
 
     @classmethod
@@ -261,78 +307,94 @@ class Predictor:
         self,
         shape: Sequence[int],
         dtype: npt.DTypeLike | Sequence[npt.DTypeLike] = "float32",
+        *,
+        axes: str | None = None,
     ) -> Plan:
-        """Return the plan for a volume of this shape: chunks, patches, `output_shape`, `costs`.
+        """Return the plan for an array of this shape: chunks, patches, `output_shape`, `costs`.
 
-        `dtype` is the dtype of the volume, or a list with one dtype per input. The network is not
-        loaded. Raise JobError with one line per mismatch between the job and the volume.
+        `dtype` is the dtype of the array, or a list with one dtype per input. `axes` are as in
+        `predict`; the plan is that of one time point. The network is not loaded. Raise JobError
+        with one line per mismatch between the job and the array.
         """
         has_several = isinstance(dtype, (list, tuple))
         dtypes: Any = dtype if has_several else [dtype]
-        length = tuple(_shape("shape", shape))
-        volume = Volume.joined([Volume(length, str(np.dtype(name))) for name in dtypes])
-        names = [f"array {n}" for n in range(len(dtypes))] if has_several else ["the array"]
-        return resolve(self._job_for(names, volume), volume)
+        described = plain_axes(_shape("shape", shape))
+        names = array_names(len(dtypes)) if has_several else array_names(1)
+        selection = self._selection(axes)
+        sources = [
+            source_of(
+                ArrayInfo(name, described, str(np.dtype(one))), selection, name, remedies=PYTHON
+            )
+            for name, one in zip(names, dtypes, strict=True)
+        ]
+        return self._plan(names, sources)[2]
 
     def predict(
         self,
         volume: Input | Sequence[Input],
         *,
         axes: str | None = None,
+        channels: Picks | None = None,
+        time: Picks | None = None,
         progress: Progress = None,
     ) -> Prediction:
         """Run the network on an entire volume and return the result in memory.
 
-        `axes` has one letter of c, z, y, x per axis of the volume, such as "yxc" for colour. Raise
-        ArgumentError if the volume is not an array or a path, JobError if the volume does not
-        match the job, ModelError if the network cannot be loaded or does not match its
-        declaration, and PredictionError if it returns NaN or infinity.
+        `axes` has one letter of t, c, z, y, x per axis of the array, such as "yxc" for colour.
+        `channels` and `time` select positions along these axes, as in a job file: indices or a
+        range such as "0:3". By default, all are read. Raise ArgumentError if the volume is not an
+        array or a path, JobError if the volume does not match the job, ModelError if the network
+        cannot be loaded or does not match its declaration, and PredictionError if it returns NaN or
+        infinity.
         """
-        inputs = self._open(volume, axes)
-        plan = self._plan(inputs)
+        request = self._request(volume, self._selection(axes, channels, time))
+        plan, series, inputs = request.plan, request.series, request.inputs
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
-        stored = np.zeros(plan.output_shape, plan.output_dtype)
-        labels = np.zeros(plan.volume.shape, dtype) if is_averaged else stored
+        stored = np.zeros((*series, *plan.output_shape), plan.output_dtype)
+        shape = (*series, *plan.volume.shape)
+        labels = np.zeros(shape, dtype) if is_averaged else stored
         check_progress(progress)
-        with closing(self._stream(plan, inputs, progress)) as stream:
+        with closing(self._stream(request, progress)) as stream:
             for region, values in stream:
                 stored[region] = values
                 if is_averaged:
                     averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
-                    labels[region[-plan.rank :]] = reduce_and_cast(averages, "soft", dtype)
-        probabilities = stored.reshape(plan.channels, *plan.volume.shape) if is_averaged else None
+                    where = (*region[: len(series)], *region[-plan.rank :])
+                    labels[where] = reduce_and_cast(averages, "soft", dtype)
+        probabilities = None
+        if is_averaged:
+            probabilities = stored.reshape(*series, plan.channels, *plan.volume.shape)
 
-        def read() -> Any:
-            arrays = tuple(read_all(one.array) for one in inputs)
-            return arrays if len(arrays) > 1 else arrays[0]
-
-        is_read = all(one.in_memory for one in inputs)
-        return Prediction(
-            labels, read() if is_read else Unread(read), probabilities, inputs[0].geometry
-        )
+        is_read = not series and all(one.in_memory for one in inputs)
+        volumes = request.read() if is_read else Unread(request.read)
+        geometry = inputs[0].geometry(request.image)
+        return Prediction(labels, volumes, probabilities, geometry)
 
     def predict_streaming(
         self,
         volume: Input | Sequence[Input],
         *,
         axes: str | None = None,
+        channels: Picks | None = None,
+        time: Picks | None = None,
         progress: Progress = None,
     ) -> Regions:
         """Return a generator that yields each region of the result as soon as it is final.
 
         Each item is `(region, values)`: slices of an array of shape `plan(...).output_shape`
         ((*S), or (C, *S) for averages of a network with channels) and the values in that region,
-        in `plan(...).output_dtype`. Every voxel is yielded exactly once, block by block, the last
-        axis fastest. Within a block, the voxels that only its own patches cover come first.
+        in `plan(...).output_dtype`. Time points, and channels that are predicted one by one, are
+        axes before those. Every voxel is yielded exactly once, block by block, the last axis
+        fastest. Within a block, the voxels that only its own patches cover come first.
 
         Two chunks are in memory, and the unfinished bands along one slice of blocks across the
         first axis. The arguments are checked in this call, which raises like `predict`; the network
         runs while the generator is consumed.
         """
         check_progress(progress)
-        inputs = self._open(volume, axes)
-        return self._stream(self._plan(inputs), inputs, progress)
+        request = self._request(volume, self._selection(axes, channels, time))
+        return self._stream(request, progress)
 
     def predict_to_store(
         self,
@@ -340,6 +402,8 @@ class Predictor:
         output: str | Path,
         *,
         axes: str | None = None,
+        channels: Picks | None = None,
+        time: Picks | None = None,
         overwrite: bool = False,
         progress: Progress = None,
     ) -> dict[str, Any]:
@@ -357,31 +421,36 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
-        inputs = self._open(volume, axes)
-        plan = self._plan(inputs)  # raises before an array is copied
-        output = os.fspath(output)
-        selection = self._selection(axes)
-        with as_paths(inputs, output) as paths:
-            values = self._job_for(paths, plan.volume).as_dict()
+        selection = self._selection(axes, channels, time)
+        request = self._request(volume, selection)  # raises before an array is copied
+        output, inputs = os.fspath(output), request.inputs
+        for line in (line for one in inputs for line in one.lost):
+            self._warnings.show("positions", f"input: {line}")
+        with stored_sources(inputs, output) as sources:
+            values = request.job.as_dict()
             values["input"] = [
-                _input_of(path, one, selection) for path, one in zip(paths, inputs, strict=True)
+                _input_of(source.path, one, selection)
+                for source, one in zip(sources, inputs, strict=True)
             ]
-            checked = check_job(load_job(values, output=output))
+            checked = check_job(load_job(values, output=output), sources)
             if checked.record.file_hashes != self._file_hashes:
                 raise ModelError(
                     "the model's files have changed since the predictor was created; create a new "
                     "predictor"
                 )
-            checked = self._with_objects(checked, inputs)
+            checked = self._with_objects(checked)
             # The queue for the chunks that remain if this call is interrupted.
             queue = queue_url(None, self._job.queue)
             job = create_job(checked, queue=queue, overwrite=overwrite)
-            device = get_device()
+            device, plan = get_device(), job.items[0].plan
+            watch = ChunkWatch(plan, self._job.model.max_batch_size)
             with UserErrors(), progress_of(progress) as emit:
-                engine = device.run(lambda: self._fresh_engine(job.items[0].plan)).result()
-                with device.compute_with(job, engine):
+                engine = device.run(lambda: self._fresh_engine(plan)).result()
+                with device.compute_with(job, engine, watch):
                     worker = compute_inline(job, emit)
-            return finalize_job(job, worker=worker)
+            report = finalize_job(job, worker=worker)
+        self._warnings.show_values(watch.watch)
+        return report
 
     def close(self) -> None:
         """Release the network and the device's memory; do nothing if that is done already."""
@@ -399,20 +468,40 @@ class Predictor:
     ) -> None:
         self.close()
 
-    def _job_for(self, names: Sequence[str], volume: Volume) -> Job:
-        values = self._job.as_dict() | {"input": list(names)}
-        if self._half_strides:
-            values["strides"] = half_strides(self._job.model, volume)
-        return parse_job(values)
-
-    def _selection(self, axes: str | None) -> Selection:
-        """Return what is read of each volume: what the job says of its input, with these axes."""
+    def _selection(
+        self, axes: str | None, channels: Picks | None = None, time: Picks | None = None
+    ) -> Selection:
+        """Return what is read of each volume: what the job says of its input, with these keys."""
         selection = self._job.inputs[0].selection
-        return selection if axes is None else replace(selection, axes=axes)
+        keys = {"axes": axes, "channels": _picks(channels), "time": _picks(time)}
+        return replace(selection, **{k: value for k, value in keys.items() if value is not None})
 
-    def _open(self, volume: Input | Sequence[Input], axes: str | None) -> tuple[OpenedInput, ...]:
-        allow_empty = self._job.allow_empty
-        return open_inputs(volume, self._selection(axes), allow_empty=allow_empty)
+    def _request(self, volume: Input | Sequence[Input], selection: Selection) -> _Request:
+        inputs = open_inputs(volume, selection, allow_empty=self._job.allow_empty)
+        sources = [one.source for one in inputs]
+        request = _Request(inputs, *self._plan([one.array.path for one in inputs], sources))
+        for line in (line for source in sources for line in source.doubts(PYTHON)):
+            self._warnings.show("axes", line)
+        return request
+
+    def _plan(
+        self, names: Sequence[str], sources: Sequence[ImageSource]
+    ) -> tuple[Job, Image, Plan]:
+        """Return the job for volumes with these names, their image, and the plan of its items."""
+        job = parse_job(self._job.as_dict() | {"input": list(names)})
+        images = images_of(job, sources)
+        if len(images) > 1:
+            raise JobError(
+                f"input: found {len(names)} volumes without model_config.join_dim; set it to the "
+                "axis along which to stack them, or predict the volumes one by one"
+            )
+        image = images[0]
+        if self._half_strides:
+            strides = tuple(half_strides(job.model, image.volume))
+            job = job.model_copy(update={"strides": strides})
+        by_channel = image.is_channel_series
+        plan = resolve(job, image.volume, names, by_channel=by_channel, remedies=PYTHON)
+        return job, image, plan
 
     def _object_hashes(self, *, with_weights: bool) -> dict[str, str]:
         """Return what identifies the objects of the predictor, by their names in a job record."""
@@ -423,72 +512,71 @@ class Predictor:
             hashes["steps"] = self._token
         return hashes
 
-    def _with_objects(self, checked: CheckedJob, inputs: Sequence[OpenedInput]) -> CheckedJob:
-        """Return a job with the identity of the predictor's objects and the axes of its inputs."""
-        record = checked.record
-        hashes = record.file_hashes | self._object_hashes(with_weights=True)
-        images = []
-        for image in record.images:
-            pairs = zip(image.sources, inputs, strict=True)
-            sources = tuple(
-                source if one.path else _with_spatial_axes(source, one.geometry.axes)
-                for source, one in pairs
-            )
-            images.append(replace(image, sources=sources))
-        return replace(checked, record=replace(record, file_hashes=hashes, images=tuple(images)))
+    def _with_objects(self, checked: CheckedJob) -> CheckedJob:
+        """Return a job with the identity of the predictor's objects."""
+        hashes = checked.record.file_hashes | self._object_hashes(with_weights=True)
+        return replace(checked, record=replace(checked.record, file_hashes=hashes))
 
-    def _plan(self, inputs: Sequence[OpenedInput]) -> Plan:
-        names = [one.array.path for one in inputs]
-        if len(names) > 1 and self._job.model.join_dim is None:
-            raise JobError(
-                f"input: found {len(names)} volumes without model_config.join_dim; set it to the "
-                "axis along which to stack them, or predict the volumes one by one"
-            )
-        volume = volume_of(inputs)
-        return resolve(self._job_for(names, volume), volume)
+    def _stream(self, request: _Request, progress: Progress) -> Regions:
+        """Yield the regions of each item, while the next chunk is computed.
 
-    def _stream(self, plan: Plan, inputs: Sequence[OpenedInput], progress: Progress) -> Regions:
+        Chunks that nobody waits for any longer are given up.
+        """
         self._check_open()
-        arrays = [one.array for one in inputs]
-        with progress_of(progress) as emit, closing(self._computed(plan, arrays, emit)) as chunks:
-            for box, values in regions(plan, chunks):
-                region = plan.output_box(box)
-                yield region.slices((0,) * len(region.shape)), values
+        plan, items, stop = request.plan, request.items, Event()
+        arrays = [one.array for one in request.inputs]
+        watch = ChunkWatch(plan, self._job.model.max_batch_size)
+        volumes = {item.number: item.present(arrays) for item in items}
+        tasks = ((item, index) for item in items for index in plan.indices())
+        with progress_of(progress) as sink:
+            emit = _counted(sink, len(items) * plan.costs.chunks)
+            try:
+                with UserErrors():
+                    get_device().run(lambda: self._fresh_engine(plan)).result()
+
+                def start(task: tuple[Item, Index]) -> Future[Any]:
+                    item, index = task
+                    return self._start(plan, volumes[item.number], item.number, index, stop, watch)
+
+                with closing(pipelined(start, tasks, IN_FLIGHT)) as started:
+                    for item in items:
+                        point = tuple(slice(n, n + 1) for n in item.point)
+                        chunks = self._computed(plan, started, watch, emit)
+                        for box, values in regions(plan, chunks):
+                            region = plan.output_box(box)
+                            slices = region.slices((0,) * len(region.shape))
+                            yield (*point, *slices), values[(np.newaxis,) * len(point)]
+            finally:
+                stop.set()
+
+    def _start(
+        self,
+        plan: Plan,
+        arrays: Sequence[Array],
+        item: int,
+        index: Index,
+        stop: Event,
+        watch: ChunkWatch,
+    ) -> Future[Any]:
+        """Read a chunk of an item and start it on the device."""
+        job, device, chunk = self._job, get_device(), plan.chunk(index)
+        if not chunk.is_active:
+            return device.run(lambda: _nothing)
+        halos = [read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays]
+        value_watch = watch.of(item, chunk)
+        return device.start(lambda: self._engine(plan), chunk, halos, stop, value_watch)
 
     def _computed(
-        self, plan: Plan, arrays: Sequence[Array], emit: Sink
-    ) -> Generator[tuple[Chunk, Contribution | None], None, None]:
-        """Yield every chunk with its contribution, while the next chunk is computed.
-
-        The contribution is None for a chunk without patches. Chunks that nobody waits for any
-        longer are given up.
-        """
-        job, device, total, done = self._job, get_device(), plan.costs.chunks, 0
-        stop = Event()
-
-        def start(index: Index) -> Future[Any]:
-            chunk = plan.chunk(index)
-            if not chunk.is_active:
-                return device.run(lambda: _nothing)
-            halos = [
-                read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays
-            ]
-            return device.start(lambda: self._engine(plan), chunk, halos, stop)
-
-        emit(StageProgress(PROGRESS_STAGE, 0, total))
-        try:
+        self, plan: Plan, started: Iterator[Any], watch: ChunkWatch, emit: Callable[[], None]
+    ) -> Iterator[tuple[Chunk, Contribution | None]]:
+        """Yield every chunk of an item with its contribution, None for a chunk without patches."""
+        for index in plan.indices():
             with UserErrors():
-                device.run(lambda: self._fresh_engine(plan)).result()
-            with closing(pipelined(start, plan.indices(), IN_FLIGHT)) as started:
-                for index in plan.indices():
-                    with UserErrors():
-                        contribution = next(started)()
-                    yield plan.chunk(index), contribution
-                    if plan.is_active(index):
-                        done += 1
-                        emit(StageProgress(PROGRESS_STAGE, done, total))
-        finally:
-            stop.set()
+                contribution = next(started)()
+            self._warnings.show_values(watch.watch)
+            yield plan.chunk(index), contribution
+            if plan.is_active(index):
+                emit()
 
     def _fresh_engine(self, plan: Plan) -> InferenceEngine:
         """Return the engine for a plan's volume, with the present weights of a network object."""
@@ -499,7 +587,7 @@ class Predictor:
     def _engine(self, plan: Plan) -> InferenceEngine:
         """Return the engine for a plan's volume. Call it on the device thread only."""
         self._check_open()
-        engine = self._engines.get(plan.volume)
+        engine = self._engines.get(plan)
         if engine is None:
             if self._engines:
                 engine = next(iter(self._engines.values())).for_plan(plan)
@@ -507,8 +595,9 @@ class Predictor:
                 network = None if self._network is None else self._network.network
                 record = JobRecord(self._job, (), self._hashes)
                 engine = InferenceEngine(record, plan, network, self._steps)
-            self._engines[plan.volume] = engine
-        self._engines.move_to_end(plan.volume)
+                engine.checks.report = self._warnings.keep
+            self._engines[plan] = engine
+        self._engines.move_to_end(plan)
         while len(self._engines) > ENGINES_CACHED:
             self._engines.popitem(last=False)
         return engine
@@ -540,21 +629,24 @@ def _shape(key: str, shape: Any) -> list[int]:
         ) from None
 
 
+def _picks(picks: Any) -> Any:
+    """Return indices as a tuple of Python integers, which a job has."""
+    if picks is None or isinstance(picks, str):
+        return picks
+    try:
+        return operator.index(picks)
+    except TypeError:
+        return tuple(one if isinstance(one, str) else operator.index(one) for one in picks)
+
+
 def _input_of(path: str, opened: OpenedInput, selection: Selection) -> dict[str, Any]:
-    """Return the input of a job for an opened input, whose view was written if it has no path."""
-    if opened.path:
-        keys = asdict(selection).items()
-        return {"path": path} | {key: value for key, value in keys if value is not None}
-    rank = len(opened.geometry.axes)
-    if rank > len(SPATIAL):  # such arrays have no letters, and no channels
-        return {"path": path}
-    return {"path": path, "axes": "c" * opened.array.has_channels + SPATIAL[-rank:]}
+    """Return the input of a job at a path, which is that of the opened input if it has one."""
+    keys = asdict(selection).items() if opened.path else ()
+    return {"path": opened.path or path} | {k: value for k, value in keys if value is not None}
 
 
-def _with_spatial_axes(source: ImageSource, axes: Sequence[Axis]) -> ImageSource:
-    """Return a source with other names, units and voxel sizes of its spatial axes."""
-    spatial = iter(axes)
-    return replace(
-        source,
-        axes=tuple(next(spatial) if axis.kind == "space" else axis for axis in source.axes),
-    )
+def _counted(emit: Sink, total: int) -> Callable[[], None]:
+    """Report the progress of no chunk; return a function that reports that of one more."""
+    done = count(1)
+    emit(StageProgress(PROGRESS_STAGE, 0, total))
+    return lambda: emit(StageProgress(PROGRESS_STAGE, next(done), total))
