@@ -200,6 +200,7 @@ def test_amounts_are_averaged_without_a_warning(
     assert caplog.records == []
 
 
+@pytest.mark.filterwarnings("ignore:.*0.5; if the values are logits")
 @pytest.mark.parametrize("returned", ["x", "(x > 0.5).astype('f4')", "x * 20 - 10"])
 def test_probabilities_masks_and_logits_are_no_labels(tmp_path: Path, returned: str) -> None:
     assert predict(numpy_keys(tmp_path, returned), combine="hard") is not None

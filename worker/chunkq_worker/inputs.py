@@ -110,16 +110,26 @@ def open_inputs(
     """Open one volume, or each volume of a list or tuple, for reading box by box.
 
     `selection` applies to each of them. A path can be to an array without any storage chunk only if
-    `allow_empty`. Raise ArgumentError if one is not an array, JobError if the axes are not clear,
-    and StoreError for a bad path.
+    `allow_empty`. Raise ArgumentError if one is not an array, JobError if the axes are not clear or
+    the spatial shapes differ, and StoreError for a bad path.
     """
     volumes = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
     if not volumes:
         raise JobError("input: expected at least one volume, found an empty list")
-    return tuple(
+    opened = tuple(
         _open_input(v, name, selection, allow_empty)
         for v, name in zip(volumes, array_names(len(volumes)), strict=True)
     )
+    shapes = [one.source.shape for one in opened]
+    problems = [
+        f"input: {without_secret(one.array.path)} has shape {list(shape)}, expected "
+        f"{list(shapes[0])} as the first input; use inputs of the same shape"
+        for one, shape in zip(opened, shapes, strict=True)
+        if shape != shapes[0]
+    ]
+    if problems:
+        raise JobError(problems)
+    return opened
 
 
 def array_names(count: int) -> list[str]:
