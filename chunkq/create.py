@@ -32,22 +32,16 @@ METADATA = {2: (".zgroup", "0/.zarray"), 3: ("zarr.json", "0/zarr.json")}
 
 @dataclass(frozen=True)
 class CheckedJob:
-    """A valid job: its record, and the plans of its items."""
+    """A valid job: its record, the plans of its items, and doubts about its inputs."""
 
     record: JobRecord
     plans: list[Plan]
+    warnings: tuple[str, ...] = ()
 
     @property
     def costs(self) -> Costs:
         """The costs of all items."""
         return total_costs(self.plans)
-
-    @property
-    def warnings(self) -> list[str]:
-        """One line for each property of the inputs that can be a mistake."""
-        lines = [line for source in self.record.sources for line in source.doubts()]
-        more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
-        return [f"{lines[0]}{more}"] if lines else []
 
     @property
     def largest(self) -> Plan:
@@ -81,7 +75,14 @@ def check_job(job: Job, sources: Sequence[ImageSource] | None = None) -> Checked
                 f"output: {without_secret(job.output)} would overwrite the input "
                 f"{without_secret(source.path)}; choose another output"
             )
-    return CheckedJob(record, plans)
+    return CheckedJob(record, plans, _warnings(sources))
+
+
+def _warnings(sources: Sequence[ImageSource]) -> tuple[str, ...]:
+    """Return one line about properties of the inputs that can be a mistake, if there are any."""
+    lines = [line for source in sources for line in source.doubts()]
+    more = f" (the same holds for {len(lines) - 1} more inputs)" if len(lines) > 1 else ""
+    return tuple(f"{line}{more}" for line in lines[:1])
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:

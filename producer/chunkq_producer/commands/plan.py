@@ -148,7 +148,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "store_bytes": costs.store_bytes,
         "precision": job.record.job.model.effective_precision,
         "stochastic": job.record.job.model.stochastic,
-        "warnings": job.warnings,
+        "warnings": list(job.warnings),
         "depth": depth,
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
         "items": [
