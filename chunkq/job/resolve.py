@@ -268,8 +268,7 @@ class _Shapes:
         each = "each input has" if is_joined else f"{path} has"
         return [
             f"model_config.model_input_shape: {shape} has {self.input_channels} input channels, "
-            f"but {each} {found}{count}; fix the shape, or {self.remedies.set_channels()}, or "
-            f"{self.remedies.set_axes()}"
+            f"but {each} {found}{count}; fix the shape, or {self.remedies.set_channels_or_axes()}"
         ]
 
     def _class_problems(self) -> list[str]:

@@ -19,7 +19,11 @@ class Remedies:
 
     def set_channels(self) -> str:
         """Return how to select channels of the input."""
-        return "index the array or pass channels=" if self.in_python else "set channels in input"
+        return "pass channels=" if self.in_python else "set channels in input"
+
+    def set_channels_or_axes(self) -> str:
+        """Return how to select channels of the input, or to name its axes."""
+        return "pass channels= or axes=" if self.in_python else "set channels or axes in input"
 
 
 JOB_FILE, PYTHON = Remedies(), Remedies(in_python=True)

@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tifffile
 import xarray
 import zarr
 
@@ -126,6 +127,34 @@ def test_time_points_and_channels_are_selected_by_arguments() -> None:
     np.testing.assert_array_equal(single.labels, stacked[0])
     np.testing.assert_array_equal(result.to_xarray()["t"], [10, 0])
     assert single.to_xarray().dims == ("z", "y", "x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "where"),
+    [
+        ({"axes": "abcde"}, "input.axes: "),
+        ({"axes": "tzyx"}, "input: "),
+        ({"axes": "tczyx", "channels": 1.5}, "input.channels"),
+        ({"axes": "tczyx", "channels": [2]}, "input: "),
+        ({"axes": "tczyx", "time": "5:3"}, "input: "),
+        ({"axes": "czyx", "time": 0}, "input: "),
+    ],
+)
+def test_a_selection_that_the_array_does_not_have_is_one_line(keys: Any, where: str) -> None:
+    with create() as predictor, pytest.raises(JobError) as caught:
+        predictor.predict(IMAGE, **keys)
+    (line,) = caught.value.problems
+    assert line.startswith(where)
+
+
+def test_the_times_of_a_tiff_are_those_of_its_metadata(tmp_path: Path) -> None:
+    metadata = {"axes": "TZYX", "TimeIncrement": 30.0, "PhysicalSizeZ": 2.0}
+    tifffile.imwrite(tmp_path / "m.ome.tif", MOVIE, metadata=metadata, ome=True)
+    with create() as predictor:
+        result = predictor.predict(tmp_path / "m.ome.tif")
+    (axis,) = result.geometry.series
+    assert (axis.size, axis.scale, axis.unit) == (3, 30, "second")
+    assert result.voxel_size == (2, 1, 1)
 
 
 def test_times_and_positions_reach_the_stored_image(tmp_path: Path) -> None:

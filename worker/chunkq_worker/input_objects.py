@@ -425,7 +425,7 @@ def _open_series(series: Any, name: str, scales: Mapping[str, tuple[float, Any]]
 
 
 def _tiff_scales(file: Any) -> dict[str, tuple[float, Any]]:
-    """Return the voxel size and unit along the axes of an OME-TIFF, or of an ImageJ stack."""
+    """Return step and unit along the axes of an OME-TIFF, or of an ImageJ stack."""
     import tifffile
 
     scales: dict[str, tuple[float, Any]] = {}
@@ -436,6 +436,8 @@ def _tiff_scales(file: Any) -> dict[str, tuple[float, Any]]:
             if (size := pixels.get(f"PhysicalSize{letter}")) is not None:
                 unit = pixels.get(f"PhysicalSize{letter}Unit", "µm")
                 scales[letter.lower()] = float(size), unit
+        if (step := pixels.get("TimeIncrement")) is not None:
+            scales["t"] = float(step), pixels.get("TimeIncrementUnit", "s")
     elif file.is_imagej:
         metadata = file.imagej_metadata or {}
         unit = str(metadata.get("unit", "")).replace("\\u00B5m", "µm").replace("pixel", "")
@@ -445,6 +447,8 @@ def _tiff_scales(file: Any) -> dict[str, tuple[float, Any]]:
                 scales[letter] = value.value[1] / value.value[0], unit
         if metadata.get("spacing") and unit:
             scales["z"] = float(metadata["spacing"]), unit
+        if metadata.get("finterval"):
+            scales["t"] = float(metadata["finterval"]), "s"
     return scales
 
 

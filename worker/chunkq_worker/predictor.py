@@ -471,10 +471,18 @@ class Predictor:
     def _selection(
         self, axes: str | None, channels: Picks | None = None, time: Picks | None = None
     ) -> Selection:
-        """Return what is read of each volume: what the job says of its input, with these keys."""
+        """Return what is read of each volume: what the job says of its input, with these keys.
+
+        Raise JobError if a key has an invalid value.
+        """
         selection = self._job.inputs[0].selection
         keys = {"axes": axes, "channels": _picks(channels), "time": _picks(time)}
-        return replace(selection, **{k: value for k, value in keys.items() if value is not None})
+        keys = {key: value for key, value in keys.items() if value is not None}
+        if not keys:
+            return selection
+        kept = {key: value for key, value in asdict(selection).items() if value is not None}
+        values = self._job.as_dict() | {"input": {"path": PLACEHOLDER, **kept, **keys}}
+        return parse_job(values).inputs[0].selection
 
     def _request(self, volume: Input | Sequence[Input], selection: Selection) -> _Request:
         inputs = open_inputs(volume, selection, allow_empty=self._job.allow_empty)
@@ -630,13 +638,10 @@ def _shape(key: str, shape: Any) -> list[int]:
 
 
 def _picks(picks: Any) -> Any:
-    """Return indices as a tuple of Python integers, which a job has."""
-    if picks is None or isinstance(picks, str):
-        return picks
-    try:
-        return operator.index(picks)
-    except TypeError:
-        return tuple(one if isinstance(one, str) else operator.index(one) for one in picks)
+    """Return indices of NumPy as Python integers, which a job has; other values are unchanged."""
+    if isinstance(picks, (list, tuple, range, np.ndarray)) and np.ndim(picks) == 1:
+        return [_picks(one) for one in picks]
+    return int(picks) if isinstance(picks, np.integer) else picks
 
 
 def _input_of(path: str, opened: OpenedInput, selection: Selection) -> dict[str, Any]:
