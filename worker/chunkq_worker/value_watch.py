@@ -49,6 +49,7 @@ class ValueWatch:
     def __init__(self, output: OutputSpec) -> None:
         self._output = output
         self._patches = 0
+        self._has_received = False
         self._input: tuple[float, float] | None = None
         self._result: tuple[float, float] | None = None
         self._suspicions: list[Suspicion] = []
@@ -60,7 +61,8 @@ class ValueWatch:
 
     def receive(self, batch: Array) -> None:
         """Take note of the batch that the network receives, after all preprocessing."""
-        if self._input is None:
+        if self._patches and not self._has_received:
+            self._has_received = True
             self._input = _range(to_numpy(as_float(batch))[: self._patches])
 
     def send(self, outputs: Array) -> None:
@@ -83,7 +85,9 @@ class ValueWatch:
         return suspicions
 
     def _has_varied_input(self) -> bool:
-        return self._input is None or self._input[0] < self._input[1]
+        if not self._has_received:
+            return True
+        return self._input is not None and self._input[0] < self._input[1]
 
 
 class ChunkWatch:
