@@ -30,6 +30,7 @@ from chunkq.job.fields import (
     Names,
     Offsets,
     Positive,
+    Region,
     Section,
     Shape,
     Widths,
@@ -382,13 +383,18 @@ class Job(Section):
         ),
     ] = None
     roi: Annotated[
-        Any,
+        Region | None,
         key_doc(
-            "Patches",
-            "Region of interest. Reserved for a later version; this version refuses it.",
-            example=None,
-            unit=None,
+            "Input and output",
+            "Region of the volume that is computed: for each spatial axis `[start, stop]`, of "
+            "which the stop is excluded, or `null` for the whole axis. Voxels are counted from 0 "
+            "in the level that is read, negative ones from the end; `null` as start or stop is an "
+            "end of the axis. The output has the shape of the region and the values of the output "
+            "of the whole volume.",
+            example=[[0, 200], [100, 900], None],
+            unit="voxels",
             omitted="the whole volume",
+            see="guides/regions.md",
         ),
     ] = None
     allow_empty: Annotated[
@@ -457,7 +463,6 @@ class Job(Section):
             *_weight_problems(self),
             *model_problems(self.model),
             *_input_problems(self),
-            *_unsupported_keys(self),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -950,8 +955,3 @@ def _access_problems(job: Job) -> list[str]:
         for key in config.access.options
         if config.path.partition("://")[0] not in BUCKET_SCHEMES
     ]
-
-
-def _unsupported_keys(job: Job) -> list[str]:
-    """Return the problems of keys that are reserved for a later version."""
-    return [] if job.roi is None else ["roi: unsupported in this version; remove it"]

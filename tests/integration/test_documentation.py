@@ -24,3 +24,15 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     volume = zarr.open_array(tmp_path / "volume.zarr", mode="r")
     assert labels.shape == volume.shape
     assert (tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_of_a_region_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/regions.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="",
+        shown_as="/home/me/regions",
+        has_begun=lambda: True,
+    )
+    assert commands == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "volume": list(plan.volume.shape),
         "dtype": plan.volume.dtype,
         "axes": [_axes_values(source) for source in job.record.sources],
+        "region": _region_values(job),
         "output_shape": list(_output_shape(job)),
         "output_dtype": str(plan.output_dtype),
         "chunksize": list(plan.chunksize),
@@ -167,7 +169,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
 
 def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
     plan, costs, count = job.largest, job.costs, len(job.plans)
-    voxels = sum(_voxels(plan.volume.shape) for plan in job.plans)
+    voxels = sum(plan.region.size for plan in job.plans)
     per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
     several = _items(job) if count > 1 else ""
@@ -175,6 +177,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         ("axes", _axes_text(job.record.sources)),
+        *([("region", _region_text(job))] if plan.grid.region else []),
         (
             "output",
             f"{_shape(_output_shape(job))} {plan.output_dtype}, "
@@ -218,8 +221,45 @@ def _chunks(plan: Plan, costs: Costs, *, is_alone: bool) -> str:
     shape, blocks = _shape(plan.chunksize), f" ({_shape(plan.blocks)})" if is_alone else ""
     if costs.chunks == costs.blocks:
         return f"{costs.chunks}{blocks} of {shape}"
+    if plan.grid.region is not None:
+        return f"{costs.chunks} of {shape}, for {costs.blocks} blocks{blocks} in the region"
     without = costs.blocks - costs.chunks
     return f"{costs.chunks} of {shape}; {costs.blocks} blocks{blocks}, {without} without patches"
+
+
+def _region_values(job: CheckedJob) -> dict[str, Any] | None:
+    """Return the region of the largest item as JSON values, None for the whole volume."""
+    plan = job.largest
+    if plan.grid.region is None:
+        return None
+    return {
+        "start": list(plan.region.start),
+        "stop": list(plan.region.stop),
+        "same_bytes": all(plan.grid.is_aligned for plan in job.plans),
+        "aligned_start": list(_aligned_start(plan)),
+    }
+
+
+def _region_text(job: CheckedJob) -> str:
+    """Return the region of the largest item, and how its output compares with a whole one."""
+    plan = job.largest
+    bounds = ", ".join(
+        f"{low}:{high}" for low, high in zip(plan.region.start, plan.region.stop, strict=True)
+    )
+    text = f"[{bounds}], {plan.region.size / prod(plan.volume.shape):.2g} of the volume; "
+    other = next((plan for plan in job.plans if not plan.grid.is_aligned), None)
+    if other is None:
+        return f"{text}same bytes as in the output of the whole volume"
+    start = ", ".join(map(str, _aligned_start(other)))
+    return (
+        f"{text}same values, within 1e-5, as in the output of the whole volume; for the same bytes "
+        f"start where storage chunks start, here at [{start}]"
+    )
+
+
+def _aligned_start(plan: Plan) -> tuple[int, ...]:
+    """Return the largest start of storage chunks that is not after the region's start."""
+    return tuple(n - n % s for n, s in zip(plan.region.start, plan.storage_chunks, strict=True))
 
 
 def _output_shape(job: CheckedJob) -> tuple[int, ...]:
