@@ -31,7 +31,7 @@ def test_the_example_of_a_region_runs_as_it_stands(tmp_path: Path) -> None:
         "docs/guides/regions.md",
         tmp_path,
         Workspace(tmp_path).process_env,
-        without="",
+        without="A picture",
         shown_as="/home/me/regions",
         has_begun=lambda: True,
     )

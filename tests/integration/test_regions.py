@@ -283,3 +283,13 @@ def test_plan_says_whether_the_bytes_are_those_of_the_whole_output(tmp_path: Pat
         assert ("[8, 12]" in text) is not same
     plan = json.loads(workspace.call("plan", workspace.write_job(roi=None), "--json").ok().out)
     assert plan["region"] is None
+
+
+@pytest.mark.parametrize("roi", [ALIGNED, None])
+def test_plan_draws_a_picture(tmp_path: Path, roi: Any) -> None:
+    workspace = small_workspace(tmp_path)
+    path = workspace.write_job(roi=roi)
+    workspace.call("plan", path, "--plot", "plan.png").ok()
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    workspace.call("plan", path, "--plot", "plan.xyz").refused(2, "--plot: ", "plan.xyz")
+    workspace.call("plan", path, "--plot", "none/plan.png").refused(2, "--plot: ", "none/plan.png")

@@ -13,8 +13,9 @@ import click
 
 from chunkq import json_values, terminal
 from chunkq.create import CheckedJob, check_job
-from chunkq.errors import ModelError
+from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
+from chunkq.install_hint import install_command
 from chunkq.job.job_file import load_job, select_job_file
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output import output_axes
@@ -59,6 +60,11 @@ MAX_SHARE_TO_FINALIZE = 0.9
     help="Chunks per process that are read, computed or written at the same time "
     f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Draw the blocks, the chunks and the region of the largest volume to FILE, such as "
+    "plan.png. Needs matplotlib.",
+)  # fmt: skip
 @json_option
 def plan(
     job: Path | None,
@@ -67,14 +73,17 @@ def plan(
     output: str | None,
     with_model_check: bool,
     depth: int | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Check JOB, a YAML or JSON job file, and print its cost. Nothing is written.
+    """Check JOB, a YAML or JSON job file, and print its cost. Only --plot writes a file.
 
     Without --check-model the network is not loaded.
     """
     reserve()
     checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
+    if plot is not None:
+        _save_plot(checked, plot)
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None
@@ -84,6 +93,24 @@ def plan(
         width = terminal.columns(result_stream())
         label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
         print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+
+
+def _save_plot(job: CheckedJob, path: Path) -> None:
+    """Draw the plan of the largest item. Raises ChunkqError if that is impossible."""
+    try:
+        from chunkq_producer.plan_plot import draw_plan
+    except ImportError as error:
+        raise ChunkqError(
+            f"--plot: matplotlib is not installed ({error}); run `{install_command('plot')}`",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from None
+    names = [axis.name for axis in job.record.largest_item.image.spatial_axes]
+    figure = draw_plan(job.record.plan(), names)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix of no format
+        reason = " ".join(str(error).split())
+        raise JobError(f"--plot: cannot write {path}: {reason}") from error
 
 
 @dataclass(frozen=True)
