@@ -222,6 +222,24 @@ def test_blocks_cover_the_region_exactly_once_in_whole_storage_chunks(case: Regi
     assert (count == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("roi", "is_aligned", "starts"),
+    [
+        ([[8, 40], [12, 40]], True, [(8, 12), (8, 24), (8, 36), (12, 12)]),
+        ([[8, 40], [13, 40]], False, [(8, 13), (8, 25), (8, 37), (20, 13)]),
+        ([[9, 40], [12, 40]], False, [(9, 12), (9, 24), (9, 36), (21, 12)]),
+    ],
+)
+def test_blocks_start_with_the_region_if_one_axis_starts_between_storage_chunks(
+    roi: list[list[int]], is_aligned: bool, starts: list[tuple[int, ...]]
+) -> None:
+    keys: dict[str, Any] = {"chunksize": [12, 12], "storage_chunks": [4, 4]}
+    plan = plan_for((40, 40), (6, 6), roi=roi, **keys)
+    blocks = [plan.chunk(index).block for index in plan.indices()]
+    assert plan.grid.is_aligned is is_aligned
+    assert [block.start for block in blocks if block.size][:4] == starts
+
+
 @settings(max_examples=60)
 @given(region_cases())
 def test_pieces_that_are_sent_are_those_that_are_awaited(case: RegionCase) -> None:
