@@ -197,7 +197,10 @@ def _report(
     """Return the report. Add the tasks that have a valid commit record to `valid`."""
     commits = {stage.kind: _read_commits(job, stage.kind, valid) for stage in stages()}
     timing = aggregate_timing(
-        [item.plan for item in job.items], commits.pop("infer"), commits.pop("finalize")
+        [item.plan for item in job.items],
+        commits.pop("infer"),
+        commits.pop("finalize"),
+        job.costs,
     )
     for others in commits.values():
         for _ in others:

@@ -22,6 +22,8 @@ class Commit:
 
     `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
     and `checksums` each piece to its CRC-32. `started` and `finished` are Unix times (s).
+    `patches` were run, `skipped` were found to be empty. `empty` says that the network ran for none
+    of a chunk, which then has no pieces.
     """
 
     kind: str
@@ -36,6 +38,8 @@ class Commit:
     checksums: dict[str, int] = field(default_factory=dict)
     patches: int = 0
     peak_rss: int = 0
+    skipped: int = 0
+    empty: bool = False
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -172,9 +172,17 @@ class Costs:
         return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
 
 
-def total_costs(plans: Iterable[Plan]) -> Costs:
-    """Return the sums of the costs of several plans."""
-    rows = [astuple(plan.costs) for plan in plans]
+class HasCosts(Protocol):
+    """A plan, or the tasks of one."""
+
+    @property
+    def costs(self) -> Costs:
+        """Its costs."""
+
+
+def total_costs(parts: Iterable[HasCosts]) -> Costs:
+    """Return the sums of the costs of several plans, or of their tasks."""
+    rows = [astuple(part.costs) for part in parts]
     return Costs(*map(sum, zip(*rows, strict=True)))
 
 
@@ -351,23 +359,26 @@ class Plan:
     def patches(self, chunk: Chunk) -> Iterator[Patch]:
         """Yield the patches of a chunk, grid by grid, each grid in C order (last axis fastest)."""
         for g, ranges in enumerate(chunk.owned):
-            grids = [axis.grids[g] for axis in self.axes]
             for numbers in product(*ranges):
-                pairs = list(zip(grids, numbers, strict=True))
-                begin = tuple(grid.start(k) for grid, k in pairs)
-                kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
-                yield Patch(
-                    g,
-                    numbers,
-                    Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
-                    Box(
-                        tuple(max(0, k) for k in kept),
-                        tuple(
-                            min(k + grid.kept, grid.volume)
-                            for k, (grid, _) in zip(kept, pairs, strict=True)
-                        ),
-                    ),
-                )
+                yield self.patch(g, numbers)
+
+    def patch(self, g: int, numbers: tuple[int, ...]) -> Patch:
+        """Return a patch by its grid and its number along each axis."""
+        pairs = [(axis.grids[g], k) for axis, k in zip(self.axes, numbers, strict=True)]
+        begin = tuple(grid.start(k) for grid, k in pairs)
+        kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
+        return Patch(
+            g,
+            numbers,
+            Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
+            Box(
+                tuple(max(0, k) for k in kept),
+                tuple(
+                    min(k + grid.kept, grid.volume)
+                    for k, (grid, _) in zip(kept, pairs, strict=True)
+                ),
+            ),
+        )
 
     def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that a chunk stores for its upper neighbors, in a fixed order."""
