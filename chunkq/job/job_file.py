@@ -959,7 +959,7 @@ def _input_problems(job: Job) -> list[str]:
 
 def _fill_value_problems(job: Job) -> list[str]:
     """Return the problems of a fill value that the output cannot hold, whatever its classes."""
-    value = job.fill_value
+    value = float(job.fill_value)
     if job.combine != "weighted_avg":
         is_label = value.is_integer() and 0 <= value < 1 << 16
         legal = "a class, an integer from 0"

@@ -34,7 +34,7 @@ class EmptyRule:
             return self.value in (0, 1)
         if kind.kind in "iu":
             low, high = np.iinfo(kind).min, np.iinfo(kind).max
-            return isfinite(self.value) and self.value.is_integer() and low <= self.value <= high
+            return isfinite(self.value) and low <= self.value <= high and self.value % 1 == 0
         return not isfinite(self.value) or abs(self.value) <= float(np.finfo(kind).max)
 
     def occupied(self, values: npt.NDArray[Any], rank: int) -> Bools:

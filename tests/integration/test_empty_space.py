@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
+from chunkq_worker.inline import Contributions
+from chunkq_worker.predictor import Predictor
+from chunkq_worker.run_task import run_task
 
 from chunkq.create import check_job, create_job
 from chunkq.errors import ChunkqError, ErrorCode
@@ -15,10 +18,11 @@ from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_name
+from chunkq.queue.contract.executor import Attempt
 from tests import reference as ref
 from tests.harness.networks import toy_model
 from tests.harness.volumes import read_output, write_zarr
-from tests.harness.workspace import run_inline, run_tasks
+from tests.harness.workspace import output_files, run_inline, run_tasks
 
 SHAPE = (37, 23, 30)
 PATCH = (8, 8, 8)
@@ -305,6 +309,147 @@ def test_missing_storage_chunks_are_skipped_as_the_reference_says(tmp_path: Path
         assert report["patches"] == report["planned_patches"] == patches
         np.testing.assert_allclose(output, expected.average, rtol=0, atol=1e-5)
     assert job.costs.chunks < job.items[0].plan.costs.chunks
+
+
+def test_the_bytes_do_not_depend_on_the_order_of_chunks_and_blocks(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", sparse_volume(), (16, 16, 16))
+    np.save(tmp_path / "mask.npy", fine(coarse_mask(), 4))
+    keys = SLIDING | {
+        "chunksize": [8, 8, 8],
+        "mask": str(tmp_path / "mask.npy"),
+        "skip_empty": {"below": 12},
+        "fill_value": -2,
+    }
+    job, _, output = run(job_values(tmp_path, "first", **keys))
+    other = create_job(check_job(load_job(job_values(tmp_path, "second", **keys))))
+    blocks = Contributions()
+    for chunk in reversed(list(other.items[0].tasks.chunks())):
+        result = run_task(other.items[0].task("infer", chunk), Attempt(1, "w"))
+        for task in blocks.record(result.contributions):
+            run_task(task, Attempt(1, "w"))
+    finalize_job(other, worker="w")
+    stored = [output_files(tmp_path / f"{name}.zarr") for name in ("first", "second")]
+    arrays = [{k: v for k, v in files.items() if k.startswith("0/")} for files in stored]
+    assert arrays[0] == arrays[1]
+    predictor = Predictor.from_config(
+        {k: v for k, v in job.record.job.as_dict().items() if k not in ("input", "output", "mask")}
+    )
+    with predictor:
+        prediction = predictor.predict(sparse_volume(), mask=fine(coarse_mask(), 4))
+    np.testing.assert_array_equal(prediction.probabilities, output)
+
+
+def test_the_share_of_empty_chunks_follows_a_weight_function_of_the_user(tmp_path: Path) -> None:
+    write_zarr(tmp_path / "in.zarr", sparse_volume(), (16, 16, 16))
+    weights = tmp_path / "weights.py"
+    weights.write_text(
+        "import numpy as np\ndef weigh(shape):\n    return 1.0 + np.indices(shape).sum(0)\n"
+    )
+    keys = SLIDING | {"weight_function": [str(weights), "weigh"], "skip_empty": 0, "fill_value": 5}
+    volume, skip = sparse_volume(), ref.Skip(None, equal(0), 5)
+    network = ref.predictor("box_blur", 3, PATCH)
+    expected = ref.reference(
+        SLIDING_SETUP,
+        volume,
+        lambda patch, start: network(patch / SCALE, start),
+        "weighted_avg",
+        lambda shape: 1.0 + np.indices(shape).sum(0),
+        skip=skip,
+        channels=3,
+    )
+    values = job_values(tmp_path, "out", chunksize=[8, 8, 8], **keys)
+    job = create_job(check_job(load_job(values)))
+    run_tasks(job)
+    text = weights.read_text()
+    weights.write_text(text.replace("1.0", "2.0"))
+    with pytest.raises(ChunkqError) as error:
+        finalize_job(job, worker="inline")
+    assert str(error.value).startswith("weight_function: ")
+    weights.write_text(text)
+    finalize_job(job, worker="inline")
+    np.testing.assert_allclose(
+        read_output(str(tmp_path / "out.zarr")), expected.average, rtol=0, atol=1e-5
+    )
+
+
+def test_what_is_known_of_empty_chunks_is_found_once(tmp_path: Path) -> None:
+    store = zarr.create_array(
+        tmp_path / "in.zarr", shape=SHAPE, chunks=(8, 8, 8), dtype="uint8", fill_value=0
+    )
+    store[:8, :8, :8] = 7
+    values = job_values(tmp_path, "out", chunksize=[8, 8, 8], skip_empty="missing", **SLIDING)
+    job = create_job(check_job(load_job(values)))
+    tasks = list(job.items[0].tasks.chunks())
+    store[24:32, 8:16, 8:16] = 9
+    assert create_job(check_job(load_job(values))) is job
+    run_tasks(job)
+    again = JobHandle(job.folder, job.record)
+    assert list(again.items[0].tasks.chunks()) == tasks
+    assert finalize_job(again, worker="inline")["chunks"] == len(tasks)
+    path = Path(job.ledger.path) / "skipped" / "0.bin"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ChunkqError) as error:
+        _ = JobHandle(job.folder, job.record).items[0].tasks
+    assert error.value.code is ErrorCode.JOB_RECORD_DAMAGED
+
+
+def test_each_time_point_has_its_own_mask_and_voxel_sizes_align_it(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).integers(1, 99, (3, 8, 12, 16), np.uint8)
+    mask = np.zeros((3, 4, 6, 8), np.uint8)
+    mask[0, 0, 0, 0] = mask[2, 1:3, 2:4, 3:6] = 1
+    for name, array, scale in (("in", volume, 1.0), ("mask", mask, 2.0)):
+        group = zarr.create_group(tmp_path / f"{name}.zarr")
+        group.create_array("0", data=array, chunks=(1, 4, 4, 4))
+        half = (scale - 1) / 2
+        transforms = [
+            {"type": "scale", "scale": [1.0, *[4 * scale] * 3]},
+            {"type": "translation", "translation": [0.0, *[40 + 4 * half] * 3]},
+        ]
+        axes = [
+            {"name": axis, "type": "time" if axis == "t" else "space", "unit": unit}
+            for axis, unit in zip("tzyx", ("second", *["nanometer"] * 3), strict=True)
+        ]
+        datasets = [{"path": "0", "coordinateTransformations": transforms}]
+        group.attrs["ome"] = {
+            "version": "0.5",
+            "multiscales": [{"axes": axes, "datasets": datasets}],
+        }
+    values = job_values(
+        tmp_path, "out", inference_type="patch", mask=str(tmp_path / "mask.zarr"), fill_value=-1
+    )
+    values["storage_chunks"] = [4, 4, 4]
+    values["input"] = {"path": str(tmp_path / "in.zarr"), "time": [2, 0]}
+    values["model_config"] = toy_model(tmp_path, (4, 4, 4), scale=SCALE)
+    _, _, output = run(values)
+    inside = np.stack([np.kron(mask[time], np.ones((2, 2, 2))) > 0 for time in (2, 0)])
+    assert output.shape == (2, 3, 8, 12, 16)
+    assert ((output != -1).all(axis=1) == inside).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ({"path": "mask.npy"}, "does not divide"),
+        ({"path": "mask.npy", "scale": [4, 4]}, "mask.scale"),
+        ({"path": "flat.npy"}, "spatial axes"),
+        ({"path": "missing.npy"}, "mask: "),
+        ({"path": "many.npy", "axes": "czyx"}, "channels"),
+        ({"path": "times.npy", "axes": "tzyx"}, "time points"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(
+    tmp_path: Path, mask: dict[str, Any], words: str
+) -> None:
+    write_zarr(tmp_path / "in.zarr", sparse_volume(), (16, 16, 16))
+    np.save(tmp_path / "mask.npy", coarse_mask())
+    np.save(tmp_path / "flat.npy", coarse_mask()[0])
+    np.save(tmp_path / "many.npy", np.ones((2, *SHAPE), np.uint8))
+    np.save(tmp_path / "times.npy", np.ones((2, *SHAPE), np.uint8))
+    mask = mask | {"path": str(tmp_path / mask["path"])}
+    with pytest.raises(ChunkqError) as error:
+        check_job(load_job(job_values(tmp_path, "out", mask=mask, **SLIDING)))
+    assert str(error.value).startswith("mask")
+    assert words in str(error.value)
 
 
 def test_missing_is_refused_for_a_format_that_cannot_tell(tmp_path: Path) -> None:

@@ -60,10 +60,7 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:
         return True  # another worker committed it first; the output may be sealed
     item.check_inputs()
     job.check_unchanged()
-    if computed is None:
-        bytes_moved |= {"output": 0, "pieces": 0}
-    else:
-        _write_results(item, chunk, computed, bytes_moved, checksums)
+    _write_results(item, chunk, computed, bytes_moved, checksums)
     seconds["write"] = time.time() - write_started
     if ledger.is_committed("infer", chunk.index):
         # Another worker also had this chunk and committed it first; its blocks may be final.
@@ -94,10 +91,14 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:
 def _write_results(
     item: ItemHandle,
     chunk: Chunk,
-    computed: ComputedChunk,
+    computed: ComputedChunk | None,
     bytes_moved: dict[str, int],
     checksums: dict[str, int],
 ) -> None:
+    """Write the voxels and pieces of a chunk; an empty one, None, has neither."""
+    if computed is None:
+        bytes_moved |= {"output": 0, "pieces": 0}
+        return
     result, pieces = computed.contribution, 0
     bytes_moved["output"] = item.write(chunk.core, result.core)
     if result.own_block is not None:

@@ -118,7 +118,7 @@ def list_chunks(
         root = inner.rstrip("/") + "/"
         names: Iterable[str | None] = (path.removeprefix(root) for path in filesystem.find(inner))
     else:
-        names = _walk(node.path, _list_local, limit=None)
+        names = _walk(node.path, _list_local, is_limited=False)
     pattern, prefix = keys.pattern(len(shape)), len(keys.name(()))
     rows = [
         name[prefix:].removeprefix(keys.separator).split(keys.separator)
@@ -151,14 +151,15 @@ def _match(
 def _walk(
     root: str,
     entries: Callable[[str], Iterable[tuple[str, bool]]],
-    limit: int | None = MAX_ENTRIES,
+    *,
+    is_limited: bool = True,
 ) -> Iterator[str | None]:
-    """Yield the names of files below a folder, relative to it; None after `limit` entries.
+    """Yield the names of files below a folder, relative to it; None after `MAX_ENTRIES`.
 
     `entries` returns the names in a folder, and whether each is a folder. Folders that cannot
     contain storage chunks are left out. Files come before the content of folders.
     """
-    remaining = math.inf if limit is None else limit
+    remaining = MAX_ENTRIES if is_limited else math.inf
     pending = [""]
     while pending:
         folder = pending.pop()
