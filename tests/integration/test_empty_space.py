@@ -1,6 +1,7 @@
 """Masks and empty patches: the output equals that of the reference, for any cut and any worker."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from chunkq_worker.predictor import Predictor
 from chunkq_worker.run_task import run_task
 
 from chunkq.create import check_job, create_job
+from chunkq.enqueue import enqueue
 from chunkq.errors import ChunkqError, ErrorCode
 from chunkq.finalize import finalize_job
 from chunkq.job.job_file import load_job
 from chunkq.job.job_handle import JobHandle
 from chunkq.job.tasks import chunk_name
 from chunkq.queue.contract.executor import Attempt
+from chunkq.queue.registry import open_executor
 from tests import reference as ref
 from tests.harness.networks import toy_model
 from tests.harness.volumes import read_output, write_zarr
@@ -450,6 +453,27 @@ def test_a_mask_that_does_not_fit_is_refused(
         check_job(load_job(job_values(tmp_path, "out", mask=mask, **SLIDING)))
     assert str(error.value).startswith("mask")
     assert words in str(error.value)
+
+
+def test_a_sparse_volume_costs_what_is_real(tmp_path: Path) -> None:
+    store = zarr.create_array(
+        tmp_path / "in.zarr", shape=(400, 400, 400), chunks=(8, 8, 8), dtype="uint8"
+    )
+    for corner in ((0, 0, 0), (160, 240, 80), (392, 392, 392)):
+        store[tuple(slice(c, c + 8) for c in corner)] = 5
+    values = job_values(
+        tmp_path, "out", chunksize=[8, 8, 8], skip_empty="missing", inference_type="patch"
+    )
+    job = create_job(check_job(load_job(values)))
+    assert job.items[0].plan.costs.chunks == 125_000
+    with closing(open_executor("inprocess://sparse")) as queue:
+        result = enqueue(job, queue)
+        assert (result.chunks, result.queued, queue.counts(job.id).queued) == (3, 3, 3)
+    run_tasks(job)
+    assert finalize_job(job, worker="inline")["chunks"] == 3
+    assert (Path(job.ledger.path) / "skipped" / "0.bin").stat().st_size < 2 * 125_000 / 8 + 1000
+    stored = [path for path in (tmp_path / "out.zarr/0/c").rglob("*") if path.is_file()]
+    assert len(stored) == 3 * 3  # of three channels
 
 
 def test_missing_is_refused_for_a_format_that_cannot_tell(tmp_path: Path) -> None:
