@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -93,6 +94,50 @@ Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_le
 
 
 Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+def _as_region(value: object) -> object:
+    """Return a region as a tuple. Raise PydanticCustomError if it is none."""
+    region = _as_nested_tuple(value)
+    if isinstance(region, tuple) and region and all(map(_is_bounds, region)):
+        return region
+    raise PydanticCustomError(
+        "region", "expected one entry per spatial axis, each [start, stop] or null"
+    )
+
+
+def _is_bounds(value: object) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(n is None or (type(n) is int and abs(n) <= MAX_INTEGER) for n in value)
+    )
+
+
+Bound = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)] | None
+
+
+Bounds = tuple[Bound, Bound] | None
+
+
+Region = Annotated[tuple[Bounds, ...], Field(min_length=1), BeforeValidator(_as_region)]
+
+
+def bounds_of(bounds: Bounds, size: int) -> tuple[int, int]:
+    """Return the start and stop of the bounds along an axis of `size` voxels.
+
+    Negative ones count from the end, null ones are the ends of the axis. They are not checked.
+    """
+    start, stop = bounds or (None, None)
+    start, stop = 0 if start is None else start, size if stop is None else stop
+    return start + size * (start < 0), stop + size * (stop < 0)
+
+
+def printed_bounds(bounds: Bounds) -> str:
+    """Return bounds as a job file has them."""
+    return "null" if bounds is None else json.dumps(bounds)
 
 
 Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]

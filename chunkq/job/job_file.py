@@ -33,6 +33,7 @@ from chunkq.job.fields import (
     Names,
     Offsets,
     Positive,
+    Region,
     Section,
     Shape,
     SkipEmpty,
@@ -386,13 +387,18 @@ class Job(Section):
         ),
     ] = None
     roi: Annotated[
-        Any,
+        Region | None,
         key_doc(
-            "Patches",
-            "Region of interest. Reserved for a later version; this version refuses it.",
-            example=None,
-            unit=None,
+            "Input and output",
+            "Region of the volume that is computed: for each spatial axis `[start, stop]`, of "
+            "which the stop is excluded, or `null` for the whole axis. Voxels are counted from 0 "
+            "in the level that is read, negative ones from the end; `null` as start or stop is an "
+            "end of the axis. The output has the shape of the region and the values of the output "
+            "of the whole volume.",
+            example=[[0, 200], [100, 900], None],
+            unit="voxels",
             omitted="the whole volume",
+            see="guides/regions.md",
         ),
     ] = None
     mask: Annotated[
@@ -499,7 +505,6 @@ class Job(Section):
             *model_problems(self.model),
             *_input_problems(self),
             *_fill_value_problems(self),
-            *_unsupported_keys(self),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -1013,8 +1018,3 @@ def _access_problems(job: Job) -> list[str]:
         for key in config.access.options
         if config.path.partition("://")[0] not in BUCKET_SCHEMES
     ]
-
-
-def _unsupported_keys(job: Job) -> list[str]:
-    """Return the problems of keys that are reserved for a later version."""
-    return [] if job.roi is None else ["roi: unsupported in this version; remove it"]

@@ -152,7 +152,10 @@ def _type(value: Mapping[str, Any]) -> str:
         options = [_type(option) for option in branches if option.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
     if value.get("type") == "array":
-        return f"list of {_plural(_type(value.get('items', {})))}"
+        entry: Mapping[str, Any] = value.get("items") or next(
+            iter(value.get("prefixItems", ())), {}
+        )
+        return f"list of {_plural(_type(entry))}"
     if value.get("type") == "integer":
         return _integer(value)
     return _WORDS.get(value.get("type", ""), "anything")

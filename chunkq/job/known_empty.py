@@ -31,8 +31,8 @@ MISSING = "missing"
 class KnownEmpty:
     """How many patches of each chunk of an item can run, and which storage chunks exist.
 
-    `counts` is uint32 (*plan.blocks). `stored` has one entry per input with `skip_empty: missing`,
-    else none.
+    `counts` is uint32 of the shape of `plan.index_bounds`. `stored` has one entry per input with
+    `skip_empty: missing`, else none.
     """
 
     counts: Counts
@@ -50,7 +50,7 @@ class KnownEmpty:
     @classmethod
     def from_arrays(cls, arrays: Sequence[npt.NDArray[Any]], plan: Plan) -> KnownEmpty:
         """Return what `to_arrays` was called for. `plan` is that of the item."""
-        counts: Counts = np.zeros(plan.blocks, np.uint32)
+        counts: Counts = np.zeros(plan.index_bounds.shape, np.uint32)
         bits, numbers, *rest = arrays
         counts.ravel()[~_bits(bits, counts.size)] = numbers
         stored = []

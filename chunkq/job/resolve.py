@@ -21,7 +21,7 @@ from chunkq.job.axis_order import (
     input_channels,
     order_problems,
 )
-from chunkq.job.fields import Below
+from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
 from chunkq.plan.chunk_choice import choose_chunks, storage_edge
 from chunkq.plan.empty_rule import EmptyRule
@@ -43,12 +43,13 @@ def resolve(
     """
     paths = paths or job.input_paths
     problems = _volume_problems(job, volume, paths) or _length_problems(job, volume)
+    problems = problems or _region_problems(job, volume, paths)
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume, paths, by_channel=by_channel)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
-    grid = shapes.grid()
+    grid = shapes.grid(_region(job, volume))
     if problems := [*_coverage_problems(grid), *_chunk_problems(grid)]:
         raise JobError(shapes.channels_last_problems() or problems)
     return Plan(volume, grid, (shapes.output_spec(),))
@@ -135,12 +136,13 @@ def _skip_empty_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
 
 def _length_problems(job: Job, volume: Volume) -> list[str]:
     rank = len(volume.shape)
-    lists: dict[str, Sequence[int] | None] = {
+    lists: dict[str, Sequence[object] | None] = {
         "chunksize": job.chunksize,
         "pad_width": job.pad_width,
         "strides": job.strides,
         "margin": job.margin,
         "storage_chunks": job.storage_chunks,
+        "roi": job.roi,
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
@@ -163,6 +165,36 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
                 f"{MAX_PATCH_VALUES}"
             )
     return problems
+
+
+def _region_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
+    """Return one line for each axis along which the region does not lie in the volume."""
+    problems = []
+    for axis, (bounds, size) in enumerate(zip(job.roi or (), volume.shape, strict=False)):
+        if bounds is None:
+            continue
+        start, stop = bounds_of(bounds, size)
+        written = f"roi.{axis}: {printed_bounds(bounds)}"
+        if not (0 <= start <= size and 0 <= stop <= size):
+            problems.append(
+                f"{written} lies outside of axis {axis} of {paths[0]}, which has {size} voxels; "
+                f"use a start and a stop from {-size} to {size}"
+            )
+        elif start >= stop:
+            reason = "is empty" if start == stop else "stops before it starts"
+            problems.append(
+                f"{written} {reason} (voxels {start} to {stop} of {size}); use a stop after the "
+                "start"
+            )
+    return problems
+
+
+def _region(job: Job, volume: Volume) -> Box | None:
+    """Return the region of the job, None for the whole volume; it has no problems."""
+    if job.roi is None:
+        return None
+    pairs = [bounds_of(bounds, size) for bounds, size in zip(job.roi, volume.shape, strict=True)]
+    return Box(tuple(start for start, _ in pairs), tuple(stop for _, stop in pairs))
 
 
 def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
@@ -328,8 +360,8 @@ class _Shapes:
             )
         return problems
 
-    def grid(self) -> GridSpec:
-        """Return the geometry, with one grid per offset."""
+    def grid(self, region: Box | None) -> GridSpec:
+        """Return the geometry of the region, with one grid per offset."""
         job, rank = self.job, len(self.volume.shape)
         pads = job.pad_width
         if pads is None:
@@ -351,7 +383,11 @@ class _Shapes:
             chunk=self.volume.shape,
             storage=self.volume.shape,
         )
-        return self._with_chunks(spec)
+        # The chunks of a region are those of the whole volume. Batches are made of the patches that
+        # are not skipped, so with such patches a chunk computes all of its batches.
+        skips = job.mask is not None or job.skip_empty is not None
+        batch = MAX_INTEGER if skips else job.model.max_batch_size
+        return replace(self._with_chunks(spec), region=region, batch=batch)
 
     def output_spec(self) -> OutputSpec:
         """Return the job's only output."""
@@ -402,9 +438,13 @@ def _coverage_problems(spec: GridSpec) -> list[str]:
     problems, axes = [], spec.axes
     for number, axis in enumerate(axes):
         grid = axis.grids[0]
-        gap = grid.gap()
-        if gap is None and grid.stride > grid.kept and grid.span()[1] < axis.volume:
-            gap = grid.span()[1]  # the next patch would start beyond the volume
+        gap = grid.gap(axis.low, axis.high)
+        if gap is None and grid.stride > grid.kept:
+            low, high = grid.span(axis.low, axis.high)
+            if high < axis.high:
+                gap = high  # the next patch starts beyond the region
+            elif low > axis.low > grid.first + grid.lead:
+                gap = axis.low  # the patch before ends before the region
         if gap is not None and len(axis.grids) == 1:
             problems.append(
                 f"strides: {grid.stride} along axis {number} is larger than the output patch "
@@ -413,16 +453,15 @@ def _coverage_problems(spec: GridSpec) -> list[str]:
             )
     if problems:
         return problems
-    uncovered = [Box.of_shape([axis.volume for axis in axes])]
+    uncovered = [Box(tuple(axis.low for axis in axes), tuple(axis.high for axis in axes))]
     for g in range(len(axes[0].grids)):
-        spans = [axis.grids[g].span() for axis in axes]
+        spans = [axis.grids[g].span(axis.low, axis.high) for axis in axes]
         covered = Box(tuple(s[0] for s in spans), tuple(s[1] for s in spans))
         uncovered = [rest for box in uncovered for rest in box.minus(covered)]
     if not uncovered:
         return []
     for number, axis in enumerate(axes):
-        low, high = axis.grids[0].span()
-        if (low, high) != (0, axis.volume):
+        if axis.grids[0].span(axis.low, axis.high) != (axis.low, axis.high):
             voxel = uncovered[0].start[number]
             problems.append(
                 f"pad_width: no output patch covers voxel {voxel} along axis {number}; "

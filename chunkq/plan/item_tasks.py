@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from math import prod
 
 import numpy as np
 
@@ -20,9 +19,9 @@ from chunkq.plan.plan import Costs, Index, Plan
 class ItemTasks:
     """The tasks of an item.
 
-    `counts` says how many patches of each chunk can run, uint32 (*plan.blocks). A chunk without any
-    is *skipped*: it is no task and has no commit record. None if every chunk that owns a patch is a
-    task.
+    `counts` says how many patches of each chunk can run, uint32 of the shape of
+    `plan.index_bounds`. A chunk without any is *skipped*: it is no task and has no commit record.
+    None if every active chunk of the plan is a task.
     """
 
     plan: Plan
@@ -32,17 +31,26 @@ class ItemTasks:
         """Return whether a chunk is a task of the stage `infer`."""
         if not self.plan.is_active(index):
             return False
-        return self.counts is None or bool(self.counts[index])
+        return self.counts is None or bool(self.counts[self._position(index)])
 
-    def is_skipped(self, index: Index) -> bool:
-        """Return whether a chunk owns a patch and is known to be empty."""
-        return self.plan.is_active(index) and not self.is_task(index)
+    def skipped(self) -> Bools | None:
+        """Return which chunks are known to be empty, of the shape of `plan.index_bounds`.
+
+        None if none can be.
+        """
+        if self.counts is None:
+            return None
+        skipped: Bools = np.zeros(self.counts.shape, np.bool_)
+        for chunks in self.plan.active:
+            skipped[chunks.slices(self.plan.index_bounds.start)] = True
+        skipped &= self.counts == 0
+        return skipped
 
     def chunks(self) -> Iterator[Index]:
         """Yield the chunks that are tasks in C order (last axis fastest)."""
         if self.counts is None:
             return self.plan.active_indices()
-        return _indices(self._is_task)
+        return self._indices(self._is_task)
 
     def contributors(self, index: Index) -> list[Index]:
         """Return the tasks that must be committed before the block can be finalized."""
@@ -52,13 +60,13 @@ class ItemTasks:
         """Yield the blocks with a band and a contributor, in C order (last axis fastest)."""
         if self.counts is None:
             return self.plan.to_finalize()
-        return _indices(self._is_finalized)
+        return self._indices(self._is_finalized)
 
     def count_patches(self, chunks: Sequence[Index]) -> int:
         """Return the number of patches of tasks that can run; other chunks have none."""
         if self.counts is None:
             return self.plan.count_patches(chunks)
-        return sum(int(self.counts[index]) for index in chunks if self.is_task(index))
+        return sum(int(self.counts[self._position(i)]) for i in chunks if self.is_task(i))
 
     @cached_property
     def costs(self) -> Costs:
@@ -77,7 +85,7 @@ class ItemTasks:
         pieces = (outgoing + length - interior) * sums_bytes + (interior - core) * stored_bytes
         return Costs(
             chunks=int(tasks.sum()),
-            blocks=prod(plan.blocks),
+            blocks=plan.block_indices.size,
             finalized_blocks=int(finalized.sum()),
             finalized_voxels=self._total(finalized, "length") - self._total(finalized, "core"),
             patches=int(self.counts.sum(dtype=np.int64)),
@@ -95,9 +103,9 @@ class ItemTasks:
     @cached_property
     def _is_finalized(self) -> Bools:
         """Whether each block has a band and a contributor that is a task."""
-        plan, rank = self.plan, self.plan.rank
-        bands = [axis.band(np.arange(axis.blocks, dtype=np.int64)) > 0 for axis in plan.axes]
-        contributed, has_band = self._is_task.copy(), np.zeros(plan.blocks, np.bool_)
+        rank, shape = self.plan.rank, self._is_task.shape
+        bands = [(along["length"] > along["interior"]) for along in self._lengths]
+        contributed, has_band = self._is_task.copy(), np.zeros(shape, np.bool_)
         for ups in list(product((0, 1), repeat=rank))[1:]:
             targets = tuple(slice(1, None) if up else slice(None) for up in ups)
             sources = tuple(slice(None, -1) if up else slice(None) for up in ups)
@@ -105,10 +113,20 @@ class ItemTasks:
             for a, up in enumerate(ups):
                 if up:
                     reach = reach & _along(bands[a], a, rank)
-            reach = np.broadcast_to(reach, plan.blocks)
+            reach = np.broadcast_to(reach, shape)
             has_band |= reach
             contributed[targets] |= self._is_task[sources] & reach[targets]
+        for a, along in enumerate(self._lengths):
+            has_band &= _along(along["length"] > 0, a, rank)
         return contributed & has_band
+
+    def _position(self, index: Index) -> Index:
+        return tuple(i - o for i, o in zip(index, self.plan.index_bounds.start, strict=True))
+
+    def _indices(self, blocks: Bools) -> Iterator[Index]:
+        """Yield the indices of the blocks that are true, in C order."""
+        origin = np.array(self.plan.index_bounds.start)
+        return map(tuple, (np.argwhere(blocks) + origin).tolist())
 
     def _total(self, blocks: Bools, *keys: str) -> int:
         """Return the sum over blocks of the product of one length per axis."""
@@ -121,26 +139,21 @@ class ItemTasks:
     @cached_property
     def _lengths(self) -> list[dict[str, IntArray]]:
         """The lengths that costs are made of, for each block along each axis, in voxels."""
-        lengths = []
-        for axis in self.plan.axes:
-            blocks = np.arange(axis.blocks, dtype=np.int64)
+        lengths, bounds = [], self.plan.index_bounds
+        for axis, low, high in zip(self.plan.axes, bounds.start, bounds.stop, strict=True):
+            blocks = np.arange(low, high, dtype=np.int64)
             length, band = axis.stop(blocks) - axis.start(blocks), axis.band(blocks)
-            low, high = axis.read(blocks)
+            first, stop = axis.read(blocks)
             lengths.append(
                 {
                     "length": length,
                     "interior": length - band,
                     "core": length - axis.aligned_band(blocks),
                     "upper_overlap": axis.upper_overlap(blocks),
-                    "read": high - low,
+                    "read": stop - first,
                 }
             )
         return lengths
-
-
-def _indices(blocks: Bools) -> Iterator[Index]:
-    """Yield the indices of the blocks that are true, in C order."""
-    return map(tuple, np.argwhere(blocks).tolist())
 
 
 def _along(values: Bools, axis: int, rank: int) -> Bools:

@@ -41,15 +41,18 @@ Conditions = Sequence[Sequence[Condition]]
 
 
 def count_patches(plan: Plan, conditions: Conditions) -> Counts:
-    """Return how many patches of each chunk meet the conditions, uint32 (*plan.blocks).
+    """Return how many patches of each chunk meet the conditions.
 
-    Memory is bounded by MAX_CELLS, or by the window of one chunk, beside the result.
+    The result is uint32 of the shape of `plan.index_bounds`, 0 for chunks that are no tasks. Memory
+    is bounded by MAX_CELLS, or by the window of one chunk, beside the result.
     """
-    counts: Counts = np.zeros(plan.blocks, np.uint32)
-    for tile in _tiles(plan, conditions, Box.of_shape(plan.blocks)):
-        part = counts[tile.slices((0,) * plan.rank)]
-        for number in range(len(plan.axes[0].grids)):
-            part += _count(plan, conditions, tile, number)
+    bounds = plan.index_bounds
+    counts: Counts = np.zeros(bounds.shape, np.uint32)
+    for chunks in plan.active:
+        for tile in _tiles(plan, conditions, chunks):
+            part = counts[tile.slices(bounds.start)]
+            for number in range(len(plan.axes[0].grids)):
+                part += _count(plan, conditions, tile, number)
     return counts
 
 
@@ -57,7 +60,7 @@ def _tiles(plan: Plan, conditions: Conditions, blocks: Box) -> Iterator[Box]:
     """Yield disjoint boxes of blocks, each with a bounded number of cells and patches."""
     lengths = []
     for a, axis in enumerate(plan.axes):
-        voxels = min(blocks.stop[a] * axis.chunk, axis.volume) - blocks.start[a] * axis.chunk
+        voxels = (blocks.stop[a] - blocks.start[a]) * axis.chunk
         cells = max(voxels / c.axes[a].scale for group in conditions for c in group)
         patches = max(voxels / grid.stride for grid in axis.grids)
         lengths.append(max(cells, patches, 1.0))

@@ -6,7 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,7 @@ class _Columns:
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
-        self._blocks = [plan.blocks for plan in plans]
+        self._blocks = [plan.index_bounds.stop for plan in plans]
         self.started, self.finished = array("d"), array("d")
         self.stages = {stage: array("f") for stage in STAGES}
         self.flat_index, self.attempt, self.worker = array("q"), array("H"), array("l")
@@ -158,7 +157,7 @@ class _JobTiming:
     def _name(self, row: int) -> str:
         """Return the name of the chunk in a row."""
         item = int(self.item[row])
-        index = np.unravel_index(self.flat_index[row], self.plans[item].blocks)
+        index = np.unravel_index(self.flat_index[row], self.plans[item].index_bounds.stop)
         name = chunk_name(tuple(int(along) for along in index))
         return name if len(self.plans) == 1 else f"{item}/{name}"
 
@@ -170,7 +169,7 @@ class _JobTiming:
         begins = np.concatenate([self.start, self.block_start])
         wall = float(ends.max(initial=0.0))
         work = max(0.0, self.last - self.first)
-        all_voxels = sum(prod(plan.volume.shape) for plan in self.plans)
+        all_voxels = sum(plan.region.size for plan in self.plans)
         voxels = round(all_voxels * total.patches / total_costs(self.plans).patches)
         moved, finalize_moved = total.moved, self.blocks.total.moved
         in_flight = max((w.chunks_in_flight for w in workers.values()), default=0)

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -108,7 +107,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
             executor, problem = None, str(error)
     rate = _patches_per_second(recent)
     remaining, patches_left = costs.chunks - done, costs.patches - patches_done
-    voxels = sum(prod(item.plan.volume.shape) for item in job.items)
+    voxels = sum(item.plan.region.size for item in job.items)
     voxels_per_patch = voxels / total_costs(item.plan for item in job.items).patches
     failures = completion.failures(job)
     recorded = {(failure.item, failure.chunk) for failure in failures}

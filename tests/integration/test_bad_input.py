@@ -308,7 +308,7 @@ def test_every_missing_model_file_is_reported(workspace: Workspace) -> None:
             "model_config.processing_steps",
             ("steps.py",),
         ),
-        ({"roi": [[0, 4], [0, 4]]}, "roi", ()),
+        ({"roi": [0, 4]}, "roi", ("[start, stop]", "null")),
         (
             {"model": {"runtime": "onnx", "type": "file", "model_file": "m.onnx", "compile": True}},
             "model_config.compile",

@@ -26,6 +26,7 @@ from chunkq.plan.footprint import extra_device_bytes
 from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Volume
 from tests import reference as ref
+from tests.harness.memory_run import window
 from tests.simulated_device import Counts, SimulatedDevice
 from tests.strategies import (
     BUILT_INS,
@@ -37,7 +38,7 @@ from tests.strategies import (
     user_weights,
     without_margin,
 )
-from tests.unit.test_blend import assert_as_reference, window, with_weights
+from tests.unit.test_blend import assert_as_reference, with_weights
 
 Array = npt.NDArray[Any]
 BATCH = {"max_batch_size": 5, "device": "cuda", "dtype": "float32"}
@@ -184,6 +185,20 @@ def test_any_job_equals_the_reference(
         activation=case.keys["activation"],
     )
     assert_as_reference(plan, output, expected)
+
+
+@pytest.mark.parametrize("roi", [[[8, 25], None], [[16, 21], [20, 36]]])
+def test_a_region_that_starts_at_storage_chunks_has_the_bytes_of_the_whole_output(
+    roi: Any,
+) -> None:
+    # Patches are added run by run, so the order depends on the patches of a batch.
+    keys: dict[str, Any] = {"storage_chunks": [4, 4], "chunksize": [20, 20]}
+    part, whole = (half_overlap((40, 36), **keys, **region) for region in ({"roi": roi}, {}))
+    volume = random_volume(whole)
+    outputs = [output_of(pipeline_for(p, SimulatedDevice()), p, volume) for p in (part, whole)]
+    crop = outputs[1][part.region.index((0, 0))]
+    assert outputs[0].tobytes() == np.ascontiguousarray(crop).tobytes()
+    assert part.costs.patches < whole.costs.patches
 
 
 @pytest.mark.parametrize("weight", ["weight_gaussian", "user"])

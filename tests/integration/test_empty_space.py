@@ -476,6 +476,28 @@ def test_a_sparse_volume_costs_what_is_real(tmp_path: Path) -> None:
     assert len(stored) == 3 * 3  # of three channels
 
 
+@pytest.mark.parametrize(
+    ("roi", "tolerance"), [([[16, 36], [8, None], None], 0), ([[13, 36], [5, 20], [-27, 29]], 1e-5)]
+)
+def test_a_region_has_the_values_of_the_whole_output(
+    tmp_path: Path, roi: list[Any], tolerance: float
+) -> None:
+    write_zarr(tmp_path / "in.zarr", sparse_volume(), (16, 16, 16))
+    np.save(tmp_path / "mask.npy", coarse_mask())
+    keys = SLIDING | {
+        "chunksize": [8, 8, 8],
+        "mask": {"path": str(tmp_path / "mask.npy"), "scale": [4, 4, 4]},
+        "skip_empty": 0,
+        "fill_value": -2,
+    }
+    _, report, whole = run(job_values(tmp_path, "whole", **keys))
+    job, part, output = run(job_values(tmp_path, "part", roi=roi, **keys))
+    crop = whole[(slice(None), *(slice(*(bounds or (None,))) for bounds in roi))]
+    np.testing.assert_allclose(output, crop, rtol=0, atol=tolerance)
+    assert 0 < part["patches"] < report["patches"]
+    assert part["patches"] + part["skipped_patches"] == job.costs.patches
+
+
 def test_missing_is_refused_for_a_format_that_cannot_tell(tmp_path: Path) -> None:
     np.save(tmp_path / "in.npy", sparse_volume())
     values = job_values(tmp_path, "out", skip_empty="missing", **SLIDING)

@@ -29,6 +29,10 @@ def geometries() -> Iterator[Plan]:
     yield plan_for((19, 14), (6, 4), inference_type="patch", offsets=shifted, chunksize=[8, 6])
     yield plan_for((23, 9), (8, 6), inference_type="crop_margin", margin=[1, 2], chunksize=[6, 4])
     yield plan_for((30,), (5,), inference_type=sliding, strides=[2], chunksize=[10])
+    more: dict[str, Any] = {"inference_type": sliding, "strides": [3, 4], "chunksize": [6, 4]}
+    more |= {"storage_chunks": [3, 2], "skip_empty": 0}
+    yield plan_for((19, 14), (6, 4), roi=[[9, 17], [4, None]], **more)
+    yield plan_for((19, 14), (6, 4), roi=[[8, 17], [5, 9]], **more)
 
 
 PLANS = list(geometries())
@@ -64,18 +68,23 @@ def conditions(draw: st.DrawFn) -> tuple[Plan, Condition, Bools]:
     return plan, Condition(tuple(axes), read_of(cells), draw(st.booleans())), cells
 
 
+def position(plan: Plan, index: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(i - low for i, low in zip(index, plan.index_bounds.start, strict=True))
+
+
 @settings(max_examples=60, deadline=None)
 @given(conditions(), st.sampled_from([40, 1 << 20]))
 def test_patches_are_counted_as_one_by_one(
     drawn: tuple[Plan, Condition, Bools], max_cells: int
 ) -> None:
     plan, condition, cells = drawn
-    expected = np.zeros(plan.blocks, np.uint32)
+    expected = np.zeros(plan.index_bounds.shape, np.uint32)
     volume = Box.of_shape(plan.volume.shape)
     for index in plan.active_indices():
         for patch in plan.patches(plan.chunk(index)):
             window = patch.source & volume if condition.of_input else patch.target
-            expected[index] += has_occupied(plan, window, condition.axes, cells)
+            is_met = has_occupied(plan, window, condition.axes, cells)
+            expected[position(plan, index)] += is_met
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(patch_counts, "MAX_CELLS", max_cells)
         assert count_patches(plan, [[condition]]).tolist() == expected.tolist()
@@ -94,19 +103,24 @@ def test_a_patch_needs_one_condition_of_each_group() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
 def test_tasks_are_what_the_plan_has_without_the_skipped_chunks(number: int, share: float) -> None:
     plan, rng = PLANS[number], np.random.default_rng(number)
-    counts = np.zeros(plan.blocks, np.uint32)
+    counts = np.zeros(plan.index_bounds.shape, np.uint32)
     for index in plan.active_indices():
-        counts[index] = plan.chunk(index).patches * (rng.random() < share)
+        counts[position(plan, index)] = plan.chunk(index).patches * (rng.random() < share)
     tasks = ItemTasks(plan, counts)
-    chunks = [index for index in plan.active_indices() if counts[index]]
+    chunks = [index for index in plan.active_indices() if counts[position(plan, index)]]
     assert list(tasks.chunks()) == chunks
     assert [index for index in plan.indices() if tasks.is_task(index)] == chunks
     contributors = {
-        index: [source for source in plan.contributors(index) if counts[source]]
+        index: [source for source in plan.contributors(index) if source in chunks]
         for index in plan.to_finalize()
     }
     assert list(tasks.blocks()) == [index for index, sources in contributors.items() if sources]
     assert {index: tasks.contributors(index) for index in contributors} == contributors
+    skipped = tasks.skipped()
+    assert skipped is not None
+    assert [i for i in plan.indices() if skipped[position(plan, i)]] == [
+        index for index in plan.active_indices() if index not in chunks
+    ]
     assert tasks.count_patches(list(plan.indices())) == counts.sum() == tasks.costs.patches
     assert (tasks.costs.chunks, tasks.costs.finalized_blocks) == (
         len(chunks),
@@ -123,21 +137,21 @@ def test_tasks_are_what_the_plan_has_without_the_skipped_chunks(number: int, sha
 
 def test_without_skipped_chunks_the_costs_are_those_of_the_plan() -> None:
     for plan in PLANS:
-        counts = np.zeros(plan.blocks, np.uint32)
+        counts = np.zeros(plan.index_bounds.shape, np.uint32)
         for index in plan.active_indices():
-            counts[index] = plan.chunk(index).patches
+            counts[position(plan, index)] = plan.chunk(index).patches
         assert ItemTasks(plan, counts).costs == plan.costs == ItemTasks(plan).costs
 
 
 def test_an_item_without_tasks_costs_nothing() -> None:
     plan = PLANS[0]
-    costs = ItemTasks(plan, np.zeros(plan.blocks, np.uint32)).costs
+    costs = ItemTasks(plan, np.zeros(plan.index_bounds.shape, np.uint32)).costs
     assert replace(costs, blocks=0) == Costs(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_what_is_known_is_stored_as_bits_and_read_back() -> None:
     plan = PLANS[0]
-    counts = np.zeros(plan.blocks, np.uint32)
+    counts = np.zeros(plan.index_bounds.shape, np.uint32)
     counts[1, 2], counts[3, 0] = 3, 70_000
     occupied = np.array([[True, False, False], [False, False, True]])
     known = KnownEmpty(counts, (StoredCells((10, 5), occupied),))

@@ -115,7 +115,7 @@ INVALID_COMBINATIONS: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         "model_config.ts_file",
         ("missing", "torchscript"),
     ),
-    ({"roi": [[0, 1], [0, 1]]}, "roi", ("unsupported",)),
+    ({"roi": [[0, 1], [0, True]]}, "roi", ("[start, stop]", "null")),
     (
         {"model": {"runtime": "onnx", "type": "torchscript"}},
         "model_config.type",
@@ -272,7 +272,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
             pad_with=[1, 1],
             combine="sof",
             strides=[1, 1],
-            roi=[[0, 1]],
+            roi=[[0, 1, 2]],
             weight_function="weight_hanm",
             chunksize=["a", 0],
             model={"device": "gpu", "trustd": True, "join_dim": 9, "ts_file": None},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from math import prod
 
-import numpy as np
 from typing_extensions import override
 
 from chunkq.errors import ErrorCode, QueueError
@@ -123,8 +123,6 @@ def _delete_late_pieces(item: ItemHandle, chunk: Chunk) -> None:
 
 def _bytes_read(item: ItemHandle, chunk: Chunk) -> int:
     """Return the bytes read from storage: those of the halo inside the volume, without padding."""
-    voxels = 1
-    for axis, number in zip(item.plan.axes, chunk.index, strict=True):
-        low, high = axis.read(np.asarray(number, dtype=np.int64))
-        voxels *= int(high - low)
+    windows = zip(item.plan.axes, chunk.halo.start, chunk.halo.stop, strict=True)
+    voxels = prod(axis.voxels_read(start, stop) for axis, start, stop in windows)
     return voxels * item.plan.volume.voxel_bytes

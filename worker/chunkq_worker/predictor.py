@@ -49,7 +49,7 @@ from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.inline import PROGRESS_STAGE, compute_inline, pipelined
 from chunkq_worker.input_objects import OpenedInput
-from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
+from chunkq_worker.inputs import Input, as_paths, open_inputs, read_region, volume_of
 from chunkq_worker.mask_input import MaskInput, open_mask
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
@@ -304,7 +304,7 @@ class Predictor:
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
         stored = np.zeros(plan.output_shape, plan.output_dtype)
-        labels = np.zeros(plan.volume.shape, dtype) if is_averaged else stored
+        labels = np.zeros(plan.region.shape, dtype) if is_averaged else stored
         check_progress(progress)
         with closing(self._stream(plan, inputs, self._mask(mask, inputs), progress)) as stream:
             for region, values in stream:
@@ -312,16 +312,17 @@ class Predictor:
                 if is_averaged:
                     averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
                     labels[region[-plan.rank :]] = reduce_and_cast(averages, "soft", dtype)
-        probabilities = stored.reshape(plan.channels, *plan.volume.shape) if is_averaged else None
+        probabilities = stored.reshape(plan.channels, *plan.region.shape) if is_averaged else None
 
         def read() -> Any:
-            arrays = tuple(read_all(one.array) for one in inputs)
+            arrays = tuple(read_region(one.array, plan.region) for one in inputs)
             return arrays if len(arrays) > 1 else arrays[0]
 
         is_read = all(one.in_memory for one in inputs)
-        return Prediction(
-            labels, read() if is_read else Unread(read), probabilities, inputs[0].geometry
-        )
+        geometry = inputs[0].geometry
+        if plan.grid.region is not None:
+            geometry = geometry.cropped(plan.region)
+        return Prediction(labels, read() if is_read else Unread(read), probabilities, geometry)
 
     def predict_streaming(
         self,

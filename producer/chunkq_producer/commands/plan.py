@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import click
 
 from chunkq import json_values, terminal
 from chunkq.create import CheckedJob, check_job
-from chunkq.errors import ModelError
+from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
+from chunkq.install_hint import install_command
 from chunkq.job.job_file import load_job, select_job_file
 from chunkq.job.known_empty import MISSING, has_known_empty
 from chunkq.job.model_config import STOCHASTIC
@@ -39,6 +41,8 @@ from chunkq_producer.engine import is_cpu_only
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 SERIES = {"time": "time points", "channel": "channels"}
+SKIPPED_COLOR = "tab:orange"
+"""Color of chunks that are known to be empty."""
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to merge above which the plan recommends larger chunks."""
 
@@ -59,6 +63,11 @@ MAX_SHARE_TO_FINALIZE = 0.9
     help="Chunks per process that are read, computed or written at the same time "
     f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Draw the blocks, the chunks and the region of the largest volume to FILE, such as "
+    "plan.png. Needs matplotlib.",
+)  # fmt: skip
 @json_option
 def plan(
     job: Path | None,
@@ -67,14 +76,17 @@ def plan(
     output: str | None,
     with_model_check: bool,
     depth: int | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Check JOB, a YAML or JSON job file, and print its cost. Nothing is written.
+    """Check JOB, a YAML or JSON job file, and print its cost. Only --plot writes a file.
 
     Without --check-model the network is not loaded.
     """
     reserve()
     checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
+    if plot is not None:
+        _save_plot(checked, plot)
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None
@@ -84,6 +96,27 @@ def plan(
         width = terminal.columns(result_stream())
         label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
         print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+
+
+def _save_plot(job: CheckedJob, path: Path) -> None:
+    """Draw the plan of the largest item. Raises ChunkqError if that is impossible."""
+    try:
+        from chunkq_producer.plan_plot import Layer, draw_plan
+    except ImportError as error:
+        raise ChunkqError(
+            f"--plot: matplotlib is not installed ({error}); run `{install_command('plot')}`",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from None
+    names = [axis.name for axis in job.record.largest_item.image.spatial_axes]
+    plan = job.record.plan()
+    skipped = job.tasks[job.record.largest_item.number].skipped()
+    layers = [] if skipped is None else [Layer("skipped chunks", SKIPPED_COLOR, skipped)]
+    figure = draw_plan(plan, names, layers)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix of no format
+        reason = " ".join(str(error).split())
+        raise JobError(f"--plot: cannot write {path}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -134,6 +167,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "volume": list(plan.volume.shape),
         "dtype": plan.volume.dtype,
         "axes": [_axes_values(source) for source in job.record.sources],
+        "region": _region_values(job),
         "output_shape": list(_output_shape(job)),
         "output_dtype": str(plan.output_dtype),
         "chunksize": list(plan.chunksize),
@@ -169,7 +203,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
 
 def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
     plan, costs, count = job.largest, job.costs, len(job.plans)
-    voxels = sum(_voxels(plan.volume.shape) for plan in job.plans)
+    voxels = sum(plan.region.size for plan in job.plans)
     total = total_costs(job.plans)
     per_voxel = total.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
@@ -178,6 +212,7 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         ("axes", _axes_text(job.record.sources)),
+        *([("region", _region_text(job))] if plan.grid.region else []),
         (
             "output",
             f"{_shape(_output_shape(job))} {plan.output_dtype}, "
@@ -260,8 +295,45 @@ def _chunks(plan: Plan, costs: Costs, *, is_alone: bool) -> str:
     shape, blocks = _shape(plan.chunksize), f" ({_shape(plan.blocks)})" if is_alone else ""
     if costs.chunks == costs.blocks:
         return f"{costs.chunks}{blocks} of {shape}"
+    if plan.grid.region is not None:
+        return f"{costs.chunks} of {shape}, for {costs.blocks} blocks{blocks} in the region"
     without = costs.blocks - costs.chunks
     return f"{costs.chunks} of {shape}; {costs.blocks} blocks{blocks}, {without} without patches"
+
+
+def _region_values(job: CheckedJob) -> dict[str, Any] | None:
+    """Return the region of the largest item as JSON values, None for the whole volume."""
+    plan = job.largest
+    if plan.grid.region is None:
+        return None
+    return {
+        "start": list(plan.region.start),
+        "stop": list(plan.region.stop),
+        "same_bytes": all(plan.grid.is_aligned for plan in job.plans),
+        "aligned_start": list(_aligned_start(plan)),
+    }
+
+
+def _region_text(job: CheckedJob) -> str:
+    """Return the region of the largest item, and how its output compares with a whole one."""
+    plan = job.largest
+    bounds = ", ".join(
+        f"{low}:{high}" for low, high in zip(plan.region.start, plan.region.stop, strict=True)
+    )
+    text = f"[{bounds}], {plan.region.size / prod(plan.volume.shape):.2g} of the volume; "
+    other = next((plan for plan in job.plans if not plan.grid.is_aligned), None)
+    if other is None:
+        return f"{text}same bytes as in the output of the whole volume"
+    start = ", ".join(map(str, _aligned_start(other)))
+    return (
+        f"{text}same values, within 1e-5, as in the output of the whole volume; for the same bytes "
+        f"start where storage chunks start, here at [{start}]"
+    )
+
+
+def _aligned_start(plan: Plan) -> tuple[int, ...]:
+    """Return the largest start of storage chunks that is not after the region's start."""
+    return tuple(n - n % s for n, s in zip(plan.region.start, plan.storage_chunks, strict=True))
 
 
 def _output_shape(job: CheckedJob) -> tuple[int, ...]:

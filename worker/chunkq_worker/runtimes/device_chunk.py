@@ -314,11 +314,7 @@ def _shared(near: tuple[Neighbors, ...]) -> tuple[Neighbors, ...]:
 def sums_box(plan: Plan, chunk: Chunk) -> Box:
     """Return the voxels of a chunk's region and those outside the volume that its patches reach."""
     start, stop = list(chunk.region.start), list(chunk.region.stop)
-    for number, owned in enumerate(chunk.owned):
-        if not all(owned):
-            continue
-        for a, (axis, numbers) in enumerate(zip(plan.axes, owned, strict=True)):
-            grid = axis.grids[number]
-            start[a] = min(start[a], grid.start(numbers[0]) + grid.lead)
-            stop[a] = max(stop[a], grid.start(numbers[-1]) + grid.lead + grid.kept)
+    for a, (lead, kept) in enumerate(zip(plan.grid.lead, plan.grid.kept, strict=True)):
+        start[a] = min(start[a], chunk.halo.start[a] + lead)
+        stop[a] = max(stop[a], chunk.halo.stop[a] - (plan.input_patch[a] - lead - kept))
     return Box(tuple(start), tuple(stop))
