@@ -33,19 +33,6 @@ class ItemTasks:
             return False
         return self.counts is None or bool(self.counts[self._position(index)])
 
-    def skipped(self) -> Bools | None:
-        """Return which chunks are known to be empty, of the shape of `plan.index_bounds`.
-
-        None if none can be.
-        """
-        if self.counts is None:
-            return None
-        skipped: Bools = np.zeros(self.counts.shape, np.bool_)
-        for chunks in self.plan.active:
-            skipped[chunks.slices(self.plan.index_bounds.start)] = True
-        skipped &= self.counts == 0
-        return skipped
-
     def chunks(self) -> Iterator[Index]:
         """Yield the chunks that are tasks in C order (last axis fastest)."""
         if self.counts is None:

@@ -116,11 +116,6 @@ def test_tasks_are_what_the_plan_has_without_the_skipped_chunks(number: int, sha
     }
     assert list(tasks.blocks()) == [index for index, sources in contributors.items() if sources]
     assert {index: tasks.contributors(index) for index in contributors} == contributors
-    skipped = tasks.skipped()
-    assert skipped is not None
-    assert [i for i in plan.indices() if skipped[position(plan, i)]] == [
-        index for index in plan.active_indices() if index not in chunks
-    ]
     assert tasks.count_patches(list(plan.indices())) == counts.sum() == tasks.costs.patches
     assert (tasks.costs.chunks, tasks.costs.finalized_blocks) == (
         len(chunks),

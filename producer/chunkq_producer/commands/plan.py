@@ -41,8 +41,8 @@ from chunkq_producer.engine import is_cpu_only
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 SERIES = {"time": "time points", "channel": "channels"}
-SKIPPED_COLOR = "tab:orange"
-"""Color of chunks that are known to be empty."""
+TASKS_COLOR = "tab:orange"
+"""Color of chunks that are not known to be empty, beside others that are."""
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to merge above which the plan recommends larger chunks."""
 
@@ -108,10 +108,12 @@ def _save_plot(job: CheckedJob, path: Path) -> None:
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     names = [axis.name for axis in job.record.largest_item.image.spatial_axes]
-    plan = job.record.plan()
-    skipped = job.tasks[job.record.largest_item.number].skipped()
-    layers = [] if skipped is None else [Layer("skipped chunks", SKIPPED_COLOR, skipped)]
-    figure = draw_plan(plan, names, layers)
+    tasks = job.tasks[job.record.largest_item.number]
+    layers = []
+    if tasks.counts is not None:
+        name = f"{tasks.costs.chunks} of them not empty"
+        layers.append(Layer(name, TASKS_COLOR, tasks.counts > 0))
+    figure = draw_plan(tasks.plan, names, layers)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:  # ValueError: a suffix of no format
