@@ -30,6 +30,7 @@ from chunkq.timing.timing import (
     STRAGGLER_SECONDS,
     TIME_PARTS,
     Durations,
+    Fetching,
     FinalizeTiming,
     Straggler,
     Stragglers,
@@ -69,6 +70,7 @@ class _Totals:
     count: int = 0
     patches: int = 0
     skipped: int = 0
+    requests: int = 0
     retried: int = 0
     peak_rss: int = 0
     busy: float = 0.0
@@ -79,6 +81,7 @@ class _Totals:
         self.count += 1
         self.patches += commit.patches
         self.skipped += commit.skipped
+        self.requests += commit.requests
         self.retried += commit.attempt > 1
         self.peak_rss = max(self.peak_rss, commit.peak_rss)
         self.busy += max(0.0, commit.finished - commit.started)
@@ -220,6 +223,7 @@ class _JobTiming:
             durations=self._durations(),
             stragglers=self._stragglers(),
             workers=workers,
+            fetching=Fetching(total.requests, moved["fetched"]),
         )
 
     def _intervals(self, columns: _Columns) -> Intervals:
