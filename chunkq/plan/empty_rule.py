@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from chunkq.system import buffers
 
+PART_VOXELS = 1 << 18
+"""Voxels that are compared at a time, while they are in the CPU's cache."""
 Bools = npt.NDArray[np.bool_]
 
 
@@ -42,7 +44,10 @@ class EmptyRule:
         channels = values.reshape(-1, *values.shape[values.ndim - rank :])
         result: Bools = buffers.zeros(channels.shape[1:], np.bool_)
         for channel in channels:
-            result |= self._is_occupied(channel)
+            step = max(1, PART_VOXELS * len(channel) // max(1, channel.size))
+            for first in range(0, len(channel), step):
+                part = slice(first, first + step)
+                result[part] |= self._is_occupied(channel[part])
         return result
 
     def _is_occupied(self, values: npt.NDArray[Any]) -> Bools:
