@@ -24,15 +24,19 @@ from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
     Classes,
+    Fill,
     InferenceType,
     InputConfig,
     Inputs,
+    Mask,
+    MaskConfig,
     Names,
     Offsets,
     Positive,
     Region,
     Section,
     Shape,
+    SkipEmpty,
     Widths,
     key_doc,
 )
@@ -397,6 +401,43 @@ class Job(Section):
             see="guides/regions.md",
         ),
     ] = None
+    mask: Annotated[
+        Mask | None,
+        key_doc(
+            "Empty space",
+            "Mask of the volume: where the network runs. Patches without a voxel inside the mask "
+            "are skipped, and voxels outside are `fill_value`. A path, or a mapping.",
+            example={"path": "mask.zarr", "above": 0, "scale": [8, 8, 8]},
+            unit=None,
+            omitted="the whole volume",
+            see="guides/empty-space.md",
+        ),
+    ] = None
+    skip_empty: Annotated[
+        SkipEmpty | None,
+        key_doc(
+            "Empty space",
+            "Which patches are empty and are not run: those whose voxels all equal a number, with "
+            "`{below: NUMBER}` those whose voxels are all less, with `missing` those whose storage "
+            "chunks are all absent. Their prediction is `fill_value`.",
+            example={"below": 12},
+            unit="value of the input",
+            omitted="no patch is skipped",
+            see="guides/empty-space.md",
+        ),
+    ] = None
+    fill_value: Annotated[
+        Fill,
+        key_doc(
+            "Empty space",
+            "Value of the output where there is no prediction: outside `mask`, and in patches that "
+            "`skip_empty` skips. A class for labels. It is also the fill value of the output "
+            "array.",
+            example=-1,
+            unit="value of the output",
+            see="guides/empty-space.md",
+        ),
+    ] = 0
     allow_empty: Annotated[
         bool,
         key_doc(
@@ -463,6 +504,7 @@ class Job(Section):
             *_weight_problems(self),
             *model_problems(self.model),
             *_input_problems(self),
+            *_fill_value_problems(self),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -748,6 +790,8 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
         values["input"] = [_absolute_input(value, base) for value in inputs]
     elif inputs is not None:
         values["input"] = _absolute_input(inputs, base)
+    if (mask := values.get("mask")) is not None:
+        values["mask"] = _absolute_input(mask, base)
     weights = values.get("weight_function")
     if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
         values["weight_function"] = [absolute(weights[0], base), weights[1]]
@@ -774,6 +818,7 @@ def _absolute_input(value: object, base: Path) -> object:
 def _legal_names(location: Iterable[int | str]) -> list[str]:
     sections: dict[str, type[Section]] = {
         "input": InputConfig,
+        "mask": MaskConfig,
         "model_config": ModelConfig,
         "dask_config": DaskConfig,
         "ray_config": RayConfig,
@@ -917,10 +962,26 @@ def _input_problems(job: Job) -> list[str]:
     return []
 
 
+def _fill_value_problems(job: Job) -> list[str]:
+    """Return the problems of a fill value that the output cannot hold, whatever its classes."""
+    value = float(job.fill_value)
+    if job.combine != "weighted_avg":
+        is_label = value.is_integer() and 0 <= value < 1 << 16
+        legal = "a class, an integer from 0"
+    else:
+        dtype = job.output_dtype or "float32"
+        largest = 65504.0 if dtype == "float16" else float.fromhex("0x1.fffffep127")
+        is_label = abs(value) <= largest
+        legal = f"a value from {-largest:g} to {largest:g}, which {dtype} can hold"
+    return [] if is_label else [f"fill_value: expected {legal}, found {value:g}"]
+
+
 def _paths(job: Job) -> dict[str, str]:
     """Return every path of a job by its key."""
     inputs = job.input_paths
     paths = {f"input.{n}" if len(inputs) > 1 else "input": path for n, path in enumerate(inputs)}
+    if job.mask is not None:
+        paths["mask.path"] = job.mask.path
     return paths | {"output": job.output} | job.files
 
 
@@ -947,11 +1008,13 @@ def _credential_problems(job: Job) -> list[str]:
 
 
 def _access_problems(job: Job) -> list[str]:
-    """Return the problems of inputs whose storage has no anonymous access or requester pays."""
+    """Return the problems of arrays whose storage has no anonymous access or requester pays."""
     schemes = "s3:// and gs://"
+    arrays: list[tuple[str, InputConfig | MaskConfig]] = [("input", i) for i in job.inputs]
+    arrays += [] if job.mask is None else [("mask", job.mask)]
     return [
-        f"input.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
-        for config in job.inputs
+        f"{name}.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
+        for name, config in arrays
         for key in config.access.options
         if config.path.partition("://")[0] not in BUCKET_SCHEMES
     ]

@@ -65,6 +65,7 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
             shape=[axis.size for axis in axes],
             chunks=(*leading, *chunks),
             dtype=plan.output_dtype,
+            fill_value=plan.output.fill.item(),
             zarr_format=record.job.zarr_format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
         )

@@ -21,9 +21,10 @@ from chunkq.job.axis_order import (
     input_channels,
     order_problems,
 )
-from chunkq.job.fields import bounds_of, printed_bounds
+from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
 from chunkq.plan.chunk_choice import choose_chunks, storage_edge
+from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
 
@@ -54,6 +55,14 @@ def resolve(
     return Plan(volume, grid, (shapes.output_spec(),))
 
 
+def empty_rule(job: Job) -> EmptyRule | None:
+    """Return which voxels are empty by their values, None if none is."""
+    rule = job.skip_empty
+    if isinstance(rule, Below):
+        return EmptyRule(rule.below, is_limit=True)
+    return None if rule is None or isinstance(rule, str) else EmptyRule(float(rule))
+
+
 def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
     rank = len(volume.shape)
     if not 1 <= rank <= 4:
@@ -73,7 +82,7 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
             dtype = np.dtype(object)
         if advice := _dtype_advice(dtype):
             return [f"input: {path} has unsupported dtype {name}; convert it to {advice}"]
-        if problems := _pad_value_problems(job, dtype):
+        if problems := [*_pad_value_problems(job, dtype), *_skip_empty_problems(job, dtype)]:
             return problems
     return []
 
@@ -110,6 +119,19 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
             "value or dtype"
         ]
     return []
+
+
+def _skip_empty_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
+    """Return a problem if no voxel of the dtype can be empty as the job says."""
+    rule = empty_rule(job)
+    if rule is None or rule.fits(dtype):
+        return []
+    if rule.is_limit:
+        return ["skip_empty.below: expected a number, found nan"]
+    return [
+        f"skip_empty: {rule.value:g} does not fit the input's dtype {dtype}; use a value of the "
+        "input, or {below: NUMBER}"
+    ]
 
 
 def _length_problems(job: Job, volume: Volume) -> list[str]:
@@ -221,6 +243,7 @@ class _Shapes:
         problems += [
             *self._lost_axis_problems(),
             *self._class_problems(),
+            *self._fill_value_problems(),
             *self._channel_problems(found),
         ]
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
@@ -301,6 +324,16 @@ class _Shapes:
             )
         return problems
 
+    def _fill_value_problems(self) -> list[str]:
+        """Return a line if the output has labels and the fill value is none of them."""
+        value, classes = self.job.fill_value, max(2, self.channels)
+        if self.job.combine == "weighted_avg" or value < classes:
+            return []
+        return [
+            f"fill_value: {value:g} is not a class; use an integer from 0 to {classes - 1}, "
+            f"because the output has {classes} classes"
+        ]
+
     def _lost_axis_problems(self) -> list[str]:
         axis, lost = self.lost_axis, self.job.model.lost_dim
         if axis is None:
@@ -350,8 +383,11 @@ class _Shapes:
             chunk=self.volume.shape,
             storage=self.volume.shape,
         )
-        # The chunks of a region are those of the whole volume.
-        return replace(self._with_chunks(spec), region=region, batch=job.model.max_batch_size)
+        # The chunks of a region are those of the whole volume. Batches are made of the patches that
+        # are not skipped, so with such patches a chunk computes all of its batches.
+        skips = job.mask is not None or job.skip_empty is not None
+        batch = MAX_INTEGER if skips else job.model.max_batch_size
+        return replace(self._with_chunks(spec), region=region, batch=batch)
 
     def output_spec(self) -> OutputSpec:
         """Return the job's only output."""
@@ -365,6 +401,7 @@ class _Shapes:
             average_dtype=job.output_dtype or "float32",
             nan=job.nan,
             from_labels=self.from_labels,
+            fill_value=job.fill_value,
         )
 
     def _with_chunks(self, spec: GridSpec) -> GridSpec:

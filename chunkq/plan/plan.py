@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 from itertools import islice, product
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -181,9 +181,17 @@ class Costs:
         return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
 
 
-def total_costs(plans: Iterable[Plan]) -> Costs:
-    """Return the sums of the costs of several plans."""
-    rows = [astuple(plan.costs) for plan in plans]
+class HasCosts(Protocol):
+    """A plan, or the tasks of one."""
+
+    @property
+    def costs(self) -> Costs:
+        """Its costs."""
+
+
+def total_costs(parts: Iterable[HasCosts]) -> Costs:
+    """Return the sums of the costs of several plans, or of their tasks."""
+    rows = [astuple(part.costs) for part in parts]
     return Costs(*map(sum, zip(*rows, strict=True)))
 
 
@@ -442,11 +450,12 @@ class Plan:
         position = 0
         for run in chunk.runs:
             for g, numbers in islice(owned, run.start - position, run.stop - position):
-                yield self._patch(g, numbers)
+                yield self.patch(g, numbers)
             position = run.stop
 
-    def _patch(self, g: int, numbers: tuple[int, ...]) -> Patch:
-        pairs = list(zip((axis.grids[g] for axis in self.axes), numbers, strict=True))
+    def patch(self, g: int, numbers: tuple[int, ...]) -> Patch:
+        """Return a patch by its grid and its number along each axis."""
+        pairs = [(axis.grids[g], k) for axis, k in zip(self.axes, numbers, strict=True)]
         begin = tuple(grid.start(k) for grid, k in pairs)
         kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
         return Patch(

@@ -17,6 +17,7 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
+from chunkq.plan.plan import total_costs
 from chunkq.progress_bar import Bar
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion
@@ -60,8 +61,9 @@ class JobStatus:
     """Status of a job at one moment. Queue figures are None if the queue cannot be reached.
 
     Progress, speed and remaining time count patches: chunks have different numbers of them.
-    `patches_done` is an estimate while more chunks are done than are looked at. Each patch stands
-    for an equal part of the output's voxels.
+    `patches_done` is an estimate while more chunks are done than are looked at. Patches that are
+    known to be empty beforehand are not counted; those that turn out empty are done with their
+    chunk. Each patch stands for an equal part of the output's voxels.
     """
 
     output: str
@@ -106,6 +108,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
     rate = _patches_per_second(recent)
     remaining, patches_left = costs.chunks - done, costs.patches - patches_done
     voxels = sum(item.plan.region.size for item in job.items)
+    voxels_per_patch = voxels / total_costs(item.plan for item in job.items).patches
     failures = completion.failures(job)
     recorded = {(failure.item, failure.chunk) for failure in failures}
     unexplained = [task for task in failed_tasks if (task.item, task.chunk) not in recorded]
@@ -128,7 +131,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         blocks_finalized=finalized,
         sealed=job.ledger.is_sealed() and job.output.is_sealed(),
         patches_per_second=rate,
-        voxels_per_second=rate and rate * voxels / costs.patches,
+        voxels_per_second=rate and rate * voxels_per_patch,
         seconds_left=patches_left / rate if rate and remaining and not lost_from_queue else None,
         workers=_workers(job, running, recent),
         failures=_failure_groups(job, failures, unexplained),
@@ -166,9 +169,9 @@ class WorkersRunning(Event):
 
 def _patches_done(item: ItemHandle, recent: RecentCommits) -> int:
     """Return the patches of an item's finished chunks, estimated from those of the sample."""
-    if recent.total == item.plan.costs.chunks:
-        return item.plan.costs.patches
-    patches = item.plan.count_patches(recent.chunks)
+    if recent.total == item.tasks.costs.chunks:
+        return item.tasks.costs.patches
+    patches = item.tasks.count_patches(recent.chunks)
     return round(patches * recent.total / max(1, len(recent.chunks)))
 
 
@@ -177,7 +180,7 @@ def _patches_per_second(recent: RecentCommits) -> float | None:
     if not recent.records:
         return None
     span = max(c.finished for c in recent.records) - min(c.started for c in recent.records)
-    patches = sum(commit.patches for commit in recent.records)
+    patches = sum(commit.patches + commit.skipped for commit in recent.records)
     return patches * recent.step / span if span > 0 else None
 
 

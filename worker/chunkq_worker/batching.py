@@ -190,19 +190,25 @@ class Batcher:
             self.patches_run += len(batch)
             yield batch, predictions
 
-    def check_input(self, halos: Halos, origin: Sequence[int]) -> None:
+    def check_input(
+        self, halos: Halos, origin: Sequence[int], patches: Sequence[Patch] | None = None
+    ) -> None:
         """Raise PredictionError if the network's dtype cannot hold the inputs from `origin` on.
 
-        Values are read only if the dtypes do not decide. What `preprocessing` returns is checked
-        batch by batch.
+        With `patches`, only the voxels that they read are checked. Values are read only if the
+        dtypes do not decide. What `preprocessing` returns is checked batch by batch.
         """
         if self._steps.preprocessing is not None:
             return
         for number, halo in enumerate(halos):
+            if cast_kind(halo.dtype, self.model.dtype) in (Cast.EXACT, Cast.ROUNDED):
+                continue
             name = f"input {number}" if len(halos) > 1 else "the input"
             shape = halo.shape[-len(origin) :]
-            box = Box(tuple(origin), tuple(o + n for o, n in zip(origin, shape, strict=True)))
-            _check_cast(halo, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
+            whole = Box(tuple(origin), tuple(o + n for o, n in zip(origin, shape, strict=True)))
+            for box in [whole] if patches is None else [patch.source for patch in patches]:
+                values = halo[box.index(origin)]
+                _check_cast(values, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]

@@ -17,6 +17,7 @@ from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
 from chunkq.install_hint import install_command
 from chunkq.job.job_file import load_job, select_job_file
+from chunkq.job.known_empty import MISSING, has_known_empty
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output import output_axes
 from chunkq.job.tasks import chunk_count
@@ -24,7 +25,7 @@ from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
-from chunkq.plan.plan import Costs, Plan
+from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.storage import chunk_cache
 from chunkq.storage.images import ImageSource
@@ -42,6 +43,8 @@ from chunkq_producer.engine import is_cpu_only
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 SERIES = {"time": "time points", "channel": "channels"}
+TASKS_COLOR = "tab:orange"
+"""Color of chunks that are not known to be empty, beside others that are."""
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to merge above which the plan recommends larger chunks."""
 
@@ -100,14 +103,19 @@ def plan(
 def _save_plot(job: CheckedJob, path: Path) -> None:
     """Draw the plan of the largest item. Raises ChunkqError if that is impossible."""
     try:
-        from chunkq_producer.plan_plot import draw_plan
+        from chunkq_producer.plan_plot import Layer, draw_plan
     except ImportError as error:
         raise ChunkqError(
             f"--plot: matplotlib is not installed ({error}); run `{install_command('plot')}`",
             code=ErrorCode.PACKAGE_MISSING,
         ) from None
     names = [axis.name for axis in job.record.largest_item.image.spatial_axes]
-    figure = draw_plan(job.record.plan(), names)
+    tasks = job.tasks[job.record.largest_item.number]
+    layers = []
+    if tasks.counts is not None:
+        name = f"{tasks.costs.chunks} of them not empty"
+        layers.append(Layer(name, TASKS_COLOR, tasks.counts > 0))
+    figure = draw_plan(tasks.plan, names, layers)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:  # ValueError: a suffix of no format
@@ -192,10 +200,11 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
                 "name": item.name,
                 "position": item.position,
                 "volume": list(plan.volume.shape),
-                "chunks": plan.costs.chunks,
+                "chunks": tasks.costs.chunks,
             }
-            for item, plan in zip(job.record.items, job.plans, strict=True)
+            for item, plan, tasks in zip(job.record.items, job.plans, job.tasks, strict=True)
         ],
+        "skipped": _skipped_values(job),
     }
     if trial is not None:
         values["model_check"] = trial.as_dict()
@@ -205,7 +214,8 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
 def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
     plan, costs, count = job.largest, job.costs, len(job.plans)
     voxels = sum(plan.region.size for plan in job.plans)
-    per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
+    total = total_costs(job.plans)
+    per_voxel = total.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
     several = _items(job) if count > 1 else ""
     model = job.record.job.model
@@ -218,9 +228,10 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             f"{_shape(_output_shape(job))} {plan.output_dtype}, "
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
-        ("chunks", _chunks(plan, costs, is_alone=count == 1)),
+        ("chunks", _chunks(plan, total, is_alone=count == 1)),
         ("precision", f"{model.effective_precision}, on {model.device}"),
-        ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
+        ("patches", f"{total.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
+        *_skipped_rows(job, trial),
         (
             "to merge",
             f"overlaps of {costs.finalized_blocks} of {costs.blocks} blocks, {share:.0%} of the "
@@ -249,6 +260,44 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             )
         )
     return rows
+
+
+def _skipped_values(job: CheckedJob) -> dict[str, Any] | None:
+    """Return what is not computed because it is known to be empty; None if no key skips patches.
+
+    `is_exact` says that no further patch can turn out to be empty.
+    """
+    keys, total = job.record.job, total_costs(job.plans)
+    if keys.mask is None and keys.skip_empty is None:
+        return None
+    return {
+        "chunks": total.chunks - job.costs.chunks,
+        "patches": total.patches - job.costs.patches,
+        "store_bytes": total.store_bytes - job.costs.store_bytes,
+        "is_exact": keys.skip_empty is None or keys.skip_empty == MISSING,
+    }
+
+
+def _skipped_rows(job: CheckedJob, trial: Trial | None) -> list[tuple[str, str]]:
+    """Return a row with what the keys for empty space save, if there is one."""
+    values = _skipped_values(job)
+    if values is None:
+        return []
+    total = total_costs(job.plans)
+    parts = []
+    if has_known_empty(job.record.job):
+        text = (
+            f"{values['patches']} of {total.patches} patches and {values['chunks']} of "
+            f"{total.chunks} chunks are skipped, which saves "
+            f"{si(values['store_bytes'], 'B')} to read and write"
+        )
+        if trial is not None:
+            seconds = trial.patches.batch_seconds / trial.check.batch * values["patches"]
+            text += f" and {duration(max(1, seconds))} on one device"
+        parts.append(text)
+    if not values["is_exact"]:
+        parts.append("how many patches skip_empty skips is unknown until their voxels are read")
+    return [("empty space", "; ".join(parts))]
 
 
 def _fetches(job: CheckedJob) -> list[Fetches]:

@@ -145,7 +145,7 @@ FAULTS = (
     Fault(
         "chunks-without-patches-are-tasks",
         "chunkq/stages/infer.py",
-        "return item.plan.active_indices()",
+        "return item.tasks.chunks()",
         "return item.plan.indices()",
         "workers get chunks without patches, and progress counts them",
         named("tests/integration/test_blocks_without_patches.py", "queued_counted"),
