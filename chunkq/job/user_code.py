@@ -79,7 +79,7 @@ def load_blend_weights(names: Sequence[str], plan: Plan) -> Weights:
             shape = list(plan.output_patch)
             raise JobError(
                 f"weight_function: blend weights of a patch of {shape} voxels exceed the memory; "
-                "use a smaller model_output_shape"
+                "use a smaller patch in model_input_shape and model_output_shape"
             ) from None
     path, name = names
     source = f"weight_function: {name} of {path}"
@@ -111,7 +111,8 @@ def _check_weights(
     if weights.shape != tuple(shape):
         raise JobError(
             f"{source} returned shape {list(weights.shape)}; "
-            f"expected the output patch, {list(shape)}"
+            f"expected the output patch, {list(shape)}, which model_config.model_output_shape, by "
+            "default model_input_shape, has without channels"
         )
     invalid = np.argwhere(~(np.isfinite(weights) & (weights > 0)))
     if len(invalid):

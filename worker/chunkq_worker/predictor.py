@@ -28,6 +28,7 @@ from chunkq.finalize import finalize_job
 from chunkq.geometry.axes import Axis
 from chunkq.job.events import Sink, StageProgress
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
+from chunkq.job.output_name import check_new_output
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
@@ -357,9 +358,10 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
+        output = os.fspath(output)
+        check_new_output(output, Path.cwd())
         inputs = self._open(volume, axes)
         plan = self._plan(inputs)  # raises before an array is copied
-        output = os.fspath(output)
         selection = self._selection(axes)
         with as_paths(inputs, output) as paths:
             values = self._job_for(paths, plan.volume).as_dict()
