@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -24,12 +25,14 @@ class FittingTable:
     cells     one sequence of texts per row
     left      columns that are left-aligned
     wraps     columns that may wrap
+    least     least width of a column that wraps, by its number
     """
 
     headings: Sequence[str]
     cells: Sequence[Sequence[str]]
     left: Collection[int] = (0,)
     wraps: Collection[int] = ()
+    least: Mapping[int, int] = MappingProxyType({})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.fits(options.max_width):
@@ -48,7 +51,11 @@ class FittingTable:
             max(
                 cell_len(part)
                 for cell in column
-                for part in (cell.split() or [""] if number in self.wraps else [cell])
+                for part in (
+                    [*cell.split(), " " * self.least.get(number, 0)]
+                    if number in self.wraps
+                    else [cell]
+                )
             )
             for number, column in enumerate(zip(*lines, strict=True))
         ]

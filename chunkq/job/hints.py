@@ -46,6 +46,11 @@ VALUE_WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "device": {"cuda": "gpu gpus nvidia 0 1"},
             "dtype": _DTYPES,
             "edge": {"shift": "move clamp inside snap", "pad": "extend outside padding"},
+            "executor": {
+                "sqlite": "local file none default",
+                "inprocess": "thread memory",
+                "rq": "redis",
+            },
             "hardware": {"gpu": "cuda gpus nvidia", "cpu_only": "cpu none"},
             "inference_type": {
                 "sliding_window": "sliding window overlap overlapping strided",
@@ -98,7 +103,7 @@ VALUE_WORDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         }.items()
     }
 )
-"""Key -> folded words of other libraries -> the value with this meaning."""
+"""Key, or long option -> folded words of other libraries -> the value with this meaning."""
 KEY_WORDS: Mapping[str, str] = MappingProxyType(
     _by_word(
         {

@@ -541,10 +541,11 @@ def load_job(
     """
     values = job_values(source)
     if input is not None:
-        volume, mapping = absolute(input, Path.cwd()), values.get("input")
+        volume = absolute(input, Path.cwd()) if input else ""
+        mapping = values.get("input")
         values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
     if output is not None:
-        values["output"] = canonical(output, Path.cwd())
+        values["output"] = canonical(output, Path.cwd()) if output else ""
     return _parse_with_output(values)
 
 
@@ -573,7 +574,7 @@ def _parse_with_output(values: Mapping[str, Any]) -> Job:
     Raises JobError with one line per mistake.
     """
     output, problem = values.get("output"), None
-    if isinstance(output, str):
+    if isinstance(output, str) and output:
         try:
             check_new_output(output, Path("/"))
         except JobError as error:
@@ -772,8 +773,11 @@ def _check_size(path: Path, values: Any) -> None:
 
 
 def _make_absolute(values: dict[str, Any], base: Path) -> None:
-    """Make every path in the mapping absolute, in place. Values of a wrong type stay unchanged."""
-    if isinstance(output := values.get("output"), str):
+    """Make every path in the mapping absolute, in place.
+
+    Empty paths and values of a wrong type stay unchanged.
+    """
+    if isinstance(output := values.get("output"), str) and output:
         values["output"] = canonical(output, base)
     inputs = values.get("input")
     if isinstance(inputs, (list, tuple)):
@@ -788,7 +792,7 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
         paths = {"processing_steps"} | {k for k in ModelConfig.model_fields if k.endswith("_file")}
         values["model_config"] = {
             key: absolute(value, base)
-            if key in paths | {"checkpoint"} and isinstance(value, str)
+            if key in paths | {"checkpoint"} and isinstance(value, str) and value
             else value
             for key, value in model.items()
         }
@@ -796,9 +800,9 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
 
 def _absolute_input(value: object, base: Path) -> object:
     """Return an input with an absolute path; a value of a wrong type stays unchanged."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return absolute(value, base)
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and value["path"]:
         return {**value, "path": absolute(value["path"], base)}
     return value
 
@@ -1024,9 +1028,12 @@ def _paths(job: Job) -> dict[str, str]:
 
 
 def _path_problems(job: Job) -> list[str]:
-    """Return the problems of paths that no system call accepts: with NUL or not Unicode."""
+    """Return the problems of paths that no system call accepts: empty, with NUL, not Unicode."""
     problems = []
     for key, path in _paths(job).items():
+        if not path:
+            problems.append(f"{key}: empty path; set the path of a file or a folder, or a URL")
+            continue
         try:
             if b"\0" not in path.encode():
                 continue

@@ -73,6 +73,15 @@ def test_a_zarr_url_of_neuroglancer_is_refused_with_the_path_to_use() -> None:
     assert caught.value.code is ErrorCode.STORE_UNSUPPORTED
 
 
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(JobError) as caught:
+        load_job(job_values((4, 4)), input="", output="")
+    keys = [line.partition(":")[0] for line in caught.value.problems]
+    assert keys == ["input", "output"]
+    with pytest.raises(JobError, match=r"^model_config\.ts_file: empty path"):
+        load_job(job_values((4, 4), model={"ts_file": ""}))
+
+
 @pytest.mark.parametrize("suffix", sorted(FORMATS))
 def test_every_suffix_is_found_in_upper_and_lower_case(suffix: str) -> None:
     for name in (f"a.{suffix}", f"a.{suffix.upper()}"):

@@ -72,7 +72,8 @@ def _table(result: SearchResult, hidden: Sequence[str]) -> FittingTable:
         lines.append([cells[n] for n in visible])
     texts = [n for n, column in enumerate(visible) if COLUMNS[column] in TEXTS]
     left = [n for n in texts if COLUMNS[visible[n]] != "memory"]
-    return FittingTable([COLUMNS[n] for n in visible], lines, left=left, wraps=texts)
+    least = {0: max(len(name) + 1 for name in STAGES.values())}
+    return FittingTable([COLUMNS[n] for n in visible], lines, left=left, wraps=texts, least=least)
 
 
 def _cells(row: Row, result: SearchResult) -> list[str]:
