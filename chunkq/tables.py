@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -32,7 +31,7 @@ class FittingTable:
     cells: Sequence[Sequence[str]]
     left: Collection[int] = (0,)
     wraps: Collection[int] = ()
-    least: Mapping[int, int] = MappingProxyType({})
+    least: Mapping[int, int] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.fits(options.max_width):

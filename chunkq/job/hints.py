@@ -170,21 +170,31 @@ def list_hint(value: object) -> str:
     return f"; use {lengths}" if len(lengths) > 1 else ""
 
 
+def meant_key(
+    name: str, section: str, names: Mapping[str, Sequence[str]], *, exact: bool = False
+) -> tuple[str, str] | None:
+    """Return the section and the name of the key that an unknown key of a section may mean.
+
+    `names` are the keys of each section; the section of the top level is ''. If `exact`, keys that
+    only resemble the name do not count.
+    """
+    paths = {_path(one, key): (one, key) for one, keys in names.items() for key in keys}
+    choices = [path for path, (_, key) in paths.items() if folded(key) == folded(name)]
+    choices.append(KEY_WORDS.get(folded(name), ""))
+    if not exact:
+        sections = (section, *(one for one in names if one != section))
+        choices += [
+            _path(one, match) for one in sections if (match := nearest(name, names.get(one, ())))
+        ]
+    return next((paths[path] for path in choices if path in paths), None)
+
+
 def key_hint(name: str, section: str, names: Mapping[str, Sequence[str]]) -> str:
     """Return what to do about an unknown key of a section: its message after `unknown key`.
 
-    `names` are the keys of each section; the section of the top level is ''.
+    The arguments are those of `meant_key`.
     """
-    paths = {
-        (f"{one}." if one else "") + key: (one, key) for one, keys in names.items() for key in keys
-    }
-    others = [one for one in names if one != section]
-    choices = [
-        *(path for path, (one, key) in paths.items() if folded(key) == folded(name)),
-        KEY_WORDS.get(folded(name), ""),
-        *(_path(one, nearest(name, names[one])) for one in (section, *others)),
-    ]
-    found = next((paths[path] for path in choices if path in paths), None)
+    found = meant_key(name, section, names)
     if found is None:
         return "; run `chunkq explain` to list all keys"
     other, key = found
@@ -220,4 +230,4 @@ def letters_hint(value: object) -> str:
 
 
 def _path(section: str, key: str) -> str:
-    return f"{section}.{key}" if section and key else key
+    return f"{section}.{key}" if section else key

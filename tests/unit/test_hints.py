@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 from chunkq_producer.engine import ENGINES
+from chunkq_worker.predictor import Predictor
 
 from chunkq.errors import JobError, folded, nearest
 from chunkq.job.hints import KEY_WORDS, VALUE_WORDS
 from chunkq.job.job_file import job_schema, load_job
+from chunkq.job.key_reference import find_key
 from tests.strategies import job_values
 
 NONE = ""
@@ -251,6 +253,41 @@ def test_words_of_other_tools_stand_for_keys_and_values_that_exist() -> None:
         assert all(value in texts for value in words.values()), key
     for word in (*KEY_WORDS, *(word for words in VALUE_WORDS.values() for word in words)):
         assert folded(word) == word
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("patch_size", "model_config.model_input_shape"),
+        ("gpu", "model_config.device"),
+        ("Stride", "strides"),
+        ("model_config.strides", "strides"),
+        ("batchSize", "model_config.max_batch_size"),
+    ],
+)
+def test_explain_knows_the_names_of_other_tools_and_keys_of_other_sections(
+    name: str, path: str
+) -> None:
+    with pytest.raises(JobError) as caught:
+        find_key(name)
+    assert str(caught.value) == f"{name}: unknown key; did you mean {path}?"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "hint"),
+    [
+        ({"batch_size": 2}, "model_config.batch_size: unknown key; did you mean 'max_batch_size'?"),
+        ({"overlap": 1}, "overlap: unknown key; did you mean 'strides'?"),
+        ({"patch_size": 1}, "model_config.patch_size: unknown key; did you mean 'model_input_s"),
+        ({"device": "gpu"}, "model_config.device: invalid value 'gpu'"),
+    ],
+)
+def test_a_predictor_names_the_section_of_a_misspelt_keyword(
+    keyword: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(JobError) as caught:
+        Predictor.from_model(lambda batch: batch, model_input_shape=[4, 4], **keyword)
+    assert str(caught.value).startswith(hint)
 
 
 @pytest.mark.parametrize(
