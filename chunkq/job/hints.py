@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from types import MappingProxyType
 
 from chunkq.errors import folded, nearest
@@ -159,6 +160,19 @@ def flag_hint(value: object) -> str:
     """Return `; use true` or `; use false` for a value that means one of them, or ''."""
     word = folded(str(value))
     return "; use true" if word in _TRUE else "; use false" if word in _FALSE else ""
+
+
+def number_hint(value: str | float, *, is_integer: bool) -> str:
+    """Return the number that a text or a float means, as what to use, or ''."""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    if number.is_integer():
+        return f"; use {int(number)}"
+    if is_integer:
+        return ""
+    return f"; use {value}" if isfinite(number) else "; use .nan or .inf"
 
 
 def list_hint(value: object) -> str:

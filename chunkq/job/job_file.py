@@ -41,6 +41,7 @@ from chunkq.job.hints import (
     key_hint,
     letters_hint,
     list_hint,
+    number_hint,
     picks_hint,
     value_hint,
 )
@@ -915,13 +916,7 @@ def _typed_hint(location: Sequence[int | str], kind: str, value: object) -> str:
     if kind == "tuple_type" and is_of_integers and (hint := list_hint(value)):
         return hint
     if kind in ("int_type", "float_type") and isinstance(value, (str, float)):
-        try:
-            number = float(value)
-        except ValueError:
-            return _example(location)
-        if number.is_integer():
-            return f"; use {int(number)}"
-        return f"; use {value}" if kind == "float_type" else _example(location)
+        return number_hint(value, is_integer=kind == "int_type") or _example(location)
     return _example(location)
 
 

@@ -41,7 +41,7 @@ def resolve(
     JobError with one line per mistake.
     """
     paths = paths or job.input_paths
-    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume, paths[0])
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume, paths, by_channel=by_channel)
@@ -112,7 +112,7 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
     return []
 
 
-def _length_problems(job: Job, volume: Volume) -> list[str]:
+def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
     rank = len(volume.shape)
     lists: dict[str, Sequence[int] | None] = {
         "chunksize": job.chunksize,
@@ -123,8 +123,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
-        f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of the "
-        f"input, whose lengths are {list(volume.shape)}"
+        f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of "
+        f"{path}, whose lengths are {list(volume.shape)}"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -133,7 +133,7 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
-                f"set one per spatial axis of the input, whose lengths are {list(volume.shape)}, "
+                f"set one per spatial axis of {path}, whose lengths are {list(volume.shape)}, "
                 f"and {_channel_place(job.model.runtime)}"
             )
         elif shape is not None and prod(shape) > MAX_PATCH_VALUES:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from chunkq.blend.weights import ArrayWeights, Weights, built_in_weights
-from chunkq.errors import ChunkqError, JobError
+from chunkq.errors import ChunkqError, JobError, suggestion
 from chunkq.job.user_modules import (
     UserModules,
     UserPackage,
@@ -60,7 +60,8 @@ def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
     """Return one of the names of a file. Raises JobError that lists them if it is missing."""
     if name not in names:
         public = ", ".join(sorted(n for n in names if not n.startswith("_"))) or "nothing"
-        raise JobError(f"{key}: {path} has no {name!r}; it defines {public}")
+        hint = suggestion(name, public.split(", "))
+        raise JobError(f"{key}: {path} has no {name!r}; it defines {public}{hint}")
     return names[name]
 
 
