@@ -16,6 +16,7 @@ from chunkq_producer.reports.rows import (
     STAGE_LABELS,
     STRAGGLER_COLUMNS,
     Rows,
+    fetched,
     headlines,
     memory,
     plan_rows,
@@ -62,6 +63,8 @@ def text(report: JobReport) -> RenderableType:
         "", FittingTable(("", "measured", "planned", ""), plan_rows(timing), wraps=(0,))
     )
     parts += _section("", Text(f"memory: {memory(timing)}"))
+    if text := fetched(timing):
+        parts += _section("", Text(f"fetched: {text}"))
     parts.append(Text(f"precision: {report.precision}"))
     if report.is_stochastic:
         parts.append(Text(STOCHASTIC))
