@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from chunkq.storage.formats.base import missing_error, unreadable_error
 
 SPATIAL_RANK = 3
 """The last axes of a file at a URL that are read in one request; one per index of the others."""
+STREAM_BYTES = 8 << 20
+"""Bytes of a file in a bucket that are requested at a time while it is read as a stream."""
 
 
 class SingleFile:
@@ -37,8 +39,20 @@ class SingleFile:
 
     def head(self, size: int) -> bytes:
         """Return at most `size` bytes from the start of the file. Raises OSError."""
+        if is_web(self.path):  # a server that does not send parts would send the whole file
+            with self.stream() as file:
+                return read_exactly(file, size)
         content: bytes = self.filesystem.cat_file(self.inner, start=0, end=size)
         return content
+
+    def stream(self) -> BinaryIO:
+        """Open the file for reading it once from its start. Raises OSError."""
+        if not is_url(self.path):
+            return open(self.inner, "rb")
+        # fsspec streams a response of a web server if there are no blocks.
+        options = {"block_size": 0} if is_web(self.path) else {"block_size": STREAM_BYTES}
+        file: BinaryIO = self.filesystem.open(self.inner, "rb", **options)
+        return file
 
     def require_parts(self, advice: str = "download the file, or convert it to Zarr") -> None:
         """Raise StoreError if the file is on a web server that does not send parts of files."""
@@ -59,15 +73,25 @@ class SingleFile:
         """
         try:
             first = self.head(head)
-            return f"{self._state()} {hashlib.sha256(first).hexdigest()}"
+            return f"{self.state()} {hashlib.sha256(first).hexdigest()}"
         except FileNotFoundError:
             return None
 
-    def _state(self) -> str:
+    def state(self) -> str:
+        """Return size and time of modification; at a URL the unique key of fsspec."""
         if is_url(self.path):
             return str(self.filesystem.ukey(self.inner))
         status = os.stat(self.inner)
         return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def read_exactly(file: BinaryIO, size: int) -> bytes:
+    """Return `size` bytes, or all that are left if these are fewer."""
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def opening_error(path: str, error: Exception) -> StoreError:
