@@ -32,6 +32,7 @@ from tests.prove.fault import Fault
 from tests.prove.faults import (
     axes,
     blending,
+    files,
     geometry,
     ledger,
     notebook,
@@ -52,6 +53,7 @@ FAULTS: tuple[Fault, ...] = (
     *ledger.FAULTS,
     *notebook.FAULTS,
     *reach.FAULTS,
+    *files.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
     *texts.FAULTS,
