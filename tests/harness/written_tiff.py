@@ -15,7 +15,7 @@ Voxels = npt.NDArray[Any]
 LAYOUTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "contiguous": {},
-        "pages": {"contiguous": False},
+        "pages": {},
         "strips": {"rowsperstrip": 3},
         "tiles": {"tile": (16, 16)},
         "volumetric tiles": {"tile": (16, 16, 16), "volumetric": True},
@@ -23,7 +23,7 @@ LAYOUTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "OME-TIFF": {"ome": True, "tile": (16, 16)},
     }
 )
-"""Layout of the pages -> options of `tifffile.imwrite`."""
+"""Layout of the pages -> options of `tifffile.imwrite`; those of "pages" are written one by one."""
 COMPRESSIONS = ("none", "zlib", "lzw", "zstd", "packbits", "lzma")
 """Lossless compressions for all dtypes."""
 PREDICTED = ("zlib", "lzw")
@@ -53,8 +53,14 @@ def write_tiff(
     if "S" not in (axes or ""):
         options.setdefault("photometric", "minisblack")
     buffer = io.BytesIO()
+    bigtiff, ome = options.pop("bigtiff", False), options.pop("ome", None)
     byteorder = ">" if big else "<"
-    tifffile.imwrite(buffer, values, byteorder=byteorder, metadata=metadata, **options)
+    with tifffile.TiffWriter(buffer, bigtiff=bigtiff, byteorder=byteorder, ome=ome) as writer:
+        if layout == "pages":
+            for page in values.reshape(-1, *values.shape[-2:]):
+                writer.write(page, metadata=None, contiguous=False, **options)
+        else:
+            writer.write(values, metadata=metadata, **options)
     with fsspec.open(str(path), "wb") as file:
         file.write(buffer.getvalue())
 
