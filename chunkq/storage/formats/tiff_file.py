@@ -157,7 +157,7 @@ def _image(
         )
     series = base.levels[level]
     _check_series(file, series)
-    rank, pages = _pages(file, series)
+    rank, pages = _pages(file, tiff, series)
     array = PagesArray(file.path, series.shape, rank, pages, access)
     metadata = image_metadata(tiff, base.kind, base.name)
     axes = described_axes(base.axes, base.shape, metadata)
@@ -220,7 +220,7 @@ def _check_codec(file: SingleFile, code: Any, codecs: str, name: str) -> None:
         ) from None
 
 
-def _pages(file: SingleFile, series: Any) -> tuple[int, list[Page]]:
+def _pages(file: SingleFile, tiff: Any, series: Any) -> tuple[int, list[Page]]:
     """Return the number of axes that enumerate pages, and the pages."""
     keyframe = series.keyframe
     size = prod(keyframe.shape)
@@ -246,7 +246,7 @@ def _pages(file: SingleFile, series: Any) -> tuple[int, list[Page]]:
                 f"{missing} of its {count} pages are missing; copy all files of the OME-TIFF into "
                 "one local folder"
             )
-        pages = [_page(file, frame, keyframe) for frame in frames[:count]]
+        pages = [_page(file, tiff, frame, keyframe) for frame in frames[:count]]
     _, largest = _largest_segment(pages)
     if largest > MAX_SEGMENT_BYTES:
         raise file.error(
@@ -265,9 +265,9 @@ def _leading_rank(shape: Sequence[int], page: Sequence[int], count: int) -> int 
     return None
 
 
-def _page(file: SingleFile, frame: Any, first: Any) -> Page:
+def _page(file: SingleFile, tiff: Any, frame: Any, first: Any) -> Page:
     keyframe, path = frame.keyframe, file.path
-    if frame.parent is not frame.parent.root:
+    if frame.parent is not tiff:
         handle = frame.parent.filehandle
         folder = os.path.realpath(os.path.dirname(path))
         path = join(os.path.dirname(path), os.path.relpath(handle.path, folder))
