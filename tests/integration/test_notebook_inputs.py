@@ -341,12 +341,20 @@ MANY: dict[str, Callable[[Path], Any]] = {
     "labels": lambda _: tensorstore.array(np.zeros((2, *SHAPE)))[
         tensorstore.d[:].label["c", "z", "y", "x"]
     ],
+    "labelled dataset": lambda folder: labelled_dataset(folder, np.zeros((2, *SHAPE)), "czyx"),
     "names": lambda folder: zarr.open_array(
         write_zarr(folder / "n.zarr", np.zeros((2, *SHAPE)), dimension_names=("c", *"zyx"))
     ),
     "pages": lambda folder: tiff_of(folder, np.zeros((2, *SHAPE), "u1"), "CZYX"),
     "colors": lambda folder: tiff_of(folder, np.zeros((*SHAPE, 3), "u1"), "ZYXS"),
 }
+
+
+def labelled_dataset(folder: Path, values: npt.NDArray[Any], labels: str) -> h5py.Dataset:
+    dataset = h5py.File(folder / "labels.h5", "w").create_dataset("a", data=values)
+    for dimension, label in zip(dataset.dims, labels, strict=True):
+        dimension.label = label
+    return dataset
 
 
 def tiff_of(folder: Path, values: npt.NDArray[Any], axes: str) -> str:
@@ -418,6 +426,10 @@ CONTAINERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dataset": (lambda _: xarray.Dataset({"raw": ("x", np.zeros(3))}), "raw"),
     "group": (lambda folder: zarr.open_group(folder / "g.zarr", mode="w"), "group"),
     "file": (lambda folder: h5py.File(folder / "f.h5", "w"), "HDF5"),
+    "empty dataset": (
+        lambda folder: h5py.File(folder / "e.h5", "w").create_dataset("a", data=h5py.Empty("f4")),
+        "without values",
+    ),
     "object": (lambda _: object(), "object"),
 }
 

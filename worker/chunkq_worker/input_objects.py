@@ -285,6 +285,8 @@ def _open_series(series: Any, name: str, metadata: ImageMetadata) -> OpenedInput
 
 
 def _open_hdf5(dataset: Any, name: str) -> OpenedInput:
+    if dataset.shape is None:
+        raise ArgumentError(f"input: {name} is an HDF5 dataset without values, {EXPECTED}")
     axes, source = hdf5_axes.described_axes(dataset)
     return _opened(name, dataset, dataset.shape, dataset.dtype, axes=axes if source else None)
 
