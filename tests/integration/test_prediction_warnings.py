@@ -131,3 +131,23 @@ def test_a_first_axis_that_can_be_colour_is_a_warning_until_axes_are_named() -> 
         predictor.predict(volume, axes="zyx")
         with pytest.warns(chunkq.PredictionWarning, match='axes="cyx"'):
             predictor.predict(volume)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_if_the_usual_chunk_is_skipped_another_one_is_watched(method: str, tmp_path: Path) -> None:
+    volume = np.zeros((64, 64), np.float32)
+    volume[:8, :8] = random_volume((8, 8), "float32")
+    with (
+        Predictor.from_model(lambda x: 9 * x, **KEYS, combine="soft", skip_empty=0) as predictor,
+        pytest.warns(PredictionWarning, match="activation: sigmoid") as caught,
+    ):
+        METHODS[method](predictor, volume, tmp_path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_the_first_chunk_gives_no_warning_if_the_usual_one_runs() -> None:
+    volume = random_volume((64, 64), "float32")
+    volume[:8, :8] = 1e-6 * volume[:8, :8] + 7
+    with Predictor.from_model(lambda x: x * 1.0, **KEYS, skip_empty=0) as predictor:
+        predictor.predict(volume)

@@ -13,7 +13,9 @@ import zarr
 
 from chunkq import JobError, Predictor
 from chunkq.errors import ErrorCode
+from tests.harness.networks import toy_model
 from tests.harness.volumes import random_volume, read_output, write_zarr
+from tests.harness.workspace import run_inline
 
 SPATIAL = (9, 13, 11)
 MOVIE = random_volume((3, *SPATIAL), "int16")
@@ -225,3 +227,87 @@ def test_a_list_that_the_network_takes_neither_way_is_refused() -> None:
     with create() as predictor, pytest.raises(JobError, match="join_dim") as caught:
         predictor.predict([IMAGE[0, 0], IMAGE[0, 1]])
     assert caught.value.code is ErrorCode.JOB_INVALID
+
+
+ROI: list[Any] = [[1, 8], None, [2, -1]]
+PICKS = [2, 0]
+MASKED = {"roi": ROI, "skip_empty": 0, "fill_value": -3, "chunksize": [8, 8, 8], "threads": 1}
+
+
+def masks() -> npt.NDArray[np.uint8]:
+    """Return a mask for each time point of MOVIE, (t, z, y, x)."""
+    mask = np.zeros(MOVIE.shape, np.uint8)
+    mask[0, 2:6, 3:9, 1:7] = mask[2, 5:9, :5, 4:] = 1
+    return mask
+
+
+def test_a_region_of_masked_time_points_equals_the_output_of_a_job(tmp_path: Path) -> None:
+    movie = MOVIE.copy()
+    movie[:, :, :3] = 0
+    volume = write_zarr(tmp_path / "in.zarr", movie, dimension_names=(*"tzyx",))
+    mask = write_zarr(tmp_path / "mask.zarr", masks(), dimension_names=(*"tzyx",))
+    config = MASKED | {"model_config": toy_model(tmp_path, (4, 4, 4), scale=100)}
+    source = {"input": {"path": str(volume), "time": PICKS}, "output": str(tmp_path / "job.zarr")}
+    run_inline(config | source | {"mask": str(mask)})
+    expected = read_output(tmp_path / "job.zarr")
+    region = tuple(slice(*(bounds or (None,))) for bounds in ROI)
+    read = movie[(PICKS, *region)]
+    assert expected.shape == (2, 3, *read.shape[1:])
+    assert 0.5 < (expected == -3).mean() < 1
+    cases = [(volume, mask), (named(movie, "tzyx"), named(masks(), "tzyx"))]
+    cases += [(cases[1][0], mask), (volume, cases[1][1])]
+    with Predictor.from_config(config) as predictor:
+        for number, (one, mask_of_one) in enumerate(cases):
+            progress: list[tuple[int, int]] = []
+            keys: dict[str, Any] = {"time": PICKS, "mask": mask_of_one}
+            result = predictor.predict(
+                one, progress=lambda *n, kept=progress: kept.append(n), **keys
+            )
+            np.testing.assert_array_equal(result.probabilities, expected)
+            np.testing.assert_array_equal(result.input, read)
+            assert result.labels.shape == read.shape
+            assert 0 < progress[-1][0] == progress[-1][1]
+            streamed = np.zeros_like(expected)
+            for where, values in predictor.predict_streaming(one, **keys):
+                streamed[where] = values
+            np.testing.assert_array_equal(streamed, expected)
+            predictor.predict_to_store(one, tmp_path / f"{number}.zarr", **keys)
+            np.testing.assert_array_equal(read_output(tmp_path / f"{number}.zarr"), expected)
+
+
+def test_a_prediction_of_a_region_has_the_coordinates_of_its_time_points() -> None:
+    movie = xarray.DataArray(
+        MOVIE,
+        dims=(*"tzyx",),
+        coords={
+            "t": [10.0, 20.0, 30.0],
+            "z": np.arange(9) * 2.0,
+            "tz": (("t", "z"), MOVIE[..., 0, 0]),
+        },
+    )
+    with create(roi=ROI) as predictor:
+        result = predictor.predict(movie, time=PICKS).to_xarray()
+    part = movie.isel(t=PICKS, z=slice(1, 8), x=slice(2, -1))
+    assert dict(result.sizes) == dict(part.sizes)
+    for name, coordinate in part.coords.items():
+        np.testing.assert_array_equal(result.coords[name], coordinate)
+
+
+@pytest.mark.parametrize("is_path", [True, False])
+def test_a_mask_follows_the_order_of_the_volume(tmp_path: Path, is_path: bool) -> None:
+    values = random_volume((8, 8, 12), "int16")
+    mask = np.zeros(values.shape, np.uint8)
+    mask[2:5, :3, 6:] = 1
+    volume = write_zarr(tmp_path / "in.zarr", values) if is_path else values
+    config = {
+        "input": {"axes": "zyx", "order": "xyz"},
+        "fill_value": -3,
+        "model_config": toy_model(tmp_path, (4, 4, 4), scale=100),
+    }
+    with Predictor.from_config(config) as predictor:
+        result = predictor.predict(volume, mask=mask)
+        predictor.predict_to_store(volume, tmp_path / "out.zarr", mask=mask)
+    assert result.probabilities is not None
+    inside = (result.probabilities != -3).all(0)
+    np.testing.assert_array_equal(inside, mask.T > 0)
+    np.testing.assert_array_equal(read_output(tmp_path / "out.zarr"), result.probabilities)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,11 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from chunkq.errors import ArgumentError, ChunkqError, ChunkReadError, JobError
-from chunkq.geometry.axes import Axis, AxisKind, plain_axes
+from chunkq.geometry.axes import Axis, AxisKind, kind_of_name, named_axes, plain_axes
+from chunkq.geometry.axis_units import unit_name
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
+from chunkq.storage.formats import hdf5_axes, tiff_axes
 from chunkq.storage.formats.base import native_dtype
 from chunkq.storage.images import find_source
 from chunkq_worker.imported_classes import class_name, is_instance
@@ -24,31 +25,6 @@ EXPECTED = (
     "expected an array (NumPy, torch, dask, xarray, zarr, h5py, tensorstore), an image (nibabel, "
     "tifffile), a path, or a list of these for model_config.join_dim"
 )
-KIND_OF_NAME: Mapping[str, AxisKind] = {
-    **dict.fromkeys(("c", "ch", "channel", "channels", "band"), "channel"),
-    **dict.fromkeys(("t", "time", "frame", "frames"), "time"),
-}
-"""Name of an axis in lower case -> kind; all others are spatial."""
-UNITS = {
-    "mm": "millimeter",
-    "um": "micrometer",
-    "µm": "micrometer",
-    "μm": "micrometer",
-    "micron": "micrometer",
-    "nm": "nanometer",
-    "cm": "centimeter",
-    "m": "meter",
-    "å": "angstrom",
-}
-"""Short name of a unit -> its name in OME-Zarr."""
-TIME_UNITS = {
-    **dict.fromkeys(("s", "sec", "seconds"), "second"),
-    **dict.fromkeys(("ms", "msec", "milliseconds"), "millisecond"),
-    **dict.fromkeys(("us", "µs", "usec", "microseconds"), "microsecond"),
-    **dict.fromkeys(("min", "minutes"), "minute"),
-    **dict.fromkeys(("h", "hours"), "hour"),
-}
-"""Short name of a unit of time -> its name in OME-Zarr."""
 MAX_SHIFT = 1e-3
 """Distance (voxels) by which an affine may move a voxel off its axis and count as unrotated."""
 COMPRESSED = (".gz", ".bz2", ".zst")
@@ -164,39 +140,18 @@ def _opened(
 def _named_axes(
     names: Sequence[Any],
     shape: Sequence[int],
-    scales: Sequence[float] | None = None,
-    translations: Sequence[float] | None = None,
-    units: Sequence[str | None] | None = None,
+    scales: Sequence[float] = (),
+    translations: Sequence[float] = (),
+    units: Sequence[Any] = (),
 ) -> tuple[Axis, ...]:
-    """Return axes with these names. Spatial ones without distinct names get the default names."""
-    kinds = [_kind(name) for name in names]
-    spatial = [n for n, kind in enumerate(kinds) if kind == "space"]
-    labels = [str(names[n] or "") for n in spatial]
-    if len({*labels, ""}) <= len(labels):
-        labels = [axis.name for axis in plain_axes([shape[n] for n in spatial])]
-    name_of = dict(zip(spatial, labels, strict=True))
-    count = len(names)
-    return tuple(
-        Axis(
-            name_of.get(n, str(names[n])),
-            kinds[n],
-            int(shape[n]),
-            _unit((units or [None] * count)[n], kinds[n]),
-            float((scales or [1.0] * count)[n]),
-            float((translations or [0.0] * count)[n]),
-        )
-        for n in range(count)
+    """Return axes with the names and numbers of another package."""
+    return named_axes(
+        [str(name or "") or None for name in names],
+        [int(size) for size in shape],
+        [float(scale) for scale in scales],
+        [float(start) for start in translations],
+        [unit_name(unit) for unit in units],
     )
-
-
-def _kind(name: Any) -> AxisKind:
-    return KIND_OF_NAME.get(str(name).lower(), "space")
-
-
-def _unit(name: Any, kind: AxisKind = "space") -> str | None:
-    text = str(name or "").strip()
-    names = TIME_UNITS if kind == "time" else UNITS
-    return names.get(text.lower(), text) or None
 
 
 def _open_masked(value: Any, name: str) -> ObjectInput:
@@ -235,9 +190,7 @@ def _open_nibabel(image: Any, name: str) -> ObjectInput:
     dtype = data.dtype if is_array else np.asanyarray(data[(slice(0, 1),) * len(shape)]).dtype
     unit = time_unit = None
     if hasattr(image.header, "get_xyzt_units"):
-        unit, time_unit = (
-            None if name == "unknown" else name for name in image.header.get_xyzt_units()
-        )
+        unit, time_unit = image.header.get_xyzt_units()
     affine = None if image.affine is None else np.asarray(image.affine, np.float64)
     count, extra = min(3, len(shape)), max(0, len(shape) - 3)
     scales, origin, lost = _placed(affine, shape[:count])
@@ -285,7 +238,7 @@ def _placed(
 
 def _open_xarray(array: Any, name: str) -> ObjectInput:
     pairs = zip(array.dims, array.shape, strict=True)
-    places = [_place_of(array.coords.get(dim), n, _kind(dim)) for dim, n in pairs]
+    places = [_place_of(array.coords.get(dim), n, kind_of_name(str(dim))) for dim, n in pairs]
     axes = _named_axes(
         array.dims,
         array.shape,
@@ -357,7 +310,7 @@ def _open_tensorstore(store: Any, name: str) -> ObjectInput:
         values,
         shape,
         dtype if is_standard else np.float32,
-        axes=_named_axes(labels, shape, scales, None, units),
+        axes=_named_axes(labels, shape, scales, (), units),
         is_named=any(labels),
         convert=lambda part: part.read().result(),
     )
@@ -387,69 +340,31 @@ def _stored_axes(array: Any) -> tuple[Axis, ...] | None:
     return source.axes if is_same and source.named_by else None
 
 
-def _open_h5py(dataset: Any, name: str) -> ObjectInput:
-    """Open a dataset; its axes have the labels of its dimensions and `element_size_um`."""
-    shape, labels = dataset.shape, [dim.label for dim in dataset.dims]
-    axes = _named_axes(labels, shape)
-    sizes = [float(size) for size in np.ravel(dataset.attrs.get("element_size_um", ()))]
-    spatial = [number for number, axis in enumerate(axes) if axis.kind == "space"]
-    if len(sizes) == len(axes):
-        sizes = [sizes[number] for number in spatial]
-    if len(sizes) == len(spatial) and all(sizes):
-        size_of = dict(zip(spatial, sizes, strict=True))
-        axes = tuple(
-            replace(axis, scale=size_of[n], unit="micrometer") if n in size_of else axis
-            for n, axis in enumerate(axes)
-        )
-    return _opened(name, dataset, shape, dataset.dtype, axes=axes, is_named=any(labels))
+def _open_hdf5(dataset: Any, name: str) -> ObjectInput:
+    if dataset.shape is None:
+        raise ArgumentError(f"input: {name} is an HDF5 dataset without values, {EXPECTED}")
+    axes, source = hdf5_axes.described_axes(dataset)
+    return _opened(name, dataset, dataset.shape, dataset.dtype, axes=axes, is_named=bool(source))
 
 
 def _open_tiff(file: Any, name: str) -> ObjectInput:
-    series = file.series[0] if hasattr(file, "series") else file
-    return _open_series(series, name, _tiff_scales(file) if hasattr(file, "series") else {})
-
-
-def _open_series(series: Any, name: str, scales: Mapping[str, tuple[float, Any]]) -> ObjectInput:
+    """Open a `TiffFile`, or one of its series, whose axes the file describes."""
     import zarr
 
+    is_file = hasattr(file, "series")
+    series = file.series[0] if is_file else file
+    metadata = tiff_axes.ImageMetadata()
+    if is_file:
+        metadata = tiff_axes.image_metadata(file, series.kind, series.name)
     array = zarr.open_array(series.aszarr(level=0), mode="r")
-    letters = [{"S": "c"}.get(letter, letter.lower()) for letter in series.axes]
-    spatial = {letter for letter in letters if letter not in KIND_OF_NAME}
-    if not spatial <= {*"zyx"}:
-        letters = [letter if letter in KIND_OF_NAME else "" for letter in letters]
-    known = [scales.get(letter, (1.0, None)) for letter in letters]
-    axes = _named_axes(
-        letters, array.shape, [scale for scale, _ in known], None, [unit for _, unit in known]
+    return _opened(
+        name,
+        array,
+        array.shape,
+        array.dtype,
+        axes=tiff_axes.described_axes(series.axes, array.shape, metadata),
+        is_named=bool(tiff_axes.named_by(series.kind, series.axes)),
     )
-    return _opened(name, array, array.shape, array.dtype, axes=axes)
-
-
-def _tiff_scales(file: Any) -> dict[str, tuple[float, Any]]:
-    """Return step and unit along the axes of an OME-TIFF, or of an ImageJ stack."""
-    import tifffile
-
-    scales: dict[str, tuple[float, Any]] = {}
-    if file.is_ome:
-        image = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
-        pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
-        for letter in "XYZ":
-            if (size := pixels.get(f"PhysicalSize{letter}")) is not None:
-                unit = pixels.get(f"PhysicalSize{letter}Unit", "µm")
-                scales[letter.lower()] = float(size), unit
-        if (step := pixels.get("TimeIncrement")) is not None:
-            scales["t"] = float(step), pixels.get("TimeIncrementUnit", "s")
-    elif file.is_imagej:
-        metadata = file.imagej_metadata or {}
-        unit = str(metadata.get("unit", "")).replace("\\u00B5m", "µm").replace("pixel", "")
-        for letter, tag in (("x", "XResolution"), ("y", "YResolution")):
-            value = file.pages[0].tags.get(tag)
-            if value is not None and value.value[0] and unit:
-                scales[letter] = value.value[1] / value.value[0], unit
-        if metadata.get("spacing") and unit:
-            scales["z"] = float(metadata["spacing"]), unit
-        if metadata.get("finterval"):
-            scales["t"] = float(metadata["finterval"]), "s"
-    return scales
 
 
 def _open_tiff_store(store: Any, name: str) -> ObjectInput:
@@ -480,21 +395,7 @@ _PACKAGES: tuple[tuple[str, tuple[str, ...], Callable[[Any, str], ObjectInput]],
     ("tifffile.zarr", ("ZarrTiffStore",), _open_tiff_store),
     ("zarr", ("Array",), _open_zarr),
     ("zarr", ("Group",), _refuse("a Zarr group", "one of its arrays, or its path")),
-    ("h5py", ("Dataset",), _open_h5py),
+    ("h5py", ("Dataset",), _open_hdf5),
     ("h5py", ("Group",), _refuse("an HDF5 group", "one of its datasets")),
 )
 """Package, classes, and the function that opens their objects."""
-
-
-def open_tiff_path(path: str, name: str) -> ObjectInput:
-    """Open a TIFF file. Raise ImportError without tifffile, and its errors for a damaged file."""
-    import tifffile
-
-    file = tifffile.TiffFile(os.fspath(path))
-    try:
-        opened = _open_tiff(file, name)
-    except BaseException:
-        file.close()
-        raise
-    weakref.finalize(opened.array, file.close)
-    return opened

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.image_objects import ImageGeometry
-from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.box import Box
 from chunkq.job.items import Image
 from chunkq.paths import absolute, is_url, without_secret
@@ -26,20 +26,19 @@ from chunkq.storage.formats.registry import format_named
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import EVERYTHING, Selection
-from chunkq_worker.input_objects import ObjectInput, open_object, open_tiff_path
+from chunkq_worker.input_objects import ObjectInput, open_object
 
 Input = Any
 """One volume: an array or image object (see `input_objects`), or a path."""
+NAMED_BY = "the array"
+"""What names the axes of a written array, if nothing names those of the original."""
 COPY_BYTES = 64 << 20
 """Bytes written at a time when an array is copied to a file."""
-TIFF_SUFFIXES = (".tif", ".tiff")
 READERS: MappingProxyType[str, str] = MappingProxyType(
     {
         ".nii": "nibabel.load(path)",
         ".nii.gz": "nibabel.load(path)",
         ".mgz": "nibabel.load(path)",
-        ".h5": "h5py.File(path)[name]",
-        ".hdf5": "h5py.File(path)[name]",
     }
 )
 """Suffix of a file that no job reads -> what returns an object that a predictor reads."""
@@ -137,9 +136,11 @@ def array_names(count: int) -> list[str]:
     return [f"array {n}" for n in range(count)] if count > 1 else ["the array"]
 
 
-def read_all(array: Array) -> npt.NDArray[Any]:
-    """Return an entire input as a NumPy array, without a copy if it is one already."""
-    return array.read(Box.of_shape(array.shape))
+def read_region(array: Array, region: Box) -> npt.NDArray[Any]:
+    """Return a region of an input ([C,] *S) as a NumPy array, without a copy if it is one."""
+    channels = array.shape[: len(array.shape) - len(region.shape)]
+    start, stop = (*(0 for _ in channels), *region.start), (*channels, *region.stop)
+    return array.read(Box(start, stop))
 
 
 @contextmanager
@@ -190,14 +191,12 @@ def _path(volume: Input) -> str:
 
 
 def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInput:
-    """Open an input of a job, or a TIFF file."""
+    """Open an input of a job."""
     try:
         source = find_source(path, selection, allow_empty=allow_empty, remedies=PYTHON)
     except StoreError as error:
         if error.code is not ErrorCode.STORE_UNSUPPORTED or is_url(path):
             raise
-        if path.lower().endswith(TIFF_SUFFIXES):
-            return _selected(_open_tiff(path), selection, path)
         advice = next((text for end, text in READERS.items() if path.lower().endswith(end)), None)
         if advice is None:
             raise
@@ -206,21 +205,6 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
             code=ErrorCode.STORE_UNSUPPORTED,
         ) from error
     return OpenedInput(source.open(), source, path=path)
-
-
-def _open_tiff(path: str) -> ObjectInput:
-    try:
-        return open_tiff_path(path, path)
-    except ImportError as error:
-        raise StoreError(
-            f"input: {path} is a TIFF file, for which tifffile is needed ({error}); run pip "
-            "install tifffile zarr",
-            code=ErrorCode.PACKAGE_MISSING,
-        ) from error
-    except ChunkqError:
-        raise
-    except Exception as error:  # of any class, for a damaged file
-        raise StoreError(f"input: {path} cannot be read by tifffile: {error}") from error
 
 
 def _write_npy(opened: OpenedInput, path: str) -> ImageSource:
@@ -239,7 +223,7 @@ def _write_npy(opened: OpenedInput, path: str) -> ImageSource:
             for part in _slabs(source.present(opened.array, time)):
                 file.write(np.ascontiguousarray(part, dtype).data)
     info = format_named("npy").find(path, {})
-    named_by = source.named_by or "the array"
+    named_by = source.named_by or NAMED_BY
     return source_of(replace(info, axes=axes, named_by=named_by), EVERYTHING, path, "npy")
 
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from threading import Event
@@ -28,17 +28,18 @@ from chunkq.errors import ArgumentError, ChunkqError, JobError, ModelError
 from chunkq.finalize import finalize_job
 from chunkq.geometry.axes import plain_axes
 from chunkq.job.events import Sink, StageProgress
-from chunkq.job.items import Image, Item, images_of, items_of
+from chunkq.job.items import Image, images_of
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
+from chunkq.job.known_empty import MISSING
+from chunkq.job.output_name import check_new_output
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import resolve
 from chunkq.paths import absolute, without_secret
+from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Chunk, Index, Plan
 from chunkq.queue.registry import queue_url
-from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, source_of
-from chunkq.storage.padded_reading import read_padded
 from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import Picks, Selection
 from chunkq.summaries import html_table, lengths, one_line
@@ -51,11 +52,12 @@ from chunkq_worker.inputs import (
     OpenedInput,
     array_names,
     open_inputs,
-    read_all,
     stored_sources,
 )
+from chunkq_worker.mask_input import open_mask
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
+from chunkq_worker.prediction_request import OpenItem, PredictionRequest
 from chunkq_worker.progress import Progress, check_progress, progress_of
 from chunkq_worker.steps import Step, Steps
 from chunkq_worker.user_errors import UserErrors
@@ -71,51 +73,21 @@ IN_FLIGHT = 2
 
 
 def _nothing() -> None:
-    """Return the result of a chunk without patches."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What one call predicts: an image, and the plan of each of its items."""
-
-    inputs: tuple[OpenedInput, ...]
-    job: Job
-    image: Image
-    plan: Plan
-
-    @property
-    def series(self) -> tuple[int, ...]:
-        """Lengths of the axes along which volumes are predicted one by one."""
-        return tuple(axis.size for axis in self.image.series_axes)
-
-    @property
-    def items(self) -> tuple[Item, ...]:
-        """The volumes that are predicted one by one."""
-        return items_of((self.image,))
-
-    def read(self) -> Any:
-        """Return what is read of the input, (*series, [C,] *S); a tuple for several inputs."""
-        views = [item.present([one.array for one in self.inputs]) for item in self.items]
-        volumes = []
-        for views_of_one in zip(*views, strict=True):
-            parts = [read_all(view) for view in views_of_one]
-            stacked = np.stack(parts) if self.series else parts[0]
-            volumes.append(stacked.reshape(*self.series, *parts[0].shape))
-        return tuple(volumes) if len(volumes) > 1 else volumes[0]
+    """Return the result of a chunk in which no patch runs."""
 
 
 class Predictor:
     """A network that predicts volumes of any shape, with the keys of a job file.
 
     A volume is an array ([C,] *S) with 1 to 4 spatial axes: NumPy, torch, dask, xarray, zarr, h5py,
-    tensorstore, an image of nibabel or tifffile, the path of an array that a job can read or of a
-    TIFF file, or any array-like that returns NumPy arrays when sliced. What is not in memory is
-    read chunk by chunk. It has channels and time points if the object or `axes` names them. Time
-    points are predicted one by one, and so are channels if the network takes one; the result has
-    them as its first axes. Pass a list of volumes of the same shape if `model_config.join_dim` is
-    set, or for the channels of a network that takes as many as there are volumes. The network is
-    loaded onto `model_config.device` for the first volume and kept until `close`; the predictor is
-    a context manager.
+    tensorstore, an image of nibabel or tifffile, the path of an array that a job can read, or any
+    array-like that returns NumPy arrays when sliced. What is not in memory is read chunk by chunk.
+    It has channels and time points if the object or `axes` names them. Time points are predicted
+    one by one, and so are channels if the network takes one; the result has them as its first axes.
+    Pass a list of volumes of the same shape if `model_config.join_dim` is set, or for the channels
+    of a network that takes as many as there are volumes. The network is loaded onto
+    `model_config.device` for the first volume and kept until `close`; the predictor is a context
+    manager.
 
     The output is byte-identical to that of a job with the same keys and number of threads.
 
@@ -123,7 +95,8 @@ class Predictor:
     a notebook, or a function that is called with (chunks done, all chunks).
 
     What is probably a mistake, such as logits that are compared with 0.5, is a PredictionWarning,
-    once for each cause. It is found in the chunk that the check of a job would run.
+    once for each cause. It is found in the chunk that the check of a job would run, or in another
+    one if all patches of that chunk are skipped.
 
     An error in the code of a network or a step is a ModelError whose cause is that error. After
     Ctrl-C the predictor can be used again; the current batch is finished in the background.
@@ -336,23 +309,27 @@ class Predictor:
         axes: str | None = None,
         channels: Picks | None = None,
         time: Picks | None = None,
+        mask: Any = None,
         progress: Progress = None,
     ) -> Prediction:
         """Run the network on an entire volume and return the result in memory.
 
         `axes` has one letter of t, c, z, y, x per axis of the array, such as "yxc" for colour.
         `channels` and `time` select positions along these axes, as in a job file: indices or a
-        range such as "0:3". By default, all are read. Raise ArgumentError if the volume is not an
-        array or a path, JobError if the volume does not match the job, ModelError if the network
-        cannot be loaded or does not match its declaration, and PredictionError if it returns NaN or
-        infinity.
+        range such as "0:3". By default, all are read. `mask` is an array, a path or a mapping with
+        the keys of `mask` in a job file; by default the mask of the job. Without voxel sizes its
+        shape divides that of the volume. With a time axis it has a mask for each time point of the
+        array. Voxels outside are `fill_value`, and the network runs only where a patch has a voxel
+        inside. Raise ArgumentError if the volume is not an array or a path, JobError if the volume
+        or the mask does not match the job, ModelError if the network cannot be loaded or does not
+        match its declaration, and PredictionError if it returns NaN or infinity.
         """
-        request = self._request(volume, self._selection(axes, channels, time))
+        request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
         plan, series, inputs = request.plan, request.series, request.inputs
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
         stored = np.zeros((*series, *plan.output_shape), plan.output_dtype)
-        shape = (*series, *plan.volume.shape)
+        shape = (*series, *plan.region.shape)
         labels = np.zeros(shape, dtype) if is_averaged else stored
         check_progress(progress)
         with closing(self._stream(request, progress)) as stream:
@@ -364,12 +341,11 @@ class Predictor:
                     labels[where] = reduce_and_cast(averages, "soft", dtype)
         probabilities = None
         if is_averaged:
-            probabilities = stored.reshape(*series, plan.channels, *plan.volume.shape)
+            probabilities = stored.reshape(*series, plan.channels, *plan.region.shape)
 
         is_read = not series and all(one.in_memory for one in inputs)
         volumes = request.read() if is_read else Unread(request.read)
-        geometry = inputs[0].geometry(request.image)
-        return Prediction(labels, volumes, probabilities, geometry)
+        return Prediction(labels, volumes, probabilities, request.geometry)
 
     def predict_streaming(
         self,
@@ -378,6 +354,7 @@ class Predictor:
         axes: str | None = None,
         channels: Picks | None = None,
         time: Picks | None = None,
+        mask: Any = None,
         progress: Progress = None,
     ) -> Regions:
         """Return a generator that yields each region of the result as soon as it is final.
@@ -393,7 +370,7 @@ class Predictor:
         runs while the generator is consumed.
         """
         check_progress(progress)
-        request = self._request(volume, self._selection(axes, channels, time))
+        request = self._request_in_memory(volume, self._selection(axes, channels, time), mask)
         return self._stream(request, progress)
 
     def predict_to_store(
@@ -404,6 +381,7 @@ class Predictor:
         axes: str | None = None,
         channels: Picks | None = None,
         time: Picks | None = None,
+        mask: Any = None,
         overwrite: bool = False,
         progress: Progress = None,
     ) -> dict[str, Any]:
@@ -421,18 +399,27 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
+        output = os.fspath(output)
+        check_new_output(output, Path.cwd())
         selection = self._selection(axes, channels, time)
-        request = self._request(volume, selection)  # raises before an array is copied
-        output, inputs = os.fspath(output), request.inputs
+        request = self._request(volume, selection, mask)  # raises before an array is copied
+        inputs, masked = request.inputs, request.mask
         for line in (line for one in inputs for line in one.lost):
             self._warnings.show("positions", f"input: {line}")
-        with stored_sources(inputs, output) as sources:
-            values = request.job.as_dict()
+        mask_input, mask_keys = (None, {}) if masked is None else masked.stored(inputs[0])
+        opened = inputs if mask_input is None else (*inputs, mask_input)
+        with stored_sources(opened, output) as (*sources,):
+            values, mask_source = request.job.as_dict(), None
+            if mask_input is not None:
+                mask_source = sources.pop()
+                if not mask_input.path:  # its axes are in the order of the volume
+                    mask_source = replace(mask_source, named_by="")
+                values["mask"] = {"path": mask_input.path or mask_source.path, **mask_keys}
             values["input"] = [
                 _input_of(source.path, one, selection)
                 for source, one in zip(sources, inputs, strict=True)
             ]
-            checked = check_job(load_job(values, output=output), sources)
+            checked = check_job(load_job(values, output=output), sources, mask_source)
             if checked.record.file_hashes != self._file_hashes:
                 raise ModelError(
                     "the model's files have changed since the predictor was created; create a new "
@@ -443,13 +430,13 @@ class Predictor:
             queue = queue_url(None, self._job.queue)
             job = create_job(checked, queue=queue, overwrite=overwrite)
             device, plan = get_device(), job.items[0].plan
-            watch = ChunkWatch(plan, self._job.model.max_batch_size)
+            watch = self._watch(request)
             with UserErrors(), progress_of(progress) as emit:
                 engine = device.run(lambda: self._fresh_engine(plan)).result()
                 with device.compute_with(job, engine, watch):
                     worker = compute_inline(job, emit)
             report = finalize_job(job, worker=worker)
-        self._warnings.show_values(watch.watch)
+        self._warnings.show_values(watch.suspicions(is_done=True))
         return report
 
     def close(self) -> None:
@@ -484,13 +471,33 @@ class Predictor:
         values = self._job.as_dict() | {"input": {"path": PLACEHOLDER, **kept, **keys}}
         return parse_job(values).inputs[0].selection
 
-    def _request(self, volume: Input | Sequence[Input], selection: Selection) -> _Request:
+    def _request_in_memory(
+        self, volume: Input | Sequence[Input], selection: Selection, mask: Any
+    ) -> PredictionRequest:
+        """Return the request for a volume; raise JobError if a prediction needs a stored job."""
+        if self._job.skip_empty == MISSING:
+            raise JobError(
+                "skip_empty: missing is unsupported for predictions in memory; use "
+                "predict_to_store, a job, or another skip_empty"
+            )
+        return self._request(volume, selection, mask)
+
+    def _request(
+        self, volume: Input | Sequence[Input], selection: Selection, mask: Any
+    ) -> PredictionRequest:
         inputs = open_inputs(volume, selection, allow_empty=self._job.allow_empty)
         sources = [one.source for one in inputs]
-        request = _Request(inputs, *self._plan([one.array.path for one in inputs], sources))
+        job, image, plan = self._plan([one.array.path for one in inputs], sources)
+        masked = open_mask(mask, self._job.mask, allow_empty=self._job.allow_empty)
+        if masked is not None:
+            masked.check(inputs[0])
         for line in (line for source in sources for line in source.doubts(PYTHON)):
             self._warnings.show("axes", line)
-        return request
+        return PredictionRequest(inputs, masked, job, image, plan)
+
+    def _watch(self, request: PredictionRequest) -> ChunkWatch:
+        batch = self._job.model.max_batch_size
+        return ChunkWatch(request.plan, batch, can_skip=request.can_skip)
 
     def _plan(
         self, names: Sequence[str], sources: Sequence[ImageSource]
@@ -525,65 +532,61 @@ class Predictor:
         hashes = checked.record.file_hashes | self._object_hashes(with_weights=True)
         return replace(checked, record=replace(checked.record, file_hashes=hashes))
 
-    def _stream(self, request: _Request, progress: Progress) -> Regions:
+    def _stream(self, request: PredictionRequest, progress: Progress) -> Regions:
         """Yield the regions of each item, while the next chunk is computed.
 
         Chunks that nobody waits for any longer are given up.
         """
         self._check_open()
         plan, items, stop = request.plan, request.items, Event()
-        arrays = [one.array for one in request.inputs]
-        watch = ChunkWatch(plan, self._job.model.max_batch_size)
-        volumes = {item.number: item.present(arrays) for item in items}
-        tasks = ((item, index) for item in items for index in plan.indices())
+        watch, empty = self._watch(request), request.empty_chunks()
+        chunks = ((item, index) for item in items for index in plan.indices())
         with progress_of(progress) as sink:
-            emit = _counted(sink, len(items) * plan.costs.chunks)
+            emit = _counted(sink, request.chunks)
             try:
                 with UserErrors():
                     get_device().run(lambda: self._fresh_engine(plan)).result()
 
-                def start(task: tuple[Item, Index]) -> Future[Any]:
-                    item, index = task
-                    return self._start(plan, volumes[item.number], item.number, index, stop, watch)
+                def start(chunk: tuple[OpenItem, Index]) -> Future[Any]:
+                    return self._start(*chunk, stop, watch)
 
-                with closing(pipelined(start, tasks, IN_FLIGHT)) as started:
+                with closing(pipelined(start, chunks, IN_FLIGHT)) as started:
                     for item in items:
-                        point = tuple(slice(n, n + 1) for n in item.point)
-                        chunks = self._computed(plan, started, watch, emit)
-                        for box, values in regions(plan, chunks):
+                        point = tuple(slice(n, n + 1) for n in item.item.point)
+                        computed = self._computed(item.tasks, started, watch, emit)
+                        for box, values in regions(plan, computed, empty, item.rules.inside):
                             region = plan.output_box(box)
                             slices = region.slices((0,) * len(region.shape))
                             yield (*point, *slices), values[(np.newaxis,) * len(point)]
             finally:
                 stop.set()
+        self._warnings.show_values(watch.suspicions(is_done=True))
 
-    def _start(
-        self,
-        plan: Plan,
-        arrays: Sequence[Array],
-        item: int,
-        index: Index,
-        stop: Event,
-        watch: ChunkWatch,
-    ) -> Future[Any]:
-        """Read a chunk of an item and start it on the device."""
-        job, device, chunk = self._job, get_device(), plan.chunk(index)
-        if not chunk.is_active:
+    def _start(self, item: OpenItem, index: Index, stop: Event, watch: ChunkWatch) -> Future[Any]:
+        """Read a chunk of an item and start it on the device, unless none of its patches runs."""
+        device, plan = get_device(), item.tasks.plan
+        if not item.tasks.is_task(index):
             return device.run(lambda: _nothing)
-        halos = [read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays]
-        value_watch = watch.of(item, chunk)
-        return device.start(lambda: self._engine(plan), chunk, halos, stop, value_watch)
+        chunk = plan.chunk(index)
+        halos, selection = item.read(chunk, self._job)
+        if not selection.run:
+            return device.run(lambda: _nothing)
+        value_watch = watch.of(item.item.number, chunk)
+        return device.start(lambda: self._engine(plan), chunk, halos, selection, stop, value_watch)
 
     def _computed(
-        self, plan: Plan, started: Iterator[Any], watch: ChunkWatch, emit: Callable[[], None]
+        self, tasks: ItemTasks, started: Iterator[Any], watch: ChunkWatch, emit: Callable[[], None]
     ) -> Iterator[tuple[Chunk, Contribution | None]]:
-        """Yield every chunk of an item with its contribution, None for a chunk without patches."""
-        for index in plan.indices():
+        """Yield every chunk of an item with its contribution.
+
+        It is None for a chunk without patches, and for an empty one.
+        """
+        for index in tasks.plan.indices():
             with UserErrors():
                 contribution = next(started)()
-            self._warnings.show_values(watch.watch)
-            yield plan.chunk(index), contribution
-            if plan.is_active(index):
+            self._warnings.show_values(watch.suspicions(is_done=False))
+            yield tasks.plan.chunk(index), contribution
+            if tasks.is_task(index):
                 emit()
 
     def _fresh_engine(self, plan: Plan) -> InferenceEngine:

@@ -6,10 +6,11 @@ import sys
 import threading
 import warnings
 from collections import deque
+from collections.abc import Iterable
 
 from chunkq.errors import PredictionWarning
 from chunkq_worker.user_errors import OWN
-from chunkq_worker.value_watch import ValueWatch
+from chunkq_worker.value_watch import Suspicion
 
 LABELS = "labels"
 """Cause of the warnings of `OutputChecks`."""
@@ -27,11 +28,11 @@ class UserWarnings:
         """Keep a warning of the device thread until the caller's thread shows it."""
         self._kept.append(text)
 
-    def show_values(self, watch: ValueWatch) -> None:
+    def show_values(self, suspicions: Iterable[Suspicion]) -> None:
         """Show what the values of a batch suggest, and the warnings that were kept."""
         while self._kept:
             self.show(LABELS, self._kept.popleft())
-        for suspicion in watch.suspicions():
+        for suspicion in suspicions:
             self.show(suspicion.cause, suspicion.text)
 
     def show(self, cause: str, text: str) -> None:

@@ -55,6 +55,11 @@ class ValueWatch:
         self._suspicions: list[Suspicion] = []
         self.norm_input: NormInput | None = None
 
+    @property
+    def has_run(self) -> bool:
+        """Whether the network has computed a batch."""
+        return self._result is not None
+
     def start(self, patches: int) -> None:
         """Begin a batch with this number of patches; the items after them are padding."""
         self._patches = patches
@@ -94,17 +99,32 @@ class ChunkWatch:
     """Watches the network in one chunk: the one whose first batch the check of a job runs.
 
     Other chunks, such as those at the border of a volume, can have background only, for which
-    usual outputs look like mistakes.
+    usual outputs look like mistakes. If the job skips all patches of that chunk, the first one that
+    runs patches is watched instead.
     """
 
-    def __init__(self, plan: Plan, batch: int) -> None:
+    def __init__(self, plan: Plan, batch: int, *, can_skip: bool = False) -> None:
         """`plan` is that of each item; `batch` is the number of patches in a batch."""
         self._index = fullest_chunk(plan, enough=batch).index
-        self.watch = ValueWatch(plan.output)
+        self._preferred, self._other = ValueWatch(plan.output), ValueWatch(plan.output)
+        self._takes_other = can_skip
 
     def of(self, item: int, chunk: Chunk) -> ValueWatch | None:
-        """Return the watch for a chunk of an item, by its number; None for other chunks."""
-        return self.watch if item == 0 and chunk.index == self._index else None
+        """Return the watch for a chunk of an item, by its number, of which patches run.
+
+        It is None for other chunks.
+        """
+        if item == 0 and chunk.index == self._index:
+            return self._preferred
+        if self._takes_other:
+            self._takes_other = False
+            return self._other
+        return None
+
+    def suspicions(self, *, is_done: bool) -> list[Suspicion]:
+        """Return what the values suggest; `is_done` says whether no chunk follows."""
+        is_other = is_done and not self._preferred.has_run
+        return (self._other if is_other else self._preferred).suspicions()
 
 
 def _range(values: npt.NDArray[np.floating]) -> tuple[float, float] | None:

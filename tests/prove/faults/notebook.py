@@ -67,7 +67,7 @@ FAULTS = (
     Fault(
         "a-predictor-does-not-warn",
         "worker/chunkq_worker/predictor.py",
-        "value_watch = watch.of(item, chunk)",
+        "value_watch = watch.of(item.item.number, chunk)",
         "value_watch = None",
         "logits are compared with a half, without a word",
         ("tests/integration/test_prediction_warnings.py",),
