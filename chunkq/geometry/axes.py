@@ -142,6 +142,11 @@ def picked(axis: Axis, picks: Sequence[int]) -> Axis:
     )
 
 
+def cropped(axis: Axis, start: int, stop: int) -> Axis:
+    """Return the part `[start, stop)` of an axis."""
+    return replace(axis, size=stop - start, translation=axis.translation + start * axis.scale)
+
+
 def looks_like_color(shape: Sequence[int]) -> bool:
     """Return whether the last axis can be colour: 3 or 4 voxels beside two long axes."""
     if len(shape) < 3 or shape[-1] not in COLOR_SIZES:

@@ -107,10 +107,15 @@ class Item:
         """Spatial shape, dtypes and channels."""
         return self.image.volume
 
+    @property
+    def series_point(self) -> tuple[int, int | None]:
+        """The numbers of its time point, by default 0, and of its only channel, None for all."""
+        kinds = {axis.kind: n for axis, n in zip(self.image.series_axes, self.point, strict=True)}
+        return kinds.get("time", 0), kinds.get("channel")
+
     def present(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Return views ([C,] *S) of the opened sources of the image."""
-        kinds = {axis.kind: n for axis, n in zip(self.image.series_axes, self.point, strict=True)}
-        time, channel = kinds.get("time", 0), kinds.get("channel")
+        time, channel = self.series_point
         pairs = zip(self.image.sources, arrays, strict=True)
         return tuple(source.present(array, time, channel) for source, array in pairs)
 

@@ -36,3 +36,32 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     volume = zarr.open_array(tmp_path / "volume.zarr", mode="r")
     assert labels.shape == volume.shape
     assert (tmp_path / "labels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_on_empty_space_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/empty-space.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="From Python",
+        shown_as="/home/me",
+        has_begun=lambda: True,
+    )
+    assert commands == 3
+    scores = zarr.open_array(tmp_path / "scores.zarr" / "0", mode="r")
+    values = scores[:]
+    assert scores.fill_value == -1
+    assert (values[48:] == -1).all()
+    assert (values[10:30, 14:34, 14:34] > 0).all()
+
+
+def test_the_example_of_a_region_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/regions.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="A picture",
+        shown_as="/home/me/regions",
+        has_begun=lambda: True,
+    )
+    assert commands == 2

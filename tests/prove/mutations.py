@@ -32,6 +32,7 @@ from tests.prove.fault import Fault
 from tests.prove.faults import (
     axes,
     blending,
+    empty_space,
     files,
     geometry,
     ledger,
@@ -49,6 +50,7 @@ FAULTS: tuple[Fault, ...] = (
     *axes.FAULTS,
     *geometry.FAULTS,
     *blending.FAULTS,
+    *empty_space.FAULTS,
     *queues.FAULTS,
     *ledger.FAULTS,
     *notebook.FAULTS,

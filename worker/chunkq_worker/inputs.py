@@ -83,9 +83,11 @@ def _volume_of(array: Array) -> Volume:
     return Volume(array.shape[1:], str(array.dtype), channels=array.shape[0])
 
 
-def read_all(array: Array) -> npt.NDArray[Any]:
-    """Return an entire input as a NumPy array, without a copy if it is one already."""
-    return array.read(Box.of_shape(array.shape))
+def read_region(array: Array, region: Box) -> npt.NDArray[Any]:
+    """Return a region of an input ([C,] *S) as a NumPy array, without a copy if it is one."""
+    channels = array.shape[: len(array.shape) - len(region.shape)]
+    start, stop = (*(0 for _ in channels), *region.start), (*channels, *region.stop)
+    return array.read(Box(start, stop))
 
 
 @contextmanager

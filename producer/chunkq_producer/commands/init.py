@@ -9,6 +9,7 @@ import click
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import SCHEMA_FILE
 from chunkq.system.standard_output import print_text
+from chunkq.terminal import argument
 
 SCHEMA_COMMENT = "# yaml-language-server: $schema={url}\n"
 """Comment by which editors find the schema of a YAML file. Its value contains no spaces."""
@@ -37,7 +38,7 @@ weight_function: [weight_gaussian]  # uniform, gaussian, linear, hann, bump, or 
 pad_width: [16, 16, 16]           # pad the volume by this many voxels on each side
 pad_mode: reflect                 # constant | reflect | symmetric | edge
 
-# chunksize: [256, 256, 256]      # voxels per task; chosen from the available memory by default
+# chunksize: [256, 256, 256]      # voxels per task; by default chosen from the volume
 
 model_config:
   runtime: torch
@@ -69,4 +70,4 @@ def init(path: Path) -> None:
             f"{path}: cannot be written: {error.strerror}; choose another path",
             code=ErrorCode.STORE_UNUSABLE,
         ) from None
-    print_text(f"wrote {path}; edit it, then run: chunkq plan {path}")
+    print_text(f"wrote {path}; edit it, then run: chunkq plan {argument(str(path))}")
