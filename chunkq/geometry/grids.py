@@ -162,9 +162,9 @@ class AxisGrid:
 class AxisBlock:
     """One block along one axis; all lengths are in voxels.
 
-    `band` and `aligned_band` start at the block's low side, `upper_overlap` at its stop. `halo` is
-    the input window, empty if the block owns no patch. `owned[g]` holds the numbers of its patches
-    of grid g, `needed[g]` those of them that predict voxels of the region.
+    `band` and `aligned_band` start at the block's low side, `upper_overlap` at its stop. `owned[g]`
+    holds the numbers of its patches of grid g, `needed[g]` those of them that predict voxels of the
+    region. `halo` is the input window of the needed ones, empty if there is none.
     """
 
     start: int
@@ -222,6 +222,15 @@ class AxisGeometry:
         """Return the end of each block, exclusive; the last block ends with the region."""
         return np.clip(self.origin + (block + 1) * self.chunk, self.low, self.high)
 
+    @property
+    def active(self) -> range:
+        """Blocks from the first to the last that owns a patch which the region needs."""
+        owners = [
+            grid.owners(self.chunk, grid.touching(self.low, self.high)) for grid in self.grids
+        ]
+        starts, stops = [o.start for o in owners if o], [o.stop for o in owners if o]
+        return range(min(starts), max(stops)) if starts else range(0)
+
     def needed(self, grid: AxisGrid, block: IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of the patches owned by each block that predict voxels of the region."""
         low, high = grid.owned(block, self.chunk)
@@ -258,11 +267,11 @@ class AxisGeometry:
         return np.where(rounded < length, rounded, length)
 
     def halo(self, block: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the input window that the owned patches read; (0, 0) if none is owned."""
+        """Return the input window of the patches that the region needs; (0, 0) if there is none."""
         low = np.full_like(block, EMPTY_RANGE)
         high = np.full_like(block, -EMPTY_RANGE)
         for grid in self.grids:
-            begin, end = grid.owned(block, self.chunk)
+            begin, end = self.needed(grid, block)
             owns_patches = end > begin
             low = np.where(owns_patches, np.minimum(low, grid.start(begin)), low)
             high = np.where(owns_patches, np.maximum(high, grid.start(end - 1) + grid.patch), high)

@@ -151,13 +151,10 @@ class _Kind:
 
 def _kinds(axis: AxisGeometry) -> list[_Kind]:
     """Return the kinds of blocks along an axis that own a patch of the region."""
-    owners = [grid.owners(axis.chunk, grid.touching(axis.low, axis.high)) for grid in axis.grids]
-    first = min((o.start for o in owners if o), default=0)
-    stop = max((o.stop for o in owners), default=0)
     partial: list[_Kind] = []
     totals: dict[Along, tuple[int, int]] = {}
-    for low in range(first, stop, BLOCKS_PER_BATCH):
-        blocks = np.arange(low, min(low + BLOCKS_PER_BATCH, stop), dtype=np.int64)
+    for low in axis.active[::BLOCKS_PER_BATCH]:
+        blocks = np.arange(low, min(low + BLOCKS_PER_BATCH, axis.active.stop), dtype=np.int64)
         counts, is_full = [], np.ones(len(blocks), np.bool_)
         for grid in axis.grids:
             counts.append(_length(*grid.owned(blocks, axis.chunk)))

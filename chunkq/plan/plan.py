@@ -516,8 +516,8 @@ class Plan:
         """Yield the blocks that have a band in C order (last axis fastest)."""
         box, has_band = self.block_indices, []
         for axis in self.axes:
-            numbers = np.array(axis.numbers, dtype=np.int64)
-            has_band.append(axis.band(numbers) > 0)
+            numbers = np.arange(axis.numbers.start, axis.numbers.stop, dtype=np.int64)
+            has_band.append((axis.band(numbers) > 0).tolist())
         for index in product(*map(range, box.start, box.stop)):
             if any(
                 flags[i - low] for flags, i, low in zip(has_band, index, box.start, strict=True)

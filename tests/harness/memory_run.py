@@ -90,9 +90,8 @@ def run(
     writes = np.zeros(plan.region.shape, dtype=int)
 
     def write(box: Box, values: Array) -> None:
-        slices: tuple[Any, ...] = box.slices(plan.region.start)
-        writes[slices] += 1
-        out[(..., *slices)] = values
+        writes[box.slices(plan.region.start)] += 1
+        out[plan.output_box(box).slices((0,) * out.ndim)] = values
         assert values.dtype == plan.output_dtype
 
     results = {

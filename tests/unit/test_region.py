@@ -14,6 +14,7 @@ from chunkq.blend.weights import ArrayWeights
 from chunkq.errors import JobError
 from chunkq.geometry.box import Box
 from chunkq.geometry.padding import source_indices
+from chunkq.plan.fetches import axis_fetches
 from chunkq.plan.plan import Patch, Plan
 from tests import reference as ref
 from tests.harness.memory_run import ToDevice, in_numpy, in_torch, run
@@ -222,6 +223,24 @@ def test_blocks_cover_the_region_exactly_once_in_whole_storage_chunks(case: Regi
     assert (count == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("roi", "is_aligned", "starts"),
+    [
+        ([[8, 40], [12, 40]], True, [(8, 12), (8, 24), (8, 36), (12, 12)]),
+        ([[8, 40], [13, 40]], False, [(8, 13), (8, 25), (8, 37), (20, 13)]),
+        ([[9, 40], [12, 40]], False, [(9, 12), (9, 24), (9, 36), (21, 12)]),
+    ],
+)
+def test_blocks_start_with_the_region_if_one_axis_starts_between_storage_chunks(
+    roi: list[list[int]], is_aligned: bool, starts: list[tuple[int, ...]]
+) -> None:
+    keys: dict[str, Any] = {"chunksize": [12, 12], "storage_chunks": [4, 4]}
+    plan = plan_for((40, 40), (6, 6), roi=roi, **keys)
+    blocks = [plan.chunk(index).block for index in plan.indices()]
+    assert plan.grid.is_aligned is is_aligned
+    assert [block.start for block in blocks if block.size][:4] == starts
+
+
 @settings(max_examples=60)
 @given(region_cases())
 def test_pieces_that_are_sent_are_those_that_are_awaited(case: RegionCase) -> None:
@@ -278,6 +297,24 @@ def test_a_chunk_reads_and_sums_what_its_patches_cover(case: RegionCase) -> None
             assert patch.source in chunk.halo
             assert patch.target in chunk.region
         assert chunk.block in chunk.region
+
+
+@settings(max_examples=60)
+@given(region_cases(max_rank=1), st.integers(1, 9))
+def test_fetched_storage_chunks_are_those_in_the_windows_of_the_chunks(
+    case: RegionCase, storage: int
+) -> None:
+    plan = RegionCase(case.whole, case.roi, batch=1).plan()
+    read = []
+    for chunk in map(plan.chunk, plan.active_indices()):
+        axis = plan.axes[0]
+        inside = source_indices(chunk.halo.start[0], chunk.halo.stop[0], axis.volume, axis.pad_mode)
+        inside = inside[inside >= 0]
+        read.append(set(range(inside.min() // storage, inside.max() // storage + 1)))
+    fetches = axis_fetches(plan.axes[0], storage)
+    assert fetches.fetched == sum(map(len, read))
+    assert fetches.most == max(map(len, read))
+    assert fetches.used == len(set().union(*read))
 
 
 def test_the_chunks_of_a_large_region_are_those_of_the_whole_volume() -> None:
