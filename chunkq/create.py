@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
@@ -114,6 +115,7 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
     if overwrite:
         # The record may be damaged.
         _check_overwritable(output, is_job=folder.objects.exists(RECORD))
+        _check_writable(output)
         return
     stored_record = folder.read_record()
     if stored_record is not None:
@@ -125,6 +127,7 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
             "--resume",
             code=ErrorCode.JOB_MISSING,
         )
+    _check_writable(output)
     filesystem, inner = open_filesystem(output)
     if filesystem.exists(inner):
         raise StoreError(
@@ -266,6 +269,22 @@ def _overlap(output: str, array: str) -> bool:
     paths = [path if is_url(path) else os.path.realpath(path) for path in (output, array)]
     first, second = (path.rstrip("/") + "/" for path in paths)
     return first.startswith(second) or second.startswith(first)
+
+
+def _check_writable(output: str) -> None:
+    """Raise StoreError if a new local output can have no folder, so that no work is in vain."""
+    if is_url(output):
+        return
+    parent = next(path for path in Path(output).parents if os.path.lexists(path))
+    if not parent.is_dir():
+        problem = f"{parent} is not a folder"
+    elif os.access(parent, os.W_OK | os.X_OK):
+        return
+    else:
+        problem = f"the folder {parent} is read-only for this user"
+    raise StoreError(
+        f"output: {output} cannot be written: {problem}; fix the storage, or choose another output"
+    )
 
 
 def _check_overwritable(output: str, *, is_job: bool) -> None:

@@ -220,7 +220,7 @@ class InputConfig(Section):
         Level | None,
         key_doc(
             "Input and output",
-            "Resolution level of an OME-Zarr image, by number or by the path of its dataset.",
+            "Resolution level of an image, by number or, in OME-Zarr, by the path of its dataset.",
             example=1,
             unit=None,
             omitted="0",

@@ -15,6 +15,7 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.axis_order import (
     EITHER_ORDER,
+    FIRST,
     LAST,
     WrittenOrders,
     channels_first,
@@ -42,7 +43,7 @@ def resolve(
     JobError with one line per mistake.
     """
     paths = paths or job.input_paths
-    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume, paths[0])
     problems = problems or _region_problems(job, volume, paths)
     if problems:
         raise JobError(problems)
@@ -50,7 +51,8 @@ def resolve(
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
     grid = shapes.grid(_region(job, volume))
-    if problems := [*_coverage_problems(grid), *_chunk_problems(grid)]:
+    source = shapes.source
+    if problems := [*_coverage_problems(grid, source), *_chunk_problems(grid, source)]:
         raise JobError(shapes.channels_last_problems() or problems)
     return Plan(volume, grid, (shapes.output_spec(),))
 
@@ -134,7 +136,7 @@ def _skip_empty_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
     ]
 
 
-def _length_problems(job: Job, volume: Volume) -> list[str]:
+def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
     rank = len(volume.shape)
     lists: dict[str, Sequence[object] | None] = {
         "chunksize": job.chunksize,
@@ -146,8 +148,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
-        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input, whose "
-        f"shape is {list(volume.shape)}"
+        f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of "
+        f"{path}, whose lengths are {list(volume.shape)}"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -156,8 +158,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
-                f"set one per axis of the input, whose shape is {list(volume.shape)}, after the "
-                "number of channels if there is one"
+                f"set one per spatial axis of {path}, whose lengths are {list(volume.shape)}, "
+                f"and {_channel_place(job.model.runtime)}"
             )
         elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
             problems.append(
@@ -197,6 +199,12 @@ def _region(job: Job, volume: Volume) -> Box | None:
     return Box(tuple(start for start, _ in pairs), tuple(stop for _, stop in pairs))
 
 
+def _channel_place(runtime: str) -> str:
+    if runtime in EITHER_ORDER:
+        return "the number of channels first or last if there is one"
+    return "the number of channels first if there is one"
+
+
 def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
     expected = [shape[-1], *shape[:-1]]
     return (
@@ -218,7 +226,9 @@ class _Shapes:
     def __init__(self, job: Job, volume: Volume, paths: Sequence[str], *, by_channel: bool) -> None:
         self.job, self.volume, self.paths, self.by_channel = job, volume, paths, by_channel
         rank = len(volume.shape)
-        model = channels_first(job.model, rank, input_channels(job.model, volume))
+        channels = input_channels(job.model, volume)
+        model = channels_first(job.model, rank, channels)
+        self.orders = WrittenOrders.of(job.model, rank, channels)
         model_input = model.model_input_shape
         model_output = model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
@@ -236,6 +246,22 @@ class _Shapes:
             (p - q) // 2 + m for p, q, m in zip(self.patch, self.output, self.margin, strict=True)
         )
 
+    @property
+    def output_key(self) -> str:
+        """The key that the shape of the output comes from."""
+        has_own = self.job.model.model_output_shape is not None
+        return "model_output_shape" if has_own else "model_input_shape"
+
+    @property
+    def source(self) -> str:
+        """Where the output patch comes from, for messages."""
+        margin = " without margin" if self.job.margin is not None else ""
+        return f"model_config.{self.output_key}{margin}"
+
+    def _output_entry(self, axis: int) -> int:
+        """Return the index of a spatial axis in `model_output_shape` as the job has it."""
+        return axis + (self.orders.output is FIRST)
+
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
         found = input_channels(self.job.model, self.volume)
@@ -251,14 +277,15 @@ class _Shapes:
                 continue
             if q > p or (p - q) % 2:
                 problems.append(
-                    f"model_config.model_output_shape: found {q} along axis {axis}; expected {p} "
-                    "as in model_input_shape, or less by an even number, half of it on each side"
+                    f"model_config.model_output_shape: found {q} along axis {axis} (entry "
+                    f"{self._output_entry(axis)}); expected {p} as in model_input_shape, or less "
+                    "by an even number, half of it on each side"
                 )
         for axis, (m, q, kept) in enumerate(zip(self.margin, self.output, self.kept, strict=True)):
             if kept < 1:
                 problems.append(
-                    f"margin: {m} along axis {axis} removes the whole output patch ({q}); "
-                    f"use at most {(q - 1) // 2}"
+                    f"margin: {m} along axis {axis} removes the whole output patch ({q} in "
+                    f"model_config.{self.output_key}); use at most {(q - 1) // 2}"
                 )
         return problems
 
@@ -306,9 +333,12 @@ class _Shapes:
         if not self.from_labels:
             if job.classes == self.network_channels:
                 return []
+            advice = f"use {self.network_channels}, or remove classes"
+            if job.model.model_output_shape is None:
+                advice = "set model_output_shape, which is model_input_shape by default"
             return [
-                f"classes: {job.classes}, but model_output_shape has {self.network_channels} "
-                f"channels; use {self.network_channels}, or remove classes"
+                f"classes: {job.classes}, but model_config.{self.output_key} has "
+                f"{self.network_channels} channels; {advice}"
             ]
         problems = []
         if job.activation != "none":
@@ -340,9 +370,7 @@ class _Shapes:
             return []
         if not 0 <= axis < len(self.patch):
             shape, rank = self.job.model.model_input_shape, len(self.patch)
-            channels = input_channels(self.job.model, self.volume)
-            is_last = WrittenOrders.of(self.job.model, rank, channels).input is LAST
-            first = 0 if is_last else len(shape) - rank
+            first = 0 if self.orders.input is LAST else len(shape) - rank
             return [
                 f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
                 f"{list(shape)}; use {first} to {first + rank - 1}"
@@ -355,8 +383,8 @@ class _Shapes:
             )
         if self.output[axis] != 1:
             problems.append(
-                f"model_config.lost_dim: model_output_shape has {self.output[axis]} slices along "
-                "this axis; use 1"
+                f"model_config.lost_dim: model_output_shape has {self.output[axis]} slices in "
+                f"entry {self._output_entry(axis)}, which is this axis; use 1"
             )
         return problems
 
@@ -416,14 +444,15 @@ class _Shapes:
         return replace(spec, chunk=chunks, storage=storage)
 
 
-def _chunk_problems(grid: GridSpec) -> list[str]:
+def _chunk_problems(grid: GridSpec, source: str) -> list[str]:
+    """Return one line per mistake; `source` says where the output patch comes from."""
     problems = []
     for number, axis in enumerate(grid.axes):
         kept = axis.grids[0].kept
         if axis.chunk < min(kept, axis.volume):
             problems.append(
                 f"chunksize: {axis.chunk} along axis {number} is smaller than the output patch "
-                f"({kept}); use at least {min(kept, axis.volume)}"
+                f"({kept} in {source}); use at least {min(kept, axis.volume)}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
             problems.append(
@@ -433,8 +462,11 @@ def _chunk_problems(grid: GridSpec) -> list[str]:
     return problems
 
 
-def _coverage_problems(spec: GridSpec) -> list[str]:
-    """Return one line for each axis along which a voxel lies in no output patch."""
+def _coverage_problems(spec: GridSpec, source: str) -> list[str]:
+    """Return one line for each axis along which a voxel lies in no output patch.
+
+    `source` says where the output patch comes from.
+    """
     problems, axes = [], spec.axes
     for number, axis in enumerate(axes):
         grid = axis.grids[0]
@@ -448,7 +480,7 @@ def _coverage_problems(spec: GridSpec) -> list[str]:
         if gap is not None and len(axis.grids) == 1:
             problems.append(
                 f"strides: {grid.stride} along axis {number} is larger than the output patch "
-                f"({grid.kept}) and leaves voxel {gap} without a prediction; "
+                f"({grid.kept} in {source}) and leaves voxel {gap} without a prediction; "
                 f"use at most {grid.kept}"
             )
     if problems:

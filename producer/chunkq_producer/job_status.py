@@ -21,8 +21,9 @@ from chunkq.plan.plan import total_costs
 from chunkq.progress_bar import Bar
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion
+from chunkq.tables import FittingTable
+from chunkq.terminal import argument
 from chunkq.units import duration, si
-from chunkq_producer.tables import FittingTable
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -281,8 +282,11 @@ def _speed_line(status: JobStatus) -> str:
     return ", ".join(parts)
 
 
-def status_screen(status: JobStatus, width: int) -> RenderableType:
-    """Return the status for a terminal of `width` columns."""
+def status_screen(status: JobStatus, width: int, *, with_next_step: bool = True) -> RenderableType:
+    """Return the status for a terminal of `width` columns.
+
+    A run takes the next step itself, so it shows the status without it.
+    """
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
     bar = Table.grid()  # a bar outside a table does not end its line
     bar.add_row(Bar(status.patches_done, status.patches, min(60, width - 2)))
@@ -296,6 +300,8 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
         chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
         lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
         lines.append(Text(f"  chunks {chunks}", style="red"))
+    if not with_next_step:
+        return Group(*lines)
     if status.lost_from_queue:
         lines.append(
             Text(
@@ -305,7 +311,7 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
             )
         )
     if status.done == status.chunks and not status.sealed:
-        lines.append(Text(f"next: chunkq finalize {status.output}"))
+        lines.append(Text(f"next: chunkq finalize {argument(status.output)}"))
     return Group(*lines)
 
 
@@ -319,7 +325,7 @@ def _worker_table(workers: tuple[WorkerState, ...]) -> FittingTable:
         idle = "" if wait is None else f"{wait:.0%}"
         device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
         rows.append((worker.host, device, running, str(worker.recent_chunks), idle, stages))
-    return FittingTable(headings, rows, left=range(len(headings)), wraps=5)
+    return FittingTable(headings, rows, left=range(len(headings)), wraps=(5,))
 
 
 def _ago(moment: float | None) -> str:

@@ -8,6 +8,18 @@ from tests.harness.documents import run_page
 from tests.harness.workspace import Workspace
 
 
+def test_the_examples_of_tiff_and_hdf5_run_as_they_stand(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/files.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="TIFF",
+        shown_as="/home/me/files",
+        has_begun=lambda: True,
+    )
+    assert commands == 2
+
+
 def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     stopped = tmp_path / "stopped.zarr.chunkq"

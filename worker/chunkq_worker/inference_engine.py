@@ -74,7 +74,13 @@ class InferenceEngine:
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
         self.batcher = Batcher(
-            plan, self._model, self.runtime, self._steps, self._network_key, self.checks
+            plan,
+            self._model,
+            self.runtime,
+            self._steps,
+            self._network_key,
+            self.checks,
+            self._job.model,
         )
         self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading

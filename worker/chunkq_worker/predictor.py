@@ -30,6 +30,7 @@ from chunkq.geometry.axes import Axis
 from chunkq.job.events import Sink, StageProgress
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
 from chunkq.job.known_empty import MISSING, mask_counts
+from chunkq.job.output_name import check_new_output
 from chunkq.job.record import JobRecord
 from chunkq.job.resolve import empty_rule, resolve
 from chunkq.job.user_code import load_blend_weights
@@ -371,9 +372,10 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
+        output = os.fspath(output)
+        check_new_output(output, Path.cwd())
         inputs = self._open(volume, axes)
         plan = self._plan(inputs)  # raises before an array is copied
-        output = os.fspath(output)
         selection = self._selection(axes)
         opened = self._open_mask(mask)
         stored = None if opened is None else opened.stored(inputs[0])

@@ -375,6 +375,8 @@ def _image_of(group: ZarrNode) -> MultiscaleImage:
 
 def _level_names(image: MultiscaleImage) -> str:
     paths = [dataset.path for dataset in image.datasets]
+    if len(paths) == 1:
+        return f"0 only ({paths[0]})"
     return f"0 to {len(paths) - 1} ({', '.join(paths[:8])})"
 
 

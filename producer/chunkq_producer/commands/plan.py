@@ -153,10 +153,12 @@ class Trial:
 
 def _run_trial(job: CheckedJob, depth: int) -> Trial:
     """Run the network on patches, and whole chunks. Raises ModelError."""
+    from chunkq.progress_bar import ProgressDisplay
     from chunkq_producer.check_model import check_model
     from chunkq_producer.finalizer_memory import measure_finalizer_memory
 
-    check = check_model(job.record, depth=depth)
+    with ProgressDisplay() as display:
+        check = check_model(job.record, depth=depth, emit=display)
     if check.patches is None or check.memory is None:
         raise ModelError("model_config: the check of the network ran no patches")
     has_blocks = job.costs.finalized_blocks > 0
