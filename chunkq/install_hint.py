@@ -15,6 +15,7 @@ EXTRAS = {
     "distributed": "dask",
     "keras": "tensorflow",
     "matplotlib": "plot",
+    "nibabel": "nifti",
     "onnx": "export",
     "onnxruntime": "onnx",
     "onnxscript": "export",

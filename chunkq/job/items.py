@@ -20,6 +20,8 @@ from chunkq.storage.images import ImageSource, find_source
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""
+SUFFIXES = (".zarr", ".npy", ".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
+"""Ends of names of inputs that are no part of the name of an image."""
 RESERVED_NAMES = frozenset({"labels", "OME"})
 """Names that OME-Zarr gives a meaning in a group."""
 
@@ -182,9 +184,10 @@ def _stem(path: str) -> str:
     """Return a name for an image from the path of its array."""
     parts = [part for part in path.rstrip("/").split("/") if part]
     # An OME-Zarr image is a folder `NAME.ome.zarr` that contains its array.
-    stores = [part for part in parts if part.endswith((".zarr", ".npy"))]
+    stores = [part for part in parts if part.lower().endswith(SUFFIXES)]
     base = (stores or parts)[-1]
-    stem = base.removesuffix(".npy").removesuffix(".zarr").removesuffix(".ome")
+    ending = next((end for end in SUFFIXES if base.lower().endswith(end)), "")
+    stem = base[: len(base) - len(ending)].removesuffix(".ome")
     name = NAME_CHARACTERS.sub("_", stem).strip("_") or "image"
     return f"{name}_" if name in RESERVED_NAMES else name
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError, StoreError
@@ -25,6 +26,7 @@ from chunkq.paths import without_secret
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.storage.array import Array
 from chunkq.storage.padded_reading import read_padded
+from chunkq.storage.staged import Slabs, StagedCopy
 
 JOBS_CACHED = 8
 
@@ -123,9 +125,22 @@ class ImageHandle:
         """All of each input array. Raises ChunkReadError if one was replaced."""
         self.check_inputs()
         try:
-            return self.image.open()
+            return tuple(
+                source.open() if (copy := self.staged_copy(number)) is None else copy.open()
+                for number, source in enumerate(self.image.sources)
+            )
         except StoreError as error:
             raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
+
+    def staged_copy(self, number: int) -> StagedCopy | None:
+        """Return the copy of a source that is read in its place, or None if it is read itself."""
+        source = self.image.sources[number]
+        if not source.staged:
+            return None
+        slabs = Slabs.of(source.axes, np.dtype(source.dtype).itemsize)
+        # Either an image is alone, or it has one source.
+        name = str(self.image.number + number)
+        return StagedCopy(self.job.ledger.staged, name, slabs, source.dtype)
 
     @cached_property
     def target(self) -> Array:

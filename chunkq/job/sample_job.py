@@ -17,9 +17,17 @@ def largest_item(job: JobHandle) -> ItemHandle:
 
 
 def copy_job(record: JobRecord, folder: str) -> JobHandle:
-    """Create the job with an empty output below a local folder, and return its handle."""
+    """Create the job with an empty output below a local folder, and return its handle.
+
+    Its chunks read the inputs themselves, also those that the job stages.
+    """
     output = f"{folder}/out.zarr"
-    copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
+    images = tuple(
+        replace(image, sources=tuple(replace(source, staged="") for source in image.sources))
+        for image in record.images
+    )
+    config = record.job.model_copy(update={"output": output, "queue": None})
+    copy = replace(record, job=config, images=images)
     JobFolder(job_folder_of(output)).create_record(new_record(copy, replaces=False))
     job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)

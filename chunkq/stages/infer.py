@@ -22,6 +22,7 @@ class InferStage(Stage):
 
     kind: ClassVar[str] = "infer"
     is_queued: ClassVar[bool] = True
+    after: ClassVar[str | None] = "ingest"
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:

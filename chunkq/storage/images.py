@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
@@ -26,7 +29,8 @@ class ImageSource:
     `channels` and `time` are the indices that are read along the channel and the time axis, in
     their order; they are empty if there is no such axis. `order` has the numbers of the spatial
     axes in the order of the network; empty for the stored order. `named_by` says what names the
-    axes; empty if nothing does.
+    axes; empty if nothing does. `staged` says why workers read a copy in Zarr of the array instead;
+    empty if they read the array.
     """
 
     format: str
@@ -38,6 +42,7 @@ class ImageSource:
     time: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     named_by: str = ""
+    staged: str = ""
 
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
@@ -60,6 +65,12 @@ class ImageSource:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the spatial axes, in the order of the network."""
         return tuple(axis.size for axis in self.spatial_axes)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Size (bytes) of the copy in Zarr before compression; 0 if the array is read itself."""
+        size = prod(axis.size for axis in self.axes) * np.dtype(self.dtype).itemsize
+        return size if self.staged else 0
 
     @property
     def volume(self) -> Volume:
@@ -147,4 +158,5 @@ def source_of(
         selected.time,
         selected.order,
         selected.named_by,
+        array.staged,
     )

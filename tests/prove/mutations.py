@@ -33,6 +33,7 @@ from tests.prove.faults import (
     axes,
     blending,
     geometry,
+    ingest,
     ledger,
     notebook,
     queues,
@@ -47,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
     *axes.FAULTS,
     *geometry.FAULTS,
+    *ingest.FAULTS,
     *blending.FAULTS,
     *queues.FAULTS,
     *ledger.FAULTS,

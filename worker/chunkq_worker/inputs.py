@@ -23,9 +23,10 @@ from chunkq.paths import absolute, is_url, without_secret
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.formats.nifti import AFFINE, affine_of
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.selection import EVERYTHING, Selection
-from chunkq_worker.input_objects import OpenedInput, open_object, open_tiff_path
+from chunkq_worker.input_objects import ObjectArray, OpenedInput, open_object, open_tiff_path
 
 Input = Any
 """One volume: an array or image object (see `input_objects`), or a path."""
@@ -34,8 +35,6 @@ COPY_BYTES = 64 << 20
 TIFF_SUFFIXES = (".tif", ".tiff")
 READERS: MappingProxyType[str, str] = MappingProxyType(
     {
-        ".nii": "nibabel.load(path)",
-        ".nii.gz": "nibabel.load(path)",
         ".mgz": "nibabel.load(path)",
         ".h5": "h5py.File(path)[name]",
         ".hdf5": "h5py.File(path)[name]",
@@ -165,7 +164,20 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
             code=ErrorCode.STORE_UNSUPPORTED,
         ) from error
     array = _presented(source, source.open())
-    return OpenedInput(array, ImageGeometry(source.spatial_axes), path=path)
+    if source.staged:  # a region would be read from the start of the file each time
+        array = ObjectArray(path, read_all(array), array.shape, array.dtype)
+    geometry = ImageGeometry(source.spatial_axes, **_nifti_geometry(source))
+    return OpenedInput(array, geometry, in_memory=bool(source.staged), path=path)
+
+
+def _nifti_geometry(source: ImageSource) -> dict[str, Any]:
+    """Return the affine of a NIfTI image, and the order of its spatial axes x, y, z."""
+    if AFFINE not in source.options:
+        return {}
+    names = [axis.name for axis in source.spatial_axes]
+    order = tuple(names.index(name) for name in "xyz" if name in names)
+    is_named = len(order) == len(names)
+    return {"affine": affine_of(source.options), "file_order": order} if is_named else {}
 
 
 def _open_tiff(path: str) -> OpenedInput:

@@ -31,7 +31,8 @@ class ArrayInfo:
     is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
     chunks exists, as far as the storage can tell, so that all voxels are the fill value. `named_by`
     says which metadata name the axes, such as "OME-Zarr metadata"; it is empty if nothing does.
-    `labels` are the names of the channels, empty if there are none.
+    `labels` are the names of the channels, empty if there are none. `staged` says why the array
+    cannot be read by region, so that a job copies it to Zarr first; it is empty if it can.
     """
 
     path: str
@@ -41,6 +42,7 @@ class ArrayInfo:
     named_by: str = ""
     labels: tuple[str, ...] = ()
     is_empty: bool = False
+    staged: str = ""
 
 
 class Format(ABC):

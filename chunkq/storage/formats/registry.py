@@ -16,12 +16,13 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.conversion import conversion
+from chunkq.storage.formats.nifti import NiftiFormat
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.zarr import ZarrFormat
 from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 
 BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
-    {"npy": NpyFormat(), "zarr": ZarrFormat()}
+    {"npy": NpyFormat(), "nifti": NiftiFormat(), "zarr": ZarrFormat()}
 )
 """Formats by name, in the order in which they are asked."""
 EXTENSIONS = ExtensionPoint(
@@ -73,7 +74,7 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
     filesystem, inner = open_filesystem(path, access)
     if not filesystem.exists(inner):
         return missing_error(path)
-    expected = "expected a Zarr store or a .npy file"
+    expected = "expected a Zarr store, or a file .npy, .nii or .nii.gz"
     if advice := conversion(without_secret(path)):
         reason = advice
     elif path.endswith(".npz"):

@@ -35,7 +35,8 @@ METADATA_KEYS = {
 class TensorStoreArray(Array):
     """Zarr array read and written by tensorstore: local files, S3, GCS.
 
-    `metadata` replaces the stored metadata. Raises ValueError, or the error of the storage, if
+    `metadata` replaces the stored metadata. `is_whole` stores chunks of fill values only, too, and
+    makes a missing one an error. Raises ValueError, or the error of the storage, if
     tensorstore cannot open the array, for example for lack of a codec.
     """
 
@@ -47,6 +48,7 @@ class TensorStoreArray(Array):
         write: bool = False,
         access: Access = DEFAULT_ACCESS,
         metadata: Mapping[str, Any] | None = None,
+        is_whole: bool = False,
     ) -> None:
         import tensorstore as ts
 
@@ -58,6 +60,8 @@ class TensorStoreArray(Array):
         if metadata is not None:
             known = METADATA_KEYS[zarr_format]
             spec["metadata"] = {key: metadata[key] for key in known if key in metadata}
+        if is_whole:
+            spec |= {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
         self._store = ts.open(
             spec, open=True, read=True, write=write, assume_metadata=metadata is not None
         ).result()
