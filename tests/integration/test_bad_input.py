@@ -87,7 +87,7 @@ def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reader"),
-    [("scan.nii.gz", "nibabel.load("), ("a.TIF", "tifffile.imread("), ("a.h5", "h5py.File(")],
+    [("scan.mgz", "nibabel.load("), ("a.TIF", "tifffile.imread("), ("a.h5", "h5py.File(")],
 )
 def test_a_file_of_another_format_is_rejected_with_the_code_that_converts_it(
     workspace: Workspace, name: str, reader: str
