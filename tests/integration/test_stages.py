@@ -34,7 +34,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.syspath_prepend(OUTSIDE)
         registry._found.cache_clear()
-        assert [stage.kind for stage in registry.stages()] == ["infer", "finalize", "sum", "total"]
+        assert [stage.kind for stage in registry.stages()] == ["ingest", "infer", "finalize", "sum", "total"]
         yield
     registry._found.cache_clear()
 
