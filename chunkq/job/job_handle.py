@@ -125,8 +125,12 @@ class ImageHandle:
         """All of each input array. Raises ChunkReadError if one was replaced."""
         self.check_inputs()
         try:
+            record = self.job.record
+            is_repeated = any(fetches.are_repeated for fetches in record.fetches(self.image))
             return tuple(
-                source.open() if (copy := self.staged_copy(number)) is None else copy.open()
+                source.open(cached=is_repeated)
+                if (copy := self.staged_copy(number)) is None
+                else copy.open(cached=is_repeated)
                 for number, source in enumerate(self.image.sources)
             )
         except StoreError as error:

@@ -9,6 +9,7 @@ from chunkq.job.job_handle import ItemHandle, JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.output import new_record
 from chunkq.job.record import JobRecord
+from chunkq.storage.images import ImageSource
 
 
 def largest_item(job: JobHandle) -> ItemHandle:
@@ -23,8 +24,7 @@ def copy_job(record: JobRecord, folder: str) -> JobHandle:
     """
     output = f"{folder}/out.zarr"
     images = tuple(
-        replace(image, sources=tuple(replace(source, staged="") for source in image.sources))
-        for image in record.images
+        replace(image, sources=tuple(map(_unstaged, image.sources))) for image in record.images
     )
     config = record.job.model_copy(update={"output": output, "queue": None})
     copy = replace(record, job=config, images=images)
@@ -32,3 +32,8 @@ def copy_job(record: JobRecord, folder: str) -> JobHandle:
     job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)
     return job
+
+
+def _unstaged(source: ImageSource) -> ImageSource:
+    """Return a source that is read itself."""
+    return replace(source, staged="", storage=()) if source.staged else source

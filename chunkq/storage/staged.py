@@ -136,10 +136,13 @@ class StagedCopy:
         """Return whether every storage chunk exists. Makes one listing."""
         return ObjectFolder(join(self.path, CHUNK_FOLDER)).count() >= self.slabs.chunk_count
 
-    def open(self, *, write: bool = False) -> Array:
-        """Open the array. Raises StoreError if its metadata are missing."""
+    def open(self, *, write: bool = False, cached: bool = False) -> Array:
+        """Open the array. Raises StoreError if its metadata are missing.
+
+        `cached` keeps storage chunks in the cache of this process.
+        """
         try:
-            return StagedArray(self, write=write)
+            return StagedArray(self, write=write, cached=cached)
         except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{without_secret(self.path)}: the staged input cannot be opened: {error}"
@@ -149,14 +152,16 @@ class StagedCopy:
 class StagedArray(Array):
     """The array of a copy. A storage chunk that is missing is an error."""
 
-    def __init__(self, copy: StagedCopy, *, write: bool) -> None:
+    def __init__(self, copy: StagedCopy, *, write: bool, cached: bool) -> None:
         self._copy, self._is_complete, self.path = copy, False, copy.path
-        self._array = self._open(write)
+        self._array = self._open(write, cached)
         self.shape, self.dtype = self._array.shape, self._array.dtype
 
-    def _open(self, write: bool) -> Array:
+    def _open(self, write: bool, cached: bool) -> Array:
         if kvstore(self.path) is not None:
-            return TensorStoreArray(self.path, ZARR_FORMAT, write=write, is_whole=True)
+            return TensorStoreArray(
+                self.path, ZARR_FORMAT, write=write, cached=cached, is_whole=True
+            )
         from chunkq.storage.formats.zarr_python import open_array, open_store
 
         metadata = json.loads(read_bytes(join(self.path, DOCUMENT)))

@@ -21,6 +21,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_web, join, open_filesystem, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
+    CACHED,
     NO_OPTIONS,
     NUMBERS,
     ArrayInfo,
@@ -203,6 +204,7 @@ def _array_info(node: ZarrNode, described: Level | NamedArray) -> ArrayInfo:
         is_empty=keys is None,
         named_by=described.named_by(len(array.shape)),
         labels=described.labels,
+        storage=_read_chunks(node),
     )
 
 
@@ -230,6 +232,14 @@ def _stored_chunks(node: ZarrNode) -> tuple[int, ...] | None:
     return tuple(shape) if grid.get("name") == "regular" and shape else None
 
 
+def _read_chunks(node: ZarrNode) -> tuple[int, ...]:
+    """Return the shape of what is read at once: a storage chunk, or a chunk of a shard."""
+    for codec in node.document.get("codecs") or ():
+        if codec.get("name") == SHARDING:
+            return tuple(codec["configuration"]["chunk_shape"])
+    return _stored_chunks(node) or ()
+
+
 def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
     """Open an array, with tensorstore if possible; return it and why tensorstore did not open it.
 
@@ -245,7 +255,11 @@ def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
         changed = metadata if is_changed else None
         try:
             array = TensorStoreArray(
-                node.path, node.zarr_format, access=node.access, metadata=changed
+                node.path,
+                node.zarr_format,
+                access=node.access,
+                metadata=changed,
+                cached=bool(options.get(CACHED)),
             )
         except (ValueError, OSError, RuntimeError) as error:
             reason = _reason(error)

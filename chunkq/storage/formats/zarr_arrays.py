@@ -12,6 +12,7 @@ from chunkq.access import DEFAULT_ACCESS, GCS_SCHEMES, S3_SCHEMES, Access, tenso
 from chunkq.errors import ChunkReadError
 from chunkq.geometry.box import Box
 from chunkq.paths import is_url
+from chunkq.storage import chunk_cache
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.base import native_dtype
 from chunkq.system import buffers
@@ -35,9 +36,10 @@ METADATA_KEYS = {
 class TensorStoreArray(Array):
     """Zarr array read and written by tensorstore: local files, S3, GCS.
 
-    `metadata` replaces the stored metadata. `is_whole` stores chunks of fill values only, too, and
-    makes a missing one an error. Raises ValueError, or the error of the storage, if
-    tensorstore cannot open the array, for example for lack of a codec.
+    `metadata` replaces the stored metadata. `cached` keeps storage chunks in the cache of this
+    process. `is_whole` stores chunks of fill values only, too, and makes a missing one an error.
+    Raises ValueError, or the error of the storage, if tensorstore cannot open the array, for
+    example for lack of a codec.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TensorStoreArray(Array):
         write: bool = False,
         access: Access = DEFAULT_ACCESS,
         metadata: Mapping[str, Any] | None = None,
+        cached: bool = False,
         is_whole: bool = False,
     ) -> None:
         import tensorstore as ts
@@ -60,10 +63,18 @@ class TensorStoreArray(Array):
         if metadata is not None:
             known = METADATA_KEYS[zarr_format]
             spec["metadata"] = {key: metadata[key] for key in known if key in metadata}
+        if cached:
+            # What was read since the array was opened is not asked for again.
+            spec["recheck_cached_data"] = "open"
         if is_whole:
             spec |= {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
         self._store = ts.open(
-            spec, open=True, read=True, write=write, assume_metadata=metadata is not None
+            spec,
+            open=True,
+            read=True,
+            write=write,
+            assume_metadata=metadata is not None,
+            context=chunk_cache.context() if cached else None,
         ).result()
         self.shape = tuple(self._store.shape)
         self.dtype = self._store.dtype.numpy_dtype
