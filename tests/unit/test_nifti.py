@@ -4,6 +4,7 @@ import gzip
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.geometry.box import Box
+from chunkq.storage.formats import gzip_file
 from chunkq.storage.formats.nifti import affine_of
 from chunkq.storage.images import find_source
 from chunkq.storage.selection import Selection
@@ -165,6 +167,17 @@ def test_voxels_that_fail_the_checksum_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "in.nii.gz").write_bytes(content)
     with pytest.raises(ChunkReadError):
         read(tmp_path / "in.nii.gz")
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_the_checksum_at_the_end_of_a_file_is_compared(tmp_path: Path, whole_bytes: int) -> None:
+    content = bytearray(gzip.compress(VALID + bytes(4 << 20)))  # more than is read ahead
+    content[-8] ^= 0xFF
+    (tmp_path / "in.nii.gz").write_bytes(content)
+    with mock.patch.object(gzip_file, "WHOLE_BYTES", whole_bytes):
+        array = find_source(str(tmp_path / "in.nii.gz")).open()
+    with pytest.raises(ChunkReadError):
+        list(array.read_in_order([Box.of_shape(SHAPE)]))
 
 
 def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
