@@ -172,10 +172,11 @@ def test_voxels_that_fail_the_checksum_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
 def test_the_checksum_at_the_end_of_a_file_is_compared(tmp_path: Path, whole_bytes: int) -> None:
     content = bytearray(gzip.compress(VALID + bytes(4 << 20)))  # more than is read ahead
-    content[-8] ^= 0xFF
     (tmp_path / "in.nii.gz").write_bytes(content)
     with mock.patch.object(gzip_file, "WHOLE_BYTES", whole_bytes):
         array = find_source(str(tmp_path / "in.nii.gz")).open()
+    content[-8] ^= 0xFF
+    (tmp_path / "in.nii.gz").write_bytes(content)
     with pytest.raises(ChunkReadError):
         list(array.read_in_order([Box.of_shape(SHAPE)]))
 
