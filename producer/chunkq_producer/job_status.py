@@ -235,8 +235,7 @@ def _workers(
 ) -> tuple[WorkerState, ...]:
     now_running: dict[str, list[str]] = {}
     for entry in running:
-        name = job.chunk_name(entry.task.item, entry.task.chunk)
-        now_running.setdefault(entry.worker, []).append(name)
+        now_running.setdefault(entry.worker, []).append(_task_name(job, entry.task))
     names = sorted({c.worker for c in recent.records} | now_running.keys())
     return tuple(_worker_state(name, now_running.get(name, []), recent) for name in names)
 
