@@ -20,14 +20,15 @@ def largest_item(job: JobHandle) -> ItemHandle:
 def copy_job(record: JobRecord, folder: str) -> JobHandle:
     """Create the job with an empty output below a local folder, and return its handle.
 
-    Its chunks read the inputs themselves, also those that the job stages.
+    Every chunk of the copy is a task, and no patch is skipped. Its chunks read the inputs
+    themselves, also those that the job stages.
     """
     output = f"{folder}/out.zarr"
     images = tuple(
         replace(image, sources=tuple(map(_unstaged, image.sources))) for image in record.images
     )
-    config = record.job.model_copy(update={"output": output, "queue": None})
-    copy = replace(record, job=config, images=images)
+    changes = {"output": output, "queue": None, "mask": None, "skip_empty": None}
+    copy = replace(record, job=record.job.model_copy(update=changes), images=images, mask=None)
     JobFolder(job_folder_of(output)).create_record(new_record(copy, replaces=False))
     job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)

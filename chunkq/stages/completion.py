@@ -14,6 +14,7 @@ from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Contribution, GateState
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stage_of, stages
+from chunkq.terminal import argument
 
 Pending = Sequence[tuple[ItemHandle, Index]]
 """Tasks of one stage: the item and the chunk of each."""
@@ -139,7 +140,7 @@ def check_completion(job: JobHandle, *, allow_missing: bool = False) -> JobCompl
 def _advice(job: JobHandle, missing: Collection[str]) -> str:
     """Return what to do about missing chunks, some of which may have failed."""
     failed_tasks, counted = failures(job), {stage.kind for stage in counted_stages()}
-    output = without_secret(job.folder.output)
+    output = argument(without_secret(job.folder.output))
     if any(stage_of(failure.kind).is_temporary for failure in failed_tasks):
         return (
             f"an input could not be staged; run `chunkq status {output}` to see why, then `chunkq "

@@ -113,6 +113,7 @@ class StagedCopy:
             chunks=self.slabs.chunks,
             dtype=self.dtype,
             zarr_format=ZARR_FORMAT,
+            fill_value=0,
             axes=None,
         )
         for name, text in metadata.items():

@@ -274,12 +274,17 @@ def output_files(output: Path) -> dict[str, bytes]:
 def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     job = create_job(check_job(load_job(values)))
+    run_tasks(job)
+    return job, finalize_job(job, worker="inline")
+
+
+def run_tasks(job: JobHandle) -> None:
+    """Compute every chunk of a job that is a task, in this process and without its blocks."""
     for task in queued_tasks(job, stage_of("ingest")):
         run_task(task, Attempt(1, "inline"))
     for item in job.items:
-        for index in item.plan.active_indices():
+        for index in item.tasks.chunks():
             run_task(item.task("infer", index), Attempt(1, "inline"))
-    return job, finalize_job(job, worker="inline")
 
 
 def _command(arguments: tuple[str | Path, ...]) -> list[str]:

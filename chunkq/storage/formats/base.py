@@ -15,6 +15,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.paths import is_url, mask_secrets, without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.stored_chunks import StoredChunks
 
 Options = Mapping[str, str | int | bool]
 """What a format needs, besides the path, to open an array that it has found."""
@@ -46,8 +47,8 @@ class ArrayInfo:
     named_by: str = ""
     labels: tuple[str, ...] = ()
     is_empty: bool = False
-    storage: tuple[int, ...] = ()
     staged: str = ""
+    storage: tuple[int, ...] = ()
 
 
 class Format(ABC):
@@ -98,6 +99,14 @@ class Format(ABC):
             f"input: {without_secret(path)} has no levels; remove level",
             code=ErrorCode.STORE_UNSUPPORTED,
         )
+
+    def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
+        """Return the storage chunks of an array that exist, by one listing.
+
+        None if the format has no storage chunks that can be absent, or the storage cannot list
+        them. Raises StoreError and OSError.
+        """
+        return None
 
     @abstractmethod
     def open(self, path: str, options: Options) -> Array:

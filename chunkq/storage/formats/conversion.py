@@ -7,10 +7,6 @@ from types import MappingProxyType
 READERS: MappingProxyType[str, tuple[str, str]] = MappingProxyType(
     {
         ".mgz": ("MGH", "np.asarray(nibabel.load({path!r}).dataobj)"),
-        ".tif": ("TIFF", "tifffile.imread({path!r})"),
-        ".tiff": ("TIFF", "tifffile.imread({path!r})"),
-        ".h5": ("HDF5", "h5py.File({path!r})['NAME'][:]"),
-        ".hdf5": ("HDF5", "h5py.File({path!r})['NAME'][:]"),
         ".mrc": ("MRC", "mrcfile.read({path!r})"),
         ".nrrd": ("NRRD", "nrrd.read({path!r})[0]"),
         ".mha": ("MetaImage", "SimpleITK.GetArrayFromImage(SimpleITK.ReadImage({path!r}))"),
