@@ -17,6 +17,7 @@ from chunkq.storage.formats.base import (
 )
 from chunkq.storage.formats.conversion import conversion
 from chunkq.storage.formats.hdf5 import Hdf5Format
+from chunkq.storage.formats.nifti import NiftiFormat
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.tiff import TiffFormat, stack_pattern
 from chunkq.storage.formats.tiff_stack import is_pattern
@@ -26,6 +27,7 @@ from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
     {
         "npy": NpyFormat(),
+        "nifti": NiftiFormat(),
         "tiff": TiffFormat(),
         "hdf5": Hdf5Format(),
         "zarr": ZarrFormat(),
@@ -87,7 +89,7 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
         )
     if not filesystem.exists(inner):
         return missing_error(path)
-    expected = "expected a Zarr store, or a file .tif, .h5 or .npy"
+    expected = "expected a Zarr store, or a file .nii, .nii.gz, .tif, .h5 or .npy"
     if advice := conversion(without_secret(path)):
         reason = advice
     elif path.endswith(".npz"):
