@@ -182,9 +182,9 @@ def _stem(path: str) -> str:
     """Return a name for an image from the path of its array."""
     parts = [part for part in path.rstrip("/").split("/") if part]
     # An OME-Zarr image is a folder `NAME.ome.zarr` that contains its array.
-    stores = [part for part in parts if part.endswith((".zarr", ".npy"))]
+    stores = [part for part in parts if part.endswith((".zarr", ".npy", ".n5"))]
     base = (stores or parts)[-1]
-    stem = base.removesuffix(".npy").removesuffix(".zarr").removesuffix(".ome")
+    stem = base.removesuffix(".npy").removesuffix(".n5").removesuffix(".zarr").removesuffix(".ome")
     name = NAME_CHARACTERS.sub("_", stem).strip("_") or "image"
     return f"{name}_" if name in RESERVED_NAMES else name
 

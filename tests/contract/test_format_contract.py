@@ -3,12 +3,14 @@
 A new format is a function that writes an array and an entry of FORMS. All tests then run for it.
 """
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -22,7 +24,9 @@ from zarr.codecs import BytesCodec
 
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.box import Box
+from chunkq.storage.formats.precomputed import ShardedArray
 from chunkq.storage.formats.registry import BUILT_IN
+from chunkq.storage.formats.tensorstore_arrays import FetchedArray, StoreArray
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import ImageSource, find_source
 from tests.harness.packages import install_package
@@ -39,6 +43,7 @@ BOXES = [
     Box((4, 4, 4), (8, 8, 8)),
     Box.of_shape(SHAPE),
 ]
+DOCUMENTS = (".json", ".zarray", ".zattrs", "/info")
 Voxels = npt.NDArray[Any]
 
 
@@ -124,6 +129,72 @@ def write_image(path: str, values: Voxels) -> None:
     write_zarr(path, values, attributes=attributes, name="full")
 
 
+def upload(folder: Path, path: str) -> None:
+    """Copy the files of a folder to a path or URL."""
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        name = f"{inner}/{file.relative_to(folder)}"
+        filesystem.makedirs(name.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(name, file.read_bytes())
+
+
+def write_n5(path: str, values: Voxels, name: str = "", compression: str = "gzip") -> None:
+    metadata = {"blockSize": [4, 4, 4], "compression": {"type": compression}}
+    with TemporaryDirectory() as folder:
+        if name:
+            (Path(folder) / "attributes.json").write_text('{"n5": "4.0.0", "multiScale": true}')
+        write_store("n5", str(Path(folder, name)), values.T, metadata=metadata)
+        upload(Path(folder), path)
+
+
+def write_n5_group(path: str, values: Voxels) -> None:
+    write_n5(path, values, "s0", "raw")
+
+
+def write_precomputed(path: str, values: Voxels, sharding: dict[str, Any] | None = None) -> None:
+    scale = {
+        "size": values.shape[::-1],
+        "voxel_offset": [100, 0, -20],
+        "resolution": [4, 4, 40],
+        "chunk_size": [4, 4, 4],
+        "encoding": "raw",
+        "sharding": sharding,
+    }
+    with TemporaryDirectory() as folder:
+        stored = values.T[..., np.newaxis]
+        write_store("neuroglancer_precomputed", folder, stored, scale_metadata=scale)
+        upload(Path(folder), path)
+
+
+def write_sharded_precomputed(path: str, values: Voxels) -> None:
+    bits = {"preshift_bits": 1, "minishard_bits": 2, "shard_bits": 3}
+    kind = {"@type": "neuroglancer_uint64_sharded_v1", "hash": "murmurhash3_x86_128"}
+    write_precomputed(path, values, kind | bits | {"data_encoding": "gzip"})
+
+
+def write_gzipped_precomputed(path: str, values: Voxels) -> None:
+    """Write a volume whose blocks are gzip files, as cloud-volume does on local disks."""
+    write_precomputed(path, values)
+    for file in Path(path).glob("*/*-*"):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+
+
+def write_store(driver: str, folder: str, values: Voxels, **metadata: Any) -> None:
+    """Write an array with tensorstore, in the order of the driver's axes."""
+    import tensorstore as ts
+
+    native = values.astype(values.dtype.newbyteorder("="))
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/"}, **metadata}
+    if driver != "n5":
+        spec["multiscale_metadata"] = {"type": "image", "num_channels": 1}
+    store = ts.open(
+        spec, create=True, delete_existing=True, dtype=native.dtype,
+        shape=None if driver != "n5" else native.shape,
+    ).result()  # fmt: skip
+    store[ts.d[:].translate_to[0]].write(native).result()
+
+
 def write_toy(path: str, values: Voxels) -> None:
     import toy
 
@@ -134,7 +205,8 @@ def write_toy(path: str, values: Voxels) -> None:
 class Form:
     """A way to store an array: its format, the start and end of its path, and how to write it.
 
-    `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing.
+    `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing,
+    which are read as `fill`.
     """
 
     format: str
@@ -143,6 +215,7 @@ class Form:
     scheme: str = ""
     array: type | None = None
     has_chunks: bool = True
+    fill: int = 7
 
 
 FORMS = {
@@ -167,6 +240,19 @@ FORMS = {
     ),
     "zarr v2 at a URL": Form("zarr", ".zarr", write_v2, "memory://", ZarrPythonArray),
     "zarr v3 at a URL": Form("zarr", ".zarr", write_zarr, "memory://", ZarrPythonArray),
+    "n5": Form("n5", ".n5", write_n5, array=StoreArray, fill=0),
+    "n5 group with levels": Form("n5", ".n5", write_n5_group, array=StoreArray, fill=0),
+    "n5 at a URL": Form("n5", ".n5", write_n5, "memory://", FetchedArray, fill=0),
+    "precomputed": Form("precomputed", "", write_precomputed, array=StoreArray, fill=0),
+    "precomputed with shards": Form(
+        "precomputed", "", write_sharded_precomputed, array=ShardedArray, fill=0
+    ),
+    "precomputed in gzip files": Form(
+        "precomputed", "", write_gzipped_precomputed, array=FetchedArray, fill=0
+    ),
+    "precomputed at a URL": Form(
+        "precomputed", "", write_precomputed, "memory://", FetchedArray, fill=0
+    ),
     "toy of another package": Form("toy", ".toy", write_toy, has_chunks=False),
 }
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -197,8 +283,8 @@ def written(form: Form, folder: Path, values: Voxels) -> ImageSource:
 def voxel_files(source: ImageSource) -> tuple[Any, list[str]]:
     """Return the file system of a source and its files, without metadata documents."""
     filesystem, inner = fsspec.core.url_to_fs(source.path)
-    files = [path for path in filesystem.find(inner) if not path.endswith((".json", ".zarray"))]
-    return filesystem, [path for path in files if not path.endswith(".zattrs")]
+    files = filesystem.find(inner)
+    return filesystem, [path for path in files if not path.endswith(DOCUMENTS)]
 
 
 def truncate(source: ImageSource) -> None:
@@ -272,7 +358,7 @@ def test_missing_storage_chunks_are_read_as_the_fill_value(form: Form, folder: P
     filesystem, files = voxel_files(source)
     for path in files:
         filesystem.rm_file(path)
-    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, 7, np.uint8))
+    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, form.fill, np.uint8))
 
 
 @each_form

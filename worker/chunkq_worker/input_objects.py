@@ -15,6 +15,7 @@ from typing_extensions import override
 from chunkq.blend.image_objects import ImageGeometry
 from chunkq.errors import ArgumentError, ChunkqError, ChunkReadError, JobError
 from chunkq.geometry.axes import Axis, AxisKind, plain_axes
+from chunkq.geometry.axis_units import unit_name
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
 from chunkq.storage.formats.base import native_dtype
@@ -29,18 +30,6 @@ KIND_OF_NAME: Mapping[str, AxisKind] = {
     **dict.fromkeys(("t", "time", "frame", "frames"), "time"),
 }
 """Name of an axis in lower case -> kind; all others are spatial."""
-UNITS = {
-    "mm": "millimeter",
-    "um": "micrometer",
-    "µm": "micrometer",
-    "μm": "micrometer",
-    "micron": "micrometer",
-    "nm": "nanometer",
-    "cm": "centimeter",
-    "m": "meter",
-    "å": "angstrom",
-}
-"""Short name of a unit -> its name in OME-Zarr."""
 COMPRESSED = (".gz", ".bz2", ".zst")
 """Suffixes of files of which no region can be read alone."""
 
@@ -165,17 +154,12 @@ def _named_axes(
             name_of.get(n, str(names[n])),
             kinds[n],
             int(shape[n]),
-            _unit((units or [None] * count)[n]),
+            unit_name((units or [None] * count)[n]),
             float((scales or [1.0] * count)[n]),
             float((translations or [0.0] * count)[n]),
         )
         for n in range(count)
     )
-
-
-def _unit(name: Any) -> str | None:
-    text = str(name or "").strip()
-    return UNITS.get(text.lower(), text) or None
 
 
 def _open_masked(value: Any, name: str) -> OpenedInput:

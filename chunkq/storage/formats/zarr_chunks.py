@@ -1,4 +1,4 @@
-"""Names of the storage chunks of a Zarr array, and whether any of them exists."""
+"""Names of the storage chunks of an array, and whether any of them exists."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from chunkq.access import S3_SCHEMES, is_forbidden
+from chunkq.access import S3_SCHEMES, Access, is_forbidden
 from chunkq.paths import is_url, is_web, join, open_filesystem
-from chunkq.storage.formats.zarr_nodes import NOTHING, ZarrNode
+from chunkq.storage.formats.stored_objects import NOTHING
+from chunkq.storage.formats.zarr_nodes import ZarrNode
 
 MAX_PROBES = 64
 """Storage chunks that are asked for by name where objects cannot be listed."""
@@ -23,6 +24,19 @@ MAX_ENTRIES = 20_000
 """Files and folders that are listed in search of a storage chunk."""
 S3_PAGE = 1000
 """Objects in one answer of S3 to a listing."""
+
+
+class Keys(Protocol):
+    """Names of storage chunks in the folder of an array."""
+
+    def name(self, index: Sequence[int]) -> str:
+        """Return the name of a storage chunk."""
+
+    def pattern(self, rank: int) -> re.Pattern[str]:
+        """Return a pattern that names of storage chunks match as a whole."""
+
+
+AnyKeys = TypeVar("AnyKeys", bound=Keys)
 
 
 @dataclass(frozen=True)
@@ -87,26 +101,35 @@ def existing_keys(node: ZarrNode, shape: Sequence[int], chunks: Sequence[int]) -
     encodings = ("v2",) if node.zarr_format == 2 else ("default", "v2")
     others = (ChunkKeys(encoding, separator) for encoding in encodings for separator in "/.")
     candidates = [stored, *(keys for keys in others if keys != stored)]
-    if not is_url(node.path):
-        return _match(_walk(node.path, _list_local), len(shape), candidates)
     grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-    filesystem, inner = open_filesystem(node.path, node.access)
-    is_s3 = node.path.partition("://")[0] in S3_SCHEMES
+    return keys_in(node.path, node.access, grid, candidates)
+
+
+def keys_in(
+    path: str, access: Access, grid: Sequence[int], candidates: Sequence[AnyKeys]
+) -> AnyKeys | None:
+    """Return the first candidate whose names a folder has, or None if it has none of them.
+
+    `grid` has the number of storage chunks along each axis. The first candidate is also returned if
+    the storage is too large to tell. Raises the storage's errors.
+    """
+    if not is_url(path):
+        return _match(_walk(path, _list_local), len(grid), candidates)
+    filesystem, inner = open_filesystem(path, access)
+    is_s3 = path.partition("://")[0] in S3_SCHEMES
     if is_s3:
         with suppress(PermissionError):
-            return _match(_list_s3(filesystem, inner), len(shape), candidates)
-    if is_s3 or is_web(node.path):
+            return _match(_list_s3(filesystem, inner), len(grid), candidates)
+    if is_s3 or is_web(path):
         return _probe(filesystem, inner, grid, candidates)
     names = _walk(inner, lambda folder: _list_remote(filesystem, folder))
-    return _match(names, len(shape), candidates)
+    return _match(names, len(grid), candidates)
 
 
-def _match(
-    names: Iterable[str | None], rank: int, candidates: Sequence[ChunkKeys]
-) -> ChunkKeys | None:
+def _match(names: Iterable[str | None], rank: int, candidates: Sequence[AnyKeys]) -> AnyKeys | None:
     """Return the first candidate for the names of files; None in `names` ends a search early."""
     patterns = [(keys, keys.pattern(rank)) for keys in candidates]
-    others: set[ChunkKeys] = set()
+    others: list[AnyKeys] = []
     for name in names:
         if name is None:
             return candidates[0]
@@ -114,7 +137,8 @@ def _match(
             if pattern.fullmatch(name):
                 if keys == candidates[0]:
                     return keys
-                others.add(keys)
+                if keys not in others:
+                    others.append(keys)
                 break
     return next((keys for keys in candidates if keys in others), None)
 
@@ -178,8 +202,8 @@ def _list_s3(filesystem: Any, inner: str) -> Iterator[str | None]:
 
 
 def _probe(
-    filesystem: Any, inner: str, grid: Sequence[int], candidates: Sequence[ChunkKeys]
-) -> ChunkKeys | None:
+    filesystem: Any, inner: str, grid: Sequence[int], candidates: Sequence[AnyKeys]
+) -> AnyKeys | None:
     """Ask for some storage chunks by name: those in the middle first, then others evenly spread."""
 
     def exists(name: str) -> bool:
