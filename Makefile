@@ -133,9 +133,9 @@ fuzz: $(VENV)/test-installed
 # Each tool in an environment of its own.
 parity: $(VENV)/made
 	@for tool in $$(cat tests/fixtures/requirements.txt); do \
-	  name=$${tool%%==*}; \
+	  name=$${tool%%[=[]*}; \
 	  $(PYTHON) -m venv $(VENV)/parity/$$name && \
-	  $(VENV)/parity/$$name/bin/python -m pip --disable-pip-version-check install --quiet $$tool && \
+	  $(VENV)/parity/$$name/bin/python -m pip --disable-pip-version-check install --quiet "$$tool" && \
 	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
 	done
 
