@@ -5,21 +5,25 @@ import gzip
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import s3fs
 import tensorstore as ts
 
+from chunkq.access import Access
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.box import Box
 from chunkq.storage.formats.tensorstore_arrays import FetchedArray, StoreArray
 from chunkq.storage.images import ImageSource, find_source
 from chunkq.storage.selection import Selection
 from tests.harness.input_combinations import Voxels
-from tests.harness.servers.strict_s3 import Bucket, strict_s3
+from tests.harness.servers.certificate import write_certificate
+from tests.harness.servers.moto import moto_server
+from tests.harness.servers.strict_s3 import KEY, SECRET, Bucket, strict_s3
 from tests.harness.servers.web import Habits, web_server
 from tests.harness.volumes import random_volume, read_output
 from tests.harness.workspace import Workspace, run_inline
@@ -538,5 +542,45 @@ def test_a_bucket_whose_requester_pays_is_read_if_the_job_says_so(
         workspace = workspace_over(tmp_path, inputs, [4, 4, 4], "network")
         with contextlib.chdir(tmp_path):
             run_inline(workspace.values)
+    for name in ("a", "ng"):
+        np.testing.assert_array_equal(read_output(workspace.output / name), VALUES)
+
+
+@pytest.fixture(scope="module")
+def moto(served: Path) -> Iterator[str]:
+    """A server of S3 with the files of the folder in the bucket `lab`."""
+    with moto_server() as url:
+        filesystem = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=url)
+        public = {"ACL": "public-read"}
+        filesystem.mkdir("lab", acl="public-read")
+        for file in filter(Path.is_file, served.rglob("*")):
+            filesystem.pipe_file(f"lab/{file.relative_to(served)}", file.read_bytes(), **public)
+        for file in filter(Path.is_file, (served / "ng").rglob("*")):
+            name = f"lab/gzip/{file.relative_to(served / 'ng')}"
+            content = gzip.compress(file.read_bytes())
+            filesystem.pipe_file(name, content, ContentEncoding="gzip", **public)
+        yield url
+
+
+@pytest.mark.parametrize("variables", [VARIABLES, {}], ids=["signed", "anonymous"])
+@pytest.mark.parametrize("access", [Access(), Access(requester_pays=True)], ids=["", "fetched"])
+def test_moto_serves_n5_and_precomputed_also_with_the_content_encoding_gzip(
+    moto: str, tmp_path: Path, variables: dict[str, str], access: Access
+) -> None:
+    with aws(tmp_path, AWS_ENDPOINT_URL=moto, **variables):
+        for name in ("a.n5", "g.n5", "ng", "gzip"):
+            source = find_source(f"s3://lab/{name}", access=access)
+            assert isinstance(source.open(), FetchedArray) == access.requester_pays
+            np.testing.assert_array_equal(read(source), VALUES)
+
+
+def test_a_job_reads_n5_and_precomputed_of_a_server_with_tls(served: Path, tmp_path: Path) -> None:
+    certificate, key = write_certificate(tmp_path)
+    with web_server(served, tls=(certificate, key)) as url:
+        inputs = [f"n5://{url}/a.n5", f"{url}/ng"]
+        workspace = workspace_over(tmp_path, inputs, [4, 4, 4], "network")
+        workspace.write_job()
+        options = ("--queue", "inprocess://tls")
+        workspace.run("run", "job.json", *options, SSL_CERT_FILE=str(certificate)).ok()
     for name in ("a", "ng"):
         np.testing.assert_array_equal(read_output(workspace.output / name), VALUES)
