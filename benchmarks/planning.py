@@ -184,7 +184,8 @@ def create(output: Path, plan: Plan) -> JobHandle:
 
 def show(output: Path, queue: str) -> None:
     """Run `chunkq status`."""
-    command = [sys.executable, "-m", "chunkq", "status", str(output), "--queue", queue]
+    chunkq = Path(sys.executable).with_name("chunkq")
+    command = [chunkq, "status", output, "--queue", queue]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

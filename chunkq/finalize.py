@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 
 from chunkq import __version__, json_values
@@ -199,6 +200,9 @@ def _report(
     timing = aggregate_timing(
         [item.plan for item in job.items], commits.pop("infer"), commits.pop("finalize")
     )
+    chunks = [f.storage_chunks for image in job.record.images for f in job.record.fetches(image)]
+    if len(chunks) == len(job.record.sources):
+        timing = replace(timing, fetching=replace(timing.fetching, storage_chunks=sum(chunks)))
     for others in commits.values():
         for _ in others:
             pass

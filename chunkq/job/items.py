@@ -68,9 +68,12 @@ class Image:
         """Yield the position of each item along the series axes, the last axis fastest."""
         return product(*(range(axis.size) for axis in self.series_axes))
 
-    def open(self) -> tuple[Array, ...]:
-        """Open all of each source. Raises StoreError if one cannot be opened."""
-        return tuple(source.open() for source in self.sources)
+    def open(self, *, cached: bool = False) -> tuple[Array, ...]:
+        """Open all of each source. Raises StoreError if one cannot be opened.
+
+        `cached` is whether storage chunks may be kept in the cache of this process.
+        """
+        return tuple(source.open(cached=cached) for source in self.sources)
 
 
 @dataclass(frozen=True)

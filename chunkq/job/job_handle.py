@@ -123,7 +123,9 @@ class ImageHandle:
         """All of each input array. Raises ChunkReadError if one was replaced."""
         self.check_inputs()
         try:
-            return self.image.open()
+            record = self.job.record
+            is_repeated = any(fetches.are_repeated for fetches in record.fetches(self.image))
+            return self.image.open(cached=is_repeated)
         except StoreError as error:
             raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
 

@@ -17,6 +17,7 @@ from chunkq.job.job_file import Job, parse_job
 from chunkq.job.resolve import resolve
 from chunkq.job.tasks import EPOCH_DIGITS
 from chunkq.paths import file_hash, without_secret
+from chunkq.plan.fetches import Fetches
 from chunkq.plan.plan import Plan
 from chunkq.storage import documents
 from chunkq.storage.images import ImageSource
@@ -140,6 +141,21 @@ class JobRecord:
     @cached_property
     def _plans(self) -> dict[int, Plan]:
         return {}
+
+    def fetches(self, image: Image) -> list[Fetches]:
+        """Return how often the storage chunks of each source of an image are fetched.
+
+        Sources without storage chunks are left out.
+        """
+        by_channel = any(axis.kind == "channel" for axis in image.series_axes)
+        axes = self.image_plan(image).axes
+        along = [source.fetches(axes, by_channel=by_channel) for source in image.sources]
+        return [fetches for fetches in along if fetches is not None]
+
+    @property
+    def cacheable_bytes(self) -> int:
+        """Bytes of the storage chunks that are read by several blocks, and so kept in a cache."""
+        return sum(f.useful_bytes for image in self.images for f in self.fetches(image))
 
     def image_plans(self) -> list[Plan]:
         """Return a plan for each image. Raises JobError with the problems of all images."""

@@ -21,7 +21,8 @@ class Commit:
     """Record of a finished task of an item.
 
     `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
-    and `checksums` each piece to its CRC-32. `started` and `finished` are Unix times (s).
+    and `checksums` each piece to its CRC-32. `requests` counts what the process fetched of inputs
+    since its last record. `started` and `finished` are Unix times (s).
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Commit:
     moved: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
     patches: int = 0
+    requests: int = 0
     peak_rss: int = 0
 
     def to_json(self, epoch: str) -> bytes:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
 
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, picked
+from chunkq.geometry.grids import AxisGeometry
 from chunkq.paths import split_format, without_secret
+from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
 from chunkq.storage.axes_view import AxesView
-from chunkq.storage.formats.base import ArrayInfo, Options
+from chunkq.storage.formats.base import CACHED, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.selection import EVERYTHING, Selection, select
 
@@ -26,7 +32,8 @@ class ImageSource:
     `channels` and `time` are the indices that are read along the channel and the time axis, in
     their order; they are empty if there is no such axis. `order` has the numbers of the spatial
     axes in the order of the network; empty for the stored order. `named_by` says what names the
-    axes; empty if nothing does.
+    axes; empty if nothing does. `storage` is the shape of a storage chunk in stored order, empty if
+    the format has none.
     """
 
     format: str
@@ -38,6 +45,7 @@ class ImageSource:
     time: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     named_by: str = ""
+    storage: tuple[int, ...] = ()
 
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
@@ -66,9 +74,32 @@ class ImageSource:
         """Spatial shape, dtype and number of channels, for the planner."""
         return Volume(self.shape, self.dtype, channels=len(self.channels) or 1)
 
-    def open(self) -> Array:
-        """Open all of the array for reading. Raises StoreError if it cannot be opened."""
-        return format_named(self.format).open(self.path, self.options)
+    def open(self, *, cached: bool = False) -> Array:
+        """Open all of the array for reading. Raises StoreError if it cannot be opened.
+
+        `cached` is whether its storage chunks may be kept in the cache of this process.
+        """
+        options = {**self.options, CACHED: True} if cached else self.options
+        return format_named(self.format).open(self.path, options)
+
+    def fetches(self, axes: Sequence[AxisGeometry], *, by_channel: bool = False) -> Fetches | None:
+        """Return how often blocks read the array's storage chunks; None if it has none.
+
+        `axes` are the blocks of a plan. `by_channel` is whether each channel is an item.
+        """
+        if not self.storage:
+            return None
+        along = [
+            axis_fetches(axis, self.storage[number])
+            for axis, number in zip(axes, self._spatial, strict=True)
+        ]
+        for kind, picks, at_once in (
+            ("channel", self.channels, not by_channel),
+            ("time", self.time, False),
+        ):
+            if (number := self._number(kind)) is not None:
+                along.insert(0, picked_fetches(picks, self.storage[number], at_once=at_once))
+        return Fetches(tuple(along), prod(self.storage) * np.dtype(self.dtype).itemsize)
 
     def present(self, array: Array, time: int = 0, channel: int | None = None) -> Array:
         """Return a view ([C,] *S) of the open array.
@@ -150,4 +181,5 @@ def source_of(
         selected.time,
         selected.order,
         selected.named_by,
+        array.storage,
     )

@@ -11,10 +11,13 @@ without the signal.
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 PR_SET_PDEATHSIG = 1
 READ_BYTES = 1 << 20
+RELEASE_SECONDS = 5.0
+CHECK_SECONDS = 0.01
 
 
 def _ignore(line: bytes) -> None:
@@ -40,6 +43,24 @@ def when_parent_ends(
         end()
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
+def after_parent_ended(end: Callable[[], object]) -> Callable[[], None]:
+    """Return `end`, called only once the parent has released its file locks.
+
+    The kernel may close the pipe of an ending process before it releases the locks, but it does
+    both before the child gets another parent. A parent that closed the pipe and runs on is awaited
+    for `RELEASE_SECONDS`.
+    """
+    parent = os.getppid()
+
+    def wait() -> None:
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while os.getppid() == parent and time.monotonic() < deadline:
+            time.sleep(CHECK_SECONDS)
+        end()
+
+    return wait
 
 
 def with_parent_death_signal(command: Sequence[str], number: int) -> list[str]:

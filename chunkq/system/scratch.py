@@ -44,7 +44,7 @@ def delete_abandoned(base: Path | None = None) -> None:
     for folder in (base or Path(tempfile.gettempdir())).glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder not in _own_folders and _is_abandoned(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _delete(folder)
 
 
 def delete_own_folders() -> None:
@@ -55,6 +55,17 @@ def delete_own_folders() -> None:
 
 def _remove(folder: Path) -> None:
     _own_folders.discard(folder)
+    _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, its lock file last, so that another process completes what was cut off."""
+    with suppress(OSError):
+        for entry in [entry for entry in folder.iterdir() if entry.name != LOCK]:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

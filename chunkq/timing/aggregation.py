@@ -31,6 +31,7 @@ from chunkq.timing.timing import (
     STRAGGLER_SECONDS,
     TIME_PARTS,
     Durations,
+    Fetching,
     FinalizeTiming,
     Straggler,
     Stragglers,
@@ -65,6 +66,7 @@ class _Totals:
 
     count: int = 0
     patches: int = 0
+    requests: int = 0
     retried: int = 0
     peak_rss: int = 0
     busy: float = 0.0
@@ -74,6 +76,7 @@ class _Totals:
     def add(self, commit: Commit) -> None:
         self.count += 1
         self.patches += commit.patches
+        self.requests += commit.requests
         self.retried += commit.attempt > 1
         self.peak_rss = max(self.peak_rss, commit.peak_rss)
         self.busy += max(0.0, commit.finished - commit.started)
@@ -214,6 +217,7 @@ class _JobTiming:
             durations=self._durations(),
             stragglers=self._stragglers(),
             workers=workers,
+            fetching=Fetching(total.requests, moved["fetched"]),
         )
 
     def _intervals(self, columns: _Columns) -> Intervals:

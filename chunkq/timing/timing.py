@@ -124,6 +124,20 @@ class FinalizeTiming:
 
 
 @dataclass(frozen=True)
+class Fetching:
+    """What the workers fetched of the inputs, as far as it is counted.
+
+    requests        requests for stored objects, or for parts of them
+    bytes           size of the answers, compressed as they are stored
+    storage_chunks  storage chunks that the job reads; 0 if an input has none
+    """
+
+    requests: int = 0
+    bytes: int = 0
+    storage_chunks: int = 0
+
+
+@dataclass(frozen=True)
 class Timing:
     """Timing of a job. Bytes count uncompressed voxels; times are Unix seconds.
 
@@ -168,3 +182,4 @@ class Timing:
     durations: Durations
     stragglers: Stragglers
     workers: dict[str, Worker]
+    fetching: Fetching = Fetching()

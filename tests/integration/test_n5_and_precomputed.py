@@ -373,6 +373,22 @@ def test_metadata_that_change_the_voxels_change_the_identity(tmp_path: Path) -> 
     assert not set(after) & set(before)
 
 
+@pytest.mark.parametrize("sharding", [None, SHARDING])
+def test_blocks_are_kept_in_the_cache_of_the_process(
+    tmp_path: Path, sharding: dict[str, Any] | None
+) -> None:
+    write_precomputed(tmp_path / "ng", sharding=sharding)
+    write_n5(tmp_path / "in.n5")
+    for name in ("ng", "in.n5"):
+        source = find_source(f"{tmp_path}/{name}")
+        assert source.storage == (4, 4, 4)
+        array = source.open(cached=True)
+        np.testing.assert_array_equal(array.read(Box.of_shape(SHAPE)), VALUES)
+        for block in blocks_of(tmp_path / name):
+            block.unlink()
+        np.testing.assert_array_equal(array.read(Box.of_shape(SHAPE)), VALUES)
+
+
 # ------------------------------------------------------------------------- missing and damaged
 
 

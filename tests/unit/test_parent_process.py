@@ -87,3 +87,38 @@ def test_a_program_gets_its_arguments_and_its_exit_code_is_kept() -> None:
     wrapped = parent_process.with_parent_death_signal(command, signal.SIGTERM)
     ended = subprocess.run(wrapped, capture_output=True, text=True, check=False)
     assert (ended.stdout, ended.returncode) == ("['a b', '--option']\n", 7)
+
+
+CLOSING_PARENT = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE)
+process.stdin.close()
+process.wait()
+"""
+RELEASED_CHILD = """
+import os, time
+from chunkq.system.parent_process import after_parent_ended, when_parent_ends
+
+parent = os.getppid()
+
+def end():
+    os.write(1, b"parent runs\\n" if os.getppid() == parent else b"parent ended\\n")
+    os._exit(0)
+
+when_parent_ends(after_parent_ended(end))
+print("waiting", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_what_needs_the_locks_of_the_parent_waits_until_it_has_ended() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", CLOSING_PARENT, RELEASED_CHILD],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "waiting\n"
+    parent.kill()
+    output, _ = parent.communicate(timeout=TIMEOUT)
+    assert output == "parent ended\n"

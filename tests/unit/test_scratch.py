@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from chunkq.system import scratch
 from chunkq.system.scratch import scratch_folder
 
 OWNER = """
@@ -68,3 +69,27 @@ def test_a_folder_without_an_owner_file_stays(tmp_path: Path) -> None:
     other.mkdir()
     with scratch_folder("test", tmp_path):
         assert other.is_dir()
+
+
+def test_a_removal_that_was_cut_off_is_completed(
+    tmp_path: Path, owner: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(owner)
+    (folder / "part").mkdir()
+    (folder / "file").touch()
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch.shutil, "rmtree", _cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            scratch.delete_abandoned(tmp_path)
+    scratch.delete_abandoned(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _cut_off(folder: Path, *, ignore_errors: bool) -> None:
+    """Delete the first entries of a folder as a killed process does."""
+    for entry in sorted(folder.iterdir()):
+        entry.unlink()
+        break
+    raise KeyboardInterrupt

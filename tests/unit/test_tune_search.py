@@ -6,7 +6,6 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from chunkq_worker.tune.memory import available_memory
 from chunkq_worker.tune.search import (
     TIE,
     Cost,
@@ -25,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkq.plan.footprint import Footprint
+from chunkq.system.available_memory import available_memory
 
 START = Setting(batch=4, depth=2)
 CHUNKS = ((8,), None, (32,))

@@ -14,9 +14,13 @@ from chunkq.plan.plan import Chunk, Index
 from chunkq.queue.contract.executor import Attempt
 from chunkq.stages.finalize import OWN_PIECE
 from chunkq.stages.infer import InferStage
+from chunkq.storage.chunk_cache import FetchCounter
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.device import ComputedChunk, get_device
 from chunkq_worker.frameworks import framework_rule
+
+FETCHES = FetchCounter()
+"""What this process fetches. Each commit record has what was fetched since the one before."""
 
 
 class ComputingStage(InferStage):
@@ -65,6 +69,8 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> None:
         _delete_late_pieces(item, chunk)
         return
     job.check_unchanged()
+    fetched = FETCHES.take()
+    bytes_moved["fetched"] = fetched.bytes
     ledger.commit(
         Commit(
             kind="infer",
@@ -78,6 +84,7 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> None:
             moved=bytes_moved,
             checksums=checksums,
             patches=computed.patches,
+            requests=fetched.requests,
             peak_rss=peak_bytes(),
         )
     )

@@ -21,6 +21,7 @@ from chunkq.job.allowed_paths import ALLOW_VARIABLE
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
 from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck, ValueCheck
+from chunkq.storage import chunk_cache
 from chunkq.system.memory import peak_bytes
 from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
@@ -110,6 +111,7 @@ def _restart_with_worker_env() -> None:
     """
     worker_env = {**os.environ, **child_env(cores())}
     worker_env.pop(ALLOW_VARIABLE, None)
+    worker_env[chunk_cache.VARIABLE] = "0"  # the plan adds what a worker keeps of a whole job
     if worker_env != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], worker_env)
 

@@ -20,6 +20,8 @@ Options = Mapping[str, str | int | bool]
 """What a format needs, besides the path, to open an array that it has found."""
 NUMBERS = "biufc"
 """NumPy's kinds of dtypes of single numbers."""
+CACHED = "cached"
+"""Option for `Format.open`: whether storage chunks may be kept in the cache of this process."""
 NO_OPTIONS: Options = MappingProxyType({})
 
 
@@ -31,7 +33,8 @@ class ArrayInfo:
     is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
     chunks exists, as far as the storage can tell, so that all voxels are the fill value. `named_by`
     says which metadata name the axes, such as "OME-Zarr metadata"; it is empty if nothing does.
-    `labels` are the names of the channels, empty if there are none.
+    `labels` are the names of the channels, empty if there are none. `storage` is the shape of what
+    is fetched at once, such as a storage chunk, in stored order; empty if any voxel can be.
     """
 
     path: str
@@ -41,6 +44,7 @@ class ArrayInfo:
     named_by: str = ""
     labels: tuple[str, ...] = ()
     is_empty: bool = False
+    storage: tuple[int, ...] = ()
 
 
 class Format(ABC):

@@ -16,6 +16,7 @@ from chunkq.geometry.box import Box
 from chunkq.paths import join, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
+    CACHED,
     NO_OPTIONS,
     ArrayInfo,
     Format,
@@ -156,7 +157,13 @@ def _array_info(node: N5Node) -> ArrayInfo:
         raise unreadable_error(node.path, error) from error
     axes, named_by = node.axes()
     return ArrayInfo(
-        node.path, axes, dataset.dtype, options, is_empty=keys is None, named_by=named_by
+        node.path,
+        axes,
+        dataset.dtype,
+        options,
+        is_empty=keys is None,
+        named_by=named_by,
+        storage=dataset.block[::-1],
     )
 
 
@@ -174,7 +181,11 @@ def _open(node: N5Node, options: Options) -> Array:
     is_lenient = bool(options.get(FORBIDDEN_IS_MISSING))
     try:
         return open_blocks(
-            node.path, layout, node.access, join(node.path, ATTRIBUTES) if is_lenient else None
+            node.path,
+            layout,
+            node.access,
+            join(node.path, ATTRIBUTES) if is_lenient else None,
+            cached=bool(options.get(CACHED)),
         )
     except ValueError as error:
         raise node.error(str(error).partition(" [tensorstore_spec")[0]) from error

@@ -26,6 +26,7 @@ from chunkq.geometry.box import Box
 from chunkq.paths import is_url, is_web, join, without_secret
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.base import (
+    CACHED,
     NO_OPTIONS,
     ArrayInfo,
     Format,
@@ -373,6 +374,7 @@ def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
         options,
         is_empty=existing is None,
         named_by=NAMED_BY_INFO,
+        storage=(*_channels(info), *scale.block[::-1]),
     )
 
 
@@ -401,7 +403,7 @@ def _scale(path: str, info: Info, key: str) -> Scale:
 
 def _axes(info: Info, scale: Scale) -> tuple[Axis, ...]:
     """Return the axes of a scale as presented."""
-    channels = [Axis("c", "channel", info.num_channels)] if info.num_channels > 1 else []
+    channels = [Axis("c", "channel", size) for size in _channels(info)]
     spatial = [
         Axis(name, "space", size, UNIT, resolution, offset * resolution)
         for name, size, resolution, offset in zip(
@@ -409,6 +411,11 @@ def _axes(info: Info, scale: Scale) -> tuple[Axis, ...]:
         )
     ]
     return (*channels, *reversed(spatial))
+
+
+def _channels(info: Info) -> tuple[int, ...]:
+    """Return the number of channels, as the shape of their axis; a single one has no axis."""
+    return (info.num_channels,) if info.num_channels > 1 else ()
 
 
 def _folder(path: str, key: str) -> str:
@@ -444,11 +451,10 @@ def _open(path: str, info: Info, scale: Scale, options: Options) -> Array:
     """Open a scale. Raises StoreError."""
     access, folder = Access.of(options), _folder(path, scale.key)
     suffix, key = str(options.get(SUFFIX, "")), folder.rpartition("/")[2]
-    channels = (info.num_channels,) if info.num_channels > 1 else ()
     layout = ScaleLayout(
         folder,
         key,
-        (*channels, *scale.size[::-1]),
+        (*_channels(info), *scale.size[::-1]),
         {
             "driver": "neuroglancer_precomputed",
             "multiscale_metadata": {
@@ -462,12 +468,13 @@ def _open(path: str, info: Info, scale: Scale, options: Options) -> Array:
         np.dtype(info.data_type).itemsize,
         suffix,
     )
-    is_lenient = bool(options.get(FORBIDDEN_IS_MISSING))
+    is_lenient, cached = bool(options.get(FORBIDDEN_IS_MISSING)), bool(options.get(CACHED))
     try:
         if scale.sharding is not None:
             storage = _shard_storage(path, folder, access, is_lenient)
-            return ShardedArray(path, layout.open(storage), folder)
-        return open_blocks(path, layout, access, join(path, INFO) if is_lenient else None)
+            return ShardedArray(path, layout.open(storage, cached=cached), folder)
+        document = join(path, INFO) if is_lenient else None
+        return open_blocks(path, layout, access, document, cached=cached)
     except ValueError as error:
         raise _info_error(path, str(error).partition(" [tensorstore_spec")[0]) from error
 

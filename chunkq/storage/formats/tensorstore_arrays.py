@@ -27,6 +27,7 @@ from chunkq.access import (
 from chunkq.errors import ChunkReadError
 from chunkq.geometry.box import Box
 from chunkq.paths import is_url, is_web, join
+from chunkq.storage import chunk_cache
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.stored_objects import NOTHING, fetch_object
 from chunkq.system import buffers
@@ -98,11 +99,17 @@ class BlockLayout(ABC):
         """
         return DECOMPRESSORS[self.suffix](content)
 
-    def open(self, storage: Mapping[str, Any], context: Any = None) -> Any:
-        """Open the array in a kvstore. Raises tensorstore's errors."""
+    def open(self, storage: Mapping[str, Any], context: Any = None, *, cached: bool = False) -> Any:
+        """Open the array in a kvstore. Raises tensorstore's errors.
+
+        `cached` keeps blocks in the cache of this process.
+        """
         import tensorstore as ts
 
         spec = {**self.spec, "kvstore": storage}
+        if cached:
+            # What was read since the array was opened is not asked for again.
+            spec["recheck_cached_data"], context = "open", chunk_cache.context()
         opened = ts.open(spec, context=context, open=True, read=True, assume_metadata=True)
         return self.present(opened.result())
 
@@ -166,10 +173,16 @@ class FetchedArray(Array):
 
 
 def open_blocks(
-    path: str, layout: BlockLayout, access: Access, lenient_document: str | None = None
+    path: str,
+    layout: BlockLayout,
+    access: Access,
+    lenient_document: str | None = None,
+    *,
+    cached: bool = False,
 ) -> Array:
     """Open an array, with tensorstore's own access to the storage if possible.
 
+    `cached` keeps blocks in the cache of this process, if tensorstore reads them.
     `lenient_document` is the path of the array's document if the server answers 403 for missing
     objects; it must be readable after a block was refused. Raises ValueError if tensorstore does
     not support the array.
@@ -179,7 +192,7 @@ def open_blocks(
         folder = layout.folder.removesuffix(f"/{layout.key}") if layout.key else layout.folder
         storage = kvstore(folder, access)
     if storage is not None:
-        return StoreArray(path, layout.open(storage))
+        return StoreArray(path, layout.open(storage, cached=cached))
     check = None if lenient_document is None else partial(fetch_object, lenient_document, access)
     return FetchedArray(path, layout, access, check)
 

@@ -21,6 +21,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import is_web, join, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
+    CACHED,
     NO_OPTIONS,
     NUMBERS,
     ArrayInfo,
@@ -198,6 +199,7 @@ def _array_info(node: ZarrNode, described: Level | NamedArray) -> ArrayInfo:
         is_empty=keys is None,
         named_by=described.named_by(len(array.shape)),
         labels=described.labels,
+        storage=_read_chunks(node),
     )
 
 
@@ -208,6 +210,14 @@ def _stored_chunks(node: ZarrNode) -> tuple[int, ...] | None:
     grid = node.document["chunk_grid"]
     shape = grid.get("configuration", {}).get("chunk_shape")
     return tuple(shape) if grid.get("name") == "regular" and shape else None
+
+
+def _read_chunks(node: ZarrNode) -> tuple[int, ...]:
+    """Return the shape of what is read at once: a storage chunk, or a chunk of a shard."""
+    for codec in node.document.get("codecs") or ():
+        if codec.get("name") == SHARDING:
+            return tuple(codec["configuration"]["chunk_shape"])
+    return _stored_chunks(node) or ()
 
 
 def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
@@ -225,7 +235,11 @@ def _open_node(node: ZarrNode, options: Options) -> tuple[Array, str]:
         changed = metadata if is_changed else None
         try:
             array = TensorStoreArray(
-                node.path, node.zarr_format, access=node.access, metadata=changed
+                node.path,
+                node.zarr_format,
+                access=node.access,
+                metadata=changed,
+                cached=bool(options.get(CACHED)),
             )
         except (ValueError, OSError, RuntimeError) as error:
             reason = _reason(error)

@@ -11,6 +11,7 @@ from typing_extensions import override
 from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ChunkReadError
 from chunkq.geometry.box import Box
+from chunkq.storage import chunk_cache
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.base import native_dtype
 from chunkq.storage.formats.tensorstore_arrays import StoreArray, kvstore
@@ -31,7 +32,8 @@ METADATA_KEYS = {
 class TensorStoreArray(StoreArray):
     """Zarr array read and written by tensorstore: local files, S3, GCS.
 
-    `metadata` replaces the stored metadata. Raises ValueError, or the error of the storage, if
+    `metadata` replaces the stored metadata. `cached` keeps storage chunks in the cache of this
+    process. Raises ValueError, or the error of the storage, if
     tensorstore cannot open the array, for example for lack of a codec.
     """
 
@@ -43,6 +45,7 @@ class TensorStoreArray(StoreArray):
         write: bool = False,
         access: Access = DEFAULT_ACCESS,
         metadata: Mapping[str, Any] | None = None,
+        cached: bool = False,
     ) -> None:
         import tensorstore as ts
 
@@ -53,8 +56,16 @@ class TensorStoreArray(StoreArray):
         if metadata is not None:
             known = METADATA_KEYS[zarr_format]
             spec["metadata"] = {key: metadata[key] for key in known if key in metadata}
+        if cached:
+            # What was read since the array was opened is not asked for again.
+            spec["recheck_cached_data"] = "open"
         store = ts.open(
-            spec, open=True, read=True, write=write, assume_metadata=metadata is not None
+            spec,
+            open=True,
+            read=True,
+            write=write,
+            assume_metadata=metadata is not None,
+            context=chunk_cache.context() if cached else None,
         ).result()
         super().__init__(path, store)
 

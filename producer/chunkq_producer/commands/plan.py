@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from chunkq.job.output import output_axes
 from chunkq.job.tasks import chunk_count
 from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
+from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
 from chunkq.plan.plan import Costs, Plan
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
+from chunkq.storage import chunk_cache
 from chunkq.storage.images import ImageSource
 from chunkq.system.standard_output import print_line, reserve, result_stream
 from chunkq.units import duration, si
@@ -123,7 +125,10 @@ def _run_trial(job: CheckedJob, depth: int) -> Trial:
         raise ModelError("model_config: the check of the network ran no patches")
     has_blocks = job.costs.finalized_blocks > 0
     finalizer_bytes = measure_finalizer_memory(job.record) if has_blocks else None
-    return Trial(check, check.patches, check.memory, finalizer_bytes)
+    memory = check.memory
+    if memory.worker_bytes is not None:
+        memory = replace(memory, worker_bytes=memory.worker_bytes + _cache_bytes(job))
+    return Trial(replace(check, memory=memory), check.patches, memory, finalizer_bytes)
 
 
 def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
@@ -149,6 +154,9 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "precision": job.record.job.model.effective_precision,
         "stochastic": job.record.job.model.stochastic,
         "depth": depth,
+        "storage_chunks_read": sum(f.storage_chunks for f in _fetches(job)) or None,
+        "fetches_per_storage_chunk": _average_fetches(job),
+        "cache_bytes": _cache_bytes(job),
         "array_bytes": largest_footprint(job.plans).peak_bytes(depth),
         "items": [
             {
@@ -188,14 +196,14 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             f"overlaps of {costs.finalized_blocks} of {costs.blocks} blocks, {share:.0%} of the "
             "voxels",
         ),
-        ("read", f"{si(costs.input_bytes, 'B')} of input"),
+        ("read", f"{si(costs.input_bytes, 'B')} of input{_fetches_text(job)}"),
         ("write", f"{si(costs.output_bytes, 'B')} of output"),
         ("pieces", f"{si(costs.piece_bytes, 'B')} of temporary files"),
         (
             "memory",
             f"at most {si(largest_footprint(job.plans).peak_bytes(depth), 'B')} of arrays per "
-            f"worker process with {depth} chunks in flight, plus libraries and network"
-            + ("" if trial else " (--check-model measures the total)"),
+            f"worker process with {depth} chunks in flight{_cache_text(job)}, plus libraries and "
+            "network" + ("" if trial else " (--check-model measures the total)"),
         ),
     ]
     if model.stochastic:
@@ -211,6 +219,37 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             )
         )
     return rows
+
+
+def _fetches(job: CheckedJob) -> list[Fetches]:
+    return [fetches for image in job.record.images for fetches in job.record.fetches(image)]
+
+
+def _average_fetches(job: CheckedJob) -> float | None:
+    """Return how often one worker fetches a storage chunk, on average; None if that is unknown."""
+    fetches, sources = _fetches(job), job.record.sources
+    if not fetches or len(fetches) < len(sources):
+        return None
+    share = chunk_cache.size() // max(len(image.sources) for image in job.record.images)
+    total = sum(f.average(share) * f.storage_chunks for f in fetches)
+    return total / sum(f.storage_chunks for f in fetches)
+
+
+def _fetches_text(job: CheckedJob) -> str:
+    average = _average_fetches(job)
+    if average is None:
+        return ""
+    return f"; one worker fetches each storage chunk {average:.2f} times on average"
+
+
+def _cache_bytes(job: CheckedJob) -> int:
+    """Return the size up to which a worker process keeps storage chunks of the inputs."""
+    return min(chunk_cache.size(), job.record.cacheable_bytes)
+
+
+def _cache_text(job: CheckedJob) -> str:
+    size = _cache_bytes(job)
+    return f" and {si(size, 'B')} of cached storage chunks" if size else ""
 
 
 def _chunks(plan: Plan, costs: Costs, *, is_alone: bool) -> str:

@@ -14,6 +14,7 @@ from chunkq_producer.reports import charts
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
     STRAGGLER_COLUMNS,
+    fetched,
     headlines,
     memory,
     plan_rows,
@@ -44,6 +45,7 @@ def page(report: JobReport) -> str:
                 stragglers=straggler_rows(report, len(timing.stragglers.worst)),
                 planned=plan_rows(timing),
                 memory=memory(timing),
+                fetched=fetched(timing),
                 workers=workers,
                 omitted=omitted,
             )

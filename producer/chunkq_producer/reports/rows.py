@@ -94,6 +94,17 @@ def memory(timing: Timing) -> str:
     )
 
 
+def fetched(timing: Timing) -> str | None:
+    """Return what was fetched of the inputs, or None if it was not counted."""
+    fetching = timing.fetching
+    if not fetching.requests:
+        return None
+    text = f"{si(fetching.bytes, 'B')} of stored input in {count(fetching.requests)} requests"
+    if fetching.storage_chunks:
+        text += f", {fetching.requests / fetching.storage_chunks:.2f} per storage chunk"
+    return text
+
+
 def headlines(timing: Timing) -> Rows:
     """Return rows of (label, main figure)."""
     rows: Rows = [

@@ -15,6 +15,7 @@ from chunkq_producer.reports.rows import (
     STAGE_LABELS,
     STRAGGLER_COLUMNS,
     Rows,
+    fetched,
     headlines,
     memory,
     plan_rows,
@@ -60,6 +61,8 @@ def text(report: JobReport) -> RenderableType:
     parts += _stragglers(report)
     parts += _section("", FittingTable(("", "measured", "planned", ""), plan_rows(timing), wraps=0))
     parts += _section("", Text(f"memory: {memory(timing)}"))
+    if text := fetched(timing):
+        parts += _section("", Text(f"fetched: {text}"))
     parts.append(Text(f"precision: {report.precision}"))
     if report.is_stochastic:
         parts.append(Text(STOCHASTIC))

@@ -30,6 +30,7 @@ class Bucket:
     payer           whether requests must accept to pay
     region          region of the bucket; other signatures are answered with 301
     expired         whether the credentials have expired
+    sent            keys of the objects that were sent, in order
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Bucket:
     expired: bool = False
     refused: str | None = None
     signed: list[bool] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)
 
     def problem(self, method: str, path: str, query: str, headers: dict[str, str]) -> str | None:
         """Return the code of the error for a request, or None."""
@@ -102,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
         elif not (bucket.folder / key).is_file():
             self._fail("NoSuchKey" if bucket.can_list else "AccessDenied")
         else:
+            if self.command == "GET":
+                bucket.sent.append(key)
             self._send_file((bucket.folder / key).read_bytes())
 
     def _send_file(self, content: bytes) -> None:

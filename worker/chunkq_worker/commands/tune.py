@@ -30,6 +30,7 @@ from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
+from chunkq.system.available_memory import available_memory
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.standard_output import print_line, print_text, reserve, result_stream
 from chunkq.units import duration, si
@@ -37,7 +38,6 @@ from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
 from chunkq_worker.devices import cores, slots
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
-from chunkq_worker.tune.memory import available_memory
 from chunkq_worker.tune.options import with_network_options
 from chunkq_worker.tune.process import Trials
 from chunkq_worker.tune.search import (

@@ -21,7 +21,7 @@ from chunkq.errors import QueueError
 from chunkq.queue.backends import credentials
 from chunkq.queue.backends.dask.executor import Address, QueuePlugin, check_protocol, silence_dask
 from chunkq.queue.backends.dask.tls import load_security
-from chunkq.system.parent_process import when_parent_ends
+from chunkq.system.parent_process import after_parent_ended, when_parent_ends
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
 
@@ -117,5 +117,5 @@ if __name__ == "__main__":
     silence_dask()
     # A signal to all processes of a run stops its workers, which need the scheduler to the end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    when_parent_ends(_clean_up_and_exit)
+    when_parent_ends(after_parent_ended(_clean_up_and_exit))
     asyncio.run(_serve(json.loads(sys.argv[1])))

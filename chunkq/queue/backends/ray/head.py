@@ -20,7 +20,7 @@ import psutil
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.install_hint import install_command
-from chunkq.system.parent_process import when_parent_ends
+from chunkq.system.parent_process import after_parent_ended, when_parent_ends
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned, scratch_folder
 
@@ -165,5 +165,5 @@ def _kill_node() -> None:
 if __name__ == "__main__":
     from ray.scripts.scripts import main
 
-    when_parent_ends(_kill_node)
+    when_parent_ends(after_parent_ended(_kill_node))
     main()

@@ -1,0 +1,66 @@
+"""What a worker fetches of an input is what the plan says, and is in the report."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.harness.networks import toy_model
+from tests.harness.servers.strict_s3 import KEY, SECRET, Bucket, strict_s3
+from tests.harness.volumes import random_volume, write_zarr
+from tests.harness.workspace import Workspace
+
+EDGE, STORAGE, BLOCK, PATCH = 48, 8, 16, 8
+CHUNK_BYTES = 4 * STORAGE**3
+FOR_ROWS = 80 * CHUNK_BYTES
+"""Enough for the storage chunks of a row of blocks, 54, and not for those of a layer, 108."""
+
+
+@pytest.mark.parametrize("size", [FOR_ROWS, 1 << 30])
+def test_each_storage_chunk_is_fetched_as_often_as_planned(tmp_path: Path, size: int) -> None:
+    served, folder = tmp_path / "served", tmp_path / "job"
+    served.mkdir()
+    folder.mkdir()
+    write_zarr(
+        served / "in.zarr", random_volume((EDGE,) * 3, "float32"), (STORAGE,) * 3, compressors=None
+    )
+    values = {
+        "input": "s3://lab/in.zarr",
+        "output": "out.zarr",
+        "inference_type": "sliding_window",
+        "strides": [4, 4, 4],
+        "chunksize": [BLOCK] * 3,
+        "threads": 1,
+        "model_config": toy_model(folder, (PATCH,) * 3, kind="pointwise"),
+    }
+    bucket = Bucket(served, can_list=True)
+    with strict_s3(bucket) as url:
+        workspace = Workspace(folder, values)
+        workspace.write_job()
+        environment = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "CHUNKQ_CACHE_BYTES": str(size),
+        }
+        planned = json.loads(workspace.run("plan", "job.json", "--json", **environment).ok().out)
+        workspace.run("produce", "job.json", **environment).ok()
+        bucket.sent.clear()
+        workspace.run(
+            "work", "--burst", "--gpus", "none", "--quiet", "--depth", "1", **environment
+        ).ok()
+        sent = Counter(key for key in bucket.sent if "/c/" in key)
+        workspace.run("finalize", "out.zarr", **environment).ok()
+    assert planned["storage_chunks_read"] == len(sent) == (EDGE // STORAGE) ** 3
+    average = planned["fetches_per_storage_chunk"]
+    assert average == pytest.approx({FOR_ROWS: 8 / 6, 1 << 30: 1}[size])
+    # The cache is a little larger than what the average is planned for.
+    assert 0.9 * average * len(sent) <= sum(sent.values()) <= average * len(sent)
+    assert max(sent.values()) <= 2
+    report = workspace.report()
+    fetching = report["fetching"]
+    assert fetching["storage_chunks"] == len(sent)
+    documents = fetching["requests"] - sum(sent.values())
+    assert 0 <= documents < 10
+    assert fetching["bytes"] >= sum(sent.values()) * CHUNK_BYTES
