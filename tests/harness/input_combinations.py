@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chunkq.storage.formats.registry import BUILT_IN
 from tests.harness.all_pairs import Row, all_pairs
 
 SHAPE = (9, 8, 7)
@@ -252,6 +253,64 @@ def _write_store(spec: dict[str, Any], folder: str, values: Voxels) -> None:
     store[ts.d[:].translate_to[0]].write(values).result()
 
 
+# ------------------------------------------------------------------------- files
+
+
+def tiff() -> Iterator[Combination]:
+    axes = {
+        "dtype": [dtype for dtype in DTYPES if dtype != "bool"],
+        "layout": ("contiguous", "pages", "strips", "tiles", "BigTIFF", "OME-TIFF", "stack"),
+        "compression": ("none", "zlib", "lzw", "zstd", "packbits"),
+    }
+
+    def is_possible(row: Row) -> bool:
+        return row["layout"] != "OME-TIFF" or row["dtype"][-2:] not in ("i8", "f2")
+
+    for row in all_pairs(axes, is_possible):
+        yield Combination("tifffile", f"tiff {_named(row)}", row["dtype"], partial(_tiff, row))
+
+
+def _tiff(row: Row, path: Path, values: Voxels) -> str:
+    from tests.harness.written_tiff import write_stack, write_tiff
+
+    options = {"compression": row["compression"]}
+    if row["layout"] == "stack":
+        return write_stack(path, values, **options)
+    write_tiff(f"{path}.tif", values, row["layout"], axes="ZYX", **options)
+    return f"{path}.tif"
+
+
+def hdf5() -> Iterator[Combination]:
+    layouts = ("contiguous", "chunks", "gzip", "lzf", "shuffle", "checksum")
+    for row in all_pairs({"dtype": DTYPES, "layout": layouts, "name": ("raw", "a/b/raw")}):
+        yield Combination("h5py", f"hdf5 {_named(row)}", row["dtype"], partial(_hdf5, row))
+
+
+def _hdf5(row: Row, path: Path, values: Voxels) -> str:
+    from tests.harness.written_hdf5 import write_hdf5
+
+    return write_hdf5(f"{path}.h5", values, row["layout"], name=row["name"])
+
+
+def nifti() -> Iterator[Combination]:
+    axes = {
+        "dtype": [dtype for dtype in DTYPES if dtype[-2:] not in ("ol", "f2")],
+        "suffix": (".nii", ".nii.gz"),
+        "version": (1, 2),
+    }
+    for row in all_pairs(axes):
+        yield Combination("nibabel", f"nifti {_named(row)}", row["dtype"], partial(_nifti, row))
+
+
+def _nifti(row: Row, path: Path, values: Voxels) -> str:
+    from tests.harness.nifti import write_nifti
+
+    endianness = ">" if row["dtype"].startswith(">") else "<"
+    file = f"{path}{row['suffix']}"
+    write_nifti(file, values, version=row["version"], endianness=endianness)
+    return file
+
+
 # ------------------------------------------------------------------------- fixtures
 
 
@@ -273,17 +332,22 @@ def _unpack(file: Path, row: Row, path: Path, values: Voxels) -> str:
     return row["scheme"] + str(target) + row["inner"]
 
 
-TOOLS: dict[str, Callable[[], Iterator[Combination]]] = {
-    "zarr v2": zarr_v2,
-    "zarr v3": zarr_v3,
-    "npy": npy,
-    "n5": n5,
-    "precomputed": precomputed,
-    "fixtures": fixtures,
-}
+TOOLS: tuple[tuple[str, Callable[[], Iterator[Combination]]], ...] = (
+    ("zarr", zarr_v2),
+    ("zarr", zarr_v3),
+    ("npy", npy),
+    ("n5", n5),
+    ("precomputed", precomputed),
+    ("tiff", tiff),
+    ("hdf5", hdf5),
+    ("nifti", nifti),
+    ("zarr", fixtures),
+)
+"""Format that must be built in, and the combinations of a tool."""
 
 
 @cache
 def all_combinations() -> tuple[Combination, ...]:
-    """Return the combinations of all tools."""
-    return tuple(combination for rows in TOOLS.values() for combination in rows())
+    """Return the combinations of all tools whose format is built in."""
+    tools = (rows for name, rows in TOOLS if name in BUILT_IN)
+    return tuple(combination for rows in tools for combination in rows())

@@ -40,6 +40,7 @@ from tests.prove.faults import (
     records,
     texts,
     tuning,
+    volumes,
     workers,
 )
 
@@ -54,6 +55,7 @@ FAULTS: tuple[Fault, ...] = (
     *reach.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
+    *volumes.FAULTS,
     *texts.FAULTS,
     *workers.FAULTS,
 )
