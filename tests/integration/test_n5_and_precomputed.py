@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import s3fs
 import tensorstore as ts
+import yaml
 
 from chunkq.access import Access
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
@@ -304,6 +305,17 @@ def test_scales_are_levels_by_number_and_key(tmp_path: Path) -> None:
         assert [axis.translation for axis in source.axes] == [-800.0, 0.0, 400.0]
     for level in (2, "9_9_40"):
         refused(tmp_path / "ng", ErrorCode.STORE_UNSUPPORTED, "4_4_40, 8_8_40", level=level)
+
+
+def test_the_key_of_a_scale_needs_no_quotes_in_yaml(tmp_path: Path) -> None:
+    write_precomputed(tmp_path / "ng")
+    write_precomputed(tmp_path / "ng", VALUES[::2], "8_8_80", resolution=[8, 8, 80])
+    workspace = workspace_over(tmp_path, "ng", [4, 4, 4], "network")
+    job = yaml.safe_dump(workspace.values).replace("input: ng", "input: {path: ng, level: 8_8_80}")
+    (tmp_path / "job.yaml").write_text(job)
+    with contextlib.chdir(tmp_path):
+        run_inline("job.yaml")
+    np.testing.assert_array_equal(read_output(workspace.output), VALUES[::2])
 
 
 def test_a_scale_is_read_beside_others_that_are_not_supported(tmp_path: Path) -> None:

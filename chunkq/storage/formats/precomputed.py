@@ -309,7 +309,7 @@ def _require_info(path: str, access: Access) -> Info:
     except Exception as error:  # each file system raises different errors
         raise unreadable_error(path, error) from error
     if content is None:
-        raise missing_error(path)
+        raise missing_error(join(path, INFO))
     return _parse(path, content)
 
 
@@ -348,9 +348,9 @@ def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
     Raises StoreError.
     """
     info = _require_info(path, access)
-    keys, wanted = info.keys, 0 if level is None else level
-    key = wanted if isinstance(wanted, str) else dict(enumerate(keys)).get(wanted)
-    if key not in keys:
+    keys = info.keys
+    key = _key_of(0 if level is None else level, keys)
+    if key is None:
         raise level_error(
             path, level, f"has the levels 0 to {len(keys) - 1} ({', '.join(keys[:8])})"
         )
@@ -376,6 +376,17 @@ def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
         named_by=NAMED_BY_INFO,
         storage=(*_channels(info), *scale.block[::-1]),
     )
+
+
+def _key_of(level: int | str, keys: Sequence[str]) -> str | None:
+    """Return the key that a level names by number or key, or None."""
+    if isinstance(level, str):
+        return level if level in keys else None
+    if level < len(keys):
+        return keys[level]
+    # Without quotes, the key 8_8_40 is the number 8840 in YAML.
+    matches = [key for key in keys if key.replace("_", "") == str(level)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _scale(path: str, info: Info, key: str) -> Scale:
