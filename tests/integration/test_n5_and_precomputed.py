@@ -385,6 +385,16 @@ def test_metadata_that_change_the_voxels_change_the_identity(tmp_path: Path) -> 
     assert not set(after) & set(before)
 
 
+def test_damaged_metadata_change_the_identity(tmp_path: Path) -> None:
+    write_precomputed(tmp_path / "ng")
+    write_n5(tmp_path / "in.n5")
+    for name, document in (("ng", "info"), ("in.n5", "attributes.json")):
+        source = find_source(f"{tmp_path}/{name}")
+        before, file = source.identity(), tmp_path / name / document
+        file.write_bytes(file.read_bytes()[:-5])
+        assert source.identity() not in (None, before)
+
+
 @pytest.mark.parametrize("sharding", [None, SHARDING])
 def test_blocks_are_kept_in_the_cache_of_the_process(
     tmp_path: Path, sharding: dict[str, Any] | None
@@ -553,6 +563,8 @@ def test_a_bucket_that_cannot_be_listed_answers_403_for_missing_blocks(
         sparse = find_source("s3://lab/sparse")
         assert not read(sparse)[:4, :4, :4].any()
         refused("s3://lab/empty-a.n5", ErrorCode.INPUT_EMPTY)
+        for kind in ("n5", "precomputed"):
+            refused(f"{kind}://s3://lab/none", ErrorCode.STORE_UNUSABLE, "AccessDenied")
         array = sparse.open()
         bucket.refused = "sparse"
         with pytest.raises(ChunkReadError, match="AccessDenied"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import override
 
-from chunkq.access import Access
+from chunkq.access import Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.box import Box
 from chunkq.paths import join, without_secret
@@ -28,7 +29,7 @@ from chunkq.storage.formats.n5_metadata import (
     ATTRIBUTES,
     N5Node,
     group_members,
-    read_n5_node,
+    parse_n5_node,
 )
 from chunkq.storage.formats.tensorstore_arrays import BlockLayout, block_indices, open_blocks
 from chunkq.storage.formats.zarr_chunks import ChunkKeys, keys_in
@@ -92,36 +93,46 @@ class N5Format(Format):
 
     @override
     def identity(self, path: str, options: Options) -> str | None:
-        node = read_n5_node(path, Access.of(options))
-        if node is None:
+        access = Access.of(options)
+        document = first_document(path, access, [ATTRIBUTES])
+        if document is None:
             return None
-        values = node.dataset.metadata if node.is_dataset else node.attributes
+        values: Any = document[1].hex()
+        with suppress(StoreError):
+            values = parse_n5_node(path, document[1], access).dataset.metadata
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: str, access: Access) -> N5Node | None:
     """Return the node at a path. Raises StoreError if it cannot be read."""
     try:
-        return read_n5_node(path, access)
+        document = first_document(path, access, [ATTRIBUTES])
     except StoreError:
         raise
     except Exception as error:  # each file system raises different errors
         raise unreadable_error(path, error) from error
+    return None if document is None else parse_n5_node(path, document[1], access)
 
 
 def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
     """Return a dataset, or a level of a group. Raises StoreError."""
-    node = _read(path, access)
+    refusal: StoreError | None = None
+    try:
+        node = _read(path, access)
+    except StoreError as error:
+        if not is_forbidden(error.__cause__ or error):
+            raise
+        node, refusal = None, error
     if node is not None and node.is_dataset:
         if level is not None:
             raise level_error(path, level, "is an array")
         return _array_info(node)
-    # A group need not have attributes.
+    # A group need not have attributes, and a server can refuse what does not exist.
     members = [] if node is not None else group_members(path, access)
     group = node or N5Node(path, {}, access)
     levels = group.level_paths()
     if node is None and not levels and not members:
-        raise missing_error(path)
+        raise refusal or missing_error(path)
     if not levels:
         raise _group_error(group)
     wanted = 0 if level is None else level

@@ -152,8 +152,11 @@ def read_n5_node(path: str, access: Access) -> N5Node | None:
     Raises StoreError if they are invalid, and the storage's error if they cannot be read.
     """
     content = read_document(path, ATTRIBUTES, access)
-    if content is None:
-        return None
+    return None if content is None else parse_n5_node(path, content, access)
+
+
+def parse_n5_node(path: str, content: bytes, access: Access) -> N5Node:
+    """Return the N5 node with these attributes. Raises StoreError if they are invalid."""
     try:
         attributes = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -51,7 +51,6 @@ from chunkq.storage.formats.zarr_nodes import (
     first_document,
     level_error,
     metadata_error,
-    read_document,
     require_parts,
 )
 
@@ -253,8 +252,7 @@ class PrecomputedFormat(Format):
 
     @override
     def detects(self, path: str, options: Options = NO_OPTIONS) -> bool:
-        document = first_document(path, Access.of(options), [INFO])
-        content = b"" if document is None else _plain(document[1]).lstrip()
+        content = (_read(path, Access.of(options)) or b"").lstrip()
         try:
             info = json.loads(content)
         except (ValueError, RecursionError):
@@ -278,26 +276,24 @@ class PrecomputedFormat(Format):
 
     @override
     def identity(self, path: str, options: Options) -> str | None:
-        content = _read(path, Access.of(options))
+        content, key = _read(path, Access.of(options)), str(options[SCALE])
         if content is None:
             return None
-        info = _parse(path, content)
-        if options[SCALE] not in info.keys:
-            return None
-        scale = _scale(path, info, str(options[SCALE]))
-        values = [info.data_type, info.num_channels, scale.key, scale.spec]
+        values: Any = content.hex()
+        with suppress(StoreError):
+            info = _parse(path, content)
+            if key not in info.keys:
+                return None
+            values = [info.data_type, info.num_channels, key, _scale(path, info, key).spec]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: str, access: Access) -> bytes | None:
     """Return the document of a volume, or None. Raises the storage's error."""
-    content = read_document(path, INFO, access)
-    return None if content is None else _plain(content)
-
-
-def _plain(content: bytes) -> bytes:
-    """Return a document, which a bucket can store with the content encoding gzip."""
-    return gzip.decompress(content) if content.startswith(GZIP_MAGIC) else content
+    document = first_document(path, access, [INFO])
+    if document is None or not document[1].startswith(GZIP_MAGIC):
+        return None if document is None else document[1]
+    return gzip.decompress(document[1])  # a bucket can store it with the content encoding gzip
 
 
 def _require_info(path: str, access: Access) -> Info:
