@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from chunkq.errors import ErrorCode, JobError, StoreError
@@ -15,11 +17,14 @@ from chunkq.job.job_file import Job
 from chunkq.job.job_folder import RECORD, JobFolder
 from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.job_path import job_folder_of
+from chunkq.job.known_empty import MISSING, EmptyFinder, KnownEmpty, has_known_empty
+from chunkq.job.mask_source import check_mask_times, find_mask, mask_axes
 from chunkq.job.output import new_record
 from chunkq.job.record import KEYS_WITHOUT_EFFECT, JobRecord
 from chunkq.job.tasks import JobId
 from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, is_web, open_filesystem, without_secret
+from chunkq.plan.item_tasks import ItemTasks
 from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.stages.completion import job_completion
 from chunkq.stages.registry import stages
@@ -38,8 +43,22 @@ class CheckedJob:
 
     @property
     def costs(self) -> Costs:
-        """The costs of all items."""
-        return total_costs(self.plans)
+        """The costs of all items, without chunks that are known to be empty."""
+        return total_costs(self.tasks)
+
+    @cached_property
+    def tasks(self) -> list[ItemTasks]:
+        """The tasks of each item. Raises StoreError and ChunkReadError, see `EmptyFinder`."""
+        return [
+            ItemTasks(plan, None if known is None else known.counts)
+            for plan, known in zip(self.plans, self.known_empty, strict=True)
+        ]
+
+    @cached_property
+    def known_empty(self) -> list[KnownEmpty | None]:
+        """What is known of empty chunks of each item; None if nothing can be."""
+        finder = EmptyFinder(self.record)
+        return [finder.find(item) for item in self.record.items]
 
     @property
     def largest(self) -> Plan:
@@ -53,8 +72,13 @@ def check_job(job: Job) -> CheckedJob:
     Raises JobError or StoreError with one line per problem.
     """
     sources = find_sources(job)
-    record = JobRecord.create(job, sources)
+    mask = None if job.mask is None else find_mask(job.mask, allow_empty=job.allow_empty)
+    record = JobRecord.create(job, sources, mask)
     plans = record.plans()
+    if mask is not None:
+        for image in record.images:
+            check_mask_times(mask, image.sources[0])
+            mask_axes(mask, image.sources[0], job.mask.scale if job.mask else None)
     load_blend_weights(job.weight_function, plans[0])
     if job_folder_of(job.output) == job.output:
         raise JobError(
@@ -66,13 +90,16 @@ def check_job(job: Job) -> CheckedJob:
             f"output: {without_secret(job.output)} is on a web server, which is read-only; use a "
             "local path or a bucket"
         )
-    for source in sources:
+    for name, source in (*(("input", s) for s in sources), *([("mask", mask)] if mask else [])):
         if _overlap(job.output, source.path):
             raise JobError(
-                f"output: {without_secret(job.output)} would overwrite the input "
+                f"output: {without_secret(job.output)} would overwrite the {name} "
                 f"{without_secret(source.path)}; choose another output"
             )
-    return CheckedJob(record, plans)
+    checked = CheckedJob(record, plans)
+    if job.skip_empty == MISSING:
+        _ = checked.known_empty  # refused before work starts if storage chunks cannot be listed
+    return checked
 
 
 def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -88,6 +115,7 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
     if overwrite:
         # The record may be damaged.
         _check_overwritable(output, is_job=folder.objects.exists(RECORD))
+        _check_writable(output)
         return
     stored_record = folder.read_record()
     if stored_record is not None:
@@ -99,6 +127,7 @@ def check_output(job: CheckedJob, *, resume: bool = False, overwrite: bool = Fal
             "--resume",
             code=ErrorCode.JOB_MISSING,
         )
+    _check_writable(output)
     filesystem, inner = open_filesystem(output)
     if filesystem.exists(inner):
         raise StoreError(
@@ -128,6 +157,7 @@ def create_job(
             _create(folder, record)
     handle = open_job(folder.path)
     _check_same(handle.record, record)
+    _store_known_empty(handle, job)
     _prepare_output(handle)
     return handle
 
@@ -186,20 +216,33 @@ def _replace(folder: JobFolder, record: JobRecord) -> None:
     folder.replace_record(old_content, new, prepare=clear)
 
 
+def _store_known_empty(handle: JobHandle, job: CheckedJob) -> None:
+    """Store what is known of empty chunks, unless it is stored: nobody looks again."""
+    if not has_known_empty(job.record.job):
+        return
+    with _storage_errors(handle.folder.path):
+        absent = [item for item in handle.items if not item.ledger.has_skipped()]
+        for item in absent:
+            known = job.known_empty[item.number]
+            if known is not None:
+                item.ledger.put_skipped(known.to_arrays())
+
+
 def _prepare_output(job: JobHandle) -> None:
     """Create, unseal or seal the output."""
     remaining = len(job_completion(job).missing())
     done = sum(s.count(item) for s in stages() if s.is_queued for item in job.items) - remaining
     with _storage_errors(job.folder.output):
         job.folder.delete_earlier_epochs(job.record.epoch)
-        if remaining:
+        is_sealed = job.ledger.is_sealed()
+        if remaining or not (done or is_sealed):  # a job can have no task at all
             job.ledger.unseal()
             if job.output.has_final_name:
                 with job.folder.claim(job.folder.objects.get(RECORD)):
                     job.check_unchanged()
                     job.output.unseal()
             job.output.prepare(anything_done=bool(done), check_unchanged=job.check_unchanged)
-        elif job.ledger.is_sealed():
+        elif is_sealed:
             job.output.seal(check_unchanged=job.check_unchanged)
         else:
             job.output.check_array()
@@ -226,6 +269,22 @@ def _overlap(output: str, array: str) -> bool:
     paths = [path if is_url(path) else os.path.realpath(path) for path in (output, array)]
     first, second = (path.rstrip("/") + "/" for path in paths)
     return first.startswith(second) or second.startswith(first)
+
+
+def _check_writable(output: str) -> None:
+    """Raise StoreError if a new local output can have no folder, so that no work is in vain."""
+    if is_url(output):
+        return
+    parent = next(path for path in Path(output).parents if os.path.lexists(path))
+    if not parent.is_dir():
+        problem = f"{parent} is not a folder"
+    elif os.access(parent, os.W_OK | os.X_OK):
+        return
+    else:
+        problem = f"the folder {parent} is read-only for this user"
+    raise StoreError(
+        f"output: {output} cannot be written: {problem}; fix the storage, or choose another output"
+    )
 
 
 def _check_overwritable(output: str, *, is_job: bool) -> None:

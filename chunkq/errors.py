@@ -60,7 +60,7 @@ class ErrorCode(StrEnum):
     STORE_MISSING = auto()
     """A path does not exist."""
     STORE_UNSUPPORTED = auto()
-    """A path is not an array in a supported format."""
+    """A path is not an array in a supported format, or names an output of another format."""
     AXES_AMBIGUOUS = auto()
     """The axes of an input can have several meanings; the job must name them."""
     PACKAGE_MISSING = auto()
@@ -300,6 +300,31 @@ def failure_key(error: str, message: str) -> tuple[str, str]:
 
 def suggestion(word: str, legal: Sequence[str]) -> str:
     """Return the hint `; did you mean 'x'?` for the legal name closest to `word`, or ''."""
-    completions = [name for name in legal if len(word) > 2 and name.startswith(word)]
-    matches = completions or get_close_matches(word, legal, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    match = nearest(word, legal)
+    return f"; did you mean {match!r}?" if match else ""
+
+
+def nearest(word: str, legal: Sequence[str]) -> str:
+    """Return the legal name closest to `word`, or ''.
+
+    A name that is equal without `folded` differences comes first, then one that begins with the
+    word, contains it, or is its beginning.
+    """
+    names = {folded(name): name for name in reversed(legal)}
+    key = folded(word)
+    if key in names:
+        return names[key]
+    if len(key) > 2:
+        in_order = list(reversed(names))
+        begins = [name for name in in_order if name.startswith(key)]
+        contains = [name for name in in_order if key in name]
+        is_begun_by = [name for name in in_order if len(name) > 2 and key.startswith(name)]
+        if matches := [*begins, *contains, *sorted(is_begun_by, key=len, reverse=True)]:
+            return names[matches[0]]
+    matches = get_close_matches(key, list(names), n=1, cutoff=0.6)
+    return names[matches[0]] if matches else ""
+
+
+def folded(word: str) -> str:
+    """Return a word in lower case without punctuation: `chunk_size` and `ChunkSize` are equal."""
+    return re.sub(r"[^0-9a-z]", "", word.lower())

@@ -198,7 +198,10 @@ def _report(
     """Return the report. Add the tasks that have a valid commit record to `valid`."""
     commits = {stage.kind: _read_commits(job, stage.kind, valid) for stage in stages()}
     timing = aggregate_timing(
-        [item.plan for item in job.items], commits.pop("infer"), commits.pop("finalize")
+        [item.plan for item in job.items],
+        commits.pop("infer"),
+        commits.pop("finalize"),
+        job.costs,
     )
     chunks = [f.storage_chunks for image in job.record.images for f in job.record.fetches(image)]
     if len(chunks) == len(job.record.sources):

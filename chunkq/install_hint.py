@@ -13,6 +13,9 @@ PACKAGE = "chunkq"
 EXTRAS = {
     "dask": "dask",
     "distributed": "dask",
+    "h5py": "hdf5",
+    "hdf5plugin": "hdf5",
+    "imagecodecs": "tiff",
     "keras": "tensorflow",
     "matplotlib": "plot",
     "onnx": "export",
@@ -23,6 +26,7 @@ EXTRAS = {
     "rq": "redis",
     "s3fs": "s3",
     "tensorflow": "tensorflow",
+    "tifffile": "tiff",
     "torch": "torch",
 }
 """Package -> the extra of chunkq that installs it."""

@@ -32,6 +32,13 @@ def columns(stream: TextIO | None) -> int | None:
         return DEFAULT_COLUMNS
 
 
+def argument(text: str) -> str:
+    """Return text as one argument of a command to copy, quoted if it has spaces or the like."""
+    from shlex import quote  # few messages need it
+
+    return quote(text)
+
+
 def print_error(text: str) -> None:
     """Write text to standard error. On a terminal, its lines break between words."""
     import click  # worker processes need only `wrapped`

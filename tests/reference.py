@@ -248,6 +248,49 @@ def decision_margin(y: F64) -> F64:
     return np.asarray(np.abs(y[0] - 0.5) if len(y) == 1 else ranked[-1] - ranked[-2])
 
 
+def _check(setup: Setup, volume: NDArray[Any], combine: str) -> None:
+    if combine not in {"weighted_avg", "soft", "hard"} or volume.shape != setup.volume:
+        raise ValueError(f"invalid combine {combine!r}, or {volume.shape} is not {setup.volume}")
+    if not covered(setup).all():
+        raise ValueError(f"no patch covers voxel {np.argwhere(~covered(setup))[0].tolist()}")
+
+
+class Skip(NamedTuple):
+    """Which patches are skipped, and what stands in their place.
+
+    inside      whether each voxel is inside the mask, bool (*V); None without a mask
+    is_empty    called with the voxels of an input patch inside the volume and the slices of the
+                volume in which they lie; None if no patch is empty
+    fill_value  value outside the mask, and prediction of empty patches; a class for labels
+    """
+
+    inside: NDArray[np.bool_] | None = None
+    is_empty: Callable[[NDArray[Any], tuple[slice, ...]], bool] | None = None
+    fill_value: float = 0.0
+
+
+NO_SKIP = Skip()
+
+
+def nothing(channels: int, combine: str, fill_value: float) -> F64:
+    """Return the prediction of an empty patch, after activation and voting: (C,)."""
+    if combine == "weighted_avg" or channels == 1:
+        return np.full(channels, fill_value, dtype=np.float64)
+    return np.asarray(np.arange(channels) == fill_value, dtype=np.float64)
+
+
+def skipped(setup: Setup, volume: NDArray[Any], skip: Skip) -> list[tuple[bool, bool]]:
+    """Return for each of `patches` whether the mask skips it, and whether it is empty."""
+    found = []
+    for _, start, box in patches(setup):
+        in_volume, _ = _inside(setup, box)
+        window = zip(start, setup.input_patch, setup.volume, strict=True)
+        read = tuple(slice(max(s, 0), min(s + p, v)) for s, p, v in window)
+        by_mask = skip.inside is not None and not skip.inside[in_volume].any()
+        found.append((by_mask, skip.is_empty is not None and skip.is_empty(volume[read], read)))
+    return found
+
+
 def reference(
     setup: Setup,
     volume: NDArray[Any],
@@ -256,17 +299,18 @@ def reference(
     weight: str | WeightFunction = "weight_uniform",
     *,
     activation: str = "none",
+    skip: Skip = NO_SKIP,
+    channels: int = 0,
 ) -> Reference:
-    """Run the network on every patch and combine the predictions.
+    """Run the network on every patch that is not skipped and combine the predictions.
+
+    `channels` are those of a prediction, needed if the first patch is skipped.
 
     `predict` is called with a patch (*P), float64, and its start. Weights are computed for the
     output patch Q and cropped by the margin. The weights of each voxel are divided by the largest
     of them before they are summed, so that they do not underflow.
     """
-    if combine not in {"weighted_avg", "soft", "hard"} or volume.shape != setup.volume:
-        raise ValueError(f"invalid combine {combine!r}, or {volume.shape} is not {setup.volume}")
-    if not covered(setup).all():
-        raise ValueError(f"no patch covers voxel {np.argwhere(~covered(setup))[0].tolist()}")
+    _check(setup, volume, combine)
     all_patches = patches(setup)
     log_w = _log_of(weight, setup.output_patch)
     largest = np.full(setup.volume, -np.inf)
@@ -280,9 +324,19 @@ def reference(
     shape = tuple(b + p - a for a, b, p in zip(low, high, setup.input_patch, strict=True))
     padded = pad_read(volume, low, shape, setup.pad_mode, setup.pad_value).astype(np.float64)
 
-    sums, total = np.zeros(0), np.zeros(setup.volume)
+    sums, total = np.zeros((channels, *setup.volume)), np.zeros(setup.volume)
     margin = np.full(setup.volume, np.inf)
-    for _, start, box in all_patches:
+    outcomes = skipped(setup, volume, skip)
+    for (_, start, box), (by_mask, is_empty) in zip(all_patches, outcomes, strict=True):
+        if by_mask:
+            continue
+        if is_empty:
+            in_volume, in_patch = _inside(setup, box)
+            w = np.exp(log_w[in_patch] - largest[in_volume])
+            for c, value in enumerate(nothing(channels, combine, skip.fill_value)):
+                sums[c][in_volume] += w * value
+            total[in_volume] += w
+            continue
         window = zip(start, low, setup.input_patch, strict=True)
         x = padded[tuple(slice(s - a, s - a + p) for s, a, p in window)].copy()
         y = np.asarray(predict(x, start), dtype=np.float64)
@@ -302,9 +356,14 @@ def reference(
         for c in range(len(y)):
             sums[c][in_volume] += w * y[c][in_patch]
         total[in_volume] += w
-    average = sums / total
+    average = sums / np.where(total > 0, total, 1)
     labels = labels_of(average).astype(np.uint8 if len(average) <= 256 else np.uint16)
-    return Reference(average, labels, np.minimum(decision_margin(average), margin))
+    margin = np.minimum(decision_margin(average), margin)
+    if skip.inside is not None:
+        average[:, ~skip.inside] = skip.fill_value
+        labels[~skip.inside] = skip.fill_value
+        margin[~skip.inside] = np.inf
+    return Reference(average, labels, margin)
 
 
 def center_crop(y: F64, out_shape: Shape) -> F64:

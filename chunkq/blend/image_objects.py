@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.errors import ChunkqError
-from chunkq.geometry.axes import Axis
+from chunkq.geometry.axes import Axis, cropped
+from chunkq.geometry.box import Box
 
 NIFTI_UNITS = {"millimeter": "mm", "micrometer": "micron", "meter": "meter"}
 """Unit of an axis -> name in NIfTI headers."""
@@ -32,6 +33,23 @@ class ImageGeometry:
     header: Any = None
     dims: tuple[Any, ...] = ()
     coords: Mapping[Any, Any] = field(default_factory=dict)
+
+    def cropped(self, region: Box) -> ImageGeometry:
+        """Return the geometry of a region of the image."""
+        affine = self.affine
+        if affine is not None:
+            affine = affine.copy()
+            affine[:3, 3] += affine[:3, : len(region.start)] @ region.start
+        slices = dict(zip(self.dims, region.slices((0,) * len(region.start)), strict=False))
+        return replace(
+            self,
+            axes=tuple(map(cropped, self.axes, region.start, region.stop)),
+            affine=affine,
+            coords={
+                name: coord.isel({dim: slices[dim] for dim in coord.dims})
+                for name, coord in self.coords.items()
+            },
+        )
 
 
 def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) -> Any:

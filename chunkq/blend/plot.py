@@ -78,17 +78,22 @@ def _median_voxel(labels: Voxels) -> tuple[int, ...]:
     return tuple(center)
 
 
-def _draw_panels(panels: Sequence[_Panel]) -> Figure:
-    """Draw planes side by side, with the same size of a voxel in each."""
-    longest = max(max(panel.labels.shape) for panel in panels)
+def row_of_panels(shapes: Sequence[tuple[int, int]]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels for planes (H, W) side by side, a voxel as large in each."""
+    longest = max(map(max, shapes))
     inches = PANEL_PIXELS / 100 / longest
-    widths = [max(0.15 * longest, panel.labels.shape[1]) for panel in panels]
-    tallest = max(0.25 * longest, *(panel.labels.shape[0] for panel in panels))
+    widths = [max(0.15 * longest, width) for _, width in shapes]
+    tallest = max(0.25 * longest, *(height for height, _ in shapes))
     figure = Figure(
-        figsize=(sum(widths) * inches + 0.6 * len(panels), tallest * inches + 1.2),
+        figsize=(sum(widths) * inches + 0.6 * len(shapes), tallest * inches + 1.2),
         layout="constrained",
     )
-    row = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    return figure, list(figure.subplots(1, len(shapes), squeeze=False, width_ratios=widths)[0])
+
+
+def _draw_panels(panels: Sequence[_Panel]) -> Figure:
+    """Draw planes side by side, with the same size of a voxel in each."""
+    figure, row = row_of_panels([(p.labels.shape[0], p.labels.shape[1]) for p in panels])
     planes = [panel.volume.astype(np.float64) for panel in panels]
     finite = np.concatenate([plane[np.isfinite(plane)] for plane in planes])
     percentiles = [BLACK_PERCENTILE, WHITE_PERCENTILE]
@@ -96,7 +101,7 @@ def _draw_panels(panels: Sequence[_Panel]) -> Figure:
     for axes, plane, panel in zip(row, planes, panels, strict=True):
         axes.imshow(plane, cmap="gray", vmin=low, vmax=max(high, low + 1e-12))
         axes.imshow(_colored(panel.labels))
-        _set_labels(axes, panel.x, panel.y, panel.title)
+        set_labels(axes, panel.x, panel.y, panel.title)
     _legend(figure, [panel.labels for panel in panels])
     return figure
 
@@ -111,12 +116,13 @@ def _draw_line(volume: Voxels, labels: Voxels) -> Figure:
         if labels[start]:
             axes.axvspan(start - 0.5, stop - 0.5, color=_color(labels[start]), linewidth=0)
     axes.margins(x=0)
-    _set_labels(axes, "axis 0", "input", "")
+    set_labels(axes, "axis 0", "input", "")
     _legend(figure, [labels])
     return figure
 
 
-def _set_labels(axes: Axes, x: str, y: str, title: str) -> None:
+def set_labels(axes: Axes, x: str, y: str, title: str) -> None:
+    """Set the names of the axes of a panel, and its title."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.combine import Array, add_weighted, cast_output, copy_into, reduce, to_numpy
+from chunkq.blend.empty_patches import EmptyChunks, add_nothing, add_share
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.geometry.box import Box
+from chunkq.plan.empty_rule import Bools
 from chunkq.plan.footprint import SLAB_BYTES
-from chunkq.plan.plan import Chunk, Patch, Piece, Plan
+from chunkq.plan.plan import Chunk, Index, Patch, Piece, Plan
 from chunkq.system import buffers
 
 
@@ -64,14 +66,23 @@ class Accumulator:
             else:
                 add_weighted(sums, self._weights.weights(patch), used)
 
+    def add_empty(self, patches: Sequence[Patch]) -> None:
+        """Add the predictions of patches that are skipped because they are empty."""
+        nothing = self._plan.output.nothing
+        if patches and nothing.any():
+            region = self._chunk.region
+            share = buffers.zeros(region.shape, np.float32)
+            add_share(share, self._weights, patches, region)
+            add_nothing(to_numpy(self._sums), share, nothing)
+
     def results(self) -> list[Array]:
         """Return the arrays from which `contribution` is made; they can be views of the sums."""
         return chunk_results(self._plan, self._chunk, self._view)
 
-    def contribution(self) -> Contribution:
-        """Return the result of the chunk as NumPy arrays."""
+    def contribution(self, inside: Bools | None = None) -> Contribution:
+        """Return the result of the chunk as NumPy arrays; `inside` as in `contribution`."""
         parts = [to_numpy(part) for part in self.results()]
-        return contribution(self._plan, self._chunk, parts)
+        return contribution(self._plan, self._chunk, parts, inside)
 
     def _view(self, box: Box) -> Array:
         return self._sums[(slice(None), *box.slices(self._chunk.region.start))]
@@ -93,9 +104,18 @@ def chunk_results(plan: Plan, chunk: Chunk, sums_of: Callable[[Box], Array]) -> 
     return [interior, *map(sums_of, _shared_boxes(plan, chunk))]
 
 
-def contribution(plan: Plan, chunk: Chunk, parts: Sequence[npt.NDArray[Any]]) -> Contribution:
-    """Return the result of a chunk from its `chunk_results`, converted to NumPy arrays."""
-    interior = _to_output(plan, parts[0])
+def contribution(
+    plan: Plan,
+    chunk: Chunk,
+    parts: Sequence[npt.NDArray[Any]],
+    inside: Bools | None = None,
+) -> Contribution:
+    """Return the result of a chunk from its `chunk_results`, converted to NumPy arrays.
+
+    `inside` says which voxels of the chunk's region are inside the mask, bool; None if all are.
+    """
+    within = None if inside is None else inside[chunk.interior.slices(chunk.region.start)]
+    interior = _to_output(plan, parts[0], within)
     sums = [buffers.contiguous(part) for part in parts[1:]]
     own_block, bands = None, len(chunk.band_boxes) if chunk.has_band else 0
     if chunk.has_band:
@@ -118,49 +138,80 @@ def finalize_sums(
     plan: Plan,
     chunk: Chunk,
     own_block: OwnBlock | None,
-    pieces: Mapping[Piece, npt.NDArray[np.float32]],
+    pieces: Mapping[Piece, npt.NDArray[np.float32] | None],
+    empty: EmptyChunks | None = None,
+    inside: Bools | None = None,
 ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
     """Yield the boxes of `chunk.touched_boxes`, each with its final output values.
 
     The values are ([C,] *box.shape) in the output's dtype. `own_block` is None if the chunk owns no
-    patch. `pieces` holds the sums of all `Plan.incoming_pieces`.
+    patch or is empty. `pieces` holds the sums of all `Plan.incoming_pieces`, None for those of
+    empty chunks. `empty` returns the sums of these; None if they contribute nothing. `inside` says
+    which voxels of the block are inside the mask, bool (*chunk.block.shape); None if all are.
     """
     combine = plan.output.combine
     channels = (plan.channels,) if plan.channel_axis else ()
     block = buffers.zeros((*channels, *chunk.block.shape), plan.output_dtype)
-    if own_block is not None:
-        for box, values in zip(chunk.rest_boxes, own_block.rest, strict=True):
-            _cut(plan, block, chunk.block, box)[...] = values
-    stored = [(piece.box, pieces[piece]) for piece in plan.incoming_pieces(chunk)]
+    for number, box in enumerate(chunk.rest_boxes):
+        values = plan.output.fill if own_block is None else own_block.rest[number]
+        _cut(plan, block, chunk.block, box)[...] = values
+    stored: list[_Stored] = [
+        _Stored(piece.source, piece.box, pieces[piece]) for piece in plan.incoming_pieces(chunk)
+    ]
     for number, band in enumerate(chunk.band_boxes):
-        own = [] if own_block is None else [(band, own_block.band[number])]
+        own = _Stored(chunk.index, band, None if own_block is None else own_block.band[number])
+        terms = [own, *stored] if chunk.is_active else stored
         for box in band.slabs(SLAB_BYTES // (plan.channels * 4)):
-            total = _total(plan, box, [*own, *stored])
-            _cut(plan, block, chunk.block, box)[...] = _to_output(plan, reduce(total, combine))
+            total = _total(plan, box, terms, empty)
+            within = None if inside is None else inside[box.slices(chunk.block.start)]
+            values = _to_output(plan, reduce(total, combine), within)
+            _cut(plan, block, chunk.block, box)[...] = values
     for box in chunk.touched_boxes:
         yield box, _cut(plan, block, chunk.block, box)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Sums (C, *box.shape) of a chunk for a box of a block; None if the chunk is empty."""
+
+    source: Index
+    box: Box
+    sums: npt.NDArray[np.float32] | None
+
+
 def _total(
-    plan: Plan, box: Box, stored: Sequence[tuple[Box, npt.NDArray[np.float32]]]
+    plan: Plan, box: Box, stored: Sequence[_Stored], empty: EmptyChunks | None
 ) -> npt.NDArray[np.float32]:
     """Return the sums of a box of voxels (C, *box.shape), added in the order of `stored`.
 
-    `stored` has boxes and their sums. Voxels outside of all of them are 0.
+    Voxels outside of all boxes of `stored` are 0.
     """
     total: npt.NDArray[np.float32] = np.zeros((plan.channels, *box.shape), np.float32)
-    for outer, sums in stored:
-        shared = box & outer
-        if shared.size:
-            in_box = total[(slice(None), *shared.slices(box.start))]
-            in_box += sums[(slice(None), *shared.slices(outer.start))]
+    for term in stored:
+        shared = box & term.box
+        if not shared.size or (term.sums is None and empty is None):
+            continue
+        in_box = total[(slice(None), *shared.slices(box.start))]
+        if term.sums is not None:
+            in_box += term.sums[(slice(None), *shared.slices(term.box.start))]
+        elif empty is not None:
+            in_box += empty.sums(term.source, shared)
     return total
 
 
-def _to_output(plan: Plan, reduced: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the output values ([C,] *S) of a result of `reduce`."""
+def _to_output(
+    plan: Plan, reduced: npt.NDArray[Any], inside: Bools | None = None
+) -> npt.NDArray[Any]:
+    """Return the output values ([C,] *S) of a result of `reduce`, the fill value outside."""
+    is_average, outside = plan.output.is_average, None if inside is None else ~inside
+    if outside is not None and is_average:
+        if not reduced.flags.writeable:
+            reduced = reduced.copy()
+        reduced[:, outside] = plan.output.fill  # before averages beyond the range are refused
     values = cast_output(reduced, plan.output.combine, plan.output_dtype)
-    drop_channel = plan.output.is_average and not plan.channel_axis
+    if outside is not None and not is_average:
+        values[outside] = plan.output.fill
+    drop_channel = is_average and not plan.channel_axis
     return values[0] if drop_channel else values
 
 

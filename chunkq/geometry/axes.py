@@ -13,11 +13,8 @@ SPATIAL_NAMES = ("z", "y", "x")
 LETTERS = "tczyx"
 """Letters that name axes in a job file."""
 KIND_OF_NAME: dict[str, AxisKind] = {
-    "c": "channel",
-    "channel": "channel",
-    "channels": "channel",
-    "t": "time",
-    "time": "time",
+    **dict.fromkeys(("c", "ch", "channel", "channels", "band"), "channel"),
+    **dict.fromkeys(("t", "time", "frame", "frames"), "time"),
 }
 """Lower-case name of an axis -> kind. All others are spatial."""
 COLOR_SIZES = (3, 4)
@@ -80,12 +77,36 @@ def with_unique_names(axes: Sequence[Axis]) -> tuple[Axis, ...]:
     return tuple(replace(axis, name=defaults.get(axis.kind) or next(plain).name) for axis in axes)
 
 
-def named_axes(names: Sequence[str | None], shape: Sequence[int]) -> tuple[Axis, ...]:
-    """Return the axes of an array whose axes have names and nothing else. None is no name."""
+def named_axes(
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    scales: Sequence[float] = (),
+    translations: Sequence[float] = (),
+    units: Sequence[str | None] = (),
+) -> tuple[Axis, ...]:
+    """Return axes from their names, which determine their kinds. None is no name.
+
+    Spatial axes without names have those of `plain_axes`. `scales`, `translations` and `units` are
+    empty or have one entry per axis.
+    """
+    kinds = [kind_of_name(name or "") for name in names]
+    sizes = [size for size, kind in zip(shape, kinds, strict=True) if kind == "space"]
+    defaults = iter(plain_axes(sizes))
+    labels = [next(defaults).name if kind == "space" else "" for kind in kinds]
+    rank = len(kinds)
     return with_unique_names(
         [
-            Axis(name or default.name, kind_of_name(name or ""), default.size)
-            for name, default in zip(names, plain_axes(shape), strict=True)
+            Axis(name or label, kind, size, unit, scale, translation)
+            for name, label, kind, size, unit, scale, translation in zip(
+                names,
+                labels,
+                kinds,
+                shape,
+                units or [None] * rank,
+                scales or [1.0] * rank,
+                translations or [0.0] * rank,
+                strict=True,
+            )
         ]
     )
 
@@ -119,6 +140,11 @@ def picked(axis: Axis, picks: Sequence[int]) -> Axis:
         scale=axis.scale * step,
         translation=axis.translation + picks[0] * axis.scale,
     )
+
+
+def cropped(axis: Axis, start: int, stop: int) -> Axis:
+    """Return the part `[start, stop)` of an axis."""
+    return replace(axis, size=stop - start, translation=axis.translation + start * axis.scale)
 
 
 def looks_like_color(shape: Sequence[int]) -> bool:

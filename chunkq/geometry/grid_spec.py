@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from chunkq.geometry.box import Box
 from chunkq.geometry.grids import AxisGeometry, AxisGrid, Edge
 from chunkq.geometry.padding import PadMode
 
@@ -27,6 +28,9 @@ class GridSpec:
     edge, pad_mode placement of the last patch, and values outside of the image
     chunk          shape of a block, the output voxels of one chunk
     storage        shape of a storage chunk of the output
+    region         voxels of the output; None for the whole image
+    batch          patches in a batch; a chunk that needs some of its patches for the region runs
+                   whole batches
     """
 
     shape: Shape
@@ -40,6 +44,8 @@ class GridSpec:
     pad_mode: PadMode
     chunk: Shape
     storage: Shape
+    region: Box | None = None
+    batch: int = 1
 
     @property
     def rank(self) -> int:
@@ -58,12 +64,26 @@ class GridSpec:
         axes = zip(self.patch, self.output_patch, self.margin, strict=True)
         return tuple((p - q) // 2 + m for p, q, m in axes)
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the region starts at storage chunks of the whole image's output.
+
+        Then blocks, and the patches that they own, are those of the whole image. Else blocks start
+        at the region's start.
+        """
+        if self.region is None:
+            return True
+        return not any(n % s for n, s in zip(self.region.start, self.storage, strict=True))
+
     @cached_property
     def axes(self) -> tuple[AxisGeometry, ...]:
         """The blocks and the patches of all grids, axis by axis."""
         return tuple(self._axis(a) for a in range(self.rank))
 
     def _axis(self, a: int) -> AxisGeometry:
+        low, high = 0, self.shape[a]
+        if self.region is not None:
+            low, high = self.region.start[a], self.region.stop[a]
         grids = tuple(
             AxisGrid.create(
                 volume=self.shape[a],
@@ -74,7 +94,10 @@ class GridSpec:
                 pad=self.pads[a],
                 offset=offset[a],
                 edge=self.edge,
+                part=None if self.is_aligned else (low, high),
             )
             for offset in self.offsets
         )
-        return AxisGeometry(self.shape[a], self.chunk[a], self.storage[a], grids, self.pad_mode)
+        return AxisGeometry(
+            self.shape[a], self.chunk[a], self.storage[a], grids, self.pad_mode, low, high
+        )

@@ -27,8 +27,8 @@ class AxisGrid:
     """The patches of one grid along one axis, by ascending start.
 
     Patch k reads `[start(k), start(k) + patch)` and predicts the `kept` voxels from
-    `start(k) + lead` on. Only patches `[first_kept, end_kept)` predict voxels of the volume
-    `[0, volume)`.
+    `start(k) + lead` on. Blocks cover the part `[low, high)` of the volume `[0, volume)`. Only
+    patches `[first_kept, end_kept)` predict voxels of that part.
     """
 
     volume: int
@@ -39,6 +39,8 @@ class AxisGrid:
     first: int
     last: int
     count: int
+    low: int
+    high: int
 
     @classmethod
     def create(
@@ -52,18 +54,21 @@ class AxisGrid:
         pad: int,
         offset: int,
         edge: Edge,
+        part: tuple[int, int] | None = None,
     ) -> AxisGrid:
         """Return the grid whose first patch starts at `offset - pad`.
 
         Its last patch is the first one that reaches `volume + pad`. With `edge == "shift"` the last
-        patch is moved back to end exactly there, unless it is also the first.
+        patch is moved back to end exactly there, unless it is also the first. Blocks cover the
+        range `part` of the volume, by default all of it.
         """
         first = offset - pad
         count = max(0, -(-(volume + pad - patch - first) // stride)) + 1
         last = first + (count - 1) * stride
         if edge == "shift" and count > 1:
             last = volume + pad - patch
-        return cls(volume, patch, kept, lead, stride, first, last, count)
+        low, high = part or (0, volume)
+        return cls(volume, patch, kept, lead, stride, first, last, count, low, high)
 
     @overload
     def start(self, number: int) -> int: ...
@@ -84,36 +89,40 @@ class AxisGrid:
 
     @property
     def first_kept(self) -> int:
-        """Number of the first patch whose kept voxels intersect the volume."""
-        return int(self.count_below(np.asarray(1 - self.kept)))
+        """Number of the first patch whose kept voxels intersect `[low, high)`."""
+        return self.touching(self.low, self.high).start
 
     @property
     def end_kept(self) -> int:
-        """One past the number of the last patch whose kept voxels intersect the volume."""
-        return max(self.first_kept, int(self.count_below(np.asarray(self.volume))))
+        """One past the number of the last patch whose kept voxels intersect `[low, high)`."""
+        return self.touching(self.low, self.high).stop
 
     def owned(self, block: IntArray, size: int | IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of patches that block `block` owns.
 
-        A block owns the patches whose kept voxels, clipped to the volume, start in it. Blocks are
-        `size` voxels long, the first starts at 0. The ranges of all blocks partition
+        A block owns the patches whose kept voxels, clipped to `[low, high)`, start in it. Blocks
+        are `size` voxels long, the first starts at `low`. The ranges of all blocks partition
         `[first_kept, end_kept)`.
         """
-        low = np.where(block == 0, self.first_kept, self.count_below(block * size))
-        low = np.clip(low, self.first_kept, self.end_kept)
-        high = np.clip(self.count_below((block + 1) * size), low, self.end_kept)
+        kept, start = self.touching(self.low, self.high), self.low + block * size
+        low = np.where(block == 0, kept.start, self.count_below(start))
+        low = np.clip(low, kept.start, kept.stop)
+        high = np.clip(self.count_below(start + size), low, kept.stop)
         return low, high
 
-    def owners(self, size: int) -> range:
+    def owners(self, size: int, numbers: range | None = None) -> range:
         """Return the blocks of `size` voxels from the first to the last that owns a patch.
 
-        Every block between them owns one if the patches leave no gap and `size` is at least the
-        length of the kept voxels.
+        Only the patches `numbers` count, by default all that predict voxels of `[low, high)`. Every
+        block between them owns one if the patches leave no gap and `size` is at least the length of
+        the kept voxels.
         """
-        if self.first_kept == self.end_kept:
+        if numbers is None:
+            numbers = self.touching(self.low, self.high)
+        if not numbers:
             return range(0)
-        first = max(0, self.start(self.first_kept) + self.lead)
-        last = max(0, self.start(self.end_kept - 1) + self.lead)
+        first = max(0, self.start(numbers[0]) + self.lead - self.low)
+        last = max(0, self.start(numbers[-1]) + self.lead - self.low)
         return range(first // size, last // size + 1)
 
     def touching(self, start: int, stop: int) -> range:
@@ -122,35 +131,40 @@ class AxisGrid:
         high = int(self.count_below(np.asarray(stop)))
         return range(low, max(low, high))
 
-    def gap(self) -> int | None:
-        """Return an uncovered voxel between the first and the last kept patch, or None."""
-        low, high = self.first_kept, self.end_kept
-        if high - low > 1:
-            for number in (low, high - 2):
+    def gap(self, start: int = 0, stop: int | None = None) -> int | None:
+        """Return a voxel of `[start, stop)` without a patch, between voxels with one, or None.
+
+        `stop` is by default the end of the volume.
+        """
+        numbers = self.touching(start, self.volume if stop is None else stop)
+        if len(numbers) > 1:
+            for number in (numbers[0], numbers[-2]):
                 end = self.start(number) + self.lead + self.kept
                 if self.start(number + 1) + self.lead > end:
                     return end
         return None
 
-    def span(self) -> tuple[int, int]:
-        """Return the range of volume voxels from the first to the last kept patch.
+    def span(self, start: int = 0, stop: int | None = None) -> tuple[int, int]:
+        """Return the range from the first to the last voxel of `[start, stop)` that has a patch.
 
-        The range is (0, 0) if no patch is kept.
+        `stop` is by default the end of the volume. The range is (start, start) if there is none.
         """
-        if self.first_kept == self.end_kept:
-            return 0, 0
-        low = self.start(self.first_kept) + self.lead
-        high = self.start(self.end_kept - 1) + self.lead + self.kept
-        return max(0, low), min(self.volume, high)
+        stop = self.volume if stop is None else stop
+        numbers = self.touching(start, stop)
+        if not numbers:
+            return start, start
+        low = self.start(numbers[0]) + self.lead
+        high = self.start(numbers[-1]) + self.lead + self.kept
+        return max(start, low), min(stop, high)
 
 
 @dataclass(frozen=True, slots=True)
 class AxisBlock:
     """One block along one axis; all lengths are in voxels.
 
-    `band` and `aligned_band` start at the block's low side, `upper_overlap` at its stop. `halo` is
-    the input window, empty if the block owns no patch. `owned[g]` holds the numbers of its patches
-    of grid g.
+    `band` and `aligned_band` start at the block's low side, `upper_overlap` at its stop. `owned[g]`
+    holds the numbers of its patches of grid g, `needed[g]` those of them that predict voxels of the
+    region. `halo` is the input window of the needed ones, empty if there is none.
     """
 
     start: int
@@ -160,14 +174,16 @@ class AxisBlock:
     upper_overlap: int
     halo: tuple[int, int]
     owned: tuple[range, ...]
+    needed: tuple[range, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class AxisGeometry:
     """One axis of the volume: its blocks, and the patches of every grid along it.
 
-    A block is `chunk` voxels long, a storage chunk of the output `storage` voxels. Invariant: the
-    kept voxels of a patch end in the block that owns it or in the next one.
+    Blocks are clipped to the region `[low, high)` of the volume. A block is `chunk` voxels long, a
+    storage chunk of the output `storage` voxels. Invariant: the kept voxels of a patch end in the
+    block that owns it or in the next one.
     """
 
     volume: int
@@ -175,33 +191,69 @@ class AxisGeometry:
     storage: int
     grids: tuple[AxisGrid, ...]
     pad_mode: PadMode
+    low: int
+    high: int
+
+    @property
+    def origin(self) -> int:
+        """First voxel of block 0, before it is clipped."""
+        return self.grids[0].low
+
+    @property
+    def numbers(self) -> range:
+        """Numbers of the blocks with voxels; they cover `[low, high)` exactly once."""
+        first = (self.low - self.origin) // self.chunk
+        return range(first, -(-(self.high - self.origin) // self.chunk))
 
     @property
     def blocks(self) -> int:
-        """Number of blocks; they cover `[0, volume)` exactly once."""
-        return -(-self.volume // self.chunk)
+        """Number of blocks with voxels."""
+        return len(self.numbers)
 
     def block(self, number: int) -> AxisBlock:
-        """Return block `number`."""
+        """Return block `number`; one outside of `numbers` is empty."""
         return _axis_block(self, number)
 
     def start(self, block: IntArray) -> IntArray:
         """Return the first voxel of each block."""
-        return block * self.chunk
+        return np.clip(self.origin + block * self.chunk, self.low, self.high)
 
     def stop(self, block: IntArray) -> IntArray:
-        """Return the end of each block, exclusive; the last block ends with the volume."""
-        return np.minimum((block + 1) * self.chunk, self.volume)
+        """Return the end of each block, exclusive; the last block ends with the region."""
+        return np.clip(self.origin + (block + 1) * self.chunk, self.low, self.high)
+
+    @property
+    def active(self) -> range:
+        """Blocks from the first to the last that owns a patch which the region needs."""
+        owners = [
+            grid.owners(self.chunk, grid.touching(self.low, self.high)) for grid in self.grids
+        ]
+        starts, stops = [o.start for o in owners if o], [o.stop for o in owners if o]
+        return range(min(starts), max(stops)) if starts else range(0)
+
+    def needed(self, grid: AxisGrid, block: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the range of the patches owned by each block that predict voxels of the region."""
+        low, high = grid.owned(block, self.chunk)
+        touching = grid.touching(self.low, self.high)
+        low = np.clip(low, touching.start, touching.stop)
+        return low, np.clip(high, low, touching.stop)
+
+    @property
+    def all_needed(self) -> bool:
+        """Whether all patches that blocks own predict voxels of the region."""
+        return all(
+            grid.touching(self.low, self.high) == range(grid.first_kept, grid.end_kept)
+            for grid in self.grids
+        )
 
     def upper_overlap(self, block: IntArray) -> IntArray:
         """Return how many voxels of the next block the patches of each block predict."""
         patches_end = self.stop(block)
         for grid in self.grids:
             low, high = grid.owned(block, self.chunk)
-            end = np.minimum(grid.start(high - 1) + grid.lead + grid.kept, self.volume)
+            end = np.minimum(grid.start(high - 1) + grid.lead + grid.kept, self.high)
             patches_end = np.maximum(patches_end, np.where(high > low, end, 0))
-        stop = self.stop(block)
-        return np.where(stop < self.volume, patches_end - stop, 0)
+        return patches_end - self.stop(block)
 
     def band(self, block: IntArray) -> IntArray:
         """Return how many voxels at each block's low side the lower neighbor also predicts."""
@@ -215,11 +267,11 @@ class AxisGeometry:
         return np.where(rounded < length, rounded, length)
 
     def halo(self, block: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the input window that the owned patches read; (0, 0) if none is owned."""
+        """Return the input window of the patches that the region needs; (0, 0) if there is none."""
         low = np.full_like(block, EMPTY_RANGE)
         high = np.full_like(block, -EMPTY_RANGE)
         for grid in self.grids:
-            begin, end = grid.owned(block, self.chunk)
+            begin, end = self.needed(grid, block)
             owns_patches = end > begin
             low = np.where(owns_patches, np.minimum(low, grid.start(begin)), low)
             high = np.where(owns_patches, np.maximum(high, grid.start(end - 1) + grid.patch), high)
@@ -229,6 +281,11 @@ class AxisGeometry:
     def read(self, block: IntArray) -> tuple[IntArray, IntArray]:
         """Return the range of the volume's voxels from which the halo is read or padded."""
         return source_range(*self.halo(block), self.volume, self.pad_mode)
+
+    def voxels_read(self, start: int, stop: int) -> int:
+        """Return how many voxels are read for the window `[start, stop)`; see `source_range`."""
+        low, high = source_range(np.asarray(start), np.asarray(stop), self.volume, self.pad_mode)
+        return int(high - low)
 
 
 @lru_cache(maxsize=BLOCKS_CACHED)
@@ -245,4 +302,5 @@ def _axis_block(axis: AxisGeometry, number: int) -> AxisBlock:
         owned=tuple(
             range(*(int(end) for end in grid.owned(block, axis.chunk))) for grid in axis.grids
         ),
+        needed=tuple(range(*(int(end) for end in axis.needed(grid, block))) for grid in axis.grids),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ from chunkq.storage.selection import RANGE, Selection
 Group = Literal[
     "Input and output",
     "Patches",
+    "Empty space",
     "Combination",
     "Chunks and workers",
     "Network",
@@ -92,6 +94,50 @@ Shape = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_le
 
 
 Widths = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+def _as_region(value: object) -> object:
+    """Return a region as a tuple. Raise PydanticCustomError if it is none."""
+    region = _as_nested_tuple(value)
+    if isinstance(region, tuple) and region and all(map(_is_bounds, region)):
+        return region
+    raise PydanticCustomError(
+        "region", "expected one entry per spatial axis, each [start, stop] or null"
+    )
+
+
+def _is_bounds(value: object) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(n is None or (type(n) is int and abs(n) <= MAX_INTEGER) for n in value)
+    )
+
+
+Bound = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)] | None
+
+
+Bounds = tuple[Bound, Bound] | None
+
+
+Region = Annotated[tuple[Bounds, ...], Field(min_length=1), BeforeValidator(_as_region)]
+
+
+def bounds_of(bounds: Bounds, size: int) -> tuple[int, int]:
+    """Return the start and stop of the bounds along an axis of `size` voxels.
+
+    Negative ones count from the end, null ones are the ends of the axis. They are not checked.
+    """
+    start, stop = bounds or (None, None)
+    start, stop = 0 if start is None else start, size if stop is None else stop
+    return start + size * (start < 0), stop + size * (stop < 0)
+
+
+def printed_bounds(bounds: Bounds) -> str:
+    """Return bounds as a job file has them."""
+    return "null" if bounds is None else json.dumps(bounds)
 
 
 Offsets = Annotated[tuple[tuple[Offset, ...], ...], BeforeValidator(_as_nested_tuple)]
@@ -245,6 +291,144 @@ class InputConfig(Section):
     def selection(self) -> Selection:
         """What is read of the array at the path."""
         return Selection(self.axes, self.level, self.channels, self.time, self.order)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class Below(Section):
+    """Voxels below a value, as `skip_empty` names them."""
+
+    below: Annotated[
+        float,
+        key_doc(
+            "Empty space",
+            "Patches are skipped if all their voxels are less than this.",
+            example=12,
+            unit="value of the input",
+        ),
+    ]
+
+
+def _as_skip_empty(value: object) -> object:
+    """Return a rule for empty patches. Raise PydanticCustomError if it is none."""
+    if isinstance(value, Below) or value == "missing" or _is_number(value):
+        return value
+    if isinstance(value, dict) and set(value) == {"below"} and _is_number(value["below"]):
+        return value
+    raise PydanticCustomError("skip_empty", "expected a number, {below: NUMBER} or missing")
+
+
+SkipEmpty = Annotated[float | Literal["missing"] | Below, BeforeValidator(_as_skip_empty)]
+
+
+Fill = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _as_scales(value: object) -> object:
+    """Return numbers as a tuple. Raise PydanticCustomError if they are no positive numbers."""
+    entries = _as_tuple(value)
+    if isinstance(entries, tuple) and entries and all(map(_is_scale, entries)):
+        return tuple(map(float, entries))
+    raise PydanticCustomError("scales", "expected a list of positive numbers")
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, (int, float)) and _is_number(value) and 0 < value <= MAX_INTEGER
+
+
+Scales = Annotated[tuple[float, ...], BeforeValidator(_as_scales)]
+
+
+class MaskConfig(Section):
+    """A mask: which voxels are inside, and how they correspond to the voxels of the input."""
+
+    path: Annotated[
+        str,
+        key_doc(
+            "Empty space",
+            "Path or URL of the mask, in any format that an input can have.",
+            example="mask.zarr",
+            unit=None,
+        ),
+    ]
+    axes: Annotated[
+        Letters | None,
+        key_doc(
+            "Empty space",
+            "Axes of the mask, one letter of `t`, `c`, `z`, `y`, `x` per axis.",
+            example="zyx",
+            unit=None,
+            omitted="what the metadata say, else all axes are spatial",
+        ),
+    ] = None
+    level: Annotated[
+        Level | None,
+        key_doc(
+            "Empty space",
+            "Resolution level of an OME-Zarr mask, by number or by the path of its dataset.",
+            example=3,
+            unit=None,
+            omitted="0",
+        ),
+    ] = None
+    above: Annotated[
+        float,
+        key_doc(
+            "Empty space",
+            "Voxels of the mask are inside if their value is greater than this.",
+            example=0.5,
+            unit="value of the mask",
+        ),
+    ] = 0
+    scale: Annotated[
+        Scales | None,
+        key_doc(
+            "Empty space",
+            "Voxels of the input per voxel of the mask along each axis. The first voxels of both "
+            "then begin at the same point.",
+            example=[8, 8, 8],
+            unit="voxels",
+            omitted="the ratio of the voxel sizes, with their positions; without them, that of the "
+            "shapes, which must divide exactly",
+        ),
+    ] = None
+    anonymous: Annotated[
+        bool,
+        key_doc(
+            "Empty space",
+            "Whether to send no credentials. For `s3://` and `gs://`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+    requester_pays: Annotated[
+        bool,
+        key_doc(
+            "Empty space",
+            "Whether your account pays for the requests. For `s3://` and `gs://`.",
+            example=True,
+            unit=None,
+        ),
+    ] = False
+
+    @property
+    def access(self) -> Access:
+        """How the path is accessed."""
+        return Access(self.anonymous, self.requester_pays)
+
+    @property
+    def selection(self) -> Selection:
+        """What is read of the array at the path."""
+        return Selection(self.axes, self.level)
+
+
+def _as_mask(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Mask = Annotated[MaskConfig, BeforeValidator(_as_mask, json_schema_input_type=str | MaskConfig)]
 
 
 def _kind_of_input(value: object) -> str:

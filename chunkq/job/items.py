@@ -20,6 +20,8 @@ from chunkq.storage.images import ImageSource, find_source
 
 NAME_CHARACTERS = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in an output group cannot contain."""
+STORE = re.compile(r"(.*?)(\.ome)?\.(zarr|npy|n5|tiff?|tf[28]|btf|lsm|stk|h5|hdf5?)", re.IGNORECASE)
+"""File or folder of an image; the first group is its name."""
 RESERVED_NAMES = frozenset({"labels", "OME"})
 """Names that OME-Zarr gives a meaning in a group."""
 
@@ -105,10 +107,15 @@ class Item:
         """Spatial shape, dtypes and channels."""
         return self.image.volume
 
+    @property
+    def series_point(self) -> tuple[int, int | None]:
+        """The numbers of its time point, by default 0, and of its only channel, None for all."""
+        kinds = {axis.kind: n for axis, n in zip(self.image.series_axes, self.point, strict=True)}
+        return kinds.get("time", 0), kinds.get("channel")
+
     def present(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Return views ([C,] *S) of the opened sources of the image."""
-        kinds = {axis.kind: n for axis, n in zip(self.image.series_axes, self.point, strict=True)}
-        time, channel = kinds.get("time", 0), kinds.get("channel")
+        time, channel = self.series_point
         pairs = zip(self.image.sources, arrays, strict=True)
         return tuple(source.present(array, time, channel) for source, array in pairs)
 
@@ -182,13 +189,17 @@ def _check_axes(job: Job, sources: Sequence[ImageSource]) -> None:
 
 
 def _stem(path: str) -> str:
-    """Return a name for an image from the path of its array."""
+    """Return a name for an image from the path of its array.
+
+    A stack `FOLDER/*.tif` has the name of the folder.
+    """
     parts = [part for part in path.rstrip("/").split("/") if part]
     # An OME-Zarr image is a folder `NAME.ome.zarr` that contains its array.
-    stores = [part for part in parts if part.endswith((".zarr", ".npy", ".n5"))]
-    base = (stores or parts)[-1]
-    stem = base.removesuffix(".npy").removesuffix(".n5").removesuffix(".zarr").removesuffix(".ome")
-    name = NAME_CHARACTERS.sub("_", stem).strip("_") or "image"
+    stores = [n for n, part in enumerate(parts) if STORE.fullmatch(part)]
+    last = (stores or [len(parts) - 1])[-1]
+    stems = (STORE.sub(r"\1", part) for part in reversed(parts[: last + 1]))
+    names = (NAME_CHARACTERS.sub("_", stem).strip("_") for stem in stems)
+    name = next(filter(None, names), "image")
     return f"{name}_" if name in RESERVED_NAMES else name
 
 

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from ast import literal_eval
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
 from types import MappingProxyType
@@ -19,24 +20,39 @@ from pydantic import (
 )
 
 from chunkq.access import BUCKET_SCHEMES
-from chunkq.errors import ArgumentError, ErrorCode, JobError, suggestion
+from chunkq.errors import ArgumentError, ErrorCode, JobError
 from chunkq.geometry.grids import Edge
 from chunkq.geometry.padding import PadMode
 from chunkq.job.fields import (
     Classes,
+    Fill,
     InferenceType,
     InputConfig,
     Inputs,
+    Mask,
+    MaskConfig,
     Names,
     Offsets,
     Positive,
+    Region,
     Section,
     Shape,
+    SkipEmpty,
     Widths,
     key_doc,
 )
-from chunkq.job.job_path import canonical, output_problem, printable_path
+from chunkq.job.hints import (
+    flag_hint,
+    key_hint,
+    letters_hint,
+    list_hint,
+    number_hint,
+    picks_hint,
+    value_hint,
+)
+from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
+from chunkq.job.output_name import check_new_output
 from chunkq.paths import absolute, split_format, without_secret
 from chunkq.plan.outputs import Activation, Combine
 
@@ -148,8 +164,9 @@ class Job(Section):
         key_doc(
             "Input and output",
             "Volume to read, or a list of volumes: Zarr v2 or v3, OME-Zarr (its full-resolution "
-            "level), N5, Neuroglancer precomputed or `.npy`, as a path or a URL such as "
-            "`s3://bucket/volume.zarr`. A path into a group is allowed: `volume.zarr/raw`. With "
+            "level), TIFF, HDF5, N5, Neuroglancer precomputed or `.npy`, as a path or a URL such "
+            "as `s3://bucket/volume.zarr`. A path into a group or file is allowed: "
+            "`volume.zarr/raw`, `data.h5/raw`; a pattern is a stack: `slices/*.tif`. With "
             "`model_config.join_dim` the volumes of a list are stacked along that axis. Without "
             "it each one is computed on its own, and `output` is a group with one image per "
             "volume, named like its file. A mapping with `path` says what is read of it and how "
@@ -163,7 +180,8 @@ class Job(Section):
         str,
         key_doc(
             "Input and output",
-            "OME-Zarr image to write. The job folder is created beside it, as `OUTPUT.chunkq`.",
+            "OME-Zarr image to write. The job folder is created beside it, as `OUTPUT.chunkq`. "
+            "Names of other formats, such as `labels.tif`, are refused.",
             example="labels.zarr",
             unit=None,
         ),
@@ -383,15 +401,57 @@ class Job(Section):
         ),
     ] = None
     roi: Annotated[
-        Any,
+        Region | None,
         key_doc(
-            "Patches",
-            "Region of interest. Reserved for a later version; this version refuses it.",
-            example=None,
-            unit=None,
+            "Input and output",
+            "Region of the volume that is computed: for each spatial axis `[start, stop]`, of "
+            "which the stop is excluded, or `null` for the whole axis. Voxels are counted from 0 "
+            "in the level that is read, negative ones from the end; `null` as start or stop is an "
+            "end of the axis. The output has the shape of the region and the values of the output "
+            "of the whole volume.",
+            example=[[0, 200], [100, 900], None],
+            unit="voxels",
             omitted="the whole volume",
+            see="guides/regions.md",
         ),
     ] = None
+    mask: Annotated[
+        Mask | None,
+        key_doc(
+            "Empty space",
+            "Mask of the volume: where the network runs. Patches without a voxel inside the mask "
+            "are skipped, and voxels outside are `fill_value`. A path, or a mapping.",
+            example={"path": "mask.zarr", "above": 0, "scale": [8, 8, 8]},
+            unit=None,
+            omitted="the whole volume",
+            see="guides/empty-space.md",
+        ),
+    ] = None
+    skip_empty: Annotated[
+        SkipEmpty | None,
+        key_doc(
+            "Empty space",
+            "Which patches are empty and are not run: those whose voxels all equal a number, with "
+            "`{below: NUMBER}` those whose voxels are all less, with `missing` those whose storage "
+            "chunks are all absent. Their prediction is `fill_value`.",
+            example={"below": 12},
+            unit="value of the input",
+            omitted="no patch is skipped",
+            see="guides/empty-space.md",
+        ),
+    ] = None
+    fill_value: Annotated[
+        Fill,
+        key_doc(
+            "Empty space",
+            "Value of the output where there is no prediction: outside `mask`, and in patches that "
+            "`skip_empty` skips. A class for labels. It is also the fill value of the output "
+            "array.",
+            example=-1,
+            unit="value of the output",
+            see="guides/empty-space.md",
+        ),
+    ] = 0
     allow_empty: Annotated[
         bool,
         key_doc(
@@ -458,7 +518,7 @@ class Job(Section):
             *_weight_problems(self),
             *model_problems(self.model),
             *_input_problems(self),
-            *_unsupported_keys(self),
+            *_fill_value_problems(self),
             *_path_problems(self),
             *_credential_problems(self),
             *_access_problems(self),
@@ -531,10 +591,11 @@ def load_job(
     """
     values = job_values(source)
     if input is not None:
-        volume, mapping = absolute(input, Path.cwd()), values.get("input")
+        volume = absolute(input, Path.cwd()) if input else ""
+        mapping = values.get("input")
         values["input"] = {**mapping, "path": volume} if isinstance(mapping, dict) else volume
     if output is not None:
-        values["output"] = canonical(output, Path.cwd())
+        values["output"] = canonical(output, Path.cwd()) if output else ""
     return _parse_with_output(values)
 
 
@@ -546,7 +607,7 @@ def job_values(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, Mapping):
         values, base = dict(source), Path.cwd()
     elif isinstance(source, (str, os.PathLike)):
-        path = Path(source)
+        path = Path(os.path.expanduser(source))
         values, base = _read_file(path), path.absolute().parent
     else:
         raise ArgumentError(
@@ -562,17 +623,20 @@ def _parse_with_output(values: Mapping[str, Any]) -> Job:
 
     Raises JobError with one line per mistake.
     """
-    output = values.get("output")
-    problem = output_problem(output) if isinstance(output, str) else None
-    lines = [] if problem is None else [f"output: {printable_path(str(output))} {problem}"]
+    output, problem = values.get("output"), None
+    if isinstance(output, str) and output:
+        try:
+            check_new_output(output, Path("/"))
+        except JobError as error:
+            problem = error
     try:
         job = parse_job(values)
     except JobError as error:
-        if any(problem.startswith("output: ") for problem in error.problems):
+        if problem is None or any(line.startswith("output: ") for line in error.problems):
             raise
-        raise JobError([*error.problems, *lines], code=error.code) from None
-    if lines:
-        raise JobError(lines, code=ErrorCode.PATH_INVALID)
+        raise JobError([*error.problems, *problem.problems], code=error.code) from None
+    if problem is not None:
+        raise problem
     return job
 
 
@@ -649,25 +713,35 @@ def job_schema() -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = _read_content(path).decode()
+        text = _read_content(path).decode("utf-8-sig")  # editors on Windows write a mark
     except FileNotFoundError:
         raise JobError(
             f"{path}: no such job file; fix the path, or run `chunkq init` to write a job file",
             code=ErrorCode.JOB_FILE_MISSING,
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or an invalid path
-        raise _unreadable(path, f"cannot be read: {error}; use a YAML or JSON file") from None
+    except UnicodeDecodeError as error:
+        problem = f"not text in UTF-8 (byte {error.start}); save a YAML or JSON file as UTF-8"
+        raise _unreadable(path, problem) from None
+    except (OSError, ValueError) as error:  # ValueError: an invalid path
+        reason = getattr(error, "strerror", None) or error
+        raise _unreadable(path, f"cannot be read: {reason}; use a YAML or JSON file") from None
     import yaml  # imported here because most commands read no job file
 
     from chunkq.job import yaml_values
 
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml_values.load(text)
+        values = (
+            json.loads(text, object_pairs_hook=yaml_values.unique)
+            if path.suffix == ".json"
+            else yaml_values.load(text)
+        )
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}"
         raise _unreadable(path, f"not JSON: {error.msg} at {position}; fix the syntax") from None
     except yaml.YAMLError as error:
         raise _unreadable(path, f"not YAML: {_yaml_reason(error)}") from None
+    except yaml_values.DuplicateKeyError as error:
+        raise _unreadable(path, str(error)) from None
     except RecursionError:
         raise _unreadable(path, "lists or mappings are nested too deeply; remove levels") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -676,11 +750,10 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise _unreadable(path, f"a value cannot be read: {reason}; fix the value") from None
     if not isinstance(values, dict):
         content = "no content" if values is None else _printed(values)
-        raise _unreadable(
-            path,
-            f"expected a mapping of keys to values, found {content}; "
-            "run `chunkq init` to write a job file",
-        )
+        advice = "run `chunkq init` to write a job file"
+        if isinstance(values, str) and ":" in values:
+            advice = "write a space after each colon"
+        raise _unreadable(path, f"expected a mapping of keys to values, found {content}; {advice}")
     _check_size(path, values)
     return values
 
@@ -694,8 +767,22 @@ def _yaml_reason(error: Exception) -> str:
     position = f"line {mark.line + 1}, column {mark.column + 1}"
     if r"'\t'" in problem:
         return f"tab at {position}; use spaces"
-    context = getattr(error, "context", None)
-    return f"{f'{context}: ' if context else ''}{problem} at {position}; fix the syntax"
+    context, begin = getattr(error, "context", None), getattr(error, "context_mark", None)
+    if "expected ':'" in problem and begin is not None:
+        return f"line {begin.line + 1} has no colon with a space behind its key; add it"
+    start = "" if begin is None or begin.line == mark.line else f" of line {begin.line + 1}"
+    advice = next((a for text, a in _YAML_ADVICE.items() if text in problem), "fix the syntax")
+    return f"{f'{context}{start}: ' if context else ''}{problem} at {position}; {advice}"
+
+
+_YAML_ADVICE = {
+    "cannot start any token": "put the value in quotes",
+    "undefined alias": "put a value with * in quotes",
+    "alphabetic or numeric": "put a value with * in quotes",
+    "unknown escape": "use single quotes, in which a backslash is a character",
+    "mapping values are not allowed": "fix the indentation, or put a value with a colon in quotes",
+}
+"""Part of a message of PyYAML -> what to do."""
 
 
 def _unreadable(path: Path, problem: str) -> JobError:
@@ -736,14 +823,19 @@ def _check_size(path: Path, values: Any) -> None:
 
 
 def _make_absolute(values: dict[str, Any], base: Path) -> None:
-    """Make every path in the mapping absolute, in place. Values of a wrong type stay unchanged."""
-    if isinstance(output := values.get("output"), str):
+    """Make every path in the mapping absolute, in place.
+
+    Empty paths and values of a wrong type stay unchanged.
+    """
+    if isinstance(output := values.get("output"), str) and output:
         values["output"] = canonical(output, base)
     inputs = values.get("input")
     if isinstance(inputs, (list, tuple)):
         values["input"] = [_absolute_input(value, base) for value in inputs]
     elif inputs is not None:
         values["input"] = _absolute_input(inputs, base)
+    if (mask := values.get("mask")) is not None:
+        values["mask"] = _absolute_input(mask, base)
     weights = values.get("weight_function")
     if isinstance(weights, (list, tuple)) and len(weights) == 2 and isinstance(weights[0], str):
         values["weight_function"] = [absolute(weights[0], base), weights[1]]
@@ -752,7 +844,7 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
         paths = {"processing_steps"} | {k for k in ModelConfig.model_fields if k.endswith("_file")}
         values["model_config"] = {
             key: absolute(value, base)
-            if key in paths | {"checkpoint"} and isinstance(value, str)
+            if key in paths | {"checkpoint"} and isinstance(value, str) and value
             else value
             for key, value in model.items()
         }
@@ -760,22 +852,50 @@ def _make_absolute(values: dict[str, Any], base: Path) -> None:
 
 def _absolute_input(value: object, base: Path) -> object:
     """Return an input with an absolute path; a value of a wrong type stays unchanged."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return absolute(value, base)
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and value["path"]:
         return {**value, "path": absolute(value["path"], base)}
     return value
 
 
-def _legal_names(location: Iterable[int | str]) -> list[str]:
-    sections: dict[str, type[Section]] = {
-        "input": InputConfig,
+SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
+    {
+        "": Job,
         "model_config": ModelConfig,
+        "input": InputConfig,
+        "mask": MaskConfig,
         "dask_config": DaskConfig,
         "ray_config": RayConfig,
     }
-    section = sections.get(str(next(iter(location), "")), Job)
+)
+"""Key of a section, '' for the top level -> its model."""
+
+
+def _names(section: type[Section]) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _key_of(location: Sequence[int | str]) -> tuple[str, str]:
+    """Return the section and the key of a value of the job file."""
+    names = [part for part in location if isinstance(part, str)]
+    is_inner = len(names) > 1 and names[0] in SECTIONS
+    return (names[0], names[1]) if is_inner else ("", names[0] if names else "")
+
+
+def _example(location: Sequence[int | str]) -> str:
+    """Return `; use a value such as EXAMPLE` for a key, or ''."""
+    example = _example_value(location)
+    if isinstance(example, dict):
+        return f"; `chunkq explain {_key_of(location)[1]}` has an example"
+    return "" if example is None else f"; use a value such as {json.dumps(example)}"
+
+
+def _example_value(location: Sequence[int | str]) -> object:
+    section, key = _key_of(location)
+    fields = SECTIONS[section].model_fields
+    field = next((f for name, f in fields.items() if key == (f.alias or name)), None)
+    return None if field is None or not field.examples else field.examples[0]
 
 
 _EXPECTED = {
@@ -791,6 +911,7 @@ _EXPECTED = {
     "too_short": "a list of at least {min_length} item",
 }
 """pydantic's error type -> the expected value."""
+_LITERAL = re.compile(r"'[^']*'|\d+")
 _REPLACED_KEYS = {"model_config.autocast": "precision"}
 """Key of an earlier version -> the key that has its values."""
 
@@ -809,27 +930,52 @@ def _message(error: Any) -> str:
     """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
     location = error["loc"]
     path = ".".join(map(str, location)) or "a key"
-    kind, context = error["type"], error.get("ctx", {})
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    section, key = _key_of(location)
     if kind == "extra_forbidden":
         if path in _REPLACED_KEYS:
             return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
-        hint = suggestion(str(location[-1]), _legal_names(location if len(location) > 1 else ()))
-        return f"{path}: unknown key{hint or '; run `chunkq explain` to list all keys'}"
+        names = {one: _names(model) for one, model in SECTIONS.items()}
+        return f"{path}: unknown key{key_hint(str(location[-1]), section, names)}"
     if kind == "missing":
         return f"{path}: missing; set it (`chunkq explain {path}` has an example)"
-    value = _printed(error["input"])
+    found = "no value" if value is None else _printed(value)
     if kind == "literal_error":
-        legal = str(context["expected"]).replace(" or ", ", ")
-        hint = suggestion(value.strip("'"), legal.replace("'", "").split(", "))
-        return f"{path}: invalid value {value}; expected one of {legal}{hint}"
+        legal = [literal_eval(one) for one in _LITERAL.findall(str(context["expected"]))]
+        hint = value_hint(key, value, legal)
+        problem = "missing value" if value is None else f"invalid value {found}"
+        return f"{path}: {problem}; expected one of {', '.join(map(repr, legal))}{hint}"
     if kind in _EXPECTED:
-        return f"{path}: expected {_EXPECTED[kind].format(**context)}, found {value}"
-    message = str(error["msg"])
-    return f"{path}: {message[0].lower()}{message[1:]}, found {value}"
+        expected = _EXPECTED[kind].format(**context)
+        if path == "input" and kind == "tuple_type":
+            expected = "a path, a mapping with path, or a list of them"
+        return f"{path}: expected {expected}, found {found}{_typed_hint(location, kind, value)}"
+    message, hint = str(error["msg"]), ""
+    if kind == "picks":
+        hint = picks_hint(value, has_labels=key == "channels")
+    elif kind == "letters":
+        hint = letters_hint(value)
+    hint = hint or _example(location)
+    return f"{path}: {message[0].lower()}{message[1:]}, found {found}{hint}"
+
+
+def _typed_hint(location: Sequence[int | str], kind: str, value: object) -> str:
+    """Return what to do about a value of a wrong type or out of its range."""
+    if kind == "bool_type":
+        return flag_hint(value) or ("; set one, or remove the key" if value is None else "")
+    example = _example_value(location)
+    is_of_integers = isinstance(example, list) and all(isinstance(n, int) for n in example)
+    if kind == "tuple_type" and is_of_integers and (hint := list_hint(value)):
+        return hint
+    if kind in ("int_type", "float_type") and isinstance(value, (str, float)):
+        return number_hint(value, is_integer=kind == "int_type") or _example(location)
+    return _example(location)
 
 
 def _printed(value: object) -> str:
     """Return a value for a message: shortened, with the password of a URL masked."""
+    if isinstance(value, tuple):
+        value = list(value)
     return VALUES.repr(without_secret(value) if isinstance(value, str) else value)
 
 
@@ -884,10 +1030,18 @@ def _weight_problems(job: Job) -> list[str]:
     from chunkq.blend.weights import LOG_PROFILES
 
     names = job.weight_function
-    if len(names) > 2:
-        return [f"weight_function: expected [name] or [file.py, function], found {_printed(names)}"]
+    if len(names) > 2 or (len(names) == 2 and Path(names[0]).name in LOG_PROFILES):
+        return [
+            "weight_function: expected [name] or [file.py, function], found "
+            f"{[Path(names[0]).name, *names[1:]]}; use a value such as [weight_gaussian]"
+        ]
+    if len(names) == 1 and names[0].endswith(".py"):
+        return [
+            f"weight_function: found the file {_printed(names[0])} without a function; use "
+            f"[{names[0]}, FUNCTION]"
+        ]
     if len(names) == 1 and names[0] not in LOG_PROFILES:
-        hint = suggestion(names[0], list(LOG_PROFILES))
+        hint = value_hint("weight_function", names[0], list(LOG_PROFILES))
         return [
             f"weight_function: invalid value {_printed(names[0])}; "
             f"expected one of {', '.join(LOG_PROFILES)}{hint}"
@@ -913,17 +1067,36 @@ def _input_problems(job: Job) -> list[str]:
     return []
 
 
+def _fill_value_problems(job: Job) -> list[str]:
+    """Return the problems of a fill value that the output cannot hold, whatever its classes."""
+    value = float(job.fill_value)
+    if job.combine != "weighted_avg":
+        is_label = value.is_integer() and 0 <= value < 1 << 16
+        legal = "a class, an integer from 0"
+    else:
+        dtype = job.output_dtype or "float32"
+        largest = 65504.0 if dtype == "float16" else float.fromhex("0x1.fffffep127")
+        is_label = abs(value) <= largest
+        legal = f"a value from {-largest:g} to {largest:g}, which {dtype} can hold"
+    return [] if is_label else [f"fill_value: expected {legal}, found {value:g}"]
+
+
 def _paths(job: Job) -> dict[str, str]:
     """Return every path of a job by its key."""
     inputs = job.input_paths
     paths = {f"input.{n}" if len(inputs) > 1 else "input": path for n, path in enumerate(inputs)}
+    if job.mask is not None:
+        paths["mask.path"] = job.mask.path
     return paths | {"output": job.output} | job.files
 
 
 def _path_problems(job: Job) -> list[str]:
-    """Return the problems of paths that no system call accepts: with NUL or not Unicode."""
+    """Return the problems of paths that no system call accepts: empty, with NUL, not Unicode."""
     problems = []
     for key, path in _paths(job).items():
+        if not path:
+            problems.append(f"{key}: empty path; set the path of a file or a folder, or a URL")
+            continue
         try:
             if b"\0" not in path.encode():
                 continue
@@ -943,16 +1116,13 @@ def _credential_problems(job: Job) -> list[str]:
 
 
 def _access_problems(job: Job) -> list[str]:
-    """Return the problems of inputs whose storage has no anonymous access or requester pays."""
+    """Return the problems of arrays whose storage has no anonymous access or requester pays."""
     schemes = "s3:// and gs://"
+    arrays: list[tuple[str, InputConfig | MaskConfig]] = [("input", i) for i in job.inputs]
+    arrays += [] if job.mask is None else [("mask", job.mask)]
     return [
-        f"input.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
-        for config in job.inputs
+        f"{name}.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
+        for name, config in arrays
         for key in config.access.options
         if split_format(config.path)[1].partition("://")[0] not in BUCKET_SCHEMES
     ]
-
-
-def _unsupported_keys(job: Job) -> list[str]:
-    """Return the problems of keys that are reserved for a later version."""
-    return [] if job.roi is None else ["roi: unsupported in this version; remove it"]

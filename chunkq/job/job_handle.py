@@ -6,27 +6,50 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
-from chunkq.errors import ChunkReadError, ErrorCode, MissingJobError, QueueError, StoreError
+from chunkq.errors import (
+    ChunkReadError,
+    ErrorCode,
+    JobError,
+    MissingJobError,
+    PieceError,
+    QueueError,
+    StoreError,
+)
 from chunkq.geometry.box import Box
+from chunkq.job.allowed_paths import with_allowed_files
 from chunkq.job.items import Image, Item
 from chunkq.job.job_folder import JobFolder
+from chunkq.job.known_empty import KnownEmpty, has_known_empty
 from chunkq.job.ledger import ItemLedger, Ledger
+from chunkq.job.mask_source import mask_of, mask_time
 from chunkq.job.output import Output
 from chunkq.job.record import JobRecord
+from chunkq.job.resolve import empty_rule
 from chunkq.job.task_records import RecentCommits
 from chunkq.job.tasks import JobId, Task, chunk_name
 from chunkq.paths import without_secret
+from chunkq.plan.item_tasks import ItemTasks
+from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Costs, Index, Plan, total_costs
 from chunkq.storage.array import Array
+from chunkq.storage.images import ImageSource
+from chunkq.storage.mask import Mask
 from chunkq.storage.padded_reading import read_padded
 
+if TYPE_CHECKING:
+    from chunkq.blend.empty_patches import EmptyChunks
+    from chunkq.blend.weights import Weights
+
 JOBS_CACHED = 8
+MASKS_KEPT = 2
+"""Masks of time points that a process keeps."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +81,8 @@ class JobHandle:
 
     @cached_property
     def costs(self) -> Costs:
-        """The costs of all items."""
-        return total_costs(item.plan for item in self.items)
+        """The costs of all items, without chunks that are known to be empty."""
+        return total_costs(item.tasks for item in self.items)
 
     def item(self, number: int) -> ItemHandle:
         """Return an item. Raises QueueError if a task names one that the job does not have."""
@@ -91,6 +114,18 @@ class JobHandle:
                 code=ErrorCode.JOB_REPLACED,
             )
 
+    def blend_weights(self, plan: Plan) -> Weights:
+        """Return the blend weights of a plan. Raises JobError. See `ItemHandle.empty_chunks`."""
+        from chunkq.job.user_code import load_blend_weights  # only where weights are needed
+
+        accepted = with_allowed_files(self.record.job, self.folder.path)
+        if "weight_function" in replace(self.record, job=accepted).changed_files():
+            raise JobError(
+                f"weight_function: {accepted.weight_function[0]} has changed since the job was "
+                "produced; restore it, or produce the job again with --overwrite"
+            )
+        return load_blend_weights(accepted.weight_function, plan)
+
     @contextmanager
     def check_replaced_on_error(self) -> Iterator[None]:
         """Raise MissingJobError instead of any other error if the job was replaced."""
@@ -105,10 +140,27 @@ class JobHandle:
         """The images of the job."""
         return tuple(ImageHandle(self, image) for image in self.record.images)
 
+    @cached_property
+    def mask(self) -> Array:
+        """The array of the mask, of a job that has one. Raises ChunkReadError if it changed."""
+        source = self.record.mask
+        if source is None:
+            raise ValueError("the job has no mask")
+        self.check_mask()
+        try:
+            return source.open()
+        except StoreError as error:
+            raise ChunkReadError(str(error), code=ErrorCode.INPUT_MISSING) from error
+
     def check_inputs(self) -> None:
-        """Raise ChunkReadError if an input was replaced. See `ImageHandle`."""
+        """Raise ChunkReadError if an input or the mask was replaced. See `ImageHandle`."""
         for image in self.images:
             image.check_inputs()
+
+    def check_mask(self) -> None:
+        """Raise ChunkReadError if the mask is missing or was replaced, judged by its metadata."""
+        if self.record.mask is not None:
+            _check_source(self.record.mask, self.record.mask_identity, "mask")
 
 
 @dataclass(frozen=True)
@@ -142,18 +194,27 @@ class ImageHandle:
         """
         identities = self.job.record.identities[self.image.number]
         for source, identity in zip(self.image.sources, identities, strict=True):
-            path = without_secret(source.path)
-            current = source.identity()
-            if current is None:
-                raise ChunkReadError(
-                    f"input: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING
-                )
-            if current != identity:
-                raise ChunkReadError(
-                    f"input: {path} was replaced since the job was produced; restore it, or use "
-                    "--overwrite to start again",
-                    code=ErrorCode.INPUT_CHANGED,
-                )
+            _check_source(source, identity, "input")
+        self.job.check_mask()
+
+    def mask(self, item: Item) -> Mask:
+        """Return the mask of an item; those of the last time points are kept."""
+        source, config = self.job.record.mask, self.job.record.job.mask
+        if source is None or config is None:
+            raise ValueError("the job has no mask")
+        image, (number, _) = self.image.sources[0], item.series_point
+        time, array = mask_time(source, image, number), self.job.mask
+        with _lock:
+            mask = self._masks.get(time)
+            if mask is None:
+                mask = self._masks[time] = mask_of(source, array, image, number, config)
+            while len(self._masks) > MASKS_KEPT:
+                self._masks.popitem(last=False)
+        return mask
+
+    @cached_property
+    def _masks(self) -> OrderedDict[int, Mask]:
+        return OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -180,6 +241,63 @@ class ItemHandle:
     def plan(self) -> Plan:
         """The geometry of the item."""
         return self.job.record.plan(self.item)
+
+    @cached_property
+    def tasks(self) -> ItemTasks:
+        """The chunks and blocks of the item that are tasks."""
+        known = self.known_empty
+        return ItemTasks(self.plan, None if known is None else known.counts)
+
+    @cached_property
+    def known_empty(self) -> KnownEmpty | None:
+        """What is known of empty chunks since the job was created; None if nothing can be.
+
+        Raises JobError if the record of it is damaged.
+        """
+        if not has_known_empty(self.job.record.job):
+            return None
+        try:
+            return KnownEmpty.from_arrays(self.ledger.get_skipped(), self.plan)
+        except PieceError as error:
+            raise JobError(
+                f"{error}; restore the file, or run `chunkq produce --overwrite` to start again",
+                code=ErrorCode.JOB_RECORD_DAMAGED,
+            ) from None
+
+    @cached_property
+    def skip_rules(self) -> SkipRules:
+        """What decides which patches are skipped."""
+        known, job = self.known_empty, self.job.record.job
+        stored = () if known is None else known.stored
+        return SkipRules(
+            None if job.mask is None else self.image.mask(self.item).inside,
+            empty_rule(job),
+            (lambda box: any(cells.any(box) for cells in stored)) if stored else None,
+        )
+
+    @property
+    def can_turn_out_empty(self) -> bool:
+        """Whether a chunk that is a task can turn out to be empty."""
+        return empty_rule(self.job.record.job) is not None
+
+    def inside(self, box: Box) -> npt.NDArray[np.bool_] | None:
+        """Return which voxels of a box are inside the mask, None if all are."""
+        inside = self.skip_rules.inside
+        return None if inside is None else inside(box)
+
+    @cached_property
+    def empty_chunks(self) -> EmptyChunks | None:
+        """The sums of empty chunks; None if the job has none that contribute.
+
+        Raises JobError if the user's weight function must be loaded, and this process does not
+        accept it or it has changed.
+        """
+        job = self.job.record.job
+        if job.skip_empty is None or not self.plan.output.nothing.any():
+            return None
+        from chunkq.blend.empty_patches import EmptyChunks  # array libraries
+
+        return EmptyChunks(self.plan, self.job.blend_weights(self.plan))
 
     @cached_property
     def ledger(self) -> ItemLedger:
@@ -221,6 +339,19 @@ class ItemHandle:
         outer = Box((*point, *inner.start), (*(n + 1 for n in point), *inner.stop))
         self.image.target.write(outer, values.reshape(outer.shape))
         return values.nbytes
+
+
+def _check_source(source: ImageSource, identity: str, key: str) -> None:
+    """Raise ChunkReadError if an array is missing or its identity has changed."""
+    path, current = without_secret(source.path), source.identity()
+    if current is None:
+        raise ChunkReadError(f"{key}: {path} is missing; restore it", code=ErrorCode.INPUT_MISSING)
+    if current != identity:
+        raise ChunkReadError(
+            f"{key}: {path} was replaced since the job was produced; restore it, or use "
+            "--overwrite to start again",
+            code=ErrorCode.INPUT_CHANGED,
+        )
 
 
 _cache: OrderedDict[str, JobHandle] = OrderedDict()

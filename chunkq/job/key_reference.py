@@ -13,6 +13,7 @@ import yaml
 
 from chunkq.errors import JobError
 from chunkq.job.fields import GROUP, MAX_INTEGER, OMITTED, SEE, UNIT, Group
+from chunkq.job.hints import meant_key
 from chunkq.job.job_file import job_schema
 
 _WORDS = {"string": "text", "number": "number", "boolean": "true or false"}
@@ -76,9 +77,20 @@ def find_key(name: str) -> Key:
     last_parts = [path for path in entries if path.rpartition(".")[2] == name]
     if len(last_parts) == 1:
         return entries[last_parts[0]]
-    if nearest := last_parts or nearest_paths(name, list(entries)):
+    if nearest := last_parts or _meant_path(name, entries) or nearest_paths(name, list(entries)):
         raise JobError(f"{name}: unknown key; did you mean {' or '.join(nearest)}?")
     raise JobError(f"{name}: unknown key; run `chunkq explain` to list all keys")
+
+
+def _meant_path(name: str, entries: Mapping[str, Key]) -> list[str]:
+    """Return the path of the key with another spelling or section, or the name of other tools."""
+    names: dict[str, list[str]] = {}
+    for path in entries:
+        section, _, last = path.rpartition(".")
+        names.setdefault(section, []).append(last)
+    section, _, last = name.rpartition(".")
+    found = meant_key(last, section, names, exact=True)
+    return [] if found is None else [".".join(filter(None, found))]
 
 
 def nearest_paths(name: str, paths: list[str]) -> list[str]:
@@ -152,7 +164,10 @@ def _type(value: Mapping[str, Any]) -> str:
         options = [_type(option) for option in branches if option.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
     if value.get("type") == "array":
-        return f"list of {_plural(_type(value.get('items', {})))}"
+        entry: Mapping[str, Any] = value.get("items") or next(
+            iter(value.get("prefixItems", ())), {}
+        )
+        return f"list of {_plural(_type(entry))}"
     if value.get("type") == "integer":
         return _integer(value)
     return _WORDS.get(value.get("type", ""), "anything")

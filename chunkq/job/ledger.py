@@ -185,12 +185,16 @@ class ItemLedger:
         are deleted before they reach it. A piece that a crash of the machine damages fails its
         CRC, and its chunk is computed again.
         """
-        path = self._piece(target, name)
+        return self._put_arrays(self._piece(target, name), arrays, durable=False)
+
+    def _put_arrays(
+        self, path: str, arrays: Sequence[npt.NDArray[Any]], *, durable: bool
+    ) -> PieceInfo:
         shapes = [(array.dtype.str, array.shape) for array in arrays]
         header = json.dumps([self.epoch, path, shapes]).encode()
         header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
         content = _Checksummed([np.frombuffer(header, np.uint8), *arrays])
-        self.objects.put_parts(path, content, durable=False)
+        self.objects.put_parts(path, content, durable=durable)
         return PieceInfo(content.size, content.crc32)
 
     def get_piece(self, target: Index, name: str) -> tuple[list[npt.NDArray[Any]], int]:
@@ -198,7 +202,25 @@ class ItemLedger:
 
         Raises PieceError if it is missing or damaged.
         """
-        path = self._piece(target, name)
+        return self._get_arrays(self._piece(target, name))
+
+    def put_skipped(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Store what is known beforehand of empty chunks, in the format of a piece."""
+        self._put_arrays(self._skipped, arrays, durable=True)
+
+    def get_skipped(self) -> list[npt.NDArray[Any]]:
+        """Return what `put_skipped` has stored. Raises PieceError if it is missing or damaged."""
+        return self._get_arrays(self._skipped)[0]
+
+    def has_skipped(self) -> bool:
+        """Return whether `put_skipped` was called."""
+        return self.objects.exists(self._skipped)
+
+    @property
+    def _skipped(self) -> str:
+        return f"skipped/{self.item}.bin"
+
+    def _get_arrays(self, path: str) -> tuple[list[npt.NDArray[Any]], int]:
         crc32 = 0
 
         def update(part: npt.NDArray[np.uint8]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from chunkq import __version__
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.geometry.axes import Axis, channel_axis, with_unique_names
+from chunkq.geometry.axes import Axis, channel_axis, cropped, with_unique_names
 from chunkq.job.items import Image
 from chunkq.job.parent_groups import unlisted_in_groups
 from chunkq.job.record import JobRecord
@@ -59,12 +59,13 @@ def new_record(record: JobRecord, *, replaces: bool) -> JobRecord:
     for image, plan in zip(record.images, record.image_plans(), strict=True):
         axes = output_axes(image, plan)
         leading = (1,) * (len(axes) - plan.rank)
-        chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.volume.shape, strict=True))
+        chunks = (min(u, v) for u, v in zip(plan.storage_chunks, plan.region.shape, strict=True))
         documents = array_metadata(
             name,
             shape=[axis.size for axis in axes],
             chunks=(*leading, *chunks),
             dtype=plan.output_dtype,
+            fill_value=plan.output.fill.item(),
             zarr_format=record.job.zarr_format,
             axes=[axis.name for axis in axes] if is_image(axes) else None,
         )
@@ -76,10 +77,12 @@ def output_axes(image: Image, plan: Plan) -> tuple[Axis, ...]:
     """Return the axes of the output array of an image, whose items have this plan.
 
     These are the series axes of the image, the channels of the network if they are stored, and the
-    spatial axes.
+    spatial axes, which begin and end with the region of the job.
     """
     channels = [channel_axis(plan.channels)] if plan.channel_axis else []
-    return with_unique_names([*image.series_axes, *channels, *image.spatial_axes])
+    region = plan.region
+    spatial = map(cropped, image.spatial_axes, region.start, region.stop)
+    return with_unique_names([*image.series_axes, *channels, *spatial])
 
 
 def _below(image: Image, name: str) -> str:

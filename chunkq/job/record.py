@@ -39,7 +39,7 @@ class JobRecord:
     while the job runs.
     `metadata` maps the names of the arrays' metadata documents in the output to their content.
     `identities` has for each image the `ImageSource.identity` of its sources; it changes when the
-    array is replaced.
+    array is replaced. `mask` is the source of the job's mask, with its identity.
     """
 
     job: Job
@@ -50,6 +50,8 @@ class JobRecord:
     array: str = "0"
     metadata: dict[str, str] = field(default_factory=dict)
     version: str = __version__
+    mask: ImageSource | None = None
+    mask_identity: str = ""
 
     @property
     def sources(self) -> tuple[ImageSource, ...]:
@@ -68,7 +70,9 @@ class JobRecord:
         return next(item for item in self.items if item.image is largest)
 
     @classmethod
-    def create(cls, job: Job, sources: Sequence[ImageSource]) -> JobRecord:
+    def create(
+        cls, job: Job, sources: Sequence[ImageSource], mask: ImageSource | None = None
+    ) -> JobRecord:
         """Create the record of a job. Read and hash each file of the job once.
 
         Raises JobError with one line per file that cannot be read, and StoreError if an input is
@@ -86,7 +90,8 @@ class JobRecord:
             raise JobError(problems)
         images = images_of(job, sources)
         identities = (tuple(map(_identity, image.sources)) for image in images)
-        return cls(job, images, hashes, tuple(identities))
+        mask_identity = "" if mask is None else _identity(mask, "mask")
+        return cls(job, images, hashes, tuple(identities), mask=mask, mask_identity=mask_identity)
 
     def with_queue(self, url: str) -> JobRecord:
         """Return the record with the URL of its queue.
@@ -120,6 +125,8 @@ class JobRecord:
         values = {k: v for k, v in self.job.as_dict().items() if k not in KEYS_WITHOUT_EFFECT}
         images = [json_values.to_values(image) for image in self.images]
         content = [values, images, self.file_hashes]
+        if self.mask is not None:
+            content.append(json_values.to_values(self.mask))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def plan(self, item: Item | None = None) -> Plan:
@@ -185,6 +192,8 @@ class JobRecord:
             "job": self.job.as_dict(),
             "images": [json_values.to_values(image) for image in self.images],
             "identities": list(self.identities),
+            "mask": None if self.mask is None else json_values.to_values(self.mask),
+            "mask_identity": self.mask_identity,
             "file_hashes": self.file_hashes,
             "metadata": self.metadata,
         }
@@ -209,6 +218,7 @@ class JobRecord:
         try:
             if values is None:
                 raise ValueError
+            mask = values.get("mask")
             record = cls(
                 parse_job(values["job"]),
                 tuple(json_values.from_values(Image, image) for image in values["images"]),
@@ -218,6 +228,8 @@ class JobRecord:
                 values["array"],
                 values["metadata"],
                 values["chunkq_version"],
+                None if mask is None else json_values.from_values(ImageSource, mask),
+                values.get("mask_identity", ""),
             )
             if values["digest"] != record.digest or not _stays_in_folders(record):
                 raise ValueError
@@ -230,11 +242,11 @@ class JobRecord:
         return record
 
 
-def _identity(source: ImageSource) -> str:
+def _identity(source: ImageSource, key: str = "input") -> str:
     identity = source.identity()
     if identity is None:
         raise StoreError(
-            f"input: {without_secret(source.path)} is missing; restore it or fix the path",
+            f"{key}: {without_secret(source.path)} is missing; restore it or fix the path",
             code=ErrorCode.INPUT_MISSING,
         )
     return identity

@@ -15,14 +15,17 @@ from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
 from chunkq.job.axis_order import (
     EITHER_ORDER,
+    FIRST,
     LAST,
     WrittenOrders,
     channels_first,
     input_channels,
     order_problems,
 )
+from chunkq.job.fields import MAX_INTEGER, Below, bounds_of, printed_bounds
 from chunkq.job.job_file import Job
 from chunkq.plan.chunk_choice import choose_chunks, storage_edge
+from chunkq.plan.empty_rule import EmptyRule
 from chunkq.plan.outputs import OutputSpec
 from chunkq.plan.plan import Plan, Volume
 
@@ -40,16 +43,26 @@ def resolve(
     JobError with one line per mistake.
     """
     paths = paths or job.input_paths
-    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume)
+    problems = _volume_problems(job, volume, paths) or _length_problems(job, volume, paths[0])
+    problems = problems or _region_problems(job, volume, paths)
     if problems:
         raise JobError(problems)
     shapes = _Shapes(job, volume, paths, by_channel=by_channel)
     if problems := shapes.problems():
         raise JobError(shapes.channels_last_problems() or problems)
-    grid = shapes.grid()
-    if problems := [*_coverage_problems(grid), *_chunk_problems(grid)]:
+    grid = shapes.grid(_region(job, volume))
+    source = shapes.source
+    if problems := [*_coverage_problems(grid, source), *_chunk_problems(grid, source)]:
         raise JobError(shapes.channels_last_problems() or problems)
     return Plan(volume, grid, (shapes.output_spec(),))
+
+
+def empty_rule(job: Job) -> EmptyRule | None:
+    """Return which voxels are empty by their values, None if none is."""
+    rule = job.skip_empty
+    if isinstance(rule, Below):
+        return EmptyRule(rule.below, is_limit=True)
+    return None if rule is None or isinstance(rule, str) else EmptyRule(float(rule))
 
 
 def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
@@ -71,7 +84,7 @@ def _volume_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str
             dtype = np.dtype(object)
         if advice := _dtype_advice(dtype):
             return [f"input: {path} has unsupported dtype {name}; convert it to {advice}"]
-        if problems := _pad_value_problems(job, dtype):
+        if problems := [*_pad_value_problems(job, dtype), *_skip_empty_problems(job, dtype)]:
             return problems
     return []
 
@@ -110,19 +123,33 @@ def _pad_value_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
     return []
 
 
-def _length_problems(job: Job, volume: Volume) -> list[str]:
+def _skip_empty_problems(job: Job, dtype: np.dtype[Any]) -> list[str]:
+    """Return a problem if no voxel of the dtype can be empty as the job says."""
+    rule = empty_rule(job)
+    if rule is None or rule.fits(dtype):
+        return []
+    if rule.is_limit:
+        return ["skip_empty.below: expected a number, found nan"]
+    return [
+        f"skip_empty: {rule.value:g} does not fit the input's dtype {dtype}; use a value of the "
+        "input, or {below: NUMBER}"
+    ]
+
+
+def _length_problems(job: Job, volume: Volume, path: str) -> list[str]:
     rank = len(volume.shape)
-    lists: dict[str, Sequence[int] | None] = {
+    lists: dict[str, Sequence[object] | None] = {
         "chunksize": job.chunksize,
         "pad_width": job.pad_width,
         "strides": job.strides,
         "margin": job.margin,
         "storage_chunks": job.storage_chunks,
+        "roi": job.roi,
     }
     lists |= {f"offsets.{i}": offset for i, offset in enumerate(job.offsets)}
     problems = [
-        f"{key}: found {len(value)} entries; expected {rank}; set one per axis of the input, whose "
-        f"shape is {list(volume.shape)}"
+        f"{key}: found {len(value)} entries; expected {rank}; set one per spatial axis of "
+        f"{path}, whose lengths are {list(volume.shape)}"
         for key, value in lists.items()
         if value is not None and len(value) != rank
     ]
@@ -131,8 +158,8 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
         if shape is not None and len(shape) not in (rank, rank + 1):
             problems.append(
                 f"model_config.{key}: found {len(shape)} entries; expected {rank} or {rank + 1}; "
-                f"set one per axis of the input, whose shape is {list(volume.shape)}, after the "
-                "number of channels if there is one"
+                f"set one per spatial axis of {path}, whose lengths are {list(volume.shape)}, "
+                f"and {_channel_place(job.model.runtime)}"
             )
         elif shape is not None and prod(shape) > MAX_PATCH_VALUES:
             problems.append(
@@ -140,6 +167,42 @@ def _length_problems(job: Job, volume: Volume) -> list[str]:
                 f"{MAX_PATCH_VALUES}"
             )
     return problems
+
+
+def _region_problems(job: Job, volume: Volume, paths: Sequence[str]) -> list[str]:
+    """Return one line for each axis along which the region does not lie in the volume."""
+    problems = []
+    for axis, (bounds, size) in enumerate(zip(job.roi or (), volume.shape, strict=False)):
+        if bounds is None:
+            continue
+        start, stop = bounds_of(bounds, size)
+        written = f"roi.{axis}: {printed_bounds(bounds)}"
+        if not (0 <= start <= size and 0 <= stop <= size):
+            problems.append(
+                f"{written} lies outside of axis {axis} of {paths[0]}, which has {size} voxels; "
+                f"use a start and a stop from {-size} to {size}"
+            )
+        elif start >= stop:
+            reason = "is empty" if start == stop else "stops before it starts"
+            problems.append(
+                f"{written} {reason} (voxels {start} to {stop} of {size}); use a stop after the "
+                "start"
+            )
+    return problems
+
+
+def _region(job: Job, volume: Volume) -> Box | None:
+    """Return the region of the job, None for the whole volume; it has no problems."""
+    if job.roi is None:
+        return None
+    pairs = [bounds_of(bounds, size) for bounds, size in zip(job.roi, volume.shape, strict=True)]
+    return Box(tuple(start for start, _ in pairs), tuple(stop for _, stop in pairs))
+
+
+def _channel_place(runtime: str) -> str:
+    if runtime in EITHER_ORDER:
+        return "the number of channels first or last if there is one"
+    return "the number of channels first if there is one"
 
 
 def _channels_last(key: str, shape: tuple[int, ...], step: str) -> str:
@@ -163,7 +226,9 @@ class _Shapes:
     def __init__(self, job: Job, volume: Volume, paths: Sequence[str], *, by_channel: bool) -> None:
         self.job, self.volume, self.paths, self.by_channel = job, volume, paths, by_channel
         rank = len(volume.shape)
-        model = channels_first(job.model, rank, input_channels(job.model, volume))
+        channels = input_channels(job.model, volume)
+        model = channels_first(job.model, rank, channels)
+        self.orders = WrittenOrders.of(job.model, rank, channels)
         model_input = model.model_input_shape
         model_output = model.model_output_shape or model_input
         self.input_channels = model_input[0] if len(model_input) > rank else 1
@@ -181,6 +246,22 @@ class _Shapes:
             (p - q) // 2 + m for p, q, m in zip(self.patch, self.output, self.margin, strict=True)
         )
 
+    @property
+    def output_key(self) -> str:
+        """The key that the shape of the output comes from."""
+        has_own = self.job.model.model_output_shape is not None
+        return "model_output_shape" if has_own else "model_input_shape"
+
+    @property
+    def source(self) -> str:
+        """Where the output patch comes from, for messages."""
+        margin = " without margin" if self.job.margin is not None else ""
+        return f"model_config.{self.output_key}{margin}"
+
+    def _output_entry(self, axis: int) -> int:
+        """Return the index of a spatial axis in `model_output_shape` as the job has it."""
+        return axis + (self.orders.output is FIRST)
+
     def problems(self) -> list[str]:
         """Return one line per mistake in the patch shapes and the margin."""
         found = input_channels(self.job.model, self.volume)
@@ -188,6 +269,7 @@ class _Shapes:
         problems += [
             *self._lost_axis_problems(),
             *self._class_problems(),
+            *self._fill_value_problems(),
             *self._channel_problems(found),
         ]
         for axis, (p, q) in enumerate(zip(self.patch, self.output, strict=True)):
@@ -195,14 +277,15 @@ class _Shapes:
                 continue
             if q > p or (p - q) % 2:
                 problems.append(
-                    f"model_config.model_output_shape: found {q} along axis {axis}; expected {p} "
-                    "as in model_input_shape, or less by an even number, half of it on each side"
+                    f"model_config.model_output_shape: found {q} along axis {axis} (entry "
+                    f"{self._output_entry(axis)}); expected {p} as in model_input_shape, or less "
+                    "by an even number, half of it on each side"
                 )
         for axis, (m, q, kept) in enumerate(zip(self.margin, self.output, self.kept, strict=True)):
             if kept < 1:
                 problems.append(
-                    f"margin: {m} along axis {axis} removes the whole output patch ({q}); "
-                    f"use at most {(q - 1) // 2}"
+                    f"margin: {m} along axis {axis} removes the whole output patch ({q} in "
+                    f"model_config.{self.output_key}); use at most {(q - 1) // 2}"
                 )
         return problems
 
@@ -250,9 +333,12 @@ class _Shapes:
         if not self.from_labels:
             if job.classes == self.network_channels:
                 return []
+            advice = f"use {self.network_channels}, or remove classes"
+            if job.model.model_output_shape is None:
+                advice = "set model_output_shape, which is model_input_shape by default"
             return [
-                f"classes: {job.classes}, but model_output_shape has {self.network_channels} "
-                f"channels; use {self.network_channels}, or remove classes"
+                f"classes: {job.classes}, but model_config.{self.output_key} has "
+                f"{self.network_channels} channels; {advice}"
             ]
         problems = []
         if job.activation != "none":
@@ -268,15 +354,23 @@ class _Shapes:
             )
         return problems
 
+    def _fill_value_problems(self) -> list[str]:
+        """Return a line if the output has labels and the fill value is none of them."""
+        value, classes = self.job.fill_value, max(2, self.channels)
+        if self.job.combine == "weighted_avg" or value < classes:
+            return []
+        return [
+            f"fill_value: {value:g} is not a class; use an integer from 0 to {classes - 1}, "
+            f"because the output has {classes} classes"
+        ]
+
     def _lost_axis_problems(self) -> list[str]:
         axis, lost = self.lost_axis, self.job.model.lost_dim
         if axis is None:
             return []
         if not 0 <= axis < len(self.patch):
             shape, rank = self.job.model.model_input_shape, len(self.patch)
-            channels = input_channels(self.job.model, self.volume)
-            is_last = WrittenOrders.of(self.job.model, rank, channels).input is LAST
-            first = 0 if is_last else len(shape) - rank
+            first = 0 if self.orders.input is LAST else len(shape) - rank
             return [
                 f"model_config.lost_dim: {lost} is not a spatial axis of model_input_shape "
                 f"{list(shape)}; use {first} to {first + rank - 1}"
@@ -289,13 +383,13 @@ class _Shapes:
             )
         if self.output[axis] != 1:
             problems.append(
-                f"model_config.lost_dim: model_output_shape has {self.output[axis]} slices along "
-                "this axis; use 1"
+                f"model_config.lost_dim: model_output_shape has {self.output[axis]} slices in "
+                f"entry {self._output_entry(axis)}, which is this axis; use 1"
             )
         return problems
 
-    def grid(self) -> GridSpec:
-        """Return the geometry, with one grid per offset."""
+    def grid(self, region: Box | None) -> GridSpec:
+        """Return the geometry of the region, with one grid per offset."""
         job, rank = self.job, len(self.volume.shape)
         pads = job.pad_width
         if pads is None:
@@ -317,7 +411,11 @@ class _Shapes:
             chunk=self.volume.shape,
             storage=self.volume.shape,
         )
-        return self._with_chunks(spec)
+        # The chunks of a region are those of the whole volume. Batches are made of the patches that
+        # are not skipped, so with such patches a chunk computes all of its batches.
+        skips = job.mask is not None or job.skip_empty is not None
+        batch = MAX_INTEGER if skips else job.model.max_batch_size
+        return replace(self._with_chunks(spec), region=region, batch=batch)
 
     def output_spec(self) -> OutputSpec:
         """Return the job's only output."""
@@ -331,6 +429,7 @@ class _Shapes:
             average_dtype=job.output_dtype or "float32",
             nan=job.nan,
             from_labels=self.from_labels,
+            fill_value=job.fill_value,
         )
 
     def _with_chunks(self, spec: GridSpec) -> GridSpec:
@@ -345,14 +444,15 @@ class _Shapes:
         return replace(spec, chunk=chunks, storage=storage)
 
 
-def _chunk_problems(grid: GridSpec) -> list[str]:
+def _chunk_problems(grid: GridSpec, source: str) -> list[str]:
+    """Return one line per mistake; `source` says where the output patch comes from."""
     problems = []
     for number, axis in enumerate(grid.axes):
         kept = axis.grids[0].kept
         if axis.chunk < min(kept, axis.volume):
             problems.append(
                 f"chunksize: {axis.chunk} along axis {number} is smaller than the output patch "
-                f"({kept}); use at least {min(kept, axis.volume)}"
+                f"({kept} in {source}); use at least {min(kept, axis.volume)}"
             )
         if axis.chunk < axis.volume and axis.chunk % axis.storage:
             problems.append(
@@ -362,32 +462,38 @@ def _chunk_problems(grid: GridSpec) -> list[str]:
     return problems
 
 
-def _coverage_problems(spec: GridSpec) -> list[str]:
-    """Return one line for each axis along which a voxel lies in no output patch."""
+def _coverage_problems(spec: GridSpec, source: str) -> list[str]:
+    """Return one line for each axis along which a voxel lies in no output patch.
+
+    `source` says where the output patch comes from.
+    """
     problems, axes = [], spec.axes
     for number, axis in enumerate(axes):
         grid = axis.grids[0]
-        gap = grid.gap()
-        if gap is None and grid.stride > grid.kept and grid.span()[1] < axis.volume:
-            gap = grid.span()[1]  # the next patch would start beyond the volume
+        gap = grid.gap(axis.low, axis.high)
+        if gap is None and grid.stride > grid.kept:
+            low, high = grid.span(axis.low, axis.high)
+            if high < axis.high:
+                gap = high  # the next patch starts beyond the region
+            elif low > axis.low > grid.first + grid.lead:
+                gap = axis.low  # the patch before ends before the region
         if gap is not None and len(axis.grids) == 1:
             problems.append(
                 f"strides: {grid.stride} along axis {number} is larger than the output patch "
-                f"({grid.kept}) and leaves voxel {gap} without a prediction; "
+                f"({grid.kept} in {source}) and leaves voxel {gap} without a prediction; "
                 f"use at most {grid.kept}"
             )
     if problems:
         return problems
-    uncovered = [Box.of_shape([axis.volume for axis in axes])]
+    uncovered = [Box(tuple(axis.low for axis in axes), tuple(axis.high for axis in axes))]
     for g in range(len(axes[0].grids)):
-        spans = [axis.grids[g].span() for axis in axes]
+        spans = [axis.grids[g].span(axis.low, axis.high) for axis in axes]
         covered = Box(tuple(s[0] for s in spans), tuple(s[1] for s in spans))
         uncovered = [rest for box in uncovered for rest in box.minus(covered)]
     if not uncovered:
         return []
     for number, axis in enumerate(axes):
-        low, high = axis.grids[0].span()
-        if (low, high) != (0, axis.volume):
+        if axis.grids[0].span(axis.low, axis.high) != (axis.low, axis.high):
             voxel = uncovered[0].start[number]
             problems.append(
                 f"pad_width: no output patch covers voxel {voxel} along axis {number}; "

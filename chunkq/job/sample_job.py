@@ -17,9 +17,13 @@ def largest_item(job: JobHandle) -> ItemHandle:
 
 
 def copy_job(record: JobRecord, folder: str) -> JobHandle:
-    """Create the job with an empty output below a local folder, and return its handle."""
+    """Create the job with an empty output below a local folder, and return its handle.
+
+    Every chunk of the copy is a task, and no patch is skipped.
+    """
     output = f"{folder}/out.zarr"
-    copy = replace(record, job=record.job.model_copy(update={"output": output, "queue": None}))
+    changes = {"output": output, "queue": None, "mask": None, "skip_empty": None}
+    copy = replace(record, job=record.job.model_copy(update=changes), mask=None)
     JobFolder(job_folder_of(output)).create_record(new_record(copy, replaces=False))
     job = open_job(job_folder_of(output))
     job.output.prepare(anything_done=False, check_unchanged=job.check_unchanged)

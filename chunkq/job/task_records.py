@@ -22,7 +22,9 @@ class Commit:
 
     `seconds` maps each stage to its duration (s), `moved` each kind of data to its size (bytes),
     and `checksums` each piece to its CRC-32. `requests` counts what the process fetched of inputs
-    since its last record. `started` and `finished` are Unix times (s).
+    since its last record. `started` and `finished` are Unix times (s). `patches` were run,
+    `skipped` were found to be empty. `empty` says that the network ran for none of a chunk, which
+    then has no pieces.
     """
 
     kind: str
@@ -38,6 +40,8 @@ class Commit:
     patches: int = 0
     requests: int = 0
     peak_rss: int = 0
+    skipped: int = 0
+    empty: bool = False
 
     def to_json(self, epoch: str) -> bytes:
         """Encode the record for an epoch of the job."""

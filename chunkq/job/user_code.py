@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from chunkq.blend.weights import ArrayWeights, Weights, built_in_weights
-from chunkq.errors import ChunkqError, JobError
+from chunkq.errors import ChunkqError, JobError, suggestion
 from chunkq.job.user_modules import (
     UserModules,
     UserPackage,
@@ -60,7 +60,8 @@ def select_name(names: dict[str, Any], name: str, path: str, key: str) -> Any:
     """Return one of the names of a file. Raises JobError that lists them if it is missing."""
     if name not in names:
         public = ", ".join(sorted(n for n in names if not n.startswith("_"))) or "nothing"
-        raise JobError(f"{key}: {path} has no {name!r}; it defines {public}")
+        hint = suggestion(name, public.split(", "))
+        raise JobError(f"{key}: {path} has no {name!r}; it defines {public}{hint}")
     return names[name]
 
 
@@ -79,7 +80,7 @@ def load_blend_weights(names: Sequence[str], plan: Plan) -> Weights:
             shape = list(plan.output_patch)
             raise JobError(
                 f"weight_function: blend weights of a patch of {shape} voxels exceed the memory; "
-                "use a smaller model_output_shape"
+                "use a smaller patch in model_input_shape and model_output_shape"
             ) from None
     path, name = names
     source = f"weight_function: {name} of {path}"
@@ -111,7 +112,8 @@ def _check_weights(
     if weights.shape != tuple(shape):
         raise JobError(
             f"{source} returned shape {list(weights.shape)}; "
-            f"expected the output patch, {list(shape)}"
+            f"expected the output patch, {list(shape)}, which model_config.model_output_shape, by "
+            "default model_input_shape, has without channels"
         )
     invalid = np.argwhere(~(np.isfinite(weights) & (weights > 0)))
     if len(invalid):

@@ -20,11 +20,30 @@ FLOAT = re.compile(
 """Source: YAML 1.2.2, section 10.3.2, and `_` between digits as in YAML 1.1."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"
 KEPT = ("bool", "null", "merge")
 
 
+class DuplicateKeyError(ValueError):
+    """A mapping has a key twice, of which YAML and JSON use the last one."""
+
+
 class _Loader(yaml.SafeLoader):
-    """A loader whose resolvers are set below."""
+    """A loader that refuses duplicate keys, and whose resolvers are set below."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:  # before the pairs of merged mappings are added
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise DuplicateKeyError(
+                    f"key {key.value!r} is in line {lines[key.value]} and again in line {line}; "
+                    "remove one of them"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -46,3 +65,13 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 def load(text: str) -> Any:
     """Return the values of a YAML document. Raises yaml.YAMLError and the errors of numbers."""
     return yaml.load(text, _Loader)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object from its pairs. Raises DuplicateKeyError."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DuplicateKeyError(f"key {twice!r} appears twice; remove one of them")
+    return values

@@ -67,10 +67,13 @@ class Fetches:
 
 
 def axis_fetches(axis: AxisGeometry, storage: int) -> AxisFetches:
-    """Return the storage chunks of `storage` voxels that the blocks of an axis read."""
+    """Return the storage chunks of `storage` voxels that the blocks of an axis read.
+
+    At the sides of a region, what a batch reads beside the patches that are needed is not counted.
+    """
     used, most, fetched, end = 0, 0, 0, 0
-    for low in range(0, axis.blocks, BLOCKS_PER_BATCH):
-        blocks = np.arange(low, min(low + BLOCKS_PER_BATCH, axis.blocks), dtype=np.int64)
+    for low in axis.active[::BLOCKS_PER_BATCH]:
+        blocks = np.arange(low, min(low + BLOCKS_PER_BATCH, axis.active.stop), dtype=np.int64)
         start, stop = axis.read(blocks)
         first, after = start // storage, np.where(stop > start, -(-stop // storage), 0)
         order = np.argsort(first, kind="stable")

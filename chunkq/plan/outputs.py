@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 Combine = Literal["weighted_avg", "soft", "hard"]
 Activation = Literal["none", "softmax", "sigmoid"]
@@ -29,6 +30,7 @@ class OutputSpec:
     nan            whether a non-finite prediction fails the chunk or counts as zero
     from_labels    whether the network returns labels in one channel; predictions are votes, one
                    channel per class
+    fill_value     value of voxels without a prediction: an average, or a class
     """
 
     name: str
@@ -39,6 +41,7 @@ class OutputSpec:
     average_dtype: str = "float32"
     nan: Literal["fail", "zero"] = "fail"
     from_labels: bool = False
+    fill_value: float = 0.0
 
     @property
     def network_channels(self) -> int:
@@ -54,6 +57,23 @@ class OutputSpec:
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the stored array."""
         return np.dtype(self.average_dtype) if self.is_average else self.label_dtype
+
+    @property
+    def fill(self) -> Any:
+        """The fill value as a NumPy scalar in the dtype of the stored array."""
+        return self.dtype.type(self.fill_value)
+
+    @property
+    def nothing(self) -> npt.NDArray[np.float32]:
+        """The prediction of a patch that is skipped because it is empty, float32 (channels,).
+
+        It is the fill value in every channel of an average, and else a vote for its class.
+        """
+        if self.is_average or self.channels == 1:
+            return np.full(self.channels, self.fill_value, np.float32)
+        votes = np.zeros(self.channels, np.float32)
+        votes[int(self.fill_value)] = 1
+        return votes
 
     @property
     def label_dtype(self) -> np.dtype[Any]:

@@ -3,6 +3,7 @@
 A chunk owns the patches whose kept voxels, clipped to the volume, start in its block. Each patch is
 therefore computed exactly once, and a chunk's patches end in its block or in the next block along
 each axis. The band of a block is the part at its low sides that lower neighbors also predict.
+Blocks are clipped to the region of the job, if it has one.
 See docs/design.md, sections "Geometry" and "Blocks and pieces".
 """
 
@@ -11,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache, cached_property
-from itertools import product
+from itertools import islice, product
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from chunkq.geometry.box import Box
 from chunkq.geometry.grid_spec import GridSpec
-from chunkq.geometry.grids import AxisGeometry
+from chunkq.geometry.grids import AxisBlock, AxisGeometry
 from chunkq.geometry.padding import IntArray
+from chunkq.plan.batches import NeededBatches, along, needed_batches, needed_totals, window
 from chunkq.plan.outputs import OutputSpec
 from chunkq.summaries import html_table, lengths, one_line
 
@@ -99,40 +101,46 @@ class Piece:
 class Chunk:
     """One unit of work.
 
-    block      output voxels that the chunk owns
+    block      output voxels that the chunk owns; empty outside of the region of the job
     interior   part of the block that no other chunk predicts; ends where the block ends
     core       part of the interior whose storage chunks contain no voxel of the band; ends where
                the block ends
-    region     voxels that the chunk's patches predict: the block and the upper overlap
+    overlap    number of voxels of the next block along each axis that its patches predict
+    region     voxels for which it has sums: the block and the overlap. For a region of the volume,
+               also the voxels outside of it that its patches predict
     halo       input window of its patches; can extend beyond the volume
     owned      `owned[g][a]` is the range of its patch numbers of grid g along axis a
+    runs       positions of the patches that it computes among those that it owns; all of them,
+               unless the job has a region
     """
 
     index: Index
     block: Box
     interior: Box
     core: Box
+    overlap: Index
     region: Box
     halo: Box
     owned: tuple[tuple[range, ...], ...]
+    runs: tuple[range, ...]
 
     @property
     def is_active(self) -> bool:
-        """Return whether the chunk owns a patch; if not, its whole block is band.
+        """Return whether the chunk computes a patch; if not, its whole block is band.
 
         Only active chunks are tasks.
         """
-        return any(all(grid) for grid in self.owned)
+        return bool(self.runs)
 
     @property
     def patches(self) -> int:
-        """Number of patches that the chunk owns."""
-        return sum(prod(len(numbers) for numbers in grid) for grid in self.owned)
+        """Number of patches that the chunk computes."""
+        return sum(map(len, self.runs))
 
     @property
     def has_band(self) -> bool:
         """Return whether other chunks contribute to the block, which must then be finalized."""
-        return self.interior != self.block
+        return self.block.size > 0 and self.interior != self.block
 
     @property
     def band_boxes(self) -> tuple[Box, ...]:
@@ -154,7 +162,8 @@ class Chunk:
 class Costs:
     """Work and data volume of a job; bytes count uncompressed voxels.
 
-    `chunks` own a patch and are tasks. `blocks` also counts those without patches.
+    `chunks` compute a patch and are tasks. `blocks` also counts those without patches. Of a region
+    there can be more chunks than blocks, because chunks outside of it reach into it.
     """
 
     chunks: int
@@ -172,9 +181,17 @@ class Costs:
         return self.input_bytes + self.output_bytes + 2 * self.piece_bytes
 
 
-def total_costs(plans: Iterable[Plan]) -> Costs:
-    """Return the sums of the costs of several plans."""
-    rows = [astuple(plan.costs) for plan in plans]
+class HasCosts(Protocol):
+    """A plan, or the tasks of one."""
+
+    @property
+    def costs(self) -> Costs:
+        """Its costs."""
+
+
+def total_costs(parts: Iterable[HasCosts]) -> Costs:
+    """Return the sums of the costs of several plans, or of their tasks."""
+    rows = [astuple(part.costs) for part in parts]
     return Costs(*map(sum, zip(*rows, strict=True)))
 
 
@@ -183,7 +200,7 @@ class Plan:
     """The chunks, patches, pieces and costs of one item of a job.
 
     `grid` determines the geometry, `outputs` what is stored of each prediction. `volume` has the
-    shape of the grid.
+    shape of the grid. If the grid has a region, the output has only its voxels.
     """
 
     volume: Volume
@@ -199,6 +216,7 @@ class Plan:
     def _summary(self) -> dict[str, str]:
         return {
             "volume": f"{lengths(self.volume.shape)} {self.volume.dtype}",
+            **({"region": lengths(self.region.shape)} if self.grid.region else {}),
             "patch": lengths(self.input_patch),
             "strides": lengths(self.grid.strides),
             "chunks": f"{self.costs.chunks} of {lengths(self.chunksize)}",
@@ -210,6 +228,11 @@ class Plan:
     def axes(self) -> tuple[AxisGeometry, ...]:
         """The blocks and patches along each axis."""
         return self.grid.axes
+
+    @property
+    def region(self) -> Box:
+        """Voxels of the volume that are computed: those of the output."""
+        return self.grid.region or Box.of_shape(self.volume.shape)
 
     @property
     def output(self) -> OutputSpec:
@@ -248,7 +271,7 @@ class Plan:
 
     @property
     def chunksize(self) -> tuple[int, ...]:
-        """Block shape in voxels; the last block along an axis can be smaller."""
+        """Block shape in voxels; the outer blocks along an axis can be smaller."""
         return self.grid.chunk
 
     @property
@@ -274,27 +297,50 @@ class Plan:
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of the output: ([C,] *S)."""
-        return self.output_box(Box.of_shape(self.volume.shape)).shape
+        return self.output_box(self.region).shape
 
     def output_box(self, box: Box) -> Box:
         """Return the box of the output array ([C,] *S) that holds all values of a box of voxels."""
+        origin = self.region.start
+        start, stop = (
+            tuple(n - o for n, o in zip(corner, origin, strict=True))
+            for corner in (box.start, box.stop)
+        )
         if not self.channel_axis:
-            return box
-        return Box((0, *box.start), (self.channels, *box.stop))
+            return Box(start, stop)
+        return Box((0, *start), (self.channels, *stop))
+
+    @cached_property
+    def block_indices(self) -> Box:
+        """The indices of the blocks with voxels, which cover the region exactly once."""
+        numbers = [axis.numbers for axis in self.axes]
+        return Box(tuple(n.start for n in numbers), tuple(n.stop for n in numbers))
+
+    @cached_property
+    def index_bounds(self) -> Box:
+        """The smallest box of indices with all blocks and all active chunks."""
+        boxes = [self.block_indices, *self.active]
+        starts = zip(*(box.start for box in boxes), strict=True)
+        stops = zip(*(box.stop for box in boxes), strict=True)
+        return Box(tuple(map(min, starts)), tuple(map(max, stops)))
 
     def indices(self) -> Iterator[Index]:
-        """Yield the index of every block in C order (last axis fastest)."""
-        return product(*(range(n) for n in self.blocks))
+        """Yield the index of every block and every active chunk in C order (last axis fastest)."""
+        return product(*map(range, self.index_bounds.start, self.index_bounds.stop))
 
     @cached_property
     def active(self) -> tuple[Box, ...]:
-        """The indices of the chunks that own a patch, as disjoint boxes of indices.
+        """The indices of the chunks that compute a patch, as disjoint boxes of indices.
 
-        Along each axis the blocks that own patches of a grid follow each other.
+        These own a patch that predicts voxels of the region. Along each axis the blocks that own
+        such patches of a grid follow each other.
         """
         by_grid = []
         for g in range(len(self.axes[0].grids)):
-            owners = [axis.grids[g].owners(axis.chunk) for axis in self.axes]
+            owners = [
+                axis.grids[g].owners(axis.chunk, axis.grids[g].touching(axis.low, axis.high))
+                for axis in self.axes
+            ]
             by_grid.append(Box(tuple(o.start for o in owners), tuple(o.stop for o in owners)))
         disjoint: list[Box] = []
         for box in sorted(by_grid, key=lambda box: -box.size):
@@ -305,86 +351,144 @@ class Plan:
         return tuple(disjoint)
 
     def is_active(self, index: Index) -> bool:
-        """Return whether the chunk at `index` exists and owns a patch."""
+        """Return whether the chunk at `index` exists and computes a patch."""
         return any(
             all(low <= i < high for low, i, high in zip(box.start, index, box.stop, strict=True))
             for box in self.active
         )
 
     def active_indices(self) -> Iterator[Index]:
-        """Yield the index of every chunk that owns a patch in C order (last axis fastest)."""
+        """Yield the index of every chunk that computes a patch in C order (last axis fastest)."""
         if len(self.active) == 1:
             (box,) = self.active
             return product(*map(range, box.start, box.stop))
         return filter(self.is_active, self.indices())
 
     def count_patches(self, chunks: Sequence[Index]) -> int:
-        """Return the number of patches that chunks own together.
+        """Return the number of patches that chunks compute together.
 
         Indices of chunks that do not exist count as chunks without patches.
         """
         indices = np.array([i for i in chunks if len(i) == self.rank], np.int64)
         indices = indices.reshape(-1, self.rank)
+        if not self.is_whole:
+            return sum(self._batches(self._parts(index)).patches for index in indices.tolist())
         total = np.zeros(len(indices), np.int64)
         for g in range(len(self.axes[0].grids)):
             patches = np.ones(len(indices), np.int64)
-            for axis, along in zip(self.axes, indices.T, strict=True):
-                low, high = axis.grids[g].owned(along, axis.chunk)
+            for axis, numbers in zip(self.axes, indices.T, strict=True):
+                low, high = axis.grids[g].owned(numbers, axis.chunk)
                 patches *= high - low
             total += patches
         return int(total.sum())
 
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every chunk computes all patches that it owns.
+
+        Else the region needs only some of the patches of the chunks at its sides.
+        """
+        return all(axis.all_needed for axis in self.axes)
+
+    def _parts(self, index: Sequence[int]) -> list[AxisBlock]:
+        return [axis.block(i) for axis, i in zip(self.axes, index, strict=True)]
+
+    def _batches(self, parts: Sequence[AxisBlock]) -> NeededBatches:
+        return needed_batches(tuple(map(along, parts)), self.grid.batch)
+
     def chunk(self, index: Index) -> Chunk:
         """Return the chunk at `index`."""
-        parts = [axis.block(i) for axis, i in zip(self.axes, index, strict=True)]
+        parts = self._parts(index)
         start, stop = tuple(p.start for p in parts), tuple(p.stop for p in parts)
+        overlap = tuple(p.upper_overlap for p in parts)
+        region = Box(start, tuple(b + o for b, o in zip(stop, overlap, strict=True)))
+        owned = tuple(tuple(p.owned[g] for p in parts) for g in range(len(self.axes[0].grids)))
+        windows = [p.halo for p in parts]
+        if self.is_whole:
+            count = sum(prod(map(len, ranges)) for ranges in owned)
+            runs: tuple[range, ...] = (range(count),) if count else ()
+        else:
+            batches = self._batches(parts)
+            runs = batches.runs
+            windows = [
+                window(axis, part, a, batches) if runs else (0, 0)
+                for a, (axis, part) in enumerate(zip(self.axes, parts, strict=True))
+            ]
+        halo = Box(tuple(low for low, _ in windows), tuple(high for _, high in windows))
+        if self.grid.region is not None and runs:
+            region = self._with_predicted(region, halo)
         return Chunk(
             index=index,
             block=Box(start, stop),
             interior=Box(tuple(p.start + p.band for p in parts), stop),
             core=Box(tuple(p.start + p.aligned_band for p in parts), stop),
-            region=Box(start, tuple(p.stop + p.upper_overlap for p in parts)),
-            halo=Box(tuple(p.halo[0] for p in parts), tuple(p.halo[1] for p in parts)),
-            owned=tuple(tuple(p.owned[g] for p in parts) for g in range(len(self.axes[0].grids))),
+            overlap=overlap,
+            region=region,
+            halo=halo,
+            owned=owned,
+            runs=runs,
         )
 
+    def _with_predicted(self, region: Box, halo: Box) -> Box:
+        """Return the smallest box with a region and the voxels that patches of a halo predict."""
+        start, stop = [], []
+        for a, axis in enumerate(self.axes):
+            lead, kept = self.grid.lead[a], self.grid.kept[a]
+            tail = self.input_patch[a] - lead - kept
+            start.append(min(region.start[a], max(0, halo.start[a] + lead)))
+            stop.append(max(region.stop[a], min(axis.volume, halo.stop[a] - tail)))
+        return Box(tuple(start), tuple(stop))
+
     def patches(self, chunk: Chunk) -> Iterator[Patch]:
-        """Yield the patches of a chunk, grid by grid, each grid in C order (last axis fastest)."""
-        for g, ranges in enumerate(chunk.owned):
-            grids = [axis.grids[g] for axis in self.axes]
-            for numbers in product(*ranges):
-                pairs = list(zip(grids, numbers, strict=True))
-                begin = tuple(grid.start(k) for grid, k in pairs)
-                kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
-                yield Patch(
-                    g,
-                    numbers,
-                    Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
-                    Box(
-                        tuple(max(0, k) for k in kept),
-                        tuple(
-                            min(k + grid.kept, grid.volume)
-                            for k, (grid, _) in zip(kept, pairs, strict=True)
-                        ),
-                    ),
-                )
+        """Yield the patches of a chunk, grid by grid, each grid in C order (last axis fastest).
+
+        A chunk that needs some of its patches yields those of whole batches.
+        """
+        owned = (
+            (g, numbers) for g, ranges in enumerate(chunk.owned) for numbers in product(*ranges)
+        )
+        position = 0
+        for run in chunk.runs:
+            for g, numbers in islice(owned, run.start - position, run.stop - position):
+                yield self.patch(g, numbers)
+            position = run.stop
+
+    def patch(self, g: int, numbers: tuple[int, ...]) -> Patch:
+        """Return a patch by its grid and its number along each axis."""
+        pairs = [(axis.grids[g], k) for axis, k in zip(self.axes, numbers, strict=True)]
+        begin = tuple(grid.start(k) for grid, k in pairs)
+        kept = tuple(b + grid.lead for b, (grid, _) in zip(begin, pairs, strict=True))
+        return Patch(
+            g,
+            numbers,
+            Box(begin, tuple(b + p for b, p in zip(begin, self.input_patch, strict=True))),
+            Box(
+                tuple(max(0, k) for k in kept),
+                tuple(
+                    min(k + grid.kept, grid.volume)
+                    for k, (grid, _) in zip(kept, pairs, strict=True)
+                ),
+            ),
+        )
 
     def outgoing_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that a chunk stores for its upper neighbors, in a fixed order."""
         if not chunk.is_active:
             return []
-        overlap = [r - b for r, b in zip(chunk.region.stop, chunk.block.stop, strict=True)]
         return [
             Piece(chunk.index, target, box)
             for up in _subsets(self.rank)
-            if all(overlap[a] for a in range(self.rank) if up[a])
+            if all(chunk.overlap[a] for a in range(self.rank) if up[a])
             for target, box in [self._upper_neighbor(chunk, up)]
+            if box.size
         ]
 
     def incoming_pieces(self, chunk: Chunk) -> list[Piece]:
         """Return the pieces that lower neighbors store for a chunk's block, in a fixed order."""
         block, inner = chunk.block, chunk.interior.start
-        pieces = []
+        pieces: list[Piece] = []
+        if not block.size:
+            return pieces
         for up in _subsets(self.rank):
             source = tuple(i - u for i, u in zip(chunk.index, up, strict=True))
             has_band = all(inner[a] > block.start[a] for a in range(self.rank) if up[a])
@@ -405,16 +509,19 @@ class Plan:
 
     def has_band(self, index: Index) -> bool:
         """Return whether the block has a band and must therefore be finalized."""
-        return any(axis.block(i).band > 0 for axis, i in zip(self.axes, index, strict=True))
+        parts = [axis.block(i) for axis, i in zip(self.axes, index, strict=True)]
+        return any(part.band for part in parts) and all(part.start < part.stop for part in parts)
 
     def to_finalize(self) -> Iterator[Index]:
         """Yield the blocks that have a band in C order (last axis fastest)."""
-        has_band = []
+        box, has_band = self.block_indices, []
         for axis in self.axes:
-            numbers = np.arange(axis.blocks, dtype=np.int64)
+            numbers = np.arange(axis.numbers.start, axis.numbers.stop, dtype=np.int64)
             has_band.append((axis.band(numbers) > 0).tolist())
-        for index in self.indices():
-            if any(flags[i] for flags, i in zip(has_band, index, strict=True)):
+        for index in product(*map(range, box.start, box.stop)):
+            if any(
+                flags[i - low] for flags, i, low in zip(has_band, index, box.start, strict=True)
+            ):
                 yield index
 
     @cached_property
@@ -428,12 +535,13 @@ class Plan:
         `up` has a 1 for each axis along which the neighbor is one block above the chunk.
         """
         target = tuple(i + u for i, u in zip(chunk.index, up, strict=True))
-        block, region = chunk.block, chunk.region
+        block = chunk.block
         start = tuple(
             high if u else low for u, low, high in zip(up, block.start, block.stop, strict=True)
         )
         stop = tuple(
-            high if u else low for u, low, high in zip(up, block.stop, region.stop, strict=True)
+            high + overlap if u else high
+            for u, high, overlap in zip(up, block.stop, chunk.overlap, strict=True)
         )
         return target, Box(start, stop)
 
@@ -477,6 +585,10 @@ class _AxisTotals:
             self.patches[g] += int((high - low).sum())
 
 
+def _ends(numbers: range) -> tuple[int, int]:
+    return numbers.start, numbers.stop
+
+
 def _costs(plan: Plan) -> Costs:
     totals = cache(_AxisTotals)
 
@@ -490,7 +602,7 @@ def _costs(plan: Plan) -> Costs:
             for box in boxes
         )
 
-    every, active, rank = (Box.of_shape(plan.blocks),), plan.active, plan.rank
+    every, active, rank = (plan.block_indices,), plan.active, plan.rank
     interior, length = over(every, *["interior"] * rank), over(every, *["length"] * rank)
     core = over(every, *["core"] * rank)
     piece_voxels = sum(
@@ -498,14 +610,19 @@ def _costs(plan: Plan) -> Costs:
     )
     band_voxels = over(active, *["length"] * rank) - interior
     sums_bytes, stored_bytes = 4 * plan.channels, plan.output.voxel_bytes
-    patches = [totals(axis, 0, n).patches for axis, n in zip(plan.axes, plan.blocks, strict=True)]
+    if plan.is_whole:
+        per_axis = [totals(axis, *_ends(axis.numbers)).patches for axis in plan.axes]
+        patches = sum(map(prod, zip(*per_axis, strict=True)))
+        voxels_read = over(active, *["read"] * rank)
+    else:
+        patches, voxels_read = needed_totals(plan.axes, plan.grid.batch)
     return Costs(
         chunks=sum(box.size for box in active),
-        blocks=prod(plan.blocks),
-        finalized_blocks=prod(plan.blocks) - over(every, *["without_band"] * rank),
+        blocks=plan.block_indices.size,
+        finalized_blocks=plan.block_indices.size - over(every, *["without_band"] * rank),
         finalized_voxels=length - core,
-        patches=sum(map(prod, zip(*patches, strict=True))),
-        input_bytes=over(active, *["read"] * rank) * plan.volume.voxel_bytes,
-        output_bytes=prod(plan.volume.shape) * stored_bytes,
+        patches=patches,
+        input_bytes=voxels_read * plan.volume.voxel_bytes,
+        output_bytes=plan.region.size * stored_bytes,
         piece_bytes=(piece_voxels + band_voxels) * sums_bytes + (interior - core) * stored_bytes,
     )

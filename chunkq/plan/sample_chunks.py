@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from math import inf, prod
+from math import inf
 
 from chunkq.plan.plan import Chunk, Index, Plan
 
@@ -21,11 +21,12 @@ def sample_chunks(plan: Plan) -> list[Chunk]:
     The middle chunk is first, followed by the other contributors of its block, by its other
     neighbors, and by all others, the nearest to the middle first.
     """
-    middle = tuple(blocks // 2 for blocks in plan.blocks)
-    if prod(plan.blocks) <= MAX_CHUNKS:
+    bounds, blocks = plan.index_bounds, plan.block_indices
+    middle = tuple((low + high) // 2 for low, high in zip(blocks.start, blocks.stop, strict=True))
+    if bounds.size <= MAX_CHUNKS:
         indices = plan.indices()
     else:
-        indices = product(*map(_positions, plan.blocks))
+        indices = product(*map(_positions, map(range, bounds.start, bounds.stop)))
     contributors = set(plan.contributors(middle))
 
     def rank(index: Index) -> tuple[int, bool, int, Index]:
@@ -40,7 +41,7 @@ def fullest_chunk(plan: Plan, *, enough: float = inf) -> Chunk:
     return max(sample_chunks(plan), key=lambda chunk: min(enough, chunk.patches))
 
 
-def _positions(blocks: int) -> list[int]:
-    middle = blocks // 2
-    candidates = {0, 1, middle - 1, middle, middle + 1, blocks - 2, blocks - 1}
-    return sorted(position for position in candidates if 0 <= position < blocks)
+def _positions(numbers: range) -> list[int]:
+    first, last, middle = numbers[0], numbers[-1], (numbers.start + numbers.stop) // 2
+    candidates = {first, first + 1, middle - 1, middle, middle + 1, last - 1, last}
+    return sorted(candidates.intersection(numbers))

@@ -56,6 +56,11 @@ def open_executor(url: str) -> Executor:
 
     Raises JobError for an unknown scheme, QueueError if the queue cannot be reached or used.
     """
+    return load_backend(checked_scheme(url))(url)
+
+
+def checked_scheme(url: str) -> str:
+    """Return the scheme of a queue. Raises JobError if no backend has it."""
     scheme = url.partition("://")[0]
     if "://" not in url or (scheme not in BACKENDS and scheme not in EXTENSIONS.find()):
         known = schemes()
@@ -66,7 +71,7 @@ def open_executor(url: str) -> Executor:
             f"use one of {', '.join(name + '://' for name in known)}{hint}",
             code=ErrorCode.QUEUE_ADDRESS_INVALID,
         )
-    return load_backend(scheme)(url)
+    return scheme
 
 
 def open_shared(url: str) -> Executor:

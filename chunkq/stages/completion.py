@@ -14,6 +14,7 @@ from chunkq.plan.plan import Index
 from chunkq.queue.contract.executor import Contribution, GateState
 from chunkq.stages.base import Stage, TaskKey
 from chunkq.stages.registry import stage_of, stages
+from chunkq.terminal import argument
 
 Pending = Sequence[tuple[ItemHandle, Index]]
 """Tasks of one stage: the item and the chunk of each."""
@@ -121,7 +122,7 @@ def _advice(job: JobHandle, missing: Collection[str]) -> str:
     queued = {stage.kind for stage in stages() if stage.is_queued}
     names = {job.chunk_name(f.item, f.chunk) for f in failures(job) if f.kind in queued}
     failed = len(names & {*missing})
-    output = without_secret(job.folder.output)
+    output = argument(without_secret(job.folder.output))
     if not failed:
         return "run `chunkq work`"
     return (

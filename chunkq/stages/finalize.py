@@ -30,15 +30,15 @@ class FinalizeStage(Stage):
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:
-        return item.plan.to_finalize()
+        return item.tasks.blocks()
 
     @override
     def count(self, item: ItemHandle) -> int:
-        return item.plan.costs.finalized_blocks
+        return item.tasks.costs.finalized_blocks
 
     @override
     def waits_for(self, item: ItemHandle, chunk: Index) -> Sequence[TaskKey]:
-        return [TaskKey("infer", index) for index in item.plan.contributors(chunk)]
+        return [TaskKey("infer", index) for index in item.tasks.contributors(chunk)]
 
     @override
     def awaiting(self, item: ItemHandle, committed: TaskKey) -> Sequence[Index]:
@@ -61,19 +61,14 @@ class FinalizeStage(Stage):
 
 
 def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
-    # Imported here, because commands that only count blocks do no arithmetic.
-    from chunkq.blend.sums import finalize_sums
-
     started = time.time()
     chunk = item.plan.chunk(index)
     try:
         own_block, pieces, bytes_read = _gather(item, chunk)
         read_end = time.time()
         item.job.check_unchanged()
-        bytes_written = sum(
-            item.write(box, values)
-            for box, values in finalize_sums(item.plan, chunk, own_block, pieces)
-        )
+        is_empty = own_block is None and not any(sums is not None for sums in pieces.values())
+        bytes_written = 0 if is_empty else _write(item, chunk, own_block, pieces)
         finished = time.time()
         item.job.check_unchanged()
     except (PieceError, OSError):
@@ -98,8 +93,22 @@ def _finalize(item: ItemHandle, index: Index, attempt: Attempt) -> None:
     item.ledger.delete_pieces(index)
 
 
+def _write(
+    item: ItemHandle, chunk: Chunk, own_block: OwnBlock | None, pieces: dict[Piece, Any]
+) -> int:
+    """Add up the pieces of a block and write its voxels; return their size (bytes)."""
+    # Imported here, because commands that only count blocks do no arithmetic.
+    from chunkq.blend.sums import finalize_sums
+
+    inside = item.inside(chunk.block)
+    finished = finalize_sums(item.plan, chunk, own_block, pieces, item.empty_chunks, inside)
+    return sum(item.write(box, values) for box, values in finished)
+
+
 def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece, Any], int]:
     """Read the pieces of a block; return its own piece, the others, and their size (bytes).
+
+    The pieces of empty chunks are None.
 
     Raises PieceError if some are missing or damaged, after deleting the commit records of the
     chunks that wrote them.
@@ -109,7 +118,7 @@ def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece
     ledger, total, own_block = item.ledger, 0, None
     pieces: dict[Piece, Any] = {}
     problems: dict[Index, PieceError] = {}
-    if chunk.is_active:
+    if item.tasks.is_task(chunk.index):
         try:
             arrays, total = ledger.get_piece(chunk.index, OWN_PIECE)
             bands = len(chunk.band_boxes)
@@ -117,11 +126,18 @@ def _gather(item: ItemHandle, chunk: Chunk) -> tuple[OwnBlock | None, dict[Piece
         except PieceError as error:
             problems[chunk.index] = error
     for piece in item.plan.incoming_pieces(chunk):
+        pieces[piece] = None
+        if not item.tasks.is_task(piece.source):
+            continue
         try:
             arrays, size = ledger.get_piece(chunk.index, piece.name)
             pieces[piece], total = arrays[0], total + size
         except PieceError as error:
             problems[piece.source] = error
+    if problems and item.can_turn_out_empty:
+        for commit in ledger.commits("infer", problems):
+            if commit.empty:
+                del problems[commit.chunk]
     if problems:
         if not ledger.is_committed("finalize", chunk.index):
             ledger.delete_commits("infer", problems)

@@ -15,9 +15,10 @@ from chunkq.stages.base import Stage
 
 
 class InferStage(Stage):
-    """The chunks that own a patch. Worker processes replace this stage by one that can run them.
+    """The chunks that own a patch and are not known to be empty.
 
-    A block whose chunk owns no patch has only a task of the stage `finalize`.
+    Worker processes replace this stage by one that can run them. A block whose own chunk is no task
+    has only a task of the stage `finalize`.
     """
 
     kind: ClassVar[str] = "infer"
@@ -25,11 +26,11 @@ class InferStage(Stage):
 
     @override
     def chunks(self, item: ItemHandle) -> Iterator[Index]:
-        return item.plan.active_indices()
+        return item.tasks.chunks()
 
     @override
     def count(self, item: ItemHandle) -> int:
-        return item.plan.costs.chunks
+        return item.tasks.costs.chunks
 
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:

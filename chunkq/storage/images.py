@@ -20,6 +20,7 @@ from chunkq.storage.axes_view import AxesView
 from chunkq.storage.formats.base import CACHED, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.selection import EVERYTHING, Selection, select
+from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,25 @@ class ImageSource:
         if channel_axis is None and not fixed and self._spatial == tuple(range(len(self.axes))):
             return array
         return AxesView(array, self._spatial, fixed, channel_axis, self.channels)
+
+    def stored_chunks(self) -> StoredChunks | None:
+        """Return the storage chunks that exist; None if format or storage cannot tell.
+
+        Raises StoreError and OSError.
+        """
+        return format_named(self.format).stored_chunks(self.path, self.options)
+
+    def stored_cells(
+        self, stored: StoredChunks, time: int = 0, channel: int | None = None
+    ) -> StoredCells:
+        """Return which of these are read by the view that `present` returns."""
+        read: dict[int, tuple[int, ...]] = {}
+        time_axis, channel_axis = self._number("time"), self._number("channel")
+        if time_axis is not None:
+            read[time_axis] = (self.time[time],)
+        if channel_axis is not None:
+            read[channel_axis] = self.channels if channel is None else (self.channels[channel],)
+        return stored.spatial(self._spatial, read)
 
     def identity(self) -> str | None:
         """Return a string that changes when the array is replaced; None if it is missing.

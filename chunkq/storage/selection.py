@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chunkq.errors import ErrorCode, JobError
+from chunkq.errors import ErrorCode, JobError, suggestion
 from chunkq.geometry.axes import LETTERS, Axis, lettered_axes, looks_like_color
 from chunkq.storage.formats.base import ArrayInfo
 
@@ -160,7 +160,10 @@ def _index(key: str, entry: int | str, size: int, labels: Sequence[str], prefix:
     if len(matches) != 1:
         found = ", ".join(label for label in labels if label) or "no labels"
         count = "several channels are" if matches else "no channel is"
-        raise JobError(f"{prefix}: {key}: {count} labelled {entry!r}; found {found}; use the index")
+        hint = "" if matches else suggestion(entry, [label for label in labels if label])
+        raise JobError(
+            f"{prefix}: {key}: {count} labelled {entry!r}; found {found}{hint or '; use the index'}"
+        )
     return matches[0]
 
 

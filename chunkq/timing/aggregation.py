@@ -6,7 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from chunkq.job.task_records import Commit
 from chunkq.job.tasks import chunk_name
 from chunkq.plan.footprint import largest_footprint
-from chunkq.plan.plan import Plan, total_costs
+from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.queue.contract.executor import WorkerName
 from chunkq.timing.intervals import (
     Intervals,
@@ -46,18 +45,22 @@ MAX_STRAGGLERS = 20
 
 
 def aggregate_timing(
-    plans: Sequence[Plan], infer: Iterable[Commit], finalize: Iterable[Commit] = ()
+    plans: Sequence[Plan],
+    infer: Iterable[Commit],
+    finalize: Iterable[Commit] = (),
+    costs: Costs | None = None,
 ) -> Timing:
     """Return the timing of a job from its commit records of inference and finalizing.
 
-    `plans` are the plans of its items. Reads each record once and holds about 50 bytes of it.
+    `plans` are the plans of its items, `costs` those of its tasks, by default of all chunks. Reads
+    each record once and holds about 50 bytes of it.
     """
     chunks, blocks = _Columns(plans), _Columns(plans)
     for commit in infer:
         chunks.add(commit)
     for commit in finalize:
         blocks.add(commit)
-    return _JobTiming(plans, chunks, blocks).timing()
+    return _JobTiming(plans, chunks, blocks).timing(costs or total_costs(plans))
 
 
 @dataclass
@@ -66,6 +69,7 @@ class _Totals:
 
     count: int = 0
     patches: int = 0
+    skipped: int = 0
     requests: int = 0
     retried: int = 0
     peak_rss: int = 0
@@ -76,6 +80,7 @@ class _Totals:
     def add(self, commit: Commit) -> None:
         self.count += 1
         self.patches += commit.patches
+        self.skipped += commit.skipped
         self.requests += commit.requests
         self.retried += commit.attempt > 1
         self.peak_rss = max(self.peak_rss, commit.peak_rss)
@@ -92,7 +97,7 @@ class _Columns:
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
-        self._blocks = [plan.blocks for plan in plans]
+        self._blocks = [plan.index_bounds.stop for plan in plans]
         self.started, self.finished = array("d"), array("d")
         self.stages = {stage: array("f") for stage in STAGES}
         self.flat_index, self.attempt, self.worker = array("q"), array("H"), array("l")
@@ -155,20 +160,20 @@ class _JobTiming:
     def _name(self, row: int) -> str:
         """Return the name of the chunk in a row."""
         item = int(self.item[row])
-        index = np.unravel_index(self.flat_index[row], self.plans[item].blocks)
+        index = np.unravel_index(self.flat_index[row], self.plans[item].index_bounds.stop)
         name = chunk_name(tuple(int(along) for along in index))
         return name if len(self.plans) == 1 else f"{item}/{name}"
 
-    def timing(self) -> Timing:
-        """Return the timing of the job."""
-        total, costs = self.columns.total, total_costs(self.plans)
+    def timing(self, costs: Costs) -> Timing:
+        """Return the timing of the job, whose tasks have these costs."""
+        total = self.columns.total
         workers = {name: self._worker(name) for name in sorted(self.columns.names)}
         ends = np.concatenate([self.stop, self.block_stop])
         begins = np.concatenate([self.start, self.block_start])
         wall = float(ends.max(initial=0.0))
         work = max(0.0, self.last - self.first)
-        all_voxels = sum(prod(plan.volume.shape) for plan in self.plans)
-        voxels = round(all_voxels * total.patches / costs.patches)
+        all_voxels = sum(plan.region.size for plan in self.plans)
+        voxels = round(all_voxels * total.patches / total_costs(self.plans).patches)
         moved, finalize_moved = total.moved, self.blocks.total.moved
         in_flight = max((w.chunks_in_flight for w in workers.values()), default=0)
         arrays = largest_footprint(self.plans)
@@ -179,6 +184,7 @@ class _JobTiming:
             planned_blocks=costs.finalized_blocks,
             patches=total.patches,
             planned_patches=costs.patches,
+            skipped_patches=total.skipped,
             voxels=voxels,
             started=self.origin,
             wall_seconds=wall,

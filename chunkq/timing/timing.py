@@ -144,6 +144,8 @@ class Timing:
     wall_seconds               from the first task's start to the last task's end, with finalizing
     paused_seconds             part of `wall_seconds` without a task in flight
     work_seconds               from the first chunk's start to the last chunk's end
+    planned_patches            of all tasks, without those that are known to be empty beforehand
+    skipped_patches            patches of tasks that turned out to be empty
     voxels                     of the output; each patch stands for an equal part of them
     patches_per_second         speed over `work_seconds`, and so is `voxels_per_second`
     seconds                    seconds by stage, summed over all chunks, and `finalize`
@@ -159,6 +161,7 @@ class Timing:
     planned_blocks: int
     patches: int
     planned_patches: int
+    skipped_patches: int
     voxels: int
     started: float
     wall_seconds: float

@@ -10,7 +10,7 @@ from urllib.parse import urlencode, urlsplit
 from chunkq.errors import JobError
 from chunkq.job.job_file import DaskConfig, Job, RayConfig
 from chunkq.paths import without_secret
-from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE, queue_url
+from chunkq.queue.registry import BACKENDS, QUEUE_VARIABLE, checked_scheme, queue_url
 from chunkq.system.gpus import visible_gpus
 from chunkq_producer.slurm import OUTSIDE_SLURM, Step
 
@@ -52,7 +52,7 @@ def select_engine(
     """Return the engine of a run; the arguments are the values of the command's options.
 
     Raises JobError if they contradict each other or the job, or if this machine does not meet the
-    requirements of the job.
+    requirements of the job, and for a queue of an unknown scheme.
     """
     name, url = _name_and_url(engine, job, queue)
     _check_machine(job, name)
@@ -74,7 +74,7 @@ def _name_and_url(engine: str | None, job: Job, queue: str | None) -> tuple[str,
     url = queue or os.environ.get(QUEUE_VARIABLE) or job.queue
     if engine is None:
         url = queue_url(queue, job.queue)
-        scheme = url.partition("://")[0]
+        scheme = checked_scheme(url)
         engines = [n for n, s in ENGINES.items() if BACKENDS.get(s) == BACKENDS.get(scheme)]
         engine = engines[0] if engines else "sqlite"
     else:

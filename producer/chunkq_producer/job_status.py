@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -18,11 +17,13 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.task_records import Failure, RecentCommits
 from chunkq.job.tasks import Task
 from chunkq.paths import without_secret
+from chunkq.plan.plan import total_costs
 from chunkq.progress_bar import Bar
 from chunkq.queue.contract.executor import Executor, RunningTask, TaskCounts, WorkerName
 from chunkq.stages import completion
+from chunkq.tables import FittingTable
+from chunkq.terminal import argument
 from chunkq.units import duration, si
-from chunkq_producer.tables import FittingTable
 
 ACTIVE_SECONDS = 60.0
 """A job is active for this time after its last commit, possibly on another queue."""
@@ -61,8 +62,9 @@ class JobStatus:
     """Status of a job at one moment. Queue figures are None if the queue cannot be reached.
 
     Progress, speed and remaining time count patches: chunks have different numbers of them.
-    `patches_done` is an estimate while more chunks are done than are looked at. Each patch stands
-    for an equal part of the output's voxels.
+    `patches_done` is an estimate while more chunks are done than are looked at. Patches that are
+    known to be empty beforehand are not counted; those that turn out empty are done with their
+    chunk. Each patch stands for an equal part of the output's voxels.
     """
 
     output: str
@@ -106,7 +108,8 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
             executor, problem = None, str(error)
     rate = _patches_per_second(recent)
     remaining, patches_left = costs.chunks - done, costs.patches - patches_done
-    voxels = sum(prod(item.plan.volume.shape) for item in job.items)
+    voxels = sum(item.plan.region.size for item in job.items)
+    voxels_per_patch = voxels / total_costs(item.plan for item in job.items).patches
     failures = completion.failures(job)
     recorded = {(failure.item, failure.chunk) for failure in failures}
     unexplained = [task for task in failed_tasks if (task.item, task.chunk) not in recorded]
@@ -129,7 +132,7 @@ def job_status(job: JobHandle, executor: Executor | None, problem: str | None = 
         blocks_finalized=finalized,
         sealed=job.ledger.is_sealed() and job.output.is_sealed(),
         patches_per_second=rate,
-        voxels_per_second=rate and rate * voxels / costs.patches,
+        voxels_per_second=rate and rate * voxels_per_patch,
         seconds_left=patches_left / rate if rate and remaining and not lost_from_queue else None,
         workers=_workers(job, running, recent),
         failures=_failure_groups(job, failures, unexplained),
@@ -167,9 +170,9 @@ class WorkersRunning(Event):
 
 def _patches_done(item: ItemHandle, recent: RecentCommits) -> int:
     """Return the patches of an item's finished chunks, estimated from those of the sample."""
-    if recent.total == item.plan.costs.chunks:
-        return item.plan.costs.patches
-    patches = item.plan.count_patches(recent.chunks)
+    if recent.total == item.tasks.costs.chunks:
+        return item.tasks.costs.patches
+    patches = item.tasks.count_patches(recent.chunks)
     return round(patches * recent.total / max(1, len(recent.chunks)))
 
 
@@ -178,7 +181,7 @@ def _patches_per_second(recent: RecentCommits) -> float | None:
     if not recent.records:
         return None
     span = max(c.finished for c in recent.records) - min(c.started for c in recent.records)
-    patches = sum(commit.patches for commit in recent.records)
+    patches = sum(commit.patches + commit.skipped for commit in recent.records)
     return patches * recent.step / span if span > 0 else None
 
 
@@ -279,8 +282,11 @@ def _speed_line(status: JobStatus) -> str:
     return ", ".join(parts)
 
 
-def status_screen(status: JobStatus, width: int) -> RenderableType:
-    """Return the status for a terminal of `width` columns."""
+def status_screen(status: JobStatus, width: int, *, with_next_step: bool = True) -> RenderableType:
+    """Return the status for a terminal of `width` columns.
+
+    A run takes the next step itself, so it shows the status without it.
+    """
     lines: list[RenderableType] = [Text(status.output, style="bold", overflow="fold")]
     bar = Table.grid()  # a bar outside a table does not end its line
     bar.add_row(Bar(status.patches_done, status.patches, min(60, width - 2)))
@@ -294,6 +300,8 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
         chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
         lines.append(Text(f"failed {len(group.chunks)}: {group.message}", style="red"))
         lines.append(Text(f"  chunks {chunks}", style="red"))
+    if not with_next_step:
+        return Group(*lines)
     if status.lost_from_queue:
         lines.append(
             Text(
@@ -303,7 +311,7 @@ def status_screen(status: JobStatus, width: int) -> RenderableType:
             )
         )
     if status.done == status.chunks and not status.sealed:
-        lines.append(Text(f"next: chunkq finalize {status.output}"))
+        lines.append(Text(f"next: chunkq finalize {argument(status.output)}"))
     return Group(*lines)
 
 
@@ -317,7 +325,7 @@ def _worker_table(workers: tuple[WorkerState, ...]) -> FittingTable:
         idle = "" if wait is None else f"{wait:.0%}"
         device = worker.device if worker.device in ("", "cpu") else f"GPU {worker.device}"
         rows.append((worker.host, device, running, str(worker.recent_chunks), idle, stages))
-    return FittingTable(headings, rows, left=range(len(headings)), wraps=5)
+    return FittingTable(headings, rows, left=range(len(headings)), wraps=(5,))
 
 
 def _ago(moment: float | None) -> str:

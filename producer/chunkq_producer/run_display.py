@@ -47,4 +47,5 @@ class RunDisplay(ProgressDisplay):
         if begins or self._live is None:
             live = Live(console=console, auto_refresh=False, transient=True)
             self._live = self.show(live)
-        self._live.update(status_screen(poller(), console.width), refresh=True)
+        screen = status_screen(poller(), console.width, with_next_step=False)
+        self._live.update(screen, refresh=True)

@@ -27,10 +27,13 @@ from chunkq.geometry.box import Box
 from chunkq.storage.formats.precomputed import ShardedArray
 from chunkq.storage.formats.registry import BUILT_IN
 from chunkq.storage.formats.tensorstore_arrays import FetchedArray, StoreArray
+from chunkq.storage.formats.tiff_stack import StackArray
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import ImageSource, find_source
 from tests.harness.packages import install_package
 from tests.harness.volumes import random_volume
+from tests.harness.written_hdf5 import write_hdf5
+from tests.harness.written_tiff import write_stack, write_tiff
 
 OUTSIDE = Path(__file__).parents[1] / "outside_format"
 SECRET = "geheim42"
@@ -195,6 +198,30 @@ def write_store(driver: str, folder: str, values: Voxels, **metadata: Any) -> No
     store[ts.d[:].translate_to[0]].write(native).result()
 
 
+def write_tiff_in(layout: str, compression: str = "none") -> Callable[[str, Voxels], None]:
+    def write(path: str, values: Voxels) -> None:
+        write_tiff(path, values, layout, compression=compression, axes="ZYX")
+
+    return write
+
+
+def write_slices(path: str, values: Voxels) -> None:
+    """Write a stack of files that match the pattern `FOLDER/*.tif`."""
+    write_stack(path.rpartition("/")[0], values, layout="strips", compression="zlib")
+
+
+def write_hdf5_in(layout: str) -> Callable[[str, Voxels], None]:
+    def write(path: str, values: Voxels) -> None:
+        write_hdf5(hdf5_file(path), values, layout)
+
+    return write
+
+
+def hdf5_file(path: str) -> str:
+    """Return the file of a path inside an HDF5 file; another path unchanged."""
+    return path.partition(".h5/")[0] + ".h5" if ".h5/" in path else path
+
+
 def write_toy(path: str, values: Voxels) -> None:
     import toy
 
@@ -253,6 +280,25 @@ FORMS = {
     "precomputed at a URL": Form(
         "precomputed", "", write_precomputed, "memory://", FetchedArray, fill=0
     ),
+    "tiff": Form("tiff", ".tif", write_tiff_in("contiguous"), has_chunks=False),
+    "tiff in strips": Form("tiff", ".TIF", write_tiff_in("strips", "zlib"), has_chunks=False),
+    "tiff in tiles": Form("tiff", ".tiff", write_tiff_in("tiles", "zlib"), has_chunks=False),
+    "ome-tiff": Form("tiff", ".ome.tif", write_tiff_in("OME-TIFF"), has_chunks=False),
+    "stack of tiff": Form("tiff", "/*.tif", write_slices, array=StackArray, has_chunks=False),
+    "tiff at a URL": Form(
+        "tiff", ".tif", write_tiff_in("strips", "zlib"), "memory://", has_chunks=False
+    ),
+    "uncompressed tiff at a URL": Form(
+        "tiff", ".tif", write_tiff_in("pages"), "memory://", has_chunks=False
+    ),
+    "stack of tiff at a URL": Form(
+        "tiff", "/*.tif", write_slices, "memory://", StackArray, has_chunks=False
+    ),
+    "hdf5": Form("hdf5", ".h5/volume/raw", write_hdf5_in("contiguous"), has_chunks=False),
+    "hdf5 in chunks": Form("hdf5", ".h5/volume/raw", write_hdf5_in("gzip"), has_chunks=False),
+    "hdf5 at a URL": Form(
+        "hdf5", ".h5/volume/raw", write_hdf5_in("gzip"), "memory://", has_chunks=False
+    ),
     "toy of another package": Form("toy", ".toy", write_toy, has_chunks=False),
 }
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -282,15 +328,21 @@ def written(form: Form, folder: Path, values: Voxels) -> ImageSource:
 
 def voxel_files(source: ImageSource) -> tuple[Any, list[str]]:
     """Return the file system of a source and its files, without metadata documents."""
-    filesystem, inner = fsspec.core.url_to_fs(source.path)
-    files = filesystem.find(inner)
+    filesystem, files = stored_files(source.path)
     return filesystem, [path for path in files if not path.endswith(DOCUMENTS)]
+
+
+def stored_files(path: str) -> tuple[Any, list[str]]:
+    """Return the file system of an array and its files."""
+    filesystem, inner = fsspec.core.url_to_fs(hdf5_file(path))
+    return filesystem, filesystem.glob(inner) if "*" in inner else filesystem.find(inner)
 
 
 def truncate(source: ImageSource) -> None:
     filesystem, files = voxel_files(source)
     for path in files:
-        filesystem.pipe_file(path, filesystem.cat_file(path)[:-5])
+        content = filesystem.cat_file(path)
+        filesystem.pipe_file(path, content[: len(content) // 8])
 
 
 def read_whole(source: ImageSource) -> Voxels:
@@ -388,8 +440,9 @@ def test_the_identity_changes_when_the_array_is_replaced_and_not_when_it_is_read
 @each_form
 def test_the_identity_of_a_missing_array_is_none(form: Form, folder: Path) -> None:
     source = written(form, folder, random_volume(SHAPE))
-    filesystem, inner = fsspec.core.url_to_fs(source.path)
-    filesystem.rm(inner, recursive=True)
+    filesystem, files = stored_files(source.path)
+    for path in files:
+        filesystem.rm_file(path)
     assert source.identity() is None
     with pytest.raises(StoreError) as error:
         read_whole(source)
@@ -399,9 +452,10 @@ def test_the_identity_of_a_missing_array_is_none(form: Form, folder: Path) -> No
 @each_form
 def test_truncated_voxels_raise_an_error_with_their_box(form: Form, folder: Path) -> None:
     source = written(form, folder, random_volume(SHAPE))
+    array = source.open()
     truncate(source)
     with pytest.raises(ChunkReadError, match=r"\[0, 0, 0\] to \[13, 10, 11\]") as error:
-        read_whole(source)
+        array.read(Box.of_shape(SHAPE))
     assert error.value.code is ErrorCode.INPUT_UNREADABLE
     assert source.path in str(error.value)
 
@@ -434,12 +488,13 @@ def test_errors_have_no_password_of_the_url(form: Form, folder: Path) -> None:
     messages.append(missing.value)
     form.write(path, values)
     source = find_source(path)
+    array = source.open()
     truncate(source)
     with pytest.raises(ChunkReadError) as damaged:
-        read_whole(source)
+        array.read(Box.of_shape(SHAPE))
     messages.append(damaged.value)
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    for name in filesystem.find(inner):
+    filesystem, files = stored_files(path)
+    for name in files:
         filesystem.pipe_file(name, b"{")
     with pytest.raises(StoreError) as invalid:
         find_source(path)
@@ -518,7 +573,7 @@ def test_a_format_that_cannot_be_loaded_is_one_line_with_its_package(
     package(folder / "site", "broken-package", line)
     monkeypatch.syspath_prepend(folder / "site")
     with pytest.raises(StoreError, match="broken-package") as error:
-        find_source(f"{folder}/in.tif")
+        find_source(f"{folder}/in.other")
     assert error.value.code is ErrorCode.PACKAGE_MISSING
     assert "\n" not in str(error.value)
     toy = written(FORMS["toy of another package"], folder, random_volume(SHAPE))

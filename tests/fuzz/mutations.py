@@ -213,7 +213,7 @@ def _add_known_key(rng: Random, values: Values) -> None:
         "combine": ("hard", "soft", "weighted_avg", "std"),
         "inference_type": ("patch", "sliding_window", "crop_margin"),
         "weight_function": (["weight_bump"], "weight_hann", ["net.py", "weights"], ["bad.py", "x"]),
-        "roi": (None, [[0, 1]], "x"),
+        "roi": (None, [[0, 1]], "x", [[2, 9], None, [-5, None]], [[0, 10**9]] * 3, [[5, 5]] * 3),
         "cluster": ("local", "slurm", "running"),
         "queue": ("sqlite:///q.db", "redis://:secret@h", "inprocess://", "x"),
         "dask_config": ({}, {"address": "x"}, [], {"n_workers": 0}),

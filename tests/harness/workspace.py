@@ -273,10 +273,15 @@ def output_files(output: Path) -> dict[str, bytes]:
 def run_inline(values: dict[str, Any]) -> tuple[JobHandle, dict[str, Any]]:
     """Produce, compute every chunk and finalize in this process; return the job and its report."""
     job = create_job(check_job(load_job(values)))
-    for item in job.items:
-        for index in item.plan.active_indices():
-            run_task(item.task("infer", index), Attempt(1, "inline"))
+    run_tasks(job)
     return job, finalize_job(job, worker="inline")
+
+
+def run_tasks(job: JobHandle) -> None:
+    """Compute every chunk of a job that is a task, in this process and without its blocks."""
+    for item in job.items:
+        for index in item.tasks.chunks():
+            run_task(item.task("infer", index), Attempt(1, "inline"))
 
 
 def _command(arguments: tuple[str | Path, ...]) -> list[str]:

@@ -689,6 +689,17 @@ def test_runtime_and_type_keywords_override_the_detection(tmp_path: Path) -> Non
 # Stores
 
 
+def test_predict_to_store_refuses_the_name_of_another_format_before_it_copies_an_array(
+    tmp_path: Path,
+) -> None:
+    with chunkq.Predictor.from_model(lambda batch: batch, model_input_shape=[4, 4]) as predictor:
+        for name in ("out.tif", "seg.nii.gz"):
+            with pytest.raises(JobError, match=r"^output: .*use \w+\.zarr$") as caught:
+                predictor.predict_to_store(np.zeros((8, 8), "uint8"), tmp_path / name)
+            assert caught.value.code is ErrorCode.STORE_UNSUPPORTED
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_predict_to_store_writes_the_same_store_as_a_job(tmp_path: Path) -> None:
     volume = random_volume(SHAPE)
     path = write_zarr(tmp_path / "in.zarr", volume, (8, 8, 8))

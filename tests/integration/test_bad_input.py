@@ -13,8 +13,8 @@ import torch
 import zarr
 from chunkq_worker.model_check import run_check
 
-from chunkq.create import check_job
-from chunkq.errors import ChunkqError, ErrorCode
+from chunkq.create import check_job, check_output
+from chunkq.errors import ChunkqError, ErrorCode, StoreError
 from chunkq.job.job_file import load_job
 from tests.harness.files import everything_below
 from tests.harness.networks import toy_model
@@ -87,7 +87,7 @@ def test_a_file_that_is_not_an_array_is_rejected(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reader"),
-    [("scan.nii.gz", "nibabel.load("), ("a.TIF", "tifffile.imread("), ("a.h5", "h5py.File(")],
+    [("scan.nii.gz", "nibabel.load("), ("a.NRRD", "nrrd.read("), ("a.mrc", "mrcfile.read(")],
 )
 def test_a_file_of_another_format_is_rejected_with_the_code_that_converts_it(
     workspace: Workspace, name: str, reader: str
@@ -308,7 +308,7 @@ def test_every_missing_model_file_is_reported(workspace: Workspace) -> None:
             "model_config.processing_steps",
             ("steps.py",),
         ),
-        ({"roi": [[0, 4], [0, 4]]}, "roi", ()),
+        ({"roi": [0, 4]}, "roi", ("[start, stop]", "null")),
         (
             {"model": {"runtime": "onnx", "type": "file", "model_file": "m.onnx", "compile": True}},
             "model_config.compile",
@@ -338,7 +338,9 @@ def test_a_pad_value_outside_the_dtype_of_the_input_is_rejected(
 def test_a_queue_with_an_unknown_scheme_is_rejected(workspace: Workspace, queue: str) -> None:
     workspace.write_job()
     before = everything_below(workspace.folder)
-    workspace.call("produce", "job.json", "--queue", queue).refused(2, "queue:", "sqlite://")
+    for command in ("produce", "run"):
+        answer = workspace.call(command, "job.json", "--queue", queue)
+        answer.refused(2, ErrorCode.QUEUE_ADDRESS_INVALID, "queue:", "sqlite://")
     assert everything_below(workspace.folder) == before
 
 
@@ -352,7 +354,7 @@ def test_a_queue_with_an_unknown_scheme_is_rejected(workspace: Workspace, queue:
         ("job.yaml", "1: 2\n", ErrorCode.JOB_INVALID, "1"),
         ("job.json", '{"input": ', ErrorCode.JOB_FILE_UNREADABLE, "JSON"),
         ("job.json", "[1]", ErrorCode.JOB_FILE_UNREADABLE, "[1]"),
-        ("job.yaml", b"\xff\xfe\x00", ErrorCode.JOB_FILE_UNREADABLE, "utf-8"),
+        ("job.yaml", b"\xff\xfe\x00", ErrorCode.JOB_FILE_UNREADABLE, "UTF-8"),
     ],
 )
 def test_a_file_that_is_not_a_job_is_rejected(
@@ -407,6 +409,32 @@ def test_an_output_that_cannot_be_written_is_rejected(workspace: Workspace) -> N
     )
     after = everything_below(workspace.folder)
     assert [name for name in after if not name.startswith("queue.db")] == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_in_a_folder_that_cannot_be_written_is_rejected_when_it_is_checked(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    workspace.write_job(output="shut/a/out.zarr")
+    (workspace.folder / "shut").mkdir()
+    checked = check_job(load_job(workspace.folder / "job.json"))
+    # The superuser can write to every folder.
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("shut"))
+    with pytest.raises(StoreError, match=r"^output: .*shut is read-only") as caught:
+        check_output(checked, overwrite=overwrite)
+    assert caught.value.code is ErrorCode.STORE_UNUSABLE
+
+
+@pytest.mark.parametrize("name", ["labels.tif", "seg.nii.gz", "out.h5", "precomputed://a/seg"])
+@pytest.mark.parametrize("command", ["plan", "run", "produce"])
+def test_an_output_with_the_name_of_another_format_is_rejected(
+    workspace: Workspace, command: str, name: str
+) -> None:
+    workspace.write_job()
+    before = everything_below(workspace.folder)
+    answer = workspace.call(command, "job.json", "-o", name)
+    answer.refused(2, ErrorCode.STORE_UNSUPPORTED, "output: ", name.rpartition("/")[2], ".zarr")
+    assert everything_below(workspace.folder) == before
 
 
 def test_an_output_with_the_suffix_of_a_job_folder_is_rejected(workspace: Workspace) -> None:

@@ -23,8 +23,10 @@ from chunkq.blend.weights import ArrayWeights, Weights
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.job.job_file import parse_job
 from chunkq.plan.footprint import extra_device_bytes
+from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Volume
 from tests import reference as ref
+from tests.harness.memory_run import window
 from tests.simulated_device import Counts, SimulatedDevice
 from tests.strategies import (
     BUILT_INS,
@@ -36,7 +38,7 @@ from tests.strategies import (
     user_weights,
     without_margin,
 )
-from tests.unit.test_blend import assert_as_reference, window, with_weights
+from tests.unit.test_blend import assert_as_reference, with_weights
 
 Array = npt.NDArray[Any]
 BATCH = {"max_batch_size": 5, "device": "cuda", "dtype": "float32"}
@@ -99,12 +101,14 @@ def pipeline_for(
     )
 
 
-def host_pipeline_for(plan: JobPlan, network: torch.nn.Module | None = None) -> HostPipeline:
+def host_pipeline_for(
+    plan: JobPlan, network: torch.nn.Module | None = None, weights: Weights | None = None
+) -> HostPipeline:
     model = plan.job.model.model_copy(update={"device": "cpu", "cuda_graph": False})
     loaded = LoadedNetwork((network or Affine(plan)).eval())
     runtime = TorchRuntime(loaded, model, Steps(), 1)
-    weights = PatchWeights(plan, plan.blend_weights(), runtime.to_device)
-    return HostPipeline(plan, runtime, Batcher(plan, plan.job.model, runtime, Steps()), weights)
+    normalized = PatchWeights(plan, weights or plan.blend_weights(), runtime.to_device)
+    return HostPipeline(plan, runtime, Batcher(plan, plan.job.model, runtime, Steps()), normalized)
 
 
 def compute(
@@ -181,6 +185,48 @@ def test_any_job_equals_the_reference(
         activation=case.keys["activation"],
     )
     assert_as_reference(plan, output, expected)
+
+
+@pytest.mark.parametrize("roi", [[[8, 25], None], [[16, 21], [20, 36]]])
+def test_a_region_that_starts_at_storage_chunks_has_the_bytes_of_the_whole_output(
+    roi: Any,
+) -> None:
+    # Patches are added run by run, so the order depends on the patches of a batch.
+    keys: dict[str, Any] = {"storage_chunks": [4, 4], "chunksize": [20, 20]}
+    part, whole = (half_overlap((40, 36), **keys, **region) for region in ({"roi": roi}, {}))
+    volume = random_volume(whole)
+    outputs = [output_of(pipeline_for(p, SimulatedDevice()), p, volume) for p in (part, whole)]
+    crop = outputs[1][part.region.index((0, 0))]
+    assert outputs[0].tobytes() == np.ascontiguousarray(crop).tobytes()
+    assert part.costs.patches < whole.costs.patches
+
+
+@pytest.mark.parametrize("weight", ["weight_gaussian", "user"])
+@pytest.mark.parametrize("combine", ["weighted_avg", "soft", "hard"])
+def test_skipped_patches_give_the_results_of_the_host(combine: str, weight: str) -> None:
+    plan = half_overlap(combine=combine, fill_value=2)
+    weights: Weights | None = None
+    if weight == "user":
+        weights = ArrayWeights(user_weights(plan.output_patch))
+    volume = random_volume(plan)
+    device = pipeline_for(plan, SimulatedDevice(), weights)
+    host = host_pipeline_for(plan, weights=weights)
+    for chunk in filter(lambda chunk: chunk.is_active, map(plan.chunk, plan.indices())):
+        patches = list(plan.patches(chunk))
+        inside = np.random.default_rng(1).random(chunk.region.shape) < 0.5
+        selection = PatchSelection(tuple(patches[::2]), tuple(patches[1::2]), inside)
+        halos = [window(plan, volume, chunk.halo)]
+        results = [pipeline.start(chunk, halos, selection)() for pipeline in (device, host)]
+        one, other = (as_arrays(result) for result in results)
+        for first, second in zip(one, other, strict=True):
+            np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
+
+
+def as_arrays(result: Contribution | None) -> list[Array]:
+    """Return the arrays of a contribution in a fixed order."""
+    assert result is not None
+    own = () if result.own_block is None else (*result.own_block.band, *result.own_block.rest)
+    return [result.core, *own, *(sums for _, sums in result.pieces)]
 
 
 class Summed(torch.nn.Module):

@@ -8,6 +8,18 @@ from tests.harness.documents import run_page
 from tests.harness.workspace import Workspace
 
 
+def test_the_examples_of_tiff_and_hdf5_run_as_they_stand(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/files.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="TIFF",
+        shown_as="/home/me/files",
+        has_begun=lambda: True,
+    )
+    assert commands == 2
+
+
 def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     stopped = tmp_path / "stopped.zarr.chunkq"
@@ -37,3 +49,32 @@ def test_the_guide_to_n5_and_precomputed_volumes_runs_as_it_stands(tmp_path: Pat
     )
     assert commands == 2
     assert zarr.open_array(tmp_path / "bright.zarr" / "0", mode="r").shape == (20, 30, 40)
+
+
+def test_the_page_on_empty_space_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/empty-space.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="From Python",
+        shown_as="/home/me",
+        has_begun=lambda: True,
+    )
+    assert commands == 3
+    scores = zarr.open_array(tmp_path / "scores.zarr" / "0", mode="r")
+    values = scores[:]
+    assert scores.fill_value == -1
+    assert (values[48:] == -1).all()
+    assert (values[10:30, 14:34, 14:34] > 0).all()
+
+
+def test_the_example_of_a_region_runs_as_it_stands(tmp_path: Path) -> None:
+    commands = run_page(
+        "docs/guides/regions.md",
+        tmp_path,
+        Workspace(tmp_path).process_env,
+        without="A picture",
+        shown_as="/home/me/regions",
+        has_begun=lambda: True,
+    )
+    assert commands == 2

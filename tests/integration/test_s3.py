@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import s3fs
 
-from chunkq.errors import ErrorCode
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.geometry.box import Box
+from chunkq.storage.images import find_source
 from chunkq.storage.objects import ObjectFolder
 from tests.harness.files import files_below
 from tests.harness.networks import toy_model
@@ -21,6 +23,8 @@ from tests.harness.servers.moto import moto_server
 from tests.harness.volumes import random_volume, write_zarr
 from tests.harness.waiting import wait_until
 from tests.harness.workspace import Workspace
+from tests.harness.written_hdf5 import write_hdf5
+from tests.harness.written_tiff import write_stack
 
 SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
 PASSWORD = "hunter2hunter2"
@@ -370,3 +374,20 @@ def test_a_whole_bucket_is_refused_as_output_without_other_advice(
     answer = workspace.call("produce", "job.json", "-o", output, *option)
     answer.refused(2, ErrorCode.PATH_INVALID, "s3://lab/out.zarr")
     assert "--overwrite" not in answer.err
+
+
+def test_tiff_stacks_and_hdf5_in_a_bucket_are_read(
+    endpoint: str, bucket: s3fs.S3FileSystem
+) -> None:
+    values, box = random_volume(SHAPE), Box((2, 3, 4), (9, 20, 12))
+    with mock.patch.dict(os.environ, environment(endpoint)):
+        for path in (
+            write_stack("s3://lab/slices", values, layout="strips", compression="zlib"),
+            write_hdf5("s3://lab/in.h5", values, "gzip"),
+        ):
+            source = find_source(path)
+            np.testing.assert_array_equal(source.open().read(box), values[box.slices((0, 0, 0))])
+            assert source.identity() is not None
+        with pytest.raises(StoreError, match=r"s3://lab/slices/\*\.tif") as error:
+            find_source("s3://lab/slices")
+    assert error.value.code is ErrorCode.STORE_UNSUPPORTED

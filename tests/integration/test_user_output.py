@@ -64,6 +64,17 @@ def test_the_json_of_plan_is_valid(workspace: Workspace, options: list[str]) -> 
     for printer in PRINTERS:
         assert f"{printer} in weights" in result.err
         assert f"{printer} in exit" in result.err
+        assert (f"{printer} in import" in result.err.partition("in weights")[2]) or not options
+    assert ("python in network" in result.err) == bool(options)
+
+
+def test_what_a_network_prints_before_its_check_fails_is_shown(workspace: Workspace) -> None:
+    code = PRINTING_CODE.replace('say("network")', 'say("network"); os._exit(7)')
+    (workspace.folder / "code.py").write_text(code)
+    result = workspace.run("plan", "job.json", "--check-model")
+    assert result.code == 1
+    assert "library in network" in result.err
+    assert "exit code 7" in result.err
 
 
 def test_an_error_is_valid_json(workspace: Workspace) -> None:

@@ -1,24 +1,20 @@
 """Compare chunks, pieces and finalizing, in memory, with the reference on the whole volume."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkq.blend import sums as blend
-from chunkq.blend.combine import activate, to_votes
 from chunkq.blend.patch_weights import PatchWeights
-from chunkq.blend.sums import Accumulator, Contribution, OwnBlock, finalize_sums
-from chunkq.blend.weights import ArrayWeights, Weights
+from chunkq.blend.sums import OwnBlock, finalize_sums
+from chunkq.blend.weights import ArrayWeights
 from chunkq.geometry.box import Box
-from chunkq.geometry.padding import source_indices
-from chunkq.plan.plan import Index
 from tests import reference as ref
+from tests.harness.memory_run import Array, ToDevice, in_numpy, in_torch, infer, run
 from tests.strategies import (
     BUILT_INS,
     PAD_MODES,
@@ -29,86 +25,6 @@ from tests.strategies import (
     user_weights,
     without_margin,
 )
-
-Array = npt.NDArray[Any]
-ToDevice = Callable[[Any], Any]
-
-
-def in_numpy(array: Array) -> Any:
-    return array
-
-
-def in_torch(array: Array) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def window(plan: JobPlan, volume: Array, source: Box) -> Array:
-    """Return the input patch at `source`, padded one axis at a time."""
-    for axis, size in enumerate(plan.volume.shape):
-        indices = source_indices(source.start[axis], source.stop[axis], size, plan.job.pad_mode)
-        volume = np.take(volume, np.maximum(indices, 0), axis=axis)
-        outside: list[Any] = [slice(None)] * plan.rank
-        outside[axis] = indices < 0
-        volume[tuple(outside)] = plan.job.pad_value
-    return volume
-
-
-def infer(
-    plan: JobPlan,
-    index: Index,
-    cache: PatchWeights,
-    volume: Array,
-    predict: ref.Predict,
-    to_device: ToDevice,
-) -> Contribution:
-    """Compute one chunk like a worker."""
-    chunk = plan.chunk(index)
-    zeros = to_device(np.zeros((plan.channels, *chunk.region.shape), np.float32))
-    sums = Accumulator(plan, chunk, cache, zeros)
-    for patch in plan.patches(chunk):
-        x = window(plan, volume, patch.source).astype(np.float64)
-        y = to_device(predict(x, patch.source.start)[np.newaxis].astype(np.float32))
-        y = activate(y, plan.job.activation)
-        if plan.job.combine == "hard":
-            y = to_votes(y)
-        sums.add([patch], y)
-    return sums.contribution()
-
-
-def run(
-    plan: JobPlan,
-    volume: Array,
-    predict: ref.Predict,
-    weights: Weights | None = None,
-    to_device: ToDevice = in_numpy,
-) -> Array:
-    """Return the output of the job; assert that every voxel is written exactly once."""
-    cache = PatchWeights(plan, weights or plan.blend_weights(), to_device)
-    out = np.zeros(plan.output_shape, plan.output_dtype)
-    writes = np.zeros(plan.volume.shape, dtype=int)
-
-    def write(box: Box, values: Array) -> None:
-        slices: tuple[Any, ...] = box.slices((0,) * plan.rank)
-        writes[slices] += 1
-        out[(..., *slices)] = values
-        assert values.dtype == plan.output_dtype
-
-    results = {
-        index: infer(plan, index, cache, volume, predict, to_device)
-        for index in plan.active_indices()
-    }
-    pieces = {piece: sums for result in results.values() for piece, sums in result.pieces}
-    for index, result in results.items():
-        write(plan.chunk(index).core, result.core)
-    for index in plan.to_finalize():
-        chunk = plan.chunk(index)
-        own_block = results[index].own_block if index in results else None
-        incoming = {piece: pieces.pop(piece) for piece in plan.incoming_pieces(chunk)}
-        for box, values in finalize_sums(plan, chunk, own_block, incoming):
-            write(box, values)
-    assert pieces == {}
-    assert (writes == 1).all()
-    return out
 
 
 def assert_as_reference(

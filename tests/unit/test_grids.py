@@ -51,7 +51,8 @@ def axes(draw: st.DrawFn) -> AxisGeometry:
         for offset in (0, *draw(st.lists(st.integers(-9, 9), max_size=2)))
     )
     storage = draw(st.sampled_from(divisors(chunk)))
-    return AxisGeometry(volume, chunk, storage, grids, draw(st.sampled_from(PAD_MODES)))
+    mode = draw(st.sampled_from(PAD_MODES))
+    return AxisGeometry(volume, chunk, storage, grids, mode, 0, volume)
 
 
 def grid_of(volume: int, patch: int, stride: int, *, pad: int = 0, offset: int = 0) -> AxisGrid:

@@ -40,6 +40,8 @@ def record_for(volume: tuple[int, ...] = (40,), **more: Any) -> JobRecord:
         EPOCH,
         f"0.{EPOCH}",
         metadata,
+        mask=source,
+        mask_identity="identity",
     )
 
 
@@ -62,6 +64,8 @@ def changed(key: str) -> dict[str, Any]:
         "images": [{**values["images"][0], "number": 1}],
         "identities": [["another"]],
         "file_hashes": {"model_config.ts_file": "01"},
+        "mask": {**values["mask"], "path": "/other.zarr"},
+        "mask_identity": "another",
         "metadata": {f"0.{EPOCH}/zarr.json": "[]"},
     }[key]
     return dict(values)
@@ -69,7 +73,7 @@ def changed(key: str) -> dict[str, Any]:
 
 KEYS = [
     "checksum", "chunkq_version", "digest", "epoch", "array", "job", "images", "identities",
-    "file_hashes", "metadata",
+    "file_hashes", "mask", "mask_identity", "metadata",
 ]  # fmt: skip
 
 

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from chunkq_producer.job_status import job_status, status_line
+from chunkq_producer.job_status import job_status, status_line, status_screen
+from rich.console import Console
 
 from chunkq.geometry.axes import plain_axes
 from chunkq.job import ledger as ledger_module
@@ -130,3 +131,16 @@ def test_patches_of_many_records_are_estimated_from_a_sample(
     monkeypatch.setattr(ledger_module, "SAMPLE_SIZE", 2)
     status = job_status(uneven_job(tmp_path, 70), None)
     assert (status.done, status.patches_done) == (3, 12)
+
+
+@pytest.mark.parametrize("with_next_step", [True, False])
+def test_a_run_shows_the_status_without_the_step_that_it_takes_next(
+    tmp_path: Path, with_next_step: bool
+) -> None:
+    job = uneven_job(tmp_path, 62)  # all chunks are done, and the output is not sealed
+    console = Console(width=200)
+    with console.capture() as capture:
+        screen = status_screen(job_status(job, None), 200, with_next_step=with_next_step)
+        console.print(screen)
+    assert ("chunkq finalize" in capture.get()) == with_next_step
+    assert "3/3 chunks done" in capture.get()

@@ -65,7 +65,7 @@ def definition_of_section(path: str) -> dict[str, Any]:
     return section_of(definition(path)) or {} if path else SCHEMA
 
 
-@pytest.mark.parametrize("path", [path for path in KEYS if path != "roi"])
+@pytest.mark.parametrize("path", KEYS)
 def test_the_example_of_a_key_is_valid_and_differs_from_its_default(path: str) -> None:
     value = definition(path)
     [example] = value["examples"]

@@ -3,12 +3,12 @@
 import io
 
 import pytest
-from chunkq_producer.tables import FittingTable
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from chunkq.progress_bar import Bar, is_live
+from chunkq.tables import FittingTable
 from chunkq.terminal import rows, wrap, wrapped
 
 COMMAND = "`pip install 'chunkq[redis]'`"
@@ -84,7 +84,7 @@ def test_only_terminals_that_can_move_the_cursor_show_a_changing_display(
 def test_a_table_splits_no_word_on_any_terminal(width: int) -> None:
     headings = ("host", "device", "running", "stages")
     row = ("node17.example", "GPU 0", "0/1/2, 0/1/3", "read 26% compute 41% write 31%")
-    text = render(FittingTable(headings, [row], left=range(4), wraps=3), width=width)
+    text = render(FittingTable(headings, [row], left=range(4), wraps=(3,)), width=width)
     assert {word for cell in row for word in cell.split()} <= set(text.split())
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     assert ("device" in text.splitlines()[0]) == (width >= 60)

@@ -54,6 +54,13 @@ def test_nan_is_a_number() -> None:
 
 def test_merged_mappings_are_read() -> None:
     assert yaml_values.load("a: &a {x: 1}\nb: {<<: *a, y: 2}")["b"] == {"x": 1, "y": 2}
+    assert yaml_values.load("a: &a {x: 1}\nb: {<<: *a, x: 2}")["b"] == {"x": 2}
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 1", "- {b: 1, b: 2}", "x: {a: {c: 1, c: 2}}"])
+def test_a_key_that_appears_twice_is_refused(text: str) -> None:
+    with pytest.raises(yaml_values.DuplicateKeyError, match="line"):
+        yaml_values.load(text)
 
 
 @pytest.mark.parametrize("text", ["!!python/object:os.system {}", "a: [1"])

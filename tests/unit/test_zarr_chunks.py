@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 
 from chunkq.access import DEFAULT_ACCESS
+from chunkq.paths import join, open_filesystem
 from chunkq.storage.formats import zarr_chunks
-from chunkq.storage.formats.zarr_chunks import ChunkKeys, existing_keys, stored_keys
+from chunkq.storage.formats.zarr_chunks import (
+    ChunkKeys,
+    existing_keys,
+    list_chunks,
+    stored_keys,
+)
 from chunkq.storage.formats.zarr_nodes import ZarrNode
 
 NAMES = {
@@ -70,3 +76,26 @@ def test_probes_are_different_chunks_of_the_grid_with_the_middle_first(
     assert probes[0] == tuple(n // 2 for n in grid)
     assert len(set(probes)) == len(probes) == min(prod(grid), zarr_chunks.MAX_PROBES)
     assert all(0 <= i < n for probe in probes for i, n in zip(probe, grid, strict=True))
+
+
+@pytest.mark.parametrize("keys", NAMES)
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_listing_has_every_chunk_that_exists_and_nothing_else(
+    tmp_path: Path, keys: ChunkKeys, remote: bool
+) -> None:
+    indices = [(0, 12, 3), (1, 0, 0), (0, 0, 11)]
+    outside = [(2, 0, 0), (0, 13, 0)]
+    root = f"memory://listing/{tmp_path.name}" if remote else str(tmp_path)
+    filesystem, inner = open_filesystem(root, DEFAULT_ACCESS)
+    names = [keys.name(index) for index in [*indices, *outside]]
+    for name in (*names, "zarr.json", ".zarray", "notes.txt", "c/notes/0/0"):
+        filesystem.pipe_file(join(inner, name), b"x") if remote else _write(tmp_path / name)
+    found = list_chunks(node(root), keys, (7, 50, 45), (4, 4, 4))
+    assert sorted(map(tuple, found.tolist())) == sorted(indices)
+    empty = list_chunks(node(f"{root}/nothing"), keys, (7, 50, 45), (4, 4, 4))
+    assert empty.shape == (0, 3)
+
+
+def _write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")

@@ -28,7 +28,6 @@ from chunkq.blend.combine import (
 from chunkq.casts import Cast, cast_kind, misfit, proposed_dtype
 from chunkq.errors import ErrorCode, ModelError, PredictionError
 from chunkq.geometry.box import Box
-from chunkq.job.axis_order import EITHER_ORDER
 from chunkq.job.model_config import ModelConfig
 from chunkq.plan.plan import Patch, Plan
 from chunkq_worker.batch_layout import BatchLayout
@@ -37,6 +36,7 @@ from chunkq_worker.label_outputs import check_output_dtype, invalid_labels
 from chunkq_worker.output_checks import OutputChecks
 from chunkq_worker.runtimes.base import BatchFeed, Runtime, not_real, real_numbers
 from chunkq_worker.runtimes.item_shapes import output_shapes
+from chunkq_worker.shape_texts import ShapeTexts
 from chunkq_worker.steps import KEY, Steps
 from chunkq_worker.user_errors import source_of
 from chunkq_worker.value_watch import ValueWatch
@@ -66,7 +66,8 @@ class Batcher:
     network, or None to not remember it. First `release_memory` is called. If it returns True, it
     has released memory of the device, and the batch is tried again in the same size.
     `patches_run` counts the patches that were computed, and `checks` examine the first batches.
-    `has_run` says whether the network has computed a batch.
+    `has_run` says whether the network has computed a batch. `model` has its shapes with channels
+    first; messages show them as in `written`, the keys of the job.
     """
 
     def __init__(
@@ -77,11 +78,15 @@ class Batcher:
         steps: Steps,
         network: Hashable = None,
         checks: OutputChecks | None = None,
+        written: ModelConfig | None = None,
     ) -> None:
         self.model, self.checks = model, checks
         self._plan, self._runtime, self._steps = plan, runtime, steps
         self._layout = BatchLayout.of(model, plan.volume.inputs)
         self._declared_shapes = output_shapes(model, plan.rank)
+        self._texts = ShapeTexts(
+            written or model, plan, self._layout.item, self._declared_shapes, steps
+        )
         self._network = network
         largest = _ceilings.get(network, model.max_batch_size)
         self._resize(min(largest, model.max_batch_size))
@@ -145,8 +150,7 @@ class Batcher:
         """Return the error for a network that fails; its cause is `error`."""
         failed = ModelError(
             f"{source_of(error)} raised {type(error).__name__} on {batch}: "
-            f"{_end_of(str(error))}; the batch has shape {[self.size, *self._layout.item]}; check "
-            f"model_input_shape and the network{self._channel_hint()}"
+            f"{_end_of(str(error))}; {self._texts.wrong_input(self.size)}"
         )
         failed.__cause__ = error
         return failed
@@ -190,19 +194,25 @@ class Batcher:
             self.patches_run += len(batch)
             yield batch, predictions
 
-    def check_input(self, halos: Halos, origin: Sequence[int]) -> None:
+    def check_input(
+        self, halos: Halos, origin: Sequence[int], patches: Sequence[Patch] | None = None
+    ) -> None:
         """Raise PredictionError if the network's dtype cannot hold the inputs from `origin` on.
 
-        Values are read only if the dtypes do not decide. What `preprocessing` returns is checked
-        batch by batch.
+        With `patches`, only the voxels that they read are checked. Values are read only if the
+        dtypes do not decide. What `preprocessing` returns is checked batch by batch.
         """
         if self._steps.preprocessing is not None:
             return
         for number, halo in enumerate(halos):
+            if cast_kind(halo.dtype, self.model.dtype) in (Cast.EXACT, Cast.ROUNDED):
+                continue
             name = f"input {number}" if len(halos) > 1 else "the input"
             shape = halo.shape[-len(origin) :]
-            box = Box(tuple(origin), tuple(o + n for o, n in zip(origin, shape, strict=True)))
-            _check_cast(halo, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
+            whole = Box(tuple(origin), tuple(o + n for o, n in zip(origin, shape, strict=True)))
+            for box in [whole] if patches is None else [patch.source for patch in patches]:
+                values = halo[box.index(origin)]
+                _check_cast(values, self.model.dtype, f"{name} ({halo.dtype}), {_format_box(box)}")
 
     def raw(
         self, batch: Sequence[Patch], halos: Halos, origin: Sequence[int]
@@ -415,38 +425,13 @@ class Batcher:
         shape = tuple(outputs.shape)
         expected = {(count, *declared) for declared in self._declared_shapes}
         if shape not in expected:
-            steps = "" if self._steps == Steps() else " with its processing_steps"
-            remedy = f"fix model_output_shape or the network{self._channel_hint()}"
-            if self.model.runtime in EITHER_ORDER:
-                remedy += self._step_hint()
-            elif shape[:1] + shape[-1:] + shape[1:-1] in expected:
-                remedy = f"move its last axis first in postprocessing_protected of {KEY}"
-            raise ModelError(
-                f"the network{steps} returned shape {list(shape)} for a batch of "
-                f"{[count, *self._layout.item]}, but model_config.model_output_shape declares "
-                f"{[count, *self._declared_shapes[0]]}; {remedy}"
-            )
+            raise ModelError(self._texts.wrong_output(count, shape))
         check_output_dtype(self._output_dtype, self._plan.output)
         with_channels = (count, self._plan.output.network_channels, *self._plan.output_patch)
         result = outputs.reshape(with_channels)[:used]
         if self._watch is not None and used:
             self._watch.send(result)
         return result
-
-    def _step_hint(self) -> str:
-        """Return what to do if a step behind the network moves axes, which chunkq does."""
-        after = (self._steps.postprocessing, self._steps.postprocessing_protected)
-        if after == (None, None):
-            return ""
-        return f"; steps get channels first, so remove one of {KEY} that moves axes"
-
-    def _channel_hint(self) -> str:
-        """Return what to try if the declared input has no channel axis, else nothing."""
-        shape = self.model.model_input_shape
-        has_channels = len(shape) > self._plan.rank or self.model.lost_dim is not None
-        if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
-            return ""
-        return f"; if it has a channel axis, use model_input_shape {[1, *shape]}"
 
     def _run(self, sent: Any) -> Array:
         outputs, step = self._runtime(sent), self._steps.postprocessing

@@ -9,6 +9,8 @@ from typing_extensions import override
 
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Accumulator, Contribution
+from chunkq.plan.empty_rule import Bools
+from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.runtimes.base import Runtime
@@ -33,8 +35,15 @@ class ChunkRun(ABC):
         """Wait until the device has done what was added so far."""
 
     @abstractmethod
-    def finish(self) -> Finish:
-        """Return the function that waits for the results. Call nothing else afterwards."""
+    def add_empty(self, patches: Sequence[Patch]) -> None:
+        """Add the predictions of patches that are skipped because they are empty."""
+
+    @abstractmethod
+    def finish(self, inside: Bools | None = None) -> Finish:
+        """Return the function that waits for the results. Call nothing else afterwards.
+
+        `inside` says which voxels of the chunk's region are inside the mask; None if all are.
+        """
 
 
 class ChunkPipeline(ABC):
@@ -49,8 +58,15 @@ class ChunkPipeline(ABC):
         """
 
     @abstractmethod
-    def start(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> Finish:
-        """Compute all patches of a chunk."""
+    def start(
+        self,
+        chunk: Chunk,
+        halos: Halos,
+        selection: PatchSelection | None = None,
+        *,
+        checked: bool = False,
+    ) -> Finish:
+        """Compute the selected patches of a chunk, by default all."""
 
 
 class HostPipeline(ChunkPipeline):
@@ -69,10 +85,19 @@ class HostPipeline(ChunkPipeline):
         return HostRun(self._batcher, self._weights, sums, chunk, halos)
 
     @override
-    def start(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> Finish:
+    def start(
+        self,
+        chunk: Chunk,
+        halos: Halos,
+        selection: PatchSelection | None = None,
+        *,
+        checked: bool = False,
+    ) -> Finish:
+        selected = selection or PatchSelection.of_all(self._plan, chunk)
         run = self.open(chunk, halos)
-        run.add(list(self._plan.patches(chunk)))
-        return run.finish()
+        run.add(selected.run)
+        run.add_empty(selected.empty)
+        return run.finish(selected.inside)
 
 
 class HostRun(ChunkRun):
@@ -101,6 +126,10 @@ class HostRun(ChunkRun):
         pass
 
     @override
-    def finish(self) -> Finish:
-        result = self._sums.contribution()
+    def add_empty(self, patches: Sequence[Patch]) -> None:
+        self._sums.add_empty(patches)
+
+    @override
+    def finish(self, inside: Bools | None = None) -> Finish:
+        result = self._sums.contribution(inside)
         return lambda: result

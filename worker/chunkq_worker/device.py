@@ -19,6 +19,7 @@ from chunkq.job.job_handle import ItemHandle, JobHandle
 from chunkq.job.job_path import job_folder_of
 from chunkq.job.record import JobRecord
 from chunkq.job.tasks import Task
+from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Halos
 from chunkq_worker.cancellation import stopped_by
@@ -71,21 +72,27 @@ class Device:
         engine: Callable[[], InferenceEngine],
         chunk: Chunk,
         halos: Halos,
+        selection: PatchSelection,
         stop: Event | None = None,
     ) -> Future[Callable[[], Contribution]]:
-        """Start a chunk on the device thread, where `engine` is called.
+        """Start the selected patches of a chunk on the device thread, where `engine` is called.
 
         The result is a function that waits for the chunk. Do not call it on the device thread.
         The chunk is given up between two batches once `stop` is set.
         """
-        return self.run(lambda: self._start(engine(), chunk, halos, stop))
+        return self.run(lambda: self._start(engine(), chunk, halos, selection, stop))
 
     def _start(
-        self, engine: InferenceEngine, chunk: Chunk, halos: Halos, stop: Event | None = None
+        self,
+        engine: InferenceEngine,
+        chunk: Chunk,
+        halos: Halos,
+        selection: PatchSelection,
+        stop: Event | None = None,
     ) -> Callable[[], Contribution]:
-        def run_in_device_thread(run: Callable[[Chunk, Halos], T]) -> T:
+        def run_in_device_thread(run: Callable[[Chunk, Halos, PatchSelection], T]) -> T:
             with stopped_by(stop):
-                return run(chunk, halos)
+                return run(chunk, halos, selection)
 
         finish = run_in_device_thread(engine.start)
 
@@ -97,8 +104,10 @@ class Device:
 
         return finish_or_check
 
-    def compute(self, item: ItemHandle, chunk: Chunk, halos: Halos) -> ComputedChunk:
-        """Wait for the device and compute one chunk; raise the errors of the engine."""
+    def compute(
+        self, item: ItemHandle, chunk: Chunk, halos: Halos, selection: PatchSelection
+    ) -> ComputedChunk:
+        """Wait for the device and run the selected patches of one chunk; raise engine errors."""
         requested = time.time()
         task = item.task("infer", chunk.index)
         self._waiting.add(task)
@@ -110,7 +119,7 @@ class Device:
             self._waiting.discard(task)
             engine = self._engine(item)
             started = time.time()
-            finish = self._start(engine, chunk, halos)
+            finish = self._start(engine, chunk, halos, selection)
             framework_rule.record(item.job.record.job.model)
             return finish
 
@@ -125,7 +134,7 @@ class Device:
             "load": load_seconds,
             "compute": finished - begun,
         }
-        return ComputedChunk(result, chunk.patches, seconds)
+        return ComputedChunk(result, len(selection.run), seconds)
 
     def _engine(self, item: ItemHandle) -> InferenceEngine:
         job, plan = item.job, item.plan

@@ -17,7 +17,9 @@ from typing_extensions import override
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import Contribution, contribution
 from chunkq.blend.weights import Weights
+from chunkq.plan.empty_rule import Bools
 from chunkq.plan.footprint import extra_device_bytes
+from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Patch, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.chunk_pipeline import ChunkPipeline, ChunkRun, Finish
@@ -80,11 +82,19 @@ class DevicePipeline(ChunkPipeline):
         return DeviceRun(self, chunk, halos, uploaded, checked=checked)
 
     @override
-    def start(self, chunk: Chunk, halos: Halos, *, checked: bool = False) -> Finish:
-        patches, patches_run = list(self.plan.patches(chunk)), self.batcher.patches_run
+    def start(
+        self,
+        chunk: Chunk,
+        halos: Halos,
+        selection: PatchSelection | None = None,
+        *,
+        checked: bool = False,
+    ) -> Finish:
+        selected = selection or PatchSelection.of_all(self.plan, chunk)
+        patches_run = self.batcher.patches_run
         while True:
             try:
-                return self._start(chunk, halos, patches, checked=checked)
+                return self._start(chunk, halos, selected, checked=checked)
             except Exception as error:
                 if not self._runtime.is_out_of_memory(error):
                     raise
@@ -92,12 +102,13 @@ class DevicePipeline(ChunkPipeline):
                 self.batcher.patches_run = patches_run
 
     def _start(
-        self, chunk: Chunk, halos: Halos, patches: Sequence[Patch], *, checked: bool
+        self, chunk: Chunk, halos: Halos, selected: PatchSelection, *, checked: bool
     ) -> Finish:
         # If memory is exhausted, the run and its memory are released with this frame.
         run = self.open(chunk, halos, checked=checked)
-        run.add(patches)
-        return run.finish()
+        run.add(selected.run)
+        run.add_empty(selected.empty)
+        return run.finish(selected.inside)
 
     def enqueued(self, done: Event) -> None:
         """Count a chunk as in flight until `done` is complete."""
@@ -166,7 +177,11 @@ class DeviceRun(ChunkRun):
         accelerator.wait(accelerator.record(accelerator.current()))
 
     @override
-    def finish(self) -> Finish:
+    def add_empty(self, patches: Sequence[Patch]) -> None:
+        self._sums.add_empty(patches)
+
+    @override
+    def finish(self, inside: Bools | None = None) -> Finish:
         plan, chunk, pipeline = self._pipeline.plan, self._chunk, self._pipeline
         flags = [] if self._flag is None else [self._flag.total]
         with torch.inference_mode():
@@ -178,6 +193,6 @@ class DeviceRun(ChunkRun):
             results = pending.wait()
             if flags and not np.isfinite(results[0]).all():
                 return None
-            return contribution(plan, chunk, results[len(flags) :])
+            return contribution(plan, chunk, results[len(flags) :], inside)
 
         return finish

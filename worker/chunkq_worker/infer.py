@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from math import prod
 
-import numpy as np
 from typing_extensions import override
 
 from chunkq.errors import ErrorCode, QueueError
@@ -24,7 +24,7 @@ FETCHES = FetchCounter()
 
 
 class ComputingStage(InferStage):
-    """The chunks that own a patch, computed on the device of this process."""
+    """The chunks that are tasks, computed on the device of this process."""
 
     @override
     def run(self, item: ItemHandle, chunk: Index, attempt: Attempt) -> bool:
@@ -33,7 +33,7 @@ class ComputingStage(InferStage):
         Several calls run in parallel threads: while one chunk is computed, others are read and
         written. Raises QueueError if the job has no such chunk.
         """
-        if not item.plan.is_active(chunk):
+        if not item.tasks.is_task(chunk):
             raise QueueError(
                 f"chunk {item.chunk_name(chunk)} is not a task of the job; use a queue that only "
                 "chunkq writes to",
@@ -41,25 +41,27 @@ class ComputingStage(InferStage):
             )
         framework_rule.check(item.job.record.job.model)  # again before the network is loaded
         with item.job.check_replaced_on_error():
-            _compute(item, item.plan.chunk(chunk), attempt)
-        return True
+            return _compute(item, item.plan.chunk(chunk), attempt)
 
 
-def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> None:
-    """Compute and commit one chunk."""
+def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> bool:
+    """Compute and commit one chunk; return whether the network ran."""
     job, ledger = item.job, item.ledger
     started = time.time()
     bytes_moved: dict[str, int] = {}
     checksums: dict[str, int] = {}
     halos = item.read_halos(chunk)
+    selection = item.skip_rules.select(item.plan, chunk, halos)
     seconds = {"read": time.time() - started}
     bytes_moved["input"] = _bytes_read(item, chunk)
-    computed = get_device().compute(item, chunk, halos)
+    computed = None
+    if selection.run:
+        computed = get_device().compute(item, chunk, halos, selection)
+        seconds |= computed.seconds
     del halos
-    seconds |= computed.seconds
     write_started = time.time()
     if ledger.is_committed("infer", chunk.index):
-        return  # another worker committed it first; the output may be sealed
+        return True  # another worker committed it first; the output may be sealed
     item.check_inputs()
     job.check_unchanged()
     _write_results(item, chunk, computed, bytes_moved, checksums)
@@ -67,7 +69,7 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> None:
     if ledger.is_committed("infer", chunk.index):
         # Another worker also had this chunk and committed it first; its blocks may be final.
         _delete_late_pieces(item, chunk)
-        return
+        return True
     job.check_unchanged()
     fetched = FETCHES.take()
     bytes_moved["fetched"] = fetched.bytes
@@ -83,20 +85,27 @@ def _compute(item: ItemHandle, chunk: Chunk, attempt: Attempt) -> None:
             seconds=seconds,
             moved=bytes_moved,
             checksums=checksums,
-            patches=computed.patches,
+            patches=len(selection.run),
             requests=fetched.requests,
             peak_rss=peak_bytes(),
+            skipped=selection.skipped,
+            empty=computed is None,
         )
     )
+    return computed is not None
 
 
 def _write_results(
     item: ItemHandle,
     chunk: Chunk,
-    computed: ComputedChunk,
+    computed: ComputedChunk | None,
     bytes_moved: dict[str, int],
     checksums: dict[str, int],
 ) -> None:
+    """Write the voxels and pieces of a chunk; an empty one, None, has neither."""
+    if computed is None:
+        bytes_moved |= {"output": 0, "pieces": 0}
+        return
     result, pieces = computed.contribution, 0
     bytes_moved["output"] = item.write(chunk.core, result.core)
     if result.own_block is not None:
@@ -121,8 +130,6 @@ def _delete_late_pieces(item: ItemHandle, chunk: Chunk) -> None:
 
 def _bytes_read(item: ItemHandle, chunk: Chunk) -> int:
     """Return the bytes read from storage: those of the halo inside the volume, without padding."""
-    voxels = 1
-    for axis, number in zip(item.plan.axes, chunk.index, strict=True):
-        low, high = axis.read(np.asarray(number, dtype=np.int64))
-        voxels *= int(high - low)
+    windows = zip(item.plan.axes, chunk.halo.start, chunk.halo.stop, strict=True)
+    voxels = prod(axis.voxels_read(start, stop) for axis, start, stop in windows)
     return voxels * item.plan.volume.voxel_bytes

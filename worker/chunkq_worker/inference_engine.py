@@ -15,6 +15,7 @@ from chunkq.job.axis_order import channels_first, input_channels
 from chunkq.job.record import JobRecord
 from chunkq.job.user_code import load_blend_weights
 from chunkq.job.user_modules import UserModules
+from chunkq.plan.patch_selection import PatchSelection
 from chunkq.plan.plan import Chunk, Plan
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.child_env import THREADS_VARIABLE
@@ -73,7 +74,13 @@ class InferenceEngine:
     def _allocate(self, plan: Plan) -> None:
         self.plan = plan
         self.batcher = Batcher(
-            plan, self._model, self.runtime, self._steps, self._network_key, self.checks
+            plan,
+            self._model,
+            self.runtime,
+            self._steps,
+            self._network_key,
+            self.checks,
+            self._job.model,
         )
         self.pipeline = self._create_pipeline(load_blend_weights(self._job.weight_function, plan))
         if not self.runtime.any_batch:  # preparing for one batch size is part of loading
@@ -88,29 +95,35 @@ class InferenceEngine:
 
         return DevicePipeline(self.plan, self.runtime, self.batcher, weights, accelerator)
 
-    def compute(self, chunk: Chunk, halos: Halos) -> Contribution:
-        """Run all patches of a chunk, wait for the results and return them.
+    def compute(
+        self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None
+    ) -> Contribution:
+        """Run the selected patches of a chunk, wait for the results and return them.
 
-        `halos` contain one array (*chunk.halo.shape) per input.
+        `halos` contain one array (*chunk.halo.shape) per input. By default all patches are run.
         """
-        result = self.start(chunk, halos)()
-        return self.check(chunk, halos) if result is None else result
+        result = self.start(chunk, halos, selection)()
+        return self.check(chunk, halos, selection) if result is None else result
 
-    def start(self, chunk: Chunk, halos: Halos) -> Finish:
+    def start(self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None) -> Finish:
         """Compute a chunk; return a function that waits for its results.
 
         The device thread continues with the next chunk. If the function returns None, call `check`.
-        Raise PredictionError if the network's dtype cannot hold the input.
+        Raise PredictionError if the network's dtype cannot hold the input of a patch that runs.
         """
-        self.batcher.check_input(halos, chunk.halo.start)
-        return self.pipeline.start(chunk, halos)
+        is_partial = selection is not None and len(selection.run) < chunk.patches
+        run = selection.run if selection is not None and is_partial else None
+        self.batcher.check_input(halos, chunk.halo.start, run)
+        return self.pipeline.start(chunk, halos, selection)
 
-    def check(self, chunk: Chunk, halos: Halos) -> Contribution:
+    def check(
+        self, chunk: Chunk, halos: Halos, selection: PatchSelection | None = None
+    ) -> Contribution:
         """Compute a chunk and check each output; raise PredictionError for one that is not finite.
 
         Returns the results if all are finite.
         """
-        result = self.pipeline.start(chunk, halos, checked=True)()
+        result = self.pipeline.start(chunk, halos, selection, checked=True)()
         if result is None:
             raise RuntimeError("a checked chunk returned no result")
         return result

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +12,19 @@ from typing_extensions import override
 
 from chunkq.blend.image_objects import ImageGeometry
 from chunkq.errors import ArgumentError, ChunkqError, ChunkReadError, JobError
-from chunkq.geometry.axes import Axis, AxisKind, plain_axes
+from chunkq.geometry.axes import Axis, named_axes
 from chunkq.geometry.axis_units import unit_name
 from chunkq.geometry.box import Box
 from chunkq.storage.array import Array, box_error
+from chunkq.storage.formats import hdf5_axes
 from chunkq.storage.formats.base import native_dtype
+from chunkq.storage.formats.tiff_axes import ImageMetadata, described_axes, image_metadata
 from chunkq_worker.imported_classes import class_name, is_instance
 
 EXPECTED = (
     "expected an array (NumPy, torch, dask, xarray, zarr, h5py, tensorstore), an image (nibabel, "
     "tifffile), a path, or a list of these for model_config.join_dim"
 )
-KIND_OF_NAME: Mapping[str, AxisKind] = {
-    **dict.fromkeys(("c", "ch", "channel", "channels", "band"), "channel"),
-    **dict.fromkeys(("t", "time", "frame", "frames"), "time"),
-}
-"""Name of an axis in lower case -> kind; all others are spatial."""
 COMPRESSED = (".gz", ".bz2", ".zst")
 """Suffixes of files of which no region can be read alone."""
 
@@ -137,28 +132,17 @@ def _opened(
 def _named_axes(
     names: Sequence[Any],
     shape: Sequence[int],
-    scales: Sequence[float] | None = None,
-    translations: Sequence[float] | None = None,
-    units: Sequence[str | None] | None = None,
+    scales: Sequence[float] = (),
+    translations: Sequence[float] = (),
+    units: Sequence[Any] = (),
 ) -> tuple[Axis, ...]:
-    """Return axes with these names. Spatial ones without distinct names get the default names."""
-    kinds = [KIND_OF_NAME.get(str(name).lower(), "space") for name in names]
-    spatial = [n for n, kind in enumerate(kinds) if kind == "space"]
-    labels = [str(names[n] or "") for n in spatial]
-    if len({*labels, ""}) <= len(labels):
-        labels = [axis.name for axis in plain_axes([shape[n] for n in spatial])]
-    name_of = dict(zip(spatial, labels, strict=True))
-    count = len(names)
-    return tuple(
-        Axis(
-            name_of.get(n, str(names[n])),
-            kinds[n],
-            int(shape[n]),
-            unit_name((units or [None] * count)[n]),
-            float((scales or [1.0] * count)[n]),
-            float((translations or [0.0] * count)[n]),
-        )
-        for n in range(count)
+    """Return axes with the names and numbers of another package."""
+    return named_axes(
+        [str(name or "") or None for name in names],
+        [int(size) for size in shape],
+        [float(scale) for scale in scales],
+        [float(start) for start in translations],
+        [unit_name(unit) for unit in units],
     )
 
 
@@ -272,7 +256,7 @@ def _open_tensorstore(store: Any, name: str) -> OpenedInput:
         values,
         shape,
         dtype if is_standard else np.float32,
-        axes=_named_axes(store.domain.labels, shape, scales, None, units),
+        axes=_named_axes(store.domain.labels, shape, scales, (), units),
         convert=lambda part: part.read().result(),
     )
 
@@ -285,47 +269,26 @@ def _open_zarr(array: Any, name: str) -> OpenedInput:
 
 
 def _open_tiff(file: Any, name: str) -> OpenedInput:
+    """Open a `TiffFile`, or one of its series, whose axes the file describes."""
     series = file.series[0] if hasattr(file, "series") else file
-    return _open_series(series, name, _tiff_scales(file) if hasattr(file, "series") else {})
+    is_first = hasattr(file, "series")
+    metadata = image_metadata(file, series.kind, series.name) if is_first else ImageMetadata()
+    return _open_series(series, name, metadata)
 
 
-def _open_series(series: Any, name: str, scales: Mapping[str, tuple[float, Any]]) -> OpenedInput:
+def _open_series(series: Any, name: str, metadata: ImageMetadata) -> OpenedInput:
     import zarr
 
     array = zarr.open_array(series.aszarr(level=0), mode="r")
-    letters = [{"S": "c"}.get(letter, letter.lower()) for letter in series.axes]
-    spatial = {letter for letter in letters if letter not in KIND_OF_NAME}
-    if not spatial <= {*"zyx"}:
-        letters = [letter if letter in KIND_OF_NAME else "" for letter in letters]
-    known = [scales.get(letter, (1.0, None)) for letter in letters]
-    axes = _named_axes(
-        letters, array.shape, [scale for scale, _ in known], None, [unit for _, unit in known]
-    )
+    axes = described_axes(series.axes, array.shape, metadata)
     return _opened(name, array, array.shape, array.dtype, axes=axes)
 
 
-def _tiff_scales(file: Any) -> dict[str, tuple[float, Any]]:
-    """Return the voxel size and unit along the axes of an OME-TIFF, or of an ImageJ stack."""
-    import tifffile
-
-    scales: dict[str, tuple[float, Any]] = {}
-    if file.is_ome:
-        image = tifffile.xml2dict(file.ome_metadata)["OME"]["Image"]
-        pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
-        for letter in "XYZ":
-            if (size := pixels.get(f"PhysicalSize{letter}")) is not None:
-                unit = pixels.get(f"PhysicalSize{letter}Unit", "µm")
-                scales[letter.lower()] = float(size), unit
-    elif file.is_imagej:
-        metadata = file.imagej_metadata or {}
-        unit = str(metadata.get("unit", "")).replace("\\u00B5m", "µm").replace("pixel", "")
-        for letter, tag in (("x", "XResolution"), ("y", "YResolution")):
-            value = file.pages[0].tags.get(tag)
-            if value is not None and value.value[0] and unit:
-                scales[letter] = value.value[1] / value.value[0], unit
-        if metadata.get("spacing") and unit:
-            scales["z"] = float(metadata["spacing"]), unit
-    return scales
+def _open_hdf5(dataset: Any, name: str) -> OpenedInput:
+    if dataset.shape is None:
+        raise ArgumentError(f"input: {name} is an HDF5 dataset without values, {EXPECTED}")
+    axes, source = hdf5_axes.described_axes(dataset)
+    return _opened(name, dataset, dataset.shape, dataset.dtype, axes=axes if source else None)
 
 
 def _open_tiff_store(store: Any, name: str) -> OpenedInput:
@@ -356,20 +319,7 @@ _PACKAGES: tuple[tuple[str, tuple[str, ...], Callable[[Any, str], OpenedInput]],
     ("tifffile.zarr", ("ZarrTiffStore",), _open_tiff_store),
     ("zarr", ("Array",), _open_zarr),
     ("zarr", ("Group",), _refuse("a Zarr group", "one of its arrays, or its path")),
+    ("h5py", ("Dataset",), _open_hdf5),
     ("h5py", ("Group",), _refuse("an HDF5 group", "one of its datasets")),
 )
 """Package, classes, and the function that opens their objects."""
-
-
-def open_tiff_path(path: str, name: str) -> OpenedInput:
-    """Open a TIFF file. Raise ImportError without tifffile, and its errors for a damaged file."""
-    import tifffile
-
-    file = tifffile.TiffFile(os.fspath(path))
-    try:
-        opened = _open_tiff(file, name)
-    except BaseException:
-        file.close()
-        raise
-    weakref.finalize(opened.array, file.close)
-    return opened

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.image_objects import ImageGeometry
-from chunkq.errors import ChunkqError, ErrorCode, JobError, StoreError
+from chunkq.errors import ErrorCode, JobError, StoreError
 from chunkq.geometry.axes import plain_axes
 from chunkq.geometry.box import Box
 from chunkq.paths import absolute, is_url, without_secret
@@ -25,20 +25,17 @@ from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.selection import EVERYTHING, Selection
-from chunkq_worker.input_objects import OpenedInput, open_object, open_tiff_path
+from chunkq_worker.input_objects import OpenedInput, open_object
 
 Input = Any
 """One volume: an array or image object (see `input_objects`), or a path."""
 COPY_BYTES = 64 << 20
 """Bytes written at a time when an array is copied to a file."""
-TIFF_SUFFIXES = (".tif", ".tiff")
 READERS: MappingProxyType[str, str] = MappingProxyType(
     {
         ".nii": "nibabel.load(path)",
         ".nii.gz": "nibabel.load(path)",
         ".mgz": "nibabel.load(path)",
-        ".h5": "h5py.File(path)[name]",
-        ".hdf5": "h5py.File(path)[name]",
     }
 )
 """Suffix of a file that no job reads -> what returns an object that a predictor reads."""
@@ -86,9 +83,11 @@ def _volume_of(array: Array) -> Volume:
     return Volume(array.shape[1:], str(array.dtype), channels=array.shape[0])
 
 
-def read_all(array: Array) -> npt.NDArray[Any]:
-    """Return an entire input as a NumPy array, without a copy if it is one already."""
-    return array.read(Box.of_shape(array.shape))
+def read_region(array: Array, region: Box) -> npt.NDArray[Any]:
+    """Return a region of an input ([C,] *S) as a NumPy array, without a copy if it is one."""
+    channels = array.shape[: len(array.shape) - len(region.shape)]
+    start, stop = (*(0 for _ in channels), *region.start), (*channels, *region.stop)
+    return array.read(Box(start, stop))
 
 
 @contextmanager
@@ -149,14 +148,12 @@ def _path(volume: Input) -> str:
 
 
 def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInput:
-    """Open an input of a job, or a TIFF file."""
+    """Open an input of a job."""
     try:
         source = find_source(path, selection, allow_empty=allow_empty)
     except StoreError as error:
         if error.code is not ErrorCode.STORE_UNSUPPORTED or is_url(path):
             raise
-        if path.lower().endswith(TIFF_SUFFIXES):
-            return _selected(_open_tiff(path), selection, path)
         advice = next((text for end, text in READERS.items() if path.lower().endswith(end)), None)
         if advice is None:
             raise
@@ -166,21 +163,6 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
         ) from error
     array = _presented(source, source.open())
     return OpenedInput(array, ImageGeometry(source.spatial_axes), path=path)
-
-
-def _open_tiff(path: str) -> OpenedInput:
-    try:
-        return open_tiff_path(path, path)
-    except ImportError as error:
-        raise StoreError(
-            f"input: {path} is a TIFF file, for which tifffile is needed ({error}); run pip "
-            "install tifffile zarr",
-            code=ErrorCode.PACKAGE_MISSING,
-        ) from error
-    except ChunkqError:
-        raise
-    except Exception as error:  # of any class, for a damaged file
-        raise StoreError(f"input: {path} cannot be read by tifffile: {error}") from error
 
 
 def _write_npy(array: Array, path: str) -> str:

@@ -23,6 +23,7 @@ from chunkq.job.record import JobRecord
 from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck, ValueCheck
 from chunkq.storage import chunk_cache
 from chunkq.system.memory import peak_bytes
+from chunkq.system.standard_output import to_standard_error
 from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
 from chunkq_worker.device import get_device
@@ -50,6 +51,7 @@ def check_model(depth: int | None, job_folder: str | None, report: BinaryIO) -> 
     """
     logging.getLogger("chunkq").setLevel(logging.ERROR)
     _restart_with_worker_env()
+    to_standard_error()
     report_check(sys.stdin.buffer.read(), depth, job_folder).write(report.fileno())
 
 

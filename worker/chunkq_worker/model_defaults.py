@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from chunkq.errors import JobError, ModelError, suggestion
+from chunkq.errors import JobError, ModelError
 from chunkq.job.axis_order import channels_first, input_channels
+from chunkq.job.hints import meant_key
 from chunkq.job.job_file import Job
 from chunkq.job.model_config import ModelConfig
 from chunkq.paths import is_url, read_bytes, without_secret
@@ -102,7 +103,8 @@ def _is_of_model(key: str) -> bool:
     top, model = list(Job.model_fields), list(ModelConfig.model_fields)
     if key in top or key in model:
         return key in model
-    return not suggestion(key, top) and bool(suggestion(key, model))
+    found = meant_key(key, "", {"": top, "model_config": model})
+    return found is not None and found[0] == "model_config"
 
 
 def model_keys(path: str, keys: Mapping[str, Any]) -> dict[str, Any]:

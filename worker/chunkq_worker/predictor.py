@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkq.blend.combine import reduce_and_cast
+from chunkq.blend.empty_patches import EmptyChunks
 from chunkq.blend.prediction import Prediction, Unread
 from chunkq.blend.streaming import regions
 from chunkq.blend.sums import Contribution
@@ -28,13 +29,19 @@ from chunkq.finalize import finalize_job
 from chunkq.geometry.axes import Axis
 from chunkq.job.events import Sink, StageProgress
 from chunkq.job.job_file import Job, job_values, load_job, parse_job
+from chunkq.job.known_empty import MISSING, mask_counts
+from chunkq.job.output_name import check_new_output
 from chunkq.job.record import JobRecord
-from chunkq.job.resolve import resolve
+from chunkq.job.resolve import empty_rule, resolve
+from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import absolute, without_secret
+from chunkq.plan.item_tasks import ItemTasks
+from chunkq.plan.patch_selection import SkipRules
 from chunkq.plan.plan import Chunk, Index, Plan, Volume
 from chunkq.queue.registry import queue_url
 from chunkq.storage.array import Array
 from chunkq.storage.images import ImageSource
+from chunkq.storage.mask import Mask
 from chunkq.storage.padded_reading import read_padded
 from chunkq.storage.selection import Selection
 from chunkq.summaries import html_table, lengths, one_line
@@ -43,7 +50,8 @@ from chunkq_worker.imported_classes import class_name
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
 from chunkq_worker.inline import PROGRESS_STAGE, compute_inline, pipelined
 from chunkq_worker.input_objects import OpenedInput
-from chunkq_worker.inputs import Input, as_paths, open_inputs, read_all, volume_of
+from chunkq_worker.inputs import Input, as_paths, open_inputs, read_region, volume_of
+from chunkq_worker.mask_input import MaskInput, open_mask
 from chunkq_worker.model_defaults import half_strides, job_for_model, job_for_object, model_keys
 from chunkq_worker.network_objects import FILE_KEYS, NetworkObject, network_object, stand_in
 from chunkq_worker.progress import Progress, check_progress, progress_of
@@ -61,7 +69,7 @@ IN_FLIGHT = 2
 
 
 def _nothing() -> None:
-    """Return the result of a chunk without patches."""
+    """Return the result of a chunk in which no patch runs."""
 
 
 class Predictor:
@@ -279,11 +287,15 @@ class Predictor:
         volume: Input | Sequence[Input],
         *,
         axes: str | None = None,
+        mask: Any = None,
         progress: Progress = None,
     ) -> Prediction:
         """Run the network on an entire volume and return the result in memory.
 
-        `axes` has one letter of c, z, y, x per axis of the volume, such as "yxc" for colour. Raise
+        `axes` has one letter of c, z, y, x per axis of the volume, such as "yxc" for colour. `mask`
+        is an array, a path or a mapping with the keys of `mask` in a job file; by default the mask
+        of the job. Without voxel sizes its shape divides that of the volume. Voxels outside are
+        `fill_value`, and the network runs only where a patch has a voxel inside. Raise
         ArgumentError if the volume is not an array or a path, JobError if the volume does not
         match the job, ModelError if the network cannot be loaded or does not match its
         declaration, and PredictionError if it returns NaN or infinity.
@@ -293,30 +305,32 @@ class Predictor:
         is_averaged = plan.output.is_average
         dtype = plan.output.label_dtype
         stored = np.zeros(plan.output_shape, plan.output_dtype)
-        labels = np.zeros(plan.volume.shape, dtype) if is_averaged else stored
+        labels = np.zeros(plan.region.shape, dtype) if is_averaged else stored
         check_progress(progress)
-        with closing(self._stream(plan, inputs, progress)) as stream:
+        with closing(self._stream(plan, inputs, self._mask(mask, inputs), progress)) as stream:
             for region, values in stream:
                 stored[region] = values
                 if is_averaged:
                     averages = values.reshape(plan.channels, *values.shape[-plan.rank :])
                     labels[region[-plan.rank :]] = reduce_and_cast(averages, "soft", dtype)
-        probabilities = stored.reshape(plan.channels, *plan.volume.shape) if is_averaged else None
+        probabilities = stored.reshape(plan.channels, *plan.region.shape) if is_averaged else None
 
         def read() -> Any:
-            arrays = tuple(read_all(one.array) for one in inputs)
+            arrays = tuple(read_region(one.array, plan.region) for one in inputs)
             return arrays if len(arrays) > 1 else arrays[0]
 
         is_read = all(one.in_memory for one in inputs)
-        return Prediction(
-            labels, read() if is_read else Unread(read), probabilities, inputs[0].geometry
-        )
+        geometry = inputs[0].geometry
+        if plan.grid.region is not None:
+            geometry = geometry.cropped(plan.region)
+        return Prediction(labels, read() if is_read else Unread(read), probabilities, geometry)
 
     def predict_streaming(
         self,
         volume: Input | Sequence[Input],
         *,
         axes: str | None = None,
+        mask: Any = None,
         progress: Progress = None,
     ) -> Regions:
         """Return a generator that yields each region of the result as soon as it is final.
@@ -332,7 +346,7 @@ class Predictor:
         """
         check_progress(progress)
         inputs = self._open(volume, axes)
-        return self._stream(self._plan(inputs), inputs, progress)
+        return self._stream(self._plan(inputs), inputs, self._mask(mask, inputs), progress)
 
     def predict_to_store(
         self,
@@ -340,6 +354,7 @@ class Predictor:
         output: str | Path,
         *,
         axes: str | None = None,
+        mask: Any = None,
         overwrite: bool = False,
         progress: Progress = None,
     ) -> dict[str, Any]:
@@ -357,12 +372,18 @@ class Predictor:
                 f"output: expected the path of a Zarr image, found {class_name(output)}"
             )
         check_progress(progress)
+        output = os.fspath(output)
+        check_new_output(output, Path.cwd())
         inputs = self._open(volume, axes)
         plan = self._plan(inputs)  # raises before an array is copied
-        output = os.fspath(output)
         selection = self._selection(axes)
-        with as_paths(inputs, output) as paths:
+        opened = self._open_mask(mask)
+        stored = None if opened is None else opened.stored(inputs[0])
+        with as_paths([*inputs, *([] if stored is None else [stored[0]])], output) as paths:
+            mask_path = paths.pop() if stored is not None else ""
             values = self._job_for(paths, plan.volume).as_dict()
+            if stored is not None:
+                values["mask"] = {"path": mask_path, **stored[1]}
             values["input"] = [
                 _input_of(path, one, selection) for path, one in zip(paths, inputs, strict=True)
             ]
@@ -414,6 +435,19 @@ class Predictor:
         allow_empty = self._job.allow_empty
         return open_inputs(volume, self._selection(axes), allow_empty=allow_empty)
 
+    def _open_mask(self, mask: Any) -> MaskInput | None:
+        return open_mask(mask, self._job.mask, allow_empty=self._job.allow_empty)
+
+    def _mask(self, mask: Any, inputs: Sequence[OpenedInput]) -> Mask | None:
+        """Return the mask of the volume, None without one."""
+        if self._job.skip_empty == MISSING:
+            raise JobError(
+                "skip_empty: missing is unsupported for predictions in memory; use "
+                "predict_to_store, a job, or another skip_empty"
+            )
+        opened = self._open_mask(mask)
+        return None if opened is None else opened.on(inputs[0])
+
     def _object_hashes(self, *, with_weights: bool) -> dict[str, str]:
         """Return what identifies the objects of the predictor, by their names in a job record."""
         hashes = {}
@@ -447,33 +481,46 @@ class Predictor:
         volume = volume_of(inputs)
         return resolve(self._job_for(names, volume), volume)
 
-    def _stream(self, plan: Plan, inputs: Sequence[OpenedInput], progress: Progress) -> Regions:
+    def _stream(
+        self, plan: Plan, inputs: Sequence[OpenedInput], mask: Mask | None, progress: Progress
+    ) -> Regions:
         self._check_open()
         arrays = [one.array for one in inputs]
-        with progress_of(progress) as emit, closing(self._computed(plan, arrays, emit)) as chunks:
-            for box, values in regions(plan, chunks):
+        rules = SkipRules(None if mask is None else mask.inside, empty_rule(self._job))
+        tasks = ItemTasks(plan, None if mask is None else mask_counts(plan, mask))
+        empty = None
+        if rules.empty is not None and plan.output.nothing.any():
+            empty = EmptyChunks(plan, load_blend_weights(self._job.weight_function, plan))
+        with (
+            progress_of(progress) as emit,
+            closing(self._computed(tasks, rules, arrays, emit)) as chunks,
+        ):
+            for box, values in regions(plan, chunks, empty, rules.inside):
                 region = plan.output_box(box)
                 yield region.slices((0,) * len(region.shape)), values
 
     def _computed(
-        self, plan: Plan, arrays: Sequence[Array], emit: Sink
+        self, tasks: ItemTasks, rules: SkipRules, arrays: Sequence[Array], emit: Sink
     ) -> Generator[tuple[Chunk, Contribution | None], None, None]:
         """Yield every chunk with its contribution, while the next chunk is computed.
 
-        The contribution is None for a chunk without patches. Chunks that nobody waits for any
-        longer are given up.
+        The contribution is None for a chunk without patches, and for an empty one. Chunks that
+        nobody waits for any longer are given up.
         """
-        job, device, total, done = self._job, get_device(), plan.costs.chunks, 0
-        stop = Event()
+        job, device, plan, done = self._job, get_device(), tasks.plan, 0
+        total, stop = tasks.costs.chunks, Event()
 
         def start(index: Index) -> Future[Any]:
             chunk = plan.chunk(index)
-            if not chunk.is_active:
+            if not tasks.is_task(index):
                 return device.run(lambda: _nothing)
             halos = [
                 read_padded(array, chunk.halo, job.pad_mode, job.pad_value) for array in arrays
             ]
-            return device.start(lambda: self._engine(plan), chunk, halos, stop)
+            selection = rules.select(plan, chunk, halos)
+            if not selection.run:
+                return device.run(lambda: _nothing)
+            return device.start(lambda: self._engine(plan), chunk, halos, selection, stop)
 
         emit(StageProgress(PROGRESS_STAGE, 0, total))
         try:
@@ -484,7 +531,7 @@ class Predictor:
                     with UserErrors():
                         contribution = next(started)()
                     yield plan.chunk(index), contribution
-                    if plan.is_active(index):
+                    if tasks.is_task(index):
                         done += 1
                         emit(StageProgress(PROGRESS_STAGE, done, total))
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,13 +14,19 @@ import numpy.typing as npt
 
 from chunkq.errors import ErrorCode, JobError, ModelError, PredictionError
 from chunkq.geometry.box import Box
+from chunkq.job.mask_source import mask_of
 from chunkq.job.record import JobRecord
-from chunkq.plan.plan import Patch, Plan
-from chunkq.plan.sample_chunks import fullest_chunk
+from chunkq.job.resolve import empty_rule
+from chunkq.plan.patch_selection import SkipRules
+from chunkq.plan.plan import Chunk, Patch, Plan
+from chunkq.plan.sample_chunks import fullest_chunk, sample_chunks
+from chunkq.storage.array import Array
 from chunkq.storage.padded_reading import read_padded
 from chunkq_worker.batching import Batcher, Halos
 from chunkq_worker.output_checks import OutputChecks, Repeat
 
+MAX_CHUNKS = 8
+"""Chunks that are read in search of a patch that is not empty."""
 log = logging.getLogger("chunkq.worker")
 
 
@@ -34,14 +40,31 @@ class TrialBatch:
 
     @classmethod
     def read(cls, record: JobRecord, plan: Plan, size: int) -> TrialBatch:
-        """Read at most `size` patches of a chunk of the largest item, which has this plan."""
-        patches = tuple(islice(plan.patches(fullest_chunk(plan, enough=size)), size))
-        window, job = _bounding_box(patches), record.job
-        halos = [
-            read_padded(array, window, job.pad_mode, job.pad_value)
-            for array in record.largest_item.open()
-        ]
-        return cls(patches, halos, window.start)
+        """Read at most `size` patches of a chunk of the largest item, which has this plan.
+
+        The job's rules for empty patches are followed, unless they skip all patches of the first
+        MAX_CHUNKS chunks that are looked at.
+        """
+        chunk, arrays = fullest_chunk(plan, enough=size), record.largest_item.open()
+        first = list(islice(plan.patches(chunk), size))
+        if (select := _selection(record, plan)) is not None:
+            for other in [chunk, *islice(_others(plan, chunk), MAX_CHUNKS - 1)]:
+                run = select(other, cls._read(record, other.halo, arrays))[:size]
+                if run:
+                    return cls._of(record, run, arrays)
+        return cls._of(record, first, arrays)
+
+    @classmethod
+    def _of(
+        cls, record: JobRecord, patches: Sequence[Patch], arrays: Sequence[Array]
+    ) -> TrialBatch:
+        window = _bounding_box(patches)
+        return cls(tuple(patches), cls._read(record, window, arrays), window.start)
+
+    @staticmethod
+    def _read(record: JobRecord, window: Box, arrays: Sequence[Array]) -> Halos:
+        job = record.job
+        return [read_padded(array, window, job.pad_mode, job.pad_value) for array in arrays]
 
     def repeat_first(self, batcher: Batcher) -> Repeat | None:
         """Return `OutputChecks.compare`'s argument of this name."""
@@ -55,6 +78,26 @@ class TrialBatch:
             outputs = batcher.raw(patches[: batcher.size], self.halos, self.origin)
             if outputs is not None:
                 return outputs
+
+
+def _selection(record: JobRecord, plan: Plan) -> Callable[[Chunk, Halos], Sequence[Patch]] | None:
+    """Return a function that selects the patches of a chunk that run; None if all do.
+
+    Storage chunks that are missing are not looked for.
+    """
+    job, source, inside = record.job, record.mask, None
+    if source is not None and job.mask is not None:
+        image, (time, _) = record.largest_item.image.sources[0], record.largest_item.series_point
+        inside = mask_of(source, source.open(), image, time, job.mask).inside
+    rules = SkipRules(inside, empty_rule(job))
+    if rules == SkipRules():
+        return None
+    return lambda chunk, halos: rules.select(plan, chunk, halos).run
+
+
+def _others(plan: Plan, chunk: Chunk) -> Iterator[Chunk]:
+    chunks = sample_chunks(plan)
+    return (other for other in chunks if other.patches and other.index != chunk.index)
 
 
 def check_on_patches(record: JobRecord, plan: Plan, batcher: Batcher) -> None:

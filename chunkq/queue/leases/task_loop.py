@@ -27,6 +27,7 @@ from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import Attempt, Executor, Handler, TaskResult, WorkerOptions
 from chunkq.queue.contract.settings import WorkerSettings
 from chunkq.queue.leases.gates import GateWatch
+from chunkq.terminal import argument
 
 log = logging.getLogger("chunkq.queue")
 
@@ -213,9 +214,10 @@ class _TaskLoops:
         if not self._gates.blocked:
             return None
         outputs = sorted({_output(job) for job, _ in self._gates.blocked})
+        first = argument(outputs[0])
         return IncompleteError(
             f"{', '.join(outputs)}: tasks wait for chunks that failed or are missing; run `chunkq "
-            f"status {outputs[0]}` to see why, then `chunkq retry {outputs[0]}` or `chunkq produce "
+            f"status {first}` to see why, then `chunkq retry {first}` or `chunkq produce "
             "--resume`",
             [],
         )

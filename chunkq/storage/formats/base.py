@@ -15,6 +15,7 @@ from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis
 from chunkq.paths import is_url, mask_secrets, without_secret
 from chunkq.storage.array import Array
+from chunkq.storage.stored_chunks import StoredChunks
 
 Options = Mapping[str, str | int | bool]
 """What a format needs, besides the path, to open an array that it has found."""
@@ -33,8 +34,9 @@ class ArrayInfo:
     is passed to `Format.open` and must be JSON scalars. `is_empty` says that none of its storage
     chunks exists, as far as the storage can tell, so that all voxels are the fill value. `named_by`
     says which metadata name the axes, such as "OME-Zarr metadata"; it is empty if nothing does.
-    `labels` are the names of the channels, empty if there are none. `storage` is the shape of what
-    is fetched at once, such as a storage chunk, in stored order; empty if any voxel can be.
+    `labels` are the names of the channels, empty if there are none. `staged` says why the array
+    cannot be read by region; it is empty if it can. `storage` is the shape of what is fetched at
+    once, such as a storage chunk, in stored order; empty if any voxel can be.
     """
 
     path: str
@@ -44,6 +46,7 @@ class ArrayInfo:
     named_by: str = ""
     labels: tuple[str, ...] = ()
     is_empty: bool = False
+    staged: str = ""
     storage: tuple[int, ...] = ()
 
 
@@ -95,6 +98,14 @@ class Format(ABC):
             f"input: {without_secret(path)} has no levels; remove level",
             code=ErrorCode.STORE_UNSUPPORTED,
         )
+
+    def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
+        """Return the storage chunks of an array that exist, by one listing.
+
+        None if the format has no storage chunks that can be absent, or the storage cannot list
+        them. Raises StoreError and OSError.
+        """
+        return None
 
     @abstractmethod
     def open(self, path: str, options: Options) -> Array:

@@ -16,15 +16,20 @@ from chunkq.storage.formats.base import (
     unreadable_error,
 )
 from chunkq.storage.formats.conversion import conversion
+from chunkq.storage.formats.hdf5 import Hdf5Format
 from chunkq.storage.formats.n5 import N5Format
 from chunkq.storage.formats.npy import NpyFormat
 from chunkq.storage.formats.precomputed import PrecomputedFormat
+from chunkq.storage.formats.tiff import TiffFormat, stack_pattern
+from chunkq.storage.formats.tiff_stack import is_pattern
 from chunkq.storage.formats.zarr import ZarrFormat
 from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 
 BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
     {
         "npy": NpyFormat(),
+        "tiff": TiffFormat(),
+        "hdf5": Hdf5Format(),
         "zarr": ZarrFormat(),
         "n5": N5Format(),
         "precomputed": PrecomputedFormat(),
@@ -82,9 +87,15 @@ def format_named(name: str) -> Format:
 def _unclaimed_error(path: str, access: Access) -> StoreError:
     """Return the error for a path in no known format."""
     filesystem, inner = open_filesystem(path, access)
+    if is_pattern(path):
+        return StoreError(
+            f"input: {without_secret(path)} matches no TIFF file; fix the pattern, as in "
+            "slices/*.tif",
+            code=ErrorCode.STORE_MISSING,
+        )
     if not filesystem.exists(inner):
         return missing_error(path)
-    expected = "expected a Zarr store, N5, a precomputed volume or a .npy file"
+    expected = "expected a Zarr store, N5, a precomputed volume, or a file .tif, .h5 or .npy"
     if advice := conversion(without_secret(path)):
         reason = advice
     elif path.endswith(".npz"):
@@ -92,6 +103,8 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
     elif not is_url(path) and filesystem.isfile(inner):
         convert = "zarr.create_array('volume.zarr', data=array)"
         reason = f"is a file; {expected}; convert it, for example with {convert}"
+    elif pattern := stack_pattern(path, access):
+        reason = f"is a folder of TIFF files; use {pattern} for a stack of them"
     elif documents := missing_documents(path, access):
         reason = f"lacks {documents}; restore the file"
     elif members := member_names(path, access):

@@ -34,7 +34,13 @@ from chunkq.storage.formats.base import (
 from chunkq.storage.formats.tensorstore_arrays import kvstore
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.formats.zarr_axes import Level, NamedArray, level_of, named_array
-from chunkq.storage.formats.zarr_chunks import ChunkKeys, existing_keys, stored_keys, with_keys
+from chunkq.storage.formats.zarr_chunks import (
+    ChunkKeys,
+    existing_keys,
+    list_chunks,
+    stored_keys,
+    with_keys,
+)
 from chunkq.storage.formats.zarr_nodes import (
     ARRAY_METADATA,
     ATTRIBUTES,
@@ -51,6 +57,7 @@ from chunkq.storage.formats.zarr_nodes import (
     require_parts,
 )
 from chunkq.storage.ome import MultiscaleImage, channel_labels, first_image
+from chunkq.storage.stored_chunks import StoredChunks
 
 ZARR_FORMAT = "zarr_format"
 """Option: version of the Zarr format, 2 or 3."""
@@ -94,6 +101,20 @@ class ZarrFormat(Format):
     @override
     def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
         return _find(path, level, Access.of(options))
+
+    @override
+    def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
+        node = _require_node(path, Access.of(options))
+        shape = tuple(node.document["shape"])
+        chunks = _stored_chunks(node)
+        if chunks is None or options.get(FORBIDDEN_IS_MISSING) or is_web(path):
+            return None
+        keys = ChunkKeys.parse(str(options[CHUNK_KEYS])) if CHUNK_KEYS in options else None
+        try:
+            indices = list_chunks(node, keys or stored_keys(node), shape, chunks)
+        except Exception as error:  # each file system raises different errors
+            raise unreadable_error(node.path, error) from error
+        return StoredChunks(shape, chunks, indices)
 
     @override
     def open(self, path: str, options: Options) -> Array:
@@ -281,6 +302,7 @@ def array_metadata(
     shape: Sequence[int],
     chunks: Sequence[int],
     dtype: npt.DTypeLike,
+    fill_value: float,
     zarr_format: Literal[2, 3],
     axes: Sequence[str] | None,
 ) -> dict[str, str]:
@@ -307,7 +329,7 @@ def array_metadata(
         chunks=tuple(chunks),
         dtype=np.dtype(dtype).name,
         compressors=compressor,
-        fill_value=0,
+        fill_value=fill_value,
         **extra,
     )
     return {
@@ -333,6 +355,8 @@ def _image_of(group: ZarrNode) -> MultiscaleImage:
 
 def _level_names(image: MultiscaleImage) -> str:
     paths = [dataset.path for dataset in image.datasets]
+    if len(paths) == 1:
+        return f"0 only ({paths[0]})"
     return f"0 to {len(paths) - 1} ({', '.join(paths[:8])})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from itertools import islice
 from math import prod
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from chunkq.access import S3_SCHEMES, Access, is_forbidden
 from chunkq.paths import is_url, is_web, join, open_filesystem
@@ -126,6 +130,31 @@ def keys_in(
     return _match(names, len(grid), candidates)
 
 
+def list_chunks(
+    node: ZarrNode, keys: ChunkKeys, shape: Sequence[int], chunks: Sequence[int]
+) -> npt.NDArray[np.int64]:
+    """Return the indices of the storage chunks that exist, int64 (n, rank), by one listing.
+
+    `chunks` is the shape of what one object stores. Objects with other names are left out. Raises
+    the storage's errors.
+    """
+    if is_url(node.path):
+        filesystem, inner = open_filesystem(node.path, node.access)
+        root = inner.rstrip("/") + "/"
+        names: Iterable[str | None] = (path.removeprefix(root) for path in filesystem.find(inner))
+    else:
+        names = _walk(node.path, _list_local, is_limited=False)
+    pattern, prefix = keys.pattern(len(shape)), len(keys.name(()))
+    rows = [
+        name[prefix:].removeprefix(keys.separator).split(keys.separator)
+        for name in names
+        if name is not None and pattern.fullmatch(name)
+    ]
+    indices = np.array(rows, dtype=np.int64).reshape(-1, len(shape))
+    grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    return indices[(indices < grid).all(axis=1)]
+
+
 def _match(names: Iterable[str | None], rank: int, candidates: Sequence[AnyKeys]) -> AnyKeys | None:
     """Return the first candidate for the names of files; None in `names` ends a search early."""
     patterns = [(keys, keys.pattern(rank)) for keys in candidates]
@@ -143,13 +172,18 @@ def _match(names: Iterable[str | None], rank: int, candidates: Sequence[AnyKeys]
     return next((keys for keys in candidates if keys in others), None)
 
 
-def _walk(root: str, entries: Callable[[str], Iterable[tuple[str, bool]]]) -> Iterator[str | None]:
+def _walk(
+    root: str,
+    entries: Callable[[str], Iterable[tuple[str, bool]]],
+    *,
+    is_limited: bool = True,
+) -> Iterator[str | None]:
     """Yield the names of files below a folder, relative to it; None after `MAX_ENTRIES`.
 
     `entries` returns the names in a folder, and whether each is a folder. Folders that cannot
     contain storage chunks are left out. Files come before the content of folders.
     """
-    remaining = MAX_ENTRIES
+    remaining = MAX_ENTRIES if is_limited else math.inf
     pending = [""]
     while pending:
         folder = pending.pop()

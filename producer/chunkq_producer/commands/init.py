@@ -9,6 +9,7 @@ import click
 from chunkq.errors import ErrorCode, JobError
 from chunkq.job.job_file import SCHEMA_FILE
 from chunkq.system.standard_output import print_text
+from chunkq.terminal import argument
 
 SCHEMA_COMMENT = "# yaml-language-server: $schema={url}\n"
 """Comment by which editors find the schema of a YAML file. Its value contains no spaces."""
@@ -17,7 +18,7 @@ TEMPLATE = """\
 # Relative paths are relative to this file. `chunkq explain` lists all keys, `chunkq explain KEY`
 # describes one. The first line tells editors where the descriptions are on this machine.
 
-input: volume.zarr                # Zarr v2 or v3, OME-Zarr, or .npy; a path or s3://bucket/key
+input: volume.zarr                # Zarr, OME-Zarr, TIFF, HDF5 or .npy; a path or s3://bucket/key
 output: result.zarr               # becomes an OME-Zarr image
 
 # Where patches are placed:
@@ -37,7 +38,7 @@ weight_function: [weight_gaussian]  # uniform, gaussian, linear, hann, bump, or 
 pad_width: [16, 16, 16]           # pad the volume by this many voxels on each side
 pad_mode: reflect                 # constant | reflect | symmetric | edge
 
-# chunksize: [256, 256, 256]      # voxels per task; chosen from the available memory by default
+# chunksize: [256, 256, 256]      # voxels per task; by default chosen from the volume
 
 model_config:
   runtime: torch
@@ -69,4 +70,4 @@ def init(path: Path) -> None:
             f"{path}: cannot be written: {error.strerror}; choose another path",
             code=ErrorCode.STORE_UNUSABLE,
         ) from None
-    print_text(f"wrote {path}; edit it, then run: chunkq plan {path}")
+    print_text(f"wrote {path}; edit it, then run: chunkq plan {argument(str(path))}")

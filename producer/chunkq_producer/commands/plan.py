@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import click
 
 from chunkq import json_values, terminal
 from chunkq.create import CheckedJob, check_job
-from chunkq.errors import ModelError
+from chunkq.errors import ChunkqError, ErrorCode, JobError, ModelError
 from chunkq.geometry.axes import Axis
+from chunkq.install_hint import install_command
 from chunkq.job.job_file import load_job, select_job_file
+from chunkq.job.known_empty import MISSING, has_known_empty
 from chunkq.job.model_config import STOCHASTIC
 from chunkq.job.output import output_axes
 from chunkq.job.tasks import chunk_count
@@ -22,7 +25,7 @@ from chunkq.model_check import MemoryCheck, ModelCheck, PatchCheck
 from chunkq.paths import without_secret
 from chunkq.plan.fetches import Fetches
 from chunkq.plan.footprint import largest_footprint
-from chunkq.plan.plan import Costs, Plan
+from chunkq.plan.plan import Costs, Plan, total_costs
 from chunkq.queue.contract.executor import DEFAULT_DEPTH_CPU, DEFAULT_DEPTH_GPU, default_depth
 from chunkq.storage import chunk_cache
 from chunkq.storage.images import ImageSource
@@ -40,6 +43,8 @@ from chunkq_producer.engine import is_cpu_only
 LABEL_COLUMNS, NARROW_LABEL_COLUMNS, WIDE = 20, 14, 60
 """Columns of the labels, on terminals of at least `WIDE` columns and on narrower ones."""
 SERIES = {"time": "time points", "channel": "channels"}
+TASKS_COLOR = "tab:orange"
+"""Color of chunks that are not known to be empty, beside others that are."""
 MAX_SHARE_TO_FINALIZE = 0.9
 """Share of the voxels to merge above which the plan recommends larger chunks."""
 
@@ -60,6 +65,11 @@ MAX_SHARE_TO_FINALIZE = 0.9
     help="Chunks per process that are read, computed or written at the same time "
     f"(default: {DEFAULT_DEPTH_GPU} on a GPU, else {DEFAULT_DEPTH_CPU}).",
 )  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Draw the blocks, the chunks and the region of the largest volume to FILE, such as "
+    "plan.png. Needs matplotlib.",
+)  # fmt: skip
 @json_option
 def plan(
     job: Path | None,
@@ -68,14 +78,17 @@ def plan(
     output: str | None,
     with_model_check: bool,
     depth: int | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Check JOB, a YAML or JSON job file, and print its cost. Nothing is written.
+    """Check JOB, a YAML or JSON job file, and print its cost. Only --plot writes a file.
 
     Without --check-model the network is not loaded.
     """
     reserve()
     checked = check_job(load_job(select_job_file(job, config), input=input_, output=output))
+    if plot is not None:
+        _save_plot(checked, plot)
     if depth is None:
         depth = default_depth(gpu=not is_cpu_only(checked.record.job))
     trial = _run_trial(checked, depth) if with_model_check else None
@@ -85,6 +98,29 @@ def plan(
         width = terminal.columns(result_stream())
         label = LABEL_COLUMNS if width is None or width >= WIDE else NARROW_LABEL_COLUMNS
         print_line("\n".join(terminal.rows(_rows(checked, depth, trial), width, label=label)))
+
+
+def _save_plot(job: CheckedJob, path: Path) -> None:
+    """Draw the plan of the largest item. Raises ChunkqError if that is impossible."""
+    try:
+        from chunkq_producer.plan_plot import Layer, draw_plan
+    except ImportError as error:
+        raise ChunkqError(
+            f"--plot: matplotlib is not installed ({error}); run `{install_command('plot')}`",
+            code=ErrorCode.PACKAGE_MISSING,
+        ) from None
+    names = [axis.name for axis in job.record.largest_item.image.spatial_axes]
+    tasks = job.tasks[job.record.largest_item.number]
+    layers = []
+    if tasks.counts is not None:
+        name = f"{tasks.costs.chunks} of them not empty"
+        layers.append(Layer(name, TASKS_COLOR, tasks.counts > 0))
+    figure = draw_plan(tasks.plan, names, layers)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix of no format
+        reason = " ".join(str(error).split())
+        raise JobError(f"--plot: cannot write {path}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -117,10 +153,12 @@ class Trial:
 
 def _run_trial(job: CheckedJob, depth: int) -> Trial:
     """Run the network on patches, and whole chunks. Raises ModelError."""
+    from chunkq.progress_bar import ProgressDisplay
     from chunkq_producer.check_model import check_model
     from chunkq_producer.finalizer_memory import measure_finalizer_memory
 
-    check = check_model(job.record, depth=depth)
+    with ProgressDisplay() as display:
+        check = check_model(job.record, depth=depth, emit=display)
     if check.patches is None or check.memory is None:
         raise ModelError("model_config: the check of the network ran no patches")
     has_blocks = job.costs.finalized_blocks > 0
@@ -138,6 +176,7 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
         "volume": list(plan.volume.shape),
         "dtype": plan.volume.dtype,
         "axes": [_axes_values(source) for source in job.record.sources],
+        "region": _region_values(job),
         "output_shape": list(_output_shape(job)),
         "output_dtype": str(plan.output_dtype),
         "chunksize": list(plan.chunksize),
@@ -163,10 +202,11 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
                 "name": item.name,
                 "position": item.position,
                 "volume": list(plan.volume.shape),
-                "chunks": plan.costs.chunks,
+                "chunks": tasks.costs.chunks,
             }
-            for item, plan in zip(job.record.items, job.plans, strict=True)
+            for item, plan, tasks in zip(job.record.items, job.plans, job.tasks, strict=True)
         ],
+        "skipped": _skipped_values(job),
     }
     if trial is not None:
         values["model_check"] = trial.as_dict()
@@ -175,22 +215,25 @@ def _values(job: CheckedJob, depth: int, trial: Trial | None) -> dict[str, Any]:
 
 def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, str]]:
     plan, costs, count = job.largest, job.costs, len(job.plans)
-    voxels = sum(_voxels(plan.volume.shape) for plan in job.plans)
-    per_voxel = costs.patches * _voxels(plan.output_patch) / voxels
+    voxels = sum(plan.region.size for plan in job.plans)
+    total = total_costs(job.plans)
+    per_voxel = total.patches * _voxels(plan.output_patch) / voxels
     share = costs.finalized_voxels / voxels
     several = _items(job) if count > 1 else ""
     model = job.record.job.model
     rows = [
         ("input", f"{several}{_shape(plan.volume.shape)} {plan.volume.dtype}"),
         ("axes", _axes_text(job.record.sources)),
+        *([("region", _region_text(job))] if plan.grid.region else []),
         (
             "output",
             f"{_shape(_output_shape(job))} {plan.output_dtype}, "
             f"storage chunks {_shape(plan.storage_chunks)}",
         ),
-        ("chunks", _chunks(plan, costs, is_alone=count == 1)),
+        ("chunks", _chunks(plan, total, is_alone=count == 1)),
         ("precision", f"{model.effective_precision}, on {model.device}"),
-        ("patches", f"{costs.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
+        ("patches", f"{total.patches}, each computed once; {per_voxel:.1f} per voxel on average"),
+        *_skipped_rows(job, trial),
         (
             "to merge",
             f"overlaps of {costs.finalized_blocks} of {costs.blocks} blocks, {share:.0%} of the "
@@ -219,6 +262,44 @@ def _rows(job: CheckedJob, depth: int, trial: Trial | None) -> list[tuple[str, s
             )
         )
     return rows
+
+
+def _skipped_values(job: CheckedJob) -> dict[str, Any] | None:
+    """Return what is not computed because it is known to be empty; None if no key skips patches.
+
+    `is_exact` says that no further patch can turn out to be empty.
+    """
+    keys, total = job.record.job, total_costs(job.plans)
+    if keys.mask is None and keys.skip_empty is None:
+        return None
+    return {
+        "chunks": total.chunks - job.costs.chunks,
+        "patches": total.patches - job.costs.patches,
+        "store_bytes": total.store_bytes - job.costs.store_bytes,
+        "is_exact": keys.skip_empty is None or keys.skip_empty == MISSING,
+    }
+
+
+def _skipped_rows(job: CheckedJob, trial: Trial | None) -> list[tuple[str, str]]:
+    """Return a row with what the keys for empty space save, if there is one."""
+    values = _skipped_values(job)
+    if values is None:
+        return []
+    total = total_costs(job.plans)
+    parts = []
+    if has_known_empty(job.record.job):
+        text = (
+            f"{values['patches']} of {total.patches} patches and {values['chunks']} of "
+            f"{total.chunks} chunks are skipped, which saves "
+            f"{si(values['store_bytes'], 'B')} to read and write"
+        )
+        if trial is not None:
+            seconds = trial.patches.batch_seconds / trial.check.batch * values["patches"]
+            text += f" and {duration(max(1, seconds))} on one device"
+        parts.append(text)
+    if not values["is_exact"]:
+        parts.append("how many patches skip_empty skips is unknown until their voxels are read")
+    return [("empty space", "; ".join(parts))]
 
 
 def _fetches(job: CheckedJob) -> list[Fetches]:
@@ -257,8 +338,45 @@ def _chunks(plan: Plan, costs: Costs, *, is_alone: bool) -> str:
     shape, blocks = _shape(plan.chunksize), f" ({_shape(plan.blocks)})" if is_alone else ""
     if costs.chunks == costs.blocks:
         return f"{costs.chunks}{blocks} of {shape}"
+    if plan.grid.region is not None:
+        return f"{costs.chunks} of {shape}, for {costs.blocks} blocks{blocks} in the region"
     without = costs.blocks - costs.chunks
     return f"{costs.chunks} of {shape}; {costs.blocks} blocks{blocks}, {without} without patches"
+
+
+def _region_values(job: CheckedJob) -> dict[str, Any] | None:
+    """Return the region of the largest item as JSON values, None for the whole volume."""
+    plan = job.largest
+    if plan.grid.region is None:
+        return None
+    return {
+        "start": list(plan.region.start),
+        "stop": list(plan.region.stop),
+        "same_bytes": all(plan.grid.is_aligned for plan in job.plans),
+        "aligned_start": list(_aligned_start(plan)),
+    }
+
+
+def _region_text(job: CheckedJob) -> str:
+    """Return the region of the largest item, and how its output compares with a whole one."""
+    plan = job.largest
+    bounds = ", ".join(
+        f"{low}:{high}" for low, high in zip(plan.region.start, plan.region.stop, strict=True)
+    )
+    text = f"[{bounds}], {plan.region.size / prod(plan.volume.shape):.2g} of the volume; "
+    other = next((plan for plan in job.plans if not plan.grid.is_aligned), None)
+    if other is None:
+        return f"{text}same bytes as in the output of the whole volume"
+    start = ", ".join(map(str, _aligned_start(other)))
+    return (
+        f"{text}same values, within 1e-5, as in the output of the whole volume; for the same bytes "
+        f"start where storage chunks start, here at [{start}]"
+    )
+
+
+def _aligned_start(plan: Plan) -> tuple[int, ...]:
+    """Return the largest start of storage chunks that is not after the region's start."""
+    return tuple(n - n % s for n, s in zip(plan.region.start, plan.storage_chunks, strict=True))
 
 
 def _output_shape(job: CheckedJob) -> tuple[int, ...]:

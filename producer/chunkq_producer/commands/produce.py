@@ -13,6 +13,7 @@ from chunkq.paths import without_secret
 from chunkq.progress_bar import ProgressDisplay
 from chunkq.queue.registry import open_shared, queue_url
 from chunkq.system.standard_output import print_text, reserve
+from chunkq.terminal import argument
 from chunkq_producer.commands.options import (
     config_option,
     input_option,
@@ -60,13 +61,14 @@ def produce(
             )
         workers_started = launch_cluster_workers(executor, result)
     output_name = without_secret(loaded_job.output)
+    quoted = argument(output_name)
     print_text(
         f"{result.chunks} chunks, {result.done} done, {result.queued} newly queued -> {output_name}"
     )
     if workers_started:
         print_text("workers are running in the cluster; they do not need this machine")
-        print_text(f"next: chunkq status {output_name} --watch, then chunkq finalize {output_name}")
+        print_text(f"next: chunkq status {quoted} --watch, then chunkq finalize {quoted}")
         return
-    work = "work" if url == queue_url(None) else f"work --queue {without_secret(url)}"
-    next_command = work if result.done < result.chunks else f"finalize {output_name}"
+    work = "work" if url == queue_url(None) else f"work --queue {argument(without_secret(url))}"
+    next_command = work if result.done < result.chunks else f"finalize {quoted}"
     print_text(f"next: chunkq {next_command}")

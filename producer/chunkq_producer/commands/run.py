@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from typing_extensions import override
 
+from chunkq.job.hints import value_hint
 from chunkq.job.job_file import load_job, select_job_file
 from chunkq.system.standard_output import reserve
 from chunkq_producer.commands.options import (
@@ -20,12 +23,29 @@ from chunkq_producer.run_display import RunDisplay
 from chunkq_producer.runner import run_job
 from chunkq_producer.worker_command import RunOptions
 
+if TYPE_CHECKING:
+    Choice = click.Choice[str]
+else:
+    Choice = click.Choice  # not generic before click 8.2
+
+
+class EngineChoice(Choice):
+    """Value of --executor, with a proposal for other words."""
+
+    @override
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            hint = value_hint("executor", value, list(ENGINES))
+            self.fail(f"{error.message.rstrip('.')}{hint}", param, ctx)
+
 
 @click.command()
 @job_argument
 @config_option
 @click.option(
-    "-e", "--executor", "engine", type=click.Choice(list(ENGINES)),
+    "-e", "--executor", "engine", type=EngineChoice(list(ENGINES)),
     help="Kind of queue (default: sqlite, a local file). dask and ray start a local cluster.",
 )  # fmt: skip
 @queue_option

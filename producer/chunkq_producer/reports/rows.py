@@ -37,6 +37,8 @@ def plan_rows(timing: Timing) -> Rows:
     rows: Rows = [
         (label, *map(count, pair), _percent_of_plan(*pair)) for label, pair in counts.items()
     ]
+    if timing.skipped_patches:
+        rows.insert(2, ("empty patches", count(timing.skipped_patches), "", ""))
     for key, label in BYTES.items():
         moved, planned = timing.bytes[key], timing.planned_bytes[key]
         rows.append((label, si(moved, "B"), si(planned, "B"), _percent_of_plan(moved, planned)))

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from chunkq.job.model_config import STOCHASTIC
+from chunkq.tables import FittingTable
 from chunkq.units import seconds, si
 from chunkq_producer.reports.job_report import JobReport
 from chunkq_producer.reports.rows import (
@@ -23,7 +24,6 @@ from chunkq_producer.reports.rows import (
     straggler_rows,
     worker_rows,
 )
-from chunkq_producer.tables import FittingTable
 
 MAX_WORKERS, MAX_STRAGGLERS = 12, 8
 BARS = "▁▂▃▄▅▆▇█"
@@ -41,8 +41,8 @@ def text(report: JobReport) -> RenderableType:
         parts.append(Text(report.advice, style="green"))
     if not timing.chunks:
         return Group(*parts)
-    parts += _section("", FittingTable((), headlines(timing), wraps=0))
-    parts += _section("time of the workers", FittingTable((), _shares(report), wraps=0))
+    parts += _section("", FittingTable((), headlines(timing), wraps=(0,)))
+    parts += _section("time of the workers", FittingTable((), _shares(report), wraps=(0,)))
     if timing.timeline.patches_per_second:
         line = Text(_sparkline(timing.timeline.patches_per_second), no_wrap=True, overflow="crop")
         peak = si(max(timing.timeline.patches_per_second), "patches/s")
@@ -54,12 +54,14 @@ def text(report: JobReport) -> RenderableType:
     parts += _section(heading, stages)
     workers, omitted = worker_rows(report, MAX_WORKERS)
     headings = ("worker", "chunks", "time", "busy", "losses")
-    table = FittingTable(headings, workers, left=(0, 4), wraps=4)
+    table = FittingTable(headings, workers, left=(0, 4), wraps=(4,))
     parts += _section("workers, the least busy first", table)
     if omitted:
         parts.append(Text(f"and {omitted} more"))
     parts += _stragglers(report)
-    parts += _section("", FittingTable(("", "measured", "planned", ""), plan_rows(timing), wraps=0))
+    parts += _section(
+        "", FittingTable(("", "measured", "planned", ""), plan_rows(timing), wraps=(0,))
+    )
     parts += _section("", Text(f"memory: {memory(timing)}"))
     if text := fetched(timing):
         parts += _section("", Text(f"fetched: {text}"))
@@ -87,7 +89,7 @@ def _stragglers(report: JobReport) -> list[RenderableType]:
         STRAGGLER_COLUMNS,
         straggler_rows(report, MAX_STRAGGLERS),
         left=(0, 1, 6),
-        wraps=6,
+        wraps=(6,),
     )
     heading = (
         f"stragglers: {stragglers.count} chunks ({stragglers.rule}), "

@@ -16,8 +16,8 @@ FAULTS = (
     Fault(
         "first-time-point-for-all",
         "chunkq/storage/images.py",
-        "self.time[time]",
-        "self.time[0]",
+        "fixed[time_axis] = self.time[time]",
+        "fixed[time_axis] = self.time[0]",
         "every time point of the output is the first one",
         named(SELECTION, "equals_numpys"),
     ),

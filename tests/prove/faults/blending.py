@@ -20,7 +20,7 @@ FAULTS = (
     Fault(
         "inputs-are-cast-unchecked",
         "worker/chunkq_worker/inference_engine.py",
-        "self.batcher.check_input(halos, chunk.halo.start)",
+        "self.batcher.check_input(halos, chunk.halo.start, run)",
         "pass",
         "values of a chunk wrap in the dtype of the network",
         ("tests/integration/test_dtypes.py",),
@@ -108,8 +108,8 @@ FAULTS = (
     Fault(
         "piece-overwrites",
         "chunkq/blend/sums.py",
-        "in_box += sums[",
-        "in_box[...] = sums[",
+        "in_box += term.sums[",
+        "in_box[...] = term.sums[",
         "at chunk borders only one neighbor's sums count",
         (BLEND,),
     ),
@@ -124,8 +124,8 @@ FAULTS = (
     Fault(
         "sum-in-order-of-arrival",
         "chunkq/blend/sums.py",
-        "for piece in plan.incoming_pieces(chunk)]\n    for",
-        "for piece in pieces]\n    for",
+        "for piece in plan.incoming_pieces(chunk)\n    ]\n    for",
+        "for piece in pieces\n    ]\n    for",
         "the output's bytes depend on the order in which workers finish",
         named(BLEND, "same_bytes_in_any_order"),
     ),

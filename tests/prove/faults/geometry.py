@@ -3,6 +3,7 @@
 from tests.prove.fault import Fault, named
 
 GRIDS, PLAN = "tests/unit/test_grids.py", "tests/unit/test_plan.py"
+REGION = "tests/unit/test_region.py"
 
 FAULTS = (
     Fault(
@@ -24,16 +25,16 @@ FAULTS = (
     Fault(
         "owned-range-ends-early",
         "chunkq/geometry/grids.py",
-        "((block + 1) * size)",
-        "((block + 1) * size - 1)",
+        "self.count_below(start + size)",
+        "self.count_below(start + size - 1)",
         "a patch that starts at a block's last voxel is never computed",
         (GRIDS,),
     ),
     Fault(
         "owned-range-starts-early",
         "chunkq/geometry/grids.py",
-        "self.count_below(block * size)",
-        "self.count_below(block * size - 1)",
+        "self.count_below(start))",
+        "self.count_below(start - 1))",
         "a patch that starts at a block's last voxel is computed and summed twice",
         (GRIDS,),
     ),
@@ -128,8 +129,8 @@ FAULTS = (
     Fault(
         "pieces-for-any-overlap",
         "chunkq/plan/plan.py",
-        "(overlap[a] for a in range(self.rank) if up[a])",
-        "(overlap[a] for a in range(self.rank) if up[a] and a == 0)",
+        "(chunk.overlap[a] for a in range(self.rank) if up[a])",
+        "(chunk.overlap[a] for a in range(self.rank) if up[a] and a == 0)",
         "chunks write pieces that no block reads",
         (PLAN,),
     ),
@@ -144,7 +145,7 @@ FAULTS = (
     Fault(
         "chunks-without-patches-are-tasks",
         "chunkq/stages/infer.py",
-        "return item.plan.active_indices()",
+        "return item.tasks.chunks()",
         "return item.plan.indices()",
         "workers get chunks without patches, and progress counts them",
         named("tests/integration/test_blocks_without_patches.py", "queued_counted"),
@@ -160,16 +161,16 @@ FAULTS = (
     Fault(
         "band-needs-every-axis",
         "chunkq/plan/plan.py",
-        "return any(axis.block(i).band",
-        "return all(axis.block(i).band",
+        "any(part.band for part in parts) and",
+        "all(part.band for part in parts) and",
         "workers leave most blocks uncompleted",
         (PLAN,),
     ),
     Fault(
         "patches-in-another-order",
         "chunkq/plan/plan.py",
-        "in product(*ranges):",
-        "in (n[::-1] for n in product(*ranges[::-1])):",
+        "for numbers in product(*ranges)",
+        "for numbers in (n[::-1] for n in product(*ranges[::-1]))",
         "sums are taken in another order than documented, and the output's bytes change",
         (PLAN,),
     ),
@@ -204,5 +205,37 @@ FAULTS = (
         "axis.chunk < axis.storage",
         "two chunks write one storage chunk at once and lose voxels",
         named("tests/unit/test_resolve.py", "storage_chunks"),
+    ),
+    Fault(
+        "region-needs-no-whole-batches",
+        "chunkq/plan/batches.py",
+        "every // batch",
+        "every",
+        "with batches of several patches, a region has other bytes than the whole output",
+        (REGION,),
+    ),
+    Fault(
+        "region-without-lower-neighbors",
+        "chunkq/plan/plan.py",
+        "axis.grids[g].touching(axis.low, axis.high)",
+        "axis.grids[g].touching(axis.low + axis.grids[g].kept - 1, axis.high)",
+        "patches that begin before the region are missing at its start",
+        (REGION,),
+    ),
+    Fault(
+        "output-of-a-region-is-not-moved",
+        "chunkq/plan/plan.py",
+        "origin = self.region.start",
+        "origin = (0,) * self.rank",
+        "the output of a region is written beside its array",
+        (REGION,),
+    ),
+    Fault(
+        "aligned-by-any-axis",
+        "chunkq/geometry/grid_spec.py",
+        "return not any(n % s for",
+        "return not all(n % s for",
+        "two tasks write one storage chunk of a region that starts between them",
+        (REGION,),
     ),
 )

@@ -43,7 +43,7 @@ FAULTS = (
     Fault(
         "truncated-npy-accepted",
         NPY,
-        "if size is not None and size < expected:",
+        "if size is not None and size < self._voxels.end:",
         "if size is not None and size < 0:",
         "a truncated input is found after hours of work",
         named(REACH, "truncated_npy"),

@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "replaced-before-the-commit",
         INFER,
-        "    job.check_unchanged()\n    ledger.commit(",
-        "    ledger.commit(",
+        "    job.check_unchanged()\n    fetched = ",
+        "    fetched = ",
         "workers of a replaced job continue as if it was the current one",
         named(SUSPENDED, "before_it_writes"),
     ),

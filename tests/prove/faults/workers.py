@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "bytes-of-the-padding-counted",
         INFER,
-        "axis.read(np.asarray(",
-        "axis.halo(np.asarray(",
+        "axis.voxels_read(start, stop)",
+        "stop - start",
         "the report shows more input bytes than were read",
         named(RESUME, "padding"),
     ),

@@ -33,6 +33,7 @@ from chunkq.queue.contract.executor import default_depth
 from chunkq.system.available_memory import available_memory
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.standard_output import print_line, print_text, reserve, result_stream
+from chunkq.terminal import print_error
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
@@ -332,7 +333,12 @@ def _search(
     parent = _temporary_root(job.output)
     with tempfile.TemporaryDirectory(prefix=".chunkq-tune-", dir=parent) as folder:
         trials = Trials(
-            space, space.plain(depth), Path(folder), _worker_env(job), memory=limits.memory
+            space,
+            space.plain(depth),
+            Path(folder),
+            _worker_env(job),
+            memory=limits.memory,
+            show=print_error,
         )
 
         def measure(setting: Setting, stage: Stage, seconds: float) -> Measurement:

@@ -35,6 +35,7 @@ from chunkq.queue.contract.executor import (
 from chunkq.queue.contract.settings import override_settings
 from chunkq.queue.registry import QUEUE_VARIABLE, open_shared, queue_url
 from chunkq.system.parent_process import when_parent_ends
+from chunkq.terminal import argument
 from chunkq_worker.devices import Slot, slots
 from chunkq_worker.supervisor import Supervisor
 
@@ -164,7 +165,7 @@ def work(
         )
     if failed and code in (0, IncompleteError.exit_code):
         count = sum(failed.values())
-        first, *others = failed
+        first, *others = map(argument, failed)
         more = f" (and of {', '.join(others)})" if others else ""
         raise IncompleteError(
             f"{count} {'chunk' if count == 1 else 'chunks'} failed; run `chunkq status {first}`"

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from chunkq.blend.combine import Array
+from chunkq.blend.empty_patches import add_nothing, add_share
 from chunkq.blend.patch_weights import PatchWeights
 from chunkq.blend.sums import chunk_results, target_slices
 from chunkq.blend.weights import Neighbors
@@ -232,7 +233,7 @@ class DeviceSums:
         run_weights: RunWeights,
         accelerator: Accelerator,
     ) -> None:
-        self._plan, self._chunk = plan, chunk
+        self._plan, self._chunk, self._accelerator = plan, chunk, accelerator
         self._weights, self._run_weights = weights, run_weights
         grids = [axis.grids[0] for axis in plan.axes]
         self._lead = [grid.lead for grid in grids]
@@ -253,6 +254,16 @@ class DeviceSums:
                 self._add_run(run, patches, values)
             else:
                 self._add_patches(patches, predictions[run.first : run.first + run.count])
+
+    @torch.inference_mode()
+    def add_empty(self, patches: Sequence[Patch]) -> None:
+        """Add the predictions of patches that are skipped because they are empty."""
+        nothing = self._plan.output.nothing
+        if patches and nothing.any():
+            region = self._chunk.region
+            share = self._accelerator.zeros(region.shape)
+            add_share(share, self._weights, patches, region)
+            add_nothing(self._view(region), share, nothing)
 
     @torch.inference_mode()
     def results(self) -> list[Array]:
@@ -303,11 +314,7 @@ def _shared(near: tuple[Neighbors, ...]) -> tuple[Neighbors, ...]:
 def sums_box(plan: Plan, chunk: Chunk) -> Box:
     """Return the voxels of a chunk's region and those outside the volume that its patches reach."""
     start, stop = list(chunk.region.start), list(chunk.region.stop)
-    for number, owned in enumerate(chunk.owned):
-        if not all(owned):
-            continue
-        for a, (axis, numbers) in enumerate(zip(plan.axes, owned, strict=True)):
-            grid = axis.grids[number]
-            start[a] = min(start[a], grid.start(numbers[0]) + grid.lead)
-            stop[a] = max(stop[a], grid.start(numbers[-1]) + grid.lead + grid.kept)
+    for a, (lead, kept) in enumerate(zip(plan.grid.lead, plan.grid.kept, strict=True)):
+        start[a] = min(start[a], chunk.halo.start[a] + lead)
+        stop[a] = max(stop[a], chunk.halo.stop[a] - (plan.input_patch[a] - lead - kept))
     return Box(tuple(start), tuple(stop))

@@ -180,14 +180,16 @@ class TensorFlowRuntime(Runtime):
             if self.is_out_of_memory(error):
                 raise
             hint = self._shape_hint(inputs.shape[0])
-            raise ModelError(shape_problem(error, inputs.shape) + hint) from error
+            written = list(self._shapes.written_shapes[0])
+            raise ModelError(shape_problem(error, inputs.shape, written) + hint) from error
 
     def _shape_hint(self, batch_size: int) -> str:
         """Return the end of a message: the shape that the network declares, and advice."""
         spec = self._open_network().input_spec
         if spec is None or spec[0] is None:
             return ""
-        hint, shape = f"; expected {format_axes(tuple(spec[0]))}", self._layout.shape_to_set()
+        hint = f"; the network declares an input of {format_axes(tuple(spec[0]))}"
+        shape = self._layout.shape_to_set()
         if spec[0][0] not in (None, batch_size):
             return f"{hint}; set max_batch_size: {spec[0][0]}"
         is_set = shape in (None, list(self._shapes.written_shapes[0]))

@@ -62,10 +62,14 @@ def suppressed_warnings() -> Iterator[None]:
         yield
 
 
-def shape_problem(error: BaseException, shape: Sequence[int]) -> str:
-    """Return the message for a network that cannot process a batch of this shape."""
+def shape_problem(error: BaseException, shape: Sequence[int], written: Sequence[int]) -> str:
+    """Return the message for a network that cannot process a batch of this shape.
+
+    `written` is `model_input_shape` as the job has it.
+    """
     kind = type(error).__name__.removeprefix("MultilineMessage")
-    return f"the network raised {kind} on a batch of shape {list(shape)}: {reason(error)}"
+    source = f"model_config.model_input_shape: {list(written)}"
+    return f"{source}: the network raised {kind} on a batch of {list(shape)}: {reason(error)}"
 
 
 def reason(error: BaseException) -> str:

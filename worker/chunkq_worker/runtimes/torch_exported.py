@@ -67,8 +67,8 @@ class Limits:
         ):
             raise ModelError(
                 f"model_config.model_input_shape: {self.path} was exported for batches of "
-                f"{self._format_axes()}, found {list(shape)}; set model_input_shape to match, or "
-                "export it again"
+                f"{self._format_axes()}, and the job has batches of {list(shape)}, the batch size "
+                "and model_input_shape; set model_input_shape to match, or export it again"
             )
         if shape[0] >= self.low and (self.high is None or shape[0] <= self.high):
             return

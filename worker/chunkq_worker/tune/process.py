@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ class TrialProcess(Runner):
         self, options: TrialOptions, folder: Path, env: Mapping[str, str], memory: int | None
     ) -> None:
         self._folder, self._memory, self._peak = folder, memory, 0
-        self._stderr_file = (folder / "err").open("w+b")
+        self._stderr_file = (folder / "err").open("a+b")  # the process writes at its end
         self._process = subprocess.Popen(
             python_module(TRIAL_MODULE),
             stdin=subprocess.PIPE,
@@ -112,13 +112,17 @@ class TrialProcess(Runner):
                 note = "exceeded the time limit"
                 return Measurement("no time", peak_bytes=self._peak, note=note)
 
+    def printed(self) -> list[str]:
+        """Return the lines that the process has printed until now."""
+        self._stderr_file.seek(0)
+        return self._stderr_file.read().decode(errors="replace").strip().splitlines()
+
     def _explain_end(self) -> Measurement:
         code = self._process.wait()
         self._answers.put(b"")  # for the next request
         if code == -signal.SIGKILL:
             return Measurement("too large", note="killed by the system, out of memory")
-        self._stderr_file.seek(0)
-        lines = self._stderr_file.read().decode(errors="replace").strip().splitlines()
+        lines = self.printed()
         return Measurement("failed", note=lines[-1] if lines else f"ended with code {code}")
 
 
@@ -126,7 +130,8 @@ class Trials:
     """Load settings, each in a new process, with temporary files in `folder`.
 
     The outputs of a setting are compared with those of the setting `plain`, which is loaded first.
-    If it does not run, they are compared with those of the first setting that does.
+    If it does not run, they are compared with those of the first setting that does. `show` gets
+    each line that the first process prints until its network is loaded; the others repeat them.
     """
 
     def __init__(
@@ -137,7 +142,9 @@ class Trials:
         env: Mapping[str, str],
         *,
         memory: int | None,
+        show: Callable[[str], None],
     ) -> None:
+        self._show = show
         self._space, self._plain, self._folder = space, plain, folder
         self._env, self._memory = env, memory
         self._reference: Path | None = None
@@ -152,7 +159,7 @@ class Trials:
         sample = self._folder / f"{self._count}.npy"
         process = self._start(setting, stage, sample)
         try:
-            process.load(until - time.monotonic())
+            self._load(process, until - time.monotonic())
         except BaseException:
             process.close()
             raise
@@ -167,13 +174,19 @@ class Trials:
         sample = self._folder / "plain.npy"
         process = self._start(self._plain, "network", sample)
         try:
-            process.load(max_seconds)
+            self._load(process, max_seconds)
         finally:
             process.close()
         if process.loaded.status == "ok":
             self._reference = sample
         else:
             self.plain_failure = process.loaded.note or process.loaded.status
+
+    def _load(self, process: TrialProcess, limit: float) -> None:
+        process.load(limit)
+        if self._count == 1:
+            for line in process.printed():
+                self._show(line)
 
     def _start(self, setting: Setting, stage: Stage, sample: Path) -> TrialProcess:
         self._count += 1

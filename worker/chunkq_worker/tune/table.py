@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from math import floor, inf
 from statistics import median
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from chunkq.tables import FittingTable
 from chunkq.units import duration, si
 from chunkq_worker.tune.search import (
     ALLOWED_CHANGE,
@@ -22,11 +22,12 @@ from chunkq_worker.tune.search import (
 )
 
 COMMENT_WIDTH = 112
-COLUMNS = ("setting", "patches/s", "speed", "memory", "job time", "differs", "labels", "")
+COLUMNS = ("setting", "patches/s", "speed", "memory", "job time", "differs", "labels", "remark")
 HIDDEN_WHEN_NARROW = ("job time", "differs", "labels")
-NARROW_WIDTH = 90
-MIN_WIDTH = {"setting": 14, "": 9}
-"""Minimum widths of the columns with text."""
+SPARE_WIDTH = 20
+"""Columns of the terminal that the whole table leaves to texts, which otherwise become narrow."""
+TEXTS = ("setting", "memory", "remark")
+"""Columns whose cells can break between words."""
 STAGES: dict[Stage, str] = {"network": "network only", "pipeline": "entire chunks"}
 
 
@@ -48,30 +49,31 @@ def describe(setting: Setting, stage: Stage, chunksize: tuple[int, ...]) -> str:
     return ", ".join(parts)
 
 
-def build_table(result: SearchResult, width: int) -> Table:
+def build_table(result: SearchResult, width: int) -> FittingTable:
     """Return a table of all measured settings in the order of their measurement.
 
-    Below NARROW_WIDTH, the columns HIDDEN_WHEN_NARROW are omitted.
+    The columns HIDDEN_WHEN_NARROW are omitted if the table then fits the width, and otherwise not.
     """
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    hidden = HIDDEN_WHEN_NARROW if width < NARROW_WIDTH else ()
+    full = _table(result, ())
+    narrow = _table(result, HIDDEN_WHEN_NARROW)
+    return narrow if narrow.fits(width) and not full.fits(width - SPARE_WIDTH) else full
+
+
+def _table(result: SearchResult, hidden: Sequence[str]) -> FittingTable:
+    """Return the table without some columns. A line in front of each stage has its name."""
     visible = [n for n, name in enumerate(COLUMNS) if name not in hidden]
-    for n in visible:
-        name = COLUMNS[n]
-        grid.add_column(
-            name,
-            justify="left" if name in MIN_WIDTH else "right",
-            no_wrap=name not in (*MIN_WIDTH, "memory"),
-            min_width=MIN_WIDTH.get(name),
-        )
+    lines: list[list[str]] = []
     stage = None
     for row in result.rows:
         if row.stage != stage:
             stage = row.stage
-            grid.add_row(f"{STAGES[stage]}:")
+            lines.append([f"{STAGES[stage]}:", *[""] * (len(visible) - 1)])
         cells = _cells(row, result)
-        grid.add_row(*(cells[n] for n in visible))
-    return grid
+        lines.append([cells[n] for n in visible])
+    texts = [n for n, column in enumerate(visible) if COLUMNS[column] in TEXTS]
+    left = [n for n in texts if COLUMNS[visible[n]] != "memory"]
+    least = {0: max(len(name) + 1 for name in STAGES.values())}
+    return FittingTable([COLUMNS[n] for n in visible], lines, left=left, wraps=texts, least=least)
 
 
 def _cells(row: Row, result: SearchResult) -> list[str]:
@@ -89,7 +91,7 @@ def _cells(row: Row, result: SearchResult) -> list[str]:
     if row == result.best:
         remarks.append("chosen")
     return [
-        "  " + describe(row.setting, row.stage, cost.chunksize),
+        describe(row.setting, row.stage, cost.chunksize),
         _format_rate(measurement.rate) if usable else "",
         _format_speeds(relative_speeds(row, result)) if usable else "",
         memory,
@@ -128,7 +130,7 @@ def comment_lines(result: SearchResult) -> list[str]:
     """Return the table and its legend as plain lines."""
     stream = io.StringIO()
     console = Console(file=stream, width=COMMENT_WIDTH, no_color=True, highlight=False)
-    console.print(build_table(result, COMMENT_WIDTH))
+    console.print(_table(result, ()))
     return [*(line.rstrip() for line in stream.getvalue().splitlines()), *legend_lines(result)]
 
 

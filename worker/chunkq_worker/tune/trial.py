@@ -266,7 +266,10 @@ class ChunkTrial(Trial):
         self._turns += 1
         folder = Path(self._options.folder) / str(self._turns)
         output = str(folder / "out.zarr")
-        job = create_job(check_job(load_job(self._record.job.as_dict(), output=output)))
+        values = self._record.job.as_dict()
+        for key in ("mask", "skip_empty"):  # sample chunks are computed whole
+            values.pop(key, None)
+        job = create_job(check_job(load_job(values, output=output)))
         try:
             with self._device.compute_with(job, self.engine):
                 return self._patches_per_second(job, seconds)

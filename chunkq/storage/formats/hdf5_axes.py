@@ -1,0 +1,98 @@
+"""What describes the axes of an HDF5 dataset: axistags, dimension labels or dimension scales."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chunkq.geometry.axes import Axis, kind_of_name, named_axes
+from chunkq.geometry.axis_units import unit_name
+
+AXISTAGS = "axistags"
+"""Attribute in which vigra and ilastik describe the axes, as JSON."""
+ELEMENT_SIZE = "element_size_um"
+"""Attribute with the size of a voxel in micrometers along the spatial axes."""
+MAX_COORDINATES = 1 << 20
+"""Length up to which the coordinates of a dimension scale are read."""
+TOLERANCE = 1e-3
+"""Relative deviation of a step up to which coordinates are evenly spaced."""
+
+
+def described_axes(dataset: Any) -> tuple[tuple[Axis, ...], str]:
+    """Return the axes of an `h5py.Dataset`, and what names them; empty if nothing does."""
+    names, source = _names(dataset)
+    rank = len(dataset.shape)
+    scales, starts = [1.0] * rank, [0.0] * rank
+    units: list[str | None] = [None] * rank
+    spacings = [_coordinates(dataset, number) for number in range(rank)]
+    for number, spacing in enumerate(spacings):
+        if spacing is not None:
+            scales[number], starts[number], units[number] = spacing
+    spatial = [n for n, name in enumerate(names) if kind_of_name(name or "") == "space"]
+    sizes = _element_size(dataset, len(spatial))
+    for number, size in zip(spatial, sizes, strict=False):
+        scales[number], units[number] = size, "micrometer"
+    return named_axes(names, dataset.shape, scales, starts, units), source
+
+
+def _names(dataset: Any) -> tuple[Sequence[str | None], str]:
+    rank = len(dataset.shape)
+    tags = _axistags(dataset.attrs.get(AXISTAGS))
+    if len(tags) == rank and any(tags):
+        return tags, AXISTAGS
+    labels = [dimension.label or None for dimension in dataset.dims]
+    if any(labels):
+        return labels, "DIMENSION_LABELS"
+    scales = [_scale_name(dimension) for dimension in dataset.dims]
+    return scales, "dimension scales" if any(scales) else ""
+
+
+def _axistags(text: Any) -> list[str | None]:
+    """Return the keys of the axes in vigra's JSON; empty if there are none."""
+    try:
+        axes = json.loads(text)["axes"]
+        return [
+            str(axis["key"]) if axis.get("key") not in (None, "?", "") else None for axis in axes
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []
+
+
+def _scale_name(dimension: Any) -> str | None:
+    return str(dimension[0].name).rpartition("/")[2] or None if len(dimension) else None
+
+
+def _coordinates(dataset: Any, number: int) -> tuple[float, float, str | None] | None:
+    """Return step, start and unit of an axis from its dimension scale, if it is evenly spaced."""
+    dimension, size = dataset.dims[number], dataset.shape[number]
+    if not len(dimension) or not 2 <= size <= MAX_COORDINATES:
+        return None
+    scale = dimension[0]
+    if (
+        scale.shape != (size,)
+        or scale.dtype.kind not in "iuf"
+        or scale.is_virtual
+        or scale.external
+    ):
+        return None
+    positions = np.asarray(scale[()], np.float64)
+    steps = np.diff(positions)
+    is_even = np.isfinite(positions).all() and np.allclose(steps, steps[0], rtol=TOLERANCE, atol=0)
+    if not is_even or steps[0] <= 0:
+        return None
+    step = float(positions[-1] - positions[0]) / (size - 1)
+    unit = scale.attrs.get("units")
+    text = unit.decode(errors="replace") if isinstance(unit, bytes) else unit
+    return step, float(positions[0]), unit_name(text if isinstance(text, str) else "")
+
+
+def _element_size(dataset: Any, count: int) -> list[float]:
+    """Return the sizes of voxels along `count` spatial axes; empty if there are not so many."""
+    try:
+        sizes = [float(size) for size in np.ravel(dataset.attrs[ELEMENT_SIZE])]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return sizes if len(sizes) == count and all(0 < s < float("inf") for s in sizes) else []

@@ -1,0 +1,155 @@
+"""A file that holds one array: its identity, its size, and voxels at an offset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from chunkq.access import Access, sends_parts
+from chunkq.errors import ErrorCode, StoreError
+from chunkq.paths import is_url, is_web, open_filesystem, without_secret
+from chunkq.storage.array import Voxels
+from chunkq.storage.formats.base import missing_error, unreadable_error
+
+SPATIAL_RANK = 3
+"""The last axes of a file at a URL that are read in one request; one per index of the others."""
+STREAM_BYTES = 8 << 20
+"""Bytes of a file in a bucket that are requested at a time while it is read as a stream."""
+
+
+class SingleFile:
+    """A local file, or one at a URL. `path` is the user's name of it."""
+
+    def __init__(self, path: str, access: Access) -> None:
+        self.path = path
+        self.filesystem, self.inner = open_filesystem(path, access)
+
+    def error(self, problem: str) -> StoreError:
+        """Return the error for a file that is not what its name says."""
+        return StoreError(
+            f"input: {without_secret(self.path)}: {problem}", code=ErrorCode.STORE_UNSUPPORTED
+        )
+
+    def head(self, size: int) -> bytes:
+        """Return at most `size` bytes from the start of the file. Raises OSError."""
+        if is_web(self.path):  # a server that does not send parts would send the whole file
+            with self.stream() as file:
+                return read_exactly(file, size)
+        content: bytes = self.filesystem.cat_file(self.inner, start=0, end=size)
+        return content
+
+    def stream(self) -> BinaryIO:
+        """Open the file for reading it once from its start. Raises OSError."""
+        if not is_url(self.path):
+            return open(self.inner, "rb")
+        # fsspec streams a response of a web server if there are no blocks.
+        options = {"block_size": 0} if is_web(self.path) else {"block_size": STREAM_BYTES}
+        file: BinaryIO = self.filesystem.open(self.inner, "rb", **options)
+        return file
+
+    def require_parts(self, advice: str = "download the file, or convert it to Zarr") -> None:
+        """Raise StoreError if the file is on a web server that does not send parts of files."""
+        if is_web(self.path) and not sends_parts(self.filesystem, self.inner):
+            raise self.error(f"the server does not send parts of files; {advice}")
+
+    def size(self) -> int | None:
+        """Return the size of the file (bytes), or None if a server does not tell it."""
+        if not is_url(self.path):
+            return os.path.getsize(self.inner)
+        size: int | None = self.filesystem.info(self.inner).get("size")
+        return size
+
+    def identity(self, head: int) -> str | None:
+        """Return a string of size, time of modification and the first bytes; None if missing.
+
+        A file at a URL has the unique key of fsspec instead of size and time. Raises OSError.
+        """
+        try:
+            first = self.head(head)
+            return f"{self.state()} {hashlib.sha256(first).hexdigest()}"
+        except FileNotFoundError:
+            return None
+
+    def state(self) -> str:
+        """Return size and time of modification; at a URL the unique key of fsspec."""
+        if is_url(self.path):
+            return str(self.filesystem.ukey(self.inner))
+        status = os.stat(self.inner)
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def read_exactly(file: BinaryIO, size: int) -> bytes:
+    """Return `size` bytes, or all that are left if these are fewer."""
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def opening_error(path: str, error: Exception) -> StoreError:
+    """Return the error for a single file that cannot be opened."""
+    if not isinstance(error, FileNotFoundError):
+        return unreadable_error(path, error)
+    # fsspec raises FileNotFoundError for every answer of a web server but a success.
+    cause = error.__cause__
+    if cause is not None and getattr(cause, "status", None) != 404 and is_web(path):
+        return unreadable_error(path, cause)
+    return missing_error(path)
+
+
+@dataclass(frozen=True)
+class StoredVoxels:
+    """An array in C order in a file: its first byte, and its shape and dtype as stored."""
+
+    file: SingleFile
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the array."""
+        return self.offset + prod(self.shape) * self.dtype.itemsize
+
+    def read(self, slices: Sequence[slice]) -> Voxels:
+        """Return a box in the stored dtype. Raises ValueError if the file is truncated.
+
+        A local file is mapped into memory, a file at a URL is read in ranges.
+        """
+        if is_url(self.file.path):
+            return self._read_ranges(slices)
+        mapped = np.memmap(self.file.inner, self.dtype, "r", self.offset, self.shape)
+        return mapped[tuple(slices)]
+
+    def _read_ranges(self, slices: Sequence[slice]) -> Voxels:
+        """Read whole rows along the last axes, for each index of the axes before them."""
+        lead = max(0, len(self.shape) - SPATIAL_RANK)
+        rows, inner = slices[lead], self.shape[lead + 1 :]
+        row_bytes = prod(inner) * self.dtype.itemsize
+        starts = []
+        for index in product(*(range(part.start, part.stop) for part in slices[:lead])):
+            flat = 0
+            for number, size in zip(index, self.shape[:lead], strict=True):
+                flat = flat * size + number
+            starts.append(self.offset + (flat * self.shape[lead] + rows.start) * row_bytes)
+        length = (rows.stop - rows.start) * row_bytes
+        contents = [
+            self.file.filesystem.cat_file(self.file.inner, start=start, end=start + length)
+            for start in starts
+        ]
+        parts = [
+            np.frombuffer(content, self.dtype).reshape(rows.stop - rows.start, *inner)
+            for content in contents
+        ]
+        cut = (slice(None), *slices[lead + 1 :])
+        leading = [part.stop - part.start for part in slices[:lead]]
+        values = np.stack([part[cut] for part in parts]) if lead else parts[0][cut]
+        return values.reshape(*leading, *values.shape[1:]) if lead else values

@@ -1,0 +1,81 @@
+"""Faults in what is skipped: patches outside a mask, empty patches, chunks without any other."""
+
+from tests.prove.fault import Fault, named
+
+SPACE, TASKS = "tests/integration/test_empty_space.py", "tests/unit/test_item_tasks.py"
+SELECTION, FINALIZE = "chunkq/plan/patch_selection.py", "chunkq/stages/finalize.py"
+
+FAULTS = (
+    Fault(
+        "empty-patches-have-no-weight",
+        "chunkq/blend/sums.py",
+        "add_nothing(to_numpy(self._sums), share, nothing)",
+        "pass",
+        "the border between empty and full space depends on what was skipped",
+        named(SPACE, "any_cut and another_fill"),
+    ),
+    Fault(
+        "empty-chunks-have-no-weight",
+        "chunkq/blend/sums.py",
+        "in_box += empty.sums(term.source, shared)",
+        "pass",
+        "results depend on the cut where a whole chunk is empty",
+        named(SPACE, "any_cut and another_fill"),
+    ),
+    Fault(
+        "kept-voxels-decide-what-is-empty",
+        SELECTION,
+        "voxels[(patch.source & volume).slices(within.start)]",
+        "voxels[(patch.target & volume).slices(within.start)]",
+        "patches are skipped although the network would read something",
+        named(SPACE, "nan_equals or any_cut"),
+    ),
+    Fault(
+        "mask-does-not-fill",
+        "chunkq/blend/sums.py",
+        "reduced[:, outside] = plan.output.fill",
+        "pass",
+        "predictions stand outside of the mask",
+        named(SPACE, "any_cut and mask"),
+    ),
+    Fault(
+        "a-lost-piece-counts-as-empty",
+        FINALIZE,
+        "            if commit.empty:\n",
+        "            if commit:\n",
+        "a block is finalized without the predictions of a chunk",
+        named(SPACE, "lost_piece"),
+    ),
+    Fault(
+        "storage-chunks-are-listed-again",
+        "chunkq/create.py",
+        "if not item.ledger.has_skipped()",
+        "if True",
+        "a job that is continued has other tasks than before",
+        named(SPACE, "found_once"),
+    ),
+    Fault(
+        "blocks-wait-for-skipped-chunks",
+        "chunkq/plan/item_tasks.py",
+        "if self.is_task(source)]",
+        "]",
+        "blocks are never finalized",
+        (TASKS,),
+    ),
+    Fault(
+        "cells-are-those-of-first-corners",
+        "chunkq/geometry/cells.py",
+        "(0.5 + self.shift)",
+        "(0.0 + self.shift)",
+        "a mask of another resolution is shifted by half a voxel",
+        (TASKS,),
+    ),
+    Fault(
+        "last-cell-of-a-window-left-out",
+        "chunkq/plan/patch_counts.py",
+        'side="right"',
+        'side="left"',
+        "patches that reach into the mask by one cell are no tasks",
+        (TASKS,),
+    ),
+)

@@ -1,0 +1,126 @@
+"""Messages about shapes of batches, in the order of axes in which the job writes its shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkq.job.axis_order import EITHER_ORDER, FIRST, LAST, WrittenOrders, input_channels
+from chunkq.job.model_config import ModelConfig
+from chunkq.plan.plan import Plan
+from chunkq_worker.runtimes.axis_moves import Move
+from chunkq_worker.steps import KEY, Steps
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShapeTexts:
+    """What a job says about the shapes of its network.
+
+    model     keys of the network as the job has them
+    item      shape of an item of a batch, channels first
+    outputs   allowed shapes of an item of the output, channels first, the likeliest one first
+    steps     the steps around the network, which see channels first
+    """
+
+    model: ModelConfig
+    plan: Plan
+    item: Shape
+    outputs: tuple[Shape, ...]
+    steps: Steps
+
+    def batch(self, count: int) -> str:
+        """Return the shape of a batch, and where it comes from."""
+        shape = [count, *self._written(self.item)]
+        inputs = self.plan.volume.inputs if self.model.join_dim is not None else 1
+        source = f" of {inputs} inputs" if inputs > 1 else ""
+        return f"{shape} ({count} × model_config.model_input_shape{source})"
+
+    def wrong_input(self, count: int) -> str:
+        """Return the end of a message about a network that fails for a batch."""
+        hint = self._channel_hint()
+        return f"the batch has shape {self.batch(count)}; check it and the network{hint}"
+
+    def wrong_output(self, count: int, shape: Shape) -> str:
+        """Return the message for an output of a wrong shape for a batch of `count` items."""
+        steps = "" if self.steps == Steps() else " with its processing_steps"
+        expected = list(self.outputs[0] if self._has_steps_after else self._written_output())
+        key = "model_config.model_output_shape"
+        if self.model.model_output_shape is not None:
+            reason = f"{key} is {expected}"
+        else:
+            lost = "" if self.model.lost_dim is None else " with 1 at lost_dim"
+            reason = f"without {key} an output has model_input_shape{lost}, {expected}"
+        return (
+            f"the network{steps} returned shape {list(shape)} for a batch of "
+            f"{self.batch(count)}, but {reason}; {self._remedy(count, shape)}"
+        )
+
+    @property
+    def _orders(self) -> WrittenOrders:
+        channels = input_channels(self.model, self.plan.volume)
+        return WrittenOrders.of(self.model, self.plan.rank, channels)
+
+    @property
+    def _has_steps_after(self) -> bool:
+        return (self.steps.postprocessing, self.steps.postprocessing_protected) != (None, None)
+
+    def _written(self, item: Shape) -> Shape:
+        is_last = self._orders.input is LAST and len(item) > self.plan.rank
+        return Move.TO_LAST.after(item) if is_last else item
+
+    def _written_output(self) -> Shape:
+        if self.model.model_output_shape is not None:
+            return self.model.model_output_shape
+        return self._written(self.outputs[0])
+
+    def _remedy(self, count: int, shape: Shape) -> str:
+        if shape[:1] != (count,):
+            return f"fix the network, which must keep the batch axis of {count} items"
+        is_either = self.model.runtime in EITHER_ORDER
+        last_first = Move.TO_FIRST.after(shape[1:])
+        if not is_either and self._fits(last_first) and not self._fits(shape[1:]):
+            is_declared = last_first in self.outputs
+            also = "" if is_declared else f", and set model_output_shape: {list(last_first)}"
+            return f"move its last axis first in postprocessing_protected of {KEY}{also}"
+        hint = self._channel_hint() + (self._step_hint() if is_either else "")
+        output = self._output_to_set(shape[1:])
+        if output is None:
+            return (
+                "fix the network, whose output must be as large as the patch or smaller by an even "
+                f"number{hint}"
+            )
+        return f"set model_output_shape: {list(output)}, or fix the network{hint}"
+
+    def _output_to_set(self, item: Shape) -> Shape | None:
+        """Return `model_output_shape` for an output item, None if the item cannot be one."""
+        if self.model.runtime not in EITHER_ORDER or self._has_steps_after:
+            return item if self._fits(item) else None
+        last_first = Move.TO_FIRST.after(item)
+        order = FIRST if self._fits(item) else LAST if self._fits(last_first) else None
+        if order is None or len(item) == self.plan.rank or self._orders.input in (None, order):
+            return None if order is None else item
+        return last_first if order is LAST else Move.TO_LAST.after(item)
+
+    def _fits(self, item: Shape) -> bool:
+        """Return whether an item with channels first is an output centered in the input patch."""
+        rank = self.plan.rank
+        if len(item) not in (rank, rank + 1):
+            return False
+        lost = self.model.lost_dim is not None
+        pairs = zip(item[-rank:], self.plan.input_patch, strict=True)
+        return all((0 < q <= p and (p - q) % 2 == 0) or (lost and q == 1) for q, p in pairs)
+
+    def _step_hint(self) -> str:
+        """Return what to do if a step behind the network moves axes, which chunkq does."""
+        if not self._has_steps_after:
+            return ""
+        return f"; steps get channels first, so remove one of {KEY} that moves axes"
+
+    def _channel_hint(self) -> str:
+        """Return what to try if the declared input has no channel axis, else nothing."""
+        shape = self.model.model_input_shape
+        has_channels = len(shape) > self.plan.rank or self.model.lost_dim is not None
+        if has_channels or self.model.runtime in EITHER_ORDER:  # one is added where necessary
+            return ""
+        return f"; if it has a channel axis, use model_input_shape {[1, *shape]}"
