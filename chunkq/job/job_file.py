@@ -6,7 +6,6 @@ import json
 import os
 import re
 import stat
-from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
@@ -40,15 +39,6 @@ from chunkq.job.fields import (
     SkipEmpty,
     Widths,
     key_doc,
-)
-from chunkq.job.hints import (
-    flag_hint,
-    key_hint,
-    letters_hint,
-    list_hint,
-    number_hint,
-    picks_hint,
-    value_hint,
 )
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
@@ -928,6 +918,8 @@ def _without_branches(
 
 def _message(error: Any) -> str:
     """Format one of pydantic's errors as `key.path: what is wrong; what to do`."""
+    from chunkq.job import hints  # for messages only
+
     location = error["loc"]
     path = ".".join(map(str, location)) or "a key"
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
@@ -936,13 +928,14 @@ def _message(error: Any) -> str:
         if path in _REPLACED_KEYS:
             return f"{path}: unknown key; did you mean {_REPLACED_KEYS[path]!r}?"
         names = {one: _names(model) for one, model in SECTIONS.items()}
-        return f"{path}: unknown key{key_hint(str(location[-1]), section, names)}"
+        return f"{path}: unknown key{hints.key_hint(str(location[-1]), section, names)}"
     if kind == "missing":
         return f"{path}: missing; set it (`chunkq explain {path}` has an example)"
     found = "no value" if value is None else _printed(value)
     if kind == "literal_error":
-        legal = [literal_eval(one) for one in _LITERAL.findall(str(context["expected"]))]
-        hint = value_hint(key, value, legal)
+        texts = _LITERAL.findall(str(context["expected"]))
+        legal = [text.strip("'") if text.startswith("'") else int(text) for text in texts]
+        hint = hints.value_hint(key, value, legal)
         problem = "missing value" if value is None else f"invalid value {found}"
         return f"{path}: {problem}; expected one of {', '.join(map(repr, legal))}{hint}"
     if kind in _EXPECTED:
@@ -952,23 +945,25 @@ def _message(error: Any) -> str:
         return f"{path}: expected {expected}, found {found}{_typed_hint(location, kind, value)}"
     message, hint = str(error["msg"]), ""
     if kind == "picks":
-        hint = picks_hint(value, has_labels=key == "channels")
+        hint = hints.picks_hint(value, has_labels=key == "channels")
     elif kind == "letters":
-        hint = letters_hint(value)
+        hint = hints.letters_hint(value)
     hint = hint or _example(location)
     return f"{path}: {message[0].lower()}{message[1:]}, found {found}{hint}"
 
 
 def _typed_hint(location: Sequence[int | str], kind: str, value: object) -> str:
     """Return what to do about a value of a wrong type or out of its range."""
+    from chunkq.job import hints  # for messages only
+
     if kind == "bool_type":
-        return flag_hint(value) or ("; set one, or remove the key" if value is None else "")
+        return hints.flag_hint(value) or ("; set one, or remove the key" if value is None else "")
     example = _example_value(location)
     is_of_integers = isinstance(example, list) and all(isinstance(n, int) for n in example)
-    if kind == "tuple_type" and is_of_integers and (hint := list_hint(value)):
+    if kind == "tuple_type" and is_of_integers and (hint := hints.list_hint(value)):
         return hint
     if kind in ("int_type", "float_type") and isinstance(value, (str, float)):
-        return number_hint(value, is_integer=kind == "int_type") or _example(location)
+        return hints.number_hint(value, is_integer=kind == "int_type") or _example(location)
     return _example(location)
 
 
@@ -1041,7 +1036,9 @@ def _weight_problems(job: Job) -> list[str]:
             f"[{names[0]}, FUNCTION]"
         ]
     if len(names) == 1 and names[0] not in LOG_PROFILES:
-        hint = value_hint("weight_function", names[0], list(LOG_PROFILES))
+        from chunkq.job import hints  # for messages only
+
+        hint = hints.value_hint("weight_function", names[0], list(LOG_PROFILES))
         return [
             f"weight_function: invalid value {_printed(names[0])}; "
             f"expected one of {', '.join(LOG_PROFILES)}{hint}"

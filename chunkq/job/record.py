@@ -22,7 +22,7 @@ from chunkq.plan.plan import Plan
 from chunkq.storage import documents
 from chunkq.storage.images import ImageSource
 
-LAYOUT = 4
+LAYOUT = 5
 """Version of the job folder's layout. Folders of other versions are unsupported."""
 KEYS_WITHOUT_EFFECT = (
     "queue", "output", "cluster", "hardware", "dask_config", "ray_config", "allow_empty",

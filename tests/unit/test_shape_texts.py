@@ -37,9 +37,9 @@ def texts(
     ("runtime", "patch", "output", "returned", "parts"),
     [
         # without model_output_shape: the default is named, and what the network returned is set
-        ("torch", (1, 8, 8), None, (4, 3, 8, 8), ("model_input_shape, [1, 8, 8]", "[3, 8, 8]")),
-        ("torch", (8, 8), None, (4, 6, 6), ("model_input_shape, [8, 8]", "[6, 6]")),
-        ("torch", (1, 8, 8), (4, 8, 8), (4, 3, 8, 8), ("model_output_shape is", "[3, 8, 8]")),
+        ("torch", (1, 8, 8), None, (4, 3, 8, 8), ("expected [4, 1, 8, 8]", "[3, 8, 8]")),
+        ("torch", (8, 8), None, (4, 6, 6), ("expected [4, 8, 8]", "[6, 6]")),
+        ("torch", (1, 8, 8), (4, 8, 8), (4, 3, 8, 8), ("expected [4, 4, 8, 8]", "[3, 8, 8]")),
         # an output that cannot be centered in the patch is no shape to set
         ("torch", (1, 8, 8), None, (4, 3, 7, 7), ("smaller by an even number",)),
         ("torch", (1, 8, 8), None, (4, 10), ("smaller by an even number",)),
@@ -49,11 +49,11 @@ def texts(
         ("torch", (1, 8, 8), None, (4, 8, 8, 3), ("postprocessing_protected", "[3, 8, 8]")),
         ("torch", (1, 8, 8), (3, 8, 8), (4, 8, 8, 3), ("postprocessing_protected",)),
         # the order of the job is kept
-        ("onnx", (8, 8, 1), None, (4, 8, 8, 3), ("[4, 8, 8, 1]", "_shape, [8, 8, 1]", "[8, 8, 3]")),
-        ("onnx", (1, 8, 8), None, (4, 8, 8, 3), ("[4, 1, 8, 8]", "[1, 8, 8]", ": [3, 8, 8]")),
-        ("onnx", (8, 8, 1), None, (4, 3, 8, 8), ("[4, 8, 8, 1]", ": [8, 8, 3]")),
-        ("onnx", (8, 8, 1), (8, 8, 2), (4, 8, 8, 3), ("is [8, 8, 2]", ": [8, 8, 3]")),
-        ("onnx", (8, 8), None, (4, 6, 6), ("[4, 8, 8]", ": [6, 6]")),
+        ("onnx", (8, 8, 1), None, (4, 8, 8, 3), ("expected [4, 8, 8, 1]", "[8, 8, 3]")),
+        ("onnx", (1, 8, 8), None, (4, 8, 8, 3), ("expected [4, 1, 8, 8]", ": [3, 8, 8]")),
+        ("onnx", (8, 8, 1), None, (4, 3, 8, 8), ("expected [4, 8, 8, 1]", ": [8, 8, 3]")),
+        ("onnx", (8, 8, 1), (8, 8, 2), (4, 8, 8, 3), ("expected [4, 8, 8, 2]", ": [8, 8, 3]")),
+        ("onnx", (8, 8), None, (4, 6, 6), ("expected [4, 8, 8]", ": [6, 6]")),
     ],
 )
 def test_a_wrong_output_is_reported_with_the_source_of_the_expected_shape(
@@ -61,7 +61,7 @@ def test_a_wrong_output_is_reported_with_the_source_of_the_expected_shape(
 ) -> None:
     line = texts(runtime, patch, output).wrong_output(4, returned)
     assert f"returned shape {list(returned)} for a batch of {[4, *patch]}" in line
-    assert ("without model_config.model_output_shape" in line) == (output is None)
+    assert ("model_config.model_output_shape is missing" in line) == (output is None)
     for part in parts:
         assert part in line
     proposed = line.rpartition("set model_output_shape: ")[2]
@@ -79,13 +79,13 @@ def test_the_proposed_shape_is_accepted() -> None:
 def test_steps_see_channels_first_and_so_does_the_message() -> None:
     steps = replace(Steps(), postprocessing=lambda batch: batch)
     line = texts("onnx", (8, 8, 1), None, steps).wrong_output(4, (4, 8, 8, 3))
-    assert "model_input_shape, [1, 8, 8]" in line
+    assert "expected [4, 1, 8, 8], as the input with channels first" in line
     assert "steps get channels first" in line
 
 
 def test_the_default_of_a_network_with_lost_dim_is_explained() -> None:
     line = texts("numpy", (5, 8), None, lost_dim=0).wrong_output(2, (2, 3, 8))
-    assert "with 1 at lost_dim, [1, 8]" in line
+    assert "expected [2, 1, 8], as the input with 1 at lost_dim" in line
 
 
 def test_a_batch_of_several_inputs_names_their_number() -> None:

@@ -44,16 +44,18 @@ class ShapeTexts:
     def wrong_output(self, count: int, shape: Shape) -> str:
         """Return the message for an output of a wrong shape for a batch of `count` items."""
         steps = "" if self.steps == Steps() else " with its processing_steps"
-        expected = list(self.outputs[0] if self._has_steps_after else self._written_output())
+        written = self._written_output()
+        expected = self.outputs[0] if self._has_steps_after else written
+        first = "" if expected == written else " with channels first"
         key = "model_config.model_output_shape"
         if self.model.model_output_shape is not None:
-            reason = f"{key} is {expected}"
+            reason = f"the batch and {key}{first}"
         else:
             lost = "" if self.model.lost_dim is None else " with 1 at lost_dim"
-            reason = f"without {key} an output has model_input_shape{lost}, {expected}"
+            reason = f"as the input{first}{lost}, because {key} is missing"
         return (
-            f"the network{steps} returned shape {list(shape)} for a batch of "
-            f"{self.batch(count)}, but {reason}; {self._remedy(count, shape)}"
+            f"the network{steps} returned shape {list(shape)} for a batch of {self.batch(count)}; "
+            f"expected {[count, *expected]}, {reason}; {self._remedy(count, shape)}"
         )
 
     @property

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 from typing_extensions import override
 
-from chunkq.job.hints import value_hint
 from chunkq.job.job_file import load_job, select_job_file
 from chunkq.system.standard_output import reserve
 from chunkq_producer.commands.options import (
@@ -37,6 +36,8 @@ class EngineChoice(Choice):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
+            from chunkq.job.hints import value_hint  # for a message only
+
             hint = value_hint("executor", value, list(ENGINES))
             self.fail(f"{error.message.rstrip('.')}{hint}", param, ctx)
 
