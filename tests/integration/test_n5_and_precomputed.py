@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import json
 import shutil
 import struct
@@ -446,6 +447,31 @@ def test_missing_blocks_are_zero_and_an_array_without_any_is_refused(
         block.unlink()
     refused(folder, ErrorCode.INPUT_EMPTY, str(folder), "allow_empty")
     assert not read(find_source(str(folder), allow_empty=True)).any()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_blocks_that_exist_are_listed_as_presented(tmp_path: Path, suffix: str) -> None:
+    write_n5(tmp_path / "in.n5")
+    write_precomputed(tmp_path / "ng", voxel_offset=[100, 0, -20])
+    write_precomputed(tmp_path / "c", random_volume((2, *SHAPE)), voxel_offset=[-3, 0, 0])
+    write_precomputed(tmp_path / "sharded", sharding=SHARDING)
+    for name, block in (
+        ("in.n5", "1/0/2"), ("ng/4_4_40", "104-107_0-4_-12--11"), ("c/4_4_40", "1-4_0-4_8-9"),
+    ):  # fmt: skip
+        (tmp_path / name / block).unlink()
+    if suffix:
+        for block_file in [*blocks_of(tmp_path / "ng"), *blocks_of(tmp_path / "c")]:
+            file = block_file.with_name(block_file.name + suffix)
+            file.write_bytes(gzip.compress(block_file.read_bytes()))
+            block_file.unlink()
+    for name, channels in (("in.n5", ()), ("ng", ()), ("c", (0,))):
+        stored = find_source(f"{tmp_path}/{name}").stored_chunks()
+        assert stored is not None
+        expected = set(
+            itertools.product(*(range(1) for _ in channels), range(3), range(2), range(2))
+        )
+        assert set(map(tuple, stored.indices.tolist())) == expected - {(*channels, 2, 0, 1)}
+    assert find_source(f"{tmp_path}/sharded").stored_chunks() is None
 
 
 @each_form

@@ -14,7 +14,7 @@ from typing_extensions import override
 from chunkq.access import Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.box import Box
-from chunkq.paths import join, without_secret
+from chunkq.paths import is_web, join, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
     CACHED,
@@ -32,13 +32,14 @@ from chunkq.storage.formats.n5_metadata import (
     parse_n5_node,
 )
 from chunkq.storage.formats.tensorstore_arrays import BlockLayout, block_indices, open_blocks
-from chunkq.storage.formats.zarr_chunks import ChunkKeys, keys_in
+from chunkq.storage.formats.zarr_chunks import ChunkKeys, keys_in, listed_indices
 from chunkq.storage.formats.zarr_nodes import (
     FORBIDDEN_IS_MISSING,
     access_options,
     first_document,
     level_error,
 )
+from chunkq.storage.stored_chunks import StoredChunks
 
 BLOCK_KEYS = ChunkKeys("v2", "/")
 """Names of blocks, such as `0/1/2`; x is first."""
@@ -83,6 +84,28 @@ class N5Format(Format):
     @override
     def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
         return _find(path, level, Access.of(options))
+
+    @override
+    def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
+        if options.get(FORBIDDEN_IS_MISSING) or is_web(path):
+            return None
+        access = Access.of(options)
+        node = _read(path, access)
+        if node is None:
+            raise missing_error(path)
+        dataset = node.dataset
+        shape, block = dataset.dimensions[::-1], dataset.block[::-1]
+        try:
+            indices = listed_indices(
+                path,
+                access,
+                BLOCK_KEYS.pattern(len(shape)),
+                lambda name: [int(n) for n in reversed(name.split("/"))],
+                dataset.grid[::-1],
+            )
+        except Exception as error:  # each file system raises different errors
+            raise unreadable_error(path, error) from error
+        return StoredChunks(shape, block, indices)
 
     @override
     def open(self, path: str, options: Options) -> Array:
@@ -160,8 +183,7 @@ def _array_info(node: N5Node) -> ArrayInfo:
     dataset = node.dataset
     options = access_options(node.path, node.access)
     _open(node, options)
-    sizes = zip(dataset.dimensions, dataset.block, strict=True)
-    grid = [-(-size // block) for size, block in sizes]
+    grid = dataset.grid
     try:
         keys = keys_in(node.path, node.access, grid, [BLOCK_KEYS]) if all(grid) else BLOCK_KEYS
     except Exception as error:  # each file system raises different errors

@@ -60,6 +60,11 @@ class Dataset(BaseModel):
     compression: Compression
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of blocks along each axis."""
+        return tuple(-(-s // b) for s, b in zip(self.dimensions, self.block, strict=True))
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The attributes that determine the voxels, for tensorstore."""
         return {

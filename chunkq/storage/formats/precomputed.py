@@ -44,7 +44,7 @@ from chunkq.storage.formats.tensorstore_arrays import (
     open_blocks,
     web_kvstore,
 )
-from chunkq.storage.formats.zarr_chunks import keys_in
+from chunkq.storage.formats.zarr_chunks import keys_in, listed_indices
 from chunkq.storage.formats.zarr_nodes import (
     FORBIDDEN_IS_MISSING,
     access_options,
@@ -53,6 +53,7 @@ from chunkq.storage.formats.zarr_nodes import (
     metadata_error,
     require_parts,
 )
+from chunkq.storage.stored_chunks import StoredChunks
 
 INFO = "info"
 """Name of the document of a volume."""
@@ -268,6 +269,29 @@ class PrecomputedFormat(Format):
     @override
     def find_level(self, path: str, level: int | str, options: Options = NO_OPTIONS) -> ArrayInfo:
         return _find(path, level, Access.of(options))
+
+    @override
+    def stored_chunks(self, path: str, options: Options) -> StoredChunks | None:
+        access, key = Access.of(options), str(options[SCALE])
+        info = _require_info(path, access)
+        scale = _scale(path, info, key)
+        if options.get(FORBIDDEN_IS_MISSING) or is_web(path) or scale.sharding is not None:
+            return None
+        channels = _channels(info)
+
+        def index_of(name: str) -> Sequence[int]:
+            starts = (int(match[1]) for match in re.finditer(r"(-?\d+)--?\d+", name))
+            axes = zip(starts, scale.voxel_offset, scale.block, strict=True)
+            return [*(0 for _ in channels), *reversed([(s - o) // b for s, o, b in axes])]
+
+        grid = (*(1 for _ in channels), *scale.grid[::-1])
+        pattern = BlockKeys(scale, str(options.get(SUFFIX, ""))).pattern(3)
+        try:
+            indices = listed_indices(_folder(path, key), access, pattern, index_of, grid)
+        except Exception as error:  # each file system raises different errors
+            raise unreadable_error(path, error) from error
+        block = (*channels, *scale.block[::-1])
+        return StoredChunks((*channels, *scale.size[::-1]), block, indices)
 
     @override
     def open(self, path: str, options: Options) -> Array:

@@ -138,21 +138,36 @@ def list_chunks(
     `chunks` is the shape of what one object stores. Objects with other names are left out. Raises
     the storage's errors.
     """
-    if is_url(node.path):
-        filesystem, inner = open_filesystem(node.path, node.access)
-        root = inner.rstrip("/") + "/"
-        names: Iterable[str | None] = (path.removeprefix(root) for path in filesystem.find(inner))
-    else:
-        names = _walk(node.path, _list_local, is_limited=False)
-    pattern, prefix = keys.pattern(len(shape)), len(keys.name(()))
-    rows = [
-        name[prefix:].removeprefix(keys.separator).split(keys.separator)
-        for name in names
-        if name is not None and pattern.fullmatch(name)
-    ]
-    indices = np.array(rows, dtype=np.int64).reshape(-1, len(shape))
+    prefix = len(keys.name(()))
     grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-    return indices[(indices < grid).all(axis=1)]
+
+    def index_of(name: str) -> Sequence[int]:
+        return [int(n) for n in name[prefix:].removeprefix(keys.separator).split(keys.separator)]
+
+    return listed_indices(node.path, node.access, keys.pattern(len(shape)), index_of, grid)
+
+
+def listed_indices(
+    path: str,
+    access: Access,
+    pattern: re.Pattern[str],
+    index_of: Callable[[str], Sequence[int]],
+    grid: Sequence[int],
+) -> npt.NDArray[np.int64]:
+    """Return the indices of the objects in a folder whose names match, int64 (n, rank).
+
+    `index_of` returns the index for a name. Indices outside of the grid are left out. Raises the
+    storage's errors.
+    """
+    if is_url(path):
+        filesystem, inner = open_filesystem(path, access)
+        root = inner.rstrip("/") + "/"
+        names: Iterable[str | None] = (name.removeprefix(root) for name in filesystem.find(inner))
+    else:
+        names = _walk(path, _list_local, is_limited=False)
+    rows = [index_of(name) for name in names if name is not None and pattern.fullmatch(name)]
+    indices = np.array(rows, dtype=np.int64).reshape(-1, len(grid))
+    return indices[((indices >= 0) & (indices < grid)).all(axis=1)]
 
 
 def _match(names: Iterable[str | None], rank: int, candidates: Sequence[AnyKeys]) -> AnyKeys | None:
