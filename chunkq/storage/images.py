@@ -12,7 +12,7 @@ from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, picked
 from chunkq.geometry.grids import AxisGeometry
-from chunkq.paths import without_secret
+from chunkq.paths import split_format, without_secret
 from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
@@ -171,15 +171,18 @@ def find_source(
     *,
     allow_empty: bool = False,
 ) -> ImageSource:
-    """Find the array of an input path: an array, or a level of an OME-Zarr image.
+    """Find the array of an input path: an array, or a level of a multiscale image.
 
+    The path can begin with the scheme of a format, as in `n5://PATH`.
     Raises StoreError if the path does not exist or is not an array in a known format, and unless
     `allow_empty` if none of its storage chunks exists. Raises JobError if the selection does not
     fit the array or its axes have no clear meaning.
     """
-    name, level = format_of(path, access.options), selection.level
-    known, options = format_named(name), access.options
-    array = known.find(path, options) if level is None else known.find_level(path, level, options)
+    options, level = access.options, selection.level
+    named, inner = split_format(path)
+    name = named or format_of(inner, options)
+    known = format_named(name)
+    array = known.find(inner, options) if level is None else known.find_level(inner, level, options)
     if array.is_empty and not allow_empty:
         raise StoreError(
             f"input: {without_secret(array.path)} has no storage chunk under any name, so every "

@@ -3,12 +3,14 @@
 A new format is a function that writes an array and an entry of FORMS. All tests then run for it.
 """
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,9 @@ from zarr.codecs import BytesCodec
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.box import Box
 from chunkq.storage.formats import gzip_file
+from chunkq.storage.formats.precomputed import ShardedArray
 from chunkq.storage.formats.registry import BUILT_IN
+from chunkq.storage.formats.tensorstore_arrays import FetchedArray, StoreArray
 from chunkq.storage.formats.tiff_stack import StackArray
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import ImageSource, find_source
@@ -45,6 +49,7 @@ BOXES = [
     Box((4, 4, 4), (8, 8, 8)),
     Box.of_shape(SHAPE),
 ]
+DOCUMENTS = (".json", ".zarray", ".zattrs", "/info")
 Voxels = npt.NDArray[Any]
 
 
@@ -144,6 +149,72 @@ def write_pair_of_nifti(path: str, values: Voxels) -> None:
     write_pair(path, values, endianness=endianness)
 
 
+def upload(folder: Path, path: str) -> None:
+    """Copy the files of a folder to a path or URL."""
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        name = f"{inner}/{file.relative_to(folder)}"
+        filesystem.makedirs(name.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(name, file.read_bytes())
+
+
+def write_n5(path: str, values: Voxels, name: str = "", compression: str = "gzip") -> None:
+    metadata = {"blockSize": [4, 4, 4], "compression": {"type": compression}}
+    with TemporaryDirectory() as folder:
+        if name:
+            (Path(folder) / "attributes.json").write_text('{"n5": "4.0.0", "multiScale": true}')
+        write_store("n5", str(Path(folder, name)), values.T, metadata=metadata)
+        upload(Path(folder), path)
+
+
+def write_n5_group(path: str, values: Voxels) -> None:
+    write_n5(path, values, "s0", "raw")
+
+
+def write_precomputed(path: str, values: Voxels, sharding: dict[str, Any] | None = None) -> None:
+    scale = {
+        "size": values.shape[::-1],
+        "voxel_offset": [100, 0, -20],
+        "resolution": [4, 4, 40],
+        "chunk_size": [4, 4, 4],
+        "encoding": "raw",
+        "sharding": sharding,
+    }
+    with TemporaryDirectory() as folder:
+        stored = values.T[..., np.newaxis]
+        write_store("neuroglancer_precomputed", folder, stored, scale_metadata=scale)
+        upload(Path(folder), path)
+
+
+def write_sharded_precomputed(path: str, values: Voxels) -> None:
+    bits = {"preshift_bits": 1, "minishard_bits": 2, "shard_bits": 3}
+    kind = {"@type": "neuroglancer_uint64_sharded_v1", "hash": "murmurhash3_x86_128"}
+    write_precomputed(path, values, kind | bits | {"data_encoding": "gzip"})
+
+
+def write_gzipped_precomputed(path: str, values: Voxels) -> None:
+    """Write a volume whose blocks are gzip files, as cloud-volume does on local disks."""
+    write_precomputed(path, values)
+    for file in Path(path).glob("*/*-*"):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+
+
+def write_store(driver: str, folder: str, values: Voxels, **metadata: Any) -> None:
+    """Write an array with tensorstore, in the order of the driver's axes."""
+    import tensorstore as ts
+
+    native = values.astype(values.dtype.newbyteorder("="))
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/"}, **metadata}
+    if driver != "n5":
+        spec["multiscale_metadata"] = {"type": "image", "num_channels": 1}
+    store = ts.open(
+        spec, create=True, delete_existing=True, dtype=native.dtype,
+        shape=None if driver != "n5" else native.shape,
+    ).result()  # fmt: skip
+    store[ts.d[:].translate_to[0]].write(native).result()
+
+
 def write_tiff_in(layout: str, compression: str = "none") -> Callable[[str, Voxels], None]:
     def write(path: str, values: Voxels) -> None:
         write_tiff(path, values, layout, compression=compression, axes="ZYX")
@@ -179,7 +250,8 @@ class Form:
     """A way to store an array: its format, the start and end of its path, and how to write it.
 
     `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing,
-    `is_streamed` that the array is read from the start of its file as if it were large.
+    which are read as `fill`; `is_streamed` that the array is read from the start of its file as if
+    it were large.
     """
 
     format: str
@@ -189,6 +261,7 @@ class Form:
     array: type | None = None
     has_chunks: bool = True
     is_streamed: bool = False
+    fill: int = 7
 
 
 FORMS = {
@@ -227,6 +300,19 @@ FORMS = {
     ),
     "zarr v2 at a URL": Form("zarr", ".zarr", write_v2, "memory://", ZarrPythonArray),
     "zarr v3 at a URL": Form("zarr", ".zarr", write_zarr, "memory://", ZarrPythonArray),
+    "n5": Form("n5", ".n5", write_n5, array=StoreArray, fill=0),
+    "n5 group with levels": Form("n5", ".n5", write_n5_group, array=StoreArray, fill=0),
+    "n5 at a URL": Form("n5", ".n5", write_n5, "memory://", FetchedArray, fill=0),
+    "precomputed": Form("precomputed", "", write_precomputed, array=StoreArray, fill=0),
+    "precomputed with shards": Form(
+        "precomputed", "", write_sharded_precomputed, array=ShardedArray, fill=0
+    ),
+    "precomputed in gzip files": Form(
+        "precomputed", "", write_gzipped_precomputed, array=FetchedArray, fill=0
+    ),
+    "precomputed at a URL": Form(
+        "precomputed", "", write_precomputed, "memory://", FetchedArray, fill=0
+    ),
     "tiff": Form("tiff", ".tif", write_tiff_in("contiguous"), has_chunks=False),
     "tiff in strips": Form("tiff", ".TIF", write_tiff_in("strips", "zlib"), has_chunks=False),
     "tiff in tiles": Form("tiff", ".tiff", write_tiff_in("tiles", "zlib"), has_chunks=False),
@@ -283,8 +369,7 @@ def found(form: Form, path: str) -> ImageSource:
 def voxel_files(source: ImageSource) -> tuple[Any, list[str]]:
     """Return the file system of a source and its files, without metadata documents."""
     filesystem, files = stored_files(source.path)
-    files = [path for path in files if not path.endswith((".json", ".zarray"))]
-    return filesystem, [path for path in files if not path.endswith(".zattrs")]
+    return filesystem, [path for path in files if not path.endswith(DOCUMENTS)]
 
 
 def stored_files(path: str) -> tuple[Any, list[str]]:
@@ -365,7 +450,7 @@ def test_missing_storage_chunks_are_read_as_the_fill_value(form: Form, folder: P
     filesystem, files = voxel_files(source)
     for path in files:
         filesystem.rm_file(path)
-    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, 7, np.uint8))
+    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, form.fill, np.uint8))
 
 
 @each_form

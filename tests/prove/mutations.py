@@ -43,6 +43,7 @@ from tests.prove.faults import (
     records,
     texts,
     tuning,
+    volumes,
     workers,
 )
 
@@ -60,6 +61,7 @@ FAULTS: tuple[Fault, ...] = (
     *files.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
+    *volumes.FAULTS,
     *texts.FAULTS,
     *workers.FAULTS,
 )
