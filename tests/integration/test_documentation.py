@@ -71,7 +71,7 @@ def test_the_page_on_empty_space_runs_as_it_stands(tmp_path: Path) -> None:
     values = scores[:]
     assert scores.fill_value == -1
     assert (values[48:] == -1).all()
-    assert (values[10:30, 14:34, 14:34] > 0).all()
+    assert (values[15:26, 19:30, 19:30] > 0).all()
 
 
 def test_the_example_of_a_region_runs_as_it_stands(tmp_path: Path) -> None:

@@ -342,7 +342,8 @@ def _fetches_text(job: CheckedJob) -> str:
     average = _average_fetches(job)
     if average is None:
         return ""
-    return f"; one worker fetches each storage chunk {average:.2f} times on average"
+    times = "once" if average == 1 else f"{average:.2f} times on average"
+    return f"; one worker fetches each storage chunk {times}"
 
 
 def _cache_bytes(job: CheckedJob) -> int:
