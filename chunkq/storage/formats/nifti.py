@@ -41,7 +41,7 @@ AFFINE = "affine"
 """Option: the affine (4, 4) of voxel indices x, y, z, as JSON."""
 CODES = ("sform_code", "qform_code")
 """Options: what the affine stands for, as in the header."""
-COMPRESSED = "compressed with gzip"
+COMPRESSED = "it is compressed with gzip"
 """Why a file cannot be read by region."""
 SUFFIXES = (".nii", ".nii.gz")
 PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")

@@ -276,12 +276,12 @@ def _staged_rows(sources: Sequence[ImageSource]) -> list[tuple[str, str]]:
     staged = [source for source in sources if source.staged]
     if not staged:
         return []
-    which = "the input is" if len(sources) == 1 else f"{len(staged)} of {len(sources)} inputs are"
+    which = "the input" if len(sources) == 1 else f"{len(staged)} of {len(sources)} inputs"
     reasons = ", ".join(dict.fromkeys(source.staged for source in staged))
     size = si(sum(source.staged_bytes for source in staged), "B")
     text = (
-        f"{which} {reasons}, cannot be read by region, and copied to Zarr first; at most {size} in "
-        "the job folder until the output is complete"
+        f"{which} cannot be read by region: {reasons}; copied to Zarr first, which takes at most "
+        f"{size} in the job folder until the output is complete"
     )
     return [("staging", text)]
 
