@@ -21,7 +21,7 @@ comma := ,
 export no_proxy := $(addsuffix $(comma),$(or $(no_proxy),$(NO_PROXY)))localhost,127.0.0.1,::1
 export NO_PROXY := $(no_proxy)
 
-.PHONY: help demo check test prove fuzz lint dist docs containers bench picture clean
+.PHONY: help demo check test prove fuzz parity lint dist docs containers bench picture clean
 
 help:
 	@echo "make demo    install, run the brain demo, show the result (first time: minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make test    install all requirements of the tests, check and test all (12 minutes)"
 	@echo "make prove PART=NAME  a longer proof: $(PROOFS)"
 	@echo "make fuzz    mutated job files and damaged jobs (10 minutes)"
+	@echo "make parity  write the inputs of other tools for the tests again (2 minutes)"
 	@echo "make bench   run all benchmarks and write benchmarks/RESULTS.md (an hour)"
 	@echo "make containers  run a job in containers, if an engine has the images of deploy/compose"
 	@echo "make dist    build the wheel and the sdist, check them, run the demo with the wheel alone"
@@ -128,6 +129,15 @@ prove: $(VENV)/test-installed $(if $(filter oldest,$(PART)),$(OLDEST)/installed)
 
 fuzz: $(VENV)/test-installed
 	$(BIN)/python -m tests.fuzz --json $(RESULTS)/fuzz.json
+
+# Each tool in an environment of its own.
+parity: $(VENV)/made
+	@for tool in $$(cat tests/fixtures/requirements.txt); do \
+	  name=$${tool%%[=[]*}; \
+	  $(PYTHON) -m venv $(VENV)/parity/$$name && \
+	  $(VENV)/parity/$$name/bin/python -m pip --disable-pip-version-check install --quiet "$$tool" && \
+	  $(VENV)/parity/$$name/bin/python tests/fixtures/write_inputs.py $$name || exit 1; \
+	done
 
 containers: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/containers/test_compose_up.py

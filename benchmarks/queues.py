@@ -129,7 +129,7 @@ class QueueServers:
             from chunkq.queue.backends.ray.head import start_head
 
             head = start_head(alone=True, cpus=PROCESSES, gpus=False)
-            address, _ = self._stack.enter_context(head)  # the token is in the environment
+            address = self._stack.enter_context(head).address  # the token is in the environment
             url = f"ray://auto?address={address}"
         self._clusters[queue] = url
         return url

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -108,6 +110,9 @@ def cli() -> None:
 def main() -> int:
     """Run the command and return its exit code. A `ChunkqError` prints one line per problem."""
     hide_framework_logs()
+    if os.getpid() == 1:
+        # The kernel ignores SIGTERM for the first process of a container without a handler.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with results_of_command():
         return _run()
 

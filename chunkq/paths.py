@@ -25,6 +25,8 @@ LOCAL_SCHEMES = frozenset({"file", "local"})
 """Schemes of URLs that are local paths."""
 WEB_SCHEMES = frozenset({"http", "https"})
 """Schemes of web servers."""
+FORMAT_SCHEMES = frozenset({"n5", "precomputed"})
+"""Schemes that name the format of the path behind them, as in `n5://s3://bucket/key`."""
 MAX_FILES = 10_000
 """Maximum number of files in the folder of a network."""
 
@@ -39,13 +41,22 @@ def is_web(path: str) -> bool:
     return path.partition("://")[0] in WEB_SCHEMES and is_url(path)
 
 
+def split_format(path: str) -> tuple[str, str]:
+    """Return the format that an input path names, or "", and the path without it."""
+    scheme, separator, rest = path.partition("://")
+    return (scheme, rest) if separator and scheme in FORMAT_SCHEMES else ("", path)
+
+
 def absolute(path: str, base: Path) -> str:
     """Return a local path as absolute against `base`, without `..`.
 
     Convert the scheme of a URL to lower case and remove its trailing slashes. `file://` and
-    `local://` in upper or lower case are local paths.
+    `local://` in upper or lower case are local paths. A scheme of `FORMAT_SCHEMES` stays before
+    the path.
     """
     scheme, separator, rest = path.partition("://")
+    if separator and scheme.lower() in FORMAT_SCHEMES:
+        return f"{scheme.lower()}://{absolute(rest, base)}"
     if scheme.lower() in LOCAL_SCHEMES:
         path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
     elif separator:
@@ -174,6 +185,9 @@ def without_secret(url: str) -> str:
     """Return a URL for messages and logs: passwords are replaced by `***`."""
     if not is_url(url):
         return url
+    format_name, inner = split_format(url)
+    if format_name:
+        return f"{format_name}://{without_secret(inner)}"
     if url.partition("://")[0].lower() in QUEUE_SCHEMES:
         # A password with special characters that are not encoded must not appear in part.
         url = re.sub(r"(?s)^(\w+://)([^:]*):.*@", r"\1\2:***@", url)
@@ -192,6 +206,7 @@ def without_secret(url: str) -> str:
 
 def mask_secrets(text: str, url: str) -> str:
     """Return a text, such as an error about `url`, without the passwords of the URL."""
+    _, url = split_format(url)
     masked = without_secret(url)
     if masked == url:
         return text

@@ -51,7 +51,8 @@ class Bar:
 
 def is_live(console: Console) -> bool:
     """Return whether a display can change on a console: not in a log or with TERM=dumb."""
-    return console.is_terminal and not console.is_dumb_terminal
+    # With FORCE_COLOR in the environment, rich takes every file for a terminal.
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
 
 
 def is_notebook() -> bool:

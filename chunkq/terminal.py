@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 DEFAULT_COLUMNS = 80
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _UNIT = re.compile(r"(?:`[^`]*`|[^\s`]|`(?![^`]*`))+")
 """A word, or code in backticks with the characters around it."""
 
@@ -30,6 +31,11 @@ def columns(stream: TextIO | None) -> int | None:
         return os.get_terminal_size(stream.fileno()).columns or DEFAULT_COLUMNS
     except (OSError, ValueError):
         return DEFAULT_COLUMNS
+
+
+def without_colors(text: str) -> str:
+    """Return a text of another program without the codes for colors."""
+    return COLORS.sub("", text)
 
 
 def argument(text: str) -> str:

@@ -27,13 +27,16 @@ class ImageGeometry:
     """What is known of the axes of an image, in the order of its array.
 
     `axes` are the spatial axes. `series` are those along which volumes were predicted one by one:
-    time, channels or none. `affine` (4, 4) and `header` are those of a nibabel image, `dims` (of
-    the series and the spatial axes) and `coords` those of a DataArray.
+    time, channels or none. `affine` (4, 4) and `header` are those of a nibabel image or of a NIfTI
+    file, `dims` (of the series and the spatial axes) and `coords` those of a DataArray. The columns
+    of the affine are in the order of the array, unless `file_order` has the numbers of the spatial
+    axes in the order of the file, x first.
     """
 
     axes: tuple[Axis, ...] = ()
     affine: npt.NDArray[Any] | None = None
     header: Any = None
+    file_order: tuple[int, ...] = ()
     dims: tuple[Any, ...] = ()
     coords: Mapping[Any, Any] = field(default_factory=dict)
     series: tuple[Axis, ...] = ()
@@ -43,7 +46,9 @@ class ImageGeometry:
         affine = self.affine
         if affine is not None:
             affine = affine.copy()
-            affine[:3, 3] += affine[:3, : len(region.start)] @ region.start
+            order = self.file_order or range(len(region.start))
+            start = [region.start[axis] for axis in order]
+            affine[:3, 3] += affine[:3, : len(start)] @ start
         spatial = self.dims[len(self.series) :]
         slices = dict(zip(spatial, region.slices((0,) * len(region.start)), strict=False))
         return replace(
@@ -60,8 +65,9 @@ class ImageGeometry:
 def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) -> Any:
     """Return a NIfTI image of an array (*series, [C,] *S).
 
-    Time points become its fourth axis, channels its fifth. Raise ChunkqError without an affine, or
-    if the array has more than three spatial axes.
+    Time points become its fourth axis, channels its fifth. Without `affine`, the image has the
+    order of the file from which the array comes. Raise ChunkqError without an affine, or if the
+    array has more than three spatial axes.
     """
     try:
         nibabel: Any = import_module("nibabel")
@@ -83,6 +89,9 @@ def to_nibabel(array: npt.NDArray[Any], geometry: ImageGeometry, affine: Any) ->
             f"found {list(matrix.shape)} and {rank} axes"
         )
     leading = array.ndim - rank
+    if affine is None and geometry.file_order:
+        order = (leading + axis for axis in geometry.file_order)
+        array = array.transpose(*range(leading), *order)
     time = next((axis for axis in geometry.series if axis.kind == "time"), None)
     if leading:  # NIfTI: x, y, z, time, channel
         times, spatial = 1 if time is None else time.size, array.shape[leading:]

@@ -200,7 +200,7 @@ class InputConfig(Section):
         str,
         key_doc(
             "Input and output",
-            "Path or URL of the volume.",
+            "Path or URL of the volume. `n5://` or `precomputed://` before it names its format.",
             example="volume.zarr",
             unit=None,
         ),
@@ -220,7 +220,8 @@ class InputConfig(Section):
         Level | None,
         key_doc(
             "Input and output",
-            "Resolution level of an image, by number or, in OME-Zarr, by the path of its dataset.",
+            "Resolution level of a multiscale image, by number or by its name: the path of its "
+            "dataset, or the key of its scale.",
             example=1,
             unit=None,
             omitted="0",
@@ -258,7 +259,7 @@ class InputConfig(Section):
             "and the output have them.",
             example="zyx",
             unit=None,
-            omitted="as stored",
+            omitted="as in the array; z, y, x for N5 and precomputed volumes",
             see="guides/inputs.md",
         ),
     ] = None

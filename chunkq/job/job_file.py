@@ -43,7 +43,7 @@ from chunkq.job.fields import (
 from chunkq.job.job_path import canonical
 from chunkq.job.model_config import ModelConfig, model_problems
 from chunkq.job.output_name import check_new_output
-from chunkq.paths import absolute, without_secret
+from chunkq.paths import absolute, split_format, without_secret
 from chunkq.plan.outputs import Activation, Combine
 
 MAX_FILE_BYTES = 1 << 20
@@ -154,12 +154,13 @@ class Job(Section):
         key_doc(
             "Input and output",
             "Volume to read, or a list of volumes: Zarr v2 or v3, OME-Zarr (its full-resolution "
-            "level), TIFF, HDF5 or `.npy`, as a path or a URL such as `s3://bucket/volume.zarr`. A "
-            "path into a group or file is allowed: `volume.zarr/raw`, `data.h5/raw`; a pattern "
-            "is a stack: `slices/*.tif`. With `model_config.join_dim` the volumes of a "
-            "list are stacked along that axis. Without it each one is computed on its own, and "
-            "`output` is a group with one image per volume, named like its file. A mapping "
-            "with `path` says what is read of it and how it is accessed.",
+            "level), NIfTI, TIFF, HDF5, N5, Neuroglancer precomputed or `.npy`, as a path or a URL "
+            "such as `s3://bucket/volume.zarr`. A path into a group or file is allowed: "
+            "`volume.zarr/raw`, `data.h5/raw`; a pattern is a stack: `slices/*.tif`. With "
+            "`model_config.join_dim` the volumes of a list are stacked along that axis. Without "
+            "it each one is computed on its own, and `output` is a group with one image per "
+            "volume, named like its file. A mapping with `path` says what is read of it and how "
+            "it is accessed.",
             example="volume.zarr",
             unit=None,
             see="guides/inputs.md",
@@ -1120,5 +1121,5 @@ def _access_problems(job: Job) -> list[str]:
         f"{name}.{key}: unsupported for {without_secret(config.path)}; use it for {schemes} only"
         for name, config in arrays
         for key in config.access.options
-        if config.path.partition("://")[0] not in BUCKET_SCHEMES
+        if split_format(config.path)[1].partition("://")[0] not in BUCKET_SCHEMES
     ]

@@ -41,9 +41,9 @@ QUEUE_VARIABLE = "CHUNKQ_QUEUE"
 
 def default_url() -> str:
     """Return the URL of the embedded queue: a SQLite file in the state folder of the user."""
-    import platformdirs
+    from chunkq.system.user_folders import state_folder
 
-    return f"sqlite:///{platformdirs.user_state_path('chunkq') / 'queue.db'}"
+    return f"sqlite:///{state_folder() / 'queue.db'}"
 
 
 def queue_url(option: str | None, job_url: str | None = None) -> str:
@@ -64,7 +64,7 @@ def checked_scheme(url: str) -> str:
     scheme = url.partition("://")[0]
     if "://" not in url or (scheme not in BACKENDS and scheme not in EXTENSIONS.find()):
         known = schemes()
-        hint = suggestion(scheme, known)
+        hint = _foreign_hint(scheme) or suggestion(scheme, known)
         printed = re.sub(r"(?s)^([\w+.-]*:/*)?.*@", r"\1***@", url)
         raise JobError(
             f"queue: {printed}: unknown scheme; "
@@ -72,6 +72,20 @@ def checked_scheme(url: str) -> str:
             code=ErrorCode.QUEUE_ADDRESS_INVALID,
         )
     return scheme
+
+
+def _foreign_hint(scheme: str) -> str:
+    """Return what to use in place of an address as other programs write it."""
+    if "sentinel" in scheme:
+        return "; Redis Sentinel is unsupported, use the address of the primary server, redis://"
+    if "cluster" in scheme:
+        return "; a Redis cluster is unsupported, use a single server, redis://"
+    if scheme in ("valkey", "valkeys"):
+        return f"; for Valkey use redis{scheme.removeprefix('valkey')}://"
+    if scheme in ("tcp", "tls", "ucx"):
+        protocol = "" if scheme == "tcp" else f"?protocol={scheme}"
+        return f"; for a Dask scheduler use dask://HOST:PORT{protocol}"
+    return ""
 
 
 def open_shared(url: str) -> Executor:

@@ -12,7 +12,7 @@ from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.geometry.axes import Axis, color_letters, picked, starts_like_color
 from chunkq.geometry.grids import AxisGeometry
-from chunkq.paths import without_secret
+from chunkq.paths import split_format, without_secret
 from chunkq.plan.fetches import Fetches, axis_fetches, picked_fetches
 from chunkq.plan.plan import Volume
 from chunkq.storage.array import Array
@@ -21,6 +21,7 @@ from chunkq.storage.formats.base import CACHED, ArrayInfo, Options
 from chunkq.storage.formats.registry import format_named, format_of
 from chunkq.storage.remedies import JOB_FILE, Remedies
 from chunkq.storage.selection import EVERYTHING, Selection, select
+from chunkq.storage.staged import Slabs
 from chunkq.storage.stored_chunks import StoredCells, StoredChunks
 
 
@@ -35,7 +36,8 @@ class ImageSource:
     their order; they are empty if there is no such axis. `order` has the numbers of the spatial
     axes in the order of the network; empty for the stored order. `named_by` says what names the
     axes; empty if nothing does. `storage` is the shape of a storage chunk in stored order, empty if
-    the format has none.
+    the format has none. `staged` says why workers read a copy in Zarr of the array instead; empty
+    if they read the array. `storage` is then that of the copy.
     """
 
     format: str
@@ -48,6 +50,7 @@ class ImageSource:
     order: tuple[int, ...] = ()
     named_by: str = ""
     storage: tuple[int, ...] = ()
+    staged: str = ""
 
     @property
     def spatial_axes(self) -> tuple[Axis, ...]:
@@ -70,6 +73,12 @@ class ImageSource:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the spatial axes, in the order of the network."""
         return tuple(axis.size for axis in self.spatial_axes)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Size (bytes) of the copy in Zarr before compression; 0 if the array is read itself."""
+        size = prod(axis.size for axis in self.axes) * np.dtype(self.dtype).itemsize
+        return size if self.staged else 0
 
     @property
     def volume(self) -> Volume:
@@ -178,15 +187,18 @@ def find_source(
     allow_empty: bool = False,
     remedies: Remedies = JOB_FILE,
 ) -> ImageSource:
-    """Find the array of an input path: an array, or a level of an OME-Zarr image.
+    """Find the array of an input path: an array, or a level of a multiscale image.
 
+    The path can begin with the scheme of a format, as in `n5://PATH`.
     Raises StoreError if the path does not exist or is not an array in a known format, and unless
     `allow_empty` if none of its storage chunks exists. Raises JobError if the selection does not
     fit the array or its axes have no clear meaning.
     """
-    name, level = format_of(path, access.options), selection.level
-    known, options = format_named(name), access.options
-    array = known.find(path, options) if level is None else known.find_level(path, level, options)
+    options, level = access.options, selection.level
+    named, inner = split_format(path)
+    name = named or format_of(inner, options)
+    known = format_named(name)
+    array = known.find(inner, options) if level is None else known.find_level(inner, level, options)
     if array.is_empty and not allow_empty:
         raise StoreError(
             f"input: {without_secret(array.path)} has no storage chunk under any name, so every "
@@ -218,5 +230,13 @@ def source_of(
         selected.time,
         selected.order,
         selected.named_by,
-        array.storage,
+        _storage(array, selected.axes),
+        array.staged,
     )
+
+
+def _storage(array: ArrayInfo, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    """Return the shape of a storage chunk of what workers read."""
+    if not array.staged:
+        return array.storage
+    return Slabs.of(axes, np.dtype(array.dtype).itemsize).chunks

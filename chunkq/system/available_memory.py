@@ -6,18 +6,19 @@ from pathlib import Path
 
 import psutil
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
+from chunkq.system.control_groups import MEMBERSHIP, ROOT, group_folders
+
 LIMIT_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 """Files with the limit and the usage of a control group: cgroup v2, cgroup v1."""
 
 
-def available_memory(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
+def available_memory(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
     """Return the available bytes: the machine's, or fewer if a control group limits them.
 
     `root` is where the control groups are mounted; `membership` lists those of this process.
     """
     available = int(psutil.virtual_memory().available)
-    for folder in _cgroup_folders(root, membership):
+    for folder in group_folders("memory", ("memory",), root, membership):
         for limit_file, usage_file in LIMIT_FILES:
             try:
                 limit = int((folder / limit_file).read_text())
@@ -26,21 +27,3 @@ def available_memory(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/se
                 continue  # the file does not exist, or its limit is `max`
             available = min(available, max(0, limit - usage))
     return available
-
-
-def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
-    """Return the folders of this process's control groups and of all their parents."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    folders = [root, root / "memory"]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        group = Path(path.lstrip("/"))
-        if ".." not in group.parts:
-            folders += [base / part for part in (group, *group.parents)]
-    return folders

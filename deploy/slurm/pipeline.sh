@@ -6,6 +6,7 @@
 # The queue is a Redis server that all nodes can reach, such as `chunkq redis --bind 0.0.0.0` on the
 # login node. CHUNKQ_QUEUE_FILE is the file with its address. Edit the three .sbatch files first.
 set -euo pipefail
+[[ -n ${HOME:-} ]] || export HOME=~
 job=${1:?usage: pipeline.sh JOB OUT [sbatch options]}
 output=${2:?usage: pipeline.sh JOB OUT [sbatch options]}
 folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from chunkq.errors import QueueError
+from chunkq.errors import JobError, QueueError
 from chunkq.job.job_file import DaskConfig, Job
 from chunkq.queue.backends import credentials
 from chunkq.queue.registry import load_backend, queue_url
+from chunkq.system.cores import available_cores
 from chunkq.system.private_files import write_private
 from chunkq.system.scratch import scratch_folder
 from chunkq_producer.engine import CLUSTERS, Engine, is_cpu_only, ray_url
@@ -105,7 +105,7 @@ def _dask(config: DaskConfig, single_node: bool) -> Iterator[_OwnCluster]:
         address = Address.parse(url)
         secret = tls.read_text() if tls else ""
         if tls:
-            with suppress(QueueError):  # only other commands of this user need it
+            with suppress(QueueError, JobError):  # only other commands of this user need it
                 credentials.store_secret("dask", address.host, address.port, secret)
         try:
             yield _OwnCluster(
@@ -124,25 +124,20 @@ def _ray(job: Job, single_node: bool, workers: int | None) -> Iterator[_OwnClust
 
     port = job.ray_config.port if "port" in job.ray_config.model_fields_set else 0
     # No other job uses a cluster of this run, so more workers than cores may be requested.
-    cpus = max(workers or 1, os.cpu_count() or 1) if single_node else None
-    with start_head(alone=single_node, cpus=cpus, gpus=not is_cpu_only(job), port=port) as (
-        address,
-        token,
-    ):
-        yield _OwnCluster(ray_url(address), address, token)
+    cpus = max(workers or 1, available_cores()) if single_node else None
+    with start_head(alone=single_node, cpus=cpus, gpus=not is_cpu_only(job), port=port) as head:
+        yield _OwnCluster(ray_url(head.address), head.address, head.token, head.has_died)
 
 
 @contextmanager
-def join_cluster(engine: str, leader: Announcement, job: Job) -> Iterator[Cluster | None]:
-    """Join the cluster of the leading node.
-
-    Yields None if the leader starts the workers of this node.
-    """
+def join_cluster(engine: str, leader: Announcement, job: Job) -> Iterator[Cluster]:
+    """Join the cluster of the leading node, which may start the workers of this node, too."""
     if engine == "ray":
         from chunkq.queue.backends.ray.head import join_cluster
 
-        with join_cluster(leader.address, leader.secret, gpus=not is_cpu_only(job)):
-            yield None
+        with join_cluster(leader.address, leader.secret, gpus=not is_cpu_only(job)) as has_died:
+            url = ray_url(leader.address)
+            yield Cluster(url, launches_remote_workers=True, has_died=has_died)
     else:
         config = job.dask_config
         with _with_certificate(leader) as url:

@@ -21,6 +21,8 @@ ENGINES: MappingProxyType[str, str] = MappingProxyType(
 DEFAULT_QUEUES = MappingProxyType(
     {"rq": "redis://127.0.0.1:6379/0", "inprocess": "inprocess://run"}
 )
+ADDRESS_SCHEMES = MappingProxyType({"dask": ("", "tcp", "tls", "ucx"), "ray": ("",)})
+"""Schemes of the addresses of running clusters, besides those of queues."""
 CLUSTERS = ("dask", "ray")
 """Engines that start their own cluster or use the workers of a running one."""
 
@@ -134,18 +136,24 @@ def _url_of_running_cluster(engine: str, job: Job) -> str | None:
             f"cluster: running needs the address of the cluster; set {engine}_config.address or "
             f"--queue {engine}://HOST:PORT"
         )
+    if address.startswith(f"{engine}://"):
+        return address
+    if engine == "ray" and address == "auto":
+        return "ray://auto"
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname or "", parts.port
     except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    if not host or parts.scheme not in ADDRESS_SCHEMES[engine]:
+        others = ", ".join(f"{scheme}://HOST:PORT" for scheme in ADDRESS_SCHEMES[engine] if scheme)
         raise JobError(
-            f"{engine}_config.address: invalid address {address!r}; expected HOST:PORT"
-        ) from None
+            f"{engine}_config.address: invalid address {without_secret(address)!r}; expected "
+            f"HOST:PORT, {others or 'auto'} or {engine}://HOST:PORT"
+        )
     host = f"[{host}]" if ":" in host else host
     if engine == "ray":
-        return (
-            address if parts.scheme == "ray" else ray_url(f"{host}:{port or job.ray_config.port}")
-        )
+        return ray_url(f"{host}:{port or job.ray_config.port}")
     config = job.dask_config
     protocol: str = parts.scheme if parts.scheme in ("tls", "ucx") else config.protocol
     options = {"protocol": protocol} if protocol != "tcp" else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from chunkq_producer.engine import Engine
 from chunkq_producer.job_status import FailureGroup
 from chunkq_producer.produce import produce_job
 from chunkq_producer.slurm import POLL_SECONDS, Step, has_ended, wait_for_leader
-from chunkq_producer.worker_command import RunOptions, WorkerCommand
+from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers
 from chunkq_producer.workers import (
     InterruptedRunError,
+    WorkersOfLeader,
     have_failed,
     run_workers,
     start_workers,
@@ -165,10 +165,12 @@ def _raise_unless_lost(
 ) -> None:
     """Raise the error, with the causes as notes, unless results were lost and are computed again.
 
-    Chunks are lost if they are missing although they did not fail.
+    Chunks are lost if they are missing although they did not fail, and did not wait for an input
+    that could not be staged.
     """
     failed = {chunk for group in failures for chunk in group.chunks}
-    lost = len({*error.missing} - failed)
+    waits = any(group.is_staging for group in failures)
+    lost = 0 if waits else len({*error.missing} - failed)
     if is_last or not lost:
         raise error.with_notes(map(_failure_line, failures)) from None
     line = f"chunkq: results of {chunk_count(lost)} are lost; computing them again"
@@ -184,24 +186,29 @@ def follow(job: Job, engine: str, step: Step, options: RunOptions, emit: Sink) -
         return has_ended(job.output, step)
 
     with join_cluster(engine, leader, job) as cluster:
-        if cluster is None:
-            while not is_over():
-                time.sleep(POLL_SECONDS)
+        workers: Workers
+        if cluster.launches_remote_workers:
+            workers = WorkersOfLeader(lambda: is_over() or cluster.has_died())
         else:
             with closing(open_executor(cluster.url)) as executor:
                 workers = start_workers(executor, handle, cluster, options, emit)
-            if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
-                raise InterruptedRunError(f"run: interrupted on node {step.node}")
-            if have_failed(workers) and not is_over():
-                raise ChunkqError(
-                    f"run: a worker on node {step.node} ended with an error; fix the cause above, "
-                    "then run the same command",
-                    code=ErrorCode.WORKER_FAILED,
-                )
+        if wait_for_workers(workers, lambda: POLL_SECONDS, is_over):
+            raise InterruptedRunError(f"run: interrupted on node {step.node}")
+        if cluster.has_died() and not is_over():
+            raise ChunkqError(
+                f"run: the node {step.node} has left the cluster of this run, because its "
+                "processes ended; run the same command to continue",
+                code=ErrorCode.CLUSTER_UNAVAILABLE,
+            )
+        if have_failed(workers) and not is_over():
+            raise ChunkqError(
+                f"run: a worker on node {step.node} ended with an error; fix the cause above, "
+                "then run the same command",
+                code=ErrorCode.WORKER_FAILED,
+            )
     return RunResult(handle, handle.ledger.read_report() or {}, is_leader=False)
 
 
 def _failure_line(group: FailureGroup) -> str:
     """Return the cause of some failures and their first chunks; finalizing lists all chunks."""
-    chunks = ", ".join(group.chunks[:6]) + (" …" if len(group.chunks) > 6 else "")
-    return f"failed: chunk {chunks}: {group.message}"
+    return f"failed: {group.names('chunk')}: {group.message}"

@@ -23,6 +23,10 @@ from chunkq_producer.job_status import FailureGroup, StatusPoller, WorkersRunnin
 from chunkq_producer.worker_command import RunOptions, WorkerCommand, Workers, work_options
 
 REFRESH_SECONDS = 0.5
+LOOK_SECONDS = 1.0
+"""Longest time between two looks whether the workers, or their cluster, have ended."""
+QUEUE_ABSENCE_SECONDS = 15.0
+"""Time without the queue of a running cluster after which the run ends."""
 
 
 class InterruptedRunError(ChunkqError):
@@ -35,15 +39,28 @@ class InterruptedRunError(ChunkqError):
 class ClusterWorkers(Workers):
     """Remote workers inside a Dask or Ray cluster."""
 
-    def __init__(self, remote_workers: RemoteWorkers, emit: Sink) -> None:
-        self._remote_workers, self._emit = remote_workers, emit
+    def __init__(
+        self, remote_workers: RemoteWorkers, emit: Sink, has_died: Callable[[], bool]
+    ) -> None:
+        self._remote_workers, self._emit, self._has_died = remote_workers, emit, has_died
+        self._reached = time.monotonic()
 
     def have_ended(self) -> bool:
-        """Return whether all workers have ended; False while the queue cannot be reached."""
+        """Return whether all workers have ended, or their cluster has died.
+
+        Raises QueueError if the queue is lost, or cannot be reached for `QUEUE_ABSENCE_SECONDS`.
+        """
+        if self._has_died():
+            return True
         try:
-            return self._remote_workers.have_ended()
-        except QueueError:
-            return False
+            have_ended = self._remote_workers.have_ended()
+        except QueueError as error:
+            absence = time.monotonic() - self._reached
+            if error.code is ErrorCode.QUEUE_LOST or absence > QUEUE_ABSENCE_SECONDS:
+                raise
+            return self._has_died()
+        self._reached = time.monotonic()
+        return have_ended
 
     def wait(self, seconds: float) -> None:
         """Sleep for `seconds`."""
@@ -61,6 +78,35 @@ class ClusterWorkers(Workers):
         for line in self.messages:
             self._emit(Message(line))
         return 1 if self.messages else 0
+
+
+class WorkersOfLeader(Workers):
+    """Workers of a node that another process starts and stops.
+
+    `is_over` returns whether they have ended. They need this node until then, so only a second stop
+    ends the wait.
+    """
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self._is_over = is_over
+        self._stops = 0
+
+    def have_ended(self) -> bool:
+        """Return whether the node is needed no longer."""
+        return self._stops > 1 or self._is_over()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep for `seconds`."""
+        time.sleep(seconds)
+
+    def stop(self) -> None:
+        """Count a stop."""
+        self._stops += 1
+
+    @property
+    def exit_code(self) -> int:
+        """0: the other process reports errors."""
+        return 0
 
 
 class WorkerThread(Workers):
@@ -164,7 +210,7 @@ def start_workers(
         remote_workers = executor.launch_remote_workers(
             job.folder.path, gpu=gpu, depth=depth, nodes=cluster.nodes
         )
-        return ClusterWorkers(remote_workers, emit)
+        return ClusterWorkers(remote_workers, emit, cluster.has_died)
     if not executor.owns_process:
         return _worker_thread(executor, job, depth, emit)
     arguments = work_options(config, options, per_node=cluster.per_node, depth=cluster.depth)
@@ -197,8 +243,11 @@ def wait_for_workers(
     stop_sent = False
     try:
         with _forward_signals(workers, interrupted):
+            next_poll = 0.0
             while not workers.have_ended():
-                workers.wait(poll())
+                if time.monotonic() >= next_poll:
+                    next_poll = time.monotonic() + poll()
+                workers.wait(max(0.0, min(LOOK_SECONDS, next_poll - time.monotonic())))
                 if not stop_sent and is_over():
                     stop_sent = True
                     workers.stop()

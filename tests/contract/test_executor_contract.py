@@ -630,6 +630,19 @@ def test_a_long_task_keeps_its_lease_while_its_worker_runs(queue: Executor, url:
     assert slow.recorder.numbers == [1]
 
 
+def test_extended_leases_of_a_silent_worker_do_not_expire(queue: Executor, url: str) -> None:
+    queue.submit(tasks(2))
+    lease_and_disappear(url, "loading", SHORT_LEASE)
+    lease_and_disappear(url, "dead", SHORT_LEASE)
+    queue.extend("loading", TIMEOUT)
+    recorder = Recorder()
+    wait_until(lambda: queue.counts(JOB) == TaskCounts(1, 1), "the other lease expires")
+    queue.run_tasks(recorder, options(deadline=time.time() + MOMENT))
+    assert recorder.started == [(tasks(2)[1], Attempt(2, "worker-a"))]
+    queue.extend("unknown", TIMEOUT)
+    assert queue.counts(JOB) == TaskCounts(running=1)
+
+
 def test_a_worker_cannot_end_a_task_that_is_leased_to_another_worker_now(
     queue: Executor, url: str
 ) -> None:

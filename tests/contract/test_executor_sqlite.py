@@ -17,6 +17,7 @@ from chunkq.job.tasks import Task
 from chunkq.queue.backends import sqlite
 from chunkq.queue.backends.sqlite import NETWORK_FILESYSTEMS, SqliteExecutor
 from chunkq.queue.backends.tables import schema as table_schema
+from chunkq.queue.backends.tables.task_table import TaskTable
 from chunkq.queue.contract.executor import Contribution, WorkerOptions
 from chunkq.queue.registry import default_url, open_executor
 from tests.contract.test_executor_contract import JOB
@@ -262,6 +263,22 @@ def test_a_queue_of_a_newer_version_is_rejected_and_unchanged(tmp_path: Path) ->
     newer.close()
     assert open_error(file).code is ErrorCode.QUEUE_UNSUPPORTED
     assert version_of(file) == table_schema.VERSION + 1
+
+
+def test_leases_end_in_time_after_the_clock_was_put_back(tmp_path: Path) -> None:
+    now = 1e9
+    table = TaskTable(str(tmp_path / "queue.db"), lambda: now)
+    table.submit([("/job", "0a1b2c3d", name, name) for name in ("a", "b")])
+    assert table.reserve("dead", 20, None, []) is not None
+    now -= 3600
+    assert table.reserve("heir", 20, None, []) is not None
+    now += 19
+    assert table.reserve("heir", 20, None, []) is None
+    now += 2
+    row = table.reserve("heir", 20, None, [])
+    assert row is not None
+    assert row[2:] == ("a", "a", 2)
+    table.close()
 
 
 def test_only_the_owner_can_open_a_new_queue(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 A new format is a function that writes an array and an entry of FORMS. All tests then run for it.
 """
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import fsspec
 import numcodecs
@@ -22,10 +25,14 @@ from zarr.codecs import BytesCodec
 
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.box import Box
+from chunkq.storage.formats import gzip_file
+from chunkq.storage.formats.precomputed import ShardedArray
 from chunkq.storage.formats.registry import BUILT_IN
+from chunkq.storage.formats.tensorstore_arrays import FetchedArray, StoreArray
 from chunkq.storage.formats.tiff_stack import StackArray
 from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.images import ImageSource, find_source
+from tests.harness.nifti import write_nifti, write_pair
 from tests.harness.packages import install_package
 from tests.harness.volumes import random_volume
 from tests.harness.written_hdf5 import write_hdf5
@@ -42,6 +49,7 @@ BOXES = [
     Box((4, 4, 4), (8, 8, 8)),
     Box.of_shape(SHAPE),
 ]
+DOCUMENTS = (".json", ".zarray", ".zattrs", "/info")
 Voxels = npt.NDArray[Any]
 
 
@@ -127,6 +135,86 @@ def write_image(path: str, values: Voxels) -> None:
     write_zarr(path, values, attributes=attributes, name="full")
 
 
+def write_image_of_nifti(path: str, values: Voxels, **options: Any) -> None:
+    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
+    write_nifti(path, values, endianness=endianness, **options)
+
+
+def write_nifti_2(path: str, values: Voxels) -> None:
+    write_image_of_nifti(path, values, version=2)
+
+
+def write_pair_of_nifti(path: str, values: Voxels) -> None:
+    endianness = "<" if values.dtype == values.dtype.newbyteorder("<") else ">"
+    write_pair(path, values, endianness=endianness)
+
+
+def upload(folder: Path, path: str) -> None:
+    """Copy the files of a folder to a path or URL."""
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        name = f"{inner}/{file.relative_to(folder)}"
+        filesystem.makedirs(name.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(name, file.read_bytes())
+
+
+def write_n5(path: str, values: Voxels, name: str = "", compression: str = "gzip") -> None:
+    metadata = {"blockSize": [4, 4, 4], "compression": {"type": compression}}
+    with TemporaryDirectory() as folder:
+        if name:
+            (Path(folder) / "attributes.json").write_text('{"n5": "4.0.0", "multiScale": true}')
+        write_store("n5", str(Path(folder, name)), values.T, metadata=metadata)
+        upload(Path(folder), path)
+
+
+def write_n5_group(path: str, values: Voxels) -> None:
+    write_n5(path, values, "s0", "raw")
+
+
+def write_precomputed(path: str, values: Voxels, sharding: dict[str, Any] | None = None) -> None:
+    scale = {
+        "size": values.shape[::-1],
+        "voxel_offset": [100, 0, -20],
+        "resolution": [4, 4, 40],
+        "chunk_size": [4, 4, 4],
+        "encoding": "raw",
+        "sharding": sharding,
+    }
+    with TemporaryDirectory() as folder:
+        stored = values.T[..., np.newaxis]
+        write_store("neuroglancer_precomputed", folder, stored, scale_metadata=scale)
+        upload(Path(folder), path)
+
+
+def write_sharded_precomputed(path: str, values: Voxels) -> None:
+    bits = {"preshift_bits": 1, "minishard_bits": 2, "shard_bits": 3}
+    kind = {"@type": "neuroglancer_uint64_sharded_v1", "hash": "murmurhash3_x86_128"}
+    write_precomputed(path, values, kind | bits | {"data_encoding": "gzip"})
+
+
+def write_gzipped_precomputed(path: str, values: Voxels) -> None:
+    """Write a volume whose blocks are gzip files, as cloud-volume does on local disks."""
+    write_precomputed(path, values)
+    for file in Path(path).glob("*/*-*"):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+
+
+def write_store(driver: str, folder: str, values: Voxels, **metadata: Any) -> None:
+    """Write an array with tensorstore, in the order of the driver's axes."""
+    import tensorstore as ts
+
+    native = values.astype(values.dtype.newbyteorder("="))
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{folder}/"}, **metadata}
+    if driver != "n5":
+        spec["multiscale_metadata"] = {"type": "image", "num_channels": 1}
+    store = ts.open(
+        spec, create=True, delete_existing=True, dtype=native.dtype,
+        shape=None if driver != "n5" else native.shape,
+    ).result()  # fmt: skip
+    store[ts.d[:].translate_to[0]].write(native).result()
+
+
 def write_tiff_in(layout: str, compression: str = "none") -> Callable[[str, Voxels], None]:
     def write(path: str, values: Voxels) -> None:
         write_tiff(path, values, layout, compression=compression, axes="ZYX")
@@ -161,7 +249,9 @@ def write_toy(path: str, values: Voxels) -> None:
 class Form:
     """A way to store an array: its format, the start and end of its path, and how to write it.
 
-    `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing.
+    `array` is the class that reads it. `has_chunks` says whether storage chunks can be missing,
+    which are read as `fill`; `is_streamed` that the array is read from the start of its file as if
+    it were large.
     """
 
     format: str
@@ -170,6 +260,8 @@ class Form:
     scheme: str = ""
     array: type | None = None
     has_chunks: bool = True
+    is_streamed: bool = False
+    fill: int = 7
 
 
 FORMS = {
@@ -178,6 +270,20 @@ FORMS = {
     "npy in Fortran order": Form("npy", ".npy", write_fortran, has_chunks=False),
     "npy in Fortran order at a URL": Form(
         "npy", ".npy", write_fortran, "memory://", has_chunks=False
+    ),
+    "nifti": Form("nifti", ".nii", write_image_of_nifti, has_chunks=False),
+    "nifti 2": Form("nifti", ".nii", write_nifti_2, has_chunks=False),
+    "compressed nifti": Form("nifti", ".nii.gz", write_image_of_nifti, has_chunks=False),
+    "pair of nifti": Form("nifti", ".img", write_pair_of_nifti, has_chunks=False),
+    "nifti at a URL": Form("nifti", ".nii", write_image_of_nifti, "memory://", has_chunks=False),
+    "compressed nifti at a URL": Form(
+        "nifti", ".nii.gz", write_nifti_2, "memory://", has_chunks=False
+    ),
+    "streamed nifti": Form(
+        "nifti", ".nii.gz", write_image_of_nifti, has_chunks=False, is_streamed=True
+    ),
+    "streamed nifti at a URL": Form(
+        "nifti", ".nii.gz", write_image_of_nifti, "memory://", has_chunks=False, is_streamed=True
     ),
     "zarr v2": Form("zarr", ".zarr", write_v2, array=TensorStoreArray),
     "zarr v3": Form("zarr", ".zarr", write_zarr, array=TensorStoreArray),
@@ -194,6 +300,19 @@ FORMS = {
     ),
     "zarr v2 at a URL": Form("zarr", ".zarr", write_v2, "memory://", ZarrPythonArray),
     "zarr v3 at a URL": Form("zarr", ".zarr", write_zarr, "memory://", ZarrPythonArray),
+    "n5": Form("n5", ".n5", write_n5, array=StoreArray, fill=0),
+    "n5 group with levels": Form("n5", ".n5", write_n5_group, array=StoreArray, fill=0),
+    "n5 at a URL": Form("n5", ".n5", write_n5, "memory://", FetchedArray, fill=0),
+    "precomputed": Form("precomputed", "", write_precomputed, array=StoreArray, fill=0),
+    "precomputed with shards": Form(
+        "precomputed", "", write_sharded_precomputed, array=ShardedArray, fill=0
+    ),
+    "precomputed in gzip files": Form(
+        "precomputed", "", write_gzipped_precomputed, array=FetchedArray, fill=0
+    ),
+    "precomputed at a URL": Form(
+        "precomputed", "", write_precomputed, "memory://", FetchedArray, fill=0
+    ),
     "tiff": Form("tiff", ".tif", write_tiff_in("contiguous"), has_chunks=False),
     "tiff in strips": Form("tiff", ".TIF", write_tiff_in("strips", "zlib"), has_chunks=False),
     "tiff in tiles": Form("tiff", ".tiff", write_tiff_in("tiles", "zlib"), has_chunks=False),
@@ -237,14 +356,20 @@ def path_of(form: Form, folder: Path, name: str = "in") -> str:
 
 def written(form: Form, folder: Path, values: Voxels) -> ImageSource:
     form.write(path_of(form, folder), values)
-    return find_source(path_of(form, folder))
+    return found(form, path_of(form, folder))
+
+
+def found(form: Form, path: str) -> ImageSource:
+    with mock.patch.object(gzip_file, "WHOLE_BYTES", 0 if form.is_streamed else 1 << 20):
+        source = find_source(path)
+    assert bool(source.staged) == form.is_streamed
+    return source
 
 
 def voxel_files(source: ImageSource) -> tuple[Any, list[str]]:
     """Return the file system of a source and its files, without metadata documents."""
     filesystem, files = stored_files(source.path)
-    files = [path for path in files if not path.endswith((".json", ".zarray"))]
-    return filesystem, [path for path in files if not path.endswith(".zattrs")]
+    return filesystem, [path for path in files if not path.endswith(DOCUMENTS)]
 
 
 def stored_files(path: str) -> tuple[Any, list[str]]:
@@ -325,7 +450,7 @@ def test_missing_storage_chunks_are_read_as_the_fill_value(form: Form, folder: P
     filesystem, files = voxel_files(source)
     for path in files:
         filesystem.rm_file(path)
-    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, 7, np.uint8))
+    np.testing.assert_array_equal(read_whole(source), np.full(SHAPE, form.fill, np.uint8))
 
 
 @each_form
@@ -333,6 +458,18 @@ def test_a_path_is_detected_by_its_own_format_only(form: Form, folder: Path) -> 
     source = written(form, folder, random_volume(SHAPE))
     detected = [name for name, built_in in BUILT_IN.items() if built_in.detects(source.path, {})]
     assert detected == [name for name in BUILT_IN if name == form.format]
+
+
+@each_form
+def test_boxes_in_order_have_the_voxels_of_boxes_that_are_read_alone(
+    form: Form, folder: Path
+) -> None:
+    values = random_volume(SHAPE, "uint16")
+    array = written(form, folder, values).open()
+    boxes = [Box((low, 0, 0), (low + 2, 10, 11)) for low in (1, 3, 9)]
+    regions = list(array.read_in_order(boxes))
+    for box, region in zip(boxes, regions, strict=True):
+        np.testing.assert_array_equal(region, values[box.slices((0, 0, 0))])
 
 
 # ------------------------------------------------------------------------- identity and damage

@@ -22,6 +22,7 @@ SECONDS = {
     "replaced_workers": 37,
     "runtime_contract": 33,
     "triton_order": 32,
+    "input_combinations": 31,
     "s3": 30,
     "cuts": 30,
     "redis_refusals": 29,

@@ -1,5 +1,6 @@
 """Tests of the Dask queue with real schedulers and workers, which are restarted and killed."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,17 +8,22 @@ import signal
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from chunkq.errors import ErrorCode
 from chunkq.install_hint import install_command, remote_hint
+from chunkq.queue.backends.dask.plugin import OPERATION, REMOTE_TASK, QueuePlugin
 from chunkq.queue.backends.dask.tls import create_certificate
+from chunkq.queue.backends.hosted.queue_host import VERSION
 from tests.harness.processes import CommandResult, RunningCommand
 from tests.harness.servers.dask import HOST, DaskCluster
 from tests.harness.servers.redis import free_port
@@ -173,19 +179,6 @@ def test_a_running_cluster_needs_an_address(standard_job: StandardJob, tmp_path:
     workspace = standard_job.workspace(tmp_path, {"cluster": "running"}, url="dask://")
     result = workspace.call("run", str(workspace.job_file), "-e", "dask")
     result.refused(2, ErrorCode.JOB_INVALID, "cluster: ", "dask_config.address", "--queue dask://")
-
-
-def test_a_running_cluster_without_workers_is_an_error_of_one_line(
-    standard_job: StandardJob, tmp_path: Path, dask: str
-) -> None:
-    keys = {"cluster": "running", "dask_config": {"address": dask.removeprefix("dask://")}}
-    for command, url in (("run", "dask://"), ("produce", dask)):
-        workspace = standard_job.workspace(tmp_path, keys, url=url)
-        result = workspace.call(command, str(workspace.job_file))
-        assert result.code == 1
-        [line] = result.messages
-        assert line.startswith(f"chunkq: queue: {dask}: ")
-        assert line.endswith(f"[{ErrorCode.QUEUE_NO_WORKERS}]")
 
 
 @pytest.mark.parametrize(
@@ -548,6 +541,114 @@ def test_a_killed_dask_worker_loses_no_committed_chunks(
     repeated = {patch for patch, times in workspace.computed().items() if times > 1}
     patches = workspace.patches()
     assert not any(repeated & patches[name] for name in committed)
+
+
+def test_workers_that_join_a_cluster_without_workers_compute_the_job(
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
+) -> None:
+    workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
+    cluster.scheduler()
+    with workspace.start("run", "job.yaml") as cli:
+        wait_until(lambda: "no free workers" in cli.output(), "the run says what it waits for")
+        first = cluster.worker(workspace, NET_SLEEP="0.2")
+        wait_until(lambda: len(workspace.done()) >= 2, "the first worker computes chunks")
+        second = cluster.worker(workspace, NET_SLEEP="0.2")
+        result = cli.wait()
+        computing = {int(line.split()[0]) for line in trace(workspace)}
+        assert all(computing & {*worker.children()} for worker in (first, second))
+    assert result.code == 0, result.err
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+
+
+def trace(workspace: StandardWorkspace) -> list[str]:
+    """Return process id and patch of every patch that the network has received."""
+    return (workspace.folder / "trace").read_text().splitlines()
+
+
+ADAPTIVE = """
+import sys
+
+import distributed
+
+if __name__ == "__main__":
+    with distributed.LocalCluster(
+        n_workers=0, threads_per_worker=1, host="127.0.0.1", scheduler_port=int(sys.argv[1]),
+        dashboard_address="127.0.0.1:0", memory_limit=0,
+    ) as cluster:
+        cluster.adapt(minimum=0, maximum=3, interval="200ms", wait_count=2)
+        print("adapting", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.proof("dask")
+def test_an_adaptive_cluster_grows_from_zero_and_shrinks_to_it(
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
+) -> None:
+    workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
+    (tmp_path / "adaptive.py").write_text(ADAPTIVE)
+    command = [sys.executable, str(tmp_path / "adaptive.py"), str(cluster.port)]
+    with subprocess.Popen(
+        command,
+        env=workspace.process_env | {"NET_SLEEP": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "adapting\n"
+            [result] = run_all(workspace, ("run", "job.yaml"))
+            assert result.code == 0, result.err
+            wait_until(lambda: not spawned(process.pid), "the cluster has no workers again")
+        finally:
+            RunningCommand(process, tmp_path / "adaptive.py").kill()
+    assert workspace.stored() == undisturbed.stored()
+    assert set(workspace.computed().values()) == {1}
+    assert len({line.split()[0] for line in trace(workspace)}) == 3
+
+
+def spawned(pid: int) -> list[int]:
+    """Return the running processes of workers below a process."""
+    workers = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # or a zombie
+            workers += [child.pid] if "spawn_main" in " ".join(child.cmdline()) else []
+    return workers
+
+
+@pytest.mark.proof("dask")
+def test_a_thread_of_a_cluster_survives_any_number_of_deaths_of_its_worker(
+    standard_job: StandardJob, tmp_path: Path, undisturbed: StandardWorkspace, cluster: DaskCluster
+) -> None:
+    workspace = workspace_for_cluster(cluster, standard_job, tmp_path)
+    cluster.scheduler()
+    cluster.worker(workspace, NET_SLEEP="0.1")
+    cluster.wait_for_workers(1)
+    with workspace.start("run", "job.yaml") as cli:
+        for deaths in range(1, 7):  # Dask fails a task after the fourth
+            wait_until(lambda n=deaths: len(workspace.done()) >= 2 * n, "chunks are done")
+            [running] = {task.worker for task in workspace.running()} or {""}
+            with suppress(ProcessLookupError):
+                os.kill(int(running.rpartition(":")[2], 16), signal.SIGKILL)
+        result = cli.wait()
+    assert result.code == 0, result.err
+    assert workspace.stored() == undisturbed.stored()
+
+
+def test_deaths_of_a_worker_count_against_a_thread_only_before_it_has_its_network() -> None:
+    plugin = QueuePlugin()
+    scheduler = SimpleNamespace(handlers={}, idle_since=0.0, tasks={})
+    asyncio.run(plugin.start(scheduler))
+    keys = (f"{REMOTE_TASK}-ab-0", "x-1", ("x", 2))
+    scheduler.tasks |= {key: SimpleNamespace(suspicious=3) for key in keys}
+    plugin.remove_worker(scheduler, "tcp://node")  # no worker of chunkq ran there
+    assert [task.suspicious for task in scheduler.tasks.values()] == [3, 3, 3]
+    call = {"method": "register_worker", "params": ["worker", "tcp://node"], "version": VERSION}
+    scheduler.handlers[OPERATION](json.dumps(call))
+    plugin.remove_worker(scheduler, "tcp://node")
+    assert [task.suspicious for task in scheduler.tasks.values()] == [0, 3, 3]
 
 
 @pytest.mark.proof("dask")

@@ -47,6 +47,13 @@ GRIDS: dict[str, Any] = {
     "weight_function": ["weight_linear"],
 }
 GRIDS_SETUP = ref.patch(SHAPE, PATCH, offsets=((-4, -4, -4), (3, 0, -2)), pad_mode="symmetric")
+CROPPED: dict[str, Any] = {
+    "inference_type": "crop_margin",
+    "margin": [1, 2, 1],
+    "pad_mode": "edge",
+    "weight_function": ["weight_uniform"],
+}
+CROPPED_SETUP = ref.crop_margin(SHAPE, PATCH, (1, 2, 1), pad_mode="edge")
 NOISE = (
     (slice(3, 14), slice(2, 13), slice(4, 12)),
     (slice(25, 36), slice(12, 20), slice(18, 29)),
@@ -142,9 +149,9 @@ CASES: dict[str, tuple[dict[str, Any], ref.Setup, ref.Skip]] = {
         SLIDING_SETUP,
         ref.Skip(None, equal(0), 2),
     ),
-    "empty, three grids": (
-        GRIDS | {"skip_empty": 0, "fill_value": 4},
-        GRIDS_SETUP,
+    "empty, cropped margins": (
+        CROPPED | {"skip_empty": 0, "fill_value": 4},
+        CROPPED_SETUP,
         ref.Skip(None, equal(0), 4),
     ),
     "mask, average": (

@@ -18,7 +18,8 @@ from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ChunkReadError, ErrorCode, StoreError
 from chunkq.geometry.box import Box
 from chunkq.job.parent_groups import unlisted_in_groups
-from chunkq.storage.formats.zarr_arrays import TensorStoreArray, kvstore
+from chunkq.storage.formats.tensorstore_arrays import kvstore
+from chunkq.storage.formats.zarr_arrays import TensorStoreArray
 from chunkq.storage.images import ImageSource, find_source
 from tests.harness.servers.strict_s3 import KEY, SECRET, Bucket, strict_s3
 from tests.harness.servers.web import Habits, web_server

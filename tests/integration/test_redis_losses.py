@@ -87,6 +87,23 @@ def test_a_task_that_is_queued_twice_runs_once(queue: RqExecutor) -> None:
     assert sorted(reserved(queue), key=id_of) == TASKS
 
 
+def test_leases_end_in_time_after_the_clock_of_the_server_was_put_back(
+    queue: RqExecutor, server: RedisServer
+) -> None:
+    queue.submit(TASKS[:1])
+    dead, heir = WorkerOptions("host:cpu:1"), WorkerOptions("host:cpu:2")
+    assert queue.reserve(dead) is not None
+    name = queue_name(JOB)
+    [(entry, end)] = server.client.zrange(f"rq:wip:{name}", 0, -1, withscores=True)
+    for key in ("seen", "grace"):  # as a server whose clock was an hour fast
+        server.client.set(f"chunkq:{key}", end + 3600)
+    server.client.zadd(f"rq:wip:{name}", {entry: end + 3600})
+    assert queue.reserve(heir) is None
+    [(_, shortened)] = server.client.zrange(f"rq:wip:{name}", 0, -1, withscores=True)
+    assert end <= shortened <= end + heir.settings.lease
+    assert not server.client.exists("chunkq:grace")
+
+
 def test_a_burst_worker_reports_the_chunks_that_the_server_has_lost(
     standard_job: StandardJob, server: RedisServer, tmp_path: Path
 ) -> None:

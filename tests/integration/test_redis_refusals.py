@@ -1,7 +1,6 @@
 """An unusable Redis server is reported in one line, within seconds and without the password."""
 
 import contextlib
-import ipaddress
 import json
 import shutil
 import socket
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest import mock
 from urllib.parse import quote
@@ -29,6 +27,7 @@ from chunkq.queue.registry import open_executor
 from tests.harness.files import everything_below, files_below
 from tests.harness.networks import toy_model
 from tests.harness.processes import CommandResult
+from tests.harness.servers.certificate import write_certificate
 from tests.harness.servers.redis import RedisServer, free_port, redis_server
 from tests.harness.standard_job import StandardJob
 from tests.harness.volumes import random_volume, write_zarr
@@ -65,30 +64,8 @@ class Servers:
 
 def make_certificate(folder: Path) -> str:
     """Write a self-signed certificate for 127.0.0.1; return the settings of the server."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, today = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "chunkq test")])
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(today - timedelta(days=1))
-        .not_valid_after(today + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return f"tls-cert-file {folder}/cert.pem\ntls-key-file {folder}/key.pem\ntls-auth-clients no\n"
+    certificate, key = write_certificate(folder)
+    return f"tls-cert-file {certificate}\ntls-key-file {key}\ntls-auth-clients no\n"
 
 
 @pytest.fixture(scope="module")

@@ -310,6 +310,14 @@ def test_an_ome_tiff_of_several_files_is_one_array(tmp_path: Path, options: dict
     refused(path, ErrorCode.STORE_UNSUPPORTED, "1 of its 3 pages are missing")
 
 
+def test_voxels_that_all_lie_in_another_file_are_read_from_it(tmp_path: Path) -> None:
+    values = random_volume((19, 23))
+    path = write_files(tmp_path, ["a.tif", "b.tif"], np.stack([values * 0, values]))
+    xml = ome_of_files(["b.tif"]).replace("urn:uuid:0</UUID>", "urn:uuid:1</UUID>")
+    tifffile.imwrite(path, values * 0, description=xml.encode(), metadata=None)
+    assert assert_holds(path, values).options["files"] == "b.tif"
+
+
 def test_a_file_elsewhere_that_the_metadata_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     path = write_files(tmp_path / "in", ["a.tif", "../b.tif"], random_volume((2, 19, 23)))

@@ -3,15 +3,21 @@
 Each scenario brings the failure of one section about and returns what the user then sees.
 """
 
+import io
 import json
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import chunkq
+from chunkq.queue import registry
+from chunkq.system import gpus
 from tests.harness.documents import code_blocks, settled
 from tests.harness.workspace import Workspace
 
@@ -197,6 +203,60 @@ def not_allowed(folder: Path) -> str:
     return worked(workspace_with(folder), "--allow", "/srv/jobs")
 
 
+def killed_while_loading(folder: Path) -> str:
+    workspace = workspace_with(folder, "os.kill(os.getpid(), 9)\n" + IDENTITY)
+    return worked(workspace, "--depth", "1")
+
+
+def outside_slurm(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    return workspace.call("run", workspace.write_job(cluster="slurm"), "-e", "dask").err
+
+
+def other_ray_cluster(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    with mock.patch.dict(os.environ, RAY_ADDRESS="127.0.0.1:1"):
+        return workspace.call("produce", workspace.job_file, "--queue", "ray://auto").err
+
+
+def foreign_address(folder: Path) -> str:
+    workspace = workspace_with(folder)
+    return workspace.call("produce", workspace.job_file, "--queue", "tls://node1:8786").err
+
+
+def homeless(folder: Path) -> str:
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch("pwd.getpwuid", side_effect=KeyError),
+        mock.patch("os.getuid", return_value=12345),
+    ):
+        for name in ("HOME", "XDG_STATE_HOME"):
+            os.environ.pop(name, None)
+        return in_python(registry.default_url)
+
+
+def logged(call: Callable[[], object]) -> str:
+    """Return what a call logs."""
+    with io.StringIO() as stream:
+        handler = logging.StreamHandler(stream)
+        logging.getLogger("chunkq").addHandler(handler)
+        try:
+            call()
+        finally:
+            logging.getLogger("chunkq").removeHandler(handler)
+        return stream.getvalue()
+
+
+def silent_driver(folder: Path) -> str:
+    tool = folder / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    paths = os.pathsep.join([str(folder), os.environ["PATH"]])
+    with mock.patch.dict(os.environ, PATH=paths), mock.patch.object(gpus, "TOOL_SECONDS", 0.1):
+        os.environ.pop(gpus.VISIBLE, None)
+        return logged(gpus.visible_gpus)
+
+
 SCENARIOS: dict[str, Callable[[Path], str]] = {
     "The job file is refused": job_file_is_wrong,
     "This machine has no GPU": no_gpu,
@@ -218,6 +278,12 @@ SCENARIOS: dict[str, Callable[[Path], str]] = {
     "The queue was lost": forgotten,
     "The input was replaced or is gone": input_changed,
     "A worker refuses a job": not_allowed,
+    "A worker dies while it loads the network": killed_while_loading,
+    "The command is not part of an allocation": outside_slurm,
+    "The address is that of another cluster": other_ray_cluster,
+    "The address has the form of another program": foreign_address,
+    "The user has no home folder": homeless,
+    "The driver of the GPUs does not answer": silent_driver,
 }
 
 

@@ -51,6 +51,8 @@ try:
         while lease := queue.reserve(WorkerOptions(options["worker"])):
             record["tasks"].append([lease.task.id, lease.attempt.number])
         queue.close()
+    for report in os.environ.get("FAKE_LOADING", ""):
+        os.write(options["loading"], report.encode())
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
     while number == 0 and len(glob.glob(folder + "/process-*/record")) < int(
         os.environ.get("FAKE_WAITS_FOR", "0")
@@ -149,6 +151,7 @@ def test_worker_processes_get_the_options_and_unique_names(fake_workers: FakeWor
     assert len({values.pop("worker") for values in options}) == 2
     expected = {"queue": fake_workers.queue_url, "depth": 2, "burst": True, "job": JOB.path}
     expected |= {"deadline": None, "time_limit": None, "quiet": False}
+    assert all(value.pop("loading") > 2 for value in options)
     assert options == [{**expected, "is_early": False, "report": None}] * 2
 
 
@@ -197,6 +200,57 @@ def test_a_supervisor_gives_up_after_repeated_crashes_soon_after_the_start(
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("chunkq: ")
     assert f" {fake_workers.settings.early_deaths} times " in last
+
+
+def test_the_leases_of_a_process_that_loads_a_network_are_renewed(
+    fake_workers: FakeWorkers,
+) -> None:
+    extended: list[tuple[str, float]] = []
+    fake_workers.patch.setattr(
+        fake_workers.queue, "extend", lambda *values: extended.append(values), raising=False
+    )
+    fake_workers.settings = replace(fake_workers.settings, lease=0.06)
+    fake_workers.patch.setenv("FAKE_LOADING", "1")
+    fake_workers.patch.setenv("FAKE_SECONDS", "0.3")
+    assert fake_workers.supervise("0") == 0
+    [record] = fake_workers.records
+    assert len(extended) >= 2
+    assert set(extended) == {(record["options"]["worker"], 0.06)}
+
+
+def test_the_leases_of_a_process_that_has_loaded_its_network_are_its_own_concern(
+    fake_workers: FakeWorkers,
+) -> None:
+    extended: list[tuple[str, float]] = []
+    fake_workers.patch.setattr(
+        fake_workers.queue, "extend", lambda *values: extended.append(values), raising=False
+    )
+    fake_workers.settings = replace(fake_workers.settings, lease=0.06)
+    fake_workers.patch.setenv("FAKE_LOADING", "10")
+    fake_workers.patch.setenv("FAKE_SECONDS", "0.3")
+    assert fake_workers.supervise("0") == 0
+    assert len(extended) <= 1
+
+
+def test_a_process_that_dies_while_it_loads_a_network_uses_up_no_attempts(
+    fake_workers: FakeWorkers,
+) -> None:
+    task = Task("infer", *JOB, 0, (0,))
+    fake_workers.queue.submit([task])
+    fake_workers.patch.setenv("FAKE_RESERVES", "1")
+    fake_workers.patch.setenv("FAKE_LOADING", "1")
+    assert fake_workers.supervise("killed", "1", "killed", "1", "0") == 0
+    assert [record["tasks"] for record in fake_workers.records] == [[[task.id, 1]]] * 5
+
+
+def test_a_supervisor_gives_up_if_loading_always_ends_the_process_however_late(
+    fake_workers: FakeWorkers, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake_workers.settings = replace(fake_workers.settings, early_death=0)
+    fake_workers.patch.setenv("FAKE_LOADING", "1")
+    assert fake_workers.supervise("killed") == 1
+    assert len(fake_workers.records) == fake_workers.settings.early_deaths
+    assert "while it loaded a network" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_slot_that_has_failed_does_not_stop_the_others_but_sets_the_exit_code(
@@ -264,7 +318,7 @@ def test_a_signal_stops_every_worker_process_and_the_supervisor_ends_with_0(
 
 def test_worker_processes_on_the_cpu_share_the_cores(fake_workers: FakeWorkers) -> None:
     fake_workers.patch.delenv("OMP_NUM_THREADS", raising=False)
-    fake_workers.patch.setattr(supervisor, "cores", lambda: 8)
+    fake_workers.patch.setattr(supervisor, "available_cores", lambda: 8)
     fake_workers.supervise("0", processes=3)
     for record in fake_workers.records:
         assert record["environment"]["CHUNKQ_THREADS"] == "2"

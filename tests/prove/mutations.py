@@ -35,6 +35,7 @@ from tests.prove.faults import (
     empty_space,
     files,
     geometry,
+    ingest,
     ledger,
     notebook,
     queues,
@@ -42,6 +43,7 @@ from tests.prove.faults import (
     records,
     texts,
     tuning,
+    volumes,
     workers,
 )
 
@@ -49,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS: tuple[Fault, ...] = (
     *axes.FAULTS,
     *geometry.FAULTS,
+    *ingest.FAULTS,
     *blending.FAULTS,
     *empty_space.FAULTS,
     *queues.FAULTS,
@@ -58,6 +61,7 @@ FAULTS: tuple[Fault, ...] = (
     *files.FAULTS,
     *records.FAULTS,
     *tuning.FAULTS,
+    *volumes.FAULTS,
     *texts.FAULTS,
     *workers.FAULTS,
 )

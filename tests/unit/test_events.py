@@ -90,8 +90,9 @@ def test_a_terminal_shows_one_stage_at_a_time_and_nothing_at_the_end(
     display_type: type[ProgressDisplay],
 ) -> None:
     screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
     with display_type() as display:
-        display.console = Console(file=screen, force_terminal=True, width=80)
+        display.console = Console(file=screen, width=80, _environ={"TERM": "xterm"})
         display(StageProgress("loading"))
         display(StageProgress("queueing", 1, 3))
         display(StageProgress("finalizing", 0, 2))

@@ -10,8 +10,14 @@ import pytest
 
 from chunkq.errors import ErrorCode
 from chunkq.job.tasks import JobId
-from chunkq.queue.backends.hosted.queue_host import LOST_WORKER_LEASE, VERSION, QueueHost
-from chunkq.queue.backends.tables import task_table
+from chunkq.queue.backends.hosted import queue_host
+from chunkq.queue.backends.hosted.queue_host import (
+    LOADING_LEASE,
+    LOST_WORKER_LEASE,
+    MAX_LOADING_DEATHS,
+    VERSION,
+    QueueHost,
+)
 
 JOB = JobId("/data/brain.zarr.chunkq", "0a1b2c3d")
 LONG = 1000.0
@@ -35,6 +41,13 @@ def host() -> Iterator[QueueHost]:
     host.close()
 
 
+def wait(seconds: float, patch: pytest.MonkeyPatch, put_forward: float = 0.0) -> None:
+    """Let time pass. The clock of the machine is also put forward, or back."""
+    monotonic, clock = time.monotonic() + seconds, time.time() + seconds + put_forward
+    times = SimpleNamespace(monotonic=lambda: monotonic, time=lambda: clock)
+    patch.setattr(queue_host, "time", times)
+
+
 def test_releasing_an_owner_releases_the_tasks_of_its_workers_once(host: QueueHost) -> None:
     assert request(host, "release", "node", True) == {"result": 1}
     assert request(host, "counts", *JOB) == {"result": {"queued": 1, "running": 1}}
@@ -46,10 +59,58 @@ def test_leases_of_a_lost_owner_are_shortened_and_others_remain(
 ) -> None:
     host.expire_workers("node")
     assert request(host, "counts", *JOB) == {"result": {"running": 2}}
-    later = time.time() + LOST_WORKER_LEASE + 1
-    monkeypatch.setattr(task_table, "time", SimpleNamespace(time=lambda: later))
+    wait(LOST_WORKER_LEASE + 1, monkeypatch)
     assert request(host, "counts", *JOB) == {"result": {"queued": 1, "running": 1}}
     assert request(host, "running", *JOB)["result"][0][1] == "worker-2"
+
+
+@pytest.mark.parametrize("put_forward", [-3600.0, 3600.0])
+def test_leases_end_in_time_although_the_clock_of_the_head_is_changed(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch, put_forward: float
+) -> None:
+    wait(LONG / 2, monkeypatch, put_forward)
+    assert request(host, "counts", *JOB) == {"result": {"running": 2}}
+    wait(LONG + 1, monkeypatch, put_forward)
+    assert request(host, "counts", *JOB) == {"result": {"queued": 2}}
+
+
+def test_a_worker_that_loads_a_network_keeps_its_leases_without_renewing_them(
+    host: QueueHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request(host, "renew", "worker-1", [[*JOB, "a"]], 20)
+    request(host, "set_loading", "worker-1", True)
+    wait(LOADING_LEASE - 1, monkeypatch)
+    assert request(host, "counts", *JOB) == {"result": {"running": 2}}
+    request(host, "set_loading", "worker-1", False)
+    request(host, "renew", "worker-1", [[*JOB, "a"]], 20)
+    wait(LOADING_LEASE - 1 + 21, monkeypatch)
+    assert request(host, "counts", *JOB) == {"result": {"queued": 1, "running": 1}}
+
+
+def test_the_death_of_a_loading_process_counts_only_when_it_is_repeated(host: QueueHost) -> None:
+    for number in range(MAX_LOADING_DEATHS + 1):
+        worker = f"loading-{number}"
+        request(host, "register_worker", worker, "node")
+        request(host, "release", "worker-1", False)
+        row = request(host, "reserve", worker, LONG, None, [])["result"]
+        assert row[2:] == ["a", "message a", 1]
+        request(host, "set_loading", worker, True)
+        assert request(host, "is_loading", "node") == {"result": True}
+        host.expire_workers("node")
+        assert request(host, "is_loading", "node") == {"result": False}
+        assert request(host, "counts", *JOB) == {"result": {"queued": 1, "running": 1}}
+    row = request(host, "reserve", "last", LONG, None, [])["result"]
+    assert row[2:] == ["a", "message a", 2]
+
+
+def test_a_lost_process_has_worked_only_if_one_of_its_workers_had_its_network(
+    host: QueueHost,
+) -> None:
+    assert not host.expire_workers("unknown")
+    request(host, "register_worker", "worker-3", "other")
+    request(host, "set_loading", "worker-3", True)
+    assert not host.expire_workers("other")
+    assert host.expire_workers("node")
 
 
 def test_a_request_of_another_version_is_rejected_and_changes_nothing(host: QueueHost) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from chunkq.progress_bar import Bar, is_live
 from chunkq.tables import FittingTable
-from chunkq.terminal import rows, wrap, wrapped
+from chunkq.terminal import rows, without_colors, wrap, wrapped
 
 COMMAND = "`pip install 'chunkq[redis]'`"
 LINE = f"chunkq: queue: redis:// needs the package rq; run {COMMAND} [package_missing]"
@@ -70,14 +70,28 @@ def test_a_full_bar_differs_from_an_empty_one_without_its_colors(
 
 
 @pytest.mark.parametrize(
-    ("terminal", "name", "live"),
-    [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)],
+    ("terminal", "variables", "live"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "dumb"}, False),
+        (False, {"TERM": "xterm"}, False),
+        (False, {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
+    ],
 )
 def test_only_terminals_that_can_move_the_cursor_show_a_changing_display(
-    terminal: bool, name: str, live: bool
+    terminal: bool, variables: dict[str, str], live: bool
 ) -> None:
-    console = Console(file=io.StringIO(), force_terminal=terminal, _environ={"TERM": name})
-    assert is_live(console) == live
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    assert is_live(Console(file=Stream(), _environ=variables)) == live
+
+
+def test_codes_for_colors_are_removed_from_texts_of_other_programs() -> None:
+    assert without_colors("\x1b[36mray::Net.serve()\x1b[39m \x1b[1;31mfailed\x1b[0m") == (
+        "ray::Net.serve() failed"
+    )
 
 
 @pytest.mark.parametrize("width", [24, 40, 60, 80, 120])

@@ -26,6 +26,7 @@ from chunkq_worker.batching import Halos
 from chunkq_worker.cancellation import stopped_by
 from chunkq_worker.frameworks import framework_rule
 from chunkq_worker.inference_engine import ENGINES_CACHED, InferenceEngine
+from chunkq_worker.loading import loading
 from chunkq_worker.value_watch import ChunkWatch, ValueWatch
 
 T = TypeVar("T")
@@ -172,7 +173,8 @@ class Device:
         while len(self._engines) >= ENGINES_CACHED:
             self._engines.popitem(last=False)[1].close()
         accepted = with_allowed_files(record.job, folder)
-        engine = InferenceEngine(replace(record, job=accepted), plan)
+        with loading():
+            engine = InferenceEngine(replace(record, job=accepted), plan)
         self._engines[_job_key(folder, record)] = engine
         return engine
 

@@ -1,8 +1,7 @@
-"""The devices and cores on which the worker processes of this machine run."""
+"""The devices on which the worker processes of this machine run."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from chunkq.errors import JobError
@@ -32,13 +31,6 @@ def slots(gpus: str, per_device: int, per_node: int | None = None) -> list[Slot]
     if not visible:
         return [Slot(None)] * per_device
     return [Slot(gpu) for gpu in visible for _ in range(per_device)]
-
-
-def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _resolve_gpu(name: str, visible: list[str]) -> str:

@@ -22,11 +22,12 @@ from chunkq.job.items import Image
 from chunkq.paths import absolute, is_url, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import ArrayInfo
+from chunkq.storage.formats.nifti import AFFINE, affine_of
 from chunkq.storage.formats.registry import format_named
 from chunkq.storage.images import ImageSource, find_source, source_of
 from chunkq.storage.remedies import PYTHON
 from chunkq.storage.selection import EVERYTHING, Selection
-from chunkq_worker.input_objects import ObjectInput, open_object
+from chunkq_worker.input_objects import ObjectArray, ObjectInput, open_object
 
 Input = Any
 """One volume: an array or image object (see `input_objects`), or a path."""
@@ -36,8 +37,6 @@ COPY_BYTES = 64 << 20
 """Bytes written at a time when an array is copied to a file."""
 READERS: MappingProxyType[str, str] = MappingProxyType(
     {
-        ".nii": "nibabel.load(path)",
-        ".nii.gz": "nibabel.load(path)",
         ".mgz": "nibabel.load(path)",
     }
 )
@@ -49,19 +48,15 @@ class OpenedInput:
     """An input, and what is read of it.
 
     `array` is all of it, and `source` says what its axes are and what is read along them. `stored`
-    is the object that holds the array, None for a path. `path` is that of an input that a job can
-    read, else empty.
+    is the object that holds the array, None for a path. `in_memory` says whether reading is free.
+    `path` is that of an input that a job can read, else empty.
     """
 
     array: Array
     source: ImageSource
     stored: ObjectInput | None = None
+    in_memory: bool = False
     path: str = ""
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the array is in memory."""
-        return self.stored is not None and self.stored.in_memory
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -72,7 +67,7 @@ class OpenedInput:
         """Return what is known of the axes of a result for `image`, whose first source it is."""
         geometry = ImageGeometry(self.source.spatial_axes, series=image.series_axes)
         if self.stored is None:
-            return geometry
+            return replace(geometry, **_nifti_geometry(self.source))
         stored, source = self.stored, self.source
         series = [(axis.kind, source.number(axis.kind)) for axis in image.series_axes]
         numbers = [*(number for _, number in series), *source.spatial_numbers]
@@ -181,9 +176,8 @@ def _selected(stored: ObjectInput, selection: Selection, name: str) -> OpenedInp
     """Return an object with what is read of it."""
     named_by = "the object" if stored.is_named else ""
     info = ArrayInfo(name, stored.axes, str(stored.array.dtype), named_by=named_by)
-    return OpenedInput(
-        stored.array, source_of(info, selection, name, remedies=PYTHON), stored=stored
-    )
+    source = source_of(info, selection, name, remedies=PYTHON)
+    return OpenedInput(stored.array, source, stored, stored.in_memory)
 
 
 def _path(volume: Input) -> str:
@@ -204,7 +198,21 @@ def _open_path(path: str, selection: Selection, allow_empty: bool) -> OpenedInpu
             f"input: {path} cannot be read by chunkq; pass what {advice} returns",
             code=ErrorCode.STORE_UNSUPPORTED,
         ) from error
-    return OpenedInput(source.open(), source, path=path)
+    array = source.open()
+    if source.staged:  # a region would be read from the start of the file each time
+        values = array.read(Box.of_shape(array.shape))
+        array = ObjectArray(path, values, array.shape, array.dtype)
+    return OpenedInput(array, source, in_memory=bool(source.staged), path=path)
+
+
+def _nifti_geometry(source: ImageSource) -> dict[str, Any]:
+    """Return the affine of a NIfTI image, and the order of its spatial axes x, y, z."""
+    if AFFINE not in source.options:
+        return {}
+    names = [axis.name for axis in source.spatial_axes]
+    order = tuple(names.index(name) for name in "xyz" if name in names)
+    is_named = len(order) == len(names)
+    return {"affine": affine_of(source.options), "file_order": order} if is_named else {}
 
 
 def _write_npy(opened: OpenedInput, path: str) -> ImageSource:

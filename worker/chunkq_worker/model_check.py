@@ -22,12 +22,12 @@ from chunkq.job.job_handle import JobHandle, open_job
 from chunkq.job.record import JobRecord
 from chunkq.model_check import CheckReport, MemoryCheck, ModelCheck, PatchCheck, ValueCheck
 from chunkq.storage import chunk_cache
+from chunkq.system.cores import available_cores
 from chunkq.system.memory import peak_bytes
 from chunkq.system.standard_output import to_standard_error
 from chunkq_worker.batching import Batcher
 from chunkq_worker.child_env import child_env
 from chunkq_worker.device import get_device
-from chunkq_worker.devices import cores
 from chunkq_worker.inference_engine import InferenceEngine
 from chunkq_worker.measure_memory import measure_memory
 from chunkq_worker.trial_batch import TrialBatch, check_on_patches
@@ -111,7 +111,7 @@ def _restart_with_worker_env() -> None:
 
     The user names the job, so every path is allowed.
     """
-    worker_env = {**os.environ, **child_env(cores())}
+    worker_env = {**os.environ, **child_env(available_cores())}
     worker_env.pop(ALLOW_VARIABLE, None)
     worker_env[chunk_cache.VARIABLE] = "0"  # the plan adds what a worker keeps of a whole job
     if worker_env != dict(os.environ):

@@ -20,6 +20,7 @@ from chunkq.job.tasks import chunk_count
 from chunkq.model_check import CheckReport
 from chunkq.paths import without_secret
 from chunkq.queue.contract.executor import (
+    EXIT_DIED_LOADING,
     EXIT_INCOMPLETE,
     EXIT_QUEUE_UNREACHABLE,
     EXIT_REFUSED,
@@ -29,18 +30,21 @@ from chunkq.queue.contract.executor import (
     WorkerName,
 )
 from chunkq.queue.contract.settings import WorkerSettings
+from chunkq.system.cores import available_cores
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
 from chunkq.terminal import columns, wrapped
 from chunkq.worker_start import Step, encode_line
 from chunkq_worker.child_env import child_env
-from chunkq_worker.devices import Slot, cores
-from chunkq_worker.worker_process import WorkerProcessOptions
+from chunkq_worker.devices import Slot
+from chunkq_worker.worker_process import LOADING, WorkerProcessOptions
 
 POLL_SECONDS = 0.1
 WAKE, WORK = b"", encode_line(Step.WORK)
 """What wakes the supervisor, apart from the lines of a run: a signal, or the end of a process."""
+CLOSE_SECONDS = 1.0
+"""Time in which the pipe of a process that has ended closes."""
 REQUEUE_SECONDS = 1.0
 """Pause between attempts to requeue chunks on an unreachable queue."""
 
@@ -49,6 +53,8 @@ REQUEUE_SECONDS = 1.0
 class _WorkerSlot:
     """A device with its current worker process, and the state that decides on a restart.
 
+    The process has loaded a network since `loading_since` (s, monotonic), if that is not None; the
+    thread `watch` sets it.
     `crashes` counts consecutive crashes; all but the first came soon after a start. Since
     `unreachable_since` (s, Unix), `reconnects` processes have ended because they lost the queue.
     `not_before` (s, Unix) is the earliest restart. A slot that is `done` is not restarted; it
@@ -58,6 +64,8 @@ class _WorkerSlot:
     device: Slot
     process: subprocess.Popen[bytes] | None = None
     worker: str = ""
+    loading_since: float | None = None
+    watch: threading.Thread | None = None
     started: float = 0.0
     not_before: float = 0.0
     crashes: int = 0
@@ -94,6 +102,7 @@ class Supervisor:
     _forwarded: int = field(default=0, init=False)
     _pending_requeues: dict[str, bool] = field(default_factory=dict, init=False)
     _next_requeue: float = field(default=0.0, init=False)
+    _next_renewal: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self._slots = [_WorkerSlot(device) for device in self.slots]
@@ -142,6 +151,7 @@ class Supervisor:
                 for slot in slots:
                     self._check_slot(slot)
                 self._forward_signals(slots)
+                self._renew_while_loading()
                 if self._pending_requeues and time.time() >= self._next_requeue:
                     self._send_pending_requeues()
                 if not all(slot.done for slot in slots):
@@ -203,18 +213,47 @@ class Supervisor:
         else:
             self._handle_crash(slot, code)
 
+    def _renew_while_loading(self) -> None:
+        """Renew the leases of processes that load a network, up to its time limit.
+
+        Loading can hold Python's lock, so that the process itself cannot renew them.
+        """
+        now = time.monotonic()
+        if now < self._next_renewal:
+            return
+        self._next_renewal = now + self.settings.lease / 3
+        for slot in self._slots:
+            since = slot.loading_since
+            if since is not None and now - since < self.settings.first_time_limit:
+                with suppress(QueueError):  # the process commits its chunks without the queue
+                    self.executor.extend(slot.worker, self.settings.lease)
+
     def _handle_crash(self, slot: _WorkerSlot, code: int) -> None:
-        returned = self._requeue(slot.worker, counted=True)
+        """Restart a process, unless it dies again and again.
+
+        The chunks of a process that was loading a network have not caused its end.
+        """
+        if slot.watch is not None:
+            slot.watch.join(CLOSE_SECONDS)
+        was_loading = slot.loading_since is not None or code == EXIT_DIED_LOADING
+        returned = self._requeue(slot.worker, counted=not was_loading)
         is_early = time.time() - slot.started < self.settings.early_death
-        slot.crashes = slot.crashes + 1 if is_early else 1
+        slot.crashes = slot.crashes + 1 if is_early or was_loading else 1
         reason = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         if code == EXIT_TASK_TIMEOUT:
             reason = "ended because a chunk exceeded its time limit"
+        elif was_loading:
+            reason += " while it loaded a network"
         self._log(f"worker {slot.worker} {reason}; {chunk_count(returned)} requeued")
         if slot.crashes >= self.settings.early_deaths:
+            when = (
+                "while it loaded a network, possibly out of memory"
+                if was_loading
+                else f"within {self.settings.early_death:g} s"
+            )
             self._log(
-                f"giving up: the worker process crashed {slot.crashes} times in a row within "
-                f"{self.settings.early_death:g} s; fix the cause, then restart the worker"
+                f"giving up: the worker process crashed {slot.crashes} times in a row {when}; "
+                "fix the cause, then restart the worker"
             )
             slot.done = slot.has_failed = True
             return
@@ -265,7 +304,8 @@ class Supervisor:
         self, slot: _WorkerSlot, *, is_early: bool = False, report: int | None = None
     ) -> None:
         slot.worker = WorkerName.new(slot.device.gpu or "cpu").name
-        slot.started = time.time()
+        slot.started, slot.loading_since = time.time(), None
+        reports, loading = os.pipe()
         options = WorkerProcessOptions(
             queue=self.queue,
             worker=slot.worker,
@@ -277,8 +317,9 @@ class Supervisor:
             quiet=self.quiet,
             is_early=is_early,
             report=report,
+            loading=loading,
         )
-        env = {**os.environ, **child_env(max(1, cores() // len(self.slots)))}
+        env = {**os.environ, **child_env(max(1, available_cores() // len(self.slots)))}
         if slot.device.gpu is not None or self.hide_gpus:
             env[VISIBLE] = slot.device.gpu or ""
         # A new session, so that Ctrl-C reaches only the supervisor, which forwards it.
@@ -287,8 +328,11 @@ class Supervisor:
             stdin=subprocess.PIPE,
             env=env,
             start_new_session=True,
-            pass_fds=() if report is None else (report,),
+            pass_fds=(loading,) if report is None else (loading, report),
         )
+        os.close(loading)
+        slot.watch = threading.Thread(target=_watch_loading, args=[slot, reports], daemon=True)
+        slot.watch.start()
         _send(slot, json.dumps(asdict(options)).encode() + b"\n")
         threading.Thread(target=self._wake_at_end, args=[slot.process], daemon=True).start()
 
@@ -321,6 +365,13 @@ class Supervisor:
 
     def _log(self, line: str) -> None:
         sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
+
+
+def _watch_loading(slot: _WorkerSlot, reports: int) -> None:
+    """Store in a slot since when its process loads a network, until the pipe is closed."""
+    with open(reports, "rb", buffering=0) as pipe:
+        while report := pipe.read(1):
+            slot.loading_since = time.monotonic() if report == LOADING else None
 
 
 def _send(slot: _WorkerSlot, line: bytes) -> None:

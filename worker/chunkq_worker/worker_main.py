@@ -23,15 +23,18 @@ def serve(executor: Executor, options: WorkerOptions) -> ExitStatus:
     """
     hide_framework_logs()
     # Imported here so that signals are handled while the network's libraries load.
+    from chunkq.stages.ingest import is_advancing
     from chunkq_worker.device import waits_for_device
     from chunkq_worker.frameworks import framework_rule
+    from chunkq_worker.loading import reporting_to
     from chunkq_worker.run_task import check_gate, run_task
 
     framework_rule.enforced = options.replaceable
-    options.is_waiting = waits_for_device
+    options.is_waiting = lambda task: waits_for_device(task) or is_advancing(task)
     options.check_gate = partial(check_gate, worker=options.worker)
     try:
-        executor.run_tasks(run_task, options)
+        with reporting_to(options.on_loading):
+            executor.run_tasks(run_task, options)
     except TaskTimeoutError as error:
         if not executor.owns_process:
             return ExitStatus(EXIT_TASK_TIMEOUT, [str(error)])

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -30,9 +31,11 @@ from chunkq.system.scratch import delete_own_folders
 from chunkq.system.standard_output import to_standard_error
 from chunkq.terminal import columns, wrapped
 from chunkq_worker.early_start import prepare
+from chunkq_worker.loading import reporting_to
 from chunkq_worker.worker_main import serve
 
 EXIT_REQUEUED = 5
+LOADING, LOADED = b"1", b"0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class WorkerProcessOptions:
     """The options that a supervisor sends to a worker process, see `WorkerOptions`.
 
     A process that `is_early` starts before its job exists. It writes the result of the check of the
-    network to the descriptor `report`, unless that is None.
+    network to the descriptor `report`, unless that is None. It writes LOADING to the descriptor
+    `loading` before it loads a network, and LOADED afterwards.
     """
 
     queue: str
@@ -53,6 +57,7 @@ class WorkerProcessOptions:
     quiet: bool
     is_early: bool = False
     report: int | None = None
+    loading: int | None = None
 
 
 def main() -> int:
@@ -71,8 +76,10 @@ def main() -> int:
         _LineFormatter(f"%(asctime)s {process_options.worker} %(message)s", "%H:%M:%S")
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    on_loading = _loading_reporter(process_options.loading)
     if process_options.is_early:
-        prepare(lines.get, process_options.report)
+        with reporting_to(on_loading):
+            prepare(lines.get, process_options.report)
     options = WorkerOptions(
         worker=process_options.worker,
         depth=process_options.depth,
@@ -81,6 +88,7 @@ def main() -> int:
         deadline=process_options.deadline,
         time_limit=process_options.time_limit,
         replaceable=True,
+        on_loading=on_loading,
     )
     try:
         executor = open_executor(process_options.queue)
@@ -93,6 +101,19 @@ def main() -> int:
     for line in status.lines:
         sys.stderr.write(wrapped(f"chunkq: {line}", columns(sys.stderr)) + "\n")
     return status.code
+
+
+def _loading_reporter(descriptor: int | None) -> Callable[[bool], None]:
+    """Return the function that writes to the supervisor's pipe."""
+    if descriptor is None:
+        return lambda is_loading: None
+    os.set_inheritable(descriptor, False)  # the pipe closes when this process ends
+
+    def report(is_loading: bool) -> None:
+        with suppress(OSError):
+            os.write(descriptor, LOADING if is_loading else LOADED)
+
+    return report
 
 
 class _LineFormatter(logging.Formatter):

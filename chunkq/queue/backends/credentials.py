@@ -14,10 +14,9 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-import platformdirs
-
-from chunkq.errors import ErrorCode, QueueError
+from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.system.private_files import is_private, make_private_folder, write_private
+from chunkq.system.user_folders import state_folder
 
 
 def store_secret(kind: str, host: str, port: int, secret: str) -> Path:
@@ -35,7 +34,7 @@ def store_secret(kind: str, host: str, port: int, secret: str) -> Path:
 
 def remove_secret(kind: str, host: str, port: int) -> None:
     """Remove the secret of a server that has ended."""
-    with suppress(OSError):
+    with suppress(OSError, JobError):
         _path(kind, host, port).unlink()
 
 
@@ -45,7 +44,10 @@ def find_secret(kind: str, host: str, port: int) -> Path | None:
     Raises QueueError if other users can read or replace the file.
     """
     for address in _names(host):
-        path = _path(kind, address, port)
+        try:
+            path = _path(kind, address, port)
+        except JobError:  # a user without folders has stored nothing
+            return None
         with suppress(FileNotFoundError, NotADirectoryError):
             if not is_private(path):
                 raise QueueError(
@@ -85,7 +87,7 @@ def is_loopback(host: str) -> bool:
 def _path(kind: str, host: str, port: int) -> Path:
     """Return the file of an address. The name includes this host for loopback addresses."""
     name = f"{socket.gethostname()}_{host}" if is_loopback(host) else host.lower()
-    return Path(platformdirs.user_state_path("chunkq")) / "credentials" / f"{kind}_{name}_{port}"
+    return state_folder() / "credentials" / f"{kind}_{name}_{port}"
 
 
 def _names(host: str) -> Iterator[str]:

@@ -30,7 +30,7 @@ log = logging.getLogger("chunkq.queue")
 
 @dataclass(slots=True)
 class _Leased:
-    """A message leased to a worker from `since` until `expires` (s, Unix)."""
+    """A message leased to a worker from `since` (s, Unix) until `expires` (s, monotonic)."""
 
     message: str
     attempt: Attempt
@@ -168,13 +168,13 @@ class InProcessExecutor(LeaseQueue):
     def counts(self, job: JobId) -> TaskCounts:
         """Return the numbers of tasks of a job by state; a task with an expired lease is queued."""
         with self._queue.lock:
-            return self._queue.job(job).counts(time.time())
+            return self._queue.job(job).counts(time.monotonic())
 
     def jobs(self) -> dict[JobId, TaskCounts]:
         """Return the numbers of tasks of every job on the queue."""
         with self._queue.lock:
             return {
-                id: job.counts(time.time())
+                id: job.counts(time.monotonic())
                 for id, job in self._queue.jobs.items()
                 if not job.is_empty
             }
@@ -185,7 +185,7 @@ class InProcessExecutor(LeaseQueue):
             return [
                 RunningTask(Task.from_json(leased.message), leased.attempt.worker, leased.since)
                 for leased in self._queue.job(job).leased.values()
-                if leased.expires >= time.time()
+                if leased.expires >= time.monotonic()
             ]
 
     def failed(self, job: JobId) -> list[Task]:
@@ -205,7 +205,7 @@ class InProcessExecutor(LeaseQueue):
     def cancel(self, job: JobId) -> int:
         """Remove the tasks and the gates of a job."""
         with self._queue.lock:
-            removed = self._queue.jobs.pop(job, _JobQueue()).counts(time.time())
+            removed = self._queue.jobs.pop(job, _JobQueue()).counts(time.monotonic())
             return removed.queued + removed.running + removed.failed + removed.waiting
 
     def close_gate(self, job: JobId, kind: str) -> None:
@@ -245,6 +245,14 @@ class InProcessExecutor(LeaseQueue):
                 job.end_attempt(id, counted=counted)
             return len(leases)
 
+    def extend(self, worker: str, seconds: float) -> None:
+        """Make the leases of a worker last for at least `seconds` from now."""
+        with self._queue.lock:
+            for job in self._queue.jobs.values():
+                for leased in job.leased.values():
+                    if leased.attempt.worker == worker:
+                        leased.expires = max(leased.expires, time.monotonic() + seconds)
+
     def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
         """Record contributions of a committed task; return the tasks that this completes."""
         complete = []
@@ -262,7 +270,7 @@ class InProcessExecutor(LeaseQueue):
     def reserve(self, options: WorkerOptions) -> Lease | None:
         """Lease one task of the oldest job that has one, or return None."""
         with self._queue.lock:
-            now = time.time()
+            now = time.monotonic()
             for job in self._queue.jobs.values():
                 job.expire(now)
             for job_id, job in self._queue.select(options):
@@ -276,8 +284,8 @@ class InProcessExecutor(LeaseQueue):
                         continue
                     attempt = Attempt(attempts + 1, options.worker)
                     expires = now + options.settings.lease
-                    job.leased[id] = _Leased(message, attempt, now, expires)
-                    return Lease(task, attempt, since=now)
+                    job.leased[id] = _Leased(message, attempt, time.time(), expires)
+                    return Lease(task, attempt)
         return None
 
     def ack(self, lease: Lease) -> None:
@@ -307,7 +315,7 @@ class InProcessExecutor(LeaseQueue):
             for lease in leases:
                 job = self._leased_job(lease)
                 if job is not None:
-                    job.leased[lease.task.id].expires = time.time() + options.settings.lease
+                    job.leased[lease.task.id].expires = time.monotonic() + options.settings.lease
 
     def close(self) -> None:
         """Do nothing. The queue exists until the process ends."""

@@ -42,6 +42,8 @@ EXIT_TASK_TIMEOUT = 7
 """A task exceeded its time limit; only the end of the process frees its resources."""
 EXIT_RESTART = 8
 """The remaining jobs need another deep-learning framework, and therefore a new process."""
+EXIT_DIED_LOADING = 10
+"""The worker's process ended while it loaded a network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,8 @@ class WorkerOptions:
       device. The time limit does not apply to such a task.
     - `check_gate`: look into a job folder whether the tasks of a kind may start. It is called when
       such tasks wait and their job has neither queued nor running tasks.
+    - `on_loading`: called with True before a network is loaded, and with False afterwards. No other
+      thread of the process may run in the meantime.
     - `replaceable`: the supervisor starts a new process when this one ends with EXIT_RESTART.
     - `stop`: when set, the worker finishes the tasks in flight and reserves no more.
     - `settings`: default to those of the environment.
@@ -172,6 +176,7 @@ class WorkerOptions:
     time_limit: float | None = None
     is_waiting: Callable[[Task], bool] = lambda task: False
     check_gate: Callable[[JobId, str], GateState] = lambda job, kind: GateState.CLOSED
+    on_loading: Callable[[bool], None] = lambda is_loading: None
     replaceable: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     settings: WorkerSettings = field(default_factory=WorkerSettings.from_environment)
@@ -298,6 +303,14 @@ class Executor(ABC):
 
         `counted` is whether their attempts count. Attempts of a dead worker count, because the
         task may have killed it. Attempts of a worker that was stopped do not.
+        """
+
+    @abstractmethod
+    def extend(self, worker: str, seconds: float) -> None:
+        """Make the leases of a worker last for at least `seconds` from now.
+
+        Another process calls this while the worker loads a network and may be unable to renew its
+        leases itself. It has no effect on leases that have ended.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from chunkq.access import Access
+from chunkq.access import Access, is_forbidden
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.extensions import ExtensionPoint
 from chunkq.paths import is_url, open_filesystem, without_secret
@@ -17,7 +17,10 @@ from chunkq.storage.formats.base import (
 )
 from chunkq.storage.formats.conversion import conversion
 from chunkq.storage.formats.hdf5 import Hdf5Format
+from chunkq.storage.formats.n5 import N5Format
+from chunkq.storage.formats.nifti import NiftiFormat
 from chunkq.storage.formats.npy import NpyFormat
+from chunkq.storage.formats.precomputed import PrecomputedFormat
 from chunkq.storage.formats.tiff import TiffFormat, stack_pattern
 from chunkq.storage.formats.tiff_stack import is_pattern
 from chunkq.storage.formats.zarr import ZarrFormat
@@ -26,9 +29,12 @@ from chunkq.storage.formats.zarr_nodes import member_names, missing_documents
 BUILT_IN: MappingProxyType[str, Format] = MappingProxyType(
     {
         "npy": NpyFormat(),
+        "nifti": NiftiFormat(),
         "tiff": TiffFormat(),
         "hdf5": Hdf5Format(),
         "zarr": ZarrFormat(),
+        "n5": N5Format(),
+        "precomputed": PrecomputedFormat(),
     }
 )
 """Formats by name, in the order in which they are asked."""
@@ -38,21 +44,25 @@ EXTENSIONS = ExtensionPoint(
 
 
 def format_of(path: str, options: Options = NO_OPTIONS) -> str:
-    """Return the name of the first format that detects a path.
+    """Return the name of the first format that detects a path without a scheme of a format.
 
     `options` are what the job says about the access to it (`Access.options`).
     Other packages are searched for formats only if no built-in format detects it. Raises StoreError
     if no format does, if the storage fails, or if the format of another package cannot be loaded.
     """
     failure: StoreError | None = None
-    try:
-        for name, built_in in BUILT_IN.items():
+    for name, built_in in BUILT_IN.items():
+        try:
             if built_in.detects(path, options):
                 return name
-    except StoreError as error:  # for example the scheme of the URL, which another format may know
-        failure = error
-    except Exception as error:  # each file system raises different errors
-        failure = unreadable_error(path, error)
+        except StoreError as error:  # for example the scheme of the URL
+            failure = error
+            break
+        except Exception as error:  # each file system raises different errors
+            failure = failure or unreadable_error(path, error)
+            # A server can refuse documents of one format that do not exist.
+            if not is_forbidden(error):
+                break
     for name, entry_point in EXTENSIONS.find().items():
         try:
             if EXTENSIONS.create(entry_point).detects(path, options):
@@ -87,7 +97,7 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
         )
     if not filesystem.exists(inner):
         return missing_error(path)
-    expected = "expected a Zarr store, or a file .tif, .h5 or .npy"
+    expected = "expected a Zarr store, N5, a precomputed volume, or a file .nii, .nii.gz, .tif, .h5 or .npy"
     if advice := conversion(without_secret(path)):
         reason = advice
     elif path.endswith(".npz"):
@@ -100,7 +110,7 @@ def _unclaimed_error(path: str, access: Access) -> StoreError:
     elif documents := missing_documents(path, access):
         reason = f"lacks {documents}; restore the file"
     elif members := member_names(path, access):
-        reason = f"is a folder without Zarr metadata; use one of {', '.join(members)} in it"
+        reason = f"is a folder without metadata; use one of {', '.join(members)} in it"
     else:
-        reason = f"holds no Zarr array; {expected}; fix the path"
+        reason = f"holds no array; {expected}; fix the path"
     return StoreError(f"input: {without_secret(path)} {reason}", code=ErrorCode.STORE_UNSUPPORTED)

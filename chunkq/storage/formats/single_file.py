@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class SingleFile:
         """Open the file for reading it once from its start. Raises OSError."""
         if not is_url(self.path):
             return open(self.inner, "rb")
+        if self.path.startswith("memory://"):  # whose files share one position
+            return io.BytesIO(self.filesystem.cat_file(self.inner))
         # fsspec streams a response of a web server if there are no blocks.
         options = {"block_size": 0} if is_web(self.path) else {"block_size": STREAM_BYTES}
         file: BinaryIO = self.filesystem.open(self.inner, "rb", **options)

@@ -67,7 +67,8 @@ class TiffImage:
         shape, size = _largest_segment(self.array.pages)
         if size < STAGED_BYTES:
             return ""
-        kind = "tiles" if self.array.pages[0].decoder.is_tiled else "strips"
+        decoders = (page.decoder for page in self.array.pages if page.decoder is not None)
+        kind = "tiles" if next(decoders).is_tiled else "strips"
         return f"it is compressed in {kind} of {' x '.join(map(str, shape))} voxels"
 
 
@@ -232,7 +233,7 @@ def _pages(file: SingleFile, tiff: Any, series: Any) -> tuple[int, list[Page]]:
             f"{list(series.shape)} of its metadata; save it again with tifffile"
         )
     dtype = np.dtype(keyframe.dtype).newbyteorder(keyframe.parent.byteorder)
-    if series.dataoffset is not None:
+    if series.dataoffset is not None and keyframe.parent is tiff and not series.is_multifile:
         offsets = range(
             series.dataoffset, series.dataoffset + count * size * dtype.itemsize,
             size * dtype.itemsize,

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from chunkq.access import DEFAULT_ACCESS, Access, sends_parts
+from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ErrorCode, StoreError
-from chunkq.paths import is_web, join, open_filesystem, without_secret
+from chunkq.paths import is_web, join, without_secret
 from chunkq.storage.array import Array
 from chunkq.storage.formats.base import (
     CACHED,
@@ -31,7 +31,8 @@ from chunkq.storage.formats.base import (
     native_dtype,
     unreadable_error,
 )
-from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray, kvstore
+from chunkq.storage.formats.tensorstore_arrays import kvstore
+from chunkq.storage.formats.zarr_arrays import TensorStoreArray, ZarrPythonArray
 from chunkq.storage.formats.zarr_axes import Level, NamedArray, level_of, named_array
 from chunkq.storage.formats.zarr_chunks import (
     ChunkKeys,
@@ -43,14 +44,17 @@ from chunkq.storage.formats.zarr_chunks import (
 from chunkq.storage.formats.zarr_nodes import (
     ARRAY_METADATA,
     ATTRIBUTES,
+    FORBIDDEN_IS_MISSING,
     ZarrNode,
+    access_options,
     dtype_error,
     fetch_document,
     first_document,
-    forbids_missing_objects,
+    level_error,
     member_names,
     metadata_error,
     read_node,
+    require_parts,
 )
 from chunkq.storage.ome import MultiscaleImage, channel_labels, first_image
 from chunkq.storage.stored_chunks import StoredChunks
@@ -59,8 +63,6 @@ ZARR_FORMAT = "zarr_format"
 """Option: version of the Zarr format, 2 or 3."""
 CHUNK_KEYS = "chunk_keys"
 """Option: names of the storage chunks (`ChunkKeys`), if the metadata name them otherwise."""
-FORBIDDEN_IS_MISSING = "forbidden_is_missing"
-"""Option: whether the server answers 403 for objects that do not exist."""
 SHARDING = "sharding_indexed"
 """Codec of arrays with shards."""
 CODEC_PACKAGES = {
@@ -146,14 +148,14 @@ def _find(path: str, level: int | str | None, access: Access) -> ArrayInfo:
     node = _require_node(path, access)
     if node.is_array:
         if level is not None:
-            raise _level_error(path, level, "is an array")
+            raise level_error(path, level, "is an array")
         described = level_of(path, lambda parent: _group_attributes(parent, access))
         names = node.document.get("dimension_names")
         return _array_info(node, described or named_array(names, node.attributes))
     image = _image_of(node)
     dataset = image.level(0 if level is None else level)
     if dataset is None:
-        raise _level_error(path, level, f"has the levels {_level_names(image)}")
+        raise level_error(path, level, f"has the levels {_level_names(image)}")
     name = f"level {0 if level is None else level} of {without_secret(path)}"
     array = _require_node(join(path, dataset.path), access, name)
     if not array.is_array:
@@ -190,18 +192,11 @@ def _require_node(path: str, access: Access, description: str = "") -> ZarrNode:
 
 def _array_info(node: ZarrNode, described: Level | NamedArray) -> ArrayInfo:
     """Return an array that can be opened, and whether it has storage chunks."""
-    options: dict[str, str | int | bool] = {ZARR_FORMAT: node.zarr_format, **node.access.options}
+    options = {ZARR_FORMAT: node.zarr_format, **access_options(node.path, node.access)}
     path = without_secret(node.path)
-    if forbids_missing_objects(node.path, node.access):
-        options[FORBIDDEN_IS_MISSING] = True
-        log.warning(
-            "%s: the server answers 403 for missing objects; chunks that it refuses are read as "
-            "the fill value",
-            path,
-        )
     array, _ = _open_node(node, options)
     if is_web(node.path) and SHARDING in node.codecs():
-        _check_parts(node)
+        require_parts(node.path, node.name, node.access)
     dtype = native_dtype(array.dtype)
     if dtype.type.__module__ != "numpy" or dtype.kind not in NUMBERS:
         raise dtype_error(join(node.path, node.name), str(dtype))
@@ -227,21 +222,6 @@ def _array_info(node: ZarrNode, described: Level | NamedArray) -> ArrayInfo:
         labels=described.labels,
         storage=_read_chunks(node),
     )
-
-
-def _check_parts(node: ZarrNode) -> None:
-    """Raise StoreError if a web server does not send parts of files, such as chunks of a shard."""
-    document = join(node.path, node.name)
-    try:
-        is_enough = sends_parts(*open_filesystem(document, node.access))
-    except Exception as error:  # each file system raises different errors
-        raise unreadable_error(document, error) from error
-    if not is_enough:
-        raise StoreError(
-            f"input: {without_secret(node.path)}: the server does not send parts of files, which "
-            "an array with shards needs; download the array",
-            code=ErrorCode.STORE_UNSUPPORTED,
-        )
 
 
 def _stored_chunks(node: ZarrNode) -> tuple[int, ...] | None:
@@ -378,14 +358,6 @@ def _level_names(image: MultiscaleImage) -> str:
     if len(paths) == 1:
         return f"0 only ({paths[0]})"
     return f"0 to {len(paths) - 1} ({', '.join(paths[:8])})"
-
-
-def _level_error(path: str, level: int | str | None, reason: str) -> StoreError:
-    return StoreError(
-        f"input: {without_secret(path)} {reason}; found level {level!r}; use a level of the image, "
-        "or remove level",
-        code=ErrorCode.STORE_UNSUPPORTED,
-    )
 
 
 def _group_error(group: ZarrNode) -> StoreError:

@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from chunkq.access import DEFAULT_ACCESS, GCS_SCHEMES, S3_SCHEMES, Access, tensorstore_s3
+from chunkq.access import DEFAULT_ACCESS, Access
 from chunkq.errors import ChunkReadError
 from chunkq.geometry.box import Box
-from chunkq.paths import is_url
 from chunkq.storage import chunk_cache
 from chunkq.storage.array import Array, Voxels, box_error
 from chunkq.storage.formats.base import native_dtype
-from chunkq.system import buffers
+from chunkq.storage.formats.tensorstore_arrays import StoreArray, kvstore
 
-NO_LOCKS = {"mode": "none"}
-"""tensorstore's option to write without file locks. Every object has one writer, and a lock of a
-suspended process would block all others."""
 METADATA_KEYS = {
     2: (
         "zarr_format", "shape", "chunks", "dtype", "compressor", "fill_value", "order", "filters",
@@ -33,12 +29,13 @@ METADATA_KEYS = {
 """Zarr format -> keys of an array's metadata that tensorstore accepts from a caller."""
 
 
-class TensorStoreArray(Array):
+class TensorStoreArray(StoreArray):
     """Zarr array read and written by tensorstore: local files, S3, GCS.
 
     `metadata` replaces the stored metadata. `cached` keeps storage chunks in the cache of this
-    process. Raises ValueError, or the error of the storage, if
-    tensorstore cannot open the array, for example for lack of a codec.
+    process. `is_whole` stores chunks of fill values only, too, and makes a missing one an error.
+    Raises ValueError, or the error of the storage, if tensorstore cannot open the array, for
+    example for lack of a codec.
     """
 
     def __init__(
@@ -50,10 +47,10 @@ class TensorStoreArray(Array):
         access: Access = DEFAULT_ACCESS,
         metadata: Mapping[str, Any] | None = None,
         cached: bool = False,
+        is_whole: bool = False,
     ) -> None:
         import tensorstore as ts
 
-        self.path = path
         spec: dict[str, Any] = {
             "driver": "zarr3" if zarr_format == 3 else "zarr",
             "kvstore": kvstore(path, access),
@@ -64,7 +61,9 @@ class TensorStoreArray(Array):
         if cached:
             # What was read since the array was opened is not asked for again.
             spec["recheck_cached_data"] = "open"
-        self._store = ts.open(
+        if is_whole:
+            spec |= {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+        store = ts.open(
             spec,
             open=True,
             read=True,
@@ -72,20 +71,7 @@ class TensorStoreArray(Array):
             assume_metadata=metadata is not None,
             context=chunk_cache.context() if cached else None,
         ).result()
-        self.shape = tuple(self._store.shape)
-        self.dtype = self._store.dtype.numpy_dtype
-
-    @override
-    def read(self, box: Box) -> Voxels:
-        import tensorstore as ts
-
-        try:
-            values: Voxels = buffers.zeros(box.shape, self.dtype)
-            region = self._store[box.slices((0,) * len(self.shape))]
-            ts.array(values, copy=False, write=True).write(region).result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ChunkReadError(box_error(self.path, box, "read", error)) from error
-        return values
+        super().__init__(path, store)
 
     @override
     def write(self, box: Box, values: Voxels) -> None:
@@ -120,16 +106,3 @@ class ZarrPythonArray(Array):
     @override
     def write(self, box: Box, values: Voxels) -> None:
         self._array[box.slices((0,) * len(self.shape))] = values
-
-
-def kvstore(path: str, access: Access = DEFAULT_ACCESS) -> dict[str, Any] | None:
-    """Return tensorstore's kvstore spec of a path, or None if tensorstore cannot access it."""
-    if not is_url(path):
-        return {"driver": "file", "path": path + "/", "file_io_locking": NO_LOCKS}
-    scheme, _, rest = path.partition("://")
-    bucket, _, key = rest.partition("/")
-    place = {"bucket": bucket, "path": f"{key}/" if key else ""}
-    if scheme in GCS_SCHEMES and access == DEFAULT_ACCESS:
-        return {"driver": "gcs", **place}
-    members = tensorstore_s3(bucket, access) if scheme in S3_SCHEMES else None
-    return None if members is None else {"driver": "s3", **place, **members}

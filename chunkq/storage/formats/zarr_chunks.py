@@ -1,4 +1,4 @@
-"""Names of the storage chunks of a Zarr array, and whether any of them exists."""
+"""Names of the storage chunks of an array, and whether any of them exists."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from chunkq.access import S3_SCHEMES, is_forbidden
+from chunkq.access import S3_SCHEMES, Access, is_forbidden
 from chunkq.paths import is_url, is_web, join, open_filesystem
-from chunkq.storage.formats.zarr_nodes import NOTHING, ZarrNode
+from chunkq.storage.formats.stored_objects import NOTHING
+from chunkq.storage.formats.zarr_nodes import ZarrNode
 
 MAX_PROBES = 64
 """Storage chunks that are asked for by name where objects cannot be listed."""
@@ -27,6 +28,19 @@ MAX_ENTRIES = 20_000
 """Files and folders that are listed in search of a storage chunk."""
 S3_PAGE = 1000
 """Objects in one answer of S3 to a listing."""
+
+
+class Keys(Protocol):
+    """Names of storage chunks in the folder of an array."""
+
+    def name(self, index: Sequence[int]) -> str:
+        """Return the name of a storage chunk."""
+
+    def pattern(self, rank: int) -> re.Pattern[str]:
+        """Return a pattern that names of storage chunks match as a whole."""
+
+
+AnyKeys = TypeVar("AnyKeys", bound=Keys)
 
 
 @dataclass(frozen=True)
@@ -91,18 +105,29 @@ def existing_keys(node: ZarrNode, shape: Sequence[int], chunks: Sequence[int]) -
     encodings = ("v2",) if node.zarr_format == 2 else ("default", "v2")
     others = (ChunkKeys(encoding, separator) for encoding in encodings for separator in "/.")
     candidates = [stored, *(keys for keys in others if keys != stored)]
-    if not is_url(node.path):
-        return _match(_walk(node.path, _list_local), len(shape), candidates)
     grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-    filesystem, inner = open_filesystem(node.path, node.access)
-    is_s3 = node.path.partition("://")[0] in S3_SCHEMES
+    return keys_in(node.path, node.access, grid, candidates)
+
+
+def keys_in(
+    path: str, access: Access, grid: Sequence[int], candidates: Sequence[AnyKeys]
+) -> AnyKeys | None:
+    """Return the first candidate whose names a folder has, or None if it has none of them.
+
+    `grid` has the number of storage chunks along each axis. The first candidate is also returned if
+    the storage is too large to tell. Raises the storage's errors.
+    """
+    if not is_url(path):
+        return _match(_walk(path, _list_local), len(grid), candidates)
+    filesystem, inner = open_filesystem(path, access)
+    is_s3 = path.partition("://")[0] in S3_SCHEMES
     if is_s3:
         with suppress(PermissionError):
-            return _match(_list_s3(filesystem, inner), len(shape), candidates)
-    if is_s3 or is_web(node.path):
+            return _match(_list_s3(filesystem, inner), len(grid), candidates)
+    if is_s3 or is_web(path):
         return _probe(filesystem, inner, grid, candidates)
     names = _walk(inner, lambda folder: _list_remote(filesystem, folder))
-    return _match(names, len(shape), candidates)
+    return _match(names, len(grid), candidates)
 
 
 def list_chunks(
@@ -113,29 +138,42 @@ def list_chunks(
     `chunks` is the shape of what one object stores. Objects with other names are left out. Raises
     the storage's errors.
     """
-    if is_url(node.path):
-        filesystem, inner = open_filesystem(node.path, node.access)
-        root = inner.rstrip("/") + "/"
-        names: Iterable[str | None] = (path.removeprefix(root) for path in filesystem.find(inner))
-    else:
-        names = _walk(node.path, _list_local, is_limited=False)
-    pattern, prefix = keys.pattern(len(shape)), len(keys.name(()))
-    rows = [
-        name[prefix:].removeprefix(keys.separator).split(keys.separator)
-        for name in names
-        if name is not None and pattern.fullmatch(name)
-    ]
-    indices = np.array(rows, dtype=np.int64).reshape(-1, len(shape))
+    prefix = len(keys.name(()))
     grid = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
-    return indices[(indices < grid).all(axis=1)]
+
+    def index_of(name: str) -> Sequence[int]:
+        return [int(n) for n in name[prefix:].removeprefix(keys.separator).split(keys.separator)]
+
+    return listed_indices(node.path, node.access, keys.pattern(len(shape)), index_of, grid)
 
 
-def _match(
-    names: Iterable[str | None], rank: int, candidates: Sequence[ChunkKeys]
-) -> ChunkKeys | None:
+def listed_indices(
+    path: str,
+    access: Access,
+    pattern: re.Pattern[str],
+    index_of: Callable[[str], Sequence[int]],
+    grid: Sequence[int],
+) -> npt.NDArray[np.int64]:
+    """Return the indices of the objects in a folder whose names match, int64 (n, rank).
+
+    `index_of` returns the index for a name. Indices outside of the grid are left out. Raises the
+    storage's errors.
+    """
+    if is_url(path):
+        filesystem, inner = open_filesystem(path, access)
+        root = inner.rstrip("/") + "/"
+        names: Iterable[str | None] = (name.removeprefix(root) for name in filesystem.find(inner))
+    else:
+        names = _walk(path, _list_local, is_limited=False)
+    rows = [index_of(name) for name in names if name is not None and pattern.fullmatch(name)]
+    indices = np.array(rows, dtype=np.int64).reshape(-1, len(grid))
+    return indices[((indices >= 0) & (indices < grid)).all(axis=1)]
+
+
+def _match(names: Iterable[str | None], rank: int, candidates: Sequence[AnyKeys]) -> AnyKeys | None:
     """Return the first candidate for the names of files; None in `names` ends a search early."""
     patterns = [(keys, keys.pattern(rank)) for keys in candidates]
-    others: set[ChunkKeys] = set()
+    others: list[AnyKeys] = []
     for name in names:
         if name is None:
             return candidates[0]
@@ -143,7 +181,8 @@ def _match(
             if pattern.fullmatch(name):
                 if keys == candidates[0]:
                     return keys
-                others.add(keys)
+                if keys not in others:
+                    others.append(keys)
                 break
     return next((keys for keys in candidates if keys in others), None)
 
@@ -212,8 +251,8 @@ def _list_s3(filesystem: Any, inner: str) -> Iterator[str | None]:
 
 
 def _probe(
-    filesystem: Any, inner: str, grid: Sequence[int], candidates: Sequence[ChunkKeys]
-) -> ChunkKeys | None:
+    filesystem: Any, inner: str, grid: Sequence[int], candidates: Sequence[AnyKeys]
+) -> AnyKeys | None:
     """Ask for some storage chunks by name: those in the middle first, then others evenly spread."""
 
     def exists(name: str) -> bool:

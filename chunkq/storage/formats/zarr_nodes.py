@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chunkq.access import S3_SCHEMES, Access, is_forbidden
+from chunkq.access import Access, is_forbidden, sends_parts
 from chunkq.errors import ErrorCode, StoreError
 from chunkq.paths import (
     is_url,
@@ -18,10 +19,10 @@ from chunkq.paths import (
     join,
     mask_secrets,
     open_filesystem,
-    read_bytes,
     without_secret,
 )
-from chunkq.storage.formats.base import NUMBERS
+from chunkq.storage.formats.base import NUMBERS, unreadable_error
+from chunkq.storage.formats.stored_objects import NOTHING, fetch_object
 
 METADATA = ("zarr.json", ".zarray", ".zgroup")
 """Names of the documents of which each Zarr node has one, in the order in which they count."""
@@ -33,8 +34,6 @@ CONSOLIDATED = ".zmetadata"
 """Name of the document of a Zarr v2 group with those of its members."""
 UNSAFE_CODECS = frozenset({"pickle", "numcodecs.pickle"})
 """Codecs that can run code from the stored bytes."""
-NOTHING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""Errors of storage for names that do not exist."""
 MAX_CANDIDATES = 32
 """Folders that are examined for the list of members in a message."""
 MAX_MEMBERS = 8
@@ -43,6 +42,9 @@ MAX_DOCUMENT_BYTES = 1 << 28
 """Bytes of a document in a bucket that are read. The consolidated metadata of a group are large."""
 NO_OBJECT = "chunkq-no-such-object"
 """Name of an object that does not exist."""
+FORBIDDEN_IS_MISSING = "forbidden_is_missing"
+"""Option: whether the server answers 403 for objects that do not exist."""
+log = logging.getLogger("chunkq.storage")
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,23 @@ def read_document(path: str, name: str, access: Access) -> bytes | None:
 
 def fetch_document(path: str, name: str, access: Access) -> bytes:
     """Return the content of a document of a node. Raises the storage's error."""
-    if path.partition("://")[0] not in S3_SCHEMES:
-        return read_bytes(join(path, name), access)
-    # One GET. Without a range, s3fs asks for the size before, and such an error has no message.
-    filesystem, inner = open_filesystem(join(path, name), access)
-    content: bytes = filesystem.cat_file(inner, start=0, end=MAX_DOCUMENT_BYTES)
-    return content
+    return fetch_object(join(path, name), access, MAX_DOCUMENT_BYTES)
+
+
+def access_options(path: str, access: Access) -> dict[str, str | int | bool]:
+    """Return the options of a format for the access to an array.
+
+    Warn if the server answers 403 for objects that do not exist.
+    """
+    options: dict[str, str | int | bool] = {**access.options}
+    if forbids_missing_objects(path, access):
+        options[FORBIDDEN_IS_MISSING] = True
+        log.warning(
+            "%s: the server answers 403 for missing objects; chunks that it refuses are read as "
+            "the fill value",
+            without_secret(path),
+        )
+    return options
 
 
 def forbids_missing_objects(path: str, access: Access) -> bool:
@@ -204,6 +217,24 @@ def forbids_missing_objects(path: str, access: Access) -> bool:
     except Exception as error:  # each file system raises different errors
         return is_forbidden(error)
     return False
+
+
+def require_parts(path: str, name: str, access: Access) -> None:
+    """Raise StoreError if a web server does not send parts of files, such as chunks of a shard.
+
+    `name` is that of a document of the array.
+    """
+    document = join(path, name)
+    try:
+        is_enough = sends_parts(*open_filesystem(document, access))
+    except Exception as error:  # each file system raises different errors
+        raise unreadable_error(document, error) from error
+    if not is_enough:
+        raise StoreError(
+            f"input: {without_secret(path)}: the server does not send parts of files, which "
+            "an array with shards needs; download the array",
+            code=ErrorCode.STORE_UNSUPPORTED,
+        )
 
 
 def _node(path: str, name: str, content: bytes, access: Access) -> ZarrNode:
@@ -298,12 +329,21 @@ def consolidated_documents(path: str, access: Access) -> dict[str, Any] | None:
     return None
 
 
-def metadata_error(path: str, name: str, reason: str) -> StoreError:
-    """Return the error for a document that is invalid."""
+def metadata_error(path: str, name: str, reason: str, of: str = "Zarr") -> StoreError:
+    """Return the error for a document of a format that is invalid."""
     reason = mask_secrets(" ".join(reason.split()), path)
     return StoreError(
-        f"input: {without_secret(join(path, name))}: invalid Zarr metadata: {reason}; restore or "
+        f"input: {without_secret(join(path, name))}: invalid {of} metadata: {reason}; restore or "
         "repair the file",
+        code=ErrorCode.STORE_UNSUPPORTED,
+    )
+
+
+def level_error(path: str, level: int | str | None, reason: str) -> StoreError:
+    """Return the error for a level that does not exist."""
+    return StoreError(
+        f"input: {without_secret(path)} {reason}; found level {level!r}; use a level of the image, "
+        "or remove level",
         code=ErrorCode.STORE_UNSUPPORTED,
     )
 

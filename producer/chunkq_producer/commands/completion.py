@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import click
-import platformdirs
 from click.shell_completion import get_completion_class
 
 from chunkq.errors import ChunkqError, ErrorCode, JobError
 from chunkq.system.standard_output import print_text
+from chunkq.system.user_folders import data_folder, home_folder
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_CHUNKQ_COMPLETE"
@@ -83,19 +83,20 @@ def _script_path(shell: str) -> Path:
     """Return where the script is written. fish loads it from there; others need a line."""
     if shell == "fish":
         return _config_folder() / "fish" / "completions" / "chunkq.fish"
-    return platformdirs.user_data_path("chunkq") / f"completion.{shell}"
+    return data_folder() / f"completion.{shell}"
 
 
 def _startup_file(shell: str) -> Path | None:
     """Return the file that a new shell reads, None if it finds the script on its own."""
     if shell == "fish":
         return None
-    folder = Path(os.environ.get("ZDOTDIR", "") or Path.home()) if shell == "zsh" else Path.home()
+    zsh_folder = os.environ.get("ZDOTDIR", "") if shell == "zsh" else ""
+    folder = Path(zsh_folder) if zsh_folder else home_folder()
     return folder / f".{shell}rc"
 
 
 def _config_folder() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME", "") or Path.home() / ".config")
+    return Path(os.environ.get("XDG_CONFIG_HOME", "") or home_folder() / ".config")
 
 
 def _append_line(file: Path, line: str) -> bool:

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
-import platformdirs
 
 from chunkq.errors import ErrorCode, QueueError
 from chunkq.queue.backends import credentials
@@ -34,6 +33,7 @@ from chunkq.system.private_files import (
 if TYPE_CHECKING:
     from chunkq.queue.backends.rq.server import Server
 from chunkq.system.standard_output import print_text
+from chunkq.system.user_folders import state_folder
 
 START_SECONDS = 10.0
 """Seconds within which a new server must accept connections."""
@@ -58,7 +58,7 @@ def redis(port: int, bind: str, folder: Path | None) -> None:
     from chunkq.queue.backends.rq.server import Server, find_server  # needs the extra redis
 
     program = find_server()
-    folder = (folder or platformdirs.user_state_path("chunkq") / "redis").absolute()
+    folder = (folder or state_folder() / "redis").absolute()
     _prepare_folder(folder)
     _check_port(bind, port)
     with _locked(folder) as lock:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,13 +81,20 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serving(handler: Any) -> Iterator[str]:
-    """Answer requests on a free loopback port with a request handler; yield the URL."""
+def serving(handler: Any, tls: tuple[Path, Path] | None = None) -> Iterator[str]:
+    """Answer requests on a free loopback port with a request handler; yield the URL.
+
+    `tls` are the files of a certificate and its key, for https.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if tls is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*tls)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
@@ -94,8 +102,10 @@ def serving(handler: Any) -> Iterator[str]:
 
 
 @contextmanager
-def web_server(folder: Path, habits: Habits | None = None) -> Iterator[str]:
-    """Serve the files of a folder; yield the server's URL."""
+def web_server(
+    folder: Path, habits: Habits | None = None, tls: tuple[Path, Path] | None = None
+) -> Iterator[str]:
+    """Serve the files of a folder, with `tls` by https; yield the server's URL."""
     handler = functools.partial(Handler, habits or Habits(), directory=str(folder))
-    with serving(handler) as url:
+    with serving(handler, tls) as url:
         yield url

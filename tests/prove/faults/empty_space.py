@@ -12,7 +12,7 @@ FAULTS = (
         "add_nothing(to_numpy(self._sums), share, nothing)",
         "pass",
         "the border between empty and full space depends on what was skipped",
-        named(SPACE, "any_cut and another_fill"),
+        named(SPACE, "any_cut and below"),
     ),
     Fault(
         "empty-chunks-have-no-weight",
@@ -20,7 +20,7 @@ FAULTS = (
         "in_box += empty.sums(term.source, shared)",
         "pass",
         "results depend on the cut where a whole chunk is empty",
-        named(SPACE, "any_cut and another_fill"),
+        named(SPACE, "any_cut and below"),
     ),
     Fault(
         "kept-voxels-decide-what-is-empty",
@@ -28,7 +28,7 @@ FAULTS = (
         "voxels[(patch.source & volume).slices(within.start)]",
         "voxels[(patch.target & volume).slices(within.start)]",
         "patches are skipped although the network would read something",
-        named(SPACE, "nan_equals or any_cut"),
+        named(SPACE, "any_cut and cropped"),
     ),
     Fault(
         "mask-does-not-fill",

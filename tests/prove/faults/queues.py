@@ -12,6 +12,22 @@ EPOCHS = "tests/contract/test_executor_epochs.py"
 
 FAULTS = (
     Fault(
+        "extended-leases-expire",
+        TABLES,
+        "lease_until = max(lease_until, :until)",
+        "lease_until = min(lease_until, :until)",
+        "chunks of a worker that loads its network are computed by others, too",
+        contract("sqlite", "extended_leases"),
+    ),
+    Fault(
+        "leases-of-the-future-last",
+        TABLES,
+        "database.execute(CLOCK_PUT_BACK, values)",
+        "pass",
+        "after the clock was put back by an hour, a lost chunk waits for an hour",
+        named("tests/contract/test_executor_sqlite.py", "put_back"),
+    ),
+    Fault(
         "heartbeat-renews-nothing",
         LEASES,
         "self.renew(options, ",

@@ -31,13 +31,14 @@ from chunkq.job.user_code import load_blend_weights
 from chunkq.paths import is_url, without_secret
 from chunkq.queue.contract.executor import default_depth
 from chunkq.system.available_memory import available_memory
+from chunkq.system.cores import available_cores
 from chunkq.system.gpus import VISIBLE
 from chunkq.system.standard_output import print_line, print_text, reserve, result_stream
 from chunkq.terminal import print_error
 from chunkq.units import duration, si
 from chunkq_worker.child_env import child_env
 from chunkq_worker.commands.work import parse_duration
-from chunkq_worker.devices import cores, slots
+from chunkq_worker.devices import slots
 from chunkq_worker.tune.file import UNEDITABLE, JobFile
 from chunkq_worker.tune.options import with_network_options
 from chunkq_worker.tune.process import Trials
@@ -372,7 +373,7 @@ def _search(
 def _worker_env(job: Job) -> dict[str, str]:
     """Return the environment of a worker process of this job on the first of its devices."""
     device_slots = slots("all" if job.model.device == "cuda" else "none", 1)
-    env = {**os.environ, **child_env(max(1, cores() // len(device_slots)))}
+    env = {**os.environ, **child_env(max(1, available_cores() // len(device_slots)))}
     env.pop(ALLOW_VARIABLE, None)  # the temporary output may be outside of the allowed paths
     if device_slots[0].gpu is not None:
         env[VISIBLE] = device_slots[0].gpu
@@ -429,4 +430,4 @@ def _summary_lines(result: SearchResult, changes: dict[tuple[str, ...], Any]) ->
 
 
 def _machine(measurement: Measurement) -> str:
-    return f"on {measurement.note or 'this machine'} with {cores()} cores"
+    return f"on {measurement.note or 'this machine'} with {available_cores()} cores"

@@ -6,7 +6,8 @@ import logging
 import os
 from pathlib import Path
 
-import platformdirs
+from chunkq.errors import JobError
+from chunkq.system import user_folders
 
 COMPILER_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch.compile stores what it has compiled; triton's files go there, too."""
@@ -18,17 +19,18 @@ def cache_folder(*names: str) -> Path | None:
 
     Return None, and log the reason, if it cannot be created.
     """
-    folder = Path(platformdirs.user_cache_path("chunkq"))
+    folder = Path("~/.cache")
     try:
+        folder = user_folders.cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = folder.joinpath(*names)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, JobError) as error:
         log.warning(
             "%s: cannot be created (%s); every process compiles the network again; set "
             "XDG_CACHE_HOME to a folder that you can write to",
             folder,
-            error.strerror or error,
+            getattr(error, "strerror", None) or error,
         )
         return None
     return folder

@@ -7,7 +7,6 @@ to busy workers, and would need a Python object per chunk.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import warnings
@@ -21,7 +20,7 @@ import dask
 import distributed
 from distributed.comm.addressing import get_address_host
 from distributed.comm.registry import get_backend
-from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
+from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.security import Security
 from distributed.utils import get_ip
 from distributed.versions import VersionMismatchWarning
@@ -29,17 +28,15 @@ from distributed.versions import VersionMismatchWarning
 from chunkq.errors import ErrorCode, JobError, QueueError
 from chunkq.install_hint import remote_hint
 from chunkq.queue.backends import credentials
+from chunkq.queue.backends.dask.plugin import OPERATION, QueuePlugin
 from chunkq.queue.backends.dask.tls import configured_security, load_security
 from chunkq.queue.backends.hosted.hosted import HostedQueue
-from chunkq.queue.backends.hosted.queue_host import QueueHost
-from chunkq.queue.backends.hosted.remote_table import RemoteTable
-from chunkq.queue.backends.hosted.remote_workers import current_device, run_remote_worker
 from chunkq.queue.backends.hosted.worker_group import RemoteWorkers, new_group_name
-from chunkq.queue.contract.executor import WorkerName, WorkerOptions
+from chunkq.queue.contract.executor import WorkerOptions
 from chunkq.system.scratch import scratch_folder
 
-OPERATION = "chunkq"
-"""Name of the plugin, and of the operation that it adds to the scheduler."""
+log = logging.getLogger("chunkq.queue")
+
 CONNECT_SECONDS = 10.0
 RECONNECT_SECONDS = 2.0
 """Timeout for reconnecting to a scheduler that was reachable before."""
@@ -48,28 +45,6 @@ DEFAULT_PORT = 8786
 PROTOCOLS = ("tcp", "tls", "ucx")
 UNREACHABLE_ERRORS = (OSError, RuntimeError)
 """Errors of Dask for an unreachable scheduler, and for a closed connection."""
-
-
-class QueuePlugin(SchedulerPlugin):
-    """Scheduler plugin that adds a `QueueHost` to a scheduler."""
-
-    name = OPERATION
-    idempotent = True
-
-    async def start(self, scheduler: Any) -> None:
-        """Create the queue and register its operation."""
-        host = self._host = QueueHost()
-
-        def answer(request: str) -> str:
-            # An idle timeout counts tasks of Dask only, and the workers of chunkq have none.
-            scheduler.idle_since = None
-            return host.answer(request)
-
-        scheduler.handlers[OPERATION] = answer
-
-    def remove_worker(self, scheduler: object, worker: str, **options: object) -> None:
-        """Expire the leases of a worker that left the cluster or was lost."""
-        self._host.expire_workers(worker)
 
 
 class _StopWithWorker(WorkerPlugin):
@@ -191,6 +166,7 @@ class DaskExecutor(HostedQueue):
     def __init__(self, url: str, client: distributed.Client | None = None) -> None:
         super().__init__(url)
         self._owns_client = client is None
+        self._address = Address.parse(url)
         self._reconnect_lock = threading.Lock()
         self._client: Any = client or self._connect(url, CONNECT_SECONDS)
 
@@ -267,9 +243,10 @@ class DaskExecutor(HostedQueue):
 
     def _unreachable(self, error: BaseException) -> QueueError:
         reason = " ".join(str(error).split()) or type(error).__name__
+        tls = ", and add ?protocol=tls if it uses TLS" if self._address.protocol == "tcp" else ""
         return QueueError(
             f"queue: {self.url}: the Dask scheduler is unreachable ({reason[:200]}); start one "
-            "with `dask scheduler`, or check host and port"
+            f"with `dask scheduler`, or check host and port{tls}"
         )
 
     @contextmanager
@@ -328,76 +305,23 @@ class DaskExecutor(HostedQueue):
     def launch_remote_workers(
         self, job: str, *, gpu: bool, depth: int, nodes: int = 1
     ) -> RemoteWorkers:
-        """Run a worker with one chunk in flight in each thread of the workers of the cluster."""
+        """Let the scheduler run workers with one chunk in flight each in the cluster's threads."""
         try:
             client = self._connected()
             workers = client.sync(client.scheduler.identity)["workers"].values()
         except UNREACHABLE_ERRORS as error:
             raise self._unreachable(error) from None
-        count = sum(worker["nthreads"] for worker in workers if worker["status"] == "running")
-        if not count:
-            raise QueueError(
-                f"queue: {self.url}: the Dask cluster has no free workers; start some with "
-                "`dask worker`, or use `chunkq work`",
-                code=ErrorCode.QUEUE_NO_WORKERS,
+        if not any(worker["status"] == "running" for worker in workers):
+            log.warning(
+                "queue: %s: the Dask cluster has no free workers; waiting for some, start them "
+                "with `dask worker`",
+                self.url,
             )
         group = new_group_name()
-        futures = [
-            client.submit(
-                run_remote_thread, self.url, job, group, key=f"chunkq-{group}-{n}", pure=False
-            )
-            for n in range(count)
-        ]
-        distributed.fire_and_forget(futures)
-        return _DaskRemoteWorkers(self.table, group, futures)
+        self.table.start_group(group, job, self.url, 1)
+        return RemoteWorkers(self.table, group)
 
     def close(self) -> None:
         """Disconnect from the scheduler."""
         if self._owns_client:
             self._client.close()
-
-
-class _DaskRemoteWorkers(RemoteWorkers):
-    """Remote workers in threads of Dask workers.
-
-    A thread whose Dask worker died too often has ended, too.
-    """
-
-    def __init__(self, table: RemoteTable, name: str, futures: list[Any]) -> None:
-        super().__init__(table, name, len(futures))
-        self._futures = futures
-
-    def have_ended(self) -> bool:
-        return all(future.done() for future in self._futures)
-
-    def messages(self) -> list[str]:
-        lines = super().messages()
-        errors = {str(future.exception()) for future in self._futures if future.status == "error"}
-        lines += [" ".join(error.split())[:300] for error in sorted(errors)]
-        if any(future.cancelled() for future in self._futures):
-            lines.append(
-                "the connection to the Dask scheduler was lost; its workers may still run, "
-                "check with `chunkq status`"
-            )
-        return lines
-
-
-class _WorkerSideExecutor(DaskExecutor):
-    """Executor for a thread of a Dask worker, which has a connection to the scheduler."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, distributed.get_client())
-        self._dask_worker = distributed.get_worker().address
-
-    @contextmanager
-    def registered(self, options: WorkerOptions) -> Iterator[None]:
-        self.table.register_worker(options.worker, self._dask_worker)
-        yield
-
-
-def run_remote_thread(url: str, job: str, group: str) -> None:
-    """Run a worker in one thread of a Dask worker until the job is done."""
-    queue = _WorkerSideExecutor(url)
-    suffix = f"{os.getpid():x}"
-    name = WorkerName.new(current_device())
-    run_remote_worker(queue, group, WorkerName(name.host, name.device, suffix).name, job, depth=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -19,11 +18,14 @@ from distributed.utils import get_ip, get_ip_interface
 
 from chunkq.errors import QueueError
 from chunkq.queue.backends import credentials
-from chunkq.queue.backends.dask.executor import Address, QueuePlugin, check_protocol, silence_dask
+from chunkq.queue.backends.dask.executor import Address, check_protocol, silence_dask
+from chunkq.queue.backends.dask.plugin import QueuePlugin
 from chunkq.queue.backends.dask.tls import load_security
 from chunkq.system.parent_process import after_parent_ended, when_parent_ends
 from chunkq.system.python_process import python_module
 from chunkq.system.scratch import delete_abandoned
+from chunkq.system.signal_masks import sigterm_blocked
+from chunkq.system.start_limit import START_SECONDS, killed_unless_started
 
 
 def start_scheduler(
@@ -46,15 +48,22 @@ def start_scheduler(
     # By default its web server listens on all interfaces.
     settings = {"host": host, "port": port, "protocol": protocol, "dashboard_address": f"{host}:0"}
     settings |= {"protocol": "tls", "tls": str(tls)} if tls else {}
-    process = subprocess.Popen(
-        python_module(__name__, json.dumps(settings)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    )
-    line = process.stdout.readline() if process.stdout is not None else ""
-    answer = json.loads(line) if line else {"error": f"ended with code {process.wait()}"}
+    with sigterm_blocked():  # a signal to all processes of a run stops its workers first
+        process = subprocess.Popen(
+            python_module(__name__, json.dumps(settings)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+    with killed_unless_started(process) as late:
+        line = process.stdout.readline() if process.stdout is not None else ""
+    if line:
+        answer = json.loads(line)
+    elif late.is_set():
+        answer = {"error": f"it gave no address within {START_SECONDS:.0f} s"}
+    else:
+        answer = {"error": f"it ended with code {process.wait()}"}
     if "error" in answer:
         process.communicate()
         raise QueueError(f"queue: cannot start a Dask scheduler on this machine: {answer['error']}")
@@ -83,6 +92,8 @@ async def _serve(settings: dict[str, Any]) -> None:
         config: dict[str, Any] = {"distributed.scheduler.http.routes": []}
         # It ends with the run, whatever the configuration of the site.
         config |= {"distributed.scheduler.idle-timeout": None}
+        # A worker is silent while it loads a network that holds Python's lock.
+        config |= {"distributed.scheduler.worker-ttl": None}
         # By default Dask creates a folder and does not remove it.
         config |= {"temporary-directory": os.path.dirname(file)} if file else {}
         with dask.config.set(config):
@@ -115,7 +126,5 @@ _cleanups: list[Callable[[], None]] = [delete_abandoned]
 
 if __name__ == "__main__":
     silence_dask()
-    # A signal to all processes of a run stops its workers, which need the scheduler to the end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     when_parent_ends(after_parent_ended(_clean_up_and_exit))
     asyncio.run(_serve(json.loads(sys.argv[1])))

@@ -8,9 +8,10 @@ stores which chunks are done.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -18,14 +19,26 @@ from chunkq.errors import ErrorCode, QueueError
 from chunkq.queue.backends.tables.task_table import TaskTable
 
 VERSION = version("chunkq")
+LOADING_LEASE = 300.0
+"""Lease time (s) of a worker that loads a network and cannot renew its leases meanwhile."""
+MAX_LOADING_DEATHS = 3
+"""How often a process may die while it loads a network before its attempts count."""
 LOST_WORKER_LEASE = 2.0
 """Remaining lease time (s) of a worker whose process or node the cluster has lost."""
 
 
 @dataclass
-class _WorkerGroup:
-    """Remote workers of a job: whether to stop, how many have ended, and their error messages."""
+class WorkerGroup:
+    """Remote workers of a job: whether to stop, how many have ended, and their error messages.
 
+    A cluster that starts them as they are needed sets `job`, the `url` of the queue and the `depth`
+    of each, and how many are `active`; None before the first look.
+    """
+
+    job: str = ""
+    url: str = ""
+    depth: int = 1
+    active: int | None = None
     is_stopped: bool = False
     ended: int = 0
     messages: list[str] = field(default_factory=list)
@@ -35,9 +48,11 @@ class QueueHost:
     """The task table, the owners of workers, and worker groups."""
 
     def __init__(self) -> None:
-        self._table = TaskTable(":memory:")
+        self._table = TaskTable(":memory:", _steady_clock())
+        self._loading: set[str] = set()
+        self._loading_deaths: Counter[str] = Counter()
         self._workers: defaultdict[str, set[str]] = defaultdict(set)
-        self._groups: defaultdict[str, _WorkerGroup] = defaultdict(_WorkerGroup)
+        self._groups: defaultdict[str, WorkerGroup] = defaultdict(WorkerGroup)
         table = self._table
         self._calls: dict[str, Callable[..., Any]] = {
             "submit": table.submit,
@@ -59,7 +74,11 @@ class QueueHost:
             "is_drained": table.is_drained,
             "renew": table.renew,
             "release": self.release,
+            "extend": self.extend,
+            "set_loading": self.set_loading,
+            "is_loading": self.is_loading,
             "register_worker": self.register_worker,
+            "start_group": self.start_group,
             "group_status": self.group_status,
             "stop_group": self.stop_group,
             "record_exit": self.record_exit,
@@ -93,26 +112,101 @@ class QueueHost:
 
     def release(self, worker: str, counted: bool) -> int:
         """Requeue the tasks of a worker, or of all workers of an owner; return how many tasks."""
-        return sum(
-            self._table.release(name, counted) for name in {worker, *self._workers.pop(worker, ())}
-        )
+        names = {worker, *self._workers.pop(worker, ())}
+        self._loading -= names
+        return sum(self._table.release(name, counted) for name in names)
+
+    def extend(self, worker: str, seconds: float) -> None:
+        """Make the leases of a worker, or of all workers of an owner, last for `seconds`."""
+        for name in {worker, *self._workers.get(worker, ())}:
+            self._table.extend(name, seconds)
+
+    def set_loading(self, worker: str, is_loading: bool) -> None:
+        """Store whether a worker loads a network. Its leases are longer then.
+
+        No other process renews them, and the cluster reports that a worker is lost.
+        """
+        if is_loading:
+            self._loading.add(worker)
+            self._table.extend(worker, LOADING_LEASE)
+        else:
+            self._loading.discard(worker)
+
+    def is_loading(self, owner: str) -> bool:
+        """Return whether a worker of an owner loads a network."""
+        return not self._loading.isdisjoint(self._workers.get(owner, ()))
 
     def register_worker(self, worker: str, owner: str) -> None:
         """Store the process that a worker ends with: a Dask worker, or the parent of an actor."""
         self._workers[owner].add(worker)
 
-    def expire_workers(self, owner: str) -> None:
+    def expire_workers(self, owner: str) -> bool:
         """Shorten the leases of the workers of a process that ended or was lost.
 
         They do not end immediately, because a supervisor may release the worker first, and decides
-        whether its attempts count.
+        whether its attempts count. Attempts of a worker that was loading its network do not count,
+        unless the process dies again and again. Return whether a worker had its network.
         """
-        for worker in self._workers.pop(owner, ()):
+        workers = self._workers.pop(owner, set())
+        for worker in workers - self._loading:
             self._table.shorten(worker, LOST_WORKER_LEASE)
+        has_worked = bool(workers - self._loading)
+        for worker in workers & self._loading:
+            self._loading.discard(worker)
+            self._loading_deaths[owner] += 1
+            counted = self._loading_deaths[owner] > MAX_LOADING_DEATHS
+            self._table.release(worker, counted)
+        return has_worked
+
+    def start_group(self, name: str, job: str, url: str, depth: int) -> None:
+        """Let the cluster start remote workers for a job folder, as many as are needed."""
+        self._groups[name] = WorkerGroup(job, url, depth)
+
+    def group(self, name: str) -> WorkerGroup:
+        """Return a group of remote workers."""
+        return self._groups[name]
+
+    def open_groups(self) -> list[str]:
+        """Return the groups that the cluster starts workers for and that are not over."""
+        return [
+            name for name, group in self._groups.items() if group.job and not self._is_over(group)
+        ]
+
+    def set_active(self, name: str, count: int) -> None:
+        """Store how many remote workers of a group run or wait for their start."""
+        self._groups[name].active = count
+
+    def missing_workers(self, name: str, active: int, limit: int) -> int:
+        """Return how many remote workers a group can use besides the `active` ones.
+
+        Each one has `depth` chunks; there are at most `limit` in total. Chunks that run may belong
+        to the active ones.
+        """
+        group = self._groups[name]
+        if group.is_stopped or group.messages:
+            return 0
+        queued, running = self._table.demand(group.job, limit * group.depth)
+        wanted = -(-queued // group.depth) + min(-(-running // group.depth), active)
+        return max(0, min(wanted, limit) - active)
+
+    def _is_over(self, group: WorkerGroup) -> bool:
+        if group.active != 0:
+            return False
+        return (
+            group.is_stopped or bool(group.messages) or self._table.demand(group.job, 1) == (0, 0)
+        )
 
     def group_status(self, name: str) -> dict[str, Any]:
         """Return the state of a group of remote workers, see `GroupStatus`."""
-        return asdict(self._groups[name])
+        group = self._groups[name]
+        queued, running = self._table.demand(group.job, 1) if group.job else (1, 0)
+        return {
+            "is_stopped": group.is_stopped,
+            "is_needed": bool(queued) or not running,
+            "is_over": self._is_over(group),
+            "ended": group.ended,
+            "messages": group.messages,
+        }
 
     def stop_group(self, name: str) -> None:
         """Make remote workers finish their tasks in flight and end."""
@@ -123,6 +217,15 @@ class QueueHost:
         group = self._groups[name]
         group.ended += 1
         group.messages += [message for message in messages if message not in group.messages]
+
+
+def _steady_clock() -> Callable[[], float]:
+    """Return a clock that starts with the current time (s, Unix) and is never put forward or back.
+
+    The leases of the queue end as if the clock of its machine was right.
+    """
+    offset = time.time() - time.monotonic()
+    return lambda: time.monotonic() + offset
 
 
 def _error_response(message: str, code: ErrorCode) -> str:

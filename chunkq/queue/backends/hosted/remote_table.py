@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,15 @@ from chunkq.queue.backends.tables.contract import Skipped, Table
 
 @dataclass(frozen=True)
 class GroupStatus:
-    """Remote workers of a job: whether to stop, how many have ended, and their error messages."""
+    """State of a group of remote workers.
+
+    A worker without tasks ends if it is not needed, because all chunks that are left are running.
+    The cluster starts others when more are queued. The group `is_over` when none runs or is needed.
+    """
 
     is_stopped: bool
+    is_needed: bool
+    is_over: bool
     ended: int
     messages: list[str]
 
@@ -117,9 +124,34 @@ class RemoteTable(Table):
     def release(self, worker: str, counted: bool) -> int:
         return int(self._call("release", worker, counted))
 
+    @override
+    def extend(self, worker: str, seconds: float) -> None:
+        self._call("extend", worker, seconds)
+
+    def set_loading(self, worker: str, is_loading: bool) -> None:
+        """Store whether a worker loads a network."""
+        self._call("set_loading", worker, is_loading)
+
+    def is_loading(self, owner: str) -> bool:
+        """Return whether a worker of an owner loads a network."""
+        return bool(self._call("is_loading", owner))
+
+    def report_loading(self, worker: str) -> Callable[[bool], None]:
+        """Return the function that a worker calls before and after it loads a network."""
+
+        def report(is_loading: bool) -> None:
+            with suppress(QueueError):  # the network is loaded without the queue, too
+                self.set_loading(worker, is_loading)
+
+        return report
+
     def register_worker(self, worker: str, owner: str) -> None:
         """Store the process that a worker ends with."""
         self._call("register_worker", worker, owner)
+
+    def start_group(self, name: str, job: str, url: str, depth: int) -> None:
+        """Let the cluster start remote workers for a job folder, as many as are needed."""
+        self._call("start_group", name, job, url, depth)
 
     def group_status(self, name: str) -> GroupStatus:
         """Return the state of a group of remote workers."""

@@ -17,25 +17,32 @@ class RemoteWorkerOptions(WorkerOptions):
     """Options of a remote worker, which ends when its job is done or its group is stopped."""
 
     def __init__(self, table: RemoteTable, group: str, worker: str, job: str, depth: int) -> None:
-        super().__init__(worker=worker, job=job, depth=depth, burst=True)
+        super().__init__(
+            worker=worker,
+            job=job,
+            depth=depth,
+            burst=True,
+            on_loading=table.report_loading(worker),
+        )
         self._table, self._group = table, group
 
     def can_start(self) -> bool:
         """Return whether the worker may reserve another task."""
-        if self._table.group_status(self._group).is_stopped:
+        status = self._table.group_status(self._group)
+        if status.is_stopped:
             self.stop.set()
-        return super().can_start()
+        return super().can_start() and status.is_needed
 
 
 class RemoteWorkers:
-    """A group of `count` remote workers."""
+    """A group of remote workers that the cluster starts as they are needed."""
 
-    def __init__(self, table: RemoteTable, name: str, count: int) -> None:
-        self._table, self.name, self.count = table, name, count
+    def __init__(self, table: RemoteTable, name: str) -> None:
+        self._table, self.name = table, name
 
     def have_ended(self) -> bool:
-        """Return whether all workers have ended."""
-        return self._table.group_status(self.name).ended >= self.count
+        """Return whether all workers have ended and no more are needed."""
+        return self._table.group_status(self.name).is_over
 
     def messages(self) -> list[str]:
         """Return the error messages of workers that ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ import ray
 from ray._private.services import get_ray_address_from_environment
 
 from chunkq.errors import ErrorCode, JobError
+from chunkq.queue.backends.ray.head import own_cluster_has_died
 
 log = logging.getLogger("chunkq.queue")
 
 NAMESPACE = "chunkq"
 CONNECT_SECONDS = 5.0
+ABORT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+ABORT_SECONDS = 3600
+"""Time for which Ray tolerates that a head is away, then it aborts the process; by default 60 s."""
 CLIENT_TRIES = 3
 """Attempts to connect with `ray://HOST:PORT`."""
 CLIENT_SERVER_ERROR = "client/server/proxier.py"
@@ -87,6 +92,14 @@ class Connection:
                 cls._address = None
                 ray.shutdown()
 
+    @classmethod
+    def check(cls) -> None:
+        """Raise OSError if the head of the cluster does not listen. Ray would wait for it."""
+        if own_cluster_has_died():
+            raise ConnectionError("the head that this run started has ended")
+        if cls._address is not None:
+            _check_listening(cls._address)
+
 
 def _check_listening(address: str) -> None:
     """Raise OSError if no server listens at an address. Ray itself would retry for minutes."""
@@ -101,6 +114,7 @@ def _connect(address: str) -> None:
 
     Ray forks that server from a process with active gRPC threads, so it sometimes crashes.
     """
+    os.environ.setdefault(ABORT_VARIABLE, str(ABORT_SECONDS))
     for remaining in reversed(range(CLIENT_TRIES)):
         try:
             ray.init(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chunkq.install_hint import remote_hint
+from chunkq.terminal import without_colors
 
 INSTALL_HINT = remote_hint("ray", "on its machines")
 
@@ -16,9 +17,13 @@ def start_problem(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return _lines(error)[0][:300]
 
 
 def last_line(error: BaseException) -> str:
     """Return the last line of an error's message, or its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+    return _lines(error)[-1][:300]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return without_colors(str(error)).strip().splitlines() or [type(error).__name__]

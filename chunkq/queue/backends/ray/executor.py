@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from chunkq.errors import ErrorCode, QueueError
+from chunkq.paths import without_secret
 from chunkq.queue.backends.hosted.hosted import HostedQueue
 from chunkq.queue.backends.hosted.queue_host import QueueHost
 from chunkq.queue.backends.hosted.remote_workers import (
@@ -33,18 +34,23 @@ from chunkq.queue.backends.ray.errors import INSTALL_HINT, first_line, last_line
 from chunkq.queue.backends.ray.workers import RayRemoteWorkers, new_actor
 from chunkq.queue.contract.executor import (
     EXIT_CRASHED,
+    EXIT_DIED_LOADING,
     EXIT_REFUSED,
     ExitStatus,
     Serve,
     WorkerName,
     WorkerOptions,
 )
+from chunkq.system.signal_masks import discard_blocked_sigterm
+from chunkq.terminal import without_colors
 
 log = logging.getLogger("chunkq.queue")
 
 QUEUE_ACTOR = "queue"
 ANSWER_SECONDS = 30.0
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0
+"""Interval at which a process that waits for a response checks whether its cluster has ended."""
 JOIN_SECONDS = 120.0
 GRANT_SECONDS = 15.0
 """Time after which a worker that waits for its device logs a warning."""
@@ -57,10 +63,10 @@ class RayExecutor(HostedQueue):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        address = Address.parse(url)
+        self._address = Address.parse(url)
         self._actor: Any = None
         try:
-            Connection.open(address.text)
+            Connection.open(self._address.text)
         except Exception as error:  # Ray raises many types, also those of gRPC
             raise self._unreachable(error) from None
         try:
@@ -78,7 +84,7 @@ class RayExecutor(HostedQueue):
         try:
             if self._actor is None:
                 self._actor = _queue_actor()
-            response: str = ray.get(self._actor.answer.remote(request), timeout=ANSWER_SECONDS)
+            response = _response(self._actor.answer.remote(request))
         except ray.exceptions.GetTimeoutError as error:
             raise self._unreachable(error) from None
         except ray.exceptions.RayActorError as error:
@@ -94,7 +100,7 @@ class RayExecutor(HostedQueue):
                 "run `chunkq produce --resume` to queue the remaining chunks",
                 code=ErrorCode.QUEUE_LOST,
             ) from None
-        except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
             raise self._unreachable(error) from None
         return response
 
@@ -105,12 +111,17 @@ class RayExecutor(HostedQueue):
                 f"server for this process ({last_line(error)}); start its head with "
                 "GRPC_ENABLE_FORK_SUPPORT=0 in the environment, or see its ray_client_server*.err"
             )
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(without_colors(str(error)).split()) or type(error).__name__
         if "ersion mismatch" in reason:
             return QueueError(
                 f"queue: {self.url}: the Ray cluster and this process run different versions "
                 f"({reason[:300]}); install the same versions everywhere",
                 code=ErrorCode.QUEUE_VERSION_MISMATCH,
+            )
+        if self._address.text == "auto" and (variable := os.environ.get("RAY_ADDRESS")):
+            return QueueError(
+                f"queue: {self.url}: the Ray cluster at RAY_ADDRESS={without_secret(variable)} is "
+                f"unreachable ({reason[:200]}); set RAY_ADDRESS to a running cluster, or unset it"
             )
         return QueueError(
             f"queue: {self.url}: the Ray cluster is unreachable ({reason[:200]}); start one with "
@@ -136,10 +147,19 @@ class RayExecutor(HostedQueue):
         except ray.exceptions.RayActorError as error:
             if "creation task" in str(error):
                 return ExitStatus(EXIT_REFUSED, [start_problem(error)])
-            return ExitStatus(EXIT_CRASHED, ["the worker's actor died: " + first_line(error)])
+            lines = ["the worker's actor died: " + first_line(error)]
+            return ExitStatus(
+                EXIT_DIED_LOADING if self._was_loading(options) else EXIT_CRASHED, lines
+            )
         finally:
             with suppress(Exception):
                 ray.kill(actor)
+
+    def _was_loading(self, options: WorkerOptions) -> bool:
+        try:
+            return self.table.is_loading(options.worker)
+        except QueueError:
+            return False
 
     def _wait_for_start(self, actor: Any, options: WorkerOptions) -> bool:
         """Wait until Ray starts an actor; return False if its worker is no longer needed."""
@@ -222,6 +242,7 @@ class WorkerActor:
     """
 
     def __init__(self, group: str | None = None, job: str = "", depth: int = 1) -> None:
+        discard_blocked_sigterm()
         self._options: WorkerOptions | None = None
         if group is not None:
             actor = ray.get_runtime_context().current_actor
@@ -235,12 +256,14 @@ class WorkerActor:
         `parent` is the name of the worker process that waits for it, `values` are the arguments of
         `WorkerOptions`.
         """
+        discard_blocked_sigterm()
         os.environ.update(environment)
         _hide_ungranted_gpus()
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         queue = RayExecutor(url)
+        name = WorkerName.new(current_device()).name
         self._options = WorkerOptions(
-            WorkerName.new(current_device()).name, replaceable=True, **values
+            name, replaceable=True, on_loading=queue.table.report_loading(name), **values
         )
         queue.table.register_worker(self._options.worker, parent)
         code, lines = load_serve()(queue, self._options)
@@ -257,6 +280,7 @@ class WorkerActor:
             self._options.stop.set()
 
     def _run_remote(self, group: str, job: str, depth: int, actor: Any) -> None:
+        discard_blocked_sigterm()
         _hide_ungranted_gpus()
         try:
             queue = RayExecutor("ray://auto")
@@ -267,6 +291,20 @@ class WorkerActor:
                 raise
         finally:  # an idle actor would keep its device
             ray.kill(actor, no_restart=True)
+
+
+def _response(reference: Any) -> str:
+    """Wait for a response. Raise OSError if the head of the cluster does not listen."""
+    until = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            response: str = ray.get(reference, timeout=LOOK_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            Connection.check()
+            if time.monotonic() > until:
+                raise
+        else:
+            return response
 
 
 def _queue_actor() -> Any:

@@ -203,6 +203,12 @@ class RqExecutor(LeaseQueue):
             stamp = utcformat(now())
             return int(self._scripts("end_attempt", int(counted), stamp, worker, *leases))
 
+    def extend(self, worker: str, seconds: float) -> None:
+        """Make the leases of a worker end `seconds` from now."""
+        with translated_errors(self.url):
+            if leases := self._scripts("leases", worker):
+                self._scripts("renew", seconds, *leases)
+
     def record_contributions(self, job: JobId, contributions: Sequence[Contribution]) -> list[Task]:
         """Record contributions of a committed task; return the tasks that this completes."""
         tasks = {c.task.id: c.task for c in contributions}

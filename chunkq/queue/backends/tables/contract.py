@@ -69,6 +69,10 @@ class Table(ABC):
         """End the leases of a worker. A second call has no effect."""
 
     @abstractmethod
+    def extend(self, worker: str, seconds: float) -> None:
+        """Make the leases of a worker end at least `seconds` from now."""
+
+    @abstractmethod
     def reserve(
         self, worker: str, lease: float, job: str | None, skipped_jobs: Skipped
     ) -> tuple[str, str, str, str, int] | None:

@@ -85,6 +85,10 @@ class TableQueue(LeaseQueue):
         """End the leases of a worker."""
         return self.table.release(worker, counted)
 
+    def extend(self, worker: str, seconds: float) -> None:
+        """Make the leases of a worker last for at least `seconds` from now."""
+        self.table.extend(worker, seconds)
+
     def reserve(self, options: WorkerOptions) -> Lease | None:
         """Lease one task, or return None if no task is available."""
         while row := self.table.reserve(

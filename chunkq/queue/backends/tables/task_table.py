@@ -6,7 +6,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,11 @@ WHERE number = (
 )
 RETURNING (SELECT path FROM jobs WHERE number = job), (SELECT epoch FROM jobs WHERE number = job),
           id, message, attempts
+"""
+# A task that starts in the future was leased before the clock was put back.
+CLOCK_PUT_BACK = """
+UPDATE tasks SET since = :now, lease_until = :now + :lease
+WHERE state = 'running' AND lease_until > :now + :lease AND since > :now
 """
 EXPIRE = f"""
 UPDATE tasks SET state = iif(attempts >= :max_attempts, 'failed', 'waiting'), lease_until = NULL
@@ -114,6 +119,12 @@ FROM jobs WHERE {selected} AND first_kind IS NOT NULL AND NOT EXISTS (
 )
 ORDER BY jobs.number
 """
+DEMAND = """
+SELECT count(*) FROM (
+    SELECT 1 FROM jobs CROSS JOIN tasks ON tasks.job = jobs.number
+    WHERE path = :path AND state = :state LIMIT :limit
+)
+"""
 DELETE_IF_EMPTY = """
 DELETE FROM jobs WHERE number = :job AND NOT EXISTS (SELECT 1 FROM tasks WHERE job = :job)
 """
@@ -126,8 +137,9 @@ class TaskTable(Table):
     committed ones, or COMPLETE. Contributions and gates of a job are deleted with its last task.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+        """Open the table; `clock` returns the time (s, Unix) for its leases."""
+        self.path, self._clock = path, clock
         self._threads = threading.local()
         self._connections: list[sqlite3.Connection] = []
         try:
@@ -154,7 +166,7 @@ class TaskTable(Table):
         rows = self._read(
             f"SELECT {STATE_NOW} AS current, count(*) FROM tasks WHERE job = {JOB} "
             "GROUP BY current",
-            {"now": time.time(), "path": path, "epoch": epoch},
+            {"now": self._clock(), "path": path, "epoch": epoch},
         )
         return dict(rows)
 
@@ -163,7 +175,7 @@ class TaskTable(Table):
         rows = self._read(
             f"SELECT path, epoch, {STATE_NOW} AS current, count(*) FROM tasks "
             "JOIN jobs ON jobs.number = tasks.job GROUP BY path, epoch, current",
-            {"now": time.time()},
+            {"now": self._clock()},
         )
         states: dict[tuple[str, str], dict[str, int]] = {}
         for path, epoch, state, count in rows:
@@ -175,7 +187,7 @@ class TaskTable(Table):
         return self._read(
             f"SELECT message, worker, since FROM tasks WHERE state = 'running' AND job = {JOB} "
             "AND lease_until >= :now ORDER BY number",
-            {"now": time.time(), "path": path, "epoch": epoch},
+            {"now": self._clock(), "path": path, "epoch": epoch},
         )
 
     @override
@@ -240,12 +252,13 @@ class TaskTable(Table):
         selected, names = _selection(job, skipped_jobs)
         values = {
             "worker": worker,
-            "now": time.time(),
+            "now": self._clock(),
             "lease": lease,
             "max_attempts": MAX_ATTEMPTS,
             **names,
         }
         with self._transaction() as database:
+            database.execute(CLOCK_PUT_BACK, values)
             database.execute(EXPIRE, values)
             row: tuple[str, str, str, str, int] | None = database.execute(
                 RESERVE.format(selected=selected), values
@@ -307,15 +320,34 @@ class TaskTable(Table):
 
     @override
     def renew(self, worker: str, leases: Sequence[tuple[str, str, str]], lease: float) -> None:
-        values = {"until": time.time() + lease, "worker": worker, "leases": json.dumps(leases)}
+        values = {"until": self._clock() + lease, "worker": worker, "leases": json.dumps(leases)}
         self._change(RENEW, values)
+
+    @override
+    def extend(self, worker: str, seconds: float) -> None:
+        self._change(
+            "UPDATE tasks SET lease_until = max(lease_until, :until) WHERE state = 'running' "
+            "AND worker = :worker",
+            {"until": self._clock() + seconds, "worker": worker},
+        )
+
+    def demand(self, path: str, limit: int) -> tuple[int, int]:
+        """Return the numbers of queued and of running tasks of the jobs of a folder.
+
+        Each is counted up to `limit`. Expired leases count as running.
+        """
+        queued, running = (
+            self._read(DEMAND, {"path": path, "state": state, "limit": limit})[0][0]
+            for state in ("queued", "running")
+        )
+        return queued, running
 
     def shorten(self, worker: str, lease: float) -> None:
         """Make the leases of a worker expire in `lease` seconds, unless they expire earlier."""
         self._change(
             "UPDATE tasks SET lease_until = min(lease_until, :until) WHERE state = 'running' "
             "AND worker = :worker",
-            {"until": time.time() + lease, "worker": worker},
+            {"until": self._clock() + lease, "worker": worker},
         )
 
     @override

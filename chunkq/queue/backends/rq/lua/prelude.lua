@@ -21,10 +21,21 @@ end
 -- changed something. The scripts of workers call this first, because running tasks frees memory.
 local function allow_when_full() redis.call('DEL', 'chunkq:nothing') end
 
+-- Shorten leases that were made before the clock of the server was put back.
+local function clock_was_put_back(now, lease)
+  redis.call('DEL', 'chunkq:grace')
+  for _, name in ipairs(redis.call('ZRANGE', ORDER, 0, -1)) do
+    for _, entry in ipairs(redis.call('ZRANGEBYSCORE', started(name), now + lease, '+inf')) do
+      redis.call('ZADD', started(name), now + lease, entry)
+    end
+  end
+end
+
 -- Record a request of a worker; return the time until which leases do not expire. While the server
 -- was unreachable no lease could be renewed, so after an outage all leases are extended once.
 local function grace_until(now, lease)
   local seen = tonumber(redis.call('GET', 'chunkq:seen') or now)
+  if seen - now > lease / 2 then clock_was_put_back(now, lease) end
   if seen == now or math.abs(now - seen) > lease / 20 then redis.call('SET', 'chunkq:seen', now) end
   if now - seen > lease / 2 then redis.call('SET', 'chunkq:grace', now + lease) end
   return tonumber(redis.call('GET', 'chunkq:grace') or 0)

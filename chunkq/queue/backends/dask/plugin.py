@@ -1,0 +1,125 @@
+"""Plugin of a Dask scheduler: it stores the queue, and starts remote workers as they are needed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import distributed
+from distributed.diagnostics.plugin import SchedulerPlugin
+
+from chunkq.queue.backends.hosted.queue_host import QueueHost
+
+OPERATION = "chunkq"
+"""Name of the plugin, and of the operation that it adds to the scheduler."""
+REMOTE_TASK = f"{OPERATION}-worker"
+"""Prefix of the keys of the Dask tasks that are remote workers, as the dashboard shows it."""
+LOOK_SECONDS = 1.0
+"""Interval at which the scheduler compares the remote workers with the chunks on the queue."""
+SPARE_WORKERS = 8
+"""Remote workers that wait for a thread, for an adaptive cluster to see; twice the threads more."""
+TASK_SECONDS = 3600.0
+"""Duration that Dask assumes for a remote worker, so that it asks for one thread for each."""
+MAX_MESSAGE = 300
+
+
+class QueuePlugin(SchedulerPlugin):
+    """Scheduler plugin that adds a `QueueHost` to a scheduler."""
+
+    name = OPERATION
+    idempotent = True
+
+    async def start(self, scheduler: Any) -> None:
+        """Create the queue and register its operation."""
+        self._host = host = QueueHost()
+        self._launcher = launcher = RemoteWorkerLauncher(scheduler, host)
+
+        def answer(request: str) -> str:
+            # An idle timeout counts tasks of Dask only, and the workers of chunkq have none.
+            scheduler.idle_since = None
+            response = host.answer(request)
+            launcher.start()
+            return response
+
+        scheduler.handlers[OPERATION] = answer
+
+    def remove_worker(self, scheduler: Any, worker: str, **options: object) -> None:
+        """Expire the leases of a worker that left the cluster or was lost.
+
+        Dask fails a task whose worker has died four times. A task of chunkq is one thread of the
+        cluster for a whole job, so deaths count against it only if no chunkq worker has started.
+        """
+        if self._host.expire_workers(worker):
+            for key, task in scheduler.tasks.items():
+                if str(key).startswith(REMOTE_TASK):
+                    task.suspicious = 0
+
+
+class RemoteWorkerLauncher:
+    """Remote workers of the groups of a queue, as Dask tasks that the scheduler submits itself.
+
+    A remote worker ends when no chunk can be reserved. New ones are submitted while more chunks are
+    queued than remote workers wait for a thread. So Dask's adaptive scaling sees them, workers that
+    join the cluster get some at once, and workers without any can leave it.
+    """
+
+    def __init__(self, scheduler: Any, host: QueueHost) -> None:
+        self._scheduler, self._host = scheduler, host
+        self._tasks: defaultdict[str, list[Any]] = defaultdict(list)
+        self._numbers = itertools.count()
+        self._loop: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start the loop in the scheduler's event loop if a group needs it."""
+        if (self._loop is None or self._loop.done()) and self._host.open_groups():
+            self._loop = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        client = await distributed.Client(
+            self._scheduler.address,
+            asynchronous=True,
+            set_as_default=False,
+            security=self._scheduler.security,
+            name=OPERATION,
+        )
+        async with client:
+            while groups := self._host.open_groups():
+                for name in groups:
+                    self._update(client, name)
+                await asyncio.sleep(LOOK_SECONDS)
+
+    def _update(self, client: Any, name: str) -> None:
+        """Submit remote workers of a group, and record those that Dask has given up."""
+        from chunkq.queue.backends.dask.remote import run_remote_thread
+
+        ended = [task for task in self._tasks[name] if task.done()]
+        if errors := {_text(task) for task in ended if task.status == "error"}:
+            self._host.record_exit(name, sorted(errors))
+        running = [task for task in self._tasks[name] if not task.done()]
+        workers = self._scheduler.workers.values()
+        threads = sum(w.nthreads for w in workers if w.status == distributed.Status.running)
+        limit = 2 * threads + SPARE_WORKERS
+        group = self._host.group(name)
+        running += [
+            client.submit(
+                run_remote_thread,
+                group.url,
+                group.job,
+                name,
+                key=f"{REMOTE_TASK}-{name}-{next(self._numbers)}",
+                pure=False,
+            )
+            for _ in range(self._host.missing_workers(name, len(running), limit))
+        ]
+        self._tasks[name] = running
+        self._host.set_active(name, len(running))
+        if prefix := self._scheduler.task_prefixes.get(REMOTE_TASK):
+            prefix.duration_average = TASK_SECONDS
+
+
+def _text(task: Any) -> str:
+    """Return the error of a task that has failed, without waiting for more than its message."""
+    error = task._state.exception
+    return " ".join(str(error).split())[:MAX_MESSAGE]
